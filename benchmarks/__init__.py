@@ -1,0 +1,1 @@
+"""Microbenchmarks: `make bench`. Result files, with the hardware and the commit, lie in benchmarks/results."""

@@ -1,0 +1,61 @@
+"""What a result file says of where its figures come from."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import simplclip
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it, with its family and model where the name alone says little."""
+    try:
+        info = dict(
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+            if ":" in line
+        )
+    except OSError:
+        return platform.processor() or platform.machine()
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    return f"{info.get('model name', platform.machine())} (family {info.get('cpu family')}, model {info.get('model')})"
+
+
+def commit() -> str:
+    """The commit of this checkout, with "+" where the tree differs from it."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def describe(device: str = "cpu") -> dict[str, str]:
+    """Columns that every row of a result file carries."""
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        isa = simplclip.report()["extension"]["cpu"].get("instruction_set", "no extension")
+        hardware = f"{cpu_name()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {isa}"
+    return {
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "simplclip": simplclip.__version__,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,0 +1,50 @@
+"""Interleaved timing and allocator peaks, shared by the benchmarks and the tests of memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def interleaved_times(cases: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each case, `repeats` each, taken in turn (A B C A B C ...) so that drift of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + repeats):
+        for name, run in cases.items():
+            _synchronize()
+            start = time.perf_counter()
+            run()
+            _synchronize()
+            if turn >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """p20, p50, p80."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+def cpu_peak_bytes(run: Callable[[], object]) -> int:
+    """Highest sum of live bytes that torch's CPU allocator gave out during `run`, above what was live before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    del kept
+    return peak

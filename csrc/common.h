@@ -1,0 +1,35 @@
+// What every C++ file of simplclip shares: names from the LibTorch stable ABI and the matrix products.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+namespace simplclip {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The shims call the CPU kernels directly: no dispatcher, so autocast cannot recast an operand on the way.
+
+// out = a @ b.
+inline void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
+}
+
+// out += a @ b.
+inline void mm_add(Tensor& out, const Tensor& a, const Tensor& b) {
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+}
+
+inline Tensor rows(const Tensor& t, int64_t first, int64_t count) {
+  Tensor view = t;
+  return torch::stable::narrow(view, 0, first, count);
+}
+
+}  // namespace simplclip

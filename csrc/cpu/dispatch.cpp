@@ -1,0 +1,56 @@
+// Chooses the instruction set once, at first use. SIMPLCLIP_CPU_ISA=avx512|avx2|baseline forces one that the CPU has.
+#include "similarity_strip.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace simplclip {
+
+namespace avx512 { extern const StripKernels kernels; }
+namespace avx2 { extern const StripKernels kernels; }
+namespace baseline { extern const StripKernels kernels; }
+
+namespace {
+
+std::vector<const StripKernels*> available() {
+  std::vector<const StripKernels*> found;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back(&avx512::kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
+#endif
+  found.push_back(&baseline::kernels);
+  return found;
+}
+
+const StripKernels& choose() {
+  const auto found = available();
+  const char* wanted = std::getenv("SIMPLCLIP_CPU_ISA");
+  if (!wanted || !*wanted) return *found.front();
+  std::string names;
+  for (const StripKernels* kernels : found) {
+    if (kernels->name == std::string(wanted)) return *kernels;
+    names += std::string(names.empty() ? "" : ", ") + kernels->name;
+  }
+  throw std::runtime_error("SIMPLCLIP_CPU_ISA: expected one of " + names + " on this CPU, got '" + wanted + "'");
+}
+
+}  // namespace
+
+const StripKernels& strip_kernels() {
+  static const StripKernels& kernels = choose();
+  return kernels;
+}
+
+bool has_native_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace simplclip

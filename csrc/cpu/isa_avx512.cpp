@@ -1,0 +1,20 @@
+// The strip kernels for avx512. System headers stand before the pragma: their inline functions must stay baseline code.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "similarity_strip.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,fma,f16c,bmi2")
+#define SIMPLCLIP_LANES 16
+
+namespace simplclip::avx512 {
+namespace {
+#include "vec.h"
+#include "similarity_strip_impl.h"
+}  // namespace
+extern const StripKernels kernels = {"avx512", forward, backward, merge, add, round};
+}  // namespace simplclip::avx512
+#endif

@@ -1,0 +1,17 @@
+// The strip kernels for baseline. System headers stand before the pragma: their inline functions must stay baseline code.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "similarity_strip.h"
+
+#define SIMPLCLIP_LANES 4
+
+namespace simplclip::baseline {
+namespace {
+#include "vec.h"
+#include "similarity_strip_impl.h"
+}  // namespace
+extern const StripKernels kernels = {"baseline", forward, backward, merge, add, round};
+}  // namespace simplclip::baseline

@@ -1,0 +1,136 @@
+// Vectors of one instruction set: float and bfloat16 in memory, float in registers.
+//
+// Included after `#pragma GCC target` and a definition of SIMPLCLIP_LANES, inside the namespace of that set, by the files
+// isa_*.cpp alone, so that each function exists once per instruction set and none of them can be linked into another's code.
+
+constexpr int W = SIMPLCLIP_LANES;             // floats in a register
+constexpr int kTileRows = W == 16 ? 8 : 4;     // rows whose running sums fit the registers
+
+#define VINLINE inline __attribute__((always_inline))
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+VINLINE vf splat(float x) { return x - vf{}; }
+
+VINLINE vi iota() {
+  vi v;
+  for (int i = 0; i < W; ++i) v[i] = i;
+  return v;
+}
+
+VINLINE vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+VINLINE vi load(const int32_t* p) {
+  vi v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+VINLINE vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+VINLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+// As assign() in similarity_strip.h.
+VINLINE void store(bf16* p, vf v) {
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vu quiet = (bits >> 16) | 0x40u;
+  const vh h = __builtin_convertvector(v == v ? rounded : quiet, vh);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first `lanes` elements; the others are zero, and are not read.
+template <class T>
+VINLINE auto load(const T* p, int lanes) {
+  T buffer[W] = {};
+  std::memcpy(buffer, p, lanes * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+VINLINE void store(T* p, vf v, int lanes) {
+  T buffer[W];
+  store(buffer, v);
+  std::memcpy(p, buffer, lanes * sizeof(T));
+}
+
+template <class N>
+VINLINE N least(N a, N b) {
+  return a < b ? a : b;
+}
+
+VINLINE vf max(vf a, vf b) { return a > b ? a : b; }
+VINLINE vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+
+VINLINE float sum(vf v) {
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += v[i];
+  return s;
+}
+
+VINLINE int64_t sum(vi v) {
+  int64_t s = 0;
+  for (int i = 0; i < W; ++i) s += v[i];
+  return s;
+}
+
+VINLINE float highest(vf v) {
+  float m = v[0];
+  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+VINLINE bool any(vi mask) {
+  int32_t m = 0;
+  for (int i = 0; i < W; ++i) m |= mask[i];
+  return m != 0;
+}
+
+// e^x for x <= 88, relative error below 2e-7; 0 below -87.3, where a float would be subnormal. Cody-Waite reduction to
+// |r| <= ln2/2 and a degree-6 polynomial; the rounded quotient sits in the low bits of `shifted` and becomes the exponent.
+VINLINE vf exp(vf x) {
+  const vf shifted = x * 1.44269504f + 12582912.0f;
+  const vf n = shifted - 12582912.0f;
+  vf r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860677e-6f;
+  vf p = splat(1.3888889e-3f);
+  p = p * r + 8.3333333e-3f;
+  p = p * r + 4.1666667e-2f;
+  p = p * r + 1.6666667e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const vf scale = (vf)(((vi)shifted << 23) + (127 << 23));
+  return x < -87.3f ? vf{} : p * scale;
+}
+
+// log(1 + y) for y in [0, 1], relative error below 2e-7: 2 artanh(y / (2 + y)), its series in t^2 <= 1/9.
+VINLINE vf log1p(vf y) {
+  const vf t = y / (y + 2.0f);
+  const vf u = t * t;
+  vf p = splat(1.0f / 13);
+  p = p * u + 1.0f / 11;
+  p = p * u + 1.0f / 9;
+  p = p * u + 1.0f / 7;
+  p = p * u + 1.0f / 5;
+  p = p * u + 1.0f / 3;
+  return 2.0f * t * (p * u + 1.0f);
+}
+
+VINLINE vf softplus(vf x) { return max(x, vf{}) + log1p(exp(-abs(x))); }
+
+VINLINE vf sigmoid(vf x) {
+  const vf e = exp(-abs(x));
+  return (x < 0.0f ? e : splat(1.0f)) / (e + 1.0f);
+}

@@ -1,0 +1,93 @@
+"""Builds the extensions of simplclip against the LibTorch stable ABI and CPython's limited API.
+
+    simplclip._C       CPU kernels, always
+    simplclip._C_cuda  CUDA objects, where nvcc is found and torch was built with CUDA
+
+SIMPLCLIP_CUDA=auto (default) builds CUDA where it can and prints why where it cannot; 0 never does; 1 fails with the reason.
+TORCH_CUDA_ARCH_LIST chooses the architectures. MAX_JOBS caps the compilers that run at once.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from setuptools import setup
+
+
+def find_toolkit() -> None:
+    """Sets CUDA_HOME to what nvcc itself calls its top: where nvcc is a wrapper or a link, its folder has no libraries."""
+    nvcc = shutil.which("nvcc")
+    if nvcc and not os.environ.get("CUDA_HOME"):
+        text = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", text, re.MULTILINE)
+        if top:
+            os.environ["CUDA_HOME"] = os.path.realpath(top[1].strip())
+
+
+find_toolkit()
+from torch.utils import cpp_extension  # noqa: E402  (reads CUDA_HOME when imported)
+
+TORCH_TARGET = "0x020a000000000000"  # LibTorch 2.10: the oldest stable ABI that has all we call
+PYTHON_TARGET = "0x030A0000"  # CPython 3.10
+# A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for what comes after.
+ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
+
+MACROS = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)]
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+
+
+def why_no_cuda() -> str | None:
+    """Why the CUDA objects cannot be built here; None if they can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "nvcc was not found (set CUDA_HOME)"
+    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{nvcc} does not run: {error}"
+    release = text.split("release ")[1].split(",")[0]
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is {release}, torch was built with CUDA {torch.version.cuda}: the major versions must be equal"
+    return None
+
+
+def extensions() -> list:
+    cpu = cpp_extension.CppExtension(
+        "simplclip._C",
+        ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+        define_macros=MACROS,
+        extra_compile_args={"cxx": FLAGS},
+        py_limited_api=True,
+    )
+    wanted = os.environ.get("SIMPLCLIP_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"SIMPLCLIP_CUDA: expected 0, 1 or auto, got {wanted!r}")
+    if wanted == "0":
+        return [cpu]
+    reason = why_no_cuda()
+    if reason:
+        if wanted == "1":
+            raise SystemExit(f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: {reason}")
+        print(f"simplclip: building without CUDA: {reason}")
+        return [cpu]
+    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    cuda = cpp_extension.CUDAExtension(
+        "simplclip._C_cuda",
+        sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(kind)),
+        define_macros=[*MACROS, ("USE_CUDA", None), ("SIMPLCLIP_ARCHITECTURES", f'"{architectures}"')],
+        extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-std=c++20"]},
+        py_limited_api=True,
+    )
+    return [cpu, cuda]
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

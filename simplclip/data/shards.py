@@ -1,0 +1,240 @@
+"""Reading samples from the tar files of a WebDataset.
+
+A shard is a local tar file, plain or compressed. A sample is the files of one key: an image (jpg, jpeg, png
+or webp) and its caption: json with "captions" (a list) or "caption", else txt. Broken samples raise
+`BrokenSample` or are counted in a `Skipped`; a shard that cannot be opened raises `ShardError`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import lzma
+import os
+import tarfile
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+from PIL import Image, UnidentifiedImageError
+from webdataset.tariterators import group_by_keys
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+COUNT_LIMIT = 1 << 30  # bytes of shards that are read through, at most, only to count their samples
+
+_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+
+Sample = dict[str, Any]
+
+
+class ShardError(RuntimeError):
+    """A shard that cannot be opened; the message names it."""
+
+
+class BrokenSample(Exception):
+    """A broken sample: `args` are the reason it is counted under and a detail."""
+
+
+@dataclass
+class Skipped:
+    """Broken samples by reason, and of each reason the first with its place and what was wrong with it."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, place: str, detail: object = "") -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, f"{place}: {detail}" if str(detail) else place)
+
+    def merge(self, other: Skipped) -> None:
+        self.counts += other.counts
+        self.examples = other.examples | self.examples
+
+    def take(self) -> Skipped:
+        """What was added since the last call."""
+        taken = Skipped(self.counts.copy(), self.examples.copy())
+        self.counts.clear()
+        self.examples.clear()
+        return taken
+
+    def __str__(self) -> str:
+        reasons = [f"{n} {reason} (first: {self.examples[reason]})" for reason, n in self.counts.most_common()]
+        return f"{self.counts.total()} skipped" + (": " + ", ".join(reasons) if reasons else "")
+
+
+def expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
+    """The files that `shards` names: paths, brace expressions (train-{000000..000003}.tar), globs, or a list.
+
+    Raises ValueError that names a pattern without a match or a path that is not a file.
+    """
+    patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
+    if not patterns:
+        raise ValueError("shards: expected at least one path or pattern, got an empty list")
+    files = []
+    for pattern in (os.path.expanduser(os.fspath(pattern)) for pattern in patterns):
+        for path in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
+            matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+            if not matches:
+                raise ValueError(f"shards: expected files, but the pattern {path!r} matches none")
+            for match in matches:
+                if not os.path.isfile(match):
+                    what = "is a folder (try its *.tar)" if os.path.isdir(match) else "does not exist"
+                    raise ValueError(f"shards: expected a tar file, but {match!r} {what}")
+            files += matches
+    return files
+
+
+def group_id(name: str) -> int:
+    """A stable 63-bit hash of a group's name."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+
+
+class _Header(tarfile.TarInfo):
+    """tarfile takes any unreadable header but the first for the archive's end; only the end marker is."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            if tar.offset == 0:
+                raise
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from None
+
+
+def _files(shard: str, torn: list[str], contents: bool) -> Iterator[dict[str, Any]]:
+    """The files of a tar that belong to samples. A tear ends them and is noted in `torn`."""
+    wanted = {f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json")}
+    try:
+        tar = tarfile.open(shard, "r|*", tarinfo=_Header)  # noqa: SIM115
+    except _TAR_ERRORS as error:
+        raise ShardError(f"shard {shard!r} cannot be opened: {error or type(error).__name__}") from error
+    with tar:
+        try:
+            while (member := tar.next()) is not None:
+                tar.members = []  # tarfile would keep every header
+                if member.isreg() and os.path.splitext(member.name)[1].lower() in wanted:
+                    data = tar.extractfile(member).read() if contents else b""
+                    yield {"fname": member.name, "data": data, "__url__": shard}
+        except _TAR_ERRORS as error:
+            torn.append(str(error) or type(error).__name__)
+
+
+def read_shard(shard: str, skipped: Skipped, *, contents: bool = True) -> Iterator[Sample]:
+    """The samples of a tar: {"__key__", "__url__", suffix: bytes}. Tears and double files go to `skipped`."""
+    name, torn = os.path.basename(shard), []
+
+    def double(error: Exception) -> bool:
+        skipped.add("duplicate file in tar", name, error.args[0])
+        return True
+
+    for sample in group_by_keys(_files(shard, torn, contents), handler=double):
+        # The tear may have taken half of the last sample: then the tear is counted, not the sample.
+        if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
+            break
+        yield sample
+    if torn:
+        skipped.add("torn tar", name, torn[0])
+
+
+def image_of(sample: Sample) -> bytes | None:
+    """The encoded image of a sample."""
+    return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+
+
+def open_sample(sample: Sample) -> tuple[Image.Image, list[str], dict[str, Any]]:
+    """The decoded image, the captions and the json of a sample; raises BrokenSample if it is broken."""
+    record: Any = {}
+    if "json" in sample:
+        try:
+            record = json.loads(sample["json"])
+        except (ValueError, RecursionError) as error:
+            raise BrokenSample("bad json", error) from None
+        if not isinstance(record, dict):
+            raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+    captions = captions_of(sample, record)
+    data = image_of(sample)
+    if data is None:
+        raise BrokenSample("missing image", "")
+    return decode(data), captions, record
+
+
+def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
+    several = record.get("captions")
+    texts = list(several) if isinstance(several, list) else []
+    found = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if found:
+        return found
+    if isinstance(record.get("caption"), str):
+        texts.append(record["caption"])
+    if "txt" in sample:
+        try:
+            texts.append(sample["txt"].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise BrokenSample("caption not UTF-8", error) from None
+    for text in texts:
+        if isinstance(text, str) and text.strip():
+            return [text.strip()]
+    raise BrokenSample("empty caption" if texts or several == [] else "missing caption", "")
+
+
+def decode(data: bytes) -> Image.Image:
+    """RGB; transparent images are composed on white."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BrokenSample("image too large", error) from None
+    except UnidentifiedImageError:
+        raise BrokenSample("not an image", f"{len(data)} bytes that are no jpg, png or webp") from None
+    except Exception as error:  # the decoders raise whatever damaged bytes lead them to
+        raise BrokenSample("not an image", error) from None
+    try:
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image)
+        return canvas.convert("RGB")
+    except Exception as error:
+        raise BrokenSample("truncated image", error) from None
+
+
+def place_of(sample: Sample) -> str:
+    """ "<shard's file name>/<key>", which names a sample in messages and seeds."""
+    return f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
+
+
+def count_samples(shards: list[str]) -> int | None:
+    """The samples of all `shards`, broken ones included; None if that would take reading too many bytes.
+
+    Taken from a meta.json beside a shard that lists it with its size, else counted by reading the shards.
+    """
+    listed = {folder: _listed_counts(folder) for folder in {os.path.dirname(shard) for shard in shards}}
+    known = {s: listed[os.path.dirname(s)].get((os.path.basename(s), os.path.getsize(s))) for s in shards}
+    unknown = [shard for shard, count in known.items() if count is None]
+    if sum(map(os.path.getsize, unknown)) > COUNT_LIMIT:
+        return None
+    for shard in unknown:
+        known[shard] = sum(1 for _ in read_shard(shard, Skipped(), contents=False))
+    return sum(known[shard] for shard in shards)
+
+
+def _listed_counts(folder: str) -> dict[tuple[str, int], int]:
+    """The samples of each (shard, bytes) that the folder's meta.json lists, if there is one."""
+    try:
+        splits = json.loads(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
+        entries = [(name, entry) for split in splits for name, entry in split["shards"].items()]
+        return {(name, int(entry["bytes"])): int(entry["samples"]) for name, entry in entries}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}

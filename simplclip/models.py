@@ -1,0 +1,271 @@
+"""Models by name: SiCLIPs and plain open_clip models, with their tokenizers, transforms and parameter counts."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from timm.layers import HybridEmbed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torchvision import transforms as T
+
+from simplclip.nn import neighbour_groups
+from simplclip.openclip import count_parameters, simplify
+
+__all__ = ["ShortVocabTokenizer", "create", "names", "siclip_tiny_trunk", "summary", "tokenizer", "transforms"]
+
+PLAIN = "open_clip:"
+default_cfgs = generate_default_cfgs({"siclip_tiny_trunk.untrained": {"num_classes": 0, "input_size": (3, 48, 48)}})
+
+
+@register_model
+def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Image trunk of siclip-tiny before it is simplified: a residual conv net of stride 8 under a one-block ViT.
+
+    Registered with timm, so that open_clip's TimmModel can build it. There are no pretrained weights.
+    """
+    if pretrained:
+        raise ValueError("pretrained: expected False, siclip_tiny_trunk has no pretrained weights")
+    # Most of the time goes into the first stages, hence one residual block each and few channels.
+    stages = tuple(ByoBlockCfg(type="basic", d=1, c=c, s=s, br=1.0) for c, s in ((32, 1), (64, 2), (128, 2)))
+    net = ByobNet(ByoModelCfg(blocks=stages, stem_chs=32, stem_type="3x3", stem_pool=""), num_classes=0, global_pool="")
+    options = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "depth": 1, "num_heads": 8}
+    options |= {"class_token": False, "global_pool": "avg"}
+    embed = partial(HybridEmbed, backbone=net)
+    return build_model_with_cfg(VisionTransformer, "siclip_tiny_trunk", False, embed_layer=embed, **(options | kwargs))
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """How a SiCLIP is made: an open_clip configuration, and what `simplify` is told."""
+
+    original: str
+    config: Mapping[str, Any]
+    simplify: Mapping[str, Any]
+    preprocess: Mapping[str, Any]
+    augment: str | Mapping[str, Any]
+    vocabulary: int | None = None
+    channels_last: bool = False
+
+
+_TINY_VOCABULARY = 8192
+_SPECS = {
+    # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
+    # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage keep theirs.
+    "siclip-s0": _Spec(
+        original="MobileCLIP2-S0",
+        config=open_clip.get_model_config("MobileCLIP2-S0"),
+        simplify={"share": {"text": neighbour_groups(12, 2)}},
+        preprocess={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"},
+        augment={},
+    ),
+    "siclip-tiny": _Spec(
+        original="the same with standard blocks",
+        config={
+            "embed_dim": 256,
+            "vision_cfg": {"timm_model_name": "siclip_tiny_trunk", "image_size": 48},
+            "text_cfg": {
+                "context_length": 16,
+                "vocab_size": _TINY_VOCABULARY,
+                "width": 256,
+                "heads": 8,
+                "layers": 2,
+            },
+            "custom_text": True,
+        },
+        simplify={"gamma": {"text": 0.3}},
+        preprocess={},
+        augment="affine",
+        vocabulary=_TINY_VOCABULARY,
+        channels_last=True,
+    ),
+}
+
+
+class ShortVocabTokenizer(SimpleTokenizer):
+    """open_clip's tokenizer with the first, most frequent merges of its vocabulary only.
+
+    Rare words fall into more pieces. A small model spends its parameters on layers instead of on an embedding of
+    49,408 tokens. Start and end of text stay the two highest ids, as CLIP's pooling needs.
+    """
+
+    def __init__(self, vocab_size: int, **options: Any) -> None:
+        super().__init__(**options)
+        merges = vocab_size - 2 * len(self.byte_encoder) - 2
+        if not 0 <= merges <= len(self.bpe_ranks):
+            raise ValueError(f"vocab_size: expected 514 to {self.vocab_size}, got {vocab_size}")
+        self.bpe_ranks = {pair: rank for pair, rank in self.bpe_ranks.items() if rank < merges}
+        specials = [self.decoder[i] for i in self.all_special_ids]
+        letters = list(bytes_to_unicode().values())
+        pieces = [*letters, *(c + "</w>" for c in letters), *map("".join, self.bpe_ranks), *specials]
+        self.encoder = {piece: i for i, piece in enumerate(pieces)}
+        self.decoder = dict(enumerate(pieces))
+        self.cache = {special: special for special in specials}
+        self.vocab_size = len(pieces)
+        self.all_special_ids = [self.encoder[special] for special in specials]
+        self.sot_token_id, self.eot_token_id = self.all_special_ids
+
+
+def names() -> list[str]:
+    """The SiCLIPs of this library. `create` also takes ``open_clip:NAME`` for each of ``open_clip.list_models()``."""
+    return list(_SPECS)
+
+
+def create(
+    name: str,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    simplify_options: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model with random weights, or with those of a local checkpoint. Nothing is downloaded.
+
+    Args:
+        name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model.
+        checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model"; it is read
+            with weights_only and has to fit exactly.
+        device: where the model is put.
+        simplify_options: arguments for `openclip.simplify` over those of the name; only for a SiCLIP.
+        overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
+            others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
+
+    Returns:
+        An open_clip model. A SiCLIP carries what was replaced as ``model.simplify_report``.
+
+    Raises:
+        ValueError: an unknown name, with the nearest ones. RuntimeError: a checkpoint that does not fit.
+    """
+    spec = _spec(name)
+    if name.startswith(PLAIN) and simplify_options:
+        raise ValueError(f"simplify_options: expected none for a plain open_clip model, got {dict(simplify_options)}")
+    config = copy.deepcopy(dict(spec.config))
+    for key, value in overrides.items():
+        config[key] = {**config[key], **value} if key in ("vision_cfg", "text_cfg") else value
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_pretrained"] = False
+
+    if spec.original in open_clip.list_models():
+        custom_text = config.pop("custom_text", False)
+        model = open_clip.create_model(
+            spec.original, pretrained_image=False, pretrained_text=False, force_custom_text=custom_text, **config
+        )
+    else:
+        config.pop("custom_text")
+        model = CustomTextCLIP(**config)
+    size = model.visual.image_size
+    set_model_preprocess_cfg(model, merge_preprocess_dict(asdict(PreprocessCfg(size=size)), dict(spec.preprocess)))
+    if not name.startswith(PLAIN):
+        model, model.simplify_report = simplify(model, **{**spec.simplify, **(simplify_options or {})})
+    if spec.channels_last:
+        model.visual.to(memory_format=torch.channels_last)
+    if checkpoint is not None:
+        _load(model, checkpoint)
+    return model.to(device)
+
+
+def tokenizer(name: str) -> Callable[[list[str]], torch.Tensor]:
+    """The tokenizer of a model: list of strings -> token ids, int64 [B, L]."""
+    spec = _spec(name)
+    if spec.vocabulary is None:
+        return open_clip.get_tokenizer(spec.original)
+    return ShortVocabTokenizer(spec.vocabulary, context_length=spec.config["text_cfg"]["context_length"])
+
+
+def transforms(
+    name: str,
+    *,
+    train: bool,
+    augment: str | Mapping[str, Any] | AugmentationCfg | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Callable[[Any], torch.Tensor]:
+    """The image transform of a model: PIL image -> float32 [3, S, S].
+
+    Args:
+        name: as for `create`.
+        train: whether to augment.
+        augment: for training: open_clip's AugmentationCfg or its fields (random resized crop and more); "affine", for
+            drawings on white: small rotations, shifts, zooms and changes of colour, without mirroring; "none"; or the
+            model's own choice when None.
+        image_size: S, when the model was created with another one than its name's.
+    """
+    spec = _spec(name)
+    size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
+    cfg = PreprocessCfg(**merge_preprocess_dict(asdict(PreprocessCfg()), {**spec.preprocess, "size": size}))
+    augment = spec.augment if augment is None else augment
+    if not train or augment == "none":
+        return image_transform_v2(cfg, is_train=False)
+    if isinstance(augment, str):
+        if augment != "affine":
+            raise ValueError(f"augment: expected 'affine', 'none' or fields of AugmentationCfg, got {augment!r}")
+        return _affine(cfg)
+    return image_transform_v2(cfg, is_train=True, aug_cfg=dict(augment) if isinstance(augment, Mapping) else augment)
+
+
+def summary(model: nn.Module, name: str) -> str:
+    """A table of the parameters of every tower, beside those of the model that the SiCLIP was made from."""
+    now = count_parameters(model)
+    report = getattr(model, "simplify_report", None)
+    if report is None:
+        return "\n".join([f"{name:<12}{'parameters':>14}", *(f"{part:<12}{n:>14,}" for part, n in now.items())])
+    lines = [f"{name:<12}{'parameters':>14}{'original':>14}{'ratio':>8}"]
+    for part, n in now.items():
+        lines.append(f"{part:<12}{n:>14,}{report.before[part]:>14,}{n / report.before[part]:>8.2f}")
+    blocks = {tower: sum(r.tower == tower for r in report.replaced) for tower in ("image", "text")}
+    lines.append(f"original: {_spec(name).original}")
+    for tower, count in blocks.items():
+        shared = report.share.get(tower)
+        weights = f", weights shared by blocks {', '.join('+'.join(map(str, g)) for g in shared)}" if shared else ""
+        lines.append(f"{tower}: {count} simplified block{'s' if count != 1 else ''}{weights}")
+    return "\n".join(lines)
+
+
+def _spec(name: str) -> _Spec:
+    if name in _SPECS:
+        return _SPECS[name]
+    plain = name.removeprefix(PLAIN)
+    if name.startswith(PLAIN) and plain in open_clip.list_models():
+        return _Spec(plain, open_clip.get_model_config(plain), {}, {}, {})
+    known = [*_SPECS, *(PLAIN + n for n in open_clip.list_models())]
+    near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
+    raise ValueError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
+
+
+def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), Mapping) else state
+    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
+
+
+def _affine(cfg: PreprocessCfg) -> Callable[[Any], torch.Tensor]:
+    height, width = cfg.input_size[1:]
+    return T.Compose(
+        [
+            T.Resize((height, width), interpolation=T.InterpolationMode.BICUBIC),
+            T.Lambda(_to_rgb),
+            T.RandomAffine(15, (0.1, 0.1), (0.8, 1.15), 5, interpolation=T.InterpolationMode.BILINEAR, fill=255),
+            T.ColorJitter(0.3, 0.3, 0.3, 0.03),
+            T.ToTensor(),
+            T.Normalize(cfg.mean, cfg.std),
+        ]
+    )
+
+
+def _to_rgb(image: Any) -> Any:
+    return image.convert("RGB")

@@ -1,0 +1,214 @@
+"""Modules of a SiCLIP: shaped attention, the simplified parallel block (SAS-P) and weight sharing between blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from simplclip import checks
+from simplclip.reference import shaped_attention
+
+__all__ = ["ACTIVATIONS", "NORMS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quickgelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+
+class ShapedAttention(nn.Module):
+    """Multi-head shaped attention without value and output projections.
+
+    ``[q|k] = x W_qk``, v = x split into heads, ``out = alpha v + beta softmax(q k^T / sqrt(K)) v - gamma C v`` with C
+    uniform over the visible keys. W_q starts at zero and alpha = beta = gamma at one, so that a new module returns its
+    input (with ``value`` or ``output``: an orthogonal map of it).
+
+    Args:
+        width: C, a multiple of ``heads``.
+        heads: H.
+        causal: token i sees the tokens 0..i.
+        value, output: add a projection [C, C] before, after the attention.
+        gamma: initial value of gamma. Below one, a new module adds ``(1 - gamma) C v``: some of the mean of the tokens.
+
+    forward(x [B, L, C], lengths [B] or None) -> [B, L, C]; see `reference.shaped_attention` for ``lengths``.
+    Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        causal: bool = False,
+        value: bool = False,
+        output: bool = False,
+        gamma: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width < 1 or width % heads:
+            raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
+        self.width, self.heads, self.causal = width, heads, causal
+        self.qk = nn.Linear(width, 2 * width, bias=False)
+        self.value = nn.Linear(width, width, bias=False) if value else None
+        self.output = nn.Linear(width, width, bias=False) if output else None
+        self.alpha = nn.Parameter(torch.ones(heads))
+        self.beta = nn.Parameter(torch.ones(heads))
+        self.gamma = nn.Parameter(torch.full((heads,), float(gamma)))
+        with torch.no_grad():
+            self.qk.weight[:width].zero_()
+            self.qk.weight[width:].normal_(std=width**-0.5)
+        for projection in (self.value, self.output):
+            if projection is not None:
+                nn.init.orthogonal_(projection.weight)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        self._check(x, lengths)
+        return self._attend(x, lengths)
+
+    def _attend(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        shape = (*x.shape[:2], self.heads, self.width // self.heads)
+        q, k = self.qk(x).chunk(2, dim=-1)
+        # Under autocast q and k come in the autocast dtype and a plain v in the dtype of x.
+        v = x.to(q.dtype) if self.value is None else self.value(x)
+        q, k, v = (t.reshape(shape) for t in (q, k, v))
+        out = shaped_attention(q, k, v, self.alpha, self.beta, self.gamma, causal=self.causal, lengths=lengths)
+        out = out.reshape(x.shape)
+        return out if self.output is None else self.output(out)
+
+    def _check(self, x: Tensor, lengths: Tensor | None) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.width:
+            raise ValueError(f"x: expected [B, L, {self.width}], got {list(x.shape)}")
+        if lengths is not None:
+            checks.lengths_of_batch(lengths, x.shape[0], x.device)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, heads={self.heads}, causal={self.causal}"
+
+
+class SimplifiedBlock(ShapedAttention):
+    """Simplified parallel transformer block (SAS-P) without skip connections.
+
+    ``n = norm(x); out = attention_gain SA(n) + mlp_gain MLP(n)``, ``MLP(n) = W2 act(W1 n + b1) + b2``. The signal
+    passes through alpha of the attention, which is why the MLP starts small.
+
+    Args:
+        width: C.
+        heads: H, a divisor of C.
+        mlp_ratio: F / C.
+        causal: token i sees the tokens 0..i.
+        norm: "layernorm" or "rmsnorm".
+        act: a key of `ACTIVATIONS`.
+        value, output: projections of the attention; the authors keep them in the first and in the last block.
+        gamma: initial value of gamma, see `ShapedAttention`.
+        attention_gain, mlp_gain: initial values of the two trainable gains.
+        drop_path: probability that a sample skips the MLP in training. The attention is never dropped: without a skip
+            connection nothing would be left.
+
+    forward(x [B, L, C], lengths [B] or None) -> [B, L, C]. With ``lengths`` tokens behind the length reach no valid
+    token; their own output is the MLP's and means nothing.
+    Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        causal: bool = False,
+        norm: str = "layernorm",
+        act: str = "gelu",
+        value: bool = False,
+        output: bool = False,
+        gamma: float = 1.0,
+        attention_gain: float = 1.0,
+        mlp_gain: float = 0.1,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__(width, heads, causal=causal, value=value, output=output, gamma=gamma)
+        if norm not in NORMS:
+            raise ValueError(f"norm: expected one of {sorted(NORMS)}, got {norm!r}")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act: expected one of {sorted(ACTIVATIONS)}, got {act!r}")
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path: expected a probability in [0, 1), got {drop_path}")
+        self.hidden = round(width * mlp_ratio)
+        if self.hidden < 1:
+            raise ValueError(f"mlp_ratio: expected at least one hidden unit, got {mlp_ratio} of width {width}")
+        self.act, self.drop_path = act, drop_path
+        self.norm = NORMS[norm](width, eps=1e-5)
+        self.fc1 = nn.Linear(width, self.hidden)
+        self.fc2 = nn.Linear(self.hidden, width)
+        self.attention_gain = nn.Parameter(torch.tensor(float(attention_gain)))
+        self.mlp_gain = nn.Parameter(torch.tensor(float(mlp_gain)))
+        for linear in (self.fc1, self.fc2):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        self._check(x, lengths)
+        n = self.norm(x)
+        mlp = self.fc2(ACTIVATIONS[self.act](self.fc1(n)))
+        if self.training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            mlp = mlp * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep).to(mlp.dtype) / keep
+        return self.attention_gain * self._attend(n, lengths) + self.mlp_gain * mlp
+
+    def extra_repr(self) -> str:
+        drop = f", drop_path={self.drop_path}" if self.drop_path else ""
+        return f"{super().extra_repr()}, act={self.act}{drop}"
+
+
+def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
+    """Groups of ``size`` neighbouring indices, ``neighbour_groups(5) == [[0, 1], [2, 3], [4]]``."""
+    if size < 1:
+        raise ValueError(f"size: expected at least 1, got {size}")
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def share_weights(
+    blocks: Sequence[SimplifiedBlock], groups: Iterable[Sequence[int]], *, norms_and_gains: bool = False
+) -> None:
+    """Let the blocks of every group use the weight matrices of the group's first block, in place.
+
+    Shared are qk, fc1, fc2 and, where a block has them, value and output. Norms and gains are a few vectors per block
+    and stay its own unless ``norms_and_gains``: every position keeps its balance between identity, attention and MLP.
+    ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under each of its names, so that a strict
+    round trip works.
+
+    Raises:
+        ValueError: an empty group, an index out of range or in two groups, or blocks of one group that differ in shape
+            or activation.
+    """
+    groups = [list(group) for group in groups]
+    used: set[int] = set()
+    for group in groups:
+        if not group:
+            raise ValueError("groups: expected at least one index in every group, got an empty one")
+        for index in group:
+            if not 0 <= index < len(blocks):
+                raise ValueError(f"groups: expected indices of {len(blocks)} blocks, got {index}")
+            if index in used:
+                raise ValueError(f"groups: expected disjoint groups, got block {index} twice")
+            used.add(index)
+        for name in ("width", "heads", "hidden", "act", "causal"):
+            values = [getattr(blocks[index], name) for index in group]
+            if len(set(values)) > 1:
+                raise ValueError(f"groups: expected equal {name} within group {group}, got {values}")
+
+    names = ["qk", "fc1", "fc2", "value", "output"]
+    if norms_and_gains:
+        names += ["norm", "alpha", "beta", "gamma", "attention_gain", "mlp_gain"]
+    for group in groups:
+        first, *others = (blocks[index] for index in group)
+        for other in others:
+            for name in names:
+                if getattr(first, name) is not None and getattr(other, name) is not None:
+                    setattr(other, name, getattr(first, name))

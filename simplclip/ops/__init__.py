@@ -1,0 +1,5 @@
+"""The public ops. Each file holds one op whole: schema, fake, autograd, checks and the public function."""
+
+from simplclip.ops.similarity_loss import similarity_loss
+
+__all__ = ["similarity_loss"]

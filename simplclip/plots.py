@@ -1,0 +1,196 @@
+"""Pictures of a run: the curves of training, and queries with what a model finds for them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from simplclip import checkpoint
+
+if TYPE_CHECKING:
+    from simplclip.evaluate import Split
+
+INK, MUTED, GRID = "#1b1f24", "#6e7781", "#e6e8eb"
+RIGHT, FRAME = "#1a9850", "#d0d7de"
+COLOURS = ("#0b6bcb", "#d9480f", "#7048e8", "#2b8a3e", "#c2255c")
+
+
+def curves(run: str | Path) -> Path | None:
+    """RUN/curves.png from RUN/metrics.csv: loss and its terms, learning rate, scale and gradient norm.
+
+    None where no row has been logged yet.
+    """
+    run = Path(run)
+    path = run / "metrics.csv"
+    rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.exists() else []
+    if not rows:
+        return None
+    columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    step = columns["step"]
+    terms = [name for name in columns if name.endswith("_loss")]
+    figure = _figure(11, 6.4)
+    axes = figure.subplots(
+        2,
+        2,
+        gridspec_kw={"hspace": 0.34, "wspace": 0.14, "left": 0.055, "right": 0.98, "top": 0.86, "bottom": 0.085},
+    )
+    panels = [
+        ("Loss", ["loss", *terms]),
+        ("Learning rate", ["lr"]),
+        ("Logit scale", ["logit_scale"]),
+        ("Gradient norm before clipping", ["grad_norm"]),
+    ]
+    for axis, (title, names) in zip(axes.flat, panels):
+        for colour, name in zip(COLOURS, names):
+            values = columns[name]
+            noisy = len(values) > 20 and name not in ("lr", "logit_scale")
+            if noisy:
+                axis.plot(step, values, color=colour, alpha=0.22, linewidth=0.8)
+                values = _smooth(values)
+            label = name.removesuffix("_loss").replace("_", " ")
+            axis.plot(step, values, color=colour, linewidth=1.8, label=f"{label}: {values[-1]:.3g}")
+        _style(axis, title)
+        axis.set_xlim(0, max(step[-1], 1))
+        axis.set_ylim(0, 1.08 * max(columns[name].max() for name in names) or 1)
+        axis.yaxis.set_major_formatter("{x:.3g}")
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+    for axis in axes[1]:
+        axis.set_xlabel("step", color=MUTED)
+    figure.suptitle(run.name, color=INK, fontsize=14, fontweight="bold", x=0.055, y=0.965, ha="left")
+    return _write(figure, run / "curves.png")
+
+
+def contact_sheet(
+    path: str | Path, split: Split, title: str, subtitles: tuple[str, str] = ("", ""), rows: int = 8, top: int = 5
+) -> Path:
+    """A picture of `rows` captions with their `top` nearest images, and as many images with their nearest captions.
+
+    split: encoded. The queries are drawn at random with a fixed seed. Right answers (same group) are framed green.
+    subtitles: a line for either half, e.g. its figures.
+    """
+    pick = np.random.default_rng(0)
+    top_images, top_texts = min(top, len(split.data)), min(top, len(split.captions))
+    texts = np.sort(pick.permutation(len(split.captions))[:rows])
+    images = np.sort(pick.permutation(len(split.data))[:rows])
+    height = max(len(texts), len(images))
+    gap, tile, label, caption = 0.14, 1.0, 2.3, 3.9
+    right = label + top * (tile + gap) + 0.6
+    width = right + tile + gap + caption + 0.1
+    figure = _figure(width, height * (tile + gap) + 1.3)
+    axis = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    axis.set_xlim(0, width)
+    axis.set_ylim(height * (tile + gap), -1.25)
+    axis.set_aspect("equal", adjustable="box")
+    axis.axis("off")
+    axis.text(0, -1.1, title, fontsize=15, fontweight="bold", color=INK, va="center")
+    axis.add_patch(Rectangle((width - 1.55, -1.19), 0.18, 0.18, fill=False, edgecolor=RIGHT, linewidth=2.5))
+    axis.text(width - 1.25, -1.1, "right answer", fontsize=10, color=MUTED, va="center")
+    for x, head, line in (
+        (0, "Caption → nearest images", subtitles[0]),
+        (right, "Image → nearest captions", subtitles[1]),
+    ):
+        axis.text(x, -0.62, head, fontsize=12, color=INK, va="center")
+        axis.text(x, -0.3, line, fontsize=10, color=MUTED, va="center")
+
+    def show(image: int, x: float, y: float, hit: bool = False) -> None:
+        axis.imshow(split.data.picture(image), extent=(x, x + tile, y + tile, y), interpolation="bilinear", zorder=1)
+        axis.add_patch(
+            Rectangle(
+                (x, y),
+                tile,
+                tile,
+                fill=False,
+                edgecolor=RIGHT if hit else FRAME,
+                linewidth=3.5 if hit else 0.8,
+                zorder=2,
+            )
+        )
+
+    for row, query in enumerate(texts):
+        y = row * (tile + gap)
+        axis.text(
+            label - 0.2,
+            y + tile / 2,
+            _wrapped(split.captions[query], 22, 4),
+            fontsize=10.5,
+            color=INK,
+            ha="right",
+            va="center",
+        )
+        near = (split.image_features @ split.text_features[query]).topk(top_images).indices.tolist()
+        for column, image in enumerate(near):
+            hit = bool(split.data.groups[image] == split.caption_groups[query])
+            show(image, label + column * (tile + gap), y, hit)
+    for row, query in enumerate(images):
+        y = row * (tile + gap)
+        show(query, right, y)
+        near = (split.text_features @ split.image_features[query]).topk(top_texts)
+        for place, (text, similarity) in enumerate(zip(near.indices.tolist(), near.values.tolist())):
+            hit = bool(split.caption_groups[text] == split.data.groups[query])
+            line, x = y + (place + 0.5) * tile / top, right + tile + gap
+            if hit:
+                axis.add_patch(
+                    Rectangle(
+                        (x, line - 0.43 * tile / top),
+                        caption,
+                        0.86 * tile / top,
+                        fill=False,
+                        edgecolor=RIGHT,
+                        linewidth=2,
+                    )
+                )
+            axis.text(
+                x + 0.1,
+                line,
+                _wrapped(split.captions[text], 46, 1),
+                fontsize=9,
+                va="center",
+                color=INK if hit else MUTED,
+                fontweight="bold" if hit else "normal",
+            )
+            axis.text(x + caption - 0.1, line, f"{similarity:.2f}", fontsize=8, color=MUTED, ha="right", va="center")
+    return _write(figure, Path(path))
+
+
+def _wrapped(text: str, width: int, lines: int) -> str:
+    return textwrap.fill(text, width, max_lines=lines, placeholder=" …").replace("$", r"\$")
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a twentieth of the run, shorter at the ends."""
+    half = max(1, len(values) // 40)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    i = np.arange(len(values))
+    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axis, title: str) -> None:
+    axis.set_title(title, loc="left", color=INK, fontsize=11)
+    axis.grid(color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=MUTED, length=0, labelsize=9)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    checkpoint.write_atomically(path, image.getvalue())
+    return path

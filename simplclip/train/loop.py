@@ -1,0 +1,313 @@
+"""The trainer: shards -> batches -> two towers -> loss -> AdamW, with everything needed to stop and to go on.
+
+run              sets up, restores, loops, finishes
+_batches         the endless stream of batches, epoch after epoch
+_train_step      one batch: forward, backward, update
+Training         what is trained and where it stands; goes into a checkpoint and comes back from one
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from simplclip import backends, checkpoint, data, evaluate, hardware, losses, models, plots
+from simplclip.config import Config, ConfigError, differences
+from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
+from simplclip.train.signals import StopRequest
+
+MAX_LOGIT_SCALE = math.log(100)  # as open_clip
+
+# What may differ when a run goes on from a checkpoint; of data.train, the folder may.
+_FREE = (
+    "eval.",
+    "run.out",
+    "run.steps",
+    "run.device",
+    "run.threads",
+    "run.log_every",
+    "run.print_every",
+    "run.save_every",
+    "run.keep",
+    "run.tensorboard",
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint is intact."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a whole step; its state is saved."""
+
+
+def run(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Train as `config` says; returns the path of the last checkpoint.
+
+    The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), tensorboard/, last.pt, numbered
+    checkpoints and curves.png. resume: go on from last.pt there, on the CPU bit for bit as if there had been no stop.
+    Without a last.pt it says so and starts (as open_clip's `--resume latest`), so that one command serves both.
+
+    Errors: ConfigError (a folder that holds a run already; a checkpoint of other settings), TrainingError (a loss or
+    gradient that is not finite), Interrupted (SIGINT or SIGTERM: the running step ends and the state is saved).
+    """
+    console = console or Console()
+    out = Path(config.run.out)
+    state = _claim(out, config, resume)
+    device = hardware.pick_device(config.run.device)
+    precision, why = hardware.pick_precision(config.run.precision, device)
+    threads = hardware.set_threads(config.run.threads)
+    _seed(config.run.seed)
+
+    loader = _loader(config, pin_memory=device.type == "cuda")
+    this = Training(config, device, precision)
+    splits = evaluate.load_splits(config.eval.splits, config)[0] if config.eval.every else {}
+    if state:
+        this.restore(state)
+    checkpoint.write_atomically(out / "config.yaml", config.to_yaml())
+
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        report = stack.enter_context(Reporter(console, config.run.steps, this.step, config.run.print_every))
+        log = stack.enter_context(RunLog(out, this.step, config.run.tensorboard))
+        report.print(models.summary(this.model, config.model.name))
+        report.print(f"loss       ClipPMLoss; similarity_loss is served by {_backend(this)}")
+        report.print(f"precision  {precision} ({why})")
+        report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
+        if resume and not state:
+            report.print(f"resume     {out} holds no checkpoint yet: starting at step 0")
+        elif state:
+            before = state["config"]["run"]["steps"]
+            longer = (
+                ""
+                if before == config.run.steps
+                else f"; the learning rate now ends at {config.run.steps}, not {before}"
+            )
+            report.print(f"resume     going on from step {this.step}{longer}")
+        this.model.train()
+        speed = Speed()
+        stream = _batches(this, loader, report.print) if this.step < config.run.steps else ()
+        for batch in stream:
+            row = _train_step(this, batch)
+            row |= {"samples_per_s": speed.step(len(batch["text"])), "peak_mb": peak_memory_mb(device)}
+            report.step(this.step, row)
+            last = this.step == config.run.steps
+            if last or this.step % config.run.log_every == 0:
+                log.write("metrics", row)
+            if splits and (last or this.step % config.eval.every == 0):
+                _evaluate(this, splits, log, report.print)
+                speed.pause()
+            if last or stop.requested or this.step % config.run.save_every == 0:
+                checkpoint.save(out, this.state(), config.run.keep)
+                speed.pause()
+            if last or stop.requested:
+                report.print(f"data       epoch {this.epoch} so far: {loader.report()}")
+                break
+
+    plots.curves(out)
+    if this.step < config.run.steps:
+        raise Interrupted(
+            f"{stop.requested}: saved step {this.step} of {config.run.steps} to {out / 'last.pt'}. "
+            f"To go on: simplclip train {out / 'config.yaml'} --resume"
+        )
+    report.print(f"done       step {this.step}: {out / 'last.pt'}, {out / 'curves.png'}")
+    return out / "last.pt"
+
+
+class Training:
+    """Model, loss, optimizer and where they stand. `batch` counts the batches of `epoch` that have been handed out."""
+
+    STATEFUL = ("model", "loss", "optimizer", "schedule", "scaler")
+
+    def __init__(self, config: Config, device: torch.device, precision: str):
+        self.config, self.device, self.precision = config, device, precision
+        self.model = evaluate.build_model(config).to(device)
+        self.loss = losses.ClipPMLoss(**config.loss.model_dump(), embed_dim=self._embed_dim()).to(device)
+        self.optimizer = make_optimizer(self.model, self.loss, config)
+        self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.step = self.epoch = self.batch = 0
+
+    def state(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        return parts | {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "rng": checkpoint.rng_state(),
+            "config": self.config.to_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name in self.STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
+        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas):
+            group["lr"] = group["initial_lr"] * factor(state["step"])  # run.steps may have changed
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        checkpoint.set_rng_state(state["rng"])
+
+    def _embed_dim(self) -> int | None:
+        if self.config.loss.plane != "hadamard":
+            return None
+        with torch.no_grad():
+            tokens = models.tokenizer(self.config.model.name)(["a"]).to(self.device)
+            return self.model.eval().encode_text(tokens).shape[-1]
+
+
+def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: no norms, biases, gains, scales, tokens, nor the loss's own parameters."""
+    every = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in every if _is_matrix(p)]
+    rest = [p for p in every if not _is_matrix(p)] + [p for p in loss.parameters() if p.requires_grad]
+    o = config.optim
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=o.lr,
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+        fused=decayed[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def _is_matrix(p: nn.Parameter) -> bool:
+    """Two dimensions that count: a layer scale [C, 1, 1] is a gain."""
+    return sum(n > 1 for n in p.shape) >= 2
+
+
+def lr_factor(step: int, config: Config) -> float:
+    """Share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to optim.min_lr."""
+    o, steps = config.optim, config.run.steps
+    if step < o.warmup:
+        return (step + 1) / o.warmup
+    done = min(1.0, (step - o.warmup) / max(1, steps - o.warmup))
+    low = o.min_lr / o.lr
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _train_step(this: Training, batch: dict[str, Any]) -> dict[str, float]:
+    image, text, group = (batch[k].to(this.device, non_blocking=True) for k in ("image", "text", "group"))
+    model, optimizer, scaler = this.model, this.optimizer, this.scaler
+    with hardware.autocast(this.precision, this.device):
+        x = model.encode_image(image, normalize=True)  # [N, D]
+        y = model.encode_text(text, normalize=True)  # [N, D]
+        terms = this.loss(
+            x, y, model.logit_scale.exp(), getattr(model, "logit_bias", None), output_dict=True, ids=group
+        )
+    loss = sum(terms.values())
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, this.config.optim.grad_clip or math.inf)
+
+    # One wait for the device per step, before the update: a bad step leaves the parameters as they were.
+    figures = {"loss": loss, **terms, "logit_scale": model.logit_scale.exp(), "grad_norm": norm}
+    values = dict(zip(figures, torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist()))
+    # An infinite gradient is the scaler's business: it skips the step and lowers its scale.
+    watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]
+    if not all(math.isfinite(values[k]) for k in watched):
+        raise TrainingError(
+            f"step {this.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
+            f"before the update. The last checkpoint in {this.config.run.out} is intact. Try a lower "
+            f"optim.lr, a longer optim.warmup or run.precision=fp32"
+        )
+    lr = optimizer.param_groups[0]["lr"]
+    scaler.step(optimizer)
+    scaler.update()
+    this.schedule.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    this.step += 1
+    return {"step": this.step, "epoch": this.epoch, **values, "lr": lr}
+
+
+def _batches(this: Training, loader: data.Loader, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Batches from where `this` stands, without end. The loader draws nothing from the global random generators."""
+    told = None
+    while True:
+        for batch in loader.epoch(this.epoch, skip_batches=this.batch):
+            this.batch += 1
+            yield batch
+        if told != (news := loader.report()):  # the same news every epoch is no news
+            told = news
+            tell(f"data       epoch {this.epoch}: {news}")
+        this.epoch, this.batch = this.epoch + 1, 0
+
+
+def _evaluate(this: Training, splits: dict[str, evaluate.Split], log: RunLog, tell: Callable[[str], None]) -> None:
+    this.model.eval()
+    for name, split in splits.items():
+        evaluate.encode(this.model, split, this.config.eval.batch_size, this.device, this.precision)
+        for direction, figures in evaluate.retrieval(split).items():
+            values = {k: v["value"] for k, v in figures.items()}
+            log.write("evaluation", {"step": this.step, "split": name, "direction": direction, **values})
+            shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())
+            tell(f"evaluation {name} {direction.replace('_', ' ')}: {shown}")
+    this.model.train()
+
+
+def _claim(out: Path, config: Config, resume: bool) -> dict[str, Any] | None:
+    """Make the run's folder, or read the checkpoint that is to go on. Never overwrites another run."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"run.out: expected a folder, came the file {out}")
+    last = out / "last.pt"
+    if resume and last.exists():
+        state = checkpoint.load(last)
+        _check_same(state, config, last)
+        return state
+    if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
+        raise ConfigError(
+            f"run.out: {out} already holds a run; go on with it by --resume, or choose another folder by "
+            f"--set run.out=FOLDER"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _check_same(state: dict[str, Any], config: Config, last: Path) -> None:
+    changed = differences(state["config"], config.to_dict())
+    if "data.train" in changed:
+        names = [[Path(p).name for p in ([v] if isinstance(v, str) else v)] for v in changed["data.train"]]
+        if names[0] == names[1]:
+            del changed["data.train"]
+    changed = {k: v for k, v in changed.items() if not k.startswith(_FREE)}
+    if changed:
+        told = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
+        raise ConfigError(f"resume: {last} was trained with other settings: {told}")
+    if state["step"] > config.run.steps:
+        raise ConfigError(f"run.steps: expected at least {state['step']}, the step of {last}, came {config.run.steps}")
+
+
+def _loader(config: Config, pin_memory: bool) -> data.Loader:
+    c, m = config.data, config.model
+    return data.make_loader(
+        c.train,
+        tokenizer=models.tokenizer(m.name),
+        transform=models.transforms(m.name, train=True, augment=c.augment, image_size=m.image_size),
+        batch_size=c.batch_size,
+        workers=c.workers,
+        seed=config.run.seed,
+        pin_memory=pin_memory,
+        **c.options,
+    )
+
+
+def _backend(this: Training) -> str:
+    dtype = hardware.DTYPES[this.precision] or torch.float32
+    return backends.select("similarity_loss_fwd", this.device.type, dtype, backends.forced())[0]
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global generator, which other people's transforms draw from)

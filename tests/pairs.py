@@ -1,0 +1,79 @@
+"""Small shards of image-text pairs, with a tokenizer and transforms whose output can be read back."""
+
+import io
+import json
+import random
+import tarfile
+
+import numpy as np
+import torch
+from PIL import Image
+
+from simplclip import data
+
+SIZE = 8
+COUNT = 23
+
+
+def png(seed=0, mode="RGB", size=(12, 12), form="PNG"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 4 if mode == "RGBA" else 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels, mode).save(out, form)
+    return out.getvalue()
+
+
+def write(path, samples):
+    """samples: list of (key, {suffix: bytes}); a list of them as the tar's members, in this order."""
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples:
+            for suffix, content in files.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def sample(number, captions=None):
+    record = {"captions": captions or [f"{number} a", f"{number} b", f"{number} c"], "group": number // 2}
+    return f"k{number:03d}", {
+        "json": json.dumps(record).encode(),
+        "png": png(number),
+        "txt": f"{number} a".encode(),
+    }
+
+
+def tokenizer(texts):
+    """Lossless: the bytes of each text."""
+    rows = [list(text.encode()[:12].ljust(12)) for text in texts]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def text_of(row):
+    return bytes(row.tolist()).decode().strip()
+
+
+def resize(image):
+    return torch.from_numpy(np.array(image.resize((SIZE, SIZE)))).permute(2, 0, 1).float() / 255
+
+
+def augment(image):
+    """Draws from all three global generators, as torchvision, open_clip and timm do."""
+    return resize(image) + torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
+
+
+def loader(paths, **options):
+    options = {"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options
+    return data.make_loader(paths, **options)
+
+
+def keys(batches):
+    return [key for batch in batches for key in batch["key"]]
+
+
+def equal(first, second):
+    assert len(first) == len(second)
+    for a, b in zip(first, second):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
+    return True

@@ -1,0 +1,264 @@
+"""Batches of training and evaluation: order, determinism, resuming and failing, for any number of workers."""
+
+import os
+import random
+import signal
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from pairs import COUNT, SIZE, augment, equal, keys, loader, png, resize, sample, text_of, tokenizer, write
+
+from simplclip import data
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three shards of unequal size, so that the workers do not run out together."""
+    path = tmp_path_factory.mktemp("shards")
+    for shard, (start, stop) in enumerate(((0, 5), (5, 19), (19, COUNT))):
+        write(path / f"train-{shard:06d}.tar", [sample(i) for i in range(start, stop)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def pattern(folder):
+    return str(folder / "train-{000000..000002}.tar")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_hold_what_the_shards_hold(pattern, workers):
+    batches = list(loader(pattern, workers=workers, drop_last=False).epoch(0))
+    assert [len(b["key"]) for b in batches] == [4, 4, 4, 4, 4, 3]
+    assert sorted(keys(batches)) == [f"k{i:03d}" for i in range(COUNT)]
+    batch = batches[0]
+    assert batch["image"].shape == (4, 3, SIZE, SIZE)
+    assert batch["image"].dtype == torch.float32
+    assert batch["text"].shape == (4, 12)
+    assert batch["text"].dtype == torch.int64
+    assert batch["group"].shape == (4,)
+    assert batch["group"].dtype == torch.int64
+    for batch in batches:
+        for key, row, record in zip(batch["key"], batch["text"], batch["meta"]):
+            assert text_of(row) in record["captions"]
+            assert record["group"] == int(key[1:]) // 2
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 5])
+def test_drop_last_drops_less_than_a_batch_whatever_the_workers(pattern, workers):
+    reader = loader(pattern, workers=workers)
+    batches = list(reader.epoch(0))
+    assert [len(b["key"]) for b in batches] == [4] * 5 == [4] * reader.batches_per_epoch
+    assert len(set(keys(batches))) == 20
+    assert "20 samples used, 3 left over" in reader.report()
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_fewer_shards_than_workers_share_the_samples(tmp_path, workers):
+    path = write(tmp_path / "one.tar", [sample(i) for i in range(COUNT)])
+    batches = list(loader(path, workers=workers, drop_last=False).epoch(0))
+    assert sorted(keys(batches)) == [f"k{i:03d}" for i in range(COUNT)]
+    first = {int(key[1:]) % workers for key in loader(path, workers=workers, shuffle=False).epoch(0).__next__()["key"]}
+    assert len(first) == 1
+
+
+def test_more_workers_than_samples(tmp_path):
+    path = write(tmp_path / "one.tar", [sample(0), sample(1)])
+    assert sorted(keys(loader(path, workers=3, batch_size=2).epoch(0))) == ["k000", "k001"]
+
+
+def test_without_shuffle_the_order_is_the_shards(pattern):
+    assert keys(loader(pattern, shuffle=False, drop_last=False).epoch(3)) == [f"k{i:03d}" for i in range(COUNT)]
+
+
+def test_shuffle_mixes_over_the_whole_epoch_and_differs_by_epoch_and_seed(pattern):
+    orders = [keys(loader(pattern, seed=s, drop_last=False).epoch(e)) for s, e in ((0, 0), (0, 1), (1, 0))]
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(order != sorted(order) for order in orders)
+    # A full shuffle, not one within shards: the samples of each shard come in every half.
+    many = [keys(loader(pattern, drop_last=False).epoch(e)) for e in range(8)]
+    assert any(int(order[0][1:]) >= 5 and int(order[1][1:]) < 5 for order in many)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_same_seed_same_epoch_same_batches(pattern, workers):
+    first = list(loader(pattern, workers=workers).epoch(1))
+    torch.manual_seed(123)
+    random.seed(5)
+    np.random.seed(7)  # noqa: NPY002
+    assert equal(first, list(loader(pattern, workers=workers).epoch(1)))
+
+
+def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
+    def by_key(workers):
+        found = {}
+        for batch in loader(pattern, workers=workers, drop_last=False, batch_size=3).epoch(2):
+            for i, key in enumerate(batch["key"]):
+                found[key] = (text_of(batch["text"][i]), batch["image"][i])
+        return found
+
+    alone, several = by_key(0), by_key(2)
+    assert alone.keys() == several.keys()
+    for key in alone:
+        assert alone[key][0] == several[key][0]
+        assert torch.equal(alone[key][1], several[key][1])
+
+
+def test_every_caption_is_drawn_and_augmentation_changes_by_epoch(pattern):
+    reader = loader(pattern, drop_last=False)
+    drawn, images = Counter(), []
+    for epoch in range(12):
+        batches = list(reader.epoch(epoch))
+        drawn.update(text_of(row)[-1] for batch in batches for row in batch["text"])
+        images += [b["image"][i] for b in batches for i, key in enumerate(b["key"]) if key == "k003"]
+    assert set(drawn) == {"a", "b", "c"}
+    assert min(drawn.values()) > 12 * COUNT / 6
+    assert all(not torch.equal(images[0], image) for image in images[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_callers_random_numbers_are_left_alone(pattern, workers):
+    def draws():
+        return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+
+    def seed():
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)  # noqa: NPY002
+
+    seed()
+    expected = draws()
+    seed()
+    for _ in loader(pattern, workers=workers).epoch(0):
+        pass
+    data.load_eval(pattern, tokenizer, augment)
+    assert draws() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_skip_batches_gives_the_rest_of_the_epoch(pattern, workers, drop_last):
+    reader = loader(pattern, workers=workers, drop_last=drop_last, batch_size=3)
+    whole, report = list(reader.epoch(1)), reader.report()
+    for skip in range(len(whole) + 1):
+        assert equal(list(reader.epoch(1, skip_batches=skip)), whole[skip:])
+        assert reader.report() == report
+
+
+def test_skip_batches_skips_alike_with_broken_samples(tmp_path):
+    broken = ("k100", {"png": png()[:40], "txt": b"torn"})
+    paths = [write(tmp_path / f"{i}.tar", [sample(4 * i), broken, sample(4 * i + 1)]) for i in range(4)]
+    reader = loader(paths, batch_size=2)
+    whole = list(reader.epoch(0))
+    assert equal(list(reader.epoch(0, skip_batches=2)), whole[2:])
+    assert len(whole) == 4
+    assert sum(reader.skipped.values()) == 4
+
+
+def test_skipped_batches_are_not_augmented_or_tokenized(pattern):
+    calls = Counter()
+
+    def counted(image):
+        calls["augmented"] += 1
+        return augment(image)
+
+    def tokens(texts):
+        calls["tokenized"] += len(texts)
+        return tokenizer(texts)
+
+    list(loader(pattern, transform=counted, tokenizer=tokens, batch_size=5).epoch(0, skip_batches=3))
+    assert calls == {"augmented": COUNT - 15, "tokenized": COUNT - 15}
+
+
+def test_skip_batches_beyond_the_epoch_is_an_error(pattern):
+    with pytest.raises(ValueError, match="skip_batches: expected at most 5.*got 6"):
+        list(loader(pattern).epoch(0, skip_batches=6))
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(pattern):
+    with pytest.raises(RuntimeError, match="worker"):
+        list(loader(pattern, workers=1, transform=lambda image: os._exit(1)).epoch(0))
+
+
+def test_interrupting_the_process_group_leaves_workers_to_the_trainer(pattern):
+    def interrupt(image):
+        os.kill(os.getpid(), signal.SIGINT)
+        return resize(image)
+
+    assert len(keys(loader(pattern, workers=1, transform=interrupt).epoch(0))) == 20
+
+
+def test_a_failing_transform_names_the_sample(pattern, folder):
+    def fail(image):
+        raise TypeError("no such image")
+
+    with pytest.raises(RuntimeError, match=r"'k000' of shard '.*train-000000\.tar': TypeError: no such image"):
+        list(loader(pattern, transform=fail, shuffle=False).epoch(0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_without_a_batch_says_why(tmp_path, workers):
+    path = write(tmp_path / "a.tar", [sample(0), ("broken", {"png": b"", "txt": b"x"})])
+    with pytest.raises(data.EmptyEpochError, match=r"epoch 3 .*a\.tar.* 1 usable.*batch_size 2 .*1 not an image"):
+        list(loader(path, batch_size=2, workers=workers).epoch(3))
+    empty = write(tmp_path / "b.tar", [])
+    with pytest.raises(data.EmptyEpochError, match="0 usable"):
+        list(loader(empty, batch_size=2, workers=workers).epoch(0))
+
+
+def test_an_abandoned_epoch_leaves_no_trace(pattern):
+    reader = loader(pattern, workers=2, batch_size=2)
+    whole = list(reader.epoch(0))
+    next(reader.epoch(0))
+    assert equal(list(reader.epoch(0)), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size: expected an integer of at least 1, got 2.5"),
+        ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer: expected an integer of at least 1, got 0"),
+        ({"prefetch": 0}, "prefetch: expected an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(pattern, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader(pattern, **options)
+
+
+def test_bad_epochs(pattern):
+    with pytest.raises(ValueError, match="epoch: expected an integer of at least 0, got -1"):
+        loader(pattern).epoch(-1)
+    with pytest.raises(ValueError, match="skip_batches: expected an integer of at least 0, got -2"):
+        loader(pattern).epoch(0, skip_batches=-2)
+
+
+def test_load_eval_reads_the_whole_split_in_order(pattern):
+    found = data.load_eval(pattern, tokenizer, augment)
+    assert len(found) == COUNT
+    assert found.keys == [f"k{i:03d}" for i in range(COUNT)]
+    assert found.captions == [f"{i} a" for i in range(COUNT)]
+    assert found.images.shape == (COUNT, 3, SIZE, SIZE)
+    assert found.text.shape == (COUNT, 12)
+    assert [text_of(row) for row in found.text] == found.captions
+    (batch,) = loader(pattern, batch_size=COUNT, shuffle=False).epoch(0)
+    assert torch.equal(found.groups, batch["group"])
+    assert torch.equal(found.images, data.load_eval(pattern, tokenizer, augment).images)
+    assert found.picture(3).size == (12, 12)
+    assert found.report() == "23 samples read, 0 skipped"
+
+
+def test_load_eval_labels_and_damage(tmp_path):
+    labelled = ("a", {"png": png(), "json": b'{"caption": "x", "label": "Flags"}'})
+    path = write(tmp_path / "a.tar", [labelled, ("b", {"png": png(), "txt": b"y"}), ("c", {"png": png()})])
+    found = data.load_eval(path, tokenizer, resize)
+    assert found.labels == ["Flags", None]
+    assert found.skipped.counts == {"missing caption": 1}
+    assert "1 missing caption (first: a.tar/c)" in found.report()
+    with pytest.raises(data.EmptyEpochError, match="no usable sample.*1 missing image"):
+        data.load_eval(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]), tokenizer, resize)

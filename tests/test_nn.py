@@ -1,0 +1,285 @@
+"""Shaped attention against its formula, and the simplified block as a module."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from simplclip.nn import ShapedAttention, SimplifiedBlock, neighbour_groups, share_weights
+from simplclip.reference import shaped_attention
+
+
+def inputs(b=2, length=5, h=3, k=4, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k_, v = (torch.randn(b, length, h, k, generator=g, dtype=torch.float64).to(dtype) for _ in range(3))
+    gains = [torch.randn(h, generator=g, dtype=torch.float64) for _ in range(3)]
+    return q, k_, v, *gains
+
+
+def by_loops(q, k, v, alpha, beta, gamma, scale, causal, lengths):
+    """The definition, token by token."""
+    out = torch.zeros_like(v)
+    for b in range(q.shape[0]):
+        n = q.shape[1] if lengths is None else int(lengths[b])
+        for h in range(q.shape[2]):
+            for i in range(n):
+                keys = i + 1 if causal else n
+                a = (k[b, :keys, h] @ q[b, i, h] * scale).softmax(0)
+                seen = v[b, :keys, h]
+                out[b, i, h] = alpha[h] * v[b, i, h] + beta[h] * (a @ seen) - gamma[h] * seen.mean(0)
+    return out
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [5, 2], [0, 1]])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_values_are_those_of_the_definition(causal, lengths, scale):
+    args = inputs()
+    lengths = None if lengths is None else torch.tensor(lengths)
+    out = shaped_attention(*args, scale=scale, causal=causal, lengths=lengths)
+    expected = by_loops(*args, 0.5 if scale is None else scale, causal, lengths)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [4, 0, 2]])
+def test_gradients(causal, lengths):
+    args = [t.requires_grad_() for t in inputs(b=3, length=4, h=2, k=3)]
+    lengths = None if lengths is None else torch.tensor(lengths)
+    assert torch.autograd.gradcheck(lambda *a: shaped_attention(*a, causal=causal, lengths=lengths), args)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-4), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("length", [1, 17, 77])
+def test_lower_precision_is_near_float64(dtype, tolerance, length):
+    args = inputs(length=length, k=16)
+    low = [t.to(dtype) for t in args[:3]] + [t.float() for t in args[3:]]
+    out = shaped_attention(*low, causal=True)
+    expected = shaped_attention(*(t.double() for t in low), causal=True)
+    assert out.dtype == dtype
+    assert (out.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_zero_queries_and_equal_gains_give_the_identity():
+    q, k, v, *_ = inputs()
+    one = torch.ones(3, dtype=torch.float64)
+    for causal in (False, True):
+        out = shaped_attention(torch.zeros_like(q), k, v, one, one, one, causal=causal)
+        torch.testing.assert_close(out, v, rtol=1e-12, atol=1e-12)
+
+
+def test_padded_tokens_are_neither_read_nor_written():
+    lengths = torch.tensor([3, 0])
+    clean = [t.requires_grad_() for t in inputs()]
+    dirty = [t.detach().clone() for t in clean]
+    for t in dirty[:3]:
+        t[0, 3:], t[1] = float("nan"), float("nan")
+    dirty = [t.requires_grad_() for t in dirty]
+    outs = [shaped_attention(*args, lengths=lengths) for args in (clean, dirty)]
+    torch.testing.assert_close(outs[0], outs[1], rtol=0, atol=0)
+    assert not outs[1][0, 3:].any()
+    assert not outs[1][1].any()
+    for out in outs:
+        out.sum().backward()
+    for a, b in zip(clean, dirty, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+def test_lengths_beyond_the_sequence_count_as_full():
+    args = inputs()
+    torch.testing.assert_close(shaped_attention(*args, lengths=torch.tensor([9, 5])), shaped_attention(*args))
+
+
+def test_non_contiguous_inputs():
+    args = inputs()
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in args[:3]]
+    assert not strided[0].is_contiguous()
+    torch.testing.assert_close(shaped_attention(*strided, *args[3:]), shaped_attention(*args))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"q": torch.zeros(2, 5, 12)}, ValueError, r"q: expected \[B, L, H, K\]"),
+        ({"k": torch.zeros(2, 6, 3, 4)}, ValueError, r"k: expected the shape of q.*\[2, 6, 3, 4\]"),
+        ({"v": torch.zeros(2, 5, 3, 4).half()}, TypeError, "v: expected the dtype of q.*float16"),
+        ({"v": torch.zeros(2, 5, 3, 4, device="meta")}, ValueError, "v: expected the device of q, cpu, got meta"),
+        ({"q": torch.zeros(2, 5, 3, 4).int()}, TypeError, "q: expected a floating dtype, got torch.int32"),
+        ({"beta": torch.ones(4)}, ValueError, r"beta: expected one value per head, \[3\], got \[4\]"),
+        ({"gamma": 1.0}, TypeError, "gamma: expected a tensor, got float"),
+        ({"lengths": [1, 2]}, TypeError, "lengths: expected an integer tensor"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths: expected an integer dtype, got torch.float32"),
+        ({"lengths": torch.tensor([1, 2, 3])}, ValueError, r"lengths: expected one per sequence, \[2\], got \[3\]"),
+    ],
+)
+def test_errors_name_argument_expectation_and_what_came(change, error, words):
+    names = ["q", "k", "v", "alpha", "beta", "gamma"]
+    arguments = dict(zip(names, inputs(dtype=torch.float32), strict=True)) | change
+    with pytest.raises(error, match=words):
+        shaped_attention(**arguments)
+
+
+def test_attention_module_starts_as_the_identity():
+    x = torch.randn(2, 7, 12)
+    for causal in (False, True):
+        torch.testing.assert_close(ShapedAttention(12, 3, causal=causal)(x), x)
+    mixed = ShapedAttention(12, 3, gamma=0.25)(x)
+    torch.testing.assert_close(mixed, x + 0.75 * x.mean(1, keepdim=True))
+    rotated = ShapedAttention(12, 3, value=True, output=True)(x)
+    assert not torch.allclose(rotated, x)
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))  # orthogonal projections
+
+
+def test_causal_block_does_not_see_the_future():
+    torch.manual_seed(0)
+    block = SimplifiedBlock(12, 3, causal=True)
+    nn.init.normal_(block.qk.weight)
+    x = torch.randn(1, 6, 12)
+    changed = x.clone()
+    changed[:, 4:] = torch.randn(1, 2, 12)
+    assert torch.equal(block(x)[:, :4], block(changed)[:, :4])
+    block.causal = False
+    assert not torch.allclose(block(x)[:, :4], block(changed)[:, :4])
+
+
+def test_lengths_keep_padding_out_of_the_block():
+    torch.manual_seed(0)
+    block = SimplifiedBlock(12, 3)
+    nn.init.normal_(block.qk.weight)
+    x = torch.randn(2, 6, 12)
+    out = block(x, torch.tensor([4, 6]))
+    torch.testing.assert_close(out[:1, :4], block(x[:1, :4]))
+    torch.testing.assert_close(out[1:], block(x[1:]))
+    assert block(x, torch.tensor([0, 6])).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quickgelu", "relu", "silu"])
+def test_every_norm_and_activation_trains(norm, act):
+    block = SimplifiedBlock(8, 2, 2.0, norm=norm, act=act, value=True, output=True)
+    block(torch.randn(3, 4, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    if dtype == torch.float16 and not torch.amp.is_autocast_available("cpu"):
+        pytest.skip("no float16 autocast on this CPU")
+    torch.manual_seed(0)
+    block = SimplifiedBlock(16, 2, value=False)
+    nn.init.normal_(block.qk.weight, std=0.2)
+    x = torch.randn(2, 5, 16)
+    full = block(x)
+    with torch.autocast("cpu", dtype):
+        low = block(x)
+    assert low.dtype == dtype
+    torch.testing.assert_close(low.float(), full, rtol=0.05, atol=0.05)
+    low.float().sum().backward()
+    assert block.qk.weight.grad.dtype == torch.float32
+
+
+def test_drop_path_skips_the_mlp_of_some_samples_in_training_only():
+    torch.manual_seed(0)
+    block = SimplifiedBlock(8, 2, drop_path=0.5, mlp_gain=1.0)
+    x = torch.randn(64, 3, 8)
+    attention_only = block.norm(x)  # a new block's attention is the identity
+    dropped = torch.isclose(block(x), attention_only).all(dim=(1, 2)).sum()
+    assert 16 <= dropped <= 48
+    block.eval()
+    assert not torch.isclose(block(x), attention_only).all(dim=(1, 2)).any()
+
+
+def test_signal_and_gradient_keep_their_size_through_a_deep_skipless_stack():
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(SimplifiedBlock(64, 4, causal=True) for _ in range(12)))
+    x = torch.randn(4, 16, 64, requires_grad=True)
+    out = stack(x)
+    assert 0.5 < out.std() < 2
+    (out * torch.randn_like(out)).sum().backward()
+    norms = torch.stack([block.fc1.weight.grad.norm() for block in stack])
+    assert norms.max() < 4 * norms.min()
+    similarity = torch.nn.functional.cosine_similarity(out[:, 0], out[:, 8], dim=-1)
+    assert similarity.abs().mean() < 0.5  # tokens have not collapsed into one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"heads": 5}, "heads: expected a divisor of the width 12, got 5"),
+        ({"heads": 0}, "heads: expected a divisor"),
+        ({"norm": "batchnorm"}, "norm: expected one of .*'layernorm'.*got 'batchnorm'"),
+        ({"act": "tanh"}, "act: expected one of .*'gelu'.*got 'tanh'"),
+        ({"drop_path": 1.0}, "drop_path: expected a probability"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio: expected at least one hidden unit"),
+    ],
+)
+def test_block_rejects_bad_options(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        SimplifiedBlock(**({"width": 12, "heads": 3} | arguments))
+
+
+def test_block_rejects_bad_input():
+    block = SimplifiedBlock(12, 3)
+    with pytest.raises(ValueError, match=r"x: expected \[B, L, 12\], got \[2, 5, 8\]"):
+        block(torch.zeros(2, 5, 8))
+    with pytest.raises(ValueError, match=r"lengths: expected one per sequence, \[2\]"):
+        block(torch.zeros(2, 5, 12), torch.tensor([1]))
+
+
+def test_neighbour_groups():
+    assert neighbour_groups(5) == [[0, 1], [2, 3], [4]]
+    assert neighbour_groups(6, 3) == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="size"):
+        neighbour_groups(4, 0)
+
+
+@pytest.mark.parametrize("norms_and_gains", [False, True])
+def test_shared_weights_count_once_get_every_gradient_and_survive_copy_and_state_dict(norms_and_gains):
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(SimplifiedBlock(8, 2, value=i == 0, output=i == 3) for i in range(4)))
+    single = sum(p.numel() for p in SimplifiedBlock(8, 2).parameters())
+    small = sum(p.numel() for n, p in SimplifiedBlock(8, 2).named_parameters() if not n.startswith(("qk", "fc")))
+    share_weights(stack, [[0, 1], [2, 3]], norms_and_gains=norms_and_gains)
+    expected = 2 * single + 2 * 64 + (0 if norms_and_gains else 2 * small)
+    assert sum(p.numel() for p in stack.parameters()) == expected
+    assert stack[0].qk is stack[1].qk
+    assert stack[2].fc1 is stack[3].fc1
+    assert stack[1].qk is not stack[2].qk
+    assert stack[1].value is None
+    assert stack[3].output is not None
+    assert (stack[0].alpha is stack[1].alpha) == norms_and_gains
+
+    x = torch.randn(2, 3, 8)
+    clone = copy.deepcopy(stack)
+    assert clone[0].qk is clone[1].qk
+    stack(x).sum().backward()
+    assert stack[0].qk.weight.grad.abs().sum() > 0
+
+    other = nn.Sequential(*(SimplifiedBlock(8, 2, value=i == 0, output=i == 3) for i in range(4)))
+    share_weights(other, [[0, 1], [2, 3]], norms_and_gains=norms_and_gains)
+    other.load_state_dict(stack.state_dict(), strict=True)
+    torch.testing.assert_close(other(x), stack(x))
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([[]], "got an empty one"),
+        ([[0, 3]], "indices of 3 blocks, got 3"),
+        ([[0, 1], [1, 2]], "block 1 twice"),
+        ([[0, 2]], "equal hidden within"),
+    ],
+)
+def test_share_weights_rejects(groups, words):
+    blocks = [SimplifiedBlock(8, 2), SimplifiedBlock(8, 2), SimplifiedBlock(8, 2, 2.0)]
+    with pytest.raises(ValueError, match=words):
+        share_weights(blocks, groups)
+    assert blocks[0].qk is not blocks[1].qk
+
+
+def test_compiles_without_graph_breaks():
+    block = SimplifiedBlock(8, 2, causal=True)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x, lengths = torch.randn(2, 5, 8), torch.tensor([5, 2])
+    torch.testing.assert_close(compiled(x, lengths), block(x, lengths))

@@ -1,0 +1,237 @@
+"""What a sample may be, and every kind of damage to it or to its shard."""
+
+import io
+import json
+import os
+import tarfile
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from pairs import SIZE, keys, loader, png, resize, sample, text_of, tokenizer, write
+from PIL import Image
+
+from simplclip import data
+from simplclip.data import shards
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "form"), [("jpg", "JPEG"), ("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"), ("JPG", "JPEG")]
+)
+def test_image_kinds(tmp_path, suffix, form):
+    path = write(tmp_path / "a.tar", [("a", {suffix: png(form=form), "txt": b"one"})])
+    (batch,) = loader(path, batch_size=1).epoch(0)
+    assert text_of(batch["text"][0]) == "one"
+    assert batch["meta"] == [{}]
+
+
+@pytest.mark.parametrize(
+    ("files", "caption"),
+    [
+        ({"txt": b" one \n"}, "one"),
+        ({"json": b'{"caption": "two"}', "txt": b"one"}, "two"),
+        ({"json": b'{"captions": ["three", "", 3]}', "txt": b"one"}, "three"),
+        ({"json": b'{"captions": [], "caption": ""}', "txt": b"one"}, "one"),
+        ({"json": '{"caption": "zwölf"}'.encode()}, "zwölf"),
+    ],
+)
+def test_where_captions_come_from(tmp_path, files, caption):
+    path = write(tmp_path / "a.tar", [("a", {"png": png()} | files)])
+    (batch,) = loader(path, batch_size=1).epoch(0)
+    assert text_of(batch["text"][0]) == caption
+
+
+def test_transparent_images_are_composed_on_white(tmp_path):
+    clear = io.BytesIO()
+    Image.new("RGBA", (12, 12), (0, 0, 0, 0)).save(clear, "PNG")
+    path = write(tmp_path / "a.tar", [("a", {"png": clear.getvalue(), "txt": b"one"})])
+    (batch,) = loader(path, batch_size=1, transform=resize).epoch(0)
+    assert torch.equal(batch["image"], torch.ones(1, 3, SIZE, SIZE))
+
+
+def test_groups(tmp_path):
+    same = {"png": png(), "txt": b"x", "json": b'{"group": "cat"}'}
+    write(tmp_path / "a.tar", [("a", same), ("b", {"png": png(), "txt": b"x"})])
+    write(
+        tmp_path / "b.tar",
+        [("c", same), ("b", {"png": png(), "txt": b"x"}), ("cat", {"png": png(), "txt": b"x"})],
+    )
+    batches = list(loader(str(tmp_path / "*.tar"), batch_size=5, shuffle=False).epoch(0))
+    groups = batches[0]["group"].tolist()
+    assert groups[0] == groups[2]  # named alike
+    assert len(set(groups)) == 4  # the key "b" of another shard is another sample, and a key is no group's name
+    assert all(0 <= group < 2**63 for group in groups)
+    # Pinned: the same in every process and version.
+    assert groups[0] == shards.group_id("group/cat") == 5663915147306578298
+
+
+def bomb(side):
+    """A PNG whose header claims side x side pixels."""
+    small = bytearray(png())
+    small[16:24] = side.to_bytes(4, "big") * 2
+    small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
+    return bytes(small)
+
+
+DAMAGE = {
+    "truncated image": {"png": png(size=(64, 64))[:2000], "txt": b"x"},
+    "truncated image (jpg)": {"jpg": png(size=(64, 64), form="JPEG")[:900], "txt": b"x"},
+    "not an image": {"png": b"hello", "txt": b"x"},
+    "not an image (empty)": {"png": b"", "txt": b"x"},
+    "image too large": {"png": bomb(60000), "txt": b"x"},
+    "image too large (where Pillow only warns)": {"png": bomb(10000), "txt": b"x"},
+    "missing image": {"txt": b"x"},
+    "missing caption": {"png": png()},
+    "missing caption (json)": {"png": png(), "json": b'{"group": 1}'},
+    "empty caption": {"png": png(), "txt": b" \n"},
+    "empty caption (json)": {"png": png(), "json": b'{"captions": ["", " "]}'},
+    "caption not UTF-8": {"png": png(), "txt": b"\xff\xfe\xff"},
+    "bad json": {"png": png(), "json": b'{"caption": ', "txt": b"x"},
+    "bad json (list)": {"png": png(), "json": b"[1]", "txt": b"x"},
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_samples_are_skipped_and_counted(tmp_path, workers):
+    broken = [(f"broken{i}", files) for i, files in enumerate(DAMAGE.values())]
+    good = [sample(i) for i in range(len(broken))]
+    path = write(tmp_path / "a.tar", [pair for pairs in zip(good, broken) for pair in pairs])
+    reader = loader(path, workers=workers, drop_last=False)
+    expected = Counter(reason.split(" (")[0] for reason in DAMAGE)
+    for epoch in range(2):  # counted anew in each epoch
+        assert sorted(keys(reader.epoch(epoch))) == [key for key, _ in good]
+        assert reader.skipped == expected
+    report = reader.report()
+    assert "\n" not in report
+    assert f"{len(good)} samples used, {len(broken)} skipped" in report
+    for reason, count in expected.items():
+        assert f"{count} {reason} (first: a.tar/broken" in report
+
+
+@pytest.mark.parametrize("reason", DAMAGE)
+def test_each_kind_of_damage_is_told_from_the_others(tmp_path, reason):
+    path = write(tmp_path / "a.tar", [sample(0), ("broken", DAMAGE[reason])])
+    reader = loader(path, batch_size=1)
+    assert keys(reader.epoch(0)) == ["k000"]
+    assert reader.skipped == {reason.split(" (")[0]: 1}
+
+
+def test_a_double_file_is_counted_and_the_first_one_used(tmp_path):
+    files = [("a", {"png": png(), "txt": b"first"}), ("a", {"txt": b"second"})]
+    reader = loader(write(tmp_path / "a.tar", files), batch_size=1)
+    (batch,) = reader.epoch(0)
+    assert text_of(batch["text"][0]) == "first"
+    assert reader.skipped == {"duplicate file in tar": 1}
+
+
+def headers(path):
+    with tarfile.open(path) as tar:
+        return {member.name: member for member in tar.getmembers()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("where", ["inside a file", "inside a header", "between files", "garbage header"])
+def test_samples_before_a_tear_are_used(tmp_path, where, workers):
+    path = write(tmp_path / "torn.tar", [sample(i) for i in range(6)])
+    other = write(tmp_path / "whole.tar", [sample(i) for i in range(6, 9)])
+    content = Path(path).read_bytes()
+    members = headers(path)
+    cut = {
+        "inside a file": members["k004.png"].offset_data + 10,
+        "inside a header": members["k004.png"].offset + 100,
+        "between files": members["k004.png"].offset,
+        "garbage header": members["k004.png"].offset,
+    }[where]
+    rest = b"\x17" * 4096 if where == "garbage header" else b""
+    Path(path).write_bytes(content[:cut] + rest)
+    reader = loader([path, other], workers=workers, drop_last=False)
+    assert sorted(keys(reader.epoch(0))) == [f"k{i:03d}" for i in (0, 1, 2, 3, 6, 7, 8)]
+    assert reader.skipped == {"torn tar": 1}
+    assert "torn.tar" in reader.report()
+
+
+def test_a_tear_behind_a_usable_sample_does_not_cost_it(tmp_path):
+    path = write(tmp_path / "torn.tar", [sample(0), sample(1)])
+    os.truncate(path, headers(path)["k001.txt"].offset_data + 1)
+    reader = loader(path, batch_size=1)
+    assert sorted(keys(reader.epoch(0))) == ["k000", "k001"]
+    assert reader.skipped == {"torn tar": 1}
+
+
+def test_a_torn_tar_is_counted_once_however_many_workers_read_it(tmp_path):
+    path = write(tmp_path / "torn.tar", [sample(i) for i in range(6)])
+    os.truncate(path, headers(path)["k005.png"].offset_data + 1)
+    reader = loader(path, workers=3, batch_size=1)
+    assert len(keys(reader.epoch(0))) == 5
+    assert reader.skipped == {"torn tar": 1}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("why", ["missing", "not a tar", "empty file", "torn first header"])
+def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why):
+    path = write(tmp_path / "odd.tar", [sample(0)])
+    whole = write(tmp_path / "whole.tar", [sample(i) for i in range(9)])
+    reader = loader([path, whole], workers=workers)
+    content = Path(path).read_bytes()
+    if why == "missing":
+        os.remove(path)
+    else:
+        new = {"not a tar": b"hello" * 999, "empty file": b"", "torn first header": content[:300]}[why]
+        Path(path).write_bytes(new)
+    start = time.monotonic()
+    with pytest.raises(data.ShardError, match=r"shard '.*odd\.tar' cannot be opened: .+") as caught:
+        list(reader.epoch(0))
+    assert "Traceback" not in str(caught.value)
+    assert time.monotonic() - start < 20
+    with pytest.raises(data.ShardError, match="odd.tar"):
+        data.load_eval(path, tokenizer, resize) if why != "missing" else next(shards.read_shard(path, shards.Skipped()))
+
+
+def test_a_shard_without_permission_names_itself(tmp_path):
+    path = write(tmp_path / "secret.tar", [sample(0)])
+    reader = loader(path)
+    os.chmod(path, 0)
+    user = os.geteuid()
+    if user == 0:  # who may read every file
+        os.seteuid(65534)
+    try:
+        with pytest.raises(data.ShardError, match="secret.tar.*Permission"):
+            list(reader.epoch(0))
+    finally:
+        os.seteuid(user)
+
+
+def test_shard_patterns(tmp_path):
+    folder = tmp_path
+    for i in range(3):
+        write(folder / f"train-00000{i}.tar", [sample(i)])
+    files = [str(folder / f"train-00000{i}.tar") for i in range(3)]
+    assert data.expand(folder / "train-000000.tar") == files[:1]
+    assert data.expand(str(folder / "*.tar")) == files == data.expand(str(folder / "train-{000000..000002}.tar"))
+    assert data.expand([str(folder / "*0.tar"), str(folder / "train-00000[12].tar")]) == files
+    for bad, message in (
+        (str(folder / "no-*.tar"), r"shards: .*pattern '.*no-\*\.tar' matches none"),
+        (str(folder / "train-{000000..000003}.tar"), r"shards: .*train-000003\.tar' does not exist"),
+        (str(folder), "shards: .*is a folder"),
+        ([], "shards: .*empty list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.expand(bad)
+
+
+def test_batches_per_epoch_comes_from_meta_json_if_it_fits(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tar", [sample(i) for i in range(6)])
+    assert loader(path, batch_size=4).batches_per_epoch == 1
+    assert loader(path, batch_size=4, drop_last=False).batches_per_epoch == 2
+    entry = {"samples": 80, "bytes": os.path.getsize(path)}
+    (tmp_path / "meta.json").write_text(json.dumps({"splits": {"train": {"shards": {"a.tar": entry}}}}))
+    assert loader(path, batch_size=4).batches_per_epoch == 20
+    monkeypatch.setattr(shards, "COUNT_LIMIT", 0)
+    assert loader(path, batch_size=4).batches_per_epoch == 20
+    os.truncate(path, os.path.getsize(path) - 512)  # another file than the one that was listed
+    assert loader(path, batch_size=4).batches_per_epoch is None

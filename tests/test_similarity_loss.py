@@ -1,0 +1,386 @@
+import os
+import subprocess
+import sys
+
+import dense
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import assert_within
+
+import simplclip
+from benchmarks.measure import cpu_peak_bytes
+from simplclip import backends
+from simplclip.ops import similarity_loss
+from simplclip.ops.similarity_loss import workspace_bytes
+
+CPU_ERROR = backends.extension_error
+WIDTH = 48
+BACKENDS = [
+    pytest.param("cpu", marks=pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")),
+    "reference",
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make_inputs(n, m, offset=0, plane="scalar", ids=False, scale=20.0, width=WIDTH, seed=0):
+    """Float64 leaves: partly matched unit features, the plane, and optional ids with repetitions."""
+    g = torch.Generator().manual_seed(seed)
+    image = F.normalize(torch.randn(n, width, generator=g, dtype=torch.float64), dim=1)
+    text = torch.randn(m, width, generator=g, dtype=torch.float64)
+    text[offset : offset + n] += 4 * image
+    leaves = {
+        "image": image,
+        "text": F.normalize(text, dim=1),
+        "logit_scale": torch.tensor(scale, dtype=torch.float64),
+        "weight": torch.randn((width,) if plane == "hadamard" else (), generator=g, dtype=torch.float64) + 3,
+        "bias": torch.tensor(-1.0, dtype=torch.float64),
+    }
+    options = {"label_offset": offset}
+    if ids:
+        columns = torch.randint(0, max(m // 2, 1), (m,), generator=g) * 10**12
+        options |= {"ids": columns[offset : offset + n].clone(), "text_ids": columns}
+    return leaves, options
+
+
+def values_and_grads(function, leaves, dtype, weights=(1.3, 0.7), **options):
+    """Every term and every gradient of their weighted sum, as a dict. Features in `dtype`, parameters in float32 at least."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    args = {k: v.to(dtype if k in ("image", "text") else wide).detach().requires_grad_() for k, v in leaves.items()}
+    terms = function(args["image"], args["text"], args["logit_scale"], plane=(args["weight"], args["bias"]), **options)
+    sum(w * t for w, t in zip(weights, terms.values())).backward()
+    return {**{k: v.detach() for k, v in terms.items()}, **{f"d_{k}": v.grad for k, v in args.items()}}
+
+
+def both(image, text, scale, **options):
+    return similarity_loss(image, text, scale, terms=("contrastive", "pair_matching"), **options)
+
+
+def check(leaves, options, dtype, backend, **kernel_options):
+    with simplclip.backend(backend):
+        kernel = values_and_grads(both, leaves, dtype, **options, **kernel_options)
+    # Halves are compared with plain torch on the same rounded inputs, and with float64 on them.
+    rounded = {k: v.to(dtype).double() if k in ("image", "text") else v.float().double() for k, v in leaves.items()}
+    truth = values_and_grads(dense.similarity_loss, rounded, torch.float64, **options)
+
+    def plain_form(image, text, scale, *, plane, **rest):
+        return dense.similarity_loss(image, text, scale.to(dtype), plane=tuple(p.to(dtype) for p in plane), **rest)
+
+    plain = values_and_grads(plain_form, leaves, dtype, **options)
+    assert_within(kernel, plain, truth, dtype, f"{backend} {dtype} {options.keys()}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 257, 1000])
+def test_values_and_gradients(n, dtype, backend):
+    for plane in ("scalar", "hadamard"):
+        for negatives in ("all", "hard", "shift"):
+            if (negatives == "shift" and n == 1) or (n == 1000 and backend == "reference" and plane == "hadamard"):
+                continue
+            leaves, options = make_inputs(n, n, plane=plane)
+            check(leaves, {**options, "negatives": negatives}, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("negatives", ["all", "hard", "shift"])
+def test_rectangular_with_offset(negatives, symmetric, backend):
+    for n, m, offset in ((1, 2, 1), (3, 70, 67), (100, 333, 57), (65, 130, 0)):
+        leaves, options = make_inputs(n, m, offset)
+        check(leaves, {**options, "negatives": negatives, "symmetric": symmetric}, torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("negatives", ["all", "hard", "shift"])
+def test_equal_ids_are_no_negatives(negatives, backend):
+    for n, m, offset in ((2, 2, 0), (17, 17, 0), (200, 200, 0), (50, 140, 60)):
+        for plane in ("scalar", "hadamard"):
+            leaves, options = make_inputs(n, m, offset, plane=plane, ids=True)
+            check(leaves, {**options, "negatives": negatives}, torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_ids_equal_leaves_no_negatives(backend):
+    leaves, options = make_inputs(20, 20)
+    options |= {"ids": torch.zeros(20, dtype=torch.int64), "text_ids": torch.zeros(20, dtype=torch.int64)}
+    for negatives in ("all", "hard"):
+        with simplclip.backend(backend):
+            out = values_and_grads(both, leaves, torch.float32, negatives=negatives, **options)
+        assert out["contrastive"] == 0
+        assert all(v.isfinite().all() for v in out.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plane", ["scalar", "hadamard"])
+@pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
+def test_chunks_and_stored_rows_change_nothing(plane, dtype):
+    """One chunk or several, the last not whole, with and without the stored matrix."""
+    leaves, options = make_inputs(300, 310, 7, plane=plane, ids=True)
+    row = 310 * (4 if dtype == torch.float16 else dtype.itemsize)
+    for scratch, store in ((0, 0), (64 * row, 0), (128 * row, 0), (128 * row, 300 * row), (1 << 20, 1 << 20)):
+        for negatives in ("all", "hard"):
+            check(leaves, {**options, "negatives": negatives}, dtype, "cpu", scratch_bytes=scratch, store_bytes=store)
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0, 1000.0, -50.0])
+@pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
+def test_wide_logits(scale):
+    """Columns whose exponentials all underflow against their chunk's reference are summed afresh."""
+    leaves, options = make_inputs(150, 150, scale=scale)
+    leaves["image"][::3] *= 3  # unnormalised features are no error
+    for negatives in ("all", "hard"):
+        check(leaves, {**options, "negatives": negatives}, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend):
+    leaves, options = make_inputs(33, 33)
+    padded = {k: v if v.dim() == 0 else torch.randn(33, 3 * WIDTH)[:, ::3].copy_(v) for k, v in leaves.items()}
+    padded["text"] = leaves["text"].float().T.contiguous().T
+    plain = {k: v.float().contiguous() for k, v in leaves.items()}
+    assert not padded["image"].is_contiguous()
+    assert not padded["text"].is_contiguous()
+    with simplclip.backend(backend):
+        a = values_and_grads_in_place(padded, **options)
+        b = values_and_grads_in_place(plain, **options)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-7)
+
+
+def values_and_grads_in_place(leaves, **options):
+    args = {
+        k: v.float().detach().requires_grad_() if v.dim() == 0 else v.detach().requires_grad_()
+        for k, v in leaves.items()
+    }
+    terms = both(args["image"], args["text"], args["logit_scale"], plane=(args["weight"], args["bias"]), **options)
+    sum(terms.values()).backward()
+    return {**{k: v.detach() for k, v in terms.items()}, **{k: v.grad for k, v in args.items()}}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_uninitialised_memory_is_never_read(backend):
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        for plane in ("scalar", "hadamard"):
+            leaves, options = make_inputs(70, 90, 11, plane=plane)
+            for negatives in ("all", "hard"):
+                check(leaves, {**options, "negatives": negatives}, torch.bfloat16, backend, scratch_bytes=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
+def test_runs_are_identical():
+    for dtype in DTYPES:
+        leaves, options = make_inputs(300, 300, ids=True)
+        first, second = (values_and_grads(both, leaves, dtype, negatives="hard", **options) for _ in range(2))
+        for name in first:
+            assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("negatives", ["all", "hard", "shift"])
+@pytest.mark.parametrize("plane", ["scalar", "hadamard"])
+def test_reference_gradcheck(plane, negatives):
+    leaves, options = make_inputs(5, 7, 2, plane=plane, ids=True, width=6, scale=4.0)
+    if negatives == "hard":  # its weights are detached: compared with autograd of the dense form instead
+        check(leaves, {**options, "negatives": negatives}, torch.float64, "reference")
+        return
+    args = [v.clone().requires_grad_() for v in leaves.values()]
+
+    def run(image, text, scale, weight, bias):
+        with simplclip.backend("reference"):
+            return tuple(both(image, text, scale, plane=(weight, bias), negatives=negatives, **options).values())
+
+    assert torch.autograd.gradcheck(run, args)
+
+
+@pytest.mark.parametrize("fused", [0, 1, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, fused):
+    leaves, _ = make_inputs(9, 12, 2)
+    args = [v.float().requires_grad_() for v in leaves.values()]
+    if not fused:
+        args[3:] = None, None
+    ids = torch.arange(9), torch.arange(12)
+    torch.library.opcheck(
+        torch.ops.simplclip.similarity_loss_fwd,
+        (*args, *ids, 2, True, True, fused, 64, 0, backend),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("negatives", ["all", "hard", "shift"])
+def test_compiles_without_graph_breaks(negatives, dynamic):
+    leaves, options = make_inputs(20, 20)
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic)
+    expected = values_and_grads(both, leaves, torch.float32, negatives=negatives, **options)
+    got = values_and_grads(compiled, leaves, torch.float32, negatives=negatives, **options)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_casts_the_features_and_returns_float32():
+    leaves, options = make_inputs(40, 40)
+    half = {k: v.to(torch.bfloat16).float() if k in ("image", "text") else v for k, v in leaves.items()}
+    expected = values_and_grads(both, half, torch.bfloat16, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = values_and_grads(both, half, torch.float32, **options)
+        mixed = both(leaves["image"].float(), leaves["text"].bfloat16(), 10.0, plane=(1.0, 0.0))
+    assert got["contrastive"].dtype == mixed["contrastive"].dtype == torch.float32
+    assert got["d_image"].dtype == torch.float32
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name].to(got[name].dtype), rtol=1e-5, atol=1e-7)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    leaves, options = make_inputs(20, 20)
+    args = {k: v.float() for k, v in leaves.items()}
+    args["text"].requires_grad_()
+    out = both(args["image"], args["text"], args["logit_scale"], plane=(args["weight"], args["bias"]), **options)
+    sum(out.values()).backward()
+    expected = values_and_grads(both, leaves, torch.float32, weights=(1, 1), **options)
+    torch.testing.assert_close(args["text"].grad, expected["d_text"])
+    assert args["image"].grad is None
+
+
+def test_logit_bias_changes_nothing_and_gets_a_zero_gradient():
+    leaves, _ = make_inputs(10, 10)
+    image, text = leaves["image"].float(), leaves["text"].float().requires_grad_()
+    bias = torch.tensor(-10.0, requires_grad=True)
+    with_bias = similarity_loss(image, text, 14.0, logit_bias=bias)["contrastive"]
+    with_bias.backward()
+    assert with_bias == similarity_loss(image, text, 14.0)["contrastive"]
+    assert bias.grad == 0
+
+
+def test_nan_reaches_the_loss():
+    leaves, _ = make_inputs(30, 30)
+    image = leaves["image"].float()
+    image[3, 3] = torch.nan
+    assert similarity_loss(image, leaves["text"].float(), 10.0)["contrastive"].isnan()
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
+def test_every_instruction_set(isa):
+    """Each set's kernels, in a process of its own since the choice is made once."""
+    code = (
+        "import torch, test_similarity_loss as t\n"
+        "for dtype in t.DTYPES:\n"
+        "    for n, m, o in ((3, 3, 0), (70, 97, 5)):\n"
+        "        for negatives in ('all', 'hard'):\n"
+        "            leaves, options = t.make_inputs(n, m, o, ids=n > 3)\n"
+        "            t.check(leaves, {**options, 'negatives': negatives}, dtype, 'cpu')\n"
+        "print(t.backends.extension.cpu_isa())"
+    )
+    here = os.path.dirname(__file__)
+    env = {**os.environ, "SIMPLCLIP_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=here)
+    if "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr:
+        pytest.skip(f"this CPU has no {isa}: {done.stderr.strip().splitlines()[-1]}")
+    assert done.stdout.strip() == isa, done.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
+def test_extra_memory_is_what_workspace_bytes_says(dtype):
+    n, width = 3000, 256
+    image, text = (torch.randn(n, width).to(dtype).requires_grad_() for _ in range(2))
+    for hadamard, negatives in ((False, "all"), (True, "hard")):
+        plane = (torch.ones(width) if hadamard else 1.0, 0.0)
+        budgets = {"scratch_bytes": 2 << 20, "store_bytes": 0 if hadamard else 64 << 20}
+
+        def run(plane=plane, negatives=negatives, budgets=budgets):
+            terms = both(image, text, 10.0, plane=plane, negatives=negatives, **budgets)
+            image.grad = text.grad = None
+            sum(terms.values()).backward()
+
+        run()
+        image.grad = text.grad = None
+        grads = 2 * n * width * dtype.itemsize
+        peak = cpu_peak_bytes(run) - grads
+        stated = workspace_bytes(n, n, width, dtype, hadamard=hadamard, hard=negatives == "hard", **budgets)
+        assert peak <= stated
+        assert peak >= 0.5 * stated
+
+
+GOOD = torch.randn(4, 8)
+BAD_CALLS = {
+    "rank": (dict(image=torch.randn(4)), ValueError, r"image: expected a tensor \[N, D\], got shape \[4\]"),
+    "not a tensor": (dict(text=[1.0]), TypeError, r"text: expected a tensor \[M, D\], got list"),
+    "width": (dict(text=torch.randn(4, 9)), ValueError, "text: expected the width of image, 8, got 9"),
+    "device": (
+        dict(text=torch.randn(4, 8, device="meta")),
+        ValueError,
+        "text: expected the device of image, cpu, got meta",
+    ),
+    "dtypes": (
+        dict(text=GOOD.bfloat16()),
+        TypeError,
+        "text: expected the dtype of image, torch.float32, got torch.bfloat16",
+    ),
+    "empty": (dict(image=GOOD[:0]), ValueError, r"image: expected at least one row .* got shape \[0, 8\]"),
+    "integers": (dict(image=GOOD.long()), TypeError, "image: expected float32, .* got torch.int64"),
+    "fewer columns": (
+        dict(text=torch.randn(3, 8)),
+        ValueError,
+        "label_offset: expected 0 <= label_offset <= M - N = -1",
+    ),
+    "offset": (dict(label_offset=1), ValueError, "label_offset: expected 0 <= label_offset <= M - N = 0 .* got 1"),
+    "offset type": (dict(label_offset=0.5), TypeError, "label_offset: expected an int, got float"),
+    "ids length": (dict(ids=torch.arange(3)), ValueError, r"ids: expected shape \[N\] = \[4\], got \[3\]"),
+    "ids dtype": (dict(ids=torch.arange(4.0)), TypeError, r"ids: expected an int64 tensor \[N\], got torch.float32"),
+    "text ids alone": (dict(text_ids=torch.arange(4)), ValueError, "ids: expected ids for the rows beside text_ids"),
+    "scale": (dict(logit_scale=torch.ones(2)), ValueError, r"logit_scale: expected one element, got shape \[2\]"),
+    "scale dtype": (
+        dict(logit_scale=torch.tensor(3)),
+        TypeError,
+        "logit_scale: expected a floating dtype, got torch.int64",
+    ),
+    "terms": (dict(terms=("contrastiv",)), ValueError, "terms: expected one of 'contrastive', .* got 'contrastiv'"),
+    "no terms": (dict(terms=()), ValueError, "terms: expected a tuple of at least one of"),
+    "no plane": (dict(terms=("pair_matching",)), ValueError, "plane: expected .* got NoneType"),
+    "plane width": (
+        dict(terms=("pair_matching",), plane=(torch.ones(5), 0.0)),
+        ValueError,
+        r"plane: expected w \[D\] = \[8\], got shape \[5\]",
+    ),
+    "negatives": (dict(negatives="some"), ValueError, "negatives: expected one of 'all', 'shift', 'hard', got 'some'"),
+    "shift": (
+        dict(terms=("pair_matching",), plane=(1.0, 0.0), negatives="shift", shift=4),
+        ValueError,
+        "shift: expected 1 <= shift < M = 4, got 4",
+    ),
+    "budget": (dict(scratch_bytes=-1), ValueError, "scratch_bytes: expected a number of bytes, 0 or more, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_is_named(case):
+    changes, error, message = BAD_CALLS[case]
+    call = {"image": GOOD, "text": GOOD, "logit_scale": 10.0, **changes}
+    with pytest.raises(error, match=message):
+        similarity_loss(**call)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_device():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    leaves, options = make_inputs(64, 64, ids=True)
+    on_device = {k: v.float().cuda() for k, v in leaves.items()}
+    options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    plane = (on_device.pop("weight"), on_device.pop("bias"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for negatives in ("all", "hard", "shift"):
+            both(**on_device_args(on_device), plane=plane, negatives=negatives, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def on_device_args(leaves):
+    return {"image": leaves["image"], "text": leaves["text"], "scale": leaves["logit_scale"]}
