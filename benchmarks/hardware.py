@@ -20,9 +20,7 @@ def cpu_name() -> str:
     """The processor's name as the kernel gives it, with its family and model where the name alone says little."""
     try:
         info = dict(
-            line.split(":", 1)
-            for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-            if ":" in line
+            line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line
         )
     except OSError:
         return platform.processor() or platform.machine()

@@ -39,9 +39,7 @@ def test_similarity_loss(benchmark, rows, request, n, dtype):
     generator = torch.Generator().manual_seed(0)
     image = F.normalize(torch.randn(n, WIDTH, generator=generator), dim=1)
     text = F.normalize(image + 4 * F.normalize(torch.randn(n, WIDTH, generator=generator), dim=1), dim=1)
-    leaves = [t.to(getattr(torch, dtype)).requires_grad_() for t in (image, text)] + [
-        torch.tensor(50.0, requires_grad=True)
-    ]
+    leaves = [t.to(getattr(torch, dtype)).requires_grad_() for t in (image, text)] + [torch.tensor(50.0, requires_grad=True)]
     forms = {"simplclip": ours, "simplclip, pair matching too": ours_with_pair_matching}
     if n <= DENSE_UP_TO:
         forms |= {"open_clip.ClipLoss": ClipLoss(), "torch.compile, one product": torch.compile(single_product)}

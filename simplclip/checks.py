@@ -61,9 +61,7 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, lengths: Tensor | None
-) -> None:
+def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, lengths: Tensor | None) -> None:
     """The arguments of shaped_attention."""
     tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
     for name, t in tensors.items():

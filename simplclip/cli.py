@@ -87,9 +87,7 @@ def _config_help(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
 
@@ -130,9 +128,7 @@ def emoji(
 @app.command()
 @_expected_errors
 def train(
-    config: Annotated[
-        str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")
-    ],
+    config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")],
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -191,9 +187,7 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images or captions encoded at a time.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out splits without files, and say so.")
-    ] = False,
+    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out splits without files, and say so.")] = False,
 ) -> None:
     """Zero-shot retrieval and classification of a checkpoint: a table, JSON, and pictures of what it finds."""
     splits = _named_splits(data or [])

@@ -241,9 +241,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{field_key}: missing; expected {_type_name(field.annotation)} ({field.description})"
     came = error["input"]
-    where = (
-        key if isinstance(field.annotation, types.GenericAlias) and len(path) > field_key.count(".") + 1 else field_key
-    )
+    where = key if isinstance(field.annotation, types.GenericAlias) and len(path) > field_key.count(".") + 1 else field_key
     limits = error["type"] in _LIMITS
     expected = error["msg"].lower().replace("input should be ", "") if limits else _type_name(field.annotation)
     return f"{where}: expected {expected}, came {_shown(came)}"

@@ -96,13 +96,9 @@ def render(data: dict) -> str:
     lines = [f"simplclip {data['simplclip']}, Python {data['python']}, {data['platform']}"]
     lines.append("packages   " + ", ".join(f"{k} {v or 'not installed'}" for k, v in data["packages"].items()))
     cpu, extension, gpu = data["cpu"], data["extension"], data["gpu"]
-    lines.append(
-        f"cpu        {cpu['threads']} threads on {cpu['cores']} cores, torch uses {cpu['torch_instruction_set']}"
-    )
+    lines.append(f"cpu        {cpu['threads']} threads on {cpu['cores']} cores, torch uses {cpu['torch_instruction_set']}")
     if extension["cpu"]["loaded"]:
-        bf16 = (
-            "bfloat16 products in hardware" if extension["cpu"]["native_bfloat16"] else "bfloat16 computed as float32"
-        )
+        bf16 = "bfloat16 products in hardware" if extension["cpu"]["native_bfloat16"] else "bfloat16 computed as float32"
         lines.append(
             f"extension  CPU kernels: {extension['cpu']['instruction_set']}, {bf16}; built by {extension['cpu']['compiler']}"
         )

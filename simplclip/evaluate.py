@@ -138,9 +138,7 @@ def build_model(config: configs.Config) -> nn.Module:
         ) from error
 
 
-def load_model(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, configs.Config, dict[str, Any]]:
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, configs.Config, dict[str, Any]]:
     """Model in eval mode, config and raw state of a checkpoint. Errors: FileNotFoundError, CheckpointError."""
     state = checkpoints.load(path)
     config = configs.from_dict(state["config"])
@@ -150,8 +148,7 @@ def load_model(
     except RuntimeError as error:
         reasons = [line.strip() for line in str(error).splitlines()[1:]]
         raise checkpoints.CheckpointError(
-            f"{path}: its weights do not fit the architecture {config.model.name!r} of its config: "
-            f"{' '.join(reasons)[:300]}"
+            f"{path}: its weights do not fit the architecture {config.model.name!r} of its config: {' '.join(reasons)[:300]}"
         ) from None
     return model.to(device).eval(), config, state
 
@@ -257,35 +254,27 @@ def zero_shot(
 
 def table(results: Mapping[str, Any]) -> Table:
     """The figures of `run` for a terminal: per cent, chance, and how many times chance."""
-    shown = Table(title=f"{results['model']}, step {results['step']}", caption="in brackets: chance, and times chance")
-    for name in ("split", "task", "among"):
-        shown.add_column(name, justify="right" if name == "among" else "left")
+    shown = Table(
+        title=f"{results['model']}, step {results['step']}", caption="share found among the first k, chance, times chance"
+    )
+    for name in ("split", "task"):
+        shown.add_column(name, no_wrap=True)
     for k in KS:
         shown.add_column(f"@{k}", justify="right", no_wrap=True)
     for name, result in results["splits"].items():
         for direction, among in (("image_to_text", "texts"), ("text_to_image", "images")):
-            shown.add_row(
-                name,
-                direction.replace("_to_", " → "),
-                f"{result[among]} {among}",
-                *(_cell(result[direction][f"R@{k}"]) for k in KS),
-            )
+            task = f"{result[among]} {among}"
+            shown.add_row(name, f"find in {task}", *(_cell(result[direction][f"R@{k}"]) for k in KS))
         if classes := result["zero_shot"]:
-            shown.add_row(
-                name,
-                "zero-shot class",
-                f"{len(classes['classes'])} labels",
-                _cell(classes["top1"]),
-                _cell(classes["top5"]),
-                "",
-            )
+            task = f"{len(classes['classes'])} classes"
+            shown.add_row(name, task, _cell(classes["top1"]), _cell(classes["top5"]), "")
         shown.add_section()
     return shown
 
 
 def _cell(figure: Mapping[str, float]) -> str:
     value, chance = figure["value"], figure["chance"]
-    return f"{value:.1%} [dim]({chance:.2%}, {value / chance:.1f}×)[/dim]"
+    return f"{value:.1%} [dim]{chance:.1%} {value / chance:.0f}×[/dim]"
 
 
 def _in_words(figures: Mapping[str, Mapping[str, float]], among: int) -> str:

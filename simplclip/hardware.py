@@ -16,9 +16,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(
-            f"device: expected cpu, cuda or cuda:N, came {name!r} ({str(error).splitlines()[0]})"
-        ) from None
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, came {name!r} ({str(error).splitlines()[0]})") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device: expected a device of this machine, came {name!r}; it has "

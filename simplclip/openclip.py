@@ -288,9 +288,7 @@ def _transformer_sites(transformer: Transformer, path: str, tower: str, causal: 
         yield _Site(f"{path}.resblocks.{index}", block, TransformerBlock, heads, options)
 
 
-def _build(
-    site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, options: dict
-) -> SimplifiedBlock:
+def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, options: dict) -> SimplifiedBlock:
     block = site.block
     if isinstance(block, SimplifiedBlock):
         weight, old_act, old_drop = block.fc1.weight, block.act, block.drop_path

@@ -308,9 +308,7 @@ def tokenizer(captions):
 
 def test_the_loader_reads_the_build(small, no_font, tmp_path):
     emoji.build(tmp_path / "out", progress=False)
-    reader = data.make_loader(
-        str(tmp_path / "out" / "train-*.tar"), tokenizer=tokenizer, transform=to_tensor, batch_size=20
-    )
+    reader = data.make_loader(str(tmp_path / "out" / "train-*.tar"), tokenizer=tokenizer, transform=to_tensor, batch_size=20)
     batches = list(reader.epoch(0))
     assert len(batches) == reader.batches_per_epoch == 2 * (KEPT - HELD_OUT) // 20
     assert not reader.skipped

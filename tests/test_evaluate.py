@@ -85,9 +85,7 @@ def test_fewer_candidates_than_k():
 
 def split_of(shard, transform=None):
     name = "siclip-tiny"
-    return evaluate.Split.of(
-        evaluate.data.load_eval(shard, models.tokenizer(name), models.transforms(name, train=False))
-    )
+    return evaluate.Split.of(evaluate.data.load_eval(shard, models.tokenizer(name), models.transforms(name, train=False)))
 
 
 def test_equal_captions_of_a_group_are_one_candidate(tmp_path):
@@ -126,9 +124,7 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path):
     meta = [dict(m) for m in split.data.meta]
     del meta[0]["label"]
     split.data = replace(split.data, meta=meta)
-    split.image_features = torch.stack(
-        [F.one_hot(torch.tensor(names.index(m.get("label", "red"))), 4).float() for m in meta]
-    )
+    split.image_features = torch.stack([F.one_hot(torch.tensor(names.index(m.get("label", "red"))), 4).float() for m in meta])
     wrong = [i for i, m in enumerate(meta) if m.get("label") == "blue"][:2]
     split.image_features[wrong] = 0.0
     split.image_features[wrong, names.index("red")] = 1.0
@@ -165,8 +161,7 @@ def test_run_writes_table_json_and_pictures(trained, tmp_path):
     assert got["step"] == 30
     # trained on these very pictures
     assert (
-        got["splits"]["one"]["image_to_text"]["R@5"]["value"]
-        > 2.5 * got["splits"]["one"]["image_to_text"]["R@5"]["chance"]
+        got["splits"]["one"]["image_to_text"]["R@5"]["value"] > 2.5 * got["splits"]["one"]["image_to_text"]["R@5"]["chance"]
     )
     assert got["splits"]["two"]["texts"] == 24
     assert got["splits"]["two"]["zero_shot"]["templates"] == ["a {} shape"]
@@ -221,9 +216,7 @@ def test_what_is_no_checkpoint_says_so(trained, tmp_path):
     state = checkpoint.load(trained / "run")
     state["config"]["model"]["options"] = {}
     torch.save(state, tmp_path / "wide.pt")
-    with pytest.raises(
-        checkpoint.CheckpointError, match="weights do not fit the architecture 'siclip-tiny'.*Missing key"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match="weights do not fit the architecture 'siclip-tiny'.*Missing key"):
         evaluate.load_model(tmp_path / "wide.pt")
     state["version"] = 99
     torch.save(state, tmp_path / "new.pt")

@@ -150,8 +150,7 @@ def test_strided_inputs(backend):
 
 def values_and_grads_in_place(leaves, **options):
     args = {
-        k: v.float().detach().requires_grad_() if v.dim() == 0 else v.detach().requires_grad_()
-        for k, v in leaves.items()
+        k: v.float().detach().requires_grad_() if v.dim() == 0 else v.detach().requires_grad_() for k, v in leaves.items()
     }
     terms = both(args["image"], args["text"], args["logit_scale"], plane=(args["weight"], args["bias"]), **options)
     sum(terms.values()).backward()

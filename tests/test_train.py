@@ -68,9 +68,7 @@ def state_of(folder):
 
 
 # An epoch has 3 batches: step 3 ends one, step 5 lies within one.
-@pytest.mark.parametrize(
-    ("stop", "workers", "precision"), [(5, 0, "fp32"), (3, 0, "bf16"), (4, 1, "fp32"), (1, 2, "fp32")]
-)
+@pytest.mark.parametrize(("stop", "workers", "precision"), [(5, 0, "fp32"), (3, 0, "bf16"), (4, 1, "fp32"), (1, 2, "fp32")])
 def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path, monkeypatch, stop, workers, precision):
     # Dropout draws from the global generator in every step, as "shift" negatives do.
     changes = [f"data.workers={workers}", f"run.precision={precision}", "model.options.vision_cfg.timm_drop=0.2"]
@@ -124,9 +122,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     assert first > 1.5
     assert last < 0.6 * first
     for row in logged:
-        assert float(row["loss"]) == pytest.approx(
-            float(row["contrastive_loss"]) + float(row["pair_matching_loss"]), 1e-5
-        )
+        assert float(row["loss"]) == pytest.approx(float(row["contrastive_loss"]) + float(row["pair_matching_loss"]), 1e-5)
     assert Image.open(out / "curves.png").size[0] > 600
     assert list((out / "tensorboard").glob("events.*"))
     assert tiny.config.load(out / "config.yaml") == config

@@ -135,9 +135,7 @@ def twemoji() -> FileVendor:
 
 def openmoji() -> FileVendor:
     def render(data: bytes) -> Image.Image:
-        png = resvg_py.svg_to_bytes(
-            svg_string=data.decode(), width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True
-        )
+        png = resvg_py.svg_to_bytes(svg_string=data.decode(), width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True)
         return Image.open(io.BytesIO(bytes(png)))
 
     return FileVendor(_openmoji_files(), render)

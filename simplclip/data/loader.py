@@ -41,9 +41,7 @@ class EmptyEpochError(RuntimeError):
 class Loader:
     """Batches of an epoch at a time; made by `make_loader`, which documents it."""
 
-    def __init__(
-        self, settings: dict[str, Any], workers: int, drop_last: bool, prefetch: int, pin_memory: bool
-    ) -> None:
+    def __init__(self, settings: dict[str, Any], workers: int, drop_last: bool, prefetch: int, pin_memory: bool) -> None:
         self._settings = settings
         self._workers, self._drop_last = workers, drop_last
         self._prefetch, self._pin_memory = prefetch, pin_memory
@@ -90,9 +88,7 @@ class Loader:
         if number == 0:
             raise EmptyEpochError(self._why_empty(epoch))
         if number < skip_batches:
-            raise ValueError(
-                f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}"
-            )
+            raise ValueError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
 
     def _whole_batches(self, dataset: Epoch) -> Iterator[tuple[Batch | None, int]]:
         """Batches as the workers make them, then what their last, smaller ones make together."""

@@ -22,7 +22,9 @@ STORE_BYTES = 64 << 20
 _PACKING_BYTES = 4 << 20
 _STRIP = 64  # the chunk is a multiple of what one task of the CPU kernel takes
 
-_TENSORS = "Tensor image, Tensor text, Tensor logit_scale, Tensor? plane_weight, Tensor? plane_bias, Tensor? ids, Tensor? text_ids"
+_TENSORS = (
+    "Tensor image, Tensor text, Tensor logit_scale, Tensor? plane_weight, Tensor? plane_bias, Tensor? ids, Tensor? text_ids"
+)
 _MODE = "int label_offset, bool symmetric, bool contrastive, int negatives"
 
 
@@ -71,12 +73,8 @@ def _bwd_fake(grad_terms, image, text, logit_scale, plane_weight, plane_bias, id
     *_, need_image, need_text, _chunk, _backend = rest
     stats = {"dtype": accumulate_dtype(image.dtype)}
     return (
-        torch.empty_like(image, memory_format=torch.contiguous_format)
-        if need_image
-        else image.new_empty(0, image.shape[1]),
-        torch.empty_like(text, memory_format=torch.contiguous_format)
-        if need_text
-        else text.new_empty(0, text.shape[1]),
+        torch.empty_like(image, memory_format=torch.contiguous_format) if need_image else image.new_empty(0, image.shape[1]),
+        torch.empty_like(text, memory_format=torch.contiguous_format) if need_text else text.new_empty(0, text.shape[1]),
         image.new_empty((), **stats),
         image.new_empty(0 if plane_weight is None else plane_weight.shape, **stats),
         image.new_empty((), **stats),
@@ -227,9 +225,10 @@ def similarity_loss(
     Returns:
         A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
 
-    Gradients flow to image, text, logit_scale and plane. Saved for backward: the inputs, 2 (N + M) statistics, at most
-    store_bytes of S. Extra memory: `workspace_bytes`, O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and reductions are in
-    float32 and in a fixed order: equal inputs give equal results. Double backward is not supported.
+    Gradients flow to image, text, logit_scale and plane. Saved for backward: the inputs, 2 (N + M) statistics and S where it
+    fits store_bytes. Extra memory: `workspace_bytes`, O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M
+    matrices. Statistics and reductions are in float32 and in a fixed order: equal inputs give equal results. Double backward
+    is not supported.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -325,7 +324,8 @@ def _shifted_pair_matching(image, text, weight, q, ids, text_ids, label_offset, 
             raise ValueError(f"shift: expected 1 <= shift < M = {m}, got {shift}")
     elif shift.numel() != 1 or shift.dtype != torch.int64 or shift.device != image.device:
         raise ValueError(
-            f"shift: expected one int64 element on {image.device}, got {checks.shape_of(shift)} {shift.dtype} on {shift.device}"
+            f"shift: expected one int64 element on {image.device}, "
+            f"got {checks.shape_of(shift)} {shift.dtype} on {shift.device}"
         )
     stats = accumulate_dtype(image.dtype)
     x = image.to(stats) * weight

@@ -88,11 +88,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             report.print(f"resume     {out} holds no checkpoint yet: starting at step 0")
         elif state:
             before = state["config"]["run"]["steps"]
-            longer = (
-                ""
-                if before == config.run.steps
-                else f"; the learning rate now ends at {config.run.steps}, not {before}"
-            )
+            longer = "" if before == config.run.steps else f"; the learning rate now ends at {config.run.steps}, not {before}"
             report.print(f"resume     going on from step {this.step}{longer}")
         this.model.train()
         speed = Speed()
@@ -200,9 +196,7 @@ def _train_step(this: Training, batch: dict[str, Any]) -> dict[str, float]:
     with hardware.autocast(this.precision, this.device):
         x = model.encode_image(image, normalize=True)  # [N, D]
         y = model.encode_text(text, normalize=True)  # [N, D]
-        terms = this.loss(
-            x, y, model.logit_scale.exp(), getattr(model, "logit_bias", None), output_dict=True, ids=group
-        )
+        terms = this.loss(x, y, model.logit_scale.exp(), getattr(model, "logit_bias", None), output_dict=True, ids=group)
     loss = sum(terms.values())
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
@@ -267,8 +261,7 @@ def _claim(out: Path, config: Config, resume: bool) -> dict[str, Any] | None:
         return state
     if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
         raise ConfigError(
-            f"run.out: {out} already holds a run; go on with it by --resume, or choose another folder by "
-            f"--set run.out=FOLDER"
+            f"run.out: {out} already holds a run; go on with it by --resume, or choose another folder by --set run.out=FOLDER"
         )
     out.mkdir(parents=True, exist_ok=True)
     return None

@@ -124,9 +124,7 @@ class Reporter:
 
 def figures(row: Mapping[str, float]) -> str:
     """The part of a row that a person watches, on one line."""
-    terms = "  ".join(
-        f"{name.removesuffix('_loss')} {value:.3f}" for name, value in row.items() if name.endswith("_loss")
-    )
+    terms = "  ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in row.items() if name.endswith("_loss"))
     return (
         f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}  "
         f"{row['samples_per_s']:.0f} samples/s  peak {row['peak_mb']:.0f} MiB"

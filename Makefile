@@ -1,0 +1,53 @@
+# `make demo` and `make test` are the two commands of the README: each starts from a fresh clone and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/siclip-tiny-emoji
+
+# One process uses the cores that there are; spinning threads of two processes would slow both several times.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help install demo test test-gpu bench tables lint clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+# --no-build-isolation: the extensions are built against the torch that they will run with, and torch is not fetched twice.
+$(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools ninja
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## venv with torch, the extensions and all extras
+
+demo: install  ## train a small SiCLIP on the built-in emoji pairs on this machine, and evaluate it
+	$(BIN)/simplclip data emoji --out data/emoji
+	$(BIN)/simplclip train siclip-tiny-emoji --resume --set run.out=$(OUT)
+	$(BIN)/simplclip evaluate $(OUT)/last.pt --skip-missing
+	@echo
+	@echo "Pictures: $(OUT)/curves.png and $(OUT)/evaluation-*.png"
+	@echo "Next:     $(BIN)/simplclip train --help-config      every setting, with its default"
+	@echo "          $(BIN)/simplclip train siclip-tiny-emoji --set run.steps=2000 --set run.out=runs/longer"
+	@echo "          $(BIN)/simplclip doctor                   which kernels run here, and why not others"
+
+test: install  ## the tests; those that need a GPU say why they are skipped
+	$(BIN)/python -m pytest
+
+test-gpu: install  ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+bench: install  ## the microbenchmarks; writes benchmarks/results
+	$(BIN)/python -m pytest benchmarks --write
+
+tables: install  ## the README's tables from the committed result files
+	$(BIN)/python -m benchmarks.tables
+
+lint: install  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove what was built; keeps data, runs and the venv
+	rm -rf build *.egg-info simplclip/*.so

@@ -1,0 +1,84 @@
+"""Writes the README's tables from the committed result files: `python -m benchmarks.tables` (--check: fails if they differ).
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def newest(pattern: str) -> Path:
+    """The result file of the latest date; its name ends in it."""
+    found = sorted(RESULTS.glob(pattern), key=lambda path: path.stem[-10:])
+    if not found:
+        raise FileNotFoundError(f"no result file {pattern} in {RESULTS}")
+    return found[-1]
+
+
+def similarity_loss() -> list[str]:
+    path = newest("similarity_loss-*.csv")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| N | dtype | form | ms, median | times simplclip's | extra MiB |", "|--:|---|---|--:|--:|--:|"]
+    lines += [
+        f"| {int(r['n']):,} | {r['dtype']} | {r['form']} | {float(r['p50_ms']):,.0f} | {r['times_ours']} | {float(r['extra_mib']):,.0f} |"
+        for r in rows
+    ]
+    first = rows[0]
+    lines += [
+        "",
+        f"Forward and backward, D = {first['d']}, medians of {first['repeats']} interleaved runs; {first['hardware']}, "
+        f"torch {first['torch']}, commit {first['commit']}, {first['date']} (`{path.relative_to(ROOT)}`; `make bench`).",
+    ]
+    return lines
+
+
+def demo() -> list[str]:
+    path = newest("demo-*.json")
+    result = json.loads(path.read_text())
+    lines = ["| held out | find | R@1 | R@5 | R@10 | chance of R@5 |", "|---|---|--:|--:|--:|--:|"]
+    for split, entry in result["splits"].items():
+        for direction, among in (("image_to_text", "texts"), ("text_to_image", "images")):
+            recalls = " | ".join(f"{entry[direction][f'R@{k}']['value']:.1%}" for k in (1, 5, 10))
+            find = (
+                f"the caption of an image, among {entry[among]:,}"
+                if among == "texts"
+                else f"images of a caption, among {entry[among]:,}"
+            )
+            lines.append(f"| {split} | {find} | {recalls} | {entry[direction]['R@5']['chance']:.2%} |")
+    lines += [
+        "",
+        f"{result['model']} trained from scratch for {result['step']} steps, one seed, {result['samples_per_second']:.0f} samples/s; "
+        f"{result['hardware']}, torch {result['torch']}, commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`). "
+        "`concepts` are drawings of things that training never saw, `vendor` a third vendor's drawings of things it did.",
+    ]
+    return lines
+
+
+TABLES = {"similarity_loss": similarity_loss, "demo": demo}
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    before = text = path.read_text()
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"README.md: expected a place <!-- table: {name} --> ... <!-- end -->, found none")
+        table = "\n".join(make())
+        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    if "--check" in sys.argv[1:]:
+        sys.exit("README.md differs from the result files: run python -m benchmarks.tables" if text != before else 0)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

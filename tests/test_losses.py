@@ -1,0 +1,156 @@
+import inspect
+import os
+import subprocess
+import sys
+
+import dense
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+
+from simplclip.losses import ClipPMLoss
+
+
+def features(n=24, width=16, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    image = F.normalize(torch.randn(n, width, generator=g), dim=1)
+    text = F.normalize(torch.randn(n, width, generator=g) + 3 * image, dim=1)
+    scale = torch.tensor(14.0, requires_grad=True)
+    return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(), scale
+
+
+def test_signature_is_open_clips():
+    theirs, ours = (inspect.signature(c.__init__).parameters for c in (ClipLoss, ClipPMLoss))
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs if name != "self")
+    theirs, ours = (inspect.signature(c.forward).parameters for c in (ClipLoss, ClipPMLoss))
+    assert list(ours)[: len(theirs)] == list(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_without_pair_matching_it_is_clip_loss(bias, dtype):
+    bias = None if bias is None else torch.tensor(bias)
+    results = []
+    for loss in (ClipLoss(), ClipPMLoss(pm_weight=0)):
+        image, text, scale = features(dtype=dtype)
+        value = loss(image, text, scale, bias, output_dict=True)
+        assert list(value) == ["contrastive_loss"]
+        value["contrastive_loss"].backward()
+        results.append((value["contrastive_loss"], image.grad, text.grad, scale.grad))
+        assert list(loss.parameters()) == []
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("plane", ["scalar", "hadamard"])
+@pytest.mark.parametrize("negatives", ["all", "hard"])
+def test_terms_and_plane_gradients(negatives, plane):
+    loss = ClipPMLoss(pm_weight=0.5, plane=plane, negatives=negatives, embed_dim=16)
+    image, text, scale = features()
+    terms = loss(image, text, scale, output_dict=True)
+    assert list(terms) == ["contrastive_loss", "pair_matching_loss"]
+    assert loss(image, text, scale) == sum(terms.values())
+    sum(terms.values()).backward()
+    weight, bias = (p.detach().clone().requires_grad_() for p in (loss.plane_weight, loss.plane_bias))
+    expected = dense.similarity_loss(image, text, scale, plane=(weight, bias), negatives=negatives)
+    (expected["contrastive"] + 0.5 * expected["pair_matching"]).backward()
+    torch.testing.assert_close(terms["contrastive_loss"], expected["contrastive"])
+    torch.testing.assert_close(terms["pair_matching_loss"], 0.5 * expected["pair_matching"])
+    torch.testing.assert_close(loss.plane_weight.grad, weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.plane_bias.grad, bias.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_shift_draws_another_negative_at_each_call():
+    loss = ClipPMLoss(negatives="shift")
+    image, text, scale = features()
+    draw = lambda: loss(image, text, scale, output_dict=True)["pair_matching_loss"].item()  # noqa: E731
+    torch.manual_seed(0)
+    first = [draw() for _ in range(8)]
+    torch.manual_seed(0)
+    assert [draw() for _ in range(8)] == first
+    assert len(set(first)) > 1
+
+
+def test_ids_drop_out_of_the_negatives():
+    loss = ClipPMLoss()
+    image, text, scale = features(4)
+    twice = [torch.cat([t, t]).detach() for t in (image, text)]
+    ids = torch.arange(4).repeat(2)
+    assert loss(*twice, scale, ids=ids) < loss(*twice, scale)
+    expected = dense.similarity_loss(*twice, scale, ids=ids, text_ids=ids)["contrastive"]
+    torch.testing.assert_close(loss(*twice, scale, output_dict=True, ids=ids)["contrastive_loss"], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pm_weight": -1}, "pm_weight: expected a weight of 0 or more, got -1"),
+        ({"plane": "affine"}, "plane: expected one of 'scalar', 'hadamard', got 'affine'"),
+        ({"negatives": "none"}, "negatives: expected one of 'all', 'shift', 'hard', got 'none'"),
+        ({"plane": "hadamard"}, "embed_dim: expected the width D"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClipPMLoss(**arguments)
+
+
+def test_compiles_and_round_trips():
+    loss = ClipPMLoss(plane="hadamard", embed_dim=16)
+    other = ClipPMLoss(plane="hadamard", embed_dim=16)
+    with torch.no_grad():
+        loss.plane_weight.normal_()
+    other.load_state_dict(loss.state_dict())
+    image, text, scale = features()
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(image, text, scale), other(image, text, scale))
+
+
+RANK = """
+import itertools, os, sys
+import torch
+from open_clip.loss import ClipLoss
+from simplclip.losses import ClipPMLoss
+import test_losses as t
+
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+whole = t.features(20)
+mine = slice(10 * rank, 10 * rank + 10)
+for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
+    results = []
+    for make in (ClipLoss, lambda **k: ClipPMLoss(pm_weight=0, **k)):
+        image, text = (f.detach()[mine].clone().requires_grad_() for f in whole[:2])
+        scale = torch.tensor(14.0, requires_grad=True)
+        loss = make(local_loss=local_loss, gather_with_grad=gather_with_grad, rank=rank, world_size=2)(image, text, scale)
+        loss.backward()
+        results.append((loss, image.grad, text.grad, scale.grad))
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+# Pair matching with ids over gathered features: every rank sees the loss of the whole batch.
+ids = torch.arange(20) % 13
+image, text = (f.detach()[mine].clone().requires_grad_() for f in whole[:2])
+loss = ClipPMLoss(gather_with_grad=True, rank=rank, world_size=2)(image, text, whole[2], ids=ids[mine])
+single = ClipPMLoss()(*whole, ids=ids)
+torch.testing.assert_close(loss, single)
+loss.backward()
+single.backward()
+torch.testing.assert_close(image.grad, 2 * whole[0].grad[mine], rtol=1e-4, atol=1e-6)  # summed over the ranks' losses
+torch.distributed.destroy_process_group()
+print("equal")
+"""
+
+
+def test_two_ranks_equal_open_clip(tmp_path):
+    here = os.path.dirname(__file__)
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)],
+        env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.stdout.count("equal") == 2, run.stderr[-3000:]
