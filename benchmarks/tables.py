@@ -29,7 +29,8 @@ def similarity_loss() -> list[str]:
         rows = list(csv.DictReader(file))
     lines = ["| N | dtype | form | ms, median | times simplclip's | extra MiB |", "|--:|---|---|--:|--:|--:|"]
     lines += [
-        f"| {int(r['n']):,} | {r['dtype']} | {r['form']} | {float(r['p50_ms']):,.0f} | {r['times_ours']} | {float(r['extra_mib']):,.0f} |"
+        f"| {int(r['n']):,} | {r['dtype']} | {r['form']} | {float(r['p50_ms']):,.0f} | {r['times_ours']} "
+        f"| {float(r['extra_mib']):,.0f} |"
         for r in rows
     ]
     first = rows[0]
@@ -48,16 +49,15 @@ def demo() -> list[str]:
     for split, entry in result["splits"].items():
         for direction, among in (("image_to_text", "texts"), ("text_to_image", "images")):
             recalls = " | ".join(f"{entry[direction][f'R@{k}']['value']:.1%}" for k in (1, 5, 10))
-            find = (
-                f"the caption of an image, among {entry[among]:,}"
-                if among == "texts"
-                else f"images of a caption, among {entry[among]:,}"
-            )
+            find = "an image's caption" if among == "texts" else "a caption's images"
+            find = f"{find}, among {entry[among]:,}"
             lines.append(f"| {split} | {find} | {recalls} | {entry[direction]['R@5']['chance']:.2%} |")
     lines += [
         "",
-        f"{result['model']} trained from scratch for {result['step']} steps, one seed, {result['samples_per_second']:.0f} samples/s; "
-        f"{result['hardware']}, torch {result['torch']}, commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`). "
+        f"{result['model']} trained from scratch for {result['step']} steps, one seed, "
+        f"{result['samples_per_second']:.0f} samples/s; "
+        f"{result['hardware']}, torch {result['torch']}, commit {result['commit']}, {result['date']} "
+        f"(`{path.relative_to(ROOT)}`). "
         "`concepts` are drawings of things that training never saw, `vendor` a third vendor's drawings of things it did.",
     ]
     return lines

@@ -253,18 +253,15 @@ def zero_shot(
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """The figures of `run` for a terminal: per cent, chance, and how many times chance."""
-    shown = Table(
-        title=f"{results['model']}, step {results['step']}", caption="share found among the first k, chance, times chance"
-    )
-    for name in ("split", "task"):
+    """The figures of `run` for a terminal of 80 columns: per cent and chance."""
+    shown = Table(title=f"{results['model']}, step {results['step']}", caption="share found among the first k (chance)")
+    for name in ("split", "among"):
         shown.add_column(name, no_wrap=True)
     for k in KS:
         shown.add_column(f"@{k}", justify="right", no_wrap=True)
     for name, result in results["splits"].items():
         for direction, among in (("image_to_text", "texts"), ("text_to_image", "images")):
-            task = f"{result[among]} {among}"
-            shown.add_row(name, f"find in {task}", *(_cell(result[direction][f"R@{k}"]) for k in KS))
+            shown.add_row(name, f"{result[among]} {among}", *(_cell(result[direction][f"R@{k}"]) for k in KS))
         if classes := result["zero_shot"]:
             task = f"{len(classes['classes'])} classes"
             shown.add_row(name, task, _cell(classes["top1"]), _cell(classes["top5"]), "")
@@ -274,7 +271,7 @@ def table(results: Mapping[str, Any]) -> Table:
 
 def _cell(figure: Mapping[str, float]) -> str:
     value, chance = figure["value"], figure["chance"]
-    return f"{value:.1%} [dim]{chance:.1%} {value / chance:.0f}×[/dim]"
+    return f"{value:.1%} [dim]({chance:.1%})[/dim]"
 
 
 def _in_words(figures: Mapping[str, Mapping[str, float]], among: int) -> str:

@@ -169,8 +169,8 @@ def test_run_writes_table_json_and_pictures(trained, tmp_path):
         assert min(Image.open(tmp_path / "out" / f"evaluation-{name}.png").size) > 800
     shown = text.getvalue()
     assert "left out gone: " in shown
-    assert "image → text" in shown
-    assert "(4.17%" in shown
+    assert "24 texts" in shown
+    assert "(4.2%)" in shown
     with pytest.raises(ValueError, match="matches none"):
         evaluate.run(trained / "run", {"gone": str(tmp_path / "no-*.tar")}, device="cpu", out=tmp_path)
     with pytest.raises(ValueError, match="expected at least one split"):
