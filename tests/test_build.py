@@ -52,7 +52,9 @@ def test_only_the_stable_abi_is_asked_for(module):
         pytest.skip(getattr(backends, f"{module}_error"))
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    symbols = subprocess.run(["nm", "-DC", "--undefined-only", loaded.__file__], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-DC", "--undefined-only", loaded.__file__], capture_output=True, text=True, check=True
+    ).stdout
     assert "Py" in symbols
     unstable = [line for line in symbols.splitlines() if any(f" {space}::" in line for space in ("at", "c10", "torch"))]
     assert unstable == []

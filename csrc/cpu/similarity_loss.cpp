@@ -264,6 +264,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(
   in.col_lse = col_lse.const_data_ptr<float>();
   in.col_lse_negative = in.col_lse + m;
 
+  // One exponential serves both softmaxes unless a row's e^(z - r) could underflow where the column's e^(z - c) does not.
+  const float* r_full = row_lse.const_data_ptr<float>();
+  in.top = *std::max_element(r_full, r_full + n);
+  std::vector<float> ratio;
+  if (terms != Terms::kAll && in.top - *std::min_element(in.col_lse, in.col_lse + m) <= 40.0f) {
+    ratio.resize(m);
+    for (int64_t j = 0; j < m; ++j) ratio[j] = std::exp(in.top - in.col_lse[j]);
+    in.col_ratio = ratio.data();
+  }
+
   Tensor d_image = new_empty(image, {need_image ? n : 0, d}), d_text = new_empty(text, {need_text ? m : 0, d});
   Tensor d_scale = new_zeros(image, {}, ScalarType::Float), d_bias = new_zeros(image, {}, ScalarType::Float);
   Tensor d_weight = plane_weight ? new_zeros(*plane_weight, plane_weight->sizes()) : new_empty(image, {0}, ScalarType::Float);

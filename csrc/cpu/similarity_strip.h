@@ -62,6 +62,10 @@ struct BackwardIn {
   const float* row_lse_negative;  // [rows] without it
   const float* col_lse;           // [M] +inf: the column takes no part
   const float* col_lse_negative;  // [M] likewise
+  // [M] e^(top - col_lse), or null where the statistics lie too far apart: with it e^(z - c) = e^(z - r) e^(r - top) e^(top - c)
+  // costs no second exponential.
+  const float* col_ratio;
+  float top;
   float k_row, k_col;             // weight of the row and the column softmax
   float k_negative;               // weight of a negative of pair matching ("all")
   float k_hard_row, k_hard_col;   // the same for "hard"

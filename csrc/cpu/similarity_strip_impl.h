@@ -163,7 +163,7 @@ void forward_strip(const Strip& s, const ForwardOut& out) {
   }
 }
 
-template <class T, Terms terms>
+template <class T, Terms terms, bool one_exp>
 BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
   constexpr bool softmax = terms != Terms::kAll;
   constexpr bool hard = terms == Terms::kSoftmaxHard;
@@ -177,6 +177,7 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
     const float sim_ii = to_float(sim_row[label]);
     const float plane_ii = plane_row ? to_float(plane_row[label]) : sim_ii;
     const float r = in.row_lse[i], r_negative = in.row_lse_negative[i];
+    const float k_row = in.k_row, k_col = in.k_col, k_ratio = one_exp ? k_col * std::exp(r - in.top) : 0.0f;
     vf d_scale = {}, d_p = {}, d_q = {};
 
     for_blocks(s.columns, label, 1, s.ids != nullptr, [&](int64_t j, int lanes, auto masked) __attribute__((always_inline)) {
@@ -187,7 +188,10 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
       if constexpr (masked) keep = dropped_lanes(s, i, j, lanes) ? vf{} : keep;
       vf g = {}, h = {};
       if constexpr (softmax) {
-        g = in.k_row * exp(z - r) + in.k_col * exp(z - column(in.col_lse));
+        if constexpr (one_exp)
+          g = exp(z - r) * (k_ratio * column(in.col_ratio) + k_row);
+        else
+          g = k_row * exp(z - r) + k_col * exp(z - column(in.col_lse));
         if constexpr (masked) g = keep > 0.0f ? g : vf{};
         d_scale += g * sim;
         g *= s.scale;
@@ -240,13 +244,13 @@ void forward_of(const Strip& s, const ForwardOut& out, Terms terms) {
   }
 }
 
-template <class T>
+template <class T, bool one_exp>
 BackwardOut backward_of(const Strip& s, const BackwardIn& in, Terms terms) {
   switch (terms) {
-    case Terms::kSoftmax: return backward_strip<T, Terms::kSoftmax>(s, in);
-    case Terms::kSoftmaxAll: return backward_strip<T, Terms::kSoftmaxAll>(s, in);
-    case Terms::kSoftmaxHard: return backward_strip<T, Terms::kSoftmaxHard>(s, in);
-    default: return backward_strip<T, Terms::kAll>(s, in);
+    case Terms::kSoftmax: return backward_strip<T, Terms::kSoftmax, one_exp>(s, in);
+    case Terms::kSoftmaxAll: return backward_strip<T, Terms::kSoftmaxAll, one_exp>(s, in);
+    case Terms::kSoftmaxHard: return backward_strip<T, Terms::kSoftmaxHard, one_exp>(s, in);
+    default: return backward_strip<T, Terms::kAll, false>(s, in);
   }
 }
 
@@ -288,5 +292,6 @@ void forward(const Strip& s, const ForwardOut& out, Terms terms, bool is_bf16) {
 }
 
 BackwardOut backward(const Strip& s, const BackwardIn& in, Terms terms, bool is_bf16) {
-  return is_bf16 ? backward_of<bf16>(s, in, terms) : backward_of<float>(s, in, terms);
+  if (in.col_ratio) return is_bf16 ? backward_of<bf16, true>(s, in, terms) : backward_of<float, true>(s, in, terms);
+  return is_bf16 ? backward_of<bf16, false>(s, in, terms) : backward_of<float, false>(s, in, terms);
 }

@@ -41,12 +41,10 @@ VINLINE vf load(const bf16* p) {
 
 VINLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// As assign() in similarity_strip.h.
+// Rounds to nearest even. The NaNs of a computation stay NaNs; only payloads with all low bits set would not.
 VINLINE void store(bf16* p, vf v) {
   const vu bits = (vu)v;
-  const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vu quiet = (bits >> 16) | 0x40u;
-  const vh h = __builtin_convertvector(v == v ? rounded : quiet, vh);
+  const vh h = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vh);
   std::memcpy(p, &h, sizeof h);
 }
 

@@ -16,8 +16,8 @@ TERMS = ("contrastive", "pair_matching")
 # A chunk of rows of the similarity matrix: as few rows as keep the matrix products fast, within this budget.
 SCRATCH_BYTES = 64 << 20
 _CHUNK_ROWS = 1024
-# The similarity matrix is kept from forward to backward where all of it fits: 3 matrix products instead of 4.
-STORE_BYTES = 64 << 20
+# The first rows of the similarity matrix are kept from forward to backward: where all fit, 3 matrix products instead of 4.
+STORE_BYTES = 36 << 20
 # What oneDNN packs inside one bfloat16 product; the most seen was 2.8 MB on two threads.
 _PACKING_BYTES = 4 << 20
 _STRIP = 64  # the chunk is a multiple of what one task of the CPU kernel takes
@@ -138,8 +138,9 @@ def chunk_rows(n: int, m: int, dtype: torch.dtype, planes: int, scratch_bytes: i
 
 
 def stored_rows(n: int, m: int, dtype: torch.dtype, store_bytes: int = STORE_BYTES) -> int:
-    """Rows of the similarity matrix that forward keeps: all or, where they do not fit, none."""
-    return n if n * m * dtype.itemsize <= store_bytes else 0
+    """Rows of the similarity matrix that forward keeps: all or, where they do not fit, a multiple of 64."""
+    rows = store_bytes // (m * dtype.itemsize)
+    return n if rows >= n else rows // _STRIP * _STRIP
 
 
 def workspace_bytes(
@@ -155,7 +156,7 @@ def workspace_bytes(
 ) -> int:
     """Bytes that the cpu backend allocates beside inputs and gradients, at most, in a forward and its backward.
 
-    S where it is stored; chunk·M logits per plane; the larger of 64-row partials of the column statistics (forward) and, in
+    The stored rows of S; chunk·M logits per plane; the larger of 64-row partials of the column statistics (forward) and, in
     bfloat16, a float32 sum of d_text and oneDNN's packing (backward). A half dtype that this CPU does
     not multiply is computed in float32: then copies of features and gradients.
     """
@@ -220,13 +221,13 @@ def similarity_loss(
         symmetric: False keeps the row direction only: contrastive = mean_i (r_i − Z_{i,y_i}), one half of open_clip's
             local_loss; "hard" then weighs by rows. With M > N the column direction covers the N columns that have a positive.
         scratch_bytes: budget of the chunk of S that exists at a time.
-        store_bytes: S is kept for backward, which then need not compute it again, where it fits in this budget.
+        store_bytes: budget of the rows of S that forward keeps for backward, which then need not compute them again.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
 
-    Gradients flow to image, text, logit_scale and plane. Saved for backward: the inputs, 2 (N + M) statistics and S where it
-    fits store_bytes. Extra memory: `workspace_bytes`, O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M
+    Gradients flow to image, text, logit_scale and plane. Saved for backward: the inputs, 2 (N + M) statistics and at most
+    store_bytes of S. Extra memory: `workspace_bytes`, O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M
     matrices. Statistics and reductions are in float32 and in a fixed order: equal inputs give equal results. Double backward
     is not supported.
 
