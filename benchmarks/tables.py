@@ -34,10 +34,11 @@ def similarity_loss() -> list[str]:
         for r in rows
     ]
     first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines += [
         "",
         f"Forward and backward, D = {first['d']}, medians of {first['repeats']} interleaved runs; {first['hardware']}, "
-        f"torch {first['torch']}, commit {first['commit']}, {first['date']} (`{path.relative_to(ROOT)}`; `make bench`).",
+        f"torch {first['torch']}, commit {commits}, {first['date']} (`{path.relative_to(ROOT)}`; `make bench`).",
     ]
     return lines
 
