@@ -130,10 +130,22 @@ def test_chunks_and_stored_rows_change_nothing(plane, dtype):
             check(leaves, {**options, "negatives": negatives}, dtype, "cpu", scratch_bytes=scratch, store_bytes=store)
 
 
+@pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
+@pytest.mark.parametrize("n", [4, 40, 100])
+def test_columns_far_below_their_strip_are_summed_afresh(n):
+    """One logit of 300: against it every exponential of the other columns underflows."""
+    leaves, options = make_inputs(n, n, width=n, scale=1.0)
+    leaves["text"] = torch.eye(n, dtype=torch.float64)  # S is image itself
+    leaves["image"] = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    leaves["image"][0, 1] = 300
+    for negatives in ("all", "hard"):
+        check(leaves, {**options, "negatives": negatives}, torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("scale", [0.01, 100.0, 1000.0, -50.0])
 @pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
 def test_wide_logits(scale):
-    """Columns whose exponentials all underflow against their chunk's reference are summed afresh."""
+    """Rows and columns whose statistics lie too far apart for one exponential to serve both."""
     leaves, options = make_inputs(150, 150, scale=scale)
     leaves["image"][::3] *= 3  # unnormalised features are no error
     for negatives in ("all", "hard"):
