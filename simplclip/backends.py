@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,9 +67,26 @@ def _extension_on_cpu(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _triton_on_cuda(device: str, dtype: torch.dtype) -> str | None:
+    """Triton serves CUDA tensors; with TRITON_INTERPRET=1 its interpreter serves CPU tensors instead, for tests."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    serves = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    if device != serves:
+        return f"serves {serves} tensors, not {device}" + (" (TRITON_INTERPRET=1)" if serves == "cpu" else "")
+    if dtype == torch.float64:
+        return "computes in float32; float64 is for the reference"
+    return None
+
+
 def _private(name: str) -> Callable:
     """The op that C++ implements; looked up late, so that importing works without the extension."""
     return lambda *args: getattr(torch.ops.simplclip, name)(*args)
+
+
+def _kernel(module: str, name: str) -> Callable:
+    """A launcher of kernels/; imported late, since importing Triton takes time and not every platform has it."""
+    return lambda *args: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*args)
 
 
 TABLE: dict[str, dict[str, Implementation]] = {
