@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,123 +16,222 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _similarity_planes(image, text, logit_scale, plane_weight, plane_bias, ids, text_ids, label_offset):
-    """S, Z, l (or None) and the boolean masks of positives and of negatives, all [N, M], in the accumulation dtype."""
-    dtype = accumulate_dtype(image.dtype)
-    x, y = image.to(dtype), text.to(dtype)
-    s = x @ y.T
-    z = logit_scale * s
-    l = None
-    if plane_weight is not None:
-        l = (x * plane_weight) @ y.T if plane_weight.dim() == 1 else plane_weight * s
-        l = l + plane_bias
-    columns = torch.arange(text.shape[0], device=image.device)
-    positive = columns == torch.arange(image.shape[0], device=image.device)[:, None] + label_offset
-    negative = ~positive
-    if ids is not None:
-        negative &= ids[:, None] != text_ids
-    return x, y, s, z, l, positive, negative
+class RowStat(IntEnum):
+    """Rows of the first result of similarity_loss_fwd: what a row of the matrices is reduced to, over its negatives.
 
-
-def _diagonal(matrix: Tensor, n: int, label_offset: int) -> Tensor:
-    return matrix[:, label_offset : label_offset + n].diagonal()
-
-
-def similarity_loss_fwd(
-    image, text, logit_scale, plane_weight, plane_bias, ids, text_ids,
-    label_offset, symmetric, contrastive, negatives, chunk, stored_rows,
-):  # fmt: skip
-    """See simplclip.ops.similarity_loss; `negatives` is 0 (no pair matching), 1 (all) or 2 (hard).
-
-    Returns terms [2], row_lse [2, N] and col_lse [2, M] (with and without the positive; without the bias, which cancels;
-    +inf where a column takes no part), the number of negative pairs [1], and S of the first `stored_rows` rows.
+    What a call does not ask for is 0. lse: log-sum-exp (-inf without negatives); mean: 0 without negatives.
     """
-    n = image.shape[0]
-    window = slice(label_offset, label_offset + n)
-    _, _, s, z, l, _, negative = _similarity_planes(
-        image, text, logit_scale, plane_weight, plane_bias, ids, text_ids, label_offset
+
+    LSE_Z = 0  # lse of Z
+    LSE_T = 1
+    LSE_U = 2
+    MATCH = 3  # "all": sum of softplus(l); "hard": its mean under the softmax of Z
+    MEAN_Z = 4  # mean of (entropy T - Z) under the softmax of T
+    MEAN_U = 5  # mean of (entropy T - U) under the softmax of T
+    DIAGONAL_Z = 6  # the positive's similarity, unscaled: x y^T
+    DIAGONAL_L = 7  # (x w) y^T, only with a hadamard plane
+    DIAGONAL_T = 8
+    DIAGONAL_U = 9
+    DIAGONAL_V = 10
+    NEGATIVES = 11  # their number
+
+
+class ColumnStat(IntEnum):
+    """Rows of the second result of similarity_loss_fwd: the same for the columns."""
+
+    LSE_Z = 0
+    LSE_T = 1
+    LSE_V = 2
+    MATCH = 3  # "hard" only
+    MEAN_Z = 4
+    MEAN_V = 5
+
+
+INTERACTIVE_INFONCE, INTERACTIVE_KL = 1, 2
+NEGATIVES_ALL, NEGATIVES_HARD = 1, 2
+
+
+class _Planes:
+    """The similarity matrices of a call in the accumulation dtype, [N, M], and the mask of negatives."""
+
+    def __init__(
+        self, image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
+        plane_weight, plane_bias, ids, text_ids, label_offset,
+    ):  # fmt: skip
+        self.dtype = accumulate_dtype(image.dtype)
+        n, m = image.shape[0], text.shape[0]
+        wide = lambda t: None if t is None else t.to(self.dtype)  # noqa: E731
+        self.x, self.y, self.tx, self.ty = map(wide, (image, text, teacher_image, teacher_text))
+        self.px, self.py = (
+            (self.x if projected_image is None else wide(projected_image)),
+            (self.y if projected_text is None else wide(projected_text)),
+        )
+        self.scale, self.teacher_scale, self.cross_scale = scale, teacher_scale, cross_scale
+        self.weight, self.bias = plane_weight, plane_bias
+        columns, rows = torch.arange(m, device=image.device), torch.arange(n, device=image.device)
+        self.positive = columns == rows[:, None] + label_offset
+        self.negative = ~self.positive
+        if ids is not None:
+            self.negative &= ids[:, None] != text_ids
+        self.window = slice(label_offset, label_offset + n)
+
+    def diagonal(self, matrix: Tensor) -> Tensor:
+        return matrix[:, self.window].diagonal()
+
+    def masked(self, matrix: Tensor) -> Tensor:
+        return matrix.masked_fill(~self.negative, -torch.inf)
+
+    def softmax(self, logits: Tensor, lse: Tensor) -> Tensor:
+        """e^(logits - lse) of the negatives, 0 elsewhere; lse is [N, 1] or [M]."""
+        return self.masked(logits - lse).exp()
+
+    def hyperplane(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """l, and what its weight multiplies."""
+        product = (self.x * self.weight) @ self.y.T if self.weight.dim() == 1 else s
+        return (product if self.weight.dim() == 1 else self.weight * s) + self.bias, product
+
+
+def similarity_loss_fwd(*args):
+    """Statistics of the similarity matrices, from which simplclip.ops.similarity_terms makes the terms.
+
+    S = x yᵀ, Z = scale S; T = teacher_scale x̂ ŷᵀ; U = cross_scale x' ŷᵀ and V = cross_scale x̂ y'ᵀ, x' and y' the student's
+    features in the teacher's width (its own where none are given); l the hyperplane of pair matching.
+
+    Returns rows [12, N] (RowStat), columns [6, M] (ColumnStat; only where `columns`), and what backward may read instead of
+    multiplying again: the first `stored_rows` rows of the products, [planes, stored_rows, M] (not used here).
+    """
+    *tensors, label_offset, softmax, columns, negatives, relational, interactive, entropy, _chunk, stored_rows = args
+    planes = _Planes(*tensors, label_offset)
+    image, text = tensors[:2]
+    rows = planes.x.new_zeros(len(RowStat), image.shape[0])
+    cols = planes.x.new_zeros(len(ColumnStat), text.shape[0])
+    rows[RowStat.NEGATIVES] = planes.negative.sum(1).to(rows.dtype)
+    t = t_masked = None
+    if relational or interactive == INTERACTIVE_KL:
+        t_raw = planes.tx @ planes.ty.T
+        rows[RowStat.DIAGONAL_T] = planes.diagonal(t_raw)
+        t = planes.teacher_scale * t_raw
+        t_masked = planes.masked(t)
+        rows[RowStat.LSE_T] = t_masked.logsumexp(1)
+        cols[ColumnStat.LSE_T] = t_masked.logsumexp(0)
+
+    def mean(student, dim, lse):
+        return (planes.softmax(t, lse) * (entropy * t - student)).sum(dim)
+
+    if softmax or negatives:
+        s = planes.x @ planes.y.T
+        z = planes.scale * s
+        rows[RowStat.DIAGONAL_Z] = planes.diagonal(s)
+        if softmax:
+            z_masked = planes.masked(z)
+            rows[RowStat.LSE_Z], cols[ColumnStat.LSE_Z] = z_masked.logsumexp(1), z_masked.logsumexp(0)
+        if negatives:
+            l, product = planes.hyperplane(s)
+            if planes.weight.dim() == 1:
+                rows[RowStat.DIAGONAL_L] = planes.diagonal(product)
+            loss = F.softplus(l)
+            if negatives == NEGATIVES_ALL:
+                rows[RowStat.MATCH] = (loss * planes.negative).sum(1)
+            else:
+                rows[RowStat.MATCH] = (planes.softmax(z, rows[RowStat.LSE_Z][:, None]) * loss).sum(1)
+                cols[ColumnStat.MATCH] = (planes.softmax(z, cols[ColumnStat.LSE_Z]) * loss).sum(0)
+        if relational:
+            rows[RowStat.MEAN_Z] = mean(z, 1, rows[RowStat.LSE_T][:, None])
+            cols[ColumnStat.MEAN_Z] = mean(z, 0, cols[ColumnStat.LSE_T])
+    if interactive:
+        u_raw, v_raw = planes.px @ planes.ty.T, planes.tx @ planes.py.T
+        rows[RowStat.DIAGONAL_U], rows[RowStat.DIAGONAL_V] = planes.diagonal(u_raw), planes.diagonal(v_raw)
+        u, v = planes.cross_scale * u_raw, planes.cross_scale * v_raw
+        rows[RowStat.LSE_U], cols[ColumnStat.LSE_V] = planes.masked(u).logsumexp(1), planes.masked(v).logsumexp(0)
+        if interactive == INTERACTIVE_KL:
+            rows[RowStat.MEAN_U] = mean(u, 1, rows[RowStat.LSE_T][:, None])
+            cols[ColumnStat.MEAN_V] = mean(v, 0, cols[ColumnStat.LSE_T])
+    if not columns:
+        cols.zero_()
+    count = bool(softmax or negatives) + (t is not None) + 2 * bool(interactive)
+    return rows, cols, image.new_empty(count if stored_rows else 0, stored_rows, text.shape[0])
+
+
+def similarity_loss_bwd(grad_rows, grad_columns, *args):
+    """Gradients of a loss with the gradients grad_rows [12, N] and grad_columns [6, M] to the statistics.
+
+    Those of LSE_T, DIAGONAL_T and NEGATIVES are not read: the teacher is a constant; so are the weights of "hard". Returns
+    d_image, d_text (empty where not needed), d_scale, d_projected_image, d_projected_text (empty where not given),
+    d_cross_scale, d_plane_weight (empty without), d_plane_bias.
+    """
+    (*tensors, rows, cols, _stored, label_offset, softmax, columns, negatives, relational, interactive, _entropy,
+     need_image, need_text, _chunk) = args  # fmt: skip
+    planes = _Planes(*tensors, label_offset)
+    image, text, projected_image, projected_text = tensors[0], tensors[1], tensors[6], tensors[7]
+    x, y, tx, ty = planes.x, planes.y, planes.tx, planes.ty
+    d_x, d_y, d_px, d_py = (torch.zeros_like(t) for t in (x, y, planes.px, planes.py))
+    d_scale, d_cross, d_bias = (x.new_zeros(()) for _ in range(3))
+    d_weight = x.new_zeros(0 if planes.weight is None else planes.weight.shape)
+
+    def row(lse, logits, g):  # g_i e^(logits_ij - lse_i) over the negatives
+        return grad_rows[g][:, None] * planes.softmax(logits, rows[lse][:, None])
+
+    def column(lse, logits, g):
+        return grad_columns[g] * planes.softmax(logits, cols[lse]) if columns else 0
+
+    t = planes.teacher_scale * (tx @ ty.T) if relational or interactive == INTERACTIVE_KL else None
+    if softmax or negatives:
+        s = x @ y.T
+        z = planes.scale * s
+        g = torch.zeros_like(s)
+        if softmax:
+            g = row(RowStat.LSE_Z, z, RowStat.LSE_Z) + column(ColumnStat.LSE_Z, z, ColumnStat.LSE_Z)
+        if relational:
+            g = g - row(RowStat.LSE_T, t, RowStat.MEAN_Z) - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_Z)
+        d_scale = (g * s).sum()
+        g = planes.scale * g
+        if negatives:
+            l, product = planes.hyperplane(s)
+            h = grad_rows[RowStat.MATCH][:, None] * planes.negative
+            if negatives == NEGATIVES_HARD:
+                h = row(RowStat.LSE_Z, z, RowStat.MATCH) + column(ColumnStat.LSE_Z, z, ColumnStat.MATCH)
+            h = h * F.sigmoid(l)
+            d_bias = h.sum()
+            if planes.weight.dim() == 1:
+                h[planes.positive] = grad_rows[RowStat.DIAGONAL_L]
+                hy = h @ y
+                d_weight = (x * hy).sum(0)
+                d_x, d_y = planes.weight * hy, h.T @ (x * planes.weight)
+            else:
+                d_weight = (h * product).sum()
+                g = g + planes.weight * h
+        g[planes.positive] = grad_rows[RowStat.DIAGONAL_Z]
+        d_x, d_y = d_x + g @ y, d_y + g.T @ x
+    if interactive:
+        u_raw, v_raw = planes.px @ ty.T, tx @ planes.py.T
+        u, v = planes.cross_scale * u_raw, planes.cross_scale * v_raw
+        g_u, g_v = row(RowStat.LSE_U, u, RowStat.LSE_U), column(ColumnStat.LSE_V, v, ColumnStat.LSE_V)
+        if interactive == INTERACTIVE_KL:
+            g_u = g_u - row(RowStat.LSE_T, t, RowStat.MEAN_U)
+            g_v = g_v - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_V)
+        d_cross = (g_u * u_raw).sum() + (g_v * v_raw).sum()
+        g_u, g_v = planes.cross_scale * g_u, planes.cross_scale * g_v
+        g_u[planes.positive] = grad_rows[RowStat.DIAGONAL_U]
+        g_v[planes.positive] = grad_rows[RowStat.DIAGONAL_V]
+        d_px, d_py = g_u @ ty, g_v.T @ tx
+        if projected_image is None:
+            d_x, d_px = d_x + d_px, None
+        if projected_text is None:
+            d_y, d_py = d_y + d_py, None
+
+    def give(like, gradient, needed=True):
+        return gradient.to(like.dtype) if needed else like.new_empty(0, like.shape[1])
+
+    return (
+        give(image, d_x, need_image),
+        give(text, d_y, need_text),
+        d_scale,
+        give(image, d_px, projected_image is not None),
+        give(text, d_py, projected_text is not None),
+        d_cross,
+        d_weight,
+        d_bias,
     )
-    z_ii = _diagonal(z, n, label_offset)
-    z_negative = z.masked_fill(~negative, -torch.inf)
-    row_negative, col_negative = z_negative.logsumexp(1), z_negative.logsumexp(0)
-    row = torch.logaddexp(row_negative, z_ii)
-    col = z.new_full((2, z.shape[1]), torch.inf)
-    if symmetric:
-        col[:, window] = torch.stack([torch.logaddexp(col_negative[window], z_ii), col_negative[window]])
-
-    terms = z.new_zeros(2)
-    if contrastive:
-        terms[0] = F.softplus(row_negative - z_ii).mean()
-        if symmetric:
-            terms[0] = 0.5 * (terms[0] + F.softplus(col[1, window] - z_ii).mean())
-    if negatives:
-        positive_loss = F.softplus(-_diagonal(l, n, label_offset)).mean()
-        loss = F.softplus(l)
-        if negatives == 1:
-            negative_loss = (loss * negative).sum() / negative.sum().clamp(min=1)
-        else:
-            negative_loss = (_hard_weight(z, row_negative, col_negative, negative, window, symmetric) * loss).sum()
-        terms[1] = 0.5 * (positive_loss + negative_loss)
-    pairs = negative.sum().to(torch.float64).reshape(1)
-    return terms, torch.stack([row, row_negative]), col, pairs, s[:stored_rows].to(image.dtype, copy=True)
-
-
-def _hard_weight(z, row_negative, col_negative, negative, window, symmetric):
-    """Weight of each negative, [N, M]: its softmax among the row's and among the column's negatives, averaged; sums to 1."""
-    n = z.shape[0]
-    weight = (z - row_negative[:, None]).exp().masked_fill(~negative, 0) / n
-    if not symmetric:
-        return weight
-    by_column = torch.zeros_like(z)
-    by_column[:, window] = (z - col_negative).exp().masked_fill(~negative, 0)[:, window] / n
-    return 0.5 * (weight + by_column)
-
-
-def similarity_loss_bwd(
-    grad_terms, image, text, logit_scale, plane_weight, plane_bias, ids, text_ids, row_lse, col_lse, pairs, stored,
-    label_offset, symmetric, contrastive, negatives, need_image, need_text, chunk,
-):  # fmt: skip
-    """Gradients of image, text (empty when not needed), logit_scale, plane_weight and plane_bias (empty without a plane)."""
-    n, dtype = image.shape[0], accumulate_dtype(image.dtype)
-    window = slice(label_offset, label_offset + n)
-    x, y, s, z, l, positive, negative = _similarity_planes(
-        image, text, logit_scale, plane_weight, plane_bias, ids, text_ids, label_offset
-    )
-    g = torch.zeros_like(z)
-    if contrastive:
-        # p - 1 of the positive is -sigmoid(lse of its negatives - z): no cancellation where the pair is well matched.
-        z_ii = _diagonal(z, n, label_offset)
-        g += (z - row_lse[0][:, None]).exp().masked_fill(~negative, 0)
-        g_ii = -F.sigmoid(row_lse[1] - z_ii)
-        if symmetric:
-            g += (z - col_lse[0]).exp().masked_fill(~negative, 0)
-            g_ii = g_ii - F.sigmoid(col_lse[1, window] - z_ii)
-        g[positive] = g_ii
-        g *= grad_terms[0] / (2 * n if symmetric else n)
-    d_scale = (g * s).sum()
-    g_sim = logit_scale * g
-    d_x, d_y = g_sim @ y, g_sim.T @ x
-
-    empty = z.new_empty(0)
-    d_weight, d_bias = empty, z.new_zeros(())
-    if negatives:
-        h = F.sigmoid(l)
-        if negatives == 1:
-            h = h * negative / pairs.clamp(min=1).to(dtype)
-        else:
-            h = h * _hard_weight(z, row_lse[1], col_lse[1], negative, window, symmetric)
-        h = 0.5 * grad_terms[1] * (h - F.sigmoid(-l) * positive / n)
-        d_bias = h.sum()
-        if plane_weight.dim() == 1:
-            hy = h @ y
-            d_weight = (x * hy).sum(0)
-            d_x, d_y = d_x + plane_weight * hy, d_y + h.T @ (x * plane_weight)
-        else:
-            d_weight = (h * s).sum()
-            d_x, d_y = d_x + plane_weight * (h @ y), d_y + plane_weight * (h.T @ x)
-    d_image = d_x.to(image.dtype) if need_image else image.new_empty(0, image.shape[1])
-    d_text = d_y.to(text.dtype) if need_text else text.new_empty(0, text.shape[1])
-    return d_image, d_text, d_scale, d_weight, d_bias
 
 
 def shaped_attention(

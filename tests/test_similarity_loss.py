@@ -12,7 +12,7 @@ import simplclip
 from benchmarks.measure import cpu_peak_bytes
 from simplclip import backends
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity_loss import workspace_bytes
+from simplclip.ops.similarity_plan import workspace_bytes
 
 CPU_ERROR = backends.extension_error
 WIDTH = 48

@@ -1,177 +1,130 @@
-"""similarity_loss: contrastive and pair matching losses over the similarity matrix, which is never stored."""
+"""similarity_loss: objectives over similarity matrices of image and text features, which are never stored."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip import backends, checks
+from simplclip import backends, checks, distributed
+from simplclip.ops import similarity_inputs as inputs
 from simplclip.ops.registry import define
-from simplclip.reference import accumulate_dtype
+from simplclip.ops.similarity_plan import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, products, stored_rows
+from simplclip.ops.similarity_terms import merge_columns, shifted_pair_matching, terms_of
+from simplclip.reference import ColumnStat, RowStat, accumulate_dtype
 
 NEGATIVES = ("all", "shift", "hard")
-TERMS = ("contrastive", "pair_matching")
-
-# A chunk of rows of the similarity matrix: as few rows as keep the matrix products fast, within this budget.
-SCRATCH_BYTES = 64 << 20
-_CHUNK_ROWS = 1024
-# The first rows of the similarity matrix are kept from forward to backward: where all fit, 3 matrix products instead of 4.
-STORE_BYTES = 36 << 20
-# What oneDNN packs inside one bfloat16 product; the most seen was 2.8 MB on two threads.
-_PACKING_BYTES = 4 << 20
-_STRIP = 64  # the chunk is a multiple of what one task of the CPU kernel takes
+TERMS = ("contrastive", "pair_matching", "relational", "interactive")
+INTERACTIVE = ("infonce", "kl")
+DIVERGENCES = ("kl", "cross_entropy")
 
 _TENSORS = (
-    "Tensor image, Tensor text, Tensor logit_scale, Tensor? plane_weight, Tensor? plane_bias, Tensor? ids, Tensor? text_ids"
+    "Tensor image, Tensor text, Tensor scale, Tensor? teacher_image, Tensor? teacher_text, Tensor? teacher_scale, "
+    "Tensor? projected_image, Tensor? projected_text, Tensor? cross_scale, "
+    "Tensor? plane_weight, Tensor? plane_bias, Tensor? ids, Tensor? text_ids"
 )
-_MODE = "int label_offset, bool symmetric, bool contrastive, int negatives"
+_FEATURES, _SCALARS, _COUNT = (0, 1, 3, 4, 6, 7), (2, 5, 8, 9, 10), 13  # places of the tensors, and how many they are
+_MODE = "int label_offset, bool softmax, bool columns, int negatives, bool relational, int interactive, float entropy"
 
 
-def _computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The dtype of the matrix products: the features', but float32 for halves that this CPU cannot multiply."""
-    if device == "cpu" and dtype in (torch.float16, torch.bfloat16):
-        native = dtype == torch.bfloat16 and backends.extension is not None and backends.extension.has_native_bf16()
-        return torch.bfloat16 if native else torch.float32
-    return dtype
+def _prepare(tensors):
+    """The tensors in the dtypes that kernels take: features and ids contiguous, the others in the accumulation dtype."""
+    compute = computes_in(tensors[0].dtype, tensors[0].device.type)
+    out = [None if t is None else t.contiguous() for t in tensors]
+    for places, dtype in ((_FEATURES, compute), (_SCALARS, accumulate_dtype(compute))):
+        for place in places:
+            out[place] = None if out[place] is None else out[place].to(dtype)
+    return out
 
 
-def _prepare(image, text, *scalars):
-    dtype = _computes_in(image.dtype, image.device.type)
-    numbers = (None if s is None else s.to(accumulate_dtype(dtype)).contiguous() for s in scalars)
-    return image.to(dtype).contiguous(), text.to(dtype).contiguous(), *numbers
+def _fwd(function, *args):
+    return function(*_prepare(args[:_COUNT]), *args[_COUNT:])
 
 
-def _fwd(function, image, text, logit_scale, plane_weight, plane_bias, ids, text_ids, *mode):
-    x, y, scale, weight, bias = _prepare(image, text, logit_scale, plane_weight, plane_bias)
-    ids, text_ids = (None if t is None else t.contiguous() for t in (ids, text_ids))
-    return function(x, y, scale, weight, bias, ids, text_ids, *mode)
-
-
-def _fwd_fake(image, text, logit_scale, plane_weight, plane_bias, ids, text_ids, *mode):
-    stats = {"dtype": accumulate_dtype(image.dtype)}
-    n, m = image.shape[0], text.shape[0]
-    *_, stored_rows, _backend = mode
+def _fwd_fake(*args):
+    image, text = args[:2]
+    *_, softmax, _columns, negatives, relational, interactive, _entropy, _chunk, rows, _backend = args
+    n, m, stats = image.shape[0], text.shape[0], accumulate_dtype(image.dtype)
+    planes = products(softmax, negatives, relational, interactive)
     return (
-        image.new_empty(2, **stats),
-        image.new_empty(2, n, **stats),
-        image.new_empty(2, m, **stats),
-        image.new_empty(1, dtype=torch.float64),
-        image.new_empty(stored_rows, m, dtype=_computes_in(image.dtype, image.device.type)),
+        image.new_empty(len(RowStat), n, dtype=stats),
+        image.new_empty(len(ColumnStat), m, dtype=stats),
+        image.new_empty(planes if rows else 0, rows, m, dtype=computes_in(image.dtype, image.device.type)),
     )
 
 
-def _bwd(function, grad_terms, image, text, logit_scale, plane_weight, plane_bias, ids, text_ids, *rest):
-    x, y, scale, weight, bias = _prepare(image, text, logit_scale, plane_weight, plane_bias)
-    ids, text_ids = (None if t is None else t.contiguous() for t in (ids, text_ids))
-    grads = function(grad_terms.to(scale.dtype).contiguous(), x, y, scale, weight, bias, ids, text_ids, *rest)
-    d_image, d_text, *numbers = grads
-    return d_image.to(image.dtype), d_text.to(text.dtype), *numbers
+def _bwd(function, grad_rows, grad_columns, *args):
+    tensors = _prepare(args[:_COUNT])
+    grads = function(grad_rows.contiguous(), grad_columns.contiguous(), *tensors, *args[_COUNT:])
+    dtypes = (args[0].dtype, args[1].dtype, None, args[0].dtype, args[1].dtype, None, None, None)
+    return tuple(g if dtype is None else g.to(dtype) for g, dtype in zip(grads, dtypes))
 
 
-def _bwd_fake(grad_terms, image, text, logit_scale, plane_weight, plane_bias, ids, text_ids, *rest):
-    *_, need_image, need_text, _chunk, _backend = rest
-    stats = {"dtype": accumulate_dtype(image.dtype)}
+def _bwd_fake(grad_rows, _grad_columns, *args):
+    image, text, _, _, _, _, projected_image, projected_text, _, plane_weight = args[:10]
+    *_, need_image, need_text, _chunk, _backend = args
+    number = lambda *shape: grad_rows.new_empty(shape)  # noqa: E731
+
+    def like(t, needed=True):
+        return t.new_empty(t.shape) if needed else t.new_empty(0, t.shape[1])
+
     return (
-        torch.empty_like(image, memory_format=torch.contiguous_format) if need_image else image.new_empty(0, image.shape[1]),
-        torch.empty_like(text, memory_format=torch.contiguous_format) if need_text else text.new_empty(0, text.shape[1]),
-        image.new_empty((), **stats),
-        image.new_empty(0 if plane_weight is None else plane_weight.shape, **stats),
-        image.new_empty((), **stats),
+        like(image, need_image),
+        like(text, need_text),
+        number(),
+        image.new_empty(0, image.shape[1]) if projected_image is None else like(projected_image),
+        text.new_empty(0, text.shape[1]) if projected_text is None else like(projected_text),
+        number(),
+        number(*(() if plane_weight is None else plane_weight.shape)) if plane_weight is not None else number(0),
+        number(),
     )
 
 
 define(
     "similarity_loss_fwd",
     f"{_TENSORS}, {_MODE}, int chunk, int stored_rows",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
 )
 define(
     "similarity_loss_bwd",
-    f"Tensor grad_terms, {_TENSORS}, Tensor row_lse, Tensor col_lse, Tensor pairs, Tensor stored, {_MODE}, "
+    f"Tensor grad_rows, Tensor grad_columns, {_TENSORS}, Tensor rows, Tensor columns_, Tensor stored, {_MODE}, "
     "bool need_image, bool need_text, int chunk",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({', '.join(['Tensor'] * 8)})",
     _bwd,
     _bwd_fake,
 )
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, label_offset, symmetric, contrastive, negatives, chunk, _stored_rows, backend = inputs
-    _, *statistics = output
-    ctx.mark_non_differentiable(*statistics)
-    ctx.set_materialize_grads(False)  # zeros in the shape of the statistics would cost more than they
-    ctx.save_for_backward(*tensors, *statistics)
-    ctx.mode = (label_offset, symmetric, contrastive, negatives)
-    ctx.chunk, ctx.backend = chunk, backend
+    ctx.save_for_backward(*inputs[:_COUNT], *output)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    *mode, ctx.chunk, _stored_rows, ctx.backend = inputs[_COUNT:]
+    ctx.mode = mode
 
 
-def _autograd(ctx, grad_terms, *_):
-    if grad_terms is None:
-        return (None,) * 14
-    tensors, statistics = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+def _autograd(ctx, grad_rows, grad_columns, _):
+    nothing = (None,) * (_COUNT + 10)
+    if grad_rows is None and grad_columns is None:
+        return nothing
+    saved = ctx.saved_tensors
+    tensors, (rows, columns, stored) = saved[:_COUNT], saved[_COUNT:]
+    grad_rows = torch.zeros_like(rows) if grad_rows is None else grad_rows
+    grad_columns = torch.zeros_like(columns) if grad_columns is None else grad_columns
     needs = ctx.needs_input_grad
-    d_image, d_text, d_scale, d_weight, d_bias = torch.ops.simplclip.similarity_loss_bwd(
-        grad_terms, *tensors, *statistics, *ctx.mode, needs[0], needs[1], ctx.chunk, ctx.backend
+    # A projection that is not given is the feature itself, and its gradient is in that of the feature.
+    grads = torch.ops.simplclip.similarity_loss_bwd(
+        grad_rows, grad_columns, *tensors, rows, columns, stored, *ctx.mode, needs[0], needs[1], ctx.chunk, ctx.backend
     )
-    _, _, scale, weight, bias, _, _ = tensors
-    return (
-        d_image if needs[0] else None,
-        d_text if needs[1] else None,
-        d_scale.to(scale.dtype) if needs[2] else None,
-        d_weight.to(weight.dtype) if needs[3] else None,
-        d_bias.to(bias.dtype) if needs[4] else None,
-        *(None,) * 9,
-    )
+    out = list(nothing)
+    for place, grad in zip((0, 1, 2, 6, 7, 8, 9, 10), grads):
+        if needs[place] and tensors[place] is not None:
+            out[place] = grad.to(tensors[place].dtype)
+    return tuple(out)
 
 
 torch.library.register_autograd("simplclip::similarity_loss_fwd", _autograd, setup_context=_setup_context)
-
-
-def chunk_rows(n: int, m: int, dtype: torch.dtype, planes: int, scratch_bytes: int = SCRATCH_BYTES) -> int:
-    """Rows per chunk: at most 1024 and what the scratch holds, in equal chunks, a multiple of 64 and at least 64."""
-    most = min(_CHUNK_ROWS, max(_STRIP, scratch_bytes // (m * dtype.itemsize * planes) // _STRIP * _STRIP))
-    chunks = -(-n // most)
-    return -(-n // (chunks * _STRIP)) * _STRIP
-
-
-def stored_rows(n: int, m: int, dtype: torch.dtype, store_bytes: int = STORE_BYTES) -> int:
-    """Rows of the similarity matrix that forward keeps: all or, where they do not fit, a multiple of 64."""
-    rows = store_bytes // (m * dtype.itemsize)
-    return n if rows >= n else rows // _STRIP * _STRIP
-
-
-def workspace_bytes(
-    n: int,
-    m: int,
-    d: int,
-    dtype: torch.dtype,
-    *,
-    hadamard: bool = False,
-    hard: bool = False,
-    scratch_bytes: int = SCRATCH_BYTES,
-    store_bytes: int = STORE_BYTES,
-) -> int:
-    """Bytes that the cpu backend allocates beside inputs and gradients, at most, in a forward and its backward.
-
-    The stored rows of S; chunk·M logits per plane; the larger of 64-row partials of the column statistics (forward) and, in
-    bfloat16, a float32 sum of d_text and oneDNN's packing (backward). A half dtype that this CPU does
-    not multiply is computed in float32: then copies of features and gradients.
-    """
-    planes = 2 if hadamard else 1
-    compute = _computes_in(dtype, "cpu")
-    chunk = min(n, chunk_rows(n, m, compute, planes, scratch_bytes))
-    stored = 0 if hadamard else stored_rows(n, m, compute, store_bytes)
-    logits = (planes * chunk + stored) * m * compute.itemsize
-    partials = -(-chunk // _STRIP) * m * 4 * (2 if hard else 1)
-    sums = 2 * chunk * d * compute.itemsize if hadamard else 0
-    if compute == torch.bfloat16:
-        sums += m * d * 4 + _PACKING_BYTES
-    copies = 0 if compute == dtype else 2 * (n + m) * d * compute.itemsize
-    statistics = 8 * (n + m) + 20 * n
-    return logits + max(partials, sums) + copies + statistics
 
 
 def similarity_loss(
@@ -184,14 +137,23 @@ def similarity_loss(
     plane: tuple[Tensor | float, Tensor | float] | None = None,  # (p [] or w [D], q [])
     negatives: str = "all",
     shift: Tensor | int = 1,  # [] int64
+    teacher_image: Tensor | None = None,  # [N, D̂]
+    teacher_text: Tensor | None = None,  # [M, D̂]
+    teacher_scale: Tensor | float | None = None,  # []
+    interactive: str = "infonce",
+    interactive_scale: Tensor | float | None = None,  # []
+    projected_image: Tensor | None = None,  # [N, D̂]
+    projected_text: Tensor | None = None,  # [M, D̂]
+    divergence: str = "kl",
     ids: Tensor | None = None,  # [N] int64
     text_ids: Tensor | None = None,  # [M] int64
     label_offset: int = 0,
     symmetric: bool = True,
+    group: torch.distributed.ProcessGroup | None = None,
     scratch_bytes: int = SCRATCH_BYTES,
     store_bytes: int = STORE_BYTES,
 ) -> dict[str, Tensor]:
-    r"""Contrastive and pair matching losses of image and text features, without their N×M similarity matrix.
+    r"""Objectives over the similarity of image and text features, without their N×M matrices.
 
     With S = image · textᵀ, Z = s S + b, row i's positive in column y_i = i + label_offset, and the row and column
     log-sum-exps r, c of Z:
@@ -207,54 +169,70 @@ def similarity_loss(
         "hard"   every j ≠ y_i, weighted by the softmax of Z over the row's and over the column's negatives, the mean of both,
                  weights detached; a row without negatives counts as 0
 
+    With a teacher's features x̂, ŷ, its logits T = ŝ x̂ ŷᵀ, and the student's features x', y' in the teacher's width
+    (projected_image and projected_text; image and text themselves where they are not given):
+
+        relational     ½ [ mean_i KL(softmax T_i ‖ softmax Z_i) + the same over columns ]
+        interactive    U = s' x' ŷᵀ and V = s' x̂ y'ᵀ. "infonce": ½ [ mean_i cross-entropy of U_i to the positive
+                       + mean_j that of column j of V ]; "kl": ½ [ mean_i KL(softmax T_i ‖ softmax U_i)
+                       + mean_j KL(softmax of column j of T ‖ that of V) ]
+
     Args:
         image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, of one dtype and device; usually
             L2-normalised, which is not checked. Under autocast they are cast to its dtype. Any strides.
         logit_scale: s, one element (open_clip's `logit_scale.exp()`).
         logit_bias: b, one element. Every term is invariant to it: values do not change and its gradient is 0.
-        terms: any of "contrastive", "pair_matching"; what is not asked for is not computed.
+        terms: any of "contrastive", "pair_matching", "relational", "interactive"; what is not asked for is not computed.
         plane: (p, q) or (w, q), needed by "pair_matching".
         shift: 1 ≤ shift < M; a tensor's value is not checked (that would wait for the device).
-        ids, text_ids: pairs with equal ids that are not the positive drop out of the negatives of every term.
-            text_ids defaults to ids when N = M.
+        teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to image's) and ŝ, needed by
+            "relational" and "interactive". Constants: a teacher that requires a gradient is warned about and gets none.
+        interactive, interactive_scale: the form of that term, and s' (logit_scale where None).
+        projected_image, projected_text: x' [N, D̂] and y' [M, D̂], needed by "interactive" where D̂ is not D.
+        divergence: "kl", or "cross_entropy": the value of every KL here without its constant −entropy of the teacher, as in
+            open_clip.DistillClipLoss. Gradients are the same.
+        ids, text_ids: pairs with equal ids that are not the positive drop out of the negatives of every term (and out of
+            every softmax). text_ids defaults to ids when N = M.
         label_offset: 0 ≤ label_offset ≤ M − N: this rank's place among gathered text features.
         symmetric: False keeps the row direction only: contrastive = mean_i (r_i − Z_{i,y_i}), one half of open_clip's
-            local_loss; "hard" then weighs by rows. With M > N the column direction covers the N columns that have a positive.
-        scratch_bytes: budget of the chunk of S that exists at a time.
-        store_bytes: budget of the rows of S that forward keeps for backward, which then need not compute them again.
+            local_loss. With M > N the column direction covers the N columns that have a positive.
+        group: image, text, ids and the teacher's features are this rank's N rows of a batch over this process group (equal N
+            on every rank). Texts are gathered; each rank sweeps its rows once and the ranks exchange column statistics. The
+            value is this rank's share: the mean over ranks is the loss of the whole batch. The gradient is that of the sum
+            over ranks, as in open_clip with local_loss and gather_with_grad: DDP's average is that of the batch's loss.
+        scratch_bytes: budget of the chunk that exists at a time, of each similarity matrix.
+        store_bytes: budget of the rows that forward keeps for backward, of each similarity matrix.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
 
-    Gradients flow to image, text, logit_scale and plane. Saved for backward: the inputs, 2 (N + M) statistics and at most
-    store_bytes of S. Extra memory: `workspace_bytes`, O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M
-    matrices. Statistics and reductions are in float32 and in a fixed order: equal inputs give equal results. Double backward
-    is not supported.
+    Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
+    12 N + 6 M statistics and at most store_bytes of each similarity matrix. Extra memory: similarity_plan.workspace_bytes,
+    O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and reductions are in float32 and
+    in a fixed order: equal inputs give equal results. Double backward is not supported.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
         RuntimeError: a forced backend cannot serve the call.
 
-    Source: Radford et al. 2021 (arXiv 2103.00020) for the contrastive term; arXiv 2411.14789 for pair matching.
+    Source: Radford et al. 2021 (arXiv 2103.00020) for the contrastive term; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732) for
+    relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching.
     """
     checks.features("image", image, "[N, D]")
     checks.features("text", text, "[M, D]")
     device = image.device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-        image, text = (t if t.dtype == torch.float64 else t.to(dtype) for t in (image, text))
+        image, text, projected_image, projected_text = (
+            t if not isinstance(t, Tensor) or t.dtype == torch.float64 else t.to(dtype)
+            for t in (image, text, projected_image, projected_text)
+        )
     checks.like("text", text, "image", image)
-    n, m = image.shape[0], text.shape[0]
     if text.shape[1] != image.shape[1]:
         raise ValueError(f"text: expected the width of image, {image.shape[1]}, got {text.shape[1]}")
-    if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
-        raise TypeError(f"label_offset: expected an int, got {type(label_offset).__name__}")
-    if not 0 <= label_offset <= m - n:
-        raise ValueError(
-            f"label_offset: expected 0 <= label_offset <= M - N = {m - n} so that each of {n} rows has its column among {m}, "
-            f"got {label_offset}"
-        )
     checks.choice("negatives", negatives, NEGATIVES)
+    checks.choice("interactive", interactive, INTERACTIVE)
+    checks.choice("divergence", divergence, DIVERGENCES)
     if isinstance(terms, str) or not terms:
         raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
     for term in terms:
@@ -265,76 +243,77 @@ def similarity_loss(
     stats = accumulate_dtype(image.dtype)
     scale = checks.scalar("logit_scale", logit_scale, device, stats)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, stats)
-    if ids is not None:
-        checks.group_ids("ids", ids, n, "N", device)
-        if text_ids is None:
-            if n != m:
-                raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
-            text_ids = ids
-    if text_ids is not None:
-        if ids is None:
-            raise ValueError("ids: expected ids for the rows beside text_ids, got None")
-        checks.group_ids("text_ids", text_ids, m, "M", device)
-    weight, q = _plane(plane, image.shape[1], device, stats) if "pair_matching" in terms else (None, None)
+    inputs.check_ids(ids, text_ids, image, text)
+    matching = negatives if "pair_matching" in terms else None
+    plane = inputs.hyperplane(plane, image.shape[1], device, stats) if matching else None
+    teaching = {"relational", "interactive"} & set(terms)
+    if teaching:
+        teacher_image, teacher_text, teacher_scale = inputs.teacher(
+            teacher_image, teacher_text, teacher_scale, image, text, min(teaching), stats
+        )
+    else:
+        teacher_image = teacher_text = teacher_scale = None
+    cross_scale = None
+    if "interactive" in terms:
+        projected_image = inputs.projection("image", projected_image, image, teacher_image)
+        projected_text = inputs.projection("text", projected_text, text, teacher_text)
+        cross_scale = scale
+        if interactive_scale is not None:
+            cross_scale = checks.scalar("interactive_scale", interactive_scale, device, stats)
+    else:
+        projected_image = projected_text = interactive = None
 
-    contrastive = "contrastive" in terms
-    shifted = weight is not None and negatives == "shift"
+    if group is not None:
+        label_offset = inputs.place_of_rank(image, text, text_ids, label_offset, group)
+        text, teacher_text, projected_text, text_ids = (
+            None if t is None else distributed.gather(t, group) for t in (text, teacher_text, projected_text, ids)
+        )
+    elif ids is not None and text_ids is None:
+        text_ids = ids
+    inputs.check_offset(label_offset, image.shape[0], text.shape[0])
+
     out: dict[str, Tensor] = {}
-    if contrastive or not shifted:
-        fused = 0 if weight is None or shifted else NEGATIVES.index(negatives) // 2 + 1
-        planes = 2 if fused and weight.dim() == 1 else 1
-        dtype = _computes_in(image.dtype, device.type)
-        chunk = chunk_rows(n, m, dtype, planes, scratch_bytes)
-        needs_grad = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
-        stored = stored_rows(n, m, dtype, store_bytes) if needs_grad and planes == 1 else 0
-        values = torch.ops.simplclip.similarity_loss_fwd(
-            image, text, scale, weight if fused else None, q if fused else None, ids, text_ids,
-            label_offset, symmetric, contrastive, fused, chunk, stored, backends.forced(),
-        )[0]  # fmt: skip
-        if contrastive:
-            out["contrastive"] = values[0] if bias is None else values[0] + 0.0 * bias
-        if fused:
-            out["pair_matching"] = values[1]
-    if shifted:
-        out["pair_matching"] = _shifted_pair_matching(image, text, weight, q, ids, text_ids, label_offset, shift)
+    if matching == "shift":
+        inputs.check_shift(shift, text.shape[0], device)
+        out["pair_matching"] = shifted_pair_matching(image, text, *plane, ids, text_ids, label_offset, shift)
+        matching = plane = None
+    contrastive, relational = "contrastive" in terms, "relational" in terms
+    if contrastive or matching or teaching:
+        rows, columns = _statistics(
+            (image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
+             *(plane or (None, None)), ids, text_ids),
+            label_offset,
+            contrastive or relational or matching == "hard",
+            symmetric,
+            0 if matching is None else NEGATIVES.index(matching) // 2 + 1,
+            relational,
+            0 if interactive is None else INTERACTIVE.index(interactive) + 1,
+            1.0 if divergence == "kl" else 0.0,
+            scratch_bytes,
+            store_bytes,
+        )  # fmt: skip
+        pairs = None
+        if group is not None:
+            columns = merge_columns(distributed.exchange(columns, group)) if symmetric else None
+            pairs = distributed.mean(rows[RowStat.NEGATIVES].sum(dtype=torch.float64), group) if ids is not None else None
+        else:
+            columns = columns[:, label_offset : label_offset + image.shape[0]] if symmetric else None
+        out |= terms_of(
+            rows, columns, scale, teacher_scale, cross_scale, plane,
+            contrastive=contrastive, matching=matching, relational=relational, interactive=interactive,
+            entropy=1.0 if divergence == "kl" else 0.0, pairs=pairs,
+        )  # fmt: skip
+    if contrastive and bias is not None:
+        out["contrastive"] = out["contrastive"] + 0.0 * bias
     return {term: out[term] for term in terms}
 
 
-def _plane(plane, width, device, stats):
-    if not isinstance(plane, (tuple, list)) or len(plane) != 2:
-        raise ValueError(f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}")
-    weight, q = plane
-    if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() > 1:
-        if weight.shape[0] != width:
-            raise ValueError(f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}")
-        if not weight.dtype.is_floating_point:
-            raise TypeError(f"plane: expected w of a floating dtype, got {weight.dtype}")
-        if weight.device != device:
-            raise ValueError(f"plane: expected w on the device of image, {device}, got {weight.device}")
-        weight = weight.to(stats)
-    else:
-        weight = checks.scalar("plane's p", weight, device, stats)
-    return weight, checks.scalar("plane's q", q, device, stats)
-
-
-def _shifted_pair_matching(image, text, weight, q, ids, text_ids, label_offset, shift):
-    """One negative per row: 2 N dot products, which need no kernel."""
-    n, m = image.shape[0], text.shape[0]
-    if not isinstance(shift, Tensor):
-        if not 1 <= shift < max(m, 2):
-            raise ValueError(f"shift: expected 1 <= shift < M = {m}, got {shift}")
-    elif shift.numel() != 1 or shift.dtype != torch.int64 or shift.device != image.device:
-        raise ValueError(
-            f"shift: expected one int64 element on {image.device}, "
-            f"got {checks.shape_of(shift)} {shift.dtype} on {shift.device}"
-        )
-    stats = accumulate_dtype(image.dtype)
-    x = image.to(stats) * weight
-    label = torch.arange(n, device=image.device) + label_offset
-    other = (label + shift) % m
-    matched = (x * text[label]).sum(1) + q
-    unmatched = F.softplus((x * text[other]).sum(1) + q)
-    keep = torch.ones_like(unmatched) * (m > 1)
-    if ids is not None:
-        keep = keep * (text_ids[other] != ids)
-    return 0.5 * (F.softplus(-matched).mean() + (unmatched * keep).sum() / keep.sum().clamp(min=1))
+def _statistics(tensors, label_offset, softmax, columns, negatives, relational, interactive, entropy, scratch, store):
+    image, text, projected_image, projected_text = (tensors[i] for i in (0, 1, 6, 7))
+    n, m, dtype = image.shape[0], text.shape[0], computes_in(image.dtype, image.device.type)
+    leaves = (image, text, projected_image, projected_text)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    return torch.ops.simplclip.similarity_loss_fwd(
+        *tensors, label_offset, softmax, columns, negatives, relational, interactive, entropy,
+        chunk_rows(n, m, dtype, scratch), stored_rows(n, m, dtype, store) if needs_grad else 0, backends.forced(),
+    )[:2]  # fmt: skip
