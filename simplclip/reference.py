@@ -149,7 +149,7 @@ def similarity_loss_fwd(*args):
     if not columns:
         cols.zero_()
     count = bool(softmax or negatives) + (t is not None) + 2 * bool(interactive)
-    return rows, cols, image.new_empty(count if stored_rows else 0, stored_rows, text.shape[0])
+    return rows, cols, image.new_zeros(count if stored_rows else 0, stored_rows, text.shape[0])
 
 
 def similarity_loss_bwd(grad_rows, grad_columns, *args):
@@ -205,7 +205,8 @@ def similarity_loss_bwd(grad_rows, grad_columns, *args):
     if interactive:
         u_raw, v_raw = planes.px @ ty.T, tx @ planes.py.T
         u, v = planes.cross_scale * u_raw, planes.cross_scale * v_raw
-        g_u, g_v = row(RowStat.LSE_U, u, RowStat.LSE_U), column(ColumnStat.LSE_V, v, ColumnStat.LSE_V)
+        g_u = row(RowStat.LSE_U, u, RowStat.LSE_U)
+        g_v = torch.zeros_like(v) + column(ColumnStat.LSE_V, v, ColumnStat.LSE_V)
         if interactive == INTERACTIVE_KL:
             g_u = g_u - row(RowStat.LSE_T, t, RowStat.MEAN_U)
             g_v = g_v - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_V)
