@@ -2,11 +2,10 @@ import os
 import subprocess
 import sys
 
-import dense
 import pytest
+import similarity
 import torch
-import torch.nn.functional as F
-from tolerance import assert_within
+from similarity import WIDTH, check, values_and_grads
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
@@ -21,51 +20,15 @@ BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def make_inputs(n, m, offset=0, plane="scalar", ids=False, scale=20.0, width=WIDTH, seed=0):
-    """Float64 leaves: partly matched unit features, the plane, and optional ids with repetitions."""
-    g = torch.Generator().manual_seed(seed)
-    image = F.normalize(torch.randn(n, width, generator=g, dtype=torch.float64), dim=1)
-    text = torch.randn(m, width, generator=g, dtype=torch.float64)
-    text[offset : offset + n] += 4 * image
-    leaves = {
-        "image": image,
-        "text": F.normalize(text, dim=1),
-        "logit_scale": torch.tensor(scale, dtype=torch.float64),
-        "weight": torch.randn((width,) if plane == "hadamard" else (), generator=g, dtype=torch.float64) + 3,
-        "bias": torch.tensor(-1.0, dtype=torch.float64),
-    }
-    options = {"label_offset": offset}
-    if ids:
-        columns = torch.randint(0, max(m // 2, 1), (m,), generator=g) * 10**12
-        options |= {"ids": columns[offset : offset + n].clone(), "text_ids": columns}
-    return leaves, options
+TERMS = ("contrastive", "pair_matching")
 
 
-def values_and_grads(function, leaves, dtype, weights=(1.3, 0.7), **options):
-    """Every term and every gradient of their weighted sum, as a dict. Features in `dtype`, parameters in float32 at least."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    args = {k: v.to(dtype if k in ("image", "text") else wide).detach().requires_grad_() for k, v in leaves.items()}
-    terms = function(args["image"], args["text"], args["logit_scale"], plane=(args["weight"], args["bias"]), **options)
-    sum(w * t for w, t in zip(weights, terms.values())).backward()
-    return {**{k: v.detach() for k, v in terms.items()}, **{f"d_{k}": v.grad for k, v in args.items()}}
+def make_inputs(n, m, offset=0, **options):
+    return similarity.make_inputs(n, m, offset, terms=TERMS, **options)
 
 
 def both(image, text, scale, **options):
-    return similarity_loss(image, text, scale, terms=("contrastive", "pair_matching"), **options)
-
-
-def check(leaves, options, dtype, backend, **kernel_options):
-    with simplclip.backend(backend):
-        kernel = values_and_grads(both, leaves, dtype, **options, **kernel_options)
-    # Halves are compared with plain torch on the same rounded inputs, and with float64 on them.
-    rounded = {k: v.to(dtype).double() if k in ("image", "text") else v.float().double() for k, v in leaves.items()}
-    truth = values_and_grads(dense.similarity_loss, rounded, torch.float64, **options)
-
-    def plain_form(image, text, scale, *, plane, **rest):
-        return dense.similarity_loss(image, text, scale.to(dtype), plane=tuple(p.to(dtype) for p in plane), **rest)
-
-    plain = values_and_grads(plain_form, leaves, dtype, **options)
-    assert_within(kernel, plain, truth, dtype, f"{backend} {dtype} {options.keys()}")
+    return similarity_loss(image, text, scale, **{"terms": TERMS, **options})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -104,7 +67,7 @@ def test_all_ids_equal_leaves_no_negatives(backend):
     options |= {"ids": torch.zeros(20, dtype=torch.int64), "text_ids": torch.zeros(20, dtype=torch.int64)}
     for negatives in ("all", "hard"):
         with simplclip.backend(backend):
-            out = values_and_grads(both, leaves, torch.float32, negatives=negatives, **options)
+            out = values_and_grads(similarity_loss, leaves, torch.float32, negatives=negatives, **options)
         assert out["contrastive"] == 0
         assert all(v.isfinite().all() for v in out.values())
 
@@ -169,7 +132,9 @@ def values_and_grads_in_place(leaves, **options):
     args = {
         k: v.float().detach().requires_grad_() if v.dim() == 0 else v.detach().requires_grad_() for k, v in leaves.items()
     }
-    terms = both(args["image"], args["text"], args["logit_scale"], plane=(args["weight"], args["bias"]), **options)
+    terms = both(
+        args["image"], args["text"], args["logit_scale"], plane=(args["plane_weight"], args["plane_bias"]), **options
+    )
     sum(terms.values()).backward()
     return {**{k: v.detach() for k, v in terms.items()}, **{k: v.grad for k, v in args.items()}}
 
@@ -190,7 +155,7 @@ def test_uninitialised_memory_is_never_read(backend):
 def test_runs_are_identical():
     for dtype in DTYPES:
         leaves, options = make_inputs(300, 300, ids=True)
-        first, second = (values_and_grads(both, leaves, dtype, negatives="hard", **options) for _ in range(2))
+        first, second = (values_and_grads(similarity_loss, leaves, dtype, negatives="hard", **options) for _ in range(2))
         for name in first:
             assert torch.equal(first[name], second[name]), name
 
@@ -215,24 +180,23 @@ def test_reference_gradcheck(plane, negatives):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, fused):
     leaves, _ = make_inputs(9, 12, 2)
-    args = [v.float().requires_grad_() for v in leaves.values()]
-    if not fused:
-        args[3:] = None, None
-    ids = torch.arange(9), torch.arange(12)
+    image, text, scale, *plane = (v.float().requires_grad_() for v in leaves.values())
+    nothing = [None] * 6
     torch.library.opcheck(
         torch.ops.simplclip.similarity_loss_fwd,
-        (*args, *ids, 2, True, True, fused, 64, 0, backend),
+        (image, text, scale, *nothing, *(plane if fused else (None, None)), torch.arange(9), torch.arange(12),
+         2, True, True, fused, False, 0, 1.0, 64, 0, backend),
         rtol=1e-4,
         atol=1e-5,
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("negatives", ["all", "hard", "shift"])
 def test_compiles_without_graph_breaks(negatives, dynamic):
     leaves, options = make_inputs(20, 20)
-    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic)
-    expected = values_and_grads(both, leaves, torch.float32, negatives=negatives, **options)
+    compiled = torch.compile(similarity_loss, fullgraph=True, dynamic=dynamic)
+    expected = values_and_grads(similarity_loss, leaves, torch.float32, negatives=negatives, **options)
     got = values_and_grads(compiled, leaves, torch.float32, negatives=negatives, **options)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
@@ -241,9 +205,9 @@ def test_compiles_without_graph_breaks(negatives, dynamic):
 def test_autocast_casts_the_features_and_returns_float32():
     leaves, options = make_inputs(40, 40)
     half = {k: v.to(torch.bfloat16).float() if k in ("image", "text") else v for k, v in leaves.items()}
-    expected = values_and_grads(both, half, torch.bfloat16, **options)
+    expected = values_and_grads(similarity_loss, half, torch.bfloat16, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = values_and_grads(both, half, torch.float32, **options)
+        got = values_and_grads(similarity_loss, half, torch.float32, **options)
         mixed = both(leaves["image"].float(), leaves["text"].bfloat16(), 10.0, plane=(1.0, 0.0))
     assert got["contrastive"].dtype == mixed["contrastive"].dtype == torch.float32
     assert got["d_image"].dtype == torch.float32
@@ -255,9 +219,9 @@ def test_only_what_needs_a_gradient_gets_one():
     leaves, options = make_inputs(20, 20)
     args = {k: v.float() for k, v in leaves.items()}
     args["text"].requires_grad_()
-    out = both(args["image"], args["text"], args["logit_scale"], plane=(args["weight"], args["bias"]), **options)
+    out = both(args["image"], args["text"], args["logit_scale"], plane=(args["plane_weight"], args["plane_bias"]), **options)
     sum(out.values()).backward()
-    expected = values_and_grads(both, leaves, torch.float32, weights=(1, 1), **options)
+    expected = values_and_grads(similarity_loss, leaves, torch.float32, weights=(1, 1), **options)
     torch.testing.assert_close(args["text"].grad, expected["d_text"])
     assert args["image"].grad is None
 
@@ -330,7 +294,7 @@ def test_on_a_gpu_nothing_waits_for_the_device():
     leaves, options = make_inputs(64, 64, ids=True)
     on_device = {k: v.float().cuda() for k, v in leaves.items()}
     options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    plane = (on_device.pop("weight"), on_device.pop("bias"))
+    plane = (on_device.pop("plane_weight"), on_device.pop("plane_bias"))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for negatives in ("all", "hard", "shift"):

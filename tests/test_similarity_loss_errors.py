@@ -4,6 +4,8 @@ import torch
 from simplclip.ops import similarity_loss
 
 GOOD = torch.randn(4, 8)
+TEACHER = {"terms": ("relational",), "teacher_image": GOOD, "teacher_text": GOOD, "teacher_scale": 10.0}
+WIDER = TEACHER | {"teacher_image": torch.randn(4, 12), "teacher_text": torch.randn(4, 12)}
 BAD_CALLS = {
     "rank": (dict(image=torch.randn(4)), ValueError, r"image: expected a tensor \[N, D\], got shape \[4\]"),
     "not a tensor": (dict(text=[1.0]), TypeError, r"text: expected a tensor \[M, D\], got list"),
@@ -50,6 +52,45 @@ BAD_CALLS = {
         ValueError,
         "shift: expected 1 <= shift < M = 4, got 4",
     ),
+    "teacher missing": (
+        dict(terms=("relational",)),
+        ValueError,
+        "teacher_image: expected .* needed by the term 'relational'",
+    ),
+    "teacher's half missing": (dict(TEACHER, teacher_text=None), ValueError, "teacher_text: expected .* got None"),
+    "teacher's scale missing": (dict(TEACHER, teacher_scale=None), ValueError, "teacher_scale: expected .* got None"),
+    "teacher's batch": (
+        dict(TEACHER, teacher_image=torch.randn(5, 8)),
+        ValueError,
+        r"teacher_image: expected the 4 rows of image, got shape \[5, 8\]",
+    ),
+    "teacher's widths": (
+        dict(TEACHER, teacher_text=torch.randn(4, 9)),
+        ValueError,
+        "teacher_text: expected the width of teacher_image, 8, got 9",
+    ),
+    "teacher's dtype": (
+        dict(TEACHER, teacher_text=GOOD.int()),
+        TypeError,
+        "teacher_text: expected float32, .* got torch.int32",
+    ),
+    "teacher's device": (
+        dict(TEACHER, teacher_text=torch.randn(4, 8, device="meta")),
+        ValueError,
+        "teacher_text: expected the device of text, cpu, got meta",
+    ),
+    "no projection": (
+        dict(WIDER, terms=("interactive",)),
+        ValueError,
+        "projected_image: expected image features projected to the teacher's width, 12, since image has 8, got None",
+    ),
+    "projection's shape": (
+        dict(WIDER, terms=("interactive",), projected_image=GOOD),
+        ValueError,
+        r"projected_image: expected the shape of teacher_image, \[4, 12\], got \[4, 8\]",
+    ),
+    "interactive": (dict(interactive="mse"), ValueError, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
+    "divergence": (dict(divergence="js"), ValueError, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
     "budget": (dict(scratch_bytes=-1), ValueError, "scratch_bytes: expected a number of bytes, 0 or more, got -1"),
 }
 
@@ -60,3 +101,13 @@ def test_bad_input_is_named(case):
     call = {"image": GOOD, "text": GOOD, "logit_scale": 10.0, **changes}
     with pytest.raises(error, match=message):
         similarity_loss(**call)
+
+
+def test_a_teacher_that_requires_a_gradient_is_warned_about_and_gets_none():
+    teacher = GOOD.clone().requires_grad_()
+    image = GOOD.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="teacher_image requires a gradient, but the teacher is a constant"):
+        loss = similarity_loss(image, GOOD, 10.0, **{**TEACHER, "teacher_image": teacher})["relational"]
+    loss.backward()
+    assert teacher.grad is None
+    assert image.grad is not None

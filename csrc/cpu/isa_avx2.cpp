@@ -14,6 +14,8 @@ namespace simplclip::avx2 {
 namespace {
 #include "vec.h"
 #include "similarity_strip_impl.h"
+#include "similarity_forward_impl.h"
+#include "similarity_backward_impl.h"
 }  // namespace
 extern const StripKernels kernels = {"avx2", forward, backward, merge, add, round};
 }  // namespace simplclip::avx2

@@ -14,6 +14,8 @@ namespace simplclip::avx512 {
 namespace {
 #include "vec.h"
 #include "similarity_strip_impl.h"
+#include "similarity_forward_impl.h"
+#include "similarity_backward_impl.h"
 }  // namespace
 extern const StripKernels kernels = {"avx512", forward, backward, merge, add, round};
 }  // namespace simplclip::avx512

@@ -12,6 +12,8 @@ namespace simplclip::baseline {
 namespace {
 #include "vec.h"
 #include "similarity_strip_impl.h"
+#include "similarity_forward_impl.h"
+#include "similarity_backward_impl.h"
 }  // namespace
 extern const StripKernels kernels = {"baseline", forward, backward, merge, add, round};
 }  // namespace simplclip::baseline

@@ -1,353 +1,320 @@
-// similarity_loss on a CPU: the row-chunk sweep. A chunk is some rows of S = x y^T, all columns; it is computed by one matrix
-// product, read once by the strip kernels, and in backward turned into its own gradient, from which two more products give
-// the gradients of the features. Forward keeps the first `stored` rows of S, so that backward need not compute them again.
-// The chunk and the stored rows are the only memory that grows with N*M, and byte budgets bound both.
-#include "../common.h"
-#include "similarity_strip.h"
+// similarity_loss on a CPU: a sweep over row chunks. Each chunk's matrices are read once by the strip kernels, and in backward
+// turned into their own gradients, from which two more products each give the gradients of the features.
+#include "similarity_sweep.h"
 
-#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <tuple>
-#include <unordered_map>
-#include <vector>
 
 namespace simplclip {
 namespace {
 
-using torch::stable::new_empty;
-using torch::stable::new_zeros;
-using torch::stable::parallel_for;
-using torch::stable::transpose;
-
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-enum Negatives : int64_t { kNone = 0, kEvery = 1, kHard = 2 };
+// Column statistics in the making: a log-sum-exp and perhaps a mean, from [strips, M] partials to [M].
+struct ColumnSums {
+  Tensor lse_parts, mean_parts, own_lse;
+  float *lse = nullptr, *mean = nullptr;
 
-Terms terms_of(bool contrastive, int64_t negatives) {
-  if (negatives == kHard) return Terms::kSoftmaxHard;
-  if (negatives == kEvery) return contrastive ? Terms::kSoftmaxAll : Terms::kAll;
-  return Terms::kSoftmax;
-}
-
-float scalar(const std::optional<Tensor>& t, float otherwise) {
-  return t ? *t->const_data_ptr<float>() : otherwise;
-}
-
-// The ids as small integers: equal where the ids are equal.
-struct Ids {
-  std::vector<int32_t> row, column;
-  Ids(const std::optional<Tensor>& ids, const std::optional<Tensor>& text_ids) {
-    if (!ids) return;
-    std::unordered_map<int64_t, int32_t> rank;
-    auto fill = [&](std::vector<int32_t>& to, const Tensor& from) {
-      const int64_t* p = from.const_data_ptr<int64_t>();
-      to.resize(from.size(0));
-      for (size_t i = 0; i < to.size(); ++i) to[i] = rank.emplace(p[i], int32_t(rank.size())).first->second;
-    };
-    fill(row, *ids);
-    fill(column, *text_ids);
-  }
-};
-
-// One sweep over row chunks: the inputs, the scratch of a chunk, and the strips of it.
-struct Sweep {
-  const Tensor &image, &text;         // [N, D], [M, D], float or bf16
-  std::optional<Tensor> plane;        // [D]: the hadamard plane's w
-  int64_t n, m, d, label_offset, chunk;
-  bool is_bf16;
-  float scale, p, q;
-  Ids ids;
-  Tensor stored;                      // [stored rows, M]: S of the first rows
-  Tensor scratch, plane_product;      // [chunk, M]
-  Tensor weighted;                    // [chunk, D]: x * w
-
-  Sweep(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const std::optional<Tensor>& plane_weight,
-        const std::optional<Tensor>& plane_bias, const std::optional<Tensor>& row_ids, const std::optional<Tensor>& text_ids,
-        int64_t label_offset, int64_t chunk, const Tensor& stored, bool backward)
-      : image(image), text(text), n(image.size(0)), m(text.size(0)), d(image.size(1)), label_offset(label_offset),
-        chunk(std::min(chunk, n)), is_bf16(image.scalar_type() == ScalarType::BFloat16),
-        scale(*logit_scale.const_data_ptr<float>()), p(1), q(scalar(plane_bias, 0)), ids(row_ids, text_ids),
-        stored(stored),
-        scratch(new_empty(image, {backward || stored.size(0) < n ? this->chunk : 0, m})) {
-    if (plane_weight && plane_weight->dim() == 1) {
-      plane = *plane_weight;
-      plane_product = new_empty(image, {this->chunk, m});
-      weighted = new_empty(image, {this->chunk, d});
-    } else if (plane_weight) {
-      p = *plane_weight->const_data_ptr<float>();
+  // `lse` null: the total is needed only to merge the mean.
+  ColumnSums(const Sweep& sweep, float* lse_to, float* mean_to) : lse(lse_to), mean(mean_to) {
+    const Tensor& like = sweep.call.image;
+    lse_parts = new_empty(like, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
+    if (mean) mean_parts = new_empty(like, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
+    if (!lse) {
+      own_lse = new_empty(like, {sweep.m}, ScalarType::Float);
+      lse = data<float>(own_lse);
     }
+    std::fill_n(lse, sweep.m, -kInf);
+    if (mean) std::fill_n(mean, sweep.m, 0.0f);
   }
 
-  // out = a text^T. In fp32 in blocks: MKL is 15% faster on an operand that stays in the second-level cache (seen on Zen 4).
-  void multiply(Tensor& out, const Tensor& a) {
-    const int64_t count = a.size(0);
-    const int64_t row_block = is_bf16 ? count : 512;
-    const int64_t column_block = is_bf16 ? m : std::max<int64_t>(64, (2 << 20) / (4 * d));
-    for (int64_t i = 0; i < count; i += row_block)
-      for (int64_t j = 0; j < m; j += column_block) {
-        Tensor out_rows = rows(out, i, std::min(row_block, count - i)), y = rows(text, j, std::min(column_block, m - j));
-        Tensor to = torch::stable::narrow(out_rows, 1, j, y.size(0));
-        mm_out(to, rows(a, i, out_rows.size(0)), transpose(y, 0, 1));
-      }
+  void parts_of(int64_t strip, float*& lse_part, float*& mean_part) const {
+    const int64_t at = strip * lse_parts.size(1);
+    lse_part = data<float>(lse_parts) + at;
+    mean_part = mean ? data<float>(mean_parts) + at : nullptr;
   }
 
-  // Calls f(first, count) for each chunk; none crosses the end of the stored rows.
-  template <class F>
-  void for_chunks(F&& f) {
-    for (int64_t first = 0, count = 0; first < n; first += count) {
-      count = std::min(chunk, (first < stored.size(0) ? stored.size(0) : n) - first);
-      f(first, count);
-    }
-  }
-
-  int64_t chunks() {
-    int64_t total = 0;
-    for_chunks([&](int64_t, int64_t) { ++total; });
-    return total;
-  }
-
-  // S of rows [first, first + count): computed, unless it is stored and `reuse` holds. The plane's product always is.
-  Tensor load(int64_t first, int64_t count, bool reuse) {
-    const Tensor x = rows(image, first, count);
-    const bool kept = first < stored.size(0);
-    Tensor s = kept ? rows(stored, first, count) : rows(scratch, 0, count);
-    if (!(kept && reuse)) multiply(s, x);
-    if (!plane) return s;
-    const float* w = plane->const_data_ptr<float>();
-    typed([&]<class T>(T*) {
-      const T* from = static_cast<const T*>(x.const_data_ptr());
-      T* to = static_cast<T*>(weighted.mutable_data_ptr());
-      parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          for (int64_t k = 0; k < d; ++k) assign(to[i * d + k], to_float(from[i * d + k]) * w[k]);
-      });
-    });
-    Tensor v = rows(plane_product, 0, count);
-    multiply(v, rows(weighted, 0, count));
-    return s;
-  }
-
-  // Calls f(strip, first row within the chunk, strip's number) in parallel over the strips of a chunk.
-  template <class F>
-  void for_strips(const Tensor& s, int64_t first, int64_t count, F&& f) {
-    const int64_t bytes = is_bf16 ? 2 : 4;
-    parallel_for(0, (count + kStripRows - 1) / kStripRows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t i = k * kStripRows;
-        auto at = [&](const Tensor& t) { return static_cast<void*>(static_cast<char*>(t.mutable_data_ptr()) + i * m * bytes); };
-        Strip strip{at(s), at(scratch), plane ? at(plane_product) : nullptr, std::min(kStripRows, count - i), m,
-                    label_offset + first + i, ids.row.empty() ? nullptr : ids.row.data() + first + i,
-                    ids.column.empty() ? nullptr : ids.column.data(), scale, p, q};
-        f(strip, i, k);
-      }
-    });
-  }
-
-  // Calls f with a null pointer of the features' type: the type of a loop over them.
-  template <class F>
-  void typed(F&& f) const {
-    is_bf16 ? f(static_cast<bf16*>(nullptr)) : f(static_cast<float*>(nullptr));
-  }
-};
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-float log_add(float a, float b) {
-  const float top = std::max(a, b);
-  return top == -kInf ? -kInf : top + std::log1p(std::exp(std::min(a, b) - top));
-}
-
-double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
-
-// Returns terms [2] (contrastive, pair matching), row_lse [2, N], col_lse [2, M] (with and without the positive; +inf where a
-// column takes no part), the number of negative pairs [1], and S of the first `stored_rows` rows.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_loss_fwd(
-    const Tensor& image, const Tensor& text, const Tensor& logit_scale, const std::optional<Tensor>& plane_weight,
-    const std::optional<Tensor>& plane_bias, const std::optional<Tensor>& row_ids, const std::optional<Tensor>& text_ids,
-    int64_t label_offset, bool symmetric, bool contrastive, int64_t negatives, int64_t chunk,
-    int64_t stored_rows) {
-  Sweep sweep(image, text, logit_scale, plane_weight, plane_bias, row_ids, text_ids, label_offset, chunk,
-              new_empty(image, {std::min(stored_rows, image.size(0)), text.size(0)}), false);
-  const StripKernels& kernels = strip_kernels();
-  const Terms terms = terms_of(contrastive, negatives);
-  const bool softmax = terms != Terms::kAll, hard = terms == Terms::kSoftmaxHard;
-  const int64_t n = sweep.n, m = sweep.m;
-  const int64_t strips = (sweep.chunk + kStripRows - 1) / kStripRows;
-
-  Tensor row_lse = new_empty(image, {2, n}, ScalarType::Float), col_lse = new_empty(image, {2, m}, ScalarType::Float);
-  Tensor part_lse = new_empty(image, {softmax ? strips : 0, m}, ScalarType::Float);
-  Tensor part_pm = new_empty(image, {hard ? strips : 0, m}, ScalarType::Float);
-  Tensor col_mean = new_zeros(image, {hard ? m : 0}, ScalarType::Float);
-  float *r_full = row_lse.mutable_data_ptr<float>(), *r_negative = r_full + n;
-  float *c_full = col_lse.mutable_data_ptr<float>(), *c_negative = c_full + m;
-  float *lse = part_lse.mutable_data_ptr<float>(), *pm = hard ? part_pm.mutable_data_ptr<float>() : nullptr;
-  float* c_mean = hard ? col_mean.mutable_data_ptr<float>() : nullptr;
-  std::fill_n(c_negative, m, -kInf);
-
-  std::vector<float> row_pm(n), diagonal(n), plane_diagonal(n);
-  std::vector<int64_t> dropped(n);
-  sweep.for_chunks([&](int64_t first, int64_t count) {
-    const Tensor s = sweep.load(first, count, false);
-    sweep.for_strips(s, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
-      const int64_t row = first + i;
-      const ForwardOut out{r_negative + row,          row_pm.data() + row, dropped.data() + row, diagonal.data() + row,
-                           plane_diagonal.data() + row, lse + k * m,         hard ? pm + k * m : nullptr};
-      kernels.forward(strip, out, terms, sweep.is_bf16);
-    });
-    if (!softmax) return;
+  void merge(int64_t strips) const {
+    const int64_t m = lse_parts.size(1);
     parallel_for(0, m, 1024, [&](int64_t begin, int64_t end) {
-      kernels.merge(lse + begin, hard ? pm + begin : nullptr, (count + kStripRows - 1) / kStripRows, m, end - begin,
-                    c_negative + begin, hard ? c_mean + begin : nullptr);
+      strip_kernels().merge(data<float>(lse_parts) + begin, mean ? data<float>(mean_parts) + begin : nullptr, strips, m,
+                            end - begin, lse + begin, mean ? mean + begin : nullptr);
     });
-  });
+  }
+};
 
-  double contrastive_sum = 0, positive = 0, negative = 0, hard_rows = 0, hard_columns = 0, pairs = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t j = label_offset + i;
-    const float z = sweep.scale * diagonal[i];
-    if (softmax) {
-      r_full[i] = log_add(r_negative[i], z);
-      contrastive_sum += softplus(double(r_negative[i]) - z);
-      if (symmetric) contrastive_sum += softplus(double(c_negative[j]) - z);
-    }
-    positive += softplus(-plane_diagonal[i]);
-    negative += row_pm[i];
-    pairs += double(m - dropped[i]);
-    if (hard) {
-      hard_rows += row_pm[i];
-      hard_columns += c_mean[j];
-    }
-  }
-  for (int64_t j = 0; j < m; ++j) {
-    const int64_t i = j - label_offset;
-    const bool in_part = symmetric && i >= 0 && i < n;
-    c_full[j] = in_part ? log_add(c_negative[j], sweep.scale * diagonal[i]) : kInf;
-    if (!in_part) c_negative[j] = kInf;
-  }
-  Tensor out = new_zeros(image, {2}, ScalarType::Float), count = new_empty(image, {1}, ScalarType::Double);
-  float* values = out.mutable_data_ptr<float>();
-  if (contrastive) values[0] = float(contrastive_sum / (symmetric ? 2.0 * n : n));
-  if (hard) values[1] = float(0.5 * (positive + (symmetric ? 0.5 * (hard_rows + hard_columns) : hard_rows)) / n);
-  if (negatives == kEvery) values[1] = float(0.5 * (positive / n + negative / std::max(pairs, 1.0)));
-  *count.mutable_data_ptr<double>() = pairs;
-  return {out, row_lse, col_lse, count, sweep.stored};
+// Returns rows [12, N], columns [6, M] and the stored rows of each plane [planes, stored_rows, M]: see reference.py.
+std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
+    Tensor image, Tensor text, Tensor scale, std::optional<Tensor> teacher_image, std::optional<Tensor> teacher_text,
+    std::optional<Tensor> teacher_scale, std::optional<Tensor> projected_image, std::optional<Tensor> projected_text,
+    std::optional<Tensor> cross_scale, std::optional<Tensor> plane_weight, std::optional<Tensor> plane_bias,
+    std::optional<Tensor> ids, std::optional<Tensor> text_ids, int64_t label_offset, bool softmax, bool columns,
+    int64_t negatives, bool relational, int64_t interactive, double entropy, int64_t chunk, int64_t stored_rows) {
+  const Call call{image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
+                  plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
+                  interactive, entropy};
+  Sweep sweep(call, chunk, stored_rows, nullptr);
+  const StripKernels& kernels = strip_kernels();
+  const int64_t n = sweep.n, m = sweep.m;
+  const bool divergence = interactive == kDivergence;
+
+  Tensor row_stats = new_zeros(image, {kRows, n}, ScalarType::Float), col_stats = new_zeros(image, {kColumns, m}, ScalarType::Float);
+  auto row = [&](Row stat, int64_t i) { return data<float>(row_stats) + stat * n + i; };
+  auto col = [&](Column stat) { return data<float>(col_stats) + stat * m; };
+
+  std::optional<ColumnSums> z_sums, t_sums, v_sums, t_sums_of_v;
+  if (columns && softmax) z_sums.emplace(sweep, col(kColLseZ), negatives == kHard ? col(kColMatch) : nullptr);
+  if (columns && relational) t_sums.emplace(sweep, col(kColLseT), col(kColMeanZ));
+  if (columns && interactive) v_sums.emplace(sweep, col(kColLseV), nullptr);
+  if (columns && divergence) t_sums_of_v.emplace(sweep, relational ? nullptr : col(kColLseT), col(kColMeanV));
+
+  sweep.for_chunks([&](int64_t first, int64_t count) {
+    Tensor t;
+    if (sweep.t) t = sweep.load(*sweep.t, first, count, false);
+    auto reduce = [&](Plane& student, Terms terms, bool teacher, const std::optional<ColumnSums>& sums,
+                      const std::optional<ColumnSums>& teacher_sums, auto&& outputs) {
+      const Tensor sim = sweep.load(student, first, count, false);
+      sweep.for_strips(student, sim, teacher ? &t : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
+        ForwardOut out{};
+        outputs(out, first + i);
+        out.negatives = row(kNegatives, first + i);
+        if (sums) sums->parts_of(k, out.col_lse, out.col_match);
+        if (teacher_sums) teacher_sums->parts_of(k, out.col_teacher_lse, out.col_mean);
+        kernels.forward(strip, out, terms, sweep.is_bf16);
+      });
+      if (sums) sums->merge(strips_of(count));
+      if (teacher_sums) teacher_sums->merge(strips_of(count));
+    };
+    if (sweep.plane_weight) sweep.load_hadamard(first, count);
+    if (sweep.z)
+      reduce(*sweep.z, sweep.terms(), relational, z_sums, t_sums, [&](ForwardOut& out, int64_t i) {
+        out.lse = row(kLseZ, i);
+        out.match = row(kMatch, i);
+        out.diagonal = row(kDiagonalZ, i);
+        out.plane_diagonal = row(kDiagonalL, i);
+        out.teacher_lse = row(kLseT, i);
+        out.mean = row(kMeanZ, i);
+        out.teacher_diagonal = row(kDiagonalT, i);
+      });
+    if (sweep.u)
+      reduce(*sweep.u, Terms::kSoftmax, divergence, std::nullopt, std::nullopt, [&](ForwardOut& out, int64_t i) {
+        out.lse = row(kLseU, i);
+        out.diagonal = row(kDiagonalU, i);
+        out.teacher_lse = row(kLseT, i);
+        out.mean = row(kMeanU, i);
+        out.teacher_diagonal = row(kDiagonalT, i);
+      });
+    if (sweep.v)
+      reduce(*sweep.v, Terms::kSoftmax, divergence, v_sums, t_sums_of_v,
+             [&](ForwardOut& out, int64_t i) { out.diagonal = row(kDiagonalV, i); });
+  });
+  return {row_stats, col_stats, sweep.stored};
 }
 
-// Returns the gradients of image, text (empty when not needed), logit_scale [], plane_weight and plane_bias (empty without).
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_loss_bwd(
-    const Tensor& grad_terms, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
-    const std::optional<Tensor>& plane_weight, const std::optional<Tensor>& plane_bias, const std::optional<Tensor>& row_ids,
-    const std::optional<Tensor>& text_ids, const Tensor& row_lse, const Tensor& col_lse, const Tensor& negative_pairs,
-    const Tensor& stored, int64_t label_offset, bool symmetric, bool contrastive, int64_t negatives, bool need_image, bool need_text,
-    int64_t chunk) {
-  Sweep sweep(image, text, logit_scale, plane_weight, plane_bias, row_ids, text_ids, label_offset, chunk, stored, true);
-  const StripKernels& kernels = strip_kernels();
-  const Terms terms = terms_of(contrastive, negatives);
-  const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
-  const bool hadamard = sweep.plane.has_value(), many = sweep.chunks() > 1;
-
-  const float* g = grad_terms.const_data_ptr<float>();
-  const double g_contrastive = contrastive ? g[0] : 0.0, g_matching = g[1];
-  const double pairs = std::max(*negative_pairs.const_data_ptr<double>(), 1.0);
-  BackwardIn in{};
-  in.k_row = float(g_contrastive / (symmetric ? 2.0 * n : n));
-  in.k_col = symmetric ? in.k_row : 0.0f;
-  in.k_positive = float(0.5 * g_matching / n);
-  in.k_negative = float(0.5 * g_matching / pairs);
-  in.k_hard_row = float(0.5 * g_matching / n * (symmetric ? 0.5 : 1.0));
-  in.k_hard_col = symmetric ? in.k_hard_row : 0.0f;
-  in.col_lse = col_lse.const_data_ptr<float>();
-  in.col_lse_negative = in.col_lse + m;
-
-  // One exponential serves both softmaxes unless a row's e^(z - r) could underflow where the column's e^(z - c) does not.
-  const float* r_full = row_lse.const_data_ptr<float>();
-  in.top = *std::max_element(r_full, r_full + n);
-  std::vector<float> ratio;
-  if (terms != Terms::kAll && in.top - *std::min_element(in.col_lse, in.col_lse + m) <= 40.0f) {
-    ratio.resize(m);
-    for (int64_t j = 0; j < m; ++j) ratio[j] = std::exp(in.top - in.col_lse[j]);
-    in.col_ratio = ratio.data();
+// The sum over chunks, and over the planes that share a text, of G^T X; products of bf16 chunks are summed in fp32.
+class TextGradient {
+ public:
+  TextGradient(const Tensor& like, bool needed, bool in_float)
+      : needed_(needed), in_float_(needed && in_float), out_(new_empty(like, {needed ? like.size(0) : 0, like.size(1)})) {
+    if (in_float_) sum_ = new_zeros(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
   }
 
-  Tensor d_image = new_empty(image, {need_image ? n : 0, d}), d_text = new_empty(text, {need_text ? m : 0, d});
-  Tensor d_scale = new_zeros(image, {}, ScalarType::Float), d_bias = new_zeros(image, {}, ScalarType::Float);
+  void add(const Tensor& gradient, const Tensor& x) {
+    if (!needed_) return;
+    Tensor view = gradient;
+    const Tensor transposed = transpose(view, 0, 1);
+    fresh_ || in_float_ ? mm_out(out_, transposed, x) : mm_add(out_, transposed, x);
+    fresh_ = false;
+    if (!in_float_) return;
+    float* sum = data<float>(sum_);
+    const bf16* part = data<bf16>(out_);
+    parallel_for(0, out_.numel(), 1 << 16,
+                 [&](int64_t begin, int64_t end) { strip_kernels().add(sum + begin, part + begin, end - begin); });
+  }
+
+  Tensor result() {
+    if (fresh_) return new_zeros(out_, {out_.size(0), out_.size(1)});
+    if (in_float_) {
+      const float* sum = data<float>(sum_);
+      bf16* to = data<bf16>(out_);
+      parallel_for(0, out_.numel(), 1 << 16,
+                   [&](int64_t begin, int64_t end) { strip_kernels().round(to + begin, sum + begin, end - begin); });
+    }
+    return out_;
+  }
+
+ private:
+  bool needed_, in_float_, fresh_ = true;
+  Tensor out_, sum_;
+};
+
+// How one softmax's gradients are formed; fills ratios where one exponential serves rows and columns, which it does unless a
+// row's e^(z - r) could underflow where the column's e^(z - c) does not.
+struct Sharing {
+  std::vector<float> ratio;
+  float top = 0;
+  bool possible = true;
+
+  Sharing(const float* lse, int64_t n, const float* col_lse, const float* g_col, int64_t m) {
+    top = *std::max_element(lse, lse + n);
+    float lowest = kInf;
+    for (int64_t j = 0; j < m; ++j)
+      if (g_col[j] != 0 && col_lse[j] > -kInf) lowest = std::min(lowest, col_lse[j]);
+    possible = !(top - lowest > 40.0f);
+    if (possible) fill(ratio, col_lse, g_col, m);
+  }
+
+  void fill(std::vector<float>& to, const float* col_lse, const float* g_col, int64_t m) const {
+    to.resize(m);
+    for (int64_t j = 0; j < m; ++j) to[j] = g_col[j] != 0 && col_lse[j] > -kInf ? g_col[j] * std::exp(top - col_lse[j]) : 0.0f;
+  }
+};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Returns d_image, d_text (empty when not needed), d_scale, d_projected_image, d_projected_text (empty when not given),
+// d_cross_scale, d_plane_weight (empty without), d_plane_bias.
+Gradients similarity_loss_bwd(
+    Tensor grad_rows, Tensor grad_columns, Tensor image, Tensor text, Tensor scale, std::optional<Tensor> teacher_image,
+    std::optional<Tensor> teacher_text, std::optional<Tensor> teacher_scale, std::optional<Tensor> projected_image,
+    std::optional<Tensor> projected_text, std::optional<Tensor> cross_scale, std::optional<Tensor> plane_weight,
+    std::optional<Tensor> plane_bias, std::optional<Tensor> ids, std::optional<Tensor> text_ids, Tensor row_stats,
+    Tensor col_stats, Tensor stored, int64_t label_offset, bool softmax, bool columns, int64_t negatives, bool relational,
+    int64_t interactive, double entropy, bool need_image, bool need_text, int64_t chunk) {
+  const Call call{image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
+                  plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
+                  interactive, entropy};
+  Sweep sweep(call, chunk, stored.size(1), &stored);
+  const StripKernels& kernels = strip_kernels();
+  const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
+  const bool divergence = interactive == kDivergence, hadamard = sweep.plane_weight.has_value();
+  auto row = [&](const Tensor& from, Row stat) { return data<const float>(from) + stat * n; };
+  auto col = [&](const Tensor& from, Column stat) { return data<const float>(from) + stat * m; };
+
+  // Arguments of the strip kernels for a student plane; the pointers to rows are moved to each strip.
+  BackwardIn z_in{}, u_in{}, v_in{};
+  Softmax z_kind = Softmax::kRows;
+  z_in.lse = row(row_stats, kLseZ);
+  z_in.g_lse = row(grad_rows, kLseZ);
+  z_in.g_match = row(grad_rows, kMatch);
+  z_in.teacher_lse = u_in.teacher_lse = v_in.teacher_lse = row(row_stats, kLseT);
+  z_in.g_mean = row(grad_rows, kMeanZ);
+  z_in.g_diagonal = row(grad_rows, kDiagonalZ);
+  z_in.g_plane_diagonal = row(grad_rows, kDiagonalL);
+  z_in.col_lse = col(col_stats, kColLseZ);
+  z_in.g_col_lse = col(grad_columns, kColLseZ);
+  z_in.g_col_match = col(grad_columns, kColMatch);
+  z_in.col_teacher_lse = v_in.col_teacher_lse = col(col_stats, kColLseT);
+  z_in.g_col_mean = col(grad_columns, kColMeanZ);
+  u_in.lse = row(row_stats, kLseU);
+  u_in.g_lse = row(grad_rows, kLseU);
+  u_in.g_mean = row(grad_rows, kMeanU);
+  u_in.g_diagonal = row(grad_rows, kDiagonalU);
+  v_in.g_diagonal = row(grad_rows, kDiagonalV);
+  v_in.col_lse = col(col_stats, kColLseV);
+  v_in.g_col_lse = col(grad_columns, kColLseV);
+  v_in.g_col_mean = col(grad_columns, kColMeanV);
+
+  std::optional<Sharing> student, teacher;
+  std::vector<float> match_ratio;
+  if (columns && softmax) {
+    student.emplace(z_in.lse, n, z_in.col_lse, z_in.g_col_lse, m);
+    if (relational) teacher.emplace(z_in.teacher_lse, n, z_in.col_teacher_lse, z_in.g_col_mean, m);
+    if (negatives == kHard) {
+      const Sharing match(z_in.lse, n, z_in.col_lse, z_in.g_col_match, m);
+      student->possible &= match.possible;
+      match_ratio = match.ratio;
+    }
+    z_kind = student->possible && (!teacher || teacher->possible) ? Softmax::kShared : Softmax::kApart;
+    z_in.top = student->top;
+    z_in.lse_ratio = student->ratio.data();
+    z_in.match_ratio = match_ratio.data();
+    if (teacher) z_in.teacher_top = teacher->top;
+    if (teacher) z_in.teacher_ratio = teacher->ratio.data();
+  }
+
+  const bool several = sweep.chunk < n || sweep.stored_rows % n != 0;
+  const bool shared_text = hadamard || (sweep.v && !projected_text);
+  Tensor d_image = new_empty(image, {need_image ? n : 0, d});
+  Tensor d_projected = projected_image ? new_empty(*projected_image, projected_image->sizes()) : new_empty(image, {0, d});
+  TextGradient d_text(text, need_text, sweep.is_bf16 && (several || (shared_text && sweep.z)));
+  TextGradient d_projected_text(projected_text ? *projected_text : text, projected_text.has_value(), sweep.is_bf16 && several);
   Tensor d_weight = plane_weight ? new_zeros(*plane_weight, plane_weight->sizes()) : new_empty(image, {0}, ScalarType::Float);
-  // The products of bf16 chunks are summed in fp32; d_text holds one product at a time until then.
-  const bool sum_apart = need_text && many && sweep.is_bf16;
-  Tensor text_sum = new_zeros(text, {sum_apart ? m : 0, d}, ScalarType::Float);
   Tensor plane_grad = new_empty(image, {hadamard ? sweep.chunk : 0, d});
 
-  bool fresh = true;
-  auto add_text = [&](const Tensor& gradient, const Tensor& x) {
-    Tensor gradient_view = gradient;
-    const Tensor g_t = transpose(gradient_view, 0, 1);
-    fresh || sum_apart ? mm_out(d_text, g_t, x) : mm_add(d_text, g_t, x);
-    fresh = false;
-    if (!sum_apart) return;
-    float* sum = data<float>(text_sum);
-    const bf16* part = data<bf16>(d_text);
-    parallel_for(0, m * d, 1 << 16,
-                 [&](int64_t begin, int64_t end) { kernels.add(sum + begin, part + begin, end - begin); });
-  };
-
-  std::vector<BackwardOut> parts((sweep.chunk + kStripRows - 1) / kStripRows);
-  double scale_sum = 0, p_sum = 0, q_sum = 0;
+  std::vector<BackwardOut> parts(strips_of(sweep.chunk));
+  double scale_sum = 0, cross_sum = 0, p_sum = 0, q_sum = 0;
   sweep.for_chunks([&](int64_t first, int64_t count) {
-    const Tensor s = sweep.load(first, count, true);
-    sweep.for_strips(s, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
-      BackwardIn mine = in;
-      mine.row_lse = row_lse.const_data_ptr<float>() + first + i;
-      mine.row_lse_negative = mine.row_lse + n;
-      parts[k] = kernels.backward(strip, mine, terms, sweep.is_bf16);
-    });
-    for (int64_t k = 0; k < (count + kStripRows - 1) / kStripRows; ++k) {
-      scale_sum += parts[k].scale;
-      p_sum += parts[k].p;
-      q_sum += parts[k].q;
-    }
-    const Tensor g_sim = rows(sweep.scratch, 0, count), x = rows(image, first, count);
-    if (need_image) {
-      Tensor to = rows(d_image, first, count);
-      mm_out(to, g_sim, text);
-    }
-    if (need_text) add_text(g_sim, x);
-    if (!hadamard) return;
-    const Tensor h = rows(sweep.plane_product, 0, count);
-    Tensor hy = rows(plane_grad, 0, count);
-    mm_out(hy, h, text);
-    const float* w = sweep.plane->const_data_ptr<float>();
-    float* dw = d_weight.mutable_data_ptr<float>();
-    sweep.typed([&]<class T>(T*) {
-      const T *xs = data<T>(x), *hys = data<T>(hy);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t k = 0; k < d; ++k) dw[k] += to_float(xs[i * d + k]) * to_float(hys[i * d + k]);
-      if (!need_image) return;
-      T* to = data<T>(d_image) + first * d;
-      parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          for (int64_t k = 0; k < d; ++k) {
-            const int64_t at = i * d + k;
-            assign(to[at], to_float(to[at]) + w[k] * to_float(hys[at]));
-          }
+    Tensor t;
+    if (sweep.t) t = sweep.load(*sweep.t, first, count, true);
+    // The gradient of a plane's chunk, in its scratch.
+    auto differentiate = [&](Plane& plane, const BackwardIn& in, Terms terms, Softmax kind, bool has_teacher, double& d_scale) {
+      const Tensor sim = sweep.load(plane, first, count, true);
+      sweep.for_strips(plane, sim, has_teacher ? &t : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
+        BackwardIn mine = in;
+        for (auto* p : {&mine.lse, &mine.g_lse, &mine.g_match, &mine.teacher_lse, &mine.g_mean, &mine.g_diagonal,
+                        &mine.g_plane_diagonal})
+          if (*p) *p += first + i;
+        parts[k] = kernels.backward(strip, mine, terms, kind, sweep.is_bf16);
       });
-    });
-    if (need_text) add_text(h, rows(sweep.weighted, 0, count));
+      for (int64_t k = 0; k < strips_of(count); ++k) {
+        d_scale += parts[k].scale;
+        p_sum += parts[k].p;
+        q_sum += parts[k].q;
+      }
+      return rows(plane.scratch, 0, count);
+    };
+    const Tensor x = rows(image, first, count);
+    Tensor to_image = need_image ? rows(d_image, first, count) : Tensor();
+    if (hadamard) sweep.load_hadamard(first, count);
+    if (sweep.z) {
+      const Tensor g = differentiate(*sweep.z, z_in, sweep.terms(), z_kind, relational, scale_sum);
+      if (need_image) mm_out(to_image, g, text);
+      d_text.add(g, x);
+    }
+    if (hadamard) {
+      const Tensor h = rows(sweep.plane_product, 0, count);
+      Tensor hy = rows(plane_grad, 0, count);
+      mm_out(hy, h, text);
+      const float* w = sweep.plane_weight->const_data_ptr<float>();
+      float* dw = d_weight.mutable_data_ptr<float>();
+      sweep.typed([&]<class T>(T*) {
+        const T *xs = data<T>(x), *hys = data<T>(hy);
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t k = 0; k < d; ++k) dw[k] += to_float(xs[i * d + k]) * to_float(hys[i * d + k]);
+        if (!need_image) return;
+        T* to = data<T>(to_image);
+        parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+          for (int64_t at = begin * d; at < end * d; ++at) assign(to[at], to_float(to[at]) + w[at % d] * to_float(hys[at]));
+        });
+      });
+      d_text.add(h, rows(sweep.weighted, 0, count));
+    }
+    if (sweep.u) {
+      const Tensor g = differentiate(*sweep.u, u_in, Terms::kSoftmax, Softmax::kRows, divergence, cross_sum);
+      if (projected_image) {
+        Tensor to = rows(d_projected, first, count);
+        mm_out(to, g, *teacher_text);
+      } else if (need_image) {
+        sweep.z ? mm_add(to_image, g, *teacher_text) : mm_out(to_image, g, *teacher_text);
+      }
+    }
+    if (sweep.v) {
+      const Tensor g = differentiate(*sweep.v, v_in, Terms::kSoftmax, Softmax::kColumns, divergence, cross_sum);
+      (projected_text ? d_projected_text : d_text).add(g, rows(*teacher_image, first, count));
+    }
   });
-  if (sum_apart) {
-    const float* sum = data<float>(text_sum);
-    bf16* to = data<bf16>(d_text);
-    parallel_for(0, m * d, 1 << 16,
-                 [&](int64_t begin, int64_t end) { kernels.round(to + begin, sum + begin, end - begin); });
-  }
-  *d_scale.mutable_data_ptr<float>() = float(scale_sum);
-  *d_bias.mutable_data_ptr<float>() = float(q_sum);
+  if (!sweep.z && (projected_image || !sweep.u)) d_image = new_zeros(image, {need_image ? n : 0, d});
+
+  auto number = [&](double value) {
+    Tensor out = new_zeros(image, {}, ScalarType::Float);
+    *out.mutable_data_ptr<float>() = float(value);
+    return out;
+  };
   if (plane_weight && !hadamard) *d_weight.mutable_data_ptr<float>() = float(p_sum);
-  return {d_image, d_text, d_scale, d_weight, d_bias};
+  return {d_image, d_text.result(), number(scale_sum), d_projected, d_projected_text.result(), number(cross_sum), d_weight,
+          number(q_sum)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -30,57 +30,64 @@ inline void assign(bf16& to, float x) {
 
 constexpr int64_t kStripRows = 64;
 
-// Which statistics a strip keeps: softmax statistics, pair matching over all negatives, or over hard negatives.
+// What the student's matrix is reduced to: softmax statistics, pair matching over all negatives, or over hard negatives.
 enum class Terms { kSoftmax, kSoftmaxAll, kSoftmaxHard, kAll };
+
+// Which softmaxes have a gradient. Shared: rows and columns, by one exponential, e^(z - c) = e^(z - r) e^(r - top) e^(top - c).
+// Apart: by two, where the statistics lie too far apart for that.
+enum class Softmax { kShared, kApart, kRows, kColumns };
 
 // One strip's inputs. A pair is dropped from the negatives when it is the positive or when its ids are equal.
 struct Strip {
-  const void* sim;        // [rows, M] float or bf16: S = x y^T
-  void* grad;             // [rows, M] same dtype, backward: dL/dS; may be sim itself
-  void* plane;            // [rows, M] same dtype: (x*w) y^T, backward overwrites it with its gradient; null: scalar plane
+  const void* sim;          // [rows, M] float or bf16: the student's similarities S, logits z = scale S
+  void* grad;               // [rows, M] same dtype, backward: dL/dS; may be sim itself
+  void* plane;              // [rows, M] same dtype: (x*w) y^T, backward overwrites it with its gradient; null: scalar plane
+  const void* teacher;      // [rows, M] same dtype: the teacher's similarities, logits t = teacher_scale times them; or null
   int64_t rows;
-  int64_t columns;        // M
-  int64_t label;          // column of the first row's positive; the next row's is the next column
-  const int32_t* ids;     // [rows] or null
+  int64_t columns;          // M
+  int64_t label;            // column of the first row's positive; the next row's is the next column
+  const int32_t* ids;       // [rows] or null
   const int32_t* text_ids;  // [M] or null
-  float scale;            // s
-  float p, q;             // l = p S + q, or l = plane + q
+  float scale;
+  float p, q;               // l = p S + q, or l = plane + q
+  float teacher_scale;
+  float entropy;            // 1: means are of t - z; 0: of -z
 };
 
+// Null where not asked for; with a teacher, teacher_lse and mean come together.
 struct ForwardOut {
-  float* row_lse;    // [rows] log-sum-exp of s S over the row's negatives
-  float* row_pm;     // [rows] sum of softplus(l) over the negatives; hard: its mean under the row's softmax
-  int64_t* dropped;  // [rows] columns that are no negatives
-  float* diagonal;   // [rows] S of the positive
-  float* plane_diagonal;  // [rows] l of the positive
-  float* col_lse;    // [M] log-sum-exp over this strip's rows
-  float* col_pm;     // [M] hard: mean of softplus(l) under this strip's column softmax; else unused
+  float* lse;               // [rows] log-sum-exp of z over the row's negatives
+  float* match;             // [rows] sum of softplus(l) over the negatives; hard: its mean under the row's softmax
+  float* teacher_lse;       // [rows] log-sum-exp of t
+  float* mean;              // [rows] mean of entropy t - z under the teacher's softmax
+  float* negatives;         // [rows] their number
+  float* diagonal;          // [rows] S of the positive
+  float* plane_diagonal;    // [rows] the hadamard plane's product of the positive
+  float* teacher_diagonal;  // [rows]
+  float* col_lse;           // [M] over this strip's rows, like lse
+  float* col_match;         // [M] hard only
+  float* col_teacher_lse;   // [M]
+  float* col_mean;          // [M]
 };
 
+// Statistics of the whole rows and columns, and the loss's gradients to them.
 struct BackwardIn {
-  const float* row_lse;           // [rows] over the whole row, the positive included
-  const float* row_lse_negative;  // [rows] without it
-  const float* col_lse;           // [M] +inf: the column takes no part
-  const float* col_lse_negative;  // [M] likewise
-  // [M] e^(top - col_lse), or null where the statistics lie too far apart: with it e^(z - c) = e^(z - r) e^(r - top) e^(top - c)
-  // costs no second exponential.
-  const float* col_ratio;
-  float top;
-  float k_row, k_col;             // weight of the row and the column softmax
-  float k_negative;               // weight of a negative of pair matching ("all")
-  float k_hard_row, k_hard_col;   // the same for "hard"
-  float k_positive;
+  const float *lse, *g_lse, *g_match, *teacher_lse, *g_mean, *g_diagonal, *g_plane_diagonal;  // [rows]
+  const float *col_lse, *g_col_lse, *g_col_match, *col_teacher_lse, *g_col_mean;              // [M]
+  // Shared softmaxes: gradient times e^(top - column's log-sum-exp), and the highest log-sum-exp of a row.
+  const float *lse_ratio, *match_ratio, *teacher_ratio;  // [M]
+  float top, teacher_top;
 };
 
 struct BackwardOut {
-  double scale, p, q;  // this strip's share of the gradients of s, p, q
+  double scale, p, q;  // this strip's share of the gradients of s, p, q, the positives apart
 };
 
 // The functions of one instruction set.
 struct StripKernels {
   const char* name;
   void (*forward)(const Strip&, const ForwardOut&, Terms, bool is_bf16);
-  BackwardOut (*backward)(const Strip&, const BackwardIn&, Terms, bool is_bf16);
+  BackwardOut (*backward)(const Strip&, const BackwardIn&, Terms, Softmax, bool is_bf16);
   // lse [parts, columns] and mean [parts, columns] or null: merges them into total_lse and total_mean (both [columns]).
   void (*merge)(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,
                 float* total_mean);

@@ -126,6 +126,14 @@ VINLINE vf log1p(vf y) {
   return 2.0f * t * (p * u + 1.0f);
 }
 
+// log(x) of a normal x > 0, absolute error below 2e-7: the exponent, and log1p of the mantissa.
+VINLINE vf log(vf x) {
+  const vi bits = (vi)x;
+  const vf exponent = __builtin_convertvector((bits >> 23) - 127, vf);
+  const vf mantissa = (vf)((bits & 0x7fffff) | 0x3f800000);
+  return exponent * 0.69314718f + log1p(mantissa - 1.0f);
+}
+
 VINLINE vf softplus(vf x) { return max(x, vf{}) + log1p(exp(-abs(x))); }
 
 VINLINE vf sigmoid(vf x) {

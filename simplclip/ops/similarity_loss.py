@@ -190,7 +190,8 @@ def similarity_loss(
         interactive, interactive_scale: the form of that term, and s' (logit_scale where None).
         projected_image, projected_text: x' [N, D̂] and y' [M, D̂], needed by "interactive" where D̂ is not D.
         divergence: "kl", or "cross_entropy": the value of every KL here without its constant −entropy of the teacher, as in
-            open_clip.DistillClipLoss. Gradients are the same.
+            open_clip.DistillClipLoss. Gradients are the same. A KL is a difference of numbers of the size of log M: its value
+            has their absolute error.
         ids, text_ids: pairs with equal ids that are not the positive drop out of the negatives of every term (and out of
             every softmax). text_ids defaults to ids when N = M.
         label_offset: 0 ≤ label_offset ≤ M − N: this rank's place among gathered text features.

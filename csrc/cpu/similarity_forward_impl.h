@@ -1,0 +1,216 @@
+// Included after similarity_strip_impl.h, inside the namespace of an instruction set: forward of a strip.
+
+// Raises the reference against which column sums are held, and shrinks the sums.
+inline void raise(float& reference, float top, int64_t columns, float* sums, float* weighted) {
+  if (!(top > reference)) return;
+  if (reference > -kInf && sums) {
+    const float shrink = std::exp(reference - top);
+    for (int64_t j = 0; j < columns; ++j) sums[j] *= shrink;
+    if (weighted)
+      for (int64_t j = 0; j < columns; ++j) weighted[j] *= shrink;
+  }
+  reference = top;
+}
+
+// Column sums hold sum_i e^(z_ij - reference).
+struct Reference {
+  float student = -kInf, teacher = -kInf;
+};
+
+// Running sums of R rows against their own highest logits.
+template <int R>
+struct RowSums {
+  float top[R], weight[R];  // weight: e^(top - reference)
+  vf total[R] = {}, weighted[R] = {};
+
+  void set_tops(const vf* highest_of, float& reference, int64_t columns, float* sums, float* col_weighted) {
+    float tile_top = reference;
+    for (int r = 0; r < R; ++r) {
+      top[r] = highest(highest_of[r]);
+      if (top[r] > tile_top) tile_top = top[r];
+    }
+    raise(reference, tile_top, columns, sums, col_weighted);
+    for (int r = 0; r < R; ++r) {
+      weight[r] = top[r] > -kInf ? std::exp(top[r] - reference) : 0.0f;
+      if (top[r] == -kInf) top[r] = 0.0f;  // a row without negatives: every lane is dropped
+    }
+  }
+
+  float lse(int r) const {
+    const float sum_r = sum(total[r]);
+    return sum_r > 0 ? top[r] + std::log(sum_r) : (sum_r == 0 ? -kInf : sum_r);
+  }
+
+  float mean(int r) const {
+    const float sum_r = sum(total[r]);
+    return sum_r == 0 ? 0.0f : sum(weighted[r]) / sum_r;
+  }
+};
+
+// One tile of R rows of a strip.
+template <class T, Terms terms, bool teacher, int R>
+void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& reference) {
+  constexpr bool softmax = terms != Terms::kAll;
+  constexpr bool hard = terms == Terms::kSoftmaxHard;
+  constexpr bool matching = terms != Terms::kSoftmax;
+  const bool mask_all = s.ids != nullptr, columns = out.col_lse != nullptr;
+  const int64_t label = s.label + i0;
+  RowSums<R> student, tutor;
+
+  if constexpr (softmax) {
+    vf highest_z[R], highest_t[R];
+    for (int r = 0; r < R; ++r) highest_z[r] = highest_t[r] = splat(-kInf);
+    for_blocks(s.columns, label, R, mask_all, [&](int64_t j, int lanes, auto masked) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        vf z = s.scale * load_block<T>(s.sim, s, i0 + r, j, lanes, masked), t = {};
+        if constexpr (teacher) t = s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes, masked);
+        if constexpr (masked) {
+          const vi drop = dropped_lanes(s, i0 + r, j, lanes);
+          z = drop ? splat(-kInf) : z;
+          t = drop ? splat(-kInf) : t;
+        }
+        highest_z[r] = max(highest_z[r], z);
+        if constexpr (teacher) highest_t[r] = max(highest_t[r], t);
+      }
+    });
+    student.set_tops(highest_z, reference.student, s.columns, out.col_lse, hard ? out.col_match : nullptr);
+    if constexpr (teacher) tutor.set_tops(highest_t, reference.teacher, s.columns, out.col_teacher_lse, out.col_mean);
+  }
+
+  vf row_match[R] = {};
+  vi dropped[R] = {};
+  for_blocks(s.columns, label, R, mask_all, [&](int64_t j, int lanes, auto masked) __attribute__((always_inline)) {
+    vf col_sum = {}, col_match = {}, col_tutor = {}, col_mean = {};
+    if (softmax && columns) {
+      col_sum = load_column(out.col_lse, j, lanes, masked);
+      if constexpr (hard) col_match = load_column(out.col_match, j, lanes, masked);
+      if constexpr (teacher) col_tutor = load_column(out.col_teacher_lse, j, lanes, masked);
+      if constexpr (teacher) col_mean = load_column(out.col_mean, j, lanes, masked);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const vf sim = load_block<T>(s.sim, s, i0 + r, j, lanes, masked);
+      vi drop = {};
+      if constexpr (masked) {
+        drop = dropped_lanes(s, i0 + r, j, lanes);
+        dropped[r] -= drop & (iota() < lanes);
+      }
+      vf e = {}, match = {};
+      if constexpr (softmax) {
+        e = exp(s.scale * sim - student.top[r]);
+        if constexpr (masked) e = drop ? vf{} : e;
+        student.total[r] += e;
+        col_sum += student.weight[r] * e;
+      }
+      if constexpr (matching) {
+        const vf l = s.plane ? load_block<T>(s.plane, s, i0 + r, j, lanes, masked) + s.q : s.p * sim + s.q;
+        match = softplus(l);
+        if constexpr (masked) match = drop ? vf{} : match;
+        row_match[r] += hard ? e * match : match;
+        if constexpr (hard) col_match += student.weight[r] * e * match;
+      }
+      if constexpr (teacher) {
+        const vf t = s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes, masked);
+        vf e_t = exp(t - tutor.top[r]);
+        if constexpr (masked) e_t = drop ? vf{} : e_t;
+        const vf value = e_t * (s.entropy * t - s.scale * sim);
+        tutor.total[r] += e_t;
+        tutor.weighted[r] += value;
+        col_tutor += tutor.weight[r] * e_t;
+        col_mean += tutor.weight[r] * value;
+      }
+    }
+    if (softmax && columns) {
+      store_column(out.col_lse, j, col_sum, lanes, masked);
+      if constexpr (hard) store_column(out.col_match, j, col_match, lanes, masked);
+      if constexpr (teacher) store_column(out.col_teacher_lse, j, col_tutor, lanes, masked);
+      if constexpr (teacher) store_column(out.col_mean, j, col_mean, lanes, masked);
+    }
+  });
+
+  for (int r = 0; r < R; ++r) {
+    const int64_t i = i0 + r, at = i * s.columns + s.label + i;
+    if constexpr (hard) student.weighted[r] = row_match[r];
+    if (softmax && out.lse) out.lse[i] = student.lse(r);
+    if (matching) out.match[i] = hard ? student.mean(r) : sum(row_match[r]);
+    if (teacher && out.teacher_lse) {
+      out.teacher_lse[i] = tutor.lse(r);
+      out.mean[i] = tutor.mean(r);
+      out.teacher_diagonal[i] = to_float(static_cast<const T*>(s.teacher)[at]);
+    }
+    out.negatives[i] = float(s.columns - sum(dropped[r]));
+    out.diagonal[i] = to_float(static_cast<const T*>(s.sim)[at]);
+    if (s.plane) out.plane_diagonal[i] = to_float(static_cast<const T*>(s.plane)[at]);
+  }
+}
+
+// Turns column sums held against `reference` into log-sum-exps, and weighted sums (or null) into means. A sum that may have lost
+// terms is formed afresh against its own column's highest logit. logit and value: (row, j, lanes) -> vector.
+template <class Logit, class Value>
+VINLINE void finish_columns(const Strip& s, float reference, float* sums, float* weighted, Logit&& logit, Value&& value) {
+  for (int64_t j = 0; j < s.columns; j += W) {
+    const int lanes = int(least<int64_t>(W, s.columns - j));
+    vf top = splat(reference), total = load(sums + j, lanes), mean = {};
+    if (weighted) mean = load(weighted + j, lanes);
+    if (any((total < kLostBelow) & (iota() < lanes))) {
+      top = splat(-kInf);
+      total = mean = vf{};
+      for (int64_t i = 0; i < s.rows; ++i) top = max(top, dropped_lanes(s, i, j, lanes) ? splat(-kInf) : logit(i, j, lanes));
+      top = top == -kInf ? vf{} : top;
+      for (int64_t i = 0; i < s.rows; ++i) {
+        const vf e = dropped_lanes(s, i, j, lanes) ? vf{} : exp(logit(i, j, lanes) - top);
+        total += e;
+        if (weighted) mean += e * value(i, j, lanes);
+      }
+    }
+    store(sums + j, lse_of(total, top), lanes);
+    if (weighted) store(weighted + j, total == 0.0f ? vf{} : mean / total, lanes);
+  }
+}
+
+template <class T, Terms terms, bool teacher>
+void forward_strip(const Strip& s, const ForwardOut& out) {
+  constexpr bool hard = terms == Terms::kSoftmaxHard;
+  constexpr int R = teacher ? kTileRows / 2 : kTileRows;
+  const bool columns = terms != Terms::kAll && out.col_lse;
+  float* const sums[] = {out.col_lse, hard ? out.col_match : nullptr, teacher ? out.col_teacher_lse : nullptr,
+                         teacher ? out.col_mean : nullptr};
+  for (float* sum : sums)
+    if (columns && sum) std::memset(sum, 0, s.columns * sizeof(float));
+  Reference reference;
+  int64_t i = 0;
+  for (; i + R <= s.rows; i += R) forward_tile<T, terms, teacher, R>(s, out, i, reference);
+  for (; i < s.rows; ++i) forward_tile<T, terms, teacher, 1>(s, out, i, reference);
+  if (!columns) return;
+
+  auto student = [&](int64_t i, int64_t j, int lanes) { return s.scale * load_block<T>(s.sim, s, i, j, lanes, true); };
+  auto tutor = [&](int64_t i, int64_t j, int lanes) {
+    return s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes, true);
+  };
+  finish_columns(s, reference.student, out.col_lse, hard ? out.col_match : nullptr, student,
+                 [&](int64_t i, int64_t j, int lanes) {
+                   const vf l = s.plane ? load_block<T>(s.plane, s, i, j, lanes, true) + s.q
+                                        : s.p * load_block<T>(s.sim, s, i, j, lanes, true) + s.q;
+                   return softplus(l);
+                 });
+  if constexpr (teacher)
+    finish_columns(s, reference.teacher, out.col_teacher_lse, out.col_mean, tutor, [&](int64_t i, int64_t j, int lanes) {
+      return s.entropy * tutor(i, j, lanes) - student(i, j, lanes);
+    });
+}
+
+template <class T, bool teacher>
+void forward_of(const Strip& s, const ForwardOut& out, Terms terms) {
+  switch (terms) {
+    case Terms::kSoftmax: return forward_strip<T, Terms::kSoftmax, teacher>(s, out);
+    case Terms::kSoftmaxAll: return forward_strip<T, Terms::kSoftmaxAll, teacher>(s, out);
+    case Terms::kSoftmaxHard: return forward_strip<T, Terms::kSoftmaxHard, teacher>(s, out);
+    case Terms::kAll: return forward_strip<T, Terms::kAll, false>(s, out);
+  }
+}
+
+void forward(const Strip& s, const ForwardOut& out, Terms terms, bool is_bf16) {
+  if (s.teacher) return is_bf16 ? forward_of<bf16, true>(s, out, terms) : forward_of<float, true>(s, out, terms);
+  return is_bf16 ? forward_of<bf16, false>(s, out, terms) : forward_of<float, false>(s, out, terms);
+}
