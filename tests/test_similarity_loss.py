@@ -14,7 +14,6 @@ from simplclip.ops import similarity_loss
 from simplclip.ops.similarity_plan import workspace_bytes
 
 CPU_ERROR = backends.extension_error
-WIDTH = 48
 needs_cpu_kernels = pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
 BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -296,7 +296,11 @@ def similarity_loss(
         pairs = None
         if group is not None:
             columns = merge_columns(distributed.exchange(columns, group)) if symmetric else None
-            pairs = distributed.mean(rows[RowStat.NEGATIVES].sum(dtype=torch.float64), group) if ids is not None else None
+            pairs = (
+                distributed.mean(rows[RowStat.NEGATIVES].detach().sum(dtype=torch.float64), group)
+                if ids is not None
+                else None
+            )
         else:
             columns = columns[:, label_offset : label_offset + image.shape[0]] if symmetric else None
         out |= terms_of(

@@ -1,0 +1,41 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from simplclip.losses import ClipPMLoss
+
+HERE = os.path.dirname(__file__)
+
+
+def torchrun(part, ranks=2):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([HERE, os.path.dirname(HERE)]), "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*launcher, os.path.join(HERE, "rank_losses.py"), part], env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("part", ["open_clip", "one process"])
+def test_two_ranks_equal(part):
+    run = torchrun(part)
+    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
+
+
+def test_a_rank_that_dies_ends_the_others():
+    start = time.monotonic()
+    run = torchrun("dies")
+    assert run.returncode != 0
+    assert "passed" not in run.stdout
+    assert time.monotonic() - start < 60  # the process group's timeout
+
+
+def test_without_a_process_group_of_that_size_there_is_an_error():
+    x = torch.eye(4)
+    with pytest.raises(RuntimeError, match="world_size: expected a process group of 2 ranks, got no process group"):
+        ClipPMLoss(world_size=2)(x, x, torch.tensor(5.0))
+    with pytest.raises(ValueError, match="use_horovod: expected False"):
+        ClipPMLoss(world_size=2, use_horovod=True)
