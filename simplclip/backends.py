@@ -14,6 +14,7 @@ SIMPLCLIP_BACKEND force one, for the whole process: an op that it cannot serve t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -67,9 +68,15 @@ def _extension_on_cpu(device: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache
+def _has_triton() -> bool:
+    """Asked at every call of an op: a look through sys.path each time would cost more than a small op."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_on_cuda(device: str, dtype: torch.dtype) -> str | None:
     """Triton serves CUDA tensors; with TRITON_INTERPRET=1 its interpreter serves CPU tensors instead, for tests."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "the package triton is not installed"
     serves = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     if device != serves:
@@ -97,6 +104,16 @@ TABLE: dict[str, dict[str, Implementation]] = {
     "similarity_loss_bwd": {
         "cpu": Implementation(_private("similarity_loss_bwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.similarity_loss_bwd, _anywhere),
+    },
+    "feature_loss_fwd": {
+        "triton": Implementation(_kernel("feature_loss", "feature_loss_fwd"), _triton_on_cuda),
+        "cpu": Implementation(_private("feature_loss_fwd_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.feature_loss_fwd, _anywhere),
+    },
+    "feature_loss_bwd": {
+        "triton": Implementation(_kernel("feature_loss", "feature_loss_bwd"), _triton_on_cuda),
+        "cpu": Implementation(_private("feature_loss_bwd_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.feature_loss_bwd, _anywhere),
     },
 }
 

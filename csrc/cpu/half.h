@@ -1,0 +1,28 @@
+// IEEE half in memory, float in registers. Included after vec.h, inside the namespace of an instruction set.
+
+struct f16 {
+  uint16_t bits;
+};
+
+// Without float arithmetic on subnormals, so that flush-to-zero modes change nothing.
+VINLINE vf load(const f16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  const vu bits = __builtin_convertvector(h, vu), magnitude = bits & 0x7fffu;
+  const vu normal = (magnitude << 13) + (112u << 23);
+  const vu subnormal = (vu)(__builtin_convertvector((vi)magnitude, vf) * 0x1p-24f);
+  const vu special = (magnitude << 13) | 0x7f800000u;
+  const vu wide = magnitude >= 0x7c00u ? special : (magnitude < 0x0400u ? subnormal : normal);
+  return (vf)(wide | ((bits & 0x8000u) << 16));
+}
+
+// Rounds to nearest even, to infinity from 65520 on; a NaN stays one. Adding 0.5 rounds a subnormal at its last bit, 2^-24.
+VINLINE void store(f16* p, vf v) {
+  const vu bits = (vu)v, magnitude = bits & 0x7fffffffu;
+  const vu normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const vu subnormal = (vu)(abs(v) + 0.5f) - 0x3f000000u;
+  const vu special = magnitude > 0x7f800000u ? vu{} + 0x7e00u : vu{} + 0x7c00u;
+  const vu narrow = magnitude >= 0x47800000u ? special : (magnitude < 0x38800000u ? subnormal : normal);
+  const vh h = __builtin_convertvector(narrow | ((bits >> 16) & 0x8000u), vh);
+  std::memcpy(p, &h, sizeof h);
+}
