@@ -1,0 +1,226 @@
+import inspect
+
+import dense
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import DistillClipLoss
+from similarity import make_inputs
+from torch import nn
+
+from simplclip.losses import WIKDLoss
+
+EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
+KEYS = ["contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", "pair_matching_loss"]
+
+
+def batch(n=24, width=16, teacher_width=None, dtype=torch.float32, seed=0):
+    """Student (leaves), teacher."""
+    terms = ("relational", "interactive")
+    leaves, _ = make_inputs(n, n, terms=terms, width=width, teacher_width=teacher_width, seed=seed)
+    student = [leaves[k].to(dtype if k != "logit_scale" else torch.float32) for k in ("image", "text", "logit_scale")]
+    teacher = [leaves[k].to(dtype if "scale" not in k else torch.float32) for k in leaves if k.startswith("teacher")]
+    return [t.clone().requires_grad_() for t in student], teacher
+
+
+def feature_distance(student, teacher):
+    return F.mse_loss(F.normalize(student, dim=1), F.normalize(teacher, dim=1))
+
+
+def test_signature_is_open_clips():
+    theirs, ours = (inspect.signature(c.__init__).parameters for c in (DistillClipLoss, WIKDLoss))
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs if name != "self")
+    theirs, ours = (inspect.signature(c.forward).parameters for c in (DistillClipLoss, WIKDLoss))
+    assert list(ours)[: len(theirs)] == list(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_by_default_it_is_open_clips_distillation(dtype):
+    results = []
+    for loss in (DistillClipLoss(), WIKDLoss()):
+        student, teacher = batch(dtype=dtype)
+        named = loss(*student, *teacher, output_dict=True)
+        assert list(named) == ["contrastive_loss", "distill_loss"]
+        contrastive, distill = loss(*student, *teacher)
+        (contrastive + 2 * distill).backward()
+        results.append((*named.values(), contrastive, distill, *(t.grad for t in student)))
+        assert list(loss.parameters()) == []
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("teacher_width", [None, 20])
+@pytest.mark.parametrize("interactive", ["infonce", "kl"])
+@pytest.mark.parametrize("divergence", ["kl", "cross_entropy"])
+def test_every_term_against_the_dense_form(divergence, interactive, teacher_width):
+    torch.manual_seed(0)
+    loss = WIKDLoss(
+        **EVERYTHING, contrastive_weight=0.9, interactive=interactive, divergence=divergence, learn_interactive_scale=True,
+        embed_dim=16, teacher_dim=teacher_width,
+    )  # fmt: skip
+    student, teacher = batch(teacher_width=teacher_width)
+    named = loss(*student, *teacher, output_dict=True)
+    assert list(named) == KEYS
+    sum(named.values()).backward()
+
+    copies = [t.detach().clone().requires_grad_() for t in student]
+    parameters = {k: p.detach().clone().requires_grad_() for k, p in loss.named_parameters()}
+    image, text, scale = copies
+    projected = image, text
+    if teacher_width:
+        projected = (image @ parameters["image_projections.0"].T, text @ parameters["text_projections.0"].T)
+    # Features come normalised; projections have to be.
+    normalised = [F.normalize(p, dim=1) for p in projected] if teacher_width else projected
+    expected = dense.similarity_loss(
+        *copies, terms=("contrastive", "relational", "interactive", "pair_matching"),
+        plane=(parameters["plane_weight"], parameters["plane_bias"]),
+        teacher_image=teacher[0], teacher_text=teacher[1], teacher_scale=teacher[2],
+        projected_image=normalised[0], projected_text=normalised[1],
+        interactive=interactive, interactive_scale=parameters["interactive_log_scale"].exp(), divergence=divergence,
+    )  # fmt: skip
+    feature = sum(feature_distance(p, t) for p, t in zip(projected, teacher)) / 2
+    expected = {
+        "contrastive_loss": 0.9 * expected["contrastive"],
+        "distill_loss": 0.8 * expected["relational"],
+        "interactive_loss": 0.6 * expected["interactive"],
+        "feature_loss": 0.4 * feature,
+        "pair_matching_loss": 0.5 * expected["pair_matching"],
+    }
+    sum(expected.values()).backward()
+    for name in KEYS:
+        torch.testing.assert_close(named[name], expected[name], rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip((*student, *loss.parameters()), (*copies, *parameters.values())):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "relational", "interactive", "feature", "pm"])
+def test_a_term_of_weight_0_is_not_computed(name):
+    off = {"contrastive_weight": 1.0, **EVERYTHING, f"{name}_weight": 0.0}
+    student, teacher = batch()
+    left = WIKDLoss(**off)(*student, *teacher, output_dict=True)
+    key = {"relational": "distill_loss", "pm": "pair_matching_loss"}.get(name, f"{name}_loss")
+    assert list(left) == [k for k in KEYS if k != key]
+    everything = WIKDLoss(**{**off, f"{name}_weight": 1.0})(*student, *teacher, output_dict=True)
+    for k in left:
+        torch.testing.assert_close(left[k], everything[k])
+
+
+def test_several_teachers_are_averaged_after_the_softmax():
+    student, first = batch()
+    _, second = batch(teacher_width=20, seed=1)
+    image, text, scale = student
+    softmaxes = [s * (a @ b.T) for a, b, s in (first, second)]
+    logits = scale * (image @ text.T)
+    by_row = sum(t.softmax(1) for t in softmaxes) / 2
+    by_column = sum(t.T.softmax(1) for t in softmaxes) / 2
+    expected = (F.cross_entropy(logits, by_row) + F.cross_entropy(logits.T, by_column)) / 2
+    wanted = torch.autograd.grad(expected, student)
+
+    loss = WIKDLoss(contrastive_weight=0.5, feature_weight=1.0, interactive_weight=1.0, embed_dim=16, teacher_dim=(16, 20))
+    named = loss(*student, *zip(first, second), output_dict=True)
+    torch.testing.assert_close(named["distill_loss"], expected, rtol=1e-5, atol=1e-6)
+    got = torch.autograd.grad(named["distill_loss"], student, retain_graph=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        named["contrastive_loss"], 0.5 * dense.similarity_loss(*student, terms=("contrastive",))["contrastive"]
+    )
+    projected = [p @ w.T for p, w in zip((image, text), (loss.image_projections[1], loss.text_projections[1]))]
+    feature = [feature_distance(s, t) for s, t in zip((image, text, *projected), (*first[:2], *second[:2]))]
+    torch.testing.assert_close(named["feature_loss"], sum(feature) / 4, rtol=1e-4, atol=1e-6)
+    sum(named.values()).backward()
+    assert all(p.grad is not None for p in loss.parameters() if p.numel())
+
+
+def test_accumulation_over_micro_batches_gives_the_gradient_of_the_whole():
+    """As open_clip's --accum-freq does: every micro-batch is encoded again among the cached features of the others."""
+    torch.manual_seed(0)
+    tower = nn.Linear(12, 16)
+    inputs, (_, teacher) = torch.randn(24, 12), batch()
+    loss, scale = WIKDLoss(**EVERYTHING), torch.tensor(10.0)
+    encode = lambda x: F.normalize(tower(x), dim=1)  # noqa: E731
+
+    def total(image):
+        return sum(loss(image, image.roll(1, 1), scale, *teacher))
+
+    total(encode(inputs)).backward()
+    whole = tower.weight.grad.clone()
+    tower.zero_grad()
+    with torch.no_grad():
+        cached = [encode(x) for x in inputs.chunk(3)]
+    for i, x in enumerate(inputs.chunk(3)):
+        total(torch.cat([*cached[:i], encode(x), *cached[i + 1 :]])).backward()
+    torch.testing.assert_close(tower.weight.grad, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("interactive", ["infonce", "kl"])
+def test_model_and_loss_compile_without_graph_breaks(interactive):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.image, self.text = nn.Linear(12, 16), nn.Linear(10, 16)
+            self.loss = WIKDLoss(**EVERYTHING, interactive=interactive, embed_dim=16, teacher_dim=20)
+
+        def forward(self, image, text, scale, teacher):
+            image, text = F.normalize(self.image(image), dim=1), F.normalize(self.text(text), dim=1)
+            return sum(self.loss(image, text, scale, *teacher, output_dict=True).values())
+
+    torch.manual_seed(0)
+    model, (_, teacher) = Model(), batch(teacher_width=20)
+    args = torch.randn(24, 12), torch.randn(24, 10), torch.tensor(10.0), teacher
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        value = run(*args)
+        value.backward()
+        results.append([value.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_autocast():
+    loss = WIKDLoss(**EVERYTHING, embed_dim=16, teacher_dim=20)
+    student, teacher = batch(teacher_width=20)
+    expected = loss(*student, *teacher, output_dict=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = loss(*student, *(t.half() if t.dim() else t for t in teacher), output_dict=True)
+    for name in KEYS:
+        assert got[name].dtype == torch.float32
+        torch.testing.assert_close(got[name], expected[name], rtol=3e-2, atol=3e-2)
+    sum(got.values()).backward()
+    assert all(p.grad.dtype == p.dtype for p in (*student, *loss.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"relational_weight": -1}, "relational_weight: expected a weight of 0 or more, got -1"),
+        ({"interactive": "mse"}, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
+        ({"divergence": "js"}, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
+        ({"feature_distance": "l1"}, "feature_distance: expected one of 'mse', 'smooth_l1', got 'l1'"),
+        ({"teacher_dim": 20, "feature_weight": 1}, "embed_dim: expected the width D"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WIKDLoss(**arguments)
+
+
+def test_bad_teachers():
+    student, teacher = batch()
+    with pytest.raises(ValueError, match="dist_text_features: expected one for each of 2 teachers, got Tensor"):
+        WIKDLoss()(*student, (teacher[0],) * 2, teacher[1], teacher[2])
+    with pytest.raises(ValueError, match=r"teacher_image: expected the 24 rows of image, got shape \[23, 16\]"):
+        WIKDLoss()(*student, teacher[0][1:], teacher[1], teacher[2])
+    with pytest.raises(ValueError, match="teacher_text: expected the teacher's, needed by the term 'relational', got None"):
+        WIKDLoss()(*student, teacher[0], None, teacher[2])
+    with pytest.raises(ValueError, match="projected_image: expected image features projected to the teacher's width, 20"):
+        WIKDLoss(interactive_weight=1.0)(*student, *batch(teacher_width=20)[1])
+
+
+def test_state_round_trips():
+    options = {**EVERYTHING, "learn_interactive_scale": True, "embed_dim": 16, "teacher_dim": (16, 20), "plane": "hadamard"}
+    loss, other = WIKDLoss(**options), WIKDLoss(**options)
+    other.load_state_dict(loss.state_dict())
+    student, first = batch()
+    _, second = batch(teacher_width=20)
+    torch.testing.assert_close(loss(*student, *zip(first, second)), other(*student, *zip(first, second)))
