@@ -38,19 +38,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     where = hardware.describe()
     terminalreporter.section(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")
-    columns = [
-        "op",
-        "n",
-        "d",
-        "dtype",
-        "form",
-        "p50_ms",
-        "p20_ms",
-        "p80_ms",
-        "extra_mib",
-        "times_ours",
-        "memory_times_ours",
-    ]
+    columns = [column for column in collected[0] if column not in ("op", "repeats")]
     widths = [max(len(c), *(len(str(row.get(c, ""))) for row in collected)) for c in columns]
     for row in [dict(zip(columns, columns)), *collected]:
         terminalreporter.write_line("  ".join(str(row.get(c, "")).rjust(w) for c, w in zip(columns, widths)))

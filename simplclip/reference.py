@@ -139,16 +139,20 @@ def similarity_loss_fwd(*args):
             rows[RowStat.MEAN_Z] = mean(z, 1, rows[RowStat.LSE_T][:, None])
             cols[ColumnStat.MEAN_Z] = mean(z, 0, cols[ColumnStat.LSE_T])
     if interactive:
-        u_raw, v_raw = planes.px @ planes.ty.T, planes.tx @ planes.py.T
-        rows[RowStat.DIAGONAL_U], rows[RowStat.DIAGONAL_V] = planes.diagonal(u_raw), planes.diagonal(v_raw)
-        u, v = planes.cross_scale * u_raw, planes.cross_scale * v_raw
-        rows[RowStat.LSE_U], cols[ColumnStat.LSE_V] = planes.masked(u).logsumexp(1), planes.masked(v).logsumexp(0)
+        u_raw = planes.px @ planes.ty.T
+        u = planes.cross_scale * u_raw
+        rows[RowStat.DIAGONAL_U], rows[RowStat.LSE_U] = planes.diagonal(u_raw), planes.masked(u).logsumexp(1)
         if interactive == INTERACTIVE_KL:
             rows[RowStat.MEAN_U] = mean(u, 1, rows[RowStat.LSE_T][:, None])
+    if interactive and columns:
+        v_raw = planes.tx @ planes.py.T
+        v = planes.cross_scale * v_raw
+        rows[RowStat.DIAGONAL_V], cols[ColumnStat.LSE_V] = planes.diagonal(v_raw), planes.masked(v).logsumexp(0)
+        if interactive == INTERACTIVE_KL:
             cols[ColumnStat.MEAN_V] = mean(v, 0, cols[ColumnStat.LSE_T])
     if not columns:
         cols.zero_()
-    count = bool(softmax or negatives) + (t is not None) + 2 * bool(interactive)
+    count = bool(softmax or negatives) + (t is not None) + bool(interactive) * (1 + columns)
     return rows, cols, image.new_zeros(count if stored_rows else 0, stored_rows, text.shape[0])
 
 
@@ -203,22 +207,29 @@ def similarity_loss_bwd(grad_rows, grad_columns, *args):
         g[planes.positive] = grad_rows[RowStat.DIAGONAL_Z]
         d_x, d_y = d_x + g @ y, d_y + g.T @ x
     if interactive:
-        u_raw, v_raw = planes.px @ ty.T, tx @ planes.py.T
-        u, v = planes.cross_scale * u_raw, planes.cross_scale * v_raw
-        g_u = row(RowStat.LSE_U, u, RowStat.LSE_U)
-        g_v = torch.zeros_like(v) + column(ColumnStat.LSE_V, v, ColumnStat.LSE_V)
+        u_raw = planes.px @ ty.T
+        u = planes.cross_scale * u_raw
+        g = row(RowStat.LSE_U, u, RowStat.LSE_U)
         if interactive == INTERACTIVE_KL:
-            g_u = g_u - row(RowStat.LSE_T, t, RowStat.MEAN_U)
-            g_v = g_v - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_V)
-        d_cross = (g_u * u_raw).sum() + (g_v * v_raw).sum()
-        g_u, g_v = planes.cross_scale * g_u, planes.cross_scale * g_v
-        g_u[planes.positive] = grad_rows[RowStat.DIAGONAL_U]
-        g_v[planes.positive] = grad_rows[RowStat.DIAGONAL_V]
-        d_px, d_py = g_u @ ty, g_v.T @ tx
-        if projected_image is None:
-            d_x, d_px = d_x + d_px, None
-        if projected_text is None:
-            d_y, d_py = d_y + d_py, None
+            g = g - row(RowStat.LSE_T, t, RowStat.MEAN_U)
+        d_cross = (g * u_raw).sum()
+        g = planes.cross_scale * g
+        g[planes.positive] = grad_rows[RowStat.DIAGONAL_U]
+        d_px = g @ ty
+    if interactive and columns:
+        v_raw = tx @ planes.py.T
+        v = planes.cross_scale * v_raw
+        g = column(ColumnStat.LSE_V, v, ColumnStat.LSE_V)
+        if interactive == INTERACTIVE_KL:
+            g = g - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_V)
+        d_cross = d_cross + (g * v_raw).sum()
+        g = planes.cross_scale * g
+        g[planes.positive] = grad_rows[RowStat.DIAGONAL_V]
+        d_py = g.T @ tx
+    if projected_image is None:
+        d_x = d_x + d_px
+    if projected_text is None:
+        d_y = d_y + d_py
 
     def give(like, gradient, needed=True):
         return gradient.to(like.dtype) if needed else like.new_empty(0, like.shape[1])

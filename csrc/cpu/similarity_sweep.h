@@ -44,7 +44,7 @@ struct Plane {
   Tensor a, b;          // [N, *], [M, *]
   float scale = 1;
   Tensor kept;          // [stored rows, M]
-  Tensor scratch;       // [chunk, M]
+  Tensor scratch;       // [chunk, M], the students' is one
 };
 
 // The ids as small integers: equal where the ids are equal.
@@ -96,10 +96,13 @@ struct Sweep {
     }
     const int64_t planes = z.has_value() + t.has_value() + u.has_value() + v.has_value();
     stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? planes : 0, this->stored_rows, m});
+    // The students take turns in one scratch; in backward it holds gradients where the products themselves are stored.
+    const int64_t missing = this->stored_rows < n ? this->chunk : 0;
+    const Tensor students = new_empty(call.image, {kept ? this->chunk : missing, m});
     int64_t slot = 0;
     for (auto* plane : {&z, &t, &u, &v})
       if (*plane) {
-        (*plane)->scratch = new_empty(call.image, {kept || this->stored_rows < n ? this->chunk : 0, m});
+        (*plane)->scratch = plane == &t ? new_empty(call.image, {missing, m}) : students;
         if (this->stored_rows) (*plane)->kept = torch::stable::select(stored, 0, slot++);
       }
     if (call.negatives) {

@@ -42,9 +42,9 @@ def _fwd(function, *args):
 
 def _fwd_fake(*args):
     image, text = args[:2]
-    *_, softmax, _columns, negatives, relational, interactive, _entropy, _chunk, rows, _backend = args
+    *_, softmax, columns, negatives, relational, interactive, _entropy, _chunk, rows, _backend = args
     n, m, stats = image.shape[0], text.shape[0], accumulate_dtype(image.dtype)
-    planes = products(softmax, negatives, relational, interactive)
+    planes = products(softmax, columns, negatives, relational, interactive)
     return (
         image.new_empty(len(RowStat), n, dtype=stats),
         image.new_empty(len(ColumnStat), m, dtype=stats),
@@ -201,14 +201,14 @@ def similarity_loss(
             on every rank). Texts are gathered; each rank sweeps its rows once and the ranks exchange column statistics. The
             value is this rank's share: the mean over ranks is the loss of the whole batch. The gradient is that of the sum
             over ranks, as in open_clip with local_loss and gather_with_grad: DDP's average is that of the batch's loss.
-        scratch_bytes: budget of the chunk that exists at a time, of each similarity matrix.
-        store_bytes: budget of the rows that forward keeps for backward, of each similarity matrix.
+        scratch_bytes: budget of the chunk of a similarity matrix; one of the student's and one of the teacher's live at once.
+        store_bytes: budget of the rows of similarities that forward keeps, so that backward need not form them again.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
-    12 N + 6 M statistics and at most store_bytes of each similarity matrix. Extra memory: similarity_plan.workspace_bytes,
+    12 N + 6 M statistics and at most store_bytes of similarities. Extra memory: similarity_plan.workspace_bytes,
     O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and reductions are in float32 and
     in a fixed order: equal inputs give equal results. Double backward is not supported.
 
@@ -318,7 +318,8 @@ def _statistics(tensors, label_offset, softmax, columns, negatives, relational, 
     n, m, dtype = image.shape[0], text.shape[0], computes_in(image.dtype, image.device.type)
     leaves = (image, text, projected_image, projected_text)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    planes = products(softmax, columns, negatives, relational, interactive)
     return torch.ops.simplclip.similarity_loss_fwd(
         *tensors, label_offset, softmax, columns, negatives, relational, interactive, entropy,
-        chunk_rows(n, m, dtype, scratch), stored_rows(n, m, dtype, store) if needs_grad else 0, backends.forced(),
+        chunk_rows(n, m, dtype, scratch), stored_rows(n, m, dtype, planes, store) if needs_grad else 0, backends.forced(),
     )[:2]  # fmt: skip

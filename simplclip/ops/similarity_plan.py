@@ -6,10 +6,10 @@ import torch
 
 from simplclip import backends
 
-# A chunk of rows of each similarity matrix: as few rows as keep the matrix products fast, within this budget.
+# A chunk of rows of a similarity matrix: as few rows as keep the matrix products fast, within this budget.
 SCRATCH_BYTES = 64 << 20
 _CHUNK_ROWS = 1024
-# The first rows of each similarity matrix are kept from forward to backward, which then need not multiply them again.
+# The first rows of the similarity matrices are kept from forward to backward, which then need not multiply them again.
 STORE_BYTES = 36 << 20
 # What oneDNN packs inside one bfloat16 product; the most seen was 2.8 MB on two threads.
 _PACKING_BYTES = 4 << 20
@@ -31,15 +31,41 @@ def chunk_rows(n: int, m: int, dtype: torch.dtype, scratch_bytes: int = SCRATCH_
     return -(-n // (chunks * _STRIP)) * _STRIP
 
 
-def stored_rows(n: int, m: int, dtype: torch.dtype, store_bytes: int = STORE_BYTES) -> int:
-    """Rows of each similarity matrix that forward keeps: all or, where they do not fit, a multiple of 64."""
-    rows = store_bytes // (m * dtype.itemsize)
-    return n if rows >= n else rows // _STRIP * _STRIP
+def stored_rows(n: int, m: int, dtype: torch.dtype, planes: int, store_bytes: int = STORE_BYTES) -> int:
+    """Rows that forward keeps of all similarity matrices: all of them; else of one alone what fits, in multiples of 64.
+
+    Of several, the rows that fit would save a few hundredths of the work.
+    """
+    rows = store_bytes // (m * dtype.itemsize * planes)
+    if rows >= n:
+        return n
+    return rows // _STRIP * _STRIP if planes == 1 else 0
 
 
-def products(softmax: bool, negatives: int, relational: bool, interactive: int) -> int:
+def products(softmax: bool, columns: bool, negatives: int, relational: bool, interactive: int) -> int:
     """Similarity matrices that the call forms: Z, T, U and V, the hadamard plane's not counted."""
-    return bool(softmax or negatives) + bool(relational or interactive == 2) + 2 * bool(interactive)
+    return bool(softmax or negatives) + bool(relational or interactive == 2) + bool(interactive) * (1 + columns)
+
+
+def matrix_products(
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+    device: str,
+    terms: tuple[str, ...],
+    *,
+    interactive: str = "infonce",
+    store_bytes: int = STORE_BYTES,
+) -> float:
+    """Matrix products of N·M·D in a symmetric forward and backward with a scalar plane; stored rows save a part of one.
+
+    Forward and backward form each similarity matrix; two products for Z's gradients, one for U's and one for V's.
+    """
+    relational, cross = "relational" in terms, "interactive" in terms
+    z = "contrastive" in terms or relational or "pair_matching" in terms
+    planes = products(z, True, False, relational, (2 if interactive == "kl" else 1) if cross else 0)
+    kept = stored_rows(n, m, computes_in(dtype, device), planes, store_bytes) / n
+    return planes * (2 - kept) + 2 * z + 2 * cross
 
 
 def workspace_bytes(
@@ -59,15 +85,17 @@ def workspace_bytes(
 ) -> int:
     """Bytes that the cpu backend allocates beside inputs and gradients, at most, in a forward and its backward.
 
-    The stored rows and a chunk of each similarity matrix; the larger of 64-row partials of the column statistics (forward)
-    and, in bfloat16, float32 sums of the text gradients and oneDNN's packing (backward). A half dtype that this CPU does not
-    multiply is computed in float32: then copies of features and gradients. The teacher's features count as of this dtype.
+    The stored rows, a chunk of a student's and one of the teacher's matrix; the larger of 64-row partials of the column
+    statistics (forward) and, in bfloat16, float32 sums of the text gradients and oneDNN's packing (backward). A half dtype
+    that this CPU does not multiply is computed in float32: then copies of features and gradients. The teacher's features
+    count as of this dtype.
     """
     compute = computes_in(dtype, "cpu")
     kl, cross = interactive == "kl", interactive is not None
-    count = products(contrastive or relational or hard, hadamard, relational, 2 * kl or cross)
+    count = products(contrastive or relational or hard, True, hadamard, relational, 2 * kl or cross)
     chunk = min(n, chunk_rows(n, m, compute, scratch_bytes))
-    logits = (count * (chunk + stored_rows(n, m, compute, store_bytes)) + hadamard * chunk) * m * compute.itemsize
+    at_a_time = 1 + (relational or kl) + hadamard
+    logits = (at_a_time * chunk + count * stored_rows(n, m, compute, count, store_bytes)) * m * compute.itemsize
     statistics_of_columns = 1 + hard + 2 * relational + cross + 2 * kl
     partials = -(-chunk // _STRIP) * m * 4 * statistics_of_columns
     sums = 2 * chunk * d * compute.itemsize if hadamard else 0

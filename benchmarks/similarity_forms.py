@@ -1,0 +1,162 @@
+"""The similarity objectives as simplclip, open_clip and torch.compile compute them: what the benchmarks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, DistillClipLoss
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from simplclip.ops import similarity_loss
+from simplclip.ops.similarity_loss import TERMS
+from simplclip.ops.similarity_plan import matrix_products
+
+OBJECTIVES = ("contrastive", "all four")
+PLANE = (10.0, -2.0)
+
+
+@dataclass
+class Batch:
+    image: Tensor  # [N, D], a leaf
+    text: Tensor  # [N, D], a leaf
+    scale: Tensor  # [], a leaf
+    teacher_image: Tensor  # [N, D]
+    teacher_text: Tensor  # [N, D]
+    teacher_scale: Tensor  # []
+
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (getattr(self, f.name) for f in fields(self)) if t.requires_grad]
+
+    def step(self, form: Callable[[Batch], Tensor]) -> Tensor:
+        """Forward and backward."""
+        for leaf in self.leaves():
+            leaf.grad = None
+        loss = form(self)
+        loss.backward()
+        return loss.detach()
+
+
+def batch(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
+    """Partly matched unit features, and a teacher's near them."""
+    generator = torch.Generator().manual_seed(0)
+    unit = lambda: F.normalize(torch.randn(n, d, generator=generator), dim=1)  # noqa: E731
+    image = unit()
+    text = F.normalize(image + 4 * unit(), dim=1)
+    teacher_image, teacher_text = (F.normalize(t + unit(), dim=1) for t in (image, text))
+    student = [t.to(device, dtype).requires_grad_() for t in (image, text)]
+    scale = torch.tensor(50.0, device=device, requires_grad=True)
+    teacher = [t.to(device, dtype) for t in (teacher_image, teacher_text)]
+    return Batch(*student, scale, *teacher, torch.tensor(60.0, device=device))
+
+
+def _ours(terms: tuple[str, ...]) -> Callable[[Batch], Tensor]:
+    def run(b: Batch) -> Tensor:
+        options = {"plane": PLANE} if "pair_matching" in terms else {}
+        if "relational" in terms:
+            options |= {
+                "teacher_image": b.teacher_image,
+                "teacher_text": b.teacher_text,
+                "teacher_scale": b.teacher_scale,
+                "divergence": "cross_entropy",
+            }
+        return sum(similarity_loss(b.image, b.text, b.scale, terms=terms, **options).values())
+
+    return run
+
+
+def _clip_loss(b: Batch) -> Tensor:
+    return ClipLoss()(b.image, b.text, b.scale)
+
+
+def _one_product(b: Batch) -> Tensor:
+    """The contrastive loss with one matrix product, as torch.compile likes it."""
+    logits = b.scale * (b.image @ b.text.T)
+    diagonal = logits.diagonal()
+    return 0.5 * ((logits.logsumexp(1) - diagonal).mean() + (logits.logsumexp(0) - diagonal).mean())
+
+
+def _pair_matching(similarity: Tensor) -> Tensor:
+    decision = PLANE[0] * similarity + PLANE[1]
+    n = similarity.shape[0]
+    positive = F.softplus(-decision.diagonal())
+    negative = (F.softplus(decision).sum() - F.softplus(decision.diagonal()).sum()) / (n * (n - 1))
+    return 0.5 * (positive.mean() + negative)
+
+
+def _interactive(b: Batch) -> Tensor:
+    labels = torch.arange(b.image.shape[0], device=b.image.device)
+    by_image = F.cross_entropy(b.scale * b.image @ b.teacher_text.T, labels)
+    return 0.5 * (by_image + F.cross_entropy(b.scale * b.text @ b.teacher_image.T, labels))
+
+
+def _open_clip_all(b: Batch) -> Tensor:
+    """open_clip.DistillClipLoss, pair matching over one more product, and cross-entropies across modalities."""
+    distilled = DistillClipLoss()(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)
+    return sum(distilled) + _pair_matching(b.image @ b.text.T) + _interactive(b)
+
+
+def _fewest_products_all(b: Batch) -> Tensor:
+    """All four over one product of each pair of features, as torch.compile likes it."""
+    similarity = b.image @ b.text.T
+    logits, teacher = b.scale * similarity, b.teacher_scale * (b.teacher_image @ b.teacher_text.T)
+    diagonal = logits.diagonal()
+    loss = _pair_matching(similarity) + _interactive(b)
+    for dim in (0, 1):
+        loss = loss + 0.5 * (logits.logsumexp(dim) - diagonal).mean()
+        loss = loss - 0.5 * (teacher.softmax(dim) * logits.log_softmax(dim)).sum(dim).mean()
+    return loss
+
+
+@dataclass
+class Form:
+    name: str
+    run: Callable[[Batch], Tensor]
+    eager: Callable[[Batch], Tensor] | None = None  # whose matrix products are counted; None: the library counts its own
+    largest: int = 1 << 62  # largest N it is asked for
+    terms: tuple[str, ...] = ()
+
+    def products(self, b: Batch) -> float:
+        """Matrix products of N·M·D in a forward and backward; a part where stored rows save one."""
+        n, d = b.image.shape
+        if self.eager is None:
+            return matrix_products(n, n, b.image.dtype, b.image.device.type, self.terms)
+        small = batch(64, d, b.image.dtype, b.image.device.type)
+        with FlopCounterMode(display=False) as counter:
+            small.step(self.eager)
+        return counter.get_total_flops() / (2 * 64 * 64 * d)
+
+
+def forms(objective: str, dense_up_to: int) -> list[Form]:
+    """simplclip's first. The dense ones hold N×N matrices and run up to N = dense_up_to."""
+    if objective == "contrastive":
+        return [
+            Form("simplclip", _ours(("contrastive",)), terms=("contrastive",)),
+            Form("simplclip, pair matching too", _ours(TERMS[:2]), terms=TERMS[:2]),
+            Form("open_clip.ClipLoss", _clip_loss, _clip_loss, dense_up_to),
+            Form("torch.compile, one product", torch.compile(_one_product), _one_product, dense_up_to),
+        ]
+    return [
+        Form("simplclip", _ours(TERMS), terms=TERMS),
+        Form("open_clip's losses and KL", _open_clip_all, _open_clip_all, dense_up_to),
+        Form("torch.compile, fewest products", torch.compile(_fewest_products_all), _fewest_products_all, dense_up_to),
+    ]
+
+
+def three_products(b: Batch) -> Callable[[], None]:
+    """S = X Yᵀ, G Y and Gᵀ X over chunks of 1024 rows into memory that is there already: the machine's own rate."""
+    x, y = b.image.detach(), b.text.detach()
+    rows = min(1024, x.shape[0])
+    s, dx, dy = x.new_empty(rows, y.shape[0]), torch.empty_like(x), torch.empty_like(y)
+
+    def run() -> None:
+        for first in range(0, x.shape[0] - rows + 1, rows):
+            chunk = x[first : first + rows]
+            torch.mm(chunk, y.T, out=s)
+            torch.mm(s, y, out=dx[first : first + rows])
+            torch.mm(s.T, chunk, out=dy)
+
+    return run
