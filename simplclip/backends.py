@@ -101,6 +101,10 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "cpu": Implementation(_private("similarity_loss_fwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.similarity_loss_fwd, _anywhere),
     },
+    "similarity_rows": {
+        "cpu": Implementation(_private("similarity_rows_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.similarity_rows, _anywhere),
+    },
     "similarity_loss_bwd": {
         "cpu": Implementation(_private("similarity_loss_bwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.similarity_loss_bwd, _anywhere),

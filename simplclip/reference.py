@@ -47,7 +47,6 @@ class ColumnStat(IntEnum):
     MEAN_V = 5
 
 
-INTERACTIVE_INFONCE, INTERACTIVE_KL = 1, 2
 NEGATIVES_ALL, NEGATIVES_HARD = 1, 2
 
 
@@ -107,7 +106,7 @@ def similarity_loss_fwd(*args):
     cols = planes.x.new_zeros(len(ColumnStat), text.shape[0])
     rows[RowStat.NEGATIVES] = planes.negative.sum(1).to(rows.dtype)
     t = t_masked = None
-    if relational or interactive == INTERACTIVE_KL:
+    if relational or interactive:
         t_raw = planes.tx @ planes.ty.T
         rows[RowStat.DIAGONAL_T] = planes.diagonal(t_raw)
         t = planes.teacher_scale * t_raw
@@ -142,17 +141,15 @@ def similarity_loss_fwd(*args):
         u_raw = planes.px @ planes.ty.T
         u = planes.cross_scale * u_raw
         rows[RowStat.DIAGONAL_U], rows[RowStat.LSE_U] = planes.diagonal(u_raw), planes.masked(u).logsumexp(1)
-        if interactive == INTERACTIVE_KL:
-            rows[RowStat.MEAN_U] = mean(u, 1, rows[RowStat.LSE_T][:, None])
+        rows[RowStat.MEAN_U] = mean(u, 1, rows[RowStat.LSE_T][:, None])
     if interactive and columns:
         v_raw = planes.tx @ planes.py.T
         v = planes.cross_scale * v_raw
         rows[RowStat.DIAGONAL_V], cols[ColumnStat.LSE_V] = planes.diagonal(v_raw), planes.masked(v).logsumexp(0)
-        if interactive == INTERACTIVE_KL:
-            cols[ColumnStat.MEAN_V] = mean(v, 0, cols[ColumnStat.LSE_T])
+        cols[ColumnStat.MEAN_V] = mean(v, 0, cols[ColumnStat.LSE_T])
     if not columns:
         cols.zero_()
-    count = bool(softmax or negatives) + (t is not None) + bool(interactive) * (1 + columns)
+    count = bool(softmax or negatives) + (t is not None) + interactive * (1 + columns)
     return rows, cols, image.new_zeros(count if stored_rows else 0, stored_rows, text.shape[0])
 
 
@@ -178,7 +175,7 @@ def similarity_loss_bwd(grad_rows, grad_columns, *args):
     def column(lse, logits, g):
         return grad_columns[g] * planes.softmax(logits, cols[lse]) if columns else 0
 
-    t = planes.teacher_scale * (tx @ ty.T) if relational or interactive == INTERACTIVE_KL else None
+    t = planes.teacher_scale * (tx @ ty.T) if relational or interactive else None
     if softmax or negatives:
         s = x @ y.T
         z = planes.scale * s
@@ -209,9 +206,7 @@ def similarity_loss_bwd(grad_rows, grad_columns, *args):
     if interactive:
         u_raw = planes.px @ ty.T
         u = planes.cross_scale * u_raw
-        g = row(RowStat.LSE_U, u, RowStat.LSE_U)
-        if interactive == INTERACTIVE_KL:
-            g = g - row(RowStat.LSE_T, t, RowStat.MEAN_U)
+        g = row(RowStat.LSE_U, u, RowStat.LSE_U) - row(RowStat.LSE_T, t, RowStat.MEAN_U)
         d_cross = (g * u_raw).sum()
         g = planes.cross_scale * g
         g[planes.positive] = grad_rows[RowStat.DIAGONAL_U]
@@ -219,9 +214,7 @@ def similarity_loss_bwd(grad_rows, grad_columns, *args):
     if interactive and columns:
         v_raw = tx @ planes.py.T
         v = planes.cross_scale * v_raw
-        g = column(ColumnStat.LSE_V, v, ColumnStat.LSE_V)
-        if interactive == INTERACTIVE_KL:
-            g = g - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_V)
+        g = column(ColumnStat.LSE_V, v, ColumnStat.LSE_V) - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_V)
         d_cross = d_cross + (g * v_raw).sum()
         g = planes.cross_scale * g
         g[planes.positive] = grad_rows[RowStat.DIAGONAL_V]
@@ -244,6 +237,26 @@ def similarity_loss_bwd(grad_rows, grad_columns, *args):
         d_weight,
         d_bias,
     )
+
+
+def similarity_rows(query, keys, scale, ids, key_ids, label_offset, attend, chunk):
+    """stats [2, N]: log-sum-exp over the row's negatives of scale · query · keysᵀ, and the unscaled similarity of its positive;
+    where `attend`, the mean key under the softmax over the negatives [N, D] (0 without negatives), else [0, D].
+    """
+    dtype, n = accumulate_dtype(query.dtype), query.shape[0]
+    similarity = query.to(dtype) @ keys.to(dtype).T
+    window = slice(label_offset, label_offset + n)
+    negative = torch.ones_like(similarity, dtype=torch.bool)
+    negative[:, window].fill_diagonal_(False)
+    if ids is not None:
+        negative &= ids[:, None] != key_ids
+    logits = (scale * similarity).masked_fill(~negative, -torch.inf)
+    lse = logits.logsumexp(1)
+    stats = torch.stack([lse, similarity[:, window].diagonal()])
+    if not attend:
+        return stats, query.new_empty(0, query.shape[1])
+    softmax = (logits - lse[:, None]).masked_fill(~negative, -torch.inf).exp()
+    return stats, (softmax @ keys.to(dtype)).to(query.dtype)
 
 
 def shaped_attention(

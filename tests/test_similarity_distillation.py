@@ -145,7 +145,7 @@ def test_reference_gradcheck(interactive):
     assert torch.autograd.gradcheck(run, [leaves[name].clone().requires_grad_() for name in names])
 
 
-@pytest.mark.parametrize("interactive", [0, 1, 2])
+@pytest.mark.parametrize("interactive", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend, interactive):
     leaves, _ = make_inputs(9, 12, 2, terms=TERMS, teacher_width=11)
@@ -153,14 +153,28 @@ def test_opcheck(backend, interactive):
     names = ("image", "text", "logit_scale", "teacher_image", "teacher_text", "teacher_scale", "projected_image",
              "projected_text", "interactive_scale", "plane_weight", "plane_bias")  # fmt: skip
     tensors = [args[name] if interactive or i not in (6, 7, 8) else None for i, name in enumerate(names)]
-    mode = (2, True, True, 1, True, interactive, 1.0, 64)
-    for stored in (0, 9):
+    for columns, stored in ((True, 0), (True, 9), (False, 9)):
         torch.library.opcheck(
             torch.ops.simplclip.similarity_loss_fwd,
-            (*tensors, torch.arange(9), torch.arange(12), *mode, stored, backend),
+            (*tensors, torch.arange(9), torch.arange(12), 2, True, columns, 1, True, interactive, 1.0, 64, stored, backend),
             rtol=1e-4,
             atol=1e-5,
             test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_rows(backend):
+    leaves, _ = make_inputs(9, 12, 2, terms=("relational",))
+    query, keys, scale = (leaves[name].float() for name in ("image", "teacher_text", "logit_scale"))
+    ids = torch.arange(9), torch.arange(12)
+    args = (query.requires_grad_(), keys, scale.requires_grad_(), *ids, 2)
+    torch.library.opcheck(torch.ops.simplclip.similarity_rows, (*args, True, 64, backend), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.library.opcheck(
+            torch.ops.simplclip.similarity_rows,
+            (*args, False, 64, backend),
+            test_utils=("test_schema", "test_faketensor"),
         )
 
 

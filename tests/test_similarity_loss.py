@@ -184,7 +184,7 @@ def test_opcheck(backend, fused):
     torch.library.opcheck(
         torch.ops.simplclip.similarity_loss_fwd,
         (image, text, scale, *nothing, *(plane if fused else (None, None)), torch.arange(9), torch.arange(12),
-         2, True, True, fused, False, 0, 1.0, 64, 0, backend),
+         2, True, True, fused, False, False, 1.0, 64, 0, backend),
         rtol=1e-4,
         atol=1e-5,
     )  # fmt: skip

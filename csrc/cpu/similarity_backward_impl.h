@@ -56,7 +56,7 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
       if constexpr (softmax) {
         if constexpr (masked) g = drop ? vf{} : g;
         d_scale += g * sim;
-        g *= s.scale;
+        g *= s.grad_scale;
       }
       if constexpr (matching) {
         const vf v = plane_row ? row(plane_row) : sim;

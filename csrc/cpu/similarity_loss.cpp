@@ -50,14 +50,13 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
     std::optional<Tensor> teacher_scale, std::optional<Tensor> projected_image, std::optional<Tensor> projected_text,
     std::optional<Tensor> cross_scale, std::optional<Tensor> plane_weight, std::optional<Tensor> plane_bias,
     std::optional<Tensor> ids, std::optional<Tensor> text_ids, int64_t label_offset, bool softmax, bool columns,
-    int64_t negatives, bool relational, int64_t interactive, double entropy, int64_t chunk, int64_t stored_rows) {
+    int64_t negatives, bool relational, bool interactive, double entropy, int64_t chunk, int64_t stored_rows) {
   const Call call{image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
                   plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
                   interactive, entropy};
   Sweep sweep(call, chunk, stored_rows, nullptr);
   const StripKernels& kernels = strip_kernels();
   const int64_t n = sweep.n, m = sweep.m;
-  const bool divergence = interactive == kDivergence;
 
   Tensor row_stats = new_zeros(image, {kRows, n}, ScalarType::Float), col_stats = new_zeros(image, {kColumns, m}, ScalarType::Float);
   auto row = [&](Row stat, int64_t i) { return data<float>(row_stats) + stat * n + i; };
@@ -67,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
   if (columns && softmax) z_sums.emplace(sweep, col(kColLseZ), negatives == kHard ? col(kColMatch) : nullptr);
   if (columns && relational) t_sums.emplace(sweep, col(kColLseT), col(kColMeanZ));
   if (columns && interactive) v_sums.emplace(sweep, col(kColLseV), nullptr);
-  if (columns && divergence) t_sums_of_v.emplace(sweep, relational ? nullptr : col(kColLseT), col(kColMeanV));
+  if (columns && interactive) t_sums_of_v.emplace(sweep, relational ? nullptr : col(kColLseT), col(kColMeanV));
 
   sweep.for_chunks([&](int64_t first, int64_t count) {
     Tensor t;
@@ -98,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
         out.teacher_diagonal = row(kDiagonalT, i);
       });
     if (sweep.u)
-      reduce(*sweep.u, Terms::kSoftmax, divergence, std::nullopt, std::nullopt, [&](ForwardOut& out, int64_t i) {
+      reduce(*sweep.u, Terms::kSoftmax, true, std::nullopt, std::nullopt, [&](ForwardOut& out, int64_t i) {
         out.lse = row(kLseU, i);
         out.diagonal = row(kDiagonalU, i);
         out.teacher_lse = row(kLseT, i);
@@ -106,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
         out.teacher_diagonal = row(kDiagonalT, i);
       });
     if (sweep.v)
-      reduce(*sweep.v, Terms::kSoftmax, divergence, v_sums, t_sums_of_v,
+      reduce(*sweep.v, Terms::kSoftmax, true, v_sums, t_sums_of_v,
              [&](ForwardOut& out, int64_t i) { out.diagonal = row(kDiagonalV, i); });
   });
   return {row_stats, col_stats, sweep.stored};
@@ -181,14 +180,14 @@ Gradients similarity_loss_bwd(
     std::optional<Tensor> projected_text, std::optional<Tensor> cross_scale, std::optional<Tensor> plane_weight,
     std::optional<Tensor> plane_bias, std::optional<Tensor> ids, std::optional<Tensor> text_ids, Tensor row_stats,
     Tensor col_stats, Tensor stored, int64_t label_offset, bool softmax, bool columns, int64_t negatives, bool relational,
-    int64_t interactive, double entropy, bool need_image, bool need_text, int64_t chunk) {
+    bool interactive, double entropy, bool need_image, bool need_text, int64_t chunk) {
   const Call call{image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
                   plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
                   interactive, entropy};
   Sweep sweep(call, chunk, stored.size(1), &stored);
   const StripKernels& kernels = strip_kernels();
   const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
-  const bool divergence = interactive == kDivergence, hadamard = sweep.plane_weight.has_value();
+  const bool hadamard = sweep.plane_weight.has_value();
   auto row = [&](const Tensor& from, Row stat) { return data<const float>(from) + stat * n; };
   auto col = [&](const Tensor& from, Column stat) { return data<const float>(from) + stat * m; };
 
@@ -292,7 +291,7 @@ Gradients similarity_loss_bwd(
       d_text.add(h, rows(sweep.weighted, 0, count));
     }
     if (sweep.u) {
-      const Tensor g = differentiate(*sweep.u, u_in, Terms::kSoftmax, Softmax::kRows, divergence, cross_sum);
+      const Tensor g = differentiate(*sweep.u, u_in, Terms::kSoftmax, Softmax::kRows, true, cross_sum);
       if (projected_image) {
         Tensor to = rows(d_projected, first, count);
         mm_out(to, g, *teacher_text);
@@ -301,7 +300,7 @@ Gradients similarity_loss_bwd(
       }
     }
     if (sweep.v) {
-      const Tensor g = differentiate(*sweep.v, v_in, Terms::kSoftmax, Softmax::kColumns, divergence, cross_sum);
+      const Tensor g = differentiate(*sweep.v, v_in, Terms::kSoftmax, Softmax::kColumns, true, cross_sum);
       (projected_text ? d_projected_text : d_text).add(g, rows(*teacher_image, first, count));
     }
   });

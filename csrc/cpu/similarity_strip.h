@@ -49,6 +49,7 @@ struct Strip {
   const int32_t* ids;       // [rows] or null
   const int32_t* text_ids;  // [M] or null
   float scale;
+  float grad_scale;         // dz/dS in backward: scale, or 1 for the softmax itself
   float p, q;               // l = p S + q, or l = plane + q
   float teacher_scale;
   float entropy;            // 1: means are of t - z; 0: of -z

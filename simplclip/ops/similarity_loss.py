@@ -9,7 +9,8 @@ from simplclip import backends, checks, distributed
 from simplclip.ops import similarity_inputs as inputs
 from simplclip.ops.registry import define
 from simplclip.ops.similarity_plan import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, products, stored_rows
-from simplclip.ops.similarity_terms import merge_columns, shifted_pair_matching, terms_of
+from simplclip.ops.similarity_rows import similarity_rows
+from simplclip.ops.similarity_terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
 from simplclip.reference import ColumnStat, RowStat, accumulate_dtype
 
 NEGATIVES = ("all", "shift", "hard")
@@ -23,7 +24,7 @@ _TENSORS = (
     "Tensor? plane_weight, Tensor? plane_bias, Tensor? ids, Tensor? text_ids"
 )
 _FEATURES, _SCALARS, _COUNT = (0, 1, 3, 4, 6, 7), (2, 5, 8, 9, 10), 13  # places of the tensors, and how many they are
-_MODE = "int label_offset, bool softmax, bool columns, int negatives, bool relational, int interactive, float entropy"
+_MODE = "int label_offset, bool softmax, bool columns, int negatives, bool relational, bool interactive, float entropy"
 
 
 def _prepare(tensors):
@@ -264,6 +265,7 @@ def similarity_loss(
     else:
         projected_image = projected_text = interactive = None
 
+    own_text = text if projected_text is None else projected_text
     if group is not None:
         label_offset = inputs.place_of_rank(image, text, text_ids, label_offset, group)
         text, teacher_text, projected_text, text_ids = (
@@ -271,55 +273,65 @@ def similarity_loss(
         )
     elif ids is not None and text_ids is None:
         text_ids = ids
-    inputs.check_offset(label_offset, image.shape[0], text.shape[0])
+    n = image.shape[0]
+    inputs.check_offset(label_offset, n, text.shape[0])
+    window = slice(label_offset, label_offset + n)
 
     out: dict[str, Tensor] = {}
     if matching == "shift":
         inputs.check_shift(shift, text.shape[0], device)
         out["pair_matching"] = shifted_pair_matching(image, text, *plane, ids, text_ids, label_offset, shift)
         matching = plane = None
-    contrastive, relational = "contrastive" in terms, "relational" in terms
-    if contrastive or matching or teaching:
+    if interactive == "infonce":
+        by_image = image if projected_image is None else projected_image
+        stats = similarity_rows(by_image, teacher_text, cross_scale, ids, text_ids, label_offset, scratch_bytes)
+        out["interactive"] = cross_entropy(stats[0], cross_scale * stats[1]).mean()
+        if symmetric:
+            if group is None:
+                by_text, keys, place = own_text[window], teacher_image, 0
+                own_ids, key_ids = (None, None) if ids is None else (text_ids[window], ids)
+            else:
+                by_text, keys, place = own_text, distributed.gather(teacher_image, group), label_offset
+                own_ids, key_ids = ids, text_ids
+            stats = similarity_rows(by_text, keys, cross_scale, own_ids, key_ids, place, scratch_bytes)
+            out["interactive"] = 0.5 * (out["interactive"] + cross_entropy(stats[0], cross_scale * stats[1]).mean())
+        projected_image = projected_text = cross_scale = None
+    contrastive, relational, kl = "contrastive" in terms, "relational" in terms, interactive == "kl"
+    if not (relational or kl):
+        teacher_image = teacher_text = teacher_scale = None
+    if contrastive or matching or relational or kl:
+        entropy = 1.0 if divergence == "kl" else 0.0
         rows, columns = _statistics(
             (image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
              *(plane or (None, None)), ids, text_ids),
-            label_offset,
-            contrastive or relational or matching == "hard",
-            symmetric,
-            0 if matching is None else NEGATIVES.index(matching) // 2 + 1,
-            relational,
-            0 if interactive is None else INTERACTIVE.index(interactive) + 1,
-            1.0 if divergence == "kl" else 0.0,
+            (label_offset, contrastive or relational or matching == "hard", symmetric,
+             0 if matching is None else NEGATIVES.index(matching) // 2 + 1, relational, kl, entropy),
             scratch_bytes,
             store_bytes,
         )  # fmt: skip
-        pairs = None
+        pairs = rows[RowStat.NEGATIVES].detach().sum(dtype=torch.float64)
         if group is not None:
+            pairs = pairs if ids is None else distributed.mean(pairs, group)
             columns = merge_columns(distributed.exchange(columns, group)) if symmetric else None
-            pairs = (
-                distributed.mean(rows[RowStat.NEGATIVES].detach().sum(dtype=torch.float64), group)
-                if ids is not None
-                else None
-            )
         else:
-            columns = columns[:, label_offset : label_offset + image.shape[0]] if symmetric else None
+            columns = columns[:, window] if symmetric else None
         out |= terms_of(
-            rows, columns, scale, teacher_scale, cross_scale, plane,
-            contrastive=contrastive, matching=matching, relational=relational, interactive=interactive,
-            entropy=1.0 if divergence == "kl" else 0.0, pairs=pairs,
+            rows, columns, scale, teacher_scale, cross_scale, plane, pairs,
+            contrastive=contrastive, matching=matching, relational=relational, interactive=kl, entropy=entropy,
         )  # fmt: skip
     if contrastive and bias is not None:
         out["contrastive"] = out["contrastive"] + 0.0 * bias
     return {term: out[term] for term in terms}
 
 
-def _statistics(tensors, label_offset, softmax, columns, negatives, relational, interactive, entropy, scratch, store):
+def _statistics(tensors, mode, scratch, store):
+    """The sweep: rows [12, N] and columns [6, M]."""
     image, text, projected_image, projected_text = (tensors[i] for i in (0, 1, 6, 7))
     n, m, dtype = image.shape[0], text.shape[0], computes_in(image.dtype, image.device.type)
     leaves = (image, text, projected_image, projected_text)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    _, softmax, columns, negatives, relational, interactive, _ = mode
     planes = products(softmax, columns, negatives, relational, interactive)
-    return torch.ops.simplclip.similarity_loss_fwd(
-        *tensors, label_offset, softmax, columns, negatives, relational, interactive, entropy,
-        chunk_rows(n, m, dtype, scratch), stored_rows(n, m, dtype, planes, store) if needs_grad else 0, backends.forced(),
-    )[:2]  # fmt: skip
+    chunk = chunk_rows(n, m, dtype, 1 + (relational or interactive), scratch)
+    stored = stored_rows(n, m, dtype, planes, store) if needs_grad else 0
+    return torch.ops.simplclip.similarity_loss_fwd(*tensors, *mode, chunk, stored, backends.forced())[:2]

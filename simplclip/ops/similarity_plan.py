@@ -24,9 +24,9 @@ def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype
 
 
-def chunk_rows(n: int, m: int, dtype: torch.dtype, scratch_bytes: int = SCRATCH_BYTES) -> int:
-    """Rows per chunk: at most 1024 and what the scratch holds, in equal chunks, a multiple of 64 and at least 64."""
-    most = min(_CHUNK_ROWS, max(_STRIP, scratch_bytes // (m * dtype.itemsize) // _STRIP * _STRIP))
+def chunk_rows(n: int, m: int, dtype: torch.dtype, live: int = 1, scratch_bytes: int = SCRATCH_BYTES) -> int:
+    """Rows per chunk: what the scratch holds, in `live` matrices at once at most 1024, in equal chunks, a multiple of 64."""
+    most = min(_CHUNK_ROWS // live, max(_STRIP, scratch_bytes // (m * dtype.itemsize) // _STRIP * _STRIP))
     chunks = -(-n // most)
     return -(-n // (chunks * _STRIP)) * _STRIP
 
@@ -42,9 +42,9 @@ def stored_rows(n: int, m: int, dtype: torch.dtype, planes: int, store_bytes: in
     return rows // _STRIP * _STRIP if planes == 1 else 0
 
 
-def products(softmax: bool, columns: bool, negatives: int, relational: bool, interactive: int) -> int:
-    """Similarity matrices that the call forms: Z, T, U and V, the hadamard plane's not counted."""
-    return bool(softmax or negatives) + bool(relational or interactive == 2) + bool(interactive) * (1 + columns)
+def products(softmax: bool, columns: bool, negatives: int, relational: bool, interactive: bool) -> int:
+    """Similarity matrices of the sweep: Z, T and, for interactive "kl", U and V; the hadamard plane's not counted."""
+    return bool(softmax or negatives) + bool(relational or interactive) + interactive * (1 + columns)
 
 
 def matrix_products(
@@ -59,13 +59,14 @@ def matrix_products(
 ) -> float:
     """Matrix products of N·M·D in a symmetric forward and backward with a scalar plane; stored rows save a part of one.
 
-    Forward and backward form each similarity matrix; two products for Z's gradients, one for U's and one for V's.
+    Forward and backward form each similarity matrix; two products for Z's gradients, one for U's and one for V's. Interactive
+    "infonce" needs two for each of its directions (similarity_rows).
     """
     relational, cross = "relational" in terms, "interactive" in terms
     z = "contrastive" in terms or relational or "pair_matching" in terms
-    planes = products(z, True, False, relational, (2 if interactive == "kl" else 1) if cross else 0)
+    planes = products(z, True, False, relational, cross and interactive == "kl")
     kept = stored_rows(n, m, computes_in(dtype, device), planes, store_bytes) / n
-    return planes * (2 - kept) + 2 * z + 2 * cross
+    return planes * (2 - kept) + 2 * z + (2 if interactive == "kl" else 4) * cross
 
 
 def workspace_bytes(
@@ -92,20 +93,21 @@ def workspace_bytes(
     """
     compute = computes_in(dtype, "cpu")
     kl, cross = interactive == "kl", interactive is not None
-    count = products(contrastive or relational or hard, True, hadamard, relational, 2 * kl or cross)
-    chunk = min(n, chunk_rows(n, m, compute, scratch_bytes))
-    at_a_time = 1 + (relational or kl) + hadamard
-    logits = (at_a_time * chunk + count * stored_rows(n, m, compute, count, store_bytes)) * m * compute.itemsize
-    statistics_of_columns = 1 + hard + 2 * relational + cross + 2 * kl
+    count = products(contrastive or relational or hard, True, hadamard, relational, kl)
+    teacher = relational or kl
+    chunk = min(n, chunk_rows(n, m, compute, 1 + teacher, scratch_bytes))
+    logits = (
+        ((1 + teacher + hadamard) * chunk + count * stored_rows(n, m, compute, count, store_bytes)) * m * compute.itemsize
+    )
+    statistics_of_columns = 1 + hard + 2 * relational + 3 * kl
     partials = -(-chunk // _STRIP) * m * 4 * statistics_of_columns
     sums = 2 * chunk * d * compute.itemsize if hadamard else 0
     widths = d + (teacher_width if cross and teacher_width not in (None, d) else 0)
     if compute == torch.bfloat16:
         sums += m * widths * 4 + _PACKING_BYTES
-    if cross:
-        sums += chunk * d * compute.itemsize
     copies = 0
+    mean_keys = 2 * (n + m) * (teacher_width or d) * dtype.itemsize * (interactive == "infonce")
     if compute != dtype:
         copies = 2 * (n + m) * widths + (n + m) * (teacher_width or d) * (relational or cross)
     statistics = 4 * (3 * 12 * n + 3 * 6 * m) + 4 * 4 * m
-    return logits + max(partials, sums) + copies * compute.itemsize + statistics
+    return logits + max(partials, sums) + copies * compute.itemsize + mean_keys + statistics

@@ -45,13 +45,13 @@ def terms_of(
     teacher_scale: Tensor | None,  # []
     cross_scale: Tensor | None,  # []
     plane: tuple[Tensor, Tensor] | None,  # (p [] or w [D], q [])
+    pairs: Tensor,  # [] float64, negatives of this rank or, where ranks differ, their mean
     *,
     contrastive: bool,
     matching: str | None,  # "all", "hard" or None
     relational: bool,
-    interactive: str | None,  # "infonce", "kl" or None
+    interactive: bool,  # "kl"; for "infonce" see similarity_rows
     entropy: float,
-    pairs: Tensor | None = None,  # [] negatives per rank, where ranks hold different numbers of them
 ) -> dict[str, Tensor]:
     """The terms, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
@@ -68,7 +68,6 @@ def terms_of(
         weight, bias = plane
         positive = (rows[RowStat.DIAGONAL_L] if weight.dim() else weight * rows[RowStat.DIAGONAL_Z]) + bias
         if matching == "all":
-            pairs = rows[RowStat.NEGATIVES].double().sum() if pairs is None else pairs
             negative = rows[RowStat.MATCH].sum() / pairs.clamp(min=1).to(rows.dtype)
         else:
             negative = both(rows[RowStat.MATCH], None if columns is None else columns[ColumnStat.MATCH])
@@ -77,22 +76,16 @@ def terms_of(
         by_row = divergence(rows[RowStat.LSE_Z], z, rows[RowStat.LSE_T], t, rows[RowStat.MEAN_Z], entropy)
         by_column = None
         if columns is not None:
-            stats = (columns[i] for i in (ColumnStat.LSE_Z, ColumnStat.LSE_T, ColumnStat.MEAN_Z))
-            lse, teacher_lse, mean = stats
+            lse, teacher_lse, mean = (columns[i] for i in (ColumnStat.LSE_Z, ColumnStat.LSE_T, ColumnStat.MEAN_Z))
             by_column = divergence(lse, z, teacher_lse, t, mean, entropy)
         out["relational"] = both(by_row, by_column)
     if interactive:
         u, v = cross_scale * rows[RowStat.DIAGONAL_U], cross_scale * rows[RowStat.DIAGONAL_V]
-        if interactive == "infonce":
-            by_row = cross_entropy(rows[RowStat.LSE_U], u)
-            by_column = None if columns is None else cross_entropy(columns[ColumnStat.LSE_V], v)
-        else:
-            by_row = divergence(rows[RowStat.LSE_U], u, rows[RowStat.LSE_T], t, rows[RowStat.MEAN_U], entropy)
-            by_column = None
-            if columns is not None:
-                stats = (columns[i] for i in (ColumnStat.LSE_V, ColumnStat.LSE_T, ColumnStat.MEAN_V))
-                lse, teacher_lse, mean = stats
-                by_column = divergence(lse, v, teacher_lse, t, mean, entropy)
+        by_row = divergence(rows[RowStat.LSE_U], u, rows[RowStat.LSE_T], t, rows[RowStat.MEAN_U], entropy)
+        by_column = None
+        if columns is not None:
+            lse, teacher_lse, mean = (columns[i] for i in (ColumnStat.LSE_V, ColumnStat.LSE_T, ColumnStat.MEAN_V))
+            by_column = divergence(lse, v, teacher_lse, t, mean, entropy)
         out["interactive"] = both(by_row, by_column)
     return out
 

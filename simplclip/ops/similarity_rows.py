@@ -1,0 +1,78 @@
+"""similarity_rows: row softmaxes over constant keys, the interactive term's. A part of similarity_loss, not public."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simplclip import backends
+from simplclip.ops.registry import define
+from simplclip.ops.similarity_plan import SCRATCH_BYTES, chunk_rows, computes_in
+from simplclip.reference import accumulate_dtype
+
+
+def _run(function, query, keys, scale, ids, key_ids, *mode):
+    compute = computes_in(query.dtype, query.device.type)
+    ids, key_ids = (None if t is None else t.contiguous() for t in (ids, key_ids))
+    features = (t.to(compute).contiguous() for t in (query, keys))
+    stats, mean_keys = function(*features, scale.to(accumulate_dtype(compute)), ids, key_ids, *mode)
+    return stats, mean_keys.to(query.dtype)
+
+
+def _fake(query, keys, scale, ids, key_ids, label_offset, attend, chunk, backend):
+    n, d = query.shape
+    return query.new_empty(2, n, dtype=accumulate_dtype(query.dtype)), query.new_empty(n if attend else 0, d)
+
+
+define(
+    "similarity_rows",
+    "Tensor query, Tensor keys, Tensor scale, Tensor? ids, Tensor? key_ids, int label_offset, bool attend, int chunk",
+    "(Tensor, Tensor)",
+    _run,
+    _fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    query, keys, scale, _, _, ctx.label_offset, *_ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, keys, scale, output[1])
+
+
+def _autograd(ctx, grad, _):
+    """With k̄_i the mean key: d lse_i = scale k̄_i dx_i + x_i·k̄_i dscale, and d positive_i = key of its label · dx_i."""
+    nothing = (None,) * 9
+    if grad is None:
+        return nothing
+    query, keys, scale, mean_keys = ctx.saved_tensors
+    g_lse, g_positive = grad[:, :, None]
+    positives = keys[ctx.label_offset : ctx.label_offset + query.shape[0]]
+    wide = mean_keys.to(grad.dtype)
+    d_query = (wide * (scale * g_lse)).addcmul_(positives, g_positive).to(query.dtype)
+    d_scale = (wide.mul_(query) if wide is not mean_keys else wide * query).mul_(g_lse).sum()
+    return d_query, None, d_scale.to(scale.dtype), *nothing[3:]
+
+
+torch.library.register_autograd("simplclip::similarity_rows", _autograd, setup_context=_setup_context)
+
+
+def similarity_rows(
+    query: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D], constants
+    scale: Tensor,  # []
+    ids: Tensor | None,  # [N] int64
+    key_ids: Tensor | None,  # [M] int64
+    label_offset: int,
+    scratch_bytes: int = SCRATCH_BYTES,
+) -> Tensor:  # [2, N]
+    """Of scale · query · keysᵀ: each row's log-sum-exp over its negatives, and the unscaled similarity of its positive.
+
+    Gradients to query and scale need only the mean key of each row under its softmax, [N, D], which forward computes and
+    keeps (where a gradient is needed): two matrix products in all, none in backward.
+    """
+    chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, query.device.type), 1, scratch_bytes)
+    attend = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
+    return torch.ops.simplclip.similarity_rows(
+        query, keys, scale, ids, key_ids, label_offset, attend, chunk, backends.forced()
+    )[0]
