@@ -105,6 +105,7 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "cpu": Implementation(_private("similarity_rows_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.similarity_rows, _anywhere),
     },
+    "similarity_rows_bwd": {"reference": Implementation(reference.similarity_rows_bwd, _anywhere)},  # N·D: nothing to fuse
     "similarity_loss_bwd": {
         "cpu": Implementation(_private("similarity_loss_bwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.similarity_loss_bwd, _anywhere),

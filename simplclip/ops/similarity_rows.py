@@ -33,6 +33,23 @@ define(
 )
 
 
+def _run_bwd(function, grad, query, keys, scale, mean_keys, label_offset):
+    return function(grad, query, keys, scale.to(grad.dtype), mean_keys, label_offset)
+
+
+def _fake_bwd(grad, query, keys, scale, mean_keys, label_offset, backend):
+    return torch.empty_like(query), grad.new_empty(())
+
+
+define(
+    "similarity_rows_bwd",
+    "Tensor grad, Tensor query, Tensor keys, Tensor scale, Tensor mean_keys, int label_offset",
+    "(Tensor, Tensor)",
+    _run_bwd,
+    _fake_bwd,
+)
+
+
 def _setup_context(ctx, inputs, output):
     query, keys, scale, _, _, ctx.label_offset, *_ = inputs
     ctx.mark_non_differentiable(output[1])
@@ -41,17 +58,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad, _):
-    """With k̄_i the mean key: d lse_i = scale k̄_i dx_i + x_i·k̄_i dscale, and d positive_i = key of its label · dx_i."""
-    nothing = (None,) * 9
+    nothing = (None,) * 7
     if grad is None:
-        return nothing
+        return None, None, *nothing
     query, keys, scale, mean_keys = ctx.saved_tensors
-    g_lse, g_positive = grad[:, :, None]
-    positives = keys[ctx.label_offset : ctx.label_offset + query.shape[0]]
-    wide = mean_keys.to(grad.dtype)
-    d_query = (wide * (scale * g_lse)).addcmul_(positives, g_positive).to(query.dtype)
-    d_scale = (wide.mul_(query) if wide is not mean_keys else wide * query).mul_(g_lse).sum()
-    return d_query, None, d_scale.to(scale.dtype), *nothing[3:]
+    d_query, d_scale = torch.ops.simplclip.similarity_rows_bwd(grad, query, keys, scale, mean_keys, ctx.label_offset, "")
+    return d_query, None, d_scale.to(scale.dtype), *nothing[1:]
 
 
 torch.library.register_autograd("simplclip::similarity_rows", _autograd, setup_context=_setup_context)
