@@ -1,4 +1,4 @@
-"""Collects the rows of all benchmarks of a session, prints them as one table and writes them to a CSV file."""
+"""Collects the rows of all benchmarks of a session, prints them as one table and writes one CSV file per op."""
 
 import csv
 import os
@@ -12,7 +12,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sizes", default="4096,16384,32768", help="batch sizes N of the loss benchmark, comma-separated")
+    parser.addoption("--sizes", default="4096,16384,32768", help="batch sizes N of the losses' benchmarks, comma-separated")
     parser.addoption("--repeats", type=int, default=5, help="interleaved repeats of each form")
     parser.addoption("--write", action="store_true", help="write benchmarks/results/<op>-<hardware>-<date>.csv")
 
@@ -43,9 +43,10 @@ def pytest_terminal_summary(terminalreporter, config):
     for row in [dict(zip(columns, columns)), *collected]:
         terminalreporter.write_line("  ".join(str(row.get(c, "")).rjust(w) for c, w in zip(columns, widths)))
     if config.getoption("--write"):
-        path = RESULTS / f"{collected[0]['op']}-{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
-        write_csv(path, [{**row, **where} for row in collected])
-        terminalreporter.write_line(f"wrote {path}")
+        for op in dict.fromkeys(row["op"] for row in collected):
+            path = RESULTS / f"{op}-{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
+            write_csv(path, [{**row, **where} for row in collected if row["op"] == op])
+            terminalreporter.write_line(f"wrote {path}")
 
 
 def write_csv(path: Path, table: list[dict]) -> None:

@@ -23,13 +23,13 @@ def newest(pattern: str) -> Path:
     return found[-1]
 
 
-def similarity_loss() -> list[str]:
-    path = newest("similarity_loss-*.csv")
+def op_table(op: str, decimals: int = 0) -> list[str]:
+    path = newest(f"{op}-*.csv")
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     lines = ["| N | dtype | form | ms, median | times simplclip's | extra MiB |", "|--:|---|---|--:|--:|--:|"]
     lines += [
-        f"| {int(r['n']):,} | {r['dtype']} | {r['form']} | {float(r['p50_ms']):,.0f} | {r['times_ours']} "
+        f"| {int(r['n']):,} | {r['dtype']} | {r['form']} | {float(r['p50_ms']):,.{decimals}f} | {r['times_ours']} "
         f"| {float(r['extra_mib']):,.0f} |"
         for r in rows
     ]
@@ -64,7 +64,11 @@ def demo() -> list[str]:
     return lines
 
 
-TABLES = {"similarity_loss": similarity_loss, "demo": demo}
+TABLES = {
+    "similarity_loss": lambda: op_table("similarity_loss"),
+    "feature_loss": lambda: op_table("feature_loss", decimals=1),
+    "demo": demo,
+}
 
 
 def main() -> None:
