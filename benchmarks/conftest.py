@@ -1,14 +1,9 @@
 """Collects the rows of all benchmarks of a session, prints them as one table and writes one CSV file per op."""
 
-import csv
-import os
-from pathlib import Path
-
 import pytest
 
 from benchmarks import hardware
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.results_file import RESULTS, table, write_csv
 
 
 def pytest_addoption(parser):
@@ -38,22 +33,10 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     where = hardware.describe()
     terminalreporter.section(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")
-    columns = [column for column in collected[0] if column not in ("op", "repeats")]
-    widths = [max(len(c), *(len(str(row.get(c, ""))) for row in collected)) for c in columns]
-    for row in [dict(zip(columns, columns)), *collected]:
-        terminalreporter.write_line("  ".join(str(row.get(c, "")).rjust(w) for c, w in zip(columns, widths)))
+    for line in table(collected):
+        terminalreporter.write_line(line)
     if config.getoption("--write"):
         for op in dict.fromkeys(row["op"] for row in collected):
             path = RESULTS / f"{op}-{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
             write_csv(path, [{**row, **where} for row in collected if row["op"] == op])
             terminalreporter.write_line(f"wrote {path}")
-
-
-def write_csv(path: Path, table: list[dict]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
-    os.replace(temporary, path)

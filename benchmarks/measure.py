@@ -29,6 +29,19 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Highest sum of live bytes of torch's allocator on the device during `run`, above what was live before it."""
+    if device == "cpu":
+        return cpu_peak_bytes(run)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = run()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
 def quantiles(values: list[float]) -> tuple[float, float, float]:
     """p20, p50, p80."""
     if len(values) < 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -11,6 +12,7 @@ from open_clip.loss import ClipLoss, DistillClipLoss
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import interleaved_times, peak_bytes, quantiles
 from simplclip.ops import similarity_loss
 from simplclip.ops.similarity_loss import TERMS
 from simplclip.ops.similarity_plan import matrix_products
@@ -79,6 +81,12 @@ def _one_product(b: Batch) -> Tensor:
     return 0.5 * ((logits.logsumexp(1) - diagonal).mean() + (logits.logsumexp(0) - diagonal).mean())
 
 
+def _inf_clip(b: Batch) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    return 0.5 * (cal_flash_loss(b.image, b.text, scale=b.scale) + cal_flash_loss(b.text, b.image, scale=b.scale))
+
+
 def _pair_matching(similarity: Tensor) -> Tensor:
     decision = PLANE[0] * similarity + PLANE[1]
     n = similarity.shape[0]
@@ -118,10 +126,13 @@ class Form:
     eager: Callable[[Batch], Tensor] | None = None  # whose matrix products are counted; None: the library counts its own
     largest: int = 1 << 62  # largest N it is asked for
     terms: tuple[str, ...] = ()
+    counted: float | None = None  # matrix products, where they are known otherwise
 
     def products(self, b: Batch) -> float:
         """Matrix products of N·M·D in a forward and backward; a part where stored rows save one."""
         n, d = b.image.shape
+        if self.counted is not None:
+            return self.counted
         if self.eager is None:
             return matrix_products(n, n, b.image.dtype, b.image.device.type, self.terms)
         small = batch(64, d, b.image.dtype, b.image.device.type)
@@ -133,17 +144,79 @@ class Form:
 def forms(objective: str, dense_up_to: int) -> list[Form]:
     """simplclip's first. The dense ones hold N×N matrices and run up to N = dense_up_to."""
     if objective == "contrastive":
-        return [
+        found = [
             Form("simplclip", _ours(("contrastive",)), terms=("contrastive",)),
             Form("simplclip, pair matching too", _ours(TERMS[:2]), terms=TERMS[:2]),
             Form("open_clip.ClipLoss", _clip_loss, _clip_loss, dense_up_to),
             Form("torch.compile, one product", torch.compile(_one_product), _one_product, dense_up_to),
         ]
+        if torch.cuda.is_available() and importlib.util.find_spec("inf_cl"):
+            found.append(Form("Inf-CLIP, both directions", _inf_clip, counted=10))
+        return found
     return [
         Form("simplclip", _ours(TERMS), terms=TERMS),
         Form("open_clip's losses and KL", _open_clip_all, _open_clip_all, dense_up_to),
         Form("torch.compile, fewest products", torch.compile(_fewest_products_all), _fewest_products_all, dense_up_to),
     ]
+
+
+def measure(
+    objective: str, n: int, d: int, dtype: str, repeats: int, device: str = "cpu", dense_up_to: int = 1 << 62
+) -> list[dict]:
+    """One row of a result file for each form; a form that does not fit in memory says so. Values are compared first."""
+    features = batch(n, d, getattr(torch, dtype), device)
+    found, notes = {}, {}
+    for form in forms(objective, dense_up_to):
+        if n > form.largest:
+            continue
+        try:
+            found[form.name] = form, float(features.step(form.run))
+        except torch.OutOfMemoryError:
+            notes[form.name] = "out of memory"
+            torch.cuda.empty_cache()
+    expected = found["simplclip"][1]
+    for name, (_, value) in found.items():
+        if "too" not in name and abs(value - expected) > (1e-4 if dtype == "float32" else 2e-2) * max(abs(expected), 1):
+            raise AssertionError(
+                f"{name}: expected the value of simplclip, {expected}, got {value} ({objective}, {n}, {dtype})"
+            )
+
+    cases = {name: lambda form=form: features.step(form.run) for name, (form, _) in found.items()}
+    times = interleaved_times({"products": three_products(features), **cases}, repeats)
+    one_product = quantiles(times["products"])[1] / 3
+
+    def extra(form: Form) -> int:
+        for leaf in features.leaves():
+            leaf.grad = None
+        return peak_bytes(lambda: form.run(features).backward(), device)
+
+    peaks = {name: extra(form) for name, (form, _) in found.items()}
+    rows = []
+    for name in [*found, *notes]:
+        row = {
+            "op": "similarity_loss",
+            "objective": objective,
+            "n": n,
+            "d": d,
+            "dtype": dtype,
+            "form": name,
+            "repeats": repeats,
+        }
+        if name in found:
+            p20, p50, p80 = quantiles(times[name])
+            gemms = found[name][0].products(features)
+            row |= {
+                "p20_ms": round(1e3 * p20, 2),
+                "p50_ms": round(1e3 * p50, 2),
+                "p80_ms": round(1e3 * p80, 2),
+                "times_ours": round(p50 / quantiles(times["simplclip"])[1], 2),
+                "gemms": round(gemms, 2),
+                "gemm_share": round(gemms * one_product / p50, 2),
+                "extra_mib": round(peaks[name] / 2**20, 1),
+                "memory_times_ours": round(peaks[name] / peaks["simplclip"], 1),
+            }
+        rows.append({**row, "note": notes.get(name, "")})
+    return rows
 
 
 def three_products(b: Batch) -> Callable[[], None]:

@@ -1,0 +1,29 @@
+"""Tables of measurements: on a terminal, and in files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def table(rows: list[dict]) -> list[str]:
+    """Lines of an aligned table; a column is shown where a row has it."""
+    columns = list(dict.fromkeys(column for row in rows for column in row if column != "repeats"))
+    columns = [column for column in columns if any(row.get(column, "") != "" for row in rows)]
+    widths = [max(len(c), *(len(str(row.get(c, ""))) for row in rows)) for c in columns]
+    lines = [dict(zip(columns, columns)), *rows]
+    return ["  ".join(str(line.get(c, "")).rjust(w) for c, w in zip(columns, widths)) for line in lines]
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    temporary = path.with_suffix(".tmp")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
