@@ -27,12 +27,21 @@ def op_table(op: str, decimals: int = 0) -> list[str]:
     path = newest(f"{op}-*.csv")
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    lines = ["| N | dtype | form | ms, median | times simplclip's | extra MiB |", "|--:|---|---|--:|--:|--:|"]
-    lines += [
-        f"| {int(r['n']):,} | {r['dtype']} | {r['form']} | {float(r['p50_ms']):,.{decimals}f} | {r['times_ours']} "
-        f"| {float(r['extra_mib']):,.0f} |"
-        for r in rows
-    ]
+    columns = {
+        "objective": ("objective", str),
+        "N": ("n", lambda value: f"{int(value):,}"),
+        "dtype": ("dtype", str),
+        "form": ("form", str),
+        "ms, median": ("p50_ms", lambda value: f"{float(value):,.{decimals}f}"),
+        "times simplclip's": ("times_ours", str),
+        "products": ("gemms", lambda value: f"{float(value):g}"),
+        "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
+        "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
+    }
+    columns = {title: column for title, column in columns.items() if column[0] in rows[0]}
+    left = ("objective", "dtype", "form")
+    lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' if title in left else '--:' for title in columns)}|"]
+    lines += [f"| {' | '.join(show(row[name]) for name, show in columns.values())} |" for row in rows]
     first = rows[0]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines += [

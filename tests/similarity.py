@@ -48,10 +48,11 @@ def make_inputs(n, m, offset=0, *, terms, plane="scalar", teacher_width=None, id
     return leaves, options
 
 
-def values_and_grads(function, leaves, dtype, weights=(1.3, 0.7, 0.9, 1.1), **options):
-    """Every term and every gradient of their weighted sum, as a dict. Features in `dtype`, parameters in float32 at least."""
+def values_and_grads(function, leaves, dtype, weights=(1.3, 0.7, 0.9, 1.1), device="cpu", **options):
+    """Every term and every gradient of their weighted sum, on the CPU. Features in `dtype`, parameters in float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    args = {k: v.to(dtype if k in FEATURES else wide).detach() for k, v in leaves.items()}
+    args = {k: v.to(device, dtype if k in FEATURES else wide).detach() for k, v in leaves.items()}
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     for name, value in args.items():
         value.requires_grad_(name not in TEACHER)
     named = dict(args)
@@ -60,12 +61,12 @@ def values_and_grads(function, leaves, dtype, weights=(1.3, 0.7, 0.9, 1.1), **op
     terms = function(**named, **options)
     sum(w * t for w, t in zip(weights, terms.values())).backward()
     grads = {f"d_{k}": torch.zeros_like(v) if v.grad is None else v.grad for k, v in args.items() if k not in TEACHER}
-    return {**{k: v.detach() for k, v in terms.items()}, **grads}
+    return {k: v.detach().cpu() for k, v in {**terms, **grads}.items()}
 
 
-def check(leaves, options, dtype, backend, **kernel_options):
+def check(leaves, options, dtype, backend, device="cpu", **kernel_options):
     with simplclip.backend(backend):
-        kernel = values_and_grads(similarity_loss, leaves, dtype, **options, **kernel_options)
+        kernel = values_and_grads(similarity_loss, leaves, dtype, device=device, **options, **kernel_options)
     # Halves are compared with plain torch on the same rounded inputs, and with float64 on them.
     rounded = {k: v.to(dtype).double() if k in FEATURES else v.float().double() for k, v in leaves.items()}
     truth = values_and_grads(dense.similarity_loss, rounded, torch.float64, **options)

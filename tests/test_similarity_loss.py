@@ -284,23 +284,3 @@ def test_extra_memory_is_what_workspace_bytes_says(dtype):
         stated = workspace_bytes(n, n, width, dtype, hadamard=hadamard, hard=negatives == "hard", **budgets)
         assert peak <= stated
         assert peak >= 0.5 * stated
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_for_the_device():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    leaves, options = make_inputs(64, 64, ids=True)
-    on_device = {k: v.float().cuda() for k, v in leaves.items()}
-    options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    plane = (on_device.pop("plane_weight"), on_device.pop("plane_bias"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for negatives in ("all", "hard", "shift"):
-            both(**on_device_args(on_device), plane=plane, negatives=negatives, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def on_device_args(leaves):
-    return {"image": leaves["image"], "text": leaves["text"], "scale": leaves["logit_scale"]}
