@@ -1,0 +1,101 @@
+"""What the forward and the backward kernel of similarity_loss share: a tile of a product, its negatives, stable functions.
+
+Logarithms and exponentials are in base 2, which the hardware has: a logit is multiplied by log2(e) once, with its scale.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+INF: tl.constexpr = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def product(
+    left,  # [N, width]
+    right,  # [M, width]
+    weight,  # [width] float32, only if WEIGHTED
+    rows,  # [BLOCK_M] int64, inside left
+    columns,  # [BLOCK_N] int64, inside right
+    width,
+    EVEN: tl.constexpr,  # width is a multiple of BLOCK_K
+    WEIGHTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # [BLOCK_M, BLOCK_N] float32
+    """left rightᵀ of some rows and columns, (left weight) rightᵀ if WEIGHTED, rounded as left is before it is multiplied."""
+    depth = tl.arange(0, BLOCK_K)
+    left_at = left + rows[:, None] * width + depth[None, :]
+    right_at = right + columns[None, :] * width + depth[:, None]
+    tile = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for k in range(0, width, BLOCK_K):
+        if EVEN:
+            a = tl.load(left_at)
+            b = tl.load(right_at)
+        else:
+            inside = depth < width - k
+            a = tl.load(left_at, inside[None, :], 0.0)
+            b = tl.load(right_at, inside[:, None], 0.0)
+        if WEIGHTED:
+            if EVEN:
+                w = tl.load(weight + k + depth)
+            else:
+                w = tl.load(weight + k + depth, depth < width - k, 0.0)
+            a = (a.to(tl.float32) * w[None, :]).to(a.dtype)
+        if INTERPRETED:  # its dot takes bfloat16 for integers (seen with 3.9.0)
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        tile = tl.dot(a, b, tile, input_precision=PRECISION)
+        left_at += BLOCK_K
+        right_at += BLOCK_K
+    return tile
+
+
+@triton.jit
+def negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS: tl.constexpr):
+    """[BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not of the positive's group."""
+    negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
+    if IDS:
+        negative = negative & (row_ids[:, None] != tl.load(text_ids + safe_column)[None, :])
+    return negative
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, which a polynomial gives to 4e-7 of itself."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    p = -0.008539198897778988 * e + 0.04408959671854973
+    p = p * e - 0.10768166184425354
+    p = p * e + 0.17745238542556763
+    p = p * e - 0.24495461583137512
+    p = p * e + 0.33275479078292847
+    p = p * e - 0.4999740421772003
+    p = p * e + 0.9999998211860657
+    return p * e + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def weights(logits, base):
+    """2^(logits - base), 0 where the logit is -inf; base is finite."""
+    return tl.exp2(logits - base)
+
+
+@triton.jit
+def weighted(share, value):
+    """share value, 0 where share is 0 though the value be infinite."""
+    return tl.where(share == 0.0, 0.0, share * value)
+
+
+@triton.jit
+def raised(maximum, logits, AXIS: tl.constexpr):
+    """The running maximum with a tile's logits, a finite base for exponentials, and what earlier sums are multiplied by."""
+    maximum_now = tl.maximum(maximum, tl.max(logits, AXIS))
+    base = tl.where(maximum_now == -INF, 0.0, maximum_now)
+    return maximum_now, base, tl.exp2(maximum - base)
