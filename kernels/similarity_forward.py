@@ -211,10 +211,7 @@ def _similarity_statistics_kernel(
                     image, text, plane_weight, safe_row, safe_column, width, EVEN, True, PRECISION, INTERPRETED, BLOCK_K
                 )  # fmt: skip
             if ALL or HARD:
-                if L:
-                    loss = softplus(raw + bias)
-                else:
-                    loss = softplus(raw * slope + bias)
+                loss = softplus(raw + bias) if L else softplus(raw * slope + bias)
             if ALL:
                 match += tl.sum(tl.where(z != -INF, loss, 0.0), 1)
             if HARD:

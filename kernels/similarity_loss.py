@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
+from simplclip.kernels.similarity_backward import SUMS, _similarity_gradient_kernel
 from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
+from simplclip.kernels.similarity_gradients import ImageGradient, TextGradient, range_factors, wide_product
 from simplclip.kernels.similarity_launch import (
     COMPILE,
     Call,
@@ -148,4 +150,103 @@ def _positives(call: Call, rows: Tensor) -> None:  # [12, N]
         BLOCK_N=256,
         num_warps=4,
         **COMPILE,
+    )
+
+
+def similarity_loss_bwd(
+    grad_rows: Tensor,  # [12, N]
+    grad_columns: Tensor,  # [6, M]
+    *args,
+):
+    """The reference's gradients. Each chunk of rows: G of each student plane by one kernel, then two products per plane.
+
+    Scratch beside the results: `chunk` rows of each student plane of a launch, for halves a float32 sum of the text's
+    gradient and one product that is added to it.
+    """
+    *shared, rows, columns, _stored, label_offset, softmax, columns_too, negatives, relational, interactive, entropy = args[
+        :-3
+    ]
+    call = Call(*shared, label_offset, softmax, columns_too, negatives, relational, interactive, entropy)
+    with torch.cuda.device_of(call.image):
+        return _gradients(call, grad_rows, grad_columns, rows, columns, *args[-3:])
+
+
+def _gradients(call, grad_rows, grad_columns, rows, columns, need_image, need_text, chunk):
+    n, m, like = call.image.shape[0], call.text.shape[0], call.image
+    features, precision = call.features(), precision_of(like.dtype)
+    architecture, _ = architecture_and_processors(like)
+    plan = launches(call)
+    pieces = -(-n // chunk)
+
+    def planes_of(*names):
+        return sum(bool(getattr(launch, name)) for launch in plan for name in names)
+
+    own_image, own_text = call.projected_image is None, call.projected_text is None
+    d_image = ImageGradient(call.image, planes_of("Z", "L", *("U" if own_image else "")), need_image)
+    d_text = TextGradient(call.text, pieces * planes_of("Z", "L", *("V" if own_text else "")), need_text)
+    d_projected_image = d_image if own_image else ImageGradient(call.projected_image, planes_of("U"))
+    d_projected_text = d_text if own_text else TextGradient(call.projected_text, pieces * planes_of("V"))
+    d_weight = None if call.plane_weight is None else torch.zeros_like(call.plane_weight)
+    weighted = (call.image * call.plane_weight).to(like.dtype) if call.hadamard else None
+
+    tiles = [tuning.lookup("similarity_backward", launch.gradient_tiles, precision, architecture) for launch in plan]
+    factors = [range_factors(call, launch, grad_rows, grad_columns) for launch in plan]
+    pitch = -(-m // 8) * 8  # rows that begin at multiples of 16 bytes, which the BLAS's fast kernels need
+    most = max(launch.students for launch in plan)
+    scratch = like.new_empty(most, min(n, chunk), pitch)
+    programs = max(-(-min(n, chunk) // tile.block_m) * -(-m // tile.block_n) for tile in tiles)
+    sums = torch.zeros(programs, SUMS, dtype=torch.float32, device=like.device)
+
+    for first in range(0, n, chunk):
+        at = slice(first, min(n, first + chunk))
+        for launch, tile, factor in zip(plan, tiles, factors):
+            row_blocks = -(-(at.stop - first) // tile.block_m)
+            _similarity_gradient_kernel[(row_blocks * -(-m // tile.block_n),)](
+                **arguments(call, launch, tile, precision),
+                rows=rows,
+                columns=columns,
+                grad_rows=grad_rows,
+                grad_columns=grad_columns,
+                factors=factor,
+                out=scratch,
+                sums=sums,
+                first_row=first,
+                row_count=at.stop - first,
+                row_blocks=row_blocks,
+                out_stride=pitch,
+                plane_stride=scratch.stride(0),
+                SCALED=factor is not None,
+            )
+            g = dict(zip((name for name in "ZLUV" if getattr(launch, name)), scratch[:, : at.stop - first, :m]))
+            undo = dict(zip(g, [None] * len(g) if factor is None else 1 / factor))
+            if "Z" in g:
+                d_image.add(at, g["Z"], call.text, undo["Z"])
+                d_text.add(g["Z"].T, call.image[at], undo["Z"])
+            if "L" in g:
+                product = wide_product(g["L"], call.text, undo["L"])
+                d_weight += (call.image[at] * product).sum(0)
+                d_image.add_product(at, product.mul_(call.plane_weight))
+                d_text.add(g["L"].T, weighted[at], undo["L"])
+            if "U" in g:
+                d_projected_image.add(at, g["U"], features["teacher_text"], undo["U"])
+            if "V" in g:
+                d_projected_text.add(g["V"].T, features["teacher_image"][at], undo["V"])
+        d_image.flush(at)
+        d_projected_image.flush(at)
+
+    if call.interactive and not call.columns:  # V is read at the positives only
+        window = slice(call.label_offset, call.label_offset + n)
+        d_projected_text.add_rows(window, grad_rows[RowStat.DIAGONAL_V][:, None] * call.teacher_image)
+    d_scale, d_cross, d_slope, d_bias = sums.sum(0)
+    if d_weight is not None and d_weight.dim() == 0:
+        d_weight = d_slope
+    return (
+        d_image.result(),
+        d_text.result(),
+        d_scale,
+        call.image.new_empty(0, call.image.shape[1]) if own_image else d_projected_image.result(),
+        call.text.new_empty(0, call.text.shape[1]) if own_text else d_projected_text.result(),
+        d_cross,
+        grad_rows.new_empty(0) if d_weight is None else d_weight,
+        d_bias,
     )

@@ -39,10 +39,7 @@ def product(
             a = tl.load(left_at, inside[None, :], 0.0)
             b = tl.load(right_at, inside[:, None], 0.0)
         if WEIGHTED:
-            if EVEN:
-                w = tl.load(weight + k + depth)
-            else:
-                w = tl.load(weight + k + depth, depth < width - k, 0.0)
+            w = tl.load(weight + k + depth) if EVEN else tl.load(weight + k + depth, depth < width - k, 0.0)
             a = (a.to(tl.float32) * w[None, :]).to(a.dtype)
         if INTERPRETED:  # its dot takes bfloat16 for integers (seen with 3.9.0)
             a = a.to(tl.float32)

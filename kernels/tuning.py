@@ -40,6 +40,7 @@ _TABLE: dict[tuple[str, int, str], Tile] = {
     ("similarity_forward", 4, "half"): Tile(64, 64, 32, 8, 4, 1),
     ("similarity_forward", 5, "half"): Tile(64, 64, 32, 8, 4, 1),
 }
+_TABLE |= {("similarity_backward", *rest): tile for (_, *rest), tile in _TABLE.items()}
 
 
 def lookup(op: str, planes: int, precision: str, architecture: int) -> Tile:

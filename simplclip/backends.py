@@ -98,6 +98,7 @@ def _kernel(module: str, name: str) -> Callable:
 
 TABLE: dict[str, dict[str, Implementation]] = {
     "similarity_loss_fwd": {
+        "triton": Implementation(_kernel("similarity_loss", "similarity_loss_fwd"), _triton_on_cuda),
         "cpu": Implementation(_private("similarity_loss_fwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.similarity_loss_fwd, _anywhere),
     },
@@ -107,6 +108,7 @@ TABLE: dict[str, dict[str, Implementation]] = {
     },
     "similarity_rows_bwd": {"reference": Implementation(reference.similarity_rows_bwd, _anywhere)},  # N·D: nothing to fuse
     "similarity_loss_bwd": {
+        "triton": Implementation(_kernel("similarity_loss", "similarity_loss_bwd"), _triton_on_cuda),
         "cpu": Implementation(_private("similarity_loss_bwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.similarity_loss_bwd, _anywhere),
     },
