@@ -30,7 +30,11 @@ from simplclip.kernels.similarity_merge import (
 )
 from simplclip.reference import ColumnStat, RowStat
 
-_GROUP = 8  # blocks of rows that share column tiles while those are in the cache
+GROUP = 8  # blocks of rows that share column tiles while those are in the cache
+# The small kernels' blocks; not worth a table.
+MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
+DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
+COUNT = {"BLOCK_M": 16, "BLOCK_N": 256}
 
 
 def similarity_loss_fwd(*args):
@@ -80,7 +84,7 @@ def _statistics(call: Call, chunk: int) -> tuple[Tensor, Tensor]:
                 row_blocks=row_blocks,
                 splits=splits,
                 tiles_per_split=per_split,
-                GROUP=_GROUP,
+                GROUP=GROUP,
             )
             if launch.tiles > launch.V:
                 _merge(launch, slots, row_parts, rows, first, of_rows=True)
@@ -98,8 +102,8 @@ def _merge(
     *,
     of_rows: bool,
 ) -> None:
-    block, size = 64, parts.shape[2]
-    _similarity_merge_kernel[(-(-size // block),)](
+    size = parts.shape[2]
+    _similarity_merge_kernel[(-(-size // MERGE["BLOCK"]),)](
         parts,
         out,
         size,
@@ -110,8 +114,7 @@ def _merge(
         **{name: slots[name] for name in ("T_AT", "X_AT", "Z_AT", "MATCH_AT")},
         SLOTS=parts.shape[1],
         PREVIOUS=not of_rows,
-        BLOCK_PARTS=16,
-        BLOCK=block,
+        **MERGE,
         num_warps=4,
         **COMPILE,
     )
@@ -119,8 +122,7 @@ def _merge(
 
 def _positives(call: Call, rows: Tensor) -> None:  # [12, N]
     n, m = call.image.shape[0], call.text.shape[0]
-    block = 16
-    _similarity_diagonal_kernel[(-(-n // block),)](
+    _similarity_diagonal_kernel[(-(-n // DIAGONAL["BLOCK_M"]),)](
         **call.features(),
         plane_weight=call.plane_weight,
         rows_out=rows,
@@ -131,23 +133,21 @@ def _positives(call: Call, rows: Tensor) -> None:  # [12, N]
         L=call.hadamard,
         T=call.teacher,
         CROSS=bool(call.interactive),
-        BLOCK_M=block,
-        BLOCK_K=128,
+        **DIAGONAL,
         num_warps=4,
         **COMPILE,
     )
     if call.ids is None:
         rows[RowStat.NEGATIVES].fill_(m - 1)
         return
-    _similarity_count_kernel[(-(-n // block),)](
+    _similarity_count_kernel[(-(-n // COUNT["BLOCK_M"]),)](
         call.ids,
         call.text_ids,
         rows,
         n,
         m,
         call.label_offset,
-        BLOCK_M=block,
-        BLOCK_N=256,
+        **COUNT,
         num_warps=4,
         **COMPILE,
     )
