@@ -108,8 +108,6 @@ def launches(everything: bool) -> list[Launch]:
                 found.append(Launch(**z, T=True, RELATIONAL=True, **both))
                 found.append(Launch(**z, T=True, RELATIONAL=True, KL=True, U=True, V=columns, **both))
         found += [Launch(T=True, KL=True, U=True, V=columns, **both), Launch(U=True, IDS=ids)]
-        if columns:
-            found.append(Launch(V=True, **both))
     return list(dict.fromkeys(found))
 
 
@@ -151,7 +149,7 @@ def similarity(
     }
     if backward:
         scaled = dtype == "float16"
-        constants |= {"SCALED": scaled, **({} if scaled else {"factors": None})}
+        constants |= {"SCALED": scaled, "ATTEND": launch.tiles == launch.U, **({} if scaled else {"factors": None})}
     else:
         constants |= {**launch.slots(), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
     match = "+all" * launch.ALL + "+hard" * launch.HARD
@@ -171,7 +169,7 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
             "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile, "float32",
             "rows" if of_rows else "columns", False, ("out",),
         )  # fmt: skip
-    constants = {"Z": True, "L": True, "T": True, "CROSS": True, **DIAGONAL}
+    constants = {"Z": True, "L": True, "T": True, "U": True, "V": True, **DIAGONAL}
     yield Kernel("_similarity_diagonal_kernel", _similarity_diagonal_kernel, constants, tile, dtype, "ZLTUV", False)
     yield Kernel("_similarity_count_kernel", _similarity_count_kernel, dict(COUNT), tile, "int64", "", False)
 

@@ -84,6 +84,7 @@ def _similarity_gradient_kernel(
     COLUMNS: tl.constexpr,
     IDS: tl.constexpr,
     SCALED: tl.constexpr,
+    ATTEND: tl.constexpr,  # U alone: the gradient to the logits, not to the similarities, so that it is the softmax itself
     EVEN: tl.constexpr,
     TEACHER_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -141,7 +142,9 @@ def _similarity_gradient_kernel(
         d_cross += _total(g * raw)
         u_plane: tl.constexpr = Z + L
         diagonal = tl.load(row_grad + DIAGONAL_U * n)
-        _store(out + u_plane * plane_stride, g * x_scale, diagonal, positive, factors, u_plane, stored, SCALED)
+        if not ATTEND:
+            g *= x_scale
+        _store(out + u_plane * plane_stride, g, diagonal, positive, factors, u_plane, stored, SCALED)
 
     if V:
         raw = product(

@@ -67,11 +67,6 @@ class TextGradient:
         else:
             self.sum.add_(wide_product(left, right, factor))
 
-    def add_rows(self, at: slice, rows: Tensor) -> None:  # [rows, D] float32
-        if self.needed:
-            self.sum = torch.zeros_like(self.like, dtype=torch.float32) if self.sum is None else self.sum.float()
-            self.sum[at] += rows
-
     def result(self) -> Tensor:
         if not self.needed:
             return self.like.new_empty(0, self.like.shape[1])

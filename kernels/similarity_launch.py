@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.reference import INTERACTIVE_INFONCE, INTERACTIVE_KL, NEGATIVES_ALL, NEGATIVES_HARD, ColumnStat
+from simplclip.reference import NEGATIVES_ALL, NEGATIVES_HARD, ColumnStat
 
 # What a compiled kernel gets beside its arguments. Triton 3.10 changes the default.
 COMPILE = {"enable_fp_fusion": True}
@@ -38,7 +38,7 @@ class Call:
     columns: bool
     negatives: int
     relational: bool
-    interactive: int
+    interactive: bool
     entropy: float
 
     @property
@@ -50,16 +50,12 @@ class Call:
         return bool(self.softmax or self.negatives)
 
     @property
-    def kl(self) -> bool:
-        return self.interactive == INTERACTIVE_KL
-
-    @property
     def teacher(self) -> bool:
-        return self.relational or self.kl
+        return self.relational or self.interactive
 
     def features(self) -> dict[str, Tensor | None]:
         """The kernels' features: where no projection is given the student's own serve."""
-        cross = bool(self.interactive)
+        cross = self.interactive
         return {
             "image": self.image,
             "text": self.text,
@@ -135,9 +131,8 @@ class Launch:
 def launches(call: Call) -> list[Launch]:
     """Planes that meet in a statistic share a launch and a tile: Z with T (relational), U and V with T (kl), L with Z.
 
-    Others would gain nothing from it: infonce's U and V have no statistic with another plane and share no operand tile with
-    each other, and alone each has the registers for a tile twice as large, which reads its operands half as often. Within a
-    launch T comes first and stays, the students follow one at a time, so that four or five planes hold two tiles, not five.
+    Others would gain nothing from it (similarity_rows has a launch of its own, U alone): without a statistic of two planes
+    each alone has the registers for a tile twice as large, which reads its operands half as often. Within a launch T comes first and stays, the students follow one at a time, so that four or five planes hold two tiles, not five.
     """
     ids = {"IDS": call.ids is not None}
     columns = {"COLUMNS": call.columns}
@@ -149,18 +144,14 @@ def launches(call: Call) -> list[Launch]:
         "HARD": call.negatives == NEGATIVES_HARD,
         "RELATIONAL": call.relational,
     }
-    cross = {"U": True, "V": call.columns}  # without columns V is read at the positives only
-    if call.kl and call.relational:
+    cross = {"U": True, "V": call.columns}
+    if call.interactive and call.relational:
         return [Launch(T=True, KL=True, **z, **cross, **columns, **ids)]
     out = []
     if call.similarity:  # relational comes with softmax
         out.append(Launch(T=call.relational, COLUMNS=call.columns and call.softmax, **z, **ids))
-    if call.kl:
+    if call.interactive:
         out.append(Launch(T=True, KL=True, **cross, **columns, **ids))
-    if call.interactive == INTERACTIVE_INFONCE:
-        out.append(Launch(U=True, **ids))
-        if call.columns:
-            out.append(Launch(V=True, **columns, **ids))
     return out
 
 

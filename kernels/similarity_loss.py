@@ -46,19 +46,19 @@ def similarity_loss_fwd(*args):
     *shared, chunk, stored_rows = args
     call = Call(*shared)
     with torch.cuda.device_of(call.image):
-        rows, columns = _statistics(call, chunk)
-    planes = call.similarity + call.teacher + 2 * bool(call.interactive)
+        rows, columns = statistics(call, launches(call), chunk)
+    planes = call.similarity + call.teacher + call.interactive * (1 + call.columns)
     return rows, columns, call.image.new_empty(planes if stored_rows else 0, stored_rows, call.text.shape[0])
 
 
-def _statistics(call: Call, chunk: int) -> tuple[Tensor, Tensor]:
+def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tensor]:  # [12, N], [6, M]
     n, m, image = call.image.shape[0], call.text.shape[0], call.image
     rows = torch.zeros(len(RowStat), n, dtype=torch.float32, device=image.device)
     columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
     precision = precision_of(image.dtype)
     architecture, processors = architecture_and_processors(image)
     _positives(call, rows)
-    for launch in launches(call):
+    for launch in plan:
         tile = tuning.lookup("similarity_forward", launch.tiles, precision, architecture)
         slots = launch.slots()
         blocks = -(-n // tile.block_m)
@@ -132,7 +132,8 @@ def _positives(call: Call, rows: Tensor) -> None:  # [12, N]
         Z=call.similarity,
         L=call.hadamard,
         T=call.teacher,
-        CROSS=bool(call.interactive),
+        U=call.interactive,
+        V=call.interactive and call.columns,
         **DIAGONAL,
         num_warps=4,
         **COMPILE,
@@ -171,6 +172,45 @@ def similarity_loss_bwd(
         return _gradients(call, grad_rows, grad_columns, rows, columns, *args[-3:])
 
 
+def gradient_scratch(call: Call, plan: list[Launch], tiles: list[tuning.Tile], chunk: int) -> tuple[Tensor, Tensor]:
+    """[planes, chunk, M and more] for the gradients of a chunk, and every program's sums of the scalars'."""
+    rows, m = min(call.image.shape[0], chunk), call.text.shape[0]
+    pitch = -(-m // 8) * 8  # rows that begin at multiples of 16 bytes, which the BLAS's fast kernels need
+    scratch = call.image.new_empty(max(launch.students for launch in plan), rows, pitch)
+    programs = max(-(-rows // tile.block_m) * -(-m // tile.block_n) for tile in tiles)
+    return scratch, torch.zeros(programs, SUMS, dtype=torch.float32, device=scratch.device)
+
+
+def gradients_of_planes(
+    call: Call,
+    launch: Launch,
+    tile: tuning.Tile,
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor],  # rows, columns, and the gradients to them
+    factors: Tensor | None,  # [planes]
+    scratch: Tensor,  # [planes, chunk, M and more]
+    sums: Tensor,  # [programs, 4]
+    at: slice,
+    attend: bool = False,
+) -> None:
+    """The gradients of some rows of a launch's planes, into scratch."""
+    count, m = at.stop - at.start, call.text.shape[0]
+    row_blocks = -(-count // tile.block_m)
+    _similarity_gradient_kernel[(row_blocks * -(-m // tile.block_n),)](
+        **arguments(call, launch, tile, precision_of(call.image.dtype)),
+        **dict(zip(("rows", "columns", "grad_rows", "grad_columns"), statistics)),
+        factors=factors,
+        out=scratch,
+        sums=sums,
+        first_row=at.start,
+        row_count=count,
+        row_blocks=row_blocks,
+        out_stride=scratch.stride(1),
+        plane_stride=scratch.stride(0),
+        SCALED=factors is not None,
+        ATTEND=attend,
+    )
+
+
 def _gradients(call, grad_rows, grad_columns, rows, columns, need_image, need_text, chunk):
     n, m, like = call.image.shape[0], call.text.shape[0], call.image
     features, precision = call.features(), precision_of(like.dtype)
@@ -191,32 +231,12 @@ def _gradients(call, grad_rows, grad_columns, rows, columns, need_image, need_te
 
     tiles = [tuning.lookup("similarity_backward", launch.gradient_tiles, precision, architecture) for launch in plan]
     factors = [range_factors(call, launch, grad_rows, grad_columns) for launch in plan]
-    pitch = -(-m // 8) * 8  # rows that begin at multiples of 16 bytes, which the BLAS's fast kernels need
-    most = max(launch.students for launch in plan)
-    scratch = like.new_empty(most, min(n, chunk), pitch)
-    programs = max(-(-min(n, chunk) // tile.block_m) * -(-m // tile.block_n) for tile in tiles)
-    sums = torch.zeros(programs, SUMS, dtype=torch.float32, device=like.device)
+    scratch, sums = gradient_scratch(call, plan, tiles, chunk)
 
     for first in range(0, n, chunk):
         at = slice(first, min(n, first + chunk))
         for launch, tile, factor in zip(plan, tiles, factors):
-            row_blocks = -(-(at.stop - first) // tile.block_m)
-            _similarity_gradient_kernel[(row_blocks * -(-m // tile.block_n),)](
-                **arguments(call, launch, tile, precision),
-                rows=rows,
-                columns=columns,
-                grad_rows=grad_rows,
-                grad_columns=grad_columns,
-                factors=factor,
-                out=scratch,
-                sums=sums,
-                first_row=first,
-                row_count=at.stop - first,
-                row_blocks=row_blocks,
-                out_stride=pitch,
-                plane_stride=scratch.stride(0),
-                SCALED=factor is not None,
-            )
+            gradients_of_planes(call, launch, tile, (rows, columns, grad_rows, grad_columns), factor, scratch, sums, at)
             g = dict(zip((name for name in "ZLUV" if getattr(launch, name)), scratch[:, : at.stop - first, :m]))
             undo = dict(zip(g, [None] * len(g) if factor is None else 1 / factor))
             if "Z" in g:
@@ -234,9 +254,6 @@ def _gradients(call, grad_rows, grad_columns, rows, columns, need_image, need_te
         d_image.flush(at)
         d_projected_image.flush(at)
 
-    if call.interactive and not call.columns:  # V is read at the positives only
-        window = slice(call.label_offset, call.label_offset + n)
-        d_projected_text.add_rows(window, grad_rows[RowStat.DIAGONAL_V][:, None] * call.teacher_image)
     d_scale, d_cross, d_slope, d_bias = sums.sum(0)
     if d_weight is not None and d_weight.dim() == 0:
         d_weight = d_slope

@@ -155,7 +155,8 @@ def _similarity_diagonal_kernel(
     Z: tl.constexpr,
     L: tl.constexpr,
     T: tl.constexpr,
-    CROSS: tl.constexpr,
+    U: tl.constexpr,
+    V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -174,9 +175,10 @@ def _similarity_diagonal_kernel(
     if T:
         dots = _dots(teacher_image, teacher_text, None, rows, columns, teacher_width, False, BLOCK_K)
         tl.store(out + DIAGONAL_T * n, dots, inside)
-    if CROSS:
+    if U:
         dots = _dots(projected_image, teacher_text, None, rows, columns, teacher_width, False, BLOCK_K)
         tl.store(out + DIAGONAL_U * n, dots, inside)
+    if V:
         dots = _dots(teacher_image, projected_text, None, rows, columns, teacher_width, False, BLOCK_K)
         tl.store(out + DIAGONAL_V * n, dots, inside)
 

@@ -103,6 +103,7 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "reference": Implementation(reference.similarity_loss_fwd, _anywhere),
     },
     "similarity_rows": {
+        "triton": Implementation(_kernel("similarity_rows", "similarity_rows"), _triton_on_cuda),
         "cpu": Implementation(_private("similarity_rows_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.similarity_rows, _anywhere),
     },

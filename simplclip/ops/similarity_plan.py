@@ -57,16 +57,18 @@ def matrix_products(
     interactive: str = "infonce",
     store_bytes: int = STORE_BYTES,
 ) -> float:
-    """Matrix products of N·M·D in a symmetric forward and backward with a scalar plane; stored rows save a part of one.
+    """Matrix products of N·M·D in a symmetric forward and backward with a scalar plane.
 
     Forward and backward form each similarity matrix; two products for Z's gradients, one for U's and one for V's. Interactive
-    "infonce" needs two for each of its directions (similarity_rows).
+    "infonce" needs two for each of its directions (similarity_rows). On a CPU stored rows save a part; on a GPU, whose
+    kernels keep tiles in registers, each matrix is formed again, that of "infonce" too.
     """
     relational, cross = "relational" in terms, "interactive" in terms
     z = "contrastive" in terms or relational or "pair_matching" in terms
     planes = products(z, True, False, relational, cross and interactive == "kl")
-    kept = stored_rows(n, m, computes_in(dtype, device), planes, store_bytes) / n
-    return planes * (2 - kept) + 2 * z + (2 if interactive == "kl" else 4) * cross
+    kept = stored_rows(n, m, computes_in(dtype, device), planes, store_bytes) / n if device == "cpu" else 0
+    rows = 4 if device == "cpu" else 6
+    return planes * (2 - kept) + 2 * z + (2 if interactive == "kl" else rows) * cross
 
 
 def workspace_bytes(
