@@ -131,8 +131,9 @@ class Launch:
 def launches(call: Call) -> list[Launch]:
     """Planes that meet in a statistic share a launch and a tile: Z with T (relational), U and V with T (kl), L with Z.
 
-    Others would gain nothing from it (similarity_rows has a launch of its own, U alone): without a statistic of two planes
-    each alone has the registers for a tile twice as large, which reads its operands half as often. Within a launch T comes first and stays, the students follow one at a time, so that four or five planes hold two tiles, not five.
+    Others would gain nothing from it (similarity_rows launches U alone): without a statistic of two planes each alone has the
+    registers for a tile twice as large, which reads its operands half as often. Within a launch T comes first and stays, the
+    students follow one at a time, so that four or five planes hold two tiles, not five.
     """
     ids = {"IDS": call.ids is not None}
     columns = {"COLUMNS": call.columns}
