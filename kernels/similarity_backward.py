@@ -15,7 +15,7 @@ from simplclip.kernels.similarity_merge import (
     MEAN_X,
     MEAN_Z,
 )
-from simplclip.kernels.similarity_tile import INF, LOG2E, negatives, product, sigmoid
+from simplclip.kernels.similarity_tile import INF, LOG2E, narrowed, negatives, product, sigmoid
 
 SUMS = 4  # d_scale, d_cross_scale, d_plane_weight (scalar), d_plane_bias
 
@@ -32,11 +32,13 @@ def _total(tile):  # [BLOCK_M, BLOCK_N]
 
 
 @triton.jit
-def _store(out, value, diagonal, positive, factors, PLANE: tl.constexpr, stored, SCALED: tl.constexpr):
+def _store(
+    out, value, diagonal, positive, factors, PLANE: tl.constexpr, stored, SCALED: tl.constexpr, INTERPRETED: tl.constexpr
+):
     value = tl.where(positive, diagonal[:, None], value)
     if SCALED:
         value *= tl.load(factors + PLANE)
-    tl.store(out, value.to(out.dtype.element_ty), stored)
+    tl.store(out, narrowed(value, out.dtype.element_ty, INTERPRETED), stored)
 
 
 @triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "row_count", "row_blocks"])
@@ -144,7 +146,7 @@ def _similarity_gradient_kernel(
         diagonal = tl.load(row_grad + DIAGONAL_U * n)
         if not ATTEND:
             g *= x_scale
-        _store(out + u_plane * plane_stride, g, diagonal, positive, factors, u_plane, stored, SCALED)
+        _store(out + u_plane * plane_stride, g, diagonal, positive, factors, u_plane, stored, SCALED, INTERPRETED)
 
     if V:
         raw = product(
@@ -164,7 +166,7 @@ def _similarity_gradient_kernel(
         d_cross += _total(g * raw)
         v_plane: tl.constexpr = Z + L + U
         diagonal = tl.load(row_grad + DIAGONAL_V * n)
-        _store(out + v_plane * plane_stride, g * x_scale, diagonal, positive, factors, v_plane, stored, SCALED)
+        _store(out + v_plane * plane_stride, g * x_scale, diagonal, positive, factors, v_plane, stored, SCALED, INTERPRETED)
 
     if Z:
         raw = product(
@@ -207,14 +209,16 @@ def _similarity_gradient_kernel(
         g *= z_scale
         if (ALL or HARD) and not L:
             g += slope * h
-        _store(out, g, tl.load(row_grad + DIAGONAL_Z * n), positive, factors, 0, stored, SCALED)
+        _store(out, g, tl.load(row_grad + DIAGONAL_Z * n), positive, factors, 0, stored, SCALED, INTERPRETED)
         if L:
             raw = product(
                 image, text, plane_weight, safe_row, safe_column, width, EVEN, True, PRECISION, INTERPRETED, BLOCK_K
             )  # fmt: skip
             h *= sigmoid(raw + bias)
             d_bias += _total(h)
-            _store(out + plane_stride, h, tl.load(row_grad + DIAGONAL_L * n), positive, factors, 1, stored, SCALED)
+            _store(
+                out + plane_stride, h, tl.load(row_grad + DIAGONAL_L * n), positive, factors, 1, stored, SCALED, INTERPRETED
+            )
 
     sums += program * 4
     if Z:

@@ -57,7 +57,7 @@ def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tens
     columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
     precision = precision_of(image.dtype)
     architecture, processors = architecture_and_processors(image)
-    _positives(call, rows)
+    _positives(call, plan, rows)
     for launch in plan:
         tile = tuning.lookup("similarity_forward", launch.tiles, precision, architecture)
         slots = launch.slots()
@@ -120,7 +120,7 @@ def _merge(
     )
 
 
-def _positives(call: Call, rows: Tensor) -> None:  # [12, N]
+def _positives(call: Call, plan: list[Launch], rows: Tensor) -> None:  # [12, N]
     n, m = call.image.shape[0], call.text.shape[0]
     _similarity_diagonal_kernel[(-(-n // DIAGONAL["BLOCK_M"]),)](
         **call.features(),
@@ -129,11 +129,7 @@ def _positives(call: Call, rows: Tensor) -> None:  # [12, N]
         n=n,
         **call.widths(),
         label_offset=call.label_offset,
-        Z=call.similarity,
-        L=call.hadamard,
-        T=call.teacher,
-        U=call.interactive,
-        V=call.interactive and call.columns,
+        **{name: any(getattr(launch, name) for launch in plan) for name in "ZLTUV"},
         **DIAGONAL,
         num_warps=4,
         **COMPILE,

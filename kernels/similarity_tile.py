@@ -12,6 +12,16 @@ INF: tl.constexpr = tl.constexpr(float("inf"))
 
 
 @triton.jit
+def narrowed(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """value in DTYPE, rounded to nearest; the interpreter, which cuts off to bfloat16 (seen with 3.9.0), by hand."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
+        value = bits.to(tl.float32, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
 def product(
     left,  # [N, width]
     right,  # [M, width]
@@ -40,7 +50,7 @@ def product(
             b = tl.load(right_at, inside[:, None], 0.0)
         if WEIGHTED:
             w = tl.load(weight + k + depth) if EVEN else tl.load(weight + k + depth, depth < width - k, 0.0)
-            a = (a.to(tl.float32) * w[None, :]).to(a.dtype)
+            a = narrowed(a.to(tl.float32) * w[None, :], a.dtype, INTERPRETED)
         if INTERPRETED:  # its dot takes bfloat16 for integers (seen with 3.9.0)
             a = a.to(tl.float32)
             b = b.to(tl.float32)

@@ -33,18 +33,62 @@ PRECISIONS = ("half", "tf32", "ieee")
 INTERPRETER = 0  # in place of an architecture: small, so that small tests have several tiles, and all sides differ
 
 _INTERPRETED = Tile(32, 64, 16, 4, 2, 1)
-_TABLE: dict[tuple[str, int, str], Tile] = {
-    ("similarity_forward", 1, "half"): Tile(128, 128, 32, 8, 4, 1),
-    ("similarity_forward", 2, "half"): Tile(128, 64, 32, 8, 4, 1),
-    ("similarity_forward", 3, "half"): Tile(128, 64, 32, 8, 4, 1),
-    ("similarity_forward", 4, "half"): Tile(64, 64, 32, 8, 4, 1),
-    ("similarity_forward", 5, "half"): Tile(64, 64, 32, 8, 4, 1),
+
+# Planes in a launch (backward: and a scalar hyperplane's), though two at most are in registers at a time. What decides is
+# the statistics' registers beside them: entries are the largest tiles that no launch spills at.
+_TABLE: dict[tuple[str, str], tuple[Tile, Tile, Tile, Tile, Tile]] = {
+    ("similarity_forward", "half"): (
+        Tile(128, 128, 32, 8, 4, 1),
+        Tile(128, 64, 32, 8, 4, 1),
+        Tile(128, 64, 32, 8, 4, 1),
+        Tile(64, 64, 32, 8, 4, 1),
+        Tile(64, 64, 32, 8, 4, 1),
+    ),
+    ("similarity_forward", "tf32"): (
+        Tile(128, 128, 16, 8, 4, 1),
+        Tile(128, 64, 32, 8, 3, 1),
+        Tile(64, 128, 16, 8, 4, 1),
+        Tile(64, 64, 32, 8, 3, 1),
+        Tile(64, 64, 16, 8, 4, 1),
+    ),
+    ("similarity_forward", "ieee"): (
+        Tile(128, 64, 8, 8, 4, 1),
+        Tile(64, 64, 16, 8, 3, 1),
+        Tile(64, 64, 8, 8, 4, 1),
+        Tile(64, 64, 8, 8, 4, 1),
+        Tile(64, 64, 8, 8, 4, 1),
+    ),
+    ("similarity_backward", "half"): (
+        Tile(128, 128, 32, 8, 4, 1),
+        Tile(128, 64, 32, 8, 4, 1),
+        Tile(64, 128, 32, 8, 4, 1),
+        Tile(64, 128, 32, 8, 4, 1),
+        Tile(64, 64, 32, 8, 4, 1),
+    ),
+    ("similarity_backward", "tf32"): (
+        Tile(128, 128, 16, 8, 4, 1),
+        Tile(64, 128, 32, 8, 3, 1),
+        Tile(64, 128, 16, 8, 4, 1),
+        Tile(64, 128, 16, 8, 4, 1),
+        Tile(64, 64, 32, 8, 3, 1),
+    ),
+    ("similarity_backward", "ieee"): (
+        Tile(128, 64, 8, 8, 4, 1),
+        Tile(64, 64, 16, 8, 3, 1),
+        Tile(64, 64, 16, 8, 3, 1),
+        Tile(64, 64, 16, 8, 3, 1),
+        Tile(64, 64, 8, 8, 4, 1),
+    ),
 }
-_TABLE |= {("similarity_backward", *rest): tile for (_, *rest), tile in _TABLE.items()}
+# Where an architecture's compiler needs another tile.
+_ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {}
 
 
 def lookup(op: str, planes: int, precision: str, architecture: int) -> Tile:
-    return _INTERPRETED if architecture == INTERPRETER else _TABLE[op, planes, precision]
+    """The tile of a launch; an architecture without entries of its own has those of the table."""
+    if architecture == INTERPRETER:
+        return _INTERPRETED
+    return _ARCHITECTURE.get((op, precision, planes, architecture)) or _TABLE[op, precision][planes - 1]
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:
