@@ -15,15 +15,15 @@ from simplclip.kernels.similarity_merge import (
     MEAN_X,
     MEAN_Z,
 )
-from simplclip.kernels.similarity_tile import INF, LOG2E, narrowed, negatives, product, sigmoid
+from simplclip.kernels.similarity_tile import INF, LOG2E, narrowed, negatives, product, sigmoid, weights
 
 SUMS = 4  # d_scale, d_cross_scale, d_plane_weight (scalar), d_plane_bias
 
 
 @triton.jit
-def _softmax(logits, lse):
-    """e^(logits - lse) of logits in base 2; where lse is -inf, which only masked entries meet, it is infinite."""
-    return tl.exp2(logits - lse * LOG2E)
+def _base(lse):
+    """A log-sum-exp in base 2; 0 for that of no negatives, whose logits are all -inf."""
+    return tl.where(lse == -INF, 0.0, lse * LOG2E)
 
 
 @triton.jit
@@ -136,11 +136,10 @@ def _similarity_gradient_kernel(
         else:
             negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS)
         x_scale = tl.load(cross_scale)
-        u = raw * (x_scale * LOG2E)
-        g = tl.load(row_grad + LSE_X * n)[:, None] * _softmax(u, tl.load(row_stat + LSE_X * n)[:, None])
+        u = tl.where(negative, raw * (x_scale * LOG2E), -INF)
+        g = tl.load(row_grad + LSE_X * n)[:, None] * weights(u, _base(tl.load(row_stat + LSE_X * n))[:, None])
         if KL:
-            g -= tl.load(row_grad + MEAN_X * n)[:, None] * _softmax(t, tl.load(row_stat + LSE_T * n)[:, None])
-        g = tl.where(negative, g, 0.0)
+            g -= tl.load(row_grad + MEAN_X * n)[:, None] * weights(t, _base(tl.load(row_stat + LSE_T * n))[:, None])
         d_cross += _total(g * raw)
         u_plane: tl.constexpr = Z + L
         diagonal = tl.load(row_grad + DIAGONAL_U * n)
@@ -158,11 +157,10 @@ def _similarity_gradient_kernel(
         else:
             negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS)
         x_scale = tl.load(cross_scale)
-        v = raw * (x_scale * LOG2E)
-        g = tl.load(column_grad + LSE_X * m)[None, :] * _softmax(v, tl.load(column_stat + LSE_X * m)[None, :])
+        v = tl.where(negative, raw * (x_scale * LOG2E), -INF)
+        g = tl.load(column_grad + LSE_X * m)[None, :] * weights(v, _base(tl.load(column_stat + LSE_X * m))[None, :])
         if KL:
-            g -= tl.load(column_grad + MEAN_X * m)[None, :] * _softmax(t, tl.load(column_stat + LSE_T * m)[None, :])
-        g = tl.where(negative, g, 0.0)
+            g -= tl.load(column_grad + MEAN_X * m)[None, :] * weights(t, _base(tl.load(column_stat + LSE_T * m))[None, :])
         d_cross += _total(g * raw)
         v_plane: tl.constexpr = Z + L + U
         diagonal = tl.load(row_grad + DIAGONAL_V * n)
@@ -177,36 +175,35 @@ def _similarity_gradient_kernel(
         else:
             negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS)
         z_scale = tl.load(scale)
-        z = raw * (z_scale * LOG2E)
+        z = tl.where(negative, raw * (z_scale * LOG2E), -INF)
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         h = g
+        if RELATIONAL:
+            g -= tl.load(row_grad + MEAN_Z * n)[:, None] * weights(t, _base(tl.load(row_stat + LSE_T * n))[:, None])
+            if COLUMNS:
+                base = _base(tl.load(column_stat + LSE_T * m))
+                g -= tl.load(column_grad + MEAN_Z * m)[None, :] * weights(t, base[None, :])
         if SOFTMAX:
-            p = _softmax(z, tl.load(row_stat + LSE_Z * n)[:, None])
+            p = weights(z, _base(tl.load(row_stat + LSE_Z * n))[:, None])
             g += tl.load(row_grad + LSE_Z * n)[:, None] * p
             if HARD:
                 h += tl.load(row_grad + MATCH * n)[:, None] * p
             if COLUMNS:
-                p = _softmax(z, tl.load(column_stat + LSE_Z * m)[None, :])
+                p = weights(z, _base(tl.load(column_stat + LSE_Z * m))[None, :])
                 g += tl.load(column_grad + LSE_Z * m)[None, :] * p
                 if HARD:
                     h += tl.load(column_grad + MATCH * m)[None, :] * p
-        if RELATIONAL:
-            g -= tl.load(row_grad + MEAN_Z * n)[:, None] * _softmax(t, tl.load(row_stat + LSE_T * n)[:, None])
-            if COLUMNS:
-                g -= tl.load(column_grad + MEAN_Z * m)[None, :] * _softmax(t, tl.load(column_stat + LSE_T * m)[None, :])
-        g = tl.where(negative, g, 0.0)
+        d_scale += _total(g * raw)
+        g *= z_scale
         if ALL:
-            h += tl.load(row_grad + MATCH * n)[:, None]
+            h = tl.where(z != -INF, tl.load(row_grad + MATCH * n)[:, None], 0.0)
         if ALL or HARD:
-            h = tl.where(negative, h, 0.0)
             bias = tl.load(plane_bias)
             if not L:
                 slope = tl.load(plane_weight)
                 h *= sigmoid(raw * slope + bias)
                 d_weight += _total(h * raw)
                 d_bias += _total(h)
-        d_scale += _total(g * raw)
-        g *= z_scale
         if (ALL or HARD) and not L:
             g += slope * h
         _store(out, g, tl.load(row_grad + DIAGONAL_Z * n), positive, factors, 0, stored, SCALED, INTERPRETED)
