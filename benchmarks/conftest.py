@@ -25,6 +25,7 @@ def rows(request):
 
 
 ROWS = pytest.StashKey[list]()
+KEY = ("op", "objective", "n", "d", "dtype", "form")
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -38,5 +39,5 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--write"):
         for op in dict.fromkeys(row["op"] for row in collected):
             path = RESULTS / f"{op}-{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
-            write_csv(path, [{**row, **where} for row in collected if row["op"] == op])
+            write_csv(path, [{**row, **where} for row in collected if row["op"] == op], key=KEY)
             terminalreporter.write_line(f"wrote {path}")

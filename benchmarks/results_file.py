@@ -18,10 +18,21 @@ def table(rows: list[dict]) -> list[str]:
     return ["  ".join(str(line.get(c, "")).rjust(w) for c, w in zip(columns, widths)) for line in lines]
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
+def write_csv(path: Path, rows: list[dict], key: tuple[str, ...] = ()) -> None:
+    """Writes the rows. With `key`, an earlier file's rows of the same columns stay unless they were measured anew.
+
+    Every row names the commit that it is of.
+    """
     path.parent.mkdir(exist_ok=True, parents=True)
     temporary = path.with_suffix(".tmp")
     columns = list(dict.fromkeys(column for row in rows for column in row))
+    if key and path.exists():
+        with open(path, newline="") as file:
+            reader = csv.DictReader(file)
+            before = list(reader) if reader.fieldnames == columns else []
+        name = lambda row: tuple(str(row.get(column, "")) for column in key)  # noqa: E731
+        measured = {name(row) for row in rows}
+        rows = [row for row in before if name(row) not in measured] + rows
     with open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=columns, restval="")
         writer.writeheader()

@@ -203,7 +203,8 @@ def similarity_loss(
             value is this rank's share: the mean over ranks is the loss of the whole batch. The gradient is that of the sum
             over ranks, as in open_clip with local_loss and gather_with_grad: DDP's average is that of the batch's loss.
         scratch_bytes: budget of the chunk of a similarity matrix; one of the student's and one of the teacher's live at once.
-        store_bytes: budget of the rows of similarities that forward keeps, so that backward need not form them again.
+        store_bytes: budget of the rows of similarities that forward keeps, so that backward need not form them again; on a
+            CPU only.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
@@ -327,11 +328,13 @@ def similarity_loss(
 def _statistics(tensors, mode, scratch, store):
     """The sweep: rows [12, N] and columns [6, M]."""
     image, text, projected_image, projected_text = (tensors[i] for i in (0, 1, 6, 7))
-    n, m, dtype = image.shape[0], text.shape[0], computes_in(image.dtype, image.device.type)
+    n, m, device = image.shape[0], text.shape[0], image.device.type
+    dtype = computes_in(image.dtype, device)
     leaves = (image, text, projected_image, projected_text)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    # On a GPU the kernels form tiles again rather than read them.
+    keeps = device == "cpu" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     _, softmax, columns, negatives, relational, interactive, _ = mode
     planes = products(softmax, columns, negatives, relational, interactive)
-    chunk = chunk_rows(n, m, dtype, 1 + (relational or interactive), scratch)
-    stored = stored_rows(n, m, dtype, planes, store) if needs_grad else 0
+    chunk = chunk_rows(n, m, dtype, device, 1 + (relational or interactive), scratch)
+    stored = stored_rows(n, m, dtype, planes, store) if keeps else 0
     return torch.ops.simplclip.similarity_loss_fwd(*tensors, *mode, chunk, stored, backends.forced())[:2]

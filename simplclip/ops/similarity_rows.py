@@ -83,7 +83,8 @@ def similarity_rows(
     Gradients to query and scale need only the mean key of each row under its softmax, [N, D], which forward computes and
     keeps (where a gradient is needed): two matrix products in all, none in backward.
     """
-    chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, query.device.type), 1, scratch_bytes)
+    device = query.device.type
+    chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)
     attend = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
     return torch.ops.simplclip.similarity_rows(
         query, keys, scale, ids, key_ids, label_offset, attend, chunk, backends.forced()
