@@ -8,7 +8,7 @@ OUT ?= runs/siclip-tiny-emoji
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-gpu bench tables lint clean
+.PHONY: help install demo test test-gpu bench bench-gpu aot tables lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -41,6 +41,12 @@ test-gpu: install  ## the tests that need a GPU
 
 bench: install  ## the microbenchmarks; writes benchmarks/results
 	$(BIN)/python -m pytest benchmarks --write
+
+bench-gpu: install  ## the GPU's tests, then timings on it; writes benchmarks/results
+	$(BIN)/python -m benchmarks.gpu
+
+aot: install  ## what the compiler makes of the Triton kernels, for every architecture, without a GPU; fails on a spill
+	$(BIN)/python -m benchmarks.aot
 
 tables: install  ## the README's tables from the committed result files
 	$(BIN)/python -m benchmarks.tables
