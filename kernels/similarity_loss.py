@@ -250,7 +250,7 @@ def _gradients(call, grad_rows, grad_columns, rows, columns, need_image, need_te
         d_image.flush(at)
         d_projected_image.flush(at)
 
-    d_scale, d_cross, d_slope, d_bias = sums.sum(0)
+    d_scale, d_cross, d_slope, d_bias = torch.unbind_copy(sums.sum(0))  # an op's results share no memory
     if d_weight is not None and d_weight.dim() == 0:
         d_weight = d_slope
     return (

@@ -80,8 +80,26 @@ _TABLE: dict[tuple[str, str], tuple[Tile, Tile, Tile, Tile, Tile]] = {
         Tile(64, 64, 8, 8, 4, 1),
     ),
 }
-# Where an architecture's compiler needs another tile.
-_ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {}
+# Where an architecture's compiler needs another tile than that of the RTX 3090.
+_ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
+    ("similarity_forward", "half", 1, 90): Tile(128, 64, 32, 8, 4, 1),
+    ("similarity_forward", "half", 2, 90): Tile(64, 64, 32, 8, 4, 1),
+    ("similarity_forward", "half", 3, 90): Tile(64, 64, 32, 8, 4, 1),
+    ("similarity_backward", "half", 4, 90): Tile(64, 64, 32, 8, 4, 1),
+    ("similarity_forward", "tf32", 1, 90): Tile(128, 64, 32, 8, 3, 1),
+    ("similarity_forward", "tf32", 2, 90): Tile(64, 64, 32, 8, 3, 1),
+    ("similarity_forward", "tf32", 3, 90): Tile(64, 64, 32, 8, 3, 1),
+    ("similarity_backward", "tf32", 4, 90): Tile(64, 64, 32, 8, 3, 1),
+    ("similarity_forward", "half", 2, 120): Tile(64, 64, 32, 8, 4, 1),
+    ("similarity_forward", "half", 4, 120): Tile(64, 32, 32, 8, 4, 1),
+    ("similarity_forward", "half", 5, 120): Tile(64, 32, 32, 8, 4, 1),
+    ("similarity_backward", "half", 3, 120): Tile(64, 32, 32, 8, 4, 1),
+    ("similarity_forward", "tf32", 4, 120): Tile(64, 32, 32, 8, 3, 1),
+    ("similarity_forward", "tf32", 5, 120): Tile(64, 32, 32, 8, 3, 1),
+    ("similarity_backward", "tf32", 2, 120): Tile(64, 128, 16, 8, 4, 1),
+    ("similarity_backward", "tf32", 3, 120): Tile(128, 64, 16, 8, 4, 1),
+    ("similarity_forward", "ieee", 2, 120): Tile(64, 64, 8, 8, 4, 1),
+}
 
 
 def lookup(op: str, planes: int, precision: str, architecture: int) -> Tile:

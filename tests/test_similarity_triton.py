@@ -37,7 +37,7 @@ def test_interpreted(name, interpreted):
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *triton_cases.large_cases()])
 def test_on_gpu(name):
     triton_cases.run_named(name, "cuda")
 

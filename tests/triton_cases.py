@@ -88,6 +88,17 @@ def cases() -> dict[str, Case]:
     return found
 
 
+def large_cases() -> dict[str, Case]:
+    """Several of a GPU's tiles in each direction; too much for the interpreter."""
+    found = {}
+    for (mode, case), dtype in itertools.product(MODES.items(), (torch.float32, torch.float16, torch.bfloat16)):
+        case = replace(case, n=700, m=1111, offset=300, width=200, dtype=dtype, chunk=256)
+        found[f"{mode}: 700 x 1111 {dtype}"] = case
+        if mode in LARGE:
+            found[f"{mode}: 2048 {dtype}"] = replace(case, n=2048, m=2048, offset=0, width=256, ids=False, chunk=1024)
+    return found
+
+
 def tensors(case: Case, device: str) -> list:
     """The call's 13 tensors, features in the case's dtype."""
     g = torch.Generator().manual_seed(0)
@@ -268,7 +279,7 @@ def run_named(name: str, device: str) -> None:
     """One case, with NaN in all memory that is allocated."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        EXTRA[name](device) if name in EXTRA else run(cases()[name], device)
+        EXTRA[name](device) if name in EXTRA else run({**cases(), **large_cases()}[name], device)
     finally:
         torch.use_deterministic_algorithms(False)
 
