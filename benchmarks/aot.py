@@ -30,6 +30,8 @@ from triton.compiler import ASTSource
 
 import simplclip
 from simplclip.kernels import tuning
+from simplclip.kernels.feature_loss import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
+from simplclip.kernels.feature_loss import tile as feature_tile
 from simplclip.kernels.similarity_backward import _similarity_gradient_kernel
 from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity_launch import COMPILE, Launch
@@ -53,10 +55,20 @@ LIMITS = {
     120: (99 * KIB, 100 * KIB, 48, 24),
 }
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
-_FEATURES = ("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text", "out")
+_FEATURES = (
+    "image",
+    "text",
+    "teacher_image",
+    "teacher_text",
+    "projected_image",
+    "projected_text",
+    "out",
+    "student",
+    "d_student",
+)
 _FLOATS = ("scale", "teacher_scale", "cross_scale", "plane_weight", "plane_bias", "row_parts", "column_parts", "rows")
-_FLOATS += ("columns", "grad_rows", "grad_columns", "factors", "sums", "parts", "rows_out")
-_ALIGNED = ("width", "teacher_width", "out_stride", "plane_stride")  # multiples of 16 in any call worth a table
+_FLOATS += ("columns", "grad_rows", "grad_columns", "factors", "sums", "parts", "rows_out", "inv_norms", "grad")
+_ALIGNED = ("d", "width", "teacher_width", "out_stride", "plane_stride")  # multiples of 16 in any call worth a table
 
 
 @dataclass
@@ -71,6 +83,7 @@ class Kernel:
     planes: str = ""
     tensor_cores: bool = True
     floats: tuple[str, ...] = ()  # tensors that are float32 here though another kernel's features bear their name
+    numbers: tuple[str, ...] = ("entropy",)  # arguments that are no tensors, in float32; others are integers
 
 
 @dataclass
@@ -174,6 +187,18 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
     yield Kernel("_similarity_count_kernel", _similarity_count_kernel, dict(COUNT), tile, "int64", "", False)
 
 
+def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
+    """At widths of a block that holds the row, at the limit of that, and beyond it."""
+    for d, smooth in itertools.product((512, MAX_BLOCK, 2 * MAX_BLOCK), (False, True)):
+        rows, block, warps = feature_tile(d)
+        constants = {"SMOOTH": smooth, "NORMALIZE": True, "WHOLE": d <= block, "ROWS": rows, "BLOCK": block}
+        for function in (_feature_loss_fwd_kernel, _feature_loss_bwd_kernel):
+            yield Kernel(
+                function.__name__, function, constants, tuning.Tile(0, 0, 0, warps, 3, 1), dtype,
+                f"D={d}" + " smooth" * smooth, False, numbers=("beta", "scale"),
+            )  # fmt: skip
+
+
 def compile_kernel(kernel: Kernel, architecture: int):
     element = DTYPES.get(kernel.dtype, ("fp32",))[0]
     signature, constants, attributes = {}, {}, {}
@@ -181,14 +206,18 @@ def compile_kernel(kernel: Kernel, architecture: int):
         if name in kernel.constants:
             signature[name], constants[name] = "constexpr", kernel.constants[name]
             continue
-        if name in _FEATURES and name not in kernel.floats:
+        if name in kernel.numbers:
+            signature[name] = "fp32"
+        elif name == "teacher":  # stored features
+            signature[name] = "*fp16"
+        elif name in _FEATURES and name not in kernel.floats:
             signature[name] = f"*{element}"
         elif name in _FEATURES or name in _FLOATS:
             signature[name] = "*fp32"
         elif name in ("ids", "text_ids"):
             signature[name] = "*i64"
         else:
-            signature[name] = "fp32" if name == "entropy" else "i32"
+            signature[name] = "i32"
         if signature[name].startswith("*") or name in _ALIGNED:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(
@@ -228,7 +257,7 @@ def measure(kernel: Kernel, architecture: int) -> Row:
     shared, warps = compiled.metadata.shared, kernel.tile.warps
     tile = f"{kernel.tile.block_m}x{kernel.tile.block_n}x{kernel.tile.block_k}/{kernel.tile.stages}" if kernel.tile[0] else ""
     row = Row(
-        kernel.name.removeprefix("_similarity_").removesuffix("_kernel"), kernel.planes, kernel.dtype, architecture, tile,
+        re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name), kernel.planes, kernel.dtype, architecture, tile,
         registers, shared, stack, sum(code.startswith(("STL", "LDL")) for code in codes), warps,
         blocks_per_multiprocessor(architecture, registers, shared, warps), len(codes),
         sum(code.startswith(("HMMA", "HGMMA", "OMMA", "QMMA")) for code in codes),
@@ -297,6 +326,8 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
             if everything:
                 yield similarity(launch, dtype, architecture, backward, even=False)
     yield from small_kernels(dtype)
+    if dtype != "tf32":
+        yield from feature_loss_kernels(dtype)
 
 
 def main() -> int:

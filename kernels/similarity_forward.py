@@ -72,8 +72,9 @@ def _similarity_statistics_kernel(
     """Statistics of a block of rows over a range of column tiles, and of each of those columns over the block.
 
     Planes come one after the other: T stays, the others need it (means) or end with their own statistics, so that two
-    tiles at most are in registers. Slots of the parts: [*_AT] maximum, then the sum of 2^(logit - maximum), then sums
-    weighted with it.
+    tiles at most are in registers. For the same reason T's weights are formed where the next plane is there to be weighted,
+    not before its product. Slots of the parts: [*_AT] maximum, then the sum of 2^(logit - maximum), then sums weighted
+    with it.
     """
     # Programs that run together share rows and columns: GROUP blocks of rows, and all splits of them, come in turn.
     program = tl.program_id(0)
@@ -182,7 +183,7 @@ def _similarity_statistics_kernel(
             z = raw * z_scale
             if RELATIONAL:
                 gap = entropy * t - z
-                if KL:
+                if KL:  # another base than U's and V's: equal exponentials would be kept in registers across the products
                     share = weights(t, base_t[:, None] + 1.0)
                     mean_z += tl.sum(weighted(share, gap), 1) * 2.0
                 else:

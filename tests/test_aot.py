@@ -37,6 +37,10 @@ def test_sm_86_other_dtypes(dtype):
     check([*kernels, *aot.small_kernels(dtype)], 86)
 
 
+def test_sm_86_feature_loss():
+    check(aot.feature_loss_kernels("bfloat16"), 86)
+
+
 @pytest.mark.parametrize("architecture", [a for a in aot.LIMITS if a != 86])
 def test_other_architectures(architecture):
     check(
