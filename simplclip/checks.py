@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,18 @@ def group_ids(name: str, t: Tensor, count: int, letter: str, device: torch.devic
         raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {shape_of(t)}")
     if t.device != device:
         raise ValueError(f"{name}: expected the device of image, {device}, got {t.device}")
+
+
+_warned: set[str] = set()
+
+
+def constant(name: str, t: Tensor) -> Tensor:
+    """`t` without autograd; if it requires a gradient, a warning says once per name and process that it gets none."""
+    compiling = torch.compiler.is_compiling()  # there a warning would break the graph
+    if t.requires_grad and torch.is_grad_enabled() and not compiling and name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"{name} requires a gradient, but is a constant here: it gets none", stacklevel=4)
+    return t.detach()
 
 
 def choice(name: str, value, options: tuple[str, ...]) -> None:

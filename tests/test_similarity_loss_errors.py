@@ -1,6 +1,9 @@
+import warnings
+
 import pytest
 import torch
 
+from simplclip import checks
 from simplclip.ops import similarity_loss
 
 GOOD = torch.randn(4, 8)
@@ -103,11 +106,17 @@ def test_bad_input_is_named(case):
         similarity_loss(**call)
 
 
-def test_a_teacher_that_requires_a_gradient_is_warned_about_and_gets_none():
+def test_a_teacher_that_requires_a_gradient_is_warned_about_once_and_gets_none(monkeypatch):
+    monkeypatch.setattr(checks, "_warned", set())
     teacher = GOOD.clone().requires_grad_()
     image = GOOD.clone().requires_grad_()
-    with pytest.warns(UserWarning, match="teacher_image requires a gradient, but the teacher is a constant"):
+    with pytest.warns(UserWarning, match="teacher_image requires a gradient, but is a constant here: it gets none"):
         loss = similarity_loss(image, GOOD, 10.0, **{**TEACHER, "teacher_image": teacher})["relational"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        similarity_loss(image, GOOD, 10.0, **{**TEACHER, "teacher_image": teacher})
+        compiled = torch.compile(similarity_loss, fullgraph=True)
+        torch.testing.assert_close(compiled(image, GOOD, 10.0, **{**TEACHER, "teacher_image": teacher})["relational"], loss)
     loss.backward()
     assert teacher.grad is None
     assert image.grad is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,6 @@ from simplclip.ops.registry import define
 from simplclip.reference import accumulate_dtype
 
 DISTANCES = ("mse", "smooth_l1")
-
-_warned = False
 
 
 def _prepare(student, teacher):
@@ -148,9 +145,7 @@ def feature_loss(
         )
     if torch.is_autocast_enabled(student.device.type) and student.dtype != torch.float64:
         student = student.to(torch.get_autocast_dtype(student.device.type))
-    if teacher.requires_grad:
-        _warn_of_teacher()
-        teacher = teacher.detach()
+    teacher = checks.constant("teacher", teacher)
     return torch.ops.simplclip.feature_loss_fwd(
         student, teacher, distance == "smooth_l1", float(beta), bool(normalize), backends.forced()
     )[0]
@@ -169,10 +164,3 @@ def _project(student, projection, width):
     if projection.dtype != student.dtype and not (cast and projection.is_floating_point()):
         raise TypeError(f"projection: expected the dtype of student, {student.dtype}, got {projection.dtype}")
     return F.linear(student, projection)
-
-
-def _warn_of_teacher() -> None:
-    global _warned
-    if torch.is_grad_enabled() and not _warned and not torch.compiler.is_compiling():  # a warning breaks the graph
-        _warned = True
-        warnings.warn("feature_loss: teacher requires a gradient, but is a constant here: it gets none", stacklevel=3)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 
@@ -62,10 +60,8 @@ def teacher(teacher_image, teacher_text, teacher_scale, image, text, term, stats
             f"teacher_text: expected the width of teacher_image, {features[0].shape[1]}, got {features[1].shape[1]}"
         )
     scale = checks.scalar("teacher_scale", teacher_scale, image.device, stats)
-    for name, value in zip(names, (*features, teacher_scale)):
-        if isinstance(value, Tensor) and value.requires_grad:
-            warnings.warn(f"{name} requires a gradient, but the teacher is a constant here and gets none", stacklevel=3)
-    return features[0].detach().to(image.dtype), features[1].detach().to(image.dtype), scale.detach()
+    image_features, text_features, scale = (checks.constant(name, t) for name, t in zip(names, (*features, scale)))
+    return image_features.to(image.dtype), text_features.to(image.dtype), scale
 
 
 def projection(kind, projected, student, teacher):
