@@ -43,10 +43,11 @@ def op_table(op: str, decimals: int = 0) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' if title in left else '--:' for title in columns)}|"]
     lines += [f"| {' | '.join(show(row[name]) for name, show in columns.values())} |" for row in rows]
     first = rows[0]
+    repeats = " to ".join(dict.fromkeys(sorted({row["repeats"] for row in rows}, key=int)))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines += [
         "",
-        f"Forward and backward, D = {first['d']}, medians of {first['repeats']} interleaved runs; {first['hardware']}, "
+        f"Forward and backward, D = {first['d']}, medians of {repeats} interleaved runs; {first['hardware']}, "
         f"torch {first['torch']}, commit {commits}, {first['date']} (`{path.relative_to(ROOT)}`; `make bench`).",
     ]
     return lines
