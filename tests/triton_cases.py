@@ -9,15 +9,18 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from similarity import check, make_inputs
 from tolerance import EPS, assert_within
 
 import simplclip
 from simplclip import reference
 from simplclip.ops import similarity_loss
+from simplclip.ops.similarity_loss import TERMS
 from simplclip.reference import ColumnStat, RowStat
 
 GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
@@ -267,7 +270,23 @@ def rows_of_constant_keys(device: str) -> None:
         assert empty.shape == (0, query.shape[1])
 
 
+def every_subset(device: str, dtype: torch.dtype) -> None:
+    """The public function with every subset of terms against the dense losses."""
+    subsets = [s for k in range(1, 5) for s in itertools.combinations(TERMS, k)]
+    modes = (
+        ({"interactive": "infonce", "negatives": "all"}, "scalar"),
+        ({"interactive": "kl", "negatives": "hard"}, "hadamard"),
+    )
+    for terms, (mode, plane) in itertools.product(subsets, modes):
+        leaves, options = make_inputs(20, 50, 7, terms=terms, plane=plane, ids=True)
+        check(leaves, options | mode, dtype, "triton", device=device)
+
+
 EXTRA = {
+    **{
+        f"every subset, {dtype}": partial(every_subset, dtype=dtype)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    },
     "end to end": end_to_end,
     "registration": registration,
     "NaN": not_a_number,
