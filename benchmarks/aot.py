@@ -256,36 +256,61 @@ def measure(kernel: Kernel, architecture: int) -> Row:
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     shared, warps = compiled.metadata.shared, kernel.tile.warps
     tile = f"{kernel.tile.block_m}x{kernel.tile.block_n}x{kernel.tile.block_k}/{kernel.tile.stages}" if kernel.tile[0] else ""
+    spills, tensor_core = spills_and_tensor_cores(codes)
     row = Row(
         re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name), kernel.planes, kernel.dtype, architecture, tile,
-        registers, shared, stack, sum(code.startswith(("STL", "LDL")) for code in codes), warps,
-        blocks_per_multiprocessor(architecture, registers, shared, warps), len(codes),
-        sum(code.startswith(("HMMA", "HGMMA", "OMMA", "QMMA")) for code in codes),
+        registers, shared, stack, spills, warps,
+        blocks_per_multiprocessor(architecture, registers, shared, warps), len(codes), tensor_core,
     )  # fmt: skip
-    limit = LIMITS[architecture][0]
-    if row.spills or row.stack:
-        row.failures.append(f"{row.spills} spill instructions, {row.stack} bytes of stack")
-    if row.shared > limit:
-        row.failures.append(f"{row.shared} bytes of shared memory, the limit is {limit}")
     if row.blocks < kernel.tile.blocks:
         row.failures.append(f"{row.blocks} blocks per multiprocessor, planned {kernel.tile.blocks}")
     if kernel.tensor_cores and kernel.dtype != "float32" and not row.tensor_core:
         row.failures.append("no tensor-core instructions")
+    return gated(row)
+
+
+def spills_and_tensor_cores(codes: list[str]) -> tuple[int, int]:
+    """Instructions that write to or read from the stack, and those of the tensor cores."""
+    return (
+        sum(code.startswith(("STL", "LDL")) for code in codes),
+        sum(code.startswith(("HMMA", "HGMMA", "QMMA", "OMMA")) for code in codes),
+    )
+
+
+def gated(row: Row) -> Row:
+    """The row with what every kernel must keep to."""
+    limit = LIMITS[row.architecture][0]
+    if row.spills or row.stack:
+        row.failures.append(f"{row.spills} spill instructions, {row.stack} bytes of stack")
+    if row.shared > limit:
+        row.failures.append(f"{row.shared} bytes of shared memory, the limit is {limit}")
     return row
 
 
-def extension_rows() -> list[Row]:
+def _sections(text: str) -> Iterator[tuple[int, str]]:
+    """Architecture and text of each machine code in an extension."""
+    for architecture, part in re.findall(r"arch = sm_(\d+)\w*\n(.*?)(?=\nFatbin|\Z)", text, re.DOTALL):
+        yield int(architecture), part
+
+
+def extension_rows(folder: Path = Path(simplclip.__file__).parent) -> list[Row]:
     """The kernels of the CUDA extension, of every architecture that it holds machine code for."""
     rows = []
-    for path in sorted(Path(simplclip.__file__).parent.glob("_C_cuda*.so")):
-        usage = disassemble(path)[0]
-        for architecture, part in re.findall(r"arch = sm_(\d+)\w*\n(.*?)(?=\nFatbin|\Z)", usage, re.DOTALL):
-            pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
-            for name, registers, stack, shared in re.findall(pattern, part):
-                row = Row(name, "", "", int(architecture), ".cu", int(registers), int(shared), int(stack), 0, 0, 0, 0, 0)
-                if row.stack:
-                    row.failures.append(f"{stack} bytes of stack")
-                rows.append(row)
+    for path in sorted(folder.glob("_C_cuda*.so")):
+        usage, sass = disassemble(path)
+        codes = {}
+        for architecture, part in _sections(sass):
+            for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function : |\Z)", part, re.DOTALL):
+                codes[architecture, name] = opcodes(body)
+        for architecture, part in _sections(usage):
+            for name, registers, stack, shared in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", part):
+                found = codes[architecture, name]
+                spills, tensor_core = spills_and_tensor_cores(found)
+                short = re.search(r".*\d([a-z]\w*_kernel)", name)
+                rows.append(gated(Row(
+                    short[1] if short else name, "", "", architecture, ".cu", int(registers), int(shared), int(stack),
+                    spills, 0, 0, len(found), tensor_core,
+                )))  # fmt: skip
     return rows
 
 
