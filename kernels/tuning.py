@@ -67,15 +67,15 @@ _TABLE: dict[tuple[str, str], tuple[Tile, Tile, Tile, Tile, Tile]] = {
     ),
     ("similarity_backward", "tf32"): (
         Tile(128, 128, 16, 8, 4, 1),
-        Tile(64, 128, 32, 8, 3, 1),
+        Tile(64, 128, 16, 8, 4, 1),
         Tile(64, 128, 16, 8, 4, 1),
         Tile(64, 128, 16, 8, 4, 1),
         Tile(64, 64, 32, 8, 3, 1),
     ),
     ("similarity_backward", "ieee"): (
         Tile(128, 64, 8, 8, 4, 1),
-        Tile(64, 64, 16, 8, 3, 1),
-        Tile(64, 64, 16, 8, 3, 1),
+        Tile(128, 32, 16, 8, 3, 1),
+        Tile(64, 64, 8, 8, 4, 1),
         Tile(64, 64, 16, 8, 3, 1),
         Tile(64, 64, 8, 8, 4, 1),
     ),
@@ -96,7 +96,6 @@ _ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
     ("similarity_backward", "half", 3, 120): Tile(64, 32, 32, 8, 4, 1),
     ("similarity_forward", "tf32", 4, 120): Tile(64, 32, 32, 8, 3, 1),
     ("similarity_forward", "tf32", 5, 120): Tile(64, 32, 32, 8, 3, 1),
-    ("similarity_backward", "tf32", 2, 120): Tile(64, 128, 16, 8, 4, 1),
     ("similarity_backward", "tf32", 3, 120): Tile(128, 64, 16, 8, 4, 1),
     ("similarity_forward", "ieee", 2, 120): Tile(64, 64, 8, 8, 4, 1),
 }
