@@ -194,6 +194,7 @@ def test_opcheck(backend, fused):
 @pytest.mark.parametrize("negatives", ["all", "hard", "shift"])
 def test_compiles_without_graph_breaks(negatives, dynamic):
     leaves, options = make_inputs(20, 20)
+    torch.compiler.reset()  # other tests' compilations count towards the limit of recompilations
     compiled = torch.compile(similarity_loss, fullgraph=True, dynamic=dynamic)
     expected = values_and_grads(similarity_loss, leaves, torch.float32, negatives=negatives, **options)
     got = values_and_grads(compiled, leaves, torch.float32, negatives=negatives, **options)
