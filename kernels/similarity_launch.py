@@ -94,11 +94,12 @@ class Launch:
 
     @property
     def tiles(self) -> int:
-        """Planes; backward holds that of a scalar hyperplane's gradient besides (see gradient_tiles)."""
-        return self.students + self.T
+        """Planes, what tiles are tuned by. T's means with Z and with U take the registers of four planes, V there or not."""
+        return max(self.students + self.T, 4 * (self.RELATIONAL and self.KL))
 
     @property
     def gradient_tiles(self) -> int:
+        """The same for backward, which holds a scalar hyperplane's gradient besides."""
         return self.tiles + ((self.ALL or self.HARD) and not self.L)
 
     def constants(self) -> dict[str, bool]:
