@@ -82,6 +82,7 @@ _TABLE: dict[tuple[str, str], tuple[Tile, Tile, Tile, Tile, Tile]] = {
 }
 # Where an architecture's compiler needs another tile than that of the RTX 3090.
 _ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
+    ("similarity_backward", "tf32", 1, 80): Tile(128, 64, 32, 8, 3, 1),
     ("similarity_forward", "half", 1, 90): Tile(128, 64, 32, 8, 4, 1),
     ("similarity_forward", "half", 2, 90): Tile(64, 64, 32, 8, 4, 1),
     ("similarity_forward", "half", 3, 90): Tile(64, 64, 32, 8, 4, 1),
