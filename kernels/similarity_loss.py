@@ -86,8 +86,7 @@ def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tens
                 tiles_per_split=per_split,
                 GROUP=GROUP,
             )
-            if launch.tiles > launch.V:
-                _merge(launch, slots, row_parts, rows, first, of_rows=True)
+            _merge(launch, slots, row_parts, rows, first, of_rows=True)
             if launch.COLUMNS:
                 _merge(launch, slots, column_parts, columns, 0, of_rows=False)
     return rows, columns

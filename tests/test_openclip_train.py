@@ -22,7 +22,6 @@ from simplclip import losses, openclip_train
 HERE = Path(__file__).parent
 MISSING = [name for name in ("pandas", "fsspec", "open_clip_train") if importlib.util.find_spec(name) is None]
 needs_trainer = pytest.mark.skipif(bool(MISSING), reason=f"open_clip's trainer needs {', '.join(MISSING)}")
-needs_wikd = pytest.mark.skipif(not hasattr(losses, "WIKDLoss"), reason="no losses.WIKDLoss in this checkout")
 BATCH, STEPS = 8, 10
 
 
@@ -274,7 +273,6 @@ def test_files_of_learned_parameters_go_with_their_checkpoints(single):
 
 
 @needs_trainer
-@needs_wikd
 def test_projections_to_a_wider_teacher_are_learned_and_resumed(single):
     steps = single["wide"]["steps"] + single["wide-more"]["steps"]
     assert {"contrastive_loss", "distill_loss", "interactive_loss", "feature_loss", "pair_matching_loss"} == set(steps[0])
@@ -312,7 +310,6 @@ def test_two_ranks_learn_one_plane(double):
 
 
 @needs_trainer
-@needs_wikd
 def test_two_ranks_start_from_one_draw_of_the_projections(double):
     first, second = (result["two-wide"]["parameters"] for result in double.results)
     assert first == second
