@@ -1,14 +1,11 @@
 """The terms of similarity_loss that have a teacher, alone and with the others, over every backend."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from open_clip.loss import DistillClipLoss
-from similarity import check, make_inputs, values_and_grads
+from similarity import check, make_inputs, run_with_instruction_set, values_and_grads
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
@@ -209,12 +206,7 @@ def test_every_instruction_set(isa):
         "            t.check(leaves, {**options, 'interactive': interactive}, dtype, 'cpu')\n"
         "print(t.backends.extension.cpu_isa())"
     )
-    here = os.path.dirname(__file__)
-    env = {**os.environ, "SIMPLCLIP_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=here)
-    if "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr:
-        pytest.skip(f"this CPU has no {isa}: {done.stderr.strip().splitlines()[-1]}")
-    assert done.stdout.strip() == isa, done.stderr
+    run_with_instruction_set(isa, code)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

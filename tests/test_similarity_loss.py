@@ -1,11 +1,7 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import similarity
 import torch
-from similarity import WIDTH, check, values_and_grads
+from similarity import WIDTH, check, run_with_instruction_set, values_and_grads
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
@@ -256,12 +252,7 @@ def test_every_instruction_set(isa):
         "            t.check(leaves, {**options, 'negatives': negatives}, dtype, 'cpu')\n"
         "print(t.backends.extension.cpu_isa())"
     )
-    here = os.path.dirname(__file__)
-    env = {**os.environ, "SIMPLCLIP_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=here)
-    if "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr:
-        pytest.skip(f"this CPU has no {isa}: {done.stderr.strip().splitlines()[-1]}")
-    assert done.stdout.strip() == isa, done.stderr
+    run_with_instruction_set(isa, code)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
