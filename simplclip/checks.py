@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -75,37 +76,49 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, lengths: Tensor | None) -> None:
-    """The arguments of shaped_attention."""
+def number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> None:
+    """The tensors of shaped_attention but `lengths`."""
     tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {t.device}")
-    if q.ndim != 4:
-        raise ValueError(f"q: expected [B, L, H, K], got shape {list(q.shape)}")
+    if q.dim() != 4:
+        raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
+    if 0 in q.shape:
+        raise ValueError(f"q: expected no empty side in [B, L, H, K], got shape {shape_of(q)}")
     for name in ("k", "v"):
         if tensors[name].shape != q.shape:
-            raise ValueError(f"{name}: expected the shape of q, {list(q.shape)}, got {list(tensors[name].shape)}")
-        if tensors[name].dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensors[name].dtype}")
+            raise ValueError(f"{name}: expected the shape of q, {shape_of(q)}, got {shape_of(tensors[name])}")
+        like(name, tensors[name], "q", q)
     for name in ("alpha", "beta", "gamma"):
         if tensors[name].shape != q.shape[2:3]:
-            raise ValueError(f"{name}: expected one value per head, [{q.shape[2]}], got {list(tensors[name].shape)}")
-    if lengths is not None:
-        lengths_of_batch(lengths, q.shape[0], q.device)
+            raise ValueError(f"{name}: expected one value per head, [{q.shape[2]}], got {shape_of(tensors[name])}")
 
 
-def lengths_of_batch(lengths: Tensor, batch: int, device: torch.device) -> None:
-    """An integer tensor [batch] on this device; the values are not looked at, which would wait for the device."""
+def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+    """`lengths` as the kernels take them, int32 in 0..length: on a CPU what lies outside is an error, elsewhere clamped."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor [{batch}], got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths: expected one per sequence, [{batch}], got {list(lengths.shape)}")
+        raise ValueError(f"lengths: expected one per sequence, [{batch}], got {shape_of(lengths)}")
     if lengths.device != device:
         raise ValueError(f"lengths: expected the device of q, {device}, got {lengths.device}")
+    if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
+        least, most = map(int, lengths.aminmax())
+        if least < 0 or most > length:
+            raise ValueError(f"lengths: expected 0 to {length} valid tokens, got {least if least < 0 else most}")
+    return lengths.clamp(0, length).to(torch.int32)

@@ -6,20 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from simplclip import checks
-from simplclip.reference import shaped_attention
+from simplclip.ops import shaped_attention
+from simplclip.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "NORMS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights"]
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quickgelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
 NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
@@ -37,7 +30,7 @@ class ShapedAttention(nn.Module):
         value, output: add a projection [C, C] before, after the attention.
         gamma: initial value of gamma. Below one, a new module adds ``(1 - gamma) C v``: some of the mean of the tokens.
 
-    forward(x [B, L, C], lengths [B] or None) -> [B, L, C]; see `reference.shaped_attention` for ``lengths``.
+    forward(x [B, L, C], lengths [B] or None) -> [B, L, C]; see `ops.shaped_attention` for ``lengths``.
     Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
     """
 
@@ -86,7 +79,7 @@ class ShapedAttention(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise ValueError(f"x: expected [B, L, {self.width}], got {list(x.shape)}")
         if lengths is not None:
-            checks.lengths_of_batch(lengths, x.shape[0], x.device)
+            checks.lengths_of_batch(lengths, *x.shape[:2], x.device)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, heads={self.heads}, causal={self.causal}"
