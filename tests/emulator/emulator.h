@@ -1,26 +1,27 @@
 // Runs CUDA C++ kernels on the CPU, so that they are tested where there is no GPU.
 //
-// A kernel's .cuh is compiled by the host compiler with SIMPLCLIP_EMULATOR defined; mma.cuh then takes its instructions from
-// here. Every thread of a block is a fiber with a stack of its own; one fiber runs at a time, until it has to wait for others:
+// A kernel's .cuh is compiled by the host compiler with SIMPLCLIP_EMULATOR defined; thread.cuh and mma.cuh then take their
+// instructions from here. Every thread of a block is a fiber; one runs at a time, until it has to wait for others:
 //
 //   sync_block        until all threads of the block are in it
 //   warp operations   (mma, ldmatrix, shuffles, sync_warp) until all 32 lanes are; the last one computes everybody's result
 //
-// Which fiber goes on is drawn from the launch's seed, each time; mostly one warp runs as far ahead as it can. A missing barrier
-// therefore shows as a wrong result under some seed: shared memory starts as NaN in every block, and what cp.async has under
-// way reads as NaN until it is waited for. Seed 0 runs threads and blocks in order.
+// Which fiber goes on is drawn from the launch's seed, each time; mostly one warp runs as far ahead as it can. So a missing
+// barrier shows as a wrong result under some seed: shared memory starts as NaN in every block, and what cp.async is copying
+// reads as NaN until it is waited for. Seed 0 runs threads and blocks in order.
 //
 // Errors are exceptions that name the block, the thread and the line: lanes of a warp in different operations, threads in
 // different barriers, threads that wait for one that has returned, addresses of ldmatrix and cp.async that are misaligned or
 // outside of shared memory. Built with sanitizers (see __init__.py), any other access out of bounds is reported too: shared
 // memory is a heap block of just the size that the launch asked for.
 //
-// To bring a kernel here, add tests/emulator/<name>.cpp: include the kernel's .cuh and <pybind11/pybind11.h>, and define a
-// module `PYBIND11_MODULE(emulated, m)` whose functions take pointers as uintptr_t and call
+// To bring a kernel here, add tests/emulator/<name>.cpp (or several, <name>*.cpp: they are compiled in parallel) with
+// functions of pointers and numbers that call
 //
-//   emulator::launch({blocks}, threads, shared_bytes, seed, [&] { my_kernel<bf16>(parameters); });
+//   emulator::launch({blocks}, threads, shared_bytes, seed, [=] { my_kernel<bf16>(parameters); });
 //
-// Python builds and loads it by emulator.build("<name>"). wrappers.cpp is an example.
+// and EMULATED(my_function); for each (binding.h). emulator.build("<name>") is then a Python module of these functions.
+// wrappers.cpp is an example.
 #pragma once
 
 #include <algorithm>
@@ -82,6 +83,7 @@ struct Engine {
   uint64_t random = 0;  // state; 0: everything in order
   uint32_t ready_warps = 0, ready_lanes[32];
   int arrived_in_block = 0, arrived_in_warp[32];
+  Thread* first_in_block = nullptr;
 
   uint32_t draw() {  // xorshift64*
     random ^= random >> 12;
@@ -127,9 +129,10 @@ inline std::string block_name() {
   return "block (" + std::to_string(x) + ", " + std::to_string(y) + ", " + std::to_string(z) + ")";
 }
 
+inline std::string name(const Thread& thread) { return "thread " + std::to_string(thread.index); }
+
 [[noreturn]] inline void fail(const char* operation, const Site& site, const std::string& what) {
-  throw std::runtime_error(block_name() + ", thread " + std::to_string(engine.running->index) + " in " +
-                           place(operation, site) + ": " + what);
+  throw std::runtime_error(block_name() + ", " + name(*engine.running) + " in " + place(operation, site) + ": " + what);
 }
 
 // What every thread does, when none can go on.
@@ -141,7 +144,7 @@ inline std::string standstill() {
   std::string text = block_name() + ": no thread can go on. Threads";
   for (int i = 0, last; i < engine.threads; i = last + 1) {
     for (last = i; last + 1 < engine.threads && state(last + 1) == state(i);) ++last;
-    text += (i ? "; " : " ") + std::to_string(i) + "-" + std::to_string(last) + " " + state(i);
+    text += (i ? "; " : " ") + std::to_string(i) + (i < last ? "-" + std::to_string(last) : "") + " " + state(i);
   }
   return text;
 }
@@ -183,14 +186,13 @@ inline void live() {
 
 inline void sync_block(Site site) {
   Thread& self = *engine.running;
-  for (const Thread* other = engine.pool.data(); engine.arrived_in_block && other != &engine.pool[engine.threads]; ++other) {
-    if (other->waits_in && !std::strcmp(other->waits_in, "sync_block")) {
-      if (same(other->site, site)) break;
-      fail("sync_block", site, "thread " + std::to_string(other->index) + " waits in another, " + place("sync_block", other->site));
-    }
-  }
+  if (!engine.arrived_in_block) engine.first_in_block = &self;
+  const Thread& first = *engine.first_in_block;
   self.waits_in = "sync_block";
   self.site = site;
+  if (!same(first.site, site)) {
+    fail("sync_block", site, name(first) + " waits in another, " + place("sync_block", first.site));
+  }
   if (++engine.arrived_in_block == engine.threads) {
     engine.arrived_in_block = 0;
     for (int i = 0; i < engine.threads; ++i) engine.make_ready(engine.pool[i]);
@@ -219,7 +221,7 @@ void warp_collective(const char* operation, Site site, Operands& mine, std::type
   for (int i = 0; i < 32; ++i) {
     const Thread& other = lanes[i];
     if (std::strcmp(other.waits_in, operation) || !same(other.site, site)) {
-      fail(operation, site, "thread " + std::to_string(other.index) + " of the same warp is in " + place(other.waits_in, other.site));
+      fail(operation, site, name(other) + " of the same warp is in " + place(other.waits_in, other.site));
     }
     all[i] = static_cast<Operands*>(other.operands);
   }
@@ -249,13 +251,12 @@ V shuffle(const char* operation, Site site, V value, int from) {
 
 inline void check_shared(const char* operation, Site site, const void* address, int bytes) {
   const intptr_t offset = static_cast<const char*>(address) - engine.shared;
-  if (offset < 0 || offset + bytes > static_cast<intptr_t>(engine.shared_bytes)) {
-    fail(operation, site, "offset " + std::to_string(offset) + " is outside of the " + std::to_string(engine.shared_bytes) +
-                              " bytes of shared memory");
+  if (offset % bytes == 0 && offset >= 0 && offset + bytes <= static_cast<intptr_t>(engine.shared_bytes)) return;
+  const std::string where = "offset " + std::to_string(offset);
+  if (offset % bytes == 0) {
+    fail(operation, site, where + " is outside of the " + std::to_string(engine.shared_bytes) + " bytes of shared memory");
   }
-  if (offset % bytes) {
-    fail(operation, site, "offset " + std::to_string(offset) + " in shared memory is not a multiple of " + std::to_string(bytes));
-  }
+  fail(operation, site, where + " in shared memory is not a multiple of " + std::to_string(bytes));
 }
 
 inline void cp_async(const char* operation, Site site, void* shared, const void* global, int bytes, bool valid) {
