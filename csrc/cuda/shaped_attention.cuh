@@ -17,7 +17,7 @@ struct Head {
   float alpha, beta, gamma;
 
   SIMPLCLIP_DEVICE explicit Head(const ShapedAttention& p)
-      : batch(block_x() / p.heads), index(block_x() % p.heads), length(p.lengths ? p.lengths[batch] : p.length),
+      : batch(block_x() / p.heads), index(block_x() % p.heads), length(p.lengths ? between(0, p.lengths[batch], p.length) : p.length),
         alpha(p.gains[index]), beta(p.gains[p.heads + index]), gamma(p.gains[2 * p.heads + index]) {}
 
   // [L]

@@ -17,6 +17,7 @@ inline constexpr int kChunk = 16;  // bytes that ldmatrix and cp.async take at a
 
 SIMPLCLIP_DEVICE constexpr int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
 SIMPLCLIP_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+SIMPLCLIP_DEVICE constexpr int between(int low, int value, int high) { return value < low ? low : smaller(value, high); }
 
 // A head of a tensor [B, L, H, K] in global memory: its first row and the bytes from row to row.
 struct HeadRows {
