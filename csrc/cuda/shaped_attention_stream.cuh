@@ -37,7 +37,6 @@ struct Stream {
   }
 
   SIMPLCLIP_DEVICE void load_own(const HeadsView& left, const HeadsView& right, int first) const {
-    sync_block();  // the last sweep's readers are done
     stage(own(0), head.rows(left), 0, first * kRows, warps * kRows, head.length);
     stage(own(1), head.rows(right), 0, first * kRows, warps * kRows, head.length);
   }

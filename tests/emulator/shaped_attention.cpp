@@ -1,3 +1,4 @@
+#include "shaped_attention_gains.cuh"
 #include "shaped_attention_kernels.cuh"
 
 #include "binding.h"
