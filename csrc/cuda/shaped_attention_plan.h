@@ -16,7 +16,7 @@ struct ShapedBounds {
 // [float32 or not], in increasing size
 constexpr ShapedBounds kShapedForward[2][3] = {{{5, 160, 3}, {14, 160, 2}, {18, 96, 2}}, {{5, 160, 2}, {14, 96, 2}, {18, 96, 2}}};
 constexpr ShapedBounds kShapedBackward[2] = {{5, 160, 2}, {5, 160, 1}};
-constexpr ShapedBounds kShapedStream[2][2] = {{{64, 224, 1}, {128, 192, 1}}, {{64, 192, 1}, {128, 128, 1}}};
+constexpr ShapedBounds kShapedStream[2][2] = {{{64, 192, 2}, {128, 192, 1}}, {{64, 128, 2}, {128, 128, 1}}};
 
 constexpr int kShapedMaxTokens = 288;
 constexpr int kShapedMaxWidth = 128;
@@ -86,9 +86,9 @@ inline ShapedPlan plan_shaped_backward(int length, int width, bool wide) {
   // The fewest rounds over the tiles with which as many blocks fit as the registers are limited for, or one fewer, and so on.
   for (int resident = bounds.blocks; resident > 0; --resident) {
     for (int most = bounds.threads / 32; most > 0; --most) {
-      const int warps = up(all, up(all, most)), passing = wide ? 1 : 2;
+      const int warps = up(all, up(all, most));
       plan.threads = warps * 32;
-      plan.shared = (2 * warps + 4 * passing) * 16 * width * bytes + 3 * rows * 4 + warps * 3 * 4;
+      plan.shared = (2 * warps + 4) * 16 * width * bytes + 3 * rows * 4 + warps * 3 * 4;
       plan.resident = fitting(plan.shared, resident);
       if (plan.resident == resident) return plan;
     }
