@@ -35,7 +35,7 @@ def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
 
 
-def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "image") -> Tensor:
     """A number as a 0-dimensional tensor of this dtype; a tensor must have one element, be floating and be there already."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -46,7 +46,7 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
     if value.device != device:
-        raise ValueError(f"{name}: expected the device of image, {device}, got {value.device}")
+        raise ValueError(f"{name}: expected the device of {of}, {device}, got {value.device}")
     return value.reshape(()).to(dtype)
 
 
@@ -122,3 +122,57 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
         if least < 0 or most > length:
             raise ValueError(f"lengths: expected 0 to {length} valid tokens, got {least if least < 0 else most}")
     return lengths.clamp(0, length).to(torch.int32)
+
+
+def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
+    """Types and shapes of parallel_mlp's tensors."""
+    tensors = {"x": x, "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    for name, t in tensors.items():
+        if t is None and name.endswith("bias"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+    if x.dim() < 1 or 0 in x.shape:
+        raise ValueError(f"x: expected [..., C] without an empty side, got shape {shape_of(x)}")
+    for name, letters in (("fc1_weight", "[F, C]"), ("fc2_weight", "[C_out, F]")):
+        if tensors[name].dim() != 2 or 0 in tensors[name].shape:
+            raise ValueError(f"{name}: expected {letters} without an empty side, got shape {shape_of(tensors[name])}")
+    f, c = fc1_weight.shape
+    if x.shape[-1] != c:
+        raise ValueError(f"x: expected the width of fc1_weight, {c}, in the last dimension, got shape {shape_of(x)}")
+    if fc2_weight.shape[1] != f:
+        raise ValueError(f"fc2_weight: expected [C_out, F] with F = {f} of fc1_weight, got shape {shape_of(fc2_weight)}")
+    for name, size in (("fc1_bias", f), ("fc2_bias", fc2_weight.shape[0])):
+        if tensors[name] is not None and tensors[name].shape != (size,):
+            raise ValueError(f"{name}: expected [{size}], got shape {shape_of(tensors[name])}")
+
+
+def block(x, norm: str, **tensors) -> None:
+    """Types and shapes of simplified_block's tensors."""
+    mlp(x, *(tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")))
+    if x.dim() != 3:
+        raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
+    c, f = x.shape[2], tensors["fc1_weight"].shape[0]
+    alpha = tensors["alpha"]
+    if not isinstance(alpha, Tensor) or alpha.dim() != 1 or alpha.shape[0] < 1 or c % alpha.shape[0]:
+        got = shape_of(alpha) if isinstance(alpha, Tensor) else type(alpha).__name__
+        raise ValueError(f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}")
+    h = alpha.shape[0]
+    shapes = {"qk_weight": (2 * c, c), "fc1_bias": (f,), "fc2_weight": (c, f), "fc2_bias": (c,), "norm_weight": (c,)}
+    shapes |= {"value_weight": (c, c), "output_weight": (c, c), "norm_bias": (c,), "beta": (h,), "gamma": (h,)}
+    if norm == "rmsnorm" and tensors["norm_bias"] is not None:
+        raise ValueError("norm_bias: expected None, RMSNorm has no bias")
+    for name, shape in shapes.items():
+        t = tensors[name]
+        if t is None and name in ("value_weight", "output_weight", "norm_bias"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+        if t.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")

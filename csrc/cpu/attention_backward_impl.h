@@ -29,63 +29,85 @@ inline void row_gradients(float* logits, float* dp, int64_t columns, int64_t cou
 
 template <class T>
 void attention_backward_typed(const AttentionHead& head, const AttentionGrad& grad, double* gains, float* scratch) {
-  const int64_t n = head.valid, width = head.width;
-  const int64_t tokens = round_up(n, kTile), columns = round_up(n, W), padded = round_up(width, W);
-  float* next = scratch;
-  auto take = [&](int64_t floats) { return next += floats, next - floats; };
-  float* const q = take(tokens * padded);
-  float* const k = take(tokens * padded);
-  float* const d_out = take(tokens * padded);
-  float* const dk = take(tokens * padded);
-  float* const dv = take(tokens * padded);
-  float* const kt = take(columns * padded);
-  float* const vt = take(columns * padded);
-  float* const ds = take(std::min(kBlockRows, tokens) * columns);
-  float* const mixing = take(std::min(kBlockRows, tokens) * columns);
-  pack<T>(head.v, n, width, q, padded, tokens);
-  transpose_rows(q, padded, n, padded, vt, columns);
-  pack<T>(head.k, n, width, k, padded, tokens);
-  transpose_rows(k, padded, n, padded, kt, columns);
-  pack<T>(head.q, n, width, q, padded, tokens);
-  pack<T>(grad.grad, n, width, d_out, padded, tokens);
+  using U = typename Unit<T>::type;
+  constexpr int kFloats = Unit<T>::kFloats;
+  const int64_t n = head.valid, width = head.width, tokens = round_up(n, kTile), columns = round_up(n, W);
+  const int64_t padded = round_up(width, W * kFloats), units = padded / kFloats;  // a row in floats, in units
+  const int64_t matrix_rows = std::min(kBlockRows, tokens);
+  Scratch next{scratch};
+  U* const q = next.take<U>(tokens * units);
+  U* const d_out = next.take<U>(tokens * units);
+  U* const kt = next.take<U>(units * columns);
+  U* const vt = next.take<U>(units * columns);
+  U* const k = next.take<U>(tokens * units);  // rows until transposed, then stacked
+  float* const dk = next.take<float>(tokens * padded);
+  float* const dv = next.take<float>(tokens * padded);
+  U* const ds = next.take<U>(matrix_rows * columns / kFloats);
+  U* const mixing = next.take<U>(matrix_rows * columns / kFloats);
+  pack_rows<T>(head.v, n, width, k, units, tokens);
+  transpose_rows(k, units, n, units, vt, columns);
+  pack_rows<T>(head.k, n, width, k, units, tokens);
+  transpose_rows(k, units, n, units, kt, columns);
+  pack_rows<T>(head.q, n, width, q, units, tokens);
+  pack_rows<T>(grad.grad, n, width, d_out, units, tokens);
+  U *q_stacked = q, *d_out_stacked = d_out, *left = nullptr;
+  float *s_tile = nullptr, *dp_tile = nullptr;
+  if constexpr (kFloats == 2) {
+    q_stacked = next.take<U>(tokens * units);
+    d_out_stacked = next.take<U>(tokens * units);
+    stack_rows<T>(head.k, n, width, k, padded);
+    stack_rows<T>(head.q, n, width, q_stacked, padded);
+    stack_rows<T>(grad.grad, n, width, d_out_stacked, padded);
+    s_tile = next.take<float>(kTile * columns);
+    dp_tile = next.take<float>(kTile * columns);
+    left = next.take<U>(kTile * columns / kFloats);
+  }
   gains[0] = gains[1] = gains[2] = 0;
   std::memset(dk, 0, tokens * padded * sizeof(float));
-  for (int64_t c = 0; c < tokens * padded; c += W) store(dv + c, load(d_out + c) * head.alpha);
+  for (int64_t i = 0; i < tokens; ++i)
+    for (int64_t c = 0; c < width; c += W)
+      store(dv + i * padded + c, load_up_to(row_of<T>(grad.grad, i, n) + c, width - c) * head.alpha);
   const auto zero = [](int, int64_t) { return vf{}; };
 
   for (int64_t block = 0; block < n; block += kBlockRows) {
     const int64_t end = std::min(block + kBlockRows, n);
     for (int64_t i = block; i < end; i += kTile) {
       const int64_t seen = head.causal ? std::min(i + kTile, n) : n, count = std::min<int64_t>(kTile, n - i);
-      const int64_t seen_columns = round_up(seen, W);
-      float* const s = ds + (i - block) * columns;
-      float* const dp = mixing + (i - block) * columns;
-      row_product(seen_columns / W, width, q + i * padded, padded, 1, kt, columns, zero,
+      const int64_t seen_columns = round_up(seen, W), at = (i - block) / kFloats * columns;
+      float *s = s_tile, *dp = dp_tile;
+      if constexpr (kFloats == 1) s = ds + at, dp = mixing + at;
+      row_product(seen_columns / W, units_of(width, kFloats), q + i * units, units, 1, kt, columns, zero,
                   [&](int r, int64_t c, vf x) { store(s + r * columns + c, x); });
-      row_product(seen_columns / W, width, d_out + i * padded, padded, 1, vt, columns, zero,
+      row_product(seen_columns / W, units_of(width, kFloats), d_out + i * units, units, 1, vt, columns, zero,
                   [&](int r, int64_t c, vf x) { store(dp + r * columns + c, x); });
       for (int64_t r = 0; r < count; ++r) {
         gains[0] += dp[r * columns + i + r];
         row_gradients(s + r * columns, dp + r * columns, seen_columns, head.causal ? i + r + 1 : n, head.scale, head.beta,
                       head.gamma, head.lse[i + r], gains);
       }
-      row_product(padded / W, seen, s, columns, 1, k, padded, zero, [&](int r, int64_t c, vf x) {
-        if (r >= count) return;
-        T* to = static_cast<T*>(grad.dq.data) + (i + r) * grad.dq.stride + c;
-        if (c + W <= width) store(to, x);
-        else store(to, x, int(width - c));
+      int64_t left_row = columns;
+      if constexpr (kFloats == 1) {
+        left = ds + at;
+      } else {
+        left_row = columns / kFloats;
+        pair_along(s, count, columns, seen_columns, left, left_row);
+        pair_down(s, count, columns, seen_columns, ds + at, columns);
+        pair_down(dp, count, columns, seen_columns, mixing + at, columns);
+      }
+      row_product(round_up(width, W) / W, units_of(seen, kFloats), left, left_row, 1, k, padded, zero, [&](int r, int64_t c, vf x) {
+        if (r < count) store_up_to(static_cast<T*>(grad.dq.data) + (i + r) * grad.dq.stride + c, x, width - c);
       });
     }
     // Row i sees key j only from i = j on where causal; tiles of rows and of keys begin at the same tokens.
     for (int64_t j = 0; j < (head.causal ? end : n); j += kTile) {
-      const int64_t first = head.causal ? std::max(block, j) : block, at = (first - block) * columns + j;
-      const auto accumulate = [&](float* sums, const float* left, const float* right) {
-        row_product(padded / W, end - first, left + at, 1, columns, right + first * padded, padded,
-                    [&](int r, int64_t c) { return load(sums + (j + r) * padded + c); },
+      const int64_t first = head.causal ? std::max(block, j) : block, at = (first - block) / kFloats * columns + j;
+      const auto accumulate = [&](float* sums, const U* matrix, const U* right) {
+        row_product(round_up(width, W) / W, units_of(end - first, kFloats), matrix + at, 1, columns,
+                    right + first / kFloats * padded, padded, [&](int r, int64_t c) { return load(sums + (j + r) * padded + c); },
                     [&](int r, int64_t c, vf x) { store(sums + (j + r) * padded + c, x); });
       };
-      accumulate(dk, ds, q);
-      accumulate(dv, mixing, d_out);
+      accumulate(dk, ds, q_stacked);
+      accumulate(dv, mixing, d_out_stacked);
     }
   }
   unpack<T>(dk, padded, n, head.length, width, grad.dk);

@@ -4,13 +4,25 @@
 // often by a power of two, which would throw each other out of the first-level cache. Then some rows at a time: logits,
 // softmax, mixing weights, product with v. The mixing weights beta A - gamma C are one matrix, so one product serves both.
 
+struct Scratch {
+  float* next;
+
+  template <class U>
+  U* take(int64_t units) {
+    next += units;
+    return reinterpret_cast<U*>(next - units);
+  }
+};
+
+VINLINE int64_t units_of(int64_t floats, int unit) { return (floats + unit - 1) / unit; }
+
 constexpr int64_t kBlockRows = 240;  // of backward's matrices [rows, L]: a multiple of kTile
 
+// Enough for every type; a tile reads up to a vector behind a matrix.
 inline int64_t attention_scratch_floats(int64_t length, int64_t width, bool is_backward) {
-  const int64_t tokens = round_up(length, kTile), columns = round_up(length, W), padded = round_up(width, W);
-  const int64_t rows = is_backward ? std::min(kBlockRows, tokens) : kTile;
-  const int64_t packed = is_backward ? 5 : 2, transposed = is_backward ? 2 : 1, matrices = is_backward ? 2 : 1;
-  return (packed * tokens + transposed * columns) * padded + matrices * rows * columns + 4 * W;
+  const int64_t tokens = round_up(length, kTile), columns = round_up(length, W), padded = round_up(width, 2 * W);
+  const int64_t rows = is_backward ? std::min(kBlockRows, tokens) + 2 * kTile : kTile;
+  return (is_backward ? 7 : 2) * tokens * padded + (is_backward ? 2 : 1) * columns * padded + 2 * rows * columns + 4 * W;
 }
 
 // Weights of row `i` in place of its logits [columns]: beta softmax - gamma uniform over the `count` visible keys, 0 behind.
@@ -43,34 +55,39 @@ inline float mixing_weights(float* row, int64_t columns, int64_t count, float sc
 
 template <class T>
 void attention_forward_typed(const AttentionHead& head, const Rows& out, float* scratch) {
-  const int64_t n = head.valid, tokens = round_up(n, kTile), columns = round_up(n, W), padded = round_up(head.width, W);
-  float* const q = scratch;
-  float* const v = q + tokens * padded;
-  float* const kt = v + tokens * padded;
-  float* const weights = kt + columns * padded;
-  pack<T>(head.k, n, head.width, q, padded, tokens);
-  transpose_rows(q, padded, n, padded, kt, columns);
-  pack<T>(head.q, n, head.width, q, padded, tokens);
-  pack<T>(head.v, n, head.width, v, padded, tokens);
+  using U = typename Unit<T>::type;
+  constexpr int kFloats = Unit<T>::kFloats;
+  const int64_t n = head.valid, width = head.width, tokens = round_up(n, kTile), columns = round_up(n, W);
+  const int64_t padded = round_up(width, W * kFloats), units = padded / kFloats;  // a row in floats, in units
+  Scratch next{scratch};
+  U* const q = next.take<U>(tokens * units);
+  U* const kt = next.take<U>(units * columns);
+  U* const v = next.take<U>(tokens * padded / kFloats);
+  float* const weights = next.take<float>(kTile * columns);
+  U* const left = kFloats == 1 ? reinterpret_cast<U*>(weights) : next.take<U>(kTile * columns);
+  const int64_t left_row = columns / kFloats;
+  pack_rows<T>(head.k, n, width, q, units, tokens);
+  transpose_rows(q, units, n, units, kt, columns);
+  pack_rows<T>(head.q, n, width, q, units, tokens);
+  if constexpr (kFloats == 1) pack_rows<T>(head.v, n, width, v, units, tokens);
+  else stack_rows<T>(head.v, n, width, v, padded);
 
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t seen = head.causal ? std::min(i + kTile, n) : n, count = std::min<int64_t>(kTile, n - i);
     const int64_t seen_columns = round_up(seen, W);
     row_product(
-        seen_columns / W, head.width, q + i * padded, padded, 1, kt, columns, [](int, int64_t) { return vf{}; },
+        seen_columns / W, units_of(width, kFloats), q + i * units, units, 1, kt, columns, [](int, int64_t) { return vf{}; },
         [&](int r, int64_t c, vf x) { store(weights + r * columns + c, x); });
     for (int64_t r = 0; r < count; ++r) {
       const int64_t keys = head.causal ? i + r + 1 : n;
       head.lse[i + r] = mixing_weights(weights + r * columns, seen_columns, keys, head.scale, head.beta, head.gamma);
     }
+    if constexpr (kFloats == 2) pair_along(weights, count, columns, seen_columns, left, left_row);
     row_product(
-        padded / W, seen, weights, columns, 1, v, padded,
-        [&](int r, int64_t c) { return load(v + (i + r) * padded + c) * head.alpha; },
+        round_up(width, W) / W, units_of(seen, kFloats), left, left_row, 1, v, padded,
+        [&](int r, int64_t c) { return load_up_to(row_of<T>(head.v, i + r, n) + c, width - c) * head.alpha; },
         [&](int r, int64_t c, vf x) {
-          if (r >= count) return;
-          T* to = static_cast<T*>(out.data) + (i + r) * out.stride + c;
-          if (c + W <= head.width) store(to, x);
-          else store(to, x, int(head.width - c));
+          if (r < count) store_up_to(static_cast<T*>(out.data) + (i + r) * out.stride + c, x, width - c);
         });
   }
   for (int64_t i = n; i < head.length; ++i) {

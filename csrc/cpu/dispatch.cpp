@@ -1,4 +1,4 @@
-// Chooses the instruction set once, at first use. SIMPLCLIP_CPU_ISA=avx512|avx2|baseline forces one that the CPU has.
+// Chooses the instruction set once, at first use. SIMPLCLIP_CPU_ISA=avx512_bf16|avx512|avx2|baseline forces one that the CPU has.
 #include "instruction_set.h"
 
 #include <cstdlib>
@@ -8,6 +8,7 @@
 
 namespace simplclip {
 
+namespace avx512_bf16 { extern const InstructionSet kernels; }
 namespace avx512 { extern const InstructionSet kernels; }
 namespace avx2 { extern const InstructionSet kernels; }
 namespace baseline { extern const InstructionSet kernels; }
@@ -18,8 +19,10 @@ std::vector<const InstructionSet*> available() {
   std::vector<const InstructionSet*> found;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (has_native_bf16()) found.push_back(&avx512_bf16::kernels);
     found.push_back(&avx512::kernels);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
 #endif
   found.push_back(&baseline::kernels);

@@ -41,6 +41,13 @@ VINLINE vf load(const T* p, std::integral_constant<int, W>) { return load(p); }
 template <class T>
 VINLINE void store(T* p, vf v, std::integral_constant<int, W>) { store(p, v); }
 
+// The same for a number of lanes that may be more than a vector has.
+template <class T>
+VINLINE vf load_up_to(const T* p, int64_t lanes) { return lanes >= W ? load(p) : load(p, int(lanes)); }
+
+template <class T>
+VINLINE void store_up_to(T* p, vf v, int64_t lanes) { lanes >= W ? store(p, v) : store(p, v, int(lanes)); }
+
 // Calls f with a null pointer of the type of a loop over floats.
 template <class F>
 VINLINE void by_type(Float type, F&& f) {

@@ -26,6 +26,7 @@ def define(
 
     `run(function, *arguments)` prepares the call for a backend's function. `native`: schema of the functions of C++ where it
     is another than the op's. `facts(*arguments)`: what the backends' predicates want to know beside device and dtype.
+    An op without a row in the table is made of others: its `run` gets `pick(op, **facts)`, which gives their functions.
     """
     library.define(f"{name}({arguments}, str backend) -> {returns}")
     for backend in ("cpu", "cuda"):
@@ -33,8 +34,11 @@ def define(
 
     def dispatch(*args):
         first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
-        call = facts(*args[:-1]) if facts else {}
-        _, function = backends.select(name, first.device.type, first.dtype, args[-1], **call)
+
+        def pick(op: str, **call) -> Callable:
+            return backends.select(op, first.device.type, first.dtype, args[-1], **call)[1]
+
+        function = pick(name, **(facts(*args[:-1]) if facts else {})) if name in backends.TABLE else pick
         with torch.autocast(first.device.type, enabled=False):
             return run(function, *args[:-1])
 
