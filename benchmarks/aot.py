@@ -5,8 +5,8 @@
     python -m benchmarks.aot --arch 86 --dtype bfloat16
 
 Prints a line per kernel: registers, shared memory, stack, spills, blocks per multiprocessor, instructions and tensor-core
-instructions; the CUDA extension's kernels (where it is built) and the launches they are planned for in the same table. Exits with
-1 if a gate fails.
+instructions; the CUDA extension's kernels (where it is built) and the launches they are planned for in the same table.
+Exits with 1 if a gate fails.
 """
 
 from __future__ import annotations

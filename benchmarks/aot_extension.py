@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA extension's kernels, and the launches that they are planned for; benchmarks.aot prints both.
+"""What the compiler made of the CUDA extension's kernels, and the launches they are planned for; for benchmarks.aot.
 
 shaped_attention's dynamic shared memory, threads and padded work come from the plan that its launcher follows.
 """
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.aot import BIN, LIMITS, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
+from benchmarks.aot import BIN, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
 from simplclip import backends
 
 TOKENS = (50, 64, 77, 197, 257, 288)  # CLIP's towers, and the most
@@ -61,6 +61,7 @@ def compiled(architectures: Iterable[int]) -> dict[int, list[Compiled]]:
     found = {}
     for architecture in architectures:
         codes: dict[str, Counter[str]] = {}
+        counter: Counter[str] = Counter()
         for line in dump("-sass", architecture):
             instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", line)
             if instruction:

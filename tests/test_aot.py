@@ -106,9 +106,11 @@ def test_every_launch_of_shaped_attention_fits_every_architecture():
     for tokens, width, wide, backward in itertools.product(range(1, 289), range(16, 129, 16), (0, 1), (0, 1)):
         found = plan(tokens, width, wide, backward)
         assert 0 < found["shared"] <= least, (tokens, width, wide, backward, found)
-        assert found["resident"] > 0 and found["threads"] > 0
-        groups = found["blocks"] if not backward or found["kernel"] == "backward" else 1
-        assert groups * found["threads"] // 32 * 16 >= tokens or found["kernel"] == "stream"
+        assert found["resident"] > 0
+        if found["kernel"] == "stream":  # goes over the tiles in rounds
+            assert found["threads"] > 0
+        else:
+            assert found["blocks"] * found["threads"] // 32 * 16 >= tokens
 
 
 @pytest.mark.skipif(aot_extension.why_not() is not None, reason=str(aot_extension.why_not()))

@@ -7,6 +7,7 @@ second is what reordering a sum may cost in that dtype. (The rule of ml-cross-en
 import torch
 
 EPS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
+EPS["tf32"] = 2e-3  # the mantissa of float16, to which the inputs are rounded too
 
 
 def assert_within(kernel, plain, truth, dtype, what="", least=0.0):

@@ -122,7 +122,7 @@ SIMPLCLIP_DEVICE void shaped_attention_backward(const ShapedAttentionBackward& p
     store_global<T>(sum, dq, tile, i, head.length, p.length);
   }
 
-  sync_block();
+  sync_block();  // nobody reads keys and values any more
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     if (i < tiles) {
@@ -130,7 +130,7 @@ SIMPLCLIP_DEVICE void shaped_attention_backward(const ShapedAttentionBackward& p
       store_operand<T>(joined, tile, i, left_joined[i]);
     }
   }
-  gains.store(sums, p, head);
+  gains.store(sums, p, head);  // with a barrier, behind which both matrices are complete
 
   const int first = p.causal ? tile : 0;  // the first tile of queries that sees the warp's keys
 #pragma unroll

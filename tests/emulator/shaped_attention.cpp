@@ -42,25 +42,25 @@ void forward(const char* type, const int64_t* tensors, const float* gains, const
 
 // tensors: q, k, v, grad, dq, dk, dv; parts: [B, 3, H]
 void backward(const char* type, const int64_t* tensors, const float* gains, const int32_t* lengths, float* lse,
-              const int* sizes, double scale, bool causal, float* parts, float* d_gains, uint64_t seed) {
+              const int* sizes, double scale, bool causal, float* parts, uint64_t seed) {
   const ShapedPlan plan = plan_of(type, sizes[1], sizes[3], true);
   const ShapedAttentionBackward p{shaped(tensors, gains, lengths, lse, sizes, scale, causal),
                                   view(tensors, 3), view(tensors, 4), view(tensors, 5), view(tensors, 6), parts};
   auto run = [&](auto kernel) {
     launch({unsigned(sizes[0] * sizes[2])}, plan.threads, plan.shared, seed, [&] { kernel(p); });
   };
-  if (*type == 'f') {
-    with_backward_kernel<f16>(plan, run);
-  } else if (*type == 'b') {
-    with_backward_kernel<bf16>(plan, run);
-  } else {
-    with_backward_kernel<tf32>(plan, run);
-  }
-  const int count = 3 * sizes[2];
-  launch({unsigned(count)}, 32, 0, seed, [&] { shaped_attention_gains_kernel(parts, d_gains, sizes[0], count); });
+  if (*type == 'f') return with_backward_kernel<f16>(plan, run);
+  if (*type == 'b') return with_backward_kernel<bf16>(plan, run);
+  with_backward_kernel<tf32>(plan, run);
+}
+
+// parts: [B, count]
+void sum_gains(const float* parts, float* d_gains, int batch, int count, uint64_t seed) {
+  launch({unsigned(count)}, 32, 0, seed, [&] { shaped_attention_gains_kernel(parts, d_gains, batch, count); });
 }
 
 EMULATED(forward);
 EMULATED(backward);
+EMULATED(sum_gains);
 
 }  // namespace

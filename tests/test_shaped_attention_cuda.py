@@ -1,0 +1,128 @@
+"""shaped_attention's CUDA C++ kernels under the emulator: values, gradients and log-sum-exps against float64.
+
+SIMPLCLIP_EMULATE_ALL=1 runs 20 schedules of every case in place of one, all widths also of long sequences, and all faults.
+"""
+
+import os
+
+import emulator
+import pytest
+import torch
+from shaped_attention_emulated import TYPES, Case, by_reference, check, emulate, inputs
+
+if emulator.why_not():
+    pytest.skip(emulator.why_not(), allow_module_level=True)
+
+TOKENS = (1, 2, 15, 16, 17, 50, 64, 77, 80, 197, 257, 288)
+WIDTHS = (32, 64, 80, 96, 128)
+ALL = os.environ.get("SIMPLCLIP_EMULATE_ALL") == "1"
+SEEDS = range(20) if ALL else (7,)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return emulator.build("shaped_attention")
+
+
+def cases(tokens, width, kind):
+    """All tokens, causal, and sequences of several lengths in one batch with several heads."""
+    yield Case(kind, tokens, width)
+    yield Case(kind, tokens, width, causal=True)
+    for causal in (False, True):
+        yield Case(kind, tokens, width, causal, lengths=(tokens // 2, 0, tokens), batch=3, heads=1 + (tokens < 100))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_values_and_gradients(kernels, tokens, kind):
+    for width in WIDTHS if ALL or tokens < 100 else (32, 80, 128):
+        for case in cases(tokens, width, kind):
+            check(kernels, case, SEEDS)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(77, 64), (77, 128), (197, 64), (288, 128)])
+def test_twenty_schedules_give_the_same_bits(kernels, tokens, width, kind):
+    check(kernels, Case(kind, tokens, width, causal=True, lengths=(tokens - 3,)), range(20))
+    check(kernels, Case(kind, tokens, width), (0, 1) if tokens > 200 else range(20))
+
+
+def test_every_width(kernels):
+    for kind in TYPES:
+        for width in range(16, 129, 16):
+            check(kernels, Case(kind, 33, width, causal=True), (1,))
+
+
+def test_a_scale_of_other_size_and_sign(kernels):
+    for scale in (-0.5, 0.0, 4.0):
+        for tokens in (77, 100):
+            check(kernels, Case("f16", tokens, 32, scale=scale), (1,))
+
+
+def test_lengths_out_of_range_count_as_none_and_all(kernels):
+    inside, outside = Case("bf16", 33, 32, lengths=(0, 33), batch=2), Case("bf16", 33, 32, lengths=(-5, 70), batch=2)
+    given = inputs(inside)
+    expected = emulate(kernels, inside, given, 1)
+    found = emulate(kernels, outside, given | {"lengths": torch.tensor(outside.lengths, dtype=torch.int32)}, 1)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("tokens", [77, 144])
+def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels, tokens):
+    """At initialisation q is zero: softmax is the mean, and with equal gains nothing remains of both."""
+    case = Case("bf16", tokens, 64)
+    given = inputs(case)
+    given["q"].mul_(1e-3)
+    given["gains"].copy_(torch.tensor([[0.0], [1.0], [1.0]]))
+    truth, found = by_reference(case, given, torch.float64), emulate(kernels, case, given, 1)
+    for name in ("out", "dv"):
+        largest = truth[name].abs().max()
+        assert largest < 0.01
+        assert (found[name] - truth[name]).abs().max() < 0.01 * largest, name
+
+
+def test_sanitizers_find_nothing():
+    done = emulator.sanitized(
+        """
+        import emulator
+        from shaped_attention_emulated import Case, check
+        without = {f"if (*type == 'f') return with_{name}_kernel<f16>(plan, run);": "" for name in ("forward", "backward")}
+        kernels = emulator.build("shaped_attention", sanitize=True, replace=without)  # compiles faster
+        for kind in ("bf16", "tf32"):
+            for tokens, width in ((1, 16), (17, 80), (77, 64), (80, 128), (100, 96), (288, 128)):
+                check(kernels, Case(kind, tokens, width, True, (tokens - 1, 0), 2), (1,))
+                check(kernels, Case(kind, tokens, width), (1,))
+        print("clean")
+        """
+    )
+    assert done.stdout.strip() == "clean", done.stderr[-3000:]
+
+
+# What is taken out or changed, and a case that must notice.
+FAULTS = {
+    "no barrier before keys and values are written over": (
+        {"  sync_block();  // nobody reads keys and values any more": ""},
+        Case("bf16", 77, 64),
+    ),
+    "no barrier before a slot is filled again": ({"if (s + 2 < 2 * slices) sync_block();": ""}, Case("tf32", 77, 64)),
+    "no barrier after a tile has passed": (
+        {"      f(tile);\n      sync_block();\n": "      f(tile);\n"},
+        Case("bf16", 100, 64),
+    ),
+    "a fragment's halves exchanged": (
+        {"(lane() & 7) + (lane() >> 4) * 8, chunk + (lane() >> 3 & 1)": "(lane() & 15), chunk + (lane() >> 4)"},
+        Case("f16", 16, 32),
+    ),
+    "a transposed fragment's halves exchanged": (
+        {"column_tile * 2 + (lane() >> 3 & 1)": "column_tile * 2 + (lane() >> 3 & 1 ^ 1)"},
+        Case("f16", 16, 32),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS if ALL else list(FAULTS)[::3])
+def test_a_fault_is_noticed(fault):
+    replace, case = FAULTS[fault]
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(emulator.build("shaped_attention", replace=replace), case, range(20))
