@@ -119,3 +119,26 @@ def test_an_unknown_instruction_set_is_an_error():
     done = run_python("import simplclip; simplclip.backends.extension.cpu_isa()", SIMPLCLIP_CPU_ISA="mmx")
     assert "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr
     assert "got 'mmx'" in done.stderr
+
+
+@pytest.mark.skipif(backends.cuda_extension is None, reason=str(backends.cuda_extension_error))
+def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
+    def why_not(dtype=torch.bfloat16, device="cuda", **call):
+        return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, **call)
+
+    monkeypatch.setattr(backends, "_capability", lambda: (8, 6))
+    assert why_not(length=288, width=128) is None
+    assert why_not(length=289, width=64) == "serves 1 to 288 tokens; got 289 tokens, width 64"
+    assert why_not(length=77, width=40) == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
+    assert why_not(device="cpu") == "serves cuda tensors, not cpu"
+    assert "float64 is for the reference" in why_not(torch.float64)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert "only through TF32" in why_not(torch.float32)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert why_not(torch.float32) is None
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    monkeypatch.setattr(backends, "_capability", lambda: (7, 5))
+    assert why_not() == "needs compute capability 8.0, the device has 7.5"
