@@ -43,8 +43,10 @@ namespace simplclip::emulator {
 
 using Site = std::source_location;
 
+inline bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
+
 inline bool same(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() && !std::strcmp(a.file_name(), b.file_name());
+  return a.line() == b.line() && a.column() == b.column() && same(a.file_name(), b.file_name());
 }
 
 struct Dim3 {
@@ -227,7 +229,7 @@ void warp_collective(const char* operation, Site site, Operands& mine, std::type
   Operands* all[32];
   for (int i = 0; i < 32; ++i) {
     const Thread& other = lanes[i];
-    if (std::strcmp(other.waits_in, operation) || !same(other.site, site)) {
+    if (!same(other.waits_in, operation) || !same(other.site, site)) {
       fail(operation, site, name(other) + " of the same warp is in " + place(other.waits_in, other.site));
     }
     all[i] = static_cast<Operands*>(other.operands);
