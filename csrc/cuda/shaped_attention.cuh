@@ -17,7 +17,7 @@ struct Head {
   float alpha, beta, gamma;
 
   SIMPLCLIP_DEVICE explicit Head(const ShapedAttention& p)
-      : batch(block_x() / p.heads), index(block_x() % p.heads), length(p.lengths ? p.lengths[batch] : p.length),
+      : batch(block_x() / p.heads), index(block_x() % p.heads), length(p.lengths ? between(0, p.lengths[batch], p.length) : p.length),
         alpha(p.gains[index]), beta(p.gains[p.heads + index]), gamma(p.gains[2 * p.heads + index]) {}
 
   // [L]
@@ -133,9 +133,11 @@ SIMPLCLIP_DEVICE void shaped_attention_forward(const ShapedAttentionForward& p) 
     for (int i = 0; i < values.stride / (kRows * kBytes<T>); ++i) {
       float own[2][4], sum[2][4] = {};
       load_global<T>(own, v, tile, column + i, head.length);
+      Tile below = values;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        if (j < tiles) multiply_columns<T>(sum, weights[j], values, j, i);
+        if (j < tiles) multiply_columns<T>(sum, weights[j], below, 0, i);
+        below.descend();
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[j / 4][j % 4] += head.alpha * own[j / 4][j % 4];

@@ -1,4 +1,4 @@
-// shaped_attention on a GPU: what a launch takes, and its plan. Also for compilers that know no CUDA.
+// What shaped_attention's kernels take. Also for compilers that know no CUDA.
 #pragma once
 
 #include <cstdint>
@@ -32,24 +32,5 @@ struct ShapedAttentionBackward : ShapedAttention {
   HeadsView grad, dq, dk, dv;
   float* d_gains;  // [B, 3, H]
 };
-
-// A launch over (B H, blocks) blocks. `refusal` says why there is none.
-struct ShapedPlan {
-  const char* refusal;
-  const char* kernel;
-  int tiles;     // template argument: the most tiles of 16 tokens; of the streaming backward the widest head
-  int threads;
-  int blocks;    // that share a head
-  int shared;    // bytes of dynamic shared memory
-  int slice;     // bytes
-  int products;  // of 16 x 16 tiles along a head, not causal: attention's own 2 (forward) or 5 (backward) of each, and more
-  int resident;  // blocks that a multiprocessor with 100 KiB of shared memory and 64 Ki registers is meant to hold
-};
-
-constexpr int kShapedMaxLength = 288;
-constexpr int kShapedMaxWidth = 128;
-
-ShapedPlan plan_shaped_forward(int length, int width, ShapedType type);
-ShapedPlan plan_shaped_backward(int length, int width, ShapedType type);
 
 }  // namespace simplclip

@@ -7,10 +7,6 @@
 
 namespace simplclip::gpu {
 
-// Tiles that pass at a time.
-template <class T>
-inline constexpr int kPassing = kBytes<T> == 2 ? 2 : 1;
-
 enum class Sweep { kDelta, kQueries, kKeys };
 
 template <class T, int kWidth>
@@ -18,95 +14,87 @@ struct Stream {
   const ShapedAttentionBackward& p;
   const Head head;
   const int row_bytes, warps, all;
-  char *owned, *passing;
+  char *owned, *slots;
   float *lse, *delta, *mean;  // [16 tiles] by query: lse times log2 e, delta, C of a visible key
   GainSums gains;
 
   SIMPLCLIP_DEVICE explicit Stream(const ShapedAttentionBackward& p)
       : p(p), head(p), row_bytes(p.width * kBytes<T>), warps(threads() / 32), all(tiles_of(head.length)), owned(shared_memory()),
-        passing(owned + 2 * warps * kRows * row_bytes),
-        lse(reinterpret_cast<float*>(passing + 4 * kPassing<T> * kRows * row_bytes)),
+        slots(owned + 2 * warps * kRows * row_bytes),
+        lse(reinterpret_cast<float*>(slots + 4 * kRows * row_bytes)),
         delta(lse + tiles_of(p.length) * kRows), mean(delta + tiles_of(p.length) * kRows) {}
 
   SIMPLCLIP_DEVICE float* sums() const { return mean + tiles_of(p.length) * kRows; }
 
   SIMPLCLIP_DEVICE Tile own(int which) const { return Tile(owned + which * warps * kRows * row_bytes, row_bytes); }
 
-  SIMPLCLIP_DEVICE Tile pass(int turn, int which) const {
-    return Tile(passing + (turn % 2 * 2 + which) * kPassing<T> * kRows * row_bytes, row_bytes);
+  SIMPLCLIP_DEVICE Tile passing(int tile, int which) const {
+    return Tile(slots + (tile % 2 * 2 + which) * kRows * row_bytes, row_bytes);
   }
 
   SIMPLCLIP_DEVICE void load_own(const HeadsView& left, const HeadsView& right, int first) const {
-    sync_block();  // the last sweep's readers are done
     stage(own(0), head.rows(left), 0, first * kRows, warps * kRows, head.length);
     stage(own(1), head.rows(right), 0, first * kRows, warps * kRows, head.length);
   }
 
-  // Tiles begin to end - 1 of two matrices pass; calls f(turn, first tile, tiles) for each turn.
+  // Tiles begin to end - 1 of two matrices pass, one after the other; calls f(tile) for each.
   template <class F>
   SIMPLCLIP_DEVICE void stream(const HeadsView& left, const HeadsView& right, int begin, int end, F&& f) const {
-    const int turns = (end - begin + kPassing<T> - 1) / kPassing<T>;
-    auto load = [&](int turn) {
-      if (turn < turns) {
-        const int first = begin + turn * kPassing<T>;
-        stage(pass(turn, 0), head.rows(left), 0, first * kRows, kPassing<T> * kRows, head.length);
-        stage(pass(turn, 1), head.rows(right), 0, first * kRows, kPassing<T> * kRows, head.length);
+    auto load = [&](int tile) {
+      if (tile < end) {
+        stage(passing(tile, 0), head.rows(left), 0, tile * kRows, kRows, head.length);
+        stage(passing(tile, 1), head.rows(right), 0, tile * kRows, kRows, head.length);
       }
       cp_async_commit();
     };
-    load(0);
-    load(1);
-    for (int turn = 0; turn < turns; ++turn) {
-      const int first = begin + turn * kPassing<T>;
+    load(begin);
+    load(begin + 1);
+    for (int tile = begin; tile < end; ++tile) {
       cp_async_wait<1>();
       sync_block();
-      f(turn, first, smaller(kPassing<T>, end - first));
+      f(tile);
       sync_block();
-      load(turn + 2);
+      load(tile + 2);
     }
   }
 
-  // One turn of a sweep for the warp's tile. Rows are the tile's, columns those that pass. delta, dq: `sum`; dk, dv: `sum`
-  // and `other`.
+  // What the passing tile adds for the warp's own. Rows are those of the own tile, columns those of the passing one. A sweep
+  // for delta uses `delta_parts` alone, one for dq `first`, one for dk and dv both sums.
   template <Sweep kSweep>
-  SIMPLCLIP_DEVICE void turn(
-      int tile, int turn, int first, int count, float (&sum)[kWidth / kRows][2][4], float (&other)[kWidth / kRows][2][4],
-      float (&row_delta)[2]) {
+  SIMPLCLIP_DEVICE void add(
+      int own_tile, int tile, float (&first)[kWidth / kRows][2][4], float (&second)[kWidth / kRows][2][4],
+      float (&delta_parts)[2]) {
     constexpr bool kKeys = kSweep == Sweep::kKeys;
-    float s[kPassing<T>][2][4] = {}, dp[kPassing<T>][2][4] = {};
-    multiply_rows<T, kPassing<T>>(s, own(0), warp(), 0, pass(turn, 0), count, row_bytes);
-    multiply_rows<T, kPassing<T>>(dp, own(1), warp(), 0, pass(turn, 1), count, row_bytes);
+    if (p.causal && (kKeys ? tile < own_tile : tile > own_tile)) return;
+    float s[1][2][4] = {}, dp[1][2][4] = {};
+    multiply_rows<T, 1>(s, own(0), warp(), 0, passing(tile, 0), 1, row_bytes);
+    multiply_rows<T, 1>(dp, own(1), warp(), 0, passing(tile, 1), 1, row_bytes);
     const float scale = p.scale * kLog2E;
 #pragma unroll
-    for (int i = 0; i < kPassing<T>; ++i) {
-      if (i < count && !(p.causal && (kKeys ? first + i < tile : first + i > tile))) {
+    for (int i = 0; i < 8; ++i) {
+      const int low = i / 2 % 2, row = own_tile * kRows + lane() / 4 + 8 * low;
+      const int column = tile * kRows + i / 4 * 8 + lane() % 4 * 2 + i % 2;
+      const int query = kKeys ? column : row, key = kKeys ? row : column;
+      const bool visible = key < (p.causal ? query + 1 : head.length);
+      float &x = s[0][i / 4][i % 4], &y = dp[0][i / 4][i % 4];
+      const float probability = visible ? fast_exp2(x * scale - lse[query]) : 0;
+      const float average = visible ? mean[query] : 0;
+      if constexpr (kSweep == Sweep::kDelta) {
+        delta_parts[low] += probability * y;
+        gains.gamma -= average * y;
+        if (query == key) gains.alpha += y;
+      } else {
+        y = head.beta * probability * (y - delta[query]);
+        x = head.beta * probability - head.gamma * average;
+      }
+    }
+    if constexpr (kSweep != Sweep::kDelta) {
+      const Operand<T> ds = pack<T>(dp[0]), joined = pack<T>(s[0]);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const int row = tile * kRows + lane() / 4 + j / 2 % 2 * 8;
-          const int column = (first + i) * kRows + j / 4 * 8 + lane() % 4 * 2 + j % 2;
-          const int query = kKeys ? column : row, key = kKeys ? row : column;
-          const bool visible = key < (p.causal ? query + 1 : head.length);
-          float &x = s[i][j / 4][j % 4], &y = dp[i][j / 4][j % 4];
-          const float probability = visible ? fast_exp2(x * scale - lse[query]) : 0;
-          const float average = visible ? mean[query] : 0;
-          if constexpr (kSweep == Sweep::kDelta) {
-            row_delta[j / 2 % 2] += probability * y;
-            gains.gamma -= average * y;
-            if (query == key) gains.alpha += y;
-          } else {
-            y = head.beta * probability * (y - delta[query]);
-            x = head.beta * probability - head.gamma * average;
-          }
-        }
-        if constexpr (kSweep != Sweep::kDelta) {
-          const Operand<T> ds = pack<T>(dp[i]), joined = pack<T>(s[i]);
-#pragma unroll
-          for (int j = 0; j < kWidth / kRows; ++j) {
-            if (j * kRows < p.width) {
-              multiply_columns<T>(sum[j], ds, pass(turn, 0), i, j);
-              if constexpr (kKeys) multiply_columns<T>(other[j], joined, pass(turn, 1), i, j);
-            }
-          }
+      for (int i = 0; i < kWidth / kRows; ++i) {
+        if (i * kRows < p.width) {
+          multiply_columns<T>(first[i], ds, passing(tile, 0), 0, i);
+          if constexpr (kKeys) multiply_columns<T>(second[i], joined, passing(tile, 1), 0, i);
         }
       }
     }
@@ -114,19 +102,19 @@ struct Stream {
 
   SIMPLCLIP_DEVICE void queries(int first) {
     const int tile = first + warp(), end = p.causal ? smaller(all, first + warps) : all;
-    float sum[kWidth / kRows][2][4] = {}, row_delta[2] = {};
+    float sum[kWidth / kRows][2][4] = {}, parts[2] = {};
     load_own(p.q, p.grad, first);
-    stream(p.k, p.v, 0, end, [&](int t, int from, int count) {
-      if (tile < all) turn<Sweep::kDelta>(tile, t, from, count, sum, sum, row_delta);
+    stream(p.k, p.v, 0, end, [&](int key) {
+      if (tile < all) add<Sweep::kDelta>(tile, key, sum, sum, parts);
     });
 #pragma unroll
     for (int low = 0; low < 2; ++low) {
-      gains.beta += row_delta[low];
-      const float whole = row_sum(row_delta[low]);
+      gains.beta += parts[low];
+      const float whole = row_sum(parts[low]);
       if (tile < all && lane() % 4 == 0) delta[tile * kRows + lane() / 4 + 8 * low] = whole;
     }
-    stream(p.k, p.v, 0, end, [&](int t, int from, int count) {
-      if (tile < all) turn<Sweep::kQueries>(tile, t, from, count, sum, sum, row_delta);
+    stream(p.k, p.v, 0, end, [&](int key) {
+      if (tile < all) add<Sweep::kQueries>(tile, key, sum, sum, parts);
     });
 #pragma unroll
     for (int i = 0; i < kWidth / kRows; ++i) {
@@ -138,8 +126,8 @@ struct Stream {
     const int tile = first + warp();
     float sum[kWidth / kRows][2][4] = {}, other[kWidth / kRows][2][4] = {}, unused[2];
     load_own(p.k, p.v, first);
-    stream(p.q, p.grad, p.causal ? first : 0, all, [&](int t, int from, int count) {
-      if (tile < all) turn<Sweep::kKeys>(tile, t, from, count, sum, other, unused);
+    stream(p.q, p.grad, p.causal ? first : 0, all, [&](int query) {
+      if (tile < all) add<Sweep::kKeys>(tile, query, sum, other, unused);
     });
 #pragma unroll
     for (int i = 0; i < kWidth / kRows; ++i) {

@@ -17,6 +17,7 @@ inline constexpr int kChunk = 16;  // bytes that ldmatrix and cp.async take at a
 
 SIMPLCLIP_DEVICE constexpr int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
 SIMPLCLIP_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+SIMPLCLIP_DEVICE constexpr int between(int low, int value, int high) { return value < low ? low : smaller(value, high); }
 
 // A head of a tensor [B, L, H, K] in global memory: its first row and the bytes from row to row.
 struct HeadRows {
@@ -38,6 +39,9 @@ struct Tile {
     shift = factor >= 8 ? 0 : factor == 4 ? 1 : 2;
     mask = factor >= 8 ? 7 : factor - 1;
   }
+
+  // The tile below. Loops over tiles go down step by step: an address for each, kept in a register, would be too many.
+  SIMPLCLIP_DEVICE void descend() { base += kRows * stride; }
 
   // Where chunk `chunk` of row 16 tile + row is; row < 16.
   SIMPLCLIP_DEVICE char* at(int tile, int row, int chunk) const {
@@ -112,11 +116,13 @@ SIMPLCLIP_DEVICE void multiply_rows(
   for (int step = 0; step < bytes / kChunk; step += 2) {
     uint32_t left[4], right[2][4];
     load_left<T>(left, a, row_tile, chunk + step);
-    if (tiles > 0) load_right<T>(right[0], b, 0, step);
+    Tile below = b;
+    if (tiles > 0) load_right<T>(right[0], below, 0, step);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
       if (i < tiles) {
-        if (i + 1 < kTiles && i + 1 < tiles) load_right<T>(right[(i + 1) % 2], b, i + 1, step);
+        below.descend();
+        if (i + 1 < kTiles && i + 1 < tiles) load_right<T>(right[(i + 1) % 2], below, 0, step);
         multiply<T>(c[i][0], left, right[i % 2][0], right[i % 2][1]);
         multiply<T>(c[i][1], left, right[i % 2][2], right[i % 2][3]);
       }
