@@ -99,9 +99,7 @@ def emulate(kernels, case: Case, given: dict, seed: int) -> dict:
     parts, d_gains = torch.full((case.batch, 3, case.heads), torch.nan), torch.full((3, case.heads), torch.nan)
     mode = case.scale, case.causal
     kernels.forward(case.type, strides(q, k, v, out), gains, lengths, lse, sizes, *mode, seed)
-    kernels.backward(
-        case.type, strides(q, k, v, grad, dq, dk, dv), gains, lengths, lse, sizes, *mode, parts, d_gains, seed
-    )
+    kernels.backward(case.type, strides(q, k, v, grad, dq, dk, dv), gains, lengths, lse, sizes, *mode, parts, d_gains, seed)
     for whole in storage:
         assert whole[:, :, -case.heads * case.width :].isnan().all(), "wrote beyond a row"
     return results(out, lse, dq, dk, dv, d_gains)
