@@ -8,6 +8,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 from benchmarks import aot
+from benchmarks.aot_kernels import feature_loss_kernels, launches, similarity, small_kernels
 from simplclip.kernels import tuning
 
 
@@ -20,49 +21,49 @@ def check(kernels, architecture):
 
 def heaviest(count):
     """Of the launches with so many planes those with the most statistics."""
-    launches = [launch for launch in aot.launches(False) if launch.tiles == count]
-    most = max(sum(launch.constants().values()) for launch in launches)
-    return [launch for launch in launches if sum(launch.constants().values()) == most]
+    found = [launch for launch in launches(False) if launch.tiles == count]
+    most = max(sum(launch.constants().values()) for launch in found)
+    return [launch for launch in found if sum(launch.constants().values()) == most]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_sm_86_bfloat16(backward):
     """The RTX 3090: every kind of launch."""
-    check([aot.similarity(launch, "bfloat16", 86, backward) for launch in aot.launches(False)], 86)
+    check([similarity(launch, "bfloat16", 86, backward) for launch in launches(False)], 86)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "tf32", "float32"])
 def test_sm_86_other_dtypes(dtype):
-    kernels = [aot.similarity(heaviest(n)[0], dtype, 86, backward) for n in range(1, 6) for backward in (False, True)]
-    check([*kernels, *aot.small_kernels(dtype)], 86)
+    kernels = [similarity(heaviest(n)[0], dtype, 86, backward) for n in range(1, 6) for backward in (False, True)]
+    check([*kernels, *small_kernels(dtype)], 86)
 
 
 def test_sm_86_feature_loss():
-    check(aot.feature_loss_kernels("bfloat16"), 86)
+    check(feature_loss_kernels("bfloat16"), 86)
 
 
 @pytest.mark.parametrize("architecture", [a for a in aot.LIMITS if a != 86])
 def test_other_architectures(architecture):
     check(
-        [aot.similarity(heaviest(n)[0], "bfloat16", architecture, backward) for n in (1, 3, 5) for backward in (0, 1)],
+        [similarity(heaviest(n)[0], "bfloat16", architecture, backward) for n in (1, 3, 5) for backward in (0, 1)],
         architecture,
     )
 
 
 def test_masks_of_an_odd_width_fit_too():
-    check([aot.similarity(heaviest(n)[0], "bfloat16", 86, backward, even=False) for n in (1, 5) for backward in (0, 1)], 86)
+    check([similarity(heaviest(n)[0], "bfloat16", 86, backward, even=False) for n in (1, 5) for backward in (0, 1)], 86)
 
 
 def test_a_spill_fails_the_gate():
     launch = heaviest(1)[0]
-    row = aot.measure(aot.similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 32, 4, 2, 1)), 86)
+    row = aot.measure(similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 32, 4, 2, 1)), 86)
     assert row.spills > 0
     assert any("spill" in failure for failure in row.failures)
 
 
 def test_too_much_shared_memory_fails_the_gate():
     launch = heaviest(1)[0]
-    row = aot.measure(aot.similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 64, 8, 6, 2)), 86)
+    row = aot.measure(similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 64, 8, 6, 2)), 86)
     assert any("shared memory" in failure for failure in row.failures)
     assert any("planned 2" in failure for failure in row.failures)
 
