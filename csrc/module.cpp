@@ -3,13 +3,13 @@
 
 #include <exception>
 
-#include "cpu/similarity_strip.h"
+#include "cpu/instruction_set.h"
 
 namespace {
 
 PyObject* cpu_isa(PyObject*, PyObject*) {
   try {
-    return PyUnicode_FromString(simplclip::strip_kernels().name);
+    return PyUnicode_FromString(simplclip::instruction_set().name);
   } catch (const std::exception& e) {
     PyErr_SetString(PyExc_ValueError, e.what());
     return nullptr;

@@ -48,17 +48,17 @@ else:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's function for an op; `why_not(device_type, dtype)` is None where it can serve."""
+    """One backend's function for an op; `why_not(device_type, dtype, **facts of the call)` is None where it can serve."""
 
     function: Callable
-    why_not: Callable[[str, torch.dtype], str | None]
+    why_not: Callable[..., str | None]
 
 
-def _anywhere(device: str, dtype: torch.dtype) -> str | None:
+def _anywhere(device: str, dtype: torch.dtype, **call) -> str | None:
     return None
 
 
-def _extension_on_cpu(device: str, dtype: torch.dtype) -> str | None:
+def _extension_on_cpu(device: str, dtype: torch.dtype, **call) -> str | None:
     if extension is None:
         return extension_error
     if device != "cpu":
@@ -74,7 +74,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_on_cuda(device: str, dtype: torch.dtype) -> str | None:
+def _triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
     """Triton serves CUDA tensors; with TRITON_INTERPRET=1 its interpreter serves CPU tensors instead, for tests."""
     if not _has_triton():
         return "the package triton is not installed"
@@ -123,6 +123,26 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "cpu": Implementation(_private("feature_loss_bwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.feature_loss_bwd, _anywhere),
     },
+    "shaped_attention_fwd": {
+        "triton": Implementation(_kernel("shaped_attention", "shaped_attention_fwd"), _triton_on_cuda),
+        "cpu": Implementation(_private("shaped_attention_fwd_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.shaped_attention_fwd, _anywhere),
+    },
+    "shaped_attention_bwd": {
+        "triton": Implementation(_kernel("shaped_attention", "shaped_attention_bwd"), _triton_on_cuda),
+        "cpu": Implementation(_private("shaped_attention_bwd_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.shaped_attention_bwd, _anywhere),
+    },
+    "parallel_mlp_fwd": {
+        "triton": Implementation(_kernel("parallel_mlp", "parallel_mlp_fwd"), _triton_on_cuda),
+        "cpu": Implementation(_private("parallel_mlp_fwd_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.parallel_mlp_fwd, _anywhere),
+    },
+    "parallel_mlp_bwd": {
+        "triton": Implementation(_kernel("parallel_mlp", "parallel_mlp_bwd"), _triton_on_cuda),
+        "cpu": Implementation(_private("parallel_mlp_bwd_cpu"), _extension_on_cpu),
+        "reference": Implementation(reference.parallel_mlp_bwd, _anywhere),
+    },
 }
 
 
@@ -148,22 +168,22 @@ def _known(name: str) -> None:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
-def why_not(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why backend `name` cannot serve `op` on this device type and dtype; None if it can."""
+def why_not(op: str, name: str, device: str, dtype: torch.dtype, **call) -> str | None:
+    """Why backend `name` cannot serve `op` on this device type and dtype, and with these facts of a call; None if it can."""
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
-    return TABLE[op][name].why_not(device, dtype)
+    return TABLE[op][name].why_not(device, dtype, **call)
 
 
-def select(op: str, device: str, dtype: torch.dtype, name: str = "") -> tuple[str, Callable]:
+def select(op: str, device: str, dtype: torch.dtype, name: str = "", **call) -> tuple[str, Callable]:
     """The backend that serves `op`: `name` if given, else the first that can. RuntimeError with the reason if it cannot."""
     if name:
         _known(name)
-        reason = why_not(op, name, device, dtype)
+        reason = why_not(op, name, device, dtype, **call)
         if reason:
             raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
         return name, TABLE[op][name].function
     for candidate in NAMES:
-        if why_not(op, candidate, device, dtype) is None:
+        if why_not(op, candidate, device, dtype, **call) is None:
             return candidate, TABLE[op][candidate].function
     raise RuntimeError(f"no backend serves {op} on {device} with {dtype}")

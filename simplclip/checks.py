@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -34,7 +35,7 @@ def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
 
 
-def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "image") -> Tensor:
     """A number as a 0-dimensional tensor of this dtype; a tensor must have one element, be floating and be there already."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -45,7 +46,7 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
     if value.device != device:
-        raise ValueError(f"{name}: expected the device of image, {device}, got {value.device}")
+        raise ValueError(f"{name}: expected the device of {of}, {device}, got {value.device}")
     return value.reshape(()).to(dtype)
 
 
@@ -75,37 +76,103 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor, lengths: Tensor | None) -> None:
-    """The arguments of shaped_attention."""
+def number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> None:
+    """The tensors of shaped_attention but `lengths`."""
     tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {t.device}")
-    if q.ndim != 4:
-        raise ValueError(f"q: expected [B, L, H, K], got shape {list(q.shape)}")
+    if q.dim() != 4:
+        raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
+    if 0 in q.shape:
+        raise ValueError(f"q: expected no empty side in [B, L, H, K], got shape {shape_of(q)}")
     for name in ("k", "v"):
         if tensors[name].shape != q.shape:
-            raise ValueError(f"{name}: expected the shape of q, {list(q.shape)}, got {list(tensors[name].shape)}")
-        if tensors[name].dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensors[name].dtype}")
+            raise ValueError(f"{name}: expected the shape of q, {shape_of(q)}, got {shape_of(tensors[name])}")
+        like(name, tensors[name], "q", q)
     for name in ("alpha", "beta", "gamma"):
         if tensors[name].shape != q.shape[2:3]:
-            raise ValueError(f"{name}: expected one value per head, [{q.shape[2]}], got {list(tensors[name].shape)}")
-    if lengths is not None:
-        lengths_of_batch(lengths, q.shape[0], q.device)
+            raise ValueError(f"{name}: expected one value per head, [{q.shape[2]}], got {shape_of(tensors[name])}")
 
 
-def lengths_of_batch(lengths: Tensor, batch: int, device: torch.device) -> None:
-    """An integer tensor [batch] on this device; the values are not looked at, which would wait for the device."""
+def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
+    """`lengths` as the kernels take them, int32 in 0..length: on a CPU what lies outside is an error, elsewhere clamped."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor [{batch}], got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths: expected one per sequence, [{batch}], got {list(lengths.shape)}")
+        raise ValueError(f"lengths: expected one per sequence, [{batch}], got {shape_of(lengths)}")
     if lengths.device != device:
         raise ValueError(f"lengths: expected the device of q, {device}, got {lengths.device}")
+    if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
+        least, most = map(int, lengths.aminmax())
+        if least < 0 or most > length:
+            raise ValueError(f"lengths: expected 0 to {length} valid tokens, got {least if least < 0 else most}")
+    return lengths.clamp(0, length).to(torch.int32)
+
+
+def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
+    """Types and shapes of parallel_mlp's tensors."""
+    tensors = {"x": x, "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    for name, t in tensors.items():
+        if t is None and name.endswith("bias"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+    if x.dim() < 1 or 0 in x.shape:
+        raise ValueError(f"x: expected [..., C] without an empty side, got shape {shape_of(x)}")
+    for name, letters in (("fc1_weight", "[F, C]"), ("fc2_weight", "[C_out, F]")):
+        if tensors[name].dim() != 2 or 0 in tensors[name].shape:
+            raise ValueError(f"{name}: expected {letters} without an empty side, got shape {shape_of(tensors[name])}")
+    f, c = fc1_weight.shape
+    if x.shape[-1] != c:
+        raise ValueError(f"x: expected the width of fc1_weight, {c}, in the last dimension, got shape {shape_of(x)}")
+    if fc2_weight.shape[1] != f:
+        raise ValueError(f"fc2_weight: expected [C_out, F] with F = {f} of fc1_weight, got shape {shape_of(fc2_weight)}")
+    for name, size in (("fc1_bias", f), ("fc2_bias", fc2_weight.shape[0])):
+        if tensors[name] is not None and tensors[name].shape != (size,):
+            raise ValueError(f"{name}: expected [{size}], got shape {shape_of(tensors[name])}")
+
+
+def block(x, norm: str, **tensors) -> None:
+    """Types and shapes of simplified_block's tensors."""
+    mlp(x, *(tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")))
+    if x.dim() != 3:
+        raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
+    c, f = x.shape[2], tensors["fc1_weight"].shape[0]
+    alpha = tensors["alpha"]
+    if not isinstance(alpha, Tensor) or alpha.dim() != 1 or alpha.shape[0] < 1 or c % alpha.shape[0]:
+        got = shape_of(alpha) if isinstance(alpha, Tensor) else type(alpha).__name__
+        raise ValueError(f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}")
+    h = alpha.shape[0]
+    shapes = {"qk_weight": (2 * c, c), "fc1_bias": (f,), "fc2_weight": (c, f), "fc2_bias": (c,), "norm_weight": (c,)}
+    shapes |= {"value_weight": (c, c), "output_weight": (c, c), "norm_bias": (c,), "beta": (h,), "gamma": (h,)}
+    if norm == "rmsnorm" and tensors["norm_bias"] is not None:
+        raise ValueError("norm_bias: expected None, RMSNorm has no bias")
+    for name, shape in shapes.items():
+        t = tensors[name]
+        if t is None and name in ("value_weight", "output_weight", "norm_bias"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(t).__name__}")
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+        if t.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")

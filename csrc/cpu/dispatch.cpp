@@ -1,5 +1,5 @@
-// Chooses the instruction set once, at first use. SIMPLCLIP_CPU_ISA=avx512|avx2|baseline forces one that the CPU has.
-#include "similarity_strip.h"
+// Chooses the instruction set once, at first use. SIMPLCLIP_CPU_ISA=avx512_bf16|avx512|avx2|baseline forces one that the CPU has.
+#include "instruction_set.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -8,30 +8,33 @@
 
 namespace simplclip {
 
-namespace avx512 { extern const StripKernels kernels; }
-namespace avx2 { extern const StripKernels kernels; }
-namespace baseline { extern const StripKernels kernels; }
+namespace avx512_bf16 { extern const InstructionSet kernels; }
+namespace avx512 { extern const InstructionSet kernels; }
+namespace avx2 { extern const InstructionSet kernels; }
+namespace baseline { extern const InstructionSet kernels; }
 
 namespace {
 
-std::vector<const StripKernels*> available() {
-  std::vector<const StripKernels*> found;
+std::vector<const InstructionSet*> available() {
+  std::vector<const InstructionSet*> found;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+    if (has_native_bf16()) found.push_back(&avx512_bf16::kernels);
     found.push_back(&avx512::kernels);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
 #endif
   found.push_back(&baseline::kernels);
   return found;
 }
 
-const StripKernels& choose() {
+const InstructionSet& choose() {
   const auto found = available();
   const char* wanted = std::getenv("SIMPLCLIP_CPU_ISA");
   if (!wanted || !*wanted) return *found.front();
   std::string names;
-  for (const StripKernels* kernels : found) {
+  for (const InstructionSet* kernels : found) {
     if (kernels->name == std::string(wanted)) return *kernels;
     names += std::string(names.empty() ? "" : ", ") + kernels->name;
   }
@@ -40,8 +43,8 @@ const StripKernels& choose() {
 
 }  // namespace
 
-const StripKernels& strip_kernels() {
-  static const StripKernels& kernels = choose();
+const InstructionSet& instruction_set() {
+  static const InstructionSet& kernels = choose();
   return kernels;
 }
 

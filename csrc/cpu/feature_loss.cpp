@@ -1,18 +1,12 @@
 // feature_loss on a CPU: tasks of a fixed number of rows, whose sums are added in their order.
-#include "../common.h"
-#include "feature_rows.h"
-#include "similarity_strip.h"
+#include "instruction_set.h"
+#include "tensors.h"
 
 #include <algorithm>
-#include <string>
 #include <tuple>
 #include <vector>
 
 namespace simplclip {
-
-namespace avx512 { extern const FeatureKernels feature_kernels; }
-namespace avx2 { extern const FeatureKernels feature_kernels; }
-namespace baseline { extern const FeatureKernels feature_kernels; }
 
 namespace {
 
@@ -22,27 +16,7 @@ using torch::stable::parallel_for;
 constexpr int64_t kTaskRows = 16;
 constexpr int64_t kGrain = 32768;  // elements that are worth a thread
 
-const FeatureKernels& kernels() {
-#if defined(__x86_64__)
-  const std::string isa = strip_kernels().name;
-  if (isa == "avx512") return avx512::feature_kernels;
-  if (isa == "avx2") return avx2::feature_kernels;
-#endif
-  return baseline::feature_kernels;
-}
-
-Float type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return Float::kBFloat16;
-    case ScalarType::Half: return Float::kHalf;
-    default: return Float::kFloat;
-  }
-}
-
-const void* row(const Tensor& t, int64_t i) {
-  const int64_t bytes = t.scalar_type() == ScalarType::Float ? 4 : 2;
-  return static_cast<const char*>(t.const_data_ptr()) + i * t.size(1) * bytes;
-}
+const void* row(const Tensor& t, int64_t i) { return element(t, i * t.size(1)); }
 
 // Calls f(rows of a task, its first row, its number) in parallel over the tasks.
 template <class F>
@@ -62,7 +36,7 @@ void for_tasks(const Tensor& student, const Tensor& teacher, const Tensor& inv_n
 // Returns the mean distance [] and the inverse norms of student and teacher [2, N] ([2, 0] where they are not normalised).
 std::tuple<Tensor, Tensor> feature_loss_fwd(const Tensor& student, const Tensor& teacher, bool smooth, double beta,
                                             bool normalize) {
-  const FeatureKernels& isa = kernels();
+  const FeatureKernels& isa = instruction_set().feature;
   const int64_t n = student.size(0), d = student.size(1);
   Tensor loss = new_empty(student, {}, ScalarType::Float);
   Tensor inv_norms = new_empty(student, {2, normalize ? n : 0}, ScalarType::Float);
@@ -78,7 +52,7 @@ std::tuple<Tensor, Tensor> feature_loss_fwd(const Tensor& student, const Tensor&
 // Returns the gradient of the student.
 Tensor feature_loss_bwd(const Tensor& grad, const Tensor& student, const Tensor& teacher, const Tensor& inv_norms, bool smooth,
                         double beta) {
-  const FeatureKernels& isa = kernels();
+  const FeatureKernels& isa = instruction_set().feature;
   const int64_t n = student.size(0), d = student.size(1);
   Tensor d_student = new_empty(student, {n, d});
   const float factor = float(*grad.const_data_ptr<float>() * (smooth ? 1.0 : 2.0) / (double(n) * double(d)));

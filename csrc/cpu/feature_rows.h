@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace simplclip {
+#include "float_type.h"
 
-enum class Float { kFloat, kBFloat16, kHalf };
+namespace simplclip {
 
 struct FeatureRows {
   const void* student;  // [rows, D]

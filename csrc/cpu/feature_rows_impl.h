@@ -3,20 +3,6 @@
 
 constexpr float kEps = 1e-12f;  // F.normalize's
 
-// Calls f(j, lanes) for every block of W columns; lanes is the constant W but for the last block.
-template <class F>
-VINLINE void each_block(int64_t columns, F&& f) {
-  int64_t j = 0;
-  for (; j + W <= columns; j += W) f(j, std::integral_constant<int, W>{});
-  if (j < columns) f(j, int(columns - j));
-}
-
-template <class T>
-VINLINE vf load(const T* p, std::integral_constant<int, W>) { return load(p); }
-
-template <class T>
-VINLINE void store(T* p, vf v, std::integral_constant<int, W>) { store(p, v); }
-
 // A NaN norm stays one.
 VINLINE float inverse(float squares) {
   const float norm = std::sqrt(squares);

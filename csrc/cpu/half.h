@@ -1,4 +1,4 @@
-// IEEE half in memory, float in registers. Included after vec.h, inside the namespace of an instruction set.
+// IEEE half in memory, float in registers; loops over any float type. Included after vec.h, inside the namespace of an instruction set.
 
 struct f16 {
   uint16_t bits;
@@ -25,4 +25,35 @@ VINLINE void store(f16* p, vf v) {
   const vu narrow = magnitude >= 0x47800000u ? special : (magnitude < 0x38800000u ? subnormal : normal);
   const vh h = __builtin_convertvector(narrow | ((bits >> 16) & 0x8000u), vh);
   std::memcpy(p, &h, sizeof h);
+}
+
+// Calls f(j, lanes) for every block of W columns; lanes is the constant W but for the last block.
+template <class F>
+VINLINE void each_block(int64_t columns, F&& f) {
+  int64_t j = 0;
+  for (; j + W <= columns; j += W) f(j, std::integral_constant<int, W>{});
+  if (j < columns) f(j, int(columns - j));
+}
+
+template <class T>
+VINLINE vf load(const T* p, std::integral_constant<int, W>) { return load(p); }
+
+template <class T>
+VINLINE void store(T* p, vf v, std::integral_constant<int, W>) { store(p, v); }
+
+// The same for a number of lanes that may be more than a vector has.
+template <class T>
+VINLINE vf load_up_to(const T* p, int64_t lanes) { return lanes >= W ? load(p) : load(p, int(lanes)); }
+
+template <class T>
+VINLINE void store_up_to(T* p, vf v, int64_t lanes) { lanes >= W ? store(p, v) : store(p, v, int(lanes)); }
+
+// Calls f with a null pointer of the type of a loop over floats.
+template <class F>
+VINLINE void by_type(Float type, F&& f) {
+  switch (type) {
+    case Float::kFloat: return f(static_cast<float*>(nullptr));
+    case Float::kBFloat16: return f(static_cast<bf16*>(nullptr));
+    case Float::kHalf: return f(static_cast<f16*>(nullptr));
+  }
 }

@@ -1,11 +1,12 @@
 // The kernels for avx512. System headers stand before the pragma: their inline functions must stay baseline code.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
-#include "feature_rows.h"
-#include "similarity_strip.h"
+#include "instruction_set.h"
 
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,fma,f16c,bmi2")
@@ -15,12 +16,20 @@ namespace simplclip::avx512 {
 namespace {
 #include "vec.h"
 #include "half.h"
+#include "elementwise_impl.h"
+#include "small_product.h"
+#include "attention_forward_impl.h"
+#include "attention_backward_impl.h"
 #include "feature_rows_impl.h"
 #include "similarity_strip_impl.h"
 #include "similarity_forward_impl.h"
 #include "similarity_backward_impl.h"
 }  // namespace
-extern const StripKernels kernels = {"avx512", forward, backward, merge, add, round};
-extern const FeatureKernels feature_kernels = {feature_forward, feature_backward};
+extern const InstructionSet kernels = {"avx512",
+                                       {forward, backward, merge},
+                                       {feature_forward, feature_backward},
+                                       {attention_scratch_floats, attention_forward, attention_backward},
+                                       {elementwise_activate, elementwise_activate_backward, elementwise_add,
+                                        elementwise_accumulate, elementwise_round}};
 }  // namespace simplclip::avx512
 #endif

@@ -1,6 +1,7 @@
 // similarity_loss on a CPU: a sweep over row chunks. Each chunk's matrices are read once by the strip kernels, and in backward
 // turned into their own gradients, from which two more products each give the gradients of the features.
 #include "similarity_sweep.h"
+#include "transposed_sum.h"
 
 #include <cmath>
 #include <limits>
@@ -38,7 +39,7 @@ struct ColumnSums {
   void merge(int64_t strips) const {
     const int64_t m = lse_parts.size(1);
     parallel_for(0, m, 1024, [&](int64_t begin, int64_t end) {
-      strip_kernels().merge(data<float>(lse_parts) + begin, mean ? data<float>(mean_parts) + begin : nullptr, strips, m,
+      instruction_set().strip.merge(data<float>(lse_parts) + begin, mean ? data<float>(mean_parts) + begin : nullptr, strips, m,
                             end - begin, lse + begin, mean ? mean + begin : nullptr);
     });
   }
@@ -55,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
                   plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
                   interactive, entropy};
   Sweep sweep(call, chunk, stored_rows, nullptr);
-  const StripKernels& kernels = strip_kernels();
+  const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m;
 
   Tensor row_stats = new_zeros(image, {kRows, n}, ScalarType::Float), col_stats = new_zeros(image, {kColumns, m}, ScalarType::Float);
@@ -111,43 +112,6 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
   return {row_stats, col_stats, sweep.stored};
 }
 
-// The sum over chunks, and over the planes that share a text, of G^T X; products of bf16 chunks are summed in fp32.
-class TextGradient {
- public:
-  TextGradient(const Tensor& like, bool needed, bool in_float)
-      : needed_(needed), in_float_(needed && in_float), out_(new_empty(like, {needed ? like.size(0) : 0, like.size(1)})) {
-    if (in_float_) sum_ = new_zeros(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
-  }
-
-  void add(const Tensor& gradient, const Tensor& x) {
-    if (!needed_) return;
-    Tensor view = gradient;
-    const Tensor transposed = transpose(view, 0, 1);
-    fresh_ || in_float_ ? mm_out(out_, transposed, x) : mm_add(out_, transposed, x);
-    fresh_ = false;
-    if (!in_float_) return;
-    float* sum = data<float>(sum_);
-    const bf16* part = data<bf16>(out_);
-    parallel_for(0, out_.numel(), 1 << 16,
-                 [&](int64_t begin, int64_t end) { strip_kernels().add(sum + begin, part + begin, end - begin); });
-  }
-
-  Tensor result() {
-    if (fresh_) return new_zeros(out_, {out_.size(0), out_.size(1)});
-    if (in_float_) {
-      const float* sum = data<float>(sum_);
-      bf16* to = data<bf16>(out_);
-      parallel_for(0, out_.numel(), 1 << 16,
-                   [&](int64_t begin, int64_t end) { strip_kernels().round(to + begin, sum + begin, end - begin); });
-    }
-    return out_;
-  }
-
- private:
-  bool needed_, in_float_, fresh_ = true;
-  Tensor out_, sum_;
-};
-
 // How one softmax's gradients are formed; fills ratios where one exponential serves rows and columns, which it does unless a
 // row's e^(z - r) could underflow where the column's e^(z - c) does not.
 struct Sharing {
@@ -185,7 +149,7 @@ Gradients similarity_loss_bwd(
                   plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
                   interactive, entropy};
   Sweep sweep(call, chunk, stored.size(1), &stored);
-  const StripKernels& kernels = strip_kernels();
+  const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
   const bool hadamard = sweep.plane_weight.has_value();
   auto row = [&](const Tensor& from, Row stat) { return data<const float>(from) + stat * n; };
@@ -237,8 +201,8 @@ Gradients similarity_loss_bwd(
   const bool shared_text = hadamard || (sweep.v && !projected_text);
   Tensor d_image = new_empty(image, {need_image ? n : 0, d});
   Tensor d_projected = projected_image ? new_empty(*projected_image, projected_image->sizes()) : new_empty(image, {0, d});
-  TextGradient d_text(text, need_text, sweep.is_bf16 && (several || (shared_text && sweep.z)));
-  TextGradient d_projected_text(projected_text ? *projected_text : text, projected_text.has_value(), sweep.is_bf16 && several);
+  TransposedSum d_text(text, need_text, sweep.is_bf16 && (several || (shared_text && sweep.z)));
+  TransposedSum d_projected_text(projected_text ? *projected_text : text, projected_text.has_value(), sweep.is_bf16 && several);
   Tensor d_weight = plane_weight ? new_zeros(*plane_weight, plane_weight->sizes()) : new_empty(image, {0}, ScalarType::Float);
   Tensor plane_grad = new_empty(image, {hadamard ? sweep.chunk : 0, d});
 

@@ -86,17 +86,11 @@ struct BackwardOut {
 
 // The functions of one instruction set.
 struct StripKernels {
-  const char* name;
   void (*forward)(const Strip&, const ForwardOut&, Terms, bool is_bf16);
   BackwardOut (*backward)(const Strip&, const BackwardIn&, Terms, Softmax, bool is_bf16);
   // lse [parts, columns] and mean [parts, columns] or null: merges them into total_lse and total_mean (both [columns]).
   void (*merge)(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,
                 float* total_mean);
-  void (*add)(float* sum, const bf16* part, int64_t count);
-  void (*round)(bf16* to, const float* from, int64_t count);
 };
-
-const StripKernels& strip_kernels();  // the best that this CPU runs
-bool has_native_bf16();               // matrix products of bfloat16 in hardware
 
 }  // namespace simplclip

@@ -59,15 +59,3 @@ void merge(const float* lse, const float* mean, int64_t parts, int64_t stride, i
     if (mean) store(total_mean + j, total == 0.0f ? vf{} : weighted / total, lanes);
   }
 }
-
-void add(float* sum, const bf16* part, int64_t count) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(sum + i, load(sum + i) + load(part + i));
-  for (; i < count; ++i) sum[i] += to_float(part[i]);
-}
-
-void round(bf16* to, const float* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(to + i, load(from + i));
-  for (; i < count; ++i) assign(to[i], from[i]);
-}

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../common.h"
-#include "similarity_strip.h"
+#include "instruction_set.h"
 
 #include <algorithm>
 #include <array>

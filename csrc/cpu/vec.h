@@ -41,10 +41,19 @@ VINLINE vf load(const bf16* p) {
 
 VINLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// Rounds to nearest even. The NaNs of a computation stay NaNs; only payloads with all low bits set would not.
-VINLINE void store(bf16* p, vf v) {
+// To bfloat16, to nearest even. The NaNs of a computation stay NaNs; only payloads with all low bits set would not. The
+// hardware takes subnormals for zero.
+VINLINE vh rounded(vf v) {
+#if defined(SIMPLCLIP_NATIVE_BF16)
+  return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
   const vu bits = (vu)v;
-  const vh h = __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vh);
+  return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vh);
+#endif
+}
+
+VINLINE void store(bf16* p, vf v) {
+  const vh h = rounded(v);
   std::memcpy(p, &h, sizeof h);
 }
 
@@ -71,10 +80,18 @@ VINLINE N least(N a, N b) {
 VINLINE vf max(vf a, vf b) { return a > b ? a : b; }
 VINLINE vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
+// The lanes J ^ S in place of J.
+template <int S, int... J>
+VINLINE vf exchanged(vf v, std::integer_sequence<int, J...>) { return __builtin_shufflevector(v, v, (J ^ S)...); }
+template <int S>
+VINLINE vf exchanged(vf v) { return exchanged<S>(v, std::make_integer_sequence<int, W>()); }
+
 VINLINE float sum(vf v) {
-  float s = 0;
-  for (int i = 0; i < W; ++i) s += v[i];
-  return s;
+  if constexpr (W > 8) v += exchanged<8>(v);
+  if constexpr (W > 4) v += exchanged<4>(v);
+  v += exchanged<2>(v);
+  v += exchanged<1>(v);
+  return v[0];
 }
 
 VINLINE int64_t sum(vi v) {
@@ -84,9 +101,11 @@ VINLINE int64_t sum(vi v) {
 }
 
 VINLINE float highest(vf v) {
-  float m = v[0];
-  for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  if constexpr (W > 8) v = max(v, exchanged<8>(v));
+  if constexpr (W > 4) v = max(v, exchanged<4>(v));
+  v = max(v, exchanged<2>(v));
+  v = max(v, exchanged<1>(v));
+  return v[0];
 }
 
 VINLINE bool any(vi mask) {

@@ -12,17 +12,33 @@ from simplclip import backends
 library = torch.library.Library("simplclip", "DEF")
 
 
-def define(name: str, arguments: str, returns: str, run: Callable, fake: Callable) -> None:
-    """Registers `simplclip::name` (runs on the backend named by its last argument) and the schema of its C++ twins.
+def define(
+    name: str,
+    arguments: str,
+    returns: str,
+    run: Callable,
+    fake: Callable,
+    *,
+    native: str | None = None,
+    facts: Callable[..., dict] | None = None,
+) -> None:
+    """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
-    `run(function, *arguments)` prepares the call for a backend's function.
+    `run(function, *arguments)` prepares the call for a backend's function. `native`: schema of the functions of C++ where it
+    is another than the op's. `facts(*arguments)`: what the backends' predicates want to know beside device and dtype.
+    An op without a row in the table is made of others: its `run` gets `pick(op, **facts)`, which gives their functions.
     """
     library.define(f"{name}({arguments}, str backend) -> {returns}")
-    library.define(f"{name}_cpu({arguments}) -> {returns}")
+    for backend in ("cpu", "cuda"):
+        library.define(f"{name}_{backend}{native or f'({arguments}) -> {returns}'}")
 
     def dispatch(*args):
         first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
-        _, function = backends.select(name, first.device.type, first.dtype, args[-1])
+
+        def pick(op: str, **call) -> Callable:
+            return backends.select(op, first.device.type, first.dtype, args[-1], **call)[1]
+
+        function = pick(name, **(facts(*args[:-1]) if facts else {})) if name in backends.TABLE else pick
         with torch.autocast(first.device.type, enabled=False):
             return run(function, *args[:-1])
 

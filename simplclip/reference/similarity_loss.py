@@ -1,4 +1,4 @@
-"""The definition of every op in plain torch: any device, float64 included. What the kernels are tested against."""
+"""similarity_loss in plain torch: the matrices as a whole."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip import checks
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from simplclip.reference.dtypes import accumulate_dtype
 
 
 class RowStat(IntEnum):
@@ -237,145 +232,3 @@ def similarity_loss_bwd(grad_rows, grad_columns, *args):
         d_weight,
         d_bias,
     )
-
-
-def similarity_rows(query, keys, scale, ids, key_ids, label_offset, attend, chunk):
-    """Of scale · query · keysᵀ, [2, N]: each row's log-sum-exp over its negatives, and its positive's unscaled similarity.
-
-    And, where `attend`, the mean key under the softmax over the negatives [N, D] (0 without negatives), else [0, D].
-    """
-    dtype, n = accumulate_dtype(query.dtype), query.shape[0]
-    similarity = query.to(dtype) @ keys.to(dtype).T
-    window = slice(label_offset, label_offset + n)
-    negative = torch.ones_like(similarity, dtype=torch.bool)
-    negative[:, window].fill_diagonal_(False)
-    if ids is not None:
-        negative &= ids[:, None] != key_ids
-    logits = (scale * similarity).masked_fill(~negative, -torch.inf)
-    lse = logits.logsumexp(1)
-    stats = torch.stack([lse, similarity[:, window].diagonal()])
-    if not attend:
-        return stats, query.new_empty(0, query.shape[1])
-    softmax = (logits - lse[:, None]).masked_fill(~negative, -torch.inf).exp()
-    return stats, (softmax @ keys.to(dtype)).to(query.dtype)
-
-
-def similarity_rows_bwd(grad, query, keys, scale, mean_keys, label_offset):
-    """With k̄_i the mean key: dlse_i = scale k̄_i·dx_i + x_i·k̄_i dscale, dpositive_i = key of its label · dx_i. No N×M left."""
-    d_query, d_scale = torch.empty_like(query), grad.new_zeros(())
-    for first in range(0, query.shape[0], 2048):  # so that what is wider than the features stays small
-        rows = slice(first, first + 2048)
-        g_lse, g_positive = grad[:, rows, None]
-        wide = mean_keys[rows].to(grad.dtype)
-        d_scale += torch.linalg.vecdot(wide, query[rows].to(grad.dtype)) @ g_lse[:, 0]
-        positives = keys[label_offset + first : label_offset + first + g_lse.shape[0]]
-        d_query[rows] = wide * (scale * g_lse) + positives * g_positive
-    return d_query, d_scale
-
-
-def shaped_attention(
-    q: Tensor,  # [B, L, H, K]
-    k: Tensor,  # [B, L, H, K]
-    v: Tensor,  # [B, L, H, K]
-    alpha: Tensor,  # [H]
-    beta: Tensor,  # [H]
-    gamma: Tensor,  # [H]
-    *,
-    scale: float | None = None,
-    causal: bool = False,
-    lengths: Tensor | None = None,  # [B], integer
-) -> Tensor:  # [B, L, H, K]
-    """Shaped attention, per head: `out = alpha v + beta softmax(q k^T scale) v - gamma C v`.
-
-    C is uniform over the keys that a query sees: the mean over the valid keys, or the running mean when `causal`.
-    With q = 0 and alpha = beta = gamma the softmax equals C and the result is `alpha v`: the identity a skipless
-    block starts from.
-
-    Args:
-        q, k, v: [B, L, H, K], one floating dtype. Half dtypes are multiplied as such, the softmax and the mixing
-            weights `alpha E + beta A - gamma C` are formed in float32. Float64 stays float64.
-        alpha, beta, gamma: [H], any floating dtype.
-        scale: factor of the logits, `K ** -0.5` when None.
-        causal: query i sees the keys 0..i.
-        lengths: [B] integers, the number of valid leading tokens of each sequence; 0 is allowed. Tokens behind the
-            length are neither read (they may hold anything, NaN included) nor written: their output and their
-            gradients are zero. The values are not checked, which would wait for the device: one above L counts as
-            L, one below 0 as 0.
-
-    Returns:
-        [B, L, H, K] in the dtype of `v`.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-
-    Autograd keeps q, k, v and two [B, H, L, L] matrices. Source: He & Hofmann 2023, arXiv 2311.01906, where C is
-    causal only; C over all valid keys and `lengths` are this library's.
-    """
-    checks.attention(q, k, v, alpha, beta, gamma, lengths)
-    length, width = q.shape[1], q.shape[3]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scale = width**-0.5 if scale is None else scale
-
-    visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril()
-    if lengths is not None:
-        valid = torch.arange(length, device=q.device) < lengths[:, None]  # [B, L]
-        visible = (visible & valid[:, None, :] & valid[:, :, None])[:, None]  # [B, 1, L, L]
-        # A weight of zero does not silence a NaN, so padded tokens are overwritten and not only masked.
-        padded = ~valid[:, :, None, None]
-        q, k, v = (t.masked_fill(padded, 0) for t in (q, k, v))
-
-    q, k, v_heads = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, L, K]
-    logits = (q @ k.transpose(-2, -1)).to(wide) * scale
-    if causal or lengths is not None:
-        # A finite fill keeps a row without keys free of NaN, in the gradient too; its weights are zeroed below.
-        logits = logits.masked_fill(~visible, torch.finfo(wide).min)
-    weights = logits.softmax(-1)
-    if lengths is not None:
-        weights = weights.masked_fill(~visible, 0)
-    uniform = visible.to(wide) / visible.sum(-1, keepdim=True).clamp(min=1)
-    identity = torch.eye(length, dtype=wide, device=q.device)
-
-    alpha, beta, gamma = (t.to(wide)[:, None, None] for t in (alpha, beta, gamma))
-    mixing = alpha * identity + beta * weights - gamma * uniform  # one product with v instead of three
-    return (mixing.to(v.dtype) @ v_heads).transpose(1, 2)
-
-
-NORM_EPS = 1e-12  # F.normalize's
-
-
-def _feature_difference(student, teacher, inv_norms):
-    """u (normalised if inv_norms holds anything) and u − t, [N, D], in the accumulation dtype."""
-    dtype = accumulate_dtype(student.dtype)
-    u, t = student.to(dtype), teacher.to(dtype)
-    if inv_norms.shape[1]:
-        u, t = u * inv_norms[0][:, None], t * inv_norms[1][:, None]
-    return u, u - t
-
-
-def feature_loss_fwd(student, teacher, smooth, beta, normalize):
-    """See simplclip.ops.feature_loss. Returns the loss [] and the inverse norms [2, N], or [2, 0] if not `normalize`."""
-    dtype = accumulate_dtype(student.dtype)
-    if normalize:
-        inv_norms = torch.stack([t.to(dtype).norm(dim=1).clamp_min(NORM_EPS).reciprocal() for t in (student, teacher)])
-    else:
-        inv_norms = student.new_empty(2, 0, dtype=dtype)
-    _, difference = _feature_difference(student, teacher, inv_norms)
-    size = difference.abs()
-    square = size * size
-    distance = torch.where(size < beta, 0.5 * square / beta, size - 0.5 * beta) if smooth else square
-    return distance.mean(), inv_norms
-
-
-def feature_loss_bwd(grad, student, teacher, inv_norms, smooth, beta):
-    """Gradient of the student, [N, D]: with g = dloss/du, (g − u (u·g)) / norm; below eps, g / eps."""
-    u, difference = _feature_difference(student, teacher, inv_norms)
-    slope = (difference / beta).clamp(-1, 1) if smooth else 2 * difference
-    g = grad / slope.numel() * slope
-    if inv_norms.shape[1]:
-        along = (u * g).sum(1, keepdim=True)
-        inv = inv_norms[0][:, None]
-        clamped = inv >= inv.new_tensor(NORM_EPS).reciprocal()
-        g = (g - u * along.masked_fill(clamped, 0)) * inv
-    return g.to(student.dtype)

@@ -1,0 +1,131 @@
+"""Shaped attention, an MLP and whole blocks as their users write them today, and the inputs to time them with."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simplclip.ops import shaped_attention
+
+
+def plain(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
+    """The formula: half dtypes multiplied as such, softmax and mixing weights in float32, one product with v."""
+    length = q.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    logits = (q @ k.transpose(-2, -1)).to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril()
+    if lengths is not None:
+        valid = torch.arange(length, device=q.device) < lengths[:, None]
+        visible = (visible & valid[:, None, :] & valid[:, :, None])[:, None]
+        logits = logits.masked_fill(~visible, torch.finfo(wide).min)
+    elif causal:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    uniform = visible.to(wide) / visible.sum(-1, keepdim=True).clamp(min=1)
+    weights = logits.softmax(-1) if lengths is None else logits.softmax(-1).masked_fill(~visible, 0)
+    identity = torch.eye(length, dtype=wide, device=q.device)
+    if lengths is not None:
+        identity = identity * visible.any(-1, keepdim=True)
+    alpha, beta, gamma = (t.to(wide)[:, None, None] for t in (alpha, beta, gamma))
+    return ((alpha * identity + beta * weights - gamma * uniform).to(v.dtype) @ v).transpose(1, 2)
+
+
+def _linear_terms(v, alpha, gamma, causal):
+    """alpha v − gamma C v."""
+    if causal:
+        mean = v.cumsum(1) / torch.arange(1, v.shape[1] + 1, dtype=v.dtype, device=v.device)[:, None, None]
+    else:
+        mean = v.mean(1, keepdim=True)
+    return alpha.to(v.dtype)[:, None] * v - gamma.to(v.dtype)[:, None] * mean
+
+
+def _sdpa(q, k, v, alpha, beta, gamma, causal):
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, is_causal=causal).transpose(1, 2)
+
+
+def _sdpa_and_terms(q, k, v, alpha, beta, gamma, causal):
+    return beta.to(v.dtype)[:, None] * _sdpa(q, k, v, alpha, beta, gamma, causal) + _linear_terms(v, alpha, gamma, causal)
+
+
+def _flex_and_terms(q, k, v, alpha, beta, gamma, causal):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = None
+    if causal:
+        mask = _block_mask(create_block_mask, q.shape[1], q.device.type)
+    out = flex_attention(*(t.transpose(1, 2) for t in (q, k, v)), block_mask=mask).transpose(1, 2)
+    return beta.to(v.dtype)[:, None] * out + _linear_terms(v, alpha, gamma, causal)
+
+
+@functools.cache
+def _block_mask(create, length, device):
+    return create(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+
+
+def _xformers_and_terms(q, k, v, alpha, beta, gamma, causal):
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    out = memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None)
+    return beta.to(v.dtype)[:, None] * out + _linear_terms(v, alpha, gamma, causal)
+
+
+def _plain(q, k, v, alpha, beta, gamma, causal):
+    return plain(q, k, v, alpha, beta, gamma, causal=causal)
+
+
+def _ours(q, k, v, alpha, beta, gamma, causal):
+    return shaped_attention(q, k, v, alpha, beta, gamma, causal=causal)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A case: B sequences of L tokens, H heads of K."""
+
+    b: int
+    length: int
+    heads: int
+    k: int
+    causal: bool = False
+
+    def __str__(self) -> str:
+        return f"B={self.b} L={self.length} H={self.heads} K={self.k}" + " causal" * self.causal
+
+
+# CLIP text towers (77 tokens), MobileCLIP's last image stage (64), ViT-B/16 (197).
+SHAPES = (Shape(256, 77, 8, 64, True), Shape(64, 77, 8, 64), Shape(64, 64, 16, 32), Shape(32, 197, 12, 64))
+# Only the first ones compute shaped attention; SDPA alone leaves two of its three terms out.
+ALONE = "SDPA alone"
+
+
+def forms(device: str, backward: bool) -> dict[str, Callable]:
+    found = {
+        "simplclip": _ours,
+        "formula": _plain,
+        "torch.compile of it": torch.compile(_plain, dynamic=False),
+        "SDPA and linear terms": _sdpa_and_terms,
+        "torch.compile of that": torch.compile(_sdpa_and_terms, dynamic=False),
+    }
+    if device == "cuda" or not backward:  # FlexAttention has no backward on a CPU
+        found["FlexAttention and linear terms"] = torch.compile(_flex_and_terms, dynamic=False)
+    if device == "cuda" and importlib.util.find_spec("xformers"):
+        found["xformers and linear terms"] = _xformers_and_terms
+    return found | {ALONE: _sdpa}
+
+
+def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """q, k (views of one product), v, gains; and a gradient of the result."""
+    g = torch.Generator().manual_seed(seed)
+    b, length, h, k = shape.b, shape.length, shape.heads, shape.k
+    qk = torch.randn(b, length, 2, h, k, generator=g).to(device, dtype)
+    v, grad = (torch.randn(b, length, h, k, generator=g).to(device, dtype) for _ in range(2))
+    gains = [torch.rand(h, generator=g).to(device) + 0.5 for _ in range(3)]
+    return [qk[:, :, 0], qk[:, :, 1], v, *gains], grad

@@ -1,0 +1,107 @@
+// Loops over floats: activations and their derivatives, sums. Included after half.h, inside the namespace of an instruction set.
+
+// The normal distribution at x: its integral, absolute error below 1e-7, and its density. Abramowitz and Stegun 7.1.26 with
+// erfc(|x| / sqrt 2) = e^(-x^2/2) P(t).
+struct Normal {
+  vf integral, density;
+};
+
+VINLINE Normal normal(vf x) {
+  const vf t = 1.0f / (abs(x) * (0.3275911f * 0.70710678f) + 1.0f);
+  vf p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const vf e = exp(x * x * -0.5f), tail = p * t * e * 0.5f;
+  return {x < 0.0f ? tail : 1.0f - tail, e * 0.39894228f};
+}
+
+// x sigmoid(w(x)) serves all but two: w and its derivative.
+template <Activation A>
+VINLINE vf inner(vf x) {
+  if constexpr (A == Activation::kGeluTanh) return x * (x * x * 0.0713548163f + 1.5957691216f);  // 2 sqrt(2 / pi) (x + 0.044715 x^3)
+  if constexpr (A == Activation::kQuickGelu) return x * 1.702f;
+  return x;
+}
+
+template <Activation A>
+VINLINE vf inner_slope(vf x) {
+  if constexpr (A == Activation::kGeluTanh) return x * x * 0.2140644488f + 1.5957691216f;
+  if constexpr (A == Activation::kQuickGelu) return splat(1.702f);
+  return splat(1.0f);
+}
+
+template <Activation A>
+VINLINE vf activate(vf x) {
+  if constexpr (A == Activation::kRelu) return x < 0.0f ? vf{} : x;
+  else if constexpr (A == Activation::kGelu) return x * normal(x).integral;
+  else return x * sigmoid(inner<A>(x));
+}
+
+template <Activation A>
+VINLINE vf slope(vf x) {
+  if constexpr (A == Activation::kRelu) return x > 0.0f ? splat(1.0f) : vf{};
+  else if constexpr (A == Activation::kGelu) {
+    const Normal n = normal(x);
+    return n.integral + x * n.density;
+  } else {
+    const vf s = sigmoid(inner<A>(x));
+    return s + x * s * (1.0f - s) * inner_slope<A>(x);
+  }
+}
+
+template <class F>
+VINLINE void by_activation(Activation act, const F& f) {
+  switch (act) {
+    case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>());
+    case Activation::kGeluTanh: return f(std::integral_constant<Activation, Activation::kGeluTanh>());
+    case Activation::kQuickGelu: return f(std::integral_constant<Activation, Activation::kQuickGelu>());
+    case Activation::kRelu: return f(std::integral_constant<Activation, Activation::kRelu>());
+    case Activation::kSilu: return f(std::integral_constant<Activation, Activation::kSilu>());
+  }
+}
+
+void elementwise_activate(Activation act, Float type, const void* h, void* to, int64_t count) {
+  by_type(type, [&]<class T>(T*) {
+    by_activation(act, [&](auto a) {
+      each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        store(static_cast<T*>(to) + i, activate<a()>(load(static_cast<const T*>(h) + i, lanes)), lanes);
+      });
+    });
+  });
+}
+
+void elementwise_activate_backward(Activation act, Float type, const void* h, const void* grad, void* to, int64_t count) {
+  by_type(type, [&]<class T>(T*) {
+    by_activation(act, [&](auto a) {
+      each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        const vf x = load(static_cast<const T*>(h) + i, lanes), g = load(static_cast<const T*>(grad) + i, lanes);
+        store(static_cast<T*>(to) + i, g * slope<a()>(x), lanes);
+      });
+    });
+  });
+}
+
+void elementwise_add(Float type, const void* from, void* to, int64_t count) {
+  by_type(type, [&]<class T>(T*) {
+    each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      T* p = static_cast<T*>(to) + i;
+      store(p, load(p, lanes) + load(static_cast<const T*>(from) + i, lanes), lanes);
+    });
+  });
+}
+
+void elementwise_accumulate(Float type, const void* part, float* sum, int64_t count) {
+  by_type(type, [&]<class T>(T*) {
+    each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      store(sum + i, load(sum + i, lanes) + load(static_cast<const T*>(part) + i, lanes), lanes);
+    });
+  });
+}
+
+void elementwise_round(Float type, const float* from, void* to, int64_t count) {
+  by_type(type, [&]<class T>(T*) {
+    each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) { store(static_cast<T*>(to) + i, load(from + i, lanes), lanes); });
+  });
+}

@@ -1,0 +1,8 @@
+// How floats lie in memory.
+#pragma once
+
+namespace simplclip {
+
+enum class Float { kFloat, kBFloat16, kHalf };
+
+}  // namespace simplclip

@@ -1,0 +1,22 @@
+// The kernels that are compiled once for each instruction set.
+#pragma once
+
+#include "attention_head.h"
+#include "elementwise.h"
+#include "feature_rows.h"
+#include "similarity_strip.h"
+
+namespace simplclip {
+
+struct InstructionSet {
+  const char* name;
+  StripKernels strip;
+  FeatureKernels feature;
+  AttentionKernels attention;
+  ElementwiseKernels elementwise;
+};
+
+const InstructionSet& instruction_set();  // the best that this CPU runs
+bool has_native_bf16();                   // matrix products of bfloat16 in hardware
+
+}  // namespace simplclip

@@ -1,0 +1,181 @@
+// Products of small matrices whose right operand stays in the cache, summed in float32. Included after half.h, inside the
+// namespace of an instruction set.
+//
+// The operands' elements are units: a float, or where the instruction set multiplies bfloat16 two of them, neighbours in the
+// dimension that is summed over, as the 32 bits of an instruction's lane. So a matrix has three forms, all in units:
+//   rows      [count, width]      left operand, summed over the width
+//   columns   [width, count]      the transpose of rows: right operand, summed over the width
+//   stacked   [count, width]      right operand, summed over the rows (for floats the same as rows)
+
+constexpr int kTile = 6;                       // rows of a tile
+constexpr int kTileVectors = W == 16 ? 4 : 2;  // columns of it, in vectors: with kTile rows they fill the registers
+
+template <class T>
+struct Unit {
+  using type = float;
+  static constexpr int kFloats = 1;
+};
+
+VINLINE void multiply_add(vf& sum, float left, const float* right) { sum += splat(left) * load(right); }
+
+#if defined(SIMPLCLIP_NATIVE_BF16)
+template <>
+struct Unit<bf16> {
+  using type = uint32_t;
+  static constexpr int kFloats = 2;
+};
+
+VINLINE void multiply_add(vf& sum, uint32_t left, const uint32_t* right) {
+  sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)_mm512_loadu_si512(right));
+}
+#endif
+
+VINLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// kTile rows of init + a b, V vectors wide. a(r, p) = a[r * a_row + p * a_column]; b has rows of b_row units.
+template <int V, class U, class Init, class Finish>
+VINLINE void tile_product(int64_t column, int64_t depth, const U* a, int64_t a_row, int64_t a_column, const U* b, int64_t b_row,
+                          const Init& init, const Finish& finish) {
+  vf sum[kTile][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < V; ++c) sum[r][c] = init(r, column + c * W);
+  b += column;
+  for (int64_t p = 0; p < depth; ++p) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < V; ++c) multiply_add(sum[r][c], a[r * a_row + p * a_column], b + p * b_row + c * W);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < V; ++c) finish(r, column + c * W, sum[r][c]);
+}
+
+// The same for a whole row of tiles: `vectors` vectors, in tiles that are as equal as can be.
+template <class U, class Init, class Finish>
+VINLINE void row_product(int64_t vectors, int64_t depth, const U* a, int64_t a_row, int64_t a_column, const U* b, int64_t b_row,
+                         const Init& init, const Finish& finish) {
+  const int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors;
+  for (int64_t t = 0, first = 0; t < tiles; ++t) {
+    const int64_t count = (vectors - first + tiles - t - 1) / (tiles - t), column = first * W;
+    if constexpr (kTileVectors == 4) {
+      if (count == 4) tile_product<4>(column, depth, a, a_row, a_column, b, b_row, init, finish);
+      if (count == 3) tile_product<3>(column, depth, a, a_row, a_column, b, b_row, init, finish);
+    }
+    if (count == 2) tile_product<2>(column, depth, a, a_row, a_column, b, b_row, init, finish);
+    if (count == 1) tile_product<1>(column, depth, a, a_row, a_column, b, b_row, init, finish);
+    first += count;
+  }
+}
+
+template <int S, int... J>
+VINLINE void exchange(vf& a, vf& b, std::integer_sequence<int, J...>) {
+  const vf low = __builtin_shufflevector(a, b, ((J & S) ? W + J - S : J)...);
+  b = __builtin_shufflevector(a, b, ((J & S) ? W + J : J + S)...);
+  a = low;
+}
+
+template <int S>
+VINLINE void transpose_step(vf (&t)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) exchange<S>(t[i], t[i + S], std::make_integer_sequence<int, W>());
+}
+
+VINLINE void transpose(vf (&t)[W]) {
+  transpose_step<1>(t);
+  transpose_step<2>(t);
+  if constexpr (W > 4) transpose_step<4>(t);
+  if constexpr (W > 8) transpose_step<8>(t);
+}
+
+// Row i of a head; behind `count` the last one, which is read in vain.
+template <class T>
+VINLINE const T* row_of(const Rows& from, int64_t i, int64_t count) {
+  return static_cast<const T*>(from.data) + least(i, count - 1) * from.stride;
+}
+
+// The rows form of `count` rows in rows of to_row units; zeros up to those and in rows up to `padded`.
+template <class T>
+inline void pack_rows(const Rows& from, int64_t count, int64_t width, float* to, int64_t to_row, int64_t padded) {
+  for (int64_t i = 0; i < count; ++i, to += to_row) {
+    const T* p = row_of<T>(from, i, count);
+    each_block(width, [&](int64_t c, auto lanes) __attribute__((always_inline)) { store(to + c, load(p + c, lanes)); });
+    for (int64_t c = round_up(width, W); c < to_row; c += W) store(to + c, vf{});
+  }
+  std::memset(to, 0, (padded - count) * to_row * sizeof(float));
+}
+
+template <class T>
+inline void pack_rows(const Rows& from, int64_t count, int64_t width, uint32_t* to, int64_t to_row, int64_t padded) {
+  for (int64_t i = 0; i < count; ++i, to += to_row) {
+    std::memcpy(to, row_of<T>(from, i, count), width * sizeof(T));
+    std::memset(reinterpret_cast<T*>(to) + width, 0, to_row * sizeof(*to) - width * sizeof(T));
+  }
+  std::memset(to, 0, (padded - count) * to_row * sizeof(*to));
+}
+
+// The stacked form of pairs, in rows of to_row units: rows 2i and 2i + 1 of the head in row i, zeros where there is none.
+template <class T>
+inline void stack_rows(const Rows& from, int64_t count, int64_t width, uint32_t* to, int64_t to_row) {
+  for (int64_t i = 0; i < count; i += 2, to += to_row) {
+    const T *low = row_of<T>(from, i, count), *high = row_of<T>(from, i + 1, count);
+    const vu mask = vu{} + (i + 1 < count ? 0xffff0000u : 0u);
+    each_block(width, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+      const vu pair = ((vu)load(low + c, lanes) >> 16) | ((vu)load(high + c, lanes) & mask);
+      std::memcpy(to + c, &pair, sizeof pair);
+    });
+    for (int64_t c = round_up(width, W); c < to_row; c += W) std::memset(to + c, 0, W * sizeof(*to));
+  }
+}
+
+// The columns form [width, to_row] of `count` rows in their rows form; zeros behind `count`.
+template <class U>
+inline void transpose_rows(const U* rows, int64_t from_row, int64_t count, int64_t width, U* columns, int64_t to_row) {
+  const float* const from = reinterpret_cast<const float*>(rows);  // 32 bits, whatever they are
+  float* const to = reinterpret_cast<float*>(columns);
+  for (int64_t i = 0; i < to_row; i += W)
+    for (int64_t c = 0; c < width; c += W) {
+      vf block[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) block[r] = i + r < count ? load(from + (i + r) * from_row + c) : vf{};
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) store(to + (c + r) * to_row + i, block[r]);
+    }
+}
+
+// Float32 [rows, columns] as a left operand of pairs along its rows.
+VINLINE void pair_along(const float* from, int64_t rows, int64_t from_row, int64_t columns, uint32_t* to, int64_t to_row) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += W) store(reinterpret_cast<bf16*>(to + r * to_row) + c, load(from + r * from_row + c));
+}
+
+// Float32 [rows, columns] as a left operand of pairs down its columns: rows 2i and 2i + 1 in row i.
+VINLINE void pair_down(const float* from, int64_t rows, int64_t from_row, int64_t columns, uint32_t* to, int64_t to_row) {
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t c = 0; c < columns; c += W) {
+      const vh low = rounded(load(from + r * from_row + c));
+      const vh high = r + 1 < rows ? rounded(load(from + (r + 1) * from_row + c)) : vh{};
+      const vu pair = __builtin_convertvector(low, vu) | (__builtin_convertvector(high, vu) << 16);
+      std::memcpy(to + r / 2 * to_row + c, &pair, sizeof pair);
+    }
+}
+
+// `count` rows of float32, each from_row floats apart, to rows of float type T; zeros in those up to `length`.
+template <class T>
+inline void unpack(const float* from, int64_t from_row, int64_t count, int64_t length, int64_t width, const Rows& to) {
+  for (int64_t i = 0; i < length; ++i) {
+    T* p = static_cast<T*>(to.data) + i * to.stride;
+    if (i >= count) {
+      std::memset(p, 0, width * sizeof(T));
+      continue;
+    }
+    each_block(width, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+      store(p + c, load(from + i * from_row + c), lanes);
+    });
+  }
+}

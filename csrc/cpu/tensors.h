@@ -1,0 +1,22 @@
+// Tensors as the CPU kernels see them.
+#pragma once
+
+#include "../common.h"
+#include "float_type.h"
+
+namespace simplclip {
+
+inline Float type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return Float::kBFloat16;
+    case ScalarType::Half: return Float::kHalf;
+    default: return Float::kFloat;
+  }
+}
+
+inline int64_t bytes_of(const Tensor& t) { return t.scalar_type() == ScalarType::Float ? 4 : 2; }
+
+// Element `offset` of the memory, counted from the first.
+inline void* element(const Tensor& t, int64_t offset) { return static_cast<char*>(t.mutable_data_ptr()) + offset * bytes_of(t); }
+
+}  // namespace simplclip

@@ -1,0 +1,53 @@
+// A sum over chunks of rows of a^T b.
+#pragma once
+
+#include "instruction_set.h"
+#include "tensors.h"
+
+namespace simplclip {
+
+class TransposedSum {
+ public:
+  // The sum has the shape and dtype of `like`, or no rows if it is not `needed`. `in_float`: products of halves are summed in
+  // float32, else one product at most may be added.
+  TransposedSum(const Tensor& like, bool needed, bool in_float)
+      : needed_(needed), in_float_(needed && in_float),
+        out_(torch::stable::new_empty(like, {needed ? like.size(0) : 0, like.size(1)})) {
+    if (in_float_) sum_ = torch::stable::new_zeros(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
+  }
+
+  void add(const Tensor& a, const Tensor& b) {
+    if (!needed_) return;
+    Tensor view = a;
+    const Tensor transposed = torch::stable::transpose(view, 0, 1);
+    fresh_ || in_float_ ? mm_out(out_, transposed, b) : mm_add(out_, transposed, b);
+    fresh_ = false;
+    if (!in_float_) return;
+    float* sum = sum_.mutable_data_ptr<float>();
+    for_all([&](int64_t begin, int64_t count) {
+      instruction_set().elementwise.accumulate(type_of(out_), element(out_, begin), sum + begin, count);
+    });
+  }
+
+  Tensor result() {
+    if (fresh_) return torch::stable::new_zeros(out_, {out_.size(0), out_.size(1)});
+    if (in_float_) {
+      const float* sum = sum_.const_data_ptr<float>();
+      for_all([&](int64_t begin, int64_t count) {
+        instruction_set().elementwise.round(type_of(out_), sum + begin, element(out_, begin), count);
+      });
+    }
+    return out_;
+  }
+
+ private:
+  template <class F>
+  void for_all(F&& f) {
+    torch::stable::parallel_for(0, out_.numel(), 1 << 16, [&](int64_t begin, int64_t end) { f(begin, end - begin); });
+  }
+
+  bool needed_, in_float_, fresh_ = true;
+  Tensor out_, sum_;
+};
+
+}  // namespace simplclip

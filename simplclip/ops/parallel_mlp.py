@@ -1,0 +1,171 @@
+"""parallel_mlp: two linear layers around an activation that is never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from simplclip import backends, checks
+from simplclip.ops.registry import define
+from simplclip.reference import ACTIVATIONS
+
+HIDDEN_BYTES = 16 << 20  # of a hidden layer that nobody keeps
+_NATIVE_FWD = "(Tensor h, Tensor weight, Tensor? bias, str act, Tensor(a!) out, bool accumulate) -> ()"
+_NATIVE_BWD = "(Tensor grad, Tensor(a!) h, Tensor weight, str act, bool need_weight) -> Tensor"
+
+
+def keeps_graph() -> bool:
+    """Whether backward may run again (retain_graph), so that what is saved must stay as it is."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:  # [T, C], [F, C], [F]
+    return torch.mm(x, weight.T, out=out) if bias is None else torch.addmm(bias, x, weight.T, out=out)
+
+
+def hidden_rows(
+    x: Tensor,  # [T, C]
+    weight: Tensor,  # [F, C]
+    bias: Tensor | None,  # [F]
+    out: Tensor,  # [T, *]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The hidden layer before its activation some rows at a time, each with the same rows of `out`."""
+    rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
+    h = x.new_empty(rows, weight.shape[0])
+    for first in range(0, x.shape[0], rows):
+        some = x[first : first + rows]
+        yield linear(some, weight, bias, h[: some.shape[0]]), out[first : first + rows]
+
+
+def _fwd(function, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep):
+    out = x.new_empty(x.shape[0], fc2_weight.shape[0])
+    if keep:
+        h = linear(x, fc1_weight, fc1_bias)
+        function(h, fc2_weight, fc2_bias, act, out, False)
+        return out, h
+    for h, of_out in hidden_rows(x, fc1_weight, fc1_bias, out):
+        function(h, fc2_weight, fc2_bias, act, of_out, False)
+    return out, x.new_empty(0, fc1_weight.shape[0])
+
+
+def _fwd_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep, backend):
+    rows = x.shape[0]
+    return x.new_empty(rows, fc2_weight.shape[0]), x.new_empty(rows if keep else 0, fc1_weight.shape[0])
+
+
+def _bwd(function, grad, h, x, fc1_weight, fc2_weight, act, need):
+    """need: of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias. What is not needed comes back empty."""
+    grad = grad.contiguous()
+    none = x.new_empty(0)
+    d_fc2_bias = grad.sum(0) if need[4] else none
+    d_fc2_weight = function(grad, h, fc2_weight, act, need[3])
+    d_fc1_bias = h.sum(0) if need[2] else none
+    return (
+        torch.mm(h, fc1_weight) if need[0] else none,
+        torch.mm(h.T, x) if need[1] else none,
+        d_fc1_bias,
+        d_fc2_weight if need[3] else none,
+        d_fc2_bias,
+    )
+
+
+def _bwd_fake(grad, h, x, fc1_weight, fc2_weight, act, need, backend):
+    c, f = fc2_weight.shape
+    shapes = (x.shape, fc1_weight.shape, (f,), (c, f), (c,))
+    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need))
+
+
+define(
+    "parallel_mlp_fwd",
+    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str act, bool keep",
+    "(Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+    native=_NATIVE_FWD,
+)
+define(
+    "parallel_mlp_bwd",
+    "Tensor grad, Tensor(a!) h, Tensor x, Tensor fc1_weight, Tensor fc2_weight, str act, bool[] need",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+    native=_NATIVE_BWD,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, fc1_weight, _, fc2_weight, _, act, _, backend = inputs
+    _, h = output
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(h, x, fc1_weight, fc2_weight)
+    ctx.mode = (act, backend)
+
+
+def _autograd(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
+    h, x, fc1_weight, fc2_weight = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:5])
+    h = h.clone() if keeps_graph() else h
+    act, backend = ctx.mode
+    grads = torch.ops.simplclip.parallel_mlp_bwd(grad, h, x, fc1_weight, fc2_weight, act, need, backend)
+    return *(d if wanted else None for d, wanted in zip(grads, need)), None, None, None
+
+
+torch.library.register_autograd("simplclip::parallel_mlp_fwd", _autograd, setup_context=_setup_context)
+
+
+def workspace_bytes(t: int, f: int, c: int, dtype: torch.dtype) -> int:
+    """Bytes that the cpu backend allocates beside hidden layer, result and gradients, at most, in a forward and backward.
+
+    The activation of at most 8 MiB of rows; in half dtypes also the second weight's gradient in float32.
+    """
+    rows = min(t, max(64, (8 << 20) // (f * dtype.itemsize)))
+    return rows * f * dtype.itemsize + (4 * c * f if dtype != torch.float32 else 0)
+
+
+def parallel_mlp(
+    x: Tensor,  # [..., C]
+    fc1_weight: Tensor,  # [F, C]
+    fc1_bias: Tensor | None,  # [F]
+    fc2_weight: Tensor,  # [C_out, F]
+    fc2_bias: Tensor | None,  # [C_out]
+    *,
+    act: str = "gelu",
+) -> Tensor:  # [..., C_out]
+    """`act(x fc1_weightᵀ + fc1_bias) fc2_weightᵀ + fc2_bias`, F.linear twice with an activation between them.
+
+    Args:
+        x: [..., C] float32, bfloat16, float16 or float64; weights and biases in its dtype, as F.linear asks. Under autocast
+            all are cast to its dtype.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: as of two nn.Linear; a bias may be None.
+        act: "gelu" (erf), "gelu_tanh", "quickgelu" (x sigmoid(1.702 x)), "relu" or "silu".
+
+    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation is applied as the second product
+    reads h, and never stored: [T, F] instead of twice that. Backward writes the gradient of h over h (over a copy with
+    retain_graph=True). Sums are float32; deterministic. Double backward is not supported.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: a forced backend cannot serve the call.
+    """
+    tensors = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    checks.choice("act", act, tuple(ACTIVATIONS))
+    checks.mlp(x, **tensors)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, *cast = (None if t is None else t.to(dtype) for t in (x, *tensors.values()))
+    else:
+        cast = list(tensors.values())
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
+    for name, t in zip(tensors, cast):
+        if t is not None:
+            checks.like(name, t, "x", x)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *cast))
+    flat = x.reshape(-1, x.shape[-1])
+    out, _ = torch.ops.simplclip.parallel_mlp_fwd(flat, *cast, act, keep, backends.forced())
+    return out.reshape(*x.shape[:-1], out.shape[1])

@@ -1,0 +1,58 @@
+"""The second half of parallel_mlp in plain torch: from the hidden layer before its activation to the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def _quickgelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(1.702 * x)
+    return grad * (s + 1.702 * x * s * (1 - s))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quickgelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": lambda grad, x: aten.gelu_backward(grad, x, approximate="none"),
+    "gelu_tanh": lambda grad, x: aten.gelu_backward(grad, x, approximate="tanh"),
+    "quickgelu": _quickgelu_backward,
+    "relu": lambda grad, x: aten.threshold_backward(grad, x, 0),
+    "silu": aten.silu_backward,
+}
+
+
+def parallel_mlp_fwd(
+    h: Tensor,  # [T, F]
+    weight: Tensor,  # [C, F]
+    bias: Tensor | None,  # [C]
+    act: str,
+    out: Tensor,  # [T, C] written, or added to where `accumulate`
+    accumulate: bool,
+) -> None:
+    """out = act(h) weightᵀ + bias."""
+    product = F.linear(ACTIVATIONS[act](h), weight, bias)
+    out.add_(product) if accumulate else out.copy_(product)
+
+
+def parallel_mlp_bwd(
+    grad: Tensor,  # [T, C]
+    h: Tensor,  # [T, F] overwritten with dh
+    weight: Tensor,  # [C, F]
+    act: str,
+    need_weight: bool,
+) -> Tensor:  # [C, F], or [0, F]
+    """dh = (grad weight) ∘ act'(h), written over h; dweight = gradᵀ act(h)."""
+    d_weight = grad.T @ ACTIVATIONS[act](h) if need_weight else weight.new_empty(0, weight.shape[1])
+    h.copy_(_BACKWARD[act](grad @ weight, h))
+    return d_weight
