@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simplclip.kernels import tuning
+from simplclip.kernels.activations import ACTIVATIONS
 from simplclip.kernels.feature_loss import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
 from simplclip.kernels.feature_loss import tile as feature_tile
+from simplclip.kernels.launch import COMPILE
+from simplclip.kernels.parallel_mlp import GROUP as MLP_GROUP
+from simplclip.kernels.parallel_mlp import (
+    _parallel_mlp_fwd_kernel,
+    _parallel_mlp_hidden_kernel,
+    _parallel_mlp_weight_kernel,
+)
+from simplclip.kernels.shaped_attention import SUMS
+from simplclip.kernels.shaped_attention_backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
+from simplclip.kernels.shaped_attention_forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
 from simplclip.kernels.similarity_backward import _similarity_gradient_kernel
 from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
-from simplclip.kernels.similarity_launch import COMPILE, Launch
+from simplclip.kernels.similarity_launch import Launch
 from simplclip.kernels.similarity_loss import COUNT, DIAGONAL, GROUP, MERGE
 from simplclip.kernels.similarity_merge import (
     _similarity_count_kernel,
@@ -24,20 +36,27 @@ from simplclip.kernels.similarity_merge import (
 )
 
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
-_FEATURES = (
-    "image",
-    "text",
-    "teacher_image",
-    "teacher_text",
-    "projected_image",
-    "projected_text",
-    "out",
-    "student",
-    "d_student",
-)
-_FLOATS = ("scale", "teacher_scale", "cross_scale", "plane_weight", "plane_bias", "row_parts", "column_parts", "rows")
-_FLOATS += ("columns", "grad_rows", "grad_columns", "factors", "sums", "parts", "rows_out", "inv_norms", "grad")
-_ALIGNED = ("d", "width", "teacher_width", "out_stride", "plane_stride")  # multiples of 16 in any call worth a table
+# Types of arguments by name, "element" the kernel's dtype; a name that is not here is an integer.
+_TYPES = {
+    **dict.fromkeys(("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text"), "*element"),
+    **dict.fromkeys(("out", "student", "d_student"), "*element"),
+    **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "plane_weight", "plane_bias", "row_parts"), "*fp32"),
+    **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "sums", "parts"), "*fp32"),
+    **dict.fromkeys(("rows_out", "inv_norms", "grad"), "*fp32"),
+    **dict.fromkeys(("ids", "text_ids"), "*i64"),
+    "teacher": "*fp16",  # stored features
+    "entropy": "fp32",
+}
+# Multiples of 16 in any call worth a table, as are the strides.
+_ALIGNED = ("d", "width", "teacher_width", "hidden", "out_stride", "plane_stride", "h_stride", "weight_stride", "grad_stride")
+
+ATTENTION = {
+    "fwd": _shaped_attention_fwd_kernel,
+    "rows": _shaped_attention_rows_kernel,
+    "keys": _shaped_attention_keys_kernel,
+}
+
+MLP = {"fwd": _parallel_mlp_fwd_kernel, "weight": _parallel_mlp_weight_kernel, "hidden": _parallel_mlp_hidden_kernel}
 
 
 @dataclass
@@ -51,8 +70,7 @@ class Kernel:
     dtype: str
     planes: str = ""
     tensor_cores: bool = True
-    floats: tuple[str, ...] = ()  # tensors that are float32 here though another kernel's features bear their name
-    numbers: tuple[str, ...] = ("entropy",)  # arguments that are no tensors, in float32; others are integers
+    types: dict[str, str] = field(default_factory=dict)  # in place of those of the table
 
 
 def launches(everything: bool) -> list[Launch]:
@@ -129,7 +147,7 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
         constants = {**everything.constants_of_merge(of_rows), **slots, "SLOTS": 9, "PREVIOUS": not of_rows, **MERGE}
         yield Kernel(
             "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile, "float32",
-            "rows" if of_rows else "columns", False, ("out",),
+            "rows" if of_rows else "columns", False, {"out": "*fp32"},
         )  # fmt: skip
     constants = {"Z": True, "L": True, "T": True, "U": True, "V": True, **DIAGONAL}
     yield Kernel("_similarity_diagonal_kernel", _similarity_diagonal_kernel, constants, tile, dtype, "ZLTUV", False)
@@ -144,8 +162,62 @@ def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
         for function in (_feature_loss_fwd_kernel, _feature_loss_bwd_kernel):
             yield Kernel(
                 function.__name__, function, constants, tuning.Tile(0, 0, 0, warps, 3, 1), dtype,
-                f"D={d}" + " smooth" * smooth, False, numbers=("beta", "scale"),
+                f"D={d}" + " smooth" * smooth, False, {"beta": "fp32", "scale": "fp32"},
             )  # fmt: skip
+
+
+def attention_kernels(
+    dtype: str, architecture: int, widths: tuple[int, ...], causal: tuple[bool, ...] = (False, True)
+) -> Iterator[Kernel]:
+    """At widths of a head: a power of two, or one that is filled up to it."""
+    precision = DTYPES[dtype][1]
+    types = dict.fromkeys(("q", "k", "v", "grad", "dq", "dk", "dv"), "*element")
+    types |= dict.fromkeys(("gains", "lse", "delta"), "*fp32") | {"lengths": "*i32", "scale": "fp32"}
+    for width in widths:
+        block = max(16, triton.next_power_of_2(width))
+        tile = tuning.of_width("shaped_attention_fwd", block, precision, architecture)
+        constants = {"EVEN": width == block, "BLOCK_M": tile.block_m, "BLOCK_K": block}
+        function = _shaped_attention_sums_kernel
+        yield Kernel(function.__name__, function, constants, tile._replace(warps=4), dtype, f"K={width}", False, types)
+    for width, masked in itertools.product(widths, causal):
+        block = max(16, triton.next_power_of_2(width))
+        for op, function in ATTENTION.items():
+            tile = tuning.of_width(f"shaped_attention_{op}", block, precision, architecture)
+            constants = {
+                "CAUSAL": masked,
+                "EVEN": width == block,
+                "PRECISION": "tf32" if precision == "tf32" else "ieee",
+                "INTERPRETED": False,
+                "SUMS": SUMS,
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": block,
+            }
+            yield Kernel(function.__name__, function, constants, tile, dtype, f"K={width}" + " causal" * masked, types=types)
+
+
+def mlp_kernels(
+    dtype: str, architecture: int, acts: tuple[str, ...] = ("gelu",), even: tuple[bool, ...] = (True, False)
+) -> Iterator[Kernel]:
+    """For C and F that are multiples of a block, and others."""
+    precision = DTYPES[dtype][1]
+    names = ("h", "weight", "bias", "out", "grad", "d_weight")
+    for act, whole, (op, function) in itertools.product(acts, even, MLP.items()):
+        tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture)
+        constants = {
+            "ACT": act,
+            "ACCUMULATE": True,
+            "EVEN": whole,
+            "PRECISION": "tf32" if precision == "tf32" else "ieee",
+            "INTERPRETED": False,
+            "GROUP": MLP_GROUP,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        }
+        if whole or "EVEN" in function.arg_names:
+            types = dict.fromkeys(names, "*element")
+            yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C, F" * (not whole), types=types)
 
 
 def compile_kernel(kernel: Kernel, architecture: int):
@@ -155,19 +227,8 @@ def compile_kernel(kernel: Kernel, architecture: int):
         if name in kernel.constants:
             signature[name], constants[name] = "constexpr", kernel.constants[name]
             continue
-        if name in kernel.numbers:
-            signature[name] = "fp32"
-        elif name == "teacher":  # stored features
-            signature[name] = "*fp16"
-        elif name in _FEATURES and name not in kernel.floats:
-            signature[name] = f"*{element}"
-        elif name in _FEATURES or name in _FLOATS:
-            signature[name] = "*fp32"
-        elif name in ("ids", "text_ids"):
-            signature[name] = "*i64"
-        else:
-            signature[name] = "i32"
-        if signature[name].startswith("*") or name in _ALIGNED:
+        signature[name] = {**_TYPES, **kernel.types}.get(name, "i32").replace("element", element)
+        if signature[name].startswith("*") or name in _ALIGNED or re.search("_[blh]$", name):
             attributes[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(kernel.function, signature, constants, attributes),
@@ -185,3 +246,6 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
     yield from small_kernels(dtype)
     if dtype != "tf32":
         yield from feature_loss_kernels(dtype)
+    wide = (200, 256) if DTYPES[dtype][1] == "half" else ()
+    yield from attention_kernels(dtype, architecture, (16, 20, 32, 40, 64, 80, 128, *wide) if everything else (64, 80))
+    yield from mlp_kernels(dtype, architecture, ACTIVATIONS if everything else ("gelu",))

@@ -1,6 +1,7 @@
 """The gate of benchmarks.aot: what the compiler makes of the Triton kernels, without a GPU."""
 
 import importlib.util
+import itertools
 
 import pytest
 
@@ -8,7 +9,14 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 from benchmarks import aot
-from benchmarks.aot_kernels import feature_loss_kernels, launches, similarity, small_kernels
+from benchmarks.aot_kernels import (
+    attention_kernels,
+    feature_loss_kernels,
+    launches,
+    mlp_kernels,
+    similarity,
+    small_kernels,
+)
 from simplclip.kernels import tuning
 
 
@@ -42,12 +50,18 @@ def test_sm_86_feature_loss():
     check(feature_loss_kernels("bfloat16"), 86)
 
 
+@pytest.mark.parametrize("dtype", aot.DTYPES)
+def test_sm_86_block(dtype):
+    """shaped_attention and parallel_mlp; both masks in bfloat16."""
+    masks = (False, True) if dtype == "bfloat16" else (True,)
+    check([*attention_kernels(dtype, 86, (64,), masks), *mlp_kernels(dtype, 86, even=(True,))], 86)
+
+
 @pytest.mark.parametrize("architecture", [a for a in aot.LIMITS if a != 86])
 def test_other_architectures(architecture):
-    check(
-        [similarity(heaviest(n)[0], "bfloat16", architecture, backward) for n in (1, 3, 5) for backward in (0, 1)],
-        architecture,
-    )
+    kernels = [similarity(heaviest(n)[0], "bfloat16", architecture, backward) for n in (1, 3, 5) for backward in (0, 1)]
+    kernels += attention_kernels("bfloat16", architecture, (64,), (True,))
+    check([*kernels, *mlp_kernels("bfloat16", architecture, even=(True,))], architecture)
 
 
 def test_masks_of_an_odd_width_fit_too():
@@ -69,11 +83,15 @@ def test_too_much_shared_memory_fails_the_gate():
 
 
 def test_every_table_entry_is_complete():
-    for op in ("similarity_forward", "similarity_backward"):
-        for planes in range(1, 6):
-            for precision in tuning.PRECISIONS:
-                for architecture in (*tuning.ARCHITECTURES, tuning.INTERPRETER, 87, 100):
-                    assert tuning.lookup(op, planes, precision, architecture).block_m > 0
+    attention = [f"shaped_attention_{op}" for op in ("fwd", "rows", "keys")]
+    architectures = (*tuning.ARCHITECTURES, tuning.INTERPRETER, 87, 100)
+    for precision, architecture in itertools.product(tuning.PRECISIONS, architectures):
+        for op, planes in itertools.product(("similarity_forward", "similarity_backward"), range(1, 6)):
+            assert tuning.lookup(op, planes, precision, architecture).block_m > 0
+        for op, block in itertools.product(attention, (16, 32, 64, 128, *([256] if precision == "half" else []))):
+            assert tuning.of_width(op, block, precision, architecture).block_k == block
+        for op in ("fwd", "weight", "hidden"):
+            assert tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture).block_k > 0
     assert set(tuning.ARCHITECTURES) == set(aot.LIMITS)
 
 
