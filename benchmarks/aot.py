@@ -5,7 +5,8 @@
     python -m benchmarks.aot --arch 86 --dtype bfloat16
 
 Prints a line per kernel: registers, shared memory, stack, spills, blocks per multiprocessor, instructions and tensor-core
-instructions, the CUDA extension's kernels (where it is built) in the same table; exits with 1 if a gate fails.
+instructions; the CUDA extension's kernels (where it is built) and the launches they are planned for in the same table.
+Exits with 1 if a gate fails.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: interpret
 import torch
 import triton
 
-import simplclip
 from benchmarks.aot_kernels import DTYPES, Kernel, compile_kernel, kernels
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -122,33 +121,6 @@ def gated(row: Row) -> Row:
     return row
 
 
-def _sections(text: str) -> Iterator[tuple[int, str]]:
-    """Architecture and text of each machine code in an extension."""
-    for architecture, part in re.findall(r"arch = sm_(\d+)\w*\n(.*?)(?=\nFatbin|\Z)", text, re.DOTALL):
-        yield int(architecture), part
-
-
-def extension_rows(folder: Path = Path(simplclip.__file__).parent) -> list[Row]:
-    """The kernels of the CUDA extension, of every architecture that it holds machine code for."""
-    rows = []
-    for path in sorted(folder.glob("_C_cuda*.so")):
-        usage, sass = disassemble(path)
-        codes = {}
-        for architecture, part in _sections(sass):
-            for name, body in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function : |\Z)", part, re.DOTALL):
-                codes[architecture, name] = opcodes(body)
-        for architecture, part in _sections(usage):
-            for name, registers, stack, shared in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", part):
-                found = codes[architecture, name]
-                spills, tensor_core = spills_and_tensor_cores(found)
-                short = re.search(r".*\d([a-z]\w*_kernel)", name)
-                rows.append(gated(Row(
-                    short[1] if short else name, "", "", architecture, ".cu", int(registers), int(shared), int(stack),
-                    spills, 0, 0, len(found), tensor_core,
-                )))  # fmt: skip
-    return rows
-
-
 def table(rows: list[Row]) -> str:
     head = (
         "kernel",
@@ -180,12 +152,19 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
+    from benchmarks import aot_extension as extension  # which builds on this module
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every launch, not only the heaviest")
     parser.add_argument("--arch", type=int, action="append", choices=LIMITS, help="default: all")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
     options = parser.parse_args()
-    rows = extension_rows()
+    rows = []
+    if extension.why_not() is None:
+        found = extension.compiled(options.arch or LIMITS)
+        rows = extension.rows(found) + extension.launches(found)
+    else:
+        print(f"CUDA extension: {extension.why_not()}")
     for architecture in options.arch or LIMITS:
         for dtype in options.dtype or DTYPES:
             rows += [measure(kernel, architecture) for kernel in kernels(dtype, architecture, options.all)]

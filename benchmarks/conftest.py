@@ -25,7 +25,7 @@ def rows(request):
 
 
 ROWS = pytest.StashKey[list]()
-KEY = ("op", "objective", "n", "d", "dtype", "form")
+KEY = ("op", "objective", "n", "d", "shape", "dtype", "pass", "form")
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -94,6 +94,26 @@ def _triton_attention(device: str, dtype: torch.dtype, *, width: int = 0, **call
     return _triton_on_cuda(device, dtype)
 
 
+@functools.cache
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def _attention_on_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
+    if cuda_extension is None:
+        return cuda_extension_error
+    if device != "cuda":
+        return f"serves cuda tensors, not {device}"
+    if _capability() and _capability() < (8, 0):
+        return f"needs compute capability 8.0, the device has {'.'.join(map(str, _capability()))}"
+    if dtype == torch.float64:
+        return "computes in float32; float64 is for the reference"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "serves float32 only through TF32, which torch does not allow (torch.backends.cuda.matmul.allow_tf32)"
+    reason = cuda_extension.shaped_attention_why_not(length, width)
+    return reason and f"{reason}; got {length} tokens, width {width}"
+
+
 def _private(name: str) -> Callable:
     """The op that C++ implements; looked up late, so that importing works without the extension."""
     return lambda *args: getattr(torch.ops.simplclip, name)(*args)
@@ -132,11 +152,13 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "reference": Implementation(reference.feature_loss_bwd, _anywhere),
     },
     "shaped_attention_fwd": {
+        "cuda": Implementation(_private("shaped_attention_fwd_cuda"), _attention_on_cuda),
         "triton": Implementation(_kernel("shaped_attention", "shaped_attention_fwd"), _triton_attention),
         "cpu": Implementation(_private("shaped_attention_fwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.shaped_attention_fwd, _anywhere),
     },
     "shaped_attention_bwd": {
+        "cuda": Implementation(_private("shaped_attention_bwd_cuda"), _attention_on_cuda),
         "triton": Implementation(_kernel("shaped_attention", "shaped_attention_bwd"), _triton_attention),
         "cpu": Implementation(_private("shaped_attention_bwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.shaped_attention_bwd, _anywhere),

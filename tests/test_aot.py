@@ -8,7 +8,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
-from benchmarks import aot
+from benchmarks import aot, aot_extension
 from benchmarks.aot_kernels import (
     attention_kernels,
     feature_loss_kernels,
@@ -17,6 +17,7 @@ from benchmarks.aot_kernels import (
     similarity,
     small_kernels,
 )
+from simplclip import backends
 from simplclip.kernels import tuning
 
 
@@ -95,9 +96,41 @@ def test_every_table_entry_is_complete():
     assert set(tuning.ARCHITECTURES) == set(aot.LIMITS)
 
 
-def test_cuda_extension():
-    rows = aot.extension_rows()
-    if not rows:
-        pytest.skip("the CUDA extension is not built")
-    assert {row.architecture for row in rows} >= {86}
-    assert not [row for row in rows if row.failures], "\n" + aot.table(rows)
+@pytest.fixture(scope="module")
+def compiled():
+    if aot_extension.why_not():
+        pytest.skip(aot_extension.why_not())
+    built = {int(part.split("+")[0].replace(".", "")) for part in backends.cuda_extension.architectures().split(";")}
+    assert 86 in built
+    return aot_extension.compiled(sorted(built & set(aot.LIMITS)))
+
+
+def test_cuda_extension(compiled):
+    rows = aot_extension.rows(compiled)
+    assert {row.architecture for row in rows} == set(compiled)
+    assert not [row for row in rows if row.failures], "\n" + aot.table([row for row in rows if row.failures])
+
+
+def test_launches_of_shaped_attention(compiled):
+    rows = aot_extension.launches(compiled)
+    print(aot.table([row for row in rows if row.tile == "77x64"]))
+    assert not [row for row in rows if row.failures], "\n" + aot.table([row for row in rows if row.failures])
+
+
+@pytest.mark.skipif(aot_extension.why_not() is not None, reason=str(aot_extension.why_not()))
+def test_every_launch_of_shaped_attention_fits_every_architecture():
+    plan = backends.cuda_extension.shaped_attention_plan
+    least = min(shared for shared, *_ in aot.LIMITS.values())
+    for tokens, width, wide, backward in itertools.product(range(1, 289), range(16, 129, 16), (0, 1), (0, 1)):
+        found = plan(tokens, width, wide, backward)
+        assert 0 < found["shared"] <= least, (tokens, width, wide, backward, found)
+        assert found["resident"] > 0 and found["threads"] > 0
+        groups = found["blocks"] if not backward or found["kernel"] == "backward" else 1
+        assert groups * found["threads"] // 32 * 16 >= tokens or found["kernel"] == "stream"
+
+
+@pytest.mark.skipif(aot_extension.why_not() is not None, reason=str(aot_extension.why_not()))
+def test_padded_work_of_the_text_tower():
+    for backward, direction in enumerate(aot_extension.PRODUCTS):
+        plan = backends.cuda_extension.shaped_attention_plan(77, 64, False, backward)
+        assert 1 <= aot_extension.padding(plan, direction, 77) <= 1.12

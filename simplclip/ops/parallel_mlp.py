@@ -16,10 +16,10 @@ _NATIVE_FWD = "(Tensor h, Tensor weight, Tensor? bias, str act, Tensor(a!) out, 
 _NATIVE_BWD = "(Tensor grad, Tensor(a!) h, Tensor weight, str act, bool need_weight) -> Tensor"
 
 
-def keeps_graph() -> bool:
-    """Whether backward may run again (retain_graph), so that what is saved must stay as it is."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return asked is None or asked()
+def to_overwrite(saved: Tensor) -> Tensor:
+    """`saved`, or a copy where it must stay as it is: backward may run again (retain_graph), or is traced, not run."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return saved if type(saved) is Tensor and not keeps_graph() else saved.clone()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:  # [T, C], [F, C], [F]
@@ -110,9 +110,8 @@ def _autograd(ctx, grad, _):
         return (None,) * 8
     h, x, fc1_weight, fc2_weight = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:5])
-    h = h.clone() if keeps_graph() else h
     act, backend = ctx.mode
-    grads = torch.ops.simplclip.parallel_mlp_bwd(grad, h, x, fc1_weight, fc2_weight, act, need, backend)
+    grads = torch.ops.simplclip.parallel_mlp_bwd(grad, to_overwrite(h), x, fc1_weight, fc2_weight, act, need, backend)
     return *(d if wanted else None for d, wanted in zip(grads, need)), None, None, None
 
 

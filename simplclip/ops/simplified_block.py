@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simplclip import backends, checks
 from simplclip.ops.norm import NORMS, norm_bwd, norm_fwd
-from simplclip.ops.parallel_mlp import hidden_rows, keeps_graph, linear
+from simplclip.ops.parallel_mlp import hidden_rows, linear, to_overwrite
 from simplclip.ops.registry import define
 from simplclip.reference import ACTIVATIONS, accumulate_dtype
 
@@ -171,9 +171,8 @@ def _autograd(ctx, grad, *_):
         return (None,) * len(TENSORS) + none
     qk, h, lse, *tensors, lengths = ctx.saved_tensors
     need = list(ctx.needs_input_grad[: len(TENSORS)])
-    h = h.clone() if keeps_graph() else h
     op = torch.ops.simplclip.simplified_block_bwd
-    grads = op(grad, qk, h, lse, *tensors, lengths, *ctx.mode, need, ctx.backend)
+    grads = op(grad, qk, to_overwrite(h), lse, *tensors, lengths, *ctx.mode, need, ctx.backend)
     return *(d if wanted else None for d, wanted in zip(grads, need)), *none
 
 

@@ -1,0 +1,116 @@
+"""What the compiler made of the CUDA extension's kernels, and the launches that they are planned for; benchmarks.aot prints both.
+
+shaped_attention's dynamic shared memory, threads and padded work come from the plan that its launcher follows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.aot import BIN, LIMITS, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
+from simplclip import backends
+
+TOKENS = (50, 64, 77, 197, 257, 288)  # CLIP's towers, and the most
+WIDTHS = (32, 64, 80, 96, 128)
+TYPES = ("bf16", "f16", "tf32")
+PRODUCTS = {"forward": 2, "backward": 5}  # [L, L, K] products of attention itself
+# Of the text tower in 16 bits, where the kernels are to be fast: 77 tokens, width 64.
+TEXT_TOWER = {"tokens": 77, "width": 64, "resident": 2, "padding": 1.12}
+
+
+@dataclass
+class Compiled:
+    """A kernel's machine code for one architecture."""
+
+    name: str  # without its namespace, `kernel<type, sizes>` if it is an instantiation
+    registers: int
+    stack: int
+    shared: int  # static
+    opcodes: Counter[str]
+
+
+def why_not() -> str | None:
+    """Why there is nothing to look at."""
+    return backends.cuda_extension_error
+
+
+def demangled(symbol: str) -> str:
+    name, arguments = re.search(r"\d([a-z_]+_kernel)(.*)", symbol).groups()
+    found = re.match(r"I(?:NS\d_\d(\w+?)E)?((?:Li\d+E)*)E", arguments)
+    if not found:
+        return name
+    sizes = re.findall(r"Li(\d+)", found[2])
+    return f"{name}<{', '.join([found[1], *sizes])}>"
+
+
+def dump(option: str, architecture: int) -> Iterable[str]:
+    command = [BIN / "cuobjdump", option, "-arch", f"sm_{architecture}", backends.cuda_extension.__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield from process.stdout
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def compiled(architectures: Iterable[int]) -> dict[int, list[Compiled]]:
+    """The kernels of each architecture."""
+    found = {}
+    for architecture in architectures:
+        codes: dict[str, Counter[str]] = {}
+        for line in dump("-sass", architecture):
+            instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", line)
+            if instruction:
+                counter[instruction[1]] += 1
+            elif "Function : " in line:
+                counter = codes[line.split()[-1]] = Counter()
+        usage = "".join(dump("-res-usage", architecture))
+        found[architecture] = [
+            Compiled(demangled(symbol), *map(int, numbers), codes[symbol])
+            for symbol, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+        ]
+    return found
+
+
+def row(kernel: Compiled, architecture: int, dtype: str = "", tile: str = ".cu", shared: int = 0, warps: int = 0) -> Row:
+    spills, tensor_core = spills_and_tensor_cores(list(kernel.opcodes.elements()))
+    shared = shared or kernel.shared
+    blocks = blocks_per_multiprocessor(architecture, kernel.registers, shared, warps) if warps else 0
+    return gated(Row(
+        kernel.name, "", dtype, architecture, tile, kernel.registers, shared, kernel.stack, spills, warps, blocks,
+        kernel.opcodes.total(), tensor_core,
+    ))  # fmt: skip
+
+
+def rows(found: dict[int, list[Compiled]]) -> list[Row]:
+    """Every kernel."""
+    return [row(kernel, architecture) for architecture, kernels in found.items() for kernel in kernels]
+
+
+def padding(plan: dict, direction: str, tokens: int) -> float:
+    """Work of the planned launch over attention's own, both in multiply-adds of tensor cores and not causal."""
+    return plan["products"] * 256 / (PRODUCTS[direction] * tokens**2)
+
+
+def launches(found: dict[int, list[Compiled]]) -> list[Row]:
+    """The planned launches, each with its kernel's registers."""
+    results = []
+    for architecture, tokens, width, dtype, direction in itertools.product(found, TOKENS, WIDTHS, TYPES, PRODUCTS):
+        plan = backends.cuda_extension.shaped_attention_plan(tokens, width, dtype == "tf32", direction == "backward")
+        start = f"shaped_attention_{plan['kernel']}_kernel<{dtype}, {plan['size']},"
+        kernel = next(kernel for kernel in found[architecture] if kernel.name.startswith(start))
+        result = row(kernel, architecture, dtype, f"{tokens}x{width}", plan["shared"], plan["threads"] // 32)
+        if result.blocks < plan["resident"] or not plan["resident"]:
+            result.failures.append(f"{result.blocks} blocks per multiprocessor, planned {plan['resident']}")
+        if not result.tensor_core:
+            result.failures.append("no tensor-core instructions")
+        if (tokens, width) == (TEXT_TOWER["tokens"], TEXT_TOWER["width"]):
+            if dtype != "tf32" and result.blocks < TEXT_TOWER["resident"]:
+                result.failures.append(f"fewer than {TEXT_TOWER['resident']} blocks per multiprocessor")
+            if dtype != "tf32" and padding(plan, direction, tokens) > TEXT_TOWER["padding"]:
+                result.failures.append(f"{padding(plan, direction, tokens):.2f} times attention's work")
+        results.append(result)
+    return results

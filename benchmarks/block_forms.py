@@ -1,0 +1,120 @@
+"""A simplified block against open_clip's residual block of the same width: as modules, with what each saves for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+
+from benchmarks.attention_forms import plain
+from benchmarks.measure import interleaved_times, quantiles
+from simplclip.nn import SimplifiedBlock
+from simplclip.reference import ACTIVATIONS
+
+WIDTH, HEADS, LENGTH, BATCH = 512, 8, 77, 64
+BASE = "open_clip's block"
+
+
+class PlainBlock(nn.Module):
+    """A SimplifiedBlock's parameters in plain torch ops."""
+
+    def __init__(self, block: SimplifiedBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        n = block.norm(x)
+        heads = [t.reshape(*x.shape[:2], block.heads, -1) for t in (*F.linear(n, block.qk.weight).chunk(2, -1), n)]
+        attention = plain(*heads, block.alpha, block.beta, block.gamma, causal=block.causal).reshape(x.shape)
+        mlp = block.fc2(ACTIVATIONS[block.act](block.fc1(n)))
+        return block.attention_gain * attention + block.mlp_gain * mlp
+
+
+def forms(
+    width: int, heads: int, length: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Causal blocks of a CLIP text tower; the simplified ones share their weights."""
+    torch.manual_seed(0)
+    ours = SimplifiedBlock(width, heads, causal=True)
+    nn.init.normal_(ours.qk.weight, std=width**-0.5)
+    again = SimplifiedBlock(width, heads, causal=True, recompute=True)
+    again.load_state_dict(ours.state_dict())
+    theirs = ResidualAttentionBlock(width, heads)
+    ours, again, theirs = (module.to(device, dtype) for module in (ours, again, theirs))
+    mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)
+    residual = lambda x: theirs(x, attn_mask=mask)  # noqa: E731
+    formula = PlainBlock(ours)
+    return {
+        "simplclip": ours,
+        "simplclip, recompute": again,
+        "the same in plain torch": formula,
+        "torch.compile of it": torch.compile(formula, dynamic=False),
+        "open_clip's block": residual,
+        "torch.compile of that": torch.compile(residual, dynamic=False),
+    }
+
+
+def saved_bytes(form: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes of the distinct storages that autograd keeps for backward, without those of parameters."""
+    held: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter):
+            storage = t.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    weights = set()
+    for part in _modules(form):
+        weights |= {p.untyped_storage().data_ptr() for p in part.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = form(x.detach().requires_grad_())
+    del out
+    return sum(size for at, size in held.items() if at not in weights)
+
+
+def _modules(form) -> list[nn.Module]:
+    cells = [cell.cell_contents for cell in getattr(form, "__closure__", None) or ()]
+    return [m for m in (form, *cells) if isinstance(m, nn.Module)]
+
+
+def _step(form, x, grad, backward):
+    if not backward:
+        with torch.no_grad():
+            return form(x)
+    leaf = x.detach().requires_grad_()
+    form(leaf).backward(grad)
+    return leaf.grad
+
+
+def measure(dtype, backward, repeats, device="cpu", width=WIDTH, heads=HEADS, length=LENGTH, batch=BATCH):
+    torch.compiler.reset()
+    found = forms(width, heads, length, getattr(torch, dtype), device)
+    x, grad = (torch.randn(batch, length, width).to(device, getattr(torch, dtype)) for _ in range(2))
+    results = {name: _step(form, x, grad, backward).float() for name, form in found.items()}
+    for name in list(found)[1:4]:
+        error = (results[name] - results["simplclip"]).abs().max() / results["simplclip"].abs().max()
+        assert error <= (1e-4 if dtype == "float32" else 5e-2), f"{name}: {error:.1e}"
+    saved = {name: saved_bytes(form, x) for name, form in found.items() if "compile" not in name}
+    cases = {name: lambda form=form: _step(form, x, grad, backward) for name, form in found.items()}
+    times = interleaved_times(cases, repeats, warmup=2)
+    base = quantiles(times["simplclip"])[1]
+    return [
+        {
+            "op": "simplified_block",
+            "shape": f"B={batch} L={length} C={width} causal",
+            "dtype": dtype,
+            "pass": "forward + backward" if backward else "forward",
+            "form": name,
+            "repeats": repeats,
+            **{f"p{p}_ms": round(1e3 * s, 2) for p, s in zip((20, 50, 80), quantiles(times[name]))},
+            "times_ours": round(quantiles(times[name])[1] / base, 2),
+            "saved_bytes_per_token": round(saved[name] / (batch * length)) if name in saved and backward else "",
+            "of_open_clips": round(saved[name] / saved[BASE], 3) if name in saved and backward else "",
+        }
+        for name in found
+    ]

@@ -1,0 +1,36 @@
+// What shaped_attention's kernels take. Also for compilers that know no CUDA.
+#pragma once
+
+#include <cstdint>
+
+namespace simplclip {
+
+enum class ShapedType { kFloat16, kBFloat16, kTF32 };
+
+// A tensor [B, L, H, K], the last dimension dense; strides in bytes.
+struct HeadsView {
+  char* data;
+  int64_t batch, row, head;
+};
+
+struct ShapedAttention {
+  HeadsView q, k, v;
+  const float* gains;    // [3, H]: alpha, beta, gamma
+  const int32_t* lengths;  // [B] or null
+  float* lse;            // [B, H, L]
+  int batch, length, heads, width;
+  float scale;
+  bool causal;
+};
+
+struct ShapedAttentionForward : ShapedAttention {
+  HeadsView out;
+  int slice;  // bytes of a row that are staged at a time
+};
+
+struct ShapedAttentionBackward : ShapedAttention {
+  HeadsView grad, dq, dk, dv;
+  float* d_gains;  // [B, 3, H]
+};
+
+}  // namespace simplclip

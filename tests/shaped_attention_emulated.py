@@ -1,0 +1,119 @@
+"""Calls of shaped_attention's CUDA kernels under the emulator, and what they are compared to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from tolerance import assert_within
+
+from simplclip import reference
+
+TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+# TF32 has the mantissa of float16.
+TOLERANCE = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    type: str
+    length: int
+    width: int
+    causal: bool = False
+    lengths: tuple[int, ...] | None = None  # one for each sequence
+    batch: int = 1
+    heads: int = 1
+    scale: float = 0.3
+
+
+def heads_of(storage: torch.Tensor, index: int, heads: int, width: int) -> torch.Tensor:
+    """[B, L, H, K], a view of block `index` of a product's columns."""
+    return storage.unflatten(2, (-1, heads, width))[:, :, index]
+
+
+def nan(case: Case, blocks: int) -> torch.Tensor:
+    """Rows of `blocks` blocks of all heads and one that is never touched, so that strides are not the sizes' products."""
+    shape = case.batch, case.length, (blocks + 1) * case.heads * case.width
+    return torch.full(shape, torch.nan, dtype=TYPES[case.type])
+
+
+def inputs(case: Case) -> dict:
+    """q and k views of one product; padded tokens hold NaN."""
+    g = torch.Generator().manual_seed(case.length * 1000 + case.width)
+    shape = case.batch, case.length, case.heads, case.width
+    product, x, grads = nan(case, 2), nan(case, 1), nan(case, 1)
+    tensors = {
+        "q": heads_of(product, 0, case.heads, case.width),
+        "k": heads_of(product, 1, case.heads, case.width),
+        "v": heads_of(x, 0, case.heads, case.width),
+        "grad": heads_of(grads, 0, case.heads, case.width),
+    }
+    lengths = None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int32)
+    for tensor in tensors.values():
+        tensor.copy_(torch.randn(shape, generator=g))
+        for b, length in enumerate(case.lengths or ()):
+            tensor[b, length:] = torch.nan
+    gains = 0.7 + torch.rand(3, case.heads, generator=g)
+    return tensors | {"gains": gains, "lengths": lengths}
+
+
+def by_reference(case: Case, given: dict, dtype: torch.dtype) -> dict:
+    q, k, v, grad, gains = (given[name].to(dtype) for name in ("q", "k", "v", "grad", "gains"))
+    mode = given["lengths"], case.scale, case.causal
+    with mock.patch.object(reference.shaped_attention, "accumulate_dtype", return_value=dtype):
+        out, lse = reference.shaped_attention_fwd(q, k, v, gains, *mode)
+        grads = [torch.empty_like(q) for _ in range(3)]
+        d_gains = reference.shaped_attention_bwd(grad, q, k, v, gains, lse, *mode, *grads)
+    return results(out, lse, *grads, d_gains)
+
+
+def results(out, lse, dq, dk, dv, d_gains) -> dict:
+    found = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return found | dict(zip(("dalpha", "dbeta", "dgamma"), d_gains))
+
+
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """To the mantissa of TF32, as plain torch's products in TF32 do with their operands."""
+    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def plain(case: Case, given: dict) -> dict:
+    if case.type != "tf32":
+        return by_reference(case, given, TYPES[case.type])
+    return by_reference(case, given | {name: rounded(given[name].clone()) for name in ("q", "k", "v", "grad")}, torch.float32)
+
+
+def strides(*tensors: torch.Tensor) -> torch.Tensor:
+    """Addresses and strides in bytes, as the emulated functions take them."""
+    return torch.tensor([[t.data_ptr(), *(s * t.element_size() for s in t.stride()[:3])] for t in tensors])
+
+
+def emulate(kernels, case: Case, given: dict, seed: int) -> dict:
+    """Everything that the kernels write held NaN before, and what they must not write holds it after."""
+    sizes = torch.tensor([case.batch, case.length, case.heads, case.width], dtype=torch.int32)
+    q, k, v, grad, gains, lengths = (given[name] for name in ("q", "k", "v", "grad", "gains", "lengths"))
+    storage = nan(case, 1), nan(case, 2), nan(case, 1)
+    out, dq, dk, dv = (heads_of(storage[i], j, case.heads, case.width) for i, j in ((0, 0), (1, 0), (1, 1), (2, 0)))
+    lse = torch.full((case.batch, case.heads, case.length), torch.nan)
+    parts, d_gains = torch.full((case.batch, 3, case.heads), torch.nan), torch.full((3, case.heads), torch.nan)
+    mode = case.scale, case.causal
+    kernels.forward(case.type, strides(q, k, v, out), gains, lengths, lse, sizes, *mode, seed)
+    kernels.backward(
+        case.type, strides(q, k, v, grad, dq, dk, dv), gains, lengths, lse, sizes, *mode, parts, d_gains, seed
+    )
+    for whole in storage:
+        assert whole[:, :, -case.heads * case.width :].isnan().all(), "wrote beyond a row"
+    return results(out, lse, dq, dk, dv, d_gains)
+
+
+def check(kernels, case: Case, seeds=(0, 1)) -> None:
+    given = inputs(case)
+    found = [emulate(kernels, case, given, seed) for seed in seeds]
+    for seed, other in zip(seeds[1:], found[1:]):
+        for name, value in other.items():
+            assert torch.equal(value, found[0][name]), f"{case}: {name} differs with seed {seed}"
+    truth = by_reference(case, given, torch.float64)
+    for name, value in found[0].items():
+        assert value.isfinite().all(), f"{case}: {name} is not finite"
+    assert_within(found[0], plain(case, given), truth, TOLERANCE[case.type], str(case))

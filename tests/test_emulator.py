@@ -1,0 +1,304 @@
+"""The emulator of tests/emulator: its instructions against the tables of the PTX ISA, and that it notices what it is for."""
+
+import shutil
+import subprocess
+
+import emulator
+import numpy as np
+import pytest
+import torch
+
+REASON = emulator.why_not()
+if REASON:
+    pytest.skip(f"kernels cannot be emulated here: {REASON}", allow_module_level=True)
+
+SEEDS = range(20)
+LANES = np.arange(32)
+GROUP, IN_GROUP = LANES >> 2, LANES % 4  # groupID and threadID_in_group of the PTX ISA
+
+# Row and column of each lane's elements: [lane, element]. "Matrix Fragments for mma.m16n8k16 with floating point type".
+A16 = [(GROUP if i < 2 or 4 <= i < 6 else GROUP + 8, IN_GROUP * 2 + (i & 1) + (8 if i >= 4 else 0)) for i in range(8)]
+B16 = [(IN_GROUP * 2 + (i & 1) + (8 if i >= 2 else 0), GROUP) for i in range(4)]
+C = [(GROUP if i < 2 else GROUP + 8, IN_GROUP * 2 + (i & 1)) for i in range(4)]
+# "Matrix Fragments for mma.m16n8k8", .tf32
+A8 = [(GROUP if i in (0, 2) else GROUP + 8, IN_GROUP if i in (0, 1) else IN_GROUP + 4) for i in range(4)]
+B8 = [(IN_GROUP if i == 0 else IN_GROUP + 4, GROUP) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return emulator.build("wrappers")
+
+
+def fragments(matrix, places):
+    """[32, elements] of a matrix."""
+    return np.ascontiguousarray(np.stack([matrix[row, column] for row, column in places], axis=1))
+
+
+def bits(values, dtype):
+    return torch.from_numpy(values).to(dtype).view(torch.int16).numpy().view(np.uint16)
+
+
+def round_to_tf32(values):
+    """Ties away from zero, in float64: 10 bits behind the leading one."""
+    mantissa, exponent = np.frexp(values.astype(np.float64))
+    return np.ldexp(np.trunc(np.abs(mantissa) * 2**11 + 0.5) * np.sign(mantissa), exponent - 11).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mma_of_halves(kernels, dtype):
+    random = np.random.default_rng(1)
+    a, b, c = (random.standard_normal(shape).astype(np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
+    left, right, d = fragments(bits(a, dtype), A16), fragments(bits(b, dtype), B16), fragments(c, C)
+    kernels.mma(16 if dtype == torch.float16 else 0, left, right, d, 3)
+    a, b = (torch.from_numpy(matrix).to(dtype).double().numpy() for matrix in (a, b))
+    np.testing.assert_allclose(d, fragments(c + a @ b, C), rtol=0, atol=1e-5)
+
+
+def test_mma_of_tf32(kernels):
+    random = np.random.default_rng(2)
+    a, b, c = (random.standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+    left, right, d = fragments(a, A8), fragments(b, B8), fragments(c, C)
+    kernels.mma(19, left, right, d, 3)
+    a, b = ((matrix.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64) for matrix in (a, b))
+    np.testing.assert_allclose(d, fragments(c + a @ b, C), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("four", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_ldmatrix(kernels, four, transposed):
+    """Lane 8 i + j passes row j of matrix i; a lane gets row groupID, columns 2 threadID_in_group and the next, of each."""
+    random = np.random.default_rng(3)
+    memory = np.arange(512, dtype=np.uint16)
+    offsets = (random.permutation(64)[:32] * 16).astype(np.int32)
+    out = np.zeros((32, 4), np.uint32)
+    kernels.ldmatrix(memory, offsets, four, transposed, out, 5)
+    matrices = memory.reshape(64, 8)[offsets // 16].reshape(4, 8, 8)
+    if transposed:
+        matrices = matrices.swapaxes(1, 2)
+    expected = matrices[:, GROUP, IN_GROUP * 2] | matrices[:, GROUP, IN_GROUP * 2 + 1].astype(np.uint32) << 16
+    count = 4 if four else 2
+    np.testing.assert_array_equal(out[:, :count], expected.T[:, :count])
+
+
+def test_ldmatrix_counts_bank_conflicts(kernels):
+    memory, out = np.zeros(512, np.uint16), np.zeros((32, 4), np.uint32)
+    for stride, replays in ((16, 0), (32, 4 * 1), (64, 4 * 3), (128, 4 * 7)):
+        offsets = (np.arange(32) % 8 * stride).astype(np.int32)
+        assert kernels.ldmatrix(memory, offsets, True, False, out, 1) == replays
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_cp_async_is_seen_after_its_wait_and_not_before(kernels, size):
+    words = size // 4
+    memory = np.arange(1, 64 * words + 1, dtype=np.uint32).reshape(2, 32, words)
+    early, late = np.zeros_like(memory), np.zeros_like(memory)
+    kernels.cp_async(size, memory, 20, early, late, 1)
+    memory[:, 20:] = 0
+    np.testing.assert_array_equal(late, memory)
+    np.testing.assert_array_equal(early[0], memory[0])
+    assert np.isnan(early[1].view(np.float32)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conversions(kernels, dtype):
+    random = np.random.default_rng(4)
+    exponents = random.integers(-30, 20, 4096)
+    values = np.ldexp(random.standard_normal(4096), exponents).astype(np.float32)
+    ties = np.ldexp(1 + np.arange(1, 64, 2) / 2**11, np.arange(-16, 16)).astype(np.float32)
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 6e-8, 3e-8, 1 + 2**-8, 1 + 3 * 2**-8, 3e38])
+    values = np.concatenate([values, ties, -ties, special.astype(np.float32)])
+    packed, tf32 = np.zeros(len(values) // 2, np.uint32), np.zeros(len(values), np.uint32)
+    back, power = np.zeros(len(values), np.float32), np.zeros(len(values), np.float32)
+    kernels.convert(dtype == torch.float16, values, len(packed), packed, back, tf32, power)
+    rounded = torch.from_numpy(values).to(dtype)
+    np.testing.assert_array_equal(
+        torch.from_numpy(packed.view(np.int16)).view(dtype).float().numpy(), rounded.float().numpy()
+    )
+    np.testing.assert_array_equal(back, rounded.float().numpy())
+    finite = np.isfinite(values) & (np.abs(values) < 1e38)
+    np.testing.assert_array_equal(tf32.view(np.float32)[finite], round_to_tf32(values[finite]))
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(power, np.exp2(values.astype(np.float64)).astype(np.float32), rtol=3e-7)
+
+
+def softmax(kernels, x, seed, threads=128):
+    out = np.full_like(x, np.nan)
+    kernels.softmax(x, out, *x.shape, threads, seed)
+    return out
+
+
+def product(kernels, seed):
+    """Error of a 16 x 32 product of a length of 48."""
+    random = np.random.default_rng(5)
+    a, b = random.standard_normal((16, 48)).astype(np.float32), random.standard_normal((48, 32)).astype(np.float32)
+    out = np.full((16, 32), np.nan, np.float32)
+    kernels.product(bits(a, torch.bfloat16), bits(b, torch.bfloat16), out, 48, 4, seed)
+    a, b = (torch.from_numpy(matrix).bfloat16().double().numpy() for matrix in (a, b))
+    return np.abs(out - a @ b).max()
+
+
+def test_softmax_of_1024_rows_under_every_schedule(kernels):
+    x = np.random.default_rng(6).standard_normal((1024, 200)).astype(np.float32)
+    first = softmax(kernels, x, 0)
+    np.testing.assert_allclose(first, torch.from_numpy(x).double().softmax(1).numpy(), rtol=2e-6)
+    for seed in SEEDS:
+        np.testing.assert_array_equal(softmax(kernels, x, seed), first)
+
+
+def test_product_under_every_schedule(kernels):
+    assert max(product(kernels, seed) for seed in SEEDS) < 1e-4
+
+
+def test_what_is_wrong_in_a_kernel_is_noticed(kernels):
+    """A barrier less, a wrong fragment, a warp's barrier less. Built beside the right ones, in one process with them."""
+    wrong = emulator.build(
+        "wrappers",
+        replace={
+            "  sync_block();  // the maxima are read before sums overwrite them\n": "",
+            "lane() % 16 * columns + warp() * 8": "lane() % 8 * columns + warp() * 8",
+            "  sync_warp();\n  const char* row": "  const char* row",
+        },
+    )
+    x = np.random.default_rng(7).standard_normal((16, 200)).astype(np.float32)
+    right = softmax(kernels, x, 0)
+    noticed = [seed for seed in SEEDS if not np.array_equal(softmax(wrong, x, seed), right)]
+    assert len(noticed) > len(SEEDS) // 2
+    assert not product(wrong, 1) < 0.1
+
+    memory, out = np.arange(512, dtype=np.uint16), np.zeros((20, 32, 4), np.uint32)
+    offsets = (np.arange(32, dtype=np.int32) * 16)[::-1].copy()
+    for seed in SEEDS:
+        wrong.ldmatrix(memory, offsets, True, False, out[seed], seed)
+    expected = memory.reshape(64, 4, 2)[31 - (np.arange(4) * 8 + GROUP[:, None]), IN_GROUP[:, None]]
+    differs = (out != (expected[..., 0] | expected[..., 1].astype(np.uint32) << 16)).any((1, 2))
+    assert differs.sum() > len(SEEDS) // 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("two barriers", r"sync_block \(wrappers.cpp:\d+\): thread \d+ waits in another, sync_block \(wrappers.cpp:\d+\)"),
+        ("missing thread", r"no thread can go on. Threads 0-32 in sync_block \(wrappers.cpp:\d+\); 33 returned; 34-63 in"),
+        ("divergent warp", r"in (sync_warp|shuffle) \(.*\): thread \d+ of the same warp is in (sync_warp|shuffle) \(.*\)"),
+        ("missing lane", r"Threads 0-2 in sync_warp \(wrappers.cpp:\d+\); 3 returned; 4-34 in sync_warp"),
+        ("misaligned ldmatrix", r"thread (9|41) in ldmatrix_x4 \(.*\): offset 24 in shared memory is not a multiple of 16"),
+        ("misaligned cp.async", r"cp_async_8 \(.*\): the global address is not a multiple of 8"),
+        ("outside", r"cp_async_16 \(.*\): offset 256 is outside of the 256 bytes of shared memory"),
+    ],
+)
+def test_errors_say_who_waits_where(kernels, kind, message):
+    memory = np.zeros(64, np.float32)
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError, match=r"^block \([01], 0, 0\).*" + message):
+            kernels.fault(kind, memory, seed)
+    kernels.fault("none", memory, 1)
+    assert (memory == 2).all()
+
+
+def test_every_block_finds_nan_in_shared_memory(kernels):
+    memory = np.zeros(64, np.float32)
+    kernels.fault("unwritten", memory, 1)
+    assert np.isnan(memory).all()
+
+
+def test_calls_are_checked(kernels):
+    with pytest.raises(TypeError, match="softmax: expected 6 arguments, got 2"):
+        kernels.softmax(1, 2)
+    with pytest.raises(ValueError, match="expected no float, got 2.5"):
+        kernels.softmax(None, None, 2.5, 1, 32, 0)
+    with pytest.raises(ValueError, match="threads: expected 32, 64, ... or 1024"):
+        kernels.softmax(None, None, 1, 1, 48, 0)
+    with pytest.raises(ValueError, match="once in the sources"):
+        emulator.build("wrappers", replace={"sync_block();": ""})
+
+
+def test_fibers_without_assembly():
+    kernels = emulator.build("wrappers", replace={"#if !defined(__x86_64__)": "#if 1"})
+    x = np.random.default_rng(8).standard_normal((8, 77)).astype(np.float32)
+    np.testing.assert_allclose(softmax(kernels, x, 3), torch.from_numpy(x).softmax(1).numpy(), rtol=1e-5)
+    with pytest.raises(RuntimeError, match="waits in another"):
+        kernels.fault("two barriers", np.zeros(64, np.float32), 1)
+
+
+SANITIZED = """
+    import numpy as np, emulator
+    kernels = emulator.build("wrappers", sanitize=True)
+    memory = np.zeros(64, np.float32)
+"""
+
+
+def test_sanitizers_pass_what_is_right():
+    done = emulator.sanitized(
+        SANITIZED
+        + """
+    x, out = np.ones((4, 200), np.float32), np.zeros((4, 200), np.float32)
+    for seed in range(3):
+        kernels.softmax(x, out, 4, 200, 128, seed)
+    assert np.allclose(out, 1 / 200)
+    a, b, out = np.zeros((16, 48), np.uint16), np.zeros((48, 32), np.uint16), np.ones((16, 32), np.float32)
+    kernels.product(a, b, out, 48, 4, 1)
+    assert (out == 0).all()
+    for kind in ("two barriers", "none"):
+        try:
+            kernels.fault(kind, memory, 1)
+        except RuntimeError as error:
+            print(error)
+    """
+    )
+    assert done.returncode == 0, done.stderr
+    assert "waits in another" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("shared overrun", "heap-buffer-overflow"),
+        ("global overrun", "heap-buffer-overflow"),
+        ("misaligned vector", "misaligned address"),
+    ],
+)
+def test_sanitizers_catch(kind, message):
+    done = emulator.sanitized(SANITIZED + f"    kernels.fault({kind!r}, memory, 1)")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "wrappers.cpp" in done.stderr
+
+
+def test_every_wrapper_compiles_for_every_architecture(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    aot = pytest.importorskip("benchmarks.aot", reason="cuobjdump comes with triton")
+    instances = [
+        f"template __global__ void mma_kernel<{T}>(const uint32_t*, const uint32_t*, float*);"
+        for T in ("bf16", "f16", "float")
+    ]
+    instances += [
+        f"template __global__ void cp_async_kernel<{n}>(const char*, int, uint32_t*, uint32_t*);" for n in (4, 8, 16)
+    ]
+    for T in ("bf16", "f16"):
+        instances += [
+            f"template __global__ void convert_kernel<{T}>(const float*, int, uint32_t*, float*, uint32_t*, float*);",
+            f"template __global__ void product_kernel<{T}>(const {T}*, const {T}*, float*, int);",
+        ]
+    source, built = tmp_path / "wrappers.cu", tmp_path / "wrappers.fatbin"
+    source.write_text('#include "wrappers.cuh"\nnamespace simplclip::gpu {\n' + "\n".join(instances) + "\n}\n")
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in aot.LIMITS]
+    done = subprocess.run(
+        [nvcc, "-std=c++20", "-fatbin", f"-I{emulator.CUDA}", f"-I{emulator.HERE}", *targets, "-o", built, source],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    _, sass = aot.disassemble(built)
+    sections = dict(aot._sections(sass))
+    assert set(sections) == set(aot.LIMITS)
+    for architecture, section in sections.items():
+        codes = set(aot.opcodes(section))
+        for code in (
+            "HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDSM.16.M88.4", "LDSM.16.M88.2", "LDSM.16.MT88.4",
+            "LDSM.16.MT88.2", "LDGSTS.E.BYPASS.128", "LDGSTS.E.64", "LDGSTS.E", "MUFU.EX2", "SHFL.BFLY", "SHFL.IDX",
+        ):  # fmt: skip
+            assert code in codes, f"sm_{architecture}: no {code}"
