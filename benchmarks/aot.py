@@ -12,13 +12,11 @@ Exits with 1 if a gate fails.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,21 +24,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: interpret
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from simplclip.kernels import tuning
-from simplclip.kernels.feature_loss import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
-from simplclip.kernels.feature_loss import tile as feature_tile
-from simplclip.kernels.similarity_backward import _similarity_gradient_kernel
-from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
-from simplclip.kernels.similarity_launch import COMPILE, Launch
-from simplclip.kernels.similarity_loss import COUNT, DIAGONAL, GROUP, MERGE
-from simplclip.kernels.similarity_merge import (
-    _similarity_count_kernel,
-    _similarity_diagonal_kernel,
-    _similarity_merge_kernel,
-)
+from benchmarks.aot_kernels import DTYPES, Kernel, compile_kernel, kernels
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -54,36 +39,6 @@ LIMITS = {
     90: (227 * KIB, 228 * KIB, 64, 32),
     120: (99 * KIB, 100 * KIB, 48, 24),
 }
-DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
-_FEATURES = (
-    "image",
-    "text",
-    "teacher_image",
-    "teacher_text",
-    "projected_image",
-    "projected_text",
-    "out",
-    "student",
-    "d_student",
-)
-_FLOATS = ("scale", "teacher_scale", "cross_scale", "plane_weight", "plane_bias", "row_parts", "column_parts", "rows")
-_FLOATS += ("columns", "grad_rows", "grad_columns", "factors", "sums", "parts", "rows_out", "inv_norms", "grad")
-_ALIGNED = ("d", "width", "teacher_width", "out_stride", "plane_stride")  # multiples of 16 in any call worth a table
-
-
-@dataclass
-class Kernel:
-    """A specialisation to compile: `constants` by argument name, None among them for a tensor that is not given."""
-
-    name: str
-    function: object
-    constants: dict[str, object]
-    tile: tuning.Tile
-    dtype: str
-    planes: str = ""
-    tensor_cores: bool = True
-    floats: tuple[str, ...] = ()  # tensors that are float32 here though another kernel's features bear their name
-    numbers: tuple[str, ...] = ("entropy",)  # arguments that are no tensors, in float32; others are integers
 
 
 @dataclass
@@ -104,127 +59,6 @@ class Row:
     instructions: int
     tensor_core: int
     failures: list[str] = field(default_factory=list)
-
-
-def launches(everything: bool) -> list[Launch]:
-    """Launches by their flags: all that simplclip.kernels.similarity_launch.launches can return, or the heaviest ones."""
-    flags = list(itertools.product((True, False), repeat=2)) if everything else [(True, True)]  # columns, ids
-    found = []
-    for columns, ids in flags:
-        both = {"COLUMNS": columns, "IDS": ids}
-        for softmax, match, hadamard in itertools.product((True, False), ("", "ALL", "HARD"), (False, True)):
-            if (hadamard and not match) or (not softmax and match != "ALL"):
-                continue
-            z = {"Z": True, "L": hadamard, "SOFTMAX": softmax, **({match: True} if match else {})}
-            found.append(Launch(**z, IDS=ids, COLUMNS=columns and softmax))
-            if softmax:
-                found.append(Launch(**z, T=True, RELATIONAL=True, **both))
-                found.append(Launch(**z, T=True, RELATIONAL=True, KL=True, U=True, V=columns, **both))
-        found += [Launch(T=True, KL=True, U=True, V=columns, **both), Launch(U=True, IDS=ids)]
-    return list(dict.fromkeys(found))
-
-
-def absent(launch: Launch) -> dict[str, None]:
-    """Arguments that a call with this launch alone does not have."""
-    names = []
-    if not launch.Z:
-        names += ["image", "text", "scale"]
-    if not (launch.T or launch.U or launch.V):
-        names += ["teacher_image", "teacher_text"]
-    if not launch.T:
-        names += ["teacher_scale"]
-    if not (launch.U or launch.V):
-        names += ["projected_image", "projected_text", "cross_scale"]
-    if not (launch.ALL or launch.HARD):
-        names += ["plane_weight", "plane_bias"]
-    if not launch.IDS:
-        names += ["ids", "text_ids"]
-    return dict.fromkeys(names)
-
-
-def similarity(
-    launch: Launch, dtype: str, architecture: int, backward: bool, tile: tuning.Tile | None = None, even: bool = True
-) -> Kernel:
-    """A launch's large kernel; `tile` in place of the table's."""
-    precision = DTYPES[dtype][1]
-    op, tiles = ("similarity_backward", launch.gradient_tiles) if backward else ("similarity_forward", launch.tiles)
-    tile = tile or tuning.lookup(op, tiles, precision, architecture)
-    constants = {
-        **absent(launch),
-        **launch.constants(),
-        "EVEN": even,
-        "TEACHER_EVEN": even,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "INTERPRETED": False,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-    }
-    if backward:
-        scaled = dtype == "float16"
-        constants |= {"SCALED": scaled, "ATTEND": launch.tiles == launch.U, **({} if scaled else {"factors": None})}
-    else:
-        constants |= {**launch.slots(), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
-    match = "+all" * launch.ALL + "+hard" * launch.HARD
-    planes = "".join(name for name in "ZLTUV" if getattr(launch, name)) + match + "+ids" * launch.IDS
-    planes += "" if launch.COLUMNS or launch.U else " rows"
-    function = _similarity_gradient_kernel if backward else _similarity_statistics_kernel
-    return Kernel(function.__name__, function, constants, tile, dtype, planes if even else planes + " odd D")
-
-
-def small_kernels(dtype: str) -> Iterator[Kernel]:
-    everything = next(launch for launch in launches(False) if launch.tiles == 5 and launch.HARD)
-    tile = tuning.Tile(0, 0, 0, 4, 1, 1)
-    for of_rows in (True, False):
-        slots = {name: at for name, at in everything.slots().items() if name.endswith("_AT")}
-        constants = {**everything.constants_of_merge(of_rows), **slots, "SLOTS": 9, "PREVIOUS": not of_rows, **MERGE}
-        yield Kernel(
-            "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile, "float32",
-            "rows" if of_rows else "columns", False, ("out",),
-        )  # fmt: skip
-    constants = {"Z": True, "L": True, "T": True, "U": True, "V": True, **DIAGONAL}
-    yield Kernel("_similarity_diagonal_kernel", _similarity_diagonal_kernel, constants, tile, dtype, "ZLTUV", False)
-    yield Kernel("_similarity_count_kernel", _similarity_count_kernel, dict(COUNT), tile, "int64", "", False)
-
-
-def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
-    """At widths of a block that holds the row, at the limit of that, and beyond it."""
-    for d, smooth in itertools.product((512, MAX_BLOCK, 2 * MAX_BLOCK), (False, True)):
-        rows, block, warps = feature_tile(d)
-        constants = {"SMOOTH": smooth, "NORMALIZE": True, "WHOLE": d <= block, "ROWS": rows, "BLOCK": block}
-        for function in (_feature_loss_fwd_kernel, _feature_loss_bwd_kernel):
-            yield Kernel(
-                function.__name__, function, constants, tuning.Tile(0, 0, 0, warps, 3, 1), dtype,
-                f"D={d}" + " smooth" * smooth, False, numbers=("beta", "scale"),
-            )  # fmt: skip
-
-
-def compile_kernel(kernel: Kernel, architecture: int):
-    element = DTYPES.get(kernel.dtype, ("fp32",))[0]
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.function.arg_names):
-        if name in kernel.constants:
-            signature[name], constants[name] = "constexpr", kernel.constants[name]
-            continue
-        if name in kernel.numbers:
-            signature[name] = "fp32"
-        elif name == "teacher":  # stored features
-            signature[name] = "*fp16"
-        elif name in _FEATURES and name not in kernel.floats:
-            signature[name] = f"*{element}"
-        elif name in _FEATURES or name in _FLOATS:
-            signature[name] = "*fp32"
-        elif name in ("ids", "text_ids"):
-            signature[name] = "*i64"
-        else:
-            signature[name] = "i32"
-        if signature[name].startswith("*") or name in _ALIGNED:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return triton.compile(
-        ASTSource(kernel.function, signature, constants, attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages, **COMPILE},
-    )
 
 
 def disassemble(path: Path) -> tuple[str, str]:
@@ -315,17 +149,6 @@ def table(rows: list[Row]) -> str:
         "  ".join(str(v).ljust(w) if i in left else str(v).rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip()
         for line in lines
     )
-
-
-def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]:
-    for launch in launches(everything):
-        for backward in (False, True):
-            yield similarity(launch, dtype, architecture, backward)
-            if everything:
-                yield similarity(launch, dtype, architecture, backward, even=False)
-    yield from small_kernels(dtype)
-    if dtype != "tf32":
-        yield from feature_loss_kernels(dtype)
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import interleaved_times, quantiles
 from simplclip.ops import shaped_attention
 
 
@@ -129,3 +130,40 @@ def inputs(shape: Shape, dtype: torch.dtype, device: str = "cpu", seed: int = 0)
     v, grad = (torch.randn(b, length, h, k, generator=g).to(device, dtype) for _ in range(2))
     gains = [torch.rand(h, generator=g).to(device) + 0.5 for _ in range(3)]
     return [qk[:, :, 0], qk[:, :, 1], v, *gains], grad
+
+
+def _step(form, tensors, grad, shape, backward):
+    if not backward:
+        with torch.no_grad():
+            return form(*tensors, shape.causal)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = form(*leaves, shape.causal)
+    out.backward(grad)
+    return out.detach()
+
+
+def measure(shape, dtype, backward, repeats, device="cpu"):
+    torch.compiler.reset()
+    tensors, grad = inputs(shape, getattr(torch, dtype), device)
+    found = forms(device, backward)
+    truth = plain(*(t[:2].double() if t.dim() == 4 else t.double() for t in tensors), causal=shape.causal)
+    for name, form in found.items():
+        error = (_step(form, tensors, grad, shape, backward)[:2].double() - truth).abs().max() / truth.abs().max()
+        limit = 5e-4 if dtype == "float32" else 3e-2
+        assert name == ALONE or error <= limit, f"{name}: error {error:.1e}"
+    cases = {name: lambda form=form: _step(form, tensors, grad, shape, backward) for name, form in found.items()}
+    times = interleaved_times(cases, repeats, warmup=2)
+    base = quantiles(times["simplclip"])[1]
+    return [
+        {
+            "op": "shaped_attention",
+            "shape": str(shape),
+            "dtype": dtype,
+            "pass": "forward + backward" if backward else "forward",
+            "form": name,
+            "repeats": repeats,
+            **{f"p{p}_ms": round(1e3 * s, 2) for p, s in zip((20, 50, 80), quantiles(times[name]))},
+            "times_ours": round(quantiles(times[name])[1] / base, 2),
+        }
+        for name in found
+    ]

@@ -10,8 +10,12 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from benchmarks.attention_forms import plain
+from benchmarks.measure import interleaved_times, quantiles
 from simplclip.nn import SimplifiedBlock
 from simplclip.reference import ACTIVATIONS
+
+WIDTH, HEADS, LENGTH, BATCH = 512, 8, 77, 64
+BASE = "open_clip's block"
 
 
 class PlainBlock(nn.Module):
@@ -76,3 +80,41 @@ def saved_bytes(form: Callable[[Tensor], Tensor], x: Tensor) -> int:
 def _modules(form) -> list[nn.Module]:
     cells = [cell.cell_contents for cell in getattr(form, "__closure__", None) or ()]
     return [m for m in (form, *cells) if isinstance(m, nn.Module)]
+
+
+def _step(form, x, grad, backward):
+    if not backward:
+        with torch.no_grad():
+            return form(x)
+    leaf = x.detach().requires_grad_()
+    form(leaf).backward(grad)
+    return leaf.grad
+
+
+def measure(dtype, backward, repeats, device="cpu", width=WIDTH, heads=HEADS, length=LENGTH, batch=BATCH):
+    torch.compiler.reset()
+    found = forms(width, heads, length, getattr(torch, dtype), device)
+    x, grad = (torch.randn(batch, length, width).to(device, getattr(torch, dtype)) for _ in range(2))
+    results = {name: _step(form, x, grad, backward).float() for name, form in found.items()}
+    for name in list(found)[1:4]:
+        error = (results[name] - results["simplclip"]).abs().max() / results["simplclip"].abs().max()
+        assert error <= (1e-4 if dtype == "float32" else 5e-2), f"{name}: {error:.1e}"
+    saved = {name: saved_bytes(form, x) for name, form in found.items() if "compile" not in name}
+    cases = {name: lambda form=form: _step(form, x, grad, backward) for name, form in found.items()}
+    times = interleaved_times(cases, repeats, warmup=2)
+    base = quantiles(times["simplclip"])[1]
+    return [
+        {
+            "op": "simplified_block",
+            "shape": f"B={batch} L={length} C={width} causal",
+            "dtype": dtype,
+            "pass": "forward + backward" if backward else "forward",
+            "form": name,
+            "repeats": repeats,
+            **{f"p{p}_ms": round(1e3 * s, 2) for p, s in zip((20, 50, 80), quantiles(times[name]))},
+            "times_ours": round(quantiles(times[name])[1] / base, 2),
+            "saved_bytes_per_token": round(saved[name] / (batch * length)) if name in saved and backward else "",
+            "of_open_clips": round(saved[name] / saved[BASE], 3) if name in saved and backward else "",
+        }
+        for name in found
+    ]

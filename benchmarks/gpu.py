@@ -1,26 +1,37 @@
 """Tests, then times the ops on a GPU in one go: `python -m benchmarks.gpu`.
 
-Runs `pytest -m gpu` first and refuses to time anything while a test is red. Then similarity_loss and its peers (open_clip,
-torch.compile, Inf-CLIP where it is installed) take turns at every N; a form that does not fit in memory says so. Prints the
-rows and writes benchmarks/results/<gpu>-<date>.csv after every size, so that an interrupted run keeps what it measured.
+Runs `pytest -m gpu` first and refuses to time anything while a test is red. Then shaped attention and the simplified block
+with their peers (SDPA, FlexAttention, open_clip's block, torch.compile, xformers where it is installed), and similarity_loss
+with its own (open_clip, torch.compile, Inf-CLIP where it is installed) at every N, take turns; a loss that does not fit in
+memory says so. Prints the rows and writes benchmarks/results/<gpu>-<date>.csv after every step, so that an interrupted run
+keeps what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks import hardware
+from benchmarks import attention_forms, block_forms, hardware
 from benchmarks.results_file import RESULTS, table, write_csv
 from benchmarks.similarity_forms import OBJECTIVES, measure
 
 CORRECTNESS = {
     "cuda": ["-m", "gpu"],
-    "cpu": ["tests/test_similarity_loss.py", "tests/test_similarity_distillation.py", "-k", "cpu and dtype0"],
+    "cpu": [
+        *(
+            f"tests/test_{name}.py"
+            for name in ("similarity_loss", "similarity_distillation", "shaped_attention", "simplified_block")
+        ),
+        "-k",
+        "cpu and dtype0",
+    ],
 }
 
 
@@ -30,6 +41,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", default="1024,4096,16384,32768,65536", help="batch sizes N")
     parser.add_argument("--width", type=int, default=512, help="embedding width D")
     parser.add_argument("--dtypes", default="bfloat16,float16,float32")
+    parser.add_argument("--sequences", type=float, default=1.0, help="share of the blocks' batches: 0.1 for a trial")
     parser.add_argument("--repeats", type=int, default=10, help="interleaved repeats of each form")
     parser.add_argument("--out", type=Path, help="CSV file (default: benchmarks/results/<gpu>-<date>.csv)")
     return parser.parse_args(argv)
@@ -54,14 +66,23 @@ def main(argv: list[str] | None = None) -> None:
     out = options.out or RESULTS / f"{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
     check(options.device)
     rows: list[dict] = []
+
+    def keep(found: list[dict]) -> None:
+        print("\n".join(table(found)), flush=True)
+        rows.extend(found)
+        write_csv(out, [{**row, **where} for row in rows])
+
+    for dtype, backward in itertools.product(options.dtypes.split(","), (False, True)):
+        for shape in attention_forms.SHAPES:
+            shape = dataclasses.replace(shape, b=max(1, int(shape.b * options.sequences)))
+            keep(attention_forms.measure(shape, dtype, backward, options.repeats, options.device))
+        batch = max(1, int(block_forms.BATCH * options.sequences))
+        keep(block_forms.measure(dtype, backward, options.repeats, options.device, batch=batch))
     for n in map(int, options.sizes.split(",")):
         for dtype in options.dtypes.split(","):
             for objective in OBJECTIVES:
                 torch.compiler.reset()  # a form compiled anew for each size is a form for that size
-                found = measure(objective, n, options.width, dtype, options.repeats, options.device)
-                print("\n".join(table(found)), flush=True)
-                rows += found
-        write_csv(out, [{**row, **where} for row in rows])
+                keep(measure(objective, n, options.width, dtype, options.repeats, options.device))
     print(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}: wrote {out}")
 
 

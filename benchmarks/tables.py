@@ -30,24 +30,28 @@ def op_table(op: str, decimals: int = 0) -> list[str]:
     columns = {
         "objective": ("objective", str),
         "N": ("n", lambda value: f"{int(value):,}"),
+        "shape": ("shape", str),
         "dtype": ("dtype", str),
+        "pass": ("pass", str),
         "form": ("form", str),
         "ms, median": ("p50_ms", lambda value: f"{float(value):,.{decimals}f}"),
         "times simplclip's": ("times_ours", str),
         "products": ("gemms", lambda value: f"{float(value):g}"),
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
+        "saved bytes a token": ("saved_bytes_per_token", lambda value: f"{int(value):,}" if value else ""),
     }
     columns = {title: column for title, column in columns.items() if column[0] in rows[0]}
-    left = ("objective", "dtype", "form")
+    left = ("objective", "shape", "dtype", "pass", "form")
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' if title in left else '--:' for title in columns)}|"]
     lines += [f"| {' | '.join(show(row[name]) for name, show in columns.values())} |" for row in rows]
     first = rows[0]
+    what = f"Forward and backward, D = {first['d']}" if "d" in first else "CPU"
     repeats = " to ".join(dict.fromkeys(sorted({row["repeats"] for row in rows}, key=int)))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines += [
         "",
-        f"Forward and backward, D = {first['d']}, medians of {repeats} interleaved runs; {first['hardware']}, "
+        f"{what}, medians of {repeats} interleaved runs; {first['hardware']}, "
         f"torch {first['torch']}, commit {commits}, {first['date']} (`{path.relative_to(ROOT)}`; `make bench`).",
     ]
     return lines
@@ -77,6 +81,9 @@ def demo() -> list[str]:
 TABLES = {
     "similarity_loss": lambda: op_table("similarity_loss"),
     "feature_loss": lambda: op_table("feature_loss", decimals=1),
+    "shaped_attention": lambda: op_table("shaped_attention", decimals=1),
+    "simplified_block": lambda: op_table("simplified_block", decimals=0),
+    "towers": lambda: op_table("towers", decimals=0),
     "demo": demo,
 }
 

@@ -7,47 +7,8 @@ in float64 before it is timed. "SDPA alone" computes one of the three terms.
 """
 
 import pytest
-import torch
 
-from benchmarks.attention_forms import ALONE, SHAPES, forms, inputs, plain
-from benchmarks.measure import interleaved_times, quantiles
-
-
-def step(form, tensors, grad, shape, backward):
-    if not backward:
-        with torch.no_grad():
-            return form(*tensors, shape.causal)
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    out = form(*leaves, shape.causal)
-    out.backward(grad)
-    return out.detach()
-
-
-def measure(shape, dtype, backward, repeats, device="cpu"):
-    torch.compiler.reset()
-    tensors, grad = inputs(shape, getattr(torch, dtype), device)
-    found = forms(device, backward)
-    truth = plain(*(t[:2].double() if t.dim() == 4 else t.double() for t in tensors), causal=shape.causal)
-    for name, form in found.items():
-        error = (step(form, tensors, grad, shape, backward)[:2].double() - truth).abs().max() / truth.abs().max()
-        limit = 5e-4 if dtype == "float32" else 3e-2
-        assert name == ALONE or error <= limit, f"{name}: error {error:.1e}"
-    cases = {name: lambda form=form: step(form, tensors, grad, shape, backward) for name, form in found.items()}
-    times = interleaved_times(cases, repeats, warmup=2)
-    base = quantiles(times["simplclip"])[1]
-    return [
-        {
-            "op": "shaped_attention",
-            "shape": str(shape),
-            "dtype": dtype,
-            "pass": "forward + backward" if backward else "forward",
-            "form": name,
-            "repeats": repeats,
-            **{f"p{p}_ms": round(1e3 * s, 2) for p, s in zip((20, 50, 80), quantiles(times[name]))},
-            "times_ours": round(quantiles(times[name])[1] / base, 2),
-        }
-        for name in found
-    ]
+from benchmarks.attention_forms import SHAPES, measure
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])

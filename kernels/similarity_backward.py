@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from simplclip.kernels.arithmetic import INF, LOG2E, narrowed, sigmoid
 from simplclip.kernels.similarity_merge import (
     DIAGONAL_L,
     DIAGONAL_U,
@@ -15,7 +16,7 @@ from simplclip.kernels.similarity_merge import (
     MEAN_X,
     MEAN_Z,
 )
-from simplclip.kernels.similarity_tile import INF, LOG2E, narrowed, negatives, product, sigmoid, weights
+from simplclip.kernels.similarity_tile import negatives, product, weights
 
 SUMS = 4  # d_scale, d_cross_scale, d_plane_weight (scalar), d_plane_bias
 

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.similarity_tile import INF, LN2, LOG2E, negatives, product, raised, softplus, weighted, weights
+from simplclip.kernels.arithmetic import INF, LN2, LOG2E
+from simplclip.kernels.similarity_tile import negatives, product, raised, softplus, weighted, weights
 
 
 @triton.jit

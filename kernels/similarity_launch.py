@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
+from simplclip.kernels.launch import COMPILE, interpreted
 from simplclip.reference import NEGATIVES_ALL, NEGATIVES_HARD, ColumnStat
-
-# What a compiled kernel gets beside its arguments. Triton 3.10 changes the default.
-COMPILE = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -157,26 +152,6 @@ def launches(call: Call) -> list[Launch]:
     return out
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def _device(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
-def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
-    """Architecture and number of multiprocessors; the interpreter's are made up so that small calls split their columns."""
-    return (tuning.INTERPRETER, 4) if interpreted() else _device(tensor.device.index)
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not interpreted()
-    return tuning.precision_of(dtype, tf32)
-
-
 def arguments(call: Call, launch: Launch, tile: tuning.Tile, precision: str) -> dict[str, object]:
     """Arguments that the large kernels share."""
     widths = call.widths()
@@ -201,19 +176,3 @@ def arguments(call: Call, launch: Launch, tile: tuning.Tile, precision: str) -> 
         **tile.options(),
         **COMPILE,
     }
-
-
-@functools.cache
-def column_splits(row_blocks: int, tiles: int, slots: int) -> tuple[int, int]:
-    """Ranges that a row of tiles is cut into, and tiles per range, for `slots` programs that run at a time.
-
-    The fewest rounds of programs count; half a tile stands for what a program does beside its tiles, so that few large
-    ranges win where they fill the device as well.
-    """
-    most = min(tiles, max(8, -(-2 * slots // row_blocks)))
-
-    def cost(splits: int) -> float:
-        return -(-row_blocks * splits // slots) * (-(-tiles // splits) + 0.5)
-
-    per_split = -(-tiles // min(range(1, most + 1), key=cost))
-    return -(-tiles // per_split), per_split

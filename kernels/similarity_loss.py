@@ -10,19 +10,11 @@ import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, precision_of, splits
 from simplclip.kernels.similarity_backward import SUMS, _similarity_gradient_kernel
 from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity_gradients import ImageGradient, TextGradient, range_factors, wide_product
-from simplclip.kernels.similarity_launch import (
-    COMPILE,
-    Call,
-    Launch,
-    architecture_and_processors,
-    arguments,
-    column_splits,
-    launches,
-    precision_of,
-)
+from simplclip.kernels.similarity_launch import Call, Launch, arguments, launches
 from simplclip.kernels.similarity_merge import (
     _similarity_count_kernel,
     _similarity_diagonal_kernel,
@@ -70,10 +62,10 @@ def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tens
             count = min(n - first, blocks * tile.block_m)
             row_blocks = -(-count // tile.block_m)
             tiles = -(-m // tile.block_n)
-            splits, per_split = column_splits(row_blocks, tiles, processors * tile.blocks)
-            row_parts = rows.new_empty(splits, slots["ROW_SLOTS"], count)
+            ranges, per_split = splits(row_blocks, tiles, processors * tile.blocks)
+            row_parts = rows.new_empty(ranges, slots["ROW_SLOTS"], count)
             column_parts = columns.new_empty(row_blocks, slots["COLUMN_SLOTS"], m) if launch.COLUMNS else None
-            _similarity_statistics_kernel[(row_blocks * splits,)](
+            _similarity_statistics_kernel[(row_blocks * ranges,)](
                 **arguments(call, launch, tile, precision),
                 **slots,
                 row_parts=row_parts,
@@ -82,7 +74,7 @@ def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tens
                 first_row=first,
                 row_count=count,
                 row_blocks=row_blocks,
-                splits=splits,
+                splits=ranges,
                 tiles_per_split=per_split,
                 GROUP=GROUP,
             )

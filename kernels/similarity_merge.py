@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.similarity_tile import INF, LN2, LOG2E, raised, weights
+from simplclip.kernels.arithmetic import INF, LN2, LOG2E
+from simplclip.kernels.similarity_tile import raised, weights
 from simplclip.reference import RowStat
 
 # A row of the result of the merge; columns have the same numbers (LSE_V is LSE_U's, MEAN_V is MEAN_U's).

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.similarity_launch import Call, Launch, architecture_and_processors, precision_of
+from simplclip.kernels.launch import architecture_and_processors, precision_of
+from simplclip.kernels.similarity_launch import Call, Launch
 from simplclip.kernels.similarity_loss import gradient_scratch, gradients_of_planes, statistics
 from simplclip.reference import RowStat
 

@@ -1,24 +1,9 @@
-"""What the forward and the backward kernel of similarity_loss share: a tile of a product, its negatives, stable functions.
-
-Logarithms and exponentials are in base 2, which the hardware has: a logit is multiplied by log2(e) once, with its scale.
-"""
+"""What the forward and the backward kernel of similarity_loss share: a tile of a product, its negatives, stable functions."""
 
 import triton
 import triton.language as tl
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-INF: tl.constexpr = tl.constexpr(float("inf"))
-
-
-@triton.jit
-def narrowed(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """value in DTYPE, rounded to nearest; the interpreter, which cuts off to bfloat16 (seen with 3.9.0), by hand."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(DTYPE)
+from simplclip.kernels.arithmetic import INF, LOG2E, dot, narrowed
 
 
 @triton.jit
@@ -51,10 +36,7 @@ def product(
         if WEIGHTED:
             w = tl.load(weight + k + depth) if EVEN else tl.load(weight + k + depth, depth < width - k, 0.0)
             a = narrowed(a.to(tl.float32) * w[None, :], a.dtype, INTERPRETED)
-        if INTERPRETED:  # its dot takes bfloat16 for integers (seen with 3.9.0)
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        tile = tl.dot(a, b, tile, input_precision=PRECISION)
+        tile = dot(a, b, tile, PRECISION, INTERPRETED)
         left_at += BLOCK_K
         right_at += BLOCK_K
     return tile
@@ -81,11 +63,6 @@ def softplus(x):
     p = p * e - 0.4999740421772003
     p = p * e + 0.9999998211860657
     return p * e + tl.maximum(x, 0.0)
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit

@@ -32,11 +32,16 @@ ARCHITECTURES = (80, 86, 89, 90, 120)
 PRECISIONS = ("half", "tf32", "ieee")
 INTERPRETER = 0  # in place of an architecture: small, so that small tests have several tiles, and all sides differ
 
-_INTERPRETED = Tile(32, 64, 16, 4, 2, 1)
+_INTERPRETED = {
+    "similarity": Tile(32, 64, 16, 4, 2, 1),
+    "shaped_attention": Tile(64, 32, 0, 4, 2, 1),
+    "shaped_attention_keys": Tile(32, 64, 0, 4, 2, 1),
+    "parallel_mlp": Tile(32, 64, 16, 4, 2, 1),
+}
 
 # Planes in a launch (backward: and a scalar hyperplane's), though two at most are in registers at a time. What decides is
 # the statistics' registers beside them: entries are the largest tiles that no launch spills at.
-_TABLE: dict[tuple[str, str], tuple[Tile, Tile, Tile, Tile, Tile]] = {
+_TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("similarity_forward", "half"): (
         Tile(128, 128, 32, 8, 4, 1),
         Tile(128, 64, 32, 8, 4, 1),
@@ -79,6 +84,72 @@ _TABLE: dict[tuple[str, str], tuple[Tile, Tile, Tile, Tile, Tile]] = {
         Tile(64, 64, 16, 8, 3, 1),
         Tile(64, 64, 8, 8, 4, 1),
     ),
+    ("shaped_attention_fwd", "half"): (
+        Tile(128, 64, 0, 4, 3, 2),
+        Tile(128, 64, 0, 4, 3, 2),
+        Tile(128, 32, 0, 4, 3, 2),
+        Tile(128, 32, 0, 8, 2, 1),
+        Tile(64, 32, 0, 8, 2, 1),
+    ),
+    ("shaped_attention_fwd", "tf32"): (
+        Tile(128, 32, 0, 8, 2, 1),
+        Tile(128, 32, 0, 8, 2, 1),
+        Tile(128, 32, 0, 8, 2, 1),
+        Tile(64, 32, 0, 8, 2, 1),
+    ),
+    ("shaped_attention_fwd", "ieee"): (
+        Tile(64, 32, 0, 8, 2, 1),
+        Tile(32, 32, 0, 8, 2, 1),
+        Tile(32, 32, 0, 8, 2, 1),
+        Tile(16, 32, 0, 8, 1, 1),
+    ),
+    ("shaped_attention_rows", "half"): (
+        Tile(64, 64, 0, 4, 2, 2),
+        Tile(64, 64, 0, 4, 2, 2),
+        Tile(64, 64, 0, 4, 2, 2),
+        Tile(64, 32, 0, 4, 2, 1),
+        Tile(64, 16, 0, 8, 1, 1),
+    ),
+    ("shaped_attention_rows", "tf32"): (
+        Tile(64, 32, 0, 4, 2, 1),
+        Tile(64, 32, 0, 4, 2, 1),
+        Tile(64, 32, 0, 4, 2, 1),
+        Tile(32, 16, 0, 4, 1, 1),
+    ),
+    ("shaped_attention_rows", "ieee"): (
+        Tile(32, 32, 0, 8, 1, 1),
+        Tile(32, 32, 0, 8, 2, 1),
+        Tile(32, 32, 0, 8, 2, 1),
+        Tile(16, 16, 0, 8, 1, 1),
+    ),
+    ("shaped_attention_keys", "half"): (
+        Tile(32, 128, 0, 4, 2, 2),
+        Tile(32, 128, 0, 4, 2, 2),
+        Tile(32, 64, 0, 4, 2, 2),
+        Tile(32, 64, 0, 8, 2, 1),
+        Tile(16, 32, 0, 4, 1, 1),
+    ),
+    ("shaped_attention_keys", "tf32"): (
+        Tile(32, 64, 0, 8, 2, 1),
+        Tile(32, 64, 0, 8, 2, 1),
+        Tile(32, 32, 0, 4, 2, 1),
+        Tile(32, 32, 0, 4, 1, 1),
+    ),
+    ("shaped_attention_keys", "ieee"): (
+        Tile(32, 32, 0, 8, 1, 1),
+        Tile(32, 32, 0, 8, 1, 1),
+        Tile(16, 32, 0, 8, 1, 1),
+        Tile(16, 32, 0, 8, 1, 1),
+    ),
+    ("parallel_mlp_fwd", "half"): (Tile(128, 128, 32, 8, 3, 1),),
+    ("parallel_mlp_fwd", "tf32"): (Tile(128, 128, 32, 8, 3, 1),),
+    ("parallel_mlp_fwd", "ieee"): (Tile(64, 64, 8, 8, 3, 1),),
+    ("parallel_mlp_weight", "half"): (Tile(128, 128, 32, 8, 3, 1),),
+    ("parallel_mlp_weight", "tf32"): (Tile(128, 128, 16, 8, 3, 1),),
+    ("parallel_mlp_weight", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
+    ("parallel_mlp_hidden", "half"): (Tile(128, 128, 32, 8, 3, 1),),
+    ("parallel_mlp_hidden", "tf32"): (Tile(128, 128, 16, 8, 3, 1),),
+    ("parallel_mlp_hidden", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
 }
 # Where an architecture's compiler needs another tile than that of the RTX 3090.
 _ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
@@ -99,14 +170,27 @@ _ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
     ("similarity_forward", "tf32", 5, 120): Tile(64, 32, 32, 8, 3, 1),
     ("similarity_backward", "tf32", 3, 120): Tile(128, 64, 16, 8, 4, 1),
     ("similarity_forward", "ieee", 2, 120): Tile(64, 64, 8, 8, 4, 1),
+    ("shaped_attention_rows", "half", 2, 80): Tile(64, 32, 0, 4, 2, 1),
+    ("shaped_attention_keys", "half", 3, 80): Tile(32, 128, 0, 8, 2, 1),
+    ("shaped_attention_rows", "half", 5, 90): Tile(64, 16, 0, 4, 1, 1),
+    ("shaped_attention_fwd", "half", 4, 120): Tile(64, 64, 0, 8, 2, 1),
+    ("shaped_attention_rows", "half", 4, 120): Tile(64, 32, 0, 8, 2, 1),
+    ("shaped_attention_fwd", "tf32", 1, 80): Tile(64, 32, 0, 4, 2, 1),
+    ("shaped_attention_fwd", "tf32", 2, 80): Tile(64, 32, 0, 4, 2, 1),
+    ("shaped_attention_keys", "tf32", 3, 80): Tile(32, 32, 0, 4, 1, 1),
 }
 
 
 def lookup(op: str, planes: int, precision: str, architecture: int) -> Tile:
     """The tile of a launch; an architecture without entries of its own has those of the table."""
     if architecture == INTERPRETER:
-        return _INTERPRETED
+        return _INTERPRETED.get(op) or _INTERPRETED[op.rpartition("_")[0]]
     return _ARCHITECTURE.get((op, precision, planes, architecture)) or _TABLE[op, precision][planes - 1]
+
+
+def of_width(op: str, width: int, precision: str, architecture: int) -> Tile:
+    """The tile of an attention kernel for heads of a width that is a power of two from 16 to 256."""
+    return lookup(op, width.bit_length() - 4, precision, architecture)._replace(block_k=width)
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:

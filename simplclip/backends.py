@@ -86,6 +86,14 @@ def _triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
     return None
 
 
+def _triton_attention(device: str, dtype: torch.dtype, *, width: int = 0, **call) -> str | None:
+    """A block of rows of a wider head does not fit the registers."""
+    most = 128 if dtype == torch.float32 else 256
+    if width > most:
+        return f"serves heads of at most {most} in {dtype}, not {width}"
+    return _triton_on_cuda(device, dtype)
+
+
 @functools.cache
 def _capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -145,13 +153,13 @@ TABLE: dict[str, dict[str, Implementation]] = {
     },
     "shaped_attention_fwd": {
         "cuda": Implementation(_private("shaped_attention_fwd_cuda"), _attention_on_cuda),
-        "triton": Implementation(_kernel("shaped_attention", "shaped_attention_fwd"), _triton_on_cuda),
+        "triton": Implementation(_kernel("shaped_attention", "shaped_attention_fwd"), _triton_attention),
         "cpu": Implementation(_private("shaped_attention_fwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.shaped_attention_fwd, _anywhere),
     },
     "shaped_attention_bwd": {
         "cuda": Implementation(_private("shaped_attention_bwd_cuda"), _attention_on_cuda),
-        "triton": Implementation(_kernel("shaped_attention", "shaped_attention_bwd"), _triton_on_cuda),
+        "triton": Implementation(_kernel("shaped_attention", "shaped_attention_bwd"), _triton_attention),
         "cpu": Implementation(_private("shaped_attention_bwd_cpu"), _extension_on_cpu),
         "reference": Implementation(reference.shaped_attention_bwd, _anywhere),
     },

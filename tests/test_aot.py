@@ -9,6 +9,14 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 from benchmarks import aot, aot_extension
+from benchmarks.aot_kernels import (
+    attention_kernels,
+    feature_loss_kernels,
+    launches,
+    mlp_kernels,
+    similarity,
+    small_kernels,
+)
 from simplclip import backends
 from simplclip.kernels import tuning
 
@@ -22,59 +30,69 @@ def check(kernels, architecture):
 
 def heaviest(count):
     """Of the launches with so many planes those with the most statistics."""
-    launches = [launch for launch in aot.launches(False) if launch.tiles == count]
-    most = max(sum(launch.constants().values()) for launch in launches)
-    return [launch for launch in launches if sum(launch.constants().values()) == most]
+    found = [launch for launch in launches(False) if launch.tiles == count]
+    most = max(sum(launch.constants().values()) for launch in found)
+    return [launch for launch in found if sum(launch.constants().values()) == most]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_sm_86_bfloat16(backward):
     """The RTX 3090: every kind of launch."""
-    check([aot.similarity(launch, "bfloat16", 86, backward) for launch in aot.launches(False)], 86)
+    check([similarity(launch, "bfloat16", 86, backward) for launch in launches(False)], 86)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "tf32", "float32"])
 def test_sm_86_other_dtypes(dtype):
-    kernels = [aot.similarity(heaviest(n)[0], dtype, 86, backward) for n in range(1, 6) for backward in (False, True)]
-    check([*kernels, *aot.small_kernels(dtype)], 86)
+    kernels = [similarity(heaviest(n)[0], dtype, 86, backward) for n in range(1, 6) for backward in (False, True)]
+    check([*kernels, *small_kernels(dtype)], 86)
 
 
 def test_sm_86_feature_loss():
-    check(aot.feature_loss_kernels("bfloat16"), 86)
+    check(feature_loss_kernels("bfloat16"), 86)
+
+
+@pytest.mark.parametrize("dtype", aot.DTYPES)
+def test_sm_86_block(dtype):
+    """shaped_attention and parallel_mlp; both masks in bfloat16."""
+    masks = (False, True) if dtype == "bfloat16" else (True,)
+    check([*attention_kernels(dtype, 86, (64,), masks), *mlp_kernels(dtype, 86, even=(True,))], 86)
 
 
 @pytest.mark.parametrize("architecture", [a for a in aot.LIMITS if a != 86])
 def test_other_architectures(architecture):
-    check(
-        [aot.similarity(heaviest(n)[0], "bfloat16", architecture, backward) for n in (1, 3, 5) for backward in (0, 1)],
-        architecture,
-    )
+    kernels = [similarity(heaviest(n)[0], "bfloat16", architecture, backward) for n in (1, 3, 5) for backward in (0, 1)]
+    kernels += attention_kernels("bfloat16", architecture, (64,), (True,))
+    check([*kernels, *mlp_kernels("bfloat16", architecture, even=(True,))], architecture)
 
 
 def test_masks_of_an_odd_width_fit_too():
-    check([aot.similarity(heaviest(n)[0], "bfloat16", 86, backward, even=False) for n in (1, 5) for backward in (0, 1)], 86)
+    check([similarity(heaviest(n)[0], "bfloat16", 86, backward, even=False) for n in (1, 5) for backward in (0, 1)], 86)
 
 
 def test_a_spill_fails_the_gate():
     launch = heaviest(1)[0]
-    row = aot.measure(aot.similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 32, 4, 2, 1)), 86)
+    row = aot.measure(similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 32, 4, 2, 1)), 86)
     assert row.spills > 0
     assert any("spill" in failure for failure in row.failures)
 
 
 def test_too_much_shared_memory_fails_the_gate():
     launch = heaviest(1)[0]
-    row = aot.measure(aot.similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 64, 8, 6, 2)), 86)
+    row = aot.measure(similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 64, 8, 6, 2)), 86)
     assert any("shared memory" in failure for failure in row.failures)
     assert any("planned 2" in failure for failure in row.failures)
 
 
 def test_every_table_entry_is_complete():
-    for op in ("similarity_forward", "similarity_backward"):
-        for planes in range(1, 6):
-            for precision in tuning.PRECISIONS:
-                for architecture in (*tuning.ARCHITECTURES, tuning.INTERPRETER, 87, 100):
-                    assert tuning.lookup(op, planes, precision, architecture).block_m > 0
+    attention = [f"shaped_attention_{op}" for op in ("fwd", "rows", "keys")]
+    architectures = (*tuning.ARCHITECTURES, tuning.INTERPRETER, 87, 100)
+    for precision, architecture in itertools.product(tuning.PRECISIONS, architectures):
+        for op, planes in itertools.product(("similarity_forward", "similarity_backward"), range(1, 6)):
+            assert tuning.lookup(op, planes, precision, architecture).block_m > 0
+        for op, block in itertools.product(attention, (16, 32, 64, 128, *([256] if precision == "half" else []))):
+            assert tuning.of_width(op, block, precision, architecture).block_k == block
+        for op in ("fwd", "weight", "hidden"):
+            assert tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture).block_k > 0
     assert set(tuning.ARCHITECTURES) == set(aot.LIMITS)
 
 

@@ -81,6 +81,13 @@ def test_ldmatrix(kernels, four, transposed):
     np.testing.assert_array_equal(out[:, :count], expected.T[:, :count])
 
 
+def test_ldmatrix_counts_bank_conflicts(kernels):
+    memory, out = np.zeros(512, np.uint16), np.zeros((32, 4), np.uint32)
+    for stride, replays in ((16, 0), (32, 4 * 1), (64, 4 * 3), (128, 4 * 7)):
+        offsets = (np.arange(32) % 8 * stride).astype(np.int32)
+        assert kernels.ldmatrix(memory, offsets, True, False, out, 1) == replays
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_cp_async_is_seen_after_its_wait_and_not_before(kernels, size):
     words = size // 4
@@ -99,7 +106,7 @@ def test_conversions(kernels, dtype):
     exponents = random.integers(-30, 20, 4096)
     values = np.ldexp(random.standard_normal(4096), exponents).astype(np.float32)
     ties = np.ldexp(1 + np.arange(1, 64, 2) / 2**11, np.arange(-16, 16)).astype(np.float32)
-    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 6e-8, 3e-8, 1 + 2**-9, 1 + 3 * 2**-9, 3e38])
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 65519, 65520, 6e-8, 3e-8, 1 + 2**-8, 1 + 3 * 2**-8, 3e38])
     values = np.concatenate([values, ties, -ties, special.astype(np.float32)])
     packed, tf32 = np.zeros(len(values) // 2, np.uint32), np.zeros(len(values), np.uint32)
     back, power = np.zeros(len(values), np.float32), np.zeros(len(values), np.float32)
@@ -187,6 +194,12 @@ def test_errors_say_who_waits_where(kernels, kind, message):
             kernels.fault(kind, memory, seed)
     kernels.fault("none", memory, 1)
     assert (memory == 2).all()
+
+
+def test_every_block_finds_nan_in_shared_memory(kernels):
+    memory = np.zeros(64, np.float32)
+    kernels.fault("unwritten", memory, 1)
+    assert np.isnan(memory).all()
 
 
 def test_calls_are_checked(kernels):

@@ -39,31 +39,31 @@ def inputs(t=7, c=6, f=10, out=5, bias=True, seed=0):
     return tensors if bias else [tensors[0], tensors[1], None, tensors[3], None]
 
 
-def values_and_grads(function, tensors, grad, **options):
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+def values_and_grads(function, tensors, grad, device="cpu", **options):
+    leaves = [None if t is None else t.detach().clone().to(device).requires_grad_() for t in tensors]
     out = function(*leaves, **options)
-    out.backward(grad.to(out.dtype))
-    grads = {f"d_{name}": leaf.grad for name, leaf in zip(NAMES, leaves) if leaf is not None}
-    return {"out": out.detach(), **grads}
+    out.backward(grad.to(out))
+    grads = {f"d_{name}": leaf.grad.cpu() for name, leaf in zip(NAMES, leaves) if leaf is not None}
+    return {"out": out.detach().cpu(), **grads}
 
 
-def check(tensors, dtype, backend, act):
+def check(tensors, dtype, backend, act, device="cpu"):
     low = [None if t is None else t.to(dtype) for t in tensors]
     wide = [None if t is None else t.double() for t in low]
     grad = torch.randn(tensors[0].shape[0], tensors[3].shape[0], generator=torch.Generator().manual_seed(1)).to(dtype)
     with simplclip.backend(backend):
-        kernel = values_and_grads(parallel_mlp, low, grad, act=act)
+        kernel = values_and_grads(parallel_mlp, low, grad, device, act=act)
     truth = values_and_grads(plain, wide, grad.double(), act=act)
     naive = values_and_grads(plain, low, grad, act=act)
     assert_within(kernel, naive, truth, dtype, f"{backend} {dtype} {act}")
 
 
-def check_everything(backend, dtypes=DTYPES):
+def check_everything(backend, dtypes=DTYPES, device="cpu"):
     for dtype in dtypes:
         for act in PLAIN:
-            check(inputs(1, 3, 5, 2), dtype, backend, act)
-            check(inputs(130, 24, 1000, 17), dtype, backend, act)
-        check(inputs(77, 16, 33, 40, bias=False), dtype, backend, "gelu")
+            check(inputs(1, 3, 5, 2), dtype, backend, act, device)
+            check(inputs(130, 24, 1000, 17), dtype, backend, act, device)
+        check(inputs(77, 16, 33, 40, bias=False), dtype, backend, "gelu", device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

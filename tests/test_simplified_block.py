@@ -57,30 +57,33 @@ def inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projections=Tru
     return found
 
 
-def values_and_grads(function, tensors, grad, **options):
-    leaves = {name: t.detach().clone().requires_grad_() for name, t in tensors.items()}
+def values_and_grads(function, tensors, grad, device="cpu", **options):
+    leaves = {name: t.detach().clone().to(device).requires_grad_() for name, t in tensors.items()}
+    options = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in options.items()}
     out = function(**leaves, **options)
-    out.backward(grad.to(out.dtype))
-    return {"out": out.detach(), **{f"d_{name}": leaf.grad for name, leaf in leaves.items()}}
+    out.backward(grad.to(out))
+    return {"out": out.detach().cpu(), **{f"d_{name}": leaf.grad.cpu() for name, leaf in leaves.items()}}
 
 
-def check(tensors, dtype, backend, recompute=False, **options):
+def check(tensors, dtype, backend, recompute=False, device="cpu", **options):
     low = {name: t.float() if name in WIDE else t.to(dtype) for name, t in tensors.items()}
     grad = torch.randn(low["x"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     with simplclip.backend(backend):
-        kernel = values_and_grads(simplified_block, low, grad, recompute=recompute, **options)
+        kernel = values_and_grads(simplified_block, low, grad, device, recompute=recompute, **options)
     truth = values_and_grads(plain, {name: t.double() for name, t in low.items()}, grad.double(), **options)
     naive = values_and_grads(plain, low, grad, **options)
     assert_within(kernel, naive, truth, dtype, f"{backend} {dtype} recompute={recompute} {options}", 1e-3)
 
 
-def check_everything(backend, dtypes=DTYPES):
+def check_everything(backend, dtypes=DTYPES, device="cpu"):
     for dtype in dtypes:
         for recompute in (False, True):
-            check(inputs(2, 17, 48, 3, 100), dtype, backend, recompute, causal=True)
-            check(inputs(3, 9, 40, 2, 33, "rmsnorm", seed=1), dtype, backend, recompute, norm="rmsnorm", act="quickgelu")
+            check(inputs(2, 17, 48, 3, 100), dtype, backend, recompute, device, causal=True)
+            check(
+                inputs(3, 9, 40, 2, 33, "rmsnorm", seed=1), dtype, backend, recompute, device, norm="rmsnorm", act="quickgelu"
+            )
             lengths = torch.tensor([17, 0, 3])
-            check(inputs(3, 17, 32, 2, 64, projections=False), dtype, backend, recompute, lengths=lengths, eps=1e-3)
+            check(inputs(3, 17, 32, 2, 64, projections=False), dtype, backend, recompute, device, lengths=lengths, eps=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

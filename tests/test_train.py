@@ -129,7 +129,8 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     assert sorted(p.name for p in out.glob("*.pt")) == ["last.pt", "step-000040.pt"]
     for word in (
         "siclip-tiny",
-        "served by",
+        "similarity_loss is served by",
+        "shaped_attention is served by",
         "precision  fp32 (as configured)",
         "CPU threads: 1",
         "step 20/40",

@@ -1,19 +1,16 @@
 """Cases of the Triton kernels of similarity_loss against the reference in float64; run as a program under the interpreter.
 
-TRITON_INTERPRET=1 must be set before Triton is imported, so test_similarity_triton starts this file once and reads a line per
-case. The same cases run in its own process on a CUDA device.
+test_similarity_triton starts this file once (see interpreter); the same cases run in its own process on a CUDA device.
 """
 
 import itertools
-import os
-import sys
-import traceback
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from interpreter import main, poisoned
 from similarity import check, make_inputs
 from tolerance import EPS, assert_within
 
@@ -295,25 +292,8 @@ EXTRA = {
 
 
 def run_named(name: str, device: str) -> None:
-    """One case, with NaN in all memory that is allocated."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        EXTRA[name](device) if name in EXTRA else run({**cases(), **large_cases()}[name], device)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def main() -> None:
-    assert os.environ.get("TRITON_INTERPRET") == "1"
-    for name in sys.argv[1:] or [*cases(), *EXTRA]:
-        try:
-            run_named(name, "cpu")
-            print(f"{name}\tok", flush=True)
-        except Exception as error:
-            traceback.print_exc()
-            lines = (str(error) or repr(error)).splitlines()
-            print(f"{name}\t{type(error).__name__}: {lines[0]}", flush=True)
+    poisoned(EXTRA[name] if name in EXTRA else partial(run, {**cases(), **large_cases()}[name]), device)
 
 
 if __name__ == "__main__":
-    main()
+    main([*cases(), *EXTRA], run_named)

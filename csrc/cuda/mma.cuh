@@ -101,13 +101,19 @@ template <int N, bool TRANSPOSED>
 inline void load_matrices(const char* name, Site site, uint32_t (&r)[N], const void* row) {
   struct Operands {
     uint32_t* r;
+    const void* from;
     uint16_t row[8];
-  } mine{r, {}};
+  } mine{r, row, {}};
   if (lane() < 8 * N) {
     emulator::check_shared(name, site, row, 16);
     std::memcpy(mine.row, row, 16);
   }
   emulator::warp_collective(name, site, mine, [](Operands* const (&lanes)[32]) {
+    for (int matrix = 0; matrix < N; ++matrix) {
+      const void* rows[8];
+      for (int i = 0; i < 8; ++i) rows[i] = lanes[8 * matrix + i]->from;
+      emulator::count_replays(rows);
+    }
     for (int i = 0; i < 32 * N; ++i) {
       const int matrix = i / 32, lane = i % 32, group = lane / 4, pair = lane % 4 * 2;
       auto at = [&](int row, int column) -> uint32_t { return lanes[8 * matrix + row]->row[column]; };

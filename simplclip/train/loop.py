@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import backends, checkpoint, data, evaluate, hardware, losses, models, plots
 from simplclip.config import Config, ConfigError, differences
+from simplclip.nn import SimplifiedBlock
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
 from simplclip.train.signals import StopRequest
 
@@ -81,7 +82,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         report = stack.enter_context(Reporter(console, config.run.steps, this.step, config.run.print_every))
         log = stack.enter_context(RunLog(out, this.step, config.run.tensorboard))
         report.print(models.summary(this.model, config.model.name))
-        report.print(f"loss       ClipPMLoss; similarity_loss is served by {_backend(this)}")
+        report.print(f"loss       ClipPMLoss; similarity_loss is served by {_backend(this, 'similarity_loss_fwd')}")
+        report.print(f"blocks     {_blocks(this)}")
         report.print(f"precision  {precision} ({why})")
         report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
         if resume and not state:
@@ -295,9 +297,19 @@ def _loader(config: Config, pin_memory: bool) -> data.Loader:
     )
 
 
-def _backend(this: Training) -> str:
+def _backend(this: Training, op: str, **call) -> str:
     dtype = hardware.DTYPES[this.precision] or torch.float32
-    return backends.select("similarity_loss_fwd", this.device.type, dtype, backends.forced())[0]
+    return backends.select(op, this.device.type, dtype, backends.forced(), **call)[0]
+
+
+def _blocks(this: Training) -> str:
+    """How many simplified blocks the model has, and what serves their parts."""
+    found = [module for module in this.model.modules() if isinstance(module, SimplifiedBlock)]
+    if not found:
+        return "none of simplclip's"
+    attention = {_backend(this, "shaped_attention_fwd", width=block.width // block.heads) for block in found}
+    mlp = _backend(this, "parallel_mlp_fwd")
+    return f"{len(found)} simplified; shaped_attention is served by {' and '.join(sorted(attention))}, parallel_mlp by {mlp}"
 
 
 def _seed(seed: int) -> None:

@@ -27,7 +27,8 @@ CUDA = HERE.parent.parent / "csrc" / "cuda"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simplclip" / "emulator"
 CXX = os.environ.get("CXX", "g++")
 # Hidden: two modules in one process must not share variables.
-COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DSIMPLCLIP_EMULATOR"]
+COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+COMMON += ["-Wno-psabi", "-DSIMPLCLIP_EMULATOR"]
 FAST = ["-O2", "-march=native"]
 # Without use-after-return checks: their stacks belong to one thread, and each fiber would need one.
 SANITIZE = ["-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

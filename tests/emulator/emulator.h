@@ -43,12 +43,20 @@ namespace simplclip::emulator {
 
 using Site = std::source_location;
 
+inline bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
+
 inline bool same(const Site& a, const Site& b) {
-  return a.line() == b.line() && a.column() == b.column() && !std::strcmp(a.file_name(), b.file_name());
+  return a.line() == b.line() && a.column() == b.column() && same(a.file_name(), b.file_name());
 }
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
+};
+
+// What ldmatrix did in a launch. The eight rows of a matrix are read at once if they lie in different groups of four banks;
+// each further row in a group costs a replay.
+struct Report {
+  int64_t matrices = 0, replays = 0;
 };
 
 // A copy by cp.async that is under way.
@@ -80,6 +88,7 @@ struct Engine {
   std::vector<Thread> pool;
   Fiber main;
   std::string error;
+  Report report;
   uint64_t random = 0;  // state; 0: everything in order
   uint32_t ready_warps = 0, ready_lanes[32];
   int arrived_in_block = 0, arrived_in_warp[32];
@@ -220,7 +229,7 @@ void warp_collective(const char* operation, Site site, Operands& mine, std::type
   Operands* all[32];
   for (int i = 0; i < 32; ++i) {
     const Thread& other = lanes[i];
-    if (std::strcmp(other.waits_in, operation) || !same(other.site, site)) {
+    if (!same(other.waits_in, operation) || !same(other.site, site)) {
       fail(operation, site, name(other) + " of the same warp is in " + place(other.waits_in, other.site));
     }
     all[i] = static_cast<Operands*>(other.operands);
@@ -259,6 +268,14 @@ inline void check_shared(const char* operation, Site site, const void* address, 
   fail(operation, site, where + " in shared memory is not a multiple of " + std::to_string(bytes));
 }
 
+// Of one matrix of ldmatrix.
+inline void count_replays(const void* const (&rows)[8]) {
+  int in_group[8] = {}, most = 0;
+  for (const void* row : rows) most = std::max(most, ++in_group[(static_cast<const char*>(row) - engine.shared) / 16 % 8]);
+  ++engine.report.matrices;
+  engine.report.replays += most - 1;
+}
+
 inline void cp_async(const char* operation, Site site, void* shared, const void* global, int bytes, bool valid) {
   check_shared(operation, site, shared, bytes);
   if (valid && reinterpret_cast<uintptr_t>(global) % bytes) {
@@ -284,7 +301,7 @@ inline void cp_async_wait(int under_way) {
 
 // Runs `kernel` in every thread of every block, one block after another in an order drawn from the seed. `threads` is a
 // multiple of 32 up to 1024.
-inline void launch(Dim3 grid, int threads, size_t shared_bytes, uint64_t seed, std::function<void()> kernel) {
+inline Report launch(Dim3 grid, int threads, size_t shared_bytes, uint64_t seed, std::function<void()> kernel) {
   if (threads <= 0 || threads % 32 || threads > 1024) throw std::invalid_argument("threads: expected 32, 64, ... or 1024");
   const auto alignment = std::align_val_t(128);
   char* shared = static_cast<char*>(::operator new(shared_bytes, alignment));
@@ -294,6 +311,7 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, uint64_t seed, s
   engine.shared_bytes = shared_bytes;
   engine.kernel = std::move(kernel);
   engine.error.clear();
+  engine.report = {};
   engine.random = seed * 0x9e3779b97f4a7c15ull;
   if (engine.pool.size() < static_cast<size_t>(threads)) engine.pool.resize(threads);
 
@@ -323,6 +341,7 @@ inline void launch(Dim3 grid, int threads, size_t shared_bytes, uint64_t seed, s
   engine.kernel = nullptr;
   ::operator delete(shared, alignment);
   if (!engine.error.empty()) throw std::runtime_error(engine.error);
+  return engine.report;
 }
 
 }  // namespace simplclip::emulator

@@ -15,8 +15,9 @@ void mma(int type, const uint32_t* a, const uint32_t* b, float* d, uint64_t seed
   launch({1}, 32, 0, seed, [=] { kernel(a, b, d); });
 }
 
-void ldmatrix(const char* memory, const int* offsets, bool four, bool transposed, uint32_t* out, uint64_t seed) {
-  launch({1}, 32, 1024, seed, [=] { ldmatrix_kernel(memory, offsets, four, transposed, out); });
+// Returns the replays.
+int64_t ldmatrix(const char* memory, const int* offsets, bool four, bool transposed, uint32_t* out, uint64_t seed) {
+  return launch({1}, 32, 1024, seed, [=] { ldmatrix_kernel(memory, offsets, four, transposed, out); }).replays;
 }
 
 void cp_async(int bytes, const char* from, int valid, uint32_t* early, uint32_t* late, uint64_t seed) {
@@ -65,7 +66,8 @@ void fault(const char* name, float* global /* [64] */, uint64_t seed) {
     if (kind == "shared overrun") reinterpret_cast<float*>(shared)[thread() + 1] = 1;
     if (kind == "global overrun") global[thread() + 1] = 1;
     if (kind == "misaligned vector") reinterpret_cast<float2*>(shared + 4)->x = 1;
-    global[thread()] = 2;
+    global[thread()] = kind == "unwritten" ? reinterpret_cast<float*>(shared)[thread()] : 2;
+    reinterpret_cast<float*>(shared)[thread()] = 1;
   };
   launch({2}, 64, 256, seed, kernel);
 }

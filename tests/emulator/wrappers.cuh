@@ -49,6 +49,7 @@ SIMPLCLIP_KERNEL void ldmatrix_kernel(
 template <int BYTES>
 SIMPLCLIP_KERNEL void cp_async_kernel(const char* from /* [2, 32, BYTES] */, int valid, uint32_t* early, uint32_t* late) {
   char* shared = shared_memory() + lane() * BYTES;
+  for (int i = 0; i < BYTES / 4; ++i) reinterpret_cast<uint32_t*>(shared + 32 * BYTES)[i] = 0;  // what a copy replaces
   for (int group = 0; group < 2; ++group) {
     void* to = shared + group * 32 * BYTES;
     const char* source = from + (group * 32 + lane()) * BYTES;

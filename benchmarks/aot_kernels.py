@@ -1,0 +1,251 @@
+"""The specialisations of every Triton kernel that benchmarks.aot compiles and gates, by op."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from simplclip.kernels import tuning
+from simplclip.kernels.activations import ACTIVATIONS
+from simplclip.kernels.feature_loss import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
+from simplclip.kernels.feature_loss import tile as feature_tile
+from simplclip.kernels.launch import COMPILE
+from simplclip.kernels.parallel_mlp import GROUP as MLP_GROUP
+from simplclip.kernels.parallel_mlp import (
+    _parallel_mlp_fwd_kernel,
+    _parallel_mlp_hidden_kernel,
+    _parallel_mlp_weight_kernel,
+)
+from simplclip.kernels.shaped_attention import SUMS
+from simplclip.kernels.shaped_attention_backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
+from simplclip.kernels.shaped_attention_forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
+from simplclip.kernels.similarity_backward import _similarity_gradient_kernel
+from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
+from simplclip.kernels.similarity_launch import Launch
+from simplclip.kernels.similarity_loss import COUNT, DIAGONAL, GROUP, MERGE
+from simplclip.kernels.similarity_merge import (
+    _similarity_count_kernel,
+    _similarity_diagonal_kernel,
+    _similarity_merge_kernel,
+)
+
+DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
+# Types of arguments by name, "element" the kernel's dtype; a name that is not here is an integer.
+_TYPES = {
+    **dict.fromkeys(("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text"), "*element"),
+    **dict.fromkeys(("out", "student", "d_student"), "*element"),
+    **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "plane_weight", "plane_bias", "row_parts"), "*fp32"),
+    **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "sums", "parts"), "*fp32"),
+    **dict.fromkeys(("rows_out", "inv_norms", "grad"), "*fp32"),
+    **dict.fromkeys(("ids", "text_ids"), "*i64"),
+    "teacher": "*fp16",  # stored features
+    "entropy": "fp32",
+}
+# Multiples of 16 in any call worth a table, as are the strides.
+_ALIGNED = ("d", "width", "teacher_width", "hidden", "out_stride", "plane_stride", "h_stride", "weight_stride", "grad_stride")
+
+ATTENTION = {
+    "fwd": _shaped_attention_fwd_kernel,
+    "rows": _shaped_attention_rows_kernel,
+    "keys": _shaped_attention_keys_kernel,
+}
+
+MLP = {"fwd": _parallel_mlp_fwd_kernel, "weight": _parallel_mlp_weight_kernel, "hidden": _parallel_mlp_hidden_kernel}
+
+
+@dataclass
+class Kernel:
+    """A specialisation to compile: `constants` by argument name, None among them for a tensor that is not given."""
+
+    name: str
+    function: object
+    constants: dict[str, object]
+    tile: tuning.Tile
+    dtype: str
+    planes: str = ""
+    tensor_cores: bool = True
+    types: dict[str, str] = field(default_factory=dict)  # in place of those of the table
+
+
+def launches(everything: bool) -> list[Launch]:
+    """Launches by their flags: all that simplclip.kernels.similarity_launch.launches can return, or the heaviest ones."""
+    flags = list(itertools.product((True, False), repeat=2)) if everything else [(True, True)]  # columns, ids
+    found = []
+    for columns, ids in flags:
+        both = {"COLUMNS": columns, "IDS": ids}
+        for softmax, match, hadamard in itertools.product((True, False), ("", "ALL", "HARD"), (False, True)):
+            if (hadamard and not match) or (not softmax and match != "ALL"):
+                continue
+            z = {"Z": True, "L": hadamard, "SOFTMAX": softmax, **({match: True} if match else {})}
+            found.append(Launch(**z, IDS=ids, COLUMNS=columns and softmax))
+            if softmax:
+                found.append(Launch(**z, T=True, RELATIONAL=True, **both))
+                found.append(Launch(**z, T=True, RELATIONAL=True, KL=True, U=True, V=columns, **both))
+        found += [Launch(T=True, KL=True, U=True, V=columns, **both), Launch(U=True, IDS=ids)]
+    return list(dict.fromkeys(found))
+
+
+def absent(launch: Launch) -> dict[str, None]:
+    """Arguments that a call with this launch alone does not have."""
+    names = []
+    if not launch.Z:
+        names += ["image", "text", "scale"]
+    if not (launch.T or launch.U or launch.V):
+        names += ["teacher_image", "teacher_text"]
+    if not launch.T:
+        names += ["teacher_scale"]
+    if not (launch.U or launch.V):
+        names += ["projected_image", "projected_text", "cross_scale"]
+    if not (launch.ALL or launch.HARD):
+        names += ["plane_weight", "plane_bias"]
+    if not launch.IDS:
+        names += ["ids", "text_ids"]
+    return dict.fromkeys(names)
+
+
+def similarity(
+    launch: Launch, dtype: str, architecture: int, backward: bool, tile: tuning.Tile | None = None, even: bool = True
+) -> Kernel:
+    """A launch's large kernel; `tile` in place of the table's."""
+    precision = DTYPES[dtype][1]
+    op, tiles = ("similarity_backward", launch.gradient_tiles) if backward else ("similarity_forward", launch.tiles)
+    tile = tile or tuning.lookup(op, tiles, precision, architecture)
+    constants = {
+        **absent(launch),
+        **launch.constants(),
+        "EVEN": even,
+        "TEACHER_EVEN": even,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "INTERPRETED": False,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+    if backward:
+        scaled = dtype == "float16"
+        constants |= {"SCALED": scaled, "ATTEND": launch.tiles == launch.U, **({} if scaled else {"factors": None})}
+    else:
+        constants |= {**launch.slots(), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
+    match = "+all" * launch.ALL + "+hard" * launch.HARD
+    planes = "".join(name for name in "ZLTUV" if getattr(launch, name)) + match + "+ids" * launch.IDS
+    planes += "" if launch.COLUMNS or launch.U else " rows"
+    function = _similarity_gradient_kernel if backward else _similarity_statistics_kernel
+    return Kernel(function.__name__, function, constants, tile, dtype, planes if even else planes + " odd D")
+
+
+def small_kernels(dtype: str) -> Iterator[Kernel]:
+    everything = next(launch for launch in launches(False) if launch.tiles == 5 and launch.HARD)
+    tile = tuning.Tile(0, 0, 0, 4, 1, 1)
+    for of_rows in (True, False):
+        slots = {name: at for name, at in everything.slots().items() if name.endswith("_AT")}
+        constants = {**everything.constants_of_merge(of_rows), **slots, "SLOTS": 9, "PREVIOUS": not of_rows, **MERGE}
+        yield Kernel(
+            "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile, "float32",
+            "rows" if of_rows else "columns", False, {"out": "*fp32"},
+        )  # fmt: skip
+    constants = {"Z": True, "L": True, "T": True, "U": True, "V": True, **DIAGONAL}
+    yield Kernel("_similarity_diagonal_kernel", _similarity_diagonal_kernel, constants, tile, dtype, "ZLTUV", False)
+    yield Kernel("_similarity_count_kernel", _similarity_count_kernel, dict(COUNT), tile, "int64", "", False)
+
+
+def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
+    """At widths of a block that holds the row, at the limit of that, and beyond it."""
+    for d, smooth in itertools.product((512, MAX_BLOCK, 2 * MAX_BLOCK), (False, True)):
+        rows, block, warps = feature_tile(d)
+        constants = {"SMOOTH": smooth, "NORMALIZE": True, "WHOLE": d <= block, "ROWS": rows, "BLOCK": block}
+        for function in (_feature_loss_fwd_kernel, _feature_loss_bwd_kernel):
+            yield Kernel(
+                function.__name__, function, constants, tuning.Tile(0, 0, 0, warps, 3, 1), dtype,
+                f"D={d}" + " smooth" * smooth, False, {"beta": "fp32", "scale": "fp32"},
+            )  # fmt: skip
+
+
+def attention_kernels(
+    dtype: str, architecture: int, widths: tuple[int, ...], causal: tuple[bool, ...] = (False, True)
+) -> Iterator[Kernel]:
+    """At widths of a head: a power of two, or one that is filled up to it."""
+    precision = DTYPES[dtype][1]
+    types = dict.fromkeys(("q", "k", "v", "grad", "dq", "dk", "dv"), "*element")
+    types |= dict.fromkeys(("gains", "lse", "delta"), "*fp32") | {"lengths": "*i32", "scale": "fp32"}
+    for width in widths:
+        block = max(16, triton.next_power_of_2(width))
+        tile = tuning.of_width("shaped_attention_fwd", block, precision, architecture)
+        constants = {"EVEN": width == block, "BLOCK_M": tile.block_m, "BLOCK_K": block}
+        function = _shaped_attention_sums_kernel
+        yield Kernel(function.__name__, function, constants, tile._replace(warps=4), dtype, f"K={width}", False, types)
+    for width, masked in itertools.product(widths, causal):
+        block = max(16, triton.next_power_of_2(width))
+        for op, function in ATTENTION.items():
+            tile = tuning.of_width(f"shaped_attention_{op}", block, precision, architecture)
+            constants = {
+                "CAUSAL": masked,
+                "EVEN": width == block,
+                "PRECISION": "tf32" if precision == "tf32" else "ieee",
+                "INTERPRETED": False,
+                "SUMS": SUMS,
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": block,
+            }
+            yield Kernel(function.__name__, function, constants, tile, dtype, f"K={width}" + " causal" * masked, types=types)
+
+
+def mlp_kernels(
+    dtype: str, architecture: int, acts: tuple[str, ...] = ("gelu",), even: tuple[bool, ...] = (True, False)
+) -> Iterator[Kernel]:
+    """For C and F that are multiples of a block, and others."""
+    precision = DTYPES[dtype][1]
+    names = ("h", "weight", "bias", "out", "grad", "d_weight")
+    for act, whole, (op, function) in itertools.product(acts, even, MLP.items()):
+        tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture)
+        constants = {
+            "ACT": act,
+            "ACCUMULATE": True,
+            "EVEN": whole,
+            "PRECISION": "tf32" if precision == "tf32" else "ieee",
+            "INTERPRETED": False,
+            "GROUP": MLP_GROUP,
+            "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n,
+            "BLOCK_K": tile.block_k,
+        }
+        if whole or "EVEN" in function.arg_names:
+            types = dict.fromkeys(names, "*element")
+            yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C, F" * (not whole), types=types)
+
+
+def compile_kernel(kernel: Kernel, architecture: int):
+    element = DTYPES.get(kernel.dtype, ("fp32",))[0]
+    signature, constants, attributes = {}, {}, {}
+    for place, name in enumerate(kernel.function.arg_names):
+        if name in kernel.constants:
+            signature[name], constants[name] = "constexpr", kernel.constants[name]
+            continue
+        signature[name] = {**_TYPES, **kernel.types}.get(name, "i32").replace("element", element)
+        if signature[name].startswith("*") or name in _ALIGNED or re.search("_[blh]$", name):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return triton.compile(
+        ASTSource(kernel.function, signature, constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": kernel.tile.warps, "num_stages": kernel.tile.stages, **COMPILE},
+    )
+
+
+def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]:
+    for launch in launches(everything):
+        for backward in (False, True):
+            yield similarity(launch, dtype, architecture, backward)
+            if everything:
+                yield similarity(launch, dtype, architecture, backward, even=False)
+    yield from small_kernels(dtype)
+    if dtype != "tf32":
+        yield from feature_loss_kernels(dtype)
+    wide = (200, 256) if DTYPES[dtype][1] == "half" else ()
+    yield from attention_kernels(dtype, architecture, (16, 20, 32, 40, 64, 80, 128, *wide) if everything else (64, 80))
+    yield from mlp_kernels(dtype, architecture, ACTIVATIONS if everything else ("gelu",))

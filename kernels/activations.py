@@ -1,0 +1,46 @@
+"""Activations of an MLP and their slopes, in float32, for kernels that apply them to a tile in registers."""
+
+import triton
+import triton.language as tl
+
+from simplclip.kernels.arithmetic import LOG2E, sigmoid
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quickgelu", "relu", "silu")
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+_LINEAR = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi): (1 + tanh(x)) / 2 = sigmoid(2 x)
+_CUBIC = tl.constexpr(0.07135481282553606)  # 0.044715 times that
+_QUICK = tl.constexpr(1.702)
+
+
+@triton.jit
+def activation(x, ACT: tl.constexpr):
+    if ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
+    elif ACT == "gelu_tanh":
+        return x * sigmoid(x * (x * x * _CUBIC + _LINEAR))
+    elif ACT == "quickgelu":
+        return x * sigmoid(x * _QUICK)
+    elif ACT == "silu":
+        return x * sigmoid(x)
+    else:
+        tl.static_assert(ACT == "relu")
+        return tl.where(x < 0.0, 0.0, x)  # NaN stays
+
+
+@triton.jit
+def slope(x, ACT: tl.constexpr):
+    if ACT == "gelu":
+        return 0.5 + 0.5 * tl.erf(x * _SQRT_HALF) + x * _INV_SQRT_2PI * tl.exp2(x * x * (-0.5 * LOG2E))
+    elif ACT == "gelu_tanh":
+        s = sigmoid(x * (x * x * _CUBIC + _LINEAR))
+        return s + x * s * (1.0 - s) * (x * x * (3.0 * _CUBIC) + _LINEAR)
+    elif ACT == "quickgelu":
+        s = sigmoid(x * _QUICK)
+        return s + x * _QUICK * s * (1.0 - s)
+    elif ACT == "silu":
+        s = sigmoid(x)
+        return s + x * s * (1.0 - s)
+    else:
+        tl.static_assert(ACT == "relu")
+        return tl.where(x > 0.0, 1.0, 0.0)
