@@ -102,12 +102,13 @@ def emulate(kernels, case: Case, given: dict, seed: int) -> dict:
     lse = torch.full((case.batch, case.heads, case.length), torch.nan)
     parts, d_gains = torch.full((case.batch, 3, case.heads), torch.nan), torch.full((3, case.heads), torch.nan)
     mode = case.scale, case.causal
-    kernels.forward(case.type, strides(q, k, v, out), gains, lengths, lse, sizes, *mode, seed)
+    replays = kernels.forward(case.type, strides(q, k, v, out), gains, lengths, lse, sizes, *mode, seed)
     tensors = strides(q, k, v, grad, dq, dk, dv)
-    kernels.backward(case.type, tensors, gains, lengths, lse, sizes, *mode, parts, seed)
+    replays += kernels.backward(case.type, tensors, gains, lengths, lse, sizes, *mode, parts, seed)
     kernels.sum_gains(parts, d_gains, case.batch, 3 * case.heads, seed)
     for whole in storage:
         assert whole[:, :, -case.heads * case.width :].isnan().all(), "wrote beyond a row"
+    assert replays == 0, f"{case}: bank conflicts of ldmatrix cost {replays} replays"
     return results(out, lse, dq, dk, dv, d_gains)
 
 

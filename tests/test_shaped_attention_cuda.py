@@ -114,6 +114,7 @@ FAULTS = {
         {"(lane() & 7) + (lane() >> 4) * 8, chunk + (lane() >> 3 & 1)": "(lane() & 15), chunk + (lane() >> 4)"},
         Case("f16", 16, 32),
     ),
+    "rows of a tile in the same banks": ({"(chunk ^ (row >> shift & mask))": "chunk"}, Case("bf16", 16, 64)),
     "a transposed fragment's halves exchanged": (
         {"column_tile * 2 + (lane() >> 3 & 1)": "column_tile * 2 + (lane() >> 3 & 1 ^ 1)"},
         Case("f16", 16, 32),

@@ -26,32 +26,32 @@ ShapedAttention shaped(const int64_t* tensors, const float* gains, const int32_t
           sizes[2],         sizes[3],         float(scale),     causal};
 }
 
-// tensors: q, k, v, out; sizes: B, L, H, K
-void forward(const char* type, const int64_t* tensors, const float* gains, const int32_t* lengths, float* lse,
-             const int* sizes, double scale, bool causal, uint64_t seed) {
+// tensors: q, k, v, out; sizes: B, L, H, K. Returns the replays of ldmatrix, as `backward` does.
+int64_t forward(const char* type, const int64_t* tensors, const float* gains, const int32_t* lengths, float* lse,
+                const int* sizes, double scale, bool causal, uint64_t seed) {
   const ShapedPlan plan = plan_of(type, sizes[1], sizes[3], false);
   const ShapedAttentionForward p{shaped(tensors, gains, lengths, lse, sizes, scale, causal), view(tensors, 3), plan.slice};
   auto run = [&](auto kernel) {
     const emulator::Dim3 grid{unsigned(sizes[0] * sizes[2]), unsigned(plan.blocks)};
-    launch(grid, plan.threads, plan.shared, seed, [&] { kernel(p); });
+    return launch(grid, plan.threads, plan.shared, seed, [&] { kernel(p); }).replays;
   };
   if (*type == 'f') return with_forward_kernel<f16>(plan, run);
   if (*type == 'b') return with_forward_kernel<bf16>(plan, run);
-  with_forward_kernel<tf32>(plan, run);
+  return with_forward_kernel<tf32>(plan, run);
 }
 
 // tensors: q, k, v, grad, dq, dk, dv; parts: [B, 3, H]
-void backward(const char* type, const int64_t* tensors, const float* gains, const int32_t* lengths, float* lse,
-              const int* sizes, double scale, bool causal, float* parts, uint64_t seed) {
+int64_t backward(const char* type, const int64_t* tensors, const float* gains, const int32_t* lengths, float* lse,
+                 const int* sizes, double scale, bool causal, float* parts, uint64_t seed) {
   const ShapedPlan plan = plan_of(type, sizes[1], sizes[3], true);
   const ShapedAttentionBackward p{shaped(tensors, gains, lengths, lse, sizes, scale, causal),
                                   view(tensors, 3), view(tensors, 4), view(tensors, 5), view(tensors, 6), parts};
   auto run = [&](auto kernel) {
-    launch({unsigned(sizes[0] * sizes[2])}, plan.threads, plan.shared, seed, [&] { kernel(p); });
+    return launch({unsigned(sizes[0] * sizes[2])}, plan.threads, plan.shared, seed, [&] { kernel(p); }).replays;
   };
   if (*type == 'f') return with_backward_kernel<f16>(plan, run);
   if (*type == 'b') return with_backward_kernel<bf16>(plan, run);
-  with_backward_kernel<tf32>(plan, run);
+  return with_backward_kernel<tf32>(plan, run);
 }
 
 // parts: [B, count]
