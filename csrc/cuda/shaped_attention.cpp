@@ -40,9 +40,11 @@ ShapedAttention shaped(const Tensor& q, const Tensor& k, const Tensor& v, const 
   const char* reason = why_no_shaped_plan(q.size(1), q.size(3));
   STD_TORCH_CHECK(!reason, "shaped_attention on CUDA ", reason, ", got [B, L, H, K] = [", q.size(0), ", ", q.size(1), ", ",
                   q.size(2), ", ", q.size(3), "]");
-  STD_TORCH_CHECK(q.size(0) * q.size(2) < int64_t(1) << 31, "shaped_attention on CUDA serves less than 2^31 heads of sequences");
+  STD_TORCH_CHECK(q.size(0) * q.size(2) < int64_t(1) << 31,
+                  "shaped_attention on CUDA serves less than 2^31 heads of sequences");
   return {view(q), view(k), view(v), gains.const_data_ptr<float>(), lengths ? lengths->const_data_ptr<int32_t>() : nullptr,
-          lse.mutable_data_ptr<float>(), int(q.size(0)), int(q.size(1)), int(q.size(2)), int(q.size(3)), float(scale), causal};
+          lse.mutable_data_ptr<float>(), int(q.size(0)), int(q.size(1)), int(q.size(2)), int(q.size(3)), float(scale),
+          causal};
 }
 
 // The device's current stream, with the device current as long as this lives.

@@ -1,5 +1,5 @@
-// shaped_attention, forward: out = alpha v + (beta A - gamma C) v for each head, A = softmax(scale q k^T), C the mean over the
-// visible keys. A warp has 16 queries and keeps their whole rows of logits, so the softmax never rescales and A and C are
+// shaped_attention, forward: out = alpha v + (beta A - gamma C) v for each head, A = softmax(scale q k^T), C the mean over
+// the visible keys. A warp has 16 queries and keeps their whole rows of logits, so the softmax never rescales and A and C are
 // joined before they are rounded: where they nearly cancel, the difference is rounded, not its terms.
 #pragma once
 
@@ -17,7 +17,8 @@ struct Head {
   float alpha, beta, gamma;
 
   SIMPLCLIP_DEVICE explicit Head(const ShapedAttention& p)
-      : batch(block_x() / p.heads), index(block_x() % p.heads), length(p.lengths ? between(0, p.lengths[batch], p.length) : p.length),
+      : batch(block_x() / p.heads), index(block_x() % p.heads),
+        length(p.lengths ? between(0, p.lengths[batch], p.length) : p.length),
         alpha(p.gains[index]), beta(p.gains[p.heads + index]), gamma(p.gains[2 * p.heads + index]) {}
 
   // [L]

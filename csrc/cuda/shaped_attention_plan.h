@@ -7,20 +7,22 @@
 
 namespace simplclip {
 
-// An instantiation: `size` is the most tiles of 16 tokens, or the widest head of the streaming backward; `threads` and `blocks`
-// of a multiprocessor are what its registers are limited for.
+// An instantiation: `size` is the most tiles of 16 tokens, or the widest head of the streaming backward; `threads` and
+// `blocks` of a multiprocessor are what its registers are limited for.
 struct ShapedBounds {
   int size, threads, blocks;
 };
 
 // [float32 or not], in increasing size
-constexpr ShapedBounds kShapedForward[2][3] = {{{5, 160, 3}, {14, 160, 2}, {18, 96, 2}}, {{5, 160, 2}, {14, 96, 2}, {18, 96, 2}}};
+constexpr ShapedBounds kShapedForward[2][3] = {{{5, 160, 3}, {14, 160, 2}, {18, 96, 2}},
+                                               {{5, 160, 2}, {14, 96, 2}, {18, 96, 2}}};
 constexpr ShapedBounds kShapedBackward[2] = {{5, 160, 2}, {5, 160, 1}};
 constexpr ShapedBounds kShapedStream[2][2] = {{{64, 192, 2}, {128, 192, 1}}, {{64, 128, 2}, {128, 128, 1}}};
 
 constexpr int kShapedMaxTokens = 288;
 constexpr int kShapedMaxWidth = 128;
-// Of every architecture from sm_80 on at least: what a block may have, what a multiprocessor has, and what it keeps per block.
+// Of every architecture from sm_80 on at least: what a block may have, what a multiprocessor has, and what it keeps per
+// block.
 constexpr int kSharedOfBlock = 99 << 10, kSharedOfMultiprocessor = 100 << 10, kSharedKept = 1 << 10;
 
 // A launch over (B H, blocks) blocks.

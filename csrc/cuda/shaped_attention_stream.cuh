@@ -1,6 +1,6 @@
-// shaped_attention, backward of heads that do not stay in shared memory. A warp owns a tile of 16 queries while all keys pass,
-// once for delta and once for dq; then a tile of 16 keys while all queries pass, for dk and dv. So every gradient is summed in
-// one warp's registers, and logits are computed three times.
+// shaped_attention, backward of heads that do not stay in shared memory. A warp owns a tile of 16 queries while all keys
+// pass, once for delta and once for dq; then a tile of 16 keys while all queries pass, for dk and dv. So every gradient is
+// summed in one warp's registers, and logits are computed three times.
 #pragma once
 
 #include "shaped_attention_backward.cuh"
@@ -19,8 +19,8 @@ struct Stream {
   GainSums gains;
 
   SIMPLCLIP_DEVICE explicit Stream(const ShapedAttentionBackward& p)
-      : p(p), head(p), row_bytes(p.width * kBytes<T>), warps(threads() / 32), all(tiles_of(head.length)), owned(shared_memory()),
-        slots(owned + 2 * warps * kRows * row_bytes),
+      : p(p), head(p), row_bytes(p.width * kBytes<T>), warps(threads() / 32), all(tiles_of(head.length)),
+        owned(shared_memory()), slots(owned + 2 * warps * kRows * row_bytes),
         lse(reinterpret_cast<float*>(slots + 4 * kRows * row_bytes)),
         delta(lse + tiles_of(p.length) * kRows), mean(delta + tiles_of(p.length) * kRows) {}
 
@@ -32,6 +32,7 @@ struct Stream {
     return Tile(slots + (tile % 2 * 2 + which) * kRows * row_bytes, row_bytes);
   }
 
+  // Behind the barrier that ends every stream, and before another stream.
   SIMPLCLIP_DEVICE void load_own(const HeadsView& left, const HeadsView& right, int first) const {
     stage(own(0), head.rows(left), 0, first * kRows, warps * kRows, head.length);
     stage(own(1), head.rows(right), 0, first * kRows, warps * kRows, head.length);

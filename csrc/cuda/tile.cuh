@@ -86,7 +86,8 @@ SIMPLCLIP_DEVICE void load_rows(uint32_t (&r)[4], const void* chunk) {
   }
 }
 
-// 32 bytes of the columns of 16 rows, from chunk `chunk` on: as the left operand, and as the right one of which they are columns.
+// 32 bytes of the columns of 16 rows, from chunk `chunk` on: as the left operand, and as the right one of which they are
+// columns.
 template <class T>
 SIMPLCLIP_DEVICE void load_left(uint32_t (&r)[4], const Tile& m, int tile, int chunk) {
   load_rows<T>(r, m.at(tile, lane() & 15, chunk + (lane() >> 4)));
@@ -107,8 +108,8 @@ SIMPLCLIP_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b
   }
 }
 
-// c[i] [16, 16] += rows of tile `row_tile` of a times rows of tile i of b, transposed; i < tiles. Of both matrices `bytes` of a
-// row, those of a from `chunk` on.
+// c[i] [16, 16] += rows of tile `row_tile` of a times rows of tile i of b, transposed; i < tiles. Of both matrices `bytes` of
+// a row, those of a from `chunk` on.
 template <class T, int kTiles>
 SIMPLCLIP_DEVICE void multiply_rows(
     float (&c)[kTiles][2][4], const Tile& a, int row_tile, int chunk, const Tile& b, int tiles, int bytes) {
@@ -151,7 +152,9 @@ SIMPLCLIP_DEVICE void multiply_columns(float (&c)[2][4], const Operand<T>& a, co
       const int row = 8 * half + lane() % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        multiply<T>(c[n], left, to_tf32(element(b, tile, row, column + 8 * n)), to_tf32(element(b, tile, row + 1, column + 8 * n)));
+        const uint32_t even = to_tf32(element(b, tile, row, column + 8 * n));
+        const uint32_t odd = to_tf32(element(b, tile, row + 1, column + 8 * n));
+        multiply<T>(c[n], left, even, odd);
       }
     }
   }
@@ -191,8 +194,8 @@ SIMPLCLIP_DEVICE Operand<T> load_transposed(const Tile& m, int row_tile, int col
   return a;
 }
 
-// A lane's elements of columns 16 column_tile to + 15 of rows lane / 4 and lane / 4 + 8 of a tile, laid out as mma does; zeros
-// from row `valid` on, which are not read.
+// A lane's elements of columns 16 column_tile to + 15 of rows lane / 4 and lane / 4 + 8 of a tile, laid out as mma does;
+// zeros from row `valid` on, which are not read.
 template <class T>
 SIMPLCLIP_DEVICE void load_global(float (&c)[2][4], const HeadRows& from, int tile, int column_tile, int valid) {
 #pragma unroll
@@ -215,10 +218,11 @@ SIMPLCLIP_DEVICE void load_global(float (&c)[2][4], const HeadRows& from, int ti
   }
 }
 
-// Writes them; zeros from row `valid` to row `rows`. Four lanes write 32 bytes of a row at a time, for which in 16 bits two of
-// them change elements first.
+// Writes them; zeros from row `valid` to row `rows`. Four lanes write 32 bytes of a row at a time, for which in 16 bits two
+// of them change elements first.
 template <class T>
-SIMPLCLIP_DEVICE void store_global(const float (&c)[2][4], const HeadRows& to, int tile, int column_tile, int valid, int rows) {
+SIMPLCLIP_DEVICE void store_global(
+    const float (&c)[2][4], const HeadRows& to, int tile, int column_tile, int valid, int rows) {
 #pragma unroll
   for (int low = 0; low < 2; ++low) {
     const int row = tile * kRows + lane() / 4 + 8 * low, pair = lane() % 4;
@@ -230,7 +234,8 @@ SIMPLCLIP_DEVICE void store_global(const float (&c)[2][4], const HeadRows& to, i
       const uint32_t first = pack2<T>(left.x, left.y), second = pack2<T>(right.x, right.y);
       const bool odd = pair % 2;
       const uint32_t other = shuffle_xor(odd ? first : second, 1);
-      if (row < rows) *reinterpret_cast<uint2*>(at + odd * 16 + pair / 2 * 8) = odd ? uint2{other, second} : uint2{first, other};
+      char* eight = at + odd * 16 + pair / 2 * 8;
+      if (row < rows) *reinterpret_cast<uint2*>(eight) = odd ? uint2{other, second} : uint2{first, other};
     } else if (row < rows) {
       *reinterpret_cast<float2*>(at + pair * 8) = left;
       *reinterpret_cast<float2*>(at + 32 + pair * 8) = right;
