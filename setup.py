@@ -36,7 +36,7 @@ PYTHON_TARGET = "0x030A0000"  # CPython 3.10
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 
 MACROS = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)]
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
+FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
 
 def why_no_cuda() -> str | None:
