@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+ALONE = "SDPA alone"  # computes one of shaped attention's three terms
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -23,10 +24,26 @@ def newest(pattern: str) -> Path:
     return found[-1]
 
 
-def op_table(op: str, decimals: int = 0) -> list[str]:
+def read(op: str) -> tuple[Path, list[dict[str, str]]]:
     path = newest(f"{op}-*.csv")
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+        return path, list(csv.DictReader(file))
+
+
+def source(path: Path, rows: list[dict[str, str]], what: str) -> list[str]:
+    """How the rows were measured."""
+    first = rows[0]
+    repeats = " to ".join(dict.fromkeys(sorted({row["repeats"] for row in rows}, key=int)))
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return [
+        "",
+        f"{what}, medians of {repeats} interleaved runs; {first['hardware']}, "
+        f"torch {first['torch']}, commit {commits}, {first['date']} (`{path.relative_to(ROOT)}`; `make bench`).",
+    ]
+
+
+def op_table(op: str, decimals: int = 0) -> list[str]:
+    path, rows = read(op)
     columns = {
         "objective": ("objective", str),
         "N": ("n", lambda value: f"{int(value):,}"),
@@ -45,16 +62,29 @@ def op_table(op: str, decimals: int = 0) -> list[str]:
     left = ("objective", "shape", "dtype", "pass", "form")
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' if title in left else '--:' for title in columns)}|"]
     lines += [f"| {' | '.join(show(row[name]) for name, show in columns.values())} |" for row in rows]
-    first = rows[0]
-    what = f"Forward and backward, D = {first['d']}" if "d" in first else "CPU"
-    repeats = " to ".join(dict.fromkeys(sorted({row["repeats"] for row in rows}, key=int)))
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    lines += [
-        "",
-        f"{what}, medians of {repeats} interleaved runs; {first['hardware']}, "
-        f"torch {first['torch']}, commit {commits}, {first['date']} (`{path.relative_to(ROOT)}`; `make bench`).",
+    what = f"Forward and backward, D = {rows[0]['d']}" if "d" in rows[0] else "On a CPU"
+    return lines + source(path, rows, what)
+
+
+def attention_table() -> list[str]:
+    """A row for each case: our time, and how many times of it the fastest other form takes."""
+    path, rows = read("shaped_attention")
+    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        cases.setdefault((row["shape"], row["dtype"], row["pass"]), {})[row["form"]] = row
+    lines = [
+        "| shape | dtype | pass | simplclip, ms | fastest other form | times simplclip's | SDPA alone |",
+        "|---|---|---|--:|---|--:|--:|",
     ]
-    return lines
+    for case, forms in cases.items():
+        ours, alone = forms.pop("simplclip"), forms.pop(ALONE)
+        best = min(forms.values(), key=lambda row: float(row["times_ours"]))
+        form = best["form"].replace("of it", "of the formula").replace("of that", "of SDPA and linear terms")
+        cells = (*case, f"{float(ours['p50_ms']):.1f}", form, best["times_ours"], alone["times_ours"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines + source(
+        path, rows, "Others: the formula, SDPA and linear terms, both compiled, in forward FlexAttention too"
+    )
 
 
 def demo() -> list[str]:
@@ -81,7 +111,7 @@ def demo() -> list[str]:
 TABLES = {
     "similarity_loss": lambda: op_table("similarity_loss"),
     "feature_loss": lambda: op_table("feature_loss", decimals=1),
-    "shaped_attention": lambda: op_table("shaped_attention", decimals=1),
+    "shaped_attention": attention_table,
     "simplified_block": lambda: op_table("simplified_block", decimals=0),
     "towers": lambda: op_table("towers", decimals=0),
     "demo": demo,
