@@ -1,4 +1,4 @@
-"""Tile sizes by op, planes in registers, dtype and architecture: a plain table, no autotuning.
+"""Tile sizes by op, planes in registers or width of a head, dtype and architecture: a plain table, no autotuning.
 
 `python -m benchmarks.aot` compiles every entry and prints registers, shared memory and occupancy; none may spill.
 """
@@ -39,8 +39,9 @@ _INTERPRETED = {
     "parallel_mlp": Tile(32, 64, 16, 4, 2, 1),
 }
 
-# Planes in a launch (backward: and a scalar hyperplane's), though two at most are in registers at a time. What decides is
-# the statistics' registers beside them: entries are the largest tiles that no launch spills at.
+# similarity_loss by planes in a launch (backward: and a scalar hyperplane's), though two at most are in registers at a time:
+# what decides is the statistics' registers beside them, and entries are the largest tiles that no launch spills at.
+# shaped_attention by the width of a head, 16, 32, 64, 128, 256 (none in float32); its block_k is that width.
 _TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("similarity_forward", "half"): (
         Tile(128, 128, 32, 8, 4, 1),
@@ -178,14 +179,18 @@ _ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
     ("shaped_attention_fwd", "tf32", 1, 80): Tile(64, 32, 0, 4, 2, 1),
     ("shaped_attention_fwd", "tf32", 2, 80): Tile(64, 32, 0, 4, 2, 1),
     ("shaped_attention_keys", "tf32", 3, 80): Tile(32, 32, 0, 4, 1, 1),
+    ("shaped_attention_rows", "ieee", 3, 80): Tile(32, 32, 0, 8, 1, 1),
+    ("shaped_attention_fwd", "ieee", 1, 90): Tile(32, 32, 0, 8, 1, 1),
+    ("shaped_attention_fwd", "ieee", 2, 120): Tile(64, 32, 0, 8, 2, 1),
+    ("shaped_attention_keys", "ieee", 2, 120): Tile(32, 32, 0, 8, 2, 1),
 }
 
 
-def lookup(op: str, planes: int, precision: str, architecture: int) -> Tile:
-    """The tile of a launch; an architecture without entries of its own has those of the table."""
+def lookup(op: str, entry: int, precision: str, architecture: int) -> Tile:
+    """The tile at a place of the op's list, from 1; an architecture without entries of its own has those of the table."""
     if architecture == INTERPRETER:
         return _INTERPRETED.get(op) or _INTERPRETED[op.rpartition("_")[0]]
-    return _ARCHITECTURE.get((op, precision, planes, architecture)) or _TABLE[op, precision][planes - 1]
+    return _ARCHITECTURE.get((op, precision, entry, architecture)) or _TABLE[op, precision][entry - 1]
 
 
 def of_width(op: str, width: int, precision: str, architecture: int) -> Tile:
