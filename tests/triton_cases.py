@@ -144,7 +144,7 @@ def of_reference(case: Case, args: list, grads: tuple, dtype: torch.dtype) -> di
     args = [t if t is None or not t.dtype.is_floating_point else t.to(dtype) for t in args]
     grads = tuple(grad.to(dtype) for grad in grads)
     functions = reference.similarity_loss_fwd, reference.similarity_loss_bwd
-    with mock.patch.object(reference, "accumulate_dtype", return_value=dtype):
+    with mock.patch.object(reference.similarity_loss, "accumulate_dtype", return_value=dtype):
         return forward_and_backward(*functions, case, args, grads, case.columns)
 
 
