@@ -22,7 +22,7 @@ from simplclip.kernels.parallel_mlp import (
     _parallel_mlp_hidden_kernel,
     _parallel_mlp_weight_kernel,
 )
-from simplclip.kernels.shaped_attention import SUMS
+from simplclip.kernels.shaped_attention import SUMS, sums_warps
 from simplclip.kernels.shaped_attention_backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
 from simplclip.kernels.shaped_attention_forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
 from simplclip.kernels.similarity_backward import _similarity_gradient_kernel
@@ -178,7 +178,9 @@ def attention_kernels(
         tile = tuning.of_width("shaped_attention_fwd", block, precision, architecture)
         constants = {"EVEN": width == block, "BLOCK_M": tile.block_m, "BLOCK_K": block}
         function = _shaped_attention_sums_kernel
-        yield Kernel(function.__name__, function, constants, tile._replace(warps=4), dtype, f"K={width}", False, types)
+        yield Kernel(
+            function.__name__, function, constants, tile._replace(warps=sums_warps(tile)), dtype, f"K={width}", False, types
+        )
     for width, masked in itertools.product(widths, causal):
         block = max(16, triton.next_power_of_2(width))
         for op, function in ATTENTION.items():

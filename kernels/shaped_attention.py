@@ -20,6 +20,11 @@ from simplclip.kernels.shaped_attention_forward import _shaped_attention_fwd_ker
 SUMS = 16  # blocks of rows whose sums of v are read at a time
 
 
+def sums_warps(tile: tuning.Tile) -> int:
+    """Of the kernel that sums v: at most 64 elements a thread."""
+    return max(4, tile.block_m * tile.block_k // 2048)
+
+
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """Strides of B, L and H by name."""
     return {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate("blh")}
@@ -68,7 +73,7 @@ def shaped_attention_fwd(
             sums = q.new_empty(sequences, heads, blocks, width, dtype=torch.float32)
             _shaped_attention_sums_kernel[grid](
                 v, lengths, sums, tokens, heads, width, **_strides(v=v), EVEN=shared["EVEN"], BLOCK_M=tile.block_m,
-                BLOCK_K=tile.block_k, num_warps=4, **COMPILE,
+                BLOCK_K=tile.block_k, num_warps=sums_warps(tile), **COMPILE,
             )  # fmt: skip
         _shaped_attention_fwd_kernel[grid](
             q=q, k=k, v=v, gains=gains.contiguous(), lengths=lengths, sums=sums, out=out, lse=lse, scale=scale, CAUSAL=causal,
