@@ -124,55 +124,28 @@ def _kernel(module: str, name: str) -> Callable:
     return lambda *args: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*args)
 
 
+def _row(name: str, *, triton: Callable = _triton_on_cuda, cuda: Callable | None = None) -> dict[str, Implementation]:
+    """The backends of `name`, each under the op's own name where that backend keeps its functions, with their predicates."""
+    row = {
+        "triton": Implementation(_kernel(name.removesuffix("_fwd").removesuffix("_bwd"), name), triton),
+        "cpu": Implementation(_private(f"{name}_cpu"), _extension_on_cpu),
+        "reference": Implementation(getattr(reference, name), _anywhere),
+    }
+    return row if cuda is None else {"cuda": Implementation(_private(f"{name}_cuda"), cuda), **row}
+
+
+_ATTENTION = {"triton": _triton_attention, "cuda": _attention_on_cuda}
 TABLE: dict[str, dict[str, Implementation]] = {
-    "similarity_loss_fwd": {
-        "triton": Implementation(_kernel("similarity_loss", "similarity_loss_fwd"), _triton_on_cuda),
-        "cpu": Implementation(_private("similarity_loss_fwd_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.similarity_loss_fwd, _anywhere),
-    },
-    "similarity_rows": {
-        "triton": Implementation(_kernel("similarity_rows", "similarity_rows"), _triton_on_cuda),
-        "cpu": Implementation(_private("similarity_rows_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.similarity_rows, _anywhere),
-    },
+    "similarity_loss_fwd": _row("similarity_loss_fwd"),
+    "similarity_loss_bwd": _row("similarity_loss_bwd"),
+    "similarity_rows": _row("similarity_rows"),
     "similarity_rows_bwd": {"reference": Implementation(reference.similarity_rows_bwd, _anywhere)},  # N·D: nothing to fuse
-    "similarity_loss_bwd": {
-        "triton": Implementation(_kernel("similarity_loss", "similarity_loss_bwd"), _triton_on_cuda),
-        "cpu": Implementation(_private("similarity_loss_bwd_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.similarity_loss_bwd, _anywhere),
-    },
-    "feature_loss_fwd": {
-        "triton": Implementation(_kernel("feature_loss", "feature_loss_fwd"), _triton_on_cuda),
-        "cpu": Implementation(_private("feature_loss_fwd_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.feature_loss_fwd, _anywhere),
-    },
-    "feature_loss_bwd": {
-        "triton": Implementation(_kernel("feature_loss", "feature_loss_bwd"), _triton_on_cuda),
-        "cpu": Implementation(_private("feature_loss_bwd_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.feature_loss_bwd, _anywhere),
-    },
-    "shaped_attention_fwd": {
-        "cuda": Implementation(_private("shaped_attention_fwd_cuda"), _attention_on_cuda),
-        "triton": Implementation(_kernel("shaped_attention", "shaped_attention_fwd"), _triton_attention),
-        "cpu": Implementation(_private("shaped_attention_fwd_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.shaped_attention_fwd, _anywhere),
-    },
-    "shaped_attention_bwd": {
-        "cuda": Implementation(_private("shaped_attention_bwd_cuda"), _attention_on_cuda),
-        "triton": Implementation(_kernel("shaped_attention", "shaped_attention_bwd"), _triton_attention),
-        "cpu": Implementation(_private("shaped_attention_bwd_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.shaped_attention_bwd, _anywhere),
-    },
-    "parallel_mlp_fwd": {
-        "triton": Implementation(_kernel("parallel_mlp", "parallel_mlp_fwd"), _triton_on_cuda),
-        "cpu": Implementation(_private("parallel_mlp_fwd_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.parallel_mlp_fwd, _anywhere),
-    },
-    "parallel_mlp_bwd": {
-        "triton": Implementation(_kernel("parallel_mlp", "parallel_mlp_bwd"), _triton_on_cuda),
-        "cpu": Implementation(_private("parallel_mlp_bwd_cpu"), _extension_on_cpu),
-        "reference": Implementation(reference.parallel_mlp_bwd, _anywhere),
-    },
+    "feature_loss_fwd": _row("feature_loss_fwd"),
+    "feature_loss_bwd": _row("feature_loss_bwd"),
+    "shaped_attention_fwd": _row("shaped_attention_fwd", **_ATTENTION),
+    "shaped_attention_bwd": _row("shaped_attention_bwd", **_ATTENTION),
+    "parallel_mlp_fwd": _row("parallel_mlp_fwd"),
+    "parallel_mlp_bwd": _row("parallel_mlp_bwd"),
 }
 
 
