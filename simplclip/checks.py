@@ -15,14 +15,19 @@ def shape_of(t: Tensor) -> str:
     return f"[{', '.join(map(str, t.shape))}]"
 
 
-def features(name: str, t: Tensor, letters: str) -> None:
-    """A float matrix without an empty side; `letters` names its sides in the message, as in "[N, D]"."""
+def floating(name: str, t: Tensor, letters: str = "") -> None:
+    """A tensor of one of FLOATS; `letters` names its sides in the message, as in "[N, D]"."""
     if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a tensor {letters}, got {type(t).__name__}")
-    if t.dim() != 2:
-        raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")
+        raise TypeError(f"{name}: expected a tensor{letters and ' ' + letters}, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+
+
+def features(name: str, t: Tensor, letters: str) -> None:
+    """A float matrix without an empty side."""
+    if isinstance(t, Tensor) and t.dim() != 2:
+        raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")
+    floating(name, t, letters)
     if t.shape[0] == 0 or t.shape[1] == 0:
         raise ValueError(f"{name}: expected at least one row and one column, got shape {shape_of(t)}")
 
@@ -88,10 +93,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamm
     """The tensors of shaped_attention but `lengths`."""
     tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
     for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        floating(name, t)
         if t.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {t.device}")
     if q.dim() != 4:
@@ -128,12 +130,8 @@ def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
     """Types and shapes of parallel_mlp's tensors."""
     tensors = {"x": x, "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     for name, t in tensors.items():
-        if t is None and name.endswith("bias"):
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        if not (t is None and name.endswith("bias")):
+            floating(name, t)
     if x.dim() < 1 or 0 in x.shape:
         raise ValueError(f"x: expected [..., C] without an empty side, got shape {shape_of(x)}")
     for name, letters in (("fc1_weight", "[F, C]"), ("fc2_weight", "[C_out, F]")):
@@ -168,10 +166,7 @@ def block(x, norm: str, **tensors) -> None:
         t = tensors[name]
         if t is None and name in ("value_weight", "output_weight", "norm_bias"):
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor {list(shape)}, got {type(t).__name__}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        floating(name, t, str(list(shape)))
         if t.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
         if t.shape != shape:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from simplclip import checks
 from simplclip.ops import parallel_mlp, shaped_attention, simplified_block
 from simplclip.reference import ACTIVATIONS
 
@@ -62,7 +61,7 @@ class ShapedAttention(nn.Module):
                 nn.init.orthogonal_(projection.weight)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        self._check(x, lengths)
+        self._check(x)
         return self._attend(x, lengths)
 
     def _attend(self, x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -75,11 +74,10 @@ class ShapedAttention(nn.Module):
         out = out.reshape(x.shape)
         return out if self.output is None else self.output(out)
 
-    def _check(self, x: Tensor, lengths: Tensor | None) -> None:
+    def _check(self, x: Tensor) -> None:
+        """The ops check the rest."""
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise ValueError(f"x: expected [B, L, {self.width}], got {list(x.shape)}")
-        if lengths is not None:
-            checks.lengths_of_batch(lengths, *x.shape[:2], x.device)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, heads={self.heads}, causal={self.causal}"
@@ -103,7 +101,7 @@ class SimplifiedBlock(ShapedAttention):
         attention_gain, mlp_gain: initial values of the two trainable gains.
         drop_path: probability that a sample skips the MLP in training. The attention is never dropped: without a skip
             connection nothing would be left. Such a block runs norm, attention and MLP as ops of their own.
-        recompute: keep only the input for backward and compute the block again: a sixth of the memory, a third more work.
+        recompute: keep only the input for backward, a seventh of the memory, and compute the block again.
 
     forward(x [B, L, C], lengths [B] or None) -> [B, L, C]. With ``lengths`` tokens behind the length reach no valid
     token; their own output is the MLP's and means nothing.
@@ -148,7 +146,7 @@ class SimplifiedBlock(ShapedAttention):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        self._check(x, lengths)
+        self._check(x)
         if self.training and self.drop_path > 0:
             return self._forward_dropping(x, lengths)
         return simplified_block(
