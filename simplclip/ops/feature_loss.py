@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip import backends, checks
-from simplclip.ops.registry import define
+from simplclip.ops.registry import autocast, define
 from simplclip.reference import accumulate_dtype
 
 DISTANCES = ("mse", "smooth_l1")
@@ -143,8 +143,7 @@ def feature_loss(
             f"student: expected the width of teacher, {teacher.shape[1]}, or a projection "
             f"[{teacher.shape[1]}, {student.shape[1]}], got width {student.shape[1]}"
         )
-    if torch.is_autocast_enabled(student.device.type) and student.dtype != torch.float64:
-        student = student.to(torch.get_autocast_dtype(student.device.type))
+    (student,) = autocast(student)
     teacher = checks.constant("teacher", teacher)
     return torch.ops.simplclip.feature_loss_fwd(
         student, teacher, distance == "smooth_l1", float(beta), bool(normalize), backends.forced()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simplclip import backends, checks
-from simplclip.ops.registry import define
+from simplclip.ops.registry import autocast, define
 from simplclip.reference import ACTIVATIONS
 
 HIDDEN_BYTES = 16 << 20  # of a hidden layer that nobody keeps
@@ -155,12 +155,7 @@ def parallel_mlp(
     tensors = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     checks.choice("act", act, tuple(ACTIVATIONS))
     checks.mlp(x, **tensors)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, *cast = (None if t is None else t.to(dtype) for t in (x, *tensors.values()))
-    else:
-        cast = list(tensors.values())
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
+    x, *cast = autocast(x, *tensors.values())
     for name, t in zip(tensors, cast):
         if t is not None:
             checks.like(name, t, "x", x)

@@ -44,3 +44,12 @@ def define(
 
     library.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"simplclip::{name}", fake, lib=library)
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors as autocast hands them to an op: in its dtype where it is on for the first one's device; float64 stays."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors]

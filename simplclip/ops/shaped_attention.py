@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simplclip import backends, checks
-from simplclip.ops.registry import define
+from simplclip.ops.registry import autocast, define
 from simplclip.reference import accumulate_dtype
 
 
@@ -81,11 +81,13 @@ torch.library.register_autograd("simplclip::shaped_attention_fwd", _autograd, se
 def workspace_bytes(b: int, length: int, h: int, k: int, dtype: torch.dtype, *, threads: int = 1) -> int:
     """Bytes that the cpu backend allocates beside inputs, result and gradients, at most, in a forward and its backward.
 
-    The log-sum-exps, and per thread one head: its operands in float32 and two matrices [L, L].
+    The log-sum-exps, from torch's allocator; and per thread, not from it, one head: its operands in two forms, two
+    gradients, and two matrices of 240 rows and a few at most.
     """
     wide = lambda n, multiple: -(-n // multiple) * multiple  # noqa: E731
-    rows, columns = wide(length, 16), wide(k, 16)
-    return 4 * b * h * length + threads * 4 * (2 * rows * rows + 8 * rows * columns)
+    tokens, columns, padded = wide(length, 6), wide(length, 16), wide(k, 32)
+    floats = (7 * tokens + 2 * columns) * padded + 2 * (min(240, tokens) + 12) * columns + 64
+    return 4 * b * h * length + 4 * threads * floats
 
 
 def shaped_attention(
@@ -135,8 +137,7 @@ def shaped_attention(
     checks.attention(q, k, v, alpha, beta, gamma)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    q, k, v = autocast(q, k, v)
     scale = checks.number("scale", q.shape[3] ** -0.5 if scale is None else scale)
     dtype = accumulate_dtype(q.dtype)
     gains = torch.stack([alpha.to(dtype), beta.to(dtype), gamma.to(dtype)])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simplclip import backends, checks, distributed
 from simplclip.ops import similarity_inputs as inputs
-from simplclip.ops.registry import define
+from simplclip.ops.registry import autocast, define
 from simplclip.ops.similarity_plan import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, products, stored_rows
 from simplclip.ops.similarity_rows import similarity_rows
 from simplclip.ops.similarity_terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
@@ -224,12 +224,7 @@ def similarity_loss(
     checks.features("image", image, "[N, D]")
     checks.features("text", text, "[M, D]")
     device = image.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        image, text, projected_image, projected_text = (
-            t if not isinstance(t, Tensor) or t.dtype == torch.float64 else t.to(dtype)
-            for t in (image, text, projected_image, projected_text)
-        )
+    image, text, projected_image, projected_text = autocast(image, text, projected_image, projected_text)
     checks.like("text", text, "image", image)
     if text.shape[1] != image.shape[1]:
         raise ValueError(f"text: expected the width of image, {image.shape[1]}, got {text.shape[1]}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from simplclip import backends, checks
 from simplclip.ops.norm import NORMS, norm_bwd, norm_fwd
 from simplclip.ops.parallel_mlp import hidden_rows, linear, to_overwrite
-from simplclip.ops.registry import define
+from simplclip.ops.registry import autocast, define
 from simplclip.reference import ACTIVATIONS, accumulate_dtype
 
 TENSORS = (
@@ -66,9 +66,10 @@ def _fwd(
 
 
 def _fwd_fake(x, *args):
-    fc1_weight, gains, keep = args[3], args[7], args[-2]
+    tensors, keep = dict(zip(TENSORS, (x, *args))), args[-2]
     b, length, c = x.shape
-    qk, h = ((b * length, 2 * c), (b * length, fc1_weight.shape[0])) if keep else ((0,), (0,))
+    qk, h = ((b * length, 2 * c), (b * length, tensors["fc1_weight"].shape[0])) if keep else ((0,), (0,))
+    gains = tensors["gains"]
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(qk),
@@ -88,16 +89,13 @@ def _bwd(
     flat = grad.view(-1, c)
     n, stats = norm_fwd(x.view(-1, c), norm, norm_weight, norm_bias, eps)
     need_n = wanted["x"] or wanted["norm_weight"] or wanted["norm_bias"]
-    if not qk.numel():
-        qk, h = linear(n, qk_weight, None), linear(n, fc1_weight, fc1_bias)
-    v = n if value_weight is None else linear(n, value_weight, None)
-    q, k = _split(qk, x, heads)
-    v = v.view(q.shape)
+    recompute = not qk.numel()
 
     # MLP. With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
     gain = mlp_gain.to(x.dtype)
     need_w = wanted["fc2_weight"] or wanted["mlp_gain"]
     if need_n or need_w or wanted["fc1_weight"] or wanted["fc1_bias"]:
+        h = linear(n, fc1_weight, fc1_bias) if recompute else h
         dw = pick("parallel_mlp_bwd")(flat, h, fc2_weight * gain, act, need_w)
         if wanted["mlp_gain"]:
             d["mlp_gain"] = torch.linalg.vecdot(dw.flatten().to(gains.dtype), fc2_weight.flatten().to(gains.dtype))
@@ -112,14 +110,17 @@ def _bwd(
     if wanted["fc1_bias"]:
         d["fc1_bias"] = h.sum(0)
 
-    d_attention = flat
-    if output_weight is not None:
-        if wanted["output_weight"]:
-            attend = pick("shaped_attention_fwd", width=c // heads, length=x.shape[1])
-            d["output_weight"] = torch.mm(flat.T, attend(q, k, v, gains, lengths, scale, causal)[0].view(-1, c))
-        d_attention = torch.mm(flat, output_weight)
-    if need_n or wanted["qk_weight"] or wanted["gains"] or wanted["value_weight"]:
+    need_attention = need_n or wanted["qk_weight"] or wanted["gains"] or wanted["value_weight"]
+    if need_attention or wanted["output_weight"]:
+        qk = linear(n, qk_weight, None) if recompute else qk
+        q, k = _split(qk, x, heads)
+        v = (n if value_weight is None else linear(n, value_weight, None)).view(q.shape)
+    if wanted["output_weight"]:
+        attend = pick("shaped_attention_fwd", width=c // heads, length=x.shape[1])
+        d["output_weight"] = torch.mm(flat.T, attend(q, k, v, gains, lengths, scale, causal)[0].view(-1, c))
+    if need_attention:
         attend_bwd = pick("shaped_attention_bwd", width=c // heads, length=x.shape[1])
+        d_attention = flat if output_weight is None else torch.mm(flat, output_weight)
         dqk, dv = torch.empty_like(qk), torch.empty_like(n)
         into = (*_split(dqk, x, heads), dv.view(q.shape))
         d["gains"] = attend_bwd(d_attention.view(q.shape), q, k, v, gains, lse, lengths, scale, causal, *into)
@@ -241,10 +242,8 @@ def simplified_block(
     checks.block(x, norm, **matrices, **vectors)
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, *x.shape[:2], x.device)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        matrices = {name: None if t is None else t.to(dtype) for name, t in matrices.items()}
+    x, *cast = autocast(x, *matrices.values())
+    matrices = dict(zip(matrices, cast))
     for name, t in matrices.items():
         if t is not None:
             checks.like(name, t, "x", x)
