@@ -1,11 +1,6 @@
 """Inputs of the tests of similarity_loss, and the comparison of a backend with the dense losses."""
 
-import os
-import subprocess
-import sys
-
 import dense
-import pytest
 import torch
 import torch.nn.functional as F
 from tolerance import assert_within
@@ -83,13 +78,3 @@ def check(leaves, options, dtype, backend, device="cpu", **kernel_options):
 
     plain = values_and_grads(plain_form, leaves, dtype, **options)
     assert_within(kernel, plain, truth, dtype, f"{backend} {dtype} {options['terms']}")
-
-
-def run_with_instruction_set(isa, code):
-    """Runs code, which prints the set it ran with, in a process of its own, since the choice is made once."""
-    here = os.path.dirname(__file__)
-    env = {**os.environ, "SIMPLCLIP_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=here)
-    if "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr:
-        pytest.skip(f"this CPU has no {isa}: {done.stderr.strip().splitlines()[-1]}")
-    assert done.stdout.strip() == isa, done.stderr

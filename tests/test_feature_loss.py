@@ -7,18 +7,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
 from tolerance import assert_within
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
-from simplclip import backends, checks
+from simplclip import checks
 from simplclip.ops import feature_loss
 from simplclip.ops.feature_loss import workspace_bytes
 
-CPU_ERROR = backends.extension_error
-needs_cpu_kernels = pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
-BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MODES = [{"distance": "mse"}, {"distance": "smooth_l1", "beta": 0.05}, {"distance": "mse", "normalize": False}]
 MODES.append({"distance": "smooth_l1", "beta": 0.7, "normalize": False})
 SIZES = [(1, 7), (2, 48), (17, 513), (64, 48), (257, 7), (31, 1000)]
@@ -178,18 +175,15 @@ def test_uninitialised_memory_is_never_read(backend):
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 @needs_cpu_kernels
 def test_every_instruction_set(isa):
-    done = run_python(
+    run_with_instruction_set(
+        isa,
+        "test_feature_loss",
         "t.check_everything('cpu', [(3, 5), (18, 37)])\n"
         "for s in t.DTYPES:\n"
         "    for o in t.DTYPES:\n"
         "        t.check(*t.make_features(5, 21), s, 'cpu', teacher_dtype=o)\n"
-        "t.check_every_half()\n"
-        "print(t.backends.extension.cpu_isa())",
-        SIMPLCLIP_CPU_ISA=isa,
+        "t.check_every_half()",
     )
-    if "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr:
-        pytest.skip(f"this CPU has no {isa}: {done.stderr.strip().splitlines()[-1]}")
-    assert done.stdout.strip() == isa, done.stderr
 
 
 def check_every_half():

@@ -3,19 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from similarity import run_with_instruction_set
+from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
 from tolerance import assert_within
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
-from simplclip import backends
 from simplclip.ops import parallel_mlp
 from simplclip.ops.parallel_mlp import workspace_bytes
 
-CPU_ERROR = backends.extension_error
-needs_cpu_kernels = pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
-BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 # Not "test_aot_dispatch_dynamic": it compares h after backward, which has written over it. Tracing has a test of its own.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -82,9 +77,7 @@ def test_several_chunks(dtype):
 @needs_cpu_kernels
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa):
-    run_with_instruction_set(
-        isa, "import simplclip, test_parallel_mlp as t; t.check_everything('cpu'); print(t.backends.extension.cpu_isa())"
-    )
+    run_with_instruction_set(isa, "test_parallel_mlp")
 
 
 @needs_cpu_kernels

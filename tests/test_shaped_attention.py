@@ -4,20 +4,15 @@ import itertools
 
 import pytest
 import torch
-from similarity import run_with_instruction_set
+from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
 from tolerance import assert_within
 
 import simplclip
 from benchmarks.attention_forms import plain
 from benchmarks.measure import cpu_peak_bytes
-from simplclip import backends
 from simplclip.ops import shaped_attention
 from simplclip.ops.shaped_attention import workspace_bytes
 
-CPU_ERROR = backends.extension_error
-needs_cpu_kernels = pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
-BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("q", "k", "v", "alpha", "beta", "gamma")
 
 
@@ -113,10 +108,7 @@ def test_image_towers(dtype, backend, length):
 @needs_cpu_kernels
 @pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa):
-    run_with_instruction_set(
-        isa,
-        "import simplclip, test_shaped_attention as t; t.check_everything('cpu'); print(t.backends.extension.cpu_isa())",
-    )
+    run_with_instruction_set(isa, "test_shaped_attention")
 
 
 def test_zero_queries_and_equal_gains_give_the_identity():

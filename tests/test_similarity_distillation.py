@@ -4,20 +4,16 @@ import itertools
 
 import pytest
 import torch
+from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
 from open_clip.loss import DistillClipLoss
-from similarity import check, make_inputs, run_with_instruction_set, values_and_grads
+from similarity import check, make_inputs, values_and_grads
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
-from simplclip import backends
 from simplclip.ops import similarity_loss
 from simplclip.ops.similarity_loss import TERMS
 from simplclip.ops.similarity_plan import workspace_bytes
 
-CPU_ERROR = backends.extension_error
-needs_cpu_kernels = pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
-BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SUBSETS = [s for k in range(1, 5) for s in itertools.combinations(TERMS, k) if {"relational", "interactive"} & set(s)]
 
 
@@ -198,15 +194,13 @@ def test_interactive_uses_the_logit_scale_where_it_has_none_of_its_own():
 def test_every_instruction_set(isa):
     """Each set's kernels, in a process of its own since the choice is made once."""
     code = (
-        "import torch, test_similarity_distillation as t\n"
         "for dtype in t.DTYPES:\n"
         "    for n, m, o in ((3, 3, 0), (70, 97, 5)):\n"
         "        for interactive in ('infonce', 'kl'):\n"
         "            leaves, options = t.make_inputs(n, m, o, terms=t.TERMS, ids=n > 3)\n"
         "            t.check(leaves, {**options, 'interactive': interactive}, dtype, 'cpu')\n"
-        "print(t.backends.extension.cpu_isa())"
     )
-    run_with_instruction_set(isa, code)
+    run_with_instruction_set(isa, "test_similarity_distillation", code)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

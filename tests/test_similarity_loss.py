@@ -1,19 +1,13 @@
 import pytest
 import similarity
 import torch
-from similarity import WIDTH, check, run_with_instruction_set, values_and_grads
+from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from similarity import WIDTH, check, values_and_grads
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
-from simplclip import backends
 from simplclip.ops import similarity_loss
 from simplclip.ops.similarity_plan import workspace_bytes
-
-CPU_ERROR = backends.extension_error
-needs_cpu_kernels = pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
-BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
 
 TERMS = ("contrastive", "pair_matching")
 
@@ -244,15 +238,13 @@ def test_nan_reaches_the_loss():
 def test_every_instruction_set(isa):
     """Each set's kernels, in a process of its own since the choice is made once."""
     code = (
-        "import torch, test_similarity_loss as t\n"
         "for dtype in t.DTYPES:\n"
         "    for n, m, o in ((3, 3, 0), (70, 97, 5)):\n"
         "        for negatives in ('all', 'hard'):\n"
         "            leaves, options = t.make_inputs(n, m, o, ids=n > 3)\n"
         "            t.check(leaves, {**options, 'negatives': negatives}, dtype, 'cpu')\n"
-        "print(t.backends.extension.cpu_isa())"
     )
-    run_with_instruction_set(isa, code)
+    run_with_instruction_set(isa, "test_similarity_loss", code)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,21 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from similarity import run_with_instruction_set
+from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
 from test_parallel_mlp import CHECKS, PLAIN
 from tolerance import assert_within
 
 import simplclip
 from benchmarks.attention_forms import plain as plain_attention
 from benchmarks.measure import cpu_peak_bytes
-from simplclip import backends
 from simplclip.ops import simplified_block
 from simplclip.ops.simplified_block import TENSORS
 
-CPU_ERROR = backends.extension_error
-needs_cpu_kernels = pytest.mark.skipif(CPU_ERROR is not None, reason=f"no CPU kernels: {CPU_ERROR}")
-BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDE = ("norm_weight", "norm_bias", "alpha", "beta", "gamma", "attention_gain", "mlp_gain")
 
 
@@ -95,9 +90,7 @@ def test_within_tolerance(dtype, backend):
 @needs_cpu_kernels
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_every_instruction_set(isa):
-    run_with_instruction_set(
-        isa, "import simplclip, test_simplified_block as t; t.check_everything('cpu'); print(t.backends.extension.cpu_isa())"
-    )
+    run_with_instruction_set(isa, "test_simplified_block")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
