@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: interpreted kernels cannot be compiled
@@ -25,40 +24,9 @@ os.environ.pop("TRITON_INTERPRET", None)  # before triton is imported: interpret
 import torch
 import triton
 
+from benchmarks import aot_extension as extension
+from benchmarks.aot_gate import BIN, LIMITS, OPCODE, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores, table
 from benchmarks.aot_kernels import DTYPES, Kernel, compile_kernel, kernels
-
-BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KIB = 1024
-REGISTERS = 65536  # of a multiprocessor, on every architecture here
-# Shared memory of a block and of a multiprocessor (each block takes 1 KiB more), warps and blocks of a multiprocessor.
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-LIMITS = {
-    80: (163 * KIB, 164 * KIB, 64, 32),
-    86: (99 * KIB, 100 * KIB, 48, 16),
-    89: (99 * KIB, 100 * KIB, 48, 24),
-    90: (227 * KIB, 228 * KIB, 64, 32),
-    120: (99 * KIB, 100 * KIB, 48, 24),
-}
-
-
-@dataclass
-class Row:
-    """What the compiler made of a kernel for one architecture."""
-
-    kernel: str
-    planes: str
-    dtype: str
-    architecture: int
-    tile: str
-    registers: int
-    shared: int
-    stack: int
-    spills: int
-    warps: int
-    blocks: int  # that a multiprocessor holds at a time
-    instructions: int
-    tensor_core: int
-    failures: list[str] = field(default_factory=list)
 
 
 def disassemble(path: Path) -> tuple[str, str]:
@@ -69,16 +37,6 @@ def disassemble(path: Path) -> tuple[str, str]:
     )
 
 
-def opcodes(sass: str) -> list[str]:
-    return re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
-
-
-def blocks_per_multiprocessor(architecture: int, registers: int, shared: int, warps: int) -> int:
-    _, all_shared, all_warps, all_blocks = LIMITS[architecture]
-    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
-    return min(by_registers, all_shared // (shared + KIB), all_warps // warps, all_blocks)
-
-
 def measure(kernel: Kernel, architecture: int) -> Row:
     """Compiles a kernel and gates it."""
     compiled = compile_kernel(kernel, architecture)
@@ -86,7 +44,7 @@ def measure(kernel: Kernel, architecture: int) -> Row:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, sass = disassemble(Path(file.name))
-    codes = opcodes(sass)
+    codes = OPCODE.findall(sass)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     shared, warps = compiled.metadata.shared, kernel.tile.warps
     tile = f"{kernel.tile.block_m}x{kernel.tile.block_n}x{kernel.tile.block_k}/{kernel.tile.stages}" if kernel.tile[0] else ""
@@ -103,57 +61,7 @@ def measure(kernel: Kernel, architecture: int) -> Row:
     return gated(row)
 
 
-def spills_and_tensor_cores(codes: list[str]) -> tuple[int, int]:
-    """Instructions that write to or read from the stack, and those of the tensor cores."""
-    return (
-        sum(code.startswith(("STL", "LDL")) for code in codes),
-        sum(code.startswith(("HMMA", "HGMMA", "QMMA", "OMMA")) for code in codes),
-    )
-
-
-def gated(row: Row) -> Row:
-    """The row with what every kernel must keep to."""
-    limit = LIMITS[row.architecture][0]
-    if row.spills or row.stack:
-        row.failures.append(f"{row.spills} spill instructions, {row.stack} bytes of stack")
-    if row.shared > limit:
-        row.failures.append(f"{row.shared} bytes of shared memory, the limit is {limit}")
-    return row
-
-
-def table(rows: list[Row]) -> str:
-    head = (
-        "kernel",
-        "planes",
-        "dtype",
-        "sm",
-        "tile",
-        "regs",
-        "shared",
-        "stack",
-        "spills",
-        "warps",
-        "blocks/SM",
-        "SASS",
-        "MMA",
-        "",
-    )
-    lines = [head] + [
-        (r.kernel, r.planes, r.dtype, r.architecture, r.tile, r.registers, r.shared, r.stack, r.spills, r.warps or "",
-         r.blocks or "", r.instructions or "", r.tensor_core, "; ".join(r.failures))
-        for r in rows
-    ]  # fmt: skip
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(head) - 1)] + [0]
-    left = (0, 1, 2, 4, 13)
-    return "\n".join(
-        "  ".join(str(v).ljust(w) if i in left else str(v).rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
-
-
 def main() -> int:
-    from benchmarks import aot_extension as extension  # which builds on this module
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every launch, not only the heaviest")
     parser.add_argument("--arch", type=int, action="append", choices=LIMITS, help="default: all")

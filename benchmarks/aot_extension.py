@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.aot import BIN, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
+from benchmarks.aot_gate import BIN, OPCODE, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
 from simplclip import backends
 
 TOKENS = (50, 64, 77, 197, 257, 288)  # CLIP's towers, and the most
@@ -63,7 +63,7 @@ def compiled(architectures: Iterable[int]) -> dict[int, list[Compiled]]:
         codes: dict[str, Counter[str]] = {}
         counter: Counter[str] = Counter()
         for line in dump("-sass", architecture):
-            instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", line)
+            instruction = OPCODE.match(line)
             if instruction:
                 counter[instruction[1]] += 1
             elif "Function : " in line:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import interleaved_times, quantiles
+from benchmarks.measure import figures, interleaved_times
 from simplclip.ops import shaped_attention
 
 
@@ -153,7 +153,6 @@ def measure(shape, dtype, backward, repeats, device="cpu"):
         assert name == ALONE or error <= limit, f"{name}: error {error:.1e}"
     cases = {name: lambda form=form: _step(form, tensors, grad, shape, backward) for name, form in found.items()}
     times = interleaved_times(cases, repeats, warmup=2)
-    base = quantiles(times["simplclip"])[1]
     return [
         {
             "op": "shaped_attention",
@@ -162,8 +161,7 @@ def measure(shape, dtype, backward, repeats, device="cpu"):
             "pass": "forward + backward" if backward else "forward",
             "form": name,
             "repeats": repeats,
-            **{f"p{p}_ms": round(1e3 * s, 2) for p, s in zip((20, 50, 80), quantiles(times[name]))},
-            "times_ours": round(quantiles(times[name])[1] / base, 2),
+            **figures(times, name),
         }
         for name in found
     ]

@@ -10,7 +10,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 from benchmarks.attention_forms import plain
-from benchmarks.measure import interleaved_times, quantiles
+from benchmarks.measure import figures, interleaved_times
 from simplclip.nn import SimplifiedBlock
 from simplclip.reference import ACTIVATIONS
 
@@ -102,7 +102,6 @@ def measure(dtype, backward, repeats, device="cpu", width=WIDTH, heads=HEADS, le
     saved = {name: saved_bytes(form, x) for name, form in found.items() if "compile" not in name}
     cases = {name: lambda form=form: _step(form, x, grad, backward) for name, form in found.items()}
     times = interleaved_times(cases, repeats, warmup=2)
-    base = quantiles(times["simplclip"])[1]
     return [
         {
             "op": "simplified_block",
@@ -111,8 +110,7 @@ def measure(dtype, backward, repeats, device="cpu", width=WIDTH, heads=HEADS, le
             "pass": "forward + backward" if backward else "forward",
             "form": name,
             "repeats": repeats,
-            **{f"p{p}_ms": round(1e3 * s, 2) for p, s in zip((20, 50, 80), quantiles(times[name]))},
-            "times_ours": round(quantiles(times[name])[1] / base, 2),
+            **figures(times, name),
             "saved_bytes_per_token": round(saved[name] / (batch * length)) if name in saved and backward else "",
             "of_open_clips": round(saved[name] / saved[BASE], 3) if name in saved and backward else "",
         }

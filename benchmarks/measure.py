@@ -50,6 +50,14 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
+def figures(times: dict[str, list[float]], form: str, base: str = "simplclip") -> dict[str, float]:
+    """Columns of a row: a form's quantiles in milliseconds, and how many times of `base`'s median its own is."""
+    p20, p50, p80 = quantiles(times[form])
+    milliseconds = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
+    ratio = round(p50 / quantiles(times[base])[1], 2)
+    return {**{name: round(1e3 * seconds, 2) for name, seconds in milliseconds.items()}, "times_ours": ratio}
+
+
 def cpu_peak_bytes(run: Callable[[], object]) -> int:
     """Highest sum of live bytes that torch's CPU allocator gave out during `run`, above what was live before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

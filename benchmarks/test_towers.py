@@ -8,7 +8,7 @@ Random weights. Models take turns within a round.
 import pytest
 import torch
 
-from benchmarks.measure import interleaved_times, quantiles
+from benchmarks.measure import figures, interleaved_times
 from simplclip import models
 
 NAMES = {"simplclip": "siclip-s0", "open_clip": "open_clip:MobileCLIP2-S0"}
@@ -33,7 +33,6 @@ def test_inference(benchmark, rows, request, dtype, tower):
     cases = {key: lambda model=model: run(model, text, image) for key, model in towers.items()}
     repeats = request.config.getoption("--repeats")
     times = benchmark.pedantic(interleaved_times, args=(cases, repeats, 2), rounds=1)
-    base = quantiles(times["simplclip"])[1]
     counts = f"{TEXTS} texts" * (text is not None) + ", " * (tower == "both") + f"{IMAGES} images" * (image is not None)
     rows += [
         {
@@ -43,8 +42,7 @@ def test_inference(benchmark, rows, request, dtype, tower):
             "pass": "inference",
             "form": NAMES[key],
             "repeats": repeats,
-            **{f"p{p}_ms": round(1e3 * s, 2) for p, s in zip((20, 50, 80), quantiles(times[key]))},
-            "times_ours": round(quantiles(times[key])[1] / base, 2),
+            **figures(times, key),
         }
         for key in cases
     ]

@@ -294,7 +294,7 @@ def test_every_wrapper_compiles_for_every_architecture(tmp_path):
     assert "warning" not in done.stderr, done.stderr
     for architecture in aot.LIMITS:
         dump = [aot.BIN / "cuobjdump", "-sass", "-arch", f"sm_{architecture}", built]
-        codes = set(aot.opcodes(subprocess.run(dump, capture_output=True, text=True, check=True).stdout))
+        codes = set(aot.OPCODE.findall(subprocess.run(dump, capture_output=True, text=True, check=True).stdout))
         for code in (
             "HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDSM.16.M88.4", "LDSM.16.M88.2", "LDSM.16.MT88.4",
             "LDSM.16.MT88.2", "LDGSTS.E.BYPASS.128", "LDGSTS.E.64", "LDGSTS.E", "MUFU.EX2", "SHFL.BFLY", "SHFL.IDX",

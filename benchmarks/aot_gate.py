@@ -1,0 +1,100 @@
+"""What a kernel's machine code must keep to on each architecture, and the table of all; for benchmarks.aot."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+KIB = 1024
+REGISTERS = 65536  # of a multiprocessor, on every architecture here
+# Shared memory of a block and of a multiprocessor (each block takes 1 KiB more), warps and blocks of a multiprocessor.
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+LIMITS = {
+    80: (163 * KIB, 164 * KIB, 64, 32),
+    86: (99 * KIB, 100 * KIB, 48, 16),
+    89: (99 * KIB, 100 * KIB, 48, 24),
+    90: (227 * KIB, 228 * KIB, 64, 32),
+    120: (99 * KIB, 100 * KIB, 48, 24),
+}
+
+
+@dataclass
+class Row:
+    """What the compiler made of a kernel for one architecture."""
+
+    kernel: str
+    planes: str
+    dtype: str
+    architecture: int
+    tile: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    warps: int
+    blocks: int  # that a multiprocessor holds at a time
+    instructions: int
+    tensor_core: int
+    failures: list[str] = field(default_factory=list)
+
+
+# The name of a line's instruction in cuobjdump -sass.
+OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+
+
+def blocks_per_multiprocessor(architecture: int, registers: int, shared: int, warps: int) -> int:
+    _, all_shared, all_warps, all_blocks = LIMITS[architecture]
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    return min(by_registers, all_shared // (shared + KIB), all_warps // warps, all_blocks)
+
+
+def spills_and_tensor_cores(codes: list[str]) -> tuple[int, int]:
+    """Instructions that write to or read from the stack, and those of the tensor cores."""
+    return (
+        sum(code.startswith(("STL", "LDL")) for code in codes),
+        sum(code.startswith(("HMMA", "HGMMA", "QMMA", "OMMA")) for code in codes),
+    )
+
+
+def gated(row: Row) -> Row:
+    """The row with what every kernel must keep to."""
+    limit = LIMITS[row.architecture][0]
+    if row.spills or row.stack:
+        row.failures.append(f"{row.spills} spill instructions, {row.stack} bytes of stack")
+    if row.shared > limit:
+        row.failures.append(f"{row.shared} bytes of shared memory, the limit is {limit}")
+    return row
+
+
+def table(rows: list[Row]) -> str:
+    head = (
+        "kernel",
+        "planes",
+        "dtype",
+        "sm",
+        "tile",
+        "regs",
+        "shared",
+        "stack",
+        "spills",
+        "warps",
+        "blocks/SM",
+        "SASS",
+        "MMA",
+        "",
+    )
+    lines = [head] + [
+        (r.kernel, r.planes, r.dtype, r.architecture, r.tile, r.registers, r.shared, r.stack, r.spills, r.warps or "",
+         r.blocks or "", r.instructions or "", r.tensor_core, "; ".join(r.failures))
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(len(str(line[i])) for line in lines) for i in range(len(head) - 1)] + [0]
+    left = (0, 1, 2, 4, 13)
+    return "\n".join(
+        "  ".join(str(v).ljust(w) if i in left else str(v).rjust(w) for i, (v, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    )
