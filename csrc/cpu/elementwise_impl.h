@@ -20,7 +20,8 @@ VINLINE Normal normal(vf x) {
 // x sigmoid(w(x)) serves all but two: w and its derivative.
 template <Activation A>
 VINLINE vf inner(vf x) {
-  if constexpr (A == Activation::kGeluTanh) return x * (x * x * 0.0713548163f + 1.5957691216f);  // 2 sqrt(2 / pi) (x + 0.044715 x^3)
+  // 2 sqrt(2 / pi) (x + 0.044715 x^3)
+  if constexpr (A == Activation::kGeluTanh) return x * (x * x * 0.0713548163f + 1.5957691216f);
   if constexpr (A == Activation::kQuickGelu) return x * 1.702f;
   return x;
 }
@@ -102,6 +103,8 @@ void elementwise_accumulate(Float type, const void* part, float* sum, int64_t co
 
 void elementwise_round(Float type, const float* from, void* to, int64_t count) {
   by_type(type, [&]<class T>(T*) {
-    each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) { store(static_cast<T*>(to) + i, load(from + i, lanes), lanes); });
+    each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      store(static_cast<T*>(to) + i, load(from + i, lanes), lanes);
+    });
   });
 }

@@ -1,4 +1,5 @@
-// IEEE half in memory, float in registers; loops over any float type. Included after vec.h, inside the namespace of an instruction set.
+// IEEE half in memory, float in registers; loops over any float type. Included after vec.h, inside the namespace of an
+// instruction set.
 
 struct f16 {
   uint16_t bits;
