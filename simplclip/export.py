@@ -140,13 +140,13 @@ def _describe(
 
 
 def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # The format knows neither shared memory nor strides.
     tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
     metadata = {"format": "pt", **{key: str(about[key]) for key in ("model", "step")}}
     metadata |= {key: json.dumps(about[key]) for key in ("options", "preprocess")}
-    save_file(tensors, path, metadata)
+    path.write_bytes(save(tensors, metadata))  # save_file would make it readable by its owner alone
 
 
 def _seal(path: Path) -> dict[str, Any]:
