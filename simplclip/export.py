@@ -13,7 +13,6 @@ exported. It is written last: where it stands, the export is whole.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -153,10 +152,7 @@ def _seal(path: Path) -> dict[str, Any]:
     """Bytes and SHA-256 of a file, after its content has reached the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
