@@ -15,6 +15,7 @@ _MODULES = (
     "backends",
     "data",
     "evaluate",
+    "inherit",
     "kernels",
     "losses",
     "models",
