@@ -12,9 +12,11 @@ __all__ = ["__version__", "backend", "report"]
 
 _FUNCTIONS = {"backend": "simplclip.backends", "report": "simplclip.doctor"}
 _MODULES = (
+    "ablate",
     "backends",
     "data",
     "evaluate",
+    "gradient_cache",
     "inherit",
     "kernels",
     "losses",
@@ -22,6 +24,7 @@ _MODULES = (
     "nn",
     "openclip",
     "ops",
+    "pretrained",
     "reference",
     "train",
 )

