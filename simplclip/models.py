@@ -158,7 +158,8 @@ def create(
             others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
 
     Returns:
-        An open_clip model. A SiCLIP carries what was replaced as ``model.simplify_report``.
+        An open_clip model. A SiCLIP carries what was replaced as ``model.simplify_report``, and where the weights of
+        `pretrained.NAMES` go as ``model.origins``.
 
     Raises:
         ValueError: an unknown name, with the nearest ones. RuntimeError: a checkpoint that does not fit.
@@ -185,6 +186,7 @@ def create(
     size = model.visual.image_size
     set_model_preprocess_cfg(model, merge_preprocess_dict(asdict(PreprocessCfg(size=size)), dict(spec.preprocess)))
     if not name.startswith(PLAIN):
+        model.origins = spec.origins
         model, model.simplify_report = simplify(model, **{**spec.simplify, **(simplify_options or {})})
     if spec.channels_last:
         model.visual.to(memory_format=torch.channels_last)
