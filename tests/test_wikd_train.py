@@ -121,7 +121,7 @@ this = made[0]
 ours = {{id(m) for root in (this.model, this.loss) for m in root.modules()}}
 others = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module) and id(m) not in ours and list(m.parameters(False))]
 print("others", sum(p.numel() for m in others for p in m.parameters(False)))
-print("loaded", [n for n in sys.modules if n.startswith(("transformers", "simplclip.teacher", "simplclip.pretrained"))])
+print("loaded", [n for n in sys.modules if n.startswith("simplclip.teacher")])
 """
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
