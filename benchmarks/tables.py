@@ -120,7 +120,8 @@ def ablation() -> list[str]:
         "",
         f"R@1 in per cent, the mean of both directions: mean and standard deviation of {len(seeds)} seeds after "
         f"{first['steps']} steps. All parts together, {starts[-1]}, have {', and '.join(ratios)}. "
-        f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']} (`{path.relative_to(ROOT)}`; `make ablation`).",
+        f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']} "
+        f"(`{path.relative_to(ROOT)}`; `make ablation`).",
         "",
         f"![R@1 by variant]({path.with_suffix('.png').relative_to(ROOT)})",
     ]
