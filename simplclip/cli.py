@@ -209,6 +209,25 @@ def evaluate(
 
 @app.command()
 @_expected_errors
+def ablate(
+    config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config with every part on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs, ablation.csv and ablation.png.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. May be repeated.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    start: Annotated[list[str] | None, typer.Option(help="scratch or inherited. May be repeated. Default: both.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the CPU threads.")] = 1,
+) -> None:
+    """Train the same student with one part more at a time, and say what each adds. The same command goes on after a stop."""
+    from simplclip import ablate as ablation
+
+    path = ablation.run(config, out, overrides=set_ or (), seeds=seeds, starts=start or ablation.STARTS, jobs=jobs)
+    typer.echo(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+@app.command()
+@_expected_errors
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],

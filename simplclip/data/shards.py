@@ -1,8 +1,9 @@
 """Reading samples from the tar files of a WebDataset.
 
 A shard is a local tar file, plain or compressed. A sample is the files of one key: an image (jpg, jpeg, png
-or webp) and its caption: json with "captions" (a list) or "caption", else txt. Broken samples raise
-`BrokenSample` or are counted in a `Skipped`; a shard that cannot be opened raises `ShardError`.
+or webp) and its caption: json with "captions" (a list) or "caption", else txt; and, if `simplclip teacher` wrote the
+shard, a teacher's features of both: teacher.npy. Broken samples raise `BrokenSample` or are counted in a `Skipped`; a shard
+that cannot be opened or used raises `ShardError`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from webdataset.tariterators import group_by_keys
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TEACHER = "teacher.npy"
 COUNT_LIMIT = 1 << 30  # bytes of shards that are read through, at most, only to count their samples
 
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -35,7 +38,7 @@ Sample = dict[str, Any]
 
 
 class ShardError(RuntimeError):
-    """A shard that cannot be opened; the message names it."""
+    """A shard that cannot be opened, or lacks what was asked of it; the message names it."""
 
 
 class BrokenSample(Exception):
@@ -113,10 +116,10 @@ class _Header(tarfile.TarInfo):
 
 def _files(shard: str, torn: list[str], contents: bool, also: Collection[str] | None) -> Iterator[dict[str, Any]]:
     """The files of a tar that belong to samples. A tear ends them and is noted in `torn`."""
-    known = {f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json")}
+    known = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER, *(also or ())))
 
     def wanted(name: str) -> bool:
-        return also is None or os.path.splitext(name)[1] in known or any(name.endswith(f".{suffix}") for suffix in also)
+        return also is None or name.endswith(known)
 
     try:
         tar = tarfile.open(shard, "r|*", tarinfo=_Header)  # noqa: SIM115
@@ -193,6 +196,49 @@ def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
         if isinstance(text, str) and text.strip():
             return [text.strip()]
     raise BrokenSample("empty caption" if texts or several == [] else "missing caption", "")
+
+
+def teacher_of(sample: Sample, captions: list[str]) -> np.ndarray:
+    """The teacher's features of a sample, float16 [1 + C, D̂]: the image's, then those of its C captions in order."""
+    place = f"sample {sample['__key__']!r} of shard {sample['__url__']!r}"
+    if TEACHER not in sample:
+        raise ShardError(f"{place} has no teacher features ({TEACHER}): make them by `simplclip teacher`")
+    try:
+        features = np.load(io.BytesIO(sample[TEACHER]), allow_pickle=False)
+    except Exception as error:  # numpy raises by the kind of damage
+        raise BrokenSample("bad teacher features", error) from None
+    if features.dtype != np.float16 or features.ndim != 2:
+        raise BrokenSample(
+            "bad teacher features", f"expected float16 [1 + C, D], got {features.dtype} {list(features.shape)}"
+        )
+    if len(features) != 1 + len(captions):
+        raise ShardError(
+            f"{place} has teacher features of {len(features) - 1} captions, but {len(captions)} captions: "
+            "they changed after the features were made; run `simplclip teacher` on these shards again"
+        )
+    return features
+
+
+def teacher_stamp(shards: list[str]) -> dict[str, Any]:
+    """What the meta.json beside the shards says of the teacher: "name", "width" D̂, "logit_scale".
+
+    Raises ShardError where there is none, or where the folders of the shards disagree.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards):
+        try:
+            stamp = json.loads(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
+            found[folder] = stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ShardError(
+                f"shards: expected a teacher's features, but {os.path.join(folder, 'meta.json')} names no teacher; "
+                "make them by `simplclip teacher`, and train on the folder that it writes"
+            ) from None
+    (folder, first), *others = found.items()
+    for other, stamp in others:
+        if stamp != first:
+            raise ShardError(f"shards: expected features of one teacher, but {folder!r} and {other!r} name different ones")
+    return first
 
 
 def decode(data: bytes) -> Image.Image:
