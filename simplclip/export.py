@@ -120,6 +120,7 @@ def _describe(
     model: nn.Module, config: configs.Config, state: dict[str, Any], checkpoint: str | Path, samples: dict[str, Tensor]
 ) -> dict[str, Any]:
     bias = getattr(model, "logit_bias", None)
+    tokenizer = models.tokenizer(config.model.name)  # a class of open_clip or ours, or minilm_tokenizer's function
     return {
         "model": config.model.name,
         "options": config.model.options,
@@ -131,7 +132,7 @@ def _describe(
         "logit_bias": None if bias is None else bias.item(),
         "preprocess": get_model_preprocess_cfg(model),
         "tokenizer": {
-            "class": type(models.tokenizer(config.model.name)).__name__,
+            "name": getattr(tokenizer, "__qualname__", type(tokenizer).__name__).partition(".")[0],
             "context_length": samples["text"].shape[1],
             "vocab_size": getattr(model, "text", model).vocab_size,
         },

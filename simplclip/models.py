@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -178,9 +180,10 @@ def create(
 
     if spec.original in open_clip.list_models():
         custom_text = config.pop("custom_text", False)
-        model = open_clip.create_model(
-            spec.original, pretrained_image=False, pretrained_text=False, force_custom_text=custom_text, **config
-        )
+        with _without_warning("No pretrained weights loaded"):  # as `create` says; those of a checkpoint come later
+            model = open_clip.create_model(
+                spec.original, pretrained_image=False, pretrained_text=False, force_custom_text=custom_text, **config
+            )
     else:
         config.pop("custom_text")
         model = CustomTextCLIP(**config)
@@ -264,6 +267,17 @@ def _spec(name: str) -> _Spec:
     known = [*_SPECS, *(PLAIN + n for n in open_clip.list_models())]
     near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
     raise ValueError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
+
+
+@contextlib.contextmanager
+def _without_warning(start: str) -> Iterator[None]:
+    """Leaves messages that begin with `start` out of the root logger, where open_clip writes."""
+    root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith(start)
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
 
 
 def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:

@@ -170,7 +170,11 @@ def test_a_caption_depends_on_seed_and_sample_alone(source, weights, tmp_path):
     run(source / "train-0.tar", tmp_path / "c", weights, seed=1)
     first, second, other = (records(tmp_path / name) for name in "abc")
     assert all(first[key] == second[key] != other[key] for key in second)
-    assert len({tuple(record["captions"][3:]) for record in second.values()}) == len(second)
+    twins = {key: {"png": png(), "txt": b"x"} for key in ("k1", "k2")}
+    write(source / "twins.tar", twins.items())
+    run(source / "twins.tar", tmp_path / "d", weights)
+    first, second = records(tmp_path / "d").values()
+    assert first != second
 
 
 def test_the_likeliest_tokens(coca):
@@ -204,8 +208,7 @@ def test_draws_follow_the_restricted_softmax():
         assert caption._draw(logits[None], torch.tensor([u]).double(), 1.0).item() == order[0 if u == 0 else -1]
 
 
-def test_captions_end_where_the_model_ends_them(coca):
-    """Rows that go on are not disturbed by those that ended; temperature flattens."""
+def test_captions_end_where_the_model_ends_them():
     model = build()
     end, start = 49407, 49406
     with torch.no_grad():  # the same probabilities at every place: a quarter for the end, a lot for the start
@@ -214,7 +217,7 @@ def test_captions_end_where_the_model_ends_them(coca):
         model.text_decoder.text_projection.fill_(-100)
         model.text_decoder.text_projection[0, [end, 5, 6, 7, start]] = torch.tensor([1500.0, 1500, 1500, 1500, 1600])
     tokenizer = caption.tokenizer_of(model, NAME)
-    images, draws = torch.randn(4, 3, 32, 32), torch.rand(4, 25, CONTEXT, generator=torch.Generator().manual_seed(0)).double()
+    images, draws = torch.randn(4, 3, 32, 32), torch.rand(4, 12, CONTEXT, generator=torch.Generator().manual_seed(0)).double()
     tokens = caption.generate(model, images, draws, tokenizer, top_p=1.0, temperature=1.0)
     body = tokens[..., 1:].flatten(0, 1)
     ended = (body == end).cumsum(-1) > 0
@@ -224,12 +227,27 @@ def test_captions_end_where_the_model_ends_them(coca):
     assert lengths.min() == 0
     assert lengths.max() == CONTEXT - 2
     assert 0.1 < (lengths == 0).float().mean() < 0.4
-    for i in range(4):
-        alone = caption.generate(model, images[i : i + 1], draws[i : i + 1, 3:5], tokenizer, top_p=1.0, temperature=1.0)
-        assert torch.equal(alone[0], tokens[i, 3:5])
+    hot = caption.generate(model, images[:1], draws[:1], tokenizer, top_p=1.0, temperature=1e6)
+    assert not set(hot[..., 1:].flatten().tolist()) <= {5, 6, 7, end}
     words = caption.decode(tokens[0].tolist(), tokenizer)
     assert words[0] == "".join(tokenizer.decoder[t] for t in tokens[0, 0].tolist() if t not in (start, end))
     assert "" in words
+
+
+def test_captions_that_go_on_are_not_disturbed_by_those_that_ended():
+    model = build()
+    with torch.no_grad():  # about a quarter for the end at every place, and other tokens by the image
+        model.text_decoder.ln_final.bias.fill_(1)
+        model.text_decoder.text_projection[:, 49407] = 11 / 16
+    tokenizer = caption.tokenizer_of(model, NAME)
+    images, draws = torch.randn(4, 3, 32, 32), torch.rand(4, 6, CONTEXT, generator=torch.Generator().manual_seed(0)).double()
+    tokens = caption.generate(model, images, draws, tokenizer, top_p=1.0, temperature=1.0)
+    assert (tokens == 49407).sum(-1).unique().numel() > 4
+    for i in range(4):
+        alone = caption.generate(model, images[i : i + 1], draws[i : i + 1, 3:5], tokenizer, top_p=1.0, temperature=1.0)
+        assert torch.equal(alone[0], tokens[i, 3:5])
+    others = caption.generate(model, images.flip(0), draws, tokenizer, top_p=1.0, temperature=1.0)
+    assert not torch.equal(others, tokens)
 
 
 def work(source, weights, out):

@@ -131,7 +131,7 @@ def test_the_summary_says_what_was_exported(tiny, vit):
     assert vit[3]["logit_bias"] == pytest.approx(-5)
     assert answer["preprocess"]["size"] == (48, 48)
     assert answer["preprocess"]["interpolation"] == "bicubic"
-    assert answer["tokenizer"] == {"class": "ShortVocabTokenizer", "context_length": 16, "vocab_size": 8192}
+    assert answer["tokenizer"] == {"name": "ShortVocabTokenizer", "context_length": 16, "vocab_size": 8192}
     assert sorted(answer["files"]) == sorted([*WEIGHTS, "image.onnx", "text.onnx"])
     assert {p.name for p in out.iterdir()} == {*answer["files"], "export.json"}
     for name, entry in answer["files"].items():
