@@ -226,6 +226,23 @@ def ablate(
     typer.echo(f"wrote {path} and {path.with_suffix('.png')}")
 
 
+@app.command()
+@_expected_errors
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
+    out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
+    format_: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there already.")] = False,
+) -> None:
+    """Write a checkpoint's weights for open_clip, as safetensors, and each tower as ONNX, checked by onnxruntime."""
+    from simplclip import export as exporter
+
+    exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force)
+
+
 def _named_splits(items: list[str]) -> dict[str, str]:
     """NAME=SHARDS, or SHARDS alone: then the name is the file's up to its number or wildcard."""
     splits: dict[str, str] = {}

@@ -151,8 +151,8 @@ def create(
 
     Args:
         name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model.
-        checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model"; it is read
-            with weights_only and has to fit exactly.
+        checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", read with
+            weights_only; or NAME.safetensors. It has to fit exactly.
         device: where the model is put.
         simplify_options: arguments for `openclip.simplify` over those of the name; only for a SiCLIP.
         overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
@@ -163,7 +163,8 @@ def create(
         `pretrained.NAMES` go as ``model.origins``.
 
     Raises:
-        ValueError: an unknown name, with the nearest ones. RuntimeError: a checkpoint that does not fit.
+        ValueError: an unknown name, with the nearest ones, or a file without weights. RuntimeError: a checkpoint that
+            does not fit.
     """
     spec = _spec(name)
     if name.startswith(PLAIN) and simplify_options:
@@ -267,9 +268,22 @@ def _spec(name: str) -> _Spec:
 
 
 def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    try:
+        if os.fspath(checkpoint).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(checkpoint)
+        else:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (ModuleNotFoundError, OSError):
+        raise
+    except Exception as error:  # pickle, zip, EOF, runtime and safetensors' own errors, by the kind of damage
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"checkpoint: expected a file of weights, {checkpoint} is none: {reason}") from None
     for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state.get(key), Mapping) else state
+        state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"checkpoint: expected a state dict of tensors, {checkpoint} holds something else")
     model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
 
 

@@ -118,7 +118,7 @@ def test_what_it_refuses(source, tmp_path, change, message):
 
 def test_a_folder_with_other_things_is_left_alone(source, tmp_path):
     with pytest.raises(ConfigError, match="out: expected a new or empty folder or an ablation's"):
-        ablate.run(source, tmp_path)
+        ablate.run(source, tmp_path / "held")
     result = CliRunner().invoke(cli.app, ["ablate", source, "--out", str(tmp_path / "a"), "--start", "middle"])
     assert result.exit_code == 2
     assert result.stderr == "simplclip: starts: expected some of scratch, inherited, came ['middle']\n"

@@ -11,17 +11,22 @@ from simplclip.losses import ClipPMLoss
 HERE = os.path.dirname(__file__)
 
 
-def torchrun(part, ranks=2):
+def torchrun(*part, ranks=2, script="rank_losses.py"):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([HERE, os.path.dirname(HERE)]), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [*launcher, os.path.join(HERE, "rank_losses.py"), part], env=env, capture_output=True, text=True, timeout=300
+        [*launcher, os.path.join(HERE, script), *part], env=env, capture_output=True, text=True, timeout=300
     )
 
 
 @pytest.mark.parametrize("part", ["open_clip", "one process"])
 def test_two_ranks_equal(part):
     run = torchrun(part)
+    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
+
+
+def test_gradient_caching_exchanges_once_and_equals_one_process():
+    run = torchrun(script="rank_gradient_cache.py")
     assert run.stdout.count("passed") == 2, run.stderr[-5000:]
 
 

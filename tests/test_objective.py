@@ -118,7 +118,7 @@ def test_a_teacher_of_another_width_needs_the_projection():
             "loss.feature_weight: expected `to`, the weight reached at `end`, came none",
         ),
         ("loss.feature_weight={vlue: 1}", "loss.feature_weight.value: missing"),
-        ("loss.feature_weight={value: -1}", "loss.feature_weight.value: expected greater than or equal to 0, came -1"),
+        ("loss.feature_weight={value: -1}", "loss.feature_weight: expected greater than or equal to 0, came -1"),
         ("loss.feature_weight=much", "loss.feature_weight: expected a number or a mapping, came 'much'"),
         (
             "loss.contrastive_weight={value: 1, until: 7}",

@@ -174,7 +174,7 @@ def test_compressed_shards_become_plain_ones(tmp_path):
         ({"stamp": {"mark": {"name": "test", "width": 3}}}, ValueError, "mark.width was 2, now 3"),
         ({"shards": "{train-0,copy/train-0}.tar"}, ValueError, "different names"),
         ({"out": "in"}, ValueError, "another folder than that of the input"),
-        ({"out": "full"}, FileExistsError, "holds others' notes.txt"),
+        ({"out": "full"}, FileExistsError, "holds other files \\(notes.txt"),
         ({"out": "in-too"}, FileExistsError, "holds others' meta.json"),
         ({"out": "file"}, FileExistsError, "is a file"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1, came 0"),

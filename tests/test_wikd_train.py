@@ -1,6 +1,5 @@
 """Training with a teacher in the shards, several captions, gradient caching and inherited weights, in the trainer."""
 
-import io
 import os
 import random
 import signal
@@ -11,8 +10,7 @@ import time
 import pytest
 import tiny
 import torch
-from rich.console import Console
-from test_train import assert_same, rows, state_of
+from runs import assert_same, at_step, go, rows, state_of
 
 from simplclip import checkpoint, data
 from simplclip.config import ConfigError
@@ -30,27 +28,14 @@ WIKD = [
 CACHED = ["data.micro_batch=4", "model.freeze_norms=true"]
 
 
-def go(config, **options) -> str:
-    text = io.StringIO()
-    train.run(config, console=Console(file=text, width=200), **options)
-    return text.getvalue()
-
-
 @pytest.mark.parametrize("changes", [WIKD, [*WIKD, *CACHED, "run.precision=bf16", "model.options.vision_cfg.timm_drop=0.2"]])
 def test_it_trains_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch, changes):
     whole = tiny.settings(tmp_path, f"run.out={tmp_path / 'whole'}", *changes, teacher=WIDTH)
     parts = tiny.settings(tmp_path, f"run.out={tmp_path / 'parts'}", *changes, teacher=WIDTH)
     text = go(whole)
     assert "WIKDLoss: contrastive, distill, interactive, feature, pair matching; features of made up, 256 wide" in text
-    original = train._train_step
-
-    def stopping(this, batches):
-        if this.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(this, batches)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_train_step", stopping)
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(train.Interrupted, match="saved step 4 of 7"):
             go(parts)
     go(parts, resume=True)
@@ -136,7 +121,7 @@ this = made[0]
 ours = {{id(m) for root in (this.model, this.loss) for m in root.modules()}}
 others = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module) and id(m) not in ours and list(m.parameters(False))]
 print("others", sum(p.numel() for m in others for p in m.parameters(False)))
-print("loaded", [n for n in sys.modules if n.startswith(("transformers", "simplclip.teacher", "simplclip.pretrained"))])
+print("loaded", [n for n in sys.modules if n.startswith("simplclip.teacher")])
 """
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
