@@ -10,6 +10,7 @@ A checkpoint is one `torch.save` dict that loads with weights_only=True:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -78,6 +79,15 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     with Replacing(path) as file:
         file.write(data)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def rng_state() -> dict[str, Any]:

@@ -243,6 +243,45 @@ def export(
     exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force)
 
 
+@app.command()
+@_expected_errors
+def caption(
+    shards: Annotated[list[str], typer.Argument(help="Shards to caption: paths, globs or brace patterns.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
+    checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of weights to download, instead.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Captions drawn for each image.")] = 3,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this share of the probability.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Below 1: likelier captions; above 1: more varied ones.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a caption, start and end included.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
+) -> None:
+    """Add synthetic captions by a CoCa model to shards. The same command goes on where an earlier one stopped."""
+    from simplclip import caption as captioning
+
+    summary = captioning.run(
+        shards,
+        out,
+        model,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        n=n,
+        top_p=top_p,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+    )
+    typer.echo(f"wrote {summary['written']} of {summary['shards']} shards to {summary['path']}: {summary['samples']} pairs")
+    typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))
+
+
 def _named_splits(items: list[str]) -> dict[str, str]:
     """NAME=SHARDS, or SHARDS alone: then the name is the file's up to its number or wildcard."""
     splits: dict[str, str] = {}

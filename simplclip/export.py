@@ -13,7 +13,6 @@ exported. It is written last: where it stands, the export is whole.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -140,23 +139,20 @@ def _describe(
 
 
 def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # The format knows neither shared memory nor strides.
     tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
     metadata = {"format": "pt", **{key: str(about[key]) for key in ("model", "step")}}
     metadata |= {key: json.dumps(about[key]) for key in ("options", "preprocess")}
-    save_file(tensors, path, metadata)
+    path.write_bytes(save(tensors, metadata))  # save_file would make it readable by its owner alone
 
 
 def _seal(path: Path) -> dict[str, Any]:
     """Bytes and SHA-256 of a file, after its content has reached the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": checkpoints.sha256(path)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

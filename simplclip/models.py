@@ -284,7 +284,11 @@ def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
         state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"checkpoint: expected a state dict of tensors, {checkpoint} holds something else")
-    model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
+    try:
+        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
+    except RuntimeError as error:
+        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise RuntimeError(f"checkpoint: the weights in {checkpoint} do not fit the model: {reasons[:300]}") from None
 
 
 def _affine(cfg: PreprocessCfg) -> Callable[[Any], torch.Tensor]:

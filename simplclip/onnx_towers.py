@@ -51,9 +51,10 @@ def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str,
     given, returned = TOWERS[name]
     with torch.no_grad(), _quiet():
         try:
-            program = torch.export.export(tower, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            program = torch.export.export(tower, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
             program = program.run_decompositions(_decompositions())
             written = torch.onnx.export(program, input_names=[given], output_names=[returned], dynamo=True, verbose=False)
+            written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
         except Exception as error:  # torch raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ExportError(f"onnx: the {name} tower cannot be exported: {reason}") from error
