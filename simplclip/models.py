@@ -78,7 +78,7 @@ _SPECS = {
         vocabulary=_TINY_VOCABULARY,
         channels_last=True,
     ),
-    # The net and the token embeddings can be inherited; both widths are theirs. At 48 px a step takes 0.63 of the time
+    # The net and the token embeddings can be inherited; both widths are theirs. At 48 px a step takes about 0.7 of the time
     # that 64 px take, and retrieval on the emoji loses 1 to 3 points.
     "siclip-lite0": _Spec(
         original="the same with standard blocks",

@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 import simplclip
@@ -288,6 +289,8 @@ def test_shapes_and_kinds_that_differ():
         "norm": "new",  # equal names and shapes of weight and bias, but statistics beside them
         "c": "shape differs",
     }
+    # a module is one whole also where it has children without tensors
+    assert {row.module: row.status for row in inherit(Towers(norm=BatchNormAct2d), Towers()).rows}["norm"] == "new"
     old = {k: v for k, v in Towers(5, nn.BatchNorm1d).state_dict().items() if not k.endswith("num_batches_tracked")}
     assert [row.module for row in inherit(Towers(5, nn.BatchNorm1d), old).rows] == [""]
 
