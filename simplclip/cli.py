@@ -282,6 +282,50 @@ def caption(
     typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))
 
 
+@app.command()
+@_expected_errors
+def teacher(
+    shards: Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace expressions.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new shards. The same command goes on after a stop.")],
+    teacher: Annotated[
+        str,
+        typer.Option(help="builtin, open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model of ours."),
+    ] = "builtin",
+    checkpoint: Annotated[Path | None, typer.Option(help="File with the teacher's weights.")] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(
+            help="The built-in teacher's heads; trained on the shards and saved there if it does not exist. "
+            "Default: OUT.heads.safetensors."
+        ),
+    ] = None,
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]SHARDS", help="Measure the teacher's retrieval on this split. May be repeated."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Of training the heads.")] = 0,
+) -> None:
+    """Compute a teacher's image and caption features once and write them into new shards."""
+    splits = _named_splits(evaluate or [])
+    from simplclip.teacher import command
+
+    command.run(
+        shards,
+        out,
+        name=teacher,
+        checkpoint=checkpoint,
+        heads_file=heads,
+        splits=splits,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        seed=seed,
+    )
+
+
 def _named_splits(items: list[str]) -> dict[str, str]:
     """NAME=SHARDS, or SHARDS alone: then the name is the file's up to its number or wildcard."""
     splits: dict[str, str] = {}

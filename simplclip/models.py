@@ -80,12 +80,13 @@ _SPECS = {
         vocabulary=_TINY_VOCABULARY,
         channels_last=True,
     ),
-    # The net and the token embeddings can be inherited; both widths are theirs.
+    # The net and the token embeddings can be inherited; both widths are theirs. At 48 px a step takes about 0.7 of the time
+    # that 64 px take, and retrieval on the emoji loses 1 to 3 points.
     "siclip-lite0": _Spec(
         original="the same with standard blocks",
         config={
             "embed_dim": 256,
-            "vision_cfg": {"timm_model_name": "siclip_lite0_trunk", "image_size": 64},
+            "vision_cfg": {"timm_model_name": "siclip_lite0_trunk", "image_size": 48},
             "text_cfg": {
                 "context_length": 16,
                 "vocab_size": 30522,

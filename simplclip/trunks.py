@@ -22,7 +22,7 @@ __all__ = ["siclip_lite0_trunk", "siclip_tiny_trunk"]
 default_cfgs = generate_default_cfgs(
     {
         "siclip_tiny_trunk.untrained": {"num_classes": 0, "input_size": (3, 48, 48)},
-        "siclip_lite0_trunk.untrained": {"num_classes": 0, "input_size": (3, 64, 64)},
+        "siclip_lite0_trunk.untrained": {"num_classes": 0, "input_size": (3, 48, 48)},
     }
 )
 
@@ -48,7 +48,7 @@ def siclip_lite0_trunk(pretrained: bool = False, stages: int = 5, **kwargs: Any)
     if not 1 <= stages <= len(whole.blocks):
         raise ValueError(f"stages: expected 1 to {len(whole.blocks)}, got {stages}")
     net = nn.Sequential(OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:stages]))
-    options = {"img_size": 64, "patch_size": 1, "embed_dim": 256, "depth": 2, "num_heads": 8}
+    options = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "depth": 2, "num_heads": 8}
     return _vit("siclip_lite0_trunk", pretrained, net, options | kwargs)
 
 

