@@ -12,7 +12,6 @@ disk, and the same command after a crash goes on where the last one stopped and 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -28,7 +27,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from simplclip.checkpoint import Replacing, write_atomically
+from simplclip.checkpoint import Replacing, sha256, write_atomically
 from simplclip.config import differences
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
@@ -263,7 +262,7 @@ def _is_finished(shard: Path, entry: dict[str, Any] | None, source: str) -> bool
         and shard.is_file()
         and shard.stat().st_size == entry["bytes"]
         and os.path.getsize(source) == entry["source"]["bytes"]
-        and _sha256(source) == entry["source"]["sha256"]
+        and sha256(source) == entry["source"]["sha256"]
     )
 
 
@@ -300,8 +299,8 @@ def _rewrite_shard(
                 count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in sample)
                 _add(tar, sample)
             bar.update(len(batch))
-    entry = {"samples": count, "bytes": target.stat().st_size, "sha256": _sha256(target)}
-    entry["source"] = {"bytes": os.path.getsize(source), "sha256": _sha256(source)}
+    entry = {"samples": count, "bytes": target.stat().st_size, "sha256": sha256(target)}
+    entry["source"] = {"bytes": os.path.getsize(source), "sha256": sha256(source)}
     if skipped.counts:
         entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in skipped.counts.items()}
     return entry
@@ -350,11 +349,3 @@ def _finish(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> None:
 
 def _as_text(meta: dict[str, Any]) -> str:
     return json.dumps(meta, indent=1) + "\n"
-
-
-def _sha256(path: str | os.PathLike) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
