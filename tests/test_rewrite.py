@@ -1,23 +1,21 @@
 """Rewriting shards: nothing of a sample is lost, a crash at any moment is made good, and wrong folders are refused."""
 
+import functools
 import hashlib
 import json
-import multiprocessing
-import os
-import random
-import signal
 import tarfile
 import time
 from pathlib import Path
 
+import kills
 import pytest
+from kills import digests
 from pairs import png, sample, write
 
 from simplclip.data import shards
 from simplclip.data.rewrite import rewrite
 
 STAMP = {"mark": {"name": "test", "width": 2}}
-KILLS = int(os.environ.get("SIMPLCLIP_TEST_KILLS", "4"))
 
 
 def mark(samples):
@@ -26,10 +24,6 @@ def mark(samples):
 
 def run(shards, out, process=mark, *, stamp=STAMP, batch_size=4, **options):
     return rewrite(str(shards), out, process, stamp=stamp, batch_size=batch_size, progress=False, **options)
-
-
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def members(path):
@@ -234,7 +228,6 @@ def slowly(shards, out, ready):
 
 
 def check_whole(out):
-    """Whatever is visible under a final name is whole."""
     for path in out.glob("*.tar"):
         skipped = shards.Skipped()
         assert all("mark.npy" in found for found in shards.read_shard(str(path), skipped, also=None))
@@ -245,33 +238,6 @@ def check_whole(out):
 
 def test_killed_at_any_moment(folder, tmp_path):
     """kill -9 at random moments, then the same command: the folder is byte for byte that of an undisturbed run."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["simplclip.data.rewrite", "test_rewrite"])
-
-    def start(out):
-        ready = context.Event()
-        process = context.Process(target=slowly, args=(folder / "*.tar", out, ready))
-        process.start()
-        assert ready.wait(60)
-        return process
-
-    def finish(process):
-        process.join()
-        return process.exitcode
-
-    whole = start(tmp_path / "whole")
-    began = time.monotonic()
-    assert finish(whole) == 0
-    took = time.monotonic() - began
-    draw, killed = random.Random(0), 0
-    for number in range(KILLS):
-        out = tmp_path / f"killed-{number}"
-        for _ in range(2):
-            process = start(out)
-            time.sleep(draw.random() * took)
-            process.kill()
-            killed += finish(process) == -signal.SIGKILL
-            check_whole(out)
-        assert finish(start(out)) == 0
-        assert digests(out) == digests(tmp_path / "whole")
-    assert killed >= KILLS  # of twice as many; a few may come too late
+    kills.check(
+        ["simplclip.data.rewrite", "test_rewrite"], functools.partial(slowly, folder / "*.tar"), tmp_path, check_whole
+    )

@@ -44,14 +44,16 @@ def run(
         if checkpoint is not None:
             raise ValueError(f"checkpoint: expected heads instead for the built-in teacher, came {str(checkpoint)!r}")
         checkpoint = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
-        if not checkpoint.exists():
+        if checkpoint.exists():
+            note = f"The built-in teacher has the heads of {checkpoint}"
+        else:
             mine = [file for file in files if re.match(r"train\b|train[-_.\d]", Path(file).name)] or files
             trained, count = heads.train(mine, seed=seed, device=place, precision=precision, progress=progress)
             builtin.save_heads(trained, checkpoint)
-            _say(progress, f"Trained the built-in teacher's heads on {count} pairs of {len(mine)} shards: {checkpoint}")
-        else:
-            _say(progress, f"The built-in teacher has the heads of {checkpoint}")
+            note = f"Trained the built-in teacher's heads on {count} pairs of {len(mine)} shards: {checkpoint}"
     teacher = teachers.load(name, checkpoint, device=place, precision=precision)
+    if name == teachers.BUILTIN:
+        _say(progress, note)
     summary = features.write(files, out, teacher, batch_size=batch_size, progress=progress)
     _say(progress, f"wrote {summary['path']}: {summary['samples']} samples with features of {name}, width {teacher.width}")
     figures = features.evaluate(teacher, splits or {}, batch_size=batch_size)

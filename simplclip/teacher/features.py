@@ -73,7 +73,7 @@ def _npy(rows: np.ndarray) -> bytes:
 def evaluate(
     teacher: Teacher, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Retrieval of a teacher on splits (name -> shards), as `simplclip evaluate` measures it: `evaluate.retrieval` by name."""
+    """Retrieval of a teacher on splits (name -> shards): the answers of `evaluate.retrieval` by name."""
     figures = {}
     for name, shards in splits.items():
         split = evaluation.Split.of(data.load_eval(shards, teacher.tokenizer, teacher.transform))

@@ -48,8 +48,8 @@ def train(
 ) -> tuple[Heads, int]:
     """Heads for the built-in teacher from the pairs of `shards`, and the number of these pairs.
 
-    Loss: contrastive, over batches of BATCH pairs with one caption drawn for each; pairs of one group are no negatives of each
-    other. Equal seeds and threads give equal heads. Memory: the features, 8 kB a pair and 1.5 kB a caption.
+    Loss: contrastive, over batches of BATCH pairs with one caption drawn for each; pairs of one group are not each other's
+    negatives. Equal seeds and threads give equal heads. Memory: the features, 8 kB a pair and 1.5 kB a caption.
     Raises: ValueError for shards that match no file, ShardError, EmptyEpochError without two pairs to tell apart.
     """
     place = hardware.pick_device(str(device))

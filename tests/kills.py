@@ -1,0 +1,53 @@
+"""kill -9 of a process at random moments, and what must hold after it."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+KILLS = int(os.environ.get("SIMPLCLIP_TEST_KILLS", "4"))  # how many in a test that kills
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def start(preload, target, *args):
+    """Run `target(*args, ready)` in a process of its own, which has `preload` imported; returns when it has set `ready`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preload)
+    ready = context.Event()
+    process = context.Process(target=target, args=(*args, ready))
+    process.start()
+    assert ready.wait(120)
+    return process
+
+
+def finish(process):
+    process.join()
+    return process.exitcode
+
+
+def check(preload, target, folder, check_whole):
+    """Let `target(out, ready)` run undisturbed, then into other folders with kills; each ends as the undisturbed one.
+
+    check_whole(out): after each kill, whether all that is visible is whole.
+    """
+    whole = start(preload, target, folder / "whole")
+    began = time.monotonic()
+    assert finish(whole) == 0
+    took = time.monotonic() - began
+    draw, killed = random.Random(0), 0
+    for number in range(KILLS):
+        out = folder / f"killed-{number}"
+        for _ in range(2):
+            process = start(preload, target, out)
+            time.sleep(draw.random() * took)
+            process.kill()
+            killed += finish(process) == -signal.SIGKILL
+            check_whole(out)
+        assert finish(start(preload, target, out)) == 0
+        assert digests(out) == digests(folder / "whole")
+    assert killed >= KILLS  # of twice as many; a few may come too late
