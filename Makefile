@@ -40,7 +40,7 @@ data/emoji-teacher: install
 	$(BIN)/simplclip teacher 'data/emoji/train-*.tar' --out data/emoji-teacher
 
 ablation: data/emoji-teacher  ## what each part adds: 36 runs of the demo's student; goes on after a stop
-	$(BIN)/simplclip ablate siclip-lite0-emoji --out runs/ablation --set run.steps=150 --jobs $(shell nproc 2>/dev/null || echo 2)
+	$(BIN)/simplclip ablate siclip-lite0-emoji --out runs/ablation --set run.steps=150 --set data.batch_size=128 --jobs $(shell nproc 2>/dev/null || echo 2)
 
 test: install  ## the tests; those that need a GPU say why they are skipped
 	$(BIN)/python -m pytest
