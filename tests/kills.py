@@ -30,17 +30,17 @@ def finish(process):
     return process.exitcode
 
 
-def check(preload, target, folder, check_whole):
+def check(preload, target, folder, check_whole, content=digests):
     """Let `target(out, ready)` run undisturbed, then into other folders with kills; each ends as the undisturbed one.
 
-    check_whole(out): after each kill, whether all that is visible is whole.
+    check_whole(out): after each kill, whether all that is visible is whole. content(out): what has to be equal in the end.
     """
     whole = start(preload, target, folder / "whole")
     began = time.monotonic()
     assert finish(whole) == 0
     took = time.monotonic() - began
     draw, killed = random.Random(0), 0
-    for number in range(KILLS):
+    for number in range(-(-KILLS // 2)):
         out = folder / f"killed-{number}"
         for _ in range(2):
             process = start(preload, target, out)
@@ -49,5 +49,5 @@ def check(preload, target, folder, check_whole):
             killed += finish(process) == -signal.SIGKILL
             check_whole(out)
         assert finish(start(preload, target, out)) == 0
-        assert digests(out) == digests(folder / "whole")
-    assert killed >= KILLS  # of twice as many; a few may come too late
+        assert content(out) == content(folder / "whole")
+    assert 2 * killed >= KILLS, f"only {killed} of {KILLS} kills came before the end"

@@ -58,3 +58,12 @@ def state_of(folder):
     state = checkpoint.load(folder)
     state["config"]["run"].pop("out")
     return state
+
+
+def bits(value):
+    """A state with each tensor as its dtype and bytes, so that == compares it to the bit."""
+    if isinstance(value, dict):
+        return {key: bits(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [bits(part) for part in value]
+    return (value.dtype, value.contiguous().view(-1).numpy().tobytes()) if isinstance(value, torch.Tensor) else value

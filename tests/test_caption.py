@@ -2,17 +2,13 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
-import random
-import signal
-import sys
 import tarfile
 import tempfile
-import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import kills
 import open_clip
 import pytest
 import torch
@@ -26,7 +22,6 @@ from simplclip.data.rewrite import Opened
 
 NAME = "caption-tiny-coca"
 CONTEXT = 12
-KILLS = int(os.environ.get("SIMPLCLIP_TEST_KILLS", "3"))
 TEXT = {"context_length": CONTEXT, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 CONFIG = {
     "embed_dim": 16,
@@ -250,52 +245,25 @@ def test_captions_that_go_on_are_not_disturbed_by_those_that_ended():
     assert not torch.equal(others, tokens)
 
 
-def work(source, weights, out):
+def work(source, weights, out, ready):
     torch.set_num_threads(1)
+    ready.set()
     run(source / "*.tar", out, weights, n=1, max_tokens=8, batch_size=2)
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_is_made_good(weights, tmp_path, monkeypatch):
-    """Bit for bit, and no shard is ever seen torn. SIMPLCLIP_TEST_KILLS sets how many runs are killed."""
+def test_a_kill_at_any_moment_is_made_good(weights, tmp_path):
+    """Bit for bit, and no shard is ever seen torn."""
     source = tmp_path / "in"
     source.mkdir()
     for shard in range(4):
         write(source / f"train-{shard}.tar", [sample(i) for i in range(3 * shard, 3 * shard + 3)])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_caption"])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # where the server finds it
 
-    def start(name):
-        process = context.Process(target=work, args=(source, weights, tmp_path / name))
-        process.start()
-        return process
+    def check_whole(out):
+        for path in out.glob("*.tar"):
+            assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
 
-    def content(folder):
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def wait(process):
-        process.join(120)
-        return process.exitcode
-
-    assert wait(start("first")) == 0  # and the server of forks has started
-    began = time.monotonic()
-    assert wait(start("whole")) == 0
-    took = time.monotonic() - began
-    whole, draw, killed = content(tmp_path / "whole"), random.Random(1), 0
-    assert content(tmp_path / "first") == whole
-    for number in range(KILLS):
-        out = tmp_path / f"killed-{number}"
-        for _ in range(2):
-            process = start(out.name)
-            time.sleep(draw.uniform(0.2, 0.9) * took)
-            process.kill()
-            killed += wait(process) == -signal.SIGKILL
-            for path in out.glob("*.tar"):
-                assert path.read_bytes() == whole[path.name]
-        assert wait(start(out.name)) == 0
-        assert content(out) == whole
-    assert killed >= KILLS
+    kills.check(["test_caption"], partial(work, source, weights), tmp_path, check_whole)
 
 
 def call(*arguments):

@@ -1,24 +1,25 @@
 """Training with a teacher in the shards, several captions, gradient caching and inherited weights, in the trainer."""
 
+import io
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 
+import kills
 import pytest
 import tiny
 import torch
-from runs import assert_same, at_step, go, rows, state_of
+from rich.console import Console
 
+from runs import assert_same, at_step, bits, go, rows, state_of
 from simplclip import checkpoint, data
 from simplclip.config import ConfigError
 from simplclip.train import loop as train
 from simplclip.train.training import Training
 
 WIDTH = 256  # of siclip-tiny
-KILLS = int(os.environ.get("SIMPLCLIP_KILLS", "3"))
 WIKD = [
     "loss.feature_weight={value: 1.0, to: 0.0, end: 4}",
     "loss.relational_weight={value: 1.0, start: 2}",
@@ -171,41 +172,24 @@ def test_resume_of_a_checkpoint_from_before_these_settings(tmp_path):
     assert "going on from step 2" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
 
 
+def work(config, changes, out, ready):
+    torch.set_num_threads(1)
+    ready.set()
+    train.run(tiny.config.load(config, [*changes, f"run.out={out}"]), resume=True, console=Console(file=io.StringIO()))
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_undisturbed(tmp_path):
-    """kill -9 of the process group, SIMPLCLIP_KILLS times one after the other in one run, which is resumed each time."""
+    """Weights, optimizer, random states and logged figures to the bit; what is there after a kill is a whole checkpoint."""
     config = tiny.write_config(tmp_path, teacher=WIDTH)
-    steps = 8 * KILLS
-    changes = [*WIKD, "data.workers=1", f"run.steps={steps}", "run.save_every=1", "run.keep=2"]
-    command = [sys.executable, "-m", "simplclip.cli", "train", config, "--resume"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    changes = [*WIKD, *CACHED, "data.workers=1", "run.save_every=1", "run.keep=2", "run.steps=6"]
 
-    def arguments(name):
-        return [word for change in (*changes, f"run.out={tmp_path / name}") for word in ("--set", change)]
+    def check_whole(out):
+        for path in out.glob("*.pt"):
+            assert 1 <= checkpoint.load(path)["step"] <= 6
 
-    def start():
-        return subprocess.Popen(
-            [*command, *arguments("killed")], env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE
-        )
+    def content(out):
+        assert not list(out.glob(".*")), "a torn file was left"
+        return bits(state_of(out)), rows(out)
 
-    draw = random.Random(os.environ.get("SIMPLCLIP_KILL_SEED", "0"))
-    reached = []
-    for _ in range(KILLS):
-        process = start()
-        for line in process.stdout:
-            if line.startswith("step "):
-                break
-        time.sleep(draw.uniform(0, 0.4))  # steps and their saving take about 0.1 s
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if (tmp_path / "killed" / "last.pt").exists():
-            reached.append(checkpoint.load(tmp_path / "killed")["step"])  # whole, whenever it was
-    assert reached == sorted(reached)
-    assert reached[-1] < steps, f"the run was over before the last kill: {reached}"
-    process = start()
-    process.communicate()
-    assert process.returncode == 0
-    subprocess.run([*command, *arguments("whole")], env=environment, check=True, capture_output=True)
-    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "killed"))
-    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
-    assert [p.name for p in (tmp_path / "killed").glob(".*")] == [], "a torn file was left"
+    kills.check(["simplclip.train", "test_wikd_train"], partial(work, config, changes), tmp_path, check_whole, content)
