@@ -305,7 +305,7 @@ def teacher(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of training the heads.")] = 0,
 ) -> None:
     """Compute a teacher's image and caption features once and write them into new shards."""

@@ -37,8 +37,10 @@ def native_bf16(device: torch.device) -> bool:
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
     """The precision and a line that says why. name: fp32, bf16, fp16 or auto."""
-    if name != "auto":
+    if name in DTYPES:
         return name, "as configured"
+    if name != "auto":
+        raise ValueError(f"precision: expected {', '.join(DTYPES)} or auto, came {name!r}")
     if native_bf16(device):
         return "bf16", f"auto: this {device.type} has native bf16"
     return "fp32", f"auto: this {device.type} has no native bf16"

@@ -237,7 +237,7 @@ def transforms(
     if isinstance(augment, str):
         if augment != "affine":
             raise ValueError(f"augment: expected 'affine', 'none' or fields of AugmentationCfg, got {augment!r}")
-        return _affine(cfg)
+        return affine(cfg)
     return image_transform_v2(cfg, is_train=True, aug_cfg=dict(augment) if isinstance(augment, Mapping) else augment)
 
 
@@ -305,7 +305,8 @@ def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
         raise RuntimeError(f"checkpoint: the weights in {checkpoint} do not fit the model: {reasons[:300]}") from None
 
 
-def _affine(cfg: PreprocessCfg) -> Callable[[Any], torch.Tensor]:
+def affine(cfg: PreprocessCfg) -> Callable[[Any], torch.Tensor]:
+    """The transform that `transforms` calls "affine", for a size, mean and std."""
     height, width = cfg.input_size[1:]
     return T.Compose(
         [

@@ -52,7 +52,7 @@ def rows_of(path):
 def test_features_are_those_of_the_model(folder, tmp_path):
     out = tmp_path / "out"
     source = str(folder / "in" / "*.tar")
-    options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5)
+    options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5, "--precision", "fp32")
     result = call(source, "--out", out, *options, "--evaluate", f"some={folder / 'in' / 'train-0.tar'}")
     assert result.exit_code == 0, result.output
     assert "48 samples with features of open_clip:tiny, width 16" in result.output
@@ -166,6 +166,7 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
         (["--teacher", "open_clip:tiny", "--heads", "garbage.pt"], "which has no heads"),
         (["--evaluate", "none.tar"], "does not exist"),
         (["--teacher", "open_clip:tiny", "--checkpoint", "tiny.pt", "--device", "tpu9"], "device: expected"),
+        (["--precision", "int8"], "precision: expected fp32, bf16, fp16 or auto, came 'int8'"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(folder, tmp_path, arguments, message):
@@ -197,7 +198,7 @@ def separable(number=64):
     texts = codes @ torch.randn(24, builtin.TEXT_FEATURES, generator=generator)
     texts = torch.cat([texts, texts + 0.1 * torch.randn(texts.shape, generator=generator)])
     captions = [[g, g + number // 2] for g in groups.tolist()]
-    return heads.Pairs(images, texts, captions, groups, Skipped())
+    return heads.Pairs(images[None], texts, captions, groups, Skipped())
 
 
 def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
@@ -211,7 +212,7 @@ def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
     assert torch.equal(state, torch.get_rng_state())
     pairs = separable()
     with torch.no_grad():
-        x, y = F.normalize(first.image(pairs.images), dim=-1), F.normalize(first.text(pairs.texts[:32]), dim=-1)
+        x, y = F.normalize(first.image(pairs.images[0]), dim=-1), F.normalize(first.text(pairs.texts[:32]), dim=-1)
     assert ((x @ y.T).argmax(1) == pairs.groups).float().mean() > 0.95
     assert first.logit_scale.exp() <= heads.MAX_SCALE + 1e-3
     again, _ = teacher.train_heads(source, progress=False)

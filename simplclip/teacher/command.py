@@ -23,7 +23,7 @@ def run(
     splits: Mapping[str, str] | None = None,
     batch_size: int = 64,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def run(
     for split in (splits or {}).values():
         expand(split)
     place = hardware.pick_device(device)
+    precision, _ = hardware.pick_precision(precision, place)
     hardware.set_threads(None)
     if name != teachers.BUILTIN and heads_file is not None:
         raise ValueError(f"heads: expected none for the teacher {name!r}, which has no heads, came {str(heads_file)!r}")
