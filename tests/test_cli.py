@@ -36,7 +36,10 @@ app()
 """
     run = subprocess.run([sys.executable, "-c", code, "--help"], env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert all(word in run.stdout for word in ("doctor", "data", "train", "evaluate", "teacher", "caption", "ablate", "export", "--version"))
+    assert all(
+        word in run.stdout
+        for word in ("doctor", "data", "train", "evaluate", "teacher", "caption", "ablate", "export", "--version")
+    )
     run = subprocess.run([sys.executable, "-c", code, "train", "x.yaml"], env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.strip() == "simplclip: this command needs the package yaml: pip install 'simplclip[train]'"
