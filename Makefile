@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-OUT ?= runs/siclip-tiny-emoji
+OUT ?= runs/siclip-lite0-emoji
 
 # One process uses the cores that there are; spinning threads of two processes would slow both several times.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo test test-gpu bench bench-gpu aot tables lint clean
+.PHONY: help install demo ablation test test-gpu bench bench-gpu aot tables lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -23,15 +23,24 @@ $(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.*
 
 install: $(VENV)/.installed  ## venv with torch, the extensions and all extras
 
-demo: install  ## train a small SiCLIP on the built-in emoji pairs on this machine, and evaluate it
-	$(BIN)/simplclip data emoji --out data/emoji
-	$(BIN)/simplclip train siclip-tiny-emoji --resume --set run.out=$(OUT)
+demo: data/emoji-teacher  ## distil a small SiCLIP from a teacher on the built-in emoji pairs on this machine, and evaluate it
+	$(BIN)/simplclip train siclip-lite0-emoji --resume --set run.out=$(OUT)
 	$(BIN)/simplclip evaluate $(OUT)/last.pt --skip-missing
 	@echo
 	@echo "Pictures: $(OUT)/curves.png and $(OUT)/evaluation-*.png"
 	@echo "Next:     $(BIN)/simplclip train --help-config      every setting, with its default"
-	@echo "          $(BIN)/simplclip train siclip-tiny-emoji --set run.steps=2000 --set run.out=runs/longer"
+	@echo "          $(BIN)/simplclip train siclip-lite0-emoji --set run.steps=2000 --set run.out=runs/longer"
+	@echo "          $(BIN)/simplclip export $(OUT) --out export    for open_clip, safetensors, ONNX"
+	@echo "          make ablation                             what each part of the system adds"
 	@echo "          $(BIN)/simplclip doctor                   which kernels run here, and why not others"
+
+.PHONY: data/emoji-teacher
+data/emoji-teacher: install
+	$(BIN)/simplclip data emoji --out data/emoji
+	$(BIN)/simplclip teacher 'data/emoji/train-*.tar' --out data/emoji-teacher
+
+ablation: data/emoji-teacher  ## what each part adds: 36 runs of the demo's student; goes on after a stop
+	$(BIN)/simplclip ablate siclip-lite0-emoji --out runs/ablation --set run.steps=150 --jobs $(shell nproc 2>/dev/null || echo 2)
 
 test: install  ## the tests; those that need a GPU say why they are skipped
 	$(BIN)/python -m pytest

@@ -1,29 +1,46 @@
-"""Keeps the figures of a finished demo as a result file: `python -m benchmarks.demo runs/siclip-tiny-emoji`."""
+"""Keeps the figures of a finished demo and of an ablation as result files.
+
+python -m benchmarks.demo runs/siclip-lite0-emoji
+python -m benchmarks.demo runs/ablation
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
 
 from benchmarks import hardware
+from benchmarks.results_file import RESULTS, write_csv
 from simplclip.checkpoint import write_atomically
 
-RESULTS = hardware.ROOT / "benchmarks" / "results"
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def keep_demo(run: Path, where: dict[str, str], name: str) -> Path:
+    result = json.loads((run / "evaluation.json").read_text()) | where
+    result["samples_per_second"] = statistics.median(float(row["samples_per_s"]) for row in read(run / "metrics.csv"))
+    write_atomically(RESULTS / f"demo-{name}.json", json.dumps(result, indent=2) + "\n")
+    return RESULTS / f"demo-{name}.json"
+
+
+def keep_ablation(run: Path, where: dict[str, str], name: str) -> Path:
+    write_csv(RESULTS / f"ablation-{name}.csv", [row | where for row in read(run / "ablation.csv")])
+    shutil.copyfile(run / "ablation.png", RESULTS / f"ablation-{name}.png")
+    return RESULTS / f"ablation-{name}.csv"
 
 
 def main() -> None:
-    run = Path(sys.argv[1])
-    with open(run / "metrics.csv", newline="") as file:
-        metrics = list(csv.DictReader(file))
-    result = json.loads((run / "evaluation.json").read_text())
-    result |= hardware.describe()
-    result["samples_per_second"] = statistics.median(float(row["samples_per_s"]) for row in metrics)
-    name = f"demo-{hardware.slug(result['hardware'].split(',')[0])}-{result['date']}.json"
-    write_atomically(RESULTS / name, json.dumps(result, indent=2) + "\n")
-    print(f"wrote {RESULTS / name}")
+    run, where = Path(sys.argv[1]), hardware.describe()
+    keep = keep_ablation if (run / "ablation.csv").exists() else keep_demo
+    name = f"{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}"
+    print(f"wrote {keep(run, where, name)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -87,6 +88,45 @@ def attention_table() -> list[str]:
     )
 
 
+def ablation() -> list[str]:
+    """A row for each variant: R@1, mean of both directions, over the seeds with their standard deviation."""
+    path, rows = read("ablation")
+    splits, starts, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("split", "start", "variant"))
+    seeds = dict.fromkeys(row["seed"] for row in rows)
+
+    def of_seeds(variant: str, start: str, split: str) -> list[float]:
+        mine = [row for row in rows if (row["variant"], row["start"], row["split"]) == (variant, start, split)]
+        return [100 * statistics.mean(float(row["R@1"]) for row in mine if row["seed"] == seed) for seed in seeds]
+
+    def cell(variant: str, start: str, split: str) -> str:
+        figures = of_seeds(variant, start, split)
+        return f"{statistics.mean(figures):.1f} ± {statistics.stdev(figures) if len(figures) > 1 else 0:.1f}"
+
+    columns = [(start, split) for split in splits for start in starts]
+    titles = ["", *(f"{split}, {start}" for start, split in columns)]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'--:|' * len(columns)}"]
+    lines += [f"| {v} | {' | '.join(cell(v, start, split) for start, split in columns)} |" for v in variants]
+    full = (variants[-1], starts[-1])
+    ratios = []
+    for start in starts:
+        told = [
+            statistics.mean(of_seeds(*full, split)) / statistics.mean(of_seeds(variants[0], start, split)) for split in splits
+        ]
+        shown = " and ".join(f"{ratio:.2f} ({split})" for ratio, split in zip(told, splits))
+        ratios.append(f"{shown} times the R@1 of the {variants[0]} loss {start.replace('scratch', 'from scratch')}")
+    first = rows[0]
+    return [
+        *lines,
+        "",
+        f"R@1 in per cent, the mean of both directions: mean and standard deviation of {len(seeds)} seeds after "
+        f"{first['steps']} steps. All parts together, {starts[-1]}, have {', and '.join(ratios)}. "
+        f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']} "
+        f"(`{path.relative_to(ROOT)}`; `make ablation`).",
+        "",
+        f"![R@1 by variant]({path.with_suffix('.png').relative_to(ROOT)})",
+    ]
+
+
 def demo() -> list[str]:
     path = newest("demo-*.json")
     result = json.loads(path.read_text())
@@ -99,7 +139,7 @@ def demo() -> list[str]:
             lines.append(f"| {split} | {find} | {recalls} | {entry[direction]['R@5']['chance']:.2%} |")
     lines += [
         "",
-        f"{result['model']} trained from scratch for {result['step']} steps, one seed, "
+        f"{result['model']}, {result['step']} steps, one seed, "
         f"{result['samples_per_second']:.0f} samples/s; "
         f"{result['hardware']}, torch {result['torch']}, commit {result['commit']}, {result['date']} "
         f"(`{path.relative_to(ROOT)}`). "
@@ -115,6 +155,7 @@ TABLES = {
     "simplified_block": lambda: op_table("simplified_block", decimals=0),
     "towers": lambda: op_table("towers", decimals=0),
     "demo": demo,
+    "ablation": ablation,
 }
 
 

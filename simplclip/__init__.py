@@ -12,15 +12,19 @@ __all__ = ["__version__", "backend", "report"]
 
 _FUNCTIONS = {"backend": "simplclip.backends", "report": "simplclip.doctor"}
 _MODULES = (
+    "ablate",
     "backends",
     "data",
     "evaluate",
+    "gradient_cache",
+    "inherit",
     "kernels",
     "losses",
     "models",
     "nn",
     "openclip",
     "ops",
+    "pretrained",
     "reference",
     "train",
 )

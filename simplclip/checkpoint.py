@@ -10,6 +10,7 @@ A checkpoint is one `torch.save` dict that loads with weights_only=True:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -76,8 +77,17 @@ def numbered_checkpoints(folder: str | Path) -> list[Path]:
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Replace PATH by `data`; readers see the old file or the new one, never a part."""
     data = data.encode() if isinstance(data, str) else data
-    with _Replacing(path) as file:
+    with Replacing(path) as file:
         file.write(data)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def rng_state() -> dict[str, Any]:
@@ -102,7 +112,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
         numpy.random.set_state((name, keys.numpy().astype("uint32"), int(position), int(has_gauss), cached))
 
 
-class _Replacing:
+class Replacing:
     """A file opened beside PATH that takes its place when the block ends without an error."""
 
     def __init__(self, path: str | Path):
@@ -127,7 +137,7 @@ class _Replacing:
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
-    with _Replacing(path) as file:
+    with Replacing(path) as file:
         torch.save({"format": FORMAT, "version": VERSION, **state}, file)
 
 

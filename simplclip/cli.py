@@ -207,6 +207,125 @@ def evaluate(
     )
 
 
+@app.command()
+@_expected_errors
+def ablate(
+    config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config with every part on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs, ablation.csv and ablation.png.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. May be repeated.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    start: Annotated[list[str] | None, typer.Option(help="scratch or inherited. May be repeated. Default: both.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the CPU threads.")] = 1,
+) -> None:
+    """Train the same student with one part more at a time, and say what each adds. The same command goes on after a stop."""
+    from simplclip import ablate as ablation
+
+    path = ablation.run(config, out, overrides=set_ or (), seeds=seeds, starts=start or ablation.STARTS, jobs=jobs)
+    typer.echo(f"wrote {path} and {path.with_suffix('.png')}")
+
+
+@app.command()
+@_expected_errors
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
+    out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
+    format_: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there already.")] = False,
+) -> None:
+    """Write a checkpoint's weights for open_clip, as safetensors, and each tower as ONNX, checked by onnxruntime."""
+    from simplclip import export as exporter
+
+    exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force)
+
+
+@app.command()
+@_expected_errors
+def caption(
+    shards: Annotated[list[str], typer.Argument(help="Shards to caption: paths, globs or brace patterns.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
+    checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of weights to download, instead.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Captions drawn for each image.")] = 3,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this share of the probability.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Below 1: likelier captions; above 1: more varied ones.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a caption, start and end included.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
+) -> None:
+    """Add synthetic captions by a CoCa model to shards. The same command goes on where an earlier one stopped."""
+    from simplclip import caption as captioning
+
+    summary = captioning.run(
+        shards,
+        out,
+        model,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        n=n,
+        top_p=top_p,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+    )
+    typer.echo(f"wrote {summary['written']} of {summary['shards']} shards to {summary['path']}: {summary['samples']} pairs")
+    typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))
+
+
+@app.command()
+@_expected_errors
+def teacher(
+    shards: Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace expressions.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new shards. The same command goes on after a stop.")],
+    teacher: Annotated[
+        str,
+        typer.Option(help="builtin, open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model of ours."),
+    ] = "builtin",
+    checkpoint: Annotated[Path | None, typer.Option(help="File with the teacher's weights.")] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(
+            help="The built-in teacher's heads; trained on the shards and saved there if it does not exist. "
+            "Default: OUT.heads.safetensors."
+        ),
+    ] = None,
+    evaluate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]SHARDS", help="Measure the teacher's retrieval on this split. May be repeated."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Of training the heads.")] = 0,
+) -> None:
+    """Compute a teacher's image and caption features once and write them into new shards."""
+    splits = _named_splits(evaluate or [])
+    from simplclip.teacher import command
+
+    command.run(
+        shards,
+        out,
+        name=teacher,
+        checkpoint=checkpoint,
+        heads_file=heads,
+        splits=splits,
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        seed=seed,
+    )
+
+
 def _named_splits(items: list[str]) -> dict[str, str]:
     """NAME=SHARDS, or SHARDS alone: then the name is the file's up to its number or wildcard."""
     splits: dict[str, str] = {}

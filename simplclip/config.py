@@ -12,10 +12,10 @@ import types
 import typing
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -29,6 +29,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     name: str = Field("siclip-tiny", description="name of the model, as `simplclip.models.create` takes it")
     options: dict[str, Any] = Field({}, description="keyword arguments for `simplclip.models.create`")
+    freeze_norms: bool = Field(
+        False, description="batch norms keep their statistics (eval mode); gradient caching needs it where none are inherited"
+    )
 
     @property
     def image_size(self) -> int | None:
@@ -36,9 +39,21 @@ class ModelConfig(Section):
         return self.options.get("vision_cfg", {}).get("image_size")
 
 
+class InheritConfig(Section):
+    source: str | list[str] | None = Field(
+        None,
+        description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list",
+    )
+    train: list[str] = Field([], description="patterns of inherited tensors that train on; the others are frozen")
+
+
 class DataConfig(Section):
     train: str | list[str] = Field(description="shards to train on: path, glob or brace pattern, or a list of them")
-    batch_size: int = Field(256, ge=1, description="pairs per step")
+    batch_size: int = Field(256, ge=1, description="images per step")
+    micro_batch: int | None = Field(
+        None, ge=1, description="images at a time by gradient caching: the gradient is that of the whole batch; null: all"
+    )
+    captions_per_image: int = Field(1, ge=1, description="captions drawn for each image and step; each makes a pair")
     workers: int = Field(1, ge=0, description="loader processes; 0 reads in the training process")
     augment: str | dict[str, Any] | None = Field(
         None,
@@ -47,10 +62,70 @@ class DataConfig(Section):
     options: dict[str, Any] = Field({}, description="more keyword arguments for `simplclip.data.make_loader`")
 
 
+class Schedule(Section):
+    """A weight over the steps: `value` at `start`, going linearly to `to` at `end`; 0 before `start` and from `until` on."""
+
+    value: float = Field(ge=0)
+    to: float | None = Field(None, ge=0)
+    start: int = Field(0, ge=0)
+    end: int | None = Field(None, ge=1)
+    until: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Schedule:
+        for name in ("end", "until"):
+            last = getattr(self, name)
+            if last is not None and last <= self.start:
+                raise ValueError(f"expected {name} after start = {self.start}, came {last}")
+        if self.end is not None and self.to is None:
+            raise ValueError("expected `to`, the weight reached at `end`, came none")
+        return self
+
+    def at(self, step: int, steps: int) -> float:
+        """The weight at `step` (from 0) of a run of `steps`; without `end` the last step reaches `to`."""
+        if step < self.start or (self.until is not None and step >= self.until):
+            return 0.0
+        if self.to is None:
+            return self.value
+        end = self.end or min(self.until or steps, steps) - 1
+        done = min(1.0, (step - self.start) / max(1, end - self.start))
+        return self.value + (self.to - self.value) * done
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
+    Discriminator(lambda value: "schedule" if isinstance(value, dict | Schedule) else "number"),
+]
+_SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
+
+
 class LossConfig(Section):
-    pm_weight: float = Field(1.0, ge=0, description="weight of the pair matching loss; 0 leaves the contrastive loss")
+    contrastive_weight: Weight = Field(1.0, description=f"of the contrastive loss; each weight is {_SCHEDULE}")
+    pm_weight: Weight = Field(1.0, description="of the pair matching loss")
     plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
     negatives: Literal["all", "shift", "hard"] = Field("all", description="negatives of the pair matching loss")
+    feature_weight: Weight = Field(0.0, description="of unimodal distillation: distance of features to the teacher's")
+    feature_distance: Literal["mse", "smooth_l1"] = Field("mse", description="that distance")
+    relational_weight: Weight = Field(0.0, description="of contrastive-relational distillation: KL to the teacher's softmax")
+    interactive_weight: Weight = Field(
+        0.0, description="of interactive distillation: student against teacher across modalities"
+    )
+    interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
+    learn_interactive_scale: bool = Field(False, description="a temperature of its own for it, learned")
+    projection: bool = Field(False, description="learned projections to the teacher's width, where it is another")
+
+    @property
+    def weights(self) -> dict[str, Schedule]:
+        """Schedules by the names that the loss gives its terms, without those that are always 0."""
+        names = {"contrastive": "contrastive", "distill": "relational", "interactive": "interactive", "feature": "feature"}
+        fields = {f"{term}_loss": getattr(self, f"{name}_weight") for term, name in names.items()}
+        fields["pair_matching_loss"] = self.pm_weight
+        schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
+        return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool({"distill_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
 
 
 class OptimConfig(Section):
@@ -93,11 +168,27 @@ class RunConfig(Section):
 
 class Config(Section):
     model: ModelConfig = Field(ModelConfig(), description="what is trained")
+    inherit: InheritConfig = Field(InheritConfig(), description="weights that are copied and frozen")
     data: DataConfig = Field(description="what it is trained on")
-    loss: LossConfig = Field(LossConfig(), description="simplclip.losses.ClipPMLoss")
+    loss: LossConfig = Field(
+        LossConfig(),
+        description="simplclip.losses.ClipPMLoss, with a term of a teacher WIKDLoss; the teacher is in the shards",
+    )
     optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, cosine")
     eval: EvalConfig = Field(EvalConfig(), description="held-out data")
     run: RunConfig = Field(description="the run itself")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        size, micro = self.data.batch_size, self.data.micro_batch
+        if micro is not None and size % micro:
+            raise ValueError(f"data.micro_batch: expected a divisor of data.batch_size = {size}, came {micro}")
+        schedules = self.loss.weights.values()
+        turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
+        for step in sorted(step for step in turns if step < self.run.steps):
+            if not any(schedule.at(step, self.run.steps) for schedule in schedules):
+                raise ValueError(f"loss: expected at least one weight above 0 at every step, came none at step {step}")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict, every default spelled out."""
@@ -229,16 +320,20 @@ _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal",
 
 def _explain(error: Any) -> str:
     known = keys()
-    path = list(error["loc"])
+    path = [part for part in error["loc"] if part not in ("number", "schedule")]
     # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
     key = ".".join(map(str, path))
     field_key = next((k for k in (".".join(map(str, path[:n])) for n in range(len(path), 0, -1)) if k in known), None)
+    if error["type"] == "value_error":  # raised by a validator of ours
+        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, known)}"
     if field_key is None:
         return f"{key}: {error['msg']}"
     field = known[field_key]
     if error["type"] == "missing":
+        if key != field_key:
+            return f"{key}: missing"
         return f"{field_key}: missing; expected {_type_name(field.annotation)} ({field.description})"
     came = error["input"]
     where = key if isinstance(field.annotation, types.GenericAlias) and len(path) > field_key.count(".") + 1 else field_key
@@ -268,6 +363,8 @@ def _nearest(key: str, known: dict[str, Any]) -> str:
 def _type_name(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):

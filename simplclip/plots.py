@@ -1,12 +1,13 @@
-"""Pictures of a run: the curves of training, and queries with what a model finds for them."""
+"""Pictures: the curves of training, queries with what a model finds for them, and what each part of the system adds."""
 
 from __future__ import annotations
 
 import csv
 import io
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -159,6 +160,41 @@ def contact_sheet(
             )
             axis.text(x + caption - 0.1, line, f"{similarity:.2f}", fontsize=8, color=MUTED, ha="right", va="center")
     return _write(figure, Path(path))
+
+
+def ablation(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:
+    """A panel for each split: R@1 by variant and start, the mean over seeds with their standard deviation as error bar.
+
+    rows: with "variant", "start", "seed", "split", "direction" and "R@1"; a seed's figure is the mean of both directions.
+    """
+    splits, variants, starts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("split", "variant", "start"))
+    figure = _figure(5.2 * len(splits) + 1.6, 4.6)
+    axes = figure.subplots(
+        1, len(splits), squeeze=False, gridspec_kw={"left": 0.06, "right": 0.985, "top": 0.8, "bottom": 0.2}
+    )
+    for axis, split in zip(axes[0], splits):
+        for place, (colour, start) in enumerate(zip(COLOURS, starts)):
+            means, errors = zip(*(_mean_of_seeds(rows, split, variant, start) for variant in variants))
+            x = np.arange(len(variants)) + (place - (len(starts) - 1) / 2) * 0.4
+            bars = axis.bar(x, means, 0.36, yerr=errors, color=colour, ecolor=INK, capsize=3, label=start)
+            axis.bar_label(bars, [f"{mean:.1f}" for mean in means], padding=2, fontsize=8, color=INK)
+        _style(axis, f"held-out {split}")
+        axis.set_xticks(range(len(variants)), [textwrap.fill(variant, 13) for variant in variants], fontsize=8)
+        axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
+        axis.set_ylabel("R@1, %", color=MUTED)
+    axes[0][0].legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
+    figure.suptitle(
+        f"{title}; bars: standard deviation", color=INK, fontsize=13, fontweight="bold", x=0.06, y=0.95, ha="left"
+    )
+    return _write(figure, Path(path))
+
+
+def _mean_of_seeds(rows: Sequence[Mapping[str, Any]], split: str, variant: str, start: str) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds, per cent."""
+    mine = [row for row in rows if (row["split"], row["variant"], row["start"]) == (split, variant, start)]
+    seeds = dict.fromkeys(row["seed"] for row in mine)
+    figures = [100 * np.mean([row["R@1"] for row in mine if row["seed"] == seed]) for seed in seeds]
+    return float(np.mean(figures)), float(np.std(figures, ddof=1)) if len(figures) > 1 else 0.0
 
 
 def _wrapped(text: str, width: int, lines: int) -> str:

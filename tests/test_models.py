@@ -28,7 +28,7 @@ def count(model):
 
 
 def test_names():
-    assert models.names() == ["siclip-s0", "siclip-tiny"]
+    assert models.names() == ["siclip-s0", "siclip-tiny", "siclip-lite0"]
 
 
 def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):

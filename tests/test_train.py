@@ -1,7 +1,5 @@
 """Training: resuming bit for bit, signals, crashes, refusals, and that it learns."""
 
-import csv
-import io
 import os
 import signal
 
@@ -9,62 +7,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from rich.console import Console
+from runs import assert_same, at_step, go, rows, state_of
 
-from simplclip import checkpoint, hardware
+from simplclip import checkpoint, hardware, losses
 from simplclip.config import ConfigError
 from simplclip.train import loop as train
 from simplclip.train.metrics import CsvLog
-
-TIMED = ("samples_per_s", "peak_mb")
-
-
-def go(config, **options) -> str:
-    """Runs and returns what was printed."""
-    text = io.StringIO()
-    train.run(config, console=Console(file=text, width=200), **options)
-    return text.getvalue()
-
-
-def at_step(monkeypatch, step, action):
-    """Calls `action` in the middle of the training step that leads to `step`."""
-    original = train._train_step
-
-    def stepping(this, batch):
-        if this.step + 1 == step:
-            action()
-        return original(this, batch)
-
-    monkeypatch.setattr(train, "_train_step", stepping)
-
-
-def rows(folder, file="metrics.csv"):
-    with open(folder / file, newline="") as lines:
-        return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(lines)]
-
-
-def assert_same(a, b, path=""):
-    """Equal to the bit, through all containers."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert list(a) == list(b), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, path
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
-
-
-def state_of(folder):
-    state = checkpoint.load(folder)
-    state["config"]["run"].pop("out")
-    return state
+from simplclip.train.training import lr_factor
 
 
 # An epoch has 3 batches: step 3 ends one, step 5 lies within one.
@@ -140,7 +89,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     ):
         assert word in text
     state = torch.load(out / "last.pt", weights_only=True)
-    fresh = train.losses.ClipPMLoss()
+    fresh = losses.ClipPMLoss()
     assert any(not torch.equal(state["loss"][k], v) for k, v in fresh.state_dict().items()), "the plane did not train"
 
 
@@ -164,7 +113,7 @@ def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
     assert "evaluation held text to image: R@1" in text
 
 
-class Spoiled(train.losses.ClipPMLoss):
+class Spoiled(losses.ClipPMLoss):
     def forward(self, *args, **kwargs):
         terms = super().forward(*args, **kwargs)
         terms["pair_matching_loss"] = terms["pair_matching_loss"] * float("nan")
@@ -223,7 +172,7 @@ def test_resume_checks_the_settings(tmp_path):
     last = rows(tmp_path / "run")[-1]
     assert last["step"] == "6"
     config = tiny.settings(tmp_path, "run.steps=6")
-    assert float(last["lr"]) == pytest.approx(config.optim.lr * train.lr_factor(5, config))
+    assert float(last["lr"]) == pytest.approx(config.optim.lr * lr_factor(5, config))
 
 
 def test_resume_with_nothing_there_says_so_and_starts(tmp_path):
@@ -239,7 +188,7 @@ def test_a_batch_that_no_epoch_fills_is_an_error(tmp_path):
 
 def test_learning_rate(tmp_path):
     config = tiny.settings(tmp_path, "run.steps=110", "optim.warmup=10", "optim.lr=1.0", "optim.min_lr=0.1")
-    factor = [train.lr_factor(step, config) for step in range(111)]
+    factor = [lr_factor(step, config) for step in range(111)]
     assert factor[0] == 0.1
     assert factor[9] == 1.0
     assert factor[10] == 1.0
@@ -267,7 +216,7 @@ def test_logit_scale_is_held_below_100(tmp_path):
     with torch.no_grad():
         this.model.logit_scale.fill_(9.0)
     batch = next(iter(train._loader(this.config, False).epoch(0)))
-    train._train_step(this, batch)
+    train._train_step(this, [batch])
     assert this.model.logit_scale.exp().item() == pytest.approx(100)
 
 

@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from simplclip import config
@@ -36,31 +37,47 @@ def picture(colour, shape, size=16) -> bytes:
     return data.getvalue()
 
 
-def write_shard(path: Path, copies: int = 1) -> str:
-    """24 concepts (colour and shape), each `copies` times."""
+def teacher_features(captions: list[str], width: int) -> np.ndarray:
+    """What a teacher that knows the concept says: one feature for the image and each caption, float16 [1 + C, D̂]."""
+    clean = np.random.default_rng(list(captions[0].encode())).standard_normal(width)
+    noise = np.random.default_rng(1).standard_normal((1 + len(captions), width))
+    features = clean + 0.3 * noise
+    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+
+
+def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
+    """24 concepts (colour and shape), each `copies` times; `teacher`: width of a teacher's features beside them."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if teacher:
+        stamp = {"name": "made up", "width": teacher, "logit_scale": 10.0}
+        (path.parent / "meta.json").write_text(json.dumps({"teacher": stamp}))
     with tarfile.open(path, "w") as tar:
         for copy in range(copies):
             for name, colour in COLOURS.items():
                 for shape in SHAPES:
                     caption = f"{name} {shape}"
                     record = {"captions": [caption, f"a {caption}"], "group": caption, "label": name}
-                    for suffix, data in (("png", picture(colour, shape)), ("json", json.dumps(record).encode())):
+                    files = {"png": picture(colour, shape), "json": json.dumps(record).encode()}
+                    if teacher:
+                        features = io.BytesIO()
+                        np.save(features, teacher_features(record["captions"], teacher))
+                        files["teacher.npy"] = features.getvalue()
+                    for suffix, data in files.items():
                         member = tarfile.TarInfo(f"{copy}-{name}-{shape}.{suffix}")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
     return str(path)
 
 
-def settings(folder: Path, *changes: str) -> config.Config:
+def settings(folder: Path, *changes: str, teacher: int = 0) -> config.Config:
     """Config of a run of 7 steps, 3 batches of 8 an epoch."""
-    return config.load(write_config(folder), changes)
+    return config.load(write_config(folder, teacher), changes)
 
 
-def write_config(folder: Path) -> str:
+def write_config(folder: Path, teacher: int = 0) -> str:
     shard = folder / "data" / "train-0.tar"
     if not shard.exists():
-        write_shard(shard)
+        write_shard(shard, teacher=teacher)
     values = config.from_dict(
         {
             "model": {"name": "siclip-tiny", "options": MODEL},

@@ -2,6 +2,6 @@
 the built-in data from the sources in emoji_sources.py."""
 
 from simplclip.data.loader import EmptyEpochError, EvalSet, Loader, load_eval, make_loader
-from simplclip.data.shards import ShardError, expand
+from simplclip.data.shards import ShardError, expand, teacher_stamp
 
-__all__ = ["EmptyEpochError", "EvalSet", "Loader", "ShardError", "expand", "load_eval", "make_loader"]
+__all__ = ["EmptyEpochError", "EvalSet", "Loader", "ShardError", "expand", "load_eval", "make_loader", "teacher_stamp"]

@@ -15,7 +15,17 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import filters
 
-from simplclip.data.shards import BrokenSample, Sample, ShardError, Skipped, group_id, open_sample, place_of, read_shard
+from simplclip.data.shards import (
+    BrokenSample,
+    Sample,
+    ShardError,
+    Skipped,
+    group_id,
+    open_sample,
+    place_of,
+    read_shard,
+    teacher_of,
+)
 
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
@@ -67,6 +77,8 @@ class Epoch(IterableDataset):
     shuffle: bool
     shuffle_buffer: int
     seed: int
+    captions: int
+    teacher: bool
     epoch: int
     skip_batches: int
 
@@ -88,7 +100,7 @@ class Epoch(IterableDataset):
         index = worker
         for sample in samples:
             try:
-                opened = open_sample(sample)
+                opened = self._open(sample)
             except BrokenSample as skip:
                 skipped.add(skip.args[0], place_of(sample), skip.args[1])
                 continue
@@ -99,7 +111,7 @@ class Epoch(IterableDataset):
                 pending = []
                 index += workers
         if index < self.skip_batches:
-            pending = [self._prepare(sample, *open_sample(sample)) for sample in pending]
+            pending = [self._prepare(sample, *self._open(sample)) for sample in pending]
         yield self._collate(pending) if pending else None, len(pending), True, skipped.take()
 
     def _samples(self, worker: int, workers: int, skipped: Skipped) -> Iterator[Sample]:
@@ -118,18 +130,41 @@ class Epoch(IterableDataset):
                         yield sample
                     number += 1
 
-    def _prepare(self, sample: Sample, image: Image.Image, captions: list[str], record: dict[str, Any]) -> tuple:
+    def _open(self, sample: Sample) -> tuple:
+        image, captions, record = open_sample(sample)
+        return image, captions, record, teacher_of(sample, captions) if self.teacher else None
+
+    def _prepare(self, sample: Sample, image: Image.Image, captions: list[str], record: dict[str, Any], features) -> tuple:
         with seeded(self.seed, self.epoch, place_of(sample)):
-            caption = captions[random.randrange(len(captions))]
+            drawn = _draw(len(captions), self.captions)
             tensor = apply_transform(self.transform, image, sample)
-        return tensor, caption, group_of(sample, record), sample["__key__"], record
+        texts = [captions[i] for i in drawn]
+        if features is not None:
+            features = torch.from_numpy(features[[0, *(1 + i for i in drawn)]])
+        return tensor, texts, group_of(sample, record), sample["__key__"], record, features
 
     def _collate(self, prepared: list[tuple]) -> Batch:
-        images, captions, groups, keys, records = zip(*prepared)
-        return {
+        images, texts, groups, keys, records, features = zip(*prepared)
+        one = self.captions == 1
+        tokens = self.tokenizer([text for several in texts for text in several])
+        batch = {
             "image": torch.stack(images),
-            "text": self.tokenizer(list(captions)),
+            "text": tokens if one else tokens.unflatten(0, (-1, self.captions)),
             "group": torch.tensor(groups, dtype=torch.int64),
             "key": list(keys),
             "meta": list(records),
         }
+        if self.teacher:
+            stacked = torch.stack(features)
+            batch |= {"teacher_image": stacked[:, 0], "teacher_text": stacked[:, 1] if one else stacked[:, 1:]}
+        return batch
+
+
+def _draw(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` captions at random; different ones as far as there are."""
+    if wanted == 1:
+        return [random.randrange(count)]
+    drawn: list[int] = []
+    while len(drawn) < wanted:
+        drawn += random.sample(range(count), min(count, wanted - len(drawn)))
+    return drawn

@@ -147,6 +147,8 @@ def make_loader(
     transform: Callable[[Image.Image], torch.Tensor],
     batch_size: int,
     workers: int = 0,
+    captions_per_image: int = 1,
+    teacher: bool = False,
     shuffle: bool = True,
     seed: int = 0,
     drop_last: bool = True,
@@ -157,7 +159,9 @@ def make_loader(
     """A loader of training batches.
 
     `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N]
-    (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict] (the json).
+    (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With
+    captions_per_image k > 1 "text" is [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and "teacher_text"
+    float16 [N, D̂] or [N, k, D̂], a teacher's features of the images (not augmented) and of the captions drawn.
 
     Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer
     that holds all of a worker's samples shuffles them fully. Workers share out the shards, or the samples
@@ -175,6 +179,8 @@ def make_loader(
         tokenizer: list of captions -> int64 [N, L].
         transform: RGB image -> float32 [3, S, S]. Its exceptions are raised, naming the sample.
         batch_size: samples per batch, N.
+        captions_per_image: k captions drawn for each sample, different ones as far as it has them.
+        teacher: read the features that `simplclip teacher` wrote into the shards; a sample without is a ShardError.
         workers: processes that read; 0 reads in the calling process.
         shuffle_buffer: in samples, kept encoded.
         prefetch: batches that each worker prepares ahead.
@@ -184,6 +190,7 @@ def make_loader(
     for a shard that cannot be opened; EmptyEpochError if there is no batch at all.
     """
     _check_count("batch_size", batch_size, 1)
+    _check_count("captions_per_image", captions_per_image, 1)
     _check_count("workers", workers, 0)
     _check_count("shuffle_buffer", shuffle_buffer, 1)
     _check_count("prefetch", prefetch, 1)
@@ -192,6 +199,8 @@ def make_loader(
         "tokenizer": tokenizer,
         "transform": transform,
         "batch_size": batch_size,
+        "captions": captions_per_image,
+        "teacher": teacher,
         "shuffle": shuffle,
         "shuffle_buffer": shuffle_buffer,
         "seed": seed,

@@ -1,8 +1,9 @@
 """Reading samples from the tar files of a WebDataset.
 
 A shard is a local tar file, plain or compressed. A sample is the files of one key: an image (jpg, jpeg, png
-or webp) and its caption: json with "captions" (a list) or "caption", else txt. Broken samples raise
-`BrokenSample` or are counted in a `Skipped`; a shard that cannot be opened raises `ShardError`.
+or webp) and its caption: json with "captions" (a list) or "caption", else txt; and, if `simplclip teacher` wrote the
+shard, a teacher's features of both: teacher.npy. Broken samples raise `BrokenSample` or are counted in a `Skipped`; a shard
+that cannot be opened or used raises `ShardError`.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import tarfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import braceexpand
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from webdataset.tariterators import group_by_keys
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TEACHER = "teacher.npy"
 COUNT_LIMIT = 1 << 30  # bytes of shards that are read through, at most, only to count their samples
 
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -35,7 +38,7 @@ Sample = dict[str, Any]
 
 
 class ShardError(RuntimeError):
-    """A shard that cannot be opened; the message names it."""
+    """A shard that cannot be opened, or lacks what was asked of it; the message names it."""
 
 
 class BrokenSample(Exception):
@@ -111,9 +114,13 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tar.offset}") from None
 
 
-def _files(shard: str, torn: list[str], contents: bool) -> Iterator[dict[str, Any]]:
+def _files(shard: str, torn: list[str], contents: bool, also: Collection[str] | None) -> Iterator[dict[str, Any]]:
     """The files of a tar that belong to samples. A tear ends them and is noted in `torn`."""
-    wanted = {f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json")}
+    known = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER, *(also or ())))
+
+    def wanted(name: str) -> bool:
+        return also is None or name.endswith(known)
+
     try:
         tar = tarfile.open(shard, "r|*", tarinfo=_Header)  # noqa: SIM115
     except _TAR_ERRORS as error:
@@ -122,22 +129,26 @@ def _files(shard: str, torn: list[str], contents: bool) -> Iterator[dict[str, An
         try:
             while (member := tar.next()) is not None:
                 tar.members = []  # tarfile would keep every header
-                if member.isreg() and os.path.splitext(member.name)[1].lower() in wanted:
+                if member.isreg() and wanted(member.name.lower()):
                     data = tar.extractfile(member).read() if contents else b""
                     yield {"fname": member.name, "data": data, "__url__": shard}
         except _TAR_ERRORS as error:
             torn.append(str(error) or type(error).__name__)
 
 
-def read_shard(shard: str, skipped: Skipped, *, contents: bool = True) -> Iterator[Sample]:
-    """The samples of a tar: {"__key__", "__url__", suffix: bytes}. Tears and double files go to `skipped`."""
+def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, also: Collection[str] | None = ()) -> Iterator[Sample]:
+    """The samples of a tar: {"__key__", "__url__", suffix: bytes}. Tears and double files go to `skipped`.
+
+    Suffixes are in lower case. Other files than images, txt and json are left out, but for the suffixes of `also`
+    (such as "teacher.npy"), or for none with also=None.
+    """
     name, torn = os.path.basename(shard), []
 
     def double(error: Exception) -> bool:
         skipped.add("duplicate file in tar", name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(shard, torn, contents), handler=double):
+    for sample in group_by_keys(_files(shard, torn, contents, also), handler=double):
         # The tear may have taken half of the last sample: then the tear is counted, not the sample.
         if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
             break
@@ -185,6 +196,49 @@ def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
         if isinstance(text, str) and text.strip():
             return [text.strip()]
     raise BrokenSample("empty caption" if texts or several == [] else "missing caption", "")
+
+
+def teacher_of(sample: Sample, captions: list[str]) -> np.ndarray:
+    """The teacher's features of a sample, float16 [1 + C, D̂]: the image's, then those of its C captions in order."""
+    place = f"sample {sample['__key__']!r} of shard {sample['__url__']!r}"
+    if TEACHER not in sample:
+        raise ShardError(f"{place} has no teacher features ({TEACHER}): make them by `simplclip teacher`")
+    try:
+        features = np.load(io.BytesIO(sample[TEACHER]), allow_pickle=False)
+    except Exception as error:  # numpy raises by the kind of damage
+        raise BrokenSample("bad teacher features", error) from None
+    if features.dtype != np.float16 or features.ndim != 2:
+        raise BrokenSample(
+            "bad teacher features", f"expected float16 [1 + C, D], got {features.dtype} {list(features.shape)}"
+        )
+    if len(features) != 1 + len(captions):
+        raise ShardError(
+            f"{place} has teacher features of {len(features) - 1} captions, but {len(captions)} captions: "
+            "they changed after the features were made; run `simplclip teacher` on these shards again"
+        )
+    return features
+
+
+def teacher_stamp(shards: list[str]) -> dict[str, Any]:
+    """What the meta.json beside the shards says of the teacher: "name", "width" D̂, "logit_scale".
+
+    Raises ShardError where there is none, or where the folders of the shards disagree.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards):
+        try:
+            stamp = json.loads(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
+            found[folder] = stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ShardError(
+                f"shards: expected a teacher's features, but {os.path.join(folder, 'meta.json')} names no teacher; "
+                "make them by `simplclip teacher`, and train on the folder that it writes"
+            ) from None
+    (folder, first), *others = found.items()
+    for other, stamp in others:
+        if stamp != first:
+            raise ShardError(f"shards: expected features of one teacher, but {folder!r} and {other!r} name different ones")
+    return first
 
 
 def decode(data: bytes) -> Image.Image:

@@ -1,9 +1,8 @@
 """The trainer: shards -> batches -> two towers -> loss -> AdamW, with everything needed to stop and to go on.
 
 run              sets up, restores, loops, finishes
-_batches         the endless stream of batches, epoch after epoch
-_train_step      one batch: forward, backward, update
-Training         what is trained and where it stands; goes into a checkpoint and comes back from one
+_batches         the endless stream of batches, epoch after epoch, micro-batches of a step together
+_train_step      one step: forward, backward, update
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from simplclip import backends, checkpoint, data, evaluate, hardware, losses, models, plots
-from simplclip.config import Config, ConfigError, differences
+from simplclip import backends, checkpoint, data, evaluate, gradient_cache, hardware, models, plots
+from simplclip.config import Config, ConfigError, differences, from_dict
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
 from simplclip.train.signals import StopRequest
+from simplclip.train.training import Training
 
 MAX_LOGIT_SCALE = math.log(100)  # as open_clip
 
@@ -71,10 +71,9 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     _seed(config.run.seed)
 
     loader = _loader(config, pin_memory=device.type == "cuda")
-    this = Training(config, device, precision)
     splits = evaluate.load_splits(config.eval.splits, config)[0] if config.eval.every else {}
-    if state:
-        this.restore(state)
+    this = Training(config, device, precision, state)
+    out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomically(out / "config.yaml", config.to_yaml())
 
     with ExitStack() as stack:
@@ -82,7 +81,9 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         report = stack.enter_context(Reporter(console, config.run.steps, this.step, config.run.print_every))
         log = stack.enter_context(RunLog(out, this.step, config.run.tensorboard))
         report.print(models.summary(this.model, config.model.name))
-        report.print(f"loss       ClipPMLoss; similarity_loss is served by {_backend(this, 'similarity_loss_fwd')}")
+        for line in this.inheritance.lines() if this.inheritance else ():
+            report.print(line)
+        report.print(f"loss       {_loss(this)}; similarity_loss is served by {_backend(this, 'similarity_loss_fwd')}")
         report.print(f"blocks     {_blocks(this)}")
         report.print(f"precision  {precision} ({why})")
         report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
@@ -95,9 +96,9 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         this.model.train()
         speed = Speed()
         stream = _batches(this, loader, report.print) if this.step < config.run.steps else ()
-        for batch in stream:
-            row = _train_step(this, batch)
-            row |= {"samples_per_s": speed.step(len(batch["text"])), "peak_mb": peak_memory_mb(device)}
+        for batches in stream:
+            row = _train_step(this, batches)
+            row |= {"samples_per_s": speed.step(config.data.batch_size), "peak_mb": peak_memory_mb(device)}
             report.step(this.step, row)
             last = this.step == config.run.steps
             if last or this.step % config.run.log_every == 0:
@@ -122,86 +123,16 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     return out / "last.pt"
 
 
-class Training:
-    """Model, loss, optimizer and where they stand. `batch` counts the batches of `epoch` that have been handed out."""
-
-    STATEFUL = ("model", "loss", "optimizer", "schedule", "scaler")
-
-    def __init__(self, config: Config, device: torch.device, precision: str):
-        self.config, self.device, self.precision = config, device, precision
-        self.model = evaluate.build_model(config).to(device)
-        self.loss = losses.ClipPMLoss(**config.loss.model_dump(), embed_dim=self._embed_dim()).to(device)
-        self.optimizer = make_optimizer(self.model, self.loss, config)
-        self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.step = self.epoch = self.batch = 0
-
-    def state(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        return parts | {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "rng": checkpoint.rng_state(),
-            "config": self.config.to_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        for name in self.STATEFUL:
-            getattr(self, name).load_state_dict(state[name])
-        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas):
-            group["lr"] = group["initial_lr"] * factor(state["step"])  # run.steps may have changed
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        checkpoint.set_rng_state(state["rng"])
-
-    def _embed_dim(self) -> int | None:
-        if self.config.loss.plane != "hadamard":
-            return None
-        with torch.no_grad():
-            tokens = models.tokenizer(self.config.model.name)(["a"]).to(self.device)
-            return self.model.eval().encode_text(tokens).shape[-1]
-
-
-def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: no norms, biases, gains, scales, tokens, nor the loss's own parameters."""
-    every = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in every if _is_matrix(p)]
-    rest = [p for p in every if not _is_matrix(p)] + [p for p in loss.parameters() if p.requires_grad]
-    o = config.optim
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=o.lr,
-        betas=(o.beta1, o.beta2),
-        eps=o.eps,
-        fused=decayed[0].device.type in ("cpu", "cuda"),
-    )
-
-
-def _is_matrix(p: nn.Parameter) -> bool:
-    """Two dimensions that count: a layer scale [C, 1, 1] is a gain."""
-    return sum(n > 1 for n in p.shape) >= 2
-
-
-def lr_factor(step: int, config: Config) -> float:
-    """Share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to optim.min_lr."""
-    o, steps = config.optim, config.run.steps
-    if step < o.warmup:
-        return (step + 1) / o.warmup
-    done = min(1.0, (step - o.warmup) / max(1, steps - o.warmup))
-    low = o.min_lr / o.lr
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _train_step(this: Training, batch: dict[str, Any]) -> dict[str, float]:
-    image, text, group = (batch[k].to(this.device, non_blocking=True) for k in ("image", "text", "group"))
+def _train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
     model, optimizer, scaler = this.model, this.optimizer, this.scaler
-    with hardware.autocast(this.precision, this.device):
-        x = model.encode_image(image, normalize=True)  # [N, D]
-        y = model.encode_text(text, normalize=True)  # [N, D]
-        terms = this.loss(x, y, model.logit_scale.exp(), getattr(model, "logit_bias", None), output_dict=True, ids=group)
-    loss = sum(terms.values())
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    if this.config.data.micro_batch is None:
+        terms = this.terms(batches, *this.encode(*batches))
+        scaler.scale(sum(terms.values())).backward()
+    else:
+        losses = partial(this.terms, batches)
+        terms = gradient_cache.backward(this.encode, batches, losses, model=model, scaler=scaler)
+    loss = sum(terms.values())
     scaler.unscale_(optimizer)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, this.config.optim.grad_clip or math.inf)
@@ -227,13 +158,20 @@ def _train_step(this: Training, batch: dict[str, Any]) -> dict[str, float]:
     return {"step": this.step, "epoch": this.epoch, **values, "lr": lr}
 
 
-def _batches(this: Training, loader: data.Loader, tell: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    """Batches from where `this` stands, without end. The loader draws nothing from the global random generators."""
-    told = None
+def _batches(this: Training, loader: data.Loader, tell: Callable[[str], None]) -> Iterator[list[dict[str, Any]]]:
+    """The batches of each step from where `this` stands, without end: one, or as many micro-batches as make the batch.
+
+    A step may take micro-batches of two epochs. The loader draws nothing from the global random generators.
+    """
+    c, told, batches = this.config.data, None, []
+    wanted = c.batch_size // (c.micro_batch or c.batch_size)
     while True:
         for batch in loader.epoch(this.epoch, skip_batches=this.batch):
             this.batch += 1
-            yield batch
+            batches.append(batch)
+            if len(batches) == wanted:
+                yield batches
+                batches = []
         if told != (news := loader.report()):  # the same news every epoch is no news
             told = news
             tell(f"data       epoch {this.epoch}: {news}")
@@ -253,7 +191,7 @@ def _evaluate(this: Training, splits: dict[str, evaluate.Split], log: RunLog, te
 
 
 def _claim(out: Path, config: Config, resume: bool) -> dict[str, Any] | None:
-    """Make the run's folder, or read the checkpoint that is to go on. Never overwrites another run."""
+    """Read the checkpoint that is to go on, or see that the run's folder is free. Never overwrites another run."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"run.out: expected a folder, came the file {out}")
     last = out / "last.pt"
@@ -265,12 +203,11 @@ def _claim(out: Path, config: Config, resume: bool) -> dict[str, Any] | None:
         raise ConfigError(
             f"run.out: {out} already holds a run; go on with it by --resume, or choose another folder by --set run.out=FOLDER"
         )
-    out.mkdir(parents=True, exist_ok=True)
     return None
 
 
 def _check_same(state: dict[str, Any], config: Config, last: Path) -> None:
-    changed = differences(state["config"], config.to_dict())
+    changed = differences(from_dict(state["config"]).to_dict(), config.to_dict())
     if "data.train" in changed:
         names = [[Path(p).name for p in ([v] if isinstance(v, str) else v)] for v in changed["data.train"]]
         if names[0] == names[1]:
@@ -289,12 +226,24 @@ def _loader(config: Config, pin_memory: bool) -> data.Loader:
         c.train,
         tokenizer=models.tokenizer(m.name),
         transform=models.transforms(m.name, train=True, augment=c.augment, image_size=m.image_size),
-        batch_size=c.batch_size,
+        batch_size=c.micro_batch or c.batch_size,
+        captions_per_image=c.captions_per_image,
+        teacher=config.loss.needs_teacher,
         workers=c.workers,
         seed=config.run.seed,
         pin_memory=pin_memory,
         **c.options,
     )
+
+
+def _loss(this: Training) -> str:
+    weights = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in this.objective.schedules)
+    if this.teacher is None:
+        return f"{type(this.loss).__name__}: {weights}"
+    stored = (
+        f"features of {this.teacher['name']}, {this.teacher['width']} wide, come from the shards; no teacher is in memory"
+    )
+    return f"{type(this.loss).__name__}: {weights}; {stored}"
 
 
 def _backend(this: Training, op: str, **call) -> str:

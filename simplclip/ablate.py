@@ -1,0 +1,181 @@
+"""What each part of the system adds: the same student and steps with one part more at a time, from scratch and inherited.
+
+run              every variant, start and seed as a training run of its own -> ablation.csv and ablation.png
+VARIANTS         the parts in the order in which they are added
+
+Runs are processes of `simplclip train`, so that an ablation that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from simplclip import checkpoint, config, evaluate, plots
+from simplclip.config import Config, ConfigError
+
+STARTS = ("scratch", "inherited")
+# name -> the key of the config that is off before it and as configured from it on
+VARIANTS = {
+    "contrastive": None,
+    "+ pair matching": "loss.pm_weight",
+    "+ unimodal": "loss.feature_weight",
+    "+ relational": "loss.relational_weight",
+    "+ interactive": "loss.interactive_weight",
+    "+ several captions": "data.captions_per_image",
+}
+_OFF = {"data.captions_per_image": 1}
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of an ablation."""
+
+    variant: str
+    start: str
+    seed: int
+    folder: Path
+
+    def changes(self) -> list[str]:
+        """What its config has otherwise than the ablation's."""
+        names = list(VARIANTS)
+        later = [VARIANTS[name] for name in names[names.index(self.variant) + 1 :]]
+        changes = [f"{key}={_OFF.get(key, 0)}" for key in later]
+        if self.start == "scratch":
+            changes.append("inherit.source=null")
+        return [*changes, f"run.seed={self.seed}", f"run.out={json.dumps(str(self.folder))}"]
+
+
+def run(
+    source: str,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    seeds: int = 3,
+    starts: Sequence[str] = STARTS,
+    jobs: int = 1,
+    console: Console | None = None,
+) -> Path:
+    """Train every variant of the config `source` and evaluate it on eval.splits; returns OUT/ablation.csv.
+
+    Six variants, each with the parts of those before it, times `starts` times `seeds` runs, `jobs` at a time, each with a
+    share of the CPU's threads. Runs that are done are kept, broken off ones go on. ablation.csv has a row for each run, split
+    and direction: R@1, R@5, R@10 and their chance. ablation.png: the mean R@1 over both directions, with the seeds' standard
+    deviation.
+
+    Errors: ConfigError for a config that lacks a part, or for other settings than OUT's; RuntimeError when a run fails, which
+    names its log.
+    """
+    console = console or Console()
+    out = Path(out)
+    base = config.load(source, overrides)
+    _check(base, starts)
+    trials = [
+        Trial(variant, start, seed, out / f"{start}-{list(VARIANTS).index(variant)}-{seed}")
+        for seed in range(seeds)
+        for start in starts
+        for variant in VARIANTS
+    ]
+    _claim(out, base)
+    todo = [trial for trial in trials if not (trial.folder / "evaluation.json").exists()]
+    console.print(f"{len(trials)} runs of {base.run.steps} steps, {len(trials) - len(todo)} of them done", highlight=False)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(trials), initial=len(trials) - len(todo), unit=" runs") as bar:
+        waiting = [pool.submit(_train, out / "config.yaml", trial, threads) for trial in todo]
+        try:
+            for done in waiting:
+                done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    rows = [row for trial in trials for row in _rows(trial)]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoint.write_atomically(out / "ablation.csv", text.getvalue())
+    plots.ablation(out / "ablation.png", rows, f"{base.model.name}, {base.run.steps} steps, {seeds} seeds")
+    return out / "ablation.csv"
+
+
+def _check(base: Config, starts: Sequence[str]) -> None:
+    off = [key for key in VARIANTS.values() if key and _value(base, key) in (_OFF.get(key, 0), 0.0)]
+    if off:
+        raise ConfigError(f"config: expected every part to be on, so that it can be left out; off: {', '.join(off)}")
+    unknown = [start for start in starts if start not in STARTS]
+    if unknown or not starts:
+        raise ConfigError(f"starts: expected some of {', '.join(STARTS)}, came {unknown or 'none'}")
+    if "inherited" in starts and base.inherit.source is None:
+        raise ConfigError("inherit.source: expected weights to inherit from, came null")
+    if not base.eval.splits:
+        raise ConfigError("eval.splits: expected held-out data, came none")
+
+
+def _value(base: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(base, section), name)
+
+
+def _claim(out: Path, base: Config) -> None:
+    """OUT/config.yaml says what the runs in it are of; other settings need another folder."""
+    path = out / "config.yaml"
+    if path.exists():
+        changed = config.differences(config.load(path).to_dict(), base.to_dict())
+        if changed:
+            told = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+            raise ConfigError(f"out: {out} holds an ablation with other settings: {told}")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"out: expected a new or empty folder or an ablation's, came {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomically(path, base.to_yaml())
+
+
+def _train(source: Path, trial: Trial, threads: int) -> None:
+    command = [sys.executable, "-m", "simplclip.cli"]
+    changes = [word for change in trial.changes() for word in ("--set", change)]
+    steps = (
+        [*command, "train", str(source), "--resume", *changes],
+        [*command, "evaluate", str(trial.folder)],
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SIMPLCLIP_THREADS": str(threads)}
+    trial.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = trial.folder.with_suffix(".log")
+    with open(log, "a") as file:
+        for step in steps:
+            code = subprocess.run(step, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            if code:
+                raise RuntimeError(
+                    f"the run {trial.variant!r}, {trial.start}, seed {trial.seed} ended with {code}: see {log}"
+                )
+
+
+def _rows(trial: Trial) -> Iterator[dict[str, Any]]:
+    result = json.loads((trial.folder / "evaluation.json").read_text())
+    for split, entry in result["splits"].items():
+        for direction in DIRECTIONS:
+            recalls = {k: entry[direction][k] for k in (f"R@{k}" for k in evaluate.KS)}
+            yield {
+                "variant": trial.variant,
+                "start": trial.start,
+                "seed": trial.seed,
+                "steps": result["step"],
+                "split": split,
+                "direction": direction,
+                **{k: round(figure["value"], 6) for k, figure in recalls.items()},
+                **{f"chance of {k}": round(figure["chance"], 6) for k, figure in recalls.items()},
+            }

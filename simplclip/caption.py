@@ -1,0 +1,218 @@
+"""Synthetic captions: an open_clip CoCa model describes the images of shards, which go on with more captions each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.coca_model import CoCa
+from open_clip.model import get_model_preprocess_cfg
+from open_clip.tokenizer import SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+
+from simplclip import checkpoint as checkpoints
+from simplclip import hardware, models
+from simplclip.data.rewrite import Opened, rewrite
+
+MAX_TOKENS = 30  # what open_clip generates, start and end of text included
+
+
+def run(
+    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    out: str | os.PathLike,
+    model: str,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    pretrained: str | None = None,
+    n: int = 3,
+    top_p: float = 0.9,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_tokens: int = MAX_TOKENS,
+    device: str = "auto",
+    precision: str = "fp32",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write the samples of `shards` to shards in `out`, each with up to `n` more captions of its image.
+
+    A sample's json gets "captions", its own ones first, and "synthetic", how many of the last ones a model made. A caption
+    that differs from an earlier one only in case and spaces is dropped, and an empty one. A teacher's features
+    (teacher.npy) are left out, since the captions they belong to have changed.
+
+    Args:
+        shards, out: as for `rewrite`: what a former run finished is kept, and the rest made.
+        model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
+        checkpoint: file of its weights, as `models.create` takes it; or
+        pretrained: open_clip's tag of weights that it downloads.
+        top_p, temperature: how captions are drawn, see `generate`.
+        seed: with a sample's shard and key it gives the draws of its captions, whatever else is in the batch.
+        batch_size: images at a time; n captions of each are drawn together.
+        max_tokens: of a caption, start and end of text included; at most the model's context.
+        device, precision: as for evaluation; precision fp32, bf16, fp16 or auto.
+
+    Returns what `rewrite` does, and "captions", "duplicate", "empty": counts of this run.
+
+    Errors: ValueError (no CoCa, a file that is no weights, an argument out of range, another run's folder), RuntimeError
+    (weights of another architecture), FileNotFoundError, FileExistsError, ShardError.
+    """
+    for name, value, good, expected in (
+        ("n", n, n >= 1, "at least 1"),
+        ("top_p", top_p, 0 < top_p <= 1, "a share above 0, up to 1"),
+        ("temperature", temperature, 0 < temperature < float("inf"), "a number above 0"),
+        ("precision", precision, precision in (*hardware.DTYPES, "auto"), f"one of {', '.join(hardware.DTYPES)} or auto"),
+    ):
+        if not good:
+            raise ValueError(f"{name}: expected {expected}, came {value!r}")
+    place = hardware.pick_device(device)
+    precision, _ = hardware.pick_precision(precision, place)
+    coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(place)
+    if not 3 <= max_tokens <= coca.context_length:
+        raise ValueError(f"max_tokens: expected 3 to {coca.context_length}, the context of {model}, came {max_tokens}")
+    tokenizer = tokenizer_of(coca, model)
+    transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(coca)), is_train=False)
+    counts: Counter[str] = Counter()
+
+    def process(samples: list[Opened]) -> list[dict[str, bytes]]:
+        images = torch.stack([transform(sample.image) for sample in samples]).to(place)
+        draws = torch.stack([_draws(seed, sample.place, (n, max_tokens)) for sample in samples])
+        with hardware.autocast(precision, place):
+            tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
+        return [{"json": _record(sample, decode(rows, tokenizer), counts)} for sample, rows in zip(samples, tokens.tolist())]
+
+    weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": checkpoints.sha256(checkpoint)}
+    drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    summary = rewrite(
+        shards,
+        out,
+        process,
+        stamp={"caption": {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}},
+        batch_size=batch_size,
+        drop={"teacher.npy": "teacher"},
+        progress=progress,
+        title="captions",
+    )
+    return summary | {name: counts[name] for name in ("captions", "duplicate", "empty")}
+
+
+def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None) -> CoCa:
+    """A CoCa of open_clip in eval mode with the weights of a local file or of a tag. Errors: as for `run`."""
+    plain = name.removeprefix(models.PLAIN)
+    config = open_clip.get_model_config(plain)
+    if config is None or "multimodal_cfg" not in config:
+        known = [model for model in open_clip.list_models() if model.startswith("coca")]
+        what = "no model of open_clip" if config is None else "no CoCa: it has no decoder of text"
+        raise ValueError(f"model: expected a CoCa model of open_clip, such as {', '.join(known)}; {name!r} is {what}")
+    if (checkpoint is None) == (pretrained is None):
+        came = "neither" if checkpoint is None else "both"
+        raise ValueError(f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, came {came}")
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
+        return models.create(models.PLAIN + plain, checkpoint=checkpoint).eval()
+    tags = open_clip.list_pretrained_tags_by_model(plain)
+    if pretrained not in tags:
+        raise ValueError(f"pretrained: expected one of {tags} for {plain}, came {pretrained!r}")
+    return open_clip.create_model(plain, pretrained=pretrained).eval()
+
+
+def tokenizer_of(coca: CoCa, name: str) -> SimpleTokenizer:
+    tokenizer = models.tokenizer(models.PLAIN + name.removeprefix(models.PLAIN))
+    size = getattr(coca.text, "vocab_size", None)
+    if not isinstance(tokenizer, SimpleTokenizer) or size != tokenizer.vocab_size:
+        raise ValueError(
+            f"model: expected a CoCa with open_clip's vocabulary of {SimpleTokenizer().vocab_size} tokens, "
+            f"{name} has {size} and a {type(tokenizer).__name__}"
+        )
+    return tokenizer
+
+
+# open_clip's own CoCa.generate wants a part of transformers that its version 5 has no more, encodes an image again for each
+# of its captions, and draws from the global generator, so that a caption would depend on the batch it is in.
+@torch.no_grad()
+def generate(
+    coca: CoCa,
+    images: Tensor,  # [B, 3, S, S]
+    draws: Tensor,  # [B, n, T]
+    tokenizer: SimpleTokenizer,
+    *,
+    top_p: float,
+    temperature: float,
+) -> Tensor:  # int64 [B, n, T]
+    """Captions of T tokens: start of text, tokens drawn one after another, end of text (again and again).
+
+    Token t of a caption is drawn from softmax(logits / temperature), restricted to the most likely tokens that together have
+    the probability `top_p` at least, by the uniform number draws[..., t] in [0, 1). The model's cost a step is its whole text
+    so far: nothing is cached between steps.
+    """
+    count, several, length = draws.shape
+    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+    tokens = torch.full((count * several, length), end, device=images.device)
+    tokens[:, 0] = start
+    draws = draws.flatten(0, 1).to(images.device)
+    latent, embedded = (t.repeat_interleave(several, 0) for t in coca._encode_image(images))
+    alive = torch.arange(len(tokens), device=images.device)  # captions without an end
+    for t in range(1, length - 1):
+        out = coca(None, tokens[alive, :t], image_latent=latent, image_embs=embedded, output_labels=False)
+        logits = out["logits"][:, -1].float()
+        if not logits.isfinite().all():
+            raise ValueError("checkpoint: the model gives logits that are not finite")
+        logits[:, start] = -torch.inf
+        tokens[alive, t] = _draw(logits / temperature, draws[alive, t], top_p)
+        going = tokens[alive, t] != end
+        if not going.all():
+            alive, latent, embedded = alive[going], latent[going], embedded[going]
+        if not len(alive):
+            break
+    return tokens.unflatten(0, (count, several))
+
+
+def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:  # float32 [R, V], float64 [R] -> int64 [R]
+    probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    total = probabilities.cumsum(-1)
+    kept = (total - probabilities < top_p).sum(-1, keepdim=True)  # the last one goes over the share
+    chosen = torch.searchsorted(total, uniform[:, None] * total.gather(-1, kept - 1), right=True)
+    return order.gather(-1, chosen.minimum(kept - 1))[:, 0]
+
+
+def _draws(seed: int, place: str, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers in [0, 1) that belong to a sample, float64."""
+    digest = hashlib.blake2b(f"{seed}/{place}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+
+def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
+    """The texts between start and end of text, with single spaces."""
+    end = tokenizer.eot_token_id
+    return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
+
+
+def _record(sample: Opened, captions: list[str], counts: Counter[str]) -> bytes:
+    seen = {_normal(caption) for caption in sample.captions}
+    new = []
+    for caption in captions:
+        if not (normal := _normal(caption)):
+            counts["empty"] += 1
+        elif normal in seen:
+            counts["duplicate"] += 1
+        else:
+            seen.add(normal)
+            new.append(caption)
+    counts["captions"] += len(new)
+    former = sample.record.get("synthetic")  # of an earlier captioning
+    synthetic = len(new) + (former if isinstance(former, int) else 0)
+    record = {**sample.record, "captions": [*sample.captions, *new], "synthetic": synthetic}
+    return json.dumps(record).encode()
+
+
+def _normal(caption: str) -> str:
+    return " ".join(caption.split()).casefold()

@@ -1,0 +1,360 @@
+"""Shards to new shards: every sample goes on with files that a function makes for it, e.g. a teacher's features.
+
+The new folder is whole at any moment but for what is still to come: a shard appears under its name when all of it is on the
+disk, and the same command after a crash goes on where the last one stopped and ends in the same bytes.
+
+    OUT/<name>.tar        the samples of the shard of that name, in the same order
+    OUT/meta.json         what made them, from the start; at the end "splits" with the samples, bytes and sha256 of each shard
+    OUT/LICENSES.md       the input folder's, where there is one
+    OUT/.finished.jsonl   while unfinished: one line for each shard that is whole
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from simplclip.checkpoint import Replacing, write_atomically
+from simplclip.config import differences
+from simplclip.data.shards import (
+    IMAGE_SUFFIXES,
+    BrokenSample,
+    Sample,
+    Skipped,
+    count_samples,
+    expand,
+    open_sample,
+    place_of,
+    read_shard,
+)
+
+FORMAT = "simplclip-shards-1"
+_JOURNAL = ".finished.jsonl"
+_OWN_KEYS = ("format", "splits")
+
+
+@dataclass
+class Opened:
+    """A sample that is not broken."""
+
+    image: Image.Image  # RGB
+    captions: list[str]  # at least one, as `shards.captions_of` finds them
+    record: dict[str, Any]  # the json, {} where there is none
+    files: Sample  # "__key__", "__url__" and the bytes by suffix
+
+    @property
+    def place(self) -> str:
+        """ "<shard's file name>/<key>": a name of the sample that is the same on every run."""
+        return place_of(self.files)
+
+
+Process = Callable[[list[Opened]], list[dict[str, bytes]]]
+
+
+def rewrite(
+    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    out: str | os.PathLike,
+    process: Process,
+    *,
+    stamp: Mapping[str, Mapping[str, Any]],
+    batch_size: int,
+    drop: Mapping[str, str] | None = None,
+    progress: bool = True,
+    title: str = "samples",
+) -> dict[str, Any]:
+    """Write the samples of `shards` to shards of the same names in the folder `out`, with what `process` makes of them.
+
+    Every file of a sample is kept (suffixes in lower case); those that `process` returns replace files of their suffix or
+    come after them. Files that belong to no sample, i.e. without a suffix, are left out. Broken samples are copied without
+    being processed and counted by reason; of a torn tar the samples before the tear are kept, and the tear is counted. The
+    bytes of a shard depend on its input, on `process` and on `batch_size` alone; a name loses .gz, .xz or .bz2.
+
+    Whole shards of a former run are kept and not made again, unless their input has changed. A second command may add other
+    shards of the same folder. Keys of the input folder's meta.json, such as an earlier rewriting's stamp, are carried over.
+
+    Args:
+        shards: path, brace expression or glob of local tar files, or a list of them.
+        out: a new folder, or that of a former run with the same `stamp`.
+        process: samples, at most `batch_size`, all of one shard -> for each {suffix: bytes}. Its exceptions end the run.
+        stamp: keys of meta.json that say what made the new files: {"teacher": {"name": ...}}, of JSON's types.
+        batch_size: samples given to `process` at a time.
+        drop: suffix -> key of meta.json. Files that are made anew or no longer fit: they and the key are not carried over.
+        progress: show a progress bar (on a terminal) and print the notes.
+        title: what the bar shows.
+
+    Returns: {"path", "shards" (in all), "written" (of these now), "samples", "skipped" (a Skipped), "notes"}.
+
+    Raises: ValueError for two shards of one file name, `out` as the folder of an input, input folders of different meta.json,
+    a former run with another stamp; FileExistsError if `out` holds other files or another process writes there; ShardError
+    for a shard that cannot be opened.
+
+    Memory: one batch of samples.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer of at least 1, came {batch_size!r}")
+    out, drop = Path(out).expanduser(), dict(drop or {})
+    sources = _named(expand(shards), out)
+    meta = _carried(sources.values(), {*drop.values(), *stamp}) | json.loads(json.dumps(dict(stamp)))
+    with _claimed(out, meta, sources.values()) as finished:
+        todo = {name: source for name, source in sources.items() if not _is_finished(out / name, finished.get(name), source)}
+        dropped, made = Counter(), set()
+        with _bar(sources, todo, finished, title, progress) as bar, open(out / _JOURNAL, "a", encoding="utf-8") as journal:
+            for name, source in todo.items():
+                finished[name] = _rewrite_shard(source, out / name, process, batch_size, drop, dropped, made, bar)
+                journal.write(json.dumps({name: finished[name]}) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        _finish(out, meta, finished)
+    skipped = Skipped()
+    for name in sources:
+        for reason, (count, first) in finished[name].get("skipped", {}).items():
+            skipped.merge(Skipped(Counter({reason: count}), {reason: first}))
+    notes = []
+    if len(todo) < len(sources):
+        notes.append(f"{len(sources) - len(todo)} of {len(sources)} shards in {out} were whole already and are kept.")
+    for suffix, count in dropped.items():
+        fate = "made anew" if suffix in made else "left out, since it no longer fits"
+        notes.append(f"{count} samples had {suffix} already; it is {fate}.")
+    if skipped.counts:
+        notes.append(f"Copied, but not processed, or torn away: {skipped}")
+    if progress:
+        for note in notes:
+            print(note)
+    return {
+        "path": str(out),
+        "shards": len(sources),
+        "written": len(todo),
+        "samples": sum(finished[name]["samples"] for name in sources),
+        "skipped": skipped,
+        "notes": notes,
+    }
+
+
+def _named(files: list[str], out: Path) -> dict[str, str]:
+    """Name of the new shard -> input."""
+    sources: dict[str, str] = {}
+    for file in files:
+        if out.resolve() in (Path(file).resolve().parent, Path(file).parent.resolve()):
+            raise ValueError(f"out: expected another folder than that of the input {file!r}, came {str(out)!r}")
+        name = re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", Path(file).name))
+        if name in sources:
+            raise ValueError(f"shards: expected files of different names, came {sources[name]!r} and {file!r}")
+        sources[name] = file
+    return sources
+
+
+def _carried(files: Iterable[str], without: set[str]) -> dict[str, Any]:
+    """The keys of the input folders' meta.json that stay true of rewritten samples."""
+    found: dict[str, dict[str, Any]] = {}
+    for folder in dict.fromkeys(os.path.dirname(file) for file in files):
+        path = Path(folder, "meta.json")
+        meta = _read_json(path) if path.is_file() else {}
+        found[folder] = {key: value for key, value in meta.items() if key not in without and key not in _OWN_KEYS}
+    (first, carried), *others = found.items()
+    for folder, meta in others:
+        if changed := differences(carried, meta):
+            raise ValueError(
+                f"shards: expected folders with the same meta.json, but {next(iter(changed))!r} differs between "
+                f"{first or '.'!r} and {folder or '.'!r}; rewrite them one at a time, into folders of their own"
+            )
+    return carried
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError(f"expected an object, came {type(meta).__name__}")
+        return meta
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, meta: dict[str, Any], files: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Make or take over the folder, for this process alone; gives the shards that are finished by name."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: expected a folder, but {out} is a file")
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        names = {path.name for path in out.iterdir()}
+        finished: dict[str, Any] = {}
+        if "meta.json" in names:
+            former = _read_json(out / "meta.json")
+            if former.pop("format", None) != FORMAT:
+                raise FileExistsError(f"out: expected a new folder or a former run's, but {out} holds others' meta.json")
+            for split in former.pop("splits", {}).values():
+                finished |= split["shards"]
+            if changed := differences(former, meta):
+                told = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+                raise ValueError(f"out: {out} was begun with other settings: {told}; choose another folder")
+            finished |= _read_journal(out / _JOURNAL)
+        elif strangers := sorted(names - {".meta.json.tmp"}):
+            raise FileExistsError(
+                f"out: expected a new folder or a former run's, but {out} holds other files ({strangers[0]})"
+            )
+        else:
+            write_atomically(out / "meta.json", _as_text({"format": FORMAT} | meta))
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink()
+        _copy_licenses(out, files)
+        # A line that a crash cut short would spoil the next.
+        write_atomically(out / _JOURNAL, "".join(json.dumps({name: entry}) + "\n" for name, entry in finished.items()))
+        yield finished
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from writing to `folder`; ends with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FileExistsError(f"out: another process is writing to {folder}") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read_journal(path: Path) -> dict[str, Any]:
+    finished: dict[str, Any] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # cut short by a crash: that shard is made again
+            finished |= json.loads(line)
+    return finished
+
+
+def _copy_licenses(out: Path, files: Iterable[str]) -> None:
+    texts = []
+    for folder in dict.fromkeys(os.path.dirname(file) for file in files):
+        path = Path(folder, "LICENSES.md")
+        if path.is_file() and path.read_bytes() not in texts:
+            texts.append(path.read_bytes())
+    if texts and not (out / "LICENSES.md").exists():
+        write_atomically(out / "LICENSES.md", b"\n".join(texts))
+
+
+def _is_finished(shard: Path, entry: dict[str, Any] | None, source: str) -> bool:
+    return (
+        entry is not None
+        and shard.is_file()
+        and shard.stat().st_size == entry["bytes"]
+        and os.path.getsize(source) == entry["source"]["bytes"]
+        and _sha256(source) == entry["source"]["sha256"]
+    )
+
+
+def _bar(sources: dict[str, str], todo: dict[str, str], finished: dict[str, Any], title: str, progress: bool) -> tqdm:
+    left = count_samples(list(todo.values()))
+    done = sum(finished[name]["samples"] for name in sources if name not in todo)
+    total = None if left is None else done + left
+    return tqdm(total=total, initial=done, desc=title, unit=" samples", disable=None if progress else True)
+
+
+def _rewrite_shard(
+    source: str,
+    target: Path,
+    process: Process,
+    batch_size: int,
+    drop: Mapping[str, str],
+    dropped: Counter[str],
+    made: set[str],
+    bar: tqdm,
+) -> dict[str, Any]:
+    """Write one shard; its entry of meta.json."""
+    skipped, count = Skipped(), 0
+    with Replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        samples = read_shard(source, skipped, also=None)
+        while batch := list(islice(samples, batch_size)):
+            for sample in batch:
+                gone = drop.keys() & sample.keys()
+                dropped.update(gone)
+                for suffix in gone:
+                    del sample[suffix]
+            for sample, files in zip(batch, _processed(batch, process, skipped)):
+                made.update(files)
+                sample |= files
+                count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in sample)
+                _add(tar, sample)
+            bar.update(len(batch))
+    entry = {"samples": count, "bytes": target.stat().st_size, "sha256": _sha256(target)}
+    entry["source"] = {"bytes": os.path.getsize(source), "sha256": _sha256(source)}
+    if skipped.counts:
+        entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in skipped.counts.items()}
+    return entry
+
+
+_IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # what makes a sample for a reader that wants nothing else
+
+
+def _processed(batch: list[Sample], process: Process, skipped: Skipped) -> list[dict[str, bytes]]:
+    """The new files of each sample; none for a broken one."""
+    files: list[dict[str, bytes]] = [{} for _ in batch]
+    opened = {}
+    for i, sample in enumerate(batch):
+        try:
+            opened[i] = Opened(*open_sample(sample), files=sample)
+        except BrokenSample as broken:
+            skipped.add(broken.args[0], place_of(sample), broken.args[1])
+    if opened:
+        made = process(list(opened.values()))
+        if len(made) != len(opened):
+            raise ValueError(f"process: expected the files of {len(opened)} samples, came {len(made)}")
+        for i, new in zip(opened, made):
+            files[i] = new
+    return files
+
+
+def _add(tar: tarfile.TarFile, sample: Sample) -> None:
+    for suffix, data in sample.items():
+        if suffix in ("__key__", "__url__"):
+            continue
+        member = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
+        member.size, member.mtime, member.mode = len(data), 0, 0o444
+        member.uname = member.gname = "simplclip"
+        tar.addfile(member, io.BytesIO(data))
+
+
+def _finish(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> None:
+    splits: dict[str, Any] = {}
+    for name, entry in finished.items():
+        split = splits.setdefault(re.split(r"[-_.]?\d|\.tar", name)[0] or "data", {"samples": 0, "shards": {}})
+        split["samples"] += entry["samples"]
+        split["shards"][name] = entry
+    write_atomically(out / "meta.json", _as_text({"format": FORMAT} | meta | {"splits": splits}))
+    (out / _JOURNAL).unlink()
+
+
+def _as_text(meta: dict[str, Any]) -> str:
+    return json.dumps(meta, indent=1) + "\n"
+
+
+def _sha256(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

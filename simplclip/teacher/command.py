@@ -1,0 +1,66 @@
+"""What `simplclip teacher` does: a teacher by name, heads for the built-in one where it has none yet, features, figures."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from simplclip import hardware
+from simplclip.data.shards import expand
+from simplclip.teacher import builtin, features, heads, teachers
+
+
+def run(
+    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    name: str = teachers.BUILTIN,
+    checkpoint: str | os.PathLike | None = None,
+    heads_file: str | os.PathLike | None = None,
+    splits: Mapping[str, str] | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    precision: str = "fp32",
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write a teacher's features of `shards` to `out`; the summary of `features.write` with "teacher" and "figures".
+
+    heads_file: of the built-in teacher; None for OUT.heads.safetensors. Where it does not exist, heads are trained first and
+    saved there: on the shards that are called train* if there are such, else on all of them.
+    splits: name -> shards to measure the teacher's retrieval on.
+    """
+    files = expand(shards)
+    for split in (splits or {}).values():
+        expand(split)
+    place = hardware.pick_device(device)
+    hardware.set_threads(None)
+    if name != teachers.BUILTIN and heads_file is not None:
+        raise ValueError(f"heads: expected none for the teacher {name!r}, which has no heads, came {str(heads_file)!r}")
+    if name == teachers.BUILTIN:
+        if checkpoint is not None:
+            raise ValueError(f"checkpoint: expected heads instead for the built-in teacher, came {str(checkpoint)!r}")
+        checkpoint = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
+        if not checkpoint.exists():
+            mine = [file for file in files if re.match(r"train\b|train[-_.\d]", Path(file).name)] or files
+            trained, count = heads.train(mine, seed=seed, device=place, precision=precision, progress=progress)
+            builtin.save_heads(trained, checkpoint)
+            _say(progress, f"Trained the built-in teacher's heads on {count} pairs of {len(mine)} shards: {checkpoint}")
+        else:
+            _say(progress, f"The built-in teacher has the heads of {checkpoint}")
+    teacher = teachers.load(name, checkpoint, device=place, precision=precision)
+    summary = features.write(files, out, teacher, batch_size=batch_size, progress=progress)
+    _say(progress, f"wrote {summary['path']}: {summary['samples']} samples with features of {name}, width {teacher.width}")
+    figures = features.evaluate(teacher, splits or {}, batch_size=batch_size)
+    for split, directions in figures.items():
+        shown = (f"{direction.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for direction, found in directions.items())
+        _say(progress, f"{split}: {', '.join(shown)}")
+    return summary | {"teacher": teacher.stamp(), "figures": figures}
+
+
+def _say(progress: bool, line: str) -> None:
+    if progress:
+        print(line)

@@ -1,0 +1,82 @@
+"""A teacher's features over shards, and how well it retrieves."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simplclip import data
+from simplclip import evaluate as evaluation
+from simplclip.data.rewrite import Opened, rewrite
+from simplclip.data.shards import TEACHER
+from simplclip.teacher.teachers import Teacher
+
+
+def write(
+    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    out: str | os.PathLike,
+    teacher: Teacher,
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write `shards` to the folder `out` with a teacher.npy in each sample, and the teacher in meta.json.
+
+    teacher.npy is float16 [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
+    `shards.captions_of`. What may go wrong, how it goes on after a crash and what is returned: `data.rewrite.rewrite`.
+
+    batch_size: samples at a time; their captions are encoded as many at a time.
+    """
+
+    def process(samples: list[Opened]) -> list[dict[str, bytes]]:
+        images = teacher.encode_image([sample.image for sample in samples]).half().cpu().numpy()
+        captions = [caption for sample in samples for caption in sample.captions]
+        texts = _encode_texts(teacher, captions, batch_size).half().cpu().numpy()
+        ends = np.cumsum([len(sample.captions) for sample in samples])[:-1]
+        return [
+            {TEACHER: _npy(np.concatenate([image[None], rows]))}
+            for image, rows in zip(images, np.split(texts, ends), strict=True)
+        ]
+
+    return rewrite(
+        shards,
+        out,
+        process,
+        stamp={"teacher": teacher.stamp()},
+        batch_size=batch_size,
+        drop={TEACHER: "teacher"},
+        progress=progress,
+        title="teacher",
+    )
+
+
+def _encode_texts(teacher: Teacher, texts: list[str], batch_size: int) -> Tensor:
+    """Each different text once, those of like length together."""
+    different = sorted(set(texts), key=lambda text: (len(text), text))
+    parts = [teacher.encode_text(different[i : i + batch_size]) for i in range(0, len(different), batch_size)]
+    place = {text: i for i, text in enumerate(different)}
+    return torch.cat(parts)[[place[text] for text in texts]]
+
+
+def _npy(rows: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, rows, allow_pickle=False)
+    return file.getvalue()
+
+
+def evaluate(
+    teacher: Teacher, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Retrieval of a teacher on splits (name -> shards), as `simplclip evaluate` measures it: `evaluate.retrieval` by name."""
+    figures = {}
+    for name, shards in splits.items():
+        split = evaluation.Split.of(data.load_eval(shards, teacher.tokenizer, teacher.transform))
+        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision)
+        figures[name] = evaluation.retrieval(split)
+    return figures
