@@ -54,7 +54,7 @@ def op_table(op: str, decimals: int = 0) -> list[str]:
         "form": ("form", str),
         "ms, median": ("p50_ms", lambda value: f"{float(value):,.{decimals}f}"),
         "times simplclip's": ("times_ours", str),
-        "threads": ("threads", str),
+        "samples/s": ("samples_per_s", str),
         "products": ("gemms", lambda value: f"{float(value):g}"),
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),

@@ -89,7 +89,7 @@ def test_allocator_peak(rows, dtype):
     case = Case(PEAK, dtype)
     for form, run in {OURS: case.cached, ACCUMULATION: case.accumulated, GRAPH: case.one_graph}.items():
         run()  # gradients exist
-        rows.append(row(PEAK, dtype, form, extra_mb=round(cpu_peak_bytes(run) / 2**20)))
+        rows.append(row(PEAK, dtype, form, extra_mib=round(cpu_peak_bytes(run) / 2**20)))
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
@@ -98,7 +98,7 @@ def test_resident_memory(rows, dtype):
     program = f"from benchmarks import test_gradient_cache as t; t.print_resident({dtype!r})"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     resident = int(run.stdout)
-    rows.append(row(LARGE, dtype, OURS, resident_mb=resident))
+    rows.append(row(LARGE, dtype, OURS, resident_mib=resident))
     assert resident < 4096
 
 

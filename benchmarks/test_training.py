@@ -163,7 +163,7 @@ def test_steps(benchmark, rows, request, dtype, objective, batch):
                 "repeats": repeats,
                 **measured,
                 "samples_per_s": round(1e3 * batch / measured["p50_ms"]),
-                "saved_mb": round(run.saved_bytes(*pairs) / 2**20, 1),
-                "extra_mb": round(cpu_peak_bytes(cases[form]) / 2**20, 1),
+                "saved_mib": round(run.saved_bytes(*pairs) / 2**20, 1),
+                "extra_mib": round(cpu_peak_bytes(cases[form]) / 2**20, 1),
             }
         )
