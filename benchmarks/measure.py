@@ -10,18 +10,27 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def interleaved_times(cases: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved_times(
+    cases: dict[str, Callable[[], object]], repeats: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each case, `repeats` each, taken in turn (A B C A B C ...) so that drift of the machine hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + repeats):
         for name, run in cases.items():
             _synchronize()
-            start = time.perf_counter()
+            start = clock()
             run()
             _synchronize()
             if turn >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
+
+
+def clock_of_steps() -> tuple[str, Callable[[], float]]:
+    """For steps of seconds: with one thread the processor's time, which a busy machine changes little; else wall time."""
+    if torch.get_num_threads() == 1 and not torch.cuda.is_available():
+        return "processor", time.process_time
+    return "wall", time.perf_counter
 
 
 def _synchronize() -> None:

@@ -34,7 +34,7 @@ def read(op: str) -> tuple[Path, list[dict[str, str]]]:
 def source(path: Path, rows: list[dict[str, str]], what: str) -> list[str]:
     """How the rows were measured."""
     first = rows[0]
-    repeats = " to ".join(dict.fromkeys(sorted({row["repeats"] for row in rows}, key=int)))
+    repeats = " to ".join(dict.fromkeys(sorted({row["repeats"] for row in rows if row["repeats"]}, key=int)))
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     return [
         "",
@@ -54,15 +54,18 @@ def op_table(op: str, decimals: int = 0) -> list[str]:
         "form": ("form", str),
         "ms, median": ("p50_ms", lambda value: f"{float(value):,.{decimals}f}"),
         "times simplclip's": ("times_ours", str),
+        "samples/s": ("samples_per_s", str),
         "products": ("gemms", lambda value: f"{float(value):g}"),
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
-        "saved bytes a token": ("saved_bytes_per_token", lambda value: f"{int(value):,}" if value else ""),
+        "saved MiB": ("saved_mib", lambda value: f"{float(value):,.0f}"),
+        "resident MiB": ("resident_mib", lambda value: f"{float(value):,.0f}"),
+        "saved bytes a token": ("saved_bytes_per_token", lambda value: f"{int(value):,}"),
     }
     columns = {title: column for title, column in columns.items() if column[0] in rows[0]}
     left = ("objective", "shape", "dtype", "pass", "form")
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' if title in left else '--:' for title in columns)}|"]
-    lines += [f"| {' | '.join(show(row[name]) for name, show in columns.values())} |" for row in rows]
+    lines += [f"| {' | '.join(show(row[name]) if row[name] else '' for name, show in columns.values())} |" for row in rows]
     what = f"Forward and backward, D = {rows[0]['d']}" if "d" in rows[0] else "On a CPU"
     return lines + source(path, rows, what)
 
@@ -154,6 +157,8 @@ TABLES = {
     "shaped_attention": attention_table,
     "simplified_block": lambda: op_table("simplified_block", decimals=0),
     "towers": lambda: op_table("towers", decimals=0),
+    "gradient_cache": lambda: op_table("gradient_cache"),
+    "training": lambda: op_table("training"),
     "demo": demo,
     "ablation": ablation,
 }

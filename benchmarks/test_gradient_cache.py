@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.hardware import ROOT
-from benchmarks.measure import cpu_peak_bytes, figures, interleaved_times
+from benchmarks.measure import clock_of_steps, cpu_peak_bytes, figures, interleaved_times
 from simplclip import gradient_cache, hardware, models
 from simplclip.losses import ClipPMLoss
 
@@ -79,8 +79,9 @@ def row(pairs: int, dtype: str, form: str, **columns) -> dict:
 def test_time(benchmark, rows, request, dtype):
     case, repeats = Case(TIMED, dtype), request.config.getoption("--repeats")
     forms = {OURS: case.cached, ACCUMULATION: case.accumulated}
-    times = benchmark.pedantic(interleaved_times, args=(forms, repeats), rounds=1)
-    rows += [row(TIMED, dtype, form, repeats=repeats, **figures(times, form, OURS)) for form in forms]
+    name, clock = clock_of_steps()
+    times = benchmark.pedantic(interleaved_times, args=(forms, repeats, 1, clock), rounds=1)
+    rows += [row(TIMED, dtype, form, clock=name, repeats=repeats, **figures(times, form, OURS)) for form in forms]
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
@@ -88,7 +89,7 @@ def test_allocator_peak(rows, dtype):
     case = Case(PEAK, dtype)
     for form, run in {OURS: case.cached, ACCUMULATION: case.accumulated, GRAPH: case.one_graph}.items():
         run()  # gradients exist
-        rows.append(row(PEAK, dtype, form, extra_mb=round(cpu_peak_bytes(run) / 2**20)))
+        rows.append(row(PEAK, dtype, form, extra_mib=round(cpu_peak_bytes(run) / 2**20)))
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
@@ -97,7 +98,7 @@ def test_resident_memory(rows, dtype):
     program = f"from benchmarks import test_gradient_cache as t; t.print_resident({dtype!r})"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     resident = int(run.stdout)
-    rows.append(row(LARGE, dtype, OURS, resident_mb=resident))
+    rows.append(row(LARGE, dtype, OURS, resident_mib=resident))
     assert resident < 4096
 
 

@@ -36,7 +36,10 @@ app()
 """
     run = subprocess.run([sys.executable, "-c", code, "--help"], env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert all(word in run.stdout for word in ("doctor", "data", "train", "evaluate", "--version"))
+    assert all(
+        word in run.stdout
+        for word in ["doctor", "data", "train", "evaluate", "teacher", "caption", "ablate", "export", "--version"]
+    )
     run = subprocess.run([sys.executable, "-c", code, "train", "x.yaml"], env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 2
     assert run.stderr.strip() == "simplclip: this command needs the package yaml: pip install 'simplclip[train]'"
@@ -63,7 +66,8 @@ def test_help_config_prints_every_key():
     [
         (
             ["train", "nothing.yaml"],
-            "config: expected a YAML file or one of the built-in siclip-tiny-emoji, came 'nothing.yaml'",
+            "config: expected a YAML file or one of the built-in siclip-lite0-emoji, siclip-s0, siclip-tiny-emoji, came "
+            "'nothing.yaml'",
         ),
         (["train", "siclip-tiny-emoji", "--set", "optim.lrr=1"], "optim.lrr: unknown key; did you mean optim.lr?"),
         (["train", "siclip-tiny-emoji", "--set", "optim.lr=x"], "optim.lr: expected a number, came 'x' (str)"),

@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -101,6 +102,16 @@ def test_a_batch_larger_than_the_data_takes_several_epochs(tmp_path):
     assert "step 3/3" in text
     state = checkpoint.load(tmp_path / "run")
     assert (state["epoch"], state["batch"]) == (4, 3), "15 micro-batches, 3 an epoch, the last one not yet left"
+
+
+def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limit[1]))
+    try:
+        changes = ["data.micro_batch=1", "data.batch_size=200", "data.workers=1", "run.steps=1", "model.freeze_norms=true"]
+        assert "step 1/1" in go(tiny.settings(tmp_path, *changes))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 def test_no_teacher_is_in_memory(tmp_path):

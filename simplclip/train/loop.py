@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from simplclip import backends, checkpoint, data, evaluate, gradient_cache, hardware, models, plots
 from simplclip.config import Config, ConfigError, differences, from_dict
@@ -168,6 +168,8 @@ def _batches(this: Training, loader: data.Loader, tell: Callable[[str], None]) -
     while True:
         for batch in loader.epoch(this.epoch, skip_batches=this.batch):
             this.batch += 1
+            if wanted > 1:
+                batch = {name: _own(value) for name, value in batch.items() if isinstance(value, torch.Tensor)}
             batches.append(batch)
             if len(batches) == wanted:
                 yield batches
@@ -176,6 +178,11 @@ def _batches(this: Training, loader: data.Loader, tell: Callable[[str], None]) -
             told = news
             tell(f"data       epoch {this.epoch}: {news}")
         this.epoch, this.batch = this.epoch + 1, 0
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy: what a loader's process hands over holds a file descriptor, and a step may have thousands of micro-batches."""
+    return value if value.is_pinned() else value.clone()
 
 
 def _evaluate(this: Training, splits: dict[str, evaluate.Split], log: RunLog, tell: Callable[[str], None]) -> None:
