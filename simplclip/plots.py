@@ -182,7 +182,8 @@ def ablation(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) ->
         axis.set_xticks(range(len(variants)), [textwrap.fill(variant, 13) for variant in variants], fontsize=8)
         axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
         axis.set_ylabel("R@1, %", color=MUTED)
-    axes[0][0].legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=10, labelcolor=INK, loc="upper right", ncols=len(names))
     figure.suptitle(
         f"{title}; bars: standard deviation", color=INK, fontsize=13, fontweight="bold", x=0.06, y=0.95, ha="left"
     )
