@@ -103,6 +103,9 @@ def test_whole_shards_are_not_made_again_unless_their_input_changed(folder, tmp_
     assert summary["samples"] == 12
     assert "2 of 2 shards" in summary["notes"][0]
     assert digests(tmp_path / "out") == before
+    (tmp_path / "out" / ".former.tar.tmp").write_bytes(b"left by a run that was killed")
+    run(folder / "train-*.tar", tmp_path / "out", None)
+    assert digests(tmp_path / "out") == before
     size = (folder / "train-1.tar").stat().st_size
     write(folder / "train-1.tar", [sample(i) for i in range(8, 13)])
     assert (folder / "train-1.tar").stat().st_size == size
