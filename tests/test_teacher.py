@@ -44,7 +44,7 @@ def call(*arguments):
 
 
 def rows_of(path):
-    for sample in read_shard(str(path), Skipped(), also=("teacher.npy",)):
+    for sample in read_shard(str(path), Skipped()):
         image, captions, _ = shards.open_sample(sample)
         yield image, captions, teacher_of(sample, captions)
 

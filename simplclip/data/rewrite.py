@@ -286,7 +286,7 @@ def _rewrite_shard(
     """Write one shard; its entry of meta.json."""
     skipped, count = Skipped(), 0
     with Replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        samples = read_shard(source, skipped, also=None)
+        samples = read_shard(source, skipped, every=True)
         while batch := list(islice(samples, batch_size)):
             for sample in batch:
                 gone = drop.keys() & sample.keys()

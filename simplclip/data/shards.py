@@ -18,7 +18,7 @@ import tarfile
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,13 +114,9 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {tar.offset}") from None
 
 
-def _files(shard: str, torn: list[str], contents: bool, also: Collection[str] | None) -> Iterator[dict[str, Any]]:
+def _files(shard: str, torn: list[str], contents: bool, every: bool) -> Iterator[dict[str, Any]]:
     """The files of a tar that belong to samples. A tear ends them and is noted in `torn`."""
-    known = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER, *(also or ())))
-
-    def wanted(name: str) -> bool:
-        return also is None or name.endswith(known)
-
+    known = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
     try:
         tar = tarfile.open(shard, "r|*", tarinfo=_Header)  # noqa: SIM115
     except _TAR_ERRORS as error:
@@ -129,18 +125,17 @@ def _files(shard: str, torn: list[str], contents: bool, also: Collection[str] | 
         try:
             while (member := tar.next()) is not None:
                 tar.members = []  # tarfile would keep every header
-                if member.isreg() and wanted(member.name.lower()):
+                if member.isreg() and (every or member.name.lower().endswith(known)):
                     data = tar.extractfile(member).read() if contents else b""
                     yield {"fname": member.name, "data": data, "__url__": shard}
         except _TAR_ERRORS as error:
             torn.append(str(error) or type(error).__name__)
 
 
-def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, also: Collection[str] | None = ()) -> Iterator[Sample]:
+def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, every: bool = False) -> Iterator[Sample]:
     """The samples of a tar: {"__key__", "__url__", suffix: bytes}. Tears and double files go to `skipped`.
 
-    Suffixes are in lower case. Other files than images, txt and json are left out, but for the suffixes of `also`
-    (such as "teacher.npy"), or for none with also=None.
+    Suffixes are in lower case. Other files than images, txt, json and a teacher's features are left out unless `every`.
     """
     name, torn = os.path.basename(shard), []
 
@@ -148,7 +143,7 @@ def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, also: Col
         skipped.add("duplicate file in tar", name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(shard, torn, contents, also), handler=double):
+    for sample in group_by_keys(_files(shard, torn, contents, every), handler=double):
         # The tear may have taken half of the last sample: then the tear is counted, not the sample.
         if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
             break
