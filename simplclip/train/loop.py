@@ -2,7 +2,7 @@
 
 run              sets up, restores, loops, finishes
 _batches         the endless stream of batches, epoch after epoch, micro-batches of a step together
-_train_step      one step: forward, backward, update
+train_step      one step: forward, backward, update
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         speed = Speed()
         stream = _batches(this, loader, report.print) if this.step < config.run.steps else ()
         for batches in stream:
-            row = _train_step(this, batches)
+            row = train_step(this, batches)
             row |= {"samples_per_s": speed.step(config.data.batch_size), "peak_mb": peak_memory_mb(device)}
             report.step(this.step, row)
             last = this.step == config.run.steps
@@ -123,7 +123,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     return out / "last.pt"
 
 
-def _train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
+def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
     model, optimizer, scaler = this.model, this.optimizer, this.scaler
     optimizer.zero_grad(set_to_none=True)
     if this.config.data.micro_batch is None:
