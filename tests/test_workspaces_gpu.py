@@ -145,7 +145,7 @@ def call_feature_loss(dtype: torch.dtype, fake: bool = True) -> None:
 
 def call_attention(backend: str, dtype: torch.dtype, fake: bool = True) -> None:
     for length, k, layout in itertools.product((40, 257), (32, 80), ("joined", "heads first")):
-        case = attention_cases.Case(b=8, length=length, h=4, k=k, dtype=dtype, layout=layout, valid=(length,) * 8)
+        case = attention_cases.Case(64, length, 4, k, False, (length,) * 64, dtype, layout=layout)
         inputs, into, gains, lengths = attention_cases.tensors(case, "cpu")
         q, keys, v, grad = on_gpu(inputs, fake)
         mode = [*on_gpu([gains.float(), lengths], fake)]
