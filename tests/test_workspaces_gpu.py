@@ -201,6 +201,8 @@ def test_cuda_attention_copies_what_is_not_aligned():
     copy = 4 * 50 * 3 * 64 * 2
     assert workspace_bytes("shaped_attention_fwd", "cuda", inside, inside, inside, gains, None, 1.0, False) == 0
     assert workspace_bytes("shaped_attention_fwd", "cuda", inside, shifted, shifted, gains, None, 1.0, False) == 2 * copy
+    single = torch.empty_strided((1, 50, 3, 64), (3, 192, 64, 1), dtype=torch.bfloat16, device="meta")
+    assert workspace_bytes("shaped_attention_fwd", "cuda", single, single, single, gains, None, 1.0, False) == 0
     args = [shifted, inside, inside, inside, gains, lse, None, 1.0, False, inside, shifted, inside]
     assert workspace_bytes("shaped_attention_bwd", "cuda", *args) == 2 * copy + 4 * 4 * 3 * 3
 
@@ -213,3 +215,11 @@ def test_the_device_assumed_is_used_where_there_is_none(monkeypatch):
     stated = workspace_bytes("parallel_mlp_bwd", "triton", *args)
     monkeypatch.setattr(workspaces_gpu, "ASSUMED", (86, 8))
     assert 0 < workspace_bytes("parallel_mlp_bwd", "triton", *args) < stated
+
+
+def test_allocations_are_rounded_on_a_gpu():
+    """Of feature_loss, three programs' sums and, beside the loss, two numbers in float64."""
+    for device, mode, expected in (("meta", contextlib.nullcontext(), 24), ("cuda", FakeTensorMode(), 1024)):
+        with mode:
+            features = torch.empty(70, 40, device=device)
+        assert workspace_bytes("feature_loss_fwd", "triton", features, features, False, 1.0, True) == expected

@@ -281,9 +281,6 @@ def _similarity_loss_bwd(_grad_rows: Tensor, _grad_columns: Tensor, *args) -> in
         product = memory.take(n * d, _FLOAT)
         if not wide:
             memory.replace(product, n * d, _HALF)
-    if not exact:  # magnitudes of the incoming gradients
-        memory.give(memory.take(len(RowStat) * n, _FLOAT))
-        memory.give(memory.take(len(ColumnStat) * m, _FLOAT))
     _gradient_scratch(memory, call, plan, chunk)
 
     def add_rows(to: _Gradient, count: int) -> None:
@@ -299,9 +296,8 @@ def _similarity_loss_bwd(_grad_rows: Tensor, _grad_columns: Tensor, *args) -> in
                 d_text.add(m, in_place=wide)
             if step.L:
                 plane_product = memory.replace(plane_product, count * d, _FLOAT)
-                memory.give(
-                    memory.take(count * d, _FLOAT), memory.take(d, _FLOAT)
-                )  # its product with the image, and that's sum
+                # Its product with the image, and the sum of that.
+                memory.give(memory.take(count * d, _FLOAT), memory.take(d, _FLOAT))
                 d_text.add(m, in_place=wide)
             if step.U:
                 add_rows(d_projected_image, count)
