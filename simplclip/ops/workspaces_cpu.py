@@ -30,8 +30,8 @@ def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: boo
     """Bytes that oneDNN takes from torch's allocator within one product [m, k] @ [k, n], which bfloat16 alone has it do.
 
     `transposed`: the first operand's columns are contiguous, not its rows. Fitted to 347 products by oneDNN's kernels for
-    AVX512-BF16 on one thread (a Zen 4), and exact there; T threads take about T times as much. Other instruction sets (AMX) are not
-    measured.
+    AVX512-BF16 on one thread of a Zen 4, and exact there; T threads take about T times as much. Other instruction sets
+    (AMX) are not measured.
     """
     native = backends.extension is not None and backends.extension.has_native_bf16()
     if dtype != torch.bfloat16 or not native or m * n * k <= 16**3:
