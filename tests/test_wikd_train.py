@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
-
 from runs import assert_same, at_step, bits, go, rows, state_of
+
 from simplclip import checkpoint, data
 from simplclip.config import ConfigError
 from simplclip.train import loop as train
