@@ -20,11 +20,9 @@ from trainer_runs import register_models
 from typer.testing import CliRunner
 
 from simplclip import cli, data, models, teacher
-from simplclip.data import shards
+from simplclip.data import emoji, shards
 from simplclip.data.shards import Skipped, read_shard, teacher_of, teacher_stamp
 from simplclip.teacher import builtin, heads
-
-EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 
 
 @pytest.fixture(scope="module")
@@ -224,14 +222,14 @@ def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
     assert all(torch.equal(a, loaded[name]) for name, a in first.state_dict().items())
 
 
-def test_pairs_of_a_group_are_no_negatives(monkeypatch):
+def test_pairs_of_a_group_are_no_negatives(monkeypatch, folder):
     """All in one group but one: without the ids the heads would be pushed apart."""
     seen = []
     loss = heads.ClipPMLoss.forward
     monkeypatch.setattr(heads.ClipPMLoss, "forward", lambda s, *a, **k: seen.append(k["ids"]) or loss(s, *a, **k))
     monkeypatch.setattr(heads, "STEPS", 1)
     monkeypatch.setattr(heads, "features", lambda *_: separable(8))
-    teacher.train_heads(str(EMOJI / "train-000000.tar"), progress=False)
+    teacher.train_heads(str(folder / "in" / "train-0.tar"), progress=False)
     assert sorted(seen[0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -262,10 +260,14 @@ def test_padding_and_company_do_not_change_features():
 def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "STEPS", 20)
     monkeypatch.setattr(heads, "BATCH", 32)
+    every = emoji.concepts()
+    monkeypatch.setattr(emoji, "concepts", lambda: every[::40])
+    monkeypatch.setattr(emoji, "HELD_OUT", 4)
+    emoji.build(tmp_path / "emoji")
     source = tmp_path / "in"
     source.mkdir()
-    few = [s for _, s in zip(range(64), read_shard(str(EMOJI / "train-000000.tar"), Skipped()))]
-    for split, part in (("train", few[:48]), ("held", few[48:])):
+    few = [sample for path in sorted((tmp_path / "emoji").glob("train-*.tar")) for sample in read_shard(str(path), Skipped())]
+    for split, part in (("train", few[:48]), ("held", few[48:64])):
         with tarfile.open(source / f"{split}-0.tar", "w") as tar:
             for sample in part:
                 for suffix in ("json", "png"):
