@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from simplclip.ops import registry
 from simplclip.ops.workspaces import workspace_bytes
+from simplclip.ops.workspaces_cpu import packing_bytes
 
 # What a live byte is for. A storage has the kind of the phase that allocated it until `relabel` gives it another.
 KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", "kernel workspaces")
@@ -23,6 +24,18 @@ GPU_BLOCK = 512  # torch's CUDA allocator hands out multiples of it
 
 class UncountedOp(RuntimeError):
     """An op whose memory cannot be known: it has no fake implementation, or no stated workspace."""
+
+
+# Products in which a CPU's oneDNN takes memory of torch's allocator; their operands among the arguments.
+_PRODUCTS = {
+    torch.ops.aten.mm.default: lambda args: args[:2],
+    torch.ops.aten.addmm.default: lambda args: args[1:3],
+    torch.ops.aten.addmm_.default: lambda args: args[1:3],
+}
+
+
+def _packing(a: Tensor, b: Tensor) -> int:
+    return packing_bytes(a.shape[0], b.shape[1], a.shape[1], a.dtype, transposed=a.stride(1) != 1)
 
 
 @dataclass
@@ -34,7 +47,32 @@ class Usage:
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
     peak_phase: str = ""
-    peak_event: int = 0
+    steps: list[int] = field(default_factory=list)  # first event of each step, and the first behind them
+
+    def timeline(self, points: int = 2000) -> tuple[list[str], list[list[int]], list[tuple[int, str]]]:
+        """Of the last step: kinds; for each its live bytes over at most about `points` moments; the phases' first moments.
+
+        A moment stands for several events and has what was live when their total was highest.
+        """
+        start, end = self.steps[-2:]
+        live = dict.fromkeys(KINDS, 0)
+        for kind, change in self.events[:start]:
+            live[kind] += change
+        span = max(1, (end - start) // points)
+        rows: list[tuple[int, ...]] = []
+        for place, (kind, change) in enumerate(self.events[start:end]):
+            live[kind] += change
+            row = tuple(live.values())
+            if place % span == 0:
+                rows.append(row)
+            elif sum(row) > sum(rows[-1]):
+                rows[-1] = row
+        used = [index for index in range(len(KINDS)) if any(row[index] for row in rows)]
+        phases: list[tuple[int, str]] = []
+        for event, name in self.phases:
+            if start <= event < end and name and (not phases or phases[-1][1] != name):
+                phases.append(((event - start) // span, name))
+        return [KINDS[index] for index in used], [[row[index] for row in rows] for index in used], phases
 
 
 class Counter(TorchDispatchMode):
@@ -106,6 +144,8 @@ class Counter(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
                 self._see(tensor, self.kind)
+        if self.device.type == "cpu" and func in _PRODUCTS:
+            self.transient(_packing(*_PRODUCTS[func](args)))
         return out
 
     def _native(self, op: str, backend: str, function):
@@ -151,4 +191,4 @@ class Counter(TorchDispatchMode):
         usage.events.append((kind, size))
         if self._total > usage.peak:
             usage.peak, usage.at_peak = self._total, {kind: self.live[kind] for kind in KINDS if self.live[kind]}
-            usage.peak_phase, usage.peak_event = self.phase, len(usage.events) - 1
+            usage.peak_phase = self.phase

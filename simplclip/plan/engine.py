@@ -65,7 +65,9 @@ class Engine:
 
     def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None], retain=None, create=False, inputs=None):
         if retain or create or inputs is not None:
-            raise NotImplementedError("backward: expected no retain_graph, create_graph and inputs; a plan counts plain passes")
+            raise NotImplementedError(
+                "backward: expected no retain_graph, create_graph and inputs; a plan counts plain passes"
+            )
         self._task += 1
         with torch.no_grad():
             self._run(roots, gradients)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from simplclip import config as configs
-from simplclip import hardware, models
+from simplclip import gradient_cache, hardware, models
 from simplclip.config import Config, ConfigError
 from simplclip.plan.cards import Budget
 from simplclip.plan.count import Usage
@@ -17,7 +18,7 @@ from simplclip.plan.predict import predict
 from simplclip.plan.solve import largest
 from simplclip.plan.step import OpenClipStep, TrainerStep
 
-AS_IS, ONE_GRAPH, CACHED, OPEN_CLIP = "as configured", "largest batch in one graph", "largest by gradient caching", "open_clip"
+AS_IS, ONE_GRAPH, CACHED = "as configured", "most in one graph", "most by gradient caching"
 SMALL_MICRO_BATCH = 256  # where none is configured; a larger one leaves less for the loss
 MOST_PAIRS = 1 << 22
 
@@ -79,10 +80,14 @@ def make(
         tell("looking for the micro-batch")
         config = micro_batch_that_fits(config, budget, device=device, teacher_width=teacher_width)
 
+    base = TrainerStep(config, precision, teacher_width)
+
     def usage_of(data: dict, **changes) -> Usage:
-        step = TrainerStep(_changed(config, data=data, **changes), precision, teacher_width)
+        changed = _changed(config, data=data, **changes)
+        step = TrainerStep(changed, precision, teacher_width) if changes else base.resized(changed)
         return predict(step, where)
 
+    cacheable = _cacheable(base.training.model.train())
     tell(f"the step as configured: batch {config.data.batch_size:,}")
     usage = usage_of({})
     as_is = Answer(AS_IS, config.data.batch_size, config.data.micro_batch, usage.peak)
@@ -90,12 +95,13 @@ def make(
     if where.type == "cuda" and torch.cuda.is_available():
         tell("two real steps of it on this GPU")
         measured = _measured(TrainerStep(config, precision, teacher_width), where)
+        notes += [] if measured else ["nothing of the step as configured: it does not fit this GPU"]
     if solve:
-        answers += _solved(config, budget, usage_of, tell)
+        answers += _solved(config, budget, usage_of, cacheable, tell)
     if compare:
         answers.append(_of_open_clip(config, budget, precision, teacher_width, where, tell))
     tell("advice")
-    advice = tuple(_advice(config, budget, usage, usage_of))
+    advice = tuple(_advice(config, budget, usage, usage_of, cacheable))
     return Plan(config.model.name, precision, device, budget, tuple(answers), usage, measured, advice, tuple(notes))
 
 
@@ -109,9 +115,11 @@ def micro_batch_that_fits(
     where, size = _device(device), config.data.batch_size
     precision, _ = _precision(config, where)
 
+    base = TrainerStep(_changed(config, data={"micro_batch": None}), precision, teacher_width)
+
     def peak(micro: int) -> int:
-        step = TrainerStep(_changed(config, data={"micro_batch": None if micro == size else micro}), precision, teacher_width)
-        return predict(step, where).peak
+        changed = _changed(config, data={"micro_batch": None if micro == size else micro})
+        return predict(base.resized(changed), where).peak
 
     divisors = [micro for micro in range(1, size + 1) if size % micro == 0]
     place, seen = largest(lambda index: peak(divisors[index - 1]), budget.usable, start=len(divisors), most=len(divisors))
@@ -124,11 +132,11 @@ def micro_batch_that_fits(
     return _changed(config, data={"micro_batch": None if micro == size else micro})
 
 
-def _solved(config: Config, budget: Budget, usage_of: Callable, tell: Callable) -> Iterator[Answer]:
+def _solved(config: Config, budget: Budget, usage_of: Callable, cacheable: bool, tell: Callable) -> Iterator[Answer]:
     tell("the largest batch in one graph")
     yield _answer(ONE_GRAPH, lambda n: usage_of({"batch_size": n, "micro_batch": None}).peak, budget, micro_batch=None)
     micro = config.data.micro_batch or min(SMALL_MICRO_BATCH, config.data.batch_size)
-    if not _caches(config):
+    if not cacheable:
         return
     tell(f"the largest batch by gradient caching, micro-batches of {micro:,}")
 
@@ -138,9 +146,7 @@ def _solved(config: Config, budget: Budget, usage_of: Callable, tell: Callable) 
     yield _answer(CACHED, cached, budget, micro_batch=micro, unit=micro)
 
 
-def _answer(
-    what: str, peak: Callable[[int], int], budget: Budget, *, micro_batch: int | None, unit: int = 1
-) -> Answer:
+def _answer(what: str, peak: Callable[[int], int], budget: Budget, *, micro_batch: int | None, unit: int = 1) -> Answer:
     found, seen = largest(peak, budget.usable, start=max(8, 16384 // unit) if unit > 1 else 32, most=MOST_PAIRS // unit)
     return Answer(
         what,
@@ -162,13 +168,13 @@ def _of_open_clip(
     width = None
     if "distill_loss" in config.loss.weights:
         width = teacher_width or TrainerStep(config, precision).training.teacher["width"]
-    losses = "ClipLoss" if width is None else "DistillClipLoss, the teacher's features stored"
-    what = f"largest batch of {name} with open_clip's {losses}"
-    tell(f"the {what}")
+    losses = "ClipLoss" if width is None else "DistillClipLoss"
+    what = f"most in open_clip: {name}, {losses}"
+    tell(what)
     return _answer(what, lambda n: predict(OpenClipStep(name, n, precision, width), where).peak, budget, micro_batch=None)
 
 
-def _advice(config: Config, budget: Budget, usage: Usage, usage_of: Callable) -> Iterator[str]:
+def _advice(config: Config, budget: Budget, usage: Usage, usage_of: Callable, cacheable: bool) -> Iterator[str]:
     """What would lower the peak of the step as configured, and by how much."""
 
     def gain(told: str, data: dict | None = None, **changes) -> Iterator[str]:
@@ -182,7 +188,7 @@ def _advice(config: Config, budget: Budget, usage: Usage, usage_of: Callable) ->
     size, micro = config.data.batch_size, config.data.micro_batch
     if not config.model.recompute:
         yield from gain("model.recompute=true (blocks are computed again in backward)", model={"recompute": True})
-    if micro is None and size % 4 == 0 and _caches(config):
+    if micro is None and size % 4 == 0 and cacheable:
         yield from gain(f"data.micro_batch={size // 4} (gradient caching)", {"micro_batch": size // 4})
     elif micro is not None and micro % 2 == 0:
         yield from gain(f"data.micro_batch={micro // 2}", {"micro_batch": micro // 2})
@@ -194,12 +200,13 @@ def _advice(config: Config, budget: Budget, usage: Usage, usage_of: Callable) ->
         yield "a smaller data.batch_size, or data.micro_batch=auto"
 
 
-def _caches(config: Config) -> bool:
-    """Whether gradient caching would take the model: its norms are frozen, or it has none that look at the batch."""
-    if config.data.micro_batch is not None or config.model.freeze_norms or config.inherit.source is not None:
-        return True
-    model = TrainerStep(config, "fp32", 1).training.model
-    return not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+def _cacheable(model: nn.Module) -> bool:
+    """Whether gradient caching takes the model."""
+    try:
+        gradient_cache.check(model)
+    except ValueError:
+        return False
+    return True
 
 
 def _measured(step: TrainerStep, device: torch.device) -> int | None:

@@ -19,7 +19,8 @@ STEPS = 2  # the second finds the optimizer's state there
 
 def predict(step: Step, device: torch.device) -> Usage:
     """Usage of `device` by two runs of `step`, whose modules are fake afterwards."""
-    counter, mode = Counter(device), FakeTensorMode()
+    # Without fallback kernels, which would run an op that has no fake on a real tensor.
+    counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, pretend.Fakes(mode, torch.device("cpu")).of, step.batches(whole=False))
     pretend.Fakes(mode, device).into(step.modules)
     for module in step.modules:
@@ -30,8 +31,10 @@ def predict(step: Step, device: torch.device) -> Usage:
         step.place(device, counter)
         _watch(step.optimizer, counter)
         for _ in range(STEPS):
+            counter.usage.steps.append(len(counter.usage.events))
             with counter.during("backward", "temporaries"):
                 step.run(batches)
+        counter.usage.steps.append(len(counter.usage.events))
     return counter.usage
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import open_clip
 import torch
-from open_clip.loss import ClipLoss, DistillClipLoss
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -37,7 +38,8 @@ class Step(Protocol):
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
         """The micro-batches of a step, in the host's memory.
 
-        Not `whole`: without values, and those between the second and the last without pixels, as one more of the same.
+        Not `whole`: without values, and those between the second and the last are one that no tower sees: what they add is
+        their rows.
         """
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
@@ -54,6 +56,13 @@ class TrainerStep:
         self.config, self.precision = config, precision
         self.training = _Planned(config, torch.device("cpu"), precision, teacher_width)
         self.modules = [self.training.model, self.training.loss]
+
+    def resized(self, config: Config) -> TrainerStep:
+        """The same step with another section `data`; it shares the modules, so one of both runs at a time."""
+        other = copy.copy(self)
+        other.training = copy.copy(self.training)
+        other.config = other.training.config = config
+        return other
 
     def materialize(self, device: torch.device) -> None:
         for module in self.modules:
@@ -72,20 +81,26 @@ class TrainerStep:
         return self.training.optimizer
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
-        c, this = self.config.data, self.training
+        c = self.config.data
         size = c.micro_batch or c.batch_size
-        count, k = c.batch_size // size, c.captions_per_image
-        text = tokens(self.config.model.name, size * k if whole else 1)
+        count = c.batch_size // size
+        if whole or count < 4:
+            return [self._batch(size, whole) for _ in range(count)]
+        between = self._batch((count - 3) * size, whole)
+        between["unseen"] = between.pop("image"), between.pop("text")
+        return [self._batch(size, whole), self._batch(size, whole), between, self._batch(size, whole)]
+
+    def _batch(self, size: int, whole: bool) -> dict[str, Tensor]:
+        this, k = self.training, self.config.data.captions_per_image
+        captions = () if k == 1 else (k,)
         with torch.device("cpu" if whole else "meta"):
-            text = text if whole else torch.empty(size * k, text.shape[1], dtype=text.dtype)
-            batch = {"group": torch.arange(size)}
+            text = tokens(self.config.model.name, this.model, size * k, whole)
+            batch = {"image": pictures(this.model, size), "text": text.unflatten(0, (size, *captions))}
+            batch["group"] = torch.arange(size)
             if this.teacher:
-                width, captions = this.teacher["width"], () if k == 1 else (k,)
-                batch["teacher_image"] = torch.ones(size, width, dtype=torch.float16)
-                batch["teacher_text"] = torch.ones(size, *captions, width, dtype=torch.float16)
-            pixels = {"image": pictures(this.model, size), "text": text if k == 1 else text.unflatten(0, (size, k))}
-        middle = 0 if whole else max(0, count - 3)
-        return [batch | pixels] * min(2, count - 1) + [batch] * middle + [batch | pixels] * (count - middle - min(2, count - 1))
+                batch["teacher_image"] = torch.ones(size, this.teacher["width"], dtype=torch.float16)
+                batch["teacher_text"] = torch.ones(size, *captions, this.teacher["width"], dtype=torch.float16)
+        return batch
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
         train_step(self.training, batches)
@@ -110,14 +125,16 @@ class _Planned(Training):
         return [_architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Of a micro-batch without pixels, which stands for one more like the others, the features alone."""
+        """Of a batch that stands for several like the one before, the features alone."""
         if "image" not in batch:
-            return tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._like)
+            size, k = len(batch["group"]), self.config.data.captions_per_image
+            rows, (width, dtype) = (size, size * k), self._features
+            return tuple(torch.empty(n, width, dtype=dtype, device=self.device) for n in rows)
         if self.counter is None:
             return super().encode(batch)
         with self.counter.during("encode", "activations"):
             features = super().encode(batch)
-        self._like = [(t.shape, t.dtype) for t in features]
+        self._features = features[0].shape[1], features[0].dtype
         return features
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -133,23 +150,30 @@ def _architecture(source: str) -> Any:
     if not slash or name not in open_clip.list_models():
         return source
     with torch.device("meta"):
-        model = open_clip.create_model(name, device="meta", pretrained_image=False, pretrained_text=False)
+        model = models.create(models.PLAIN + name, device="meta")
     return {key: torch.empty(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
 
 
 class OpenClipStep:
-    """A step of open_clip's trainer on one of its models, with its ClipLoss, or DistillClipLoss from stored features.
+    """A step of open_clip's trainer on one of its models, with the loss that it takes for it, or distilling stored features.
 
-    teacher_width: of the features of a teacher for DistillClipLoss; None: ClipLoss. No teacher is in memory, which
-    open_clip's own trainer would have there.
+    teacher_width: of the features of a teacher for DistillClipLoss; None: CoCaLoss for a CoCa, SigLipLoss for a model with a
+    logit bias, else ClipLoss. No teacher is in memory, which open_clip's own trainer would have there.
     """
 
     def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None) -> None:
         self.name, self.batch_size, self.precision, self.teacher_width = name, batch_size, precision, teacher_width
         with torch.device("meta"):
             self.model = models.create(models.PLAIN + name, device="meta", output_dict=True).train()
-        self.loss = ClipLoss() if teacher_width is None else DistillClipLoss()
+        self.loss = self._loss()
         self.modules: list[nn.Module] = [self.model, self.loss]
+
+    def _loss(self) -> nn.Module:
+        if self.teacher_width is not None:
+            return DistillClipLoss()
+        if hasattr(self.model, "text_decoder"):
+            return CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
+        return ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
 
     def materialize(self, device: torch.device) -> None:
         self.model = models.create(models.PLAIN + self.name, device=device, output_dict=True).train()
@@ -161,10 +185,10 @@ class OpenClipStep:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)  # torch's choice on either
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
-        size, text = self.batch_size, tokens(models.PLAIN + self.name, self.batch_size if whole else 1)
+        size = self.batch_size
         with torch.device("cpu" if whole else "meta"):
-            batch = {"image": pictures(self.model, size)}
-            batch["text"] = text if whole else torch.empty(size, text.shape[1], dtype=text.dtype)
+            text = tokens(models.PLAIN + self.name, self.model, size, whole)
+            batch = {"image": pictures(self.model, size), "text": text}
             if self.teacher_width is not None:
                 for name in ("dist_image_features", "dist_text_features"):
                     batch[name] = torch.ones(size, self.teacher_width, dtype=torch.float16)
@@ -193,9 +217,12 @@ class OpenClipStep:
         return nullcontext() if self.counter is None else self.counter.during(phase, kind)
 
 
-def tokens(name: str, count: int) -> Tensor:
-    """int64 [count, L] of a real caption, so that its end is found."""
-    return models.tokenizer(name)(["a photo of a small thing"]).expand(count, -1).contiguous()
+def tokens(name: str, model: nn.Module, count: int, whole: bool) -> Tensor:
+    """int64 [count, L]; `whole`: of a real caption, so that its end is found, for which some tokenizers must be downloaded."""
+    if whole:
+        return models.tokenizer(name)(["a photo of a small thing"]).expand(count, -1).contiguous()
+    length = model.context_length if hasattr(model, "context_length") else model.text.context_length
+    return torch.zeros(count, length, dtype=torch.int64)
 
 
 def pictures(model: nn.Module, count: int) -> Tensor:
