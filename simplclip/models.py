@@ -142,7 +142,7 @@ def names() -> list[str]:
 
 
 def original(name: str) -> str | None:
-    """The open_clip model that a SiCLIP was made from, or that a plain name means; None where it is not one of open_clip's."""
+    """The open_clip model that a SiCLIP was made from, or that a plain name means; None where there is none."""
     spec = _spec(name)
     return spec.original if spec.original in open_clip.list_models() else None
 

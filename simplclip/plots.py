@@ -203,9 +203,8 @@ def memory(path: str | Path, plan: Plan) -> Path:
     step.stackplot(range(len(live[0])), np.array(live) / gib, labels=kinds, colors=KIND_COLOURS[: len(kinds)], linewidth=0)
     for (first, name), (last, _) in zip(phases, [*phases[1:], (len(live[0]), "")]):
         if last - first > len(live[0]) / 12:
-            step.text(
-                (first + last) / 2, 1.02, name, transform=step.get_xaxis_transform(), fontsize=8, color=MUTED, ha="center"
-            )
+            at = {"transform": step.get_xaxis_transform(), "ha": "center"}
+            step.text((first + last) / 2, 1.02, name, fontsize=8, color=MUTED, **at)
         step.axvline(first, color=FRAME, linewidth=0.5)
     _style(step, "")
     step.set_xlim(0, len(live[0]))

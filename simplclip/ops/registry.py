@@ -32,7 +32,8 @@ def define(
     """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
     `run(function, *arguments)` prepares the call for a backend's function. `native`: schema of the functions of C++ where it
-    is another than the op's, then with its `native_fake`. `facts(*arguments)`: what the backends' predicates want to know beside device and dtype.
+    is another than the op's, then with its `native_fake`. `facts(*arguments)`: what the backends' predicates want to know
+    beside device and dtype.
     An op without a row in the table is made of others: its `run` gets `pick(op, **facts)`, which gives their functions.
     """
     library.define(f"{name}({arguments}, str backend) -> {returns}")

@@ -45,6 +45,10 @@ class Budget:
         ]
 
 
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
 def parse_memory(text: str) -> int:
     """Bytes of "24GiB", "24000MB" or a card of `CARDS`. Errors: ValueError."""
     name = re.sub(r"[\s_]+", "-", text.strip().lower())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
@@ -47,13 +48,19 @@ class Engine:
             tensors, gradients = ([x] if isinstance(x, Tensor) else x for x in (tensors, grad_tensors))
             self.backward(tensors, gradients or [None] * len(tensors), retain_graph, create_graph, inputs)
 
+        def task() -> int:
+            return self._task
+
+        def keeps_graph() -> bool:
+            return False
+
         # The task's number and whether it keeps its graph: checkpointing and our ops ask for them.
         with (
             torch.autograd.graph.saved_tensors_hooks(Saved, self._unpack),
             mock.patch.object(Tensor, "backward", of_tensor),
             mock.patch.object(torch.autograd, "backward", of_autograd),
-            mock.patch.object(torch._C, "_current_graph_task_id", lambda: self._task),
-            mock.patch.object(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: False),
+            mock.patch.object(torch._C, "_current_graph_task_id", task),
+            mock.patch.object(torch._C._autograd, "_get_current_graph_task_keep_graph", keeps_graph),
         ):
             yield
 
@@ -65,9 +72,7 @@ class Engine:
 
     def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None], retain=None, create=False, inputs=None):
         if retain or create or inputs is not None:
-            raise NotImplementedError(
-                "backward: expected no retain_graph, create_graph and inputs; a plan counts plain passes"
-            )
+            raise NotImplementedError("backward: expected no retain_graph, create_graph or inputs in a plan")
         self._task += 1
         with torch.no_grad():
             self._run(roots, gradients)
@@ -105,9 +110,8 @@ class Engine:
                         self._on_gradient(node.variable.grad)
                 continue
             outputs = self._call(node, buffer)
-            for (following, place), gradient in zip(node.next_functions, outputs):
-                if following is None:
-                    continue
+            edges = [edge for edge in node.next_functions if edge[0] is not None]
+            for (following, place), gradient in zip(edges, outputs):
                 if gradient is not None:
                     gradient = _fitted(gradient, following._input_metadata[place])
                     _add(buffers.setdefault(following, {}), place, gradient)
@@ -118,17 +122,21 @@ class Engine:
             del node, buffer, outputs, gradient, following
 
     def _call(self, node: object, buffer: dict[int, Tensor]) -> list[Tensor | None]:
-        """The gradients of a node's inputs; what it saved goes."""
+        """The gradients for a node's edges; what it saved goes."""
         count = len(node._input_metadata)
         if not buffer:
             return [None] * len(node.next_functions)
         inputs = [buffer.pop(place, None) for place in range(count)]
         self._unpacked = []
-        outputs = node.apply(*inputs) if isinstance(node, torch.autograd.function.BackwardCFunction) else node(*inputs)
+        python = isinstance(node, torch.autograd.function.BackwardCFunction)
+        outputs = node.apply(*inputs) if python else node(*inputs)
         for saved in self._unpacked:
             saved.tensor = None
         self._unpacked = []
-        return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        # A node of C++ has an edge for each of its outputs, one of Python none for an input that was no tensor.
+        wanted = node.needs_input_grad if python else [edge[0] is not None for edge in node.next_functions]
+        return [gradient for gradient, asked in zip(outputs, wanted) if asked]
 
 
 def _fitted(gradient: Tensor, meta) -> Tensor:
@@ -164,16 +172,19 @@ def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
 
 
 def _alone(tensor: Tensor) -> bool:
-    return tensor._base is None and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= 2
+    """Whether only the buffer has this tensor (and two callers) and only it has its memory, all of it."""
+    referred = sys.getrefcount(tensor) > 4 or torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2
+    return not referred and _dense(tensor)
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Takes the gradient itself where it lies in memory as the leaf does, else a copy that does."""
+    """Takes the gradient itself where nobody else has it and it lies in memory as the leaf does, else a copy that does."""
     if leaf.grad is not None:
         leaf.grad.add_(gradient)
         return
-    gradient = gradient.detach().to(leaf.dtype)
-    if gradient.stride() != leaf.stride() or not _dense(gradient):
+    own = _alone(gradient) and gradient.stride() == leaf.stride()
+    gradient = gradient.detach()
+    if not own:
         laid = torch.empty_like(leaf, requires_grad=False)
         laid.copy_(gradient)
         gradient = laid

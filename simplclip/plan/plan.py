@@ -1,8 +1,8 @@
-"""The questions of a plan: the step as it is, the largest batch in one graph, the largest by gradient caching, open_clip's."""
+"""The questions of a plan: the step as it is, the largest batches in one graph and by gradient caching, open_clip's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from simplclip import config as configs
 from simplclip import gradient_cache, hardware, models
 from simplclip.config import Config, ConfigError
-from simplclip.plan.cards import Budget
+from simplclip.plan.cards import Budget, gib
 from simplclip.plan.count import Usage
 from simplclip.plan.measure import measure
 from simplclip.plan.predict import predict
@@ -71,11 +71,13 @@ def make(
     where the shards are not here. compare: the model's original with open_clip's losses too. solve: look for the largest
     batches. tell: gets a line before each part.
 
-    Errors: ConfigError, ValueError; UncountedOp for an op whose memory cannot be known; RuntimeError without a CUDA build of torch.
+    Errors: ConfigError, ValueError; UncountedOp and UnknownWorkspace for an op whose memory cannot be known; RuntimeError
+    without a CUDA build of torch.
     """
     where = _device(device)
     precision, why = _precision(config, where)
     notes = [f"precision {precision} ({why})", "two steps; the second has the optimizer's state from its beginning"]
+    notes += ["nothing for oneDNN's workspaces inside convolutions"] if where.type == "cpu" else []
     if config.data.micro_batch == "auto":
         tell("looking for the micro-batch")
         config = micro_batch_that_fits(config, budget, device=device, teacher_width=teacher_width)
@@ -99,7 +101,7 @@ def make(
     if solve:
         answers += _solved(config, budget, usage_of, cacheable, tell)
     if compare:
-        answers.append(_of_open_clip(config, budget, precision, teacher_width, where, tell))
+        answers.append(_of_open_clip(config, budget, precision, base.training.teacher, where, tell))
     tell("advice")
     advice = tuple(_advice(config, budget, usage, usage_of, cacheable))
     return Plan(config.model.name, precision, device, budget, tuple(answers), usage, measured, advice, tuple(notes))
@@ -125,8 +127,8 @@ def micro_batch_that_fits(
     place, seen = largest(lambda index: peak(divisors[index - 1]), budget.usable, start=len(divisors), most=len(divisors))
     if not place:
         raise ConfigError(
-            f"data.micro_batch: expected one that fits {_gib(budget.usable)} of {_gib(budget.memory)}, came auto; a batch of "
-            f"{size:,} takes {_gib(seen[1])} even one image at a time"
+            f"data.micro_batch: expected one that fits {gib(budget.usable)} of {gib(budget.memory)}, came auto; a batch of "
+            f"{size:,} takes {gib(seen[1])} even one image at a time"
         )
     micro = divisors[place - 1]
     return _changed(config, data={"micro_batch": None if micro == size else micro})
@@ -160,14 +162,12 @@ def _answer(what: str, peak: Callable[[int], int], budget: Budget, *, micro_batc
 
 
 def _of_open_clip(
-    config: Config, budget: Budget, precision: str, teacher_width: int | None, where: torch.device, tell: Callable
+    config: Config, budget: Budget, precision: str, teacher: Mapping | None, where: torch.device, tell: Callable
 ) -> Answer:
     name = models.original(config.model.name)
     if name is None:
         raise ConfigError(f"--compare: expected a model made from one of open_clip's, {config.model.name} is not")
-    width = None
-    if "distill_loss" in config.loss.weights:
-        width = teacher_width or TrainerStep(config, precision).training.teacher["width"]
+    width = teacher["width"] if "distill_loss" in config.loss.weights else None
     losses = "ClipLoss" if width is None else "DistillClipLoss"
     what = f"most in open_clip: {name}, {losses}"
     tell(what)
@@ -183,7 +183,7 @@ def _advice(config: Config, budget: Budget, usage: Usage, usage_of: Callable, ca
         except ConfigError:
             return
         if less.peak < 0.99 * usage.peak:
-            yield f"{told}: {_gib(less.peak)} instead of {_gib(usage.peak)}"
+            yield f"{told}: {gib(less.peak)} instead of {gib(usage.peak)}"
 
     size, micro = config.data.batch_size, config.data.micro_batch
     if not config.model.recompute:
@@ -227,8 +227,8 @@ def _changed(config: Config, **sections: dict) -> Config:
 def _device(name: str) -> torch.device:
     if name == "cuda" and torch.version.cuda is None:
         raise RuntimeError(
-            f"device: expected cpu, came cuda: torch {torch.__version__} is a build without CUDA, which plans for a card need "
-            "(the card itself is not needed)"
+            f"device: expected cpu, came cuda: torch {torch.__version__} is a build without CUDA, which plans for a card "
+            "need (the card itself is not needed)"
         )
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
@@ -238,7 +238,3 @@ def _precision(config: Config, device: torch.device) -> tuple[str, str]:
     if device.type == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
         return "bf16", "auto: cards since Ampere have native bf16"
     return hardware.pick_precision(config.run.precision, device)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -77,8 +77,7 @@ def attention_of_card(plain):
             bias = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
             bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
         keep = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        return aten._scaled_dot_product_efficient_attention(query, key, value, bias, keep, dropout_p, is_causal, scale=scale)[
-            0
-        ]
+        efficient = aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, bias, keep, dropout_p, is_causal, scale=scale)[0]
 
     return attention

@@ -7,10 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from simplclip.plan.cards import GIB, gib
 from simplclip.plan.count import KINDS
 from simplclip.plan.plan import Plan
-
-GIB = 2**30
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -90,7 +89,3 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "assumptions": [*plan.budget.assumptions(), *plan.notes],
         "advice": list(plan.advice),
     }
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"

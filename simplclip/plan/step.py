@@ -218,7 +218,7 @@ class OpenClipStep:
 
 
 def tokens(name: str, model: nn.Module, count: int, whole: bool) -> Tensor:
-    """int64 [count, L]; `whole`: of a real caption, so that its end is found, for which some tokenizers must be downloaded."""
+    """int64 [count, L]; `whole`: of a real caption, so that its end is found; some tokenizers must be downloaded for that."""
     if whole:
         return models.tokenizer(name)(["a photo of a small thing"]).expand(count, -1).contiguous()
     length = model.context_length if hasattr(model, "context_length") else model.text.context_length

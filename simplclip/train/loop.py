@@ -66,7 +66,8 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None,
     Without a last.pt it says so and starts (as open_clip's `--resume latest`), so that one command serves both.
 
     Errors: ConfigError (a folder that holds a run already; a checkpoint of other settings), TrainingError (a loss or
-    gradient that is not finite; out of memory, with what would fit), Interrupted (SIGINT or SIGTERM: the running step ends and the state is saved).
+    gradient that is not finite; out of memory, with what would fit), Interrupted (SIGINT or SIGTERM: the running step ends
+    and the state is saved).
     """
     console = console or Console()
     out = Path(config.run.out)
@@ -99,9 +100,11 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None,
         report.print(f"precision  {precision} ({why})")
         report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
         if auto:
+            from simplclip.plan.cards import gib  # plan imports the trainer
+
             micro = config.data.micro_batch
             told = f"{micro:,} images at a time" if micro else "the whole batch at a time"
-            report.print(f"memory     {told} fit in {limit.budget.usable / 2**30:.2f} GiB, by simplclip plan")
+            report.print(f"memory     {told} fit in {gib(limit.budget.usable)}, by simplclip plan")
         if resume and not state:
             report.print(f"resume     {out} holds no checkpoint yet: starting at step 0")
         elif state:
@@ -256,7 +259,8 @@ def _place(batch: int, was: Config, config: Config, last: Path) -> int:
     done, rest = divmod(batch * before, now)
     if rest:
         raise ConfigError(
-            f"data.micro_batch: expected a divisor of the {batch * before:,} images of the epoch that {last} has seen, came {now}"
+            f"data.micro_batch: expected a divisor of the {batch * before:,} images that {last} has seen of its epoch, "
+            f"came {now}"
         )
     return done
 

@@ -68,11 +68,12 @@ class MemoryLimit:
     def advice(self, config: Config) -> str:
         """What `simplclip plan` says of a step that did not fit."""
         from simplclip import plan
+        from simplclip.plan.cards import gib
 
         made = plan.make(config, self.budget, device=self.device.type, solve=False)
         told = [
-            f"The plan: this step takes {made.usage.peak / 2**30:.2f} GiB, usable are {self.budget.usable / 2**30:.2f} of "
-            f"{self.budget.memory / 2**30:.2f} GiB."
+            f"The plan: this step takes {gib(made.usage.peak)}, usable are {gib(self.budget.usable)} of "
+            f"{gib(self.budget.memory)}."
         ]
         told += [f"Try {advice}." for advice in made.advice]
         try:
