@@ -10,12 +10,13 @@ import heapq
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+_KEEPS_GRAPH = "_get_current_graph_task_keep_graph"  # not in every torch
 _LAST = 1 << 62  # AccumulateGrad runs as soon as it can
 
 
@@ -54,14 +55,14 @@ class Engine:
         def keeps_graph() -> bool:
             return False
 
-        # The task's number and whether it keeps its graph: checkpointing and our ops ask for them.
-        with (
-            torch.autograd.graph.saved_tensors_hooks(Saved, self._unpack),
-            mock.patch.object(Tensor, "backward", of_tensor),
-            mock.patch.object(torch.autograd, "backward", of_autograd),
-            mock.patch.object(torch._C, "_current_graph_task_id", task),
-            mock.patch.object(torch._C._autograd, "_get_current_graph_task_keep_graph", keeps_graph),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Saved, self._unpack))
+            stack.enter_context(mock.patch.object(Tensor, "backward", of_tensor))
+            stack.enter_context(mock.patch.object(torch.autograd, "backward", of_autograd))
+            # The task's number and whether it keeps its graph: checkpointing and our ops ask for them.
+            stack.enter_context(mock.patch.object(torch._C, "_current_graph_task_id", task))
+            if hasattr(torch._C._autograd, _KEEPS_GRAPH):
+                stack.enter_context(mock.patch.object(torch._C._autograd, _KEEPS_GRAPH, keeps_graph))
             yield
 
     def _unpack(self, saved: Saved) -> Tensor:
@@ -102,24 +103,26 @@ class Engine:
         del node
         while ready:
             _, _, node = heapq.heappop(ready)
-            buffer = buffers.pop(node, {})
-            if hasattr(node, "variable"):
-                if 0 in buffer:
-                    _accumulate(node.variable, buffer.pop(0))
-                    if isinstance(node.variable, nn.Parameter):
-                        self._on_gradient(node.variable.grad)
-                continue
-            outputs = self._call(node, buffer)
-            edges = [edge for edge in node.next_functions if edge[0] is not None]
-            for (following, place), gradient in zip(edges, outputs):
-                if gradient is not None:
-                    gradient = _fitted(gradient, following._input_metadata[place])
-                    _add(buffers.setdefault(following, {}), place, gradient)
+            for following in self._visit(node, buffers.pop(node, {}), buffers):
                 waiting[following] -= 1
                 if not waiting[following]:
                     del waiting[following]
                     push(following)
-            del node, buffer, outputs, gradient, following
+
+    def _visit(self, node: object, buffer: dict[int, Tensor], buffers: dict[object, dict[int, Tensor]]) -> list[object]:
+        """Runs a node and hands its gradients on; the nodes behind its edges."""
+        if hasattr(node, "variable"):
+            if 0 in buffer:
+                _accumulate(node.variable, buffer.pop(0))
+                if isinstance(node.variable, nn.Parameter):
+                    self._on_gradient(node.variable.grad)
+            return []
+        edges = [edge for edge in node.next_functions if edge[0] is not None]
+        for (following, place), gradient in zip(edges, self._call(node, buffer)):
+            if gradient is not None:
+                gradient = _fitted(gradient, following._input_metadata[place])
+                _add(buffers.setdefault(following, {}), place, gradient)
+        return [following for following, _ in edges]
 
     def _call(self, node: object, buffer: dict[int, Tensor]) -> list[Tensor | None]:
         """The gradients for a node's edges; what it saved goes."""
