@@ -158,22 +158,23 @@ def plan() -> list[str]:
     by_case = {case: {a["what"]: a for a in made["answers"]} for case, made in result["plans"].items()}
     others = [a for answers in by_case.values() for what, a in answers.items() if "open_clip" in what]
     theirs, what = others[0]["batch_size"], others[0]["what"].partition(": ")[2]
-    lines = ["| model | in one graph | times open_clip's | by gradient caching |", "|---|--:|--:|--:|"]
-    lines.append(f"| open_clip: {what} | {theirs:,} | 1.0 |  |")
+    lines = ["| model | in one graph | times open_clip's | by gradient caching | at a time |", "|---|--:|--:|--:|--:|"]
+    lines.append(f"| open_clip: {what} | {theirs:,} | 1.0 |  |  |")
     for case, answers in by_case.items():
         one, cached = answers["most in one graph"], answers["most by gradient caching"]
         ratio = one["batch_size"] / theirs
-        lines.append(f"| siclip-s0, {case} | {one['batch_size']:,} | {ratio:.1f} | {cached['batch_size']:,} |")
+        cells = (f"siclip-s0, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
+        cells = (*cells, f"{cached['batch_size']:,}", str(cached["micro_batch"]))
+        lines.append(f"| {' | '.join(cells)} |")
     first = next(iter(result["plans"].values()))
-    micro = next(a["micro_batch"] for a in first["answers"] if a["micro_batch"])
     gib = 2**30
     return [
         *lines,
         "",
         f"Pairs of a training step in {first['usable'] / gib:.2f} GiB of the {first['memory'] / gib:.0f} of an RTX 3090, "
-        f"{first['precision']}, CLIP and relational distillation from stored features of width {result['teacher_width']} where "
-        f"nothing else is said; gradient caching in micro-batches of {micro}. Predicted, not measured: no GPU was there. Torch "
-        f"{result['torch']}, commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`; `make plan`).",
+        f"{first['precision']}; CLIP and relational distillation from stored features of width {result['teacher_width']} "
+        f"where nothing else is said. Predicted, not measured: no GPU was there. Torch {result['torch']}, "
+        f"commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`; `make plan`).",
         "",
         "![Memory of a step of siclip-s0](benchmarks/results/plan-siclip-s0.png)",
     ]

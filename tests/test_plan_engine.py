@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from simplclip import gradient_cache, models
@@ -92,3 +93,41 @@ def test_saved_tensors_go_when_their_node_has_run():
             y.backward()
         with pytest.raises(NotImplementedError, match="expected no retain_graph"):
             (x * x).sum().backward(retain_graph=True)
+
+
+def test_a_gradient_that_two_nodes_have_is_not_added_to():
+    """An addition hands one tensor to both its sides; one of them gets more before the other runs."""
+    p, q = (nn.Parameter(torch.randn(4)) for _ in range(2))
+    net = nn.ParameterList([p, q])
+
+    def by_nodes():
+        a, b = 2 * p, 3 * q
+        earlier = a * torch.arange(4.0)
+        (earlier.sum() + ((a + b) * torch.arange(4.0)).sum()).backward()
+
+    def by_leaves():
+        for _ in range(2):
+            ((p + q) * torch.arange(4.0)).sum().backward()
+
+    both(net, by_nodes)
+    both(net, by_leaves)
+    with Engine(lambda gradient: None).installed():
+        gradients(net, by_leaves)
+    assert p.grad.data_ptr() != q.grad.data_ptr()
+
+
+def test_gradients_are_added_in_place_where_nobody_else_has_them():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    x = torch.randn(4, requires_grad=True)
+    with Engine(lambda gradient: None).installed():
+        y = 2 * x
+        loss = (y.sin() + y.cos() * y).sum()
+        with Seen():
+            loss.backward()
+    assert seen.count(torch.ops.aten.add_.Tensor) == 2
+    assert torch.ops.aten.add.Tensor not in seen

@@ -136,10 +136,13 @@ def micro_batch_that_fits(
 
 def _solved(config: Config, budget: Budget, usage_of: Callable, cacheable: bool, tell: Callable) -> Iterator[Answer]:
     tell("the largest batch in one graph")
-    yield _answer(ONE_GRAPH, lambda n: usage_of({"batch_size": n, "micro_batch": None}).peak, budget, micro_batch=None)
-    micro = config.data.micro_batch or min(SMALL_MICRO_BATCH, config.data.batch_size)
-    if not cacheable:
+    whole = _answer(ONE_GRAPH, lambda n: usage_of({"batch_size": n, "micro_batch": None}).peak, budget, micro_batch=None)
+    yield whole
+    if not cacheable or not whole.batch_size:
         return
+    micro = config.data.micro_batch or min(SMALL_MICRO_BATCH, config.data.batch_size)
+    if micro >= whole.batch_size:
+        micro = max(1, whole.batch_size // 2)  # as many as fit leave nothing for a larger batch
     tell(f"the largest batch by gradient caching, micro-batches of {micro:,}")
 
     def cached(count: int) -> int:
