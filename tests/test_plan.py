@@ -18,7 +18,7 @@ from simplclip.plan.count import KINDS, Counter, UncountedOp
 from simplclip.plan.measure import measure
 from simplclip.plan.predict import predict
 from simplclip.plan.solve import largest
-from simplclip.plan.step import OpenClipStep, TrainerStep
+from simplclip.plan.step import OpenClipStep, TrainerStep, busiest
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -98,6 +98,15 @@ def test_checkpointed_open_clip_model():
     # The last that runs, at the peak, is the gradient of a convolution, for which oneDNN takes 37 MiB that nobody states.
     usage = check(lambda: trainer("siclip-tiny-emoji", "fp32", *changes), within=0.02)
     assert usage.peak < predict(trainer("siclip-tiny-emoji", "fp32", *changes[:2]), CPU).peak
+
+
+def test_terms_that_come_later_count():
+    from_the_start = ["data.batch_size=512", "data.micro_batch=32", CACHED, "run.steps=50"]
+    later = [*from_the_start, "loss.relational_weight={value: 0, to: 1, start: 10}", "loss.pm_weight={value: 1, until: 30}"]
+    peaks = [predict(trainer("siclip-tiny-emoji", "fp32", *c), CPU).peak for c in (from_the_start, later)]
+    assert busiest(config.load("siclip-tiny-emoji", later)) == 11
+    check(lambda: trainer("siclip-tiny-emoji", "fp32", *later))
+    assert peaks[1] > peaks[0]
 
 
 @needs_cuda_build

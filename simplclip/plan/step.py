@@ -74,6 +74,7 @@ class TrainerStep:
         this.optimizer = make_optimizer(this.model, this.loss, self.config)
         this.schedule = LambdaLR(this.optimizer, lambda step: lr_factor(step, self.config))
         this.scaler = torch.amp.GradScaler(device.type, enabled=False)  # its figures would have to be read
+        this.step = busiest(self.config)
         this.model.train()
 
     @property
@@ -104,6 +105,13 @@ class TrainerStep:
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
         train_step(self.training, batches)
+
+
+def busiest(config: Config) -> int:
+    """The first step of a run at which most terms of the loss are on."""
+    schedules, steps = config.loss.weights.values(), config.run.steps
+    turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})
+    return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
 
 
 class _Planned(Training):
