@@ -8,7 +8,7 @@ OUT ?= runs/siclip-lite0-emoji
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo ablation test test-gpu bench bench-gpu aot tables lint clean
+.PHONY: help install demo ablation plan test test-gpu bench bench-gpu aot tables lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -47,6 +47,9 @@ test: install  ## the tests; those that need a GPU say why they are skipped
 
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+plan: install  ## what fits a 24 GiB card, predicted without one; writes benchmarks/results
+	$(BIN)/python -m benchmarks.plan
 
 bench: install  ## the microbenchmarks; writes benchmarks/results
 	$(BIN)/python -m pytest benchmarks --write

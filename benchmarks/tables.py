@@ -151,6 +151,35 @@ def demo() -> list[str]:
     return lines
 
 
+def plan() -> list[str]:
+    """Pairs of a step that fit the card: in one graph, how many times open_clip's, and by gradient caching."""
+    path = newest("plan-*.json")
+    result = json.loads(path.read_text())
+    by_case = {case: {a["what"]: a for a in made["answers"]} for case, made in result["plans"].items()}
+    others = [a for answers in by_case.values() for what, a in answers.items() if "open_clip" in what]
+    theirs, what = others[0]["batch_size"], others[0]["what"].partition(": ")[2]
+    lines = ["| model | in one graph | times open_clip's | by gradient caching | at a time |", "|---|--:|--:|--:|--:|"]
+    lines.append(f"| open_clip: {what} | {theirs:,} | 1.0 |  |  |")
+    for case, answers in by_case.items():
+        one, cached = answers["most in one graph"], answers["most by gradient caching"]
+        ratio = one["batch_size"] / theirs
+        cells = (f"siclip-s0, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
+        cells = (*cells, f"{cached['batch_size']:,}", str(cached["micro_batch"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    first = next(iter(result["plans"].values()))
+    gib = 2**30
+    return [
+        *lines,
+        "",
+        f"Pairs of a training step in {first['usable'] / gib:.2f} GiB of the {first['memory'] / gib:.0f} of an RTX 3090, "
+        f"{first['precision']}; CLIP and relational distillation from stored features of width {result['teacher_width']} "
+        f"where nothing else is said. Predicted, not measured: no GPU was there. Torch {result['torch']}, "
+        f"commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`; `make plan`).",
+        "",
+        "![Memory of a step of siclip-s0](benchmarks/results/plan-siclip-s0.png)",
+    ]
+
+
 TABLES = {
     "similarity_loss": lambda: op_table("similarity_loss"),
     "feature_loss": lambda: op_table("feature_loss", decimals=1),
@@ -159,6 +188,7 @@ TABLES = {
     "towers": lambda: op_table("towers", decimals=0),
     "gradient_cache": lambda: op_table("gradient_cache"),
     "training": lambda: op_table("training"),
+    "plan": plan,
     "demo": demo,
     "ablation": ablation,
 }

@@ -24,6 +24,7 @@ _MODULES = (
     "nn",
     "openclip",
     "ops",
+    "plan",
     "pretrained",
     "reference",
     "train",

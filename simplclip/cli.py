@@ -142,6 +142,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from run.out/last.pt; where there is none, say so and start.")
     ] = False,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Cap on the process: 24GiB, or rtx-3090; for trying on a larger card what a smaller one takes."),
+    ] = None,
     help_config: Annotated[
         bool,
         typer.Option(
@@ -157,9 +161,10 @@ def train(
 
     values = configs.load(config, set_ or ())
     from simplclip import train as trainer
+    from simplclip.plan.cards import parse_memory
 
     try:
-        trainer.run(values, resume=resume)
+        trainer.run(values, resume=resume, memory_limit=None if memory_limit is None else parse_memory(memory_limit))
     except trainer.Interrupted as stop:
         _fail(str(stop), 130)
     except trainer.TrainingError as error:
@@ -204,6 +209,48 @@ def evaluate(
         device=device,
         precision=precision,
         skip_missing=skip_missing,
+    )
+
+
+@app.command()
+@_expected_errors
+def plan(
+    config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],
+    memory: Annotated[str, typer.Option(help="Of the card: a size such as 24GiB, or rtx-3090, rtx-4090, a100-40 ...")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. May be repeated.")
+    ] = None,
+    micro_batch: Annotated[
+        str | None, typer.Option(help="data.micro_batch: a number, or auto for the largest that fits.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="open_clip", help="The model's original with open_clip's own losses beside it.")
+    ] = None,
+    teacher_width: Annotated[
+        int | None, typer.Option(min=1, help="Of the stored features of a teacher, where the shards are not here.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, which need not be there, or cpu.")] = "cuda",
+    picture: Annotated[Path | None, typer.Option(help="PNG: memory over the step, and over the batch.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what fits a card, before training and without the card: peaks by part, the largest batches, and advice."""
+    if compare not in (None, "open_clip"):
+        raise ValueError(f"--compare: expected open_clip, came {compare!r}")
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"--device: expected cuda or cpu, came {device!r}")
+    from simplclip import config as configs
+
+    values = configs.load(config, [*(set_ or ()), *([f"data.micro_batch={micro_batch}"] if micro_batch else ())])
+    from simplclip.plan import command
+
+    command.run(
+        values,
+        memory,
+        device=device,
+        teacher_width=teacher_width,
+        compare=compare is not None,
+        picture=picture,
+        as_json=as_json,
     )
 
 

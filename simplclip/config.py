@@ -33,6 +33,10 @@ class ModelConfig(Section):
         False, description="batch norms keep their statistics (eval mode); gradient caching needs it where none are inherited"
     )
 
+    recompute: bool = Field(
+        False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
+    )
+
     @property
     def image_size(self) -> int | None:
         """Where `options` ask for another size than the model's own."""
@@ -50,8 +54,10 @@ class InheritConfig(Section):
 class DataConfig(Section):
     train: str | list[str] = Field(description="shards to train on: path, glob or brace pattern, or a list of them")
     batch_size: int = Field(256, ge=1, description="images per step")
-    micro_batch: int | None = Field(
-        None, ge=1, description="images at a time by gradient caching: the gradient is that of the whole batch; null: all"
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="images at a time by gradient caching: the gradient is that of the whole batch; null: all; auto: as many "
+        "as fit, by `simplclip plan`",
     )
     captions_per_image: int = Field(1, ge=1, description="captions drawn for each image and step; each makes a pair")
     workers: int = Field(1, ge=0, description="loader processes; 0 reads in the training process")
@@ -113,6 +119,8 @@ class LossConfig(Section):
     interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
     learn_interactive_scale: bool = Field(False, description="a temperature of its own for it, learned")
     projection: bool = Field(False, description="learned projections to the teacher's width, where it is another")
+
+    scratch_mib: int = Field(64, ge=1, description="budget of the chunks of the similarity matrices, which are never whole")
 
     @property
     def weights(self) -> dict[str, Schedule]:
@@ -181,7 +189,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _whole(self) -> Config:
         size, micro = self.data.batch_size, self.data.micro_batch
-        if micro is not None and size % micro:
+        if isinstance(micro, int) and size % micro:
             raise ValueError(f"data.micro_batch: expected a divisor of data.batch_size = {size}, came {micro}")
         schedules = self.loss.weights.values()
         turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}

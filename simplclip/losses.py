@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simplclip import checks, distributed, ops
 from simplclip.ops.similarity_loss import DIVERGENCES, INTERACTIVE, NEGATIVES
+from simplclip.ops.similarity_plan import SCRATCH_BYTES
 
 PLANES = ("scalar", "hadamard")
 
@@ -37,6 +38,8 @@ class _SimilarityLoss(nn.Module):
 
     # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
     INITIAL_WEIGHT, INITIAL_BIAS = 10.0, -2.0
+
+    scratch_bytes = SCRATCH_BYTES  # of similarity_loss; may be set on an instance
 
     def __init__(
         self,
@@ -97,7 +100,7 @@ class _SimilarityLoss(nn.Module):
                 columns = text.shape[0] * self.world_size
                 options["shift"] = torch.randint(1, max(columns, 2), (), device=image.device)
         teacher_image, teacher_text, teacher_scale = teacher or (None, None, None)
-        options |= {"terms": terms, "ids": ids, "teacher_scale": teacher_scale}
+        options |= {"terms": terms, "ids": ids, "teacher_scale": teacher_scale, "scratch_bytes": self.scratch_bytes}
         if self.world_size == 1 or not self.local_loss or self.gather_with_grad:
             return ops.similarity_loss(
                 image, text, logit_scale, teacher_image=teacher_image, teacher_text=teacher_text,

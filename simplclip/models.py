@@ -26,7 +26,7 @@ from simplclip import (
 from simplclip.nn import neighbour_groups
 from simplclip.openclip import count_parameters, simplify
 
-__all__ = ["ShortVocabTokenizer", "create", "names", "summary", "tokenizer", "transforms"]
+__all__ = ["ShortVocabTokenizer", "create", "names", "original", "summary", "tokenizer", "transforms"]
 
 PLAIN = "open_clip:"
 
@@ -141,6 +141,12 @@ def names() -> list[str]:
     return list(_SPECS)
 
 
+def original(name: str) -> str | None:
+    """The open_clip model that a SiCLIP was made from, or that a plain name means; None where there is none."""
+    spec = _spec(name)
+    return spec.original if spec.original in open_clip.list_models() else None
+
+
 def create(
     name: str,
     *,
@@ -183,7 +189,12 @@ def create(
         custom_text = config.pop("custom_text", False)
         with _without_warning("No pretrained weights loaded"):  # as `create` says; those of a checkpoint come later
             model = open_clip.create_model(
-                spec.original, pretrained_image=False, pretrained_text=False, force_custom_text=custom_text, **config
+                spec.original,
+                device=device,
+                pretrained_image=False,
+                pretrained_text=False,
+                force_custom_text=custom_text,
+                **config,
             )
     else:
         config.pop("custom_text")

@@ -1,4 +1,4 @@
-"""Pictures: the curves of training, queries with what a model finds for them, and what each part of the system adds."""
+"""Pictures: curves of training, queries with what a model finds for them, what each part adds, and the memory of a step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from simplclip import checkpoint
 
 if TYPE_CHECKING:
     from simplclip.evaluate import Split
+    from simplclip.plan import Plan
 
 INK, MUTED, GRID = "#1b1f24", "#6e7781", "#e6e8eb"
 RIGHT, FRAME = "#1a9850", "#d0d7de"
+KIND_COLOURS = ("#495057", "#0b6bcb", "#74c0fc", "#adb5bd", "#d9480f", "#7048e8", "#ffc078", "#c2255c")
 COLOURS = ("#0b6bcb", "#d9480f", "#7048e8", "#2b8a3e", "#c2255c")
 
 
@@ -187,6 +189,45 @@ def ablation(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) ->
     figure.suptitle(
         f"{title}; bars: standard deviation", color=INK, fontsize=13, fontweight="bold", x=0.06, y=0.95, ha="left"
     )
+    return _write(figure, Path(path))
+
+
+def memory(path: str | Path, plan: Plan) -> Path:
+    """Live memory over the second step as configured, by kind; and the peak over the batch, with what the card has."""
+    gib = 2**30
+    figure = _figure(13, 4.8)
+    step, batch = figure.subplots(
+        1, 2, gridspec_kw={"wspace": 0.16, "left": 0.055, "right": 0.985, "top": 0.8, "bottom": 0.12}
+    )
+    kinds, live, phases = plan.usage.timeline()
+    step.stackplot(range(len(live[0])), np.array(live) / gib, labels=kinds, colors=KIND_COLOURS[: len(kinds)], linewidth=0)
+    for (first, name), (last, _) in zip(phases, [*phases[1:], (len(live[0]), "")]):
+        if last - first > len(live[0]) / 12:
+            at = {"transform": step.get_xaxis_transform(), "ha": "center"}
+            step.text((first + last) / 2, 1.02, name, fontsize=8, color=MUTED, **at)
+        step.axvline(first, color=FRAME, linewidth=0.5)
+    _style(step, "")
+    step.set_xlim(0, len(live[0]))
+    step.set_xlabel("allocations and frees of the step as configured", color=MUTED)
+    step.set_ylabel("GiB", color=MUTED)
+    step.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", reverse=True)
+
+    for colour, answer in zip(COLOURS, [a for a in plan.answers if a.peaks]):
+        peaks = np.array(sorted(answer.peaks.items()))
+        label = f"{answer.what}: {answer.batch_size:,}"
+        batch.plot(peaks[:, 0], peaks[:, 1] / gib, "o-", color=colour, markersize=3.5, linewidth=1.5, label=label)
+    batch.axhline(plan.budget.usable / gib, color=INK, linewidth=1, linestyle="--")
+    batch.text(0.99, plan.budget.usable / gib, "usable", fontsize=9, color=INK, ha="right", va="bottom",
+               transform=batch.get_yaxis_transform())  # fmt: skip
+    _style(batch, "Peak by pairs of a step")
+    batch.set_xscale("log")
+    batch.set_yscale("log")
+    batch.set_ylim(top=8 * plan.budget.usable / gib)
+    batch.yaxis.set_major_formatter("{x:g}")
+    if batch.get_legend_handles_labels()[0]:
+        batch.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    title = f"{plan.model}, {plan.precision}, {plan.budget.memory / gib:.0f} GiB"
+    figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.055, y=0.96, ha="left")
     return _write(figure, Path(path))
 
 

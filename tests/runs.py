@@ -21,14 +21,14 @@ def go(config, **options) -> str:
 
 def at_step(monkeypatch, step, action):
     """Calls `action` in the middle of the training step that leads to `step`."""
-    original = train._train_step
+    original = train.train_step
 
     def stepping(this, batches):
         if this.step + 1 == step:
             action()
         return original(this, batches)
 
-    monkeypatch.setattr(train, "_train_step", stepping)
+    monkeypatch.setattr(train, "train_step", stepping)
 
 
 def rows(folder, file="metrics.csv"):

@@ -38,7 +38,7 @@ app()
     assert run.returncode == 0, run.stderr
     assert all(
         word in run.stdout
-        for word in ["doctor", "data", "train", "evaluate", "teacher", "caption", "ablate", "export", "--version"]
+        for word in ["doctor", "data", "train", "evaluate", "teacher", "caption", "ablate", "plan", "export", "--version"]
     )
     run = subprocess.run([sys.executable, "-c", code, "train", "x.yaml"], env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 2

@@ -80,7 +80,7 @@ def test_micro_batches_give_the_whole_batches_gradient(tmp_path):
             seen.update({n: p.grad.clone() for n, p in this.loss.named_parameters()}),  # noqa: B023
             step(*a, **k),  # noqa: B023
         )
-        seen["row"] = train._train_step(this, batches)
+        seen["row"] = train.train_step(this, batches)
         grads[name] = seen
     assert grads["whole"].keys() == grads["cached"].keys()
     for name, value in grads["whole"].pop("row").items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from simplclip import backends, checks
+from simplclip.ops import registry
 from simplclip.ops.registry import autocast, define
 from simplclip.reference import ACTIVATIONS
 
@@ -19,7 +20,7 @@ _NATIVE_BWD = "(Tensor grad, Tensor(a!) h, Tensor weight, str act, bool need_wei
 def to_overwrite(saved: Tensor) -> Tensor:
     """`saved`, or a copy where it must stay as it is: backward may run again (retain_graph), or is traced, not run."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    return saved if type(saved) is Tensor and not keeps_graph() else saved.clone()
+    return saved if (type(saved) is Tensor or registry.counted) and not keeps_graph() else saved.clone()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:  # [T, C], [F, C], [F]
@@ -78,6 +79,10 @@ def _bwd_fake(grad, h, x, fc1_weight, fc2_weight, act, need, backend):
     return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need))
 
 
+def _native_bwd_fake(grad, h, weight, act, need_weight):
+    return weight.new_empty(weight.shape if need_weight else (0, weight.shape[1]))
+
+
 define(
     "parallel_mlp_fwd",
     "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str act, bool keep",
@@ -85,6 +90,7 @@ define(
     _fwd,
     _fwd_fake,
     native=_NATIVE_FWD,
+    native_fake=lambda *_: None,
 )
 define(
     "parallel_mlp_bwd",
@@ -93,6 +99,7 @@ define(
     _bwd,
     _bwd_fake,
     native=_NATIVE_BWD,
+    native_fake=_native_bwd_fake,
 )
 
 

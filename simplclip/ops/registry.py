@@ -11,6 +11,12 @@ from simplclip import backends
 
 library = torch.library.Library("simplclip", "DEF")
 
+# Ops by their full name: what runs a call, with `through` standing between it and the backends' functions; and what such a
+# function returns for fake tensors. simplclip.plan runs ops by these to see what they allocate.
+DISPATCH: dict[str, Callable] = {}
+NATIVE_FAKES: dict[str, Callable] = {}
+counted = False  # while it does
+
 
 def define(
     name: str,
@@ -20,23 +26,26 @@ def define(
     fake: Callable,
     *,
     native: str | None = None,
+    native_fake: Callable | None = None,
     facts: Callable[..., dict] | None = None,
 ) -> None:
     """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
     `run(function, *arguments)` prepares the call for a backend's function. `native`: schema of the functions of C++ where it
-    is another than the op's. `facts(*arguments)`: what the backends' predicates want to know beside device and dtype.
+    is another than the op's, then with its `native_fake`. `facts(*arguments)`: what the backends' predicates want to know
+    beside device and dtype.
     An op without a row in the table is made of others: its `run` gets `pick(op, **facts)`, which gives their functions.
     """
     library.define(f"{name}({arguments}, str backend) -> {returns}")
     for backend in ("cpu", "cuda"):
         library.define(f"{name}_{backend}{native or f'({arguments}) -> {returns}'}")
 
-    def dispatch(*args):
+    def dispatch(*args, through: Callable[[str, str, Callable], Callable] | None = None):
         first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
 
         def pick(op: str, **call) -> Callable:
-            return backends.select(op, first.device.type, first.dtype, args[-1], **call)[1]
+            backend, function = backends.select(op, first.device.type, first.dtype, args[-1], **call)
+            return through(op, backend, function) if through else function
 
         function = pick(name, **(facts(*args[:-1]) if facts else {})) if name in backends.TABLE else pick
         with torch.autocast(first.device.type, enabled=False):
@@ -44,6 +53,9 @@ def define(
 
     library.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"simplclip::{name}", fake, lib=library)
+    DISPATCH[f"simplclip::{name}"] = dispatch
+    if name in backends.TABLE:
+        NATIVE_FAKES[name] = native_fake or (lambda *args: fake(*args, ""))
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -55,6 +55,7 @@ define(
     _bwd_fake,
     native="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gains, Tensor lse, Tensor? lengths, float scale, bool causal, "
     "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor",
+    native_fake=lambda grad, q, k, v, gains, *_: torch.empty_like(gains),
     facts=_facts,
 )
 

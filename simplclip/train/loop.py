@@ -2,7 +2,7 @@
 
 run              sets up, restores, loops, finishes
 _batches         the endless stream of batches, epoch after epoch, micro-batches of a step together
-_train_step      one step: forward, backward, update
+train_step      one step: forward, backward, update
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from torch import Tensor, nn
 from simplclip import backends, checkpoint, data, evaluate, gradient_cache, hardware, models, plots
 from simplclip.config import Config, ConfigError, differences, from_dict
 from simplclip.nn import SimplifiedBlock
+from simplclip.train.memory import MemoryLimit, ran_out
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
 from simplclip.train.signals import StopRequest
 from simplclip.train.training import Training
 
 MAX_LOGIT_SCALE = math.log(100)  # as open_clip
 
-# What may differ when a run goes on from a checkpoint; of data.train, the folder may.
+# What may differ when a run goes on from a checkpoint: it does not change what is computed. Of data.train, the folder may.
 _FREE = (
+    "data.micro_batch",
+    "loss.scratch_mib",
+    "model.recompute",
     "eval.",
     "run.out",
     "run.steps",
@@ -52,22 +56,29 @@ class Interrupted(Exception):
     """A signal ended the run after a whole step; its state is saved."""
 
 
-def run(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+def run(config: Config, *, resume: bool = False, console: Console | None = None, memory_limit: int | None = None) -> Path:
     """Train as `config` says; returns the path of the last checkpoint.
+
+    memory_limit: bytes that the process is capped at, as `memory.MemoryLimit` says.
 
     The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), tensorboard/, last.pt, numbered
     checkpoints and curves.png. resume: go on from last.pt there, on the CPU bit for bit as if there had been no stop.
     Without a last.pt it says so and starts (as open_clip's `--resume latest`), so that one command serves both.
 
     Errors: ConfigError (a folder that holds a run already; a checkpoint of other settings), TrainingError (a loss or
-    gradient that is not finite), Interrupted (SIGINT or SIGTERM: the running step ends and the state is saved).
+    gradient that is not finite; out of memory, with what would fit), Interrupted (SIGINT or SIGTERM: the running step ends
+    and the state is saved).
     """
     console = console or Console()
     out = Path(config.run.out)
-    state = _claim(out, config, resume)
+    state, config = _claim(out, config, resume)
     device = hardware.pick_device(config.run.device)
+    limit = MemoryLimit(device, memory_limit)
     precision, why = hardware.pick_precision(config.run.precision, device)
     threads = hardware.set_threads(config.run.threads)
+    auto = config.data.micro_batch == "auto"
+    if auto:
+        config = limit.settle(config)
     _seed(config.run.seed)
 
     loader = _loader(config, pin_memory=device.type == "cuda")
@@ -77,6 +88,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     checkpoint.write_atomically(out / "config.yaml", config.to_yaml())
 
     with ExitStack() as stack:
+        stack.callback(limit.lift)
         stop = stack.enter_context(StopRequest())
         report = stack.enter_context(Reporter(console, config.run.steps, this.step, config.run.print_every))
         log = stack.enter_context(RunLog(out, this.step, config.run.tensorboard))
@@ -87,6 +99,12 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
         report.print(f"blocks     {_blocks(this)}")
         report.print(f"precision  {precision} ({why})")
         report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
+        if auto:
+            from simplclip.plan.cards import gib  # plan imports the trainer
+
+            micro = config.data.micro_batch
+            told = f"{micro:,} images at a time" if micro else "the whole batch at a time"
+            report.print(f"memory     {told} fit in {gib(limit.budget.usable)}, by simplclip plan")
         if resume and not state:
             report.print(f"resume     {out} holds no checkpoint yet: starting at step 0")
         elif state:
@@ -95,9 +113,16 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
             report.print(f"resume     going on from step {this.step}{longer}")
         this.model.train()
         speed = Speed()
+        out_of_memory = False
         stream = _batches(this, loader, report.print) if this.step < config.run.steps else ()
         for batches in stream:
-            row = _train_step(this, batches)
+            try:
+                row = train_step(this, batches)
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                out_of_memory = True
+                break
             row |= {"samples_per_s": speed.step(config.data.batch_size), "peak_mb": peak_memory_mb(device)}
             report.step(this.step, row)
             last = this.step == config.run.steps
@@ -114,6 +139,14 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
                 break
 
     plots.curves(out)
+    if out_of_memory:
+        step = this.step + 1
+        del this, batches
+        saved = f"The last checkpoint in {out} is intact" if (out / "last.pt").exists() else "No checkpoint was written yet"
+        raise TrainingError(
+            f"step {step}: out of memory. {saved}. {limit.advice(config)} "
+            f"To go on: simplclip train {out / 'config.yaml'} --resume --set KEY=VALUE"
+        )
     if this.step < config.run.steps:
         raise Interrupted(
             f"{stop.requested}: saved step {this.step} of {config.run.steps} to {out / 'last.pt'}. "
@@ -123,7 +156,7 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None)
     return out / "last.pt"
 
 
-def _train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
+def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
     model, optimizer, scaler = this.model, this.optimizer, this.scaler
     optimizer.zero_grad(set_to_none=True)
     if this.config.data.micro_batch is None:
@@ -197,20 +230,39 @@ def _evaluate(this: Training, splits: dict[str, evaluate.Split], log: RunLog, te
     this.model.train()
 
 
-def _claim(out: Path, config: Config, resume: bool) -> dict[str, Any] | None:
-    """Read the checkpoint that is to go on, or see that the run's folder is free. Never overwrites another run."""
+def _claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:
+    """Read the checkpoint that is to go on, or see that the run's folder is free. Never overwrites another run.
+
+    The config comes back with the checkpoint's micro-batch where it leaves that to us.
+    """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"run.out: expected a folder, came the file {out}")
     last = out / "last.pt"
     if resume and last.exists():
         state = checkpoint.load(last)
+        was = from_dict(state["config"])
+        if config.data.micro_batch == "auto":
+            config = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": was.data.micro_batch})})
         _check_same(state, config, last)
-        return state
+        state["batch"] = _place(state["batch"], was, config, last)
+        return state, config
     if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
         raise ConfigError(
             f"run.out: {out} already holds a run; go on with it by --resume, or choose another folder by --set run.out=FOLDER"
         )
-    return None
+    return None, config
+
+
+def _place(batch: int, was: Config, config: Config, last: Path) -> int:
+    """Batches of the epoch that are done, counted in those of `config`."""
+    before, now = (c.data.micro_batch or c.data.batch_size for c in (was, config))
+    done, rest = divmod(batch * before, now)
+    if rest:
+        raise ConfigError(
+            f"data.micro_batch: expected a divisor of the {batch * before:,} images that {last} has seen of its epoch, "
+            f"came {now}"
+        )
+    return done
 
 
 def _check_same(state: dict[str, Any], config: Config, last: Path) -> None:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from simplclip import checkpoint, data, evaluate, hardware, models
 from simplclip.config import Config
 from simplclip.inherit import freeze, freeze_norms, inherit
+from simplclip.nn import SimplifiedBlock
 from simplclip.train.objective import Objective, make_loss
 
 
@@ -25,7 +26,7 @@ class Training:
 
     def __init__(self, config: Config, device: torch.device, precision: str, state: dict[str, Any] | None = None):
         self.config, self.device, self.precision = config, device, precision
-        self.teacher = data.teacher_stamp(data.expand(config.data.train)) if config.loss.needs_teacher else None
+        self.teacher = self.read_teacher() if config.loss.needs_teacher else None
         self.model = evaluate.build_model(config)
         self.inheritance = None
         if state:
@@ -33,12 +34,15 @@ class Training:
             freeze(self.model, self.frozen)
         else:
             if config.inherit.source is not None:
-                self.inheritance = inherit(self.model, config.inherit.source, train=config.inherit.train)
+                self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
             self.frozen = self.inheritance.names if self.inheritance else []
         if config.model.freeze_norms:
             freeze_norms(self.model)
+        if config.model.recompute:
+            recompute(self.model)
         self.model.to(device)
         self.loss = make_loss(config.loss, self._width(), self.teacher).to(device)
+        self.loss.scratch_bytes = config.loss.scratch_mib << 20
         self.objective = Objective(config.loss, self.loss, config.run.steps, self.teacher)
         self.optimizer = make_optimizer(self.model, self.loss, config)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
@@ -46,6 +50,14 @@ class Training:
         self.step = self.epoch = self.batch = 0
         if state:
             self._restore(state)
+
+    def read_teacher(self) -> dict[str, Any]:
+        """What the shards say of the teacher whose features they hold."""
+        return data.teacher_stamp(data.expand(self.config.data.train))
+
+    def sources(self) -> Any:
+        """What the model inherits from, as `inherit` takes it."""
+        return self.config.inherit.source
 
     def state(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
@@ -93,6 +105,15 @@ class Training:
         with torch.no_grad():
             tokens = models.tokenizer(self.config.model.name)(["a"]).to(self.device)
             return self.model.eval().encode_text(tokens).shape[-1]
+
+
+def recompute(model: nn.Module) -> None:
+    """Simplified blocks keep only their input for backward; a model without them uses open_clip's checkpointing."""
+    blocks = [module for module in model.modules() if isinstance(module, SimplifiedBlock)]
+    for block in blocks:
+        block.recompute = True
+    if not blocks:
+        model.set_grad_checkpointing()
 
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:

@@ -1,0 +1,39 @@
+"""The memory of a step as it is: two steps on real tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+
+from simplclip.plan.predict import STEPS
+from simplclip.plan.step import Step
+
+
+def measure(step: Step, device: torch.device) -> int:
+    """Peak bytes of torch's allocator on `device`, with the parameters; on a CPU with the batch too, which lies there."""
+    step.materialize(device)
+    step.place(device)
+    batches = step.batches(whole=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(STEPS):
+            step.run(batches)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(step, batches)}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(STEPS):
+            step.run(batches)
+    live = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return sum(held.values()) + peak
+
+
+def _tensors(step: Step, batches: object) -> list[Tensor]:
+    weights = [[list(module.parameters()), list(module.buffers())] for module in step.modules]
+    return [leaf for leaf in tree_leaves([weights, batches]) if isinstance(leaf, Tensor)]

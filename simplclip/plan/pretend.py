@@ -1,0 +1,83 @@
+"""What has to be pretended so that a step runs on fake tensors, of a card that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+aten = torch.ops.aten
+
+
+class Fakes:
+    """Makes fake tensors on `device` of the same shapes, strides and dtypes; what was one stays one."""
+
+    def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
+        self.mode, self.device = mode, device
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._made:
+            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            like = FakeTensor(self.mode, meta, self.device)
+            like = nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
+            self._made[id(tensor)] = tensor, like
+        return self._made[id(tensor)][1]
+
+    def into(self, modules: list[nn.Module]) -> None:
+        """Replaces parameters and buffers by fake ones, in place."""
+        for module in (inner for outer in modules for inner in outer.modules()):
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    tensors[name] = None if tensor is None else self.of(tensor)
+
+
+@contextmanager
+def fake_step(mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
+    """Within it figures read as 0, generators have no state, and a card seems to be there."""
+    with ExitStack() as stack:
+
+        def patch(where: object, name: str, value: object) -> None:
+            stack.enter_context(mock.patch.object(where, name, value))
+
+        patch(FakeTensor, "tolist", lambda t: [0.0] * t.numel())
+        patch(torch, "get_rng_state", lambda: None)
+        patch(torch, "set_rng_state", lambda state: None)
+        if device.type == "cuda":
+            patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+            patch(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+            patch(F, "scaled_dot_product_attention", attention_of_card(F.scaled_dot_product_attention))
+        stack.enter_context(mode)
+        yield
+
+
+def attention_of_card(plain):
+    """SDPA as a card runs it: FlashAttention for halves without a mask, else the memory-efficient kernel.
+
+    Without a device torch would take plain products, which keep [B, H, L, L].
+    """
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if query.device.type != "cuda" or enable_gqa or query.dim() != 4 or query.dtype == torch.float64:
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        if half and attn_mask is None and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
+            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        bias = None
+        if attn_mask is not None:
+            # Additive, its rows at multiples of 16 bytes, as the kernel wants it.
+            if attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask.logical_not(), -torch.inf)
+            length = attn_mask.shape[-1]
+            bias = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
+            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
+        keep = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        efficient = aten._scaled_dot_product_efficient_attention
+        return efficient(query, key, value, bias, keep, dropout_p, is_causal, scale=scale)[0]
+
+    return attention
