@@ -274,13 +274,22 @@ def test_the_command(tmp_path):
         (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "7"], "data.micro_batch: expected a divisor of"),
         (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "x"], "data.micro_batch: expected a whole number or"),
         (["siclip-lite0-emoji", "--memory", "1GiB", "--set", "data.train=none/*.tar", "--device", "cpu"],
-         "the pattern 'none/*.tar' matches none"),
+         "the pattern 'none/*.tar' matches none. To plan without the shards: --teacher-width"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments, message):
     result = call(*arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_a_torch_without_cuda_plans_for_cpus_only(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    result = call("siclip-tiny-emoji", "--memory", "1GiB")
+    assert result.exit_code == 2
+    assert "is a build without CUDA, which plans for a card need (the card itself is not needed)" in result.output
+    result = call("siclip-tiny-emoji", "--memory", "1GiB", "--device", "cpu", "--set", "data.batch_size=16")
+    assert result.exit_code == 0
 
 
 @pytest.mark.gpu

@@ -13,8 +13,8 @@ from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from simplclip import hardware, models
-from simplclip.config import Config
+from simplclip import data, hardware, models
+from simplclip.config import Config, ConfigError
 from simplclip.inherit import TAG
 from simplclip.plan.count import Counter
 from simplclip.train.loop import train_step
@@ -125,7 +125,12 @@ class _Planned(Training):
 
     def read_teacher(self) -> dict[str, Any]:
         if self.teacher_width is None:
-            return super().read_teacher()
+            try:
+                return super().read_teacher()
+            except (ValueError, data.ShardError) as error:
+                raise ConfigError(
+                    f"{error}. To plan without the shards: --teacher-width, the width of its features"
+                ) from None
         return {"name": "a teacher", "width": self.teacher_width, "logit_scale": TEACHER_SCALE}
 
     def sources(self) -> Any:
