@@ -173,6 +173,15 @@ def test_an_op_without_a_fake_is_an_error(namespace):
         predict(step, CPU)
 
 
+@pytest.mark.parametrize("op", [lambda x: x * x.max().item(), lambda x: x[x > 0]], ids=["a value", "a shape"])
+def test_an_op_that_looks_at_values_is_an_error(op):
+    step = trainer("siclip-tiny-emoji", "fp32", "data.batch_size=8")
+    original = step.training.objective
+    step.training.objective = lambda step_, image, *rest: original(step_, op(image), *rest)
+    with pytest.raises(UncountedOp, match="its memory cannot be predicted, since it does not run on fake tensors: D"):
+        predict(step, CPU)
+
+
 @pytest.mark.parametrize(("device", "backend"), [(CPU, "cpu"), pytest.param(CUDA, "triton", marks=needs_cuda_build)])
 def test_an_unknown_workspace_is_an_error(monkeypatch, device, backend):
     monkeypatch.delitem(workspaces.STATED[backend], "parallel_mlp_bwd")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,14 @@ GPU_BLOCK = 512  # torch's CUDA allocator hands out multiples of it
 class UncountedOp(RuntimeError):
     """An op whose memory cannot be known: it has no fake implementation, or no stated workspace."""
 
+
+# What an op raises that has no fake implementation, or one whose results depend on values.
+_NOT_FAKE = (
+    NotImplementedError,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+)
 
 # Products in which a CPU's oneDNN takes memory of torch's allocator; their operands among the arguments.
 _PRODUCTS = {
@@ -136,8 +145,8 @@ class Counter(TorchDispatchMode):
                 return ours(*args, through=self._native)
         try:
             out = func(*args, **(kwargs or {}))
-        except (NotImplementedError, torch._subclasses.fake_tensor.UnsupportedOperatorException) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except _NOT_FAKE as error:
+            reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
             raise UncountedOp(
                 f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
             ) from error
