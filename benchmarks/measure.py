@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from simplclip.plan.measure import cpu_peak_bytes
 
 
 def interleaved_times(
@@ -65,16 +66,3 @@ def figures(times: dict[str, list[float]], form: str, base: str = "simplclip") -
     milliseconds = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
     ratio = round(p50 / quantiles(times[base])[1], 2)
     return {**{name: round(1e3 * seconds, 2) for name, seconds in milliseconds.items()}, "times_ours": ratio}
-
-
-def cpu_peak_bytes(run: Callable[[], object]) -> int:
-    """Highest sum of live bytes that torch's CPU allocator gave out during `run`, above what was live before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = run()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    del kept
-    return peak

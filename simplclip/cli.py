@@ -33,6 +33,9 @@ _EXTRAS = {
 }
 
 
+AsInTrain = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. May be repeated.")]
+
+
 def _expected_errors(command: Callable) -> Callable:
     """Errors that our own modules raise on purpose end in one line and exit code 2; all others keep their traceback."""
 
@@ -161,7 +164,7 @@ def train(
 
     values = configs.load(config, set_ or ())
     from simplclip import train as trainer
-    from simplclip.plan.cards import parse_memory
+    from simplclip.cards import parse_memory
 
     try:
         trainer.run(values, resume=resume, memory_limit=None if memory_limit is None else parse_memory(memory_limit))
@@ -217,9 +220,7 @@ def evaluate(
 def plan(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],
     memory: Annotated[str, typer.Option(help="Of the card: a size such as 24GiB, or rtx-3090, rtx-4090, a100-40 ...")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. May be repeated.")
-    ] = None,
+    set_: AsInTrain = None,
     micro_batch: Annotated[
         str | None, typer.Option(help="data.micro_batch: a number, or auto for the largest that fits.")
     ] = None,
@@ -259,9 +260,7 @@ def plan(
 def ablate(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config with every part on.")],
     out: Annotated[Path, typer.Option(help="Folder for the runs, ablation.csv and ablation.png.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. May be repeated.")
-    ] = None,
+    set_: AsInTrain = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
     start: Annotated[list[str] | None, typer.Option(help="scratch or inherited. May be repeated. Default: both.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the CPU threads.")] = 1,

@@ -32,7 +32,6 @@ class ModelConfig(Section):
     freeze_norms: bool = Field(
         False, description="batch norms keep their statistics (eval mode); gradient caching needs it where none are inherited"
     )
-
     recompute: bool = Field(
         False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
     )
@@ -119,7 +118,6 @@ class LossConfig(Section):
     interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
     learn_interactive_scale: bool = Field(False, description="a temperature of its own for it, learned")
     projection: bool = Field(False, description="learned projections to the teacher's width, where it is another")
-
     scratch_mib: int = Field(64, ge=1, description="budget of the chunks of the similarity matrices, which are never whole")
 
     @property

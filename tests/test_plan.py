@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from simplclip import backends, cli, config
 from simplclip import plan as planning
+from simplclip.cards import GIB, Budget, parse_memory
 from simplclip.ops import workspaces
 from simplclip.ops.workspaces_cpu import packing_bytes
 from simplclip.plan import pretend
-from simplclip.plan.cards import GIB, Budget, parse_memory
 from simplclip.plan.count import KINDS, Counter, UncountedOp
 from simplclip.plan.measure import measure
 from simplclip.plan.predict import predict
@@ -25,6 +25,15 @@ CUDA = torch.device("cuda", 0)
 CACHED = "model.freeze_norms=true"
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What oneDNN takes inside products and convolutions grows with the threads, and is stated for one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import yaml
 from runs import go, rows
 
 from simplclip import checkpoint
+from simplclip.cards import Budget
 from simplclip.config import ConfigError
-from simplclip.plan.cards import Budget
 from simplclip.plan.predict import predict
 from simplclip.plan.step import TrainerStep
 from simplclip.train import memory

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from simplclip import plots
+from simplclip import cards, plots
 from simplclip.config import Config
-from simplclip.plan import cards, report
+from simplclip.plan import report
 from simplclip.plan.plan import Plan, make
 
 

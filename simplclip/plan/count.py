@@ -18,13 +18,13 @@ from simplclip.ops import registry
 from simplclip.ops.workspaces import workspace_bytes
 from simplclip.ops.workspaces_cpu import packing_bytes
 
-# What a live byte is for. A storage has the kind of the phase that allocated it until `relabel` gives it another.
+# What a live byte is for. A storage has the kind of the phase that allocated it until `hold` gives it another.
 KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", "kernel workspaces")
 GPU_BLOCK = 512  # torch's CUDA allocator hands out multiples of it
 
 
 class UncountedOp(RuntimeError):
-    """An op whose memory cannot be known: it has no fake implementation, or no stated workspace."""
+    """An op whose memory cannot be known: it has no fake implementation, or its results depend on values."""
 
 
 # What an op raises that has no fake implementation, or one whose results depend on values.
@@ -90,7 +90,7 @@ class Counter(TorchDispatchMode):
     Ops of simplclip run as they would, part by part, on fake tensors; only the functions of their backends, whose insides
     nobody sees, are replaced by their fakes and stated workspaces.
 
-    Raises UncountedOp, naming the op, where either is missing.
+    Raises UncountedOp or UnknownWorkspace, naming the op, where either is missing.
     """
 
     def __init__(self, device: torch.device) -> None:

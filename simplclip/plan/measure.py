@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -16,22 +18,31 @@ def measure(step: Step, device: torch.device) -> int:
     step.materialize(device)
     step.place(device)
     batches = step.batches(whole=True)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+
+    def run() -> None:
         for _ in range(STEPS):
             step.run(batches)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(step, batches)}
+    return sum(held.values()) + cpu_peak_bytes(run)
+
+
+def cpu_peak_bytes(run: Callable[[], object]) -> int:
+    """Highest sum of live bytes that torch's CPU allocator gave out during `run`, above what was live before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for _ in range(STEPS):
-            step.run(batches)
+        kept = run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted(events, key=lambda e: e.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return sum(held.values()) + peak
+    del kept
+    return peak
 
 
 def _tensors(step: Step, batches: object) -> list[Tensor]:

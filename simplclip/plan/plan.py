@@ -10,8 +10,8 @@ from torch import nn
 
 from simplclip import config as configs
 from simplclip import gradient_cache, hardware, models
+from simplclip.cards import Budget, gib
 from simplclip.config import Config, ConfigError
-from simplclip.plan.cards import Budget, gib
 from simplclip.plan.count import Usage
 from simplclip.plan.measure import measure
 from simplclip.plan.predict import predict
@@ -52,7 +52,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.answers[0].peak <= self.budget.usable
+        """Whether the step as configured does."""
+        return self.holds(self.answers[0])
+
+    def holds(self, answer: Answer) -> bool:
+        return answer.batch_size > 0 and answer.peak <= self.budget.usable
 
 
 def make(
@@ -97,7 +101,7 @@ def make(
     if where.type == "cuda" and torch.cuda.is_available():
         tell("two real steps of it on this GPU")
         measured = _measured(TrainerStep(config, precision, teacher_width), where)
-        notes += [] if measured else ["nothing of the step as configured: it does not fit this GPU"]
+        notes += [] if measured else ["the step as configured does not fit this machine's GPU"]
     if solve:
         answers += _solved(config, budget, usage_of, cacheable, tell)
     if compare:
@@ -171,8 +175,7 @@ def _of_open_clip(
     if name is None:
         raise ConfigError(f"--compare: expected a model made from one of open_clip's, {config.model.name} is not")
     width = teacher["width"] if "distill_loss" in config.loss.weights else None
-    losses = "ClipLoss" if width is None else "DistillClipLoss"
-    what = f"most in open_clip: {name}, {losses}"
+    what = f"most in open_clip: {name}, {type(OpenClipStep(name, 1, precision, width).loss).__name__}"
     tell(what)
     return _answer(what, lambda n: predict(OpenClipStep(name, n, precision, width), where).peak, budget, micro_batch=None)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from simplclip.plan.cards import GIB, gib
+from simplclip.cards import GIB, gib
 from simplclip.plan.count import KINDS
 from simplclip.plan.plan import Plan
 
@@ -27,7 +28,7 @@ def show(plan: Plan, console: Console) -> None:
             f"{answer.batch_size:,}",
             f"{answer.micro_batch:,}" if answer.micro_batch else "all",
             gib(answer.peak),
-            "yes" if answer.peak <= budget.usable and answer.batch_size else "no",
+            "yes" if plan.holds(answer) else "no",
             "" if answer.next_peak is None else f"{answer.next_batch_size:,}: {answer.next_peak / GIB:.2f}",
         )
     console.print(answers)
@@ -63,26 +64,13 @@ def lines(plan: Plan) -> list[str]:
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """Everything but the timeline; sizes in bytes."""
-    answers = [
-        {
-            "what": answer.what,
-            "batch_size": answer.batch_size,
-            "micro_batch": answer.micro_batch,
-            "peak": answer.peak,
-            "fits": answer.batch_size > 0 and answer.peak <= plan.budget.usable,
-            "next_batch_size": answer.next_batch_size,
-            "next_peak": answer.next_peak,
-            "peaks": answer.peaks,
-        }
-        for answer in plan.answers
-    ]
     return {
         "model": plan.model,
         "precision": plan.precision,
         "device": plan.device,
         "memory": plan.budget.memory,
         "usable": plan.budget.usable,
-        "answers": answers,
+        "answers": [asdict(answer) | {"fits": plan.holds(answer)} for answer in plan.answers],
         "components": plan.usage.at_peak,
         "peak_phase": plan.usage.peak_phase,
         "measured": plan.measured,

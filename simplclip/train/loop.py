@@ -2,7 +2,7 @@
 
 run              sets up, restores, loops, finishes
 _batches         the endless stream of batches, epoch after epoch, micro-batches of a step together
-train_step      one step: forward, backward, update
+train_step       one step: forward, backward, update
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from simplclip import backends, checkpoint, data, evaluate, gradient_cache, hardware, models, plots
+from simplclip.cards import gib
 from simplclip.config import Config, ConfigError, differences, from_dict
 from simplclip.nn import SimplifiedBlock
 from simplclip.train.memory import MemoryLimit, ran_out
@@ -100,8 +101,6 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None,
         report.print(f"precision  {precision} ({why})")
         report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
         if auto:
-            from simplclip.plan.cards import gib  # plan imports the trainer
-
             micro = config.data.micro_batch
             told = f"{micro:,} images at a time" if micro else "the whole batch at a time"
             report.print(f"memory     {told} fit in {gib(limit.budget.usable)}, by simplclip plan")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from simplclip.cards import CONTEXT_BYTES, Budget, gib
 from simplclip.config import Config
 
 try:
@@ -26,8 +27,6 @@ class MemoryLimit:
     """
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
-        from simplclip.plan.cards import CONTEXT_BYTES, Budget
-
         self.device, self._former = device, None
         if device.type == "cuda":
             total = torch.cuda.mem_get_info(device)[1]
@@ -61,14 +60,13 @@ class MemoryLimit:
 
     def settle(self, config: Config) -> Config:
         """`config` with a number of data.micro_batch in the place of "auto". Errors: ConfigError."""
-        from simplclip import plan
+        from simplclip import plan  # which imports the trainer
 
         return plan.micro_batch_that_fits(config, self.budget, device=self.device.type)
 
     def advice(self, config: Config) -> str:
         """What `simplclip plan` says of a step that did not fit."""
         from simplclip import plan
-        from simplclip.plan.cards import gib
 
         made = plan.make(config, self.budget, device=self.device.type, solve=False)
         told = [
