@@ -5,7 +5,8 @@ A backend is one of
     cuda       hand-written CUDA C++
     triton     Triton kernels
     cpu        C++ for the CPU
-    reference  plain torch, any device and dtype; the definition of the op
+    reference  plain torch, any device and dtype; the definition of the op. Forced, autograd differentiates it as it is: any
+               order, forward mode, torch.func; then it keeps all matrices.
 
 and the first that can serve a call does, in this order. `with simplclip.backend("cpu"):` and the environment variable
 SIMPLCLIP_BACKEND force one, for the whole process: an op that it cannot serve then raises and says why.
@@ -40,6 +41,8 @@ def _load_extension(name: str) -> tuple[object | None, str | None]:
 
 
 extension, extension_error = _load_extension("_C")
+# A constant, so that torch.compile can trace what depends on it.
+native_bf16: bool = extension is not None and extension.has_native_bf16()
 if torch.version.cuda is None:
     cuda_extension, cuda_extension_error = None, f"torch {torch.__version__} is a build without CUDA"
 else:

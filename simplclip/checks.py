@@ -48,20 +48,21 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
         return torch.full((), value, device=device, dtype=dtype)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {shape_of(value)}")
-    if not value.dtype.is_floating_point:
-        raise TypeError(f"{name}: expected a floating dtype, got {value.dtype}")
+    floating(name, value)
     if value.device != device:
         raise ValueError(f"{name}: expected the device of {of}, {device}, got {value.device}")
     return value.reshape(()).to(dtype)
 
 
-def group_ids(name: str, t: Tensor, count: int, letter: str, device: torch.device) -> None:
-    if not isinstance(t, Tensor) or t.dtype != torch.int64:
-        raise TypeError(f"{name}: expected an int64 tensor [{letter}], got {getattr(t, 'dtype', type(t).__name__)}")
+def group_ids(name: str, t: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
+    """The ids as the kernels take them, int64."""
+    if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {getattr(t, 'dtype', type(t).__name__)}")
     if t.dim() != 1 or t.shape[0] != count:
         raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {shape_of(t)}")
     if t.device != device:
         raise ValueError(f"{name}: expected the device of image, {device}, got {t.device}")
+    return t.long()
 
 
 _warned: set[str] = set()
@@ -81,11 +82,13 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def number(name: str, value) -> float:
+def number(name: str, value, *, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # not isfinite, which torch.compile cannot trace of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
+    if positive and not value > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
     return float(value)
 
 
@@ -159,14 +162,16 @@ def block(x, norm: str, **tensors) -> None:
         raise ValueError(f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}")
     h = alpha.shape[0]
     shapes = {"qk_weight": (2 * c, c), "fc1_bias": (f,), "fc2_weight": (c, f), "fc2_bias": (c,), "norm_weight": (c,)}
-    shapes |= {"value_weight": (c, c), "output_weight": (c, c), "norm_bias": (c,), "beta": (h,), "gamma": (h,)}
+    shapes |= {"value_weight": (c, c), "output_weight": (c, c), "norm_bias": (c,)} | dict.fromkeys(
+        ("alpha", "beta", "gamma"), (h,)
+    )
     if norm == "rmsnorm" and tensors["norm_bias"] is not None:
         raise ValueError("norm_bias: expected None, RMSNorm has no bias")
     for name, shape in shapes.items():
         t = tensors[name]
         if t is None and name in ("value_weight", "output_weight", "norm_bias"):
             continue
-        floating(name, t, str(list(shape)))
+        floating(name, t)
         if t.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
         if t.shape != shape:

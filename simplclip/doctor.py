@@ -45,7 +45,7 @@ def _extension() -> dict:
     else:
         info["cpu"]["compiler"] = backends.extension.compiler()
         info["cpu"]["instruction_set"] = backends.extension.cpu_isa()
-        info["cpu"]["native_bfloat16"] = backends.extension.has_native_bf16()
+        info["cpu"]["native_bfloat16"] = backends.native_bf16
     if backends.cuda_extension is None:
         info["cuda"]["reason"] = backends.cuda_extension_error
     else:

@@ -142,7 +142,7 @@ def test_attention_on_a_card_keeps_no_matrix(monkeypatch, precision):
 
 
 def test_products_on_a_cpu_take_what_onednn_packs():
-    if not backends.extension.has_native_bf16():
+    if not backends.native_bf16:
         pytest.skip("this CPU has no instructions for bfloat16 products")
     a, b = torch.randn(512, 1024).bfloat16(), torch.randn(1024, 256).bfloat16()
     counter, mode = Counter(CPU), FakeTensorMode()

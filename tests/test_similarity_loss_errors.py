@@ -33,16 +33,24 @@ BAD_CALLS = {
     "offset": (dict(label_offset=1), ValueError, "label_offset: expected 0 <= label_offset <= M - N = 0 .* got 1"),
     "offset type": (dict(label_offset=0.5), TypeError, "label_offset: expected an int, got float"),
     "ids length": (dict(ids=torch.arange(3)), ValueError, r"ids: expected shape \[N\] = \[4\], got \[3\]"),
-    "ids dtype": (dict(ids=torch.arange(4.0)), TypeError, r"ids: expected an int64 tensor \[N\], got torch.float32"),
+    "ids dtype": (dict(ids=torch.arange(4.0)), TypeError, r"ids: expected an int64 or int32 tensor \[N\], got torch.float32"),
+    "ids bool": (dict(ids=torch.ones(4, dtype=torch.bool)), TypeError, "ids: expected an int64 or int32 .* got torch.bool"),
     "text ids alone": (dict(text_ids=torch.arange(4)), ValueError, "ids: expected ids for the rows beside text_ids"),
     "scale": (dict(logit_scale=torch.ones(2)), ValueError, r"logit_scale: expected one element, got shape \[2\]"),
     "scale dtype": (
         dict(logit_scale=torch.tensor(3)),
         TypeError,
-        "logit_scale: expected a floating dtype, got torch.int64",
+        "logit_scale: expected float32, .* got torch.int64",
+    ),
+    "scale float8": (
+        dict(logit_scale=torch.ones((), dtype=torch.float8_e4m3fn)),
+        TypeError,
+        "logit_scale: expected float32, .* got torch.float8_e4m3fn",
     ),
     "terms": (dict(terms=("contrastiv",)), ValueError, "terms: expected one of 'contrastive', .* got 'contrastiv'"),
     "no terms": (dict(terms=()), ValueError, "terms: expected a tuple of at least one of"),
+    "terms a number": (dict(terms=5), ValueError, "terms: expected a tuple of at least one of .* got 5"),
+    "terms of numbers": (dict(terms=(5,)), ValueError, "terms: expected one of 'contrastive', .* got 5"),
     "no plane": (dict(terms=("pair_matching",)), ValueError, "plane: expected .* got NoneType"),
     "plane width": (
         dict(terms=("pair_matching",), plane=(torch.ones(5), 0.0)),
@@ -54,6 +62,19 @@ BAD_CALLS = {
         dict(terms=("pair_matching",), plane=(1.0, 0.0), negatives="shift", shift=4),
         ValueError,
         "shift: expected 1 <= shift < M = 4, got 4",
+    ),
+    **{
+        f"shift {shift}": (
+            dict(terms=("pair_matching",), plane=(1.0, 0.0), negatives="shift", shift=shift),
+            TypeError,
+            f"shift: expected an int or an int64 tensor with one element, got {shift}",
+        )
+        for shift in (1.5, None, True)
+    },
+    "plane dtype": (
+        dict(terms=("pair_matching",), plane=(torch.ones(8).long(), 0.0)),
+        TypeError,
+        "plane's w: expected float32, .* got torch.int64",
     ),
     "teacher missing": (
         dict(terms=("relational",)),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip import backends, checks
-from simplclip.ops.registry import autocast, define
+from simplclip.ops.registry import autocast, call, define, register_autograd
 from simplclip.reference import accumulate_dtype
 
 DISTANCES = ("mse", "smooth_l1")
@@ -70,7 +70,7 @@ def _autograd(ctx, grad, _):
     return d_student, None, None, None, None, None
 
 
-torch.library.register_autograd("simplclip::feature_loss_fwd", _autograd, setup_context=_setup_context)
+register_autograd("feature_loss_fwd", _autograd, _setup_context)
 
 
 def workspace_bytes(n: int, d: int, dtype: torch.dtype, *, normalize: bool = True, projection: bool = False) -> int:
@@ -117,7 +117,8 @@ def feature_loss(
     Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; a row shorter than eps is divided
     by a constant, so g / eps. Saved for backward: the inputs and two inverse norms per row, [2, N]; backward computes the
     difference again. Extra memory: `workspace_bytes`, O(N), and with a projection O(N D). Computed in float32 (float64 for
-    float64), sums in a fixed order: equal inputs give equal results. Double backward is not supported.
+    float64), sums in a fixed order: equal inputs give equal results. First derivatives in reverse mode only, but for
+    backend "reference".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -145,8 +146,8 @@ def feature_loss(
         )
     (student,) = autocast(student)
     teacher = checks.constant("teacher", teacher)
-    return torch.ops.simplclip.feature_loss_fwd(
-        student, teacher, distance == "smooth_l1", float(beta), bool(normalize), backends.forced()
+    return call(
+        "feature_loss_fwd", student, teacher, distance == "smooth_l1", float(beta), bool(normalize), backends.forced()
     )[0]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simplclip import backends, checks
 from simplclip.ops import registry
-from simplclip.ops.registry import autocast, define
+from simplclip.ops.registry import autocast, call, define, register_autograd, wants_grad
 from simplclip.reference import ACTIVATIONS
 
 HIDDEN_BYTES = 16 << 20  # of a hidden layer that nobody keeps
@@ -21,6 +21,11 @@ def to_overwrite(saved: Tensor) -> Tensor:
     """`saved`, or a copy where it must stay as it is: backward may run again (retain_graph), or is traced, not run."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return saved if (type(saved) is Tensor or registry.counted) and not keeps_graph() else saved.clone()
+
+
+def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
+    """Whether the hidden layer is formed as a whole: for backward, and in the reference, which autograd goes through."""
+    return backends.forced() == "reference" or (not recompute and wants_grad(*tensors))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:  # [T, C], [F, C], [F]
@@ -122,7 +127,7 @@ def _autograd(ctx, grad, _):
     return *(d if wanted else None for d, wanted in zip(grads, need)), None, None, None
 
 
-torch.library.register_autograd("simplclip::parallel_mlp_fwd", _autograd, setup_context=_setup_context)
+register_autograd("parallel_mlp_fwd", _autograd, _setup_context)
 
 
 def workspace_bytes(t: int, f: int, c: int, dtype: torch.dtype) -> int:
@@ -153,7 +158,7 @@ def parallel_mlp(
 
     Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation is applied as the second product
     reads h, and never stored: [T, F] instead of twice that. Backward writes the gradient of h over h (over a copy with
-    retain_graph=True). Sums are float32; deterministic. Double backward is not supported.
+    retain_graph=True). Sums are float32; deterministic. First derivatives in reverse mode only, but for backend "reference".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -166,7 +171,7 @@ def parallel_mlp(
     for name, t in zip(tensors, cast):
         if t is not None:
             checks.like(name, t, "x", x)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *cast))
+    keep = keeps_hidden(x, *cast)
     flat = x.reshape(-1, x.shape[-1])
-    out, _ = torch.ops.simplclip.parallel_mlp_fwd(flat, *cast, act, keep, backends.forced())
+    out, _ = call("parallel_mlp_fwd", flat, *cast, act, keep, backends.forced())
     return out.reshape(*x.shape[:-1], out.shape[1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from simplclip import backends
 
@@ -38,7 +41,8 @@ def define(
     """
     library.define(f"{name}({arguments}, str backend) -> {returns}")
     for backend in ("cpu", "cuda"):
-        library.define(f"{name}_{backend}{native or f'({arguments}) -> {returns}'}")
+        schema = native or f"({arguments}) -> {returns}"
+        library.define(f"{name}_{backend}{schema.replace('SymInt', 'int')}")  # C++ runs with numbers, never traced
 
     def dispatch(*args, through: Callable[[str, str, Callable], Callable] | None = None):
         first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
@@ -48,7 +52,8 @@ def define(
             return through(op, backend, function) if through else function
 
         function = pick(name, **(facts(*args[:-1]) if facts else {})) if name in backends.TABLE else pick
-        with torch.autocast(first.device.type, enabled=False):
+        meta = first.device.type == "meta"  # which has no autocast
+        with contextlib.nullcontext() if meta else torch.autocast(first.device.type, enabled=False):
             return run(function, *args[:-1])
 
     library.impl(name, dispatch, "CompositeExplicitAutograd")
@@ -58,10 +63,66 @@ def define(
         NATIVE_FAKES[name] = native_fake or (lambda *args: fake(*args, ""))
 
 
+_FIRST_ORDER = (
+    "{op}: expected a first derivative in reverse mode, got {got}; "
+    'run the forward under simplclip.backend("reference"), plain torch that has all derivatives'
+)
+
+
+def call(name: str, *args):
+    """Runs `simplclip::name`; forced to "reference", its definition itself, which autograd then differentiates as it is.
+
+    The other backends have no tangents, which torch would take for zero, and no torch.func.grad: both are refused here.
+    """
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.simplclip, name)(*args)
+    if args[-1] == "reference":
+        return DISPATCH[f"simplclip::{name}"](*args)
+    got = None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        transforms = {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
+        got = next((f"torch.func.{which}" for which in ("grad", "jvp") if which in transforms), None)
+    elif forward_ad._current_level >= 0:
+        tensors = (arg for arg in args if isinstance(arg, Tensor))
+        got = "a forward-mode tangent" if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) else None
+    if got:
+        raise NotImplementedError(_FIRST_ORDER.format(op=_public(name), got=got))
+    return getattr(torch.ops.simplclip, name)(*args)
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Registers `backward` for `simplclip::name`. To differentiate its gradients again is an error, not a zero."""
+
+    @functools.wraps(backward)
+    def once(ctx, *grads):
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # it is where create_graph=True
+            return out
+        message = _FIRST_ORDER.format(op=_public(name), got="a double backward")
+        marked = torch._C._functions.DelayedError(message.encode(), len(out))
+        return marked(*(None if t is None else t.detach().requires_grad_() for t in out))
+
+    torch.library.register_autograd(f"simplclip::{name}", once, setup_context=setup_context)
+
+
+def _public(name: str) -> str:
+    return "similarity_loss" if name.startswith("similarity") else name.removesuffix("_fwd")
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow. Under vmap a tensor hides whether it requires a gradient: then it may."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors as autocast hands them to an op: in its dtype where it is on for the first one's device; float64 stays."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors]

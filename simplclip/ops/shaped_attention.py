@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simplclip import backends, checks
-from simplclip.ops.registry import autocast, define
+from simplclip.ops.registry import autocast, call, define, register_autograd
 from simplclip.reference import accumulate_dtype
 
 
@@ -76,7 +76,7 @@ def _autograd(ctx, grad, _):
     return *torch.ops.simplclip.shaped_attention_bwd(grad, *ctx.saved_tensors, *ctx.mode), *none[4:]
 
 
-torch.library.register_autograd("simplclip::shaped_attention_fwd", _autograd, setup_context=_setup_context)
+register_autograd("shaped_attention_fwd", _autograd, _setup_context)
 
 
 def workspace_bytes(b: int, length: int, h: int, k: int, dtype: torch.dtype, *, threads: int = 1) -> int:
@@ -130,7 +130,7 @@ def shaped_attention(
 
     Softmax, gains and sums are float32 (float64 for float64), the operands of products in the tensors' dtype. Saved for
     backward: q, k, v and the log-sum-exps, [B, H, L] float32; nothing [L, L] leaves the kernel. Deterministic: sums have a
-    fixed order. Double backward is not supported.
+    fixed order. First derivatives in reverse mode only, but for backend "reference".
 
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are this
     library's.
@@ -139,7 +139,7 @@ def shaped_attention(
     if lengths is not None:
         lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)
     q, k, v = autocast(q, k, v)
-    scale = checks.number("scale", q.shape[3] ** -0.5 if scale is None else scale)
+    scale = q.shape[3] ** -0.5 if scale is None else checks.number("scale", scale)
     dtype = accumulate_dtype(q.dtype)
     gains = torch.stack([alpha.to(dtype), beta.to(dtype), gamma.to(dtype)])
-    return torch.ops.simplclip.shaped_attention_fwd(q, k, v, gains, lengths, scale, bool(causal), backends.forced())[0]
+    return call("shaped_attention_fwd", q, k, v, gains, lengths, scale, bool(causal), backends.forced())[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,17 @@ def check_offset(label_offset, n, m):
         )
 
 
-def check_ids(ids, text_ids, image, text):
+def group_ids(ids, text_ids, image, text):
     n, m, device = image.shape[0], text.shape[0], image.device
     if ids is not None:
-        checks.group_ids("ids", ids, n, "N", device)
+        ids = checks.group_ids("ids", ids, n, "N", device)
         if text_ids is None and n != m:
             raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
     if text_ids is not None:
         if ids is None:
             raise ValueError("ids: expected ids for the rows beside text_ids, got None")
-        checks.group_ids("text_ids", text_ids, m, "M", device)
+        text_ids = checks.group_ids("text_ids", text_ids, m, "M", device)
+    return ids, text_ids
 
 
 def place_of_rank(image, text, text_ids, label_offset, group):
@@ -90,8 +93,7 @@ def hyperplane(plane, width, device, stats):
     if isinstance(weight, Tensor) and weight.dim() == 1 and weight.numel() > 1:
         if weight.shape[0] != width:
             raise ValueError(f"plane: expected w [D] = [{width}], got shape {checks.shape_of(weight)}")
-        if not weight.dtype.is_floating_point:
-            raise TypeError(f"plane: expected w of a floating dtype, got {weight.dtype}")
+        checks.floating("plane's w", weight)
         if weight.device != device:
             raise ValueError(f"plane: expected w on the device of image, {device}, got {weight.device}")
         weight = weight.to(stats)
@@ -102,9 +104,18 @@ def hyperplane(plane, width, device, stats):
 
 def check_shift(shift, m, device):
     if not isinstance(shift, Tensor):
+        if isinstance(shift, bool) or not isinstance(shift, (int, torch.SymInt)):
+            raise TypeError(f"shift: expected an int or an int64 tensor with one element, got {shift!r}")
         if not 1 <= shift < max(m, 2):
             raise ValueError(f"shift: expected 1 <= shift < M = {m}, got {shift}")
     elif shift.numel() != 1 or shift.dtype != torch.int64 or shift.device != device:
         raise ValueError(
             f"shift: expected one int64 element on {device}, got {checks.shape_of(shift)} {shift.dtype} on {shift.device}"
         )
+
+
+def check_terms(terms, known):
+    if isinstance(terms, str) or not isinstance(terms, Collection) or not terms:
+        raise ValueError(f"terms: expected a tuple of at least one of {', '.join(known)}, got {terms!r}")
+    for term in terms:
+        checks.choice("terms", term, known)

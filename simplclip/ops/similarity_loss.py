@@ -7,7 +7,7 @@ from torch import Tensor
 
 from simplclip import backends, checks, distributed
 from simplclip.ops import similarity_inputs as inputs
-from simplclip.ops.registry import autocast, define
+from simplclip.ops.registry import autocast, call, define, register_autograd, wants_grad
 from simplclip.ops.similarity_plan import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, products, stored_rows
 from simplclip.ops.similarity_rows import similarity_rows
 from simplclip.ops.similarity_terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
@@ -24,7 +24,7 @@ _TENSORS = (
     "Tensor? plane_weight, Tensor? plane_bias, Tensor? ids, Tensor? text_ids"
 )
 _FEATURES, _SCALARS, _COUNT = (0, 1, 3, 4, 6, 7), (2, 5, 8, 9, 10), 13  # places of the tensors, and how many they are
-_MODE = "int label_offset, bool softmax, bool columns, int negatives, bool relational, bool interactive, float entropy"
+_MODE = "SymInt label_offset, bool softmax, bool columns, int negatives, bool relational, bool interactive, float entropy"
 
 
 def _prepare(tensors):
@@ -82,7 +82,7 @@ def _bwd_fake(grad_rows, _grad_columns, *args):
 
 define(
     "similarity_loss_fwd",
-    f"{_TENSORS}, {_MODE}, int chunk, int stored_rows",
+    f"{_TENSORS}, {_MODE}, SymInt chunk, SymInt stored_rows",
     "(Tensor, Tensor, Tensor)",
     _fwd,
     _fwd_fake,
@@ -90,7 +90,7 @@ define(
 define(
     "similarity_loss_bwd",
     f"Tensor grad_rows, Tensor grad_columns, {_TENSORS}, Tensor rows, Tensor columns_, Tensor stored, {_MODE}, "
-    "bool need_image, bool need_text, int chunk",
+    "bool need_image, bool need_text, SymInt chunk",
     f"({', '.join(['Tensor'] * 8)})",
     _bwd,
     _bwd_fake,
@@ -125,7 +125,7 @@ def _autograd(ctx, grad_rows, grad_columns, _):
     return tuple(out)
 
 
-torch.library.register_autograd("simplclip::similarity_loss_fwd", _autograd, setup_context=_setup_context)
+register_autograd("similarity_loss_fwd", _autograd, _setup_context)
 
 
 def similarity_loss(
@@ -146,8 +146,8 @@ def similarity_loss(
     projected_image: Tensor | None = None,  # [N, D̂]
     projected_text: Tensor | None = None,  # [M, D̂]
     divergence: str = "kl",
-    ids: Tensor | None = None,  # [N] int64
-    text_ids: Tensor | None = None,  # [M] int64
+    ids: Tensor | None = None,  # [N] int64 or int32
+    text_ids: Tensor | None = None,  # [M] int64 or int32
     label_offset: int = 0,
     symmetric: bool = True,
     group: torch.distributed.ProcessGroup | None = None,
@@ -212,7 +212,7 @@ def similarity_loss(
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
     12 N + 6 M statistics and at most store_bytes of similarities. Extra memory: similarity_plan.workspace_bytes,
     O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and reductions are in float32 and
-    in a fixed order: equal inputs give equal results. Double backward is not supported.
+    in a fixed order: equal inputs give equal results. First derivatives in reverse mode only, but for backend "reference".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -231,17 +231,14 @@ def similarity_loss(
     checks.choice("negatives", negatives, NEGATIVES)
     checks.choice("interactive", interactive, INTERACTIVE)
     checks.choice("divergence", divergence, DIVERGENCES)
-    if isinstance(terms, str) or not terms:
-        raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
-    for term in terms:
-        checks.choice("terms", term, TERMS)
+    inputs.check_terms(terms, TERMS)
     for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
     stats = accumulate_dtype(image.dtype)
     scale = checks.scalar("logit_scale", logit_scale, device, stats)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, stats)
-    inputs.check_ids(ids, text_ids, image, text)
+    ids, text_ids = inputs.group_ids(ids, text_ids, image, text)
     matching = negatives if "pair_matching" in terms else None
     plane = inputs.hyperplane(plane, image.shape[1], device, stats) if matching else None
     teaching = {"relational", "interactive"} & set(terms)
@@ -315,9 +312,11 @@ def similarity_loss(
             rows, columns, scale, teacher_scale, cross_scale, plane, pairs,
             contrastive=contrastive, matching=matching, relational=relational, interactive=kl, entropy=entropy,
         )  # fmt: skip
-    if contrastive and bias is not None:
-        out["contrastive"] = out["contrastive"] + 0.0 * bias
-    return {term: out[term] for term in terms}
+    out = {term: out[term] for term in terms}
+    if bias is not None:  # DDP wants a gradient of every parameter, if only 0
+        first = next(iter(out))
+        out[first] = out[first] + 0.0 * bias
+    return out
 
 
 def _statistics(tensors, mode, scratch, store):
@@ -327,9 +326,9 @@ def _statistics(tensors, mode, scratch, store):
     dtype = computes_in(image.dtype, device)
     leaves = (image, text, projected_image, projected_text)
     # On a GPU the kernels form tiles again rather than read them.
-    keeps = device == "cpu" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    keeps = device == "cpu" and wants_grad(*leaves)
     _, softmax, columns, negatives, relational, interactive, _ = mode
     planes = products(softmax, columns, negatives, relational, interactive)
     chunk = chunk_rows(n, m, dtype, device, 1 + (relational or interactive), scratch)
     stored = stored_rows(n, m, dtype, planes, store) if keeps else 0
-    return torch.ops.simplclip.similarity_loss_fwd(*tensors, *mode, chunk, stored, backends.forced())[:2]
+    return call("similarity_loss_fwd", *tensors, *mode, chunk, stored, backends.forced())[:2]

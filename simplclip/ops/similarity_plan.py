@@ -20,8 +20,7 @@ _STRIP = 64  # the chunk is a multiple of what one task of the CPU kernel takes
 def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype of the matrix products: the features', but float32 for halves that this CPU cannot multiply."""
     if device == "cpu" and dtype in (torch.float16, torch.bfloat16):
-        native = dtype == torch.bfloat16 and backends.extension is not None and backends.extension.has_native_bf16()
-        return torch.bfloat16 if native else torch.float32
+        return dtype if dtype == torch.bfloat16 and backends.native_bf16 else torch.float32
     return dtype
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simplclip import backends
-from simplclip.ops.registry import define
+from simplclip.ops.registry import call, define, register_autograd, wants_grad
 from simplclip.ops.similarity_plan import SCRATCH_BYTES, chunk_rows, computes_in
 from simplclip.reference import accumulate_dtype
 
@@ -26,7 +26,7 @@ def _fake(query, keys, scale, ids, key_ids, label_offset, attend, chunk, backend
 
 define(
     "similarity_rows",
-    "Tensor query, Tensor keys, Tensor scale, Tensor? ids, Tensor? key_ids, int label_offset, bool attend, int chunk",
+    "Tensor query, Tensor keys, Tensor scale, Tensor? ids, Tensor? key_ids, SymInt label_offset, bool attend, SymInt chunk",
     "(Tensor, Tensor)",
     _run,
     _fake,
@@ -43,7 +43,7 @@ def _fake_bwd(grad, query, keys, scale, mean_keys, label_offset, backend):
 
 define(
     "similarity_rows_bwd",
-    "Tensor grad, Tensor query, Tensor keys, Tensor scale, Tensor mean_keys, int label_offset",
+    "Tensor grad, Tensor query, Tensor keys, Tensor scale, Tensor mean_keys, SymInt label_offset",
     "(Tensor, Tensor)",
     _run_bwd,
     _fake_bwd,
@@ -66,7 +66,7 @@ def _autograd(ctx, grad, _):
     return d_query, None, d_scale.to(scale.dtype), *nothing[1:]
 
 
-torch.library.register_autograd("simplclip::similarity_rows", _autograd, setup_context=_setup_context)
+register_autograd("similarity_rows", _autograd, _setup_context)
 
 
 def similarity_rows(
@@ -85,7 +85,5 @@ def similarity_rows(
     """
     device = query.device.type
     chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)
-    attend = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-    return torch.ops.simplclip.similarity_rows(
-        query, keys, scale, ids, key_ids, label_offset, attend, chunk, backends.forced()
-    )[0]
+    attend = wants_grad(query, scale)
+    return call("similarity_rows", query, keys, scale, ids, key_ids, label_offset, attend, chunk, backends.forced())[0]

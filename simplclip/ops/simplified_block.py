@@ -7,8 +7,8 @@ from torch import Tensor
 
 from simplclip import backends, checks
 from simplclip.ops.norm import NORMS, norm_bwd, norm_fwd
-from simplclip.ops.parallel_mlp import hidden_rows, linear, to_overwrite
-from simplclip.ops.registry import autocast, define
+from simplclip.ops.parallel_mlp import hidden_rows, keeps_hidden, linear, to_overwrite
+from simplclip.ops.registry import autocast, call, define, register_autograd
 from simplclip.reference import ACTIVATIONS, accumulate_dtype
 
 TENSORS = (
@@ -177,7 +177,7 @@ def _autograd(ctx, grad, *_):
     return *(d if wanted else None for d, wanted in zip(grads, need)), *none
 
 
-torch.library.register_autograd("simplclip::simplified_block_fwd", _autograd, setup_context=_setup_context)
+register_autograd("simplified_block_fwd", _autograd, _setup_context)
 
 
 def simplified_block(
@@ -226,7 +226,8 @@ def simplified_block(
 
     Saved for backward: x, [q|k] [T, 2C], h [T, F] and the log-sum-exps [B, H, L]: 7C elements a token with F = 4C, where a
     standard block keeps 16C; with `recompute` C. Norm and activation are computed again. Backward writes the gradient of h
-    over h (over a copy with retain_graph=True). Frozen tensors cost no gradients. Deterministic; no double backward.
+    over h (over a copy with retain_graph=True). Frozen tensors cost no gradients. Deterministic. First derivatives in
+    reverse mode only, but for backend "reference".
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -252,9 +253,10 @@ def simplified_block(
     gains = gains * checks.scalar("attention_gain", attention_gain, x.device, wide, of="x")
     tensors = {"x": x, **matrices, "norm_weight": norm_weight, "norm_bias": norm_bias, "gains": gains}
     tensors["mlp_gain"] = checks.scalar("mlp_gain", mlp_gain, x.device, wide, of="x")
-    scale = checks.number("scale", (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else scale)
-    some_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors.values())
-    return torch.ops.simplclip.simplified_block_fwd(
-        *(tensors[name] for name in TENSORS), lengths, norm, checks.number("eps", eps), act, scale, bool(causal),
-        some_grad and not recompute, backends.forced(),
+    eps = checks.number("eps", eps, positive=True)
+    scale = (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
+    keep = keeps_hidden(*tensors.values(), recompute=recompute)
+    return call(
+        "simplified_block_fwd",
+        *(tensors[name] for name in TENSORS), lengths, norm, eps, act, scale, bool(causal), keep, backends.forced()
     )[0]  # fmt: skip

@@ -127,8 +127,9 @@ def similarity_loss_fwd(*args):
             if negatives == NEGATIVES_ALL:
                 rows[RowStat.MATCH] = (loss * planes.negative).sum(1)
             else:
-                rows[RowStat.MATCH] = (planes.softmax(z, rows[RowStat.LSE_Z][:, None]) * loss).sum(1)
-                cols[ColumnStat.MATCH] = (planes.softmax(z, cols[ColumnStat.LSE_Z]) * loss).sum(0)
+                by_row, by_column = planes.softmax(z, rows[RowStat.LSE_Z][:, None]), planes.softmax(z, cols[ColumnStat.LSE_Z])
+                rows[RowStat.MATCH] = (by_row.detach() * loss).sum(1)
+                cols[ColumnStat.MATCH] = (by_column.detach() * loss).sum(0)
         if relational:
             rows[RowStat.MEAN_Z] = mean(z, 1, rows[RowStat.LSE_T][:, None])
             cols[ColumnStat.MEAN_Z] = mean(z, 0, cols[ColumnStat.LSE_T])
