@@ -142,3 +142,23 @@ def test_a_teacher_that_requires_a_gradient_is_warned_about_once_and_gets_none(m
     loss.backward()
     assert teacher.grad is None
     assert image.grad is not None
+
+
+@pytest.mark.parametrize("terms", [("contrastive",), ("pair_matching",), ("relational",), ("pair_matching", "contrastive")])
+@pytest.mark.parametrize("negatives", ["all", "shift"])
+def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(terms, negatives):
+    bias = torch.tensor(-10.0, requires_grad=True)
+    options = {**TEACHER, "terms": terms, "plane": (1.0, 0.0), "negatives": negatives}
+    out = similarity_loss(GOOD, GOOD, 10.0, logit_bias=bias, **options)
+    sum(out.values()).backward()
+    assert bias.grad is not None
+    assert bias.grad == 0
+    assert out == similarity_loss(GOOD, GOOD, 10.0, **options)
+
+
+def test_int32_ids_are_ids():
+    ids = torch.tensor([0, 0, 1, 2])
+    options = {**TEACHER, "terms": ("contrastive", "relational", "interactive"), "interactive": "kl"}
+    wide = similarity_loss(GOOD, GOOD.flip(0), 1.0, **options, ids=ids, text_ids=ids)
+    assert wide == similarity_loss(GOOD, GOOD.flip(0), 1.0, **options, ids=ids.int(), text_ids=ids.int())
+    assert wide != similarity_loss(GOOD, GOOD.flip(0), 1.0, **options)

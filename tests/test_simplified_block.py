@@ -220,6 +220,13 @@ def test_compiles_without_graph_breaks_under_autocast():
         ({"norm_weight": torch.ones(12, device="meta")}, ValueError, "norm_weight: expected the device of x, cpu, got meta"),
         ({"mlp_gain": "1"}, TypeError, "mlp_gain: expected a number or a tensor with one element, got str"),
         ({"lengths": torch.tensor([6, 1])}, ValueError, "lengths: expected 0 to 5 valid tokens, got 6"),
+        ({"alpha": torch.ones(3, device="meta")}, ValueError, "alpha: expected the device of x, cpu, got meta"),
+        *(
+            ({name: torch.ones(3 if len(name) < 6 else ()).to(dtype)}, TypeError, f"{name}: expected float32, .* got {dtype}")
+            for name in ("alpha", "beta", "gamma", "mlp_gain", "attention_gain")
+            for dtype in (torch.complex64, torch.bool, torch.int32, torch.float8_e4m3fn)
+        ),
+        *(({"eps": eps}, ValueError, f"eps: expected a number above 0, got {eps}") for eps in (0.0, -1e-5)),
     ],
 )
 def test_errors_name_argument_expectation_and_what_came(change, error, words):
