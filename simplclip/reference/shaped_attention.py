@@ -42,7 +42,8 @@ def shaped_attention_fwd(
     lse = logits.logsumexp(-1).masked_fill(~visible.any(-1), 0)
     alpha, beta, gamma = gains[:, :, None, None]
     mixing = beta * (logits - lse[..., None]).exp() - gamma * _uniform(visible, lse.dtype)
-    return (alpha * wide_v + mixing @ wide_v).transpose(1, 2).to(dtype).contiguous(), lse
+    out = (alpha * wide_v + mixing @ wide_v).masked_fill(~visible.any(-1)[..., None], 0)  # nor are padded gradients read
+    return out.transpose(1, 2).to(dtype).contiguous(), lse
 
 
 def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:
