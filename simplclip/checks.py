@@ -162,9 +162,8 @@ def block(x, norm: str, **tensors) -> None:
         raise ValueError(f"alpha: expected one value per head, [H] with H a divisor of C = {c}, got {got}")
     h = alpha.shape[0]
     shapes = {"qk_weight": (2 * c, c), "fc1_bias": (f,), "fc2_weight": (c, f), "fc2_bias": (c,), "norm_weight": (c,)}
-    shapes |= {"value_weight": (c, c), "output_weight": (c, c), "norm_bias": (c,)} | dict.fromkeys(
-        ("alpha", "beta", "gamma"), (h,)
-    )
+    shapes |= {"value_weight": (c, c), "output_weight": (c, c), "norm_bias": (c,)}
+    shapes |= {"alpha": (h,), "beta": (h,), "gamma": (h,)}
     if norm == "rmsnorm" and tensors["norm_bias"] is not None:
         raise ValueError("norm_bias: expected None, RMSNorm has no bias")
     for name, shape in shapes.items():
