@@ -7,7 +7,8 @@ Coming from elsewhere (features [N, D]; ours expect them L2-normalised; tests/te
     open_clip
       ClipLoss, DistillClipLoss      ClipPMLoss(pm_weight=0), WIKDLoss(): equal, in each of the distributed modes too
 
-    CLIP-KD                          WIKDLoss(divergence="kl"); it normalises the student's features itself, not the teacher's
+    CLIP-KD                          WIKDLoss(divergence="kl", relational_weight=0 unless named below); it normalises the
+                                     student's features itself, the teacher's come normalised
       alpha_ckd_loss = a             relational_weight=a
       alpha_icl_loss = a             interactive_weight=a, interactive="infonce"
       alpha_cross_kd_loss = a        interactive_weight=a, interactive="kl"

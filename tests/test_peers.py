@@ -1,7 +1,7 @@
-"""The table "coming from elsewhere" in simplclip.losses: each line against the other library's loss, written here in plain torch.
+"""The table "coming from elsewhere" in simplclip.losses: each line against the other library's loss, written in plain torch.
 
-Sources: CLIP-KD src/open_clip/loss.py, memeff 0.3.1 clip_loss.py, GradCache src/grad_cache/loss.py. (open_clip: test_losses.py
-and test_wikd_loss.py; over two ranks: rank_losses.py.)
+Sources: CLIP-KD src/open_clip/loss.py, memeff 0.3.1 clip_loss.py, GradCache src/grad_cache/loss.py. For open_clip's losses see
+test_losses.py and test_wikd_loss.py, for two ranks rank_losses.py.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from simplclip import ops
 from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.nn import SimplifiedBlock
 
 N = 24
 
@@ -88,7 +89,7 @@ def test_clip_kd(theirs, ours, options, teacher_width):
 
 
 class Memeff(torch.autograd.Function):
-    """The value of ClipLoss at 1/temperature; with stable=True, sqrt(N / temperature) in the gradients' 1/temperature's place."""
+    """The value of ClipLoss at 1/temperature; with stable=True the gradients have sqrt(N / temperature) in its place."""
 
     @staticmethod
     def forward(ctx, x, y, temperature, stable):
@@ -121,3 +122,12 @@ def test_grad_cache():
     same(one(x, y), ops.similarity_loss(x, y, 1.0, symmetric=False)["contrastive"], (x, y))
     both = ClipPMLoss(pm_weight=0)(x, y, torch.tensor(1.0, dtype=torch.float64))
     same((one(x, y) + one(y, x)) / 2, both, (x, y))
+
+
+@pytest.mark.parametrize(("rms", "ratio"), [(0.026, 0.993), (1.0, 1.0)])
+def test_rms_norm_of_he_and_hofmann(rms, ratio):
+    norm = SimplifiedBlock(64, 2, norm="rmsnorm").norm.double()
+    x = torch.randn(5, 64, dtype=torch.float64)
+    x *= rms / x.square().mean(1, keepdim=True).sqrt()
+    theirs = norm.weight * x / (x.norm(2, dim=-1, keepdim=True) * 64**-0.5 + norm.eps)
+    torch.testing.assert_close(norm(x) / theirs, torch.full_like(x, ratio), rtol=1e-4, atol=0)
