@@ -1,7 +1,7 @@
 """The table "coming from elsewhere" in simplclip.losses: each line against the other library's loss, written in plain torch.
 
-Sources: CLIP-KD src/open_clip/loss.py, memeff 0.3.1 clip_loss.py, GradCache src/grad_cache/loss.py. For open_clip's losses see
-test_losses.py and test_wikd_loss.py, for two ranks rank_losses.py.
+Sources: CLIP-KD src/open_clip/loss.py, memeff 0.3.1 clip_loss.py, GradCache src/grad_cache/loss.py. For open_clip's losses
+see test_losses.py and test_wikd_loss.py, for two ranks rank_losses.py.
 """
 
 import math
