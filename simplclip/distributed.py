@@ -1,29 +1,103 @@
-"""What the losses exchange between ranks: features and column statistics, never logits."""
+"""What the losses exchange between ranks: features and column statistics, never logits.
+
+torch.distributed.nn.functional has the same with gradients, but is deprecated in torch 2.15, and does not trace.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import _functional_collectives as functional
+
+# Where torch 2.11 traces an autograd.Function it takes tensors written in place for constants, so there the collectives that
+# return a tensor; torch 2.15 has another name for one of them.
+_all_gather_traced = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+
+
+def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    rows = rows.contiguous()
+    if torch.compiler.is_compiling():
+        return _all_gather_traced(rows, 0, group)
+    out = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(out, rows, group=group)
+    return out
+
+
+def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[W, ...], a part for each rank -> [W, ...], each rank's part for this one."""
+    parts = parts.contiguous()
+    if torch.compiler.is_compiling():
+        return functional.all_to_all_single(parts, None, None, group)
+    out = torch.empty_like(parts)
+    dist.all_to_all_single(out, parts, group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, group):
+        ctx.group = group
+        return _all_gather(rows, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        world = dist.get_world_size(ctx.group)
+        if dist.get_backend(ctx.group) == "nccl" and not torch.compiler.is_compiling():  # less memory; gloo sums few dtypes
+            own = gradient.new_empty(gradient.shape[0] // world, *gradient.shape[1:])
+            dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+            return own, None
+        return _all_to_all(gradient.unflatten(0, (world, -1)), ctx.group).sum(0), None
 
 
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[N, ...] of each rank -> [W N, ...] on every rank, in the order of ranks. The gradient is summed over the ranks."""
-    if rows.requires_grad and torch.is_grad_enabled():
-        from torch.distributed.nn.functional import all_gather
+    return _Gather.apply(rows, group)
 
-        return torch.cat(all_gather(rows.contiguous(), group))
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, rows.contiguous(), group)
-    return torch.cat(parts)
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parts, group):
+        ctx.group = group
+        return _all_to_all(parts, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _all_to_all(gradient, ctx.group), None
 
 
 def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[S, W N], this rank's statistics of all columns -> [W, S, N], every rank's statistics of this rank's columns."""
-    from torch.distributed.nn.functional import all_to_all_single
+    return _Exchange.apply(columns.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1), group)
 
-    send = columns.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).contiguous()
-    return all_to_all_single(torch.empty_like(send), send, group=group)
+
+class SameShapes:
+    """Checks that the features have one shape on all ranks: else NCCL waits for ever, or reads what is not there.
+
+    Every call gathers four integers. To read them makes the host wait for a GPU, so there a rank reads them only where its
+    own shape is new, at the first call and when it has changed: where equal shapes become unequal, some rank's has. Under
+    torch.compile nothing is checked.
+    """
+
+    def __init__(self):
+        self.shape: list[int] | None = None
+        self.own: Tensor | None = None
+
+    def check(self, image: Tensor, text: Tensor, group: dist.ProcessGroup) -> None:
+        if torch.compiler.is_compiling() or not image.dim() == text.dim() == 2:
+            return
+        shape = [*image.shape, *text.shape]
+        new = shape != self.shape or self.own.device != image.device
+        if new:
+            self.shape, self.own = shape, torch.tensor(shape, device=image.device)
+        everyones = self.own.new_empty(dist.get_world_size(group) * len(shape))
+        dist.all_gather_into_tensor(everyones, self.own, group=group)
+        if new or image.device.type == "cpu":
+            shapes = everyones.unflatten(0, (-1, len(shape))).tolist()
+            if any(other != shape for other in shapes):
+                self.shape = None  # the next call reads them again
+                got = "; ".join(f"rank {rank}: {s[:2]}, {s[2:]}" for rank, s in enumerate(shapes))
+                raise ValueError(f"image_features, text_features: expected the same shapes on all ranks, got {got}")
 
 
 class _Mean(torch.autograd.Function):

@@ -5,6 +5,8 @@
 
 `inherit` copies and freezes; `freeze` alone brings a frozen state back, from `Inheritance.names`. A frozen prefix of a
 tower has nothing that asks for a gradient, so autograd keeps none of its activations. Source: WIKD of arXiv 2411.14789.
+
+Copied weights compute here what they computed there, but for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
 """
 
 from __future__ import annotations

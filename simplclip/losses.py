@@ -1,4 +1,34 @@
-"""Loss modules with open_clip's signatures on top of the fused ops."""
+r"""Loss modules with open_clip's signatures on top of the fused ops.
+
+Coming from elsewhere (features [N, D]; ours expect them L2-normalised; tests/test_peers.py has the numbers):
+
+    there                            here
+
+    open_clip
+      ClipLoss, DistillClipLoss      ClipPMLoss(pm_weight=0), WIKDLoss(): equal, in each of the distributed modes too
+
+    CLIP-KD                          WIKDLoss(divergence="kl", relational_weight=0 unless named below); it normalises the
+                                     student's features itself, the teacher's come normalised
+      alpha_ckd_loss = a             relational_weight=a
+      alpha_icl_loss = a             interactive_weight=a, interactive="infonce"
+      alpha_cross_kd_loss = a        interactive_weight=a, interactive="kl"
+      alpha_fd_loss = a              feature_weight=2 * a: there image and text are added, here averaged
+      cross_logit_scale = c          learn_interactive_scale=True, interactive_log_scale = log c: there c itself is the scale,
+                                     and starts at log(1/0.07) = 2.66; here the scale is exp of the parameter, at first 1/0.07
+      visual_proj, text_proj         image_projections, text_projections: the same without a bias
+
+    memeff
+      MemoryEfficientCLIPLoss(t)     ClipPMLoss(pm_weight=0) at logit_scale = 1/t: equal values. It normalises (unless told
+                                     normalized_inputs=True), gives the temperature no gradient, and with stable=True, its
+                                     default, the features sqrt(N t) times ours
+      Distributed...CLIPLoss(t)      local_loss=False, gather_with_grad=False, N of all ranks: the same gradients; its values
+                                     add up to ours over the ranks
+
+    GradCache
+      SimpleContrastiveLoss          ops.similarity_loss(x, y, 1.0, symmetric=False): from x to y alone, without a scale and
+                                     without normalisation. ClipPMLoss(pm_weight=0) is the mean of both directions
+      DistributedContrastiveLoss     the same with group=, whose gradients are world_size times as large
+"""
 
 from __future__ import annotations
 
@@ -8,125 +38,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simplclip import checks, distributed, ops
-from simplclip.ops.similarity_loss import DIVERGENCES, INTERACTIVE, NEGATIVES
-from simplclip.ops.similarity_plan import SCRATCH_BYTES
+from simplclip import checks, ops
+from simplclip.loss_base import PLANES, SimilarityLoss, check_width, weight_of, width_of
+from simplclip.ops.similarity_loss import DIVERGENCES, INTERACTIVE
 
-PLANES = ("scalar", "hadamard")
-
-
-def _weight(name: str, value: float) -> float:
-    if not value >= 0:
-        raise ValueError(f"{name}: expected a weight of 0 or more, got {value!r}")
-    return value
+__all__ = ["PLANES", "ClipPMLoss", "WIKDLoss"]
 
 
-class _SimilarityLoss(nn.Module):
-    """What the losses share: open_clip's distributed modes, and the plane of pair matching.
-
-    With world_size > 1 each rank sweeps its own rows against the gathered features. Values and gradients are open_clip's in
-    each mode:
-
-        local_loss  gather_with_grad   value                   gradient of the features, before DDP's average
-        no          no                 of the whole batch      of the whole batch's loss
-        no          yes                of the whole batch      world_size times that
-        yes         yes                of this rank's rows     world_size times that
-        yes         no                 of this rank's rows     of this rank's loss, the other ranks' features held constant
-
-    The gradients of scales and planes are each rank's share: their average, which DDP forms, is that of the batch's loss.
-    """
-
-    # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
-    INITIAL_WEIGHT, INITIAL_BIAS = 10.0, -2.0
-
-    scratch_bytes = SCRATCH_BYTES  # of similarity_loss; may be set on an instance
-
-    def __init__(
-        self,
-        local_loss,
-        gather_with_grad,
-        cache_labels,
-        rank,
-        world_size,
-        use_horovod,
-        *,
-        pm_weight,
-        plane,
-        negatives,
-        embed_dim,
-    ):
-        super().__init__()
-        self.pm_weight = _weight("pm_weight", pm_weight)
-        checks.choice("plane", plane, PLANES)
-        checks.choice("negatives", negatives, NEGATIVES)
-        if plane == "hadamard" and pm_weight and embed_dim is None:
-            raise ValueError("embed_dim: expected the width D of the features for plane='hadamard', got None")
-        if use_horovod and world_size > 1:
-            raise ValueError("use_horovod: expected False, since the ranks exchange through torch.distributed, got True")
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.use_horovod = use_horovod
-        self.plane = plane
-        self.negatives = negatives
-        if pm_weight:
-            shape = (embed_dim,) if plane == "hadamard" else ()
-            self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
-            self.plane_bias = nn.Parameter(torch.tensor(self.INITIAL_BIAS))
-
-    def _group(self):
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() != self.world_size:
-            have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
-            raise RuntimeError(f"world_size: expected a process group of {self.world_size} ranks, got {have}")
-        return torch.distributed.group.WORLD
-
-    def _own_features(self, *features: Tensor) -> tuple[Tensor, ...]:
-        """This rank's features, with the gradient that open_clip's mode gives them."""
-        if self.world_size == 1 or self.local_loss or self.gather_with_grad:
-            return features
-        return tuple(distributed.scale_gradient(t, 1 / self.world_size) for t in features)
-
-    def _value(self, loss: Tensor) -> Tensor:
-        """The value that open_clip's mode reports."""
-        return loss if self.world_size == 1 or self.local_loss else distributed.mean(loss, self._group())
-
-    def _terms(self, image, text, logit_scale, terms, ids, *, teacher=None, projected=(None, None), **options):
-        """The terms of this rank's rows. teacher: image features, text features, scale; projected: image's, text's."""
-        if "pair_matching" in terms:
-            options |= {"plane": (self.plane_weight, self.plane_bias), "negatives": self.negatives}
-            if self.negatives == "shift":
-                columns = text.shape[0] * self.world_size
-                options["shift"] = torch.randint(1, max(columns, 2), (), device=image.device)
-        teacher_image, teacher_text, teacher_scale = teacher or (None, None, None)
-        options |= {"terms": terms, "ids": ids, "teacher_scale": teacher_scale, "scratch_bytes": self.scratch_bytes}
-        if self.world_size == 1 or not self.local_loss or self.gather_with_grad:
-            return ops.similarity_loss(
-                image, text, logit_scale, teacher_image=teacher_image, teacher_text=teacher_text,
-                projected_image=projected[0], projected_text=projected[1],
-                group=None if self.world_size == 1 else self._group(), **options,
-            )  # fmt: skip
-        group = self._group()
-        images = (image, teacher_image, projected[0])
-        texts = (text, teacher_text, projected[1])
-        everyones = lambda own: [None if t is None else distributed.gather(t.detach(), group) for t in own]  # noqa: E731
-        options |= {"label_offset": self.rank * image.shape[0], "symmetric": False}
-        options["text_ids"] = None if ids is None else distributed.gather(ids, group)
-        halves = []
-        for (x, teacher_x, projected_x), (y, teacher_y, projected_y) in (
-            (images, everyones(texts)),
-            (texts, everyones(images)),
-        ):
-            half = ops.similarity_loss(
-                x, y, logit_scale, teacher_image=teacher_x, teacher_text=teacher_y,
-                projected_image=projected_x, projected_text=projected_y, **options,
-            )  # fmt: skip
-            halves.append(half)
-        return {name: 0.5 * (halves[0][name] + halves[1][name]) for name in halves[0]}
-
-
-class ClipPMLoss(_SimilarityLoss):
+class ClipPMLoss(SimilarityLoss):
     r"""Contrastive loss plus pair matching, in the place of `open_clip.ClipLoss`.
 
         loss = ClipLoss(image, text) + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives softplus(l_ij)]
@@ -192,7 +111,7 @@ class ClipPMLoss(_SimilarityLoss):
         return losses if output_dict else sum(losses.values())
 
 
-class WIKDLoss(_SimilarityLoss):
+class WIKDLoss(SimilarityLoss):
     r"""Distillation from teachers in three spaces beside the contrastive loss, in the place of `open_clip.DistillClipLoss`.
 
         loss = contrastive_weight · ClipLoss + relational_weight · (cross-entropy of the student's to the teacher's softmax of
@@ -249,10 +168,10 @@ class WIKDLoss(_SimilarityLoss):
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod,
             pm_weight=pm_weight, plane=plane, negatives=negatives, embed_dim=embed_dim,
         )  # fmt: skip
-        self.contrastive_weight = _weight("contrastive_weight", contrastive_weight)
-        self.relational_weight = _weight("relational_weight", relational_weight)
-        self.interactive_weight = _weight("interactive_weight", interactive_weight)
-        self.feature_weight = _weight("feature_weight", feature_weight)
+        self.contrastive_weight = weight_of("contrastive_weight", contrastive_weight)
+        self.relational_weight = weight_of("relational_weight", relational_weight)
+        self.interactive_weight = weight_of("interactive_weight", interactive_weight)
+        self.feature_weight = weight_of("feature_weight", feature_weight)
         checks.choice("interactive", interactive, INTERACTIVE)
         checks.choice("divergence", divergence, DIVERGENCES)
         checks.choice("feature_distance", feature_distance, ("mse", "smooth_l1"))
@@ -260,7 +179,10 @@ class WIKDLoss(_SimilarityLoss):
         self.interactive_log_scale = None
         if interactive_weight and learn_interactive_scale:
             self.interactive_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if not (contrastive_weight or relational_weight or interactive_weight or feature_weight or pm_weight):
+            raise ValueError("contrastive_weight and the other weights: expected one above 0, got all 0")
         widths = teacher_dim if isinstance(teacher_dim, (tuple, list)) else (teacher_dim,)
+        self.teacher_dim = tuple(width_of("teacher_dim", width) for width in widths)
         if any(widths) and embed_dim is None:
             raise ValueError("embed_dim: expected the width D of the student's features beside teacher_dim, got None")
         project = interactive_weight or feature_weight
@@ -306,11 +228,11 @@ class WIKDLoss(_SimilarityLoss):
         for index, teacher in enumerate(teachers):
             share = {name: weight if name in once else weight / len(teachers) for name, weight in weights.items()}
             share = {name: weight for name, weight in share.items() if weight and not (index and name in once)}
-            projected = self._projected(index, image, text)
+            projected = self._projected(index, image, text, teacher)
             values = {}
             terms = tuple(name for name in share if name != "feature")
             if terms:
-                normalised = tuple(None if p is None else F.normalize(p, dim=-1) for p in projected)
+                normalised = tuple(None if p is None else F.normalize(p, dim=-1).to(image.dtype) for p in projected)
                 values = self._terms(
                     image, text, logit_scale, terms, ids,
                     teacher=teacher if {"relational", "interactive"} & set(terms) else None,
@@ -319,7 +241,7 @@ class WIKDLoss(_SimilarityLoss):
                     interactive_scale=None if self.interactive_log_scale is None else self.interactive_log_scale.exp(),
                 )  # fmt: skip
             if "feature" in share:
-                students = (own if p is None else p for own, p in zip((image, text), projected))
+                students = (_wide(own) if p is None else p for own, p in zip((image, text), projected))
                 pairs = zip(students, teacher[:2])
                 values["feature"] = 0.5 * sum(ops.feature_loss(s, t, distance=self.feature_distance) for s, t in pairs)
             for name, weight in share.items():
@@ -328,8 +250,7 @@ class WIKDLoss(_SimilarityLoss):
         losses = {keys.get(name, f"{name}_loss"): self._value(totals[name]) for name in weights if name in totals}
         return losses if output_dict else tuple(losses.values())
 
-    @staticmethod
-    def _teachers(images, texts, scales) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def _teachers(self, images, texts, scales) -> list[tuple[Tensor, Tensor, Tensor]]:
         if not isinstance(images, (tuple, list)):
             images, texts, scales = (images,), (texts,), (scales,)
         given = {"dist_image_features": images, "dist_text_features": texts, "dist_logit_scale": scales}
@@ -337,12 +258,54 @@ class WIKDLoss(_SimilarityLoss):
             if not isinstance(value, (tuple, list)) or len(value) != len(images) or not images:
                 count = len(value) if isinstance(value, (tuple, list)) else type(value).__name__
                 raise ValueError(f"{name}: expected one for each of {len(images)} teachers, got {count}")
+        if any(self.teacher_dim) and len(self.teacher_dim) != len(images):
+            raise ValueError(f"teacher_dim: expected one width for each of {len(images)} teachers, got {self.teacher_dim}")
         return list(zip(images, texts, scales))
 
-    def _projected(self, index: int, image: Tensor, text: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.image_projections is None or index >= len(self.image_projections):
+    def _projected(self, index: int, image: Tensor, text: Tensor, teacher) -> tuple[Tensor | None, Tensor | None]:
+        """Features in the width of this teacher, None where they have it or need not have it."""
+        width = self.teacher_dim[index] if any(self.teacher_dim) else None
+        sides = {"image": (image, teacher[0]), "text": (text, teacher[1])}
+        for side, (own, t) in sides.items():
+            if isinstance(t, Tensor) and t.dim() == own.dim() == 2:
+                check_width(f"dist_{side}_features", t, "teacher_dim", width)
+                if width is None and (self.interactive_weight or self.feature_weight) and t.shape[1] != own.shape[1]:
+                    raise ValueError(
+                        f"teacher_dim: expected {t.shape[1]}, the width of dist_{side}_features, since {side}_features have "
+                        f"{own.shape[1]} and interactive and feature terms compare them, got None"
+                    )
+        if self.image_projections is None or not self.image_projections[index].numel():
             return None, None
-        weights = self.image_projections[index], self.text_projections[index]
-        if not weights[0].numel():
-            return None, None
-        return F.linear(image, weights[0]), F.linear(text, weights[1])
+        weights = {"image": self.image_projections[index], "text": self.text_projections[index]}
+        return tuple(_project(side, own, weights[side]) for side, (own, _) in sides.items())
+
+
+class _Wide(torch.autograd.Function):
+    """float16 as float32; its gradient, where float16 has no such number, is the largest that it has."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        most = torch.finfo(torch.float16).max
+        return gradient.clamp(-most, most).half()
+
+
+def _wide(features: Tensor) -> Tensor:
+    """float16 in float32, which F.normalize's eps of 1e-12 and the gradient of a row of zeros (1/eps) need."""
+    return _Wide.apply(features) if features.dtype == torch.float16 else features
+
+
+def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
+    if not torch.is_autocast_enabled(features.device.type):
+        if weight.dtype != features.dtype:
+            raise TypeError(
+                f"{side}_features: expected the dtype of {side}_projections, {weight.dtype}, without autocast, "
+                f"got {features.dtype}"
+            )
+        if features.dtype == torch.float16:
+            weight = weight.float()
+        features = _wide(features)
+    return F.linear(features, weight)

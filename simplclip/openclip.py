@@ -142,7 +142,8 @@ class _Site:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of an open_clip model by part: image, text, other (scale, bias, decoder), total; shared ones once."""
     total = {p: p.numel() for p in model.parameters()}
-    image = {p: p.numel() for p in model.visual.parameters()}
+    visual = getattr(model, "visual", None)
+    image = {} if visual is None else {p: p.numel() for p in visual.parameters()}
     owners = [getattr(model, name, None) for name in ("text", "transformer", "token_embedding", "ln_final")]
     owners += [getattr(model, name, None) for name in ("positional_embedding", "text_projection")]
     text: dict[nn.Parameter, int] = {}
@@ -178,7 +179,7 @@ def simplify(
     The old block's drop path is kept for the MLP (see `SimplifiedBlock`).
 
     Args:
-        model: an open_clip model (``visual``, and ``text`` or ``transformer``).
+        model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``.
         towers: "text", "image" or both.
         blocks: per tower the indices to replace, counted over that tower's attention blocks in order, negative ones
             from the end; a tower that is not named is replaced as a whole.
@@ -196,21 +197,31 @@ def simplify(
         The same model, and a report of what was replaced with the parameter counts before and after.
 
     Raises:
-        ValueError: an unknown tower or index, a tower without replaceable blocks (a ResNet, a Hugging Face encoder,
-            window or rotary attention), or a mask that a simplified block cannot honour (padding or class token masks,
-            as in CoCa's text tower). The model is left as it was.
+        ValueError: an unknown tower or index, a model without such a tower, a tower without replaceable blocks (a ResNet,
+            a Hugging Face encoder, window or rotary attention), or a mask that a simplified block cannot honour (padding
+            or class token masks, as in CoCa's text tower). The model is left as it was.
+        TypeError: model is not a module.
 
     Example:
         >>> model = open_clip.create_model("ViT-B-32")
         >>> model, report = simplify(model, share={"text": neighbour_groups(12)})
     """
     blocks, share = dict(blocks or {}), dict(share or {})
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an open_clip model, got {type(model).__name__}")
     unknown = sorted({*towers, *blocks, *share} - set(TOWERS))
     if unknown or not towers:
         raise ValueError(f"towers: expected names out of {TOWERS}, got {unknown or list(towers)}")
     idle = sorted({*blocks, *share} - set(towers))
     if idle:
         raise ValueError(f"blocks, share: expected only the towers to replace, {list(towers)}, got {idle}")
+
+    for tower, names in {"text": ("text", "transformer"), "image": ("visual",)}.items():
+        if tower in towers and all(getattr(model, name, None) is None for name in names):
+            expected = " or ".join(f"`{name}`" for name in names)
+            raise ValueError(
+                f"model: expected an open_clip model with {expected}, its {tower} tower, got {type(model).__name__} without"
+            )
 
     report = SimplifyReport(before=count_parameters(model))
     planned: list[tuple[_Site, SimplifiedBlock]] = []
@@ -238,12 +249,14 @@ def simplify(
 
 
 def _text_sites(model: nn.Module) -> Iterator[_Site]:
-    prefix, tower = ("text.", model.text) if hasattr(model, "text") else ("", model)
+    prefix, tower = ("text.", model.text) if getattr(model, "text", None) is not None else ("", model)
     transformer = getattr(tower, "transformer", None)
     if not isinstance(transformer, Transformer):
         raise ValueError(f"text: expected open_clip's text transformer, got {type(transformer or tower).__name__}")
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         raise ValueError("text: expected no mask or a causal one, got a tower with class token or padding masks")
+    if not hasattr(tower, "attn_mask"):
+        raise ValueError(f"text: expected attn_mask, None or causal, beside its blocks, got {type(tower).__name__} without")
     mask = tower.attn_mask
     if mask is not None and not mask.is_meta and not is_causal_mask(mask):
         raise ValueError("text: expected no mask or a causal one, got a tower with another attn_mask")
@@ -284,7 +297,8 @@ def _transformer_sites(transformer: Transformer, path: str, tower: str, causal: 
             heads = block.heads
         else:
             raise ValueError(f"{tower}: expected residual attention blocks, got {type(block).__name__}")
-        options = {"causal": causal, "batch_first": transformer.batch_first}
+        # Since open_clip 4 a tower is always [B, L, C] and has no such attribute.
+        options = {"causal": causal, "batch_first": getattr(transformer, "batch_first", True)}
         yield _Site(f"{path}.resblocks.{index}", block, TransformerBlock, heads, options)
 
 

@@ -2,7 +2,8 @@
 
 ARGS are those of `python -m open_clip_train.main`, all of them, and the few of `parser()` below, whose defaults give exactly
 open_clip's loss values: ClipPMLoss stands in the place of ClipLoss, WIKDLoss in that of DistillClipLoss. For as long as
-`main` runs, the names `create_loss` and `train_one_epoch` in the module open_clip_train.main are ours; no file is changed.
+`main` runs, the names `create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module
+open_clip_train.main are ours; no file is changed.
 
 Parameters that a loss learns (the plane of pair matching, projections to a teacher's width) are none of the model's:
 `LossParameters` trains them in open_clip's optimizer and keeps them in a file beside each checkpoint, which itself stays one
@@ -30,6 +31,7 @@ from simplclip.ops.similarity_loss import NEGATIVES
 
 # Not .pt: open_clip resumes from the last file of that ending.
 SUFFIX = ".loss"
+KEPT = "is not replaced by simplclip's losses: train it with python -m open_clip_train.main"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,11 +82,25 @@ def main(argv: list[str] | None = None):
         print(flush=True)
         trainer.parse_args(["--help"])
     options, rest = ours.parse_known_args(argv)
+    replacements = _replacements(ours, options, trainer)
     _check(ours, options, trainer.parse_args(rest))
-    state = _Trained(options, trainer.train_one_epoch)
-    replaced = {"create_loss": lambda args: create_loss(options, args), "train_one_epoch": state.train_one_epoch}
-    with _replaced(trainer, replaced), _shards_of_webdataset_1():
+    with _replaced(trainer, replacements), _shards_of_webdataset_1():
         return trainer.main(rest)
+
+
+def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
+    """Ours by the names that open_clip_train.main has for them: `create_loss`, or `create_task` for model and loss in one."""
+    if hasattr(trainer, "train_one_epoch"):
+        state = _Trained(options, trainer.train_one_epoch)
+        if hasattr(trainer, "create_task"):
+            task = functools.partial(create_task, options, trainer.create_task)
+            return {"create_task": task, "train_one_epoch": state.train_state_one_epoch}
+        if hasattr(trainer, "create_loss"):
+            return {"create_loss": functools.partial(create_loss, options), "train_one_epoch": state.train_one_epoch}
+    ours.error(
+        "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
+        "found another trainer; pip install 'open_clip_torch==3.3.*' works"
+    )
 
 
 @contextlib.contextmanager
@@ -100,21 +116,21 @@ def _replaced(module, names: dict):
 
 
 def _shards_of_webdataset_1():
-    """Lets open_clip 3.3 read shards by the webdataset that we install: since 1.0 an empty sample ends each shard, on which
+    """Lets open_clip read shards by the webdataset that we install: since 1.0 an empty sample ends each shard, on which
     open_clip, made for 0.2.86, stops with KeyError: 'fname'. Its own trainer needs that older release."""
     data = importlib.import_module("open_clip_train.data")
-    if "eof_value" not in inspect.signature(data.tar_file_expander).parameters:
+    expander = getattr(data, "tar_file_expander", None)
+    if expander is None or "eof_value" not in inspect.signature(expander).parameters:
         return contextlib.nullcontext()
-    return _replaced(data, {"tar_file_expander": functools.partial(data.tar_file_expander, eof_value=None)})
+    return _replaced(data, {"tar_file_expander": functools.partial(expander, eof_value=None)})
 
 
 def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace) -> None:
     """What would be replaced or ignored in silence is an error before anything is built."""
-    kept = "is not replaced by simplclip's losses: train it with python -m open_clip_train.main"
     if args.siglip:
-        ours.error(f"--siglip: SigLIP's loss {kept}")
+        ours.error(f"--siglip: SigLIP's loss {KEPT}")
     if "coca" in args.model.lower():
-        ours.error(f"--model {args.model}: CoCa's loss {kept}")
+        ours.error(f"--model {args.model}: CoCa's loss {KEPT}")
     if args.distill_model is None or args.distill_pretrained is None:  # as open_clip decides it
         for name in ("relational_weight", "interactive_weight", "interactive", "feature_weight", "feature_distance"):
             if getattr(options, name) != ours.get_default(name):
@@ -130,7 +146,7 @@ def create_loss(options: argparse.Namespace, args: argparse.Namespace) -> nn.Mod
         "cache_labels": True,
         "rank": args.rank,
         "world_size": args.world_size,
-        "use_horovod": args.horovod,
+        "use_horovod": getattr(args, "horovod", False),  # open_clip 4 has none
         "pm_weight": options.pm_weight,
         "plane": options.pm_plane,
         "negatives": options.pm_negatives,
@@ -149,6 +165,21 @@ def create_loss(options: argparse.Namespace, args: argparse.Namespace) -> nn.Mod
     ).to(args.device)
 
 
+def create_task(options: argparse.Namespace, theirs, args: argparse.Namespace, **parts) -> nn.Module:
+    """What `theirs`, open_clip 4's create_task, makes of the model, with `create_loss`'s loss in it."""
+    import open_clip
+
+    task = theirs(args, **parts)
+    loss = getattr(task, "loss", None)
+    if type(loss) not in (open_clip.ClipLoss, open_clip.DistillClipLoss):
+        raise ValueError(
+            f"--model {args.model}: expected a task with open_clip's ClipLoss or DistillClipLoss, got {type(task).__name__} "
+            f"with {type(loss).__name__}, which {KEPT}"
+        )
+    task.loss = create_loss(options, args)
+    return task
+
+
 def _width(model: str) -> int | None:
     """Embedding width by open_clip's configs; None for a model that has none there (hf-hub:, local-dir:)."""
     import open_clip
@@ -164,13 +195,26 @@ class _Trained:
         self.parameters: LossParameters | None = None
 
     def train_one_epoch(self, model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest):
+        """In the place of open_clip 3.3's."""
+        self._before(loss, optimizer, epoch, args)
+        self.theirs(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest)
+        self._after(epoch, args)
+
+    def train_state_one_epoch(self, state, data, args, **rest):
+        """In the place of open_clip 4's, which has model and loss in state.task."""
+        self._before(state.task.loss, state.optimizer, state.epoch, args)
+        self.theirs(state, data, args, **rest)
+        self._after(state.epoch, args)
+
+    def _before(self, loss: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> None:
         if self.parameters is None and any(True for _ in loss.parameters()):
             self.parameters = LossParameters(loss, optimizer, args)
             # The first epoch that runs is the number of epochs that the checkpoint had seen, 0 for one of weights alone.
             if args.resume is not None and epoch > 0:
                 self.parameters.load(args.resume, epoch, fresh=self.options.fresh_loss_parameters)
             self.parameters.set_apart()
-        self.theirs(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest)
+
+    def _after(self, epoch: int, args: argparse.Namespace) -> None:
         if self.parameters is not None and args.save_logs:
             completed = epoch + 1
             numbered = args.save_frequency > 0 and completed % args.save_frequency == 0
@@ -190,18 +234,22 @@ class LossParameters:
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace):
-        if args.horovod:
-            raise ValueError("--horovod: expected a loss without learned parameters, which are not averaged over its ranks")
+        for flag, why in (("horovod", "are not averaged over its ranks"), ("fsdp", "are not sharded with the model's")):
+            if getattr(args, flag, False):
+                raise ValueError(f"--{flag}: expected a loss without learned parameters, which {why}")
         self.loss, self.optimizer = loss, optimizer
         self.ranks = args.world_size if args.distributed else 1
         self.passes = args.accum_freq
         self.opt = args.opt
         self.groups = len(optimizer.param_groups)  # open_clip's
         self.names: list[str] = []  # of our parameters, in the order of our groups
+        rate = optimizer.param_groups[0]["lr"]  # a tensor in open_clip 4's compiled steps, whose value the schedule sets
         for matrices in (False, True):
             group = {name: p for name, p in loss.named_parameters() if (p.ndim >= 2) == matrices}
             if group:
-                optimizer.add_param_group({"params": list(group.values()), "weight_decay": args.wd if matrices else 0.0})
+                options = {"weight_decay": args.wd if matrices else 0.0}
+                options |= {"lr": rate.clone()} if isinstance(rate, Tensor) else {}
+                optimizer.add_param_group({"params": list(group.values()), **options})
                 self.names += group
         for parameter in loss.parameters():
             parameter.register_hook(self._average)

@@ -3,13 +3,16 @@
 import itertools
 import os
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss
 from similarity import make_inputs
 
+from simplclip import distributed, ops
 from simplclip.losses import ClipPMLoss, WIKDLoss
 
 WORLD, N = 2, 10
@@ -26,8 +29,11 @@ def run(loss, inputs, rows, distil, **options):
     image, text = (inputs[name][rows].clone().requires_grad_() for name in ("image", "text"))
     scale = inputs["logit_scale"].clone().requires_grad_()
     teacher = [inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]] if distil else []
-    terms = loss(image, text, scale, *teacher, output_dict=True, **options)
-    sum(terms.values()).backward()
+    with warnings.catch_warnings():
+        if isinstance(loss, (ClipPMLoss, WIKDLoss)):  # open_clip 3.3 calls what torch 2.15 deprecates
+            warnings.simplefilter("error")
+        terms = loss(image, text, scale, *teacher, output_dict=True, **options)
+        sum(terms.values()).backward()
     shared = {"scale": scale.grad, **{name: p.grad for name, p in loss.named_parameters()}}
     return {k: v.detach() for k, v in terms.items()}, {"image": image.grad, "text": text.grad}, shared
 
@@ -77,6 +83,68 @@ def equals_one_process(rank):
         close(average(got[2]), expected[2], what)
 
 
+def collectives(rank):
+    """Values and gradients of what the ranks exchange, by hand: upstream gradients are `weight` times rank + 1."""
+    group = dist.group.WORLD
+
+    def run(function, rows, weight, compiled):
+        rows = rows.clone().requires_grad_()
+        value = torch.compile(function, fullgraph=True, backend="aot_eager")(rows) if compiled else function(rows)
+        ((rank + 1) * weight * value).sum().backward()
+        return value.detach(), rows.grad
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        everyones = torch.arange(WORLD * 3 * 4).reshape(WORLD, 3, 4).to(dtype)
+        weight = torch.arange(WORLD * 3 * 4).reshape(WORLD * 3, 4).to(dtype) / 8
+        columns = torch.arange(WORLD * 2 * 6).reshape(WORLD, 2, 6).to(dtype)
+        for compiled in (False, True):
+            with warnings.catch_warnings():
+                if not compiled:  # torch 2.11's Dynamo warns of itself
+                    warnings.simplefilter("error")
+                got = run(lambda rows: distributed.gather(rows, group), everyones[rank], weight, compiled)
+                exchanged = run(
+                    lambda c: distributed.exchange(c, group), columns[rank], weight.view(2, 2, 6)[:, :, :3], compiled
+                )
+            torch.testing.assert_close(got[0], everyones.flatten(0, 1), rtol=0, atol=0)
+            torch.testing.assert_close(got[1], 3 * weight[3 * rank : 3 * rank + 3], rtol=0, atol=0)
+            torch.testing.assert_close(exchanged[0], columns[:, :, 3 * rank : 3 * rank + 3], rtol=0, atol=0)
+            halves = [(other + 1) * weight.view(2, 2, 6)[rank, :, :3] for other in range(WORLD)]
+            torch.testing.assert_close(exchanged[1], torch.cat(halves, 1), rtol=0, atol=0)
+
+
+def unequal(rank):
+    """One error on both ranks, at the first call and later, and equal shapes are served again."""
+    for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
+        loss = ClipPMLoss(local_loss, gather_with_grad, rank=rank, world_size=WORLD)
+        for rows in (N - rank, N, N - 2, N - 2 * rank, N):
+            image, text, scale = torch.ones(rows, 4), torch.ones(rows, 4), torch.tensor(2.0)
+            error = None
+            try:
+                assert loss(image, text, scale).isfinite()
+            except ValueError as e:
+                error = str(e)
+            counts = [0, 0]
+            dist.all_gather_object(counts, rows)
+            a, b = counts
+            expected = f"rank 0: [{a}, 4], [{a}, 4]; rank 1: [{b}, 4], [{b}, 4]"
+            what = f"image_features, text_features: expected the same shapes on all ranks, got {expected}"
+            assert error == (None if a == b else what), error
+
+
+def grad_cache(rank):
+    """DistributedContrastiveLoss of GradCache: this rank's rows among the others' as constants."""
+    g = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(WORLD * N, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    mine = slice(N * rank, N * rank + N)
+    x, y = (t[mine].clone().requires_grad_() for t in (image, text))
+    whole = [torch.cat([t[: N * rank], own, t[N * rank + N :]]) for t, own in ((image, x), (text, y))]
+    theirs = F.cross_entropy(whole[0] @ whole[1].T, torch.arange(WORLD * N))
+    value = ops.similarity_loss(x, y, 1.0, symmetric=False, group=dist.group.WORLD)["contrastive"]
+    torch.testing.assert_close(distributed.mean(value.detach(), dist.group.WORLD), theirs)
+    for ours, wanted in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(theirs, (x, y))):
+        torch.testing.assert_close(ours, WORLD * wanted)
+
+
 def dies(rank):
     """Rank 1 leaves; rank 0 must end with an error and not wait for ever."""
     loss = ClipPMLoss(gather_with_grad=True, rank=rank, world_size=WORLD)
@@ -88,7 +156,9 @@ def dies(rank):
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    part = {"open_clip": equals_open_clip, "one process": equals_one_process, "dies": dies}[sys.argv[1]]
-    part(dist.get_rank())
+    exchanges = (collectives, unequal, grad_cache)
+    parts = {"open_clip": [equals_open_clip], "one process": [equals_one_process], "exchanges": exchanges, "dies": [dies]}
+    for part in parts[sys.argv[1]]:
+        part(dist.get_rank())
     dist.destroy_process_group()
     print("passed")

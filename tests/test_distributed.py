@@ -1,3 +1,4 @@
+import contextlib
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import time
 import pytest
 import torch
 
+from simplclip import distributed
 from simplclip.losses import ClipPMLoss
 
 HERE = os.path.dirname(__file__)
@@ -19,7 +21,7 @@ def torchrun(*part, ranks=2, script="rank_losses.py"):
     )
 
 
-@pytest.mark.parametrize("part", ["open_clip", "one process"])
+@pytest.mark.parametrize("part", ["open_clip", "one process", "exchanges"])
 def test_two_ranks_equal(part):
     run = torchrun(part)
     assert run.stdout.count("passed") == 2, run.stderr[-5000:]
@@ -37,6 +39,19 @@ def test_a_rank_that_dies_ends_the_others():
     assert run.returncode != 0
     assert "passed" not in run.stdout
     assert time.monotonic() - start < 60  # the process group's timeout
+
+
+def test_shapes_are_read_at_the_first_call_and_when_they_change(monkeypatch):
+    """On a GPU, where to read them waits for it. A meta tensor cannot be read at all."""
+    gathered = []
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda *a, **k: gathered.append(a))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    shapes, features = distributed.SameShapes(), torch.empty(4, 8, device="meta")
+    for rows, read in ((4, True), (4, False), (4, False), (3, True), (3, False), (4, True)):
+        image = features[:rows]
+        with pytest.raises(NotImplementedError) if read else contextlib.nullcontext():
+            shapes.check(image, image, None)
+    assert len(gathered) == 6  # by every rank at every call
 
 
 def test_without_a_process_group_of_that_size_there_is_an_error():

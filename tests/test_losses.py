@@ -1,4 +1,5 @@
 import inspect
+import math
 
 import dense
 import pytest
@@ -84,6 +85,9 @@ def test_ids_drop_out_of_the_negatives():
     ("arguments", "message"),
     [
         ({"pm_weight": -1}, "pm_weight: expected a weight of 0 or more, got -1"),
+        ({"pm_weight": math.inf}, "pm_weight: expected a finite number, got inf"),
+        ({"pm_weight": math.nan}, "pm_weight: expected a finite number, got nan"),
+        ({"embed_dim": -2}, "embed_dim: expected an integer above 0 or None, got -2"),
         ({"plane": "affine"}, "plane: expected one of 'scalar', 'hadamard', got 'affine'"),
         ({"negatives": "none"}, "negatives: expected one of 'all', 'shift', 'hard', got 'none'"),
         ({"plane": "hadamard"}, "embed_dim: expected the width D"),
@@ -92,6 +96,18 @@ def test_ids_drop_out_of_the_negatives():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ClipPMLoss(**arguments)
+
+
+@pytest.mark.parametrize("weight", [None, "1", True, torch.tensor(1.0)])
+def test_weights_are_numbers(weight):
+    with pytest.raises(TypeError, match=f"pm_weight: expected a number, got {type(weight).__name__}"):
+        ClipPMLoss(pm_weight=weight)
+
+
+def test_features_of_another_width_than_embed_dim():
+    image, text, scale = features()
+    with pytest.raises(ValueError, match=r"image_features: expected the width embed_dim = 12, got shape \[24, 16\]"):
+        ClipPMLoss(plane="hadamard", embed_dim=12)(image, text, scale)
 
 
 def test_compiles_and_round_trips():

@@ -238,6 +238,25 @@ def test_towers_without_replaceable_blocks_are_refused():
         simplify(model)
 
 
+def test_models_without_a_tower_are_refused():
+    no_text, no_image, no_mask = clip(), clip(), clip()
+    del no_text.transformer, no_image.visual, no_mask.attn_mask
+    with pytest.raises(ValueError, match="model: expected an open_clip model with `text` or `transformer`, its text tower"):
+        simplify(no_text)
+    with pytest.raises(ValueError, match="model: expected .* with `visual`, its image tower, got CLIP without"):
+        simplify(no_image)
+    with pytest.raises(ValueError, match="text: expected attn_mask, None or causal, beside its blocks, got CLIP without"):
+        simplify(no_mask)
+    with pytest.raises(ValueError, match="with `text` or `transformer`, its text tower, got Linear without"):
+        simplify(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model: expected an open_clip model, got str"):
+        simplify("ViT-B-32")
+    _, report = simplify(no_image, towers=("text",))
+    assert len(report.replaced) == 4
+    assert report.before["image"] == report.after["image"] == 0
+    simplify(no_text, towers=("image",))
+
+
 def test_timm_vit():
     vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224, "timm_pool": "", "timm_proj": "linear"}
     model = clip(vision, cls=CustomTextCLIP)

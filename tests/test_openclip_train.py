@@ -61,9 +61,10 @@ class Plan:
     def run(self, plan):
         (self.folder / f"{plan}.json").write_text(json.dumps(self.entries))
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
+        paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
             [sys.executable, *launch, str(HERE / "trainer_runs.py"), str(self.folder), plan],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
             capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         files = [self.folder / f"{plan}-{rank}.json" for rank in range(self.ranks)]
@@ -221,7 +222,7 @@ def test_checkpoints_resume_here_and_in_open_clips_trainer(single):
     for steps in (second, theirs):
         for ours, expected in zip(steps, whole[STEPS:]):
             assert ours["contrastive_loss"] == pytest.approx(expected["contrastive_loss"], rel=1e-3)
-    assert set(single.checkpoint("once")) == {"epoch", "name", "state_dict", "optimizer"}
+    assert set(single.checkpoint("once")) == set(single.checkpoint("plain-theirs"))
 
 
 @needs_trainer

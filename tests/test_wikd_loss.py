@@ -1,4 +1,5 @@
 import inspect
+import math
 
 import dense
 import pytest
@@ -194,6 +195,11 @@ def test_autocast():
     ("arguments", "message"),
     [
         ({"relational_weight": -1}, "relational_weight: expected a weight of 0 or more, got -1"),
+        ({"contrastive_weight": math.nan}, "contrastive_weight: expected a finite number, got nan"),
+        ({"interactive_weight": math.inf}, "interactive_weight: expected a finite number, got inf"),
+        ({"contrastive_weight": 0, "relational_weight": 0}, "contrastive_weight and the other weights: expected one above 0"),
+        ({"embed_dim": 0}, "embed_dim: expected an integer above 0 or None, got 0"),
+        ({"embed_dim": 16, "teacher_dim": (20, -1)}, "teacher_dim: expected an integer above 0 or None, got -1"),
         ({"interactive": "mse"}, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
         ({"divergence": "js"}, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
         ({"feature_distance": "l1"}, "feature_distance: expected one of 'mse', 'smooth_l1', got 'l1'"),
@@ -205,6 +211,21 @@ def test_bad_arguments(arguments, message):
         WIKDLoss(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"feature_weight": None}, "feature_weight: expected a number, got NoneType"),
+        ({"relational_weight": True}, "relational_weight: expected a number, got bool"),
+        ({"embed_dim": 16.0}, "embed_dim: expected an integer above 0 or None, got 16.0"),
+        ({"embed_dim": 16, "teacher_dim": "20"}, "teacher_dim: expected an integer above 0 or None, got '20'"),
+        ({"embed_dim": True}, "embed_dim: expected an integer above 0 or None, got True"),
+    ],
+)
+def test_arguments_of_another_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        WIKDLoss(**arguments)
+
+
 def test_bad_teachers():
     student, teacher = batch()
     with pytest.raises(ValueError, match="dist_text_features: expected one for each of 2 teachers, got Tensor"):
@@ -213,8 +234,62 @@ def test_bad_teachers():
         WIKDLoss()(*student, teacher[0][1:], teacher[1], teacher[2])
     with pytest.raises(ValueError, match="teacher_text: expected the teacher's, needed by the term 'relational', got None"):
         WIKDLoss()(*student, teacher[0], None, teacher[2])
-    with pytest.raises(ValueError, match="projected_image: expected image features projected to the teacher's width, 20"):
-        WIKDLoss(interactive_weight=1.0)(*student, *batch(teacher_width=20)[1])
+    for term in ("interactive_weight", "feature_weight"):
+        with pytest.raises(ValueError, match="teacher_dim: expected 20, the width of dist_image_features, since"):
+            WIKDLoss(**{term: 1.0})(*student, *batch(teacher_width=20)[1])
+    WIKDLoss()(*student, *batch(teacher_width=20)[1])  # the relational term compares similarities
+
+
+def test_widths_that_the_features_do_not_have():
+    student, teacher = batch(teacher_width=20)
+    with pytest.raises(ValueError, match=r"image_features: expected the width embed_dim = 12, got shape \[24, 16\]"):
+        WIKDLoss(embed_dim=12)(*student, *teacher)
+    with pytest.raises(ValueError, match=r"text_features: expected the width embed_dim = 16, got shape \[24, 15\]"):
+        WIKDLoss(embed_dim=16)(student[0], student[1][:, 1:], student[2], *teacher)
+    with pytest.raises(ValueError, match=r"dist_image_features: expected the width teacher_dim = 24, got shape \[24, 20\]"):
+        WIKDLoss(embed_dim=16, teacher_dim=24, feature_weight=1.0)(*student, *teacher)
+    with pytest.raises(ValueError, match=r"dist_text_features: expected the width teacher_dim = 20, got shape \[24, 19\]"):
+        WIKDLoss(embed_dim=16, teacher_dim=20)(*student, teacher[0], teacher[1][:, 1:], teacher[2])
+    with pytest.raises(ValueError, match=r"teacher_dim: expected one width for each of 2 teachers, got \(20,\)"):
+        WIKDLoss(embed_dim=16, teacher_dim=20)(*student, *((t, t) for t in teacher))
+
+
+@pytest.mark.parametrize("term", ["interactive_weight", "feature_weight"])
+def test_projections_of_another_dtype_need_autocast(term):
+    loss = WIKDLoss(**{term: 1.0}, embed_dim=16, teacher_dim=20)
+    student, teacher = batch(teacher_width=20, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="image_features: expected the dtype of image_projections, torch.float32"):
+        loss(*student, *teacher)
+    loss.text_projections.double()
+    with pytest.raises(TypeError, match="text_features: expected the dtype of text_projections, torch.float64"):
+        loss(*batch(teacher_width=20)[0], *teacher)
+    loss.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.isfinite(sum(loss(*student, *teacher)))
+
+
+@pytest.mark.parametrize("teacher_width", [16, 20])
+@pytest.mark.parametrize("interactive", ["infonce", "kl"])
+def test_a_row_of_zeros_in_float16(interactive, teacher_width):
+    """Values and gradients of float32, from the same numbers; a gradient past the largest that float16 has is that."""
+    torch.manual_seed(0)
+    loss = WIKDLoss(**EVERYTHING, interactive=interactive, embed_dim=16, teacher_dim=teacher_width).half()
+    student, teacher = batch(teacher_width=teacher_width, dtype=torch.float16)
+    with torch.no_grad():
+        student[0][3] = 0
+    wide = [t.detach().float().requires_grad_() for t in student]
+    expected = WIKDLoss(**EVERYTHING, interactive=interactive, embed_dim=16, teacher_dim=teacher_width)
+    expected.load_state_dict(loss.state_dict())
+    named, wanted = (f(*s, *t, output_dict=True) for f, s, t in ((loss, student, teacher), (expected, wide, teacher)))
+    for name in KEYS:
+        torch.testing.assert_close(named[name], wanted[name], rtol=1e-2, atol=1e-3)
+    sum(named.values()).backward()
+    sum(wanted.values()).backward()
+    most = torch.finfo(torch.float16).max
+    for ours, theirs in zip((*student, *loss.parameters()), (*wide, *expected.parameters())):
+        assert ours.grad.isfinite().all()
+        torch.testing.assert_close(ours.grad.float(), theirs.grad.clamp(-most, most), rtol=2e-2, atol=2e-3)
+    assert wide[0].grad[3].abs().max() > most
 
 
 def test_state_round_trips():

@@ -66,7 +66,8 @@ class Recorder:
 
 def names() -> tuple:
     trainer, data = open_clip_train.main, open_clip_train.data
-    return trainer.create_loss, trainer.train_one_epoch, data.tar_file_expander
+    maker = getattr(trainer, "create_task", None) or trainer.create_loss  # open_clip 4's, 3.3's
+    return maker, trainer.train_one_epoch, data.tar_file_expander
 
 
 def run(entry: dict, meeting: Path) -> dict:

@@ -217,7 +217,8 @@ def simplified_block(
             autocast they and x are cast to its dtype.
         norm_weight, norm_bias, alpha, beta, gamma, attention_gain, mlp_gain: any floating dtype. H, the number of heads, is
             the length of alpha, a divisor of C.
-        norm: "layernorm", or "rmsnorm" (without norm_bias); eps is added to the variance, to the mean square.
+        norm: "layernorm", or "rmsnorm" (without norm_bias); eps is added to the variance, to the mean square
+            (in He & Hofmann's code to its root: see nn.SimplifiedBlock).
         act: as in `parallel_mlp`.
         value_weight: v = n value_weightᵀ; output_weight: applied to the attention's result. The authors keep them in the
             first and in the last block.
