@@ -28,7 +28,7 @@ from simplclip.kernels.shaped_attention_forward import _shaped_attention_fwd_ker
 from simplclip.kernels.similarity_backward import _similarity_gradient_kernel
 from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity_launch import Launch
-from simplclip.kernels.similarity_loss import COUNT, DIAGONAL, GROUP, MERGE
+from simplclip.kernels.similarity_loss import COUNT, DIAGONAL, GROUP, MERGE, MERGE_WARPS
 from simplclip.kernels.similarity_merge import (
     _similarity_count_kernel,
     _similarity_diagonal_kernel,
@@ -114,7 +114,9 @@ def similarity(
 ) -> Kernel:
     """A launch's large kernel; `tile` in place of the table's."""
     precision = DTYPES[dtype][1]
-    op, tiles = ("similarity_backward", launch.gradient_tiles) if backward else ("similarity_forward", launch.tiles)
+    op, tiles = "similarity_forward", launch.statistics_tiles
+    if backward:
+        op, tiles = "similarity_backward", launch.gradient_tiles
     tile = tile or tuning.lookup(op, tiles, precision, architecture)
     constants = {
         **absent(launch),
@@ -146,7 +148,7 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
         slots = {name: at for name, at in everything.slots().items() if name.endswith("_AT")}
         constants = {**everything.constants_of_merge(of_rows), **slots, "SLOTS": 9, "PREVIOUS": not of_rows, **MERGE}
         yield Kernel(
-            "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile, "float32",
+            "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile._replace(warps=MERGE_WARPS), "float32",
             "rows" if of_rows else "columns", False, {"out": "*fp32"},
         )  # fmt: skip
     constants = {"Z": True, "L": True, "T": True, "U": True, "V": True, **DIAGONAL}

@@ -15,10 +15,13 @@ MAX_BLOCK = 8192
 
 
 def tile(d: int) -> tuple[int, int, int]:
-    """(rows of a program, columns of a block, num_warps) for width D: 2,048 elements or one row, 16 a thread."""
+    """(rows of a program, columns of a block, num_warps) for width D: 2,048 elements or one row, 16 a thread.
+
+    8 a thread where a row takes several blocks: for 16 the compiler aims at so few registers that it spills.
+    """
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(d)))
     rows = max(1, 2048 // block)
-    return rows, block, rows * block // 512
+    return rows, block, rows * block // (512 if d <= MAX_BLOCK else 256)
 
 
 @triton.jit

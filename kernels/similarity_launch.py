@@ -93,6 +93,11 @@ class Launch:
         return max(self.students + self.T, 4 * (self.RELATIONAL and self.KL))
 
     @property
+    def statistics_tiles(self) -> int:
+        """What forward's tiles are tuned by: older compilers hold a scalar hyperplane's losses besides."""
+        return self.gradient_tiles if tuning.OLDER else self.tiles
+
+    @property
     def gradient_tiles(self) -> int:
         """The same for backward, which holds a scalar hyperplane's gradient besides."""
         return self.tiles + ((self.ALL or self.HARD) and not self.L)

@@ -25,6 +25,7 @@ from simplclip.reference import ColumnStat, RowStat
 GROUP = 8  # blocks of rows that share column tiles while those are in the cache
 # The small kernels' blocks; not worth a table.
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
+MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
 COUNT = {"BLOCK_M": 16, "BLOCK_N": 256}
 
@@ -51,7 +52,7 @@ def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tens
     architecture, processors = architecture_and_processors(image)
     _positives(call, plan, rows)
     for launch in plan:
-        tile = tuning.lookup("similarity_forward", launch.tiles, precision, architecture)
+        tile = tuning.lookup("similarity_forward", launch.statistics_tiles, precision, architecture)
         slots = launch.slots()
         blocks = -(-n // tile.block_m)
         if launch.COLUMNS:
@@ -106,7 +107,7 @@ def _merge(
         SLOTS=parts.shape[1],
         PREVIOUS=not of_rows,
         **MERGE,
-        num_warps=4,
+        num_warps=MERGE_WARPS,
         **COMPILE,
     )
 

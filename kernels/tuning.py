@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from typing import NamedTuple
 
 import torch
@@ -79,11 +81,11 @@ _TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(64, 64, 32, 8, 3, 1),
     ),
     ("similarity_backward", "ieee"): (
-        Tile(128, 64, 8, 8, 4, 1),
+        Tile(128, 64, 16, 8, 3, 1),
         Tile(128, 32, 16, 8, 3, 1),
-        Tile(64, 64, 8, 8, 4, 1),
         Tile(64, 64, 16, 8, 3, 1),
-        Tile(64, 64, 8, 8, 4, 1),
+        Tile(64, 64, 16, 8, 3, 1),
+        Tile(64, 64, 16, 8, 3, 1),
     ),
     ("shaped_attention_fwd", "half"): (
         Tile(128, 64, 0, 4, 3, 2),
@@ -144,7 +146,7 @@ _TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ),
     ("parallel_mlp_fwd", "half"): (Tile(128, 128, 32, 8, 3, 1),),
     ("parallel_mlp_fwd", "tf32"): (Tile(128, 128, 32, 8, 3, 1),),
-    ("parallel_mlp_fwd", "ieee"): (Tile(64, 64, 8, 8, 3, 1),),
+    ("parallel_mlp_fwd", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
     ("parallel_mlp_weight", "half"): (Tile(128, 128, 32, 8, 3, 1),),
     ("parallel_mlp_weight", "tf32"): (Tile(128, 128, 16, 8, 3, 1),),
     ("parallel_mlp_weight", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
@@ -184,12 +186,43 @@ _ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
     ("shaped_attention_fwd", "ieee", 2, 120): Tile(64, 32, 0, 8, 2, 1),
     ("shaped_attention_keys", "ieee", 2, 120): Tile(32, 32, 0, 8, 2, 1),
 }
+# Triton 3.6 and 3.7 (torch 2.11 brings 3.6) multiply no less than 16 columns at a time and take more registers. Their tiles
+# where they need others, by architecture, 0 for all; the last tile that they do not spill at.
+_OLDER: dict[tuple[str, str, int, int], Tile] = {
+    ("similarity_forward", "half", 3, 0): Tile(64, 64, 32, 8, 4, 1),
+    ("similarity_forward", "tf32", 3, 0): Tile(64, 64, 32, 8, 3, 1),
+    ("similarity_forward", "ieee", 1, 0): Tile(128, 64, 16, 8, 2, 1),
+    ("similarity_forward", "ieee", 2, 0): Tile(128, 32, 16, 8, 3, 1),
+    ("similarity_forward", "ieee", 3, 0): Tile(64, 64, 16, 8, 1, 1),
+    ("similarity_forward", "ieee", 4, 0): Tile(64, 64, 16, 8, 1, 1),
+    ("similarity_forward", "ieee", 5, 0): Tile(64, 64, 16, 8, 1, 1),
+    ("shaped_attention_rows", "half", 4, 120): Tile(32, 32, 0, 4, 2, 1),
+    ("shaped_attention_fwd", "ieee", 3, 80): Tile(32, 64, 0, 8, 2, 1),
+    ("shaped_attention_rows", "ieee", 3, 90): Tile(32, 16, 0, 8, 2, 1),
+    ("shaped_attention_keys", "ieee", 3, 80): Tile(16, 32, 0, 8, 2, 1),
+}
+
+
+def _older() -> bool:
+    """Whether the installed Triton is one of those; not where there is none and a plan is made for another machine."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 8)
+
+
+OLDER = _older()
 
 
 def lookup(op: str, entry: int, precision: str, architecture: int) -> Tile:
     """The tile at a place of the op's list, from 1; an architecture without entries of its own has those of the table."""
     if architecture == INTERPRETER:
         return _INTERPRETED.get(op) or _INTERPRETED[op.rpartition("_")[0]]
+    if OLDER:
+        for key in ((op, precision, entry, architecture), (op, precision, entry, 0)):
+            if key in _OLDER:
+                return _OLDER[key]
     return _ARCHITECTURE.get((op, precision, entry, architecture)) or _TABLE[op, precision][entry - 1]
 
 

@@ -3,6 +3,7 @@
 A file of cases ends with `main(...)` and is started once by `results`, which reads a line per case.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -17,6 +18,22 @@ import torch
 TESTS = Path(__file__).parent
 NO_GPU = None if torch.cuda.is_available() else "no CUDA device"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+
+
+def why_not(triton: str, numpy: str) -> str | None:
+    """Why Triton's interpreter cannot run with these versions, "" for a package that is not there."""
+    if not (triton and numpy):
+        return f"the package {'numpy' if triton else 'triton'} is not installed"
+    first = [tuple(map(int, version.split(".")[:2])) for version in (triton, numpy)]
+    return "Triton 3.6's interpreter needs numpy < 2.4" if first[0] <= (3, 6) and first[1] >= (2, 4) else None
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package) if importlib.util.find_spec(package) else ""
+
+
+WHY_NOT = why_not(_version("triton"), _version("numpy"))
+needs_interpreter = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 def results(script: str) -> tuple[dict[str, str], str]:

@@ -61,6 +61,7 @@ def test_sm_86_block(dtype):
 @pytest.mark.parametrize("architecture", [a for a in aot.LIMITS if a != 86])
 def test_other_architectures(architecture):
     kernels = [similarity(heaviest(n)[0], "bfloat16", architecture, backward) for n in (1, 3, 5) for backward in (0, 1)]
+    kernels += [similarity(heaviest(n)[0], "float32", architecture, False) for n in (1, 5)]
     kernels += attention_kernels("bfloat16", architecture, (64,), (True,))
     check([*kernels, *mlp_kernels("bfloat16", architecture, even=(True,))], architecture)
 
@@ -83,17 +84,42 @@ def test_too_much_shared_memory_fails_the_gate():
     assert any("planned 2" in failure for failure in row.failures)
 
 
-def test_every_table_entry_is_complete():
+@pytest.mark.parametrize("older", [False, True])
+def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypatch):
+    """A sum of 16 products at least, of 8 in float32 where Triton can; in attention every side is summed over."""
+    monkeypatch.setattr(tuning, "OLDER", older)
     attention = [f"shaped_attention_{op}" for op in ("fwd", "rows", "keys")]
     architectures = (*tuning.ARCHITECTURES, tuning.INTERPRETER, 87, 100)
     for precision, architecture in itertools.product(tuning.PRECISIONS, architectures):
+        least = 8 if precision == "ieee" and not older else 16
         for op, planes in itertools.product(("similarity_forward", "similarity_backward"), range(1, 6)):
-            assert tuning.lookup(op, planes, precision, architecture).block_m > 0
+            tile = tuning.lookup(op, planes, precision, architecture)
+            assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (op, planes, precision, architecture)
         for op, block in itertools.product(attention, (16, 32, 64, 128, *([256] if precision == "half" else []))):
-            assert tuning.of_width(op, block, precision, architecture).block_k == block
+            tile = tuning.of_width(op, block, precision, architecture)
+            assert tile.block_k == block
+            assert min(tile.block_m, tile.block_n) >= 16, (op, block, precision, architecture)
         for op in ("fwd", "weight", "hidden"):
-            assert tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture).block_k > 0
+            tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture)
+            assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (op, precision, architecture)
     assert set(tuning.ARCHITECTURES) == set(aot.LIMITS)
+
+
+def test_tiles_are_those_of_the_installed_triton(monkeypatch):
+    assert tuning._older() == tuning.OLDER
+    for version, expected in (("3.6.0", True), ("3.7.1+git1", True), ("3.8.0", False), ("3.10.0", False), ("4.0", False)):
+        monkeypatch.setattr(tuning.importlib.metadata, "version", lambda name, version=version: version)
+        assert tuning._older() == expected, version
+
+    def missing(name):
+        raise tuning.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(tuning.importlib.metadata, "version", missing)
+    assert not tuning._older()
+    launch = next(launch for launch in launches(False) if launch.HARD and launch.tiles == 1)
+    for older, tiles in ((False, 1), (True, 2)):
+        monkeypatch.setattr(tuning, "OLDER", older)
+        assert launch.statistics_tiles == tiles
 
 
 @pytest.fixture(scope="module")

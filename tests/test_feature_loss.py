@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from interpreter import needs_interpreter
 from tolerance import assert_within
 
 import simplclip
@@ -217,7 +217,7 @@ print("done")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+@needs_interpreter
 def test_triton_through_its_interpreter():
     done = run_python(TRITON, TRITON_INTERPRET="1")
     assert done.stdout.strip() == "done", done.stderr

@@ -8,7 +8,7 @@ from unittest import mock
 import interpreter
 import pytest
 import torch
-from interpreter import NO_GPU, needs_triton
+from interpreter import NO_GPU, needs_interpreter, needs_triton
 from tolerance import assert_within
 
 import simplclip
@@ -196,7 +196,7 @@ def interpreted():
     return interpreter.results("test_shaped_attention_triton.py")
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("name", NAMES)
 def test_interpreted(name, interpreted):
     found, errors = interpreted

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import triton_cases
-from interpreter import NO_GPU, TESTS, needs_triton, results
+from interpreter import NO_GPU, TESTS, needs_interpreter, needs_triton, results, why_not
 
 NAMES = [*triton_cases.cases(), *triton_cases.EXTRA]
 
@@ -16,7 +16,7 @@ def interpreted():
     return results("triton_cases.py")
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("name", NAMES)
 def test_interpreted(name, interpreted):
     found, errors = interpreted
@@ -29,6 +29,13 @@ def test_interpreted(name, interpreted):
 @pytest.mark.parametrize("name", [*NAMES, *triton_cases.large_cases()])
 def test_on_gpu(name):
     triton_cases.run_named(name, "cuda")
+
+
+def test_the_interpreter_of_triton_3_6_needs_an_older_numpy():
+    reason = "Triton 3.6's interpreter needs numpy < 2.4"
+    for triton, numpy, expected in (("3.6.0", "2.4.0", reason), ("3.6.0", "2.3.5", None), ("3.7.1", "2.4.6", None)):
+        assert why_not(triton, numpy) == expected
+    assert why_not("", "2.4.0") == "the package triton is not installed"
 
 
 @needs_triton

@@ -170,7 +170,7 @@ def _statistics(memory: _Memory, call: Call, plan: list[Launch], chunk: int) -> 
     architecture, processors = _device(image)
     row_parts = column_parts = 0
     for step in plan:
-        tile = tuning.lookup("similarity_forward", step.tiles, launch.precision_of(image.dtype), architecture)
+        tile = tuning.lookup("similarity_forward", step.statistics_tiles, launch.precision_of(image.dtype), architecture)
         slots = step.slots()
         blocks = _parts(n, tile.block_m)
         if step.COLUMNS:
