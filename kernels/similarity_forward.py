@@ -124,7 +124,8 @@ def _similarity_statistics_kernel(
                 TEACHER_EVEN, False, PRECISION, INTERPRETED, BLOCK_K,
             )  # fmt: skip
             negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS)
-            t = tl.where(negative, raw * t_scale, -INF)
+            t = raw * t_scale
+            t = tl.where(negative, t + 0.0 * t, -INF)  # NaN where it is infinite: -inf would be taken for no negative
             max_t, base_t, shrink = raised(max_t, t, 1)
             sum_t *= shrink
             if RELATIONAL:

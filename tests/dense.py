@@ -75,7 +75,7 @@ def similarity_loss(
                 by_column = torch.zeros_like(only)
                 by_column[:, labels] = only.softmax(0).nan_to_num()[:, labels] / n
                 weight_of = (weight_of + by_column) / 2
-            negative_loss = (weight_of * unmatched).sum()
+            negative_loss = (weight_of * unmatched.masked_fill(~negative, 0)).sum()
         out["pair_matching"] = (F.softplus(-decision[positive]).mean() + negative_loss) / 2
     if teacher_image is not None:
         teacher = teacher_scale * (teacher_image @ teacher_text.T)

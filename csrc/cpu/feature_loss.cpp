@@ -21,6 +21,9 @@ const void* row(const Tensor& t, int64_t i) { return element(t, i * t.size(1)); 
 // Calls f(rows of a task, its first row, its number) in parallel over the tasks.
 template <class F>
 void for_tasks(const Tensor& student, const Tensor& teacher, const Tensor& inv_norms, bool smooth, double beta, F&& f) {
+  expect_contiguous("student", student);
+  expect_contiguous("teacher", teacher);
+  expect_contiguous("inv_norms", inv_norms);
   const int64_t n = student.size(0), d = student.size(1);
   float* inv = inv_norms.size(1) ? static_cast<float*>(inv_norms.mutable_data_ptr()) : nullptr;
   parallel_for(0, (n + kTaskRows - 1) / kTaskRows, std::max<int64_t>(1, kGrain / (kTaskRows * d)), [&](int64_t begin, int64_t end) {

@@ -53,6 +53,11 @@ void put_bias(const Tensor& bias, Tensor& out, bool accumulate) {
 
 void parallel_mlp_fwd(const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& act, Tensor out,
                       bool accumulate) {
+  expect_contiguous("h", h);
+  expect_contiguous("bias", bias);
+  expect_dense_rows("out", out);
+  expect_dtype_of("out", out, "h", h);
+  if (bias) expect_dtype_of("bias", *bias, "h", h);
   const Activation kind = activation_of(act);
   const int64_t rows_of_chunk = chunk_rows(h);
   Tensor view = weight;
@@ -70,6 +75,7 @@ void parallel_mlp_fwd(const Tensor& h, const Tensor& weight, const std::optional
 
 // dh is written over h. Returns the gradient of the weight, [0, F] if it is not needed.
 Tensor parallel_mlp_bwd(const Tensor& grad, Tensor h, const Tensor& weight, const std::string& act, bool need_weight) {
+  expect_contiguous("h", h);
   const Activation kind = activation_of(act);
   const int64_t rows_of_chunk = chunk_rows(h);
   TransposedSum d_weight(weight, need_weight, h.scalar_type() != ScalarType::Float && rows_of_chunk < h.size(0));

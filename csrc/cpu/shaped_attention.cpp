@@ -21,10 +21,26 @@ Rows head_rows(const Tensor& t, int64_t b, int64_t h) {
   return {element(t, b * t.stride(0) + h * t.stride(2)), t.stride(1)};
 }
 
+void expect_heads(const char* name, const Tensor& t, const Tensor& q) {
+  expect_dense_rows(name, t);
+  expect_dtype_of(name, t, "q", q);
+}
+
+void expect_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains, const Tensor& lse,
+                      const std::optional<Tensor>& lengths) {
+  expect_heads("q", q, q);
+  expect_heads("k", k, q);
+  expect_heads("v", v, q);
+  expect_contiguous("gains", gains);
+  expect_contiguous("lse", lse);
+  expect_contiguous("lengths", lengths);
+}
+
 // Calls f(the head, sequence, head's number, scratch) in parallel.
 template <class F>
 void for_heads(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains, const Tensor& lse,
                const std::optional<Tensor>& lengths, double scale, bool causal, bool is_backward, F&& f) {
+  expect_attention(q, k, v, gains, lse, lengths);
   const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), width = q.size(3);
   const AttentionKernels& isa = instruction_set().attention;
   const float* gain = gains.const_data_ptr<float>();
@@ -59,6 +75,10 @@ std::tuple<Tensor, Tensor> shaped_attention_fwd(const Tensor& q, const Tensor& k
 Tensor shaped_attention_bwd(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains,
                             const Tensor& lse, const std::optional<Tensor>& lengths, double scale, bool causal, Tensor dq,
                             Tensor dk, Tensor dv) {
+  expect_heads("grad", grad, q);
+  expect_heads("dq", dq, q);
+  expect_heads("dk", dk, q);
+  expect_heads("dv", dv, q);
   const int64_t batch = q.size(0), heads = q.size(2);
   std::vector<double> parts(batch * heads * 3);
   for_heads(q, k, v, gains, lse, lengths, scale, causal, true,

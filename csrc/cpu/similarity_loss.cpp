@@ -148,6 +148,10 @@ Gradients similarity_loss_bwd(
   const Call call{image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
                   plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
                   interactive, entropy};
+  expect_contiguous("grad_rows", grad_rows);
+  expect_contiguous("grad_columns", grad_columns);
+  expect_contiguous("rows", row_stats);
+  expect_contiguous("columns", col_stats);
   Sweep sweep(call, chunk, stored.size(1), &stored);
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m, d = sweep.d;

@@ -11,6 +11,8 @@ namespace {
 // under its softmax over the negatives [N, D] (else [0, D]).
 std::tuple<Tensor, Tensor> similarity_rows(Tensor query, Tensor keys, Tensor scale, std::optional<Tensor> ids,
                                            std::optional<Tensor> key_ids, int64_t label_offset, bool attend, int64_t chunk) {
+  expect_contiguous("query", query);
+  expect_contiguous("keys", keys);
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = query.size(0), m = keys.size(0), d = query.size(1);
   const bool is_bf16 = query.scalar_type() == ScalarType::BFloat16;

@@ -3,7 +3,7 @@
 // not compute them again. Chunk and stored rows are the only memory that grows with N*M, and byte budgets bound both.
 #pragma once
 
-#include "../common.h"
+#include "../layout.h"
 #include "instruction_set.h"
 
 #include <algorithm>
@@ -35,6 +35,17 @@ struct Call {
   int64_t negatives;
   bool relational, interactive;
   double entropy;
+
+  void expect_layout() const {
+    expect_contiguous("image", image);
+    expect_contiguous("text", text);
+    expect_contiguous("teacher_image", teacher_image);
+    expect_contiguous("teacher_text", teacher_text);
+    expect_contiguous("projected_image", projected_image);
+    expect_contiguous("projected_text", projected_text);
+    expect_contiguous("plane_weight", plane_weight);
+    expect_dtype_of("text", text, "image", image);
+  }
 };
 
 // One similarity matrix a b^T with its scratch.
@@ -51,6 +62,8 @@ struct Ids {
 
   Ids(const std::optional<Tensor>& ids, const std::optional<Tensor>& text_ids) {
     if (!ids) return;
+    expect_contiguous("ids", ids);
+    expect_contiguous("text_ids", text_ids);
     std::unordered_map<int64_t, int32_t> rank;
     auto fill = [&](std::vector<int32_t>& to, const Tensor& from) {
       const int64_t* p = from.const_data_ptr<int64_t>();
@@ -98,6 +111,8 @@ struct Sweep {
   Sweep(const Call& call, int64_t chunk, int64_t stored_rows, const Tensor* kept)
       : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(chunk, n)),
         stored_rows(std::min(stored_rows, n)), is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
+    call.expect_layout();
+    if (kept) expect_contiguous("stored", *kept);
     auto number = [](const std::optional<Tensor>& s) { return *s->const_data_ptr<float>(); };
     if (call.softmax || call.negatives) z = Plane{call.image, call.text, number(call.scale), {}, {}};
     if (call.relational || call.interactive) t = Plane{*call.teacher_image, *call.teacher_text, number(call.teacher_scale), {}, {}};

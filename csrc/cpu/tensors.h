@@ -1,7 +1,7 @@
 // Tensors as the CPU kernels see them.
 #pragma once
 
-#include "../common.h"
+#include "../layout.h"
 #include "float_type.h"
 
 namespace simplclip {

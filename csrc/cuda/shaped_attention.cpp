@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../common.h"
+#include "../layout.h"
 #include "shaped_attention_launch.h"
 #include "shaped_attention_plan.h"
 
@@ -37,6 +37,9 @@ HeadsView view(const Tensor& t) {
 
 ShapedAttention shaped(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains, const Tensor& lse,
                        const std::optional<Tensor>& lengths, double scale, bool causal) {
+  expect_contiguous("gains", gains);
+  expect_contiguous("lse", lse);
+  expect_contiguous("lengths", lengths);
   const char* reason = why_no_shaped_plan(q.size(1), q.size(3));
   STD_TORCH_CHECK(!reason, "shaped_attention on CUDA ", reason, ", got [B, L, H, K] = [", q.size(0), ", ", q.size(1), ", ",
                   q.size(2), ", ", q.size(3), "]");

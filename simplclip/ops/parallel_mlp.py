@@ -48,6 +48,7 @@ def hidden_rows(
 
 def _fwd(function, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep):
     out = x.new_empty(x.shape[0], fc2_weight.shape[0])
+    fc2_bias = None if fc2_bias is None else fc2_bias.contiguous()  # read by a pointer, where the matrices go to a BLAS
     if keep:
         h = linear(x, fc1_weight, fc1_bias)
         function(h, fc2_weight, fc2_bias, act, out, False)

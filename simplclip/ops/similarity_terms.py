@@ -9,13 +9,17 @@ from torch import Tensor
 from simplclip.reference import ColumnStat, RowStat, accumulate_dtype
 
 
-def _softplus(x: Tensor) -> Tensor:
-    return -F.logsigmoid(-x)  # F.softplus is exact to e^-20 only
+def mismatch(l: Tensor) -> Tensor:
+    """softplus(-l) of a positive; NaN where l is infinite, though the softplus may be 0."""
+    return 0 * l.detach() - F.logsigmoid(l)  # F.softplus is exact to e^-20 only
 
 
 def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
-    """-log softmax of the positive as softplus(lse - z), lse over the negatives: exact for well matched pairs too."""
-    return _softplus(lse - positive)
+    """-log softmax of the positive as softplus(lse - z), lse over the negatives: exact for well matched pairs too.
+
+    NaN where the positive is infinite, as F.cross_entropy's, though the softplus be 0.
+    """
+    return 0 * positive.detach() - F.logsigmoid(positive - lse)
 
 
 def divergence(
@@ -34,8 +38,8 @@ def divergence(
     miss = torch.sigmoid(teacher_lse - teacher_positive)
     value = cross_entropy(lse, positive) + miss * (mean + positive)
     if entropy:
-        value = value - entropy * (cross_entropy(teacher_lse, teacher_positive) + miss * teacher_positive)
-    return value
+        return value - entropy * (cross_entropy(teacher_lse, teacher_positive) + miss * teacher_positive)
+    return value + 0 * teacher_positive  # NaN where that is infinite, as a softmax's
 
 
 def terms_of(
@@ -71,7 +75,7 @@ def terms_of(
             negative = rows[RowStat.MATCH].sum() / pairs.clamp(min=1).to(rows.dtype)
         else:
             negative = both(rows[RowStat.MATCH], None if columns is None else columns[ColumnStat.MATCH])
-        out["pair_matching"] = 0.5 * (_softplus(-positive).mean() + negative)
+        out["pair_matching"] = 0.5 * (mismatch(positive).mean() + negative)
     if relational:
         by_row = divergence(rows[RowStat.LSE_Z], z, rows[RowStat.LSE_T], t, rows[RowStat.MEAN_Z], entropy)
         by_column = None
@@ -131,4 +135,4 @@ def shifted_pair_matching(
     keep = torch.ones_like(unmatched) * (m > 1)
     if ids is not None:
         keep = keep * (text_ids[other] != ids)
-    return 0.5 * (F.softplus(-matched).mean() + (unmatched * keep).sum() / keep.sum().clamp(min=1))
+    return 0.5 * (mismatch(matched).mean() + (unmatched * keep).sum() / keep.sum().clamp(min=1))
