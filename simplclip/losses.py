@@ -281,16 +281,19 @@ class WIKDLoss(SimilarityLoss):
 
 
 class _Wide(torch.autograd.Function):
-    """float16 as float32; its gradient, where float16 has no such number, is the largest that it has."""
+    """float16 as float32. The gradient of a row of zeros, which 1/eps makes too large, is the largest number of float16;
+    that of other rows overflows, as a GradScaler expects it."""
 
     @staticmethod
     def forward(ctx, value):
+        ctx.save_for_backward(value.any(-1, keepdim=True))
         return value.float()
 
     @staticmethod
     def backward(ctx, gradient):
+        (nonzero,) = ctx.saved_tensors
         most = torch.finfo(torch.float16).max
-        return gradient.clamp(-most, most).half()
+        return torch.where(nonzero, gradient, gradient.clamp(-most, most)).half()
 
 
 def _wide(features: Tensor) -> Tensor:
