@@ -146,7 +146,7 @@ def _claim(out: Path, base: Config) -> None:
 
 
 def _train(source: Path, trial: Trial, threads: int) -> None:
-    command = [sys.executable, "-m", "simplclip.cli"]
+    command = [sys.executable, "-m", "simplclip"]
     changes = [word for change in trial.changes() for word in ("--set", change)]
     steps = (
         [*command, "train", str(source), "--resume", *changes],

@@ -384,7 +384,3 @@ def _named_splits(items: list[str]) -> dict[str, str]:
             raise ValueError(f"--data: the split name {name!r} came twice; name them as --data NAME=SHARDS")
         splits[name] = match[2]
     return splits
-
-
-if __name__ == "__main__":
-    main()

@@ -133,5 +133,5 @@ def test_commands_run_in_processes_with_their_share_of_threads(source, tmp_path,
     with pytest.raises(RuntimeError):
         ablate.run(source, tmp_path / "a", jobs=2, seeds=1)
     command, environment = calls[0]
-    assert command[1:4] == ["-m", "simplclip.cli", "train"]
+    assert command[1:4] == ["-m", "simplclip", "train"]
     assert environment["OMP_NUM_THREADS"] == environment["SIMPLCLIP_THREADS"] == "2"

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,7 +14,8 @@ from typer.testing import CliRunner
 
 from simplclip import cli
 
-COMMAND = [sys.executable, "-m", "simplclip.cli"]
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "simplclip"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1"}
 
 
@@ -51,6 +54,27 @@ def test_version():
     result = call("--version")
     assert result.exit_code == 0
     assert result.output.strip() == f"simplclip {simplclip.__version__}"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["train", "missing.yaml"], ["missing"]])
+def test_the_module_is_the_command(arguments, tmp_path):
+    """`python -m simplclip` against what the console script of pyproject.toml calls: output, errors and exit code."""
+    module, function = re.search(r'^simplclip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).groups()
+    script = f"import sys; from {module} import {function}; sys.argv[0] = 'simplclip'; {function}()"
+    options = {"env": ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, "cwd": tmp_path, "capture_output": True, "text": True}
+    as_script = subprocess.run([sys.executable, "-c", script, *arguments], **options)
+    as_module = subprocess.run([*COMMAND, *arguments], **options)
+    assert as_module.stdout + as_module.stderr
+    assert as_module.stdout == as_script.stdout
+    assert as_module.stderr.replace("python -m simplclip", "simplclip") == as_script.stderr
+    assert as_module.returncode == as_script.returncode == (0 if arguments == ["--version"] else 2)
+
+
+def test_torchrun_starts_the_module():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    run = subprocess.run([*torchrun, "-m", "simplclip", "--version"], env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("simplclip ")
 
 
 def test_help_config_prints_every_key():

@@ -102,7 +102,7 @@ def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
     def train(*arguments):
         changes = [FROZEN, "data.batch_size=512", "run.save_every=1"]
         options = [part for change in changes for part in ("--set", change)]
-        command = [sys.executable, "-m", "simplclip.cli", "train", path, *options, *arguments]
+        command = [sys.executable, "-m", "simplclip", "train", path, *options, *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
     first = train("--set", "run.steps=1")
