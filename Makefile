@@ -10,7 +10,7 @@ DIST ?= dist
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo ablation plan test test-gpu bench bench-gpu aot oldest dist wheel tables lint clean
+.PHONY: help install demo ablation plan test sanitize test-gpu bench bench-gpu aot oldest dist wheel tables lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ ablation: data/emoji-teacher  ## what each part adds: 36 runs of the demo's stud
 
 test: install  ## the tests; those that need a GPU say why they are skipped
 	$(BIN)/python -m pytest
+
+sanitize: install  ## random calls on CPU kernels with AddressSanitizer and UBSan, for each instruction set of this CPU; CASES=2000
+	$(BIN)/python tests/sanitized.py --cases $(or $(CASES),2000)
 
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

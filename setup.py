@@ -35,6 +35,10 @@ PYTHON_TARGET = "0x030A0000"  # CPython 3.10
 # A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for what comes after.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 
+# SIMPLCLIP_SANITIZE=1: the CPU kernels with AddressSanitizer and UBSan (tests/sanitized.py builds and runs them).
+SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+SANITIZE = SANITIZE if os.environ.get("SIMPLCLIP_SANITIZE") == "1" else []
+
 MACROS = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)]
 FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
@@ -61,7 +65,8 @@ def extensions() -> list:
         "simplclip._C",
         ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
         define_macros=MACROS,
-        extra_compile_args={"cxx": FLAGS},
+        extra_compile_args={"cxx": [*FLAGS, *SANITIZE]},
+        extra_link_args=SANITIZE,
         py_limited_api=True,
     )
     wanted = os.environ.get("SIMPLCLIP_CUDA", "auto")

@@ -1,4 +1,4 @@
-"""Views: the same values in other memory layouts. Each function returns a tensor that equals `t`, or None where it has none."""
+"""The same values in other memory layouts: views that equal `t`, or None where it has no such view."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ def strided(t: Tensor) -> Tensor | None:
     """Every second element of each dimension."""
     if t.dim() == 0:
         return None
-    every_second = tuple(slice(0, 2 * size, 2) for size in t.shape)
-    view = _around(t, *(2 * size for size in t.shape))[every_second]
-    return view.copy_(t)
+    every_second = (slice(None, None, 2),) * t.dim()
+    return _around(t, *(2 * size - 1 for size in t.shape))[every_second].copy_(t)
 
 
 def rows_apart(t: Tensor) -> Tensor | None:
@@ -52,13 +51,13 @@ def imaginary(t: Tensor) -> Tensor | None:
 
 
 def expanded(t: Tensor) -> Tensor | None:
-    """One element or row for all: of other values than t's, whose first it repeats."""
-    return None if t.dim() == 0 else t[:1].expand(t.shape)
+    """One element or row, and no more memory, for all: of other values than t's, whose first it repeats."""
+    return None if t.dim() == 0 else t[:1].clone().expand(t.shape)
 
 
 def scalar_expanded(t: Tensor) -> Tensor | None:
     """One element for all, of other values than t's."""
-    return None if t.dim() == 0 else t.flatten()[:1].view([1] * t.dim()).expand(t.shape)
+    return None if t.dim() == 0 else t.flatten()[:1].clone().view([1] * t.dim()).expand(t.shape)
 
 
 SAME = {f.__name__: f for f in (strided, rows_apart, transposed, offset, negated, imaginary)}
