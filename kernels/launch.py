@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -32,6 +33,38 @@ def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
 def precision_of(dtype: torch.dtype) -> str:
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" and not interpreted()
     return tuning.precision_of(dtype, tf32)
+
+
+@functools.cache
+def _warn(name: str, spills: int, architecture: int) -> None:
+    from triton import __version__ as version
+
+    warnings.warn(
+        f"{name}: expected no spilled registers on sm_{architecture}, got {spills} from Triton {version}; it runs slower "
+        "than it could",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+class started:
+    """A kernel, to be started as kernel[grid](...); warns, once for each, if the compiler had to spill registers.
+
+    benchmarks.aot sees to it that no tile of the table does with the Tritons that it was run with. Others warn.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        start = self.kernel[grid]
+
+        def call(*args, **options) -> None:
+            compiled = start(*args, **options)  # None under the interpreter
+            if getattr(compiled, "n_spills", 0):
+                _warn(compiled.name, compiled.n_spills, compiled.metadata.target.arch)
+
+        return call
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from simplclip.kernels import tuning
 from simplclip.kernels.activations import activation, slope
 from simplclip.kernels.arithmetic import dot, narrowed
-from simplclip.kernels.launch import COMPILE, architecture_and_processors, interpreted, precision_of, splits
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, interpreted, precision_of, splits, started
 
 GROUP = 8  # blocks of rows that share blocks of columns while those are in the cache
 TILE = 16  # steps over the tokens that the weight's gradient is divided by: a range of them has a result to store and to add
@@ -203,7 +203,7 @@ def parallel_mlp_fwd(
     weight = _dense(weight)
     tile, shared = _tuned("fwd", h)
     with torch.cuda.device_of(h):
-        _parallel_mlp_fwd_kernel[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(width, tile.block_n),)](
+        started(_parallel_mlp_fwd_kernel)[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(width, tile.block_n),)](
             h, weight, None if bias is None else bias.contiguous(), out, tokens, width, hidden,
             h.stride(0), weight.stride(0), out.stride(0),
             ACT=act, ACCUMULATE=accumulate, EVEN=hidden % tile.block_k == 0, GROUP=GROUP, **shared,
@@ -239,7 +239,7 @@ def _weight_gradient(grad: Tensor, h: Tensor, weight: Tensor, act: str) -> Tenso
     slots = architecture_and_processors(h)[1] * tile.blocks
     ranges, tiles = splits(blocks, triton.cdiv(tokens, step), slots)
     parts = weight.new_empty(ranges, width, hidden, dtype=weight.dtype if ranges == 1 else torch.float32)
-    _parallel_mlp_weight_kernel[(blocks * ranges,)](
+    started(_parallel_mlp_weight_kernel)[(blocks * ranges,)](
         grad, h, parts, tokens, width, hidden, grad.stride(0), h.stride(0), blocks, tiles * step, ACT=act, **shared,
     )  # fmt: skip
     return parts[0] if ranges == 1 else parts.sum(0).to(weight.dtype)
@@ -248,7 +248,7 @@ def _weight_gradient(grad: Tensor, h: Tensor, weight: Tensor, act: str) -> Tenso
 def _hidden_gradient(grad: Tensor, h: Tensor, weight: Tensor, act: str) -> None:
     (tokens, hidden), width = h.shape, weight.shape[0]
     tile, shared = _tuned("hidden", h)
-    _parallel_mlp_hidden_kernel[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(hidden, tile.block_n),)](
+    started(_parallel_mlp_hidden_kernel)[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(hidden, tile.block_n),)](
         grad, weight, h, tokens, width, hidden, grad.stride(0), weight.stride(0), h.stride(0),
         ACT=act, EVEN=width % tile.block_k == 0, GROUP=GROUP, **shared,
     )  # fmt: skip

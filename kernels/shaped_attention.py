@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import COMPILE, architecture_and_processors, interpreted, precision_of
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, interpreted, precision_of, started
 from simplclip.kernels.shaped_attention_backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
 from simplclip.kernels.shaped_attention_forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
 
@@ -71,11 +71,11 @@ def shaped_attention_fwd(
     with torch.cuda.device_of(q):
         if blocks > 1:
             sums = q.new_empty(sequences, heads, blocks, width, dtype=torch.float32)
-            _shaped_attention_sums_kernel[grid](
+            started(_shaped_attention_sums_kernel)[grid](
                 v, lengths, sums, tokens, heads, width, **_strides(v=v), EVEN=shared["EVEN"], BLOCK_M=tile.block_m,
                 BLOCK_K=tile.block_k, num_warps=sums_warps(tile), **COMPILE,
             )  # fmt: skip
-        _shaped_attention_fwd_kernel[grid](
+        started(_shaped_attention_fwd_kernel)[grid](
             q=q, k=k, v=v, gains=gains.contiguous(), lengths=lengths, sums=sums, out=out, lse=lse, scale=scale, CAUSAL=causal,
             SUMS=SUMS, **_strides(q=q, k=k, v=v), **shared,
         )  # fmt: skip
@@ -107,8 +107,8 @@ def shaped_attention_bwd(
     with torch.cuda.device_of(q):
         tile, shared = _tuned("rows", q)
         parts = delta.new_empty(3, sequences, heads, triton.cdiv(tokens, tile.block_m))
-        _shaped_attention_rows_kernel[(parts[0].numel(),)](**inputs, dq=dq, parts=parts, **_strides(dq=dq), **shared)
+        started(_shaped_attention_rows_kernel)[(parts[0].numel(),)](**inputs, dq=dq, parts=parts, **_strides(dq=dq), **shared)
         tile, shared = _tuned("keys", q)
         grid = (sequences * heads * triton.cdiv(tokens, tile.block_n),)
-        _shaped_attention_keys_kernel[grid](**inputs, dk=dk, dv=dv, **_strides(dk=dk, dv=dv), **shared)
+        started(_shaped_attention_keys_kernel)[grid](**inputs, dk=dk, dv=dv, **_strides(dk=dk, dv=dv), **shared)
     return parts.sum((1, 3))

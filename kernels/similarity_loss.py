@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import COMPILE, architecture_and_processors, precision_of, splits
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, precision_of, splits, started
 from simplclip.kernels.similarity_backward import SUMS, _similarity_gradient_kernel
 from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity_gradients import ImageGradient, TextGradient, range_factors, wide_product
@@ -66,7 +66,7 @@ def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tens
             ranges, per_split = splits(row_blocks, tiles, processors * tile.blocks)
             row_parts = rows.new_empty(ranges, slots["ROW_SLOTS"], count)
             column_parts = columns.new_empty(row_blocks, slots["COLUMN_SLOTS"], m) if launch.COLUMNS else None
-            _similarity_statistics_kernel[(row_blocks * ranges,)](
+            started(_similarity_statistics_kernel)[(row_blocks * ranges,)](
                 **arguments(call, launch, tile, precision),
                 **slots,
                 row_parts=row_parts,
@@ -95,7 +95,7 @@ def _merge(
     of_rows: bool,
 ) -> None:
     size = parts.shape[2]
-    _similarity_merge_kernel[(-(-size // MERGE["BLOCK"]),)](
+    started(_similarity_merge_kernel)[(-(-size // MERGE["BLOCK"]),)](
         parts,
         out,
         size,
@@ -114,7 +114,7 @@ def _merge(
 
 def _positives(call: Call, plan: list[Launch], rows: Tensor) -> None:  # [12, N]
     n, m = call.image.shape[0], call.text.shape[0]
-    _similarity_diagonal_kernel[(-(-n // DIAGONAL["BLOCK_M"]),)](
+    started(_similarity_diagonal_kernel)[(-(-n // DIAGONAL["BLOCK_M"]),)](
         **call.features(),
         plane_weight=call.plane_weight,
         rows_out=rows,
@@ -129,7 +129,7 @@ def _positives(call: Call, plan: list[Launch], rows: Tensor) -> None:  # [12, N]
     if call.ids is None:
         rows[RowStat.NEGATIVES].fill_(m - 1)
         return
-    _similarity_count_kernel[(-(-n // COUNT["BLOCK_M"]),)](
+    started(_similarity_count_kernel)[(-(-n // COUNT["BLOCK_M"]),)](
         call.ids,
         call.text_ids,
         rows,
@@ -183,7 +183,7 @@ def gradients_of_planes(
     """The gradients of some rows of a launch's planes, into scratch."""
     count, m = at.stop - at.start, call.text.shape[0]
     row_blocks = -(-count // tile.block_m)
-    _similarity_gradient_kernel[(row_blocks * -(-m // tile.block_n),)](
+    started(_similarity_gradient_kernel)[(row_blocks * -(-m // tile.block_n),)](
         **arguments(call, launch, tile, precision_of(call.image.dtype)),
         **dict(zip(("rows", "columns", "grad_rows", "grad_columns"), statistics)),
         factors=factors,

@@ -2,6 +2,10 @@
 
 import importlib.util
 import itertools
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +22,7 @@ from benchmarks.aot_kernels import (
     small_kernels,
 )
 from simplclip import backends
+from simplclip.kernels import launch as start
 from simplclip.kernels import tuning
 
 
@@ -120,6 +125,27 @@ def test_tiles_are_those_of_the_installed_triton(monkeypatch):
     for older, tiles in ((False, 1), (True, 2)):
         monkeypatch.setattr(tuning, "OLDER", older)
         assert launch.statistics_tiles == tiles
+
+
+def test_a_spill_warns_once_when_a_kernel_starts():
+    """With what Triton returns: a compiled kernel, or None under the interpreter."""
+    spilled, clean = (
+        SimpleNamespace(name=f"_kernel_{spills}", n_spills=spills, metadata=SimpleNamespace(target=SimpleNamespace(arch=86)))
+        for spills in (7, 0)
+    )
+    message = r"_kernel_7: expected no spilled registers on sm_86, got 7 from Triton 3\."
+    for result, expected in ((spilled, [message]), (spilled, []), (clean, []), (None, [])):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            start.started({(3,): lambda *args, result=result, **options: result})[(3,)](1, BLOCK=2)
+        assert len(found) == len(expected)
+        assert all(re.match(pattern, str(warning.message)) for pattern, warning in zip(expected, found))
+
+
+def test_every_kernel_is_started_so():
+    sources = [path.read_text() for path in Path(start.__file__).parent.glob("*.py")]
+    assert not [line for source in sources for line in re.findall(r"^.*_kernel\[.*$", source, re.MULTILINE)]
+    assert sum(source.count("started(_") for source in sources) >= 14
 
 
 @pytest.fixture(scope="module")
