@@ -112,7 +112,7 @@ def merge_columns(parts: Tensor) -> Tensor:  # [W, 6, N] -> [6, N]
     out[ColumnStat.LSE_V], _ = lse(parts[:, ColumnStat.LSE_V])
     for mean, share in ((ColumnStat.MATCH, share_z), (ColumnStat.MEAN_Z, share_t), (ColumnStat.MEAN_V, share_t)):
         out[mean] = (share * parts[:, mean]).sum(0)
-    return torch.stack([out[stat] for stat in ColumnStat])
+    return torch.stack([out[stat] for stat in sorted(out)])
 
 
 def shifted_pair_matching(
