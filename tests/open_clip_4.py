@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 WIDTH = 512  # of ViT-B-32, whose name the tests give
 
 
