@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/siclip-lite0-emoji
+OLDEST := .venv-oldest
+DIST ?= dist
 
 # One process uses the cores that there are; spinning threads of two processes would slow both several times.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo ablation plan test test-gpu bench bench-gpu aot tables lint clean
+.PHONY: help install demo ablation plan test test-gpu bench bench-gpu aot oldest dist wheel tables lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -58,7 +60,39 @@ bench-gpu: install  ## the GPU's tests, then timings on it; writes benchmarks/re
 	$(BIN)/python -m benchmarks.gpu
 
 aot: install  ## what the compiler makes of the Triton kernels, for every architecture, without a GPU; fails on a spill
-	$(BIN)/python -m benchmarks.aot
+	$(BIN)/python -m benchmarks.aot $(AOT)
+
+# In a copy of what is committed or staged, so that the extensions of the two versions do not meet. Triton 3.6, which torch
+# 2.11 brings, interprets with numpy < 2.4 only. The trainer and its data are tested with the newest torch alone.
+TRAINER := ablate caption cli config data emoji evaluate export inherit models objective openclip% plan% readme rewrite \
+	shards teacher% train% wikd_train
+OPS_TESTS = $(filter-out $(TRAINER:%=tests/test_%.py),$(wildcard tests/test_*.py))
+OLDEST_TORCH = $(shell sed -nE 's/^ *"torch>=([0-9.]+)".*/\1/p' pyproject.toml | sort -V | head -n 1)
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip setuptools ninja
+	$(OLDEST)/bin/python -m pip install --quiet 'torch==$(OLDEST_TORCH).*' torchvision 'numpy<2.4'
+	touch $@
+
+oldest: install $(OLDEST)/.installed  ## the oldest torch that pyproject.toml allows: build, tests of ops and kernels, gates
+	rm -rf build/oldest && mkdir -p build/oldest
+	tree=$$(git stash create) && git archive $${tree:-HEAD} | tar -x -C build/oldest
+	cd build/oldest && PATH="$(abspath $(OLDEST)/bin):$$PATH" python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	SIMPLCLIP_OTHER_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest tests/test_packages.py
+	cd build/oldest && $(abspath $(OLDEST))/bin/python -m pytest $(OPS_TESTS)
+	cd build/oldest && $(abspath $(OLDEST))/bin/python -m benchmarks.aot $(AOT)
+
+# From a list of files that no earlier build wrote. The wheel is built from the source distribution.
+dist: install  ## source distribution and a wheel for this machine in dist/
+	rm -rf simplclip.egg-info
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir $(DIST)
+
+# The libraries of torch and of its CUDA stay outside: whoever loads the extensions has loaded torch.
+wheel: dist  ## the wheel made a manylinux one, which PyPI takes
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir $(DIST) \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart.so.*' $(DIST)/*-linux_*.whl
+	rm $(DIST)/*-linux_*.whl
 
 tables: install  ## the README's tables from the committed result files
 	$(BIN)/python -m benchmarks.tables
