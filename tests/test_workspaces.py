@@ -19,8 +19,9 @@ from simplclip.ops.workspaces import STATED, UnknownWorkspace, workspace_bytes
 from simplclip.ops.workspaces_cpu import packing_bytes
 
 SCALARS = 64  # bytes, of results that come after the peak
-# What oneDNN packs is fitted to AVX512-BF16; of AMX only a bound is known.
+# What oneDNN packs is fitted to AVX512-BF16; of AMX, and of float16 where AVX512-FP16 multiplies it, only a bound is known.
 UNFITTED = (4 << 20) * torch.cpu._is_amx_tile_supported()
+NATIVE = {torch.bfloat16} | ({torch.float16} if torch.ops.mkldnn._is_mkldnn_fp16_supported() else set())
 
 
 def check(stated: int, measured: int, slack: int, what: str) -> None:
@@ -60,7 +61,7 @@ def compared():
             assert workspace_bytes(name, "cpu", *on_meta) == stated
             peak = cpu_peak_bytes(lambda: kept.append(function(*args)))
             measured = max(0, peak - storage_bytes(kept))
-            halves = any(t.dtype == torch.bfloat16 for t in tensors_of(args))
+            halves = any(t.dtype in NATIVE for t in tensors_of(args))
             slack = SCALARS + max(1 << 16, measured // 100, UNFITTED) * halves
             check(stated, measured, slack, f"{name} {[tuple(t.shape) if isinstance(t, torch.Tensor) else t for t in args]}")
             called.append((name, stated, measured))

@@ -27,11 +27,11 @@ def _row_block(m: int) -> int:
 
 
 def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: bool = False) -> int:
-    """Bytes that oneDNN takes from torch's allocator within one product [m, k] @ [k, n], which bfloat16 alone has it do.
+    """Bytes that oneDNN takes from torch's allocator within one product [m, k] @ [k, n] of bfloat16.
 
     `transposed`: the first operand's columns are contiguous, not its rows. Fitted to 347 products by oneDNN's kernels for
     AVX512-BF16 on one thread of a Zen 4, and exact there; T threads take about T times as much. Other instruction sets
-    (AMX) are not measured.
+    (AMX, and AVX512-FP16, by which oneDNN multiplies float16 too) are not measured.
     """
     native = backends.extension is not None and backends.extension.has_native_bf16()
     if dtype != torch.bfloat16 or not native or m * n * k <= 16**3:
