@@ -62,11 +62,11 @@ bench-gpu: install  ## the GPU's tests, then timings on it; writes benchmarks/re
 aot: install  ## what the compiler makes of the Triton kernels, for every architecture, without a GPU; fails on a spill
 	$(BIN)/python -m benchmarks.aot $(AOT)
 
-# In a copy of what is committed or staged, so that the extensions of the two versions do not meet. Triton 3.6, which torch
-# 2.11 brings, interprets with numpy < 2.4 only. The trainer and its data are tested with the newest torch alone.
+# In a copy of the tracked files, so that the extensions of the two versions do not meet. Triton 3.6, which torch 2.11 brings,
+# interprets with numpy < 2.4 only. The trainer and its data are tested with the newest torch alone.
 TRAINER := ablate caption cli config data emoji evaluate export inherit models objective openclip% plan% readme rewrite \
 	shards teacher% train% wikd_train
-OPS_TESTS = $(filter-out $(TRAINER:%=tests/test_%.py),$(wildcard tests/test_*.py))
+OPS_TESTS = $(filter-out $(TRAINER:%=tests/test_%.py),$(shell git ls-files 'tests/test_*.py'))
 OLDEST_TORCH = $(shell sed -nE 's/^ *"torch>=([0-9.]+)".*/\1/p' pyproject.toml | sort -V | head -n 1)
 
 $(OLDEST)/.installed: pyproject.toml
@@ -101,5 +101,5 @@ lint: install  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean:  ## remove what was built; keeps data, runs and the venv
-	rm -rf build *.egg-info simplclip/*.so
+clean:  ## remove what was built; keeps data, runs and the venvs
+	rm -rf build dist *.egg-info simplclip/*.so

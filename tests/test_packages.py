@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 HERE = f"torch {torch.__version__}, Python {platform.python_version()}"
-OTHERS = [p for p in os.environ.get("SIMPLCLIP_OTHER_PYTHON", "").split(os.pathsep) if p]
+OTHERS = [os.path.abspath(p) for p in os.environ.get("SIMPLCLIP_OTHER_PYTHON", "").split(os.pathsep) if p]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "SIMPLCLIP_BACKEND")}
 
 pytestmark = pytest.mark.slow
