@@ -27,7 +27,8 @@ def runtime(name: str) -> str:
 
 
 def build() -> None:
-    environment = {**os.environ, "SIMPLCLIP_SANITIZE": "1", "SIMPLCLIP_CUDA": "0"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+    environment = {**os.environ, "PATH": path, "SIMPLCLIP_SANITIZE": "1", "SIMPLCLIP_CUDA": "0"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", OUT, "--build-temp", OUT / "objects"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -35,7 +36,7 @@ def build() -> None:
     package = OUT / "simplclip"
     for path in [*(ROOT / "simplclip").iterdir(), ROOT / "kernels"]:
         link = package / path.name
-        if path.suffix != ".so" and not link.exists():
+        if path.suffix != ".so" and path.name != "__pycache__" and not os.path.lexists(link):
             link.symlink_to(path)
 
 

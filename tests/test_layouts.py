@@ -1,5 +1,9 @@
 """Every tensor argument of every op, and the gradient that comes in, in other memory layouts than a contiguous one."""
 
+import os
+import subprocess
+import sys
+
 import layouts
 import pytest
 import test_parallel_mlp
@@ -8,6 +12,7 @@ import test_simplified_block
 import torch
 from calls import Call, function_of, run
 from cpu_kernels import BACKENDS, needs_cpu_kernels
+from interpreter import TESTS, needs_triton
 from similarity import make_inputs
 from tolerance import EPS
 
@@ -141,3 +146,13 @@ def test_strided_second_bias_of_mlp(dtype):
     column = layouts.strided(b2)
     with simplclip.backend("cpu"):
         assert torch.equal(parallel_mlp(x, fc1, b1, fc2, column), parallel_mlp(x, fc1, b1, fc2, b2))
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "feature", "pair matching, hadamard"])
+def test_triton_under_its_interpreter(name):
+    code = f"import torch, test_layouts as t; t.check(t.CALLS[{name!r}], torch.float32, 'triton')"
+    paths = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, cwd=TESTS)
+    assert done.returncode == 0, done.stderr

@@ -1,6 +1,5 @@
 """A NaN or an infinity in any argument gives a result that is not finite, where plain torch gives one, on every backend."""
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -13,6 +12,7 @@ import test_simplified_block
 import torch
 from calls import PLAIN, Call, function_of, outputs_of
 from cpu_kernels import BACKENDS, needs_cpu_kernels, run_with_instruction_set
+from interpreter import TESTS, needs_triton
 from similarity import make_inputs
 
 import simplclip
@@ -122,12 +122,12 @@ def check_triton():
     check(small[::3], "triton", (torch.float32,))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
+@needs_triton
+@pytest.mark.slow
 def test_triton_under_its_interpreter():
-    here = os.path.dirname(__file__)
-    paths = {"PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)]), "TRITON_INTERPRET": "1"}
+    paths = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "TRITON_INTERPRET": "1"}
     code = "import test_nonfinite as t; t.check_triton(); print('done')"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, cwd=here)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, cwd=TESTS)
     assert done.stdout.strip() == "done", done.stderr
 
 
