@@ -146,7 +146,7 @@ _TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ),
     ("parallel_mlp_fwd", "half"): (Tile(128, 128, 32, 8, 3, 1),),
     ("parallel_mlp_fwd", "tf32"): (Tile(128, 128, 32, 8, 3, 1),),
-    ("parallel_mlp_fwd", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
+    ("parallel_mlp_fwd", "ieee"): (Tile(64, 64, 8, 8, 3, 1),),
     ("parallel_mlp_weight", "half"): (Tile(128, 128, 32, 8, 3, 1),),
     ("parallel_mlp_weight", "tf32"): (Tile(128, 128, 16, 8, 3, 1),),
     ("parallel_mlp_weight", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
@@ -201,6 +201,7 @@ _OLDER: dict[tuple[str, str, int, int], Tile] = {
     ("shaped_attention_fwd", "ieee", 3, 80): Tile(32, 64, 0, 8, 2, 1),
     ("shaped_attention_rows", "ieee", 3, 90): Tile(32, 16, 0, 8, 2, 1),
     ("shaped_attention_keys", "ieee", 3, 80): Tile(16, 32, 0, 8, 2, 1),
+    ("parallel_mlp_fwd", "ieee", 1, 0): Tile(64, 64, 16, 8, 3, 1),
 }
 
 
