@@ -193,7 +193,7 @@ _OLDER: dict[tuple[str, str, int, int], Tile] = {
     ("similarity_forward", "tf32", 3, 0): Tile(64, 64, 32, 8, 3, 1),
     ("similarity_forward", "ieee", 1, 0): Tile(128, 64, 16, 8, 2, 1),
     ("similarity_forward", "ieee", 2, 0): Tile(128, 32, 16, 8, 3, 1),
-    ("similarity_forward", "ieee", 3, 0): Tile(64, 64, 16, 8, 1, 1),
+    ("similarity_forward", "ieee", 3, 0): Tile(64, 32, 16, 8, 3, 1),
     ("similarity_forward", "ieee", 4, 0): Tile(64, 64, 16, 8, 1, 1),
     ("similarity_forward", "ieee", 5, 0): Tile(64, 64, 16, 8, 1, 1),
     ("similarity_backward", "ieee", 3, 0): Tile(64, 64, 16, 8, 3, 1),
