@@ -81,11 +81,11 @@ _TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
         Tile(64, 64, 32, 8, 3, 1),
     ),
     ("similarity_backward", "ieee"): (
-        Tile(128, 64, 16, 8, 3, 1),
+        Tile(128, 64, 8, 8, 4, 1),
         Tile(128, 32, 16, 8, 3, 1),
         Tile(64, 64, 8, 8, 4, 1),
         Tile(64, 64, 16, 8, 3, 1),
-        Tile(64, 64, 16, 8, 3, 1),
+        Tile(64, 64, 8, 8, 4, 1),
     ),
     ("shaped_attention_fwd", "half"): (
         Tile(128, 64, 0, 4, 3, 2),
@@ -146,7 +146,7 @@ _TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ),
     ("parallel_mlp_fwd", "half"): (Tile(128, 128, 32, 8, 3, 1),),
     ("parallel_mlp_fwd", "tf32"): (Tile(128, 128, 32, 8, 3, 1),),
-    ("parallel_mlp_fwd", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
+    ("parallel_mlp_fwd", "ieee"): (Tile(64, 64, 8, 8, 3, 1),),
     ("parallel_mlp_weight", "half"): (Tile(128, 128, 32, 8, 3, 1),),
     ("parallel_mlp_weight", "tf32"): (Tile(128, 128, 16, 8, 3, 1),),
     ("parallel_mlp_weight", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
@@ -193,14 +193,17 @@ _OLDER: dict[tuple[str, str, int, int], Tile] = {
     ("similarity_forward", "tf32", 3, 0): Tile(64, 64, 32, 8, 3, 1),
     ("similarity_forward", "ieee", 1, 0): Tile(128, 64, 16, 8, 2, 1),
     ("similarity_forward", "ieee", 2, 0): Tile(128, 32, 16, 8, 3, 1),
-    ("similarity_forward", "ieee", 3, 0): Tile(64, 64, 16, 8, 1, 1),
+    ("similarity_forward", "ieee", 3, 0): Tile(64, 32, 16, 8, 3, 1),
     ("similarity_forward", "ieee", 4, 0): Tile(64, 64, 16, 8, 1, 1),
     ("similarity_forward", "ieee", 5, 0): Tile(64, 64, 16, 8, 1, 1),
+    ("similarity_backward", "ieee", 1, 0): Tile(128, 64, 16, 8, 3, 1),
     ("similarity_backward", "ieee", 3, 0): Tile(64, 64, 16, 8, 3, 1),
+    ("similarity_backward", "ieee", 5, 0): Tile(64, 64, 16, 8, 3, 1),
     ("shaped_attention_rows", "half", 4, 120): Tile(32, 32, 0, 4, 2, 1),
     ("shaped_attention_fwd", "ieee", 3, 80): Tile(32, 64, 0, 8, 2, 1),
     ("shaped_attention_rows", "ieee", 3, 90): Tile(32, 16, 0, 8, 2, 1),
     ("shaped_attention_keys", "ieee", 3, 80): Tile(16, 32, 0, 8, 2, 1),
+    ("parallel_mlp_fwd", "ieee", 1, 0): Tile(64, 64, 16, 8, 3, 1),
 }
 
 
