@@ -154,14 +154,14 @@ def _laid_out(t: Tensor, kind: str | None) -> Tensor:
 
 
 def _least(call: Call, gradient: bool) -> float:
-    """Below it a result is 0 by cancellation: a hundredth of what is subtracted, logits, or for gradients scale / N."""
+    """Below it a result is 0 by cancellation: some hundredths of what is subtracted, logits, or for gradients scale / N."""
     if call.op == "feature_loss":
         return 1e-2
     if call.op != "similarity_loss":
-        return 0.03
+        return 0.1
     given = {**call.tensors, **call.options}
     scale = max(float(given.get(name, 1)) for name in ("logit_scale", "interactive_scale", "teacher_scale"))
-    return 0.01 * max(scale, 1) * (LOSS_SCALE / given["image"].shape[0] if gradient else 1)
+    return max(scale, 1) * (0.03 * LOSS_SCALE / given["image"].shape[0] if gradient else 0.01)
 
 
 def check(case: Case) -> None:
