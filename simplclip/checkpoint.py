@@ -17,10 +17,16 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 FORMAT, VERSION = "simplclip", 1
 _NUMBERED = re.compile(r"step-(\d+)\.pt")
@@ -94,6 +100,21 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     with Replacing(path) as file:
         file.write(data)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Processes that read, change and write a file of FOLDER, one after the other; at once where the system has no locks."""
+    descriptor = None
+    try:
+        with contextlib.suppress(OSError):  # also where there is no flock
+            descriptor = os.open(folder, os.O_RDONLY)
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def sha256(path: str | Path) -> str:

@@ -109,8 +109,8 @@ class RunLock:
         pid, host = _names(file)
         if pid is not None and not (host == socket.gethostname() and _is_over(pid)):
             raise ConfigError(
-                f"run.out: expected a folder that no process trains in, came {self.folder}: {_who(file)}, as {self.path} says. "
-                "If that process is over, delete this file"
+                f"run.out: expected a folder that no process trains in, came {self.folder}: {_who(file)}, as {self.path} "
+                "says. If that process is over, delete this file"
             )
 
     def _remove_made(self) -> None:

@@ -71,8 +71,8 @@ class LastStep:
                 return f"Step {step} is saved in {self.last}."
             if this.updating:
                 reason = (
-                    f"The update of step {this.step + 1} was broken off, so that the weights are those of no whole step: they "
-                    "are not saved."
+                    f"The update of step {this.step + 1} was broken off, so that the weights are those of no whole step: "
+                    "they are not saved."
                 )
             elif this.step == 0:
                 return None
