@@ -10,39 +10,45 @@ A checkpoint is one `torch.save` dict that loads with weights_only=True:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FORMAT, VERSION = "simplclip", 1
 _NUMBERED = re.compile(r"step-(\d+)\.pt")
+_TEMPORARY = re.compile(r"\.(last\.pt|step-\d+\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png)\.tmp")
 
 
 class CheckpointError(ValueError):
     """A file that is no usable checkpoint."""
 
 
-def save(folder: str | Path, state: dict[str, Any], keep: int) -> Path:
+def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = True) -> Path:
     """Write FOLDER/last.pt and FOLDER/step-NNNNNN.pt; leave the `keep` newest numbered ones. Returns last.pt.
 
-    A crash, a full disk or a signal at any moment leaves the former last.pt as it was.
+    A crash, a full disk or a signal at any moment leaves the former last.pt as it was, or the new one whole. Without `prune`
+    all numbered ones are left.
     """
     folder = Path(folder)
     last = folder / "last.pt"
+    _write(last, state)
     if keep:
-        numbered = folder / f"step-{state['step']:06d}.pt"
-        _write(numbered, state)
-        _alias(numbered, last)
-    else:
-        _write(last, state)
-    for old in numbered_checkpoints(folder)[: -keep or None]:
+        _alias(last, folder / f"step-{state['step']:06d}.pt")
+    for old in numbered_checkpoints(folder)[: -keep or None] if prune else ():
         old.unlink()
     return last
 
@@ -68,6 +74,21 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def step_of(path: str | Path) -> int | None:
+    """The step of a checkpoint, whose tensors are not read; None where there is no file, or one that cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:  # torch raises by the kind of damage
+        return None
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Remove what a killed training left of files that it was writing in FOLDER. Other files are left alone."""
+    for path in Path(folder).iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 def numbered_checkpoints(folder: str | Path) -> list[Path]:
     """step-NNNNNN.pt in FOLDER, oldest first."""
     found = [(int(m[1]), p) for p in Path(folder).iterdir() if (m := _NUMBERED.fullmatch(p.name))]
@@ -79,6 +100,21 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     data = data.encode() if isinstance(data, str) else data
     with Replacing(path) as file:
         file.write(data)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Processes that read, change and write a file of FOLDER, one after the other; at once where the system has no locks."""
+    descriptor = None
+    try:
+        with contextlib.suppress(OSError):  # also where there is no flock
+            descriptor = os.open(folder, os.O_RDONLY)
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def sha256(path: str | Path) -> str:
@@ -125,20 +161,28 @@ class Replacing:
 
     def __exit__(self, kind, error, trace) -> None:
         try:
+            if kind is not None:
+                with contextlib.suppress(OSError):  # closing writes what is left, and a full disk refuses it again
+                    self.file.close()
+                return
             with self.file:
-                if kind is None:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
-            if kind is None:
-                os.replace(self.temporary, self.path)
-                _sync_folder(self.path.parent)
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            os.replace(self.temporary, self.path)
+            _sync_folder(self.path.parent)
         finally:
             self.temporary.unlink(missing_ok=True)
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     with Replacing(path) as file:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        except RuntimeError as error:
+            # After a write that failed torch ends its archive, and the error of that hides the system's.
+            if isinstance(first := error.__context__, OSError):
+                raise OSError(first.errno, first.strerror, str(path)) from first
+            raise
 
 
 def _alias(source: Path, target: Path) -> None:
@@ -146,10 +190,13 @@ def _alias(source: Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
 

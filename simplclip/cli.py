@@ -171,6 +171,8 @@ def train(
     except trainer.Interrupted as stop:
         _fail(str(stop), 130)
     except trainer.TrainingError as error:
+        if error.__cause__ and not _is_ours(error.__cause__):
+            traceback.print_exception(error.__cause__)
         _fail(str(error), 1)
 
 

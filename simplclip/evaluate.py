@@ -68,8 +68,11 @@ def run(
     """Evaluate `checkpoint` on `splits` (name -> shards; None: eval.splits of its config).
 
     Writes OUT/evaluation.json and OUT/evaluation-<split>.png (OUT: None for the checkpoint's folder), prints one table
-    and returns what the JSON holds. skip_missing leaves out splits whose shards do not exist, and says so.
-    Errors: FileNotFoundError, CheckpointError (no checkpoint, or of another architecture), ValueError.
+    and returns what the JSON got. Splits that were evaluated before stay in the JSON as they were, each with the checkpoint,
+    model, step and precision that it was evaluated with. skip_missing leaves out splits whose shards do not exist, and says so;
+    where none is left, the JSON is not written.
+    Errors: FileNotFoundError, CheckpointError (no checkpoint, or of another architecture), ValueError (also for an
+    evaluation.json that is none).
     """
     console = console or Console()
     place = hardware.pick_device(device)
@@ -87,8 +90,11 @@ def run(
     for name, reason in missing.items():
         console.print(f"left out {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
+    file = folder / "evaluation.json"
+    _earlier(file)  # what cannot be added to is told before the work
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
+    made_by = {"checkpoint": str(checkpoint), "model": config.model.name, "step": state["step"], "precision": precision}
     for name, split in loaded.items():
         encode(model, split, batch_size or config.eval.batch_size, place, precision)
         classes = zero_shot(
@@ -112,20 +118,37 @@ def run(
             **figures,
             "zero_shot": classes,
             "contact_sheet": str(sheet),
+            **made_by,
         }
     answer = {
-        "checkpoint": str(checkpoint),
-        "model": config.model.name,
-        "step": state["step"],
-        "precision": precision,
+        **made_by,
         "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
         "splits": results,
     }
-    checkpoints.write_atomically(folder / "evaluation.json", json.dumps(answer, indent=2) + "\n")
+    if not results:
+        console.print(f"nothing was evaluated; {file} is not written", markup=False, highlight=False, soft_wrap=True)
+        return answer
+    with checkpoints.locked(folder):
+        whole = {**answer, "splits": _earlier(file) | results}
+        checkpoints.write_atomically(file, json.dumps(whole, indent=2) + "\n")
     console.print(table(answer))
-    for path in [folder / "evaluation.json", *(r["contact_sheet"] for r in results.values())]:
+    for path in [file, *(r["contact_sheet"] for r in results.values())]:
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
     return answer
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    """The splits of an evaluation.json, each with what it was evaluated with. Errors: ValueError."""
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        shared = {key: found[key] for key in ("checkpoint", "model", "step", "precision")}
+        return {name: shared | split for name, split in found["splits"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(
+            f"out: expected an evaluation to add splits to, or none, came {file}, which is none: move it"
+        ) from None
 
 
 def build_model(config: configs.Config) -> nn.Module:

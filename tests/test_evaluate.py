@@ -177,6 +177,39 @@ def test_run_writes_table_json_and_pictures(trained, tmp_path):
         evaluate.run(trained / "run", device="cpu")
 
 
+def test_splits_are_added_to_what_was_evaluated_before(trained, tmp_path):
+    one, two = tiny.write_shard(tmp_path / "one.tar"), tiny.write_shard(tmp_path / "two.tar", copies=2)
+    file, quiet = tmp_path / "out" / "evaluation.json", {"device": "cpu", "console": Console(file=io.StringIO())}
+    evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
+    first = json.loads(file.read_text())
+    for split in first["splits"].values():
+        for key in ("checkpoint", "model", "step", "precision"):
+            del split[key]  # as files from before had them
+    file.write_text(json.dumps(first))
+    got = evaluate.run(trained / "run" / "last.pt", {"two": two}, out=tmp_path / "out", **quiet)
+    assert list(got["splits"]) == ["two"]
+    both = json.loads(file.read_text())
+    assert list(both["splits"]) == ["one", "two"]
+    assert both["splits"]["one"] == first["splits"]["one"] | {
+        "checkpoint": str(trained / "run"),
+        "model": "siclip-tiny",
+        "step": 30,
+        "precision": "fp32",
+    }
+    assert both["splits"]["two"]["checkpoint"] == str(trained / "run" / "last.pt")
+
+    text = io.StringIO()
+    gone = {"gone": str(tmp_path / "no-*.tar")}
+    quiet["console"] = Console(file=text, width=200)
+    assert evaluate.run(trained / "run", gone, out=tmp_path / "out", skip_missing=True, **quiet)["splits"] == {}
+    assert "nothing was evaluated" in text.getvalue()
+    assert json.loads(file.read_text()) == both
+    file.write_text("[1, 2")
+    with pytest.raises(ValueError, match="out: expected an evaluation to add splits to, or none, came .*evaluation.json"):
+        evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
+    assert file.read_text() == "[1, 2"
+
+
 def test_features_do_not_depend_on_the_batch_size(trained, tmp_path):
     model, config, _ = evaluate.load_model(trained / "run" / "last.pt")
     assert not model.training

@@ -1,7 +1,17 @@
 """Image-text pairs: shards.py reads damaged and whole tars, epoch.py orders them, loader.py makes batches; emoji.py builds
 the built-in data from the sources in emoji_sources.py."""
 
-from simplclip.data.loader import EmptyEpochError, EvalSet, Loader, load_eval, make_loader
+from simplclip.data.loader import EmptyEpochError, EvalSet, Loader, WorkerError, load_eval, make_loader
 from simplclip.data.shards import ShardError, expand, teacher_stamp
 
-__all__ = ["EmptyEpochError", "EvalSet", "Loader", "ShardError", "expand", "load_eval", "make_loader", "teacher_stamp"]
+__all__ = [
+    "EmptyEpochError",
+    "EvalSet",
+    "Loader",
+    "ShardError",
+    "WorkerError",
+    "expand",
+    "load_eval",
+    "make_loader",
+    "teacher_stamp",
+]

@@ -8,7 +8,6 @@ sample are: simplclip/data/shards.py.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -32,6 +31,11 @@ from simplclip.data.shards import (
     place_of,
     read_shard,
 )
+from simplclip.data.workers import start_worker, undisturbed
+
+
+class WorkerError(RuntimeError):
+    """A loader process that died; the message says how."""
 
 
 class EmptyEpochError(RuntimeError):
@@ -99,20 +103,29 @@ class Loader:
             collate_fn=_unchanged,
             prefetch_factor=self._prefetch if self._workers else None,
             pin_memory=self._pin_memory,
-            worker_init_fn=_start_worker if self._workers else None,
+            worker_init_fn=start_worker if self._workers else None,
             multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
             generator=torch.Generator(),  # else every epoch would draw from the caller's global generator
         )
         ends = []
-        for item in loader:
-            if isinstance(item, ShardError):
-                raise item
-            batch, size, last, skipped = item
-            self._skipped.merge(skipped)
-            if not last:
-                yield batch, size
-            elif batch is not None:
-                ends.append(batch)
+        try:
+            for item in loader:
+                if isinstance(item, ShardError):
+                    raise item
+                batch, size, last, skipped = item
+                self._skipped.merge(skipped)
+                if not last:
+                    with undisturbed():
+                        yield batch, size
+                elif batch is not None:
+                    ends.append(batch)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise WorkerError(
+                f"data.workers: a loader process died before its epoch ended (the system kills one so when memory runs out): "
+                f"{str(error).strip()}"
+            ) from error
         if ends:
             yield from self._merged(ends, dataset.batch_size)
 
@@ -187,7 +200,8 @@ def make_loader(
         pin_memory: copy batches to page-locked memory, for a GPU.
 
     Raises: ValueError for an argument out of range or shards that match no file. While iterating: ShardError
-    for a shard that cannot be opened; EmptyEpochError if there is no batch at all.
+    for a shard that cannot be opened; WorkerError for a loader process that died, never while the caller uses a batch;
+    EmptyEpochError if there is no batch at all.
     """
     _check_count("batch_size", batch_size, 1)
     _check_count("captions_per_image", captions_per_image, 1)
@@ -275,9 +289,3 @@ def _check_count(name: str, value: int, least: int) -> None:
 
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the trainer must still get its batch to stop in an orderly way.
-    # DataLoader itself caps torch's threads at one and ends its workers with the parent.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,7 @@
 """The trainer: shards -> batches -> two towers -> loss -> AdamW, with everything needed to stop and to go on.
 
-run              sets up, restores, loops, finishes
+run              takes the folder, sets up, restores, finishes; saves the last whole step when something fails
+_steps           the steps, and what is logged, evaluated and saved between them
 _batches         the endless stream of batches, epoch after epoch, micro-batches of a step together
 train_step       one step: forward, backward, update
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -22,35 +24,17 @@ from torch import Tensor, nn
 
 from simplclip import backends, checkpoint, data, evaluate, gradient_cache, hardware, models, plots
 from simplclip.cards import gib
-from simplclip.config import Config, ConfigError, differences, from_dict
+from simplclip.config import Config
 from simplclip.nn import SimplifiedBlock
+from simplclip.train.folder import claim
+from simplclip.train.lock import RunLock
 from simplclip.train.memory import MemoryLimit, ran_out
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
+from simplclip.train.rescue import LastStep, TrainingError
 from simplclip.train.signals import StopRequest
 from simplclip.train.training import Training
 
 MAX_LOGIT_SCALE = math.log(100)  # as open_clip
-
-# What may differ when a run goes on from a checkpoint: it does not change what is computed. Of data.train, the folder may.
-_FREE = (
-    "data.micro_batch",
-    "loss.scratch_mib",
-    "model.recompute",
-    "eval.",
-    "run.out",
-    "run.steps",
-    "run.device",
-    "run.threads",
-    "run.log_every",
-    "run.print_every",
-    "run.save_every",
-    "run.keep",
-    "run.tensorboard",
-)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the last checkpoint is intact."""
 
 
 class Interrupted(Exception):
@@ -63,89 +47,75 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None,
     memory_limit: bytes that the process is capped at, as `memory.MemoryLimit` says.
 
     The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), tensorboard/, last.pt, numbered
-    checkpoints and curves.png. resume: go on from last.pt there, on the CPU bit for bit as if there had been no stop.
-    Without a last.pt it says so and starts (as open_clip's `--resume latest`), so that one command serves both.
+    checkpoints and curves.png, all from the first whole step on. resume: go on from last.pt there, on the CPU bit for bit as
+    if there had been no stop. Without a last.pt it says so and starts (as open_clip's `--resume latest`), so that one command
+    serves both.
 
-    Errors: ConfigError (a folder that holds a run already; a checkpoint of other settings), TrainingError (a loss or
-    gradient that is not finite; out of memory, with what would fit), Interrupted (SIGINT or SIGTERM: the running step ends
-    and the state is saved).
+    Errors: ConfigError (a folder that holds a run already, or that another process trains in; a checkpoint of other
+    settings); TrainingError for any error once a step is done, with that error as its cause: the last whole step is saved
+    first, or the message says why it is not and which checkpoint is good; TrainingError also for a loss or gradient that is
+    not finite, and for out of memory, with what would fit; Interrupted (SIGINT or SIGTERM: the running step ends and the
+    state is saved). A start that fails leaves the folder as it was.
     """
-    console = console or Console()
+    with RunLock(Path(config.run.out)) as lock:
+        return _run(config, resume, console or Console(), memory_limit, lock.note)
+
+
+def _run(config: Config, resume: bool, console: Console, memory_limit: int | None, note: str | None) -> Path:
     out = Path(config.run.out)
-    state, config = _claim(out, config, resume)
+    state, config = claim(out, config, resume)
+    checkpoint.remove_temporaries(out)
     device = hardware.pick_device(config.run.device)
-    limit = MemoryLimit(device, memory_limit)
     precision, why = hardware.pick_precision(config.run.precision, device)
     threads = hardware.set_threads(config.run.threads)
-    auto = config.data.micro_batch == "auto"
-    if auto:
-        config = limit.settle(config)
-    _seed(config.run.seed)
-
-    loader = _loader(config, pin_memory=device.type == "cuda")
-    splits = evaluate.load_splits(config.eval.splits, config)[0] if config.eval.every else {}
-    this = Training(config, device, precision, state)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(out / "config.yaml", config.to_yaml())
-
     with ExitStack() as stack:
+        limit = MemoryLimit(device, memory_limit)
         stack.callback(limit.lift)
-        stop = stack.enter_context(StopRequest())
-        report = stack.enter_context(Reporter(console, config.run.steps, this.step, config.run.print_every))
-        log = stack.enter_context(RunLog(out, this.step, config.run.tensorboard))
-        report.print(models.summary(this.model, config.model.name))
-        for line in this.inheritance.lines() if this.inheritance else ():
-            report.print(line)
-        report.print(f"loss       {_loss(this)}; similarity_loss is served by {_backend(this, 'similarity_loss_fwd')}")
-        report.print(f"blocks     {_blocks(this)}")
-        report.print(f"precision  {precision} ({why})")
-        report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
+        auto = config.data.micro_batch == "auto"
         if auto:
-            micro = config.data.micro_batch
-            told = f"{micro:,} images at a time" if micro else "the whole batch at a time"
-            report.print(f"memory     {told} fit in {gib(limit.budget.usable)}, by simplclip plan")
-        if resume and not state:
-            report.print(f"resume     {out} holds no checkpoint yet: starting at step 0")
-        elif state:
-            before = state["config"]["run"]["steps"]
-            longer = "" if before == config.run.steps else f"; the learning rate now ends at {config.run.steps}, not {before}"
-            report.print(f"resume     going on from step {this.step}{longer}")
-        this.model.train()
-        speed = Speed()
-        out_of_memory = False
-        stream = _batches(this, loader, report.print) if this.step < config.run.steps else ()
-        for batches in stream:
-            try:
-                row = train_step(this, batches)
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-                out_of_memory = True
-                break
-            row |= {"samples_per_s": speed.step(config.data.batch_size), "peak_mb": peak_memory_mb(device)}
-            report.step(this.step, row)
-            last = this.step == config.run.steps
-            if last or this.step % config.run.log_every == 0:
-                log.write("metrics", row)
-            if splits and (last or this.step % config.eval.every == 0):
-                _evaluate(this, splits, log, report.print)
-                speed.pause()
-            if last or stop.requested or this.step % config.run.save_every == 0:
-                checkpoint.save(out, this.state(), config.run.keep)
-                speed.pause()
-            if last or stop.requested:
-                report.print(f"data       epoch {this.epoch} so far: {loader.report()}")
-                break
+            config = limit.settle(config)
+        _seed(config.run.seed)
 
-    plots.curves(out)
-    if out_of_memory:
-        step = this.step + 1
-        del this, batches
-        saved = f"The last checkpoint in {out} is intact" if (out / "last.pt").exists() else "No checkpoint was written yet"
-        raise TrainingError(
-            f"step {step}: out of memory. {saved}. {limit.advice(config)} "
-            f"To go on: simplclip train {out / 'config.yaml'} --resume --set KEY=VALUE"
-        )
+        loader = _loader(config, pin_memory=device.type == "cuda")
+        splits = evaluate.load_splits(config.eval.splits, config)[0] if config.eval.every else {}
+        this = Training(config, device, precision, state)
+        this.model.train()
+        whole = LastStep(this, out)
+        stop = stack.enter_context(StopRequest())
+        try:
+            with (
+                Reporter(console, config.run.steps, this.step, config.run.print_every) as report,
+                RunLog(out, this.step, config.run.tensorboard) as log,
+            ):
+                report.print(models.summary(this.model, config.model.name))
+                for line in this.inheritance.lines() if this.inheritance else ():
+                    report.print(line)
+                report.print(
+                    f"loss       {_loss(this)}; similarity_loss is served by {_backend(this, 'similarity_loss_fwd')}"
+                )
+                report.print(f"blocks     {_blocks(this)}")
+                report.print(f"precision  {precision} ({why})")
+                report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
+                if note:
+                    report.print(f"lock       {note}")
+                if auto:
+                    micro = config.data.micro_batch
+                    told = f"{micro:,} images at a time" if micro else "the whole batch at a time"
+                    report.print(f"memory     {told} fit in {gib(limit.budget.usable)}, by simplclip plan")
+                if resume and not state:
+                    report.print(f"resume     {out} holds no checkpoint yet: starting at step 0")
+                elif state:
+                    before, now = state["config"]["run"]["steps"], config.run.steps
+                    longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
+                    report.print(f"resume     going on from step {this.step}{longer}")
+                if this.step < config.run.steps:
+                    _steps(this, loader, splits, whole, stop, report, log)
+            plots.curves(out)
+        except Exception as error:
+            failed = _failure(error, whole, limit, config)
+            if failed is error:
+                raise
+            raise failed from error
     if this.step < config.run.steps:
         raise Interrupted(
             f"{stop.requested}: saved step {this.step} of {config.run.steps} to {out / 'last.pt'}. "
@@ -153,6 +123,64 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None,
         )
     report.print(f"done       step {this.step}: {out / 'last.pt'}, {out / 'curves.png'}")
     return out / "last.pt"
+
+
+def _steps(
+    this: Training,
+    loader: data.Loader,
+    splits: dict[str, evaluate.Split],
+    whole: LastStep,
+    stop: StopRequest,
+    report: Reporter,
+    log: RunLog,
+) -> None:
+    """Steps until the last one or a stop, whose state is saved."""
+    c, speed = this.config.run, Speed()
+    for batches in _batches(this, loader, report.print):
+        row = train_step(this, batches)
+        whole.take()
+        row |= {"samples_per_s": speed.step(this.config.data.batch_size), "peak_mb": peak_memory_mb(this.device)}
+        report.step(this.step, row)
+        last = this.step == c.steps
+        if last or this.step % c.log_every == 0:
+            log.write("metrics", row)
+        if splits and (last or this.step % this.config.eval.every == 0):
+            _evaluate(this, splits, log, report.print)
+            speed.pause()
+        if last or stop.requested or this.step % c.save_every == 0:
+            whole.save()
+            speed.pause()
+        if last or stop.requested:
+            report.print(f"data       epoch {this.epoch} so far: {loader.report()}")
+            return
+
+
+def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Config) -> Exception:
+    """What `run` raises for an error of its steps, after the last whole one is saved."""
+    out, step = Path(config.run.out), whole.this.step + 1
+    full = ran_out(error)
+    if full:
+        traceback.clear_frames(error.__traceback__)  # which hold the step's activations
+        limit.lift()
+    saved = whole.rescue(free=full)
+    go_on = f" To go on: simplclip train {out / 'config.yaml'} --resume" if (out / "last.pt").exists() else ""
+    if full:
+        where = saved or "No step was whole before it, so that nothing is saved."
+        change = f"{go_on} --set KEY=VALUE" if go_on else " To try again: the same command with --set KEY=VALUE"
+        return TrainingError(f"step {step}: out of memory. {where} {_advice(limit, config)}{change}")
+    if saved is None:
+        return error
+    if isinstance(error, TrainingError):  # not finite: going on from there would come to the same
+        return TrainingError(f"{error}. {saved}")
+    told = str(error).strip().rstrip(".") or "no message"
+    return TrainingError(f"after step {step - 1}: {type(error).__name__}: {told}. {saved}{go_on}")
+
+
+def _advice(limit: MemoryLimit, config: Config) -> str:
+    try:
+        return limit.advice(config)
+    except Exception as error:  # the advice must not hide what it is about
+        return f"simplclip plan has no advice: {error}."
 
 
 def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
@@ -177,16 +205,17 @@ def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float
     if not all(math.isfinite(values[k]) for k in watched):
         raise TrainingError(
             f"step {this.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
-            f"before the update. The last checkpoint in {this.config.run.out} is intact. Try a lower "
-            f"optim.lr, a longer optim.warmup or run.precision=fp32"
+            f"before the update. Try a new run with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
         )
     lr = optimizer.param_groups[0]["lr"]
+    this.updating = True
     scaler.step(optimizer)
     scaler.update()
     this.schedule.step()
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
     this.step += 1
+    this.updating = False
     return {"step": this.step, "epoch": this.epoch, **values, "lr": lr}
 
 
@@ -227,55 +256,6 @@ def _evaluate(this: Training, splits: dict[str, evaluate.Split], log: RunLog, te
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())
             tell(f"evaluation {name} {direction.replace('_', ' ')}: {shown}")
     this.model.train()
-
-
-def _claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:
-    """Read the checkpoint that is to go on, or see that the run's folder is free. Never overwrites another run.
-
-    The config comes back with the checkpoint's micro-batch where it leaves that to us.
-    """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"run.out: expected a folder, came the file {out}")
-    last = out / "last.pt"
-    if resume and last.exists():
-        state = checkpoint.load(last)
-        was = from_dict(state["config"])
-        if config.data.micro_batch == "auto":
-            config = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": was.data.micro_batch})})
-        _check_same(state, config, last)
-        state["batch"] = _place(state["batch"], was, config, last)
-        return state, config
-    if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
-        raise ConfigError(
-            f"run.out: {out} already holds a run; go on with it by --resume, or choose another folder by --set run.out=FOLDER"
-        )
-    return None, config
-
-
-def _place(batch: int, was: Config, config: Config, last: Path) -> int:
-    """Batches of the epoch that are done, counted in those of `config`."""
-    before, now = (c.data.micro_batch or c.data.batch_size for c in (was, config))
-    done, rest = divmod(batch * before, now)
-    if rest:
-        raise ConfigError(
-            f"data.micro_batch: expected a divisor of the {batch * before:,} images that {last} has seen of its epoch, "
-            f"came {now}"
-        )
-    return done
-
-
-def _check_same(state: dict[str, Any], config: Config, last: Path) -> None:
-    changed = differences(from_dict(state["config"]).to_dict(), config.to_dict())
-    if "data.train" in changed:
-        names = [[Path(p).name for p in ([v] if isinstance(v, str) else v)] for v in changed["data.train"]]
-        if names[0] == names[1]:
-            del changed["data.train"]
-    changed = {k: v for k, v in changed.items() if not k.startswith(_FREE)}
-    if changed:
-        told = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
-        raise ConfigError(f"resume: {last} was trained with other settings: {told}")
-    if state["step"] > config.run.steps:
-        raise ConfigError(f"run.steps: expected at least {state['step']}, the step of {last}, came {config.run.steps}")
 
 
 def _loader(config: Config, pin_memory: bool) -> data.Loader:

@@ -83,9 +83,11 @@ class MemoryLimit:
         return " ".join(told)
 
 
-def ran_out(error: RuntimeError) -> bool:
-    """Whether an allocator's refusal is what was raised; a CPU's has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+def ran_out(error: Exception) -> bool:
+    """Whether an allocator's refusal is what was raised; that of a CPU's tensors has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(
+        error
+    )
 
 
 def _data_bytes() -> int:

@@ -155,20 +155,21 @@ class RunLog:
     def __init__(self, out: Path, start: int, tensorboard: bool):
         self.out, self.start = out, start
         self._files: dict[str, CsvLog] = {}
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+        self._tensorboard, self._writer = tensorboard, None
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_) -> None:
-        for file in self._files.values():
-            file.close()
-        if self._writer:
-            self._writer.close()
+    def __exit__(self, kind, *_) -> None:
+        """Closes all. What a full disk refuses then is an error, unless one is on its way already."""
+        failed = None
+        for file in [*self._files.values(), *([self._writer] if self._writer else ())]:
+            try:
+                file.close()
+            except OSError as error:
+                failed = error
+        if failed and kind is None:
+            raise failed
 
     def write(self, file: str, row: Mapping[str, float | str]) -> None:
         """Add a row to FILE.csv; its first row decides the columns. TensorBoard gets the numbers, named by the words.
@@ -178,6 +179,10 @@ class RunLog:
         if file not in self._files:
             self._files[file] = CsvLog(self.out / f"{file}.csv", list(row), self.start)
         self._files[file].write(row)
+        if self._tensorboard and not self._writer:  # not before: a start that fails leaves nothing
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)
         if self._writer:
             words = [value for value in row.values() if isinstance(value, str)]
             for name, value in row.items():

@@ -48,6 +48,7 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = self.epoch = self.batch = 0
+        self.updating = False  # in the part of a step that cannot be undone
         if state:
             self._restore(state)
 
