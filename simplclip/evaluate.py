@@ -69,8 +69,8 @@ def run(
 
     Writes OUT/evaluation.json and OUT/evaluation-<split>.png (OUT: None for the checkpoint's folder), prints one table
     and returns what the JSON got. Splits that were evaluated before stay in the JSON as they were, each with the checkpoint,
-    model, step and precision that it was evaluated with. skip_missing leaves out splits whose shards do not exist, and says so;
-    where none is left, the JSON is not written.
+    model, step and precision that it was evaluated with. skip_missing leaves out splits whose shards do not exist, and says
+    so; where none is left, the JSON is not written.
     Errors: FileNotFoundError, CheckpointError (no checkpoint, or of another architecture), ValueError (also for an
     evaluation.json that is none).
     """

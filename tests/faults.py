@@ -53,8 +53,9 @@ class Faults:
         self.config = tiny.write_config(folder)
         self.shard = folder / "data" / "train-0.tar"
         self.content = self.shard.read_bytes()
+        process = self.start(folder / "whole")
         began = time.monotonic()
-        assert self.end(self.start(folder / "whole"))[0] == 0
+        assert self.end(process)[0] == 0
         self.took = time.monotonic() - began
         self.whole = bits(state_of(folder / "whole"))
         self.disk = folder / "disk"

@@ -1,7 +1,7 @@
 """Loader processes: how they start, and that the death of one is told between two batches only.
 
-torch tells of a loader process that died by an error that its SIGCHLD handler raises, wherever the main thread is just then: in
-the middle of an optimizer's update, or of writing a checkpoint.
+torch tells of a loader process that died by an error that its SIGCHLD handler raises, wherever the main thread is just then:
+in the middle of an optimizer's update, or of writing a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One process at a time trains in a folder.
 
-run.lock in it names the process and its host, and is locked (flock) for as long as the process lives: the system lets go of it
-whatever the process dies of. Where the file system has no locks, the names alone decide.
+run.lock in it names the process and its host, and is locked (flock) for as long as the process lives: the system lets go of
+it whatever the process dies of. Where the file system has no locks, the names alone decide.
 """
 
 from __future__ import annotations
