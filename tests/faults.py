@@ -1,10 +1,11 @@
 """Faults at random moments of real training runs, and what must hold after each.
 
-A process trains; while it does, it is killed (-9), or its loader process is, or its shard is removed or cut in half, or its disk
-becomes full. Then the last whole step is in the checkpoint, or the process said why not and which checkpoint is good; with the
-fault mended, the run goes on and ends as an undisturbed one, to the bit.
+A process trains; while it does, it is killed (-9), or its loader process is, or its shard is removed or cut in half, or
+its disk becomes full. Then the last whole step is in the checkpoint, or the process said why not and which checkpoint is
+good; with the fault mended, the run goes on and ends as an undisturbed one, to the bit.
 
-A full disk is a tmpfs of a few MiB that is filled; without the right to mount one, a limit of the size of the process's files.
+A full disk is a tmpfs of a few MiB that is filled; without the right to mount one, a limit of the size of the process's
+files.
 """
 
 import contextlib
