@@ -189,7 +189,7 @@ def hold(folder, ready, done):
 def test_a_second_process_is_refused(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path / "run", ready, done))
+    process = context.Process(target=hold, args=(tmp_path / "run", ready, done), daemon=True)
     process.start()
     assert ready.wait(120)
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}

@@ -51,7 +51,7 @@ class LastStep:
         """Write the checkpoint of the last whole step."""
         self._claim()
         state = self.this.state() | self._place
-        state["model"] = {**state["model"], **self._buffers}
+        state["model"].update(self._buffers)
         checkpoint.save(self.out, state, self.this.config.run.keep, prune)
 
     def rescue(self, free: bool = False) -> str | None:
