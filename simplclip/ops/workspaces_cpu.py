@@ -33,8 +33,7 @@ def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: boo
     AVX512-BF16 on one thread of a Zen 4, and exact there; T threads take about T times as much. Other instruction sets
     (AMX, and AVX512-FP16, by which oneDNN multiplies float16 too) are not measured.
     """
-    native = backends.extension is not None and backends.extension.has_native_bf16()
-    if dtype != torch.bfloat16 or not native or m * n * k <= 16**3:
+    if dtype != torch.bfloat16 or not backends.native_bf16 or m * n * k <= 16**3:
         return 0
     # A block of the first operand is copied if it is transposed or if its rows lie a large power of two apart.
     copied = transposed or (m >= 1024 and k >= 4096 and k & (k - 1) == 0)
