@@ -16,7 +16,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 # --no-build-isolation: the extensions are built against the torch that they will run with, and torch is not fetched twice.
-$(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.* csrc/*/*.*)
+$(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools ninja
 	$(BIN)/python -m pip install --quiet -r requirements.txt

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 def find_toolkit() -> None:
@@ -63,7 +63,7 @@ def why_no_cuda() -> str | None:
 def extensions() -> list:
     cpu = cpp_extension.CppExtension(
         "simplclip._C",
-        ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+        ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").rglob("*.cpp")))],
         define_macros=MACROS,
         extra_compile_args={"cxx": [*FLAGS, *SANITIZE]},
         extra_link_args=SANITIZE,
@@ -83,7 +83,7 @@ def extensions() -> list:
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     cuda = cpp_extension.CUDAExtension(
         "simplclip._C_cuda",
-        sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").glob(kind)),
+        sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").rglob(kind)),
         define_macros=[*MACROS, ("USE_CUDA", None), ("SIMPLCLIP_ARCHITECTURES", f'"{architectures}"')],
         extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-std=c++20"]},
         py_limited_api=True,
@@ -91,7 +91,12 @@ def extensions() -> list:
     return [cpu, cuda]
 
 
+# kernels/ stands at the top level beside csrc/; a top-level package of that name would collide with another one on PyPI.
+KERNELS = ["kernels", *(f"kernels.{name}" for name in find_packages("kernels"))]
+
 setup(
+    packages=[*find_packages(include=["simplclip", "simplclip.*"]), *(f"simplclip.{name}" for name in KERNELS)],
+    package_dir={"simplclip.kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": cpp_extension.BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

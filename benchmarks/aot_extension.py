@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.aot_gate import BIN, OPCODE, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
-from simplclip import backends
+from simplclip.ops import backends
 
 TOKENS = (50, 64, 77, 197, 257, 288)  # CLIP's towers, and the most
 WIDTHS = (32, 64, 80, 96, 128)

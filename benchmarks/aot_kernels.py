@@ -12,28 +12,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simplclip.kernels import tuning
-from simplclip.kernels.activations import ACTIVATIONS
-from simplclip.kernels.feature_loss import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
-from simplclip.kernels.feature_loss import tile as feature_tile
+from simplclip.kernels.attention.backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
+from simplclip.kernels.attention.forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
+from simplclip.kernels.attention.op import SUMS, sums_warps
+from simplclip.kernels.feature.op import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
+from simplclip.kernels.feature.op import tile as feature_tile
 from simplclip.kernels.launch import COMPILE
-from simplclip.kernels.parallel_mlp import GROUP as MLP_GROUP
-from simplclip.kernels.parallel_mlp import (
+from simplclip.kernels.mlp.activations import ACTIVATIONS
+from simplclip.kernels.mlp.op import GROUP as MLP_GROUP
+from simplclip.kernels.mlp.op import (
     _parallel_mlp_fwd_kernel,
     _parallel_mlp_hidden_kernel,
     _parallel_mlp_weight_kernel,
 )
-from simplclip.kernels.shaped_attention import SUMS, sums_warps
-from simplclip.kernels.shaped_attention_backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
-from simplclip.kernels.shaped_attention_forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
-from simplclip.kernels.similarity_backward import _similarity_gradient_kernel
-from simplclip.kernels.similarity_forward import _similarity_statistics_kernel
-from simplclip.kernels.similarity_launch import Launch
-from simplclip.kernels.similarity_loss import COUNT, DIAGONAL, GROUP, MERGE, MERGE_WARPS
-from simplclip.kernels.similarity_merge import (
+from simplclip.kernels.similarity.backward import _similarity_gradient_kernel
+from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
+from simplclip.kernels.similarity.launch import Launch
+from simplclip.kernels.similarity.merge import (
     _similarity_count_kernel,
     _similarity_diagonal_kernel,
     _similarity_merge_kernel,
 )
+from simplclip.kernels.similarity.op import COUNT, DIAGONAL, GROUP, MERGE, MERGE_WARPS
 
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
 # Types of arguments by name, "element" the kernel's dtype; a name that is not here is an integer.
@@ -74,7 +74,7 @@ class Kernel:
 
 
 def launches(everything: bool) -> list[Launch]:
-    """Launches by their flags: all that simplclip.kernels.similarity_launch.launches can return, or the heaviest ones."""
+    """Launches by their flags: all that simplclip.kernels.similarity.launch.launches can return, or the heaviest ones."""
     flags = list(itertools.product((True, False), repeat=2)) if everything else [(True, True)]  # columns, ids
     found = []
     for columns, ids in flags:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.attention_forms import plain
 from benchmarks.measure import figures, interleaved_times
 from simplclip.nn import SimplifiedBlock
-from simplclip.reference import ACTIVATIONS
+from simplclip.ops.mlp.reference import ACTIVATIONS
 
 WIDTH, HEADS, LENGTH, BATCH = 512, 8, 77, 64
 BASE = "open_clip's block"

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import interleaved_times, peak_bytes, quantiles
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity_loss import TERMS
-from simplclip.ops.similarity_plan import matrix_products
+from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.sweep import matrix_products
 
 OBJECTIVES = ("contrastive", "all four")
 PLANE = (10.0, -2.0)

@@ -10,10 +10,9 @@ from simplclip.version import __version__
 
 __all__ = ["__version__", "backend", "report"]
 
-_FUNCTIONS = {"backend": "simplclip.backends", "report": "simplclip.doctor"}
+_FUNCTIONS = {"backend": "simplclip.ops.backends", "report": "simplclip.doctor"}
 _MODULES = (
     "ablate",
-    "backends",
     "data",
     "evaluate",
     "gradient_cache",
@@ -26,7 +25,6 @@ _MODULES = (
     "ops",
     "plan",
     "pretrained",
-    "reference",
     "train",
 )
 

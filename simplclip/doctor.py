@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-from simplclip import backends
+from simplclip.ops import backends
 from simplclip.version import __version__
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")

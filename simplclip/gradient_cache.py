@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from simplclip import checks
+from simplclip.ops import checks
 
 __all__ = ["backward", "check"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simplclip import checks, distributed, ops
-from simplclip.ops.similarity_loss import NEGATIVES
-from simplclip.ops.similarity_plan import SCRATCH_BYTES
+from simplclip import ops
+from simplclip.ops import checks, distributed
+from simplclip.ops.similarity.op import NEGATIVES
+from simplclip.ops.similarity.sweep import SCRATCH_BYTES
 
 PLANES = ("scalar", "hadamard")
 

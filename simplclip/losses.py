@@ -38,9 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simplclip import checks, ops
+from simplclip import ops
 from simplclip.loss_base import PLANES, SimilarityLoss, check_width, weight_of, width_of
-from simplclip.ops.similarity_loss import DIVERGENCES, INTERACTIVE
+from simplclip.ops import checks
+from simplclip.ops.similarity.op import DIVERGENCES, INTERACTIVE
 
 __all__ = ["PLANES", "ClipPMLoss", "WIKDLoss"]
 
@@ -51,7 +52,7 @@ class ClipPMLoss(SimilarityLoss):
         loss = ClipLoss(image, text) + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives softplus(l_ij)]
 
     with the learned hyperplane l = p S + q (plane="scalar") or l_ij = w·(x_i ⊙ y_j) + q (plane="hadamard") over the
-    similarity S of L2-normalised features; see `simplclip.ops.similarity_loss`, which never stores the N×N matrix (memory
+    similarity S of L2-normalised features; see `simplclip.ops.similarity.op`, which never stores the N×N matrix (memory
     there). The plane is this module's parameters: `plane_weight` (p [], or w [D]) and `plane_bias` (q []); give them to the
     optimizer. pm_weight=0 has no parameters and is exactly ClipLoss.
 
@@ -118,7 +119,7 @@ class WIKDLoss(SimilarityLoss):
                the similarities, rows and columns) + interactive_weight · (student against teacher across modalities)
                + feature_weight · (distance of normalised features, mean of image and text) + pm_weight · pair matching
 
-    all similarity terms in one sweep without N×N matrices: see `simplclip.ops.similarity_loss` and `feature_loss`. With the
+    all similarity terms in one sweep without N×N matrices: see `simplclip.ops.similarity.op` and `feature_loss`. With the
     default weights the values are open_clip's: `distill_loss` is a cross-entropy, which is the KL divergence plus the
     entropy of the teacher's softmax, a constant that divergence="kl" leaves out.
 

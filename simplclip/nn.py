@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip.ops import parallel_mlp, shaped_attention, simplified_block
-from simplclip.reference import ACTIVATIONS
+from simplclip.ops.mlp.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "NORMS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights"]
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simplclip import reference
-from simplclip.ops.norm import norm_fwd
+from simplclip.ops.attention import reference as attention_reference
+from simplclip.ops.block.norm import norm_fwd
+from simplclip.ops.mlp.reference import ACTIVATIONS
 
 TOWERS = {"image": ("pixel_values", "image_features"), "text": ("input_ids", "text_features")}
 CHECKED_BATCHES = (1, 3)
@@ -89,13 +90,13 @@ def _decompositions() -> dict[Any, Any]:
     ops = torch.ops.simplclip
     return {
         ops.simplified_block_fwd.default: _simplified_block,
-        ops.shaped_attention_fwd.default: lambda *args: reference.shaped_attention_fwd(*args[:-1]),
+        ops.shaped_attention_fwd.default: lambda *args: attention_reference.shaped_attention_fwd(*args[:-1]),
         ops.parallel_mlp_fwd.default: _parallel_mlp,
     }
 
 
 def _mlp(n: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, act: str) -> Tensor:
-    return F.linear(reference.ACTIVATIONS[act](F.linear(n, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+    return F.linear(ACTIVATIONS[act](F.linear(n, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
 
 
 def _parallel_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, *_):
@@ -112,7 +113,7 @@ def _simplified_block(
     n, _ = norm_fwd(x.reshape(-1, c), norm, norm_weight, norm_bias, eps)
     q, k = F.linear(n, qk_weight).reshape(b, length, 2, heads, c // heads).unbind(2)
     v = n if value_weight is None else F.linear(n, value_weight)
-    out, lse = reference.shaped_attention_fwd(q, k, v.reshape(q.shape), gains, lengths, scale, causal)
+    out, lse = attention_reference.shaped_attention_fwd(q, k, v.reshape(q.shape), gains, lengths, scale, causal)
     out = out.reshape(-1, c)
     if output_weight is not None:
         out = F.linear(out, output_weight)

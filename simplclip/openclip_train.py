@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import losses
-from simplclip.ops.similarity_loss import NEGATIVES
+from simplclip.ops.similarity.op import NEGATIVES
 
 # Not .pt: open_clip resumes from the last file of that ending.
 SUFFIX = ".loss"

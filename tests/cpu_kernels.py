@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from simplclip import backends
+from simplclip.ops import backends
 
 needs_cpu_kernels = pytest.mark.skipif(backends.extension is None, reason=f"no CPU kernels: {backends.extension_error}")
 BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
@@ -18,7 +18,7 @@ def run_with_instruction_set(isa, module, code="t.check_everything('cpu')"):
     """Runs code on a test module `t` in a process of its own, since the instruction set is chosen once."""
     here = os.path.dirname(__file__)
     env = {**os.environ, "SIMPLCLIP_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}
-    code = f"import {module} as t\n{code}\nfrom simplclip import backends\nprint(backends.extension.cpu_isa())"
+    code = f"import {module} as t\n{code}\nfrom simplclip.ops import backends\nprint(backends.extension.cpu_isa())"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=here)
     if "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr:
         pytest.skip(f"this CPU has no {isa}: {done.stderr.strip().splitlines()[-1]}")

@@ -16,7 +16,7 @@ from tolerance import assert_within
 from torch import Tensor
 
 import simplclip
-from simplclip import backends
+from simplclip.ops import backends
 
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 23, 31, 33, 47, 64, 65)  # primes, and on and off the tiles
 WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 32, 33, 48, 65)

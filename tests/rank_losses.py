@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss
 from similarity import make_inputs
 
-from simplclip import distributed, ops
+from simplclip import ops
 from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.ops import distributed
 
 WORLD, N = 2, 10
 EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}

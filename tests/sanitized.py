@@ -55,7 +55,7 @@ def main() -> int:
     }
     for isa in options.isa or ISAS:
         env = {**os.environ, **environment, "SIMPLCLIP_CPU_ISA": isa}
-        code = "from simplclip import backends as b; print(b.extension.__file__, b.extension.cpu_isa())"
+        code = "from simplclip.ops import backends as b; print(b.extension.__file__, b.extension.cpu_isa())"
         found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=OUT)
         if "SIMPLCLIP_CPU_ISA: expected one of" in found.stderr:
             print(f"{isa}: not on this CPU", flush=True)

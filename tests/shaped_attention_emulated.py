@@ -10,7 +10,7 @@ import torch
 from tolerance import assert_within
 from torch.overrides import TorchFunctionMode
 
-from simplclip import reference
+from simplclip.ops.attention import reference as attention_reference
 
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 TOLERANCE = TYPES | {"tf32": "tf32"}
@@ -62,10 +62,10 @@ def inputs(case: Case) -> dict:
 def by_reference(case: Case, given: dict, dtype: torch.dtype) -> dict:
     q, k, v, grad, gains = (given[name].to(dtype) for name in ("q", "k", "v", "grad", "gains"))
     mode = given["lengths"], case.scale, case.causal
-    with mock.patch.object(reference.shaped_attention, "accumulate_dtype", return_value=dtype):
-        out, lse = reference.shaped_attention_fwd(q, k, v, gains, *mode)
+    with mock.patch.object(attention_reference, "accumulate_dtype", return_value=dtype):
+        out, lse = attention_reference.shaped_attention_fwd(q, k, v, gains, *mode)
         grads = [torch.empty_like(q) for _ in range(3)]
-        d_gains = reference.shaped_attention_bwd(grad, q, k, v, gains, lse, *mode, *grads)
+        d_gains = attention_reference.shaped_attention_bwd(grad, q, k, v, gains, lse, *mode, *grads)
     return results(out, lse, *grads, d_gains)
 
 

@@ -21,9 +21,9 @@ from benchmarks.aot_kernels import (
     similarity,
     small_kernels,
 )
-from simplclip import backends
 from simplclip.kernels import launch as start
 from simplclip.kernels import tuning
+from simplclip.ops import backends
 
 
 def check(kernels, architecture):

@@ -9,9 +9,8 @@ import torch
 from cpu_kernels import needs_cpu_kernels
 
 import simplclip
-from simplclip import backends
 from simplclip.doctor import render
-from simplclip.ops import similarity_loss
+from simplclip.ops import backends, similarity_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
@@ -119,7 +118,7 @@ def test_report_is_json_and_names_a_backend_for_every_op():
 
 @pytest.mark.skipif(backends.extension is None, reason=f"no extension: {backends.extension_error}")
 def test_an_unknown_instruction_set_is_an_error():
-    done = run_python("import simplclip; simplclip.backends.extension.cpu_isa()", SIMPLCLIP_CPU_ISA="mmx")
+    done = run_python("import simplclip; simplclip.ops.backends.extension.cpu_isa()", SIMPLCLIP_CPU_ISA="mmx")
     assert "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr
     assert "got 'mmx'" in done.stderr
 

@@ -10,7 +10,7 @@ import extension_symbols
 import pytest
 import torch
 
-from simplclip import backends
+from simplclip.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 

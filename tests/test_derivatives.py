@@ -94,7 +94,7 @@ def test_vmap_over_leaves_has_the_gradients_of_a_loop(name, backend):
 @pytest.mark.parametrize("backend", ["", "reference"])
 @pytest.mark.parametrize("name", [name for name in CALLS if not name.endswith(("loss", "kl", "shift"))] + ["feature_loss"])
 def test_meta_tensors_give_meta_results_and_gradients(name, backend, monkeypatch):
-    monkeypatch.setattr(simplclip.backends, "_forced", backend)
+    monkeypatch.setattr(simplclip.ops.backends, "_forced", backend)
     make, function = CALLS[name]
     with torch.device("meta"):
         tensors = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in make(4, torch.float32)]

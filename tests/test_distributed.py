@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from simplclip import distributed
 from simplclip.losses import ClipPMLoss
+from simplclip.ops import distributed
 
 HERE = os.path.dirname(__file__)
 

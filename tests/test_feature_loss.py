@@ -12,9 +12,8 @@ from tolerance import assert_within
 
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
-from simplclip import checks
-from simplclip.ops import feature_loss
-from simplclip.ops.feature_loss import workspace_bytes
+from simplclip.ops import checks, feature_loss
+from simplclip.ops.feature.op import workspace_bytes
 
 MODES = [{"distance": "mse"}, {"distance": "smooth_l1", "beta": 0.05}, {"distance": "mse", "normalize": False}]
 MODES.append({"distance": "smooth_l1", "beta": 0.7, "normalize": False})

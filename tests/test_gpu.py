@@ -10,10 +10,9 @@ from similarity import check, make_inputs
 
 from benchmarks.measure import peak_bytes
 from benchmarks.similarity_forms import batch
-from simplclip import backends
 from simplclip.losses import WIKDLoss
-from simplclip.ops import feature_loss, similarity_loss
-from simplclip.ops.similarity_loss import TERMS
+from simplclip.ops import backends, feature_loss, similarity_loss
+from simplclip.ops.similarity.op import TERMS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,7 @@ import torch
 from tolerance import assert_within
 
 import simplclip
-from simplclip import backends
-from simplclip.ops import shaped_attention
+from simplclip.ops import backends, shaped_attention
 
 pytestmark = [
     pytest.mark.gpu,

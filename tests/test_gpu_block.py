@@ -6,8 +6,8 @@ import test_simplified_block
 import torch
 
 from benchmarks.measure import peak_bytes
-from simplclip import backends
 from simplclip.nn import SimplifiedBlock
+from simplclip.ops import backends
 
 pytestmark = [
     pytest.mark.gpu,

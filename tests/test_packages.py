@@ -33,7 +33,8 @@ OPS = """
 import platform
 import torch
 import simplclip
-from simplclip import backends, ops
+from simplclip import ops
+from simplclip.ops import backends
 
 def results(backend):
     torch.manual_seed(0)

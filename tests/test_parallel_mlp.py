@@ -9,7 +9,7 @@ from tolerance import assert_within
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import parallel_mlp
-from simplclip.ops.parallel_mlp import workspace_bytes
+from simplclip.ops.mlp.op import workspace_bytes
 
 NAMES = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 # Not "test_aot_dispatch_dynamic": it compares h after backward, which has written over it. Tracing has a test of its own.

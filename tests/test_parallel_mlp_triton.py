@@ -11,8 +11,9 @@ from interpreter import NO_GPU, needs_interpreter, needs_triton
 from tolerance import assert_within
 
 import simplclip
-from simplclip import ops, reference
-from simplclip.reference import ACTIVATIONS
+from simplclip import ops
+from simplclip.ops.mlp import reference as mlp_reference
+from simplclip.ops.mlp.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -83,10 +84,10 @@ def results_of(functions, inputs: tuple, case: Case, dtype: torch.dtype) -> dict
 
 
 def run(case: Case, device: str) -> None:
-    from simplclip.kernels.parallel_mlp import parallel_mlp_bwd, parallel_mlp_fwd
+    from simplclip.kernels.mlp.op import parallel_mlp_bwd, parallel_mlp_fwd
 
     inputs = tensors(case, device)
-    plain = reference.parallel_mlp_fwd, reference.parallel_mlp_bwd
+    plain = mlp_reference.parallel_mlp_fwd, mlp_reference.parallel_mlp_bwd
     found = results_of((parallel_mlp_fwd, parallel_mlp_bwd), inputs, case, case.dtype)
     assert_within(
         found, results_of(plain, inputs, case, case.dtype), results_of(plain, inputs, case, torch.float64), case.dtype
@@ -95,23 +96,23 @@ def run(case: Case, device: str) -> None:
 
 def without_the_weight(device: str) -> None:
     """No gradient of the weight; one that comes expanded and a weight that comes transposed are read right."""
-    from simplclip.kernels.parallel_mlp import parallel_mlp_bwd, parallel_mlp_fwd
+    from simplclip.kernels.mlp.op import parallel_mlp_bwd, parallel_mlp_fwd
 
     h, weight, bias, out, grad = tensors(Case(), device)
     weight = weight.T.contiguous().T
     grad = torch.tensor(2.0, device=device).expand(grad.shape)
     expected_h, expected_out = h.clone(), out.clone()
     parallel_mlp_fwd(h, weight, bias, "silu", out, False)
-    reference.parallel_mlp_fwd(expected_h, weight, bias, "silu", expected_out, False)
+    mlp_reference.parallel_mlp_fwd(expected_h, weight, bias, "silu", expected_out, False)
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
     d_weight = parallel_mlp_bwd(grad, h, weight, "silu", False)
-    reference.parallel_mlp_bwd(grad, expected_h, weight, "silu", False)
+    mlp_reference.parallel_mlp_bwd(grad, expected_h, weight, "silu", False)
     assert d_weight.shape == (0, weight.shape[1])
     torch.testing.assert_close(h, expected_h, rtol=1e-5, atol=1e-5)
 
 
 def no_tokens(device: str) -> None:
-    from simplclip.kernels.parallel_mlp import parallel_mlp_bwd, parallel_mlp_fwd
+    from simplclip.kernels.mlp.op import parallel_mlp_bwd, parallel_mlp_fwd
 
     h, weight, bias, out, grad = tensors(Case(t=0), device)
     parallel_mlp_fwd(h, weight, bias, "gelu", out, True)
@@ -139,7 +140,7 @@ def ranges_of_tokens(device: str) -> None:
     """The cases of two ranges have two under the interpreter."""
     from simplclip.kernels import tuning
     from simplclip.kernels.launch import splits
-    from simplclip.kernels.parallel_mlp import TILE
+    from simplclip.kernels.mlp.op import TILE
 
     tile = tuning.lookup("parallel_mlp_weight", 1, "ieee", tuning.INTERPRETER)
     blocks = -(-20 // tile.block_m) * -(-70 // tile.block_n)

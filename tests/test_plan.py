@@ -8,10 +8,10 @@ from open_clip import create_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
-from simplclip import backends, cli, config
+from simplclip import cli, config
 from simplclip import plan as planning
 from simplclip.cards import GIB, Budget, parse_memory
-from simplclip.ops import workspaces
+from simplclip.ops import backends, workspaces
 from simplclip.ops.workspaces_cpu import packing_bytes
 from simplclip.plan import pretend
 from simplclip.plan.count import KINDS, Counter, UncountedOp

@@ -11,7 +11,7 @@ import pytest
 import random_calls
 import torch
 
-from simplclip import backends
+from simplclip.ops import backends
 
 
 def test_random_calls(block):

@@ -11,7 +11,7 @@ import simplclip
 from benchmarks.attention_forms import plain
 from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import shaped_attention
-from simplclip.ops.shaped_attention import workspace_bytes
+from simplclip.ops.attention.op import workspace_bytes
 
 NAMES = ("q", "k", "v", "alpha", "beta", "gamma")
 

@@ -12,7 +12,10 @@ from interpreter import NO_GPU, needs_interpreter, needs_triton
 from tolerance import assert_within
 
 import simplclip
-from simplclip import backends, ops, reference
+from simplclip import ops
+from simplclip.ops import backends
+from simplclip.ops.attention import reference as attention_reference
+from simplclip.ops.dtypes import accumulate_dtype
 
 HALVES = (torch.float16, torch.bfloat16)
 LENGTHS = (1, 2, 17, 64, 77, 130, 197)
@@ -103,10 +106,10 @@ def tensors(case: Case, device: str) -> tuple[list, list, torch.Tensor, torch.Te
 
 def of_reference(inputs: list, gains, lengths, case: Case, dtype: torch.dtype) -> dict:
     q, k, v, grad = (t.to(dtype) for t in inputs)
-    gains = gains.to(reference.accumulate_dtype(dtype))
-    out, lse = reference.shaped_attention_fwd(q, k, v, gains, lengths, case.scale, case.causal)
+    gains = gains.to(accumulate_dtype(dtype))
+    out, lse = attention_reference.shaped_attention_fwd(q, k, v, gains, lengths, case.scale, case.causal)
     d = [torch.empty_like(t) for t in (q, k, v)]
-    d_gains = reference.shaped_attention_bwd(grad, q, k, v, gains, lse, lengths, case.scale, case.causal, *d)
+    d_gains = attention_reference.shaped_attention_bwd(grad, q, k, v, gains, lse, lengths, case.scale, case.causal, *d)
     return named(out, lse, *d, d_gains)
 
 
@@ -115,7 +118,7 @@ def named(*results) -> dict:
 
 
 def run(case: Case, device: str) -> None:
-    from simplclip.kernels import shaped_attention as kernels
+    from simplclip.kernels.attention import op as kernels
 
     inputs, d, gains, lengths = tensors(case, device)
     truth = of_reference(inputs, gains, lengths, case, torch.float64)
@@ -173,7 +176,7 @@ def registration(device: str) -> None:
 
 def nothing(device: str) -> None:
     """No sequences, no tokens."""
-    from simplclip.kernels import shaped_attention as kernels
+    from simplclip.kernels.attention import op as kernels
 
     for shape in ((0, 5, 2, 16), (3, 0, 2, 16)):
         q, gains = torch.empty(shape, device=device), torch.ones(3, 2, device=device)

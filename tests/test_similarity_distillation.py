@@ -11,8 +11,8 @@ from similarity import check, make_inputs, values_and_grads
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity_loss import TERMS
-from simplclip.ops.similarity_plan import workspace_bytes
+from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.sweep import workspace_bytes
 
 SUBSETS = [s for k in range(1, 5) for s in itertools.combinations(TERMS, k) if {"relational", "interactive"} & set(s)]
 

@@ -7,7 +7,7 @@ from similarity import WIDTH, check, values_and_grads
 import simplclip
 from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity_plan import workspace_bytes
+from simplclip.ops.similarity.sweep import workspace_bytes
 
 TERMS = ("contrastive", "pair_matching")
 

@@ -3,8 +3,7 @@ import warnings
 import pytest
 import torch
 
-from simplclip import checks
-from simplclip.ops import similarity_loss
+from simplclip.ops import checks, similarity_loss
 
 GOOD = torch.randn(4, 8)
 TEACHER = {"terms": ("relational",), "teacher_image": GOOD, "teacher_text": GOOD, "teacher_scale": 10.0}

@@ -52,6 +52,6 @@ def test_every_tile_of_columns_has_one_program():
 
 @needs_triton
 def test_importing_kernels_compiles_nothing():
-    code = "import simplclip.kernels.similarity_loss, torch; print(torch.cuda.is_initialized())"
+    code = "import simplclip.kernels.similarity.op, torch; print(torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS.parent)
     assert done.stdout.strip() == "False", done.stderr

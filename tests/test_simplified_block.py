@@ -11,7 +11,7 @@ import simplclip
 from benchmarks.attention_forms import plain as plain_attention
 from benchmarks.measure import cpu_peak_bytes
 from simplclip.ops import simplified_block
-from simplclip.ops.simplified_block import TENSORS
+from simplclip.ops.block.op import TENSORS
 
 WIDE = ("norm_weight", "norm_bias", "alpha", "beta", "gamma", "attention_gain", "mlp_gain")
 

@@ -12,9 +12,8 @@ from similarity import FEATURES, TEACHER, make_inputs
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import cpu_peak_bytes
-from simplclip import backends
-from simplclip.ops import feature_loss, parallel_mlp, shaped_attention, similarity_loss, simplified_block
-from simplclip.ops.similarity_loss import TERMS
+from simplclip.ops import backends, feature_loss, parallel_mlp, shaped_attention, similarity_loss, simplified_block
+from simplclip.ops.similarity.op import TERMS
 from simplclip.ops.workspaces import STATED, UnknownWorkspace, workspace_bytes
 from simplclip.ops.workspaces_cpu import packing_bytes
 

@@ -18,8 +18,7 @@ from test_workspaces import check, storage_bytes, tensors_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simplclip import backends
-from simplclip.ops import workspaces_gpu
+from simplclip.ops import backends, workspaces_gpu
 from simplclip.ops.workspaces import workspace_bytes
 
 GRAIN = 512  # bytes that CUDA's allocator rounds to

@@ -15,10 +15,10 @@ from similarity import check, make_inputs
 from tolerance import EPS, assert_within
 
 import simplclip
-from simplclip import reference
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity_loss import TERMS
-from simplclip.reference import ColumnStat, RowStat
+from simplclip.ops.similarity import reference as similarity_reference
+from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.ops.similarity.op import TERMS
 
 GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
 
@@ -143,8 +143,8 @@ def of_reference(case: Case, args: list, grads: tuple, dtype: torch.dtype) -> di
     """The reference with everything in `dtype`, halves too."""
     args = [t if t is None or not t.dtype.is_floating_point else t.to(dtype) for t in args]
     grads = tuple(grad.to(dtype) for grad in grads)
-    functions = reference.similarity_loss_fwd, reference.similarity_loss_bwd
-    with mock.patch.object(reference.similarity_loss, "accumulate_dtype", return_value=dtype):
+    functions = similarity_reference.similarity_loss_fwd, similarity_reference.similarity_loss_bwd
+    with mock.patch.object(similarity_reference, "accumulate_dtype", return_value=dtype):
         return forward_and_backward(*functions, case, args, grads, case.columns)
 
 
@@ -156,7 +156,7 @@ def without_infinities(results: dict, truth: dict, what: str) -> dict:
 
 
 def run(case: Case, device: str) -> None:
-    from simplclip.kernels import similarity_loss as kernels
+    from simplclip.kernels.similarity import op as kernels
 
     args = tensors(case, device)
     g = torch.Generator().manual_seed(1)
@@ -230,7 +230,7 @@ def registration(device: str) -> None:
 
 def not_a_number(device: str) -> None:
     """NaN in a feature reaches the statistics of its row and of every column."""
-    from simplclip.kernels import similarity_loss as kernels
+    from simplclip.kernels.similarity import op as kernels
 
     case = replace(MODES["relational, all, hadamard"], ids=False)
     args = tensors(case, device)
@@ -244,7 +244,7 @@ def not_a_number(device: str) -> None:
 
 def rows_of_constant_keys(device: str) -> None:
     """similarity_rows: statistics and mean keys, whole and in chunks."""
-    from simplclip.kernels.similarity_rows import similarity_rows
+    from simplclip.kernels.similarity.rows import similarity_rows
 
     for (n, m, offset), dtype, chunk, ids in itertools.product(
         ((1, 1, 0), (3, 3, 0), (65, 130, 31)), (torch.float32, torch.float16, torch.bfloat16), (64, 17), (False, True)
@@ -254,8 +254,8 @@ def rows_of_constant_keys(device: str) -> None:
         results = []
         for function, kind in (
             (similarity_rows, dtype),
-            (reference.similarity_rows, dtype),
-            (reference.similarity_rows, None),
+            (similarity_reference.similarity_rows, dtype),
+            (similarity_reference.similarity_rows, None),
         ):
             wide = [t if kind else t.double() for t in (query, keys, scale)]
             stats, mean_keys = function(*wide, own, other, offset, True, chunk)

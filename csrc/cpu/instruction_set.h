@@ -1,10 +1,10 @@
 // The kernels that are compiled once for each instruction set.
 #pragma once
 
-#include "attention_head.h"
+#include "attention/head.h"
 #include "elementwise.h"
-#include "feature_rows.h"
-#include "similarity_strip.h"
+#include "feature/rows.h"
+#include "similarity/strip.h"
 
 namespace simplclip {
 

@@ -16,12 +16,12 @@ namespace {
 #include "half.h"
 #include "elementwise_impl.h"
 #include "small_product.h"
-#include "attention_forward_impl.h"
-#include "attention_backward_impl.h"
-#include "feature_rows_impl.h"
-#include "similarity_strip_impl.h"
-#include "similarity_forward_impl.h"
-#include "similarity_backward_impl.h"
+#include "attention/forward_impl.h"
+#include "attention/backward_impl.h"
+#include "feature/rows_impl.h"
+#include "similarity/strip_impl.h"
+#include "similarity/forward_impl.h"
+#include "similarity/backward_impl.h"
 }  // namespace
 extern const InstructionSet kernels = {"baseline",
                                        {forward, backward, merge},

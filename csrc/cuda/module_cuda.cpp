@@ -2,7 +2,7 @@
 #include <Python.h>
 
 #include "device.h"
-#include "shaped_attention_plan.h"
+#include "attention/plan.h"
 
 namespace {
 

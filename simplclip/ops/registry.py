@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from simplclip import backends
+from simplclip.ops import backends
 
 library = torch.library.Library("simplclip", "DEF")
 

@@ -6,8 +6,8 @@ off csrc/ and kernels/: whoever allocates there states it here, and tests/test_w
 
 from __future__ import annotations
 
-from simplclip.backends import TABLE
 from simplclip.ops import workspaces_cpu, workspaces_gpu
+from simplclip.ops.backends import TABLE
 
 # backend -> name in backends.TABLE -> bytes of a call's arguments
 STATED = {"cpu": workspaces_cpu.STATED, "triton": workspaces_gpu.TRITON, "cuda": workspaces_gpu.CUDA}

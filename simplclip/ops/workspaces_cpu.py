@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from simplclip import backends
-from simplclip.kernels.similarity_launch import Call
-from simplclip.reference import NEGATIVES_HARD
+from simplclip.kernels.similarity.launch import Call
+from simplclip.ops import backends
+from simplclip.ops.similarity.call import NEGATIVES_HARD
 
 _STRIP = 64  # rows of a strip, which has its own partial statistics of columns
 _HIDDEN_BYTES = 8 << 20  # of an activation's rows

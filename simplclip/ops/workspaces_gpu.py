@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from simplclip.kernels import launch, tuning
-from simplclip.kernels.similarity_launch import Call, Launch, launches
-from simplclip.reference import ColumnStat, RowStat
+from simplclip.kernels.similarity.launch import Call, Launch, launches
+from simplclip.ops.similarity.call import ColumnStat, RowStat
 
 # Architecture and multiprocessors of the device that is planned for where there is none to ask: an RTX 3090.
 ASSUMED = (86, 82)

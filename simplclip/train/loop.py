@@ -22,10 +22,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from simplclip import backends, checkpoint, data, evaluate, gradient_cache, hardware, models, plots
+from simplclip import checkpoint, data, evaluate, gradient_cache, hardware, models, plots
 from simplclip.cards import gib
 from simplclip.config import Config
 from simplclip.nn import SimplifiedBlock
+from simplclip.ops import backends
 from simplclip.train.folder import claim
 from simplclip.train.lock import RunLock
 from simplclip.train.memory import MemoryLimit, ran_out

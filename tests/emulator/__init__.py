@@ -59,7 +59,7 @@ def digest(*parts: object) -> str:
 
 def sources(name: str, replace: dict[str, str]) -> dict[str, str]:
     """Text by file name of what the module can be made of; each key of `replace` must occur in it once."""
-    paths = [*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob(f"{name}*.cpp")]
+    paths = [*CUDA.rglob("*.cuh"), *CUDA.rglob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob(f"{name}*.cpp")]
     texts = {path.name: path.read_text() for path in sorted(paths)}
     for old, new in replace.items():
         found = [file for file, text in texts.items() for _ in range(text.count(old))]

@@ -1,5 +1,5 @@
-#include "shaped_attention_gains.cuh"
-#include "shaped_attention_kernels.cuh"
+#include "attention/gains.cuh"
+#include "attention/kernels.cuh"
 
 #include "binding.h"
 

@@ -1,0 +1,103 @@
+// The second half of parallel_mlp on a CPU, some rows of the hidden layer at a time: its activation lies in scratch only.
+#include "../instruction_set.h"
+#include "../tensors.h"
+#include "../transposed_sum.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+namespace simplclip {
+namespace {
+
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
+using torch::stable::transpose;
+
+constexpr int64_t kScratchBytes = 8 << 20;
+constexpr int64_t kGrain = 8192;  // floats that are worth a thread
+
+Activation activation_of(const std::string& name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "quickgelu") return Activation::kQuickGelu;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  STD_TORCH_CHECK(false, "act: expected gelu, gelu_tanh, quickgelu, relu or silu, got ", name);
+}
+
+int64_t chunk_rows(const Tensor& h) {
+  return std::clamp<int64_t>(kScratchBytes / (h.size(1) * bytes_of(h)), 64, std::max<int64_t>(64, h.size(0)));
+}
+
+// to[rows, F] = act(h), or with `grad` grad act'(h).
+void activate(Activation act, const Tensor& h, const Tensor* grad, Tensor& to) {
+  const ElementwiseKernels& isa = instruction_set().elementwise;
+  parallel_for(0, h.size(0) * h.size(1), kGrain, [&](int64_t begin, int64_t end) {
+    if (grad) isa.activate_backward(act, type_of(h), element(h, begin), element(*grad, begin), element(to, begin), end - begin);
+    else isa.activate(act, type_of(h), element(h, begin), element(to, begin), end - begin);
+  });
+}
+
+// out [rows, C] = bias, or += bias.
+void put_bias(const Tensor& bias, Tensor& out, bool accumulate) {
+  const int64_t c = out.size(1), grain = std::max<int64_t>(1, kGrain / c);
+  parallel_for(0, out.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      void* to = element(out, i * out.stride(0));
+      if (accumulate) instruction_set().elementwise.add(type_of(out), bias.const_data_ptr(), to, c);
+      else std::memcpy(to, bias.const_data_ptr(), c * bytes_of(out));
+    }
+  });
+}
+
+void parallel_mlp_fwd(const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& act, Tensor out,
+                      bool accumulate) {
+  expect_contiguous("h", h);
+  expect_contiguous("bias", bias);
+  expect_dense_rows("out", out);
+  expect_dtype_of("out", out, "h", h);
+  if (bias) expect_dtype_of("bias", *bias, "h", h);
+  const Activation kind = activation_of(act);
+  const int64_t rows_of_chunk = chunk_rows(h);
+  Tensor view = weight;
+  const Tensor transposed = transpose(view, 0, 1);  // [F, C]
+  const Tensor scratch = new_empty(h, {std::min(rows_of_chunk, h.size(0)), h.size(1)});
+  for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
+    const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
+    Tensor activated = rows(scratch, 0, count), to = rows(out, i, count);
+    activate(kind, rows(h, i, count), nullptr, activated);
+    if (bias) put_bias(*bias, to, accumulate);
+    if (bias || accumulate) mm_add(to, activated, transposed);
+    else mm_out(to, activated, transposed);
+  }
+}
+
+// dh is written over h. Returns the gradient of the weight, [0, F] if it is not needed.
+Tensor parallel_mlp_bwd(const Tensor& grad, Tensor h, const Tensor& weight, const std::string& act, bool need_weight) {
+  expect_contiguous("h", h);
+  const Activation kind = activation_of(act);
+  const int64_t rows_of_chunk = chunk_rows(h);
+  TransposedSum d_weight(weight, need_weight, h.scalar_type() != ScalarType::Float && rows_of_chunk < h.size(0));
+  const Tensor scratch = new_empty(h, {std::min(rows_of_chunk, h.size(0)), h.size(1)});
+  for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
+    const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
+    Tensor work = rows(scratch, 0, count), hidden = rows(h, i, count);
+    const Tensor d_out = rows(grad, i, count);
+    if (need_weight) {
+      activate(kind, hidden, nullptr, work);
+      d_weight.add(d_out, work);
+    }
+    mm_out(work, d_out, weight);
+    activate(kind, hidden, &work, hidden);
+  }
+  return d_weight.result();
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {
+  m.impl("parallel_mlp_fwd_cpu", TORCH_BOX(&parallel_mlp_fwd));
+  m.impl("parallel_mlp_bwd_cpu", TORCH_BOX(&parallel_mlp_bwd));
+}
+
+}  // namespace
+}  // namespace simplclip

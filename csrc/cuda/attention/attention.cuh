@@ -1,0 +1,157 @@
+// shaped_attention, forward: out = alpha v + (beta A - gamma C) v for each head, A = softmax(scale q k^T), C the mean over
+// the visible keys. A warp has 16 queries and keeps their whole rows of logits, so the softmax never rescales and A and C are
+// joined before they are rounded: where they nearly cancel, the difference is rounded, not its terms.
+#pragma once
+
+#include "attention.h"
+#include "../tile.cuh"
+
+namespace simplclip::gpu {
+
+inline constexpr float kLog2E = 1.44269504f;
+inline constexpr float kLn2 = 0.693147181f;
+
+// The block's sequence and head, and the gains.
+struct Head {
+  int batch, index, length;
+  float alpha, beta, gamma;
+
+  SIMPLCLIP_DEVICE explicit Head(const ShapedAttention& p)
+      : batch(block_x() / p.heads), index(block_x() % p.heads),
+        length(p.lengths ? between(0, p.lengths[batch], p.length) : p.length),
+        alpha(p.gains[index]), beta(p.gains[p.heads + index]), gamma(p.gains[2 * p.heads + index]) {}
+
+  // [L]
+  SIMPLCLIP_DEVICE float* lse(const ShapedAttention& p) const {
+    return p.lse + (int64_t(batch) * p.heads + index) * p.length;
+  }
+  SIMPLCLIP_DEVICE HeadRows rows(const HeadsView& t) const { return {t.data + batch * t.batch + index * t.head, t.row}; }
+};
+
+// Forward for up to 16 kTiles tokens. Shared memory: the block's queries, two slots. Through the slots go slices of all keys'
+// columns, then of all values', the next one always on its way.
+template <class T, int kTiles>
+SIMPLCLIP_DEVICE void shaped_attention_forward(const ShapedAttentionForward& p) {
+  const Head head(p);
+  const HeadRows q = head.rows(p.q), k = head.rows(p.k), v = head.rows(p.v), out = head.rows(p.out);
+  const int warps = threads() / 32, first = block_y() * warps, tile = first + warp();
+  const int row_bytes = p.width * kBytes<T>, slices = (row_bytes + p.slice - 1) / p.slice;
+  const int all = tiles_of(head.length), staged = p.causal ? smaller(all, first + warps) : all;
+  const int tiles = tile < all ? (p.causal ? tile + 1 : all) : 0;  // of keys that the warp's queries see
+
+  char* const shared = shared_memory();
+  const Tile queries(shared, row_bytes);
+  auto slot = [&](int stage) {  // of slices 0 to slices - 1 of the keys, then of the values
+    const int width = smaller(p.slice, row_bytes - stage % slices * p.slice);
+    return Tile(shared + warps * kRows * row_bytes + stage % 2 * tiles_of(p.length) * kRows * p.slice, width);
+  };
+  auto load = [&](int s) {
+    if (s < slices) {
+      stage(slot(s), k, s * p.slice, 0, staged * kRows, head.length);
+    } else if (s < 2 * slices) {
+      stage(slot(s), v, (s - slices) * p.slice, 0, staged * kRows, head.length);
+    }
+    cp_async_commit();
+  };
+  auto refill = [&](int s) {  // the slot of slice s
+    if (s + 2 < 2 * slices) sync_block();
+    load(s + 2);
+  };
+  stage(queries, q, 0, first * kRows, warps * kRows, head.length);
+  load(0);
+  load(1);
+
+  float c[kTiles][2][4];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) c[i][j / 4][j % 4] = 0;
+  }
+  for (int s = 0; s < slices; ++s) {
+    cp_async_wait<1>();
+    sync_block();
+    const Tile keys = slot(s);
+    multiply_rows<T, kTiles>(c, queries, warp(), s * p.slice / kChunk, keys, tiles, keys.stride);
+    refill(s);
+  }
+
+  Operand<T> weights[kTiles];
+  const float scale = p.scale * kLog2E;
+  float mean[2], inverse[2], top[2];
+#pragma unroll
+  for (int low = 0; low < 2; ++low) {
+    const int row = tile * kRows + lane() / 4 + 8 * low, visible = p.causal ? row + 1 : head.length;
+    float most = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (i < tiles) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float& x = c[i][j / 2][2 * low + j % 2];
+          x *= scale;
+          if (i == tiles - 1 && i * kRows + j / 2 * 8 + lane() % 4 * 2 + j % 2 >= visible) x = -INFINITY;
+          most = fmaxf(most, x);
+        }
+      }
+    }
+    top[low] = row_max(most);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      if (i < tiles) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float& x = c[i][j / 2][2 * low + j % 2];
+          x = fast_exp2(x - top[low]);
+          sum += x;
+        }
+      }
+    }
+    sum = row_sum(sum);
+    inverse[low] = head.beta / sum;
+    mean[low] = head.gamma / visible;
+    if (lane() % 4 == 0 && row < p.length) head.lse(p)[row] = row < head.length ? top[low] * kLn2 + logf(sum) : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    if (i < tiles) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int low = j / 2 % 2, row = tile * kRows + lane() / 4 + 8 * low, visible = p.causal ? row + 1 : head.length;
+        float& x = c[i][j / 4][j % 4];
+        const bool hidden = i == tiles - 1 && i * kRows + j / 4 * 8 + lane() % 4 * 2 + j % 2 >= visible;
+        x = hidden ? 0 : x * inverse[low] - mean[low];
+      }
+      weights[i] = pack<T>(c[i]);
+    }
+  }
+
+  for (int s = slices; s < 2 * slices; ++s) {
+    cp_async_wait<1>();
+    sync_block();
+    const Tile values = slot(s);
+    const int column = (s - slices) * p.slice / (kRows * kBytes<T>);
+    for (int i = 0; i < values.stride / (kRows * kBytes<T>); ++i) {
+      float own[2][4], sum[2][4] = {};
+      load_global<T>(own, v, tile, column + i, head.length);
+      Tile below = values;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        if (j < tiles) multiply_columns<T>(sum, weights[j], below, 0, i);
+        below.descend();
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[j / 4][j % 4] += head.alpha * own[j / 4][j % 4];
+      store_global<T>(sum, out, tile, column + i, head.length, p.length);
+    }
+    refill(s);
+  }
+}
+
+template <class T, int kTiles, int kThreads, int kBlocks>
+SIMPLCLIP_KERNEL void __launch_bounds__(kThreads, kBlocks)
+    shaped_attention_forward_kernel(const __grid_constant__ ShapedAttentionForward p) {
+  shaped_attention_forward<T, kTiles>(p);
+}
+
+}  // namespace simplclip::gpu

@@ -1,0 +1,1 @@
+"""shaped_attention in Triton: op.py has the launchers."""

@@ -1,0 +1,114 @@
+"""Launchers of shaped_attention's Triton kernels, for sequences of any length: no matrix of L×L is stored.
+
+Forward goes over the keys once. C v needs no pass over them: a small kernel sums v of each block of rows before, and only
+within its own block does a causal program multiply v with zeros and ones. Backward goes by rows, where the sums of A dP over
+a row come before dq, and then by keys, with beta A - gamma C as one matrix, so that what cancels does so in float32. A
+program owns what it writes, and partial sums are added in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from simplclip.kernels import tuning
+from simplclip.kernels.attention.backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
+from simplclip.kernels.attention.forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, interpreted, precision_of, started
+
+SUMS = 16  # blocks of rows whose sums of v are read at a time
+
+
+def sums_warps(tile: tuning.Tile) -> int:
+    """Of the kernel that sums v: at most 64 elements a thread."""
+    return max(4, tile.block_m * tile.block_k // 2048)
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Strides of B, L and H by name."""
+    return {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate("blh")}
+
+
+def _tuned(op: str, q: Tensor) -> tuple[tuning.Tile, dict[str, object]]:
+    """A kernel's tile, and the arguments that all have."""
+    _, tokens, heads, width = q.shape
+    block = max(16, triton.next_power_of_2(width))
+    precision = precision_of(q.dtype)
+    tile = tuning.of_width(f"shaped_attention_{op}", block, precision, architecture_and_processors(q)[0])
+    shared = {
+        "tokens": tokens,
+        "heads": heads,
+        "width": width,
+        "EVEN": width == block,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "INTERPRETED": interpreted(),
+        **tile.options(),
+        **COMPILE,
+    }
+    return tile, shared
+
+
+def shaped_attention_fwd(
+    q: Tensor,  # [B, L, H, K]
+    k: Tensor,  # [B, L, H, K]
+    v: Tensor,  # [B, L, H, K]
+    gains: Tensor,  # [3, H] float32: alpha, beta, gamma
+    lengths: Tensor | None,  # [B] int32
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:  # [B, L, H, K], contiguous; [B, H, L] float32
+    """Heads are dense, other strides any. Scratch: the sum of v of each block of rows, [B, H, blocks, K] float32."""
+    sequences, tokens, heads, width = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(sequences, heads, tokens, dtype=torch.float32)
+    if not q.numel():
+        return out, lse
+    tile, shared = _tuned("fwd", q)
+    blocks = triton.cdiv(tokens, tile.block_m)
+    grid = (sequences * heads * blocks,)
+    sums = None
+    with torch.cuda.device_of(q):
+        if blocks > 1:
+            sums = q.new_empty(sequences, heads, blocks, width, dtype=torch.float32)
+            started(_shaped_attention_sums_kernel)[grid](
+                v, lengths, sums, tokens, heads, width, **_strides(v=v), EVEN=shared["EVEN"], BLOCK_M=tile.block_m,
+                BLOCK_K=tile.block_k, num_warps=sums_warps(tile), **COMPILE,
+            )  # fmt: skip
+        started(_shaped_attention_fwd_kernel)[grid](
+            q=q, k=k, v=v, gains=gains.contiguous(), lengths=lengths, sums=sums, out=out, lse=lse, scale=scale, CAUSAL=causal,
+            SUMS=SUMS, **_strides(q=q, k=k, v=v), **shared,
+        )  # fmt: skip
+    return out, lse
+
+
+def shaped_attention_bwd(
+    grad: Tensor,  # [B, L, H, K]
+    q: Tensor,  # [B, L, H, K]
+    k: Tensor,  # [B, L, H, K]
+    v: Tensor,  # [B, L, H, K]
+    gains: Tensor,  # [3, H] float32
+    lse: Tensor,  # [B, H, L] float32
+    lengths: Tensor | None,  # [B] int32
+    scale: float,
+    causal: bool,
+    dq: Tensor,  # [B, L, H, K], written, any strides but a head's, as dk and dv
+    dk: Tensor,  # [B, L, H, K]
+    dv: Tensor,  # [B, L, H, K]
+) -> Tensor:  # [3, H] float32
+    """Writes dq, dk and dv; returns the gains' gradients. Scratch: [B, H, L] float32 and three of each block of rows."""
+    sequences, tokens, heads, _ = q.shape
+    if not q.numel():
+        return torch.zeros_like(gains)
+    grad, gains = grad.contiguous(), gains.contiguous()
+    delta = torch.empty_like(lse)
+    inputs = {"grad": grad, "q": q, "k": k, "v": v, "gains": gains, "lse": lse, "delta": delta, "lengths": lengths}
+    inputs |= {"scale": scale, "CAUSAL": causal, **_strides(q=q, k=k, v=v)}
+    with torch.cuda.device_of(q):
+        tile, shared = _tuned("rows", q)
+        parts = delta.new_empty(3, sequences, heads, triton.cdiv(tokens, tile.block_m))
+        started(_shaped_attention_rows_kernel)[(parts[0].numel(),)](**inputs, dq=dq, parts=parts, **_strides(dq=dq), **shared)
+        tile, shared = _tuned("keys", q)
+        grid = (sequences * heads * triton.cdiv(tokens, tile.block_n),)
+        started(_shaped_attention_keys_kernel)[grid](**inputs, dk=dk, dv=dv, **_strides(dk=dk, dv=dv), **shared)
+    return parts.sum((1, 3))

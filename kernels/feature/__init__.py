@@ -1,0 +1,1 @@
+"""feature_loss in Triton: op.py has the launchers."""

@@ -1,0 +1,1 @@
+"""parallel_mlp in Triton: op.py has the launchers."""

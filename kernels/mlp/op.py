@@ -1,0 +1,254 @@
+"""Triton kernels of parallel_mlp: act(h) is formed where a tile of h is loaded and never stored; dh is written over h."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simplclip.kernels import tuning
+from simplclip.kernels.arithmetic import dot, narrowed
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, interpreted, precision_of, splits, started
+from simplclip.kernels.mlp.activations import activation, slope
+
+GROUP = 8  # blocks of rows that share blocks of columns while those are in the cache
+TILE = 16  # steps over the tokens that the weight's gradient is divided by: a range of them has a result to store and to add
+
+
+@triton.jit
+def _block(rows, columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First row and column of a program's block; GROUP blocks of rows come in turn."""
+    row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
+    column_blocks = (columns + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    first = program // (GROUP * column_blocks) * GROUP
+    group = tl.minimum(row_blocks - first, GROUP)
+    within = program % (GROUP * column_blocks)
+    return (first + within % group) * BLOCK_M, within // group * BLOCK_N
+
+
+@triton.jit
+def _activated(h_tile, ACT: tl.constexpr, INTERPRETED: tl.constexpr):
+    return narrowed(activation(h_tile.to(tl.float32), ACT), h_tile.dtype, INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _parallel_mlp_fwd_kernel(
+    h,  # [T, F]
+    weight,  # [C, F]
+    bias,  # [C], or None
+    out,  # [T, C]
+    tokens,
+    width,
+    hidden,
+    h_stride,
+    weight_stride,
+    out_stride,
+    ACT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    EVEN: tl.constexpr,  # F is a multiple of BLOCK_K
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row, column = _block(tokens, width, GROUP, BLOCK_M, BLOCK_N)
+    rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
+    columns = tl.minimum(tl.arange(0, BLOCK_N), width - 1 - column)
+    depth = tl.arange(0, BLOCK_K)
+    h_at = h + row.to(tl.int64) * h_stride + rows[:, None] * h_stride + depth[None, :]
+    weight_at = weight + column.to(tl.int64) * weight_stride + columns[None, :] * weight_stride + depth[:, None]
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, hidden, BLOCK_K):
+        if EVEN:
+            h_tile = tl.load(h_at)
+            weight_tile = tl.load(weight_at)
+        else:
+            h_tile = tl.load(h_at, (depth < hidden - start)[None, :], 0.0)
+            weight_tile = tl.load(weight_at, (depth < hidden - start)[:, None], 0.0)
+        tile = dot(_activated(h_tile, ACT, INTERPRETED), weight_tile, tile, PRECISION, INTERPRETED)
+        h_at += BLOCK_K
+        weight_at += BLOCK_K
+
+    columns = tl.arange(0, BLOCK_N)
+    if bias is not None:
+        tile += tl.load(bias + column + columns, column + columns < width, 0.0).to(tl.float32)[None, :]
+    rows = tl.arange(0, BLOCK_M)
+    inside = (row + rows < tokens)[:, None] & (column + columns < width)[None, :]
+    out_at = out + row.to(tl.int64) * out_stride + rows[:, None] * out_stride + (column + columns)[None, :]
+    if ACCUMULATE:
+        tile += tl.load(out_at, inside, 0.0).to(tl.float32)
+    tl.store(out_at, narrowed(tile, out.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "range_tokens"])
+def _parallel_mlp_weight_kernel(
+    grad,  # [T, C]
+    h,  # [T, F]
+    d_weight,  # [ranges, C, F]
+    tokens,
+    width,
+    hidden,
+    grad_stride,
+    h_stride,
+    blocks,
+    range_tokens,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """gradᵀ act(h) over a range of tokens."""
+    part = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    row_blocks = (width + BLOCK_M - 1) // BLOCK_M
+    row = block % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = part * range_tokens
+    end = tl.minimum(first + range_tokens, tokens)
+    token = tl.arange(0, BLOCK_K)
+    grad_at = grad + first.to(tl.int64) * grad_stride + token[None, :] * grad_stride + row[:, None]
+    h_at = h + first.to(tl.int64) * h_stride + token[:, None] * h_stride + column[None, :]
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        inside = start + token < end
+        grad_tile = tl.load(grad_at, (row < width)[:, None] & inside[None, :], 0.0)
+        h_tile = tl.load(h_at, inside[:, None] & (column < hidden)[None, :], 0.0)
+        tile = dot(grad_tile, _activated(h_tile, ACT, INTERPRETED), tile, PRECISION, INTERPRETED)
+        grad_at += BLOCK_K * grad_stride
+        h_at += BLOCK_K * h_stride
+
+    at = d_weight + (part.to(tl.int64) * width + row[:, None]) * hidden + column[None, :]
+    inside = (row < width)[:, None] & (column < hidden)[None, :]
+    tl.store(at, narrowed(tile, d_weight.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _parallel_mlp_hidden_kernel(
+    grad,  # [T, C]
+    weight,  # [C, F]
+    h,  # [T, F], overwritten
+    tokens,
+    width,
+    hidden,
+    grad_stride,
+    weight_stride,
+    h_stride,
+    ACT: tl.constexpr,
+    EVEN: tl.constexpr,  # C is a multiple of BLOCK_K
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(grad weight) ∘ act'(h), over h: a program reads only what it overwrites."""
+    row, column = _block(tokens, hidden, GROUP, BLOCK_M, BLOCK_N)
+    rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
+    columns = column + tl.arange(0, BLOCK_N)
+    column_inside = columns < hidden
+    depth = tl.arange(0, BLOCK_K)
+    grad_at = grad + row.to(tl.int64) * grad_stride + rows[:, None] * grad_stride + depth[None, :]
+    weight_at = weight + depth[:, None] * weight_stride + columns[None, :]
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        if EVEN:
+            grad_tile = tl.load(grad_at)
+            weight_tile = tl.load(weight_at, column_inside[None, :], 0.0)
+        else:
+            grad_tile = tl.load(grad_at, (depth < width - start)[None, :], 0.0)
+            weight_tile = tl.load(weight_at, (depth < width - start)[:, None] & column_inside[None, :], 0.0)
+        tile = dot(grad_tile, weight_tile, tile, PRECISION, INTERPRETED)
+        grad_at += BLOCK_K
+        weight_at += BLOCK_K * weight_stride
+
+    rows = tl.arange(0, BLOCK_M)
+    inside = (row + rows < tokens)[:, None] & column_inside[None, :]
+    h_at = h + row.to(tl.int64) * h_stride + rows[:, None] * h_stride + columns[None, :]
+    tile *= slope(tl.load(h_at, inside, 0.0).to(tl.float32), ACT)
+    tl.store(h_at, narrowed(tile, h.dtype.element_ty, INTERPRETED), inside)
+
+
+def _tuned(op: str, h: Tensor) -> tuple[tuning.Tile, dict[str, object]]:
+    """A kernel's tile, and the arguments that all have."""
+    precision = precision_of(h.dtype)
+    tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture_and_processors(h)[0])
+    shared = {"PRECISION": "tf32" if precision == "tf32" else "ieee", "INTERPRETED": interpreted()}
+    return tile, {**shared, **tile.options(), **COMPILE}
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its rows are not dense (an expanded gradient)."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def parallel_mlp_fwd(
+    h: Tensor,  # [T, F], rows dense with any stride
+    weight: Tensor,  # [C, F]
+    bias: Tensor | None,  # [C]
+    act: str,
+    out: Tensor,  # [T, C], rows dense with any stride; written, or added to
+    accumulate: bool,
+) -> None:
+    """out (+)= act(h) weightᵀ + bias, added in float32 and rounded once. No scratch."""
+    (tokens, hidden), width = h.shape, weight.shape[0]
+    if not out.numel():
+        return
+    weight = _dense(weight)
+    tile, shared = _tuned("fwd", h)
+    with torch.cuda.device_of(h):
+        started(_parallel_mlp_fwd_kernel)[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(width, tile.block_n),)](
+            h, weight, None if bias is None else bias.contiguous(), out, tokens, width, hidden,
+            h.stride(0), weight.stride(0), out.stride(0),
+            ACT=act, ACCUMULATE=accumulate, EVEN=hidden % tile.block_k == 0, GROUP=GROUP, **shared,
+        )  # fmt: skip
+
+
+def parallel_mlp_bwd(
+    grad: Tensor,  # [T, C]
+    h: Tensor,  # [T, F], rows dense with any stride; overwritten with dh
+    weight: Tensor,  # [C, F]
+    act: str,
+    need_weight: bool,
+) -> Tensor:  # [C, F], [0, F] if not needed
+    """dh = (grad weight) ∘ act'(h) over h, after dweight = gradᵀ act(h).
+
+    Scratch: dweight in float32 for each range of tokens, where one range would leave processors without work.
+    """
+    grad, weight = _dense(grad), _dense(weight)
+    with torch.cuda.device_of(h):
+        d_weight = _weight_gradient(grad, h, weight, act) if need_weight else weight.new_empty(0, weight.shape[1])
+        if h.numel():
+            _hidden_gradient(grad, h, weight, act)
+    return d_weight
+
+
+def _weight_gradient(grad: Tensor, h: Tensor, weight: Tensor, act: str) -> Tensor:
+    (tokens, hidden), width = h.shape, weight.shape[0]
+    if not tokens:
+        return weight.new_zeros(weight.shape)
+    tile, shared = _tuned("weight", h)
+    blocks = triton.cdiv(width, tile.block_m) * triton.cdiv(hidden, tile.block_n)
+    step = TILE * tile.block_k
+    slots = architecture_and_processors(h)[1] * tile.blocks
+    ranges, tiles = splits(blocks, triton.cdiv(tokens, step), slots)
+    parts = weight.new_empty(ranges, width, hidden, dtype=weight.dtype if ranges == 1 else torch.float32)
+    started(_parallel_mlp_weight_kernel)[(blocks * ranges,)](
+        grad, h, parts, tokens, width, hidden, grad.stride(0), h.stride(0), blocks, tiles * step, ACT=act, **shared,
+    )  # fmt: skip
+    return parts[0] if ranges == 1 else parts.sum(0).to(weight.dtype)
+
+
+def _hidden_gradient(grad: Tensor, h: Tensor, weight: Tensor, act: str) -> None:
+    (tokens, hidden), width = h.shape, weight.shape[0]
+    tile, shared = _tuned("hidden", h)
+    started(_parallel_mlp_hidden_kernel)[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(hidden, tile.block_n),)](
+        grad, weight, h, tokens, width, hidden, grad.stride(0), weight.stride(0), h.stride(0),
+        ACT=act, EVEN=width % tile.block_k == 0, GROUP=GROUP, **shared,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""similarity_loss in Triton: op.py has the launchers."""

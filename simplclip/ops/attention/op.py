@@ -1,0 +1,145 @@
+"""shaped_attention: identity, softmax and uniform attention, mixed by three gains per head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simplclip.ops import backends, checks
+from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.registry import autocast, call, define, register_autograd
+
+
+def rows_in_memory(*tensors: Tensor) -> list[Tensor]:
+    """Heads are read in place with any strides, but a row of K elements lies together."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
+def _facts(*args):
+    q = next(arg for arg in args if arg.dim() == 4)
+    return {"width": q.shape[3], "length": q.shape[1]}
+
+
+def _fwd(function, q, k, v, *rest):
+    return function(*rows_in_memory(q, k, v), *rest)
+
+
+def _fwd_fake(q, k, v, gains, lengths, scale, causal, backend):
+    b, length, h, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(b, h, length, dtype=gains.dtype)
+
+
+def _bwd(function, grad, q, k, v, *rest):
+    d = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    return *d, function(*rows_in_memory(grad, q, k, v), *rest, *d)
+
+
+def _bwd_fake(grad, q, k, v, gains, *rest):
+    d = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    return *d, torch.empty_like(gains)
+
+
+define(
+    "shaped_attention_fwd",
+    "Tensor q, Tensor k, Tensor v, Tensor gains, Tensor? lengths, float scale, bool causal",
+    "(Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+    facts=_facts,
+)
+define(
+    "shaped_attention_bwd",
+    "Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gains, Tensor lse, Tensor? lengths, float scale, bool causal",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+    native="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gains, Tensor lse, Tensor? lengths, float scale, bool causal, "
+    "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor",
+    native_fake=lambda grad, q, k, v, gains, *_: torch.empty_like(gains),
+    facts=_facts,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, gains, lengths, scale, causal, backend = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, gains, lse, lengths)
+    ctx.mode = (scale, causal, backend)
+
+
+def _autograd(ctx, grad, _):
+    none = (None,) * 8
+    if grad is None:
+        return none
+    return *torch.ops.simplclip.shaped_attention_bwd(grad, *ctx.saved_tensors, *ctx.mode), *none[4:]
+
+
+register_autograd("shaped_attention_fwd", _autograd, _setup_context)
+
+
+def workspace_bytes(b: int, length: int, h: int, k: int, dtype: torch.dtype, *, threads: int = 1) -> int:
+    """Bytes that the cpu backend allocates beside inputs, result and gradients, at most, in a forward and its backward.
+
+    The log-sum-exps, from torch's allocator; and per thread, not from it, one head: its operands in two forms, two
+    gradients, and two matrices of 240 rows and a few at most.
+    """
+    wide = lambda n, multiple: -(-n // multiple) * multiple  # noqa: E731
+    tokens, columns, padded = wide(length, 6), wide(length, 16), wide(k, 32)
+    floats = (7 * tokens + 2 * columns) * padded + 2 * (min(240, tokens) + 12) * columns + 64
+    return 4 * b * h * length + 4 * threads * floats
+
+
+def shaped_attention(
+    q: Tensor,  # [B, L, H, K]
+    k: Tensor,  # [B, L, H, K]
+    v: Tensor,  # [B, L, H, K]
+    alpha: Tensor,  # [H]
+    beta: Tensor,  # [H]
+    gamma: Tensor,  # [H]
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    lengths: Tensor | None = None,  # [B], integer
+) -> Tensor:  # [B, L, H, K]
+    """Shaped attention, per head: `out = alpha v + beta softmax(q k^T scale) v - gamma C v`.
+
+    C is uniform over the keys that a query sees: the mean over the valid keys, or the running mean when `causal`.
+    With q = 0 and alpha = beta = gamma the softmax equals C and the result is `alpha v`: the identity a skipless
+    block starts from.
+
+    Args:
+        q, k, v: [B, L, H, K], one of float32, bfloat16, float16, float64. Any strides: views of one product [q|k] and of
+            the block's input are read in place, as long as the last dimension is contiguous (else they are copied).
+            Under autocast they are cast to its dtype.
+        alpha, beta, gamma: [H], any floating dtype.
+        scale: factor of the logits, `K ** -0.5` when None.
+        causal: query i sees the keys 0..i.
+        lengths: [B] integers, the number of valid leading tokens of each sequence; 0 is allowed. Tokens behind the
+            length are not read (they may hold anything, NaN included); their output and their gradients are zero. On a
+            CPU a value below 0 or above L is an error; on another device, where looking would wait for it, it counts
+            as 0 or L.
+
+    Returns:
+        [B, L, H, K], contiguous, in the dtype of `q`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: a forced backend cannot serve the call.
+
+    Softmax, gains and sums are float32 (float64 for float64), the operands of products in the tensors' dtype. Saved for
+    backward: q, k, v and the log-sum-exps, [B, H, L] float32; nothing [L, L] leaves the kernel. Deterministic: sums have a
+    fixed order. First derivatives in reverse mode only, but for backend "reference".
+
+    Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are this
+    library's.
+    """
+    checks.attention(q, k, v, alpha, beta, gamma)
+    if lengths is not None:
+        lengths = checks.lengths_of_batch(lengths, q.shape[0], q.shape[1], q.device)
+    q, k, v = autocast(q, k, v)
+    scale = q.shape[3] ** -0.5 if scale is None else checks.number("scale", scale)
+    dtype = accumulate_dtype(q.dtype)
+    gains = torch.stack([alpha.to(dtype), beta.to(dtype), gamma.to(dtype)])
+    return call("shaped_attention_fwd", q, k, v, gains, lengths, scale, bool(causal), backends.forced())[0]

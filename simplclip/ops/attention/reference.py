@@ -1,0 +1,80 @@
+"""shaped_attention in plain torch: two [B, H, L, L] matrices, in the accumulation dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simplclip.ops.dtypes import accumulate_dtype
+
+
+def _visible(q: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
+    """Which key a query sees, [B or 1, 1, L, L]; a padded query sees none."""
+    length = q.shape[1]
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    visible = (visible.tril() if causal else visible)[None]
+    if lengths is not None:
+        valid = torch.arange(length, device=q.device) < lengths[:, None]  # [B, L]
+        visible = visible & valid[:, None, :] & valid[:, :, None]
+    return visible[:, None]
+
+
+def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """[B, L, H, K] -> [B, H, L, K], wide, zero in padded tokens: a weight of zero would not silence their NaN."""
+    seen = visible.any(-1)[..., None]  # [B or 1, 1, L, 1]
+    dtype = accumulate_dtype(tensors[0].dtype)
+    return [t.transpose(1, 2).to(dtype).masked_fill(~seen, 0) for t in tensors]
+
+
+def shaped_attention_fwd(
+    q: Tensor,  # [B, L, H, K]
+    k: Tensor,  # [B, L, H, K]
+    v: Tensor,  # [B, L, H, K]
+    gains: Tensor,  # [3, H] alpha, beta, gamma
+    lengths: Tensor | None,  # [B] int32, 0..L
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """out = alpha v + beta A v − gamma C v [B, L, H, K], and the log-sum-exp of the visible logits [B, H, L] (padded: 0)."""
+    visible = _visible(q, lengths, causal)
+    dtype, wide_q, wide_k, wide_v = q.dtype, *_heads(visible, q, k, v)
+    logits = (scale * wide_q @ wide_k.mT).masked_fill(~visible, -torch.inf)
+    lse = logits.logsumexp(-1).masked_fill(~visible.any(-1), 0)
+    alpha, beta, gamma = gains[:, :, None, None]
+    mixing = beta * (logits - lse[..., None]).exp() - gamma * _uniform(visible, lse.dtype)
+    out = (alpha * wide_v + mixing @ wide_v).masked_fill(~visible.any(-1)[..., None], 0)  # nor are padded gradients read
+    return out.transpose(1, 2).to(dtype).contiguous(), lse
+
+
+def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return visible.to(dtype) / visible.sum(-1, keepdim=True).clamp(min=1)
+
+
+def shaped_attention_bwd(
+    grad: Tensor,  # [B, L, H, K]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gains: Tensor,
+    lse: Tensor,  # [B, H, L]
+    lengths: Tensor | None,
+    scale: float,
+    causal: bool,
+    dq: Tensor,  # [B, L, H, K] written, likewise dk, dv
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:  # [3, H]
+    """With dP = do vᵀ, δ = rowsum(A ∘ dP) and dS = beta A ∘ (dP − δ): dq = scale dS k, dk = scale dSᵀ q,
+    dv = alpha do + (beta A − gamma C)ᵀ do; dalpha = tr dP, dbeta = Σ δ, dgamma = −Σ C ∘ dP."""
+    visible = _visible(q, lengths, causal)
+    grad, q, k, v = _heads(visible, grad, q, k, v)
+    a = (scale * q @ k.mT - lse[..., None]).masked_fill(~visible, -torch.inf).exp()
+    c = _uniform(visible, a.dtype)
+    alpha, beta, gamma = gains[:, :, None, None]
+    dp = grad @ v.mT
+    delta = (a * dp).sum(-1, keepdim=True)
+    ds = scale * beta * a * (dp - delta)
+    dq.copy_((ds @ k).transpose(1, 2))
+    dk.copy_((ds.mT @ q).transpose(1, 2))
+    dv.copy_((alpha * grad + (beta * a - gamma * c).mT @ grad).transpose(1, 2))
+    return torch.stack([(grad * v).sum((0, 2, 3)), delta.sum((0, 2, 3)), -(c * dp).sum((0, 2, 3))])

@@ -1,0 +1,201 @@
+"""Which function serves an op: one table, op -> backend -> function, each with a predicate that says why it cannot.
+
+A backend is one of
+
+    cuda       hand-written CUDA C++
+    triton     Triton kernels
+    cpu        C++ for the CPU
+    reference  plain torch, any device and dtype; the definition of the op. Forced, autograd differentiates it as it is: any
+               order, forward mode, torch.func; then it keeps all matrices.
+
+and the first that can serve a call does, in this order. `with simplclip.backend("cpu"):` and the environment variable
+SIMPLCLIP_BACKEND force one, for the whole process: an op that it cannot serve then raises and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from simplclip.ops.attention import reference as attention
+from simplclip.ops.feature import reference as feature
+from simplclip.ops.mlp import reference as mlp
+from simplclip.ops.similarity import reference as similarity
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+
+_forced: str = os.environ.get("SIMPLCLIP_BACKEND", "")
+
+
+def _load_extension(name: str) -> tuple[object | None, str | None]:
+    """The extension module simplclip.<name>, or None and the reason."""
+    try:
+        return importlib.import_module(f"simplclip.{name}"), None
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        return None, f"simplclip.{name} was not built" if missing else f"simplclip.{name} does not load: {error}"
+
+
+extension, extension_error = _load_extension("_C")
+# A constant, so that torch.compile can trace what depends on it.
+native_bf16: bool = extension is not None and extension.has_native_bf16()
+if torch.version.cuda is None:
+    cuda_extension, cuda_extension_error = None, f"torch {torch.__version__} is a build without CUDA"
+else:
+    cuda_extension, cuda_extension_error = _load_extension("_C_cuda")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's function for an op; `why_not(device_type, dtype, **facts of the call)` is None where it can serve."""
+
+    function: Callable
+    why_not: Callable[..., str | None]
+
+
+def _anywhere(device: str, dtype: torch.dtype, **call) -> str | None:
+    return None
+
+
+def _extension_on_cpu(device: str, dtype: torch.dtype, **call) -> str | None:
+    if extension is None:
+        return extension_error
+    if device != "cpu":
+        return f"serves cpu tensors, not {device}"
+    if dtype == torch.float64:
+        return "computes in float32; float64 is for the reference"
+    return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Asked at every call of an op: a look through sys.path each time would cost more than a small op."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
+    """Triton serves CUDA tensors; with TRITON_INTERPRET=1 its interpreter serves CPU tensors instead, for tests."""
+    if not _has_triton():
+        return "the package triton is not installed"
+    serves = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    if device != serves:
+        return f"serves {serves} tensors, not {device}" + (" (TRITON_INTERPRET=1)" if serves == "cpu" else "")
+    if dtype == torch.float64:
+        return "computes in float32; float64 is for the reference"
+    return None
+
+
+def _triton_attention(device: str, dtype: torch.dtype, *, width: int = 0, **call) -> str | None:
+    """A block of rows of a wider head does not fit the registers."""
+    most = 128 if dtype == torch.float32 else 256
+    if width > most:
+        return f"serves heads of at most {most} in {dtype}, not {width}"
+    return _triton_on_cuda(device, dtype)
+
+
+@functools.cache
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def _attention_on_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
+    if cuda_extension is None:
+        return cuda_extension_error
+    if device != "cuda":
+        return f"serves cuda tensors, not {device}"
+    if _capability() and _capability() < (8, 0):
+        return f"needs compute capability 8.0, the device has {'.'.join(map(str, _capability()))}"
+    if dtype == torch.float64:
+        return "computes in float32; float64 is for the reference"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "serves float32 only through TF32, which torch does not allow (torch.backends.cuda.matmul.allow_tf32)"
+    reason = cuda_extension.shaped_attention_why_not(length, width)
+    return reason and f"{reason}; got {length} tokens, width {width}"
+
+
+def _private(name: str) -> Callable:
+    """The op that C++ implements; looked up late, so that importing works without the extension."""
+    return lambda *args: getattr(torch.ops.simplclip, name)(*args)
+
+
+def _kernel(module: str, name: str) -> Callable:
+    """A launcher of kernels/; imported late, since importing Triton takes time and not every platform has it."""
+    return lambda *args: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*args)
+
+
+def _row(
+    folder: str, name: str, *, module: str = "op", triton: Callable = _triton_on_cuda, cuda: Callable | None = None
+) -> dict[str, Implementation]:
+    """The backends of `name`, each under the op's own name where that backend keeps its functions, with their predicates."""
+    row = {
+        "triton": Implementation(_kernel(f"{folder}.{module}", name), triton),
+        "cpu": Implementation(_private(f"{name}_cpu"), _extension_on_cpu),
+        "reference": Implementation(getattr(_REFERENCE[folder], name), _anywhere),
+    }
+    return row if cuda is None else {"cuda": Implementation(_private(f"{name}_cuda"), cuda), **row}
+
+
+_REFERENCE = {"attention": attention, "feature": feature, "mlp": mlp, "similarity": similarity}
+_ATTENTION = {"triton": _triton_attention, "cuda": _attention_on_cuda}
+TABLE: dict[str, dict[str, Implementation]] = {
+    "similarity_loss_fwd": _row("similarity", "similarity_loss_fwd"),
+    "similarity_loss_bwd": _row("similarity", "similarity_loss_bwd"),
+    "similarity_rows": _row("similarity", "similarity_rows", module="rows"),
+    "similarity_rows_bwd": {"reference": Implementation(similarity.similarity_rows_bwd, _anywhere)},  # N·D: nothing to fuse
+    "feature_loss_fwd": _row("feature", "feature_loss_fwd"),
+    "feature_loss_bwd": _row("feature", "feature_loss_bwd"),
+    "shaped_attention_fwd": _row("attention", "shaped_attention_fwd", **_ATTENTION),
+    "shaped_attention_bwd": _row("attention", "shaped_attention_bwd", **_ATTENTION),
+    "parallel_mlp_fwd": _row("mlp", "parallel_mlp_fwd"),
+    "parallel_mlp_bwd": _row("mlp", "parallel_mlp_bwd"),
+}
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces the backend `name` for every op of the process within the block; backward keeps its forward's choice."""
+    global _forced
+    _known(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced() -> str:
+    """The forced backend's name; empty if none is."""
+    return _forced
+
+
+def _known(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+
+
+def why_not(op: str, name: str, device: str, dtype: torch.dtype, **call) -> str | None:
+    """Why backend `name` cannot serve `op` on this device type and dtype, and with these facts of a call; None if it can."""
+    if name not in TABLE[op]:
+        return f"{op} has no {name} implementation"
+    return TABLE[op][name].why_not(device, dtype, **call)
+
+
+def select(op: str, device: str, dtype: torch.dtype, name: str = "", **call) -> tuple[str, Callable]:
+    """The backend that serves `op`: `name` if given, else the first that can. RuntimeError with the reason if it cannot."""
+    if name:
+        _known(name)
+        reason = why_not(op, name, device, dtype, **call)
+        if reason:
+            raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
+        return name, TABLE[op][name].function
+    for candidate in NAMES:
+        if why_not(op, candidate, device, dtype, **call) is None:
+            return candidate, TABLE[op][candidate].function
+    raise RuntimeError(f"no backend serves {op} on {device} with {dtype}")

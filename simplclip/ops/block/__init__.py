@@ -1,0 +1,1 @@
+"""simplified_block: op.py is the public function and its registration, reference.py its definition in plain torch."""

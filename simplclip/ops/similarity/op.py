@@ -1,0 +1,335 @@
+"""similarity_loss: objectives over similarity matrices of image and text features, which are never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simplclip.ops import backends, checks, distributed
+from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.registry import autocast, call, define, register_autograd, wants_grad
+from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.ops.similarity.rows import similarity_rows
+from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, products, stored_rows
+from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
+
+NEGATIVES = ("all", "shift", "hard")
+TERMS = ("contrastive", "pair_matching", "relational", "interactive")
+INTERACTIVE = ("infonce", "kl")
+DIVERGENCES = ("kl", "cross_entropy")
+
+_TENSORS = (
+    "Tensor image, Tensor text, Tensor scale, Tensor? teacher_image, Tensor? teacher_text, Tensor? teacher_scale, "
+    "Tensor? projected_image, Tensor? projected_text, Tensor? cross_scale, "
+    "Tensor? plane_weight, Tensor? plane_bias, Tensor? ids, Tensor? text_ids"
+)
+_FEATURES, _SCALARS, _COUNT = (0, 1, 3, 4, 6, 7), (2, 5, 8, 9, 10), 13  # places of the tensors, and how many they are
+_MODE = "SymInt label_offset, bool softmax, bool columns, int negatives, bool relational, bool interactive, float entropy"
+
+
+def _prepare(tensors):
+    """The tensors in the dtypes that kernels take: features and ids contiguous, the others in the accumulation dtype."""
+    compute = computes_in(tensors[0].dtype, tensors[0].device.type)
+    out = [None if t is None else t.contiguous() for t in tensors]
+    for places, dtype in ((_FEATURES, compute), (_SCALARS, accumulate_dtype(compute))):
+        for place in places:
+            out[place] = None if out[place] is None else out[place].to(dtype)
+    return out
+
+
+def _fwd(function, *args):
+    return function(*_prepare(args[:_COUNT]), *args[_COUNT:])
+
+
+def _fwd_fake(*args):
+    image, text = args[:2]
+    *_, softmax, columns, negatives, relational, interactive, _entropy, _chunk, rows, _backend = args
+    n, m, stats = image.shape[0], text.shape[0], accumulate_dtype(image.dtype)
+    planes = products(softmax, columns, negatives, relational, interactive)
+    return (
+        image.new_empty(len(RowStat), n, dtype=stats),
+        image.new_empty(len(ColumnStat), m, dtype=stats),
+        image.new_empty(planes if rows else 0, rows, m, dtype=computes_in(image.dtype, image.device.type)),
+    )
+
+
+def _bwd(function, grad_rows, grad_columns, *args):
+    tensors = _prepare(args[:_COUNT])
+    grads = function(grad_rows.contiguous(), grad_columns.contiguous(), *tensors, *args[_COUNT:])
+    dtypes = (args[0].dtype, args[1].dtype, None, args[0].dtype, args[1].dtype, None, None, None)
+    return tuple(g if dtype is None else g.to(dtype) for g, dtype in zip(grads, dtypes))
+
+
+def _bwd_fake(grad_rows, _grad_columns, *args):
+    image, text, _, _, _, _, projected_image, projected_text, _, plane_weight = args[:10]
+    *_, need_image, need_text, _chunk, _backend = args
+    number = lambda *shape: grad_rows.new_empty(shape)  # noqa: E731
+
+    def like(t, needed=True):
+        return t.new_empty(t.shape) if needed else t.new_empty(0, t.shape[1])
+
+    return (
+        like(image, need_image),
+        like(text, need_text),
+        number(),
+        image.new_empty(0, image.shape[1]) if projected_image is None else like(projected_image),
+        text.new_empty(0, text.shape[1]) if projected_text is None else like(projected_text),
+        number(),
+        number(*(() if plane_weight is None else plane_weight.shape)) if plane_weight is not None else number(0),
+        number(),
+    )
+
+
+define(
+    "similarity_loss_fwd",
+    f"{_TENSORS}, {_MODE}, SymInt chunk, SymInt stored_rows",
+    "(Tensor, Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+)
+define(
+    "similarity_loss_bwd",
+    f"Tensor grad_rows, Tensor grad_columns, {_TENSORS}, Tensor rows, Tensor columns_, Tensor stored, {_MODE}, "
+    "bool need_image, bool need_text, SymInt chunk",
+    f"({', '.join(['Tensor'] * 8)})",
+    _bwd,
+    _bwd_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:_COUNT], *output)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    *mode, ctx.chunk, _stored_rows, ctx.backend = inputs[_COUNT:]
+    ctx.mode = mode
+
+
+def _autograd(ctx, grad_rows, grad_columns, _):
+    nothing = (None,) * (_COUNT + 10)
+    if grad_rows is None and grad_columns is None:
+        return nothing
+    saved = ctx.saved_tensors
+    tensors, (rows, columns, stored) = saved[:_COUNT], saved[_COUNT:]
+    grad_rows = torch.zeros_like(rows) if grad_rows is None else grad_rows
+    grad_columns = torch.zeros_like(columns) if grad_columns is None else grad_columns
+    needs = ctx.needs_input_grad
+    # A projection that is not given is the feature itself, and its gradient is in that of the feature.
+    grads = torch.ops.simplclip.similarity_loss_bwd(
+        grad_rows, grad_columns, *tensors, rows, columns, stored, *ctx.mode, needs[0], needs[1], ctx.chunk, ctx.backend
+    )
+    out = list(nothing)
+    for place, grad in zip((0, 1, 2, 6, 7, 8, 9, 10), grads):
+        if needs[place] and tensors[place] is not None:
+            out[place] = grad.to(tensors[place].dtype)
+    return tuple(out)
+
+
+register_autograd("similarity_loss_fwd", _autograd, _setup_context)
+
+
+def similarity_loss(
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [M, D]
+    logit_scale: Tensor | float,  # [] s, not its logarithm
+    *,
+    logit_bias: Tensor | float | None = None,  # []
+    terms: tuple[str, ...] = ("contrastive",),
+    plane: tuple[Tensor | float, Tensor | float] | None = None,  # (p [] or w [D], q [])
+    negatives: str = "all",
+    shift: Tensor | int = 1,  # [] int64
+    teacher_image: Tensor | None = None,  # [N, D̂]
+    teacher_text: Tensor | None = None,  # [M, D̂]
+    teacher_scale: Tensor | float | None = None,  # []
+    interactive: str = "infonce",
+    interactive_scale: Tensor | float | None = None,  # []
+    projected_image: Tensor | None = None,  # [N, D̂]
+    projected_text: Tensor | None = None,  # [M, D̂]
+    divergence: str = "kl",
+    ids: Tensor | None = None,  # [N] int64 or int32
+    text_ids: Tensor | None = None,  # [M] int64 or int32
+    label_offset: int = 0,
+    symmetric: bool = True,
+    group: torch.distributed.ProcessGroup | None = None,
+    scratch_bytes: int = SCRATCH_BYTES,
+    store_bytes: int = STORE_BYTES,
+) -> dict[str, Tensor]:
+    r"""Objectives over the similarity of image and text features, without their N×M matrices.
+
+    With S = image · textᵀ, Z = s S + b, row i's positive in column y_i = i + label_offset, and the row and column
+    log-sum-exps r, c of Z:
+
+        contrastive    (1/2N) Σ_i [(r_i − Z_{i,y_i}) + (c_{y_i} − Z_{i,y_i})]          open_clip's ClipLoss
+        pair_matching  ½ [ mean_i softplus(−l_{i,y_i}) + mean over negatives softplus(l_ij) ]
+
+    where l = p S + q (scalar plane) or l_ij = w·(x_i ⊙ t_j) + q (hadamard plane): matched or not, decided by a learned
+    hyperplane over the similarity. The paper only names this loss; its exact form is this library's reading. `negatives`:
+
+        "all"    every j ≠ y_i
+        "shift"  one per row, j = (y_i + shift) mod M; O(N D)
+        "hard"   every j ≠ y_i, weighted by the softmax of Z over the row's and over the column's negatives, the mean of both,
+                 weights detached; a row without negatives counts as 0
+
+    With a teacher's features x̂, ŷ, its logits T = ŝ x̂ ŷᵀ, and the student's features x', y' in the teacher's width
+    (projected_image and projected_text; image and text themselves where they are not given):
+
+        relational     ½ [ mean_i KL(softmax T_i ‖ softmax Z_i) + the same over columns ]
+        interactive    U = s' x' ŷᵀ and V = s' x̂ y'ᵀ. "infonce": ½ [ mean_i cross-entropy of U_i to the positive
+                       + mean_j that of column j of V ]; "kl": ½ [ mean_i KL(softmax T_i ‖ softmax U_i)
+                       + mean_j KL(softmax of column j of T ‖ that of V) ]
+
+    Args:
+        image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, of one dtype and device; usually
+            L2-normalised, which is not checked. Under autocast they are cast to its dtype. Any strides.
+        logit_scale: s, one element (open_clip's `logit_scale.exp()`).
+        logit_bias: b, one element. Every term is invariant to it: values do not change and its gradient is 0.
+        terms: any of "contrastive", "pair_matching", "relational", "interactive"; what is not asked for is not computed.
+        plane: (p, q) or (w, q), needed by "pair_matching".
+        shift: 1 ≤ shift < M; a tensor's value is not checked (that would wait for the device).
+        teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to image's) and ŝ, needed by
+            "relational" and "interactive". Constants: a teacher that requires a gradient is warned about and gets none.
+        interactive, interactive_scale: the form of that term, and s' (logit_scale where None).
+        projected_image, projected_text: x' [N, D̂] and y' [M, D̂], needed by "interactive" where D̂ is not D.
+        divergence: "kl", or "cross_entropy": the value of every KL here without its constant −entropy of the teacher, as in
+            open_clip.DistillClipLoss. Gradients are the same. A KL is a difference of numbers of the size of log M: its value
+            has their absolute error.
+        ids, text_ids: pairs with equal ids that are not the positive drop out of the negatives of every term (and out of
+            every softmax). text_ids defaults to ids when N = M.
+        label_offset: 0 ≤ label_offset ≤ M − N: this rank's place among gathered text features.
+        symmetric: False keeps the row direction only: contrastive = mean_i (r_i − Z_{i,y_i}), one half of open_clip's
+            local_loss. With M > N the column direction covers the N columns that have a positive.
+        group: image, text, ids and the teacher's features are this rank's N rows of a batch over this process group (equal N
+            on every rank). Texts are gathered; each rank sweeps its rows once and the ranks exchange column statistics. The
+            value is this rank's share: the mean over ranks is the loss of the whole batch. The gradient is that of the sum
+            over ranks, as in open_clip with local_loss and gather_with_grad: DDP's average is that of the batch's loss.
+        scratch_bytes: budget of the chunk of a similarity matrix; one of the student's and one of the teacher's live at once.
+        store_bytes: budget of the rows of similarities that forward keeps, so that backward need not form them again; on a
+            CPU only.
+
+    Returns:
+        A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
+
+    Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
+    12 N + 6 M statistics and at most store_bytes of similarities. Extra memory: sweep.workspace_bytes,
+    O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and reductions are in float32 and
+    in a fixed order: equal inputs give equal results. First derivatives in reverse mode only, but for backend "reference".
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: a forced backend cannot serve the call.
+
+    Source: Radford et al. 2021 (arXiv 2103.00020) for the contrastive term; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732) for
+    relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching.
+    """
+    checks.features("image", image, "[N, D]")
+    checks.features("text", text, "[M, D]")
+    device = image.device
+    image, text, projected_image, projected_text = autocast(image, text, projected_image, projected_text)
+    checks.like("text", text, "image", image)
+    if text.shape[1] != image.shape[1]:
+        raise ValueError(f"text: expected the width of image, {image.shape[1]}, got {text.shape[1]}")
+    checks.choice("negatives", negatives, NEGATIVES)
+    checks.choice("interactive", interactive, INTERACTIVE)
+    checks.choice("divergence", divergence, DIVERGENCES)
+    inputs.check_terms(terms, TERMS)
+    for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
+    stats = accumulate_dtype(image.dtype)
+    scale = checks.scalar("logit_scale", logit_scale, device, stats)
+    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, stats)
+    ids, text_ids = inputs.group_ids(ids, text_ids, image, text)
+    matching = negatives if "pair_matching" in terms else None
+    plane = inputs.hyperplane(plane, image.shape[1], device, stats) if matching else None
+    teaching = {"relational", "interactive"} & set(terms)
+    if teaching:
+        teacher_image, teacher_text, teacher_scale = inputs.teacher(
+            teacher_image, teacher_text, teacher_scale, image, text, min(teaching), stats
+        )
+    else:
+        teacher_image = teacher_text = teacher_scale = None
+    cross_scale = None
+    if "interactive" in terms:
+        projected_image = inputs.projection("image", projected_image, image, teacher_image)
+        projected_text = inputs.projection("text", projected_text, text, teacher_text)
+        cross_scale = scale
+        if interactive_scale is not None:
+            cross_scale = checks.scalar("interactive_scale", interactive_scale, device, stats)
+    else:
+        projected_image = projected_text = interactive = None
+
+    own_text = text if projected_text is None else projected_text
+    if group is not None:
+        label_offset = inputs.place_of_rank(image, text, text_ids, label_offset, group)
+        text, teacher_text, projected_text, text_ids = (
+            None if t is None else distributed.gather(t, group) for t in (text, teacher_text, projected_text, ids)
+        )
+    elif ids is not None and text_ids is None:
+        text_ids = ids
+    n = image.shape[0]
+    inputs.check_offset(label_offset, n, text.shape[0])
+    window = slice(label_offset, label_offset + n)
+
+    out: dict[str, Tensor] = {}
+    if matching == "shift":
+        inputs.check_shift(shift, text.shape[0], device)
+        out["pair_matching"] = shifted_pair_matching(image, text, *plane, ids, text_ids, label_offset, shift)
+        matching = plane = None
+    if interactive == "infonce":
+        by_image = image if projected_image is None else projected_image
+        stats = similarity_rows(by_image, teacher_text, cross_scale, ids, text_ids, label_offset, scratch_bytes)
+        out["interactive"] = cross_entropy(stats[0], cross_scale * stats[1]).mean()
+        if symmetric:
+            if group is None:
+                by_text, keys, place = own_text[window], teacher_image, 0
+                own_ids, key_ids = (None, None) if ids is None else (text_ids[window], ids)
+            else:
+                by_text, keys, place = own_text, distributed.gather(teacher_image, group), label_offset
+                own_ids, key_ids = ids, text_ids
+            stats = similarity_rows(by_text, keys, cross_scale, own_ids, key_ids, place, scratch_bytes)
+            out["interactive"] = 0.5 * (out["interactive"] + cross_entropy(stats[0], cross_scale * stats[1]).mean())
+        projected_image = projected_text = cross_scale = None
+    contrastive, relational, kl = "contrastive" in terms, "relational" in terms, interactive == "kl"
+    if not (relational or kl):
+        teacher_image = teacher_text = teacher_scale = None
+    if contrastive or matching or relational or kl:
+        entropy = 1.0 if divergence == "kl" else 0.0
+        rows, columns = _statistics(
+            (image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
+             *(plane or (None, None)), ids, text_ids),
+            (label_offset, contrastive or relational or matching == "hard", symmetric,
+             0 if matching is None else NEGATIVES.index(matching) // 2 + 1, relational, kl, entropy),
+            scratch_bytes,
+            store_bytes,
+        )  # fmt: skip
+        pairs = rows[RowStat.NEGATIVES].detach().sum(dtype=torch.float64)
+        if group is not None:
+            pairs = pairs if ids is None else distributed.mean(pairs, group)
+            columns = merge_columns(distributed.exchange(columns, group)) if symmetric else None
+        else:
+            columns = columns[:, window] if symmetric else None
+        out |= terms_of(
+            rows, columns, scale, teacher_scale, cross_scale, plane, pairs,
+            contrastive=contrastive, matching=matching, relational=relational, interactive=kl, entropy=entropy,
+        )  # fmt: skip
+    out = {term: out[term] for term in terms}
+    if bias is not None:  # DDP wants a gradient of every parameter, if only 0
+        first = next(iter(out))
+        out[first] = out[first] + 0.0 * bias
+    return out
+
+
+def _statistics(tensors, mode, scratch, store):
+    """The sweep: rows [12, N] and columns [6, M]."""
+    image, text, projected_image, projected_text = (tensors[i] for i in (0, 1, 6, 7))
+    n, m, device = image.shape[0], text.shape[0], image.device.type
+    dtype = computes_in(image.dtype, device)
+    leaves = (image, text, projected_image, projected_text)
+    # On a GPU the kernels form tiles again rather than read them.
+    keeps = device == "cpu" and wants_grad(*leaves)
+    _, softmax, columns, negatives, relational, interactive, _ = mode
+    planes = products(softmax, columns, negatives, relational, interactive)
+    chunk = chunk_rows(n, m, dtype, device, 1 + (relational or interactive), scratch)
+    stored = stored_rows(n, m, dtype, planes, store) if keeps else 0
+    return call("similarity_loss_fwd", *tensors, *mode, chunk, stored, backends.forced())[:2]
