@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer  # noqa: E402
 
+from simplclip.common.errors import InputError, UserError  # noqa: E402
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -37,7 +39,7 @@ AsInTrain = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 
 
 def _expected_errors(command: Callable) -> Callable:
-    """Errors that our own modules raise on purpose end in one line and exit code 2; all others keep their traceback."""
+    """Errors that a user can mend, and those of files, end in one line and exit code 2; all others keep their traceback."""
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
@@ -53,20 +55,12 @@ def _expected_errors(command: Callable) -> Callable:
             if extra is None:
                 raise
             _fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
-        except (ValueError, OSError, RuntimeError) as error:
-            if os.environ.get("SIMPLCLIP_DEBUG") or not _is_ours(error):
+        except (UserError, OSError) as error:
+            if os.environ.get("SIMPLCLIP_DEBUG"):
                 raise
             _fail(str(error), 2)
 
     return wrapped
-
-
-def _is_ours(error: Exception) -> bool:
-    """Raised by a line of this package, or by the system about a file or device."""
-    if isinstance(error, OSError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).parent.is_relative_to(Path(__file__).parent)
 
 
 def _fail(message: str, code: int) -> None:
@@ -84,7 +78,7 @@ def _version(wanted: bool) -> None:
 
 def _config_help(wanted: bool) -> None:
     if wanted:
-        from simplclip import config
+        from simplclip.train import config
 
         typer.echo(config.describe())
         raise typer.Exit
@@ -122,7 +116,7 @@ def emoji(
     force: Annotated[bool, typer.Option("--force", help="Build anew where a build is there already.")] = False,
 ) -> None:
     """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
-    from simplclip.data import emoji as builder
+    from simplclip.demo import emoji as builder
 
     summary = builder.build(out, force=force)
     typer.echo(f"{'wrote' if summary['built'] else 'kept the complete build in'} {summary['path']}")
@@ -160,18 +154,19 @@ def train(
     ] = False,
 ) -> None:
     """Train a model. Ctrl-C finishes the step, saves and exits; --resume goes on from there."""
-    from simplclip import config as configs
+    from simplclip.train import config as configs
 
     values = configs.load(config, set_ or ())
+    from simplclip import memory
     from simplclip import train as trainer
-    from simplclip.cards import parse_memory
 
+    limit = None if memory_limit is None else memory.parse_memory(memory_limit)
     try:
-        trainer.run(values, resume=resume, memory_limit=None if memory_limit is None else parse_memory(memory_limit))
+        trainer.run(values, resume=resume, memory_limit=limit, planner=memory)
     except trainer.Interrupted as stop:
         _fail(str(stop), 130)
     except trainer.TrainingError as error:
-        if error.__cause__ and not _is_ours(error.__cause__):
+        if error.__cause__ and not isinstance(error.__cause__, (UserError, OSError)):
             traceback.print_exception(error.__cause__)
         _fail(str(error), 1)
 
@@ -238,13 +233,13 @@ def plan(
 ) -> None:
     """Say what fits a card, before training and without the card: peaks by part, the largest batches, and advice."""
     if compare not in (None, "open_clip"):
-        raise ValueError(f"--compare: expected open_clip, came {compare!r}")
+        raise InputError(f"--compare: expected open_clip, got {compare!r}")
     if device not in ("cuda", "cpu"):
-        raise ValueError(f"--device: expected cuda or cpu, came {device!r}")
-    from simplclip import config as configs
+        raise InputError(f"--device: expected cuda or cpu, got {device!r}")
+    from simplclip.train import config as configs
 
     values = configs.load(config, [*(set_ or ()), *([f"data.micro_batch={micro_batch}"] if micro_batch else ())])
-    from simplclip.plan import command
+    from simplclip.memory import command
 
     command.run(
         values,
@@ -380,9 +375,9 @@ def _named_splits(items: list[str]) -> dict[str, str]:
     for item in items:
         match = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", item, re.DOTALL)
         if not match:
-            raise ValueError(f"--data: expected NAME=SHARDS or SHARDS, came {item!r}")
+            raise InputError(f"--data: expected NAME=SHARDS or SHARDS, got {item!r}")
         name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.tar", Path(match[2]).name)[0] or "data"
         if name in splits:
-            raise ValueError(f"--data: the split name {name!r} came twice; name them as --data NAME=SHARDS")
+            raise InputError(f"--data: the split name {name!r} got twice; name them as --data NAME=SHARDS")
         splits[name] = match[2]
     return splits

@@ -25,7 +25,8 @@ import torch
 from rich.console import Console
 from runs import bits, rows, state_of
 
-from simplclip import checkpoint, train
+from simplclip import train
+from simplclip.train import checkpoint
 
 FAULTS = int(os.environ.get("SIMPLCLIP_FAULTS", "5"))  # how many; 30 are the long proof
 KINDS = ("kill", "worker", "full", "removed", "truncated")

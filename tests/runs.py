@@ -6,7 +6,7 @@ import io
 import torch
 from rich.console import Console
 
-from simplclip import checkpoint
+from simplclip.train import checkpoint
 from simplclip.train import loop as train
 
 TIMED = ("samples_per_s", "peak_mb")

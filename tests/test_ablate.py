@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from simplclip import ablate, cli, config, models
-from simplclip.config import ConfigError
+from simplclip import ablate, cli, models
+from simplclip.train import config
+from simplclip.train.config import ConfigError
 
 PARTS = ["loss.feature_weight=2", "loss.relational_weight=1", "loss.interactive_weight=1", "data.captions_per_image=2"]
 
@@ -106,8 +107,8 @@ def test_a_run_that_fails_names_its_log(source, tmp_path, in_process):
     [
         ("loss.relational_weight=0", "expected every part to be on, so that it can be left out; off: loss.relational_weight"),
         ("data.captions_per_image=1", "off: data.captions_per_image"),
-        ("inherit.source=null", "inherit.source: expected weights to inherit from, came null"),
-        ("eval.splits={}", "eval.splits: expected held-out data, came none"),
+        ("inherit.source=null", "inherit.source: expected weights to inherit from, got null"),
+        ("eval.splits={}", "eval.splits: expected held-out data, got none"),
     ],
 )
 def test_what_it_refuses(source, tmp_path, change, message):
@@ -121,7 +122,7 @@ def test_a_folder_with_other_things_is_left_alone(source, tmp_path):
         ablate.run(source, tmp_path / "held")
     result = CliRunner().invoke(cli.app, ["ablate", source, "--out", str(tmp_path / "a"), "--start", "middle"])
     assert result.exit_code == 2
-    assert result.stderr == "simplclip: starts: expected some of scratch, inherited, came ['middle']\n"
+    assert result.stderr == "simplclip: starts: expected some of scratch, inherited, got ['middle']\n"
 
 
 def test_commands_run_in_processes_with_their_share_of_threads(source, tmp_path, monkeypatch):

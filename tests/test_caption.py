@@ -287,7 +287,7 @@ def test_command(source, weights, tmp_path):
     cases = {
         "model: expected a CoCa model of open_clip, such as coca_": (out, "--model", "ViT-B-32", "--checkpoint", weights),
         "'coca_ViT-B-33' is no model of open_clip": (out, "--model", "coca_ViT-B-33"),
-        "expected a file or a tag with the weights of coca_ViT-B-32, came neither": (out,),
+        "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
         "came both": (out, *options, "--pretrained", "x"),
         "pretrained: expected one of ['laion2b_s13b_b90k'": (out, "--pretrained", "x"),
         "checkpoint: no such file": (out, "--checkpoint", tmp_path / "none.pt"),
@@ -301,9 +301,9 @@ def test_command(source, weights, tmp_path):
             tmp_path / "shape.pt",
         ),
         "max_tokens: expected 3 to 12, the context of": (out, *options, "--max-tokens", 13),
-        "top_p: expected a share above 0, up to 1, came 1.5": (out, *options, "--top-p", 1.5),
-        "temperature: expected a number above 0, came 0.0": (out, *options, "--temperature", 0),
-        "precision: expected one of fp32, bf16, fp16 or auto, came 'fp8'": (out, *options, "--precision", "fp8"),
+        "top_p: expected a share above 0, up to 1, got 1.5": (out, *options, "--top-p", 1.5),
+        "temperature: expected a number above 0, got 0.0": (out, *options, "--temperature", 0),
+        "precision: expected one of fp32, bf16, fp16 or auto, got 'fp8'": (out, *options, "--precision", "fp8"),
         "n was 1, now 2": (tmp_path / "out", *options, "--n", 2),
     }
     for message, arguments in cases.items():

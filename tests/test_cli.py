@@ -78,7 +78,7 @@ def test_torchrun_starts_the_module():
 
 
 def test_help_config_prints_every_key():
-    from simplclip import config
+    from simplclip.train import config
 
     result = call("train", "--help-config")
     assert result.exit_code == 0
@@ -90,11 +90,11 @@ def test_help_config_prints_every_key():
     [
         (
             ["train", "nothing.yaml"],
-            "config: expected a YAML file or one of the built-in siclip-lite0-emoji, siclip-s0, siclip-tiny-emoji, came "
+            "config: expected a YAML file or one of the built-in siclip-lite0-emoji, siclip-s0, siclip-tiny-emoji, got "
             "'nothing.yaml'",
         ),
         (["train", "siclip-tiny-emoji", "--set", "optim.lrr=1"], "optim.lrr: unknown key; did you mean optim.lr?"),
-        (["train", "siclip-tiny-emoji", "--set", "optim.lr=x"], "optim.lr: expected a number, came 'x' (str)"),
+        (["train", "siclip-tiny-emoji", "--set", "optim.lr=x"], "optim.lr: expected a number, got 'x' (str)"),
         (["evaluate", "nothing.pt", "--data", "x.tar"], "checkpoint: no such file: nothing.pt"),
         (
             ["evaluate", "nothing.pt", "--data", "a=x.tar", "--data", "a=y.tar"],

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from simplclip import config
+from simplclip.train import config
 
 MINIMAL = {"data": {"train": "x-*.tar"}, "run": {"out": "runs/x"}}
 
@@ -77,17 +77,17 @@ def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr=fast", "optim.lr: expected a number, came 'fast' (str)"),
-        ("data.batch_size=1.5", "data.batch_size: expected a whole number, came 1.5 (float)"),
-        ("run.tensorboard=3", "run.tensorboard: expected true or false, came 3 (int)"),
-        ("run.precision=fp8", "run.precision: expected one of fp32, bf16, fp16, auto, came 'fp8' (str)"),
-        ("data.train=3", "data.train: expected a string or a list of strings, came 3 (int)"),
+        ("optim.lr=fast", "optim.lr: expected a number, got 'fast' (str)"),
+        ("data.batch_size=1.5", "data.batch_size: expected a whole number, got 1.5 (float)"),
+        ("run.tensorboard=3", "run.tensorboard: expected true or false, got 3 (int)"),
+        ("run.precision=fp8", "run.precision: expected one of fp32, bf16, fp16, auto, got 'fp8' (str)"),
+        ("data.train=3", "data.train: expected a string or a list of strings, got 3 (int)"),
         ("eval.splits.held=3", "eval.splits.held"),
-        ("optim=3", "optim: expected a mapping, came 3 (int)"),
-        ("optim.lr=.nan", "optim.lr: expected a finite number, came nan (float)"),
-        ("optim.lr=-1", "optim.lr: expected greater than 0, came -1 (int)"),
+        ("optim=3", "optim: expected a mapping, got 3 (int)"),
+        ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
+        ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
         ("run.out.x=3", "--set run.out.x: run.out is no section, it holds 'runs/x' (str)"),
-        ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), came 'run.steps'"),
+        ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
         ("run.out=[", "--set run.out: not valid YAML"),
     ],
 )
@@ -99,7 +99,7 @@ def test_missing_and_several_errors_at_once(tmp_path):
     message = error_of(tmp_path, {"run": {"steps": "many"}})
     assert "data: missing" in message
     assert "run.out: missing; expected a string" in message
-    assert "run.steps: expected a whole number, came 'many' (str)" in message
+    assert "run.steps: expected a whole number, got 'many' (str)" in message
 
 
 def test_files_that_are_no_config(tmp_path):

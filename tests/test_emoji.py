@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from simplclip import data
-from simplclip.data import emoji, emoji_sources
+from simplclip.demo import emoji, emoji_sources
 
 KEPT = 60  # concepts in the small builds
 HELD_OUT = 10

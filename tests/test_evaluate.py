@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
-from simplclip import checkpoint, evaluate, models, train
-from simplclip.config import load
+from simplclip import data, evaluate, evaluation, models, train
+from simplclip.train import checkpoint
+from simplclip.train.config import load
+from simplclip.train.restore import load_model
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +52,17 @@ def plain_recall(x, y, gx, gy, k):
 @pytest.mark.parametrize(("n", "m", "groups"), [(40, 40, 7), (13, 29, 5), (1, 3, 2), (31, 4, 30)])
 @pytest.mark.parametrize("chunk_bytes", [1, 500, 2**20])
 def test_recall_is_the_plain_one_whatever_the_chunk(monkeypatch, n, m, groups, chunk_bytes):
-    monkeypatch.setattr(evaluate, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(evaluation.metrics, "_CHUNK_BYTES", chunk_bytes)
     x, y, gx, gy = features(n, m, groups)
     for k in (1, 5, 10):
-        assert evaluate.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(plain_recall(x, y, gx, gy, k))
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(plain_recall(x, y, gx, gy, k))
 
 
 def test_one_to_one_is_the_usual_recall_with_the_usual_chance():
     x, y, *_ = features(200, 200, 1)
     y = F.normalize(x + 0.9 * y, dim=1)
     ids = torch.randperm(200)
-    got = evaluate.recall(x, y, ids, ids)
+    got = evaluation.recall(x, y, ids, ids)
     s = x @ y.T
     rank = (s > s.diag()[:, None]).sum(1)
     for k in (1, 5, 10):
@@ -75,17 +77,17 @@ def test_chance_counts_all_right_answers():
     x, y = torch.randn(51, 3), torch.randn(60, 3)
     for k in (1, 5, 10):
         expected = np.mean([1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx])
-        assert evaluate.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
 
 
 def test_fewer_candidates_than_k():
     x, y, gx, gy = features(6, 3, 1)
-    assert evaluate.recall(x, y, gx, gy)["R@10"] == {"value": 1.0, "chance": 1.0}
+    assert evaluation.recall(x, y, gx, gy)["R@10"] == {"value": 1.0, "chance": 1.0}
 
 
 def split_of(shard, transform=None):
     name = "siclip-tiny"
-    return evaluate.Split.of(evaluate.data.load_eval(shard, models.tokenizer(name), models.transforms(name, train=False)))
+    return evaluation.Split.of(data.load_eval(shard, models.tokenizer(name), models.transforms(name, train=False)))
 
 
 def test_equal_captions_of_a_group_are_one_candidate(tmp_path):
@@ -97,14 +99,14 @@ def test_equal_captions_of_a_group_are_one_candidate(tmp_path):
     split.image_features = perfect
     first = {c: i for i, c in reversed(list(enumerate(split.data.captions)))}
     split.text_features = perfect[[first[c] for c in split.captions]]
-    result = evaluate.retrieval(split)
+    result = evaluation.retrieval(split)
     assert result["image_to_text"]["R@1"] == {"value": 1.0, "chance": pytest.approx(1 / 24)}
     assert result["text_to_image"]["R@1"] == {"value": 1.0, "chance": pytest.approx(2 / 48)}
 
 
 def test_equal_captions_of_different_groups_stay_apart(tmp_path):
     found = split_of(tiny.write_shard(tmp_path / "twice.tar", copies=2)).data
-    assert len(evaluate.Split.of(replace(found, groups=torch.arange(48))).captions) == 48
+    assert len(evaluation.Split.of(replace(found, groups=torch.arange(48))).captions) == 48
 
 
 class ColourModel(torch.nn.Module):
@@ -133,15 +135,15 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path):
         return torch.tensor([names.index(t.removeprefix("a ")) for t in texts])
 
     cpu = torch.device("cpu")
-    got = evaluate.zero_shot(ColourModel(names), split, tokenizer, ["a {}", "{}"], cpu, "fp32")
+    got = evaluation.zero_shot(ColourModel(names), split, tokenizer, ["a {}", "{}"], cpu, "fp32")
     assert got["classes"] == names
     assert got["images"] == 23
     assert got["top1"] == {"value": pytest.approx(21 / 23), "chance": 0.25}
     assert got["top5"] == {"value": 1.0, "chance": 1.0}
-    with pytest.raises(ValueError, match="template: expected a phrase with one {} for the label, came 'an emoji'"):
-        evaluate.zero_shot(ColourModel(names), split, tokenizer, ["{}", "an emoji"], cpu, "fp32")
+    with pytest.raises(ValueError, match="template: expected a phrase with one {} for the label, got 'an emoji'"):
+        evaluation.zero_shot(ColourModel(names), split, tokenizer, ["{}", "an emoji"], cpu, "fp32")
     split.data = replace(split.data, meta=[{"label": "red"}] * 24)
-    assert evaluate.zero_shot(ColourModel(names), split, tokenizer, ["{}"], cpu, "fp32") is None
+    assert evaluation.zero_shot(ColourModel(names), split, tokenizer, ["{}"], cpu, "fp32") is None
 
 
 def test_run_writes_table_json_and_pictures(trained, tmp_path):
@@ -205,19 +207,19 @@ def test_splits_are_added_to_what_was_evaluated_before(trained, tmp_path):
     assert "nothing was evaluated" in text.getvalue()
     assert json.loads(file.read_text()) == both
     file.write_text("[1, 2")
-    with pytest.raises(ValueError, match="out: expected an evaluation to add splits to, or none, came .*evaluation.json"):
+    with pytest.raises(ValueError, match="out: expected an evaluation to add splits to, or none, got .*evaluation.json"):
         evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
     assert file.read_text() == "[1, 2"
 
 
 def test_features_do_not_depend_on_the_batch_size(trained, tmp_path):
-    model, config, _ = evaluate.load_model(trained / "run" / "last.pt")
+    model, config, _ = load_model(trained / "run" / "last.pt")
     assert not model.training
     assert config.model.name == "siclip-tiny"
     parts = []
     for size in (5, 24):
         split = split_of(tiny.write_shard(tmp_path / "s.tar"))
-        evaluate.encode(model, split, size, torch.device("cpu"), "fp32")
+        evaluation.encode(model, split, size, torch.device("cpu"), "fp32")
         parts.append(split)
     torch.testing.assert_close(parts[0].image_features, parts[1].image_features)
     torch.testing.assert_close(parts[0].text_features.norm(dim=1), torch.ones(24))
@@ -228,7 +230,7 @@ def test_contact_sheet_frames_what_is_right(tmp_path):
 
     def green_of(text_features):
         split.image_features, split.text_features = torch.eye(24), text_features
-        pixels = np.asarray(Image.open(evaluate.plots.contact_sheet(tmp_path / "s.png", split, "t")).convert("RGB"))
+        pixels = np.asarray(Image.open(evaluation.contact_sheet(tmp_path / "s.png", split, "t")).convert("RGB"))
         return (pixels == (0x1A, 0x98, 0x50)).all(-1).sum()
 
     right, wrong = green_of(torch.eye(24)), green_of(-torch.eye(24))
@@ -237,7 +239,7 @@ def test_contact_sheet_frames_what_is_right(tmp_path):
 
 def test_what_is_no_checkpoint_says_so(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*gone.pt"):
-        evaluate.load_model(tmp_path / "gone.pt")
+        load_model(tmp_path / "gone.pt")
     torn = tmp_path / "torn.pt"
     torn.write_bytes((trained / "run" / "last.pt").read_bytes()[:5000])
     other, unsafe = tmp_path / "other.pt", tmp_path / "unsafe.pt"
@@ -245,16 +247,16 @@ def test_what_is_no_checkpoint_says_so(trained, tmp_path):
     torch.save({"format": "simplclip", "x": Console}, unsafe)
     for path in (torn, other, unsafe):
         with pytest.raises(checkpoint.CheckpointError, match=f"{path.name} is no simplclip checkpoint: "):
-            evaluate.load_model(path)
+            load_model(path)
     state = checkpoint.load(trained / "run")
     state["config"]["model"]["options"] = {}
     torch.save(state, tmp_path / "wide.pt")
     with pytest.raises(checkpoint.CheckpointError, match="weights do not fit the architecture 'siclip-tiny'.*Missing key"):
-        evaluate.load_model(tmp_path / "wide.pt")
+        load_model(tmp_path / "wide.pt")
     state["version"] = 99
     torch.save(state, tmp_path / "new.pt")
     with pytest.raises(checkpoint.CheckpointError, match="newer simplclip"):
-        evaluate.load_model(tmp_path / "new.pt")
+        load_model(tmp_path / "new.pt")
 
 
 def test_a_model_that_is_not_finite_is_an_error(trained, tmp_path):

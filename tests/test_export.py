@@ -13,8 +13,10 @@ from safetensors import safe_open
 from torch import nn
 from typer.testing import CliRunner
 
-from simplclip import checkpoint, cli, config, export, models, onnx_towers
-from simplclip.openclip import MapBlock
+from simplclip import cli, export, models
+from simplclip.export import onnx_towers
+from simplclip.models.simplify import MapBlock
+from simplclip.train import checkpoint, config
 
 VIT = "export-tiny-vit"
 WEIGHTS = ("open_clip_pytorch_model.pt", "open_clip_model.safetensors")
@@ -208,7 +210,7 @@ def test_a_tower_that_computes_otherwise_changes_nothing(tiny, tmp_path, monkeyp
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     right = onnx_towers._mlp
     monkeypatch.setattr(onnx_towers, "_mlp", lambda *args: 1.01 * right(*args))
-    with pytest.raises(onnx_towers.ExportError, match=r"image tower's features within 0.0001 .* at batch 1, came an error"):
+    with pytest.raises(onnx_towers.ExportError, match=r"image tower's features within 0.0001 .* at batch 1, got an error"):
         export.run(run, out, force=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -233,7 +235,7 @@ def test_command(tiny, tmp_path):
     assert "open_clip_model.safetensors" in result.output
     assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", WEIGHTS[1]}
     cases = {
-        "format: expected one of open_clip, safetensors, onnx, came 'tflite'": (run, "--format", "tflite"),
+        "format: expected one of open_clip, safetensors, onnx, got 'tflite'": (run, "--format", "tflite"),
         "checkpoint: no such file": (tmp_path / "none.pt",),
         "is no simplclip checkpoint": (tmp_path / "text.pt",),
         "do not fit the architecture 'siclip-tiny'": (tmp_path / "other.pt",),

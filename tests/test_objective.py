@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simplclip import config, losses
-from simplclip.config import ConfigError, LossConfig, Schedule
+from simplclip import losses
+from simplclip.train import config
+from simplclip.train.config import ConfigError, LossConfig, Schedule
 from simplclip.train.objective import Objective, make_loss
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
@@ -112,19 +113,19 @@ def test_a_teacher_of_another_width_needs_the_projection():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ("loss.feature_weight={value: 1, start: 9, until: 4}", "loss.feature_weight: expected until after start = 9, came 4"),
+        ("loss.feature_weight={value: 1, start: 9, until: 4}", "loss.feature_weight: expected until after start = 9, got 4"),
         (
             "loss.feature_weight={value: 1, end: 4}",
-            "loss.feature_weight: expected `to`, the weight reached at `end`, came none",
+            "loss.feature_weight: expected `to`, the weight reached at `end`, got none",
         ),
         ("loss.feature_weight={vlue: 1}", "loss.feature_weight.value: missing"),
-        ("loss.feature_weight={value: -1}", "loss.feature_weight: expected greater than or equal to 0, came -1"),
-        ("loss.feature_weight=much", "loss.feature_weight: expected a number or a mapping, came 'much'"),
+        ("loss.feature_weight={value: -1}", "loss.feature_weight: expected greater than or equal to 0, got -1"),
+        ("loss.feature_weight=much", "loss.feature_weight: expected a number or a mapping, got 'much'"),
         (
             "loss.contrastive_weight={value: 1, until: 7}",
-            "loss: expected at least one weight above 0 at every step, came none at",
+            "loss: expected at least one weight above 0 at every step, got none at",
         ),
-        ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, came 7"),
+        ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, got 7"),
     ],
 )
 def test_what_a_config_gets_wrong(tmp_path, values, message):

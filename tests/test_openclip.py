@@ -11,8 +11,8 @@ from timm.models import fastvit
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock, count_parameters, simplify
 from simplclip.nn import SimplifiedBlock, neighbour_groups
-from simplclip.openclip import MapBlock, TimmBlock, TransformerBlock, count_parameters, simplify
 
 VIT = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
 TEXT = {"context_length": 12, "vocab_size": 100, "width": 24, "heads": 2, "layers": 4}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_openclip import batch, clip
 
-from simplclip import openclip_train
-from simplclip.openclip import simplify
+from simplclip.integrations import open_clip_train as openclip_train
+from simplclip.models.simplify import simplify
 
 DISTILL = ("--distill-model", "ViT-B-32", "--distill-pretrained", "x")
 

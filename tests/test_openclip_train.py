@@ -17,7 +17,8 @@ import pytest
 import tiny
 import torch
 
-from simplclip import losses, openclip_train
+from simplclip import losses
+from simplclip.integrations import open_clip_train as openclip_train
 
 HERE = Path(__file__).parent
 MISSING = [name for name in ("pandas", "fsspec", "open_clip_train") if importlib.util.find_spec(name) is None]

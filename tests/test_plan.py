@@ -8,17 +8,19 @@ from open_clip import create_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
-from simplclip import cli, config
-from simplclip import plan as planning
-from simplclip.cards import GIB, Budget, parse_memory
+from simplclip import cli
+from simplclip import memory as planning
+from simplclip.memory import pretend
+from simplclip.memory.cards import parse_memory
+from simplclip.memory.count import KINDS, Counter, UncountedOp
+from simplclip.memory.measure import measure
+from simplclip.memory.predict import predict
+from simplclip.memory.solve import largest
+from simplclip.memory.step import OpenClipStep, TrainerStep, busiest
 from simplclip.ops import backends, workspaces
 from simplclip.ops.workspaces_cpu import packing_bytes
-from simplclip.plan import pretend
-from simplclip.plan.count import KINDS, Counter, UncountedOp
-from simplclip.plan.measure import measure
-from simplclip.plan.predict import predict
-from simplclip.plan.solve import largest
-from simplclip.plan.step import OpenClipStep, TrainerStep, busiest
+from simplclip.train import config
+from simplclip.train.limits import GIB, Budget
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -288,8 +290,8 @@ def test_the_command(tmp_path):
     ("arguments", "message"),
     [
         (["siclip-tiny-emoji", "--memory", "24"], "memory: expected a size such as 24GiB or one of"),
-        (["siclip-tiny-emoji", "--memory", "1GiB", "--compare", "timm"], "--compare: expected open_clip, came 'timm'"),
-        (["siclip-tiny-emoji", "--memory", "1GiB", "--device", "tpu"], "--device: expected cuda or cpu, came 'tpu'"),
+        (["siclip-tiny-emoji", "--memory", "1GiB", "--compare", "timm"], "--compare: expected open_clip, got 'timm'"),
+        (["siclip-tiny-emoji", "--memory", "1GiB", "--device", "tpu"], "--device: expected cuda or cpu, got 'tpu'"),
         (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "7"], "data.micro_batch: expected a divisor of"),
         (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "x"], "data.micro_batch: expected a whole number or"),
         (["siclip-lite0-emoji", "--memory", "1GiB", "--set", "data.train=none/*.tar", "--device", "cpu"],

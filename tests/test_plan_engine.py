@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from simplclip import gradient_cache, models
 from simplclip.losses import ClipPMLoss
+from simplclip.memory.engine import Engine
 from simplclip.ops import parallel_mlp
-from simplclip.plan.engine import Engine
 
 
 class Net(nn.Module):

@@ -174,9 +174,9 @@ def test_compressed_shards_become_plain_ones(tmp_path):
         ({"out": "full"}, FileExistsError, "holds other files \\(notes.txt"),
         ({"out": "in-too"}, FileExistsError, "holds others' meta.json"),
         ({"out": "file"}, FileExistsError, "is a file"),
-        ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1, came 0"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1, got 0"),
         ({"shards": "{held-0,copy/train-0}.tar", "out": "new"}, ValueError, "'seed' differs"),
-        ({"process": lambda batch: [], "out": "new"}, ValueError, "expected the files of 4 samples, came 0"),
+        ({"process": lambda batch: [], "out": "new"}, ValueError, "expected the files of 4 samples, got 0"),
     ],
 )
 def test_wrong_arguments(folder, tmp_path, change, error, message):

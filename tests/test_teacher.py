@@ -20,9 +20,10 @@ from trainer_runs import register_models
 from typer.testing import CliRunner
 
 from simplclip import cli, data, models, teacher
-from simplclip.data import emoji, shards
+from simplclip.data import shards
 from simplclip.data.shards import Skipped, read_shard, teacher_of, teacher_stamp
-from simplclip.teacher import builtin, heads
+from simplclip.demo import emoji, heads
+from simplclip.demo import teacher as builtin
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_teachers_of_this_library(tmp_path):
     )
     torch.testing.assert_close(found.encode_image([image]).norm(dim=1), torch.ones(1))
     assert found.encode_text(captions).shape == (2, 256)
-    with pytest.raises(ValueError, match="expected a checkpoint of 'siclip-s0', came one of 'siclip-tiny'"):
+    with pytest.raises(ValueError, match="expected a checkpoint of 'siclip-s0', got one of 'siclip-tiny'"):
         teacher.load("siclip-s0", tmp_path / "run")
 
 
@@ -147,7 +148,7 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
     ("arguments", "message"),
     [
         (["--teacher", "nobody"], "teacher: expected one of builtin, siclip-s0"),
-        (["--teacher", "open_clip:tiny"], "checkpoint: expected a file of weights for open_clip:tiny, came none"),
+        (["--teacher", "open_clip:tiny"], "checkpoint: expected a file of weights for open_clip:tiny, got none"),
         (["--teacher", "open_clip:ViT-B-33"], "nearest"),
         (["--teacher", "open_clip:ViT-B-32/nowhere"], "expected a tag of ViT-B-32, one of openai"),
         (["--teacher", "siclip-tiny"], "checkpoint: expected a file for the teacher 'siclip-tiny'"),
@@ -159,12 +160,12 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
         (["--teacher", "open_clip:tiny", "--checkpoint", "nan.pt"], "gives features that are not finite"),
         (["--checkpoint", "tiny.pt"], "expected heads instead for the built-in teacher"),
         (["--heads", "garbage.pt"], "holds no heads of the built-in teacher"),
-        (["--heads", "other.safetensors"], "expected the mark simplclip-heads 1, came None None"),
+        (["--heads", "other.safetensors"], "expected the mark simplclip-heads 1, got None None"),
         (["--heads", "small.safetensors"], "its heads do not fit"),
         (["--teacher", "open_clip:tiny", "--heads", "garbage.pt"], "which has no heads"),
         (["--evaluate", "none.tar"], "does not exist"),
         (["--teacher", "open_clip:tiny", "--checkpoint", "tiny.pt", "--device", "tpu9"], "device: expected"),
-        (["--precision", "int8"], "precision: expected fp32, bf16, fp16 or auto, came 'int8'"),
+        (["--precision", "int8"], "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(folder, tmp_path, arguments, message):

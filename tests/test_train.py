@@ -9,11 +9,13 @@ import torch
 from PIL import Image
 from runs import assert_same, at_step, go, rows, state_of
 
-from simplclip import checkpoint, hardware, losses
-from simplclip.config import ConfigError
+from simplclip import losses
+from simplclip.common import hardware
+from simplclip.train import checkpoint
 from simplclip.train import loop as train
+from simplclip.train.config import ConfigError
 from simplclip.train.metrics import CsvLog
-from simplclip.train.training import lr_factor
+from simplclip.train.state import lr_factor
 
 
 # An epoch has 3 batches: step 3 ends one, step 5 lies within one.
@@ -164,7 +166,7 @@ def test_resume_checks_the_settings(tmp_path):
     go(tiny.settings(tmp_path, "run.steps=4"))
     with pytest.raises(ConfigError, match=r"other settings: data.batch_size was 8, now 4; optim.lr was 0.001, now 0.5"):
         go(tiny.settings(tmp_path, "optim.lr=0.5", "data.batch_size=4"), resume=True)
-    with pytest.raises(ConfigError, match="run.steps: expected at least 4, the step of .*, came 3"):
+    with pytest.raises(ConfigError, match="run.steps: expected at least 4, the step of .*, got 3"):
         go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
     with pytest.raises(ConfigError, match="data.train was"):
         go(tiny.settings(tmp_path, "data.train=elsewhere/other-0.tar"), resume=True)
@@ -288,7 +290,7 @@ def test_precision_and_device(monkeypatch):
     assert hardware.autocast("bf16", cpu).fast_dtype == torch.bfloat16
     with pytest.raises(ValueError, match="device: expected"):
         hardware.pick_device("cuda:99")
-    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, came 'gpu'"):
+    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'gpu'"):
         hardware.pick_device("gpu")
 
 
@@ -300,7 +302,7 @@ def test_threads_are_capped(monkeypatch):
         monkeypatch.delenv("SIMPLCLIP_THREADS")
         assert hardware.set_threads(2) == 2
         monkeypatch.setenv("SIMPLCLIP_THREADS", "few")
-        with pytest.raises(ValueError, match="SIMPLCLIP_THREADS: expected a whole number above 0, came 'few'"):
+        with pytest.raises(ValueError, match="SIMPLCLIP_THREADS: expected a whole number above 0, got 'few'"):
             hardware.set_threads(None)
     finally:
         torch.set_num_threads(before)

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from runs import assert_same, at_step, go, rows, state_of
 
-from simplclip import checkpoint, evaluate, plots
-from simplclip.config import ConfigError
-from simplclip.train import lock, metrics
+from simplclip import evaluation
+from simplclip.train import checkpoint, lock, metrics
 from simplclip.train import loop as train
+from simplclip.train.config import ConfigError
 from simplclip.train.lock import RunLock
 
 DROPOUT = "model.options.vision_cfg.timm_drop=0.2"  # draws from the global generator
@@ -102,7 +102,7 @@ def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undistu
     """Logging, evaluating, and plotting in the end."""
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     config = tiny.settings(tmp_path, DROPOUT, "eval.every=4", f"eval.splits.held={held}")
-    for target, name, step in ((metrics.RunLog, "write", 1), (evaluate, "encode", 4), (plots, "curves", 7)):
+    for target, name, step in ((metrics.RunLog, "write", 1), (evaluation, "encode", 4), (train, "curves", 7)):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, lambda *a, **k: fails())
             with pytest.raises(train.TrainingError, match=f"after step {step}: OSError.* [Ss]tep {step} (is saved|in)|Saved"):

@@ -10,12 +10,12 @@ import torch
 import yaml
 from runs import go, rows
 
-from simplclip import checkpoint
-from simplclip.cards import Budget
-from simplclip.config import ConfigError
-from simplclip.plan.predict import predict
-from simplclip.plan.step import TrainerStep
-from simplclip.train import memory
+from simplclip.memory.predict import predict
+from simplclip.memory.step import TrainerStep
+from simplclip.train import checkpoint
+from simplclip.train import limits as memory
+from simplclip.train.config import ConfigError
+from simplclip.train.limits import Budget
 
 FROZEN = "model.freeze_norms=true"
 
@@ -110,7 +110,7 @@ def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
     before = hashlib.sha256((out / "last.pt").read_bytes()).digest()
 
     # What a process of this command has before its first step, and room for a part of the step.
-    program = "import simplclip.train, simplclip.plan; from simplclip.train import memory; print(memory._data_bytes())"
+    program = "import simplclip.train, simplclip.memory; from simplclip.train import memory; print(memory._data_bytes())"
     taken = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     limit = ("--resume", "--memory-limit", f"{taken / 2**20 + 450:.0f}MiB", "--set", "run.steps=2")
     failed = train(*limit)

@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from runs import assert_same, at_step, bits, go, rows, state_of
 
-from simplclip import checkpoint, data
-from simplclip.config import ConfigError
+from simplclip import data
+from simplclip.train import checkpoint
 from simplclip.train import loop as train
-from simplclip.train.training import Training
+from simplclip.train.config import ConfigError
+from simplclip.train.state import Training
 
 WIDTH = 256  # of siclip-tiny
 WIKD = [
@@ -120,7 +121,7 @@ def test_no_teacher_is_in_memory(tmp_path):
     code = f"""
 import gc, sys
 import torch
-from simplclip import config
+from simplclip.train import config
 from simplclip.train import loop
 made = []
 original = loop.Training.__init__

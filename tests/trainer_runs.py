@@ -22,7 +22,7 @@ import open_clip_train.data
 import open_clip_train.main
 import torch
 
-import simplclip.openclip_train
+import simplclip.integrations.open_clip_train
 from simplclip import losses
 
 MODELS = {"tiny": 16, "tiny-wide": 24}
@@ -79,10 +79,10 @@ def run(entry: dict, meeting: Path) -> dict:
     if "ddp" in entry["help"]:
         torch.nn.parallel.DistributedDataParallel = lambda module, device_ids=None, **options: wrap(module, **options)
     try:
-        main = open_clip_train.main.main if entry["who"] == "theirs" else simplclip.openclip_train.main
+        main = open_clip_train.main.main if entry["who"] == "theirs" else simplclip.integrations.open_clip_train.main
         before = names()
         helped = entry["who"] == "theirs" and "shards" in entry["help"]
-        with simplclip.openclip_train._shards_of_webdataset_1() if helped else contextlib.nullcontext():
+        with simplclip.integrations.open_clip_train._shards_of_webdataset_1() if helped else contextlib.nullcontext():
             returned = main(argv)
         assert names() == before, "main left its replacements behind"
         parameters = {name: p.tolist() for name, p in recorder.loss.named_parameters()}
