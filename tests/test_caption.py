@@ -288,7 +288,7 @@ def test_command(source, weights, tmp_path):
         "model: expected a CoCa model of open_clip, such as coca_": (out, "--model", "ViT-B-32", "--checkpoint", weights),
         "'coca_ViT-B-33' is no model of open_clip": (out, "--model", "coca_ViT-B-33"),
         "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
-        "came both": (out, *options, "--pretrained", "x"),
+        "got both": (out, *options, "--pretrained", "x"),
         "pretrained: expected one of ['laion2b_s13b_b90k'": (out, "--pretrained", "x"),
         "checkpoint: no such file": (out, "--checkpoint", tmp_path / "none.pt"),
         "checkpoint: expected a file of weights": (out, "--model", NAME, "--checkpoint", tmp_path / "text.pt"),

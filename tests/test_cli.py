@@ -98,7 +98,7 @@ def test_help_config_prints_every_key():
         (["evaluate", "nothing.pt", "--data", "x.tar"], "checkpoint: no such file: nothing.pt"),
         (
             ["evaluate", "nothing.pt", "--data", "a=x.tar", "--data", "a=y.tar"],
-            "--data: the split name 'a' came twice",
+            "--data: expected different split names (--data NAME=SHARDS), got 'a' twice",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from simplclip.common.files import differences
 from simplclip.train import config
 
 MINIMAL = {"data": {"train": "x-*.tar"}, "run": {"out": "runs/x"}}
@@ -128,7 +129,7 @@ def test_describe_is_a_config_with_every_key():
 
 
 def test_differences():
-    assert config.differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}) == {
+    assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}) == {
         "a.c": (2, 5),
         "d": (3, None),
     }

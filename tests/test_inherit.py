@@ -195,7 +195,7 @@ def test_freeze_brings_the_state_back_without_the_source():
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
     assert [m.training for m in again.modules()] == [m.training for m in model.modules()]
     flags = [m.training for m in again.modules()]
-    with pytest.raises(InheritanceError, match="came 'visual.tail'"):
+    with pytest.raises(InheritanceError, match="got 'visual.tail'"):
         freeze(again, ["text.transformer", "visual.tail"])
     assert flags == [m.training for m in again.modules()]
 
@@ -327,7 +327,7 @@ def bad_sources(folder):
         folder / "list.pt": (InheritanceError, "expected a state dict in .*list.pt, got list"),
         folder / "empty.pt": (InheritanceError, "empty.pt holds no tensors"),
         "minilm": (InheritanceError, "this model has no place for 'minilm', it takes no pretrained weights"),
-        "ViT-B-32/laion2b": (InheritanceError, "came ViT-B-32/laion2b; nearest tags: laion2b_e16"),
+        "ViT-B-32/laion2b": (InheritanceError, "got ViT-B-32/laion2b; nearest tags: laion2b_e16"),
         "open_clip:ViT-B-23/x": (InheritanceError, "no tags for ViT-B-23; nearest models: .*'ViT-B-32'"),
         vit: (
             InheritanceError,

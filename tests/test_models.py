@@ -28,7 +28,7 @@ def count(model):
 
 
 def test_names():
-    assert models.names() == ["siclip-s0", "siclip-tiny", "siclip-lite0"]
+    assert models.names() == ["siclip-s0", "siclip-lite0", "siclip-tiny"]
 
 
 def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):

@@ -276,7 +276,7 @@ def test_numbered_checkpoints(tmp_path):
 
 def test_csv_refuses_other_columns(tmp_path):
     CsvLog(tmp_path / "m.csv", ["step", "loss"]).close()
-    with pytest.raises(ValueError, match="m.csv: expected the columns step, other; came step, loss"):
+    with pytest.raises(ValueError, match="m.csv: expected the columns step, other; got step, loss"):
         CsvLog(tmp_path / "m.csv", ["step", "other"])
 
 

@@ -3,7 +3,7 @@
 group                   an entry is                                             registered here by simplclip.demo
 simplclip.models        a `simplclip.models.registry.Spec`                      siclip-tiny, siclip-lite0
 simplclip.weights       a function that returns a state dict                    efficientnet-lite0, minilm
-simplclip.teachers      a module with `load` and `prepare` (simplclip.demo.teacher)    builtin
+simplclip.teachers      a module with `load` and `prepare`                          builtin
 simplclip.configs       a package with a folder configs/ of YAML files          demo
 """
 

