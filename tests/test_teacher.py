@@ -206,7 +206,7 @@ def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "features", lambda *_: separable())
     source = tiny.write_shard(tmp_path / "a.tar")
     state = torch.get_rng_state()
-    first, count = teacher.train_heads(source, progress=False)
+    first, count = heads.train(source, progress=False)
     assert count == 64
     assert torch.equal(state, torch.get_rng_state())
     pairs = separable()
@@ -214,8 +214,8 @@ def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
         x, y = F.normalize(first.image(pairs.images[0]), dim=-1), F.normalize(first.text(pairs.texts[:32]), dim=-1)
     assert ((x @ y.T).argmax(1) == pairs.groups).float().mean() > 0.95
     assert first.logit_scale.exp() <= heads.MAX_SCALE + 1e-3
-    again, _ = teacher.train_heads(source, progress=False)
-    other, _ = teacher.train_heads(source, seed=1, progress=False)
+    again, _ = heads.train(source, progress=False)
+    other, _ = heads.train(source, seed=1, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(first.image.linear.weight, other.image.linear.weight)
     builtin.save_heads(first, tmp_path / "heads.safetensors")
@@ -230,7 +230,7 @@ def test_pairs_of_a_group_are_no_negatives(monkeypatch, folder):
     monkeypatch.setattr(heads.ClipPMLoss, "forward", lambda s, *a, **k: seen.append(k["ids"]) or loss(s, *a, **k))
     monkeypatch.setattr(heads, "STEPS", 1)
     monkeypatch.setattr(heads, "features", lambda *_: separable(8))
-    teacher.train_heads(str(folder / "in" / "train-0.tar"), progress=False)
+    heads.train(str(folder / "in" / "train-0.tar"), progress=False)
     assert sorted(seen[0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -239,7 +239,7 @@ def test_heads_need_pairs_to_tell_apart(tmp_path):
 
     one = write(tmp_path / "a.tar", [("a", {"png": png(), "txt": b"one"}), ("b", {"png": b"broken", "txt": b"two"})])
     with pytest.raises(data.EmptyEpochError, match="no two pairs to tell apart; 1 skipped: 1 not an image"):
-        teacher.train_heads(one, progress=False)
+        heads.train(one, progress=False)
 
 
 def test_padding_and_company_do_not_change_features():

@@ -10,10 +10,10 @@ import torch
 import yaml
 from runs import go, rows
 
+from simplclip import memory
 from simplclip.memory.predict import predict
 from simplclip.memory.step import TrainerStep
-from simplclip.train import checkpoint
-from simplclip.train import limits as memory
+from simplclip.train import checkpoint, limits
 from simplclip.train.config import ConfigError
 from simplclip.train.limits import Budget
 
@@ -26,7 +26,10 @@ def room(monkeypatch, usable):
 
 
 def test_auto_takes_what_fits(tmp_path, monkeypatch):
-    whole = go(tiny.settings(tmp_path, FROZEN, "data.micro_batch=auto", f"run.out={tmp_path / 'whole'}", "run.steps=1"))
+    whole = go(
+        tiny.settings(tmp_path, FROZEN, "data.micro_batch=auto", f"run.out={tmp_path / 'whole'}", "run.steps=1"),
+        planner=memory,
+    )
     assert "the whole batch at a time fit in" in whole
     assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["data"]["micro_batch"] is None
 
@@ -36,7 +39,10 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
 
     room(monkeypatch, (peak(4) + peak(6)) // 2)
     out = tmp_path / "parts"
-    told = go(tiny.settings(tmp_path, FROZEN, "data.batch_size=24", "data.micro_batch=auto", f"run.out={out}", "run.steps=2"))
+    told = go(
+        tiny.settings(tmp_path, FROZEN, "data.batch_size=24", "data.micro_batch=auto", f"run.out={out}", "run.steps=2"),
+        planner=memory,
+    )
     micro = checkpoint.load(out)["config"]["data"]["micro_batch"]
     assert micro == 4
     assert "4 images at a time fit in 0.0" in told
@@ -44,7 +50,7 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
     # Going on takes the checkpoint's, without another plan.
     room(monkeypatch, 1 << 40)
     changes = ("data.batch_size=24", "data.micro_batch=auto", "run.steps=3")
-    told = go(tiny.settings(tmp_path, FROZEN, *changes, f"run.out={out}"), resume=True)
+    told = go(tiny.settings(tmp_path, FROZEN, *changes, f"run.out={out}"), resume=True, planner=memory)
     assert "by simplclip plan" not in told
     assert checkpoint.load(out)["config"]["data"]["micro_batch"] == micro
 
@@ -78,18 +84,18 @@ def test_limits_that_cannot_be(monkeypatch):
     cpu = torch.device("cpu")
     for limit in (1 << 20, 1 << 60):
         with pytest.raises(ValueError, match="--memory-limit: expected more than the .* MiB that are taken already"):
-            memory.MemoryLimit(cpu, limit)
-    monkeypatch.setattr(memory, "resource", None)
+            limits.MemoryLimit(cpu, limit)
+    monkeypatch.setattr(limits, "resource", None)
     with pytest.raises(ValueError, match="--memory-limit: expected a GPU or Linux"):
-        memory.MemoryLimit(cpu, memory._data_bytes() + (1 << 30))
+        limits.MemoryLimit(cpu, limits._data_bytes() + (1 << 30))
 
 
 def test_what_running_out_is():
-    assert memory.ran_out(torch.OutOfMemoryError("CUDA out of memory"))
+    assert limits.ran_out(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as error:
         torch.empty(1 << 50)
-    assert memory.ran_out(error.value)
-    assert not memory.ran_out(RuntimeError("the size of tensor a must match"))
+    assert limits.ran_out(error.value)
+    assert not limits.ran_out(RuntimeError("the size of tensor a must match"))
 
 
 @pytest.mark.slow
@@ -110,7 +116,7 @@ def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
     before = hashlib.sha256((out / "last.pt").read_bytes()).digest()
 
     # What a process of this command has before its first step, and room for a part of the step.
-    program = "import simplclip.train, simplclip.memory; from simplclip.train import memory; print(memory._data_bytes())"
+    program = "import simplclip.memory; from simplclip.train import limits, loop; print(limits._data_bytes())"
     taken = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     limit = ("--resume", "--memory-limit", f"{taken / 2**20 + 450:.0f}MiB", "--set", "run.steps=2")
     failed = train(*limit)

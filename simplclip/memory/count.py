@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simplclip.common.errors import UserError
+from simplclip.kernels import launch as launching
 from simplclip.ops import registry
 from simplclip.ops.workspaces import workspace_bytes
 from simplclip.ops.workspaces_cpu import packing_bytes
 
 # What a live byte is for. A storage has the kind of the phase that allocated it until `hold` gives it another.
-KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", "kernel workspaces")
+WORKSPACE = "kernel workspaces"
+KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", WORKSPACE)
 GPU_BLOCK = 512  # torch's CUDA allocator hands out multiples of it
 
 
@@ -126,8 +128,8 @@ class Counter(TorchDispatchMode):
 
     def transient(self, size: int) -> None:
         """Something of `size` bytes that is freed at once."""
-        self._change("kernel workspaces", size)
-        self._change("kernel workspaces", -size)
+        self._change(WORKSPACE, size)
+        self._change(WORKSPACE, -size)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -159,7 +161,8 @@ class Counter(TorchDispatchMode):
         return out
 
     def _native(self, op: str, backend: str, function):
-        """What stands for `function` of `backend`. That of the reference is plain torch and runs."""
+        """What stands for `function` of `backend`. The reference is plain torch and runs; so do Triton's launchers, without
+        their kernels."""
         if backend == "reference":
             return function
 
@@ -168,7 +171,19 @@ class Counter(TorchDispatchMode):
             self.transient(workspace_bytes(op, backend, *args))
             return out
 
-        return fake
+        def launch(*args):
+            outer = self.kind
+            with self.during(self.phase, WORKSPACE), launching.pretended():
+                out = function(*args)
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and self._kind_of(tensor) == WORKSPACE:
+                    self._relabel(tensor, outer)
+            return out
+
+        return launch if backend == "triton" else fake
+
+    def _kind_of(self, tensor: Tensor) -> str | None:
+        return self._held.get(tensor.untyped_storage()._cdata, (None,))[0]
 
     def _see(self, tensor: Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
