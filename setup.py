@@ -4,9 +4,9 @@
     simplclip._C_cuda  CUDA objects, where nvcc is found and torch was built with CUDA
 
 SIMPLCLIP_CUDA=auto (default) builds CUDA where it can and prints why where it cannot; 0 never does; 1 fails with the reason.
-SIMPLCLIP_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST chooses the architectures, e.g. "8.6;9.0"; "all" stands for ARCHITECTURES, as a wheel
-needs them. Without either they are those of this machine's GPUs, or that of an RTX 3090 where there is none. MAX_JOBS caps
-the compilers that run at once.
+SIMPLCLIP_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST chooses the architectures, e.g. "8.6;9.0"; "all" stands for ARCHITECTURES, as a
+wheel needs them. Without either they are those of this machine's GPUs, or that of an RTX 3090 where there is none. MAX_JOBS
+caps the compilers that run at once.
 """
 
 import os

@@ -73,38 +73,52 @@ class Kernel:
     types: dict[str, str] = field(default_factory=dict)  # in place of those of the table
 
 
+# By the letters of the formulas, for a table's column.
+MATRICES = {
+    "Z": "HAS_STUDENT",
+    "L": "HAS_HADAMARD",
+    "T": "HAS_TEACHER",
+    "U": "HAS_IMAGE_TO_TEACHER",
+    "V": "HAS_TEACHER_TO_TEXT",
+}
+
+
 def launches(everything: bool) -> list[Launch]:
     """Launches by their flags: all that simplclip.kernels.similarity.launch.launches can return, or the heaviest ones."""
     flags = list(itertools.product((True, False), repeat=2)) if everything else [(True, True)]  # columns, ids
     found = []
+    teacher = {"HAS_TEACHER": True}
     for columns, ids in flags:
-        both = {"COLUMNS": columns, "IDS": ids}
-        for softmax, match, hadamard in itertools.product((True, False), ("", "ALL", "HARD"), (False, True)):
-            if (hadamard and not match) or (not softmax and match != "ALL"):
+        cross = {"KL": True, "HAS_IMAGE_TO_TEACHER": True, "HAS_TEACHER_TO_TEXT": columns}
+        both = {"COLUMNS": columns, "HAS_IDS": ids}
+        for softmax, match, hadamard in itertools.product(
+            (True, False), ("", "ALL_NEGATIVES", "HARD_NEGATIVES"), (False, True)
+        ):
+            if (hadamard and not match) or (not softmax and match != "ALL_NEGATIVES"):
                 continue
-            z = {"Z": True, "L": hadamard, "SOFTMAX": softmax, **({match: True} if match else {})}
-            found.append(Launch(**z, IDS=ids, COLUMNS=columns and softmax))
+            student = {"HAS_STUDENT": True, "HAS_HADAMARD": hadamard, "SOFTMAX": softmax, **({match: True} if match else {})}
+            found.append(Launch(**student, HAS_IDS=ids, COLUMNS=columns and softmax))
             if softmax:
-                found.append(Launch(**z, T=True, RELATIONAL=True, **both))
-                found.append(Launch(**z, T=True, RELATIONAL=True, KL=True, U=True, V=columns, **both))
-        found += [Launch(T=True, KL=True, U=True, V=columns, **both), Launch(U=True, IDS=ids)]
+                found.append(Launch(**student, **teacher, RELATIONAL=True, **both))
+                found.append(Launch(**student, **teacher, **cross, RELATIONAL=True, **both))
+        found += [Launch(**teacher, **cross, **both), Launch(HAS_IMAGE_TO_TEACHER=True, HAS_IDS=ids)]
     return list(dict.fromkeys(found))
 
 
 def absent(launch: Launch) -> dict[str, None]:
     """Arguments that a call with this launch alone does not have."""
     names = []
-    if not launch.Z:
+    if not launch.HAS_STUDENT:
         names += ["image", "text", "scale"]
-    if not (launch.T or launch.U or launch.V):
+    if not (launch.HAS_TEACHER or launch.HAS_IMAGE_TO_TEACHER or launch.HAS_TEACHER_TO_TEXT):
         names += ["teacher_image", "teacher_text"]
-    if not launch.T:
+    if not launch.HAS_TEACHER:
         names += ["teacher_scale"]
-    if not (launch.U or launch.V):
+    if not (launch.HAS_IMAGE_TO_TEACHER or launch.HAS_TEACHER_TO_TEXT):
         names += ["projected_image", "projected_text", "cross_scale"]
-    if not (launch.ALL or launch.HARD):
+    if not (launch.ALL_NEGATIVES or launch.HARD_NEGATIVES):
         names += ["plane_weight", "plane_bias"]
-    if not launch.IDS:
+    if not launch.HAS_IDS:
         names += ["ids", "text_ids"]
     return dict.fromkeys(names)
 
@@ -131,18 +145,22 @@ def similarity(
     }
     if backward:
         scaled = dtype == "float16"
-        constants |= {"SCALED": scaled, "ATTEND": launch.tiles == launch.U, **({} if scaled else {"factors": None})}
+        constants |= {
+            "SCALED": scaled,
+            "ATTEND": launch.tiles == launch.HAS_IMAGE_TO_TEACHER,
+            **({} if scaled else {"factors": None}),
+        }
     else:
         constants |= {**launch.slots(), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
-    match = "+all" * launch.ALL + "+hard" * launch.HARD
-    planes = "".join(name for name in "ZLTUV" if getattr(launch, name)) + match + "+ids" * launch.IDS
-    planes += "" if launch.COLUMNS or launch.U else " rows"
+    match = "+all" * launch.ALL_NEGATIVES + "+hard" * launch.HARD_NEGATIVES
+    planes = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name)) + match + "+ids" * launch.HAS_IDS
+    planes += "" if launch.COLUMNS or launch.HAS_IMAGE_TO_TEACHER else " rows"
     function = _similarity_gradient_kernel if backward else _similarity_statistics_kernel
     return Kernel(function.__name__, function, constants, tile, dtype, planes if even else planes + " odd D")
 
 
 def small_kernels(dtype: str) -> Iterator[Kernel]:
-    everything = next(launch for launch in launches(False) if launch.tiles == 5 and launch.HARD)
+    everything = next(launch for launch in launches(False) if launch.tiles == 5 and launch.HARD_NEGATIVES)
     tile = tuning.Tile(0, 0, 0, 4, 1, 1)
     for of_rows in (True, False):
         slots = {name: at for name, at in everything.slots().items() if name.endswith("_AT")}
@@ -151,8 +169,8 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
             "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile._replace(warps=MERGE_WARPS), "float32",
             "rows" if of_rows else "columns", False, {"out": "*fp32"},
         )  # fmt: skip
-    constants = {"Z": True, "L": True, "T": True, "U": True, "V": True, **DIAGONAL}
-    yield Kernel("_similarity_diagonal_kernel", _similarity_diagonal_kernel, constants, tile, dtype, "ZLTUV", False)
+    constants = {**dict.fromkeys(MATRICES.values(), True), **DIAGONAL}
+    yield Kernel("_similarity_diagonal_kernel", _similarity_diagonal_kernel, constants, tile, dtype, "".join(MATRICES), False)
     yield Kernel("_similarity_count_kernel", _similarity_count_kernel, dict(COUNT), tile, "int64", "", False)
 
 

@@ -1,5 +1,12 @@
 """Options of the test run."""
 
+import os
+
+from paths import ROOT
+
+# torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
+
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, default=2000, help="random calls of test_properties.py (the long proof: 50000)")

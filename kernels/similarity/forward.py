@@ -43,22 +43,22 @@ def _similarity_statistics_kernel(
     row_blocks,
     splits,
     tiles_per_split,
-    Z: tl.constexpr,
-    L: tl.constexpr,
-    T: tl.constexpr,
-    U: tl.constexpr,
-    V: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    HAS_HADAMARD: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    HAS_IMAGE_TO_TEACHER: tl.constexpr,
+    HAS_TEACHER_TO_TEXT: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    ALL: tl.constexpr,
-    HARD: tl.constexpr,
+    ALL_NEGATIVES: tl.constexpr,
+    HARD_NEGATIVES: tl.constexpr,
     RELATIONAL: tl.constexpr,
     KL: tl.constexpr,
     COLUMNS: tl.constexpr,
-    IDS: tl.constexpr,
-    T_AT: tl.constexpr,
-    X_AT: tl.constexpr,
-    Z_AT: tl.constexpr,
-    MATCH_AT: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    TEACHER_AT: tl.constexpr,
+    CROSS_AT: tl.constexpr,
+    STUDENT_AT: tl.constexpr,
+    PAIR_MATCHING_AT: tl.constexpr,
     ROW_SLOTS: tl.constexpr,
     COLUMN_SLOTS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -97,17 +97,17 @@ def _similarity_statistics_kernel(
     max_z, sum_z, match = none, zero, zero
 
     row_ids = row
-    if IDS:
+    if HAS_IDS:
         row_ids = tl.load(ids + safe_row)
-    if Z:
+    if HAS_STUDENT:
         z_scale = tl.load(scale) * LOG2E
-    if T:
+    if HAS_TEACHER:
         t_scale = tl.load(teacher_scale) * LOG2E
-    if U or V:
+    if HAS_IMAGE_TO_TEACHER or HAS_TEACHER_TO_TEXT:
         x_scale = tl.load(cross_scale) * LOG2E
-    if ALL or HARD:
+    if ALL_NEGATIVES or HARD_NEGATIVES:
         bias = tl.load(plane_bias)
-        if not L:
+        if not HAS_HADAMARD:
             slope = tl.load(plane_weight)
 
     tiles = (m + BLOCK_N - 1) // BLOCK_N
@@ -118,12 +118,12 @@ def _similarity_statistics_kernel(
         if COLUMNS:
             parts_at = column_parts + row_block.to(tl.int64) * COLUMN_SLOTS * m + column
 
-        if T:
+        if HAS_TEACHER:
             raw = product(
                 teacher_image, teacher_text, None, safe_row, safe_column, teacher_width,
                 TEACHER_EVEN, False, PRECISION, INTERPRETED, BLOCK_K,
             )  # fmt: skip
-            negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS)
+            negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
             t = raw * t_scale
             t = tl.where(negative, t + 0.0 * t, -INF)  # NaN where it is infinite: -inf would be taken for no negative
             max_t, base_t, shrink = raised(max_t, t, 1)
@@ -134,17 +134,17 @@ def _similarity_statistics_kernel(
                 mean_x *= shrink
             if COLUMNS:
                 maximum, column_base_t = _column_base(t)
-                tl.store(parts_at + T_AT * m, maximum, column_inside)
+                tl.store(parts_at + TEACHER_AT * m, maximum, column_inside)
 
-        if U:
+        if HAS_IMAGE_TO_TEACHER:
             raw = product(
                 projected_image, teacher_text, None, safe_row, safe_column, teacher_width,
                 TEACHER_EVEN, False, PRECISION, INTERPRETED, BLOCK_K,
             )  # fmt: skip
-            if T:
+            if HAS_TEACHER:
                 negative = t != -INF
             else:
-                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS)
+                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
             u = raw * x_scale
             if KL:
                 share = weights(t, base_t[:, None])
@@ -154,34 +154,34 @@ def _similarity_statistics_kernel(
             max_x, base, shrink = raised(max_x, u, 1)
             sum_x = sum_x * shrink + tl.sum(weights(u, base[:, None]), 1)
 
-        if V and COLUMNS:
+        if HAS_TEACHER_TO_TEXT and COLUMNS:
             raw = product(
                 teacher_image, projected_text, None, safe_row, safe_column, teacher_width,
                 TEACHER_EVEN, False, PRECISION, INTERPRETED, BLOCK_K,
             )  # fmt: skip
-            if T:
+            if HAS_TEACHER:
                 negative = t != -INF
             else:
-                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS)
+                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
             v = raw * x_scale
             if KL:
                 share = weights(t, column_base_t[None, :])
                 mean = tl.sum(weighted(share, entropy * t - v), 0)
-                tl.store(parts_at + (T_AT + 1) * m, tl.sum(share, 0), column_inside)
-                tl.store(parts_at + (T_AT + 2 + RELATIONAL) * m, mean * LN2, column_inside)
+                tl.store(parts_at + (TEACHER_AT + 1) * m, tl.sum(share, 0), column_inside)
+                tl.store(parts_at + (TEACHER_AT + 2 + RELATIONAL) * m, mean * LN2, column_inside)
             v = tl.where(negative, v, -INF)
             maximum, base = _column_base(v)
-            tl.store(parts_at + X_AT * m, maximum, column_inside)
-            tl.store(parts_at + (X_AT + 1) * m, tl.sum(weights(v, base[None, :]), 0), column_inside)
+            tl.store(parts_at + CROSS_AT * m, maximum, column_inside)
+            tl.store(parts_at + (CROSS_AT + 1) * m, tl.sum(weights(v, base[None, :]), 0), column_inside)
 
-        if Z:
+        if HAS_STUDENT:
             raw = product(
                 image, text, None, safe_row, safe_column, width, EVEN, False, PRECISION, INTERPRETED, BLOCK_K
             )  # fmt: skip
-            if T:
+            if HAS_TEACHER:
                 negative = t != -INF
             else:
-                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS)
+                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
             z = raw * z_scale
             if RELATIONAL:
                 gap = entropy * t - z
@@ -198,45 +198,47 @@ def _similarity_statistics_kernel(
                         mean = tl.sum(weighted(share, gap), 0) * 2.0
                     else:
                         share = weights(t, column_base_t[None, :])
-                        tl.store(parts_at + (T_AT + 1) * m, tl.sum(share, 0), column_inside)
+                        tl.store(parts_at + (TEACHER_AT + 1) * m, tl.sum(share, 0), column_inside)
                         mean = tl.sum(weighted(share, gap), 0)
-                    tl.store(parts_at + (T_AT + 2) * m, mean * LN2, column_inside)
+                    tl.store(parts_at + (TEACHER_AT + 2) * m, mean * LN2, column_inside)
             z = tl.where(negative, z, -INF)
             if SOFTMAX:
                 max_z, base_z, shrink = raised(max_z, z, 1)
                 sum_z = sum_z * shrink + tl.sum(weights(z, base_z[:, None]), 1)
                 if COLUMNS:
                     column_max, column_base = _column_base(z)
-                    tl.store(parts_at + Z_AT * m, column_max, column_inside)
-                    tl.store(parts_at + (Z_AT + 1) * m, tl.sum(weights(z, column_base[None, :]), 0), column_inside)
-            if L:
+                    tl.store(parts_at + STUDENT_AT * m, column_max, column_inside)
+                    tl.store(parts_at + (STUDENT_AT + 1) * m, tl.sum(weights(z, column_base[None, :]), 0), column_inside)
+            if HAS_HADAMARD:
                 raw = product(
                     image, text, plane_weight, safe_row, safe_column, width, EVEN, True, PRECISION, INTERPRETED, BLOCK_K
                 )  # fmt: skip
-            if ALL or HARD:
-                loss = softplus(raw + bias) if L else softplus(raw * slope + bias)
-            if ALL:
+            if ALL_NEGATIVES or HARD_NEGATIVES:
+                loss = softplus(raw + bias) if HAS_HADAMARD else softplus(raw * slope + bias)
+            if ALL_NEGATIVES:
                 match += tl.sum(tl.where(z != -INF, loss, 0.0), 1)
-            if HARD:
+            if HARD_NEGATIVES:
                 match = match * shrink + tl.sum(weights(z, base_z[:, None]) * loss, 1)
                 if COLUMNS:
-                    tl.store(parts_at + (Z_AT + 2) * m, tl.sum(weights(z, column_base[None, :]) * loss, 0), column_inside)
+                    tl.store(
+                        parts_at + (STUDENT_AT + 2) * m, tl.sum(weights(z, column_base[None, :]) * loss, 0), column_inside
+                    )
 
     row_at = row_parts + split.to(tl.int64) * ROW_SLOTS * row_count + at
-    if T:
-        tl.store(row_at + T_AT * row_count, max_t, row_inside)
-        tl.store(row_at + (T_AT + 1) * row_count, sum_t, row_inside)
+    if HAS_TEACHER:
+        tl.store(row_at + TEACHER_AT * row_count, max_t, row_inside)
+        tl.store(row_at + (TEACHER_AT + 1) * row_count, sum_t, row_inside)
         if RELATIONAL:
-            tl.store(row_at + (T_AT + 2) * row_count, mean_z * LN2, row_inside)
+            tl.store(row_at + (TEACHER_AT + 2) * row_count, mean_z * LN2, row_inside)
         if KL:
-            tl.store(row_at + (T_AT + 2 + RELATIONAL) * row_count, mean_x * LN2, row_inside)
-    if U:
-        tl.store(row_at + X_AT * row_count, max_x, row_inside)
-        tl.store(row_at + (X_AT + 1) * row_count, sum_x, row_inside)
+            tl.store(row_at + (TEACHER_AT + 2 + RELATIONAL) * row_count, mean_x * LN2, row_inside)
+    if HAS_IMAGE_TO_TEACHER:
+        tl.store(row_at + CROSS_AT * row_count, max_x, row_inside)
+        tl.store(row_at + (CROSS_AT + 1) * row_count, sum_x, row_inside)
     if SOFTMAX:
-        tl.store(row_at + Z_AT * row_count, max_z, row_inside)
-        tl.store(row_at + (Z_AT + 1) * row_count, sum_z, row_inside)
-        if HARD:
-            tl.store(row_at + (Z_AT + 2) * row_count, match, row_inside)
-    if ALL:
-        tl.store(row_at + MATCH_AT * row_count, match, row_inside)
+        tl.store(row_at + STUDENT_AT * row_count, max_z, row_inside)
+        tl.store(row_at + (STUDENT_AT + 1) * row_count, sum_z, row_inside)
+        if HARD_NEGATIVES:
+            tl.store(row_at + (STUDENT_AT + 2) * row_count, match, row_inside)
+    if ALL_NEGATIVES:
+        tl.store(row_at + PAIR_MATCHING_AT * row_count, match, row_inside)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simplclip.kernels.similarity.launch import Call, Launch
-from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.kernels.similarity.launch import Launch
+from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityGradient
 
 _FLOAT16_PEAK = 10  # log2: far from overflow, and 2^24 times what float16 still holds in full
 
@@ -25,14 +25,16 @@ def wide_product(left: Tensor, right: Tensor, factor: Tensor | None = None) -> T
 class ImageGradient:
     """Gradient of rows that each chunk has to itself: one product is rounded as it comes, several are added first."""
 
-    def __init__(self, like: Tensor, planes: int, needed: bool = True):  # [N, D]
-        self.needed, self.planes, self.sum = needed, planes, None
-        self.out = torch.zeros_like(like) if needed and planes == 0 else like.new_empty(like.shape[0] * needed, like.shape[1])
+    def __init__(self, like: Tensor, matrices: int, needed: bool = True):  # [N, D]
+        self.needed, self.matrices, self.sum = needed, matrices, None
+        self.out = (
+            torch.zeros_like(like) if needed and matrices == 0 else like.new_empty(like.shape[0] * needed, like.shape[1])
+        )
 
     def add(self, at: slice, left: Tensor, right: Tensor, factor: Tensor | None) -> None:
         if not self.needed:
             return
-        if self.planes == 1 and factor is None:
+        if self.matrices == 1 and factor is None:
             torch.mm(left, right, out=self.out[at])
         else:
             self.add_product(at, wide_product(left, right, factor))
@@ -73,33 +75,29 @@ class TextGradient:
         return torch.zeros_like(self.like) if self.sum is None else self.sum.to(self.like.dtype)
 
 
-def range_factors(
-    call: Call,
-    launch: Launch,
-    grad_rows: Tensor,  # [12, N]
-    grad_columns: Tensor,  # [6, M]
-) -> Tensor | None:  # [planes] float32
-    """Powers of two by which float16 planes are multiplied before they are rounded; None for other dtypes.
+def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  # [matrices] float32
+    """Powers of two by which float16 matrices are multiplied before they are rounded; None for other dtypes.
 
     A mean over N rows has entries of G of 1/N² in it, below float16's range already at N = 32,768. No value is read here.
     """
     if call.image.dtype != torch.float16:
         return None
-    rows, columns = grad_rows.abs().amax(1), grad_columns.abs().amax(1) * launch.COLUMNS
-    match = rows[RowStat.MATCH] + columns[ColumnStat.MATCH] * launch.HARD
+    rows, columns = call.grad_rows.abs().amax(1), call.grad_columns.abs().amax(1) * launch.COLUMNS
+    matching = rows[RowStat.PAIR_MATCHING] + columns[ColumnStat.PAIR_MATCHING] * launch.HARD_NEGATIVES
     bounds = []
-    if launch.Z:
-        z = (rows[RowStat.LSE_Z] + columns[ColumnStat.LSE_Z]) * launch.SOFTMAX
-        z = call.scale.abs() * (z + (rows[RowStat.MEAN_Z] + columns[ColumnStat.MEAN_Z]) * launch.RELATIONAL)
-        if (launch.ALL or launch.HARD) and not launch.L:
-            z = z + call.plane_weight.abs() * match
-        bounds.append(torch.maximum(z, rows[RowStat.DIAGONAL_Z]))
-    if launch.L:
-        bounds.append(torch.maximum(match, rows[RowStat.DIAGONAL_L]))
-    if launch.U:
-        u = call.cross_scale.abs() * (rows[RowStat.LSE_U] + rows[RowStat.MEAN_U] * launch.KL)
-        bounds.append(torch.maximum(u, rows[RowStat.DIAGONAL_U]))
-    if launch.V:
-        v = call.cross_scale.abs() * (columns[ColumnStat.LSE_V] + columns[ColumnStat.MEAN_V] * launch.KL)
-        bounds.append(torch.maximum(v, rows[RowStat.DIAGONAL_V]))
+    if launch.HAS_STUDENT:
+        bound = (rows[RowStat.LSE_STUDENT] + columns[ColumnStat.LSE_STUDENT]) * launch.SOFTMAX
+        means = rows[RowStat.MEAN_STUDENT] + columns[ColumnStat.MEAN_STUDENT]
+        bound = call.scale.abs() * (bound + means * launch.RELATIONAL)
+        if call.negatives and not launch.HAS_HADAMARD:
+            bound = bound + call.plane_weight.abs() * matching
+        bounds.append(torch.maximum(bound, rows[RowStat.DIAGONAL_STUDENT]))
+    if launch.HAS_HADAMARD:
+        bounds.append(torch.maximum(matching, rows[RowStat.DIAGONAL_HADAMARD]))
+    if launch.HAS_IMAGE_TO_TEACHER:
+        bound = rows[RowStat.LSE_IMAGE_TO_TEACHER] + rows[RowStat.MEAN_IMAGE_TO_TEACHER] * launch.KL
+        bounds.append(torch.maximum(call.cross_scale.abs() * bound, rows[RowStat.DIAGONAL_IMAGE_TO_TEACHER]))
+    if launch.HAS_TEACHER_TO_TEXT:
+        bound = columns[ColumnStat.LSE_TEACHER_TO_TEXT] + columns[ColumnStat.MEAN_TEACHER_TO_TEXT] * launch.KL
+        bounds.append(torch.maximum(call.cross_scale.abs() * bound, rows[RowStat.DIAGONAL_TEACHER_TO_TEXT]))
     return torch.exp2((_FLOAT16_PEAK - torch.stack(bounds).log2().ceil()).clamp(-100, 100))

@@ -8,89 +8,52 @@ from torch import Tensor
 
 from simplclip.kernels import tuning
 from simplclip.kernels.launch import COMPILE, interpreted
-from simplclip.ops.similarity.call import NEGATIVES_ALL, NEGATIVES_HARD, ColumnStat
+from simplclip.ops.similarity import call as calls
+from simplclip.ops.similarity.call import ColumnStat, SimilarityCall
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments that forward and backward share, in their order."""
+def features(call: SimilarityCall) -> dict[str, Tensor | None]:
+    """The kernels' features: where no projection is given the student's own serve."""
+    names = ("image", "text", "teacher_image", "teacher_text")
+    projected_image, projected_text = (call.student_image, call.student_text) if call.interactive else (None, None)
+    given = {name: getattr(call, name) for name in names}
+    return given | {"projected_image": projected_image, "projected_text": projected_text}
 
-    image: Tensor  # [N, D]
-    text: Tensor  # [M, D]
-    scale: Tensor  # []
-    teacher_image: Tensor | None  # [N, D̂]
-    teacher_text: Tensor | None  # [M, D̂]
-    teacher_scale: Tensor | None  # []
-    projected_image: Tensor | None  # [N, D̂]
-    projected_text: Tensor | None  # [M, D̂]
-    cross_scale: Tensor | None  # []
-    plane_weight: Tensor | None  # [] or [D]
-    plane_bias: Tensor | None  # []
-    ids: Tensor | None  # [N] int64
-    text_ids: Tensor | None  # [M] int64
-    label_offset: int
-    softmax: bool
-    columns: bool
-    negatives: int
-    relational: bool
-    interactive: bool
-    entropy: float
 
-    @property
-    def hadamard(self) -> bool:
-        return bool(self.negatives) and self.plane_weight.dim() == 1
+def widths(call: SimilarityCall) -> dict[str, int]:
+    teacher = call.image if call.teacher_image is None else call.teacher_image
+    return {"width": call.image.shape[1], "teacher_width": teacher.shape[1]}
 
-    @property
-    def similarity(self) -> bool:
-        return bool(self.softmax or self.negatives)
 
-    @property
-    def teacher(self) -> bool:
-        return self.relational or self.interactive
-
-    def features(self) -> dict[str, Tensor | None]:
-        """The kernels' features: where no projection is given the student's own serve."""
-        cross = self.interactive
-        return {
-            "image": self.image,
-            "text": self.text,
-            "teacher_image": self.teacher_image,
-            "teacher_text": self.teacher_text,
-            "projected_image": (self.image if self.projected_image is None else self.projected_image) if cross else None,
-            "projected_text": (self.text if self.projected_text is None else self.projected_text) if cross else None,
-        }
-
-    def widths(self) -> dict[str, int]:
-        teacher = self.image if self.teacher_image is None else self.teacher_image
-        return {"width": self.image.shape[1], "teacher_width": teacher.shape[1]}
+STUDENTS = ("HAS_STUDENT", "HAS_HADAMARD", "HAS_IMAGE_TO_TEACHER", "HAS_TEACHER_TO_TEXT")  # matrices with a gradient
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The planes that one launch multiplies, and what it makes of them."""
+    """The matrices that one launch multiplies, and what it makes of them."""
 
-    Z: bool = False
-    L: bool = False
-    T: bool = False
-    U: bool = False
-    V: bool = False
+    HAS_STUDENT: bool = False
+    HAS_HADAMARD: bool = False
+    HAS_TEACHER: bool = False
+    HAS_IMAGE_TO_TEACHER: bool = False
+    HAS_TEACHER_TO_TEXT: bool = False
     SOFTMAX: bool = False
-    ALL: bool = False
-    HARD: bool = False
+    ALL_NEGATIVES: bool = False
+    HARD_NEGATIVES: bool = False
     RELATIONAL: bool = False
     KL: bool = False
     COLUMNS: bool = False
-    IDS: bool = False
+    HAS_IDS: bool = False
 
     @property
     def students(self) -> int:
-        """Planes that have a gradient."""
-        return self.Z + self.L + self.U + self.V
+        """How many matrices have a gradient."""
+        return sum(getattr(self, name) for name in STUDENTS)
 
     @property
     def tiles(self) -> int:
-        """Planes, what tiles are tuned by. T's means with Z and with U take the registers of four planes, V there or not."""
-        return max(self.students + self.T, 4 * (self.RELATIONAL and self.KL))
+        """Matrices, what tiles are tuned by. The teacher's means with two students take the registers of four."""
+        return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.KL))
 
     @property
     def statistics_tiles(self) -> int:
@@ -100,68 +63,73 @@ class Launch:
     @property
     def gradient_tiles(self) -> int:
         """The same for backward, which holds a scalar hyperplane's gradient besides."""
-        return self.tiles + ((self.ALL or self.HARD) and not self.L)
+        return self.tiles + ((self.ALL_NEGATIVES or self.HARD_NEGATIVES) and not self.HAS_HADAMARD)
 
     def constants(self) -> dict[str, bool]:
         return {name: bool(value) for name, value in self.__dict__.items()}
 
     def constants_of_merge(self, of_rows: bool) -> dict[str, bool]:
-        shared = {name: bool(getattr(self, name)) for name in ("T", "SOFTMAX", "HARD", "RELATIONAL", "KL")}
-        return {**shared, "X": bool(self.U if of_rows else self.V), "ALL": bool(self.ALL and of_rows)}
+        names = ("HAS_TEACHER", "SOFTMAX", "HARD_NEGATIVES", "RELATIONAL", "KL")
+        cross = self.HAS_IMAGE_TO_TEACHER if of_rows else self.HAS_TEACHER_TO_TEXT
+        constants = {"HAS_CROSS": cross, "ALL_NEGATIVES": self.ALL_NEGATIVES and of_rows}
+        return {name: bool(value) for name, value in ({n: getattr(self, n) for n in names} | constants).items()}
 
     def column_lses(self) -> list[ColumnStat]:
-        there = ((self.T, ColumnStat.LSE_T), (self.V, ColumnStat.LSE_V), (self.SOFTMAX, ColumnStat.LSE_Z))
-        return [stat for asked, stat in there if asked]
+        there = {
+            ColumnStat.LSE_TEACHER: self.HAS_TEACHER,
+            ColumnStat.LSE_TEACHER_TO_TEXT: self.HAS_TEACHER_TO_TEXT,
+            ColumnStat.LSE_STUDENT: self.SOFTMAX,
+        }
+        return [stat for stat, asked in there.items() if asked]
 
     def slots(self) -> dict[str, int]:
         """Places of the statistics in the parts (similarity_forward): of rows, and in the same order of columns."""
-        t = 2 + self.RELATIONAL + self.KL if self.T else 0
-        x = 2 if self.U or self.V else 0
-        z = 2 + self.HARD if self.SOFTMAX else 0
+        t = 2 + self.RELATIONAL + self.KL if self.HAS_TEACHER else 0
+        x = 2 if self.HAS_IMAGE_TO_TEACHER or self.HAS_TEACHER_TO_TEXT else 0
+        z = 2 + self.HARD_NEGATIVES if self.SOFTMAX else 0
         columns = t + x + z
         return {
-            "T_AT": 0,
-            "X_AT": t,
-            "Z_AT": t + x,
-            "MATCH_AT": columns,
-            "ROW_SLOTS": columns + self.ALL,
+            "TEACHER_AT": 0,
+            "CROSS_AT": t,
+            "STUDENT_AT": t + x,
+            "PAIR_MATCHING_AT": columns,
+            "ROW_SLOTS": columns + self.ALL_NEGATIVES,
             "COLUMN_SLOTS": columns,
         }
 
 
-def launches(call: Call) -> list[Launch]:
+def launches(call: SimilarityCall) -> list[Launch]:
     """Planes that meet in a statistic share a launch and a tile: Z with T (relational), U and V with T (kl), L with Z.
 
     Others would gain nothing from it (similarity_rows launches U alone): without a statistic of two planes each alone has the
     registers for a tile twice as large, which reads its operands half as often. Within a launch T comes first and stays, the
     students follow one at a time, so that four or five planes hold two tiles, not five.
     """
-    ids = {"IDS": call.ids is not None}
+    ids = {"HAS_IDS": call.ids is not None}
     columns = {"COLUMNS": call.columns}
     z = {
-        "Z": call.similarity,
-        "L": call.hadamard,
+        "HAS_STUDENT": call.has_student,
+        "HAS_HADAMARD": call.has_hadamard,
         "SOFTMAX": call.softmax,
-        "ALL": call.negatives == NEGATIVES_ALL,
-        "HARD": call.negatives == NEGATIVES_HARD,
+        "ALL_NEGATIVES": call.negatives == calls.ALL_NEGATIVES,
+        "HARD_NEGATIVES": call.negatives == calls.HARD_NEGATIVES,
         "RELATIONAL": call.relational,
     }
-    cross = {"U": True, "V": call.columns}
+    cross = {"HAS_IMAGE_TO_TEACHER": True, "HAS_TEACHER_TO_TEXT": call.columns}
     if call.interactive and call.relational:
-        return [Launch(T=True, KL=True, **z, **cross, **columns, **ids)]
+        return [Launch(HAS_TEACHER=True, KL=True, **z, **cross, **columns, **ids)]
     out = []
-    if call.similarity:  # relational comes with softmax
-        out.append(Launch(T=call.relational, COLUMNS=call.columns and call.softmax, **z, **ids))
+    if call.has_student:  # relational comes with softmax
+        out.append(Launch(HAS_TEACHER=call.relational, COLUMNS=call.columns and call.softmax, **z, **ids))
     if call.interactive:
-        out.append(Launch(T=True, KL=True, **cross, **columns, **ids))
+        out.append(Launch(HAS_TEACHER=True, KL=True, **cross, **columns, **ids))
     return out
 
 
-def arguments(call: Call, launch: Launch, tile: tuning.Tile, precision: str) -> dict[str, object]:
+def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile, precision: str) -> dict[str, object]:
     """Arguments that the large kernels share."""
-    widths = call.widths()
     return {
-        **call.features(),
+        **features(call),
         "scale": call.scale,
         "teacher_scale": call.teacher_scale,
         "cross_scale": call.cross_scale,
@@ -171,11 +139,11 @@ def arguments(call: Call, launch: Launch, tile: tuning.Tile, precision: str) -> 
         "text_ids": call.text_ids,
         "n": call.image.shape[0],
         "m": call.text.shape[0],
-        **widths,
+        **widths(call),
         "label_offset": call.label_offset,
         **launch.constants(),
-        "EVEN": widths["width"] % tile.block_k == 0,
-        "TEACHER_EVEN": widths["teacher_width"] % tile.block_k == 0,
+        "EVEN": call.image.shape[1] % tile.block_k == 0,
+        "TEACHER_EVEN": widths(call)["teacher_width"] % tile.block_k == 0,
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
         "INTERPRETED": interpreted(),
         **tile.options(),

@@ -8,18 +8,18 @@ from simplclip.kernels.similarity.tile import raised, weights
 from simplclip.ops.similarity.call import RowStat
 
 # A row of the result of the merge; columns have the same numbers (LSE_V is LSE_U's, MEAN_V is MEAN_U's).
-LSE_Z: tl.constexpr = tl.constexpr(int(RowStat.LSE_Z))
-LSE_T: tl.constexpr = tl.constexpr(int(RowStat.LSE_T))
-LSE_X: tl.constexpr = tl.constexpr(int(RowStat.LSE_U))
-MATCH: tl.constexpr = tl.constexpr(int(RowStat.MATCH))
-MEAN_Z: tl.constexpr = tl.constexpr(int(RowStat.MEAN_Z))
-MEAN_X: tl.constexpr = tl.constexpr(int(RowStat.MEAN_U))
+LSE_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.LSE_STUDENT))
+LSE_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.LSE_TEACHER))
+LSE_CROSS: tl.constexpr = tl.constexpr(int(RowStat.LSE_IMAGE_TO_TEACHER))
+PAIR_MATCHING: tl.constexpr = tl.constexpr(int(RowStat.PAIR_MATCHING))
+MEAN_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.MEAN_STUDENT))
+MEAN_CROSS: tl.constexpr = tl.constexpr(int(RowStat.MEAN_IMAGE_TO_TEACHER))
 NEGATIVES: tl.constexpr = tl.constexpr(int(RowStat.NEGATIVES))
-DIAGONAL_Z: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_Z))
-DIAGONAL_L: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_L))
-DIAGONAL_T: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_T))
-DIAGONAL_U: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_U))
-DIAGONAL_V: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_V))
+DIAGONAL_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
+DIAGONAL_HADAMARD: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_HADAMARD))
+DIAGONAL_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_TEACHER))
+DIAGONAL_IMAGE_TO_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_IMAGE_TO_TEACHER))
+DIAGONAL_TEACHER_TO_TEXT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_TEACHER_TO_TEXT))
 
 
 @triton.jit
@@ -85,17 +85,17 @@ def _similarity_merge_kernel(
     parts_count,
     out_stride,
     out_first,
-    T: tl.constexpr,
-    X: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    HAS_CROSS: tl.constexpr,
     SOFTMAX: tl.constexpr,
-    ALL: tl.constexpr,
-    HARD: tl.constexpr,
+    ALL_NEGATIVES: tl.constexpr,
+    HARD_NEGATIVES: tl.constexpr,
     RELATIONAL: tl.constexpr,
     KL: tl.constexpr,
-    T_AT: tl.constexpr,
-    X_AT: tl.constexpr,
-    Z_AT: tl.constexpr,
-    MATCH_AT: tl.constexpr,
+    TEACHER_AT: tl.constexpr,
+    CROSS_AT: tl.constexpr,
+    STUDENT_AT: tl.constexpr,
+    PAIR_MATCHING_AT: tl.constexpr,
     SLOTS: tl.constexpr,
     PREVIOUS: tl.constexpr,  # fold in what out holds: the statistics over earlier rows
     BLOCK_PARTS: tl.constexpr,
@@ -107,22 +107,25 @@ def _similarity_merge_kernel(
     out += out_first + at
     parts += at
     part_stride = size.to(tl.int64) * SLOTS
-    if T:
+    if HAS_TEACHER:
         _merge_softmax(
-            parts + T_AT * size, part_stride, parts_count, size, inside, out, out_stride,
-            LSE_T, MEAN_Z if RELATIONAL else -1, MEAN_X if KL else -1, PREVIOUS, BLOCK_PARTS,
+            parts + TEACHER_AT * size, part_stride, parts_count, size, inside, out, out_stride,
+            LSE_TEACHER, MEAN_STUDENT if RELATIONAL else -1, MEAN_CROSS if KL else -1, PREVIOUS, BLOCK_PARTS,
         )  # fmt: skip
-    if X:
+    if HAS_CROSS:
         _merge_softmax(
-            parts + X_AT * size, part_stride, parts_count, size, inside, out, out_stride, LSE_X, -1, -1, PREVIOUS, BLOCK_PARTS
-        )
+            parts + CROSS_AT * size, part_stride, parts_count, size, inside, out, out_stride, LSE_CROSS, -1, -1, PREVIOUS,
+            BLOCK_PARTS,
+        )  # fmt: skip
     if SOFTMAX:
         _merge_softmax(
-            parts + Z_AT * size, part_stride, parts_count, size, inside, out, out_stride,
-            LSE_Z, MATCH if HARD else -1, -1, PREVIOUS, BLOCK_PARTS,
+            parts + STUDENT_AT * size, part_stride, parts_count, size, inside, out, out_stride,
+            LSE_STUDENT, PAIR_MATCHING if HARD_NEGATIVES else -1, -1, PREVIOUS, BLOCK_PARTS,
         )  # fmt: skip
-    if ALL:
-        _merge_sum(parts + MATCH_AT * size, part_stride, parts_count, inside, out + MATCH * out_stride, BLOCK_PARTS)
+    if ALL_NEGATIVES:
+        _merge_sum(
+            parts + PAIR_MATCHING_AT * size, part_stride, parts_count, inside, out + PAIR_MATCHING * out_stride, BLOCK_PARTS
+        )
 
 
 @triton.jit
@@ -153,11 +156,11 @@ def _similarity_diagonal_kernel(
     width,
     teacher_width,
     label_offset,
-    Z: tl.constexpr,
-    L: tl.constexpr,
-    T: tl.constexpr,
-    U: tl.constexpr,
-    V: tl.constexpr,
+    HAS_STUDENT: tl.constexpr,
+    HAS_HADAMARD: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    HAS_IMAGE_TO_TEACHER: tl.constexpr,
+    HAS_TEACHER_TO_TEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -167,21 +170,21 @@ def _similarity_diagonal_kernel(
     rows = tl.minimum(at, n - 1).to(tl.int64)
     columns = rows + label_offset
     out = rows_out + at
-    if Z:
+    if HAS_STUDENT:
         dots = _dots(image, text, None, rows, columns, width, False, BLOCK_K)
-        tl.store(out + DIAGONAL_Z * n, dots, inside)
-    if L:
+        tl.store(out + DIAGONAL_STUDENT * n, dots, inside)
+    if HAS_HADAMARD:
         dots = _dots(image, text, plane_weight, rows, columns, width, True, BLOCK_K)
-        tl.store(out + DIAGONAL_L * n, dots, inside)
-    if T:
+        tl.store(out + DIAGONAL_HADAMARD * n, dots, inside)
+    if HAS_TEACHER:
         dots = _dots(teacher_image, teacher_text, None, rows, columns, teacher_width, False, BLOCK_K)
-        tl.store(out + DIAGONAL_T * n, dots, inside)
-    if U:
+        tl.store(out + DIAGONAL_TEACHER * n, dots, inside)
+    if HAS_IMAGE_TO_TEACHER:
         dots = _dots(projected_image, teacher_text, None, rows, columns, teacher_width, False, BLOCK_K)
-        tl.store(out + DIAGONAL_U * n, dots, inside)
-    if V:
+        tl.store(out + DIAGONAL_IMAGE_TO_TEACHER * n, dots, inside)
+    if HAS_TEACHER_TO_TEXT:
         dots = _dots(teacher_image, projected_text, None, rows, columns, teacher_width, False, BLOCK_K)
-        tl.store(out + DIAGONAL_V * n, dots, inside)
+        tl.store(out + DIAGONAL_TEACHER_TO_TEXT * n, dots, inside)
 
 
 @triton.jit(do_not_specialize=["n", "m", "label_offset"])

@@ -1,7 +1,7 @@
 """Launchers of similarity_loss's Triton kernels: what simplclip.ops.similarity.reference defines, without a matrix of N×M.
 
-similarity_tile: a tile of a product. similarity_forward, similarity_merge: statistics. similarity_backward: gradients to the
-planes. launch.py: which planes share a launch.
+tile.py: a tile of a product. forward.py, merge.py: statistics. backward.py: gradients to the matrices. launch.py: which
+matrices share a launch.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from simplclip.kernels.launch import COMPILE, architecture_and_processors, devic
 from simplclip.kernels.similarity.backward import SUMS, _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.gradients import ImageGradient, TextGradient, range_factors, wide_product
-from simplclip.kernels.similarity.launch import Call, Launch, arguments, launches
+from simplclip.kernels.similarity.launch import STUDENTS, Launch, arguments, features, launches, widths
 from simplclip.kernels.similarity.merge import (
     _similarity_count_kernel,
     _similarity_diagonal_kernel,
     _similarity_merge_kernel,
 )
-from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient
 
 GROUP = 8  # blocks of rows that share column tiles while those are in the cache
 # The small kernels' blocks; not worth a table.
@@ -30,21 +30,19 @@ DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
 COUNT = {"BLOCK_M": 16, "BLOCK_N": 256}
 
 
-def similarity_loss_fwd(*args):
+def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     """The reference's statistics: rows [12, N], columns [6, M], and an unused tensor of the shape that was asked for.
 
-    Scratch beside the results: the parts of column statistics, at most as many bytes as `chunk` rows of one plane (or one
+    Scratch beside the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
     block of rows' parts), and those of row statistics.
     """
-    *shared, chunk, stored_rows = args
-    call = Call(*shared)
     with device_of(call.image):
-        rows, columns = statistics(call, launches(call), chunk)
-    planes = call.similarity + call.teacher + call.interactive * (1 + call.columns)
-    return rows, columns, call.image.new_empty(planes if stored_rows else 0, stored_rows, call.text.shape[0])
+        rows, columns = statistics(call, launches(call))
+    shape = call.matrices if call.stored_rows else 0, call.stored_rows, call.text.shape[0]
+    return rows, columns, call.image.new_empty(shape)
 
 
-def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tensor]:  # [12, N], [6, M]
+def statistics(call: SimilarityCall, plan: list[Launch]) -> tuple[Tensor, Tensor]:  # [12, N], [6, M]
     n, m, image = call.image.shape[0], call.text.shape[0], call.image
     rows = torch.zeros(len(RowStat), n, dtype=torch.float32, device=image.device)
     columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
@@ -56,7 +54,7 @@ def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tens
         slots = launch.slots()
         blocks = -(-n // tile.block_m)
         if launch.COLUMNS:
-            blocks = min(blocks, max(1, chunk * image.dtype.itemsize // (4 * slots["COLUMN_SLOTS"])))
+            blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots["COLUMN_SLOTS"])))
             for stat in launch.column_lses():
                 columns[stat].fill_(-torch.inf)  # over no rows yet; the parts of each group of rows are added
         for first in starts(n, blocks * tile.block_m):
@@ -103,7 +101,7 @@ def _merge(
         out.shape[1],
         first,
         **launch.constants_of_merge(of_rows),
-        **{name: slots[name] for name in ("T_AT", "X_AT", "Z_AT", "MATCH_AT")},
+        **{name: slots[name] for name in ("TEACHER_AT", "CROSS_AT", "STUDENT_AT", "PAIR_MATCHING_AT")},
         SLOTS=parts.shape[1],
         PREVIOUS=not of_rows,
         **MERGE,
@@ -112,16 +110,16 @@ def _merge(
     )
 
 
-def _positives(call: Call, plan: list[Launch], rows: Tensor) -> None:  # [12, N]
+def _positives(call: SimilarityCall, plan: list[Launch], rows: Tensor) -> None:  # [12, N]
     n, m = call.image.shape[0], call.text.shape[0]
     started(_similarity_diagonal_kernel)[(-(-n // DIAGONAL["BLOCK_M"]),)](
-        **call.features(),
+        **features(call),
         plane_weight=call.plane_weight,
         rows_out=rows,
         n=n,
-        **call.widths(),
+        **widths(call),
         label_offset=call.label_offset,
-        **{name: any(getattr(launch, name) for launch in plan) for name in "ZLTUV"},
+        **{name: any(getattr(launch, name) for launch in plan) for name in ("HAS_TEACHER", *STUDENTS)},
         **DIAGONAL,
         num_warps=4,
         **COMPILE,
@@ -142,50 +140,44 @@ def _positives(call: Call, plan: list[Launch], rows: Tensor) -> None:  # [12, N]
     )
 
 
-def similarity_loss_bwd(
-    grad_rows: Tensor,  # [12, N]
-    grad_columns: Tensor,  # [6, M]
-    *args,
-):
-    """The reference's gradients. Each chunk of rows: G of each student plane by one kernel, then two products per plane.
+def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
+    """The reference's gradients. Each chunk of rows: G of each student's matrix by one kernel, then two products for each.
 
-    Scratch beside the results: `chunk` rows of each student plane of a launch, for halves a float32 sum of the text's
+    Scratch beside the results: `chunk` rows of each student's matrix of a launch, for halves a float32 sum of the text's
     gradient and one product that is added to it.
     """
-    *shared, rows, columns, _stored, label_offset, softmax, columns_too, negatives, relational, interactive, entropy = args[
-        :-3
-    ]
-    call = Call(*shared, label_offset, softmax, columns_too, negatives, relational, interactive, entropy)
     with device_of(call.image):
-        return _gradients(call, grad_rows, grad_columns, rows, columns, *args[-3:])
+        return _gradients(call)
 
 
-def gradient_scratch(call: Call, plan: list[Launch], tiles: list[tuning.Tile], chunk: int) -> tuple[Tensor, Tensor]:
-    """[planes, chunk, M and more] for the gradients of a chunk, and every program's sums of the scalars'."""
-    rows, m = min(call.image.shape[0], chunk), call.text.shape[0]
+def gradient_scratch(call: SimilarityCall, plan: list[Launch], tiles: list[tuning.Tile]) -> tuple[Tensor, Tensor]:
+    """[matrices, chunk, M and more] for the gradients of a chunk, and every program's sums of the scalars'."""
+    rows, m = min(call.image.shape[0], call.chunk), call.text.shape[0]
     pitch = -(-m // 8) * 8  # rows that begin at multiples of 16 bytes, which the BLAS's fast kernels need
     scratch = call.image.new_empty(max(launch.students for launch in plan), rows, pitch)
     programs = max(-(-rows // tile.block_m) * -(-m // tile.block_n) for tile in tiles)
     return scratch, torch.zeros(programs, SUMS, dtype=torch.float32, device=scratch.device)
 
 
-def gradients_of_planes(
-    call: Call,
+def gradients_of_matrices(
+    call: SimilarityGradient,
     launch: Launch,
     tile: tuning.Tile,
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor],  # rows, columns, and the gradients to them
-    factors: Tensor | None,  # [planes]
-    scratch: Tensor,  # [planes, chunk, M and more]
+    factors: Tensor | None,  # [matrices]
+    scratch: Tensor,  # [matrices, chunk, M and more]
     sums: Tensor,  # [programs, 4]
     at: slice,
     attend: bool = False,
 ) -> None:
-    """The gradients of some rows of a launch's planes, into scratch."""
+    """The gradients of some rows of a launch's matrices, into scratch."""
     count, m = at.stop - at.start, call.text.shape[0]
     row_blocks = -(-count // tile.block_m)
     started(_similarity_gradient_kernel)[(row_blocks * -(-m // tile.block_n),)](
         **arguments(call, launch, tile, precision_of(call.image.dtype)),
-        **dict(zip(("rows", "columns", "grad_rows", "grad_columns"), statistics)),
+        rows=call.row_stats,
+        columns=call.column_stats,
+        grad_rows=call.grad_rows,
+        grad_columns=call.grad_columns,
         factors=factors,
         out=scratch,
         sums=sums,
@@ -193,52 +185,54 @@ def gradients_of_planes(
         row_count=count,
         row_blocks=row_blocks,
         out_stride=scratch.stride(1),
-        plane_stride=scratch.stride(0),
+        matrix_stride=scratch.stride(0),
         SCALED=factors is not None,
         ATTEND=attend,
     )
 
 
-def _gradients(call, grad_rows, grad_columns, rows, columns, need_image, need_text, chunk):
+def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
     n, m, like = call.image.shape[0], call.text.shape[0], call.image
-    features, precision = call.features(), precision_of(like.dtype)
-    architecture, _ = architecture_and_processors(like)
+    precision, (architecture, _) = precision_of(like.dtype), architecture_and_processors(like)
     plan = launches(call)
-    pieces = -(-n // chunk)
+    pieces = -(-n // call.chunk)
 
-    def planes_of(*names):
-        return sum(bool(getattr(launch, name)) for launch in plan for name in names)
+    def count(*flags):
+        return sum(bool(getattr(launch, flag)) for launch in plan for flag in flags)
 
+    own = ("HAS_STUDENT", "HAS_HADAMARD")
     own_image, own_text = call.projected_image is None, call.projected_text is None
-    d_image = ImageGradient(call.image, planes_of("Z", "L", *("U" if own_image else "")), need_image)
-    d_text = TextGradient(call.text, pieces * planes_of("Z", "L", *("V" if own_text else "")), need_text)
-    d_projected_image = d_image if own_image else ImageGradient(call.projected_image, planes_of("U"))
-    d_projected_text = d_text if own_text else TextGradient(call.projected_text, pieces * planes_of("V"))
+    of_image, of_text = count("HAS_IMAGE_TO_TEACHER"), count("HAS_TEACHER_TO_TEXT")
+    d_image = ImageGradient(call.image, count(*own) + of_image * own_image, call.need_image)
+    d_text = TextGradient(call.text, pieces * (count(*own) + of_text * own_text), call.need_text)
+    d_projected_image = d_image if own_image else ImageGradient(call.projected_image, of_image)
+    d_projected_text = d_text if own_text else TextGradient(call.projected_text, pieces * of_text)
     d_weight = None if call.plane_weight is None else torch.zeros_like(call.plane_weight)
-    weighted = (call.image * call.plane_weight).to(like.dtype) if call.hadamard else None
+    weighted = (call.image * call.plane_weight).to(like.dtype) if call.has_hadamard else None
 
     tiles = [tuning.lookup("similarity_backward", launch.gradient_tiles, precision, architecture) for launch in plan]
-    factors = [range_factors(call, launch, grad_rows, grad_columns) for launch in plan]
-    scratch, sums = gradient_scratch(call, plan, tiles, chunk)
+    factors = [range_factors(call, launch) for launch in plan]
+    scratch, sums = gradient_scratch(call, plan, tiles)
 
-    for first in starts(n, chunk):
-        at = slice(first, min(n, first + chunk))
+    for first in starts(n, call.chunk):
+        at = slice(first, min(n, first + call.chunk))
         for launch, tile, factor in zip(plan, tiles, factors):
-            gradients_of_planes(call, launch, tile, (rows, columns, grad_rows, grad_columns), factor, scratch, sums, at)
-            g = dict(zip((name for name in "ZLUV" if getattr(launch, name)), scratch[:, : at.stop - first, :m]))
-            undo = dict(zip(g, [None] * len(g) if factor is None else 1 / factor))
-            if "Z" in g:
-                d_image.add(at, g["Z"], call.text, undo["Z"])
-                d_text.add(g["Z"].T, call.image[at], undo["Z"])
-            if "L" in g:
-                product = wide_product(g["L"], call.text, undo["L"])
-                d_weight += (call.image[at] * product).sum(0)
-                d_image.add_product(at, product.mul_(call.plane_weight))
-                d_text.add(g["L"].T, weighted[at], undo["L"])
-            if "U" in g:
-                d_projected_image.add(at, g["U"], features["teacher_text"], undo["U"])
-            if "V" in g:
-                d_projected_text.add(g["V"].T, features["teacher_image"][at], undo["V"])
+            gradients_of_matrices(call, launch, tile, factor, scratch, sums, at)
+            flags = [flag for flag in STUDENTS if getattr(launch, flag)]
+            undo = [None] * len(flags) if factor is None else 1 / factor
+            for flag, g, back in zip(flags, scratch[:, : at.stop - first, :m], undo):
+                if flag == "HAS_STUDENT":
+                    d_image.add(at, g, call.text, back)
+                    d_text.add(g.T, call.image[at], back)
+                elif flag == "HAS_HADAMARD":
+                    product = wide_product(g, call.text, back)
+                    d_weight += (call.image[at] * product).sum(0)
+                    d_image.add_product(at, product.mul_(call.plane_weight))
+                    d_text.add(g.T, weighted[at], back)
+                elif flag == "HAS_IMAGE_TO_TEACHER":
+                    d_projected_image.add(at, g, call.teacher_text, back)
+                else:
+                    d_projected_text.add(g.T, call.teacher_image[at], back)
         d_image.flush(at)
         d_projected_image.flush(at)
 
@@ -252,6 +246,6 @@ def _gradients(call, grad_rows, grad_columns, rows, columns, need_image, need_te
         call.image.new_empty(0, call.image.shape[1]) if own_image else d_projected_image.result(),
         call.text.new_empty(0, call.text.shape[1]) if own_text else d_projected_text.result(),
         d_cross,
-        grad_rows.new_empty(0) if d_weight is None else d_weight,
+        call.grad_rows.new_empty(0) if d_weight is None else d_weight,
         d_bias,
     )

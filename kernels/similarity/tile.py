@@ -43,10 +43,10 @@ def product(
 
 
 @triton.jit
-def negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, IDS: tl.constexpr):
+def negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS: tl.constexpr):
     """[BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not of the positive's group."""
     negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
-    if IDS:
+    if HAS_IDS:
         negative = negative & (row_ids[:, None] != tl.load(text_ids + safe_column)[None, :])
     return negative
 

@@ -125,6 +125,11 @@ def _private(name: str) -> Callable:
     return lambda *args: getattr(torch.ops.simplclip, name)(*args)
 
 
+def _unpacked(name: str) -> Callable:
+    """The same of a call's fields."""
+    return lambda call: getattr(torch.ops.simplclip, name)(*vars(call).values())
+
+
 def _kernel(module: str, name: str) -> Callable:
     """A launcher of kernels/; imported late, since importing Triton takes time and not every platform has it."""
     return lambda *args: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*args)
@@ -136,7 +141,7 @@ def _row(
     """The backends of `name`, each under the op's own name where that backend keeps its functions, with their predicates."""
     row = {
         "triton": Implementation(_kernel(f"{folder}.{module}", name), triton),
-        "cpu": Implementation(_private(f"{name}_cpu"), _extension_on_cpu),
+        "cpu": Implementation((_unpacked if folder == "similarity" else _private)(f"{name}_cpu"), _extension_on_cpu),
         "reference": Implementation(getattr(_REFERENCE[folder], name), _anywhere),
     }
     return row if cuda is None else {"cuda": Implementation(_private(f"{name}_cuda"), cuda), **row}

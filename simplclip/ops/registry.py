@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -20,10 +21,22 @@ DISPATCH: dict[str, Callable] = {}
 NATIVE_FAKES: dict[str, Callable] = {}
 counted = False  # while it does
 
+_SCHEMA = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
+
+
+def schema_of(call: type) -> str:
+    """The dispatcher's arguments of a call's dataclass: its fields in their order."""
+    return ", ".join(f"{_SCHEMA[field.type]} {field.name}" for field in fields(call))
+
+
+def flat(call: object) -> tuple:
+    """The fields of a call as the dispatcher takes them."""
+    return tuple(vars(call).values())
+
 
 def define(
     name: str,
-    arguments: str,
+    arguments: str | type,
     returns: str,
     run: Callable,
     fake: Callable,
@@ -34,11 +47,19 @@ def define(
 ) -> None:
     """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
+    arguments: the schema's, or the dataclass of a call that they are generated from: then `run`, `fake` and the functions of
+    the backends get such an object instead, but for C++, which gets its fields.
     `run(function, *arguments)` prepares the call for a backend's function. `native`: schema of the functions of C++ where it
     is another than the op's, then with its `native_fake`. `facts(*arguments)`: what the backends' predicates want to know
     beside device and dtype.
     An op without a row in the table is made of others: its `run` gets `pick(op, **facts)`, which gives their functions.
     """
+    as_call: Callable = lambda *args: args  # noqa: E731
+    if isinstance(arguments, type):
+        call_type, arguments, of_call = arguments, schema_of(arguments), fake
+        as_call = lambda *args: (call_type(*args),)  # noqa: E731
+        fake = lambda *args: of_call(call_type(*args[:-1]))  # noqa: E731
+        native_fake = native_fake or of_call
     library.define(f"{name}({arguments}, str backend) -> {returns}")
     for backend in ("cpu", "cuda"):
         schema = native or f"({arguments}) -> {returns}"
@@ -54,7 +75,7 @@ def define(
         function = pick(name, **(facts(*args[:-1]) if facts else {})) if name in backends.TABLE else pick
         meta = first.device.type == "meta"  # which has no autocast
         with contextlib.nullcontext() if meta else torch.autocast(first.device.type, enabled=False):
-            return run(function, *args[:-1])
+            return run(function, *as_call(*args[:-1]))
 
     library.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"simplclip::{name}", fake, lib=library)

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from simplclip.kernels.similarity.launch import Call
 from simplclip.ops import backends
-from simplclip.ops.similarity.call import NEGATIVES_HARD
+from simplclip.ops.similarity.call import HARD_NEGATIVES, RowsCall, SimilarityCall, SimilarityGradient
 
 _STRIP = 64  # rows of a strip, which has its own partial statistics of columns
 _HIDDEN_BYTES = 8 << 20  # of an activation's rows
@@ -56,22 +55,22 @@ def _chunks(n: int, chunk: int, stored: int) -> Iterable[int]:
 class _Sweep:
     """What forward and backward of similarity_loss share (csrc/cpu/similarity_sweep.h)."""
 
-    def __init__(self, call: Call, chunk: int, stored: int):
+    def __init__(self, call: SimilarityCall, stored: int):
         self.call, self.dtype = call, call.image.dtype
         (self.n, self.d), self.m = call.image.shape, call.text.shape[0]
-        self.chunk, self.stored = min(chunk, self.n), min(stored, self.n)
-        self.teacher_width = call.teacher_image.shape[1] if call.teacher else 0
+        self.chunk, self.stored = min(call.chunk, self.n), min(stored, self.n)
+        self.teacher_width = call.teacher_image.shape[1] if call.has_teacher else 0
         self.missing = self.chunk if self.stored < self.n else 0  # rows of a plane that is not stored as a whole
 
     def scratch_bytes(self, student_rows: int) -> int:
-        hadamard = self.chunk * self.call.hadamard
-        rows = student_rows + self.missing * self.call.teacher + hadamard
+        hadamard = self.chunk * self.call.has_hadamard
+        rows = student_rows + self.missing * self.call.has_teacher + hadamard
         return (rows * self.m + hadamard * self.d) * self.dtype.itemsize
 
     def packing_bytes(self, image_widths: Iterable[int] = (), text_widths: Iterable[int] = ()) -> int:
         """Of the largest product: similarities, and gradients of image and of text features of such widths."""
-        widths = {self.d} if self.call.similarity else set()
-        widths |= {self.teacher_width} if self.call.teacher else set()
+        widths = {self.d} if self.call.has_student else set()
+        widths |= {self.teacher_width} if self.call.has_teacher else set()
         largest = 0
         for count in _chunks(self.n, self.chunk, self.stored):
             sizes = [packing_bytes(count, self.m, width, self.dtype) for width in widths]
@@ -81,32 +80,28 @@ class _Sweep:
         return largest
 
 
-def _similarity_loss_fwd(*args) -> int:
-    *shared, chunk, stored = args
-    call = Call(*shared)
-    sweep = _Sweep(call, chunk, stored)
+def _similarity_loss_fwd(call: SimilarityCall) -> int:
+    sweep = _Sweep(call, call.stored_rows)
     # Statistics of the columns: of Z and its mean over hard negatives, of T and Z's mean; of V, of T and V's mean.
-    parts = bool(call.softmax) + (call.negatives == NEGATIVES_HARD) + 2 * call.relational + 3 * call.interactive
+    parts = bool(call.softmax) + (call.negatives == HARD_NEGATIVES) + 2 * call.relational + 3 * call.interactive
     own = call.interactive and call.relational  # a second total of T
     columns = 4 * sweep.m * (_parts(sweep.chunk, _STRIP) * parts + own) if call.columns else 0
     return sweep.scratch_bytes(sweep.missing) + columns + sweep.packing_bytes()
 
 
-def _similarity_loss_bwd(_grad_rows: Tensor, _grad_columns: Tensor, *args) -> int:
-    *shared, _rows, _columns, stored = args[:16]
-    *mode, need_image, need_text, chunk = args[16:]
-    call = Call(*shared, *mode)
-    sweep = _Sweep(call, chunk, stored.shape[1])
+def _similarity_loss_bwd(call: SimilarityGradient) -> int:
+    need_image, need_text = call.need_image, call.need_text
+    sweep = _Sweep(call, call.stored.shape[1])
     n, m, d, teacher_width = sweep.n, sweep.m, sweep.d, sweep.teacher_width
-    z, u, v = call.similarity, call.interactive, call.interactive and call.columns
+    z, u, v = call.has_student, call.interactive, call.has_teacher_to_text
     own_image, own_text = call.projected_image is None, call.projected_text is None
 
     image = ([d] if z and need_image else []) + ([teacher_width] if u and (need_image or not own_image) else [])
-    image += [d] if call.hadamard else []
+    image += [d] if call.has_hadamard else []
     text = ([d] if z and need_text else []) + ([teacher_width] if v and (need_text or not own_text) else [])
     # Float32 sums of bfloat16 products.
     several = sweep.chunk < n or sweep.stored % n != 0
-    sums = d * (need_text and (several or ((call.hadamard or (v and own_text)) and z)))
+    sums = d * (need_text and (several or ((call.has_hadamard or (v and own_text)) and z)))
     sums += teacher_width * (not own_text and several)
     sums *= 4 * m * (sweep.dtype == torch.bfloat16)
     # Gradients of what no plane reads, made twice: as memory for the products and as zeros.
@@ -114,13 +109,13 @@ def _similarity_loss_bwd(_grad_rows: Tensor, _grad_columns: Tensor, *args) -> in
     zero_text = m * d if need_text and not z and not (v and own_text) else 0
     zero_text += m * teacher_width if not own_text and not v else 0
     last = max(zero_image, zero_text) * sweep.dtype.itemsize
-    product = sweep.chunk * d * call.hadamard * sweep.dtype.itemsize
+    product = sweep.chunk * d * call.has_hadamard * sweep.dtype.itemsize
     return sweep.scratch_bytes(sweep.chunk) + product + sums + max(sweep.packing_bytes(image, text), last)
 
 
-def _similarity_rows(query: Tensor, keys: Tensor, _scale, _ids, _key_ids, _offset, attend: bool, chunk: int) -> int:
-    (n, d), m = query.shape, keys.shape[0]
-    chunk = min(chunk, n)
+def _similarity_rows(call: RowsCall) -> int:
+    query, attend, (n, d), m = call.query, call.attend, call.query.shape, call.keys.shape[0]
+    chunk = min(call.chunk, n)
     packing = 0
     for count in _chunks(n, chunk, 0):
         mean = packing_bytes(count, d, m, query.dtype) if attend else 0

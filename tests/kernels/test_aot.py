@@ -121,7 +121,7 @@ def test_tiles_are_those_of_the_installed_triton(monkeypatch):
 
     monkeypatch.setattr(tuning.importlib.metadata, "version", missing)
     assert not tuning._older()
-    launch = next(launch for launch in launches(False) if launch.HARD and launch.tiles == 1)
+    launch = next(launch for launch in launches(False) if launch.HARD_NEGATIVES and launch.tiles == 1)
     for older, tiles in ((False, 1), (True, 2)):
         monkeypatch.setattr(tuning, "OLDER", older)
         assert launch.statistics_tiles == tiles

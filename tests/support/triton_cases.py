@@ -16,8 +16,9 @@ from tolerance import EPS, assert_within
 
 import simplclip
 from simplclip.ops import similarity_loss
+from simplclip.ops.registry import flat
 from simplclip.ops.similarity import reference as similarity_reference
-from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.ops.similarity.call import ColumnStat, RowsCall, RowStat, SimilarityCall, SimilarityGradient
 from simplclip.ops.similarity.op import TERMS
 
 GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
@@ -43,6 +44,11 @@ class Case:
     chunk: int = 64
     backward_chunk: int = 0  # 0: the same
     grad: float = 1.0  # size of the gradients that come in
+
+    def options(self, stored_rows: int = 0) -> tuple:
+        """What a SimilarityCall has beside its tensors."""
+        names = ("offset", "softmax", "columns", "negatives", "relational", "interactive", "entropy", "chunk")
+        return (*(getattr(self, name) for name in names), stored_rows)
 
 
 MODES = {
@@ -127,9 +133,10 @@ def tensors(case: Case, device: str) -> list:
 
 
 def forward_and_backward(fwd, bwd, case: Case, args: list, grads: tuple, columns: bool) -> dict:
-    mode = (case.offset, case.softmax, columns, case.negatives, case.relational, case.interactive, case.entropy)
-    rows, cols, stored = fwd(*args, *mode, case.chunk, 0)
-    gradients = bwd(*grads, *args, rows, cols, stored, *mode, True, True, case.backward_chunk or case.chunk)
+    call = SimilarityCall(*args, *replace(case, columns=columns).options())
+    rows, cols, stored = fwd(call)
+    call.chunk = case.backward_chunk or case.chunk
+    gradients = bwd(SimilarityGradient(*flat(call), *grads, rows, cols, stored, True, True))
     out = {f"rows {stat.name}": rows[stat] for stat in RowStat}
     if case.columns:
         out |= {f"columns {stat.name}": cols[stat] for stat in ColumnStat}
@@ -221,9 +228,8 @@ def registration(device: str) -> None:
     for case in (MODES["all planes, kl"], replace(MODES["kl"], columns=False)):
         case = replace(case, n=9, m=14, offset=3)
         args = [t if t is None or not t.dtype.is_floating_point else t.requires_grad_() for t in tensors(case, device)]
-        mode = (case.offset, case.softmax, case.columns, case.negatives, case.relational, case.interactive, case.entropy)
         torch.library.opcheck(
-            torch.ops.simplclip.similarity_loss_fwd, (*args, *mode, 64, 5, "triton"), rtol=1e-4, atol=1e-5,
+            torch.ops.simplclip.similarity_loss_fwd, (*args, *case.options(5), "triton"), rtol=1e-4, atol=1e-5,
             test_utils=("test_schema", "test_faketensor"),
         )  # fmt: skip
 
@@ -235,11 +241,11 @@ def not_a_number(device: str) -> None:
     case = replace(MODES["relational, all, hadamard"], ids=False)
     args = tensors(case, device)
     args[0][3, 3] = torch.nan
-    rows, columns, _ = kernels.similarity_loss_fwd(*args, 0, True, True, 1, True, False, 1.0, 64, 0)
-    for stat in (RowStat.LSE_Z, RowStat.MATCH, RowStat.MEAN_Z, RowStat.DIAGONAL_Z, RowStat.DIAGONAL_L):
-        assert rows[stat].isnan().nonzero().flatten().tolist() == [3], stat
+    rows, columns, _ = kernels.similarity_loss_fwd(SimilarityCall(*args, *case.options()))
+    for name in ("LSE_STUDENT", "PAIR_MATCHING", "MEAN_STUDENT", "DIAGONAL_STUDENT", "DIAGONAL_HADAMARD"):
+        assert rows[RowStat[name]].isnan().nonzero().flatten().tolist() == [3], name
     other = torch.arange(case.m, device=device) != 3
-    assert columns[ColumnStat.LSE_Z][other].isnan().all()
+    assert columns[ColumnStat.LSE_STUDENT][other].isnan().all()
 
 
 def rows_of_constant_keys(device: str) -> None:
@@ -258,11 +264,11 @@ def rows_of_constant_keys(device: str) -> None:
             (similarity_reference.similarity_rows, None),
         ):
             wide = [t if kind else t.double() for t in (query, keys, scale)]
-            stats, mean_keys = function(*wide, own, other, offset, True, chunk)
+            stats, mean_keys = function(RowsCall(*wide, own, other, offset, True, chunk))
             results.append({"lse": stats[0], "positive": stats[1], "mean": mean_keys})
         found = [without_infinities(result, results[2], f"{case}") for result in results]
         assert_within(*({k: v.cpu() for k, v in result.items()} for result in found), dtype, f"{case} chunk {chunk}")
-        stats, empty = similarity_rows(query, keys, scale, own, other, offset, False, chunk)
+        stats, empty = similarity_rows(RowsCall(query, keys, scale, own, other, offset, False, chunk))
         assert torch.equal(stats[0].cpu(), results[0]["lse"].cpu())
         assert empty.shape == (0, query.shape[1])
 

@@ -45,40 +45,34 @@ struct ColumnSums {
   }
 };
 
-// Returns rows [12, N], columns [6, M] and the stored rows of each plane [planes, stored_rows, M]: see reference.py.
-std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
-    Tensor image, Tensor text, Tensor scale, std::optional<Tensor> teacher_image, std::optional<Tensor> teacher_text,
-    std::optional<Tensor> teacher_scale, std::optional<Tensor> projected_image, std::optional<Tensor> projected_text,
-    std::optional<Tensor> cross_scale, std::optional<Tensor> plane_weight, std::optional<Tensor> plane_bias,
-    std::optional<Tensor> ids, std::optional<Tensor> text_ids, int64_t label_offset, bool softmax, bool columns,
-    int64_t negatives, bool relational, bool interactive, double entropy, int64_t chunk, int64_t stored_rows) {
-  const Call call{image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
-                  plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
-                  interactive, entropy};
-  Sweep sweep(call, chunk, stored_rows, nullptr);
+// Returns rows [12, N], columns [6, M] and the stored rows of the matrices: see reference.py.
+std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
+  const SimilarityCall call = SIMILARITY_CALL;
+  Sweep sweep(call, nullptr);
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m;
 
-  Tensor row_stats = new_zeros(image, {kRows, n}, ScalarType::Float), col_stats = new_zeros(image, {kColumns, m}, ScalarType::Float);
-  auto row = [&](Row stat, int64_t i) { return data<float>(row_stats) + stat * n + i; };
-  auto col = [&](Column stat) { return data<float>(col_stats) + stat * m; };
+  Tensor row_stats = new_zeros(image, {int64_t(Row::kCount), n}, ScalarType::Float), column_stats = new_zeros(image, {int64_t(Column::kCount), m}, ScalarType::Float);
+  auto row = [&](Row stat, int64_t i) { return data<float>(row_stats) + int64_t(stat) * n + i; };
+  auto col = [&](Column stat) { return data<float>(column_stats) + int64_t(stat) * m; };
 
-  std::optional<ColumnSums> z_sums, t_sums, v_sums, t_sums_of_v;
-  if (columns && softmax) z_sums.emplace(sweep, col(kColLseZ), negatives == kHard ? col(kColMatch) : nullptr);
-  if (columns && relational) t_sums.emplace(sweep, col(kColLseT), col(kColMeanZ));
-  if (columns && interactive) v_sums.emplace(sweep, col(kColLseV), nullptr);
-  if (columns && interactive) t_sums_of_v.emplace(sweep, relational ? nullptr : col(kColLseT), col(kColMeanV));
+  std::optional<ColumnSums> student_sums, teacher_sums, text_sums, teacher_sums_of_text;
+  float* const hard = negatives == kHardNegatives ? col(Column::kPairMatching) : nullptr;
+  if (columns && softmax) student_sums.emplace(sweep, col(Column::kLseStudent), hard);
+  if (columns && relational) teacher_sums.emplace(sweep, col(Column::kLseTeacher), col(Column::kMeanStudent));
+  if (columns && interactive) text_sums.emplace(sweep, col(Column::kLseTeacherToText), nullptr);
+  if (columns && interactive) teacher_sums_of_text.emplace(sweep, relational ? nullptr : col(Column::kLseTeacher), col(Column::kMeanTeacherToText));
 
   sweep.for_chunks([&](int64_t first, int64_t count) {
-    Tensor t;
-    if (sweep.t) t = sweep.load(*sweep.t, first, count, false);
-    auto reduce = [&](Plane& student, Terms terms, bool teacher, const std::optional<ColumnSums>& sums,
+    Tensor teacher_chunk;
+    if (sweep.teacher) teacher_chunk = sweep.load(*sweep.teacher, first, count, false);
+    auto reduce = [&](Matrix& matrix, Terms terms, bool teacher, const std::optional<ColumnSums>& sums,
                       const std::optional<ColumnSums>& teacher_sums, auto&& outputs) {
-      const Tensor sim = sweep.load(student, first, count, false);
-      sweep.for_strips(student, sim, teacher ? &t : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
+      const Tensor sim = sweep.load(matrix, first, count, false);
+      sweep.for_strips(matrix, sim, teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
         ForwardOut out{};
         outputs(out, first + i);
-        out.negatives = row(kNegatives, first + i);
+        out.negatives = row(Row::kNegatives, first + i);
         if (sums) sums->parts_of(k, out.col_lse, out.col_match);
         if (teacher_sums) teacher_sums->parts_of(k, out.col_teacher_lse, out.col_mean);
         kernels.forward(strip, out, terms, sweep.is_bf16);
@@ -86,30 +80,30 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(
       if (sums) sums->merge(strips_of(count));
       if (teacher_sums) teacher_sums->merge(strips_of(count));
     };
-    if (sweep.plane_weight) sweep.load_hadamard(first, count);
-    if (sweep.z)
-      reduce(*sweep.z, sweep.terms(), relational, z_sums, t_sums, [&](ForwardOut& out, int64_t i) {
-        out.lse = row(kLseZ, i);
-        out.match = row(kMatch, i);
-        out.diagonal = row(kDiagonalZ, i);
-        out.plane_diagonal = row(kDiagonalL, i);
-        out.teacher_lse = row(kLseT, i);
-        out.mean = row(kMeanZ, i);
-        out.teacher_diagonal = row(kDiagonalT, i);
+    if (sweep.hadamard_weight) sweep.load_hadamard(first, count);
+    if (sweep.student)
+      reduce(*sweep.student, sweep.terms(), relational, student_sums, teacher_sums, [&](ForwardOut& out, int64_t i) {
+        out.lse = row(Row::kLseStudent, i);
+        out.match = row(Row::kPairMatching, i);
+        out.diagonal = row(Row::kDiagonalStudent, i);
+        out.plane_diagonal = row(Row::kDiagonalHadamard, i);
+        out.teacher_lse = row(Row::kLseTeacher, i);
+        out.mean = row(Row::kMeanStudent, i);
+        out.teacher_diagonal = row(Row::kDiagonalTeacher, i);
       });
-    if (sweep.u)
-      reduce(*sweep.u, Terms::kSoftmax, true, std::nullopt, std::nullopt, [&](ForwardOut& out, int64_t i) {
-        out.lse = row(kLseU, i);
-        out.diagonal = row(kDiagonalU, i);
-        out.teacher_lse = row(kLseT, i);
-        out.mean = row(kMeanU, i);
-        out.teacher_diagonal = row(kDiagonalT, i);
+    if (sweep.image_to_teacher)
+      reduce(*sweep.image_to_teacher, Terms::kSoftmax, true, std::nullopt, std::nullopt, [&](ForwardOut& out, int64_t i) {
+        out.lse = row(Row::kLseImageToTeacher, i);
+        out.diagonal = row(Row::kDiagonalImageToTeacher, i);
+        out.teacher_lse = row(Row::kLseTeacher, i);
+        out.mean = row(Row::kMeanImageToTeacher, i);
+        out.teacher_diagonal = row(Row::kDiagonalTeacher, i);
       });
-    if (sweep.v)
-      reduce(*sweep.v, Terms::kSoftmax, true, v_sums, t_sums_of_v,
-             [&](ForwardOut& out, int64_t i) { out.diagonal = row(kDiagonalV, i); });
+    if (sweep.teacher_to_text)
+      reduce(*sweep.teacher_to_text, Terms::kSoftmax, true, text_sums, teacher_sums_of_text,
+             [&](ForwardOut& out, int64_t i) { out.diagonal = row(Row::kDiagonalTeacherToText, i); });
   });
-  return {row_stats, col_stats, sweep.stored};
+  return {row_stats, column_stats, sweep.stored};
 }
 
 // How one softmax's gradients are formed; fills ratios where one exponential serves rows and columns, which it does unless a
@@ -138,87 +132,80 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 
 // Returns d_image, d_text (empty when not needed), d_scale, d_projected_image, d_projected_text (empty when not given),
 // d_cross_scale, d_plane_weight (empty without), d_plane_bias.
-Gradients similarity_loss_bwd(
-    Tensor grad_rows, Tensor grad_columns, Tensor image, Tensor text, Tensor scale, std::optional<Tensor> teacher_image,
-    std::optional<Tensor> teacher_text, std::optional<Tensor> teacher_scale, std::optional<Tensor> projected_image,
-    std::optional<Tensor> projected_text, std::optional<Tensor> cross_scale, std::optional<Tensor> plane_weight,
-    std::optional<Tensor> plane_bias, std::optional<Tensor> ids, std::optional<Tensor> text_ids, Tensor row_stats,
-    Tensor col_stats, Tensor stored, int64_t label_offset, bool softmax, bool columns, int64_t negatives, bool relational,
-    bool interactive, double entropy, bool need_image, bool need_text, int64_t chunk) {
-  const Call call{image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
-                  plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational,
-                  interactive, entropy};
+Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor grad_columns, Tensor row_stats,
+                              Tensor column_stats, Tensor stored, bool need_image, bool need_text) {
+  const SimilarityCall call = SIMILARITY_CALL;
   expect_contiguous("grad_rows", grad_rows);
   expect_contiguous("grad_columns", grad_columns);
-  expect_contiguous("rows", row_stats);
-  expect_contiguous("columns", col_stats);
-  Sweep sweep(call, chunk, stored.size(1), &stored);
+  expect_contiguous("row_stats", row_stats);
+  expect_contiguous("column_stats", column_stats);
+  Sweep sweep(call, &stored);
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
-  const bool hadamard = sweep.plane_weight.has_value();
-  auto row = [&](const Tensor& from, Row stat) { return data<const float>(from) + stat * n; };
-  auto col = [&](const Tensor& from, Column stat) { return data<const float>(from) + stat * m; };
+  const bool hadamard = call.has_hadamard();
+  auto row = [&](const Tensor& from, Row stat) { return data<const float>(from) + int64_t(stat) * n; };
+  auto col = [&](const Tensor& from, Column stat) { return data<const float>(from) + int64_t(stat) * m; };
 
-  // Arguments of the strip kernels for a student plane; the pointers to rows are moved to each strip.
-  BackwardIn z_in{}, u_in{}, v_in{};
-  Softmax z_kind = Softmax::kRows;
-  z_in.lse = row(row_stats, kLseZ);
-  z_in.g_lse = row(grad_rows, kLseZ);
-  z_in.g_match = row(grad_rows, kMatch);
-  z_in.teacher_lse = u_in.teacher_lse = v_in.teacher_lse = row(row_stats, kLseT);
-  z_in.g_mean = row(grad_rows, kMeanZ);
-  z_in.g_diagonal = row(grad_rows, kDiagonalZ);
-  z_in.g_plane_diagonal = row(grad_rows, kDiagonalL);
-  z_in.col_lse = col(col_stats, kColLseZ);
-  z_in.g_col_lse = col(grad_columns, kColLseZ);
-  z_in.g_col_match = col(grad_columns, kColMatch);
-  z_in.col_teacher_lse = v_in.col_teacher_lse = col(col_stats, kColLseT);
-  z_in.g_col_mean = col(grad_columns, kColMeanZ);
-  u_in.lse = row(row_stats, kLseU);
-  u_in.g_lse = row(grad_rows, kLseU);
-  u_in.g_mean = row(grad_rows, kMeanU);
-  u_in.g_diagonal = row(grad_rows, kDiagonalU);
-  v_in.g_diagonal = row(grad_rows, kDiagonalV);
-  v_in.col_lse = col(col_stats, kColLseV);
-  v_in.g_col_lse = col(grad_columns, kColLseV);
-  v_in.g_col_mean = col(grad_columns, kColMeanV);
+  // Arguments of the strip kernels for a student's matrix; the pointers to rows are moved to each strip.
+  BackwardIn student_in{}, image_in{}, text_in{};
+  Softmax student_kind = Softmax::kRows;
+  student_in.lse = row(row_stats, Row::kLseStudent);
+  student_in.g_lse = row(grad_rows, Row::kLseStudent);
+  student_in.g_match = row(grad_rows, Row::kPairMatching);
+  student_in.teacher_lse = image_in.teacher_lse = text_in.teacher_lse = row(row_stats, Row::kLseTeacher);
+  student_in.g_mean = row(grad_rows, Row::kMeanStudent);
+  student_in.g_diagonal = row(grad_rows, Row::kDiagonalStudent);
+  student_in.g_plane_diagonal = row(grad_rows, Row::kDiagonalHadamard);
+  student_in.col_lse = col(column_stats, Column::kLseStudent);
+  student_in.g_col_lse = col(grad_columns, Column::kLseStudent);
+  student_in.g_col_match = col(grad_columns, Column::kPairMatching);
+  student_in.col_teacher_lse = text_in.col_teacher_lse = col(column_stats, Column::kLseTeacher);
+  student_in.g_col_mean = col(grad_columns, Column::kMeanStudent);
+  image_in.lse = row(row_stats, Row::kLseImageToTeacher);
+  image_in.g_lse = row(grad_rows, Row::kLseImageToTeacher);
+  image_in.g_mean = row(grad_rows, Row::kMeanImageToTeacher);
+  image_in.g_diagonal = row(grad_rows, Row::kDiagonalImageToTeacher);
+  text_in.g_diagonal = row(grad_rows, Row::kDiagonalTeacherToText);
+  text_in.col_lse = col(column_stats, Column::kLseTeacherToText);
+  text_in.g_col_lse = col(grad_columns, Column::kLseTeacherToText);
+  text_in.g_col_mean = col(grad_columns, Column::kMeanTeacherToText);
 
   std::optional<Sharing> student, teacher;
   std::vector<float> match_ratio;
   if (columns && softmax) {
-    student.emplace(z_in.lse, n, z_in.col_lse, z_in.g_col_lse, m);
-    if (relational) teacher.emplace(z_in.teacher_lse, n, z_in.col_teacher_lse, z_in.g_col_mean, m);
-    if (negatives == kHard) {
-      const Sharing match(z_in.lse, n, z_in.col_lse, z_in.g_col_match, m);
+    student.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_lse, m);
+    if (relational) teacher.emplace(student_in.teacher_lse, n, student_in.col_teacher_lse, student_in.g_col_mean, m);
+    if (negatives == kHardNegatives) {
+      const Sharing match(student_in.lse, n, student_in.col_lse, student_in.g_col_match, m);
       student->possible &= match.possible;
       match_ratio = match.ratio;
     }
-    z_kind = student->possible && (!teacher || teacher->possible) ? Softmax::kShared : Softmax::kApart;
-    z_in.top = student->top;
-    z_in.lse_ratio = student->ratio.data();
-    z_in.match_ratio = match_ratio.data();
-    if (teacher) z_in.teacher_top = teacher->top;
-    if (teacher) z_in.teacher_ratio = teacher->ratio.data();
+    student_kind = student->possible && (!teacher || teacher->possible) ? Softmax::kShared : Softmax::kApart;
+    student_in.top = student->top;
+    student_in.lse_ratio = student->ratio.data();
+    student_in.match_ratio = match_ratio.data();
+    if (teacher) student_in.teacher_top = teacher->top;
+    if (teacher) student_in.teacher_ratio = teacher->ratio.data();
   }
 
   const bool several = sweep.chunk < n || sweep.stored_rows % n != 0;
-  const bool shared_text = hadamard || (sweep.v && !projected_text);
+  const bool shared_text = hadamard || (sweep.teacher_to_text && !projected_text);
   Tensor d_image = new_empty(image, {need_image ? n : 0, d});
   Tensor d_projected = projected_image ? new_empty(*projected_image, projected_image->sizes()) : new_empty(image, {0, d});
-  TransposedSum d_text(text, need_text, sweep.is_bf16 && (several || (shared_text && sweep.z)));
+  TransposedSum d_text(text, need_text, sweep.is_bf16 && (several || (shared_text && sweep.student)));
   TransposedSum d_projected_text(projected_text ? *projected_text : text, projected_text.has_value(), sweep.is_bf16 && several);
   Tensor d_weight = plane_weight ? new_zeros(*plane_weight, plane_weight->sizes()) : new_empty(image, {0}, ScalarType::Float);
-  Tensor plane_grad = new_empty(image, {hadamard ? sweep.chunk : 0, d});
+  Tensor hadamard_grad = new_empty(image, {hadamard ? sweep.chunk : 0, d});
 
   std::vector<BackwardOut> parts(strips_of(sweep.chunk));
   double scale_sum = 0, cross_sum = 0, p_sum = 0, q_sum = 0;
   sweep.for_chunks([&](int64_t first, int64_t count) {
-    Tensor t;
-    if (sweep.t) t = sweep.load(*sweep.t, first, count, true);
-    // The gradient of a plane's chunk, in its scratch.
-    auto differentiate = [&](Plane& plane, const BackwardIn& in, Terms terms, Softmax kind, bool has_teacher, double& d_scale) {
-      const Tensor sim = sweep.load(plane, first, count, true);
-      sweep.for_strips(plane, sim, has_teacher ? &t : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
+    Tensor teacher_chunk;
+    if (sweep.teacher) teacher_chunk = sweep.load(*sweep.teacher, first, count, true);
+    // The gradient of a matrix's chunk, in its scratch.
+    auto differentiate = [&](Matrix& matrix, const BackwardIn& in, Terms terms, Softmax kind, bool has_teacher, double& d_scale) {
+      const Tensor sim = sweep.load(matrix, first, count, true);
+      sweep.for_strips(matrix, sim, has_teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
         BackwardIn mine = in;
         for (auto* p : {&mine.lse, &mine.g_lse, &mine.g_match, &mine.teacher_lse, &mine.g_mean, &mine.g_diagonal,
                         &mine.g_plane_diagonal})
@@ -230,21 +217,21 @@ Gradients similarity_loss_bwd(
         p_sum += parts[k].p;
         q_sum += parts[k].q;
       }
-      return rows(plane.scratch, 0, count);
+      return rows(matrix.scratch, 0, count);
     };
     const Tensor x = rows(image, first, count);
     Tensor to_image = need_image ? rows(d_image, first, count) : Tensor();
     if (hadamard) sweep.load_hadamard(first, count);
-    if (sweep.z) {
-      const Tensor g = differentiate(*sweep.z, z_in, sweep.terms(), z_kind, relational, scale_sum);
+    if (sweep.student) {
+      const Tensor g = differentiate(*sweep.student, student_in, sweep.terms(), student_kind, relational, scale_sum);
       if (need_image) mm_out(to_image, g, text);
       d_text.add(g, x);
     }
     if (hadamard) {
-      const Tensor h = rows(sweep.plane_product, 0, count);
-      Tensor hy = rows(plane_grad, 0, count);
+      const Tensor h = rows(sweep.hadamard, 0, count);
+      Tensor hy = rows(hadamard_grad, 0, count);
       mm_out(hy, h, text);
-      const float* w = sweep.plane_weight->const_data_ptr<float>();
+      const float* w = sweep.hadamard_weight->const_data_ptr<float>();
       float* dw = d_weight.mutable_data_ptr<float>();
       sweep.typed([&]<class T>(T*) {
         const T *xs = data<T>(x), *hys = data<T>(hy);
@@ -258,21 +245,21 @@ Gradients similarity_loss_bwd(
       });
       d_text.add(h, rows(sweep.weighted, 0, count));
     }
-    if (sweep.u) {
-      const Tensor g = differentiate(*sweep.u, u_in, Terms::kSoftmax, Softmax::kRows, true, cross_sum);
+    if (sweep.image_to_teacher) {
+      const Tensor g = differentiate(*sweep.image_to_teacher, image_in, Terms::kSoftmax, Softmax::kRows, true, cross_sum);
       if (projected_image) {
         Tensor to = rows(d_projected, first, count);
         mm_out(to, g, *teacher_text);
       } else if (need_image) {
-        sweep.z ? mm_add(to_image, g, *teacher_text) : mm_out(to_image, g, *teacher_text);
+        sweep.student ? mm_add(to_image, g, *teacher_text) : mm_out(to_image, g, *teacher_text);
       }
     }
-    if (sweep.v) {
-      const Tensor g = differentiate(*sweep.v, v_in, Terms::kSoftmax, Softmax::kColumns, true, cross_sum);
+    if (sweep.teacher_to_text) {
+      const Tensor g = differentiate(*sweep.teacher_to_text, text_in, Terms::kSoftmax, Softmax::kColumns, true, cross_sum);
       (projected_text ? d_projected_text : d_text).add(g, rows(*teacher_image, first, count));
     }
   });
-  if (!sweep.z && (projected_image || !sweep.u)) d_image = new_zeros(image, {need_image ? n : 0, d});
+  if (!sweep.student && (projected_image || !sweep.image_to_teacher)) d_image = new_zeros(image, {need_image ? n : 0, d});
 
   auto number = [&](double value) {
     Tensor out = new_zeros(image, {}, ScalarType::Float);

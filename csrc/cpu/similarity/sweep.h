@@ -3,8 +3,8 @@
 // not compute them again. Chunk and stored rows are the only memory that grows with N*M, and byte budgets bound both.
 #pragma once
 
-#include "../../layout.h"
 #include "../instruction_set.h"
+#include "call.h"
 
 #include <algorithm>
 #include <array>
@@ -18,38 +18,8 @@ using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 using torch::stable::transpose;
 
-enum Negatives : int64_t { kNone = 0, kEvery = 1, kHard = 2 };
-
-// Rows of the statistics, as RowStat and ColumnStat of reference.py.
-enum Row { kLseZ, kLseT, kLseU, kMatch, kMeanZ, kMeanU, kDiagonalZ, kDiagonalL, kDiagonalT, kDiagonalU, kDiagonalV, kNegatives, kRows };
-enum Column { kColLseZ, kColLseT, kColLseV, kColMatch, kColMeanZ, kColMeanV, kColumns };
-
-// What both ops take first, in the order of their schema.
-struct Call {
-  Tensor image, text, scale;                                           // [N, D], [M, D], []
-  std::optional<Tensor> teacher_image, teacher_text, teacher_scale;    // [N, E], [M, E], []
-  std::optional<Tensor> projected_image, projected_text, cross_scale;  // [N, E], [M, E], []
-  std::optional<Tensor> plane_weight, plane_bias, ids, text_ids;       // [] or [D], [], [N], [M]
-  int64_t label_offset;
-  bool softmax, columns;
-  int64_t negatives;
-  bool relational, interactive;
-  double entropy;
-
-  void expect_layout() const {
-    expect_contiguous("image", image);
-    expect_contiguous("text", text);
-    expect_contiguous("teacher_image", teacher_image);
-    expect_contiguous("teacher_text", teacher_text);
-    expect_contiguous("projected_image", projected_image);
-    expect_contiguous("projected_text", projected_text);
-    expect_contiguous("plane_weight", plane_weight);
-    expect_dtype_of("text", text, "image", image);
-  }
-};
-
 // One similarity matrix a b^T with its scratch.
-struct Plane {
+struct Matrix {
   Tensor a, b;          // [N, *], [M, *]
   float scale = 1;
   Tensor kept;          // [stored rows, M]
@@ -97,47 +67,46 @@ inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
 inline int64_t strips_of(int64_t count) { return (count + kStripRows - 1) / kStripRows; }
 
 struct Sweep {
-  const Call& call;
+  const SimilarityCall& call;
   int64_t n, m, d, chunk, stored_rows;
   bool is_bf16;
   float p = 1, q = 0;
   Ids ids;
-  Tensor stored;                         // [planes, stored rows, M]
-  std::optional<Plane> z, t, u, v;
-  std::optional<Tensor> plane_weight;    // [D]: the hadamard plane's w
-  Tensor plane_product, weighted;        // [chunk, M], [chunk, D]: (x*w) y^T, x*w
+  Tensor stored;                         // [matrices, stored rows, M]
+  std::optional<Matrix> student, teacher, image_to_teacher, teacher_to_text;
+  std::optional<Tensor> hadamard_weight; // [D]: the hyperplane's w
+  Tensor hadamard, weighted;             // [chunk, M], [chunk, D]: (x*w) y^T, x*w
 
   // `kept` is forward's result in backward; nothing else is read from the store in forward.
-  Sweep(const Call& call, int64_t chunk, int64_t stored_rows, const Tensor* kept)
-      : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(chunk, n)),
-        stored_rows(std::min(stored_rows, n)), is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
+  Sweep(const SimilarityCall& call, const Tensor* kept)
+      : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(call.chunk, n)),
+        stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)), is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
     call.expect_layout();
     if (kept) expect_contiguous("stored", *kept);
     auto number = [](const std::optional<Tensor>& s) { return *s->const_data_ptr<float>(); };
-    if (call.softmax || call.negatives) z = Plane{call.image, call.text, number(call.scale), {}, {}};
-    if (call.relational || call.interactive) t = Plane{*call.teacher_image, *call.teacher_text, number(call.teacher_scale), {}, {}};
+    if (call.has_student()) student = Matrix{call.image, call.text, number(call.scale), {}, {}};
+    if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale), {}, {}};
     if (call.interactive) {
       const Tensor& x = call.projected_image ? *call.projected_image : call.image;
       const Tensor& y = call.projected_text ? *call.projected_text : call.text;
-      u = Plane{x, *call.teacher_text, number(call.cross_scale), {}, {}};
-      if (call.columns) v = Plane{*call.teacher_image, y, number(call.cross_scale), {}, {}};
+      image_to_teacher = Matrix{x, *call.teacher_text, number(call.cross_scale), {}, {}};
+      if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale), {}, {}};
     }
-    const int64_t planes = z.has_value() + t.has_value() + u.has_value() + v.has_value();
-    stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? planes : 0, this->stored_rows, m});
+    stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? call.matrices() : 0, this->stored_rows, m});
     // The students take turns in one scratch; in backward it holds gradients where the products themselves are stored.
     const int64_t missing = this->stored_rows < n ? this->chunk : 0;
     const Tensor students = new_empty(call.image, {kept ? this->chunk : missing, m});
     int64_t slot = 0;
-    for (auto* plane : {&z, &t, &u, &v})
-      if (*plane) {
-        (*plane)->scratch = plane == &t ? new_empty(call.image, {missing, m}) : students;
-        if (this->stored_rows) (*plane)->kept = torch::stable::select(stored, 0, slot++);
+    for (auto* matrix : {&student, &teacher, &image_to_teacher, &teacher_to_text})
+      if (*matrix) {
+        (*matrix)->scratch = matrix == &teacher ? new_empty(call.image, {missing, m}) : students;
+        if (this->stored_rows) (*matrix)->kept = torch::stable::select(stored, 0, slot++);
       }
     if (call.negatives) {
       q = number(call.plane_bias);
-      if (call.plane_weight->dim() == 1) {
-        plane_weight = *call.plane_weight;
-        plane_product = new_empty(call.image, {this->chunk, m});
+      if (call.has_hadamard()) {
+        hadamard_weight = *call.plane_weight;
+        hadamard = new_empty(call.image, {this->chunk, m});
         weighted = new_empty(call.image, {this->chunk, d});
       } else {
         p = number(call.plane_weight);
@@ -146,8 +115,8 @@ struct Sweep {
   }
 
   Terms terms() const {
-    if (call.negatives == kHard) return Terms::kSoftmaxHard;
-    if (call.negatives == kEvery) return call.softmax ? Terms::kSoftmaxAll : Terms::kAll;
+    if (call.negatives == kHardNegatives) return Terms::kSoftmaxHard;
+    if (call.negatives == kAllNegatives) return call.softmax ? Terms::kSoftmaxAll : Terms::kAll;
     return Terms::kSoftmax;
   }
 
@@ -160,18 +129,18 @@ struct Sweep {
     }
   }
 
-  // Rows [first, first + count) of a plane: computed, unless they are stored and `reuse` holds.
-  Tensor load(Plane& plane, int64_t first, int64_t count, bool reuse) {
+  // Rows [first, first + count) of a matrix: computed, unless they are stored and `reuse` holds.
+  Tensor load(Matrix& matrix, int64_t first, int64_t count, bool reuse) {
     const bool is_kept = first < stored_rows;
-    Tensor out = is_kept ? rows(plane.kept, first, count) : rows(plane.scratch, 0, count);
-    if (!(is_kept && reuse)) multiply(out, rows(plane.a, first, count), plane.b);
+    Tensor out = is_kept ? rows(matrix.kept, first, count) : rows(matrix.scratch, 0, count);
+    if (!(is_kept && reuse)) multiply(out, rows(matrix.a, first, count), matrix.b);
     return out;
   }
 
-  // The hadamard plane's product, which is never stored.
+  // The hadamard matrix, which is never stored.
   void load_hadamard(int64_t first, int64_t count) {
     const Tensor x = rows(call.image, first, count);
-    const float* w = plane_weight->const_data_ptr<float>();
+    const float* w = hadamard_weight->const_data_ptr<float>();
     typed([&]<class T>(T*) {
       const T* from = data<T>(x);
       T* to = data<T>(weighted);
@@ -180,33 +149,33 @@ struct Sweep {
           for (int64_t k = 0; k < d; ++k) assign(to[i * d + k], to_float(from[i * d + k]) * w[k]);
       });
     });
-    Tensor out = rows(plane_product, 0, count);
+    Tensor out = rows(hadamard, 0, count);
     multiply(out, rows(weighted, 0, count), call.text);
   }
 
-  // Calls f(strip, first row within the chunk, strip's number) in parallel over the strips of a chunk of `student`.
+  // Calls f(strip, first row within the chunk, strip's number) in parallel over the strips of a chunk of a matrix.
   template <class F>
-  void for_strips(const Plane& student, const Tensor& sim, const Tensor* teacher, int64_t first, int64_t count, F&& f) {
+  void for_strips(const Matrix& of, const Tensor& sim, const Tensor* of_teacher, int64_t first, int64_t count, F&& f) {
     const int64_t bytes = is_bf16 ? 2 : 4;
-    const bool hadamard = plane_weight && &student == &*z;
+    const bool has_hadamard = hadamard_weight && student && &of == &*student;
     parallel_for(0, strips_of(count), 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t i = k * kStripRows;
         auto at = [&](const Tensor& from) { return static_cast<void*>(data<char>(from) + i * m * bytes); };
         Strip strip{};
         strip.sim = at(sim);
-        strip.grad = at(student.scratch);
-        strip.plane = hadamard ? at(plane_product) : nullptr;
-        strip.teacher = teacher ? at(*teacher) : nullptr;
+        strip.grad = at(of.scratch);
+        strip.plane = has_hadamard ? at(hadamard) : nullptr;
+        strip.teacher = of_teacher ? at(*of_teacher) : nullptr;
         strip.rows = std::min(kStripRows, count - i);
         strip.columns = m;
         strip.label = call.label_offset + first + i;
         strip.ids = ids.row.empty() ? nullptr : ids.row.data() + first + i;
         strip.text_ids = ids.column.empty() ? nullptr : ids.column.data();
-        strip.scale = strip.grad_scale = student.scale;
+        strip.scale = strip.grad_scale = of.scale;
         strip.p = p;
         strip.q = q;
-        strip.teacher_scale = t ? t->scale : 1;
+        strip.teacher_scale = teacher ? teacher->scale : 1;
         strip.entropy = float(call.entropy);
         f(strip, i, k);
       }

@@ -79,18 +79,6 @@ def _autograd(ctx, grad, _):
 register_autograd("shaped_attention_fwd", _autograd, _setup_context)
 
 
-def workspace_bytes(b: int, length: int, h: int, k: int, dtype: torch.dtype, *, threads: int = 1) -> int:
-    """Bytes that the cpu backend allocates beside inputs, result and gradients, at most, in a forward and its backward.
-
-    The log-sum-exps, from torch's allocator; and per thread, not from it, one head: its operands in two forms, two
-    gradients, and two matrices of 240 rows and a few at most.
-    """
-    wide = lambda n, multiple: -(-n // multiple) * multiple  # noqa: E731
-    tokens, columns, padded = wide(length, 6), wide(length, 16), wide(k, 32)
-    floats = (7 * tokens + 2 * columns) * padded + 2 * (min(240, tokens) + 12) * columns + 64
-    return 4 * b * h * length + 4 * threads * floats
-
-
 def shaped_attention(
     q: Tensor,  # [B, L, H, K]
     k: Tensor,  # [B, L, H, K]

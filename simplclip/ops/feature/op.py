@@ -73,17 +73,6 @@ def _autograd(ctx, grad, _):
 register_autograd("feature_loss_fwd", _autograd, _setup_context)
 
 
-def workspace_bytes(n: int, d: int, dtype: torch.dtype, *, normalize: bool = True, projection: bool = False) -> int:
-    """Bytes that the cpu backend allocates beside inputs and gradients, at most, in a forward and its backward.
-
-    Two inverse norms per row, a sum for 16 rows, a few scalars; with a projection the projected student and its gradient
-    too (d is the teacher's width). Copies of strided or float64 teachers are not in it.
-    """
-    norms = 8 * n if normalize else 0
-    sums = -(-n // 16) * 8
-    return norms + sums + 64 + (2 * n * d * dtype.itemsize if projection else 0)
-
-
 def feature_loss(
     student: Tensor,  # [N, D], or [N, D_student] with a projection
     teacher: Tensor,  # [N, D]
@@ -116,7 +105,7 @@ def feature_loss(
 
     Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; a row shorter than eps is divided
     by a constant, so g / eps. Saved for backward: the inputs and two inverse norms per row, [2, N]; backward computes the
-    difference again. Extra memory: `workspace_bytes`, O(N), and with a projection O(N D). Computed in float32 (float64 for
+    difference again. Extra memory: O(N), and with a projection O(N D). Computed in float32 (float64 for
     float64), sums in a fixed order: equal inputs give equal results. First derivatives in reverse mode only, but for
     backend "reference".
 

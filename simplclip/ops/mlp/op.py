@@ -130,15 +130,6 @@ def _autograd(ctx, grad, _):
 register_autograd("parallel_mlp_fwd", _autograd, _setup_context)
 
 
-def workspace_bytes(t: int, f: int, c: int, dtype: torch.dtype) -> int:
-    """Bytes that the cpu backend allocates beside hidden layer, result and gradients, at most, in a forward and backward.
-
-    The activation of at most 8 MiB of rows; in half dtypes also the second weight's gradient in float32.
-    """
-    rows = min(t, max(64, (8 << 20) // (f * dtype.itemsize)))
-    return rows * f * dtype.itemsize + (4 * c * f if dtype != torch.float32 else 0)
-
-
 def parallel_mlp(
     x: Tensor,  # [..., C]
     fc1_weight: Tensor,  # [F, C]

@@ -2,126 +2,121 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.registry import autocast, call, define, register_autograd, wants_grad
+from simplclip.ops.registry import autocast, define, flat, register_autograd, wants_grad
+from simplclip.ops.registry import call as run
 from simplclip.ops.similarity import inputs
-from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.ops.similarity.call import (
+    ALL_NEGATIVES,
+    HARD_NEGATIVES,
+    NO_NEGATIVES,
+    ColumnStat,
+    RowStat,
+    SimilarityCall,
+    SimilarityGradient,
+)
 from simplclip.ops.similarity.rows import similarity_rows
-from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, products, stored_rows
+from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, stored_rows
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
 
 NEGATIVES = ("all", "shift", "hard")
+_NEGATIVES = {None: NO_NEGATIVES, "all": ALL_NEGATIVES, "hard": HARD_NEGATIVES}
 TERMS = ("contrastive", "pair_matching", "relational", "interactive")
 INTERACTIVE = ("infonce", "kl")
 DIVERGENCES = ("kl", "cross_entropy")
 
-_TENSORS = (
-    "Tensor image, Tensor text, Tensor scale, Tensor? teacher_image, Tensor? teacher_text, Tensor? teacher_scale, "
-    "Tensor? projected_image, Tensor? projected_text, Tensor? cross_scale, "
-    "Tensor? plane_weight, Tensor? plane_bias, Tensor? ids, Tensor? text_ids"
-)
-_FEATURES, _SCALARS, _COUNT = (0, 1, 3, 4, 6, 7), (2, 5, 8, 9, 10), 13  # places of the tensors, and how many they are
-_MODE = "SymInt label_offset, bool softmax, bool columns, int negatives, bool relational, bool interactive, float entropy"
+_TENSORS = [field.name for field in fields(SimilarityCall) if field.type.startswith("Tensor")]  # they come first
+_FEATURES = ("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text")
+_GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
 
 
-def _prepare(tensors):
-    """The tensors in the dtypes that kernels take: features and ids contiguous, the others in the accumulation dtype."""
-    compute = computes_in(tensors[0].dtype, tensors[0].device.type)
-    out = [None if t is None else t.contiguous() for t in tensors]
-    for places, dtype in ((_FEATURES, compute), (_SCALARS, accumulate_dtype(compute))):
-        for place in places:
-            out[place] = None if out[place] is None else out[place].to(dtype)
-    return out
+def _prepare(call: SimilarityCall) -> SimilarityCall:
+    """Its tensors as kernels take them: contiguous, features in the dtype of the products, numbers in that of the sums."""
+    compute = computes_in(call.image.dtype, call.image.device.type)
+    stats = accumulate_dtype(compute)
+    for name in _TENSORS:
+        tensor = getattr(call, name)
+        if tensor is not None:
+            tensor = tensor.contiguous()
+            if tensor.is_floating_point():
+                tensor = tensor.to(compute if name in _FEATURES else stats)
+            setattr(call, name, tensor)
+    return call
 
 
-def _fwd(function, *args):
-    return function(*_prepare(args[:_COUNT]), *args[_COUNT:])
+def _fwd(function, call):
+    return function(_prepare(call))
 
 
-def _fwd_fake(*args):
-    image, text = args[:2]
-    *_, softmax, columns, negatives, relational, interactive, _entropy, _chunk, rows, _backend = args
-    n, m, stats = image.shape[0], text.shape[0], accumulate_dtype(image.dtype)
-    planes = products(softmax, columns, negatives, relational, interactive)
+def _fwd_fake(call):
+    image, m, stats = call.image, call.text.shape[0], accumulate_dtype(call.image.dtype)
+    compute = computes_in(image.dtype, image.device.type)
     return (
-        image.new_empty(len(RowStat), n, dtype=stats),
+        image.new_empty(len(RowStat), image.shape[0], dtype=stats),
         image.new_empty(len(ColumnStat), m, dtype=stats),
-        image.new_empty(planes if rows else 0, rows, m, dtype=computes_in(image.dtype, image.device.type)),
+        image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m, dtype=compute),
     )
 
 
-def _bwd(function, grad_rows, grad_columns, *args):
-    tensors = _prepare(args[:_COUNT])
-    grads = function(grad_rows.contiguous(), grad_columns.contiguous(), *tensors, *args[_COUNT:])
-    dtypes = (args[0].dtype, args[1].dtype, None, args[0].dtype, args[1].dtype, None, None, None)
+def _bwd(function, call):
+    image, text = call.image.dtype, call.text.dtype
+    call.grad_rows, call.grad_columns = call.grad_rows.contiguous(), call.grad_columns.contiguous()
+    grads = function(_prepare(call))
+    dtypes = (image, text, None, image, text, None, None, None)
     return tuple(g if dtype is None else g.to(dtype) for g, dtype in zip(grads, dtypes))
 
 
-def _bwd_fake(grad_rows, _grad_columns, *args):
-    image, text, _, _, _, _, projected_image, projected_text, _, plane_weight = args[:10]
-    *_, need_image, need_text, _chunk, _backend = args
-    number = lambda *shape: grad_rows.new_empty(shape)  # noqa: E731
-
+def _bwd_fake(call):
     def like(t, needed=True):
-        return t.new_empty(t.shape) if needed else t.new_empty(0, t.shape[1])
+        return t.new_empty(t.shape if needed else (0, t.shape[1]))
 
+    number = call.grad_rows.new_empty
     return (
-        like(image, need_image),
-        like(text, need_text),
-        number(),
-        image.new_empty(0, image.shape[1]) if projected_image is None else like(projected_image),
-        text.new_empty(0, text.shape[1]) if projected_text is None else like(projected_text),
-        number(),
-        number(*(() if plane_weight is None else plane_weight.shape)) if plane_weight is not None else number(0),
-        number(),
+        like(call.image, call.need_image),
+        like(call.text, call.need_text),
+        number(()),
+        like(call.student_image, call.projected_image is not None),
+        like(call.student_text, call.projected_text is not None),
+        number(()),
+        number((0,) if call.plane_weight is None else call.plane_weight.shape),
+        number(()),
     )
 
 
-define(
-    "similarity_loss_fwd",
-    f"{_TENSORS}, {_MODE}, SymInt chunk, SymInt stored_rows",
-    "(Tensor, Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-)
-define(
-    "similarity_loss_bwd",
-    f"Tensor grad_rows, Tensor grad_columns, {_TENSORS}, Tensor rows, Tensor columns_, Tensor stored, {_MODE}, "
-    "bool need_image, bool need_text, SymInt chunk",
-    f"({', '.join(['Tensor'] * 8)})",
-    _bwd,
-    _bwd_fake,
-)
+define("similarity_loss_fwd", SimilarityCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+define("similarity_loss_bwd", SimilarityGradient, f"({', '.join(['Tensor'] * len(_GRADIENTS))})", _bwd, _bwd_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:_COUNT], *output)
+    ctx.save_for_backward(*inputs[: len(_TENSORS)], *output)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    *mode, ctx.chunk, _stored_rows, ctx.backend = inputs[_COUNT:]
-    ctx.mode = mode
+    ctx.options = inputs[len(_TENSORS) :]
 
 
 def _autograd(ctx, grad_rows, grad_columns, _):
-    nothing = (None,) * (_COUNT + 10)
+    nothing = (None,) * (len(_TENSORS) + len(ctx.options))
     if grad_rows is None and grad_columns is None:
         return nothing
-    saved = ctx.saved_tensors
-    tensors, (rows, columns, stored) = saved[:_COUNT], saved[_COUNT:]
+    saved, (*options, backend) = ctx.saved_tensors, ctx.options
+    tensors, (rows, columns, stored) = saved[: len(_TENSORS)], saved[len(_TENSORS) :]
     grad_rows = torch.zeros_like(rows) if grad_rows is None else grad_rows
     grad_columns = torch.zeros_like(columns) if grad_columns is None else grad_columns
-    needs = ctx.needs_input_grad
-    # A projection that is not given is the feature itself, and its gradient is in that of the feature.
+    need_image, need_text = ctx.needs_input_grad[:2]
     grads = torch.ops.simplclip.similarity_loss_bwd(
-        grad_rows, grad_columns, *tensors, rows, columns, stored, *ctx.mode, needs[0], needs[1], ctx.chunk, ctx.backend
+        *tensors, *options, grad_rows, grad_columns, rows, columns, stored, need_image, need_text, backend
     )
+    # A projection that is not given is the feature itself, and its gradient is in that of the feature.
     out = list(nothing)
-    for place, grad in zip((0, 1, 2, 6, 7, 8, 9, 10), grads):
-        if needs[place] and tensors[place] is not None:
+    for name, grad in zip(_GRADIENTS, grads):
+        place = _TENSORS.index(name)
+        if ctx.needs_input_grad[place] and tensors[place] is not None:
             out[place] = grad.to(tensors[place].dtype)
     return tuple(out)
 
@@ -211,7 +206,7 @@ def similarity_loss(
         A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
-    12 N + 6 M statistics and at most store_bytes of similarities. Extra memory: sweep.workspace_bytes,
+    12 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
     O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and reductions are in float32 and
     in a fixed order: equal inputs give equal results. First derivatives in reverse mode only, but for backend "reference".
 
@@ -296,10 +291,18 @@ def similarity_loss(
     if contrastive or matching or relational or kl:
         entropy = 1.0 if divergence == "kl" else 0.0
         rows, columns = _statistics(
-            (image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
-             *(plane or (None, None)), ids, text_ids),
-            (label_offset, contrastive or relational or matching == "hard", symmetric,
-             0 if matching is None else NEGATIVES.index(matching) // 2 + 1, relational, kl, entropy),
+            SimilarityCall(
+                image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
+                *(plane or (None, None)), ids, text_ids, label_offset,
+                softmax=contrastive or relational or matching == "hard",
+                columns=symmetric,
+                negatives=_NEGATIVES[matching],
+                relational=relational,
+                interactive=kl,
+                entropy=entropy,
+                chunk=0,
+                stored_rows=0,
+            ),
             scratch_bytes,
             store_bytes,
         )  # fmt: skip
@@ -320,16 +323,12 @@ def similarity_loss(
     return out
 
 
-def _statistics(tensors, mode, scratch, store):
+def _statistics(call: SimilarityCall, scratch_bytes: int, store_bytes: int) -> tuple[Tensor, Tensor]:
     """The sweep: rows [12, N] and columns [6, M]."""
-    image, text, projected_image, projected_text = (tensors[i] for i in (0, 1, 6, 7))
-    n, m, device = image.shape[0], text.shape[0], image.device.type
-    dtype = computes_in(image.dtype, device)
-    leaves = (image, text, projected_image, projected_text)
+    n, m, device = call.image.shape[0], call.text.shape[0], call.image.device.type
+    dtype = computes_in(call.image.dtype, device)
+    call.chunk = chunk_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
     # On a GPU the kernels form tiles again rather than read them.
-    keeps = device == "cpu" and wants_grad(*leaves)
-    _, softmax, columns, negatives, relational, interactive, _ = mode
-    planes = products(softmax, columns, negatives, relational, interactive)
-    chunk = chunk_rows(n, m, dtype, device, 1 + (relational or interactive), scratch)
-    stored = stored_rows(n, m, dtype, planes, store) if keeps else 0
-    return call("similarity_loss_fwd", *tensors, *mode, chunk, stored, backends.forced())[:2]
+    if device == "cpu" and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
+        call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes)
+    return run("similarity_loss_fwd", *flat(call), backends.forced())[:2]

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.similarity.call import NEGATIVES_ALL, NEGATIVES_HARD, ColumnStat, RowStat
+from simplclip.ops.similarity.call import (
+    ALL_NEGATIVES,
+    ColumnStat,
+    RowsCall,
+    RowsGradient,
+    RowStat,
+    SimilarityCall,
+    SimilarityGradient,
+)
 
 
-class _Planes:
-    """The similarity matrices of a call in the accumulation dtype, [N, M], and the mask of negatives."""
+class _Matrices:
+    """The features of a call in the accumulation dtype, and the mask of negatives [N, M]."""
 
-    def __init__(
-        self, image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
-        plane_weight, plane_bias, ids, text_ids, label_offset,
-    ):  # fmt: skip
-        self.dtype = accumulate_dtype(image.dtype)
-        n, m = image.shape[0], text.shape[0]
-        wide = lambda t: None if t is None else t.to(self.dtype)  # noqa: E731
-        self.x, self.y, self.tx, self.ty = map(wide, (image, text, teacher_image, teacher_text))
-        self.px, self.py = (
-            (self.x if projected_image is None else wide(projected_image)),
-            (self.y if projected_text is None else wide(projected_text)),
-        )
-        self.scale, self.teacher_scale, self.cross_scale = scale, teacher_scale, cross_scale
-        self.weight, self.bias = plane_weight, plane_bias
-        columns, rows = torch.arange(m, device=image.device), torch.arange(n, device=image.device)
-        self.positive = columns == rows[:, None] + label_offset
-        self.negative = ~self.positive
-        if ids is not None:
-            self.negative &= ids[:, None] != text_ids
-        self.window = slice(label_offset, label_offset + n)
+    def __init__(self, call: SimilarityCall):
+        self.dtype, self.call = accumulate_dtype(call.image.dtype), call
+        n, m = call.image.shape[0], call.text.shape[0]
+        self.image, self.text, self.teacher_image, self.teacher_text, self.student_image, self.student_text = (
+            None if t is None else t.to(self.dtype)
+            for t in (
+                call.image, call.text, call.teacher_image, call.teacher_text, call.student_image, call.student_text
+            )
+        )  # fmt: skip
+        columns, rows = torch.arange(m, device=call.image.device), torch.arange(n, device=call.image.device)
+        self.negative = columns != rows[:, None] + call.label_offset
+        if call.ids is not None:
+            self.negative &= call.ids[:, None] != call.text_ids
+        self.window = slice(call.label_offset, call.label_offset + n)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
         return matrix[:, self.window].diagonal()
@@ -44,191 +48,144 @@ class _Planes:
         """e^(logits - lse) of the negatives, 0 elsewhere; lse is [N, 1] or [M]."""
         return self.masked(logits - lse).exp()
 
-    def hyperplane(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def hyperplane(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
         """l, and what its weight multiplies."""
-        product = (self.x * self.weight) @ self.y.T if self.weight.dim() == 1 else s
-        return (product if self.weight.dim() == 1 else self.weight * s) + self.bias, product
+        weight, bias = self.call.plane_weight, self.call.plane_bias
+        if weight.dim() == 1:
+            product = (self.image * weight) @ self.text.T
+            return product + bias, product
+        return weight * similarity + bias, similarity
 
 
-def similarity_loss_fwd(*args):
-    """Statistics of the similarity matrices, from which simplclip.ops.similarity.terms makes the terms.
-
-    S = x yᵀ, Z = scale S; T = teacher_scale x̂ ŷᵀ; U = cross_scale x' ŷᵀ and V = cross_scale x̂ y'ᵀ, x' and y' the student's
-    features in the teacher's width (its own where none are given); l the hyperplane of pair matching.
+def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the matrices of a call (see call.py), from which simplclip.ops.similarity.terms makes the terms.
 
     Returns rows [12, N] (RowStat), columns [6, M] (ColumnStat; only where `columns`), and what backward may read instead of
-    multiplying again: the first `stored_rows` rows of the products, [planes, stored_rows, M] (not used here).
+    multiplying again: the first `stored_rows` rows of the products, [matrices, stored_rows, M] (not used here).
     """
-    *tensors, label_offset, softmax, columns, negatives, relational, interactive, entropy, _chunk, stored_rows = args
-    planes = _Planes(*tensors, label_offset)
-    image, text = tensors[:2]
-    rows = planes.x.new_zeros(len(RowStat), image.shape[0])
-    cols = planes.x.new_zeros(len(ColumnStat), text.shape[0])
-    rows[RowStat.NEGATIVES] = planes.negative.sum(1).to(rows.dtype)
-    t = t_masked = None
-    if relational or interactive:
-        t_raw = planes.tx @ planes.ty.T
-        rows[RowStat.DIAGONAL_T] = planes.diagonal(t_raw)
-        t = planes.teacher_scale * t_raw
-        t_masked = planes.masked(t)
-        rows[RowStat.LSE_T] = t_masked.logsumexp(1)
-        cols[ColumnStat.LSE_T] = t_masked.logsumexp(0)
+    here, m = _Matrices(call), call.text.shape[0]
+    rows = here.image.new_zeros(len(RowStat), call.image.shape[0])
+    cols = here.image.new_zeros(len(ColumnStat), m)
+    rows[RowStat.NEGATIVES] = here.negative.sum(1).to(rows.dtype)
+    teacher = None
+    if call.has_teacher:
+        similarity = here.teacher_image @ here.teacher_text.T
+        rows[RowStat.DIAGONAL_TEACHER] = here.diagonal(similarity)
+        teacher = call.teacher_scale * similarity
+        masked = here.masked(teacher)
+        rows[RowStat.LSE_TEACHER] = masked.logsumexp(1)
+        cols[ColumnStat.LSE_TEACHER] = masked.logsumexp(0)
 
     def mean(student, dim, lse):
-        return (planes.softmax(t, lse) * (entropy * t - student)).sum(dim)
+        return (here.softmax(teacher, lse) * (call.entropy * teacher - student)).sum(dim)
 
-    if softmax or negatives:
-        s = planes.x @ planes.y.T
-        z = planes.scale * s
-        rows[RowStat.DIAGONAL_Z] = planes.diagonal(s)
-        if softmax:
-            z_masked = planes.masked(z)
-            rows[RowStat.LSE_Z], cols[ColumnStat.LSE_Z] = z_masked.logsumexp(1), z_masked.logsumexp(0)
-        if negatives:
-            l, product = planes.hyperplane(s)
-            if planes.weight.dim() == 1:
-                rows[RowStat.DIAGONAL_L] = planes.diagonal(product)
+    if call.has_student:
+        similarity = here.image @ here.text.T
+        student = call.scale * similarity
+        rows[RowStat.DIAGONAL_STUDENT] = here.diagonal(similarity)
+        if call.softmax:
+            masked = here.masked(student)
+            rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = masked.logsumexp(1), masked.logsumexp(0)
+        if call.negatives:
+            l, product = here.hyperplane(similarity)
+            if call.has_hadamard:
+                rows[RowStat.DIAGONAL_HADAMARD] = here.diagonal(product)
             loss = F.softplus(l)
-            if negatives == NEGATIVES_ALL:
-                rows[RowStat.MATCH] = (loss * planes.negative).sum(1)
+            if call.negatives == ALL_NEGATIVES:
+                rows[RowStat.PAIR_MATCHING] = (loss * here.negative).sum(1)
             else:
-                by_row, by_column = planes.softmax(z, rows[RowStat.LSE_Z][:, None]), planes.softmax(z, cols[ColumnStat.LSE_Z])
-                rows[RowStat.MATCH] = (by_row.detach() * loss).sum(1)
-                cols[ColumnStat.MATCH] = (by_column.detach() * loss).sum(0)
-        if relational:
-            rows[RowStat.MEAN_Z] = mean(z, 1, rows[RowStat.LSE_T][:, None])
-            cols[ColumnStat.MEAN_Z] = mean(z, 0, cols[ColumnStat.LSE_T])
-    if interactive:
-        u_raw = planes.px @ planes.ty.T
-        u = planes.cross_scale * u_raw
-        rows[RowStat.DIAGONAL_U], rows[RowStat.LSE_U] = planes.diagonal(u_raw), planes.masked(u).logsumexp(1)
-        rows[RowStat.MEAN_U] = mean(u, 1, rows[RowStat.LSE_T][:, None])
-    if interactive and columns:
-        v_raw = planes.tx @ planes.py.T
-        v = planes.cross_scale * v_raw
-        rows[RowStat.DIAGONAL_V], cols[ColumnStat.LSE_V] = planes.diagonal(v_raw), planes.masked(v).logsumexp(0)
-        cols[ColumnStat.MEAN_V] = mean(v, 0, cols[ColumnStat.LSE_T])
-    if not columns:
-        cols.zero_()
-    count = bool(softmax or negatives) + (t is not None) + interactive * (1 + columns)
-    return rows, cols, image.new_zeros(count if stored_rows else 0, stored_rows, text.shape[0])
+                by_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
+                by_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
+                rows[RowStat.PAIR_MATCHING] = (by_row * loss).sum(1)
+                cols[ColumnStat.PAIR_MATCHING] = (by_column * loss).sum(0)
+        if call.relational:
+            rows[RowStat.MEAN_STUDENT] = mean(student, 1, rows[RowStat.LSE_TEACHER][:, None])
+            cols[ColumnStat.MEAN_STUDENT] = mean(student, 0, cols[ColumnStat.LSE_TEACHER])
+    if call.interactive:
+        similarity = here.student_image @ here.teacher_text.T
+        logits = call.cross_scale * similarity
+        rows[RowStat.DIAGONAL_IMAGE_TO_TEACHER] = here.diagonal(similarity)
+        rows[RowStat.LSE_IMAGE_TO_TEACHER] = here.masked(logits).logsumexp(1)
+        rows[RowStat.MEAN_IMAGE_TO_TEACHER] = mean(logits, 1, rows[RowStat.LSE_TEACHER][:, None])
+    if call.has_teacher_to_text:
+        similarity = here.teacher_image @ here.student_text.T
+        logits = call.cross_scale * similarity
+        rows[RowStat.DIAGONAL_TEACHER_TO_TEXT] = here.diagonal(similarity)
+        cols[ColumnStat.LSE_TEACHER_TO_TEXT] = here.masked(logits).logsumexp(0)
+        cols[ColumnStat.MEAN_TEACHER_TO_TEXT] = mean(logits, 0, cols[ColumnStat.LSE_TEACHER])
+    if not call.columns:
+        cols = torch.zeros_like(cols)
+    stored = call.image.new_zeros(call.matrices if call.stored_rows else 0, call.stored_rows, m)
+    return rows, cols, stored
 
 
-def similarity_loss_bwd(grad_rows, grad_columns, *args):
-    """Gradients of a loss with the gradients grad_rows [12, N] and grad_columns [6, M] to the statistics.
+def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
+    """Gradients of a loss with the gradients grad_rows and grad_columns to the statistics: forward's, by autograd.
 
-    Those of LSE_T, DIAGONAL_T and NEGATIVES are not read: the teacher is a constant; so are the weights of "hard". Returns
-    d_image, d_text (empty where not needed), d_scale, d_projected_image, d_projected_text (empty where not given),
-    d_cross_scale, d_plane_weight (empty without), d_plane_bias.
+    The teacher is a constant; so are the weights of hard negatives. Returns d_image, d_text (empty where not needed),
+    d_scale, d_projected_image, d_projected_text (empty where not given), d_cross_scale, d_plane_weight (empty without) and
+    d_plane_bias.
     """
-    (*tensors, rows, cols, _stored, label_offset, softmax, columns, negatives, relational, interactive, _entropy,
-     need_image, need_text, _chunk) = args  # fmt: skip
-    planes = _Planes(*tensors, label_offset)
-    image, text, projected_image, projected_text = tensors[0], tensors[1], tensors[6], tensors[7]
-    x, y, tx, ty = planes.x, planes.y, planes.tx, planes.ty
-    d_x, d_y, d_px, d_py = (torch.zeros_like(t) for t in (x, y, planes.px, planes.py))
-    d_scale, d_cross, d_bias = (x.new_zeros(()) for _ in range(3))
-    d_weight = x.new_zeros(0 if planes.weight is None else planes.weight.shape)
+    dtype = accumulate_dtype(call.image.dtype)
+    names = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
+    given = [name for name in names if getattr(call, name) is not None]
+    leaves = {name: getattr(call, name).detach().to(dtype).requires_grad_() for name in given}
+    with torch.enable_grad():
+        rows, columns, _ = similarity_loss_fwd(replace(call, **leaves))
+        found = [(out, grad) for out, grad in ((rows, call.grad_rows), (columns, call.grad_columns)) if out.requires_grad]
+        outputs, incoming = zip(*found)
+        grads = torch.autograd.grad(outputs, list(leaves.values()), incoming, materialize_grads=True)
+    of = dict(zip(given, grads))
 
-    def row(lse, logits, g):  # g_i e^(logits_ij - lse_i) over the negatives
-        return grad_rows[g][:, None] * planes.softmax(logits, rows[lse][:, None])
+    def features(name, needed):
+        like = getattr(call, name)
+        return of[name].to(like.dtype) if needed and like is not None else call.image.new_empty(0, call.image.shape[1])
 
-    def column(lse, logits, g):
-        return grad_columns[g] * planes.softmax(logits, cols[lse]) if columns else 0
-
-    t = planes.teacher_scale * (tx @ ty.T) if relational or interactive else None
-    if softmax or negatives:
-        s = x @ y.T
-        z = planes.scale * s
-        g = torch.zeros_like(s)
-        if softmax:
-            g = row(RowStat.LSE_Z, z, RowStat.LSE_Z) + column(ColumnStat.LSE_Z, z, ColumnStat.LSE_Z)
-        if relational:
-            g = g - row(RowStat.LSE_T, t, RowStat.MEAN_Z) - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_Z)
-        d_scale = (g * s).sum()
-        g = planes.scale * g
-        if negatives:
-            l, product = planes.hyperplane(s)
-            h = grad_rows[RowStat.MATCH][:, None] * planes.negative
-            if negatives == NEGATIVES_HARD:
-                h = row(RowStat.LSE_Z, z, RowStat.MATCH) + column(ColumnStat.LSE_Z, z, ColumnStat.MATCH)
-            h = h * F.sigmoid(l)
-            d_bias = h.sum()
-            if planes.weight.dim() == 1:
-                h[planes.positive] = grad_rows[RowStat.DIAGONAL_L]
-                hy = h @ y
-                d_weight = (x * hy).sum(0)
-                d_x, d_y = planes.weight * hy, h.T @ (x * planes.weight)
-            else:
-                d_weight = (h * product).sum()
-                g = g + planes.weight * h
-        g[planes.positive] = grad_rows[RowStat.DIAGONAL_Z]
-        d_x, d_y = d_x + g @ y, d_y + g.T @ x
-    if interactive:
-        u_raw = planes.px @ ty.T
-        u = planes.cross_scale * u_raw
-        g = row(RowStat.LSE_U, u, RowStat.LSE_U) - row(RowStat.LSE_T, t, RowStat.MEAN_U)
-        d_cross = (g * u_raw).sum()
-        g = planes.cross_scale * g
-        g[planes.positive] = grad_rows[RowStat.DIAGONAL_U]
-        d_px = g @ ty
-    if interactive and columns:
-        v_raw = tx @ planes.py.T
-        v = planes.cross_scale * v_raw
-        g = column(ColumnStat.LSE_V, v, ColumnStat.LSE_V) - column(ColumnStat.LSE_T, t, ColumnStat.MEAN_V)
-        d_cross = d_cross + (g * v_raw).sum()
-        g = planes.cross_scale * g
-        g[planes.positive] = grad_rows[RowStat.DIAGONAL_V]
-        d_py = g.T @ tx
-    if projected_image is None:
-        d_x = d_x + d_px
-    if projected_text is None:
-        d_y = d_y + d_py
-
-    def give(like, gradient, needed=True):
-        return gradient.to(like.dtype) if needed else like.new_empty(0, like.shape[1])
+    def number(name, *shape):
+        return of[name] if name in of else rows.new_zeros(shape)
 
     return (
-        give(image, d_x, need_image),
-        give(text, d_y, need_text),
-        d_scale,
-        give(image, d_px, projected_image is not None),
-        give(text, d_py, projected_text is not None),
-        d_cross,
-        d_weight,
-        d_bias,
+        features("image", call.need_image),
+        features("text", call.need_text),
+        number("scale"),
+        features("projected_image", True),
+        features("projected_text", True),
+        number("cross_scale"),
+        number("plane_weight", 0),
+        number("plane_bias"),
     )
 
 
-def similarity_rows(query, keys, scale, ids, key_ids, label_offset, attend, chunk):
+def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:
     """Of scale · query · keysᵀ, [2, N]: each row's log-sum-exp over its negatives, and its positive's unscaled similarity.
 
     And, where `attend`, the mean key under the softmax over the negatives [N, D] (0 without negatives), else [0, D].
     """
-    dtype, n = accumulate_dtype(query.dtype), query.shape[0]
-    similarity = query.to(dtype) @ keys.to(dtype).T
-    window = slice(label_offset, label_offset + n)
+    query, dtype, n = call.query, accumulate_dtype(call.query.dtype), call.query.shape[0]
+    similarity = query.to(dtype) @ call.keys.to(dtype).T
+    window = slice(call.label_offset, call.label_offset + n)
     negative = torch.ones_like(similarity, dtype=torch.bool)
     negative[:, window].fill_diagonal_(False)
-    if ids is not None:
-        negative &= ids[:, None] != key_ids
-    logits = (scale * similarity).masked_fill(~negative, -torch.inf)
+    if call.ids is not None:
+        negative &= call.ids[:, None] != call.text_ids
+    logits = (call.scale * similarity).masked_fill(~negative, -torch.inf)
     lse = logits.logsumexp(1)
     stats = torch.stack([lse, similarity[:, window].diagonal()])
-    if not attend:
+    if not call.attend:
         return stats, query.new_empty(0, query.shape[1])
     softmax = (logits - lse[:, None]).masked_fill(~negative, -torch.inf).exp()
-    return stats, (softmax @ keys.to(dtype)).to(query.dtype)
+    return stats, (softmax @ call.keys.to(dtype)).to(query.dtype)
 
 
-def similarity_rows_bwd(grad, query, keys, scale, mean_keys, label_offset):
+def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
     """With k̄_i the mean key: dlse_i = scale k̄_i·dx_i + x_i·k̄_i dscale, dpositive_i = key of its label · dx_i. No N×M left."""
+    grad, query = call.grad, call.query
     d_query, d_scale = torch.empty_like(query), grad.new_zeros(())
     for first in range(0, query.shape[0], 2048):  # so that what is wider than the features stays small
         rows = slice(first, first + 2048)
         g_lse, g_positive = grad[:, rows, None]
-        wide = mean_keys[rows].to(grad.dtype)
+        wide = call.mean_keys[rows].to(grad.dtype)
         d_scale += torch.linalg.vecdot(wide, query[rows].to(grad.dtype)) @ g_lse[:, 0]
-        positives = keys[label_offset + first : label_offset + first + g_lse.shape[0]]
-        d_query[rows] = wide * (scale * g_lse) + positives * g_positive
+        positives = call.keys[call.label_offset + first : call.label_offset + first + g_lse.shape[0]]
+        d_query[rows] = wide * (call.scale * g_lse) + positives * g_positive
     return d_query, d_scale

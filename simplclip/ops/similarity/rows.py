@@ -2,70 +2,66 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
 from simplclip.ops import backends
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.registry import call, define, register_autograd, wants_grad
+from simplclip.ops.registry import call as run
+from simplclip.ops.registry import define, flat, register_autograd, wants_grad
+from simplclip.ops.similarity.call import RowsCall, RowsGradient
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, chunk_rows, computes_in
 
 
-def _run(function, query, keys, scale, ids, key_ids, *mode):
-    compute = computes_in(query.dtype, query.device.type)
-    ids, key_ids = (None if t is None else t.contiguous() for t in (ids, key_ids))
-    features = (t.to(compute).contiguous() for t in (query, keys))
-    stats, mean_keys = function(*features, scale.to(accumulate_dtype(compute)), ids, key_ids, *mode)
-    return stats, mean_keys.to(query.dtype)
+def _run(function, call):
+    dtype, compute = call.query.dtype, computes_in(call.query.dtype, call.query.device.type)
+    call.query, call.keys = (t.to(compute).contiguous() for t in (call.query, call.keys))
+    call.scale = call.scale.to(accumulate_dtype(compute))
+    call.ids, call.text_ids = (None if t is None else t.contiguous() for t in (call.ids, call.text_ids))
+    stats, mean_keys = function(call)
+    return stats, mean_keys.to(dtype)
 
 
-def _fake(query, keys, scale, ids, key_ids, label_offset, attend, chunk, backend):
-    n, d = query.shape
-    return query.new_empty(2, n, dtype=accumulate_dtype(query.dtype)), query.new_empty(n if attend else 0, d)
+def _fake(call):
+    n, d = call.query.shape
+    stats = call.query.new_empty(2, n, dtype=accumulate_dtype(call.query.dtype))
+    return stats, call.query.new_empty(n if call.attend else 0, d)
 
 
-define(
-    "similarity_rows",
-    "Tensor query, Tensor keys, Tensor scale, Tensor? ids, Tensor? key_ids, SymInt label_offset, bool attend, SymInt chunk",
-    "(Tensor, Tensor)",
-    _run,
-    _fake,
-)
+def _run_bwd(function, call):
+    call.scale = call.scale.to(call.grad.dtype)
+    return function(call)
 
 
-def _run_bwd(function, grad, query, keys, scale, mean_keys, label_offset):
-    return function(grad, query, keys, scale.to(grad.dtype), mean_keys, label_offset)
+def _fake_bwd(call):
+    return torch.empty_like(call.query), call.grad.new_empty(())
 
 
-def _fake_bwd(grad, query, keys, scale, mean_keys, label_offset, backend):
-    return torch.empty_like(query), grad.new_empty(())
-
-
-define(
-    "similarity_rows_bwd",
-    "Tensor grad, Tensor query, Tensor keys, Tensor scale, Tensor mean_keys, SymInt label_offset",
-    "(Tensor, Tensor)",
-    _run_bwd,
-    _fake_bwd,
-)
+define("similarity_rows", RowsCall, "(Tensor, Tensor)", _run, _fake)
+define("similarity_rows_bwd", RowsGradient, "(Tensor, Tensor)", _run_bwd, _fake_bwd)
 
 
 def _setup_context(ctx, inputs, output):
-    query, keys, scale, _, _, ctx.label_offset, *_ = inputs
+    call = RowsCall(*inputs[:-1])
+    ctx.label_offset = call.label_offset
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, keys, scale, output[1])
+    ctx.save_for_backward(call.query, call.keys, call.scale, output[1])
 
 
 def _autograd(ctx, grad, _):
-    nothing = (None,) * 7
-    if grad is None:
-        return None, None, *nothing
     query, keys, scale, mean_keys = ctx.saved_tensors
-    d_query, d_scale = torch.ops.simplclip.similarity_rows_bwd(grad, query, keys, scale, mean_keys, ctx.label_offset, "")
-    return d_query, None, d_scale.to(scale.dtype), *nothing[1:]
+    out = dict.fromkeys(["query", "keys", "scale", *_OTHERS])
+    if grad is not None:
+        call = RowsGradient(grad, query, keys, scale, mean_keys, ctx.label_offset)
+        out["query"], d_scale = torch.ops.simplclip.similarity_rows_bwd(*flat(call), "")
+        out["scale"] = d_scale.to(scale.dtype)
+    return tuple(out.values())
 
 
+_OTHERS = [field.name for field in fields(RowsCall)][3:] + ["backend"]
 register_autograd("similarity_rows", _autograd, _setup_context)
 
 
@@ -86,4 +82,5 @@ def similarity_rows(
     device = query.device.type
     chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)
     attend = wants_grad(query, scale)
-    return call("similarity_rows", query, keys, scale, ids, key_ids, label_offset, attend, chunk, backends.forced())[0]
+    call = RowsCall(query, keys, scale, ids, key_ids, label_offset, attend, chunk)
+    return run("similarity_rows", *flat(call), backends.forced())[0]

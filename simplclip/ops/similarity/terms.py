@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.similarity.call import ColumnStat, RowStat
+from simplclip.ops.similarity.call import ColumnStat as Column
+from simplclip.ops.similarity.call import RowStat as Row
 
 
 def mismatch(l: Tensor) -> Tensor:
@@ -60,36 +61,40 @@ def terms_of(
 ) -> dict[str, Tensor]:
     """The terms, each 0-dimensional; see simplclip.ops.similarity.op for their formulas."""
     out: dict[str, Tensor] = {}
-    z = scale * rows[RowStat.DIAGONAL_Z]
-    t = None if teacher_scale is None else teacher_scale * rows[RowStat.DIAGONAL_T]
+    z = scale * rows[Row.DIAGONAL_STUDENT]
+    t = None if teacher_scale is None else teacher_scale * rows[Row.DIAGONAL_TEACHER]
 
     def both(by_row: Tensor, by_column: Tensor | None) -> Tensor:
         return by_row.mean() if by_column is None else 0.5 * (by_row.mean() + by_column.mean())
 
     if contrastive:
-        by_column = None if columns is None else cross_entropy(columns[ColumnStat.LSE_Z], z)
-        out["contrastive"] = both(cross_entropy(rows[RowStat.LSE_Z], z), by_column)
+        by_column = None if columns is None else cross_entropy(columns[Column.LSE_STUDENT], z)
+        out["contrastive"] = both(cross_entropy(rows[Row.LSE_STUDENT], z), by_column)
     if matching:
         weight, bias = plane
-        positive = (rows[RowStat.DIAGONAL_L] if weight.dim() else weight * rows[RowStat.DIAGONAL_Z]) + bias
+        positive = (rows[Row.DIAGONAL_HADAMARD] if weight.dim() else weight * rows[Row.DIAGONAL_STUDENT]) + bias
         if matching == "all":
-            negative = rows[RowStat.MATCH].sum() / pairs.clamp(min=1).to(rows.dtype)
+            negative = rows[Row.PAIR_MATCHING].sum() / pairs.clamp(min=1).to(rows.dtype)
         else:
-            negative = both(rows[RowStat.MATCH], None if columns is None else columns[ColumnStat.MATCH])
+            negative = both(rows[Row.PAIR_MATCHING], None if columns is None else columns[Column.PAIR_MATCHING])
         out["pair_matching"] = 0.5 * (mismatch(positive).mean() + negative)
     if relational:
-        by_row = divergence(rows[RowStat.LSE_Z], z, rows[RowStat.LSE_T], t, rows[RowStat.MEAN_Z], entropy)
+        by_row = divergence(rows[Row.LSE_STUDENT], z, rows[Row.LSE_TEACHER], t, rows[Row.MEAN_STUDENT], entropy)
         by_column = None
         if columns is not None:
-            lse, teacher_lse, mean = (columns[i] for i in (ColumnStat.LSE_Z, ColumnStat.LSE_T, ColumnStat.MEAN_Z))
+            lse, teacher_lse, mean = (columns[i] for i in (Column.LSE_STUDENT, Column.LSE_TEACHER, Column.MEAN_STUDENT))
             by_column = divergence(lse, z, teacher_lse, t, mean, entropy)
         out["relational"] = both(by_row, by_column)
     if interactive:
-        u, v = cross_scale * rows[RowStat.DIAGONAL_U], cross_scale * rows[RowStat.DIAGONAL_V]
-        by_row = divergence(rows[RowStat.LSE_U], u, rows[RowStat.LSE_T], t, rows[RowStat.MEAN_U], entropy)
+        u, v = cross_scale * rows[Row.DIAGONAL_IMAGE_TO_TEACHER], cross_scale * rows[Row.DIAGONAL_TEACHER_TO_TEXT]
+        by_row = divergence(
+            rows[Row.LSE_IMAGE_TO_TEACHER], u, rows[Row.LSE_TEACHER], t, rows[Row.MEAN_IMAGE_TO_TEACHER], entropy
+        )
         by_column = None
         if columns is not None:
-            lse, teacher_lse, mean = (columns[i] for i in (ColumnStat.LSE_V, ColumnStat.LSE_T, ColumnStat.MEAN_V))
+            lse, teacher_lse, mean = (
+                columns[i] for i in (Column.LSE_TEACHER_TO_TEXT, Column.LSE_TEACHER, Column.MEAN_TEACHER_TO_TEXT)
+            )
             by_column = divergence(lse, v, teacher_lse, t, mean, entropy)
         out["interactive"] = both(by_row, by_column)
     return out
@@ -108,10 +113,14 @@ def merge_columns(parts: Tensor) -> Tensor:  # [W, 6, N] -> [6, N]
         return total, (part.detach() - total.detach().masked_fill(empty, 0)).exp()
 
     out = {}
-    out[ColumnStat.LSE_Z], share_z = lse(parts[:, ColumnStat.LSE_Z])
-    out[ColumnStat.LSE_T], share_t = lse(parts[:, ColumnStat.LSE_T])
-    out[ColumnStat.LSE_V], _ = lse(parts[:, ColumnStat.LSE_V])
-    for mean, share in ((ColumnStat.MATCH, share_z), (ColumnStat.MEAN_Z, share_t), (ColumnStat.MEAN_V, share_t)):
+    out[Column.LSE_STUDENT], share_z = lse(parts[:, Column.LSE_STUDENT])
+    out[Column.LSE_TEACHER], share_t = lse(parts[:, Column.LSE_TEACHER])
+    out[Column.LSE_TEACHER_TO_TEXT], _ = lse(parts[:, Column.LSE_TEACHER_TO_TEXT])
+    for mean, share in (
+        (Column.PAIR_MATCHING, share_z),
+        (Column.MEAN_STUDENT, share_t),
+        (Column.MEAN_TEACHER_TO_TEXT, share_t),
+    ):
         out[mean] = (share * parts[:, mean]).sum(0)
     return torch.stack([out[stat] for stat in sorted(out)])
 
