@@ -41,7 +41,7 @@ SERIES = (
     Series("contrastive", "simplclip", "simplclip, contrastive loss", "ours"),
     Series("contrastive", "open_clip.ClipLoss", "open_clip.ClipLoss", "theirs"),
     Series("all four", "simplclip", "simplclip, all four terms", "ours four"),
-    Series("all four", "open_clip's losses and KL", "the same terms by open_clip's and plain losses", "theirs four", above=True),
+    Series("all four", "open_clip's losses and KL", "the same by open_clip and plain torch", "theirs four", above=True),
 )
 
 
