@@ -112,7 +112,7 @@ def install(python, wheel: Path, folder: Path) -> None:
 def test_source_distribution_has_all_that_is_built_and_no_tests(packages):
     with tarfile.open(the_file(packages, "*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    kinds = {"csrc": ("h", "cuh", "cpp", "cu"), "kernels": ("py",), "simplclip": ("py", "yaml")}
+    kinds = {"csrc": ("h", "cuh", "cpp", "cu"), "kernels": ("py",), "simplclip": ("py", "yaml", "typed")}
     wanted = {
         str(path.relative_to(ROOT))
         for folder, suffixes in kinds.items()

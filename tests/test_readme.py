@@ -26,7 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-QUICK = ("make help", "make check-tools", "simplclip doctor", "simplclip train --help-config", "python -m benchmarks.tables --check")
+QUICK = (
+    "make help",
+    "make check-tools",
+    "simplclip doctor",
+    "simplclip train --help-config",
+    "python -m benchmarks.tables --check",
+)
 SYSTEM_PACKAGES = ("git", "make", "fonts-noto-color-emoji", "google-noto-color-emoji-fonts")
 
 
