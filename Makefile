@@ -124,9 +124,10 @@ wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 tables: install  ## tables and chart of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
-lint: install  ## ruff
+lint: install  ## ruff, and that packages import from those below them only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 clean:  ## remove what was built; keeps data, runs and venvs
 	rm -rf build dist *.egg-info simplclip/*.so

@@ -4,13 +4,13 @@
     sh       a line is a command of a kind below; its targets, options, settings, extras and files exist. Those that take
              seconds are run too
     yaml     a file for the shell lines, named in its first line: `# NAME.yaml`
-    diff     applies to this tree
-    mermaid  a picture
+    mermaid  a picture; the files that it names exist
     text     a formula
 
 Other blocks are an error, and so are indented ones.
 """
 
+import functools
 import importlib
 import os
 import re
@@ -70,7 +70,7 @@ def test_readme_is_short():
 @pytest.mark.parametrize("name", FILES)
 def test_every_block_is_of_a_kind_that_is_tested(name):
     kinds = {(t.type, t.info) for t in tokens(name) if t.type in ("fence", "code_block")}
-    assert kinds <= {("fence", language) for language in ("python", "sh", "yaml", "diff", "mermaid", "text")}
+    assert kinds <= {("fence", language) for language in ("python", "sh", "yaml", "mermaid", "text")}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if blocks(name, "python")])
@@ -99,7 +99,7 @@ def test_commands_exist(name, words, tmp_path, monkeypatch):
 def check_command(words: list[str]) -> None:
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         variable = words.pop(0).partition("=")[0]
-        assert variable in (ROOT / "setup.py").read_text() + MAKEFILE + source_of_the_package(), variable
+        assert variable in sources(), variable
     program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
     if program == "python" and arguments[:1] == ["-m"]:
         program, arguments = arguments[1], arguments[2:]
@@ -109,7 +109,7 @@ def check_command(words: list[str]) -> None:
         "simplclip.integrations.open_clip_train": check_open_clip_train,
         "pip": check_pip,
         "pytest": check_pytest,
-        "sudo": lambda rest: check_system_packages(rest),
+        "sudo": check_system_packages,
         "git": lambda rest: None,
         "cd": lambda rest: None,
         "pre-commit": lambda rest: None,
@@ -122,8 +122,11 @@ def check_command(words: list[str]) -> None:
         checks[program](arguments)
 
 
-def source_of_the_package() -> str:
-    return "".join(path.read_text() for path in (ROOT / "simplclip").rglob("*.py"))
+@functools.cache
+def sources() -> str:
+    """Everything that may read a variable of the environment."""
+    files = [ROOT / "setup.py", *(ROOT / "simplclip").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
+    return MAKEFILE + "".join(path.read_text() for path in files)
 
 
 def check_make(arguments: list[str]) -> None:
@@ -199,13 +202,6 @@ def test_quick_commands_run():
         assert run.returncode == 0, f"{line}: {run.stderr}"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if blocks(name, "diff")])
-def test_diffs_apply(name):
-    for first, text in blocks(name, "diff"):
-        run = subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=text, capture_output=True, text=True)
-        assert run.returncode == 0, f"{name}:{first}: {run.stderr}"
-
-
 def words_of(name: str) -> list[str]:
     """The text in backticks outside of blocks."""
     inline = [child for t in tokens(name) if t.type == "inline" for child in t.children]
@@ -214,10 +210,16 @@ def words_of(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_paths_exist(name):
+    """Paths from the top in backticks, but for those with the placeholder NAME; and in pictures, from the package too."""
     top = "simplclip|kernels|csrc|benchmarks|tests|docs|\\.github"
     for word in words_of(name):
-        if re.fullmatch(rf"({top})/[\w./*-]*", word):
+        if re.fullmatch(rf"({top})/[\w./*-]*", word) and "NAME" not in word:
             assert list(ROOT.glob(word.rstrip("/"))), f"{name}: {word}"
+    for first, text in blocks(name, "mermaid"):
+        found = re.findall(r"\b\w+(?:/\w+)*(?:/|\.py)(?!\w)", text)
+        assert len(found) > 5
+        for path in found:
+            assert (ROOT / path).exists() or (ROOT / "simplclip" / path).exists(), f"{name}:{first}: {path}"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -227,7 +229,7 @@ def test_names_exist(name):
         for dotted in re.findall(r"^(?:python -m )?(simplclip(?:\.\w+)+)", word):
             assert resolves(dotted), f"{name}: {dotted}"
         for variable in re.findall(r"\bSIMPLCLIP_\w+", word):
-            assert variable in source_of_the_package() + (ROOT / "setup.py").read_text() + MAKEFILE, f"{name}: {variable}"
+            assert variable in sources(), f"{name}: {variable}"
 
 
 def resolves(dotted: str) -> bool:
