@@ -192,6 +192,17 @@ def check_system_packages(arguments: list[str]) -> None:
         assert stem in MAKEFILE.split("define CHECK_TOOLS")[1].split("endef")[0] or package in SYSTEM_PACKAGES, package
 
 
+def test_readme_lists_every_package_that_make_asks_for():
+    asked = re.findall(r'missing "[^"]*" (\S+) (\S+)', MAKEFILE.replace("$(PYTHON_PACKAGE)", "python3"))
+    assert len(asked) == 5
+    lines = [words for name, words in (param.values for param in commands()) if name == "README.md"]
+    listed = {words[1]: words for words in lines if words[0] == "sudo"}
+    for apt, dnf in asked:
+        if apt != "python3.12":  # an example of a newer one
+            assert apt in listed["apt"]
+            assert dnf in listed["dnf"]
+
+
 def test_quick_commands_run():
     lines = {" ".join(words) for _, words in (param.values for param in commands())}
     wanted = [line for line in QUICK if line in lines]
