@@ -35,7 +35,7 @@ PYTHON_TARGET = "0x030A0000"  # CPython 3.10
 # A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for what comes after.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
 
-# SIMPLCLIP_SANITIZE=1: the CPU kernels with AddressSanitizer and UBSan (tests/sanitized.py builds and runs them).
+# SIMPLCLIP_SANITIZE=1: the CPU kernels with AddressSanitizer and UBSan (tests/support/sanitized.py builds and runs them).
 SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 SANITIZE = SANITIZE if os.environ.get("SIMPLCLIP_SANITIZE") == "1" else []
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import hardware
 from benchmarks.results_file import RESULTS, write_csv
-from simplclip.checkpoint import write_atomically
+from simplclip.common.files import write_atomically
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from simplclip.plan.measure import cpu_peak_bytes
+from simplclip.memory.measure import cpu_peak_bytes
 
 
 def interleaved_times(

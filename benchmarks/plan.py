@@ -10,9 +10,11 @@ import json
 
 from benchmarks import hardware
 from benchmarks.results_file import RESULTS
-from simplclip import config, plan, plots
-from simplclip.checkpoint import write_atomically
-from simplclip.plan import report
+from simplclip import memory as plan
+from simplclip.common.files import write_atomically
+from simplclip.memory import report
+from simplclip.memory.picture import draw
+from simplclip.train import config
 
 CARD, TEACHER_WIDTH = "rtx-3090", 768
 SAME = ["loss.pm_weight=0", "loss.relational_weight=1"]  # what open_clip's DistillClipLoss computes
@@ -35,7 +37,7 @@ def main() -> None:
         )
         plans[name] = report.as_dict(made) | {"changes": changes}
         if len(plans) == 3:
-            plots.memory(RESULTS / "plan-siclip-s0.png", made)
+            draw(RESULTS / "plan-siclip-s0.png", made)
     where = hardware.describe()
     result = {"card": CARD, "teacher_width": TEACHER_WIDTH, "plans": plans} | where
     path = RESULTS / f"plan-siclip-s0-{where['date']}.json"

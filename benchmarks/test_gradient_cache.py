@@ -16,7 +16,8 @@ from torch import nn
 
 from benchmarks.hardware import ROOT
 from benchmarks.measure import clock_of_steps, cpu_peak_bytes, figures, interleaved_times
-from simplclip import gradient_cache, hardware, models
+from simplclip import gradient_cache, models
+from simplclip.common import hardware
 from simplclip.losses import ClipPMLoss
 
 MICRO = 64

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.block_forms import PlainBlock
 from benchmarks.measure import clock_of_steps, cpu_peak_bytes, figures, interleaved_times
-from simplclip import hardware, models
+from simplclip import models
+from simplclip.common import hardware
 from simplclip.losses import ClipPMLoss, WIKDLoss
 from simplclip.nn import SimplifiedBlock
 

@@ -6,33 +6,44 @@ Submodules load when they are first named, so that the command line can set up t
 
 import importlib
 
+from simplclip import deprecated
 from simplclip.version import __version__
 
-__all__ = ["__version__", "backend", "report"]
+__all__ = ["__version__", "backend", "create_model", "inherit", "report", "simplify"]
 
-_FUNCTIONS = {"backend": "simplclip.ops.backends", "report": "simplclip.doctor"}
+# name -> module and its name there
+_FUNCTIONS = {
+    "backend": ("simplclip.ops.backends", "backend"),
+    "create_model": ("simplclip.models.registry", "create"),
+    "inherit": ("simplclip.models.inherit", "inherit"),
+    "report": ("simplclip.doctor", "report"),
+    "simplify": ("simplclip.models.simplify", "simplify"),
+}
 _MODULES = (
     "ablate",
+    "caption",
     "data",
     "evaluate",
+    "evaluation",
+    "export",
     "gradient_cache",
-    "inherit",
     "kernels",
     "losses",
+    "memory",
     "models",
     "nn",
-    "openclip",
     "ops",
-    "plan",
-    "pretrained",
+    "teacher",
     "train",
 )
+deprecated.install()
 
 
 def __getattr__(name: str):
     if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    if name in _MODULES:
+        module, attribute = _FUNCTIONS[name]
+        return getattr(importlib.import_module(module), attribute)
+    if name in _MODULES or f"simplclip.{name}" in deprecated.MOVED:
         return importlib.import_module(f"simplclip.{name}")
     raise AttributeError(f"module 'simplclip' has no attribute {name!r}")
 

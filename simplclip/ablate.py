@@ -14,17 +14,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
-from simplclip import checkpoint, config, evaluate, plots
-from simplclip.config import Config, ConfigError
+from simplclip.common.files import differences, write_atomically
+from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
+from simplclip.evaluation import KS
+from simplclip.train import config
+from simplclip.train.config import Config, ConfigError
 
 STARTS = ("scratch", "inherited")
 # name -> the key of the config that is off before it and as configured from it on
@@ -107,8 +112,8 @@ def run(
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    checkpoint.write_atomically(out / "ablation.csv", text.getvalue())
-    plots.ablation(out / "ablation.png", rows, f"{base.model.name}, {base.run.steps} steps, {seeds} seeds")
+    write_atomically(out / "ablation.csv", text.getvalue())
+    draw(out / "ablation.png", rows, f"{base.model.name}, {base.run.steps} steps, {seeds} seeds")
     return out / "ablation.csv"
 
 
@@ -118,11 +123,11 @@ def _check(base: Config, starts: Sequence[str]) -> None:
         raise ConfigError(f"config: expected every part to be on, so that it can be left out; off: {', '.join(off)}")
     unknown = [start for start in starts if start not in STARTS]
     if unknown or not starts:
-        raise ConfigError(f"starts: expected some of {', '.join(STARTS)}, came {unknown or 'none'}")
+        raise ConfigError(f"starts: expected some of {', '.join(STARTS)}, got {unknown or 'none'}")
     if "inherited" in starts and base.inherit.source is None:
-        raise ConfigError("inherit.source: expected weights to inherit from, came null")
+        raise ConfigError("inherit.source: expected weights to inherit from, got null")
     if not base.eval.splits:
-        raise ConfigError("eval.splits: expected held-out data, came none")
+        raise ConfigError("eval.splits: expected held-out data, got none")
 
 
 def _value(base: Config, key: str) -> Any:
@@ -134,15 +139,15 @@ def _claim(out: Path, base: Config) -> None:
     """OUT/config.yaml says what the runs in it are of; other settings need another folder."""
     path = out / "config.yaml"
     if path.exists():
-        changed = config.differences(config.load(path).to_dict(), base.to_dict())
+        changed = differences(config.load(path).to_dict(), base.to_dict())
         if changed:
             told = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
             raise ConfigError(f"out: {out} holds an ablation with other settings: {told}")
         return
     if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"out: expected a new or empty folder or an ablation's, came {out}")
+        raise ConfigError(f"out: expected a new or empty folder or an ablation's, got {out}")
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(path, base.to_yaml())
+    write_atomically(path, base.to_yaml())
 
 
 def _train(source: Path, trial: Trial, threads: int) -> None:
@@ -168,7 +173,7 @@ def _rows(trial: Trial) -> Iterator[dict[str, Any]]:
     result = json.loads((trial.folder / "evaluation.json").read_text())
     for split, entry in result["splits"].items():
         for direction in DIRECTIONS:
-            recalls = {k: entry[direction][k] for k in (f"R@{k}" for k in evaluate.KS)}
+            recalls = {k: entry[direction][k] for k in (f"R@{k}" for k in KS)}
             yield {
                 "variant": trial.variant,
                 "start": trial.start,
@@ -179,3 +184,39 @@ def _rows(trial: Trial) -> Iterator[dict[str, Any]]:
                 **{k: round(figure["value"], 6) for k, figure in recalls.items()},
                 **{f"chance of {k}": round(figure["chance"], 6) for k, figure in recalls.items()},
             }
+
+
+def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:
+    """A panel for each split: R@1 by variant and start, the mean over seeds with their standard deviation as error bar.
+
+    rows: with "variant", "start", "seed", "split", "direction" and "R@1"; a seed's figure is the mean of both directions.
+    """
+    splits, variants, starts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("split", "variant", "start"))
+    figure = new_figure(5.2 * len(splits) + 1.6, 4.6)
+    axes = figure.subplots(
+        1, len(splits), squeeze=False, gridspec_kw={"left": 0.06, "right": 0.985, "top": 0.8, "bottom": 0.2}
+    )
+    for axis, split in zip(axes[0], splits):
+        for place, (colour, start) in enumerate(zip(COLOURS, starts)):
+            means, errors = zip(*(_mean_of_seeds(rows, split, variant, start) for variant in variants))
+            x = np.arange(len(variants)) + (place - (len(starts) - 1) / 2) * 0.4
+            bars = axis.bar(x, means, 0.36, yerr=errors, color=colour, ecolor=INK, capsize=3, label=start)
+            axis.bar_label(bars, [f"{mean:.1f}" for mean in means], padding=2, fontsize=8, color=INK)
+        style(axis, f"held-out {split}")
+        axis.set_xticks(range(len(variants)), [textwrap.fill(variant, 13) for variant in variants], fontsize=8)
+        axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
+        axis.set_ylabel("R@1, %", color=MUTED)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, fontsize=10, labelcolor=INK, loc="upper right", ncols=len(names))
+    figure.suptitle(
+        f"{title}; bars: standard deviation", color=INK, fontsize=13, fontweight="bold", x=0.06, y=0.95, ha="left"
+    )
+    return write(figure, Path(path))
+
+
+def _mean_of_seeds(rows: Sequence[Mapping[str, Any]], split: str, variant: str, start: str) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds, per cent."""
+    mine = [row for row in rows if (row["split"], row["variant"], row["start"]) == (split, variant, start)]
+    seeds = dict.fromkeys(row["seed"] for row in mine)
+    figures = [100 * np.mean([row["R@1"] for row in mine if row["seed"] == seed]) for seed in seeds]
+    return float(np.mean(figures)), float(np.std(figures, ddof=1)) if len(figures) > 1 else 0.0

@@ -18,8 +18,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from simplclip import checkpoint as checkpoints
-from simplclip import hardware, models
+from simplclip import models
+from simplclip.common import hardware
+from simplclip.common.errors import InputError
+from simplclip.common.files import sha256
 from simplclip.data.rewrite import Opened, rewrite
 
 MAX_TOKENS = 30  # what open_clip generates, start and end of text included
@@ -71,12 +73,12 @@ def run(
         ("precision", precision, precision in (*hardware.DTYPES, "auto"), f"one of {', '.join(hardware.DTYPES)} or auto"),
     ):
         if not good:
-            raise ValueError(f"{name}: expected {expected}, came {value!r}")
+            raise InputError(f"{name}: expected {expected}, got {value!r}")
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
     coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(place)
     if not 3 <= max_tokens <= coca.context_length:
-        raise ValueError(f"max_tokens: expected 3 to {coca.context_length}, the context of {model}, came {max_tokens}")
+        raise InputError(f"max_tokens: expected 3 to {coca.context_length}, the context of {model}, got {max_tokens}")
     tokenizer = tokenizer_of(coca, model)
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(coca)), is_train=False)
     counts: Counter[str] = Counter()
@@ -88,7 +90,7 @@ def run(
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
         return [{"json": _record(sample, decode(rows, tokenizer), counts)} for sample, rows in zip(samples, tokens.tolist())]
 
-    weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": checkpoints.sha256(checkpoint)}
+    weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     summary = rewrite(
         shards,
@@ -110,17 +112,17 @@ def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretra
     if config is None or "multimodal_cfg" not in config:
         known = [model for model in open_clip.list_models() if model.startswith("coca")]
         what = "no model of open_clip" if config is None else "no CoCa: it has no decoder of text"
-        raise ValueError(f"model: expected a CoCa model of open_clip, such as {', '.join(known)}; {name!r} is {what}")
+        raise InputError(f"model: expected a CoCa model of open_clip, such as {', '.join(known)}; {name!r} is {what}")
     if (checkpoint is None) == (pretrained is None):
-        came = "neither" if checkpoint is None else "both"
-        raise ValueError(f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, came {came}")
+        got = "neither" if checkpoint is None else "both"
+        raise InputError(f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, got {got}")
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
         return models.create(models.PLAIN + plain, checkpoint=checkpoint).eval()
     tags = open_clip.list_pretrained_tags_by_model(plain)
     if pretrained not in tags:
-        raise ValueError(f"pretrained: expected one of {tags} for {plain}, came {pretrained!r}")
+        raise InputError(f"pretrained: expected one of {tags} for {plain}, got {pretrained!r}")
     return open_clip.create_model(plain, pretrained=pretrained).eval()
 
 
@@ -128,7 +130,7 @@ def tokenizer_of(coca: CoCa, name: str) -> SimpleTokenizer:
     tokenizer = models.tokenizer(models.PLAIN + name.removeprefix(models.PLAIN))
     size = getattr(coca.text, "vocab_size", None)
     if not isinstance(tokenizer, SimpleTokenizer) or size != tokenizer.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"model: expected a CoCa with open_clip's vocabulary of {SimpleTokenizer().vocab_size} tokens, "
             f"{name} has {size} and a {type(tokenizer).__name__}"
         )
@@ -164,7 +166,7 @@ def generate(
         out = coca(None, tokens[alive, :t], image_latent=latent, image_embs=embedded, output_labels=False)
         logits = out["logits"][:, -1].float()
         if not logits.isfinite().all():
-            raise ValueError("checkpoint: the model gives logits that are not finite")
+            raise InputError("checkpoint: the model gives logits that are not finite")
         logits[:, start] = -torch.inf
         tokens[alive, t] = _draw(logits / temperature, draws[alive, t], top_p)
         going = tokens[alive, t] != end

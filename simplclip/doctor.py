@@ -91,36 +91,39 @@ def report() -> dict:
     }
 
 
-def render(data: dict) -> str:
-    """The report as text for a terminal."""
-    lines = [f"simplclip {data['simplclip']}, Python {data['python']}, {data['platform']}"]
-    lines.append("packages   " + ", ".join(f"{k} {v or 'not installed'}" for k, v in data["packages"].items()))
+def render(data: dict, why: bool = False) -> str:
+    """The report as text for a terminal; `why`: for each op also the reasons why the other backends do not serve it."""
     cpu, extension, gpu = data["cpu"], data["extension"], data["gpu"]
-    lines.append(f"cpu        {cpu['threads']} threads on {cpu['cores']} cores, torch uses {cpu['torch_instruction_set']}")
-    if extension["cpu"]["loaded"]:
-        bf16 = "bfloat16 products in hardware" if extension["cpu"]["native_bfloat16"] else "bfloat16 computed as float32"
-        lines.append(
-            f"extension  CPU kernels: {extension['cpu']['instruction_set']}, {bf16}; built by {extension['cpu']['compiler']}"
-        )
-    else:
-        lines.append(f"extension  no CPU kernels: {extension['cpu']['reason']}")
-    cuda = extension["cuda"]
-    lines.append(
-        f"           CUDA objects for {cuda['architectures']}"
-        if cuda["loaded"]
-        else f"           no CUDA objects: {cuda['reason']}"
-    )
-    if gpu["available"]:
-        lines.append(f"gpu        {gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB")
-        if "limits" in gpu:
-            lines.append("           " + ", ".join(f"{k} {v}" for k, v in gpu["limits"].items()))
-    if "reason" in gpu:
-        lines.append(f"gpu        {gpu['reason']}")
+    rows = [
+        ("simplclip", f"{data['simplclip']}, Python {data['python']}, {data['platform']}"),
+        ("packages", ", ".join(f"{name} {version or '(not installed)'}" for name, version in data["packages"].items())),
+        ("CPU", f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses {cpu['torch_instruction_set']}"),
+        ("CPU kernels", _cpu_kernels(extension["cpu"])),
+        (
+            "CUDA kernels",
+            f"for {extension['cuda']['architectures']}" if extension["cuda"]["loaded"] else extension["cuda"]["reason"],
+        ),
+        ("GPU", f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB" if gpu["available"] else gpu["reason"]),
+    ]
+    if gpu["available"] and "reason" in gpu:
+        rows.append(("", gpu["reason"]))
+    if "limits" in gpu:
+        rows.append(("", ", ".join(f"{name} {value}" for name, value in gpu["limits"].items())))
     if data["forced_backend"]:
-        lines.append(f"forced     {data['forced_backend']} (SIMPLCLIP_BACKEND or simplclip.backend)")
+        rows.append(("forced", f"{data['forced_backend']}, by SIMPLCLIP_BACKEND or simplclip.backend"))
+    lines = [f"{name:<13}{text}" for name, text in rows]
+    lines += ["", f"{'op':<24}{'float32 CPU tensor':<20}float32 CUDA tensor"]
     for op, devices in data["ops"].items():
-        lines.append(op)
-        for device, entry in devices.items():
-            lines.append(f"  {device:5} {entry['backend'] or entry['error']}")
-            lines += [f"        not {name}: {reason}" for name, reason in entry["others"].items()]
+        cells = [entry["backend"] or "error" for entry in devices.values()]
+        lines.append(f"{op:<24}{cells[0]:<20}{cells[1]}")
+        for device, entry in devices.items() if why else ():
+            lines += [f"    {device}: {entry['error']}"] if entry["error"] else []
+            lines += [f"    {device}: not {name}: {reason}" for name, reason in entry["others"].items()]
     return "\n".join(lines)
+
+
+def _cpu_kernels(info: dict) -> str:
+    if not info["loaded"]:
+        return info["reason"]
+    bf16 = "bfloat16 products in hardware" if info["native_bfloat16"] else "bfloat16 computed in float32"
+    return f"{info['instruction_set']}, {bf16}; built by {info['compiler']}"

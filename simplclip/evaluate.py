@@ -1,55 +1,23 @@
-"""Zero-shot evaluation of a checkpoint: retrieval both ways and classification, each figure beside its chance.
-
-run               checkpoint and named splits -> tables, JSON, contact sheets
-load_model        rebuilds the model of a checkpoint
-retrieval         R@k from features, group-aware, chunk by chunk
-zero_shot         accuracy over the labels of a split, by open_clip's classifier
-"""
+"""`simplclip evaluate`: a checkpoint and named splits -> a table, evaluation.json and contact sheets."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip import build_zero_shot_classifier
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 import simplclip
-from simplclip import checkpoint as checkpoints
-from simplclip import config as configs
-from simplclip import data, hardware, models, plots
-
-KS = (1, 5, 10)
-_CHUNK_BYTES = 64 * 2**20
-
-
-@dataclass
-class Split:
-    """A held-out split in memory, and after `encode` its features.
-
-    Identical captions of one group (a concept drawn by several vendors) are one candidate: m <= n captions.
-    """
-
-    data: data.EvalSet  # images [n, 3, S, S], groups int64 [n], ...
-    captions: list[str]  # m
-    tokens: Tensor  # int64 [m, L]
-    caption_groups: Tensor  # int64 [m]
-    image_features: Tensor | None = None  # float32 [n, D]
-    text_features: Tensor | None = None  # float32 [m, D]
-
-    @classmethod
-    def of(cls, found: data.EvalSet) -> Split:
-        first: dict[tuple[int, str], int] = {}
-        for i, key in enumerate(zip(found.groups.tolist(), found.captions)):
-            first.setdefault(key, i)
-        rows = list(first.values())
-        return cls(found, [found.captions[i] for i in rows], found.text[rows], found.groups[rows])
+from simplclip import models
+from simplclip.common import hardware
+from simplclip.common.errors import InputError
+from simplclip.common.files import locked, write_atomically
+from simplclip.evaluation import KS, contact_sheet, encode, load_splits, retrieval, zero_shot
+from simplclip.train.restore import load_model
 
 
 def run(
@@ -82,11 +50,10 @@ def run(
     folder = Path(out) if out else (Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent)
     splits = dict(splits or config.eval.splits)
     if not splits:
-        raise ValueError(
-            "data: expected at least one split (--data name=shards), came none, and the checkpoint's config "
-            "has no eval.splits"
+        raise InputError(
+            "data: expected at least one split (--data name=shards), got none, and the checkpoint's config has no eval.splits"
         )
-    loaded, missing = load_splits(splits, config, skip_missing)
+    loaded, missing = load_splits(splits, config.model.name, config.model.image_size, skip_missing)
     for name, reason in missing.items():
         console.print(f"left out {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
@@ -103,7 +70,7 @@ def run(
         console.print(f"{name}: {split.data.report()}", markup=False, highlight=False, soft_wrap=True)
         sheet = folder / f"evaluation-{name}.png"
         figures = retrieval(split)
-        plots.contact_sheet(
+        contact_sheet(
             sheet,
             split,
             f"{config.model.name}, step {state['step']}: {name}",
@@ -128,9 +95,9 @@ def run(
     if not results:
         console.print(f"nothing was evaluated; {file} is not written", markup=False, highlight=False, soft_wrap=True)
         return answer
-    with checkpoints.locked(folder):
+    with locked(folder):
         whole = {**answer, "splits": _earlier(file) | results}
-        checkpoints.write_atomically(file, json.dumps(whole, indent=2) + "\n")
+        write_atomically(file, json.dumps(whole, indent=2) + "\n")
     console.print(table(answer))
     for path in [file, *(r["contact_sheet"] for r in results.values())]:
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
@@ -146,133 +113,9 @@ def _earlier(file: Path) -> dict[str, Any]:
         shared = {key: found[key] for key in ("checkpoint", "model", "step", "precision")}
         return {name: shared | split for name, split in found["splits"].items()}
     except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(
-            f"out: expected an evaluation to add splits to, or none, came {file}, which is none: move it"
+        raise InputError(
+            f"out: expected an evaluation to add splits to, or none, got {file}, which is none: move it"
         ) from None
-
-
-def build_model(config: configs.Config) -> nn.Module:
-    """The model that `config` names, with random weights. Errors: ConfigError for options it does not take."""
-    try:
-        return models.create(config.model.name, **config.model.options)
-    except TypeError as error:
-        raise configs.ConfigError(
-            f"model.options: {config.model.name} does not take {config.model.options}: {error}"
-        ) from error
-
-
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, configs.Config, dict[str, Any]]:
-    """Model in eval mode, config and raw state of a checkpoint. Errors: FileNotFoundError, CheckpointError."""
-    state = checkpoints.load(path)
-    config = configs.from_dict(state["config"])
-    model = build_model(config)
-    try:
-        model.load_state_dict(state["model"], strict=True)
-    except RuntimeError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:]]
-        raise checkpoints.CheckpointError(
-            f"{path}: its weights do not fit the architecture {config.model.name!r} of its config: {' '.join(reasons)[:300]}"
-        ) from None
-    return model.to(device).eval(), config, state
-
-
-def load_splits(
-    splits: Mapping[str, str | list[str]], config: configs.Config, skip_missing: bool = False
-) -> tuple[dict[str, Split], dict[str, str]]:
-    """Read splits for the model of `config`. Returns them by name, and the reasons of those left out."""
-    loaded, missing = {}, {}
-    tokenizer = models.tokenizer(config.model.name)
-    transform = models.transforms(config.model.name, train=False, image_size=config.model.image_size)
-    for name, shards in splits.items():
-        if skip_missing:
-            try:
-                data.expand(shards)
-            except ValueError as error:
-                missing[name] = str(error)
-                continue
-        loaded[name] = Split.of(data.load_eval(shards, tokenizer, transform))
-    return loaded, missing
-
-
-@torch.no_grad()
-def encode(model: nn.Module, split: Split, batch_size: int, device: torch.device, precision: str) -> None:
-    """Fill in the features of a split: normalised, float32, on `device`."""
-    with hardware.autocast(precision, device):
-        for name, encoder, inputs in (
-            ("image_features", model.encode_image, split.data.images),
-            ("text_features", model.encode_text, split.tokens),
-        ):
-            parts = [encoder(part.to(device), normalize=True).float() for part in inputs.split(batch_size)]
-            features = torch.cat(parts)
-            if not features.isfinite().all():
-                raise ValueError(f"checkpoint: the model gives {name.replace('_', ' ')} that are not finite")
-            setattr(split, name, features)
-
-
-def retrieval(split: Split, ks: Sequence[int] = KS) -> dict[str, dict[str, dict[str, float]]]:
-    """R@k of an encoded split both ways: direction -> "R@k" -> {"value", "chance"}, as shares of 1."""
-    x, y = split.image_features, split.text_features
-    x_groups, y_groups = split.data.groups, split.caption_groups
-    return {
-        "image_to_text": recall(x, y, x_groups, y_groups, ks),
-        "text_to_image": recall(y, x, y_groups, x_groups, ks),
-    }
-
-
-def recall(
-    queries: Tensor, candidates: Tensor, query_groups: Tensor, candidate_groups: Tensor, ks: Sequence[int] = KS
-) -> dict[str, dict[str, float]]:
-    """Share of queries that have a candidate of their own group among the k nearest.
-
-    queries: [n, D], candidates: [m, D], groups: int64 [n] and [m]. With as many groups as pairs this is the usual R@k.
-    "chance" is the same share when candidates are ranked at random: for r right ones of m, 1 - C(m-r, k)/C(m, k),
-    averaged over the queries. Extra memory: a chunk of queries against all candidates, 64 MiB; never [n, m].
-    """
-    query_groups, candidate_groups = query_groups.to(queries.device), candidate_groups.to(queries.device)
-    m, top = len(candidates), min(max(ks), len(candidates))
-    chunk = max(1, _CHUNK_BYTES // (4 * m))
-    hits = torch.cat(
-        [
-            candidate_groups[(q @ candidates.T).topk(top).indices] == g[:, None]
-            for q, g in zip(queries.split(chunk), query_groups.split(chunk))
-        ]
-    )
-    names, counts = candidate_groups.unique(return_counts=True)
-    place = torch.searchsorted(names, query_groups).clamp(max=len(names) - 1)
-    right = torch.where(names[place] == query_groups, counts[place], 0).double()
-    answer = {}
-    for k in ks:
-        tries = torch.arange(min(k, m), device=right.device)
-        miss = ((m - right[:, None] - tries).clamp(min=0) / (m - tries)).prod(1)
-        answer[f"R@{k}"] = {"value": hits[:, :k].any(1).double().mean().item(), "chance": (1 - miss).mean().item()}
-    return answer
-
-
-@torch.no_grad()
-def zero_shot(
-    model: nn.Module, split: Split, tokenizer: Any, templates: Sequence[str], device: torch.device, precision: str
-) -> dict[str, Any] | None:
-    """Accuracy over the split's own labels, or None where fewer than two occur.
-
-    Each label's weight is the mean of its features over `templates` (open_clip's build_zero_shot_classifier). Images
-    without a label are left out; "images" counts the rest.
-    """
-    bad = [t for t in templates if t.count("{}") != 1]
-    if bad:
-        raise ValueError(f"template: expected a phrase with one {{}} for the label, came {bad[0]!r}")
-    labels = split.data.labels
-    classes = sorted({label for label in labels if label})
-    if len(classes) < 2:
-        return None
-    rows = [i for i, label in enumerate(labels) if label]
-    truth = torch.tensor([classes.index(labels[i]) for i in rows], device=device)
-    with hardware.autocast(precision, device):
-        weights = build_zero_shot_classifier(model, tokenizer, classes, list(templates), device=device)
-    ranked = (split.image_features[rows] @ weights.float()).topk(min(5, len(classes))).indices == truth[:, None]
-    return {"classes": classes, "images": len(rows), "templates": list(templates)} | {
-        f"top{k}": {"value": ranked[:, :k].any(1).double().mean().item(), "chance": min(1.0, k / len(classes))}
-        for k in (1, 5)
-    }
 
 
 def table(results: Mapping[str, Any]) -> Table:

@@ -1,6 +1,6 @@
 r"""Loss modules with open_clip's signatures on top of the fused ops.
 
-Coming from elsewhere (features [N, D]; ours expect them L2-normalised; tests/test_peers.py has the numbers):
+Coming from elsewhere (features [N, D]; ours expect them L2-normalised; tests/losses/test_peers.py has the numbers):
 
     there                            here
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from simplclip.kernels import tuning
 from simplclip.kernels.attention.backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
 from simplclip.kernels.attention.forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
-from simplclip.kernels.launch import COMPILE, architecture_and_processors, interpreted, precision_of, started
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, interpreted, precision_of, started
 
 SUMS = 16  # blocks of rows whose sums of v are read at a time
 
@@ -68,7 +68,7 @@ def shaped_attention_fwd(
     blocks = triton.cdiv(tokens, tile.block_m)
     grid = (sequences * heads * blocks,)
     sums = None
-    with torch.cuda.device_of(q):
+    with device_of(q):
         if blocks > 1:
             sums = q.new_empty(sequences, heads, blocks, width, dtype=torch.float32)
             started(_shaped_attention_sums_kernel)[grid](
@@ -104,7 +104,7 @@ def shaped_attention_bwd(
     delta = torch.empty_like(lse)
     inputs = {"grad": grad, "q": q, "k": k, "v": v, "gains": gains, "lse": lse, "delta": delta, "lengths": lengths}
     inputs |= {"scale": scale, "CAUSAL": causal, **_strides(q=q, k=k, v=v)}
-    with torch.cuda.device_of(q):
+    with device_of(q):
         tile, shared = _tuned("rows", q)
         parts = delta.new_empty(3, sequences, heads, triton.cdiv(tokens, tile.block_m))
         started(_shaped_attention_rows_kernel)[(parts[0].numel(),)](**inputs, dq=dq, parts=parts, **_strides(dq=dq), **shared)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simplclip.kernels.launch import started
+from simplclip.kernels.launch import device_of, started
 
 EPS = tl.constexpr(1e-12)  # F.normalize's
 CLAMPED = tl.constexpr(0.9999e12)  # 1/norm from here on is 1/EPS, which a GPU's division may round down
@@ -173,7 +173,7 @@ def feature_loss_fwd(
     programs = triton.cdiv(n, rows)
     sums = student.new_empty(programs, dtype=torch.float32)
     inv_norms = student.new_empty(2, n if normalize else 0, dtype=torch.float32)
-    with torch.cuda.device_of(student):
+    with device_of(student):
         started(_feature_loss_fwd_kernel)[(programs,)](
             student, teacher, sums, inv_norms, n, d, beta,
             SMOOTH=smooth, NORMALIZE=normalize, WHOLE=d <= block, ROWS=rows, BLOCK=block, num_warps=num_warps,
@@ -192,7 +192,7 @@ def feature_loss_bwd(
     n, d = student.shape
     rows, block, num_warps = tile(d)
     d_student = torch.empty_like(student)
-    with torch.cuda.device_of(student):
+    with device_of(student):
         started(_feature_loss_bwd_kernel)[(triton.cdiv(n, rows),)](
             grad, student, teacher, inv_norms, d_student, n, d, beta, 1 / (n * d),
             SMOOTH=smooth, NORMALIZE=inv_norms.shape[1] > 0, WHOLE=d <= block, ROWS=rows, BLOCK=block, num_warps=num_warps,

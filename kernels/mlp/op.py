@@ -9,7 +9,15 @@ from torch import Tensor
 
 from simplclip.kernels import tuning
 from simplclip.kernels.arithmetic import dot, narrowed
-from simplclip.kernels.launch import COMPILE, architecture_and_processors, interpreted, precision_of, splits, started
+from simplclip.kernels.launch import (
+    COMPILE,
+    architecture_and_processors,
+    device_of,
+    interpreted,
+    precision_of,
+    splits,
+    started,
+)
 from simplclip.kernels.mlp.activations import activation, slope
 
 GROUP = 8  # blocks of rows that share blocks of columns while those are in the cache
@@ -202,7 +210,7 @@ def parallel_mlp_fwd(
         return
     weight = _dense(weight)
     tile, shared = _tuned("fwd", h)
-    with torch.cuda.device_of(h):
+    with device_of(h):
         started(_parallel_mlp_fwd_kernel)[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(width, tile.block_n),)](
             h, weight, None if bias is None else bias.contiguous(), out, tokens, width, hidden,
             h.stride(0), weight.stride(0), out.stride(0),
@@ -222,7 +230,7 @@ def parallel_mlp_bwd(
     Scratch: dweight in float32 for each range of tokens, where one range would leave processors without work.
     """
     grad, weight = _dense(grad), _dense(weight)
-    with torch.cuda.device_of(h):
+    with device_of(h):
         d_weight = _weight_gradient(grad, h, weight, act) if need_weight else weight.new_empty(0, weight.shape[1])
         if h.numel():
             _hidden_gradient(grad, h, weight, act)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import COMPILE, architecture_and_processors, precision_of, splits, started
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, precision_of, splits, started, starts
 from simplclip.kernels.similarity.backward import SUMS, _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.gradients import ImageGradient, TextGradient, range_factors, wide_product
@@ -38,7 +38,7 @@ def similarity_loss_fwd(*args):
     """
     *shared, chunk, stored_rows = args
     call = Call(*shared)
-    with torch.cuda.device_of(call.image):
+    with device_of(call.image):
         rows, columns = statistics(call, launches(call), chunk)
     planes = call.similarity + call.teacher + call.interactive * (1 + call.columns)
     return rows, columns, call.image.new_empty(planes if stored_rows else 0, stored_rows, call.text.shape[0])
@@ -59,7 +59,7 @@ def statistics(call: Call, plan: list[Launch], chunk: int) -> tuple[Tensor, Tens
             blocks = min(blocks, max(1, chunk * image.dtype.itemsize // (4 * slots["COLUMN_SLOTS"])))
             for stat in launch.column_lses():
                 columns[stat].fill_(-torch.inf)  # over no rows yet; the parts of each group of rows are added
-        for first in range(0, n, blocks * tile.block_m):
+        for first in starts(n, blocks * tile.block_m):
             count = min(n - first, blocks * tile.block_m)
             row_blocks = -(-count // tile.block_m)
             tiles = -(-m // tile.block_n)
@@ -156,7 +156,7 @@ def similarity_loss_bwd(
         :-3
     ]
     call = Call(*shared, label_offset, softmax, columns_too, negatives, relational, interactive, entropy)
-    with torch.cuda.device_of(call.image):
+    with device_of(call.image):
         return _gradients(call, grad_rows, grad_columns, rows, columns, *args[-3:])
 
 
@@ -221,7 +221,7 @@ def _gradients(call, grad_rows, grad_columns, rows, columns, need_image, need_te
     factors = [range_factors(call, launch, grad_rows, grad_columns) for launch in plan]
     scratch, sums = gradient_scratch(call, plan, tiles, chunk)
 
-    for first in range(0, n, chunk):
+    for first in starts(n, chunk):
         at = slice(first, min(n, first + chunk))
         for launch, tile, factor in zip(plan, tiles, factors):
             gradients_of_planes(call, launch, tile, (rows, columns, grad_rows, grad_columns), factor, scratch, sums, at)

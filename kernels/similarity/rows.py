@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import architecture_and_processors, precision_of
+from simplclip.kernels.launch import architecture_and_processors, device_of, precision_of, starts
 from simplclip.kernels.similarity.launch import Call, Launch
 from simplclip.kernels.similarity.op import gradient_scratch, gradients_of_planes, statistics
 from simplclip.ops.similarity.call import RowStat
@@ -29,7 +29,7 @@ def similarity_rows(
     )  # fmt: skip
     launch = Launch(U=True, IDS=ids is not None)
     n, m = query.shape[0], keys.shape[0]
-    with torch.cuda.device_of(query):
+    with device_of(query):
         rows, columns = statistics(call, [launch], chunk)
         mean_keys = query.new_empty(n if attend else 0, query.shape[1])
         if attend:
@@ -38,7 +38,7 @@ def similarity_rows(
             scratch, sums = gradient_scratch(call, [launch], [tile], chunk)
             ones = torch.zeros_like(rows)
             ones[RowStat.LSE_U] = 1.0
-            for first in range(0, n, chunk):
+            for first in starts(n, chunk):
                 at = slice(first, min(n, first + chunk))
                 gradients_of_planes(call, launch, tile, (rows, columns, ones, columns), None, scratch, sums, at, attend=True)
                 torch.mm(scratch[0, : at.stop - first, :m], keys, out=mean_keys[at])

@@ -1,5 +1,5 @@
-"""Image-text pairs: shards.py reads damaged and whole tars, epoch.py orders them, loader.py makes batches; emoji.py builds
-the built-in data from the sources in emoji_sources.py."""
+"""Image-text pairs: shards.py reads damaged and whole tars, epoch.py orders them, loader.py makes batches; rewrite.py
+makes new shards of them."""
 
 from simplclip.data.loader import EmptyEpochError, EvalSet, Loader, WorkerError, load_eval, make_loader
 from simplclip.data.shards import ShardError, expand, teacher_stamp

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from simplclip.common.errors import InputError, UserError
 from simplclip.data.epoch import Batch, Epoch, apply_transform, group_of, seeded
 from simplclip.data.shards import (
     BrokenSample,
@@ -34,11 +35,11 @@ from simplclip.data.shards import (
 from simplclip.data.workers import start_worker, undisturbed
 
 
-class WorkerError(RuntimeError):
+class WorkerError(UserError, RuntimeError):
     """A loader process that died; the message says how."""
 
 
-class EmptyEpochError(RuntimeError):
+class EmptyEpochError(UserError, RuntimeError):
     """An epoch that gave no batch at all; the message says why."""
 
 
@@ -92,7 +93,7 @@ class Loader:
         if number == 0:
             raise EmptyEpochError(self._why_empty(epoch))
         if number < skip_batches:
-            raise ValueError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
+            raise InputError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
 
     def _whole_batches(self, dataset: Epoch) -> Iterator[tuple[Batch | None, int]]:
         """Batches as the workers make them, then what their last, smaller ones make together."""
@@ -284,7 +285,7 @@ def load_eval(
 
 def _check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def _unchanged(item: Any) -> Any:

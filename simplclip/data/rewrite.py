@@ -27,8 +27,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from simplclip.checkpoint import Replacing, sha256, write_atomically
-from simplclip.config import differences
+from simplclip.common.errors import InputError
+from simplclip.common.files import Replacing, differences, sha256, write_atomically
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     BrokenSample,
@@ -104,7 +104,7 @@ def rewrite(
     Memory: one batch of samples.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer of at least 1, came {batch_size!r}")
+        raise InputError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
     out, drop = Path(out).expanduser(), dict(drop or {})
     sources = _named(expand(shards), out)
     meta = _carried(sources.values(), {*drop.values(), *stamp}) | json.loads(json.dumps(dict(stamp)))
@@ -148,10 +148,10 @@ def _named(files: list[str], out: Path) -> dict[str, str]:
     sources: dict[str, str] = {}
     for file in files:
         if out.resolve() in (Path(file).resolve().parent, Path(file).parent.resolve()):
-            raise ValueError(f"out: expected another folder than that of the input {file!r}, came {str(out)!r}")
+            raise InputError(f"out: expected another folder than that of the input {file!r}, got {str(out)!r}")
         name = re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", Path(file).name))
         if name in sources:
-            raise ValueError(f"shards: expected files of different names, came {sources[name]!r} and {file!r}")
+            raise InputError(f"shards: expected files of different names, got {sources[name]!r} and {file!r}")
         sources[name] = file
     return sources
 
@@ -166,7 +166,7 @@ def _carried(files: Iterable[str], without: set[str]) -> dict[str, Any]:
     (first, carried), *others = found.items()
     for folder, meta in others:
         if changed := differences(carried, meta):
-            raise ValueError(
+            raise InputError(
                 f"shards: expected folders with the same meta.json, but {next(iter(changed))!r} differs between "
                 f"{first or '.'!r} and {folder or '.'!r}; rewrite them one at a time, into folders of their own"
             )
@@ -177,10 +177,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text("utf-8"))
         if not isinstance(meta, dict):
-            raise ValueError(f"expected an object, came {type(meta).__name__}")
+            raise InputError(f"expected an object, got {type(meta).__name__}")
         return meta
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise InputError(f"{path}: not valid JSON: {error}") from None
 
 
 @contextlib.contextmanager
@@ -200,7 +200,7 @@ def _claimed(out: Path, meta: dict[str, Any], files: Iterable[str]) -> Iterator[
                 finished |= split["shards"]
             if changed := differences(former, meta):
                 told = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
-                raise ValueError(f"out: {out} was begun with other settings: {told}; choose another folder")
+                raise InputError(f"out: {out} was begun with other settings: {told}; choose another folder")
             finished |= _read_journal(out / _JOURNAL)
         elif strangers := sorted(names - {".meta.json.tmp"}):
             raise FileExistsError(
@@ -321,7 +321,7 @@ def _processed(batch: list[Sample], process: Process, skipped: Skipped) -> list[
     if opened:
         made = process(list(opened.values()))
         if len(made) != len(opened):
-            raise ValueError(f"process: expected the files of {len(opened)} samples, came {len(made)}")
+            raise InputError(f"process: expected the files of {len(opened)} samples, got {len(made)}")
         for i, new in zip(opened, made):
             files[i] = new
     return files

@@ -28,6 +28,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from webdataset.tariterators import group_by_keys
 
+from simplclip.common.errors import InputError, UserError
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEACHER = "teacher.npy"
 COUNT_LIMIT = 1 << 30  # bytes of shards that are read through, at most, only to count their samples
@@ -37,7 +39,7 @@ _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 Sample = dict[str, Any]
 
 
-class ShardError(RuntimeError):
+class ShardError(UserError, RuntimeError):
     """A shard that cannot be opened, or lacks what was asked of it; the message names it."""
 
 
@@ -79,17 +81,17 @@ def expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]
     """
     patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
     if not patterns:
-        raise ValueError("shards: expected at least one path or pattern, got an empty list")
+        raise InputError("shards: expected at least one path or pattern, got an empty list")
     files = []
     for pattern in (os.path.expanduser(os.fspath(pattern)) for pattern in patterns):
         for path in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
             matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
             if not matches:
-                raise ValueError(f"shards: expected files, but the pattern {path!r} matches none")
+                raise InputError(f"shards: expected files, but the pattern {path!r} matches none")
             for match in matches:
                 if not os.path.isfile(match):
                     what = "is a folder (try its *.tar)" if os.path.isdir(match) else "does not exist"
-                    raise ValueError(f"shards: expected a tar file, but {match!r} {what}")
+                    raise InputError(f"shards: expected a tar file, but {match!r} {what}")
             files += matches
     return files
 

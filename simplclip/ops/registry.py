@@ -15,7 +15,7 @@ from simplclip.ops import backends
 library = torch.library.Library("simplclip", "DEF")
 
 # Ops by their full name: what runs a call, with `through` standing between it and the backends' functions; and what such a
-# function returns for fake tensors. simplclip.plan runs ops by these to see what they allocate.
+# function returns for fake tensors. simplclip.memory runs ops by these to see what they allocate.
 DISPATCH: dict[str, Callable] = {}
 NATIVE_FAKES: dict[str, Callable] = {}
 counted = False  # while it does

@@ -1,16 +1,17 @@
 """What the native function of a backend takes from torch's allocator beside its results, from its arguments alone.
 
-For predictions of peak memory by fake tensors, which see the aten ops around a native function and nothing inside it. Read
-off csrc/ and kernels/: whoever allocates there states it here, and tests/test_workspaces.py measures that.
+For predictions of peak memory by fake tensors, which see the aten ops around a C++ function and nothing inside it: whoever
+allocates in csrc/ states it here, and tests/memory/test_workspaces.py measures that. Triton's launchers are Python: predictions run
+them without their kernels (simplclip.kernels.launch.pretended).
 """
 
 from __future__ import annotations
 
-from simplclip.ops import workspaces_cpu, workspaces_gpu
+from simplclip.ops import workspaces_cpu, workspaces_cuda
 from simplclip.ops.backends import TABLE
 
 # backend -> name in backends.TABLE -> bytes of a call's arguments
-STATED = {"cpu": workspaces_cpu.STATED, "triton": workspaces_gpu.TRITON, "cuda": workspaces_gpu.CUDA}
+STATED = {"cpu": workspaces_cpu.STATED, "cuda": workspaces_cuda.STATED}
 
 
 class UnknownWorkspace(RuntimeError):
@@ -25,8 +26,7 @@ def workspace_bytes(name: str, backend: str, *args) -> int:
     may be fake or on the meta device.
 
     On a CPU exact, but for oneDNN's packing of bfloat16 operands (workspaces_cpu.packing_bytes). On a GPU each allocation
-    counts as the multiple of 512 bytes that the allocator makes of it; what cuBLAS and reductions take for themselves does
-    not count. Where no device can be asked for its multiprocessors, those of workspaces_gpu.ASSUMED count.
+    counts as the multiple of 512 bytes that the allocator makes of it; what cuBLAS takes for itself does not count.
 
     Raises:
         UnknownWorkspace: nothing is stated for this function.
@@ -35,6 +35,8 @@ def workspace_bytes(name: str, backend: str, *args) -> int:
         reason = "it is plain torch, whose ops a prediction runs itself"
     elif name not in TABLE:
         reason = f"there is no such op; expected one of {', '.join(TABLE)}"
+    elif backend == "triton":
+        reason = "predictions run its launchers themselves"
     elif backend not in STATED:
         reason = f"there is no such backend; expected one of {', '.join(STATED)}"
     elif backend not in TABLE[name]:

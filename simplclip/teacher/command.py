@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from simplclip import hardware
+from simplclip.common import hardware, plugins
+from simplclip.common.errors import InputError
 from simplclip.data.shards import expand
-from simplclip.teacher import builtin, features, heads, teachers
+from simplclip.teacher import features, teachers
 
 
 def run(
@@ -40,18 +40,13 @@ def run(
     precision, _ = hardware.pick_precision(precision, place)
     hardware.set_threads(None)
     if name != teachers.BUILTIN and heads_file is not None:
-        raise ValueError(f"heads: expected none for the teacher {name!r}, which has no heads, came {str(heads_file)!r}")
+        raise InputError(f"heads: expected none for the teacher {name!r}, which has no heads, got {str(heads_file)!r}")
     if name == teachers.BUILTIN:
         if checkpoint is not None:
-            raise ValueError(f"checkpoint: expected heads instead for the built-in teacher, came {str(checkpoint)!r}")
+            raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(checkpoint)!r}")
         checkpoint = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
-        if checkpoint.exists():
-            note = f"The built-in teacher has the heads of {checkpoint}"
-        else:
-            mine = [file for file in files if re.match(r"train\b|train[-_.\d]", Path(file).name)] or files
-            trained, count = heads.train(mine, seed=seed, device=place, precision=precision, progress=progress)
-            builtin.save_heads(trained, checkpoint)
-            note = f"Trained the built-in teacher's heads on {count} pairs of {len(mine)} shards: {checkpoint}"
+        prepare = plugins.load("teachers", name).prepare
+        note = prepare(files, checkpoint, seed=seed, device=place, precision=precision, progress=progress)
     teacher = teachers.load(name, checkpoint, device=place, precision=precision)
     if name == teachers.BUILTIN:
         _say(progress, note)

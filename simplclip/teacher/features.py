@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simplclip import data
-from simplclip import evaluate as evaluation
+from simplclip import data, evaluation
 from simplclip.data.rewrite import Opened, rewrite
 from simplclip.data.shards import TEACHER
 from simplclip.teacher.teachers import Teacher

@@ -17,9 +17,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 from PIL import Image
 from torch import Tensor, nn
 
-from simplclip import hardware, models
-from simplclip.checkpoint import CheckpointError
-from simplclip.evaluate import load_model
+from simplclip import models
+from simplclip.common import hardware, plugins
+from simplclip.common.errors import InputError
+from simplclip.train.checkpoint import CheckpointError
+from simplclip.train.restore import load_model
 
 BUILTIN = "builtin"
 
@@ -73,7 +75,7 @@ class Teacher:
         with hardware.autocast(self.precision, self.device):
             features = encode(inputs.to(self.device), normalize=True).float()
         if not features.isfinite().all():
-            raise ValueError(f"teacher: {self.name} gives features that are not finite in {self.precision}")
+            raise InputError(f"teacher: {self.name} gives features that are not finite in {self.precision}")
         return nn.functional.normalize(features, dim=-1)
 
 
@@ -100,21 +102,19 @@ def load(
     precision, _ = hardware.pick_precision(precision, place)
     if name != BUILTIN and not name.startswith(models.PLAIN) and name not in models.names():
         known = ", ".join((BUILTIN, *models.names(), f"{models.PLAIN}NAME", f"{models.PLAIN}NAME/TAG"))
-        raise ValueError(f"teacher: expected one of {known}, came {name!r}")
+        raise InputError(f"teacher: expected one of {known}, got {name!r}")
     if checkpoint is not None and not Path(checkpoint).exists():
         raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
     if name.startswith(models.PLAIN):
         model, transform, tokenizer = _open_clip(name, checkpoint)
     elif checkpoint is None:
-        raise ValueError(f"checkpoint: expected a file for the teacher {name!r}, came none")
+        raise InputError(f"checkpoint: expected a file for the teacher {name!r}, got none")
     elif name == BUILTIN:
-        from simplclip.teacher import builtin
-
-        model, transform, tokenizer = builtin.load(checkpoint), builtin.Transform(), builtin.tokenizer()
+        model, transform, tokenizer = plugins.load("teachers", name).load(checkpoint)
     else:
         model, config, _ = load_model(checkpoint)
         if config.model.name != name:
-            raise CheckpointError(f"{checkpoint}: expected a checkpoint of {name!r}, came one of {config.model.name!r}")
+            raise CheckpointError(f"{checkpoint}: expected a checkpoint of {name!r}, got one of {config.model.name!r}")
         transform = models.transforms(name, train=False, image_size=config.model.image_size)
         tokenizer = models.tokenizer(name)
     return Teacher(name, model, transform, tokenizer, place, precision)
@@ -126,18 +126,18 @@ def _open_clip(name: str, checkpoint: str | os.PathLike | None) -> tuple[nn.Modu
         models.tokenizer(models.PLAIN + plain)  # raises the error that names the nearest ones
     tags = open_clip.list_pretrained_tags_by_model(plain)
     if tag and tag not in tags:
-        raise ValueError(f"teacher: expected a tag of {plain}, one of {', '.join(tags) or 'none'}, came {tag!r}")
+        raise InputError(f"teacher: expected a tag of {plain}, one of {', '.join(tags) or 'none'}, got {tag!r}")
     if checkpoint is None:
         if not tag:
-            raise ValueError(
-                f"checkpoint: expected a file of weights for {name}, came none; or name one of open_clip's tags to download: "
+            raise InputError(
+                f"checkpoint: expected a file of weights for {name}, got none; or name one of open_clip's tags to download: "
                 + (", ".join(f"{name}/{known}" for known in tags) or "it has none")
             )
         try:
             model = open_clip.create_model(plain, pretrained=tag)
         except Exception as error:  # whatever the download and its libraries raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"teacher: {name} cannot be had: {reason}; or give its file by --checkpoint") from None
+            raise InputError(f"teacher: {name} cannot be had: {reason}; or give its file by --checkpoint") from None
     else:
         model = models.create(models.PLAIN + plain)
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from simplclip import checkpoint
-from simplclip.config import Config, ConfigError, differences, from_dict
+from simplclip.common.files import differences
+from simplclip.train import checkpoint
+from simplclip.train.config import Config, ConfigError, from_dict
 
 # What may differ when a run goes on from a checkpoint: it does not change what is computed. Of data.train, the folder may.
 _FREE = (
@@ -54,7 +55,7 @@ def _place(batch: int, was: Config, config: Config, last: Path) -> int:
     if rest:
         raise ConfigError(
             f"data.micro_batch: expected a divisor of the {batch * before:,} images that {last} has seen of its epoch, "
-            f"came {now}"
+            f"got {now}"
         )
     return done
 
@@ -70,4 +71,4 @@ def _check_same(state: dict[str, Any], config: Config, last: Path) -> None:
         told = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
         raise ConfigError(f"resume: {last} was trained with other settings: {told}")
     if state["step"] > config.run.steps:
-        raise ConfigError(f"run.steps: expected at least {state['step']}, the step of {last}, came {config.run.steps}")
+        raise ConfigError(f"run.steps: expected at least {state['step']}, the step of {last}, got {config.run.steps}")

@@ -12,7 +12,7 @@ import os
 import socket
 from pathlib import Path
 
-from simplclip.config import ConfigError
+from simplclip.train.config import ConfigError
 
 try:
     import fcntl
@@ -49,7 +49,7 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         if self.folder.exists() and not self.folder.is_dir():
-            raise ConfigError(f"run.out: expected a folder, came the file {self.folder}")
+            raise ConfigError(f"run.out: expected a folder, got the file {self.folder}")
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             while not self._take():
@@ -90,7 +90,7 @@ class RunLock:
             return True
         except BlockingIOError:
             raise ConfigError(
-                f"run.out: expected a folder that no process trains in, came {self.folder}: {_who(file)}"
+                f"run.out: expected a folder that no process trains in, got {self.folder}: {_who(file)}"
             ) from None
         finally:
             if file is not None:
@@ -109,7 +109,7 @@ class RunLock:
         pid, host = _names(file)
         if pid is not None and not (host == socket.gethostname() and _is_over(pid)):
             raise ConfigError(
-                f"run.out: expected a folder that no process trains in, came {self.folder}: {_who(file)}, as {self.path} "
+                f"run.out: expected a folder that no process trains in, got {self.folder}: {_who(file)}, as {self.path} "
                 "says. If that process is over, delete this file"
             )
 

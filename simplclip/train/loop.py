@@ -3,49 +3,56 @@
 run              takes the folder, sets up, restores, finishes; saves the last whole step when something fails
 _steps           the steps, and what is logged, evaluated and saved between them
 _batches         the endless stream of batches, epoch after epoch, micro-batches of a step together
-train_step       one step: forward, backward, update
 """
 
 from __future__ import annotations
 
-import math
 import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from simplclip import checkpoint, data, evaluate, gradient_cache, hardware, models, plots
-from simplclip.cards import gib
-from simplclip.config import Config
+from simplclip import data, evaluation, models
+from simplclip.common import hardware
+from simplclip.common.errors import UserError
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
+from simplclip.train import checkpoint
+from simplclip.train.config import Config
+from simplclip.train.curves import curves
 from simplclip.train.folder import claim
+from simplclip.train.limits import MemoryLimit, Planner, gib, ran_out
 from simplclip.train.lock import RunLock
-from simplclip.train.memory import MemoryLimit, ran_out
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
-from simplclip.train.rescue import LastStep, TrainingError
+from simplclip.train.rescue import LastStep
 from simplclip.train.signals import StopRequest
-from simplclip.train.training import Training
+from simplclip.train.state import Training
+from simplclip.train.step import TrainingError, train_step
 
-MAX_LOGIT_SCALE = math.log(100)  # as open_clip
 
-
-class Interrupted(Exception):
+class Interrupted(UserError):
     """A signal ended the run after a whole step; its state is saved."""
 
 
-def run(config: Config, *, resume: bool = False, console: Console | None = None, memory_limit: int | None = None) -> Path:
+def run(
+    config: Config,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    memory_limit: int | None = None,
+    planner: Planner | None = None,
+) -> Path:
     """Train as `config` says; returns the path of the last checkpoint.
 
-    memory_limit: bytes that the process is capped at, as `memory.MemoryLimit` says.
+    memory_limit: bytes that the process is capped at, as `limits.MemoryLimit` says.
+    planner: what says how much memory a step takes, `simplclip.memory` for the command; data.micro_batch "auto" needs one.
 
     The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), tensorboard/, last.pt, numbered
     checkpoints and curves.png, all from the first whole step on. resume: go on from last.pt there, on the CPU bit for bit as
@@ -59,10 +66,10 @@ def run(config: Config, *, resume: bool = False, console: Console | None = None,
     state is saved). A start that fails leaves the folder as it was.
     """
     with RunLock(Path(config.run.out)) as lock:
-        return _run(config, resume, console or Console(), memory_limit, lock.note)
+        return _run(config, resume, console or Console(), (memory_limit, planner), lock.note)
 
 
-def _run(config: Config, resume: bool, console: Console, memory_limit: int | None, note: str | None) -> Path:
+def _run(config: Config, resume: bool, console: Console, limits: tuple[int | None, Planner | None], note: str | None) -> Path:
     out = Path(config.run.out)
     state, config = claim(out, config, resume)
     checkpoint.remove_temporaries(out)
@@ -70,7 +77,7 @@ def _run(config: Config, resume: bool, console: Console, memory_limit: int | Non
     precision, why = hardware.pick_precision(config.run.precision, device)
     threads = hardware.set_threads(config.run.threads)
     with ExitStack() as stack:
-        limit = MemoryLimit(device, memory_limit)
+        limit = MemoryLimit(device, *limits)
         stack.callback(limit.lift)
         auto = config.data.micro_batch == "auto"
         if auto:
@@ -78,7 +85,11 @@ def _run(config: Config, resume: bool, console: Console, memory_limit: int | Non
         _seed(config.run.seed)
 
         loader = _loader(config, pin_memory=device.type == "cuda")
-        splits = evaluate.load_splits(config.eval.splits, config)[0] if config.eval.every else {}
+        splits = (
+            evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)[0]
+            if config.eval.every
+            else {}
+        )
         this = Training(config, device, precision, state)
         this.model.train()
         whole = LastStep(this, out)
@@ -111,7 +122,7 @@ def _run(config: Config, resume: bool, console: Console, memory_limit: int | Non
                     report.print(f"resume     going on from step {this.step}{longer}")
                 if this.step < config.run.steps:
                     _steps(this, loader, splits, whole, stop, report, log)
-            plots.curves(out)
+            curves(out)
         except Exception as error:
             failed = _failure(error, whole, limit, config)
             if failed is error:
@@ -129,7 +140,7 @@ def _run(config: Config, resume: bool, console: Console, memory_limit: int | Non
 def _steps(
     this: Training,
     loader: data.Loader,
-    splits: dict[str, evaluate.Split],
+    splits: dict[str, evaluation.Split],
     whole: LastStep,
     stop: StopRequest,
     report: Reporter,
@@ -184,42 +195,6 @@ def _advice(limit: MemoryLimit, config: Config) -> str:
         return f"simplclip plan has no advice: {error}."
 
 
-def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
-    model, optimizer, scaler = this.model, this.optimizer, this.scaler
-    optimizer.zero_grad(set_to_none=True)
-    if this.config.data.micro_batch is None:
-        terms = this.terms(batches, *this.encode(*batches))
-        scaler.scale(sum(terms.values())).backward()
-    else:
-        losses = partial(this.terms, batches)
-        terms = gradient_cache.backward(this.encode, batches, losses, model=model, scaler=scaler)
-    loss = sum(terms.values())
-    scaler.unscale_(optimizer)
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, this.config.optim.grad_clip or math.inf)
-
-    # One wait for the device per step, before the update: a bad step leaves the parameters as they were.
-    figures = {"loss": loss, **terms, "logit_scale": model.logit_scale.exp(), "grad_norm": norm}
-    values = dict(zip(figures, torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist()))
-    # An infinite gradient is the scaler's business: it skips the step and lowers its scale.
-    watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]
-    if not all(math.isfinite(values[k]) for k in watched):
-        raise TrainingError(
-            f"step {this.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
-            f"before the update. Try a new run with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
-        )
-    lr = optimizer.param_groups[0]["lr"]
-    this.updating = True
-    scaler.step(optimizer)
-    scaler.update()
-    this.schedule.step()
-    with torch.no_grad():
-        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-    this.step += 1
-    this.updating = False
-    return {"step": this.step, "epoch": this.epoch, **values, "lr": lr}
-
-
 def _batches(this: Training, loader: data.Loader, tell: Callable[[str], None]) -> Iterator[list[dict[str, Any]]]:
     """The batches of each step from where `this` stands, without end: one, or as many micro-batches as make the batch.
 
@@ -247,11 +222,11 @@ def _own(value: Tensor) -> Tensor:
     return value if value.is_pinned() else value.clone()
 
 
-def _evaluate(this: Training, splits: dict[str, evaluate.Split], log: RunLog, tell: Callable[[str], None]) -> None:
+def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, tell: Callable[[str], None]) -> None:
     this.model.eval()
     for name, split in splits.items():
-        evaluate.encode(this.model, split, this.config.eval.batch_size, this.device, this.precision)
-        for direction, figures in evaluate.retrieval(split).items():
+        evaluation.encode(this.model, split, this.config.eval.batch_size, this.device, this.precision)
+        for direction, figures in evaluation.retrieval(split).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": this.step, "split": name, "direction": direction, **values})
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())

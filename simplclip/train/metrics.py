@@ -22,7 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from simplclip import checkpoint
+from simplclip.common.errors import InputError
+from simplclip.common.files import write_atomically
 
 try:
     import resource
@@ -44,7 +45,7 @@ class CsvLog:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept)
-        checkpoint.write_atomically(path, text.getvalue())
+        write_atomically(path, text.getvalue())
         self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
@@ -62,7 +63,7 @@ def _complete_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
         lines = [line for line in file if line.endswith("\n")]
     rows = csv.DictReader(lines)
     if rows.fieldnames is not None and list(rows.fieldnames) != columns:
-        raise ValueError(f"{path}: expected the columns {', '.join(columns)}; came {', '.join(rows.fieldnames)}")
+        raise InputError(f"{path}: expected the columns {', '.join(columns)}; got {', '.join(rows.fieldnames)}")
     return [row for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
 
 

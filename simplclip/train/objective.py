@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import losses
-from simplclip.config import ConfigError, LossConfig
+from simplclip.train.config import ConfigError, LossConfig
 
 # term -> the attribute of WIKDLoss and ClipPMLoss that switches it on
 _SWITCHES = {
@@ -35,7 +35,7 @@ def make_loss(config: LossConfig, width: int | None, teacher: Mapping[str, Any] 
     if across and teacher["width"] != width and not config.projection:
         raise ConfigError(
             f"loss.projection: expected true, since the teacher's features have width {teacher['width']} and the student's "
-            f"{width}, and {' and '.join(sorted(across)).replace('_loss', '')} distillation compares them; came false"
+            f"{width}, and {' and '.join(sorted(across)).replace('_loss', '')} distillation compares them; got false"
         )
     return losses.WIKDLoss(
         **on,

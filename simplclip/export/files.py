@@ -1,0 +1,169 @@
+"""A checkpoint of the trainer in the formats of others: open_clip's state dict, safetensors, ONNX of each tower.
+
+    open_clip     open_clip_pytorch_model.pt: {"state_dict": ...}, as open_clip writes its own
+    safetensors   open_clip_model.safetensors: the same tensors without pickle. A matrix that blocks share stands under
+                  each of its names, so that every reader can load the file strictly
+    onnx          image.onnx: pixel_values float32 [B, 3, S, S] -> image_features float32 [B, D]
+                  text.onnx: input_ids int64 [B, L] -> text_features float32 [B, D]
+                  Features have length 1, B is any, and all operators are ONNX's own
+
+`open_clip.load_checkpoint` and `models.create(name, checkpoint=...)` read the first two. export.json says what was
+exported. It is written last: where it stands, the export is whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.model import get_model_preprocess_cfg
+from rich.console import Console
+from torch import Tensor, nn
+
+import simplclip
+from simplclip import models
+from simplclip.common.errors import InputError
+from simplclip.common.files import sha256, write_atomically
+from simplclip.train import config as configs
+from simplclip.train.restore import load_model
+
+FORMATS = ("open_clip", "safetensors", "onnx")
+SUMMARY = "export.json"
+_NEEDS = {"open_clip": (), "safetensors": ("safetensors.torch",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+_PHRASES = ("a cat", "a photo of two dogs on a beach", "red, green and blue")
+
+
+def run(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    formats: Sequence[str] = FORMATS,
+    force: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Export `checkpoint`, a file or the folder of a run, to the folder `out`, and return what export.json holds.
+
+    formats: names out of FORMATS. force: replace an export that `out` holds already.
+
+    Nothing of `out` changes before every file was written and checked. A kill while they take their places leaves a folder
+    without export.json.
+
+    Errors: FileNotFoundError, CheckpointError (no checkpoint, or of another architecture), FileExistsError (an export is
+    there), ValueError (an unknown format), ExportError (a tower that ONNX cannot hold, or computes otherwise),
+    ModuleNotFoundError (a package of the extra `export` is missing).
+    """
+    console = console or Console()
+    out, formats = Path(out), list(dict.fromkeys(formats or FORMATS))
+    for name in formats:
+        if name not in FORMATS:
+            raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
+        for module in _NEEDS[name]:
+            importlib.import_module(module)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out: expected a folder, {out} is a file")
+    former = _read(out / SUMMARY)
+    if former is not None and not force:
+        raise FileExistsError(f"out: {out} holds an export already; --force replaces it")
+    model, config, state = load_model(checkpoint)
+
+    work = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        samples = _samples(model, config)
+        answer = _describe(model, config, state, checkpoint, samples)
+        if "open_clip" in formats:
+            torch.save({"state_dict": model.state_dict()}, work / "open_clip_pytorch_model.pt")
+        if "safetensors" in formats:
+            _save_safetensors(model, answer, work / "open_clip_model.safetensors")
+        if "onnx" in formats:
+            from simplclip.export import onnx_towers
+
+            answer["onnx"] = {
+                tower: onnx_towers.export(model, tower, inputs, work / f"{tower}.onnx") for tower, inputs in samples.items()
+            }
+        names = sorted(path.name for path in work.iterdir())
+        answer["files"] = {name: _seal(work / name) for name in names}
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SUMMARY).unlink(missing_ok=True)
+        for name in names:
+            os.replace(work / name, out / name)
+        for name in (former or {}).get("files", {}):
+            if name not in names:
+                (out / Path(name).name).unlink(missing_ok=True)
+        write_atomically(out / SUMMARY, json.dumps(answer, indent=2) + "\n")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+    for name, entry in answer["files"].items():
+        tower = answer.get("onnx", {}).get(name.removesuffix(".onnx"))
+        error = f", largest error {max(tower['max_abs_error'].values()):.1e}" if tower else ""
+        console.print(f"wrote {out / name}: {entry['bytes']:,} bytes{error}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"wrote {out / SUMMARY}", markup=False, highlight=False, soft_wrap=True)
+    return answer
+
+
+def _samples(model: nn.Module, config: configs.Config) -> dict[str, Tensor]:
+    """Three inputs of each tower: images [3, 3, S, S] of noise, and token ids [3, L]."""
+    size = model.visual.image_size
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    images = torch.randn(len(_PHRASES), 3, height, width, generator=torch.Generator().manual_seed(0))
+    return {"image": images, "text": models.tokenizer(config.model.name)(list(_PHRASES))}
+
+
+@torch.no_grad()
+def _describe(
+    model: nn.Module, config: configs.Config, state: dict[str, Any], checkpoint: str | Path, samples: dict[str, Tensor]
+) -> dict[str, Any]:
+    bias = getattr(model, "logit_bias", None)
+    tokenizer = models.tokenizer(config.model.name)  # a class of open_clip or ours, or minilm_tokenizer's function
+    return {
+        "model": config.model.name,
+        "options": config.model.options,
+        "step": state["step"],
+        "checkpoint": str(checkpoint),
+        "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
+        "embed_dim": model.encode_image(samples["image"][:1]).shape[1],
+        "logit_scale": model.logit_scale.exp().item(),
+        "logit_bias": None if bias is None else bias.item(),
+        "preprocess": get_model_preprocess_cfg(model),
+        "tokenizer": {
+            "name": getattr(tokenizer, "__qualname__", type(tokenizer).__name__).partition(".")[0],
+            "context_length": samples["text"].shape[1],
+            "vocab_size": getattr(model, "text", model).vocab_size,
+        },
+    }
+
+
+def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> None:
+    from safetensors.torch import save
+
+    # The format knows neither shared memory nor strides.
+    tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
+    metadata = {"format": "pt", **{key: str(about[key]) for key in ("model", "step")}}
+    metadata |= {key: json.dumps(about[key]) for key in ("options", "preprocess")}
+    path.write_bytes(save(tensors, metadata))  # save_file would make it readable by its owner alone
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Bytes and SHA-256 of a file, after its content has reached the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The summary of an export that is there already; empty where it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

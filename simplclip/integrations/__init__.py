@@ -1,0 +1,1 @@
+"""Programs of others with our parts in them: open_clip's trainer."""

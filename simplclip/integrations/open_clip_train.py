@@ -1,0 +1,328 @@
+"""open_clip's own trainer with this library's losses: `python -m simplclip.integrations.open_clip_train ARGS`.
+
+ARGS are those of `python -m open_clip_train.main`, all of them, and the few of `parser()` below, whose defaults give exactly
+open_clip's loss values: ClipPMLoss stands in the place of ClipLoss, WIKDLoss in that of DistillClipLoss. For as long as
+`main` runs, the names `create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module
+open_clip_train.main are ours; no file is changed.
+
+Parameters that a loss learns (the plane of pair matching, projections to a teacher's width) are none of the model's:
+`LossParameters` trains them in open_clip's optimizer and keeps them in a file beside each checkpoint, which itself stays one
+of open_clip's own. Without such parameters nothing of this is active.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import inspect
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from simplclip import losses
+from simplclip.common.errors import InputError
+from simplclip.ops.similarity.op import NEGATIVES
+
+# Not .pt: open_clip resumes from the last file of that ending.
+SUFFIX = ".loss"
+KEPT = "is not replaced by simplclip's losses: train it with python -m open_clip_train.main"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options beside open_clip's."""
+    ours = argparse.ArgumentParser(
+        prog="python -m simplclip.integrations.open_clip_train", add_help=False,
+        allow_abbrev=False, usage="%(prog)s [options]",
+        description="open_clip's trainer with simplclip's losses. Options beside open_clip's own, which follow:",
+    )  # fmt: skip
+    matching = ours.add_argument_group("pair matching")
+    matching.add_argument("--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)")
+    matching.add_argument("--pm-plane", choices=losses.PLANES, default="scalar", help="its hyperplane (default: scalar)")
+    matching.add_argument("--pm-negatives", choices=NEGATIVES, default="all", help="its negatives (default: all)")
+    matching.add_argument(
+        "--fresh-loss-parameters", action="store_true",
+        help="start the loss' learned parameters anew where --resume names a checkpoint without them",
+    )  # fmt: skip
+    distillation = ours.add_argument_group("distillation, beside --distill-model and --distill-pretrained")
+    for name, default in (("relational", 1.0), ("interactive", 0.0), ("feature", 0.0)):
+        distillation.add_argument(
+            f"--{name}-weight", type=_weight, default=default, help=f"weight of the {name} term (default: {default:g})"
+        )
+    distillation.add_argument(
+        "--interactive", choices=("infonce", "kl"), default="infonce", help="the interactive term (default: infonce)"
+    )
+    distillation.add_argument(
+        "--feature-distance", choices=("mse", "smooth_l1"), default="mse", help="the feature term (default: mse)"
+    )
+    return ours
+
+
+def _weight(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a weight of 0 or more, got {text}")
+    return value
+
+
+def main(argv: list[str] | None = None):
+    """Runs open_clip_train.main.main with our losses; returns what it returns. Wrong arguments end as argparse ends them."""
+    ours = parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        trainer = importlib.import_module("open_clip_train.main")
+    except ModuleNotFoundError as error:
+        ours.error(f"open_clip's trainer does not load: {error}; pip install 'simplclip[openclip]'")
+    if {"-h", "--help"} & set(argv):
+        ours.print_help()
+        print(flush=True)
+        trainer.parse_args(["--help"])
+    options, rest = ours.parse_known_args(argv)
+    replacements = _replacements(ours, options, trainer)
+    _check(ours, options, trainer.parse_args(rest))
+    with _replaced(trainer, replacements), _shards_of_webdataset_1():
+        return trainer.main(rest)
+
+
+def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
+    """Ours by the names that open_clip_train.main has for them: `create_loss`, or `create_task` for model and loss in one."""
+    if hasattr(trainer, "train_one_epoch"):
+        state = _Trained(options, trainer.train_one_epoch)
+        if hasattr(trainer, "create_task"):
+            task = functools.partial(create_task, options, trainer.create_task)
+            return {"create_task": task, "train_one_epoch": state.train_state_one_epoch}
+        if hasattr(trainer, "create_loss"):
+            return {"create_loss": functools.partial(create_loss, options), "train_one_epoch": state.train_one_epoch}
+    ours.error(
+        "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
+        "found another trainer; pip install 'open_clip_torch==3.3.*' works"
+    )
+
+
+@contextlib.contextmanager
+def _replaced(module, names: dict):
+    before = {name: getattr(module, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def _shards_of_webdataset_1():
+    """Lets open_clip read shards by the webdataset that we install: since 1.0 an empty sample ends each shard, on which
+    open_clip, made for 0.2.86, stops with KeyError: 'fname'. Its own trainer needs that older release."""
+    data = importlib.import_module("open_clip_train.data")
+    expander = getattr(data, "tar_file_expander", None)
+    if expander is None or "eof_value" not in inspect.signature(expander).parameters:
+        return contextlib.nullcontext()
+    return _replaced(data, {"tar_file_expander": functools.partial(expander, eof_value=None)})
+
+
+def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace) -> None:
+    """What would be replaced or ignored in silence is an error before anything is built."""
+    if args.siglip:
+        ours.error(f"--siglip: SigLIP's loss {KEPT}")
+    if "coca" in args.model.lower():
+        ours.error(f"--model {args.model}: CoCa's loss {KEPT}")
+    if args.distill_model is None or args.distill_pretrained is None:  # as open_clip decides it
+        for name in ("relational_weight", "interactive_weight", "interactive", "feature_weight", "feature_distance"):
+            if getattr(options, name) != ours.get_default(name):
+                flag = name.replace("_", "-")
+                ours.error(f"--{flag}: expected a teacher beside it, --distill-model and --distill-pretrained, got none")
+
+
+def create_loss(options: argparse.Namespace, args: argparse.Namespace) -> nn.Module:
+    """The loss that stands in the place of what open_clip.create_loss(args) returns, on args.device."""
+    shared = {
+        "local_loss": args.local_loss,
+        "gather_with_grad": args.gather_with_grad,
+        "cache_labels": True,
+        "rank": args.rank,
+        "world_size": args.world_size,
+        "use_horovod": getattr(args, "horovod", False),  # open_clip 4 has none
+        "pm_weight": options.pm_weight,
+        "plane": options.pm_plane,
+        "negatives": options.pm_negatives,
+        "embed_dim": _width(args.model),
+    }
+    if not args.distill:
+        return losses.ClipPMLoss(**shared).to(args.device)
+    return losses.WIKDLoss(
+        **shared,
+        teacher_dim=_width(args.distill_model),
+        relational_weight=options.relational_weight,
+        interactive_weight=options.interactive_weight,
+        interactive=options.interactive,
+        feature_weight=options.feature_weight,
+        feature_distance=options.feature_distance,
+    ).to(args.device)
+
+
+def create_task(options: argparse.Namespace, theirs, args: argparse.Namespace, **parts) -> nn.Module:
+    """What `theirs`, open_clip 4's create_task, makes of the model, with `create_loss`'s loss in it."""
+    import open_clip
+
+    task = theirs(args, **parts)
+    loss = getattr(task, "loss", None)
+    if type(loss) not in (open_clip.ClipLoss, open_clip.DistillClipLoss):
+        raise InputError(
+            f"--model {args.model}: expected a task with open_clip's ClipLoss or DistillClipLoss, got {type(task).__name__} "
+            f"with {type(loss).__name__}, which {KEPT}"
+        )
+    task.loss = create_loss(options, args)
+    return task
+
+
+def _width(model: str) -> int | None:
+    """Embedding width by open_clip's configs; None for a model that has none there (hf-hub:, local-dir:)."""
+    import open_clip
+
+    return (open_clip.get_model_config(model) or {}).get("embed_dim")
+
+
+class _Trained:
+    """open_clip's train_one_epoch; where the loss has parameters, with them in the optimizer and in a file at the end."""
+
+    def __init__(self, options: argparse.Namespace, train_one_epoch):
+        self.options, self.theirs = options, train_one_epoch
+        self.parameters: LossParameters | None = None
+
+    def train_one_epoch(self, model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest):
+        """In the place of open_clip 3.3's."""
+        self._before(loss, optimizer, epoch, args)
+        self.theirs(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest)
+        self._after(epoch, args)
+
+    def train_state_one_epoch(self, state, data, args, **rest):
+        """In the place of open_clip 4's, which has model and loss in state.task."""
+        self._before(state.task.loss, state.optimizer, state.epoch, args)
+        self.theirs(state, data, args, **rest)
+        self._after(state.epoch, args)
+
+    def _before(self, loss: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> None:
+        if self.parameters is None and any(True for _ in loss.parameters()):
+            self.parameters = LossParameters(loss, optimizer, args)
+            # The first epoch that runs is the number of epochs that the checkpoint had seen, 0 for one of weights alone.
+            if args.resume is not None and epoch > 0:
+                self.parameters.load(args.resume, epoch, fresh=self.options.fresh_loss_parameters)
+            self.parameters.set_apart()
+
+    def _after(self, epoch: int, args: argparse.Namespace) -> None:
+        if self.parameters is not None and args.save_logs:
+            completed = epoch + 1
+            numbered = args.save_frequency > 0 and completed % args.save_frequency == 0
+            if numbered or completed == args.epochs or args.save_most_recent:
+                self.parameters.save(args.checkpoint_path, completed)
+
+
+class LossParameters:
+    """A loss' learned parameters as groups of open_clip's optimizer, in files of their own beside its checkpoints.
+
+    The groups follow open_clip's rule: its weight decay for matrices, none for the rest; its schedule sets their learning
+    rate with the others'. Its clipping of gradients covers the model alone. The gradients are averaged over the ranks, as
+    DistributedDataParallel does with the model's, and over --accum-freq's backward passes, each of which sees the whole loss.
+
+    optimizer.state_dict() leaves the groups out, so that open_clip's trainer resumes from the checkpoint as from its own.
+    Theirs is `epoch_K.loss` (loaded with weights_only=True): {"epoch", "loss": state dict, "optimizer": state by parameter}.
+    """
+
+    def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace):
+        for flag, why in (("horovod", "are not averaged over its ranks"), ("fsdp", "are not sharded with the model's")):
+            if getattr(args, flag, False):
+                raise InputError(f"--{flag}: expected a loss without learned parameters, which {why}")
+        self.loss, self.optimizer = loss, optimizer
+        self.ranks = args.world_size if args.distributed else 1
+        self.passes = args.accum_freq
+        self.opt = args.opt
+        self.groups = len(optimizer.param_groups)  # open_clip's
+        self.names: list[str] = []  # of our parameters, in the order of our groups
+        rate = optimizer.param_groups[0]["lr"]  # a tensor in open_clip 4's compiled steps, whose value the schedule sets
+        for matrices in (False, True):
+            group = {name: p for name, p in loss.named_parameters() if (p.ndim >= 2) == matrices}
+            if group:
+                options = {"weight_decay": args.wd if matrices else 0.0}
+                options |= {"lr": rate.clone()} if isinstance(rate, Tensor) else {}
+                optimizer.add_param_group({"params": list(group.values()), **options})
+                self.names += group
+        for parameter in loss.parameters():
+            parameter.register_hook(self._average)
+        self.taken: dict[str, dict] = {}
+
+    def _average(self, gradient: Tensor) -> Tensor:
+        gradient = gradient / (self.ranks * self.passes)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(gradient)
+        return gradient
+
+    def _numbers(self, state: dict) -> dict[str, int]:
+        """Our parameters' numbers in a state dict of the optimizer with all groups."""
+        return dict(zip(self.names, (number for group in state["param_groups"][self.groups :] for number in group["params"])))
+
+    def set_apart(self) -> None:
+        """Rank 0's values for all, since a loss may draw its parameters; from here on state_dict() is open_clip's alone."""
+        if self.ranks > 1:
+            for tensor in self.loss.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
+        self.optimizer.register_state_dict_post_hook(self._take_out)
+        if len(self.optimizer.state_dict()["param_groups"]) != self.groups:
+            raise InputError(f"--opt {self.opt}: expected an optimizer whose state dict can be split, or no learned loss")
+
+    def _take_out(self, optimizer: torch.optim.Optimizer, state: dict) -> dict:
+        numbers = self._numbers(state)
+        self.taken = {name: state["state"][number] for name, number in numbers.items() if number in state["state"]}
+        theirs = {number: value for number, value in state["state"].items() if number not in numbers.values()}
+        return {**state, "state": theirs, "param_groups": state["param_groups"][: self.groups]}
+
+    def save(self, folder: str, epoch: int) -> None:
+        """Writes the file of this epoch whole or not at all, and removes those whose checkpoint is gone."""
+        self.optimizer.state_dict()  # fills `taken`
+        state = {"epoch": epoch, "loss": self.loss.state_dict(), "optimizer": self.taken}
+        path = Path(folder) / f"epoch_{epoch}{SUFFIX}"
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+        for other in Path(folder).glob(f"epoch_*{SUFFIX}"):
+            number = re.fullmatch(r"epoch_(\d+)", other.stem)
+            # The last one is kept until open_clip has written this epoch's checkpoint, which happens after us.
+            if number and int(number[1]) < epoch - 1 and not other.with_suffix(".pt").exists():
+                other.unlink()
+
+    def load(self, checkpoint: str, epoch: int, fresh: bool) -> None:
+        """The file beside this checkpoint, local or remote as open_clip reads it."""
+        import fsspec
+
+        path = f"{checkpoint.rpartition('/')[0] or '.'}/epoch_{epoch}{SUFFIX}"
+        try:
+            with fsspec.open(path, "rb") as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            if fresh:
+                logging.info(f"=> no {path}: the loss' parameters start anew")
+                return
+            raise FileNotFoundError(
+                f"--resume {checkpoint}: expected the loss' learned parameters in {path}, found no such file; "
+                "--fresh-loss-parameters starts them anew"
+            ) from None
+        found = {name: tuple(value.shape) for name, value in state["loss"].items()}
+        expected = {name: tuple(value.shape) for name, value in self.loss.state_dict().items()}
+        if found != expected:
+            raise InputError(f"{path}: expected the loss' parameters {expected}, found {found}")
+        self.loss.load_state_dict(state["loss"])
+        full = self.optimizer.state_dict()
+        moments = state["optimizer"]
+        full["state"] |= {number: moments[name] for name, number in self._numbers(full).items() if name in moments}
+        self.optimizer.load_state_dict(full)
+        logging.info(f"=> loaded the loss' parameters '{path}' (epoch {epoch})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

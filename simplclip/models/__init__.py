@@ -1,0 +1,27 @@
+"""Models by name: registry.py builds them, simplify.py puts simplified blocks into open_clip's, inherit.py copies weights."""
+
+from simplclip.models.registry import (
+    PLAIN,
+    ShortVocabTokenizer,
+    Spec,
+    affine,
+    create,
+    names,
+    original,
+    summary,
+    tokenizer,
+    transforms,
+)
+
+__all__ = [
+    "PLAIN",
+    "ShortVocabTokenizer",
+    "Spec",
+    "affine",
+    "create",
+    "names",
+    "original",
+    "summary",
+    "tokenizer",
+    "transforms",
+]

@@ -1,0 +1,390 @@
+"""Weight inheritance: a student takes what it has in common with a teacher or pretrained model, and freezes it.
+
+    model = simplclip.models.create("siclip-s0")
+    print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
+
+`inherit` copies and freezes; `freeze` alone brings a frozen state back, from `Inheritance.names`. A frozen prefix of a
+tower has nothing that asks for a gradient, so autograd keeps none of its activations. Source: WIKD of arXiv 2411.14789.
+
+Copied weights compute here what they computed there, but for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from simplclip.common import plugins
+from simplclip.common.errors import InputError
+from simplclip.nn import SimplifiedBlock
+
+__all__ = ["Inheritance", "InheritanceError", "Row", "freeze", "freeze_norms", "inherit"]
+
+INHERITED, TRAINS, NEW, DIFFERS = "inherited", "inherited, trains", "new", "shape differs"
+ALWAYS_TRAIN = ("logit_scale", "logit_bias")
+TAG = "open_clip:"
+_COUNTERS = "num_batches_tracked"  # old checkpoints lack it
+_ENOUGH = 0.1  # share of the tensors of the smaller side below which a source is of another architecture
+
+Source = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
+
+
+class InheritanceError(InputError):
+    """A source that the model cannot inherit from, or a name that the model does not have."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A largest submodule of one status, or a tensor that belongs to no such submodule."""
+
+    module: str
+    status: str
+    parameters: int  # those shared with an earlier row count there
+
+
+@dataclass(frozen=True)
+class Inheritance:
+    """What `inherit` did: a table of the model by rows, and where the weights came from."""
+
+    rows: tuple[Row, ...]
+    sources: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """What is frozen, as `freeze` takes it."""
+        return [row.module for row in self.rows if row.status == INHERITED]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Parameters by status."""
+        totals = dict.fromkeys((INHERITED, TRAINS, NEW, DIFFERS), 0)
+        for row in self.rows:
+            totals[row.status] += row.parameters
+        return totals
+
+    def lines(self) -> list[str]:
+        """The table, and parameters by status."""
+        cells = [("module", "weights", "parameters")]
+        cells += [(row.module or "(all)", row.status, f"{row.parameters:,}") for row in self.rows]
+        cells += [("total", status, f"{count:,}") for status, count in self.totals.items() if count]
+        width = max(len(name) for name, _, _ in cells)
+        return [
+            f"inherited from {', '.join(self.sources)}",
+            *(f"{name:<{width}}  {status:<17}  {count:>12}" for name, status, count in cells),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+@dataclass(eq=False)
+class _Unit:
+    """What is inherited whole or not at all: a module whose tensors are all its own, or one tensor of another module."""
+
+    path: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by full name
+    leaf: bool = False
+    simplified: bool = False
+    status: str = NEW
+    taken: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def always_trains(self) -> bool:
+        return self.path.rpartition(".")[2] in ALWAYS_TRAIN
+
+    def fits(self, state: Mapping[str, Tensor], below: Mapping[str, set[str]]) -> bool:
+        names = {n for n in self.tensors if not n.endswith(_COUNTERS)}
+        theirs = {n for n in below[self.path] if not n.endswith(_COUNTERS)} if self.leaf else names & state.keys()
+        return names == theirs and all(_alike(t, state[n]) for n, t in self.tensors.items() if n in state)
+
+    def differs(self, state: Mapping[str, Tensor]) -> bool:
+        return any(n in state and not _alike(t, state[n]) for n, t in self.tensors.items())
+
+
+def inherit(
+    model: nn.Module,
+    source: Source | Sequence[Source],
+    *,
+    train: str | Sequence[str] = (),
+    prefixes: Mapping[str, str] | None = None,
+) -> Inheritance:
+    """Copy every unchanged module of ``source`` into ``model``, in place, and freeze it there.
+
+    A module is unchanged where the source has the same tensors under the same names in the same shapes. Modules inside
+    a `SimplifiedBlock` never are: equal names there may mean other things (FastViT's ``norm`` is a batch norm). Frozen
+    modules get no gradient and stay in eval mode, whatever ``model.train()`` says, so that norm statistics stay too;
+    this survives deepcopy and pickle, while a state dict holds weights only (see `freeze`). ``logit_scale`` and
+    ``logit_bias`` are copied and train on.
+
+    Args:
+        model: the student.
+        source: a module; a state dict; a file of torch.save (a state dict, bare or under "state_dict" or "model", read
+            with weights_only) or of safetensors; ``NAME/TAG`` or ``open_clip:NAME/TAG`` for weights that open_clip
+            downloads; the name of registered weights, e.g. efficientnet-lite0, where the model has a
+            place for it (``model.origins``). Of several sources the first one that fits a module gives it.
+        train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. What
+            matches a module counts for everything inside it, what matches a tensor of a module for the whole module.
+        prefixes: for sources other than registered weights: prefix of names there -> prefix here; others are left out.
+
+    Returns:
+        The table: module, status, parameters; and the names of what is frozen.
+
+    Raises:
+        InheritanceError: a source without tensors, of another architecture, or not readable as weights; a pattern that
+            matches nothing. FileNotFoundError: no such file. The model is left as it was.
+    """
+    sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else list(source)
+    if not sources:
+        raise InheritanceError("source: expected at least one, got an empty list")
+    patterns = [train] if isinstance(train, str) else list(train)
+    units = list(_units(model))
+    labels = []
+    for one in sources:
+        label, state = _state_of(one, model, prefixes)
+        labels.append(label)
+        _take(units, state, label)
+    _drop_half_tied(units)
+    for pattern in patterns:
+        hit = [unit for unit in units if _matches(pattern, unit)]
+        if not hit:
+            near = difflib.get_close_matches(pattern, [unit.path for unit in units], 1, 0.3)
+            raise InheritanceError(f"train: {pattern!r} matches no module of the model; nearest: {near}")
+        for unit in hit:
+            unit.status = TRAINS if unit.taken else unit.status
+    with torch.no_grad():
+        for unit in units:
+            for name, value in unit.taken.items():
+                unit.tensors[name].copy_(value.reshape(unit.tensors[name].shape))
+    result = Inheritance(tuple(_rows(units)), tuple(labels))
+    freeze(model, result.names)
+    return result
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Freeze modules and parameters by name, as `inherit` does: no gradient, and eval mode for good.
+
+    Errors: InheritanceError for a name that the model lacks; the model is left as it was.
+    """
+    modules, parameters = [], []
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = model.get_submodule(parent)
+            found = owner if not name else getattr(owner, leaf)
+        except AttributeError:
+            raise InheritanceError(f"names: expected modules or parameters of the model, got {name!r}") from None
+        (modules if isinstance(found, nn.Module) else parameters).append(found)
+    for root in modules:
+        root.requires_grad_(False)
+        for module in root.modules():
+            _hold_in_eval(module)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+
+
+def freeze_norms(model: nn.Module) -> None:
+    """Keep the statistics of all batch norms for good (eval mode); their weights and biases train on."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            _hold_in_eval(module)
+
+
+def _hold_in_eval(module: nn.Module) -> None:
+    # An attribute of the instance, as a subclass would change type(module), and a forward hook would leave `training`
+    # wrong until the module runs. The partial of a module's function can be copied and pickled.
+    module.train = partial(_eval_only, module)
+    module.eval()
+
+
+def _eval_only(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
+
+
+def _units(model: nn.Module) -> Iterator[_Unit]:
+    blocks = tuple(f"{path}." for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, SimplifiedBlock))
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        buffers = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        own = {prefix + n: t for n, t in {**module._parameters, **buffers}.items() if t is not None}
+        simplified = prefix.startswith(blocks)
+        rest = (t for child in module.children() for t in (*child.parameters(), *child.buffers()))
+        if own and path and next(rest, None) is None:
+            yield _Unit(path, own, True, simplified)
+        else:
+            yield from (_Unit(name, {name: tensor}, False, simplified) for name, tensor in own.items())
+
+
+def _take(units: list[_Unit], state: dict[str, Tensor], label: str) -> None:
+    """Note in every unit what it can take from `state`, where it has nothing yet."""
+    below: dict[str, set[str]] = defaultdict(set)
+    for name in state:
+        for end in (i for i, letter in enumerate(name) if letter == "."):
+            below[name[:end]].add(name)
+    free = [unit for unit in units if not unit.simplified]
+    fitting = [unit for unit in free if unit.fits(state, below)]
+    counted = sum(n in state for unit in fitting if not unit.always_trains for n in unit.tensors)
+    wanted = sum(len(unit.tensors) for unit in free if not unit.always_trains)
+    if counted < max(1, _ENOUGH * min(len(state), wanted)):
+        raise InheritanceError(
+            f"source: expected weights of this model's architecture, {counted} of the {len(state)} tensors of {label} "
+            f"fit it{_mismatches(units, state)}"
+        )
+    for unit in free:
+        if unit.taken:
+            continue
+        if unit in fitting:
+            unit.taken = {name: state[name] for name in unit.tensors if name in state}
+            unit.status = TRAINS if unit.always_trains else INHERITED
+        elif unit.differs(state):
+            unit.status = DIFFERS
+
+
+def _mismatches(units: list[_Unit], state: dict[str, Tensor]) -> str:
+    ours = {name: tensor for unit in units for name, tensor in unit.tensors.items()}
+    shapes = [n for n in state if n in ours and not _alike(ours[n], state[n])][:2]
+    missing = [n for n in state if n not in ours][:2]
+    told = [f"{n} is {list(state[n].shape)} there and {list(ours[n].shape)} here" for n in shapes]
+    for name in missing:
+        near = difflib.get_close_matches(name, ours, 1, 0.0)
+        told.append(f"{name} is not here" + (f" (nearest: {near[0]})" if near else ""))
+    return "".join(f"; {text}" for text in told)
+
+
+def _drop_half_tied(units: list[_Unit]) -> None:
+    """A tensor with several owners is inherited by all of them, with one value, or by none."""
+    owners: dict[int, list[_Unit]] = defaultdict(list)
+    values: dict[int, list[Tensor]] = defaultdict(list)
+    for unit in units:
+        for name, tensor in unit.tensors.items():
+            owners[id(tensor)].append(unit)
+            values[id(tensor)] += [unit.taken[name]] if name in unit.taken else []
+    tied = {key: group for key, group in owners.items() if len(group) > 1}
+    changed = True
+    while changed:
+        changed = False
+        for key, group in tied.items():
+            same = all(torch.equal(values[key][0], value) for value in values[key][1:])
+            if any(unit.taken for unit in group) and not (same and all(unit.taken for unit in group)):
+                for unit in group:
+                    unit.taken, unit.status = {}, NEW
+                changed = True
+
+
+def _rows(units: list[_Unit]) -> Iterator[Row]:
+    seen: set[int] = set()
+
+    def split(path: str, inside: list[_Unit]) -> Iterator[Row]:
+        statuses = {unit.status for unit in inside}
+        if len(statuses) == 1:
+            parameters = {id(t): t for unit in inside for t in unit.tensors.values() if isinstance(t, nn.Parameter)}
+            yield Row(path, statuses.pop(), sum(t.numel() for key, t in parameters.items() if key not in seen))
+            seen.update(parameters)
+            return
+        depth = path.count(".") + 1 if path else 0
+        groups: dict[str, list[_Unit]] = {}
+        for unit in inside:
+            groups.setdefault(".".join(unit.path.split(".")[: depth + 1]), []).append(unit)
+        for name, group in groups.items():
+            yield from split(name, group)
+
+    yield from split("", units)
+
+
+def _matches(pattern: str, unit: _Unit) -> bool:
+    parts = unit.path.split(".")
+    names = [".".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(fnmatchcase(name, pattern) for name in (*names, *unit.tensors))
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Same shape and kind of number; checkpoints differ in whether a scalar is [] or [1]."""
+    scalar = ours.numel() == theirs.numel() == 1 and max(ours.dim(), theirs.dim()) <= 1
+    return (ours.shape == theirs.shape or scalar) and ours.is_floating_point() == theirs.is_floating_point()
+
+
+def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | None) -> tuple[str, dict[str, Tensor]]:
+    """Name and tensors of a source, under the names that they would have in `model`."""
+    if isinstance(source, str) and source in plugins.entries("weights") and not Path(source).exists():
+        prefixes = getattr(model, "origins", {}).get(source)
+        if prefixes is None:
+            known = ", ".join(getattr(model, "origins", {})) or "no pretrained weights by name"
+            raise InheritanceError(f"source: this model has no place for {source!r}, it takes {known}")
+        label, state = source, plugins.load("weights", source)()
+    elif isinstance(source, nn.Module):
+        label, state = type(source).__name__, source.state_dict()
+    elif isinstance(source, Mapping):
+        label, state = "the state dict", source
+    elif isinstance(source, str | os.PathLike):
+        label, state = str(source), _read(source)
+    else:
+        raise TypeError(f"source: expected a module, a state dict, a path or a name, got {type(source).__name__}")
+    state = _tensors(state)
+    if not state:
+        raise InheritanceError(f"source: expected weights, {label} holds no tensors")
+    if prefixes is not None:
+        pairs = [(theirs, ours, n) for n in state for theirs, ours in prefixes.items() if n.startswith(theirs)]
+        state = {ours + name.removeprefix(theirs): state[name] for theirs, ours, name in pairs}
+        if not state:
+            raise InheritanceError(f"source: no tensor of {label} has a name that begins with {' or '.join(prefixes)}")
+    if hasattr(model, "text"):
+        state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
+    return label, state
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), Mapping) else state
+    return {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
+    path = Path(source)
+    name, slash, tag = str(source).removeprefix(TAG).partition("/")
+    if not path.is_file() and slash and (str(source).startswith(TAG) or name in open_clip.list_models()):
+        return _download(name, tag)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"source: expected a file, open_clip's NAME/TAG or one of {', '.join(plugins.entries('weights'))}; "
+            f"no such file: {path}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # pickle, zip, EOF, runtime and safetensors errors, by the kind of file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InheritanceError(f"source: {path} cannot be read as weights, without running code from it: {reason}") from None
+    if not isinstance(state, Mapping):
+        raise InheritanceError(f"source: expected a state dict in {path}, got {type(state).__name__}")
+    return state
+
+
+def _download(name: str, tag: str) -> Mapping[str, Any]:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags:
+        near = difflib.get_close_matches(tag, tags, 5, 0.0) or difflib.get_close_matches(name, open_clip.list_models(), 3)
+        known = f"nearest tags: {', '.join(near)}" if tags else f"it has no tags for {name}; nearest models: {near}"
+        raise InheritanceError(f"source: expected open_clip's NAME/TAG, got {name}/{tag}; {known}")
+    try:
+        return open_clip.create_model(name, pretrained=tag).state_dict()
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InheritanceError(f"source: open_clip could not get {name}/{tag}: {reason}") from None

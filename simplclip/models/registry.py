@@ -1,0 +1,289 @@
+"""Models by name: SiCLIPs and plain open_clip models, with their tokenizers, transforms and parameter counts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from torch import nn
+from torchvision import transforms as T
+
+from simplclip.common import plugins
+from simplclip.common.errors import InputError, UserError
+from simplclip.models.simplify import count_parameters, simplify
+from simplclip.nn import neighbour_groups
+
+PLAIN = "open_clip:"
+Tokenizer = Callable[[list[str]], torch.Tensor]
+
+
+class WeightsError(UserError, RuntimeError):
+    """Weights that do not fit the model."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a SiCLIP is made: an open_clip configuration, and what `simplify` is told.
+
+    vocabulary: the number of tokens of a `ShortVocabTokenizer`, or a function from the context length to a tokenizer; None
+        for open_clip's own.
+    origins: what `inherit` takes from registered weights (simplclip.weights), by their name: prefix of theirs -> of ours.
+    """
+
+    original: str
+    config: Mapping[str, Any]
+    simplify: Mapping[str, Any]
+    preprocess: Mapping[str, Any]
+    augment: str | Mapping[str, Any]
+    vocabulary: int | Callable[[int], Tokenizer] | None = None
+    channels_last: bool = False
+    origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+_SPECS = {
+    # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
+    # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage keep theirs.
+    "siclip-s0": Spec(
+        original="MobileCLIP2-S0",
+        config=open_clip.get_model_config("MobileCLIP2-S0"),
+        simplify={"share": {"text": neighbour_groups(12, 2)}},
+        preprocess={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"},
+        augment={},
+    ),
+}
+
+
+class ShortVocabTokenizer(SimpleTokenizer):
+    """open_clip's tokenizer with the first, most frequent merges of its vocabulary only.
+
+    Rare words fall into more pieces. A small model spends its parameters on layers instead of on an embedding of
+    49,408 tokens. Start and end of text stay the two highest ids, as CLIP's pooling needs.
+    """
+
+    def __init__(self, vocab_size: int, **options: Any) -> None:
+        super().__init__(**options)
+        merges = vocab_size - 2 * len(self.byte_encoder) - 2
+        if not 0 <= merges <= len(self.bpe_ranks):
+            raise InputError(f"vocab_size: expected 514 to {self.vocab_size}, got {vocab_size}")
+        self.bpe_ranks = {pair: rank for pair, rank in self.bpe_ranks.items() if rank < merges}
+        specials = [self.decoder[i] for i in self.all_special_ids]
+        letters = list(bytes_to_unicode().values())
+        pieces = [*letters, *(c + "</w>" for c in letters), *map("".join, self.bpe_ranks), *specials]
+        self.encoder = {piece: i for i, piece in enumerate(pieces)}
+        self.decoder = dict(enumerate(pieces))
+        self.cache = {special: special for special in specials}
+        self.vocab_size = len(pieces)
+        self.all_special_ids = [self.encoder[special] for special in specials]
+        self.sot_token_id, self.eot_token_id = self.all_special_ids
+
+
+def names() -> list[str]:
+    """The SiCLIPs of this library. `create` also takes ``open_clip:NAME`` for each of ``open_clip.list_models()``."""
+    return [*_SPECS, *plugins.entries("models")]
+
+
+def original(name: str) -> str | None:
+    """The open_clip model that a SiCLIP was made from, or that a plain name means; None where there is none."""
+    spec = _spec(name)
+    return spec.original if spec.original in open_clip.list_models() else None
+
+
+def create(
+    name: str,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "cpu",
+    simplify_options: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model with random weights, or with those of a local checkpoint. Nothing is downloaded.
+
+    Args:
+        name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model.
+        checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", read with
+            weights_only; or NAME.safetensors. It has to fit exactly.
+        device: where the model is put.
+        simplify_options: arguments for `openclip.simplify` over those of the name; only for a SiCLIP.
+        overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
+            others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
+
+    Returns:
+        An open_clip model. A SiCLIP carries what was replaced as ``model.simplify_report``, and where the weights of
+        registered weights go as ``model.origins``.
+
+    Raises:
+        ValueError: an unknown name, with the nearest ones, or a file without weights.
+        RuntimeError: a checkpoint that does not fit (WeightsError).
+    """
+    spec = _spec(name)
+    if name.startswith(PLAIN) and simplify_options:
+        raise InputError(f"simplify_options: expected none for a plain open_clip model, got {dict(simplify_options)}")
+    config = copy.deepcopy(dict(spec.config))
+    for key, value in overrides.items():
+        config[key] = {**config[key], **value} if key in ("vision_cfg", "text_cfg") else value
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in config["text_cfg"]:
+        config["text_cfg"]["hf_model_pretrained"] = False
+
+    if spec.original in open_clip.list_models():
+        custom_text = config.pop("custom_text", False)
+        with _without_warning("No pretrained weights loaded"):  # as `create` says; those of a checkpoint come later
+            model = open_clip.create_model(
+                spec.original,
+                device=device,
+                pretrained_image=False,
+                pretrained_text=False,
+                force_custom_text=custom_text,
+                **config,
+            )
+    else:
+        config.pop("custom_text")
+        model = CustomTextCLIP(**config)
+    size = model.visual.image_size
+    set_model_preprocess_cfg(model, merge_preprocess_dict(asdict(PreprocessCfg(size=size)), dict(spec.preprocess)))
+    if not name.startswith(PLAIN):
+        model.origins = spec.origins
+        model, model.simplify_report = simplify(model, **{**spec.simplify, **(simplify_options or {})})
+    if spec.channels_last:
+        model.visual.to(memory_format=torch.channels_last)
+    if checkpoint is not None:
+        _load(model, checkpoint)
+    return model.to(device)
+
+
+def tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a model: list of strings -> token ids, int64 [B, L]."""
+    spec = _spec(name)
+    if spec.vocabulary is None:
+        return open_clip.get_tokenizer(spec.original)
+    length = spec.config["text_cfg"]["context_length"]
+    if callable(spec.vocabulary):
+        return spec.vocabulary(length)
+    return ShortVocabTokenizer(spec.vocabulary, context_length=length)
+
+
+def transforms(
+    name: str,
+    *,
+    train: bool,
+    augment: str | Mapping[str, Any] | AugmentationCfg | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Callable[[Any], torch.Tensor]:
+    """The image transform of a model: PIL image -> float32 [3, S, S].
+
+    Args:
+        name: as for `create`.
+        train: whether to augment.
+        augment: for training: open_clip's AugmentationCfg or its fields (random resized crop and more); "affine", for
+            drawings on white: small rotations, shifts, zooms and changes of colour, without mirroring; "none"; or the
+            model's own choice when None.
+        image_size: S, when the model was created with another one than its name's.
+    """
+    spec = _spec(name)
+    size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
+    cfg = PreprocessCfg(**merge_preprocess_dict(asdict(PreprocessCfg()), {**spec.preprocess, "size": size}))
+    augment = spec.augment if augment is None else augment
+    if not train or augment == "none":
+        return image_transform_v2(cfg, is_train=False)
+    if isinstance(augment, str):
+        if augment != "affine":
+            raise InputError(f"augment: expected 'affine', 'none' or fields of AugmentationCfg, got {augment!r}")
+        return affine(cfg)
+    return image_transform_v2(cfg, is_train=True, aug_cfg=dict(augment) if isinstance(augment, Mapping) else augment)
+
+
+def summary(model: nn.Module, name: str) -> str:
+    """A table of the parameters of every tower, beside those of the model that the SiCLIP was made from."""
+    now = count_parameters(model)
+    report = getattr(model, "simplify_report", None)
+    if report is None:
+        return "\n".join([f"{name:<12}{'parameters':>14}", *(f"{part:<12}{n:>14,}" for part, n in now.items())])
+    lines = [f"{name:<12}{'parameters':>14}{'original':>14}{'ratio':>8}"]
+    for part, n in now.items():
+        lines.append(f"{part:<12}{n:>14,}{report.before[part]:>14,}{n / report.before[part]:>8.2f}")
+    blocks = {tower: sum(r.tower == tower for r in report.replaced) for tower in ("image", "text")}
+    lines.append(f"original: {_spec(name).original}")
+    for tower, count in blocks.items():
+        shared = report.share.get(tower)
+        weights = f", weights shared by blocks {', '.join('+'.join(map(str, g)) for g in shared)}" if shared else ""
+        lines.append(f"{tower}: {count} simplified block{'s' if count != 1 else ''}{weights}")
+    return "\n".join(lines)
+
+
+def _spec(name: str) -> Spec:
+    if name in _SPECS:
+        return _SPECS[name]
+    if name in plugins.entries("models"):
+        return plugins.load("models", name)
+    plain = name.removeprefix(PLAIN)
+    if name.startswith(PLAIN) and plain in open_clip.list_models():
+        return Spec(plain, open_clip.get_model_config(plain), {}, {}, {})
+    known = [*names(), *(PLAIN + n for n in open_clip.list_models())]
+    near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
+    raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
+
+
+@contextlib.contextmanager
+def _without_warning(start: str) -> Iterator[None]:
+    """Leaves messages that begin with `start` out of the root logger, where open_clip writes."""
+    root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith(start)
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)
+
+
+def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+    try:
+        if os.fspath(checkpoint).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(checkpoint)
+        else:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (ModuleNotFoundError, OSError):
+        raise
+    except Exception as error:  # pickle, zip, EOF, runtime and safetensors' own errors, by the kind of damage
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"checkpoint: expected a file of weights, {checkpoint} is none: {reason}") from None
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"checkpoint: expected a state dict of tensors, {checkpoint} holds something else")
+    try:
+        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
+    except RuntimeError as error:
+        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise WeightsError(f"checkpoint: the weights in {checkpoint} do not fit the model: {reasons[:300]}") from None
+
+
+def affine(cfg: PreprocessCfg) -> Callable[[Any], torch.Tensor]:
+    """The transform that `transforms` calls "affine", for a size, mean and std."""
+    height, width = cfg.input_size[1:]
+    return T.Compose(
+        [
+            T.Resize((height, width), interpolation=T.InterpolationMode.BICUBIC),
+            T.Lambda(_to_rgb),
+            T.RandomAffine(15, (0.1, 0.1), (0.8, 1.15), 5, interpolation=T.InterpolationMode.BILINEAR, fill=255),
+            T.ColorJitter(0.3, 0.3, 0.3, 0.03),
+            T.ToTensor(),
+            T.Normalize(cfg.mean, cfg.std),
+        ]
+    )
+
+
+def _to_rgb(image: Any) -> Any:
+    return image.convert("RGB")

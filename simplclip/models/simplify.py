@@ -1,0 +1,350 @@
+"""Simplified blocks inside open_clip models: `simplify` replaces transformer blocks of one model instance in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer
+from timm.layers import DropPath
+from timm.models.fastvit import AttentionBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from simplclip.common.errors import InputError
+from simplclip.nn import SimplifiedBlock, share_weights
+
+__all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
+
+TOWERS = ("text", "image")
+_ACT_NAMES = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quickgelu", "ReLU": "relu", "SiLU": "silu"}
+
+
+def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
+    """Whether ``mask`` lets token i see exactly 0..i: additive 0 / -inf, or boolean with True for hidden."""
+    hidden = torch.ones_like(mask, dtype=torch.bool).triu(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, hidden)
+    return torch.equal(mask.float(), torch.zeros_like(mask, dtype=torch.float32).masked_fill(hidden, float("-inf")))
+
+
+class TransformerBlock(SimplifiedBlock):
+    """A block of open_clip's ``Transformer``: [B, L, C], or [L, B, C] with ``batch_first=False``.
+
+    A causal block takes the tower's causal mask and no other; a full one takes none. The values of a mask are
+    compared once per mask and not again until it changes.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, *, batch_first: bool = True, **options) -> None:
+        super().__init__(width, heads, mlp_ratio, **options)
+        self.batch_first = batch_first
+        self._accepted: tuple[Tensor, int] | None = None
+
+    def get_weight_dtype(self) -> torch.dtype:
+        return self.fc1.weight.dtype
+
+    def forward(
+        self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        if k_x is not None or v_x is not None:
+            raise InputError("k_x, v_x: expected None, a simplified block has no cross-attention")
+        x = x if self.batch_first else x.transpose(0, 1)
+        self._check_mask(attn_mask, x.shape[1])
+        x = super().forward(x)
+        return x if self.batch_first else x.transpose(0, 1)
+
+    def _check_mask(self, mask: Tensor | None, length: int) -> None:
+        expected = f"the causal mask [{length}, {length}]" if self.causal else "None, this block attends to every token"
+        if mask is None or not self.causal:
+            if (mask is None) == self.causal:
+                got = "None" if mask is None else f"a tensor {list(mask.shape)}"
+                raise InputError(f"attn_mask: expected {expected}, got {got}")
+            return
+        if mask.shape != (length, length):
+            raise InputError(f"attn_mask: expected {expected}, got a tensor {list(mask.shape)}")
+        # Without values to look at (tracing, fake tensors) the comparison made by `simplify` has to do.
+        if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
+            return
+        if self._accepted is not None:
+            seen, version = self._accepted
+            same = (seen.data_ptr(), seen.shape, seen.stride()) == (mask.data_ptr(), mask.shape, mask.stride())
+            if same and version == mask._version:
+                return
+        if not is_causal_mask(mask):
+            raise InputError(f"attn_mask: expected {expected}, got other values")
+        self._accepted = (mask, mask._version)  # kept alive, so that its address stays its own
+
+
+class TimmBlock(SimplifiedBlock):
+    """A block of timm's ``VisionTransformer``: [B, L, C], full attention."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise InputError("attn_mask, is_causal: expected None and False, this block attends to every token")
+        return super().forward(x)
+
+
+class MapBlock(SimplifiedBlock):
+    """A block on feature maps [B, C, H, W] (timm's FastViT): full attention over the H·W positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, height, breadth = x.shape
+        tokens = super().forward(x.permute(0, 2, 3, 1).reshape(batch, height * breadth, width))
+        return tokens.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """One replaced block: where it was, what it was, and the shape of both."""
+
+    tower: str
+    index: int
+    path: str
+    kind: str
+    width: int
+    heads: int
+    hidden: int
+    causal: bool
+
+
+@dataclass
+class SimplifyReport:
+    """What `simplify` did: the replaced blocks, the groups that share weights, parameters before and after."""
+
+    replaced: list[Replaced] = field(default_factory=list)
+    share: dict[str, list[list[int]]] = field(default_factory=dict)
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = []
+        for tower in dict.fromkeys(r.tower for r in self.replaced):
+            mine = [r for r in self.replaced if r.tower == tower]
+            kinds = ", ".join(sorted({r.kind for r in mine}))
+            shared = f", shared in groups {self.share[tower]}" if self.share.get(tower) else ""
+            lines.append(f"{tower}: {len(mine)} of {kinds} replaced, blocks {[r.index for r in mine]}{shared}")
+        for part, count in self.after.items():
+            lines.append(f"{part}: {count:,} parameters, before {self.before[part]:,}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A block that can be replaced, and what has to be known to build its successor."""
+
+    path: str
+    block: nn.Module
+    cls: type[SimplifiedBlock]
+    heads: int
+    options: dict
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters of an open_clip model by part: image, text, other (scale, bias, decoder), total; shared ones once."""
+    total = {p: p.numel() for p in model.parameters()}
+    visual = getattr(model, "visual", None)
+    image = {} if visual is None else {p: p.numel() for p in visual.parameters()}
+    owners = [getattr(model, name, None) for name in ("text", "transformer", "token_embedding", "ln_final")]
+    owners += [getattr(model, name, None) for name in ("positional_embedding", "text_projection")]
+    text: dict[nn.Parameter, int] = {}
+    for owner in owners:
+        parameters = owner.parameters() if isinstance(owner, nn.Module) else [] if owner is None else [owner]
+        text.update({p: p.numel() for p in parameters})
+    other = sum(n for p, n in total.items() if p not in image and p not in text)
+    return {"image": sum(image.values()), "text": sum(text.values()), "other": other, "total": sum(total.values())}
+
+
+def simplify(
+    model: nn.Module,
+    *,
+    towers: Sequence[str] = TOWERS,
+    blocks: Mapping[str, Sequence[int]] | None = None,
+    share: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    share_norms_and_gains: bool = False,
+    mlp_ratio: float | None = None,
+    norm: str = "layernorm",
+    act: str | None = None,
+    value_first: bool = False,
+    output_last: bool = False,
+    gamma: float | Mapping[str, float] = 1.0,
+    attention_gain: float = 1.0,
+    mlp_gain: float = 0.1,
+    drop_path: float | None = None,
+) -> tuple[nn.Module, SimplifyReport]:
+    """Replace transformer blocks of an open_clip model by simplified ones (SAS-P), in place and in this model only.
+
+    Works on the text transformer of CLIP and CustomTextCLIP, open_clip's VisionTransformer, and the attention blocks of
+    timm's VisionTransformer and FastViT. New blocks start from random weights, in the dtype, on the device and in the
+    mode (train, eval) of the old ones. A causal mask is recognised and kept. Layer scale goes: the gains do its work.
+    The old block's drop path is kept for the MLP (see `SimplifiedBlock`).
+
+    Args:
+        model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``.
+        towers: "text", "image" or both.
+        blocks: per tower the indices to replace, counted over that tower's attention blocks in order, negative ones
+            from the end; a tower that is not named is replaced as a whole.
+        share: per tower groups of such indices that share weight matrices, see `nn.share_weights`.
+        share_norms_and_gains: share norms and gains within a group as well.
+        mlp_ratio, act, drop_path: as in the old block when None.
+        norm: "layernorm" or "rmsnorm".
+        value_first, output_last: value weights in the first, output weights in the last replaced block of a tower.
+        gamma: initial gamma, for both towers or by tower. At 1 a new tower mixes no tokens, so that the features of a
+            text tower pooled at the end of text tell only its place until training moves W_q or gamma. The two text
+            blocks of siclip-tiny learned faster from 0.3; in a deep tower the means would add up and drown the tokens.
+        attention_gain, mlp_gain: other initial gains.
+
+    Returns:
+        The same model, and a report of what was replaced with the parameter counts before and after.
+
+    Raises:
+        ValueError: an unknown tower or index, a model without such a tower, a tower without replaceable blocks (a ResNet,
+            a Hugging Face encoder, window or rotary attention), or a mask that a simplified block cannot honour (padding
+            or class token masks, as in CoCa's text tower). The model is left as it was.
+        TypeError: model is not a module.
+
+    Example:
+        >>> model = open_clip.create_model("ViT-B-32")
+        >>> model, report = simplify(model, share={"text": neighbour_groups(12)})
+    """
+    blocks, share = dict(blocks or {}), dict(share or {})
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an open_clip model, got {type(model).__name__}")
+    unknown = sorted({*towers, *blocks, *share} - set(TOWERS))
+    if unknown or not towers:
+        raise InputError(f"towers: expected names out of {TOWERS}, got {unknown or list(towers)}")
+    idle = sorted({*blocks, *share} - set(towers))
+    if idle:
+        raise InputError(f"blocks, share: expected only the towers to replace, {list(towers)}, got {idle}")
+
+    for tower, names in {"text": ("text", "transformer"), "image": ("visual",)}.items():
+        if tower in towers and all(getattr(model, name, None) is None for name in names):
+            expected = " or ".join(f"`{name}`" for name in names)
+            raise InputError(
+                f"model: expected an open_clip model with {expected}, its {tower} tower, got {type(model).__name__} without"
+            )
+
+    report = SimplifyReport(before=count_parameters(model))
+    planned: list[tuple[_Site, SimplifiedBlock]] = []
+    for tower in dict.fromkeys(towers):
+        sites = list(_text_sites(model) if tower == "text" else _image_sites(model))
+        indices = _indices(blocks.get(tower), len(sites), tower)
+        new: dict[int, SimplifiedBlock] = {}
+        for index in indices:
+            site = sites[index]
+            options = dict(site.options, norm=norm, attention_gain=attention_gain, mlp_gain=mlp_gain)
+            options["gamma"] = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
+            options["value"] = value_first and index == indices[0]
+            options["output"] = output_last and index == indices[-1]
+            new[index] = _build(site, mlp_ratio, act, drop_path, options)
+            planned.append((site, new[index]))
+            report.replaced.append(_describe(tower, index, site, new[index]))
+        report.share[tower] = [_group(group, indices, len(sites)) for group in share.get(tower, ())]
+        local = [[indices.index(i) for i in group] for group in report.share[tower]]
+        share_weights(list(new.values()), local, norms_and_gains=share_norms_and_gains)
+
+    for site, block in planned:
+        model.set_submodule(site.path, block)
+    report.after = count_parameters(model)
+    return model, report
+
+
+def _text_sites(model: nn.Module) -> Iterator[_Site]:
+    prefix, tower = ("text.", model.text) if getattr(model, "text", None) is not None else ("", model)
+    transformer = getattr(tower, "transformer", None)
+    if not isinstance(transformer, Transformer):
+        raise InputError(f"text: expected open_clip's text transformer, got {type(transformer or tower).__name__}")
+    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
+        raise InputError("text: expected no mask or a causal one, got a tower with class token or padding masks")
+    if not hasattr(tower, "attn_mask"):
+        raise InputError(f"text: expected attn_mask, None or causal, beside its blocks, got {type(tower).__name__} without")
+    mask = tower.attn_mask
+    if mask is not None and not mask.is_meta and not is_causal_mask(mask):
+        raise InputError("text: expected no mask or a causal one, got a tower with another attn_mask")
+    yield from _transformer_sites(transformer, f"{prefix}transformer", "text", causal=mask is not None)
+
+
+def _image_sites(model: nn.Module) -> Iterator[_Site]:
+    visual = model.visual
+    transformer = getattr(visual, "transformer", None)
+    if isinstance(transformer, Transformer):
+        yield from _transformer_sites(transformer, "visual.transformer", "image", causal=False)
+        return
+    found = False
+    for path, module in visual.named_modules(prefix="visual"):
+        # Subclasses change the signature or the attention, so only the exact classes are known to fit.
+        if type(module) is Block:
+            yield _Site(path, module, TimmBlock, module.attn.num_heads, {})
+        elif type(module) is AttentionBlock:
+            yield _Site(path, module, MapBlock, module.token_mixer.num_heads, {})
+        elif isinstance(module, SimplifiedBlock):  # of an earlier call: keeps its index, and can be replaced again
+            yield _Site(path, module, type(module), module.heads, {})
+        else:
+            continue
+        found = True
+    if not found:
+        trunk = getattr(visual, "trunk", visual)
+        raise InputError(
+            "image: expected blocks of open_clip's VisionTransformer, timm's VisionTransformer or FastViT, "
+            f"got {type(trunk).__name__} without any"
+        )
+
+
+def _transformer_sites(transformer: Transformer, path: str, tower: str, causal: bool) -> Iterator[_Site]:
+    for index, block in enumerate(transformer.resblocks):
+        if isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
+            heads = block.attn.num_heads
+        elif isinstance(block, SimplifiedBlock):
+            heads = block.heads
+        else:
+            raise InputError(f"{tower}: expected residual attention blocks, got {type(block).__name__}")
+        # Since open_clip 4 a tower is always [B, L, C] and has no such attribute.
+        options = {"causal": causal, "batch_first": getattr(transformer, "batch_first", True)}
+        yield _Site(f"{path}.resblocks.{index}", block, TransformerBlock, heads, options)
+
+
+def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, options: dict) -> SimplifiedBlock:
+    block = site.block
+    if isinstance(block, SimplifiedBlock):
+        weight, old_act, old_drop = block.fc1.weight, block.act, block.drop_path
+    else:
+        # FastViT's MLP begins with a depthwise convolution, which has one input channel.
+        dense = (m for m in block.mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[1] > 1)
+        weight = next(dense).weight
+        acts = (_ACT_NAMES.get(type(m).__name__) for m in block.mlp.modules())
+        old_act = next((name for name in acts if name), "gelu")
+        old_drop = next((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), 0.0)
+    hidden, width = weight.shape[:2]
+    ratio = hidden / width if mlp_ratio is None else mlp_ratio
+    act = old_act if act is None else act
+    drop_path = old_drop if drop_path is None else drop_path
+    new = site.cls(width, site.heads, ratio, act=act, drop_path=drop_path, **options)
+    return new.to(device=weight.device, dtype=weight.dtype).train(block.training)
+
+
+def _indices(wanted: Sequence[int] | None, count: int, tower: str) -> list[int]:
+    if wanted is None:
+        return list(range(count))
+    indices = sorted({_normal(i, count, f"blocks[{tower!r}]") for i in wanted})
+    if not indices:
+        raise InputError(f"blocks[{tower!r}]: expected at least one index, got none")
+    return indices
+
+
+def _group(group: Sequence[int], indices: list[int], count: int) -> list[int]:
+    normal = [_normal(i, count, "share") for i in group]
+    missing = [i for i in normal if i not in indices]
+    if missing:
+        raise InputError(f"share: expected indices of replaced blocks, {indices}, got {missing}")
+    return normal
+
+
+def _normal(index: int, count: int, name: str) -> int:
+    if not -count <= index < count:
+        raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
+    return index % count
+
+
+def _describe(tower: str, index: int, site: _Site, new: SimplifiedBlock) -> Replaced:
+    kind = type(site.block).__name__
+    return Replaced(tower, index, site.path, kind, new.width, new.heads, new.hidden, new.causal)

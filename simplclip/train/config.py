@@ -1,0 +1,390 @@
+"""The one typed configuration of a run: YAML file, then `--set key=value`, then checked.
+
+Every field has a type, a default where there is a sensible one, and a description; `describe()` prints them all as a
+YAML file with comments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from simplclip.common import plugins
+from simplclip.common.errors import InputError
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be used; the message names the key."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    name: str = Field("siclip-tiny", description="name of the model, as `simplclip.models.create` takes it")
+    options: dict[str, Any] = Field({}, description="keyword arguments for `simplclip.models.create`")
+    freeze_norms: bool = Field(
+        False, description="batch norms keep their statistics (eval mode); gradient caching needs it where none are inherited"
+    )
+    recompute: bool = Field(
+        False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
+    )
+
+    @property
+    def image_size(self) -> int | None:
+        """Where `options` ask for another size than the model's own."""
+        return self.options.get("vision_cfg", {}).get("image_size")
+
+
+class InheritConfig(Section):
+    source: str | list[str] | None = Field(
+        None,
+        description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list",
+    )
+    train: list[str] = Field([], description="patterns of inherited tensors that train on; the others are frozen")
+
+
+class DataConfig(Section):
+    train: str | list[str] = Field(description="shards to train on: path, glob or brace pattern, or a list of them")
+    batch_size: int = Field(256, ge=1, description="images per step")
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="images at a time by gradient caching: the gradient is that of the whole batch; null: all; auto: as many "
+        "as fit, by `simplclip plan`",
+    )
+    captions_per_image: int = Field(1, ge=1, description="captions drawn for each image and step; each makes a pair")
+    workers: int = Field(1, ge=0, description="loader processes; 0 reads in the training process")
+    augment: str | dict[str, Any] | None = Field(
+        None,
+        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: the model's own",
+    )
+    options: dict[str, Any] = Field({}, description="more keyword arguments for `simplclip.data.make_loader`")
+
+
+class Schedule(Section):
+    """A weight over the steps: `value` at `start`, going linearly to `to` at `end`; 0 before `start` and from `until` on."""
+
+    value: float = Field(ge=0)
+    to: float | None = Field(None, ge=0)
+    start: int = Field(0, ge=0)
+    end: int | None = Field(None, ge=1)
+    until: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Schedule:
+        for name in ("end", "until"):
+            last = getattr(self, name)
+            if last is not None and last <= self.start:
+                raise ValueError(f"expected {name} after start = {self.start}, got {last}")
+        if self.end is not None and self.to is None:
+            raise ValueError("expected `to`, the weight reached at `end`, got none")
+        return self
+
+    def at(self, step: int, steps: int) -> float:
+        """The weight at `step` (from 0) of a run of `steps`; without `end` the last step reaches `to`."""
+        if step < self.start or (self.until is not None and step >= self.until):
+            return 0.0
+        if self.to is None:
+            return self.value
+        end = self.end or min(self.until or steps, steps) - 1
+        done = min(1.0, (step - self.start) / max(1, end - self.start))
+        return self.value + (self.to - self.value) * done
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
+    Discriminator(lambda value: "schedule" if isinstance(value, dict | Schedule) else "number"),
+]
+_SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
+
+
+class LossConfig(Section):
+    contrastive_weight: Weight = Field(1.0, description=f"of the contrastive loss; each weight is {_SCHEDULE}")
+    pm_weight: Weight = Field(1.0, description="of the pair matching loss")
+    plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
+    negatives: Literal["all", "shift", "hard"] = Field("all", description="negatives of the pair matching loss")
+    feature_weight: Weight = Field(0.0, description="of unimodal distillation: distance of features to the teacher's")
+    feature_distance: Literal["mse", "smooth_l1"] = Field("mse", description="that distance")
+    relational_weight: Weight = Field(0.0, description="of contrastive-relational distillation: KL to the teacher's softmax")
+    interactive_weight: Weight = Field(
+        0.0, description="of interactive distillation: student against teacher across modalities"
+    )
+    interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
+    learn_interactive_scale: bool = Field(False, description="a temperature of its own for it, learned")
+    projection: bool = Field(False, description="learned projections to the teacher's width, where it is another")
+    scratch_mib: int = Field(64, ge=1, description="budget of the chunks of the similarity matrices, which are never whole")
+
+    @property
+    def weights(self) -> dict[str, Schedule]:
+        """Schedules by the names that the loss gives its terms, without those that are always 0."""
+        names = {"contrastive": "contrastive", "distill": "relational", "interactive": "interactive", "feature": "feature"}
+        fields = {f"{term}_loss": getattr(self, f"{name}_weight") for term, name in names.items()}
+        fields["pair_matching_loss"] = self.pm_weight
+        schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
+        return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool({"distill_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-3, gt=0, description="learning rate at the end of the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate that the cosine ends at")
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms, biases, gains and scalars get none")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's decay of the second moment")
+    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon")
+    grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null switches clipping off")
+
+
+class EvalConfig(Section):
+    splits: dict[str, str | list[str]] = Field({}, description="held-out data by name: shards as in data.train")
+    every: int = Field(0, ge=0, description="steps between evaluations of the splits while training; 0: never")
+    batch_size: int = Field(256, ge=1, description="images or captions encoded at a time")
+    templates: list[str] = Field(
+        ["a photo of {}"], min_length=1, description="phrases around a label in zero-shot classification"
+    )
+
+
+class RunConfig(Section):
+    out: str = Field(description="folder of the run: config.yaml, metrics.csv, curves.png, last.pt, tensorboard/")
+    steps: int = Field(1000, ge=1, description="optimizer steps in all")
+    seed: int = Field(0, ge=0, description="seed of weights, data order, captions drawn and augmentation")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        "auto", description="autocast; auto takes bf16 where the hardware has it natively, else fp32"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads; null leaves torch's choice; SIMPLCLIP_THREADS caps either"
+    )
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv and TensorBoard")
+    print_every: int = Field(50, ge=1, description="steps between printed lines where the output is no terminal")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
+    keep: int = Field(1, ge=0, description="numbered checkpoints to keep beside last.pt")
+    tensorboard: bool = Field(True, description="write TensorBoard files")
+
+
+class Config(Section):
+    model: ModelConfig = Field(ModelConfig(), description="what is trained")
+    inherit: InheritConfig = Field(InheritConfig(), description="weights that are copied and frozen")
+    data: DataConfig = Field(description="what it is trained on")
+    loss: LossConfig = Field(
+        LossConfig(),
+        description="simplclip.losses.ClipPMLoss, with a term of a teacher WIKDLoss; the teacher is in the shards",
+    )
+    optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, cosine")
+    eval: EvalConfig = Field(EvalConfig(), description="held-out data")
+    run: RunConfig = Field(description="the run itself")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        size, micro = self.data.batch_size, self.data.micro_batch
+        if isinstance(micro, int) and size % micro:
+            raise ValueError(f"data.micro_batch: expected a divisor of data.batch_size = {size}, got {micro}")
+        schedules = self.loss.weights.values()
+        turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
+        for step in sorted(step for step in turns if step < self.run.steps):
+            if not any(schedule.at(step, self.run.steps) for schedule in schedules):
+                raise ValueError(f"loss: expected at least one weight above 0 at every step, got none at step {step}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict, every default spelled out."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as a string; people mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _builtin() -> dict[str, Any]:
+    """The configs that come with the package and with what is registered as simplclip.configs, by name."""
+    folders = [resources.files("simplclip.train"), *(resources.files(e.value) for e in plugins.entries("configs").values())]
+    files = [file for folder in folders for file in (folder / "configs").iterdir()]
+    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+
+
+def builtin_names() -> list[str]:
+    """Names of the built-in configs."""
+    return sorted(_builtin())
+
+
+def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a config.
+
+    source: path of a YAML file, or the name of a built-in config (`builtin_names()`).
+    overrides: "key=value" with dotted keys; values are parsed as YAML. Errors: `ConfigError`, which names the key.
+    """
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif str(source) in _builtin():
+        text = _builtin()[str(source)].read_text(encoding="utf-8")
+    else:
+        near = difflib.get_close_matches(str(source), builtin_names(), 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(builtin_names())
+        raise ConfigError(f"config: expected a YAML file or one of the built-in {known}, got {str(source)!r}{hint}")
+    values = _parse(text, str(source))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
+    for item in overrides:
+        _override(values, item)
+    return from_dict(values)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Check plain values, e.g. those of a checkpoint."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key, sections included, with its pydantic field."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        found[prefix + name] = field
+        if _is_section(field):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def describe() -> str:
+    """All fields as a YAML file: defaults, types and descriptions in comments."""
+    lines = []
+    for key, field in keys().items():
+        indent, name = "  " * key.count("."), key.rpartition(".")[2]
+        if _is_section(field):
+            lines += ["" if lines else None, f"{indent}{name}:  # {field.description}"]
+            continue
+        default = (
+            ""
+            if field.is_required()
+            else " " + yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
+        )
+        need = ", required" if field.is_required() else ""
+        lines.append(f"{indent}{name + ':' + default:<28} # {_type_name(field.annotation)}{need}: {field.description}")
+    return "\n".join(line for line in lines if line is not None) + "\n"
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _override(values: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set: expected key=value (e.g. optim.lr=1e-3), got {item!r}")
+    node = values
+    for depth, part in enumerate(parts[:-1]):
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is no section, it holds {_shown(child)}")
+        node = child
+    node[parts[-1]] = _parse(text, f"--set {key}")
+
+
+def _is_section(field: Any) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+# pydantic's messages for these say what was expected better than the type does
+_LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "finite_number"}
+
+
+def _explain(error: Any) -> str:
+    known = keys()
+    path = [part for part in error["loc"] if part not in ("number", "schedule")]
+    # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
+    key = ".".join(map(str, path))
+    field_key = next((k for k in (".".join(map(str, path[:n])) for n in range(len(path), 0, -1)) if k in known), None)
+    if error["type"] == "value_error":  # raised by a validator of ours
+        return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(key, known)}"
+    if field_key is None:
+        return f"{key}: {error['msg']}"
+    field = known[field_key]
+    if error["type"] == "missing":
+        if key != field_key:
+            return f"{key}: missing"
+        return f"{field_key}: missing; expected {_type_name(field.annotation)} ({field.description})"
+    got = error["input"]
+    where = key if isinstance(field.annotation, types.GenericAlias) and len(path) > field_key.count(".") + 1 else field_key
+    limits = error["type"] in _LIMITS
+    expected = error["msg"].lower().replace("input should be ", "") if limits else _type_name(field.annotation)
+    return f"{where}: expected {expected}, got {_shown(got)}"
+
+
+def _nearest(key: str, known: dict[str, Any]) -> str:
+    leaf = key.rpartition(".")[2]
+    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
+    by_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], 1, 0.6)
+    near = (
+        same_leaf
+        or difflib.get_close_matches(key, known, 1, 0.75)
+        or [k for k in known if by_leaf and k.rpartition(".")[2] == by_leaf[0]]
+    )
+    section = key.rpartition(".")[0]
+    # of several keys with that leaf, the one in the section that was named
+    near.sort(key=lambda k: k.rpartition(".")[0] != section)
+    if near:
+        return f"; did you mean {near[0]}?"
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments)
+    if origin is list:
+        return f"a list of {_type_name(arguments[0])}s".replace("a list of a ", "a list of ")
+    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, Section)):
+        return "a mapping"
+    return {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+    }.get(annotation, str(annotation))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

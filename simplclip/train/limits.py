@@ -1,0 +1,144 @@
+"""How much memory a run may take, and what is said when that was not enough."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from simplclip.common.errors import InputError
+from simplclip.train.config import Config, ConfigError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+GIB = 2**30
+# Assumptions, not measured by this library: the driver's context with the modules of torch and cuBLAS, the workspaces of
+# cuBLAS and cuDNN, and what the allocator's blocks lose.
+CONTEXT_BYTES = 640 * 2**20
+LIBRARY_BYTES = 160 * 2**20
+FRAGMENTATION = 0.04
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of a card or a machine, and what a step may take of them."""
+
+    memory: int
+    context: int = CONTEXT_BYTES
+    libraries: int = LIBRARY_BYTES
+    fragmentation: float = FRAGMENTATION
+
+    @property
+    def usable(self) -> int:
+        return int((self.memory - self.context - self.libraries) * (1 - self.fragmentation))
+
+    def assumptions(self) -> list[str]:
+        mib = 2**20
+        return [
+            f"{self.context // mib} MiB for the context of the driver and of torch's libraries",
+            f"{self.libraries // mib} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
+            f"{self.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
+        ]
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+class Planner(Protocol):
+    """What predicts the memory of a step: `simplclip.memory`."""
+
+    def micro_batch_that_fits(self, config: Config, budget: Budget, *, device: str) -> Config: ...
+
+    def make(self, config: Config, budget: Budget, *, device: str, solve: bool) -> Any: ...
+
+
+class MemoryLimit:
+    """What a run on `device` may take: the card's or the machine's memory, or `limit` bytes of it, which cap the process.
+
+    On a GPU torch's allocator is capped at the limit less the driver's context, so that a larger card stands for one of that
+    size. On a CPU the process's data segment is (Linux); a failed allocation raises there instead of swapping.
+
+    Errors: ValueError for a limit above what is there, or below what the process has already.
+    """
+
+    def __init__(self, device: torch.device, limit: int | None = None, planner: Planner | None = None) -> None:
+        self.device, self.planner, self._former = device, planner, None
+        if device.type == "cuda":
+            total = torch.cuda.mem_get_info(device)[1]
+            self.budget = Budget(self._checked(limit, total, CONTEXT_BYTES))
+            if limit is not None:
+                torch.cuda.set_per_process_memory_fraction((limit - CONTEXT_BYTES) / total, device)
+            return
+        taken = _data_bytes()
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
+        self.budget = Budget(self._checked(limit, total, taken), context=taken, libraries=0)
+        if limit is not None:
+            if resource is None or not Path("/proc/self/status").exists():
+                raise InputError("--memory-limit: expected a GPU or Linux, this system cannot cap a process")
+            self._former = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, self._former[1]))
+
+    def lift(self) -> None:
+        """Ends a CPU's cap; what comes after the run needs memory too."""
+        if self._former:
+            resource.setrlimit(resource.RLIMIT_DATA, self._former)
+            self._former = None
+
+    @staticmethod
+    def _checked(limit: int | None, total: int, taken: int) -> int:
+        if limit is not None and not taken < limit <= total:
+            raise InputError(
+                f"--memory-limit: expected more than the {taken / 2**20:,.0f} MiB that are taken already and at most the "
+                f"{total / 2**20:,.0f} MiB that are there, got {limit / 2**20:,.0f} MiB"
+            )
+        return limit or total
+
+    def settle(self, config: Config) -> Config:
+        """`config` with a number of data.micro_batch in the place of "auto". Errors: ConfigError."""
+        if self.planner is None:
+            raise ConfigError(
+                "data.micro_batch: expected a number where no planner is given, got auto; pass planner=simplclip.memory"
+            )
+        return self.planner.micro_batch_that_fits(config, self.budget, device=self.device.type)
+
+    def advice(self, config: Config) -> str:
+        """What the planner says of a step that did not fit."""
+        if self.planner is None:
+            return "Without a planner there is no advice."
+        made = self.planner.make(config, self.budget, device=self.device.type, solve=False)
+        told = [
+            f"The plan: this step takes {gib(made.usage.peak)}, usable are {gib(self.budget.usable)} of "
+            f"{gib(self.budget.memory)}."
+        ]
+        told += [f"Try {advice}." for advice in made.advice]
+        try:
+            micro = self.settle(config).data.micro_batch
+        except ValueError as error:  # nothing fits, or the model's norms forbid micro-batches
+            told.append(str(error))
+        else:
+            told += [f"data.micro_batch={micro} fits."] if micro and micro != config.data.micro_batch else []
+        return " ".join(told)
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an allocator's refusal is what was raised; that of a CPU's tensors has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(
+        error
+    )
+
+
+def _data_bytes() -> int:
+    """This process's data segment so far, as RLIMIT_DATA counts it; 0 where it is not told."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmData")), 0)

@@ -1,0 +1,150 @@
+"""What is trained and where it stands: model, loss, optimizer, schedule; goes into a checkpoint and comes back from one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from simplclip import data, models
+from simplclip.common import hardware
+from simplclip.models.inherit import freeze, freeze_norms, inherit
+from simplclip.nn import SimplifiedBlock
+from simplclip.train import checkpoint
+from simplclip.train.config import Config
+from simplclip.train.objective import Objective, make_loss
+from simplclip.train.restore import build_model
+
+
+class Training:
+    """Model, loss, optimizer and where they stand. `batch` counts the loader's batches of `epoch` that were handed out.
+
+    state: a checkpoint to go on from; without one the model starts from what config.inherit names.
+    """
+
+    STATEFUL = ("model", "loss", "optimizer", "schedule", "scaler")
+
+    def __init__(self, config: Config, device: torch.device, precision: str, state: dict[str, Any] | None = None):
+        self.config, self.device, self.precision = config, device, precision
+        self.teacher = self.read_teacher() if config.loss.needs_teacher else None
+        self.model = build_model(config)
+        self.inheritance = None
+        if state:
+            self.frozen = state.get("frozen", [])
+            freeze(self.model, self.frozen)
+        else:
+            if config.inherit.source is not None:
+                self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
+            self.frozen = self.inheritance.names if self.inheritance else []
+        if config.model.freeze_norms:
+            freeze_norms(self.model)
+        if config.model.recompute:
+            recompute(self.model)
+        self.model.to(device)
+        self.loss = make_loss(config.loss, self._width(), self.teacher).to(device)
+        self.loss.scratch_bytes = config.loss.scratch_mib << 20
+        self.objective = Objective(config.loss, self.loss, config.run.steps, self.teacher)
+        self.optimizer = make_optimizer(self.model, self.loss, config)
+        self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.step = self.epoch = self.batch = 0
+        self.updating = False  # in the part of a step that cannot be undone
+        if state:
+            self._restore(state)
+
+    def read_teacher(self) -> dict[str, Any]:
+        """What the shards say of the teacher whose features they hold."""
+        return data.teacher_stamp(data.expand(self.config.data.train))
+
+    def sources(self) -> Any:
+        """What the model inherits from, as `inherit` takes it."""
+        return self.config.inherit.source
+
+    def state(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        return parts | {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "frozen": self.frozen,
+            "rng": checkpoint.rng_state(),
+            "config": self.config.to_dict(),
+        }
+
+    def encode(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Normalised features of a loader's batch: image [N, D], and text [N k, D] of its k captions an image."""
+        with hardware.autocast(self.precision, self.device):
+            image = batch["image"].to(self.device, non_blocking=True)
+            text = batch["text"].to(self.device, non_blocking=True)
+            return (
+                self.model.encode_image(image, normalize=True),
+                self.model.encode_text(text.flatten(0, -2), normalize=True),
+            )
+
+    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of the loss of `batches` together, from their features."""
+        names = ("group", "teacher_image", "teacher_text") if self.teacher else ("group",)
+        rest = [torch.cat([batch[name] for batch in batches]).to(self.device, non_blocking=True) for name in names]
+        if self.teacher:
+            rest[2] = rest[2].flatten(0, -2)
+        with hardware.autocast(self.precision, self.device):
+            scale, bias = self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
+            return self.objective(self.step, image, text, scale, bias, *rest)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        for name in self.STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
+        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas):
+            group["lr"] = group["initial_lr"] * factor(state["step"])  # run.steps may have changed
+        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+        checkpoint.set_rng_state(state["rng"])
+
+    def _width(self) -> int | None:
+        """D, where the loss has to know it."""
+        if self.config.loss.plane != "hadamard" and self.teacher is None:
+            return None
+        with torch.no_grad():
+            tokens = models.tokenizer(self.config.model.name)(["a"]).to(self.device)
+            return self.model.eval().encode_text(tokens).shape[-1]
+
+
+def recompute(model: nn.Module) -> None:
+    """Simplified blocks keep only their input for backward; a model without them uses open_clip's checkpointing."""
+    blocks = [module for module in model.modules() if isinstance(module, SimplifiedBlock)]
+    for block in blocks:
+        block.recompute = True
+    if not blocks:
+        model.set_grad_checkpointing()
+
+
+def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: no norms, biases, gains, scales, tokens, nor the loss's own parameters."""
+    every = [p for p in model.parameters() if p.requires_grad]  # without what is frozen
+    decayed = [p for p in every if _is_matrix(p)]
+    rest = [p for p in every if not _is_matrix(p)] + [p for p in loss.parameters() if p.requires_grad]
+    o = config.optim
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=o.lr,
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+        fused=decayed[0].device.type in ("cpu", "cuda"),
+    )
+
+
+def _is_matrix(p: nn.Parameter) -> bool:
+    """Two dimensions that count: a layer scale [C, 1, 1] is a gain."""
+    return sum(n > 1 for n in p.shape) >= 2
+
+
+def lr_factor(step: int, config: Config) -> float:
+    """Share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to optim.min_lr."""
+    o, steps = config.optim, config.run.steps
+    if step < o.warmup:
+        return (step + 1) / o.warmup
+    done = min(1.0, (step - o.warmup) / max(1, steps - o.warmup))
+    low = o.min_lr / o.lr
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))

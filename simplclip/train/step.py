@@ -1,0 +1,56 @@
+"""One step of training: forward, backward, update."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from simplclip import gradient_cache
+from simplclip.common.errors import UserError
+from simplclip.train.state import Training
+
+MAX_LOGIT_SCALE = math.log(100)  # as open_clip
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot go on. Its cause, where there is one, is the error that ended it; the message says what is saved."""
+
+
+def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
+    model, optimizer, scaler = this.model, this.optimizer, this.scaler
+    optimizer.zero_grad(set_to_none=True)
+    if this.config.data.micro_batch is None:
+        terms = this.terms(batches, *this.encode(*batches))
+        scaler.scale(sum(terms.values())).backward()
+    else:
+        losses = partial(this.terms, batches)
+        terms = gradient_cache.backward(this.encode, batches, losses, model=model, scaler=scaler)
+    loss = sum(terms.values())
+    scaler.unscale_(optimizer)
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, this.config.optim.grad_clip or math.inf)
+
+    # One wait for the device per step, before the update: a bad step leaves the parameters as they were.
+    figures = {"loss": loss, **terms, "logit_scale": model.logit_scale.exp(), "grad_norm": norm}
+    values = dict(zip(figures, torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist()))
+    # An infinite gradient is the scaler's business: it skips the step and lowers its scale.
+    watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]
+    if not all(math.isfinite(values[k]) for k in watched):
+        raise TrainingError(
+            f"step {this.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
+            f"before the update. Try a new run with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
+        )
+    lr = optimizer.param_groups[0]["lr"]
+    this.updating = True
+    scaler.step(optimizer)
+    scaler.update()
+    this.schedule.step()
+    with torch.no_grad():
+        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    this.step += 1
+    this.updating = False
+    return {"step": this.step, "epoch": this.epoch, **values, "lr": lr}

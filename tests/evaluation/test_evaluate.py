@@ -1,0 +1,273 @@
+"""Retrieval and classification against slow, plain counterparts; checkpoints that do not fit; files written."""
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+
+from simplclip import data, evaluate, evaluation, models, train
+from simplclip.train import checkpoint
+from simplclip.train.config import load
+from simplclip.train.restore import load_model
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train.run(
+        tiny.settings(folder, "run.steps=30", "optim.lr=2e-3", "data.augment=none", "loss.negatives=all"),
+        console=Console(file=io.StringIO()),
+    )
+    return folder
+
+
+def features(n, m, groups, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = F.normalize(torch.randn(n, 8, generator=generator), dim=1)
+    y = F.normalize(torch.randn(m, 8, generator=generator), dim=1)
+    return (
+        x,
+        y,
+        torch.randint(0, groups, (n,), generator=generator),
+        torch.randint(0, groups, (m,), generator=generator),
+    )
+
+
+def plain_recall(x, y, gx, gy, k):
+    hits = 0
+    for q, g in zip(x, gx):
+        order = sorted(range(len(y)), key=lambda j: -float(q @ y[j]))
+        hits += any(gy[j] == g for j in order[:k])
+    return hits / len(x)
+
+
+@pytest.mark.parametrize(("n", "m", "groups"), [(40, 40, 7), (13, 29, 5), (1, 3, 2), (31, 4, 30)])
+@pytest.mark.parametrize("chunk_bytes", [1, 500, 2**20])
+def test_recall_is_the_plain_one_whatever_the_chunk(monkeypatch, n, m, groups, chunk_bytes):
+    monkeypatch.setattr(evaluation.metrics, "_CHUNK_BYTES", chunk_bytes)
+    x, y, gx, gy = features(n, m, groups)
+    for k in (1, 5, 10):
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(plain_recall(x, y, gx, gy, k))
+
+
+def test_one_to_one_is_the_usual_recall_with_the_usual_chance():
+    x, y, *_ = features(200, 200, 1)
+    y = F.normalize(x + 0.9 * y, dim=1)
+    ids = torch.randperm(200)
+    got = evaluation.recall(x, y, ids, ids)
+    s = x @ y.T
+    rank = (s > s.diag()[:, None]).sum(1)
+    for k in (1, 5, 10):
+        assert got[f"R@{k}"]["value"] == pytest.approx((rank < k).double().mean().item())
+        assert got[f"R@{k}"]["chance"] == pytest.approx(k / 200)
+    assert 0.05 < got["R@1"]["value"] < got["R@10"]["value"] < 1
+
+
+def test_chance_counts_all_right_answers():
+    _, _, gx, gy = features(50, 60, 4)
+    gx = torch.cat([gx, torch.tensor([99])])  # nothing right for this one
+    x, y = torch.randn(51, 3), torch.randn(60, 3)
+    for k in (1, 5, 10):
+        expected = np.mean([1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx])
+        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
+
+
+def test_fewer_candidates_than_k():
+    x, y, gx, gy = features(6, 3, 1)
+    assert evaluation.recall(x, y, gx, gy)["R@10"] == {"value": 1.0, "chance": 1.0}
+
+
+def split_of(shard, transform=None):
+    name = "siclip-tiny"
+    return evaluation.Split.of(data.load_eval(shard, models.tokenizer(name), models.transforms(name, train=False)))
+
+
+def test_equal_captions_of_a_group_are_one_candidate(tmp_path):
+    split = split_of(tiny.write_shard(tmp_path / "twice.tar", copies=2))
+    assert len(split.data) == 48
+    assert len(split.captions) == len(set(split.captions)) == 24
+    assert len(split.tokens) == len(split.caption_groups) == 24
+    perfect = F.one_hot(split.data.groups.unique(return_inverse=True)[1]).float()
+    split.image_features = perfect
+    first = {c: i for i, c in reversed(list(enumerate(split.data.captions)))}
+    split.text_features = perfect[[first[c] for c in split.captions]]
+    result = evaluation.retrieval(split)
+    assert result["image_to_text"]["R@1"] == {"value": 1.0, "chance": pytest.approx(1 / 24)}
+    assert result["text_to_image"]["R@1"] == {"value": 1.0, "chance": pytest.approx(2 / 48)}
+
+
+def test_equal_captions_of_different_groups_stay_apart(tmp_path):
+    found = split_of(tiny.write_shard(tmp_path / "twice.tar", copies=2)).data
+    assert len(evaluation.Split.of(replace(found, groups=torch.arange(48))).captions) == 48
+
+
+class ColourModel(torch.nn.Module):
+    """Features of text: which colour its label names."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def encode_text(self, texts, normalize=True):
+        return torch.stack([F.one_hot(t, len(self.names)).float() for t in texts])
+
+
+def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path):
+    split = split_of(tiny.write_shard(tmp_path / "s.tar"))
+    names = sorted(tiny.COLOURS)
+    meta = [dict(m) for m in split.data.meta]
+    del meta[0]["label"]
+    split.data = replace(split.data, meta=meta)
+    split.image_features = torch.stack([F.one_hot(torch.tensor(names.index(m.get("label", "red"))), 4).float() for m in meta])
+    wrong = [i for i, m in enumerate(meta) if m.get("label") == "blue"][:2]
+    split.image_features[wrong] = 0.0
+    split.image_features[wrong, names.index("red")] = 1.0
+
+    def tokenizer(texts):
+        return torch.tensor([names.index(t.removeprefix("a ")) for t in texts])
+
+    cpu = torch.device("cpu")
+    got = evaluation.zero_shot(ColourModel(names), split, tokenizer, ["a {}", "{}"], cpu, "fp32")
+    assert got["classes"] == names
+    assert got["images"] == 23
+    assert got["top1"] == {"value": pytest.approx(21 / 23), "chance": 0.25}
+    assert got["top5"] == {"value": 1.0, "chance": 1.0}
+    with pytest.raises(ValueError, match="template: expected a phrase with one {} for the label, got 'an emoji'"):
+        evaluation.zero_shot(ColourModel(names), split, tokenizer, ["{}", "an emoji"], cpu, "fp32")
+    split.data = replace(split.data, meta=[{"label": "red"}] * 24)
+    assert evaluation.zero_shot(ColourModel(names), split, tokenizer, ["{}"], cpu, "fp32") is None
+
+
+def test_run_writes_table_json_and_pictures(trained, tmp_path):
+    one, two = tiny.write_shard(tmp_path / "one.tar"), tiny.write_shard(tmp_path / "two.tar", copies=2)
+    text = io.StringIO()
+    got = evaluate.run(
+        trained / "run",
+        {"one": one, "two": two, "gone": str(tmp_path / "no-*.tar")},
+        out=tmp_path / "out",
+        templates=["a {} shape"],
+        device="cpu",
+        skip_missing=True,
+        console=Console(file=text, width=160),
+    )
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == got
+    assert list(got["splits"]) == ["one", "two"]
+    assert got["step"] == 30
+    # trained on these very pictures
+    assert (
+        got["splits"]["one"]["image_to_text"]["R@5"]["value"] > 2.5 * got["splits"]["one"]["image_to_text"]["R@5"]["chance"]
+    )
+    assert got["splits"]["two"]["texts"] == 24
+    assert got["splits"]["two"]["zero_shot"]["templates"] == ["a {} shape"]
+    for name in ("one", "two"):
+        assert min(Image.open(tmp_path / "out" / f"evaluation-{name}.png").size) > 800
+    shown = text.getvalue()
+    assert "left out gone: " in shown
+    assert "24 texts" in shown
+    assert "(4.2%)" in shown
+    with pytest.raises(ValueError, match="matches none"):
+        evaluate.run(trained / "run", {"gone": str(tmp_path / "no-*.tar")}, device="cpu", out=tmp_path)
+    with pytest.raises(ValueError, match="expected at least one split"):
+        evaluate.run(trained / "run", device="cpu")
+
+
+def test_splits_are_added_to_what_was_evaluated_before(trained, tmp_path):
+    one, two = tiny.write_shard(tmp_path / "one.tar"), tiny.write_shard(tmp_path / "two.tar", copies=2)
+    file, quiet = tmp_path / "out" / "evaluation.json", {"device": "cpu", "console": Console(file=io.StringIO())}
+    evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
+    first = json.loads(file.read_text())
+    for split in first["splits"].values():
+        for key in ("checkpoint", "model", "step", "precision"):
+            del split[key]  # as files from before had them
+    file.write_text(json.dumps(first))
+    got = evaluate.run(trained / "run" / "last.pt", {"two": two}, out=tmp_path / "out", **quiet)
+    assert list(got["splits"]) == ["two"]
+    both = json.loads(file.read_text())
+    assert list(both["splits"]) == ["one", "two"]
+    assert both["splits"]["one"] == first["splits"]["one"] | {
+        "checkpoint": str(trained / "run"),
+        "model": "siclip-tiny",
+        "step": 30,
+        "precision": "fp32",
+    }
+    assert both["splits"]["two"]["checkpoint"] == str(trained / "run" / "last.pt")
+
+    text = io.StringIO()
+    gone = {"gone": str(tmp_path / "no-*.tar")}
+    quiet["console"] = Console(file=text, width=200)
+    assert evaluate.run(trained / "run", gone, out=tmp_path / "out", skip_missing=True, **quiet)["splits"] == {}
+    assert "nothing was evaluated" in text.getvalue()
+    assert json.loads(file.read_text()) == both
+    file.write_text("[1, 2")
+    with pytest.raises(ValueError, match="out: expected an evaluation to add splits to, or none, got .*evaluation.json"):
+        evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
+    assert file.read_text() == "[1, 2"
+
+
+def test_features_do_not_depend_on_the_batch_size(trained, tmp_path):
+    model, config, _ = load_model(trained / "run" / "last.pt")
+    assert not model.training
+    assert config.model.name == "siclip-tiny"
+    parts = []
+    for size in (5, 24):
+        split = split_of(tiny.write_shard(tmp_path / "s.tar"))
+        evaluation.encode(model, split, size, torch.device("cpu"), "fp32")
+        parts.append(split)
+    torch.testing.assert_close(parts[0].image_features, parts[1].image_features)
+    torch.testing.assert_close(parts[0].text_features.norm(dim=1), torch.ones(24))
+
+
+def test_contact_sheet_frames_what_is_right(tmp_path):
+    split = split_of(tiny.write_shard(tmp_path / "s.tar"))
+
+    def green_of(text_features):
+        split.image_features, split.text_features = torch.eye(24), text_features
+        pixels = np.asarray(Image.open(evaluation.contact_sheet(tmp_path / "s.png", split, "t")).convert("RGB"))
+        return (pixels == (0x1A, 0x98, 0x50)).all(-1).sum()
+
+    right, wrong = green_of(torch.eye(24)), green_of(-torch.eye(24))
+    assert right > 10 * wrong > 0  # the legend alone
+
+
+def test_what_is_no_checkpoint_says_so(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file: .*gone.pt"):
+        load_model(tmp_path / "gone.pt")
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes((trained / "run" / "last.pt").read_bytes()[:5000])
+    other, unsafe = tmp_path / "other.pt", tmp_path / "unsafe.pt"
+    torch.save({"state_dict": {}}, other)
+    torch.save({"format": "simplclip", "x": Console}, unsafe)
+    for path in (torn, other, unsafe):
+        with pytest.raises(checkpoint.CheckpointError, match=f"{path.name} is no simplclip checkpoint: "):
+            load_model(path)
+    state = checkpoint.load(trained / "run")
+    state["config"]["model"]["options"] = {}
+    torch.save(state, tmp_path / "wide.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="weights do not fit the architecture 'siclip-tiny'.*Missing key"):
+        load_model(tmp_path / "wide.pt")
+    state["version"] = 99
+    torch.save(state, tmp_path / "new.pt")
+    with pytest.raises(checkpoint.CheckpointError, match="newer simplclip"):
+        load_model(tmp_path / "new.pt")
+
+
+def test_a_model_that_is_not_finite_is_an_error(trained, tmp_path):
+    state = checkpoint.load(trained / "run")
+    for value in state["model"].values():
+        if value.is_floating_point():
+            value.fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(ValueError, match="image features that are not finite"):
+        evaluate.run(tmp_path / "nan.pt", {"s": tiny.write_shard(tmp_path / "s.tar")}, device="cpu")
+
+
+def test_the_demo_config_names_its_splits():
+    assert list(load("siclip-tiny-emoji").eval.splits) == ["concepts", "vendor"]

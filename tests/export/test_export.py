@@ -1,0 +1,265 @@
+"""Exports: every format gives the model back, ONNX computes what torch does, and nothing is left half-written."""
+
+import hashlib
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import open_clip
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+from typer.testing import CliRunner
+
+from simplclip import cli, export, models
+from simplclip.export import onnx_towers
+from simplclip.models.simplify import MapBlock
+from simplclip.train import checkpoint, config
+
+VIT = "export-tiny-vit"
+WEIGHTS = ("open_clip_pytorch_model.pt", "open_clip_model.safetensors")
+SHARED = {"simplify_options": {"share": {"text": [[0, 1]]}, "output_last": True}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_model(tmp_path_factory):
+    """A plain open_clip model with a causal text tower of 77 tokens."""
+    path = tmp_path_factory.mktemp("configs") / f"{VIT}.json"
+    values = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    }
+    path.write_text(json.dumps(values))
+    open_clip.add_model_config(path)
+
+
+@torch.no_grad()
+def randomise(model):
+    """At their start attention is the identity, biases are zero and norms do nothing: mistakes there would not show."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return model.eval()
+
+
+def save(folder, name, **options):
+    """A checkpoint as the trainer writes it. Returns the model."""
+    model = randomise(models.create(name, **options))
+    values = {"model": {"name": name, "options": options}, "data": {"train": "x.tar"}, "run": {"out": str(folder)}}
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"model": model.state_dict(), "step": 7, "config": config.from_dict(values).model_dump()}
+    checkpoint.save(folder, state, keep=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """siclip-tiny, its run's folder and its export."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = save(folder / "run", "siclip-tiny")
+    return model, folder / "run", folder / "export", export.run(folder / "run", folder / "export")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    model = save(folder, f"open_clip:{VIT}", init_logit_bias=-5.0)
+    return model, folder, folder / "export", export.run(folder / "last.pt", folder / "export")
+
+
+def assert_same(model, other):
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("file", WEIGHTS)
+def test_a_siclip_loads_from_both_files_of_weights(tiny, file):
+    model, _, out, _ = tiny
+    assert_same(model, models.create("siclip-tiny", checkpoint=out / file))
+    other = models.create("siclip-tiny")
+    open_clip.load_checkpoint(other, str(out / file), strict=True)
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("file", WEIGHTS)
+def test_a_plain_model_loads_by_open_clip_alone(vit, file):
+    model, _, out, _ = vit
+    other = open_clip.create_model(VIT, pretrained=str(out / file), init_logit_bias=0.0)
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("which", ["tiny", "vit"])
+def test_onnx_computes_what_torch_does(which, request):
+    model, _, out, _ = request.getfixturevalue(which)
+    size = model.visual.image_size[0]
+    tokens = models.tokenizer("siclip-tiny" if which == "tiny" else f"open_clip:{VIT}")
+    assert which == "tiny" or tokens(["a"]).shape == (1, 77)
+    words = ["a", "two dogs on a beach", "", "red " * 90, "café", "x y z", "!"]
+    inputs = {"image": torch.rand(7, 3, size, size), "text": tokens(words)}
+    for name, (given, returned) in onnx_towers.TOWERS.items():
+        graph = onnx.load(out / f"{name}.onnx")
+        onnx.checker.check_model(graph)
+        assert {node.domain for node in graph.graph.node} == {""}
+        assert [i.name for i in graph.graph.input] == [given]
+        assert [o.name for o in graph.graph.output] == [returned]
+        assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+        session = onnxruntime.InferenceSession(out / f"{name}.onnx")
+        encode = model.encode_image if name == "image" else model.encode_text
+        for batch in (1, 2, 7):
+            some = inputs[name][-batch:]
+            (found,) = session.run([returned], {given: some.numpy()})
+            with torch.no_grad():
+                expected = encode(some, normalize=True).numpy()
+            assert np.abs(found - expected).max() < 1e-5
+        assert np.abs(found[0] - found[1]).max() > 1e-3  # the features tell inputs apart
+
+
+def test_the_summary_says_what_was_exported(tiny, vit):
+    model, run, out, answer = tiny
+    assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(answer))
+    assert (answer["model"], answer["step"], answer["embed_dim"]) == ("siclip-tiny", 7, 256)
+    assert answer["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
+    assert answer["logit_bias"] is None
+    assert vit[3]["logit_bias"] == pytest.approx(-5)
+    assert answer["preprocess"]["size"] == (48, 48)
+    assert answer["preprocess"]["interpolation"] == "bicubic"
+    assert answer["tokenizer"] == {"name": "ShortVocabTokenizer", "context_length": 16, "vocab_size": 8192}
+    assert sorted(answer["files"]) == sorted([*WEIGHTS, "image.onnx", "text.onnx"])
+    assert {p.name for p in out.iterdir()} == {*answer["files"], "export.json"}
+    for name, entry in answer["files"].items():
+        data = (out / name).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    for tower in ("image", "text"):
+        assert 0 < max(answer["onnx"][tower]["max_abs_error"].values()) < 1e-5
+    with safe_open(out / WEIGHTS[1], "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["model"], metadata["step"], metadata["format"]) == ("siclip-tiny", "7", "pt")
+    assert json.loads(metadata["preprocess"])["size"] == [48, 48]
+
+
+def test_shared_weights(tmp_path):
+    """Of which safetensors knows nothing."""
+    model = save(tmp_path, "siclip-tiny", **SHARED)
+    export.run(tmp_path, tmp_path / "export", formats=["safetensors", "open_clip"])
+    for file in WEIGHTS:
+        loaded = models.create("siclip-tiny", checkpoint=tmp_path / "export" / file, **SHARED)
+        assert_same(model, loaded)
+        first, second = loaded.text.transformer.resblocks
+        assert first.fc1.weight is second.fc1.weight
+
+
+@pytest.mark.slow
+def test_siclip_s0(tmp_path):
+    """With two of its twelve text blocks; they share their weights, as its pairs do. Its image tower takes a minute."""
+    options = {"text_cfg": {"layers": 2}, "simplify_options": {"share": {"text": [[0, 1]]}}}
+    model = save(tmp_path, "siclip-s0", **options)
+    answer = export.run(tmp_path, tmp_path / "export", formats=["safetensors"])
+    assert_same(model, models.create("siclip-s0", checkpoint=tmp_path / "export" / WEIGHTS[1], **options))
+    assert (answer["embed_dim"], answer["tokenizer"]["context_length"]) == (512, 77)
+    tokens = models.tokenizer("siclip-s0")(["a cat", "two dogs", "a blue house"])
+    about = onnx_towers.export(model, "text", tokens, tmp_path / "text.onnx")
+    assert max(about["max_abs_error"].values()) < 1e-5
+
+
+def test_every_form_of_a_simplified_block(tmp_path):
+    """siclip-s0's block on maps, with value and output projections, RMSNorm and another activation."""
+
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 32, 4, 4)
+            self.first = MapBlock(32, 2, value=True, output=True, norm="rmsnorm", act="quickgelu")
+            self.second = MapBlock(32, 4, mlp_ratio=3.0, act="gelu_tanh")
+
+        def encode_image(self, images, normalize):
+            return nn.functional.normalize(self.second(self.first(self.stem(images))).mean((2, 3)), dim=-1)
+
+    about = onnx_towers.export(randomise(Maps()), "image", torch.randn(3, 3, 20, 28), tmp_path / "image.onnx")
+    assert max(about["max_abs_error"].values()) < 1e-5
+
+
+def test_an_export_is_kept_unless_forced(tiny, tmp_path):
+    _, run, _, _ = tiny
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    export.run(run, out, formats=["safetensors", "open_clip"])
+    with pytest.raises(FileExistsError, match="holds an export already; --force"):
+        export.run(run, out)
+    export.run(run, out, formats=["safetensors"], force=True)
+    assert {p.name for p in out.iterdir()} == {"notes.txt", "export.json", WEIGHTS[1]}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="expected a folder"):
+        export.run(run, tmp_path / "file", force=True)
+
+
+def test_a_tower_that_computes_otherwise_changes_nothing(tiny, tmp_path, monkeypatch):
+    _, run, _, _ = tiny
+    out = tmp_path / "out"
+    export.run(run, out, formats=["safetensors"])
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    right = onnx_towers._mlp
+    monkeypatch.setattr(onnx_towers, "_mlp", lambda *args: 1.01 * right(*args))
+    with pytest.raises(onnx_towers.ExportError, match=r"image tower's features within 0.0001 .* at batch 1, got an error"):
+        export.run(run, out, force=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_op_of_ours_is_left(tiny, tmp_path, monkeypatch):
+    _, run, _, _ = tiny
+    monkeypatch.setattr(onnx_towers, "_decompositions", dict)
+    with pytest.raises(onnx_towers.ExportError, match="onnx: the image tower cannot be exported"):
+        export.run(run, tmp_path / "out", formats=["onnx"])
+    assert not list(tmp_path.iterdir())
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_command(tiny, tmp_path):
+    _, run, _, _ = tiny
+    result = call("export", run / "last.pt", "--out", tmp_path / "a/b", "--format", "safetensors")
+    assert result.exit_code == 0, result.output
+    assert "open_clip_model.safetensors" in result.output
+    assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", WEIGHTS[1]}
+    cases = {
+        "format: expected one of open_clip, safetensors, onnx, got 'tflite'": (run, "--format", "tflite"),
+        "checkpoint: no such file": (tmp_path / "none.pt",),
+        "is no simplclip checkpoint": (tmp_path / "text.pt",),
+        "do not fit the architecture 'siclip-tiny'": (tmp_path / "other.pt",),
+        "holds an export already": (run, "--out", tmp_path / "a/b"),
+    }
+    (tmp_path / "text.pt").write_text("not weights")
+    state = checkpoint.load(run)
+    state["config"]["model"]["options"] = {"embed_dim": 64}
+    torch.save(state, tmp_path / "other.pt")
+    for message, arguments in cases.items():
+        result = call(
+            "export", *arguments[:1], *(arguments[1:] or ()), *(() if "--out" in arguments else ("--out", tmp_path / "c"))
+        )
+        assert result.exit_code == 2, result.output
+        assert message in result.output
+        assert len(result.output.strip().splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_that_is_no_weights(suffix, tmp_path):
+    (tmp_path / f"a.{suffix}").write_bytes(b"\x80\x04nothing of use")
+    with pytest.raises(ValueError, match="checkpoint: expected a file of weights, .* is none"):
+        models.create("siclip-tiny", checkpoint=tmp_path / f"a.{suffix}")
+    torch.save({"state_dict": [1, 2]}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="expected a state dict of tensors"):
+        models.create("siclip-tiny", checkpoint=tmp_path / "b.pt")

@@ -1,0 +1,117 @@
+"""open_clip's main branch (4.2.0.dev0), by stand-ins of what it changed: towers without `batch_first`, and its trainer."""
+
+import sys
+import types
+
+import open_clip_4
+import pytest
+import torch
+from test_simplify import batch, clip
+
+from simplclip.integrations import open_clip_train as openclip_train
+from simplclip.models.simplify import simplify
+
+DISTILL = ("--distill-model", "ViT-B-32", "--distill-pretrained", "x")
+
+
+def without_batch_first(transformer):
+    """Its loop over the blocks as the main branch has it."""
+
+    class Transformer(type(transformer)):
+        def forward(self, x, attn_mask=None):
+            for block in self.resblocks:
+                x = block(x, attn_mask=attn_mask)
+            return x
+
+    transformer.__dict__.pop("batch_first", None)
+    transformer.__class__ = Transformer
+    assert not hasattr(transformer, "batch_first")
+
+
+def test_simplify_needs_no_batch_first():
+    image, text = batch()
+    models = []
+    for changed in (False, True):
+        model = clip()
+        if changed:
+            without_batch_first(model.transformer)
+            without_batch_first(model.visual.transformer)
+        torch.manual_seed(0)
+        model, report = simplify(model)
+        assert len(report.replaced) == 7
+        models.append(model(image, text))
+    for now, then in zip(*models):
+        torch.testing.assert_close(now, then)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    trainer = open_clip_4.module()
+    monkeypatch.setitem(sys.modules, "open_clip_train", types.ModuleType("open_clip_train"))
+    monkeypatch.setitem(sys.modules, "open_clip_train.main", trainer)
+    monkeypatch.setitem(sys.modules, "open_clip_train.data", types.ModuleType("open_clip_train.data"))
+    return trainer
+
+
+@pytest.mark.parametrize("argv", [(), DISTILL])
+def test_the_launcher_gives_the_trainers_own_losses(trainer, argv):
+    argv = ["--model", "ViT-B-32", *argv]
+    before = dict(vars(trainer))
+    theirs, task = trainer.main(argv)
+    ours, replaced = openclip_train.main(argv)
+    assert vars(trainer) == before
+    assert (type(task.loss).__name__, type(replaced.loss).__name__) in (
+        ("ClipLoss", "ClipPMLoss"),
+        ("DistillClipLoss", "WIKDLoss"),
+    )
+    assert len(ours) == len(theirs) == 10
+    for mine, other in zip(ours, theirs):
+        assert mine == pytest.approx(other, rel=1e-4)
+
+
+def test_learned_parameters_are_trained_saved_and_resumed(trainer, tmp_path):
+    def run(folder, *argv):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        argv = ["--model", "ViT-B-32", "--pm-weight", "1", "--checkpoint-path", str(tmp_path / folder), *argv]
+        return openclip_train.main(argv)
+
+    whole, task = run("whole", "--epochs", "2")
+    assert task.loss.plane_weight.item() != task.loss.INITIAL_WEIGHT
+    run("parts")
+    second, again = run("parts", "--epochs", "2", "--resume", str(tmp_path / "parts" / "epoch_1.pt"))
+    for mine, other in zip(second, whole[10:]):
+        assert mine == pytest.approx(other, rel=1e-4)
+    torch.testing.assert_close(again.loss.plane_weight, task.loss.plane_weight)
+    checkpoint = torch.load(tmp_path / "parts" / "epoch_1.pt", weights_only=True)
+    assert len(checkpoint["optimizer"]["param_groups"]) == 2  # the trainer's own
+
+
+def test_what_cannot_be_replaced_is_named(trainer):
+    with pytest.raises(ValueError, match="--model genlip: expected a task with open_clip's .* CrossEntropyLoss, which"):
+        openclip_train.main(["--model", "genlip"])
+    with pytest.raises(ValueError, match="--fsdp: expected a loss without learned parameters"):
+        openclip_train.main(["--model", "ViT-B-32", "--fsdp", "--pm-weight", "1"])
+    losses, _ = openclip_train.main(["--model", "ViT-B-32", "--fsdp"])
+    assert len(losses) == 10
+
+
+@pytest.mark.parametrize("missing", [("create_task",), ("train_one_epoch",)])
+def test_another_trainer_is_an_error_that_names_a_version(trainer, missing, capsys):
+    for name in missing:
+        delattr(trainer, name)
+    with pytest.raises(SystemExit):
+        openclip_train.main(["--model", "ViT-B-32"])
+    assert "found another trainer; pip install 'open_clip_torch==3.3.*' works" in capsys.readouterr().err
+
+
+def test_learned_parameters_take_a_tensor_as_learning_rate():
+    """The main branch gives the optimizer such a rate where the whole step is compiled."""
+    rate = torch.tensor(0.5)
+    model, loss = torch.nn.Linear(3, 3), torch.nn.Linear(4, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, capturable=True, foreach=True)
+    args = types.SimpleNamespace(world_size=1, distributed=False, accum_freq=1, wd=0.2, opt="adamw")
+    openclip_train.LossParameters(loss, optimizer, args)
+    for group in optimizer.param_groups:
+        group["lr"].fill_(0.25)  # as its schedule does
+    assert [group["lr"].item() for group in optimizer.param_groups] == [0.25] * 3
+    assert len({id(group["lr"]) for group in optimizer.param_groups}) == 3

@@ -1,0 +1,309 @@
+"""Gradient caching against one graph over the whole batch: the same micro-batches, concatenated, one loss, one backward."""
+
+import contextlib
+import gc
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
+from timm.layers.evo_norm import EvoNorm2dB0
+from tolerance import assert_within
+from torch import nn
+
+from simplclip import gradient_cache, models
+from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.memory.measure import cpu_peak_bytes
+from simplclip.nn import SimplifiedBlock, share_weights
+
+SIZES = (5, 5, 5, 2)
+TEACHER = 24
+
+
+def bf16():
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def siclip(dtype=torch.float32, freeze=True):
+    """siclip-tiny with all its blocks switched on; its batch norms frozen."""
+    torch.manual_seed(0)
+    model = models.create("siclip-tiny", text_cfg={"layers": 2}).to(dtype).train()
+    for module in model.modules():
+        if isinstance(module, SimplifiedBlock):
+            nn.init.normal_(module.qk.weight, std=module.width**-0.5)
+        if isinstance(module, nn.BatchNorm2d) and freeze:
+            module.eval()
+    return model
+
+
+def pairs(sizes=SIZES, captions=1, dtype=torch.float32, size=16, length=16, vocabulary=8192):
+    """Micro-batches: (image [m, 3, size, size], text [m captions, length])."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda m: torch.randint(1, vocabulary, (m * captions, length), generator=generator)  # noqa: E731
+    return [(torch.randn(m, 3, size, size, generator=generator, dtype=dtype), draw(m)) for m in sizes]
+
+
+def normalised(model):
+    return lambda batch: (model.encode_image(batch[0], normalize=True), model.encode_text(batch[1], normalize=True))
+
+
+def one_graph(encode, micro_batches, loss, scaler=None, **_):
+    every = [encode(batch) for batch in micro_batches]
+    if isinstance(every[0], dict):
+        terms = loss(**{k: torch.cat([o[k] for o in every]) if v.dim() else v for k, v in every[0].items()})
+    else:
+        terms = loss(*(torch.cat(of_one) if of_one[0].dim() else of_one[0] for of_one in zip(*every)))
+    terms = terms if isinstance(terms, dict) else {"loss": terms}
+    total = sum(terms.values())
+    (total if scaler is None else scaler.scale(total)).backward()
+    return terms
+
+
+def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext, **options):
+    """Terms and gradients of all parameters, and the generator's next number."""
+    for part in parts:
+        part.zero_grad()
+    torch.manual_seed(3)
+    with context():
+        terms = run(encode, micro_batches, loss, **options)
+    assert not any(t.requires_grad for t in terms.values()) or run is one_graph
+    drawn = torch.rand(()).item()
+    gradients = {f"{i}.{n}": p.grad for i, part in enumerate(parts) for n, p in part.named_parameters() if p.requires_grad}
+    found = {name for name, gradient in gradients.items() if gradient is not None}
+    return {k: v.detach() for k, v in terms.items()} | {k: gradients[k].clone() for k in found}, found, drawn
+
+
+def assert_same(encode, micro_batches, loss, parts, dtype=torch.float32, keeps=(0, 1, 3, 9), **options):
+    """Values and gradients of both forms within the rule of tests/tolerance.py, taking one graph in this dtype for plain."""
+    expected, wanted, drawn = step(one_graph, encode, micro_batches, loss, parts, **options)
+    truth = {name: value.double() for name, value in expected.items()}
+    for keep in keeps:
+        got, found, then = step(gradient_cache.backward, encode, micro_batches, loss, parts, keep=keep, **options)
+        assert found == wanted
+        assert then == drawn, "the generator ends elsewhere"
+        assert_within(got, expected, truth, dtype, f"keep={keep}")
+    return wanted
+
+
+def wikd(dtype, captions=1, width=256, **options):
+    """WIKDLoss with every term over all captions of the images: (loss module, function of the features)."""
+    torch.manual_seed(4)
+    n = sum(SIZES) * captions
+    teacher = [F.normalize(torch.randn(n, TEACHER, dtype=dtype), dim=1) for _ in range(2)]
+    weights = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
+    module = WIKDLoss(**weights, embed_dim=width, teacher_dim=TEACHER, **options).to(dtype)
+    ids = torch.arange(n) // captions
+
+    def loss(image, text, scale):
+        image = image.repeat_interleave(captions, 0)
+        return module(image, text, scale, *teacher, torch.tensor(50.0, dtype=dtype), output_dict=True, ids=ids)
+
+    return module, loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("captions", [1, 2])
+def test_wikd_on_siclip_tiny(dtype, captions):
+    model, (module, loss) = siclip(dtype), wikd(dtype, captions, negatives="shift")
+    share_weights(model.text.transformer.resblocks, [[0, 1]])
+    encode = normalised(model)
+    found = assert_same(
+        encode, pairs(captions=captions, dtype=dtype, size=48), lambda x, y: loss(x, y, model.logit_scale.exp()),
+        (model, module), dtype, keeps=(0, 1) if captions == 1 else (1,), model=model,
+    )  # fmt: skip
+    everything = {f"{i}.{name}" for i, part in enumerate((model, module)) for name, _ in part.named_parameters()}
+    assert found == everything
+
+
+def test_autocast_in_the_callers_context():
+    """Also where the caller has run the model without autograd in the same context, which caches casts of weights."""
+    model, (module, loss) = siclip(), wikd(torch.float32)
+    encode, batches = normalised(model), pairs(size=48)
+
+    @contextlib.contextmanager
+    def context():
+        with bf16():
+            with torch.no_grad():
+                encode(batches[0])
+            yield
+
+    found = assert_same(
+        encode,
+        batches,
+        lambda x, y: loss(x, y, model.logit_scale.exp()),
+        (model, module),
+        torch.bfloat16,
+        (1,),
+        context=context,
+    )
+    assert len(found) == len([*model.parameters(), *module.parameters()])
+
+
+def test_backward_runs_without_autocast():
+    """A product of float32 in a backward pass, which autocast would cast: gradients as of a backward pass outside."""
+    torch.manual_seed(0)
+    tower, other = nn.Linear(12, 16), nn.Linear(12, 16)
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            with torch.autocast("cpu", enabled=False):
+                return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, weight = ctx.saved_tensors
+            return gradient @ weight, gradient.T @ x
+
+    batches = [(torch.randn(m, 12), torch.randn(m, 12)) for m in SIZES]
+    encode = lambda b: tuple(Product.apply(t, m.weight) for t, m in zip(b, (tower, other)))  # noqa: E731
+    weight = nn.Parameter(torch.randn(16, 16))
+    loss = lambda x, y: Product.apply(x, weight).mul(y).sum().square()  # noqa: E731
+    results = []
+    for context in (contextlib.nullcontext, bf16):
+        tower.zero_grad()
+        with context():
+            gradient_cache.backward(encode, batches, loss)
+        results.append(tower.weight.grad)
+    torch.testing.assert_close(*results)
+
+
+class Dropping(nn.Module):
+    """Two towers of simplified blocks with dropout, stochastic depth, shared weights and a block that is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv2d(3, 32, 8, 8)
+        self.token = nn.Embedding(64, 32)
+        self.image = nn.ModuleList(SimplifiedBlock(32, 4, drop_path=0.5) for _ in range(2))
+        self.text = nn.ModuleList(SimplifiedBlock(32, 4, causal=True, recompute=True) for _ in range(3))
+        share_weights(self.image, [[0, 1]])
+        share_weights(self.text, [[0, 2]])
+        self.dropout = nn.Dropout(0.3)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, image, text):
+        x, y = self.patch(image).flatten(2).mT, self.token(text)
+        for blocks in (self.image, self.text):
+            for block in blocks:
+                x, y = (block(self.dropout(x)), y) if blocks is self.image else (x, block(self.dropout(y)))
+        x, y = (F.normalize(t.mean(1), dim=1) for t in (x, y))
+        return x, y, self.logit_scale.exp()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_random_numbers_shared_weights_and_recomputed_blocks(dtype):
+    model, module = Dropping().to(dtype), ClipPMLoss(negatives="shift").to(dtype)
+    batches = pairs(dtype=dtype, vocabulary=64)
+    assert_same(lambda b: model(*b), batches, lambda *o: module(*o, output_dict=True), (model, module), dtype, model=model)
+    first, second = (step(gradient_cache.backward, lambda b: model(*b), batches, module, (model, module)) for _ in range(2))
+    for name in first[1]:
+        assert torch.equal(first[0][name], second[0][name])
+
+
+@pytest.mark.parametrize("loss", [ClipLoss(), SigLipLoss()], ids=["ClipLoss", "SigLipLoss"])
+def test_open_clips_model_and_loss_by_name(loss):
+    torch.manual_seed(0)
+    tower = {"layers": 1, "width": 16}
+    model = open_clip.CLIP(
+        16, {**tower, "image_size": 16, "patch_size": 8, "head_width": 8},
+        {**tower, "context_length": 8, "vocab_size": 64, "heads": 2}, output_dict=True,
+        init_logit_bias=-1.0 if isinstance(loss, SigLipLoss) else None,
+    ).double()  # fmt: skip
+    batches = pairs(dtype=torch.float64, length=8, vocabulary=64)
+    found = assert_same(lambda b: model(*b), batches, loss, (model, loss), torch.float64, model=model)
+    assert len(found) == len([*model.parameters()])
+
+
+def test_frozen_and_unused_parameters_get_nothing():
+    model = Dropping().double()
+    model.patch.requires_grad_(False)
+    model.image.requires_grad_(False)
+    batches = pairs(dtype=torch.float64, vocabulary=64)
+    found = assert_same(lambda b: model(*b), batches, lambda x, y, s: (s * x @ y.T).square().mean(), (model,), torch.float64)
+    assert not any("patch" in name or "image" in name for name in found)
+    found = assert_same(lambda b: model(*b), batches, lambda x, y, s: (y @ y.T).square().mean(), (model,), torch.float64)
+    assert "0.logit_scale" not in found
+
+
+def test_gradients_are_added_and_scaled():
+    model, batches = Dropping(), pairs(vocabulary=64)
+    loss = ClipLoss()
+    plain, found, _ = step(gradient_cache.backward, lambda b: model(*b), batches, loss, (model,))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled, _, _ = step(gradient_cache.backward, lambda b: model(*b), batches, loss, (model,), scaler=scaler)
+    torch.manual_seed(3)
+    gradient_cache.backward(lambda b: model(*b), batches, loss, scaler=scaler)
+    assert torch.equal(scaled["loss"], plain["loss"])
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(scaled[f"0.{name}"], 2**10 * plain[f"0.{name}"])
+        torch.testing.assert_close(p.grad, 2 * scaled[f"0.{name}"])
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 9])
+def test_only_what_is_kept_is_encoded_once(keep):
+    tower, batches, calls = nn.Linear(3, 4), list(torch.randn(4, 2, 3)), []
+
+    def encode(batch):
+        calls.append(torch.is_grad_enabled())
+        return tower(batch)
+
+    gradient_cache.backward(encode, batches, lambda x: (x @ x.T).exp().mean(), keep=keep)
+    kept = min(keep, 3)
+    assert calls == [False] * (4 - kept) + [True] * 4
+
+
+def test_memory_is_that_of_one_micro_batch():
+    model = Dropping()
+    loss = ClipPMLoss(pm_weight=0)
+
+    def peak(run, count):
+        batches = pairs([16] * count, vocabulary=64)
+        step(run, lambda b: model(*b), batches, loss, (model,))  # gradients exist
+        gc.collect()
+        return cpu_peak_bytes(lambda: run(lambda b: model(*b), batches, loss))
+
+    few, many = (peak(gradient_cache.backward, count) for count in (4, 16))
+    features = 2 * 2 * 16 * 16 * 32 * 4
+    assert many < few + 3 * features
+    assert peak(one_graph, 16) > 5 * many
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm2d(4), nn.BatchNorm1d(4, track_running_stats=False).eval(), nn.SyncBatchNorm(4), EvoNorm2dB0(4),
+     nn.InstanceNorm2d(4, track_running_stats=True)],
+    ids=lambda norm: type(norm).__name__,
+)  # fmt: skip
+def test_statistics_of_batches_are_refused(norm):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(norm))
+    message = f"model: expected no statistics of batches, got {type(norm).__name__} '1.0' in training mode"
+    with pytest.raises(ValueError, match=message):
+        gradient_cache.backward(model, [torch.ones(2, 2)], torch.sum, model=model)
+
+
+def test_frozen_norms_and_those_without_statistics_pass():
+    norms = [nn.BatchNorm2d(4).eval(), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), EvoNorm2dB0(4).eval()]
+    gradient_cache.check(nn.Sequential(*norms))
+    with pytest.raises(ValueError, match="BatchNormAct2d"):
+        gradient_cache.check(siclip(freeze=False))
+
+
+@pytest.mark.parametrize(
+    ("encode", "batches", "options", "error", "message"),
+    [
+        (nn.Identity(), [], {}, ValueError, "micro_batches: expected at least one, got none"),
+        (nn.Identity(), iter([1]), {}, TypeError, "micro_batches: expected a sequence, it is read twice, got list_iterator"),
+        (nn.Identity(), [torch.ones(2, 2)], {"keep": -1}, ValueError, "keep: expected a number of micro-batches, 0 or more"),
+        (lambda b: None, [1], {}, TypeError, "encode: expected a tensor, or a sequence or mapping of them, got NoneType"),
+        (lambda b: {"ids": torch.ones(2, 2).long()}, [1], {}, TypeError, "output 'ids' of encode: expected float32"),
+        (lambda b: (torch.ones(3),), [1], {}, ValueError, r"output 0 of encode: expected features"),
+        (lambda b: (torch.ones(3, 1),) * b, [2, 1], {}, ValueError, r"the outputs of the first micro-batch, \[0, 1\]"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(encode, batches, options, error, message):
+    with pytest.raises(error, match=message):
+        gradient_cache.backward(encode, batches, torch.sum, **options)

@@ -1,0 +1,133 @@
+"""The backward pass of plans, on real tensors: torch's gradients, and nothing kept that torch lets go."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from simplclip import gradient_cache, models
+from simplclip.losses import ClipPMLoss
+from simplclip.memory.engine import Engine
+from simplclip.ops import parallel_mlp
+
+
+class Net(nn.Module):
+    """Convolutions with a skip, a shared and a broadcast weight, a fused op, a part that is checkpointed."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.again = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.shared = nn.Linear(8, 8)
+        self.gain = nn.Parameter(torch.ones(()))
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = x + F.relu(self.norm(self.again(x)))
+        x = self.gain * x.mean((2, 3))
+        x = self.shared(F.gelu(self.shared(x)))
+        x = checkpoint(lambda t: torch.tanh(self.shared(t)) * t, x, use_reentrant=False)
+        return F.normalize(
+            parallel_mlp(x[None], self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)[0] + x, dim=1
+        )
+
+
+def gradients(module, run):
+    module.zero_grad(set_to_none=True)
+    run()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def both(module, run):
+    """Gradients by torch's engine and by ours, as ours keeps the parameters' gradients told."""
+    expected, told = gradients(module, run), []
+    with Engine(told.append).installed():
+        came = gradients(module, run)
+    assert expected.keys() == came.keys()
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert came[name] is None, name
+        else:
+            torch.testing.assert_close(came[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+            assert came[name].stride() == gradient.stride(), name
+    assert {id(p.grad) for p in module.parameters() if p.grad is not None} == {id(gradient) for gradient in told}
+
+
+def test_gradients_of_a_net_with_everything():
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(6, 3, 8, 8)
+    both(net, lambda: net(x).square()[:, :3].sum().backward())
+    both(net, lambda: torch.autograd.backward(net(x), torch.randn(6, 8, generator=torch.Generator().manual_seed(1))))
+    twice = lambda: [net(x).pow(3).sum().backward() for _ in range(2)]  # noqa: E731 (added to what is there)
+    both(net, twice)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_gradients_of_siclip_tiny(cached):
+    torch.manual_seed(0)
+    model, loss = models.create("siclip-tiny").eval(), ClipPMLoss()
+    images, texts = torch.randn(6, 3, 48, 48), torch.randint(1, 8000, (6, 16))
+    encode = lambda part: model(*part)  # noqa: E731
+    parts = [(images[i : i + 2], texts[i : i + 2]) for i in (0, 2, 4)] if cached else [(images, texts)]
+
+    def run():
+        if cached:
+            gradient_cache.backward(encode, parts, lambda *o: loss(*o), model=model)
+        else:
+            loss(*encode(parts[0])).backward()
+
+    both(nn.ModuleList([model, loss]), run)
+
+
+def test_saved_tensors_go_when_their_node_has_run():
+    x = torch.randn(4, requires_grad=True)
+    with Engine(lambda gradient: None).installed():
+        y = (x.exp() * x).sum()
+        y.backward()
+        with pytest.raises(RuntimeError, match="its saved tensors are gone"):
+            y.backward()
+        with pytest.raises(NotImplementedError, match="expected no retain_graph"):
+            (x * x).sum().backward(retain_graph=True)
+
+
+def test_a_gradient_that_two_nodes_have_is_not_added_to():
+    """An addition hands one tensor to both its sides; one of them gets more before the other runs."""
+    p, q = (nn.Parameter(torch.randn(4)) for _ in range(2))
+    net = nn.ParameterList([p, q])
+
+    def by_nodes():
+        a, b = 2 * p, 3 * q
+        earlier = a * torch.arange(4.0)
+        (earlier.sum() + ((a + b) * torch.arange(4.0)).sum()).backward()
+
+    def by_leaves():
+        for _ in range(2):
+            ((p + q) * torch.arange(4.0)).sum().backward()
+
+    both(net, by_nodes)
+    both(net, by_leaves)
+    with Engine(lambda gradient: None).installed():
+        gradients(net, by_leaves)
+    assert p.grad.data_ptr() != q.grad.data_ptr()
+
+
+def test_gradients_are_added_in_place_where_nobody_else_has_them():
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    x = torch.randn(4, requires_grad=True)
+    with Engine(lambda gradient: None).installed():
+        y = 2 * x
+        loss = (y.sin() + y.cos() * y).sum()
+        with Seen():
+            loss.backward()
+    assert seen.count(torch.ops.aten.add_.Tensor) == 2
+    assert torch.ops.aten.add.Tensor not in seen

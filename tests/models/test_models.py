@@ -1,0 +1,200 @@
+"""Models by name: what they are made of, and that they behave as open_clip models."""
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CustomTextCLIP
+from PIL import Image
+
+from simplclip import models
+from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock
+from simplclip.nn import SimplifiedBlock
+
+
+@pytest.fixture(scope="module")
+def s0():
+    torch.manual_seed(0)
+    return models.create("siclip-s0").eval()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return models.create("siclip-tiny").eval()
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_names():
+    assert models.names() == ["siclip-s0", "siclip-lite0", "siclip-tiny"]
+
+
+def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):
+    assert type(s0) is CustomTextCLIP
+    maps = [n for n, m in s0.named_modules() if isinstance(m, MapBlock)]
+    assert maps == ["visual.trunk.stages.3.blocks.0", "visual.trunk.stages.3.blocks.1"]
+    blocks = s0.text.transformer.resblocks
+    assert len(blocks) == 12
+    assert all(isinstance(b, TransformerBlock) and not b.causal for b in blocks)
+    assert all(blocks[i].fc1 is blocks[i + 1].fc1 for i in range(0, 12, 2))
+    assert len({b.fc1 for b in blocks}) == 6
+    original = open_clip.create_model("MobileCLIP2-S0", device="meta")
+    assert s0.simplify_report.before["total"] == count(original)
+    assert count(s0) < 0.7 * count(original)
+
+
+def test_s0_encodes(s0):
+    text = models.tokenizer("siclip-s0")(["a cat", "a dog on a mat"])
+    image = models.transforms("siclip-s0", train=False)(Image.new("RGB", (300, 280), "red"))
+    assert text.shape == (2, 77)
+    assert image.shape == (3, 256, 256)
+    assert image[0].max() == 1
+    assert image[1].max() == 0
+    with torch.no_grad():
+        logits, _ = s0.get_logits(image[None], text)
+    assert logits.shape == (1, 2)
+    assert logits.isfinite().all()
+
+
+def test_tiny_is_small_and_simplified_in_both_towers(tiny):
+    assert 3e6 < count(tiny) < 6e6
+    assert sum(isinstance(m, TimmBlock) for m in tiny.visual.modules()) == 1
+    assert sum(isinstance(m, TransformerBlock) for m in tiny.text.modules()) == 2
+    assert tiny.visual.trunk.patch_embed.num_patches == 36
+    convolutions = [m for m in tiny.visual.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
+
+
+def test_tiny_behaves_as_an_open_clip_model(tiny):
+    tokenizer, transform = models.tokenizer("siclip-tiny"), models.transforms("siclip-tiny", train=False)
+    image = torch.stack([transform(Image.new("RGB", (72, 72), c)) for c in ("red", "blue", "white")])
+    text = tokenizer(["a red heart", "waving hand", "flag: Bosnia & Herzegovina"])
+    with torch.no_grad():
+        features = tiny.encode_image(image, normalize=True), tiny.encode_text(text, normalize=True)
+        logits, _ = tiny.get_logits(image, text)
+        outputs = tiny(image, text)
+    assert features[0].shape == features[1].shape == (3, 256)
+    torch.testing.assert_close(logits, tiny.logit_scale.exp() * features[0] @ features[1].T)
+    torch.testing.assert_close(outputs[0], features[0])
+    weights = open_clip.build_zero_shot_classifier(tiny, tokenizer, ["cat", "dog"], ["an emoji of {}"])
+    assert weights.shape == (256, 2)
+
+
+def test_tiny_trains_in_bfloat16_autocast():
+    torch.manual_seed(0)
+    model = models.create("siclip-tiny")
+    image, text = torch.randn(8, 3, 48, 48), torch.randint(0, 8191, (8, 16))
+    text[:, 6] = 8191
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses, target = [], torch.arange(8)
+    for _ in range(15):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, _ = model.get_logits(image, text)
+        loss = torch.nn.functional.cross_entropy(logits.float(), target)
+        loss += torch.nn.functional.cross_entropy(logits.float().T, target)
+        optimizer.zero_grad()
+        loss.backward()
+        if not losses:
+            norms = {n: p.grad.norm() for n, p in model.named_parameters() if n.endswith(("fc1.weight", "fc2.weight"))}
+            assert len(norms) == 6
+            assert max(norms.values()) < 30 * min(norms.values())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 3
+    assert losses[-1] < 0.5
+
+
+def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tiny):
+    torch.manual_seed(0)
+    again = models.create("siclip-tiny")
+    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values(), strict=True))
+    torch.save({"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}}, tmp_path / "a.pt")
+    loaded = models.create("siclip-tiny", checkpoint=tmp_path / "a.pt")
+    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), loaded.state_dict().values(), strict=True))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
+
+
+def test_overrides():
+    model = models.create(
+        "siclip-tiny",
+        simplify_options={"towers": ["text"], "mlp_ratio": 2.0},
+        embed_dim=32,
+        output_dict=True,
+        text_cfg={"layers": 1},
+        vision_cfg={"image_size": 48},
+    )
+    (replaced,) = model.simplify_report.replaced
+    assert (replaced.tower, replaced.index, replaced.hidden) == ("text", 0, 512)
+    assert model.text.transformer.resblocks[0].width == 256  # merged into, not instead of, the configuration
+    out = model(torch.randn(2, 3, 48, 48), torch.randint(0, 99, (2, 16)))
+    assert out["image_features"].shape == (2, 32)
+    untouched = models.create("siclip-tiny")
+    assert len(untouched.text.transformer.resblocks) == 2
+
+
+def test_plain_open_clip_models():
+    model = models.create("open_clip:ViT-B-32", device="meta", vision_cfg={"layers": 1}, text_cfg={"layers": 1})
+    assert len(model.visual.transformer.resblocks) == len(model.transformer.resblocks) == 1
+    assert not any(isinstance(m, SimplifiedBlock) for m in model.modules())
+    assert "ViT-B-32" in models.summary(model, "open_clip:ViT-B-32")
+    assert models.tokenizer("open_clip:ViT-B-32")(["x"]).shape == (1, 77)
+    assert models.transforms("open_clip:ViT-B-32", train=False)(Image.new("L", (9, 9))).shape == (3, 224, 224)
+    with pytest.raises(ValueError, match="simplify_options: expected none"):
+        models.create("open_clip:ViT-B-32", simplify_options={"towers": ["text"]})
+
+
+@pytest.mark.parametrize("function", [models.create, models.tokenizer, lambda n: models.transforms(n, train=False)])
+@pytest.mark.parametrize(("name", "near"), [("siclip-s1", "siclip-s0"), ("open_clip:ViT-B-23", "open_clip:ViT-B-32")])
+def test_unknown_names_list_the_nearest(function, name, near):
+    with pytest.raises(ValueError, match=rf"name: expected one of .*got '{name}'; nearest: .*'{near}'"):
+        function(name)
+
+
+def test_summary_prints_the_parameters_beside_the_originals(s0, tiny):
+    for model, name in ((s0, "siclip-s0"), (tiny, "siclip-tiny")):
+        table = models.summary(model, name)
+        print(table)
+        assert f"{count(model):,}" in table
+        assert f"{model.simplify_report.before['total']:,}" in table
+    assert "original: MobileCLIP2-S0" in models.summary(s0, "siclip-s0")
+    assert "0+1, 2+3, 4+5, 6+7, 8+9, 10+11" in models.summary(s0, "siclip-s0")
+
+
+def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():
+    full, short = open_clip.SimpleTokenizer(), models.tokenizer("siclip-tiny")
+    assert short.vocab_size == 8192
+    assert (short.sot_token_id, short.eot_token_id) == (8190, 8191)
+    for text in ("face with tears of joy", "flag: Côte d’Ivoire", "ok!"):
+        ids = short(text)[0]
+        assert ids.max() == 8191
+        assert ids[0] == 8190
+        assert short.decode(short.encode(text)) == full.decode(full.encode(text))
+    assert short.encode("cat") == full.encode("cat")  # a frequent word keeps its id
+    assert short(["word " * 40]).shape == (1, 16)
+    assert short(["word " * 40])[0, -1] == 8191
+    whole = models.ShortVocabTokenizer(full.vocab_size)
+    assert whole.encoder == full.encoder
+    assert whole.bpe_ranks == full.bpe_ranks
+    with pytest.raises(ValueError, match="vocab_size: expected 514 to 49408, got 100"):
+        models.ShortVocabTokenizer(100)
+
+
+def test_transforms():
+    image = Image.new("RGBA", (72, 60), (255, 255, 255, 255))
+    white = models.transforms("siclip-tiny", train=False)(image)
+    assert white.shape == (3, 48, 48)
+    assert white.dtype == torch.float32
+    torch.manual_seed(0)
+    affine = models.transforms("siclip-tiny", train=True)
+    drawn = [affine(image) for _ in range(2)]
+    assert drawn[0].shape == (3, 48, 48)
+    assert not torch.equal(*drawn)
+    plain = models.transforms("siclip-tiny", train=True, augment="none")(image)
+    torch.testing.assert_close(plain, white)
+    cropped = models.transforms("siclip-tiny", train=True, augment={"scale": (0.3, 0.5)}, image_size=32)
+    assert cropped(image).shape == (3, 32, 32)
+    with pytest.raises(ValueError, match="augment: expected 'affine', 'none' or fields of AugmentationCfg, got 'flip'"):
+        models.transforms("siclip-tiny", train=True, augment="flip")

@@ -1,0 +1,354 @@
+"""`simplify` on small open_clip models: what is replaced, how the blocks are called, and what stays untouched."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from timm.models import fastvit
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock, count_parameters, simplify
+from simplclip.nn import SimplifiedBlock, neighbour_groups
+
+VIT = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
+TEXT = {"context_length": 12, "vocab_size": 100, "width": 24, "heads": 2, "layers": 4}
+
+
+class Visual(nn.Module):
+    """The part of open_clip's TimmModel that matters here, around a given trunk."""
+
+    def __init__(self, trunk):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x):
+        return self.trunk(x)
+
+
+def clip(vision=VIT, text=None, cls=CLIP, seed=0, **options):
+    torch.manual_seed(seed)
+    return cls(16, dict(vision), {**TEXT, **(text or {})}, **options)
+
+
+def fastvit_clip():
+    """A CLIP over a tiny FastViT whose last stage has attention blocks on [B, C, H, W], as MobileCLIP's have."""
+    model = clip(cls=CustomTextCLIP)
+    model.visual = Visual(
+        fastvit.FastVit(
+            layers=(1, 1, 1, 2),
+            embed_dims=(8, 16, 32, 64),
+            mlp_ratios=(2, 2, 2, 3),
+            drop_path_rate=0.3,
+            token_mixers=("repmixer", "repmixer", "repmixer", "attention"),
+            num_classes=16,
+        )
+    )
+    return model
+
+
+def batch(size=16, n=3):
+    g = torch.Generator().manual_seed(1)
+    text = torch.randint(1, 99, (n, 12), generator=g)
+    text[:, 8] = 99
+    text[:, 9:] = 0
+    return torch.randn(n, 3, size, size, generator=g), text
+
+
+def kinds(model, cls=SimplifiedBlock):
+    return [name for name, module in model.named_modules() if isinstance(module, cls)]
+
+
+@pytest.mark.parametrize(("cls", "prefix"), [(CLIP, ""), (CustomTextCLIP, "text.")])
+@pytest.mark.parametrize("causal", [True, False])
+def test_clip_and_custom_text_clip(cls, prefix, causal):
+    model = clip(cls=cls, text={"no_causal_mask": not causal})
+    before = count_parameters(model)
+    same, report = simplify(model)
+    assert same is model
+    assert kinds(model, ResidualAttentionBlock) == []
+    paths = [f"{prefix}transformer.resblocks.{i}" for i in range(4)]
+    paths += [f"visual.transformer.resblocks.{i}" for i in range(3)]
+    assert [r.path for r in report.replaced] == paths
+    assert [r.causal for r in report.replaced] == [causal] * 4 + [False] * 3
+    assert [(r.width, r.heads, r.hidden) for r in report.replaced[3:5]] == [(24, 2, 96), (32, 2, 128)]
+    assert report.before == before
+    assert report.after == count_parameters(model)
+    assert report.after["total"] == sum(p.numel() for p in model.parameters()) < before["total"]
+    assert sum(report.after[part] for part in ("image", "text", "other")) == report.after["total"]
+    assert "4 of ResidualAttentionBlock replaced" in str(report)
+
+    image, text = batch()
+    features = model.encode_image(image), model.encode_text(text)
+    assert features[0].shape == features[1].shape == (3, 16)
+    image_logits, text_logits = model.get_logits(image, text)
+    assert image_logits.shape == (3, 3)
+    assert torch.equal(image_logits.T, text_logits)
+    model(image, text)[0].sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.startswith("visual."))
+
+
+def test_the_causal_mask_is_kept():
+    """Tokens behind the end of text do not change the features of a causal tower, and do those of a full one."""
+    _, text = batch()
+    changed = text.clone()
+    changed[:, 9:] = 7
+    for causal in (True, False):
+        model, _ = simplify(clip(text={"no_causal_mask": not causal}))
+        for block in model.transformer.resblocks:
+            nn.init.normal_(block.qk.weight)
+        assert torch.allclose(model.encode_text(text), model.encode_text(changed)) == causal
+
+
+def test_towers_and_indices():
+    model = clip()
+    _, report = simplify(model, towers=("image",), blocks={"image": [-1, 0]})
+    assert kinds(model) == ["visual.transformer.resblocks.0", "visual.transformer.resblocks.2"]
+    assert [r.index for r in report.replaced] == [0, 2]
+    _, again = simplify(model, blocks={"image": [1], "text": [3]})
+    assert len(kinds(model)) == 4
+    assert [r.kind for r in again.replaced] == ["ResidualAttentionBlock"] * 2
+    image, text = batch()
+    model(image, text)
+
+
+def test_only_this_instance_is_touched():
+    image, text = batch()
+    other = clip().eval()
+    model = copy.deepcopy(other)
+    expected = other(image, text)
+    simplify(model)
+    assert kinds(other) == []
+    for a, b in zip(other(image, text), expected, strict=True):
+        assert torch.equal(a, b)
+    assert kinds(clip()) == []
+
+
+@pytest.mark.parametrize("fault", ["index", "share", "tower"])
+def test_an_error_leaves_the_model_as_it_was(fault):
+    model = clip()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    options = {
+        "index": {"blocks": {"image": [7]}},
+        "share": {"blocks": {"image": [0]}, "share": {"image": [[0, 1]]}},
+        "tower": {"towers": ("text", "audio")},
+    }[fault]
+    words = {"index": r"blocks\['image'\]: expected an index of 3 blocks, got 7", "share": r"share: expected .*\[1\]"}
+    with pytest.raises(ValueError, match=words.get(fault, "towers: expected names .*audio")):
+        simplify(model, **options)
+    assert model.state_dict().keys() == state.keys()
+
+
+def test_sharing_and_first_value_and_last_output():
+    model = clip()
+    _, report = simplify(model, share={"text": neighbour_groups(4)}, value_first=True, output_last=True, mlp_ratio=2.0)
+    blocks = model.transformer.resblocks
+    assert blocks[0].fc1 is blocks[1].fc1
+    assert blocks[1].fc1 is not blocks[2].fc1
+    assert [b.value is not None for b in blocks] == [True, False, False, False]
+    assert [b.output is not None for b in blocks] == [False, False, False, True]
+    assert {r.hidden for r in report.replaced} == {48, 64}
+    assert report.share["text"] == [[0, 1], [2, 3]]
+    per_block = 2 * 24 * 24 + 24 * 48 * 2 + 48 + 24
+    assert sum(p.numel() for p in blocks.parameters()) == 2 * per_block + 4 * (2 * 24 + 3 * 2 + 2) + 2 * 24 * 24
+
+
+def test_activation_dtype_and_mode_follow_the_old_block():
+    model = clip(quick_gelu=True).to(torch.bfloat16).eval()
+    simplify(model, towers=("text",))
+    block = model.transformer.resblocks[1]
+    assert block.act == "quickgelu"
+    assert not block.training
+    assert {p.dtype for p in block.parameters()} == {torch.bfloat16}
+    assert block.get_weight_dtype() == torch.bfloat16
+    simplify(model, towers=("text",), act="relu")
+    assert model.transformer.resblocks[1].act == "relu"
+    assert model.encode_text(batch()[1]).dtype == torch.bfloat16
+
+
+def test_gamma_by_tower_lets_new_text_features_depend_on_the_words():
+    _, text = batch()
+    text[:, 8:] = text[:1, 8:]
+    for gamma, same in ((1.0, True), ({"text": 0.3}, False)):
+        model, _ = simplify(clip(), gamma=gamma)
+        features = model.encode_text(text)
+        assert torch.allclose(features[0], features[1], atol=1e-5) == same
+        assert torch.equal(model.visual.transformer.resblocks[0].gamma.data, torch.ones(2))
+
+
+def test_strict_state_dict_round_trip():
+    image, text = batch()
+    share = {"text": neighbour_groups(4)}
+    one, _ = simplify(clip(), share=share)
+    two, _ = simplify(clip(seed=9), share=share)
+    assert not torch.equal(one.encode_text(text), two.encode_text(text))
+    two.load_state_dict(one.state_dict(), strict=True)
+    for a, b in zip(one(image, text), two(image, text), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_masks_that_cannot_be_honoured():
+    model, _ = simplify(clip())
+    block, full, x = model.transformer.resblocks[0], model.visual.transformer.resblocks[0], torch.randn(2, 12, 24)
+    mask = model.attn_mask
+    assert block(x, attn_mask=mask).shape == x.shape
+    with pytest.raises(ValueError, match=r"attn_mask: expected the causal mask \[12, 12\], got None"):
+        block(x)
+    with pytest.raises(ValueError, match=r"attn_mask: .*\[12, 12\], got a tensor \[4, 12, 12\]"):
+        block(x, attn_mask=mask.expand(4, 12, 12))
+    with pytest.raises(ValueError, match="got other values"):
+        block(x, attn_mask=torch.zeros(12, 12))
+    mask[0, 1] = 0
+    with pytest.raises(ValueError, match="got other values"):  # the mask was accepted before it changed
+        block(x, attn_mask=mask)
+    with pytest.raises(ValueError, match="attn_mask: expected None"):
+        full(torch.randn(2, 5, 32), attn_mask=torch.zeros(5, 5))
+    with pytest.raises(ValueError, match="k_x, v_x: expected None"):
+        block(x, x, x, mask)
+    with pytest.raises(ValueError, match="attn_mask, is_causal: expected None and False"):
+        TimmBlock(8, 2)(torch.randn(1, 3, 8), is_causal=True)
+
+
+def test_a_shorter_slice_of_the_causal_mask_and_a_boolean_one_are_accepted():
+    model, _ = simplify(clip())
+    block, x = model.transformer.resblocks[0], torch.randn(2, 7, 24)
+    boolean = torch.ones(7, 7, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(block(x, attn_mask=model.attn_mask[:7, :7]), block(x, attn_mask=boolean))
+
+
+@pytest.mark.parametrize("options", [{"embed_cls": True}, {"no_causal_mask": True, "use_pad_mask": True}])
+def test_towers_with_per_sample_masks_are_refused(options):
+    model = clip(cls=CustomTextCLIP)
+    model.text = TextTransformer(**TEXT, output_dim=16, **options)
+    with pytest.raises(ValueError, match="text: .*class token or padding masks"):
+        simplify(model)
+    simplify(model, towers=("image",))
+
+
+def test_towers_without_replaceable_blocks_are_refused():
+    resnet = {"layers": (1, 1, 1, 1), "width": 8, "head_width": 8, "image_size": 32}
+    with pytest.raises(ValueError, match="image: expected blocks of .*got ModifiedResNet without any"):
+        simplify(clip(resnet))
+    model = clip(cls=CustomTextCLIP)
+    model.text = nn.Module()
+    with pytest.raises(ValueError, match="text: expected open_clip's text transformer, got Module"):
+        simplify(model)
+
+
+def test_models_without_a_tower_are_refused():
+    no_text, no_image, no_mask = clip(), clip(), clip()
+    del no_text.transformer, no_image.visual, no_mask.attn_mask
+    with pytest.raises(ValueError, match="model: expected an open_clip model with `text` or `transformer`, its text tower"):
+        simplify(no_text)
+    with pytest.raises(ValueError, match="model: expected .* with `visual`, its image tower, got CLIP without"):
+        simplify(no_image)
+    with pytest.raises(ValueError, match="text: expected attn_mask, None or causal, beside its blocks, got CLIP without"):
+        simplify(no_mask)
+    with pytest.raises(ValueError, match="with `text` or `transformer`, its text tower, got Linear without"):
+        simplify(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model: expected an open_clip model, got str"):
+        simplify("ViT-B-32")
+    _, report = simplify(no_image, towers=("text",))
+    assert len(report.replaced) == 4
+    assert report.before["image"] == report.after["image"] == 0
+    simplify(no_text, towers=("image",))
+
+
+def test_timm_vit():
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224, "timm_pool": "", "timm_proj": "linear"}
+    model = clip(vision, cls=CustomTextCLIP)
+    _, report = simplify(model, towers=("image",), blocks={"image": [10, 11]}, drop_path=0.1)
+    assert kinds(model, TimmBlock) == ["visual.trunk.blocks.10", "visual.trunk.blocks.11"]
+    assert len(kinds(model, Block)) == 10
+    assert report.replaced[0].heads == 3
+    assert model.visual.trunk.blocks[10].drop_path == 0.1
+    model.set_grad_checkpointing()
+    model.encode_image(batch(224, 1)[0]).sum().backward()
+    assert model.visual.trunk.blocks[10].fc1.weight.grad.abs().sum() > 0
+
+
+def test_fastvit_blocks_work_on_maps():
+    model = fastvit_clip()
+    _, report = simplify(model, towers=("image",))
+    assert kinds(model, MapBlock) == ["visual.trunk.stages.3.blocks.0", "visual.trunk.stages.3.blocks.1"]
+    assert {(r.kind, r.width, r.heads, r.hidden) for r in report.replaced} == {("AttentionBlock", 64, 2, 192)}
+    block = model.visual.trunk.stages[3].blocks[1]
+    assert block.drop_path == pytest.approx(0.3)  # the old block's, at the end of the trunk
+
+    maps = torch.randn(2, 64, 3, 4)
+    block.eval()
+    tokens = SimplifiedBlock.forward(block, maps.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(block(maps), tokens.transpose(1, 2).reshape(2, 64, 3, 4))
+    lined = block(maps.to(memory_format=torch.channels_last))
+    assert lined.is_contiguous(memory_format=torch.channels_last)
+
+    for checkpointing in (False, True):
+        model.visual.trunk.set_grad_checkpointing(checkpointing)
+        model.encode_image(batch(64, 2)[0]).sum().backward()
+    assert block.fc1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("cls", [CLIP, CustomTextCLIP])
+def test_grad_checkpointing_gives_the_same_gradients(cls):
+    image, text = batch()
+    model, _ = simplify(clip(cls=cls))
+    gradients = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        features = model(image, text)
+        (features[0] * features[1]).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_compiles_without_graph_breaks():
+    image, text = batch()
+    model, _ = simplify(clip().eval())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(image, text), model(image, text), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_intermediates_and_batch_first():
+    image, text = batch()
+    model, _ = simplify(clip().eval())
+    out = model.forward_intermediates(image, text)
+    torch.testing.assert_close(out["text_features"], model.encode_text(text, normalize=True))
+    first = TransformerBlock(24, 2)
+    second = TransformerBlock(24, 2, batch_first=False)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(5, 3, 24)
+    torch.testing.assert_close(second(x.transpose(0, 1)).transpose(0, 1), first(x))
+
+
+def test_open_clips_zero_shot_classifier():
+    model, _ = simplify(clip(text={"vocab_size": 49408}).eval())
+    tokenizer = open_clip.SimpleTokenizer(context_length=12)
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, ["cat", "dog", "fish"], ["a {}.", "one {}."])
+    assert weights.shape == (16, 3)
+    torch.testing.assert_close(weights.norm(dim=0), torch.ones(3))
+    logits = model.encode_image(batch()[0], normalize=True) @ weights
+    assert logits.shape == (3, 3)
+
+
+def test_a_converted_model_learns_random_pairs():
+    image, text = batch(n=8)
+    model, _ = simplify(clip(), share={"text": neighbour_groups(4)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    target = torch.arange(8)
+    losses = []
+    for _ in range(40):
+        a, b = model.get_logits(image, text)
+        loss = (nn.functional.cross_entropy(a, target) + nn.functional.cross_entropy(b, target)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.1

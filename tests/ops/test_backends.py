@@ -1,0 +1,145 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cpu_kernels import needs_cpu_kernels
+from paths import ROOT
+
+import simplclip
+from simplclip.doctor import render
+from simplclip.ops import backends, similarity_loss
+
+FEATURES = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+
+
+def loss(x=FEATURES):
+    return similarity_loss(x, x, 10.0)["contrastive"]
+
+
+def test_forcing_is_scoped_and_named():
+    with simplclip.backend("reference"):
+        assert backends.select("similarity_loss_fwd", "cpu", torch.float32, backends.forced())[0] == "reference"
+        loss()
+    assert backends.forced() == ""
+    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, reference, got 'gpu'"):  # noqa: SIM117
+        with simplclip.backend("gpu"):
+            pass
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_forced_backend_never_falls_back(name):
+    with simplclip.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' was forced but cannot serve"):
+        loss()
+
+
+def test_float64_is_not_for_the_cpu_kernels():
+    with simplclip.backend("cpu"), pytest.raises(RuntimeError, match="cannot serve similarity_loss_fwd: "):
+        loss(FEATURES.double())
+    assert loss(FEATURES.double()).dtype == torch.float64
+
+
+@needs_cpu_kernels
+def test_backward_keeps_the_backend_of_forward(monkeypatch):
+    seen = []
+    original = backends.select
+    monkeypatch.setattr(
+        backends, "select", lambda op, *rest: seen.append((op, original(op, *rest)[0])) or original(op, *rest)
+    )
+    x = FEATURES.clone().requires_grad_()
+    with simplclip.backend("cpu"):
+        value = loss(x)
+    with simplclip.backend("reference"):
+        value.backward()
+    assert seen == [("similarity_loss_fwd", "cpu"), ("similarity_loss_bwd", "cpu")]
+
+
+def run_python(code, **environment):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_the_environment_forces_a_backend():
+    code = "import torch, simplclip; x = torch.eye(3); print(simplclip.ops.similarity_loss(x, x, 1.0)['contrastive'])"
+    assert run_python(code, SIMPLCLIP_BACKEND="reference").returncode == 0
+    failed = run_python(code, SIMPLCLIP_BACKEND="triton")
+    assert "backend 'triton' was forced but cannot serve similarity_loss_fwd" in failed.stderr
+    failed = run_python(code, SIMPLCLIP_BACKEND="fastest")
+    assert "backend: expected one of cuda, triton, cpu, reference, got 'fastest'" in failed.stderr
+
+
+WITHOUT_EXTENSION = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("simplclip._C"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+sys.modules["triton"] = None
+import torch, simplclip
+x = torch.eye(4)
+print(float(simplclip.ops.similarity_loss(x, x, 5.0)["contrastive"]))
+entry = simplclip.report()["ops"]["similarity_loss_fwd"]["cpu"]
+print(entry["backend"], "|", entry["others"]["cpu"])
+"""
+
+
+def test_without_extension_and_triton_the_reference_serves():
+    done = run_python(WITHOUT_EXTENSION)
+    value, serves = done.stdout.splitlines()
+    x = torch.eye(4)
+    assert float(value) == pytest.approx(float(similarity_loss(x, x, 5.0)["contrastive"]), rel=1e-5)
+    assert serves == "reference | simplclip._C was not built"
+
+
+def test_importing_is_light():
+    """No compiler, no GPU context, and not even torch before a submodule is named."""
+    code = "import sys, simplclip; print([m for m in ('torch', 'triton', 'open_clip', 'timm') if m in sys.modules])"
+    assert run_python(code).stdout.strip() == "[]"
+    code = "import sys, simplclip.ops, torch; print(torch.cuda.is_initialized(), 'open_clip' in sys.modules)"
+    assert run_python(code).stdout.strip() == "False False"
+
+
+def test_report_is_json_and_names_a_backend_for_every_op():
+    report = simplclip.report()
+    assert json.loads(json.dumps(report)) == report
+    assert set(report["ops"]) == set(backends.TABLE)
+    for op, devices in report["ops"].items():
+        for entry in devices.values():
+            assert entry["backend"] in backends.TABLE[op]
+            assert all(entry["others"].values())
+            assert set(entry["others"]) == set(backends.NAMES) - {entry["backend"]}
+    text = render(report)
+    assert all(op in text for op in report["ops"])
+
+
+@pytest.mark.skipif(backends.extension is None, reason=f"no extension: {backends.extension_error}")
+def test_an_unknown_instruction_set_is_an_error():
+    done = run_python("import simplclip; simplclip.ops.backends.extension.cpu_isa()", SIMPLCLIP_CPU_ISA="mmx")
+    assert "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr
+    assert "got 'mmx'" in done.stderr
+
+
+@pytest.mark.skipif(backends.cuda_extension is None, reason=str(backends.cuda_extension_error))
+def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
+    def why_not(dtype=torch.bfloat16, device="cuda", **call):
+        return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, **call)
+
+    monkeypatch.setattr(backends, "_capability", lambda: (8, 6))
+    assert why_not(length=288, width=128) is None
+    assert why_not(length=289, width=64) == "serves 1 to 288 tokens; got 289 tokens, width 64"
+    assert why_not(length=77, width=40) == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
+    assert why_not(device="cpu") == "serves cuda tensors, not cpu"
+    assert "float64 is for the reference" in why_not(torch.float64)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert "only through TF32" in why_not(torch.float32)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert why_not(torch.float32) is None
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    monkeypatch.setattr(backends, "_capability", lambda: (7, 5))
+    assert why_not() == "needs compute capability 8.0, the device has 7.5"

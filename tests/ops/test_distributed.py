@@ -1,0 +1,59 @@
+import contextlib
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from paths import PYTHONPATH, SUPPORT
+
+from simplclip.losses import ClipPMLoss
+from simplclip.ops import distributed
+
+
+def torchrun(*part, ranks=2, script="rank_losses.py"):
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run([*launcher, str(SUPPORT / script), *part], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("part", ["open_clip", "one process", "exchanges"])
+def test_two_ranks_equal(part):
+    run = torchrun(part)
+    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
+
+
+@pytest.mark.slow
+def test_gradient_caching_exchanges_once_and_equals_one_process():
+    run = torchrun(script="rank_gradient_cache.py")
+    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
+
+
+def test_a_rank_that_dies_ends_the_others():
+    start = time.monotonic()
+    run = torchrun("dies")
+    assert run.returncode != 0
+    assert "passed" not in run.stdout
+    assert time.monotonic() - start < 60  # the process group's timeout
+
+
+def test_shapes_are_read_at_the_first_call_and_when_they_change(monkeypatch):
+    """On a GPU, where to read them waits for it. A meta tensor cannot be read at all."""
+    gathered = []
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", lambda *a, **k: gathered.append(a))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 2)
+    shapes, features = distributed.SameShapes(), torch.empty(4, 8, device="meta")
+    for rows, read in ((4, True), (4, False), (4, False), (3, True), (3, False), (4, True)):
+        image = features[:rows]
+        with pytest.raises(NotImplementedError) if read else contextlib.nullcontext():
+            shapes.check(image, image, None)
+    assert len(gathered) == 6  # by every rank at every call
+
+
+def test_without_a_process_group_of_that_size_there_is_an_error():
+    x = torch.eye(4)
+    with pytest.raises(RuntimeError, match="world_size: expected a process group of 2 ranks, got no process group"):
+        ClipPMLoss(world_size=2)(x, x, torch.tensor(5.0))
+    with pytest.raises(ValueError, match="use_horovod: expected False"):
+        ClipPMLoss(world_size=2, use_horovod=True)

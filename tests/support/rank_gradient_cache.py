@@ -1,0 +1,102 @@
+"""What each rank of tests/ops/test_distributed.py runs: gradient caching under DistributedDataParallel against one process."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from simplclip import gradient_cache
+from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.nn import SimplifiedBlock
+
+WORLD, N = 2, 10
+SIZES = ((4, 4, 2), (5, 5))  # of the micro-batches of each rank
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = nn.Sequential(nn.Linear(6, 16), SimplifiedBlock(16, 4))
+        self.text = nn.Sequential(nn.Embedding(20, 16), SimplifiedBlock(16, 4, causal=True))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, image, text):
+        x, y = (F.normalize(t.mean(1), dim=1) for t in (self.image(image), self.text(text)))
+        return x, y, self.logit_scale.exp()
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(WORLD * N, 5, 6, generator=generator, dtype=torch.float64)
+    text = torch.randint(20, (WORLD * N, 7), generator=generator)
+    teacher = [F.normalize(torch.randn(WORLD * N, 12, generator=generator, dtype=torch.float64), dim=1) for _ in range(2)]
+    return image, text, teacher, torch.arange(WORLD * N).clamp(min=5)
+
+
+def losses(**mode):
+    torch.manual_seed(2)
+    weights = {"interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
+    return {
+        "ClipPMLoss": ClipPMLoss(**mode).double(),
+        "WIKDLoss": WIKDLoss(**weights, embed_dim=16, teacher_dim=12, **mode).double(),
+    }
+
+
+def over(loss, teacher, ids):
+    if isinstance(loss, ClipPMLoss):
+        return lambda x, y, scale: loss(x, y, scale, output_dict=True, ids=ids)
+    return lambda x, y, scale: loss(x, y, scale, *teacher, torch.tensor(30.0).double(), output_dict=True, ids=ids)
+
+
+def gradients(*modules):
+    return {f"{i}.{name.removeprefix('module.')}": p.grad for i, m in enumerate(modules) for name, p in m.named_parameters()}
+
+
+def main(rank):
+    image, text, teacher, ids = inputs()
+    mine = slice(N * rank, N * rank + N)
+    whole = losses()
+    mode = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
+    exchanged = []
+
+    def counting(state, bucket):
+        exchanged.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    model = DistributedDataParallel(Model().double())
+    model.register_comm_hook(None, counting)
+    for name, loss in losses(**mode).items():
+        alone = Model().double()
+        terms = over(whole[name], teacher, ids)(*alone(image, text))
+        sum(terms.values()).backward()
+        expected = gradients(alone, whole[name])
+        for keep in (0, 1, 5):
+            model.zero_grad()
+            loss.zero_grad()
+            exchanged.clear()
+            batches = list(zip(image[mine].split(SIZES[rank]), text[mine].split(SIZES[rank])))
+            part = over(loss, [t[mine] for t in teacher], ids[mine])
+            gradient_cache.backward(lambda b: model(*b), batches, part, model=model, keep=keep)
+            assert len(exchanged) == len(set(exchanged)) > 0, f"exchanged {exchanged}"
+            for p in loss.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+            found = gradients(model, loss)
+            assert found.keys() == expected.keys()
+            for key in expected:
+                what = f"{name} keep={keep} {key}"
+                torch.testing.assert_close(
+                    found[key], expected[key], rtol=1e-10, atol=1e-12, msg=lambda m, w=what: f"{w}: {m}"
+                )
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    main(dist.get_rank())
+    dist.destroy_process_group()
+    print("passed")

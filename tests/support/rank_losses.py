@@ -1,0 +1,165 @@
+"""What each rank of tests/ops/test_distributed.py runs under torchrun: the losses over two gloo ranks against one process."""
+
+import itertools
+import os
+import sys
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, DistillClipLoss
+from similarity import make_inputs
+
+from simplclip import ops
+from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.ops import distributed
+
+WORLD, N = 2, 10
+EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
+
+
+def batch(width=16):
+    leaves, _ = make_inputs(WORLD * N, WORLD * N, terms=("relational",), width=width)
+    return {name: value.float() for name, value in leaves.items()}
+
+
+def run(loss, inputs, rows, distil, **options):
+    """The terms, and the gradients of features, of the scale and of the loss's own parameters."""
+    image, text = (inputs[name][rows].clone().requires_grad_() for name in ("image", "text"))
+    scale = inputs["logit_scale"].clone().requires_grad_()
+    teacher = [inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]] if distil else []
+    with warnings.catch_warnings():
+        if isinstance(loss, (ClipPMLoss, WIKDLoss)):  # open_clip 3.3 calls what torch 2.15 deprecates
+            warnings.simplefilter("error")
+        terms = loss(image, text, scale, *teacher, output_dict=True, **options)
+        sum(terms.values()).backward()
+    shared = {"scale": scale.grad, **{name: p.grad for name, p in loss.named_parameters()}}
+    return {k: v.detach() for k, v in terms.items()}, {"image": image.grad, "text": text.grad}, shared
+
+
+def average(values):
+    for value in values.values():
+        dist.all_reduce(value)
+        value /= WORLD
+    return values
+
+
+def close(ours, theirs, what):
+    assert ours.keys() == theirs.keys(), what
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{what} {n}: {m}")
+
+
+def equals_open_clip(rank):
+    mine = slice(N * rank, N * rank + N)
+    for (theirs, ours, distil), local_loss, gather_with_grad in itertools.product(
+        ((ClipLoss, lambda **k: ClipPMLoss(pm_weight=0, **k), False), (DistillClipLoss, WIKDLoss, True)),
+        (False, True),
+        (False, True),
+    ):
+        mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
+        expected, got = (run(make(**mode), batch(), mine, distil) for make in (theirs, ours))
+        what = f"{theirs.__name__} local_loss={local_loss} gather_with_grad={gather_with_grad}"
+        close(got[0], expected[0], what)
+        close(got[1], expected[1], what)
+        close(average(got[2]), average(expected[2]), what)
+
+
+def equals_one_process(rank):
+    mine = slice(N * rank, N * rank + N)
+    ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have other numbers of negatives
+    ids[15] = 7
+    for negatives, interactive, divergence, local_loss in itertools.product(
+        ("all", "hard"), ("infonce", "kl"), ("kl", "cross_entropy"), (False, True)
+    ):
+        options = {**EVERYTHING, "negatives": negatives, "interactive": interactive, "divergence": divergence}
+        mode = {"local_loss": local_loss, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
+        expected = run(WIKDLoss(**options), batch(), slice(None), True, ids=ids)
+        got = run(WIKDLoss(**options, **mode), batch(), mine, True, ids=ids[mine])
+        what = f"{options} local_loss={local_loss}"
+        close(average(got[0]) if local_loss else got[0], expected[0], what)
+        close(got[1], {name: WORLD * g[mine] for name, g in expected[1].items()}, what)
+        close(average(got[2]), expected[2], what)
+
+
+def collectives(rank):
+    """Values and gradients of what the ranks exchange, by hand: upstream gradients are `weight` times rank + 1."""
+    group = dist.group.WORLD
+
+    def run(function, rows, weight, compiled):
+        rows = rows.clone().requires_grad_()
+        value = torch.compile(function, fullgraph=True, backend="aot_eager")(rows) if compiled else function(rows)
+        ((rank + 1) * weight * value).sum().backward()
+        return value.detach(), rows.grad
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        everyones = torch.arange(WORLD * 3 * 4).reshape(WORLD, 3, 4).to(dtype)
+        weight = torch.arange(WORLD * 3 * 4).reshape(WORLD * 3, 4).to(dtype) / 8
+        columns = torch.arange(WORLD * 2 * 6).reshape(WORLD, 2, 6).to(dtype)
+        for compiled in (False, True):
+            with warnings.catch_warnings():
+                if not compiled:  # torch 2.11's Dynamo warns of itself
+                    warnings.simplefilter("error")
+                got = run(lambda rows: distributed.gather(rows, group), everyones[rank], weight, compiled)
+                exchanged = run(
+                    lambda c: distributed.exchange(c, group), columns[rank], weight.view(2, 2, 6)[:, :, :3], compiled
+                )
+            torch.testing.assert_close(got[0], everyones.flatten(0, 1), rtol=0, atol=0)
+            torch.testing.assert_close(got[1], 3 * weight[3 * rank : 3 * rank + 3], rtol=0, atol=0)
+            torch.testing.assert_close(exchanged[0], columns[:, :, 3 * rank : 3 * rank + 3], rtol=0, atol=0)
+            halves = [(other + 1) * weight.view(2, 2, 6)[rank, :, :3] for other in range(WORLD)]
+            torch.testing.assert_close(exchanged[1], torch.cat(halves, 1), rtol=0, atol=0)
+
+
+def unequal(rank):
+    """One error on both ranks, at the first call and later, and equal shapes are served again."""
+    for local_loss, gather_with_grad in itertools.product((False, True), (False, True)):
+        loss = ClipPMLoss(local_loss, gather_with_grad, rank=rank, world_size=WORLD)
+        for rows in (N - rank, N, N - 2, N - 2 * rank, N):
+            image, text, scale = torch.ones(rows, 4), torch.ones(rows, 4), torch.tensor(2.0)
+            error = None
+            try:
+                assert loss(image, text, scale).isfinite()
+            except ValueError as e:
+                error = str(e)
+            counts = [0, 0]
+            dist.all_gather_object(counts, rows)
+            a, b = counts
+            expected = f"rank 0: [{a}, 4], [{a}, 4]; rank 1: [{b}, 4], [{b}, 4]"
+            what = f"image_features, text_features: expected the same shapes on all ranks, got {expected}"
+            assert error == (None if a == b else what), error
+
+
+def grad_cache(rank):
+    """DistributedContrastiveLoss of GradCache: this rank's rows among the others' as constants."""
+    g = torch.Generator().manual_seed(0)
+    image, text = (torch.randn(WORLD * N, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    mine = slice(N * rank, N * rank + N)
+    x, y = (t[mine].clone().requires_grad_() for t in (image, text))
+    whole = [torch.cat([t[: N * rank], own, t[N * rank + N :]]) for t, own in ((image, x), (text, y))]
+    theirs = F.cross_entropy(whole[0] @ whole[1].T, torch.arange(WORLD * N))
+    value = ops.similarity_loss(x, y, 1.0, symmetric=False, group=dist.group.WORLD)["contrastive"]
+    torch.testing.assert_close(distributed.mean(value.detach(), dist.group.WORLD), theirs)
+    for ours, wanted in zip(torch.autograd.grad(value, (x, y)), torch.autograd.grad(theirs, (x, y))):
+        torch.testing.assert_close(ours, WORLD * wanted)
+
+
+def dies(rank):
+    """Rank 1 leaves; rank 0 must end with an error and not wait for ever."""
+    loss = ClipPMLoss(gather_with_grad=True, rank=rank, world_size=WORLD)
+    run(loss, batch(), slice(N * rank, N * rank + N), False)
+    if rank == 1:
+        os._exit(7)
+    run(loss, batch(), slice(N * rank, N * rank + N), False)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    exchanges = (collectives, unequal, grad_cache)
+    parts = {"open_clip": [equals_open_clip], "one process": [equals_one_process], "exchanges": exchanges, "dies": [dies]}
+    for part in parts[sys.argv[1]]:
+        part(dist.get_rank())
+    dist.destroy_process_group()
+    print("passed")

@@ -1,0 +1,102 @@
+"""A tiny model, tiny shards and a config for the tests of training, evaluation and the command line."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from simplclip.train import config
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
+SHAPES = ("circle", "square", "bar", "cross", "ring", "wedge")
+MODEL = {"text_cfg": {"layers": 1}}
+
+
+def picture(colour, shape, size=16) -> bytes:
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    box = (3, 3, size - 4, size - 4)
+    if shape == "circle":
+        draw.ellipse(box, fill=colour)
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "bar":
+        draw.rectangle((0, 6, size, 9), fill=colour)
+    elif shape == "cross":
+        draw.line((0, 0, size, size), fill=colour, width=3)
+        draw.line((0, size, size, 0), fill=colour, width=3)
+    elif shape == "ring":
+        draw.ellipse(box, outline=colour, width=2)
+    else:
+        draw.polygon([(0, size), (size, size), (size, 0)], fill=colour)
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def teacher_features(captions: list[str], width: int) -> np.ndarray:
+    """What a teacher that knows the concept says: one feature for the image and each caption, float16 [1 + C, D̂]."""
+    clean = np.random.default_rng(list(captions[0].encode())).standard_normal(width)
+    noise = np.random.default_rng(1).standard_normal((1 + len(captions), width))
+    features = clean + 0.3 * noise
+    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
+
+
+def write_shard(path: Path, copies: int = 1, teacher: int = 0) -> str:
+    """24 concepts (colour and shape), each `copies` times; `teacher`: width of a teacher's features beside them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if teacher:
+        stamp = {"name": "made up", "width": teacher, "logit_scale": 10.0}
+        (path.parent / "meta.json").write_text(json.dumps({"teacher": stamp}))
+    with tarfile.open(path, "w") as tar:
+        for copy in range(copies):
+            for name, colour in COLOURS.items():
+                for shape in SHAPES:
+                    caption = f"{name} {shape}"
+                    record = {"captions": [caption, f"a {caption}"], "group": caption, "label": name}
+                    files = {"png": picture(colour, shape), "json": json.dumps(record).encode()}
+                    if teacher:
+                        features = io.BytesIO()
+                        np.save(features, teacher_features(record["captions"], teacher))
+                        files["teacher.npy"] = features.getvalue()
+                    for suffix, data in files.items():
+                        member = tarfile.TarInfo(f"{copy}-{name}-{shape}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+def settings(folder: Path, *changes: str, teacher: int = 0) -> config.Config:
+    """Config of a run of 7 steps, 3 batches of 8 an epoch."""
+    return config.load(write_config(folder, teacher), changes)
+
+
+def write_config(folder: Path, teacher: int = 0) -> str:
+    shard = folder / "data" / "train-0.tar"
+    if not shard.exists():
+        write_shard(shard, teacher=teacher)
+    values = config.from_dict(
+        {
+            "model": {"name": "siclip-tiny", "options": MODEL},
+            "data": {"train": str(shard), "batch_size": 8, "workers": 0},
+            "loss": {"negatives": "shift"},
+            "optim": {"warmup": 2},
+            "run": {
+                "out": str(folder / "run"),
+                "steps": 7,
+                "precision": "fp32",
+                "device": "cpu",
+                "threads": 1,
+                "log_every": 1,
+                "print_every": 1,
+                "save_every": 100,
+                "tensorboard": False,
+            },
+        }
+    )
+    path = folder / "config.yaml"
+    path.write_text(values.to_yaml())
+    return str(path)

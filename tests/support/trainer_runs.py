@@ -1,0 +1,114 @@
+"""Runs open_clip's trainer several times in one process, with its own losses and with ours, and writes down what they did.
+
+    python trainer_runs.py FOLDER PLAN        PLAN: {name: {"who": "theirs" | "ours", "argv": [...], "help": [...]}}
+
+What open_clip's trainer cannot do here without help, which both get then:
+    "ddp"     it gives DistributedDataParallel device_ids, which torch refuses for modules on a CPU
+    "shards"  it reads shards by webdataset 0.2.86 only; ours helps itself to this
+
+Each rank writes FOLDER/PLAN-RANK.json: by run the losses of each step, the loss' parameters at the end, or the error.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import open_clip
+import open_clip.loss
+import open_clip_train.data
+import open_clip_train.main
+import torch
+
+import simplclip.integrations.open_clip_train
+from simplclip import losses
+
+MODELS = {"tiny": 16, "tiny-wide": 24}
+IMAGE = 16
+
+
+class StandIn(open_clip.loss.DistillClipLoss):
+    """WIKDLoss' place, where this checkout has none, so that the launcher's way to it runs."""
+
+    def __init__(self, *args, pm_weight, plane, negatives, embed_dim, teacher_dim, relational_weight, **kwargs):
+        ours = {"interactive_weight", "interactive", "feature_weight", "feature_distance"}
+        super().__init__(*args, **{key: value for key, value in kwargs.items() if key not in ours})
+
+
+def register_models(folder: Path) -> None:
+    for name, width in MODELS.items():
+        config = {
+            "embed_dim": width,
+            "vision_cfg": {"image_size": IMAGE, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+            "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder / f"{name}.json")
+
+
+def write_teachers(folder: Path) -> None:
+    for name in MODELS:
+        torch.manual_seed(7)
+        torch.save(open_clip.create_model(name).state_dict(), folder / f"{name}.bin")
+
+
+class Recorder:
+    def __init__(self):
+        self.steps, self.loss = [], None
+
+    def __call__(self, module, inputs, output):
+        if isinstance(output, dict) and "contrastive_loss" in output:
+            self.loss = module
+            self.steps.append({name: value.item() for name, value in output.items()})
+
+
+def names() -> tuple:
+    trainer, data = open_clip_train.main, open_clip_train.data
+    maker = getattr(trainer, "create_task", None) or trainer.create_loss  # open_clip 4's, 3.3's
+    return maker, trainer.train_one_epoch, data.tar_file_expander
+
+
+def run(entry: dict, meeting: Path) -> dict:
+    recorder, argv = Recorder(), entry["argv"]
+    if "RANK" in os.environ:  # torchrun's store serves one process group of a process, a file serves each of them
+        argv = [*argv, "--dist-url", f"file://{meeting}?rank={os.environ['RANK']}&world_size={os.environ['WORLD_SIZE']}"]
+    handle = torch.nn.modules.module.register_module_forward_hook(recorder)
+    wrap = torch.nn.parallel.DistributedDataParallel
+    if "ddp" in entry["help"]:
+        torch.nn.parallel.DistributedDataParallel = lambda module, device_ids=None, **options: wrap(module, **options)
+    try:
+        main = open_clip_train.main.main if entry["who"] == "theirs" else simplclip.integrations.open_clip_train.main
+        before = names()
+        helped = entry["who"] == "theirs" and "shards" in entry["help"]
+        with simplclip.integrations.open_clip_train._shards_of_webdataset_1() if helped else contextlib.nullcontext():
+            returned = main(argv)
+        assert names() == before, "main left its replacements behind"
+        parameters = {name: p.tolist() for name, p in recorder.loss.named_parameters()}
+        return {"steps": recorder.steps, "parameters": parameters, "returned": returned, "loss": type(recorder.loss).__name__}
+    except (Exception, SystemExit) as error:  # what a run ends with is a result
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        handle.remove()
+        torch.nn.parallel.DistributedDataParallel = wrap
+        logging.root.handlers.clear()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+
+def main(folder: Path, plan: str) -> None:
+    torch.set_num_threads(1)
+    if not hasattr(losses, "WIKDLoss"):
+        losses.WIKDLoss = StandIn
+    register_models(folder)
+    results = {}
+    for name, entry in json.loads((folder / f"{plan}.json").read_text()).items():
+        results[name] = run(entry, folder / f"{plan}-{name}.meeting")
+    rank = os.environ.get("RANK", "0")
+    (folder / f"{plan}-{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,135 @@
+"""Config: the file, --set, and errors that name the key."""
+
+import pytest
+import yaml
+
+from simplclip.common.files import differences
+from simplclip.train import config
+
+MINIMAL = {"data": {"train": "x-*.tar"}, "run": {"out": "runs/x"}}
+
+
+def write(tmp_path, values) -> str:
+    path = tmp_path / "c.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return str(path)
+
+
+def error_of(tmp_path, values, overrides=()) -> str:
+    with pytest.raises(config.ConfigError) as caught:
+        config.load(write(tmp_path, values), overrides)
+    return str(caught.value)
+
+
+def test_defaults_and_round_trip(tmp_path):
+    c = config.load(write(tmp_path, MINIMAL))
+    assert c.data.train == "x-*.tar"
+    assert c.optim.beta2 == 0.98
+    assert config.load(write(tmp_path, c.to_yaml())) == c
+    assert config.from_dict(c.to_dict()) == c
+    with pytest.raises(Exception, match="frozen"):
+        c.optim.lr = 1.0
+
+
+def test_set_parses_values_as_yaml(tmp_path):
+    c = config.load(
+        write(tmp_path, MINIMAL),
+        [
+            "optim.lr=2e-3",
+            "optim.grad_clip=null",
+            "data.train=[a.tar, b.tar]",
+            "run.tensorboard=false",
+            "model.options.width=64",
+            "eval.splits.held=h-*.tar",
+            "run.steps=7",
+        ],
+    )
+    assert (c.optim.lr, c.optim.grad_clip, c.run.tensorboard, c.run.steps) == (2e-3, None, False, 7)
+    assert c.data.train == ["a.tar", "b.tar"]
+    assert c.model.options == {"width": 64}
+    assert c.eval.splits == {"held": "h-*.tar"}
+
+
+def test_exponent_without_point_is_a_number(tmp_path):
+    c = config.load(write(tmp_path, "data: {train: x}\nrun: {out: o}\noptim: {lr: 1e-3, eps: 1E-8}\n"))
+    assert c.optim.lr == 1e-3
+    assert c.optim.eps == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optim.learning_rate=1", "known here: optim.lr"),
+        ("optim.weight_deacy=1", "did you mean optim.weight_decay?"),
+        ("lr=1", "did you mean optim.lr?"),
+        ("run.batch_size=8", "did you mean data.batch_size?"),
+        ("eval.batchsize=8", "did you mean eval.batch_size?"),
+        ("optimm.lr=8", "did you mean optim?"),
+        ("zzz=8", "known here: model, inherit, data, loss, optim, eval, run"),
+    ],
+)
+def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
+    message = error_of(tmp_path, MINIMAL, [key])
+    unknown = "optimm" if key.startswith("optimm") else key.partition("=")[0]
+    assert message.startswith(f"{unknown}: unknown key")
+    assert nearest in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=fast", "optim.lr: expected a number, got 'fast' (str)"),
+        ("data.batch_size=1.5", "data.batch_size: expected a whole number, got 1.5 (float)"),
+        ("run.tensorboard=3", "run.tensorboard: expected true or false, got 3 (int)"),
+        ("run.precision=fp8", "run.precision: expected one of fp32, bf16, fp16, auto, got 'fp8' (str)"),
+        ("data.train=3", "data.train: expected a string or a list of strings, got 3 (int)"),
+        ("eval.splits.held=3", "eval.splits.held"),
+        ("optim=3", "optim: expected a mapping, got 3 (int)"),
+        ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
+        ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
+        ("run.out.x=3", "--set run.out.x: run.out is no section, it holds 'runs/x' (str)"),
+        ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
+        ("run.out=[", "--set run.out: not valid YAML"),
+    ],
+)
+def test_wrong_value_names_key_expected_and_came(tmp_path, override, message):
+    assert error_of(tmp_path, MINIMAL, [override]).startswith(message)
+
+
+def test_missing_and_several_errors_at_once(tmp_path):
+    message = error_of(tmp_path, {"run": {"steps": "many"}})
+    assert "data: missing" in message
+    assert "run.out: missing; expected a string" in message
+    assert "run.steps: expected a whole number, got 'many' (str)" in message
+
+
+def test_files_that_are_no_config(tmp_path):
+    assert "expected a mapping of sections" in error_of(tmp_path, "- a\n- b\n")
+    assert "not valid YAML" in error_of(tmp_path, "a: [\n")
+    with pytest.raises(config.ConfigError, match="did you mean 'siclip-tiny-emoji'"):
+        config.load("siclip-tiny-emojis")
+
+
+@pytest.mark.parametrize("name", config.builtin_names())
+def test_builtin_configs_are_valid_but_for_the_data_of_some(name):
+    assert config.load(name, ["data.train=x.tar"]).model.name
+
+
+def test_describe_is_a_config_with_every_key():
+    text = config.describe()
+    values = yaml.safe_load(text)
+    for key, field in config.keys().items():
+        assert field.description
+        assert field.description in text
+        node = values
+        for part in key.split("."):
+            node = node[part]
+    values["data"]["train"], values["run"]["out"] = "x", "y"
+    assert config.from_dict(values) == config.from_dict({"data": {"train": "x"}, "run": {"out": "y"}})
+
+
+def test_differences():
+    assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}) == {
+        "a.c": (2, 5),
+        "d": (3, None),
+    }

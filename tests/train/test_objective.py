@@ -1,0 +1,136 @@
+"""The objective of a run: weights by step, terms that are off, several captions, what does not fit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from simplclip import losses
+from simplclip.train import config
+from simplclip.train.config import ConfigError, LossConfig, Schedule
+from simplclip.train.objective import Objective, make_loss
+
+TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
+
+
+def features(*rows, width):
+    return [F.normalize(torch.randn(n, width, dtype=torch.float64), dim=-1) for n in rows]
+
+
+def objective(teacher=TEACHER, width=8, steps=10, **values):
+    c = LossConfig(**values)
+    torch.manual_seed(0)
+    return Objective(
+        c, make_loss(c, width, teacher if c.needs_teacher else None), steps, teacher if c.needs_teacher else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights"),
+    [
+        ({"value": 2.0}, [2] * 7),
+        ({"value": 2.0, "start": 2, "until": 5}, [0, 0, 2, 2, 2, 0, 0]),
+        ({"value": 0.0, "to": 6.0}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"value": 4.0, "to": 0.0, "end": 4}, [4, 3, 2, 1, 0, 0, 0]),
+        ({"value": 1.0, "to": 3.0, "start": 1, "end": 3, "until": 5}, [0, 1, 2, 3, 3, 0, 0]),
+        ({"value": 1.0, "to": 3.0, "start": 1, "until": 4}, [0, 1, 2, 3, 0, 0, 0]),
+    ],
+)
+def test_schedules(schedule, weights):
+    s = Schedule(**schedule)
+    assert [s.at(step, 7) for step in range(7)] == pytest.approx(weights)
+
+
+def test_terms_are_the_losses_terms_times_the_weight_of_the_step():
+    torch.manual_seed(1)
+    x, y, tx, ty = *features(5, 5, width=6), *features(5, 5, width=6)
+    group = torch.tensor([1, 2, 3, 1, 4])
+    ours = objective(
+        width=6,
+        contrastive_weight=0.5,
+        pm_weight={"value": 1.0, "start": 3},
+        feature_weight={"value": 4.0, "to": 0.0, "end": 8},
+        relational_weight={"value": 2.0, "until": 5},
+        interactive_weight=1.0,
+    )
+    theirs = losses.WIKDLoss(
+        relational_weight=1, interactive_weight=1, feature_weight=1, pm_weight=1, divergence="kl", embed_dim=6
+    )
+    want = theirs(x, y, torch.tensor(10.0), tx, ty, torch.tensor(12.0), output_dict=True, ids=group)
+    for step, weights in ((0, (0.5, 2, 1, 4, 0)), (4, (0.5, 2, 1, 2, 1)), (6, (0.5, 0, 1, 1, 1))):
+        terms = ours(step, x, y, torch.tensor(10.0), None, group, tx, ty)
+        assert list(terms) == list(want), "the columns of metrics.csv must not change on the way"
+        for (name, value), weight in zip(terms.items(), weights):
+            assert value.item() == pytest.approx(weight * want[name].item(), rel=1e-6), (step, name)
+
+
+def test_a_term_that_is_off_is_not_computed(monkeypatch):
+    ours = objective(width=6, feature_weight={"value": 1.0, "start": 5})
+    x, y, tx, ty = *features(3, 3, width=6), *features(3, 3, width=6)
+    args = (x, y, torch.tensor(10.0), None, torch.arange(3), tx, ty)
+    monkeypatch.setattr(losses.ops, "feature_loss", lambda *_, **__: 1 / 0)
+    assert ours(4, *args)["feature_loss"] == 0
+    with pytest.raises(ZeroDivisionError):
+        ours(5, *args)
+
+
+def test_several_captions_are_pairs_with_their_image_and_no_negatives_of_each_other():
+    torch.manual_seed(2)
+    x, y = features(3, 6, width=8)
+    got = objective(pm_weight=0.0)(0, x, y, torch.tensor(10.0), None, torch.arange(3))["contrastive_loss"]
+    logits = 10 * x @ y.T  # [3, 6]; the columns 2i and 2i + 1 are captions of image i
+    rows = columns = 0.0
+    for i in range(3):
+        for c in (2 * i, 2 * i + 1):
+            other = [j for j in range(6) if j // 2 != i or j == c]
+            rows = rows - F.log_softmax(logits[i, other], 0)[other.index(c)] / 6
+            # Each image stands in the batch once for each of its captions.
+            seen = torch.cat([logits[[i], c], *(logits[[j], c].repeat(2) for j in range(3) if j != i)])
+            columns = columns - F.log_softmax(seen, 0)[0] / 6
+    assert got.item() == pytest.approx(0.5 * (rows + columns).item(), rel=1e-6)
+
+
+def test_gradients_reach_what_is_learned():
+    ours = objective(feature_weight=1.0, interactive_weight=1.0, projection=True, learn_interactive_scale=True)
+    x, y, tx, ty = *features(4, 4, width=8), *features(4, 4, width=6)
+    scale = torch.tensor(10.0, requires_grad=True)
+    ours.loss.double()
+    sum(ours(0, x, y, scale, None, torch.arange(4), tx.half(), ty.half()).values()).backward()
+    names = dict(ours.loss.named_parameters())
+    assert {"plane_weight", "plane_bias", "interactive_log_scale", "image_projections.0", "text_projections.0"} == set(names)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in names.values())
+    assert scale.grad.abs() > 0
+
+
+def test_a_teacher_of_another_width_needs_the_projection():
+    with pytest.raises(
+        ConfigError, match="loss.projection: expected true, since the teacher's features have width 6 .* 8, and"
+    ):
+        objective(interactive_weight=1.0)
+    objective(relational_weight=1.0)  # compares no features across widths
+    objective(width=6, interactive_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("loss.feature_weight={value: 1, start: 9, until: 4}", "loss.feature_weight: expected until after start = 9, got 4"),
+        (
+            "loss.feature_weight={value: 1, end: 4}",
+            "loss.feature_weight: expected `to`, the weight reached at `end`, got none",
+        ),
+        ("loss.feature_weight={vlue: 1}", "loss.feature_weight.value: missing"),
+        ("loss.feature_weight={value: -1}", "loss.feature_weight: expected greater than or equal to 0, got -1"),
+        ("loss.feature_weight=much", "loss.feature_weight: expected a number or a mapping, got 'much'"),
+        (
+            "loss.contrastive_weight={value: 1, until: 7}",
+            "loss: expected at least one weight above 0 at every step, got none at",
+        ),
+        ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, got 7"),
+    ],
+)
+def test_what_a_config_gets_wrong(tmp_path, values, message):
+    path = tmp_path / "c.yaml"
+    path.write_text("{data: {train: x}, run: {out: y}, loss: {pm_weight: 0}}")
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, [values])
+    assert message in str(caught.value)

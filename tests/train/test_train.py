@@ -1,0 +1,308 @@
+"""Training: resuming bit for bit, signals, crashes, refusals, and that it learns."""
+
+import os
+import signal
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from runs import assert_same, at_step, go, rows, state_of
+
+from simplclip import losses
+from simplclip.common import hardware
+from simplclip.train import checkpoint
+from simplclip.train import loop as train
+from simplclip.train.config import ConfigError
+from simplclip.train.metrics import CsvLog
+from simplclip.train.state import lr_factor
+
+
+# An epoch has 3 batches: step 3 ends one, step 5 lies within one.
+@pytest.mark.parametrize(("stop", "workers", "precision"), [(5, 0, "fp32"), (3, 0, "bf16"), (4, 1, "fp32"), (1, 2, "fp32")])
+def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path, monkeypatch, stop, workers, precision):
+    # Dropout draws from the global generator in every step, as "shift" negatives do.
+    changes = [f"data.workers={workers}", f"run.precision={precision}", "model.options.vision_cfg.timm_drop=0.2"]
+    whole = tiny.settings(tmp_path, f"run.out={tmp_path / 'whole'}", *changes)
+    parts = tiny.settings(tmp_path, f"run.out={tmp_path / 'parts'}", *changes)
+    go(whole)
+    with monkeypatch.context() as patch:
+        at_step(patch, stop, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(train.Interrupted, match=f"SIGINT: saved step {stop} of 7 .* --resume"):
+            go(parts)
+    assert checkpoint.load(tmp_path / "parts")["step"] == stop
+    torch.rand(3)  # another process starts from other random numbers
+    assert f"going on from step {stop}" in go(parts, resume=True)
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [str(i) for i in range(1, 8)]
+
+
+def stop_at_once():
+    raise KeyboardInterrupt  # as a second Ctrl-C, which saves nothing
+
+
+def test_crash_between_checkpoints_leaves_no_double_rows(tmp_path, monkeypatch):
+    whole = tiny.settings(tmp_path, f"run.out={tmp_path / 'whole'}", "run.save_every=2")
+    parts = tiny.settings(tmp_path, f"run.out={tmp_path / 'parts'}", "run.save_every=2")
+    go(whole)
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, stop_at_once)
+        with pytest.raises(KeyboardInterrupt):
+            go(parts)
+    with open(tmp_path / "parts" / "metrics.csv", "a") as file:
+        file.write("6,1,0.1")  # torn by the crash
+    assert [r["step"] for r in rows(tmp_path / "parts")] == ["1", "2", "3", "4", "5", "6"]
+    go(parts, resume=True)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+
+def test_it_learns_and_leaves_everything_behind(tmp_path):
+    config = tiny.settings(
+        tmp_path,
+        "run.steps=40",
+        "optim.lr=2e-3",
+        "run.tensorboard=true",
+        "data.augment=none",
+        "loss.negatives=all",
+        "run.log_every=4",
+        "run.print_every=10",
+    )
+    out = tmp_path / "run"
+    text = go(config)
+    logged = rows(out)
+    assert [int(r["step"]) for r in logged] == list(range(4, 41, 4))
+    first, last = float(logged[0]["contrastive_loss"]), float(logged[-1]["contrastive_loss"])
+    assert first > 1.5
+    assert last < 0.6 * first
+    for row in logged:
+        assert float(row["loss"]) == pytest.approx(float(row["contrastive_loss"]) + float(row["pair_matching_loss"]), 1e-5)
+    assert Image.open(out / "curves.png").size[0] > 600
+    assert list((out / "tensorboard").glob("events.*"))
+    assert tiny.config.load(out / "config.yaml") == config
+    assert sorted(p.name for p in out.glob("*.pt")) == ["last.pt", "step-000040.pt"]
+    for word in (
+        "siclip-tiny",
+        "similarity_loss is served by",
+        "shaped_attention is served by",
+        "precision  fp32 (as configured)",
+        "CPU threads: 1",
+        "step 20/40",
+        "samples/s",
+        "MiB",
+        "epoch 0: 24 samples used",
+    ):
+        assert word in text
+    state = torch.load(out / "last.pt", weights_only=True)
+    fresh = losses.ClipPMLoss()
+    assert any(not torch.equal(state["loss"][k], v) for k, v in fresh.state_dict().items()), "the plane did not train"
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        go(tiny.settings(tmp_path, f"run.out={tmp_path / name}", "run.steps=3", f"run.seed={seed}"))
+    a, b, c = (state_of(tmp_path / name)["model"] for name in "abc")
+    assert_same(a, b)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
+    held = tiny.write_shard(tmp_path / "data" / "held.tar")
+    go(tiny.settings(tmp_path, f"run.out={tmp_path / 'plain'}"))
+    text = go(tiny.settings(tmp_path, f"run.out={tmp_path / 'seen'}", "eval.every=3", f"eval.splits.held={held}"))
+    assert_same(state_of(tmp_path / "plain")["model"], state_of(tmp_path / "seen")["model"])
+    seen = rows(tmp_path / "seen", "evaluation.csv")
+    assert [r["step"] for r in seen] == ["3", "3", "6", "6", "7", "7"]
+    assert {r["direction"] for r in seen} == {"image_to_text", "text_to_image"}
+    assert all(r["split"] == "held" and 0 <= float(r["R@5"]) <= 1 for r in seen)
+    assert "evaluation held text to image: R@1" in text
+
+
+class Spoiled(losses.ClipPMLoss):
+    def forward(self, *args, **kwargs):
+        terms = super().forward(*args, **kwargs)
+        terms["pair_matching_loss"] = terms["pair_matching_loss"] * float("nan")
+        return terms
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch):
+    config = tiny.settings(tmp_path, "run.save_every=2")
+    runs = []
+
+    def spoil():
+        runs[0].loss.__class__ = Spoiled
+
+    original = train.Training.__init__
+    monkeypatch.setattr(train.Training, "__init__", lambda self, *a: (original(self, *a), runs.append(self))[0])
+    at_step(monkeypatch, 5, spoil)
+    with pytest.raises(
+        train.TrainingError, match=r"step 5: not finite: loss=nan, contrastive_loss=\d.*, pair_matching_loss=nan"
+    ):
+        go(config)
+    saved = checkpoint.load(tmp_path / "run")
+    assert saved["step"] == 4
+    assert_same(
+        {k: v.clone() for k, v in runs[0].model.state_dict().items() if "running" not in k and "num_batches" not in k},
+        {k: v for k, v in saved["model"].items() if "running" not in k and "num_batches" not in k},
+    )
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path):
+    config = tiny.settings(tmp_path, "run.steps=2")
+    go(config)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+    with pytest.raises(ConfigError, match="run.out: .* already holds a run; go on with it by --resume"):
+        go(config)
+    assert "done       step 2" in go(config, resume=True)  # nothing left to do
+    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}.keys() == before.keys()
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == before["metrics.csv"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="run.out: expected a folder"):
+        go(tiny.settings(tmp_path, f"run.out={tmp_path / 'file'}"))
+
+
+def test_resume_checks_the_settings(tmp_path):
+    go(tiny.settings(tmp_path, "run.steps=4"))
+    with pytest.raises(ConfigError, match=r"other settings: data.batch_size was 8, now 4; optim.lr was 0.001, now 0.5"):
+        go(tiny.settings(tmp_path, "optim.lr=0.5", "data.batch_size=4"), resume=True)
+    with pytest.raises(ConfigError, match="run.steps: expected at least 4, the step of .*, got 3"):
+        go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
+    with pytest.raises(ConfigError, match="data.train was"):
+        go(tiny.settings(tmp_path, "data.train=elsewhere/other-0.tar"), resume=True)
+    os.rename(tmp_path / "data", tmp_path / "moved")
+    go(
+        tiny.settings(tmp_path, f"data.train={tmp_path}/moved/train-0.tar", "run.steps=6", "run.keep=3"),
+        resume=True,
+    )
+    last = rows(tmp_path / "run")[-1]
+    assert last["step"] == "6"
+    config = tiny.settings(tmp_path, "run.steps=6")
+    assert float(last["lr"]) == pytest.approx(config.optim.lr * lr_factor(5, config))
+
+
+def test_resume_with_nothing_there_says_so_and_starts(tmp_path):
+    text = go(tiny.settings(tmp_path, "run.steps=1"), resume=True)
+    assert "holds no checkpoint yet: starting at step 0" in text
+    assert "done       step 1" in text
+
+
+def test_a_batch_that_no_epoch_fills_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="batch_size 100"):
+        go(tiny.settings(tmp_path, "data.batch_size=100"))
+
+
+def test_learning_rate(tmp_path):
+    config = tiny.settings(tmp_path, "run.steps=110", "optim.warmup=10", "optim.lr=1.0", "optim.min_lr=0.1")
+    factor = [lr_factor(step, config) for step in range(111)]
+    assert factor[0] == 0.1
+    assert factor[9] == 1.0
+    assert factor[10] == 1.0
+    assert factor[60] == pytest.approx(0.55)
+    assert factor[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(factor[10:], factor[11:]))
+
+
+def test_only_matrices_decay(tmp_path):
+    this = train.Training(tiny.settings(tmp_path, "optim.weight_decay=0.3"), torch.device("cpu"), "fp32")
+    decayed, rest = this.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.3
+    assert rest["weight_decay"] == 0.0
+    names = {id(p): n for n, p in [*this.model.named_parameters(), *this.loss.named_parameters()]}
+    kept = {names[id(p)] for p in rest["params"]}
+    assert "logit_scale" in kept
+    assert {n for n, _ in this.loss.named_parameters()} <= kept
+    assert all(n in kept for n in names.values() if "norm" in n or "bias" in n or "alpha" in n)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert len(decayed["params"]) + len(kept) == len(names)
+
+
+def test_logit_scale_is_held_below_100(tmp_path):
+    this = train.Training(tiny.settings(tmp_path, "optim.warmup=0"), torch.device("cpu"), "fp32")
+    with torch.no_grad():
+        this.model.logit_scale.fill_(9.0)
+    batch = next(iter(train._loader(this.config, False).epoch(0)))
+    train.train_step(this, [batch])
+    assert this.model.logit_scale.exp().item() == pytest.approx(100)
+
+
+def test_a_second_signal_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with train.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, {"step": 1}, keep=2)
+    before = (tmp_path / "last.pt").read_bytes()
+    original = torch.save
+
+    def torn(state, file):
+        original(state, file)
+        file.write(b"half")
+        raise KeyboardInterrupt if state["step"] == 2 else OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", torn)
+        for step, error in ((2, KeyboardInterrupt), (3, OSError)):
+            with pytest.raises(error):
+                checkpoint.save(tmp_path, {"step": step}, keep=2)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step-000001.pt"]
+
+    def signalled(state, file):
+        os.kill(os.getpid(), signal.SIGINT)
+        original(state, file)
+
+    with monkeypatch.context() as patch, train.StopRequest() as stop:
+        patch.setattr(torch, "save", signalled)
+        checkpoint.save(tmp_path, {"step": 4}, keep=2)
+    assert stop.requested
+    assert checkpoint.load(tmp_path)["step"] == 4
+
+
+def test_numbered_checkpoints(tmp_path):
+    for step in (1, 2, 3, 1_000_000):
+        checkpoint.save(tmp_path, {"step": step}, keep=2)
+    assert [p.name for p in checkpoint.numbered_checkpoints(tmp_path)] == ["step-000003.pt", "step-1000000.pt"]
+    assert checkpoint.load(tmp_path / "step-000003.pt")["step"] == 3
+    checkpoint.save(tmp_path, {"step": 1_000_001}, keep=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_csv_refuses_other_columns(tmp_path):
+    CsvLog(tmp_path / "m.csv", ["step", "loss"]).close()
+    with pytest.raises(ValueError, match="m.csv: expected the columns step, other; got step, loss"):
+        CsvLog(tmp_path / "m.csv", ["step", "other"])
+
+
+def test_precision_and_device(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(hardware, "native_bf16", lambda device: True)
+    assert hardware.pick_precision("auto", cpu)[0] == "bf16"
+    monkeypatch.setattr(hardware, "native_bf16", lambda device: False)
+    assert hardware.pick_precision("auto", cpu) == ("fp32", "auto: this cpu has no native bf16")
+    assert hardware.pick_precision("fp16", cpu)[0] == "fp16"
+    assert hardware.autocast("bf16", cpu).fast_dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="device: expected"):
+        hardware.pick_device("cuda:99")
+    with pytest.raises(ValueError, match="device: expected cpu, cuda or cuda:N, got 'gpu'"):
+        hardware.pick_device("gpu")
+
+
+def test_threads_are_capped(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("SIMPLCLIP_THREADS", "1")
+        assert hardware.set_threads(7) == 1 == torch.get_num_threads()
+        monkeypatch.delenv("SIMPLCLIP_THREADS")
+        assert hardware.set_threads(2) == 2
+        monkeypatch.setenv("SIMPLCLIP_THREADS", "few")
+        with pytest.raises(ValueError, match="SIMPLCLIP_THREADS: expected a whole number above 0, got 'few'"):
+            hardware.set_threads(None)
+    finally:
+        torch.set_num_threads(before)

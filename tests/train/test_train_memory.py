@@ -1,0 +1,130 @@
+"""A run that plans its micro-batches, a run that is capped, and one that runs out of memory and goes on."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import yaml
+from runs import go, rows
+
+from simplclip import memory
+from simplclip.memory.predict import predict
+from simplclip.memory.step import TrainerStep
+from simplclip.train import checkpoint, limits
+from simplclip.train.config import ConfigError
+from simplclip.train.limits import Budget
+
+FROZEN = "model.freeze_norms=true"
+
+
+def room(monkeypatch, usable):
+    """Lets the machine have room for steps of so many bytes."""
+    monkeypatch.setattr(Budget, "usable", property(lambda self: usable))
+
+
+def test_auto_takes_what_fits(tmp_path, monkeypatch):
+    whole = go(
+        tiny.settings(tmp_path, FROZEN, "data.micro_batch=auto", f"run.out={tmp_path / 'whole'}", "run.steps=1"),
+        planner=memory,
+    )
+    assert "the whole batch at a time fit in" in whole
+    assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["data"]["micro_batch"] is None
+
+    def peak(micro):
+        step = TrainerStep(tiny.settings(tmp_path, FROZEN, "data.batch_size=24", f"data.micro_batch={micro}"), "fp32")
+        return predict(step, torch.device("cpu")).peak
+
+    room(monkeypatch, (peak(4) + peak(6)) // 2)
+    out = tmp_path / "parts"
+    told = go(
+        tiny.settings(tmp_path, FROZEN, "data.batch_size=24", "data.micro_batch=auto", f"run.out={out}", "run.steps=2"),
+        planner=memory,
+    )
+    micro = checkpoint.load(out)["config"]["data"]["micro_batch"]
+    assert micro == 4
+    assert "4 images at a time fit in 0.0" in told
+    assert "by simplclip plan" in told
+    # Going on takes the checkpoint's, without another plan.
+    room(monkeypatch, 1 << 40)
+    changes = ("data.batch_size=24", "data.micro_batch=auto", "run.steps=3")
+    told = go(tiny.settings(tmp_path, FROZEN, *changes, f"run.out={out}"), resume=True, planner=memory)
+    assert "by simplclip plan" not in told
+    assert checkpoint.load(out)["config"]["data"]["micro_batch"] == micro
+
+
+def test_going_on_with_other_micro_batches(tmp_path):
+    """Its steps see the same images, as the place in the epoch is counted anew."""
+    for name, second in (("same", "4"), ("other", "2")):
+        out = tmp_path / name
+        go(tiny.settings(tmp_path, FROZEN, "data.micro_batch=4", "run.steps=2", f"run.out={out}"))
+        go(tiny.settings(tmp_path, FROZEN, f"data.micro_batch={second}", "run.steps=4", f"run.out={out}"), resume=True)
+    same, other = rows(tmp_path / "same"), rows(tmp_path / "other")
+    assert [row["step"] for row in other] == ["1", "2", "3", "4"]
+    for a, b in zip(same, other):
+        assert float(a["contrastive_loss"]) == pytest.approx(float(b["contrastive_loss"]), rel=1e-4)
+
+
+def test_a_place_in_the_epoch_that_other_micro_batches_do_not_have(tmp_path):
+    shared = (FROZEN, "data.batch_size=12")
+    go(tiny.settings(tmp_path, *shared, "data.micro_batch=4", "run.steps=1"))
+    state = checkpoint.load(tmp_path / "run")
+    state["batch"] = 5  # as after a step that took micro-batches of two epochs
+    torch.save(state, tmp_path / "run" / "last.pt")
+    config = tiny.settings(tmp_path, *shared, "data.micro_batch=6", "run.steps=2")
+    with pytest.raises(
+        ConfigError, match="data.micro_batch: expected a divisor of the 20 images that .* has seen of its epoch"
+    ):
+        go(config, resume=True)
+
+
+def test_limits_that_cannot_be(monkeypatch):
+    cpu = torch.device("cpu")
+    for limit in (1 << 20, 1 << 60):
+        with pytest.raises(ValueError, match="--memory-limit: expected more than the .* MiB that are taken already"):
+            limits.MemoryLimit(cpu, limit)
+    monkeypatch.setattr(limits, "resource", None)
+    with pytest.raises(ValueError, match="--memory-limit: expected a GPU or Linux"):
+        limits.MemoryLimit(cpu, limits._data_bytes() + (1 << 30))
+
+
+def test_what_running_out_is():
+    assert limits.ran_out(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 50)
+    assert limits.ran_out(error.value)
+    assert not limits.ran_out(RuntimeError("the size of tensor a must match"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux caps the data segment")
+def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
+    """Capped from the second part of a run on: its checkpoint stays whole, and with the advice the run ends."""
+    path, out = tiny.write_config(tmp_path), tmp_path / "run"
+    tiny.write_shard(tmp_path / "data" / "train-0.tar", copies=22)  # 528 images
+
+    def train(*arguments):
+        changes = [FROZEN, "data.batch_size=512", "run.save_every=1"]
+        options = [part for change in changes for part in ("--set", change)]
+        command = [sys.executable, "-m", "simplclip", "train", path, *options, *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    first = train("--set", "run.steps=1")
+    assert first.returncode == 0, first.stderr
+    before = hashlib.sha256((out / "last.pt").read_bytes()).digest()
+
+    # What a process of this command has before its first step, and room for a part of the step.
+    program = "import simplclip.memory; from simplclip.train import limits, loop; print(limits._data_bytes())"
+    taken = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    limit = ("--resume", "--memory-limit", f"{taken / 2**20 + 450:.0f}MiB", "--set", "run.steps=2")
+    failed = train(*limit)
+    assert failed.returncode == 1, failed.stderr
+    assert f"step 2: out of memory. Step 1 is saved in {out}/last.pt. The plan: this step takes 0." in failed.stderr
+    assert "Try data.micro_batch=128 (gradient caching)" in failed.stderr
+    assert hashlib.sha256((out / "last.pt").read_bytes()).digest() == before
+
+    last = train(*limit, "--set", "data.micro_batch=32")
+    assert last.returncode == 0, last.stderr
+    assert [row["step"] for row in rows(out)] == ["1", "2"]

@@ -1,0 +1,207 @@
+"""Training with a teacher in the shards, several captions, gradient caching and inherited weights, in the trainer."""
+
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import kills
+import pytest
+import tiny
+import torch
+from rich.console import Console
+from runs import assert_same, at_step, bits, go, rows, state_of
+
+from simplclip import data
+from simplclip.train import checkpoint
+from simplclip.train import loop as train
+from simplclip.train.config import ConfigError
+from simplclip.train.state import Training
+
+WIDTH = 256  # of siclip-tiny
+WIKD = [
+    "loss.feature_weight={value: 1.0, to: 0.0, end: 4}",
+    "loss.relational_weight={value: 1.0, start: 2}",
+    "loss.interactive_weight=1.0",
+    "data.captions_per_image=2",
+]
+CACHED = ["data.micro_batch=4", "model.freeze_norms=true"]
+
+
+@pytest.mark.parametrize("changes", [WIKD, [*WIKD, *CACHED, "run.precision=bf16", "model.options.vision_cfg.timm_drop=0.2"]])
+def test_it_trains_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch, changes):
+    whole = tiny.settings(tmp_path, f"run.out={tmp_path / 'whole'}", *changes, teacher=WIDTH)
+    parts = tiny.settings(tmp_path, f"run.out={tmp_path / 'parts'}", *changes, teacher=WIDTH)
+    text = go(whole)
+    assert "WIKDLoss: contrastive, distill, interactive, feature, pair matching; features of made up, 256 wide" in text
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(train.Interrupted, match="saved step 4 of 7"):
+            go(parts)
+    go(parts, resume=True)
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    logged = rows(tmp_path / "whole")
+    assert logged == rows(tmp_path / "parts")
+    assert [float(row["distill_loss"]) > 0 for row in logged] == [False, False, True, True, True, True, True]
+    assert [float(row["feature_loss"]) > 0 for row in logged] == [True, True, True, True, False, False, False]
+    for row in logged:
+        terms = sum(float(value) for name, value in row.items() if name.endswith("_loss"))
+        assert float(row["loss"]) == pytest.approx(terms, rel=1e-2 if "bf16" in str(changes) else 1e-5)
+
+
+def test_a_teacher_helps(tmp_path):
+    """Contrastive loss after equal steps, the student with a teacher that knows the concepts against the one without."""
+    common = ["run.steps=30", "optim.lr=2e-3", "data.augment=none", "loss.pm_weight=0"]
+    last = {}
+    for name, changes in (("alone", []), ("taught", ["loss.interactive_weight=1", "loss.feature_weight=100"])):
+        go(tiny.settings(tmp_path, f"run.out={tmp_path / name}", *common, *changes, teacher=WIDTH))
+        last[name] = sum(float(row["contrastive_loss"]) for row in rows(tmp_path / name)[-5:])
+    assert last["taught"] < 0.9 * last["alone"], last
+
+
+def test_micro_batches_give_the_whole_batches_gradient(tmp_path):
+    """One step of each from the same weights; several captions, a teacher, group ids."""
+    grads = {}
+    for name, changes in (("whole", CACHED[1:]), ("cached", CACHED)):
+        torch.manual_seed(0)
+        config = tiny.settings(tmp_path, *WIKD, *changes, teacher=WIDTH)
+        this = Training(config, torch.device("cpu"), "fp32")
+        this.step = 2  # all terms on
+        torch.nn.init.normal_(this.model.text.transformer.resblocks[0].qk.weight, std=0.05)
+        this.model.train()
+        batches = next(train._batches(this, train._loader(config, False), print))
+        assert len(batches) == (1 if name == "whole" else 2)
+        step = this.optimizer.step
+        seen = {}
+        this.optimizer.step = lambda *a, **k: (  # noqa: B023
+            seen.update({n: p.grad.clone() for n, p in this.model.named_parameters()}),  # noqa: B023
+            seen.update({n: p.grad.clone() for n, p in this.loss.named_parameters()}),  # noqa: B023
+            step(*a, **k),  # noqa: B023
+        )
+        seen["row"] = train.train_step(this, batches)
+        grads[name] = seen
+    assert grads["whole"].keys() == grads["cached"].keys()
+    for name, value in grads["whole"].pop("row").items():
+        assert grads["cached"]["row"][name] == pytest.approx(value, rel=1e-4)
+    for name, value in grads["whole"].items():
+        largest = value.abs().max().item()
+        assert (value - grads["cached"][name]).abs().max().item() <= 1e-4 * largest + 1e-7, name
+
+
+def test_gradient_caching_refuses_batch_statistics(tmp_path):
+    with pytest.raises(ValueError, match="model: expected no statistics of batches, got BatchNorm"):
+        go(tiny.settings(tmp_path, "data.micro_batch=4"))
+
+
+def test_a_batch_larger_than_the_data_takes_several_epochs(tmp_path):
+    changes = ["data.batch_size=40", "data.micro_batch=8", "run.steps=3", "model.freeze_norms=true"]
+    config = tiny.settings(tmp_path, *changes)
+    text = go(config)
+    assert "step 3/3" in text
+    state = checkpoint.load(tmp_path / "run")
+    assert (state["epoch"], state["batch"]) == (4, 3), "15 micro-batches, 3 an epoch, the last one not yet left"
+
+
+def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limit[1]))
+    try:
+        changes = ["data.micro_batch=1", "data.batch_size=200", "data.workers=1", "run.steps=1", "model.freeze_norms=true"]
+        assert "step 1/1" in go(tiny.settings(tmp_path, *changes))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_no_teacher_is_in_memory(tmp_path):
+    """In a fresh process: after steps with every term on, the only parameters are the student's and the loss's."""
+    config = tiny.write_config(tmp_path, teacher=WIDTH)
+    code = f"""
+import gc, sys
+import torch
+from simplclip.train import config
+from simplclip.train import loop
+made = []
+original = loop.Training.__init__
+def remember(self, *a, **k):
+    original(self, *a, **k)
+    made.append(self)
+loop.Training.__init__ = remember
+loop.run(config.load({config!r}, {[*WIKD, "run.steps=3"]!r}))
+this = made[0]
+ours = {{id(m) for root in (this.model, this.loss) for m in root.modules()}}
+others = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module) and id(m) not in ours and list(m.parameters(False))]
+print("others", sum(p.numel() for m in others for p in m.parameters(False)))
+print("loaded", [n for n in sys.modules if n.startswith("simplclip.teacher")])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert run.returncode == 0, run.stderr
+    assert "others 0" in run.stdout
+    assert "loaded []" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "teacher", "error", "message"),
+    [
+        (["loss.feature_weight=1"], 0, data.ShardError, "meta.json names no teacher; make them by `simplclip teacher`"),
+        (
+            ["loss.feature_weight=1"],
+            16,
+            ConfigError,
+            "loss.projection: expected true, since the teacher's features have width 16",
+        ),
+        (["inherit.source=nowhere.pt"], 0, Exception, "nowhere.pt"),
+    ],
+)
+def test_what_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, changes, teacher, error, message):
+    with pytest.raises(error, match=message):
+        go(tiny.settings(tmp_path, *changes, teacher=teacher))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_width_is_projected(tmp_path):
+    changes = ["loss.feature_weight=1", "loss.interactive_weight=1", "loss.projection=true", "run.steps=2"]
+    go(tiny.settings(tmp_path, *changes, teacher=16))
+    assert checkpoint.load(tmp_path / "run")["loss"]["image_projections.0"].shape == (16, WIDTH)
+
+
+def test_resume_of_a_checkpoint_from_before_these_settings(tmp_path):
+    go(tiny.settings(tmp_path, "run.steps=2"))
+    last = tmp_path / "run" / "last.pt"
+    state = checkpoint.load(last)
+    for key in ("inherit",):
+        del state["config"][key]
+    for key in ("feature_weight", "relational_weight", "projection", "contrastive_weight"):
+        del state["config"]["loss"][key]
+    for key in ("micro_batch", "captions_per_image"):
+        del state["config"]["data"][key]
+    del state["frozen"]
+    torch.save(state, last)
+    assert "going on from step 2" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
+
+
+def work(config, changes, out, ready):
+    torch.set_num_threads(1)
+    ready.set()
+    train.run(tiny.config.load(config, [*changes, f"run.out={out}"]), resume=True, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_undisturbed(tmp_path):
+    """Weights, optimizer, random states and logged figures to the bit; what is there after a kill is a whole checkpoint."""
+    config = tiny.write_config(tmp_path, teacher=WIDTH)
+    changes = [*WIKD, *CACHED, "data.workers=1", "run.save_every=1", "run.keep=2", "run.steps=6"]
+
+    def check_whole(out):
+        for path in out.glob("*.pt"):
+            assert 1 <= checkpoint.load(path)["step"] <= 6
+
+    def content(out):
+        assert not list(out.glob(".*")), "a torn file was left"
+        return bits(state_of(out)), rows(out)
+
+    kills.check(["simplclip.train", "test_wikd_train"], partial(work, config, changes), tmp_path, check_whole, content)
