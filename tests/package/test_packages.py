@@ -137,6 +137,11 @@ def test_wheel_is_of_the_limited_api_and_the_stable_abi(wheel, tmp_path):
         assert extension_symbols.unstable(archive.extract(extension, tmp_path)) == []
 
 
+def test_wheel_says_that_it_is_typed(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "simplclip/py.typed" in archive.namelist()
+
+
 def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):
     """Its torch is this one, by a path file."""
     venv.create(tmp_path / "venv", with_pip=False)
