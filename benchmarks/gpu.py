@@ -26,7 +26,7 @@ CORRECTNESS = {
     "cuda": ["-m", "gpu"],
     "cpu": [
         *(
-            f"tests/test_{name}.py"
+            f"tests/ops/test_{name}.py"
             for name in ("similarity_loss", "similarity_distillation", "shaped_attention", "simplified_block")
         ),
         "-k",

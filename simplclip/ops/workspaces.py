@@ -1,8 +1,8 @@
 """What the native function of a backend takes from torch's allocator beside its results, from its arguments alone.
 
 For predictions of peak memory by fake tensors, which see the aten ops around a C++ function and nothing inside it: whoever
-allocates in csrc/ states it here, and tests/memory/test_workspaces.py measures that. Triton's launchers are Python: predictions run
-them without their kernels (simplclip.kernels.launch.pretended).
+allocates in csrc/ states it here, and test_workspaces.py measures that. Triton's launchers are Python: predictions run them
+without their kernels (simplclip.kernels.launch.pretended).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import types
 import open_clip_4
 import pytest
 import torch
-from test_simplify import batch, clip
+from clips import batch, clip
 
 from simplclip.integrations import open_clip_train as openclip_train
 from simplclip.models.simplify import simplify

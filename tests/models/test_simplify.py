@@ -5,6 +5,7 @@ import copy
 import open_clip
 import pytest
 import torch
+from clips import TEXT, batch, clip
 from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from timm.models import fastvit
@@ -13,9 +14,6 @@ from torch import nn
 
 from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock, count_parameters, simplify
 from simplclip.nn import SimplifiedBlock, neighbour_groups
-
-VIT = {"layers": 3, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}
-TEXT = {"context_length": 12, "vocab_size": 100, "width": 24, "heads": 2, "layers": 4}
 
 
 class Visual(nn.Module):
@@ -27,11 +25,6 @@ class Visual(nn.Module):
 
     def forward(self, x):
         return self.trunk(x)
-
-
-def clip(vision=VIT, text=None, cls=CLIP, seed=0, **options):
-    torch.manual_seed(seed)
-    return cls(16, dict(vision), {**TEXT, **(text or {})}, **options)
 
 
 def fastvit_clip():
@@ -48,14 +41,6 @@ def fastvit_clip():
         )
     )
     return model
-
-
-def batch(size=16, n=3):
-    g = torch.Generator().manual_seed(1)
-    text = torch.randint(1, 99, (n, 12), generator=g)
-    text[:, 8] = 99
-    text[:, 9:] = 0
-    return torch.randn(n, 3, size, size, generator=g), text
 
 
 def kinds(model, cls=SimplifiedBlock):

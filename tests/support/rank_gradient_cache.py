@@ -1,4 +1,4 @@
-"""What each rank of tests/ops/test_distributed.py runs: gradient caching under DistributedDataParallel against one process."""
+"""What each rank of test_distributed.py runs: gradient caching under DistributedDataParallel against one process."""
 
 from datetime import timedelta
 

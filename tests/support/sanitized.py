@@ -66,7 +66,8 @@ def main() -> int:
             raise SystemExit(f"{isa}: the sanitized kernels do not load: {found.stdout}\n{found.stderr}")
         print(f"{isa}: {options.cases} random calls", flush=True)
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-o", f"pythonpath={OUT} . tests tests/support tests/ops", *TESTS,
+            [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-o",
+             f"pythonpath={OUT} . tests tests/support tests/ops", *TESTS,
              "--cases", str(options.cases), "--first-case", str(options.first_case)], env=env, cwd=ROOT,
         )  # fmt: skip
         if done.returncode:
