@@ -4,13 +4,16 @@
     simplclip._C_cuda  CUDA objects, where nvcc is found and torch was built with CUDA
 
 SIMPLCLIP_CUDA=auto (default) builds CUDA where it can and prints why where it cannot; 0 never does; 1 fails with the reason.
-TORCH_CUDA_ARCH_LIST chooses the architectures. MAX_JOBS caps the compilers that run at once.
+SIMPLCLIP_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST chooses the architectures, e.g. "8.6;9.0"; "all" stands for ARCHITECTURES, as a wheel
+needs them. Without either they are those of this machine's GPUs, or that of an RTX 3090 where there is none. MAX_JOBS caps
+the compilers that run at once.
 """
 
 import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -34,6 +37,7 @@ TORCH_TARGET = "0x020a000000000000"  # LibTorch 2.10: the oldest stable ABI that
 PYTHON_TARGET = "0x030A0000"  # CPython 3.10
 # A100, RTX 3090, RTX 4090, H100, RTX 50; PTX of the last for what comes after.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;12.0+PTX"
+DEFAULT_ARCHITECTURE = "8.6+PTX"
 
 # SIMPLCLIP_SANITIZE=1: the CPU kernels with AddressSanitizer and UBSan (tests/support/sanitized.py builds and runs them).
 SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
@@ -60,6 +64,26 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def architectures() -> tuple[str, str]:
+    """What the CUDA objects are built for, and why."""
+    for name in ("SIMPLCLIP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        if wanted := os.environ.get(name):
+            return ARCHITECTURES if wanted == "all" else wanted, f"by {name}"
+    if torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        return ";".join(f"{major}.{minor}" for major, minor in sorted(found)), "the GPUs of this machine"
+    return DEFAULT_ARCHITECTURE, "an RTX 3090, since this machine has no GPU"
+
+
+class Build(cpp_extension.BuildExtension):
+    """Says how long it took."""
+
+    def run(self) -> None:
+        start = time.monotonic()
+        super().run()
+        print(f"simplclip: built {' and '.join(e.name for e in self.extensions)} in {time.monotonic() - start:.0f} s")
+
+
 def extensions() -> list:
     cpu = cpp_extension.CppExtension(
         "simplclip._C",
@@ -80,11 +104,13 @@ def extensions() -> list:
             raise SystemExit(f"SIMPLCLIP_CUDA=1, but the CUDA objects cannot be built: {reason}")
         print(f"simplclip: building without CUDA: {reason}")
         return [cpu]
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    chosen, why = architectures()
+    print(f"simplclip: building the CUDA kernels for {chosen} ({why}); SIMPLCLIP_CUDA_ARCHS=all builds for {ARCHITECTURES}")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = chosen
     cuda = cpp_extension.CUDAExtension(
         "simplclip._C_cuda",
         sorted(str(path) for kind in ("*.cpp", "*.cu") for path in Path("csrc/cuda").rglob(kind)),
-        define_macros=[*MACROS, ("USE_CUDA", None), ("SIMPLCLIP_ARCHITECTURES", f'"{architectures}"')],
+        define_macros=[*MACROS, ("USE_CUDA", None), ("SIMPLCLIP_ARCHITECTURES", f'"{chosen}"')],
         extra_compile_args={"cxx": FLAGS, "nvcc": ["-O3", "-std=c++20"]},
         py_limited_api=True,
     )
@@ -98,6 +124,6 @@ setup(
     packages=[*find_packages(include=["simplclip", "simplclip.*"]), *(f"simplclip.{name}" for name in KERNELS)],
     package_dir={"simplclip.kernels": "kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -58,9 +58,10 @@ def digest(*parts: object) -> str:
 
 
 def sources(name: str, replace: dict[str, str]) -> dict[str, str]:
-    """Text by file name of what the module can be made of; each key of `replace` must occur in it once."""
-    paths = [*CUDA.rglob("*.cuh"), *CUDA.rglob("*.h"), *HERE.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob(f"{name}*.cpp")]
-    texts = {path.name: path.read_text() for path in sorted(paths)}
+    """Text by path of what the module can be made of; each key of `replace` must occur in it once."""
+    kinds = {CUDA: ("**/*.cuh", "**/*.h"), HERE: ("*.cuh", "*.h", f"{name}*.cpp")}
+    found = {str(path.relative_to(top)): path for top, globs in kinds.items() for kind in globs for path in top.glob(kind)}
+    texts = {file: path.read_text() for file, path in sorted(found.items())}
     for old, new in replace.items():
         found = [file for file, text in texts.items() for _ in range(text.count(old))]
         if len(found) != 1:
@@ -98,6 +99,7 @@ def library(name: str, sanitize: bool = False, replace: dict[str, str] | None = 
         if time.time() - old.stat().st_mtime > DAYS_KEPT * 86400:
             old.unlink() if old.is_file() else shutil.rmtree(old, ignore_errors=True)
     for file, text in (texts | binding).items():
+        (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(text)
     units = [file for file in texts if file.endswith(".cpp")]
     rules = [f"cxx = {CXX}", f"flags = {' '.join(flags)}", NINJA]
