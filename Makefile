@@ -44,7 +44,10 @@ $(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.*
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools ninja
 	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	@echo "$(BIN)/python -m pip install --no-build-isolation -e '.[dev]', log in $(VENV)/install.log"
+	@$(BIN)/python -m pip install --verbose --no-build-isolation -e '.[dev]' >$(VENV)/install.log 2>&1 || \
+		{ tail -n 60 $(VENV)/install.log >&2; exit 1; }
+	@sed -n 's/^ *\(simplclip: .*\)/\1/p' $(VENV)/install.log
 	touch $@
 
 install: $(VENV)/.installed  ## a venv with torch, the compiled kernels and all extras
@@ -108,10 +111,11 @@ oldest: install $(OLDEST)/.installed  ## the tests of ops and kernels with the o
 	cd build/oldest && $(abspath $(OLDEST))/bin/python -m pytest $(OPS_TESTS)
 	cd build/oldest && $(abspath $(OLDEST))/bin/python -m benchmarks.aot $(AOT)
 
-# From a list of files that no earlier build wrote. The wheel is built from the source distribution.
+# From a list of files that no earlier build wrote. The wheel is built from the source distribution, for all architectures.
 dist: install  ## source distribution and a wheel for this machine in dist/
 	rm -rf simplclip.egg-info
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir $(DIST)
+	SIMPLCLIP_CUDA_ARCHS=$${SIMPLCLIP_CUDA_ARCHS:-all} PATH="$(abspath $(BIN)):$$PATH" \
+		$(BIN)/python -m build --no-isolation --outdir $(DIST)
 
 # The libraries of torch and of its CUDA stay outside: whoever loads the extensions has loaded torch.
 wheel: dist  ## the same with a manylinux wheel, which PyPI takes
