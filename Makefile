@@ -10,22 +10,49 @@ DIST ?= dist
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help install demo ablation plan test sanitize test-gpu bench bench-gpu aot oldest dist wheel tables lint clean
+.PHONY: help check-tools install demo ablation plan test sanitize test-gpu bench bench-gpu aot oldest dist wheel tables lint clean
 
-help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+help:  ## this list; it fits a screen of 24 lines of 80 columns
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
+
+# One line for each thing that pip cannot install, with the package of Debian (and Ubuntu) and that of Fedora that has it.
+PYTHON_PACKAGE := $(or $(filter python3%,$(notdir $(PYTHON))),python3)
+define CHECK_TOOLS
+missing() { echo "missing: $$1; apt install $$2 (Debian, Ubuntu) or dnf install $$3 (Fedora)" >&2; failed=1; }
+python() { $(PYTHON) -c "$$1" >/dev/null 2>&1; }
+if ! command -v $(PYTHON) >/dev/null; then
+    missing "Python 3.10 or later, called $(PYTHON)" $(PYTHON_PACKAGE) $(PYTHON_PACKAGE)
+elif ! python "import sys; assert sys.version_info >= (3, 10)"; then
+    missing "Python 3.10 or later; $(PYTHON) is older, make PYTHON=python3.12 takes another" python3.12 python3.12
+else
+    python "import venv, ensurepip" || missing "the modules venv and ensurepip of $(PYTHON)" $(PYTHON_PACKAGE)-venv $(PYTHON_PACKAGE)
+    python "import os, sysconfig as s; os.stat(os.path.join(s.get_path('include'), 'Python.h'))" ||
+        missing "the C headers of $(PYTHON) (Python.h)" $(PYTHON_PACKAGE)-dev $(PYTHON_PACKAGE)-devel
+fi
+compiler=$${CXX:-g++}
+command -v $${compiler%% *} >/dev/null || missing "a C++ compiler, called $$compiler" g++ gcc-c++
+exit $${failed:-0}
+endef
+export CHECK_TOOLS
+
+check-tools:  ## what an installation needs and this machine does not have
+	@sh -c "$$CHECK_TOOLS"
 
 # --no-build-isolation: the extensions are built against the torch that they will run with, and torch is not fetched twice.
 $(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+	@sh -c "$$CHECK_TOOLS"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools ninja
 	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[dev]'
+	@echo "$(BIN)/python -m pip install --no-build-isolation -e '.[dev]', log in $(VENV)/install.log"
+	@$(BIN)/python -m pip install --verbose --no-build-isolation -e '.[dev]' >$(VENV)/install.log 2>&1 || \
+		{ tail -n 60 $(VENV)/install.log >&2; exit 1; }
+	@sed -n 's/^ *\(simplclip: .*\)/\1/p' $(VENV)/install.log
 	touch $@
 
-install: $(VENV)/.installed  ## venv with torch, the extensions and all extras
+install: $(VENV)/.installed  ## a venv with torch, the compiled kernels and all extras
 
-demo: data/emoji-teacher  ## distil a small SiCLIP from a teacher on the built-in emoji pairs on this machine, and evaluate it
+demo: data/emoji-teacher  ## distil a small SiCLIP on the built-in emoji pairs and evaluate it
 	$(BIN)/simplclip train siclip-lite0-emoji --resume --set run.out=$(OUT)
 	$(BIN)/simplclip evaluate $(OUT)/last.pt --skip-missing
 	@echo
@@ -41,28 +68,28 @@ data/emoji-teacher: install
 	$(BIN)/simplclip data emoji --out data/emoji
 	$(BIN)/simplclip teacher 'data/emoji/train-*.tar' --out data/emoji-teacher
 
-ablation: data/emoji-teacher  ## what each part adds: 36 runs of the demo's student; goes on after a stop
+ablation: data/emoji-teacher  ## what each part of the system adds: 36 training runs; resumes
 	$(BIN)/simplclip ablate siclip-lite0-emoji --out runs/ablation --set run.steps=150 --set data.batch_size=128 --jobs $(shell nproc 2>/dev/null || echo 2)
 
-test: install  ## the tests; those that need a GPU say why they are skipped
+test: install  ## the tests; those that need a GPU are skipped without one
 	$(BIN)/python -m pytest
 
-sanitize: install  ## random calls on CPU kernels with AddressSanitizer and UBSan, for each instruction set of this CPU; CASES=2000
+sanitize: install  ## random calls of the CPU kernels under ASan, UBSan; CASES=2000
 	$(BIN)/python tests/support/sanitized.py --cases $(or $(CASES),2000)
 
 test-gpu: install  ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-plan: install  ## what fits a 24 GiB card, predicted without one; writes benchmarks/results
+plan: install  ## what fits a 24 GiB card, predicted; writes benchmarks/results
 	$(BIN)/python -m benchmarks.plan
 
-bench: install  ## the microbenchmarks; writes benchmarks/results
+bench: install  ## microbenchmarks on this CPU; writes benchmarks/results
 	$(BIN)/python -m pytest benchmarks --write
 
-bench-gpu: install  ## the GPU's tests, then timings on it; writes benchmarks/results
+bench-gpu: install  ## the GPU's tests, then timings; writes benchmarks/results
 	$(BIN)/python -m benchmarks.gpu
 
-aot: install  ## what the compiler makes of the Triton kernels, for every architecture, without a GPU; fails on a spill
+aot: install  ## compile all GPU kernels for all architectures; fails on a spill
 	$(BIN)/python -m benchmarks.aot $(AOT)
 
 # In a copy of the tracked files, so that the extensions of the two versions do not meet. Triton 3.6, which torch 2.11 brings,
@@ -76,7 +103,7 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet 'torch==$(OLDEST_TORCH).*' torchvision 'numpy<2.4'
 	touch $@
 
-oldest: install $(OLDEST)/.installed  ## the oldest torch that pyproject.toml allows: build, tests of ops and kernels, gates
+oldest: install $(OLDEST)/.installed  ## the tests of ops and kernels with the oldest torch
 	rm -rf build/oldest && mkdir -p build/oldest
 	tree=$$(git stash create) && git archive $${tree:-HEAD} | tar -x -C build/oldest
 	cd build/oldest && PATH="$(abspath $(OLDEST)/bin):$$PATH" python -m pip install --quiet --no-build-isolation -e '.[dev]'
@@ -84,23 +111,25 @@ oldest: install $(OLDEST)/.installed  ## the oldest torch that pyproject.toml al
 	cd build/oldest && $(abspath $(OLDEST))/bin/python -m pytest $(OPS_TESTS)
 	cd build/oldest && $(abspath $(OLDEST))/bin/python -m benchmarks.aot $(AOT)
 
-# From a list of files that no earlier build wrote. The wheel is built from the source distribution.
+# From a list of files that no earlier build wrote. The wheel is built from the source distribution, for all architectures.
 dist: install  ## source distribution and a wheel for this machine in dist/
 	rm -rf simplclip.egg-info
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m build --no-isolation --outdir $(DIST)
+	SIMPLCLIP_CUDA_ARCHS=$${SIMPLCLIP_CUDA_ARCHS:-all} PATH="$(abspath $(BIN)):$$PATH" \
+		$(BIN)/python -m build --no-isolation --outdir $(DIST)
 
 # The libraries of torch and of its CUDA stay outside: whoever loads the extensions has loaded torch.
-wheel: dist  ## the wheel made a manylinux one, which PyPI takes
+wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir $(DIST) \
 		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart.so.*' $(DIST)/*-linux_*.whl
 	rm $(DIST)/*-linux_*.whl
 
-tables: install  ## the README's tables from the committed result files
+tables: install  ## tables and chart of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
-lint: install  ## ruff
+lint: install  ## ruff, and that packages import from those below them only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
-clean:  ## remove what was built; keeps data, runs and the venvs
+clean:  ## remove what was built; keeps data, runs and venvs
 	rm -rf build dist *.egg-info simplclip/*.so

@@ -1,6 +1,9 @@
-"""Writes the README's tables from the committed result files: `python -m benchmarks.tables` (--check: fails if they differ).
+"""Writes the tables of README.md and docs/benchmarks.md, and the chart, from the committed result files.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+    python -m benchmarks.tables            write them
+    python -m benchmarks.tables --check    write nothing; fail if a file is not what the result files say
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->` of the file that `TABLES` names.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import re
 import statistics
 import sys
 from pathlib import Path
+
+from benchmarks import chart
 
 ALONE = "SDPA alone"  # computes one of shaped attention's three terms
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +131,7 @@ def ablation() -> list[str]:
         f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']} "
         f"(`{path.relative_to(ROOT)}`; `make ablation`).",
         "",
-        f"![R@1 by variant]({path.with_suffix('.png').relative_to(ROOT)})",
+        f"![R@1 by variant](../{path.with_suffix('.png').relative_to(ROOT)})",
     ]
 
 
@@ -176,36 +181,84 @@ def plan() -> list[str]:
         f"where nothing else is said. Predicted, not measured: no GPU was there. Torch {result['torch']}, "
         f"commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`; `make plan`).",
         "",
-        "![Memory of a step of siclip-s0](benchmarks/results/plan-siclip-s0.png)",
+        "![Memory of a step of siclip-s0](../benchmarks/results/plan-siclip-s0.png)",
     ]
 
 
+def figures() -> list[str]:
+    """Three figures for the README: a loss, a block and a training step, each beside what it replaces."""
+
+    def pair(op: str, ours: str, theirs: str, **where: str) -> tuple[dict[str, str], dict[str, str]]:
+        rows = {row["form"]: row for row in read(op)[1] if all(row[key] == value for key, value in where.items())}
+        return rows[ours], rows[theirs]
+
+    def hardware(row: dict[str, str]) -> str:
+        return f"{row['hardware']}; {row['date']}"
+
+    dense = "open_clip.ClipLoss"
+    loss = pair("similarity_loss", "simplclip", dense, objective="contrastive", n="16384", dtype="float32")
+    shape = "B=64 L=77 C=512 causal"
+    block = pair(
+        "simplified_block", "simplclip", "open_clip's block", shape=shape, dtype="bfloat16", **{"pass": "forward + backward"}
+    )
+    plain = "plain torch blocks, dense losses"
+    step = pair("training", "simplclip", plain, objective="contrastive, pair matching", n="1024", dtype="bfloat16")
+    seconds = [f"{float(row['p50_ms']) / 1000:.1f} s, {float(row['extra_mib']):,.0f} MiB" for row in loss]
+    tokens = [f"{float(row['p50_ms']):,.0f} ms, {int(row['saved_bytes_per_token']):,} bytes" for row in block]
+    samples = [f"{int(row['samples_per_s']):,} samples/s, {float(row['extra_mib']):,.0f} MiB" for row in step]
+    return [
+        "| measured | simplclip | in its place | hardware |",
+        "|---|---|---|---|",
+        f"| Contrastive loss of {int(loss[0]['n']):,} pairs, D = {loss[0]['d']}, float32: time, memory beside the features "
+        f"| {seconds[0]} | `{dense}`: {seconds[1]} | {hardware(loss[0])} |",
+        f"| One block of CLIP's text tower, {shape}, bfloat16: time, bytes kept per token for backward "
+        f"| {tokens[0]} | open_clip's block: {tokens[1]} | {hardware(block[0])} |",
+        f"| Training step of {step[0]['shape']}, {int(step[0]['n']):,} pairs, {step[0]['objective']}, bfloat16: throughput, "
+        f"memory beside the weights | {samples[0]} | {plain}: {samples[1]} | {hardware(step[0])} |",
+        "",
+        "Forward and backward, medians of interleaved runs on a CPU. Written by `make tables` from `benchmarks/results`.",
+    ]
+
+
+README, BENCHMARKS, CHART = "README.md", "docs/benchmarks.md", "docs/similarity_loss.svg"
 TABLES = {
-    "similarity_loss": lambda: op_table("similarity_loss"),
-    "feature_loss": lambda: op_table("feature_loss", decimals=1),
-    "shaped_attention": attention_table,
-    "simplified_block": lambda: op_table("simplified_block", decimals=0),
-    "towers": lambda: op_table("towers", decimals=0),
-    "gradient_cache": lambda: op_table("gradient_cache"),
-    "training": lambda: op_table("training"),
-    "plan": plan,
-    "demo": demo,
-    "ablation": ablation,
+    README: {"figures": figures, "demo": demo},
+    BENCHMARKS: {
+        "similarity_loss": lambda: op_table("similarity_loss"),
+        "feature_loss": lambda: op_table("feature_loss", decimals=1),
+        "simplified_block": lambda: op_table("simplified_block"),
+        "shaped_attention": attention_table,
+        "towers": lambda: op_table("towers"),
+        "gradient_cache": lambda: op_table("gradient_cache"),
+        "training": lambda: op_table("training"),
+        "plan": plan,
+        "demo": demo,
+        "ablation": ablation,
+    },
 }
 
 
+def written(name: str) -> str:
+    """The text of the file `name` with its tables as the result files have them."""
+    text = (ROOT / name).read_text()
+    for table, make in TABLES[name].items():
+        pattern = re.compile(rf"(<!-- table: {table} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"{name}: expected one place <!-- table: {table} --> ... <!-- end -->")
+        lines = "\n".join(make())
+        text = pattern.sub(lambda match, lines=lines: f"{match[1]}{lines}\n{match[2]}", text)
+    return text
+
+
 def main() -> None:
-    path = ROOT / "README.md"
-    before = text = path.read_text()
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"README.md: expected a place <!-- table: {name} --> ... <!-- end -->, found none")
-        table = "\n".join(make())
-        text = pattern.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+    files = {name: written(name) for name in TABLES}
+    path, rows = read("similarity_loss")
+    files[CHART] = chart.draw(rows, str(path.relative_to(ROOT)))
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md differs from the result files: run python -m benchmarks.tables" if text != before else 0)
-    path.write_text(text)
+        stale = [name for name, text in files.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
+        sys.exit(f"{', '.join(stale)}: not what the result files say; run make tables" if stale else 0)
+    for name, text in files.items():
+        (ROOT / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def install(python, wheel: Path, folder: Path) -> None:
 def test_source_distribution_has_all_that_is_built_and_no_tests(packages):
     with tarfile.open(the_file(packages, "*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    kinds = {"csrc": ("h", "cuh", "cpp", "cu"), "kernels": ("py",), "simplclip": ("py", "yaml")}
+    kinds = {"csrc": ("h", "cuh", "cpp", "cu"), "kernels": ("py",), "simplclip": ("py", "yaml", "typed")}
     wanted = {
         str(path.relative_to(ROOT))
         for folder, suffixes in kinds.items()
@@ -135,6 +135,11 @@ def test_wheel_is_of_the_limited_api_and_the_stable_abi(wheel, tmp_path):
         (extension,) = [name for name in archive.namelist() if name.endswith(".so")]
         assert extension == "simplclip/_C.abi3.so"
         assert extension_symbols.unstable(archive.extract(extension, tmp_path)) == []
+
+
+def test_wheel_says_that_it_is_typed(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "simplclip/py.typed" in archive.namelist()
 
 
 def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):

@@ -1,9 +1,276 @@
-from benchmarks import tables
+"""README.md, CONTRIBUTING.md and docs/: what they show runs, and what they name exists.
+
+    python   the blocks of one file run in order, as one program, and use no deprecated name
+    sh       a line is a command of a kind below; its targets, options, settings, extras and files exist. Those that take
+             seconds are run too
+    yaml     a file for the shell lines, named in its first line: `# NAME.yaml`
+    mermaid  a picture; the files that it names exist
+    text     a formula
+
+Other blocks are an error, and so are indented ones.
+"""
+
+import functools
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from paths import ROOT
+
+FILES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text()
+PYPROJECT = (ROOT / "pyproject.toml").read_text()
+QUICK = (
+    "make help",
+    "make check-tools",
+    "simplclip doctor",
+    "simplclip train --help-config",
+    "python -m benchmarks.tables --check",
+)
+SYSTEM_PACKAGES = ("git", "make", "fonts-noto-color-emoji", "google-noto-color-emoji-fonts")
 
 
-def test_tables_come_from_the_committed_results():
-    """Every figure between the README's table marks is what the newest result files say."""
-    text = (tables.ROOT / "README.md").read_text()
-    for name, make in tables.TABLES.items():
-        inside = text.split(f"<!-- table: {name} -->\n")[1].split("\n<!-- end -->")[0]
-        assert inside.splitlines() == make()
+def tokens(name: str):
+    return MarkdownIt().enable("table").parse((ROOT / name).read_text())
+
+
+def blocks(name: str, language: str) -> list[tuple[int, str]]:
+    """First line number and text of the file's blocks in this language."""
+    return [(t.map[0] + 2, t.content) for t in tokens(name) if t.type == "fence" and t.info == language]
+
+
+def commands() -> list:
+    """Every command of the shell blocks, as its file and line number, and its words."""
+    found = []
+    for name in FILES:
+        for first, text in blocks(name, "sh"):
+            joined = re.sub(r"\\\n\s*", lambda match: " " * len(match[0]), text)
+            for line in joined.splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    found.append(pytest.param(name, words, id=f"{name}:{first} {' '.join(words)[:60]}"))
+    return found
+
+
+def test_tables_and_chart_come_from_the_committed_results():
+    run = subprocess.run([sys.executable, "-m", "benchmarks.tables", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_block_is_of_a_kind_that_is_tested(name):
+    kinds = {(t.type, t.info) for t in tokens(name) if t.type in ("fence", "code_block")}
+    assert kinds <= {("fence", language) for language in ("python", "sh", "yaml", "mermaid", "text")}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if blocks(name, "python")])
+def test_python_blocks_run(name, tmp_path):
+    """In a file with their own line numbers, so that a traceback points into the document."""
+    lines: list[str] = []
+    for first, text in blocks(name, "python"):
+        lines += [""] * (first - 1 - len(lines)) + text.splitlines()
+    program = tmp_path / Path(name).with_suffix(".py").name
+    program.write_text("\n".join(lines) + "\n")
+    run = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", program],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{name}: {run.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize(("name", "words"), commands())
+def test_commands_exist(name, words, tmp_path, monkeypatch):
+    for _, text in blocks(name, "yaml"):
+        (tmp_path / text.partition("\n")[0].removeprefix("# ")).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    check_command(list(words))
+
+
+def check_command(words: list[str]) -> None:
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        variable = words.pop(0).partition("=")[0]
+        assert variable in sources(), variable
+    program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
+    if program == "python" and arguments[:1] == ["-m"]:
+        program, arguments = arguments[1], arguments[2:]
+    checks = {
+        "make": check_make,
+        "simplclip": check_simplclip,
+        "simplclip.integrations.open_clip_train": check_open_clip_train,
+        "pip": check_pip,
+        "pytest": check_pytest,
+        "sudo": check_system_packages,
+        "git": lambda rest: None,
+        "cd": lambda rest: None,
+        "pre-commit": lambda rest: None,
+    }
+    if program.startswith("benchmarks."):
+        text = (ROOT / f"{program.replace('.', '/')}.py").read_text()
+        assert all(argument in text for argument in arguments if argument.startswith("-"))
+    else:
+        assert program in checks, f"{program}: expected one of {sorted(checks)}"
+        checks[program](arguments)
+
+
+@functools.cache
+def sources() -> str:
+    """Everything that may read a variable of the environment."""
+    files = [ROOT / "setup.py", *(ROOT / "simplclip").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]*")]
+    return MAKEFILE + "".join(path.read_text() for path in files)
+
+
+def check_make(arguments: list[str]) -> None:
+    for argument in arguments:
+        variable, assigned, _ = argument.partition("=")
+        if assigned:
+            assert re.search(rf"\$\((or \$\()?{variable}\)|^{variable} ", MAKEFILE, re.MULTILINE), argument
+        else:
+            assert re.search(rf"^{argument}:", MAKEFILE, re.MULTILINE), argument
+
+
+def check_simplclip(arguments: list[str]) -> None:
+    """By the parser of the command line itself, with commands that do nothing; and a config's settings by its reader."""
+    from typer.main import get_command
+
+    from simplclip import cli
+    from simplclip.train import config
+
+    seen = {}
+
+    def quiet(command):
+        for child in getattr(command, "commands", {}).values():
+            quiet(child)
+        if not hasattr(command, "commands"):
+            command.callback = lambda **values: seen.update(values)
+
+    parser = get_command(cli.app)
+    quiet(parser)
+    parser.main(arguments, standalone_mode=False)
+    if seen.get("config") is not None:
+        config.load(seen["config"], seen.get("set_") or ())
+
+
+def check_open_clip_train(arguments: list[str]) -> None:
+    from open_clip_train.params import parse_args
+
+    from simplclip.integrations import open_clip_train
+
+    _, theirs = open_clip_train.parser().parse_known_args(arguments)
+    parse_args(theirs)
+
+
+def check_pip(arguments: list[str]) -> None:
+    assert arguments[0] == "install"
+    for argument in arguments[1:]:
+        extras = re.fullmatch(r"(?:\.|simplclip)(?:\[([\w,]+)\])?", argument)
+        assert extras or argument in ("-e", "--no-build-isolation"), argument
+        for extra in extras[1].split(",") if extras and extras[1] else ():
+            assert re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE), extra
+
+
+def check_pytest(arguments: list[str]) -> None:
+    for argument in arguments:
+        if argument.startswith("tests"):
+            assert (ROOT / argument.partition("::")[0]).exists(), argument
+
+
+def check_system_packages(arguments: list[str]) -> None:
+    manager, install, *packages = arguments
+    assert (manager, install) in (("apt", "install"), ("dnf", "install"))
+    stems = {re.sub("^python3", "$(PYTHON_PACKAGE)", package): package for package in packages}
+    for stem, package in stems.items():
+        assert stem in MAKEFILE.split("define CHECK_TOOLS")[1].split("endef")[0] or package in SYSTEM_PACKAGES, package
+
+
+def test_readme_lists_every_package_that_make_asks_for():
+    asked = re.findall(r'missing "[^"]*" (\S+) (\S+)', MAKEFILE.replace("$(PYTHON_PACKAGE)", "python3"))
+    assert len(asked) == 5
+    lines = [words for name, words in (param.values for param in commands()) if name == "README.md"]
+    listed = {words[1]: words for words in lines if words[0] == "sudo"}
+    for apt, dnf in asked:
+        if apt != "python3.12":  # an example of a newer one
+            assert apt in listed["apt"]
+            assert dnf in listed["dnf"]
+
+
+def test_quick_commands_run():
+    lines = {" ".join(words) for _, words in (param.values for param in commands())}
+    wanted = [line for line in QUICK if line in lines]
+    assert len(wanted) >= 3
+    for line in wanted:
+        line = re.sub("^simplclip", f"{sys.executable} -m simplclip", re.sub("^python", sys.executable, line))
+        run = subprocess.run(shlex.split(line), cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, f"{line}: {run.stderr}"
+
+
+def words_of(name: str) -> list[str]:
+    """The text in backticks outside of blocks."""
+    inline = [child for t in tokens(name) if t.type == "inline" for child in t.children]
+    return [child.content for child in inline if child.type == "code_inline"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_paths_exist(name):
+    """Paths from the top in backticks, but for those with the placeholder NAME; and in pictures, from the package too."""
+    top = "simplclip|kernels|csrc|benchmarks|tests|docs|\\.github"
+    for word in words_of(name):
+        if re.fullmatch(rf"({top})/[\w./*-]*", word) and "NAME" not in word:
+            assert list(ROOT.glob(word.rstrip("/"))), f"{name}: {word}"
+    for first, text in blocks(name, "mermaid"):
+        found = re.findall(r"\b\w+(?:/\w+)*(?:/|\.py)(?!\w)", text)
+        assert len(found) > 5
+        for path in found:
+            assert (ROOT / path).exists() or (ROOT / "simplclip" / path).exists(), f"{name}:{first}: {path}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_names_exist(name):
+    """`simplclip.a.b` is a module or something in one, and `SIMPLCLIP_A` a variable that something reads."""
+    for word in words_of(name):
+        for dotted in re.findall(r"^(?:python -m )?(simplclip(?:\.\w+)+)", word):
+            assert resolves(dotted), f"{name}: {dotted}"
+        for variable in re.findall(r"\bSIMPLCLIP_\w+", word):
+            assert variable in sources(), f"{name}: {variable}"
+
+
+def resolves(dotted: str) -> bool:
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def anchors(path: Path) -> set[str]:
+    """As GitHub makes them from headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_lead_somewhere(name):
+    inline = [child for t in tokens(name) if t.type == "inline" for child in t.children]
+    targets = [child.attrs.get("href", child.attrs.get("src")) for child in inline if child.type in ("link_open", "image")]
+    for target in targets:
+        if not re.match(r"https?://", target):
+            path, _, anchor = target.partition("#")
+            path = (ROOT / name).parent / path if path else ROOT / name
+            assert path.exists(), f"{name}: {target}"
+            assert not anchor or anchor in anchors(path), f"{name}: {target}"

@@ -1,0 +1,123 @@
+"""The README's chart: time and memory of the similarity losses against the number of pairs, as an SVG.
+
+It is written as text, without a plotting library: the same result file gives the same bytes on every machine, so that a test
+can compare them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 880, 392
+LEFT, TOP, PANEL_WIDTH, PANEL_HEIGHT = 62, 92, 268, 206
+PANEL_STEP = 450  # from the left edge of one panel to that of the next
+STYLE = """
+text { font: 12px system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif; fill: #1f2328 }
+.title { font-size: 14px; font-weight: 600 }
+.small { font-size: 11px; fill: #59636e }
+.grid { stroke: #e4e7eb; stroke-width: 1 }
+polyline { fill: none; stroke-width: 2.2 }
+.ours { stroke: #0969da; fill: #0969da }
+.theirs { stroke: #bc4c00; fill: #bc4c00 }
+polyline.ours, polyline.theirs { fill: none }
+.four { stroke-dasharray: 6 4 }
+circle { stroke: none }
+text.ours, text.theirs { stroke: none }
+"""
+
+
+@dataclass(frozen=True)
+class Series:
+    objective: str  # as in the result file
+    form: str
+    title: str
+    style: str  # classes of STYLE
+    above: bool = False  # the last point's label stands above it, where another line passes on its right
+
+
+SERIES = (
+    Series("contrastive", "simplclip", "simplclip, contrastive loss", "ours"),
+    Series("contrastive", "open_clip.ClipLoss", "open_clip.ClipLoss", "theirs"),
+    Series("all four", "simplclip", "simplclip, all four terms", "ours four"),
+    Series("all four", "open_clip's losses and KL", "the same by open_clip and plain torch", "theirs four", above=True),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    column: str  # of the result file
+    divisor: float  # from its unit to that of the labels
+    ticks: tuple[float, ...]  # in the unit of the labels; the first and the last are the ends of the axis
+    unit: str
+
+    def label(self, value: float) -> str:
+        return f"{value:,.1f} {self.unit}" if value < 10 else f"{value:,.0f} {self.unit}"
+
+
+PANELS = (
+    Panel("Forward and backward", "p50_ms", 1000, (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), "s"),
+    Panel("Memory beside the features", "extra_mib", 1, (40, 100, 200, 500, 1000, 2000, 5000), "MiB"),
+)
+
+
+def draw(rows: list[dict[str, str]], source: str) -> str:
+    """The SVG of the float32 rows of similarity_loss's result file, which `source` names."""
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    sizes = sorted({int(row["n"]) for row in rows})
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}">',
+        "<title>Time and memory of the similarity losses against the number of pairs</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#ffffff"/>',
+    ]
+    for index, series in enumerate(SERIES):
+        x, y = 24 + 300 * (index // 2), 24 + 20 * (index % 2)
+        lines.append(f'<polyline class="{series.style}" points="{x},{y - 4} {x + 30},{y - 4}"/>')
+        lines.append(_text(x + 38, y, series.title))
+    for index, panel in enumerate(PANELS):
+        lines += _panel(panel, LEFT + PANEL_STEP * index, rows, sizes)
+    first = rows[0]
+    lines.append(_text(24, HEIGHT - 30, f"float32, D = {first['d']}; {first['hardware']}; {first['date']}", style="small"))
+    lines.append(_text(24, HEIGHT - 13, f"drawn by make tables from {source}", style="small"))
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def _panel(panel: Panel, left: float, rows: list[dict[str, str]], sizes: list[int]) -> list[str]:
+    """Both axes are logarithmic."""
+    low, high = math.log(panel.ticks[0]), math.log(panel.ticks[-1])
+    first, last = math.log(sizes[0]), math.log(sizes[-1])
+
+    def across(n: int) -> float:
+        return left + 12 + (PANEL_WIDTH - 24) * (math.log(n) - first) / (last - first)
+
+    def down(value: float) -> float:
+        return TOP + PANEL_HEIGHT * (high - math.log(value)) / (high - low)
+
+    lines = [_text(left, TOP - 14, f"{panel.title}, {panel.unit}", style="title")]
+    for tick in panel.ticks:
+        y = down(tick)
+        lines.append(f'<line class="grid" x1="{left}" x2="{left + PANEL_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        lines.append(_text(left - 8, y + 4, f"{tick:,g}", style="small", anchor="end"))
+    for n in sizes:
+        lines.append(_text(across(n), TOP + PANEL_HEIGHT + 18, f"{n:,}", style="small", anchor="middle"))
+    middle, below = left + PANEL_WIDTH / 2, TOP + PANEL_HEIGHT + 36
+    lines.append(_text(middle, below, "pairs in the batch, N", style="small", anchor="middle"))
+    for series in SERIES:
+        mine = [row for row in rows if (row["objective"], row["form"]) == (series.objective, series.form)]
+        values = sorted((int(row["n"]), float(row[panel.column]) / panel.divisor) for row in mine)
+        points = [(across(n), down(value)) for n, value in values]
+        lines.append(f'<polyline class="{series.style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
+        colour = series.style.split()[0]
+        lines += [f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
+        x, y = points[-1]
+        place = {"x": x, "y": y - 9, "anchor": "middle"} if series.above else {"x": x + 8, "y": y + 4}
+        lines.append(_text(text=panel.label(values[-1][1]), style=colour, **place))
+    return lines
+
+
+def _text(x: float, y: float, text: str, *, style: str = "", anchor: str = "start") -> str:
+    name = f' class="{style}"' if style else ""
+    return f'<text{name} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

@@ -1,0 +1,94 @@
+"""The Makefile: its list of targets fits a screen, and an installation says what the machine lacks before it starts."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from paths import ROOT
+
+MAKE = shutil.which("make")
+
+pytestmark = pytest.mark.skipif(MAKE is None, reason="make is not installed")
+
+
+def make(*arguments, **environment):
+    kept = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "CXX")}
+    command = [MAKE, "--no-print-directory", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=kept | environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A PATH with a shell, a compiler and this Python, from which a test removes what is to be missing."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name in ("sh", "grep", "sed", "expand", "nproc"):
+        (path / name).symlink_to(shutil.which(name))
+    (path / "g++").write_text("#!/bin/sh\n")
+    (path / "g++").chmod(0o755)
+    (path / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (path / "python3").chmod(0o755)
+    return path
+
+
+def missing(run) -> list[str]:
+    return [line for line in run.stderr.splitlines() if line.startswith("missing: ")]
+
+
+def test_help_fits_a_screen():
+    lines = make("help").stdout.splitlines()
+    assert len(lines) > 10
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+
+
+def test_nothing_is_missing(folder):
+    run = make("check-tools", PATH=str(folder))
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_without_a_compiler_the_installation_stops_before_it_starts(folder, tmp_path):
+    (folder / "g++").unlink()
+    run = make("install", f"VENV={tmp_path}/venv", PATH=str(folder))
+    assert run.returncode == 2
+    assert missing(run) == [
+        "missing: a C++ compiler, called g++; apt install g++ (Debian, Ubuntu) or dnf install gcc-c++ (Fedora)"
+    ]
+    assert not (tmp_path / "venv").exists()
+
+
+def test_another_compiler_is_the_one_that_is_asked_for(folder):
+    (folder / "g++").rename(folder / "clang++")
+    assert len(missing(make("check-tools", PATH=str(folder)))) == 1
+    assert make("check-tools", PATH=str(folder), CXX="clang++ -stdlib=libc++").returncode == 0
+
+
+def test_python_is_missing(folder):
+    (folder / "python3").unlink()
+    run = make("check-tools", PATH=str(folder))
+    assert run.returncode == 2
+    assert missing(run) == [
+        "missing: Python 3.10 or later, called python3; apt install python3 (Debian, Ubuntu) or dnf install python3 (Fedora)"
+    ]
+
+
+def test_debian_without_venv(folder, tmp_path):
+    """Debian's python3 has no ensurepip; python3-venv brings it."""
+    (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError('ensurepip')\n")
+    run = make("check-tools", PATH=str(folder), PYTHONPATH=str(tmp_path))
+    assert run.returncode == 2
+    (line,) = missing(run)
+    assert "apt install python3-venv " in line
+
+
+def test_every_missing_thing_has_its_line(folder):
+    (folder / "g++").unlink()
+    elsewhere = "import sys, sysconfig; sysconfig.get_path = lambda name: '/nowhere'; exec(sys.argv[1])"
+    (folder / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{elsewhere}" "$2"\n')
+    run = make("check-tools", PATH=str(folder))
+    assert run.returncode == 2
+    headers, compiler = missing(run)
+    assert "apt install python3-dev (Debian, Ubuntu) or dnf install python3-devel" in headers
+    assert "apt install g++" in compiler
