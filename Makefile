@@ -126,10 +126,13 @@ wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 tables: install  ## tables and chart of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
+# The kernels lie beside the package, and are imported as a part of it.
 lint: install  ## ruff, and that packages import from those below them only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports
+	rm -rf build/lint && mkdir -p build/lint && cp -r simplclip build/lint && rm -rf build/lint/simplclip/kernels
+	cp -r kernels build/lint/simplclip/kernels
+	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --config ../../pyproject.toml
 
 clean:  ## remove what was built; keeps data, runs and venvs
 	rm -rf build dist *.egg-info simplclip/*.so

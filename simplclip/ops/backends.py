@@ -24,11 +24,6 @@ from dataclasses import dataclass
 
 import torch
 
-from simplclip.ops.attention import reference as attention
-from simplclip.ops.feature import reference as feature
-from simplclip.ops.mlp import reference as mlp
-from simplclip.ops.similarity import reference as similarity
-
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "")
@@ -80,7 +75,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
+def triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
     """Triton serves CUDA tensors; with TRITON_INTERPRET=1 its interpreter serves CPU tensors instead, for tests."""
     if not _has_triton():
         return "the package triton is not installed"
@@ -92,42 +87,16 @@ def _triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
     return None
 
 
-def _triton_attention(device: str, dtype: torch.dtype, *, width: int = 0, **call) -> str | None:
-    """A block of rows of a wider head does not fit the registers."""
-    most = 128 if dtype == torch.float32 else 256
-    if width > most:
-        return f"serves heads of at most {most} in {dtype}, not {width}"
-    return _triton_on_cuda(device, dtype)
-
-
 @functools.cache
-def _capability() -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+def capability() -> tuple[int, int] | None:
+    return torch.cuda.get_devicecapability() if torch.cuda.is_available() else None
 
 
-def _attention_on_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
-    if cuda_extension is None:
-        return cuda_extension_error
-    if device != "cuda":
-        return f"serves cuda tensors, not {device}"
-    if _capability() and _capability() < (8, 0):
-        return f"needs compute capability 8.0, the device has {'.'.join(map(str, _capability()))}"
-    if dtype == torch.float64:
-        return "computes in float32; float64 is for the reference"
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return "serves float32 only through TF32, which torch does not allow (torch.backends.cuda.matmul.allow_tf32)"
-    reason = cuda_extension.shaped_attention_why_not(length, width)
-    return reason and f"{reason}; got {length} tokens, width {width}"
-
-
-def _private(name: str) -> Callable:
-    """The op that C++ implements; looked up late, so that importing works without the extension."""
+def _native(name: str, unpacked: bool) -> Callable:
+    """The op that C++ implements, looked up late, so that importing works without the extension; unpacked: for a call."""
+    if unpacked:
+        return lambda call: getattr(torch.ops.simplclip, name)(*vars(call).values())
     return lambda *args: getattr(torch.ops.simplclip, name)(*args)
-
-
-def _unpacked(name: str) -> Callable:
-    """The same of a call's fields."""
-    return lambda call: getattr(torch.ops.simplclip, name)(*vars(call).values())
 
 
 def _kernel(module: str, name: str) -> Callable:
@@ -135,32 +104,30 @@ def _kernel(module: str, name: str) -> Callable:
     return lambda *args: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*args)
 
 
-def _row(
-    folder: str, name: str, *, module: str = "op", triton: Callable = _triton_on_cuda, cuda: Callable | None = None
+def row(
+    reference: Callable,
+    *,
+    module: str = "",
+    unpacked: bool = False,
+    triton: Callable = triton_on_cuda,
+    cuda: Callable | None = None,
 ) -> dict[str, Implementation]:
-    """The backends of `name`, each under the op's own name where that backend keeps its functions, with their predicates."""
-    row = {
-        "triton": Implementation(_kernel(f"{folder}.{module}", name), triton),
-        "cpu": Implementation((_unpacked if folder == "similarity" else _private)(f"{name}_cpu"), _extension_on_cpu),
-        "reference": Implementation(getattr(_REFERENCE[folder], name), _anywhere),
-    }
-    return row if cuda is None else {"cuda": Implementation(_private(f"{name}_cuda"), cuda), **row}
+    """The backends of an op, each under the name of its definition `reference`, with the predicates that say why not.
+
+    module: of simplclip.kernels, where its launcher is; without one the reference alone serves. unpacked: C++ takes the
+    fields of the call. cuda: the predicate of CUDA C++, where it has the op.
+    """
+    name, found = reference.__name__, {}
+    if cuda is not None:
+        found["cuda"] = Implementation(_native(f"{name}_cuda", unpacked), cuda)
+    if module:
+        found["triton"] = Implementation(_kernel(module, name), triton)
+        found["cpu"] = Implementation(_native(f"{name}_cpu", unpacked), _extension_on_cpu)
+    return found | {"reference": Implementation(reference, _anywhere)}
 
 
-_REFERENCE = {"attention": attention, "feature": feature, "mlp": mlp, "similarity": similarity}
-_ATTENTION = {"triton": _triton_attention, "cuda": _attention_on_cuda}
-TABLE: dict[str, dict[str, Implementation]] = {
-    "similarity_loss_fwd": _row("similarity", "similarity_loss_fwd"),
-    "similarity_loss_bwd": _row("similarity", "similarity_loss_bwd"),
-    "similarity_rows": _row("similarity", "similarity_rows", module="rows"),
-    "similarity_rows_bwd": {"reference": Implementation(similarity.similarity_rows_bwd, _anywhere)},  # N·D: nothing to fuse
-    "feature_loss_fwd": _row("feature", "feature_loss_fwd"),
-    "feature_loss_bwd": _row("feature", "feature_loss_bwd"),
-    "shaped_attention_fwd": _row("attention", "shaped_attention_fwd", **_ATTENTION),
-    "shaped_attention_bwd": _row("attention", "shaped_attention_bwd", **_ATTENTION),
-    "parallel_mlp_fwd": _row("mlp", "parallel_mlp_fwd"),
-    "parallel_mlp_bwd": _row("mlp", "parallel_mlp_bwd"),
-}
+# op -> backend -> function; simplclip.ops.registry.define fills it.
+TABLE: dict[str, dict[str, Implementation]] = {}
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ def define(
     run: Callable,
     fake: Callable,
     *,
+    row: dict[str, backends.Implementation] | None = None,
     native: str | None = None,
     native_fake: Callable | None = None,
     facts: Callable[..., dict] | None = None,
@@ -49,10 +50,10 @@ def define(
 
     arguments: the schema's, or the dataclass of a call that they are generated from: then `run`, `fake` and the functions of
     the backends get such an object instead, but for C++, which gets its fields.
-    `run(function, *arguments)` prepares the call for a backend's function. `native`: schema of the functions of C++ where it
-    is another than the op's, then with its `native_fake`. `facts(*arguments)`: what the backends' predicates want to know
-    beside device and dtype.
-    An op without a row in the table is made of others: its `run` gets `pick(op, **facts)`, which gives their functions.
+    `run(function, *arguments)` prepares the call for a backend's function. row: the op's backends, for the table. An op
+    without them is made of others: its `run` gets `pick(op, **facts)`, which gives their functions.
+    native: schema of the functions of C++ where it is another than the op's, then with its `native_fake`. facts(*arguments):
+    what the backends' predicates want to know beside device and dtype.
     """
     as_call: Callable = lambda *args: args  # noqa: E731
     if isinstance(arguments, type):
@@ -60,6 +61,8 @@ def define(
         as_call = lambda *args: (call_type(*args),)  # noqa: E731
         fake = lambda *args: of_call(call_type(*args[:-1]))  # noqa: E731
         native_fake = native_fake or of_call
+    if row:
+        backends.TABLE[name] = row
     library.define(f"{name}({arguments}, str backend) -> {returns}")
     for backend in ("cpu", "cuda"):
         schema = native or f"({arguments}) -> {returns}"
@@ -72,7 +75,7 @@ def define(
             backend, function = backends.select(op, first.device.type, first.dtype, args[-1], **call)
             return through(op, backend, function) if through else function
 
-        function = pick(name, **(facts(*args[:-1]) if facts else {})) if name in backends.TABLE else pick
+        function = pick(name, **(facts(*args[:-1]) if facts else {})) if row else pick
         meta = first.device.type == "meta"  # which has no autocast
         with contextlib.nullcontext() if meta else torch.autocast(first.device.type, enabled=False):
             return run(function, *as_call(*args[:-1]))
@@ -80,7 +83,7 @@ def define(
     library.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"simplclip::{name}", fake, lib=library)
     DISPATCH[f"simplclip::{name}"] = dispatch
-    if name in backends.TABLE:
+    if row:
         NATIVE_FAKES[name] = native_fake or (lambda *args: fake(*args, ""))
 
 

@@ -127,7 +127,7 @@ def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
     def why_not(dtype=torch.bfloat16, device="cuda", **call):
         return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, **call)
 
-    monkeypatch.setattr(backends, "_capability", lambda: (8, 6))
+    monkeypatch.setattr(backends, "capability", lambda: (8, 6))
     assert why_not(length=288, width=128) is None
     assert why_not(length=289, width=64) == "serves 1 to 288 tokens; got 289 tokens, width 64"
     assert why_not(length=77, width=40) == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
@@ -141,5 +141,5 @@ def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
         assert why_not(torch.float32) is None
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    monkeypatch.setattr(backends, "_capability", lambda: (7, 5))
+    monkeypatch.setattr(backends, "capability", lambda: (7, 5))
     assert why_not() == "needs compute capability 8.0, the device has 7.5"

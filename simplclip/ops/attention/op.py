@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks
+from simplclip.ops.attention import reference
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import autocast, call, define, register_autograd
 
@@ -39,12 +40,37 @@ def _bwd_fake(grad, q, k, v, gains, *rest):
     return *d, torch.empty_like(gains)
 
 
+def _why_not_triton(device: str, dtype: torch.dtype, *, width: int = 0, **call) -> str | None:
+    """A block of rows of a wider head does not fit the registers."""
+    most = 128 if dtype == torch.float32 else 256
+    if width > most:
+        return f"serves heads of at most {most} in {dtype}, not {width}"
+    return backends.triton_on_cuda(device, dtype)
+
+
+def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
+    if backends.cuda_extension is None:
+        return backends.cuda_extension_error
+    if device != "cuda":
+        return f"serves cuda tensors, not {device}"
+    if backends.capability() and backends.capability() < (8, 0):
+        return f"needs compute capability 8.0, the device has {'.'.join(map(str, backends.capability()))}"
+    if dtype == torch.float64:
+        return "computes in float32; float64 is for the reference"
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "serves float32 only through TF32, which torch does not allow (torch.backends.cuda.matmul.allow_tf32)"
+    reason = backends.cuda_extension.shaped_attention_why_not(length, width)
+    return reason and f"{reason}; got {length} tokens, width {width}"
+
+
+_BACKENDS = {"module": "attention.op", "triton": _why_not_triton, "cuda": _why_not_cuda}
 define(
     "shaped_attention_fwd",
     "Tensor q, Tensor k, Tensor v, Tensor gains, Tensor? lengths, float scale, bool causal",
     "(Tensor, Tensor)",
     _fwd,
     _fwd_fake,
+    row=backends.row(reference.shaped_attention_fwd, **_BACKENDS),
     facts=_facts,
 )
 define(
@@ -53,6 +79,7 @@ define(
     "(Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
+    row=backends.row(reference.shaped_attention_bwd, **_BACKENDS),
     native="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gains, Tensor lse, Tensor? lengths, float scale, bool causal, "
     "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor",
     native_fake=lambda grad, q, k, v, gains, *_: torch.empty_like(gains),

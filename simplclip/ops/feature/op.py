@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simplclip.ops import backends, checks
 from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.feature import reference
 from simplclip.ops.registry import autocast, call, define, register_autograd
 
 DISTANCES = ("mse", "smooth_l1")
@@ -44,6 +45,7 @@ define(
     "(Tensor, Tensor)",
     _fwd,
     _fwd_fake,
+    row=backends.row(reference.feature_loss_fwd, module="feature.op"),
 )
 define(
     "feature_loss_bwd",
@@ -51,6 +53,7 @@ define(
     "Tensor",
     _bwd,
     _bwd_fake,
+    row=backends.row(reference.feature_loss_bwd, module="feature.op"),
 )
 
 

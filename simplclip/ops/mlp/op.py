@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks, registry
+from simplclip.ops.mlp import reference
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, call, define, register_autograd, wants_grad
 
@@ -94,6 +95,7 @@ define(
     "(Tensor, Tensor)",
     _fwd,
     _fwd_fake,
+    row=backends.row(reference.parallel_mlp_fwd, module="mlp.op"),
     native=_NATIVE_FWD,
     native_fake=lambda *_: None,
 )
@@ -103,6 +105,7 @@ define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
+    row=backends.row(reference.parallel_mlp_bwd, module="mlp.op"),
     native=_NATIVE_BWD,
     native_fake=_native_bwd_fake,
 )

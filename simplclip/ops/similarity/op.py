@@ -11,7 +11,7 @@ from simplclip.ops import backends, checks, distributed
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import autocast, define, flat, register_autograd, wants_grad
 from simplclip.ops.registry import call as run
-from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
     ALL_NEGATIVES,
     HARD_NEGATIVES,
@@ -89,8 +89,13 @@ def _bwd_fake(call):
     )
 
 
-define("similarity_loss_fwd", SimilarityCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-define("similarity_loss_bwd", SimilarityGradient, f"({', '.join(['Tensor'] * len(_GRADIENTS))})", _bwd, _bwd_fake)
+_FWD, _BWD = (
+    backends.row(function, module="similarity.op", unpacked=True)
+    for function in (reference.similarity_loss_fwd, reference.similarity_loss_bwd)
+)
+_RESULTS = f"({', '.join(['Tensor'] * len(_GRADIENTS))})"
+define("similarity_loss_fwd", SimilarityCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD)
+define("similarity_loss_bwd", SimilarityGradient, _RESULTS, _bwd, _bwd_fake, row=_BWD)
 
 
 def _setup_context(ctx, inputs, output):

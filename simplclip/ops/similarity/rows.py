@@ -11,6 +11,7 @@ from simplclip.ops import backends
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, flat, register_autograd, wants_grad
+from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import RowsCall, RowsGradient
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, chunk_rows, computes_in
 
@@ -39,8 +40,10 @@ def _fake_bwd(call):
     return torch.empty_like(call.query), call.grad.new_empty(())
 
 
-define("similarity_rows", RowsCall, "(Tensor, Tensor)", _run, _fake)
-define("similarity_rows_bwd", RowsGradient, "(Tensor, Tensor)", _run_bwd, _fake_bwd)
+_ROW = backends.row(reference.similarity_rows, module="similarity.rows", unpacked=True)
+_ROW_BWD = backends.row(reference.similarity_rows_bwd)  # N·D: nothing to fuse
+define("similarity_rows", RowsCall, "(Tensor, Tensor)", _run, _fake, row=_ROW)
+define("similarity_rows_bwd", RowsGradient, "(Tensor, Tensor)", _run_bwd, _fake_bwd, row=_ROW_BWD)
 
 
 def _setup_context(ctx, inputs, output):
