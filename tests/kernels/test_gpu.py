@@ -12,7 +12,7 @@ from benchmarks.measure import peak_bytes
 from benchmarks.similarity_forms import batch
 from simplclip.losses import WIKDLoss
 from simplclip.ops import backends, feature_loss, similarity_loss
-from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.call import TERMS
 
 pytestmark = [
     pytest.mark.gpu,
