@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -66,7 +67,11 @@ def define(
     library.define(f"{name}({arguments}, str backend) -> {returns}")
     for backend in ("cpu", "cuda"):
         schema = native or f"({arguments}) -> {returns}"
-        library.define(f"{name}_{backend}{schema.replace('SymInt', 'int')}")  # C++ runs with numbers, never traced
+        schema = schema.replace("SymInt", "int")  # C++ runs with numbers, never traced
+        library.define(f"{name}_{backend}{schema}")
+        # Bytes that it takes beside its results, said on meta tensors.
+        given = re.sub(r"\(\w!\)", "", schema.split(" -> ")[0])
+        library.define(f"{name}_{backend}_workspace{given} -> int")
 
     def dispatch(*args, through: Callable[[str, str, Callable], Callable] | None = None):
         first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))

@@ -17,8 +17,8 @@ from simplclip.memory.measure import measure
 from simplclip.memory.predict import predict
 from simplclip.memory.solve import largest
 from simplclip.memory.step import OpenClipStep, TrainerStep, busiest
-from simplclip.ops import backends, workspaces
-from simplclip.ops.workspaces_cpu import packing_bytes
+from simplclip.memory.workspaces import packing_bytes
+from simplclip.ops import backends
 from simplclip.train import config
 from simplclip.train.limits import GIB, Budget
 
@@ -192,12 +192,6 @@ def test_an_op_that_looks_at_values_is_an_error(op):
     step.training.objective = lambda step_, image, *rest: original(step_, op(image), *rest)
     with pytest.raises(UncountedOp, match="its memory cannot be predicted, since it does not run on fake tensors: D"):
         predict(step, CPU)
-
-
-def test_an_unknown_workspace_is_an_error(monkeypatch):
-    monkeypatch.delitem(workspaces.STATED["cpu"], "parallel_mlp_bwd")
-    with pytest.raises(workspaces.UnknownWorkspace, match="parallel_mlp_bwd on backend cpu"):
-        predict(trainer("siclip-tiny-emoji", "fp32", "data.batch_size=8"), CPU)
 
 
 def test_the_largest_batch():

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../instruction_set.h"
+#include "../../scratch.h"
 #include "call.h"
 
 #include <algorithm>
@@ -31,7 +32,7 @@ struct Ids {
   std::vector<int32_t> row, column;
 
   Ids(const std::optional<Tensor>& ids, const std::optional<Tensor>& text_ids) {
-    if (!ids) return;
+    if (!ids || !ids->const_data_ptr()) return;  // a meta tensor has none
     expect_contiguous("ids", ids);
     expect_contiguous("text_ids", text_ids);
     std::unordered_map<int64_t, int32_t> rank;
@@ -78,12 +79,15 @@ struct Sweep {
   Tensor hadamard, weighted;             // [chunk, M], [chunk, D]: (x*w) y^T, x*w
 
   // `kept` is forward's result in backward; nothing else is read from the store in forward.
-  Sweep(const SimilarityCall& call, const Tensor* kept)
+  Sweep(const SimilarityCall& call, const Tensor* kept, Scratch& scratch)
       : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(call.chunk, n)),
         stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)), is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
     call.expect_layout();
     if (kept) expect_contiguous("stored", *kept);
-    auto number = [](const std::optional<Tensor>& s) { return *s->const_data_ptr<float>(); };
+    auto number = [](const std::optional<Tensor>& s) {
+      const float* value = s->const_data_ptr<float>();
+      return value ? *value : 0;  // a meta tensor has none
+    };
     if (call.has_student()) student = Matrix{call.image, call.text, number(call.scale), {}, {}};
     if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale), {}, {}};
     if (call.interactive) {
@@ -95,19 +99,19 @@ struct Sweep {
     stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? call.matrices() : 0, this->stored_rows, m});
     // The students take turns in one scratch; in backward it holds gradients where the products themselves are stored.
     const int64_t missing = this->stored_rows < n ? this->chunk : 0;
-    const Tensor students = new_empty(call.image, {kept ? this->chunk : missing, m});
+    const Tensor students = scratch.take(call.image, {kept ? this->chunk : missing, m});
     int64_t slot = 0;
     for (auto* matrix : {&student, &teacher, &image_to_teacher, &teacher_to_text})
       if (*matrix) {
-        (*matrix)->scratch = matrix == &teacher ? new_empty(call.image, {missing, m}) : students;
+        (*matrix)->scratch = matrix == &teacher ? scratch.take(call.image, {missing, m}) : students;
         if (this->stored_rows) (*matrix)->kept = torch::stable::select(stored, 0, slot++);
       }
     if (call.negatives) {
       q = number(call.plane_bias);
       if (call.has_hadamard()) {
         hadamard_weight = *call.plane_weight;
-        hadamard = new_empty(call.image, {this->chunk, m});
-        weighted = new_empty(call.image, {this->chunk, d});
+        hadamard = scratch.take(call.image, {this->chunk, m});
+        weighted = scratch.take(call.image, {this->chunk, d});
       } else {
         p = number(call.plane_weight);
       }
