@@ -7,7 +7,7 @@ from functools import partial
 import interpreter
 import pytest
 import torch
-from interpreter import NO_GPU, needs_interpreter, needs_triton
+from interpreter import needs_interpreter, needs_triton
 from tolerance import assert_within
 
 import simplclip
@@ -174,7 +174,6 @@ def test_interpreted(name, interpreted):
 
 @needs_triton
 @pytest.mark.gpu
-@pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))
 @pytest.mark.parametrize("name", [*NAMES, *large_cases()])
 def test_on_gpu(name):
     run_named(name, "cuda")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import triton_cases
-from interpreter import NO_GPU, needs_interpreter, needs_triton, results, why_not
+from interpreter import needs_interpreter, needs_triton, results, why_not
 from paths import ROOT
 
 NAMES = [*triton_cases.cases(), *triton_cases.EXTRA]
@@ -26,7 +26,6 @@ def test_interpreted(name, interpreted):
 
 @needs_triton
 @pytest.mark.gpu
-@pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))
 @pytest.mark.parametrize("name", [*NAMES, *triton_cases.large_cases()])
 def test_on_gpu(name):
     triton_cases.run_named(name, "cuda")

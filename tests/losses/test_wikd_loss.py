@@ -1,7 +1,7 @@
 import inspect
 import math
 
-import dense
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ def test_every_term_against_the_dense_form(divergence, interactive, teacher_widt
         projected = (image @ parameters["image_projections.0"].T, text @ parameters["text_projections.0"].T)
     # Features come normalised; projections have to be.
     normalised = [F.normalize(p, dim=1) for p in projected] if teacher_width else projected
-    expected = dense.similarity_loss(
+    expected = plain.similarity_loss(
         *copies, terms=("contrastive", "relational", "interactive", "pair_matching"),
         plane=(parameters["plane_weight"], parameters["plane_bias"]),
         teacher_image=teacher[0], teacher_text=teacher[1], teacher_scale=teacher[2],
@@ -124,7 +124,7 @@ def test_several_teachers_are_averaged_after_the_softmax():
     got = torch.autograd.grad(named["distill_loss"], student, retain_graph=True)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        named["contrastive_loss"], 0.5 * dense.similarity_loss(*student, terms=("contrastive",))["contrastive"]
+        named["contrastive_loss"], 0.5 * plain.similarity_loss(*student, terms=("contrastive",))["contrastive"]
     )
     projected = [p @ w.T for p, w in zip((image, text), (loss.image_projections[1], loss.text_projections[1]))]
     feature = [feature_distance(s, t) for s, t in zip((image, text, *projected), (*first[:2], *second[:2]))]

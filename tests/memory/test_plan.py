@@ -313,7 +313,6 @@ def test_a_torch_without_cuda_plans_for_cpus_only(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_predicted_and_measured_on_a_gpu():
     """Within a tenth: cuDNN's workspaces are not stated."""
     device = torch.device("cuda", 0)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cpu_kernels import needs_cpu_kernels
+from devices import needs_cpu_kernels
 from paths import ROOT
 
 import simplclip

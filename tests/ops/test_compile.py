@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from op_calls import CALLS, MODULES, module_call
+from calls import MODULES, SMALL, module_call
 
 FORMS = {
     "float32": (torch.float32, None),
@@ -25,12 +25,12 @@ def value_and_grads(function, tensors, autocast):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [*CALLS, *MODULES])
+@pytest.mark.parametrize("name", [*SMALL, *MODULES])
 def test_traces_without_graph_breaks(name, form, dynamic):
     """A second size of a dynamic call, and any second call of a static one, finds the first one's graph."""
     dtype, autocast = FORMS[form]
     torch.manual_seed(0)
-    tensors, function = CALLS[name] if name in CALLS else module_call(name, dtype)[:2]
+    tensors, function = SMALL[name] if name in SMALL else module_call(name, dtype)[:2]
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

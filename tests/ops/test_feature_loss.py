@@ -3,10 +3,10 @@ import subprocess
 import sys
 import warnings
 
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
-from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
 from interpreter import needs_interpreter
 from paths import PYTHONPATH, ROOT
 from tolerance import assert_within
@@ -17,16 +17,6 @@ from simplclip.ops import checks, feature_loss
 MODES = [{"distance": "mse"}, {"distance": "smooth_l1", "beta": 0.05}, {"distance": "mse", "normalize": False}]
 MODES.append({"distance": "smooth_l1", "beta": 0.7, "normalize": False})
 SIZES = [(1, 7), (2, 48), (17, 513), (64, 48), (257, 7), (31, 1000)]
-
-
-def dense(student, teacher, *, distance="mse", beta=1.0, normalize=True, projection=None):
-    """As anyone would write it, by autograd."""
-    if projection is not None:
-        student = F.linear(student, projection)
-    teacher = teacher.to(student.dtype)
-    if normalize:
-        student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
-    return F.mse_loss(student, teacher) if distance == "mse" else F.smooth_l1_loss(student, teacher, beta=beta)
 
 
 def make_features(n, d, seed=0):
@@ -49,9 +39,9 @@ def check(student, teacher, dtype, backend, teacher_dtype=None, **options):
         kernel = loss_and_grad(feature_loss, x, y, **options)
     assert kernel["loss"].dtype == torch.promote_types(dtype, torch.float32)
     assert kernel["d_student"].dtype == dtype
-    truth = loss_and_grad(dense, x.double(), y.double(), **options)
-    plain = loss_and_grad(dense, x, y, **options)
-    assert_within(kernel, plain, truth, dtype, f"{backend} {dtype} {teacher_dtype} {tuple(x.shape)} {options}")
+    truth = loss_and_grad(plain.feature_loss, x.double(), y.double(), **options)
+    naive = loss_and_grad(plain.feature_loss, x, y, **options)
+    assert_within(kernel, naive, truth, dtype, f"{backend} {dtype} {teacher_dtype} {tuple(x.shape)} {options}")
 
 
 def run_python(code, **environment):
@@ -297,8 +287,8 @@ def test_projection_and_its_gradient(backend):
     results = {}
     for name, function, dtype in (
         ("kernel", feature_loss, torch.float32),
-        ("plain", dense, torch.float32),
-        ("truth", dense, torch.float64),
+        ("plain", plain.feature_loss, torch.float32),
+        ("truth", plain.feature_loss, torch.float64),
     ):
         projection = weight.to(dtype).requires_grad_()
         with simplclip.backend(backend):
@@ -320,7 +310,7 @@ def test_teacher_gets_no_gradient_and_one_warning_says_so(monkeypatch):
         feature_loss(student, teacher)
     loss.backward()
     assert teacher.grad is None
-    torch.testing.assert_close(student.grad, loss_and_grad(dense, student, teacher.detach())["d_student"] / 48)
+    torch.testing.assert_close(student.grad, loss_and_grad(plain.feature_loss, student, teacher.detach())["d_student"] / 48)
     assert not feature_loss(student.detach(), teacher).requires_grad
 
 

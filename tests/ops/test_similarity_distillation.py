@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
 from open_clip.loss import DistillClipLoss
 from similarity import check, make_inputs, values_and_grads
 

@@ -1,7 +1,7 @@
 import pytest
 import similarity
 import torch
-from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
 from similarity import WIDTH, check, values_and_grads
 
 import simplclip

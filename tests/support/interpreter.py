@@ -15,7 +15,6 @@ import pytest
 import torch
 from paths import PYTHONPATH, ROOT
 
-NO_GPU = None if torch.cuda.is_available() else "no CUDA device"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 
 

@@ -1,4 +1,4 @@
-"""What the tests of an op on a CPU share: its backends and dtypes, and the instruction sets of the C++ kernels."""
+"""What the tests of an op share: backends and dtypes, the instruction sets of the C++ kernels, and the peak on a GPU."""
 
 import os
 import subprocess
@@ -23,3 +23,13 @@ def run_with_instruction_set(isa, module, code="t.check_everything('cpu')"):
     if "SIMPLCLIP_CPU_ISA: expected one of" in done.stderr:
         pytest.skip(f"this CPU has no {isa}: {done.stderr.strip().splitlines()[-1]}")
     assert done.stdout.strip() == isa, done.stderr
+
+
+def cuda_peak_bytes(run):
+    """Highest sum of live bytes of torch's allocator on the GPU during `run`, above what was live before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
