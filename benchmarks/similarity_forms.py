@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import interleaved_times, peak_bytes, quantiles
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.call import TERMS
 from simplclip.ops.similarity.sweep import matrix_products
 
 OBJECTIVES = ("contrastive", "all four")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from simplclip import ops
 from simplclip.ops import checks, distributed
-from simplclip.ops.similarity.op import NEGATIVES
+from simplclip.ops.similarity.call import NEGATIVES
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES
 
 PLANES = ("scalar", "hadamard")

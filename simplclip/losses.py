@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from simplclip import ops
 from simplclip.loss_base import PLANES, SimilarityLoss, check_width, weight_of, width_of
 from simplclip.ops import checks
-from simplclip.ops.similarity.op import DIVERGENCES, INTERACTIVE
+from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
 
 __all__ = ["PLANES", "ClipPMLoss", "WIKDLoss"]
 

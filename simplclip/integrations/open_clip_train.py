@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.common.errors import InputError
-from simplclip.ops.similarity.op import NEGATIVES
+from simplclip.ops.similarity.call import NEGATIVES
 
 # Not .pt: open_clip resumes from the last file of that ending.
 SUFFIX = ".loss"

@@ -89,7 +89,7 @@ def triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
 
 @functools.cache
 def capability() -> tuple[int, int] | None:
-    return torch.cuda.get_devicecapability() if torch.cuda.is_available() else None
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _native(name: str, unpacked: bool) -> Callable:

@@ -31,7 +31,7 @@ def schema_of(call: type) -> str:
 
 def flat(call: object) -> tuple:
     """The fields of a call as the dispatcher takes them."""
-    return tuple(vars(call).values())
+    return tuple([getattr(call, name) for name in call.__match_args__])
 
 
 def define(

@@ -11,7 +11,7 @@ from similarity import TEACHER, check, make_inputs
 
 from simplclip.losses import WIKDLoss
 from simplclip.ops import backends, feature_loss, similarity_loss
-from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.call import TERMS
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

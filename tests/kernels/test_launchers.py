@@ -13,7 +13,7 @@ from simplclip.memory import pretend
 from simplclip.memory.count import WORKSPACE, Counter
 from simplclip.memory.engine import Engine
 from simplclip.ops import feature_loss, parallel_mlp, shaped_attention, similarity_loss
-from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.call import TERMS
 
 CUDA = torch.device("cuda", 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends, feature_loss, parallel_mlp, shaped_attention, similarity_loss, simplified_block
-from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.call import TERMS
 from simplclip.ops.workspaces import STATED, UnknownWorkspace, workspace_bytes
 from simplclip.ops.workspaces_cpu import packing_bytes
 

@@ -10,7 +10,7 @@ from similarity import check, make_inputs, values_and_grads
 
 import simplclip
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.call import TERMS
 
 SUBSETS = [s for k in range(1, 5) for s in itertools.combinations(TERMS, k) if {"relational", "interactive"} & set(s)]
 

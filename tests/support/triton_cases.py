@@ -18,8 +18,7 @@ import simplclip
 from simplclip.ops import similarity_loss
 from simplclip.ops.registry import flat
 from simplclip.ops.similarity import reference as similarity_reference
-from simplclip.ops.similarity.call import ColumnStat, RowsCall, RowStat, SimilarityCall, SimilarityGradient
-from simplclip.ops.similarity.op import TERMS
+from simplclip.ops.similarity.call import TERMS, ColumnStat, RowsCall, RowStat, SimilarityCall, SimilarityGradient
 
 GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
 

@@ -16,7 +16,12 @@ from enum import IntEnum
 
 from torch import Tensor
 
-NO_NEGATIVES, ALL_NEGATIVES, HARD_NEGATIVES = 0, 1, 2
+TERMS = ("contrastive", "pair_matching", "relational", "interactive")
+NEGATIVES = ("all", "shift", "hard")
+INTERACTIVE = ("infonce", "kl")
+DIVERGENCES = ("kl", "cross_entropy")
+
+NO_NEGATIVES, ALL_NEGATIVES, HARD_NEGATIVES = 0, 1, 2  # what the sweep has to do with them
 
 
 class RowStat(IntEnum):

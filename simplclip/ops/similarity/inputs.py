@@ -7,7 +7,56 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from simplclip.ops import checks
+from simplclip.ops import checks, distributed
+from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.registry import autocast
+from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE, NEGATIVES, TERMS, SimilarityCall
+
+
+def check_options(terms, negatives, interactive, divergence, **budgets):
+    if isinstance(terms, str) or not isinstance(terms, Collection) or not terms:
+        raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
+    for term in terms:
+        checks.choice("terms", term, TERMS)
+    checks.choice("negatives", negatives, NEGATIVES)
+    checks.choice("interactive", interactive, INTERACTIVE)
+    checks.choice("divergence", divergence, DIVERGENCES)
+    for name, value in budgets.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
+
+
+def normalise(call: SimilarityCall, terms: Collection[str], plane: tuple | None, logit_bias) -> Tensor | None:
+    """Checks the call's tensors and puts their normal forms in their places, None where no term reads them.
+
+    Returns the bias [], which no term depends on.
+    """
+    checks.features("image", call.image, "[N, D]")
+    checks.features("text", call.text, "[M, D]")
+    projections = call.projected_image, call.projected_text
+    call.image, call.text, call.projected_image, call.projected_text = autocast(call.image, call.text, *projections)
+    image, device, stats = call.image, call.image.device, accumulate_dtype(call.image.dtype)
+    checks.like("text", call.text, "image", image)
+    if call.text.shape[1] != image.shape[1]:
+        raise ValueError(f"text: expected the width of image, {image.shape[1]}, got {call.text.shape[1]}")
+    call.scale = checks.scalar("logit_scale", call.scale, device, stats)
+    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, stats)
+    group_ids(call)
+    if "pair_matching" in terms:
+        call.plane_weight, call.plane_bias = hyperplane(plane, image.shape[1], device, stats)
+    teaching = {"relational", "interactive"} & set(terms)
+    if teaching:
+        teacher(call, min(teaching), stats)
+    else:
+        call.teacher_image = call.teacher_text = call.teacher_scale = None
+    if "interactive" in terms:
+        call.projected_image = projection("image", call.projected_image, image, call.teacher_image)
+        call.projected_text = projection("text", call.projected_text, call.text, call.teacher_text)
+        own = call.cross_scale is None
+        call.cross_scale = call.scale if own else checks.scalar("interactive_scale", call.cross_scale, device, stats)
+    else:
+        call.projected_image = call.projected_text = call.cross_scale = None
+    return bias
 
 
 def check_offset(label_offset, n, m):
@@ -20,51 +69,55 @@ def check_offset(label_offset, n, m):
         )
 
 
-def group_ids(ids, text_ids, image, text):
-    n, m, device = image.shape[0], text.shape[0], image.device
-    if ids is not None:
-        ids = checks.group_ids("ids", ids, n, "N", device)
-        if text_ids is None and n != m:
+def group_ids(call: SimilarityCall) -> None:
+    n, m, device = call.image.shape[0], call.text.shape[0], call.image.device
+    if call.ids is not None:
+        call.ids = checks.group_ids("ids", call.ids, n, "N", device)
+        if call.text_ids is None and n != m:
             raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
-    if text_ids is not None:
-        if ids is None:
+    if call.text_ids is not None:
+        if call.ids is None:
             raise ValueError("ids: expected ids for the rows beside text_ids, got None")
-        text_ids = checks.group_ids("text_ids", text_ids, m, "M", device)
-    return ids, text_ids
+        call.text_ids = checks.group_ids("text_ids", call.text_ids, m, "M", device)
 
 
-def place_of_rank(image, text, text_ids, label_offset, group):
-    if text.shape[0] != image.shape[0]:
+def gather(call: SimilarityCall, group: torch.distributed.ProcessGroup) -> None:
+    """The texts of all ranks in the place of this one's, and this rank's place among them."""
+    if call.text.shape[0] != call.image.shape[0]:
         raise ValueError(
-            f"text: expected this rank's {image.shape[0]} rows with group (they are gathered), got {text.shape[0]}"
+            f"text: expected this rank's {call.image.shape[0]} rows with group (they are gathered), got {call.text.shape[0]}"
         )
-    if label_offset != 0:
-        raise ValueError(f"label_offset: expected 0 with group, which places each rank by itself, got {label_offset}")
-    if text_ids is not None:
+    if call.label_offset != 0:
+        raise ValueError(f"label_offset: expected 0 with group, which places each rank by itself, got {call.label_offset}")
+    if call.text_ids is not None:
         raise ValueError("text_ids: expected None with group, where the ids of the texts are those of the images")
-    return torch.distributed.get_rank(group) * image.shape[0]
+    call.label_offset = torch.distributed.get_rank(group) * call.image.shape[0]
+    call.text_ids = call.ids
+    for name in ("text", "teacher_text", "projected_text", "text_ids"):
+        if getattr(call, name) is not None:
+            setattr(call, name, distributed.gather(getattr(call, name), group))
 
 
-def teacher(teacher_image, teacher_text, teacher_scale, image, text, term, stats):
+def teacher(call: SimilarityCall, term: str, stats: torch.dtype) -> None:
+    """The teacher's features and scale as constants, the features in the student's dtype; `term` needs them."""
     names = ("teacher_image", "teacher_text", "teacher_scale")
-    for name, value in zip(names, (teacher_image, teacher_text, teacher_scale)):
-        if value is None:
+    for name in names:
+        if getattr(call, name) is None:
             raise ValueError(f"{name}: expected the teacher's, needed by the term {term!r}, got None")
-    features = []
-    for name, value, of_name, of in ((names[0], teacher_image, "image", image), (names[1], teacher_text, "text", text)):
-        checks.features(name, value, "[N, D̂]" if of is image else "[M, D̂]")
+    for name, of_name in (("teacher_image", "image"), ("teacher_text", "text")):
+        value, of = getattr(call, name), getattr(call, of_name)
+        checks.features(name, value, "[N, D̂]" if of_name == "image" else "[M, D̂]")
         if value.shape[0] != of.shape[0]:
             raise ValueError(f"{name}: expected the {of.shape[0]} rows of {of_name}, got shape {checks.shape_of(value)}")
         if value.device != of.device:
             raise ValueError(f"{name}: expected the device of {of_name}, {of.device}, got {value.device}")
-        features.append(value)
-    if features[0].shape[1] != features[1].shape[1]:
-        raise ValueError(
-            f"teacher_text: expected the width of teacher_image, {features[0].shape[1]}, got {features[1].shape[1]}"
-        )
-    scale = checks.scalar("teacher_scale", teacher_scale, image.device, stats)
-    image_features, text_features, scale = (checks.constant(name, t) for name, t in zip(names, (*features, scale)))
-    return image_features.to(image.dtype), text_features.to(image.dtype), scale
+    width = call.teacher_image.shape[1]
+    if call.teacher_text.shape[1] != width:
+        raise ValueError(f"teacher_text: expected the width of teacher_image, {width}, got {call.teacher_text.shape[1]}")
+    call.teacher_scale = checks.scalar("teacher_scale", call.teacher_scale, call.image.device, stats)
+    for name in names:
+        value = checks.constant(name, getattr(call, name))
+        setattr(call, name, value if name == "teacher_scale" else value.to(call.image.dtype))
 
 
 def projection(kind, projected, student, teacher):
@@ -112,10 +165,3 @@ def check_shift(shift, m, device):
         raise ValueError(
             f"shift: expected one int64 element on {device}, got {checks.shape_of(shift)} {shift.dtype} on {shift.device}"
         )
-
-
-def check_terms(terms, known):
-    if isinstance(terms, str) or not isinstance(terms, Collection) or not terms:
-        raise ValueError(f"terms: expected a tuple of at least one of {', '.join(known)}, got {terms!r}")
-    for term in terms:
-        checks.choice("terms", term, known)

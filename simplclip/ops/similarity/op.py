@@ -7,16 +7,17 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from simplclip.ops import backends, checks, distributed
+from simplclip.ops import backends, distributed
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.registry import autocast, define, flat, register_autograd, wants_grad
 from simplclip.ops.registry import call as run
+from simplclip.ops.registry import define, flat, register_autograd, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
     ALL_NEGATIVES,
     HARD_NEGATIVES,
     NO_NEGATIVES,
     ColumnStat,
+    RowsCall,
     RowStat,
     SimilarityCall,
     SimilarityGradient,
@@ -25,11 +26,7 @@ from simplclip.ops.similarity.rows import similarity_rows
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, stored_rows
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
 
-NEGATIVES = ("all", "shift", "hard")
-_NEGATIVES = {None: NO_NEGATIVES, "all": ALL_NEGATIVES, "hard": HARD_NEGATIVES}
-TERMS = ("contrastive", "pair_matching", "relational", "interactive")
-INTERACTIVE = ("infonce", "kl")
-DIVERGENCES = ("kl", "cross_entropy")
+_NEGATIVES = {None: NO_NEGATIVES, "shift": NO_NEGATIVES, "all": ALL_NEGATIVES, "hard": HARD_NEGATIVES}
 
 _TENSORS = [field.name for field in fields(SimilarityCall) if field.type.startswith("Tensor")]  # they come first
 _FEATURES = ("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text")
@@ -216,116 +213,101 @@ def similarity_loss(
     in a fixed order: equal inputs give equal results. First derivatives in reverse mode only, but for backend "reference".
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what it got.
         RuntimeError: a forced backend cannot serve the call.
 
     Source: Radford et al. 2021 (arXiv 2103.00020) for the contrastive term; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732) for
     relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching.
     """
-    checks.features("image", image, "[N, D]")
-    checks.features("text", text, "[M, D]")
-    device = image.device
-    image, text, projected_image, projected_text = autocast(image, text, projected_image, projected_text)
-    checks.like("text", text, "image", image)
-    if text.shape[1] != image.shape[1]:
-        raise ValueError(f"text: expected the width of image, {image.shape[1]}, got {text.shape[1]}")
-    checks.choice("negatives", negatives, NEGATIVES)
-    checks.choice("interactive", interactive, INTERACTIVE)
-    checks.choice("divergence", divergence, DIVERGENCES)
-    inputs.check_terms(terms, TERMS)
-    for name, value in (("scratch_bytes", scratch_bytes), ("store_bytes", store_bytes)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
-    stats = accumulate_dtype(image.dtype)
-    scale = checks.scalar("logit_scale", logit_scale, device, stats)
-    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, stats)
-    ids, text_ids = inputs.group_ids(ids, text_ids, image, text)
+    inputs.check_options(terms, negatives, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
     matching = negatives if "pair_matching" in terms else None
-    plane = inputs.hyperplane(plane, image.shape[1], device, stats) if matching else None
-    teaching = {"relational", "interactive"} & set(terms)
-    if teaching:
-        teacher_image, teacher_text, teacher_scale = inputs.teacher(
-            teacher_image, teacher_text, teacher_scale, image, text, min(teaching), stats
-        )
-    else:
-        teacher_image = teacher_text = teacher_scale = None
-    cross_scale = None
-    if "interactive" in terms:
-        projected_image = inputs.projection("image", projected_image, image, teacher_image)
-        projected_text = inputs.projection("text", projected_text, text, teacher_text)
-        cross_scale = scale
-        if interactive_scale is not None:
-            cross_scale = checks.scalar("interactive_scale", interactive_scale, device, stats)
-    else:
-        projected_image = projected_text = interactive = None
-
-    own_text = text if projected_text is None else projected_text
+    relational, cross = "relational" in terms, interactive if "interactive" in terms else None
+    call = SimilarityCall(
+        image=image,
+        text=text,
+        scale=logit_scale,
+        teacher_image=teacher_image,
+        teacher_text=teacher_text,
+        teacher_scale=teacher_scale,
+        projected_image=projected_image,
+        projected_text=projected_text,
+        cross_scale=interactive_scale,
+        plane_weight=None,
+        plane_bias=None,
+        ids=ids,
+        text_ids=text_ids,
+        label_offset=label_offset,
+        softmax="contrastive" in terms or relational or matching == "hard",
+        columns=symmetric,
+        negatives=_NEGATIVES[matching],
+        relational=relational,
+        interactive=cross == "kl",
+        entropy=1.0 if divergence == "kl" else 0.0,
+        chunk=0,
+        stored_rows=0,
+    )
+    bias = inputs.normalise(call, terms, plane, logit_bias)
+    own_text, own_teacher_image = call.student_text, call.teacher_image
     if group is not None:
-        label_offset = inputs.place_of_rank(image, text, text_ids, label_offset, group)
-        text, teacher_text, projected_text, text_ids = (
-            None if t is None else distributed.gather(t, group) for t in (text, teacher_text, projected_text, ids)
-        )
-    elif ids is not None and text_ids is None:
-        text_ids = ids
-    n = image.shape[0]
-    inputs.check_offset(label_offset, n, text.shape[0])
-    window = slice(label_offset, label_offset + n)
+        inputs.gather(call, group)
+    elif call.text_ids is None:
+        call.text_ids = call.ids
+    inputs.check_offset(call.label_offset, call.image.shape[0], call.text.shape[0])
 
     out: dict[str, Tensor] = {}
     if matching == "shift":
-        inputs.check_shift(shift, text.shape[0], device)
-        out["pair_matching"] = shifted_pair_matching(image, text, *plane, ids, text_ids, label_offset, shift)
-        matching = plane = None
-    if interactive == "infonce":
-        by_image = image if projected_image is None else projected_image
-        stats = similarity_rows(by_image, teacher_text, cross_scale, ids, text_ids, label_offset, scratch_bytes)
-        out["interactive"] = cross_entropy(stats[0], cross_scale * stats[1]).mean()
-        if symmetric:
-            if group is None:
-                by_text, keys, place = own_text[window], teacher_image, 0
-                own_ids, key_ids = (None, None) if ids is None else (text_ids[window], ids)
-            else:
-                by_text, keys, place = own_text, distributed.gather(teacher_image, group), label_offset
-                own_ids, key_ids = ids, text_ids
-            stats = similarity_rows(by_text, keys, cross_scale, own_ids, key_ids, place, scratch_bytes)
-            out["interactive"] = 0.5 * (out["interactive"] + cross_entropy(stats[0], cross_scale * stats[1]).mean())
-        projected_image = projected_text = cross_scale = None
-    contrastive, relational, kl = "contrastive" in terms, "relational" in terms, interactive == "kl"
-    if not (relational or kl):
-        teacher_image = teacher_text = teacher_scale = None
-    if contrastive or matching or relational or kl:
-        entropy = 1.0 if divergence == "kl" else 0.0
-        rows, columns = _statistics(
-            SimilarityCall(
-                image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
-                *(plane or (None, None)), ids, text_ids, label_offset,
-                softmax=contrastive or relational or matching == "hard",
-                columns=symmetric,
-                negatives=_NEGATIVES[matching],
-                relational=relational,
-                interactive=kl,
-                entropy=entropy,
-                chunk=0,
-                stored_rows=0,
-            ),
-            scratch_bytes,
-            store_bytes,
-        )  # fmt: skip
+        inputs.check_shift(shift, call.text.shape[0], call.image.device)
+        out["pair_matching"] = shifted_pair_matching(call, shift)
+        call.plane_weight = call.plane_bias = matching = None
+    if cross == "infonce":
+        out["interactive"] = _infonce(call, own_text, own_teacher_image, group, scratch_bytes)
+        call.projected_image = call.projected_text = call.cross_scale = None
+    if not call.has_teacher:
+        call.teacher_image = call.teacher_text = call.teacher_scale = None
+    if call.has_student or call.interactive:
+        rows, columns = _statistics(call, scratch_bytes, store_bytes)
         pairs = rows[RowStat.NEGATIVES].detach().sum(dtype=torch.float64)
-        if group is not None:
-            pairs = pairs if ids is None else distributed.mean(pairs, group)
-            columns = merge_columns(distributed.exchange(columns, group)) if symmetric else None
+        if group is not None and ids is not None:
+            pairs = distributed.mean(pairs, group)
+        if not symmetric:
+            columns = None
+        elif group is not None:
+            columns = merge_columns(distributed.exchange(columns, group))
         else:
-            columns = columns[:, window] if symmetric else None
-        out |= terms_of(
-            rows, columns, scale, teacher_scale, cross_scale, plane, pairs,
-            contrastive=contrastive, matching=matching, relational=relational, interactive=kl, entropy=entropy,
-        )  # fmt: skip
+            columns = columns[:, label_offset : label_offset + call.image.shape[0]]
+        out |= terms_of(call, rows, columns, pairs, contrastive="contrastive" in terms, matching=matching)
     out = {term: out[term] for term in terms}
-    if bias is not None:  # DDP wants a gradient of every parameter, if only 0
+    if bias is not None:  # no term depends on it, but its gradient is 0 and not None, as DistributedDataParallel needs
         first = next(iter(out))
         out[first] = out[first] + 0.0 * bias
     return out
+
+
+def _infonce(
+    call: SimilarityCall,
+    own_text: Tensor,  # [M, D̂], with a group of this rank
+    own_teacher_image: Tensor,  # [N, D̂]
+    group: torch.distributed.ProcessGroup | None,
+    scratch_bytes: int,
+) -> Tensor:
+    """The interactive term against the positives: each direction is a softmax of rows over constant keys."""
+
+    def direction(query, keys, query_ids, key_ids, label_offset):
+        rows = RowsCall(query, keys, call.cross_scale, query_ids, key_ids, label_offset, attend=False, chunk=0)
+        lse, positive = similarity_rows(rows, scratch_bytes)
+        return cross_entropy(lse, call.cross_scale * positive).mean()
+
+    loss = direction(call.student_image, call.teacher_text, call.ids, call.text_ids, call.label_offset)
+    if not call.columns:
+        return loss
+    if group is not None:
+        keys = distributed.gather(own_teacher_image, group)
+        other = direction(own_text, keys, call.ids, call.text_ids, call.label_offset)
+    else:
+        window = slice(call.label_offset, call.label_offset + call.image.shape[0])
+        text_ids = None if call.ids is None else call.text_ids[window]
+        other = direction(own_text[window], own_teacher_image, text_ids, call.ids, 0)
+    return 0.5 * (loss + other)
 
 
 def _statistics(call: SimilarityCall, scratch_bytes: int, store_bytes: int) -> tuple[Tensor, Tensor]:

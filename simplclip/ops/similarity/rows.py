@@ -68,22 +68,14 @@ _OTHERS = [field.name for field in fields(RowsCall)][3:] + ["backend"]
 register_autograd("similarity_rows", _autograd, _setup_context)
 
 
-def similarity_rows(
-    query: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D], constants
-    scale: Tensor,  # []
-    ids: Tensor | None,  # [N] int64
-    key_ids: Tensor | None,  # [M] int64
-    label_offset: int,
-    scratch_bytes: int = SCRATCH_BYTES,
-) -> Tensor:  # [2, N]
+def similarity_rows(call: RowsCall, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:  # [2, N]
     """Of scale · query · keysᵀ: each row's log-sum-exp over its negatives, and the unscaled similarity of its positive.
 
     Gradients to query and scale need only the mean key of each row under its softmax, [N, D], which forward computes and
     keeps (where a gradient is needed): two matrix products in all, none in backward.
     """
-    device = query.device.type
-    chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)
-    attend = wants_grad(query, scale)
-    call = RowsCall(query, keys, scale, ids, key_ids, label_offset, attend, chunk)
+    query, device = call.query, call.query.device.type
+    compute = computes_in(query.dtype, device)
+    call.chunk = chunk_rows(query.shape[0], call.keys.shape[0], compute, device, 1, scratch_bytes)
+    call.attend = wants_grad(query, call.scale)
     return run("similarity_rows", *flat(call), backends.forced())[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.similarity.call import ColumnStat as Column
 from simplclip.ops.similarity.call import RowStat as Row
+from simplclip.ops.similarity.call import SimilarityCall
 
 
 def mismatch(l: Tensor) -> Tensor:
@@ -45,57 +46,47 @@ def divergence(
 
 
 def terms_of(
+    call: SimilarityCall,
     rows: Tensor,  # [12, N] RowStat
     columns: Tensor | None,  # [6, N] ColumnStat of the columns of the positives; None: the row direction only
-    scale: Tensor,  # []
-    teacher_scale: Tensor | None,  # []
-    cross_scale: Tensor | None,  # []
-    plane: tuple[Tensor, Tensor] | None,  # (p [] or w [D], q [])
     pairs: Tensor,  # [] float64, negatives of this rank or, where ranks differ, their mean
     *,
     contrastive: bool,
     matching: str | None,  # "all", "hard" or None
-    relational: bool,
-    interactive: bool,  # "kl"; for "infonce" see similarity_rows
-    entropy: float,
 ) -> dict[str, Tensor]:
-    """The terms, each 0-dimensional; see simplclip.ops.similarity.op for their formulas."""
+    """The terms, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
-    z = scale * rows[Row.DIAGONAL_STUDENT]
-    t = None if teacher_scale is None else teacher_scale * rows[Row.DIAGONAL_TEACHER]
+    student = call.scale * rows[Row.DIAGONAL_STUDENT]
+    teacher = call.teacher_scale * rows[Row.DIAGONAL_TEACHER] if call.has_teacher else None
 
     def both(by_row: Tensor, by_column: Tensor | None) -> Tensor:
         return by_row.mean() if by_column is None else 0.5 * (by_row.mean() + by_column.mean())
 
+    def to_teacher(stats: Tensor | None, lse: int, mean: int, lse_teacher: int, positive: Tensor) -> Tensor | None:
+        if stats is None:
+            return None
+        return divergence(stats[lse], positive, stats[lse_teacher], teacher, stats[mean], call.entropy)
+
     if contrastive:
-        by_column = None if columns is None else cross_entropy(columns[Column.LSE_STUDENT], z)
-        out["contrastive"] = both(cross_entropy(rows[Row.LSE_STUDENT], z), by_column)
+        by_column = None if columns is None else cross_entropy(columns[Column.LSE_STUDENT], student)
+        out["contrastive"] = both(cross_entropy(rows[Row.LSE_STUDENT], student), by_column)
     if matching:
-        weight, bias = plane
+        weight, bias = call.plane_weight, call.plane_bias
         positive = (rows[Row.DIAGONAL_HADAMARD] if weight.dim() else weight * rows[Row.DIAGONAL_STUDENT]) + bias
         if matching == "all":
             negative = rows[Row.PAIR_MATCHING].sum() / pairs.clamp(min=1).to(rows.dtype)
         else:
             negative = both(rows[Row.PAIR_MATCHING], None if columns is None else columns[Column.PAIR_MATCHING])
         out["pair_matching"] = 0.5 * (mismatch(positive).mean() + negative)
-    if relational:
-        by_row = divergence(rows[Row.LSE_STUDENT], z, rows[Row.LSE_TEACHER], t, rows[Row.MEAN_STUDENT], entropy)
-        by_column = None
-        if columns is not None:
-            lse, teacher_lse, mean = (columns[i] for i in (Column.LSE_STUDENT, Column.LSE_TEACHER, Column.MEAN_STUDENT))
-            by_column = divergence(lse, z, teacher_lse, t, mean, entropy)
+    if call.relational:
+        by_row = to_teacher(rows, Row.LSE_STUDENT, Row.MEAN_STUDENT, Row.LSE_TEACHER, student)
+        by_column = to_teacher(columns, Column.LSE_STUDENT, Column.MEAN_STUDENT, Column.LSE_TEACHER, student)
         out["relational"] = both(by_row, by_column)
-    if interactive:
-        u, v = cross_scale * rows[Row.DIAGONAL_IMAGE_TO_TEACHER], cross_scale * rows[Row.DIAGONAL_TEACHER_TO_TEXT]
-        by_row = divergence(
-            rows[Row.LSE_IMAGE_TO_TEACHER], u, rows[Row.LSE_TEACHER], t, rows[Row.MEAN_IMAGE_TO_TEACHER], entropy
-        )
-        by_column = None
-        if columns is not None:
-            lse, teacher_lse, mean = (
-                columns[i] for i in (Column.LSE_TEACHER_TO_TEXT, Column.LSE_TEACHER, Column.MEAN_TEACHER_TO_TEXT)
-            )
-            by_column = divergence(lse, v, teacher_lse, t, mean, entropy)
+    if call.interactive:
+        of_image = call.cross_scale * rows[Row.DIAGONAL_IMAGE_TO_TEACHER]
+        of_text = call.cross_scale * rows[Row.DIAGONAL_TEACHER_TO_TEXT]
+        by_row = to_teacher(rows, Row.LSE_IMAGE_TO_TEACHER, Row.MEAN_IMAGE_TO_TEACHER, Row.LSE_TEACHER, of_image)
+        by_column = to_teacher(columns, Column.LSE_TEACHER_TO_TEXT, Column.MEAN_TEACHER_TO_TEXT, Column.LSE_TEACHER, of_text)
         out["interactive"] = both(by_row, by_column)
     return out
 
@@ -125,24 +116,15 @@ def merge_columns(parts: Tensor) -> Tensor:  # [W, 6, N] -> [6, N]
     return torch.stack([out[stat] for stat in sorted(out)])
 
 
-def shifted_pair_matching(
-    image: Tensor,  # [N, D]
-    text: Tensor,  # [M, D]
-    weight: Tensor,  # [] or [D]
-    bias: Tensor,  # []
-    ids: Tensor | None,  # [N]
-    text_ids: Tensor | None,  # [M]
-    label_offset: int,
-    shift: Tensor | int,  # [] int64
-) -> Tensor:
+def shifted_pair_matching(call: SimilarityCall, shift: Tensor | int) -> Tensor:  # shift: [] int64
     """Pair matching with one negative per row: two N·D gathers, so plain torch does."""
-    n, m = image.shape[0], text.shape[0]
-    x = image.to(accumulate_dtype(image.dtype)) * weight
-    label = torch.arange(n, device=image.device) + label_offset
+    n, m = call.image.shape[0], call.text.shape[0]
+    x = call.image.to(accumulate_dtype(call.image.dtype)) * call.plane_weight
+    label = torch.arange(n, device=call.image.device) + call.label_offset
     other = (label + shift) % m
-    matched = (x * text[label]).sum(1) + bias
-    unmatched = F.softplus((x * text[other]).sum(1) + bias)
-    keep = torch.ones_like(unmatched) * (m > 1)
-    if ids is not None:
-        keep = keep * (text_ids[other] != ids)
+    matched = (x * call.text[label]).sum(1) + call.plane_bias
+    unmatched = F.softplus((x * call.text[other]).sum(1) + call.plane_bias)
+    keep = torch.ones_like(unmatched) if m > 1 else torch.zeros_like(unmatched)
+    if call.ids is not None:
+        keep = keep * (call.text_ids[other] != call.ids)
     return 0.5 * (mismatch(matched).mean() + (unmatched * keep).sum() / keep.sum().clamp(min=1))
