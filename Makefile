@@ -119,7 +119,7 @@ oldest: install $(OLDEST)/.installed  ## the tests of ops and kernels with the o
 	rm -rf build/oldest && mkdir -p build/oldest
 	tree=$$(git stash create) && git archive $${tree:-HEAD} | tar -x -C build/oldest
 	cd build/oldest && PATH="$(abspath $(OLDEST)/bin):$$PATH" python -m pip install --quiet --no-build-isolation -e '.[dev]'
-	SIMPLCLIP_OTHER_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest tests/package/test_packages.py
+	SIMPLCLIP_OTHER_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest --prove tests/package/test_packages.py
 	cd build/oldest && $(abspath $(OLDEST))/bin/python -m pytest $(OPS_TESTS)
 	cd build/oldest && PYTHONPATH=tests $(abspath $(OLDEST))/bin/python -m gates $(AOT)
 

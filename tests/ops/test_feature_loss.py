@@ -1,14 +1,11 @@
-import os
-import subprocess
-import sys
 import warnings
 
+import interpreter
 import plain
 import pytest
 import torch
-from devices import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
 from interpreter import needs_interpreter
-from paths import PYTHONPATH, ROOT
 from tolerance import assert_within
 
 import simplclip
@@ -44,15 +41,6 @@ def check(student, teacher, dtype, backend, teacher_dtype=None, **options):
     assert_within(kernel, naive, truth, dtype, f"{backend} {dtype} {teacher_dtype} {tuple(x.shape)} {options}")
 
 
-def run_python(code, **environment):
-    """In a process of its own: the instruction set is chosen once, and Triton's interpreter before triton is imported."""
-    paths = {"PYTHONPATH": PYTHONPATH}
-    code = "import torch, simplclip, test_feature_loss as t\n" + code
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **paths, **environment}, capture_output=True, text=True, cwd=ROOT
-    )
-
-
 def check_everything(backend, sizes=SIZES):
     for n, d in sizes:
         student, teacher = make_features(n, d)
@@ -63,6 +51,7 @@ def check_everything(backend, sizes=SIZES):
         check_nan(backend, n, d)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "d"), SIZES)
@@ -71,6 +60,7 @@ def test_values_and_gradients(n, d, dtype, backend):
         check(*make_features(n, d), dtype, backend, **mode)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_teacher_of_another_dtype_is_read_as_it_is(dtype, backend):
@@ -103,12 +93,14 @@ def check_nan(backend, n, d):
             assert out["d_student"][others].isfinite().all(), (backend, mode, which)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_zero_rows(backend):
     for n, d in ((1, 7), (40, 48), (33, 513)):
         check_zero_rows(backend, n, d)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_reaches_the_loss_and_its_row(backend):
     check_nan(backend, 18, 37)
@@ -159,21 +151,9 @@ def test_uninitialised_memory_is_never_read(backend):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.instruction_set
 @needs_cpu_kernels
-def test_every_instruction_set(isa):
-    run_with_instruction_set(
-        isa,
-        "test_feature_loss",
-        "t.check_everything('cpu', [(3, 5), (18, 37)])\n"
-        "for s in t.DTYPES:\n"
-        "    for o in t.DTYPES:\n"
-        "        t.check(*t.make_features(5, 21), s, 'cpu', teacher_dtype=o)\n"
-        "t.check_every_half()",
-    )
-
-
-def check_every_half():
+def test_half_precision_is_read_and_rounded_exactly():
     """Every float16 number is read exactly, and gradients of it round as torch rounds: d = (x − 0) · 2 / (N D) · grad."""
     numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     for scale in (1.0, 0.37, 3.1e-4, 7e-8, 1.9):
@@ -185,14 +165,10 @@ def check_every_half():
         torch.testing.assert_close(student.grad.flatten(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@needs_cpu_kernels
-def test_half_precision_is_read_and_rounded_exactly():
-    check_every_half()
-
-
 TRITON = """
+import torch, simplclip, test_feature_loss as t
 assert simplclip.report()["ops"]["feature_loss_fwd"]["cpu"]["backend"] == "triton"
-t.check_everything("triton", [(1, 7), (5, 48), (3, 513), (130, 7), (2, 1000), (3, 8300)])
+t.check_everything("triton", [(1, 7), (5, 48), (130, 7), (3, 8300)])
 for s in t.DTYPES:
     for o in (*t.DTYPES, torch.float64):
         t.check(*t.make_features(5, 21), s, "triton", teacher_dtype=o)
@@ -206,7 +182,7 @@ print("done")
 
 @needs_interpreter
 def test_triton_through_its_interpreter():
-    done = run_python(TRITON, TRITON_INTERPRET="1")
+    done = interpreter.run("-c", TRITON)
     assert done.stdout.strip() == "done", done.stderr
 
 

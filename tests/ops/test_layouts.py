@@ -1,16 +1,12 @@
 """Every tensor argument of every op, and the gradient that comes in, in other memory layouts than a contiguous one."""
 
-import os
-import subprocess
-import sys
-
+import interpreter
 import layouts
 import pytest
 import torch
 from calls import ATTENTION, MLP, Call, attention_inputs, block_inputs, function_of, mlp_inputs, run
 from devices import BACKENDS, needs_cpu_kernels
 from interpreter import needs_triton
-from paths import PYTHONPATH, ROOT
 from similarity import make_inputs
 from tolerance import EPS
 
@@ -148,9 +144,15 @@ def test_strided_second_bias_of_mlp(dtype):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "feature", "pair matching, hadamard"])
-def test_triton_under_its_interpreter(name):
-    code = f"import torch, test_layouts as t; t.check(t.CALLS[{name!r}], torch.float32, 'triton')"
-    paths = {"PYTHONPATH": PYTHONPATH, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, cwd=ROOT)
+def test_triton_under_its_interpreter():
+    code = "import torch, test_layouts as t; [t.check(t.CALLS[name], torch.float32, 'triton') for name in ('mlp', 'feature')]"
+    done = interpreter.run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.prove
+def test_similarity_under_tritons_interpreter():
+    code = "import torch, test_layouts as t; t.check(t.CALLS['pair matching, hadamard'], torch.float32, 'triton')"
+    done = interpreter.run("-c", code)
     assert done.returncode == 0, done.stderr

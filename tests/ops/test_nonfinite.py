@@ -1,17 +1,14 @@
 """A NaN or an infinity in any argument gives a result that is not finite, where plain torch gives one, on every backend."""
 
 import math
-import os
-import subprocess
-import sys
 
+import interpreter
 import plain
 import pytest
 import torch
 from calls import ATTENTION, MLP, PLAIN, Call, attention_inputs, block_inputs, function_of, mlp_inputs, outputs_of
-from devices import BACKENDS, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS
 from interpreter import needs_triton
-from paths import PYTHONPATH, ROOT
 from similarity import make_inputs
 
 import simplclip
@@ -98,30 +95,23 @@ def check_everything(backend):
     check(other_calls(), backend)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reaches_the_result(backend):
     check_everything(backend)
 
 
-@needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    run_with_instruction_set(isa, "test_nonfinite")
-
-
 def check_triton():
     """A part: the interpreter is slow."""
-    check(similarity_calls(((1, 3, 1),), SIMILARITIES[-6:]), "triton", (torch.float32,))
+    check(similarity_calls(((1, 3, 1),), SIMILARITIES[-2:]), "triton", (torch.float32,))
     small = [call for call in other_calls() if all(t.numel() < 100 for t in call.tensors.values())]
-    check(small[::3], "triton", (torch.float32,))
+    check(small[::7], "triton", (torch.float32,))
 
 
 @needs_triton
 @pytest.mark.slow
 def test_triton_under_its_interpreter():
-    paths = {"PYTHONPATH": PYTHONPATH, "TRITON_INTERPRET": "1"}
-    code = "import test_nonfinite as t; t.check_triton(); print('done')"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, cwd=ROOT)
+    done = interpreter.run("-c", "import test_nonfinite as t; t.check_triton(); print('done')")
     assert done.stdout.strip() == "done", done.stderr
 
 

@@ -6,7 +6,7 @@ import torch
 from calls import MLP as NAMES
 from calls import OPCHECKS
 from calls import mlp_inputs as inputs
-from devices import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
 from tolerance import assert_within
 
 import simplclip
@@ -41,6 +41,7 @@ def check_everything(backend, dtypes=DTYPES, device="cpu"):
         check(inputs(77, 16, 33, 40, bias=False), dtype, backend, "gelu", device)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_tolerance(dtype, backend):
@@ -59,12 +60,6 @@ def test_within_tolerance_on_a_gpu(dtype, backend):
 def test_several_chunks(dtype):
     """More hidden rows than 8 MiB hold: the weight's gradient is a sum over chunks, the last one not whole."""
     check(inputs(1300, 8, 4096, 8), dtype, "cpu", "gelu")
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "baseline"])
-def test_every_instruction_set(isa):
-    run_with_instruction_set(isa, "test_parallel_mlp")
 
 
 @needs_cpu_kernels

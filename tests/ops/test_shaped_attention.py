@@ -7,7 +7,7 @@ import pytest
 import torch
 from calls import ATTENTION as NAMES
 from calls import attention_inputs as inputs
-from devices import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
 from tolerance import assert_within
 
 import simplclip
@@ -70,6 +70,7 @@ def test_gradients(causal, lengths):
     assert torch.autograd.gradcheck(lambda *a: shaped_attention(*a, causal=causal, lengths=lengths), args)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_tolerance(dtype, backend):
@@ -82,12 +83,6 @@ def test_within_tolerance(dtype, backend):
 def test_image_towers(dtype, backend, length):
     check((1, length, 2, 64), dtype, backend)
     check((2, length, 1, 80), dtype, backend, causal=True, lengths=[length, length - 3])
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "baseline"])
-def test_every_instruction_set(isa):
-    run_with_instruction_set(isa, "test_shaped_attention")
 
 
 def test_zero_queries_and_equal_gains_give_the_identity():

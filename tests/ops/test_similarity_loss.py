@@ -1,7 +1,9 @@
+import itertools
+
 import pytest
 import similarity
 import torch
-from devices import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
 from similarity import WIDTH, check, values_and_grads
 
 import simplclip
@@ -28,6 +30,15 @@ def test_values_and_gradients(n, dtype, backend):
                 continue
             leaves, options = make_inputs(n, n, plane=plane)
             check(leaves, {**options, "negatives": negatives}, dtype, backend)
+
+
+@pytest.mark.instruction_set
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(dtype):
+    for (n, m, offset), negatives in itertools.product(((3, 3, 0), (70, 97, 5)), ("all", "hard")):
+        leaves, options = make_inputs(n, m, offset, ids=n > 3)
+        check(leaves, {**options, "negatives": negatives}, dtype, "cpu")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -229,17 +240,3 @@ def test_nan_reaches_the_loss():
     image = leaves["image"].float()
     image[3, 3] = torch.nan
     assert similarity_loss(image, leaves["text"].float(), 10.0)["contrastive"].isnan()
-
-
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
-@needs_cpu_kernels
-def test_every_instruction_set(isa):
-    """Each set's kernels, in a process of its own since the choice is made once."""
-    code = (
-        "for dtype in t.DTYPES:\n"
-        "    for n, m, o in ((3, 3, 0), (70, 97, 5)):\n"
-        "        for negatives in ('all', 'hard'):\n"
-        "            leaves, options = t.make_inputs(n, m, o, ids=n > 3)\n"
-        "            t.check(leaves, {**options, 'negatives': negatives}, dtype, 'cpu')\n"
-    )
-    run_with_instruction_set(isa, "test_similarity_loss", code)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from calls import OPCHECKS
 from calls import block_inputs as inputs
-from devices import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
 from tolerance import assert_within
 
 import simplclip
@@ -45,6 +45,7 @@ def check_everything(backend, dtypes=DTYPES, device="cpu"):
             check(inputs(3, 17, 32, 2, 64, projections=False), dtype, backend, recompute, device, lengths=lengths, eps=1e-3)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_tolerance(dtype, backend):
@@ -56,12 +57,6 @@ def test_within_tolerance(dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_tolerance_on_a_gpu(dtype, backend):
     check_everything(backend, [dtype], "cuda")
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
-def test_every_instruction_set(isa):
-    run_with_instruction_set(isa, "test_simplified_block")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
