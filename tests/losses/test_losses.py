@@ -110,12 +110,11 @@ def test_features_of_another_width_than_embed_dim():
         ClipPMLoss(plane="hadamard", embed_dim=12)(image, text, scale)
 
 
-def test_compiles_and_round_trips():
+def test_round_trips():
     loss = ClipPMLoss(plane="hadamard", embed_dim=16)
     other = ClipPMLoss(plane="hadamard", embed_dim=16)
     with torch.no_grad():
         loss.plane_weight.normal_()
     other.load_state_dict(loss.state_dict())
     image, text, scale = features()
-    compiled = torch.compile(loss, fullgraph=True)
-    torch.testing.assert_close(compiled(image, text, scale), other(image, text, scale))
+    torch.testing.assert_close(loss(image, text, scale), other(image, text, scale))

@@ -149,20 +149,6 @@ def test_opcheck(backend):
         torch.library.opcheck(torch.ops.simplclip.shaped_attention_fwd, (*args, lengths, 0.3, True, backend))
 
 
-def test_compiles_without_graph_breaks_under_autocast():
-    torch.compiler.reset()
-    tensors = [t.float().requires_grad_() for t in inputs(length=9, k=16)]
-
-    def run(function):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = function(*tensors, lengths=torch.tensor([9, 4]))
-        assert out.dtype == torch.bfloat16
-        return out, torch.autograd.grad(out.float().sum(), tensors)
-
-    eager, compiled = run(shaped_attention), run(torch.compile(shaped_attention, fullgraph=True))
-    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
-
-
 @needs_cpu_kernels
 @pytest.mark.parametrize(("length", "k"), [(77, 64), (300, 20)])
 def test_memory_is_inputs_results_and_the_log_sum_exps(length, k):

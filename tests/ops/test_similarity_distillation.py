@@ -169,17 +169,6 @@ def test_opcheck_of_rows(backend):
         )
 
 
-@pytest.mark.parametrize("interactive", ["infonce", "kl"])
-def test_compiles_without_graph_breaks(interactive):
-    leaves, options = make_inputs(20, 20, terms=TERMS)
-    torch.compiler.reset()  # other tests' compilations count towards the limit of recompilations
-    compiled = torch.compile(similarity_loss, fullgraph=True)
-    expected = values_and_grads(similarity_loss, leaves, torch.float32, interactive=interactive, **options)
-    got = values_and_grads(compiled, leaves, torch.float32, interactive=interactive, **options)
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-6)
-
-
 def test_interactive_uses_the_logit_scale_where_it_has_none_of_its_own():
     leaves, options = make_inputs(20, 20, terms=("interactive",))
     leaves.pop("interactive_scale")

@@ -189,18 +189,6 @@ def test_opcheck(backend, fused):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("negatives", ["all", "hard", "shift"])
-def test_compiles_without_graph_breaks(negatives, dynamic):
-    leaves, options = make_inputs(20, 20)
-    torch.compiler.reset()  # other tests' compilations count towards the limit of recompilations
-    compiled = torch.compile(similarity_loss, fullgraph=True, dynamic=dynamic)
-    expected = values_and_grads(similarity_loss, leaves, torch.float32, negatives=negatives, **options)
-    got = values_and_grads(compiled, leaves, torch.float32, negatives=negatives, **options)
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6)
-
-
 def test_autocast_casts_the_features_and_returns_float32():
     leaves, options = make_inputs(40, 40)
     half = {k: v.to(torch.bfloat16).float() if k in ("image", "text") else v for k, v in leaves.items()}

@@ -168,8 +168,16 @@ def _number(out):
     return out.to(torch.promote_types(out.dtype, torch.float32)).square().mean()
 
 
+def _attention_tensors(n, dtype):
+    return _random([(n, 5, 2, 8)] * 3 + [(2,)] * 3, dtype)
+
+
 def _attention(q, k, v, *gains):
     return _number(ops.shaped_attention(q, k, v, *gains, causal=True))
+
+
+def _attention_of_lengths(q, *rest):
+    return _number(ops.shaped_attention(q, *rest, lengths=torch.full((q.shape[0],), 3, device=q.device)))
 
 
 def _mlp(*args):
@@ -193,7 +201,8 @@ SMALL = {
     "similarity_loss shift": similarity(negatives="shift"),
     "similarity_loss hadamard": (_features, _hadamard),
     "feature_loss": (_features, lambda image, text, scale, teacher, *_: ops.feature_loss(image, teacher)),
-    "shaped_attention": (lambda n, dtype: _random([(n, 5, 2, 8)] * 3 + [(2,)] * 3, dtype), _attention),
+    "shaped_attention": (_attention_tensors, _attention),
+    "shaped_attention lengths": (_attention_tensors, _attention_of_lengths),
     "parallel_mlp": (lambda n, dtype: _random(((n, 8), (12, 8), (12,), (8, 12), (8,)), dtype), _mlp),
     "simplified_block": _block(),
     "simplified_block recompute": _block(recompute=True),
