@@ -11,6 +11,8 @@ from paths import ROOT
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
 # What --prove sets: all schedules of the emulator, and how many kills and faults the trainer meets.
 PROOF = {"SIMPLCLIP_EMULATE_ALL": "1", "SIMPLCLIP_TEST_KILLS": "20", "SIMPLCLIP_FAULTS": "30"}
+# Fixtures that take long to make: who uses one is slow.
+SLOW = {"interpreted", "kernels", "single", "double", "tiny", "vit", "trained", "of_two_ranks"}
 
 
 def pytest_addoption(parser):
@@ -36,6 +38,8 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if SLOW.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("prove") and not config.option.prove:

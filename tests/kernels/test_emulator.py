@@ -45,6 +45,7 @@ def round_to_tf32(values):
     return np.ldexp(np.trunc(np.abs(mantissa) * 2**11 + 0.5) * np.sign(mantissa), exponent - 11).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mma_of_halves(kernels, dtype):
     random = np.random.default_rng(1)
@@ -150,6 +151,7 @@ def test_product_under_every_schedule(kernels):
     assert max(product(kernels, seed) for seed in SEEDS) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_is_wrong_in_a_kernel_is_noticed(kernels):
     """A barrier less, a wrong fragment, a warp's barrier less. Built beside the right ones, in one process with them."""
     wrong = emulator.build(
@@ -228,6 +230,7 @@ SANITIZED = """
 """
 
 
+@pytest.mark.slow
 def test_sanitizers_pass_what_is_right():
     done = emulator.sanitized(
         SANITIZED
@@ -265,6 +268,7 @@ def test_sanitizers_catch(kind, message):
     assert "wrappers.cpp" in done.stderr
 
 
+@pytest.mark.slow
 def test_every_wrapper_compiles_for_every_architecture(tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:

@@ -25,6 +25,7 @@ def of_one_plane(tile):
     return gate.measure(similarity(launch, "bfloat16", 86, False, tile), 86)
 
 
+@pytest.mark.slow
 def test_a_spill_fails_the_gate():
     row = of_one_plane(tuning.Tile(128, 128, 32, 4, 2, 1))
     assert row.spills > 0

@@ -161,6 +161,7 @@ def run_named(name: str, device: str) -> None:
     interpreter.poisoned(EXTRA[name] if name in EXTRA else partial(run, {**cases(), **large_cases()}[name]), device)
 
 
+@pytest.mark.slow
 @needs_interpreter
 @pytest.mark.parametrize("name", sample(NAMES, 2))
 def test_interpreted(name, interpreted):

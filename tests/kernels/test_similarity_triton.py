@@ -12,6 +12,7 @@ NAMES = [*triton_cases.cases(), *triton_cases.EXTRA]
 SCRIPT = "support/triton_cases.py"
 
 
+@pytest.mark.slow
 @needs_interpreter
 @pytest.mark.parametrize("name", sample(NAMES, 2))
 def test_interpreted(name, interpreted):
@@ -44,6 +45,7 @@ def test_every_tile_of_columns_has_one_program():
     assert splits(1, 256, 82)[0] > 60  # few rows alone would leave most multiprocessors without work
 
 
+@pytest.mark.slow
 @needs_triton
 def test_importing_kernels_compiles_nothing():
     code = "import simplclip.kernels.similarity.op, torch; print(torch.cuda.is_initialized())"

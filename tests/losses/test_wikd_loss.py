@@ -244,6 +244,7 @@ def test_projections_of_another_dtype_need_autocast(term):
         assert torch.isfinite(sum(loss(*student, *teacher)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher_width", [16, 20])
 @pytest.mark.parametrize("interactive", ["infonce", "kl"])
 def test_a_row_of_zeros_in_float16(interactive, teacher_width):

@@ -62,6 +62,7 @@ def check(make, within=0.01):
     return predicted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "changes",
@@ -122,6 +123,7 @@ def test_terms_that_come_later_count():
     assert peaks[0] == peaks[1] > peaks[2]
 
 
+@pytest.mark.slow
 @needs_cuda_build
 @pytest.mark.parametrize("name", ["RN50", "MobileCLIP2-S0", *LARGER])
 def test_plain_models_on_a_card(name):
@@ -131,6 +133,7 @@ def test_plain_models_on_a_card(name):
     assert one.at_peak["activations"] < two.at_peak["activations"] < 2.1 * one.at_peak["activations"]
 
 
+@pytest.mark.slow
 @needs_cuda_build
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_attention_on_a_card_keeps_no_matrix(monkeypatch, precision):
@@ -227,6 +230,7 @@ def test_memory_of_cards():
     assert 0.8 * 24 * GIB < Budget(24 * GIB).usable < 24 * GIB - Budget(24 * GIB).context
 
 
+@pytest.mark.slow
 def test_answers_fit_and_one_more_does_not():
     values = config.load("siclip-tiny-emoji", ["data.batch_size=64", "data.micro_batch=16", "model.freeze_norms=true"])
     budget = Budget(400 << 20, context=0, libraries=0)
@@ -243,6 +247,7 @@ def test_answers_fit_and_one_more_does_not():
     assert made.usage.peak < small.budget.usable or not small.fits
 
 
+@pytest.mark.slow
 def test_the_micro_batch_that_fits():
     values = config.load("siclip-tiny-emoji", ["data.batch_size=96", "data.micro_batch=auto", "model.freeze_norms=true"])
 
@@ -283,6 +288,7 @@ def test_the_command_for_siclip_s0(tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @needs_cuda_build
 def test_the_command():
     shown = call("siclip-tiny-emoji", "--memory", "24GiB", "--set", "data.batch_size=16")

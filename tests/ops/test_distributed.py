@@ -31,6 +31,7 @@ def test_two_ranks_equal(part, of_two_ranks):
     assert of_two_ranks.stdout.count(f"{part} passed") == 2, of_two_ranks.stderr[-5000:]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others():
     start = time.monotonic()
     run = torchrun("dies")

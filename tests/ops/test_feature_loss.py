@@ -180,6 +180,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_triton_through_its_interpreter():
     done = interpreter.run("-c", TRITON)

@@ -95,6 +95,7 @@ def check_everything(backend):
     check(other_calls(), backend)
 
 
+@pytest.mark.slow
 @pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reaches_the_result(backend):

@@ -176,6 +176,7 @@ def test_interactive_uses_the_logit_scale_where_it_has_none_of_its_own():
     assert "d_logit_scale" in values_and_grads(similarity_loss, leaves, torch.float32, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.instruction_set
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)

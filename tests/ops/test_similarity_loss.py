@@ -32,6 +32,7 @@ def test_values_and_gradients(n, dtype, backend):
             check(leaves, {**options, "negatives": negatives}, dtype, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.instruction_set
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
