@@ -7,10 +7,12 @@ OLDEST := .venv-oldest
 DIST ?= dist
 
 # One process uses the cores that there are; spinning threads of two processes would slow both several times.
-export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+CORES := $(shell nproc 2>/dev/null || echo 2)
+export OMP_NUM_THREADS ?= $(CORES)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help check-tools install demo ablation plan test sanitize test-gpu bench bench-gpu aot oldest dist wheel tables lint clean
+.PHONY: help check-tools install demo ablation plan test test-quick prove sanitize test-gpu bench \
+	bench-gpu aot oldest dist wheel tables lint clean
 
 help:  ## this list; it fits a screen of 24 lines of 80 columns
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
@@ -69,10 +71,20 @@ data/emoji-teacher: install
 	$(BIN)/simplclip teacher 'data/emoji/train-*.tar' --out data/emoji-teacher
 
 ablation: data/emoji-teacher  ## what each part of the system adds: 36 training runs; resumes
-	$(BIN)/simplclip ablate siclip-lite0-emoji --out runs/ablation --set run.steps=150 --set data.batch_size=128 --jobs $(shell nproc 2>/dev/null || echo 2)
+	$(BIN)/simplclip ablate siclip-lite0-emoji --out runs/ablation --set run.steps=150 --set data.batch_size=128 --jobs $(CORES)
+
+# A worker for each core, with one thread. The tests of a file stay together as long as there is other work (its fixtures).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(CORES) --dist worksteal
 
 test: install  ## the tests; those that need a GPU are skipped without one
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations=15
+
+test-quick: install  ## the faster half of them, in two minutes
+	$(PYTEST) -m "not slow"
+
+prove: install  ## all proofs at full length: hours
+	$(PYTEST) --prove
+	$(MAKE) sanitize aot oldest AOT=--all
 
 sanitize: install  ## random calls of the CPU kernels under ASan, UBSan; CASES=2000
 	$(BIN)/python tests/support/sanitized.py --cases $(or $(CASES),2000)
@@ -90,7 +102,7 @@ bench-gpu: install  ## the GPU's tests, then timings; writes benchmarks/results
 	$(BIN)/python -m benchmarks.gpu
 
 aot: install  ## compile all GPU kernels for all architectures; fails on a spill
-	$(BIN)/python -m benchmarks.aot $(AOT)
+	PYTHONPATH=tests $(BIN)/python -m gates $(AOT)
 
 # In a copy of the tracked files, so that the extensions of the two versions do not meet. Triton 3.6, which torch 2.11 brings,
 # interprets with numpy < 2.4 only. The trainer and its data are tested with the newest torch alone.
@@ -107,9 +119,9 @@ oldest: install $(OLDEST)/.installed  ## the tests of ops and kernels with the o
 	rm -rf build/oldest && mkdir -p build/oldest
 	tree=$$(git stash create) && git archive $${tree:-HEAD} | tar -x -C build/oldest
 	cd build/oldest && PATH="$(abspath $(OLDEST)/bin):$$PATH" python -m pip install --quiet --no-build-isolation -e '.[dev]'
-	SIMPLCLIP_OTHER_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest tests/package/test_packages.py
+	SIMPLCLIP_OTHER_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest --prove tests/package/test_packages.py
 	cd build/oldest && $(abspath $(OLDEST))/bin/python -m pytest $(OPS_TESTS)
-	cd build/oldest && $(abspath $(OLDEST))/bin/python -m benchmarks.aot $(AOT)
+	cd build/oldest && PYTHONPATH=tests $(abspath $(OLDEST))/bin/python -m gates $(AOT)
 
 # From a list of files that no earlier build wrote. The wheel is built from the source distribution, for all architectures.
 dist: install  ## source distribution and a wheel for this machine in dist/

@@ -80,7 +80,7 @@ def _warn(name: str, spills: int, architecture: int) -> None:
 class started:
     """A kernel, to be started as kernel[grid](...); warns, once for each, if the compiler had to spill registers.
 
-    benchmarks.aot sees to it that no tile of the table does with the Tritons that it was run with. Others warn.
+    The gates (make aot) see to it that no tile of the table does with the Tritons that it was run with. Others warn.
     """
 
     def __init__(self, kernel):

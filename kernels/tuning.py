@@ -1,6 +1,6 @@
 """Tile sizes by op, planes in registers or width of a head, dtype and architecture: a plain table, no autotuning.
 
-`python -m benchmarks.aot` compiles every entry and prints registers, shared memory and occupancy; none may spill.
+`make aot` compiles every entry and prints registers, shared memory and occupancy; none may spill.
 """
 
 from __future__ import annotations

@@ -2,20 +2,53 @@
 
 import os
 
+import pytest
+import torch
+from interpreter import Results
 from paths import ROOT
 
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
+# What --prove sets: all schedules of the emulator, and how many kills and faults the trainer meets.
+PROOF = {"SIMPLCLIP_EMULATE_ALL": "1", "SIMPLCLIP_TEST_KILLS": "20", "SIMPLCLIP_FAULTS": "30"}
+# Fixtures that take long to make: who uses one is slow.
+SLOW = {"interpreted", "kernels", "single", "double", "tiny", "vit", "trained", "of_two_ranks"}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--cases", type=int, default=2000, help="random calls of test_properties.py (the long proof: 50000)")
+    parser.addoption("--prove", action="store_true", help="proofs at full length, for hours (make prove)")
+    parser.addoption("--cases", type=int, help="random calls of test_properties.py (default: 2000; with --prove 50000)")
     parser.addoption("--first-case", type=int, default=0, help="the number of the first; with --cases 1 the one that failed")
+
+
+def pytest_configure(config):
+    if config.option.prove:
+        for name, value in PROOF.items():
+            os.environ.setdefault(name, value)
 
 
 def pytest_generate_tests(metafunc):
     """The random calls in blocks, so that a run shows how far it is."""
     if "block" in metafunc.fixturenames:
-        first, count, size = metafunc.config.getoption("--first-case"), metafunc.config.getoption("--cases"), 500
+        option = metafunc.config.option
+        first, count, size = option.first_case, option.cases or (50000 if option.prove else 2000), 500
         blocks = [range(at, min(at + size, first + count)) for at in range(first, first + count, size)]
         metafunc.parametrize("block", blocks, ids=[f"{block.start}-{block.stop - 1}" for block in blocks])
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if SLOW.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("prove") and not config.option.prove:
+            item.add_marker(pytest.mark.skip(reason="a proof: make prove"))
+
+
+@pytest.fixture(scope="module")
+def interpreted(request):
+    """The cases of the module's script that are to run, under Triton's interpreter."""
+    items = [item for item in request.session.items if item.module is request.module and "interpreted" in item.fixturenames]
+    names = [item.callspec.params["name"] for item in items if not item.get_closest_marker("skip")]
+    return Results(request.module.SCRIPT, names)

@@ -165,6 +165,7 @@ def test_doctor():
     assert "similarity_loss" in json.dumps(report)
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_resume_then_evaluate(tmp_path):
     """In real processes, with a loader process that gets the Ctrl-C as well."""
     config = tiny.write_config(tmp_path)

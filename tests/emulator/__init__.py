@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+from paths import PYTHONPATH
+
 HERE = Path(__file__).resolve().parent
 CUDA = HERE.parent.parent / "csrc" / "cuda"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simplclip" / "emulator"
@@ -133,7 +135,7 @@ def sanitized(code: str, timeout: float = 300) -> subprocess.CompletedProcess:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": PYTHONPATH,
     }
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=timeout

@@ -146,6 +146,7 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path):
     assert evaluation.zero_shot(ColourModel(names), split, tokenizer, ["{}"], cpu, "fp32") is None
 
 
+@pytest.mark.slow
 def test_run_writes_table_json_and_pictures(trained, tmp_path):
     one, two = tiny.write_shard(tmp_path / "one.tar"), tiny.write_shard(tmp_path / "two.tar", copies=2)
     text = io.StringIO()

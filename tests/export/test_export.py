@@ -82,6 +82,7 @@ def assert_same(model, other):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", WEIGHTS)
 def test_a_siclip_loads_from_both_files_of_weights(tiny, file):
     model, _, out, _ = tiny
@@ -91,6 +92,7 @@ def test_a_siclip_loads_from_both_files_of_weights(tiny, file):
     assert_same(model, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", WEIGHTS)
 def test_a_plain_model_loads_by_open_clip_alone(vit, file):
     model, _, out, _ = vit
@@ -171,6 +173,7 @@ def test_siclip_s0(tmp_path):
     assert max(about["max_abs_error"].values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_every_form_of_a_simplified_block(tmp_path):
     """siclip-s0's block on maps, with value and output projections, RMSNorm and another activation."""
 
@@ -203,6 +206,7 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
         export.run(run, tmp_path / "file", force=True)
 
 
+@pytest.mark.slow
 def test_a_tower_that_computes_otherwise_changes_nothing(tiny, tmp_path, monkeypatch):
     _, run, _, _ = tiny
     out = tmp_path / "out"

@@ -170,6 +170,7 @@ def double(folder):
     return plan.run("double")
 
 
+@pytest.mark.slow
 @needs_trainer
 @pytest.mark.parametrize("key", ["plain", "local", "accumulated"])
 def test_losses_and_weights_are_open_clips(single, key):
@@ -282,6 +283,7 @@ def test_projections_to_a_wider_teacher_are_learned_and_resumed(single):
     assert saved["optimizer"].keys() == saved["loss"].keys() == single["wide"]["parameters"].keys()
 
 
+@pytest.mark.slow
 @needs_trainer
 def test_open_clip_alone_cannot_wrap_a_model_on_a_cpu(double):
     """DistributedDataParallel(model, device_ids=[device]) with a CPU module: the same error without us and with us."""

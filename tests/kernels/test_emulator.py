@@ -45,6 +45,7 @@ def round_to_tf32(values):
     return np.ldexp(np.trunc(np.abs(mantissa) * 2**11 + 0.5) * np.sign(mantissa), exponent - 11).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mma_of_halves(kernels, dtype):
     random = np.random.default_rng(1)
@@ -150,6 +151,7 @@ def test_product_under_every_schedule(kernels):
     assert max(product(kernels, seed) for seed in SEEDS) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_is_wrong_in_a_kernel_is_noticed(kernels):
     """A barrier less, a wrong fragment, a warp's barrier less. Built beside the right ones, in one process with them."""
     wrong = emulator.build(
@@ -228,6 +230,7 @@ SANITIZED = """
 """
 
 
+@pytest.mark.slow
 def test_sanitizers_pass_what_is_right():
     done = emulator.sanitized(
         SANITIZED
@@ -265,11 +268,12 @@ def test_sanitizers_catch(kind, message):
     assert "wrappers.cpp" in done.stderr
 
 
+@pytest.mark.slow
 def test_every_wrapper_compiles_for_every_architecture(tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc was not found")
-    aot = pytest.importorskip("benchmarks.aot", reason="cuobjdump comes with triton")
+    gate = pytest.importorskip("gates.gate", reason="cuobjdump comes with triton")
     instances = [
         f"template __global__ void mma_kernel<{T}>(const uint32_t*, const uint32_t*, float*);"
         for T in ("bf16", "f16", "float")
@@ -284,7 +288,7 @@ def test_every_wrapper_compiles_for_every_architecture(tmp_path):
         ]
     source, built = tmp_path / "wrappers.cu", tmp_path / "wrappers.fatbin"
     source.write_text('#include "wrappers.cuh"\nnamespace simplclip::gpu {\n' + "\n".join(instances) + "\n}\n")
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in aot.LIMITS]
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in gate.LIMITS]
     done = subprocess.run(
         [nvcc, "-std=c++20", "-fatbin", f"-I{emulator.CUDA}", f"-I{emulator.HERE}", *targets, "-o", built, source],
         capture_output=True,
@@ -292,9 +296,9 @@ def test_every_wrapper_compiles_for_every_architecture(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
-    for architecture in aot.LIMITS:
-        dump = [aot.BIN / "cuobjdump", "-sass", "-arch", f"sm_{architecture}", built]
-        codes = set(aot.OPCODE.findall(subprocess.run(dump, capture_output=True, text=True, check=True).stdout))
+    for architecture in gate.LIMITS:
+        dump = [gate.BIN / "cuobjdump", "-sass", "-arch", f"sm_{architecture}", built]
+        codes = set(gate.OPCODE.findall(subprocess.run(dump, capture_output=True, text=True, check=True).stdout))
         for code in (
             "HMMA.16816.F32.BF16", "HMMA.16816.F32", "HMMA.1688.F32.TF32", "LDSM.16.M88.4", "LDSM.16.M88.2", "LDSM.16.MT88.4",
             "LDSM.16.MT88.2", "LDGSTS.E.BYPASS.128", "LDGSTS.E.64", "LDGSTS.E", "MUFU.EX2", "SHFL.BFLY", "SHFL.IDX",

@@ -5,19 +5,15 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import cuda_peak_bytes
 from open_clip.loss import DistillClipLoss
-from similarity import check, make_inputs
+from similarity import TEACHER, check, make_inputs
 
-from benchmarks.measure import peak_bytes
-from benchmarks.similarity_forms import batch
 from simplclip.losses import WIKDLoss
 from simplclip.ops import backends, feature_loss, similarity_loss
 from simplclip.ops.similarity.call import TERMS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SUBSETS = [s for k in range(1, 5) for s in itertools.combinations(TERMS, k)]
 WHOLE = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
@@ -45,13 +41,22 @@ def test_several_chunks_and_a_wider_teacher(dtype):
     check(leaves, options, dtype, "triton", device="cuda", scratch_bytes=1 << 18)
 
 
+def batch(n, d, dtype):
+    """image, text, logit_scale, those of the teacher; and of them the leaves."""
+    named, _ = make_inputs(n, n, terms=("relational",), width=d)
+    wide = ("logit_scale", "teacher_scale")
+    named = {name: t.to("cuda", torch.float32 if name in wide else dtype) for name, t in named.items()}
+    leaves = [t.requires_grad_() for name, t in named.items() if name not in TEACHER]
+    return list(named.values()), leaves
+
+
 def test_nothing_waits_for_the_device():
-    b = batch(64, 32, torch.float32, "cuda")
+    args, _ = batch(64, 32, torch.float32)
     loss = WIKDLoss(**WHOLE, negatives="hard").cuda()
-    loss(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)  # compiles
+    loss(*args)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sum(loss(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)).backward()
+        sum(loss(*args)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -59,17 +64,16 @@ def test_nothing_waits_for_the_device():
 def test_open_clips_distillation():
     results = []
     for loss in (DistillClipLoss(), WIKDLoss()):
-        b = batch(500, 64, torch.float32, "cuda")
-        values = loss(b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)
+        args, leaves = batch(500, 64, torch.float32)
+        values = loss(*args)
         sum(values).backward()
-        results.append([*values, *(leaf.grad for leaf in b.leaves())])
+        results.append([*values, *(leaf.grad for leaf in leaves)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
 
 
 def test_compiles_without_graph_breaks():
     loss = WIKDLoss(**WHOLE).cuda()
-    b = batch(100, 64, torch.float32, "cuda")
-    args = (b.image, b.text, b.scale, b.teacher_image, b.teacher_text, b.teacher_scale)
+    args, _ = batch(100, 64, torch.float32)
     torch.testing.assert_close(torch.compile(loss, fullgraph=True)(*args), loss(*args), rtol=1e-4, atol=1e-5)
 
 
@@ -87,16 +91,13 @@ def test_feature_loss(dtype):
 
 
 def test_all_four_objectives_of_32768_pairs_take_less_than_a_gigabyte():
-    b = batch(32768, 512, torch.bfloat16, "cuda")
+    (image, text, scale, *teacher), leaves = batch(32768, 512, torch.bfloat16)
 
     def run():
-        terms = similarity_loss(
-            b.image, b.text, b.scale, terms=TERMS, plane=(10.0, -2.0), teacher_image=b.teacher_image,
-            teacher_text=b.teacher_text, teacher_scale=b.teacher_scale,
-        )  # fmt: skip
+        terms = similarity_loss(image, text, scale, terms=TERMS, plane=(10.0, -2.0), **dict(zip(TEACHER, teacher)))
         sum(terms.values()).backward()
 
     run()
-    for leaf in b.leaves():
+    for leaf in leaves:
         leaf.grad = None
-    assert peak_bytes(run, "cuda") < 1 << 30
+    assert cuda_peak_bytes(run) < 1 << 30

@@ -1,36 +1,18 @@
 """parallel_mlp and simplified_block as users call them, on a CUDA device: each part by the backend that comes first there."""
 
 import pytest
-import test_parallel_mlp
-import test_simplified_block
 import torch
+from devices import cuda_peak_bytes
 
-from benchmarks.measure import peak_bytes
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.gpu
 
 
 def test_triton_serves_the_mlp():
     for op in ("parallel_mlp_fwd", "parallel_mlp_bwd"):
         assert backends.select(op, "cuda", torch.bfloat16)[0] == "triton"
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_parallel_mlp_within_tolerance(dtype, backend):
-    test_parallel_mlp.check_everything(backend, [dtype], "cuda")
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_simplified_block_within_tolerance(dtype, backend):
-    test_simplified_block.check_everything(backend, [dtype], "cuda")
 
 
 def test_a_block_is_served_without_a_forced_backend():
@@ -61,4 +43,4 @@ def test_memory_kept_for_backward():
         del out
     with torch.no_grad():
         block(x)
-        assert peak_bytes(lambda: block(x), "cuda") < 12 * x.nbytes
+        assert cuda_peak_bytes(lambda: block(x)) < 12 * x.nbytes

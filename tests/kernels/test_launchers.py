@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from interpreter import NO_GPU, needs_triton
+from interpreter import needs_triton
 from similarity import make_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
@@ -93,7 +93,6 @@ def test_a_smaller_budget_of_scratch_is_less_memory():
 
 @needs_triton
 @pytest.mark.gpu
-@pytest.mark.skipif(NO_GPU is not None, reason=str(NO_GPU))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prediction_on_a_gpu(dtype):
     calls = [similarity_call(name, dtype, size) for name, size in itertools.product(OBJECTIVES, (1 << 17, 1 << 22))]

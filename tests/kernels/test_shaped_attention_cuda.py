@@ -32,6 +32,7 @@ def cases(tokens, width, kind):
         yield Case(kind, tokens, width, causal, lengths=(tokens // 2, 0, tokens), batch=3, heads=1 + (tokens < 100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_values_and_gradients(kernels, tokens, kind):
@@ -40,6 +41,7 @@ def test_values_and_gradients(kernels, tokens, kind):
             check(kernels, case, SEEDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(77, 64), (77, 128), (197, 64), (288, 128)])
 def test_twenty_schedules_give_the_same_bits(kernels, tokens, width, kind):
@@ -122,6 +124,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS if ALL else list(FAULTS)[::3])
 def test_a_fault_is_noticed(fault):
     replace, case = FAULTS[fault]

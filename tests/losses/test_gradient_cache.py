@@ -256,6 +256,7 @@ def test_only_what_is_kept_is_encoded_once(keep):
     assert calls == [False] * (4 - kept) + [True] * 4
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_micro_batch():
     model = Dropping()
     loss = ClipPMLoss(pm_weight=0)

@@ -1,7 +1,7 @@
 import inspect
 import math
 
-import dense
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def test_terms_and_plane_gradients(negatives, plane):
     assert loss(image, text, scale) == sum(terms.values())
     sum(terms.values()).backward()
     weight, bias = (p.detach().clone().requires_grad_() for p in (loss.plane_weight, loss.plane_bias))
-    expected = dense.similarity_loss(image, text, scale, plane=(weight, bias), negatives=negatives)
+    expected = plain.similarity_loss(image, text, scale, plane=(weight, bias), negatives=negatives)
     (expected["contrastive"] + 0.5 * expected["pair_matching"]).backward()
     torch.testing.assert_close(terms["contrastive_loss"], expected["contrastive"])
     torch.testing.assert_close(terms["pair_matching_loss"], 0.5 * expected["pair_matching"])
@@ -77,7 +77,7 @@ def test_ids_drop_out_of_the_negatives():
     twice = [torch.cat([t, t]).detach() for t in (image, text)]
     ids = torch.arange(4).repeat(2)
     assert loss(*twice, scale, ids=ids) < loss(*twice, scale)
-    expected = dense.similarity_loss(*twice, scale, terms=("contrastive",), ids=ids, text_ids=ids)["contrastive"]
+    expected = plain.similarity_loss(*twice, scale, terms=("contrastive",), ids=ids, text_ids=ids)["contrastive"]
     torch.testing.assert_close(loss(*twice, scale, output_dict=True, ids=ids)["contrastive_loss"], expected)
 
 
@@ -110,12 +110,11 @@ def test_features_of_another_width_than_embed_dim():
         ClipPMLoss(plane="hadamard", embed_dim=12)(image, text, scale)
 
 
-def test_compiles_and_round_trips():
+def test_round_trips():
     loss = ClipPMLoss(plane="hadamard", embed_dim=16)
     other = ClipPMLoss(plane="hadamard", embed_dim=16)
     with torch.no_grad():
         loss.plane_weight.normal_()
     other.load_state_dict(loss.state_dict())
     image, text, scale = features()
-    compiled = torch.compile(loss, fullgraph=True)
-    torch.testing.assert_close(compiled(image, text, scale), other(image, text, scale))
+    torch.testing.assert_close(loss(image, text, scale), other(image, text, scale))

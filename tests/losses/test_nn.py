@@ -165,10 +165,3 @@ def test_share_weights_rejects(groups, words):
     with pytest.raises(ValueError, match=words):
         share_weights(blocks, groups)
     assert blocks[0].qk is not blocks[1].qk
-
-
-def test_compiles_without_graph_breaks():
-    block = SimplifiedBlock(8, 2, causal=True)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    x, lengths = torch.randn(2, 5, 8), torch.tensor([5, 2])
-    torch.testing.assert_close(compiled(x, lengths), block(x, lengths))

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cpu_kernels import DTYPES, needs_cpu_kernels
+from devices import DTYPES, needs_cpu_kernels
 from similarity import FEATURES, TEACHER, make_inputs
 from torch.utils._pytree import tree_leaves
 

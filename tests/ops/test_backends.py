@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cpu_kernels import needs_cpu_kernels
+from devices import needs_cpu_kernels
 from paths import ROOT
 
 import simplclip
@@ -61,6 +61,7 @@ def run_python(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_environment_forces_a_backend():
     code = "import torch, simplclip; x = torch.eye(3); print(simplclip.ops.similarity_loss(x, x, 1.0)['contrastive'])"
     assert run_python(code, SIMPLCLIP_BACKEND="reference").returncode == 0

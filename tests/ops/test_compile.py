@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from op_calls import CALLS, MODULES, module_call
+from calls import MODULES, SMALL, module_call
 
 FORMS = {
     "float32": (torch.float32, None),
@@ -23,18 +23,21 @@ def value_and_grads(function, tensors, autocast):
     return [value.detach(), *torch.autograd.grad(value, [t for t in tensors if t.requires_grad], allow_unused=True)]
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", [*CALLS, *MODULES])
-def test_traces_without_graph_breaks(name, form, dynamic):
+# Of the forms, static and dynamic, those of the suite; `make prove` takes all.
+SAMPLE = {("float32", True), ("bfloat16", False), ("float16", False), ("autocast bfloat16", True)}
+KINDS = [(form, dynamic) for form in FORMS for dynamic in (False, True)]
+KINDS = [pytest.param(*kind, marks=[] if kind in SAMPLE else pytest.mark.prove) for kind in KINDS]
+
+
+def check(name, form, sizes, **options):
     """A second size of a dynamic call, and any second call of a static one, finds the first one's graph."""
     dtype, autocast = FORMS[form]
     torch.manual_seed(0)
-    tensors, function = CALLS[name] if name in CALLS else module_call(name, dtype)[:2]
+    tensors, function = SMALL[name] if name in SMALL else module_call(name, dtype)[:2]
     torch.compiler.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, **options)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for n in (6, 11) if dynamic else (6, 6):
+        for n in sizes:
             args = tensors(n, dtype)
             tolerance = TOLERANCE[autocast or dtype]
             expected = value_and_grads(function, args, autocast)
@@ -43,3 +46,17 @@ def test_traces_without_graph_breaks(name, form, dynamic):
                 assert (got is None) == (want is None)
                 if want is not None:
                     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("form", "dynamic"), KINDS)
+@pytest.mark.parametrize("name", [*SMALL, *MODULES])
+def test_traces_without_graph_breaks(name, form, dynamic):
+    check(name, form, (6, 11) if dynamic else (6, 6), dynamic=dynamic, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SMALL, *MODULES])
+def test_compiles(name):
+    """By torch's own compiler; what works on tokens under autocast."""
+    of_tokens = name.startswith(("shaped_attention", "parallel_mlp", "simplified_block"))
+    check(name, "autocast bfloat16" if of_tokens else "float32", (6, 6), dynamic=False)

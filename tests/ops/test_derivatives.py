@@ -2,23 +2,23 @@
 
 import pytest
 import torch
-from cpu_kernels import BACKENDS
-from op_calls import CALLS, MODULES, module_call
+from calls import MODULES, SMALL, module_call
+from devices import BACKENDS
 from torch.autograd import forward_ad
 
 import simplclip
 
-NAMED = {name: name.split()[0] for name in CALLS}
+NAMED = {name: name.split()[0] for name in SMALL}
 HOW = r'expected a first derivative in reverse mode, got {}; run the forward under simplclip.backend\("reference"\)'
 
 
 def tensors_of(name, dtype=torch.float32):
     torch.manual_seed(0)
-    make, function = CALLS[name]
+    make, function = SMALL[name]
     return make(4, dtype), function
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", SMALL)
 def test_double_backward_is_refused(name):
     tensors, function = tensors_of(name)
     leaves = [t for t in tensors if t.requires_grad]
@@ -31,7 +31,7 @@ def test_double_backward_is_refused(name):
         sum(g.square().sum() for g in grads if g is not None).backward()
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", SMALL)
 def test_forward_mode_is_refused(name):
     tensors, function = tensors_of(name)
     tensors = [t.detach() for t in tensors]
@@ -47,7 +47,7 @@ def test_forward_mode_is_refused(name):
         torch.func.grad(function)(*tensors)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", SMALL)
 def test_the_reference_has_all_derivatives(name):
     tensors, function = tensors_of(name, torch.float64)
     leaves = [t for t in tensors if t.requires_grad]
@@ -72,11 +72,11 @@ def test_the_reference_has_all_derivatives(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_vmap_over_leaves_has_the_gradients_of_a_loop(name, backend):
     torch.manual_seed(0)
-    make, function = CALLS[name]
+    make, function = SMALL[name]
     both = [make(4, torch.float32) for _ in range(2)]
     stacked = [torch.stack([a.detach(), b.detach()]).requires_grad_(a.requires_grad) for a, b in zip(*both)]
     with simplclip.backend(backend):
@@ -92,10 +92,10 @@ def test_vmap_over_leaves_has_the_gradients_of_a_loop(name, backend):
 
 
 @pytest.mark.parametrize("backend", ["", "reference"])
-@pytest.mark.parametrize("name", [name for name in CALLS if not name.endswith(("loss", "kl", "shift"))] + ["feature_loss"])
+@pytest.mark.parametrize("name", [name for name in SMALL if not name.endswith(("loss", "kl", "shift"))] + ["feature_loss"])
 def test_meta_tensors_give_meta_results_and_gradients(name, backend, monkeypatch):
     monkeypatch.setattr(simplclip.ops.backends, "_forced", backend)
-    make, function = CALLS[name]
+    make, function = SMALL[name]
     with torch.device("meta"):
         tensors = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in make(4, torch.float32)]
         out = function(*tensors)

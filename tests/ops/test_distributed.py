@@ -12,24 +12,26 @@ from simplclip.losses import ClipPMLoss
 from simplclip.ops import distributed
 
 
-def torchrun(*part, ranks=2, script="rank_losses.py"):
+def torchrun(*parts):
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run([*launcher, str(SUPPORT / script), *part], env=env, capture_output=True, text=True, timeout=300)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, str(SUPPORT / "rank_losses.py"), *parts], env=env, capture_output=True, text=True, timeout=300
+    )
 
 
-@pytest.mark.parametrize("part", ["open_clip", "one process", "exchanges"])
-def test_two_ranks_equal(part):
-    run = torchrun(part)
-    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
+@pytest.fixture(scope="module")
+def of_two_ranks():
+    return torchrun("open_clip", "one process", "exchanges", "gradient caching")
 
 
 @pytest.mark.slow
-def test_gradient_caching_exchanges_once_and_equals_one_process():
-    run = torchrun(script="rank_gradient_cache.py")
-    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
+@pytest.mark.parametrize("part", ["open_clip", "one process", "exchanges", "gradient caching"])
+def test_two_ranks_equal(part, of_two_ranks):
+    assert of_two_ranks.stdout.count(f"{part} passed") == 2, of_two_ranks.stderr[-5000:]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others():
     start = time.monotonic()
     run = torchrun("dies")

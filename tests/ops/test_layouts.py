@@ -1,19 +1,12 @@
 """Every tensor argument of every op, and the gradient that comes in, in other memory layouts than a contiguous one."""
 
-import os
-import subprocess
-import sys
-
+import interpreter
 import layouts
 import pytest
-import test_parallel_mlp
-import test_shaped_attention
-import test_simplified_block
 import torch
-from calls import Call, function_of, run
-from cpu_kernels import BACKENDS, needs_cpu_kernels
+from calls import ATTENTION, MLP, Call, attention_inputs, block_inputs, function_of, mlp_inputs, run
+from devices import BACKENDS, needs_cpu_kernels
 from interpreter import needs_triton
-from paths import PYTHONPATH, ROOT
 from similarity import make_inputs
 from tolerance import EPS
 
@@ -32,7 +25,7 @@ def _similarity(**options):
 
 
 def _attention(**options):
-    tensors = dict(zip(test_shaped_attention.NAMES, test_shaped_attention.inputs()))
+    tensors = dict(zip(ATTENTION, attention_inputs()))
     return Call("shaped_attention", tensors | {"lengths": torch.tensor([5, 3])}, options)
 
 
@@ -50,9 +43,9 @@ CALLS = {
     "all terms": _similarity(terms=("contrastive", *PM, "relational", "interactive"), interactive="kl"),
     "attention": _attention(),
     "attention, causal": _attention(causal=True),
-    "mlp": Call("parallel_mlp", dict(zip(test_parallel_mlp.NAMES, test_parallel_mlp.inputs()))),
-    "block": Call("simplified_block", test_simplified_block.inputs() | {"lengths": torch.tensor([5, 3])}, {"causal": True}),
-    "block, recompute": Call("simplified_block", test_simplified_block.inputs(), {"recompute": True}),
+    "mlp": Call("parallel_mlp", dict(zip(MLP, mlp_inputs()))),
+    "block": Call("simplified_block", block_inputs() | {"lengths": torch.tensor([5, 3])}, {"causal": True}),
+    "block, recompute": Call("simplified_block", block_inputs(), {"recompute": True}),
     "feature": Call("feature_loss", {name: torch.randn(9, 11).double() for name in ("student", "teacher")}),
     "feature, projection": Call("feature_loss", {name: torch.randn(*shape).double() for name, shape in PROJECTED.items()}),
 }  # fmt: skip
@@ -143,7 +136,7 @@ def test_native_ops_refuse_a_layout_that_they_cannot_read():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_second_bias_of_mlp(dtype):
     """A bias that is a column of a larger parameter: read past its end once."""
-    x, fc1, b1, fc2, b2 = (t.to(dtype) for t in test_parallel_mlp.inputs())
+    x, fc1, b1, fc2, b2 = (t.to(dtype) for t in mlp_inputs())
     column = layouts.strided(b2)
     with simplclip.backend("cpu"):
         assert torch.equal(parallel_mlp(x, fc1, b1, fc2, column), parallel_mlp(x, fc1, b1, fc2, b2))
@@ -151,9 +144,15 @@ def test_strided_second_bias_of_mlp(dtype):
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "feature", "pair matching, hadamard"])
-def test_triton_under_its_interpreter(name):
-    code = f"import torch, test_layouts as t; t.check(t.CALLS[{name!r}], torch.float32, 'triton')"
-    paths = {"PYTHONPATH": PYTHONPATH, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | paths, capture_output=True, text=True, cwd=ROOT)
+def test_triton_under_its_interpreter():
+    code = "import torch, test_layouts as t; [t.check(t.CALLS[name], torch.float32, 'triton') for name in ('mlp', 'feature')]"
+    done = interpreter.run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.prove
+def test_similarity_under_tritons_interpreter():
+    code = "import torch, test_layouts as t; t.check(t.CALLS['pair matching, hadamard'], torch.float32, 'triton')"
+    done = interpreter.run("-c", code)
     assert done.returncode == 0, done.stderr

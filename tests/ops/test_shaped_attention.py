@@ -2,38 +2,17 @@
 
 import itertools
 
+import plain
 import pytest
 import torch
-from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
+from calls import ATTENTION as NAMES
+from calls import attention_inputs as inputs
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
 from tolerance import assert_within
 
 import simplclip
-from benchmarks.attention_forms import plain
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import shaped_attention
-
-NAMES = ("q", "k", "v", "alpha", "beta", "gamma")
-
-
-def inputs(b=2, length=5, h=3, k=4, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    q, k_, v = (torch.randn(b, length, h, k, generator=g, dtype=torch.float64).to(dtype) for _ in range(3))
-    gains = [torch.randn(h, generator=g, dtype=torch.float64) for _ in range(3)]
-    return q, k_, v, *gains
-
-
-def by_loops(q, k, v, alpha, beta, gamma, scale, causal, lengths):
-    """The definition, token by token."""
-    out = torch.zeros_like(v)
-    for b in range(q.shape[0]):
-        n = q.shape[1] if lengths is None else int(lengths[b])
-        for h in range(q.shape[2]):
-            for i in range(n):
-                keys = i + 1 if causal else n
-                a = (k[b, :keys, h] @ q[b, i, h] * scale).softmax(0)
-                seen = v[b, :keys, h]
-                out[b, i, h] = alpha[h] * v[b, i, h] + beta[h] * (a @ seen) - gamma[h] * seen.mean(0)
-    return out
 
 
 def values_and_grads(function, tensors, grad, **options):
@@ -53,8 +32,8 @@ def check(shape, dtype, backend, *, lengths=None, causal=False, scale=None, gain
     with simplclip.backend(backend):
         kernel = values_and_grads(shaped_attention, low, grad.to(dtype), **options)
     assert kernel["out"].dtype == dtype
-    truth = values_and_grads(plain, [t.double() for t in low], grad.to(dtype).double(), **options)
-    naive = values_and_grads(plain, low, grad.to(dtype), **options)
+    truth = values_and_grads(plain.shaped_attention, [t.double() for t in low], grad.to(dtype).double(), **options)
+    naive = values_and_grads(plain.shaped_attention, low, grad.to(dtype), **options)
     assert_within(kernel, naive, truth, dtype, f"{backend} {dtype} {shape} causal={causal} lengths={lengths}", 1e-3)
 
 
@@ -76,9 +55,10 @@ def check_everything(backend, dtypes=DTYPES):
 def test_values_are_those_of_the_definition(causal, lengths, scale):
     args = inputs()
     lengths = None if lengths is None else torch.tensor(lengths)
-    expected = by_loops(*args, 0.5 if scale is None else scale, causal, lengths)
-    for form in (shaped_attention, plain):
-        out = form(*args, scale=scale, causal=causal, lengths=lengths)
+    options = {"scale": scale, "causal": causal, "lengths": lengths}
+    expected = plain.attention_by_loops(*args, **options)
+    for form in (shaped_attention, plain.shaped_attention):
+        out = form(*args, **options)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -90,6 +70,7 @@ def test_gradients(causal, lengths):
     assert torch.autograd.gradcheck(lambda *a: shaped_attention(*a, causal=causal, lengths=lengths), args)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_tolerance(dtype, backend):
@@ -102,12 +83,6 @@ def test_within_tolerance(dtype, backend):
 def test_image_towers(dtype, backend, length):
     check((1, length, 2, 64), dtype, backend)
     check((2, length, 1, 80), dtype, backend, causal=True, lengths=[length, length - 3])
-
-
-@needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "baseline"])
-def test_every_instruction_set(isa):
-    run_with_instruction_set(isa, "test_shaped_attention")
 
 
 def test_zero_queries_and_equal_gains_give_the_identity():
@@ -172,20 +147,6 @@ def test_opcheck(backend):
     for lengths in (None, torch.tensor([7, 2], dtype=torch.int32)):
         args = [t.requires_grad_() for t in (q.clone(), k.clone(), v.clone(), gains.clone())]
         torch.library.opcheck(torch.ops.simplclip.shaped_attention_fwd, (*args, lengths, 0.3, True, backend))
-
-
-def test_compiles_without_graph_breaks_under_autocast():
-    torch.compiler.reset()
-    tensors = [t.float().requires_grad_() for t in inputs(length=9, k=16)]
-
-    def run(function):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = function(*tensors, lengths=torch.tensor([9, 4]))
-        assert out.dtype == torch.bfloat16
-        return out, torch.autograd.grad(out.float().sum(), tensors)
-
-    eager, compiled = run(shaped_attention), run(torch.compile(shaped_attention, fullgraph=True))
-    torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
 
 
 @needs_cpu_kernels

@@ -1,55 +1,19 @@
 """simplified_block against the same block of plain torch modules."""
 
+import plain
 import pytest
 import torch
-import torch.nn.functional as F
-from cpu_kernels import BACKENDS, DTYPES, needs_cpu_kernels, run_with_instruction_set
-from test_parallel_mlp import CHECKS, PLAIN
+from calls import OPCHECKS
+from calls import block_inputs as inputs
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
 from tolerance import assert_within
 
 import simplclip
-from benchmarks.attention_forms import plain as plain_attention
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import simplified_block
 from simplclip.ops.block.op import TENSORS
 
 WIDE = ("norm_weight", "norm_bias", "alpha", "beta", "gamma", "attention_gain", "mlp_gain")
-
-
-def plain(
-    x, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, beta, gamma, *, norm_weight, norm_bias=None,
-    norm="layernorm", eps=1e-5, act="gelu", attention_gain=1.0, mlp_gain=1.0, value_weight=None, output_weight=None,
-    causal=False, lengths=None,
-):  # fmt: skip
-    width = x.shape[-1]
-    weight = norm_weight.to(x.dtype)
-    if norm == "layernorm":
-        n = F.layer_norm(x, (width,), weight, None if norm_bias is None else norm_bias.to(x.dtype), eps)
-    else:
-        n = F.rms_norm(x, (width,), weight, eps)
-    q, k = (n @ qk_weight.T).chunk(2, dim=-1)
-    v = n if value_weight is None else n @ value_weight.T
-    heads = [t.reshape(*x.shape[:2], alpha.shape[0], -1) for t in (q, k, v)]
-    attention = plain_attention(*heads, alpha, beta, gamma, causal=causal, lengths=lengths).reshape(x.shape)
-    if output_weight is not None:
-        attention = attention @ output_weight.T
-    mlp = F.linear(PLAIN[act](F.linear(n, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-    as_x = lambda g: g.to(x.dtype) if isinstance(g, torch.Tensor) else g  # noqa: E731
-    return as_x(attention_gain) * attention + as_x(mlp_gain) * mlp
-
-
-def inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projections=True, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape, d=1.0: torch.randn(*shape, generator=g, dtype=torch.float64) * d  # noqa: E731
-    found = {"x": draw(b, length, c), "qk_weight": draw(2 * c, c, d=c**-0.5), "fc1_weight": draw(f, c, d=c**-0.5)}
-    found |= {"fc1_bias": draw(f), "fc2_weight": draw(c, f, d=f**-0.5), "fc2_bias": draw(c)}
-    found |= {name: draw(heads) for name in ("alpha", "beta", "gamma")}
-    found |= {"norm_weight": 1 + draw(c, d=0.1), "attention_gain": draw(1)[0], "mlp_gain": draw(1)[0]}
-    if norm == "layernorm":
-        found["norm_bias"] = draw(c)
-    if projections:
-        found |= {name: draw(c, c, d=c**-0.5) for name in ("value_weight", "output_weight")}
-    return found
 
 
 def values_and_grads(function, tensors, grad, device="cpu", **options):
@@ -65,8 +29,8 @@ def check(tensors, dtype, backend, recompute=False, device="cpu", **options):
     grad = torch.randn(low["x"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     with simplclip.backend(backend):
         kernel = values_and_grads(simplified_block, low, grad, device, recompute=recompute, **options)
-    truth = values_and_grads(plain, {name: t.double() for name, t in low.items()}, grad.double(), **options)
-    naive = values_and_grads(plain, low, grad, **options)
+    truth = values_and_grads(plain.simplified_block, {name: t.double() for name, t in low.items()}, grad.double(), **options)
+    naive = values_and_grads(plain.simplified_block, low, grad, **options)
     assert_within(kernel, naive, truth, dtype, f"{backend} {dtype} recompute={recompute} {options}", 1e-3)
 
 
@@ -81,16 +45,18 @@ def check_everything(backend, dtypes=DTYPES, device="cpu"):
             check(inputs(3, 17, 32, 2, 64, projections=False), dtype, backend, recompute, device, lengths=lengths, eps=1e-3)
 
 
+@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_within_tolerance(dtype, backend):
     check_everything(backend, [dtype])
 
 
-@needs_cpu_kernels
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
-def test_every_instruction_set(isa):
-    run_with_instruction_set(isa, "test_simplified_block")
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_within_tolerance_on_a_gpu(dtype, backend):
+    check_everything(backend, [dtype], "cuda")
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -108,7 +74,7 @@ def test_gradients(norm, projections, recompute):
 @pytest.mark.parametrize("trained", [["x"], ["qk_weight"], ["fc1_weight"], ["fc2_bias", "mlp_gain"], ["norm_bias", "alpha"]])
 def test_only_what_requires_a_gradient_gets_one(backend, trained, recompute):
     tensors = {name: t.float() for name, t in inputs().items()}
-    expected = values_and_grads(plain, tensors, torch.ones(2, 5, 12))
+    expected = values_and_grads(plain.simplified_block, tensors, torch.ones(2, 5, 12))
     for name in trained:
         tensors[name].requires_grad_()
     with simplclip.backend(backend):
@@ -183,23 +149,8 @@ def test_opcheck(backend, keep):
     tensors["gains"] = torch.stack([tensors[name] for name in ("alpha", "beta", "gamma")])
     args = [tensors[name].requires_grad_() for name in TENSORS]
     mode = (torch.tensor([5, 2], dtype=torch.int32), "layernorm", 1e-5, "gelu", 0.5, True, keep, backend)
-    utils = CHECKS if keep else (*CHECKS, "test_aot_dispatch_dynamic")
+    utils = OPCHECKS if keep else (*OPCHECKS, "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.simplclip.simplified_block_fwd, (*args, *mode), test_utils=utils)
-
-
-def test_compiles_without_graph_breaks_under_autocast():
-    torch.compiler.reset()
-    tensors = {name: t.float().requires_grad_() for name, t in inputs().items()}
-
-    def run(function):
-        with torch.autocast("cpu", torch.bfloat16):
-            out = function(**tensors, causal=True)
-        assert out.dtype == torch.bfloat16
-        return out, torch.autograd.grad(out.float().square().sum(), list(tensors.values()))
-
-    torch.testing.assert_close(
-        run(torch.compile(simplified_block, fullgraph=True)), run(simplified_block), rtol=3e-2, atol=3e-2
-    )
 
 
 @pytest.mark.parametrize(

@@ -84,16 +84,11 @@ def the_file(folder: Path, pattern: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def packages(tmp_path_factory):
+def wheel(tmp_path_factory):
     require("build")
     folder = tmp_path_factory.mktemp("dist")
     make("dist", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wheel(packages):
-    return the_file(packages, "*.whl")
+    return the_file(folder, "*.whl")
 
 
 def run_ops(python, folder: Path) -> str:
@@ -109,8 +104,10 @@ def install(python, wheel: Path, folder: Path) -> None:
     run([*pip, "--no-index", "--target", folder, wheel])
 
 
-def test_source_distribution_has_all_that_is_built_and_no_tests(packages):
-    with tarfile.open(the_file(packages, "*.tar.gz")) as archive:
+def test_source_distribution_has_all_that_is_built_and_no_tests(tmp_path):
+    require("build")
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path])
+    with tarfile.open(the_file(tmp_path, "*.tar.gz")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     kinds = {"csrc": ("h", "cuh", "cpp", "cu"), "kernels": ("py",), "simplclip": ("py", "yaml", "typed")}
     wanted = {
@@ -127,6 +124,7 @@ def test_source_distribution_has_all_that_is_built_and_no_tests(packages):
     } == set()
 
 
+@pytest.mark.prove
 def test_wheel_is_of_the_limited_api_and_the_stable_abi(wheel, tmp_path):
     assert re.fullmatch(r"simplclip-[\d.]+\w*-cp310-abi3-linux_\w+\.whl", wheel.name)
     if shutil.which("nm") is None:
@@ -137,11 +135,13 @@ def test_wheel_is_of_the_limited_api_and_the_stable_abi(wheel, tmp_path):
         assert extension_symbols.unstable(archive.extract(extension, tmp_path)) == []
 
 
+@pytest.mark.prove
 def test_wheel_says_that_it_is_typed(wheel):
     with zipfile.ZipFile(wheel) as archive:
         assert "simplclip/py.typed" in archive.namelist()
 
 
+@pytest.mark.prove
 def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):
     """Its torch is this one, by a path file."""
     venv.create(tmp_path / "venv", with_pip=False)
@@ -152,6 +152,7 @@ def test_wheel_runs_in_a_clean_environment(wheel, tmp_path):
     assert run_ops(python, installed) == HERE
 
 
+@pytest.mark.prove
 @pytest.mark.skipif(
     not OTHERS, reason="SIMPLCLIP_OTHER_PYTHON names no Python that has another version or torch (make oldest does)"
 )
@@ -163,6 +164,7 @@ def test_wheel_runs_under_other_versions(wheel, tmp_path, python):
     assert versions != HERE
 
 
+@pytest.mark.prove
 def test_wheel_becomes_a_manylinux_wheel(wheel, tmp_path):
     require("auditwheel", "patchelf")
     shutil.copy(wheel, tmp_path)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-import dense
-import test_feature_loss
-import test_parallel_mlp
-import test_simplified_block
+import plain
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import attention_forms
-from simplclip import ops
+from simplclip import losses, ops
+from simplclip.nn import SimplifiedBlock
 
 
 @dataclass
@@ -53,22 +51,18 @@ def _plain_similarity(image, text, logit_scale, *, logit_bias=None, **named):
         named["text_ids"] = named["ids"]
     if "shift" in named:
         named["shift"] = int(named["shift"])
-    out = dense.similarity_loss(image, text, logit_scale, **named)
+    out = plain.similarity_loss(image, text, logit_scale, **named)
     if logit_bias is not None and "contrastive" in out:
         out["contrastive"] = out["contrastive"] + 0.0 * logit_bias
     return out
 
 
-def _plain_block(*, recompute=False, **named):
-    return test_simplified_block.plain(**named)
-
-
 PLAIN: dict[str, Callable] = {
     "similarity_loss": _plain_similarity,
-    "shaped_attention": attention_forms.plain,
-    "parallel_mlp": test_parallel_mlp.plain,
-    "simplified_block": _plain_block,
-    "feature_loss": test_feature_loss.dense,
+    "shaped_attention": plain.shaped_attention,
+    "parallel_mlp": plain.parallel_mlp,
+    "simplified_block": lambda *, recompute=False, **named: plain.simplified_block(**named),
+    "feature_loss": plain.feature_loss,
 }
 
 
@@ -103,3 +97,131 @@ def run(
 
 def function_of(call: Call) -> Callable:
     return getattr(ops, call.op)
+
+
+# Not "test_aot_dispatch_dynamic": it compares h after backward, which has written over it. Tracing has a test of its own.
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")
+MLP = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
+def attention_inputs(b=2, length=5, h=3, k=4, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    q, k_, v = (torch.randn(b, length, h, k, generator=g, dtype=torch.float64).to(dtype) for _ in range(3))
+    gains = [torch.randn(h, generator=g, dtype=torch.float64) for _ in range(3)]
+    return q, k_, v, *gains
+
+
+def mlp_inputs(t=7, c=6, f=10, out=5, bias=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape, d=1.0: torch.randn(*shape, generator=g, dtype=torch.float64) * d  # noqa: E731
+    tensors = [draw(t, c), 2 * draw(f, c, d=c**-0.5), draw(f), draw(out, f, d=f**-0.5), draw(out)]
+    return tensors if bias else [tensors[0], tensors[1], None, tensors[3], None]
+
+
+def block_inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projections=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape, d=1.0: torch.randn(*shape, generator=g, dtype=torch.float64) * d  # noqa: E731
+    found = {"x": draw(b, length, c), "qk_weight": draw(2 * c, c, d=c**-0.5), "fc1_weight": draw(f, c, d=c**-0.5)}
+    found |= {"fc1_bias": draw(f), "fc2_weight": draw(c, f, d=f**-0.5), "fc2_bias": draw(c)}
+    found |= {name: draw(heads) for name in ("alpha", "beta", "gamma")}
+    found |= {"norm_weight": 1 + draw(c, d=0.1), "attention_gain": draw(1)[0], "mlp_gain": draw(1)[0]}
+    if norm == "layernorm":
+        found["norm_bias"] = draw(c)
+    if projections:
+        found |= {name: draw(c, c, d=c**-0.5) for name in ("value_weight", "output_weight")}
+    return found
+
+
+# A small call of each op and loss: its float tensors, and a function of them that returns a number.
+TERMS = ("contrastive", "pair_matching", "relational", "interactive")
+
+
+def _random(shapes, dtype):
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def _features(n, dtype):
+    """image, text, logit_scale, the teacher's image, text, scale: the student's and the scale require gradients."""
+    rows = [F.normalize(torch.randn(n, 24, dtype=torch.float64), dim=1).to(dtype) for _ in range(4)]
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, teacher_scale = torch.tensor(10.0, dtype=wide), torch.tensor(15.0, dtype=wide)
+    return [*(t.requires_grad_() for t in (*rows[:2], scale)), *rows[2:], teacher_scale]
+
+
+def similarity(**options):
+    def function(image, text, scale, teacher_image, teacher_text, teacher_scale):
+        ids = torch.arange(image.shape[0]) // 2
+        call = {"terms": TERMS, "plane": (scale, -2.0), "ids": ids, **options}
+        teacher = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale}
+        return sum(ops.similarity_loss(image, text, scale, **call, **teacher).values())
+
+    return _features, function
+
+
+def _hadamard(image, text, scale, *_):
+    plane = (scale * torch.ones(image.shape[1]), -2.0)
+    return ops.similarity_loss(image, text, scale, terms=("pair_matching",), plane=plane, negatives="hard")["pair_matching"]
+
+
+def _number(out):
+    return out.to(torch.promote_types(out.dtype, torch.float32)).square().mean()
+
+
+def _attention_tensors(n, dtype):
+    return _random([(n, 5, 2, 8)] * 3 + [(2,)] * 3, dtype)
+
+
+def _attention(q, k, v, *gains):
+    return _number(ops.shaped_attention(q, k, v, *gains, causal=True))
+
+
+def _attention_of_lengths(q, *rest):
+    return _number(ops.shaped_attention(q, *rest, lengths=torch.full((q.shape[0],), 3, device=q.device)))
+
+
+def _mlp(*args):
+    return _number(ops.parallel_mlp(*args))
+
+
+def _block(recompute=False):
+    def function(x, weight, *rest):
+        return _number(ops.simplified_block(x, *rest, norm_weight=weight, recompute=recompute))
+
+    def tensors(n, dtype):
+        shapes = ((n, 5, 8), (8,), (16, 8), (12, 8), (12,), (8, 12), (8,), (2,), (2,), (2,))
+        return _random(shapes, dtype)
+
+    return tensors, function
+
+
+SMALL = {
+    "similarity_loss": similarity(),
+    "similarity_loss hard kl": similarity(negatives="hard", interactive="kl"),
+    "similarity_loss shift": similarity(negatives="shift"),
+    "similarity_loss hadamard": (_features, _hadamard),
+    "feature_loss": (_features, lambda image, text, scale, teacher, *_: ops.feature_loss(image, teacher)),
+    "shaped_attention": (_attention_tensors, _attention),
+    "shaped_attention lengths": (_attention_tensors, _attention_of_lengths),
+    "parallel_mlp": (lambda n, dtype: _random(((n, 8), (12, 8), (12,), (8, 12), (8,)), dtype), _mlp),
+    "simplified_block": _block(),
+    "simplified_block recompute": _block(recompute=True),
+}
+# Tensors, the module, and how many of the tensors it takes.
+MODULES = {
+    "SimplifiedBlock": (lambda n, dtype: _random([(n, 5, 16)], dtype), lambda: SimplifiedBlock(16, 2), 1),
+    "ClipPMLoss": (_features, losses.ClipPMLoss, 3),
+    "WIKDLoss": (_features, lambda: losses.WIKDLoss(interactive_weight=1, feature_weight=1, pm_weight=1), 6),
+}
+
+
+def module_call(name, dtype=torch.float32, device="cpu"):
+    """Tensors, a function of them and its module: a block in `dtype`, a loss in float32."""
+    tensors, make, count = MODULES[name]
+    module = make().to(device, dtype if name == "SimplifiedBlock" else None)
+
+    def function(*args):
+        out = module(*args[:count])
+        return sum(out) if isinstance(out, tuple) else out if out.dim() == 0 else _number(out)
+
+    return tensors, function, module

@@ -15,7 +15,6 @@ import pytest
 import torch
 from paths import PYTHONPATH, ROOT
 
-NO_GPU = None if torch.cuda.is_available() else "no CUDA device"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is not installed")
 
 
@@ -35,13 +34,27 @@ WHY_NOT = why_not(_version("triton"), _version("numpy"))
 needs_interpreter = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
-def results(script: str) -> tuple[dict[str, str], str]:
-    """What each case of the script (its path below tests/) came to, and what the process wrote to stderr."""
+def run(*command: str) -> subprocess.CompletedProcess:
+    """Python with these arguments, under the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": PYTHONPATH}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / script], env=environment, capture_output=True, text=True, cwd=ROOT
-    )
-    return dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line), done.stderr
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+class Results:
+    """What each case of a script (a file below tests/) came to; one process for all of them."""
+
+    def __init__(self, script: str, names: Iterable[str]) -> None:
+        done = run(str(ROOT / "tests" / script), *names)
+        self.found = dict(line.split("\t", 1) for line in done.stdout.splitlines() if "\t" in line)
+        self.errors = done.stderr[-4000:]
+
+    def check(self, name: str) -> None:
+        assert self.found.get(name, "no result") == "ok", self.errors
+
+
+def sample(names: Iterable[str], step: int) -> list:
+    """Each `step`-th name as a parameter of the suite, the others of `make prove`."""
+    return [name if i % step == 0 else pytest.param(name, marks=pytest.mark.prove) for i, name in enumerate(names)]
 
 
 def poisoned(case: Callable[[str], None], device: str) -> None:

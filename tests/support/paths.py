@@ -6,4 +6,4 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 # What a process needs to import the package, these helpers and the tests of ops and kernels.
-PYTHONPATH = os.pathsep.join(str(ROOT / path) for path in (".", "tests", "tests/support", "tests/ops", "tests/kernels"))
+PYTHONPATH = os.pathsep.join(str(ROOT / path) for path in (".", "tests", "tests/support", "tests/ops"))

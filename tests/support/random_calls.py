@@ -6,11 +6,9 @@ import random
 from dataclasses import dataclass
 
 import layouts
-import test_parallel_mlp
-import test_shaped_attention
-import test_simplified_block
+import plain
 import torch
-from calls import PLAIN, Call, function_of, run
+from calls import ATTENTION, MLP, PLAIN, Call, attention_inputs, block_inputs, function_of, mlp_inputs, run
 from similarity import make_inputs
 from tolerance import assert_within
 from torch import Tensor
@@ -81,32 +79,32 @@ def _lengths(r: random.Random, batch: int, length: int) -> dict[str, Tensor]:
 
 def _attention(r: random.Random, dtype: torch.dtype) -> Call:
     b, length = r.choice((1, 2, 3)), r.choice((*SIZES, 77, 241))
-    tensors = test_shaped_attention.inputs(b, length, r.choice((1, 2, 3)), r.choice(WIDTHS), seed=r.randrange(10**6))
+    tensors = attention_inputs(b, length, r.choice((1, 2, 3)), r.choice(WIDTHS), seed=r.randrange(10**6))
     options = {"causal": r.random() < 0.5, "scale": r.choice((None, None, 0.3, -0.7))}
-    call = Call("shaped_attention", dict(zip(test_shaped_attention.NAMES, tensors)) | _lengths(r, b, length), options)
+    call = Call("shaped_attention", dict(zip(ATTENTION, tensors)) | _lengths(r, b, length), options)
     call.dtypes = {name: r.choice((torch.float32, dtype)) for name in ("alpha", "beta", "gamma")}
     return call
 
 
 def _mlp(r: random.Random, dtype: torch.dtype) -> Call:
     t, c, f, out = r.choice((*SIZES, 130)), r.choice(WIDTHS), r.choice((*WIDTHS, 200)), r.choice(WIDTHS)
-    tensors = dict(zip(test_parallel_mlp.NAMES, test_parallel_mlp.inputs(t, c, f, out, seed=r.randrange(10**6))))
+    tensors = dict(zip(MLP, mlp_inputs(t, c, f, out, seed=r.randrange(10**6))))
     for name in ("fc1_bias", "fc2_bias"):
         if r.random() < 0.25:
             del tensors[name]
     shape = r.choice(((t,), (1, t), (t, 1), (1, 1, t), () if t == 1 else (t,)))
     tensors["x"] = tensors["x"].reshape(*shape, c)
-    return Call("parallel_mlp", tensors, {"act": r.choice(list(test_parallel_mlp.PLAIN))})
+    return Call("parallel_mlp", tensors, {"act": r.choice(list(plain.ACTIVATIONS))})
 
 
 def _block(r: random.Random, dtype: torch.dtype) -> Call:
     b, length, heads, norm = r.choice((1, 2, 3)), r.choice(SIZES), r.choice((1, 2, 3)), r.choice(("layernorm", "rmsnorm"))
     width = heads * r.choice((2, 3, 8, 16, 20))
-    tensors = test_simplified_block.inputs(b, length, width, heads, r.choice((1, 7, 32, 65)), norm, seed=r.randrange(10**6))
+    tensors = block_inputs(b, length, width, heads, r.choice((1, 7, 32, 65)), norm, seed=r.randrange(10**6))
     for name in ("norm_bias", "value_weight", "output_weight", "attention_gain", "mlp_gain"):
         if name in tensors and r.random() < 0.4:
             del tensors[name]
-    options = {"norm": norm, "act": r.choice(list(test_parallel_mlp.PLAIN)), "recompute": r.random() < 0.4}
+    options = {"norm": norm, "act": r.choice(list(plain.ACTIVATIONS)), "recompute": r.random() < 0.4}
     options |= {"causal": r.random() < 0.5, "eps": r.choice((1e-5, 1e-3))}
     return Call("simplified_block", tensors | _lengths(r, b, length), options)
 

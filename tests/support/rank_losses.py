@@ -6,6 +6,7 @@ import sys
 import warnings
 from datetime import timedelta
 
+import rank_gradient_cache
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -157,9 +158,11 @@ def dies(rank):
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    exchanges = (collectives, unequal, grad_cache)
-    parts = {"open_clip": [equals_open_clip], "one process": [equals_one_process], "exchanges": exchanges, "dies": [dies]}
-    for part in parts[sys.argv[1]]:
-        part(dist.get_rank())
+    parts = {"open_clip": [equals_open_clip], "one process": [equals_one_process], "dies": [dies]}
+    parts |= {"exchanges": [collectives, unequal, grad_cache], "gradient caching": [rank_gradient_cache.main]}
+    for name in sys.argv[1:]:
+        for part in parts[name]:
+            part(dist.get_rank())
+        sys.stdout.write(f"{name} passed\n")  # at once, since both ranks write to one pipe
+        sys.stdout.flush()
     dist.destroy_process_group()
-    print("passed")

@@ -1,6 +1,6 @@
 """Inputs of the tests of similarity_loss, and the comparison of a backend with the dense losses."""
 
-import dense
+import plain
 import torch
 import torch.nn.functional as F
 from tolerance import assert_within
@@ -69,12 +69,12 @@ def check(leaves, options, dtype, backend, device="cpu", **kernel_options):
         kernel = values_and_grads(similarity_loss, leaves, dtype, device=device, **options, **kernel_options)
     # Halves are compared with plain torch on the same rounded inputs, and with float64 on them.
     rounded = {k: v.to(dtype).double() if k in FEATURES else v.float().double() for k, v in leaves.items()}
-    truth = values_and_grads(dense.similarity_loss, rounded, torch.float64, **options)
+    truth = values_and_grads(plain.similarity_loss, rounded, torch.float64, **options)
 
     def plain_form(**args):
         narrow = lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
         args = {k: tuple(map(narrow, v)) if k == "plane" else narrow(v) for k, v in args.items()}
-        return dense.similarity_loss(**args)
+        return plain.similarity_loss(**args)
 
-    plain = values_and_grads(plain_form, leaves, dtype, **options)
-    assert_within(kernel, plain, truth, dtype, f"{backend} {dtype} {options['terms']}")
+    naive = values_and_grads(plain_form, leaves, dtype, **options)
+    assert_within(kernel, naive, truth, dtype, f"{backend} {dtype} {options['terms']}")

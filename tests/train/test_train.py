@@ -18,6 +18,7 @@ from simplclip.train.metrics import CsvLog
 from simplclip.train.state import lr_factor
 
 
+@pytest.mark.slow
 # An epoch has 3 batches: step 3 ends one, step 5 lies within one.
 @pytest.mark.parametrize(("stop", "workers", "precision"), [(5, 0, "fp32"), (3, 0, "bf16"), (4, 1, "fp32"), (1, 2, "fp32")])
 def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path, monkeypatch, stop, workers, precision):
@@ -42,6 +43,7 @@ def stop_at_once():
     raise KeyboardInterrupt  # as a second Ctrl-C, which saves nothing
 
 
+@pytest.mark.slow
 def test_crash_between_checkpoints_leaves_no_double_rows(tmp_path, monkeypatch):
     whole = tiny.settings(tmp_path, f"run.out={tmp_path / 'whole'}", "run.save_every=2")
     parts = tiny.settings(tmp_path, f"run.out={tmp_path / 'parts'}", "run.save_every=2")
@@ -58,6 +60,7 @@ def test_crash_between_checkpoints_leaves_no_double_rows(tmp_path, monkeypatch):
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_everything_behind(tmp_path):
     config = tiny.settings(
         tmp_path,
@@ -99,6 +102,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     assert any(not torch.equal(state["loss"][k], v) for k, v in fresh.state_dict().items()), "the plane did not train"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         go(tiny.settings(tmp_path, f"run.out={tmp_path / name}", "run.steps=3", f"run.seed={seed}"))
@@ -107,6 +111,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     go(tiny.settings(tmp_path, f"run.out={tmp_path / 'plain'}"))

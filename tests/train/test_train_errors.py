@@ -134,6 +134,7 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path, monkeypa
     assert not list((tmp_path / "run").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_dead_loader_process_does_not_break_into_a_step(tmp_path, monkeypatch, undisturbed):
     config = tiny.settings(tmp_path, DROPOUT, "data.workers=1")
     original = train.train_step
@@ -186,6 +187,7 @@ def hold(folder, ready, done):
         done.wait()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, done = context.Event(), context.Event()

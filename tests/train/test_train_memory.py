@@ -25,6 +25,7 @@ def room(monkeypatch, usable):
     monkeypatch.setattr(Budget, "usable", property(lambda self: usable))
 
 
+@pytest.mark.slow
 def test_auto_takes_what_fits(tmp_path, monkeypatch):
     whole = go(
         tiny.settings(tmp_path, FROZEN, "data.micro_batch=auto", f"run.out={tmp_path / 'whole'}", "run.steps=1"),

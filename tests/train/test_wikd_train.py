@@ -31,6 +31,7 @@ WIKD = [
 CACHED = ["data.micro_batch=4", "model.freeze_norms=true"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [WIKD, [*WIKD, *CACHED, "run.precision=bf16", "model.options.vision_cfg.timm_drop=0.2"]])
 def test_it_trains_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch, changes):
     whole = tiny.settings(tmp_path, f"run.out={tmp_path / 'whole'}", *changes, teacher=WIDTH)
@@ -52,6 +53,7 @@ def test_it_trains_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch
         assert float(row["loss"]) == pytest.approx(terms, rel=1e-2 if "bf16" in str(changes) else 1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_helps(tmp_path):
     """Contrastive loss after equal steps, the student with a teacher that knows the concepts against the one without."""
     common = ["run.steps=30", "optim.lr=2e-3", "data.augment=none", "loss.pm_weight=0"]
@@ -105,6 +107,7 @@ def test_a_batch_larger_than_the_data_takes_several_epochs(tmp_path):
     assert (state["epoch"], state["batch"]) == (4, 3), "15 micro-batches, 3 an epoch, the last one not yet left"
 
 
+@pytest.mark.slow
 def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, limit[1]))
@@ -115,6 +118,7 @@ def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
+@pytest.mark.slow
 def test_no_teacher_is_in_memory(tmp_path):
     """In a fresh process: after steps with every term on, the only parameters are the student's and the loss's."""
     config = tiny.write_config(tmp_path, teacher=WIDTH)

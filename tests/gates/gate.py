@@ -1,12 +1,17 @@
-"""What a kernel's machine code must keep to on each architecture, and the table of all; for benchmarks.aot."""
+"""What a kernel's machine code must keep to on each architecture, the table of all,
+and the compiler's work on a kernel measured by it."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
+
+from gates.kernels import Kernel, compile_kernel
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -68,6 +73,38 @@ def gated(row: Row) -> Row:
     if row.shared > limit:
         row.failures.append(f"{row.shared} bytes of shared memory, the limit is {limit}")
     return row
+
+
+def disassemble(path: Path) -> tuple[str, str]:
+    """Resource usage and machine code of a cubin or an extension."""
+    return tuple(
+        subprocess.run([BIN / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
+        for option in ("-res-usage", "-sass")
+    )
+
+
+def measure(kernel: Kernel, architecture: int) -> Row:
+    """Compiles a kernel and gates it."""
+    compiled = compile_kernel(kernel, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = disassemble(Path(file.name))
+    codes = OPCODE.findall(sass)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    shared, warps = compiled.metadata.shared, kernel.tile.warps
+    tile = f"{kernel.tile.block_m}x{kernel.tile.block_n}x{kernel.tile.block_k}/{kernel.tile.stages}" if kernel.tile[0] else ""
+    spills, tensor_core = spills_and_tensor_cores(codes)
+    row = Row(
+        re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name), kernel.planes, kernel.dtype, architecture, tile,
+        registers, shared, stack, spills, warps,
+        blocks_per_multiprocessor(architecture, registers, shared, warps), len(codes), tensor_core,
+    )  # fmt: skip
+    if row.blocks < kernel.tile.blocks:
+        row.failures.append(f"{row.blocks} blocks per multiprocessor, planned {kernel.tile.blocks}")
+    if kernel.tensor_cores and kernel.dtype != "float32" and not row.tensor_core:
+        row.failures.append("no tensor-core instructions")
+    return gated(row)
 
 
 def table(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""The gate of benchmarks.aot: what the compiler makes of the Triton kernels, without a GPU."""
+"""The gates notice what they are for, and the tables of tiles are whole. `make aot` runs the gates themselves."""
 
 import importlib.util
 import itertools
@@ -12,79 +12,28 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
-from benchmarks import aot, aot_extension
-from benchmarks.aot_kernels import (
-    attention_kernels,
-    feature_loss_kernels,
-    launches,
-    mlp_kernels,
-    similarity,
-    small_kernels,
-)
+from gates import extension, gate
+from gates.kernels import launches, similarity
+
 from simplclip.kernels import launch as start
 from simplclip.kernels import tuning
 from simplclip.ops import backends
 
 
-def check(kernels, architecture):
-    rows = [aot.measure(kernel, architecture) for kernel in kernels]
-    print(aot.table(rows))
-    failed = [row for row in rows if row.failures]
-    assert not failed, "\n" + aot.table(failed)
+def of_one_plane(tile):
+    launch = next(launch for launch in launches(False) if launch.tiles == 1 and launch.HARD_NEGATIVES)
+    return gate.measure(similarity(launch, "bfloat16", 86, False, tile), 86)
 
 
-def heaviest(count):
-    """Of the launches with so many planes those with the most statistics."""
-    found = [launch for launch in launches(False) if launch.tiles == count]
-    most = max(sum(launch.constants().values()) for launch in found)
-    return [launch for launch in found if sum(launch.constants().values()) == most]
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_sm_86_bfloat16(backward):
-    """The RTX 3090: every kind of launch."""
-    check([similarity(launch, "bfloat16", 86, backward) for launch in launches(False)], 86)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "tf32", "float32"])
-def test_sm_86_other_dtypes(dtype):
-    kernels = [similarity(heaviest(n)[0], dtype, 86, backward) for n in range(1, 6) for backward in (False, True)]
-    check([*kernels, *small_kernels(dtype)], 86)
-
-
-def test_sm_86_feature_loss():
-    check(feature_loss_kernels("bfloat16"), 86)
-
-
-@pytest.mark.parametrize("dtype", aot.DTYPES)
-def test_sm_86_block(dtype):
-    """shaped_attention and parallel_mlp; both masks in bfloat16."""
-    masks = (False, True) if dtype == "bfloat16" else (True,)
-    check([*attention_kernels(dtype, 86, (64,), masks), *mlp_kernels(dtype, 86, even=(True,))], 86)
-
-
-@pytest.mark.parametrize("architecture", [a for a in aot.LIMITS if a != 86])
-def test_other_architectures(architecture):
-    kernels = [similarity(heaviest(n)[0], "bfloat16", architecture, backward) for n in (1, 3, 5) for backward in (0, 1)]
-    kernels += [similarity(heaviest(n)[0], "float32", architecture, False) for n in (1, 5)]
-    kernels += attention_kernels("bfloat16", architecture, (64,), (True,))
-    check([*kernels, *mlp_kernels("bfloat16", architecture, even=(True,))], architecture)
-
-
-def test_masks_of_an_odd_width_fit_too():
-    check([similarity(heaviest(n)[0], "bfloat16", 86, backward, even=False) for n in (1, 5) for backward in (0, 1)], 86)
-
-
+@pytest.mark.slow
 def test_a_spill_fails_the_gate():
-    launch = heaviest(1)[0]
-    row = aot.measure(similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 32, 4, 2, 1)), 86)
+    row = of_one_plane(tuning.Tile(128, 128, 32, 4, 2, 1))
     assert row.spills > 0
     assert any("spill" in failure for failure in row.failures)
 
 
 def test_too_much_shared_memory_fails_the_gate():
-    launch = heaviest(1)[0]
-    row = aot.measure(similarity(launch, "bfloat16", 86, False, tuning.Tile(128, 128, 64, 8, 6, 2)), 86)
+    row = of_one_plane(tuning.Tile(128, 128, 64, 8, 6, 2))
     assert any("shared memory" in failure for failure in row.failures)
     assert any("planned 2" in failure for failure in row.failures)
 
@@ -107,7 +56,7 @@ def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypa
         for op in ("fwd", "weight", "hidden"):
             tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture)
             assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (op, precision, architecture)
-    assert set(tuning.ARCHITECTURES) == set(aot.LIMITS)
+    assert set(tuning.ARCHITECTURES) == set(gate.LIMITS)
 
 
 def test_tiles_are_those_of_the_installed_triton(monkeypatch):
@@ -148,31 +97,10 @@ def test_every_kernel_is_started_so():
     assert sum(source.count("started(_") for source in sources) >= 14
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    if aot_extension.why_not():
-        pytest.skip(aot_extension.why_not())
-    built = {int(part.split("+")[0].replace(".", "")) for part in backends.cuda_extension.architectures().split(";")}
-    assert 86 in built
-    return aot_extension.compiled(sorted(built & set(aot.LIMITS)))
-
-
-def test_cuda_extension(compiled):
-    rows = aot_extension.rows(compiled)
-    assert {row.architecture for row in rows} == set(compiled)
-    assert not [row for row in rows if row.failures], "\n" + aot.table([row for row in rows if row.failures])
-
-
-def test_launches_of_shaped_attention(compiled):
-    rows = aot_extension.launches(compiled)
-    print(aot.table([row for row in rows if row.tile == "77x64"]))
-    assert not [row for row in rows if row.failures], "\n" + aot.table([row for row in rows if row.failures])
-
-
-@pytest.mark.skipif(aot_extension.why_not() is not None, reason=str(aot_extension.why_not()))
+@pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 def test_every_launch_of_shaped_attention_fits_every_architecture():
     plan = backends.cuda_extension.shaped_attention_plan
-    least = min(shared for shared, *_ in aot.LIMITS.values())
+    least = min(shared for shared, *_ in gate.LIMITS.values())
     for tokens, width, wide, backward in itertools.product(range(1, 289), range(16, 129, 16), (0, 1), (0, 1)):
         found = plan(tokens, width, wide, backward)
         assert 0 < found["shared"] <= least, (tokens, width, wide, backward, found)
@@ -183,8 +111,8 @@ def test_every_launch_of_shaped_attention_fits_every_architecture():
             assert found["blocks"] * found["threads"] // 32 * 16 >= tokens
 
 
-@pytest.mark.skipif(aot_extension.why_not() is not None, reason=str(aot_extension.why_not()))
+@pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 def test_padded_work_of_the_text_tower():
-    for backward, direction in enumerate(aot_extension.PRODUCTS):
+    for backward, direction in enumerate(extension.PRODUCTS):
         plan = backends.cuda_extension.shaped_attention_plan(77, 64, False, backward)
-        assert 1 <= aot_extension.padding(plan, direction, 77) <= 1.12
+        assert 1 <= extension.padding(plan, direction, 77) <= 1.12

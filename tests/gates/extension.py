@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA extension's kernels, and the launches they are planned for; for benchmarks.aot.
+"""What the compiler made of the CUDA extension's kernels, and the launches they are planned for.
 
 shaped_attention's dynamic shared memory, threads and padded work come from the plan that its launcher follows.
 """
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.aot_gate import BIN, OPCODE, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
+from gates.gate import BIN, OPCODE, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
 from simplclip.ops import backends
 
 TOKENS = (50, 64, 77, 197, 257, 288)  # CLIP's towers, and the most

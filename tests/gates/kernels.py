@@ -1,4 +1,4 @@
-"""The specialisations of every Triton kernel that benchmarks.aot compiles and gates, by op."""
+"""The specialisations of every Triton kernel that is compiled and gated, by op."""
 
 from __future__ import annotations
 

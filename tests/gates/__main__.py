@@ -1,0 +1,47 @@
+"""Compiles the Triton kernels ahead of time and gates what the compiler made of them; needs no GPU.
+
+    make aot                                       the launches that fill the registers most, every architecture
+    make aot AOT=--all                             every launch a call can ask for
+    make aot AOT='--arch 86 --dtype bfloat16'
+
+Prints a line per kernel: registers, shared memory, stack, spills, blocks per multiprocessor, instructions and tensor-core
+instructions; the CUDA extension's kernels (where it is built) and the launches they are planned for in the same table.
+Exits with 1 if a gate fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+import triton
+
+from gates import extension
+from gates.gate import LIMITS, measure, table
+from gates.kernels import DTYPES, kernels
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every launch, not only the heaviest")
+    parser.add_argument("--arch", type=int, action="append", choices=LIMITS, help="default: all")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: all")
+    options = parser.parse_args()
+    rows = []
+    if extension.why_not() is None:
+        found = extension.compiled(options.arch or LIMITS)
+        rows = extension.rows(found) + extension.launches(found)
+    else:
+        print(f"CUDA extension: {extension.why_not()}")
+    for architecture in options.arch or LIMITS:
+        for dtype in options.dtype or DTYPES:
+            rows += [measure(kernel, architecture) for kernel in kernels(dtype, architecture, options.all)]
+    print(table(rows))
+    failed = sum(bool(row.failures) for row in rows)
+    print(f"\n{len(rows)} kernels, {failed} failed; triton {triton.__version__}, torch {torch.__version__}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

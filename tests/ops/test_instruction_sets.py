@@ -1,0 +1,33 @@
+"""The CPU kernels of every instruction set: it is chosen once in a process, so that each set has a test run of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from devices import needs_cpu_kernels
+from paths import ROOT
+
+from simplclip.ops import backends
+
+
+@pytest.mark.slow
+@needs_cpu_kernels
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx512", "avx2", "baseline"])
+def test_kernels(isa):
+    """The tests that are marked instruction_set, again."""
+    if isa == backends.extension.cpu_isa():
+        pytest.skip("this run takes it already")
+    options = ["-q", "-m", "instruction_set", "-k", "not reference", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = os.environ | {"SIMPLCLIP_CPU_ISA": isa}
+    command = [sys.executable, "-m", "pytest", *options, "tests/ops"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    if "SIMPLCLIP_CPU_ISA: expected one of" in done.stdout:
+        pytest.skip(f"this CPU has no {isa}")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.instruction_set
+@needs_cpu_kernels
+def test_the_set_is_the_one_that_was_asked_for():
+    assert os.environ.get("SIMPLCLIP_CPU_ISA") in (None, "", backends.extension.cpu_isa())

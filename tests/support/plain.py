@@ -1,0 +1,174 @@
+"""The ops as anyone would write them in plain torch, by autograd: independent of simplclip's own formulas."""
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "quickgelu": lambda h: h * torch.sigmoid(1.702 * h),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+def similarity_loss(
+    image,
+    text,
+    logit_scale,
+    *,
+    terms=("contrastive", "pair_matching"),
+    plane=None,
+    negatives="all",
+    teacher_image=None,
+    teacher_text=None,
+    teacher_scale=None,
+    interactive="infonce",
+    interactive_scale=None,
+    projected_image=None,
+    projected_text=None,
+    divergence="kl",
+    ids=None,
+    text_ids=None,
+    label_offset=0,
+    symmetric=True,
+    shift=1,
+):
+    n, m = image.shape[0], text.shape[0]
+    labels = torch.arange(n) + label_offset
+    similarity = image @ text.T
+    logits = logit_scale * similarity
+    positive = F.one_hot(labels, m).bool()
+    negative = ~positive
+    if ids is not None:
+        negative &= ids[:, None] != text_ids[None, :]
+
+    def rows(matrix):
+        return matrix.masked_fill(~(positive | negative), -torch.inf)
+
+    def columns(matrix):
+        return rows(matrix).T[labels]
+
+    def cross_entropy(by_row, by_column):
+        loss = F.cross_entropy(rows(by_row), labels)
+        return (loss + F.cross_entropy(columns(by_column), torch.arange(n))) / 2 if symmetric else loss
+
+    def distance(teacher, student):
+        p = teacher.softmax(1)
+        log_q = student.log_softmax(1).masked_fill(p == 0, 0)
+        entropy = torch.special.entr(p).sum(1) if divergence == "kl" else 0
+        return (-(p * log_q).sum(1) - entropy).mean()
+
+    def distil(teacher, by_row, by_column):
+        loss = distance(rows(teacher), rows(by_row))
+        return (loss + distance(columns(teacher), columns(by_column))) / 2 if symmetric else loss
+
+    out = {}
+    if "contrastive" in terms:
+        out["contrastive"] = cross_entropy(logits, logits)
+    if "pair_matching" in terms:
+        weight, bias = plane
+        decision = (image * weight) @ text.T + bias
+        unmatched = F.softplus(decision)
+        if negatives == "all":
+            negative_loss = unmatched[negative].sum() / max(int(negative.sum()), 1)
+        elif negatives == "shift":
+            other = (labels + shift) % m
+            valid = negative[torch.arange(n), other]
+            negative_loss = unmatched[torch.arange(n), other][valid].sum() / max(int(valid.sum()), 1)
+        else:
+            only = logits.detach().masked_fill(~negative, -torch.inf)
+            weight_of = only.softmax(1).nan_to_num() / n
+            if symmetric:
+                by_column = torch.zeros_like(only)
+                by_column[:, labels] = only.softmax(0).nan_to_num()[:, labels] / n
+                weight_of = (weight_of + by_column) / 2
+            negative_loss = (weight_of * unmatched.masked_fill(~negative, 0)).sum()
+        out["pair_matching"] = (F.softplus(-decision[positive]).mean() + negative_loss) / 2
+    if teacher_image is not None:
+        teacher = teacher_scale * (teacher_image @ teacher_text.T)
+    if "relational" in terms:
+        out["relational"] = distil(teacher, logits, logits)
+    if "interactive" in terms:
+        scale = logit_scale if interactive_scale is None else interactive_scale
+        by_row = scale * ((image if projected_image is None else projected_image) @ teacher_text.T)
+        by_column = scale * (teacher_image @ (text if projected_text is None else projected_text).T)
+        if interactive == "infonce":
+            out["interactive"] = cross_entropy(by_row, by_column)
+        else:
+            out["interactive"] = distil(teacher, by_row, by_column)
+    return {term: out[term] for term in terms}
+
+
+def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
+    """The formula: half dtypes multiplied as such, softmax and mixing weights in float32, one product with v."""
+    length = q.shape[1]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    logits = (q @ k.transpose(-2, -1)).to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril()
+    if lengths is not None:
+        valid = torch.arange(length, device=q.device) < lengths[:, None]
+        visible = (visible & valid[:, None, :] & valid[:, :, None])[:, None]
+        logits = logits.masked_fill(~visible, torch.finfo(wide).min)
+    elif causal:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    uniform = visible.to(wide) / visible.sum(-1, keepdim=True).clamp(min=1)
+    weights = logits.softmax(-1) if lengths is None else logits.softmax(-1).masked_fill(~visible, 0)
+    identity = torch.eye(length, dtype=wide, device=q.device)
+    if lengths is not None:
+        identity = identity * visible.any(-1, keepdim=True)
+    alpha, beta, gamma = (t.to(wide)[:, None, None] for t in (alpha, beta, gamma))
+    return ((alpha * identity + beta * weights - gamma * uniform).to(v.dtype) @ v).transpose(1, 2)
+
+
+def attention_by_loops(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):
+    """The definition, token by token: it reads what a query sees, where the form above multiplies the rest by 0."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = torch.zeros_like(v)
+    for b in range(q.shape[0]):
+        n = q.shape[1] if lengths is None else int(lengths[b])
+        for h in range(q.shape[2]):
+            for i in range(n):
+                keys = i + 1 if causal else n
+                a = (k[b, :keys, h] @ q[b, i, h] * scale).softmax(0)
+                seen = v[b, :keys, h]
+                out[b, i, h] = alpha[h] * v[b, i, h] + beta[h] * (a @ seen) - gamma[h] * seen.mean(0)
+    return out
+
+
+def parallel_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, act="gelu"):
+    return F.linear(ACTIVATIONS[act](F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+def simplified_block(
+    x, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, beta, gamma, *, norm_weight, norm_bias=None,
+    norm="layernorm", eps=1e-5, act="gelu", attention_gain=1.0, mlp_gain=1.0, value_weight=None, output_weight=None,
+    causal=False, lengths=None,
+):  # fmt: skip
+    width = x.shape[-1]
+    weight = norm_weight.to(x.dtype)
+    if norm == "layernorm":
+        n = F.layer_norm(x, (width,), weight, None if norm_bias is None else norm_bias.to(x.dtype), eps)
+    else:
+        n = F.rms_norm(x, (width,), weight, eps)
+    q, k = (n @ qk_weight.T).chunk(2, dim=-1)
+    v = n if value_weight is None else n @ value_weight.T
+    heads = [t.reshape(*x.shape[:2], alpha.shape[0], -1) for t in (q, k, v)]
+    attention = shaped_attention(*heads, alpha, beta, gamma, causal=causal, lengths=lengths).reshape(x.shape)
+    if output_weight is not None:
+        attention = attention @ output_weight.T
+    mlp = parallel_mlp(n, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act=act)
+    as_x = lambda g: g.to(x.dtype) if isinstance(g, torch.Tensor) else g  # noqa: E731
+    return as_x(attention_gain) * attention + as_x(mlp_gain) * mlp
+
+
+def feature_loss(student, teacher, *, distance="mse", beta=1.0, normalize=True, projection=None):
+    if projection is not None:
+        student = F.linear(student, projection)
+    teacher = teacher.to(student.dtype)
+    if normalize:
+        student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    return F.mse_loss(student, teacher) if distance == "mse" else F.smooth_l1_loss(student, teacher, beta=beta)
