@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = ["backward", "check"]
 
 MicroBatch = TypeVar("MicroBatch")
 Outputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Named = dict[Any, Tensor]  # by name, or by position
 
 
 def backward(
@@ -85,7 +86,9 @@ def backward(
     if model is not None:
         check(model)
     again = max(count - keep, min(count - 1, 1))
-    states, parts, kept = [], [], []
+    states: list[tuple[Tensor, list[Tensor]]] = []
+    parts: list[Named] = []
+    kept: list[Named] = []
     for index in range(count):
         states.append(_generators())
         with torch.set_grad_enabled(index >= again), _alone(model, count > 1):
@@ -104,13 +107,13 @@ def backward(
 
     terms = loss(**leaves) if isinstance(next(iter(leaves)), str) else loss(*leaves.values())
     terms = terms if isinstance(terms, Mapping) else {"loss": terms}
-    total = sum(terms.values())
+    total: Any = sum(terms.values())
     total = total if scaler is None else scaler.scale(total)
     with _autocast_off(total):
         total.backward()
     end = _generators()
 
-    gradients = [{} for _ in rows]
+    gradients: list[Named] = [{} for _ in rows]
     for name, leaf in leaves.items():
         if leaf.grad is not None and name in rows[0]:
             for of_one, gradient in zip(gradients, leaf.grad.split([m[name] for m in rows])):
@@ -143,7 +146,7 @@ def check(model: nn.Module) -> None:
             )
 
 
-def _named(outputs: Outputs) -> dict[str | int, Tensor]:
+def _named(outputs: Outputs) -> Named:
     """Outputs of encode by name or position, checked."""
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     if not isinstance(outputs, (Mapping, Sequence)) or not outputs:
@@ -157,7 +160,7 @@ def _named(outputs: Outputs) -> dict[str | int, Tensor]:
     return named
 
 
-def _backpropagate(outputs: dict[str | int, Tensor], gradients: dict[str | int, Tensor]) -> None:
+def _backpropagate(outputs: Named, gradients: Named) -> None:
     names = [name for name in gradients if outputs[name].requires_grad]
     if names:
         with _autocast_off(outputs[names[0]]):

@@ -103,7 +103,8 @@ class SimilarityLoss(nn.Module):
             self._shapes.check(image, text, self._group())
         if self.world_size == 1 or self.local_loss or self.gather_with_grad:
             return image, text
-        return tuple(distributed.scale_gradient(t, 1 / self.world_size) for t in (image, text))
+        share = 1 / self.world_size
+        return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
     def _value(self, loss: Tensor) -> Tensor:
         """The value that open_clip's mode reports."""

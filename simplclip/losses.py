@@ -33,6 +33,7 @@ Coming from elsewhere (features [N, D]; ours expect them L2-normalised; tests/lo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class ClipPMLoss(SimilarityLoss):
         terms = ("contrastive", "pair_matching") if self.pm_weight else ("contrastive",)
         image, text = self._own_features(image_features, text_features)
         values = self._terms(image, text, logit_scale, terms, ids, logit_bias=logit_bias)
-        losses = {"contrastive_loss": self._value(values["contrastive"])}
+        losses: dict[str, Any] = {"contrastive_loss": self._value(values["contrastive"])}
         if self.pm_weight:
             losses["pair_matching_loss"] = self.pm_weight * self._value(values["pair_matching"])
         return losses if output_dict else sum(losses.values())
@@ -187,10 +188,10 @@ class WIKDLoss(SimilarityLoss):
         if any(widths) and embed_dim is None:
             raise ValueError("embed_dim: expected the width D of the student's features beside teacher_dim, got None")
         project = interactive_weight or feature_weight
-        widths = [width if project and width not in (None, embed_dim) else 0 for width in widths]
+        projected = [width if project and width not in (None, embed_dim) else 0 for width in widths]
         self.image_projections, self.text_projections = (
-            nn.ParameterList(nn.Parameter(torch.randn(w, embed_dim or 0) * (embed_dim or 1) ** -0.5) for w in widths)
-            if any(widths)
+            nn.ParameterList(nn.Parameter(torch.randn(w, embed_dim or 0) * (embed_dim or 1) ** -0.5) for w in projected)
+            if any(projected)
             else None
             for _ in range(2)
         )
@@ -225,7 +226,8 @@ class WIKDLoss(SimilarityLoss):
             "feature": self.feature_weight,
             "pair_matching": self.pm_weight,
         }
-        once, totals = ("contrastive", "pair_matching"), {}
+        once = ("contrastive", "pair_matching")
+        totals: dict[str, Tensor] = {}
         for index, teacher in enumerate(teachers):
             share = {name: weight if name in once else weight / len(teachers) for name, weight in weights.items()}
             share = {name: weight for name, weight in share.items() if weight and not (index and name in once)}
@@ -277,8 +279,8 @@ class WIKDLoss(SimilarityLoss):
                     )
         if self.image_projections is None or not self.image_projections[index].numel():
             return None, None
-        weights = {"image": self.image_projections[index], "text": self.text_projections[index]}
-        return tuple(_project(side, own, weights[side]) for side, (own, _) in sides.items())
+        projected_image = _project("image", image, self.image_projections[index])
+        return projected_image, _project("text", text, self.text_projections[index])
 
 
 class _Wide(torch.autograd.Function):

@@ -12,7 +12,7 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "NORMS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights"]
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+NORMS: dict[str, Callable[..., nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 class ShapedAttention(nn.Module):

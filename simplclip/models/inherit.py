@@ -179,7 +179,8 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
     Errors: InheritanceError for a name that the model lacks; the model is left as it was.
     """
-    modules, parameters = [], []
+    modules: list[nn.Module] = []
+    parameters: list[Any] = []
     for name in names:
         parent, _, leaf = name.rpartition(".")
         try:
@@ -206,7 +207,7 @@ def freeze_norms(model: nn.Module) -> None:
 def _hold_in_eval(module: nn.Module) -> None:
     # An attribute of the instance, as a subclass would change type(module), and a forward hook would leave `training`
     # wrong until the module runs. The partial of a module's function can be copied and pickled.
-    module.train = partial(_eval_only, module)
+    module.train = partial(_eval_only, module)  # type: ignore[method-assign]
     module.eval()
 
 

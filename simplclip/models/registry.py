@@ -71,6 +71,11 @@ class ShortVocabTokenizer(SimpleTokenizer):
     49,408 tokens. Start and end of text stay the two highest ids, as CLIP's pooling needs.
     """
 
+    bpe_ranks: dict[tuple[str, str], int]
+    vocab_size: int
+    decoder: dict[int, str]
+    all_special_ids: list[int]
+
     def __init__(self, vocab_size: int, **options: Any) -> None:
         super().__init__(**options)
         merges = vocab_size - 2 * len(self.byte_encoder) - 2
@@ -137,6 +142,7 @@ def create(
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
 
+    model: Any
     if spec.original in open_clip.list_models():
         custom_text = config.pop("custom_text", False)
         with _without_warning("No pretrained weights loaded"):  # as `create` says; those of a checkpoint come later
@@ -251,7 +257,7 @@ def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
         if os.fspath(checkpoint).endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            state = load_file(checkpoint)
+            state: Any = load_file(checkpoint)
         else:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (ModuleNotFoundError, OSError):

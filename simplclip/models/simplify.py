@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer
@@ -88,7 +89,7 @@ class TimmBlock(SimplifiedBlock):
 class MapBlock(SimplifiedBlock):
     """A block on feature maps [B, C, H, W] (timm's FastViT): full attention over the H·W positions."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         batch, width, height, breadth = x.shape
         tokens = super().forward(x.permute(0, 2, 3, 1).reshape(batch, height * breadth, width))
         return tokens.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
@@ -258,14 +259,14 @@ def _text_sites(model: nn.Module) -> Iterator[_Site]:
         raise InputError("text: expected no mask or a causal one, got a tower with class token or padding masks")
     if not hasattr(tower, "attn_mask"):
         raise InputError(f"text: expected attn_mask, None or causal, beside its blocks, got {type(tower).__name__} without")
-    mask = tower.attn_mask
+    mask: Any = tower.attn_mask
     if mask is not None and not mask.is_meta and not is_causal_mask(mask):
         raise InputError("text: expected no mask or a causal one, got a tower with another attn_mask")
     yield from _transformer_sites(transformer, f"{prefix}transformer", "text", causal=mask is not None)
 
 
 def _image_sites(model: nn.Module) -> Iterator[_Site]:
-    visual = model.visual
+    visual: Any = model.visual
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
         yield from _transformer_sites(transformer, "visual.transformer", "image", causal=False)
@@ -274,7 +275,8 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     for path, module in visual.named_modules(prefix="visual"):
         # Subclasses change the signature or the attention, so only the exact classes are known to fit.
         if type(module) is Block:
-            yield _Site(path, module, TimmBlock, module.attn.num_heads, {})
+            attention: Any = module.attn
+            yield _Site(path, module, TimmBlock, attention.num_heads, {})
         elif type(module) is AttentionBlock:
             yield _Site(path, module, MapBlock, module.token_mixer.num_heads, {})
         elif isinstance(module, SimplifiedBlock):  # of an earlier call: keeps its index, and can be replaced again
@@ -304,7 +306,7 @@ def _transformer_sites(transformer: Transformer, path: str, tower: str, causal: 
 
 
 def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, options: dict) -> SimplifiedBlock:
-    block = site.block
+    block: Any = site.block
     if isinstance(block, SimplifiedBlock):
         weight, old_act, old_drop = block.fc1.weight, block.act, block.drop_path
     else:

@@ -21,6 +21,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "")
 
 
-def _load_extension(name: str) -> tuple[object | None, str | None]:
+def _load_extension(name: str) -> tuple[Any, str | None]:
     """The extension module simplclip.<name>, or None and the reason."""
     try:
         return importlib.import_module(f"simplclip.{name}"), None

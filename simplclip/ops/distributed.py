@@ -79,7 +79,7 @@ class SameShapes:
     torch.compile nothing is checked.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.shape: list[int] | None = None
         self.own: Tensor | None = None
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,10 @@ _SCHEMA = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "boo
 
 def schema_of(call: type) -> str:
     """The dispatcher's arguments of a call's dataclass: its fields in their order."""
-    return ", ".join(f"{_SCHEMA[field.type]} {field.name}" for field in fields(call))
+    return ", ".join(f"{_SCHEMA[str(field.type)]} {field.name}" for field in fields(call))
 
 
-def flat(call: object) -> tuple:
+def flat(call: Any) -> tuple:
     """The fields of a call as the dispatcher takes them."""
     return tuple([getattr(call, name) for name in call.__match_args__])
 

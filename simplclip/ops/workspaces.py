@@ -7,11 +7,13 @@ without their kernels (simplclip.kernels.launch.pretended).
 
 from __future__ import annotations
 
+from typing import Any
+
 from simplclip.ops import workspaces_cpu, workspaces_cuda
 from simplclip.ops.backends import TABLE
 
 # backend -> name in backends.TABLE -> bytes of a call's arguments
-STATED = {"cpu": workspaces_cpu.STATED, "cuda": workspaces_cuda.STATED}
+STATED: dict[str, dict[str, Any]] = {"cpu": workspaces_cpu.STATED, "cuda": workspaces_cuda.STATED}
 
 
 class UnknownWorkspace(RuntimeError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: in
     return reason and f"{reason}; got {length} tokens, width {width}"
 
 
-_BACKENDS = {"module": "attention.op", "triton": _why_not_triton, "cuda": _why_not_cuda}
+_BACKENDS: dict[str, Any] = {"module": "attention.op", "triton": _why_not_triton, "cuda": _why_not_cuda}
 define(
     "shaped_attention_fwd",
     "Tensor q, Tensor k, Tensor v, Tensor gains, Tensor? lengths, float scale, bool causal",

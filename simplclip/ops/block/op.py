@@ -35,7 +35,8 @@ _ARGUMENTS = (
 
 def _split(qk: Tensor, x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """[T, 2C] -> q, k [B, L, H, K]: views."""
-    return qk.view(*x.shape[:2], 2, heads, x.shape[2] // heads).unbind(2)
+    q, k = qk.view(*x.shape[:2], 2, heads, x.shape[2] // heads).unbind(2)
+    return q, k
 
 
 def _fwd(
@@ -83,7 +84,7 @@ def _bwd(
     pick, grad, qk, h, lse, x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gains, mlp_gain,
     value_weight, output_weight, lengths, norm, eps, act, scale, causal, need,
 ):  # fmt: skip
-    d: dict[str, Tensor] = {}
+    d = {}
     wanted = dict(zip(TENSORS, need))
     x, grad = x.contiguous(), grad.contiguous()
     c, heads = x.shape[2], gains.shape[1]
@@ -244,7 +245,7 @@ def simplified_block(
     vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "alpha": alpha, "beta": beta, "gamma": gamma}
     checks.block(x, norm, **matrices, **vectors)
     if lengths is not None:
-        lengths = checks.lengths_of_batch(lengths, *x.shape[:2], x.device)
+        lengths = checks.lengths_of_batch(lengths, x.shape[0], x.shape[1], x.device)
     x, *cast = autocast(x, *matrices.values())
     matrices = dict(zip(matrices, cast))
     for name, t in matrices.items():

@@ -222,16 +222,16 @@ def similarity_loss(
     inputs.check_options(terms, negatives, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
     matching = negatives if "pair_matching" in terms else None
     relational, cross = "relational" in terms, interactive if "interactive" in terms else None
-    call = SimilarityCall(
+    call = SimilarityCall(  # inputs.normalise turns numbers into tensors
         image=image,
         text=text,
-        scale=logit_scale,
+        scale=logit_scale,  # type: ignore[arg-type]
         teacher_image=teacher_image,
         teacher_text=teacher_text,
-        teacher_scale=teacher_scale,
+        teacher_scale=teacher_scale,  # type: ignore[arg-type]
         projected_image=projected_image,
         projected_text=projected_text,
-        cross_scale=interactive_scale,
+        cross_scale=interactive_scale,  # type: ignore[arg-type]
         plane_weight=None,
         plane_bias=None,
         ids=ids,
