@@ -92,7 +92,7 @@ def test_micro_batches_give_the_whole_batches_gradient(tmp_path):
 
 
 def test_gradient_caching_refuses_batch_statistics(tmp_path):
-    with pytest.raises(ValueError, match="model: expected no statistics of batches, got BatchNorm"):
+    with pytest.raises(ValueError, match="model: expected no batch statistics, got BatchNorm"):
         go(tiny.settings(tmp_path, "data.micro_batch=4"))
 
 
