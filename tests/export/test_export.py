@@ -258,7 +258,7 @@ def test_command(tiny, tmp_path):
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_a_file_that_is_no_weights(suffix, tmp_path):
     (tmp_path / f"a.{suffix}").write_bytes(b"\x80\x04nothing of use")
-    with pytest.raises(ValueError, match="checkpoint: expected a file of weights, .* is none"):
+    with pytest.raises(ValueError, match="checkpoint: expected a file of weights, got .*a[.]"):
         models.create("siclip-tiny", checkpoint=tmp_path / f"a.{suffix}")
     torch.save({"state_dict": [1, 2]}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match="expected a state dict of tensors"):

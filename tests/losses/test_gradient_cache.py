@@ -296,7 +296,7 @@ def test_frozen_norms_and_those_without_statistics_pass():
     ("encode", "batches", "options", "error", "message"),
     [
         (nn.Identity(), [], {}, ValueError, "micro_batches: expected at least one, got none"),
-        (nn.Identity(), iter([1]), {}, TypeError, "micro_batches: expected a sequence, since it is read twice, got list_iterator"),
+        (nn.Identity(), iter([1]), {}, TypeError, "micro_batches: expected a sequence, since .*got list_iterator"),
         (nn.Identity(), [torch.ones(2, 2)], {"keep": -1}, ValueError, "keep: expected a number of micro-batches, 0 or more"),
         (lambda b: None, [1], {}, TypeError, "encode: expected a tensor, or a sequence or mapping of them, got NoneType"),
         (lambda b: {"ids": torch.ones(2, 2).long()}, [1], {}, TypeError, "output 'ids' of encode: expected float32"),
