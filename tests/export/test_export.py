@@ -237,8 +237,8 @@ def test_command(tiny, tmp_path):
     cases = {
         "format: expected one of open_clip, safetensors, onnx, got 'tflite'": (run, "--format", "tflite"),
         "checkpoint: no such file": (tmp_path / "none.pt",),
-        "is no simplclip checkpoint": (tmp_path / "text.pt",),
-        "do not fit the architecture 'siclip-tiny'": (tmp_path / "other.pt",),
+        "expected a simplclip checkpoint, got": (tmp_path / "text.pt",),
+        "expected weights of 'siclip-tiny'": (tmp_path / "other.pt",),
         "holds an export already": (run, "--out", tmp_path / "a/b"),
     }
     (tmp_path / "text.pt").write_text("not weights")

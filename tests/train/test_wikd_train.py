@@ -181,7 +181,7 @@ def test_resume_of_a_checkpoint_from_before_these_settings(tmp_path):
         del state["config"]["data"][key]
     del state["frozen"]
     torch.save(state, last)
-    assert "going on from step 2" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
+    assert "continuing from step 2" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
 
 
 def work(config, changes, out, ready):
