@@ -139,9 +139,10 @@ tables: install  ## tables and chart of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 # The kernels lie beside the package, and are imported as a part of it.
-lint: install  ## ruff, and that packages import from those below them only
+lint: install  ## ruff, mypy, and that packages import from those below them only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	rm -rf build/lint && mkdir -p build/lint && cp -r simplclip build/lint && rm -rf build/lint/simplclip/kernels
 	cp -r kernels build/lint/simplclip/kernels
 	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --config ../../pyproject.toml

@@ -247,12 +247,12 @@ def test_what_is_no_checkpoint_says_so(trained, tmp_path):
     torch.save({"state_dict": {}}, other)
     torch.save({"format": "simplclip", "x": Console}, unsafe)
     for path in (torn, other, unsafe):
-        with pytest.raises(checkpoint.CheckpointError, match=f"{path.name} is no simplclip checkpoint: "):
+        with pytest.raises(checkpoint.CheckpointError, match=f"{path.name}: expected a simplclip checkpoint, got "):
             load_model(path)
     state = checkpoint.load(trained / "run")
     state["config"]["model"]["options"] = {}
     torch.save(state, tmp_path / "wide.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="weights do not fit the architecture 'siclip-tiny'.*Missing key"):
+    with pytest.raises(checkpoint.CheckpointError, match="expected weights of 'siclip-tiny'.*Missing key"):
         load_model(tmp_path / "wide.pt")
     state["version"] = 99
     torch.save(state, tmp_path / "new.pt")

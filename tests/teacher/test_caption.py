@@ -292,8 +292,8 @@ def test_command(source, weights, tmp_path):
         "pretrained: expected one of ['laion2b_s13b_b90k'": (out, "--pretrained", "x"),
         "checkpoint: no such file": (out, "--checkpoint", tmp_path / "none.pt"),
         "checkpoint: expected a file of weights": (out, "--model", NAME, "--checkpoint", tmp_path / "text.pt"),
-        "wide.pt do not fit the model: Missing key(s)": (out, "--model", NAME, "--checkpoint", tmp_path / "wide.pt"),
-        "shape.pt do not fit the model: size mismatch for logit_scale": (
+        "wide.pt: Missing key(s)": (out, "--model", NAME, "--checkpoint", tmp_path / "wide.pt"),
+        "shape.pt: size mismatch for logit_scale": (
             out,
             "--model",
             NAME,

@@ -156,7 +156,7 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
         (["--teacher", "open_clip:tiny-wide", "--checkpoint", "tiny.pt"], "is no checkpoint of open_clip's tiny-wide: "),
         (["--teacher", "open_clip:tiny", "--checkpoint", "garbage.pt"], "is no checkpoint of open_clip's tiny: "),
         (["--teacher", "open_clip:tiny", "--checkpoint", "code.pt"], "is no checkpoint of open_clip's tiny: "),
-        (["--teacher", "siclip-tiny", "--checkpoint", "tiny.pt"], "is no simplclip checkpoint"),
+        (["--teacher", "siclip-tiny", "--checkpoint", "tiny.pt"], "expected a simplclip checkpoint, got"),
         (["--teacher", "open_clip:tiny", "--checkpoint", "nan.pt"], "gives features that are not finite"),
         (["--checkpoint", "tiny.pt"], "expected heads instead for the built-in teacher"),
         (["--heads", "garbage.pt"], "holds no heads of the built-in teacher"),
