@@ -83,6 +83,7 @@ test-quick: install  ## the faster half of them, in two minutes
 	$(PYTEST) -m "not slow"
 
 prove: install  ## all proofs at full length: hours
+	SIMPLCLIP_CUDA_ARCHS=all PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e .
 	$(PYTEST) --prove
 	$(MAKE) sanitize aot oldest AOT=--all
 
