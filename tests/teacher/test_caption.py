@@ -140,7 +140,7 @@ def test_features_of_the_former_captions_go(weights, tmp_path):
     write(tmp_path / "a.tar", [(key, {**files, "teacher.npy": b"features", "seg.png": b"kept"})])
     (tmp_path / "meta.json").write_text(json.dumps({"teacher": {"name": "x"}, "kept": 1}))
     summary = run(tmp_path / "a.tar", tmp_path / "out", weights)
-    assert summary["notes"] == ["1 samples had teacher.npy already; it is left out, since it no longer fits."]
+    assert summary["notes"] == ["1 samples already had teacher.npy; it is dropped, since it no longer fits."]
     with tarfile.open(tmp_path / "out" / "a.tar") as tar:
         assert sorted(tar.getnames()) == [f"{key}.{suffix}" for suffix in ("json", "png", "seg.png", "txt")]
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())

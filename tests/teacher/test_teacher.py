@@ -138,7 +138,7 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
     teacher.write(source, tmp_path / "one", first, progress=False)
     second = teacher.load("open_clip:tiny", weights, precision="bf16")
     summary = teacher.write(str(tmp_path / "one" / "*.tar"), tmp_path / "two", second, progress=False)
-    assert summary["notes"] == ["24 samples had teacher.npy already; it is made anew."]
+    assert summary["notes"] == ["24 samples already had teacher.npy; it is made again."]
     assert teacher_stamp([str(tmp_path / "two" / "train-0.tar")])["precision"] == "bf16"
     with pytest.raises(ValueError, match="teacher.precision was 'fp32', now 'bf16'"):
         teacher.write(source, tmp_path / "one", second, progress=False)
