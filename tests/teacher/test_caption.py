@@ -286,7 +286,7 @@ def test_command(source, weights, tmp_path):
     out = tmp_path / "other"
     cases = {
         "model: expected a CoCa model of open_clip, such as coca_": (out, "--model", "ViT-B-32", "--checkpoint", weights),
-        "'coca_ViT-B-33' is no model of open_clip": (out, "--model", "coca_ViT-B-33"),
+        "got 'coca_ViT-B-33', which is not a model of open_clip": (out, "--model", "coca_ViT-B-33"),
         "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
         "got both": (out, *options, "--pretrained", "x"),
         "pretrained: expected one of ['laion2b_s13b_b90k'": (out, "--pretrained", "x"),
@@ -314,5 +314,5 @@ def test_command(source, weights, tmp_path):
         assert not out.exists()
     result = call("caption", source / "train-0.tar", "--out", out, *options, "--checkpoint", tmp_path / "nan.pt")
     assert result.exit_code == 2
-    assert "checkpoint: the model gives logits that are not finite" in result.output
+    assert "checkpoint: expected a model with finite logits, got" in result.output
     assert not list(out.glob("*.tar"))
