@@ -198,7 +198,7 @@ def test_wrong_arguments(folder, tmp_path, change, error, message):
 
 def test_one_process_writes_at_a_time(folder, tmp_path):
     def process(batch):
-        with pytest.raises(FileExistsError, match="another process"):
+        with pytest.raises(FileExistsError, match="no other process writes to, got"):
             run(folder / "train-0.tar", tmp_path / "out")
         return mark(batch)
 
