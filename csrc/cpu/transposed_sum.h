@@ -9,8 +9,8 @@ namespace simplclip {
 
 class TransposedSum {
  public:
-  // The sum has the shape and dtype of `like`, or no rows if it is not `needed`. `in_float`: for more than one product of
-  // halves, which are then summed in float32.
+  // The sum has the shape and dtype of `like`, or no rows if it is not `needed`. `in_float`: sums several products of half
+  // types in float32.
   TransposedSum(const Tensor& like, bool needed, bool in_float, Scratch& scratch)
       : needed_(needed), in_float_(needed && in_float),
         out_(torch::stable::new_empty(like, {needed ? like.size(0) : 0, like.size(1)})) {

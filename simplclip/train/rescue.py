@@ -57,7 +57,7 @@ class LastStep:
         free: free the gradients first. Returns None if there was no whole step, in this run or in one that it continues.
         """
         this, step = self.this, self._place["step"]
-        with undisturbed(tell=False):
+        with undisturbed(report=False):
             if free:
                 this.optimizer.zero_grad(set_to_none=True)
                 gc.collect()

@@ -171,7 +171,7 @@ def test_run_writes_table_json_and_pictures(trained, tmp_path):
     for name in ("one", "two"):
         assert min(Image.open(tmp_path / "out" / f"evaluation-{name}.png").size) > 800
     shown = text.getvalue()
-    assert "left out gone: " in shown
+    assert "skipped gone: " in shown
     assert "24 texts" in shown
     assert "(4.2%)" in shown
     with pytest.raises(ValueError, match="matches none"):
@@ -208,7 +208,7 @@ def test_splits_are_added_to_what_was_evaluated_before(trained, tmp_path):
     assert "nothing was evaluated" in text.getvalue()
     assert json.loads(file.read_text()) == both
     file.write_text("[1, 2")
-    with pytest.raises(ValueError, match="out: expected an evaluation to add splits to, or none, got .*evaluation.json"):
+    with pytest.raises(ValueError, match="out: expected no evaluation.json, or one to add splits to, got .*evaluation.json"):
         evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
     assert file.read_text() == "[1, 2"
 

@@ -300,7 +300,7 @@ def test_the_command():
         (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "7"], "data.micro_batch: expected a divisor of"),
         (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "x"], "data.micro_batch: expected a whole number or"),
         (["siclip-lite0-emoji", "--memory", "1GiB", "--set", "data.train=none/*.tar", "--device", "cpu"],
-         "the pattern 'none/*.tar' matches none. To plan without the shards: --teacher-width"),
+         "the pattern 'none/*.tar', which matches none. To plan without the shards: --teacher-width"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments, message):

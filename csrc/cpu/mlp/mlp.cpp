@@ -1,4 +1,4 @@
-// The second half of parallel_mlp on a CPU, some rows of the hidden layer at a time: its activation lies in scratch only.
+// The second half of parallel_mlp on a CPU, some rows of the hidden layer at a time; its activation is only in scratch.
 #include "../instruction_set.h"
 #include "../tensors.h"
 #include "../transposed_sum.h"
@@ -15,7 +15,7 @@ using torch::stable::parallel_for;
 using torch::stable::transpose;
 
 constexpr int64_t kScratchBytes = 8 << 20;
-constexpr int64_t kGrain = 8192;  // floats that are worth a thread
+constexpr int64_t kGrain = 8192;  // floats per thread, at least
 
 Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
@@ -100,7 +100,7 @@ int64_t parallel_mlp_bwd_cpu_workspace(const Tensor&, const Tensor& h, const Ten
   return scratch.bytes();
 }
 
-// dh is written over h. Returns the gradient of the weight, [0, F] if it is not needed.
+// Overwrites h by dh. Returns the gradient of the weight, [0, F] if it is not needed.
 Tensor parallel_mlp_bwd(const Tensor& grad, Tensor h, const Tensor& weight, const std::string& act, bool need_weight) {
   expect_contiguous("h", h);
   const Activation kind = activation_of(act);

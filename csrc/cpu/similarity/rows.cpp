@@ -1,5 +1,5 @@
-// similarity_rows on a CPU: cross-entropies of rows whose keys are constants. The softmax of a row is known as soon as the row
-// is, so that its chunk is multiplied once: backward is left with vectors.
+// similarity_rows on a CPU: cross-entropies of rows with constant keys. The softmax of a row needs only that row, so that each
+// chunk is computed once and backward has no matrix product.
 #include "sweep.h"
 
 #include <tuple>

@@ -1,5 +1,5 @@
-// similarity_loss on a CPU: a sweep over row chunks. Each chunk's matrices are read once by the strip kernels, and in backward
-// turned into their own gradients, from which two more products each give the gradients of the features.
+// similarity_loss on a CPU: a sweep over row chunks. The strip kernels read each chunk's matrices once, and in backward replace
+// them by their gradients, from which two products each give the gradients of the features.
 #include "sweep.h"
 #include "../transposed_sum.h"
 
@@ -12,12 +12,11 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Column statistics in the making: a log-sum-exp and perhaps a mean, from [strips, M] partials to [M].
+// Accumulates column statistics, a log-sum-exp and optionally a mean, from [strips, M] partials to [M].
 struct ColumnSums {
   Tensor lse_parts, mean_parts, own_lse;
   float *lse = nullptr, *mean = nullptr;
 
-  // `lse` null: the total is needed only to merge the mean.
   ColumnSums(const Sweep& sweep, bool has_lse, bool has_mean, Scratch& scratch) {
     const Tensor& like = sweep.call.image;
     lse_parts = scratch.take(like, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
@@ -25,7 +24,7 @@ struct ColumnSums {
     if (!has_lse) own_lse = scratch.take(like, {sweep.m}, ScalarType::Float);
   }
 
-  // Where the totals go; `lse_to` and `mean_to` where there are such.
+  // `lse_to` is null if the total is needed only to merge the mean; `mean_to` is null if there is no mean.
   void start(float* lse_to, float* mean_to) {
     const int64_t m = lse_parts.size(1);
     lse = lse_to ? lse_to : data<float>(own_lse);
@@ -133,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
   return {row_stats, column_stats, sweep.stored};
 }
 
-// How one softmax's gradients are formed; fills ratios where one exponential serves rows and columns, which it does unless a
+// How the gradients of one softmax are computed; fills ratios if one exponential suffices for rows and columns, i.e. unless a
 // row's e^(z - r) could underflow where the column's e^(z - c) does not.
 struct Sharing {
   std::vector<float> ratio;
@@ -202,7 +201,7 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
   auto row = [&](const Tensor& from, Row stat) { return data<const float>(from) + int64_t(stat) * n; };
   auto col = [&](const Tensor& from, Column stat) { return data<const float>(from) + int64_t(stat) * m; };
 
-  // Arguments of the strip kernels for a student's matrix; the pointers to rows are moved to each strip.
+  // Arguments of the strip kernels for one of the student's matrices; the pointers to rows are advanced for each strip.
   BackwardIn student_in{}, image_in{}, text_in{};
   Softmax student_kind = Softmax::kRows;
   student_in.lse = row(row_stats, Row::kLseStudent);

@@ -1,6 +1,6 @@
-// The row-chunk sweep of similarity_loss on a CPU: which similarity matrices a call forms, and their scratch. A chunk is some
+// The row-chunk sweep of similarity_loss on a CPU: the similarity matrices that a call needs, and their scratch. A chunk is some
 // rows of them, all columns, each computed by one matrix product. Forward keeps the first `stored` rows, so that backward need
-// not compute them again. Chunk and stored rows are the only memory that grows with N*M, and byte budgets bound both.
+// not compute them again. Chunk and stored rows are the only memory that grows with N*M, and both have byte budgets.
 #pragma once
 
 #include "../instruction_set.h"
@@ -24,10 +24,10 @@ struct Matrix {
   Tensor a, b;          // [N, *], [M, *]
   float scale = 1;
   Tensor kept;          // [stored rows, M]
-  Tensor scratch;       // [chunk, M], the students' is one
+  Tensor scratch;       // [chunk, M]; the student's matrices share one
 };
 
-// The ids as small integers: equal where the ids are equal.
+// The ids as small integers, which are equal if the ids are equal.
 struct Ids {
   std::vector<int32_t> row, column;
 
@@ -51,7 +51,7 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// out = a b^T. In fp32 in blocks: MKL is 15% faster on an operand that stays in the second-level cache (seen on Zen 4).
+// out = a b^T. In fp32 in blocks: MKL is 15% faster with an operand in the second-level cache (seen on Zen 4).
 inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
   const bool is_bf16 = a.scalar_type() == ScalarType::BFloat16;
   const int64_t count = a.size(0), columns = b.size(0);
@@ -78,7 +78,7 @@ struct Sweep {
   std::optional<Tensor> hadamard_weight; // [D]: the hyperplane's w
   Tensor hadamard, weighted;             // [chunk, M], [chunk, D]: (x*w) y^T, x*w
 
-  // `kept` is forward's result in backward; nothing else is read from the store in forward.
+  // In backward `kept` is forward's result; forward does not read the store.
   Sweep(const SimilarityCall& call, const Tensor* kept, Scratch& scratch)
       : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(call.chunk, n)),
         stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)), is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
@@ -97,7 +97,7 @@ struct Sweep {
       if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale), {}, {}};
     }
     stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? call.matrices() : 0, this->stored_rows, m});
-    // The students take turns in one scratch; in backward it holds gradients where the products themselves are stored.
+    // The student's matrices use one scratch in turn; in backward it holds the gradients of stored products.
     const int64_t missing = this->stored_rows < n ? this->chunk : 0;
     const Tensor students = scratch.take(call.image, {kept ? this->chunk : missing, m});
     int64_t slot = 0;

@@ -1,4 +1,4 @@
-// shaped_attention on CUDA tensors. Heads are read and written in place through any strides of multiples of 16 bytes.
+// shaped_attention on CUDA tensors. Heads may have any strides that are multiples of 16 bytes.
 #include <cuda_runtime.h>
 
 #include <tuple>
@@ -76,7 +76,7 @@ ShapedAttention shaped(const Tensor& q, const Tensor& k, const Tensor& v, const 
           causal};
 }
 
-// The device's current stream, with the device current as long as this lives.
+// The device's current stream; makes the device current during its lifetime.
 class Launching {
  public:
   explicit Launching(const Tensor& t) : guard_(t.get_device_index()) {
