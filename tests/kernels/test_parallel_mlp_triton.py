@@ -5,9 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import interpreter
-import pytest
 import torch
-from interpreter import needs_interpreter, needs_triton, sample
 from tolerance import assert_within
 
 import simplclip
@@ -161,18 +159,7 @@ def run_named(name: str, device: str) -> None:
     interpreter.poisoned(EXTRA[name] if name in EXTRA else partial(run, {**cases(), **large_cases()}[name]), device)
 
 
-@pytest.mark.slow
-@needs_interpreter
-@pytest.mark.parametrize("name", sample(NAMES, 2))
-def test_interpreted(name, interpreted):
-    interpreted.check(name)
-
-
-@needs_triton
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [*NAMES, *large_cases()])
-def test_on_gpu(name):
-    run_named(name, "cuda")
+test_interpreted, test_on_gpu = interpreter.tests_of(NAMES, large_cases(), run_named)
 
 
 if __name__ == "__main__":

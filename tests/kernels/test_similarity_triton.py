@@ -5,25 +5,14 @@ import sys
 
 import pytest
 import triton_cases
-from interpreter import needs_interpreter, needs_triton, sample, why_not
+from interpreter import needs_triton, tests_of, why_not
 from paths import ROOT
 
 NAMES = [*triton_cases.cases(), *triton_cases.EXTRA]
 SCRIPT = "support/triton_cases.py"
 
 
-@pytest.mark.slow
-@needs_interpreter
-@pytest.mark.parametrize("name", sample(NAMES, 2))
-def test_interpreted(name, interpreted):
-    interpreted.check(name)
-
-
-@needs_triton
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [*NAMES, *triton_cases.large_cases()])
-def test_on_gpu(name):
-    triton_cases.run_named(name, "cuda")
+test_interpreted, test_on_gpu = tests_of(NAMES, triton_cases.large_cases(), triton_cases.run_named)
 
 
 def test_the_interpreter_of_triton_3_6_needs_an_older_numpy():

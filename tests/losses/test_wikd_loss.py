@@ -168,37 +168,31 @@ def test_autocast():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("error", "arguments", "message"),
     [
-        ({"relational_weight": -1}, "relational_weight: expected a weight of 0 or more, got -1"),
-        ({"contrastive_weight": math.nan}, "contrastive_weight: expected a finite number, got nan"),
-        ({"interactive_weight": math.inf}, "interactive_weight: expected a finite number, got inf"),
-        ({"contrastive_weight": 0, "relational_weight": 0}, "contrastive_weight and the other weights: expected one above 0"),
-        ({"embed_dim": 0}, "embed_dim: expected an integer above 0 or None, got 0"),
-        ({"embed_dim": 16, "teacher_dim": (20, -1)}, "teacher_dim: expected an integer above 0 or None, got -1"),
-        ({"interactive": "mse"}, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
-        ({"divergence": "js"}, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
-        ({"feature_distance": "l1"}, "feature_distance: expected one of 'mse', 'smooth_l1', got 'l1'"),
-        ({"teacher_dim": 20, "feature_weight": 1}, "embed_dim: expected the width D"),
+        (ValueError, {"relational_weight": -1}, "relational_weight: expected a weight of 0 or more, got -1"),
+        (ValueError, {"contrastive_weight": math.nan}, "contrastive_weight: expected a finite number, got nan"),
+        (ValueError, {"interactive_weight": math.inf}, "interactive_weight: expected a finite number, got inf"),
+        (
+            ValueError,
+            {"contrastive_weight": 0, "relational_weight": 0},
+            "contrastive_weight and the other weights: expected one above 0",
+        ),
+        (ValueError, {"embed_dim": 0}, "embed_dim: expected an integer above 0 or None, got 0"),
+        (ValueError, {"embed_dim": 16, "teacher_dim": (20, -1)}, "teacher_dim: expected an integer above 0 or None, got -1"),
+        (ValueError, {"interactive": "mse"}, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
+        (ValueError, {"divergence": "js"}, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
+        (ValueError, {"feature_distance": "l1"}, "feature_distance: expected one of 'mse', 'smooth_l1', got 'l1'"),
+        (ValueError, {"teacher_dim": 20, "feature_weight": 1}, "embed_dim: expected the width D"),
+        (TypeError, {"feature_weight": None}, "feature_weight: expected a number, got NoneType"),
+        (TypeError, {"relational_weight": True}, "relational_weight: expected a number, got bool"),
+        (TypeError, {"embed_dim": 16.0}, "embed_dim: expected an integer above 0 or None, got 16.0"),
+        (TypeError, {"embed_dim": 16, "teacher_dim": "20"}, "teacher_dim: expected an integer above 0 or None, got '20'"),
+        (TypeError, {"embed_dim": True}, "embed_dim: expected an integer above 0 or None, got True"),
     ],
 )
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        WIKDLoss(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"feature_weight": None}, "feature_weight: expected a number, got NoneType"),
-        ({"relational_weight": True}, "relational_weight: expected a number, got bool"),
-        ({"embed_dim": 16.0}, "embed_dim: expected an integer above 0 or None, got 16.0"),
-        ({"embed_dim": 16, "teacher_dim": "20"}, "teacher_dim: expected an integer above 0 or None, got '20'"),
-        ({"embed_dim": True}, "embed_dim: expected an integer above 0 or None, got True"),
-    ],
-)
-def test_arguments_of_another_type(arguments, message):
-    with pytest.raises(TypeError, match=message):
+def test_bad_arguments(error, arguments, message):
+    with pytest.raises(error, match=message):
         WIKDLoss(**arguments)
 
 

@@ -52,9 +52,23 @@ class Results:
         assert self.found.get(name, "no result") == "ok", self.errors
 
 
-def sample(names: Iterable[str], step: int) -> list:
-    """Each `step`-th name as a parameter of the suite, the others of `make prove`."""
-    return [name if i % step == 0 else pytest.param(name, marks=pytest.mark.prove) for i, name in enumerate(names)]
+def tests_of(names: Iterable[str], large: Iterable[str], run_named: Callable[[str, str], None]) -> tuple[Callable, Callable]:
+    """A test of each case under the interpreter, every second one for `make prove` only, and one on a GPU."""
+    names = list(names)
+    half = [name if i % 2 == 0 else pytest.param(name, marks=pytest.mark.prove) for i, name in enumerate(names)]
+
+    @needs_interpreter
+    @pytest.mark.parametrize("name", half)
+    def test_interpreted(name, interpreted):
+        interpreted.check(name)
+
+    @needs_triton
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("name", [*names, *large])
+    def test_on_gpu(name):
+        run_named(name, "cuda")
+
+    return test_interpreted, test_on_gpu
 
 
 def poisoned(case: Callable[[str], None], device: str) -> None:
