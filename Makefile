@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml setup.py requirements.txt $(wildcard csrc/*.*
 	@echo "$(BIN)/python -m pip install --no-build-isolation -e '.[dev]', log in $(VENV)/install.log"
 	@$(BIN)/python -m pip install --verbose --no-build-isolation -e '.[dev]' >$(VENV)/install.log 2>&1 || \
 		{ tail -n 60 $(VENV)/install.log >&2; exit 1; }
-	@sed -n 's/^ *\(simplclip: .*\)/\1/p' $(VENV)/install.log
+	@sed -n 's/^ *\(simplclip: .*\)/\1/p' $(VENV)/install.log | uniq
 	touch $@
 
 install: $(VENV)/.installed  ## a venv with torch, the compiled kernels and all extras
@@ -121,7 +121,7 @@ oldest: install $(OLDEST)/.installed  ## the tests of ops and kernels with the o
 	tree=$$(git stash create) && git archive $${tree:-HEAD} | tar -x -C build/oldest
 	cd build/oldest && PATH="$(abspath $(OLDEST)/bin):$$PATH" python -m pip install --quiet --no-build-isolation -e '.[dev]'
 	SIMPLCLIP_OTHER_PYTHON=$(OLDEST)/bin/python $(BIN)/python -m pytest --prove tests/package/test_packages.py
-	cd build/oldest && $(abspath $(OLDEST))/bin/python -m pytest $(OPS_TESTS)
+	cd build/oldest && OMP_NUM_THREADS=1 $(abspath $(OLDEST))/bin/python -m pytest -q -n $(CORES) --dist worksteal $(OPS_TESTS)
 	cd build/oldest && PYTHONPATH=tests $(abspath $(OLDEST))/bin/python -m gates $(AOT)
 
 # From a list of files that no earlier build wrote. The wheel is built from the source distribution, for all architectures.
