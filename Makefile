@@ -83,6 +83,7 @@ test-quick: install  ## the faster half of them, in two minutes
 	$(PYTEST) -m "not slow"
 
 prove: install  ## all proofs at full length: hours
+	SIMPLCLIP_CUDA_ARCHS=all PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e .
 	$(PYTEST) --prove
 	$(MAKE) sanitize aot oldest AOT=--all
 
@@ -139,9 +140,10 @@ tables: install  ## tables and chart of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 # The kernels lie beside the package, and are imported as a part of it.
-lint: install  ## ruff, and that packages import from those below them only
+lint: install  ## ruff, mypy, and that packages import from those below them only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	rm -rf build/lint && mkdir -p build/lint && cp -r simplclip build/lint && rm -rf build/lint/simplclip/kernels
 	cp -r kernels build/lint/simplclip/kernels
 	cd build/lint && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --config ../../pyproject.toml

@@ -1,4 +1,4 @@
-// What every C++ file of simplclip shares: names from the LibTorch stable ABI and the matrix products.
+// Shared by all C++ files of simplclip: names from the LibTorch stable ABI and the matrix products.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -16,7 +16,7 @@ namespace simplclip {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The shims call the CPU kernels directly: no dispatcher, so autocast cannot recast an operand on the way.
+// The shims call the CPU kernels directly, without the dispatcher, so that autocast cannot cast an operand.
 
 // out = a @ b.
 inline void mm_out(Tensor& out, const Tensor& a, const Tensor& b) {

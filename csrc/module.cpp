@@ -1,4 +1,4 @@
-// The Python module simplclip._C: importing it registers the CPU kernels; its functions say what they run on.
+// The Python module simplclip._C: importing it registers the CPU kernels; its functions describe the build and the CPU.
 #include <Python.h>
 
 #include <exception>

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one file per op, without autograd. Installed as simplclip.kernels."""
+"""Triton kernels and their launchers, one folder per op, without autograd. Installed as simplclip.kernels."""

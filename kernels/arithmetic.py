@@ -1,6 +1,6 @@
-"""Arithmetic that the kernels of several ops share, the interpreter's deviations among it.
+"""Arithmetic for the kernels of several ops, with workarounds for Triton's interpreter.
 
-Logarithms and exponentials are in base 2, which the hardware has: a logit is multiplied by log2(e) once, with its scale.
+Logarithms and exponentials have base 2, as in hardware: the scale of a logit is multiplied by log2(e) once.
 """
 
 import triton
@@ -13,7 +13,7 @@ INF: tl.constexpr = tl.constexpr(float("inf"))
 
 @triton.jit
 def narrowed(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """value in DTYPE, rounded to nearest; the interpreter, which cuts off to bfloat16 (seen with 3.9.0), by hand."""
+    """value in DTYPE, rounded to nearest. The interpreter truncates to bfloat16 (seen with 3.9.0), so it rounds here."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16
@@ -24,7 +24,7 @@ def narrowed(value, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 @triton.jit
 def dot(a, b, sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     """sum + a b in float32."""
-    if INTERPRETED:  # its dot takes bfloat16 for integers (seen with 3.9.0)
+    if INTERPRETED:  # its dot reads bfloat16 as integers (seen with 3.9.0)
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, sum, input_precision=PRECISION)

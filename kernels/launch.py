@@ -1,4 +1,4 @@
-"""What launchers ask of the device: its architecture, a precision, and how many programs to cut work into."""
+"""Helpers of launchers: the device's architecture, the precision, and the number of programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simplclip.kernels import tuning
 
-# What a compiled kernel gets beside its arguments. Triton 3.10 changes the default.
+# Options of compiled kernels. Triton 3.10 changes the default.
 COMPILE = {"enable_fp_fusion": True}
 
 
@@ -22,12 +22,12 @@ def interpreted() -> bool:
 
 
 _pretends = False
-ASSUMED = (86, 82)  # architecture and multiprocessors of what is pretended where there is no device: an RTX 3090
+ASSUMED = (86, 82)  # architecture and multiprocessors of an RTX 3090, assumed by `pretended` without a device
 
 
 @contextlib.contextmanager
 def pretended() -> Iterator[None]:
-    """Launchers run without their kernels, so that on fake tensors they allocate what they would, and do no more."""
+    """Context in which launchers allocate their tensors, which may be fake, but run no kernels."""
     global _pretends
     before, _pretends = _pretends, True
     try:
@@ -37,12 +37,12 @@ def pretended() -> Iterator[None]:
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """The tensor's device as the current one."""
+    """Context that makes the tensor's device the current one."""
     return contextlib.nullcontext() if _pretends else torch.cuda.device_of(tensor)
 
 
 def starts(size: int, step: int) -> Sequence[int]:
-    """Where chunks of `step` begin. Pretended, the first two and the last: those between allocate what the second does."""
+    """The first rows of chunks of `step`. If pretended, the first two and the last: the others allocate as the second."""
     every = range(0, size, step)
     return [every[0], every[1], every[-1]] if _pretends and len(every) > 3 else every
 
@@ -54,7 +54,7 @@ def _device(index: int) -> tuple[int, int]:
 
 
 def architecture_and_processors(tensor: Tensor) -> tuple[int, int]:
-    """Architecture and number of multiprocessors; the interpreter's are made up so that small calls split their columns."""
+    """Architecture and number of multiprocessors; in the interpreter few, so that small calls split their columns."""
     if interpreted():
         return tuning.INTERPRETER, 4
     return ASSUMED if _pretends and not torch.cuda.is_available() else _device(tensor.device.index)
@@ -70,17 +70,17 @@ def _warn(name: str, spills: int, architecture: int) -> None:
     from triton import __version__ as version
 
     warnings.warn(
-        f"{name}: expected no spilled registers on sm_{architecture}, got {spills} from Triton {version}; it runs slower "
-        "than it could",
+        f"{name}: expected no spilled registers on sm_{architecture}, got {spills} from Triton {version}; it runs "
+        "slower than without spills",
         RuntimeWarning,
         stacklevel=3,
     )
 
 
 class started:
-    """A kernel, to be started as kernel[grid](...); warns, once for each, if the compiler had to spill registers.
+    """A kernel that is started as kernel[grid](...). Warns, once per kernel, if the compiler spilled registers.
 
-    The gates (make aot) see to it that no tile of the table does with the Tritons that it was run with. Others warn.
+    The gates (make aot) check that no tile of the table spills with the versions of Triton that they run with; others may.
     """
 
     def __init__(self, kernel):
@@ -101,10 +101,10 @@ class started:
 
 @functools.cache
 def splits(blocks: int, tiles: int, slots: int) -> tuple[int, int]:
-    """Ranges that each block's tiles are cut into, and tiles per range, for `slots` programs that run at a time.
+    """Number of ranges into which each block's tiles are split, and tiles per range, if `slots` programs run at a time.
 
-    The fewest rounds of programs count; half a tile stands for what a program does beside its tiles, so that few large
-    ranges win where they fill the device as well.
+    The cost is the number of rounds of programs times tiles per range; half a tile is added for the other work of a program,
+    so that few large ranges are preferred if they fill the device as well.
     """
     most = min(tiles, max(8, -(-2 * slots // blocks)))
 

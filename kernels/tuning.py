@@ -1,4 +1,4 @@
-"""Tile sizes by op, planes in registers or width of a head, dtype and architecture: a plain table, no autotuning.
+"""Table of tile sizes by op, number of planes or width of a head, dtype and architecture, without autotuning.
 
 `make aot` compiles every entry and prints registers, shared memory and occupancy; none may spill.
 """
@@ -18,7 +18,7 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    blocks: int  # that share a multiprocessor, at least: the launcher divides the columns for them
+    blocks: int  # at least so many share a multiprocessor; the launcher divides the columns accordingly
 
     def options(self) -> dict[str, int]:
         return {
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 PRECISIONS = ("half", "tf32", "ieee")
-INTERPRETER = 0  # in place of an architecture: small, so that small tests have several tiles, and all sides differ
+INTERPRETER = 0  # its "architecture", with small tiles of three different sides, so that small tests have several tiles
 
 _INTERPRETED = {
     "similarity": Tile(32, 64, 16, 4, 2, 1),
@@ -41,8 +41,8 @@ _INTERPRETED = {
     "parallel_mlp": Tile(32, 64, 16, 4, 2, 1),
 }
 
-# similarity_loss by planes in a launch (backward: and a scalar hyperplane's), though two at most are in registers at a time:
-# what decides is the statistics' registers beside them, and entries are the largest tiles that no launch spills at.
+# similarity_loss: by the number of planes in a launch (in backward with a scalar hyperplane's). At most two planes are in
+# registers at a time, but statistics need registers too. Entries are the largest tiles with which no launch spills.
 # shaped_attention by the width of a head, 16, 32, 64, 128, 256 (none in float32); its block_k is that width.
 _TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("similarity_forward", "half"): (
@@ -154,7 +154,7 @@ _TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("parallel_mlp_hidden", "tf32"): (Tile(128, 128, 16, 8, 3, 1),),
     ("parallel_mlp_hidden", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
 }
-# Where an architecture's compiler needs another tile than that of the RTX 3090.
+# Tiles of architectures whose compiler needs others than that of the RTX 3090.
 _ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
     ("similarity_backward", "tf32", 1, 80): Tile(128, 64, 32, 8, 3, 1),
     ("similarity_forward", "half", 1, 90): Tile(128, 64, 32, 8, 4, 1),
@@ -186,8 +186,8 @@ _ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
     ("shaped_attention_fwd", "ieee", 2, 120): Tile(64, 32, 0, 8, 2, 1),
     ("shaped_attention_keys", "ieee", 2, 120): Tile(32, 32, 0, 8, 2, 1),
 }
-# Triton 3.6 and 3.7 (torch 2.11 brings 3.6) sum no fewer than 16 products in a tl.dot, 3.8 and 3.9 8 in float32, and spill at
-# some tiles that 3.9 does not. Entries that differ for them, by architecture or, with 0, for all; these come first.
+# A tl.dot of Triton 3.6 and 3.7 (torch 2.11 has 3.6) sums at least 16 products, one of 3.8 and 3.9 sums 8 in float32; and the
+# older versions spill with other tiles. These entries, by architecture or, with 0, for all, precede the others.
 _OLDER: dict[tuple[str, str, int, int], Tile] = {
     ("similarity_forward", "half", 3, 0): Tile(64, 64, 32, 8, 4, 1),
     ("similarity_forward", "tf32", 3, 0): Tile(64, 64, 32, 8, 3, 1),
@@ -208,7 +208,7 @@ _OLDER: dict[tuple[str, str, int, int], Tile] = {
 
 
 def _older() -> bool:
-    """Whether the installed Triton is one of those; not where there is none and a plan is made for another machine."""
+    """Whether the installed Triton is 3.7 or older; False without Triton, e.g. for a plan of another machine."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -220,7 +220,7 @@ OLDER = _older()
 
 
 def lookup(op: str, entry: int, precision: str, architecture: int) -> Tile:
-    """The tile at a place of the op's list, from 1; an architecture without entries of its own has those of the table."""
+    """Entry `place` (from 1) of the op's list; an architecture without its own entries uses those of the table."""
     if architecture == INTERPRETER:
         return _INTERPRETED.get(op) or _INTERPRETED[op.rpartition("_")[0]]
     if OLDER:

@@ -1,9 +1,9 @@
-"""What each part of the system adds: the same student and steps with one part more at a time, from scratch and inherited.
+"""Measures what each part of the system adds: trains the same student with one more part at a time.
 
-run              every variant, start and seed as a training run of its own -> ablation.csv and ablation.png
+run              trains every variant, from scratch and inherited, with every seed; writes ablation.csv and ablation.png
 VARIANTS         the parts in the order in which they are added
 
-Runs are processes of `simplclip train`, so that an ablation that was stopped goes on where it was.
+Each training is a process of `simplclip train`, so that a stopped ablation can be continued.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from simplclip.train import config
 from simplclip.train.config import Config, ConfigError
 
 STARTS = ("scratch", "inherited")
-# name -> the key of the config that is off before it and as configured from it on
+# name of a variant -> the key of the config that is enabled from it on
 VARIANTS = {
     "contrastive": None,
     "+ pair matching": "loss.pm_weight",
@@ -55,7 +55,7 @@ class Trial:
     folder: Path
 
     def changes(self) -> list[str]:
-        """What its config has otherwise than the ablation's."""
+        """The settings in which its config differs from that of the ablation."""
         names = list(VARIANTS)
         later = [VARIANTS[name] for name in names[names.index(self.variant) + 1 :]]
         changes = [f"{key}={_OFF.get(key, 0)}" for key in later]
@@ -76,12 +76,12 @@ def run(
 ) -> Path:
     """Train every variant of the config `source` and evaluate it on eval.splits; returns OUT/ablation.csv.
 
-    Six variants, each with the parts of those before it, times `starts` times `seeds` runs, `jobs` at a time, each with a
-    share of the CPU's threads. Runs that are done are kept, broken off ones go on. ablation.csv has a row for each run, split
-    and direction: R@1, R@5, R@10 and their chance. ablation.png: the mean R@1 over both directions, with the seeds' standard
-    deviation.
+    There are six variants, each of which adds a part to the one before. Each is trained with every one of `starts` and with
+    `seeds` seeds, `jobs` runs at a time, which share the CPU's threads. Finished runs are kept, stopped ones are continued.
+    ablation.csv has a row for each run, split and direction: R@1, R@5, R@10 and their chance. ablation.png shows the mean R@1
+    over both directions with the standard deviation over the seeds.
 
-    Errors: ConfigError for a config that lacks a part, or for other settings than OUT's; RuntimeError when a run fails, which
+    Raises: ConfigError if the config lacks a part or its settings are not those of OUT; RuntimeError if a run fails, which
     names its log.
     """
     console = console or Console()
@@ -120,7 +120,7 @@ def run(
 def _check(base: Config, starts: Sequence[str]) -> None:
     off = [key for key in VARIANTS.values() if key and _value(base, key) in (_OFF.get(key, 0), 0.0)]
     if off:
-        raise ConfigError(f"config: expected every part to be on, so that it can be left out; off: {', '.join(off)}")
+        raise ConfigError(f"config: expected every part to be enabled, got a config without: {', '.join(off)}")
     unknown = [start for start in starts if start not in STARTS]
     if unknown or not starts:
         raise ConfigError(f"starts: expected some of {', '.join(STARTS)}, got {unknown or 'none'}")
@@ -136,16 +136,16 @@ def _value(base: Config, key: str) -> Any:
 
 
 def _claim(out: Path, base: Config) -> None:
-    """OUT/config.yaml says what the runs in it are of; other settings need another folder."""
+    """Check that OUT is new, or that OUT/config.yaml has the same settings."""
     path = out / "config.yaml"
     if path.exists():
         changed = differences(config.load(path).to_dict(), base.to_dict())
         if changed:
-            told = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
-            raise ConfigError(f"out: {out} holds an ablation with other settings: {told}")
+            changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+            raise ConfigError(f"out: expected the settings of the ablation in {out}, got others: {changes}")
         return
     if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"out: expected a new or empty folder or an ablation's, got {out}")
+        raise ConfigError(f"out: expected a new or empty folder or that of an ablation, got {out}")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, base.to_yaml())
 
@@ -189,7 +189,7 @@ def _rows(trial: Trial) -> Iterator[dict[str, Any]]:
 def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:
     """A panel for each split: R@1 by variant and start, the mean over seeds with their standard deviation as error bar.
 
-    rows: with "variant", "start", "seed", "split", "direction" and "R@1"; a seed's figure is the mean of both directions.
+    rows: have "variant", "start", "seed", "split", "direction" and "R@1"; a seed's figure is the mean of both directions.
     """
     splits, variants, starts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("split", "variant", "start"))
     figure = new_figure(5.2 * len(splits) + 1.6, 4.6)
@@ -215,7 +215,7 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
 
 
 def _mean_of_seeds(rows: Sequence[Mapping[str, Any]], split: str, variant: str, start: str) -> tuple[float, float]:
-    """Mean and standard deviation over the seeds, per cent."""
+    """Mean and standard deviation over the seeds, in per cent."""
     mine = [row for row in rows if (row["split"], row["variant"], row["start"]) == (split, variant, start)]
     seeds = dict.fromkeys(row["seed"] for row in mine)
     figures = [100 * np.mean([row["R@1"] for row in mine if row["seed"] == seed]) for seed in seeds]

@@ -1,4 +1,4 @@
-"""Synthetic captions: an open_clip CoCa model describes the images of shards, which go on with more captions each."""
+"""Synthetic captions: an open_clip CoCa model captions the images of shards, which are copied with these captions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
 from simplclip.data.rewrite import Opened, rewrite
 
-MAX_TOKENS = 30  # what open_clip generates, start and end of text included
+MAX_TOKENS = 30  # open_clip's default, including start and end of text
 
 
 def run(
@@ -44,27 +44,27 @@ def run(
     precision: str = "fp32",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write the samples of `shards` to shards in `out`, each with up to `n` more captions of its image.
+    """Write the samples of `shards` to shards in `out`, each with up to `n` additional captions of its image.
 
-    A sample's json gets "captions", its own ones first, and "synthetic", how many of the last ones a model made. A caption
-    that differs from an earlier one only in case and spaces is dropped, and an empty one. A teacher's features
-    (teacher.npy) are left out, since the captions they belong to have changed.
+    A sample's json gets "captions", its own ones first, and "synthetic", the number of captions by a model at the end. Empty
+    captions, and those that differ from an earlier one only in case and spaces, are dropped. A teacher's features
+    (teacher.npy) are dropped too, since they do not fit the new captions.
 
     Args:
-        shards, out: as for `rewrite`: what a former run finished is kept, and the rest made.
+        shards, out: as for `rewrite`; shards that an earlier run finished are kept.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
-        checkpoint: file of its weights, as `models.create` takes it; or
-        pretrained: open_clip's tag of weights that it downloads.
+        checkpoint: file of its weights, see `models.create`; or
+        pretrained: tag of weights that open_clip downloads.
         top_p, temperature: how captions are drawn, see `generate`.
-        seed: with a sample's shard and key it gives the draws of its captions, whatever else is in the batch.
+        seed: the captions of a sample depend only on the seed, its shard and its key, not on the batch.
         batch_size: images at a time; n captions of each are drawn together.
-        max_tokens: of a caption, start and end of text included; at most the model's context.
+        max_tokens: most tokens of a caption, including start and end of text; at most the model's context.
         device, precision: as for evaluation; precision fp32, bf16, fp16 or auto.
 
-    Returns what `rewrite` does, and "captions", "duplicate", "empty": counts of this run.
+    Returns the dict of `rewrite` with "captions", "duplicate", "empty": counts of this run.
 
-    Errors: ValueError (no CoCa, a file that is no weights, an argument out of range, another run's folder), RuntimeError
-    (weights of another architecture), FileNotFoundError, FileExistsError, ShardError.
+    Raises: ValueError (the model is not a CoCa, the file has no weights, an argument is out of range, the folder is another
+    run's), RuntimeError (weights of another architecture), FileNotFoundError, FileExistsError, ShardError.
     """
     for name, value, good, expected in (
         ("n", n, n >= 1, "at least 1"),
@@ -106,13 +106,15 @@ def run(
 
 
 def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None) -> CoCa:
-    """A CoCa of open_clip in eval mode with the weights of a local file or of a tag. Errors: as for `run`."""
+    """A CoCa of open_clip in eval mode with the weights of a local file or of a tag. Raises the errors of `run`."""
     plain = name.removeprefix(models.PLAIN)
     config = open_clip.get_model_config(plain)
     if config is None or "multimodal_cfg" not in config:
         known = [model for model in open_clip.list_models() if model.startswith("coca")]
-        what = "no model of open_clip" if config is None else "no CoCa: it has no decoder of text"
-        raise InputError(f"model: expected a CoCa model of open_clip, such as {', '.join(known)}; {name!r} is {what}")
+        what = "not a model of open_clip" if config is None else "not a CoCa: it has no text decoder"
+        raise InputError(
+            f"model: expected a CoCa model of open_clip, such as {', '.join(known)}, got {name!r}, which is {what}"
+        )
     if (checkpoint is None) == (pretrained is None):
         got = "neither" if checkpoint is None else "both"
         raise InputError(f"checkpoint, pretrained: expected a file or a tag with the weights of {plain}, got {got}")
@@ -132,13 +134,13 @@ def tokenizer_of(coca: CoCa, name: str) -> SimpleTokenizer:
     if not isinstance(tokenizer, SimpleTokenizer) or size != tokenizer.vocab_size:
         raise InputError(
             f"model: expected a CoCa with open_clip's vocabulary of {SimpleTokenizer().vocab_size} tokens, "
-            f"{name} has {size} and a {type(tokenizer).__name__}"
+            f"got {name}, which has {size} and a {type(tokenizer).__name__}"
         )
     return tokenizer
 
 
-# open_clip's own CoCa.generate wants a part of transformers that its version 5 has no more, encodes an image again for each
-# of its captions, and draws from the global generator, so that a caption would depend on the batch it is in.
+# open_clip's CoCa.generate needs a part of transformers that version 5 has removed, encodes an image again for each of its
+# captions, and draws from the global generator, so that a caption would depend on its batch.
 @torch.no_grad()
 def generate(
     coca: CoCa,
@@ -149,11 +151,11 @@ def generate(
     top_p: float,
     temperature: float,
 ) -> Tensor:  # int64 [B, n, T]
-    """Captions of T tokens: start of text, tokens drawn one after another, end of text (again and again).
+    """Captions of T tokens: start of text, tokens drawn one after another, end of text (repeated).
 
     Token t of a caption is drawn from softmax(logits / temperature), restricted to the most likely tokens that together have
-    the probability `top_p` at least, by the uniform number draws[..., t] in [0, 1). The model's cost a step is its whole text
-    so far: nothing is cached between steps.
+    at least the probability `top_p`, by the uniform number draws[..., t] in [0, 1). Each step processes the whole text so
+    far: nothing is cached between steps.
     """
     count, several, length = draws.shape
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
@@ -166,7 +168,7 @@ def generate(
         out = coca(None, tokens[alive, :t], image_latent=latent, image_embs=embedded, output_labels=False)
         logits = out["logits"][:, -1].float()
         if not logits.isfinite().all():
-            raise InputError("checkpoint: the model gives logits that are not finite")
+            raise InputError("checkpoint: expected a model with finite logits, got logits that are not finite")
         logits[:, start] = -torch.inf
         tokens[alive, t] = _draw(logits / temperature, draws[alive, t], top_p)
         going = tokens[alive, t] != end
@@ -180,20 +182,20 @@ def generate(
 def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:  # float32 [R, V], float64 [R] -> int64 [R]
     probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = probabilities.cumsum(-1)
-    kept = (total - probabilities < top_p).sum(-1, keepdim=True)  # the last one goes over the share
+    kept = (total - probabilities < top_p).sum(-1, keepdim=True)  # the last one exceeds the share
     chosen = torch.searchsorted(total, uniform[:, None] * total.gather(-1, kept - 1), right=True)
     return order.gather(-1, chosen.minimum(kept - 1))[:, 0]
 
 
 def _draws(seed: int, place: str, shape: Sequence[int]) -> Tensor:
-    """Uniform numbers in [0, 1) that belong to a sample, float64."""
+    """Uniform numbers in [0, 1) for a sample, float64."""
     digest = hashlib.blake2b(f"{seed}/{place}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
-    """The texts between start and end of text, with single spaces."""
+    """The texts between start and end of text, with single spaces between words."""
     end = tokenizer.eot_token_id
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 

@@ -1,4 +1,4 @@
-"""The command `simplclip`. Each command imports what it needs when it runs, so that --help needs the core only."""
+"""The command `simplclip`. Each command imports its modules when it runs, so that --help needs only the core."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 from typing import Annotated
 
-# Spinning OpenMP threads of two processes on few cores slow both several times; read when torch loads its OpenMP.
+# Spinning OpenMP threads of two processes slow both several times on few cores. torch's OpenMP reads it when it loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer  # noqa: E402
@@ -29,8 +29,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ... or auto.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
 
 
 def _version(wanted: bool) -> None:
@@ -61,13 +61,13 @@ def main() -> None:
     app()
 
 
-@app.command(short_help="Show which backend serves each op here.", epilog="Example: simplclip doctor --why")
+@app.command(short_help="Show which backend runs each op on this machine.", epilog="Example: simplclip doctor --why")
 @expected_errors
 def doctor(
-    why: Annotated[bool, typer.Option("--why", help="Say for each op why the other backends do not serve it.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="Show for each op why the other backends do not run it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Print what this installation can do: versions, CPU, GPU, and which backend serves each op."""
+    """Print versions, CPU, GPU, and which backend runs each op on this machine."""
     import json
 
     import simplclip
@@ -81,7 +81,7 @@ def doctor(
 @expected_errors
 def emoji(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
-    force: Annotated[bool, typer.Option("--force", help="Build anew where a build is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing build.")] = False,
 ) -> None:
     """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
     from simplclip.demo import emoji as builder
@@ -102,9 +102,7 @@ def train(
     ] = False,
     memory_limit: Annotated[
         str | None,
-        typer.Option(
-            help="Cap the memory of the process, e.g. 24GiB or rtx-3090: a larger card then stands for a smaller one."
-        ),
+        typer.Option(help="Cap the memory of the process, e.g. 24GiB or rtx-3090, to try a smaller card on a larger one."),
     ] = None,
     help_config: Annotated[
         bool,
@@ -135,7 +133,7 @@ def train(
 
 
 @app.command(
-    short_help="Zero-shot retrieval and classification of a checkpoint.",
+    short_help="Evaluate a checkpoint by retrieval and classification.",
     epilog="Example: simplclip evaluate runs/NAME --data test=shards/test-*.tar",
 )
 @expected_errors
@@ -148,7 +146,7 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for evaluation.json and pictures; default: beside the checkpoint.")
+        Path | None, typer.Option(help="Folder for evaluation.json and pictures. Default: that of the checkpoint.")
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -156,14 +154,16 @@ def evaluate(
             help='Phrase around a label, e.g. "a photo of {}". May be repeated. Default: eval.templates of the config.'
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images or captions encoded at a time.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images or captions encoded at a time. Default: eval.batch_size of the config.")
+    ] = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Skip splits whose files do not exist, with a note.")
+        bool, typer.Option("--skip-missing", help="Skip splits whose files do not exist, and print a note.")
     ] = False,
 ) -> None:
-    """Zero-shot retrieval and classification of a checkpoint: a table, JSON, and pictures of what it finds."""
+    """Evaluate a checkpoint by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
     splits = _named_splits(data or [])
     from simplclip import evaluate as evaluation
 
@@ -194,19 +194,17 @@ def plan(
         str | None, typer.Option(help="data.micro_batch: a number, or auto for the largest that fits.")
     ] = None,
     compare: Annotated[
-        str | None, typer.Option(metavar="open_clip", help="The model's original with open_clip's own losses beside it.")
+        str | None, typer.Option(metavar="open_clip", help="Also predict the original model with open_clip's own losses.")
     ] = None,
     teacher_width: Annotated[
         int | None,
-        typer.Option(min=1, help="Width of the teacher's stored features, where the shards are not on this machine."),
+        typer.Option(min=1, help="Width of the teacher's stored features, if the shards are not on this machine."),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; no GPU is needed.")] = "cuda",
-    picture: Annotated[
-        Path | None, typer.Option(help="Write a PNG with the memory over the step and over the batch size.")
-    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write a PNG of the memory during the step and by batch size.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the peak memory of a training step, without the card, with the largest batches and advice."""
+    """Predict the peak memory of a training step without the card, the largest batches that fit, and advice."""
     if compare not in (None, "open_clip"):
         raise InputError(f"--compare: expected open_clip, got {compare!r}")
     if device not in ("cuda", "cpu"):
@@ -228,19 +226,19 @@ def plan(
 
 
 @app.command(
-    short_help="Train one student with one part more at a time.",
+    short_help="Measure what each part of the system adds.",
     epilog="Example: simplclip ablate siclip-lite0-emoji --out runs/ablation --seeds 3",
 )
 @expected_errors
 def ablate(
-    config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config with every part on.")],
+    config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config with every part enabled.")],
     out: Annotated[Path, typer.Option(help="Folder for the runs, ablation.csv and ablation.png.")],
     set_: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
     start: Annotated[list[str] | None, typer.Option(help="scratch or inherited. May be repeated. Default: both.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the CPU threads.")] = 1,
 ) -> None:
-    """Train one student with one part more at a time. Repeat the command to go on after a stop."""
+    """Train the same student several times, each time with one more part. Repeat the command to continue after a stop."""
     from simplclip import ablate as ablation
 
     path = ablation.run(config, out, overrides=set_ or (), seeds=seeds, starts=start or ablation.STARTS, jobs=jobs)
@@ -258,9 +256,9 @@ def export(
         list[str] | None,
         typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:
-    """Write a checkpoint's weights for open_clip, as safetensors, and each tower as ONNX, checked by onnxruntime."""
+    """Write the weights of a checkpoint for open_clip and as safetensors, and each tower as ONNX (checked by onnxruntime)."""
     from simplclip import export as exporter
 
     exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force)
@@ -276,17 +274,17 @@ def caption(
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
     model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
     checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
-    pretrained: Annotated[str | None, typer.Option(help="open_clip's tag of weights to download, instead.")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="Tag of open_clip's weights to download instead.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Captions drawn for each image.")] = 3,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this share of the probability.")] = 0.9,
-    temperature: Annotated[float, typer.Option(help="Below 1: likelier captions; above 1: more varied ones.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of a caption, start and end included.")] = 30,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens with this share of the probability.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="Below 1: more likely captions; above 1: more varied ones.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of a caption, including start and end.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 32,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
-    """Write new shards with synthetic captions by a CoCa model. Repeat the command to go on after a stop."""
+    """Write new shards with synthetic captions by a CoCa model. Repeat the command to continue after a stop."""
     from simplclip import caption as captioning
 
     summary = captioning.run(
@@ -318,13 +316,15 @@ def teacher(
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
     teacher: Annotated[
         str,
-        typer.Option(help="builtin, open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model of ours."),
+        typer.Option(
+            help="builtin, open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model of this library."
+        ),
     ] = "builtin",
     checkpoint: Annotated[Path | None, typer.Option(help="File with the teacher's weights.")] = None,
     heads: Annotated[
         Path | None,
         typer.Option(
-            help="The built-in teacher's heads; trained on the shards and saved there if it does not exist. "
+            help="File of the built-in teacher's heads; if it does not exist, they are trained on the shards. "
             "Default: OUT.heads.safetensors."
         ),
     ] = None,
@@ -332,12 +332,12 @@ def teacher(
         list[str] | None,
         typer.Option(metavar="[NAME=]SHARDS", help="Measure the teacher's retrieval on this split. May be repeated."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples encoded at a time.")] = 64,
     device: Device = "auto",
     precision: Precision = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the training of the heads.")] = 0,
 ) -> None:
-    """Compute a teacher's features of images and captions once, and write them into new shards."""
+    """Compute a teacher's features of images and captions, and write them into new shards."""
     splits = _named_splits(evaluate or [])
     from simplclip.teacher import command
 
@@ -356,7 +356,7 @@ def teacher(
 
 
 def _named_splits(items: list[str]) -> dict[str, str]:
-    """NAME=SHARDS, or SHARDS alone: then the name is the file's up to its number or wildcard."""
+    """Parses NAME=SHARDS, or SHARDS, whose name is that of the file up to its number or wildcard."""
     splits: dict[str, str] = {}
     for item in items:
         match = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", item, re.DOTALL)

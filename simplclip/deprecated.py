@@ -1,4 +1,4 @@
-"""Import paths of version 0.1, which go on for one version with a DeprecationWarning."""
+"""Import paths of version 0.1, which keep working for one version with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ MOVED = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives the module of the new path under the old one too."""
+    """Imports the module of the new path under the old path."""
 
     def find_spec(self, name, path=None, target=None):
         if name not in MOVED:
             return None
-        warnings.warn(
-            f"{name} is now {MOVED[name]}; the old name goes away in the next version", DeprecationWarning, stacklevel=2
-        )
+        warnings.warn(f"{name} is now {MOVED[name]}; the next version removes the old name", DeprecationWarning, stacklevel=2)
         return importlib.util.spec_from_loader(name, self)
 
     def exec_module(self, module) -> None:

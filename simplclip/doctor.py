@@ -1,4 +1,4 @@
-"""simplclip.report() and `simplclip doctor`: what runs where on this machine, and why not something else."""
+"""simplclip.report() and `simplclip doctor`: which backend runs each op on this machine, and why no other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _gpu() -> dict:
         gpu["limits"] = backends.cuda_extension.device_limits(0)
         if not gpu["limits"]["binary_version"]:
             built = backends.cuda_extension.architectures()
-            gpu["reason"] = f"this build's kernels ({built}) do not run there: rebuild with TORCH_CUDA_ARCH_LIST"
+            gpu["reason"] = f"this build's kernels ({built}) do not run on it: rebuild with TORCH_CUDA_ARCH_LIST"
     return gpu
 
 
@@ -54,9 +54,9 @@ def _extension() -> dict:
 
 
 def report() -> dict:
-    """Versions, CPU, GPU, extension, and for each op the backend that serves a float32 CPU and CUDA tensor, and why no other.
+    """Versions, CPU, GPU, extensions, and the backend that runs each op for float32 CPU and CUDA tensors, and why no other.
 
-    Only plain types, so that it can be written as JSON.
+    It contains only plain types, so that it can be written as JSON.
     """
     ops: dict = {}
     for op in backends.TABLE:
@@ -69,7 +69,7 @@ def report() -> dict:
                 serves, problem = None, str(error)
             others = {
                 name: backends.why_not(op, name, device, torch.float32)
-                or f"can serve; {'another is forced' if backends.forced() else f'{serves} comes first'}"
+                or f"can run; {'another is forced' if backends.forced() else f'{serves} comes first'}"
                 for name in backends.NAMES
                 if name != serves
             }
@@ -92,7 +92,7 @@ def report() -> dict:
 
 
 def render(data: dict, why: bool = False) -> str:
-    """The report as text for a terminal; `why`: for each op also the reasons why the other backends do not serve it."""
+    """The report as text for a terminal. why: add the reasons why the other backends do not run each op."""
     cpu, extension, gpu = data["cpu"], data["extension"], data["gpu"]
     rows = [
         ("simplclip", f"{data['simplclip']}, Python {data['python']}, {data['platform']}"),

@@ -1,4 +1,4 @@
-"""`simplclip evaluate`: a checkpoint and named splits -> a table, evaluation.json and contact sheets."""
+"""`simplclip evaluate`: evaluates a checkpoint on named splits; writes a table, evaluation.json and contact sheets."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate `checkpoint` on `splits` (name -> shards; None: eval.splits of its config).
 
-    Writes OUT/evaluation.json and OUT/evaluation-<split>.png (OUT: None for the checkpoint's folder), prints one table
-    and returns what the JSON got. Splits that were evaluated before stay in the JSON as they were, each with the checkpoint,
-    model, step and precision that it was evaluated with. skip_missing leaves out splits whose shards do not exist, and says
-    so; where none is left, the JSON is not written.
-    Errors: FileNotFoundError, CheckpointError (no checkpoint, or of another architecture), ValueError (also for an
-    evaluation.json that is none).
+    Writes OUT/evaluation.json and OUT/evaluation-<split>.png (out=None: the checkpoint's folder), prints a table and returns
+    the content of the JSON. Splits that were evaluated earlier stay in the JSON, each with the checkpoint, model, step and
+    precision of its evaluation. skip_missing: skip splits whose shards do not exist, with a note; if no split is left, the
+    JSON is not written.
+    Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), ValueError (also if
+    evaluation.json is another file).
     """
     console = console or Console()
     place = hardware.pick_device(device)
@@ -55,10 +55,10 @@ def run(
         )
     loaded, missing = load_splits(splits, config.model.name, config.model.image_size, skip_missing)
     for name, reason in missing.items():
-        console.print(f"left out {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"skipped {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
 
     file = folder / "evaluation.json"
-    _earlier(file)  # what cannot be added to is told before the work
+    _earlier(file)  # raises its error before the work
     folder.mkdir(parents=True, exist_ok=True)
     results = {}
     made_by = {"checkpoint": str(checkpoint), "model": config.model.name, "step": state["step"], "precision": precision}
@@ -105,7 +105,7 @@ def run(
 
 
 def _earlier(file: Path) -> dict[str, Any]:
-    """The splits of an evaluation.json, each with what it was evaluated with. Errors: ValueError."""
+    """The splits of an evaluation.json, each with its checkpoint, model, step and precision. Raises InputError."""
     if not file.exists():
         return {}
     try:
@@ -114,12 +114,12 @@ def _earlier(file: Path) -> dict[str, Any]:
         return {name: shared | split for name, split in found["splits"].items()}
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(
-            f"out: expected an evaluation to add splits to, or none, got {file}, which is none: move it"
+            f"out: expected no evaluation.json, or one to add splits to, got {file}, which is another file: move it"
         ) from None
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """The figures of `run` for a terminal of 80 columns: per cent and chance."""
+    """The figures of `run` in per cent with their chance, for a terminal of 80 columns."""
     shown = Table(title=f"{results['model']}, step {results['step']}", caption="share found among the first k (chance)")
     for name in ("split", "among"):
         shown.add_column(name, no_wrap=True)

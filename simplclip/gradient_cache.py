@@ -1,18 +1,18 @@
-"""Gradient caching: the gradient of a loss over E pairs with the activations of one micro-batch.
+"""Gradient caching: the gradient of a loss over E pairs, with the activations of one micro-batch in memory.
 
     from simplclip import gradient_cache
 
     terms = gradient_cache.backward(lambda b: model(b["image"], b["text"]), micro_batches, loss, model=model)
     optimizer.step()
 
-Needs nothing else of this library: any model, any loss over features.
+It works with any model and any loss over features, and needs no other part of this library.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ __all__ = ["backward", "check"]
 
 MicroBatch = TypeVar("MicroBatch")
 Outputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Named = dict[Any, Tensor]  # by name, or by position
 
 
 def backward(
@@ -42,41 +43,42 @@ def backward(
         2. one loss over all of them, and its gradients               L = loss(cat x_b),  g = dL/dx
         3. every micro-batch again, with autograd                     encode(b) backpropagated from its rows of g
 
-    Exact up to rounding; step 1 is the price, one more forward pass.
+    The result is exact up to rounding. It costs one more forward pass, step 1.
 
     Args:
-        encode: a micro-batch -> its outputs: a tensor, a sequence of them (handed to `loss` by position) or a mapping (by
-            name, so that open_clip's model and loss fit each other). Outputs with two and more dimensions are features
-            [m, ...]; they are concatenated along the first, where micro-batches may differ, as image [m, D] and the text
-            [m k, D] of several captions do. Outputs with one element (logit scale and bias) are parameters, the same from
-            every micro-batch: `loss` gets one and its gradient goes back once. encode is called twice for a micro-batch and
-            has to compute the same; it is the place to move one to the device.
-        micro_batches: of any kind; read twice, by index.
-        loss: (outputs of all E pairs) -> the loss, or terms by name whose sum it is. What it uses beside the outputs, as its
-            own parameters, gets its gradient in step 2.
-        model: what `check` looks at. In it DistributedDataParallel exchanges gradients in the last backward pass only; encode
-            must call that wrapper, and all its parameters must take part in every encode, so that a logit scale belongs to
-            its outputs (as in open_clip's forward(image, text)) and not to the closure of `loss`.
-        scaler: scales the loss; its step and update stay the caller's.
-        keep: micro-batches, the last ones, whose graph is kept from step 1 to 3 instead of encoded again. At least one is
-            always encoded again where there are several.
+        encode: maps a micro-batch to its outputs: a tensor, a sequence of tensors (passed to `loss` by position) or a mapping
+            (passed by name, so that open_clip's model and loss fit each other). Outputs with two or more dimensions are
+            features [m, ...]. They are concatenated along the first dimension, whose size may differ between micro-batches
+            and between outputs, e.g. image [m, D] and text [m k, D] with several captions. Outputs with one element (logit
+            scale and bias) must be the same for every micro-batch: `loss` gets one of them, and its gradient is propagated
+            once. encode is called twice for a micro-batch and must compute the same both times; it may move the
+            micro-batch to the device.
+        micro_batches: a sequence of micro-batches of any type, which is read twice.
+        loss: maps the outputs of all E pairs to the loss, or to a mapping of terms whose sum is the loss. Parameters of its
+            own get their gradients in step 2.
+        model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients in the
+            last backward pass only. Then encode must call that wrapper and use all its parameters: a logit scale must be an
+            output of encode (as in open_clip's forward(image, text)), not a variable that `loss` captures.
+        scaler: scales the loss; the caller calls its step and update.
+        keep: the number of last micro-batches whose graph is kept from step 1 to step 3, so that they are not encoded again.
+            If there are several micro-batches, at least one is always encoded again.
 
-    Returns the terms without autograd; {"loss": ...} of a loss that is one tensor.
+    Returns the detached terms; {"loss": ...} if `loss` returns one tensor.
 
-    Random numbers: every micro-batch draws the same in both passes, from the generators of the CPU and of CUDA devices, which
-    end where steps 1 and 2 alone would leave them. Those of Python and numpy are not watched. Other state that a forward pass
-    changes, it changes twice.
+    Random numbers: a micro-batch draws the same numbers in both passes from the generators of the CPU and of CUDA devices.
+    Afterwards these are in the state that steps 1 and 2 alone would leave. The generators of Python and numpy are not
+    restored. Other state that a forward pass changes is changed twice.
 
-    Autocast: that of the caller, in the passes forward. Memory: activations of max(keep, 1) micro-batches, the outputs
-    and their gradients, and what `loss` needs. Double backward: no.
+    Autocast: the forward passes run under the caller's. Memory: activations of max(keep, 1) micro-batches, the outputs
+    and their gradients, and what `loss` needs. Double backward is not supported.
 
     Raises:
-        ValueError, TypeError: no micro-batch, outputs of another kind, a model that `check` refuses.
+        ValueError, TypeError: there is no micro-batch, the outputs have another type or shape, or `check` rejects the model.
 
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
     """
     if not hasattr(micro_batches, "__getitem__"):
-        raise TypeError(f"micro_batches: expected a sequence, it is read twice, got {type(micro_batches).__name__}")
+        raise TypeError(f"micro_batches: expected a sequence, since it is read twice, got {type(micro_batches).__name__}")
     count = len(micro_batches)
     if not count:
         raise ValueError("micro_batches: expected at least one, got none")
@@ -85,7 +87,9 @@ def backward(
     if model is not None:
         check(model)
     again = max(count - keep, min(count - 1, 1))
-    states, parts, kept = [], [], []
+    states: list[tuple[Tensor, list[Tensor]]] = []
+    parts: list[Named] = []
+    kept: list[Named] = []
     for index in range(count):
         states.append(_generators())
         with torch.set_grad_enabled(index >= again), _alone(model, count > 1):
@@ -104,19 +108,19 @@ def backward(
 
     terms = loss(**leaves) if isinstance(next(iter(leaves)), str) else loss(*leaves.values())
     terms = terms if isinstance(terms, Mapping) else {"loss": terms}
-    total = sum(terms.values())
+    total: Any = sum(terms.values())
     total = total if scaler is None else scaler.scale(total)
     with _autocast_off(total):
         total.backward()
     end = _generators()
 
-    gradients = [{} for _ in rows]
+    gradients: list[Named] = [{} for _ in rows]
     for name, leaf in leaves.items():
         if leaf.grad is not None and name in rows[0]:
             for of_one, gradient in zip(gradients, leaf.grad.split([m[name] for m in rows])):
                 of_one[name] = gradient
         elif leaf.grad is not None:
-            gradients[again - 1][name] = leaf.grad  # [-1] where nothing is encoded again
+            gradients[again - 1][name] = leaf.grad  # the last one where nothing is encoded again
     for index in range(again, count):
         with _alone(model, count > 1):
             _backpropagate(kept.pop(0), gradients[index])
@@ -129,22 +133,22 @@ def backward(
 
 
 def check(model: nn.Module) -> None:
-    """Refuses modules that take statistics of the batch they see or keep running ones, since micro-batches change both.
+    """Rejects modules that use statistics of their batch or update running ones, since micro-batches change both.
 
-    Raises: ValueError, which names the first such module, as a batch norm in training mode.
+    Raises: ValueError that names the first such module, e.g. a batch norm in training mode.
     """
     for name, module in model.named_modules():
         running = any(getattr(module, key, None) is not None for key in ("running_mean", "running_var"))
         if module.training and running or isinstance(module, _BatchNorm) and (module.training or not running):
             raise ValueError(
-                f"model: expected no statistics of batches, got {type(module).__name__} {name!r} in training mode: "
-                "those of a micro-batch are not those of the whole batch, and running ones would count every sample twice. "
-                "Put such norms into eval mode (frozen), or take ones without, as LayerNorm and GroupNorm"
+                f"model: expected no batch statistics, got {type(module).__name__} {name!r} in training mode: statistics "
+                "of a micro-batch are not those of the whole batch, and running statistics would count every sample twice. "
+                "Put such norms into eval mode (frozen), or use norms without batch statistics, e.g. LayerNorm or GroupNorm"
             )
 
 
-def _named(outputs: Outputs) -> dict[str | int, Tensor]:
-    """Outputs of encode by name or position, checked."""
+def _named(outputs: Outputs) -> Named:
+    """Checks the outputs of encode and returns them by name or by position."""
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     if not isinstance(outputs, (Mapping, Sequence)) or not outputs:
         raise TypeError(f"encode: expected a tensor, or a sequence or mapping of them, got {type(outputs).__name__}")
@@ -157,7 +161,7 @@ def _named(outputs: Outputs) -> dict[str | int, Tensor]:
     return named
 
 
-def _backpropagate(outputs: dict[str | int, Tensor], gradients: dict[str | int, Tensor]) -> None:
+def _backpropagate(outputs: Named, gradients: Named) -> None:
     names = [name for name in gradients if outputs[name].requires_grad]
     if names:
         with _autocast_off(outputs[names[0]]):
@@ -171,7 +175,7 @@ def _autocast_off(t: Tensor) -> torch.autocast:
 
 @contextmanager
 def _alone(model: nn.Module | None, alone: bool) -> Iterator[None]:
-    """No exchange of gradients between ranks where `alone`. DistributedDataParallel decides it in the forward pass."""
+    """Disables the exchange of gradients between ranks if `alone`; DistributedDataParallel decides in the forward pass."""
     with ExitStack() as stack:
         for module in model.modules() if model is not None and alone else ():
             if isinstance(module, DistributedDataParallel):

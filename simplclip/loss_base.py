@@ -33,9 +33,9 @@ def check_width(features: str, t: Tensor, name: str, width: int | None) -> None:
 
 
 class SimilarityLoss(nn.Module):
-    """open_clip's distributed modes, and the plane of pair matching.
+    """Base class with open_clip's distributed modes and the plane of pair matching.
 
-    With world_size > 1 each rank sweeps its own rows against the gathered features. Values and gradients are open_clip's in
+    With world_size > 1 each rank computes its own rows against the gathered features. Values and gradients are open_clip's in
     each mode:
 
         local_loss  gather_with_grad   value                   gradient of the features, before DDP's average
@@ -44,7 +44,7 @@ class SimilarityLoss(nn.Module):
         yes         yes                of this rank's rows     world_size times that
         yes         no                 of this rank's rows     of this rank's loss, the other ranks' features held constant
 
-    The gradients of scales and planes are each rank's share: their average, which DDP forms, is that of the batch's loss.
+    Each rank computes its share of the gradients of scales and planes: DDP's average is the gradient of the batch's loss.
     """
 
     # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
@@ -74,7 +74,7 @@ class SimilarityLoss(nn.Module):
         if plane == "hadamard" and pm_weight and embed_dim is None:
             raise ValueError("embed_dim: expected the width D of the features for plane='hadamard', got None")
         if use_horovod and world_size > 1:
-            raise ValueError("use_horovod: expected False, since the ranks exchange through torch.distributed, got True")
+            raise ValueError("use_horovod: expected False, since the ranks communicate through torch.distributed, got True")
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -96,21 +96,22 @@ class SimilarityLoss(nn.Module):
         return torch.distributed.group.WORLD
 
     def _own_features(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's features, with the gradient that open_clip's mode gives them. On all ranks they have one shape."""
+        """This rank's features, with gradients scaled as in open_clip's mode. Checks that all ranks have equal shapes."""
         check_width("image_features", image, "embed_dim", self.embed_dim)
         check_width("text_features", text, "embed_dim", self.embed_dim)
         if self.world_size > 1:
             self._shapes.check(image, text, self._group())
         if self.world_size == 1 or self.local_loss or self.gather_with_grad:
             return image, text
-        return tuple(distributed.scale_gradient(t, 1 / self.world_size) for t in (image, text))
+        share = 1 / self.world_size
+        return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
     def _value(self, loss: Tensor) -> Tensor:
         """The value that open_clip's mode reports."""
         return loss if self.world_size == 1 or self.local_loss else distributed.mean(loss, self._group())
 
     def _terms(self, image, text, logit_scale, terms, ids, *, teacher=None, projected=(None, None), **options):
-        """The terms of this rank's rows. teacher: image features, text features, scale; projected: image's, text's."""
+        """The terms of this rank's rows. teacher: (image features, text features, scale); projected: (image's, text's)."""
         if "pair_matching" in terms:
             options |= {"plane": (self.plane_weight, self.plane_bias), "negatives": self.negatives}
             if self.negatives == "shift":

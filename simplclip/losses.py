@@ -1,38 +1,40 @@
 r"""Loss modules with open_clip's signatures on top of the fused ops.
 
-Coming from elsewhere (features [N, D]; ours expect them L2-normalised; tests/losses/test_peers.py has the numbers):
+The losses of other libraries and their equals here, which expect L2-normalised features [N, D] (tests/losses/test_peers.py
+compares the values):
 
     there                            here
 
     open_clip
       ClipLoss, DistillClipLoss      ClipPMLoss(pm_weight=0), WIKDLoss(): equal, in each of the distributed modes too
 
-    CLIP-KD                          WIKDLoss(divergence="kl", relational_weight=0 unless named below); it normalises the
-                                     student's features itself, the teacher's come normalised
+    CLIP-KD                          WIKDLoss(divergence="kl", relational_weight=0 unless named below). CLIP-KD normalises
+                                     the student's features itself and expects normalised features of the teacher
       alpha_ckd_loss = a             relational_weight=a
       alpha_icl_loss = a             interactive_weight=a, interactive="infonce"
       alpha_cross_kd_loss = a        interactive_weight=a, interactive="kl"
-      alpha_fd_loss = a              feature_weight=2 * a: there image and text are added, here averaged
-      cross_logit_scale = c          learn_interactive_scale=True, interactive_log_scale = log c: there c itself is the scale,
-                                     and starts at log(1/0.07) = 2.66; here the scale is exp of the parameter, at first 1/0.07
+      alpha_fd_loss = a              feature_weight=2 * a, since image and text are added there and averaged here
+      cross_logit_scale = c          learn_interactive_scale=True, interactive_log_scale = log c: there c itself is the scale
+                                     and starts at log(1/0.07) = 2.66; here exp(parameter) is the scale and starts at 1/0.07
       visual_proj, text_proj         image_projections, text_projections: the same without a bias
 
     memeff
-      MemoryEfficientCLIPLoss(t)     ClipPMLoss(pm_weight=0) at logit_scale = 1/t: equal values. It normalises (unless told
-                                     normalized_inputs=True), gives the temperature no gradient, and with stable=True, its
-                                     default, the features sqrt(N t) times ours
-      Distributed...CLIPLoss(t)      local_loss=False, gather_with_grad=False, N of all ranks: the same gradients; its values
-                                     add up to ours over the ranks
+      MemoryEfficientCLIPLoss(t)     ClipPMLoss(pm_weight=0) at logit_scale = 1/t: equal values. memeff normalises the
+                                     features (unless normalized_inputs=True), has no gradient of the temperature, and with
+                                     stable=True, its default, its gradients of the features are sqrt(N t) times ours
+      Distributed...CLIPLoss(t)      local_loss=False, gather_with_grad=False, N of all ranks: the same gradients; the sum of
+                                     its values over the ranks equals our value
 
     GradCache
-      SimpleContrastiveLoss          ops.similarity_loss(x, y, 1.0, symmetric=False): from x to y alone, without a scale and
-                                     without normalisation. ClipPMLoss(pm_weight=0) is the mean of both directions
+      SimpleContrastiveLoss          ops.similarity_loss(x, y, 1.0, symmetric=False): only the direction from x to y, without
+                                     scale and normalisation. ClipPMLoss(pm_weight=0) is the mean of both directions
       DistributedContrastiveLoss     the same with group=, whose gradients are world_size times as large
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,24 +49,24 @@ __all__ = ["PLANES", "ClipPMLoss", "WIKDLoss"]
 
 
 class ClipPMLoss(SimilarityLoss):
-    r"""Contrastive loss plus pair matching, in the place of `open_clip.ClipLoss`.
+    r"""Contrastive loss plus pair matching, a drop-in replacement of `open_clip.ClipLoss`.
 
         loss = ClipLoss(image, text) + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives softplus(l_ij)]
 
     with the learned hyperplane l = p S + q (plane="scalar") or l_ij = w·(x_i ⊙ y_j) + q (plane="hadamard") over the
-    similarity S of L2-normalised features; see `simplclip.ops.similarity.op`, which never stores the N×N matrix (memory
-    there). The plane is this module's parameters: `plane_weight` (p [], or w [D]) and `plane_bias` (q []); give them to the
-    optimizer. pm_weight=0 has no parameters and is exactly ClipLoss.
+    similarity S of L2-normalised features; see `simplclip.ops.similarity_loss`, which never stores the N×N matrix. The
+    hyperplane's parameters are `plane_weight` (p [], or w [D]) and `plane_bias` (q []); pass them to the optimizer. With
+    pm_weight=0 the module has no parameters and equals ClipLoss.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss. (Labels are an offset here, so
-            that there is nothing to cache.) use_horovod is refused.
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss. cache_labels has no effect,
+            since labels are an offset here. use_horovod is not supported with several ranks.
         pm_weight: weight of pair matching, 0 or more.
         plane: "scalar" or "hadamard"; hadamard needs embed_dim.
-        negatives: "all", "shift" (one negative per row, drawn anew at each call from torch's default generator) or "hard".
+        negatives: "all", "shift" (one negative per row, drawn at each call from torch's default generator) or "hard".
         embed_dim: D, for plane="hadamard".
 
-    Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching, its form here is this library's reading.
+    Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this library's interpretation.
     """
 
     def __init__(
@@ -99,40 +101,44 @@ class ClipPMLoss(SimilarityLoss):
         *,
         ids: Tensor | None = None,  # [N] int64
     ) -> Tensor | dict[str, Tensor]:
-        """The loss; with output_dict its weighted terms, `contrastive_loss` and (with pm_weight) `pair_matching_loss`.
+        """Returns the loss; with output_dict, a dict of its weighted terms.
+
+        These are `contrastive_loss` and, with pm_weight, `pair_matching_loss`.
 
         ids: pairs with equal ids are not each other's negatives (several captions of an image, duplicates).
         """
         terms = ("contrastive", "pair_matching") if self.pm_weight else ("contrastive",)
         image, text = self._own_features(image_features, text_features)
         values = self._terms(image, text, logit_scale, terms, ids, logit_bias=logit_bias)
-        losses = {"contrastive_loss": self._value(values["contrastive"])}
+        losses: dict[str, Any] = {"contrastive_loss": self._value(values["contrastive"])}
         if self.pm_weight:
             losses["pair_matching_loss"] = self.pm_weight * self._value(values["pair_matching"])
         return losses if output_dict else sum(losses.values())
 
 
 class WIKDLoss(SimilarityLoss):
-    r"""Distillation from teachers in three spaces beside the contrastive loss, in the place of `open_clip.DistillClipLoss`.
+    r"""Contrastive loss plus distillation in three spaces, a drop-in replacement of `open_clip.DistillClipLoss`.
 
         loss = contrastive_weight · ClipLoss + relational_weight · (cross-entropy of the student's to the teacher's softmax of
                the similarities, rows and columns) + interactive_weight · (student against teacher across modalities)
                + feature_weight · (distance of normalised features, mean of image and text) + pm_weight · pair matching
 
-    all similarity terms in one sweep without N×N matrices: see `simplclip.ops.similarity.op` and `feature_loss`. With the
-    default weights the values are open_clip's: `distill_loss` is a cross-entropy, which is the KL divergence plus the
-    entropy of the teacher's softmax, a constant that divergence="kl" leaves out.
+    All similarity terms are computed in one sweep without N×N matrices; see `simplclip.ops.similarity_loss` and
+    `simplclip.ops.feature_loss`. With the default weights the values are open_clip's: `distill_loss` is a cross-entropy, i.e.
+    the KL divergence plus the entropy of the teacher's softmax, a constant that divergence="kl" leaves out.
 
-    Several teachers: give tuples as dist_image_features, dist_text_features and dist_logit_scale. Their softmaxes are
-    averaged (a cross-entropy to the average is the average of the cross-entropies), the other terms too. Each teacher after
-    the first costs a sweep of its own.
+    For several teachers, pass tuples as dist_image_features, dist_text_features and dist_logit_scale. The terms of the
+    teachers are averaged (the average of the cross-entropies is the cross-entropy to the average softmax). Each teacher after
+    the first costs one more sweep.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.DistillClipLoss. use_horovod is refused.
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.DistillClipLoss. use_horovod is not
+            supported with several ranks.
         contrastive_weight, relational_weight, interactive_weight, feature_weight, pm_weight: 0 or more; a term with weight 0
             costs nothing and is not returned.
-        interactive: "infonce" or "kl"; learn_interactive_scale: its own temperature as a parameter, `interactive_log_scale`
-            (starts at log 1/0.07), instead of logit_scale.
+        interactive: "infonce" or "kl".
+        learn_interactive_scale: scale the interactive term by exp of a parameter of its own, `interactive_log_scale` (starts
+            at log 1/0.07), instead of by logit_scale.
         feature_distance: "mse" or "smooth_l1".
         divergence: "cross_entropy" or "kl".
         plane, negatives, embed_dim: of pair matching, as in ClipPMLoss.
@@ -185,12 +191,12 @@ class WIKDLoss(SimilarityLoss):
         widths = teacher_dim if isinstance(teacher_dim, (tuple, list)) else (teacher_dim,)
         self.teacher_dim = tuple(width_of("teacher_dim", width) for width in widths)
         if any(widths) and embed_dim is None:
-            raise ValueError("embed_dim: expected the width D of the student's features beside teacher_dim, got None")
+            raise ValueError("embed_dim: expected the width D of the student's features, beside a teacher_dim, got None")
         project = interactive_weight or feature_weight
-        widths = [width if project and width not in (None, embed_dim) else 0 for width in widths]
+        projected = [width if project and width not in (None, embed_dim) else 0 for width in widths]
         self.image_projections, self.text_projections = (
-            nn.ParameterList(nn.Parameter(torch.randn(w, embed_dim or 0) * (embed_dim or 1) ** -0.5) for w in widths)
-            if any(widths)
+            nn.ParameterList(nn.Parameter(torch.randn(w, embed_dim or 0) * (embed_dim or 1) ** -0.5) for w in projected)
+            if any(projected)
             else None
             for _ in range(2)
         )
@@ -212,7 +218,7 @@ class WIKDLoss(SimilarityLoss):
         *,
         ids: Tensor | None = None,  # [N] int64
     ) -> tuple[Tensor, ...] | dict[str, Tensor]:
-        """The weighted terms in this order, without those of weight 0; with output_dict by name:
+        """Returns the weighted terms in this order, without those of weight 0; with output_dict, a dict with these keys:
 
         `contrastive_loss`, `distill_loss` (relational), `interactive_loss`, `feature_loss`, `pair_matching_loss`.
         """
@@ -225,7 +231,8 @@ class WIKDLoss(SimilarityLoss):
             "feature": self.feature_weight,
             "pair_matching": self.pm_weight,
         }
-        once, totals = ("contrastive", "pair_matching"), {}
+        once = ("contrastive", "pair_matching")
+        totals: dict[str, Tensor] = {}
         for index, teacher in enumerate(teachers):
             share = {name: weight if name in once else weight / len(teachers) for name, weight in weights.items()}
             share = {name: weight for name, weight in share.items() if weight and not (index and name in once)}
@@ -264,7 +271,7 @@ class WIKDLoss(SimilarityLoss):
         return list(zip(images, texts, scales))
 
     def _projected(self, index: int, image: Tensor, text: Tensor, teacher) -> tuple[Tensor | None, Tensor | None]:
-        """Features in the width of this teacher, None where they have it or need not have it."""
+        """The student's features projected to the width of this teacher; None where no projection is needed."""
         width = self.teacher_dim[index] if any(self.teacher_dim) else None
         sides = {"image": (image, teacher[0]), "text": (text, teacher[1])}
         for side, (own, t) in sides.items():
@@ -277,13 +284,13 @@ class WIKDLoss(SimilarityLoss):
                     )
         if self.image_projections is None or not self.image_projections[index].numel():
             return None, None
-        weights = {"image": self.image_projections[index], "text": self.text_projections[index]}
-        return tuple(_project(side, own, weights[side]) for side, (own, _) in sides.items())
+        projected_image = _project("image", image, self.image_projections[index])
+        return projected_image, _project("text", text, self.text_projections[index])
 
 
 class _Wide(torch.autograd.Function):
-    """float16 as float32. The gradient of a row of zeros, which 1/eps makes too large, is the largest number of float16;
-    that of other rows overflows, as a GradScaler expects it."""
+    """Casts float16 to float32. The gradient of a row of zeros, which 1/eps makes too large, is clamped to float16's range;
+    the gradients of other rows may overflow, as GradScaler expects."""
 
     @staticmethod
     def forward(ctx, value):
@@ -298,7 +305,7 @@ class _Wide(torch.autograd.Function):
 
 
 def _wide(features: Tensor) -> Tensor:
-    """float16 in float32, which F.normalize's eps of 1e-12 and the gradient of a row of zeros (1/eps) need."""
+    """Casts float16 to float32: F.normalize's eps of 1e-12 and the gradient of a row of zeros (1/eps) need its range."""
     return _Wide.apply(features) if features.dtype == torch.float16 else features
 
 

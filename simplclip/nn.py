@@ -12,7 +12,7 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "NORMS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights"]
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+NORMS: dict[str, Callable[..., nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 class ShapedAttention(nn.Module):
@@ -25,9 +25,9 @@ class ShapedAttention(nn.Module):
     Args:
         width: C, a multiple of ``heads``.
         heads: H.
-        causal: token i sees the tokens 0..i.
-        value, output: add a projection [C, C] before, after the attention.
-        gamma: initial value of gamma. Below one, a new module adds ``(1 - gamma) C v``: some of the mean of the tokens.
+        causal: token i attends to the tokens 0..i only.
+        value, output: add a projection [C, C] before (value) or after (output) the attention.
+        gamma: initial value of gamma. Below one, a new module adds ``(1 - gamma) C v``, a part of the mean of the tokens.
 
     forward(x [B, L, C], lengths [B] or None) -> [B, L, C]; see `ops.shaped_attention` for ``lengths``.
     Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
@@ -67,7 +67,7 @@ class ShapedAttention(nn.Module):
     def _attend(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         shape = (*x.shape[:2], self.heads, self.width // self.heads)
         q, k = self.qk(x).chunk(2, dim=-1)
-        # Under autocast q and k come in the autocast dtype and a plain v in the dtype of x.
+        # Under autocast, q and k have the autocast dtype, and x has not.
         v = x.to(q.dtype) if self.value is None else self.value(x)
         q, k, v = (t.reshape(shape) for t in (q, k, v))
         out = shaped_attention(q, k, v, self.alpha, self.beta, self.gamma, causal=self.causal, lengths=lengths)
@@ -75,7 +75,7 @@ class ShapedAttention(nn.Module):
         return out if self.output is None else self.output(out)
 
     def _check(self, x: Tensor) -> None:
-        """The ops check the rest."""
+        """Checks the shape of x; the ops check everything else."""
         if x.ndim != 3 or x.shape[-1] != self.width:
             raise ValueError(f"x: expected [B, L, {self.width}], got {list(x.shape)}")
 
@@ -87,25 +87,26 @@ class SimplifiedBlock(ShapedAttention):
     """Simplified parallel transformer block (SAS-P) without skip connections.
 
     ``n = norm(x); out = attention_gain SA(n) + mlp_gain MLP(n)``, ``MLP(n) = W2 act(W1 n + b1) + b2``. The signal
-    passes through alpha of the attention, which is why the MLP starts small.
+    passes through the attention's alpha; therefore the MLP starts with a small gain.
 
     Args:
         width: C.
         heads: H, a divisor of C.
         mlp_ratio: F / C.
-        causal: token i sees the tokens 0..i.
-        norm: "layernorm" or "rmsnorm", x / sqrt(mean x² + eps) with eps = 1e-5. He & Hofmann's code has x / (rms + eps): for
-            weights from there it is the same where rms is about 1, and 0.7 % smaller here where it is 0.026 (a first layer).
+        causal: token i attends to the tokens 0..i only.
+        norm: "layernorm" or "rmsnorm", which is x / sqrt(mean x² + eps) with eps = 1e-5. He & Hofmann's code computes
+            x / (rms + eps). With their weights both agree where rms is about 1; where rms is 0.026 (a first layer), the
+            result here is 0.7 % smaller.
         act: a key of `ACTIVATIONS`.
         value, output: projections of the attention; the authors keep them in the first and in the last block.
         gamma: initial value of gamma, see `ShapedAttention`.
         attention_gain, mlp_gain: initial values of the two trainable gains.
-        drop_path: probability that a sample skips the MLP in training. The attention is never dropped: without a skip
-            connection nothing would be left. Such a block runs norm, attention and MLP as ops of their own.
-        recompute: keep only the input for backward, a seventh of the memory, and compute the block again.
+        drop_path: probability that a sample skips the MLP in training. The attention is never dropped, since
+            without a skip connection nothing would be left. In training, norm, attention and MLP then run as separate ops.
+        recompute: keep only the input for backward (a seventh of the memory), which then computes the block again.
 
-    forward(x [B, L, C], lengths [B] or None) -> [B, L, C]. With ``lengths`` tokens behind the length reach no valid
-    token; their own output is the MLP's and means nothing.
+    forward(x [B, L, C], lengths [B] or None) -> [B, L, C]. With ``lengths``, padded tokens do not
+    influence valid ones; the output at padded tokens is that of the MLP and has no meaning.
     Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
     """
 
@@ -198,14 +199,15 @@ def share_weights(
 ) -> None:
     """Let the blocks of every group use the weight matrices of the group's first block, in place.
 
-    Shared are qk, fc1, fc2 and, where a block has them, value and output. Norms and gains are a few vectors per block
-    and stay its own unless ``norms_and_gains``: every position keeps its balance between identity, attention and MLP.
+    The matrices qk, fc1, fc2 and, where blocks have them, value and output are shared. Norms and gains, a few vectors
+    per block, are shared only with ``norms_and_gains``: without it every block keeps its own balance between identity,
+    attention and MLP.
     ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under each of its names, so that a strict
     round trip works.
 
     Raises:
-        ValueError: an empty group, an index out of range or in two groups, or blocks of one group that differ in shape
-            or activation.
+        ValueError: a group is empty, an index is out of range or in two groups, or the blocks of one group differ in
+            shape or activation.
     """
     groups = [list(group) for group in groups]
     used: set[int] = set()

@@ -1,4 +1,4 @@
-// How floats lie in memory.
+// Types of floats in memory.
 #pragma once
 
 namespace simplclip {

@@ -5,7 +5,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// Without float arithmetic on subnormals, so that flush-to-zero modes change nothing.
+// No float arithmetic on subnormals, so that flush-to-zero modes have no effect.
 VINLINE vf load(const f16* p) {
   vh h;
   std::memcpy(&h, p, sizeof h);
@@ -17,7 +17,7 @@ VINLINE vf load(const f16* p) {
   return (vf)(wide | ((bits & 0x8000u) << 16));
 }
 
-// Rounds to nearest even, to infinity from 65520 on; a NaN stays one. Adding 0.5 rounds a subnormal at its last bit, 2^-24.
+// Rounds to nearest even, to infinity from 65520 on; keeps NaN. Adding 0.5 rounds a subnormal at its last bit, 2^-24.
 VINLINE void store(f16* p, vf v) {
   const vu bits = (vu)v, magnitude = bits & 0x7fffffffu;
   const vu normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -28,7 +28,7 @@ VINLINE void store(f16* p, vf v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// Calls f(j, lanes) for every block of W columns; lanes is the constant W but for the last block.
+// Calls f(j, lanes) for every block of W columns; lanes is the constant W except for the last block.
 template <class F>
 VINLINE void each_block(int64_t columns, F&& f) {
   int64_t j = 0;
@@ -42,14 +42,14 @@ VINLINE vf load(const T* p, std::integral_constant<int, W>) { return load(p); }
 template <class T>
 VINLINE void store(T* p, vf v, std::integral_constant<int, W>) { store(p, v); }
 
-// The same for a number of lanes that may be more than a vector has.
+// The same for a number of lanes that may exceed a vector.
 template <class T>
 VINLINE vf load_up_to(const T* p, int64_t lanes) { return lanes >= W ? load(p) : load(p, int(lanes)); }
 
 template <class T>
 VINLINE void store_up_to(T* p, vf v, int64_t lanes) { lanes >= W ? store(p, v) : store(p, v, int(lanes)); }
 
-// Calls f with a null pointer of the type of a loop over floats.
+// Calls f with a null pointer whose type is that of the floats.
 template <class F>
 VINLINE void by_type(Float type, F&& f) {
   switch (type) {

@@ -16,7 +16,7 @@ struct InstructionSet {
   ElementwiseKernels elementwise;
 };
 
-const InstructionSet& instruction_set();  // the best that this CPU runs
+const InstructionSet& instruction_set();  // the best one that this CPU supports
 bool has_native_bf16();                   // matrix products of bfloat16 in hardware
 
 }  // namespace simplclip

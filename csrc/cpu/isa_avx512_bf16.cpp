@@ -1,5 +1,5 @@
-// The kernels for avx512_bf16: avx512 that multiplies bfloat16 too. System headers stand before the pragma: their inline
-// functions must stay baseline code.
+// The kernels for avx512_bf16: avx512 with products of bfloat16. System headers are included before the pragma, so that
+// their inline functions are baseline code.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

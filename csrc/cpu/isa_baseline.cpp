@@ -1,4 +1,4 @@
-// The kernels for baseline. System headers stand before the pragma: their inline functions must stay baseline code.
+// The kernels for baseline. System headers are included before the pragma, so that their inline functions are baseline code.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

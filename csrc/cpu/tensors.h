@@ -1,4 +1,4 @@
-// Tensors as the CPU kernels see them.
+// Tensors for the CPU kernels.
 #pragma once
 
 #include "../layout.h"

@@ -2,18 +2,19 @@
 #pragma once
 
 #include "instruction_set.h"
+#include "../scratch.h"
 #include "tensors.h"
 
 namespace simplclip {
 
 class TransposedSum {
  public:
-  // The sum has the shape and dtype of `like`, or no rows if it is not `needed`. `in_float`: for more than one product of
-  // halves, which are then summed in float32.
-  TransposedSum(const Tensor& like, bool needed, bool in_float)
+  // The sum has the shape and dtype of `like`, or no rows if it is not `needed`. `in_float`: sums several products of half
+  // types in float32.
+  TransposedSum(const Tensor& like, bool needed, bool in_float, Scratch& scratch)
       : needed_(needed), in_float_(needed && in_float),
         out_(torch::stable::new_empty(like, {needed ? like.size(0) : 0, like.size(1)})) {
-    if (in_float_) sum_ = torch::stable::new_zeros(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
+    if (in_float_) sum_ = scratch.take(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
   }
 
   void add(const Tensor& a, const Tensor& b) {
@@ -21,6 +22,7 @@ class TransposedSum {
     Tensor view = a;
     const Tensor transposed = torch::stable::transpose(view, 0, 1);
     fresh_ || in_float_ ? mm_out(out_, transposed, b) : mm_add(out_, transposed, b);
+    if (fresh_ && in_float_) torch::stable::zero_(sum_);
     fresh_ = false;
     if (!in_float_) return;
     float* sum = sum_.mutable_data_ptr<float>();
@@ -30,8 +32,8 @@ class TransposedSum {
   }
 
   Tensor result() {
-    if (fresh_) return torch::stable::new_zeros(out_, {out_.size(0), out_.size(1)});
-    if (in_float_) {
+    if (fresh_) torch::stable::zero_(out_);
+    if (in_float_ && !fresh_) {
       const float* sum = sum_.const_data_ptr<float>();
       for_all([&](int64_t begin, int64_t count) {
         instruction_set().elementwise.round(type_of(out_), sum + begin, element(out_, begin), count);

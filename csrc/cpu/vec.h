@@ -1,10 +1,10 @@
 // Vectors of one instruction set: float and bfloat16 in memory, float in registers.
 //
-// Included after `#pragma GCC target` and a definition of SIMPLCLIP_LANES, inside the namespace of that set, by the files
-// isa_*.cpp alone, so that each function exists once per instruction set and none of them can be linked into another's code.
+// Included only by the files isa_*.cpp, after `#pragma GCC target` and a definition of SIMPLCLIP_LANES, inside the namespace of
+// that set, so that each function exists once per instruction set and cannot be linked into the code of another one.
 
 constexpr int W = SIMPLCLIP_LANES;             // floats in a register
-constexpr int kTileRows = W == 16 ? 8 : 4;     // rows whose running sums fit the registers
+constexpr int kTileRows = W == 16 ? 8 : 4;     // rows whose running sums fit in registers
 
 #define VINLINE inline __attribute__((always_inline))
 
@@ -41,8 +41,8 @@ VINLINE vf load(const bf16* p) {
 
 VINLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// To bfloat16, to nearest even. The NaNs of a computation stay NaNs; only payloads with all low bits set would not. The
-// hardware takes subnormals for zero.
+// Rounds to bfloat16, to nearest even. NaNs of computations stay NaN; only payloads with all low bits set would not. The
+// hardware treats subnormals as zero.
 VINLINE vh rounded(vf v) {
 #if defined(SIMPLCLIP_NATIVE_BF16)
   return (vh)_mm512_cvtneps_pbh((__m512)v);
@@ -80,7 +80,7 @@ VINLINE N least(N a, N b) {
 VINLINE vf max(vf a, vf b) { return a > b ? a : b; }
 VINLINE vf abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
-// The lanes J ^ S in place of J.
+// Replaces lane J by lane J ^ S.
 template <int S, int... J>
 VINLINE vf exchanged(vf v, std::integer_sequence<int, J...>) { return __builtin_shufflevector(v, v, (J ^ S)...); }
 template <int S>
@@ -115,7 +115,7 @@ VINLINE bool any(vi mask) {
 }
 
 // e^x for x <= 88, relative error below 2e-7; 0 below -87.3, where a float would be subnormal. Cody-Waite reduction to
-// |r| <= ln2/2 and a degree-6 polynomial; the rounded quotient sits in the low bits of `shifted` and becomes the exponent.
+// |r| <= ln2/2 and a degree-6 polynomial; the rounded quotient is in the low bits of `shifted` and becomes the exponent.
 VINLINE vf exp(vf x) {
   const vf shifted = x * 1.44269504f + 12582912.0f;
   const vf n = shifted - 12582912.0f;

@@ -5,7 +5,7 @@
 namespace simplclip {
 
 namespace {
-// Stands for every kernel of this build: the same architectures are compiled for all of them.
+// Represents all kernels of this build, which are compiled for the same architectures.
 __global__ void probe_kernel() {}
 }  // namespace
 

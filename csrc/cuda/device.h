@@ -1,4 +1,4 @@
-// What a kernel may use of a GPU.
+// Limits of a GPU.
 #pragma once
 
 namespace simplclip {
@@ -9,10 +9,10 @@ struct DeviceLimits {
   int shared_bytes_per_block;           // with opt-in
   int shared_bytes_per_multiprocessor;
   int registers_per_multiprocessor;
-  int binary_version;                   // architecture of the code that this build runs there, 0: none fits
+  int binary_version;                   // architecture of this build's code for the device, 0: none
 };
 
-// Returns null, or why the device cannot be asked.
+// Returns null, or the error.
 const char* device_limits(int device, DeviceLimits* limits);
 
 }  // namespace simplclip

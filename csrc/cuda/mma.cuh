@@ -19,7 +19,7 @@ struct Fragments {
 
 typedef float Row8 __attribute__((vector_size(32)));
 
-// d += a b with a [16, K] and b [K, 8], once all lanes' fragments are spread out. The accumulators of both shapes lie alike:
+// d += a b with a [16, K] and b [K, 8], from the fragments of all lanes. The accumulators of both shapes have one layout:
 // d[0] and d[1] in row lane / 4, d[2] and d[3] eight rows below, columns 2 (lane % 4) and the next.
 template <int K>
 inline void multiply(Fragments* const (&lanes)[32], const float (&a)[16][K], const Row8 (&b)[K]) {
@@ -96,7 +96,7 @@ SIMPLCLIP_DEVICE void mma1688_tf32(
 }
 
 #ifdef SIMPLCLIP_EMULATOR
-// A lane's row is read when the lane arrives: what another lane writes later, with no sync_warp between, is not in it.
+// A lane's row is read when the lane arrives, without what other lanes write later unless there is a sync_warp between.
 template <int N, bool TRANSPOSED>
 inline void load_matrices(const char* name, Site site, uint32_t (&r)[N], const void* row) {
   struct Operands {
@@ -171,8 +171,8 @@ SIMPLCLIP_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, [[may
 #endif
 }
 
-// Copies 16, 8 or 4 bytes, aligned to as many, to shared memory in the background; zeros if not `valid`, and `global` is not
-// read then. Seen by this thread after the wait for its group, by others after a barrier behind that.
+// Copies 16, 8 or 4 bytes, aligned to as many, to shared memory in the background; if not `valid`, zeros, and `global` is
+// not read. Visible to this thread after the wait for its group, to others after a barrier that follows.
 SIMPLCLIP_DEVICE void cp_async_16(
     void* shared, const void* global, bool valid, [[maybe_unused]] Site site = Site::current()) {
 #ifdef SIMPLCLIP_EMULATOR
@@ -209,7 +209,7 @@ SIMPLCLIP_DEVICE void cp_async_4(
 #endif
 }
 
-// Closes the group of this thread's copies since the last one.
+// Ends a group: this thread's copies since the last one.
 SIMPLCLIP_DEVICE void cp_async_commit() {
 #ifdef SIMPLCLIP_EMULATOR
   emulator::cp_async_commit();
@@ -218,7 +218,7 @@ SIMPLCLIP_DEVICE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most the last N groups of this thread are under way.
+// Waits until at most the last N groups of this thread are unfinished.
 template <int N>
 SIMPLCLIP_DEVICE void cp_async_wait() {
 #ifdef SIMPLCLIP_EMULATOR

@@ -1,4 +1,4 @@
-// The Python module simplclip._C_cuda, apart from _C so that one wheel also loads beside a torch without CUDA.
+// The Python module simplclip._C_cuda, separate from _C so that one wheel also loads with a torch without CUDA.
 #include <Python.h>
 
 #include "device.h"

@@ -1,8 +1,8 @@
-// What every CUDA kernel here is written in, one function each: indices, barriers, shuffles, conversions. nvcc compiles them
-// to PTX for sm_80 and later. With SIMPLCLIP_EMULATOR a host compiler takes the other body of each, so that a kernel's source
-// runs unchanged, and is tested, on a machine without a GPU.
+// The primitives of all CUDA kernels here: indices, barriers, shuffles, conversions. nvcc compiles them to PTX for sm_80 and
+// later. With SIMPLCLIP_EMULATOR a host compiler uses the other body of each function, so that the kernels can be tested
+// unchanged on a machine without a GPU.
 //
-// `site` is the caller's place, for the emulator's messages.
+// `site` is the caller's source location, for the emulator's messages.
 #pragma once
 
 #include <bit>
@@ -191,7 +191,7 @@ SIMPLCLIP_DEVICE uint32_t to_tf32(float value) {
 #endif
 }
 
-// 2^value within 2 ulp; subnormal values and results count as zero.
+// 2^value within 2 ulp; subnormal values and results are treated as zero.
 SIMPLCLIP_DEVICE float fast_exp2(float value) {
 #ifdef SIMPLCLIP_EMULATOR
   return std::exp2(value);

@@ -1,4 +1,4 @@
-// Matrices in shared memory and their way between registers and memory.
+// Matrices in shared memory, and copies between registers and memory.
 #pragma once
 
 #include "mma.cuh"
@@ -12,14 +12,14 @@ inline constexpr int kBytes = 2;
 template <>
 inline constexpr int kBytes<tf32> = 4;
 
-inline constexpr int kRows = 16;   // of a tile: all matrices are cut into tiles of so many rows and columns
-inline constexpr int kChunk = 16;  // bytes that ldmatrix and cp.async take at a time
+inline constexpr int kRows = 16;   // rows and columns of a tile
+inline constexpr int kChunk = 16;  // bytes that ldmatrix and cp.async copy at a time
 
 SIMPLCLIP_DEVICE constexpr int tiles_of(int rows) { return (rows + kRows - 1) / kRows; }
 SIMPLCLIP_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 SIMPLCLIP_DEVICE constexpr int between(int low, int value, int high) { return value < low ? low : smaller(value, high); }
 
-// A head of a tensor [B, L, H, K] in global memory: its first row and the bytes from row to row.
+// A head of a tensor [B, L, H, K] in global memory: its first row and the stride of rows in bytes.
 struct HeadRows {
   char* data;
   int64_t stride;
@@ -28,7 +28,7 @@ struct HeadRows {
 };
 
 // Rows of a multiple of 32 bytes in shared memory. A row's chunks are permuted, so that eight rows' chunks of one column, as
-// ldmatrix reads them, lie in different banks: rows of 8 chunks, or a multiple, by the row's last 3 bits, of 4 by the 2 above
+// ldmatrix reads them, are in different banks: rows of 8 chunks, or a multiple, by the row's last 3 bits, of 4 by the 2 above
 // the last, of 2 by the one above those, since 2 or 4 rows then fill the banks once.
 struct Tile {
   char* base;
@@ -40,16 +40,16 @@ struct Tile {
     mask = factor >= 8 ? 7 : factor - 1;
   }
 
-  // The tile below. Loops over tiles go down step by step: an address for each, kept in a register, would be too many.
+  // The next tile. Loops over tiles advance step by step, since an address for each tile would need too many registers.
   SIMPLCLIP_DEVICE void descend() { base += kRows * stride; }
 
-  // Where chunk `chunk` of row 16 tile + row is; row < 16.
+  // The address of chunk `chunk` of row 16 tile + row; row < 16.
   SIMPLCLIP_DEVICE char* at(int tile, int row, int chunk) const {
     return base + (tile * kRows + row) * stride + ((chunk ^ (row >> shift & mask)) * kChunk);
   }
 };
 
-// The block's threads start copying `rows` rows, of them those from `valid` on are zeros.
+// The block's threads start copying `rows` rows; those from `valid` on are zeros.
 SIMPLCLIP_DEVICE void stage(const Tile& tile, const HeadRows& from, int column_byte, int first, int rows, int valid) {
   for (int row = thread() >> 2; row < rows; row += threads() >> 2) {
     const char* source = from.data + (first + row) * from.stride + column_byte;
@@ -65,8 +65,8 @@ struct Operand {
   uint32_t r[kBytes<T> == 2 ? 4 : 8];
 };
 
-// What mma left in registers as the left operand of the next product. In TF32 column 2 i of 8 stands in the place of column i
-// and column 2 i + 1 in that of i + 4: a lane then has what it needs. The right operand's rows are taken in the same order.
+// Converts an mma result in registers to the left operand of the next product. In TF32 column 2 i of 8 replaces column i and
+// column 2 i + 1 replaces i + 4, so that a lane has all its elements. The right operand's rows are taken in the same order.
 template <class T>
 SIMPLCLIP_DEVICE Operand<T> pack(const float (&c)[2][4]) {
   if constexpr (kBytes<T> == 2) {
@@ -218,8 +218,8 @@ SIMPLCLIP_DEVICE void load_global(float (&c)[2][4], const HeadRows& from, int ti
   }
 }
 
-// Writes them; zeros from row `valid` to row `rows`. Four lanes write 32 bytes of a row at a time, for which in 16 bits two
-// of them change elements first.
+// Writes them; zeros from row `valid` to row `rows`. Four lanes write 32 bytes of a row at a time; with 16-bit elements two of
+// them first exchange elements.
 template <class T>
 SIMPLCLIP_DEVICE void store_global(
     const float (&c)[2][4], const HeadRows& to, int tile, int column_tile, int valid, int rows) {

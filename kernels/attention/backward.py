@@ -1,4 +1,4 @@
-"""Backward kernels of shaped_attention: dq and the gains by rows, dk and dv by keys, from weights formed again of lse."""
+"""Backward kernels of shaped_attention: dq and gains by rows, dk and dv by keys; weights are computed again from lse."""
 
 import triton
 import triton.language as tl
@@ -151,7 +151,7 @@ def _shaped_attention_keys_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Tiles are [keys, rows]. A key that is padding spoils only its own row, which is overwritten."""
+    """Tiles are [keys, rows]. A padded key affects only its own row, which is overwritten."""
     block, sequence, head, pair, length = place(lengths, tokens, heads, BLOCK_N)
     first = block * BLOCK_N
     key = tl.arange(0, BLOCK_N)

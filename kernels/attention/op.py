@@ -1,9 +1,9 @@
 """Launchers of shaped_attention's Triton kernels, for sequences of any length: no matrix of L×L is stored.
 
-Forward goes over the keys once. C v needs no pass over them: a small kernel sums v of each block of rows before, and only
-within its own block does a causal program multiply v with zeros and ones. Backward goes by rows, where the sums of A dP over
-a row come before dq, and then by keys, with beta A - gamma C as one matrix, so that what cancels does so in float32. A
-program owns what it writes, and partial sums are added in a fixed order.
+Forward reads the keys once. C v needs no pass over the keys: a small kernel first sums v in each block of rows, and a causal
+program multiplies v by zeros and ones only within its own block. Backward runs by rows (the sums of A dP over a row, then dq)
+and then by keys, with beta A - gamma C as one matrix, so that terms cancel in float32. Each program writes its own part of
+the results, and partial sums are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from simplclip.kernels.attention.backward import _shaped_attention_keys_kernel, 
 from simplclip.kernels.attention.forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
 from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, interpreted, precision_of, started
 
-SUMS = 16  # blocks of rows whose sums of v are read at a time
+SUMS = 16  # number of sums of v that are read at a time
 
 
 def sums_warps(tile: tuning.Tile) -> int:
-    """Of the kernel that sums v: at most 64 elements a thread."""
+    """The number of warps of the kernel that sums v: at most 64 elements per thread."""
     return max(4, tile.block_m * tile.block_k // 2048)
 
 
@@ -31,7 +31,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
 
 
 def _tuned(op: str, q: Tensor) -> tuple[tuning.Tile, dict[str, object]]:
-    """A kernel's tile, and the arguments that all have."""
+    """A kernel's tile, and the arguments that all kernels take."""
     _, tokens, heads, width = q.shape
     block = max(16, triton.next_power_of_2(width))
     precision = precision_of(q.dtype)
@@ -58,7 +58,7 @@ def shaped_attention_fwd(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # [B, L, H, K], contiguous; [B, H, L] float32
-    """Heads are dense, other strides any. Scratch: the sum of v of each block of rows, [B, H, blocks, K] float32."""
+    """The last dimension must be contiguous. Scratch: the sum of v of each block of rows, [B, H, blocks, K] float32."""
     sequences, tokens, heads, width = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(sequences, heads, tokens, dtype=torch.float32)
@@ -96,7 +96,7 @@ def shaped_attention_bwd(
     dk: Tensor,  # [B, L, H, K]
     dv: Tensor,  # [B, L, H, K]
 ) -> Tensor:  # [3, H] float32
-    """Writes dq, dk and dv; returns the gains' gradients. Scratch: [B, H, L] float32 and three of each block of rows."""
+    """Writes dq, dk and dv; returns the gains' gradients. Scratch: [B, H, L] float32, and three floats per block of rows."""
     sequences, tokens, heads, _ = q.shape
     if not q.numel():
         return torch.zeros_like(gains)

@@ -1,4 +1,4 @@
-"""What the kernels of shaped_attention share: a program's place, rows of a head, and how many keys a row sees."""
+"""Helpers of shaped_attention's kernels: a program's block, rows of a head, and the number of visible keys."""
 
 import triton
 import triton.language as tl
@@ -8,9 +8,9 @@ from simplclip.kernels.arithmetic import narrowed
 
 @triton.jit
 def place(lengths, tokens, heads, BLOCK: tl.constexpr):
-    """Program: block of a sequence's head; with the sequence, the head, both as one number, and the valid tokens.
+    """This program's block, sequence, head, the last two as one number, and the number of valid tokens.
 
-    Later blocks come first: with a causal mask they have the most to do.
+    Later blocks run first, since with a causal mask they have the most work.
     """
     blocks = (tokens + BLOCK - 1) // BLOCK
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -22,7 +22,7 @@ def place(lengths, tokens, heads, BLOCK: tl.constexpr):
 
 @triton.jit
 def rows_of(base, row, stride, inside, width, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[rows, BLOCK_K], 0 where a row is not inside and beyond the width."""
+    """Loads [rows, BLOCK_K], 0 in rows that are not inside and beyond the width."""
     depth = tl.arange(0, BLOCK_K)
     mask = inside[:, None] if EVEN else inside[:, None] & (depth < width)[None, :]
     return tl.load(base + row[:, None] * stride + depth[None, :], mask, 0.0)
@@ -38,12 +38,12 @@ def store_rows(base, row, stride, inside, width, value, INTERPRETED: tl.constexp
 
 @triton.jit
 def visible_keys(row, length, CAUSAL: tl.constexpr):
-    """The number of keys that a row sees: the first so many."""
+    """The number of visible keys of a row; they are the first ones."""
     return tl.minimum(row + 1, length) if CAUSAL else row * 0 + length
 
 
 @triton.jit
 def keys_of_block(first, length, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
-    """The number of keys that a block of rows sees; none if it is padding."""
+    """The number of visible keys of a block of rows, 0 if it is padding."""
     end = tl.minimum(first + BLOCK, length) if CAUSAL else length
     return tl.where(first < length, end, 0)

@@ -1,4 +1,4 @@
-"""Triton kernels of feature_loss. The op is bound by memory, so that a CUDA C++ kernel would gain nothing.
+"""Triton kernels of feature_loss. The op is memory bound, so that CUDA C++ would not be faster.
 
 A program takes some rows. A row of at most MAX_BLOCK columns is held in registers and read once; a wider one is gone through
 in blocks, twice: for the norms (or u·g), and for the distance (or the gradient).
@@ -12,12 +12,12 @@ from torch import Tensor
 from simplclip.kernels.launch import device_of, started
 
 EPS = tl.constexpr(1e-12)  # F.normalize's
-CLAMPED = tl.constexpr(0.9999e12)  # 1/norm from here on is 1/EPS, which a GPU's division may round down
+CLAMPED = tl.constexpr(0.9999e12)  # 1/norm counts as 1/EPS from here on, since a GPU's division may round down
 MAX_BLOCK = 8192
 
 
 def tile(d: int) -> tuple[int, int, int]:
-    """(rows of a program, columns of a block, num_warps) for width D: 2,048 elements or one row, 16 a thread.
+    """(rows of a program, columns of a block, num_warps) for width D: 2,048 elements or one row, 16 elements per thread.
 
     8 a thread where a row takes several blocks: for 16 the compiler aims at so few registers that it spills.
     """
@@ -41,7 +41,7 @@ def _store(base, rows, columns, n, d, value):
 @triton.jit
 def _inverse(squares):
     norm = tl.sqrt(squares)
-    return 1.0 / tl.where(norm < EPS, EPS, norm)  # a NaN norm stays one
+    return 1.0 / tl.where(norm < EPS, EPS, norm)  # keeps NaN
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def _feature_loss_bwd_kernel(
     if NORMALIZE:
         x_inv = tl.load(inv_norms + rows, mask=rows < n, other=0.0)
         y_inv = tl.load(inv_norms + n + rows, mask=rows < n, other=0.0)
-    # Along is u·g, which the normalisation takes out; a row shorter than eps is divided by a constant.
+    # along is u·g, which the normalisation removes; a row shorter than eps is divided by a constant.
     if WHOLE:
         u = _load(student, rows, columns, n, d) * x_inv[:, None]
         g = _slope(u - _load(teacher, rows, columns, n, d) * y_inv[:, None], beta, SMOOTH)

@@ -1,4 +1,4 @@
-"""Activations of an MLP and their slopes, in float32, for kernels that apply them to a tile in registers."""
+"""Activations of an MLP and their derivatives, in float32, for tiles in registers."""
 
 import triton
 import triton.language as tl
@@ -25,7 +25,7 @@ def activation(x, ACT: tl.constexpr):
         return x * sigmoid(x)
     else:
         tl.static_assert(ACT == "relu")
-        return tl.where(x < 0.0, 0.0, x)  # NaN stays
+        return tl.where(x < 0.0, 0.0, x)  # keeps NaN
 
 
 @triton.jit

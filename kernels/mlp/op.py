@@ -1,4 +1,4 @@
-"""Triton kernels of parallel_mlp: act(h) is formed where a tile of h is loaded and never stored; dh is written over h."""
+"""Triton kernels of parallel_mlp: act(h) is computed when a tile of h is loaded, and never stored; dh overwrites h."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from simplclip.kernels.launch import (
 )
 from simplclip.kernels.mlp.activations import activation, slope
 
-GROUP = 8  # blocks of rows that share blocks of columns while those are in the cache
-TILE = 16  # steps over the tokens that the weight's gradient is divided by: a range of them has a result to store and to add
+GROUP = 8  # blocks of rows that use the same blocks of columns while those are in the cache
+TILE = 16  # steps over the tokens per unit of the weight's gradient; each range of units has a result to store and add
 
 
 @triton.jit
 def _block(rows, columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First row and column of a program's block; GROUP blocks of rows come in turn."""
+    """First row and column of a program's block; GROUP blocks of rows alternate."""
     row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
     column_blocks = (columns + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
@@ -111,7 +111,7 @@ def _parallel_mlp_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """gradᵀ act(h) over a range of tokens."""
+    """Computes gradᵀ act(h) over a range of tokens."""
     part = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     row_blocks = (width + BLOCK_M - 1) // BLOCK_M
@@ -156,7 +156,7 @@ def _parallel_mlp_hidden_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(grad weight) ∘ act'(h), over h: a program reads only what it overwrites."""
+    """Overwrites h by (grad weight) ∘ act'(h); a program reads only the part of h that it overwrites."""
     row, column = _block(tokens, hidden, GROUP, BLOCK_M, BLOCK_N)
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
     columns = column + tl.arange(0, BLOCK_N)
@@ -184,7 +184,7 @@ def _parallel_mlp_hidden_kernel(
 
 
 def _tuned(op: str, h: Tensor) -> tuple[tuning.Tile, dict[str, object]]:
-    """A kernel's tile, and the arguments that all have."""
+    """A kernel's tile, and the arguments that all kernels take."""
     precision = precision_of(h.dtype)
     tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture_and_processors(h)[0])
     shared = {"PRECISION": "tf32" if precision == "tf32" else "ieee", "INTERPRETED": interpreted()}
@@ -227,7 +227,7 @@ def parallel_mlp_bwd(
 ) -> Tensor:  # [C, F], [0, F] if not needed
     """dh = (grad weight) ∘ act'(h) over h, after dweight = gradᵀ act(h).
 
-    Scratch: dweight in float32 for each range of tokens, where one range would leave processors without work.
+    Scratch: dweight in float32 for each range of tokens, if one range would not occupy all multiprocessors.
     """
     grad, weight = _dense(grad), _dense(weight)
     with device_of(h):

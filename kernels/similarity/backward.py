@@ -1,4 +1,4 @@
-"""Backward kernel of similarity_loss: gradients to a chunk of each matrix of the student, whose product is formed again."""
+"""Backward kernel of similarity_loss: gradients of a chunk of each of the student's matrices, which are computed again."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ SUMS = 4  # d_scale, d_cross_scale, d_plane_weight (scalar), d_plane_bias
 
 @triton.jit
 def _base(lse):
-    """A log-sum-exp in base 2; 0 for that of no negatives, whose logits are all -inf."""
+    """A log-sum-exp in base 2; 0 without negatives, where all logits are -inf."""
     return tl.where(lse == -INF, 0.0, lse * LOG2E)
 
 
@@ -96,7 +96,7 @@ def _similarity_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile: G of every matrix of the student, and its share of the scalars' gradients added to this program's sums."""
+    """One tile: writes G of each of the student's matrices, and adds to this program's sums of the scalars' gradients."""
     program = tl.program_id(0)
     at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = at < row_count

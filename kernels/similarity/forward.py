@@ -1,4 +1,4 @@
-"""Forward kernel of similarity_loss: statistics of the rows and columns of tiles, whose parts similarity_merge joins."""
+"""Forward kernel of similarity_loss: statistics of rows and columns of tiles, which merge.py merges."""
 
 import triton
 import triton.language as tl
@@ -72,12 +72,11 @@ def _similarity_statistics_kernel(
 ):
     """Statistics of a block of rows over a range of column tiles, and of each of those columns over the block.
 
-    Planes come one after the other: T stays, the others need it (means) or end with their own statistics, so that two
-    tiles at most are in registers. For the same reason T's weights are formed where the next plane is there to be weighted,
-    not before its product. Slots of the parts: [*_AT] maximum, then the sum of 2^(logit - maximum), then sums weighted
-    with it.
+    Planes are processed one after the other. T is kept, since means need it, so that at most two tiles are in registers. For
+    the same reason T's weights are computed after the product of the next plane, not before it. Slots of the parts: [*_AT]
+    maximum, then the sum of 2^(logit - maximum), then sums with these weights.
     """
-    # Programs that run together share rows and columns: GROUP blocks of rows, and all splits of them, come in turn.
+    # GROUP blocks of rows with all their splits alternate, so that programs at a time share rows and columns.
     program = tl.program_id(0)
     first_block = program // (GROUP * splits) * GROUP
     group = tl.minimum(row_blocks - first_block, GROUP)
@@ -125,7 +124,7 @@ def _similarity_statistics_kernel(
             )  # fmt: skip
             negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
             t = raw * t_scale
-            t = tl.where(negative, t + 0.0 * t, -INF)  # NaN where it is infinite: -inf would be taken for no negative
+            t = tl.where(negative, t + 0.0 * t, -INF)  # NaN where it is infinite, since -inf means no negative
             max_t, base_t, shrink = raised(max_t, t, 1)
             sum_t *= shrink
             if RELATIONAL:

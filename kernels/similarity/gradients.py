@@ -1,4 +1,4 @@
-"""Gradients of the features as sums of products with G, which halves add in float32; and the range of G in float16."""
+"""Gradients of the features as sums of products with G (in float32 for half types), and the scaling of G in float16."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def wide_product(left: Tensor, right: Tensor, factor: Tensor | None = None) -> T
 
 
 class ImageGradient:
-    """Gradient of rows that each chunk has to itself: one product is rounded as it comes, several are added first."""
+    """Gradient of rows of which each chunk has its own: a single product is rounded directly, several are added first."""
 
     def __init__(self, like: Tensor, matrices: int, needed: bool = True):  # [N, D]
         self.needed, self.matrices, self.sum = needed, matrices, None
@@ -52,7 +52,7 @@ class ImageGradient:
 
 
 class TextGradient:
-    """Gradient to which every chunk adds: in the features' dtype if a single product makes it up, else in float32."""
+    """Gradient to which every chunk adds: in the features' dtype if it is a single product, else in float32."""
 
     def __init__(self, like: Tensor, products: int, needed: bool = True):  # [M, D]
         self.like, self.products, self.needed, self.sum = like, products, needed, None
@@ -78,7 +78,7 @@ class TextGradient:
 def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  # [matrices] float32
     """Powers of two by which float16 matrices are multiplied before they are rounded; None for other dtypes.
 
-    A mean over N rows has entries of G of 1/N² in it, below float16's range already at N = 32,768. No value is read here.
+    With a mean over N rows G has entries of 1/N², below float16's range from N = 32,768 on. No value is read from the device.
     """
     if call.image.dtype != torch.float16:
         return None

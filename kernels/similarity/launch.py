@@ -1,4 +1,4 @@
-"""What a call of similarity_loss asks for, and which of its planes go into one launch."""
+"""The options of a call of similarity_loss for its kernels, and the planes of each launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simplclip.ops.similarity.call import ColumnStat, SimilarityCall
 
 
 def features(call: SimilarityCall) -> dict[str, Tensor | None]:
-    """The kernels' features: where no projection is given the student's own serve."""
+    """The features for the kernels; without a projection the student's own."""
     names = ("image", "text", "teacher_image", "teacher_text")
     projected_image, projected_text = (call.student_image, call.student_text) if call.interactive else (None, None)
     given = {name: getattr(call, name) for name in names}
@@ -30,7 +30,7 @@ STUDENTS = ("HAS_STUDENT", "HAS_HADAMARD", "HAS_IMAGE_TO_TEACHER", "HAS_TEACHER_
 
 @dataclass(frozen=True)
 class Launch:
-    """The matrices that one launch multiplies, and what it makes of them."""
+    """The matrices that one launch multiplies, and the statistics that it computes."""
 
     HAS_STUDENT: bool = False
     HAS_HADAMARD: bool = False
@@ -47,22 +47,22 @@ class Launch:
 
     @property
     def students(self) -> int:
-        """How many matrices have a gradient."""
+        """The number of matrices with a gradient."""
         return sum(getattr(self, name) for name in STUDENTS)
 
     @property
     def tiles(self) -> int:
-        """Matrices, what tiles are tuned by. The teacher's means with two students take the registers of four."""
+        """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four."""
         return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.KL))
 
     @property
     def statistics_tiles(self) -> int:
-        """What forward's tiles are tuned by: older compilers hold a scalar hyperplane's losses besides."""
+        """The same for forward; with older compilers a scalar hyperplane's losses need registers too."""
         return self.gradient_tiles if tuning.OLDER else self.tiles
 
     @property
     def gradient_tiles(self) -> int:
-        """The same for backward, which holds a scalar hyperplane's gradient besides."""
+        """The same for backward, where a scalar hyperplane's gradient needs registers too."""
         return self.tiles + ((self.ALL_NEGATIVES or self.HARD_NEGATIVES) and not self.HAS_HADAMARD)
 
     def constants(self) -> dict[str, bool]:
@@ -83,7 +83,7 @@ class Launch:
         return [stat for stat, asked in there.items() if asked]
 
     def slots(self) -> dict[str, int]:
-        """Places of the statistics in the parts (similarity_forward): of rows, and in the same order of columns."""
+        """Indices of the statistics in forward's parts, in the same order for rows and columns."""
         t = 2 + self.RELATIONAL + self.KL if self.HAS_TEACHER else 0
         x = 2 if self.HAS_IMAGE_TO_TEACHER or self.HAS_TEACHER_TO_TEXT else 0
         z = 2 + self.HARD_NEGATIVES if self.SOFTMAX else 0
@@ -99,11 +99,11 @@ class Launch:
 
 
 def launches(call: SimilarityCall) -> list[Launch]:
-    """Planes that meet in a statistic share a launch and a tile: Z with T (relational), U and V with T (kl), L with Z.
+    """Planes that one statistic needs share a launch and a tile: Z with T (relational), U and V with T (kl), L with Z.
 
-    Others would gain nothing from it (similarity_rows launches U alone): without a statistic of two planes each alone has the
-    registers for a tile twice as large, which reads its operands half as often. Within a launch T comes first and stays, the
-    students follow one at a time, so that four or five planes hold two tiles, not five.
+    Other planes have launches of their own (similarity_rows launches only U): a single plane has registers for a tile twice
+    as large, which reads its operands half as often. Within a launch T is first and is kept, and the student's matrices
+    follow one at a time, so that two tiles are in registers instead of four or five.
     """
     ids = {"HAS_IDS": call.ids is not None}
     columns = {"COLUMNS": call.columns}
@@ -119,7 +119,7 @@ def launches(call: SimilarityCall) -> list[Launch]:
     if call.interactive and call.relational:
         return [Launch(HAS_TEACHER=True, KL=True, **z, **cross, **columns, **ids)]
     out = []
-    if call.has_student:  # relational comes with softmax
+    if call.has_student:  # relational implies softmax
         out.append(Launch(HAS_TEACHER=call.relational, COLUMNS=call.columns and call.softmax, **z, **ids))
     if call.interactive:
         out.append(Launch(HAS_TEACHER=True, KL=True, **cross, **columns, **ids))
@@ -127,7 +127,7 @@ def launches(call: SimilarityCall) -> list[Launch]:
 
 
 def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile, precision: str) -> dict[str, object]:
-    """Arguments that the large kernels share."""
+    """Arguments of both large kernels."""
     return {
         **features(call),
         "scale": call.scale,

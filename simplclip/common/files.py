@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, by one process at a time."""
+"""Files that are written completely or not at all, by one process at a time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ except ImportError:  # Windows
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Replace PATH by `data`; readers see the old file or the new one, never a part."""
+    """Replace the contents of `path` by `data`; readers see the old file or the new one, never a part."""
     data = data.encode() if isinstance(data, str) else data
     with Replacing(path) as file:
         file.write(data)
 
 
 class Replacing:
-    """A file opened beside PATH that takes its place when the block ends without an error."""
+    """Context that opens a temporary file beside `path` and renames it to `path` if the block ends without an error."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -36,7 +36,7 @@ class Replacing:
     def __exit__(self, kind, error, trace) -> None:
         try:
             if kind is not None:
-                with contextlib.suppress(OSError):  # closing writes what is left, and a full disk refuses it again
+                with contextlib.suppress(OSError):  # closing flushes the buffer, which fails again on a full disk
                     self.file.close()
                 return
             with self.file:
@@ -50,10 +50,10 @@ class Replacing:
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Processes that read, change and write a file of FOLDER, one after the other; at once where the system has no locks."""
+    """Context that one process at a time can enter for `folder`; without effect if the system has no locks."""
     descriptor = None
     try:
-        with contextlib.suppress(OSError):  # also where there is no flock
+        with contextlib.suppress(OSError):  # also raised without support for flock
             descriptor = os.open(folder, os.O_RDONLY)
             if fcntl:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -73,7 +73,7 @@ def sha256(path: str | Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; systems that cannot open a folder do without."""
+    """Make a rename durable, on systems that can open a folder."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -87,7 +87,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ: key -> (old, new)."""
+    """The dotted keys whose values differ: key -> (old, new)."""
     found: dict[str, tuple[Any, Any]] = {}
     for name in dict.fromkeys([*old, *new]):
         a, b = old.get(name), new.get(name)

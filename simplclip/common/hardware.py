@@ -1,4 +1,4 @@
-"""Which device, precision and number of threads a run takes, and why."""
+"""Choice of the device, precision and number of threads of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` takes a GPU where there is one. Errors: ValueError for a device that is not there."""
+    """The device `name`; "auto" is a GPU if there is one. Raises InputError for a device that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -28,17 +28,17 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 itself; an emulated bf16 is slower than fp32."""
+    """Whether the hardware has bf16 products; emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """The precision and a line that says why. name: fp32, bf16, fp16 or auto."""
+    """The precision and the reason for it. name: fp32, bf16, fp16 or auto."""
     if name in DTYPES:
         return name, "as configured"
     if name != "auto":
@@ -49,13 +49,13 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast context of a precision; switched off for fp32."""
+    """The autocast context of a precision; disabled for fp32."""
     dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def set_threads(wanted: int | None) -> int:
-    """Set torch's CPU threads to `wanted` (None: as torch chose), at most SIMPLCLIP_THREADS. Returns the number."""
+    """Set torch's CPU threads to `wanted` (None: torch's default), at most SIMPLCLIP_THREADS. Returns the number."""
     cap = os.environ.get("SIMPLCLIP_THREADS")
     if cap is not None and not (cap.isdigit() and int(cap) > 0):
         raise InputError(f"SIMPLCLIP_THREADS: expected a whole number above 0, got {cap!r}")

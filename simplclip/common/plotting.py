@@ -1,4 +1,4 @@
-"""What the pictures of this library share: colours, axes, and how a file is written."""
+"""Colours, axes and file output of this library's pictures."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Parts that are registered by entry points, so that the library does not import what uses it.
+"""Parts that other packages register by entry points, so that the library need not import those packages.
 
-group                   an entry is                                             registered here by simplclip.demo
+group                   an entry is                                             registered by simplclip.demo
 simplclip.models        a `simplclip.models.registry.Spec`                      siclip-tiny, siclip-lite0
 simplclip.weights       a function that returns a state dict                    efficientnet-lite0, minilm
-simplclip.teachers      a module with `load` and `prepare`                          builtin
+simplclip.teachers      a module with `load` and `prepare`                      builtin
 simplclip.configs       a package with a folder configs/ of YAML files          demo
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 
 @functools.cache
 def entries(group: str) -> dict[str, metadata.EntryPoint]:
-    """The entry points of simplclip.GROUP by name; `load` imports one."""
+    """The entry points of simplclip.GROUP by name; `load` imports one of them."""
     return {entry.name: entry for entry in sorted(metadata.entry_points(group=f"simplclip.{group}"))}
 
 
 def load(group: str, name: str) -> Any:
-    """What `name` of simplclip.GROUP stands for."""
+    """The object that is registered as `name` in simplclip.GROUP."""
     return entries(group)[name].load()

@@ -1,4 +1,4 @@
-"""A worker's way through an epoch: seeded order, a caption drawn, the image augmented, batches made."""
+"""What a worker does in an epoch: it orders samples by seed, draws captions, augments images and makes batches."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ Batch = dict[str, Any]
 
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
-    """Seeds the global generators that transforms draw from by `parts`, and puts them back afterwards."""
+    """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     seed = int.from_bytes(digest, "big")
     states = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
-    # Not torch.manual_seed, which would seed the GPU's generators as well.
+    # torch.manual_seed would also seed the GPU's generators.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.set_bit_generator(_NUMPY_GENERATOR)  # 30 times cheaper than saving and restoring the state
@@ -60,7 +60,7 @@ def apply_transform(transform: Callable, image: Image.Image, sample: Sample) -> 
 
 
 def group_of(sample: Sample, record: dict[str, Any]) -> int:
-    # Keys often start anew in every shard: without the shard's name unrelated samples would share a group.
+    # Keys often repeat in every shard; without the shard's name unrelated samples would share a group.
     if record.get("group") is not None:
         return group_id(f"group/{record['group']}")
     return group_id(f"key/{place_of(sample)}")
@@ -68,7 +68,7 @@ def group_of(sample: Sample, record: dict[str, Any]) -> int:
 
 @dataclass
 class Epoch(IterableDataset):
-    """What one worker reads in one epoch: (batch or None if it is to be skipped, size, last, Skipped)."""
+    """Yields what one worker reads in one epoch: (batch, or None if it is skipped, size, whether it is the last, Skipped)."""
 
     shards: list[str]
     tokenizer: Callable
@@ -87,7 +87,7 @@ class Epoch(IterableDataset):
         try:
             yield from self._items(*((worker.id, worker.num_workers) if worker else (0, 1)))
         except ShardError as error:
-            yield error  # raised in the main process, without the worker's traceback around it
+            yield error  # raised in the main process, without the worker's traceback
 
     def _items(self, worker: int, workers: int) -> Iterator[tuple[Batch | None, int, bool, Skipped]]:
         skipped = Skipped()
@@ -96,7 +96,7 @@ class Epoch(IterableDataset):
             rng = random.Random(f"{self.seed}/{self.epoch}/{worker}/{workers}")
             samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
         pending: list[Any] = []
-        # The batch's place in the epoch if no worker runs out before it; then it comes earlier, never later.
+        # The batch's position in the epoch if all workers have batches until then; otherwise it is earlier, never later.
         index = worker
         for sample in samples:
             try:
@@ -122,7 +122,7 @@ class Epoch(IterableDataset):
             for shard in shards[worker::workers]:
                 yield from read_shard(shard, skipped)
         else:
-            # Fewer shards than workers: each reads all of them and takes its share of the samples.
+            # With fewer shards than workers, each worker reads all shards and takes its share of the samples.
             number = 0
             for shard in shards:
                 for sample in read_shard(shard, skipped if worker == 0 else Skipped()):
@@ -161,7 +161,7 @@ class Epoch(IterableDataset):
 
 
 def _draw(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` captions at random; different ones as far as there are."""
+    """Draws `wanted` of `count` captions at random, different ones if there are enough."""
     if wanted == 1:
         return [random.randrange(count)]
     drawn: list[int] = []

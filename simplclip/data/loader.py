@@ -1,8 +1,7 @@
 """Image-text pairs from WebDataset shards, for training (`make_loader`) and for evaluation (`load_eval`).
 
-Two fields of a sample's json have a meaning here: "group" (samples of equal group show the same thing and
-are no negatives of each other) and "label" (its class, for zero-shot classification). What a shard and a
-sample are: simplclip/data/shards.py.
+Two fields of a sample's json are used: "group" (samples of one group show the same thing and are not each other's
+negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from simplclip.data.workers import start_worker, undisturbed
 
 
 class WorkerError(UserError, RuntimeError):
-    """A loader process that died; the message says how."""
+    """A loader process died; the message says how."""
 
 
 class EmptyEpochError(UserError, RuntimeError):
-    """An epoch that gave no batch at all; the message says why."""
+    """An epoch has no batch; the message says why."""
 
 
 class Loader:
-    """Batches of an epoch at a time; made by `make_loader`, which documents it."""
+    """Yields the batches of an epoch; made by `make_loader`, which documents it."""
 
     def __init__(self, settings: dict[str, Any], workers: int, drop_last: bool, prefetch: int, pin_memory: bool) -> None:
         self._settings = settings
@@ -55,20 +54,20 @@ class Loader:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Broken samples by reason, of the running or last epoch, up to the batch given last."""
+        """Broken samples by reason, of the current or last epoch, up to the last batch."""
         return dict(self._skipped.counts)
 
     def report(self) -> str:
-        """One line on the running or last epoch: samples used, and skipped by reason with the first of each.
+        """One line on the current or last epoch: samples used, and samples skipped by reason with the first of each.
 
-        Without the epoch's number, so that equal epochs have equal reports.
+        It does not contain the epoch's number, so that equal epochs have equal reports.
         """
         left = f", {self._left_over} left over (drop_last)" if self._left_over else ""
         return f"{self._used} samples used{left}, {self._skipped}"
 
     @cached_property
     def batches_per_epoch(self) -> int | None:
-        """Batches of an epoch if no sample is broken; None if the shards are too large to be counted."""
+        """Batches of an epoch if no sample is broken; None if the shards are too large to count."""
         counts = count_samples(self._settings["shards"])
         if counts is None:
             return None
@@ -76,7 +75,7 @@ class Loader:
         return counts // size if self._drop_last else -(-counts // size)
 
     def epoch(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, less the first `skip_batches`."""
+        """The batches of an epoch without the first `skip_batches`."""
         _check_count("epoch", epoch, 0)
         _check_count("skip_batches", skip_batches, 0)
         return self._batches(epoch, skip_batches)
@@ -96,7 +95,7 @@ class Loader:
             raise InputError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
 
     def _whole_batches(self, dataset: Epoch) -> Iterator[tuple[Batch | None, int]]:
-        """Batches as the workers make them, then what their last, smaller ones make together."""
+        """The batches of the workers, then those merged from their last, smaller ones."""
         loader = DataLoader(
             dataset,
             batch_size=None,
@@ -106,7 +105,7 @@ class Loader:
             pin_memory=self._pin_memory,
             worker_init_fn=start_worker if self._workers else None,
             multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
-            generator=torch.Generator(),  # else every epoch would draw from the caller's global generator
+            generator=torch.Generator(),  # otherwise every epoch would draw from the caller's global generator
         )
         ends = []
         try:
@@ -124,7 +123,7 @@ class Loader:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise WorkerError(
-                f"data.workers: a loader process died before its epoch ended (the system kills one so when memory runs out): "
+                f"data.workers: a loader process died before its epoch ended (out of memory, the system kills processes): "
                 f"{str(error).strip()}"
             ) from error
         if ends:
@@ -149,7 +148,7 @@ class Loader:
         shards = self._settings["shards"]
         need = f"batch_size {self._settings['batch_size']} with drop_last" if self._drop_last else "a batch"
         return (
-            f"epoch {epoch} of {len(shards)} shard(s), the first {shards[0]!r}, gave no batch: "
+            f"epoch {epoch} of {len(shards)} shard(s), the first {shards[0]!r}, has no batch: "
             f"{self._left_over} usable sample(s) do not fill {need}; {self._skipped}"
         )
 
@@ -178,31 +177,31 @@ def make_loader(
     float16 [N, D̂] or [N, k, D̂], a teacher's features of the images (not augmented) and of the captions drawn.
 
     Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer
-    that holds all of a worker's samples shuffles them fully. Workers share out the shards, or the samples
-    where there are fewer shards. The order depends on (seed, epoch, workers) only; the caption drawn for
+    that holds all of a worker's samples shuffles them fully. Workers divide the shards, or the samples if
+    there are fewer shards. The order depends on (seed, epoch, workers) only; the caption drawn for
     a sample and its augmentation on (seed, epoch, shard's name, key): the transform may draw from the
-    global generators of torch (CPU), random and numpy, which are seeded for it and put back.
+    global generators of torch (CPU), random and numpy, which are seeded for it and restored.
     `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches, without
     augmenting or tokenizing those.
 
     Samples that do not fill a worker's last batch are joined with those of the other workers at the end of
-    the epoch: drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
+    the epoch; drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
 
     Args:
         shards: path, brace expression or glob of local tar files, or a list of them.
         tokenizer: list of captions -> int64 [N, L].
         transform: RGB image -> float32 [3, S, S]. Its exceptions are raised, naming the sample.
         batch_size: samples per batch, N.
-        captions_per_image: k captions drawn for each sample, different ones as far as it has them.
-        teacher: read the features that `simplclip teacher` wrote into the shards; a sample without is a ShardError.
-        workers: processes that read; 0 reads in the calling process.
-        shuffle_buffer: in samples, kept encoded.
+        captions_per_image: k captions drawn for each sample, different ones if there are enough.
+        teacher: read the features that `simplclip teacher` wrote into the shards; a sample without them raises ShardError.
+        workers: number of loader processes; 0 reads in the calling process.
+        shuffle_buffer: number of samples, which are kept encoded.
         prefetch: batches that each worker prepares ahead.
         pin_memory: copy batches to page-locked memory, for a GPU.
 
-    Raises: ValueError for an argument out of range or shards that match no file. While iterating: ShardError
-    for a shard that cannot be opened; WorkerError for a loader process that died, never while the caller uses a batch;
-    EmptyEpochError if there is no batch at all.
+    Raises: ValueError if an argument is out of range or shards match no file. While iterating: ShardError if a shard cannot
+    be opened; WorkerError if a loader process died (never while the caller uses a batch); EmptyEpochError if there is no
+    batch.
     """
     _check_count("batch_size", batch_size, 1)
     _check_count("captions_per_image", captions_per_image, 1)
@@ -225,7 +224,7 @@ def make_loader(
 
 @dataclass
 class EvalSet:
-    """A whole split in memory, in the order of its shards. n samples."""
+    """A whole split of n samples in memory, in the order of its shards."""
 
     images: torch.Tensor  # [n, 3, S, S] float32, transformed
     text: torch.Tensor  # [n, L] int64, of the first captions
@@ -241,7 +240,7 @@ class EvalSet:
 
     @property
     def labels(self) -> list[str | None]:
-        """The class of each sample, None where its json has no "label"."""
+        """The class of each sample, or None if its json has no "label"."""
         return [str(record["label"]) if record.get("label") is not None else None for record in self.meta]
 
     def picture(self, index: int) -> Image.Image:
@@ -258,9 +257,9 @@ def load_eval(
     tokenizer: Callable[[list[str]], torch.Tensor],
     transform: Callable[[Image.Image], torch.Tensor],
 ) -> EvalSet:
-    """Read a split for evaluation; the result holds all of its images and is the same on every run.
+    """Read a split for evaluation into memory; the result is the same on every run.
 
-    Peak memory: 24 S² bytes an image. Broken samples are skipped and counted in `.skipped`. Raises
+    Peak memory: 24 S² bytes per image. Broken samples are skipped and counted in `.skipped`. Raises
     ValueError for shards that match no file, ShardError for one that cannot be opened, EmptyEpochError if
     no sample is usable.
     """
@@ -277,7 +276,7 @@ def load_eval(
             tensor = apply_transform(transform, image, sample)
         rows.append((tensor, group_of(sample, record), captions[0], sample["__key__"], record, image_of(sample)))
     if not rows:
-        raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, hold no usable sample; {skipped}")
+        raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have no usable sample; {skipped}")
     images, groups, captions, keys, meta, encoded = map(list, zip(*rows))
     groups = torch.tensor(groups, dtype=torch.int64)
     return EvalSet(torch.stack(images), tokenizer(captions), groups, captions, keys, meta, encoded, skipped)

@@ -1,12 +1,12 @@
-"""Shards to new shards: every sample goes on with files that a function makes for it, e.g. a teacher's features.
+"""Rewrites shards: every sample is copied with new files that a function makes for it, e.g. a teacher's features.
 
 The new folder is whole at any moment but for what is still to come: a shard appears under its name when all of it is on the
 disk, and the same command after a crash goes on where the last one stopped and ends in the same bytes.
 
     OUT/<name>.tar        the samples of the shard of that name, in the same order
-    OUT/meta.json         what made them, from the start; at the end "splits" with the samples, bytes and sha256 of each shard
-    OUT/LICENSES.md       the input folder's, where there is one
-    OUT/.finished.jsonl   while unfinished: one line for each shard that is whole
+    OUT/meta.json         how they were made; at the end also "splits" with the samples, bytes and sha256 of each shard
+    OUT/LICENSES.md       that of the input folder, if it has one
+    OUT/.finished.jsonl   while unfinished: one line for each finished shard
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Opened:
     """A sample that is not broken."""
 
     image: Image.Image  # RGB
-    captions: list[str]  # at least one, as `shards.captions_of` finds them
-    record: dict[str, Any]  # the json, {} where there is none
+    captions: list[str]  # at least one, see `shards.captions_of`
+    record: dict[str, Any]  # the json, or {}
     files: Sample  # "__key__", "__url__" and the bytes by suffix
 
     @property
@@ -75,31 +75,31 @@ def rewrite(
     progress: bool = True,
     title: str = "samples",
 ) -> dict[str, Any]:
-    """Write the samples of `shards` to shards of the same names in the folder `out`, with what `process` makes of them.
+    """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
-    Every file of a sample is kept (suffixes in lower case); those that `process` returns replace files of their suffix or
-    come after them. Files that belong to no sample, i.e. without a suffix, are left out. Broken samples are copied without
-    being processed and counted by reason; of a torn tar the samples before the tear are kept, and the tear is counted. The
-    bytes of a shard depend on its input, on `process` and on `batch_size` alone; a name loses .gz, .xz or .bz2.
+    All files of a sample are kept (suffixes in lower case); files from `process` replace those of the same suffix or are
+    added after them. Files without a suffix, which belong to no sample, are dropped. Broken samples are copied without
+    processing and counted by reason; of a damaged tar the samples before the damage are kept, and the damage is counted. The
+    bytes of a shard depend only on its input, on `process` and on `batch_size`; .gz, .xz or .bz2 is removed from its name.
 
-    Whole shards of a former run are kept and not made again, unless their input has changed. A second command may add other
-    shards of the same folder. Keys of the input folder's meta.json, such as an earlier rewriting's stamp, are carried over.
+    Finished shards of an earlier run are kept, unless their input has changed. A second command may add other shards of the
+    same folder. Keys of the input folder's meta.json, e.g. the stamp of an earlier rewriting, are copied.
 
     Args:
         shards: path, brace expression or glob of local tar files, or a list of them.
-        out: a new folder, or that of a former run with the same `stamp`.
-        process: samples, at most `batch_size`, all of one shard -> for each {suffix: bytes}. Its exceptions end the run.
-        stamp: keys of meta.json that say what made the new files: {"teacher": {"name": ...}}, of JSON's types.
+        out: a new folder, or that of an earlier run with the same `stamp`.
+        process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each. Its exceptions end the run.
+        stamp: keys of meta.json that describe how the new files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
         batch_size: samples given to `process` at a time.
-        drop: suffix -> key of meta.json. Files that are made anew or no longer fit: they and the key are not carried over.
+        drop: suffix -> key of meta.json. These files and keys are not copied, since they are made again or no longer fit.
         progress: show a progress bar (on a terminal) and print the notes.
-        title: what the bar shows.
+        title: title of the bar.
 
-    Returns: {"path", "shards" (in all), "written" (of these now), "samples", "skipped" (a Skipped), "notes"}.
+    Returns: {"path", "shards" (their number), "written" (by this run), "samples", "skipped" (a Skipped), "notes"}.
 
-    Raises: ValueError for two shards of one file name, `out` as the folder of an input, input folders of different meta.json,
-    a former run with another stamp; FileExistsError if `out` holds other files or another process writes there; ShardError
-    for a shard that cannot be opened.
+    Raises: ValueError if two shards have one file name, `out` is the folder of an input, input folders have different
+    meta.json, or an earlier run had another stamp; FileExistsError if `out` holds other files or another process writes to
+    it; ShardError if a shard cannot be opened.
 
     Memory: one batch of samples.
     """
@@ -124,12 +124,12 @@ def rewrite(
             skipped.merge(Skipped(Counter({reason: count}), {reason: first}))
     notes = []
     if len(todo) < len(sources):
-        notes.append(f"{len(sources) - len(todo)} of {len(sources)} shards in {out} were whole already and are kept.")
+        notes.append(f"{len(sources) - len(todo)} of {len(sources)} shards in {out} were finished earlier and are kept.")
     for suffix, count in dropped.items():
-        fate = "made anew" if suffix in made else "left out, since it no longer fits"
-        notes.append(f"{count} samples had {suffix} already; it is {fate}.")
+        fate = "made again" if suffix in made else "dropped, since it no longer fits"
+        notes.append(f"{count} samples already had {suffix}; it is {fate}.")
     if skipped.counts:
-        notes.append(f"Copied, but not processed, or torn away: {skipped}")
+        notes.append(f"Copied without processing, or lost by damage: {skipped}")
     if progress:
         for note in notes:
             print(note)
@@ -144,7 +144,7 @@ def rewrite(
 
 
 def _named(files: list[str], out: Path) -> dict[str, str]:
-    """Name of the new shard -> input."""
+    """The name of each new shard -> its input."""
     sources: dict[str, str] = {}
     for file in files:
         if out.resolve() in (Path(file).resolve().parent, Path(file).parent.resolve()):
@@ -157,7 +157,7 @@ def _named(files: list[str], out: Path) -> dict[str, str]:
 
 
 def _carried(files: Iterable[str], without: set[str]) -> dict[str, Any]:
-    """The keys of the input folders' meta.json that stay true of rewritten samples."""
+    """The keys of the input folders' meta.json that are still valid for rewritten samples."""
     found: dict[str, dict[str, Any]] = {}
     for folder in dict.fromkeys(os.path.dirname(file) for file in files):
         path = Path(folder, "meta.json")
@@ -167,8 +167,8 @@ def _carried(files: Iterable[str], without: set[str]) -> dict[str, Any]:
     for folder, meta in others:
         if changed := differences(carried, meta):
             raise InputError(
-                f"shards: expected folders with the same meta.json, but {next(iter(changed))!r} differs between "
-                f"{first or '.'!r} and {folder or '.'!r}; rewrite them one at a time, into folders of their own"
+                f"shards: expected folders with the same meta.json, got different {next(iter(changed))!r} in "
+                f"{first or '.'!r} and {folder or '.'!r}; rewrite them one at a time, into different folders"
             )
     return carried
 
@@ -185,9 +185,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _claimed(out: Path, meta: dict[str, Any], files: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Make or take over the folder, for this process alone; gives the shards that are finished by name."""
+    """Make or take over the folder and lock it for this process; yields the finished shards by name."""
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: expected a folder, but {out} is a file")
+        raise FileExistsError(f"out: expected a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         names = {path.name for path in out.iterdir()}
@@ -195,30 +195,32 @@ def _claimed(out: Path, meta: dict[str, Any], files: Iterable[str]) -> Iterator[
         if "meta.json" in names:
             former = _read_json(out / "meta.json")
             if former.pop("format", None) != FORMAT:
-                raise FileExistsError(f"out: expected a new folder or a former run's, but {out} holds others' meta.json")
+                raise FileExistsError(f"out: expected a new folder or an earlier run's, got {out} with another meta.json")
             for split in former.pop("splits", {}).values():
                 finished |= split["shards"]
             if changed := differences(former, meta):
-                told = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
-                raise InputError(f"out: {out} was begun with other settings: {told}; choose another folder")
+                changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+                raise InputError(
+                    f"out: expected the settings of the earlier run in {out}, got others: {changes}; choose another folder"
+                )
             finished |= _read_journal(out / _JOURNAL)
         elif strangers := sorted(names - {".meta.json.tmp"}):
             raise FileExistsError(
-                f"out: expected a new folder or a former run's, but {out} holds other files ({strangers[0]})"
+                f"out: expected a new folder or that of an earlier run, got {out}, which holds other files ({strangers[0]})"
             )
         else:
             write_atomically(out / "meta.json", _as_text({"format": FORMAT} | meta))
         for leftover in out.glob(".*.tmp"):
             leftover.unlink()
         _copy_licenses(out, files)
-        # A line that a crash cut short would spoil the next.
+        # Drops a line that a crash cut short, to which the next one would be appended.
         write_atomically(out / _JOURNAL, "".join(json.dumps({name: entry}) + "\n" for name, entry in finished.items()))
         yield finished
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes of this machine from writing to `folder`; ends with the process, however it ends."""
+    """Lock `folder` against other processes of this machine; the lock ends with the process, however it ends."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -229,7 +231,7 @@ def _locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise FileExistsError(f"out: another process is writing to {folder}") from None
+        raise FileExistsError(f"out: expected a folder that no other process writes to, got {folder}") from None
     except OSError:  # a file system without locks
         pass
     try:
@@ -241,7 +243,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _read_journal(path: Path) -> dict[str, Any]:
     finished: dict[str, Any] = {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # cut short by a crash: that shard is made again
+        with contextlib.suppress(ValueError):  # cut short by a crash; the shard is made again
             finished |= json.loads(line)
     return finished
 
@@ -283,7 +285,7 @@ def _rewrite_shard(
     made: set[str],
     bar: tqdm,
 ) -> dict[str, Any]:
-    """Write one shard; its entry of meta.json."""
+    """Write one shard; return its entry of meta.json."""
     skipped, count = Skipped(), 0
     with Replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         samples = read_shard(source, skipped, every=True)
@@ -306,7 +308,7 @@ def _rewrite_shard(
     return entry
 
 
-_IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # what makes a sample for a reader that wants nothing else
+_IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample for other readers
 
 
 def _processed(batch: list[Sample], process: Process, skipped: Skipped) -> list[dict[str, bytes]]:

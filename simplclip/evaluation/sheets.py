@@ -1,4 +1,4 @@
-"""Contact sheets: queries with what a model finds for them."""
+"""Contact sheets: pictures of queries and their nearest candidates."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RIGHT, FRAME = "#1a9850", "#d0d7de"
 def contact_sheet(
     path: str | Path, split: Split, title: str, subtitles: tuple[str, str] = ("", ""), rows: int = 8, top: int = 5
 ) -> Path:
-    """A picture of `rows` captions with their `top` nearest images, and as many images with their nearest captions.
+    """A picture of `rows` captions with their `top` nearest images, and `rows` images with their nearest captions.
 
     split: encoded. The queries are drawn at random with a fixed seed. Right answers (same group) are framed green.
-    subtitles: a line for either half, e.g. its figures.
+    subtitles: a line for each half, e.g. its metrics.
     """
     pick = np.random.default_rng(0)
     top_images, top_texts = min(top, len(split.data)), min(top, len(split.captions))

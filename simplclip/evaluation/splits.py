@@ -15,7 +15,7 @@ from simplclip.common.errors import InputError
 
 @dataclass
 class Split:
-    """A held-out split in memory, and after `encode` its features.
+    """A held-out split in memory, with its features after `encode`.
 
     Identical captions of one group (a concept drawn by several vendors) are one candidate: m <= n captions.
     """
@@ -39,9 +39,9 @@ class Split:
 def load_splits(
     splits: Mapping[str, str | list[str]], model: str, image_size: int | None = None, skip_missing: bool = False
 ) -> tuple[dict[str, Split], dict[str, str]]:
-    """Read splits for the model called `model`; image_size: where it is not the model's own.
+    """Read splits for the model called `model`. image_size: None for the model's default.
 
-    Returns them by name, and the reasons of those left out.
+    Returns the splits by name, and the reasons of skipped ones by name.
     """
     loaded, missing = {}, {}
     tokenizer = models.tokenizer(model)
@@ -59,7 +59,7 @@ def load_splits(
 
 @torch.no_grad()
 def encode(model: nn.Module, split: Split, batch_size: int, device: torch.device, precision: str) -> None:
-    """Fill in the features of a split: normalised, float32, on `device`."""
+    """Compute the features of a split: normalised, float32, on `device`."""
     with hardware.autocast(precision, device):
         for name, encoder, inputs in (
             ("image_features", model.encode_image, split.data.images),
@@ -68,5 +68,5 @@ def encode(model: nn.Module, split: Split, batch_size: int, device: torch.device
             parts = [encoder(part.to(device), normalize=True).float() for part in inputs.split(batch_size)]
             features = torch.cat(parts)
             if not features.isfinite().all():
-                raise InputError(f"checkpoint: the model gives {name.replace('_', ' ')} that are not finite")
+                raise InputError(f"checkpoint: expected finite features, got {name.replace('_', ' ')} that are not finite")
             setattr(split, name, features)

@@ -1,4 +1,4 @@
-"""Checkpoints in the formats of others: files.py writes and checks them, onnx_towers.py has the towers as ONNX."""
+"""Export of checkpoints in other formats: files.py writes and checks the files, onnx_towers.py writes the towers as ONNX."""
 
 from simplclip.export.errors import ExportError
 from simplclip.export.files import FORMATS, SUMMARY, run

@@ -1,7 +1,7 @@
-"""What an export raises."""
+"""Errors of an export."""
 
 from simplclip.common.errors import InputError
 
 
 class ExportError(InputError):
-    """A model that cannot be exported, or whose export computes something else."""
+    """The model cannot be exported, or its export computes other values."""

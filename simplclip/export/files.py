@@ -1,14 +1,14 @@
-"""A checkpoint of the trainer in the formats of others: open_clip's state dict, safetensors, ONNX of each tower.
+"""Exports a checkpoint of the trainer as open_clip's state dict, as safetensors and as ONNX of each tower.
 
-    open_clip     open_clip_pytorch_model.pt: {"state_dict": ...}, as open_clip writes its own
-    safetensors   open_clip_model.safetensors: the same tensors without pickle. A matrix that blocks share stands under
+    open_clip     open_clip_pytorch_model.pt: {"state_dict": ...}, as open_clip writes it
+    safetensors   open_clip_model.safetensors: the same tensors without pickle. A matrix that blocks share is stored under
                   each of its names, so that every reader can load the file strictly
     onnx          image.onnx: pixel_values float32 [B, 3, S, S] -> image_features float32 [B, D]
                   text.onnx: input_ids int64 [B, L] -> text_features float32 [B, D]
-                  Features have length 1, B is any, and all operators are ONNX's own
+                  Features are normalised, B is dynamic, and all operators are standard ONNX
 
-`open_clip.load_checkpoint` and `models.create(name, checkpoint=...)` read the first two. export.json says what was
-exported. It is written last: where it stands, the export is whole.
+`open_clip.load_checkpoint` and `models.create(name, checkpoint=...)` read the first two. export.json describes
+the export. It is written last, so that an export with it is complete.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def run(
     force: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Export `checkpoint`, a file or the folder of a run, to the folder `out`, and return what export.json holds.
+    """Export `checkpoint`, a file or the folder of a run, to the folder `out`, and return the content of export.json.
 
-    formats: names out of FORMATS. force: replace an export that `out` holds already.
+    formats: names out of FORMATS. force: replace an existing export in `out`.
 
-    Nothing of `out` changes before every file was written and checked. A kill while they take their places leaves a folder
-    without export.json.
+    `out` does not change before all files are written and checked. A process that is killed while it moves them leaves a
+    folder without export.json.
 
-    Errors: FileNotFoundError, CheckpointError (no checkpoint, or of another architecture), FileExistsError (an export is
-    there), ValueError (an unknown format), ExportError (a tower that ONNX cannot hold, or computes otherwise),
-    ModuleNotFoundError (a package of the extra `export` is missing).
+    Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), FileExistsError (`out` has an
+    export), ValueError (an unknown format), ExportError (a tower cannot be exported to ONNX, or its export computes other
+    values), ModuleNotFoundError (a package of the extra `export` is missing).
     """
     console = console or Console()
     out, formats = Path(out), list(dict.fromkeys(formats or FORMATS))
@@ -66,10 +66,10 @@ def run(
         for module in _NEEDS[name]:
             importlib.import_module(module)
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out: expected a folder, {out} is a file")
+        raise FileExistsError(f"out: expected a folder, got the file {out}")
     former = _read(out / SUMMARY)
     if former is not None and not force:
-        raise FileExistsError(f"out: {out} holds an export already; --force replaces it")
+        raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
     model, config, state = load_model(checkpoint)
 
     work = out.with_name(f".{out.name}.tmp")
@@ -122,7 +122,7 @@ def _describe(
     model: nn.Module, config: configs.Config, state: dict[str, Any], checkpoint: str | Path, samples: dict[str, Tensor]
 ) -> dict[str, Any]:
     bias = getattr(model, "logit_bias", None)
-    tokenizer = models.tokenizer(config.model.name)  # a class of open_clip or ours, or minilm_tokenizer's function
+    tokenizer = models.tokenizer(config.model.name)  # a tokenizer class, or the function of minilm_tokenizer
     return {
         "model": config.model.name,
         "options": config.model.options,
@@ -144,22 +144,22 @@ def _describe(
 def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> None:
     from safetensors.torch import save
 
-    # The format knows neither shared memory nor strides.
+    # The format has neither shared memory nor strides.
     tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
     metadata = {"format": "pt", **{key: str(about[key]) for key in ("model", "step")}}
     metadata |= {key: json.dumps(about[key]) for key in ("options", "preprocess")}
-    path.write_bytes(save(tensors, metadata))  # save_file would make it readable by its owner alone
+    path.write_bytes(save(tensors, metadata))  # save_file would make the file readable by its owner only
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    """Bytes and SHA-256 of a file, after its content has reached the disk."""
+    """Flush a file to disk; return its size and SHA-256."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The summary of an export that is there already; empty where it cannot be read."""
+    """The summary of an existing export; empty if it cannot be read."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The two towers of a model as ONNX: fused ops in plain operators, compared with torch by onnxruntime."""
+"""Exports the two towers of a model as ONNX with standard operators, and compares onnxruntime's results with torch's."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from simplclip.ops.mlp.reference import ACTIVATIONS
 
 TOWERS = {"image": ("pixel_values", "image_features"), "text": ("input_ids", "text_features")}
 CHECKED_BATCHES = (1, 3)
-TOLERANCE = 1e-4  # of a feature of a vector of length 1
-_MOST_BYTES = 2**31 - 2**24  # a protobuf ends at 2 GiB
+TOLERANCE = 1e-4  # of each feature of a vector of length 1
+_MOST_BYTES = 2**31 - 2**24  # the limit of a protobuf is 2 GiB
 
 
 class Tower(nn.Module):
-    """One tower of a model: inputs -> normalised features [B, D]."""
+    """One tower of a model; maps inputs to normalised features [B, D]."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str,
 
     inputs: real inputs [B, ...] of at least max(CHECKED_BATCHES) rows; B is dynamic in the file. Weights beyond 2 GiB go to
     PATH.data. Returns the opset and the largest absolute error of a feature for each batch of CHECKED_BATCHES.
-    Raises ExportError: what torch cannot trace, an op that no other runtime knows, an error above TOLERANCE.
+    Raises ExportError if torch cannot trace the tower, an operator is not ONNX's, or the error is above TOLERANCE.
     """
     tower = Tower(model, name).eval()
     given, returned = TOWERS[name]
@@ -53,15 +53,17 @@ def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str,
             program = program.run_decompositions(_decompositions())
             written = torch.onnx.export(program, input_names=[given], output_names=[returned], dynamo=True, verbose=False)
             written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
-        except Exception as error:  # torch raises many kinds
+        except Exception as error:  # torch raises many types
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"onnx: the {name} tower cannot be exported: {reason}") from error
+            raise ExportError(f"onnx: expected a tower that torch can export, got the {name} tower: {reason}") from error
     weights = sum(p.numel() * p.element_size() for p in tower.parameters())
     written.save(str(path), external_data=weights > _MOST_BYTES)
     graph = onnx.load(str(path), load_external_data=False)
     domains = {node.domain for part in (graph.graph, *graph.functions) for node in part.node} - {"", "ai.onnx"}
     if domains:
-        raise ExportError(f"onnx: the {name} tower needs operators of {', '.join(sorted(domains))}, which are not ONNX's own")
+        raise ExportError(
+            f"onnx: expected standard operators in the {name} tower, got operators of {', '.join(sorted(domains))}"
+        )
     return {"opset": graph.opset_import[0].version, "max_abs_error": _compare(tower, inputs, path)}
 
 
@@ -104,7 +106,7 @@ def _simplified_block(
     x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gains, mlp_gain, value_weight,
     output_weight, lengths, norm, eps, act, scale, causal, *_,
 ):  # fmt: skip
-    """`ops.simplified_block` without writes in place, which a decomposition must not do, and without what backward keeps."""
+    """`ops.simplified_block` without in-place writes, which a decomposition cannot have, and without results for backward."""
     b, length, c = x.shape
     heads = gains.shape[1]
     n, _ = norm_fwd(x.reshape(-1, c), norm, norm_weight, norm_bias, eps)
@@ -120,7 +122,7 @@ def _simplified_block(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter and onnxscript report their own deprecations and optimisations."""
+    """Silences reports of torch's exporter and onnxscript on their own deprecations and optimisations."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,13 +1,13 @@
 """open_clip's own trainer with this library's losses: `python -m simplclip.integrations.open_clip_train ARGS`.
 
-ARGS are those of `python -m open_clip_train.main`, all of them, and the few of `parser()` below, whose defaults give exactly
-open_clip's loss values: ClipPMLoss stands in the place of ClipLoss, WIKDLoss in that of DistillClipLoss. For as long as
-`main` runs, the names `create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module
-open_clip_train.main are ours; no file is changed.
+ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose defaults give the values of
+open_clip's losses: ClipPMLoss replaces ClipLoss, and WIKDLoss replaces DistillClipLoss. While `main` runs, the names
+`create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module open_clip_train.main are
+replaced; no file is changed.
 
-Parameters that a loss learns (the plane of pair matching, projections to a teacher's width) are none of the model's:
-`LossParameters` trains them in open_clip's optimizer and keeps them in a file beside each checkpoint, which itself stays one
-of open_clip's own. Without such parameters nothing of this is active.
+Learned parameters of a loss (the plane of pair matching, projections to a teacher's width) do not belong to the model:
+`LossParameters` adds them to open_clip's optimizer and saves them in a file beside each checkpoint, which remains a plain
+open_clip checkpoint. Without such parameters `LossParameters` is not used.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from simplclip import losses
 from simplclip.common.errors import InputError
 from simplclip.ops.similarity.call import NEGATIVES
 
-# Not .pt: open_clip resumes from the last file of that ending.
+# Not .pt, since open_clip resumes from the last file with that suffix.
 SUFFIX = ".loss"
 KEPT = "is not replaced by simplclip's losses: train it with python -m open_clip_train.main"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options beside open_clip's."""
+    """The parser of the options that are added to open_clip's."""
     ours = argparse.ArgumentParser(
         prog="python -m simplclip.integrations.open_clip_train", add_help=False,
         allow_abbrev=False, usage="%(prog)s [options]",
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     matching.add_argument("--pm-negatives", choices=NEGATIVES, default="all", help="its negatives (default: all)")
     matching.add_argument(
         "--fresh-loss-parameters", action="store_true",
-        help="start the loss' learned parameters anew where --resume names a checkpoint without them",
+        help="initialise the learned parameters of the loss if --resume names a checkpoint without them",
     )  # fmt: skip
     distillation = ours.add_argument_group("distillation, beside --distill-model and --distill-pretrained")
     for name, default in (("relational", 1.0), ("interactive", 0.0), ("feature", 0.0)):
@@ -56,10 +56,10 @@ def parser() -> argparse.ArgumentParser:
             f"--{name}-weight", type=_weight, default=default, help=f"weight of the {name} term (default: {default:g})"
         )
     distillation.add_argument(
-        "--interactive", choices=("infonce", "kl"), default="infonce", help="the interactive term (default: infonce)"
+        "--interactive", choices=("infonce", "kl"), default="infonce", help="form of the interactive term (default: infonce)"
     )
     distillation.add_argument(
-        "--feature-distance", choices=("mse", "smooth_l1"), default="mse", help="the feature term (default: mse)"
+        "--feature-distance", choices=("mse", "smooth_l1"), default="mse", help="distance of the feature term (default: mse)"
     )
     return ours
 
@@ -72,7 +72,7 @@ def _weight(text: str) -> float:
 
 
 def main(argv: list[str] | None = None):
-    """Runs open_clip_train.main.main with our losses; returns what it returns. Wrong arguments end as argparse ends them."""
+    """Runs open_clip_train.main.main with our losses and returns its result. Wrong arguments exit as in argparse."""
     ours = parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None):
 
 
 def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
-    """Ours by the names that open_clip_train.main has for them: `create_loss`, or `create_task` for model and loss in one."""
+    """Our functions by their names in open_clip_train.main: `create_loss`, or `create_task` for model and loss together."""
     if hasattr(trainer, "train_one_epoch"):
         state = _Trained(options, trainer.train_one_epoch)
         if hasattr(trainer, "create_task"):
@@ -118,8 +118,8 @@ def _replaced(module, names: dict):
 
 
 def _shards_of_webdataset_1():
-    """Lets open_clip read shards by the webdataset that we install: since 1.0 an empty sample ends each shard, on which
-    open_clip, made for 0.2.86, stops with KeyError: 'fname'. Its own trainer needs that older release."""
+    """Lets open_clip, made for webdataset 0.2.86, read shards by webdataset 1.0, which ends each shard with an empty sample;
+    open_clip would raise KeyError: 'fname' on it."""
     data = importlib.import_module("open_clip_train.data")
     expander = getattr(data, "tar_file_expander", None)
     if expander is None or "eof_value" not in inspect.signature(expander).parameters:
@@ -128,27 +128,27 @@ def _shards_of_webdataset_1():
 
 
 def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace) -> None:
-    """What would be replaced or ignored in silence is an error before anything is built."""
+    """Raises errors for options that would be replaced or ignored silently."""
     if args.siglip:
         ours.error(f"--siglip: SigLIP's loss {KEPT}")
     if "coca" in args.model.lower():
         ours.error(f"--model {args.model}: CoCa's loss {KEPT}")
-    if args.distill_model is None or args.distill_pretrained is None:  # as open_clip decides it
+    if args.distill_model is None or args.distill_pretrained is None:  # the same test as in open_clip
         for name in ("relational_weight", "interactive_weight", "interactive", "feature_weight", "feature_distance"):
             if getattr(options, name) != ours.get_default(name):
                 flag = name.replace("_", "-")
-                ours.error(f"--{flag}: expected a teacher beside it, --distill-model and --distill-pretrained, got none")
+                ours.error(f"--{flag}: expected a teacher (--distill-model and --distill-pretrained), got none")
 
 
 def create_loss(options: argparse.Namespace, args: argparse.Namespace) -> nn.Module:
-    """The loss that stands in the place of what open_clip.create_loss(args) returns, on args.device."""
+    """The loss that replaces the result of open_clip.create_loss(args), on args.device."""
     shared = {
         "local_loss": args.local_loss,
         "gather_with_grad": args.gather_with_grad,
         "cache_labels": True,
         "rank": args.rank,
         "world_size": args.world_size,
-        "use_horovod": getattr(args, "horovod", False),  # open_clip 4 has none
+        "use_horovod": getattr(args, "horovod", False),  # open_clip 4 has no such option
         "pm_weight": options.pm_weight,
         "plane": options.pm_plane,
         "negatives": options.pm_negatives,
@@ -168,7 +168,7 @@ def create_loss(options: argparse.Namespace, args: argparse.Namespace) -> nn.Mod
 
 
 def create_task(options: argparse.Namespace, theirs, args: argparse.Namespace, **parts) -> nn.Module:
-    """What `theirs`, open_clip 4's create_task, makes of the model, with `create_loss`'s loss in it."""
+    """The task that `theirs`, open_clip 4's create_task, makes of the model, with the loss of `create_loss`."""
     import open_clip
 
     task = theirs(args, **parts)
@@ -183,27 +183,27 @@ def create_task(options: argparse.Namespace, theirs, args: argparse.Namespace, *
 
 
 def _width(model: str) -> int | None:
-    """Embedding width by open_clip's configs; None for a model that has none there (hf-hub:, local-dir:)."""
+    """The embedding width in open_clip's configs; None for a model without a config (hf-hub:, local-dir:)."""
     import open_clip
 
     return (open_clip.get_model_config(model) or {}).get("embed_dim")
 
 
 class _Trained:
-    """open_clip's train_one_epoch; where the loss has parameters, with them in the optimizer and in a file at the end."""
+    """open_clip's train_one_epoch; parameters of the loss are added to the optimizer, and saved at the end."""
 
     def __init__(self, options: argparse.Namespace, train_one_epoch):
         self.options, self.theirs = options, train_one_epoch
         self.parameters: LossParameters | None = None
 
     def train_one_epoch(self, model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest):
-        """In the place of open_clip 3.3's."""
+        """Replaces that of open_clip 3.3."""
         self._before(loss, optimizer, epoch, args)
         self.theirs(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest)
         self._after(epoch, args)
 
     def train_state_one_epoch(self, state, data, args, **rest):
-        """In the place of open_clip 4's, which has model and loss in state.task."""
+        """Replaces that of open_clip 4, which has model and loss in state.task."""
         self._before(state.task.loss, state.optimizer, state.epoch, args)
         self.theirs(state, data, args, **rest)
         self._after(state.epoch, args)
@@ -211,7 +211,7 @@ class _Trained:
     def _before(self, loss: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> None:
         if self.parameters is None and any(True for _ in loss.parameters()):
             self.parameters = LossParameters(loss, optimizer, args)
-            # The first epoch that runs is the number of epochs that the checkpoint had seen, 0 for one of weights alone.
+            # The first epoch is the number of epochs of the checkpoint, 0 for a checkpoint of weights only.
             if args.resume is not None and epoch > 0:
                 self.parameters.load(args.resume, epoch, fresh=self.options.fresh_loss_parameters)
             self.parameters.set_apart()
@@ -225,14 +225,14 @@ class _Trained:
 
 
 class LossParameters:
-    """A loss' learned parameters as groups of open_clip's optimizer, in files of their own beside its checkpoints.
+    """Learned parameters of a loss as groups of open_clip's optimizer, saved in files beside its checkpoints.
 
-    The groups follow open_clip's rule: its weight decay for matrices, none for the rest; its schedule sets their learning
-    rate with the others'. Its clipping of gradients covers the model alone. The gradients are averaged over the ranks, as
-    DistributedDataParallel does with the model's, and over --accum-freq's backward passes, each of which sees the whole loss.
+    The groups follow open_clip's rule: matrices have its weight decay, other parameters none; its schedule sets their
+    learning rate. Its gradient clipping covers only the model. The gradients are averaged over the ranks, as
+    DistributedDataParallel does for the model, and over the backward passes of --accum-freq, each of the whole loss.
 
-    optimizer.state_dict() leaves the groups out, so that open_clip's trainer resumes from the checkpoint as from its own.
-    Theirs is `epoch_K.loss` (loaded with weights_only=True): {"epoch", "loss": state dict, "optimizer": state by parameter}.
+    optimizer.state_dict() does not contain the groups, so that open_clip's trainer can resume from the checkpoint. They are
+    saved in `epoch_K.loss` (loaded with weights_only=True): {"epoch", "loss": state dict, "optimizer": state by parameter}.
     """
 
     def __init__(self, loss: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace):
@@ -245,7 +245,7 @@ class LossParameters:
         self.opt = args.opt
         self.groups = len(optimizer.param_groups)  # open_clip's
         self.names: list[str] = []  # of our parameters, in the order of our groups
-        rate = optimizer.param_groups[0]["lr"]  # a tensor in open_clip 4's compiled steps, whose value the schedule sets
+        rate = optimizer.param_groups[0]["lr"]  # in compiled steps of open_clip 4 a tensor, whose value the schedule sets
         for matrices in (False, True):
             group = {name: p for name, p in loss.named_parameters() if (p.ndim >= 2) == matrices}
             if group:
@@ -264,11 +264,11 @@ class LossParameters:
         return gradient
 
     def _numbers(self, state: dict) -> dict[str, int]:
-        """Our parameters' numbers in a state dict of the optimizer with all groups."""
+        """The indices of our parameters in a state dict of the optimizer with all groups."""
         return dict(zip(self.names, (number for group in state["param_groups"][self.groups :] for number in group["params"])))
 
     def set_apart(self) -> None:
-        """Rank 0's values for all, since a loss may draw its parameters; from here on state_dict() is open_clip's alone."""
+        """Broadcasts rank 0's values, since initial parameters may be random; then removes our groups from state_dict()."""
         if self.ranks > 1:
             for tensor in self.loss.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
@@ -283,7 +283,7 @@ class LossParameters:
         return {**state, "state": theirs, "param_groups": state["param_groups"][: self.groups]}
 
     def save(self, folder: str, epoch: int) -> None:
-        """Writes the file of this epoch whole or not at all, and removes those whose checkpoint is gone."""
+        """Writes the file of this epoch atomically, and removes files whose checkpoint is gone."""
         self.optimizer.state_dict()  # fills `taken`
         state = {"epoch": epoch, "loss": self.loss.state_dict(), "optimizer": self.taken}
         path = Path(folder) / f"epoch_{epoch}{SUFFIX}"
@@ -292,12 +292,12 @@ class LossParameters:
         os.replace(temporary, path)
         for other in Path(folder).glob(f"epoch_*{SUFFIX}"):
             number = re.fullmatch(r"epoch_(\d+)", other.stem)
-            # The last one is kept until open_clip has written this epoch's checkpoint, which happens after us.
+            # The last file is kept, since open_clip writes this epoch's checkpoint only after this.
             if number and int(number[1]) < epoch - 1 and not other.with_suffix(".pt").exists():
                 other.unlink()
 
     def load(self, checkpoint: str, epoch: int, fresh: bool) -> None:
-        """The file beside this checkpoint, local or remote as open_clip reads it."""
+        """Loads the file beside this checkpoint, local or remote as in open_clip."""
         import fsspec
 
         path = f"{checkpoint.rpartition('/')[0] or '.'}/epoch_{epoch}{SUFFIX}"
@@ -306,22 +306,22 @@ class LossParameters:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             if fresh:
-                logging.info(f"=> no {path}: the loss' parameters start anew")
+                logging.info(f"=> no {path}: the parameters of the loss are initialised")
                 return
             raise FileNotFoundError(
-                f"--resume {checkpoint}: expected the loss' learned parameters in {path}, found no such file; "
-                "--fresh-loss-parameters starts them anew"
+                f"--resume {checkpoint}: expected the learned parameters of the loss in {path}, got no such file; "
+                "--fresh-loss-parameters initialises them"
             ) from None
         found = {name: tuple(value.shape) for name, value in state["loss"].items()}
         expected = {name: tuple(value.shape) for name, value in self.loss.state_dict().items()}
         if found != expected:
-            raise InputError(f"{path}: expected the loss' parameters {expected}, found {found}")
+            raise InputError(f"{path}: expected parameters {expected}, got {found}")
         self.loss.load_state_dict(state["loss"])
         full = self.optimizer.state_dict()
         moments = state["optimizer"]
         full["state"] |= {number: moments[name] for name, number in self._numbers(full).items() if name in moments}
         self.optimizer.load_state_dict(full)
-        logging.info(f"=> loaded the loss' parameters '{path}' (epoch {epoch})")
+        logging.info(f"=> loaded the parameters of the loss '{path}' (epoch {epoch})")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from simplclip.common.errors import UserError
 from simplclip.kernels import launch as launching
+from simplclip.memory.workspaces import packing_bytes, workspace_bytes
 from simplclip.ops import registry
-from simplclip.ops.workspaces import workspace_bytes
-from simplclip.ops.workspaces_cpu import packing_bytes
 
 # What a live byte is for. A storage has the kind of the phase that allocated it until `hold` gives it another.
 WORKSPACE = "kernel workspaces"

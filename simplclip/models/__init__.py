@@ -1,4 +1,4 @@
-"""Models by name: registry.py builds them, simplify.py puts simplified blocks into open_clip's, inherit.py copies weights."""
+"""Models by name: registry.py builds them, simplify.py replaces blocks of open_clip models, inherit.py copies weights."""
 
 from simplclip.models.registry import (
     PLAIN,

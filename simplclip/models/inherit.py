@@ -1,12 +1,13 @@
-"""Weight inheritance: a student takes what it has in common with a teacher or pretrained model, and freezes it.
+"""Weight inheritance: a student copies and freezes the modules that it shares with a teacher or pretrained model.
 
     model = simplclip.models.create("siclip-s0")
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
 
-`inherit` copies and freezes; `freeze` alone brings a frozen state back, from `Inheritance.names`. A frozen prefix of a
-tower has nothing that asks for a gradient, so autograd keeps none of its activations. Source: WIKD of arXiv 2411.14789.
+`inherit` copies and freezes; `freeze` only freezes, e.g. the names in `Inheritance.names` after loading a checkpoint. No
+tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none of its activations. Source: WIKD of arXiv
+2411.14789.
 
-Copied weights compute here what they computed there, but for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
+Copied weights compute the same as in the source, except for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
 """
 
 from __future__ import annotations
@@ -38,34 +39,34 @@ INHERITED, TRAINS, NEW, DIFFERS = "inherited", "inherited, trains", "new", "shap
 ALWAYS_TRAIN = ("logit_scale", "logit_bias")
 TAG = "open_clip:"
 _COUNTERS = "num_batches_tracked"  # old checkpoints lack it
-_ENOUGH = 0.1  # share of the tensors of the smaller side below which a source is of another architecture
+_ENOUGH = 0.1  # the source has another architecture if a smaller share of its (or the model's) tensors fit
 
 Source = str | os.PathLike[str] | nn.Module | Mapping[str, Any]
 
 
 class InheritanceError(InputError):
-    """A source that the model cannot inherit from, or a name that the model does not have."""
+    """The model cannot inherit from the source, or does not have a name."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A largest submodule of one status, or a tensor that belongs to no such submodule."""
+    """A largest submodule whose tensors have one status, or a tensor outside such submodules."""
 
     module: str
     status: str
-    parameters: int  # those shared with an earlier row count there
+    parameters: int  # without parameters that an earlier row counts
 
 
 @dataclass(frozen=True)
 class Inheritance:
-    """What `inherit` did: a table of the model by rows, and where the weights came from."""
+    """What `inherit` did: a table of the model, and the sources of the weights."""
 
     rows: tuple[Row, ...]
     sources: tuple[str, ...]
 
     @property
     def names(self) -> list[str]:
-        """What is frozen, as `freeze` takes it."""
+        """Names of the frozen modules and parameters, as `freeze` takes them."""
         return [row.module for row in self.rows if row.status == INHERITED]
 
     @property
@@ -77,7 +78,7 @@ class Inheritance:
         return totals
 
     def lines(self) -> list[str]:
-        """The table, and parameters by status."""
+        """The table and the parameters by status, as lines of text."""
         cells = [("module", "weights", "parameters")]
         cells += [(row.module or "(all)", row.status, f"{row.parameters:,}") for row in self.rows]
         cells += [("total", status, f"{count:,}") for status, count in self.totals.items() if count]
@@ -93,7 +94,7 @@ class Inheritance:
 
 @dataclass(eq=False)
 class _Unit:
-    """What is inherited whole or not at all: a module whose tensors are all its own, or one tensor of another module."""
+    """A part that is inherited as a whole or not at all: a module whose submodules have no tensors, or a single tensor."""
 
     path: str
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by full name
@@ -124,28 +125,30 @@ def inherit(
 ) -> Inheritance:
     """Copy every unchanged module of ``source`` into ``model``, in place, and freeze it there.
 
-    A module is unchanged where the source has the same tensors under the same names in the same shapes. Modules inside
-    a `SimplifiedBlock` never are: equal names there may mean other things (FastViT's ``norm`` is a batch norm). Frozen
-    modules get no gradient and stay in eval mode, whatever ``model.train()`` says, so that norm statistics stay too;
-    this survives deepcopy and pickle, while a state dict holds weights only (see `freeze`). ``logit_scale`` and
-    ``logit_bias`` are copied and train on.
+    A module is unchanged if the source has the same tensors under the same names in the same shapes. Modules in a
+    `SimplifiedBlock` never are, since equal names may have another meaning (FastViT's ``norm`` is a batch norm). Frozen
+    modules get no gradient and stay in eval mode even after ``model.train()``, so that norm statistics do not change.
+    deepcopy and pickle keep this, while a state dict has only weights (see `freeze`). ``logit_scale`` and ``logit_bias``
+    are copied but not frozen.
 
     Args:
         model: the student.
         source: a module; a state dict; a file of torch.save (a state dict, bare or under "state_dict" or "model", read
             with weights_only) or of safetensors; ``NAME/TAG`` or ``open_clip:NAME/TAG`` for weights that open_clip
-            downloads; the name of registered weights, e.g. efficientnet-lite0, where the model has a
-            place for it (``model.origins``). Of several sources the first one that fits a module gives it.
-        train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. What
-            matches a module counts for everything inside it, what matches a tensor of a module for the whole module.
-        prefixes: for sources other than registered weights: prefix of names there -> prefix here; others are left out.
+            downloads; or the name of registered weights, e.g. efficientnet-lite0, if ``model.origins`` has it. If several
+            sources fit a module, the first one is used.
+        train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
+            that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
+        prefixes: for sources other than registered weights: prefix of names in the source -> prefix in the model. Other
+            names are ignored.
 
     Returns:
-        The table: module, status, parameters; and the names of what is frozen.
+        A table of module, status and parameters, with the names of what is frozen.
 
     Raises:
-        InheritanceError: a source without tensors, of another architecture, or not readable as weights; a pattern that
-            matches nothing. FileNotFoundError: no such file. The model is left as it was.
+        InheritanceError: the source has no tensors, has another architecture or cannot be read as weights, or a pattern
+            matches nothing.
+        FileNotFoundError: there is no such file. In all cases the model is left unchanged.
     """
     sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else list(source)
     if not sources:
@@ -162,7 +165,7 @@ def inherit(
         hit = [unit for unit in units if _matches(pattern, unit)]
         if not hit:
             near = difflib.get_close_matches(pattern, [unit.path for unit in units], 1, 0.3)
-            raise InheritanceError(f"train: {pattern!r} matches no module of the model; nearest: {near}")
+            raise InheritanceError(f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}")
         for unit in hit:
             unit.status = TRAINS if unit.taken else unit.status
     with torch.no_grad():
@@ -175,11 +178,12 @@ def inherit(
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
-    """Freeze modules and parameters by name, as `inherit` does: no gradient, and eval mode for good.
+    """Freeze modules and parameters by name, as `inherit` does: they get no gradient and stay in eval mode.
 
-    Errors: InheritanceError for a name that the model lacks; the model is left as it was.
+    Raises InheritanceError for a name that the model does not have, and then leaves the model unchanged.
     """
-    modules, parameters = [], []
+    modules: list[nn.Module] = []
+    parameters: list[Any] = []
     for name in names:
         parent, _, leaf = name.rpartition(".")
         try:
@@ -197,16 +201,16 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Keep the statistics of all batch norms for good (eval mode); their weights and biases train on."""
+    """Keep all batch norms in eval mode, so that their statistics do not change; weights and biases are trained."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             _hold_in_eval(module)
 
 
 def _hold_in_eval(module: nn.Module) -> None:
-    # An attribute of the instance, as a subclass would change type(module), and a forward hook would leave `training`
-    # wrong until the module runs. The partial of a module's function can be copied and pickled.
-    module.train = partial(_eval_only, module)
+    # `train` is an attribute of the instance: a subclass would change type(module), and with a forward hook `training` would
+    # be wrong until the module runs. The partial of a module-level function can be copied and pickled.
+    module.train = partial(_eval_only, module)  # type: ignore[method-assign]
     module.eval()
 
 
@@ -229,7 +233,7 @@ def _units(model: nn.Module) -> Iterator[_Unit]:
 
 
 def _take(units: list[_Unit], state: dict[str, Tensor], label: str) -> None:
-    """Note in every unit what it can take from `state`, where it has nothing yet."""
+    """Note in every unit that has no tensors yet which ones it can take from `state`."""
     below: dict[str, set[str]] = defaultdict(set)
     for name in state:
         for end in (i for i, letter in enumerate(name) if letter == "."):
@@ -240,8 +244,8 @@ def _take(units: list[_Unit], state: dict[str, Tensor], label: str) -> None:
     wanted = sum(len(unit.tensors) for unit in free if not unit.always_trains)
     if counted < max(1, _ENOUGH * min(len(state), wanted)):
         raise InheritanceError(
-            f"source: expected weights of this model's architecture, {counted} of the {len(state)} tensors of {label} "
-            f"fit it{_mismatches(units, state)}"
+            f"source: expected weights of this model's architecture, got {label}, of whose {len(state)} tensors {counted} fit"
+            f"{_mismatches(units, state)}"
         )
     for unit in free:
         if unit.taken:
@@ -257,15 +261,15 @@ def _mismatches(units: list[_Unit], state: dict[str, Tensor]) -> str:
     ours = {name: tensor for unit in units for name, tensor in unit.tensors.items()}
     shapes = [n for n in state if n in ours and not _alike(ours[n], state[n])][:2]
     missing = [n for n in state if n not in ours][:2]
-    told = [f"{n} is {list(state[n].shape)} there and {list(ours[n].shape)} here" for n in shapes]
+    reasons = [f"{n} is {list(state[n].shape)} in the source and {list(ours[n].shape)} in the model" for n in shapes]
     for name in missing:
         near = difflib.get_close_matches(name, ours, 1, 0.0)
-        told.append(f"{name} is not here" + (f" (nearest: {near[0]})" if near else ""))
-    return "".join(f"; {text}" for text in told)
+        reasons.append(f"{name} is not in the model" + (f" (nearest: {near[0]})" if near else ""))
+    return "".join(f"; {reason}" for reason in reasons)
 
 
 def _drop_half_tied(units: list[_Unit]) -> None:
-    """A tensor with several owners is inherited by all of them, with one value, or by none."""
+    """Inherit a tensor that several units own only if all of them inherit it with the same value."""
     owners: dict[int, list[_Unit]] = defaultdict(list)
     values: dict[int, list[Tensor]] = defaultdict(list)
     for unit in units:
@@ -317,12 +321,12 @@ def _alike(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | None) -> tuple[str, dict[str, Tensor]]:
-    """Name and tensors of a source, under the names that they would have in `model`."""
+    """Label of a source, and its tensors by their names in `model`."""
     if isinstance(source, str) and source in plugins.entries("weights") and not Path(source).exists():
         prefixes = getattr(model, "origins", {}).get(source)
         if prefixes is None:
-            known = ", ".join(getattr(model, "origins", {})) or "no pretrained weights by name"
-            raise InheritanceError(f"source: this model has no place for {source!r}, it takes {known}")
+            known = ", ".join(getattr(model, "origins", {})) or "none by name"
+            raise InheritanceError(f"source: expected weights that this model takes ({known}), got {source!r}")
         label, state = source, plugins.load("weights", source)()
     elif isinstance(source, nn.Module):
         label, state = type(source).__name__, source.state_dict()
@@ -334,12 +338,12 @@ def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | No
         raise TypeError(f"source: expected a module, a state dict, a path or a name, got {type(source).__name__}")
     state = _tensors(state)
     if not state:
-        raise InheritanceError(f"source: expected weights, {label} holds no tensors")
+        raise InheritanceError(f"source: expected weights, got {label}, which has no tensors")
     if prefixes is not None:
         pairs = [(theirs, ours, n) for n in state for theirs, ours in prefixes.items() if n.startswith(theirs)]
         state = {ours + name.removeprefix(theirs): state[name] for theirs, ours, name in pairs}
         if not state:
-            raise InheritanceError(f"source: no tensor of {label} has a name that begins with {' or '.join(prefixes)}")
+            raise InheritanceError(f"source: expected names that begin with {' or '.join(prefixes)}, got none in {label}")
     if hasattr(model, "text"):
         state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
     return label, state
@@ -358,8 +362,7 @@ def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
         return _download(name, tag)
     if not path.is_file():
         raise FileNotFoundError(
-            f"source: expected a file, open_clip's NAME/TAG or one of {', '.join(plugins.entries('weights'))}; "
-            f"no such file: {path}"
+            f"source: expected a file, open_clip's NAME/TAG or one of {', '.join(plugins.entries('weights'))}, got {path}"
         )
     try:
         if path.suffix == ".safetensors":
@@ -369,9 +372,9 @@ def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # pickle, zip, EOF, runtime and safetensors errors, by the kind of file
+    except Exception as error:  # the type depends on the file: pickle, zip, EOF, runtime and safetensors' errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InheritanceError(f"source: {path} cannot be read as weights, without running code from it: {reason}") from None
+        raise InheritanceError(f"source: expected weights, readable without running code, got {path}: {reason}") from None
     if not isinstance(state, Mapping):
         raise InheritanceError(f"source: expected a state dict in {path}, got {type(state).__name__}")
     return state

@@ -29,16 +29,17 @@ Tokenizer = Callable[[list[str]], torch.Tensor]
 
 
 class WeightsError(UserError, RuntimeError):
-    """Weights that do not fit the model."""
+    """Weights do not fit the model."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """How a SiCLIP is made: an open_clip configuration, and what `simplify` is told.
+    """How a SiCLIP is built: an open_clip configuration, and the arguments of `simplify`.
 
     vocabulary: the number of tokens of a `ShortVocabTokenizer`, or a function from the context length to a tokenizer; None
         for open_clip's own.
-    origins: what `inherit` takes from registered weights (simplclip.weights), by their name: prefix of theirs -> of ours.
+    origins: by the name of registered weights (simplclip.weights), which of their tensors `inherit` takes: prefix of their
+        names -> prefix of this model's names.
     """
 
     original: str
@@ -53,7 +54,7 @@ class Spec:
 
 _SPECS = {
     # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
-    # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage keep theirs.
+    # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage do not share.
     "siclip-s0": Spec(
         original="MobileCLIP2-S0",
         config=open_clip.get_model_config("MobileCLIP2-S0"),
@@ -65,11 +66,16 @@ _SPECS = {
 
 
 class ShortVocabTokenizer(SimpleTokenizer):
-    """open_clip's tokenizer with the first, most frequent merges of its vocabulary only.
+    """open_clip's tokenizer with only the first (most frequent) merges of its vocabulary.
 
-    Rare words fall into more pieces. A small model spends its parameters on layers instead of on an embedding of
-    49,408 tokens. Start and end of text stay the two highest ids, as CLIP's pooling needs.
+    Rare words are split into more pieces, and a small model needs no embedding of 49,408 tokens. Start and end of text
+    remain the two highest ids, as CLIP's pooling needs.
     """
+
+    bpe_ranks: dict[tuple[str, str], int]
+    vocab_size: int
+    decoder: dict[int, str]
+    all_special_ids: list[int]
 
     def __init__(self, vocab_size: int, **options: Any) -> None:
         super().__init__(**options)
@@ -94,7 +100,7 @@ def names() -> list[str]:
 
 
 def original(name: str) -> str | None:
-    """The open_clip model that a SiCLIP was made from, or that a plain name means; None where there is none."""
+    """The open_clip model that a SiCLIP was made from, or that a plain name means; None if there is none."""
     spec = _spec(name)
     return spec.original if spec.original in open_clip.list_models() else None
 
@@ -111,20 +117,20 @@ def create(
 
     Args:
         name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model.
-        checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", read with
-            weights_only; or NAME.safetensors. It has to fit exactly.
-        device: where the model is put.
-        simplify_options: arguments for `openclip.simplify` over those of the name; only for a SiCLIP.
+        checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", which is read
+            with weights_only; or NAME.safetensors. It must fit exactly.
+        device: device of the model.
+        simplify_options: arguments of `simplify` that replace those of the name; only for a SiCLIP.
         overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
             others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
 
     Returns:
-        An open_clip model. A SiCLIP carries what was replaced as ``model.simplify_report``, and where the weights of
-        registered weights go as ``model.origins``.
+        An open_clip model. A SiCLIP has the attributes ``simplify_report``, a report of the replaced blocks, and
+        ``origins``, see `Spec`.
 
     Raises:
-        ValueError: an unknown name, with the nearest ones, or a file without weights.
-        RuntimeError: a checkpoint that does not fit (WeightsError).
+        ValueError: the name is unknown (the message lists the nearest names), or the file has no weights.
+        WeightsError: the checkpoint does not fit.
     """
     spec = _spec(name)
     if name.startswith(PLAIN) and simplify_options:
@@ -137,9 +143,10 @@ def create(
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
 
+    model: Any
     if spec.original in open_clip.list_models():
         custom_text = config.pop("custom_text", False)
-        with _without_warning("No pretrained weights loaded"):  # as `create` says; those of a checkpoint come later
+        with _without_warning("No pretrained weights loaded"):  # they are random, or loaded below
             model = open_clip.create_model(
                 spec.original,
                 device=device,
@@ -186,10 +193,10 @@ def transforms(
     Args:
         name: as for `create`.
         train: whether to augment.
-        augment: for training: open_clip's AugmentationCfg or its fields (random resized crop and more); "affine", for
-            drawings on white: small rotations, shifts, zooms and changes of colour, without mirroring; "none"; or the
-            model's own choice when None.
-        image_size: S, when the model was created with another one than its name's.
+        augment: the augmentation for training: open_clip's AugmentationCfg or its fields (random resized crop and more);
+            "affine" (small rotations, shifts, zooms and changes of colour without mirroring, for drawings on white);
+            "none"; or None for the model's default.
+        image_size: S, if the model was created with a size that is not its name's.
     """
     spec = _spec(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
@@ -237,7 +244,7 @@ def _spec(name: str) -> Spec:
 
 @contextlib.contextmanager
 def _without_warning(start: str) -> Iterator[None]:
-    """Leaves messages that begin with `start` out of the root logger, where open_clip writes."""
+    """Drops messages that begin with `start` from the root logger, which open_clip uses."""
     root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith(start)
     root.addFilter(keep)
     try:
@@ -251,23 +258,23 @@ def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
         if os.fspath(checkpoint).endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            state = load_file(checkpoint)
+            state: Any = load_file(checkpoint)
         else:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (ModuleNotFoundError, OSError):
         raise
-    except Exception as error:  # pickle, zip, EOF, runtime and safetensors' own errors, by the kind of damage
+    except Exception as error:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"checkpoint: expected a file of weights, {checkpoint} is none: {reason}") from None
+        raise InputError(f"checkpoint: expected a file of weights, got {checkpoint}: {reason}") from None
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"checkpoint: expected a state dict of tensors, {checkpoint} holds something else")
+        raise InputError(f"checkpoint: expected a state dict of tensors, got {checkpoint}, which holds something else")
     try:
         model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
     except RuntimeError as error:
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise WeightsError(f"checkpoint: the weights in {checkpoint} do not fit the model: {reasons[:300]}") from None
+        raise WeightsError(f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}") from None
 
 
 def affine(cfg: PreprocessCfg) -> Callable[[Any], torch.Tensor]:

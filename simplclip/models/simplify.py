@@ -1,9 +1,10 @@
-"""Simplified blocks inside open_clip models: `simplify` replaces transformer blocks of one model instance in place."""
+"""Simplified blocks in open_clip models: `simplify` replaces transformer blocks of one model in place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, Transformer
@@ -32,8 +33,8 @@ def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
 class TransformerBlock(SimplifiedBlock):
     """A block of open_clip's ``Transformer``: [B, L, C], or [L, B, C] with ``batch_first=False``.
 
-    A causal block takes the tower's causal mask and no other; a full one takes none. The values of a mask are
-    compared once per mask and not again until it changes.
+    A causal block accepts only the tower's causal mask; other blocks accept no mask. The values of a mask are checked
+    once, and again only after it has changed.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, *, batch_first: bool = True, **options) -> None:
@@ -48,14 +49,14 @@ class TransformerBlock(SimplifiedBlock):
         self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
         if k_x is not None or v_x is not None:
-            raise InputError("k_x, v_x: expected None, a simplified block has no cross-attention")
+            raise InputError("k_x, v_x: expected None, since a simplified block has no cross-attention, got a tensor")
         x = x if self.batch_first else x.transpose(0, 1)
         self._check_mask(attn_mask, x.shape[1])
         x = super().forward(x)
         return x if self.batch_first else x.transpose(0, 1)
 
     def _check_mask(self, mask: Tensor | None, length: int) -> None:
-        expected = f"the causal mask [{length}, {length}]" if self.causal else "None, this block attends to every token"
+        expected = f"the causal mask [{length}, {length}]" if self.causal else "None, since this block attends to every token"
         if mask is None or not self.causal:
             if (mask is None) == self.causal:
                 got = "None" if mask is None else f"a tensor {list(mask.shape)}"
@@ -63,7 +64,7 @@ class TransformerBlock(SimplifiedBlock):
             return
         if mask.shape != (length, length):
             raise InputError(f"attn_mask: expected {expected}, got a tensor {list(mask.shape)}")
-        # Without values to look at (tracing, fake tensors) the comparison made by `simplify` has to do.
+        # While tracing and for fake tensors, which have no values, the check made by `simplify` has to suffice.
         if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
             return
         if self._accepted is not None:
@@ -73,7 +74,7 @@ class TransformerBlock(SimplifiedBlock):
                 return
         if not is_causal_mask(mask):
             raise InputError(f"attn_mask: expected {expected}, got other values")
-        self._accepted = (mask, mask._version)  # kept alive, so that its address stays its own
+        self._accepted = (mask, mask._version)  # kept alive, so that no other tensor gets its address
 
 
 class TimmBlock(SimplifiedBlock):
@@ -81,14 +82,14 @@ class TimmBlock(SimplifiedBlock):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if attn_mask is not None or is_causal:
-            raise InputError("attn_mask, is_causal: expected None and False, this block attends to every token")
+            raise InputError("attn_mask, is_causal: expected None and False, since this block attends to every token")
         return super().forward(x)
 
 
 class MapBlock(SimplifiedBlock):
     """A block on feature maps [B, C, H, W] (timm's FastViT): full attention over the H·W positions."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         batch, width, height, breadth = x.shape
         tokens = super().forward(x.permute(0, 2, 3, 1).reshape(batch, height * breadth, width))
         return tokens.reshape(batch, height, breadth, width).permute(0, 3, 1, 2)
@@ -96,7 +97,7 @@ class MapBlock(SimplifiedBlock):
 
 @dataclass(frozen=True)
 class Replaced:
-    """One replaced block: where it was, what it was, and the shape of both."""
+    """One replaced block: its position, its type, and the shape of its replacement."""
 
     tower: str
     index: int
@@ -131,7 +132,7 @@ class SimplifyReport:
 
 @dataclass(frozen=True)
 class _Site:
-    """A block that can be replaced, and what has to be known to build its successor."""
+    """A block that can be replaced, and the arguments needed to build its replacement."""
 
     path: str
     block: nn.Module
@@ -141,7 +142,7 @@ class _Site:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of an open_clip model by part: image, text, other (scale, bias, decoder), total; shared ones once."""
+    """Parameters of an open_clip model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
     total = {p: p.numel() for p in model.parameters()}
     visual = getattr(model, "visual", None)
     image = {} if visual is None else {p: p.numel() for p in visual.parameters()}
@@ -174,33 +175,34 @@ def simplify(
 ) -> tuple[nn.Module, SimplifyReport]:
     """Replace transformer blocks of an open_clip model by simplified ones (SAS-P), in place and in this model only.
 
-    Works on the text transformer of CLIP and CustomTextCLIP, open_clip's VisionTransformer, and the attention blocks of
+    This works on the text transformer of CLIP and CustomTextCLIP, open_clip's VisionTransformer, and the attention blocks of
     timm's VisionTransformer and FastViT. New blocks start from random weights, in the dtype, on the device and in the
-    mode (train, eval) of the old ones. A causal mask is recognised and kept. Layer scale goes: the gains do its work.
-    The old block's drop path is kept for the MLP (see `SimplifiedBlock`).
+    mode (train, eval) of the old ones. A causal mask is recognised and kept. Layer scale is removed; the gains replace
+    it. The old block's drop path is kept for the MLP (see `SimplifiedBlock`).
 
     Args:
         model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``.
         towers: "text", "image" or both.
-        blocks: per tower the indices to replace, counted over that tower's attention blocks in order, negative ones
-            from the end; a tower that is not named is replaced as a whole.
-        share: per tower groups of such indices that share weight matrices, see `nn.share_weights`.
+        blocks: for each tower the indices of the blocks to replace, counted over the tower's attention blocks; negative
+            indices count from the end. By default all blocks of a tower are replaced.
+        share: for each tower groups of such indices that share weight matrices, see `nn.share_weights`.
         share_norms_and_gains: share norms and gains within a group as well.
         mlp_ratio, act, drop_path: as in the old block when None.
         norm: "layernorm" or "rmsnorm".
-        value_first, output_last: value weights in the first, output weights in the last replaced block of a tower.
-        gamma: initial gamma, for both towers or by tower. At 1 a new tower mixes no tokens, so that the features of a
-            text tower pooled at the end of text tell only its place until training moves W_q or gamma. The two text
-            blocks of siclip-tiny learned faster from 0.3; in a deep tower the means would add up and drown the tokens.
-        attention_gain, mlp_gain: other initial gains.
+        value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
+            weights.
+        gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that text features pooled
+            at the end-of-text token depend only on its position until training changes W_q or gamma. The two text blocks of
+            siclip-tiny learned faster from 0.3; in a deep tower the means would add up and outweigh the tokens.
+        attention_gain, mlp_gain: initial values of the other gains.
 
     Returns:
         The same model, and a report of what was replaced with the parameter counts before and after.
 
     Raises:
-        ValueError: an unknown tower or index, a model without such a tower, a tower without replaceable blocks (a ResNet,
-            a Hugging Face encoder, window or rotary attention), or a mask that a simplified block cannot honour (padding
-            or class token masks, as in CoCa's text tower). The model is left as it was.
+        ValueError: a tower or index is unknown, the model has no such tower, the tower has no replaceable blocks (a ResNet,
+            a Hugging Face encoder, window or rotary attention), or it has a mask that a simplified block does not support
+            (padding or class token masks, as in CoCa's text tower). The model is left unchanged.
         TypeError: model is not a module.
 
     Example:
@@ -258,14 +260,14 @@ def _text_sites(model: nn.Module) -> Iterator[_Site]:
         raise InputError("text: expected no mask or a causal one, got a tower with class token or padding masks")
     if not hasattr(tower, "attn_mask"):
         raise InputError(f"text: expected attn_mask, None or causal, beside its blocks, got {type(tower).__name__} without")
-    mask = tower.attn_mask
+    mask: Any = tower.attn_mask
     if mask is not None and not mask.is_meta and not is_causal_mask(mask):
         raise InputError("text: expected no mask or a causal one, got a tower with another attn_mask")
     yield from _transformer_sites(transformer, f"{prefix}transformer", "text", causal=mask is not None)
 
 
 def _image_sites(model: nn.Module) -> Iterator[_Site]:
-    visual = model.visual
+    visual: Any = model.visual
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
         yield from _transformer_sites(transformer, "visual.transformer", "image", causal=False)
@@ -274,10 +276,11 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     for path, module in visual.named_modules(prefix="visual"):
         # Subclasses change the signature or the attention, so only the exact classes are known to fit.
         if type(module) is Block:
-            yield _Site(path, module, TimmBlock, module.attn.num_heads, {})
+            attention: Any = module.attn
+            yield _Site(path, module, TimmBlock, attention.num_heads, {})
         elif type(module) is AttentionBlock:
             yield _Site(path, module, MapBlock, module.token_mixer.num_heads, {})
-        elif isinstance(module, SimplifiedBlock):  # of an earlier call: keeps its index, and can be replaced again
+        elif isinstance(module, SimplifiedBlock):  # of an earlier call: it keeps its index and can be replaced again
             yield _Site(path, module, type(module), module.heads, {})
         else:
             continue
@@ -304,7 +307,7 @@ def _transformer_sites(transformer: Transformer, path: str, tower: str, causal: 
 
 
 def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, options: dict) -> SimplifiedBlock:
-    block = site.block
+    block: Any = site.block
     if isinstance(block, SimplifiedBlock):
         weight, old_act, old_drop = block.fc1.weight, block.act, block.drop_path
     else:

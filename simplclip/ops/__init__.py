@@ -1,4 +1,4 @@
-"""The public ops. Each file holds one op whole: schema, fake, autograd, checks and the public function."""
+"""The public ops. Each has a folder: op.py with schema, autograd and public function, reference.py with its definition."""
 
 from simplclip.ops.attention.op import shaped_attention
 from simplclip.ops.block.op import simplified_block

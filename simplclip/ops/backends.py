@@ -1,15 +1,15 @@
-"""Which function serves an op: one table, op -> backend -> function, each with a predicate that says why it cannot.
+"""Which function runs an op: a table, op -> backend -> function, with a predicate for each that returns why it cannot.
 
 A backend is one of
 
     cuda       hand-written CUDA C++
     triton     Triton kernels
     cpu        C++ for the CPU
-    reference  plain torch, any device and dtype; the definition of the op. Forced, autograd differentiates it as it is: any
-               order, forward mode, torch.func; then it keeps all matrices.
+    reference  plain torch for any device and dtype, the definition of the op. If it is forced, autograd differentiates
+               through it (any order, forward mode, torch.func), which keeps all matrices.
 
-and the first that can serve a call does, in this order. `with simplclip.backend("cpu"):` and the environment variable
-SIMPLCLIP_BACKEND force one, for the whole process: an op that it cannot serve then raises and says why.
+The first backend in this order that supports a call runs it. `with simplclip.backend("cpu"):` and the environment variable
+SIMPLCLIP_BACKEND force one backend for the whole process; an op that it does not support then raises an error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,8 +30,8 @@ NAMES = ("cuda", "triton", "cpu", "reference")
 _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "")
 
 
-def _load_extension(name: str) -> tuple[object | None, str | None]:
-    """The extension module simplclip.<name>, or None and the reason."""
+def _load_extension(name: str) -> tuple[Any, str | None]:
+    """The extension module simplclip.<name> and None, or None and the reason why it is missing."""
     try:
         return importlib.import_module(f"simplclip.{name}"), None
     except ImportError as error:
@@ -39,7 +40,7 @@ def _load_extension(name: str) -> tuple[object | None, str | None]:
 
 
 extension, extension_error = _load_extension("_C")
-# A constant, so that torch.compile can trace what depends on it.
+# A constant, so that torch.compile can trace code that depends on it.
 native_bf16: bool = extension is not None and extension.has_native_bf16()
 if torch.version.cuda is None:
     cuda_extension, cuda_extension_error = None, f"torch {torch.__version__} is a build without CUDA"
@@ -49,7 +50,7 @@ else:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's function for an op; `why_not(device_type, dtype, **facts of the call)` is None where it can serve."""
+    """One backend's function for an op; `why_not(device_type, dtype, **facts of the call)` is None if it can run."""
 
     function: Callable
     why_not: Callable[..., str | None]
@@ -71,7 +72,7 @@ def _extension_on_cpu(device: str, dtype: torch.dtype, **call) -> str | None:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Asked at every call of an op: a look through sys.path each time would cost more than a small op."""
+    """Cached, since it is asked at every call, and a search of sys.path costs more than a small op."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -93,14 +94,14 @@ def capability() -> tuple[int, int] | None:
 
 
 def _native(name: str, unpacked: bool) -> Callable:
-    """The op that C++ implements, looked up late, so that importing works without the extension; unpacked: for a call."""
+    """The op that C++ implements, looked up when it is called, since the extension may be missing. unpacked: see `row`."""
     if unpacked:
         return lambda call: getattr(torch.ops.simplclip, name)(*vars(call).values())
     return lambda *args: getattr(torch.ops.simplclip, name)(*args)
 
 
 def _kernel(module: str, name: str) -> Callable:
-    """A launcher of kernels/; imported late, since importing Triton takes time and not every platform has it."""
+    """A launcher of kernels/, imported when it is called, since importing Triton takes time and some platforms lack it."""
     return lambda *args: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*args)
 
 
@@ -112,10 +113,10 @@ def row(
     triton: Callable = triton_on_cuda,
     cuda: Callable | None = None,
 ) -> dict[str, Implementation]:
-    """The backends of an op, each under the name of its definition `reference`, with the predicates that say why not.
+    """The backends of an op, whose functions have the name of its definition `reference`, with their predicates.
 
-    module: of simplclip.kernels, where its launcher is; without one the reference alone serves. unpacked: C++ takes the
-    fields of the call. cuda: the predicate of CUDA C++, where it has the op.
+    module: the module of simplclip.kernels with its launcher; without one the reference is the only backend. unpacked:
+    whether C++ takes the fields of the call. cuda: the predicate of CUDA C++, if it has the op.
     """
     name, found = reference.__name__, {}
     if cuda is not None:
@@ -132,7 +133,7 @@ TABLE: dict[str, dict[str, Implementation]] = {}
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Forces the backend `name` for every op of the process within the block; backward keeps its forward's choice."""
+    """Forces the backend `name` for every op of the process within the block; a backward runs on its forward's backend."""
     global _forced
     _known(name)
     before, _forced = _forced, name
@@ -143,7 +144,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def forced() -> str:
-    """The forced backend's name; empty if none is."""
+    """The name of the forced backend, or an empty string."""
     return _forced
 
 
@@ -153,14 +154,14 @@ def _known(name: str) -> None:
 
 
 def why_not(op: str, name: str, device: str, dtype: torch.dtype, **call) -> str | None:
-    """Why backend `name` cannot serve `op` on this device type and dtype, and with these facts of a call; None if it can."""
+    """Why backend `name` cannot run `op` on this device type and dtype with these facts of a call; None if it can."""
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
     return TABLE[op][name].why_not(device, dtype, **call)
 
 
 def select(op: str, device: str, dtype: torch.dtype, name: str = "", **call) -> tuple[str, Callable]:
-    """The backend that serves `op`: `name` if given, else the first that can. RuntimeError with the reason if it cannot."""
+    """The backend that runs `op`: `name` if given, else the first that can. Raises RuntimeError if none can."""
     if name:
         _known(name)
         reason = why_not(op, name, device, dtype, **call)

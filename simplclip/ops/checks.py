@@ -1,4 +1,4 @@
-"""Checks of arguments: each failure is one ValueError or TypeError that names the argument, what was expected, what came."""
+"""Checks of arguments, which raise ValueError or TypeError as "NAME: expected X, got Y"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def shape_of(t: Tensor) -> str:
 
 
 def floating(name: str, t: Tensor, letters: str = "") -> None:
-    """A tensor of one of FLOATS; `letters` names its sides in the message, as in "[N, D]"."""
+    """Checks that t is a tensor of one of FLOATS. letters: its shape for the message, e.g. "[N, D]"."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a tensor{letters and ' ' + letters}, got {type(t).__name__}")
     if t.dtype not in FLOATS:
@@ -24,7 +24,7 @@ def floating(name: str, t: Tensor, letters: str = "") -> None:
 
 
 def features(name: str, t: Tensor, letters: str) -> None:
-    """A float matrix without an empty side."""
+    """Checks that t is a floating matrix without an empty dimension."""
     if isinstance(t, Tensor) and t.dim() != 2:
         raise ValueError(f"{name}: expected a tensor {letters}, got shape {shape_of(t)}")
     floating(name, t, letters)
@@ -33,7 +33,7 @@ def features(name: str, t: Tensor, letters: str) -> None:
 
 
 def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
-    """Same device and dtype as `other`."""
+    """Checks that t has the device and dtype of `other`."""
     if t.device != other.device:
         raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {t.device}")
     if t.dtype != other.dtype:
@@ -41,7 +41,7 @@ def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "image") -> Tensor:
-    """A number as a 0-dimensional tensor of this dtype; a tensor must have one element, be floating and be there already."""
+    """A number as a 0-dimensional tensor of this dtype. A tensor must be floating, have one element and be on the device."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number or a tensor with one element, got {type(value).__name__}")
@@ -55,7 +55,7 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
 
 
 def group_ids(name: str, t: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
-    """The ids as the kernels take them, int64."""
+    """Checks the ids; returns them as int64, which the kernels take."""
     if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {getattr(t, 'dtype', type(t).__name__)}")
     if t.dim() != 1 or t.shape[0] != count:
@@ -69,11 +69,11 @@ _warned: set[str] = set()
 
 
 def constant(name: str, t: Tensor) -> Tensor:
-    """`t` without autograd; if it requires a gradient, a warning says once per name and process that it gets none."""
-    compiling = torch.compiler.is_compiling()  # there a warning would break the graph
+    """Detaches t. Warns, once per name and process, if it requires a gradient."""
+    compiling = torch.compiler.is_compiling()  # a warning would break the graph
     if t.requires_grad and torch.is_grad_enabled() and not compiling and name not in _warned:
         _warned.add(name)
-        warnings.warn(f"{name} requires a gradient, but is a constant here: it gets none", stacklevel=4)
+        warnings.warn(f"{name} requires a gradient, but is a constant here and gets none", stacklevel=4)
     return t.detach()
 
 
@@ -85,7 +85,7 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
 def number(name: str, value, *, positive: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not abs(value) < math.inf:  # not isfinite, which torch.compile cannot trace of a symbolic float
+    if not abs(value) < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
     if positive and not value > 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
@@ -93,7 +93,7 @@ def number(name: str, value, *, positive: bool = False) -> float:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> None:
-    """The tensors of shaped_attention but `lengths`."""
+    """Checks the tensors of shaped_attention except `lengths`."""
     tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
     for name, t in tensors.items():
         floating(name, t)
@@ -102,7 +102,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamm
     if q.dim() != 4:
         raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
     if 0 in q.shape:
-        raise ValueError(f"q: expected no empty side in [B, L, H, K], got shape {shape_of(q)}")
+        raise ValueError(f"q: expected [B, L, H, K] without an empty dimension, got shape {shape_of(q)}")
     for name in ("k", "v"):
         if tensors[name].shape != q.shape:
             raise ValueError(f"{name}: expected the shape of q, {shape_of(q)}, got {shape_of(tensors[name])}")
@@ -113,7 +113,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamm
 
 
 def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.device) -> Tensor:
-    """`lengths` as the kernels take them, int32 in 0..length: on a CPU what lies outside is an error, elsewhere clamped."""
+    """Checks the lengths; returns them as int32 in 0..length. Values outside are an error on a CPU, and clamped elsewhere."""
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths: expected an integer tensor [{batch}], got {type(lengths).__name__}")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -130,16 +130,16 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
 
 
 def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
-    """Types and shapes of parallel_mlp's tensors."""
+    """Checks types and shapes of parallel_mlp's tensors."""
     tensors = {"x": x, "fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     for name, t in tensors.items():
         if not (t is None and name.endswith("bias")):
             floating(name, t)
     if x.dim() < 1 or 0 in x.shape:
-        raise ValueError(f"x: expected [..., C] without an empty side, got shape {shape_of(x)}")
+        raise ValueError(f"x: expected [..., C] without an empty dimension, got shape {shape_of(x)}")
     for name, letters in (("fc1_weight", "[F, C]"), ("fc2_weight", "[C_out, F]")):
         if tensors[name].dim() != 2 or 0 in tensors[name].shape:
-            raise ValueError(f"{name}: expected {letters} without an empty side, got shape {shape_of(tensors[name])}")
+            raise ValueError(f"{name}: expected {letters} without an empty dimension, got shape {shape_of(tensors[name])}")
     f, c = fc1_weight.shape
     if x.shape[-1] != c:
         raise ValueError(f"x: expected the width of fc1_weight, {c}, in the last dimension, got shape {shape_of(x)}")
@@ -151,7 +151,7 @@ def mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) -> None:
 
 
 def block(x, norm: str, **tensors) -> None:
-    """Types and shapes of simplified_block's tensors."""
+    """Checks types and shapes of simplified_block's tensors."""
     mlp(x, *(tensors[name] for name in ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")))
     if x.dim() != 3:
         raise ValueError(f"x: expected a tensor [B, L, C], got shape {shape_of(x)}")
@@ -165,7 +165,7 @@ def block(x, norm: str, **tensors) -> None:
     shapes |= {"value_weight": (c, c), "output_weight": (c, c), "norm_bias": (c,)}
     shapes |= {"alpha": (h,), "beta": (h,), "gamma": (h,)}
     if norm == "rmsnorm" and tensors["norm_bias"] is not None:
-        raise ValueError("norm_bias: expected None, RMSNorm has no bias")
+        raise ValueError("norm_bias: expected None, since RMSNorm has no bias, got a tensor")
     for name, shape in shapes.items():
         t = tensors[name]
         if t is None and name in ("value_weight", "output_weight", "norm_bias"):

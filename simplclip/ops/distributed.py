@@ -1,6 +1,6 @@
-"""What the losses exchange between ranks: features and column statistics, never logits.
+"""Collectives of the losses, which exchange features and column statistics between ranks, never logits.
 
-torch.distributed.nn.functional has the same with gradients, but is deprecated in torch 2.15, and does not trace.
+torch.distributed.nn.functional has such collectives with gradients, but it is deprecated in torch 2.15 and cannot be traced.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
 
-# Where torch 2.11 traces an autograd.Function it takes tensors written in place for constants, so there the collectives that
-# return a tensor; torch 2.15 has another name for one of them.
+# While torch 2.11 traces an autograd.Function, it takes tensors that are written in place for constants; so the collectives
+# that return a tensor are used there. torch 2.15 has renamed one of them.
 _all_gather_traced = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
 
@@ -25,7 +25,7 @@ def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[W, ...], a part for each rank -> [W, ...], each rank's part for this one."""
+    """[W, ...], a part for each rank -> [W, ...], the parts of all ranks for this rank."""
     parts = parts.contiguous()
     if torch.compiler.is_compiling():
         return functional.all_to_all_single(parts, None, None, group)
@@ -43,7 +43,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         world = dist.get_world_size(ctx.group)
-        if dist.get_backend(ctx.group) == "nccl" and not torch.compiler.is_compiling():  # less memory; gloo sums few dtypes
+        if (
+            dist.get_backend(ctx.group) == "nccl" and not torch.compiler.is_compiling()
+        ):  # less memory, but gloo sums few dtypes
             own = gradient.new_empty(gradient.shape[0] // world, *gradient.shape[1:])
             dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
             return own, None
@@ -72,14 +74,14 @@ def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class SameShapes:
-    """Checks that the features have one shape on all ranks: else NCCL waits for ever, or reads what is not there.
+    """Checks that the features have equal shapes on all ranks; otherwise NCCL hangs or reads out of bounds.
 
-    Every call gathers four integers. To read them makes the host wait for a GPU, so there a rank reads them only where its
-    own shape is new, at the first call and when it has changed: where equal shapes become unequal, some rank's has. Under
+    Every call gathers four integers. Reading them synchronises with a GPU, so that there a rank reads them only at the first
+    call and after its own shape has changed (if equal shapes become unequal, the shape of some rank has changed). Under
     torch.compile nothing is checked.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.shape: list[int] | None = None
         self.own: Tensor | None = None
 
@@ -113,7 +115,7 @@ class _Mean(torch.autograd.Function):
 
 
 def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The mean over the ranks; its gradient goes to this rank's value as it is."""
+    """The mean over the ranks. Its gradient is passed to this rank's value unchanged."""
     return _Mean.apply(value, group)
 
 

@@ -1,11 +1,13 @@
-"""What every op's registration shares: the library `simplclip` and the step from a call to its backend."""
+"""Registration of the ops in the library `simplclip`, and the dispatch of a call to its backend."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +17,22 @@ from simplclip.ops import backends
 
 library = torch.library.Library("simplclip", "DEF")
 
-# Ops by their full name: what runs a call, with `through` standing between it and the backends' functions; and what such a
-# function returns for fake tensors. simplclip.memory runs ops by these to see what they allocate.
+# By the full name of an op: the function that runs a call, whose `through` may wrap the backends' functions. By name: what
+# those return for fake tensors. simplclip.memory runs ops by these to measure what they allocate.
 DISPATCH: dict[str, Callable] = {}
 NATIVE_FAKES: dict[str, Callable] = {}
-counted = False  # while it does
+counted = False  # True while simplclip.memory does so
 
 _SCHEMA = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
 
 
 def schema_of(call: type) -> str:
-    """The dispatcher's arguments of a call's dataclass: its fields in their order."""
-    return ", ".join(f"{_SCHEMA[field.type]} {field.name}" for field in fields(call))
+    """The schema of a call's dataclass for the dispatcher: its fields in their order."""
+    return ", ".join(f"{_SCHEMA[str(field.type)]} {field.name}" for field in fields(call))
 
 
-def flat(call: object) -> tuple:
-    """The fields of a call as the dispatcher takes them."""
+def flat(call: Any) -> tuple:
+    """The values of a call's fields, the dispatcher's arguments."""
     return tuple([getattr(call, name) for name in call.__match_args__])
 
 
@@ -48,12 +50,13 @@ def define(
 ) -> None:
     """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
-    arguments: the schema's, or the dataclass of a call that they are generated from: then `run`, `fake` and the functions of
-    the backends get such an object instead, but for C++, which gets its fields.
-    `run(function, *arguments)` prepares the call for a backend's function. row: the op's backends, for the table. An op
-    without them is made of others: its `run` gets `pick(op, **facts)`, which gives their functions.
-    native: schema of the functions of C++ where it is another than the op's, then with its `native_fake`. facts(*arguments):
-    what the backends' predicates want to know beside device and dtype.
+    arguments: the arguments of the schema, or the dataclass of a call from which they are generated. With a dataclass, `run`,
+    `fake` and the functions of the backends get an object of it, except C++, which gets its fields.
+    run(function, *arguments): prepares the call for a backend's function.
+    row: the op's backends, for the table. An op without them is composed of other ops: its `run` gets `pick(op, **facts)`,
+    which returns their functions.
+    native: the schema of the C++ functions if it differs from that of the op; `native_fake` is then their fake.
+    facts(*arguments): facts of the call, besides device and dtype, that the backends' predicates need.
     """
     as_call: Callable = lambda *args: args  # noqa: E731
     if isinstance(arguments, type):
@@ -66,7 +69,11 @@ def define(
     library.define(f"{name}({arguments}, str backend) -> {returns}")
     for backend in ("cpu", "cuda"):
         schema = native or f"({arguments}) -> {returns}"
-        library.define(f"{name}_{backend}{schema.replace('SymInt', 'int')}")  # C++ runs with numbers, never traced
+        schema = schema.replace("SymInt", "int")  # C++ runs with numbers, never traced
+        library.define(f"{name}_{backend}{schema}")
+        # Bytes that it takes beside its results, said on meta tensors.
+        given = re.sub(r"\(\w!\)", "", schema.split(" -> ")[0])
+        library.define(f"{name}_{backend}_workspace{given} -> int")
 
     def dispatch(*args, through: Callable[[str, str, Callable], Callable] | None = None):
         first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
@@ -76,7 +83,7 @@ def define(
             return through(op, backend, function) if through else function
 
         function = pick(name, **(facts(*args[:-1]) if facts else {})) if row else pick
-        meta = first.device.type == "meta"  # which has no autocast
+        meta = first.device.type == "meta"  # it has no autocast
         with contextlib.nullcontext() if meta else torch.autocast(first.device.type, enabled=False):
             return run(function, *as_call(*args[:-1]))
 
@@ -89,14 +96,14 @@ def define(
 
 _FIRST_ORDER = (
     "{op}: expected a first derivative in reverse mode, got {got}; "
-    'run the forward under simplclip.backend("reference"), plain torch that has all derivatives'
+    'run the forward under simplclip.backend("reference"), which has all derivatives'
 )
 
 
 def call(name: str, *args):
-    """Runs `simplclip::name`; forced to "reference", its definition itself, which autograd then differentiates as it is.
+    """Runs `simplclip::name`; if "reference" is forced, runs its definition directly, so that autograd differentiates it.
 
-    The other backends have no tangents, which torch would take for zero, and no torch.func.grad: both are refused here.
+    The other backends have no forward-mode derivative, which torch would take for zero, and no torch.func.grad: both raise.
     """
     if torch.compiler.is_compiling():
         return getattr(torch.ops.simplclip, name)(*args)
@@ -115,13 +122,13 @@ def call(name: str, *args):
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Registers `backward` for `simplclip::name`. To differentiate its gradients again is an error, not a zero."""
+    """Registers `backward` for `simplclip::name`. Differentiating its gradients again is an error, not a zero."""
 
     @functools.wraps(backward)
     def once(ctx, *grads):
         with torch.no_grad():
             out = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # it is where create_graph=True
+        if not torch.is_grad_enabled():  # it is enabled with create_graph=True
             return out
         message = _FIRST_ORDER.format(op=_public(name), got="a double backward")
         marked = torch._C._functions.DelayedError(message.encode(), len(out))
@@ -135,7 +142,7 @@ def _public(name: str) -> str:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether a backward may follow. Under vmap a tensor hides whether it requires a gradient: then it may."""
+    """Whether a backward may follow; under torch.func, which hides whether a tensor requires a gradient, True."""
     if not torch.is_grad_enabled():
         return False
     if any(t is not None and t.requires_grad for t in tensors):
@@ -144,7 +151,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors as autocast hands them to an op: in its dtype where it is on for the first one's device; float64 stays."""
+    """Casts the tensors to autocast's dtype, except float64, if autocast is enabled on the device of the first one."""
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)

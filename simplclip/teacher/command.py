@@ -1,4 +1,4 @@
-"""What `simplclip teacher` does: a teacher by name, heads for the built-in one where it has none yet, features, figures."""
+"""`simplclip teacher`: loads a teacher, trains missing heads of the built-in one, writes its features and measures it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def run(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a teacher's features of `shards` to `out`; the summary of `features.write` with "teacher" and "figures".
+    """Write a teacher's features of `shards` to `out`; returns the summary of `features.write` with "teacher" and "figures".
 
-    heads_file: of the built-in teacher; None for OUT.heads.safetensors. Where it does not exist, heads are trained first and
-    saved there: on the shards that are called train* if there are such, else on all of them.
-    splits: name -> shards to measure the teacher's retrieval on.
+    heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
+    and saved there: on the shards named train* if there are any, else on all shards.
+    splits: name -> shards on which the teacher's retrieval is measured.
     """
     files = expand(shards)
     for split in (splits or {}).values():
@@ -40,7 +40,7 @@ def run(
     precision, _ = hardware.pick_precision(precision, place)
     hardware.set_threads(None)
     if name != teachers.BUILTIN and heads_file is not None:
-        raise InputError(f"heads: expected none for the teacher {name!r}, which has no heads, got {str(heads_file)!r}")
+        raise InputError(f"heads: expected none, since the teacher {name!r} has no heads, got {str(heads_file)!r}")
     if name == teachers.BUILTIN:
         if checkpoint is not None:
             raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(checkpoint)!r}")

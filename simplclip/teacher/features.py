@@ -1,4 +1,4 @@
-"""A teacher's features over shards, and how well it retrieves."""
+"""Writes a teacher's features into shards, and measures its retrieval."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def write(
     """Write `shards` to the folder `out` with a teacher.npy in each sample, and the teacher in meta.json.
 
     teacher.npy is float16 [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
-    `shards.captions_of`. What may go wrong, how it goes on after a crash and what is returned: `data.rewrite.rewrite`.
+    `shards.captions_of`. See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
 
-    batch_size: samples at a time; their captions are encoded as many at a time.
+    batch_size: number of samples, and of captions, encoded at a time.
     """
 
     def process(samples: list[Opened]) -> list[dict[str, bytes]]:
@@ -56,7 +56,7 @@ def write(
 
 
 def _encode_texts(teacher: Teacher, texts: list[str], batch_size: int) -> Tensor:
-    """Each different text once, those of like length together."""
+    """Encodes each different text once, together with texts of similar length."""
     different = sorted(set(texts), key=lambda text: (len(text), text))
     parts = [teacher.encode_text(different[i : i + batch_size]) for i in range(0, len(different), batch_size)]
     place = {text: i for i, text in enumerate(different)}
@@ -72,7 +72,7 @@ def _npy(rows: np.ndarray) -> bytes:
 def evaluate(
     teacher: Teacher, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Retrieval of a teacher on splits (name -> shards): the answers of `evaluate.retrieval` by name."""
+    """Retrieval of a teacher on splits (name -> shards): the results of `evaluation.metrics.retrieval` by name."""
     figures = {}
     for name, shards in splits.items():
         split = evaluation.Split.of(data.load_eval(shards, teacher.tokenizer, teacher.transform))

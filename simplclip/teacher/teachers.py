@@ -28,7 +28,7 @@ BUILTIN = "builtin"
 
 @dataclass
 class Teacher:
-    """A frozen model with what its inputs need. Features are float32 [N, width], L2-normalised."""
+    """A frozen model with its transform and tokenizer. Features are float32 [N, width], L2-normalised."""
 
     name: str
     model: nn.Module  # encode_image and encode_text with open_clip's signatures, and logit_scale (a logarithm)
@@ -47,15 +47,15 @@ class Teacher:
         return self.model.logit_scale.exp().item()
 
     def fingerprint(self) -> str:
-        """A hash of the weights and the image transform: equal teachers have equal ones."""
-        digest = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.transform)).encode())  # without functions' addresses
+        """A hash of the weights and the image transform, equal for equal teachers."""
+        digest = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.transform)).encode())  # without the addresses of functions
         for key, value in self.model.state_dict().items():
             digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
     def stamp(self) -> dict[str, Any]:
-        """What meta.json says of features of this teacher."""
+        """The entry of meta.json for features of this teacher."""
         return {
             "name": self.name,
             "width": self.width,
@@ -75,7 +75,7 @@ class Teacher:
         with hardware.autocast(self.precision, self.device):
             features = encode(inputs.to(self.device), normalize=True).float()
         if not features.isfinite().all():
-            raise InputError(f"teacher: {self.name} gives features that are not finite in {self.precision}")
+            raise InputError(f"teacher: expected finite features, got others from {self.name} in {self.precision}")
         return nn.functional.normalize(features, dim=-1)
 
 
@@ -86,17 +86,17 @@ def load(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
 ) -> Teacher:
-    """The teacher of a name.
+    """The teacher called `name`:
 
     builtin                     checkpoint: the heads that `heads.train` saved
     open_clip:NAME              checkpoint: a state dict of that model, .pt or .safetensors
-    open_clip:NAME/TAG          open_clip's pretrained weights, which it downloads unless it has them; with a checkpoint only
-                                the tag's preprocessing is taken, and nothing is downloaded
+    open_clip:NAME/TAG          open_clip's pretrained weights, which it downloads if necessary; with a checkpoint only the
+                                tag's preprocessing is used, and nothing is downloaded
     siclip-tiny, ...            checkpoint: one of `simplclip train`, or the folder of a run
 
-    An open_clip model with a single known tag has that tag's preprocessing without naming it.
-    Raises: ValueError for an unknown name or a missing checkpoint, FileNotFoundError, CheckpointError for a file that is no
-    checkpoint of that model.
+    Without a tag, an open_clip model with a single known tag has that tag's preprocessing.
+    Raises: ValueError if the name is unknown or no checkpoint is given, FileNotFoundError, CheckpointError if the file is not
+    a checkpoint of that model.
     """
     place = hardware.pick_device(str(device))
     precision, _ = hardware.pick_precision(precision, place)
@@ -123,30 +123,32 @@ def load(
 def _open_clip(name: str, checkpoint: str | os.PathLike | None) -> tuple[nn.Module, Any, Any]:
     plain, _, tag = name.removeprefix(models.PLAIN).partition("/")
     if plain not in open_clip.list_models():
-        models.tokenizer(models.PLAIN + plain)  # raises the error that names the nearest ones
+        models.tokenizer(models.PLAIN + plain)  # raises an error that lists the nearest names
     tags = open_clip.list_pretrained_tags_by_model(plain)
     if tag and tag not in tags:
         raise InputError(f"teacher: expected a tag of {plain}, one of {', '.join(tags) or 'none'}, got {tag!r}")
     if checkpoint is None:
         if not tag:
             raise InputError(
-                f"checkpoint: expected a file of weights for {name}, got none; or name one of open_clip's tags to download: "
+                f"checkpoint: expected a file of weights for {name}, got none; or name a tag that open_clip downloads: "
                 + (", ".join(f"{name}/{known}" for known in tags) or "it has none")
             )
         try:
             model = open_clip.create_model(plain, pretrained=tag)
-        except Exception as error:  # whatever the download and its libraries raise
+        except Exception as error:  # the download may raise many types
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"teacher: {name} cannot be had: {reason}; or give its file by --checkpoint") from None
+            raise InputError(f"teacher: open_clip could not get {name}: {reason}; or give its file by --checkpoint") from None
     else:
         model = models.create(models.PLAIN + plain)
         try:
             open_clip.load_checkpoint(model, str(checkpoint), strict=True, weights_only=True)
         except ModuleNotFoundError:
             raise
-        except Exception as error:  # pickle, zip, safetensors, shapes and names, by the kind of file
+        except Exception as error:  # the type depends on the file: pickle, zip, safetensors, shapes and names
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise CheckpointError(f"{checkpoint} is no checkpoint of open_clip's {plain}: {reason}") from None
+            raise CheckpointError(
+                f"{checkpoint}: expected a checkpoint of open_clip's {plain}, got another file: {reason}"
+            ) from None
         if tag or len(tags) == 1:
             theirs = open_clip.get_pretrained_cfg(plain, tag or tags[0])
             fields = {key: theirs[key] for key in asdict(PreprocessCfg()) if key in theirs and key != "size"}

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code from the file.
+"""Checkpoints: written completely or not at all, and read without running code from the file.
 
 A checkpoint is one `torch.save` dict that loads with weights_only=True:
     format, version         "simplclip", 1
@@ -29,7 +29,7 @@ _TEMPORARY = re.compile(r"\.(last\.pt|step-\d+\.pt|config\.yaml|metrics\.csv|eva
 
 
 class CheckpointError(InputError):
-    """A file that is no usable checkpoint."""
+    """The file is not a usable checkpoint."""
 
 
 def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = True) -> Path:
@@ -57,41 +57,41 @@ def load(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle, zip, EOF and runtime errors here, by the kind of damage
+    except Exception as error:  # the type depends on the damage: pickle, zip, EOF and runtime errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no simplclip checkpoint: {reason}") from None
+        raise CheckpointError(f"{path}: expected a simplclip checkpoint, got an unreadable file: {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no simplclip checkpoint: it lacks the mark format={FORMAT!r}")
+        raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
     if state["version"] > VERSION:
         raise CheckpointError(
-            f"{path}: written by a newer simplclip (checkpoint version {state['version']}, known up to {VERSION})"
+            f"{path}: expected checkpoint version {VERSION} or lower, got {state['version']}, written by a newer simplclip"
         )
     return state
 
 
 def step_of(path: str | Path) -> int | None:
-    """The step of a checkpoint, whose tensors are not read; None where there is no file, or one that cannot be read."""
+    """The step of a checkpoint, read without its tensors; None if there is no file or it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
-    except Exception:  # torch raises by the kind of damage
+    except Exception:  # the type depends on the damage
         return None
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Remove what a killed training left of files that it was writing in FOLDER. Other files are left alone."""
+    """Remove the temporary files that a killed training left in `folder`. Other files are kept."""
     for path in Path(folder).iterdir():
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def numbered_checkpoints(folder: str | Path) -> list[Path]:
-    """step-NNNNNN.pt in FOLDER, oldest first."""
+    """The files step-NNNNNN.pt in `folder`, oldest first."""
     found = [(int(m[1]), p) for p in Path(folder).iterdir() if (m := _NUMBERED.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
 
 
 def rng_state() -> dict[str, Any]:
-    """States of all random number generators that training can draw from, as tensors and plain types."""
+    """States of all random generators that training uses, as tensors and plain types."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -102,7 +102,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned. GPU states are skipped where the number of GPUs differs."""
+    """Restore the states that `rng_state` returned. Those of GPUs are skipped if the number of GPUs differs."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
@@ -117,14 +117,14 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
         except RuntimeError as error:
-            # After a write that failed torch ends its archive, and the error of that hides the system's.
+            # After a failed write torch closes its archive, whose error hides that of the system.
             if isinstance(first := error.__context__, OSError):
                 raise OSError(first.errno, first.strerror, str(path)) from first
             raise
 
 
 def _alias(source: Path, target: Path) -> None:
-    """Let `target` be the same file as `source`, atomically."""
+    """Make `target` a hard link to `source`, atomically."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:

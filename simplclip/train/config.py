@@ -1,4 +1,4 @@
-"""The one typed configuration of a run: YAML file, then `--set key=value`, then checked.
+"""The typed configuration of a run: a YAML file, changed by `--set key=value`, and checked.
 
 Every field has a type, a default where there is a sensible one, and a description; `describe()` prints them all as a
 YAML file with comments.
@@ -22,7 +22,7 @@ from simplclip.common.errors import InputError
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be used; the message names the key."""
+    """A configuration is not valid; the message names the key."""
 
 
 class Section(BaseModel):
@@ -30,10 +30,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    name: str = Field("siclip-tiny", description="name of the model, as `simplclip.models.create` takes it")
+    name: str = Field("siclip-tiny", description="name of the model, see `simplclip.models.create`")
     options: dict[str, Any] = Field({}, description="keyword arguments for `simplclip.models.create`")
     freeze_norms: bool = Field(
-        False, description="batch norms keep their statistics (eval mode); gradient caching needs it where none are inherited"
+        False, description="keep batch norms in eval mode; gradient caching needs this unless they are inherited"
     )
     recompute: bool = Field(
         False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
@@ -41,7 +41,7 @@ class ModelConfig(Section):
 
     @property
     def image_size(self) -> int | None:
-        """Where `options` ask for another size than the model's own."""
+        """The image size in `options`, or None for the model's default."""
         return self.options.get("vision_cfg", {}).get("image_size")
 
 
@@ -50,7 +50,7 @@ class InheritConfig(Section):
         None,
         description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list",
     )
-    train: list[str] = Field([], description="patterns of inherited tensors that train on; the others are frozen")
+    train: list[str] = Field([], description="patterns of inherited tensors that are trained; the others are frozen")
 
 
 class DataConfig(Section):
@@ -58,20 +58,20 @@ class DataConfig(Section):
     batch_size: int = Field(256, ge=1, description="images per step")
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        description="images at a time by gradient caching: the gradient is that of the whole batch; null: all; auto: as many "
-        "as fit, by `simplclip plan`",
+        description="images at a time (gradient caching: the gradient is that of the whole batch); null: all; auto: as many "
+        "as fit, see `simplclip plan`",
     )
-    captions_per_image: int = Field(1, ge=1, description="captions drawn for each image and step; each makes a pair")
+    captions_per_image: int = Field(1, ge=1, description="captions drawn for each image in each step; each makes a pair")
     workers: int = Field(1, ge=0, description="loader processes; 0 reads in the training process")
     augment: str | dict[str, Any] | None = Field(
         None,
-        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: the model's own",
+        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: the model's default",
     )
-    options: dict[str, Any] = Field({}, description="more keyword arguments for `simplclip.data.make_loader`")
+    options: dict[str, Any] = Field({}, description="further keyword arguments for `simplclip.data.make_loader`")
 
 
 class Schedule(Section):
-    """A weight over the steps: `value` at `start`, going linearly to `to` at `end`; 0 before `start` and from `until` on."""
+    """A weight by step: linear from `value` at `start` to `to` at `end`; 0 before `start` and from `until` on."""
 
     value: float = Field(ge=0)
     to: float | None = Field(None, ge=0)
@@ -90,7 +90,7 @@ class Schedule(Section):
         return self
 
     def at(self, step: int, steps: int) -> float:
-        """The weight at `step` (from 0) of a run of `steps`; without `end` the last step reaches `to`."""
+        """The weight at `step` (from 0) of a run of `steps` steps; without `end`, `to` is reached at the last step."""
         if step < self.start or (self.until is not None and step >= self.until):
             return 0.0
         if self.to is None:
@@ -108,24 +108,24 @@ _SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
 
 
 class LossConfig(Section):
-    contrastive_weight: Weight = Field(1.0, description=f"of the contrastive loss; each weight is {_SCHEDULE}")
-    pm_weight: Weight = Field(1.0, description="of the pair matching loss")
+    contrastive_weight: Weight = Field(1.0, description=f"weight of the contrastive loss; each weight is {_SCHEDULE}")
+    pm_weight: Weight = Field(1.0, description="weight of the pair matching loss")
     plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
     negatives: Literal["all", "shift", "hard"] = Field("all", description="negatives of the pair matching loss")
-    feature_weight: Weight = Field(0.0, description="of unimodal distillation: distance of features to the teacher's")
-    feature_distance: Literal["mse", "smooth_l1"] = Field("mse", description="that distance")
-    relational_weight: Weight = Field(0.0, description="of contrastive-relational distillation: KL to the teacher's softmax")
+    feature_weight: Weight = Field(0.0, description="weight of feature distillation: distance to the teacher's features")
+    feature_distance: Literal["mse", "smooth_l1"] = Field("mse", description="distance in feature distillation")
+    relational_weight: Weight = Field(0.0, description="weight of relational distillation: KL to the teacher's softmax")
     interactive_weight: Weight = Field(
-        0.0, description="of interactive distillation: student against teacher across modalities"
+        0.0, description="weight of interactive distillation: student against teacher across modalities"
     )
     interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
-    learn_interactive_scale: bool = Field(False, description="a temperature of its own for it, learned")
-    projection: bool = Field(False, description="learned projections to the teacher's width, where it is another")
-    scratch_mib: int = Field(64, ge=1, description="budget of the chunks of the similarity matrices, which are never whole")
+    learn_interactive_scale: bool = Field(False, description="give interactive distillation its own learned temperature")
+    projection: bool = Field(False, description="learn projections to the teacher's width if it differs")
+    scratch_mib: int = Field(64, ge=1, description="MiB for the chunks of the similarity matrices, never stored whole")
 
     @property
     def weights(self) -> dict[str, Schedule]:
-        """Schedules by the names that the loss gives its terms, without those that are always 0."""
+        """The schedules by the loss's names of its terms, without those that are always 0."""
         names = {"contrastive": "contrastive", "distill": "relational", "interactive": "interactive", "feature": "feature"}
         fields = {f"{term}_loss": getattr(self, f"{name}_weight") for term, name in names.items()}
         fields["pair_matching_loss"] = self.pm_weight
@@ -139,18 +139,18 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     lr: float = Field(1e-3, gt=0, description="learning rate at the end of the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate that the cosine ends at")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
-    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms, biases, gains and scalars get none")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms, biases, gains and scalars have none")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
     beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's decay of the second moment")
     eps: float = Field(1e-6, gt=0, description="AdamW's epsilon")
-    grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null switches clipping off")
+    grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null disables clipping")
 
 
 class EvalConfig(Section):
     splits: dict[str, str | list[str]] = Field({}, description="held-out data by name: shards as in data.train")
-    every: int = Field(0, ge=0, description="steps between evaluations of the splits while training; 0: never")
+    every: int = Field(0, ge=0, description="steps between evaluations of the splits during training; 0: never")
     batch_size: int = Field(256, ge=1, description="images or captions encoded at a time")
     templates: list[str] = Field(
         ["a photo of {}"], min_length=1, description="phrases around a label in zero-shot classification"
@@ -159,29 +159,27 @@ class EvalConfig(Section):
 
 class RunConfig(Section):
     out: str = Field(description="folder of the run: config.yaml, metrics.csv, curves.png, last.pt, tensorboard/")
-    steps: int = Field(1000, ge=1, description="optimizer steps in all")
-    seed: int = Field(0, ge=0, description="seed of weights, data order, captions drawn and augmentation")
+    steps: int = Field(1000, ge=1, description="number of optimizer steps")
+    seed: int = Field(0, ge=0, description="seed of weights, data order, drawn captions and augmentation")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
-        "auto", description="autocast; auto takes bf16 where the hardware has it natively, else fp32"
+        "auto", description="autocast; auto: bf16 if the hardware has it natively, else fp32"
     )
-    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto takes a GPU where there is one")
-    threads: int | None = Field(
-        None, ge=1, description="CPU threads; null leaves torch's choice; SIMPLCLIP_THREADS caps either"
-    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    threads: int | None = Field(None, ge=1, description="CPU threads, at most SIMPLCLIP_THREADS; null: torch's default")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv and TensorBoard")
-    print_every: int = Field(50, ge=1, description="steps between printed lines where the output is no terminal")
+    print_every: int = Field(50, ge=1, description="steps between printed lines if the output is not a terminal")
     save_every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
-    keep: int = Field(1, ge=0, description="numbered checkpoints to keep beside last.pt")
+    keep: int = Field(1, ge=0, description="number of numbered checkpoints to keep beside last.pt")
     tensorboard: bool = Field(True, description="write TensorBoard files")
 
 
 class Config(Section):
-    model: ModelConfig = Field(ModelConfig(), description="what is trained")
+    model: ModelConfig = Field(ModelConfig(), description="the model to train")
     inherit: InheritConfig = Field(InheritConfig(), description="weights that are copied and frozen")
-    data: DataConfig = Field(description="what it is trained on")
+    data: DataConfig = Field(description="the training data")
     loss: LossConfig = Field(
         LossConfig(),
-        description="simplclip.losses.ClipPMLoss, with a term of a teacher WIKDLoss; the teacher is in the shards",
+        description="simplclip.losses.ClipPMLoss, or WIKDLoss if a term needs a teacher, whose features are in the shards",
     )
     optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, cosine")
     eval: EvalConfig = Field(EvalConfig(), description="held-out data")
@@ -200,7 +198,7 @@ class Config(Section):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dict, every default spelled out."""
+        """A plain dict with all defaults."""
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
@@ -208,7 +206,7 @@ class Config(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as a string; people mean a number."""
+    """Reads `1e-3`, a string in YAML 1.1, as a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -217,7 +215,7 @@ _Loader.add_implicit_resolver(
 
 
 def _builtin() -> dict[str, Any]:
-    """The configs that come with the package and with what is registered as simplclip.configs, by name."""
+    """The configs of this package and those registered as simplclip.configs, by name."""
     folders = [resources.files("simplclip.train"), *(resources.files(e.value) for e in plugins.entries("configs").values())]
     files = [file for folder in folders for file in (folder / "configs").iterdir()]
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
@@ -273,7 +271,7 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
 
 
 def describe() -> str:
-    """All fields as a YAML file: defaults, types and descriptions in comments."""
+    """All fields as a YAML file with defaults; types and descriptions are in comments."""
     lines = []
     for key, field in keys().items():
         indent, name = "  " * key.count("."), key.rpartition(".")[2]
@@ -308,7 +306,7 @@ def _override(values: dict[str, Any], item: str) -> None:
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is no section, it holds {_shown(child)}")
+            raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section, it is {_shown(child)}")
         node = child
     node[parts[-1]] = _parse(text, f"--set {key}")
 
@@ -317,7 +315,7 @@ def _is_section(field: Any) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
-# pydantic's messages for these say what was expected better than the type does
+# for these pydantic's message is clearer than the type
 _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "finite_number"}
 
 
@@ -327,7 +325,7 @@ def _explain(error: Any) -> str:
     # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
     key = ".".join(map(str, path))
     field_key = next((k for k in (".".join(map(str, path[:n])) for n in range(len(path), 0, -1)) if k in known), None)
-    if error["type"] == "value_error":  # raised by a validator of ours
+    if error["type"] == "value_error":  # raised by a validator in this file
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, known)}"

@@ -1,4 +1,4 @@
-"""The folder of a run: whether a run may start or go on in it, and with which settings."""
+"""The folder of a run: whether a run may start or continue in it, and with which settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from simplclip.common.files import differences
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 
-# What may differ when a run goes on from a checkpoint: it does not change what is computed. Of data.train, the folder may.
+# Settings that may differ from the checkpoint's, since they do not change the result. So may the folder of data.train.
 _FREE = (
     "data.micro_batch",
     "loss.scratch_mib",
@@ -28,7 +28,7 @@ _FREE = (
 
 
 def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:
-    """Read the checkpoint that is to go on, or see that the run's folder is free. Never overwrites another run.
+    """Read the checkpoint to continue from, or check that the run's folder is free. Never overwrites another run.
 
     The config comes back with the checkpoint's micro-batch where it leaves that to us.
     """
@@ -43,13 +43,13 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
         return state, config
     if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
         raise ConfigError(
-            f"run.out: {out} already holds a run; go on with it by --resume, or choose another folder by --set run.out=FOLDER"
+            f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"
         )
     return None, config
 
 
 def _place(batch: int, was: Config, config: Config, last: Path) -> int:
-    """Batches of the epoch that are done, counted in those of `config`."""
+    """The number of finished batches of the epoch, in batches of `config`."""
     before, now = (c.data.micro_batch or c.data.batch_size for c in (was, config))
     done, rest = divmod(batch * before, now)
     if rest:
@@ -68,7 +68,7 @@ def _check_same(state: dict[str, Any], config: Config, last: Path) -> None:
             del changed["data.train"]
     changed = {k: v for k, v in changed.items() if not k.startswith(_FREE)}
     if changed:
-        told = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
-        raise ConfigError(f"resume: {last} was trained with other settings: {told}")
+        changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
+        raise ConfigError(f"resume: expected the settings of {last}, got other settings: {changes}")
     if state["step"] > config.run.steps:
         raise ConfigError(f"run.steps: expected at least {state['step']}, the step of {last}, got {config.run.steps}")

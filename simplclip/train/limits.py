@@ -1,4 +1,4 @@
-"""How much memory a run may take, and what is said when that was not enough."""
+"""Limits of a run's memory, and the message when it runs out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 GIB = 2**30
 # Assumptions, not measured by this library: the driver's context with the modules of torch and cuBLAS, the workspaces of
-# cuBLAS and cuDNN, and what the allocator's blocks lose.
+# cuBLAS and cuDNN, and the loss by fragmentation in the allocator.
 CONTEXT_BYTES = 640 * 2**20
 LIBRARY_BYTES = 160 * 2**20
 FRAGMENTATION = 0.04
@@ -28,7 +28,7 @@ FRAGMENTATION = 0.04
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of a card or a machine, and what a step may take of them."""
+    """Bytes of a card or a machine, and the part of them that a step may use."""
 
     memory: int
     context: int = CONTEXT_BYTES
@@ -53,7 +53,7 @@ def gib(size: float) -> str:
 
 
 class Planner(Protocol):
-    """What predicts the memory of a step: `simplclip.memory`."""
+    """Interface of `simplclip.memory`, which predicts the memory of a step."""
 
     def micro_batch_that_fits(self, config: Config, budget: Budget, *, device: str) -> Config: ...
 
@@ -82,12 +82,12 @@ class MemoryLimit:
         self.budget = Budget(self._checked(limit, total, taken), context=taken, libraries=0)
         if limit is not None:
             if resource is None or not Path("/proc/self/status").exists():
-                raise InputError("--memory-limit: expected a GPU or Linux, this system cannot cap a process")
+                raise InputError("--memory-limit: expected a GPU or Linux, got a system that cannot cap a process")
             self._former = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (limit, self._former[1]))
 
     def lift(self) -> None:
-        """Ends a CPU's cap; what comes after the run needs memory too."""
+        """Removes the cap of a process on a CPU, which may need memory after the run."""
         if self._former:
             resource.setrlimit(resource.RLIMIT_DATA, self._former)
             self._former = None
@@ -96,47 +96,47 @@ class MemoryLimit:
     def _checked(limit: int | None, total: int, taken: int) -> int:
         if limit is not None and not taken < limit <= total:
             raise InputError(
-                f"--memory-limit: expected more than the {taken / 2**20:,.0f} MiB that are taken already and at most the "
-                f"{total / 2**20:,.0f} MiB that are there, got {limit / 2**20:,.0f} MiB"
+                f"--memory-limit: expected more than the {taken / 2**20:,.0f} MiB in use and at most the available "
+                f"{total / 2**20:,.0f} MiB, got {limit / 2**20:,.0f} MiB"
             )
         return limit or total
 
     def settle(self, config: Config) -> Config:
-        """`config` with a number of data.micro_batch in the place of "auto". Errors: ConfigError."""
+        """`config` with data.micro_batch "auto" replaced by a number. Raises ConfigError."""
         if self.planner is None:
             raise ConfigError(
-                "data.micro_batch: expected a number where no planner is given, got auto; pass planner=simplclip.memory"
+                "data.micro_batch: expected a number without a planner, got auto; pass planner=simplclip.memory"
             )
         return self.planner.micro_batch_that_fits(config, self.budget, device=self.device.type)
 
     def advice(self, config: Config) -> str:
-        """What the planner says of a step that did not fit."""
+        """The planner's advice for a step that did not fit, as sentences."""
         if self.planner is None:
             return "Without a planner there is no advice."
         made = self.planner.make(config, self.budget, device=self.device.type, solve=False)
-        told = [
-            f"The plan: this step takes {gib(made.usage.peak)}, usable are {gib(self.budget.usable)} of "
+        parts = [
+            f"The plan: this step takes {gib(made.usage.peak)}; {gib(self.budget.usable)} are usable of "
             f"{gib(self.budget.memory)}."
         ]
-        told += [f"Try {advice}." for advice in made.advice]
+        parts += [f"Try {advice}." for advice in made.advice]
         try:
             micro = self.settle(config).data.micro_batch
         except ValueError as error:  # nothing fits, or the model's norms forbid micro-batches
-            told.append(str(error))
+            parts.append(str(error))
         else:
-            told += [f"data.micro_batch={micro} fits."] if micro and micro != config.data.micro_batch else []
-        return " ".join(told)
+            parts += [f"data.micro_batch={micro} fits."] if micro and micro != config.data.micro_batch else []
+        return " ".join(parts)
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an allocator's refusal is what was raised; that of a CPU's tensors has no class of its own."""
+    """Whether the error is out of memory; for CPU tensors torch has no class of it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(
         error
     )
 
 
 def _data_bytes() -> int:
-    """This process's data segment so far, as RLIMIT_DATA counts it; 0 where it is not told."""
+    """Bytes of this process's data segment, as RLIMIT_DATA counts them; 0 if unknown."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

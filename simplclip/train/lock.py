@@ -1,7 +1,7 @@
-"""One process at a time trains in a folder.
+"""A lock, so that one process at a time trains in a folder.
 
-run.lock in it names the process and its host, and is locked (flock) for as long as the process lives: the system lets go of
-it whatever the process dies of. Where the file system has no locks, the names alone decide.
+The file run.lock names the process and its host, and is locked (flock) while the process lives: the system releases the lock
+when the process ends, however it ends. If the file system has no locks, only the names decide.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ except ImportError:  # Windows
 _held: set[int] = set()  # descriptors of this process's locks
 
 
-def _let_go() -> None:
-    """In a forked loader process, which may outlive a killed trainer by seconds and would hold its lock."""
+def _close_inherited_locks() -> None:
+    """Closes inherited locks in a forked loader process, which may live seconds longer than a killed trainer."""
     while _held:
         os.close(_held.pop())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 class RunLock:
-    """Context in which FOLDER, made if need be, is this process's.
+    """Context that locks `folder` for this process, and makes it if necessary.
 
-    In the end run.lock is gone, and so are the folders that were made, unless something was put into them.
-    `note` says what there is to know where the file system has no locks.
+    At the end run.lock is removed, and so are the folders that were made, unless they contain files.
+    `note` is a warning if the file system has no locks, else None.
 
-    Errors: ConfigError for a folder in use, which names the process and its host; nothing in the folder was touched then.
+    Raises ConfigError for a folder in use, naming the process and its host; nothing in the folder is changed then.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,14 +60,14 @@ class RunLock:
         return self
 
     def __exit__(self, *_) -> None:
-        self.path.unlink(missing_ok=True)  # while it is locked: who opened it meanwhile sees that it is gone
+        self.path.unlink(missing_ok=True)  # while it is locked: a process that has opened it notices the removal
         if self._file is not None:
             _held.discard(self._file)
             os.close(self._file)
         self._remove_made()
 
     def _take(self) -> bool:
-        """False: another process removed the file, or the folder, in between."""
+        """Locks the file; False if another process removed the file or the folder in between."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -80,8 +80,8 @@ class RunLock:
             if reason is not None:
                 self._ask_names(file)
                 self.note = (
-                    f"{self.path} names this process, but cannot be locked ({reason}): of two starts in the same instant, "
-                    "neither sees the other; and after a crash another host's start asks to delete it"
+                    f"{self.path} names this process, but cannot be locked ({reason}): two runs that start at the same time "
+                    "do not notice each other, and after a crash a start on another host asks to delete the file"
                 )
             self._write_names(file)
             if reason is None:
@@ -115,12 +115,12 @@ class RunLock:
 
     def _remove_made(self) -> None:
         for path in self._made:
-            with contextlib.suppress(OSError):  # no longer empty
+            with contextlib.suppress(OSError):  # not empty any more
                 path.rmdir()
 
 
 def _lock(file: int) -> str | None:
-    """Locks it, or says why there are no locks. Errors: BlockingIOError if another process holds it."""
+    """Locks the file; returns the reason if the system has no locks. Raises BlockingIOError if another process holds it."""
     if fcntl is None:
         return "this system has no flock"
     try:
@@ -150,14 +150,14 @@ def _names(file: int) -> tuple[int | None, str | None]:
 
 def _who(file: int) -> str:
     pid, host = _names(file)
-    return "a process that is just starting does" if pid is None else f"process {pid} on host {host} does"
+    return "a process that is starting does" if pid is None else f"process {pid} on host {host} does"
 
 
 def _is_over(pid: int) -> bool:
-    """Of this host. The same number as ours is that of a process before us."""
+    """Whether the process `pid` of this host is alive. Our own number is that of an earlier process."""
     if pid == os.getpid():
         return True
-    if fcntl is None:  # where signal 0 is no question, but an end
+    if fcntl is None:  # signal 0 would end the process
         return False
     try:
         os.kill(pid, 0)

@@ -1,8 +1,8 @@
-"""The trainer: shards -> batches -> two towers -> loss -> AdamW, with everything needed to stop and to go on.
+"""The trainer: shards -> batches -> two towers -> loss -> AdamW, with stopping and resuming.
 
-run              takes the folder, sets up, restores, finishes; saves the last whole step when something fails
-_steps           the steps, and what is logged, evaluated and saved between them
-_batches         the endless stream of batches, epoch after epoch, micro-batches of a step together
+run              locks the folder, sets up, restores and finishes a run; after an error it saves the last whole step
+_steps           runs the steps, and logs, evaluates and saves between them
+_batches         yields the micro-batches of each step, epoch after epoch, without end
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from simplclip.train.step import TrainingError, train_step
 
 
 class Interrupted(UserError):
-    """A signal ended the run after a whole step; its state is saved."""
+    """A signal ended the run after a whole step, whose state is saved."""
 
 
 def run(
@@ -51,19 +51,21 @@ def run(
 ) -> Path:
     """Train as `config` says; returns the path of the last checkpoint.
 
-    memory_limit: bytes that the process is capped at, as `limits.MemoryLimit` says.
-    planner: what says how much memory a step takes, `simplclip.memory` for the command; data.micro_batch "auto" needs one.
+    memory_limit: most bytes of the process, see `limits.MemoryLimit`.
+    planner: a module that predicts the memory of a step, e.g. `simplclip.memory`; data.micro_batch "auto" needs one.
+    resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no stop. Without a last.pt the
+        run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command serves both.
 
     The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), tensorboard/, last.pt, numbered
-    checkpoints and curves.png, all from the first whole step on. resume: go on from last.pt there, on the CPU bit for bit as
-    if there had been no stop. Without a last.pt it says so and starts (as open_clip's `--resume latest`), so that one command
-    serves both.
+    checkpoints and curves.png, all after the first whole step.
 
-    Errors: ConfigError (a folder that holds a run already, or that another process trains in; a checkpoint of other
-    settings); TrainingError for any error once a step is done, with that error as its cause: the last whole step is saved
-    first, or the message says why it is not and which checkpoint is good; TrainingError also for a loss or gradient that is
-    not finite, and for out of memory, with what would fit; Interrupted (SIGINT or SIGTERM: the running step ends and the
-    state is saved). A start that fails leaves the folder as it was.
+    Raises:
+        ConfigError: the folder already holds a run or another process trains in it, or the checkpoint has other settings. A
+            start that fails leaves the folder unchanged.
+        TrainingError: any error after a step is done, which is its cause. The last whole step is saved first; otherwise the
+            message says why not, and which checkpoint is intact. Also a loss or gradient that is not finite, and out of
+            memory, with advice on what would fit.
+        Interrupted: SIGINT or SIGTERM; the running step is finished and the state saved.
     """
     with RunLock(Path(config.run.out)) as lock:
         return _run(config, resume, console or Console(), (memory_limit, planner), lock.note)
@@ -112,14 +114,14 @@ def _run(config: Config, resume: bool, console: Console, limits: tuple[int | Non
                     report.print(f"lock       {note}")
                 if auto:
                     micro = config.data.micro_batch
-                    told = f"{micro:,} images at a time" if micro else "the whole batch at a time"
-                    report.print(f"memory     {told} fit in {gib(limit.budget.usable)}, by simplclip plan")
+                    part = f"{micro:,} images at a time" if micro else "the whole batch at a time"
+                    report.print(f"memory     {part} fit in {gib(limit.budget.usable)}, by simplclip plan")
                 if resume and not state:
-                    report.print(f"resume     {out} holds no checkpoint yet: starting at step 0")
+                    report.print(f"resume     {out} has no checkpoint yet: starting at step 0")
                 elif state:
                     before, now = state["config"]["run"]["steps"], config.run.steps
                     longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
-                    report.print(f"resume     going on from step {this.step}{longer}")
+                    report.print(f"resume     continuing from step {this.step}{longer}")
                 if this.step < config.run.steps:
                     _steps(this, loader, splits, whole, stop, report, log)
             curves(out)
@@ -146,7 +148,7 @@ def _steps(
     report: Reporter,
     log: RunLog,
 ) -> None:
-    """Steps until the last one or a stop, whose state is saved."""
+    """Run the steps until the last one or a stop, and save the state."""
     c, speed = this.config.run, Speed()
     for batches in _batches(this, loader, report.print):
         row = train_step(this, batches)
@@ -168,39 +170,39 @@ def _steps(
 
 
 def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Config) -> Exception:
-    """What `run` raises for an error of its steps, after the last whole one is saved."""
+    """Save the last whole step; return the error that `run` raises for an error of its steps."""
     out, step = Path(config.run.out), whole.this.step + 1
     full = ran_out(error)
     if full:
-        traceback.clear_frames(error.__traceback__)  # which hold the step's activations
+        traceback.clear_frames(error.__traceback__)  # they hold the step's activations
         limit.lift()
     saved = whole.rescue(free=full)
     go_on = f" To go on: simplclip train {out / 'config.yaml'} --resume" if (out / "last.pt").exists() else ""
     if full:
-        where = saved or "No step was whole before it, so that nothing is saved."
+        where = saved or "No step was finished before it, so nothing is saved."
         change = f"{go_on} --set KEY=VALUE" if go_on else " To try again: the same command with --set KEY=VALUE"
         return TrainingError(f"step {step}: out of memory. {where} {_advice(limit, config)}{change}")
     if saved is None:
         return error
-    if isinstance(error, TrainingError):  # not finite: going on from there would come to the same
+    if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
         return TrainingError(f"{error}. {saved}")
-    told = str(error).strip().rstrip(".") or "no message"
-    return TrainingError(f"after step {step - 1}: {type(error).__name__}: {told}. {saved}{go_on}")
+    message = str(error).strip().rstrip(".") or "no message"
+    return TrainingError(f"after step {step - 1}: {type(error).__name__}: {message}. {saved}{go_on}")
 
 
 def _advice(limit: MemoryLimit, config: Config) -> str:
     try:
         return limit.advice(config)
-    except Exception as error:  # the advice must not hide what it is about
+    except Exception as error:  # an error of the planner must not hide the first one
         return f"simplclip plan has no advice: {error}."
 
 
-def _batches(this: Training, loader: data.Loader, tell: Callable[[str], None]) -> Iterator[list[dict[str, Any]]]:
-    """The batches of each step from where `this` stands, without end: one, or as many micro-batches as make the batch.
+def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -> Iterator[list[dict[str, Any]]]:
+    """Yields the micro-batches of each step, one or several, from the position of `this` on, without end.
 
     A step may take micro-batches of two epochs. The loader draws nothing from the global random generators.
     """
-    c, told, batches = this.config.data, None, []
+    c, last, batches = this.config.data, None, []
     wanted = c.batch_size // (c.micro_batch or c.batch_size)
     while True:
         for batch in loader.epoch(this.epoch, skip_batches=this.batch):
@@ -211,18 +213,18 @@ def _batches(this: Training, loader: data.Loader, tell: Callable[[str], None]) -
             if len(batches) == wanted:
                 yield batches
                 batches = []
-        if told != (news := loader.report()):  # the same news every epoch is no news
-            told = news
-            tell(f"data       epoch {this.epoch}: {news}")
+        if last != (report := loader.report()):  # only reports that differ from the last one
+            last = report
+            show(f"data       epoch {this.epoch}: {report}")
         this.epoch, this.batch = this.epoch + 1, 0
 
 
 def _own(value: Tensor) -> Tensor:
-    """A copy: what a loader's process hands over holds a file descriptor, and a step may have thousands of micro-batches."""
+    """A copy: a tensor from a loader process holds a file descriptor, and a step may have thousands of micro-batches."""
     return value if value.is_pinned() else value.clone()
 
 
-def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, tell: Callable[[str], None]) -> None:
+def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, show: Callable[[str], None]) -> None:
     this.model.eval()
     for name, split in splits.items():
         evaluation.encode(this.model, split, this.config.eval.batch_size, this.device, this.precision)
@@ -230,7 +232,7 @@ def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, 
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": this.step, "split": name, "direction": direction, **values})
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())
-            tell(f"evaluation {name} {direction.replace('_', ' ')}: {shown}")
+            show(f"evaluation {name} {direction.replace('_', ' ')}: {shown}")
     this.model.train()
 
 
@@ -255,7 +257,7 @@ def _loss(this: Training) -> str:
     if this.teacher is None:
         return f"{type(this.loss).__name__}: {weights}"
     stored = (
-        f"features of {this.teacher['name']}, {this.teacher['width']} wide, come from the shards; no teacher is in memory"
+        f"features of {this.teacher['name']}, {this.teacher['width']} wide, are read from the shards; no teacher is in memory"
     )
     return f"{type(this.loss).__name__}: {weights}; {stored}"
 
@@ -266,10 +268,10 @@ def _backend(this: Training, op: str, **call) -> str:
 
 
 def _blocks(this: Training) -> str:
-    """How many simplified blocks the model has, and what serves their parts."""
+    """The number of simplified blocks of the model, and the backends that run their parts."""
     found = [module for module in this.model.modules() if isinstance(module, SimplifiedBlock)]
     if not found:
-        return "none of simplclip's"
+        return "none simplified"
     attention = {_backend(this, "shaped_attention_fwd", width=block.width // block.heads) for block in found}
     mlp = _backend(this, "parallel_mlp_fwd")
     return f"{len(found)} simplified; shaped_attention is served by {' and '.join(sorted(attention))}, parallel_mlp by {mlp}"
@@ -278,4 +280,4 @@ def _blocks(this: Training) -> str:
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global generator, which other people's transforms draw from)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)

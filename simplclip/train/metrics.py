@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.csv, TensorBoard, and a progress bar or plain lines."""
+"""Output of a run's figures: metrics.csv, TensorBoard, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ except ImportError:  # Windows
 
 
 class CsvLog:
-    """A CSV file, one row per call, on disk after each.
+    """A CSV file to which each call writes one row to disk.
 
     columns: names, "step" among them. start: the step that the run continues after; rows behind it are cut, so that an
     interrupted and resumed run leaves the same rows as an undisturbed one.
@@ -58,17 +58,17 @@ class CsvLog:
 
 
 def _complete_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    """Rows of an earlier part of the run; a last line torn by a crash is left out."""
+    """Rows of an earlier part of the run, without a last line that a crash cut short."""
     with open(path, newline="", encoding="utf-8") as file:
         lines = [line for line in file if line.endswith("\n")]
     rows = csv.DictReader(lines)
     if rows.fieldnames is not None and list(rows.fieldnames) != columns:
-        raise InputError(f"{path}: expected the columns {', '.join(columns)}; got {', '.join(rows.fieldnames)}")
+        raise InputError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(rows.fieldnames)}")
     return [row for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory so far, MiB: of the GPU's allocator, or the process's resident set on a CPU (nan on Windows)."""
+    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (nan on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
@@ -87,7 +87,7 @@ class _Bar(Progress):
 
 
 class Reporter:
-    """Progress for a person: a bar in a terminal, else a line every `print_every` steps."""
+    """Shows progress: a bar in a terminal, else a line every `print_every` steps."""
 
     def __init__(self, console: Console, steps: int, start: int, print_every: int):
         self.console, self.steps, self.print_every = console, steps, print_every
@@ -124,7 +124,7 @@ class Reporter:
 
 
 def figures(row: Mapping[str, float]) -> str:
-    """The part of a row that a person watches, on one line."""
+    """The main figures of a row, on one line."""
     terms = "  ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in row.items() if name.endswith("_loss"))
     return (
         f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}  "
@@ -146,7 +146,7 @@ class Speed:
         return samples / self.seconds
 
     def pause(self) -> None:
-        """Leave out what is not training: a checkpoint, an evaluation."""
+        """Context whose time does not count, e.g. of a checkpoint or an evaluation."""
         self.last = time.perf_counter()
 
 
@@ -162,7 +162,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        """Closes all. What a full disk refuses then is an error, unless one is on its way already."""
+        """Closes all files. An error of a full disk is raised, unless another error is being handled."""
         failed = None
         for file in [*self._files.values(), *([self._writer] if self._writer else ())]:
             try:
@@ -180,7 +180,7 @@ class RunLog:
         if file not in self._files:
             self._files[file] = CsvLog(self.out / f"{file}.csv", list(row), self.start)
         self._files[file].write(row)
-        if self._tensorboard and not self._writer:  # not before: a start that fails leaves nothing
+        if self._tensorboard and not self._writer:  # not earlier, so that a failed start leaves no files
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)

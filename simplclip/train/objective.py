@@ -1,4 +1,4 @@
-"""What a run minimises: a loss of simplclip.losses, each of its terms times its weight at the step."""
+"""The objective of a run: a loss of simplclip.losses whose terms have weights that depend on the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simplclip import losses
 from simplclip.train.config import ConfigError, LossConfig
 
-# term -> the attribute of WIKDLoss and ClipPMLoss that switches it on
+# term -> the attribute of WIKDLoss and ClipPMLoss that enables it
 _SWITCHES = {
     "contrastive_loss": "contrastive_weight",
     "distill_loss": "relational_weight",
@@ -22,9 +22,9 @@ _SWITCHES = {
 
 
 def make_loss(config: LossConfig, width: int | None, teacher: Mapping[str, Any] | None) -> nn.Module:
-    """ClipPMLoss, or WIKDLoss where a term of a teacher is ever on, with every weight 1.
+    """ClipPMLoss, or WIKDLoss if any step has a term of a teacher, with every weight 1.
 
-    width: D of the student's features, needed beside a teacher and for plane="hadamard". teacher: its "width" D̂.
+    width: D of the student's features, needed with a teacher and for plane="hadamard". teacher: its "width" D̂.
     Errors: ConfigError for a teacher of another width without loss.projection.
     """
     on = {switch: float(term in config.weights) for term, switch in _SWITCHES.items()}
@@ -49,7 +49,7 @@ def make_loss(config: LossConfig, width: int | None, teacher: Mapping[str, Any] 
 
 
 class Objective:
-    """The weighted terms of a batch at a step of a run. `loss` is the module that make_loss made."""
+    """Computes the weighted terms of a batch at a step of a run. loss: the module that make_loss returned."""
 
     def __init__(self, config: LossConfig, loss: nn.Module, steps: int, teacher: Mapping[str, Any] | None):
         self.schedules, self.loss, self.steps, self.teacher = config.weights, loss, steps, teacher
@@ -65,7 +65,7 @@ class Objective:
         teacher_image: Tensor | None = None,  # [N, D̂]
         teacher_text: Tensor | None = None,  # [N k, D̂]
     ) -> dict[str, Tensor]:
-        """By name, in one order for the whole run; a term that is off at `step` is 0 and not computed.
+        """The terms by name, in one order for the whole run; a term of weight 0 at `step` is 0 and not computed.
 
         Each caption of an image makes a pair with it; pairs of one group are no negatives of each other.
         """

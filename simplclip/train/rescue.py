@@ -1,4 +1,4 @@
-"""What is saved when a run fails: its last whole step, to the bit, and what is said about it."""
+"""Saves the last whole step of a run that fails, bit for bit, and describes the result."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from simplclip.train.state import Training
 
 
 class LastStep:
-    """Where `this` stood after its last whole step.
+    """The state of `this` after its last whole step.
 
-    What a step that fails may have changed by then is kept apart: states of random generators, the place in the data, and the
+    It keeps copies of what a failing step may have changed: states of random generators, the position in the data, and the
     buffers of modules in training mode (a batch norm's statistics, which the forward pass changes). Parameters and the states
-    of optimizer, schedule and scaler change in the update alone, which `this.updating` tells.
+    of optimizer, schedule and scaler change only in the update, during which `this.updating` is set.
 
-    Memory: those buffers once more.
+    Memory: a copy of those buffers.
     """
 
     def __init__(self, this: Training, out: Path):
@@ -38,7 +38,7 @@ class LastStep:
         self._note_place()
 
     def take(self) -> None:
-        """Call after each whole step. The first of a run claims its folder, by config.yaml."""
+        """Call after each whole step. After the first one config.yaml is written."""
         for held, live in zip(_by_dtype(self._buffers), _by_dtype(self._changing)):
             torch._foreach_copy_(held, live)
         self._note_place()
@@ -52,12 +52,12 @@ class LastStep:
         checkpoint.save(self.out, state, self.this.config.run.keep, prune)
 
     def rescue(self, free: bool = False) -> str | None:
-        """Save the last whole step if that is not done, and say so; or why not, and which checkpoint is good.
+        """Save the last whole step if it is not saved. Returns a sentence: what is saved, or why not and what is intact.
 
-        free: let go of gradients first. None where there was no whole step, in this run nor in one that it goes on from.
+        free: free the gradients first. Returns None if there was no whole step, in this run or in one that it continues.
         """
         this, step = self.this, self._place["step"]
-        with undisturbed(tell=False):
+        with undisturbed(report=False):
             if free:
                 this.optimizer.zero_grad(set_to_none=True)
                 gc.collect()
@@ -68,14 +68,14 @@ class LastStep:
                 return f"Step {step} is saved in {self.last}."
             if this.updating:
                 reason = (
-                    f"The update of step {this.step + 1} was broken off, so that the weights are those of no whole step: "
-                    "they are not saved."
+                    f"The update of step {this.step + 1} was interrupted, so that the weights are not those of a whole step "
+                    "and are not saved."
                 )
             elif this.step == 0:
                 return None
             else:
                 try:
-                    if this.step != step:  # it failed, or was stopped, right behind the update
+                    if this.step != step:  # it failed, or was stopped, right after the update
                         self.take()
                     self.save(prune=False)
                     return f"Saved step {this.step} in {self.last}."
@@ -99,7 +99,7 @@ class LastStep:
 
 
 def _by_dtype(tensors: dict[str, Tensor]) -> list[list[Tensor]]:
-    """Copied together in one kernel each."""
+    """Groups the tensors by dtype, so that each group is copied by one kernel."""
     groups: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors.values():
         groups.setdefault(tensor.dtype, []).append(tensor)

@@ -1,4 +1,4 @@
-"""The model of a config, and that of a checkpoint."""
+"""Builds the model of a config or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from simplclip.train import config as configs
 
 
 def build_model(config: configs.Config) -> nn.Module:
-    """The model that `config` names, with random weights. Errors: ConfigError for options it does not take."""
+    """The model that `config` names, with random weights. Raises ConfigError for options that it does not accept."""
     try:
         return models.create(config.model.name, **config.model.options)
     except TypeError as error:
         raise configs.ConfigError(
-            f"model.options: {config.model.name} does not take {config.model.options}: {error}"
+            f"model.options: expected options of {config.model.name}, got {config.model.options}: {error}"
         ) from error
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, configs.Config, dict[str, Any]]:
-    """Model in eval mode, config and raw state of a checkpoint. Errors: FileNotFoundError, CheckpointError."""
+    """The model in eval mode, config and raw state of a checkpoint. Raises FileNotFoundError, CheckpointError."""
     state = checkpoints.load(path)
     config = configs.from_dict(state["config"])
     model = build_model(config)
@@ -33,6 +33,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     except RuntimeError as error:
         reasons = [line.strip() for line in str(error).splitlines()[1:]]
         raise checkpoints.CheckpointError(
-            f"{path}: its weights do not fit the architecture {config.model.name!r} of its config: {' '.join(reasons)[:300]}"
+            f"{path}: expected weights of {config.model.name!r}, the model of its config: {' '.join(reasons)[:300]}"
         ) from None
     return model.to(device).eval(), config, state

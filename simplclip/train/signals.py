@@ -1,4 +1,4 @@
-"""Stop a run between two steps instead of in the middle of one."""
+"""Stops a run between two steps instead of in the middle of one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame) -> None:
         if os.getpid() != self._process:
-            # A forked loader process: Ctrl-C reaches it too, but it must serve the last step; SIGTERM is meant for it.
+            # A forked loader process gets Ctrl-C too, but the last step needs it; SIGTERM ends it.
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -40,4 +40,4 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         # Not print(): a handler may run in the middle of one, and Python's buffered files are not reentrant.
-        os.write(2, f"\n{self.requested}: finishing this step, then saving; once more stops at once\n".encode())
+        os.write(2, f"\n{self.requested}: finishing this step, then saving; a second signal stops at once\n".encode())

@@ -1,4 +1,4 @@
-"""What is trained and where it stands: model, loss, optimizer, schedule; goes into a checkpoint and comes back from one."""
+"""The state of training: model, loss, optimizer and schedule, saved to and restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from simplclip.train.restore import build_model
 
 
 class Training:
-    """Model, loss, optimizer and where they stand. `batch` counts the loader's batches of `epoch` that were handed out.
+    """Model, loss, optimizer and their progress. `batch` is the number of the loader's batches used in `epoch`.
 
-    state: a checkpoint to go on from; without one the model starts from what config.inherit names.
+    state: a checkpoint to continue from; without one the model inherits the weights that config.inherit names.
     """
 
     STATEFUL = ("model", "loss", "optimizer", "schedule", "scaler")
@@ -51,16 +51,16 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = self.epoch = self.batch = 0
-        self.updating = False  # in the part of a step that cannot be undone
+        self.updating = False  # True while a step changes the parameters, which cannot be undone
         if state:
             self._restore(state)
 
     def read_teacher(self) -> dict[str, Any]:
-        """What the shards say of the teacher whose features they hold."""
+        """Name, width and scale of the teacher whose features the shards have."""
         return data.teacher_stamp(data.expand(self.config.data.train))
 
     def sources(self) -> Any:
-        """What the model inherits from, as `inherit` takes it."""
+        """The source of `inherit`."""
         return self.config.inherit.source
 
     def state(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Training:
         }
 
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Normalised features of a loader's batch: image [N, D], and text [N k, D] of its k captions an image."""
+        """Normalised features of a loader's batch: image [N, D], and text [N k, D] of its k captions per image."""
         with hardware.autocast(self.precision, self.device):
             image = batch["image"].to(self.device, non_blocking=True)
             text = batch["text"].to(self.device, non_blocking=True)
@@ -103,7 +103,7 @@ class Training:
         checkpoint.set_rng_state(state["rng"])
 
     def _width(self) -> int | None:
-        """D, where the loss has to know it."""
+        """D if the loss needs it, else None."""
         if self.config.loss.plane != "hadamard" and self.teacher is None:
             return None
         with torch.no_grad():
@@ -122,7 +122,7 @@ def recompute(model: nn.Module) -> None:
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW that decays matrices only: no norms, biases, gains, scales, tokens, nor the loss's own parameters."""
-    every = [p for p in model.parameters() if p.requires_grad]  # without what is frozen
+    every = [p for p in model.parameters() if p.requires_grad]  # without frozen ones
     decayed = [p for p in every if _is_matrix(p)]
     rest = [p for p in every if not _is_matrix(p)] + [p for p in loss.parameters() if p.requires_grad]
     o = config.optim
@@ -136,7 +136,7 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
 
 
 def _is_matrix(p: nn.Parameter) -> bool:
-    """Two dimensions that count: a layer scale [C, 1, 1] is a gain."""
+    """Whether a parameter has two dimensions above 1; a layer scale [C, 1, 1] is a gain."""
     return sum(n > 1 for n in p.shape) >= 2
 
 

@@ -17,7 +17,7 @@ MAX_LOGIT_SCALE = math.log(100)  # as open_clip
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot go on. Its cause, where there is one, is the error that ended it; the message says what is saved."""
+    """Training cannot continue. The message says what is saved; the cause, if any, is the error that ended it."""
 
 
 def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
@@ -34,10 +34,10 @@ def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, this.config.optim.grad_clip or math.inf)
 
-    # One wait for the device per step, before the update: a bad step leaves the parameters as they were.
+    # The step synchronises once, before the update, so that a bad step does not change the parameters.
     figures = {"loss": loss, **terms, "logit_scale": model.logit_scale.exp(), "grad_norm": norm}
     values = dict(zip(figures, torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist()))
-    # An infinite gradient is the scaler's business: it skips the step and lowers its scale.
+    # The scaler handles an infinite gradient: it skips the step and lowers its scale.
     watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]
     if not all(math.isfinite(values[k]) for k in watched):
         raise TrainingError(

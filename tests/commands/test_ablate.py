@@ -92,7 +92,7 @@ def test_every_variant_is_trained_and_counted_once(source, tmp_path, in_process,
     before = len(in_process)
     ablate.run(source, out, seeds=1)
     assert len(in_process) == before, "nothing is left to do"
-    with pytest.raises(ConfigError, match="holds an ablation with other settings: run.steps was 1, now 2"):
+    with pytest.raises(ConfigError, match="expected the settings of the ablation in .*, got others: run.steps was 1, now 2"):
         ablate.run(source, out, overrides=["run.steps=2"], seeds=1)
 
 
@@ -105,7 +105,7 @@ def test_a_run_that_fails_names_its_log(source, tmp_path, in_process):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("loss.relational_weight=0", "expected every part to be on, so that it can be left out; off: loss.relational_weight"),
+        ("loss.relational_weight=0", "expected every part to be enabled, got a config without: loss.relational_weight"),
         ("data.captions_per_image=1", "off: data.captions_per_image"),
         ("inherit.source=null", "inherit.source: expected weights to inherit from, got null"),
         ("eval.splits={}", "eval.splits: expected held-out data, got none"),
@@ -118,7 +118,7 @@ def test_what_it_refuses(source, tmp_path, change, message):
 
 
 def test_a_folder_with_other_things_is_left_alone(source, tmp_path):
-    with pytest.raises(ConfigError, match="out: expected a new or empty folder or an ablation's"):
+    with pytest.raises(ConfigError, match="out: expected a new or empty folder or that of an ablation"):
         ablate.run(source, tmp_path / "held")
     result = CliRunner().invoke(cli.app, ["ablate", source, "--out", str(tmp_path / "a"), "--start", "middle"])
     assert result.exit_code == 2

@@ -198,7 +198,7 @@ def test_ctrl_c_then_resume_then_evaluate(tmp_path):
         text=True,
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on from step {step}" in resumed.stdout
+    assert f"continuing from step {step}" in resumed.stdout
     assert f"done       step {step + 2}" in resumed.stdout
     assert len((out / "metrics.csv").read_text().splitlines()) == step + 3
 

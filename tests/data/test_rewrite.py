@@ -146,13 +146,13 @@ def test_files_that_no_longer_fit_are_dropped(folder, tmp_path):
     assert json.loads((tmp_path / "two" / "meta.json").read_text())["mark"] == STAMP["mark"]
     drop = {"mark.npy": "mark"}
     summary = run(tmp_path / "two" / "*.tar", tmp_path / "three", lambda b: [{}] * len(b), stamp={"n": {}}, drop=drop)
-    assert summary["notes"] == ["12 samples had mark.npy already; it is left out, since it no longer fits."]
+    assert summary["notes"] == ["12 samples already had mark.npy; it is dropped, since it no longer fits."]
     meta = json.loads((tmp_path / "three" / "meta.json").read_text())
     assert "mark" not in meta
     assert meta["captions"] == other["captions"]
     assert not any("mark" in name for name in members(tmp_path / "three" / "train-0.tar"))
     summary = run(tmp_path / "two" / "*.tar", tmp_path / "four", stamp={"mark": {"name": "new"}}, drop=drop)
-    assert summary["notes"] == ["12 samples had mark.npy already; it is made anew."]
+    assert summary["notes"] == ["12 samples already had mark.npy; it is made again."]
     assert json.loads((tmp_path / "four" / "meta.json").read_text())["mark"] == {"name": "new"}
 
 
@@ -172,10 +172,10 @@ def test_compressed_shards_become_plain_ones(tmp_path):
         ({"shards": "{train-0,copy/train-0}.tar"}, ValueError, "different names"),
         ({"out": "in"}, ValueError, "another folder than that of the input"),
         ({"out": "full"}, FileExistsError, "holds other files \\(notes.txt"),
-        ({"out": "in-too"}, FileExistsError, "holds others' meta.json"),
-        ({"out": "file"}, FileExistsError, "is a file"),
+        ({"out": "in-too"}, FileExistsError, "with another meta.json"),
+        ({"out": "file"}, FileExistsError, "expected a folder, got the file"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1, got 0"),
-        ({"shards": "{held-0,copy/train-0}.tar", "out": "new"}, ValueError, "'seed' differs"),
+        ({"shards": "{held-0,copy/train-0}.tar", "out": "new"}, ValueError, "got different 'seed' in"),
         ({"process": lambda batch: [], "out": "new"}, ValueError, "expected the files of 4 samples, got 0"),
     ],
 )
@@ -198,7 +198,7 @@ def test_wrong_arguments(folder, tmp_path, change, error, message):
 
 def test_one_process_writes_at_a_time(folder, tmp_path):
     def process(batch):
-        with pytest.raises(FileExistsError, match="another process"):
+        with pytest.raises(FileExistsError, match="no other process writes to, got"):
             run(folder / "train-0.tar", tmp_path / "out")
         return mark(batch)
 

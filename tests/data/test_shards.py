@@ -215,8 +215,8 @@ def test_shard_patterns(tmp_path):
     assert data.expand(str(folder / "*.tar")) == files == data.expand(str(folder / "train-{000000..000002}.tar"))
     assert data.expand([str(folder / "*0.tar"), str(folder / "train-00000[12].tar")]) == files
     for bad, message in (
-        (str(folder / "no-*.tar"), r"shards: .*pattern '.*no-\*\.tar' matches none"),
-        (str(folder / "train-{000000..000003}.tar"), r"shards: .*train-000003\.tar' does not exist"),
+        (str(folder / "no-*.tar"), r"shards: .*pattern '.*no-\*\.tar', which matches none"),
+        (str(folder / "train-{000000..000003}.tar"), r"shards: .*train-000003\.tar', which does not exist"),
         (str(folder), "shards: .*is a folder"),
         ([], "shards: .*empty list"),
     ):

@@ -171,7 +171,7 @@ def test_run_writes_table_json_and_pictures(trained, tmp_path):
     for name in ("one", "two"):
         assert min(Image.open(tmp_path / "out" / f"evaluation-{name}.png").size) > 800
     shown = text.getvalue()
-    assert "left out gone: " in shown
+    assert "skipped gone: " in shown
     assert "24 texts" in shown
     assert "(4.2%)" in shown
     with pytest.raises(ValueError, match="matches none"):
@@ -208,7 +208,7 @@ def test_splits_are_added_to_what_was_evaluated_before(trained, tmp_path):
     assert "nothing was evaluated" in text.getvalue()
     assert json.loads(file.read_text()) == both
     file.write_text("[1, 2")
-    with pytest.raises(ValueError, match="out: expected an evaluation to add splits to, or none, got .*evaluation.json"):
+    with pytest.raises(ValueError, match="out: expected no evaluation.json, or one to add splits to, got .*evaluation.json"):
         evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
     assert file.read_text() == "[1, 2"
 
@@ -247,12 +247,12 @@ def test_what_is_no_checkpoint_says_so(trained, tmp_path):
     torch.save({"state_dict": {}}, other)
     torch.save({"format": "simplclip", "x": Console}, unsafe)
     for path in (torn, other, unsafe):
-        with pytest.raises(checkpoint.CheckpointError, match=f"{path.name} is no simplclip checkpoint: "):
+        with pytest.raises(checkpoint.CheckpointError, match=f"{path.name}: expected a simplclip checkpoint, got "):
             load_model(path)
     state = checkpoint.load(trained / "run")
     state["config"]["model"]["options"] = {}
     torch.save(state, tmp_path / "wide.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="weights do not fit the architecture 'siclip-tiny'.*Missing key"):
+    with pytest.raises(checkpoint.CheckpointError, match="expected weights of 'siclip-tiny'.*Missing key"):
         load_model(tmp_path / "wide.pt")
     state["version"] = 99
     torch.save(state, tmp_path / "new.pt")

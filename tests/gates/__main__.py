@@ -30,7 +30,10 @@ def main() -> int:
     options = parser.parse_args()
     rows = []
     if extension.why_not() is None:
-        found = extension.compiled(options.arch or LIMITS)
+        wanted = set(options.arch or LIMITS)
+        if missing := sorted(wanted - extension.built()):
+            print(f"CUDA extension: not built for {missing}; SIMPLCLIP_CUDA_ARCHS=all pip install -e . builds for all")
+        found = extension.compiled(sorted(wanted & extension.built()))
         rows = extension.rows(found) + extension.launches(found)
     else:
         print(f"CUDA extension: {extension.why_not()}")

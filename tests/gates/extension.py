@@ -39,6 +39,11 @@ def why_not() -> str | None:
     return backends.cuda_extension_error
 
 
+def built() -> set[int]:
+    """The architectures that this machine's build has machine code for."""
+    return {int(part.split("+")[0].replace(".", "")) for part in backends.cuda_extension.architectures().split(";")}
+
+
 def demangled(symbol: str) -> str:
     name, arguments = re.search(r"\d([a-z_]+_kernel)(.*)", symbol).groups()
     found = re.match(r"I(?:NS\d_\d(\w+?)E)?((?:Li\d+E)*)E", arguments)

@@ -48,7 +48,17 @@ _TYPES = {
     "entropy": "fp32",
 }
 # Multiples of 16 in any call worth a table, as are the strides.
-_ALIGNED = ("d", "width", "teacher_width", "hidden", "out_stride", "plane_stride", "h_stride", "weight_stride", "grad_stride")
+_ALIGNED = (
+    "d",
+    "width",
+    "teacher_width",
+    "hidden",
+    "out_stride",
+    "matrix_stride",
+    "h_stride",
+    "weight_stride",
+    "grad_stride",
+)
 
 ATTENTION = {
     "fwd": _shaped_attention_fwd_kernel,

@@ -257,11 +257,11 @@ def test_a_checkpoint_with_learned_parameters_is_one_of_open_clips(single):
 @needs_trainer
 def test_a_checkpoint_without_learned_parameters_is_an_error_unless_asked_for(single):
     error = single.results[0]["pm-without-file"]["error"]
-    assert "expected the loss' learned parameters in" in error
-    assert error.endswith("epoch_1.loss, found no such file; --fresh-loss-parameters starts them anew")
+    assert "expected the learned parameters of the loss in" in error
+    assert error.endswith("epoch_1.loss, got no such file; --fresh-loss-parameters initialises them")
     assert len(single["pm-fresh"]["steps"]) == STEPS
     error = single.results[0]["pm-other"]["error"]
-    assert "epoch_2.loss: expected the loss' parameters {'plane_weight': (16,)" in error
+    assert "epoch_2.loss: expected parameters {'plane_weight': (16,)" in error
 
 
 @needs_trainer
@@ -359,8 +359,8 @@ def test_what_cannot_be_trained_is_an_error():
     [
         (["--siglip"], "--siglip: SigLIP's loss is not replaced by simplclip's losses"),
         (["--model", "coca_ViT-B-32"], "--model coca_ViT-B-32: CoCa's loss is not replaced"),
-        (["--feature-weight", "1"], "--feature-weight: expected a teacher beside it, --distill-model"),
-        (["--interactive", "kl", "--distill-model", "x"], "--interactive: expected a teacher beside it"),
+        (["--feature-weight", "1"], "--feature-weight: expected a teacher (--distill-model"),
+        (["--interactive", "kl", "--distill-model", "x"], "--interactive: expected a teacher ("),
         (["--pm-weight", "-1"], "--pm-weight: expected a weight of 0 or more, got -1"),
         (["--pm-plane", "affine"], "--pm-plane: invalid choice: 'affine'"),
         (["--no-such"], "unrecognized arguments: --no-such"),

@@ -202,7 +202,7 @@ def test_bad_teachers():
         WIKDLoss()(*student, (teacher[0],) * 2, teacher[1], teacher[2])
     with pytest.raises(ValueError, match=r"teacher_image: expected the 24 rows of image, got shape \[23, 16\]"):
         WIKDLoss()(*student, teacher[0][1:], teacher[1], teacher[2])
-    with pytest.raises(ValueError, match="teacher_text: expected the teacher's, needed by the term 'relational', got None"):
+    with pytest.raises(ValueError, match="teacher_text: expected a tensor, since the term 'relational' needs it, got None"):
         WIKDLoss()(*student, teacher[0], None, teacher[2])
     for term in ("interactive_weight", "feature_weight"):
         with pytest.raises(ValueError, match="teacher_dim: expected 20, the width of dist_image_features, since"):

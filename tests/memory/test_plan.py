@@ -17,8 +17,8 @@ from simplclip.memory.measure import measure
 from simplclip.memory.predict import predict
 from simplclip.memory.solve import largest
 from simplclip.memory.step import OpenClipStep, TrainerStep, busiest
-from simplclip.ops import backends, workspaces
-from simplclip.ops.workspaces_cpu import packing_bytes
+from simplclip.memory.workspaces import packing_bytes
+from simplclip.ops import backends
 from simplclip.train import config
 from simplclip.train.limits import GIB, Budget
 
@@ -199,12 +199,6 @@ def test_an_op_that_looks_at_values_is_an_error(op):
         predict(step, CPU)
 
 
-def test_an_unknown_workspace_is_an_error(monkeypatch):
-    monkeypatch.delitem(workspaces.STATED["cpu"], "parallel_mlp_bwd")
-    with pytest.raises(workspaces.UnknownWorkspace, match="parallel_mlp_bwd on backend cpu"):
-        predict(trainer("siclip-tiny-emoji", "fp32", "data.batch_size=8"), CPU)
-
-
 def test_the_largest_batch():
     def check(slope, offset, limit):
         asked = []
@@ -307,7 +301,7 @@ def test_the_command():
         (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "7"], "data.micro_batch: expected a divisor of"),
         (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "x"], "data.micro_batch: expected a whole number or"),
         (["siclip-lite0-emoji", "--memory", "1GiB", "--set", "data.train=none/*.tar", "--device", "cpu"],
-         "the pattern 'none/*.tar' matches none. To plan without the shards: --teacher-width"),
+         "the pattern 'none/*.tar', which matches none. To plan without the shards: --teacher-width"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments, message):

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import re
 from unittest import mock
 
 import pytest
@@ -12,10 +11,9 @@ from similarity import FEATURES, TEACHER, make_inputs
 from torch.utils._pytree import tree_leaves
 
 from simplclip.memory.measure import cpu_peak_bytes
+from simplclip.memory.workspaces import UnknownWorkspace, packing_bytes, workspace_bytes
 from simplclip.ops import backends, feature_loss, parallel_mlp, shaped_attention, similarity_loss, simplified_block
 from simplclip.ops.similarity.call import TERMS
-from simplclip.ops.workspaces import STATED, UnknownWorkspace, workspace_bytes
-from simplclip.ops.workspaces_cpu import packing_bytes
 
 SCALARS = 64  # bytes, of results that come after the peak
 # What oneDNN packs is fitted to AVX512-BF16; of AMX, and of float16 where AVX512-FP16 multiplies it, only a bound is known.
@@ -204,33 +202,29 @@ def test_packing_of_products(transposed):
         check(stated, measured, max(4096, measured // 100), f"{(m, n, k)}")
 
 
-def test_each_function_of_cpp_has_a_stated_workspace():
-    functions = {(name, backend) for name, row in backends.TABLE.items() for backend in row if backend in STATED}
-    assert functions == {(name, backend) for backend, stated in STATED.items() for name in stated}
+def test_a_function_without_a_workspace_is_an_error():
+    with pytest.raises(UnknownWorkspace, match="no workspace is stated for parallel_mlp_bwd on backend cuda"):
+        workspace_bytes("parallel_mlp_bwd", "cuda", *[torch.empty(8, 8)] * 3, "gelu", True)
 
 
-@pytest.mark.parametrize(
-    ("name", "backend", "reason"),
-    [
-        ("similarity_loss_fwd", "reference", "it is plain torch"),
-        ("similarity_rows_bwd", "reference", "it is plain torch"),
-        ("similarity_rows_bwd", "cpu", "it has no such backend"),
-        ("feature_loss_fwd", "triton", "predictions run its launchers themselves"),
-        ("feature_loss_fwd", "cuda", "it has no such backend"),
-        ("feature_loss_fwd", "rocm", "there is no such backend"),
-        ("softmax", "cpu", "there is no such op"),
-    ],
-)
-def test_unknown(name, backend, reason):
-    with pytest.raises(
-        UnknownWorkspace, match=re.escape(f"no workspace is stated for {name} on backend {backend}: {reason}")
-    ):
-        workspace_bytes(name, backend)
+def test_without_the_extension_the_reason_is_said(monkeypatch):
+    monkeypatch.setattr(backends, "extension", None)
+    monkeypatch.setattr(backends, "extension_error", "it was not built")
+    with pytest.raises(UnknownWorkspace, match="parallel_mlp_fwd on backend cpu cannot be predicted: it was not built"):
+        workspace_bytes("parallel_mlp_fwd", "cpu")
 
 
-def test_an_op_without_a_stated_workspace_is_unknown():
-    with (
-        mock.patch.dict(backends.TABLE, new_op={"cpu": None}),
-        pytest.raises(UnknownWorkspace, match="for new_op on backend cpu: "),
-    ):
-        workspace_bytes("new_op", "cpu")
+@pytest.mark.skipif(backends.cuda_extension is None, reason=f"no CUDA kernels: {backends.cuda_extension_error}")
+def test_cuda_attention_copies_what_is_not_aligned():
+    """Rows that begin at multiples of 16 bytes are read and written in place; an allocation counts in units of 512 bytes."""
+    joined = torch.empty(4, 50, 3 * 64 + 8, dtype=torch.bfloat16, device="meta")
+    inside, shifted = (joined[:, :, i : i + 192].unflatten(2, (3, 64)) for i in (8, 4))
+    gains, lse = torch.empty(3, 3, device="meta"), torch.empty(4, 3, 50, device="meta")
+    copy = 4 * 50 * 3 * 64 * 2
+    assert copy % 512 == 0
+    assert workspace_bytes("shaped_attention_fwd", "cuda", inside, inside, inside, gains, None, 1.0, False) == 0
+    assert workspace_bytes("shaped_attention_fwd", "cuda", inside, shifted, shifted, gains, None, 1.0, False) == 2 * copy
+    single = torch.empty_strided((1, 50, 3, 64), (3, 192, 64, 1), dtype=torch.bfloat16, device="meta")
+    assert workspace_bytes("shaped_attention_fwd", "cuda", single, single, single, gains, None, 1.0, False) == 0
+    args = [shifted, inside, inside, inside, gains, lse, None, 1.0, False, inside, shifted, inside]
+    assert workspace_bytes("shaped_attention_bwd", "cuda", *args) == 2 * copy + 512

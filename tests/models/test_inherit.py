@@ -221,7 +221,9 @@ def test_patterns_of_what_trains_on():
     assert all(torch.equal(state[name], tensor) for name, tensor in source.state_dict().items() if name not in new)
     assert model.get_submodule(f"{BACKBONE}.stem").train().training
     old = snapshot(model)
-    with pytest.raises(InheritanceError, match="train: 'visual.haed' matches no module.*visual.head"):
+    with pytest.raises(
+        InheritanceError, match="train: expected a pattern that matches a module, got 'visual.haed'; nearest: .*visual.head"
+    ):
         inherit(model, tiny(2), train="visual.haed")
     assert same(snapshot(model), old)
 
@@ -320,18 +322,18 @@ def bad_sources(folder):
     vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
     vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
     return {
-        folder / "no.pt": (FileNotFoundError, "no such file: .*no.pt"),
-        folder / "module.pt": (InheritanceError, "module.pt cannot be read as weights, without running code"),
-        folder / "text.pt": (InheritanceError, "text.pt cannot be read as weights"),
-        folder / "cut.safetensors": (InheritanceError, "cut.safetensors cannot be read as weights"),
+        folder / "no.pt": (FileNotFoundError, "source: expected a file, .* got .*no.pt"),
+        folder / "module.pt": (InheritanceError, "expected weights, readable without running code, got .*module.pt: "),
+        folder / "text.pt": (InheritanceError, "readable without running code, got .*text.pt: "),
+        folder / "cut.safetensors": (InheritanceError, "readable without running code, got .*cut.safetensors: "),
         folder / "list.pt": (InheritanceError, "expected a state dict in .*list.pt, got list"),
-        folder / "empty.pt": (InheritanceError, "empty.pt holds no tensors"),
-        "minilm": (InheritanceError, "this model has no place for 'minilm', it takes no pretrained weights"),
+        folder / "empty.pt": (InheritanceError, "expected weights, got .*empty.pt, which has no tensors"),
+        "minilm": (InheritanceError, "expected weights that this model takes .none by name., got 'minilm'"),
         "ViT-B-32/laion2b": (InheritanceError, "got ViT-B-32/laion2b; nearest tags: laion2b_e16"),
         "open_clip:ViT-B-23/x": (InheritanceError, "no tags for ViT-B-23; nearest models: .*'ViT-B-32'"),
         vit: (
             InheritanceError,
-            "3 of the 3. tensors of CLIP fit it; .* is .*there and .*here; .* \\(nearest: ",
+            "got CLIP, of whose 3. tensors 3 fit; .* is .* in the source and .* in the model; .* \\(nearest: ",
         ),
         3: (TypeError, "source: expected a module, a state dict, a path or a name, got int"),
         (): (InheritanceError, "expected at least one, got an empty list"),

@@ -280,7 +280,7 @@ def test_teacher_gets_no_gradient_and_one_warning_says_so(monkeypatch):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         feature_loss(student, teacher)
-    with pytest.warns(UserWarning, match="teacher requires a gradient, but is a constant here: it gets none"):
+    with pytest.warns(UserWarning, match="teacher requires a gradient, but is a constant here and gets none"):
         loss = feature_loss(student, teacher)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -137,7 +137,7 @@ def test_opcheck(backend):
     ("change", "error", "words"),
     [
         ({"x": torch.zeros(7, 5)}, ValueError, r"x: expected the width of fc1_weight, 6, .* got shape \[7, 5\]"),
-        ({"x": torch.zeros(0, 6)}, ValueError, "x: expected .* without an empty side"),
+        ({"x": torch.zeros(0, 6)}, ValueError, "x: expected .* without an empty dimension"),
         ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
         ({"x": torch.zeros(7, 6).int()}, TypeError, "x: expected float32.* got torch.int32"),
         ({"fc1_weight": torch.zeros(6)}, ValueError, r"fc1_weight: expected \[F, C\]"),

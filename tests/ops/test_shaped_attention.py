@@ -170,7 +170,7 @@ def test_memory_is_inputs_results_and_the_log_sum_exps(length, k):
         (
             {"q": torch.zeros(2, 0, 3, 4)},
             ValueError,
-            r"q: expected no empty side in \[B, L, H, K\], got shape \[2, 0, 3, 4\]",
+            r"q: expected \[B, L, H, K\] without an empty dimension, got shape \[2, 0, 3, 4\]",
         ),
         ({"k": torch.zeros(2, 6, 3, 4)}, ValueError, r"k: expected the shape of q.*\[2, 6, 3, 4\]"),
         ({"v": torch.zeros(2, 5, 3, 8)}, ValueError, r"v: expected the shape of q.*\[2, 5, 3, 8\]"),

@@ -78,7 +78,7 @@ BAD_CALLS = {
     "teacher missing": (
         dict(terms=("relational",)),
         ValueError,
-        "teacher_image: expected .* needed by the term 'relational'",
+        "teacher_image: expected .* term 'relational' needs it",
     ),
     "teacher's half missing": (dict(TEACHER, teacher_text=None), ValueError, "teacher_text: expected .* got None"),
     "teacher's scale missing": (dict(TEACHER, teacher_scale=None), ValueError, "teacher_scale: expected .* got None"),
@@ -130,7 +130,7 @@ def test_a_teacher_that_requires_a_gradient_is_warned_about_once_and_gets_none(m
     monkeypatch.setattr(checks, "_warned", set())
     teacher = GOOD.clone().requires_grad_()
     image = GOOD.clone().requires_grad_()
-    with pytest.warns(UserWarning, match="teacher_image requires a gradient, but is a constant here: it gets none"):
+    with pytest.warns(UserWarning, match="teacher_image requires a gradient, but is a constant here and gets none"):
         loss = similarity_loss(image, GOOD, 10.0, **{**TEACHER, "teacher_image": teacher})["relational"]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*requires a gradient")  # compiling warns of other things

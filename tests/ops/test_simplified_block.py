@@ -157,7 +157,7 @@ def test_opcheck(backend, keep):
     ("change", "error", "words"),
     [
         ({"x": torch.zeros(5, 12)}, ValueError, r"x: expected a tensor \[B, L, C\], got shape \[5, 12\]"),
-        ({"x": torch.zeros(2, 0, 12)}, ValueError, "x: expected .* without an empty side"),
+        ({"x": torch.zeros(2, 0, 12)}, ValueError, "x: expected .* without an empty dimension"),
         (
             {"alpha": torch.ones(5)},
             ValueError,
@@ -167,7 +167,7 @@ def test_opcheck(backend, keep):
         ({"qk_weight": torch.zeros(12, 12)}, ValueError, r"qk_weight: expected shape \[24, 12\], got \[12, 12\]"),
         ({"qk_weight": torch.zeros(24, 12).bfloat16()}, TypeError, "qk_weight: expected the dtype of x"),
         ({"norm": "batchnorm"}, ValueError, "norm: expected one of 'layernorm', 'rmsnorm', got 'batchnorm'"),
-        ({"norm": "rmsnorm"}, ValueError, "norm_bias: expected None, RMSNorm has no bias"),
+        ({"norm": "rmsnorm"}, ValueError, "norm_bias: expected None, since RMSNorm has no bias, got a tensor"),
         ({"norm_weight": torch.ones(12, device="meta")}, ValueError, "norm_weight: expected the device of x, cpu, got meta"),
         ({"mlp_gain": "1"}, TypeError, "mlp_gain: expected a number or a tensor with one element, got str"),
         ({"lengths": torch.tensor([6, 1])}, ValueError, "lengths: expected 0 to 5 valid tokens, got 6"),

@@ -140,7 +140,7 @@ def test_features_of_the_former_captions_go(weights, tmp_path):
     write(tmp_path / "a.tar", [(key, {**files, "teacher.npy": b"features", "seg.png": b"kept"})])
     (tmp_path / "meta.json").write_text(json.dumps({"teacher": {"name": "x"}, "kept": 1}))
     summary = run(tmp_path / "a.tar", tmp_path / "out", weights)
-    assert summary["notes"] == ["1 samples had teacher.npy already; it is left out, since it no longer fits."]
+    assert summary["notes"] == ["1 samples already had teacher.npy; it is dropped, since it no longer fits."]
     with tarfile.open(tmp_path / "out" / "a.tar") as tar:
         assert sorted(tar.getnames()) == [f"{key}.{suffix}" for suffix in ("json", "png", "seg.png", "txt")]
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
@@ -287,14 +287,14 @@ def test_command(source, weights, tmp_path):
     out = tmp_path / "other"
     cases = {
         "model: expected a CoCa model of open_clip, such as coca_": (out, "--model", "ViT-B-32", "--checkpoint", weights),
-        "'coca_ViT-B-33' is no model of open_clip": (out, "--model", "coca_ViT-B-33"),
+        "got 'coca_ViT-B-33', which is not a model of open_clip": (out, "--model", "coca_ViT-B-33"),
         "expected a file or a tag with the weights of coca_ViT-B-32, got neither": (out,),
         "got both": (out, *options, "--pretrained", "x"),
         "pretrained: expected one of ['laion2b_s13b_b90k'": (out, "--pretrained", "x"),
         "checkpoint: no such file": (out, "--checkpoint", tmp_path / "none.pt"),
         "checkpoint: expected a file of weights": (out, "--model", NAME, "--checkpoint", tmp_path / "text.pt"),
-        "wide.pt do not fit the model: Missing key(s)": (out, "--model", NAME, "--checkpoint", tmp_path / "wide.pt"),
-        "shape.pt do not fit the model: size mismatch for logit_scale": (
+        "wide.pt: Missing key(s)": (out, "--model", NAME, "--checkpoint", tmp_path / "wide.pt"),
+        "shape.pt: size mismatch for logit_scale": (
             out,
             "--model",
             NAME,
@@ -315,5 +315,5 @@ def test_command(source, weights, tmp_path):
         assert not out.exists()
     result = call("caption", source / "train-0.tar", "--out", out, *options, "--checkpoint", tmp_path / "nan.pt")
     assert result.exit_code == 2
-    assert "checkpoint: the model gives logits that are not finite" in result.output
+    assert "checkpoint: expected a model with finite logits, got" in result.output
     assert not list(out.glob("*.tar"))

@@ -138,7 +138,7 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
     teacher.write(source, tmp_path / "one", first, progress=False)
     second = teacher.load("open_clip:tiny", weights, precision="bf16")
     summary = teacher.write(str(tmp_path / "one" / "*.tar"), tmp_path / "two", second, progress=False)
-    assert summary["notes"] == ["24 samples had teacher.npy already; it is made anew."]
+    assert summary["notes"] == ["24 samples already had teacher.npy; it is made again."]
     assert teacher_stamp([str(tmp_path / "two" / "train-0.tar")])["precision"] == "bf16"
     with pytest.raises(ValueError, match="teacher.precision was 'fp32', now 'bf16'"):
         teacher.write(source, tmp_path / "one", second, progress=False)
@@ -153,16 +153,16 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
         (["--teacher", "open_clip:ViT-B-32/nowhere"], "expected a tag of ViT-B-32, one of openai"),
         (["--teacher", "siclip-tiny"], "checkpoint: expected a file for the teacher 'siclip-tiny'"),
         (["--teacher", "open_clip:tiny", "--checkpoint", "none.pt"], "checkpoint: no such file: "),
-        (["--teacher", "open_clip:tiny-wide", "--checkpoint", "tiny.pt"], "is no checkpoint of open_clip's tiny-wide: "),
-        (["--teacher", "open_clip:tiny", "--checkpoint", "garbage.pt"], "is no checkpoint of open_clip's tiny: "),
-        (["--teacher", "open_clip:tiny", "--checkpoint", "code.pt"], "is no checkpoint of open_clip's tiny: "),
-        (["--teacher", "siclip-tiny", "--checkpoint", "tiny.pt"], "is no simplclip checkpoint"),
-        (["--teacher", "open_clip:tiny", "--checkpoint", "nan.pt"], "gives features that are not finite"),
+        (["--teacher", "open_clip:tiny-wide", "--checkpoint", "tiny.pt"], "a checkpoint of open_clip's tiny-wide, got"),
+        (["--teacher", "open_clip:tiny", "--checkpoint", "garbage.pt"], "a checkpoint of open_clip's tiny, got"),
+        (["--teacher", "open_clip:tiny", "--checkpoint", "code.pt"], "a checkpoint of open_clip's tiny, got"),
+        (["--teacher", "siclip-tiny", "--checkpoint", "tiny.pt"], "expected a simplclip checkpoint, got"),
+        (["--teacher", "open_clip:tiny", "--checkpoint", "nan.pt"], "expected finite features, got others"),
         (["--checkpoint", "tiny.pt"], "expected heads instead for the built-in teacher"),
-        (["--heads", "garbage.pt"], "holds no heads of the built-in teacher"),
-        (["--heads", "other.safetensors"], "expected the mark simplclip-heads 1, got None None"),
-        (["--heads", "small.safetensors"], "its heads do not fit"),
-        (["--teacher", "open_clip:tiny", "--heads", "garbage.pt"], "which has no heads"),
+        (["--heads", "garbage.pt"], "expected heads of the built-in teacher, got"),
+        (["--heads", "other.safetensors"], "simplclip-heads 1, got None None"),
+        (["--heads", "small.safetensors"], "expected heads that fit; remove the file"),
+        (["--teacher", "open_clip:tiny", "--heads", "garbage.pt"], "'open_clip:tiny' has no heads"),
         (["--evaluate", "none.tar"], "does not exist"),
         (["--teacher", "open_clip:tiny", "--checkpoint", "tiny.pt", "--device", "tpu9"], "device: expected"),
         (["--precision", "int8"], "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
@@ -238,7 +238,7 @@ def test_heads_need_pairs_to_tell_apart(tmp_path):
     from pairs import png, write
 
     one = write(tmp_path / "a.tar", [("a", {"png": png(), "txt": b"one"}), ("b", {"png": b"broken", "txt": b"two"})])
-    with pytest.raises(data.EmptyEpochError, match="no two pairs to tell apart; 1 skipped: 1 not an image"):
+    with pytest.raises(data.EmptyEpochError, match="have only one group; 1 skipped: 1 not an image"):
         heads.train(one, progress=False)
 
 
@@ -284,7 +284,7 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     before = digests(tmp_path / "out")
     result = call(source / "*.tar", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "has the heads of" in result.output
+    assert "uses the heads of" in result.output
     assert "2 of 2 shards" in result.output
     assert digests(tmp_path / "out") == before
 

@@ -87,7 +87,7 @@ def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
         ("optim=3", "optim: expected a mapping, got 3 (int)"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
-        ("run.out.x=3", "--set run.out.x: run.out is no section, it holds 'runs/x' (str)"),
+        ("run.out.x=3", "--set run.out.x: run.out is not a section, it is 'runs/x' (str)"),
         ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
         ("run.out=[", "--set run.out: not valid YAML"),
     ],

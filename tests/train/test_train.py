@@ -33,7 +33,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path, mo
             go(parts)
     assert checkpoint.load(tmp_path / "parts")["step"] == stop
     torch.rand(3)  # another process starts from other random numbers
-    assert f"going on from step {stop}" in go(parts, resume=True)
+    assert f"continuing from step {stop}" in go(parts, resume=True)
     assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
     assert [row["step"] for row in rows(tmp_path / "parts")] == [str(i) for i in range(1, 8)]
@@ -157,7 +157,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     config = tiny.settings(tmp_path, "run.steps=2")
     go(config)
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
-    with pytest.raises(ConfigError, match="run.out: .* already holds a run; go on with it by --resume"):
+    with pytest.raises(ConfigError, match="run.out: expected a folder without a run, got .*; continue that run by --resume"):
         go(config)
     assert "done       step 2" in go(config, resume=True)  # nothing left to do
     assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}.keys() == before.keys()
@@ -188,7 +188,7 @@ def test_resume_checks_the_settings(tmp_path):
 
 def test_resume_with_nothing_there_says_so_and_starts(tmp_path):
     text = go(tiny.settings(tmp_path, "run.steps=1"), resume=True)
-    assert "holds no checkpoint yet: starting at step 0" in text
+    assert "has no checkpoint yet: starting at step 0" in text
     assert "done       step 1" in text
 
 
@@ -281,7 +281,7 @@ def test_numbered_checkpoints(tmp_path):
 
 def test_csv_refuses_other_columns(tmp_path):
     CsvLog(tmp_path / "m.csv", ["step", "loss"]).close()
-    with pytest.raises(ValueError, match="m.csv: expected the columns step, other; got step, loss"):
+    with pytest.raises(ValueError, match="m.csv: expected the columns step, other, got step, loss"):
         CsvLog(tmp_path / "m.csv", ["step", "other"])
 
 

@@ -93,7 +93,7 @@ def test_an_error_within_the_update_is_told(tmp_path, monkeypatch):
         return original(self, *args, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    told = "The update of step 4 was broken off.* not saved. The last checkpoint, .*last.pt of step 2, is intact"
+    told = "The update of step 4 was interrupted.* not saved. The last checkpoint, .*last.pt of step 2, is intact"
     with pytest.raises(train.TrainingError, match=told):
         go(config)
     assert checkpoint.load(tmp_path / "run")["step"] == 2

@@ -85,7 +85,7 @@ def test_a_place_in_the_epoch_that_other_micro_batches_do_not_have(tmp_path):
 def test_limits_that_cannot_be(monkeypatch):
     cpu = torch.device("cpu")
     for limit in (1 << 20, 1 << 60):
-        with pytest.raises(ValueError, match="--memory-limit: expected more than the .* MiB that are taken already"):
+        with pytest.raises(ValueError, match="--memory-limit: expected more than the .* MiB in use and at most"):
             limits.MemoryLimit(cpu, limit)
     monkeypatch.setattr(limits, "resource", None)
     with pytest.raises(ValueError, match="--memory-limit: expected a GPU or Linux"):

@@ -94,7 +94,7 @@ def test_micro_batches_give_the_whole_batches_gradient(tmp_path):
 
 
 def test_gradient_caching_refuses_batch_statistics(tmp_path):
-    with pytest.raises(ValueError, match="model: expected no statistics of batches, got BatchNorm"):
+    with pytest.raises(ValueError, match="model: expected no batch statistics, got BatchNorm"):
         go(tiny.settings(tmp_path, "data.micro_batch=4"))
 
 
@@ -185,7 +185,7 @@ def test_resume_of_a_checkpoint_from_before_these_settings(tmp_path):
         del state["config"]["data"][key]
     del state["frozen"]
     torch.save(state, last)
-    assert "going on from step 2" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
+    assert "continuing from step 2" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
 
 
 def work(config, changes, out, ready):

@@ -1,9 +1,9 @@
-// Backward of shaped attention, one head. Included after attention_forward_impl.h.
+// Backward of shaped attention, one head. Included after forward_impl.h.
 //
-// For some rows: logits again, dP = do v^T, from both dS and the mixing weights, and dq at once; dk and dv from a block of
-// rows when it is full. Everything of the gains lies in dP: its trace, its mean under the softmax and its plain mean.
+// For some rows it computes the logits again, dP = do v^T, from both dS and the mixing weights, and dq; dk and dv follow for
+// each full block of rows. The gradients of the gains are the trace of dP, its mean under the softmax and its plain mean.
 
-// In a row i: logits become scale dS, dp becomes the mixing weights; both are 0 behind the `count` visible keys.
+// In row i, logits are replaced by scale dS, and dp by the mixing weights; both are 0 after the `count` visible keys.
 inline void row_gradients(float* logits, float* dp, int64_t columns, int64_t count, float scale, float beta, float gamma, float lse,
                           double* gains) {
   const vi lanes = iota();
@@ -98,7 +98,7 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
         if (r < count) store_up_to(static_cast<T*>(grad.dq.data) + (i + r) * grad.dq.stride + c, x, width - c);
       });
     }
-    // Row i sees key j only from i = j on where causal; tiles of rows and of keys begin at the same tokens.
+    // If causal, key j is visible from row j on; tiles of rows and of keys begin at the same tokens.
     for (int64_t j = 0; j < (head.causal ? end : n); j += kTile) {
       const int64_t first = head.causal ? std::max(block, j) : block, at = (first - block) / kFloats * columns + j;
       const auto accumulate = [&](float* sums, const U* matrix, const U* right) {

@@ -7,7 +7,7 @@
 
 namespace simplclip {
 
-struct Rows {  // [L, K] of one head: rows of K floats that lie together
+struct Rows {  // [L, K] of one head: rows of K contiguous floats
   void* data;
   int64_t stride;  // floats from one row to the next
 };
@@ -16,7 +16,7 @@ struct AttentionHead {
   Rows q, k, v;
   Float type;      // of all tensors but lse
   int64_t length;  // L
-  int64_t valid;   // tokens that count: those behind are neither read nor, but for zeros, written
+  int64_t valid;   // valid tokens: padded ones are not read, and written only as zeros
   int64_t width;   // K
   bool causal;
   float scale, alpha, beta, gamma;

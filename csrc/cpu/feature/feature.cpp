@@ -1,4 +1,4 @@
-// feature_loss on a CPU: tasks of a fixed number of rows, whose sums are added in their order.
+// feature_loss on a CPU: tasks of a fixed number of rows, whose sums are added in order.
 #include "../instruction_set.h"
 #include "../tensors.h"
 
@@ -14,7 +14,7 @@ using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 constexpr int64_t kTaskRows = 16;
-constexpr int64_t kGrain = 32768;  // elements that are worth a thread
+constexpr int64_t kGrain = 32768;  // elements per thread, at least
 
 const void* row(const Tensor& t, int64_t i) { return element(t, i * t.size(1)); }
 
@@ -36,7 +36,7 @@ void for_tasks(const Tensor& student, const Tensor& teacher, const Tensor& inv_n
   });
 }
 
-// Returns the mean distance [] and the inverse norms of student and teacher [2, N] ([2, 0] where they are not normalised).
+// Returns the mean distance [] and the inverse norms of student and teacher [2, N] ([2, 0] without normalisation).
 std::tuple<Tensor, Tensor> feature_loss_fwd(const Tensor& student, const Tensor& teacher, bool smooth, double beta,
                                             bool normalize) {
   const FeatureKernels& isa = instruction_set().feature;

@@ -22,7 +22,7 @@ struct FeatureRows {
 // The functions of one instruction set.
 struct FeatureKernels {
   double (*forward)(const FeatureRows&);  // the sum of the distances
-  // grad [rows, D] in the student's type: factor times the gradient of the sum; squares have their 2 in the factor.
+  // grad [rows, D] in the student's type: factor times the gradient of the sum; for squares the factor includes the 2.
   void (*backward)(const FeatureRows&, float factor, void* grad);
 };
 

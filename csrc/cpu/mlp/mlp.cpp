@@ -1,4 +1,4 @@
-// The second half of parallel_mlp on a CPU, some rows of the hidden layer at a time: its activation lies in scratch only.
+// The second half of parallel_mlp on a CPU, some rows of the hidden layer at a time; its activation is only in scratch.
 #include "../instruction_set.h"
 #include "../tensors.h"
 #include "../transposed_sum.h"
@@ -15,7 +15,7 @@ using torch::stable::parallel_for;
 using torch::stable::transpose;
 
 constexpr int64_t kScratchBytes = 8 << 20;
-constexpr int64_t kGrain = 8192;  // floats that are worth a thread
+constexpr int64_t kGrain = 8192;  // floats per thread, at least
 
 Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
@@ -51,6 +51,17 @@ void put_bias(const Tensor& bias, Tensor& out, bool accumulate) {
   });
 }
 
+Tensor hidden_rows(const Tensor& h, Scratch& scratch) {
+  return scratch.take(h, {std::min(chunk_rows(h), h.size(0)), h.size(1)});
+}
+
+int64_t parallel_mlp_fwd_cpu_workspace(const Tensor& h, const Tensor&, const std::optional<Tensor>&, const std::string&, const Tensor&,
+                                   bool) {
+  Scratch scratch;
+  hidden_rows(h, scratch);
+  return scratch.bytes();
+}
+
 void parallel_mlp_fwd(const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& act, Tensor out,
                       bool accumulate) {
   expect_contiguous("h", h);
@@ -62,10 +73,11 @@ void parallel_mlp_fwd(const Tensor& h, const Tensor& weight, const std::optional
   const int64_t rows_of_chunk = chunk_rows(h);
   Tensor view = weight;
   const Tensor transposed = transpose(view, 0, 1);  // [F, C]
-  const Tensor scratch = new_empty(h, {std::min(rows_of_chunk, h.size(0)), h.size(1)});
+  Scratch scratch;
+  const Tensor hidden = hidden_rows(h, scratch);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
-    Tensor activated = rows(scratch, 0, count), to = rows(out, i, count);
+    Tensor activated = rows(hidden, 0, count), to = rows(out, i, count);
     activate(kind, rows(h, i, count), nullptr, activated);
     if (bias) put_bias(*bias, to, accumulate);
     if (bias || accumulate) mm_add(to, activated, transposed);
@@ -73,25 +85,45 @@ void parallel_mlp_fwd(const Tensor& h, const Tensor& weight, const std::optional
   }
 }
 
-// dh is written over h. Returns the gradient of the weight, [0, F] if it is not needed.
+struct Backward {
+  TransposedSum d_weight;
+  Tensor rows;
+
+  Backward(const Tensor& h, const Tensor& weight, bool need_weight, Scratch& scratch)
+      : d_weight(weight, need_weight, h.scalar_type() != ScalarType::Float && chunk_rows(h) < h.size(0), scratch),
+        rows(hidden_rows(h, scratch)) {}
+};
+
+int64_t parallel_mlp_bwd_cpu_workspace(const Tensor&, const Tensor& h, const Tensor& weight, const std::string&, bool need_weight) {
+  Scratch scratch;
+  Backward(h, weight, need_weight, scratch);
+  return scratch.bytes();
+}
+
+// Overwrites h by dh. Returns the gradient of the weight, [0, F] if it is not needed.
 Tensor parallel_mlp_bwd(const Tensor& grad, Tensor h, const Tensor& weight, const std::string& act, bool need_weight) {
   expect_contiguous("h", h);
   const Activation kind = activation_of(act);
   const int64_t rows_of_chunk = chunk_rows(h);
-  TransposedSum d_weight(weight, need_weight, h.scalar_type() != ScalarType::Float && rows_of_chunk < h.size(0));
-  const Tensor scratch = new_empty(h, {std::min(rows_of_chunk, h.size(0)), h.size(1)});
+  Scratch scratch;
+  Backward work(h, weight, need_weight, scratch);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
-    Tensor work = rows(scratch, 0, count), hidden = rows(h, i, count);
+    Tensor to = rows(work.rows, 0, count), hidden = rows(h, i, count);
     const Tensor d_out = rows(grad, i, count);
     if (need_weight) {
-      activate(kind, hidden, nullptr, work);
-      d_weight.add(d_out, work);
+      activate(kind, hidden, nullptr, to);
+      work.d_weight.add(d_out, to);
     }
-    mm_out(work, d_out, weight);
-    activate(kind, hidden, &work, hidden);
+    mm_out(to, d_out, weight);
+    activate(kind, hidden, &to, hidden);
   }
-  return d_weight.result();
+  return work.d_weight.result();
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
+  m.impl("parallel_mlp_fwd_cpu_workspace", TORCH_BOX(&parallel_mlp_fwd_cpu_workspace));
+  m.impl("parallel_mlp_bwd_cpu_workspace", TORCH_BOX(&parallel_mlp_bwd_cpu_workspace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

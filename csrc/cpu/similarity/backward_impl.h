@@ -1,4 +1,4 @@
-// Included after similarity_strip_impl.h, inside the namespace of an instruction set: backward of a strip.
+// Included after strip_impl.h, inside the namespace of an instruction set: backward of a strip.
 
 // Gradient of one softmax term: of the row by (lse, g), of column j by (col_lse, g_col), or by one exponential with the ratio.
 template <Softmax kind>
@@ -10,7 +10,7 @@ struct SoftmaxGradient {
       : lse(lse), g(g), shift(kind == Softmax::kShared ? std::exp(lse - top) : 0.0f), col_lse(col_lse), g_col(g_col),
         ratio(ratio) {}
 
-  // `z`: logits; `e` returns e^(z - lse) where the kind has it.
+  // `z`: logits; `e` returns e^(z - lse) if the kind has it.
   VINLINE vf operator()(vf z, int64_t j, int lanes, bool masked, vf& e, vf& e_col) const {
     if constexpr (kind != Softmax::kColumns) e = exp(z - lse);
     if constexpr (kind == Softmax::kShared) return e * (shift * load_column(ratio, j, lanes, masked) + g);

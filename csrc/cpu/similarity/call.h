@@ -1,5 +1,5 @@
-// The arguments of similarity_loss, in the order of simplclip/ops/similarity/call.py, from whose fields the schema is made: the
-// dispatcher's functions take SIMILARITY_PARAMETERS and make a SimilarityCall of them by SIMILARITY_CALL, nothing else does.
+// The arguments of similarity_loss, in the order of the fields in simplclip/ops/similarity/call.py, which define the schema. The
+// dispatcher's functions take SIMILARITY_PARAMETERS and make a SimilarityCall of them by SIMILARITY_CALL.
 #pragma once
 
 #include "../../layout.h"
@@ -10,7 +10,7 @@ namespace simplclip {
 
 enum Negatives : int64_t { kNoNegatives = 0, kAllNegatives = 1, kHardNegatives = 2 };
 
-// Rows of the statistics: RowStat and ColumnStat there.
+// Rows of the statistics: RowStat and ColumnStat of call.py.
 enum class Row {
   kLseStudent, kLseTeacher, kLseImageToTeacher, kPairMatching, kMeanStudent, kMeanImageToTeacher, kDiagonalStudent,
   kDiagonalHadamard, kDiagonalTeacher, kDiagonalImageToTeacher, kDiagonalTeacherToText, kNegatives, kCount

@@ -1,6 +1,6 @@
-// Included after similarity_strip_impl.h, inside the namespace of an instruction set: forward of a strip.
+// Included after strip_impl.h, inside the namespace of an instruction set: forward of a strip.
 
-// Raises the reference against which column sums are held, and shrinks the sums.
+// Raises the reference of the column sums, and rescales the sums.
 inline void raise(float& reference, float top, int64_t columns, float* sums, float* weighted) {
   if (!(top > reference)) return;
   if (reference > -kInf && sums) {
@@ -32,7 +32,7 @@ struct RowSums {
     raise(reference, tile_top, columns, sums, col_weighted);
     for (int r = 0; r < R; ++r) {
       weight[r] = top[r] > -kInf ? std::exp(top[r] - reference) : 0.0f;
-      if (top[r] == -kInf) top[r] = 0.0f;  // a row without negatives: every lane is dropped
+      if (top[r] == -kInf) top[r] = 0.0f;  // a row without negatives: every lane is masked
     }
   }
 
@@ -145,8 +145,8 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
   }
 }
 
-// Turns column sums held against `reference` into log-sum-exps, and weighted sums (or null) into means. A sum that may have lost
-// terms is formed afresh against its own column's highest logit. logit and value: (row, j, lanes) -> vector.
+// Turns column sums relative to `reference` into log-sum-exps, and weighted sums (or null) into means. A sum that may have lost
+// terms is computed again relative to its own column's highest logit. logit and value: (row, j, lanes) -> vector.
 template <class Logit, class Value>
 VINLINE void finish_columns(const Strip& s, float reference, float* sums, float* weighted, Logit&& logit, Value&& value) {
   for (int64_t j = 0; j < s.columns; j += W) {

@@ -1,11 +1,26 @@
-// similarity_rows on a CPU: cross-entropies of rows whose keys are constants. The softmax of a row is known as soon as the row
-// is, so that its chunk is multiplied once: backward is left with vectors.
+// similarity_rows on a CPU: cross-entropies of rows with constant keys. The softmax of a row needs only that row, so that each
+// chunk is computed once and backward has no matrix product.
 #include "sweep.h"
 
 #include <tuple>
 
 namespace simplclip {
 namespace {
+
+struct RowsScratch {
+  Tensor similarities, negatives;  // [chunk, M], [N]
+
+  RowsScratch(const Tensor& query, const Tensor& keys, int64_t chunk, Scratch& scratch)
+      : similarities(scratch.take(query, {std::min(chunk, query.size(0)), keys.size(0)})),
+        negatives(scratch.take(query, {query.size(0)}, ScalarType::Float)) {}
+};
+
+int64_t similarity_rows_cpu_workspace(Tensor query, Tensor keys, Tensor, std::optional<Tensor>, std::optional<Tensor>, int64_t, bool,
+                                  int64_t chunk) {
+  Scratch scratch;
+  RowsScratch(query, keys, chunk, scratch);
+  return scratch.bytes();
+}
 
 // Returns stats [2, N] (log-sum-exp over the negatives, similarity of the positive) and, where `attend`, the mean key of each row
 // under its softmax over the negatives [N, D] (else [0, D]).
@@ -19,13 +34,14 @@ std::tuple<Tensor, Tensor> similarity_rows(Tensor query, Tensor keys, Tensor sca
   const Ids small(ids, key_ids);
   chunk = std::min(chunk, n);
   Tensor stats = new_empty(query, {2, n}, ScalarType::Float), mean_keys = new_empty(query, {attend ? n : 0, d});
-  const Tensor scratch = new_empty(query, {chunk, m}), negatives = new_empty(query, {n}, ScalarType::Float);
+  Scratch scratch;
+  const RowsScratch work(query, keys, chunk, scratch);
   float *lse = data<float>(stats), *diagonal = lse + n;
   const std::vector<float> ones(kStripRows, 1.0f), zeros(kStripRows, 0.0f);
 
   for (int64_t first = 0; first < n; first += chunk) {
     const int64_t count = std::min(chunk, n - first);
-    Tensor sim = rows(scratch, 0, count);
+    Tensor sim = rows(work.similarities, 0, count);
     multiply(sim, rows(query, first, count), keys);
     parallel_for(0, strips_of(count), 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
@@ -42,7 +58,7 @@ std::tuple<Tensor, Tensor> similarity_rows(Tensor query, Tensor keys, Tensor sca
         ForwardOut out{};
         out.lse = lse + row;
         out.diagonal = diagonal + row;
-        out.negatives = data<float>(negatives) + row;
+        out.negatives = data<float>(work.negatives) + row;
         kernels.forward(strip, out, Terms::kSoftmax, is_bf16);
         if (!attend) continue;
         BackwardIn in{};
@@ -57,6 +73,10 @@ std::tuple<Tensor, Tensor> similarity_rows(Tensor query, Tensor keys, Tensor sca
     mm_out(to, sim, keys);
   }
   return {stats, mean_keys};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
+  m.impl("similarity_rows_cpu_workspace", TORCH_BOX(&similarity_rows_cpu_workspace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_rows_cpu", TORCH_BOX(&similarity_rows)); }

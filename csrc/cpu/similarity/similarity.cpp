@@ -1,5 +1,5 @@
-// similarity_loss on a CPU: a sweep over row chunks. Each chunk's matrices are read once by the strip kernels, and in backward
-// turned into their own gradients, from which two more products each give the gradients of the features.
+// similarity_loss on a CPU: a sweep over row chunks. The strip kernels read each chunk's matrices once, and in backward replace
+// them by their gradients, from which two products each give the gradients of the features.
 #include "sweep.h"
 #include "../transposed_sum.h"
 
@@ -12,22 +12,25 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Column statistics in the making: a log-sum-exp and perhaps a mean, from [strips, M] partials to [M].
+// Accumulates column statistics, a log-sum-exp and optionally a mean, from [strips, M] partials to [M].
 struct ColumnSums {
   Tensor lse_parts, mean_parts, own_lse;
   float *lse = nullptr, *mean = nullptr;
 
-  // `lse` null: the total is needed only to merge the mean.
-  ColumnSums(const Sweep& sweep, float* lse_to, float* mean_to) : lse(lse_to), mean(mean_to) {
+  ColumnSums(const Sweep& sweep, bool has_lse, bool has_mean, Scratch& scratch) {
     const Tensor& like = sweep.call.image;
-    lse_parts = new_empty(like, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
-    if (mean) mean_parts = new_empty(like, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
-    if (!lse) {
-      own_lse = new_empty(like, {sweep.m}, ScalarType::Float);
-      lse = data<float>(own_lse);
-    }
-    std::fill_n(lse, sweep.m, -kInf);
-    if (mean) std::fill_n(mean, sweep.m, 0.0f);
+    lse_parts = scratch.take(like, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
+    if (has_mean) mean_parts = scratch.take(like, {strips_of(sweep.chunk), sweep.m}, ScalarType::Float);
+    if (!has_lse) own_lse = scratch.take(like, {sweep.m}, ScalarType::Float);
+  }
+
+  // `lse_to` is null if the total is needed only to merge the mean; `mean_to` is null if there is no mean.
+  void start(float* lse_to, float* mean_to) {
+    const int64_t m = lse_parts.size(1);
+    lse = lse_to ? lse_to : data<float>(own_lse);
+    mean = mean_to;
+    std::fill_n(lse, m, -kInf);
+    if (mean) std::fill_n(mean, m, 0.0f);
   }
 
   void parts_of(int64_t strip, float*& lse_part, float*& mean_part) const {
@@ -45,23 +48,46 @@ struct ColumnSums {
   }
 };
 
+// What forward works with: the sweep, and the sums of its columns as far as a call has them.
+struct Forward {
+  Sweep sweep;
+  std::optional<ColumnSums> student, teacher, text, teacher_of_text;
+
+  Forward(const SimilarityCall& call, Scratch& scratch) : sweep(call, nullptr, scratch) {
+    if (!call.columns) return;
+    if (call.softmax) student.emplace(sweep, true, call.negatives == kHardNegatives, scratch);
+    if (call.relational) teacher.emplace(sweep, true, true, scratch);
+    if (call.interactive) text.emplace(sweep, true, false, scratch);
+    if (call.interactive) teacher_of_text.emplace(sweep, !call.relational, true, scratch);
+  }
+};
+
+int64_t similarity_loss_fwd_cpu_workspace(SIMILARITY_PARAMETERS) {
+  const SimilarityCall call = SIMILARITY_CALL;
+  Scratch scratch;
+  Forward(call, scratch);
+  return scratch.bytes();
+}
+
 // Returns rows [12, N], columns [6, M] and the stored rows of the matrices: see reference.py.
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
   const SimilarityCall call = SIMILARITY_CALL;
-  Sweep sweep(call, nullptr);
+  Scratch scratch;
+  Forward work(call, scratch);
+  Sweep& sweep = work.sweep;
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m;
 
-  Tensor row_stats = new_zeros(image, {int64_t(Row::kCount), n}, ScalarType::Float), column_stats = new_zeros(image, {int64_t(Column::kCount), m}, ScalarType::Float);
+  Tensor row_stats = new_zeros(image, {int64_t(Row::kCount), n}, ScalarType::Float);
+  Tensor column_stats = new_zeros(image, {int64_t(Column::kCount), m}, ScalarType::Float);
   auto row = [&](Row stat, int64_t i) { return data<float>(row_stats) + int64_t(stat) * n + i; };
   auto col = [&](Column stat) { return data<float>(column_stats) + int64_t(stat) * m; };
-
-  std::optional<ColumnSums> student_sums, teacher_sums, text_sums, teacher_sums_of_text;
   float* const hard = negatives == kHardNegatives ? col(Column::kPairMatching) : nullptr;
-  if (columns && softmax) student_sums.emplace(sweep, col(Column::kLseStudent), hard);
-  if (columns && relational) teacher_sums.emplace(sweep, col(Column::kLseTeacher), col(Column::kMeanStudent));
-  if (columns && interactive) text_sums.emplace(sweep, col(Column::kLseTeacherToText), nullptr);
-  if (columns && interactive) teacher_sums_of_text.emplace(sweep, relational ? nullptr : col(Column::kLseTeacher), col(Column::kMeanTeacherToText));
+  if (work.student) work.student->start(col(Column::kLseStudent), hard);
+  if (work.teacher) work.teacher->start(col(Column::kLseTeacher), col(Column::kMeanStudent));
+  if (work.text) work.text->start(col(Column::kLseTeacherToText), nullptr);
+  float* const lse_teacher = relational ? nullptr : col(Column::kLseTeacher);
+  if (work.teacher_of_text) work.teacher_of_text->start(lse_teacher, col(Column::kMeanTeacherToText));
 
   sweep.for_chunks([&](int64_t first, int64_t count) {
     Tensor teacher_chunk;
@@ -82,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
     };
     if (sweep.hadamard_weight) sweep.load_hadamard(first, count);
     if (sweep.student)
-      reduce(*sweep.student, sweep.terms(), relational, student_sums, teacher_sums, [&](ForwardOut& out, int64_t i) {
+      reduce(*sweep.student, sweep.terms(), relational, work.student, work.teacher, [&](ForwardOut& out, int64_t i) {
         out.lse = row(Row::kLseStudent, i);
         out.match = row(Row::kPairMatching, i);
         out.diagonal = row(Row::kDiagonalStudent, i);
@@ -100,13 +126,13 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
         out.teacher_diagonal = row(Row::kDiagonalTeacher, i);
       });
     if (sweep.teacher_to_text)
-      reduce(*sweep.teacher_to_text, Terms::kSoftmax, true, text_sums, teacher_sums_of_text,
+      reduce(*sweep.teacher_to_text, Terms::kSoftmax, true, work.text, work.teacher_of_text,
              [&](ForwardOut& out, int64_t i) { out.diagonal = row(Row::kDiagonalTeacherToText, i); });
   });
   return {row_stats, column_stats, sweep.stored};
 }
 
-// How one softmax's gradients are formed; fills ratios where one exponential serves rows and columns, which it does unless a
+// How the gradients of one softmax are computed; fills ratios if one exponential suffices for rows and columns, i.e. unless a
 // row's e^(z - r) could underflow where the column's e^(z - c) does not.
 struct Sharing {
   std::vector<float> ratio;
@@ -130,6 +156,33 @@ struct Sharing {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// What backward works with.
+struct Backward {
+  Sweep sweep;
+  Tensor hadamard_grad;  // [chunk, D]: a chunk's gradient to the image features times w
+  TransposedSum d_text, d_projected_text;
+
+  Backward(const SimilarityCall& call, const Tensor& stored, bool need_text, Scratch& scratch)
+      : sweep(call, &stored, scratch),
+        hadamard_grad(scratch.take(call.image, {call.has_hadamard() ? sweep.chunk : 0, sweep.d})),
+        d_text(call.text, need_text, sweep.is_bf16 && (several() || (shares_text(call) && sweep.student)), scratch),
+        d_projected_text(call.projected_text ? *call.projected_text : call.text, call.projected_text.has_value(),
+                         sweep.is_bf16 && several(), scratch) {}
+
+ private:
+  bool several() const { return sweep.chunk < sweep.n || sweep.stored_rows % sweep.n != 0; }
+  bool shares_text(const SimilarityCall& call) const {
+    return call.has_hadamard() || (call.has_teacher_to_text() && !call.projected_text);
+  }
+};
+
+int64_t similarity_loss_bwd_cpu_workspace(SIMILARITY_PARAMETERS, Tensor, Tensor, Tensor, Tensor, Tensor stored, bool, bool need_text) {
+  const SimilarityCall call = SIMILARITY_CALL;
+  Scratch scratch;
+  Backward(call, stored, need_text, scratch);
+  return scratch.bytes();
+}
+
 // Returns d_image, d_text (empty when not needed), d_scale, d_projected_image, d_projected_text (empty when not given),
 // d_cross_scale, d_plane_weight (empty without), d_plane_bias.
 Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor grad_columns, Tensor row_stats,
@@ -139,14 +192,16 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
   expect_contiguous("grad_columns", grad_columns);
   expect_contiguous("row_stats", row_stats);
   expect_contiguous("column_stats", column_stats);
-  Sweep sweep(call, &stored);
+  Scratch scratch;
+  Backward work(call, stored, need_text, scratch);
+  Sweep& sweep = work.sweep;
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
   const bool hadamard = call.has_hadamard();
   auto row = [&](const Tensor& from, Row stat) { return data<const float>(from) + int64_t(stat) * n; };
   auto col = [&](const Tensor& from, Column stat) { return data<const float>(from) + int64_t(stat) * m; };
 
-  // Arguments of the strip kernels for a student's matrix; the pointers to rows are moved to each strip.
+  // Arguments of the strip kernels for one of the student's matrices; the pointers to rows are advanced for each strip.
   BackwardIn student_in{}, image_in{}, text_in{};
   Softmax student_kind = Softmax::kRows;
   student_in.lse = row(row_stats, Row::kLseStudent);
@@ -188,14 +243,10 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
     if (teacher) student_in.teacher_ratio = teacher->ratio.data();
   }
 
-  const bool several = sweep.chunk < n || sweep.stored_rows % n != 0;
-  const bool shared_text = hadamard || (sweep.teacher_to_text && !projected_text);
   Tensor d_image = new_empty(image, {need_image ? n : 0, d});
   Tensor d_projected = projected_image ? new_empty(*projected_image, projected_image->sizes()) : new_empty(image, {0, d});
-  TransposedSum d_text(text, need_text, sweep.is_bf16 && (several || (shared_text && sweep.student)));
-  TransposedSum d_projected_text(projected_text ? *projected_text : text, projected_text.has_value(), sweep.is_bf16 && several);
+  TransposedSum &d_text = work.d_text, &d_projected_text = work.d_projected_text;
   Tensor d_weight = plane_weight ? new_zeros(*plane_weight, plane_weight->sizes()) : new_empty(image, {0}, ScalarType::Float);
-  Tensor hadamard_grad = new_empty(image, {hadamard ? sweep.chunk : 0, d});
 
   std::vector<BackwardOut> parts(strips_of(sweep.chunk));
   double scale_sum = 0, cross_sum = 0, p_sum = 0, q_sum = 0;
@@ -229,7 +280,7 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
     }
     if (hadamard) {
       const Tensor h = rows(sweep.hadamard, 0, count);
-      Tensor hy = rows(hadamard_grad, 0, count);
+      Tensor hy = rows(work.hadamard_grad, 0, count);
       mm_out(hy, h, text);
       const float* w = sweep.hadamard_weight->const_data_ptr<float>();
       float* dw = d_weight.mutable_data_ptr<float>();
@@ -259,7 +310,7 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
       (projected_text ? d_projected_text : d_text).add(g, rows(*teacher_image, first, count));
     }
   });
-  if (!sweep.student && (projected_image || !sweep.image_to_teacher)) d_image = new_zeros(image, {need_image ? n : 0, d});
+  if (!sweep.student && (projected_image || !sweep.image_to_teacher)) torch::stable::zero_(d_image);
 
   auto number = [&](double value) {
     Tensor out = new_zeros(image, {}, ScalarType::Float);
@@ -269,6 +320,11 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
   if (plane_weight && !hadamard) *d_weight.mutable_data_ptr<float>() = float(p_sum);
   return {d_image, d_text.result(), number(scale_sum), d_projected, d_projected_text.result(), number(cross_sum), d_weight,
           number(q_sum)};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
+  m.impl("similarity_loss_fwd_cpu_workspace", TORCH_BOX(&similarity_loss_fwd_cpu_workspace));
+  m.impl("similarity_loss_bwd_cpu_workspace", TORCH_BOX(&similarity_loss_bwd_cpu_workspace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -21,7 +21,7 @@ inline float to_float(bf16 x) {
 
 inline void assign(float& to, float x) { to = x; }
 
-// Rounds to nearest even; a NaN stays a NaN.
+// Rounds to nearest even; keeps NaN.
 inline void assign(bf16& to, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof x);
@@ -30,14 +30,14 @@ inline void assign(bf16& to, float x) {
 
 constexpr int64_t kStripRows = 64;
 
-// What the student's matrix is reduced to: softmax statistics, pair matching over all negatives, or over hard negatives.
+// Statistics of the student's matrix: softmax, pair matching over all negatives, or over hard negatives.
 enum class Terms { kSoftmax, kSoftmaxAll, kSoftmaxHard, kAll };
 
 // Which softmaxes have a gradient. Shared: rows and columns, by one exponential, e^(z - c) = e^(z - r) e^(r - top) e^(top - c).
-// Apart: by two, where the statistics lie too far apart for that.
+// Apart: by two exponentials, if the statistics are too far apart for that.
 enum class Softmax { kShared, kApart, kRows, kColumns };
 
-// One strip's inputs. A pair is dropped from the negatives when it is the positive or when its ids are equal.
+// One strip's inputs. The positive and pairs with equal ids are not negatives.
 struct Strip {
   const void* sim;          // [rows, M] float or bf16: the student's similarities S, logits z = scale S
   void* grad;               // [rows, M] same dtype, backward: dL/dS; may be sim itself
@@ -55,7 +55,7 @@ struct Strip {
   float entropy;            // 1: means are of t - z; 0: of -z
 };
 
-// Null where not asked for; with a teacher, teacher_lse and mean come together.
+// Null if not needed; teacher_lse and mean are both null or both not.
 struct ForwardOut {
   float* lse;               // [rows] log-sum-exp of z over the row's negatives
   float* match;             // [rows] sum of softplus(l) over the negatives; hard: its mean under the row's softmax
@@ -71,7 +71,7 @@ struct ForwardOut {
   float* col_mean;          // [M]
 };
 
-// Statistics of the whole rows and columns, and the loss's gradients to them.
+// Statistics of whole rows and columns, and the loss's gradients with respect to them.
 struct BackwardIn {
   const float *lse, *g_lse, *g_match, *teacher_lse, *g_mean, *g_diagonal, *g_plane_diagonal;  // [rows]
   const float *col_lse, *g_col_lse, *g_col_match, *col_teacher_lse, *g_col_mean;              // [M]
@@ -81,7 +81,7 @@ struct BackwardIn {
 };
 
 struct BackwardOut {
-  double scale, p, q;  // this strip's share of the gradients of s, p, q, the positives apart
+  double scale, p, q;  // this strip's share of the gradients of s, p, q, without the positives
 };
 
 // The functions of one instruction set.

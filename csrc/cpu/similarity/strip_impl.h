@@ -1,10 +1,10 @@
-// Included after vec.h, inside the namespace of an instruction set. See similarity_strip.h.
+// Included after vec.h, inside the namespace of an instruction set. See strip.h.
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-// A column sum below this may have lost terms that underflowed against the strip's reference: it is then summed afresh.
+// A column sum below this may have lost terms that underflowed relative to the strip's reference; it is summed again.
 constexpr float kLostBelow = 1e-28f;
 
-// Calls f(j, lanes, masked) for every block of W columns; masked is true where a lane may have to be dropped.
+// Calls f(j, lanes, masked) for every block of W columns; masked is true if a lane may have to be masked.
 template <class F>
 VINLINE void for_blocks(int64_t columns, int64_t first_label, int64_t labels, bool mask_all, F&& f) {
   const int64_t full = columns / W * W;
@@ -17,7 +17,7 @@ VINLINE void for_blocks(int64_t columns, int64_t first_label, int64_t labels, bo
   if (full < columns) f(full, int(columns - full), std::true_type{});
 }
 
-// Lanes of block j that are no negatives of row i.
+// Lanes of block j that are not negatives of row i.
 VINLINE vi dropped_lanes(const Strip& s, int64_t i, int64_t j, int lanes) {
   const vi lane = iota();
   vi drop = (lane + int32_t(j)) == int32_t(s.label + i);
@@ -38,7 +38,7 @@ VINLINE void store_column(float* p, int64_t j, vf v, int lanes, bool masked) {
   masked ? store(p + j, v, lanes) : store(p + j, v);
 }
 
-// The log of a sum held against a reference; -inf where the sum is empty, NaN where it is NaN.
+// The log of a sum relative to a reference; -inf if the sum is empty, NaN if it is NaN.
 VINLINE vf lse_of(vf total, vf reference) { return total > 0.0f ? reference + log(total) : (total == 0.0f ? splat(-kInf) : total); }
 
 void merge(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,

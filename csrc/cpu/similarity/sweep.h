@@ -1,9 +1,10 @@
-// The row-chunk sweep of similarity_loss on a CPU: which similarity matrices a call forms, and their scratch. A chunk is some
+// The row-chunk sweep of similarity_loss on a CPU: the similarity matrices that a call needs, and their scratch. A chunk is some
 // rows of them, all columns, each computed by one matrix product. Forward keeps the first `stored` rows, so that backward need
-// not compute them again. Chunk and stored rows are the only memory that grows with N*M, and byte budgets bound both.
+// not compute them again. Chunk and stored rows are the only memory that grows with N*M, and both have byte budgets.
 #pragma once
 
 #include "../instruction_set.h"
+#include "../../scratch.h"
 #include "call.h"
 
 #include <algorithm>
@@ -23,15 +24,15 @@ struct Matrix {
   Tensor a, b;          // [N, *], [M, *]
   float scale = 1;
   Tensor kept;          // [stored rows, M]
-  Tensor scratch;       // [chunk, M], the students' is one
+  Tensor scratch;       // [chunk, M]; the student's matrices share one
 };
 
-// The ids as small integers: equal where the ids are equal.
+// The ids as small integers, which are equal if the ids are equal.
 struct Ids {
   std::vector<int32_t> row, column;
 
   Ids(const std::optional<Tensor>& ids, const std::optional<Tensor>& text_ids) {
-    if (!ids) return;
+    if (!ids || !ids->const_data_ptr()) return;  // a meta tensor has none
     expect_contiguous("ids", ids);
     expect_contiguous("text_ids", text_ids);
     std::unordered_map<int64_t, int32_t> rank;
@@ -50,7 +51,7 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// out = a b^T. In fp32 in blocks: MKL is 15% faster on an operand that stays in the second-level cache (seen on Zen 4).
+// out = a b^T. In fp32 in blocks: MKL is 15% faster with an operand in the second-level cache (seen on Zen 4).
 inline void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
   const bool is_bf16 = a.scalar_type() == ScalarType::BFloat16;
   const int64_t count = a.size(0), columns = b.size(0);
@@ -77,13 +78,16 @@ struct Sweep {
   std::optional<Tensor> hadamard_weight; // [D]: the hyperplane's w
   Tensor hadamard, weighted;             // [chunk, M], [chunk, D]: (x*w) y^T, x*w
 
-  // `kept` is forward's result in backward; nothing else is read from the store in forward.
-  Sweep(const SimilarityCall& call, const Tensor* kept)
+  // In backward `kept` is forward's result; forward does not read the store.
+  Sweep(const SimilarityCall& call, const Tensor* kept, Scratch& scratch)
       : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(call.chunk, n)),
         stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)), is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
     call.expect_layout();
     if (kept) expect_contiguous("stored", *kept);
-    auto number = [](const std::optional<Tensor>& s) { return *s->const_data_ptr<float>(); };
+    auto number = [](const std::optional<Tensor>& s) {
+      const float* value = s->const_data_ptr<float>();
+      return value ? *value : 0;  // a meta tensor has none
+    };
     if (call.has_student()) student = Matrix{call.image, call.text, number(call.scale), {}, {}};
     if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale), {}, {}};
     if (call.interactive) {
@@ -93,21 +97,21 @@ struct Sweep {
       if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale), {}, {}};
     }
     stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? call.matrices() : 0, this->stored_rows, m});
-    // The students take turns in one scratch; in backward it holds gradients where the products themselves are stored.
+    // The student's matrices use one scratch in turn; in backward it holds the gradients of stored products.
     const int64_t missing = this->stored_rows < n ? this->chunk : 0;
-    const Tensor students = new_empty(call.image, {kept ? this->chunk : missing, m});
+    const Tensor students = scratch.take(call.image, {kept ? this->chunk : missing, m});
     int64_t slot = 0;
     for (auto* matrix : {&student, &teacher, &image_to_teacher, &teacher_to_text})
       if (*matrix) {
-        (*matrix)->scratch = matrix == &teacher ? new_empty(call.image, {missing, m}) : students;
+        (*matrix)->scratch = matrix == &teacher ? scratch.take(call.image, {missing, m}) : students;
         if (this->stored_rows) (*matrix)->kept = torch::stable::select(stored, 0, slot++);
       }
     if (call.negatives) {
       q = number(call.plane_bias);
       if (call.has_hadamard()) {
         hadamard_weight = *call.plane_weight;
-        hadamard = new_empty(call.image, {this->chunk, m});
-        weighted = new_empty(call.image, {this->chunk, d});
+        hadamard = scratch.take(call.image, {this->chunk, m});
+        weighted = scratch.take(call.image, {this->chunk, d});
       } else {
         p = number(call.plane_weight);
       }

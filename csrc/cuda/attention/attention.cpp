@@ -1,9 +1,10 @@
-// shaped_attention on CUDA tensors. Heads are read and written in place through any strides of multiples of 16 bytes.
+// shaped_attention on CUDA tensors. Heads may have any strides that are multiples of 16 bytes.
 #include <cuda_runtime.h>
 
 #include <tuple>
 
 #include "../../layout.h"
+#include "../../scratch.h"
 #include "launch.h"
 #include "plan.h"
 
@@ -22,13 +23,38 @@ bool is_aligned(const Tensor& t) {
 
 Tensor dense_like(const Tensor& t) { return new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); }
 
-// The tensor, or a copy if its rows are not aligned.
-Tensor aligned(const Tensor& t) {
-  if (is_aligned(t)) return t;
-  Tensor copy = dense_like(t);
-  torch::stable::copy_(copy, t);
-  return copy;
+constexpr int64_t kGrain = 512;  // of CUDA's allocator
+
+// The tensor, or memory of its shape if its rows are not aligned.
+Tensor aligned_like(const Tensor& t, Scratch& scratch) {
+  return is_aligned(t) ? t : scratch.take(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
 }
+
+// The tensor, or a copy if its rows are not aligned.
+Tensor aligned(const Tensor& t, Scratch& scratch) {
+  Tensor to = aligned_like(t, scratch);
+  if (!is_aligned(t)) torch::stable::copy_(to, t);
+  return to;
+}
+
+// What forward and backward read and write, aligned.
+struct Heads {
+  Tensor q, k, v;
+
+  Heads(const Tensor& q, const Tensor& k, const Tensor& v, Scratch& scratch)
+      : q(aligned(q, scratch)), k(aligned(k, scratch)), v(aligned(v, scratch)) {}
+};
+
+struct Backward {
+  Heads heads;
+  Tensor grad, d[3], parts;  // parts: the gains' gradients of each sequence [B, 3, H]
+
+  Backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains, const Tensor& dq,
+           const Tensor& dk, const Tensor& dv, Scratch& scratch)
+      : heads(q, k, v, scratch), grad(aligned(grad, scratch)),
+        d{aligned_like(dq, scratch), aligned_like(dk, scratch), aligned_like(dv, scratch)},
+        parts(scratch.take(gains, {q.size(0), 3, q.size(2)})) {}
+};
 
 HeadsView view(const Tensor& t) {
   const int64_t bytes = bytes_of(t);
@@ -50,7 +76,7 @@ ShapedAttention shaped(const Tensor& q, const Tensor& k, const Tensor& v, const 
           causal};
 }
 
-// The device's current stream, with the device current as long as this lives.
+// The device's current stream; makes the device current during its lifetime.
 class Launching {
  public:
   explicit Launching(const Tensor& t) : guard_(t.get_device_index()) {
@@ -75,8 +101,9 @@ std::tuple<Tensor, Tensor> shaped_attention_fwd(const Tensor& q, const Tensor& k
   const Launching launching(q);
   const Tensor out = dense_like(q);
   const Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
-  const Tensor aligned_q = aligned(q), aligned_k = aligned(k), aligned_v = aligned(v);
-  const ShapedAttentionForward p{shaped(aligned_q, aligned_k, aligned_v, gains, lse, lengths, scale, causal), view(out), 0};
+  Scratch scratch(kGrain);
+  const Heads heads(q, k, v, scratch);
+  const ShapedAttentionForward p{shaped(heads.q, heads.k, heads.v, gains, lse, lengths, scale, causal), view(out), 0};
   if (q.size(0) == 0) return {out, lse};
   switch (q.scalar_type()) {
     case ScalarType::BFloat16: check(launch_shaped_forward<gpu::bf16>(p, launching.stream())); break;
@@ -92,16 +119,12 @@ Tensor shaped_attention_bwd(const Tensor& grad, const Tensor& q, const Tensor& k
                             Tensor dk, Tensor dv) {
   const Launching launching(q);
   const int64_t batch = q.size(0), heads = q.size(2);
-  const Tensor d_gains = new_empty(gains, {3, heads}), parts = new_empty(gains, {batch, 3, heads});
-  const Tensor aligned_q = aligned(q), aligned_k = aligned(k), aligned_v = aligned(v), aligned_grad = aligned(grad);
-  Tensor* const given[] = {&dq, &dk, &dv};
-  Tensor written[] = {dq, dk, dv};
-  for (Tensor& t : written) {
-    if (!is_aligned(t)) t = dense_like(t);
-  }
-  const ShapedAttentionBackward p{shaped(aligned_q, aligned_k, aligned_v, gains, lse, lengths, scale, causal),
-                                  view(aligned_grad), view(written[0]), view(written[1]), view(written[2]),
-                                  parts.mutable_data_ptr<float>()};
+  const Tensor d_gains = new_empty(gains, {3, heads});
+  Scratch scratch(kGrain);
+  const Backward work(grad, q, k, v, gains, dq, dk, dv, scratch);
+  const ShapedAttentionBackward p{shaped(work.heads.q, work.heads.k, work.heads.v, gains, lse, lengths, scale, causal),
+                                  view(work.grad), view(work.d[0]), view(work.d[1]), view(work.d[2]),
+                                  work.parts.mutable_data_ptr<float>()};
   if (batch > 0) {
     switch (q.scalar_type()) {
       case ScalarType::BFloat16: check(launch_shaped_backward<gpu::bf16>(p, launching.stream())); break;
@@ -110,10 +133,31 @@ Tensor shaped_attention_bwd(const Tensor& grad, const Tensor& q, const Tensor& k
     }
   }
   check(launch_shaped_gains(p.d_gains, d_gains.mutable_data_ptr<float>(), int(batch), int(3 * heads), launching.stream()));
+  Tensor* const given[] = {&dq, &dk, &dv};
   for (int i = 0; i < 3; ++i) {
-    if (written[i].const_data_ptr() != given[i]->const_data_ptr()) torch::stable::copy_(*given[i], written[i]);
+    if (!is_aligned(*given[i])) torch::stable::copy_(*given[i], work.d[i]);
   }
   return d_gains;
+}
+
+int64_t shaped_attention_fwd_cuda_workspace(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&,
+                                            const std::optional<Tensor>&, double, bool) {
+  Scratch scratch(kGrain);
+  Heads(q, k, v, scratch);
+  return scratch.bytes();
+}
+
+int64_t shaped_attention_bwd_cuda_workspace(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& gains, const Tensor&, const std::optional<Tensor>&, double, bool,
+                                            const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  Scratch scratch(kGrain);
+  Backward(grad, q, k, v, gains, dq, dk, dv, scratch);
+  return scratch.bytes();
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
+  m.impl("shaped_attention_fwd_cuda_workspace", TORCH_BOX(&shaped_attention_fwd_cuda_workspace));
+  m.impl("shaped_attention_bwd_cuda_workspace", TORCH_BOX(&shaped_attention_bwd_cuda_workspace));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CUDA, m) {

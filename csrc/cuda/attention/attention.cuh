@@ -1,6 +1,6 @@
 // shaped_attention, forward: out = alpha v + (beta A - gamma C) v for each head, A = softmax(scale q k^T), C the mean over
-// the visible keys. A warp has 16 queries and keeps their whole rows of logits, so the softmax never rescales and A and C are
-// joined before they are rounded: where they nearly cancel, the difference is rounded, not its terms.
+// the visible keys. A warp has 16 queries and keeps their whole rows of logits, so that the softmax needs no rescaling and A and
+// C are combined before rounding: if they nearly cancel, the difference is rounded, not its terms.
 #pragma once
 
 #include "attention.h"
@@ -28,8 +28,8 @@ struct Head {
   SIMPLCLIP_DEVICE HeadRows rows(const HeadsView& t) const { return {t.data + batch * t.batch + index * t.head, t.row}; }
 };
 
-// Forward for up to 16 kTiles tokens. Shared memory: the block's queries, two slots. Through the slots go slices of all keys'
-// columns, then of all values', the next one always on its way.
+// Forward for up to 16 kTiles tokens. Shared memory: the block's queries, and two slots for slices of the columns of all keys
+// and then of all values; the next slice is always being loaded.
 template <class T, int kTiles>
 SIMPLCLIP_DEVICE void shaped_attention_forward(const ShapedAttentionForward& p) {
   const Head head(p);

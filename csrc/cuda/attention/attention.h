@@ -1,4 +1,4 @@
-// What shaped_attention's kernels take. Also for compilers that know no CUDA.
+// Arguments of shaped_attention's kernels. Also for compilers without CUDA.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace simplclip {
 
 enum class ShapedType { kFloat16, kBFloat16, kTF32 };
 
-// A tensor [B, L, H, K], the last dimension dense; strides in bytes.
+// A tensor [B, L, H, K] whose last dimension is contiguous; strides in bytes.
 struct HeadsView {
   char* data;
   int64_t batch, row, head;

@@ -1,6 +1,6 @@
 // shaped_attention, backward in one launch: dP = dO V^T, delta_i = sum_j A_ij dP_ij, dS = beta A (dP - delta),
-// dq = scale dS k, dk = scale dS^T q, dv = alpha dO + (beta A - gamma C)^T dO. Here for short sequences, whose head stays in
-// shared memory; shaped_attention_stream.cuh has the others.
+// dq = scale dS k, dk = scale dS^T q, dv = alpha dO + (beta A - gamma C)^T dO. This file is for short sequences, whose head
+// fits in shared memory; stream.cuh is for the others.
 #pragma once
 
 #include "attention.cuh"
@@ -27,7 +27,7 @@ struct GainSums {
 };
 
 // Up to 16 kTiles tokens, as many warps as tiles. A warp first has 16 queries: their rows of A and dP in registers give dS,
-// beta A - gamma C and dq. Then it has 16 keys: both matrices, which by then lie where keys and values were, give dk and dv.
+// beta A - gamma C and dq. Then it has 16 keys: both matrices, which replace keys and values in shared memory, give dk and dv.
 // Shared memory: q, dO; k, v or the two matrices; sums.
 template <class T, int kTiles>
 SIMPLCLIP_DEVICE void shaped_attention_backward(const ShapedAttentionBackward& p) {
@@ -122,7 +122,7 @@ SIMPLCLIP_DEVICE void shaped_attention_backward(const ShapedAttentionBackward& p
     store_global<T>(sum, dq, tile, i, head.length, p.length);
   }
 
-  sync_block();  // nobody reads keys and values any more
+  sync_block();  // keys and values are not read any more
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     if (i < tiles) {
@@ -130,9 +130,9 @@ SIMPLCLIP_DEVICE void shaped_attention_backward(const ShapedAttentionBackward& p
       store_operand<T>(joined, tile, i, left_joined[i]);
     }
   }
-  gains.store(sums, p, head);  // with a barrier, behind which both matrices are complete
+  gains.store(sums, p, head);  // includes a barrier, after which both matrices are complete
 
-  const int first = p.causal ? tile : 0;  // the first tile of queries that sees the warp's keys
+  const int first = p.causal ? tile : 0;  // the first tile of queries that attends to the warp's keys
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     if (first <= i && i < all && tile < all) {

@@ -1,4 +1,4 @@
-// What the .cu files of shaped_attention, one for each type of tensors, instantiate.
+// Instantiated by the .cu files of shaped_attention, one for each type of tensors.
 #pragma once
 
 #include "kernels.cuh"

@@ -1,4 +1,4 @@
-// Which of shaped_attention's kernels serves a call, with how many threads and how much shared memory. Host code only.
+// Chooses the kernel of shaped_attention for a call, its threads and its shared memory. Host code only.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,8 @@
 
 namespace simplclip {
 
-// An instantiation: `size` is the most tiles of 16 tokens, or the widest head of the streaming backward; `threads` and
-// `blocks` of a multiprocessor are what its registers are limited for.
+// An instantiation: `size` is the most tiles of 16 tokens, or the widest head of the streaming backward; its registers are
+// limited for `threads` per block and `blocks` per multiprocessor.
 struct ShapedBounds {
   int size, threads, blocks;
 };
@@ -21,8 +21,7 @@ constexpr ShapedBounds kShapedStream[2][2] = {{{64, 192, 2}, {128, 192, 1}}, {{6
 
 constexpr int kShapedMaxTokens = 288;
 constexpr int kShapedMaxWidth = 128;
-// Of every architecture from sm_80 on at least: what a block may have, what a multiprocessor has, and what it keeps per
-// block.
+// Shared memory on all architectures from sm_80 on, at least: per block, per multiprocessor, and reserved per block.
 constexpr int kSharedOfBlock = 99 << 10, kSharedOfMultiprocessor = 100 << 10, kSharedKept = 1 << 10;
 
 // A launch over (B H, blocks) blocks.
@@ -31,12 +30,12 @@ struct ShapedPlan {
   ShapedBounds bounds;
   int threads, blocks;
   int shared;    // bytes, dynamic
-  int slice;     // bytes of a row that the forward stages at a time
+  int slice;     // bytes of a row that forward stages at a time
   int products;  // of 16 x 16 tiles over the width of a head, without causal; attention has 2, its backward 5, for each
-  int resident;  // blocks that a multiprocessor is meant to hold
+  int resident;  // blocks per multiprocessor
 };
 
-// Why no kernel here serves it; null if one does.
+// The reason why no kernel supports the call; null if one does.
 inline const char* why_no_shaped_plan(int length, int width) {
   if (length < 1 || length > kShapedMaxTokens) return "serves 1 to 288 tokens";
   if (width < 16 || width > kShapedMaxWidth || width % 16) return "serves heads of width 16, 32, ... or 128";
@@ -49,7 +48,7 @@ inline int tiles(int length) { return (length + 15) / 16; }
 
 inline int up(int count, int of) { return (count + of - 1) / of; }
 
-// The most blocks up to `blocks` of a multiprocessor that have so much shared memory.
+// The number of blocks, at most `blocks`, for which a multiprocessor has shared memory.
 inline int fitting(int shared, int blocks) {
   return shared > kSharedOfBlock ? 0 : std::min(blocks, kSharedOfMultiprocessor / (shared + kSharedKept));
 }
@@ -63,7 +62,7 @@ inline ShapedPlan plan_shaped_forward(int length, int width, bool wide) {
   while (bounds->size < all) ++bounds;
   const int groups = up(all, bounds->threads / 32), warps = up(all, groups);
   ShapedPlan plan{"forward", *bounds, warps * 32, groups, 0, 0, 2 * all * all, 0};
-  // The widest slices with which as many blocks fit as the registers are limited for, or one fewer, and so on.
+  // The widest slices with which `blocks` blocks fit, else with one block fewer, and so on.
   for (int resident = bounds->blocks; resident > 0; --resident) {
     for (int slices = 1; slices <= columns; ++slices) {
       plan.slice = up(columns, slices) * 16 * bytes;
@@ -85,7 +84,7 @@ inline ShapedPlan plan_shaped_backward(int length, int width, bool wide) {
   }
   const ShapedBounds& bounds = kShapedStream[wide][width > kShapedStream[wide][0].size];
   ShapedPlan plan{"stream", bounds, 0, 1, 0, 0, 9 * all * all, 0};
-  // The fewest rounds over the tiles with which as many blocks fit as the registers are limited for, or one fewer, and so on.
+  // The fewest rounds over the tiles with which `blocks` blocks fit, else with one block fewer, and so on.
   for (int resident = bounds.blocks; resident > 0; --resident) {
     for (int most = bounds.threads / 32; most > 0; --most) {
       const int warps = up(all, up(all, most));

@@ -1,6 +1,6 @@
-// shaped_attention, backward of heads that do not stay in shared memory. A warp owns a tile of 16 queries while all keys
-// pass, once for delta and once for dq; then a tile of 16 keys while all queries pass, for dk and dv. So every gradient is
-// summed in one warp's registers, and logits are computed three times.
+// shaped_attention, backward of heads that do not fit in shared memory. A warp has a tile of 16 queries and reads all
+// keys twice, for delta and for dq; then it has a tile of 16 keys and reads all queries, for dk and dv. So every gradient is
+// summed in the registers of one warp, and logits are computed three times.
 #pragma once
 
 #include "backward.cuh"
@@ -32,13 +32,13 @@ struct Stream {
     return Tile(slots + (tile % 2 * 2 + which) * kRows * row_bytes, row_bytes);
   }
 
-  // Behind the barrier that ends every stream, and before another stream.
+  // Call after the barrier that ends a stream, and before the next stream.
   SIMPLCLIP_DEVICE void load_own(const HeadsView& left, const HeadsView& right, int first) const {
     stage(own(0), head.rows(left), 0, first * kRows, warps * kRows, head.length);
     stage(own(1), head.rows(right), 0, first * kRows, warps * kRows, head.length);
   }
 
-  // Tiles begin to end - 1 of two matrices pass, one after the other; calls f(tile) for each.
+  // Streams tiles begin to end - 1 of two matrices, one after the other; calls f(tile) for each.
   template <class F>
   SIMPLCLIP_DEVICE void stream(const HeadsView& left, const HeadsView& right, int begin, int end, F&& f) const {
     auto load = [&](int tile) {
@@ -59,7 +59,7 @@ struct Stream {
     }
   }
 
-  // What the passing tile adds for the warp's own. Rows are those of the own tile, columns those of the passing one. A sweep
+  // Adds the contribution of a streamed tile to the warp's own tile, which has the rows; the other has the columns. A sweep
   // for delta uses `delta_parts` alone, one for dq `first`, one for dk and dv both sums.
   template <Sweep kSweep>
   SIMPLCLIP_DEVICE void add(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from simplclip.ops.registry import autocast, call, define, register_autograd
 
 
 def rows_in_memory(*tensors: Tensor) -> list[Tensor]:
-    """Heads are read in place with any strides, but a row of K elements lies together."""
+    """Copies tensors whose last dimension is not contiguous; kernels read heads with any other strides."""
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
@@ -41,7 +43,7 @@ def _bwd_fake(grad, q, k, v, gains, *rest):
 
 
 def _why_not_triton(device: str, dtype: torch.dtype, *, width: int = 0, **call) -> str | None:
-    """A block of rows of a wider head does not fit the registers."""
+    """The rows of a wider head do not fit in registers."""
     most = 128 if dtype == torch.float32 else 256
     if width > most:
         return f"serves heads of at most {most} in {dtype}, not {width}"
@@ -63,7 +65,7 @@ def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: in
     return reason and f"{reason}; got {length} tokens, width {width}"
 
 
-_BACKENDS = {"module": "attention.op", "triton": _why_not_triton, "cuda": _why_not_cuda}
+_BACKENDS: dict[str, Any] = {"module": "attention.op", "triton": _why_not_triton, "cuda": _why_not_cuda}
 define(
     "shaped_attention_fwd",
     "Tensor q, Tensor k, Tensor v, Tensor gains, Tensor? lengths, float scale, bool causal",
@@ -121,34 +123,33 @@ def shaped_attention(
     """Shaped attention, per head: `out = alpha v + beta softmax(q k^T scale) v - gamma C v`.
 
     C is uniform over the keys that a query sees: the mean over the valid keys, or the running mean when `causal`.
-    With q = 0 and alpha = beta = gamma the softmax equals C and the result is `alpha v`: the identity a skipless
-    block starts from.
+    With q = 0 and alpha = beta = gamma the softmax equals C and the result is `alpha v`: the identity, from which a
+    block without skip connections starts.
 
     Args:
-        q, k, v: [B, L, H, K], one of float32, bfloat16, float16, float64. Any strides: views of one product [q|k] and of
-            the block's input are read in place, as long as the last dimension is contiguous (else they are copied).
-            Under autocast they are cast to its dtype.
+        q, k, v: [B, L, H, K], float32, bfloat16, float16 or float64. Tensors with any strides are read without a copy (e.g.
+            views of one product [q|k]) if their last dimension is contiguous. Under autocast they are cast to its dtype.
         alpha, beta, gamma: [H], any floating dtype.
         scale: factor of the logits, `K ** -0.5` when None.
-        causal: query i sees the keys 0..i.
-        lengths: [B] integers, the number of valid leading tokens of each sequence; 0 is allowed. Tokens behind the
-            length are not read (they may hold anything, NaN included); their output and their gradients are zero. On a
-            CPU a value below 0 or above L is an error; on another device, where looking would wait for it, it counts
-            as 0 or L.
+        causal: query i attends to the keys 0..i only.
+        lengths: [B] integers, the number of valid leading tokens of each sequence; 0 is allowed. Padded
+            tokens are not read (they may contain anything, even NaN); their output and their gradients are zero. On a CPU
+            a value below 0 or above L is an error; on other devices, where a check would synchronise, it is clamped.
 
     Returns:
         [B, L, H, K], contiguous, in the dtype of `q`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: a forced backend cannot serve the call.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        RuntimeError: a forced backend does not support the call.
 
-    Softmax, gains and sums are float32 (float64 for float64), the operands of products in the tensors' dtype. Saved for
-    backward: q, k, v and the log-sum-exps, [B, H, L] float32; nothing [L, L] leaves the kernel. Deterministic: sums have a
-    fixed order. First derivatives in reverse mode only, but for backend "reference".
+    Softmax, gains and sums are computed in float32 (float64 for float64), products with operands in the tensors' dtype.
+    Saved for backward: q, k, v and the log-sum-exps, [B, H, L] float32; kernels store no [L, L] matrix. The result is
+    deterministic: sums have a fixed order. Only first derivatives in reverse mode are supported, except by backend
+    "reference".
 
-    Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are this
-    library's.
+    Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are additions of
+    this library.
     """
     checks.attention(q, k, v, alpha, beta, gamma)
     if lengths is not None:

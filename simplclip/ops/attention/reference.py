@@ -9,7 +9,7 @@ from simplclip.ops.dtypes import accumulate_dtype
 
 
 def _visible(q: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
-    """Which key a query sees, [B or 1, 1, L, L]; a padded query sees none."""
+    """Which keys a query attends to, [B or 1, 1, L, L]; a padded query attends to none."""
     length = q.shape[1]
     visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
     visible = (visible.tril() if causal else visible)[None]
@@ -20,7 +20,7 @@ def _visible(q: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
 
 
 def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """[B, L, H, K] -> [B, H, L, K], wide, zero in padded tokens: a weight of zero would not silence their NaN."""
+    """[B, L, H, K] -> [B, H, L, K] in the accumulation dtype, 0 at padded tokens (a weight of 0 would keep their NaN)."""
     seen = visible.any(-1)[..., None]  # [B or 1, 1, L, 1]
     dtype = accumulate_dtype(tensors[0].dtype)
     return [t.transpose(1, 2).to(dtype).masked_fill(~seen, 0) for t in tensors]
@@ -42,7 +42,8 @@ def shaped_attention_fwd(
     lse = logits.logsumexp(-1).masked_fill(~visible.any(-1), 0)
     alpha, beta, gamma = gains[:, :, None, None]
     mixing = beta * (logits - lse[..., None]).exp() - gamma * _uniform(visible, lse.dtype)
-    out = (alpha * wide_v + mixing @ wide_v).masked_fill(~visible.any(-1)[..., None], 0)  # nor are padded gradients read
+    seen = visible.any(-1)[..., None]
+    out = (alpha * wide_v + mixing @ wide_v).masked_fill(~seen, 0)  # so that padded gradients are not read
     return out.transpose(1, 2).to(dtype).contiguous(), lse
 
 

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm over the last dimension, forward and backward apart: simplified_block forms the norm twice."""
+"""Forward and backward of LayerNorm and RMSNorm over the last dimension, for simplified_block, which runs forward twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def _like(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """A CPU's layer norm takes wider weights than its input; a GPU's does not."""
+    """The weights in a dtype that layer norm accepts: on a CPU they may be wider than its input, on a GPU they may not."""
     mixed = x.device.type == "cpu" and x.dtype != torch.float64
     dtype = torch.float32 if mixed and any(t is not None and t.dtype != x.dtype for t in tensors) else x.dtype
     return [None if t is None else t.to(dtype) for t in tensors]
@@ -25,7 +25,7 @@ def norm_fwd(
     bias: Tensor | None,  # [C]
     eps: float,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The normalised x [T, C] in its dtype, and what `norm_bwd` wants."""
+    """The normalised x [T, C] in its dtype, and the statistics that `norm_bwd` needs."""
     if norm == "layernorm":
         n, mean, rstd = aten.native_layer_norm(x, [x.shape[1]], *_like(x, weight, bias), eps)
         return n, (mean, rstd)

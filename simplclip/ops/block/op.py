@@ -1,4 +1,4 @@
-"""simplified_block: the whole SAS-P block as one op that keeps a third of what a transformer block keeps."""
+"""simplified_block: the whole SAS-P block as one op, which keeps a third of the activations of a transformer block."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ _ARGUMENTS = (
 
 def _split(qk: Tensor, x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """[T, 2C] -> q, k [B, L, H, K]: views."""
-    return qk.view(*x.shape[:2], 2, heads, x.shape[2] // heads).unbind(2)
+    q, k = qk.view(*x.shape[:2], 2, heads, x.shape[2] // heads).unbind(2)
+    return q, k
 
 
 def _fwd(
@@ -83,7 +84,7 @@ def _bwd(
     pick, grad, qk, h, lse, x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gains, mlp_gain,
     value_weight, output_weight, lengths, norm, eps, act, scale, causal, need,
 ):  # fmt: skip
-    d: dict[str, Tensor] = {}
+    d = {}
     wanted = dict(zip(TENSORS, need))
     x, grad = x.contiguous(), grad.contiguous()
     c, heads = x.shape[2], gains.shape[1]
@@ -206,7 +207,7 @@ def simplified_block(
     lengths: Tensor | None = None,  # [B]
     recompute: bool = False,
 ) -> Tensor:  # [B, L, C]
-    """The simplified parallel block (SAS-P), without skip connection, value and output projection:
+    """The simplified parallel block (SAS-P), which has no skip connections, value and output projections:
 
         n = norm(x);  [q|k] = n qk_weightᵀ;  v = n, split into heads
         out = attention_gain (alpha v + beta softmax(q kᵀ scale) v − gamma C v) + mlp_gain MLP(n)
@@ -214,26 +215,27 @@ def simplified_block(
     with the attention of `shaped_attention` and the MLP of `parallel_mlp`.
 
     Args:
-        x: [B, L, C] float32, bfloat16, float16 or float64. The matrices and the biases of the MLP have its dtype; under
-            autocast they and x are cast to its dtype.
+        x: [B, L, C] float32, bfloat16, float16 or float64. The matrices and the MLP's biases have its dtype; under
+            autocast all of them are cast to autocast's dtype.
         norm_weight, norm_bias, alpha, beta, gamma, attention_gain, mlp_gain: any floating dtype. H, the number of heads, is
             the length of alpha, a divisor of C.
-        norm: "layernorm", or "rmsnorm" (without norm_bias); eps is added to the variance, to the mean square
-            (in He & Hofmann's code to its root: see nn.SimplifiedBlock).
+        norm: "layernorm", or "rmsnorm" (without norm_bias).
+        eps: is added to the variance, or to the mean square (He & Hofmann's code adds it to the root: see
+            nn.SimplifiedBlock).
         act: as in `parallel_mlp`.
         value_weight: v = n value_weightᵀ; output_weight: applied to the attention's result. The authors keep them in the
             first and in the last block.
         scale, causal, lengths: as in `shaped_attention`.
-        recompute: keep only x and the log-sum-exps for backward, and compute the block again.
+        recompute: keep only x and the log-sum-exps for backward, which then computes the block again.
 
-    Saved for backward: x, [q|k] [T, 2C], h [T, F] and the log-sum-exps [B, H, L]: 7C elements a token with F = 4C, where a
-    standard block keeps 16C; with `recompute` C. Norm and activation are computed again. Backward writes the gradient of h
-    over h (over a copy with retain_graph=True). Frozen tensors cost no gradients. Deterministic. First derivatives in
-    reverse mode only, but for backend "reference".
+    Saved for backward: x, [q|k] [T, 2C], h [T, F] and the log-sum-exps [B, H, L]: 7C elements per token with F = 4C (C with
+    `recompute`), where a standard block keeps 16C. Norm and activation are computed again. Backward overwrites h with its
+    gradient (with retain_graph=True a copy of h). Gradients of frozen tensors are not computed. The result is deterministic.
+    Only first derivatives in reverse mode are supported, except by backend "reference".
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: a forced backend cannot serve the call.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        RuntimeError: a forced backend does not support the call.
 
     Source: He & Hofmann 2023, arXiv 2311.01906; SiCLIP, arXiv 2411.14789.
     """
@@ -244,7 +246,7 @@ def simplified_block(
     vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias, "alpha": alpha, "beta": beta, "gamma": gamma}
     checks.block(x, norm, **matrices, **vectors)
     if lengths is not None:
-        lengths = checks.lengths_of_batch(lengths, *x.shape[:2], x.device)
+        lengths = checks.lengths_of_batch(lengths, x.shape[0], x.shape[1], x.device)
     x, *cast = autocast(x, *matrices.values())
     matrices = dict(zip(matrices, cast))
     for name, t in matrices.items():

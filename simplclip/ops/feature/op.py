@@ -17,7 +17,7 @@ DISTANCES = ("mse", "smooth_l1")
 
 
 def _prepare(student, teacher):
-    """Contiguous; the kernels read any float dtype of the teacher but float64."""
+    """Makes both contiguous, and casts a float64 teacher of another student, which the kernels do not read."""
     wide = teacher.dtype == torch.float64 and student.dtype != torch.float64
     return student.contiguous(), (teacher.float() if wide else teacher).contiguous()
 
@@ -85,7 +85,7 @@ def feature_loss(
     normalize: bool = True,
     projection: Tensor | None = None,  # [D, D_student]
 ) -> Tensor:  # []
-    r"""Distance of a student's features to a teacher's, which is a constant: unimodal feature distillation.
+    r"""Distance of a student's features to the features of a teacher, which are constants: unimodal distillation.
 
     With u = student / max(‖student‖, eps) and t = teacher / max(‖teacher‖, eps) by rows, eps = 1e-12 (or the features
     themselves if not `normalize`), the mean over all N·D elements of
@@ -95,28 +95,28 @@ def feature_loss(
 
     Args:
         student: [N, D] float32, bfloat16, float16 or float64; under autocast it is cast to autocast's dtype. Any strides.
-        teacher: [N, D] on the same device, of any of these dtypes (stored float16 features, say), read as it is: only a
-            float64 teacher of another student is first cast to float32. It gets no gradient; if it requires one, a warning
-            says so, once per process (not under torch.compile).
+        teacher: [N, D] on the same device, in any of these dtypes (e.g. stored float16 features). It is read without a cast,
+            unless it is float64 and the student is not. It gets no gradient; if it requires one, a warning is given once
+            per process (not under torch.compile).
         distance: "mse" or "smooth_l1".
         beta: above 0; for "smooth_l1".
-        projection: [D, D_student] of the student's dtype: `student @ projection.T`, by F.linear, stands in the student's
-            place, whose width may then differ from the teacher's.
+        projection: [D, D_student] in the student's dtype. `F.linear(student, projection)` is then compared to the teacher,
+            so that the student's width may differ from the teacher's.
 
     Returns:
         The loss, 0-dimensional, float32 (float64 for a float64 student).
 
-    Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; a row shorter than eps is divided
-    by a constant, so g / eps. Saved for backward: the inputs and two inverse norms per row, [2, N]; backward computes the
-    difference again. Extra memory: O(N), and with a projection O(N D). Computed in float32 (float64 for
-    float64), sums in a fixed order: equal inputs give equal results. First derivatives in reverse mode only, but for
-    backend "reference".
+    Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; for a row shorter than eps,
+    which is divided by a constant, g / eps. Saved for backward: the inputs and two inverse norms per row, [2, N]; backward
+    computes the difference again. Extra memory: O(N), and O(N D) with a projection. The loss is computed in float32 (float64
+    for float64) and is deterministic: sums have a fixed order. Only first derivatives in reverse mode are supported, except
+    by backend "reference".
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: a forced backend cannot serve the call.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        RuntimeError: a forced backend does not support the call.
 
-    Source: FD of CLIP-KD (Yang et al. 2023, arXiv 2307.12732); the unimodal stage of WIKD (arXiv 2411.14789).
+    Source: feature distillation in CLIP-KD (Yang et al. 2023, arXiv 2307.12732); unimodal stage of WIKD (arXiv 2411.14789).
     """
     checks.features("student", student, "[N, D]")
     checks.features("teacher", teacher, "[N, D]")

@@ -10,7 +10,7 @@ NORM_EPS = 1e-12  # F.normalize's
 
 
 def _feature_difference(student, teacher, inv_norms):
-    """u (normalised if inv_norms holds anything) and u − t, [N, D], in the accumulation dtype."""
+    """u and u − t, [N, D], in the accumulation dtype; normalised unless inv_norms is empty."""
     dtype = accumulate_dtype(student.dtype)
     u, t = student.to(dtype), teacher.to(dtype)
     if inv_norms.shape[1]:

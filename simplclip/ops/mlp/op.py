@@ -12,19 +12,19 @@ from simplclip.ops.mlp import reference
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, call, define, register_autograd, wants_grad
 
-HIDDEN_BYTES = 16 << 20  # of a hidden layer that nobody keeps
+HIDDEN_BYTES = 16 << 20  # size of a chunk of a hidden layer that is not kept
 _NATIVE_FWD = "(Tensor h, Tensor weight, Tensor? bias, str act, Tensor(a!) out, bool accumulate) -> ()"
 _NATIVE_BWD = "(Tensor grad, Tensor(a!) h, Tensor weight, str act, bool need_weight) -> Tensor"
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
-    """`saved`, or a copy where it must stay as it is: backward may run again (retain_graph), or is traced, not run."""
+    """`saved`, or a copy of it if it must not be overwritten: with retain_graph backward may run again; under tracing too."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return saved if (type(saved) is Tensor or registry.counted) and not keeps_graph() else saved.clone()
 
 
 def keeps_hidden(*tensors: Tensor | None, recompute: bool = False) -> bool:
-    """Whether the hidden layer is formed as a whole: for backward, and in the reference, which autograd goes through."""
+    """Whether the whole hidden layer is computed: for backward, and in the reference, which autograd differentiates."""
     return backends.forced() == "reference" or (not recompute and wants_grad(*tensors))
 
 
@@ -38,7 +38,7 @@ def hidden_rows(
     bias: Tensor | None,  # [F]
     out: Tensor,  # [T, *]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The hidden layer before its activation some rows at a time, each with the same rows of `out`."""
+    """Computes the hidden layer before its activation in chunks of rows; yields each chunk with the same rows of `out`."""
     rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
@@ -48,7 +48,7 @@ def hidden_rows(
 
 def _fwd(function, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep):
     out = x.new_empty(x.shape[0], fc2_weight.shape[0])
-    fc2_bias = None if fc2_bias is None else fc2_bias.contiguous()  # read by a pointer, where the matrices go to a BLAS
+    fc2_bias = None if fc2_bias is None else fc2_bias.contiguous()  # the kernels read it by a pointer
     if keep:
         h = linear(x, fc1_weight, fc1_bias)
         function(h, fc2_weight, fc2_bias, act, out, False)
@@ -64,7 +64,7 @@ def _fwd_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep, backend)
 
 
 def _bwd(function, grad, h, x, fc1_weight, fc2_weight, act, need):
-    """need: of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias. What is not needed comes back empty."""
+    """need: for x, fc1_weight, fc1_bias, fc2_weight, fc2_bias. The others get an empty gradient."""
     grad = grad.contiguous()
     none = x.new_empty(0)
     d_fc2_bias = grad.sum(0) if need[4] else none
@@ -142,21 +142,22 @@ def parallel_mlp(
     *,
     act: str = "gelu",
 ) -> Tensor:  # [..., C_out]
-    """`act(x fc1_weightᵀ + fc1_bias) fc2_weightᵀ + fc2_bias`, F.linear twice with an activation between them.
+    """`act(x fc1_weightᵀ + fc1_bias) fc2_weightᵀ + fc2_bias`: two linear layers with an activation between them.
 
     Args:
-        x: [..., C] float32, bfloat16, float16 or float64; weights and biases in its dtype, as F.linear asks. Under autocast
-            all are cast to its dtype.
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias: as of two nn.Linear; a bias may be None.
+        x: [..., C] float32, bfloat16, float16 or float64; weights and biases have its dtype. Under autocast all are cast
+            to its dtype.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: parameters of two nn.Linear; a bias may be None.
         act: "gelu" (erf), "gelu_tanh", "quickgelu" (x sigmoid(1.702 x)), "relu" or "silu".
 
-    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation is applied as the second product
-    reads h, and never stored: [T, F] instead of twice that. Backward writes the gradient of h over h (over a copy with
-    retain_graph=True). Sums are float32; deterministic. First derivatives in reverse mode only, but for backend "reference".
+    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation is applied when the second
+    product reads h and is never stored: [T, F] elements are kept instead of twice that. Backward overwrites h with its
+    gradient (with retain_graph=True a copy of h). Sums are computed in float32; the result is deterministic. Only first
+    derivatives in reverse mode are supported, except by backend "reference".
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-        RuntimeError: a forced backend cannot serve the call.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        RuntimeError: a forced backend does not support the call.
     """
     tensors = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     checks.choice("act", act, tuple(ACTIVATIONS))

@@ -1,4 +1,4 @@
-"""The second half of parallel_mlp in plain torch: from the hidden layer before its activation to the output."""
+"""The second half of parallel_mlp in plain torch, from the hidden layer before its activation to the output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parallel_mlp_fwd(
     weight: Tensor,  # [C, F]
     bias: Tensor | None,  # [C]
     act: str,
-    out: Tensor,  # [T, C] written, or added to where `accumulate`
+    out: Tensor,  # [T, C] overwritten, or added to if `accumulate`
     accumulate: bool,
 ) -> None:
     """out = act(h) weightᵀ + bias."""

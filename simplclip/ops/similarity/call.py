@@ -21,19 +21,19 @@ NEGATIVES = ("all", "shift", "hard")
 INTERACTIVE = ("infonce", "kl")
 DIVERGENCES = ("kl", "cross_entropy")
 
-NO_NEGATIVES, ALL_NEGATIVES, HARD_NEGATIVES = 0, 1, 2  # what the sweep has to do with them
+NO_NEGATIVES, ALL_NEGATIVES, HARD_NEGATIVES = 0, 1, 2  # `negatives` of a call
 
 
 class RowStat(IntEnum):
-    """Rows of the first result of similarity_loss_fwd: what a row of the matrices is reduced to, over its negatives.
+    """Rows of the first result of similarity_loss_fwd: statistics of each row of the matrices over its negatives.
 
-    What a call does not ask for is 0. lse: log-sum-exp (-inf without negatives); mean: 0 without negatives.
+    Statistics that a call does not need are 0. LSE: log-sum-exp, -inf without negatives; MEAN: 0 without negatives.
     """
 
     LSE_STUDENT = 0
     LSE_TEACHER = 1
     LSE_IMAGE_TO_TEACHER = 2
-    PAIR_MATCHING = 3  # all negatives: sum of softplus(l); hard ones: its mean under the softmax of the student
+    PAIR_MATCHING = 3  # all negatives: sum of softplus(l); hard negatives: its mean under the softmax of the student
     MEAN_STUDENT = 4  # mean of (entropy T - Z) under the softmax of T
     MEAN_IMAGE_TO_TEACHER = 5  # mean of (entropy T - U) under the softmax of T
     DIAGONAL_STUDENT = 6  # the positive's similarity, unscaled: x y^T
@@ -45,7 +45,7 @@ class RowStat(IntEnum):
 
 
 class ColumnStat(IntEnum):
-    """Rows of the second result of similarity_loss_fwd: the same for the columns."""
+    """Rows of the second result of similarity_loss_fwd: the same statistics of each column."""
 
     LSE_STUDENT = 0
     LSE_TEACHER = 1
@@ -57,7 +57,7 @@ class ColumnStat(IntEnum):
 
 @dataclass
 class SimilarityCall:
-    """Forward's arguments. The dispatcher's schema has these fields in this order, and C++'s SimilarityCall too."""
+    """Arguments of forward. The dispatcher's schema and C++'s SimilarityCall have these fields in this order."""
 
     image: Tensor  # [N, D]
     text: Tensor  # [M, D]
@@ -65,20 +65,20 @@ class SimilarityCall:
     teacher_image: Tensor | None  # [N, D̂]
     teacher_text: Tensor | None  # [M, D̂]
     teacher_scale: Tensor | None  # []
-    projected_image: Tensor | None  # [N, D̂], where it is not image itself
-    projected_text: Tensor | None  # [M, D̂], where it is not text itself
-    cross_scale: Tensor | None  # [] of image_to_teacher and teacher_to_text
+    projected_image: Tensor | None  # [N, D̂]; None: image
+    projected_text: Tensor | None  # [M, D̂]; None: text
+    cross_scale: Tensor | None  # [], the scale of image_to_teacher and teacher_to_text
     plane_weight: Tensor | None  # [] or [D]
     plane_bias: Tensor | None  # []
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64
-    label_offset: int  # the column of row 0's positive
-    softmax: bool  # statistics of the student's softmax
-    columns: bool  # of columns too
+    label_offset: int  # column of row 0's positive
+    softmax: bool  # whether statistics of the student's softmax are needed
+    columns: bool  # whether statistics of columns are needed
     negatives: int  # of pair matching: NO_NEGATIVES, ALL_NEGATIVES or HARD_NEGATIVES
     relational: bool  # means of the student under the teacher's softmax
     interactive: bool  # image_to_teacher and teacher_to_text, and their means under the teacher's softmax
-    entropy: float  # 1: the means have the teacher's entropy in them; 0: they do not
+    entropy: float  # 1: the means include the teacher's entropy; 0: they do not
     chunk: int  # rows of a matrix in scratch at a time
     stored_rows: int  # rows of the matrices that forward keeps for backward
 
@@ -100,7 +100,7 @@ class SimilarityCall:
 
     @property
     def matrices(self) -> int:
-        """How many there are, but for the hadamard one, which is never stored."""
+        """The number of matrices of this call, without the hadamard one, which is never stored."""
         return self.has_student + self.has_teacher + self.interactive + self.has_teacher_to_text
 
     @property
@@ -115,7 +115,7 @@ class SimilarityCall:
 
 @dataclass
 class SimilarityGradient(SimilarityCall):
-    """Backward's arguments: forward's, its results and the gradients that come to them."""
+    """Arguments of backward: those of forward, its results and the gradients of its results."""
 
     grad_rows: Tensor  # [12, N]
     grad_columns: Tensor  # [6, M]
@@ -128,7 +128,7 @@ class SimilarityGradient(SimilarityCall):
 
 @dataclass
 class RowsCall:
-    """Arguments of similarity_rows: row softmaxes of scale query keysᵀ, whose keys are constants."""
+    """Arguments of similarity_rows: softmaxes of the rows of scale query keysᵀ, with constant keys."""
 
     query: Tensor  # [N, D]
     keys: Tensor  # [M, D]
@@ -136,7 +136,7 @@ class RowsCall:
     ids: Tensor | None  # [N] int64
     text_ids: Tensor | None  # [M] int64, of the keys
     label_offset: int
-    attend: bool  # the mean keys too, which backward needs
+    attend: bool  # whether to return the mean keys, which backward needs
     chunk: int
 
 

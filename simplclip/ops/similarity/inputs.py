@@ -1,4 +1,4 @@
-"""Checks of the arguments of similarity_loss that concern it alone, and their normal forms."""
+"""Checks and normalises the arguments of similarity_loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_options(terms, negatives, interactive, divergence, **budgets):
 
 
 def normalise(call: SimilarityCall, terms: Collection[str], plane: tuple | None, logit_bias) -> Tensor | None:
-    """Checks the call's tensors and puts their normal forms in their places, None where no term reads them.
+    """Checks the call's tensors and replaces them by their normal forms, or by None if no term reads them.
 
     Returns the bias [], which no term depends on.
     """
@@ -82,13 +82,13 @@ def group_ids(call: SimilarityCall) -> None:
 
 
 def gather(call: SimilarityCall, group: torch.distributed.ProcessGroup) -> None:
-    """The texts of all ranks in the place of this one's, and this rank's place among them."""
+    """Replaces the texts of this rank by those of all ranks, and sets label_offset."""
     if call.text.shape[0] != call.image.shape[0]:
         raise ValueError(
             f"text: expected this rank's {call.image.shape[0]} rows with group (they are gathered), got {call.text.shape[0]}"
         )
     if call.label_offset != 0:
-        raise ValueError(f"label_offset: expected 0 with group, which places each rank by itself, got {call.label_offset}")
+        raise ValueError(f"label_offset: expected 0 with group, which sets it by rank, got {call.label_offset}")
     if call.text_ids is not None:
         raise ValueError("text_ids: expected None with group, where the ids of the texts are those of the images")
     call.label_offset = torch.distributed.get_rank(group) * call.image.shape[0]
@@ -99,11 +99,11 @@ def gather(call: SimilarityCall, group: torch.distributed.ProcessGroup) -> None:
 
 
 def teacher(call: SimilarityCall, term: str, stats: torch.dtype) -> None:
-    """The teacher's features and scale as constants, the features in the student's dtype; `term` needs them."""
+    """Detaches the teacher's features and scale, which `term` needs, and casts the features to the student's dtype."""
     names = ("teacher_image", "teacher_text", "teacher_scale")
     for name in names:
         if getattr(call, name) is None:
-            raise ValueError(f"{name}: expected the teacher's, needed by the term {term!r}, got None")
+            raise ValueError(f"{name}: expected a tensor, since the term {term!r} needs it, got None")
     for name, of_name in (("teacher_image", "image"), ("teacher_text", "text")):
         value, of = getattr(call, name), getattr(call, of_name)
         checks.features(name, value, "[N, D̂]" if of_name == "image" else "[M, D̂]")
@@ -121,7 +121,7 @@ def teacher(call: SimilarityCall, term: str, stats: torch.dtype) -> None:
 
 
 def projection(kind, projected, student, teacher):
-    """The student's features in the teacher's width, or None for the student's own."""
+    """Checks the student's features projected to the teacher's width; None if it is the student's own."""
     if projected is None:
         if student.shape[1] != teacher.shape[1]:
             raise ValueError(

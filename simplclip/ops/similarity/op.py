@@ -34,7 +34,7 @@ _GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cr
 
 
 def _prepare(call: SimilarityCall) -> SimilarityCall:
-    """Its tensors as kernels take them: contiguous, features in the dtype of the products, numbers in that of the sums."""
+    """Makes the tensors contiguous, and casts features to the dtype of the products, scalars to that of the sums."""
     compute = computes_in(call.image.dtype, call.image.device.type)
     stats = accumulate_dtype(compute)
     for name in _TENSORS:
@@ -114,7 +114,7 @@ def _autograd(ctx, grad_rows, grad_columns, _):
     grads = torch.ops.simplclip.similarity_loss_bwd(
         *tensors, *options, grad_rows, grad_columns, rows, columns, stored, need_image, need_text, backend
     )
-    # A projection that is not given is the feature itself, and its gradient is in that of the feature.
+    # Without a projection its gradient is part of the feature's gradient.
     out = list(nothing)
     for name, grad in zip(_GRADIENTS, grads):
         place = _TENSORS.index(name)
@@ -152,7 +152,7 @@ def similarity_loss(
     scratch_bytes: int = SCRATCH_BYTES,
     store_bytes: int = STORE_BYTES,
 ) -> dict[str, Tensor]:
-    r"""Objectives over the similarity of image and text features, without their N×M matrices.
+    r"""Losses of the similarity matrices of image and text features, which are never stored.
 
     With S = image · textᵀ, Z = s S + b, row i's positive in column y_i = i + label_offset, and the row and column
     log-sum-exps r, c of Z:
@@ -160,16 +160,16 @@ def similarity_loss(
         contrastive    (1/2N) Σ_i [(r_i − Z_{i,y_i}) + (c_{y_i} − Z_{i,y_i})]          open_clip's ClipLoss
         pair_matching  ½ [ mean_i softplus(−l_{i,y_i}) + mean over negatives softplus(l_ij) ]
 
-    where l = p S + q (scalar plane) or l_ij = w·(x_i ⊙ t_j) + q (hadamard plane): matched or not, decided by a learned
-    hyperplane over the similarity. The paper only names this loss; its exact form is this library's reading. `negatives`:
+    where l = p S + q (scalar plane) or l_ij = w·(x_i ⊙ t_j) + q (hadamard plane) is a learned hyperplane that separates
+    matched from unmatched pairs. The paper only names this loss; its form is this library's interpretation. `negatives`:
 
         "all"    every j ≠ y_i
         "shift"  one per row, j = (y_i + shift) mod M; O(N D)
-        "hard"   every j ≠ y_i, weighted by the softmax of Z over the row's and over the column's negatives, the mean of both,
-                 weights detached; a row without negatives counts as 0
+        "hard"   every j ≠ y_i, weighted by the softmax of Z over the row's negatives and over the column's negatives (the
+                 mean of both). The weights are constants; a row without negatives counts as 0
 
     With a teacher's features x̂, ŷ, its logits T = ŝ x̂ ŷᵀ, and the student's features x', y' in the teacher's width
-    (projected_image and projected_text; image and text themselves where they are not given):
+    (projected_image and projected_text, which default to image and text):
 
         relational     ½ [ mean_i KL(softmax T_i ‖ softmax Z_i) + the same over columns ]
         interactive    U = s' x' ŷᵀ and V = s' x̂ y'ᵀ. "infonce": ½ [ mean_i cross-entropy of U_i to the positive
@@ -177,44 +177,49 @@ def similarity_loss(
                        + mean_j KL(softmax of column j of T ‖ that of V) ]
 
     Args:
-        image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, of one dtype and device; usually
-            L2-normalised, which is not checked. Under autocast they are cast to its dtype. Any strides.
+        image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, with the same dtype and
+            device and any strides; usually L2-normalised, which is not checked. Under autocast they are cast to its dtype.
         logit_scale: s, one element (open_clip's `logit_scale.exp()`).
-        logit_bias: b, one element. Every term is invariant to it: values do not change and its gradient is 0.
-        terms: any of "contrastive", "pair_matching", "relational", "interactive"; what is not asked for is not computed.
+        logit_bias: b, one element. No term depends on it, so its gradient is 0.
+        terms: any of "contrastive", "pair_matching", "relational", "interactive"; the others are not computed.
         plane: (p, q) or (w, q), needed by "pair_matching".
-        shift: 1 ≤ shift < M; a tensor's value is not checked (that would wait for the device).
+        shift: 1 ≤ shift < M; the value of a tensor is not checked (this would synchronise).
         teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to image's) and ŝ, needed by
-            "relational" and "interactive". Constants: a teacher that requires a gradient is warned about and gets none.
-        interactive, interactive_scale: the form of that term, and s' (logit_scale where None).
+            "relational" and "interactive". They are constants and get no gradient; if one requires it, a warning is given.
+        interactive: form of the interactive term.
+        interactive_scale: s', by default logit_scale.
         projected_image, projected_text: x' [N, D̂] and y' [M, D̂], needed by "interactive" where D̂ is not D.
-        divergence: "kl", or "cross_entropy": the value of every KL here without its constant −entropy of the teacher, as in
+        divergence: "kl", or "cross_entropy": every KL without the teacher's entropy, which is constant, as in
             open_clip.DistillClipLoss. Gradients are the same. A KL is a difference of numbers of the size of log M: its value
             has their absolute error.
-        ids, text_ids: pairs with equal ids that are not the positive drop out of the negatives of every term (and out of
-            every softmax). text_ids defaults to ids when N = M.
-        label_offset: 0 ≤ label_offset ≤ M − N: this rank's place among gathered text features.
-        symmetric: False keeps the row direction only: contrastive = mean_i (r_i − Z_{i,y_i}), one half of open_clip's
+        ids, text_ids: pairs with equal ids, except the positive, are excluded from the negatives of every term and from every
+            softmax. text_ids defaults to ids when N = M.
+        label_offset: column of the first row's positive, 0 ≤ label_offset ≤ M − N; with gathered text features, the position
+            of this rank's own.
+        symmetric: if False, only the row direction is used: contrastive = mean_i (r_i − Z_{i,y_i}), one half of open_clip's
             local_loss. With M > N the column direction covers the N columns that have a positive.
-        group: image, text, ids and the teacher's features are this rank's N rows of a batch over this process group (equal N
-            on every rank). Texts are gathered; each rank sweeps its rows once and the ranks exchange column statistics. The
+        group: process group of a distributed batch. image, text, ids and the teacher's features are this rank's N rows (equal
+            N on every rank). Texts are gathered; each rank computes its rows, and the ranks exchange column statistics. The
             value is this rank's share: the mean over ranks is the loss of the whole batch. The gradient is that of the sum
-            over ranks, as in open_clip with local_loss and gather_with_grad: DDP's average is that of the batch's loss.
-        scratch_bytes: budget of the chunk of a similarity matrix; one of the student's and one of the teacher's live at once.
-        store_bytes: budget of the rows of similarities that forward keeps, so that backward need not form them again; on a
-            CPU only.
+            over ranks, as in open_clip with local_loss and gather_with_grad, so that DDP's average is the gradient of the
+            batch's loss.
+        scratch_bytes: budget of the chunk of a similarity matrix; one chunk of the student's matrix and one of the teacher's
+            exist at a time.
+        store_bytes: budget of the rows of the similarity matrices that forward keeps, so that backward does not compute them
+            again; on a CPU only.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
     12 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
-    O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and reductions are in float32 and
-    in a fixed order: equal inputs give equal results. First derivatives in reverse mode only, but for backend "reference".
+    O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and sums are in float32 and in a
+    fixed order: the result is deterministic. Only first derivatives in reverse mode are supported, except by backend
+    "reference".
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what it got.
-        RuntimeError: a forced backend cannot serve the call.
+        TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
+        RuntimeError: a forced backend does not support the call.
 
     Source: Radford et al. 2021 (arXiv 2103.00020) for the contrastive term; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732) for
     relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching.
@@ -222,16 +227,16 @@ def similarity_loss(
     inputs.check_options(terms, negatives, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
     matching = negatives if "pair_matching" in terms else None
     relational, cross = "relational" in terms, interactive if "interactive" in terms else None
-    call = SimilarityCall(
+    call = SimilarityCall(  # inputs.normalise turns numbers into tensors
         image=image,
         text=text,
-        scale=logit_scale,
+        scale=logit_scale,  # type: ignore[arg-type]
         teacher_image=teacher_image,
         teacher_text=teacher_text,
-        teacher_scale=teacher_scale,
+        teacher_scale=teacher_scale,  # type: ignore[arg-type]
         projected_image=projected_image,
         projected_text=projected_text,
-        cross_scale=interactive_scale,
+        cross_scale=interactive_scale,  # type: ignore[arg-type]
         plane_weight=None,
         plane_bias=None,
         ids=ids,
@@ -277,7 +282,7 @@ def similarity_loss(
             columns = columns[:, label_offset : label_offset + call.image.shape[0]]
         out |= terms_of(call, rows, columns, pairs, contrastive="contrastive" in terms, matching=matching)
     out = {term: out[term] for term in terms}
-    if bias is not None:  # no term depends on it, but its gradient is 0 and not None, as DistributedDataParallel needs
+    if bias is not None:  # gives it a gradient of 0 instead of None, as DistributedDataParallel needs
         first = next(iter(out))
         out[first] = out[first] + 0.0 * bias
     return out
@@ -285,12 +290,12 @@ def similarity_loss(
 
 def _infonce(
     call: SimilarityCall,
-    own_text: Tensor,  # [M, D̂], with a group of this rank
+    own_text: Tensor,  # [M, D̂]; with a group, those of this rank
     own_teacher_image: Tensor,  # [N, D̂]
     group: torch.distributed.ProcessGroup | None,
     scratch_bytes: int,
 ) -> Tensor:
-    """The interactive term against the positives: each direction is a softmax of rows over constant keys."""
+    """The interactive term "infonce": each direction is a softmax of rows over constant keys."""
 
     def direction(query, keys, query_ids, key_ids, label_offset):
         rows = RowsCall(query, keys, call.cross_scale, query_ids, key_ids, label_offset, attend=False, chunk=0)
@@ -311,11 +316,11 @@ def _infonce(
 
 
 def _statistics(call: SimilarityCall, scratch_bytes: int, store_bytes: int) -> tuple[Tensor, Tensor]:
-    """The sweep: rows [12, N] and columns [6, M]."""
+    """Computes the statistics of rows [12, N] and columns [6, M]."""
     n, m, device = call.image.shape[0], call.text.shape[0], call.image.device.type
     dtype = computes_in(call.image.dtype, device)
     call.chunk = chunk_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
-    # On a GPU the kernels form tiles again rather than read them.
+    # On a GPU the kernels compute tiles again instead of reading them.
     if device == "cpu" and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
         call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes)
     return run("similarity_loss_fwd", *flat(call), backends.forced())[:2]

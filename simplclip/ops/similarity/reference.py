@@ -1,4 +1,4 @@
-"""similarity_loss in plain torch: the matrices as a whole."""
+"""similarity_loss in plain torch, with whole matrices."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Matrices:
         return self.masked(logits - lse).exp()
 
     def hyperplane(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """l, and what its weight multiplies."""
+        """l, and the similarity that its weight multiplies."""
         weight, bias = self.call.plane_weight, self.call.plane_bias
         if weight.dim() == 1:
             product = (self.image * weight) @ self.text.T
@@ -60,8 +60,8 @@ class _Matrices:
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the matrices of a call (see call.py), from which simplclip.ops.similarity.terms makes the terms.
 
-    Returns rows [12, N] (RowStat), columns [6, M] (ColumnStat; only where `columns`), and what backward may read instead of
-    multiplying again: the first `stored_rows` rows of the products, [matrices, stored_rows, M] (not used here).
+    Returns rows [12, N] (RowStat), columns [6, M] (ColumnStat; 0 unless `columns`), and the first `stored_rows` rows of the
+    products, [matrices, stored_rows, M], which backward may read instead of computing them again (not used here).
     """
     here, m = _Matrices(call), call.text.shape[0]
     rows = here.image.new_zeros(len(RowStat), call.image.shape[0])
@@ -120,7 +120,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
-    """Gradients of a loss with the gradients grad_rows and grad_columns to the statistics: forward's, by autograd.
+    """Gradients of forward by autograd, given the gradients grad_rows and grad_columns of its statistics.
 
     The teacher is a constant; so are the weights of hard negatives. Returns d_image, d_text (empty where not needed),
     d_scale, d_projected_image, d_projected_text (empty where not given), d_cross_scale, d_plane_weight (empty without) and
@@ -157,9 +157,9 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
 
 
 def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:
-    """Of scale · query · keysᵀ, [2, N]: each row's log-sum-exp over its negatives, and its positive's unscaled similarity.
+    """For each row of scale · query · keysᵀ, [2, N]: log-sum-exp over its negatives, and unscaled similarity of its positive.
 
-    And, where `attend`, the mean key under the softmax over the negatives [N, D] (0 without negatives), else [0, D].
+    Also returns the mean key under the softmax over the negatives, [N, D] (0 without negatives), or [0, D] unless `attend`.
     """
     query, dtype, n = call.query, accumulate_dtype(call.query.dtype), call.query.shape[0]
     similarity = query.to(dtype) @ call.keys.to(dtype).T
@@ -178,10 +178,10 @@ def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:
 
 
 def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
-    """With k̄_i the mean key: dlse_i = scale k̄_i·dx_i + x_i·k̄_i dscale, dpositive_i = key of its label · dx_i. No N×M left."""
+    """With k̄_i the mean key: dlse_i = scale k̄_i·dx_i + x_i·k̄_i dscale, dpositive_i = key of its label · dx_i."""
     grad, query = call.grad, call.query
     d_query, d_scale = torch.empty_like(query), grad.new_zeros(())
-    for first in range(0, query.shape[0], 2048):  # so that what is wider than the features stays small
+    for first in range(0, query.shape[0], 2048):  # so that copies in a wider dtype stay small
         rows = slice(first, first + 2048)
         g_lse, g_positive = grad[:, rows, None]
         wide = call.mean_keys[rows].to(grad.dtype)

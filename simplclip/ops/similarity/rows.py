@@ -1,4 +1,4 @@
-"""similarity_rows: row softmaxes over constant keys, the interactive term's. A part of similarity_loss, not public."""
+"""similarity_rows: softmaxes of rows over constant keys, for the interactive term of similarity_loss. Not public."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _fake_bwd(call):
 
 
 _ROW = backends.row(reference.similarity_rows, module="similarity.rows", unpacked=True)
-_ROW_BWD = backends.row(reference.similarity_rows_bwd)  # N·D: nothing to fuse
+_ROW_BWD = backends.row(reference.similarity_rows_bwd)  # O(N D), so that there is nothing to fuse
 define("similarity_rows", RowsCall, "(Tensor, Tensor)", _run, _fake, row=_ROW)
 define("similarity_rows_bwd", RowsGradient, "(Tensor, Tensor)", _run_bwd, _fake_bwd, row=_ROW_BWD)
 
@@ -69,10 +69,10 @@ register_autograd("similarity_rows", _autograd, _setup_context)
 
 
 def similarity_rows(call: RowsCall, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:  # [2, N]
-    """Of scale · query · keysᵀ: each row's log-sum-exp over its negatives, and the unscaled similarity of its positive.
+    """For each row of scale · query · keysᵀ: log-sum-exp over its negatives, and unscaled similarity of its positive.
 
-    Gradients to query and scale need only the mean key of each row under its softmax, [N, D], which forward computes and
-    keeps (where a gradient is needed): two matrix products in all, none in backward.
+    The gradients of query and scale need only the mean key of each row under its softmax, [N, D]. Forward computes and keeps
+    it if a gradient is needed: two matrix products in forward, none in backward.
     """
     query, device = call.query, call.query.device.type
     compute = computes_in(query.dtype, device)

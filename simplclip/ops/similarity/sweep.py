@@ -1,4 +1,4 @@
-"""How similarity_loss divides its work, and the memory that it takes."""
+"""How similarity_loss divides its work into chunks, and the memory that they take."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import torch
 
 from simplclip.ops import backends
 
-# A chunk of rows of a similarity matrix: as few rows as keep the matrix products fast, within this budget.
+# Budget of a chunk of rows of a similarity matrix, which has as few rows as keep the matrix products fast.
 SCRATCH_BYTES = 64 << 20
 _CHUNK_ROWS = {"cpu": 1024}
-_CHUNK_ROWS_ELSEWHERE = 4096  # rows that give a GPU's 82 multiprocessors and more a tile of G Y each; not measured
-# The first rows of the similarity matrices are kept from forward to backward, which then need not multiply them again.
+_CHUNK_ROWS_ELSEWHERE = 4096  # gives each of 82 or more multiprocessors of a GPU a tile of G Y; not measured
+# Budget of the first rows of the similarity matrices, which forward keeps so that backward does not compute them again.
 STORE_BYTES = 36 << 20
-_STRIP = 64  # the chunk is a multiple of what one task of the CPU kernel takes
+_STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
 
 
 def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The dtype of the matrix products: the features', but float32 for halves that this CPU cannot multiply."""
+    """The dtype of the matrix products: that of the features, or float32 for half types that this CPU cannot multiply."""
     if device == "cpu" and dtype in (torch.float16, torch.bfloat16):
         return dtype if dtype == torch.bfloat16 and backends.native_bf16 else torch.float32
     return dtype
 
 
 def chunk_rows(n: int, m: int, dtype: torch.dtype, device: str, live: int = 1, scratch_bytes: int = SCRATCH_BYTES) -> int:
-    """Rows per chunk: what the scratch holds, in `live` matrices at once at most 1024 (GPU: 4096), in equal chunks.
+    """Rows per chunk: as many as scratch_bytes holds, at most 1024 (GPU: 4096) in all of `live` matrices at a time.
 
-    A multiple of 64, and at least that.
+    A multiple of 64; the chunks are about equal.
     """
     rows = _CHUNK_ROWS.get(device, _CHUNK_ROWS_ELSEWHERE) // live
     most = min(rows, max(_STRIP, scratch_bytes // (m * dtype.itemsize) // _STRIP * _STRIP))
@@ -34,9 +34,9 @@ def chunk_rows(n: int, m: int, dtype: torch.dtype, device: str, live: int = 1, s
 
 
 def stored_rows(n: int, m: int, dtype: torch.dtype, matrices: int, store_bytes: int = STORE_BYTES) -> int:
-    """Rows that forward keeps of all similarity matrices: all of them; else of one alone what fits, in multiples of 64.
+    """Rows of each similarity matrix that forward keeps: all rows if they fit; else, of a single matrix, those that fit.
 
-    Of several, the rows that fit would save a few hundredths of the work.
+    With several matrices the rows that fit would save only a few hundredths of the work.
     """
     rows = store_bytes // (m * dtype.itemsize * matrices)
     if rows >= n:
@@ -56,9 +56,9 @@ def matrix_products(
 ) -> float:
     """Matrix products of N·M·D in a symmetric forward and backward with a scalar plane.
 
-    Forward and backward form each similarity matrix; two products for the student's gradients, one for each of interactive's
-    matrices. Interactive "infonce" needs two for each of its directions (similarity_rows). On a CPU stored rows save a part;
-    on a GPU, whose kernels keep tiles in registers, each matrix is formed again, that of "infonce" too.
+    Forward and backward compute each similarity matrix. The student's gradients need two products, those of interactive's
+    matrices one each. Interactive "infonce" needs two for each of its directions (similarity_rows). On a CPU stored rows save
+    a part; on a GPU, whose kernels keep tiles in registers, each matrix is computed again, including that of "infonce".
     """
     relational, cross = "relational" in terms, "interactive" in terms
     student, kl = "contrastive" in terms or relational or "pair_matching" in terms, cross and interactive == "kl"

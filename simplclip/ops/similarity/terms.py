@@ -1,4 +1,4 @@
-"""From the statistics of the similarity matrices to the terms of similarity_loss: vectors of N, plain torch, by autograd."""
+"""Terms of similarity_loss from the statistics of the similarity matrices, in plain torch; autograd differentiates them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mismatch(l: Tensor) -> Tensor:
 def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
     """-log softmax of the positive as softplus(lse - z), lse over the negatives: exact for well matched pairs too.
 
-    NaN where the positive is infinite, as F.cross_entropy's, though the softplus be 0.
+    NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0.
     """
     return 0 * positive.detach() - F.logsigmoid(positive - lse)
 
@@ -42,7 +42,7 @@ def divergence(
     value = cross_entropy(lse, positive) + miss * (mean + positive)
     if entropy:
         return value - entropy * (cross_entropy(teacher_lse, teacher_positive) + miss * teacher_positive)
-    return value + 0 * teacher_positive  # NaN where that is infinite, as a softmax's
+    return value + 0 * teacher_positive  # NaN where it is infinite, as in a softmax
 
 
 def terms_of(
@@ -92,10 +92,10 @@ def terms_of(
 
 
 def merge_columns(parts: Tensor) -> Tensor:  # [W, 6, N] -> [6, N]
-    """Statistics of the same columns over several groups of rows, as if over all those rows.
+    """Merges the statistics of the same columns over several groups of rows into those over all rows.
 
-    Differentiable in the student's log-sum-exps and in the means; the weights of a mean are the teacher's softmax or those of
-    "hard", which are constants.
+    Differentiable in the student's log-sum-exps and in the means; the weights of a mean are the teacher's softmax or the
+    weights of "hard", which are constants.
     """
 
     def lse(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
@@ -117,7 +117,7 @@ def merge_columns(parts: Tensor) -> Tensor:  # [W, 6, N] -> [6, N]
 
 
 def shifted_pair_matching(call: SimilarityCall, shift: Tensor | int) -> Tensor:  # shift: [] int64
-    """Pair matching with one negative per row: two N·D gathers, so plain torch does."""
+    """Pair matching with one negative per row, in plain torch, since it gathers only two [N, D] tensors."""
     n, m = call.image.shape[0], call.text.shape[0]
     x = call.image.to(accumulate_dtype(call.image.dtype)) * call.plane_weight
     label = torch.arange(n, device=call.image.device) + call.label_offset

@@ -1,0 +1,28 @@
+// Memory that a function takes from torch beside its results. A function makes all of it at its start, from a Scratch, so that
+// the same code on meta tensors says how much it is, which is what a prediction of memory asks (simplclip/memory/workspaces.py).
+#pragma once
+
+#include "layout.h"
+
+namespace simplclip {
+
+class Scratch {
+ public:
+  // `grain`: what the allocator rounds an allocation up to.
+  explicit Scratch(int64_t grain = 1) : grain_(grain) {}
+
+  Tensor take(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    Tensor out = torch::stable::new_empty(like, sizes, dtype);
+    const int64_t size = out.numel() * (dtype == ScalarType::Float ? 4 : 2);
+    bytes_ += (size + grain_ - 1) / grain_ * grain_;
+    return out;
+  }
+  Tensor take(const Tensor& like, std::initializer_list<int64_t> sizes) { return take(like, sizes, like.scalar_type()); }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t grain_, bytes_ = 0;
+};
+
+}  // namespace simplclip
