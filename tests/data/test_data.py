@@ -138,6 +138,7 @@ def test_the_callers_random_numbers_are_left_alone(pattern, workers):
     assert draws() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_skip_batches_gives_the_rest_of_the_epoch(pattern, workers, drop_last):

@@ -160,7 +160,7 @@ def test_shared_weights(tmp_path):
         assert first.fc1.weight is second.fc1.weight
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_siclip_s0(tmp_path):
     """With two of its twelve text blocks; they share their weights, as its pairs do. Its image tower takes a minute."""
     options = {"text_cfg": {"layers": 2}, "simplify_options": {"share": {"text": [[0, 1]]}}}

@@ -113,6 +113,7 @@ def test_checkpointed_open_clip_model():
     assert usage.peak < predict(trainer("siclip-tiny-emoji", "fp32", *changes[:2]), CPU).peak
 
 
+@pytest.mark.slow
 @needs_cuda_build
 def test_terms_that_come_later_count():
     shared = ["data.batch_size=65536", "data.micro_batch=8", CACHED, "run.steps=50"]  # the loss takes most
@@ -309,6 +310,7 @@ def test_bad_input(arguments, message):
     assert message in result.output
 
 
+@pytest.mark.slow
 def test_a_torch_without_cuda_plans_for_cpus_only(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     result = call("siclip-tiny-emoji", "--memory", "1GiB")

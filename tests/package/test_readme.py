@@ -73,6 +73,7 @@ def test_every_block_is_of_a_kind_that_is_tested(name):
     assert kinds <= {("fence", language) for language in ("python", "sh", "yaml", "mermaid", "text")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FILES if blocks(name, "python")])
 def test_python_blocks_run(name, tmp_path):
     """In a file with their own line numbers, so that a traceback points into the document."""
@@ -203,6 +204,7 @@ def test_readme_lists_every_package_that_make_asks_for():
             assert dnf in listed["dnf"]
 
 
+@pytest.mark.slow
 def test_quick_commands_run():
     lines = {" ".join(words) for _, words in (param.values for param in commands())}
     wanted = [line for line in QUICK if line in lines]

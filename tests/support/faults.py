@@ -30,7 +30,7 @@ from simplclip.train import checkpoint
 
 FAULTS = int(os.environ.get("SIMPLCLIP_FAULTS", "5"))  # how many; 30 are the long proof
 KINDS = ("kill", "worker", "full", "removed", "truncated")
-STEPS = 16
+STEPS = 24
 MISSED = "ended before it was met"
 CHANGES = ["data.workers=1", f"run.steps={STEPS}", "run.save_every=7", "model.options.vision_cfg.timm_drop=0.2"]
 

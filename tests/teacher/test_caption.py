@@ -157,6 +157,7 @@ def test_duplicates_and_empty_captions_are_dropped():
     assert counts == {"captions": 2, "duplicate": 3, "empty": 1}
 
 
+@pytest.mark.slow
 def test_a_caption_depends_on_seed_and_sample_alone(source, weights, tmp_path):
     """Not on the batch, on other shards, or on the global generator."""
     run(source / "*.tar", tmp_path / "a", weights)

@@ -53,6 +53,7 @@ def in_backward(monkeypatch, step, error):
     monkeypatch.setattr(train.Training, "terms", terms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), torch.OutOfMemoryError("no room"), MemoryError()])
 def test_an_error_within_a_step_saves_the_one_before_to_the_bit(tmp_path, monkeypatch, undisturbed, error):
     config = tiny.settings(tmp_path, DROPOUT)

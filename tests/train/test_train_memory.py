@@ -56,6 +56,7 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
     assert checkpoint.load(out)["config"]["data"]["micro_batch"] == micro
 
 
+@pytest.mark.slow
 def test_going_on_with_other_micro_batches(tmp_path):
     """Its steps see the same images, as the place in the epoch is counted anew."""
     for name, second in (("same", "4"), ("other", "2")):
