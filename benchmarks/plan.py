@@ -33,7 +33,7 @@ def main() -> None:
     plans = {}
     for name, changes in CASES.items():
         made = plan.make(
-            config.load("siclip-s0", changes), budget, teacher_width=TEACHER_WIDTH, compare=not plans, tell=print
+            config.load("siclip-s0", changes), budget, teacher_width=TEACHER_WIDTH, compare=not plans, show=print
         )
         plans[name] = report.as_dict(made) | {"changes": changes}
         if len(plans) == 3:

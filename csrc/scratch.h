@@ -1,5 +1,5 @@
-// Memory that a function takes from torch beside its results. A function makes all of it at its start, from a Scratch, so that
-// the same code on meta tensors says how much it is, which is what a prediction of memory asks (simplclip/memory/workspaces.py).
+// Memory that a function takes from torch besides its results. A function allocates all of it at its start by a Scratch, so that
+// the same code on meta tensors computes its size for predictions of memory (simplclip/memory/workspaces.py).
 #pragma once
 
 #include "layout.h"
@@ -8,7 +8,7 @@ namespace simplclip {
 
 class Scratch {
  public:
-  // `grain`: what the allocator rounds an allocation up to.
+  // `grain`: the allocator rounds allocations up to multiples of it.
   explicit Scratch(int64_t grain = 1) : grain_(grain) {}
 
   Tensor take(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {

@@ -48,7 +48,7 @@ PyMethodDef methods[] = {
     {"device_limits", device_limits, METH_VARARGS, "device_limits(index) -> dict of what a kernel may use there."},
     {"architectures", architectures, METH_NOARGS, "The architectures that this module was compiled for."},
     {"shaped_attention_why_not", shaped_attention_why_not, METH_VARARGS,
-     "shaped_attention_why_not(tokens, width) -> why its kernels do not serve such heads, or None."},
+     "shaped_attention_why_not(tokens, width) -> why its kernels do not support such heads, or None."},
     {"shaped_attention_plan", shaped_attention_plan, METH_VARARGS,
      "shaped_attention_plan(tokens, width, is_float32, is_backward) -> dict of the launch, see ShapedPlan."},
     {nullptr, nullptr, 0, nullptr},

@@ -1,7 +1,7 @@
 """Triton kernels of feature_loss. The op is memory bound, so that CUDA C++ would not be faster.
 
-A program takes some rows. A row of at most MAX_BLOCK columns is held in registers and read once; a wider one is gone through
-in blocks, twice: for the norms (or u·g), and for the distance (or the gradient).
+A program processes some rows. A row of at most MAX_BLOCK columns is kept in registers and read once; a wider row is read
+twice in blocks, for the norms (or u·g) and for the distance (or the gradient).
 """
 
 import torch
@@ -19,7 +19,7 @@ MAX_BLOCK = 8192
 def tile(d: int) -> tuple[int, int, int]:
     """(rows of a program, columns of a block, num_warps) for width D: 2,048 elements or one row, 16 elements per thread.
 
-    8 a thread where a row takes several blocks: for 16 the compiler aims at so few registers that it spills.
+    8 elements per thread if a row has several blocks: with 16 the compiler uses so few registers that it spills.
     """
     block = min(MAX_BLOCK, max(16, triton.next_power_of_2(d)))
     rows = max(1, 2048 // block)

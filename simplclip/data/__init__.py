@@ -1,4 +1,4 @@
-"""Image-text pairs: shards.py reads damaged and whole tars, epoch.py orders them, loader.py makes batches; rewrite.py
+"""Image-text pairs: shards.py reads tars, even damaged ones, epoch.py orders samples, loader.py makes batches; rewrite.py
 makes new shards of them."""
 
 from simplclip.data.loader import EmptyEpochError, EvalSet, Loader, WorkerError, load_eval, make_loader

@@ -1,7 +1,7 @@
 """Rewrites shards: every sample is copied with new files that a function makes for it, e.g. a teacher's features.
 
-The new folder is whole at any moment but for what is still to come: a shard appears under its name when all of it is on the
-disk, and the same command after a crash goes on where the last one stopped and ends in the same bytes.
+The new folder has only complete shards at any moment: a shard gets its name after all of it is on disk. After a crash the
+same command continues with the first unfinished shard, and the result has the same bytes.
 
     OUT/<name>.tar        the samples of the shard of that name, in the same order
     OUT/meta.json         how they were made; at the end also "splits" with the samples, bytes and sha256 of each shard

@@ -247,7 +247,7 @@ def decode(data: bytes) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BrokenSample("image too large", error) from None
     except UnidentifiedImageError:
-        raise BrokenSample("not an image", f"{len(data)} bytes that are no jpg, png or webp") from None
+        raise BrokenSample("not an image", f"{len(data)} bytes that are not jpg, png or webp") from None
     except Exception as error:  # decoders raise many types for damaged bytes
         raise BrokenSample("not an image", error) from None
     try:

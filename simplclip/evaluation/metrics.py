@@ -63,7 +63,7 @@ def zero_shot(
     """Accuracy over the labels of the split, or None if it has fewer than two.
 
     Each label's weight is the mean of its features over `templates` (open_clip's build_zero_shot_classifier). Images
-    without a label are left out; "images" counts the rest.
+    without a label are skipped; "images" is the number of the others.
     """
     bad = [t for t in templates if t.count("{}") != 1]
     if bad:

@@ -1,4 +1,4 @@
-"""Memory of cards."""
+"""The memory of cards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "G
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of "24GiB", "24000MB" or a card of `CARDS`. Errors: ValueError."""
+    """The bytes of "24GiB", "24000MB" or a card in `CARDS`. Raises InputError."""
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
     name = name if name in CARDS else f"rtx-{name}" if f"rtx-{name}" in CARDS else name
     if name in CARDS:

@@ -25,12 +25,12 @@ def run(
     picture: Path | None = None,
     as_json: bool = False,
 ) -> Plan:
-    """Makes the plan and prints it; progress goes to the error stream. Errors: as `plan.make`."""
+    """Makes the plan and prints it; progress is printed to stderr. Raises the errors of `plan.make`."""
     progress = Console(stderr=True)
     budget = Budget(parse_memory(memory))
     with progress.status("planning") as status:
         plan = make(
-            config, budget, device=device, teacher_width=teacher_width, compare=compare, tell=lambda line: status.update(line)
+            config, budget, device=device, teacher_width=teacher_width, compare=compare, show=lambda line: status.update(line)
         )
     console = Console()
     if as_json:

@@ -1,4 +1,4 @@
-"""Counts what a step on fake tensors would allocate: live bytes by kind, event by event, and the peak."""
+"""Counts the memory that a step on fake tensors would allocate: live bytes by kind after every event, and the peak."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from simplclip.kernels import launch as launching
 from simplclip.memory.workspaces import packing_bytes, workspace_bytes
 from simplclip.ops import registry
 
-# What a live byte is for. A storage has the kind of the phase that allocated it until `hold` gives it another.
+# The kinds of live bytes. A storage has the kind of the phase that allocated it, until `hold` changes it.
 WORKSPACE = "kernel workspaces"
 KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", WORKSPACE)
-GPU_BLOCK = 512  # torch's CUDA allocator hands out multiples of it
+GPU_BLOCK = 512  # torch's CUDA allocator allocates multiples of it
 
 
 class UncountedOp(UserError, RuntimeError):
-    """An op whose memory cannot be known: it has no fake implementation, or its results depend on values."""
+    """The memory of an op cannot be predicted: it has no fake implementation, or its results depend on values."""
 
 
-# What an op raises that has no fake implementation, or one whose results depend on values.
+# Errors of ops without a fake implementation, and of ops whose results depend on values.
 _NOT_FAKE = (
     NotImplementedError,
     fake_tensor.UnsupportedOperatorException,
@@ -37,7 +37,7 @@ _NOT_FAKE = (
     fake_tensor.DynamicOutputShapeException,
 )
 
-# Products in which a CPU's oneDNN takes memory of torch's allocator; their operands among the arguments.
+# Products for which oneDNN allocates memory from torch's CPU allocator -> their operands among the arguments.
 _PRODUCTS = {
     torch.ops.aten.mm.default: lambda args: args[:2],
     torch.ops.aten.addmm.default: lambda args: args[1:3],
@@ -58,12 +58,12 @@ class Usage:
     peak: int = 0
     at_peak: dict[str, int] = field(default_factory=dict)
     peak_phase: str = ""
-    steps: list[int] = field(default_factory=list)  # first event of each step, and the first behind them
+    steps: list[int] = field(default_factory=list)  # first event of each step, and the end of the last one
 
     def timeline(self, points: int = 2000) -> tuple[list[str], list[list[int]], list[tuple[int, str]]]:
-        """Of the last step: kinds; for each its live bytes over at most about `points` moments; the phases' first moments.
+        """The last step: kinds, live bytes of each kind at about `points` moments at most, first moments of the phases.
 
-        A moment stands for several events and has what was live when their total was highest.
+        A moment represents several events, by the live bytes at their highest total.
         """
         start, end = self.steps[-2:]
         live = dict.fromkeys(KINDS, 0)
@@ -87,12 +87,12 @@ class Usage:
 
 
 class Counter(TorchDispatchMode):
-    """Watches the storages of `device` that ops return; `usage` has the result.
+    """Tracks the storages on `device` that ops return; `usage` is the result.
 
-    Ops of simplclip run as they would, part by part, on fake tensors; only the functions of their backends, whose insides
-    nobody sees, are replaced by their fakes and stated workspaces.
+    Ops of simplclip run on fake tensors; only the functions of their C++ backends, whose allocations are not visible, are
+    replaced by their fakes and workspaces.
 
-    Raises UncountedOp or UnknownWorkspace, naming the op, where either is missing.
+    Raises UncountedOp or UnknownWorkspace, naming the op, if either is missing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -106,7 +106,7 @@ class Counter(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str, kind: str) -> Iterator[None]:
-        """What is allocated within is of `kind`; `phase` names the stretch of the timeline."""
+        """Context whose allocations have this kind; `phase` is its name in the timeline."""
         before = self.phase, self.kind
         self._enter(phase, kind)
         try:
@@ -119,20 +119,20 @@ class Counter(TorchDispatchMode):
         self.usage.phases.append((len(self.usage.events), phase))
 
     def hold(self, tensors: object, kind: str) -> None:
-        """Counts the storages of tensors that are there already, or gives them another kind."""
+        """Counts the storages of existing tensors, or changes their kind."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
                 self._see(tensor, kind)
                 self._relabel(tensor, kind)
 
     def transient(self, size: int) -> None:
-        """Something of `size` bytes that is freed at once."""
+        """Counts an allocation of `size` bytes that is freed at once."""
         self._change(WORKSPACE, size)
         self._change(WORKSPACE, -size)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Where the step runs."""
+        """Context in which the step runs."""
         registry.counted = True
         try:
             with self:
@@ -160,8 +160,8 @@ class Counter(TorchDispatchMode):
         return out
 
     def _native(self, op: str, backend: str, function):
-        """What stands for `function` of `backend`. The reference is plain torch and runs; so do Triton's launchers, without
-        their kernels."""
+        """Replaces `function` of `backend`. The reference, plain torch, runs unchanged; Triton's launchers run without their
+        kernels."""
         if backend == "reference":
             return function
 

@@ -1,7 +1,7 @@
-"""A backward pass in Python: autograd's engine asks the device of a tensor for its streams, and a fake one's is not there.
+"""A backward pass in Python, since autograd's engine asks a tensor's device for its streams, and there may be no device.
 
-It runs the nodes in the engine's order, lets a node's saved tensors go after it has run, and adds gradients up in place where
-the engine does, so that what is live at any time is what would be live there.
+It runs the nodes in the engine's order, frees a node's saved tensors after it has run, and adds gradients in place where the
+engine does, so that the same tensors are live at any time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-_KEEPS_GRAPH = "_get_current_graph_task_keep_graph"  # not in every torch
-_LAST = 1 << 62  # AccumulateGrad runs as soon as it can
+_KEEPS_GRAPH = "_get_current_graph_task_keep_graph"  # older versions of torch lack it
+_LAST = 1 << 62  # the order of AccumulateGrad, which runs first
 
 
 class Saved:
-    """What autograd keeps of a tensor until its node has run."""
+    """A tensor that autograd saves until its node has run."""
 
     __slots__ = ("tensor",)
 
@@ -30,9 +30,9 @@ class Saved:
 
 
 class Engine:
-    """`installed()` makes it the engine of every backward pass, over graphs that are made meanwhile.
+    """`installed()` makes it the engine of all backward passes over graphs that are made within that context.
 
-    on_gradient: told every parameter's gradient when it has grown.
+    on_gradient: called with a parameter's gradient whenever it has been accumulated.
     """
 
     def __init__(self, on_gradient: Callable[[Tensor], None]) -> None:
@@ -59,7 +59,7 @@ class Engine:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Saved, self._unpack))
             stack.enter_context(mock.patch.object(Tensor, "backward", of_tensor))
             stack.enter_context(mock.patch.object(torch.autograd, "backward", of_autograd))
-            # The task's number and whether it keeps its graph: checkpointing and our ops ask for them.
+            # Checkpointing and our ops ask for the number of the task, and whether it keeps its graph.
             stack.enter_context(mock.patch.object(torch._C, "_current_graph_task_id", task))
             if hasattr(torch._C._autograd, _KEEPS_GRAPH):
                 stack.enter_context(mock.patch.object(torch._C._autograd, _KEEPS_GRAPH, keeps_graph))
@@ -67,13 +67,13 @@ class Engine:
 
     def _unpack(self, saved: Saved) -> Tensor:
         if saved.tensor is None:
-            raise RuntimeError("backward: expected a graph that has not run yet, its saved tensors are gone")
+            raise RuntimeError("backward: expected a graph that has not run yet, got one whose saved tensors are freed")
         self._unpacked.append(saved)
         return saved.tensor
 
     def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None], retain=None, create=False, inputs=None):
         if retain or create or inputs is not None:
-            raise NotImplementedError("backward: expected no retain_graph, create_graph or inputs in a plan")
+            raise NotImplementedError("backward: expected no retain_graph, create_graph or inputs in a plan, got some")
         self._task += 1
         with torch.no_grad():
             self._run(roots, gradients)
@@ -85,7 +85,7 @@ class Engine:
         tie = itertools.count()
 
         def push(node: object) -> None:
-            # The latest node first, as it was made last.
+            # The node that was made last runs first.
             order = _LAST if hasattr(node, "variable") else node._sequence_nr()
             heapq.heappush(ready, (-order, next(tie), node))
 
@@ -110,7 +110,7 @@ class Engine:
                     push(following)
 
     def _visit(self, node: object, buffer: dict[int, Tensor], buffers: dict[object, dict[int, Tensor]]) -> list[object]:
-        """Runs a node and hands its gradients on; the nodes behind its edges."""
+        """Runs a node and passes its gradients on; returns the nodes at its edges."""
         if hasattr(node, "variable"):
             if 0 in buffer:
                 _accumulate(node.variable, buffer.pop(0))
@@ -125,7 +125,7 @@ class Engine:
         return [following for following, _ in edges]
 
     def _call(self, node: object, buffer: dict[int, Tensor]) -> list[Tensor | None]:
-        """The gradients for a node's edges; what it saved goes."""
+        """The gradients for a node's edges; frees its saved tensors."""
         count = len(node._input_metadata)
         if not buffer:
             return [None] * len(node.next_functions)
@@ -137,20 +137,20 @@ class Engine:
             saved.tensor = None
         self._unpacked = []
         outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-        # A node of C++ has an edge for each of its outputs, one of Python none for an input that was no tensor.
+        # A C++ node has an edge for each output; a Python node has none for inputs that are not tensors.
         wanted = node.needs_input_grad if python else [edge[0] is not None for edge in node.next_functions]
         return [gradient for gradient, asked in zip(outputs, wanted) if asked]
 
 
 def _fitted(gradient: Tensor, meta) -> Tensor:
-    """The gradient in the shape and dtype of what it is the gradient of; the engine reduces what was broadcast."""
+    """The gradient in the shape and dtype of its tensor; broadcast dimensions are summed, as in the engine."""
     if gradient.shape != meta.shape:
         gradient = gradient.sum_to_size(meta.shape)
     return gradient if gradient.dtype == meta.dtype else gradient.to(meta.dtype)
 
 
 def _uses(roots: list[object]) -> dict[object, int]:
-    """How many edges lead to each node below `roots`."""
+    """The number of edges to each node that is reachable from `roots`."""
     uses: dict[object, int] = {}
     seen, stack = set(roots), list(roots)
     while stack:
@@ -164,7 +164,7 @@ def _uses(roots: list[object]) -> dict[object, int]:
 
 
 def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
-    """In place where nobody else has the sum so far, as in the engine's input buffers."""
+    """Adds in place if only the buffer refers to the sum, as in the engine's input buffers."""
     have = buffer.get(place)
     if have is None:
         buffer[place] = gradient
@@ -175,13 +175,13 @@ def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
 
 
 def _alone(tensor: Tensor) -> bool:
-    """Whether only the buffer has this tensor (and two callers) and only it has its memory, all of it."""
+    """Whether only the buffer (and two callers) refer to this tensor, and the tensor covers a storage of its own."""
     referred = sys.getrefcount(tensor) > 4 or torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2
     return not referred and _dense(tensor)
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Takes the gradient itself where nobody else has it and it lies in memory as the leaf does, else a copy that does."""
+    """Sets leaf.grad to the gradient itself if only the buffer has it and its strides are the leaf's, else to a copy."""
     if leaf.grad is not None:
         leaf.grad.add_(gradient)
         return

@@ -1,4 +1,4 @@
-"""The memory of a step as it is: two steps on real tensors."""
+"""Measures the memory of a step by two steps on real tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simplclip.memory.step import Step
 
 
 def measure(step: Step, device: torch.device) -> int:
-    """Peak bytes of torch's allocator on `device`, with the parameters; on a CPU with the batch too, which lies there."""
+    """Peak bytes of torch's allocator on `device`, including parameters, and on a CPU also the batch."""
     step.materialize(device)
     step.place(device)
     batches = step.batches(whole=True)
@@ -33,7 +33,7 @@ def measure(step: Step, device: torch.device) -> int:
 
 
 def cpu_peak_bytes(run: Callable[[], object]) -> int:
-    """Highest sum of live bytes that torch's CPU allocator gave out during `run`, above what was live before it."""
+    """Peak bytes that torch's CPU allocator allocated during `run`, without those that were live before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""A plan as a picture: the memory of a step over time, and its peak over the batch."""
+"""Draws a plan: the memory during a step, and its peak by batch size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FRAME = "#d0d7de"
 
 
 def draw(path: str | Path, plan: Plan) -> Path:
-    """Live memory over the second step as configured, by kind; and the peak over the batch, with what the card has."""
+    """Live memory by kind during the second step as configured; and the peak by batch size, with the usable memory."""
     gib = 2**30
     figure = new_figure(13, 4.8)
     step, batch = figure.subplots(

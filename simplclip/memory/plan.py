@@ -1,4 +1,4 @@
-"""The questions of a plan: the step as it is, the largest batches in one graph and by gradient caching, open_clip's."""
+"""Makes a plan: the step as configured, the largest batches in one graph and by gradient caching, and open_clip's."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class NoCuda(UserError, RuntimeError):
 
 
 AS_IS, ONE_GRAPH, CACHED = "as configured", "most in one graph", "most by gradient caching"
-SMALL_MICRO_BATCH = 256  # where none is configured; a larger one leaves less for the loss
+SMALL_MICRO_BATCH = 256  # if none is configured; a larger one leaves less memory for the loss
 MOST_PAIRS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A batch and its peak, and that of the next larger one, which does not fit."""
+    """A batch size and its peak, and those of the next larger one, which does not fit."""
 
     what: str
     batch_size: int
@@ -40,12 +40,12 @@ class Answer:
     peak: int
     next_batch_size: int | None = None
     next_peak: int | None = None
-    peaks: dict[int, int] = field(default_factory=dict)  # batch size -> peak, all that were looked at
+    peaks: dict[int, int] = field(default_factory=dict)  # batch size -> peak, for all that were predicted
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Peaks are bytes of torch's allocator; what the budget has beside them is in its assumptions."""
+    """A plan. Peaks are bytes of torch's allocator; the assumptions of the budget cover other memory."""
 
     model: str
     precision: str
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the step as configured does."""
+        """Whether the step as configured fits."""
         return self.holds(self.answers[0])
 
     def holds(self, answer: Answer) -> bool:
@@ -74,23 +74,23 @@ def make(
     teacher_width: int | None = None,
     compare: bool = False,
     solve: bool = True,
-    tell: Callable[[str], None] = lambda line: None,
+    show: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """The plan of `config` on a device with `budget`.
 
-    config.data.micro_batch "auto" stands for what `micro_batch_that_fits` finds. teacher_width: D̂ of the stored features,
-    where the shards are not here. compare: the model's original with open_clip's losses too. solve: look for the largest
-    batches. tell: gets a line before each part.
+    config.data.micro_batch "auto" means the result of `micro_batch_that_fits`. teacher_width: D̂ of the stored features, if
+    the shards are not on this machine. compare: also predict the original model with open_clip's losses. solve: search the
+    largest batches. show: called with a line before each part.
 
-    Errors: ConfigError, ValueError; UncountedOp and UnknownWorkspace for an op whose memory cannot be known; RuntimeError
-    without a CUDA build of torch.
+    Raises: ConfigError, ValueError; UncountedOp and UnknownWorkspace if the memory of an op cannot be predicted; NoCuda if
+    torch is a build without CUDA.
     """
     where = _device(device)
     precision, why = _precision(config, where)
     notes = [f"precision {precision} ({why})", "two steps; the second has the optimizer's state from its beginning"]
     notes += ["nothing for oneDNN's workspaces inside convolutions"] if where.type == "cpu" else []
     if config.data.micro_batch == "auto":
-        tell("looking for the micro-batch")
+        show("looking for the micro-batch")
         config = micro_batch_that_fits(config, budget, device=device, teacher_width=teacher_width)
 
     base = TrainerStep(config, precision, teacher_width)
@@ -101,19 +101,19 @@ def make(
         return predict(step, where)
 
     cacheable = _cacheable(base.training.model.train())
-    tell(f"the step as configured: batch {config.data.batch_size:,}")
+    show(f"the step as configured: batch {config.data.batch_size:,}")
     usage = usage_of({})
     as_is = Answer(AS_IS, config.data.batch_size, config.data.micro_batch, usage.peak)
     answers, measured = [as_is], None
     if where.type == "cuda" and torch.cuda.is_available():
-        tell("two real steps of it on this GPU")
+        show("two real steps of it on this GPU")
         measured = _measured(TrainerStep(config, precision, teacher_width), where)
         notes += [] if measured else ["the step as configured does not fit this machine's GPU"]
     if solve:
-        answers += _solved(config, budget, usage_of, cacheable, tell)
+        answers += _solved(config, budget, usage_of, cacheable, show)
     if compare:
-        answers.append(_of_open_clip(config, budget, precision, base.training.teacher, where, tell))
-    tell("advice")
+        answers.append(_of_open_clip(config, budget, precision, base.training.teacher, where, show))
+    show("advice")
     advice = tuple(_advice(config, budget, usage, usage_of, cacheable))
     return Plan(config.model.name, precision, device, budget, tuple(answers), usage, measured, advice, tuple(notes))
 
@@ -121,9 +121,9 @@ def make(
 def micro_batch_that_fits(
     config: Config, budget: Budget, *, device: str = "cuda", teacher_width: int | None = None
 ) -> Config:
-    """`config` with the largest micro-batch, a divisor of the batch, whose step fits; none where the whole batch does.
+    """`config` with the largest micro-batch, a divisor of the batch, whose step fits; None if the whole batch fits.
 
-    Errors: ConfigError where not even micro-batches of one image fit.
+    Raises ConfigError if even micro-batches of one image do not fit.
     """
     where, size = _device(device), config.data.batch_size
     precision, _ = _precision(config, where)
@@ -139,22 +139,22 @@ def micro_batch_that_fits(
     if not place:
         raise ConfigError(
             f"data.micro_batch: expected one that fits {gib(budget.usable)} of {gib(budget.memory)}, got auto; a batch of "
-            f"{size:,} takes {gib(seen[1])} even one image at a time"
+            f"{size:,} takes {gib(seen[1])} even with one image at a time"
         )
     micro = divisors[place - 1]
     return _changed(config, data={"micro_batch": None if micro == size else micro})
 
 
-def _solved(config: Config, budget: Budget, usage_of: Callable, cacheable: bool, tell: Callable) -> Iterator[Answer]:
-    tell("the largest batch in one graph")
+def _solved(config: Config, budget: Budget, usage_of: Callable, cacheable: bool, show: Callable) -> Iterator[Answer]:
+    show("the largest batch in one graph")
     whole = _answer(ONE_GRAPH, lambda n: usage_of({"batch_size": n, "micro_batch": None}).peak, budget, micro_batch=None)
     yield whole
     if not cacheable or not whole.batch_size:
         return
     micro = config.data.micro_batch or min(SMALL_MICRO_BATCH, config.data.batch_size)
     if micro >= whole.batch_size:
-        micro = max(1, whole.batch_size // 2)  # as many as fit leave nothing for a larger batch
-    tell(f"the largest batch by gradient caching, micro-batches of {micro:,}")
+        micro = max(1, whole.batch_size // 2)  # the largest micro-batch would leave no memory for a larger batch
+    show(f"the largest batch by gradient caching, micro-batches of {micro:,}")
 
     def cached(count: int) -> int:
         return usage_of({"batch_size": count * micro, "micro_batch": micro}).peak
@@ -176,27 +176,27 @@ def _answer(what: str, peak: Callable[[int], int], budget: Budget, *, micro_batc
 
 
 def _of_open_clip(
-    config: Config, budget: Budget, precision: str, teacher: Mapping | None, where: torch.device, tell: Callable
+    config: Config, budget: Budget, precision: str, teacher: Mapping | None, where: torch.device, show: Callable
 ) -> Answer:
     name = models.original(config.model.name)
     if name is None:
-        raise ConfigError(f"--compare: expected a model made from one of open_clip's, {config.model.name} is not")
+        raise ConfigError(f"--compare: expected a model made from one of open_clip's, got {config.model.name}")
     width = teacher["width"] if "distill_loss" in config.loss.weights else None
     what = f"most in open_clip: {name}, {type(OpenClipStep(name, 1, precision, width).loss).__name__}"
-    tell(what)
+    show(what)
     return _answer(what, lambda n: predict(OpenClipStep(name, n, precision, width), where).peak, budget, micro_batch=None)
 
 
 def _advice(config: Config, budget: Budget, usage: Usage, usage_of: Callable, cacheable: bool) -> Iterator[str]:
-    """What would lower the peak of the step as configured, and by how much."""
+    """Settings that would lower the peak of the step as configured, with the new peak."""
 
-    def gain(told: str, data: dict | None = None, **changes) -> Iterator[str]:
+    def gain(change: str, data: dict | None = None, **changes) -> Iterator[str]:
         try:
             less = usage_of(data or {}, **changes)
         except ConfigError:
             return
         if less.peak < 0.99 * usage.peak:
-            yield f"{told}: {gib(less.peak)} instead of {gib(usage.peak)}"
+            yield f"{change}: {gib(less.peak)} instead of {gib(usage.peak)}"
 
     size, micro = config.data.batch_size, config.data.micro_batch
     if not config.model.recompute:
@@ -214,7 +214,7 @@ def _advice(config: Config, budget: Budget, usage: Usage, usage_of: Callable, ca
 
 
 def _cacheable(model: nn.Module) -> bool:
-    """Whether gradient caching takes the model."""
+    """Whether gradient caching supports the model."""
     try:
         gradient_cache.check(model)
     except ValueError:
@@ -230,7 +230,7 @@ def _measured(step: TrainerStep, device: torch.device) -> int | None:
 
 
 def _changed(config: Config, **sections: dict) -> Config:
-    """Checked again as a whole, unlike pydantic's model_copy."""
+    """`config` with some values changed, and checked as a whole, unlike in pydantic's model_copy."""
     values = config.to_dict()
     for section, changes in sections.items():
         values[section] |= changes
@@ -247,7 +247,7 @@ def _device(name: str) -> torch.device:
 
 
 def _precision(config: Config, device: torch.device) -> tuple[str, str]:
-    """As the trainer would take it there; a card that is not here has native bf16, as all since Ampere."""
+    """The trainer's precision on the device; a card that is not in this machine has native bf16, as all since Ampere."""
     if device.type == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
         return "bf16", "auto: cards since Ampere have native bf16"
     return hardware.pick_precision(config.run.precision, device)

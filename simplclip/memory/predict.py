@@ -1,4 +1,4 @@
-"""Predicts the memory of a step: two steps on fake tensors, counted."""
+"""Predicts the memory of a step by counting two steps on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from simplclip.memory.count import Counter, Usage
 from simplclip.memory.engine import Engine
 from simplclip.memory.step import Step
 
-STEPS = 2  # the second finds the optimizer's state there
+STEPS = 2  # in the second step the optimizer's state exists from the beginning
 
 
 def predict(step: Step, device: torch.device) -> Usage:
-    """Usage of `device` by two runs of `step`, whose modules are fake afterwards."""
-    # Without fallback kernels, which would run an op that has no fake on a real tensor.
+    """The memory on `device` during two runs of `step`, whose modules are fake afterwards."""
+    # Fallback kernels would run ops without a fake on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, pretend.Fakes(mode, torch.device("cpu")).of, step.batches(whole=False))
     pretend.Fakes(mode, device).into(step.modules)

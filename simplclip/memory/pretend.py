@@ -1,4 +1,4 @@
-"""What has to be pretended so that a step runs on fake tensors, of a card that need not be there."""
+"""Fake tensors, and patches that let a step run on them without the card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 class Fakes:
-    """Makes fake tensors on `device` of the same shapes, strides and dtypes; what was one stays one."""
+    """Makes fake tensors on `device` of the same shapes, strides and dtypes, one for each tensor."""
 
     def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
         self.mode, self.device = mode, device
@@ -39,7 +39,7 @@ class Fakes:
 
 @contextmanager
 def fake_step(mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
-    """Within it figures read as 0, generators have no state, and a card seems to be there."""
+    """Context in which values are read as 0, random generators have no state, and a card seems to exist."""
     with ExitStack() as stack:
 
         def patch(where: object, name: str, value: object) -> None:
@@ -57,9 +57,9 @@ def fake_step(mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
 
 
 def attention_of_card(plain):
-    """SDPA as a card runs it: FlashAttention for halves without a mask, else the memory-efficient kernel.
+    """SDPA as on a card: FlashAttention for half types without a mask, else the memory-efficient kernel.
 
-    Without a device torch would take plain products, which keep [B, H, L, L].
+    Without a device torch would use plain products, which keep [B, H, L, L].
     """
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -70,7 +70,7 @@ def attention_of_card(plain):
             return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
         bias = None
         if attn_mask is not None:
-            # Additive, its rows at multiples of 16 bytes, as the kernel wants it.
+            # The kernel needs an additive mask whose rows begin at multiples of 16 bytes.
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask.logical_not(), -torch.inf)
             length = attn_mask.shape[-1]

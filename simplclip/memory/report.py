@@ -1,4 +1,4 @@
-"""A plan for a person, and as JSON."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simplclip.train.limits import GIB, gib
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Tables of the answers and of what is live at the peak, assumptions and advice."""
+    """Prints tables of the answers and of the memory at the peak, assumptions and advice."""
     budget = plan.budget
     console.print(
         f"{plan.model}, {plan.precision}, {plan.device}: {gib(budget.usable)} usable of {gib(budget.memory)}", highlight=False
@@ -49,7 +49,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def lines(plan: Plan) -> list[str]:
-    """Whether it was measured, what is assumed, and what would help."""
+    """Lines on the measurement, the assumptions and the advice."""
     if plan.measured is not None:
         measured = f"measured   two real steps on this machine's GPU: {gib(plan.measured)}, predicted {gib(plan.usage.peak)}"
     elif plan.device == "cuda":
@@ -63,7 +63,7 @@ def lines(plan: Plan) -> list[str]:
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
-    """Everything but the timeline; sizes in bytes."""
+    """The plan without the timeline; sizes are in bytes."""
     return {
         "model": plan.model,
         "precision": plan.precision,

@@ -1,4 +1,4 @@
-"""The largest batch that fits: peaks are nearly affine in it, so few of them have to be looked at."""
+"""Searches the largest batch that fits. Peaks are nearly affine in the batch size, so that few are needed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 
 def largest(peak: Callable[[int], int], limit: int, *, start: int = 8, most: int = 1 << 24) -> tuple[int, dict[int, int]]:
-    """The largest x with peak(x) <= limit, and every peak that was asked for; x + 1 is among them (unless x is `most`).
+    """The largest x with peak(x) <= limit, or 0, and all computed peaks, which include that of x + 1 (unless x is `most`).
 
-    0 where not even 1 fits. Each guess is where the line through the two nearest points crosses the limit; peak must not
-    fall much with x.
+    Each guess is where the line through the two nearest points crosses the limit; peak should not decrease much with x.
     """
     seen: dict[int, int] = {}
 
@@ -18,7 +17,7 @@ def largest(peak: Callable[[int], int], limit: int, *, start: int = 8, most: int
             seen[x] = peak(x)
         return seen[x] <= limit
 
-    low, high = 0, most + 1  # the largest that fits, the smallest that does not
+    low, high = 0, most + 1  # the largest x that fits, and the smallest that does not
     guess = min(start, most)
     while high - low > 1:
         if fits(guess):
@@ -30,7 +29,7 @@ def largest(peak: Callable[[int], int], limit: int, *, start: int = 8, most: int
 
 
 def _crossing(seen: dict[int, int], low: int, high: int, limit: int) -> int:
-    """Where the line through the points around the answer crosses the limit; with one point, twice or half of it."""
+    """Where the line through the points around the answer crosses the limit; with a single point, twice or half of it."""
     if low in seen and high in seen:
         a, b = low, high
     elif len(seen) > 1 and (low in seen or high in seen):

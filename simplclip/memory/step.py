@@ -1,4 +1,4 @@
-"""The steps that a plan looks at, on fake or on real tensors: our trainer's, and that of open_clip's models and losses."""
+"""The steps of a plan, on fake or real tensors: that of our trainer, and that of open_clip's models and losses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEACHER_SCALE = 100.0
 
 
 class Step(Protocol):
-    """What `predict` and `measure` run. `modules`: whose tensors are on the device from the beginning."""
+    """Interface of a step for `predict` and `measure`. modules: their tensors are on the device from the beginning."""
 
     modules: list[nn.Module]
     optimizer: torch.optim.Optimizer
@@ -34,13 +34,13 @@ class Step(Protocol):
         """Gives the modules real weights on `device`."""
 
     def place(self, device: torch.device, counter: Counter | None = None) -> None:
-        """The step runs on `device`, where the modules are by now; `counter` is told of its parts."""
+        """Prepares the step on `device`, where the modules already are; `counter` is notified of its phases."""
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
         """The micro-batches of a step, in the host's memory.
 
-        Not `whole`: without values, and those between the second and the last are one that no tower sees: what they add is
-        their rows.
+        If not `whole`, they have no values, and those between the second and the last are merged into one that the towers do
+        not process, since only its number of rows matters.
         """
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
@@ -48,9 +48,9 @@ class Step(Protocol):
 
 
 class TrainerStep:
-    """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching where it has a micro_batch.
+    """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
 
-    teacher_width: D̂, where the shards that would say it need not be there.
+    teacher_width: D̂; if None, it is read from the shards.
     """
 
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
@@ -59,7 +59,7 @@ class TrainerStep:
         self.modules = [self.training.model, self.training.loss]
 
     def resized(self, config: Config) -> TrainerStep:
-        """The same step with another section `data`; it shares the modules, so one of both runs at a time."""
+        """The same step with another section `data`. Both share the modules, so that only one may run at a time."""
         other = copy.copy(self)
         other.training = copy.copy(self.training)
         other.config = other.training.config = config
@@ -74,7 +74,7 @@ class TrainerStep:
         this.device, this.counter = device, counter
         this.optimizer = make_optimizer(this.model, this.loss, self.config)
         this.schedule = LambdaLR(this.optimizer, lambda step: lr_factor(step, self.config))
-        this.scaler = torch.amp.GradScaler(device.type, enabled=False)  # its figures would have to be read
+        this.scaler = torch.amp.GradScaler(device.type, enabled=False)  # it would read values of tensors
         this.step = busiest(self.config)
         this.model.train()
 
@@ -109,14 +109,14 @@ class TrainerStep:
 
 
 def busiest(config: Config) -> int:
-    """The first step of a run at which most terms of the loss are on."""
+    """The first step of a run with the largest number of active loss terms."""
     schedules, steps = config.loss.weights.values(), config.run.steps
     turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})
     return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
 
 
 class _Planned(Training):
-    """Training whose teacher and sources need not be there: only widths and shapes count."""
+    """Training without its teacher and sources, of which only widths and shapes matter."""
 
     counter: Counter | None = None
 
@@ -139,7 +139,7 @@ class _Planned(Training):
         return [_architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Of a batch that stands for several like the one before, the features alone."""
+        """Encodes a batch; for a merged one (see `batches`) only makes features of its size."""
         if "image" not in batch:
             size, k = len(batch["group"]), self.config.data.captions_per_image
             rows, (width, dtype) = (size, size * k), self._features
@@ -159,7 +159,7 @@ class _Planned(Training):
 
 
 def _architecture(source: str) -> Any:
-    """An open_clip tag's tensors, empty: nothing is downloaded to count bytes."""
+    """Empty tensors of an open_clip tag, so that nothing is downloaded."""
     name, slash, _ = source.removeprefix(TAG).partition("/")
     if not slash or name not in open_clip.list_models():
         return source
@@ -169,10 +169,10 @@ def _architecture(source: str) -> Any:
 
 
 class OpenClipStep:
-    """A step of open_clip's trainer on one of its models, with the loss that it takes for it, or distilling stored features.
+    """A step of open_clip's trainer on one of its models, with its loss for that model or with stored teacher features.
 
-    teacher_width: of the features of a teacher for DistillClipLoss; None: CoCaLoss for a CoCa, SigLipLoss for a model with a
-    logit bias, else ClipLoss. No teacher is in memory, which open_clip's own trainer would have there.
+    teacher_width: the width of a teacher's features for DistillClipLoss; None: CoCaLoss for a CoCa, SigLipLoss for a model
+    with a logit bias, else ClipLoss. No teacher is in memory, unlike in open_clip's own trainer.
     """
 
     def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None) -> None:
@@ -196,7 +196,7 @@ class OpenClipStep:
     def place(self, device: torch.device, counter: Counter | None = None) -> None:
         self.device, self.counter = device, counter
         card = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)  # torch's choice on either
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)  # torch's default on both devices
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
         size = self.batch_size
@@ -232,7 +232,7 @@ class OpenClipStep:
 
 
 def tokens(name: str, model: nn.Module, count: int, whole: bool) -> Tensor:
-    """int64 [count, L]; `whole`: of a real caption, so that its end is found; some tokenizers must be downloaded for that."""
+    """Token ids, int64 [count, L]. whole: those of a real caption with an end; some tokenizers are downloaded for it."""
     if whole:
         return models.tokenizer(name)(["a photo of a small thing"]).expand(count, -1).contiguous()
     length = model.context_length if hasattr(model, "context_length") else model.text.context_length

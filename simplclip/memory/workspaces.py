@@ -1,7 +1,7 @@
-"""What a C++ function takes from torch's allocator beside its results, which fake tensors do not show.
+"""Memory that a C++ function takes from torch's allocator besides its results, which fake tensors do not show.
 
-The function itself says its scratch, on meta tensors (csrc/scratch.h). To that a CPU adds what oneDNN packs inside a product
-of bfloat16, of which the largest counts. Triton's launchers are Python, which predictions run without their kernels.
+The function itself computes its scratch from meta tensors (csrc/scratch.h). On a CPU the memory is added that oneDNN needs to
+pack the largest product of bfloat16. Triton's launchers are Python; predictions run them without their kernels.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from simplclip.ops import backends
 from simplclip.ops.registry import flat
 from simplclip.ops.similarity.call import RowsCall, SimilarityCall, SimilarityGradient
 
-_HIDDEN_BYTES = 8 << 20  # of the rows of an activation that parallel_mlp multiplies at a time
+_HIDDEN_BYTES = 8 << 20  # of a chunk of rows of an activation in parallel_mlp
 
 
 class UnknownWorkspace(UserError, RuntimeError):
-    """A native function whose workspace cannot be known here."""
+    """The workspace of a C++ function cannot be predicted here."""
 
 
 def workspace_bytes(name: str, backend: str, *args) -> int:
-    """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes beside its results when called with `args`.
+    """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes besides its results when called with `args`.
 
-    The highest sum of live bytes minus those of the tensors that it returns. Only shapes, strides, dtypes and arguments that
-    are no tensors are read. On a CPU exact, but for oneDNN's packing of bfloat16 operands; on a GPU each allocation counts as
-    the multiple of 512 bytes that the allocator makes of it, and what cuBLAS takes for itself does not count.
+    This is the highest sum of live bytes without the tensors that it returns. Only shapes, strides, dtypes and arguments that
+    are not tensors are read. On a CPU the result is exact except for oneDNN's packing of bfloat16 operands. On a GPU each
+    allocation is rounded up to 512 bytes, as in the allocator; cuBLAS's own memory is not included.
 
     Raises:
-        UnknownWorkspace: the extension that has the function does not load.
+        UnknownWorkspace: the extension of the function does not load, or the function has no workspace.
     """
     extension = backends.extension if backend == "cpu" else backends.cuda_extension
     if extension is None:
@@ -50,7 +50,7 @@ def _scratch(function, name: str, backend: str, fields: Iterable) -> int:
         return function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in fields))
     except NotImplementedError:
         if backend == "cpu" and name.startswith(("feature_loss", "shaped_attention")):
-            return 0  # memory of threads, which is not torch's
+            return 0  # their scratch belongs to threads and is not torch's
         raise UnknownWorkspace(f"no workspace is stated for {name} on backend {backend}") from None
 
 
@@ -65,7 +65,7 @@ def _parts(size: int, of: int) -> int:
 
 
 def _row_block(m: int) -> int:
-    """Rows of a block: at most 256, in as many blocks as waste the fewest rows."""
+    """Rows of a block: at most 256, with the number of blocks that wastes the fewest rows."""
     fewest = _parts(m, 256)
     blocks = range(fewest, max(fewest, m // 32) + 1)
     return _parts(m, min(blocks, key=lambda count: count * _parts(m, count)))
@@ -74,17 +74,17 @@ def _row_block(m: int) -> int:
 def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: bool = False) -> int:
     """Bytes that oneDNN takes from torch's allocator within one product [m, k] @ [k, n] of bfloat16.
 
-    `transposed`: the first operand's columns are contiguous, not its rows. Fitted to 347 products by oneDNN's kernels for
-    AVX512-BF16 on one thread of a Zen 4, and exact there; T threads take about T times as much. Other instruction sets
-    (AMX, and AVX512-FP16, by which oneDNN multiplies float16 too) are not measured.
+    transposed: the first operand's columns are contiguous, not its rows. The formula is fitted to 347 products by oneDNN's
+    kernels for AVX512-BF16 on one thread of a Zen 4, where it is exact; T threads take about T times as much. Other
+    instruction sets (AMX, and AVX512-FP16, with which oneDNN multiplies float16 too) are not measured.
     """
     if dtype != torch.bfloat16 or not backends.native_bf16 or m * n * k <= 16**3:
         return 0
-    # A block of the first operand is copied if it is transposed or if its rows lie a large power of two apart.
+    # A block of the first operand is copied if it is transposed or if its row stride is a large power of two.
     copied = transposed or (m >= 1024 and k >= 4096 and k & (k - 1) == 0)
     depth = k if k <= 512 else 512 if transposed or k <= 1024 else 1024
     rows, pitch, columns = _row_block(m), _parts(depth, 32) * 32, min(n, 64)
-    if copied and depth < k:  # sums of several blocks of the depth stay until the last one
+    if copied and depth < k:  # sums of several blocks of the depth are kept until the last one
         blocks = _parts(n, 64)
         columns = 64 * max(count for count in range(1, 17) if blocks % count == 0)
     size = 4 * rows * columns + 2 * pitch * 64 + 1024
@@ -94,12 +94,12 @@ def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: boo
 
 
 def _chunks(n: int, chunk: int, stored: int) -> Iterable[int]:
-    """The different numbers of rows of a sweep's chunks, none of which crosses the end of the stored rows."""
+    """The different numbers of rows of the chunks, none of which crosses the end of the stored rows."""
     return {min(chunk, size) for part in (stored, n - stored) if part for size in (part, part % chunk) if size}
 
 
 def _similarities(call: SimilarityCall, stored: int, image: Iterable[int] = (), text: Iterable[int] = ()) -> int:
-    """Packing of the largest product of a sweep: similarities, and gradients of image and text features of such widths."""
+    """Packing of the largest product: similarities, and gradients of image and text features of these widths."""
     (n, d), m, dtype = call.image.shape, call.text.shape[0], call.image.dtype
     widths = {d} if call.has_student else set()
     widths |= {call.teacher_image.shape[1]} if call.has_teacher else set()

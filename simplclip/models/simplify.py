@@ -259,7 +259,7 @@ def _text_sites(model: nn.Module) -> Iterator[_Site]:
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         raise InputError("text: expected no mask or a causal one, got a tower with class token or padding masks")
     if not hasattr(tower, "attn_mask"):
-        raise InputError(f"text: expected attn_mask, None or causal, beside its blocks, got {type(tower).__name__} without")
+        raise InputError(f"text: expected an attribute attn_mask, None or causal, got {type(tower).__name__} without")
     mask: Any = tower.attn_mask
     if mask is not None and not mask.is_meta and not is_causal_mask(mask):
         raise InputError("text: expected no mask or a causal one, got a tower with another attn_mask")

@@ -71,7 +71,7 @@ def define(
         schema = native or f"({arguments}) -> {returns}"
         schema = schema.replace("SymInt", "int")  # C++ runs with numbers, never traced
         library.define(f"{name}_{backend}{schema}")
-        # Bytes that it takes beside its results, said on meta tensors.
+        # Returns the bytes that it takes besides its results; it is called with meta tensors.
         given = re.sub(r"\(\w!\)", "", schema.split(" -> ")[0])
         library.define(f"{name}_{backend}_workspace{given} -> int")
 

@@ -3,7 +3,7 @@
 A checkpoint is one `torch.save` dict that loads with weights_only=True:
     format, version         "simplclip", 1
     model, loss, optimizer, schedule, scaler       state dicts
-    step, epoch, batch      optimizer steps done; epoch running; batches of that epoch already used
+    step, epoch, batch      optimizer steps done; current epoch; batches used in that epoch
     rng                     states of torch (CPU and every GPU), Python's random and numpy
     config                  the resolved config as a plain dict
 """
@@ -33,10 +33,10 @@ class CheckpointError(InputError):
 
 
 def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = True) -> Path:
-    """Write FOLDER/last.pt and FOLDER/step-NNNNNN.pt; leave the `keep` newest numbered ones. Returns last.pt.
+    """Write FOLDER/last.pt and FOLDER/step-NNNNNN.pt; keep the `keep` newest numbered ones. Returns the path of last.pt.
 
-    A crash, a full disk or a signal at any moment leaves the former last.pt as it was, or the new one whole. Without `prune`
-    all numbered ones are left.
+    A crash, a full disk or a signal at any moment leaves the old last.pt unchanged or the new one complete. Without `prune`
+    all numbered checkpoints are kept.
     """
     folder = Path(folder)
     last = folder / "last.pt"
@@ -49,7 +49,7 @@ def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = Tru
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Errors: FileNotFoundError, CheckpointError."""
+    """Read a checkpoint to the CPU. Raises FileNotFoundError, CheckpointError."""
     path = Path(path)
     if path.is_dir():
         path = path / "last.pt"

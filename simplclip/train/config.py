@@ -1,7 +1,6 @@
 """The typed configuration of a run: a YAML file, changed by `--set key=value`, and checked.
 
-Every field has a type, a default where there is a sensible one, and a description; `describe()` prints them all as a
-YAML file with comments.
+Every field has a type, a description and, if possible, a default; `describe()` prints them as a YAML file with comments.
 """
 
 from __future__ import annotations
@@ -230,7 +229,7 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a config.
 
     source: path of a YAML file, or the name of a built-in config (`builtin_names()`).
-    overrides: "key=value" with dotted keys; values are parsed as YAML. Errors: `ConfigError`, which names the key.
+    overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which names the key.
     """
     path = Path(source)
     if path.is_file():

@@ -13,7 +13,7 @@ from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, wr
 def curves(run: str | Path) -> Path | None:
     """RUN/curves.png from RUN/metrics.csv: loss and its terms, learning rate, scale and gradient norm.
 
-    None where no row has been logged yet.
+    Returns None if no row has been logged yet.
     """
     run = Path(run)
     path = run / "metrics.csv"

@@ -30,7 +30,7 @@ _FREE = (
 def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:
     """Read the checkpoint to continue from, or check that the run's folder is free. Never overwrites another run.
 
-    The config comes back with the checkpoint's micro-batch where it leaves that to us.
+    If data.micro_batch is "auto", the returned config has the micro-batch of the checkpoint.
     """
     last = out / "last.pt"
     if resume and last.exists():

@@ -61,12 +61,12 @@ class Planner(Protocol):
 
 
 class MemoryLimit:
-    """What a run on `device` may take: the card's or the machine's memory, or `limit` bytes of it, which cap the process.
+    """The memory that a run on `device` may use: that of the card or the machine, or `limit` bytes, which cap the process.
 
-    On a GPU torch's allocator is capped at the limit less the driver's context, so that a larger card stands for one of that
-    size. On a CPU the process's data segment is (Linux); a failed allocation raises there instead of swapping.
+    On a GPU torch's allocator is capped at the limit minus the driver's context, so that a larger card behaves like one of
+    that size. On a CPU (Linux) the process's data segment is capped; an allocation then fails instead of swapping.
 
-    Errors: ValueError for a limit above what is there, or below what the process has already.
+    Raises InputError for a limit above the available memory, or below the memory that the process already uses.
     """
 
     def __init__(self, device: torch.device, limit: int | None = None, planner: Planner | None = None) -> None:

@@ -34,8 +34,8 @@ except ImportError:  # Windows
 class CsvLog:
     """A CSV file to which each call writes one row to disk.
 
-    columns: names, "step" among them. start: the step that the run continues after; rows behind it are cut, so that an
-    interrupted and resumed run leaves the same rows as an undisturbed one.
+    columns: names, "step" among them. start: the step after which the run continues. Later rows are removed, so that an
+    interrupted and resumed run has the same rows as an uninterrupted one.
     """
 
     def __init__(self, path: str | Path, columns: list[str], start: int = 0):

@@ -25,7 +25,7 @@ def make_loss(config: LossConfig, width: int | None, teacher: Mapping[str, Any] 
     """ClipPMLoss, or WIKDLoss if any step has a term of a teacher, with every weight 1.
 
     width: D of the student's features, needed with a teacher and for plane="hadamard". teacher: its "width" D̂.
-    Errors: ConfigError for a teacher of another width without loss.projection.
+    Raises ConfigError for a teacher of another width without loss.projection.
     """
     on = {switch: float(term in config.weights) for term, switch in _SWITCHES.items()}
     shared = {"plane": config.plane, "negatives": config.negatives, "embed_dim": width}
@@ -67,7 +67,7 @@ class Objective:
     ) -> dict[str, Tensor]:
         """The terms by name, in one order for the whole run; a term of weight 0 at `step` is 0 and not computed.
 
-        Each caption of an image makes a pair with it; pairs of one group are no negatives of each other.
+        Each caption of an image makes a pair with it; pairs of one group are not each other's negatives.
         """
         captions = len(text) // len(image)
         if captions > 1:

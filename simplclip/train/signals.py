@@ -10,7 +10,7 @@ import threading
 class StopRequest:
     """Context in which the first SIGINT or SIGTERM only sets `requested`; the second one ends the process at once.
 
-    Outside the main thread Python allows no handlers: then nothing is caught.
+    Outside the main thread Python allows no handlers, so that signals are not handled.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -106,7 +106,7 @@ def test_a_run_that_fails_names_its_log(source, tmp_path, in_process):
     ("change", "message"),
     [
         ("loss.relational_weight=0", "expected every part to be enabled, got a config without: loss.relational_weight"),
-        ("data.captions_per_image=1", "off: data.captions_per_image"),
+        ("data.captions_per_image=1", "got a config without: data.captions_per_image"),
         ("inherit.source=null", "inherit.source: expected weights to inherit from, got null"),
         ("eval.splits={}", "eval.splits: expected held-out data, got none"),
     ],

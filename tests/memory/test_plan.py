@@ -255,7 +255,7 @@ def test_the_micro_batch_that_fits():
     assert planning.micro_batch_that_fits(values, budget, device="cpu").data.micro_batch == 12
     assert peak(16) > budget.usable
     assert planning.micro_batch_that_fits(values, Budget(GIB), device="cpu").data.micro_batch is None
-    with pytest.raises(config.ConfigError, match="data.micro_batch: expected one that fits .* even one image at a time"):
+    with pytest.raises(config.ConfigError, match="data.micro_batch: expected one that fits .* even with one image at a time"):
         planning.micro_batch_that_fits(values, Budget(50 << 20, context=0, libraries=0), device="cpu")
 
 

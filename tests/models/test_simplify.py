@@ -230,7 +230,7 @@ def test_models_without_a_tower_are_refused():
         simplify(no_text)
     with pytest.raises(ValueError, match="model: expected .* with `visual`, its image tower, got CLIP without"):
         simplify(no_image)
-    with pytest.raises(ValueError, match="text: expected attn_mask, None or causal, beside its blocks, got CLIP without"):
+    with pytest.raises(ValueError, match="text: expected an attribute attn_mask, None or causal, got CLIP without"):
         simplify(no_mask)
     with pytest.raises(ValueError, match="with `text` or `transformer`, its text tower, got Linear without"):
         simplify(nn.Linear(2, 2))

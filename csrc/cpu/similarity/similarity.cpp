@@ -48,7 +48,7 @@ struct ColumnSums {
   }
 };
 
-// What forward works with: the sweep, and the sums of its columns as far as a call has them.
+// The memory of forward: the sweep, and the column sums that the call needs.
 struct Forward {
   Sweep sweep;
   std::optional<ColumnSums> student, teacher, text, teacher_of_text;
@@ -156,7 +156,7 @@ struct Sharing {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// What backward works with.
+// The memory of backward.
 struct Backward {
   Sweep sweep;
   Tensor hadamard_grad;  // [chunk, D]: a chunk's gradient to the image features times w

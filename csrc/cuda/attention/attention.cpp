@@ -23,7 +23,7 @@ bool is_aligned(const Tensor& t) {
 
 Tensor dense_like(const Tensor& t) { return new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); }
 
-constexpr int64_t kGrain = 512;  // of CUDA's allocator
+constexpr int64_t kGrain = 512;  // of the CUDA allocator
 
 // The tensor, or memory of its shape if its rows are not aligned.
 Tensor aligned_like(const Tensor& t, Scratch& scratch) {
@@ -37,7 +37,7 @@ Tensor aligned(const Tensor& t, Scratch& scratch) {
   return to;
 }
 
-// What forward and backward read and write, aligned.
+// Aligned tensors that forward and backward read and write.
 struct Heads {
   Tensor q, k, v;
 
