@@ -159,7 +159,7 @@ def run_named(name: str, device: str) -> None:
     interpreter.poisoned(EXTRA[name] if name in EXTRA else partial(run, {**cases(), **large_cases()}[name]), device)
 
 
-test_interpreted, test_on_gpu = interpreter.tests_of(NAMES, large_cases(), run_named)
+test_interpreted, test_on_gpu = interpreter.make_tests(NAMES, large_cases(), run_named)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_sanitizers_find_nothing():
 # What is taken out or changed, and a case that must notice.
 FAULTS = {
     "no barrier before keys and values are written over": (
-        {"  sync_block();  // nobody reads keys and values any more": ""},
+        {"  sync_block();  // keys and values are not read any more": ""},
         Case("bf16", 77, 64),
     ),
     "no barrier before a slot is filled again": ({"if (s + 2 < 2 * slices) sync_block();": ""}, Case("tf32", 77, 64)),

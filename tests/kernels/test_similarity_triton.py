@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import triton_cases
-from interpreter import needs_triton, tests_of, why_not
+from interpreter import make_tests, needs_triton, why_not
 from paths import ROOT
 
 NAMES = [*triton_cases.cases(), *triton_cases.EXTRA]
 SCRIPT = "support/triton_cases.py"
 
 
-test_interpreted, test_on_gpu = tests_of(NAMES, triton_cases.large_cases(), triton_cases.run_named)
+test_interpreted, test_on_gpu = make_tests(NAMES, triton_cases.large_cases(), triton_cases.run_named)
 
 
 def test_the_interpreter_of_triton_3_6_needs_an_older_numpy():

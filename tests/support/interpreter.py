@@ -52,7 +52,9 @@ class Results:
         assert self.found.get(name, "no result") == "ok", self.errors
 
 
-def tests_of(names: Iterable[str], large: Iterable[str], run_named: Callable[[str, str], None]) -> tuple[Callable, Callable]:
+def make_tests(
+    names: Iterable[str], large: Iterable[str], run_named: Callable[[str, str], None]
+) -> tuple[Callable, Callable]:
     """A test of each case under the interpreter, every second one for `make prove` only, and one on a GPU."""
     names = list(names)
     half = [name if i % 2 == 0 else pytest.param(name, marks=pytest.mark.prove) for i, name in enumerate(names)]
