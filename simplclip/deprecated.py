@@ -25,7 +25,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if name not in MOVED:
             return None
         warnings.warn(f"{name} is now {MOVED[name]}; the next version removes the old name", DeprecationWarning, stacklevel=2)
-        return importlib.util.spec_from_loader(name, self)
+        return importlib.util.spec_from_loader(name, self, origin=importlib.util.find_spec(MOVED[name]).origin)
 
     def exec_module(self, module) -> None:
         sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
@@ -37,4 +37,4 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def install() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        sys.meta_path.insert(0, _Finder())  # before what is left of an old folder
