@@ -1,4 +1,4 @@
-"""Launcher of similarity_rows: similarity_loss's kernels with the plane U only, query as image and keys as text."""
+"""Launcher of similarity_rows: similarity_loss's kernels with image_to_teacher alone, query as image and keys as text."""
 
 from __future__ import annotations
 
