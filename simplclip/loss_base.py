@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,9 @@ class SimilarityLoss(nn.Module):
         yes         no                 of this rank's rows     of this rank's loss, the other ranks' features held constant
 
     Each rank computes its share of the gradients of scales and planes: DDP's average is the gradient of the batch's loss.
+
+    The `forward` of a loss passes its features through `_own_features`, gets the terms by name from `_terms`, and passes what
+    it returns through `_value`. A loss without pair matching sets pm_weight=0.
     """
 
     # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
@@ -54,17 +59,17 @@ class SimilarityLoss(nn.Module):
 
     def __init__(
         self,
-        local_loss,
-        gather_with_grad,
-        cache_labels,
-        rank,
-        world_size,
-        use_horovod,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
         *,
-        pm_weight,
-        plane,
-        negatives,
-        embed_dim,
+        pm_weight: float = 1.0,
+        plane: str = "scalar",
+        negatives: str = "all",
+        embed_dim: int | None = None,
     ):
         super().__init__()
         self.pm_weight = weight_of("pm_weight", pm_weight)
@@ -75,14 +80,9 @@ class SimilarityLoss(nn.Module):
             raise ValueError("embed_dim: expected the width D of the features for plane='hadamard', got None")
         if use_horovod and world_size > 1:
             raise ValueError("use_horovod: expected False, since the ranks communicate through torch.distributed, got True")
-        self.local_loss = local_loss
-        self.gather_with_grad = gather_with_grad
-        self.cache_labels = cache_labels
-        self.rank = rank
-        self.world_size = world_size
-        self.use_horovod = use_horovod
-        self.plane = plane
-        self.negatives = negatives
+        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
+        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
+        self.plane, self.negatives = plane, negatives
         if pm_weight:
             shape = (embed_dim,) if plane == "hadamard" else ()
             self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
@@ -90,8 +90,8 @@ class SimilarityLoss(nn.Module):
         self._shapes = distributed.SameShapes()
 
     def _group(self):
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() != self.world_size:
-            have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
+        have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
+        if have != self.world_size:
             raise RuntimeError(f"world_size: expected a process group of {self.world_size} ranks, got {have}")
         return torch.distributed.group.WORLD
 
@@ -110,35 +110,34 @@ class SimilarityLoss(nn.Module):
         """The value that open_clip's mode reports."""
         return loss if self.world_size == 1 or self.local_loss else distributed.mean(loss, self._group())
 
-    def _terms(self, image, text, logit_scale, terms, ids, *, teacher=None, projected=(None, None), **options):
-        """The terms of this rank's rows. teacher: (image features, text features, scale); projected: (image's, text's)."""
+    def _terms(self, terms: tuple[str, ...], image: Tensor, text: Tensor, **options: Any) -> dict[str, Tensor]:
+        """The terms of this rank's rows. options: tensors and options of ops.similarity_loss."""
+        options |= {"terms": terms, "scratch_bytes": self.scratch_bytes}
         if "pair_matching" in terms:
             options |= {"plane": (self.plane_weight, self.plane_bias), "negatives": self.negatives}
             if self.negatives == "shift":
                 columns = text.shape[0] * self.world_size
                 options["shift"] = torch.randint(1, max(columns, 2), (), device=image.device)
-        teacher_image, teacher_text, teacher_scale = teacher or (None, None, None)
-        options |= {"terms": terms, "ids": ids, "teacher_scale": teacher_scale, "scratch_bytes": self.scratch_bytes}
-        if self.world_size == 1 or not self.local_loss or self.gather_with_grad:
-            return ops.similarity_loss(
-                image, text, logit_scale, teacher_image=teacher_image, teacher_text=teacher_text,
-                projected_image=projected[0], projected_text=projected[1],
-                group=None if self.world_size == 1 else self._group(), **options,
-            )  # fmt: skip
+        if self.world_size == 1:
+            return ops.similarity_loss(image, text, **options)
         group = self._group()
-        images = (image, teacher_image, projected[0])
-        texts = (text, teacher_text, projected[1])
-        everyones = lambda own: [None if t is None else distributed.gather(t.detach(), group) for t in own]  # noqa: E731
-        options |= {"label_offset": self.rank * image.shape[0], "symmetric": False}
-        options["text_ids"] = None if ids is None else distributed.gather(ids, group)
-        halves = []
-        for (x, teacher_x, projected_x), (y, teacher_y, projected_y) in (
-            (images, everyones(texts)),
-            (texts, everyones(images)),
-        ):
-            half = ops.similarity_loss(
-                x, y, logit_scale, teacher_image=teacher_x, teacher_text=teacher_y,
-                projected_image=projected_x, projected_text=projected_y, **options,
-            )  # fmt: skip
-            halves.append(half)
-        return {name: 0.5 * (halves[0][name] + halves[1][name]) for name in halves[0]}
+        if not self.local_loss or self.gather_with_grad:
+            return ops.similarity_loss(image, text, group=group, **options)
+
+        # Each direction by itself: this rank's rows against the columns of all ranks, which are constants.
+        def gather(own):
+            return None if own is None else distributed.gather(own.detach(), group)
+
+        options |= {"label_offset": self.rank * image.shape[0], "symmetric": False, "text_ids": gather(options.get("ids"))}
+        kinds = ("", "teacher_", "projected_")
+        own: dict[str, Any] = {"image": image, "text": text}
+        own |= {f"{kind}{side}": options.pop(f"{kind}{side}", None) for kind in kinds[1:] for side in ("image", "text")}
+        by_image, by_text = (
+            ops.similarity_loss(
+                **{f"{kind}image": own[f"{kind}{rows}"] for kind in kinds},
+                **{f"{kind}text": gather(own[f"{kind}{columns}"]) for kind in kinds},
+                **options,
+            )
+            for rows, columns in (("image", "text"), ("text", "image"))
+        )
+        return {name: 0.5 * (by_image[name] + by_text[name]) for name in by_image}

@@ -47,6 +47,8 @@ from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
 
 __all__ = ["PLANES", "ClipPMLoss", "WIKDLoss"]
 
+OF_TEACHER = ("relational", "interactive", "feature")
+
 
 class ClipPMLoss(SimilarityLoss):
     r"""Contrastive loss plus pair matching, a drop-in replacement of `open_clip.ClipLoss`.
@@ -69,25 +71,6 @@ class ClipPMLoss(SimilarityLoss):
     Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this library's interpretation.
     """
 
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        *,
-        pm_weight: float = 1.0,
-        plane: str = "scalar",
-        negatives: str = "all",
-        embed_dim: int | None = None,
-    ):
-        super().__init__(
-            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod,
-            pm_weight=pm_weight, plane=plane, negatives=negatives, embed_dim=embed_dim,
-        )  # fmt: skip
-
     def extra_repr(self) -> str:
         return f"pm_weight={self.pm_weight}, plane={self.plane!r}, negatives={self.negatives!r}"
 
@@ -109,7 +92,7 @@ class ClipPMLoss(SimilarityLoss):
         """
         terms = ("contrastive", "pair_matching") if self.pm_weight else ("contrastive",)
         image, text = self._own_features(image_features, text_features)
-        values = self._terms(image, text, logit_scale, terms, ids, logit_bias=logit_bias)
+        values = self._terms(terms, image, text, logit_scale=logit_scale, logit_bias=logit_bias, ids=ids)
         losses: dict[str, Any] = {"contrastive_loss": self._value(values["contrastive"])}
         if self.pm_weight:
             losses["pair_matching_loss"] = self.pm_weight * self._value(values["pair_matching"])
@@ -192,14 +175,14 @@ class WIKDLoss(SimilarityLoss):
         self.teacher_dim = tuple(width_of("teacher_dim", width) for width in widths)
         if any(widths) and embed_dim is None:
             raise ValueError("embed_dim: expected the width D of the student's features, beside a teacher_dim, got None")
+        self.image_projections = self.text_projections = None
         project = interactive_weight or feature_weight
         projected = [width if project and width not in (None, embed_dim) else 0 for width in widths]
-        self.image_projections, self.text_projections = (
-            nn.ParameterList(nn.Parameter(torch.randn(w, embed_dim or 0) * (embed_dim or 1) ** -0.5) for w in projected)
-            if any(projected)
-            else None
-            for _ in range(2)
-        )
+        if any(projected):
+            self.image_projections, self.text_projections = (
+                nn.ParameterList(nn.Parameter(torch.randn(width, embed_dim) * embed_dim**-0.5) for width in projected)
+                for _ in range(2)
+            )
 
     def extra_repr(self) -> str:
         names = ("contrastive", "relational", "interactive", "feature", "pm")
@@ -231,31 +214,32 @@ class WIKDLoss(SimilarityLoss):
             "feature": self.feature_weight,
             "pair_matching": self.pm_weight,
         }
-        once = ("contrastive", "pair_matching")
-        totals: dict[str, Tensor] = {}
+        totals: dict[str, Any] = {}
         for index, teacher in enumerate(teachers):
-            share = {name: weight if name in once else weight / len(teachers) for name, weight in weights.items()}
-            share = {name: weight for name, weight in share.items() if weight and not (index and name in once)}
+            share = {
+                name: weight / len(teachers) if name in OF_TEACHER else weight
+                for name, weight in weights.items()
+                if weight and (index == 0 or name in OF_TEACHER)
+            }
             projected = self._projected(index, image, text, teacher)
-            values = {}
-            terms = tuple(name for name in share if name != "feature")
-            if terms:
-                normalised = tuple(None if p is None else F.normalize(p, dim=-1).to(image.dtype) for p in projected)
-                values = self._terms(
-                    image, text, logit_scale, terms, ids,
-                    teacher=teacher if {"relational", "interactive"} & set(terms) else None,
-                    projected=normalised if "interactive" in terms else (None, None),
-                    interactive=self.interactive, divergence=self.divergence,
-                    interactive_scale=None if self.interactive_log_scale is None else self.interactive_log_scale.exp(),
-                )  # fmt: skip
+            values: dict[str, Any] = {}
+            if terms := tuple(name for name in share if name != "feature"):
+                options: dict[str, Any] = {"interactive": self.interactive, "divergence": self.divergence, "ids": ids}
+                if self.interactive_log_scale is not None:
+                    options["interactive_scale"] = self.interactive_log_scale.exp()
+                if {"relational", "interactive"} & share.keys():
+                    options |= zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)
+                if "interactive" in share:
+                    unit = (None if p is None else F.normalize(p, dim=-1).to(image.dtype) for p in projected)
+                    options |= zip(("projected_image", "projected_text"), unit)
+                values = self._terms(terms, image, text, logit_scale=logit_scale, **options)
             if "feature" in share:
-                students = (_wide(own) if p is None else p for own, p in zip((image, text), projected))
-                pairs = zip(students, teacher[:2])
+                pairs = ((_wide(own) if p is None else p, t) for own, p, t in zip((image, text), projected, teacher))
                 values["feature"] = 0.5 * sum(ops.feature_loss(s, t, distance=self.feature_distance) for s, t in pairs)
             for name, weight in share.items():
                 totals[name] = totals.get(name, 0) + weight * values[name]
         keys = {"relational": "distill_loss"}
-        losses = {keys.get(name, f"{name}_loss"): self._value(totals[name]) for name in weights if name in totals}
+        losses = {keys.get(name, f"{name}_loss"): self._value(total) for name, total in totals.items()}
         return losses if output_dict else tuple(losses.values())
 
     def _teachers(self, images, texts, scales) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -270,11 +254,13 @@ class WIKDLoss(SimilarityLoss):
             raise ValueError(f"teacher_dim: expected one width for each of {len(images)} teachers, got {self.teacher_dim}")
         return list(zip(images, texts, scales))
 
-    def _projected(self, index: int, image: Tensor, text: Tensor, teacher) -> tuple[Tensor | None, Tensor | None]:
+    def _projected(self, index: int, image: Tensor, text: Tensor, teacher) -> list[Tensor | None]:
         """The student's features projected to the width of this teacher; None where no projection is needed."""
         width = self.teacher_dim[index] if any(self.teacher_dim) else None
-        sides = {"image": (image, teacher[0]), "text": (text, teacher[1])}
-        for side, (own, t) in sides.items():
+        projected: list[Tensor | None] = []
+        for side, own, t, weights in zip(
+            ("image", "text"), (image, text), teacher, (self.image_projections, self.text_projections)
+        ):
             if isinstance(t, Tensor) and t.dim() == own.dim() == 2:
                 check_width(f"dist_{side}_features", t, "teacher_dim", width)
                 if width is None and (self.interactive_weight or self.feature_weight) and t.shape[1] != own.shape[1]:
@@ -282,10 +268,9 @@ class WIKDLoss(SimilarityLoss):
                         f"teacher_dim: expected {t.shape[1]}, the width of dist_{side}_features, since {side}_features have "
                         f"{own.shape[1]} and interactive and feature terms compare them, got None"
                     )
-        if self.image_projections is None or not self.image_projections[index].numel():
-            return None, None
-        projected_image = _project("image", image, self.image_projections[index])
-        return projected_image, _project("text", text, self.text_projections[index])
+            needed = weights is not None and weights[index].numel()
+            projected.append(_project(side, own, weights[index]) if needed else None)
+        return projected
 
 
 class _Wide(torch.autograd.Function):
