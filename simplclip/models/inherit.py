@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError
+from simplclip.models.registry import bare_state, first_line, read_weights
 from simplclip.nn import SimplifiedBlock
 
 __all__ = ["Inheritance", "InheritanceError", "Row", "freeze", "freeze_norms", "inherit"]
@@ -107,10 +109,9 @@ class _Unit:
     def always_trains(self) -> bool:
         return self.path.rpartition(".")[2] in ALWAYS_TRAIN
 
-    def fits(self, state: Mapping[str, Tensor], below: Mapping[str, set[str]]) -> bool:
-        names = {n for n in self.tensors if not n.endswith(_COUNTERS)}
-        theirs = {n for n in below[self.path] if not n.endswith(_COUNTERS)} if self.leaf else names & state.keys()
-        return names == theirs and all(_alike(t, state[n]) for n, t in self.tensors.items() if n in state)
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        theirs = {n for n in state if n.startswith(f"{self.path}.")} if self.leaf else self.tensors.keys() & state.keys()
+        return not self.differs(state) and all(n.endswith(_COUNTERS) for n in self.tensors.keys() ^ theirs)
 
     def differs(self, state: Mapping[str, Tensor]) -> bool:
         return any(n in state and not _alike(t, state[n]) for n, t in self.tensors.items())
@@ -234,12 +235,8 @@ def _units(model: nn.Module) -> Iterator[_Unit]:
 
 def _take(units: list[_Unit], state: dict[str, Tensor], label: str) -> None:
     """Note in every unit that has no tensors yet which ones it can take from `state`."""
-    below: dict[str, set[str]] = defaultdict(set)
-    for name in state:
-        for end in (i for i, letter in enumerate(name) if letter == "."):
-            below[name[:end]].add(name)
     free = [unit for unit in units if not unit.simplified]
-    fitting = [unit for unit in free if unit.fits(state, below)]
+    fitting = [unit for unit in free if unit.fits(state)]
     counted = sum(n in state for unit in fitting if not unit.always_trains for n in unit.tensors)
     wanted = sum(len(unit.tensors) for unit in free if not unit.always_trains)
     if counted < max(1, _ENOUGH * min(len(state), wanted)):
@@ -270,20 +267,18 @@ def _mismatches(units: list[_Unit], state: dict[str, Tensor]) -> str:
 
 def _drop_half_tied(units: list[_Unit]) -> None:
     """Inherit a tensor that several units own only if all of them inherit it with the same value."""
-    owners: dict[int, list[_Unit]] = defaultdict(list)
-    values: dict[int, list[Tensor]] = defaultdict(list)
+    owners: dict[int, list[tuple[_Unit, str]]] = defaultdict(list)
     for unit in units:
         for name, tensor in unit.tensors.items():
-            owners[id(tensor)].append(unit)
-            values[id(tensor)] += [unit.taken[name]] if name in unit.taken else []
-    tied = {key: group for key, group in owners.items() if len(group) > 1}
+            owners[id(tensor)].append((unit, name))
     changed = True
     while changed:
         changed = False
-        for key, group in tied.items():
-            same = all(torch.equal(values[key][0], value) for value in values[key][1:])
-            if any(unit.taken for unit in group) and not (same and all(unit.taken for unit in group)):
-                for unit in group:
+        for group in owners.values():
+            taking = [unit for unit, _ in group if unit.taken]
+            values = [unit.taken[name] for unit, name in group if name in unit.taken]
+            if taking and (len(taking) < len(group) or not all(torch.equal(values[0], value) for value in values[1:])):
+                for unit, _ in group:
                     unit.taken, unit.status = {}, NEW
                 changed = True
 
@@ -299,19 +294,15 @@ def _rows(units: list[_Unit]) -> Iterator[Row]:
             seen.update(parameters)
             return
         depth = path.count(".") + 1 if path else 0
-        groups: dict[str, list[_Unit]] = {}
-        for unit in inside:
-            groups.setdefault(".".join(unit.path.split(".")[: depth + 1]), []).append(unit)
-        for name, group in groups.items():
-            yield from split(name, group)
+        for name, group in groupby(inside, lambda unit: ".".join(unit.path.split(".")[: depth + 1])):
+            yield from split(name, list(group))
 
     yield from split("", units)
 
 
 def _matches(pattern: str, unit: _Unit) -> bool:
-    parts = unit.path.split(".")
-    names = [".".join(parts[: end + 1]) for end in range(len(parts))]
-    return any(fnmatchcase(name, pattern) for name in (*names, *unit.tensors))
+    paths = accumulate(unit.path.split("."), "{}.{}".format)
+    return any(fnmatchcase(name, pattern) for name in (*paths, *unit.tensors))
 
 
 def _alike(ours: Tensor, theirs: Tensor) -> bool:
@@ -336,7 +327,7 @@ def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | No
         label, state = str(source), _read(source)
     else:
         raise TypeError(f"source: expected a module, a state dict, a path or a name, got {type(source).__name__}")
-    state = _tensors(state)
+    state = {name: value for name, value in bare_state(state).items() if isinstance(value, Tensor)}
     if not state:
         raise InheritanceError(f"source: expected weights, got {label}, which has no tensors")
     if prefixes is not None:
@@ -349,12 +340,6 @@ def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | No
     return label, state
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state.get(key), Mapping) else state
-    return {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
-
-
 def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
     path = Path(source)
     name, slash, tag = str(source).removeprefix(TAG).partition("/")
@@ -364,17 +349,7 @@ def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
         raise FileNotFoundError(
             f"source: expected a file, open_clip's NAME/TAG or one of {', '.join(plugins.entries('weights'))}, got {path}"
         )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # the type depends on the file: pickle, zip, EOF, runtime and safetensors' errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InheritanceError(f"source: expected weights, readable without running code, got {path}: {reason}") from None
+    state = read_weights(path, InheritanceError, "source: expected weights, readable without running code")
     if not isinstance(state, Mapping):
         raise InheritanceError(f"source: expected a state dict in {path}, got {type(state).__name__}")
     return state
@@ -389,5 +364,4 @@ def _download(name: str, tag: str) -> Mapping[str, Any]:
     try:
         return open_clip.create_model(name, pretrained=tag).state_dict()
     except (OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InheritanceError(f"source: open_clip could not get {name}/{tag}: {reason}") from None
+        raise InheritanceError(f"source: open_clip could not get {name}/{tag}: {first_line(error)}") from None

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import logging
+import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -143,20 +144,14 @@ def create(
     if "hf_model_name" in config["text_cfg"]:
         config["text_cfg"]["hf_model_pretrained"] = False
 
+    custom_text = config.pop("custom_text", False)
     model: Any
     if spec.original in open_clip.list_models():
-        custom_text = config.pop("custom_text", False)
         with _without_warning("No pretrained weights loaded"):  # they are random, or loaded below
             model = open_clip.create_model(
-                spec.original,
-                device=device,
-                pretrained_image=False,
-                pretrained_text=False,
-                force_custom_text=custom_text,
-                **config,
+                spec.original, device=device, pretrained_text=False, force_custom_text=custom_text, **config
             )
     else:
-        config.pop("custom_text")
         model = CustomTextCLIP(**config)
     size = model.visual.image_size
     set_model_preprocess_cfg(model, merge_preprocess_dict(asdict(PreprocessCfg(size=size)), dict(spec.preprocess)))
@@ -220,10 +215,9 @@ def summary(model: nn.Module, name: str) -> str:
     lines = [f"{name:<12}{'parameters':>14}{'original':>14}{'ratio':>8}"]
     for part, n in now.items():
         lines.append(f"{part:<12}{n:>14,}{report.before[part]:>14,}{n / report.before[part]:>8.2f}")
-    blocks = {tower: sum(r.tower == tower for r in report.replaced) for tower in ("image", "text")}
     lines.append(f"original: {_spec(name).original}")
-    for tower, count in blocks.items():
-        shared = report.share.get(tower)
+    for tower in ("image", "text"):
+        count, shared = sum(r.tower == tower for r in report.replaced), report.share.get(tower)
         weights = f", weights shared by blocks {', '.join('+'.join(map(str, g)) for g in shared)}" if shared else ""
         lines.append(f"{tower}: {count} simplified block{'s' if count != 1 else ''}{weights}")
     return "\n".join(lines)
@@ -254,43 +248,51 @@ def _without_warning(start: str) -> Iterator[None]:
 
 
 def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
-    try:
-        if os.fspath(checkpoint).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state: Any = load_file(checkpoint)
-        else:
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (ModuleNotFoundError, OSError):
-        raise
-    except Exception as error:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"checkpoint: expected a file of weights, got {checkpoint}: {reason}") from None
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state, Mapping) and isinstance(state.get(key), Mapping) else state
+    state = bare_state(read_weights(checkpoint, InputError, "checkpoint: expected a file of weights"))
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"checkpoint: expected a state dict of tensors, got {checkpoint}, which holds something else")
     try:
-        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()}, strict=True)
+        model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
         raise WeightsError(f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}") from None
 
 
+def read_weights(path: str | os.PathLike[str], error: type[InputError], expected: str) -> Any:
+    """What a file NAME.safetensors or of torch.save (read with weights_only) holds. Other files raise `error`."""
+    try:
+        if os.fspath(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (ModuleNotFoundError, OSError):
+        raise
+    except Exception as fault:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
+        raise error(f"{expected}, got {path}: {first_line(fault)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def bare_state(state: Any) -> Any:
+    """A state dict that may lie under "state_dict" or "model", without the prefix "module." of DistributedDataParallel."""
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    return {str(name).removeprefix("module."): v for name, v in state.items()} if isinstance(state, Mapping) else state
+
+
 def affine(cfg: PreprocessCfg) -> Callable[[Any], torch.Tensor]:
     """The transform that `transforms` calls "affine", for a size, mean and std."""
-    height, width = cfg.input_size[1:]
     return T.Compose(
         [
-            T.Resize((height, width), interpolation=T.InterpolationMode.BICUBIC),
-            T.Lambda(_to_rgb),
+            T.Resize(cfg.input_size[1:], interpolation=T.InterpolationMode.BICUBIC),
+            operator.methodcaller("convert", "RGB"),
             T.RandomAffine(15, (0.1, 0.1), (0.8, 1.15), 5, interpolation=T.InterpolationMode.BILINEAR, fill=255),
             T.ColorJitter(0.3, 0.3, 0.3, 0.03),
             T.ToTensor(),
             T.Normalize(cfg.mean, cfg.std),
         ]
     )
-
-
-def _to_rgb(image: Any) -> Any:
-    return image.convert("RGB")
