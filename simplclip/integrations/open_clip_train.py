@@ -21,7 +21,9 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from simplclip.ops.similarity.call import NEGATIVES
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
 SUFFIX = ".loss"
+DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "feature_weight", "feature_distance")
 KEPT = "is not replaced by simplclip's losses: train it with python -m open_clip_train.main"
 
 
@@ -55,12 +58,11 @@ def parser() -> argparse.ArgumentParser:
         distillation.add_argument(
             f"--{name}-weight", type=_weight, default=default, help=f"weight of the {name} term (default: {default:g})"
         )
-    distillation.add_argument(
-        "--interactive", choices=("infonce", "kl"), default="infonce", help="form of the interactive term (default: infonce)"
-    )
-    distillation.add_argument(
-        "--feature-distance", choices=("mse", "smooth_l1"), default="mse", help="distance of the feature term (default: mse)"
-    )
+    for name, choices, what in (
+        ("interactive", ("infonce", "kl"), "form of the interactive term"),
+        ("feature-distance", ("mse", "smooth_l1"), "distance of the feature term"),
+    ):
+        distillation.add_argument(f"--{name}", choices=choices, default=choices[0], help=f"{what} (default: {choices[0]})")
     return ours
 
 
@@ -86,35 +88,23 @@ def main(argv: list[str] | None = None):
     options, rest = ours.parse_known_args(argv)
     replacements = _replacements(ours, options, trainer)
     _check(ours, options, trainer.parse_args(rest))
-    with _replaced(trainer, replacements), _shards_of_webdataset_1():
+    with mock.patch.multiple(trainer, **replacements), _shards_of_webdataset_1():
         return trainer.main(rest)
 
 
 def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
     """Our functions by their names in open_clip_train.main: `create_loss`, or `create_task` for model and loss together."""
     if hasattr(trainer, "train_one_epoch"):
-        state = _Trained(options, trainer.train_one_epoch)
+        train = _with_loss_parameters(trainer.train_one_epoch, options.fresh_loss_parameters)
         if hasattr(trainer, "create_task"):
             task = functools.partial(create_task, options, trainer.create_task)
-            return {"create_task": task, "train_one_epoch": state.train_state_one_epoch}
+            return {"create_task": task, "train_one_epoch": train}
         if hasattr(trainer, "create_loss"):
-            return {"create_loss": functools.partial(create_loss, options), "train_one_epoch": state.train_one_epoch}
+            return {"create_loss": functools.partial(create_loss, options), "train_one_epoch": train}
     ours.error(
         "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
         "found another trainer; pip install 'open_clip_torch==3.3.*' works"
     )
-
-
-@contextlib.contextmanager
-def _replaced(module, names: dict):
-    before = {name: getattr(module, name) for name in names}
-    try:
-        for name, value in names.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
 
 
 def _shards_of_webdataset_1():
@@ -124,7 +114,7 @@ def _shards_of_webdataset_1():
     expander = getattr(data, "tar_file_expander", None)
     if expander is None or "eof_value" not in inspect.signature(expander).parameters:
         return contextlib.nullcontext()
-    return _replaced(data, {"tar_file_expander": functools.partial(expander, eof_value=None)})
+    return mock.patch.multiple(data, tar_file_expander=functools.partial(expander, eof_value=None))
 
 
 def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace) -> None:
@@ -134,7 +124,7 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
     if "coca" in args.model.lower():
         ours.error(f"--model {args.model}: CoCa's loss {KEPT}")
     if args.distill_model is None or args.distill_pretrained is None:  # the same test as in open_clip
-        for name in ("relational_weight", "interactive_weight", "interactive", "feature_weight", "feature_distance"):
+        for name in DISTILLATION:
             if getattr(options, name) != ours.get_default(name):
                 flag = name.replace("_", "-")
                 ours.error(f"--{flag}: expected a teacher (--distill-model and --distill-pretrained), got none")
@@ -156,15 +146,8 @@ def create_loss(options: argparse.Namespace, args: argparse.Namespace) -> nn.Mod
     }
     if not args.distill:
         return losses.ClipPMLoss(**shared).to(args.device)
-    return losses.WIKDLoss(
-        **shared,
-        teacher_dim=_width(args.distill_model),
-        relational_weight=options.relational_weight,
-        interactive_weight=options.interactive_weight,
-        interactive=options.interactive,
-        feature_weight=options.feature_weight,
-        feature_distance=options.feature_distance,
-    ).to(args.device)
+    distillation = {name: getattr(options, name) for name in DISTILLATION}
+    return losses.WIKDLoss(**shared, **distillation, teacher_dim=_width(args.distill_model)).to(args.device)
 
 
 def create_task(options: argparse.Namespace, theirs, args: argparse.Namespace, **parts) -> nn.Module:
@@ -189,39 +172,30 @@ def _width(model: str) -> int | None:
     return (open_clip.get_model_config(model) or {}).get("embed_dim")
 
 
-class _Trained:
+def _with_loss_parameters(theirs: Callable, fresh: bool) -> Callable:
     """open_clip's train_one_epoch; parameters of the loss are added to the optimizer, and saved at the end."""
+    parameters: LossParameters | None = None
 
-    def __init__(self, options: argparse.Namespace, train_one_epoch):
-        self.options, self.theirs = options, train_one_epoch
-        self.parameters: LossParameters | None = None
-
-    def train_one_epoch(self, model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest):
-        """Replaces that of open_clip 3.3."""
-        self._before(loss, optimizer, epoch, args)
-        self.theirs(model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args, **rest)
-        self._after(epoch, args)
-
-    def train_state_one_epoch(self, state, data, args, **rest):
-        """Replaces that of open_clip 4, which has model and loss in state.task."""
-        self._before(state.task.loss, state.optimizer, state.epoch, args)
-        self.theirs(state, data, args, **rest)
-        self._after(state.epoch, args)
-
-    def _before(self, loss: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> None:
-        if self.parameters is None and any(True for _ in loss.parameters()):
-            self.parameters = LossParameters(loss, optimizer, args)
+    def train_one_epoch(first, *others, **rest):
+        nonlocal parameters
+        args = others[-1]
+        if hasattr(first, "task"):  # open_clip 4: (state, data, args)
+            loss, epoch, optimizer = first.task.loss, first.epoch, first.optimizer
+        else:  # open_clip 3.3: (model, data, loss, epoch, optimizer, scaler, scheduler, dist_model, args)
+            _, loss, epoch, optimizer, *_ = others
+        if parameters is None and any(True for _ in loss.parameters()):
+            parameters = LossParameters(loss, optimizer, args)
             # The first epoch is the number of epochs of the checkpoint, 0 for a checkpoint of weights only.
             if args.resume is not None and epoch > 0:
-                self.parameters.load(args.resume, epoch, fresh=self.options.fresh_loss_parameters)
-            self.parameters.set_apart()
+                parameters.load(args.resume, epoch, fresh=fresh)
+            parameters.set_apart()
+        theirs(first, *others, **rest)
+        completed = epoch + 1
+        numbered = args.save_frequency > 0 and completed % args.save_frequency == 0
+        if parameters and args.save_logs and (numbered or completed == args.epochs or args.save_most_recent):
+            parameters.save(args.checkpoint_path, completed)
 
-    def _after(self, epoch: int, args: argparse.Namespace) -> None:
-        if self.parameters is not None and args.save_logs:
-            completed = epoch + 1
-            numbered = args.save_frequency > 0 and completed % args.save_frequency == 0
-            if numbered or completed == args.epochs or args.save_most_recent:
-                self.parameters.save(args.checkpoint_path, completed)
+    return train_one_epoch
 
 
 class LossParameters:
@@ -239,10 +213,8 @@ class LossParameters:
         for flag, why in (("horovod", "are not averaged over its ranks"), ("fsdp", "are not sharded with the model's")):
             if getattr(args, flag, False):
                 raise InputError(f"--{flag}: expected a loss without learned parameters, which {why}")
-        self.loss, self.optimizer = loss, optimizer
-        self.ranks = args.world_size if args.distributed else 1
-        self.passes = args.accum_freq
-        self.opt = args.opt
+        self.loss, self.optimizer, self.opt = loss, optimizer, args.opt
+        self.ranks, self.passes = args.world_size if args.distributed else 1, args.accum_freq
         self.groups = len(optimizer.param_groups)  # open_clip's
         self.names: list[str] = []  # of our parameters, in the order of our groups
         rate = optimizer.param_groups[0]["lr"]  # in compiled steps of open_clip 4 a tensor, whose value the schedule sets

@@ -56,25 +56,28 @@ class TransformerBlock(SimplifiedBlock):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _check_mask(self, mask: Tensor | None, length: int) -> None:
-        expected = f"the causal mask [{length}, {length}]" if self.causal else "None, since this block attends to every token"
-        if mask is None or not self.causal:
-            if (mask is None) == self.causal:
-                got = "None" if mask is None else f"a tensor {list(mask.shape)}"
-                raise InputError(f"attn_mask: expected {expected}, got {got}")
-            return
-        if mask.shape != (length, length):
-            raise InputError(f"attn_mask: expected {expected}, got a tensor {list(mask.shape)}")
+        if mask is None:
+            got = "None" if self.causal else ""
+        elif not self.causal or mask.shape != (length, length):
+            got = f"a tensor {list(mask.shape)}"
+        else:
+            got = "" if self._accepts(mask) else "other values"
+        if got:
+            causal = f"the causal mask [{length}, {length}]"
+            expected = causal if self.causal else "None, since this block attends to every token"
+            raise InputError(f"attn_mask: expected {expected}, got {got}")
+
+    def _accepts(self, mask: Tensor) -> bool:
         # While tracing and for fake tensors, which have no values, the check made by `simplify` has to suffice.
         if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
-            return
-        if self._accepted is not None:
-            seen, version = self._accepted
-            same = (seen.data_ptr(), seen.shape, seen.stride()) == (mask.data_ptr(), mask.shape, mask.stride())
-            if same and version == mask._version:
-                return
-        if not is_causal_mask(mask):
-            raise InputError(f"attn_mask: expected {expected}, got other values")
-        self._accepted = (mask, mask._version)  # kept alive, so that no other tensor gets its address
+            return True
+        known = lambda t: (t.data_ptr(), t.shape, t.stride())  # noqa: E731
+        if self._accepted is not None and (known(self._accepted[0]), self._accepted[1]) == (known(mask), mask._version):
+            return True
+        causal = is_causal_mask(mask)
+        if causal:
+            self._accepted = (mask, mask._version)  # kept alive, so that no other tensor gets its address
+        return causal
 
 
 class TimmBlock(SimplifiedBlock):
@@ -132,28 +135,25 @@ class SimplifyReport:
 
 @dataclass(frozen=True)
 class _Site:
-    """A block that can be replaced, and the arguments needed to build its replacement."""
+    """A block that can be replaced, and the class of its replacement with arguments that depend on the tower."""
 
     path: str
     block: nn.Module
     cls: type[SimplifiedBlock]
-    heads: int
-    options: dict
+    options: dict = field(default_factory=dict)
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of an open_clip model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
-    total = {p: p.numel() for p in model.parameters()}
-    visual = getattr(model, "visual", None)
-    image = {} if visual is None else {p: p.numel() for p in visual.parameters()}
-    owners = [getattr(model, name, None) for name in ("text", "transformer", "token_embedding", "ln_final")]
-    owners += [getattr(model, name, None) for name in ("positional_embedding", "text_projection")]
-    text: dict[nn.Parameter, int] = {}
-    for owner in owners:
-        parameters = owner.parameters() if isinstance(owner, nn.Module) else [] if owner is None else [owner]
-        text.update({p: p.numel() for p in parameters})
-    other = sum(n for p, n in total.items() if p not in image and p not in text)
-    return {"image": sum(image.values()), "text": sum(text.values()), "other": other, "total": sum(total.values())}
+    text = ("text.", "transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
+    parts: dict[str, set[nn.Parameter]] = {"image": set(), "text": set(), "total": set(model.parameters())}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith("visual."):
+            parts["image"].add(parameter)
+        elif name.startswith(text):
+            parts["text"].add(parameter)
+    parts["other"] = parts["total"] - parts["image"] - parts["text"]
+    return {part: sum(p.numel() for p in parts[part]) for part in ("image", "text", "other", "total")}
 
 
 def simplify(
@@ -227,26 +227,32 @@ def simplify(
             )
 
     report = SimplifyReport(before=count_parameters(model))
-    planned: list[tuple[_Site, SimplifiedBlock]] = []
+    planned: list[tuple[str, SimplifiedBlock]] = []
     for tower in dict.fromkeys(towers):
         sites = list(_text_sites(model) if tower == "text" else _image_sites(model))
-        indices = _indices(blocks.get(tower), len(sites), tower)
+        indices = _indices(f"blocks[{tower!r}]", blocks.get(tower), len(sites))
         new: dict[int, SimplifiedBlock] = {}
         for index in indices:
             site = sites[index]
-            options = dict(site.options, norm=norm, attention_gain=attention_gain, mlp_gain=mlp_gain)
-            options["gamma"] = gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma
-            options["value"] = value_first and index == indices[0]
-            options["output"] = output_last and index == indices[-1]
-            new[index] = _build(site, mlp_ratio, act, drop_path, options)
-            planned.append((site, new[index]))
-            report.replaced.append(_describe(tower, index, site, new[index]))
-        report.share[tower] = [_group(group, indices, len(sites)) for group in share.get(tower, ())]
+            new[index] = block = _build(
+                site, mlp_ratio, act, drop_path, norm=norm, attention_gain=attention_gain, mlp_gain=mlp_gain,
+                gamma=gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma,
+                value=value_first and index == indices[0], output=output_last and index == indices[-1],
+            )  # fmt: skip
+            kind = type(site.block).__name__
+            report.replaced.append(
+                Replaced(tower, index, site.path, kind, block.width, block.heads, block.hidden, block.causal)
+            )
+            planned.append((site.path, block))
+        report.share[tower] = [_normal("share", group, len(sites)) for group in share.get(tower, ())]
+        for group in report.share[tower]:
+            if missing := [i for i in group if i not in new]:
+                raise InputError(f"share: expected indices of replaced blocks, {indices}, got {missing}")
         local = [[indices.index(i) for i in group] for group in report.share[tower]]
         share_weights(list(new.values()), local, norms_and_gains=share_norms_and_gains)
 
-    for site, block in planned:
-        model.set_submodule(site.path, block)
+    for path, block in planned:
+        model.set_submodule(path, block)
     report.after = count_parameters(model)
     return model, report
 
@@ -272,45 +278,35 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     if isinstance(transformer, Transformer):
         yield from _transformer_sites(transformer, "visual.transformer", "image", causal=False)
         return
-    found = False
-    for path, module in visual.named_modules(prefix="visual"):
-        # Subclasses change the signature or the attention, so only the exact classes are known to fit.
-        if type(module) is Block:
-            attention: Any = module.attn
-            yield _Site(path, module, TimmBlock, attention.num_heads, {})
-        elif type(module) is AttentionBlock:
-            yield _Site(path, module, MapBlock, module.token_mixer.num_heads, {})
-        elif isinstance(module, SimplifiedBlock):  # of an earlier call: it keeps its index and can be replaced again
-            yield _Site(path, module, type(module), module.heads, {})
-        else:
-            continue
-        found = True
-    if not found:
+    # Subclasses change the signature or the attention, so only the exact classes are known to fit. A simplified block, of an
+    # earlier call, keeps its index and can be replaced again.
+    classes: dict[type, type[SimplifiedBlock]] = {Block: TimmBlock, AttentionBlock: MapBlock}
+    classes |= {type(module): type(module) for module in visual.modules() if isinstance(module, SimplifiedBlock)}
+    sites = [(path, m) for path, m in visual.named_modules(prefix="visual") if type(m) in classes]
+    if not sites:
         trunk = getattr(visual, "trunk", visual)
         raise InputError(
             "image: expected blocks of open_clip's VisionTransformer, timm's VisionTransformer or FastViT, "
             f"got {type(trunk).__name__} without any"
         )
+    yield from (_Site(path, module, classes[type(module)]) for path, module in sites)
 
 
 def _transformer_sites(transformer: Transformer, path: str, tower: str, causal: bool) -> Iterator[_Site]:
+    # Since open_clip 4 a tower is always [B, L, C] and has no such attribute.
+    options = {"causal": causal, "batch_first": getattr(transformer, "batch_first", True)}
     for index, block in enumerate(transformer.resblocks):
-        if isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
-            heads = block.attn.num_heads
-        elif isinstance(block, SimplifiedBlock):
-            heads = block.heads
-        else:
+        if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock):
             raise InputError(f"{tower}: expected residual attention blocks, got {type(block).__name__}")
-        # Since open_clip 4 a tower is always [B, L, C] and has no such attribute.
-        options = {"causal": causal, "batch_first": getattr(transformer, "batch_first", True)}
-        yield _Site(f"{path}.resblocks.{index}", block, TransformerBlock, heads, options)
+        yield _Site(f"{path}.resblocks.{index}", block, TransformerBlock, options)
 
 
-def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, options: dict) -> SimplifiedBlock:
+def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, **options) -> SimplifiedBlock:
     block: Any = site.block
     if isinstance(block, SimplifiedBlock):
-        weight, old_act, old_drop = block.fc1.weight, block.act, block.drop_path
+        weight, heads, old_act, old_drop = block.fc1.weight, block.heads, block.act, block.drop_path
     else:
+        heads = (block.token_mixer if isinstance(block, AttentionBlock) else block.attn).num_heads
         # FastViT's MLP begins with a depthwise convolution, which has one input channel.
         dense = (m for m in block.mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[1] > 1)
         weight = next(dense).weight
@@ -319,35 +315,21 @@ def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: flo
         old_drop = next((m.drop_prob for m in block.modules() if isinstance(m, DropPath)), 0.0)
     hidden, width = weight.shape[:2]
     ratio = hidden / width if mlp_ratio is None else mlp_ratio
-    act = old_act if act is None else act
-    drop_path = old_drop if drop_path is None else drop_path
-    new = site.cls(width, site.heads, ratio, act=act, drop_path=drop_path, **options)
+    options |= {"act": old_act if act is None else act, "drop_path": old_drop if drop_path is None else drop_path}
+    new = site.cls(width, heads, ratio, **options, **site.options)
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)
 
 
-def _indices(wanted: Sequence[int] | None, count: int, tower: str) -> list[int]:
+def _indices(name: str, wanted: Sequence[int] | None, count: int) -> list[int]:
     if wanted is None:
         return list(range(count))
-    indices = sorted({_normal(i, count, f"blocks[{tower!r}]") for i in wanted})
-    if not indices:
-        raise InputError(f"blocks[{tower!r}]: expected at least one index, got none")
-    return indices
+    if not wanted:
+        raise InputError(f"{name}: expected at least one index, got none")
+    return sorted({*_normal(name, wanted, count)})
 
 
-def _group(group: Sequence[int], indices: list[int], count: int) -> list[int]:
-    normal = [_normal(i, count, "share") for i in group]
-    missing = [i for i in normal if i not in indices]
-    if missing:
-        raise InputError(f"share: expected indices of replaced blocks, {indices}, got {missing}")
-    return normal
-
-
-def _normal(index: int, count: int, name: str) -> int:
-    if not -count <= index < count:
-        raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
-    return index % count
-
-
-def _describe(tower: str, index: int, site: _Site, new: SimplifiedBlock) -> Replaced:
-    kind = type(site.block).__name__
-    return Replaced(tower, index, site.path, kind, new.width, new.heads, new.hidden, new.causal)
+def _normal(name: str, indices: Sequence[int], count: int) -> list[int]:
+    for index in indices:
+        if not -count <= index < count:
+            raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
+    return [index % count for index in indices]
