@@ -10,8 +10,8 @@ It works with any model and any loss over features, and needs no other part of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -173,14 +173,13 @@ def _autocast_off(t: Tensor) -> torch.autocast:
     return torch.autocast(t.device.type, enabled=False)
 
 
-@contextmanager
-def _alone(model: nn.Module | None, alone: bool) -> Iterator[None]:
+def _alone(model: nn.Module | None, alone: bool) -> ExitStack:
     """Disables the exchange of gradients between ranks if `alone`; DistributedDataParallel decides in the forward pass."""
-    with ExitStack() as stack:
-        for module in model.modules() if model is not None and alone else ():
-            if isinstance(module, DistributedDataParallel):
-                stack.enter_context(module.no_sync())
-        yield
+    stack = ExitStack()
+    for module in model.modules() if model is not None and alone else ():
+        if isinstance(module, DistributedDataParallel):
+            stack.enter_context(module.no_sync())
+    return stack
 
 
 def _generators() -> tuple[Tensor, list[Tensor]]:

@@ -34,14 +34,7 @@ class ShapedAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        causal: bool = False,
-        value: bool = False,
-        output: bool = False,
-        gamma: float = 1.0,
+        self, width: int, heads: int, *, causal: bool = False, value: bool = False, output: bool = False, gamma: float = 1.0
     ) -> None:
         super().__init__()
         if heads < 1 or width < 1 or width % heads:
@@ -62,17 +55,13 @@ class ShapedAttention(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         self._check(x)
-        return self._attend(x, lengths)
-
-    def _attend(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         shape = (*x.shape[:2], self.heads, self.width // self.heads)
         q, k = self.qk(x).chunk(2, dim=-1)
         # Under autocast, q and k have the autocast dtype, and x has not.
         v = x.to(q.dtype) if self.value is None else self.value(x)
         q, k, v = (t.reshape(shape) for t in (q, k, v))
         out = shaped_attention(q, k, v, self.alpha, self.beta, self.gamma, causal=self.causal, lengths=lengths)
-        out = out.reshape(x.shape)
-        return out if self.output is None else self.output(out)
+        return out.reshape(x.shape) if self.output is None else self.output(out.reshape(x.shape))
 
     def _check(self, x: Tensor) -> None:
         """Checks the shape of x; the ops check everything else."""
@@ -152,35 +141,19 @@ class SimplifiedBlock(ShapedAttention):
         if self.training and self.drop_path > 0:
             return self._forward_dropping(x, lengths)
         return simplified_block(
-            x,
-            self.qk.weight,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            self.alpha,
-            self.beta,
-            self.gamma,
-            norm_weight=self.norm.weight,
-            norm_bias=getattr(self.norm, "bias", None),
-            norm=self.norm_name,
-            eps=self.norm.eps,
-            act=self.act,
-            attention_gain=self.attention_gain,
-            mlp_gain=self.mlp_gain,
-            value_weight=None if self.value is None else self.value.weight,
-            output_weight=None if self.output is None else self.output.weight,
-            causal=self.causal,
-            lengths=lengths,
-            recompute=self.recompute,
-        )
+            x, self.qk.weight, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
+            self.alpha, self.beta, self.gamma, attention_gain=self.attention_gain, mlp_gain=self.mlp_gain,
+            norm_weight=self.norm.weight, norm_bias=getattr(self.norm, "bias", None), norm=self.norm_name, eps=self.norm.eps,
+            value_weight=getattr(self.value, "weight", None), output_weight=getattr(self.output, "weight", None),
+            act=self.act, causal=self.causal, lengths=lengths, recompute=self.recompute,
+        )  # fmt: skip
 
     def _forward_dropping(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         n = self.norm(x)
         mlp = parallel_mlp(n, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act=self.act)
         keep = 1 - self.drop_path
         mlp = mlp * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep).to(mlp.dtype) / keep
-        return self.attention_gain * self._attend(n, lengths) + self.mlp_gain * mlp
+        return self.attention_gain * super().forward(n, lengths) + self.mlp_gain * mlp
 
     def extra_repr(self) -> str:
         drop = f", drop_path={self.drop_path}" if self.drop_path else ""
@@ -210,16 +183,15 @@ def share_weights(
             shape or activation.
     """
     groups = [list(group) for group in groups]
-    used: set[int] = set()
+    every = [index for group in groups for index in group]
     for group in groups:
         if not group:
             raise ValueError("groups: expected at least one index in every group, got an empty one")
         for index in group:
             if not 0 <= index < len(blocks):
                 raise ValueError(f"groups: expected indices of {len(blocks)} blocks, got {index}")
-            if index in used:
+            if every.count(index) > 1:
                 raise ValueError(f"groups: expected disjoint groups, got block {index} twice")
-            used.add(index)
         for name in ("width", "heads", "hidden", "act", "causal"):
             values = [getattr(blocks[index], name) for index in group]
             if len(set(values)) > 1:
@@ -228,9 +200,8 @@ def share_weights(
     names = ["qk", "fc1", "fc2", "value", "output"]
     if norms_and_gains:
         names += ["norm", "alpha", "beta", "gamma", "attention_gain", "mlp_gain"]
-    for group in groups:
-        first, *others = (blocks[index] for index in group)
+    for first, *others in groups:
         for other in others:
             for name in names:
-                if getattr(first, name) is not None and getattr(other, name) is not None:
-                    setattr(other, name, getattr(first, name))
+                if getattr(blocks[first], name) is not None and getattr(blocks[other], name) is not None:
+                    setattr(blocks[other], name, getattr(blocks[first], name))

@@ -18,7 +18,6 @@ import functools
 import importlib
 import inspect
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.common.errors import InputError
+from simplclip.common.files import Replacing
 from simplclip.ops.similarity.call import NEGATIVES
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
@@ -259,9 +259,8 @@ class LossParameters:
         self.optimizer.state_dict()  # fills `taken`
         state = {"epoch": epoch, "loss": self.loss.state_dict(), "optimizer": self.taken}
         path = Path(folder) / f"epoch_{epoch}{SUFFIX}"
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with Replacing(path) as file:
+            torch.save(state, file)
         for other in Path(folder).glob(f"epoch_*{SUFFIX}"):
             number = re.fullmatch(r"epoch_(\d+)", other.stem)
             # The last file is kept, since open_clip writes this epoch's checkpoint only after this.

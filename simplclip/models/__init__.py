@@ -14,14 +14,5 @@ from simplclip.models.registry import (
 )
 
 __all__ = [
-    "PLAIN",
-    "ShortVocabTokenizer",
-    "Spec",
-    "affine",
-    "create",
-    "names",
-    "original",
-    "summary",
-    "tokenizer",
-    "transforms",
-]
+    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "summary", "tokenizer", "transforms",
+]  # fmt: skip

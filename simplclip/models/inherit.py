@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -183,22 +184,16 @@ def freeze(model: nn.Module, names: Iterable[str]) -> None:
 
     Raises InheritanceError for a name that the model does not have, and then leaves the model unchanged.
     """
-    modules: list[nn.Module] = []
-    parameters: list[Any] = []
+    found: list[nn.Module | nn.Parameter] = []
     for name in names:
-        parent, _, leaf = name.rpartition(".")
         try:
-            owner = model.get_submodule(parent)
-            found = owner if not name else getattr(owner, leaf)
+            found.append(attrgetter(name)(model) if name else model)
         except AttributeError:
             raise InheritanceError(f"names: expected modules or parameters of the model, got {name!r}") from None
-        (modules if isinstance(found, nn.Module) else parameters).append(found)
-    for root in modules:
-        root.requires_grad_(False)
-        for module in root.modules():
+    for part in found:
+        part.requires_grad_(False)
+        for module in part.modules() if isinstance(part, nn.Module) else ():
             _hold_in_eval(module)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
 
 
 def freeze_norms(model: nn.Module) -> None:

@@ -58,6 +58,10 @@ class Plan:
         for who in ("theirs", "ours"):
             self.add(f"{key}-{who}", who, *argv, **options)
 
+    def more(self, key, *argv, epochs=2, **options):
+        """Ours goes on with the run `key`."""
+        self.add(f"{key}-more", "ours", *argv, "--resume", "latest", name=key, epochs=epochs, **options)
+
     def run(self, plan):
         (self.folder / f"{plan}.json").write_text(json.dumps(self.entries))
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
@@ -118,39 +122,36 @@ def teacher(folder, name="tiny"):
 @pytest.fixture(scope="module")
 def single(folder):
     plan = Plan(folder)
-    synthetic = ("--dataset-type", "synthetic", "--train-num-samples", STEPS * BATCH)
     plan.add("shards-without-help", "theirs", help=())
     plan.both("plain")
     plan.both("local", "--local-loss", "--gather-with-grad")
     plan.both("accumulated", "--accum-freq", 2, data="two")
-    plan.both("synthetic", *synthetic)
+    plan.both("synthetic", "--dataset-type", "synthetic", "--train-num-samples", STEPS * BATCH)
     plan.both("distilled", *teacher(folder))
     # Resuming: what two epochs in one go give, and one epoch and then another; then open_clip's trainer with the same.
+    resume = ("--resume", folder / "logs/once/checkpoints/epoch_1.pt")
     plan.add("twice", "ours", epochs=2)
     plan.add("once", "ours")
-    plan.add("once-more", "ours", "--resume", "latest", name="once", epochs=2)
-    plan.add("theirs-from-ours", "theirs", "--resume", folder / "logs/once/checkpoints/epoch_1.pt", epochs=2)
+    plan.more("once")
+    plan.add("theirs-from-ours", "theirs", *resume, epochs=2)
     matching = ("--pm-weight", 0.5, "--pm-negatives", "hard")
     plan.add("pm-twice", "ours", *matching, epochs=2)
     plan.add("pm-once", "ours", *matching)
-    plan.add("pm-once-more", "ours", *matching, "--resume", "latest", name="pm-once", epochs=2)
+    plan.more("pm-once", *matching)
     plan.add("pm-dropped", "theirs", "--resume", folder / "logs/pm-once/checkpoints/epoch_1.pt", epochs=2)
-    resume = ("--resume", folder / "logs/once/checkpoints/epoch_1.pt")
     plan.add("pm-without-file", "ours", *matching, *resume, epochs=2)
     plan.add("pm-fresh", "ours", *matching, *resume, "--fresh-loss-parameters", epochs=2)
     plan.add("pm-other", "ours", "--pm-weight", 1, "--pm-plane", "hadamard", "--resume", "latest", name="pm-once", epochs=3)
     plan.add("pm-clip", "ours", *matching, "--grad-clip-norm", 1, "--pm-plane", "hadamard")
-    plan.add("pm-latest", "ours", *matching, "--save-most-recent", "--save-frequency", 0, epochs=5)
-    plan.add(
-        "pm-latest-more", "ours", *matching, "--save-most-recent", "--save-frequency", 0, "--resume", "latest",
-        name="pm-latest", epochs=6,
-    )  # fmt: skip
+    recent = (*matching, "--save-most-recent", "--save-frequency", 0)
+    plan.add("pm-latest", "ours", *recent, epochs=5)
+    plan.more("pm-latest", *recent, epochs=6)
     plan.both("half", "--precision", "amp_bf16")
     plan.both("scaled", "--precision", "amp")  # float16 and a GradScaler, open_clip's default
     plan.add("pm-scaled", "ours", *matching, "--precision", "amp")
     wide = ("--feature-weight", 1, "--interactive-weight", 0.5, *teacher(folder, "tiny-wide"), "--pm-weight", 1)
     plan.add("wide", "ours", *wide)
-    plan.add("wide-more", "ours", *wide, "--resume", "latest", name="wide", epochs=2)
+    plan.more("wide", *wide)
     return plan.run("single")
 
 
@@ -164,19 +165,23 @@ def double(folder):
     plan.both("two-distilled", "--local-loss", "--gather-with-grad", *teacher(folder), data="two")
     plan.both("two-accumulated", "--local-loss", "--gather-with-grad", "--accum-freq", 2, data="two")
     plan.add("two-pm", "ours", "--local-loss", "--gather-with-grad", "--pm-weight", 1, data="two")
-    plan.add("two-pm-more", "ours", "--pm-weight", 1, "--resume", "latest", name="two-pm", data="two", epochs=2)
-    wide = ("--feature-weight", 1, *teacher(folder, "tiny-wide"))
-    plan.add("two-wide", "ours", *wide, data="two")
+    plan.more("two-pm", "--pm-weight", 1, data="two")
+    plan.add("two-wide", "ours", "--feature-weight", 1, *teacher(folder, "tiny-wide"), data="two")
     return plan.run("double")
 
 
 @pytest.mark.slow
 @needs_trainer
-@pytest.mark.parametrize("key", ["plain", "local", "accumulated"])
-def test_losses_and_weights_are_open_clips(single, key):
-    assert_same_run(single, key)
-    assert single[f"{key}-ours"]["loss"] == "ClipPMLoss"
-    assert single[f"{key}-ours"]["parameters"] == {}
+@pytest.mark.parametrize(
+    ("plan", "key"),
+    [("single", key) for key in ("plain", "local", "accumulated", "distilled")]
+    + [("double", key) for key in ("two", "two-local", "two-accumulated", "two-distilled")],
+)
+def test_losses_and_weights_are_open_clips(plan, key, request):
+    plan, distilled = request.getfixturevalue(plan), key.endswith("distilled")
+    assert_same_run(plan, key, ("contrastive_loss", "distill_loss")[: 1 + distilled])
+    assert plan[f"{key}-ours"]["loss"] == ("WIKDLoss" if distilled else "ClipPMLoss")
+    assert plan[f"{key}-ours"]["parameters"] == {}
 
 
 @needs_trainer
@@ -196,12 +201,6 @@ def test_synthetic_data(single):
     for who in ("theirs", "ours"):
         steps = single[f"synthetic-{who}"]["steps"]
         assert [step["contrastive_loss"] for step in steps] == pytest.approx([torch.tensor(BATCH).log().item()] * STEPS)
-
-
-@needs_trainer
-def test_distillation_is_open_clips(single):
-    assert_same_run(single, "distilled", ("contrastive_loss", "distill_loss"))
-    assert single["distilled-ours"]["loss"] in ("WIKDLoss", "StandIn")
 
 
 @needs_trainer
@@ -293,38 +292,18 @@ def test_open_clip_alone_cannot_wrap_a_model_on_a_cpu(double):
 
 
 @needs_trainer
-@pytest.mark.parametrize("key", ["two", "two-local", "two-accumulated"])
-def test_two_ranks_are_open_clips(double, key):
-    assert_same_run(double, key)
-
-
-@needs_trainer
-def test_distillation_on_two_ranks_is_open_clips(double):
-    assert_same_run(double, "two-distilled", ("contrastive_loss", "distill_loss"))
-
-
-@needs_trainer
-def test_two_ranks_learn_one_plane(double):
-    for key in ("two-pm", "two-pm-more"):
+def test_two_ranks_learn_one_plane_and_start_from_one_draw_of_the_projections(double):
+    for key in ("two-pm", "two-pm-more", "two-wide"):
         first, second = (result[key]["parameters"] for result in double.results)
         assert first == second
-        assert first["plane_weight"] != losses.ClipPMLoss.INITIAL_WEIGHT
+        assert first.get("plane_weight") != losses.ClipPMLoss.INITIAL_WEIGHT
     assert double.checkpoint("two-pm", 2, ".loss")["optimizer"]["plane_bias"]["step"] == 2 * STEPS
 
 
-@needs_trainer
-def test_two_ranks_start_from_one_draw_of_the_projections(double):
-    first, second = (result["two-wide"]["parameters"] for result in double.results)
-    assert first == second
-
-
 def make_parameters(loss, **changes):
-    model = torch.nn.Linear(3, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)
-    args = Namespace(world_size=1, distributed=False, accum_freq=1, horovod=False, wd=0.2, opt="sgd")
-    for name, value in changes.items():
-        setattr(args, name, value)
-    return openclip_train.LossParameters(loss, optimizer, args), optimizer
+    optimizer = torch.optim.SGD(torch.nn.Linear(3, 3).parameters(), lr=1.0, momentum=0.5)
+    args = {"world_size": 1, "distributed": False, "accum_freq": 1, "horovod": False, "wd": 0.2, "opt": "sgd", **changes}
+    return openclip_train.LossParameters(loss, optimizer, Namespace(**args)), optimizer
 
 
 def test_groups_follow_open_clips_rule_of_weight_decay():
@@ -332,11 +311,12 @@ def test_groups_follow_open_clips_rule_of_weight_decay():
     parameters, optimizer = make_parameters(loss)
     bias, weight = optimizer.param_groups[1:]
     assert (bias["weight_decay"], weight["weight_decay"]) == (0, 0.2)
-    assert bias["params"] == [loss.bias]
-    assert weight["params"] == [loss.weight]
+    assert (bias["params"], weight["params"]) == ([loss.bias], [loss.weight])
     assert (bias["lr"], bias["momentum"]) == (1, 0.5)
     parameters.set_apart()
     assert len(optimizer.state_dict()["param_groups"]) == 1
+    with pytest.raises(ValueError, match="--horovod: expected a loss without learned parameters"):
+        make_parameters(loss, horovod=True)
 
 
 def test_accumulated_passes_count_once():
@@ -346,11 +326,6 @@ def test_accumulated_passes_count_once():
     for _ in range(3):
         loss(x).sum().backward()
     torch.testing.assert_close(loss.weight.grad, x.sum(0).expand(2, 4))
-
-
-def test_what_cannot_be_trained_is_an_error():
-    with pytest.raises(ValueError, match="--horovod: expected a loss without learned parameters"):
-        make_parameters(torch.nn.Linear(4, 2), horovod=True)
 
 
 @needs_trainer

@@ -1,3 +1,5 @@
+"""What both losses share: open_clip's signatures and values, pair matching, errors."""
+
 import inspect
 import math
 
@@ -5,9 +7,11 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, DistillClipLoss
 
-from simplclip.losses import ClipPMLoss
+from simplclip.losses import ClipPMLoss, WIKDLoss
+
+PAIRS = [(ClipLoss, ClipPMLoss), (DistillClipLoss, WIKDLoss)]
 
 
 def features(n=24, width=16, seed=0, dtype=torch.float32):
@@ -18,41 +22,51 @@ def features(n=24, width=16, seed=0, dtype=torch.float32):
     return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_(), scale
 
 
-def test_signature_is_open_clips():
-    theirs, ours = (inspect.signature(c.__init__).parameters for c in (ClipLoss, ClipPMLoss))
+def teacher(**options):
+    return [t.detach() for t in features(seed=1, **options)]
+
+
+@pytest.mark.parametrize("classes", PAIRS)
+@pytest.mark.parametrize("method", ["__init__", "forward"])
+def test_signature_is_open_clips(classes, method):
+    theirs, ours = (inspect.signature(getattr(c, method)).parameters for c in classes)
     assert list(ours)[: len(theirs)] == list(theirs)
-    assert all(ours[name].default == theirs[name].default for name in theirs if name != "self")
-    theirs, ours = (inspect.signature(c.forward).parameters for c in (ClipLoss, ClipPMLoss))
-    assert list(ours)[: len(theirs)] == list(theirs)
+    if method == "__init__":
+        assert all(ours[name].default == theirs[name].default for name in theirs if name != "self")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("bias", [None, -10.0])
-def test_without_pair_matching_it_is_clip_loss(bias, dtype):
-    bias = None if bias is None else torch.tensor(bias)
+@pytest.mark.parametrize("rest", ["none", "bias", "teacher"])
+def test_without_pair_matching_it_is_open_clips_loss(rest, dtype):
+    """Values of both forms of the result, and gradients of a weighted sum of the terms."""
+    more = {"none": [], "bias": [torch.tensor(-10.0)], "teacher": teacher(dtype=dtype)}[rest]
+    pair = (DistillClipLoss(), WIKDLoss()) if rest == "teacher" else (ClipLoss(), ClipPMLoss(pm_weight=0))
     results = []
-    for loss in (ClipLoss(), ClipPMLoss(pm_weight=0)):
-        image, text, scale = features(dtype=dtype)
-        value = loss(image, text, scale, bias, output_dict=True)
-        assert list(value) == ["contrastive_loss"]
-        value["contrastive_loss"].backward()
-        results.append((value["contrastive_loss"], image.grad, text.grad, scale.grad))
+    for loss in pair:
+        leaves = features(dtype=dtype)
+        named, value = loss(*leaves, *more, output_dict=True), loss(*leaves, *more)
+        assert list(named) == ["contrastive_loss", "distill_loss"][: len(named)]
+        assert len(named) == (2 if rest == "teacher" else 1)
+        values = value if rest == "teacher" else (value,)
+        sum(weight * v for weight, v in zip((1, 2), values)).backward()
+        results.append((*named.values(), *values, *(t.grad for t in leaves)))
         assert list(loss.parameters()) == []
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if rest == "teacher" else {"rtol": 1e-5, "atol": 1e-7}
     for theirs, ours in zip(*results):
-        torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), **tolerance)
 
 
 @pytest.mark.parametrize("plane", ["scalar", "hadamard"])
 @pytest.mark.parametrize("negatives", ["all", "hard"])
 def test_terms_and_plane_gradients(negatives, plane):
     loss = ClipPMLoss(pm_weight=0.5, plane=plane, negatives=negatives, embed_dim=16)
-    image, text, scale = features()
-    terms = loss(image, text, scale, output_dict=True)
+    leaves = features()
+    terms = loss(*leaves, output_dict=True)
     assert list(terms) == ["contrastive_loss", "pair_matching_loss"]
-    assert loss(image, text, scale) == sum(terms.values())
+    assert loss(*leaves) == sum(terms.values())
     sum(terms.values()).backward()
     weight, bias = (p.detach().clone().requires_grad_() for p in (loss.plane_weight, loss.plane_bias))
-    expected = plain.similarity_loss(image, text, scale, plane=(weight, bias), negatives=negatives)
+    expected = plain.similarity_loss(*leaves, plane=(weight, bias), negatives=negatives)
     (expected["contrastive"] + 0.5 * expected["pair_matching"]).backward()
     torch.testing.assert_close(terms["contrastive_loss"], expected["contrastive"])
     torch.testing.assert_close(terms["pair_matching_loss"], 0.5 * expected["pair_matching"])
@@ -62,8 +76,7 @@ def test_terms_and_plane_gradients(negatives, plane):
 
 def test_shift_draws_another_negative_at_each_call():
     loss = ClipPMLoss(negatives="shift")
-    image, text, scale = features()
-    draw = lambda: loss(image, text, scale, output_dict=True)["pair_matching_loss"].item()  # noqa: E731
+    draw = lambda: loss(*features(), output_dict=True)["pair_matching_loss"].item()  # noqa: E731
     torch.manual_seed(0)
     first = [draw() for _ in range(8)]
     torch.manual_seed(0)
@@ -82,39 +95,66 @@ def test_ids_drop_out_of_the_negatives():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("cls", "arguments", "message"),
     [
-        ({"pm_weight": -1}, "pm_weight: expected a weight of 0 or more, got -1"),
-        ({"pm_weight": math.inf}, "pm_weight: expected a finite number, got inf"),
-        ({"pm_weight": math.nan}, "pm_weight: expected a finite number, got nan"),
-        ({"embed_dim": -2}, "embed_dim: expected an integer above 0 or None, got -2"),
-        ({"plane": "affine"}, "plane: expected one of 'scalar', 'hadamard', got 'affine'"),
-        ({"negatives": "none"}, "negatives: expected one of 'all', 'shift', 'hard', got 'none'"),
-        ({"plane": "hadamard"}, "embed_dim: expected the width D"),
+        (ClipPMLoss, {"pm_weight": -1}, "pm_weight: expected a weight of 0 or more, got -1"),
+        (ClipPMLoss, {"pm_weight": math.inf}, "pm_weight: expected a finite number, got inf"),
+        (ClipPMLoss, {"pm_weight": math.nan}, "pm_weight: expected a finite number, got nan"),
+        (ClipPMLoss, {"embed_dim": -2}, "embed_dim: expected an integer above 0 or None, got -2"),
+        (ClipPMLoss, {"plane": "affine"}, "plane: expected one of 'scalar', 'hadamard', got 'affine'"),
+        (ClipPMLoss, {"negatives": "none"}, "negatives: expected one of 'all', 'shift', 'hard', got 'none'"),
+        (ClipPMLoss, {"plane": "hadamard"}, "embed_dim: expected the width D"),
+        (WIKDLoss, {"relational_weight": -1}, "relational_weight: expected a weight of 0 or more, got -1"),
+        (WIKDLoss, {"contrastive_weight": math.nan}, "contrastive_weight: expected a finite number, got nan"),
+        (WIKDLoss, {"interactive_weight": math.inf}, "interactive_weight: expected a finite number, got inf"),
+        (
+            WIKDLoss,
+            {"contrastive_weight": 0, "relational_weight": 0},
+            "contrastive_weight and the other weights: expected one",
+        ),
+        (WIKDLoss, {"embed_dim": 16, "teacher_dim": (20, -1)}, "teacher_dim: expected an integer above 0 or None, got -1"),
+        (WIKDLoss, {"interactive": "mse"}, "interactive: expected one of 'infonce', 'kl', got 'mse'"),
+        (WIKDLoss, {"divergence": "js"}, "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
+        (WIKDLoss, {"feature_distance": "l1"}, "feature_distance: expected one of 'mse', 'smooth_l1', got 'l1'"),
+        (WIKDLoss, {"teacher_dim": 20, "feature_weight": 1}, "embed_dim: expected the width D"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments(cls, arguments, message):
     with pytest.raises(ValueError, match=message):
-        ClipPMLoss(**arguments)
+        cls(**arguments)
 
 
-@pytest.mark.parametrize("weight", [None, "1", True, torch.tensor(1.0)])
-def test_weights_are_numbers(weight):
-    with pytest.raises(TypeError, match=f"pm_weight: expected a number, got {type(weight).__name__}"):
-        ClipPMLoss(pm_weight=weight)
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *(("pm_weight", v, f"a number, got {type(v).__name__}") for v in (None, "1", True, torch.tensor(1.0))),
+        ("feature_weight", None, "a number, got NoneType"),
+        ("embed_dim", 16.0, "an integer above 0 or None, got 16.0"),
+        ("embed_dim", True, "an integer above 0 or None, got True"),
+        ("teacher_dim", "20", "an integer above 0 or None, got '20'"),
+    ],
+)
+def test_arguments_of_another_type(name, value, message):
+    with pytest.raises(TypeError, match=f"{name}: expected {message}"):
+        WIKDLoss(**{"embed_dim": 16, name: value})
 
 
-def test_features_of_another_width_than_embed_dim():
-    image, text, scale = features()
-    with pytest.raises(ValueError, match=r"image_features: expected the width embed_dim = 12, got shape \[24, 16\]"):
-        ClipPMLoss(plane="hadamard", embed_dim=12)(image, text, scale)
-
-
-def test_round_trips():
-    loss = ClipPMLoss(plane="hadamard", embed_dim=16)
-    other = ClipPMLoss(plane="hadamard", embed_dim=16)
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (lambda: ClipPMLoss(plane="hadamard", embed_dim=16), []),
+        (
+            lambda: WIKDLoss(
+                interactive_weight=0.6, feature_weight=0.4, pm_weight=0.5, learn_interactive_scale=True, plane="hadamard",
+                embed_dim=16, teacher_dim=(16, 20),
+            ),
+            list(zip(teacher(), teacher(width=20))),
+        ),
+    ],
+)  # fmt: skip
+def test_state_round_trips(make, more):
+    loss, other = make(), make()
     with torch.no_grad():
         loss.plane_weight.normal_()
     other.load_state_dict(loss.state_dict())
-    image, text, scale = features()
-    torch.testing.assert_close(loss(image, text, scale), other(image, text, scale))
+    torch.testing.assert_close(loss(*features(), *more), other(*features(), *more))

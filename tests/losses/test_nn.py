@@ -20,23 +20,24 @@ def test_attention_module_starts_as_the_identity():
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))  # orthogonal projections
 
 
-def test_causal_block_does_not_see_the_future():
-    torch.manual_seed(0)
-    block = SimplifiedBlock(12, 3, causal=True)
-    nn.init.normal_(block.qk.weight)
-    x = torch.randn(1, 6, 12)
-    changed = x.clone()
-    changed[:, 4:] = torch.randn(1, 2, 12)
-    assert torch.equal(block(x)[:, :4], block(changed)[:, :4])
-    block.causal = False
-    assert not torch.allclose(block(x)[:, :4], block(changed)[:, :4])
-
-
-def test_lengths_keep_padding_out_of_the_block():
+@pytest.fixture
+def block():
+    """A block that mixes tokens, and its input."""
     torch.manual_seed(0)
     block = SimplifiedBlock(12, 3)
     nn.init.normal_(block.qk.weight)
-    x = torch.randn(2, 6, 12)
+    return block, torch.randn(2, 6, 12)
+
+
+def test_causal_block_does_not_see_the_future(block):
+    block, x = block
+    changed = torch.cat([x[:, :4], torch.randn(2, 2, 12)], 1)
+    for block.causal in (True, False):
+        assert torch.allclose(block(x)[:, :4], block(changed)[:, :4]) == block.causal
+
+
+def test_lengths_keep_padding_out_of_the_block(block):
+    block, x = block
     out = block(x, torch.tensor([4, 6]))
     torch.testing.assert_close(out[:1, :4], block(x[:1, :4]))
     torch.testing.assert_close(out[1:], block(x[1:]))
@@ -52,18 +53,15 @@ def test_every_norm_and_activation_trains(norm, act):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
+def test_autocast(dtype, block):
     if dtype == torch.float16 and not torch.amp.is_autocast_available("cpu"):
         pytest.skip("no float16 autocast on this CPU")
-    torch.manual_seed(0)
-    block = SimplifiedBlock(16, 2, value=False)
-    nn.init.normal_(block.qk.weight, std=0.2)
-    x = torch.randn(2, 5, 16)
-    full = block(x)
+    block, x = block
+    block.qk.weight.data *= 0.2
     with torch.autocast("cpu", dtype):
         low = block(x)
     assert low.dtype == dtype
-    torch.testing.assert_close(low.float(), full, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(low.float(), block(x), rtol=0.05, atol=0.05)
     low.float().sum().backward()
     assert block.qk.weight.grad.dtype == torch.float32
 
@@ -125,28 +123,28 @@ def test_neighbour_groups():
 
 @pytest.mark.parametrize("norms_and_gains", [False, True])
 def test_shared_weights_count_once_get_every_gradient_and_survive_copy_and_state_dict(norms_and_gains):
+    def shared():
+        blocks = nn.Sequential(*(SimplifiedBlock(8, 2, value=i == 0, output=i == 3) for i in range(4)))
+        share_weights(blocks, [[0, 1], [2, 3]], norms_and_gains=norms_and_gains)
+        return blocks
+
     torch.manual_seed(0)
-    stack = nn.Sequential(*(SimplifiedBlock(8, 2, value=i == 0, output=i == 3) for i in range(4)))
-    single = sum(p.numel() for p in SimplifiedBlock(8, 2).parameters())
-    small = sum(p.numel() for n, p in SimplifiedBlock(8, 2).named_parameters() if not n.startswith(("qk", "fc")))
-    share_weights(stack, [[0, 1], [2, 3]], norms_and_gains=norms_and_gains)
-    expected = 2 * single + 2 * 64 + (0 if norms_and_gains else 2 * small)
+    stack, other = shared(), shared()
+    sizes = {name: p.numel() for name, p in SimplifiedBlock(8, 2).named_parameters()}
+    small = sum(size for name, size in sizes.items() if not name.startswith(("qk", "fc")))
+    expected = 2 * sum(sizes.values()) + 2 * 64 + (0 if norms_and_gains else 2 * small)
     assert sum(p.numel() for p in stack.parameters()) == expected
-    assert stack[0].qk is stack[1].qk
-    assert stack[2].fc1 is stack[3].fc1
-    assert stack[1].qk is not stack[2].qk
+    for blocks in (stack, copy.deepcopy(stack)):
+        assert blocks[0].qk is blocks[1].qk
+        assert blocks[2].fc1 is blocks[3].fc1
+        assert blocks[1].qk is not blocks[2].qk
+        assert (blocks[0].alpha is blocks[1].alpha) == norms_and_gains
     assert stack[1].value is None
     assert stack[3].output is not None
-    assert (stack[0].alpha is stack[1].alpha) == norms_and_gains
 
     x = torch.randn(2, 3, 8)
-    clone = copy.deepcopy(stack)
-    assert clone[0].qk is clone[1].qk
     stack(x).sum().backward()
     assert stack[0].qk.weight.grad.abs().sum() > 0
-
-    other = nn.Sequential(*(SimplifiedBlock(8, 2, value=i == 0, output=i == 3) for i in range(4)))
-    share_weights(other, [[0, 1], [2, 3]], norms_and_gains=norms_and_gains)
     other.load_state_dict(stack.state_dict(), strict=True)
     torch.testing.assert_close(other(x), stack(x))
 

@@ -78,8 +78,6 @@ def test_tiny_behaves_as_an_open_clip_model(tiny):
     assert features[0].shape == features[1].shape == (3, 256)
     torch.testing.assert_close(logits, tiny.logit_scale.exp() * features[0] @ features[1].T)
     torch.testing.assert_close(outputs[0], features[0])
-    weights = open_clip.build_zero_shot_classifier(tiny, tokenizer, ["cat", "dog"], ["an emoji of {}"])
-    assert weights.shape == (256, 2)
 
 
 def test_tiny_trains_in_bfloat16_autocast():
@@ -107,32 +105,25 @@ def test_tiny_trains_in_bfloat16_autocast():
 
 
 def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tiny):
-    torch.manual_seed(0)
-    again = models.create("siclip-tiny")
-    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), again.state_dict().values(), strict=True))
     torch.save({"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}}, tmp_path / "a.pt")
-    loaded = models.create("siclip-tiny", checkpoint=tmp_path / "a.pt")
-    assert all(torch.equal(a, b) for a, b in zip(tiny.state_dict().values(), loaded.state_dict().values(), strict=True))
+    torch.manual_seed(0)
+    for options in ({}, {"checkpoint": tmp_path / "a.pt"}):
+        torch.testing.assert_close(models.create("siclip-tiny", **options).state_dict(), tiny.state_dict(), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="size mismatch"):
         models.create("siclip-tiny", checkpoint=tmp_path / "a.pt", embed_dim=64)
 
 
 def test_overrides():
     model = models.create(
-        "siclip-tiny",
-        simplify_options={"towers": ["text"], "mlp_ratio": 2.0},
-        embed_dim=32,
-        output_dict=True,
-        text_cfg={"layers": 1},
-        vision_cfg={"image_size": 48},
-    )
+        "siclip-tiny", simplify_options={"towers": ["text"], "mlp_ratio": 2.0}, embed_dim=32, output_dict=True,
+        text_cfg={"layers": 1}, vision_cfg={"image_size": 48},
+    )  # fmt: skip
     (replaced,) = model.simplify_report.replaced
     assert (replaced.tower, replaced.index, replaced.hidden) == ("text", 0, 512)
     assert model.text.transformer.resblocks[0].width == 256  # merged into, not instead of, the configuration
     out = model(torch.randn(2, 3, 48, 48), torch.randint(0, 99, (2, 16)))
     assert out["image_features"].shape == (2, 32)
-    untouched = models.create("siclip-tiny")
-    assert len(untouched.text.transformer.resblocks) == 2
+    assert len(models.create("siclip-tiny").text.transformer.resblocks) == 2
 
 
 def test_plain_open_clip_models():
@@ -156,11 +147,11 @@ def test_unknown_names_list_the_nearest(function, name, near):
 def test_summary_prints_the_parameters_beside_the_originals(s0, tiny):
     for model, name in ((s0, "siclip-s0"), (tiny, "siclip-tiny")):
         table = models.summary(model, name)
-        print(table)
         assert f"{count(model):,}" in table
         assert f"{model.simplify_report.before['total']:,}" in table
-    assert "original: MobileCLIP2-S0" in models.summary(s0, "siclip-s0")
-    assert "0+1, 2+3, 4+5, 6+7, 8+9, 10+11" in models.summary(s0, "siclip-s0")
+    table = models.summary(s0, "siclip-s0")
+    assert "original: MobileCLIP2-S0" in table
+    assert "0+1, 2+3, 4+5, 6+7, 8+9, 10+11" in table
 
 
 def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():
