@@ -23,25 +23,21 @@ def without_batch_first(transformer):
                 x = block(x, attn_mask=attn_mask)
             return x
 
-    transformer.__dict__.pop("batch_first", None)
+    del transformer.batch_first
     transformer.__class__ = Transformer
-    assert not hasattr(transformer, "batch_first")
 
 
 def test_simplify_needs_no_batch_first():
-    image, text = batch()
-    models = []
-    for changed in (False, True):
-        model = clip()
-        if changed:
-            without_batch_first(model.transformer)
-            without_batch_first(model.visual.transformer)
+    changed, model = clip(), clip()
+    without_batch_first(changed.transformer)
+    without_batch_first(changed.visual.transformer)
+    outputs = []
+    for one in (changed, model):
         torch.manual_seed(0)
-        model, report = simplify(model)
+        _, report = simplify(one)
         assert len(report.replaced) == 7
-        models.append(model(image, text))
-    for now, then in zip(*models):
-        torch.testing.assert_close(now, then)
+        outputs.append(one(*batch()))
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.fixture
@@ -53,17 +49,14 @@ def trainer(monkeypatch):
     return trainer
 
 
-@pytest.mark.parametrize("argv", [(), DISTILL])
-def test_the_launcher_gives_the_trainers_own_losses(trainer, argv):
+@pytest.mark.parametrize(("argv", "names"), [((), ("ClipLoss", "ClipPMLoss")), (DISTILL, ("DistillClipLoss", "WIKDLoss"))])
+def test_the_launcher_gives_the_trainers_own_losses(trainer, argv, names):
     argv = ["--model", "ViT-B-32", *argv]
     before = dict(vars(trainer))
     theirs, task = trainer.main(argv)
     ours, replaced = openclip_train.main(argv)
     assert vars(trainer) == before
-    assert (type(task.loss).__name__, type(replaced.loss).__name__) in (
-        ("ClipLoss", "ClipPMLoss"),
-        ("DistillClipLoss", "WIKDLoss"),
-    )
+    assert (type(task.loss).__name__, type(replaced.loss).__name__) == names
     assert len(ours) == len(theirs) == 10
     for mine, other in zip(ours, theirs):
         assert mine == pytest.approx(other, rel=1e-4)
@@ -95,10 +88,9 @@ def test_what_cannot_be_replaced_is_named(trainer):
     assert len(losses) == 10
 
 
-@pytest.mark.parametrize("missing", [("create_task",), ("train_one_epoch",)])
+@pytest.mark.parametrize("missing", ["create_task", "train_one_epoch"])
 def test_another_trainer_is_an_error_that_names_a_version(trainer, missing, capsys):
-    for name in missing:
-        delattr(trainer, name)
+    delattr(trainer, missing)
     with pytest.raises(SystemExit):
         openclip_train.main(["--model", "ViT-B-32"])
     assert "found another trainer; pip install 'open_clip_torch==3.3.*' works" in capsys.readouterr().err

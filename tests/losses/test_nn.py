@@ -21,7 +21,7 @@ def test_attention_module_starts_as_the_identity():
 
 
 @pytest.fixture
-def block():
+def mixing():
     """A block that mixes tokens, and its input."""
     torch.manual_seed(0)
     block = SimplifiedBlock(12, 3)
@@ -29,15 +29,15 @@ def block():
     return block, torch.randn(2, 6, 12)
 
 
-def test_causal_block_does_not_see_the_future(block):
-    block, x = block
+def test_causal_block_does_not_see_the_future(mixing):
+    block, x = mixing
     changed = torch.cat([x[:, :4], torch.randn(2, 2, 12)], 1)
     for block.causal in (True, False):
         assert torch.allclose(block(x)[:, :4], block(changed)[:, :4]) == block.causal
 
 
-def test_lengths_keep_padding_out_of_the_block(block):
-    block, x = block
+def test_lengths_keep_padding_out_of_the_block(mixing):
+    block, x = mixing
     out = block(x, torch.tensor([4, 6]))
     torch.testing.assert_close(out[:1, :4], block(x[:1, :4]))
     torch.testing.assert_close(out[1:], block(x[1:]))
@@ -53,10 +53,10 @@ def test_every_norm_and_activation_trains(norm, act):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype, block):
+def test_autocast(dtype, mixing):
     if dtype == torch.float16 and not torch.amp.is_autocast_available("cpu"):
         pytest.skip("no float16 autocast on this CPU")
-    block, x = block
+    block, x = mixing
     block.qk.weight.data *= 0.2
     with torch.autocast("cpu", dtype):
         low = block(x)

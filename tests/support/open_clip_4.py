@@ -82,14 +82,16 @@ def main(trainer, argv):
     """What each step's losses were, and the task at the end."""
     args = trainer.parse_args(argv)
     args.distill = args.distill_model is not None and args.distill_pretrained is not None
-    task = trainer.create_task(args, model=Model(0), dist_model=Model(1) if args.distill else None, naflex_data_config=None)
-    matrices = [p for p in task.trainable_module.parameters() if p.ndim > 1]
-    others = [p for p in task.trainable_module.parameters() if p.ndim < 2]
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": matrices, "weight_decay": args.wd}]
+    model = Model(0)
+    task = trainer.create_task(args, model=model, dist_model=Model(1) if args.distill else None, naflex_data_config=None)
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim > 1) == matrices], "weight_decay": args.wd * matrices}
+        for matrices in (False, True)
+    ]
     state = trainer.TrainState(task, torch.optim.AdamW(groups, lr=1e-2))
     if args.resume is not None:
         checkpoint = torch.load(args.resume, weights_only=True)
-        task.trainable_module.load_state_dict(checkpoint["state_dict"])
+        model.load_state_dict(checkpoint["state_dict"])
         state.optimizer.load_state_dict(checkpoint["optimizer"])
         state.epoch = checkpoint["epoch"]
     g = torch.Generator().manual_seed(5)
@@ -98,8 +100,7 @@ def main(trainer, argv):
     for epoch in range(state.epoch, args.epochs):
         state.epoch = epoch
         trainer.train_one_epoch(state, data, args, tb_writer=None)
-        checkpoint = {"epoch": epoch + 1, "state_dict": task.trainable_module.state_dict()}
-        checkpoint["optimizer"] = state.optimizer.state_dict()
+        checkpoint = {"epoch": epoch + 1, "state_dict": model.state_dict(), "optimizer": state.optimizer.state_dict()}
         if args.checkpoint_path is not None:
             torch.save(checkpoint, os.path.join(args.checkpoint_path, f"epoch_{epoch + 1}.pt"))
     return data["seen"], task

@@ -36,19 +36,15 @@ def inputs():
     return image, text, teacher, torch.arange(WORLD * N).clamp(min=5)
 
 
-def losses(**mode):
+def losses(teacher, ids, **mode):
+    """By name the loss, and its terms as a function of the outputs of the model."""
     torch.manual_seed(2)
+    clip = ClipPMLoss(**mode).double()
     weights = {"interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
-    return {
-        "ClipPMLoss": ClipPMLoss(**mode).double(),
-        "WIKDLoss": WIKDLoss(**weights, embed_dim=16, teacher_dim=12, **mode).double(),
-    }
-
-
-def over(loss, teacher, ids):
-    if isinstance(loss, ClipPMLoss):
-        return lambda x, y, scale: loss(x, y, scale, output_dict=True, ids=ids)
-    return lambda x, y, scale: loss(x, y, scale, *teacher, torch.tensor(30.0).double(), output_dict=True, ids=ids)
+    wikd = WIKDLoss(**weights, embed_dim=16, teacher_dim=12, **mode).double()
+    rest = (*teacher, torch.tensor(30.0).double())
+    options = {"output_dict": True, "ids": ids}
+    return {"ClipPMLoss": (clip, lambda *o: clip(*o, **options)), "WIKDLoss": (wikd, lambda *o: wikd(*o, *rest, **options))}
 
 
 def gradients(*modules):
@@ -58,7 +54,7 @@ def gradients(*modules):
 def main(rank):
     image, text, teacher, ids = inputs()
     mine = slice(N * rank, N * rank + N)
-    whole = losses()
+    whole = losses(teacher, ids)
     mode = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
     exchanged = []
 
@@ -68,17 +64,15 @@ def main(rank):
 
     model = DistributedDataParallel(Model().double())
     model.register_comm_hook(None, counting)
-    for name, loss in losses(**mode).items():
-        alone = Model().double()
-        terms = over(whole[name], teacher, ids)(*alone(image, text))
-        sum(terms.values()).backward()
-        expected = gradients(alone, whole[name])
+    for name, (loss, part) in losses([t[mine] for t in teacher], ids[mine], **mode).items():
+        alone, (whole_loss, of_whole) = Model().double(), whole[name]
+        sum(of_whole(*alone(image, text)).values()).backward()
+        expected = gradients(alone, whole_loss)
         for keep in (0, 1, 5):
             model.zero_grad()
             loss.zero_grad()
             exchanged.clear()
             batches = list(zip(image[mine].split(SIZES[rank]), text[mine].split(SIZES[rank])))
-            part = over(loss, [t[mine] for t in teacher], ids[mine])
             gradient_cache.backward(lambda b: model(*b), batches, part, model=model, keep=keep)
             assert len(exchanged) == len(set(exchanged)) > 0, f"exchanged {exchanged}"
             for p in loss.parameters():
