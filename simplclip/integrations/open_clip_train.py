@@ -5,9 +5,8 @@ open_clip's losses: ClipPMLoss replaces ClipLoss, and WIKDLoss replaces DistillC
 `create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module open_clip_train.main are
 replaced; no file is changed.
 
-Learned parameters of a loss (the plane of pair matching, projections to a teacher's width) do not belong to the model:
-`LossParameters` adds them to open_clip's optimizer and saves them in a file beside each checkpoint, which remains a plain
-open_clip checkpoint. Without such parameters `LossParameters` is not used.
+Learned parameters of a loss (the plane of pair matching, projections to a teacher's width) do not belong to the model, see
+`LossParameters`.
 """
 
 from __future__ import annotations
@@ -132,18 +131,10 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
 
 def create_loss(options: argparse.Namespace, args: argparse.Namespace) -> nn.Module:
     """The loss that replaces the result of open_clip.create_loss(args), on args.device."""
-    shared = {
-        "local_loss": args.local_loss,
-        "gather_with_grad": args.gather_with_grad,
-        "cache_labels": True,
-        "rank": args.rank,
-        "world_size": args.world_size,
-        "use_horovod": getattr(args, "horovod", False),  # open_clip 4 has no such option
-        "pm_weight": options.pm_weight,
-        "plane": options.pm_plane,
-        "negatives": options.pm_negatives,
-        "embed_dim": _width(args.model),
-    }
+    shared = {name: getattr(args, name) for name in ("local_loss", "gather_with_grad", "rank", "world_size")}
+    shared |= {"cache_labels": True, "use_horovod": getattr(args, "horovod", False)}  # open_clip 4 has no such option
+    shared |= {"pm_weight": options.pm_weight, "plane": options.pm_plane, "negatives": options.pm_negatives}
+    shared["embed_dim"] = _width(args.model)
     if not args.distill:
         return losses.ClipPMLoss(**shared).to(args.device)
     distillation = {name: getattr(options, name) for name in DISTILLATION}
@@ -199,7 +190,7 @@ def _with_loss_parameters(theirs: Callable, fresh: bool) -> Callable:
 
 
 class LossParameters:
-    """Learned parameters of a loss as groups of open_clip's optimizer, saved in files beside its checkpoints.
+    """Learned parameters of a loss as groups of open_clip's optimizer, saved in files beside its unchanged checkpoints.
 
     The groups follow open_clip's rule: matrices have its weight decay, other parameters none; its schedule sets their
     learning rate. Its gradient clipping covers only the model. The gradients are averaged over the ranks, as
