@@ -54,15 +54,17 @@ def clip_kd(student, teacher, scale, teacher_scale, cross_scale, projections=Non
     }
 
 
-@pytest.mark.parametrize("teacher_width", [16, 20])
 @pytest.mark.parametrize(
-    ("theirs", "ours", "options"),
+    ("theirs", "ours", "options", "teacher_width"),
     [
-        ("task_loss", "contrastive_loss", {"contrastive_weight": 1.0}),
-        ("ckd_loss", "distill_loss", {"relational_weight": 0.7}),
-        ("icl_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "infonce"}),
-        ("cross_kd_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "kl"}),
-        ("fd_loss", "feature_loss", {"feature_weight": 2 * 0.7}),
+        ("task_loss", "contrastive_loss", {"contrastive_weight": 1.0}, 16),
+        ("ckd_loss", "distill_loss", {"relational_weight": 0.7}, 16),
+        ("icl_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "infonce"}, 16),
+        ("icl_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "infonce"}, 20),
+        ("cross_kd_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "kl"}, 16),
+        ("cross_kd_loss", "interactive_loss", {"interactive_weight": 0.7, "interactive": "kl"}, 20),
+        ("fd_loss", "feature_loss", {"feature_weight": 2 * 0.7}, 16),
+        ("fd_loss", "feature_loss", {"feature_weight": 2 * 0.7}, 20),
     ],
 )
 def test_clip_kd(theirs, ours, options, teacher_width):
