@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
-from simplclip.data.rewrite import Opened, rewrite
+from simplclip.data.rewrite import rewrite
+from simplclip.data.shards import TEACHER, Opened, Shards, stable_hash
 
 MAX_TOKENS = 30  # open_clip's default, including start and end of text
 
 
 def run(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    shards: Shards,
     out: str | os.PathLike,
     model: str,
     *,
@@ -98,7 +98,7 @@ def run(
         process,
         stamp={"caption": {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}},
         batch_size=batch_size,
-        drop={"teacher.npy": "teacher"},
+        drop={TEACHER: "teacher"},
         progress=progress,
         title="captions",
     )
@@ -189,8 +189,7 @@ def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:  # float32 [
 
 def _draws(seed: int, place: str, shape: Sequence[int]) -> Tensor:
     """Uniform numbers in [0, 1) for a sample, float64."""
-    digest = hashlib.blake2b(f"{seed}/{place}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = torch.Generator().manual_seed(stable_hash(f"{seed}/{place}") >> 1)
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 

@@ -6,9 +6,8 @@ negatives) and "label" (the class, for zero-shot classification). simplclip/data
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,18 +17,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from simplclip.common.errors import InputError, UserError
-from simplclip.data.epoch import Batch, Epoch, apply_transform, group_of, seeded
+from simplclip.data.epoch import Batch, Epoch, apply_transform, seeded
 from simplclip.data.shards import (
-    BrokenSample,
     ShardError,
+    Shards,
     Skipped,
+    check_count,
     count_samples,
     decode,
     expand,
     image_of,
-    open_sample,
-    place_of,
     read_shard,
+    usable,
 )
 from simplclip.data.workers import start_worker, undisturbed
 
@@ -76,8 +75,8 @@ class Loader:
 
     def epoch(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
         """The batches of an epoch without the first `skip_batches`."""
-        _check_count("epoch", epoch, 0)
-        _check_count("skip_batches", skip_batches, 0)
+        check_count("epoch", epoch, 0)
+        check_count("skip_batches", skip_batches, 0)
         return self._batches(epoch, skip_batches)
 
     def _batches(self, epoch: int, skip_batches: int) -> Iterator[Batch]:
@@ -154,7 +153,7 @@ class Loader:
 
 
 def make_loader(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    shards: Shards,
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
     transform: Callable[[Image.Image], torch.Tensor],
@@ -203,11 +202,11 @@ def make_loader(
     be opened; WorkerError if a loader process died (never while the caller uses a batch); EmptyEpochError if there is no
     batch.
     """
-    _check_count("batch_size", batch_size, 1)
-    _check_count("captions_per_image", captions_per_image, 1)
-    _check_count("workers", workers, 0)
-    _check_count("shuffle_buffer", shuffle_buffer, 1)
-    _check_count("prefetch", prefetch, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("captions_per_image", captions_per_image, 1)
+    check_count("workers", workers, 0)
+    check_count("shuffle_buffer", shuffle_buffer, 1)
+    check_count("prefetch", prefetch, 1)
     settings = {
         "shards": expand(shards),
         "tokenizer": tokenizer,
@@ -253,7 +252,7 @@ class EvalSet:
 
 
 def load_eval(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    shards: Shards,
     tokenizer: Callable[[list[str]], torch.Tensor],
     transform: Callable[[Image.Image], torch.Tensor],
 ) -> EvalSet:
@@ -266,25 +265,16 @@ def load_eval(
     files = expand(shards)
     skipped = Skipped()
     rows = []
-    for sample in (sample for shard in files for sample in read_shard(shard, skipped)):
-        try:
-            image, captions, record = open_sample(sample)
-        except BrokenSample as broken:
-            skipped.add(broken.args[0], place_of(sample), broken.args[1])
-            continue
-        with seeded("eval", place_of(sample)):
-            tensor = apply_transform(transform, image, sample)
-        rows.append((tensor, group_of(sample, record), captions[0], sample["__key__"], record, image_of(sample)))
+    for sample in usable((sample for shard in files for sample in read_shard(shard, skipped)), skipped):
+        with seeded("eval", sample.place):
+            tensor = apply_transform(transform, sample)
+        named = sample.captions[0], sample.files["__key__"], sample.record, image_of(sample.files)
+        rows.append((tensor, sample.group, *named))
     if not rows:
         raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have no usable sample; {skipped}")
     images, groups, captions, keys, meta, encoded = map(list, zip(*rows))
     groups = torch.tensor(groups, dtype=torch.int64)
     return EvalSet(torch.stack(images), tokenizer(captions), groups, captions, keys, meta, encoded, skipped)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def _unchanged(item: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,8 +15,7 @@ from tqdm import tqdm
 from simplclip import models
 from simplclip.common import hardware
 from simplclip.data import EmptyEpochError
-from simplclip.data.epoch import group_of
-from simplclip.data.shards import BrokenSample, Skipped, count_samples, expand, open_sample, place_of, read_shard
+from simplclip.data.shards import Shards, Skipped, count_samples, expand, read_shard, usable
 from simplclip.demo.teacher import IMAGE_SIZE, BuiltinTeacher, Head, Heads, Transform, tokenizer
 from simplclip.losses import ClipPMLoss
 
@@ -42,7 +39,7 @@ class Pairs:
 
 
 def train(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    shards: Shards,
     *,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -70,19 +67,13 @@ def features(files: list[str], device: torch.device, precision: str, progress: b
     plain, augmented = Transform(), models.affine(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3))
     images, rows, captions, groups = [], {}, [], []
 
-    def opened():
-        for file in files:
-            for sample in read_shard(file, skipped):
-                try:
-                    image, texts, record = open_sample(sample)
-                except BrokenSample as broken:
-                    skipped.add(broken.args[0], place_of(sample), broken.args[1])
-                    continue
-                groups.append(group_of(sample, record))
-                captions.append([rows.setdefault(text, len(rows)) for text in texts])
-                yield torch.stack([plain(image), *(augmented(image) for _ in range(VIEWS))])
+    def all_views():
+        for sample in usable((sample for file in files for sample in read_shard(file, skipped)), skipped):
+            groups.append(sample.group)
+            captions.append([rows.setdefault(text, len(rows)) for text in sample.captions])
+            yield torch.stack([plain(sample.image), *(augmented(sample.image) for _ in range(VIEWS))])
 
-    found = opened()
+    found = all_views()
     with (
         hardware.autocast(precision, device),
         tqdm(total=count_samples(files), desc="images", unit=" images", disable=None if progress else True) as bar,

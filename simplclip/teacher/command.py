@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
-from simplclip.data.shards import expand
+from simplclip.data.shards import Shards, expand
 from simplclip.teacher import features, teachers
 
 
 def run(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    shards: Shards,
     out: str | os.PathLike,
     *,
     name: str = teachers.BUILTIN,

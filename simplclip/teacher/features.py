@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from simplclip import data, evaluation
-from simplclip.data.rewrite import Opened, rewrite
-from simplclip.data.shards import TEACHER
+from simplclip.data.rewrite import rewrite
+from simplclip.data.shards import TEACHER, Opened, Shards
 from simplclip.teacher.teachers import Teacher
 
 
 def write(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    shards: Shards,
     out: str | os.PathLike,
     teacher: Teacher,
     *,

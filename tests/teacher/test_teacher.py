@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from simplclip import cli, data, models, teacher
 from simplclip.data import shards
-from simplclip.data.shards import Skipped, read_shard, teacher_of, teacher_stamp
+from simplclip.data.shards import Skipped, read_shard, teacher_stamp
 from simplclip.demo import emoji, heads
 from simplclip.demo import teacher as builtin
 
@@ -44,8 +44,8 @@ def call(*arguments):
 
 def rows_of(path):
     for sample in read_shard(str(path), Skipped()):
-        image, captions, _ = shards.open_sample(sample)
-        yield image, captions, teacher_of(sample, captions)
+        opened = shards.open_sample(sample, teacher=True)
+        yield opened.image, opened.captions, opened.features
 
 
 def test_features_are_those_of_the_model(folder, tmp_path):
@@ -91,11 +91,9 @@ def test_teachers_of_this_library(tmp_path):
     trainer.run(config)
     found = teacher.load("siclip-tiny", tmp_path / "run")
     assert found.width == 256
-    image, captions, _ = next(
-        shards.open_sample(sample) for sample in read_shard(str(tmp_path / "data" / "train-0.tar"), Skipped())
-    )
-    torch.testing.assert_close(found.encode_image([image]).norm(dim=1), torch.ones(1))
-    assert found.encode_text(captions).shape == (2, 256)
+    sample = shards.open_sample(next(read_shard(str(tmp_path / "data" / "train-0.tar"), Skipped())))
+    torch.testing.assert_close(found.encode_image([sample.image]).norm(dim=1), torch.ones(1))
+    assert found.encode_text(sample.captions).shape == (2, 256)
     with pytest.raises(ValueError, match="expected a checkpoint of 'siclip-s0', got one of 'siclip-tiny'"):
         teacher.load("siclip-s0", tmp_path / "run")
 
