@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,9 @@ def run(
 
     def process(samples: list[Opened]) -> list[dict[str, bytes]]:
         images = torch.stack([transform(sample.image) for sample in samples]).to(place)
-        draws = torch.stack([_draws(seed, sample.place, (n, max_tokens)) for sample in samples])
+        seeds = [stable_hash(f"{seed}/{sample.place}") >> 1 for sample in samples]
+        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        draws = torch.stack([torch.rand(n, max_tokens, generator=g, dtype=torch.float64) for g in generators])
         with hardware.autocast(precision, place):
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
         return [{"json": _record(sample, decode(rows, tokenizer), counts)} for sample, rows in zip(samples, tokens.tolist())]
@@ -145,7 +146,7 @@ def tokenizer_of(coca: CoCa, name: str) -> SimpleTokenizer:
 def generate(
     coca: CoCa,
     images: Tensor,  # [B, 3, S, S]
-    draws: Tensor,  # [B, n, T]
+    draws: Tensor,  # float64 [B, n, T], uniform in [0, 1)
     tokenizer: SimpleTokenizer,
     *,
     top_p: float,
@@ -185,12 +186,6 @@ def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:  # float32 [
     kept = (total - probabilities < top_p).sum(-1, keepdim=True)  # the last one exceeds the share
     chosen = torch.searchsorted(total, uniform[:, None] * total.gather(-1, kept - 1), right=True)
     return order.gather(-1, chosen.minimum(kept - 1))[:, 0]
-
-
-def _draws(seed: int, place: str, shape: Sequence[int]) -> Tensor:
-    """Uniform numbers in [0, 1) for a sample, float64."""
-    generator = torch.Generator().manual_seed(stable_hash(f"{seed}/{place}") >> 1)
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:

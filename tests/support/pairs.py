@@ -1,8 +1,13 @@
 """Small shards of image-text pairs, with a tokenizer and transforms whose output can be read back."""
 
+import contextlib
+import hashlib
 import io
+import itertools
 import json
+import os
 import random
+import signal
 import tarfile
 
 import numpy as np
@@ -20,6 +25,25 @@ def png(seed=0, mode="RGB", size=(12, 12), form="PNG"):
     out = io.BytesIO()
     Image.fromarray(pixels, mode).save(out, form)
     return out.getvalue()
+
+
+def npy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def members(path):
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def digests(folder, pattern="*"):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)}
+
+
+def meta(folder):
+    return json.loads((folder / "meta.json").read_text())
 
 
 def write(path, samples):
@@ -77,3 +101,21 @@ def equal(first, second):
         for name in a:
             assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
     return True
+
+
+def forked(action):
+    """Run `action()` in a process of its own; its exit code, 1 after an exception."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)
+            action()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def step_killed_at(point):
+    """A function whose call number `point` kills the process (-9)."""
+    count = itertools.count()
+    return lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None

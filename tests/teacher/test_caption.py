@@ -5,10 +5,8 @@ import json
 import tarfile
 import tempfile
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
-import kills
 import open_clip
 import pytest
 import torch
@@ -244,27 +242,6 @@ def test_captions_that_go_on_are_not_disturbed_by_those_that_ended():
         assert torch.equal(alone[0], tokens[i, 3:5])
     others = caption.generate(model, images.flip(0), draws, tokenizer, top_p=1.0, temperature=1.0)
     assert not torch.equal(others, tokens)
-
-
-def work(source, weights, out, ready):
-    torch.set_num_threads(1)
-    ready.set()
-    run(source / "*.tar", out, weights, n=1, max_tokens=8, batch_size=2)
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_moment_is_made_good(weights, tmp_path):
-    """Bit for bit, and no shard is ever seen torn."""
-    source = tmp_path / "in"
-    source.mkdir()
-    for shard in range(4):
-        write(source / f"train-{shard}.tar", [sample(i) for i in range(3 * shard, 3 * shard + 3)])
-
-    def check_whole(out):
-        for path in out.glob("*.tar"):
-            assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
-
-    kills.check(["test_caption"], partial(work, source, weights), tmp_path, check_whole)
 
 
 def call(*arguments):

@@ -1,20 +1,16 @@
 """Teachers by name, their features in shards, and the built-in teacher's heads."""
 
 import functools
-import io
-import json
 import os
-import tarfile
-from pathlib import Path
+import signal
 
-import kills
 import numpy as np
 import open_clip
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from kills import digests
+from pairs import digests, forked, png, step_killed_at, write
 from safetensors.torch import save_file
 from trainer_runs import register_models
 from typer.testing import CliRunner
@@ -22,8 +18,8 @@ from typer.testing import CliRunner
 from simplclip import cli, data, models, teacher
 from simplclip.data import shards
 from simplclip.data.shards import Skipped, read_shard, teacher_stamp
-from simplclip.demo import emoji, heads
-from simplclip.demo import teacher as builtin
+from simplclip.demo import builtin, emoji
+from simplclip.demo import teacher as networks
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +171,7 @@ def test_wrong_arguments_end_in_one_line(folder, tmp_path, arguments, message):
     state["text_projection"].fill_(float("nan"))
     torch.save(state, tmp_path / "nan.pt")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    mark = {"format": builtin.FORMAT, "version": builtin.VERSION}
+    mark = {"format": networks.FORMAT, "version": networks.VERSION}
     save_file({"a": torch.zeros(1)}, tmp_path / "small.safetensors", mark)
     arguments = [tmp_path / a if a.endswith((".pt", ".safetensors", ".tar")) else a for a in arguments]
     result = call(folder / "in" / "train-0.tar", "--out", tmp_path / "out", *arguments)
@@ -186,93 +182,92 @@ def test_wrong_arguments_end_in_one_line(folder, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
+TRAIN = {"device": torch.device("cpu"), "precision": "fp32", "progress": False}
+
+
 def separable(number=64):
     """Pairs whose features say which belong together; two captions each, two samples of each group."""
     generator = torch.Generator().manual_seed(0)
     groups = torch.arange(number) // 2
     codes = torch.randn(number // 2, 24, generator=generator)
-    images = codes[groups] @ torch.randn(24, builtin.IMAGE_FEATURES, generator=generator)
-    texts = codes @ torch.randn(24, builtin.TEXT_FEATURES, generator=generator)
+    images = codes[groups] @ torch.randn(24, networks.IMAGE_FEATURES, generator=generator)
+    texts = codes @ torch.randn(24, networks.TEXT_FEATURES, generator=generator)
     texts = torch.cat([texts, texts + 0.1 * torch.randn(texts.shape, generator=generator)])
     captions = [[g, g + number // 2] for g in groups.tolist()]
-    return heads.Pairs(images[None], texts, captions, groups, Skipped())
+    return builtin.Pairs(images[None], texts, captions, groups)
 
 
 def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
-    monkeypatch.setattr(heads, "STEPS", 25)
-    monkeypatch.setattr(heads, "BATCH", 48)
-    monkeypatch.setattr(heads, "features", lambda *_: separable())
-    source = tiny.write_shard(tmp_path / "a.tar")
+    monkeypatch.setattr(builtin, "STEPS", 25)
+    monkeypatch.setattr(builtin, "BATCH", 48)
+    monkeypatch.setattr(builtin, "features", lambda *_: separable())
     state = torch.get_rng_state()
-    first, count = heads.train(source, progress=False)
+    first, count = builtin.train([], **TRAIN)
     assert count == 64
     assert torch.equal(state, torch.get_rng_state())
     pairs = separable()
     with torch.no_grad():
         x, y = F.normalize(first.image(pairs.images[0]), dim=-1), F.normalize(first.text(pairs.texts[:32]), dim=-1)
     assert ((x @ y.T).argmax(1) == pairs.groups).float().mean() > 0.95
-    assert first.logit_scale.exp() <= heads.MAX_SCALE + 1e-3
-    again, _ = heads.train(source, progress=False)
-    other, _ = heads.train(source, seed=1, progress=False)
+    assert first.logit_scale.exp() <= builtin.MAX_SCALE + 1e-3
+    again, _ = builtin.train([], **TRAIN)
+    other, _ = builtin.train([], seed=1, **TRAIN)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
     assert not torch.equal(first.image.linear.weight, other.image.linear.weight)
-    builtin.save_heads(first, tmp_path / "heads.safetensors")
-    loaded = builtin.load_heads(tmp_path / "heads.safetensors").state_dict()
+    networks.save_heads(first, tmp_path / "heads.safetensors")
+    loaded = networks.load_heads(tmp_path / "heads.safetensors").state_dict()
     assert all(torch.equal(a, loaded[name]) for name, a in first.state_dict().items())
 
 
-def test_pairs_of_a_group_are_no_negatives(monkeypatch, folder):
+def test_pairs_of_a_group_are_no_negatives(monkeypatch):
     """All in one group but one: without the ids the heads would be pushed apart."""
     seen = []
-    loss = heads.ClipPMLoss.forward
-    monkeypatch.setattr(heads.ClipPMLoss, "forward", lambda s, *a, **k: seen.append(k["ids"]) or loss(s, *a, **k))
-    monkeypatch.setattr(heads, "STEPS", 1)
-    monkeypatch.setattr(heads, "features", lambda *_: separable(8))
-    heads.train(str(folder / "in" / "train-0.tar"), progress=False)
+    loss = builtin.ClipPMLoss.forward
+    monkeypatch.setattr(builtin.ClipPMLoss, "forward", lambda s, *a, **k: seen.append(k["ids"]) or loss(s, *a, **k))
+    monkeypatch.setattr(builtin, "STEPS", 1)
+    monkeypatch.setattr(builtin, "features", lambda *_: separable(8))
+    builtin.train([], **TRAIN)
     assert sorted(seen[0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_heads_need_pairs_to_tell_apart(tmp_path):
-    from pairs import png, write
-
     one = write(tmp_path / "a.tar", [("a", {"png": png(), "txt": b"one"}), ("b", {"png": b"broken", "txt": b"two"})])
     with pytest.raises(data.EmptyEpochError, match="have only one group; 1 skipped: 1 not an image"):
-        heads.train(one, progress=False)
+        builtin.train([one], **TRAIN)
 
 
 def test_padding_and_company_do_not_change_features():
-    model = builtin.BuiltinTeacher(builtin.Heads()).eval()
-    encode = builtin.tokenizer()
+    model = networks.BuiltinTeacher(networks.Heads()).eval()
+    encode = networks.tokenizer()
     with torch.no_grad():
         together = model.text_features(encode(["cat", "a drawing of a rather long and winding caption of a cat"]))
         alone = model.text_features(encode(["cat"]))
-        x = torch.randn(3, 3, builtin.IMAGE_SIZE, builtin.IMAGE_SIZE)
+        x = torch.randn(3, 3, networks.IMAGE_SIZE, networks.IMAGE_SIZE)
         images = model.image_features(x)
         torch.testing.assert_close(images[:1], model.image_features(x[:1]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)
-    assert images.shape == (3, builtin.IMAGE_FEATURES)
+    assert images.shape == (3, networks.IMAGE_FEATURES)
     last = model.net.forward_head(model.net.forward_features(x), pre_logits=True).detach()
     torch.testing.assert_close(images[:, -1280:], last, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(heads, "STEPS", 20)
-    monkeypatch.setattr(heads, "BATCH", 32)
+    monkeypatch.setattr(builtin, "STEPS", 20)
+    monkeypatch.setattr(builtin, "BATCH", 32)
     every = emoji.concepts()
     monkeypatch.setattr(emoji, "concepts", lambda: every[::40])
     monkeypatch.setattr(emoji, "HELD_OUT", 4)
     emoji.build(tmp_path / "emoji")
     source = tmp_path / "in"
     source.mkdir()
-    few = [sample for path in sorted((tmp_path / "emoji").glob("train-*.tar")) for sample in read_shard(str(path), Skipped())]
+    few = [
+        (s["__key__"], s)
+        for path in sorted((tmp_path / "emoji").glob("train-*.tar"))
+        for s in read_shard(str(path), Skipped())
+    ]
     for split, part in (("train", few[:48]), ("held", few[48:64])):
-        with tarfile.open(source / f"{split}-0.tar", "w") as tar:
-            for sample in part:
-                for suffix in ("json", "png"):
-                    member = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
-                    member.size = len(sample[suffix])
-                    tar.addfile(member, io.BytesIO(sample[suffix]))
+        write(source / f"{split}-0.tar", [(key, {suffix: s[suffix] for suffix in ("json", "png")}) for key, s in part])
     result = call(source / "*.tar", "--out", tmp_path / "out", "--evaluate", source / "train-0.tar")
     assert result.exit_code == 0, result.output
     assert "heads on 48 pairs of 1 shards" in result.output  # never on what is held out
@@ -287,22 +282,21 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     assert digests(tmp_path / "out") == before
 
 
-def command(folder, out, ready):
-    """The command in a process of its own."""
-    torch.set_num_threads(1)
-    register_models(Path(folder))
-    ready.set()
-    options = ["--teacher", "open_clip:tiny", "--checkpoint", str(folder / "tiny.pt"), "--batch-size", "2"]
-    cli.app(["teacher", str(folder / "in" / "*.tar"), "--out", str(out), *options], standalone_mode=False)
+@pytest.mark.parametrize("point", [5, 15])
+def test_killed_in_a_shard_it_ends_as_undisturbed(folder, tmp_path, point):
+    """Of 12 batches a shard."""
 
+    def go(out, point=-1):
+        found, step = teacher.load("open_clip:tiny", folder / "tiny.pt"), step_killed_at(point)
+        encode = found.encode_image
+        found.encode_image = lambda images: step() or encode(images)
+        teacher.write(str(folder / "in" / "*.tar"), out, found, batch_size=2, progress=False)
 
-@pytest.mark.slow
-def test_killed_at_any_moment(folder, tmp_path):
-    """kill -9 of the command at random moments, then the same command: byte for byte as undisturbed."""
-
-    def check_whole(out):
-        assert all(len(list(rows_of(path))) == 24 for path in out.glob("*.tar"))
-
-    preload = ["simplclip.teacher.command", "test_teacher"]
-    kills.check(preload, functools.partial(command, folder), tmp_path, check_whole)
-    assert json.loads((tmp_path / "whole" / "meta.json").read_text())["splits"]["train"]["samples"] == 48
+    go(tmp_path / "whole")
+    whole = digests(tmp_path / "whole")
+    assert forked(functools.partial(go, tmp_path / "out", point)) == -signal.SIGKILL
+    seen = digests(tmp_path / "out", "*.tar")
+    assert len(seen) == point // 12
+    assert seen.items() <= whole.items()
+    go(tmp_path / "out")
+    assert digests(tmp_path / "out") == whole
