@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import signal
 import sys
 import tarfile
@@ -34,12 +35,16 @@ def folder(tmp_path):
     """Two train shards and a held-out one, with their meta.json and licences."""
     source = tmp_path / "in"
     source.mkdir()
-    write(source / "train-0.tar", [sample(i) for i in range(7)])
-    write(source / "train-1.tar", [sample(i) for i in range(7, 12)])
-    write(source / "held-0.tar", [sample(i) for i in range(12, 15)])
+    for name, start, stop in (("train-0", 0, 7), ("train-1", 7, 12), ("held-0", 12, 15)):
+        write(source / f"{name}.tar", [sample(i) for i in range(start, stop)])
     (source / "meta.json").write_text(json.dumps({"format": "other", "seed": 3, "splits": {}}))
     (source / "LICENSES.md").write_text("as you like")
     return source
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
 
 
 def test_every_file_of_a_sample_is_kept(tmp_path):
@@ -55,26 +60,18 @@ def test_every_file_of_a_sample_is_kept(tmp_path):
     assert list(found.items()) == list(want.items())
 
 
-def test_the_folder_says_what_is_in_it(folder, tmp_path):
-    summary = run(folder / "*.tar", tmp_path / "out")
-    assert summary["samples"] == 15
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["mark"] == STAMP["mark"]
-    assert meta["seed"] == 3
-    assert {name: split["samples"] for name, split in meta["splits"].items()} == {"held": 3, "train": 12}
-    for name, entry in meta["splits"]["train"]["shards"].items():
-        data = (tmp_path / "out" / name).read_bytes()
+def test_the_folder_says_what_is_in_it(folder, out):
+    assert run(folder / "*.tar", out)["samples"] == 15
+    found = meta(out)
+    assert (found["mark"], found["seed"]) == (STAMP["mark"], 3)
+    assert {name: split["samples"] for name, split in found["splits"].items()} == {"held": 3, "train": 12}
+    for name, entry in found["splits"]["train"]["shards"].items():
+        data = (out / name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
-    assert shards._listed_counts(str(tmp_path / "out"))
-    assert shards.count_samples(shards.expand(str(tmp_path / "out" / "*.tar"))) == 15
-    assert (tmp_path / "out" / "LICENSES.md").read_text() == "as you like"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "LICENSES.md",
-        "held-0.tar",
-        "meta.json",
-        "train-0.tar",
-        "train-1.tar",
-    ]
+    assert shards._listed_counts(str(out))
+    assert shards.count_samples(shards.expand(str(out / "*.tar"))) == 15
+    assert (out / "LICENSES.md").read_text() == "as you like"
+    assert set(digests(out)) == {"LICENSES.md", "held-0.tar", "meta.json", "train-0.tar", "train-1.tar"}
 
 
 def test_batches_stay_within_a_shard(folder, tmp_path):
@@ -83,32 +80,27 @@ def test_batches_stay_within_a_shard(folder, tmp_path):
     assert sizes == [4, 3, 4, 1]
 
 
-def test_a_second_command_adds_shards(folder, tmp_path):
-    run(folder / "train-*.tar", tmp_path / "out")
-    first = digests(tmp_path / "out")
-    summary = run(folder / "held-*.tar", tmp_path / "out")
-    assert summary["samples"] == 3
-    assert first.items() - digests(tmp_path / "out").items() == {("meta.json", first["meta.json"])}
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert {name: split["samples"] for name, split in meta["splits"].items()} == {"train": 12, "held": 3}
+def test_a_second_command_adds_shards(folder, out):
+    run(folder / "train-*.tar", out)
+    first = digests(out)
+    assert run(folder / "held-*.tar", out)["samples"] == 3
+    assert first.items() - digests(out).items() == {("meta.json", first["meta.json"])}
+    assert {name: split["samples"] for name, split in meta(out)["splits"].items()} == {"train": 12, "held": 3}
 
 
-def test_whole_shards_are_not_made_again_unless_their_input_changed(folder, tmp_path):
-    run(folder / "train-*.tar", tmp_path / "out")
-    before = digests(tmp_path / "out")
-    summary = run(folder / "train-*.tar", tmp_path / "out", None)
-    assert summary["written"] == 0
-    assert summary["samples"] == 12
+def test_whole_shards_are_not_made_again_unless_their_input_changed(folder, out):
+    run(folder / "train-*.tar", out)
+    before = digests(out)
+    (out / ".former.tar.tmp").write_bytes(b"left by a run that was killed")
+    summary = run(folder / "train-*.tar", out, None)
+    assert (summary["written"], summary["samples"]) == (0, 12)
     assert "2 of 2 shards" in summary["notes"][0]
-    assert digests(tmp_path / "out") == before
-    (tmp_path / "out" / ".former.tar.tmp").write_bytes(b"left by a run that was killed")
-    run(folder / "train-*.tar", tmp_path / "out", None)
-    assert digests(tmp_path / "out") == before
+    assert digests(out) == before
     size = (folder / "train-1.tar").stat().st_size
     write(folder / "train-1.tar", [sample(i) for i in range(8, 13)])
     assert (folder / "train-1.tar").stat().st_size == size
-    assert run(folder / "train-*.tar", tmp_path / "out")["written"] == 1
-    assert "k012.mark.npy" in members(tmp_path / "out" / "train-1.tar")
+    assert run(folder / "train-*.tar", out)["written"] == 1
+    assert "k012.mark.npy" in members(out / "train-1.tar")
 
 
 def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
@@ -124,8 +116,7 @@ def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
     assert whole["samples"] == 3  # that of a class alone is none for the loader
 
     path.write_bytes(path.read_bytes()[: -tarfile.RECORDSIZE + 512])
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size // 512 * 512 - 1024)
+    os.truncate(path, path.stat().st_size // 512 * 512 - 1024)
     torn = run(path, tmp_path / "torn")
     assert torn["skipped"].counts["torn tar"] == 1
     assert "torn" in torn["notes"][0]
@@ -141,17 +132,16 @@ def test_files_that_no_longer_fit_are_dropped(folder, tmp_path):
     other = {"captions": {"name": "other"}}
     summary = run(tmp_path / "one" / "*.tar", tmp_path / "two", lambda b: [{"x": b"y"}] * len(b), stamp=other)
     assert summary["notes"] == []
-    assert json.loads((tmp_path / "two" / "meta.json").read_text())["mark"] == STAMP["mark"]
+    assert meta(tmp_path / "two")["mark"] == STAMP["mark"]
     drop = {"mark.npy": "mark"}
     summary = run(tmp_path / "two" / "*.tar", tmp_path / "three", lambda b: [{}] * len(b), stamp={"n": {}}, drop=drop)
     assert summary["notes"] == ["12 samples already had mark.npy; it is dropped, since it no longer fits."]
-    meta = json.loads((tmp_path / "three" / "meta.json").read_text())
-    assert "mark" not in meta
-    assert meta["captions"] == other["captions"]
+    assert "mark" not in meta(tmp_path / "three")
+    assert meta(tmp_path / "three")["captions"] == other["captions"]
     assert not any("mark" in name for name in members(tmp_path / "three" / "train-0.tar"))
     summary = run(tmp_path / "two" / "*.tar", tmp_path / "four", stamp={"mark": {"name": "new"}}, drop=drop)
     assert summary["notes"] == ["12 samples already had mark.npy; it is made again."]
-    assert json.loads((tmp_path / "four" / "meta.json").read_text())["mark"] == {"name": "new"}
+    assert meta(tmp_path / "four")["mark"] == {"name": "new"}
 
 
 def test_compressed_shards_become_plain_ones(tmp_path):
@@ -179,11 +169,10 @@ def test_compressed_shards_become_plain_ones(tmp_path):
 )
 def test_wrong_arguments(folder, tmp_path, change, error, message):
     run(folder / "train-0.tar", tmp_path / "out")
-    (folder / "copy").mkdir()
+    for path in (folder / "copy", tmp_path / "full", tmp_path / "in-too"):
+        path.mkdir()
     write(folder / "copy" / "train-0.tar", [sample(0)])
-    (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    (tmp_path / "in-too").mkdir()
     (tmp_path / "in-too" / "meta.json").write_text(json.dumps({"format": "other"}))
     (tmp_path / "file").write_text("mine")
     before = {name: digests(tmp_path / name) for name in ("out", "full", "in-too")}

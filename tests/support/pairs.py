@@ -13,8 +13,9 @@ import tarfile
 import numpy as np
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from simplclip import data
+from simplclip import cli, data
 
 SIZE = 8
 COUNT = 23
@@ -101,6 +102,18 @@ def equal(first, second):
         for name in a:
             assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
     return True
+
+
+def one_line(*arguments):
+    """What a command says that ends in an error: one line."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.strip()]
+    return line
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
 def forked(action):

@@ -10,12 +10,11 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from pairs import digests, forked, png, step_killed_at, write
+from pairs import call, digests, forked, one_line, png, step_killed_at, write
 from safetensors.torch import save_file
 from trainer_runs import register_models
-from typer.testing import CliRunner
 
-from simplclip import cli, data, models, teacher
+from simplclip import data, models, teacher
 from simplclip.data import shards
 from simplclip.data.shards import Skipped, read_shard, teacher_stamp
 from simplclip.demo import builtin, emoji
@@ -34,10 +33,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def call(*arguments):
-    return CliRunner().invoke(cli.app, ["teacher", *map(str, arguments)])
-
-
 def rows_of(path):
     for sample in read_shard(str(path), Skipped()):
         opened = shards.open_sample(sample, teacher=True)
@@ -48,7 +43,7 @@ def test_features_are_those_of_the_model(folder, tmp_path):
     out = tmp_path / "out"
     source = str(folder / "in" / "*.tar")
     options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5, "--precision", "fp32")
-    result = call(source, "--out", out, *options, "--evaluate", f"some={folder / 'in' / 'train-0.tar'}")
+    result = call("teacher", source, "--out", out, *options, "--evaluate", f"some={folder / 'in' / 'train-0.tar'}")
     assert result.exit_code == 0, result.output
     assert "48 samples with features of open_clip:tiny, width 16" in result.output
     assert "some: image to text R@1" in result.output
@@ -62,8 +57,7 @@ def test_features_are_those_of_the_model(folder, tmp_path):
         assert rows.dtype == np.float16
         torch.testing.assert_close(torch.from_numpy(rows).float(), torch.cat([x, y]), atol=1e-3, rtol=0)
     stamp = teacher_stamp(data.expand(str(out / "*.tar")))
-    assert stamp["name"] == "open_clip:tiny"
-    assert stamp["width"] == 16
+    assert (stamp["name"], stamp["width"]) == ("open_clip:tiny", 16)
     assert stamp["logit_scale"] == pytest.approx(1 / 0.07)
     assert len(list(rows_of(out / "train-0.tar"))) == 24
 
@@ -98,19 +92,17 @@ def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
     class Named:  # as many transforms are, known by an address that is another in each process
         pass
 
-    first, again = (teacher.load("open_clip:tiny", folder / "tiny.pt") for _ in range(2))
+    first, again, changed = (teacher.load("open_clip:tiny", folder / "tiny.pt") for _ in range(3))
     assert first.fingerprint() == again.fingerprint()
-    first.transform, again.transform = Named(), Named()
-    assert repr(first.transform) != repr(again.transform)
-    assert first.fingerprint() == again.fingerprint()
-    first = teacher.load("open_clip:tiny", folder / "tiny.pt").fingerprint()
+    changed.transform = models.transforms("siclip-tiny", train=False)
+    assert changed.fingerprint() != first.fingerprint()
     state = torch.load(folder / "tiny.pt", weights_only=True)
     state["logit_scale"] += 1e-3
     torch.save(state, tmp_path / "changed.pt")
-    assert teacher.load("open_clip:tiny", tmp_path / "changed.pt").fingerprint() != first
-    changed = teacher.load("open_clip:tiny", folder / "tiny.pt")
-    changed.transform = models.transforms("siclip-tiny", train=False)
-    assert changed.fingerprint() != first
+    assert teacher.load("open_clip:tiny", tmp_path / "changed.pt").fingerprint() != first.fingerprint()
+    first.transform, again.transform = Named(), Named()
+    assert repr(first.transform) != repr(again.transform)
+    assert first.fingerprint() == again.fingerprint()
 
 
 def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, tmp_path, monkeypatch):
@@ -163,9 +155,8 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
     ],
 )
 def test_wrong_arguments_end_in_one_line(folder, tmp_path, arguments, message):
-    files = {"tiny.pt": (folder / "tiny.pt").read_bytes(), "garbage.pt": b"not weights"}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / "tiny.pt").write_bytes((folder / "tiny.pt").read_bytes())
+    (tmp_path / "garbage.pt").write_bytes(b"not weights")
     torch.save({"state_dict": os.system}, tmp_path / "code.pt")
     state = torch.load(tmp_path / "tiny.pt", weights_only=True)
     state["text_projection"].fill_(float("nan"))
@@ -174,11 +165,7 @@ def test_wrong_arguments_end_in_one_line(folder, tmp_path, arguments, message):
     mark = {"format": networks.FORMAT, "version": networks.VERSION}
     save_file({"a": torch.zeros(1)}, tmp_path / "small.safetensors", mark)
     arguments = [tmp_path / a if a.endswith((".pt", ".safetensors", ".tar")) else a for a in arguments]
-    result = call(folder / "in" / "train-0.tar", "--out", tmp_path / "out", *arguments)
-    assert result.exit_code == 2
-    lines = [line for line in result.output.splitlines() if line.strip()]
-    assert message in result.output
-    assert len(lines) == 1, result.output
+    assert message in one_line("teacher", folder / "in" / "train-0.tar", "--out", tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -268,14 +255,14 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     ]
     for split, part in (("train", few[:48]), ("held", few[48:64])):
         write(source / f"{split}-0.tar", [(key, {suffix: s[suffix] for suffix in ("json", "png")}) for key, s in part])
-    result = call(source / "*.tar", "--out", tmp_path / "out", "--evaluate", source / "train-0.tar")
+    result = call("teacher", source / "*.tar", "--out", tmp_path / "out", "--evaluate", source / "train-0.tar")
     assert result.exit_code == 0, result.output
     assert "heads on 48 pairs of 1 shards" in result.output  # never on what is held out
     assert (tmp_path / "out.heads.safetensors").exists()
     right = [(rows[1:].astype(np.float32) @ rows[0]).mean() for _, _, rows in rows_of(tmp_path / "out" / "train-0.tar")]
     assert np.mean(right) > 0.2
     before = digests(tmp_path / "out")
-    result = call(source / "*.tar", "--out", tmp_path / "out")
+    result = call("teacher", source / "*.tar", "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "uses the heads of" in result.output
     assert "2 of 2 shards" in result.output

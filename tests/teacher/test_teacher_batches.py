@@ -1,12 +1,11 @@
 """Batches with a teacher's features and several captions for each image."""
 
-import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from pairs import equal, loader, sample, text_of, write
+from pairs import equal, loader, npy, sample, text_of, write
 
 from simplclip import data
 
@@ -18,12 +17,9 @@ def features_of(number: int, captions: int) -> np.ndarray:
     return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
 
 
-def taught(number, captions=None, features=None):
-    key, files = sample(number, captions)
-    count = len(json.loads(files["json"])["captions"])
-    buffer = io.BytesIO()
-    np.save(buffer, features_of(number, count) if features is None else features)
-    return key, files | {"teacher.npy": buffer.getvalue()}
+def taught(number, features=None):
+    key, files = sample(number)
+    return key, files | {"teacher.npy": features or npy(features_of(number, 3))}
 
 
 @pytest.fixture(scope="module")
@@ -73,43 +69,29 @@ def test_captions_drawn_differ_by_epoch(shard):
     assert not torch.equal(first, second)
 
 
-def test_a_sample_without_features_is_an_error_that_says_how_to_make_them(tmp_path):
-    path = write(tmp_path / "a.tar", [taught(0), sample(1)])
-    with pytest.raises(
-        data.ShardError, match=r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher"
-    ):
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (sample(1), r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher"),
+        (taught(1, npy(features_of(1, 2))), "features of 2 captions, but 3 captions: the captions have changed"),
+    ],
+)
+def test_features_that_are_not_the_samples(tmp_path, second, message):
+    path = write(tmp_path / "a.tar", [taught(0), second])
+    with pytest.raises(data.ShardError, match=message):
         list(loader(path, teacher=True, batch_size=1).epoch(0))
     assert len(list(loader(path, batch_size=1).epoch(0))) == 2
 
 
-def test_captions_that_changed_since_are_an_error(tmp_path):
-    path = write(tmp_path / "a.tar", [taught(0, features=features_of(0, 2))])
-    with pytest.raises(data.ShardError, match="features of 2 captions, but 3 captions: the captions have changed"):
-        list(loader(path, teacher=True, batch_size=1).epoch(0))
-
-
-@pytest.mark.parametrize("damage", [lambda b: b[:40], lambda b: b"x" * 40, lambda b: _saved(np.zeros((4, 2)))])
-def test_damaged_features_are_a_broken_sample(tmp_path, damage):
-    key, files = taught(1)
-    path = write(tmp_path / "a.tar", [taught(0), (key, files | {"teacher.npy": damage(files["teacher.npy"])})])
+@pytest.mark.parametrize(
+    "damaged",
+    [npy(features_of(1, 3))[:40], b"x" * 40, npy(np.zeros((4, 2))), npy(np.array([{"a": 1}], dtype=object))],
+    ids=["cut", "garbage", "float64", "pickle"],
+)
+def test_damaged_features_are_a_broken_sample(tmp_path, damaged):
+    path = write(tmp_path / "a.tar", [taught(0), taught(1, damaged)])
     reader = loader(path, teacher=True, batch_size=1)
     assert [batch["key"] for batch in reader.epoch(0)] == [["k000"]]
-    assert reader.skipped == {"bad teacher features": 1}
-
-
-def _saved(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def test_a_pickle_is_not_read(tmp_path):
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    key, files = taught(0)
-    path = write(tmp_path / "a.tar", [(key, files | {"teacher.npy": buffer.getvalue()}), taught(1)])
-    reader = loader(path, teacher=True, batch_size=1)
-    assert len(list(reader.epoch(0))) == 1
     assert reader.skipped == {"bad teacher features": 1}
 
 
@@ -124,8 +106,3 @@ def test_the_stamp_of_a_folder(tmp_path):
     for names in (("c",), ("none",)):
         with pytest.raises(data.ShardError, match=r"meta.json names no teacher; make them by `simplclip teacher`"):
             data.teacher_stamp(path(*names))
-
-
-def test_bad_count():
-    with pytest.raises(ValueError, match="captions_per_image: expected an integer of at least 1, got 0"):
-        loader("x.tar", captions_per_image=0)
