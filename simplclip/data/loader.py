@@ -44,10 +44,8 @@ class EmptyEpochError(UserError, RuntimeError):
 class Loader:
     """Yields the batches of an epoch; made by `make_loader`, which documents it."""
 
-    def __init__(self, settings: dict[str, Any], workers: int, drop_last: bool, prefetch: int, pin_memory: bool) -> None:
-        self._settings = settings
-        self._workers, self._drop_last = workers, drop_last
-        self._prefetch, self._pin_memory = prefetch, pin_memory
+    def __init__(self, settings: dict[str, Any], drop_last: bool, **options: Any) -> None:
+        self._settings, self._drop_last, self._options = settings, drop_last, options
         self._skipped = Skipped()
         self._used = self._left_over = 0
 
@@ -98,12 +96,9 @@ class Loader:
         loader = DataLoader(
             dataset,
             batch_size=None,
-            num_workers=self._workers,
             collate_fn=_unchanged,
-            prefetch_factor=self._prefetch if self._workers else None,
-            pin_memory=self._pin_memory,
-            worker_init_fn=start_worker if self._workers else None,
-            multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
+            worker_init_fn=start_worker,
+            **self._options,
             generator=torch.Generator(),  # otherwise every epoch would draw from the caller's global generator
         )
         ends = []
@@ -170,21 +165,20 @@ def make_loader(
 ) -> Loader:
     """A loader of training batches.
 
-    `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N]
-    (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With
-    captions_per_image k > 1 "text" is [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and "teacher_text"
-    float16 [N, D̂] or [N, k, D̂], a teacher's features of the images (not augmented) and of the captions drawn.
+    `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N] (hash of the json's
+    "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is
+    [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and "teacher_text" float16 [N, D̂] or [N, k, D̂], a
+    teacher's features of the images (not augmented) and of the captions drawn.
 
-    Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer
-    that holds all of a worker's samples shuffles them fully. Workers divide the shards, or the samples if
-    there are fewer shards. The order depends on (seed, epoch, workers) only; the caption drawn for
-    a sample and its augmentation on (seed, epoch, shard's name, key): the transform may draw from the
-    global generators of torch (CPU), random and numpy, which are seeded for it and restored.
-    `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches, without
-    augmenting or tokenizing those.
+    Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer that holds all of a
+    worker's samples shuffles them fully. Workers divide the shards, or the samples if there are fewer shards. The order
+    depends on (seed, epoch, workers) only; the caption drawn for a sample and its augmentation on (seed, epoch, shard's name,
+    key): the transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and
+    restored. `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches, without augmenting or
+    tokenizing those.
 
-    Samples that do not fill a worker's last batch are joined with those of the other workers at the end of
-    the epoch; drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
+    Samples that do not fill a worker's last batch are joined with those of the other workers at the end of the epoch;
+    drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
 
     Args:
         shards: path, brace expression or glob of local tar files, or a list of them.
@@ -218,7 +212,9 @@ def make_loader(
         "shuffle_buffer": shuffle_buffer,
         "seed": seed,
     }
-    return Loader(settings, workers, drop_last, prefetch, pin_memory)
+    forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
+    options = {"prefetch_factor": prefetch} | forked if workers else {}
+    return Loader(settings, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
 
 
 @dataclass
@@ -252,15 +248,12 @@ class EvalSet:
 
 
 def load_eval(
-    shards: Shards,
-    tokenizer: Callable[[list[str]], torch.Tensor],
-    transform: Callable[[Image.Image], torch.Tensor],
+    shards: Shards, tokenizer: Callable[[list[str]], torch.Tensor], transform: Callable[[Image.Image], torch.Tensor]
 ) -> EvalSet:
     """Read a split for evaluation into memory; the result is the same on every run.
 
-    Peak memory: 24 S² bytes per image. Broken samples are skipped and counted in `.skipped`. Raises
-    ValueError for shards that match no file, ShardError for one that cannot be opened, EmptyEpochError if
-    no sample is usable.
+    Peak memory: 24 S² bytes per image. Broken samples are skipped and counted in `.skipped`. Raises ValueError for shards
+    that match no file, ShardError for one that cannot be opened, EmptyEpochError if no sample is usable.
     """
     files = expand(shards)
     skipped = Skipped()

@@ -66,10 +66,9 @@ def rewrite(
     bytes of a shard depend only on its input, on `process` and on `batch_size`; .gz, .xz or .bz2 is removed from its name.
 
     Finished shards of an earlier run are kept, unless their input has changed. A second command may add other shards of the
-    same folder. Keys of the input folder's meta.json, e.g. the stamp of an earlier rewriting, are copied.
+    same folder. Keys of the input folder's meta.json, e.g. the stamp of an earlier rewriting, are copied. Memory: one batch.
 
     Args:
-        shards: path, brace expression or glob of local tar files, or a list of them.
         out: a new folder, or that of an earlier run with the same `stamp`.
         process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each. Its exceptions end the run.
         stamp: keys of meta.json that describe how the new files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
@@ -83,8 +82,6 @@ def rewrite(
     Raises: ValueError if two shards have one file name, `out` is the folder of an input, input folders have different
     meta.json, or an earlier run had another stamp; FileExistsError if `out` holds other files or another process writes to
     it; ShardError if a shard cannot be opened.
-
-    Memory: one batch of samples.
     """
     check_count("batch_size", batch_size, 1)
     out, drop = Path(out).expanduser(), dict(drop or {})
@@ -92,7 +89,12 @@ def rewrite(
     folders = folders_of(sources.values())
     meta = _carried(folders, {*drop.values(), *stamp}) | json.loads(json.dumps(dict(stamp)))
     with _claimed(out, meta, folders) as finished:
-        todo = {name: source for name, source in sources.items() if not _is_finished(out / name, finished.get(name), source)}
+        todo = {}
+        for name, source in sources.items():
+            entry, shard = finished.get(name), out / name
+            whole = entry is not None and shard.is_file() and shard.stat().st_size == entry["bytes"]
+            if not whole or identity(source) != entry["source"]:
+                todo[name] = source
         dropped, made = Counter(), set()
         with _bar(sources, todo, finished, title, progress) as bar:
             for name, source in todo.items():
@@ -206,12 +208,6 @@ def _copy_licenses(out: Path, folders: list[str]) -> None:
     paths = [path for folder in folders if (path := Path(folder, "LICENSES.md")).is_file()]
     if paths and not (out / "LICENSES.md").exists():
         write_atomically(out / "LICENSES.md", b"\n".join(dict.fromkeys(path.read_bytes() for path in paths)))
-
-
-def _is_finished(shard: Path, entry: dict[str, Any] | None, source: str) -> bool:
-    if entry is None or not shard.is_file() or shard.stat().st_size != entry["bytes"]:
-        return False
-    return identity(source) == entry["source"]
 
 
 def _bar(sources: dict[str, str], todo: dict[str, str], finished: dict[str, Any], title: str, progress: bool) -> tqdm:

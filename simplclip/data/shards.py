@@ -218,22 +218,23 @@ def open_sample(sample: Sample, teacher: bool = False) -> Opened:
 
 
 def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
-    several = record.get("captions")
+    several, single = record.get("captions"), record.get("caption")
     texts = list(several) if isinstance(several, list) else []
-    found = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    if found:
+    if found := _not_empty(texts):
         return found
-    if isinstance(record.get("caption"), str):
-        texts.append(record["caption"])
+    texts += [single] if isinstance(single, str) else []
     if "txt" in sample:
         try:
             texts.append(sample["txt"].decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
-    for text in texts:
-        if isinstance(text, str) and text.strip():
-            return [text.strip()]
+    if found := _not_empty(texts):
+        return found[:1]
     raise BrokenSample("empty caption" if texts or several == [] else "missing caption", "")
+
+
+def _not_empty(texts: list[Any]) -> list[str]:
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 def _features(sample: Sample, captions: int) -> np.ndarray:
@@ -259,21 +260,19 @@ def teacher_stamp(shards: list[str]) -> dict[str, Any]:
 
     Raises ShardError if there is none, or if the folders of the shards have different ones.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for folder in folders_of(shards):
+    folders, found = folders_of(shards), []
+    for folder in folders:
         try:
             stamp = json.loads(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
-            found[folder] = stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+            found.append(stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])})
         except (OSError, ValueError, LookupError, TypeError):
             raise ShardError(
                 f"shards: expected a teacher's features, but {os.path.join(folder, 'meta.json')} names no teacher; "
                 "make them by `simplclip teacher`, and train on the folder that it writes"
             ) from None
-    (folder, first), *others = found.items()
-    for other, stamp in others:
-        if stamp != first:
-            raise ShardError(f"shards: expected features of one teacher, got different ones in {folder!r} and {other!r}")
-    return first
+        if found[-1] != found[0]:
+            raise ShardError(f"shards: expected features of one teacher, got different ones in {folders[0]!r} and {folder!r}")
+    return found[0]
 
 
 def decode(data: bytes) -> Image.Image:
@@ -289,14 +288,17 @@ def decode(data: bytes) -> Image.Image:
     except Exception as error:  # decoders raise many types for damaged bytes
         raise BrokenSample("not an image", error) from None
     try:
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image)
-        return canvas.convert("RGB")
+        return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except Exception as error:
         raise BrokenSample("truncated image", error) from None
+
+
+def on_white(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
+    """RGB; centred on white of `size`, by default its own."""
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", size or image.size, "white")
+    canvas.alpha_composite(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
+    return canvas.convert("RGB")
 
 
 def place_of(sample: Sample) -> str:

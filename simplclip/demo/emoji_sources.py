@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from simplclip.data.shards import on_white
 from simplclip.demo import package
 
 _WHY = "the built-in data needs"
@@ -173,11 +174,8 @@ def _is_region(points: list[int]) -> bool:
     return all(point in _REGIONAL_INDICATORS for point in points) or points[-1] == _TAG_END
 
 
-def on_white(image: Image.Image) -> Image.Image:
+def square(image: Image.Image) -> Image.Image:
     """RGB, IMAGE_SIZE square: centred on a white square of the longer side, then scaled."""
-    image = image.convert("RGBA")
     side = max(image.size)
-    canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-    canvas = canvas.convert("RGB")
-    return canvas if side == IMAGE_SIZE else canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    image = on_white(image, (side, side))
+    return image if side == IMAGE_SIZE else image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)

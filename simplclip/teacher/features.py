@@ -21,12 +21,7 @@ from simplclip.teacher.teachers import BUILTIN, Teacher, load
 
 
 def write(
-    shards: Shards,
-    out: str | os.PathLike,
-    teacher: Teacher,
-    *,
-    batch_size: int = 64,
-    progress: bool = True,
+    shards: Shards, out: str | os.PathLike, teacher: Teacher, *, batch_size: int = 64, progress: bool = True
 ) -> dict[str, Any]:
     """Write `shards` to the folder `out` with a teacher.npy in each sample, and the teacher in meta.json.
 

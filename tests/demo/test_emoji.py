@@ -146,7 +146,7 @@ def test_noto_draws_the_right_concept(font):
     """The red heart is red, the green one green: bitmaps are found by the font's tables, not by position."""
     noto = emoji_sources.noto(font)
     for key, channel in (("2764", 0), ("1f49a", 1), ("1f499", 2)):
-        pixel = emoji_sources.on_white(noto.draw(emoji.Concept(key, [], None, None))).getpixel((36, 36))
+        pixel = emoji_sources.square(noto.draw(emoji.Concept(key, [], None, None))).getpixel((36, 36))
         assert pixel.index(max(pixel)) == channel
     assert not noto.has(emoji.Concept("1f600-1f600", [], None, None))
 
@@ -247,11 +247,11 @@ def test_an_interrupted_build_leaves_nothing_behind(small, no_font, out, monkeyp
     def interrupted(image):
         if next(count) == 30:
             raise KeyboardInterrupt
-        return emoji_sources.on_white(image)
+        return emoji_sources.square(image)
 
     count = iter(range(1000))
     with monkeypatch.context() as patch:
-        patch.setattr(emoji, "on_white", interrupted)
+        patch.setattr(emoji, "square", interrupted)
         with pytest.raises(KeyboardInterrupt):
             emoji.build(out, progress=False, force=True)
     assert [path.name for path in out.parent.iterdir()] == ([] if former == "none" else ["out"])
