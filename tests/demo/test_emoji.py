@@ -50,6 +50,7 @@ def built(small, no_font, out):
 
 @pytest.fixture
 def font():
+    """Before `no_font` takes it away."""
     found = emoji.find_font()
     if found is None:
         pytest.skip(f"the Noto font is not installed: {emoji.INSTALL_FONT}")
@@ -197,10 +198,8 @@ def test_a_former_build_is_kept_and_force_builds_it_anew(built, out):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_a_former_build_without_the_vendor_says_that_the_font_is_there_now(built, out, monkeypatch):
+def test_a_former_build_without_the_vendor_says_that_the_font_is_there_now(font, built, out, monkeypatch):
     monkeypatch.undo()
-    if emoji.find_font() is None:
-        pytest.skip("the Noto font is not installed")
     notes = emoji.build(out, progress=False)["notes"]
     assert any("installed now: --force adds it" in note for note in notes)
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -61,19 +63,25 @@ def save(folder, name, **options):
     return model
 
 
+class Exported(NamedTuple):
+    model: nn.Module
+    run: Path  # the folder of its checkpoint
+    out: Path
+    summary: dict
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """siclip-tiny, its run's folder, its export and the summary."""
     folder = tmp_path_factory.mktemp("tiny")
     model = save(folder / "run", "siclip-tiny")
-    return model, folder / "run", folder / "export", export.run(folder / "run", folder / "export")
+    return Exported(model, folder / "run", folder / "export", export.run(folder / "run", folder / "export"))
 
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vit")
     model = save(folder, f"open_clip:{VIT}", init_logit_bias=-5.0)
-    return model, folder, folder / "export", export.run(folder / "last.pt", folder / "export")
+    return Exported(model, folder, folder / "export", export.run(folder / "last.pt", folder / "export"))
 
 
 def assert_same(model, other):
@@ -83,13 +91,12 @@ def assert_same(model, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", WEIGHTS)
 def test_both_files_of_weights_load(tiny, vit, file):
-    model, _, out, _ = tiny
-    assert_same(model, models.create("siclip-tiny", checkpoint=out / file))
+    assert_same(tiny.model, models.create("siclip-tiny", checkpoint=tiny.out / file))
     other = models.create("siclip-tiny")
-    open_clip.load_checkpoint(other, str(out / file), strict=True)
-    assert_same(model, other)
-    model, _, out, _ = vit  # a plain model, by open_clip alone
-    assert_same(model, open_clip.create_model(VIT, pretrained=str(out / file), init_logit_bias=0.0))
+    open_clip.load_checkpoint(other, str(tiny.out / file), strict=True)
+    assert_same(tiny.model, other)
+    plain = open_clip.create_model(VIT, pretrained=str(vit.out / file), init_logit_bias=0.0)  # by open_clip alone
+    assert_same(vit.model, plain)
 
 
 @pytest.mark.parametrize("which", ["tiny", "vit"])
@@ -118,11 +125,11 @@ def test_onnx_computes_what_torch_does(which, request):
 
 
 def test_the_summary_says_what_was_exported(tiny, vit):
-    model, run, out, answer = tiny
+    model, _, out, answer = tiny
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(answer))
     assert (answer["model"], answer["step"], answer["embed_dim"]) == ("siclip-tiny", 7, 256)
     assert answer["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
-    assert (answer["logit_bias"], vit[3]["logit_bias"]) == (None, pytest.approx(-5))
+    assert (answer["logit_bias"], vit.summary["logit_bias"]) == (None, pytest.approx(-5))
     assert (answer["preprocess"]["size"], answer["preprocess"]["interpolation"]) == ((48, 48), "bicubic")
     assert answer["tokenizer"] == {"name": "ShortVocabTokenizer", "context_length": 16, "vocab_size": 8192}
     assert sorted(answer["files"]) == sorted([*WEIGHTS, "image.onnx", "text.onnx"])
@@ -181,68 +188,64 @@ def test_every_form_of_a_simplified_block(tmp_path):
 
 
 def test_an_export_is_kept_unless_forced(tiny, tmp_path):
-    _, run, _, _ = tiny
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    export.run(run, out, formats=["safetensors", "open_clip"])
+    export.run(tiny.run, out, formats=["safetensors", "open_clip"])
     with pytest.raises(FileExistsError, match="expected a folder without an export, got .*; --force"):
-        export.run(run, out)
-    export.run(run, out, formats=["safetensors"], force=True)
+        export.run(tiny.run, out)
+    export.run(tiny.run, out, formats=["safetensors"], force=True)
     assert {p.name for p in out.iterdir()} == {"notes.txt", "export.json", WEIGHTS[1]}
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder"):
-        export.run(run, tmp_path / "file", force=True)
+        export.run(tiny.run, tmp_path / "file", force=True)
 
 
 @pytest.mark.slow
 def test_a_tower_that_computes_otherwise_changes_nothing(tiny, tmp_path, monkeypatch):
-    _, run, _, _ = tiny
     out = tmp_path / "out"
-    export.run(run, out, formats=["safetensors"])
+    export.run(tiny.run, out, formats=["safetensors"])
     before = digests(out)
     right = onnx_towers._mlp
     monkeypatch.setattr(onnx_towers, "_mlp", lambda *args: 1.01 * right(*args))
     with pytest.raises(onnx_towers.ExportError, match=r"image tower's features within 0.0001 .* at batch 1, got an error"):
-        export.run(run, out, force=True)
+        export.run(tiny.run, out, force=True)
     assert digests(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_no_op_of_ours_is_left(tiny, tmp_path, monkeypatch):
-    _, run, _, _ = tiny
     monkeypatch.setattr(onnx_towers, "_decompositions", dict)
     with pytest.raises(onnx_towers.ExportError, match="onnx: expected a tower that torch can export, got the image tower"):
-        export.run(run, tmp_path / "out", formats=["onnx"])
+        export.run(tiny.run, tmp_path / "out", formats=["onnx"])
     assert not list(tmp_path.iterdir())
 
 
 def test_command(tiny, tmp_path):
-    _, run, _, _ = tiny
-    result = call("export", run / "last.pt", "--out", tmp_path / "a/b", "--format", "safetensors")
+    result = call("export", tiny.run / "last.pt", "--out", tmp_path / "a/b", "--format", "safetensors")
     assert result.exit_code == 0, result.output
     assert "open_clip_model.safetensors" in result.output
     assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", WEIGHTS[1]}
     (tmp_path / "text.pt").write_text("not weights")
-    state = checkpoint.load(run)
+    state = checkpoint.load(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}
     torch.save(state, tmp_path / "other.pt")
     for message, path, *options in (
-        ("format: expected one of open_clip, safetensors, onnx, got 'tflite'", run, "--format", "tflite"),
+        ("format: expected one of open_clip, safetensors, onnx, got 'tflite'", tiny.run, "--format", "tflite"),
         ("checkpoint: no such file", tmp_path / "none.pt"),
         ("expected a simplclip checkpoint, got", tmp_path / "text.pt"),
         ("expected weights of 'siclip-tiny'", tmp_path / "other.pt"),
-        ("expected a folder without an export", run, "--out", tmp_path / "a/b"),
+        ("expected a folder without an export", tiny.run, "--out", tmp_path / "a/b"),
     ):
         assert message in one_line("export", path, "--out", tmp_path / "c", *options)
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_file_that_is_no_weights(suffix, tmp_path):
-    (tmp_path / f"a.{suffix}").write_bytes(b"\x80\x04nothing of use")
-    with pytest.raises(ValueError, match="checkpoint: expected a file of weights, got .*a[.]"):
-        models.create("siclip-tiny", checkpoint=tmp_path / f"a.{suffix}")
+def test_a_file_that_is_no_weights(tmp_path):
+    for suffix in ("pt", "safetensors"):
+        (tmp_path / f"a.{suffix}").write_bytes(b"\x80\x04nothing of use")
+        with pytest.raises(ValueError, match="checkpoint: expected a file of weights, got .*a[.]"):
+            models.create("siclip-tiny", checkpoint=tmp_path / f"a.{suffix}")
     torch.save({"state_dict": [1, 2]}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match="expected a state dict of tensors"):
         models.create("siclip-tiny", checkpoint=tmp_path / "b.pt")

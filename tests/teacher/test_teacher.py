@@ -130,42 +130,46 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
         teacher.write(source, tmp_path / "one", second, progress=False)
 
 
+@pytest.fixture(scope="module")
+def odd(folder):
+    """Files that are not what they are given as."""
+    (folder / "garbage.pt").write_bytes(b"not weights")
+    torch.save({"state_dict": os.system}, folder / "code.pt")
+    state = torch.load(folder / "tiny.pt", weights_only=True)
+    state["text_projection"].fill_(float("nan"))
+    torch.save(state, folder / "nan.pt")
+    save_file({"a": torch.zeros(1)}, folder / "other.safetensors")
+    mark = {"format": networks.FORMAT, "version": networks.VERSION}
+    save_file({"a": torch.zeros(1)}, folder / "small.safetensors", mark)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--teacher", "nobody"], "teacher: expected one of builtin, siclip-s0"),
-        (["--teacher", "open_clip:tiny"], "checkpoint: expected a file of weights for open_clip:tiny, got none"),
-        (["--teacher", "open_clip:ViT-B-33"], "nearest"),
-        (["--teacher", "open_clip:ViT-B-32/nowhere"], "expected a tag of ViT-B-32, one of openai"),
-        (["--teacher", "siclip-tiny"], "checkpoint: expected a file for the teacher 'siclip-tiny'"),
-        (["--teacher", "open_clip:tiny", "--checkpoint", "none.pt"], "checkpoint: no such file: "),
-        (["--teacher", "open_clip:tiny-wide", "--checkpoint", "tiny.pt"], "a checkpoint of open_clip's tiny-wide, got"),
-        (["--teacher", "open_clip:tiny", "--checkpoint", "garbage.pt"], "a checkpoint of open_clip's tiny, got"),
-        (["--teacher", "open_clip:tiny", "--checkpoint", "code.pt"], "a checkpoint of open_clip's tiny, got"),
-        (["--teacher", "siclip-tiny", "--checkpoint", "tiny.pt"], "expected a simplclip checkpoint, got"),
-        (["--teacher", "open_clip:tiny", "--checkpoint", "nan.pt"], "expected finite features, got others"),
-        (["--checkpoint", "tiny.pt"], "expected heads instead for the built-in teacher"),
-        (["--heads", "garbage.pt"], "expected heads of the built-in teacher, got"),
-        (["--heads", "other.safetensors"], "simplclip-heads 1, got None None"),
-        (["--heads", "small.safetensors"], "expected heads that fit; remove the file"),
-        (["--teacher", "open_clip:tiny", "--heads", "garbage.pt"], "'open_clip:tiny' has no heads"),
-        (["--evaluate", "none.tar"], "does not exist"),
-        (["--teacher", "open_clip:tiny", "--checkpoint", "tiny.pt", "--device", "tpu9"], "device: expected"),
-        (["--precision", "int8"], "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
+        ("--teacher nobody", "teacher: expected one of builtin, siclip-s0"),
+        ("--teacher open_clip:tiny", "checkpoint: expected a file of weights for open_clip:tiny, got none"),
+        ("--teacher open_clip:ViT-B-33", "nearest"),
+        ("--teacher open_clip:ViT-B-32/nowhere", "expected a tag of ViT-B-32, one of openai"),
+        ("--teacher siclip-tiny", "checkpoint: expected a file for the teacher 'siclip-tiny'"),
+        ("--teacher open_clip:tiny --checkpoint none.pt", "checkpoint: no such file: "),
+        ("--teacher open_clip:tiny-wide --checkpoint tiny.pt", "a checkpoint of open_clip's tiny-wide, got"),
+        ("--teacher open_clip:tiny --checkpoint garbage.pt", "a checkpoint of open_clip's tiny, got"),
+        ("--teacher open_clip:tiny --checkpoint code.pt", "a checkpoint of open_clip's tiny, got"),
+        ("--teacher siclip-tiny --checkpoint tiny.pt", "expected a simplclip checkpoint, got"),
+        ("--teacher open_clip:tiny --checkpoint nan.pt", "expected finite features, got others"),
+        ("--checkpoint tiny.pt", "expected heads instead for the built-in teacher"),
+        ("--heads garbage.pt", "expected heads of the built-in teacher, got"),
+        ("--heads other.safetensors", "simplclip-heads 1, got None None"),
+        ("--heads small.safetensors", "expected heads that fit; remove the file"),
+        ("--teacher open_clip:tiny --heads garbage.pt", "'open_clip:tiny' has no heads"),
+        ("--evaluate none.tar", "does not exist"),
+        ("--teacher open_clip:tiny --checkpoint tiny.pt --device tpu9", "device: expected"),
+        ("--precision int8", "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
     ],
 )
-def test_wrong_arguments_end_in_one_line(folder, tmp_path, arguments, message):
-    (tmp_path / "tiny.pt").write_bytes((folder / "tiny.pt").read_bytes())
-    (tmp_path / "garbage.pt").write_bytes(b"not weights")
-    torch.save({"state_dict": os.system}, tmp_path / "code.pt")
-    state = torch.load(tmp_path / "tiny.pt", weights_only=True)
-    state["text_projection"].fill_(float("nan"))
-    torch.save(state, tmp_path / "nan.pt")
-    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    mark = {"format": networks.FORMAT, "version": networks.VERSION}
-    save_file({"a": torch.zeros(1)}, tmp_path / "small.safetensors", mark)
-    arguments = [tmp_path / a if a.endswith((".pt", ".safetensors", ".tar")) else a for a in arguments]
-    assert message in one_line("teacher", folder / "in" / "train-0.tar", "--out", tmp_path / "out", *arguments)
+def test_wrong_arguments_end_in_one_line(folder, odd, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    assert message in one_line("teacher", "in/train-0.tar", "--out", tmp_path / "out", *arguments.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -248,13 +252,10 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     emoji.build(tmp_path / "emoji")
     source = tmp_path / "in"
     source.mkdir()
-    few = [
-        (s["__key__"], s)
-        for path in sorted((tmp_path / "emoji").glob("train-*.tar"))
-        for s in read_shard(str(path), Skipped())
-    ]
-    for split, part in (("train", few[:48]), ("held", few[48:64])):
-        write(source / f"{split}-0.tar", [(key, {suffix: s[suffix] for suffix in ("json", "png")}) for key, s in part])
+    every = (s for path in sorted((tmp_path / "emoji").glob("train-*.tar")) for s in read_shard(str(path), Skipped()))
+    few = [(sample["__key__"], {suffix: sample[suffix] for suffix in ("json", "png")}) for sample in every]
+    write(source / "train-0.tar", few[:48])
+    write(source / "held-0.tar", few[48:64])
     result = call("teacher", source / "*.tar", "--out", tmp_path / "out", "--evaluate", source / "train-0.tar")
     assert result.exit_code == 0, result.output
     assert "heads on 48 pairs of 1 shards" in result.output  # never on what is held out
