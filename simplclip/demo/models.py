@@ -32,8 +32,7 @@ def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
     # The first stages take most of the time, so they have one residual block each and few channels.
     stages = tuple(ByoBlockCfg(type="basic", d=1, c=c, s=s, br=1.0) for c, s in ((32, 1), (64, 2), (128, 2)))
     net = ByobNet(ByoModelCfg(blocks=stages, stem_chs=32, stem_type="3x3", stem_pool=""), num_classes=0, global_pool="")
-    options = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "depth": 1, "num_heads": 8}
-    return _vit("siclip_tiny_trunk", pretrained, net, options | kwargs)
+    return _vit("siclip_tiny_trunk", pretrained, net, {"depth": 1} | kwargs)
 
 
 @register_model
@@ -47,14 +46,14 @@ def siclip_lite0_trunk(pretrained: bool = False, stages: int = 5, **kwargs: Any)
     if not 1 <= stages <= len(whole.blocks):
         raise InputError(f"stages: expected 1 to {len(whole.blocks)}, got {stages}")
     net = nn.Sequential(OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:stages]))
-    options = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "depth": 2, "num_heads": 8}
-    return _vit("siclip_lite0_trunk", pretrained, net, options | kwargs)
+    return _vit("siclip_lite0_trunk", pretrained, net, {"depth": 2} | kwargs)
 
 
 def _vit(name: str, pretrained: bool, net: nn.Module, options: dict[str, Any]) -> VisionTransformer:
     if pretrained:
         raise InputError(f"pretrained: expected False, since {name} has no pretrained weights, got True")
-    options = {"class_token": False, "global_pool": "avg"} | options
+    size = {"img_size": 48, "patch_size": 1, "embed_dim": 256, "num_heads": 8}
+    options = size | {"class_token": False, "global_pool": "avg"} | options
     return build_model_with_cfg(VisionTransformer, name, False, embed_layer=partial(HybridEmbed, backbone=net), **options)
 
 

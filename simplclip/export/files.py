@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from open_clip.model import get_model_preprocess_cfg
 from open_clip.utils import to_2tuple
-from rich.console import Console
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import simplclip
@@ -37,18 +37,10 @@ from simplclip.train.restore import load_model
 
 FORMATS = ("open_clip", "safetensors", "onnx")
 SUMMARY = "export.json"
-_NEEDS = {"open_clip": (), "safetensors": ("safetensors.torch",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 _PHRASES = ("a cat", "a photo of two dogs on a beach", "red, green and blue")
 
 
-def run(
-    checkpoint: str | Path,
-    out: str | Path,
-    *,
-    formats: Sequence[str] = FORMATS,
-    force: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
+def run(checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FORMATS, force: bool = False) -> dict[str, Any]:
     """Export `checkpoint`, a file or the folder of a run, to the folder `out`, and return the content of export.json.
 
     formats: names out of FORMATS. force: replace an existing export in `out`.
@@ -64,8 +56,8 @@ def run(
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
-        for module in _NEEDS[name]:
-            importlib.import_module(module)
+    for module in ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ():
+        importlib.import_module(module)  # before anything is written
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
     if (out / SUMMARY).exists() and not force:
@@ -112,7 +104,7 @@ def run(
         error = f", largest error {max(tower['max_abs_error'].values()):.1e}" if tower else ""
         lines.append(f"wrote {out / name}: {entry['bytes']:,} bytes{error}")
     lines.append(f"wrote {out / SUMMARY}")
-    (console or Console()).print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    print("\n".join(lines))
     return answer
 
 
@@ -141,8 +133,6 @@ def _describe(
 
 
 def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save
-
     # The format has neither shared memory nor strides.
     tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
     metadata = {"format": "pt", **{key: str(about[key]) for key in ("model", "step")}}

@@ -47,7 +47,6 @@ def write(
         process,
         stamp={"teacher": teacher.stamp()},
         batch_size=batch_size,
-        drop={TEACHER: "teacher"},
         progress=progress,
         title="teacher",
     )

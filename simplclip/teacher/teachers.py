@@ -79,7 +79,7 @@ def load(
 ) -> Teacher:
     """The teacher called `name`:
 
-    builtin                     checkpoint: the heads that `heads.train` saved
+    builtin                     checkpoint: the heads that `simplclip teacher` saved
     open_clip:NAME              checkpoint: a state dict of that model, .pt or .safetensors
     open_clip:NAME/TAG          open_clip's pretrained weights, which it downloads if necessary; with a checkpoint only the
                                 tag's preprocessing is used, and nothing is downloaded

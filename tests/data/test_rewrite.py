@@ -128,21 +128,21 @@ def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
     assert again["skipped"] == torn["skipped"]
 
 
-def test_files_that_no_longer_fit_are_dropped(folder, tmp_path):
-    run(folder / "train-*.tar", tmp_path / "one")
-    other = {"captions": {"name": "other"}}
-    summary = run(tmp_path / "one" / "*.tar", tmp_path / "two", lambda b: [{"x": b"y"}] * len(b), stamp=other)
-    assert summary["notes"] == []
-    assert meta(tmp_path / "two")["mark"] == STAMP["mark"]
-    drop = {"mark.npy": "mark"}
-    summary = run(tmp_path / "two" / "*.tar", tmp_path / "three", lambda b: [{}] * len(b), stamp={"n": {}}, drop=drop)
-    assert summary["notes"] == ["12 samples already had mark.npy; it is dropped, since it no longer fits."]
-    assert "mark" not in meta(tmp_path / "three")
-    assert meta(tmp_path / "three")["captions"] == other["captions"]
-    assert not any("mark" in name for name in members(tmp_path / "three" / "train-0.tar"))
-    summary = run(tmp_path / "two" / "*.tar", tmp_path / "four", stamp={"mark": {"name": "new"}}, drop=drop)
-    assert summary["notes"] == ["12 samples already had mark.npy; it is made again."]
-    assert meta(tmp_path / "four")["mark"] == {"name": "new"}
+def test_a_teachers_features_are_made_again_or_dropped_and_all_else_is_kept(folder, tmp_path):
+    def taught(batch):
+        return [{"teacher.npy": s.files["__key__"].encode()} for s in batch]
+
+    run(folder / "train-*.tar", tmp_path / "marked")
+    old, new = {"teacher": {"name": "old"}}, {"teacher": {"name": "new"}}
+    assert run(tmp_path / "marked" / "*.tar", tmp_path / "old", taught, stamp=old)["notes"] == []
+    assert meta(tmp_path / "old").items() >= (old | STAMP).items()
+    summary = run(tmp_path / "old" / "*.tar", tmp_path / "none", lambda b: [{}] * len(b), stamp={"n": {}})
+    assert summary["notes"] == ["12 samples already had teacher.npy; it is dropped, since it no longer fits."]
+    assert "teacher" not in meta(tmp_path / "none")
+    assert members(tmp_path / "none" / "train-0.tar") == members(tmp_path / "marked" / "train-0.tar")
+    summary = run(tmp_path / "old" / "*.tar", tmp_path / "new", taught, stamp=new)
+    assert summary["notes"] == ["12 samples already had teacher.npy; it is made again."]
+    assert meta(tmp_path / "new").items() >= (new | STAMP).items()
 
 
 def test_compressed_shards_become_plain_ones(tmp_path, out):

@@ -95,15 +95,6 @@ def keys(batches):
     return [key for batch in batches for key in batch["key"]]
 
 
-def equal(first, second):
-    assert len(first) == len(second)
-    for a, b in zip(first, second):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
-    return True
-
-
 def one_line(*arguments):
     """What a command says that ends in an error: one line."""
     result = call(*arguments)
