@@ -1,4 +1,4 @@
-"""Small shards of image-text pairs, with a tokenizer and transforms whose output can be read back."""
+"""Small shards of image-text pairs, whose batches can be read back; commands, and processes that are killed."""
 
 import contextlib
 import hashlib
@@ -21,10 +21,9 @@ SIZE = 8
 COUNT = 23
 
 
-def png(seed=0, mode="RGB", size=(12, 12), form="PNG"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 4 if mode == "RGBA" else 3), dtype=np.uint8)
+def png(seed=0, size=(12, 12), form="PNG"):
     out = io.BytesIO()
-    Image.fromarray(pixels, mode).save(out, form)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(out, form)
     return out.getvalue()
 
 
@@ -48,7 +47,7 @@ def meta(folder):
 
 
 def write(path, samples):
-    """samples: list of (key, {suffix: bytes}); a list of them as the tar's members, in this order."""
+    """samples: list of (key, {suffix: bytes}), as the tar's members in this order."""
     with tarfile.open(path, "w") as tar:
         for key, files in samples:
             for suffix, content in files.items():
@@ -58,19 +57,14 @@ def write(path, samples):
     return str(path)
 
 
-def sample(number, captions=None):
-    record = {"captions": captions or [f"{number} a", f"{number} b", f"{number} c"], "group": number // 2}
-    return f"k{number:03d}", {
-        "json": json.dumps(record).encode(),
-        "png": png(number),
-        "txt": f"{number} a".encode(),
-    }
+def sample(number):
+    record = {"captions": [f"{number} {letter}" for letter in "abc"], "group": number // 2}
+    return f"k{number:03d}", {"json": json.dumps(record).encode(), "png": png(number), "txt": f"{number} a".encode()}
 
 
 def tokenizer(texts):
     """Lossless: the bytes of each text."""
-    rows = [list(text.encode()[:12].ljust(12)) for text in texts]
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor([list(text.encode()[:12].ljust(12)) for text in texts], dtype=torch.int64)
 
 
 def text_of(row):
@@ -87,8 +81,7 @@ def augment(image):
 
 
 def loader(paths, **options):
-    options = {"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options
-    return data.make_loader(paths, **options)
+    return data.make_loader(paths, **{"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options)
 
 
 def keys(batches):
