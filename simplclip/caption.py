@@ -23,8 +23,6 @@ from simplclip.common.files import sha256
 from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Opened, Shards, stable_hash
 
-MAX_TOKENS = 30  # open_clip's default, including start and end of text
-
 
 def run(
     shards: Shards,
@@ -38,7 +36,7 @@ def run(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = 30,  # open_clip's default
     device: str = "auto",
     precision: str = "fp32",
     progress: bool = True,
