@@ -201,6 +201,7 @@ def test_an_error_leaves_whole_shards_only(folder, tmp_path, out):
     assert digests(out) == digests(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_killed_at_any_point(folder, tmp_path):
     """kill -9 at each batch and each line that writes a file, then the same command: no torn shard is seen, and it ends
     as undisturbed."""
