@@ -214,7 +214,8 @@ def test_killed_at_any_point(folder, tmp_path):
                 step() if event == "line" else None
                 return trace
 
-        sys.settrace(trace if point >= 0 else None)
+        if point >= 0:
+            sys.settrace(trace)
         run(folder / "train-*.tar", out, lambda batch: step() or [{"mark.npy": s.place.encode() * 2000} for s in batch])
 
     go(tmp_path / "whole")
