@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,12 @@ from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
-from simplclip.data.rewrite import Opened, rewrite
-
-MAX_TOKENS = 30  # open_clip's default, including start and end of text
+from simplclip.data.rewrite import rewrite
+from simplclip.data.shards import Opened, Shards, stable_hash
 
 
 def run(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    shards: Shards,
     out: str | os.PathLike,
     model: str,
     *,
@@ -39,7 +36,7 @@ def run(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = 30,  # open_clip's default
     device: str = "auto",
     precision: str = "fp32",
     progress: bool = True,
@@ -85,7 +82,9 @@ def run(
 
     def process(samples: list[Opened]) -> list[dict[str, bytes]]:
         images = torch.stack([transform(sample.image) for sample in samples]).to(place)
-        draws = torch.stack([_draws(seed, sample.place, (n, max_tokens)) for sample in samples])
+        seeds = [stable_hash(f"{seed}/{sample.place}") >> 1 for sample in samples]
+        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        draws = torch.stack([torch.rand(n, max_tokens, generator=g, dtype=torch.float64) for g in generators])
         with hardware.autocast(precision, place):
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
         return [{"json": _record(sample, decode(rows, tokenizer), counts)} for sample, rows in zip(samples, tokens.tolist())]
@@ -98,7 +97,6 @@ def run(
         process,
         stamp={"caption": {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}},
         batch_size=batch_size,
-        drop={"teacher.npy": "teacher"},
         progress=progress,
         title="captions",
     )
@@ -145,7 +143,7 @@ def tokenizer_of(coca: CoCa, name: str) -> SimpleTokenizer:
 def generate(
     coca: CoCa,
     images: Tensor,  # [B, 3, S, S]
-    draws: Tensor,  # [B, n, T]
+    draws: Tensor,  # float64 [B, n, T], uniform in [0, 1)
     tokenizer: SimpleTokenizer,
     *,
     top_p: float,
@@ -185,13 +183,6 @@ def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:  # float32 [
     kept = (total - probabilities < top_p).sum(-1, keepdim=True)  # the last one exceeds the share
     chosen = torch.searchsorted(total, uniform[:, None] * total.gather(-1, kept - 1), right=True)
     return order.gather(-1, chosen.minimum(kept - 1))[:, 0]
-
-
-def _draws(seed: int, place: str, shape: Sequence[int]) -> Tensor:
-    """Uniform numbers in [0, 1) for a sample, float64."""
-    digest = hashlib.blake2b(f"{seed}/{place}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:

@@ -339,9 +339,9 @@ def teacher(
 ) -> None:
     """Compute a teacher's features of images and captions, and write them into new shards."""
     splits = _named_splits(evaluate or [])
-    from simplclip.teacher import command
+    from simplclip import teacher as teachers
 
-    command.run(
+    teachers.run(
         shards,
         out,
         name=teacher,

@@ -49,14 +49,21 @@ class Replacing:
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """Context that one process at a time can enter for `folder`; without effect if the system has no locks."""
+def locked(folder: str | Path, busy: str | None = None) -> Iterator[None]:
+    """Context that one process at a time can enter for `folder`; without effect if the system has no locks.
+
+    While another process is in, it waits, or raises FileExistsError(busy) if `busy` is given.
+    """
     descriptor = None
     try:
-        with contextlib.suppress(OSError):  # also raised without support for flock
+        try:
             descriptor = os.open(folder, os.O_RDONLY)
             if fcntl:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise FileExistsError(busy) from None
+        except OSError:  # also raised without support for flock
+            pass
         yield
     finally:
         if descriptor is not None:
@@ -70,6 +77,11 @@ def sha256(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def identity(path: str | Path) -> dict[str, Any]:
+    """The size and SHA-256 of a file, as the meta.json of shards and the export.json of exports hold them."""
+    return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
 
 
 def sync_folder(folder: Path) -> None:

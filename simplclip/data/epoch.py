@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,21 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import filters
 
-from simplclip.data.shards import (
-    BrokenSample,
-    Sample,
-    ShardError,
-    Skipped,
-    group_id,
-    open_sample,
-    place_of,
-    read_shard,
-    teacher_of,
-)
+from simplclip.data.shards import Opened, Sample, ShardError, Skipped, open_sample, read_shard, stable_hash, usable
 
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
@@ -35,8 +23,7 @@ Batch = dict[str, Any]
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
     """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    seed = int.from_bytes(digest, "big")
+    seed = stable_hash("/".join(map(str, parts)))
     states = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
     # torch.manual_seed would also seed the GPU's generators.
     torch.default_generator.manual_seed(seed)
@@ -51,19 +38,12 @@ def seeded(*parts: object) -> Iterator[None]:
         np.random.set_bit_generator(states[2])
 
 
-def apply_transform(transform: Callable, image: Image.Image, sample: Sample) -> torch.Tensor:
+def apply_transform(transform: Callable, sample: Opened) -> torch.Tensor:
     try:
-        return transform(image)
+        return transform(sample.image)
     except Exception as error:
-        place = f"{sample['__key__']!r} of shard {sample['__url__']!r}"
+        place = f"{sample.files['__key__']!r} of shard {sample.files['__url__']!r}"
         raise RuntimeError(f"the transform failed on sample {place}: {type(error).__name__}: {error}") from error
-
-
-def group_of(sample: Sample, record: dict[str, Any]) -> int:
-    # Keys often repeat in every shard; without the shard's name unrelated samples would share a group.
-    if record.get("group") is not None:
-        return group_id(f"group/{record['group']}")
-    return group_id(f"key/{place_of(sample)}")
 
 
 @dataclass
@@ -98,20 +78,15 @@ class Epoch(IterableDataset):
         pending: list[Any] = []
         # The batch's position in the epoch if all workers have batches until then; otherwise it is earlier, never later.
         index = worker
-        for sample in samples:
-            try:
-                opened = self._open(sample)
-            except BrokenSample as skip:
-                skipped.add(skip.args[0], place_of(sample), skip.args[1])
-                continue
-            pending.append(sample if index < self.skip_batches else self._prepare(sample, *opened))
+        for sample in usable(samples, skipped, self.teacher):
+            skip = index < self.skip_batches
+            pending.append(sample.files if skip else self._prepare(sample))
             if len(pending) == self.batch_size:
-                batch = None if index < self.skip_batches else self._collate(pending)
-                yield batch, len(pending), False, skipped.take()
+                yield None if skip else self._collate(pending), len(pending), False, skipped.take()
                 pending = []
                 index += workers
         if index < self.skip_batches:
-            pending = [self._prepare(sample, *self._open(sample)) for sample in pending]
+            pending = [self._prepare(open_sample(files, self.teacher)) for files in pending]
         yield self._collate(pending) if pending else None, len(pending), True, skipped.take()
 
     def _samples(self, worker: int, workers: int, skipped: Skipped) -> Iterator[Sample]:
@@ -130,18 +105,13 @@ class Epoch(IterableDataset):
                         yield sample
                     number += 1
 
-    def _open(self, sample: Sample) -> tuple:
-        image, captions, record = open_sample(sample)
-        return image, captions, record, teacher_of(sample, captions) if self.teacher else None
-
-    def _prepare(self, sample: Sample, image: Image.Image, captions: list[str], record: dict[str, Any], features) -> tuple:
-        with seeded(self.seed, self.epoch, place_of(sample)):
-            drawn = _draw(len(captions), self.captions)
-            tensor = apply_transform(self.transform, image, sample)
-        texts = [captions[i] for i in drawn]
-        if features is not None:
-            features = torch.from_numpy(features[[0, *(1 + i for i in drawn)]])
-        return tensor, texts, group_of(sample, record), sample["__key__"], record, features
+    def _prepare(self, sample: Opened) -> tuple:
+        with seeded(self.seed, self.epoch, sample.place):
+            drawn = _draw(len(sample.captions), self.captions)
+            tensor = apply_transform(self.transform, sample)
+        texts = [sample.captions[i] for i in drawn]
+        features = torch.from_numpy(sample.features[[0, *(1 + i for i in drawn)]]) if self.teacher else None
+        return tensor, texts, sample.group, sample.files["__key__"], sample.record, features
 
     def _collate(self, prepared: list[tuple]) -> Batch:
         images, texts, groups, keys, records, features = zip(*prepared)

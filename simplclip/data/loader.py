@@ -6,9 +6,8 @@ negatives) and "label" (the class, for zero-shot classification). simplclip/data
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,18 +17,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from simplclip.common.errors import InputError, UserError
-from simplclip.data.epoch import Batch, Epoch, apply_transform, group_of, seeded
+from simplclip.data.epoch import Batch, Epoch, apply_transform, seeded
 from simplclip.data.shards import (
-    BrokenSample,
     ShardError,
+    Shards,
     Skipped,
+    check_count,
     count_samples,
     decode,
     expand,
     image_of,
-    open_sample,
-    place_of,
     read_shard,
+    usable,
 )
 from simplclip.data.workers import start_worker, undisturbed
 
@@ -45,10 +44,8 @@ class EmptyEpochError(UserError, RuntimeError):
 class Loader:
     """Yields the batches of an epoch; made by `make_loader`, which documents it."""
 
-    def __init__(self, settings: dict[str, Any], workers: int, drop_last: bool, prefetch: int, pin_memory: bool) -> None:
-        self._settings = settings
-        self._workers, self._drop_last = workers, drop_last
-        self._prefetch, self._pin_memory = prefetch, pin_memory
+    def __init__(self, settings: dict[str, Any], drop_last: bool, **options: Any) -> None:
+        self._settings, self._drop_last, self._options = settings, drop_last, options
         self._skipped = Skipped()
         self._used = self._left_over = 0
 
@@ -76,8 +73,8 @@ class Loader:
 
     def epoch(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
         """The batches of an epoch without the first `skip_batches`."""
-        _check_count("epoch", epoch, 0)
-        _check_count("skip_batches", skip_batches, 0)
+        check_count("epoch", epoch, 0)
+        check_count("skip_batches", skip_batches, 0)
         return self._batches(epoch, skip_batches)
 
     def _batches(self, epoch: int, skip_batches: int) -> Iterator[Batch]:
@@ -90,7 +87,11 @@ class Loader:
             if number > skip_batches:
                 yield batch
         if number == 0:
-            raise EmptyEpochError(self._why_empty(epoch))
+            need = f"batch_size {dataset.batch_size} with drop_last" if self._drop_last else "a batch"
+            raise EmptyEpochError(
+                f"epoch {epoch} of {len(dataset.shards)} shard(s), the first {dataset.shards[0]!r}, has no batch: "
+                f"{self._left_over} usable sample(s) do not fill {need}; {self._skipped}"
+            )
         if number < skip_batches:
             raise InputError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
 
@@ -99,12 +100,9 @@ class Loader:
         loader = DataLoader(
             dataset,
             batch_size=None,
-            num_workers=self._workers,
             collate_fn=_unchanged,
-            prefetch_factor=self._prefetch if self._workers else None,
-            pin_memory=self._pin_memory,
-            worker_init_fn=start_worker if self._workers else None,
-            multiprocessing_context="fork" if self._workers and sys.platform == "linux" else None,
+            worker_init_fn=start_worker,
+            **self._options,
             generator=torch.Generator(),  # otherwise every epoch would draw from the caller's global generator
         )
         ends = []
@@ -144,17 +142,9 @@ class Loader:
                 return
             yield {name: value[start : start + size] for name, value in merged.items()}, size
 
-    def _why_empty(self, epoch: int) -> str:
-        shards = self._settings["shards"]
-        need = f"batch_size {self._settings['batch_size']} with drop_last" if self._drop_last else "a batch"
-        return (
-            f"epoch {epoch} of {len(shards)} shard(s), the first {shards[0]!r}, has no batch: "
-            f"{self._left_over} usable sample(s) do not fill {need}; {self._skipped}"
-        )
-
 
 def make_loader(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
+    shards: Shards,
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
     transform: Callable[[Image.Image], torch.Tensor],
@@ -171,21 +161,20 @@ def make_loader(
 ) -> Loader:
     """A loader of training batches.
 
-    `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N]
-    (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With
-    captions_per_image k > 1 "text" is [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and "teacher_text"
-    float16 [N, D̂] or [N, k, D̂], a teacher's features of the images (not augmented) and of the captions drawn.
+    `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N] (hash of the json's
+    "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is
+    [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and "teacher_text" float16 [N, D̂] or [N, k, D̂], a
+    teacher's features of the images (not augmented) and of the captions drawn.
 
-    Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer
-    that holds all of a worker's samples shuffles them fully. Workers divide the shards, or the samples if
-    there are fewer shards. The order depends on (seed, epoch, workers) only; the caption drawn for
-    a sample and its augmentation on (seed, epoch, shard's name, key): the transform may draw from the
-    global generators of torch (CPU), random and numpy, which are seeded for it and restored.
-    `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches, without
-    augmenting or tokenizing those.
+    Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer that holds all of a
+    worker's samples shuffles them fully. Workers divide the shards, or the samples if there are fewer shards. The order
+    depends on (seed, epoch, workers) only; the caption drawn for a sample and its augmentation on (seed, epoch, shard's name,
+    key): the transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and
+    restored. `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches, without augmenting or
+    tokenizing those.
 
-    Samples that do not fill a worker's last batch are joined with those of the other workers at the end of
-    the epoch; drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
+    Samples that do not fill a worker's last batch are joined with those of the other workers at the end of the epoch;
+    drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
 
     Args:
         shards: path, brace expression or glob of local tar files, or a list of them.
@@ -203,11 +192,11 @@ def make_loader(
     be opened; WorkerError if a loader process died (never while the caller uses a batch); EmptyEpochError if there is no
     batch.
     """
-    _check_count("batch_size", batch_size, 1)
-    _check_count("captions_per_image", captions_per_image, 1)
-    _check_count("workers", workers, 0)
-    _check_count("shuffle_buffer", shuffle_buffer, 1)
-    _check_count("prefetch", prefetch, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("captions_per_image", captions_per_image, 1)
+    check_count("workers", workers, 0)
+    check_count("shuffle_buffer", shuffle_buffer, 1)
+    check_count("prefetch", prefetch, 1)
     settings = {
         "shards": expand(shards),
         "tokenizer": tokenizer,
@@ -219,7 +208,9 @@ def make_loader(
         "shuffle_buffer": shuffle_buffer,
         "seed": seed,
     }
-    return Loader(settings, workers, drop_last, prefetch, pin_memory)
+    forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
+    options = {"prefetch_factor": prefetch} | forked if workers else {}
+    return Loader(settings, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
 
 
 @dataclass
@@ -253,38 +244,26 @@ class EvalSet:
 
 
 def load_eval(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
-    tokenizer: Callable[[list[str]], torch.Tensor],
-    transform: Callable[[Image.Image], torch.Tensor],
+    shards: Shards, tokenizer: Callable[[list[str]], torch.Tensor], transform: Callable[[Image.Image], torch.Tensor]
 ) -> EvalSet:
     """Read a split for evaluation into memory; the result is the same on every run.
 
-    Peak memory: 24 S² bytes per image. Broken samples are skipped and counted in `.skipped`. Raises
-    ValueError for shards that match no file, ShardError for one that cannot be opened, EmptyEpochError if
-    no sample is usable.
+    Peak memory: 24 S² bytes per image. Broken samples are skipped and counted in `.skipped`. Raises ValueError for shards
+    that match no file, ShardError for one that cannot be opened, EmptyEpochError if no sample is usable.
     """
     files = expand(shards)
     skipped = Skipped()
     rows = []
-    for sample in (sample for shard in files for sample in read_shard(shard, skipped)):
-        try:
-            image, captions, record = open_sample(sample)
-        except BrokenSample as broken:
-            skipped.add(broken.args[0], place_of(sample), broken.args[1])
-            continue
-        with seeded("eval", place_of(sample)):
-            tensor = apply_transform(transform, image, sample)
-        rows.append((tensor, group_of(sample, record), captions[0], sample["__key__"], record, image_of(sample)))
+    for sample in usable((sample for shard in files for sample in read_shard(shard, skipped)), skipped):
+        with seeded("eval", sample.place):
+            tensor = apply_transform(transform, sample)
+        named = sample.captions[0], sample.files["__key__"], sample.record, image_of(sample.files)
+        rows.append((tensor, sample.group, *named))
     if not rows:
         raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have no usable sample; {skipped}")
     images, groups, captions, keys, meta, encoded = map(list, zip(*rows))
     groups = torch.tensor(groups, dtype=torch.int64)
     return EvalSet(torch.stack(images), tokenizer(captions), groups, captions, keys, meta, encoded, skipped)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def _unchanged(item: Any) -> Any:

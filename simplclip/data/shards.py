@@ -36,7 +36,8 @@ COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their sampl
 
 _TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
-Sample = dict[str, Any]
+Shards = str | os.PathLike | Iterable[str | os.PathLike]  # path, brace expression or glob of local tar files, or several
+Sample = dict[str, Any]  # "__key__", "__url__" (the shard) and the bytes by suffix
 
 
 class ShardError(UserError, RuntimeError):
@@ -74,7 +75,12 @@ class Skipped:
         return f"{self.counts.total()} skipped" + (": " + ", ".join(reasons) if reasons else "")
 
 
-def expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
+def check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
+
+
+def expand(shards: Shards) -> list[str]:
     """The files of `shards`: paths, brace expressions (train-{000000..000003}.tar), globs, or a list of them.
 
     Raises InputError for a pattern without a match or a path that is not a file.
@@ -96,9 +102,34 @@ def expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]
     return files
 
 
-def group_id(name: str) -> int:
-    """A stable 63-bit hash of a group's name."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+def folders_of(files: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(map(os.path.dirname, files)))
+
+
+def stable_hash(text: str) -> int:
+    """64 bits, the same in every process and version."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+@dataclass
+class Opened:
+    """A sample that is not broken."""
+
+    image: Image.Image  # RGB
+    captions: list[str]  # at least one
+    record: dict[str, Any]  # the json, or {}
+    files: Sample
+    features: np.ndarray | None = None  # a teacher's, float16 [1 + C, D̂]: the image's, then those of its C captions in order
+
+    @property
+    def place(self) -> str:
+        return place_of(self.files)
+
+    @property
+    def group(self) -> int:
+        # Keys often repeat in every shard; without the shard's name unrelated samples would share a group.
+        named = self.record.get("group") is not None
+        return stable_hash(f"group/{self.record['group']}" if named else f"key/{self.place}") >> 1
 
 
 class _Header(tarfile.TarInfo):
@@ -135,7 +166,7 @@ def _files(shard: str, torn: list[str], contents: bool, every: bool) -> Iterator
 
 
 def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, every: bool = False) -> Iterator[Sample]:
-    """The samples of a tar: {"__key__", "__url__", suffix: bytes}. Damage and duplicate files are counted in `skipped`.
+    """The samples of a tar. Damage and duplicate files are counted in `skipped`.
 
     Suffixes are in lower case. Only images, txt, json and a teacher's features are read, unless `every`.
     """
@@ -159,8 +190,18 @@ def image_of(sample: Sample) -> bytes | None:
     return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
 
 
-def open_sample(sample: Sample) -> tuple[Image.Image, list[str], dict[str, Any]]:
-    """The decoded image, the captions and the json of a sample; raises BrokenSample if it is broken."""
+def usable(samples: Iterable[Sample], skipped: Skipped, teacher: bool = False) -> Iterator[Opened]:
+    """The samples that are not broken; the others are counted in `skipped`. teacher: with a teacher's features."""
+    for sample in samples:
+        try:
+            opened = open_sample(sample, teacher)
+        except BrokenSample as broken:
+            skipped.add(broken.args[0], place_of(sample), broken.args[1])
+        else:
+            yield opened
+
+
+def open_sample(sample: Sample, teacher: bool = False) -> Opened:
     record: Any = {}
     if "json" in sample:
         try:
@@ -173,44 +214,42 @@ def open_sample(sample: Sample) -> tuple[Image.Image, list[str], dict[str, Any]]
     data = image_of(sample)
     if data is None:
         raise BrokenSample("missing image", "")
-    return decode(data), captions, record
+    return Opened(decode(data), captions, record, sample, _features(sample, len(captions)) if teacher else None)
 
 
 def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
-    several = record.get("captions")
+    several, single = record.get("captions"), record.get("caption")
     texts = list(several) if isinstance(several, list) else []
-    found = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    if found:
+    if found := _not_empty(texts):
         return found
-    if isinstance(record.get("caption"), str):
-        texts.append(record["caption"])
+    texts += [single] if isinstance(single, str) else []
     if "txt" in sample:
         try:
             texts.append(sample["txt"].decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
-    for text in texts:
-        if isinstance(text, str) and text.strip():
-            return [text.strip()]
+    if found := _not_empty(texts):
+        return found[:1]
     raise BrokenSample("empty caption" if texts or several == [] else "missing caption", "")
 
 
-def teacher_of(sample: Sample, captions: list[str]) -> np.ndarray:
-    """The teacher's features of a sample, float16 [1 + C, D̂]: the image's, then those of its C captions in order."""
+def _not_empty(texts: list[Any]) -> list[str]:
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+
+
+def _features(sample: Sample, captions: int) -> np.ndarray:
     place = f"sample {sample['__key__']!r} of shard {sample['__url__']!r}"
     if TEACHER not in sample:
         raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
         features = np.load(io.BytesIO(sample[TEACHER]), allow_pickle=False)
+        if features.dtype != np.float16 or features.ndim != 2:
+            raise ValueError(f"expected float16 [1 + C, D], got {features.dtype} {list(features.shape)}")
     except Exception as error:  # the type depends on the damage
         raise BrokenSample("bad teacher features", error) from None
-    if features.dtype != np.float16 or features.ndim != 2:
-        raise BrokenSample(
-            "bad teacher features", f"expected float16 [1 + C, D], got {features.dtype} {list(features.shape)}"
-        )
-    if len(features) != 1 + len(captions):
+    if len(features) != 1 + captions:
         raise ShardError(
-            f"{place} has teacher features of {len(features) - 1} captions, but {len(captions)} captions: "
+            f"{place} has teacher features of {len(features) - 1} captions, but {captions} captions: "
             "the captions have changed since; run `simplclip teacher` on these shards again"
         )
     return features
@@ -221,21 +260,19 @@ def teacher_stamp(shards: list[str]) -> dict[str, Any]:
 
     Raises ShardError if there is none, or if the folders of the shards have different ones.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for folder in dict.fromkeys(os.path.dirname(shard) for shard in shards):
+    folders, found = folders_of(shards), []
+    for folder in folders:
         try:
             stamp = json.loads(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
-            found[folder] = stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+            found.append(stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])})
         except (OSError, ValueError, LookupError, TypeError):
             raise ShardError(
                 f"shards: expected a teacher's features, but {os.path.join(folder, 'meta.json')} names no teacher; "
                 "make them by `simplclip teacher`, and train on the folder that it writes"
             ) from None
-    (folder, first), *others = found.items()
-    for other, stamp in others:
-        if stamp != first:
-            raise ShardError(f"shards: expected features of one teacher, got different ones in {folder!r} and {other!r}")
-    return first
+        if found[-1] != found[0]:
+            raise ShardError(f"shards: expected features of one teacher, got different ones in {folders[0]!r} and {folder!r}")
+    return found[0]
 
 
 def decode(data: bytes) -> Image.Image:
@@ -251,14 +288,17 @@ def decode(data: bytes) -> Image.Image:
     except Exception as error:  # decoders raise many types for damaged bytes
         raise BrokenSample("not an image", error) from None
     try:
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image)
-        return canvas.convert("RGB")
+        return on_white(image) if image.has_transparency_data else image.convert("RGB")
     except Exception as error:
         raise BrokenSample("truncated image", error) from None
+
+
+def on_white(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
+    """RGB; centred on white of `size`, by default its own."""
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", size or image.size, "white")
+    canvas.alpha_composite(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
+    return canvas.convert("RGB")
 
 
 def place_of(sample: Sample) -> str:
@@ -271,7 +311,7 @@ def count_samples(shards: list[str]) -> int | None:
 
     It is taken from a meta.json beside a shard that lists it with its size; otherwise the shard is read.
     """
-    listed = {folder: _listed_counts(folder) for folder in {os.path.dirname(shard) for shard in shards}}
+    listed = {folder: _listed_counts(folder) for folder in folders_of(shards)}
     known = {s: listed[os.path.dirname(s)].get((os.path.basename(s), os.path.getsize(s))) for s in shards}
     unknown = [shard for shard, count in known.items() if count is None]
     if sum(map(os.path.getsize, unknown)) > COUNT_LIMIT:

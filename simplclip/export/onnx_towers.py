@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simplclip.export.errors import ExportError
+from simplclip.common.errors import InputError
 from simplclip.ops.attention import reference as attention_reference
 from simplclip.ops.block.norm import norm_fwd
 from simplclip.ops.mlp.reference import ACTIVATIONS
@@ -24,6 +22,10 @@ TOWERS = {"image": ("pixel_values", "image_features"), "text": ("input_ids", "te
 CHECKED_BATCHES = (1, 3)
 TOLERANCE = 1e-4  # of each feature of a vector of length 1
 _MOST_BYTES = 2**31 - 2**24  # the limit of a protobuf is 2 GiB
+
+
+class ExportError(InputError):
+    """The model cannot be exported, or its export computes other values."""
 
 
 class Tower(nn.Module):
@@ -45,6 +47,8 @@ def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str,
     PATH.data. Returns the opset and the largest absolute error of a feature for each batch of CHECKED_BATCHES.
     Raises ExportError if torch cannot trace the tower, an operator is not ONNX's, or the error is above TOLERANCE.
     """
+    import onnx
+
     tower = Tower(model, name).eval()
     given, returned = TOWERS[name]
     with torch.no_grad(), _quiet():
@@ -68,6 +72,8 @@ def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str,
 
 
 def _compare(tower: Tower, inputs: Tensor, path: Path) -> dict[str, float]:
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     errors = {}
     for batch in CHECKED_BATCHES:

@@ -1,10 +1,11 @@
-"""Writes a teacher's features into shards, and measures its retrieval."""
+"""`simplclip teacher`: writes a teacher's features into shards, and measures its retrieval."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,15 @@ import torch
 from torch import Tensor
 
 from simplclip import data, evaluation
-from simplclip.data.rewrite import Opened, rewrite
-from simplclip.data.shards import TEACHER
-from simplclip.teacher.teachers import Teacher
+from simplclip.common import hardware, plugins
+from simplclip.common.errors import InputError
+from simplclip.data.rewrite import rewrite
+from simplclip.data.shards import TEACHER, Opened, Shards, expand
+from simplclip.teacher.teachers import BUILTIN, Teacher, load
 
 
 def write(
-    shards: str | os.PathLike | Iterable[str | os.PathLike],
-    out: str | os.PathLike,
-    teacher: Teacher,
-    *,
-    batch_size: int = 64,
-    progress: bool = True,
+    shards: Shards, out: str | os.PathLike, teacher: Teacher, *, batch_size: int = 64, progress: bool = True
 ) -> dict[str, Any]:
     """Write `shards` to the folder `out` with a teacher.npy in each sample, and the teacher in meta.json.
 
@@ -49,7 +47,6 @@ def write(
         process,
         stamp={"teacher": teacher.stamp()},
         batch_size=batch_size,
-        drop={TEACHER: "teacher"},
         progress=progress,
         title="teacher",
     )
@@ -79,3 +76,50 @@ def evaluate(
         evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision)
         figures[name] = evaluation.retrieval(split)
     return figures
+
+
+def run(
+    shards: Shards,
+    out: str | os.PathLike,
+    *,
+    name: str = BUILTIN,
+    checkpoint: str | os.PathLike | None = None,
+    heads_file: str | os.PathLike | None = None,
+    splits: Mapping[str, str] | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    precision: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
+
+    heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
+    and saved there: on the shards named train* if there are any, else on all shards.
+    splits: name -> shards on which the teacher's retrieval is measured.
+    """
+    files = expand(shards)
+    for split in (splits or {}).values():
+        expand(split)
+    place = hardware.pick_device(device)
+    precision, _ = hardware.pick_precision(precision, place)
+    hardware.set_threads(None)
+    say = print if progress else lambda line: None
+    if name == BUILTIN:
+        if checkpoint is not None:
+            raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(checkpoint)!r}")
+        checkpoint = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
+        prepare = plugins.load("teachers", name).prepare
+        note = prepare(files, checkpoint, seed=seed, device=place, precision=precision, progress=progress)
+    elif heads_file is not None:
+        raise InputError(f"heads: expected none, since the teacher {name!r} has no heads, got {str(heads_file)!r}")
+    teacher = load(name, checkpoint, device=place, precision=precision)
+    if name == BUILTIN:
+        say(note)
+    summary = write(files, out, teacher, batch_size=batch_size, progress=progress)
+    say(f"wrote {summary['path']}: {summary['samples']} samples with features of {name}, width {teacher.width}")
+    figures = evaluate(teacher, splits or {}, batch_size=batch_size)
+    for split, directions in figures.items():
+        shown = (f"{direction.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for direction, found in directions.items())
+        say(f"{split}: {', '.join(shown)}")
+    return summary | {"teacher": teacher.stamp(), "figures": figures}

@@ -42,10 +42,6 @@ class Teacher:
         with torch.no_grad():
             self.width = self.encode_text(["a"]).shape[1]
 
-    @property
-    def logit_scale(self) -> float:
-        return self.model.logit_scale.exp().item()
-
     def fingerprint(self) -> str:
         """A hash of the weights and the image transform, equal for equal teachers."""
         digest = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.transform)).encode())  # without the addresses of functions
@@ -56,13 +52,8 @@ class Teacher:
 
     def stamp(self) -> dict[str, Any]:
         """The entry of meta.json for features of this teacher."""
-        return {
-            "name": self.name,
-            "width": self.width,
-            "logit_scale": self.logit_scale,
-            "weights": self.fingerprint(),
-            "precision": self.precision,
-        }
+        about = {"name": self.name, "width": self.width, "logit_scale": self.model.logit_scale.exp().item()}
+        return about | {"weights": self.fingerprint(), "precision": self.precision}
 
     def encode_image(self, images: list[Image.Image]) -> Tensor:
         return self._features(self.model.encode_image, torch.stack([self.transform(image) for image in images]))
@@ -88,7 +79,7 @@ def load(
 ) -> Teacher:
     """The teacher called `name`:
 
-    builtin                     checkpoint: the heads that `heads.train` saved
+    builtin                     checkpoint: the heads that `simplclip teacher` saved
     open_clip:NAME              checkpoint: a state dict of that model, .pt or .safetensors
     open_clip:NAME/TAG          open_clip's pretrained weights, which it downloads if necessary; with a checkpoint only the
                                 tag's preprocessing is used, and nothing is downloaded

@@ -1,5 +1,6 @@
-"""Batches of training and evaluation: order, determinism, resuming and failing, for any number of workers."""
+"""Batches of training and evaluation, with a teacher's features or without: order, resuming, failing, with all workers."""
 
+import json
 import os
 import random
 import signal
@@ -8,24 +9,24 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from pairs import COUNT, SIZE, augment, equal, keys, loader, png, resize, sample, text_of, tokenizer, write
+from pairs import COUNT, SIZE, augment, keys, loader, npy, png, resize, sample, text_of, tokenizer, write
+from runs import bits
 
 from simplclip import data
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
 
+WIDTH = 6  # of the features
+ALL = [f"k{i:03d}" for i in range(COUNT)]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def pattern(tmp_path_factory):
     """Three shards of unequal size, so that the workers do not run out together."""
-    path = tmp_path_factory.mktemp("shards")
+    folder = tmp_path_factory.mktemp("shards")
     for shard, (start, stop) in enumerate(((0, 5), (5, 19), (19, COUNT))):
-        write(path / f"train-{shard:06d}.tar", [sample(i) for i in range(start, stop)])
-    return path
-
-
-@pytest.fixture(scope="module")
-def pattern(folder):
+        write(folder / f"train-{shard:06d}.tar", [sample(i) for i in range(start, stop)])
     return str(folder / "train-{000000..000002}.tar")
 
 
@@ -33,14 +34,13 @@ def pattern(folder):
 def test_batches_hold_what_the_shards_hold(pattern, workers):
     batches = list(loader(pattern, workers=workers, drop_last=False).epoch(0))
     assert [len(b["key"]) for b in batches] == [4, 4, 4, 4, 4, 3]
-    assert sorted(keys(batches)) == [f"k{i:03d}" for i in range(COUNT)]
-    batch = batches[0]
-    assert batch["image"].shape == (4, 3, SIZE, SIZE)
-    assert batch["image"].dtype == torch.float32
-    assert batch["text"].shape == (4, 12)
-    assert batch["text"].dtype == torch.int64
-    assert batch["group"].shape == (4,)
-    assert batch["group"].dtype == torch.int64
+    assert sorted(keys(batches)) == ALL
+    found = {name: (tuple(value.shape), value.dtype) for name, value in batches[0].items() if isinstance(value, torch.Tensor)}
+    assert found == {
+        "image": ((4, 3, SIZE, SIZE), torch.float32),
+        "text": ((4, 12), torch.int64),
+        "group": ((4,), torch.int64),
+    }
     for batch in batches:
         for key, row, record in zip(batch["key"], batch["text"], batch["meta"]):
             assert text_of(row) in record["captions"]
@@ -56,55 +56,34 @@ def test_drop_last_drops_less_than_a_batch_whatever_the_workers(pattern, workers
     assert "20 samples used, 3 left over" in reader.report()
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_fewer_shards_than_workers_share_the_samples(tmp_path, workers):
-    path = write(tmp_path / "one.tar", [sample(i) for i in range(COUNT)])
-    batches = list(loader(path, workers=workers, drop_last=False).epoch(0))
-    assert sorted(keys(batches)) == [f"k{i:03d}" for i in range(COUNT)]
-    first = {int(key[1:]) % workers for key in loader(path, workers=workers, shuffle=False).epoch(0).__next__()["key"]}
-    assert len(first) == 1
-
-
-def test_more_workers_than_samples(tmp_path):
-    path = write(tmp_path / "one.tar", [sample(0), sample(1)])
-    assert sorted(keys(loader(path, workers=3, batch_size=2).epoch(0))) == ["k000", "k001"]
-
-
-def test_without_shuffle_the_order_is_the_shards(pattern):
-    assert keys(loader(pattern, shuffle=False, drop_last=False).epoch(3)) == [f"k{i:03d}" for i in range(COUNT)]
+@pytest.mark.parametrize(("workers", "count"), [(2, COUNT), (3, COUNT), (3, 2)])
+def test_fewer_shards_than_workers_share_the_samples(tmp_path, workers, count):
+    path = write(tmp_path / "one.tar", [sample(i) for i in range(count)])
+    assert sorted(keys(loader(path, workers=workers, batch_size=2, drop_last=False).epoch(0))) == ALL[:count]
+    first = next(loader(path, workers=workers, batch_size=2, shuffle=False).epoch(0))["key"]
+    assert count == 2 or len({int(key[1:]) % workers for key in first}) == 1
 
 
 def test_shuffle_mixes_over_the_whole_epoch_and_differs_by_epoch_and_seed(pattern):
     orders = [keys(loader(pattern, seed=s, drop_last=False).epoch(e)) for s, e in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(order) for order in orders}) == 3
     assert all(order != sorted(order) for order in orders)
+    assert keys(loader(pattern, shuffle=False, drop_last=False).epoch(3)) == ALL
     # A full shuffle, not one within shards: the samples of each shard come in every half.
     many = [keys(loader(pattern, drop_last=False).epoch(e)) for e in range(8)]
     assert any(int(order[0][1:]) >= 5 and int(order[1][1:]) < 5 for order in many)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_same_seed_same_epoch_same_batches(pattern, workers):
-    first = list(loader(pattern, workers=workers).epoch(1))
-    torch.manual_seed(123)
-    random.seed(5)
-    np.random.seed(7)  # noqa: NPY002
-    assert equal(first, list(loader(pattern, workers=workers).epoch(1)))
-
-
 def test_caption_and_augmentation_do_not_depend_on_workers(pattern):
-    def by_key(workers):
-        found = {}
-        for batch in loader(pattern, workers=workers, drop_last=False, batch_size=3).epoch(2):
-            for i, key in enumerate(batch["key"]):
-                found[key] = (text_of(batch["text"][i]), batch["image"][i])
-        return found
-
-    alone, several = by_key(0), by_key(2)
-    assert alone.keys() == several.keys()
-    for key in alone:
-        assert alone[key][0] == several[key][0]
-        assert torch.equal(alone[key][1], several[key][1])
+    alone, several = (
+        {
+            key: (text_of(batch["text"][i]), batch["image"][i].tolist())
+            for batch in loader(pattern, workers=workers, drop_last=False, batch_size=3).epoch(2)
+            for i, key in enumerate(batch["key"])
+        }
+        for workers in (0, 2)
+    )
+    assert alone == several
 
 
 def test_every_caption_is_drawn_and_augmentation_changes_by_epoch(pattern):
@@ -120,22 +99,24 @@ def test_every_caption_is_drawn_and_augmentation_changes_by_epoch(pattern):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_callers_random_numbers_are_left_alone(pattern, workers):
+def test_the_callers_random_numbers_are_left_alone_and_change_nothing(pattern, workers):
+    def seed(number):
+        torch.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+
     def draws():
         return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
 
-    def seed():
-        torch.manual_seed(3)
-        random.seed(3)
-        np.random.seed(3)  # noqa: NPY002
-
-    seed()
-    expected = draws()
-    seed()
-    for _ in loader(pattern, workers=workers).epoch(0):
-        pass
-    data.load_eval(pattern, tokenizer, augment)
-    assert draws() == expected
+    found = []
+    for number in (3, 4):
+        seed(number)
+        expected = draws()
+        seed(number)
+        found.append(list(loader(pattern, workers=workers).epoch(1)))
+        data.load_eval(pattern, tokenizer, augment)
+        assert draws() == expected
+    assert bits(found[0]) == bits(found[1])
 
 
 @pytest.mark.slow
@@ -145,8 +126,10 @@ def test_skip_batches_gives_the_rest_of_the_epoch(pattern, workers, drop_last):
     reader = loader(pattern, workers=workers, drop_last=drop_last, batch_size=3)
     whole, report = list(reader.epoch(1)), reader.report()
     for skip in range(len(whole) + 1):
-        assert equal(list(reader.epoch(1, skip_batches=skip)), whole[skip:])
+        assert bits(list(reader.epoch(1, skip_batches=skip))) == bits(whole[skip:])
         assert reader.report() == report
+    with pytest.raises(ValueError, match=f"skip_batches: expected at most {len(whole)}.*got {len(whole) + 1}"):
+        list(reader.epoch(1, skip_batches=len(whole) + 1))
 
 
 def test_skip_batches_skips_alike_with_broken_samples(tmp_path):
@@ -154,7 +137,7 @@ def test_skip_batches_skips_alike_with_broken_samples(tmp_path):
     paths = [write(tmp_path / f"{i}.tar", [sample(4 * i), broken, sample(4 * i + 1)]) for i in range(4)]
     reader = loader(paths, batch_size=2)
     whole = list(reader.epoch(0))
-    assert equal(list(reader.epoch(0, skip_batches=2)), whole[2:])
+    assert bits(list(reader.epoch(0, skip_batches=2))) == bits(whole[2:])
     assert len(whole) == 4
     assert sum(reader.skipped.values()) == 4
 
@@ -174,11 +157,6 @@ def test_skipped_batches_are_not_augmented_or_tokenized(pattern):
     assert calls == {"augmented": COUNT - 15, "tokenized": COUNT - 15}
 
 
-def test_skip_batches_beyond_the_epoch_is_an_error(pattern):
-    with pytest.raises(ValueError, match="skip_batches: expected at most 5.*got 6"):
-        list(loader(pattern).epoch(0, skip_batches=6))
-
-
 def test_a_killed_worker_is_an_error_not_a_hang(pattern):
     with pytest.raises(RuntimeError, match="worker"):
         list(loader(pattern, workers=1, transform=lambda image: os._exit(1)).epoch(0))
@@ -192,12 +170,12 @@ def test_interrupting_the_process_group_leaves_workers_to_the_trainer(pattern):
     assert len(keys(loader(pattern, workers=1, transform=interrupt).epoch(0))) == 20
 
 
-def test_a_failing_transform_names_the_sample(pattern, folder):
+def test_a_failing_transform_names_the_sample(pattern):
     def fail(image):
         raise TypeError("no such image")
 
     with pytest.raises(RuntimeError, match=r"'k000' of shard '.*train-000000\.tar': TypeError: no such image"):
-        list(loader(pattern, transform=fail, shuffle=False).epoch(0))
+        next(loader(pattern, transform=fail, shuffle=False).epoch(0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -214,35 +192,32 @@ def test_an_abandoned_epoch_leaves_no_trace(pattern):
     reader = loader(pattern, workers=2, batch_size=2)
     whole = list(reader.epoch(0))
     next(reader.epoch(0))
-    assert equal(list(reader.epoch(0)), whole)
+    assert bits(list(reader.epoch(0))) == bits(whole)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "least", "got"),
     [
-        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, got 0"),
-        ({"batch_size": 2.5}, "batch_size: expected an integer of at least 1, got 2.5"),
-        ({"workers": -1}, "workers: expected an integer of at least 0, got -1"),
-        ({"shuffle_buffer": 0}, "shuffle_buffer: expected an integer of at least 1, got 0"),
-        ({"prefetch": 0}, "prefetch: expected an integer of at least 1, got 0"),
+        ("batch_size", 1, 0),
+        ("batch_size", 1, 2.5),
+        ("captions_per_image", 1, 0),
+        ("workers", 0, -1),
+        ("shuffle_buffer", 1, 0),
+        ("prefetch", 1, 0),
+        ("epoch", 0, -1),
+        ("skip_batches", 0, -2),
     ],
 )
-def test_bad_arguments(pattern, options, message):
-    with pytest.raises(ValueError, match=message):
-        loader(pattern, **options)
-
-
-def test_bad_epochs(pattern):
-    with pytest.raises(ValueError, match="epoch: expected an integer of at least 0, got -1"):
-        loader(pattern).epoch(-1)
-    with pytest.raises(ValueError, match="skip_batches: expected an integer of at least 0, got -2"):
-        loader(pattern).epoch(0, skip_batches=-2)
+def test_bad_counts(pattern, name, least, got):
+    epoch = {"epoch": 0} | {name: got} if name in ("epoch", "skip_batches") else {}
+    with pytest.raises(ValueError, match=f"{name}: expected an integer of at least {least}, got {got}"):
+        loader(pattern, **({} if epoch else {name: got})).epoch(**epoch)
 
 
 def test_load_eval_reads_the_whole_split_in_order(pattern):
     found = data.load_eval(pattern, tokenizer, augment)
     assert len(found) == COUNT
-    assert found.keys == [f"k{i:03d}" for i in range(COUNT)]
+    assert found.keys == ALL
     assert found.captions == [f"{i} a" for i in range(COUNT)]
     assert found.images.shape == (COUNT, 3, SIZE, SIZE)
     assert found.text.shape == (COUNT, 12)
@@ -263,3 +238,94 @@ def test_load_eval_labels_and_damage(tmp_path):
     assert "1 missing caption (first: a.tar/c)" in found.report()
     with pytest.raises(data.EmptyEpochError, match="no usable sample.*1 missing image"):
         data.load_eval(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]), tokenizer, resize)
+
+
+def features_of(number: int, captions: int) -> np.ndarray:
+    """Row r of sample n is n + r / 8 everywhere, so that a row says where it is from."""
+    return (number + np.arange(1 + captions)[:, None] / 8 + np.zeros(WIDTH)).astype(np.float16)
+
+
+def taught(number, features=None):
+    key, files = sample(number)
+    return key, files | {"teacher.npy": features or npy(features_of(number, 3))}
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("taught") / "train-0.tar", [taught(i) for i in range(10)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("captions", [1, 2, 3, 5])
+def test_rows_are_those_of_the_image_and_of_the_captions_drawn(shard, captions, workers):
+    reader = loader(shard, teacher=True, captions_per_image=captions, workers=workers, drop_last=False)
+    seen = 0
+    for batch in reader.epoch(0):
+        count = len(batch["key"])
+        wanted = (count,) if captions == 1 else (count, captions)
+        assert batch["text"].shape == (*wanted, 12)
+        assert batch["teacher_image"].shape == (count, WIDTH)
+        assert batch["teacher_text"].shape == (*wanted, WIDTH)
+        assert batch["teacher_text"].dtype == torch.float16
+        for i, (key, record) in enumerate(zip(batch["key"], batch["meta"])):
+            number = int(key[1:])
+            assert batch["teacher_image"][i].eq(number).all()
+            texts = [text_of(row) for row in batch["text"][i].reshape(captions, -1)]
+            rows = batch["teacher_text"][i].reshape(captions, WIDTH)
+            assert len(set(texts)) == min(captions, 3)
+            for text, row in zip(texts, rows):
+                assert row.eq(number + (1 + record["captions"].index(text)) / 8).all()
+        seen += count
+    assert seen == 10
+
+
+def test_one_caption_is_drawn_as_without_a_teacher(shard):
+    plain, taught = (list(loader(shard, teacher=teacher).epoch(3)) for teacher in (False, True))
+    assert bits(plain) == bits([{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught])
+
+
+def test_two_captions_differ_by_epoch_and_are_those_of_the_epoch_after_skipped_batches(shard):
+    reader = loader(shard, teacher=True, captions_per_image=2, shuffle=False, drop_last=False)
+    first, second = (list(reader.epoch(epoch)) for epoch in (0, 1))
+    assert bits(second[2:]) == bits(list(reader.epoch(1, skip_batches=2)))
+    assert first[0]["text"].shape == second[0]["text"].shape
+    assert not torch.equal(first[0]["text"], second[0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (sample(1), r"sample 'k001' of shard '.*a.tar' has no teacher features .*simplclip teacher"),
+        (taught(1, npy(features_of(1, 2))), "features of 2 captions, but 3 captions: the captions have changed"),
+    ],
+)
+def test_features_that_are_not_the_samples(tmp_path, second, message):
+    path = write(tmp_path / "a.tar", [taught(0), second])
+    with pytest.raises(data.ShardError, match=message):
+        list(loader(path, teacher=True, batch_size=1).epoch(0))
+    assert len(list(loader(path, batch_size=1).epoch(0))) == 2
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [npy(features_of(1, 3))[:40], b"x" * 40, npy(np.zeros((4, 2))), npy(np.array([{"a": 1}], dtype=object))],
+    ids=["cut", "garbage", "float64", "pickle"],
+)
+def test_damaged_features_are_a_broken_sample(tmp_path, damaged):
+    path = write(tmp_path / "a.tar", [taught(0), taught(1, damaged)])
+    reader = loader(path, teacher=True, batch_size=1)
+    assert [batch["key"] for batch in reader.epoch(0)] == [["k000"]]
+    assert reader.skipped == {"bad teacher features": 1}
+
+
+def test_the_stamp_of_a_folder(tmp_path):
+    for name, stamp in (("a", {"width": 6, "logit_scale": 10}), ("b", {"width": 6, "logit_scale": 11}), ("c", {"width": 6})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(json.dumps({"teacher": {"name": "t"} | stamp}))
+    path = lambda *names: [str(tmp_path / name / "x.tar") for name in names]  # noqa: E731
+    assert data.teacher_stamp(path("a", "a")) == {"name": "t", "width": 6, "logit_scale": 10.0}
+    with pytest.raises(data.ShardError, match="features of one teacher, got different ones in '.*a' and '.*b'"):
+        data.teacher_stamp(path("a", "b"))
+    for names in (("c",), ("none",)):
+        with pytest.raises(data.ShardError, match=r"meta.json names no teacher; make them by `simplclip teacher`"):
+            data.teacher_stamp(path(*names))

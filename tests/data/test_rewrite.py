@@ -1,21 +1,26 @@
 """Rewriting shards: nothing of a sample is lost, a crash at any moment is made good, and wrong folders are refused."""
 
 import functools
+import gzip
 import hashlib
+import itertools
 import json
+import os
+import signal
+import sys
 import tarfile
-import time
 from pathlib import Path
 
-import kills
 import pytest
-from kills import digests
-from pairs import png, sample, write
+from pairs import digests, forked, members, meta, png, sample, step_killed_at, write
 
+from simplclip.common import files
 from simplclip.data import shards
 from simplclip.data.rewrite import rewrite
 
 STAMP = {"mark": {"name": "test", "width": 2}}
+# The code that writes all files.
+WRITING = [f.__code__ for f in (files.write_atomically, files.Replacing.__enter__, files.Replacing.__exit__)]
 
 
 def mark(samples):
@@ -26,91 +31,73 @@ def run(shards, out, process=mark, *, stamp=STAMP, batch_size=4, **options):
     return rewrite(str(shards), out, process, stamp=stamp, batch_size=batch_size, progress=False, **options)
 
 
-def members(path):
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
-
-
 @pytest.fixture
 def folder(tmp_path):
     """Two train shards and a held-out one, with their meta.json and licences."""
     source = tmp_path / "in"
     source.mkdir()
-    write(source / "train-0.tar", [sample(i) for i in range(7)])
-    write(source / "train-1.tar", [sample(i) for i in range(7, 12)])
-    write(source / "held-0.tar", [sample(i) for i in range(12, 15)])
+    for name, start, stop in (("train-0", 0, 7), ("train-1", 7, 12), ("held-0", 12, 15)):
+        write(source / f"{name}.tar", [sample(i) for i in range(start, stop)])
     (source / "meta.json").write_text(json.dumps({"format": "other", "seed": 3, "splits": {}}))
     (source / "LICENSES.md").write_text("as you like")
     return source
 
 
-def test_every_file_of_a_sample_is_kept(tmp_path):
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def test_every_file_of_a_sample_is_kept(tmp_path, out):
     long = "folder/" + "x" * 150
     files = {"cls": b"7", "seg.png": png(5), "JSON": json.dumps({"captions": ["ä", "b"]}).encode(), "png": png(1), "npy": b""}
-    write(tmp_path / "a.tar", [(long, files), ("dänisch", {"jpg": png(2, form="JPEG"), "txt": b"one"})])
-    summary = run(tmp_path / "a.tar", tmp_path / "out")
+    other = {"jpg": png(2, form="JPEG"), "txt": b"one"}
+    write(tmp_path / "a.tar", [(long, files), ("dänisch", other)])
+    summary = run(tmp_path / "a.tar", out)
     assert (summary["shards"], summary["written"], summary["samples"], summary["notes"]) == (1, 1, 2, [])
-    found = members(tmp_path / "out" / "a.tar")
     want = {f"{long}.{suffix.lower()}": data for suffix, data in files.items()}
     want |= {f"{long}.mark.npy": f"2 (12, 12) {long}".encode()}
-    want |= {"dänisch.jpg": png(2, form="JPEG"), "dänisch.txt": b"one", "dänisch.mark.npy": b"1 (12, 12) d\xc3\xa4nisch"}
-    assert list(found.items()) == list(want.items())
+    want |= {f"dänisch.{suffix}": data for suffix, data in (*other.items(), ("mark.npy", "1 (12, 12) dänisch".encode()))}
+    assert list(members(out / "a.tar").items()) == list(want.items())
 
 
-def test_the_folder_says_what_is_in_it(folder, tmp_path):
-    summary = run(folder / "*.tar", tmp_path / "out")
-    assert summary["samples"] == 15
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert meta["mark"] == STAMP["mark"]
-    assert meta["seed"] == 3
-    assert {name: split["samples"] for name, split in meta["splits"].items()} == {"held": 3, "train": 12}
-    for name, entry in meta["splits"]["train"]["shards"].items():
-        data = (tmp_path / "out" / name).read_bytes()
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
-    assert shards._listed_counts(str(tmp_path / "out"))
-    assert shards.count_samples(shards.expand(str(tmp_path / "out" / "*.tar"))) == 15
-    assert (tmp_path / "out" / "LICENSES.md").read_text() == "as you like"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "LICENSES.md",
-        "held-0.tar",
-        "meta.json",
-        "train-0.tar",
-        "train-1.tar",
-    ]
-
-
-def test_batches_stay_within_a_shard(folder, tmp_path):
+def test_the_folder_says_what_is_in_it(folder, out):
     sizes = []
-    run(folder / "train-*.tar", tmp_path / "out", lambda batch: sizes.append(len(batch)) or mark(batch))
-    assert sizes == [4, 3, 4, 1]
+    assert run(folder / "*.tar", out, lambda batch: sizes.append(len(batch)) or mark(batch))["samples"] == 15
+    assert sizes == [3, 4, 3, 4, 1]  # within a shard
+    found = meta(out)
+    assert (found["mark"], found["seed"]) == (STAMP["mark"], 3)
+    assert {name: split["samples"] for name, split in found["splits"].items()} == {"held": 3, "train": 12}
+    for name, entry in found["splits"]["train"]["shards"].items():
+        data = (out / name).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
+    assert shards._listed_counts(str(out))
+    assert shards.count_samples(shards.expand(str(out / "*.tar"))) == 15
+    assert (out / "LICENSES.md").read_text() == "as you like"
+    assert set(digests(out)) == {"LICENSES.md", "held-0.tar", "meta.json", "train-0.tar", "train-1.tar"}
 
 
-def test_a_second_command_adds_shards(folder, tmp_path):
-    run(folder / "train-*.tar", tmp_path / "out")
-    first = digests(tmp_path / "out")
-    summary = run(folder / "held-*.tar", tmp_path / "out")
-    assert summary["samples"] == 3
-    assert first.items() - digests(tmp_path / "out").items() == {("meta.json", first["meta.json"])}
-    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
-    assert {name: split["samples"] for name, split in meta["splits"].items()} == {"train": 12, "held": 3}
+def test_a_second_command_adds_shards(folder, out):
+    run(folder / "train-*.tar", out)
+    first = digests(out)
+    assert run(folder / "held-*.tar", out)["samples"] == 3
+    assert first.items() - digests(out).items() == {("meta.json", first["meta.json"])}
+    assert {name: split["samples"] for name, split in meta(out)["splits"].items()} == {"train": 12, "held": 3}
 
 
-def test_whole_shards_are_not_made_again_unless_their_input_changed(folder, tmp_path):
-    run(folder / "train-*.tar", tmp_path / "out")
-    before = digests(tmp_path / "out")
-    summary = run(folder / "train-*.tar", tmp_path / "out", None)
-    assert summary["written"] == 0
-    assert summary["samples"] == 12
+def test_whole_shards_are_not_made_again_unless_their_input_changed(folder, out):
+    run(folder / "train-*.tar", out)
+    before = digests(out)
+    (out / ".former.tar.tmp").write_bytes(b"left by a run that was killed")
+    summary = run(folder / "train-*.tar", out, None)
+    assert (summary["written"], summary["samples"]) == (0, 12)
     assert "2 of 2 shards" in summary["notes"][0]
-    assert digests(tmp_path / "out") == before
-    (tmp_path / "out" / ".former.tar.tmp").write_bytes(b"left by a run that was killed")
-    run(folder / "train-*.tar", tmp_path / "out", None)
-    assert digests(tmp_path / "out") == before
+    assert digests(out) == before
     size = (folder / "train-1.tar").stat().st_size
     write(folder / "train-1.tar", [sample(i) for i in range(8, 13)])
     assert (folder / "train-1.tar").stat().st_size == size
-    assert run(folder / "train-*.tar", tmp_path / "out")["written"] == 1
-    assert "k012.mark.npy" in members(tmp_path / "out" / "train-1.tar")
+    assert run(folder / "train-*.tar", out)["written"] == 1
+    assert "k012.mark.npy" in members(out / "train-1.tar")
 
 
 def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
@@ -126,8 +113,7 @@ def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
     assert whole["samples"] == 3  # that of a class alone is none for the loader
 
     path.write_bytes(path.read_bytes()[: -tarfile.RECORDSIZE + 512])
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size // 512 * 512 - 1024)
+    os.truncate(path, path.stat().st_size // 512 * 512 - 1024)
     torn = run(path, tmp_path / "torn")
     assert torn["skipped"].counts["torn tar"] == 1
     assert "torn" in torn["notes"][0]
@@ -138,31 +124,28 @@ def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
     assert again["skipped"] == torn["skipped"]
 
 
-def test_files_that_no_longer_fit_are_dropped(folder, tmp_path):
-    run(folder / "train-*.tar", tmp_path / "one")
-    other = {"captions": {"name": "other"}}
-    summary = run(tmp_path / "one" / "*.tar", tmp_path / "two", lambda b: [{"x": b"y"}] * len(b), stamp=other)
-    assert summary["notes"] == []
-    assert json.loads((tmp_path / "two" / "meta.json").read_text())["mark"] == STAMP["mark"]
-    drop = {"mark.npy": "mark"}
-    summary = run(tmp_path / "two" / "*.tar", tmp_path / "three", lambda b: [{}] * len(b), stamp={"n": {}}, drop=drop)
-    assert summary["notes"] == ["12 samples already had mark.npy; it is dropped, since it no longer fits."]
-    meta = json.loads((tmp_path / "three" / "meta.json").read_text())
-    assert "mark" not in meta
-    assert meta["captions"] == other["captions"]
-    assert not any("mark" in name for name in members(tmp_path / "three" / "train-0.tar"))
-    summary = run(tmp_path / "two" / "*.tar", tmp_path / "four", stamp={"mark": {"name": "new"}}, drop=drop)
-    assert summary["notes"] == ["12 samples already had mark.npy; it is made again."]
-    assert json.loads((tmp_path / "four" / "meta.json").read_text())["mark"] == {"name": "new"}
+def test_a_teachers_features_are_made_again_or_dropped_and_all_else_is_kept(folder, tmp_path):
+    def taught(batch):
+        return [{"teacher.npy": s.files["__key__"].encode()} for s in batch]
+
+    run(folder / "train-*.tar", tmp_path / "marked")
+    old, new = {"teacher": {"name": "old"}}, {"teacher": {"name": "new"}}
+    assert run(tmp_path / "marked" / "*.tar", tmp_path / "old", taught, stamp=old)["notes"] == []
+    assert meta(tmp_path / "old").items() >= (old | STAMP).items()
+    summary = run(tmp_path / "old" / "*.tar", tmp_path / "none", lambda b: [{}] * len(b), stamp={"n": {}})
+    assert summary["notes"] == ["12 samples already had teacher.npy; it is dropped, since it no longer fits."]
+    assert "teacher" not in meta(tmp_path / "none")
+    assert members(tmp_path / "none" / "train-0.tar") == members(tmp_path / "marked" / "train-0.tar")
+    summary = run(tmp_path / "old" / "*.tar", tmp_path / "new", taught, stamp=new)
+    assert summary["notes"] == ["12 samples already had teacher.npy; it is made again."]
+    assert meta(tmp_path / "new").items() >= (new | STAMP).items()
 
 
-def test_compressed_shards_become_plain_ones(tmp_path):
+def test_compressed_shards_become_plain_ones(tmp_path, out):
     plain = Path(write(tmp_path / "b.tar", [sample(0)]))
-    with tarfile.open(plain) as tar, tarfile.open(tmp_path / "a.tar.gz", "w:gz") as packed:
-        for member in tar:
-            packed.addfile(member, tar.extractfile(member))
-    run(tmp_path / "*.tar*", tmp_path / "out")
-    assert members(tmp_path / "out" / "a.tar") == members(tmp_path / "out" / "b.tar")
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    run(tmp_path / "*.tar*", out)
+    assert members(out / "a.tar") == members(out / "b.tar")
 
 
 @pytest.mark.parametrize(
@@ -181,11 +164,10 @@ def test_compressed_shards_become_plain_ones(tmp_path):
 )
 def test_wrong_arguments(folder, tmp_path, change, error, message):
     run(folder / "train-0.tar", tmp_path / "out")
-    (folder / "copy").mkdir()
+    for path in (folder / "copy", tmp_path / "full", tmp_path / "in-too"):
+        path.mkdir()
     write(folder / "copy" / "train-0.tar", [sample(0)])
-    (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    (tmp_path / "in-too").mkdir()
     (tmp_path / "in-too" / "meta.json").write_text(json.dumps({"format": "other"}))
     (tmp_path / "file").write_text("mine")
     before = {name: digests(tmp_path / name) for name in ("out", "full", "in-too")}
@@ -196,51 +178,56 @@ def test_wrong_arguments(folder, tmp_path, change, error, message):
     assert before == {name: digests(tmp_path / name) for name in before}
 
 
-def test_one_process_writes_at_a_time(folder, tmp_path):
+def test_one_process_writes_at_a_time(folder, out):
     def process(batch):
         with pytest.raises(FileExistsError, match="no other process writes to, got"):
-            run(folder / "train-0.tar", tmp_path / "out")
+            run(folder / "train-0.tar", out)
         return mark(batch)
 
-    run(folder / "train-0.tar", tmp_path / "out", process)
+    run(folder / "train-0.tar", out, process)
 
 
-def test_an_error_leaves_whole_shards_only(folder, tmp_path):
+def test_an_error_leaves_whole_shards_only(folder, tmp_path, out):
     def process(batch):
         if batch[0].files["__key__"] == "k011":
             raise RuntimeError("stop")
         return mark(batch)
 
     with pytest.raises(RuntimeError, match="stop"):
-        run(folder / "train-*.tar", tmp_path / "out", process)
-    assert {path.name for path in (tmp_path / "out").glob("*.tar")} == {"train-0.tar"}
-    assert run(folder / "train-*.tar", tmp_path / "out")["written"] == 1
+        run(folder / "train-*.tar", out, process)
+    assert set(digests(out)) == {"LICENSES.md", "meta.json", "train-0.tar"}
+    assert run(folder / "train-*.tar", out)["written"] == 1
     run(folder / "train-*.tar", tmp_path / "undisturbed")
-    assert digests(tmp_path / "out") == digests(tmp_path / "undisturbed")
+    assert digests(out) == digests(tmp_path / "undisturbed")
 
 
-def slowly(shards, out, ready):
-    """For a process of its own."""
+@pytest.mark.slow
+def test_killed_at_any_point(folder, tmp_path):
+    """kill -9 at each batch and each line that writes a file, then the same command: no torn shard is seen, and it ends
+    as undisturbed."""
 
-    def process(samples):
-        time.sleep(0.01)
-        return [{"mark.npy": s.place.encode() * 2000} for s in samples]
+    def go(out, point=-1):
+        step = step_killed_at(point)
 
-    ready.set()
-    run(shards, out, process, stamp={"mark": {"name": "killed"}}, batch_size=2)
+        def trace(frame, event, _):
+            if frame.f_code in WRITING:
+                step() if event == "line" else None
+                return trace
 
+        if point >= 0:
+            sys.settrace(trace)
+        run(folder / "train-*.tar", out, lambda batch: step() or [{"mark.npy": s.place.encode() * 2000} for s in batch])
 
-def check_whole(out):
-    for path in out.glob("*.tar"):
-        skipped = shards.Skipped()
-        assert all("mark.npy" in found for found in shards.read_shard(str(path), skipped, every=True))
-        assert not skipped.counts
-    if (out / "meta.json").exists():
-        assert json.loads((out / "meta.json").read_text())["mark"] == {"name": "killed"}
-
-
-def test_killed_at_any_moment(folder, tmp_path):
-    """kill -9 at random moments, then the same command: the folder is byte for byte that of an undisturbed run."""
-    kills.check(
-        ["simplclip.data.rewrite", "test_rewrite"], functools.partial(slowly, folder / "*.tar"), tmp_path, check_whole
-    )
+    go(tmp_path / "whole")
+    whole = digests(tmp_path / "whole")
+    for point in itertools.count():
+        out = tmp_path / f"killed-{point}"
+        code = forked(functools.partial(go, out, point))
+        assert code in (0, -signal.SIGKILL)
+        assert digests(out, "*.tar").items() <= whole.items()
+        assert not (out / "meta.json").exists() or meta(out)["mark"] == STAMP["mark"]
+        go(out)
+        assert digests(out) == whole
+        if code == 0:
+            break
+    assert point > 60

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -9,17 +11,18 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
+from pairs import call, digests, one_line
 from safetensors import safe_open
 from torch import nn
-from typer.testing import CliRunner
 
-from simplclip import cli, export, models
+from simplclip import export, models
 from simplclip.export import onnx_towers
 from simplclip.models.simplify import MapBlock
 from simplclip.train import checkpoint, config
 
 VIT = "export-tiny-vit"
 WEIGHTS = ("open_clip_pytorch_model.pt", "open_clip_model.safetensors")
+MLP = onnx_towers._mlp
 SHARED = {"simplify_options": {"share": {"text": [[0, 1]]}, "output_last": True}}
 
 
@@ -61,43 +64,40 @@ def save(folder, name, **options):
     return model
 
 
+class Exported(NamedTuple):
+    model: nn.Module
+    run: Path  # the folder of its checkpoint
+    out: Path
+    summary: dict
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """siclip-tiny, its run's folder and its export."""
     folder = tmp_path_factory.mktemp("tiny")
     model = save(folder / "run", "siclip-tiny")
-    return model, folder / "run", folder / "export", export.run(folder / "run", folder / "export")
+    return Exported(model, folder / "run", folder / "export", export.run(folder / "run", folder / "export"))
 
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vit")
     model = save(folder, f"open_clip:{VIT}", init_logit_bias=-5.0)
-    return model, folder, folder / "export", export.run(folder / "last.pt", folder / "export")
+    return Exported(model, folder, folder / "export", export.run(folder / "last.pt", folder / "export"))
 
 
 def assert_same(model, other):
-    ours, theirs = model.state_dict(), other.state_dict()
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", WEIGHTS)
-def test_a_siclip_loads_from_both_files_of_weights(tiny, file):
-    model, _, out, _ = tiny
-    assert_same(model, models.create("siclip-tiny", checkpoint=out / file))
+def test_both_files_of_weights_load(tiny, vit, file):
+    assert_same(tiny.model, models.create("siclip-tiny", checkpoint=tiny.out / file))
     other = models.create("siclip-tiny")
-    open_clip.load_checkpoint(other, str(out / file), strict=True)
-    assert_same(model, other)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", WEIGHTS)
-def test_a_plain_model_loads_by_open_clip_alone(vit, file):
-    model, _, out, _ = vit
-    other = open_clip.create_model(VIT, pretrained=str(out / file), init_logit_bias=0.0)
-    assert_same(model, other)
+    open_clip.load_checkpoint(other, str(tiny.out / file), strict=True)
+    assert_same(tiny.model, other)
+    plain = open_clip.create_model(VIT, pretrained=str(vit.out / file), init_logit_bias=0.0)  # by open_clip alone
+    assert_same(vit.model, plain)
 
 
 @pytest.mark.parametrize("which", ["tiny", "vit"])
@@ -112,8 +112,7 @@ def test_onnx_computes_what_torch_does(which, request):
         graph = onnx.load(out / f"{name}.onnx")
         onnx.checker.check_model(graph)
         assert {node.domain for node in graph.graph.node} == {""}
-        assert [i.name for i in graph.graph.input] == [given]
-        assert [o.name for o in graph.graph.output] == [returned]
+        assert [i.name for i in (*graph.graph.input, *graph.graph.output)] == [given, returned]
         assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
         session = onnxruntime.InferenceSession(out / f"{name}.onnx")
         encode = model.encode_image if name == "image" else model.encode_text
@@ -127,14 +126,12 @@ def test_onnx_computes_what_torch_does(which, request):
 
 
 def test_the_summary_says_what_was_exported(tiny, vit):
-    model, run, out, answer = tiny
+    model, _, out, answer = tiny
     assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(answer))
     assert (answer["model"], answer["step"], answer["embed_dim"]) == ("siclip-tiny", 7, 256)
     assert answer["logit_scale"] == pytest.approx(model.logit_scale.exp().item())
-    assert answer["logit_bias"] is None
-    assert vit[3]["logit_bias"] == pytest.approx(-5)
-    assert answer["preprocess"]["size"] == (48, 48)
-    assert answer["preprocess"]["interpolation"] == "bicubic"
+    assert (answer["logit_bias"], vit.summary["logit_bias"]) == (None, pytest.approx(-5))
+    assert (answer["preprocess"]["size"], answer["preprocess"]["interpolation"]) == ((48, 48), "bicubic")
     assert answer["tokenizer"] == {"name": "ShortVocabTokenizer", "context_length": 16, "vocab_size": 8192}
     assert sorted(answer["files"]) == sorted([*WEIGHTS, "image.onnx", "text.onnx"])
     assert {p.name for p in out.iterdir()} == {*answer["files"], "export.json"}
@@ -192,78 +189,64 @@ def test_every_form_of_a_simplified_block(tmp_path):
 
 
 def test_an_export_is_kept_unless_forced(tiny, tmp_path):
-    _, run, _, _ = tiny
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    export.run(run, out, formats=["safetensors", "open_clip"])
+    export.run(tiny.run, out, formats=["safetensors", "open_clip"])
     with pytest.raises(FileExistsError, match="expected a folder without an export, got .*; --force"):
-        export.run(run, out)
-    export.run(run, out, formats=["safetensors"], force=True)
+        export.run(tiny.run, out)
+    export.run(tiny.run, out, formats=["safetensors"], force=True)
     assert {p.name for p in out.iterdir()} == {"notes.txt", "export.json", WEIGHTS[1]}
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder"):
-        export.run(run, tmp_path / "file", force=True)
+        export.run(tiny.run, tmp_path / "file", force=True)
 
 
 @pytest.mark.slow
-def test_a_tower_that_computes_otherwise_changes_nothing(tiny, tmp_path, monkeypatch):
-    _, run, _, _ = tiny
+@pytest.mark.parametrize(
+    ("name", "replacement", "message"),
+    [
+        ("_mlp", lambda *args: 1.01 * MLP(*args), r"image tower's features within 0.0001 .* at batch 1, got an error"),
+        ("_decompositions", dict, "onnx: expected a tower that torch can export, got the image tower"),
+    ],
+    ids=["computes otherwise", "an op of ours is left"],
+)
+def test_a_tower_that_is_wrong_changes_nothing(tiny, tmp_path, monkeypatch, name, replacement, message):
     out = tmp_path / "out"
-    export.run(run, out, formats=["safetensors"])
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    right = onnx_towers._mlp
-    monkeypatch.setattr(onnx_towers, "_mlp", lambda *args: 1.01 * right(*args))
-    with pytest.raises(onnx_towers.ExportError, match=r"image tower's features within 0.0001 .* at batch 1, got an error"):
-        export.run(run, out, force=True)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    export.run(tiny.run, out, formats=["safetensors"])
+    before = digests(out)
+    monkeypatch.setattr(onnx_towers, name, replacement)
+    with pytest.raises(onnx_towers.ExportError, match=message):
+        export.run(tiny.run, out, force=True)
+    assert digests(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_no_op_of_ours_is_left(tiny, tmp_path, monkeypatch):
-    _, run, _, _ = tiny
-    monkeypatch.setattr(onnx_towers, "_decompositions", dict)
-    with pytest.raises(onnx_towers.ExportError, match="onnx: expected a tower that torch can export, got the image tower"):
-        export.run(run, tmp_path / "out", formats=["onnx"])
-    assert not list(tmp_path.iterdir())
-
-
-def call(*arguments):
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
-
-
 def test_command(tiny, tmp_path):
-    _, run, _, _ = tiny
-    result = call("export", run / "last.pt", "--out", tmp_path / "a/b", "--format", "safetensors")
+    result = call("export", tiny.run / "last.pt", "--out", tmp_path / "a/b", "--format", "safetensors")
     assert result.exit_code == 0, result.output
     assert "open_clip_model.safetensors" in result.output
     assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", WEIGHTS[1]}
-    cases = {
-        "format: expected one of open_clip, safetensors, onnx, got 'tflite'": (run, "--format", "tflite"),
-        "checkpoint: no such file": (tmp_path / "none.pt",),
-        "expected a simplclip checkpoint, got": (tmp_path / "text.pt",),
-        "expected weights of 'siclip-tiny'": (tmp_path / "other.pt",),
-        "expected a folder without an export": (run, "--out", tmp_path / "a/b"),
-    }
     (tmp_path / "text.pt").write_text("not weights")
-    state = checkpoint.load(run)
+    state = checkpoint.load(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}
     torch.save(state, tmp_path / "other.pt")
-    for message, arguments in cases.items():
-        result = call(
-            "export", *arguments[:1], *(arguments[1:] or ()), *(() if "--out" in arguments else ("--out", tmp_path / "c"))
-        )
-        assert result.exit_code == 2, result.output
-        assert message in result.output
-        assert len(result.output.strip().splitlines()) == 1
+    for message, path, *options in (
+        ("format: expected one of open_clip, safetensors, onnx, got 'tflite'", tiny.run, "--format", "tflite"),
+        ("checkpoint: no such file", tmp_path / "none.pt"),
+        ("expected a simplclip checkpoint, got", tmp_path / "text.pt"),
+        ("expected weights of 'siclip-tiny'", tmp_path / "other.pt"),
+        ("expected a folder without an export", tiny.run, "--out", tmp_path / "a/b"),
+    ):
+        assert message in one_line("export", path, "--out", tmp_path / "c", *options)
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_file_that_is_no_weights(suffix, tmp_path):
-    (tmp_path / f"a.{suffix}").write_bytes(b"\x80\x04nothing of use")
-    with pytest.raises(ValueError, match="checkpoint: expected a file of weights, got .*a[.]"):
-        models.create("siclip-tiny", checkpoint=tmp_path / f"a.{suffix}")
+def test_a_file_that_is_no_weights(tmp_path):
+    for suffix in ("pt", "safetensors"):
+        (tmp_path / f"a.{suffix}").write_bytes(b"\x80\x04nothing of use")
+        with pytest.raises(ValueError, match="checkpoint: expected a file of weights, got .*a[.]"):
+            models.create("siclip-tiny", checkpoint=tmp_path / f"a.{suffix}")
     torch.save({"state_dict": [1, 2]}, tmp_path / "b.pt")
     with pytest.raises(ValueError, match="expected a state dict of tensors"):
         models.create("siclip-tiny", checkpoint=tmp_path / "b.pt")

@@ -1,29 +1,53 @@
-"""Small shards of image-text pairs, with a tokenizer and transforms whose output can be read back."""
+"""Small shards of image-text pairs, whose batches can be read back; commands, and processes that are killed."""
 
+import contextlib
+import hashlib
 import io
+import itertools
 import json
+import os
 import random
+import signal
 import tarfile
 
 import numpy as np
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from simplclip import data
+from simplclip import cli, data
 
 SIZE = 8
 COUNT = 23
 
 
-def png(seed=0, mode="RGB", size=(12, 12), form="PNG"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 4 if mode == "RGBA" else 3), dtype=np.uint8)
+def png(seed=0, size=(12, 12), form="PNG"):
     out = io.BytesIO()
-    Image.fromarray(pixels, mode).save(out, form)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(out, form)
     return out.getvalue()
 
 
+def npy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+def members(path):
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def digests(folder, pattern="*"):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)}
+
+
+def meta(folder):
+    return json.loads((folder / "meta.json").read_text())
+
+
 def write(path, samples):
-    """samples: list of (key, {suffix: bytes}); a list of them as the tar's members, in this order."""
+    """samples: list of (key, {suffix: bytes}), as the tar's members in this order."""
     with tarfile.open(path, "w") as tar:
         for key, files in samples:
             for suffix, content in files.items():
@@ -33,19 +57,14 @@ def write(path, samples):
     return str(path)
 
 
-def sample(number, captions=None):
-    record = {"captions": captions or [f"{number} a", f"{number} b", f"{number} c"], "group": number // 2}
-    return f"k{number:03d}", {
-        "json": json.dumps(record).encode(),
-        "png": png(number),
-        "txt": f"{number} a".encode(),
-    }
+def sample(number):
+    record = {"captions": [f"{number} {letter}" for letter in "abc"], "group": number // 2}
+    return f"k{number:03d}", {"json": json.dumps(record).encode(), "png": png(number), "txt": f"{number} a".encode()}
 
 
 def tokenizer(texts):
     """Lossless: the bytes of each text."""
-    rows = [list(text.encode()[:12].ljust(12)) for text in texts]
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor([list(text.encode()[:12].ljust(12)) for text in texts], dtype=torch.int64)
 
 
 def text_of(row):
@@ -62,18 +81,38 @@ def augment(image):
 
 
 def loader(paths, **options):
-    options = {"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options
-    return data.make_loader(paths, **options)
+    return data.make_loader(paths, **{"batch_size": 4, "transform": augment, "tokenizer": tokenizer} | options)
 
 
 def keys(batches):
     return [key for batch in batches for key in batch["key"]]
 
 
-def equal(first, second):
-    assert len(first) == len(second)
-    for a, b in zip(first, second):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
-    return True
+def one_line(*arguments):
+    """What a command says that ends in an error: one line."""
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if line.strip()]
+    return line
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def forked(action):
+    """Run `action()` in a process of its own; its exit code, 1 after an exception."""
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            torch.set_num_threads(1)
+            action()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def step_killed_at(point):
+    """A function whose call number `point` kills the process (-9)."""
+    count = itertools.count()
+    return lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None
