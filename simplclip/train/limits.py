@@ -19,21 +19,16 @@ except ImportError:  # Windows
     resource = None
 
 GIB = 2**30
-# Assumptions, not measured by this library: the driver's context with the modules of torch and cuBLAS, the workspaces of
-# cuBLAS and cuDNN, and the loss by fragmentation in the allocator.
-CONTEXT_BYTES = 640 * 2**20
-LIBRARY_BYTES = 160 * 2**20
-FRAGMENTATION = 0.04
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of a card or a machine, and the part of them that a step may use."""
+    """Bytes of a card or a machine, and the part of them that a step may use. The defaults are assumptions, not measured."""
 
     memory: int
-    context: int = CONTEXT_BYTES
-    libraries: int = LIBRARY_BYTES
-    fragmentation: float = FRAGMENTATION
+    context: int = 640 << 20  # of the driver, with the modules of torch and cuBLAS
+    libraries: int = 160 << 20  # workspaces of cuBLAS and cuDNN
+    fragmentation: float = 0.04  # the share of the rest that the allocator loses
 
     @property
     def usable(self) -> int:
@@ -73,9 +68,9 @@ class MemoryLimit:
         self.device, self.planner, self._former = device, planner, None
         if device.type == "cuda":
             total = torch.cuda.mem_get_info(device)[1]
-            self.budget = Budget(self._checked(limit, total, CONTEXT_BYTES))
+            self.budget = Budget(self._checked(limit, total, Budget.context))
             if limit is not None:
-                torch.cuda.set_per_process_memory_fraction((limit - CONTEXT_BYTES) / total, device)
+                torch.cuda.set_per_process_memory_fraction((limit - Budget.context) / total, device)
             return
         taken = _data_bytes()
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize

@@ -11,7 +11,7 @@ import yaml
 from runs import go, rows
 
 from simplclip import memory
-from simplclip.memory.predict import predict
+from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
 from simplclip.train import checkpoint, limits
 from simplclip.train.config import ConfigError
