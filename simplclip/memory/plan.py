@@ -24,13 +24,7 @@ class NoCuda(UserError, RuntimeError):
     """torch is a build without CUDA."""
 
 
-CARDS = {
-    "rtx-3090": 24 * GIB,
-    "rtx-4090": 24 * GIB,
-    "rtx-3060": 12 * GIB,
-    "a100-40": 40 * GIB,
-    "a100-80": 80 * GIB,
-}
+CARDS = {"rtx-3090": 24 * GIB, "rtx-4090": 24 * GIB, "rtx-3060": 12 * GIB, "a100-40": 40 * GIB, "a100-80": 80 * GIB}
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger one leaves less memory for the loss
 MOST_PAIRS = 1 << 22
@@ -233,18 +227,16 @@ class _Planner:
         """Settings that would lower the peak of the step as configured, with the new peak."""
         config = self.config
         size, micro = config.data.batch_size, config.data.micro_batch
-        changes: list[tuple[str, dict]] = []
+        changes: dict[str, dict] = {}
         if not config.model.recompute:
-            why = "blocks are computed again in backward"
-            changes.append((f"model.recompute=true ({why})", {"model": {"recompute": True}}))
+            changes["model.recompute=true (blocks are computed again in backward)"] = {"model": {"recompute": True}}
         if micro is None and size % 4 == 0 and self.cacheable:
-            changes.append((f"data.micro_batch={size // 4} (gradient caching)", {"data": {"micro_batch": size // 4}}))
+            changes[f"data.micro_batch={size // 4} (gradient caching)"] = {"data": {"micro_batch": size // 4}}
         elif micro is not None and micro % 2 == 0:
-            changes.append((f"data.micro_batch={micro // 2}", {"data": {"micro_batch": micro // 2}}))
+            changes[f"data.micro_batch={micro // 2}"] = {"data": {"micro_batch": micro // 2}}
         if config.loss.scratch_mib > 8:
-            why = "chunks of the similarity matrices"
-            changes.append((f"loss.scratch_mib=8 ({why})", {"loss": {"scratch_mib": 8}}))
-        for change, sections in changes:
+            changes["loss.scratch_mib=8 (chunks of the similarity matrices)"] = {"loss": {"scratch_mib": 8}}
+        for change, sections in changes.items():
             try:
                 less = self.usage(**sections)
             except ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,9 @@ class Budget:
         return int((self.memory - self.context - self.libraries) * (1 - self.fragmentation))
 
     def assumptions(self) -> list[str]:
-        mib = 2**20
         return [
-            f"{self.context // mib} MiB for the context of the driver and of torch's libraries",
-            f"{self.libraries // mib} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
+            f"{self.context >> 20} MiB for the context of the driver and of torch's libraries",
+            f"{self.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
             f"{self.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
         ]
 
@@ -109,10 +109,8 @@ class MemoryLimit:
         if self.planner is None:
             return "Without a planner there is no advice."
         made = self.planner.make(config, self.budget, device=self.device.type, solve=False)
-        parts = [
-            f"The plan: this step takes {gib(made.usage.peak)}; {gib(self.budget.usable)} are usable of "
-            f"{gib(self.budget.memory)}."
-        ]
+        usable = f"{gib(self.budget.usable)} are usable of {gib(self.budget.memory)}"
+        parts = [f"The plan: this step takes {gib(made.usage.peak)}; {usable}."]
         parts += [f"Try {advice}." for advice in made.advice]
         try:
             micro = self.settle(config).data.micro_batch
@@ -125,15 +123,12 @@ class MemoryLimit:
 
 def ran_out(error: Exception) -> bool:
     """Whether the error is out of memory; for CPU tensors torch has no class of it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(
-        error
-    )
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _data_bytes() -> int:
     """Bytes of this process's data segment, as RLIMIT_DATA counts them; 0 if unknown."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmData")), 0)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmData:\s*(\d+)", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
