@@ -95,13 +95,19 @@ def test_a_gradient_that_two_nodes_have_is_not_added_to():
     assert p.grad.data_ptr() != q.grad.data_ptr()  # of ours, which runs last
 
 
-def test_gradients_are_added_in_place_where_nobody_else_has_them():
+def test_the_ops_are_those_of_torchs_engine():
+    """In the same order, and in place where nobody else has the gradient."""
     x = torch.randn(4, requires_grad=True)
-    with Engine(lambda gradient: None).installed():
-        y = 2 * x
+
+    def ops():
+        x.grad, y = None, 2 * x
         loss = (y.sin() + y.cos() * y).sum()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             loss.backward()
-    names = [event.name for event in profiler.events()]
-    assert names.count("aten::add_") == 2
-    assert "aten::add" not in names
+        return [name for event in profiler.events() if (name := event.name) in arithmetic]
+
+    arithmetic = {f"aten::{name}" for name in ("add", "add_", "cos", "mul", "neg", "sin")}
+    expected = ops()
+    with Engine(lambda gradient: None).installed():
+        assert ops() == expected
+    assert expected.count("aten::add_") == 2
