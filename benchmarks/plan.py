@@ -13,7 +13,6 @@ from benchmarks.results_file import RESULTS
 from simplclip import memory as plan
 from simplclip.common.files import write_atomically
 from simplclip.memory import report
-from simplclip.memory.picture import draw
 from simplclip.train import config
 
 CARD, TEACHER_WIDTH = "rtx-3090", 768
@@ -37,7 +36,7 @@ def main() -> None:
         )
         plans[name] = report.as_dict(made) | {"changes": changes}
         if len(plans) == 3:
-            draw(RESULTS / "plan-siclip-s0.png", made)
+            report.draw(RESULTS / "plan-siclip-s0.png", made)
     where = hardware.describe()
     result = {"card": CARD, "teacher_width": TEACHER_WIDTH, "plans": plans} | where
     path = RESULTS / f"plan-siclip-s0-{where['date']}.json"

@@ -25,4 +25,13 @@ class Scratch {
   int64_t grain_, bytes_ = 0;
 };
 
+// The workspace of a function that takes no memory from torch besides its results.
+template <auto function>
+struct NoWorkspace;
+
+template <class Result, class... Arguments, Result (*function)(Arguments...)>
+struct NoWorkspace<function> {
+  static int64_t bytes(Arguments...) { return 0; }
+};
+
 }  // namespace simplclip

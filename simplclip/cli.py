@@ -212,9 +212,9 @@ def plan(
     from simplclip.train import config as configs
 
     values = configs.load(config, [*(set_ or ()), *([f"data.micro_batch={micro_batch}"] if micro_batch else ())])
-    from simplclip.memory import command
+    from simplclip.memory import report
 
-    command.run(
+    report.run(
         values,
         memory,
         device=device,

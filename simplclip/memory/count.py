@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter as Bag
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses import fake_tensor
+from torch._subclasses import fake_tensor as fakes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,31 +23,18 @@ from simplclip.ops import registry
 # The kinds of live bytes. A storage has the kind of the phase that allocated it, until `hold` changes it.
 WORKSPACE = "kernel workspaces"
 KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", WORKSPACE)
-GPU_BLOCK = 512  # torch's CUDA allocator allocates multiples of it
 
 
 class UncountedOp(UserError, RuntimeError):
     """The memory of an op cannot be predicted: it has no fake implementation, or its results depend on values."""
 
 
-# Errors of ops without a fake implementation, and of ops whose results depend on values.
-_NOT_FAKE = (
-    NotImplementedError,
-    fake_tensor.UnsupportedOperatorException,
-    fake_tensor.DataDependentOutputException,
-    fake_tensor.DynamicOutputShapeException,
-)
+_VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
+_NOT_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, *_VALUES
 
 # Products for which oneDNN allocates memory from torch's CPU allocator -> their operands among the arguments.
-_PRODUCTS = {
-    torch.ops.aten.mm.default: lambda args: args[:2],
-    torch.ops.aten.addmm.default: lambda args: args[1:3],
-    torch.ops.aten.addmm_.default: lambda args: args[1:3],
-}
-
-
-def _packing(a: Tensor, b: Tensor) -> int:
-    return packing_bytes(a.shape[0], b.shape[1], a.shape[1], a.dtype, transposed=a.stride(1) != 1)
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm.default: slice(0, 2), aten.addmm.default: slice(1, 3), aten.addmm_.default: slice(1, 3)}
 
 
 @dataclass
@@ -60,30 +48,24 @@ class Usage:
     peak_phase: str = ""
     steps: list[int] = field(default_factory=list)  # first event of each step, and the end of the last one
 
-    def timeline(self, points: int = 2000) -> tuple[list[str], list[list[int]], list[tuple[int, str]]]:
-        """The last step: kinds, live bytes of each kind at about `points` moments at most, first moments of the phases.
+    def timeline(self, points: int = 2000) -> tuple[list[str], np.ndarray, list[tuple[int, str]]]:
+        """The last step: kinds, live bytes of each kind at about `points` moments, first moments of the phases.
 
         A moment represents several events, by the live bytes at their highest total.
         """
         start, end = self.steps[-2:]
-        live = dict.fromkeys(KINDS, 0)
-        for kind, change in self.events[:start]:
-            live[kind] += change
-        span = max(1, (end - start) // points)
-        rows: list[tuple[int, ...]] = []
-        for place, (kind, change) in enumerate(self.events[start:end]):
-            live[kind] += change
-            row = tuple(live.values())
-            if place % span == 0:
-                rows.append(row)
-            elif sum(row) > sum(rows[-1]):
-                rows[-1] = row
-        used = [index for index in range(len(KINDS)) if any(row[index] for row in rows)]
+        changes = np.zeros((len(KINDS), end), dtype=np.int64)
+        for event, (kind, change) in enumerate(self.events[:end]):
+            changes[KINDS.index(kind), event] = change
+        live = changes.cumsum(1)[:, start:]
+        totals, span = live.sum(0), max(1, (end - start) // points)
+        live = live[:, [first + totals[first : first + span].argmax() for first in range(0, end - start, span)]]
         phases: list[tuple[int, str]] = []
         for event, name in self.phases:
             if start <= event < end and name and (not phases or phases[-1][1] != name):
                 phases.append(((event - start) // span, name))
-        return [KINDS[index] for index in used], [[row[index] for row in rows] for index in used], phases
+        used = live.any(1)
+        return [kind for kind, is_used in zip(KINDS, used) if is_used], live[used], phases
 
 
 class Counter(TorchDispatchMode):
@@ -98,10 +80,9 @@ class Counter(TorchDispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device, self.usage = device, Usage()
-        self.block = GPU_BLOCK if device.type == "cuda" else 1
+        self.block = 512 if device.type == "cuda" else 1  # torch's allocator allocates multiples of it
         self.kind, self.phase = "temporaries", ""
         self.live: Bag[str] = Bag()
-        self._total = 0
         self._held: dict[int, tuple[str, int, weakref.ref]] = {}
 
     @contextmanager
@@ -118,12 +99,23 @@ class Counter(TorchDispatchMode):
         self.phase, self.kind = phase, kind
         self.usage.phases.append((len(self.usage.events), phase))
 
-    def hold(self, tensors: object, kind: str) -> None:
-        """Counts the storages of existing tensors, or changes their kind."""
+    def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
+        """Counts the storages of the tensors as this kind, also those that were counted as one of the kinds `instead_of`."""
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
-                self._see(tensor, kind)
-                self._relabel(tensor, kind)
+            if not isinstance(tensor, Tensor) or tensor.device.type != self.device.type:
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._held:
+                size = -(-storage.nbytes() // self.block) * self.block
+                self._held[key] = kind, size, weakref.ref(storage, lambda _, key=key: self._free(key))
+                self._change(kind, size)
+                continue
+            before, size, gone = self._held[key]
+            if before in instead_of and before != kind:
+                self._held[key] = kind, size, gone
+                self._change(before, -size)
+                self._change(kind, size)
 
     def transient(self, size: int) -> None:
         """Counts an allocation of `size` bytes that is freed at once."""
@@ -152,18 +144,15 @@ class Counter(TorchDispatchMode):
             raise UncountedOp(
                 f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
             ) from error
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
-                self._see(tensor, self.kind)
+        self.hold(out, self.kind, instead_of=())
         if self.device.type == "cpu" and func in _PRODUCTS:
-            self.transient(_packing(*_PRODUCTS[func](args)))
+            a, b = args[_PRODUCTS[func]]
+            self.transient(packing_bytes(a.shape[0], b.shape[1], a.shape[1], a.dtype, transposed=a.stride(1) != 1))
         return out
 
     def _native(self, op: str, backend: str, function):
         """Replaces `function` of `backend`. The reference, plain torch, runs unchanged; Triton's launchers run without their
         kernels."""
-        if backend == "reference":
-            return function
 
         def fake(*args):
             out = registry.NATIVE_FAKES[op](*args)
@@ -174,33 +163,10 @@ class Counter(TorchDispatchMode):
             outer = self.kind
             with self.during(self.phase, WORKSPACE), launching.pretended():
                 out = function(*args)
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor) and self._kind_of(tensor) == WORKSPACE:
-                    self._relabel(tensor, outer)
+            self.hold(out, outer, instead_of=(WORKSPACE,))
             return out
 
-        return launch if backend == "triton" else fake
-
-    def _kind_of(self, tensor: Tensor) -> str | None:
-        return self._held.get(tensor.untyped_storage()._cdata, (None,))[0]
-
-    def _see(self, tensor: Tensor, kind: str) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._held:
-            return
-        size = -(-storage.nbytes() // self.block) * self.block
-        gone = weakref.ref(storage, lambda _, key=key: self._free(key))
-        self._held[key] = (kind, size, gone)
-        self._change(kind, size)
-
-    def _relabel(self, tensor: Tensor, kind: str) -> None:
-        key = tensor.untyped_storage()._cdata
-        was, size, gone = self._held[key]
-        if was != kind:
-            self._held[key] = (kind, size, gone)
-            self._change(was, -size)
-            self._change(kind, size)
+        return {"reference": function, "triton": launch}.get(backend, fake)
 
     def _free(self, key: int) -> None:
         kind, size, _ = self._held.pop(key)
@@ -210,9 +176,8 @@ class Counter(TorchDispatchMode):
         if not size:
             return
         self.live[kind] += size
-        self._total += size
-        usage = self.usage
+        usage, total = self.usage, self.live.total()
         usage.events.append((kind, size))
-        if self._total > usage.peak:
-            usage.peak, usage.at_peak = self._total, {kind: self.live[kind] for kind in KINDS if self.live[kind]}
-            usage.peak_phase = self.phase
+        if total > usage.peak:
+            usage.peak, usage.peak_phase = total, self.phase
+            usage.at_peak = {kind: self.live[kind] for kind in KINDS if self.live[kind]}

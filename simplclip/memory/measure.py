@@ -1,16 +1,54 @@
-"""Measures the memory of a step by two steps on real tensors."""
+"""The memory of a step: predicted by counting two steps on fake tensors, or measured by two steps on real ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from simplclip.memory.predict import STEPS
+from simplclip.memory import pretend
+from simplclip.memory.count import Counter, Usage
+from simplclip.memory.engine import Engine
 from simplclip.memory.step import Step
+
+STEPS = 2  # in the second step the optimizer's state exists from the beginning
+
+
+def predict(step: Step, device: torch.device) -> Usage:
+    """The memory on `device` during two runs of `step`, whose modules are fake afterwards."""
+    # Fallback kernels would run ops without a fake on real tensors.
+    counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
+    batches = tree_map_only(Tensor, pretend.Fakes(mode, torch.device("cpu")).of, step.batches(whole=False))
+    pretend.Fakes(mode, device).into(step.modules)
+    counter.hold(_weights(step), "parameters")
+    counter.hold(batches, "batch")
+    engine = Engine(lambda gradient: counter.hold(gradient, "gradients"))
+    with pretend.fake_step(mode, device), engine.installed(), counter.counting():
+        step.place(device, counter.during)
+        _watch(step.optimizer, counter)
+        for _ in range(STEPS):
+            counter.usage.steps.append(len(counter.usage.events))
+            with counter.during("backward", "temporaries"):
+                step.run(batches)
+        counter.usage.steps.append(len(counter.usage.events))
+    return counter.usage
+
+
+def _watch(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
+    phase = ExitStack()
+
+    def after(*_) -> None:
+        phase.close()
+        counter.hold(list(optimizer.state.values()), "optimizer state")
+
+    optimizer.register_step_pre_hook(lambda *_: phase.enter_context(counter.during("optimizer", "temporaries")))
+    optimizer.register_step_post_hook(after)
 
 
 def measure(step: Step, device: torch.device) -> int:
@@ -28,23 +66,17 @@ def measure(step: Step, device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(step, batches)}
-    return sum(held.values()) + cpu_peak_bytes(run)
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_leaves([_weights(step), batches])}
+    return sum(storages.values()) + cpu_peak_bytes(run)
 
 
 def cpu_peak_bytes(run: Callable[[], object]) -> int:
     """Peak bytes that torch's CPU allocator allocated during `run`, without those that were live before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = run()
+        run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    del kept
-    return peak
+    return max(accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
-def _tensors(step: Step, batches: object) -> list[Tensor]:
-    weights = [[list(module.parameters()), list(module.buffers())] for module in step.modules]
-    return [leaf for leaf in tree_leaves([weights, batches]) if isinstance(leaf, Tensor)]
+def _weights(step: Step) -> list[Tensor]:
+    return [t for module in step.modules for t in (*module.parameters(), *module.buffers())]

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from simplclip import gradient_cache, models
 from simplclip.common import hardware
-from simplclip.common.errors import UserError
+from simplclip.common.errors import InputError, UserError
 from simplclip.memory.count import Usage
-from simplclip.memory.measure import measure
-from simplclip.memory.predict import predict
-from simplclip.memory.solve import largest
+from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
 from simplclip.train import config as configs
 from simplclip.train.config import Config, ConfigError
-from simplclip.train.limits import Budget, gib
+from simplclip.train.limits import GIB, Budget, gib
 
 
 class NoCuda(UserError, RuntimeError):
     """torch is a build without CUDA."""
 
 
-AS_IS, ONE_GRAPH, CACHED = "as configured", "most in one graph", "most by gradient caching"
+CARDS = {"rtx-3090": 24 * GIB, "rtx-4090": 24 * GIB, "rtx-3060": 12 * GIB, "a100-40": 40 * GIB, "a100-80": 80 * GIB}
+_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger one leaves less memory for the loss
 MOST_PAIRS = 1 << 22
+
+
+def parse_memory(text: str) -> int:
+    """The bytes of "24GiB", "24000MB" or a card in `CARDS`. Raises InputError."""
+    name = re.sub(r"[\s_]+", "-", text.strip().lower())
+    name = name if name in CARDS else f"rtx-{name}" if f"rtx-{name}" in CARDS else name
+    if name in CARDS:
+        return CARDS[name]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
+    if not match or not float(match[1]):
+        near = difflib.get_close_matches(name, CARDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}{hint}")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -85,37 +99,30 @@ def make(
     Raises: ConfigError, ValueError; UncountedOp and UnknownWorkspace if the memory of an op cannot be predicted; NoCuda if
     torch is a build without CUDA.
     """
-    where = _device(device)
-    precision, why = _precision(config, where)
-    notes = [f"precision {precision} ({why})", "two steps; the second has the optimizer's state from its beginning"]
-    notes += ["nothing for oneDNN's workspaces inside convolutions"] if where.type == "cpu" else []
+    this = _Planner(config, budget, device, teacher_width)
+    on_card = this.device.type == "cuda"
+    notes = [f"precision {this.precision} ({this.why})", "two steps; the second has the optimizer's state from its beginning"]
+    notes += [] if on_card else ["nothing for oneDNN's workspaces inside convolutions"]
     if config.data.micro_batch == "auto":
         show("looking for the micro-batch")
-        config = micro_batch_that_fits(config, budget, device=device, teacher_width=teacher_width)
+        this.config = config = this.with_micro_batch()
 
-    base = TrainerStep(config, precision, teacher_width)
-
-    def usage_of(data: dict, **changes) -> Usage:
-        changed = _changed(config, data=data, **changes)
-        step = TrainerStep(changed, precision, teacher_width) if changes else base.resized(changed)
-        return predict(step, where)
-
-    cacheable = _cacheable(base.training.model.train())
     show(f"the step as configured: batch {config.data.batch_size:,}")
-    usage = usage_of({})
-    as_is = Answer(AS_IS, config.data.batch_size, config.data.micro_batch, usage.peak)
-    answers, measured = [as_is], None
-    if where.type == "cuda" and torch.cuda.is_available():
+    usage = this.usage()
+    answers, measured = [Answer("as configured", config.data.batch_size, config.data.micro_batch, usage.peak)], None
+    if on_card and torch.cuda.is_available():
         show("two real steps of it on this GPU")
-        measured = _measured(TrainerStep(config, precision, teacher_width), where)
-        notes += [] if measured else ["the step as configured does not fit this machine's GPU"]
+        try:
+            measured = measure(TrainerStep(config, this.precision, teacher_width), this.device)
+        except torch.OutOfMemoryError:
+            notes.append("the step as configured does not fit this machine's GPU")
     if solve:
-        answers += _solved(config, budget, usage_of, cacheable, show)
+        answers += this.solved(show)
     if compare:
-        answers.append(_of_open_clip(config, budget, precision, base.training.teacher, where, show))
+        answers.append(this.of_open_clip(show))
     show("advice")
-    advice = tuple(_advice(config, budget, usage, usage_of, cacheable))
-    return Plan(config.model.name, precision, device, budget, tuple(answers), usage, measured, advice, tuple(notes))
+    advice = tuple(this.advice(usage))
+    return Plan(config.model.name, this.precision, device, budget, tuple(answers), usage, measured, advice, tuple(notes))
 
 
 def micro_batch_that_fits(
@@ -125,129 +132,152 @@ def micro_batch_that_fits(
 
     Raises ConfigError if even micro-batches of one image do not fit.
     """
-    where, size = _device(device), config.data.batch_size
-    precision, _ = _precision(config, where)
-
-    base = TrainerStep(_changed(config, data={"micro_batch": None}), precision, teacher_width)
-
-    def peak(micro: int) -> int:
-        changed = _changed(config, data={"micro_batch": None if micro == size else micro})
-        return predict(base.resized(changed), where).peak
-
-    divisors = [micro for micro in range(1, size + 1) if size % micro == 0]
-    place, seen = largest(lambda index: peak(divisors[index - 1]), budget.usable, start=len(divisors), most=len(divisors))
-    if not place:
-        raise ConfigError(
-            f"data.micro_batch: expected one that fits {gib(budget.usable)} of {gib(budget.memory)}, got auto; a batch of "
-            f"{size:,} takes {gib(seen[1])} even with one image at a time"
-        )
-    micro = divisors[place - 1]
-    return _changed(config, data={"micro_batch": None if micro == size else micro})
+    return _Planner(config, budget, device, teacher_width).with_micro_batch()
 
 
-def _solved(config: Config, budget: Budget, usage_of: Callable, cacheable: bool, show: Callable) -> Iterator[Answer]:
-    show("the largest batch in one graph")
-    whole = _answer(ONE_GRAPH, lambda n: usage_of({"batch_size": n, "micro_batch": None}).peak, budget, micro_batch=None)
-    yield whole
-    if not cacheable or not whole.batch_size:
-        return
-    micro = config.data.micro_batch or min(SMALL_MICRO_BATCH, config.data.batch_size)
-    if micro >= whole.batch_size:
-        micro = max(1, whole.batch_size // 2)  # the largest micro-batch would leave no memory for a larger batch
-    show(f"the largest batch by gradient caching, micro-batches of {micro:,}")
+class _Planner:
+    """Predicts the steps of a config with some values changed."""
 
-    def cached(count: int) -> int:
-        return usage_of({"batch_size": count * micro, "micro_batch": micro}).peak
-
-    yield _answer(CACHED, cached, budget, micro_batch=micro, unit=micro)
-
-
-def _answer(what: str, peak: Callable[[int], int], budget: Budget, *, micro_batch: int | None, unit: int = 1) -> Answer:
-    found, seen = largest(peak, budget.usable, start=max(8, 16384 // unit) if unit > 1 else 32, most=MOST_PAIRS // unit)
-    return Answer(
-        what,
-        found * unit,
-        micro_batch,
-        seen[found] if found else 0,
-        (found + 1) * unit if found + 1 in seen else None,
-        seen.get(found + 1),
-        {count * unit: bytes_ for count, bytes_ in sorted(seen.items())},
-    )
-
-
-def _of_open_clip(
-    config: Config, budget: Budget, precision: str, teacher: Mapping | None, where: torch.device, show: Callable
-) -> Answer:
-    name = models.original(config.model.name)
-    if name is None:
-        raise ConfigError(f"--compare: expected a model made from one of open_clip's, got {config.model.name}")
-    width = teacher["width"] if "distill_loss" in config.loss.weights else None
-    what = f"most in open_clip: {name}, {type(OpenClipStep(name, 1, precision, width).loss).__name__}"
-    show(what)
-    return _answer(what, lambda n: predict(OpenClipStep(name, n, precision, width), where).peak, budget, micro_batch=None)
-
-
-def _advice(config: Config, budget: Budget, usage: Usage, usage_of: Callable, cacheable: bool) -> Iterator[str]:
-    """Settings that would lower the peak of the step as configured, with the new peak."""
-
-    def gain(change: str, data: dict | None = None, **changes) -> Iterator[str]:
+    def __init__(self, config: Config, budget: Budget, device: str, teacher_width: int | None) -> None:
+        if device == "cuda" and torch.version.cuda is None:
+            raise NoCuda(
+                f"device: expected cpu, got cuda: torch {torch.__version__} is a build without CUDA, which plans for a card "
+                "need (the card itself is not needed)"
+            )
+        self.config, self.budget, self.teacher_width = config, budget, teacher_width
+        self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
+        if device == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
+            self.precision, self.why = "bf16", "auto: cards since Ampere have native bf16"
+        else:
+            self.precision, self.why = hardware.pick_precision(config.run.precision, self.device)
+        self.base = TrainerStep(config, self.precision, teacher_width)
         try:
-            less = usage_of(data or {}, **changes)
-        except ConfigError:
+            gradient_cache.check(self.base.model.train())
+            self.cacheable = True
+        except ValueError:
+            self.cacheable = False
+
+    def changed(self, **sections: dict) -> Config:
+        """The config with some values changed, and checked as a whole, unlike in pydantic's model_copy."""
+        values = self.config.to_dict()
+        for section, changes in sections.items():
+            values[section] |= changes
+        return configs.from_dict(values)
+
+    def usage(self, data: dict | None = None, **changes: dict) -> Usage:
+        config = self.changed(data=data or {}, **changes)
+        step = TrainerStep(config, self.precision, self.teacher_width) if changes else self.base.resized(config)
+        return predict(step, self.device)
+
+    def with_micro_batch(self) -> Config:
+        size = self.config.data.batch_size
+        divisors = [micro for micro in range(1, size + 1) if size % micro == 0]
+
+        def change(index: int) -> dict:
+            return {"micro_batch": None if index == len(divisors) else divisors[index - 1]}
+
+        def peak(index: int) -> int:
+            return self.usage(change(index)).peak
+
+        index, seen = largest(peak, self.budget.usable, start=len(divisors), most=len(divisors))
+        if not index:
+            raise ConfigError(
+                f"data.micro_batch: expected one that fits {gib(self.budget.usable)} of {gib(self.budget.memory)}, got auto; "
+                f"a batch of {size:,} takes {gib(seen[1])} even with one image at a time"
+            )
+        return self.changed(data=change(index))
+
+    def solved(self, show: Callable[[str], None]) -> Iterator[Answer]:
+        show("the largest batch in one graph")
+        whole = self._answer("most in one graph", lambda n: self.usage({"batch_size": n, "micro_batch": None}))
+        yield whole
+        if not self.cacheable or not whole.batch_size:
             return
-        if less.peak < 0.99 * usage.peak:
-            yield f"{change}: {gib(less.peak)} instead of {gib(usage.peak)}"
+        micro = self.config.data.micro_batch or min(SMALL_MICRO_BATCH, self.config.data.batch_size)
+        if micro >= whole.batch_size:
+            micro = max(1, whole.batch_size // 2)  # the largest micro-batch would leave no memory for a larger batch
+        show(f"the largest batch by gradient caching, micro-batches of {micro:,}")
+        yield self._answer("most by gradient caching", lambda n: self.usage({"batch_size": n, "micro_batch": micro}), micro)
 
-    size, micro = config.data.batch_size, config.data.micro_batch
-    if not config.model.recompute:
-        yield from gain("model.recompute=true (blocks are computed again in backward)", model={"recompute": True})
-    if micro is None and size % 4 == 0 and cacheable:
-        yield from gain(f"data.micro_batch={size // 4} (gradient caching)", {"micro_batch": size // 4})
-    elif micro is not None and micro % 2 == 0:
-        yield from gain(f"data.micro_batch={micro // 2}", {"micro_batch": micro // 2})
-    if config.loss.scratch_mib > 8:
-        yield from gain("loss.scratch_mib=8 (chunks of the similarity matrices)", loss={"scratch_mib": 8})
-    if config.inherit.source is None and usage.at_peak.get("activations", 0) > 0.3 * usage.peak:
-        yield "inherit.source=... (a frozen prefix of a tower keeps no activations)"
-    if usage.peak > budget.usable:
-        yield "a smaller data.batch_size, or data.micro_batch=auto"
-
-
-def _cacheable(model: nn.Module) -> bool:
-    """Whether gradient caching supports the model."""
-    try:
-        gradient_cache.check(model)
-    except ValueError:
-        return False
-    return True
-
-
-def _measured(step: TrainerStep, device: torch.device) -> int | None:
-    try:
-        return measure(step, device)
-    except torch.OutOfMemoryError:
-        return None
-
-
-def _changed(config: Config, **sections: dict) -> Config:
-    """`config` with some values changed, and checked as a whole, unlike in pydantic's model_copy."""
-    values = config.to_dict()
-    for section, changes in sections.items():
-        values[section] |= changes
-    return configs.from_dict(values)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and torch.version.cuda is None:
-        raise NoCuda(
-            f"device: expected cpu, got cuda: torch {torch.__version__} is a build without CUDA, which plans for a card "
-            "need (the card itself is not needed)"
+    def _answer(self, what: str, usage: Callable[[int], Usage], micro_batch: int | None = None) -> Answer:
+        """The largest batch, a multiple of `micro_batch`, whose usage fits."""
+        unit = micro_batch or 1
+        start = max(8, 16384 // unit) if unit > 1 else 32
+        found, seen = largest(lambda n: usage(n * unit).peak, self.budget.usable, start=start, most=MOST_PAIRS // unit)
+        return Answer(
+            what,
+            found * unit,
+            micro_batch,
+            seen[found] if found else 0,
+            (found + 1) * unit if found + 1 in seen else None,
+            seen.get(found + 1),
+            {count * unit: bytes_ for count, bytes_ in sorted(seen.items())},
         )
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+    def of_open_clip(self, show: Callable[[str], None]) -> Answer:
+        name = models.original(self.config.model.name)
+        if name is None:
+            raise ConfigError(f"--compare: expected a model made from one of open_clip's, got {self.config.model.name}")
+        width = self.base.teacher["width"] if "distill_loss" in self.config.loss.weights else None
+        what = f"most in open_clip: {name}, {type(OpenClipStep(name, 1, self.precision, width).loss).__name__}"
+        show(what)
+        return self._answer(what, lambda n: predict(OpenClipStep(name, n, self.precision, width), self.device))
+
+    def advice(self, usage: Usage) -> Iterator[str]:
+        """Settings that would lower the peak of the step as configured, with the new peak."""
+        config = self.config
+        size, micro = config.data.batch_size, config.data.micro_batch
+        changes: dict[str, dict] = {}
+        if not config.model.recompute:
+            changes["model.recompute=true (blocks are computed again in backward)"] = {"model": {"recompute": True}}
+        if micro is None and size % 4 == 0 and self.cacheable:
+            changes[f"data.micro_batch={size // 4} (gradient caching)"] = {"data": {"micro_batch": size // 4}}
+        elif micro is not None and micro % 2 == 0:
+            changes[f"data.micro_batch={micro // 2}"] = {"data": {"micro_batch": micro // 2}}
+        if config.loss.scratch_mib > 8:
+            changes["loss.scratch_mib=8 (chunks of the similarity matrices)"] = {"loss": {"scratch_mib": 8}}
+        for change, sections in changes.items():
+            try:
+                less = self.usage(**sections)
+            except ConfigError:
+                continue
+            if less.peak < 0.99 * usage.peak:
+                yield f"{change}: {gib(less.peak)} instead of {gib(usage.peak)}"
+        if config.inherit.source is None and usage.at_peak.get("activations", 0) > 0.3 * usage.peak:
+            yield "inherit.source=... (a frozen prefix of a tower keeps no activations)"
+        if usage.peak > self.budget.usable:
+            yield "a smaller data.batch_size, or data.micro_batch=auto"
 
 
-def _precision(config: Config, device: torch.device) -> tuple[str, str]:
-    """The trainer's precision on the device; a card that is not in this machine has native bf16, as all since Ampere."""
-    if device.type == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
-        return "bf16", "auto: cards since Ampere have native bf16"
-    return hardware.pick_precision(config.run.precision, device)
+def largest(peak: Callable[[int], int], limit: int, *, start: int = 8, most: int = 1 << 24) -> tuple[int, dict[int, int]]:
+    """The largest x with peak(x) <= limit, or 0, and all computed peaks, which include that of x + 1 (unless x is `most`).
+
+    Peaks are nearly affine in x, so that few are needed: each guess is where the line through the two nearest points crosses
+    the limit. peak should not decrease much with x.
+    """
+    seen: dict[int, int] = {}
+    low, high = 0, most + 1  # the largest x that fits, and the smallest that does not
+    guess = min(start, most)
+    while high - low > 1:
+        seen[guess] = peak(guess)
+        if seen[guess] <= limit:
+            low = guess
+        else:
+            high = guess
+        guess = min(max(_crossing(seen, low, high, limit), low + 1), high - 1)
+    return low, seen
+
+
+def _crossing(seen: dict[int, int], low: int, high: int, limit: int) -> int:
+    """Where the line through the points around the answer crosses the limit; with a single point, twice or half of it."""
+    if low in seen and high in seen:
+        a, b = low, high
+    elif len(seen) > 1 and (low in seen or high in seen):
+        b = low if low in seen else high
+        a = min((x for x in seen if x != b), key=lambda x: abs(x - b))
+    else:
+        return 2 * low if low in seen else high // 2
+    slope = (seen[b] - seen[a]) / (b - a)
+    if slope <= 0:
+        return 2 * low if high not in seen else (low + high) // 2
+    return int(a + (limit - seen[a]) / slope)

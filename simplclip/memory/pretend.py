@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -19,39 +20,37 @@ class Fakes:
 
     def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
         self.mode, self.device = mode, device
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self.of = functools.cache(self._of)
 
-    def of(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._made:
-            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            like = FakeTensor(self.mode, meta, self.device)
-            like = nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
-            self._made[id(tensor)] = tensor, like
-        return self._made[id(tensor)][1]
+    def _of(self, tensor: Tensor) -> Tensor:
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        like = FakeTensor(self.mode, meta, self.device)
+        return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
     def into(self, modules: list[nn.Module]) -> None:
         """Replaces parameters and buffers by fake ones, in place."""
         for module in (inner for outer in modules for inner in outer.modules()):
             for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    tensors[name] = None if tensor is None else self.of(tensor)
+                tensors.update({name: self.of(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 @contextmanager
 def fake_step(mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
     """Context in which values are read as 0, random generators have no state, and a card seems to exist."""
+    patches = [
+        (FakeTensor, "tolist", lambda t: [0.0] * t.numel()),
+        (torch, "get_rng_state", lambda: None),
+        (torch, "set_rng_state", lambda state: None),
+    ]
+    if device.type == "cuda":
+        patches += [
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+            (F, "scaled_dot_product_attention", attention_of_card(F.scaled_dot_product_attention)),
+        ]
     with ExitStack() as stack:
-
-        def patch(where: object, name: str, value: object) -> None:
-            stack.enter_context(mock.patch.object(where, name, value))
-
-        patch(FakeTensor, "tolist", lambda t: [0.0] * t.numel())
-        patch(torch, "get_rng_state", lambda: None)
-        patch(torch, "set_rng_state", lambda state: None)
-        if device.type == "cuda":
-            patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-            patch(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-            patch(F, "scaled_dot_product_attention", attention_of_card(F.scaled_dot_product_attention))
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(mode)
         yield
 

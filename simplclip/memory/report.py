@@ -1,27 +1,47 @@
-"""A plan as text and as JSON."""
+"""The command `simplclip plan`: a plan as text, as JSON and as a picture."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from simplclip.memory.count import KINDS
-from simplclip.memory.plan import Plan
-from simplclip.train.limits import GIB, gib
+from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
+from simplclip.memory.plan import Plan, make, parse_memory
+from simplclip.train.config import Config
+from simplclip.train.limits import GIB, Budget, gib
+
+KIND_COLOURS = ("#495057", "#0b6bcb", "#74c0fc", "#adb5bd", "#d9480f", "#7048e8", "#ffc078", "#c2255c")
+FRAME = "#d0d7de"
+
+
+def run(config: Config, memory: str, *, picture: Path | None = None, as_json: bool = False, **options: Any) -> None:
+    """Makes the plan and prints it; progress is printed to stderr. The options and the errors are those of `plan.make`."""
+    progress = Console(stderr=True)
+    budget = Budget(parse_memory(memory))
+    with progress.status("planning") as status:
+        plan = make(config, budget, show=status.update, **options)
+    if as_json:
+        print(json.dumps(as_dict(plan), indent=2))
+    else:
+        show(plan, Console())
+    if picture:
+        draw(picture, plan)
+        progress.print(f"wrote {picture}", highlight=False)
 
 
 def show(plan: Plan, console: Console) -> None:
     """Prints tables of the answers and of the memory at the peak, assumptions and advice."""
-    budget = plan.budget
+    budget, at = plan.budget, plan.usage
     console.print(
         f"{plan.model}, {plan.precision}, {plan.device}: {gib(budget.usable)} usable of {gib(budget.memory)}", highlight=False
     )
-    answers = Table("step", "pairs", "at a time", "peak", "fits", "next larger, GiB", box=None, pad_edge=False)
-    for column in answers.columns[1:]:
-        column.justify = "right"
+    answers = _table("step", "pairs", "at a time", "peak", "fits", "next larger, GiB")
     for answer in plan.answers:
         answers.add_row(
             answer.what,
@@ -31,35 +51,27 @@ def show(plan: Plan, console: Console) -> None:
             "yes" if plan.holds(answer) else "no",
             "" if answer.next_peak is None else f"{answer.next_batch_size:,}: {answer.next_peak / GIB:.2f}",
         )
+    parts = _table(f"at the peak, in {at.peak_phase}", "MiB", "share")
+    for kind, size in [*at.at_peak.items(), ("total", at.peak)]:
+        parts.add_row(kind, f"{size / 2**20:,.1f}", f"{size / at.peak:.1%}")
     console.print(answers)
-    at = plan.usage
-    parts = Table(f"at the peak, in {at.peak_phase}", "MiB", "share", box=None, pad_edge=False)
-    for column in parts.columns[1:]:
-        column.justify = "right"
-    for kind in KINDS:
-        if kind in at.at_peak:
-            size = at.at_peak[kind]
-            parts.add_row(kind, f"{size / 2**20:,.1f}", f"{size / at.peak:.1%}")
-    parts.add_row("total", f"{at.peak / 2**20:,.1f}", "100.0%")
     console.print()
     console.print(parts)
     console.print()
-    for line in lines(plan):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def lines(plan: Plan) -> list[str]:
-    """Lines on the measurement, the assumptions and the advice."""
+    measured = "nothing: predicted from fake tensors" + ", no step ran on a GPU" * (plan.device == "cuda")
     if plan.measured is not None:
-        measured = f"measured   two real steps on this machine's GPU: {gib(plan.measured)}, predicted {gib(plan.usage.peak)}"
-    elif plan.device == "cuda":
-        measured = "measured   nothing: predicted from fake tensors, no step ran on a GPU"
-    else:
-        measured = "measured   nothing: predicted from fake tensors"
-    out = [measured]
-    out += [f"assumed    {note}" for note in (*plan.budget.assumptions(), *plan.notes)]
-    out += [f"advice     {advice}" for advice in plan.advice or ("none: nothing known here would lower the peak",)]
-    return out
+        measured = f"two real steps on this machine's GPU: {gib(plan.measured)}, predicted {gib(at.peak)}"
+    advice = plan.advice or ("none: nothing known here would lower the peak",)
+    for name, lines in ("measured", [measured]), ("assumed", [*budget.assumptions(), *plan.notes]), ("advice", advice):
+        for line in lines:
+            console.print(f"{name:10} {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
@@ -77,3 +89,42 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "assumptions": [*plan.budget.assumptions(), *plan.notes],
         "advice": list(plan.advice),
     }
+
+
+def draw(path: str | Path, plan: Plan) -> Path:
+    """Live memory by kind during the second step as configured; and the peak by batch size, with the usable memory."""
+    usable = plan.budget.usable / GIB
+    figure = new_figure(13, 4.8)
+    step, batch = figure.subplots(
+        1, 2, gridspec_kw={"wspace": 0.16, "left": 0.055, "right": 0.985, "top": 0.8, "bottom": 0.12}
+    )
+    kinds, live, phases = plan.usage.timeline()
+    end = live.shape[1]
+    step.stackplot(range(end), live / GIB, labels=kinds, colors=KIND_COLOURS[: len(kinds)], linewidth=0)
+    for (first, name), (last, _) in zip(phases, [*phases[1:], (end, "")]):
+        if last - first > end / 12:
+            at = {"transform": step.get_xaxis_transform(), "ha": "center"}
+            step.text((first + last) / 2, 1.02, name, fontsize=8, color=MUTED, **at)
+        step.axvline(first, color=FRAME, linewidth=0.5)
+    style(step, "")
+    step.set_xlim(0, end)
+    step.set_xlabel("allocations and frees of the step as configured", color=MUTED)
+    step.set_ylabel("GiB", color=MUTED)
+    step.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", reverse=True)
+
+    for colour, answer in zip(COLOURS, [a for a in plan.answers if a.peaks]):
+        peaks = np.array(sorted(answer.peaks.items()))
+        label = f"{answer.what}: {answer.batch_size:,}"
+        batch.plot(peaks[:, 0], peaks[:, 1] / GIB, "o-", color=colour, markersize=3.5, linewidth=1.5, label=label)
+    batch.axhline(usable, color=INK, linewidth=1, linestyle="--")
+    at = {"transform": batch.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+    batch.text(0.99, usable, "usable", fontsize=9, color=INK, **at)
+    style(batch, "Peak by pairs of a step")
+    batch.set(xscale="log", yscale="log")
+    batch.set_ylim(top=8 * usable)
+    batch.yaxis.set_major_formatter("{x:g}")
+    if batch.get_legend_handles_labels()[0]:
+        batch.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    title = f"{plan.model}, {plan.precision}, {plan.budget.memory / GIB:.0f} GiB"
+    figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.055, y=0.96, ha="left")
+    return write(figure, Path(path))

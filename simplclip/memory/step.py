@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import open_clip
 import torch
@@ -15,26 +16,50 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
 from simplclip.common import hardware
-from simplclip.memory.count import Counter
 from simplclip.models.inherit import TAG
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.state import Training, lr_factor, make_optimizer
 from simplclip.train.step import train_step
 
 TEACHER_SCALE = 100.0
+During = Callable[[str, str], AbstractContextManager]  # the context of a phase, which allocates memory of a kind
 
 
-class Step(Protocol):
-    """Interface of a step for `predict` and `measure`. modules: their tensors are on the device from the beginning."""
+def unobserved(phase: str, kind: str) -> AbstractContextManager:
+    return nullcontext()
 
-    modules: list[nn.Module]
-    optimizer: torch.optim.Optimizer
+
+class TrainerStep(Training):
+    """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
+
+    teacher_width: D̂; if None, it is read from the shards. Of the teacher and the sources only shapes matter. `predict` and
+    `measure` use `modules`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
+    """
+
+    def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
+        self.teacher_width, self.during = teacher_width, unobserved
+        super().__init__(config, torch.device("cpu"), precision)
+        self.modules = [self.model, self.loss]
+
+    def resized(self, config: Config) -> TrainerStep:
+        """The same step with another section `data`. Both share the modules, so that only one may run at a time."""
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def materialize(self, device: torch.device) -> None:
         """Gives the modules real weights on `device`."""
+        for module in self.modules:
+            module.to(device)
 
-    def place(self, device: torch.device, counter: Counter | None = None) -> None:
-        """Prepares the step on `device`, where the modules already are; `counter` is notified of its phases."""
+    def place(self, device: torch.device, during: During = unobserved) -> None:
+        """Prepares the step on `device`, where the modules already are; it runs its phases within `during`."""
+        self.device, self.during = device, during
+        self.optimizer = make_optimizer(self.model, self.loss, self.config)
+        self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, self.config))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # it would read values of tensors
+        self.step = busiest(self.config)
+        self.model.train()
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
         """The micro-batches of a step, in the host's memory.
@@ -42,47 +67,6 @@ class Step(Protocol):
         If not `whole`, they have no values, and those between the second and the last are merged into one that the towers do
         not process, since only its number of rows matters.
         """
-
-    def run(self, batches: list[dict[str, Tensor]]) -> None:
-        """One step of the optimizer."""
-
-
-class TrainerStep:
-    """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
-
-    teacher_width: D̂; if None, it is read from the shards.
-    """
-
-    def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
-        self.config, self.precision = config, precision
-        self.training = _Planned(config, torch.device("cpu"), precision, teacher_width)
-        self.modules = [self.training.model, self.training.loss]
-
-    def resized(self, config: Config) -> TrainerStep:
-        """The same step with another section `data`. Both share the modules, so that only one may run at a time."""
-        other = copy.copy(self)
-        other.training = copy.copy(self.training)
-        other.config = other.training.config = config
-        return other
-
-    def materialize(self, device: torch.device) -> None:
-        for module in self.modules:
-            module.to(device)
-
-    def place(self, device: torch.device, counter: Counter | None = None) -> None:
-        this = self.training
-        this.device, this.counter = device, counter
-        this.optimizer = make_optimizer(this.model, this.loss, self.config)
-        this.schedule = LambdaLR(this.optimizer, lambda step: lr_factor(step, self.config))
-        this.scaler = torch.amp.GradScaler(device.type, enabled=False)  # it would read values of tensors
-        this.step = busiest(self.config)
-        this.model.train()
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self.training.optimizer
-
-    def batches(self, whole: bool) -> list[dict[str, Tensor]]:
         c = self.config.data
         size = c.micro_batch or c.batch_size
         count = c.batch_size // size
@@ -93,36 +77,19 @@ class TrainerStep:
         return [self._batch(size, whole), self._batch(size, whole), between, self._batch(size, whole)]
 
     def _batch(self, size: int, whole: bool) -> dict[str, Tensor]:
-        this, k = self.training, self.config.data.captions_per_image
+        k = self.config.data.captions_per_image
         captions = () if k == 1 else (k,)
         with torch.device("cpu" if whole else "meta"):
-            text = tokens(self.config.model.name, this.model, size * k, whole)
-            batch = {"image": pictures(this.model, size), "text": text.unflatten(0, (size, *captions))}
-            batch["group"] = torch.arange(size)
-            if this.teacher:
-                batch["teacher_image"] = torch.ones(size, this.teacher["width"], dtype=torch.float16)
-                batch["teacher_text"] = torch.ones(size, *captions, this.teacher["width"], dtype=torch.float16)
+            image, text = inputs(self.config.model.name, self.model, size, k, whole)
+            batch = {"image": image, "text": text.unflatten(0, (size, *captions)), "group": torch.arange(size)}
+            if self.teacher:
+                batch["teacher_image"] = torch.ones(size, self.teacher["width"], dtype=torch.float16)
+                batch["teacher_text"] = torch.ones(size, *captions, self.teacher["width"], dtype=torch.float16)
         return batch
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
-        train_step(self.training, batches)
-
-
-def busiest(config: Config) -> int:
-    """The first step of a run with the largest number of active loss terms."""
-    schedules, steps = config.loss.weights.values(), config.run.steps
-    turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})
-    return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
-
-
-class _Planned(Training):
-    """Training without its teacher and sources, of which only widths and shapes matter."""
-
-    counter: Counter | None = None
-
-    def __init__(self, config: Config, device: torch.device, precision: str, teacher_width: int | None) -> None:
-        self.teacher_width = teacher_width
-        super().__init__(config, device, precision)
+        """One step of the optimizer."""
+        train_step(self, batches)
 
     def read_teacher(self) -> dict[str, Any]:
         if self.teacher_width is None:
@@ -141,21 +108,24 @@ class _Planned(Training):
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
         """Encodes a batch; for a merged one (see `batches`) only makes features of its size."""
         if "image" not in batch:
-            size, k = len(batch["group"]), self.config.data.captions_per_image
-            rows, (width, dtype) = (size, size * k), self._features
+            size, (width, dtype) = len(batch["group"]), self._features
+            rows = size, size * self.config.data.captions_per_image
             return tuple(torch.empty(n, width, dtype=dtype, device=self.device) for n in rows)
-        if self.counter is None:
-            return super().encode(batch)
-        with self.counter.during("encode", "activations"):
+        with self.during("encode", "activations"):
             features = super().encode(batch)
         self._features = features[0].shape[1], features[0].dtype
         return features
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        if self.counter is None:
+        with self.during("loss", "loss"):
             return super().terms(batches, image, text)
-        with self.counter.during("loss", "loss"):
-            return super().terms(batches, image, text)
+
+
+def busiest(config: Config) -> int:
+    """The first step of a run with the largest number of active loss terms."""
+    schedules, steps = config.loss.weights.values(), config.run.steps
+    turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})
+    return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
 
 
 def _architecture(source: str) -> Any:
@@ -178,44 +148,43 @@ class OpenClipStep:
     def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None) -> None:
         self.name, self.batch_size, self.precision, self.teacher_width = name, batch_size, precision, teacher_width
         with torch.device("meta"):
-            self.model = models.create(models.PLAIN + name, device="meta", output_dict=True).train()
-        self.loss = self._loss()
-        self.modules: list[nn.Module] = [self.model, self.loss]
+            self.materialize(torch.device("meta"))
+        if teacher_width is not None:
+            self.loss = DistillClipLoss()
+        elif hasattr(self.model, "text_decoder"):
+            self.loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
+        else:
+            self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
 
-    def _loss(self) -> nn.Module:
-        if self.teacher_width is not None:
-            return DistillClipLoss()
-        if hasattr(self.model, "text_decoder"):
-            return CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
-        return ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.model, self.loss]
 
     def materialize(self, device: torch.device) -> None:
         self.model = models.create(models.PLAIN + self.name, device=device, output_dict=True).train()
-        self.modules = [self.model, self.loss]
 
-    def place(self, device: torch.device, counter: Counter | None = None) -> None:
-        self.device, self.counter = device, counter
+    def place(self, device: torch.device, during: During = unobserved) -> None:
+        self.device, self.during = device, during
         card = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)  # torch's default on both devices
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
-        size = self.batch_size
         with torch.device("cpu" if whole else "meta"):
-            text = tokens(models.PLAIN + self.name, self.model, size, whole)
-            batch = {"image": pictures(self.model, size), "text": text}
+            image, text = inputs(models.PLAIN + self.name, self.model, self.batch_size, 1, whole)
+            batch = {"image": image, "text": text}
             if self.teacher_width is not None:
                 for name in ("dist_image_features", "dist_text_features"):
-                    batch[name] = torch.ones(size, self.teacher_width, dtype=torch.float16)
+                    batch[name] = torch.ones(self.batch_size, self.teacher_width, dtype=torch.float16)
         return [batch]
 
     def run(self, batches: list[dict[str, Tensor]]) -> None:
         (batch,) = batches
         self.optimizer.zero_grad()
         with hardware.autocast(self.precision, self.device):
-            with self._during("encode", "activations"):
+            with self.during("encode", "activations"):
                 batch = {name: t.to(self.device) for name, t in batch.items()}
                 outputs = self.model(batch.pop("image"), batch.pop("text"))
-            with self._during("loss", "loss"):
+            with self.during("loss", "loss"):
                 if batch:
                     batch = {name: t.to(outputs["image_features"].dtype) for name, t in batch.items()}
                     outputs |= batch | {"dist_logit_scale": torch.full((), TEACHER_SCALE, device=self.device)}
@@ -227,18 +196,18 @@ class OpenClipStep:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
 
-    def _during(self, phase: str, kind: str) -> AbstractContextManager:
-        return nullcontext() if self.counter is None else self.counter.during(phase, kind)
+
+Step = TrainerStep | OpenClipStep
 
 
-def tokens(name: str, model: nn.Module, count: int, whole: bool) -> Tensor:
-    """Token ids, int64 [count, L]. whole: those of a real caption with an end; some tokenizers are downloaded for it."""
+def inputs(name: str, model: nn.Module, size: int, captions: int, whole: bool) -> tuple[Tensor, Tensor]:
+    """Images [size, 3, H, W], and token ids, int64 [size * captions, L].
+
+    whole: the tokens are those of a real caption with an end; some tokenizers are downloaded for it.
+    """
+    side = model.visual.image_size
+    image = torch.zeros(size, 3, *((side, side) if isinstance(side, int) else side))
     if whole:
-        return models.tokenizer(name)(["a photo of a small thing"]).expand(count, -1).contiguous()
+        return image, models.tokenizer(name)(["a photo of a small thing"]).expand(size * captions, -1).contiguous()
     length = model.context_length if hasattr(model, "context_length") else model.text.context_length
-    return torch.zeros(count, length, dtype=torch.int64)
-
-
-def pictures(model: nn.Module, count: int) -> Tensor:
-    size = model.visual.image_size
-    return torch.zeros(count, 3, *((size, size) if isinstance(size, int) else size))
+    return image, torch.zeros(size * captions, length, dtype=torch.int64)

@@ -6,7 +6,7 @@ pack the largest product of bfloat16. Triton's launchers are Python; predictions
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from simplclip.common.errors import UserError
 from simplclip.ops import backends
 from simplclip.ops.registry import flat
 from simplclip.ops.similarity.call import RowsCall, SimilarityCall, SimilarityGradient
-
-_HIDDEN_BYTES = 8 << 20  # of a chunk of rows of an activation in parallel_mlp
 
 
 class UnknownWorkspace(UserError, RuntimeError):
@@ -38,19 +36,18 @@ def workspace_bytes(name: str, backend: str, *args) -> int:
     if extension is None:
         error = backends.extension_error if backend == "cpu" else backends.cuda_extension_error
         raise UnknownWorkspace(f"the workspace of {name} on backend {backend} cannot be predicted: {error}")
-    function = getattr(torch.ops.simplclip, f"{name}_{backend}_workspace")
     fields = flat(args[0]) if hasattr(args[0], "__match_args__") else args
-    with _disable_current_modes():
-        scratch = _scratch(function, name, backend, fields)
-    return scratch + (_PACKING[name](*args) if backend == "cpu" and name in _PACKING else 0)
+    products = _PRODUCTS[name](*args) if backend == "cpu" and name in _PRODUCTS else ()
+    packing = (packing_bytes(m, n, k, fields[0].dtype, transposed=transposed) for m, n, k, transposed in products)
+    return _scratch(name, backend, *fields) + max(packing, default=0)
 
 
-def _scratch(function, name: str, backend: str, fields: Iterable) -> int:
+def _scratch(name: str, backend: str, *fields) -> int:
+    function = getattr(torch.ops.simplclip, f"{name}_{backend}_workspace")
     try:
-        return function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in fields))
+        with _disable_current_modes():
+            return function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in fields))
     except NotImplementedError:
-        if backend == "cpu" and name.startswith(("feature_loss", "shaped_attention")):
-            return 0  # their scratch belongs to threads and is not torch's
         raise UnknownWorkspace(f"no workspace is stated for {name} on backend {backend}") from None
 
 
@@ -93,56 +90,60 @@ def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: boo
     return torch.get_num_threads() * size
 
 
-def _chunks(n: int, chunk: int, stored: int) -> Iterable[int]:
+# The products of a function: m, n and k of [m, k] @ [k, n], and whether the first operand is transposed.
+Products = Iterator[tuple[int, int, int, bool]]
+
+
+def _chunks(n: int, chunk: int, stored: int = 0) -> Iterable[int]:
     """The different numbers of rows of the chunks, none of which crosses the end of the stored rows."""
     return {min(chunk, size) for part in (stored, n - stored) if part for size in (part, part % chunk) if size}
 
 
-def _similarities(call: SimilarityCall, stored: int, image: Iterable[int] = (), text: Iterable[int] = ()) -> int:
-    """Packing of the largest product: similarities, and gradients of image and text features of these widths."""
-    (n, d), m, dtype = call.image.shape, call.text.shape[0], call.image.dtype
-    widths = {d} if call.has_student else set()
-    widths |= {call.teacher_image.shape[1]} if call.has_teacher else set()
-    sizes = [0]
+def _similarities(call: SimilarityCall, stored: int, image: Iterable[int] = (), text: Iterable[int] = ()) -> Products:
+    """Similarities, and gradients of image and text features of these widths."""
+    (n, d), m = call.image.shape, call.text.shape[0]
+    widths = [d] * call.has_student + ([call.teacher_image.shape[1]] if call.has_teacher else [])
     for count in _chunks(n, min(call.chunk, n), min(stored, n)):
-        sizes += [packing_bytes(count, m, width, dtype) for width in widths]
-        sizes += [packing_bytes(count, width, m, dtype) for width in image]
-        sizes += [packing_bytes(m, width, count, dtype, transposed=True) for width in text]
-    return max(sizes)
+        yield from ((count, m, width, False) for width in widths)
+        yield from ((count, width, m, False) for width in image)
+        yield from ((m, width, count, True) for width in text)
 
 
-def _similarity_loss_bwd(call: SimilarityGradient) -> int:
+def _similarity_loss_bwd(call: SimilarityGradient) -> Products:
     d, width = call.image.shape[1], call.teacher_image.shape[1] if call.has_teacher else 0
-    own = {"image": call.projected_image is None, "text": call.projected_text is None}
     image = [d] * (call.has_student and call.need_image) + [d] * call.has_hadamard
-    image += [width] * (call.interactive and (call.need_image or not own["image"]))
+    image += [width] * (call.interactive and (call.need_image or call.projected_image is not None))
     text = [d] * (call.has_student and call.need_text)
-    text += [width] * (call.has_teacher_to_text and (call.need_text or not own["text"]))
+    text += [width] * (call.has_teacher_to_text and (call.need_text or call.projected_text is not None))
     return _similarities(call, call.stored.shape[1], image, text)
 
 
-def _similarity_rows(call: RowsCall) -> int:
-    (n, d), m, dtype = call.query.shape, call.keys.shape[0], call.query.dtype
-    counts = _chunks(n, min(call.chunk, n), 0)
-    return max(max(packing_bytes(c, m, d, dtype), call.attend * packing_bytes(c, d, m, dtype)) for c in counts)
+def _similarity_rows(call: RowsCall) -> Products:
+    (n, d), m = call.query.shape, call.keys.shape[0]
+    for count in _chunks(n, min(call.chunk, n)):
+        yield count, m, d, False
+        if call.attend:
+            yield count, d, m, False
 
 
-def _parallel_mlp(h: Tensor, weight: Tensor, products: int) -> int:
-    """Packing of forward's product, or with products = 2 of the gradient of the hidden layer and of the weight's (3)."""
-    (t, f), c = h.shape, weight.shape[0]
-    rows = min(max(64, _HIDDEN_BYTES // (f * h.itemsize)), t)
-    sizes = [0]
-    for count in _chunks(t, rows, 0):
-        sizes.append(packing_bytes(count, c, f, h.dtype) if products == 1 else packing_bytes(count, f, c, h.dtype))
-        if products == 3:
-            sizes.append(packing_bytes(c, f, count, h.dtype, transposed=True))
-    return max(sizes)
+def _hidden_chunks(h: Tensor, weight: Tensor) -> Iterable[int]:
+    """The numbers of rows of the hidden layer whose activation is in scratch: forward takes memory for no more."""
+    size = _scratch("parallel_mlp_fwd", "cpu", h, weight, None, "", h, False)
+    return _chunks(len(h), size // (h.shape[1] * h.itemsize))
 
 
-_PACKING = {
+def _parallel_mlp_bwd(_, h: Tensor, weight: Tensor, act: str, need_weight: bool) -> Products:
+    c, f = weight.shape
+    for count in _hidden_chunks(h, weight):
+        yield count, f, c, False
+        if need_weight:
+            yield c, f, count, True
+
+
+_PRODUCTS = {
     "similarity_loss_fwd": lambda call: _similarities(call, call.stored_rows),
     "similarity_loss_bwd": _similarity_loss_bwd,
     "similarity_rows": _similarity_rows,
-    "parallel_mlp_fwd": lambda h, weight, *_: _parallel_mlp(h, weight, 1),
-    "parallel_mlp_bwd": lambda _, h, weight, _act, need_weight: _parallel_mlp(h, weight, 2 + need_weight),
+    "parallel_mlp_fwd": lambda h, weight, *_: ((n, *weight.shape, False) for n in _hidden_chunks(h, weight)),
+    "parallel_mlp_bwd": _parallel_mlp_bwd,
 }

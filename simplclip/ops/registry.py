@@ -67,12 +67,11 @@ def define(
     if row:
         backends.TABLE[name] = row
     library.define(f"{name}({arguments}, str backend) -> {returns}")
-    for backend in ("cpu", "cuda"):
-        schema = native or f"({arguments}) -> {returns}"
-        schema = schema.replace("SymInt", "int")  # C++ runs with numbers, never traced
+    schema = (native or f"({arguments}) -> {returns}").replace("SymInt", "int")  # C++ runs with numbers, never traced
+    given = re.sub(r"\(\w!\)", "", schema.split(" -> ")[0])
+    for backend in {"cpu", "cuda"} & set(row or ()):
         library.define(f"{name}_{backend}{schema}")
         # Returns the bytes that it takes besides its results; it is called with meta tensors.
-        given = re.sub(r"\(\w!\)", "", schema.split(" -> ")[0])
         library.define(f"{name}_{backend}_workspace{given} -> int")
 
     def dispatch(*args, through: Callable[[str, str, Callable], Callable] | None = None):

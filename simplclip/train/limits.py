@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +20,25 @@ except ImportError:  # Windows
     resource = None
 
 GIB = 2**30
-# Assumptions, not measured by this library: the driver's context with the modules of torch and cuBLAS, the workspaces of
-# cuBLAS and cuDNN, and the loss by fragmentation in the allocator.
-CONTEXT_BYTES = 640 * 2**20
-LIBRARY_BYTES = 160 * 2**20
-FRAGMENTATION = 0.04
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of a card or a machine, and the part of them that a step may use."""
+    """Bytes of a card or a machine, and the part of them that a step may use. The defaults are assumptions, not measured."""
 
     memory: int
-    context: int = CONTEXT_BYTES
-    libraries: int = LIBRARY_BYTES
-    fragmentation: float = FRAGMENTATION
+    context: int = 640 << 20  # of the driver, with the modules of torch and cuBLAS
+    libraries: int = 160 << 20  # workspaces of cuBLAS and cuDNN
+    fragmentation: float = 0.04  # the share of the rest that the allocator loses
 
     @property
     def usable(self) -> int:
         return int((self.memory - self.context - self.libraries) * (1 - self.fragmentation))
 
     def assumptions(self) -> list[str]:
-        mib = 2**20
         return [
-            f"{self.context // mib} MiB for the context of the driver and of torch's libraries",
-            f"{self.libraries // mib} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
+            f"{self.context >> 20} MiB for the context of the driver and of torch's libraries",
+            f"{self.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
             f"{self.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
         ]
 
@@ -73,9 +68,9 @@ class MemoryLimit:
         self.device, self.planner, self._former = device, planner, None
         if device.type == "cuda":
             total = torch.cuda.mem_get_info(device)[1]
-            self.budget = Budget(self._checked(limit, total, CONTEXT_BYTES))
+            self.budget = Budget(self._checked(limit, total, Budget.context))
             if limit is not None:
-                torch.cuda.set_per_process_memory_fraction((limit - CONTEXT_BYTES) / total, device)
+                torch.cuda.set_per_process_memory_fraction((limit - Budget.context) / total, device)
             return
         taken = _data_bytes()
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
@@ -114,10 +109,8 @@ class MemoryLimit:
         if self.planner is None:
             return "Without a planner there is no advice."
         made = self.planner.make(config, self.budget, device=self.device.type, solve=False)
-        parts = [
-            f"The plan: this step takes {gib(made.usage.peak)}; {gib(self.budget.usable)} are usable of "
-            f"{gib(self.budget.memory)}."
-        ]
+        usable = f"{gib(self.budget.usable)} are usable of {gib(self.budget.memory)}"
+        parts = [f"The plan: this step takes {gib(made.usage.peak)}; {usable}."]
         parts += [f"Try {advice}." for advice in made.advice]
         try:
             micro = self.settle(config).data.micro_batch
@@ -130,15 +123,12 @@ class MemoryLimit:
 
 def ran_out(error: Exception) -> bool:
     """Whether the error is out of memory; for CPU tensors torch has no class of it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(
-        error
-    )
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _data_bytes() -> int:
     """Bytes of this process's data segment, as RLIMIT_DATA counts them; 0 if unknown."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmData")), 0)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmData:\s*(\d+)", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0

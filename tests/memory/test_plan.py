@@ -11,11 +11,9 @@ from typer.testing import CliRunner
 from simplclip import cli
 from simplclip import memory as planning
 from simplclip.memory import pretend
-from simplclip.memory.cards import parse_memory
 from simplclip.memory.count import KINDS, Counter, UncountedOp
-from simplclip.memory.measure import measure
-from simplclip.memory.predict import predict
-from simplclip.memory.solve import largest
+from simplclip.memory.measure import measure, predict
+from simplclip.memory.plan import largest
 from simplclip.memory.step import OpenClipStep, TrainerStep, busiest
 from simplclip.memory.workspaces import packing_bytes
 from simplclip.ops import backends
@@ -28,15 +26,6 @@ CACHED = "model.freeze_norms=true"
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
 LARGER = [pytest.param(n, marks=pytest.mark.prove) for n in ("ViT-B-16-SigLIP", "coca_ViT-B-32", "convnext_base")]
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What oneDNN takes inside products and convolutions grows with the threads, and is stated for one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -62,39 +51,35 @@ def check(make, within=0.01):
     return predicted
 
 
+CACHED_TINY = [CACHED, "data.batch_size=320", "data.micro_batch=64"]
+TINY = {
+    "one graph": ["data.batch_size=192"],
+    "recompute": ["data.batch_size=192", "model.recompute=true"],
+    "cached": [*CACHED_TINY, "loss.plane=hadamard", "loss.negatives=hard"],
+    "cached WIKD": [*CACHED_TINY, *WIKD, "data.captions_per_image=2"],
+    "WIKD": [*WIKD, "data.batch_size=96", "loss.interactive=kl", "loss.pm_weight=0"],
+}
+S0 = {
+    "one graph": ["data.batch_size=8", "data.micro_batch=null"],
+    "cached WIKD and PM": [*WIKD, "data.batch_size=20", "data.micro_batch=4", "loss.projection=true"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ["data.batch_size=192"],
-        ["data.batch_size=192", "model.recompute=true"],
-        [CACHED, "data.batch_size=320", "data.micro_batch=64", "loss.plane=hadamard", "loss.negatives=hard"],
-        [CACHED, *WIKD, "data.batch_size=320", "data.micro_batch=64", "data.captions_per_image=2"],
-        [*WIKD, "data.batch_size=96", "loss.interactive=kl", "loss.pm_weight=0"],
-    ],
-    ids=["one graph", "recompute", "cached", "cached WIKD", "WIKD"],
-)
+@pytest.mark.parametrize("changes", TINY.values(), ids=TINY)
 def test_siclip_tiny(precision, changes):
     check(lambda: trainer("siclip-tiny-emoji", precision, *changes))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.prove), "bf16"])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ["data.batch_size=8", "data.micro_batch=null"],
-        [*WIKD, "data.batch_size=20", "data.micro_batch=4", "loss.projection=true"],
-    ],
-    ids=["one graph", "cached WIKD and PM"],
-)
-def test_siclip_s0(precision, changes, s0_weights):
-    usage = check(lambda: trainer("siclip-s0", precision, f"inherit.source={s0_weights}", *changes))
-    if precision == "fp32" and "data.batch_size=8" in changes:
-        # Frozen weights have no gradient and no moments.
-        model = trainer("siclip-s0", precision, f"inherit.source={s0_weights}").training.model
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+@pytest.mark.parametrize("name", S0)
+def test_siclip_s0(precision, name, s0_weights):
+    make = lambda: trainer("siclip-s0", precision, f"inherit.source={s0_weights}", *S0[name])  # noqa: E731
+    usage = check(make)
+    if precision == "fp32" and name == "one graph":  # frozen weights have no gradient and no moments
+        trained = sum(p.numel() for p in make().model.parameters() if p.requires_grad)
         assert usage.at_peak["optimizer state"] == pytest.approx(8 * trained, rel=0.01)
 
 
@@ -148,16 +133,12 @@ def test_attention_on_a_card_keeps_no_matrix(monkeypatch, precision):
     assert activations() - fused > 0.9 * 12 * 32 * (12 * 50**2 + 8 * 77**2) * (2 if precision == "bf16" else 4)
 
 
+@pytest.mark.skipif(not backends.native_bf16, reason="no instructions for bfloat16 products")
 def test_products_on_a_cpu_take_what_onednn_packs():
-    if not backends.native_bf16:
-        pytest.skip("this CPU has no instructions for bfloat16 products")
-    a, b = torch.randn(512, 1024).bfloat16(), torch.randn(1024, 256).bfloat16()
-    counter, mode = Counter(CPU), FakeTensorMode()
-    fakes = [pretend.Fakes(mode, CPU).of(t) for t in (a, b)]
-    counter.hold(fakes, "batch")
-    with mode, counter.counting():
-        product = fakes[0] @ fakes[1]
-    held = sum(t.untyped_storage().nbytes() for t in (*fakes, product))
+    counter = Counter(CPU)
+    with FakeTensorMode(), counter.counting():
+        a, b = torch.empty(512, 1024, dtype=torch.bfloat16), torch.empty(1024, 256, dtype=torch.bfloat16)
+        held = sum(t.nbytes for t in (a, b, a @ b))
     assert counter.usage.peak - held == packing_bytes(512, 256, 1024, torch.bfloat16) > 10_000
 
 
@@ -178,85 +159,89 @@ def test_timeline_ends_where_it_began():
     assert live[kinds.index("activations")][-1] == 0
 
 
-@pytest.mark.parametrize("namespace", ["plantest", "vision"])  # torch would run some namespaces' kernels on made up values
-def test_an_op_without_a_fake_is_an_error(namespace):
+def opaque(namespace):
+    """An op without a fake."""
     lib = torch.library.Library(namespace, "FRAGMENT")
     lib.define("opaque(Tensor x) -> Tensor")
     lib.impl("opaque", lambda x: x.clone(), "CPU")
-    step = trainer("siclip-tiny-emoji", "fp32", "data.batch_size=8")
-    original, op = step.training.objective, getattr(torch.ops, namespace).opaque
-    step.training.objective = lambda step_, image, *rest: original(step_, op(image), *rest)
-    with pytest.raises(UncountedOp, match=f"{namespace}::opaque: its memory cannot be predicted"):
-        predict(step, CPU)
+    return lib, getattr(torch.ops, namespace).opaque
 
 
-@pytest.mark.parametrize("op", [lambda x: x * x.max().item(), lambda x: x[x > 0]], ids=["a value", "a shape"])
-def test_an_op_that_looks_at_values_is_an_error(op):
-    step = trainer("siclip-tiny-emoji", "fp32", "data.batch_size=8")
-    original = step.training.objective
-    step.training.objective = lambda step_, image, *rest: original(step_, op(image), *rest)
-    with pytest.raises(UncountedOp, match="its memory cannot be predicted, since it does not run on fake tensors: D"):
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: opaque("plantest"), "plantest::opaque: its memory cannot be predicted"),
+        (lambda: opaque("vision"), "vision::opaque: its memory"),  # torch would run its kernel on made up values
+        (lambda: (None, lambda x: x * x.max().item()), "since it does not run on fake tensors: DataDependent"),
+        (lambda: (None, lambda x: x[x > 0]), "since it does not run on fake tensors: DynamicOutputShape"),
+    ],
+    ids=["no fake", "of a known namespace", "a value", "a shape"],
+)
+def test_an_op_that_does_not_run_on_fake_tensors_is_an_error(make, message):
+    (_lib, op), step = make(), trainer("siclip-tiny-emoji", "fp32", "data.batch_size=8")
+    original = step.objective
+    step.objective = lambda step_, image, *rest: original(step_, op(image), *rest)
+    with pytest.raises(UncountedOp, match=message):
         predict(step, CPU)
 
 
 def test_the_largest_batch():
-    def check(slope, offset, limit):
-        asked = []
-        found, seen = largest(lambda n: asked.append(n) or slope * n + offset, limit)
+    for slope, offset, limit in ((3, 100, 1000), (1, 0, 7), (1000, 5, 10**7 + 3), (7, 0, 6)):
+        found, seen = largest(lambda n, slope=slope, offset=offset: slope * n + offset, limit)
         assert found == (limit - offset) // slope
         assert found + 1 in seen
-        assert len(asked) == len(set(asked)) <= 6
-
-    for line in ((3, 100, 1000), (1, 0, 7), (1000, 5, 10**7 + 3), (7, 0, 6)):
-        check(*line)
-    steps = lambda n: 100 * n + 5000 * (n // 7)  # noqa: E731
-    found, seen = largest(steps, 123_456)
-    assert steps(found) <= 123_456 < steps(found + 1)
+        assert len(seen) <= 6
+    found, seen = largest(lambda n: 100 * n + 5000 * (n // 7), 123_456)
+    assert seen[found] <= 123_456 < seen[found + 1]
     assert largest(lambda n: 5, 10, most=1000)[0] == 1000
 
 
 def test_memory_of_cards():
-    assert parse_memory("24GiB") == parse_memory("RTX 3090") == parse_memory("rtx-4090") == parse_memory("3090") == 24 * GIB
-    assert parse_memory("12000MB") == 12_000_000_000
-    assert parse_memory("1.5 gib") == 3 * GIB // 2
+    assert {planning.parse_memory(name) for name in ("24GiB", "RTX 3090", "rtx-4090", "3090")} == {24 * GIB}
+    assert planning.parse_memory("12000MB") == 12_000_000_000
+    assert planning.parse_memory("1.5 gib") == 3 * GIB // 2
     for bad in ("24", "0GiB", "rtx-3091", "lots"):
         with pytest.raises(ValueError, match="memory: expected a size such as 24GiB or one of rtx-3090"):
-            parse_memory(bad)
+            planning.parse_memory(bad)
     assert 0.8 * 24 * GIB < Budget(24 * GIB).usable < 24 * GIB - Budget(24 * GIB).context
 
 
 @pytest.mark.slow
 def test_answers_fit_and_one_more_does_not():
-    values = config.load("siclip-tiny-emoji", ["data.batch_size=64", "data.micro_batch=16", "model.freeze_norms=true"])
+    values = config.load("siclip-tiny-emoji", ["data.batch_size=64", "data.micro_batch=16", CACHED])
     budget = Budget(400 << 20, context=0, libraries=0)
     made = planning.make(values, budget, device="cpu")
     as_is, one_graph, cached = made.answers
     assert (as_is.batch_size, as_is.micro_batch) == (64, 16)
     assert made.fits
-    for answer in (one_graph, cached):
+    for answer, unit in ((one_graph, 1), (cached, 16)):
         assert answer.peak <= budget.usable < answer.next_peak
-    assert one_graph.next_batch_size == one_graph.batch_size + 1
-    assert cached.next_batch_size == cached.batch_size + 16
+        assert answer.next_batch_size == answer.batch_size + unit
     assert cached.batch_size > 4 * one_graph.batch_size
-    small = planning.make(values, Budget(150 << 20, context=0, libraries=0), device="cpu", solve=False)
-    assert made.usage.peak < small.budget.usable or not small.fits
+    small = planning.make(values, Budget(made.usage.peak, context=0, libraries=0), device="cpu", solve=False)
+    assert small.usage.peak == made.usage.peak > small.budget.usable
+    assert not small.fits
 
 
 @pytest.mark.slow
 def test_the_micro_batch_that_fits():
-    values = config.load("siclip-tiny-emoji", ["data.batch_size=96", "data.micro_batch=auto", "model.freeze_norms=true"])
+    def settings(micro):
+        changes = ["data.batch_size=96", f"data.micro_batch={micro}", CACHED, "run.precision=fp32"]
+        return config.load("siclip-tiny-emoji", changes)
 
-    def peak(micro):
-        changes = ["data.batch_size=96", f"data.micro_batch={micro}", "model.freeze_norms=true"]
-        return predict(trainer("siclip-tiny-emoji", "fp32", *changes), CPU).peak
+    def fitting(memory):
+        return planning.micro_batch_that_fits(settings("auto"), Budget(memory, context=0, libraries=0), device="cpu")
 
-    values = config.from_dict(values.to_dict() | {"run": values.run.model_dump() | {"precision": "fp32"}})
-    budget = Budget(int((peak(12) + peak(16)) / 2 / 0.96), context=0, libraries=0)
-    assert planning.micro_batch_that_fits(values, budget, device="cpu").data.micro_batch == 12
-    assert peak(16) > budget.usable
-    assert planning.micro_batch_that_fits(values, Budget(GIB), device="cpu").data.micro_batch is None
+    small, large = (predict(TrainerStep(settings(micro), "fp32"), CPU).peak for micro in (12, 16))
+    memory = int((small + large) / 2 / 0.96)
+    assert fitting(memory).data.micro_batch == 12
+    assert small < Budget(memory, context=0, libraries=0).usable < large
+    assert fitting(GIB).data.micro_batch is None
     with pytest.raises(config.ConfigError, match="data.micro_batch: expected one that fits .* even with one image at a time"):
-        planning.micro_batch_that_fits(values, Budget(50 << 20, context=0, libraries=0), device="cpu")
+        fitting(50 << 20)
+
+
+TINY_COMMAND = ("siclip-tiny-emoji", "--memory")
 
 
 def call(*arguments):
@@ -286,7 +271,7 @@ def test_the_command_for_siclip_s0(tmp_path):
 @pytest.mark.slow
 @needs_cuda_build
 def test_the_command():
-    shown = call("siclip-tiny-emoji", "--memory", "24GiB", "--set", "data.batch_size=16")
+    shown = call(*TINY_COMMAND, "24GiB", "--set", "data.batch_size=16")
     assert shown.exit_code == 0, shown.output
     for word in ("as configured", "most in one graph", "activations", "total", "assumed", "measured   nothing", "advice"):
         assert word in shown.output
@@ -295,11 +280,11 @@ def test_the_command():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["siclip-tiny-emoji", "--memory", "24"], "memory: expected a size such as 24GiB or one of"),
-        (["siclip-tiny-emoji", "--memory", "1GiB", "--compare", "timm"], "--compare: expected open_clip, got 'timm'"),
-        (["siclip-tiny-emoji", "--memory", "1GiB", "--device", "tpu"], "--device: expected cuda or cpu, got 'tpu'"),
-        (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "7"], "data.micro_batch: expected a divisor of"),
-        (["siclip-tiny-emoji", "--memory", "1GiB", "--micro-batch", "x"], "data.micro_batch: expected a whole number or"),
+        ([*TINY_COMMAND, "24"], "memory: expected a size such as 24GiB or one of"),
+        ([*TINY_COMMAND, "1GiB", "--compare", "timm"], "--compare: expected open_clip, got 'timm'"),
+        ([*TINY_COMMAND, "1GiB", "--device", "tpu"], "--device: expected cuda or cpu, got 'tpu'"),
+        ([*TINY_COMMAND, "1GiB", "--micro-batch", "7"], "data.micro_batch: expected a divisor of"),
+        ([*TINY_COMMAND, "1GiB", "--micro-batch", "x"], "data.micro_batch: expected a whole number or"),
         (["siclip-lite0-emoji", "--memory", "1GiB", "--set", "data.train=none/*.tar", "--device", "cpu"],
          "the pattern 'none/*.tar', which matches none. To plan without the shards: --teacher-width"),
     ],
@@ -313,21 +298,20 @@ def test_bad_input(arguments, message):
 @pytest.mark.slow
 def test_a_torch_without_cuda_plans_for_cpus_only(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    result = call("siclip-tiny-emoji", "--memory", "1GiB")
+    result = call(*TINY_COMMAND, "1GiB")
     assert result.exit_code == 2
     assert "is a build without CUDA, which plans for a card need (the card itself is not needed)" in result.output
-    result = call("siclip-tiny-emoji", "--memory", "1GiB", "--device", "cpu", "--set", "data.batch_size=16")
-    assert result.exit_code == 0
+    assert call(*TINY_COMMAND, "1GiB", "--device", "cpu", "--set", "data.batch_size=16").exit_code == 0
 
 
 @pytest.mark.gpu
-def test_predicted_and_measured_on_a_gpu():
+@pytest.mark.parametrize(
+    "make",
+    [lambda: trainer("siclip-tiny-emoji", "bf16", "data.batch_size=512"), lambda: OpenClipStep("ViT-B-32", 64, "bf16")],
+    ids=["siclip-tiny", "ViT-B-32"],
+)
+def test_predicted_and_measured_on_a_gpu(make):
     """Within a tenth: cuDNN's workspaces are not stated."""
-    device = torch.device("cuda", 0)
-    for make in (
-        lambda: trainer("siclip-tiny-emoji", "bf16", "data.batch_size=512"),
-        lambda: OpenClipStep("ViT-B-32", 64, "bf16"),
-    ):
-        predicted = predict(make(), device).peak
-        torch.cuda.empty_cache()
-        assert predicted == pytest.approx(measure(make(), device), rel=0.1)
+    predicted = predict(make(), CUDA).peak
+    torch.cuda.empty_cache()
+    assert predicted == pytest.approx(measure(make(), CUDA), rel=0.1)

@@ -1,4 +1,5 @@
 // shaped_attention on a CPU: a task per sequence and head.
+#include "../../scratch.h"
 #include "../instruction_set.h"
 #include "../tensors.h"
 
@@ -95,6 +96,11 @@ Tensor shaped_attention_bwd(const Tensor& grad, const Tensor& q, const Tensor& k
       sums[gain * heads + h] = float(total);
     }
   return d_gains;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
+  m.impl("shaped_attention_fwd_cpu_workspace", TORCH_BOX(&NoWorkspace<&shaped_attention_fwd>::bytes));
+  m.impl("shaped_attention_bwd_cpu_workspace", TORCH_BOX(&NoWorkspace<&shaped_attention_bwd>::bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -1,4 +1,5 @@
 // feature_loss on a CPU: tasks of a fixed number of rows, whose sums are added in order.
+#include "../../scratch.h"
 #include "../instruction_set.h"
 #include "../tensors.h"
 
@@ -63,6 +64,11 @@ Tensor feature_loss_bwd(const Tensor& grad, const Tensor& student, const Tensor&
     isa.backward(rows, factor, const_cast<void*>(row(d_student, i)));
   });
   return d_student;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
+  m.impl("feature_loss_fwd_cpu_workspace", TORCH_BOX(&NoWorkspace<&feature_loss_fwd>::bytes));
+  m.impl("feature_loss_bwd_cpu_workspace", TORCH_BOX(&NoWorkspace<&feature_loss_bwd>::bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -1,0 +1,57 @@
+"""Calls of the ops whose memory is compared with what is stated or predicted."""
+
+import torch
+from calls import ATTENTION, MLP, Call, attention_inputs, block_inputs, function_of, mlp_inputs, outputs_of
+from similarity import make_inputs
+
+from simplclip.ops.similarity.call import TERMS
+
+SIMILARITY = {
+    "contrastive": {"terms": ("contrastive",)},
+    "rows only": {"terms": ("contrastive",), "symmetric": False},
+    "all negatives": {"terms": ("pair_matching",)},
+    "hard": {"terms": ("contrastive", "pair_matching"), "negatives": "hard"},
+    "hadamard": {"terms": ("pair_matching",), "plane": "hadamard"},
+    "hard, hadamard": {"terms": ("pair_matching",), "plane": "hadamard", "negatives": "hard"},
+    "relational": {"terms": ("relational",)},
+    "kl": {"terms": ("interactive",), "interactive": "kl"},
+    "kl, projected": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80},
+    "kl, projected, rows only": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80, "symmetric": False},
+    "infonce": {"terms": ("interactive",), "teacher_width": 80},
+    "every term": {"terms": TERMS, "interactive": "kl", "negatives": "hard", "plane": "hadamard", "teacher_width": 80},
+    "every term, own features": {"terms": TERMS, "interactive": "kl"},
+}
+
+
+def similarity_call(name: str, n: int, m: int, width: int, *, ids: bool = False, **options) -> Call:
+    case = dict(SIMILARITY[name])
+    build = {key: case.pop(key) for key in ("terms", "plane", "teacher_width") if key in case}
+    tensors, built = make_inputs(n, m, (m - n) // 2, ids=ids, width=width, **build)
+    tensors |= {key: built.pop(key) for key in ("ids", "text_ids") if key in built}
+    return Call("similarity_loss", tensors, built | case | options)
+
+
+def feature_call(n: int, width: int, **options) -> Call:
+    return Call("feature_loss", {"student": torch.randn(n, width), "teacher": torch.randn(n, width)}, options)
+
+
+def attention_call(*shape: int, lengths: tuple[int, ...] = ()) -> Call:
+    valid = {"lengths": torch.tensor(lengths)} if lengths else {}
+    return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))) | valid, {"causal": True})
+
+
+def mlp_call(t: int, c: int, f: int, *, bias: bool = True, **options) -> Call:
+    tensors = {name: tensor for name, tensor in zip(MLP, mlp_inputs(t, c, f, c, bias)) if tensor is not None}
+    return Call("parallel_mlp", tensors, options)
+
+
+def block_call(*shape: int) -> Call:
+    return Call("simplified_block", block_inputs(*shape, projections=False))
+
+
+def forward_and_backward(call: Call, tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()) -> None:
+    for name in call.needed():
+        tensors[name].requires_grad_(name not in frozen)
+    total = sum(t.sum() for t in outputs_of(function_of(call), call, tensors).values())
+    if total.requires_grad:
+        total.backward()
