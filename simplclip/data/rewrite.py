@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import Replacing, differences, sha256, write_atomically
+from simplclip.common.files import differences, replacing, sha256, write_atomically
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     BrokenSample,
@@ -287,7 +287,7 @@ def _rewrite_shard(
 ) -> dict[str, Any]:
     """Write one shard; return its entry of meta.json."""
     skipped, count = Skipped(), 0
-    with Replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         samples = read_shard(source, skipped, every=True)
         while batch := list(islice(samples, batch_size)):
             for sample in batch:

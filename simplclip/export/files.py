@@ -31,7 +31,7 @@ from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256, write_atomically
 from simplclip.train import config as configs
-from simplclip.train.restore import load_model
+from simplclip.train.state import load_model
 
 FORMATS = ("open_clip", "safetensors", "onnx")
 SUMMARY = "export.json"

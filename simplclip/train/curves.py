@@ -24,11 +24,8 @@ def curves(run: str | Path) -> Path | None:
     step = columns["step"]
     terms = [name for name in columns if name.endswith("_loss")]
     figure = new_figure(11, 6.4)
-    axes = figure.subplots(
-        2,
-        2,
-        gridspec_kw={"hspace": 0.34, "wspace": 0.14, "left": 0.055, "right": 0.98, "top": 0.86, "bottom": 0.085},
-    )
+    margins = {"left": 0.055, "right": 0.98, "top": 0.86, "bottom": 0.085}
+    axes = figure.subplots(2, 2, gridspec_kw={"hspace": 0.34, "wspace": 0.14, **margins})
     panels = [
         ("Loss", ["loss", *terms]),
         ("Learning rate", ["lr"]),
@@ -58,8 +55,5 @@ def curves(run: str | Path) -> Path | None:
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Running mean over a twentieth of the run, shorter at the ends."""
-    half = max(1, len(values) // 40)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    i = np.arange(len(values))
-    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+    window = np.ones(2 * max(1, len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

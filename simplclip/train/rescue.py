@@ -6,7 +6,6 @@ import gc
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from simplclip.common.files import write_atomically
 from simplclip.data.workers import undisturbed
@@ -39,8 +38,9 @@ class LastStep:
 
     def take(self) -> None:
         """Call after each whole step. After the first one config.yaml is written."""
-        for held, live in zip(_by_dtype(self._buffers), _by_dtype(self._changing)):
-            torch._foreach_copy_(held, live)
+        for dtype in {buffer.dtype for buffer in self._buffers.values()}:  # one kernel each
+            names = [name for name, buffer in self._buffers.items() if buffer.dtype == dtype]
+            torch._foreach_copy_([self._buffers[name] for name in names], [self._changing[name] for name in names])
         self._note_place()
         self._claim()
 
@@ -96,11 +96,3 @@ class LastStep:
         if not self._claimed:
             write_atomically(self.out / "config.yaml", self.this.config.to_yaml())
             self._claimed = True
-
-
-def _by_dtype(tensors: dict[str, Tensor]) -> list[list[Tensor]]:
-    """Groups the tensors by dtype, so that each group is copied by one kernel."""
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors.values():
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return list(groups.values())
