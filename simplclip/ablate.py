@@ -1,8 +1,5 @@
 """Measures what each part of the system adds: trains the same student with one more part at a time.
 
-run              trains every variant, from scratch and inherited, with every seed; writes ablation.csv and ablation.png
-VARIANTS         the parts in the order in which they are added
-
 Each training is a process of `simplclip train`, so that a stopped ablation can be continued.
 """
 
@@ -31,7 +28,7 @@ from simplclip.train import config
 from simplclip.train.config import Config, ConfigError
 
 STARTS = ("scratch", "inherited")
-# name of a variant -> the key of the config that is enabled from it on
+# name of a variant -> the key of the config that is enabled from it on, in the order in which they are added
 VARIANTS = {
     "contrastive": None,
     "+ pair matching": "loss.pm_weight",

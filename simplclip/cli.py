@@ -70,10 +70,9 @@ def doctor(
     """Print versions, CPU, GPU, and which backend runs each op on this machine."""
     import json
 
-    import simplclip
     from simplclip import doctor as doctors
 
-    report = simplclip.report()
+    report = doctors.report()
     typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report, why))
 
 
@@ -164,16 +163,8 @@ def evaluate(
     splits = _named_splits(data or [])
     from simplclip import evaluate as evaluation
 
-    evaluation.run(
-        checkpoint,
-        splits or None,
-        out=out,
-        templates=template or None,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        skip_missing=skip_missing,
-    )
+    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    evaluation.run(checkpoint, splits or None, out=out, templates=template or None, skip_missing=skip_missing, **hardware)
 
 
 @app.command(
@@ -280,21 +271,9 @@ def caption(
     """Write new shards with synthetic captions by a CoCa model. Repeat the command to continue after a stop."""
     from simplclip import caption as captioning
 
-    summary = captioning.run(
-        shards,
-        out,
-        model,
-        checkpoint=checkpoint,
-        pretrained=pretrained,
-        n=n,
-        top_p=top_p,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-    )
+    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    draws = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    summary = captioning.run(shards, out, model, checkpoint=checkpoint, pretrained=pretrained, **draws, **hardware)
     typer.echo(f"wrote {summary['written']} of {summary['shards']} shards to {summary['path']}: {summary['samples']} pairs")
     typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))
 
@@ -333,18 +312,9 @@ def teacher(
     splits = _named_splits(evaluate or [])
     from simplclip.teacher import command
 
-    command.run(
-        shards,
-        out,
-        name=teacher,
-        checkpoint=checkpoint,
-        heads_file=heads,
-        splits=splits,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        seed=seed,
-    )
+    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    files = {"checkpoint": checkpoint, "heads_file": heads, "splits": splits}
+    command.run(shards, out, name=teacher, seed=seed, **files, **hardware)
 
 
 def _named_splits(items: list[str]) -> dict[str, str]:

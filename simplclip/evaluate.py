@@ -120,8 +120,7 @@ def table(results: Mapping[str, Any]) -> Table:
 
 
 def _cell(figure: Mapping[str, float]) -> str:
-    value, chance = figure["value"], figure["chance"]
-    return f"{value:.1%} [dim]({chance:.1%})[/dim]"
+    return f"{figure['value']:.1%} [dim]({figure['chance']:.1%})[/dim]"
 
 
 def _in_words(figures: Mapping[str, Mapping[str, float]], among: int) -> str:

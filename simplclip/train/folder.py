@@ -10,14 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simplclip.common.files import differences
+from simplclip.common.files import differences, fcntl
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # Settings that may differ from the checkpoint's, since they do not change the result. So may the folder of data.train.
 _FREE = ("data.micro_batch", "loss.scratch_mib", "model.recompute", "eval.", "run.")

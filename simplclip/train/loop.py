@@ -1,9 +1,4 @@
-"""The trainer: shards -> batches -> two towers -> loss -> AdamW, with stopping and resuming.
-
-run              locks the folder, sets up, restores and finishes a run; after an error it saves the last whole step
-_steps           runs the steps, and logs, evaluates and saves between them
-_batches         yields the micro-batches of each step, epoch after epoch, without end
-"""
+"""The trainer: shards -> batches -> two towers -> loss -> AdamW, with stopping and resuming."""
 
 from __future__ import annotations
 
@@ -29,8 +24,7 @@ from simplclip.train.curves import curves
 from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, Planner, gib, ran_out
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
-from simplclip.train.rescue import LastStep
-from simplclip.train.signals import StopRequest
+from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
 
@@ -90,10 +84,8 @@ def run(
         whole = LastStep(this, out)
         stop = stack.enter_context(StopRequest())
         try:
-            with (
-                Reporter(console or Console(), config.run.steps, this.step, config.run.print_every) as report,
-                RunLog(out, this.step, config.run.tensorboard) as log,
-            ):
+            report = Reporter(console or Console(), config.run.steps, this.step, config.run.print_every)
+            with report.progress, RunLog(out, this.step, config.run.tensorboard) as log:
                 report.print(models.summary(this.model, config.model.name))
                 for line in this.inheritance.lines() if this.inheritance else ():
                     report.print(line)
@@ -173,20 +165,17 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
     if full:
         where = saved or "No step was finished before it, so nothing is saved."
         change = f"{go_on} --set KEY=VALUE" if go_on else " To try again: the same command with --set KEY=VALUE"
-        return TrainingError(f"step {step}: out of memory. {where} {_advice(limit, config)}{change}")
+        try:
+            advice = limit.advice(config)
+        except Exception as problem:  # of the planner, which must not hide the first one
+            advice = f"simplclip plan has no advice: {problem}."
+        return TrainingError(f"step {step}: out of memory. {where} {advice}{change}")
     if saved is None:
         return error
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
         return TrainingError(f"{error}. {saved}")
     message = str(error).strip().rstrip(".") or "no message"
     return TrainingError(f"after step {step - 1}: {type(error).__name__}: {message}. {saved}{go_on}")
-
-
-def _advice(limit: MemoryLimit, config: Config) -> str:
-    try:
-        return limit.advice(config)
-    except Exception as error:  # an error of the planner must not hide the first one
-        return f"simplclip plan has no advice: {error}."
 
 
 def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -> Iterator[list[dict[str, Any]]]:
@@ -200,8 +189,7 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
         for batch in loader.epoch(this.epoch, skip_batches=this.batch):
             this.batch += 1
             if wanted > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
-                tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-                batch = {name: value if value.is_pinned() else value.clone() for name, value in tensors.items()}
+                batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
             batches.append(batch)
             if len(batches) == wanted:
                 yield batches

@@ -44,30 +44,15 @@ class _Bar(Progress):
 
 
 class Reporter:
-    """Shows progress: a bar in a terminal, else a line every `print_every` steps."""
+    """Shows progress: a bar in a terminal, within the context `progress`, else a line every `print_every` steps."""
 
     def __init__(self, console: Console, steps: int, start: int, print_every: int):
         self.console, self.steps, self.print_every = console, steps, print_every
-        self.progress = _Bar(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=40),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            refresh_per_second=4,
-            speed_estimate_period=60,
-        )
+        times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=40), *times
+        rates = {"refresh_per_second": 4, "speed_estimate_period": 60}
+        self.progress = _Bar(*columns, console=console, disable=not console.is_terminal, **rates)
         self.task = self.progress.add_task("", total=steps, completed=start, figures="")
-
-    def __enter__(self) -> Reporter:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.progress.stop()
 
     def print(self, message: str) -> None:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -31,14 +31,11 @@ class Training:
         self.config, self.device, self.precision = config, device, precision
         self.teacher = self.read_teacher() if config.loss.needs_teacher else None
         self.model = build_model(config)
-        self.inheritance = None
-        if state:
-            self.frozen = state.get("frozen", [])
-            freeze(self.model, self.frozen)
-        else:
-            if config.inherit.source is not None:
-                self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
-            self.frozen = self.inheritance.names if self.inheritance else []
+        self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
+        freeze(self.model, self.frozen)
+        if config.inherit.source is not None and not state:
+            self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
+            self.frozen = self.inheritance.names
         if config.model.freeze_norms:
             freeze_norms(self.model)
         if config.model.recompute:
@@ -140,10 +137,11 @@ def recompute(model: nn.Module) -> None:
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW that decays matrices only: no norms, biases, gains, scales, tokens, nor the loss's own parameters."""
-    every = [p for p in model.parameters() if p.requires_grad]  # without frozen ones
-    decayed = [p for p in every if _is_matrix(p)]
-    rest = [p for p in every if not _is_matrix(p)] + [p for p in loss.parameters() if p.requires_grad]
-    o = config.optim
+    o, decayed, rest = config.optim, [], []
+    for p in model.parameters():
+        if p.requires_grad:  # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
+            (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)
+    rest += [p for p in loss.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=o.lr,
@@ -151,11 +149,6 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
         eps=o.eps,
         fused=decayed[0].device.type in ("cpu", "cuda"),
     )
-
-
-def _is_matrix(p: nn.Parameter) -> bool:
-    """Whether a parameter has two dimensions above 1; a layer scale [C, 1, 1] is a gain."""
-    return sum(n > 1 for n in p.shape) >= 2
 
 
 def lr_factor(step: int, config: Config) -> float:

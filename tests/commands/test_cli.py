@@ -116,12 +116,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 def test_names_of_splits():
     named = {"concepts": "a/b-*.tar", "z": "/p/q=1/r.tar"}
-    derived = {
-        "vendor": "emoji/vendor-*.tar",
-        "val": "v/val-{000..003}.tar",
-        "held": "/q=1/held-000.tar",
-        "one": "one.tar.gz",
-    }
+    derived = {"vendor": "emoji/vendor-*.tar", "val": "val-{000..003}.tar", "held": "/q=1/held-000.tar", "one": "one.tar.gz"}
     words = [*(f"{name}={shards}" for name, shards in named.items()), *derived.values()]
     assert cli._named_splits(words) == named | derived
 

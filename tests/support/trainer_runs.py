@@ -91,9 +91,8 @@ def run(entry: dict, meeting: Path) -> dict:
 def main(folder: Path, plan: str) -> None:
     torch.set_num_threads(1)
     register_models(folder)
-    results = {}
-    for name, entry in json.loads((folder / f"{plan}.json").read_text()).items():
-        results[name] = run(entry, folder / f"{plan}-{name}.meeting")
+    entries = json.loads((folder / f"{plan}.json").read_text())
+    results = {name: run(entry, folder / f"{plan}-{name}.meeting") for name, entry in entries.items()}
     rank = os.environ.get("RANK", "0")
     (folder / f"{plan}-{rank}.json").write_text(json.dumps(results))
 
