@@ -20,21 +20,8 @@ _FUNCTIONS = {
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (
-    "ablate",
-    "caption",
-    "data",
-    "evaluate",
-    "evaluation",
-    "export",
-    "gradient_cache",
-    "kernels",
-    "losses",
-    "memory",
-    "models",
-    "nn",
-    "ops",
-    "teacher",
-    "train",
+    *("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
+    *("ablate", "caption", "evaluate", "export", "memory", "teacher"),  # commands
 )
 deprecated.install()
 

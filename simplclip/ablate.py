@@ -1,15 +1,10 @@
 """Measures what each part of the system adds: trains the same student with one more part at a time.
 
-run              trains every variant, from scratch and inherited, with every seed; writes ablation.csv and ablation.png
-VARIANTS         the parts in the order in which they are added
-
 Each training is a process of `simplclip train`, so that a stopped ablation can be continued.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import subprocess
@@ -18,6 +13,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +21,14 @@ import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
-from simplclip.common.files import differences, write_atomically
+from simplclip.common.files import differences, write_atomically, write_csv
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 from simplclip.evaluation import KS
 from simplclip.train import config
 from simplclip.train.config import Config, ConfigError
 
 STARTS = ("scratch", "inherited")
-# name of a variant -> the key of the config that is enabled from it on
+# name of a variant -> the key of the config that is enabled from it on, in the order in which they are added
 VARIANTS = {
     "contrastive": None,
     "+ pair matching": "loss.pm_weight",
@@ -56,11 +52,9 @@ class Trial:
 
     def changes(self) -> list[str]:
         """The settings in which its config differs from that of the ablation."""
-        names = list(VARIANTS)
-        later = [VARIANTS[name] for name in names[names.index(self.variant) + 1 :]]
+        later = list(VARIANTS.values())[list(VARIANTS).index(self.variant) + 1 :]
         changes = [f"{key}={_OFF.get(key, 0)}" for key in later]
-        if self.start == "scratch":
-            changes.append("inherit.source=null")
+        changes += ["inherit.source=null"] if self.start == "scratch" else []
         return [*changes, f"run.seed={self.seed}", f"run.out={json.dumps(str(self.folder))}"]
 
 
@@ -84,8 +78,7 @@ def run(
     Raises: ConfigError if the config lacks a part or its settings are not those of OUT; RuntimeError if a run fails, which
     names its log.
     """
-    console = console or Console()
-    out = Path(out)
+    console, out = console or Console(), Path(out)
     base = config.load(source, overrides)
     _check(base, starts)
     trials = [
@@ -108,17 +101,13 @@ def run(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     rows = [row for trial in trials for row in _rows(trial)]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(out / "ablation.csv", text.getvalue())
+    write_csv(out / "ablation.csv", list(rows[0]), rows)
     draw(out / "ablation.png", rows, f"{base.model.name}, {base.run.steps} steps, {seeds} seeds")
     return out / "ablation.csv"
 
 
 def _check(base: Config, starts: Sequence[str]) -> None:
-    off = [key for key in VARIANTS.values() if key and _value(base, key) in (_OFF.get(key, 0), 0.0)]
+    off = [key for key in VARIANTS.values() if key and attrgetter(key)(base) == _OFF.get(key, 0)]
     if off:
         raise ConfigError(f"config: expected every part to be enabled, got a config without: {', '.join(off)}")
     unknown = [start for start in starts if start not in STARTS]
@@ -130,17 +119,11 @@ def _check(base: Config, starts: Sequence[str]) -> None:
         raise ConfigError("eval.splits: expected held-out data, got none")
 
 
-def _value(base: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return getattr(getattr(base, section), name)
-
-
 def _claim(out: Path, base: Config) -> None:
     """Check that OUT is new, or that OUT/config.yaml has the same settings."""
     path = out / "config.yaml"
     if path.exists():
-        changed = differences(config.load(path).to_dict(), base.to_dict())
-        if changed:
+        if changed := differences(config.load(path).to_dict(), base.to_dict()):
             changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
             raise ConfigError(f"out: expected the settings of the ablation in {out}, got others: {changes}")
         return
@@ -151,39 +134,29 @@ def _claim(out: Path, base: Config) -> None:
 
 
 def _train(source: Path, trial: Trial, threads: int) -> None:
-    command = [sys.executable, "-m", "simplclip"]
     changes = [word for change in trial.changes() for word in ("--set", change)]
-    steps = (
-        [*command, "train", str(source), "--resume", *changes],
-        [*command, "evaluate", str(trial.folder)],
-    )
+    steps = ["train", str(source), "--resume", *changes], ["evaluate", str(trial.folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SIMPLCLIP_THREADS": str(threads)}
     trial.folder.parent.mkdir(parents=True, exist_ok=True)
     log = trial.folder.with_suffix(".log")
     with open(log, "a") as file:
         for step in steps:
-            code = subprocess.run(step, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            command = [sys.executable, "-m", "simplclip", *step]
+            code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
             if code:
-                raise RuntimeError(
-                    f"the run {trial.variant!r}, {trial.start}, seed {trial.seed} ended with {code}: see {log}"
-                )
+                name = f"{trial.variant!r}, {trial.start}, seed {trial.seed}"
+                raise RuntimeError(f"the run {name} ended with {code}: see {log}")
 
 
 def _rows(trial: Trial) -> Iterator[dict[str, Any]]:
     result = json.loads((trial.folder / "evaluation.json").read_text())
     for split, entry in result["splits"].items():
         for direction in DIRECTIONS:
-            recalls = {k: entry[direction][k] for k in (f"R@{k}" for k in KS)}
-            yield {
-                "variant": trial.variant,
-                "start": trial.start,
-                "seed": trial.seed,
-                "steps": result["step"],
-                "split": split,
-                "direction": direction,
-                **{k: round(figure["value"], 6) for k, figure in recalls.items()},
-                **{f"chance of {k}": round(figure["chance"], 6) for k, figure in recalls.items()},
-            }
+            row = {"variant": trial.variant, "start": trial.start, "seed": trial.seed, "steps": result["step"]}
+            row |= {"split": split, "direction": direction}
+            recalls = {f"R@{k}": entry[direction][f"R@{k}"] for k in KS}
+            row |= {k: round(figure["value"], 6) for k, figure in recalls.items()}
+            yield row | {f"chance of {k}": round(figure["chance"], 6) for k, figure in recalls.items()}
 
 
 def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:
@@ -193,9 +166,8 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
     """
     splits, variants, starts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("split", "variant", "start"))
     figure = new_figure(5.2 * len(splits) + 1.6, 4.6)
-    axes = figure.subplots(
-        1, len(splits), squeeze=False, gridspec_kw={"left": 0.06, "right": 0.985, "top": 0.8, "bottom": 0.2}
-    )
+    margins = {"left": 0.06, "right": 0.985, "top": 0.8, "bottom": 0.2}
+    axes = figure.subplots(1, len(splits), squeeze=False, gridspec_kw=margins)
     for axis, split in zip(axes[0], splits):
         for place, (colour, start) in enumerate(zip(COLOURS, starts)):
             means, errors = zip(*(_mean_of_seeds(rows, split, variant, start) for variant in variants))
@@ -208,9 +180,8 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
         axis.set_ylabel("R@1, %", color=MUTED)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, frameon=False, fontsize=10, labelcolor=INK, loc="upper right", ncols=len(names))
-    figure.suptitle(
-        f"{title}; bars: standard deviation", color=INK, fontsize=13, fontweight="bold", x=0.06, y=0.95, ha="left"
-    )
+    title = f"{title}; bars: standard deviation"
+    figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.06, y=0.95, ha="left")
     return write(figure, Path(path))
 
 

@@ -13,10 +13,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer  # noqa: E402
 
-from simplclip.common.command import expected_errors, fail  # noqa: E402
+from simplclip.common.command import Commands, fail  # noqa: E402
 from simplclip.common.errors import InputError, UserError  # noqa: E402
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -62,7 +63,6 @@ def main() -> None:
 
 
 @app.command(short_help="Show which backend runs each op on this machine.", epilog="Example: simplclip doctor --why")
-@expected_errors
 def doctor(
     why: Annotated[bool, typer.Option("--why", help="Show for each op why the other backends do not run it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -70,15 +70,13 @@ def doctor(
     """Print versions, CPU, GPU, and which backend runs each op on this machine."""
     import json
 
-    import simplclip
     from simplclip import doctor as doctors
 
-    report = simplclip.report()
+    report = doctors.report()
     typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report, why))
 
 
 @data_app.command(epilog="Example: simplclip data emoji --out data/emoji")
-@expected_errors
 def emoji(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing build.")] = False,
@@ -93,7 +91,6 @@ def emoji(
 
 
 @app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=taught/*.tar --resume")
-@expected_errors
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")],
     set_: Overrides = None,
@@ -136,7 +133,6 @@ def train(
     short_help="Evaluate a checkpoint by retrieval and classification.",
     epilog="Example: simplclip evaluate runs/NAME --data test=shards/test-*.tar",
 )
-@expected_errors
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
     data: Annotated[
@@ -167,23 +163,14 @@ def evaluate(
     splits = _named_splits(data or [])
     from simplclip import evaluate as evaluation
 
-    evaluation.run(
-        checkpoint,
-        splits or None,
-        out=out,
-        templates=template or None,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        skip_missing=skip_missing,
-    )
+    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    evaluation.run(checkpoint, splits or None, out=out, templates=template or None, skip_missing=skip_missing, **hardware)
 
 
 @app.command(
     short_help="Predict the memory of a training step.",
     epilog="Example: simplclip plan siclip-s0 --memory rtx-3090 --compare open_clip",
 )
-@expected_errors
 def plan(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],
     memory: Annotated[
@@ -229,7 +216,6 @@ def plan(
     short_help="Measure what each part of the system adds.",
     epilog="Example: simplclip ablate siclip-lite0-emoji --out runs/ablation --seeds 3",
 )
-@expected_errors
 def ablate(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config with every part enabled.")],
     out: Annotated[Path, typer.Option(help="Folder for the runs, ablation.csv and ablation.png.")],
@@ -248,7 +234,6 @@ def ablate(
 @app.command(
     short_help="Write weights for open_clip, safetensors and ONNX.", epilog="Example: simplclip export runs/NAME --out export"
 )
-@expected_errors
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
@@ -268,7 +253,6 @@ def export(
     short_help="Add synthetic captions to shards.",
     epilog="Example: simplclip caption shards/*.tar --out captioned --checkpoint coca.pt --n 3",
 )
-@expected_errors
 def caption(
     shards: Annotated[list[str], typer.Argument(help="Shards to caption: paths, globs or brace patterns.")],
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
@@ -287,21 +271,9 @@ def caption(
     """Write new shards with synthetic captions by a CoCa model. Repeat the command to continue after a stop."""
     from simplclip import caption as captioning
 
-    summary = captioning.run(
-        shards,
-        out,
-        model,
-        checkpoint=checkpoint,
-        pretrained=pretrained,
-        n=n,
-        top_p=top_p,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-    )
+    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    draws = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    summary = captioning.run(shards, out, model, checkpoint=checkpoint, pretrained=pretrained, **draws, **hardware)
     typer.echo(f"wrote {summary['written']} of {summary['shards']} shards to {summary['path']}: {summary['samples']} pairs")
     typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))
 
@@ -310,7 +282,6 @@ def caption(
     short_help="Write a teacher's features into new shards.",
     epilog="Example: simplclip teacher shards/*.tar --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
 )
-@expected_errors
 def teacher(
     shards: Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace expressions.")],
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
@@ -341,18 +312,9 @@ def teacher(
     splits = _named_splits(evaluate or [])
     from simplclip import teacher as teachers
 
-    teachers.run(
-        shards,
-        out,
-        name=teacher,
-        checkpoint=checkpoint,
-        heads_file=heads,
-        splits=splits,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        seed=seed,
-    )
+    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    files = {"checkpoint": checkpoint, "heads_file": heads, "splits": splits}
+    teachers.run(shards, out, name=teacher, seed=seed, **files, **hardware)
 
 
 def _named_splits(items: list[str]) -> dict[str, str]:

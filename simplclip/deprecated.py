@@ -36,5 +36,4 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def install() -> None:
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # before what is left of an old folder
+    sys.meta_path.insert(0, _Finder())  # before what is left of an old folder

@@ -36,21 +36,14 @@ def _gpu() -> dict:
 
 
 def _extension() -> dict:
-    info: dict = {
-        "cpu": {"loaded": backends.extension is not None},
-        "cuda": {"loaded": backends.cuda_extension is not None},
-    }
-    if backends.extension is None:
-        info["cpu"]["reason"] = backends.extension_error
-    else:
-        info["cpu"]["compiler"] = backends.extension.compiler()
-        info["cpu"]["instruction_set"] = backends.extension.cpu_isa()
-        info["cpu"]["native_bfloat16"] = backends.native_bf16
-    if backends.cuda_extension is None:
-        info["cuda"]["reason"] = backends.cuda_extension_error
-    else:
-        info["cuda"]["architectures"] = backends.cuda_extension.architectures()
-    return info
+    cpu = {"loaded": False, "reason": backends.extension_error}
+    cuda = {"loaded": False, "reason": backends.cuda_extension_error}
+    if extension := backends.extension:
+        cpu = {"loaded": True, "compiler": extension.compiler(), "instruction_set": extension.cpu_isa()}
+        cpu["native_bfloat16"] = backends.native_bf16
+    if backends.cuda_extension:
+        cuda = {"loaded": True, "architectures": backends.cuda_extension.architectures()}
+    return {"cpu": cpu, "cuda": cuda}
 
 
 def report() -> dict:
@@ -58,22 +51,6 @@ def report() -> dict:
 
     It contains only plain types, so that it can be written as JSON.
     """
-    ops: dict = {}
-    for op in backends.TABLE:
-        ops[op] = {}
-        for device in ("cpu", "cuda"):
-            try:
-                serves, _ = backends.select(op, device, torch.float32, backends.forced())
-                problem = None
-            except (RuntimeError, ValueError) as error:
-                serves, problem = None, str(error)
-            others = {
-                name: backends.why_not(op, name, device, torch.float32)
-                or f"can run; {'another is forced' if backends.forced() else f'{serves} comes first'}"
-                for name in backends.NAMES
-                if name != serves
-            }
-            ops[op][device] = {"backend": serves, "error": problem, "others": others}
     return {
         "simplclip": __version__,
         "python": platform.python_version(),
@@ -87,22 +64,35 @@ def report() -> dict:
         "gpu": _gpu(),
         "extension": _extension(),
         "forced_backend": backends.forced() or None,
-        "ops": ops,
+        "ops": {op: {device: _backend(op, device) for device in ("cpu", "cuda")} for op in backends.TABLE},
     }
+
+
+def _backend(op: str, device: str) -> dict:
+    serves = problem = None
+    try:
+        serves, _ = backends.select(op, device, torch.float32, backends.forced())
+    except (RuntimeError, ValueError) as error:
+        problem = str(error)
+    free = f"can run; {'another is forced' if backends.forced() else f'{serves} comes first'}"
+    others = [name for name in backends.NAMES if name != serves]
+    reasons = {name: backends.why_not(op, name, device, torch.float32) or free for name in others}
+    return {"backend": serves, "error": problem, "others": reasons}
 
 
 def render(data: dict, why: bool = False) -> str:
     """The report as text for a terminal. why: add the reasons why the other backends do not run each op."""
-    cpu, extension, gpu = data["cpu"], data["extension"], data["gpu"]
+    cpu, gpu, kernels, cuda_kernels = data["cpu"], data["gpu"], data["extension"]["cpu"], data["extension"]["cuda"]
+    built = kernels.get("reason")
+    if kernels["loaded"]:
+        bf16 = "bfloat16 products in hardware" if kernels["native_bfloat16"] else "bfloat16 computed in float32"
+        built = f"{kernels['instruction_set']}, {bf16}; built by {kernels['compiler']}"
     rows = [
         ("simplclip", f"{data['simplclip']}, Python {data['python']}, {data['platform']}"),
         ("packages", ", ".join(f"{name} {version or '(not installed)'}" for name, version in data["packages"].items())),
         ("CPU", f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses {cpu['torch_instruction_set']}"),
-        ("CPU kernels", _cpu_kernels(extension["cpu"])),
-        (
-            "CUDA kernels",
-            f"for {extension['cuda']['architectures']}" if extension["cuda"]["loaded"] else extension["cuda"]["reason"],
-        ),
+        ("CPU kernels", built),
+        ("CUDA kernels", cuda_kernels.get("reason") or f"for {cuda_kernels['architectures']}"),
         ("GPU", f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB" if gpu["available"] else gpu["reason"]),
     ]
     if gpu["available"] and "reason" in gpu:
@@ -120,10 +110,3 @@ def render(data: dict, why: bool = False) -> str:
             lines += [f"    {device}: {entry['error']}"] if entry["error"] else []
             lines += [f"    {device}: not {name}: {reason}" for name, reason in entry["others"].items()]
     return "\n".join(lines)
-
-
-def _cpu_kernels(info: dict) -> str:
-    if not info["loaded"]:
-        return info["reason"]
-    bf16 = "bfloat16 products in hardware" if info["native_bfloat16"] else "bfloat16 computed in float32"
-    return f"{info['instruction_set']}, {bf16}; built by {info['compiler']}"

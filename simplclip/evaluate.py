@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
 from simplclip.evaluation import KS, contact_sheet, encode, load_splits, retrieval, zero_shot
-from simplclip.train.restore import load_model
+from simplclip.train.state import load_model
 
 
 def run(
@@ -43,6 +44,7 @@ def run(
     evaluation.json is another file).
     """
     console = console or Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
     model, config, state = load_model(checkpoint, place)
@@ -55,52 +57,34 @@ def run(
         )
     loaded, missing = load_splits(splits, config.model.name, config.model.image_size, skip_missing)
     for name, reason in missing.items():
-        console.print(f"skipped {name}: {reason}", markup=False, highlight=False, soft_wrap=True)
+        say(f"skipped {name}: {reason}")
 
     file = folder / "evaluation.json"
     _earlier(file)  # raises its error before the work
     folder.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results, tokenizer = {}, models.tokenizer(config.model.name)
     made_by = {"checkpoint": str(checkpoint), "model": config.model.name, "step": state["step"], "precision": precision}
     for name, split in loaded.items():
         encode(model, split, batch_size or config.eval.batch_size, place, precision)
-        classes = zero_shot(
-            model, split, models.tokenizer(config.model.name), templates or config.eval.templates, place, precision
-        )
-        console.print(f"{name}: {split.data.report()}", markup=False, highlight=False, soft_wrap=True)
-        sheet = folder / f"evaluation-{name}.png"
-        figures = retrieval(split)
-        contact_sheet(
-            sheet,
-            split,
-            f"{config.model.name}, step {state['step']}: {name}",
-            (
-                _in_words(figures["text_to_image"], len(split.data)),
-                _in_words(figures["image_to_text"], len(split.captions)),
-            ),
-        )
-        results[name] = {
-            "images": len(split.data.images),
-            "texts": len(split.captions),
-            **figures,
-            "zero_shot": classes,
-            "contact_sheet": str(sheet),
-            **made_by,
-        }
-    answer = {
-        **made_by,
-        "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
-        "splits": results,
-    }
+        classes = zero_shot(model, split, tokenizer, templates or config.eval.templates, place, precision)
+        say(f"{name}: {split.data.report()}")
+        sheet, figures = folder / f"evaluation-{name}.png", retrieval(split)
+        among = {"text_to_image": len(split.data), "image_to_text": len(split.captions)}
+        lines = tuple(_in_words(figures[direction], number) for direction, number in among.items())
+        contact_sheet(sheet, split, f"{config.model.name}, step {state['step']}: {name}", lines)
+        results[name] = {"images": len(split.data.images), "texts": len(split.captions), **figures}
+        results[name] |= {"zero_shot": classes, "contact_sheet": str(sheet), **made_by}
+    versions = {"simplclip": simplclip.__version__, "torch": torch.__version__}
+    answer = {**made_by, "versions": versions, "splits": results}
     if not results:
-        console.print(f"nothing was evaluated; {file} is not written", markup=False, highlight=False, soft_wrap=True)
+        say(f"nothing was evaluated; {file} is not written")
         return answer
     with locked(folder):
         whole = {**answer, "splits": _earlier(file) | results}
         write_atomically(file, json.dumps(whole, indent=2) + "\n")
     console.print(table(answer))
     for path in [file, *(r["contact_sheet"] for r in results.values())]:
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        say(f"wrote {path}")
     return answer
 
 
@@ -136,8 +120,7 @@ def table(results: Mapping[str, Any]) -> Table:
 
 
 def _cell(figure: Mapping[str, float]) -> str:
-    value, chance = figure["value"], figure["chance"]
-    return f"{value:.1%} [dim]({chance:.1%})[/dim]"
+    return f"{figure['value']:.1%} [dim]({figure['chance']:.1%})[/dim]"
 
 
 def _in_words(figures: Mapping[str, Mapping[str, float]], among: int) -> str:

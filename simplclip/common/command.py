@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 
 import typer
+from typer.core import TyperGroup
 
 from simplclip.common.errors import UserError
 
@@ -19,15 +18,12 @@ EXTRAS = {
 }
 
 
-def expected_errors(command: Callable) -> Callable:
-    """Turns UserError and OSError into one line and exit code 2; all other errors keep their traceback."""
+class Commands(TyperGroup):
+    """Commands of which a UserError or OSError ends in one line and exit code 2; all other errors keep their traceback."""
 
-    @functools.wraps(command)
-    def wrapped(*args, **kwargs):
+    def invoke(self, ctx):
         try:
-            return command(*args, **kwargs)
-        except typer.Exit:  # a subclass of RuntimeError
-            raise
+            return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except ModuleNotFoundError as error:
@@ -40,8 +36,6 @@ def expected_errors(command: Callable) -> Callable:
             if os.environ.get("SIMPLCLIP_DEBUG"):
                 raise
             fail(str(error), 2)
-
-    return wrapped
 
 
 def fail(message: str, code: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -18,34 +20,36 @@ except ImportError:  # Windows
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Replace the contents of `path` by `data`; readers see the old file or the new one, never a part."""
     data = data.encode() if isinstance(data, str) else data
-    with Replacing(path) as file:
+    with replacing(path) as file:
         file.write(data)
 
 
-class Replacing:
+def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace `path` by a CSV file of `rows`."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Context that opens a temporary file beside `path` and renames it to `path` if the block ends without an error."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
-
-    def __enter__(self):
-        self.file = open(self.temporary, "wb")
-        return self.file
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is not None:
-                with contextlib.suppress(OSError):  # closing flushes the buffer, which fails again on a full disk
-                    self.file.close()
-                return
-            with self.file:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-            os.replace(self.temporary, self.path)
-            sync_folder(self.path.parent)
-        finally:
-            self.temporary.unlink(missing_ok=True)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    file = open(temporary, "wb")  # noqa: SIM115
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # after an error: closing flushes the buffer, which fails again on a full disk
+            file.close()
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -54,10 +58,10 @@ def locked(folder: str | Path, busy: str | None = None) -> Iterator[None]:
 
     While another process is in, it waits, or raises FileExistsError(busy) if `busy` is given.
     """
-    descriptor = None
-    try:
+    with contextlib.ExitStack() as stack:
         try:
             descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             if fcntl:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
@@ -65,9 +69,6 @@ def locked(folder: str | Path, busy: str | None = None) -> Iterator[None]:
         except OSError:  # also raised without support for flock
             pass
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def sha256(path: str | Path) -> str:
@@ -86,16 +87,12 @@ def identity(path: str | Path) -> dict[str, Any]:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename durable, on systems that can open a folder."""
-    try:
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

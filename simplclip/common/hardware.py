@@ -60,7 +60,5 @@ def set_threads(wanted: int | None) -> int:
     if cap is not None and not (cap.isdigit() and int(cap) > 0):
         raise InputError(f"SIMPLCLIP_THREADS: expected a whole number above 0, got {cap!r}")
     number = wanted or torch.get_num_threads()
-    if cap is not None:
-        number = min(number, int(cap))
-    torch.set_num_threads(number)
-    return number
+    torch.set_num_threads(min(number, int(cap or number)))
+    return torch.get_num_threads()

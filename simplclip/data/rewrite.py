@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import Replacing, differences, identity, locked, write_atomically
+from simplclip.common.files import differences, identity, locked, replacing, write_atomically
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     TEACHER,
@@ -221,7 +221,7 @@ def _bar(sources: dict[str, str], todo: dict[str, str], finished: dict[str, Any]
 def _rewrite_shard(source: str, target: Path, process: Process, batch_size: int, bar: tqdm) -> tuple[dict[str, Any], int]:
     """Write one shard; return its entry of meta.json, and how many samples had a teacher's features."""
     skipped, count, dropped = Skipped(), 0, 0
-    with Replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         samples = read_shard(source, skipped, every=True)
         while batch := list(islice(samples, batch_size)):
             dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)

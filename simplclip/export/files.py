@@ -33,7 +33,7 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import identity, write_atomically
 from simplclip.export import onnx_towers
 from simplclip.train import config as configs
-from simplclip.train.restore import load_model
+from simplclip.train.state import load_model
 
 FORMATS = ("open_clip", "safetensors", "onnx")
 SUMMARY = "export.json"

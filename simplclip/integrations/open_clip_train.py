@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.common.errors import InputError
-from simplclip.common.files import Replacing
+from simplclip.common.files import replacing
 from simplclip.ops.similarity.call import NEGATIVES
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
@@ -250,7 +250,7 @@ class LossParameters:
         self.optimizer.state_dict()  # fills `taken`
         state = {"epoch": epoch, "loss": self.loss.state_dict(), "optimizer": self.taken}
         path = Path(folder) / f"epoch_{epoch}{SUFFIX}"
-        with Replacing(path) as file:
+        with replacing(path) as file:
             torch.save(state, file)
         for other in Path(folder).glob(f"epoch_*{SUFFIX}"):
             number = re.fullmatch(r"epoch_(\d+)", other.stem)

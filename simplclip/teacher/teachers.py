@@ -21,7 +21,7 @@ from simplclip import models
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.train.checkpoint import CheckpointError
-from simplclip.train.restore import load_model
+from simplclip.train.state import load_model
 
 BUILTIN = "builtin"
 

@@ -14,14 +14,14 @@ import os
 import random
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import Replacing, sync_folder
+from simplclip.common.files import replacing, sync_folder
 
 FORMAT, VERSION = "simplclip", 1
 _NUMBERED = re.compile(r"step-(\d+)\.pt")
@@ -40,7 +40,14 @@ def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = Tru
     """
     folder = Path(folder)
     last = folder / "last.pt"
-    _write(last, state)
+    with replacing(last) as file:
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        except RuntimeError as error:
+            # After a failed write torch closes its archive, whose error hides that of the system.
+            if isinstance(first := error.__context__, OSError):
+                raise OSError(first.errno, first.strerror, str(last)) from first
+            raise
     if keep:
         _alias(last, folder / f"step-{state['step']:06d}.pt")
     for old in numbered_checkpoints(folder)[: -keep or None] if prune else ():
@@ -50,9 +57,7 @@ def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = Tru
 
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU. Raises FileNotFoundError, CheckpointError."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "last.pt"
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
     try:
@@ -63,9 +68,8 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
     if state["version"] > VERSION:
-        raise CheckpointError(
-            f"{path}: expected checkpoint version {VERSION} or lower, got {state['version']}, written by a newer simplclip"
-        )
+        version = f"{state['version']}, written by a newer simplclip"
+        raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {version}")
     return state
 
 
@@ -95,9 +99,8 @@ def rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
-    if numpy := sys.modules.get("numpy"):
-        name, keys, *rest = numpy.random.get_state()
-        state["numpy"] = [str(name), torch.from_numpy(keys.astype("int64")), *map(float, rest)]
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (transforms may draw from the global generator)
+    state["numpy"] = [str(name), torch.from_numpy(keys.astype("int64")), *map(float, rest)]
     return state
 
 
@@ -107,20 +110,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state and (numpy := sys.modules.get("numpy")):
+    if "numpy" in state:
         name, keys, position, has_gauss, cached = state["numpy"]
-        numpy.random.set_state((name, keys.numpy().astype("uint32"), int(position), int(has_gauss), cached))
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    with Replacing(path) as file:
-        try:
-            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
-        except RuntimeError as error:
-            # After a failed write torch closes its archive, whose error hides that of the system.
-            if isinstance(first := error.__context__, OSError):
-                raise OSError(first.errno, first.strerror, str(path)) from first
-            raise
+        np.random.set_state((name, keys.numpy().astype("uint32"), int(position), int(has_gauss), cached))  # noqa: NPY002
 
 
 def _alias(source: Path, target: Path) -> None:

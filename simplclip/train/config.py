@@ -103,6 +103,14 @@ Weight = Annotated[
     Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
     Discriminator(lambda value: "schedule" if isinstance(value, dict | Schedule) else "number"),
 ]
+# a loss's name of its term -> the weight's name, here and in WIKDLoss and ClipPMLoss
+TERMS = {
+    "contrastive_loss": "contrastive_weight",
+    "distill_loss": "relational_weight",
+    "interactive_loss": "interactive_weight",
+    "feature_loss": "feature_weight",
+    "pair_matching_loss": "pm_weight",
+}
 _SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
 
 
@@ -125,9 +133,7 @@ class LossConfig(Section):
     @property
     def weights(self) -> dict[str, Schedule]:
         """The schedules by the loss's names of its terms, without those that are always 0."""
-        names = {"contrastive": "contrastive", "distill": "relational", "interactive": "interactive", "feature": "feature"}
-        fields = {f"{term}_loss": getattr(self, f"{name}_weight") for term, name in names.items()}
-        fields["pair_matching_loss"] = self.pm_weight
+        fields = {term: getattr(self, field) for term, field in TERMS.items()}
         schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
         return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
 
@@ -231,17 +237,14 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     source: path of a YAML file, or the name of a built-in config (`builtin_names()`).
     overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which names the key.
     """
-    path = Path(source)
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-    elif str(source) in _builtin():
-        text = _builtin()[str(source)].read_text(encoding="utf-8")
-    else:
-        near = difflib.get_close_matches(str(source), builtin_names(), 1, 0.5)
+    builtin = _builtin()
+    file = Path(source) if Path(source).is_file() else builtin.get(str(source))
+    if file is None:
+        near = difflib.get_close_matches(str(source), sorted(builtin), 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(builtin_names())
+        known = ", ".join(sorted(builtin))
         raise ConfigError(f"config: expected a YAML file or one of the built-in {known}, got {str(source)!r}{hint}")
-    values = _parse(text, str(source))
+    values = _parse(file.read_text(encoding="utf-8"), str(source))
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -264,7 +267,7 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         found[prefix + name] = field
-        if _is_section(field):
+        if _is_section(field.annotation):
             found |= keys(field.annotation, f"{prefix}{name}.")
     return found
 
@@ -274,17 +277,14 @@ def describe() -> str:
     lines = []
     for key, field in keys().items():
         indent, name = "  " * key.count("."), key.rpartition(".")[2]
-        if _is_section(field):
-            lines += ["" if lines else None, f"{indent}{name}:  # {field.description}"]
+        if _is_section(field.annotation):
+            lines.append(f"\n{indent}{name}:  # {field.description}")
             continue
-        default = (
-            ""
-            if field.is_required()
-            else " " + yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip()
-        )
-        need = ", required" if field.is_required() else ""
+        default, need = "", ", required"
+        if not field.is_required():
+            default, need = " " + yaml.safe_dump(field.default, default_flow_style=True).removesuffix("...\n").strip(), ""
         lines.append(f"{indent}{name + ':' + default:<28} # {_type_name(field.annotation)}{need}: {field.description}")
-    return "\n".join(line for line in lines if line is not None) + "\n"
+    return "\n".join(lines).lstrip() + "\n"
 
 
 def _parse(text: str, where: str) -> Any:
@@ -301,17 +301,16 @@ def _override(values: dict[str, Any], item: str) -> None:
         raise ConfigError(f"--set: expected key=value (e.g. optim.lr=1e-3), got {item!r}")
     node = values
     for depth, part in enumerate(parts[:-1]):
-        child = node.setdefault(part, {})
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section, it is {_shown(child)}")
-        node = child
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section, it is {_shown(node)}")
     node[parts[-1]] = _parse(text, f"--set {key}")
 
 
-def _is_section(field: Any) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 # for these pydantic's message is clearer than the type
@@ -319,50 +318,42 @@ _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal",
 
 
 def _explain(error: Any) -> str:
-    known = keys()
-    path = [part for part in error["loc"] if part not in ("number", "schedule")]
-    # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
-    key = ".".join(map(str, path))
-    field_key = next((k for k in (".".join(map(str, path[:n])) for n in range(len(path), 0, -1)) if k in known), None)
-    if error["type"] == "value_error":  # raised by a validator in this file
+    known, kind = keys(), error["type"]
+    path = [str(part) for part in error["loc"] if part not in ("number", "schedule")]
+    key = ".".join(path)
+    if kind == "value_error":  # raised by a validator in this file
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
-    if error["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, known)}"
+    # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
+    field_key = next((k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known), None)
     if field_key is None:
         return f"{key}: {error['msg']}"
     field = known[field_key]
-    if error["type"] == "missing":
-        if key != field_key:
-            return f"{key}: missing"
-        return f"{field_key}: missing; expected {_type_name(field.annotation)} ({field.description})"
-    got = error["input"]
-    where = key if isinstance(field.annotation, types.GenericAlias) and len(path) > field_key.count(".") + 1 else field_key
-    limits = error["type"] in _LIMITS
-    expected = error["msg"].lower().replace("input should be ", "") if limits else _type_name(field.annotation)
-    return f"{where}: expected {expected}, got {_shown(got)}"
+    if kind == "missing":
+        hint = f"; expected {_type_name(field.annotation)} ({field.description})" if key == field_key else ""
+        return f"{key}: missing{hint}"
+    where = key if isinstance(field.annotation, types.GenericAlias) else field_key
+    expected = error["msg"].lower().replace("input should be ", "") if kind in _LIMITS else _type_name(field.annotation)
+    return f"{where}: expected {expected}, got {_shown(error['input'])}"
 
 
 def _nearest(key: str, known: dict[str, Any]) -> str:
-    leaf = key.rpartition(".")[2]
-    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
-    by_leaf = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], 1, 0.6)
-    near = (
-        same_leaf
-        or difflib.get_close_matches(key, known, 1, 0.75)
-        or [k for k in known if by_leaf and k.rpartition(".")[2] == by_leaf[0]]
-    )
-    section = key.rpartition(".")[0]
-    # of several keys with that leaf, the one in the section that was named
-    near.sort(key=lambda k: k.rpartition(".")[0] != section)
+    section, _, name = key.rpartition(".")
+    parts = {k: k.rpartition(".") for k in known}
+    siblings = [k for k in known if parts[k][0] == section]
+    by_name: dict[str, list[str]] = {}
+    for k in [*siblings, *known]:  # of several keys of one name, the one in the section that was named
+        by_name.setdefault(parts[k][2], []).append(k)
+    near = by_name.get(name) or difflib.get_close_matches(key, known, 1, 0.75)
+    near = near or [by_name[other][0] for other in difflib.get_close_matches(name, by_name, 1, 0.6)]
     if near:
         return f"; did you mean {near[0]}?"
-    siblings = [k for k in known if k.rpartition(".")[0] == section]
     return f"; known here: {', '.join(siblings)}" if siblings else ""
 
 
 def _type_name(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _type_name(arguments[0])
     if origin is Literal:
@@ -371,15 +362,10 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(a) for a in arguments)
     if origin is list:
         return f"a list of {_type_name(arguments[0])}s".replace("a list of a ", "a list of ")
-    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, Section)):
+    if origin is dict or _is_section(annotation):
         return "a mapping"
-    return {
-        int: "a whole number",
-        float: "a number",
-        str: "a string",
-        bool: "true or false",
-        type(None): "null",
-    }.get(annotation, str(annotation))
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(annotation, str(annotation))
 
 
 def _shown(value: Any) -> str:

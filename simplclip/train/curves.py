@@ -24,24 +24,18 @@ def curves(run: str | Path) -> Path | None:
     step = columns["step"]
     terms = [name for name in columns if name.endswith("_loss")]
     figure = new_figure(11, 6.4)
-    axes = figure.subplots(
-        2,
-        2,
-        gridspec_kw={"hspace": 0.34, "wspace": 0.14, "left": 0.055, "right": 0.98, "top": 0.86, "bottom": 0.085},
-    )
-    panels = [
-        ("Loss", ["loss", *terms]),
-        ("Learning rate", ["lr"]),
-        ("Logit scale", ["logit_scale"]),
-        ("Gradient norm before clipping", ["grad_norm"]),
-    ]
-    for axis, (title, names) in zip(axes.flat, panels):
+    margins = {"left": 0.055, "right": 0.98, "top": 0.86, "bottom": 0.085}
+    axes = figure.subplots(2, 2, gridspec_kw={"hspace": 0.34, "wspace": 0.14, **margins})
+    panels = {"Loss": ["loss", *terms], "Learning rate": ["lr"], "Logit scale": ["logit_scale"]}
+    panels["Gradient norm before clipping"] = ["grad_norm"]
+    for axis, (title, names) in zip(axes.flat, panels.items()):
         for colour, name in zip(COLOURS, names):
             values = columns[name]
             noisy = len(values) > 20 and name not in ("lr", "logit_scale")
             if noisy:
                 axis.plot(step, values, color=colour, alpha=0.22, linewidth=0.8)
-                values = _smooth(values)
+                window = np.ones(2 * max(1, len(values) // 40) + 1)  # a twentieth of the run, fewer rows at its ends
+                values = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
             label = name.removesuffix("_loss").replace("_", " ")
             axis.plot(step, values, color=colour, linewidth=1.8, label=f"{label}: {values[-1]:.3g}")
         style(axis, title)
@@ -54,12 +48,3 @@ def curves(run: str | Path) -> Path | None:
         axis.set_xlabel("step", color=MUTED)
     figure.suptitle(run.name, color=INK, fontsize=14, fontweight="bold", x=0.055, y=0.965, ha="left")
     return write(figure, run / "curves.png")
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over a twentieth of the run, shorter at the ends."""
-    half = max(1, len(values) // 40)
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    i = np.arange(len(values))
-    low, high = np.maximum(i - half, 0), np.minimum(i + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)

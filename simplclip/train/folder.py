@@ -1,30 +1,119 @@
-"""The folder of a run: whether a run may start or continue in it, and with which settings."""
+"""The folder of a run: one process at a time trains in it, and only with settings that fit the run that it holds."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simplclip.common.files import differences
+from simplclip.common.files import differences, fcntl
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 
 # Settings that may differ from the checkpoint's, since they do not change the result. So may the folder of data.train.
-_FREE = (
-    "data.micro_batch",
-    "loss.scratch_mib",
-    "model.recompute",
-    "eval.",
-    "run.out",
-    "run.steps",
-    "run.device",
-    "run.threads",
-    "run.log_every",
-    "run.print_every",
-    "run.save_every",
-    "run.keep",
-    "run.tensorboard",
-)
+_FREE = ("data.micro_batch", "loss.scratch_mib", "model.recompute", "eval.", "run.")
+_NOT_FREE = ("run.seed", "run.precision")
+_held: set[int] = set()  # descriptors of this process's locks
+
+
+def _close_inherited_locks() -> None:
+    """Closes inherited locks in a forked loader process, which may live seconds longer than a killed trainer."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path) -> Iterator[str | None]:
+    """Context that locks `folder` for this process, and makes it if necessary.
+
+    The file run.lock names the process and its host, and is locked (flock) while the process lives: the system releases the
+    lock when the process ends, however it ends. If the file system has no locks, only the names decide, and the context
+    gives a warning. At the end run.lock is removed, and so are the folders that were made, unless they contain files.
+
+    Raises ConfigError for a folder in use, naming the process and its host; nothing in the folder is changed then.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run.out: expected a folder, got the file {folder}")
+    path = folder / "run.lock"
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    try:
+        file, reason = _lock(path)
+        try:
+            try:
+                path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from None
+            yield reason and (
+                f"{path} names this process, but cannot be locked ({reason}): two runs that start at the same time "
+                "do not notice each other, and after a crash a start on another host asks to delete the file"
+            )
+        finally:
+            path.unlink(missing_ok=True)  # while it is locked: a process that has opened it notices the removal
+            if file is not None:
+                _held.discard(file)
+                os.close(file)
+    finally:
+        for part in made:
+            with contextlib.suppress(OSError):  # not empty any more
+                part.rmdir()
+
+
+def _lock(path: Path) -> tuple[int | None, str | None]:
+    """Makes and locks the file. Returns its descriptor, or why the system has no locks, if the names allow a start."""
+    refusal = f"run.out: expected a folder that no process trains in, got {path.parent}"
+    while True:
+        # Another process may remove the file or the folder in between.
+        with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, file)
+            try:
+                if fcntl is None:
+                    raise OSError(0, "this system has no flock")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{refusal}: {_owner(path)[2]}") from None
+            except OSError as error:
+                pid, host, does = _owner(path)
+                if pid is not None and not (host == socket.gethostname() and _is_over(pid)):
+                    hint = "If that process is over, delete this file"
+                    raise ConfigError(f"{refusal}: {does}, as {path} says. {hint}") from None
+                return None, error.strerror
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                stack.pop_all()
+                _held.add(file)
+                return file, None
+
+
+def _owner(path: Path) -> tuple[int | None, str | None, str]:
+    """The process and the host that the file names, and both in words."""
+    try:
+        found = json.loads(path.read_text())
+        pid, host = int(found["pid"]), str(found["host"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None, None, "a process that is starting does"
+    return pid, host, f"process {pid} on host {host} does"
+
+
+def _is_over(pid: int) -> bool:
+    """Whether the process `pid` of this host has ended. Our own number is that of an earlier process."""
+    if pid == os.getpid():
+        return True
+    if fcntl is None:  # signal 0 would end the process
+        return False
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:
@@ -33,42 +122,32 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
     If data.micro_batch is "auto", the returned config has the micro-batch of the checkpoint.
     """
     last = out / "last.pt"
-    if resume and last.exists():
-        state = checkpoint.load(last)
-        was = from_dict(state["config"])
-        if config.data.micro_batch == "auto":
-            config = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": was.data.micro_batch})})
-        _check_same(state, config, last)
-        state["batch"] = _place(state["batch"], was, config, last)
-        return state, config
-    if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
-        raise ConfigError(
-            f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"
-        )
-    return None, config
-
-
-def _place(batch: int, was: Config, config: Config, last: Path) -> int:
-    """The number of finished batches of the epoch, in batches of `config`."""
-    before, now = (c.data.micro_batch or c.data.batch_size for c in (was, config))
-    done, rest = divmod(batch * before, now)
-    if rest:
-        raise ConfigError(
-            f"data.micro_batch: expected a divisor of the {batch * before:,} images that {last} has seen of its epoch, "
-            f"got {now}"
-        )
-    return done
-
-
-def _check_same(state: dict[str, Any], config: Config, last: Path) -> None:
-    changed = differences(from_dict(state["config"]).to_dict(), config.to_dict())
+    if not (resume and last.exists()):
+        if not resume and any((out / name).exists() for name in ("last.pt", "config.yaml", "metrics.csv")):
+            raise ConfigError(
+                f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"
+            )
+        return None, config
+    state = checkpoint.load(last)
+    was = from_dict(state["config"])
+    if config.data.micro_batch == "auto":
+        config = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": was.data.micro_batch})})
+    changed = differences(was.to_dict(), config.to_dict())
     if "data.train" in changed:
         names = [[Path(p).name for p in ([v] if isinstance(v, str) else v)] for v in changed["data.train"]]
         if names[0] == names[1]:
             del changed["data.train"]
-    changed = {k: v for k, v in changed.items() if not k.startswith(_FREE)}
+    changed = {k: v for k, v in changed.items() if k in _NOT_FREE or not k.startswith(_FREE)}
     if changed:
         changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
         raise ConfigError(f"resume: expected the settings of {last}, got other settings: {changes}")
     if state["step"] > config.run.steps:
         raise ConfigError(f"run.steps: expected at least {state['step']}, the step of {last}, got {config.run.steps}")
+    before, now = (c.data.micro_batch or c.data.batch_size for c in (was, config))
+    images = state["batch"] * before
+    state["batch"], rest = divmod(images, now)
+    if rest:
+        raise ConfigError(
+            f"data.micro_batch: expected a divisor of the {images:,} images that {last} has seen of its epoch, got {now}"
+        )
+    return state, config

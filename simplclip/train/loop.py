@@ -1,9 +1,4 @@
-"""The trainer: shards -> batches -> two towers -> loss -> AdamW, with stopping and resuming.
-
-run              locks the folder, sets up, restores and finishes a run; after an error it saves the last whole step
-_steps           runs the steps, and logs, evaluates and saves between them
-_batches         yields the micro-batches of each step, epoch after epoch, without end
-"""
+"""The trainer: shards -> batches -> two towers -> loss -> AdamW, with stopping and resuming."""
 
 from __future__ import annotations
 
@@ -17,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from simplclip import data, evaluation, models
 from simplclip.common import hardware
@@ -27,12 +21,10 @@ from simplclip.ops import backends
 from simplclip.train import checkpoint
 from simplclip.train.config import Config
 from simplclip.train.curves import curves
-from simplclip.train.folder import claim
+from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, Planner, gib, ran_out
-from simplclip.train.lock import RunLock
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
-from simplclip.train.rescue import LastStep
-from simplclip.train.signals import StopRequest
+from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
 
@@ -67,46 +59,38 @@ def run(
             memory, with advice on what would fit.
         Interrupted: SIGINT or SIGTERM; the running step is finished and the state saved.
     """
-    with RunLock(Path(config.run.out)) as lock:
-        return _run(config, resume, console or Console(), (memory_limit, planner), lock.note)
-
-
-def _run(config: Config, resume: bool, console: Console, limits: tuple[int | None, Planner | None], note: str | None) -> Path:
     out = Path(config.run.out)
-    state, config = claim(out, config, resume)
-    checkpoint.remove_temporaries(out)
-    device = hardware.pick_device(config.run.device)
-    precision, why = hardware.pick_precision(config.run.precision, device)
-    threads = hardware.set_threads(config.run.threads)
     with ExitStack() as stack:
-        limit = MemoryLimit(device, *limits)
+        note = stack.enter_context(run_lock(out))
+        state, config = claim(out, config, resume)
+        checkpoint.remove_temporaries(out)
+        device = hardware.pick_device(config.run.device)
+        precision, why = hardware.pick_precision(config.run.precision, device)
+        threads = hardware.set_threads(config.run.threads)
+        limit = MemoryLimit(device, memory_limit, planner)
         stack.callback(limit.lift)
         auto = config.data.micro_batch == "auto"
         if auto:
             config = limit.settle(config)
-        _seed(config.run.seed)
+        torch.manual_seed(config.run.seed)
+        random.seed(config.run.seed)
+        np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
 
-        loader = _loader(config, pin_memory=device.type == "cuda")
-        splits = (
-            evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)[0]
-            if config.eval.every
-            else {}
-        )
+        loader, splits = _loader(config, pin_memory=device.type == "cuda"), {}
+        if config.eval.every:
+            splits, _ = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
         this = Training(config, device, precision, state)
         this.model.train()
         whole = LastStep(this, out)
         stop = stack.enter_context(StopRequest())
         try:
-            with (
-                Reporter(console, config.run.steps, this.step, config.run.print_every) as report,
-                RunLog(out, this.step, config.run.tensorboard) as log,
-            ):
+            report = Reporter(console or Console(), config.run.steps, this.step, config.run.print_every)
+            with report.progress, RunLog(out, this.step, config.run.tensorboard) as log:
                 report.print(models.summary(this.model, config.model.name))
                 for line in this.inheritance.lines() if this.inheritance else ():
                     report.print(line)
-                report.print(
-                    f"loss       {_loss(this)}; similarity_loss is served by {_backend(this, 'similarity_loss_fwd')}"
-                )
+                similarity = _backend(this, "similarity_loss_fwd")
+                report.print(f"loss       {_loss(this)}; similarity_loss is served by {similarity}")
                 report.print(f"blocks     {_blocks(this)}")
                 report.print(f"precision  {precision} ({why})")
                 report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
@@ -181,20 +165,17 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
     if full:
         where = saved or "No step was finished before it, so nothing is saved."
         change = f"{go_on} --set KEY=VALUE" if go_on else " To try again: the same command with --set KEY=VALUE"
-        return TrainingError(f"step {step}: out of memory. {where} {_advice(limit, config)}{change}")
+        try:
+            advice = limit.advice(config)
+        except Exception as problem:  # of the planner, which must not hide the first one
+            advice = f"simplclip plan has no advice: {problem}."
+        return TrainingError(f"step {step}: out of memory. {where} {advice}{change}")
     if saved is None:
         return error
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
         return TrainingError(f"{error}. {saved}")
     message = str(error).strip().rstrip(".") or "no message"
     return TrainingError(f"after step {step - 1}: {type(error).__name__}: {message}. {saved}{go_on}")
-
-
-def _advice(limit: MemoryLimit, config: Config) -> str:
-    try:
-        return limit.advice(config)
-    except Exception as error:  # an error of the planner must not hide the first one
-        return f"simplclip plan has no advice: {error}."
 
 
 def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -> Iterator[list[dict[str, Any]]]:
@@ -207,8 +188,8 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
     while True:
         for batch in loader.epoch(this.epoch, skip_batches=this.batch):
             this.batch += 1
-            if wanted > 1:
-                batch = {name: _own(value) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            if wanted > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
+                batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
             batches.append(batch)
             if len(batches) == wanted:
                 yield batches
@@ -217,11 +198,6 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
             last = report
             show(f"data       epoch {this.epoch}: {report}")
         this.epoch, this.batch = this.epoch + 1, 0
-
-
-def _own(value: Tensor) -> Tensor:
-    """A copy: a tensor from a loader process holds a file descriptor, and a step may have thousands of micro-batches."""
-    return value if value.is_pinned() else value.clone()
 
 
 def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, show: Callable[[str], None]) -> None:
@@ -256,10 +232,8 @@ def _loss(this: Training) -> str:
     weights = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in this.objective.schedules)
     if this.teacher is None:
         return f"{type(this.loss).__name__}: {weights}"
-    stored = (
-        f"features of {this.teacher['name']}, {this.teacher['width']} wide, are read from the shards; no teacher is in memory"
-    )
-    return f"{type(this.loss).__name__}: {weights}; {stored}"
+    stored = f"features of {this.teacher['name']}, {this.teacher['width']} wide, are read from the shards"
+    return f"{type(this.loss).__name__}: {weights}; {stored}; no teacher is in memory"
 
 
 def _backend(this: Training, op: str, **call) -> str:
@@ -275,9 +249,3 @@ def _blocks(this: Training) -> str:
     attention = {_backend(this, "shaped_attention_fwd", width=block.width // block.heads) for block in found}
     mlp = _backend(this, "parallel_mlp_fwd")
     return f"{len(found)} simplified; shaped_attention is served by {' and '.join(sorted(attention))}, parallel_mlp by {mlp}"
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)

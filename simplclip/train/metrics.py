@@ -3,68 +3,25 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import write_atomically
+from simplclip.common.files import write_csv
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
-
-
-class CsvLog:
-    """A CSV file to which each call writes one row to disk.
-
-    columns: names, "step" among them. start: the step after which the run continues. Later rows are removed, so that an
-    interrupted and resumed run has the same rows as an uninterrupted one.
-    """
-
-    def __init__(self, path: str | Path, columns: list[str], start: int = 0):
-        path = Path(path)
-        kept = [row for row in _complete_rows(path, columns) if int(row["step"]) <= start] if path.exists() else []
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
-        write_atomically(path, text.getvalue())
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
-
-    def write(self, row: Mapping[str, float]) -> None:
-        self._writer.writerow(row)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _complete_rows(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    """Rows of an earlier part of the run, without a last line that a crash cut short."""
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    rows = csv.DictReader(lines)
-    if rows.fieldnames is not None and list(rows.fieldnames) != columns:
-        raise InputError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(rows.fieldnames)}")
-    return [row for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -87,40 +44,24 @@ class _Bar(Progress):
 
 
 class Reporter:
-    """Shows progress: a bar in a terminal, else a line every `print_every` steps."""
+    """Shows progress: a bar in a terminal, within the context `progress`, else a line every `print_every` steps."""
 
     def __init__(self, console: Console, steps: int, start: int, print_every: int):
         self.console, self.steps, self.print_every = console, steps, print_every
-        self.progress = _Bar(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=40),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            refresh_per_second=4,
-            speed_estimate_period=60,
-        )
+        times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=40), *times
+        rates = {"refresh_per_second": 4, "speed_estimate_period": 60}
+        self.progress = _Bar(*columns, console=console, disable=not console.is_terminal, **rates)
         self.task = self.progress.add_task("", total=steps, completed=start, figures="")
 
-    def __enter__(self) -> Reporter:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.progress.stop()
-
-    def print(self, message: str, style: str | None = None) -> None:
-        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+    def print(self, message: str) -> None:
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, row: Mapping[str, float]) -> None:
-        if self.progress.disable:
-            if step % self.print_every == 0 or step == self.steps:
-                self.print(f"step {step}/{self.steps}  {figures(row)}")
-        else:
+        if not self.progress.disable:
             self.progress.update(self.task, completed=step, figures=figures(row))
+        elif step % self.print_every == 0 or step == self.steps:
+            self.print(f"step {step}/{self.steps}  {figures(row)}")
 
 
 def figures(row: Mapping[str, float]) -> str:
@@ -136,8 +77,8 @@ class Speed:
     """Samples per second, smoothed over about the last 20 steps."""
 
     def __init__(self) -> None:
-        self.last = time.perf_counter()
         self.seconds = 0.0
+        self.pause()
 
     def step(self, samples: int) -> float:
         now = time.perf_counter()
@@ -146,46 +87,64 @@ class Speed:
         return samples / self.seconds
 
     def pause(self) -> None:
-        """Context whose time does not count, e.g. of a checkpoint or an evaluation."""
+        """The time since the last step, e.g. of a checkpoint or an evaluation, does not count."""
         self.last = time.perf_counter()
 
 
 class RunLog:
-    """metrics.csv (a row per logged step), evaluation.csv (one per split and direction) and TensorBoard of the same."""
+    """metrics.csv (a row per logged step), evaluation.csv (one per split and direction) and TensorBoard of the same.
+
+    start: the step after which the run continues. Later rows are removed, so that an interrupted and resumed run has the same
+    rows as an uninterrupted one.
+    """
 
     def __init__(self, out: Path, start: int, tensorboard: bool):
         self.out, self.start = out, start
-        self._files: dict[str, CsvLog] = {}
+        self._tables: dict[str, csv.DictWriter] = {}
         self._tensorboard, self._writer = tensorboard, None
+        self._open = ExitStack()
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind, *_) -> None:
         """Closes all files. An error of a full disk is raised, unless another error is being handled."""
-        failed = None
-        for file in [*self._files.values(), *([self._writer] if self._writer else ())]:
-            try:
-                file.close()
-            except OSError as error:
-                failed = error
-        if failed and kind is None:
-            raise failed
+        try:
+            self._open.close()
+        except OSError:
+            if kind is None:
+                raise
 
-    def write(self, file: str, row: Mapping[str, float | str]) -> None:
-        """Add a row to FILE.csv; its first row decides the columns. TensorBoard gets the numbers, named by the words.
+    def write(self, name: str, row: Mapping[str, float | str]) -> None:
+        """Add a row to NAME.csv; its first row decides the columns. TensorBoard gets the numbers, named by the words.
 
         row: "step", and figures or words, e.g. {"step": 5, "split": "held", "R@1": 0.5} -> evaluation/held/R@1.
         """
-        if file not in self._files:
-            self._files[file] = CsvLog(self.out / f"{file}.csv", list(row), self.start)
-        self._files[file].write(row)
+        if name not in self._tables:
+            path, columns = self.out / f"{name}.csv", list(row)
+            write_csv(path, columns, rows_until(path, columns, self.start))
+            lines = self._open.enter_context(path.open("a", buffering=1, newline="", encoding="utf-8"))
+            self._tables[name] = csv.DictWriter(lines, columns, lineterminator="\n")
+        self._tables[name].writerow(row)
         if self._tensorboard and not self._writer:  # not earlier, so that a failed start leaves no files
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)
+            writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)
+            self._writer = self._open.enter_context(writer)
         if self._writer:
             words = [value for value in row.values() if isinstance(value, str)]
-            for name, value in row.items():
-                if name != "step" and not isinstance(value, str):
-                    self._writer.add_scalar("/".join([file, *words, name]), value, row["step"])
+            for figure, value in row.items():
+                if figure != "step" and not isinstance(value, str):
+                    self._writer.add_scalar("/".join([name, *words, figure]), value, row["step"])
+
+
+def rows_until(path: Path, columns: list[str], step: int) -> list[dict[str, str]]:
+    """Rows of a CSV file up to `step`, without a last line that a crash cut short. Raises InputError for other columns."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader([line for line in file if line.endswith("\n")])
+    if rows.fieldnames is not None and list(rows.fieldnames) != columns:
+        raise InputError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(rows.fieldnames)}")
+    whole = (row for row in rows if row["step"].isdigit() and None not in row and None not in row.values())
+    return [row for row in whole if int(row["step"]) <= step]

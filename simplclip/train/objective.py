@@ -9,16 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import losses
-from simplclip.train.config import ConfigError, LossConfig
-
-# term -> the attribute of WIKDLoss and ClipPMLoss that enables it
-_SWITCHES = {
-    "contrastive_loss": "contrastive_weight",
-    "distill_loss": "relational_weight",
-    "interactive_loss": "interactive_weight",
-    "feature_loss": "feature_weight",
-    "pair_matching_loss": "pm_weight",
-}
+from simplclip.train.config import TERMS, ConfigError, LossConfig
 
 
 def make_loss(config: LossConfig, width: int | None, teacher: Mapping[str, Any] | None) -> nn.Module:
@@ -27,7 +18,7 @@ def make_loss(config: LossConfig, width: int | None, teacher: Mapping[str, Any] 
     width: D of the student's features, needed with a teacher and for plane="hadamard". teacher: its "width" D̂.
     Raises ConfigError for a teacher of another width without loss.projection.
     """
-    on = {switch: float(term in config.weights) for term, switch in _SWITCHES.items()}
+    on = {switch: float(term in config.weights) for term, switch in TERMS.items()}
     shared = {"plane": config.plane, "negatives": config.negatives, "embed_dim": width}
     if not config.needs_teacher:
         return losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
@@ -71,11 +62,11 @@ class Objective:
         """
         captions = len(text) // len(image)
         if captions > 1:
-            image, group = (t.repeat_interleave(captions, 0) for t in (image, group))
-            teacher_image = None if teacher_image is None else teacher_image.repeat_interleave(captions, 0)
+            of_images = (image, group, teacher_image)
+            image, group, teacher_image = (None if t is None else t.repeat_interleave(captions, 0) for t in of_images)
         weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
         for term, weight in weights.items():
-            setattr(self.loss, _SWITCHES[term], float(weight > 0))
+            setattr(self.loss, TERMS[term], float(weight > 0))
         options = {"output_dict": True, "ids": group}
         if self.teacher is None:
             terms = self.loss(image, text, logit_scale, logit_bias, **options)

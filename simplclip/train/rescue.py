@@ -1,17 +1,53 @@
-"""Saves the last whole step of a run that fails, bit for bit, and describes the result."""
+"""Early ends of a run: a signal stops it between two steps, and after an error the last whole step is saved, bit for bit."""
 
 from __future__ import annotations
 
 import gc
+import os
+import signal
+import threading
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from simplclip.common.files import write_atomically
 from simplclip.data.workers import undisturbed
 from simplclip.train import checkpoint
 from simplclip.train.state import Training
+
+
+class StopRequest:
+    """Context in which the first SIGINT or SIGTERM only sets `requested`; the second one ends the process at once.
+
+    Outside the main thread Python allows no handlers, so that signals are not handled.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._process = os.getpid()
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if os.getpid() != self._process:
+            # A forked loader process gets Ctrl-C too, but the last step needs it; SIGTERM ends it.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+        # Not print(): a handler may run in the middle of one, and Python's buffered files are not reentrant.
+        os.write(2, f"\n{self.requested}: finishing this step, then saving; a second signal stops at once\n".encode())
 
 
 class LastStep:
@@ -39,8 +75,9 @@ class LastStep:
 
     def take(self) -> None:
         """Call after each whole step. After the first one config.yaml is written."""
-        for held, live in zip(_by_dtype(self._buffers), _by_dtype(self._changing)):
-            torch._foreach_copy_(held, live)
+        for dtype in {buffer.dtype for buffer in self._buffers.values()}:  # one kernel each
+            names = [name for name, buffer in self._buffers.items() if buffer.dtype == dtype]
+            torch._foreach_copy_([self._buffers[name] for name in names], [self._changing[name] for name in names])
         self._note_place()
         self._claim()
 
@@ -96,11 +133,3 @@ class LastStep:
         if not self._claimed:
             write_atomically(self.out / "config.yaml", self.this.config.to_yaml())
             self._claimed = True
-
-
-def _by_dtype(tensors: dict[str, Tensor]) -> list[list[Tensor]]:
-    """Groups the tensors by dtype, so that each group is copied by one kernel."""
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors.values():
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return list(groups.values())

@@ -1,8 +1,9 @@
-"""The state of training: model, loss, optimizer and schedule, saved to and restored from a checkpoint."""
+"""The state of training: model, loss, optimizer and schedule, saved to and restored from a checkpoint; or the model alone."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from simplclip.common import hardware
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.config import Config
+from simplclip.train.config import Config, ConfigError, from_dict
 from simplclip.train.objective import Objective, make_loss
-from simplclip.train.restore import build_model
 
 
 class Training:
@@ -31,14 +31,11 @@ class Training:
         self.config, self.device, self.precision = config, device, precision
         self.teacher = self.read_teacher() if config.loss.needs_teacher else None
         self.model = build_model(config)
-        self.inheritance = None
-        if state:
-            self.frozen = state.get("frozen", [])
-            freeze(self.model, self.frozen)
-        else:
-            if config.inherit.source is not None:
-                self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
-            self.frozen = self.inheritance.names if self.inheritance else []
+        self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
+        freeze(self.model, self.frozen)
+        if config.inherit.source is not None and not state:
+            self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
+            self.frozen = self.inheritance.names
         if config.model.freeze_norms:
             freeze_norms(self.model)
         if config.model.recompute:
@@ -53,7 +50,12 @@ class Training:
         self.step = self.epoch = self.batch = 0
         self.updating = False  # True while a step changes the parameters, which cannot be undone
         if state:
-            self._restore(state)
+            for name in self.STATEFUL:
+                getattr(self, name).load_state_dict(state[name])
+            for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas):
+                group["lr"] = group["initial_lr"] * factor(state["step"])  # run.steps may have changed
+            self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+            checkpoint.set_rng_state(state["rng"])
 
     def read_teacher(self) -> dict[str, Any]:
         """Name, width and scale of the teacher whose features the shards have."""
@@ -77,12 +79,9 @@ class Training:
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Normalised features of a loader's batch: image [N, D], and text [N k, D] of its k captions per image."""
         with hardware.autocast(self.precision, self.device):
-            image = batch["image"].to(self.device, non_blocking=True)
-            text = batch["text"].to(self.device, non_blocking=True)
-            return (
-                self.model.encode_image(image, normalize=True),
-                self.model.encode_text(text.flatten(0, -2), normalize=True),
-            )
+            image, text = (batch[name].to(self.device, non_blocking=True) for name in ("image", "text"))
+            features = self.model.encode_image(image, normalize=True)
+            return features, self.model.encode_text(text.flatten(0, -2), normalize=True)
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """The weighted terms of the loss of `batches` together, from their features."""
@@ -94,14 +93,6 @@ class Training:
             scale, bias = self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
             return self.objective(self.step, image, text, scale, bias, *rest)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        for name in self.STATEFUL:
-            getattr(self, name).load_state_dict(state[name])
-        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas):
-            group["lr"] = group["initial_lr"] * factor(state["step"])  # run.steps may have changed
-        self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-        checkpoint.set_rng_state(state["rng"])
-
     def _width(self) -> int | None:
         """D if the loss needs it, else None."""
         if self.config.loss.plane != "hadamard" and self.teacher is None:
@@ -109,6 +100,30 @@ class Training:
         with torch.no_grad():
             tokens = models.tokenizer(self.config.model.name)(["a"]).to(self.device)
             return self.model.eval().encode_text(tokens).shape[-1]
+
+
+def build_model(config: Config) -> nn.Module:
+    """The model that `config` names, with random weights. Raises ConfigError for options that it does not accept."""
+    try:
+        return models.create(config.model.name, **config.model.options)
+    except TypeError as error:
+        got = f"{config.model.options}: {error}"
+        raise ConfigError(f"model.options: expected options of {config.model.name}, got {got}") from error
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Config, dict[str, Any]]:
+    """The model in eval mode, config and raw state of a checkpoint. Raises FileNotFoundError, CheckpointError."""
+    state = checkpoint.load(path)
+    config = from_dict(state["config"])
+    model = build_model(config)
+    try:
+        model.load_state_dict(state["model"], strict=True)
+    except RuntimeError as error:
+        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise checkpoint.CheckpointError(
+            f"{path}: expected weights of {config.model.name!r}, the model of its config: {reasons[:300]}"
+        ) from None
+    return model.to(device).eval(), config, state
 
 
 def recompute(model: nn.Module) -> None:
@@ -122,10 +137,11 @@ def recompute(model: nn.Module) -> None:
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW that decays matrices only: no norms, biases, gains, scales, tokens, nor the loss's own parameters."""
-    every = [p for p in model.parameters() if p.requires_grad]  # without frozen ones
-    decayed = [p for p in every if _is_matrix(p)]
-    rest = [p for p in every if not _is_matrix(p)] + [p for p in loss.parameters() if p.requires_grad]
-    o = config.optim
+    o, decayed, rest = config.optim, [], []
+    for p in model.parameters():
+        if p.requires_grad:  # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
+            (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)
+    rest += [p for p in loss.parameters() if p.requires_grad]
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=o.lr,
@@ -133,11 +149,6 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
         eps=o.eps,
         fused=decayed[0].device.type in ("cpu", "cuda"),
     )
-
-
-def _is_matrix(p: nn.Parameter) -> bool:
-    """Whether a parameter has two dimensions above 1; a layer scale [C, 1, 1] is a gain."""
-    return sum(n > 1 for n in p.shape) >= 2
 
 
 def lr_factor(step: int, config: Config) -> float:

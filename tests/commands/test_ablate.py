@@ -3,6 +3,7 @@
 import csv
 import json
 import types
+from unittest import mock
 
 import pytest
 import tiny
@@ -22,12 +23,9 @@ def source(tmp_path):
     """A config with every part on, that inherits from a checkpoint of the same model."""
     torch.save(models.create("siclip-tiny", **tiny.MODEL).state_dict(), tmp_path / "weights.pt")
     held = tiny.write_shard(tmp_path / "held" / "held-0.tar")
-    c = tiny.settings(
-        tmp_path, *PARTS, "run.steps=1", f"inherit.source={tmp_path / 'weights.pt'}", f"eval.splits.held={held}", teacher=256
-    )
-    path = tmp_path / "full.yaml"
-    path.write_text(c.to_yaml())
-    return str(path)
+    changes = [*PARTS, "run.steps=1", f"inherit.source={tmp_path / 'weights.pt'}", f"eval.splits.held={held}"]
+    (tmp_path / "full.yaml").write_text(tiny.settings(tmp_path, *changes, teacher=256).to_yaml())
+    return str(tmp_path / "full.yaml")
 
 
 @pytest.fixture
@@ -47,16 +45,13 @@ def in_process(monkeypatch):
 
 @pytest.mark.slow
 def test_every_variant_is_trained_and_counted_once(source, tmp_path, in_process, monkeypatch):
-    out = tmp_path / "ablation"
-    failing = [True]
+    out, original = tmp_path / "ablation", ablate.subprocess.run
 
     def stop(*args, **kwargs):
-        if failing and len(in_process) == 15:
-            failing.clear()
+        if len(in_process) == 15:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    original = ablate.subprocess.run
     with monkeypatch.context() as patch:
         patch.setattr(ablate.subprocess, "run", stop)
         with pytest.raises(KeyboardInterrupt):
@@ -126,13 +121,11 @@ def test_a_folder_with_other_things_is_left_alone(source, tmp_path):
 
 
 def test_commands_run_in_processes_with_their_share_of_threads(source, tmp_path, monkeypatch):
-    calls, failed = [], types.SimpleNamespace(returncode=1)
+    failing = mock.Mock(return_value=types.SimpleNamespace(returncode=1))
     monkeypatch.setattr(ablate.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(
-        ablate.subprocess, "run", lambda command, **options: calls.append((command, options["env"])) or failed
-    )
+    monkeypatch.setattr(ablate.subprocess, "run", failing)
     with pytest.raises(RuntimeError):
         ablate.run(source, tmp_path / "a", jobs=2, seeds=1)
-    command, environment = calls[0]
+    command, environment = failing.call_args_list[0].args[0], failing.call_args_list[0].kwargs["env"]
     assert command[1:4] == ["-m", "simplclip", "train"]
     assert environment["OMP_NUM_THREADS"] == environment["SIMPLCLIP_THREADS"] == "2"

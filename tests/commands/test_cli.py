@@ -12,14 +12,20 @@ import tiny
 from paths import ROOT
 from typer.testing import CliRunner
 
-from simplclip import cli
+import simplclip
+from simplclip import cli, evaluate
+from simplclip.train import config
 
-COMMAND = [sys.executable, "-m", "simplclip"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
 
 
 def call(*arguments):
     return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def process(*words):
+    """The same in a process of its own; words: those behind "python"."""
+    return subprocess.run([sys.executable, *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True)
 
 
 def test_help_needs_the_core_only():
@@ -36,49 +42,35 @@ sys.argv[0] = "simplclip"
 from simplclip.cli import app
 app()
 """
-    run = subprocess.run([sys.executable, "-c", code, "--help"], env=ENVIRONMENT, capture_output=True, text=True)
+    run = process("-c", code, "--help")
     assert run.returncode == 0, run.stderr
-    assert all(
-        word in run.stdout
-        for word in ["doctor", "data", "train", "evaluate", "teacher", "caption", "ablate", "plan", "export", "--version"]
-    )
-    run = subprocess.run([sys.executable, "-c", code, "train", "x.yaml"], env=ENVIRONMENT, capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.strip() == "simplclip: this command needs the package yaml: pip install 'simplclip[train]'"
-
-
-def test_version():
-    import simplclip
-
-    result = call("--version")
-    assert result.exit_code == 0
-    assert result.output.strip() == f"simplclip {simplclip.__version__}"
+    for word in ("doctor", "data", "train", "evaluate", "teacher", "caption", "ablate", "plan", "export", "--version"):
+        assert word in run.stdout
+    for arguments in (["x.yaml"], ["--help-config"]):
+        run = process("-c", code, "train", *arguments)
+        assert run.returncode == 2
+        assert run.stderr.strip() == "simplclip: this command needs the package yaml: pip install 'simplclip[train]'"
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["train", "missing.yaml"], ["missing"]])
-def test_the_module_is_the_command(arguments, tmp_path):
+def test_the_module_is_the_command(arguments):
     """`python -m simplclip` against what the console script of pyproject.toml calls: output, errors and exit code."""
     module, function = re.search(r'^simplclip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).groups()
     script = f"import sys; from {module} import {function}; sys.argv[0] = 'simplclip'; {function}()"
-    options = {"env": ENVIRONMENT | {"PYTHONPATH": str(ROOT)}, "cwd": tmp_path, "capture_output": True, "text": True}
-    as_script = subprocess.run([sys.executable, "-c", script, *arguments], **options)
-    as_module = subprocess.run([*COMMAND, *arguments], **options)
+    as_script, as_module = process("-c", script, *arguments), process("-m", "simplclip", *arguments)
     assert as_module.stdout + as_module.stderr
     assert as_module.stdout == as_script.stdout
     assert as_module.stderr.replace("python -m simplclip", "simplclip") == as_script.stderr
     assert as_module.returncode == as_script.returncode == (0 if arguments == ["--version"] else 2)
 
 
-def test_torchrun_starts_the_module():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    run = subprocess.run([*torchrun, "-m", "simplclip", "--version"], env=ENVIRONMENT, capture_output=True, text=True)
+def test_torchrun_starts_the_module_which_prints_its_version():
+    run = process("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "simplclip", "--version")
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("simplclip ")
+    assert run.stdout == f"simplclip {simplclip.__version__}\n"
 
 
 def test_help_config_prints_every_key():
-    from simplclip.train import config
-
     result = call("train", "--help-config")
     assert result.exit_code == 0
     assert result.stdout.strip() == config.describe().strip()
@@ -88,45 +80,31 @@ def test_help_config_prints_every_key():
     ("arguments", "message"),
     [
         (
-            ["train", "nothing.yaml"],
-            "config: expected a YAML file or one of the built-in siclip-lite0-emoji, siclip-s0, siclip-tiny-emoji, got "
-            "'nothing.yaml'",
+            "train nothing.yaml",
+            "config: expected a YAML file or one of the built-in siclip-lite0-emoji, siclip-s0, siclip-tiny-emoji, got 'noth",
         ),
-        (["train", "siclip-tiny-emoji", "--set", "optim.lrr=1"], "optim.lrr: unknown key; did you mean optim.lr?"),
-        (["train", "siclip-tiny-emoji", "--set", "optim.lr=x"], "optim.lr: expected a number, got 'x' (str)"),
-        (["evaluate", "nothing.pt", "--data", "x.tar"], "checkpoint: no such file: nothing.pt"),
-        (
-            ["evaluate", "nothing.pt", "--data", "a=x.tar", "--data", "a=y.tar"],
-            "--data: expected different split names (--data NAME=SHARDS), got 'a' twice",
-        ),
+        ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
+        ("train config.yaml --set optim.lr=x", "optim.lr: expected a number, got 'x' (str)"),
+        ("train config.yaml --set data.train=no-*.tar", "matches none"),
+        ("train config.yaml --set model.name=siclip-tony", "siclip-tiny"),
+        ("train config.yaml --set run.device=cuda:77", "device: expected"),
+        ("train config.yaml --set model.options.depth=3", "model.options"),
+        ("evaluate nothing.pt --data x.tar", "checkpoint: no such file: nothing.pt"),
+        ("evaluate nothing.pt --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=SHARDS)"),
     ],
 )
 def test_what_a_user_gets_wrong_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
+    tiny.write_config(tmp_path)
     monkeypatch.chdir(tmp_path)
-    result = call(*arguments)
+    result = call(*arguments.split())
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"simplclip: {message}")
+    assert result.stderr.startswith("simplclip: ")
+    assert message in result.stderr
     assert result.stderr.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_bad_names_and_paths_from_other_modules_too(tmp_path):
-    config = tiny.write_config(tmp_path)
-    for change, message in (
-        (f"data.train={tmp_path}/no-*.tar", "matches none"),
-        ("model.name=siclip-tony", "siclip-tiny"),
-        ("run.device=cuda:77", "device: expected"),
-        ("model.options.depth=3", "model.options"),
-    ):
-        result = call("train", config, "--set", change, "--set", f"run.out={tmp_path / change[:6]}")
-        assert result.exit_code == 2, result.output
-        assert message in result.stderr
-        assert result.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "data"]
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
-    from simplclip import evaluate
-
     def broken(*args, **kwargs):
         return json.loads("{")  # a ValueError, but none of ours
 
@@ -137,53 +115,32 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_names_of_splits():
-    names = cli._named_splits(
-        [
-            "concepts=a/b-*.tar",
-            "data/emoji/vendor-*.tar",
-            "x/val-{000..003}.tar",
-            "z=/p/q=1/r.tar",
-            "/p/q=1/held-000.tar",
-            "one.tar.gz",
-        ]
-    )
-    assert names == {
-        "concepts": "a/b-*.tar",
-        "vendor": "data/emoji/vendor-*.tar",
-        "val": "x/val-{000..003}.tar",
-        "z": "/p/q=1/r.tar",
-        "held": "/p/q=1/held-000.tar",
-        "one": "one.tar.gz",
-    }
+    named = {"concepts": "a/b-*.tar", "z": "/p/q=1/r.tar"}
+    derived = {"vendor": "emoji/vendor-*.tar", "val": "val-{000..003}.tar", "held": "/q=1/held-000.tar", "one": "one.tar.gz"}
+    words = [*(f"{name}={shards}" for name, shards in named.items()), *derived.values()]
+    assert cli._named_splits(words) == named | derived
 
 
 def test_doctor():
     result = call("doctor")
     assert result.exit_code == 0
     assert "similarity_loss" in result.output
-    report = json.loads(call("doctor", "--json").stdout)
-    assert "similarity_loss" in json.dumps(report)
+    assert "similarity_loss_fwd" in json.loads(call("doctor", "--json").stdout)["ops"]
 
 
 @pytest.mark.slow
 def test_ctrl_c_then_resume_then_evaluate(tmp_path):
     """In real processes, with a loader process that gets the Ctrl-C as well."""
-    config = tiny.write_config(tmp_path)
+    source = tiny.write_config(tmp_path)
     out = tmp_path / "run"
     changes = ["--set", "run.steps=400", "--set", "data.workers=1", "--set", "run.tensorboard=true"]
-    process = subprocess.Popen(
-        [*COMMAND, "train", config, *changes],
-        env=ENVIRONMENT,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    lines = iter(process.stdout.readline, "")
-    assert any(line.startswith("step 3/") for line in lines)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-m", "simplclip", "train", source, *changes]
+    run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
+    assert any(line.startswith("step 3/") for line in iter(run.stdout.readline, ""))
+    os.killpg(run.pid, signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
     assert "SIGINT: finishing this step, then saving" in errors
     assert "Traceback" not in errors
     assert f"To go on: simplclip train {out / 'config.yaml'} --resume" in errors
@@ -191,12 +148,7 @@ def test_ctrl_c_then_resume_then_evaluate(tmp_path):
     assert 3 <= step < 400
     assert f"saved step {step} of 400" in errors
 
-    resumed = subprocess.run(
-        [*COMMAND, "train", str(out / "config.yaml"), "--set", f"run.steps={step + 2}", "--resume"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
+    resumed = process("-m", "simplclip", "train", out / "config.yaml", "--set", f"run.steps={step + 2}", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert f"continuing from step {step}" in resumed.stdout
     assert f"done       step {step + 2}" in resumed.stdout

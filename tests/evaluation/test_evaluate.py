@@ -12,33 +12,42 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
+from runs import go
 
-from simplclip import data, evaluate, evaluation, models, train
+from simplclip import data, evaluate, evaluation, models
 from simplclip.train import checkpoint
 from simplclip.train.config import load
-from simplclip.train.restore import load_model
+from simplclip.train.state import load_model
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    train.run(
-        tiny.settings(folder, "run.steps=30", "optim.lr=2e-3", "data.augment=none", "loss.negatives=all"),
-        console=Console(file=io.StringIO()),
-    )
-    return folder
+    go(tiny.settings(folder, "run.steps=30", "optim.lr=2e-3", "data.augment=none", "loss.negatives=all"))
+    return folder / "run"
+
+
+def split_of(shard):
+    name = "siclip-tiny"
+    return evaluation.Split.of(data.load_eval(shard, models.tokenizer(name), models.transforms(name, train=False)))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two splits: one has each concept once, the other twice."""
+    return {"one": tiny.write_shard(tmp_path / "one.tar"), "two": tiny.write_shard(tmp_path / "two.tar", copies=2)}
+
+
+@pytest.fixture
+def split(tmp_path):
+    return split_of(tiny.write_shard(tmp_path / "s.tar"))
 
 
 def features(n, m, groups, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = F.normalize(torch.randn(n, 8, generator=generator), dim=1)
     y = F.normalize(torch.randn(m, 8, generator=generator), dim=1)
-    return (
-        x,
-        y,
-        torch.randint(0, groups, (n,), generator=generator),
-        torch.randint(0, groups, (m,), generator=generator),
-    )
+    return x, y, *(torch.randint(0, groups, (size,), generator=generator) for size in (n, m))
 
 
 def plain_recall(x, y, gx, gy, k):
@@ -85,28 +94,18 @@ def test_fewer_candidates_than_k():
     assert evaluation.recall(x, y, gx, gy)["R@10"] == {"value": 1.0, "chance": 1.0}
 
 
-def split_of(shard, transform=None):
-    name = "siclip-tiny"
-    return evaluation.Split.of(data.load_eval(shard, models.tokenizer(name), models.transforms(name, train=False)))
-
-
-def test_equal_captions_of_a_group_are_one_candidate(tmp_path):
-    split = split_of(tiny.write_shard(tmp_path / "twice.tar", copies=2))
+def test_equal_captions_are_one_candidate_if_they_are_of_one_group(shards):
+    split = split_of(shards["two"])
     assert len(split.data) == 48
     assert len(split.captions) == len(set(split.captions)) == 24
     assert len(split.tokens) == len(split.caption_groups) == 24
     perfect = F.one_hot(split.data.groups.unique(return_inverse=True)[1]).float()
     split.image_features = perfect
-    first = {c: i for i, c in reversed(list(enumerate(split.data.captions)))}
-    split.text_features = perfect[[first[c] for c in split.captions]]
+    split.text_features = perfect[[split.data.captions.index(caption) for caption in split.captions]]
     result = evaluation.retrieval(split)
     assert result["image_to_text"]["R@1"] == {"value": 1.0, "chance": pytest.approx(1 / 24)}
     assert result["text_to_image"]["R@1"] == {"value": 1.0, "chance": pytest.approx(2 / 48)}
-
-
-def test_equal_captions_of_different_groups_stay_apart(tmp_path):
-    found = split_of(tiny.write_shard(tmp_path / "twice.tar", copies=2)).data
-    assert len(evaluation.Split.of(replace(found, groups=torch.arange(48))).captions) == 48
+    assert len(evaluation.Split.of(replace(split.data, groups=torch.arange(48))).captions) == 48
 
 
 class ColourModel(torch.nn.Module):
@@ -120,8 +119,7 @@ class ColourModel(torch.nn.Module):
         return torch.stack([F.one_hot(t, len(self.names)).float() for t in texts])
 
 
-def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path):
-    split = split_of(tiny.write_shard(tmp_path / "s.tar"))
+def test_zero_shot_counts_and_leaves_out_what_has_no_label(split):
     names = sorted(tiny.COLOURS)
     meta = [dict(m) for m in split.data.meta]
     del meta[0]["label"]
@@ -147,88 +145,65 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(tmp_path):
 
 
 @pytest.mark.slow
-def test_run_writes_table_json_and_pictures(trained, tmp_path):
-    one, two = tiny.write_shard(tmp_path / "one.tar"), tiny.write_shard(tmp_path / "two.tar", copies=2)
-    text = io.StringIO()
-    got = evaluate.run(
-        trained / "run",
-        {"one": one, "two": two, "gone": str(tmp_path / "no-*.tar")},
-        out=tmp_path / "out",
-        templates=["a {} shape"],
-        device="cpu",
-        skip_missing=True,
-        console=Console(file=text, width=160),
-    )
+def test_run_writes_table_json_and_pictures(trained, shards, tmp_path):
+    text, gone = io.StringIO(), {"gone": str(tmp_path / "no-*.tar")}
+    options = {"device": "cpu", "skip_missing": True, "console": Console(file=text, width=160)}
+    got = evaluate.run(trained, shards | gone, out=tmp_path / "out", templates=["a {} shape"], **options)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == got
     assert list(got["splits"]) == ["one", "two"]
     assert got["step"] == 30
-    # trained on these very pictures
-    assert (
-        got["splits"]["one"]["image_to_text"]["R@5"]["value"] > 2.5 * got["splits"]["one"]["image_to_text"]["R@5"]["chance"]
-    )
+    found = got["splits"]["one"]["image_to_text"]["R@5"]
+    assert found["value"] > 2.5 * found["chance"], "it was trained on these very pictures"
     assert got["splits"]["two"]["texts"] == 24
     assert got["splits"]["two"]["zero_shot"]["templates"] == ["a {} shape"]
     for name in ("one", "two"):
         assert min(Image.open(tmp_path / "out" / f"evaluation-{name}.png").size) > 800
-    shown = text.getvalue()
-    assert "skipped gone: " in shown
-    assert "24 texts" in shown
-    assert "(4.2%)" in shown
+    for words in ("skipped gone: ", "24 texts", "(4.2%)"):
+        assert words in text.getvalue()
     with pytest.raises(ValueError, match="matches none"):
-        evaluate.run(trained / "run", {"gone": str(tmp_path / "no-*.tar")}, device="cpu", out=tmp_path)
+        evaluate.run(trained, gone, device="cpu", out=tmp_path)
     with pytest.raises(ValueError, match="expected at least one split"):
-        evaluate.run(trained / "run", device="cpu")
+        evaluate.run(trained, device="cpu")
 
 
-def test_splits_are_added_to_what_was_evaluated_before(trained, tmp_path):
-    one, two = tiny.write_shard(tmp_path / "one.tar"), tiny.write_shard(tmp_path / "two.tar", copies=2)
-    file, quiet = tmp_path / "out" / "evaluation.json", {"device": "cpu", "console": Console(file=io.StringIO())}
-    evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
+def test_splits_are_added_to_what_was_evaluated_before(trained, shards, tmp_path):
+    text = io.StringIO()
+    options = {"out": tmp_path / "out", "device": "cpu", "console": Console(file=text, width=200)}
+    file, one, two = tmp_path / "out" / "evaluation.json", {"one": shards["one"]}, {"two": shards["two"]}
+    evaluate.run(trained, one, **options)
     first = json.loads(file.read_text())
-    for split in first["splits"].values():
-        for key in ("checkpoint", "model", "step", "precision"):
-            del split[key]  # as files from before had them
+    made_by = {"checkpoint": str(trained), "model": "siclip-tiny", "step": 30, "precision": "fp32"}
+    for key in made_by:
+        del first["splits"]["one"][key]  # as files from before had them
     file.write_text(json.dumps(first))
-    got = evaluate.run(trained / "run" / "last.pt", {"two": two}, out=tmp_path / "out", **quiet)
+    got = evaluate.run(trained / "last.pt", two, **options)
     assert list(got["splits"]) == ["two"]
     both = json.loads(file.read_text())
     assert list(both["splits"]) == ["one", "two"]
-    assert both["splits"]["one"] == first["splits"]["one"] | {
-        "checkpoint": str(trained / "run"),
-        "model": "siclip-tiny",
-        "step": 30,
-        "precision": "fp32",
-    }
-    assert both["splits"]["two"]["checkpoint"] == str(trained / "run" / "last.pt")
-
-    text = io.StringIO()
+    assert both["splits"]["one"] == first["splits"]["one"] | made_by
+    assert both["splits"]["two"]["checkpoint"] == str(trained / "last.pt")
     gone = {"gone": str(tmp_path / "no-*.tar")}
-    quiet["console"] = Console(file=text, width=200)
-    assert evaluate.run(trained / "run", gone, out=tmp_path / "out", skip_missing=True, **quiet)["splits"] == {}
+    assert evaluate.run(trained, gone, skip_missing=True, **options)["splits"] == {}
     assert "nothing was evaluated" in text.getvalue()
     assert json.loads(file.read_text()) == both
     file.write_text("[1, 2")
     with pytest.raises(ValueError, match="out: expected no evaluation.json, or one to add splits to, got .*evaluation.json"):
-        evaluate.run(trained / "run", {"one": one}, out=tmp_path / "out", **quiet)
+        evaluate.run(trained, one, **options)
     assert file.read_text() == "[1, 2"
 
 
-def test_features_do_not_depend_on_the_batch_size(trained, tmp_path):
-    model, config, _ = load_model(trained / "run" / "last.pt")
+def test_features_do_not_depend_on_the_batch_size(trained, split):
+    model, config, _ = load_model(trained / "last.pt")
     assert not model.training
     assert config.model.name == "siclip-tiny"
-    parts = []
-    for size in (5, 24):
-        split = split_of(tiny.write_shard(tmp_path / "s.tar"))
-        evaluation.encode(model, split, size, torch.device("cpu"), "fp32")
-        parts.append(split)
+    parts = split, replace(split)
+    for part, size in zip(parts, (5, 24)):
+        evaluation.encode(model, part, size, torch.device("cpu"), "fp32")
     torch.testing.assert_close(parts[0].image_features, parts[1].image_features)
     torch.testing.assert_close(parts[0].text_features.norm(dim=1), torch.ones(24))
 
 
-def test_contact_sheet_frames_what_is_right(tmp_path):
-    split = split_of(tiny.write_shard(tmp_path / "s.tar"))
-
+def test_contact_sheet_frames_what_is_right(tmp_path, split):
     def green_of(text_features):
         split.image_features, split.text_features = torch.eye(24), text_features
         pixels = np.asarray(Image.open(evaluation.contact_sheet(tmp_path / "s.png", split, "t")).convert("RGB"))
@@ -242,32 +217,31 @@ def test_what_is_no_checkpoint_says_so(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: .*gone.pt"):
         load_model(tmp_path / "gone.pt")
     torn = tmp_path / "torn.pt"
-    torn.write_bytes((trained / "run" / "last.pt").read_bytes()[:5000])
+    torn.write_bytes((trained / "last.pt").read_bytes()[:5000])
     other, unsafe = tmp_path / "other.pt", tmp_path / "unsafe.pt"
     torch.save({"state_dict": {}}, other)
     torch.save({"format": "simplclip", "x": Console}, unsafe)
     for path in (torn, other, unsafe):
         with pytest.raises(checkpoint.CheckpointError, match=f"{path.name}: expected a simplclip checkpoint, got "):
             load_model(path)
-    state = checkpoint.load(trained / "run")
-    state["config"]["model"]["options"] = {}
-    torch.save(state, tmp_path / "wide.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="expected weights of 'siclip-tiny'.*Missing key"):
-        load_model(tmp_path / "wide.pt")
-    state["version"] = 99
-    torch.save(state, tmp_path / "new.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="newer simplclip"):
-        load_model(tmp_path / "new.pt")
+    state = checkpoint.load(trained)
+    for change, told in (
+        ({"config": state["config"] | {"model": {"name": "siclip-tiny"}}}, "expected weights of 'siclip-tiny'.*Missing key"),
+        ({"version": 99}, "newer simplclip"),
+    ):
+        torch.save(state | change, other)
+        with pytest.raises(checkpoint.CheckpointError, match=told):
+            load_model(other)
 
 
-def test_a_model_that_is_not_finite_is_an_error(trained, tmp_path):
-    state = checkpoint.load(trained / "run")
+def test_a_model_that_is_not_finite_is_an_error(trained, shards, tmp_path):
+    state = checkpoint.load(trained)
     for value in state["model"].values():
         if value.is_floating_point():
             value.fill_(float("nan"))
     torch.save(state, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match="image features that are not finite"):
-        evaluate.run(tmp_path / "nan.pt", {"s": tiny.write_shard(tmp_path / "s.tar")}, device="cpu")
+        evaluate.run(tmp_path / "nan.pt", shards, device="cpu")
 
 
 def test_the_demo_config_names_its_splits():

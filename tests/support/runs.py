@@ -2,7 +2,12 @@
 
 import csv
 import io
+import os
+import signal
+from pathlib import Path
 
+import pytest
+import tiny
 import torch
 from rich.console import Console
 
@@ -31,27 +36,35 @@ def at_step(monkeypatch, step, action):
     monkeypatch.setattr(train, "train_step", stepping)
 
 
+def check_resumed(folder, monkeypatch, stop, changes, teacher=0) -> str:
+    """A run in FOLDER/parts that a signal stops after step `stop`, then resumed, is to the bit the one in FOLDER/whole.
+
+    Returns what the undisturbed run printed.
+    """
+    text = go(tiny.settings(folder, *changes, f"run.out={folder / 'whole'}", teacher=teacher))
+    parts = tiny.settings(folder, *changes, f"run.out={folder / 'parts'}", teacher=teacher)
+    with monkeypatch.context() as patch:
+        at_step(patch, stop, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(train.Interrupted, match=f"SIGINT: saved step {stop} of 7 .* --resume"):
+            go(parts)
+    assert checkpoint.load(folder / "parts")["step"] == stop
+    check_ends_as(folder / "whole", parts)
+    return text
+
+
+def check_ends_as(whole, config):
+    """The stopped run of `config`, resumed, ends as the one in the folder `whole`."""
+    torch.rand(3)  # another process starts from other random numbers
+    assert "continuing from step " in go(config, resume=True)
+    out = Path(config.run.out)
+    assert bits(state_of(whole)) == bits(state_of(out))
+    assert rows(whole) == rows(out)
+    assert [row["step"] for row in rows(out)] == [str(step + 1) for step in range(config.run.steps)]
+
+
 def rows(folder, file="metrics.csv"):
     with open(folder / file, newline="") as lines:
         return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(lines)]
-
-
-def assert_same(a, b, path=""):
-    """Equal to the bit, through all containers."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert list(a) == list(b), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, path
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 def state_of(folder):

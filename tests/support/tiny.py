@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from simplclip.train import config
 
@@ -16,24 +16,11 @@ MODEL = {"text_cfg": {"layers": 1}}
 
 
 def picture(colour, shape, size=16) -> bytes:
-    image = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(image)
-    box = (3, 3, size - 4, size - 4)
-    if shape == "circle":
-        draw.ellipse(box, fill=colour)
-    elif shape == "square":
-        draw.rectangle(box, fill=colour)
-    elif shape == "bar":
-        draw.rectangle((0, 6, size, 9), fill=colour)
-    elif shape == "cross":
-        draw.line((0, 0, size, size), fill=colour, width=3)
-        draw.line((0, size, size, 0), fill=colour, width=3)
-    elif shape == "ring":
-        draw.ellipse(box, outline=colour, width=2)
-    else:
-        draw.polygon([(0, size), (size, size), (size, 0)], fill=colour)
+    """A pattern that is drawn at random by the shape's name, in a colour on white."""
+    inside = np.random.default_rng(list(shape.encode())).random((size // 4, size // 4)) < 0.5
+    inside = inside.repeat(4, axis=0).repeat(4, axis=1)
     data = io.BytesIO()
-    image.save(data, "PNG")
+    Image.fromarray(np.where(inside[..., None], colour, 255).astype(np.uint8)).save(data, "PNG")
     return data.getvalue()
 
 
@@ -78,23 +65,14 @@ def write_config(folder: Path, teacher: int = 0) -> str:
     shard = folder / "data" / "train-0.tar"
     if not shard.exists():
         write_shard(shard, teacher=teacher)
+    run = {"out": str(folder / "run"), "steps": 7, "precision": "fp32", "device": "cpu", "threads": 1, "log_every": 1}
     values = config.from_dict(
         {
             "model": {"name": "siclip-tiny", "options": MODEL},
             "data": {"train": str(shard), "batch_size": 8, "workers": 0},
             "loss": {"negatives": "shift"},
             "optim": {"warmup": 2},
-            "run": {
-                "out": str(folder / "run"),
-                "steps": 7,
-                "precision": "fp32",
-                "device": "cpu",
-                "threads": 1,
-                "log_every": 1,
-                "print_every": 1,
-                "save_every": 100,
-                "tensorboard": False,
-            },
+            "run": run | {"print_every": 1, "save_every": 100, "tensorboard": False},
         }
     )
     path = folder / "config.yaml"

@@ -32,28 +32,11 @@ def test_defaults_and_round_trip(tmp_path):
 
 
 def test_set_parses_values_as_yaml(tmp_path):
-    c = config.load(
-        write(tmp_path, MINIMAL),
-        [
-            "optim.lr=2e-3",
-            "optim.grad_clip=null",
-            "data.train=[a.tar, b.tar]",
-            "run.tensorboard=false",
-            "model.options.width=64",
-            "eval.splits.held=h-*.tar",
-            "run.steps=7",
-        ],
-    )
-    assert (c.optim.lr, c.optim.grad_clip, c.run.tensorboard, c.run.steps) == (2e-3, None, False, 7)
-    assert c.data.train == ["a.tar", "b.tar"]
-    assert c.model.options == {"width": 64}
-    assert c.eval.splits == {"held": "h-*.tar"}
-
-
-def test_exponent_without_point_is_a_number(tmp_path):
-    c = config.load(write(tmp_path, "data: {train: x}\nrun: {out: o}\noptim: {lr: 1e-3, eps: 1E-8}\n"))
-    assert c.optim.lr == 1e-3
-    assert c.optim.eps == 1e-8
+    free = ["data.train=[a.tar, b.tar]", "model.options.width=64", "eval.splits.held=h-*.tar"]
+    plain = ["optim.lr=2e-3", "optim.eps=1E-8", "optim.grad_clip=null", "run.tensorboard=false", "run.steps=7"]
+    c = config.load(write(tmp_path, MINIMAL), free + plain)
+    assert (c.data.train, c.model.options, c.eval.splits) == (["a.tar", "b.tar"], {"width": 64}, {"held": "h-*.tar"})
+    assert (c.optim.lr, c.optim.eps, c.optim.grad_clip, c.run.tensorboard, c.run.steps) == (2e-3, 1e-8, None, False, 7)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +73,16 @@ def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
         ("run.out.x=3", "--set run.out.x: run.out is not a section, it is 'runs/x' (str)"),
         ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
         ("run.out=[", "--set run.out: not valid YAML"),
+        ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, got 7"),
+        ("loss.pm_weight={value: 1, start: 9, until: 4}", "loss.pm_weight: expected until after start = 9, got 4"),
+        ("loss.pm_weight={value: 1, end: 4}", "loss.pm_weight: expected `to`, the weight reached at `end`, got none"),
+        ("loss.pm_weight={vlue: 1}", "loss.pm_weight.value: missing"),
+        ("loss.pm_weight={value: -1}", "loss.pm_weight: expected greater than or equal to 0, got -1"),
+        ("loss.pm_weight=much", "loss.pm_weight: expected a number or a mapping, got 'much'"),
+        ("loss={contrastive_weight: {value: 1, until: 7}, pm_weight: 0}", "loss: expected at least one weight above 0 at"),
     ],
 )
-def test_wrong_value_names_key_expected_and_came(tmp_path, override, message):
+def test_wrong_value_names_key_expected_and_got(tmp_path, override, message):
     assert error_of(tmp_path, MINIMAL, [override]).startswith(message)
 
 
@@ -129,7 +119,4 @@ def test_describe_is_a_config_with_every_key():
 
 
 def test_differences():
-    assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}) == {
-        "a.c": (2, 5),
-        "d": (3, None),
-    }
+    assert differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}}) == {"a.c": (2, 5), "d": (3, None)}

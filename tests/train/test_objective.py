@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from simplclip import losses
-from simplclip.train import config
 from simplclip.train.config import ConfigError, LossConfig, Schedule
 from simplclip.train.objective import Objective, make_loss
 
@@ -18,10 +17,9 @@ def features(*rows, width):
 
 def objective(teacher=TEACHER, width=8, steps=10, **values):
     c = LossConfig(**values)
+    teacher = teacher if c.needs_teacher else None
     torch.manual_seed(0)
-    return Objective(
-        c, make_loss(c, width, teacher if c.needs_teacher else None), steps, teacher if c.needs_teacher else None
-    )
+    return Objective(c, make_loss(c, width, teacher), steps, teacher)
 
 
 @pytest.mark.parametrize(
@@ -44,17 +42,11 @@ def test_terms_are_the_losses_terms_times_the_weight_of_the_step():
     torch.manual_seed(1)
     x, y, tx, ty = *features(5, 5, width=6), *features(5, 5, width=6)
     group = torch.tensor([1, 2, 3, 1, 4])
-    ours = objective(
-        width=6,
-        contrastive_weight=0.5,
-        pm_weight={"value": 1.0, "start": 3},
-        feature_weight={"value": 4.0, "to": 0.0, "end": 8},
-        relational_weight={"value": 2.0, "until": 5},
-        interactive_weight=1.0,
-    )
-    theirs = losses.WIKDLoss(
-        relational_weight=1, interactive_weight=1, feature_weight=1, pm_weight=1, divergence="kl", embed_dim=6
-    )
+    constant = {"contrastive_weight": 0.5, "interactive_weight": 1.0}
+    feature, relational = {"value": 4.0, "to": 0.0, "end": 8}, {"value": 2.0, "until": 5}
+    weights = {"pm_weight": {"value": 1.0, "start": 3}, "feature_weight": feature, "relational_weight": relational}
+    ours = objective(width=6, **constant, **weights)
+    theirs = losses.WIKDLoss(**dict.fromkeys(weights, 1), interactive_weight=1, divergence="kl", embed_dim=6)
     want = theirs(x, y, torch.tensor(10.0), tx, ty, torch.tensor(12.0), output_dict=True, ids=group)
     for step, weights in ((0, (0.5, 2, 1, 4, 0)), (4, (0.5, 2, 1, 2, 1)), (6, (0.5, 0, 1, 1, 1))):
         terms = ours(step, x, y, torch.tensor(10.0), None, group, tx, ty)
@@ -102,35 +94,7 @@ def test_gradients_reach_what_is_learned():
 
 
 def test_a_teacher_of_another_width_needs_the_projection():
-    with pytest.raises(
-        ConfigError, match="loss.projection: expected true, since the teacher's features have width 6 .* 8, and"
-    ):
+    with pytest.raises(ConfigError, match="loss.projection: expected true, .* teacher's features have width 6 .* 8, and"):
         objective(interactive_weight=1.0)
     objective(relational_weight=1.0)  # compares no features across widths
     objective(width=6, interactive_weight=1.0)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ("loss.feature_weight={value: 1, start: 9, until: 4}", "loss.feature_weight: expected until after start = 9, got 4"),
-        (
-            "loss.feature_weight={value: 1, end: 4}",
-            "loss.feature_weight: expected `to`, the weight reached at `end`, got none",
-        ),
-        ("loss.feature_weight={vlue: 1}", "loss.feature_weight.value: missing"),
-        ("loss.feature_weight={value: -1}", "loss.feature_weight: expected greater than or equal to 0, got -1"),
-        ("loss.feature_weight=much", "loss.feature_weight: expected a number or a mapping, got 'much'"),
-        (
-            "loss.contrastive_weight={value: 1, until: 7}",
-            "loss: expected at least one weight above 0 at every step, got none at",
-        ),
-        ("data.micro_batch=7", "data.micro_batch: expected a divisor of data.batch_size = 256, got 7"),
-    ],
-)
-def test_what_a_config_gets_wrong(tmp_path, values, message):
-    path = tmp_path / "c.yaml"
-    path.write_text("{data: {train: x}, run: {out: y}, loss: {pm_weight: 0}}")
-    with pytest.raises(ConfigError) as caught:
-        config.load(path, [values])
-    assert message in str(caught.value)

@@ -1,24 +1,24 @@
 """A run that fails after a whole step saves it to the bit, or says why not; one that fails before leaves nothing."""
 
-import io
 import json
 import multiprocessing
 import os
 import signal
 import socket
 import time
+from unittest import mock
 
 import pytest
 import tiny
 import torch
-from rich.console import Console
-from runs import assert_same, at_step, go, rows, state_of
+from kills import digests
+from runs import at_step, bits, check_ends_as, go, state_of
 
 from simplclip import evaluation
-from simplclip.train import checkpoint, lock, metrics
+from simplclip.train import checkpoint, folder, metrics
 from simplclip.train import loop as train
 from simplclip.train.config import ConfigError
-from simplclip.train.lock import RunLock
+from simplclip.train.folder import run_lock
 
 DROPOUT = "model.options.vision_cfg.timm_drop=0.2"  # draws from the global generator
 
@@ -33,66 +33,38 @@ def undisturbed(tmp_path):
     return tmp_path / "whole"
 
 
-def goes_on(tmp_path, undisturbed, config):
-    torch.rand(3)
-    go(config, resume=True)
-    assert_same(state_of(undisturbed), state_of(tmp_path / "run"))
-    assert [r["step"] for r in rows(undisturbed)] == [str(i) for i in range(1, 8)]
-
-
-def in_backward(monkeypatch, step, error):
-    """Fails behind the forward pass, when batch norms have counted the batch and random numbers are drawn."""
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), torch.OutOfMemoryError("no room"), MemoryError(), None])
+def test_an_error_within_a_step_saves_the_one_before_to_the_bit(tmp_path, monkeypatch, undisturbed, error):
+    """Behind the forward pass, when batch norms have counted the batch and random numbers are drawn. None: not finite."""
+    config = tiny.settings(tmp_path, DROPOUT)
     original = train.Training.terms
 
     def terms(this, *args):
-        if this.step + 1 == step:
-            torch.rand(7)
+        if this.step < 4:
+            return original(this, *args)
+        torch.rand(7)
+        if error:
             raise error
-        return original(this, *args)
+        terms = original(this, *args)
+        return terms | {"pair_matching_loss": terms["pair_matching_loss"] * float("nan")}
 
-    monkeypatch.setattr(train.Training, "terms", terms)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), torch.OutOfMemoryError("no room"), MemoryError()])
-def test_an_error_within_a_step_saves_the_one_before_to_the_bit(tmp_path, monkeypatch, undisturbed, error):
-    config = tiny.settings(tmp_path, DROPOUT)
+    told = r"Saved step 4 in .*run/last.pt.*To go on: simplclip train"
+    if error is None:
+        told = r"step 5: not finite: loss=nan, contrastive_loss=\d.*, pair_matching_loss=nan.*Saved step 4 in .*run/last.pt"
     with monkeypatch.context() as patch:
-        in_backward(patch, 5, error)
-        with pytest.raises(train.TrainingError, match=r"Saved step 4 in .*run/last.pt.*To go on: simplclip train") as raised:
+        patch.setattr(train.Training, "terms", terms)
+        with pytest.raises(train.TrainingError, match=told) as raised:
             go(config)
-    assert raised.value.__cause__ is error
+    assert raised.value.__cause__ is error or error is None
     assert checkpoint.load(tmp_path / "run")["step"] == 4
-    goes_on(tmp_path, undisturbed, config)
-    assert rows(undisturbed) == rows(tmp_path / "run")
-
-
-def test_not_finite_saves_the_step_before(tmp_path, monkeypatch, undisturbed):
-    config = tiny.settings(tmp_path, DROPOUT)
-    with monkeypatch.context() as patch:
-        original = train.Training.terms
-        patch.setattr(
-            train.Training,
-            "terms",
-            lambda this, *a: {k: v * (float("nan") if this.step == 3 else 1) for k, v in original(this, *a).items()},
-        )
-        with pytest.raises(train.TrainingError, match=r"step 4: not finite.*Saved step 3 in "):
-            go(config)
-    goes_on(tmp_path, undisturbed, config)
+    check_ends_as(undisturbed, config)
 
 
 def test_an_error_within_the_update_is_told(tmp_path, monkeypatch):
     config = tiny.settings(tmp_path, "run.save_every=2")
-    original = torch.optim.AdamW.step
-    steps = []
-
-    def step(self, *args, **options):
-        steps.append(1)
-        if len(steps) == 4:
-            fails()
-        return original(self, *args, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    original, fault = torch.optim.AdamW.step, mock.Mock(side_effect=[None, None, None, OSError(5, "Input/output error")])
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **options: fault() or original(*args, **options))
     told = "The update of step 4 was interrupted.* not saved. The last checkpoint, .*last.pt of step 2, is intact"
     with pytest.raises(train.TrainingError, match=told):
         go(config)
@@ -109,7 +81,7 @@ def test_what_fails_behind_a_step_saves_that_step(tmp_path, monkeypatch, undistu
             with pytest.raises(train.TrainingError, match=f"after step {step}: OSError.* [Ss]tep {step} (is saved|in)|Saved"):
                 go(config, resume=True)
         assert checkpoint.load(tmp_path / "run")["step"] == step
-    assert_same(state_of(undisturbed)["model"], state_of(tmp_path / "run")["model"])
+    assert bits(state_of(undisturbed)["model"]) == bits(state_of(tmp_path / "run")["model"])
 
 
 def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path, monkeypatch):
@@ -124,9 +96,8 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(
-            train.TrainingError, match=r"Step 4 could not be saved: OSError: .*No space.*last.pt of step 2, is intact"
-        ):
+        told = "Step 4 could not be saved: OSError: .*No space.*last.pt of step 2, is intact"
+        with pytest.raises(train.TrainingError, match=told):
             go(config)
         patch.setattr(torch, "save", lambda *a: fails())
         with pytest.raises(train.TrainingError, match="There is no checkpoint"):
@@ -138,40 +109,25 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path, monkeypa
 @pytest.mark.slow
 def test_a_dead_loader_process_does_not_break_into_a_step(tmp_path, monkeypatch, undisturbed):
     config = tiny.settings(tmp_path, DROPOUT, "data.workers=1")
-    original = train.train_step
     done = []
 
-    def step(this, batches):
-        if this.step == 3:
-            for child in multiprocessing.active_children():
-                child.kill()
-            until = time.monotonic() + 1  # the signal comes at some line of these
-            while time.monotonic() < until:
-                pass
-            done.append(this.step)
-        return original(this, batches)
+    def kill():
+        for child in multiprocessing.active_children():
+            child.kill()
+        until = time.monotonic() + 1  # the signal comes at some line of these
+        while time.monotonic() < until:
+            pass
+        done.append(3)
 
+    told = r"after step 4: WorkerError: data.workers: .* killed by signal.*Saved step 4"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", step)
-        with pytest.raises(
-            train.TrainingError, match=r"after step 4: WorkerError: data.workers: .* killed by signal.*Saved step 4"
-        ):
+        at_step(patch, 4, kill)
+        with pytest.raises(train.TrainingError, match=told):
             go(config)
     assert done == [3]
     go(config, resume=True)
-    whole = tiny.settings(tmp_path, DROPOUT, "data.workers=1", f"run.out={tmp_path / 'other'}")
-    go(whole)
-    assert_same(state_of(tmp_path / "other")["model"], state_of(tmp_path / "run")["model"])
-
-
-@pytest.mark.parametrize(
-    "change", ["data.train=nothing-*.tar", "data.batch_size=100", "model.options.depth=3", "loss.feature_weight=1"]
-)
-def test_a_start_that_fails_leaves_nothing(tmp_path, change):
-    config = tiny.settings(tmp_path, change, "run.tensorboard=true", f"run.out={tmp_path / 'new' / 'run'}")
-    with pytest.raises((ValueError, RuntimeError)):
-        go(config)
-    assert not (tmp_path / "new").exists()
+    go(tiny.settings(tmp_path, DROPOUT, "data.workers=1", f"run.out={tmp_path / 'other'}"))
+    assert bits(state_of(tmp_path / "other")["model"]) == bits(state_of(tmp_path / "run")["model"])
 
 
 def test_a_first_step_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -182,8 +138,8 @@ def test_a_first_step_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def hold(folder, ready, done):
-    with RunLock(folder):
+def hold(out, ready, done):
+    with run_lock(out):
         ready.set()
         done.wait()
 
@@ -195,12 +151,12 @@ def test_a_second_process_is_refused(tmp_path):
     process = context.Process(target=hold, args=(tmp_path / "run", ready, done), daemon=True)
     process.start()
     assert ready.wait(120)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    before = digests(tmp_path / "run")
     told = f"run.out: .* process {process.pid} on host {socket.gethostname()} does"
     for resume in (False, True):
         with pytest.raises(ConfigError, match=told):
             go(tiny.settings(tmp_path), resume=resume)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
+    assert digests(tmp_path / "run") == before
     os.kill(process.pid, signal.SIGKILL)  # and the system lets go of the lock
     process.join()
     assert "done" in go(tiny.settings(tmp_path, "run.steps=1"))
@@ -211,19 +167,19 @@ def test_without_locks_the_names_decide(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    with RunLock(tmp_path / "run") as first:
-        assert "cannot be locked (Operation not supported)" in first.note
+    monkeypatch.setattr(folder.fcntl, "flock", none)
+    with run_lock(tmp_path / "run") as note:
+        assert "cannot be locked (Operation not supported)" in note
     path = tmp_path / "run" / "run.lock"
     path.parent.mkdir()
     for pid, host, free in ((1, socket.gethostname(), False), (2**22 + 1, socket.gethostname(), True), (5, "other", False)):
         path.write_text(json.dumps({"pid": pid, "host": host}))
         if free:
-            with RunLock(path.parent):
+            with run_lock(path.parent):
                 assert json.loads(path.read_text())["pid"] == os.getpid()
         else:
             with pytest.raises(ConfigError, match=f"process {pid} on host {host} does, as .* delete this file"):
-                RunLock(path.parent).__enter__()
+                run_lock(path.parent).__enter__()
             assert json.loads(path.read_text())["pid"] == pid
 
 
@@ -232,5 +188,5 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     out = tmp_path / "run"
     for name in (".step-000003.pt.tmp", ".last.pt.tmp", ".mine.tmp"):
         (out / name).write_bytes(b"half")
-    train.run(tiny.settings(tmp_path, "run.steps=2"), resume=True, console=Console(file=io.StringIO()))
+    go(tiny.settings(tmp_path, "run.steps=2"), resume=True)
     assert [p.name for p in out.glob(".*")] == [".mine.tmp"]
