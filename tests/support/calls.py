@@ -1,4 +1,4 @@
-"""Calls of the public ops as data: tensors by name, in any dtype and layout; and the ops in plain torch, for the truth."""
+"""Calls of the public ops as data: tensors by name, in any dtype and layout; and their comparison with plain torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import plain
 import torch
 import torch.nn.functional as F
+from similarity import make_inputs
+from tolerance import assert_within
 from torch import Tensor
 
+import simplclip
 from simplclip import losses, ops
 from simplclip.nn import SimplifiedBlock
 
@@ -99,10 +102,85 @@ def function_of(call: Call) -> Callable:
     return getattr(ops, call.op)
 
 
-# Not "test_aot_dispatch_dynamic": it compares h after backward, which has written over it. Tracing has a test of its own.
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+LOSS_SCALE = 64  # of the gradients that come to a loss, as a GradScaler's, so that halves hold what goes out
+
+
+def _least(call: Call, gradient: bool) -> float:
+    """Below it a result is 0 by cancellation: some hundredths of what is subtracted, logits, or for gradients scale / N."""
+    if call.op == "feature_loss":
+        return 1e-2
+    if call.op != "similarity_loss":
+        return 0.3 if call.op == "simplified_block" else 0.1  # the former's are sums over tokens and widths
+    given = {**call.tensors, **call.options}
+    scale = max(abs(float(given.get(name, 1))) for name in ("logit_scale", "interactive_scale", "teacher_scale"))
+    return max(scale, 1) * (0.05 * LOSS_SCALE / given["image"].shape[0] if gradient else 0.01)
+
+
+def check(
+    call: Call,
+    dtype: torch.dtype,
+    backend: str,
+    need: Iterable[str] | None = None,
+    *,
+    lay_out: Callable[[str, Tensor], Tensor] = lambda name, t: t,
+    roundings: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Results and gradients are within tolerance of float64's: of plain torch's own error, or with `roundings` of what
+    roundings may change. `lay_out(name, t)` returns a view that the op gets for t; a gradient's name is "grad NAME"."""
+    need = call.needed() if need is None else need
+    kernel = {name: lay_out(name, t.to(device)) for name, t in call.typed(dtype).items()}
+    naive = {name: t.cpu().resolve_neg().clone(memory_format=torch.contiguous_format) for name, t in kernel.items()}
+    truth = {name: t.double() if t.is_floating_point() else t for name, t in naive.items()}
+    narrow = {name: t.to(dtype) if t.is_floating_point() else t for name, t in naive.items()}
+
+    def incoming(name: str, result: Tensor) -> Tensor:
+        grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed))
+        grad = grad.to(result.device, dtype) * (1 if result.dim() else LOSS_SCALE)
+        return lay_out(f"grad {name}", grad).to(result.dtype)
+
+    def rounding_changes(name: str) -> float:
+        """What float64's result changes by when every number that comes in changes by at most a rounding in the dtype."""
+        change = 0.0
+        for number in range(4):
+            g = torch.Generator().manual_seed(number)
+
+            def nearly(t: Tensor) -> Tensor:
+                sign = torch.randint(0, 2, t.shape, generator=g) * 2 - 1  # noqa: B023
+                return t * (1 + sign * torch.finfo(dtype).eps / 2) if t.is_floating_point() else t
+
+            close = {k: nearly(t) for k, t in truth.items()}
+            other = run(PLAIN[call.op], call, close, need, lambda *args: nearly(incoming(*args)))  # noqa: B023
+            change = max(change, (other[name] - exact[name]).abs().max().item())
+        return change
+
+    with simplclip.backend(backend):
+        found = {name: t.cpu() for name, t in run(function_of(call), call, kernel, need, incoming).items()}
+    exact = run(PLAIN[call.op], call, truth, need, incoming)
+    plain = run(PLAIN[call.op], call, narrow if call.op == "similarity_loss" else naive, need, incoming)
+    for name, value in found.items():
+        assert value.isfinite().all(), f"{name} is not finite"
+    for name, value in found.items():
+        try:
+            least = _least(call, name.startswith("d_"))
+            assert_within({name: value}, {name: plain[name]}, {name: exact[name]}, dtype, str(call.options), least)
+        except AssertionError:
+            error = (value.double() - exact[name]).abs().max().item()
+            if not roundings or error > 8 * rounding_changes(name):
+                raise
+
+
 ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")
 MLP = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
+def similarity_call(n: int, m: int, offset: int = 0, **options) -> Call:
+    """`options`: of make_inputs and of similarity_loss."""
+    made = ("terms", "plane", "teacher_width", "ids", "scale", "width", "seed")
+    leaves, fixed = make_inputs(n, m, offset, **{name: options.pop(name) for name in made if name in options})
+    tensors = leaves | {name: fixed.pop(name) for name in ("ids", "text_ids") if name in fixed}
+    return Call("similarity_loss", tensors, fixed | options)
 
 
 def attention_inputs(b=2, length=5, h=3, k=4, dtype=torch.float64, seed=0):

@@ -1,0 +1,152 @@
+"""What every op keeps to: its definition at sizes beyond those of random calls, equal bits, torch's rules of registration."""
+
+import pytest
+import torch
+from calls import (
+    ATTENTION,
+    MLP,
+    SMALL,
+    TERMS,
+    Call,
+    attention_inputs,
+    block_inputs,
+    check,
+    function_of,
+    mlp_inputs,
+    run,
+    similarity_call,
+)  # fmt: skip
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import simplclip
+
+KL = {"negatives": "hard", "interactive": "kl"}
+
+
+def attention(*shape, **options):
+    return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))), options)
+
+
+def lengths(call, *given):
+    call.tensors["lengths"] = torch.tensor(given)
+    return call
+
+
+def mlp(*shape, **options):
+    return Call("parallel_mlp", dict(zip(MLP, mlp_inputs(*shape))), options)
+
+
+def feature(n, d, **options):
+    g = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(n, d, generator=g, dtype=torch.float64)
+    student = teacher + torch.randn(n, d, generator=g, dtype=torch.float64)
+    return Call("feature_loss", {"student": student, "teacher": teacher}, options)
+
+
+# Several tiles, strips and chunks, the last not whole.
+LARGE = {
+    "similarity, all": lambda: similarity_call(257, 257, terms=TERMS, ids=True),
+    "similarity, hard": lambda: similarity_call(257, 257, terms=TERMS, plane="hadamard", ids=True, **KL),
+    "similarity, 1000": lambda: similarity_call(1000, 1000, terms=TERMS[:2], negatives="hard"),
+    "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, **KL),
+    "similarity, shift": lambda: similarity_call(65, 130, terms=TERMS, plane="hadamard", negatives="shift", shift=7),
+    "attention, 77": lambda: attention(2, 77, 2, 64),
+    "attention, 197": lambda: attention(2, 197, 2, 64),
+    "attention, 250": lambda: lengths(attention(4, 250, 2, 8), 250, 0, 125, 1),
+    "attention, 288": lambda: lengths(attention(2, 288, 1, 80, causal=True), 288, 285),
+    "mlp": lambda: mlp(130, 24, 1000, 17),
+    "mlp, several chunks": lambda: mlp(1300, 8, 4096, 8),  # more hidden rows than 8 MiB hold
+    "block": lambda: lengths(Call("simplified_block", block_inputs(3, 77, 64, 2, 300), {"causal": True}), 77, 0, 30),
+    "block, recompute": lambda: Call("simplified_block", block_inputs(2, 197, 48, 3, 100), {"recompute": True}),
+    "feature": lambda: feature(3001, 65),
+    "feature, smooth": lambda: feature(31, 1000, distance="smooth_l1", beta=0.05, normalize=False),
+}
+
+
+@pytest.mark.instruction_set
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LARGE)
+def test_values_and_gradients(name, dtype, backend):
+    check(LARGE[name](), dtype, backend)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("name", LARGE)
+def test_equal_runs_give_equal_bits(name):
+    """With any number of threads where no product is a BLAS's."""
+    threads, call = torch.get_num_threads(), LARGE[name]()
+    tensors = call.typed(torch.float32)
+    results = []
+    try:
+        for count in (threads, threads) if call.op in ("parallel_mlp", "simplified_block") else (threads, threads, 1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(function_of(call), call, tensors, call.needed(), lambda name, t: torch.ones_like(t)))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results[1:]), name
+
+
+class Dispatched(TorchDispatchMode):
+    """Records the calls of simplclip's ops, with copies of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "simplclip":
+            self.calls.append((function, [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in args]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_registration(name):
+    """Schemas, autograd, and the shapes, dtypes and strides that fake functions promise, of forward and backward."""
+    make, function = SMALL[name]
+    with Dispatched() as mode:
+        function(*make(4, torch.float32)).backward()
+    for op, (*args, backend) in mode.calls:
+        forward = not op._opname.endswith("_bwd")
+        for t in args:
+            if isinstance(t, torch.Tensor) and forward:
+                t.requires_grad_(t.is_floating_point())
+        # Not "test_aot_dispatch_dynamic": it compares h after backward, which has written over it. test_compile.py traces.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        for served in {backend, "reference"} if forward else {backend}:
+            torch.library.opcheck(op, (*args, served), test_utils=checks, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SMALL)
+def test_backward_twice(name, backend):
+    """What backward writes over is written over once only: a graph that is retained keeps it."""
+    make, function = SMALL[name]
+    tensors = make(4, torch.float32)
+    leaves = [t for t in tensors if t.requires_grad]
+    with simplclip.backend(backend):
+        out = function(*tensors)
+    first, second = (torch.autograd.grad(out, leaves, retain_graph=again, allow_unused=True) for again in (True, False))
+    for a, b in zip(first, second):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name.split()[0].endswith("loss")])
+def test_autocast_casts_the_features_and_returns_float32(name):
+    make, function = SMALL[name]
+    tensors = make(40, torch.bfloat16)
+    wide = [t.detach().float().requires_grad_(t.requires_grad) for t in tensors]
+    expected = function(*tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = function(*wide)
+        assert function(*(t.double() for t in wide)).dtype == torch.float64
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    found.backward()
+    expected.backward()
+    for ours, theirs in zip(wide, tensors):
+        if theirs.grad is not None:
+            assert ours.grad.dtype == torch.float32
+            torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-5, atol=1e-7)
