@@ -5,11 +5,10 @@ import itertools
 import plain
 import pytest
 import torch
-from calls import ATTENTION, Call, function_of, run
 from calls import attention_inputs as inputs
+from calls import check_padding
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
-import simplclip
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import shaped_attention
 
@@ -54,24 +53,4 @@ def test_memory_is_inputs_results_and_the_log_sum_exps(length, k):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_padded_tokens_are_neither_read_nor_written(backend, dtype, causal):
-    call = Call(
-        "shaped_attention", dict(zip(ATTENTION, inputs(b=3))) | {"lengths": torch.tensor([3, 0, 5])}, {"causal": causal}
-    )
-
-    def padded_with(value):
-        def filled(t):
-            t = t.clone()
-            t[0, 3:], t[1] = value, value
-            return t
-
-        tensors = call.typed(dtype)
-        tensors |= {name: filled(tensors[name]) for name in "qkv"}
-        return run(function_of(call), call, tensors, call.needed(), lambda name, t: filled(torch.ones_like(t)))
-
-    with simplclip.backend(backend):
-        expected, found = padded_with(1.0), padded_with(torch.nan)
-    for name, value in found.items():
-        assert torch.equal(value, expected[name]), name
-        if value.dim() == 4:
-            assert not value[0, 3:].any(), name
-            assert not value[1].any(), name
+    check_padding(dtype, backend, causal)

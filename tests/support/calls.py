@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from similarity import make_inputs
 from tolerance import assert_within
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import simplclip
 from simplclip import losses, ops
@@ -124,11 +125,17 @@ def check(
     *,
     lay_out: Callable[[str, Tensor], Tensor] = lambda name, t: t,
     roundings: bool = False,
+    twice: bool = False,
     seed: int = 0,
+    size: float = LOSS_SCALE,
     device: str = "cpu",
 ) -> None:
     """Results and gradients are within tolerance of float64's: of plain torch's own error, or with `roundings` of what
-    roundings may change. `lay_out(name, t)` returns a view that the op gets for t; a gradient's name is "grad NAME"."""
+    roundings may change; with `twice` a second run has the same bits.
+
+    lay_out(name, t): a view that the op gets for t; a gradient's name is "grad NAME".
+    size: of the gradients that come to losses.
+    """
     need = call.needed() if need is None else need
     kernel = {name: lay_out(name, t.to(device)) for name, t in call.typed(dtype).items()}
     naive = {name: t.cpu().resolve_neg().clone(memory_format=torch.contiguous_format) for name, t in kernel.items()}
@@ -137,7 +144,7 @@ def check(
 
     def incoming(name: str, result: Tensor) -> Tensor:
         grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed))
-        grad = grad.to(result.device, dtype) * (1 if result.dim() else LOSS_SCALE)
+        grad = grad.to(result.device, dtype) * (1 if result.dim() else size)
         return lay_out(f"grad {name}", grad).to(result.dtype)
 
     def rounding_changes(name: str) -> float:
@@ -157,10 +164,12 @@ def check(
 
     with simplclip.backend(backend):
         found = {name: t.cpu() for name, t in run(function_of(call), call, kernel, need, incoming).items()}
+        again = run(function_of(call), call, kernel, need, incoming) if twice else found
     exact = run(PLAIN[call.op], call, truth, need, incoming)
     plain = run(PLAIN[call.op], call, narrow if call.op == "similarity_loss" else naive, need, incoming)
     for name, value in found.items():
         assert value.isfinite().all(), f"{name} is not finite"
+        assert torch.equal(value, again[name].cpu()), f"{name}: a second run gave other values"
     for name, value in found.items():
         try:
             least = _least(call, name.startswith("d_"))
@@ -209,6 +218,30 @@ def block_inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projectio
     if projections:
         found |= {name: draw(c, c, d=c**-0.5) for name in ("value_weight", "output_weight")}
     return found
+
+
+def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu") -> None:
+    """Padded tokens of shaped_attention are not read, and their results and gradients are 0."""
+    tensors = dict(zip(ATTENTION, attention_inputs(b=3))) | {"lengths": torch.tensor([3, 0, 5])}
+    call = Call("shaped_attention", tensors, {"causal": causal})
+
+    def padded_with(value: float) -> dict[str, Tensor]:
+        def filled(t: Tensor) -> Tensor:
+            t = t.clone()
+            t[0, 3:], t[1] = value, value
+            return t
+
+        given = {name: filled(t) if name in "qkv" else t for name, t in call.typed(dtype).items()}
+        given = {name: t.to(device) for name, t in given.items()}
+        return run(function_of(call), call, given, call.needed(), lambda name, t: filled(torch.ones_like(t)))
+
+    with simplclip.backend(backend):
+        expected, found = padded_with(1.0), padded_with(torch.nan)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+        if value.dim() == 4:
+            assert not value[0, 3:].any(), name
+            assert not value[1].any(), name
 
 
 # A small call of each op and loss: its float tensors, and a function of them that returns a number.
@@ -303,3 +336,34 @@ def module_call(name, dtype=torch.float32, device="cpu"):
         return sum(out) if isinstance(out, tuple) else out if out.dim() == 0 else _number(out)
 
     return tensors, function, module
+
+
+class Dispatched(TorchDispatchMode):
+    """Records the calls of simplclip's ops, with copies of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "simplclip":
+            self.calls.append((function, [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in args]))
+        return function(*args, **(kwargs or {}))
+
+
+def check_registration(name: str, backend: str, device: str = "cpu") -> None:
+    """Schemas, autograd, and the shapes, dtypes and strides that fake functions promise, of forward and backward.
+
+    Backward by the backend that comes first: what forward kept is of its layout.
+    """
+    make, function = SMALL[name]
+    with Dispatched() as mode, torch.device(device):
+        function(*(t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32))).backward()
+    for op, (*args, first) in mode.calls:
+        forward = not op._opname.endswith("_bwd")
+        for t in args:
+            if isinstance(t, Tensor) and forward:
+                t.requires_grad_(t.is_floating_point())
+        # Not "test_aot_dispatch_dynamic": it compares h after backward, which has written over it. test_compile.py traces.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op, (*args, backend if forward else first), test_utils=checks, rtol=1e-4, atol=1e-5)
