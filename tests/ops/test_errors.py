@@ -2,9 +2,11 @@
 
 import functools
 
+import layouts
 import pytest
 import torch
 from calls import ATTENTION, MLP, attention_inputs, block_inputs, mlp_inputs
+from devices import needs_cpu_kernels
 
 from simplclip import ops
 from simplclip.ops import checks
@@ -186,3 +188,26 @@ def test_a_teacher_that_requires_a_gradient_is_warned_about_once_and_gets_none(o
     assert call[teacher].grad is None
     assert call[student].grad is not None
     assert not loss(**call | {student: GOOD, "text" if op == "similarity_loss" else student: GOOD}).requires_grad
+
+
+@needs_cpu_kernels
+def test_native_ops_refuse_a_layout_that_they_cannot_read():
+    h, weight, bias, out = torch.randn(3, 8), torch.randn(4, 8), torch.randn(8)[::2], torch.empty(3, 4)
+    native = torch.ops.simplclip.parallel_mlp_fwd_cpu
+    with pytest.raises(RuntimeError, match=r"bias: expected a contiguous tensor, got strides \[2\]"):
+        native(h, weight, bias, "gelu", out, False)
+    with pytest.raises(RuntimeError, match=r"h: expected a contiguous tensor, got strides \[1, 3\]"):
+        native(layouts.transposed(h), weight, None, "gelu", out, False)
+    with pytest.raises(RuntimeError, match="bias: expected the dtype of h"):
+        native(h, weight, bias.contiguous().bfloat16(), "gelu", out, False)
+    native(h, weight, bias.contiguous(), "relu", out, False)
+    torch.testing.assert_close(out, torch.relu(h) @ weight.T + bias)
+    q = torch.randn(2, 5, 3, 4)
+    with pytest.raises(RuntimeError, match=r"k: expected stride 1 in the last dimension, got strides \[1, 2, 10, 30\]"):
+        torch.ops.simplclip.shaped_attention_fwd_cpu(q, layouts.transposed(q), q, torch.ones(3, 3), None, 0.5, False)
+    lengths = torch.tensor([3], dtype=torch.int32).expand(2)
+    with pytest.raises(RuntimeError, match="lengths: expected a contiguous tensor"):
+        torch.ops.simplclip.shaped_attention_fwd_cpu(q, q, q, torch.ones(3, 3), lengths, 0.5, False)
+    x = torch.randn(4, 6)
+    with pytest.raises(RuntimeError, match="teacher: expected a contiguous tensor"):
+        torch.ops.simplclip.feature_loss_fwd_cpu(x, layouts.strided(x), False, 1.0, True)
