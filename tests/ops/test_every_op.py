@@ -64,7 +64,6 @@ LARGE = {
 }
 
 
-@pytest.mark.instruction_set
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LARGE)
