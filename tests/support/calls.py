@@ -275,6 +275,10 @@ def _hadamard(image, text, scale, *_):
     return ops.similarity_loss(image, text, scale, terms=("pair_matching",), plane=plane, negatives="hard")["pair_matching"]
 
 
+def _projected(image, text, _, teacher, *rest):
+    return ops.feature_loss(image, teacher, distance="smooth_l1", projection=text.T @ text)
+
+
 def _number(out):
     return out.to(torch.promote_types(out.dtype, torch.float32)).square().mean()
 
@@ -312,6 +316,7 @@ SMALL = {
     "similarity_loss shift": similarity(negatives="shift"),
     "similarity_loss hadamard": (_features, _hadamard),
     "feature_loss": (_features, lambda image, text, scale, teacher, *_: ops.feature_loss(image, teacher)),
+    "feature_loss projection": (_features, _projected),
     "shaped_attention": (_attention_tensors, _attention),
     "shaped_attention lengths": (_attention_tensors, _attention_of_lengths),
     "parallel_mlp": (lambda n, dtype: _random(((n, 8), (12, 8), (12,), (8, 12), (8,)), dtype), _mlp),
