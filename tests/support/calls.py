@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -99,6 +100,11 @@ def run(
     return found
 
 
+def forced(backend: str) -> contextlib.AbstractContextManager:
+    """A backend, or with "" the one that comes first."""
+    return simplclip.backend(backend) if backend else contextlib.nullcontext()
+
+
 def function_of(call: Call) -> Callable:
     return getattr(ops, call.op)
 
@@ -162,7 +168,7 @@ def check(
             change = max(change, (other[name] - exact[name]).abs().max().item())
         return change
 
-    with simplclip.backend(backend):
+    with forced(backend):
         found = {name: t.cpu() for name, t in run(function_of(call), call, kernel, need, incoming).items()}
         again = run(function_of(call), call, kernel, need, incoming) if twice else found
     exact = run(PLAIN[call.op], call, truth, need, incoming)
@@ -363,7 +369,10 @@ def check_registration(name: str, backend: str, device: str = "cpu") -> None:
     """
     make, function = SMALL[name]
     with Dispatched() as mode, torch.device(device):
-        function(*(t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32))).backward()
+        tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32)]
+        function(*tensors).backward()
+        with torch.no_grad():
+            function(*tensors)
     for op, (*args, first) in mode.calls:
         forward = not op._opname.endswith("_bwd")
         for t in args:

@@ -20,6 +20,7 @@ from calls import (
     Call,
     attention_inputs,
     block_inputs,
+    forced,
     function_of,
     mlp_inputs,
     outputs_of,
@@ -27,7 +28,6 @@ from calls import (
 )
 from torch import Tensor
 
-import simplclip
 from simplclip.ops import backends
 
 SIZES = (1, 1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 23, 31, 33, 47, 64, 65)  # primes, and on and off the tiles
@@ -47,8 +47,8 @@ class Case:
     def __str__(self) -> str:
         shapes = ", ".join(f"{k} {list(v.shape)}" for k, v in self.call.tensors.items())
         return (
-            f"{self.call.op} {self.dtype} on {self.backend}: {shapes}; {self.call.options}; dtypes {self.call.dtypes}; "
-            f"layouts {self.layouts}; gradients of {self.need}"
+            f"{self.call.op} {self.dtype} on {self.backend or 'the first'}: {shapes}; {self.call.options}; "
+            f"dtypes {self.call.dtypes}; layouts {self.layouts}; gradients of {self.need}"
         )
 
 
@@ -148,8 +148,8 @@ def make(seed: int, backend: str = "") -> Case:
     dtype = r.choices(FLOATS, (4, 3, 2, 0 if backend else 1))[0]
     call = r.choices(list(DRAW), DRAW.values())[0](r, dtype)
     drawn = r.choices(("cpu", "reference"), (5, 1))[0]
-    if dtype == torch.float64 or backends.extension is None:
-        drawn = "reference"
+    if dtype == torch.float64 or backends.extension is None:  # forced, it is differentiated by autograd
+        drawn = r.choice(("", "reference"))
     chosen = {}
     for name in (*call.tensors, *(f"grad {name}" for name in ("out", *TERMS))):
         if r.random() < 0.4:
@@ -190,7 +190,7 @@ def check_nonfinite(case: Case, device: str = "cpu") -> None:
     tensors[name] = tensors[name].clone()
     tensors[name].view(-1)[at] = value
     wide = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
-    with simplclip.backend(case.backend), torch.no_grad():
+    with forced(case.backend), torch.no_grad():
         found = outputs_of(function_of(call), call, {k: t.to(device) for k, t in tensors.items()})
     for term, expected in outputs_of(NONFINITE_FORMS[call.op], call, wide).items():
         assert not (found[term].cpu().isfinite() & ~expected.isfinite()).any(), f"{term} is finite: {name}[{at}] = {value}"
