@@ -179,21 +179,24 @@ NONFINITE_FORMS = PLAIN | {  # of which plain torch multiplies what a query does
 
 
 def check_nonfinite(case: Case, device: str = "cpu") -> None:
-    """A NaN or an infinity in one number gives a result that is not finite, where plain torch gives one."""
+    """A NaN or an infinity in any small tensor of a call gives a result that is not finite, where plain torch gives one."""
     call, r = case.call, random.Random(case.seed)
     tensors = call.typed(case.dtype)
     ignored = {"logit_bias"} | (
         {"attention_gain"} if "lengths" in tensors else set()
     )  # it cancels; padded tokens have no gain
-    name = r.choice([name for name, t in tensors.items() if t.is_floating_point() and name not in ignored])
-    at, value = r.randrange(tensors[name].numel()), r.choice((math.inf, -math.inf, math.nan))
-    tensors[name] = tensors[name].clone()
-    tensors[name].view(-1)[at] = value
-    wide = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
-    with forced(case.backend), torch.no_grad():
-        found = outputs_of(function_of(call), call, {k: t.to(device) for k, t in tensors.items()})
-    for term, expected in outputs_of(NONFINITE_FORMS[call.op], call, wide).items():
-        assert not (found[term].cpu().isfinite() & ~expected.isfinite()).any(), f"{term} is finite: {name}[{at}] = {value}"
+    for name, t in tensors.items():
+        if not t.is_floating_point() or name in ignored or t.numel() > 500:
+            continue
+        at, value = r.randrange(t.numel()), r.choice((math.inf, -math.inf, math.nan))
+        given = tensors | {name: t.clone()}
+        given[name].view(-1)[at] = value
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+        with forced(case.backend), torch.no_grad():
+            found = outputs_of(function_of(call), call, {k: v.to(device) for k, v in given.items()})
+        for term, expected in outputs_of(NONFINITE_FORMS[call.op], call, wide).items():
+            lost = found[term].cpu().isfinite() & ~expected.isfinite()
+            assert not lost.any(), f"{term} is finite: {name}[{at}] = {value}"
 
 
 def failures(seeds: range, check: Callable = check, backend: str = "", device: str = "cpu") -> list[str]:
