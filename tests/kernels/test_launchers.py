@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from calls import ATTENTION, MLP, Call, attention_inputs, function_of, mlp_inputs, outputs_of, similarity_call
+from calls import Call, attention_call, function_of, mlp_call, outputs_of, similarity_call
 from devices import DTYPES
 from interpreter import needs_triton
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,8 +33,8 @@ def similarity(name: str, scratch_bytes: int) -> Call:
 def others() -> list[Call]:
     return [
         Call("feature_loss", {"student": torch.randn(900, 48), "teacher": torch.randn(900, 48)}),
-        Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(8, 257, 2, 32))), {"causal": True}),
-        Call("parallel_mlp", dict(zip(MLP, mlp_inputs(3000, 64, 256, 64)))),
+        attention_call(8, 257, 2, 32, causal=True),
+        mlp_call(3000, 64, 256, 64),
     ]
 
 

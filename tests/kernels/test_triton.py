@@ -9,18 +9,7 @@ import interpreter
 import pytest
 import random_calls
 import torch
-from calls import (
-    ATTENTION,
-    MLP,
-    TERMS,
-    Call,
-    attention_inputs,
-    check,
-    check_padding,
-    check_registration,
-    mlp_inputs,
-    similarity_call,
-)  # fmt: skip
+from calls import TERMS, Call, attention_call, check, check_padding, check_registration, mlp_call, similarity_call
 from devices import DTYPES
 from interpreter import needs_interpreter, needs_triton
 from paths import ROOT
@@ -53,10 +42,6 @@ def attention() -> Iterator[tuple[Call, torch.dtype, dict]]:
         yield call, dtype, {}
 
 
-def attention_call(*shape: int, **options) -> Call:
-    return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))), options)
-
-
 def mlp() -> Iterator[tuple[Call, torch.dtype, dict]]:
     for dtype in DTYPES:  # two ranges of tokens
         yield mlp_call(300, 20, 70, 20, act="gelu_tanh"), dtype, {}
@@ -64,10 +49,6 @@ def mlp() -> Iterator[tuple[Call, torch.dtype, dict]]:
         call = mlp_call(70, 20, 65, 40, act=act)
         call.tensors["x"] *= 15  # the hidden layer is between -100 and 100
         yield call, torch.float32, {}
-
-
-def mlp_call(*shape: int, **options) -> Call:
-    return Call("parallel_mlp", dict(zip(MLP, mlp_inputs(*shape))), options)
 
 
 def large() -> Iterator[tuple[Call, torch.dtype, dict]]:

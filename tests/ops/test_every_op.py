@@ -3,17 +3,15 @@
 import pytest
 import torch
 from calls import (
-    ATTENTION,
-    MLP,
     SMALL,
     TERMS,
     Call,
-    attention_inputs,
+    attention_call,
     block_inputs,
     check,
     check_registration,
     function_of,
-    mlp_inputs,
+    mlp_call,
     run,
     similarity_call,
 )  # fmt: skip
@@ -24,17 +22,9 @@ import simplclip
 KL = {"negatives": "hard", "interactive": "kl"}
 
 
-def attention(*shape, **options):
-    return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))), options)
-
-
 def lengths(call, *given):
     call.tensors["lengths"] = torch.tensor(given)
     return call
-
-
-def mlp(*shape, **options):
-    return Call("parallel_mlp", dict(zip(MLP, mlp_inputs(*shape))), options)
 
 
 def feature(n, d, **options):
@@ -51,12 +41,12 @@ LARGE = {
     "similarity, 1000": lambda: similarity_call(1000, 1000, terms=TERMS[:2], negatives="hard"),
     "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, **KL),
     "similarity, shift": lambda: similarity_call(65, 130, terms=TERMS, plane="hadamard", negatives="shift", shift=7),
-    "attention, 77": lambda: attention(2, 77, 2, 64),
-    "attention, 197": lambda: attention(2, 197, 2, 64),
-    "attention, 250": lambda: lengths(attention(4, 250, 2, 8), 250, 0, 125, 1),
-    "attention, 288": lambda: lengths(attention(2, 288, 1, 80, causal=True), 288, 285),
-    "mlp": lambda: mlp(130, 24, 1000, 17),
-    "mlp, several chunks": lambda: mlp(1300, 8, 4096, 8),  # more hidden rows than 8 MiB hold
+    "attention, 77": lambda: attention_call(2, 77, 2, 64),
+    "attention, 197": lambda: attention_call(2, 197, 2, 64),
+    "attention, 250": lambda: lengths(attention_call(4, 250, 2, 8), 250, 0, 125, 1),
+    "attention, 288": lambda: lengths(attention_call(2, 288, 1, 80, causal=True), 288, 285),
+    "mlp": lambda: mlp_call(130, 24, 1000, 17),
+    "mlp, several chunks": lambda: mlp_call(1300, 8, 4096, 8),  # more hidden rows than 8 MiB hold
     "block": lambda: lengths(Call("simplified_block", block_inputs(3, 77, 64, 2, 300), {"causal": True}), 77, 0, 30),
     "block, recompute": lambda: Call("simplified_block", block_inputs(2, 130, 48, 3, 100), {"recompute": True}),
     "feature": lambda: feature(3001, 65),

@@ -212,6 +212,14 @@ def mlp_inputs(t=7, c=6, f=10, out=5, bias=True, seed=0):
     return tensors if bias else [tensors[0], tensors[1], None, tensors[3], None]
 
 
+def attention_call(*shape: int, **options) -> Call:
+    return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))), options)
+
+
+def mlp_call(*shape: int, **options) -> Call:
+    return Call("parallel_mlp", dict(zip(MLP, mlp_inputs(*shape))), options)
+
+
 def block_inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projections=True, seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape, d=1.0: torch.randn(*shape, generator=g, dtype=torch.float64) * d  # noqa: E731
@@ -228,8 +236,8 @@ def block_inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projectio
 
 def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu") -> None:
     """Padded tokens of shaped_attention are not read, and their results and gradients are 0."""
-    tensors = dict(zip(ATTENTION, attention_inputs(b=3))) | {"lengths": torch.tensor([3, 0, 5])}
-    call = Call("shaped_attention", tensors, {"causal": causal})
+    call = attention_call(3, causal=causal)
+    call.tensors["lengths"] = torch.tensor([3, 0, 5])
 
     def padded_with(value: float) -> dict[str, Tensor]:
         def filled(t: Tensor) -> Tensor:
