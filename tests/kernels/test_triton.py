@@ -81,7 +81,7 @@ def registration(device: str) -> None:
 CALLS = {"similarity_loss": similarity, "shaped_attention": attention, "parallel_mlp": mlp, "large": large}
 OTHERS = {"padding": padding, "registration": registration}
 BLOCK = 50  # random calls of a test
-PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start >= 200 else []) for start in range(0, 2000, BLOCK)]
+PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start >= 100 else []) for start in range(0, 2000, BLOCK)]
 
 
 def run(name: str, device: str) -> None:
