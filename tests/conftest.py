@@ -4,7 +4,6 @@ import os
 
 import pytest
 import torch
-from interpreter import Results
 from paths import ROOT
 
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
@@ -12,7 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"
 # What --prove sets: all schedules of the emulator, and how many kills and faults the trainer meets.
 PROOF = {"SIMPLCLIP_EMULATE_ALL": "1", "SIMPLCLIP_TEST_KILLS": "20", "SIMPLCLIP_FAULTS": "30"}
 # Fixtures that take long to make: who uses one is slow.
-SLOW = {"interpreted", "kernels", "single", "double", "tiny", "vit", "trained", "of_two_ranks"}
+SLOW = {"kernels", "single", "double", "tiny", "vit", "trained", "of_two_ranks"}
 
 
 def pytest_addoption(parser):
@@ -44,11 +43,3 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("prove") and not config.option.prove:
             item.add_marker(pytest.mark.skip(reason="a proof: make prove"))
-
-
-@pytest.fixture(scope="module")
-def interpreted(request):
-    """The cases of the module's script that are to run, under Triton's interpreter."""
-    items = [item for item in request.session.items if item.module is request.module and "interpreted" in item.fixturenames]
-    names = [item.callspec.params["name"] for item in items if not item.get_closest_marker("skip")]
-    return Results(request.module.SCRIPT, names)

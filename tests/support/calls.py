@@ -1,15 +1,20 @@
-"""Calls of the public ops as data: tensors by name, in any dtype and layout; and the ops in plain torch, for the truth."""
+"""Calls of the public ops as data: tensors by name, in any dtype and layout; and their comparison with plain torch."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import plain
 import torch
 import torch.nn.functional as F
+from similarity import make_inputs
+from tolerance import assert_within
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import simplclip
 from simplclip import losses, ops
 from simplclip.nn import SimplifiedBlock
 
@@ -95,14 +100,102 @@ def run(
     return found
 
 
+def forced(backend: str) -> contextlib.AbstractContextManager:
+    """A backend, or with "" the one that comes first."""
+    return simplclip.backend(backend) if backend else contextlib.nullcontext()
+
+
 def function_of(call: Call) -> Callable:
     return getattr(ops, call.op)
 
 
-# Not "test_aot_dispatch_dynamic": it compares h after backward, which has written over it. Tracing has a test of its own.
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+LOSS_SCALE = 64  # of the gradients that come to a loss, as a GradScaler's, so that halves hold what goes out
+
+
+def _least(call: Call, gradient: bool) -> float:
+    """Below it a result is 0 by cancellation: some hundredths of what is subtracted, logits, or for gradients scale / N."""
+    if call.op == "feature_loss":
+        return 1e-2
+    if call.op != "similarity_loss":
+        return 0.3 if call.op == "simplified_block" else 0.1  # the former's are sums over tokens and widths
+    given = {**call.tensors, **call.options}
+    scale = max(abs(float(given.get(name, 1))) for name in ("logit_scale", "interactive_scale", "teacher_scale"))
+    return max(scale, 1) * (0.05 * LOSS_SCALE / given["image"].shape[0] if gradient else 0.01)
+
+
+def check(
+    call: Call,
+    dtype: torch.dtype,
+    backend: str,
+    need: Iterable[str] | None = None,
+    *,
+    lay_out: Callable[[str, Tensor], Tensor] = lambda name, t: t,
+    roundings: bool = False,
+    twice: bool = False,
+    seed: int = 0,
+    size: float = LOSS_SCALE,
+    device: str = "cpu",
+) -> None:
+    """Results and gradients are within tolerance of float64's: of plain torch's own error, or with `roundings` of what
+    roundings may change; with `twice` a second run has the same bits.
+
+    lay_out(name, t): a view that the op gets for t; a gradient's name is "grad NAME".
+    size: of the gradients that come to losses.
+    """
+    need = call.needed() if need is None else need
+    kernel = {name: lay_out(name, t.to(device)) for name, t in call.typed(dtype).items()}
+    naive = {name: t.cpu().resolve_neg().clone(memory_format=torch.contiguous_format) for name, t in kernel.items()}
+    truth = {name: t.double() if t.is_floating_point() else t for name, t in naive.items()}
+    narrow = {name: t.to(dtype) if t.is_floating_point() else t for name, t in naive.items()}
+
+    def incoming(name: str, result: Tensor) -> Tensor:
+        grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed))
+        grad = grad.to(result.device, dtype) * (1 if result.dim() else size)
+        return lay_out(f"grad {name}", grad).to(result.dtype)
+
+    def rounding_changes(name: str) -> float:
+        """What float64's result changes by when every number that comes in changes by at most a rounding in the dtype."""
+        change = 0.0
+        for number in range(4):
+            g = torch.Generator().manual_seed(number)
+
+            def nearly(t: Tensor) -> Tensor:
+                sign = torch.randint(0, 2, t.shape, generator=g) * 2 - 1  # noqa: B023
+                return t * (1 + sign * torch.finfo(dtype).eps / 2) if t.is_floating_point() else t
+
+            close = {k: nearly(t) for k, t in truth.items()}
+            other = run(PLAIN[call.op], call, close, need, lambda *args: nearly(incoming(*args)))  # noqa: B023
+            change = max(change, (other[name] - exact[name]).abs().max().item())
+        return change
+
+    with forced(backend):
+        found = {name: t.cpu() for name, t in run(function_of(call), call, kernel, need, incoming).items()}
+        again = run(function_of(call), call, kernel, need, incoming) if twice else found
+    exact = run(PLAIN[call.op], call, truth, need, incoming)
+    plain = run(PLAIN[call.op], call, narrow if call.op == "similarity_loss" else naive, need, incoming)
+    for name, value in found.items():
+        assert value.isfinite().all(), f"{name} is not finite"
+        assert torch.equal(value, again[name].cpu()), f"{name}: a second run gave other values"
+    for name, value in found.items():
+        try:
+            least = _least(call, name.startswith("d_"))
+            assert_within({name: value}, {name: plain[name]}, {name: exact[name]}, dtype, str(call.options), least)
+        except AssertionError:
+            error = (value.double() - exact[name]).abs().max().item()
+            if not roundings or error > 8 * rounding_changes(name):
+                raise
+
+
 ATTENTION = ("q", "k", "v", "alpha", "beta", "gamma")
 MLP = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
+def similarity_call(n: int, m: int, offset: int = 0, **options) -> Call:
+    """`options`: of make_inputs and of similarity_loss."""
+    made = ("terms", "plane", "teacher_width", "ids", "scale", "width", "seed")
+    leaves, fixed = make_inputs(n, m, offset, **{name: options.pop(name) for name in made if name in options})
+    tensors = leaves | {name: fixed.pop(name) for name in ("ids", "text_ids") if name in fixed}
+    return Call("similarity_loss", tensors, fixed | options)
 
 
 def attention_inputs(b=2, length=5, h=3, k=4, dtype=torch.float64, seed=0):
@@ -119,6 +212,14 @@ def mlp_inputs(t=7, c=6, f=10, out=5, bias=True, seed=0):
     return tensors if bias else [tensors[0], tensors[1], None, tensors[3], None]
 
 
+def attention_call(*shape: int, **options) -> Call:
+    return Call("shaped_attention", dict(zip(ATTENTION, attention_inputs(*shape))), options)
+
+
+def mlp_call(*shape: int, **options) -> Call:
+    return Call("parallel_mlp", dict(zip(MLP, mlp_inputs(*shape))), options)
+
+
 def block_inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projections=True, seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape, d=1.0: torch.randn(*shape, generator=g, dtype=torch.float64) * d  # noqa: E731
@@ -131,6 +232,30 @@ def block_inputs(b=2, length=5, c=12, heads=3, f=20, norm="layernorm", projectio
     if projections:
         found |= {name: draw(c, c, d=c**-0.5) for name in ("value_weight", "output_weight")}
     return found
+
+
+def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = "cpu") -> None:
+    """Padded tokens of shaped_attention are not read, and their results and gradients are 0."""
+    call = attention_call(3, causal=causal)
+    call.tensors["lengths"] = torch.tensor([3, 0, 5])
+
+    def padded_with(value: float) -> dict[str, Tensor]:
+        def filled(t: Tensor) -> Tensor:
+            t = t.clone()
+            t[0, 3:], t[1] = value, value
+            return t
+
+        given = {name: filled(t) if name in "qkv" else t for name, t in call.typed(dtype).items()}
+        given = {name: t.to(device) for name, t in given.items()}
+        return run(function_of(call), call, given, call.needed(), lambda name, t: filled(torch.ones_like(t)))
+
+    with simplclip.backend(backend):
+        expected, found = padded_with(1.0), padded_with(torch.nan)
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+        if value.dim() == 4:
+            assert not value[0, 3:].any(), name
+            assert not value[1].any(), name
 
 
 # A small call of each op and loss: its float tensors, and a function of them that returns a number.
@@ -162,6 +287,10 @@ def similarity(**options):
 def _hadamard(image, text, scale, *_):
     plane = (scale * torch.ones(image.shape[1]), -2.0)
     return ops.similarity_loss(image, text, scale, terms=("pair_matching",), plane=plane, negatives="hard")["pair_matching"]
+
+
+def _projected(image, text, _, teacher, *rest):
+    return ops.feature_loss(image, teacher, distance="smooth_l1", projection=text.T @ text)
 
 
 def _number(out):
@@ -201,6 +330,7 @@ SMALL = {
     "similarity_loss shift": similarity(negatives="shift"),
     "similarity_loss hadamard": (_features, _hadamard),
     "feature_loss": (_features, lambda image, text, scale, teacher, *_: ops.feature_loss(image, teacher)),
+    "feature_loss projection": (_features, _projected),
     "shaped_attention": (_attention_tensors, _attention),
     "shaped_attention lengths": (_attention_tensors, _attention_of_lengths),
     "parallel_mlp": (lambda n, dtype: _random(((n, 8), (12, 8), (12,), (8, 12), (8,)), dtype), _mlp),
@@ -225,3 +355,37 @@ def module_call(name, dtype=torch.float32, device="cpu"):
         return sum(out) if isinstance(out, tuple) else out if out.dim() == 0 else _number(out)
 
     return tensors, function, module
+
+
+class Dispatched(TorchDispatchMode):
+    """Records the calls of simplclip's ops, with copies of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "simplclip":
+            self.calls.append((function, [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in args]))
+        return function(*args, **(kwargs or {}))
+
+
+def check_registration(name: str, backend: str, device: str = "cpu") -> None:
+    """Schemas, autograd, and the shapes, dtypes and strides that fake functions promise, of forward and backward.
+
+    Backward by the backend that comes first: what forward kept is of its layout.
+    """
+    make, function = SMALL[name]
+    with Dispatched() as mode, torch.device(device):
+        tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32)]
+        function(*tensors).backward()
+        with torch.no_grad():
+            function(*tensors)
+    for op, (*args, first) in mode.calls:
+        forward = not op._opname.endswith("_bwd")
+        for t in args:
+            if isinstance(t, Tensor) and forward:
+                t.requires_grad_(t.is_floating_point())
+        # Not "test_aot_dispatch_dynamic": it compares h after backward, which has written over it. test_compile.py traces.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op, (*args, backend if forward else first), test_utils=checks, rtol=1e-4, atol=1e-5)

@@ -146,7 +146,7 @@ def parallel_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, act="gelu"):
 def simplified_block(
     x, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, alpha, beta, gamma, *, norm_weight, norm_bias=None,
     norm="layernorm", eps=1e-5, act="gelu", attention_gain=1.0, mlp_gain=1.0, value_weight=None, output_weight=None,
-    causal=False, lengths=None,
+    causal=False, lengths=None, attention=shaped_attention,
 ):  # fmt: skip
     width = x.shape[-1]
     weight = norm_weight.to(x.dtype)
@@ -157,12 +157,12 @@ def simplified_block(
     q, k = (n @ qk_weight.T).chunk(2, dim=-1)
     v = n if value_weight is None else n @ value_weight.T
     heads = [t.reshape(*x.shape[:2], alpha.shape[0], -1) for t in (q, k, v)]
-    attention = shaped_attention(*heads, alpha, beta, gamma, causal=causal, lengths=lengths).reshape(x.shape)
+    mixed = attention(*heads, alpha, beta, gamma, causal=causal, lengths=lengths).reshape(x.shape)
     if output_weight is not None:
-        attention = attention @ output_weight.T
+        mixed = mixed @ output_weight.T
     mlp = parallel_mlp(n, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act=act)
     as_x = lambda g: g.to(x.dtype) if isinstance(g, torch.Tensor) else g  # noqa: E731
-    return as_x(attention_gain) * attention + as_x(mlp_gain) * mlp
+    return as_x(attention_gain) * mixed + as_x(mlp_gain) * mlp
 
 
 def feature_loss(student, teacher, *, distance="mse", beta=1.0, normalize=True, projection=None):

@@ -1,0 +1,117 @@
+"""What every op keeps to: its definition at sizes beyond those of random calls, equal bits, torch's rules of registration."""
+
+import pytest
+import torch
+from calls import (
+    SMALL,
+    TERMS,
+    Call,
+    attention_call,
+    block_inputs,
+    check,
+    check_registration,
+    function_of,
+    mlp_call,
+    run,
+    similarity_call,
+)  # fmt: skip
+from devices import BACKENDS, DTYPES, needs_cpu_kernels
+
+import simplclip
+
+KL = {"negatives": "hard", "interactive": "kl"}
+
+
+def lengths(call, *given):
+    call.tensors["lengths"] = torch.tensor(given)
+    return call
+
+
+def feature(n, d, **options):
+    g = torch.Generator().manual_seed(0)
+    teacher = 3 * torch.randn(n, d, generator=g, dtype=torch.float64)
+    student = teacher + torch.randn(n, d, generator=g, dtype=torch.float64)
+    return Call("feature_loss", {"student": student, "teacher": teacher}, options)
+
+
+# Several tiles, strips and chunks, the last not whole.
+LARGE = {
+    "similarity, all": lambda: similarity_call(257, 257, terms=TERMS, ids=True),
+    "similarity, hard": lambda: similarity_call(257, 257, terms=TERMS, plane="hadamard", ids=True, **KL),
+    "similarity, 1000": lambda: similarity_call(1000, 1000, terms=TERMS[:2], negatives="hard"),
+    "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, **KL),
+    "similarity, shift": lambda: similarity_call(65, 130, terms=TERMS, plane="hadamard", negatives="shift", shift=7),
+    "attention, 77": lambda: attention_call(2, 77, 2, 64),
+    "attention, 197": lambda: attention_call(2, 197, 2, 64),
+    "attention, 250": lambda: lengths(attention_call(4, 250, 2, 8), 250, 0, 125, 1),
+    "attention, 288": lambda: lengths(attention_call(2, 288, 1, 80, causal=True), 288, 285),
+    "mlp": lambda: mlp_call(130, 24, 1000, 17),
+    "mlp, several chunks": lambda: mlp_call(1300, 8, 4096, 8),  # more hidden rows than 8 MiB hold
+    "block": lambda: lengths(Call("simplified_block", block_inputs(3, 77, 64, 2, 300), {"causal": True}), 77, 0, 30),
+    "block, recompute": lambda: Call("simplified_block", block_inputs(2, 130, 48, 3, 100), {"recompute": True}),
+    "feature": lambda: feature(3001, 65),
+    "feature, smooth": lambda: feature(31, 1000, distance="smooth_l1", beta=0.05, normalize=False),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LARGE)
+def test_values_and_gradients(name, dtype, backend):
+    check(LARGE[name](), dtype, backend, twice=True)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("name", [name for name in LARGE if name.startswith(("similarity", "attention", "feature"))])
+def test_any_number_of_threads_gives_the_same_bits(name):
+    threads, call = torch.get_num_threads(), LARGE[name]()
+    tensors = call.typed(torch.float32)
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(function_of(call), call, tensors, call.needed(), lambda name, t: torch.ones_like(t)))
+    finally:
+        torch.set_num_threads(threads)
+    for found in zip(*(result.values() for result in results)):
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SMALL)
+def test_registration(name, backend):
+    check_registration(name, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SMALL)
+def test_backward_twice(name, backend):
+    """What backward writes over is written over once only: a graph that is retained keeps it."""
+    make, function = SMALL[name]
+    tensors = make(4, torch.float32)
+    leaves = [t for t in tensors if t.requires_grad]
+    with simplclip.backend(backend):
+        out = function(*tensors)
+    first, second = (torch.autograd.grad(out, leaves, retain_graph=again, allow_unused=True) for again in (True, False))
+    for a, b in zip(first, second):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if "loss" in name and "projection" not in name])
+def test_autocast_casts_the_features_and_returns_float32(name):
+    make, function = SMALL[name]
+    tensors = make(40, torch.bfloat16)
+    wide = [t.detach().float().requires_grad_(t.requires_grad) for t in tensors]
+    expected = function(*tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = function(*wide)
+        assert function(*(t.double() for t in wide)).dtype == torch.float64
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    found.backward()
+    expected.backward()
+    for ours, theirs in zip(wide, tensors):
+        if theirs.grad is not None:
+            assert ours.grad.dtype == torch.float32
+            torch.testing.assert_close(ours.grad, theirs.grad.float(), rtol=1e-5, atol=1e-7)
