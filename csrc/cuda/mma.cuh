@@ -31,6 +31,11 @@ inline void multiply(Fragments* const (&lanes)[32], const float (&a)[16][K], con
 }
 #endif
 
+#define SIMPLCLIP_MMA(shape_and_types)                                                                            \
+  asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
 // d += a b: a [16, 16] row-major, b [16, 8] column-major, T = bf16 or f16, sums in float32.
 // Layout: "Matrix Fragments for mma.m16n8k16 with floating point type". With group = lane / 4 and pair = 2 (lane % 4):
 //   a[0] row group, a[1] row group + 8, columns pair and pair + 1; a[2] and a[3] the same, eight columns on
@@ -57,15 +62,8 @@ SIMPLCLIP_DEVICE void mma16816(
     multiply(lanes, left, right);
   });
 #else
-  if constexpr (std::is_same_v<T, bf16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
+  if constexpr (std::is_same_v<T, bf16>) SIMPLCLIP_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  else SIMPLCLIP_MMA("m16n8k16.row.col.f32.f16.f16.f32");
 #endif
 }
 
@@ -89,32 +87,28 @@ SIMPLCLIP_DEVICE void mma1688_tf32(
     multiply(lanes, left, right);
   });
 #else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  SIMPLCLIP_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 #endif
 }
 
 #ifdef SIMPLCLIP_EMULATOR
 // A lane's row is read when the lane arrives, without what other lanes write later unless there is a sync_warp between.
-template <int N, bool TRANSPOSED>
-inline void load_matrices(const char* name, Site site, uint32_t (&r)[N], const void* row) {
+template <bool TRANSPOSED>
+inline void load_matrices(const char* name, Site site, uint32_t (&r)[4], const void* row) {
   struct Operands {
     uint32_t* r;
     const void* from;
     uint16_t row[8];
   } mine{r, row, {}};
-  if (lane() < 8 * N) {
-    emulator::check_shared(name, site, row, 16);
-    std::memcpy(mine.row, row, 16);
-  }
+  emulator::check_shared(name, site, row, 16);
+  std::memcpy(mine.row, row, 16);
   emulator::warp_collective(name, site, mine, [](Operands* const (&lanes)[32]) {
-    for (int matrix = 0; matrix < N; ++matrix) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
       const void* rows[8];
       for (int i = 0; i < 8; ++i) rows[i] = lanes[8 * matrix + i]->from;
       emulator::count_replays(rows);
     }
-    for (int i = 0; i < 32 * N; ++i) {
+    for (int i = 0; i < 128; ++i) {
       const int matrix = i / 32, lane = i % 32, group = lane / 4, pair = lane % 4 * 2;
       auto at = [&](int row, int column) -> uint32_t { return lanes[8 * matrix + row]->row[column]; };
       lanes[lane]->r[matrix] = TRANSPOSED ? at(pair, group) | at(pair + 1, group) << 16
@@ -129,7 +123,7 @@ inline void load_matrices(const char* name, Site site, uint32_t (&r)[N], const v
 // instruction: ldmatrix"), as mma16816 takes them; _trans: rows 2 (lane % 4) and the next, column lane / 4.
 SIMPLCLIP_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, [[maybe_unused]] Site site = Site::current()) {
 #ifdef SIMPLCLIP_EMULATOR
-  load_matrices<4, false>("ldmatrix_x4", site, r, row);
+  load_matrices<false>("ldmatrix_x4", site, r, row);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -138,20 +132,9 @@ SIMPLCLIP_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, [[maybe_unu
 #endif
 }
 
-SIMPLCLIP_DEVICE void ldmatrix_x2(uint32_t (&r)[2], const void* row, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  load_matrices<2, false>("ldmatrix_x2", site, r, row);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-#endif
-}
-
 SIMPLCLIP_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, [[maybe_unused]] Site site = Site::current()) {
 #ifdef SIMPLCLIP_EMULATOR
-  load_matrices<4, true>("ldmatrix_x4_trans", site, r, row);
+  load_matrices<true>("ldmatrix_x4_trans", site, r, row);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -160,18 +143,7 @@ SIMPLCLIP_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, [[may
 #endif
 }
 
-SIMPLCLIP_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  load_matrices<2, true>("ldmatrix_x2_trans", site, r, row);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
-               : "r"(shared_address(row))
-               : "memory");
-#endif
-}
-
-// Copies 16, 8 or 4 bytes, aligned to as many, to shared memory in the background; if not `valid`, zeros, and `global` is
+// Copies 16 bytes, aligned to as many, to shared memory in the background; if not `valid`, zeros, and `global` is
 // not read. Visible to this thread after the wait for its group, to others after a barrier that follows.
 SIMPLCLIP_DEVICE void cp_async_16(
     void* shared, const void* global, bool valid, [[maybe_unused]] Site site = Site::current()) {
@@ -185,47 +157,15 @@ SIMPLCLIP_DEVICE void cp_async_16(
 #endif
 }
 
-SIMPLCLIP_DEVICE void cp_async_8(
-    void* shared, const void* global, bool valid, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  emulator::cp_async("cp_async_8", site, shared, global, 8, valid);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
-               :
-               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid ? 8 : 0)
-               : "memory");
-#endif
-}
-
-SIMPLCLIP_DEVICE void cp_async_4(
-    void* shared, const void* global, bool valid, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  emulator::cp_async("cp_async_4", site, shared, global, 4, valid);
-#else
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
-               :
-               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid ? 4 : 0)
-               : "memory");
-#endif
-}
-
 // Ends a group: this thread's copies since the last one.
 SIMPLCLIP_DEVICE void cp_async_commit() {
-#ifdef SIMPLCLIP_EMULATOR
-  emulator::cp_async_commit();
-#else
-  asm volatile("cp.async.commit_group;" : : : "memory");
-#endif
+  SIMPLCLIP_ON(asm volatile("cp.async.commit_group;" : : : "memory"), emulator::cp_async_commit());
 }
 
 // Waits until at most the last N groups of this thread are unfinished.
 template <int N>
 SIMPLCLIP_DEVICE void cp_async_wait() {
-#ifdef SIMPLCLIP_EMULATOR
-  emulator::cp_async_wait(N);
-#else
-  asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
-#endif
+  SIMPLCLIP_ON(asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory"), emulator::cp_async_wait(N));
 }
 
 }  // namespace simplclip::gpu

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simplclip.kernels.launch import device_of, started
+from simplclip.ops.feature.call import FeatureCall, FeatureGradient
 
 EPS = tl.constexpr(1e-12)  # F.normalize's
 CLAMPED = tl.constexpr(0.9999e12)  # 1/norm counts as 1/EPS from here on, since a GPU's division may round down
@@ -115,11 +116,11 @@ def _feature_loss_fwd_kernel(
 
 @triton.jit
 def _feature_loss_bwd_kernel(
-    grad,  # [] float32
     student,  # [N, D]
     teacher,  # [N, D]
     inv_norms,  # [2, N] float32
     d_student,  # [N, D]
+    grad,  # [] float32
     n,
     d,
     beta,
@@ -161,40 +162,25 @@ def _feature_loss_bwd_kernel(
             _store(d_student, rows, start + columns, n, d, factor * g)
 
 
-def feature_loss_fwd(
-    student: Tensor,  # [N, D], contiguous
-    teacher: Tensor,  # [N, D], contiguous, of any float dtype but float64
-    smooth: bool,
-    beta: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:  # [], [2, N] or [2, 0]
-    n, d = student.shape
+def _launch(kernel, call: FeatureCall, *tensors: Tensor, **scalars: float) -> None:
+    n, d = call.student.shape
     rows, block, num_warps = tile(d)
-    programs = triton.cdiv(n, rows)
-    sums = student.new_empty(programs, dtype=torch.float32)
-    inv_norms = student.new_empty(2, n if normalize else 0, dtype=torch.float32)
-    with device_of(student):
-        started(_feature_loss_fwd_kernel)[(programs,)](
-            student, teacher, sums, inv_norms, n, d, beta,
-            SMOOTH=smooth, NORMALIZE=normalize, WHOLE=d <= block, ROWS=rows, BLOCK=block, num_warps=num_warps,
+    with device_of(call.student):
+        started(kernel)[(triton.cdiv(n, rows),)](
+            call.student, call.teacher, *tensors, n, d, call.beta, **scalars,
+            SMOOTH=call.smooth, NORMALIZE=call.normalize, WHOLE=d <= block, ROWS=rows, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
+
+
+def feature_loss_fwd(call: FeatureCall) -> tuple[Tensor, Tensor]:  # [], [2, N] or [2, 0]
+    n, d = call.student.shape
+    sums = call.student.new_empty(triton.cdiv(n, tile(d)[0]), dtype=torch.float32)
+    inv_norms = call.student.new_empty(2, n if call.normalize else 0, dtype=torch.float32)
+    _launch(_feature_loss_fwd_kernel, call, sums, inv_norms)
     return (sums.sum(dtype=torch.float64) / (n * d)).float(), inv_norms
 
 
-def feature_loss_bwd(
-    grad: Tensor,  # [] float32
-    student: Tensor,  # [N, D], contiguous
-    teacher: Tensor,  # [N, D], contiguous
-    inv_norms: Tensor,  # [2, N] or [2, 0], float32
-    smooth: bool,
-    beta: float,
-) -> Tensor:  # [N, D]
-    n, d = student.shape
-    rows, block, num_warps = tile(d)
-    d_student = torch.empty_like(student)
-    with device_of(student):
-        started(_feature_loss_bwd_kernel)[(triton.cdiv(n, rows),)](
-            grad, student, teacher, inv_norms, d_student, n, d, beta, 1 / (n * d),
-            SMOOTH=smooth, NORMALIZE=inv_norms.shape[1] > 0, WHOLE=d <= block, ROWS=rows, BLOCK=block, num_warps=num_warps,
-        )  # fmt: skip
+def feature_loss_bwd(call: FeatureGradient) -> Tensor:  # [N, D]
+    d_student = torch.empty_like(call.student)
+    _launch(_feature_loss_bwd_kernel, call, call.inv_norms, d_student, call.grad, scale=1 / d_student.numel())
     return d_student

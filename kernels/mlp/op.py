@@ -19,6 +19,7 @@ from simplclip.kernels.launch import (
     started,
 )
 from simplclip.kernels.mlp.activations import activation, slope
+from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
 GROUP = 8  # blocks of rows that use the same blocks of columns while those are in the cache
 TILE = 16  # steps over the tokens per unit of the weight's gradient; each range of units has a result to store and add
@@ -191,72 +192,58 @@ def _tuned(op: str, h: Tensor) -> tuple[tuning.Tile, dict[str, object]]:
     return tile, {**shared, **tile.options(), **COMPILE}
 
 
+def _blocks(written: Tensor, tile: tuning.Tile) -> tuple[int]:
+    """The grid of a kernel that writes a matrix in blocks."""
+    return (triton.cdiv(written.shape[0], tile.block_m) * triton.cdiv(written.shape[1], tile.block_n),)
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor, copied if its rows are not dense (an expanded gradient)."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def parallel_mlp_fwd(
-    h: Tensor,  # [T, F], rows dense with any stride
-    weight: Tensor,  # [C, F]
-    bias: Tensor | None,  # [C]
-    act: str,
-    out: Tensor,  # [T, C], rows dense with any stride; written, or added to
-    accumulate: bool,
-) -> None:
+def parallel_mlp_fwd(call: HiddenCall) -> None:
     """out (+)= act(h) weightᵀ + bias, added in float32 and rounded once. No scratch."""
-    (tokens, hidden), width = h.shape, weight.shape[0]
+    h, out, weight = call.h, call.out, _dense(call.weight)
     if not out.numel():
         return
-    weight = _dense(weight)
+    bias = None if call.bias is None else call.bias.contiguous()
     tile, shared = _tuned("fwd", h)
     with device_of(h):
-        started(_parallel_mlp_fwd_kernel)[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(width, tile.block_n),)](
-            h, weight, None if bias is None else bias.contiguous(), out, tokens, width, hidden,
-            h.stride(0), weight.stride(0), out.stride(0),
-            ACT=act, ACCUMULATE=accumulate, EVEN=hidden % tile.block_k == 0, GROUP=GROUP, **shared,
+        started(_parallel_mlp_fwd_kernel)[_blocks(out, tile)](
+            h, weight, bias, out, *out.shape, h.shape[1], h.stride(0), weight.stride(0), out.stride(0),
+            ACT=call.act, ACCUMULATE=call.accumulate, EVEN=h.shape[1] % tile.block_k == 0, GROUP=GROUP, **shared,
         )  # fmt: skip
 
 
-def parallel_mlp_bwd(
-    grad: Tensor,  # [T, C]
-    h: Tensor,  # [T, F], rows dense with any stride; overwritten with dh
-    weight: Tensor,  # [C, F]
-    act: str,
-    need_weight: bool,
-) -> Tensor:  # [C, F], [0, F] if not needed
+def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed
     """dh = (grad weight) ∘ act'(h) over h, after dweight = gradᵀ act(h).
 
     Scratch: dweight in float32 for each range of tokens, if one range would not occupy all multiprocessors.
     """
-    grad, weight = _dense(grad), _dense(weight)
+    grad, h, weight = _dense(call.grad), call.h, _dense(call.weight)
     with device_of(h):
-        d_weight = _weight_gradient(grad, h, weight, act) if need_weight else weight.new_empty(0, weight.shape[1])
+        d_weight = _weight_gradient(grad, h, call.act) if call.need_weight else weight.new_empty(0, weight.shape[1])
         if h.numel():
-            _hidden_gradient(grad, h, weight, act)
+            tile, shared = _tuned("hidden", h)
+            started(_parallel_mlp_hidden_kernel)[_blocks(h, tile)](
+                grad, weight, h, *grad.shape, h.shape[1], grad.stride(0), weight.stride(0), h.stride(0),
+                ACT=call.act, EVEN=grad.shape[1] % tile.block_k == 0, GROUP=GROUP, **shared,
+            )  # fmt: skip
     return d_weight
 
 
-def _weight_gradient(grad: Tensor, h: Tensor, weight: Tensor, act: str) -> Tensor:
-    (tokens, hidden), width = h.shape, weight.shape[0]
+def _weight_gradient(grad: Tensor, h: Tensor, act: str) -> Tensor:  # [C, F]
+    (tokens, width), hidden = grad.shape, h.shape[1]
     if not tokens:
-        return weight.new_zeros(weight.shape)
+        return h.new_zeros(width, hidden)
     tile, shared = _tuned("weight", h)
     blocks = triton.cdiv(width, tile.block_m) * triton.cdiv(hidden, tile.block_n)
     step = TILE * tile.block_k
     slots = architecture_and_processors(h)[1] * tile.blocks
     ranges, tiles = splits(blocks, triton.cdiv(tokens, step), slots)
-    parts = weight.new_empty(ranges, width, hidden, dtype=weight.dtype if ranges == 1 else torch.float32)
+    parts = h.new_empty(ranges, width, hidden, dtype=h.dtype if ranges == 1 else torch.float32)
     started(_parallel_mlp_weight_kernel)[(blocks * ranges,)](
         grad, h, parts, tokens, width, hidden, grad.stride(0), h.stride(0), blocks, tiles * step, ACT=act, **shared,
     )  # fmt: skip
-    return parts[0] if ranges == 1 else parts.sum(0).to(weight.dtype)
-
-
-def _hidden_gradient(grad: Tensor, h: Tensor, weight: Tensor, act: str) -> None:
-    (tokens, hidden), width = h.shape, weight.shape[0]
-    tile, shared = _tuned("hidden", h)
-    started(_parallel_mlp_hidden_kernel)[(triton.cdiv(tokens, tile.block_m) * triton.cdiv(hidden, tile.block_n),)](
-        grad, weight, h, tokens, width, hidden, grad.stride(0), weight.stride(0), h.stride(0),
-        ACT=act, EVEN=width % tile.block_k == 0, GROUP=GROUP, **shared,
-    )  # fmt: skip
+    return parts[0] if ranges == 1 else parts.sum(0).to(h.dtype)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from simplclip.common.errors import UserError
 from simplclip.ops import backends
-from simplclip.ops.registry import flat
+from simplclip.ops.calls import flat
 from simplclip.ops.similarity.call import RowsCall, SimilarityCall, SimilarityGradient
 
 _HIDDEN_BYTES = 8 << 20  # of a chunk of rows of an activation in parallel_mlp
@@ -143,6 +143,6 @@ _PACKING = {
     "similarity_loss_fwd": lambda call: _similarities(call, call.stored_rows),
     "similarity_loss_bwd": _similarity_loss_bwd,
     "similarity_rows": _similarity_rows,
-    "parallel_mlp_fwd": lambda h, weight, *_: _parallel_mlp(h, weight, 1),
-    "parallel_mlp_bwd": lambda _, h, weight, _act, need_weight: _parallel_mlp(h, weight, 2 + need_weight),
+    "parallel_mlp_fwd": lambda call: _parallel_mlp(call.h, call.weight, 1),
+    "parallel_mlp_bwd": lambda call: _parallel_mlp(call.h, call.weight, 2 + call.need_weight),
 }

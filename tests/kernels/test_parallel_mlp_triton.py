@@ -11,6 +11,7 @@ from tolerance import assert_within
 import simplclip
 from simplclip import ops
 from simplclip.ops.mlp import reference as mlp_reference
+from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,8 +76,8 @@ def results_of(functions, inputs: tuple, case: Case, dtype: torch.dtype) -> dict
     h, out = (torch.cat([torch.full_like(t, torch.nan), t], 1)[:, t.shape[1] :] for t in (h, out))
     if not case.accumulate:
         out.fill_(torch.nan)
-    fwd(h, weight, bias, case.act, out, case.accumulate)
-    d_weight = bwd(grad, h, weight, case.act, True)
+    fwd(HiddenCall(h, weight, bias, case.act, out, case.accumulate))
+    d_weight = bwd(HiddenGradient(grad, h, weight, case.act, True))
     assert d_weight.dtype == dtype
     return {"out": out.cpu(), "dh": h.cpu(), "d_weight": d_weight.cpu()}
 
@@ -100,11 +101,11 @@ def without_the_weight(device: str) -> None:
     weight = weight.T.contiguous().T
     grad = torch.tensor(2.0, device=device).expand(grad.shape)
     expected_h, expected_out = h.clone(), out.clone()
-    parallel_mlp_fwd(h, weight, bias, "silu", out, False)
-    mlp_reference.parallel_mlp_fwd(expected_h, weight, bias, "silu", expected_out, False)
+    parallel_mlp_fwd(HiddenCall(h, weight, bias, "silu", out, False))
+    mlp_reference.parallel_mlp_fwd(HiddenCall(expected_h, weight, bias, "silu", expected_out, False))
     torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
-    d_weight = parallel_mlp_bwd(grad, h, weight, "silu", False)
-    mlp_reference.parallel_mlp_bwd(grad, expected_h, weight, "silu", False)
+    d_weight = parallel_mlp_bwd(HiddenGradient(grad, h, weight, "silu", False))
+    mlp_reference.parallel_mlp_bwd(HiddenGradient(grad, expected_h, weight, "silu", False))
     assert d_weight.shape == (0, weight.shape[1])
     torch.testing.assert_close(h, expected_h, rtol=1e-5, atol=1e-5)
 
@@ -113,8 +114,8 @@ def no_tokens(device: str) -> None:
     from simplclip.kernels.mlp.op import parallel_mlp_bwd, parallel_mlp_fwd
 
     h, weight, bias, out, grad = tensors(Case(t=0), device)
-    parallel_mlp_fwd(h, weight, bias, "gelu", out, True)
-    assert torch.equal(parallel_mlp_bwd(grad, h, weight, "gelu", True), torch.zeros_like(weight))
+    parallel_mlp_fwd(HiddenCall(h, weight, bias, "gelu", out, True))
+    assert torch.equal(parallel_mlp_bwd(HiddenGradient(grad, h, weight, "gelu", True)), torch.zeros_like(weight))
 
 
 def end_to_end(device: str) -> None:

@@ -15,6 +15,8 @@ import simplclip
 from simplclip import ops
 from simplclip.ops import backends
 from simplclip.ops.attention import reference as attention_reference
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -107,9 +109,10 @@ def tensors(case: Case, device: str) -> tuple[list, list, torch.Tensor, torch.Te
 def of_reference(inputs: list, gains, lengths, case: Case, dtype: torch.dtype) -> dict:
     q, k, v, grad = (t.to(dtype) for t in inputs)
     gains = gains.to(accumulate_dtype(dtype))
-    out, lse = attention_reference.shaped_attention_fwd(q, k, v, gains, lengths, case.scale, case.causal)
+    call = AttentionCall(q, k, v, gains, lengths, case.scale, case.causal)
+    out, lse = attention_reference.shaped_attention_fwd(call)
     d = [torch.empty_like(t) for t in (q, k, v)]
-    d_gains = attention_reference.shaped_attention_bwd(grad, q, k, v, gains, lse, lengths, case.scale, case.causal, *d)
+    d_gains = attention_reference.shaped_attention_bwd(AttentionInto(*flat(call), grad, lse, *d))
     return named(out, lse, *d, d_gains)
 
 
@@ -129,8 +132,9 @@ def run(case: Case, device: str) -> None:
     q, k, v, grad = inputs
     gains = gains.float()
     with mock.patch.object(kernels, "SUMS", 2 if device == "cpu" else kernels.SUMS):  # few blocks, yet several rounds
-        out, lse = kernels.shaped_attention_fwd(q, k, v, gains, lengths, case.scale, case.causal)
-    d_gains = kernels.shaped_attention_bwd(grad, q, k, v, gains, lse, lengths, case.scale, case.causal, *d)
+        call = AttentionCall(q, k, v, gains, lengths, case.scale, case.causal)
+        out, lse = kernels.shaped_attention_fwd(call)
+    d_gains = kernels.shaped_attention_bwd(AttentionInto(*flat(call), grad, lse, *d))
     assert out.is_contiguous()
     assert out.dtype == case.dtype
     found = named(out, lse, *d, d_gains)
@@ -169,9 +173,9 @@ def registration(device: str) -> None:
     gains = gains.float()
     lse = torch.zeros(2, 2, 9, device=device)
     checks = {"rtol": 1e-4, "atol": 1e-5, "test_utils": ("test_schema", "test_faketensor")}
-    mode = (lengths, 0.3, True, "triton")
-    torch.library.opcheck(torch.ops.simplclip.shaped_attention_fwd, (q, k, v, gains, *mode), **checks)
-    torch.library.opcheck(torch.ops.simplclip.shaped_attention_bwd, (grad, q, k, v, gains, lse, *mode), **checks)
+    call = (q, k, v, gains, lengths, 0.3, True)
+    torch.library.opcheck(torch.ops.simplclip.shaped_attention_fwd, (*call, "triton"), **checks)
+    torch.library.opcheck(torch.ops.simplclip.shaped_attention_bwd, (*call, grad, lse, "triton"), **checks)
 
 
 def nothing(device: str) -> None:
@@ -180,9 +184,10 @@ def nothing(device: str) -> None:
 
     for shape in ((0, 5, 2, 16), (3, 0, 2, 16)):
         q, gains = torch.empty(shape, device=device), torch.ones(3, 2, device=device)
-        out, lse = kernels.shaped_attention_fwd(q, q, q, gains, None, 1.0, False)
+        call = AttentionCall(q, q, q, gains, None, 1.0, False)
+        out, lse = kernels.shaped_attention_fwd(call)
         assert (out.shape, lse.shape) == (q.shape, (shape[0], 2, shape[1]))
-        d_gains = kernels.shaped_attention_bwd(q, q, q, q, gains, lse, None, 1.0, False, out, out, out)
+        d_gains = kernels.shaped_attention_bwd(AttentionInto(*flat(call), q, lse, out, out, out))
         assert torch.equal(d_gains, torch.zeros_like(gains))
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.memory.workspaces import UnknownWorkspace, packing_bytes, workspace_bytes
 from simplclip.ops import backends, feature_loss, parallel_mlp, shaped_attention, similarity_loss, simplified_block
+from simplclip.ops.mlp.call import HiddenGradient
 from simplclip.ops.similarity.call import TERMS
 
 SCALARS = 64  # bytes, of results that come after the peak
@@ -168,7 +169,7 @@ def test_parallel_mlp_on_cpu(dtype):
             with torch.no_grad():
                 parallel_mlp(x, w1, b1, w2, b2)
         of_nothing = torch.empty(0, c, dtype=dtype), torch.empty(0, f, dtype=dtype), w2.detach(), "gelu", True
-        backends.TABLE["parallel_mlp_bwd"]["cpu"].function(*of_nothing)
+        backends.TABLE["parallel_mlp_bwd"]["cpu"].function(HiddenGradient(*of_nothing))
     assert {name for name, *_ in called} == {"parallel_mlp_fwd", "parallel_mlp_bwd"}
     assert sum(name == "parallel_mlp_bwd" for name, *_ in called) == 7
 
@@ -226,5 +227,5 @@ def test_cuda_attention_copies_what_is_not_aligned():
     assert workspace_bytes("shaped_attention_fwd", "cuda", inside, shifted, shifted, gains, None, 1.0, False) == 2 * copy
     single = torch.empty_strided((1, 50, 3, 64), (3, 192, 64, 1), dtype=torch.bfloat16, device="meta")
     assert workspace_bytes("shaped_attention_fwd", "cuda", single, single, single, gains, None, 1.0, False) == 0
-    args = [shifted, inside, inside, inside, gains, lse, None, 1.0, False, inside, shifted, inside]
+    args = [inside, inside, inside, gains, None, 1.0, False, shifted, lse, inside, shifted, inside]
     assert workspace_bytes("shaped_attention_bwd", "cuda", *args) == 2 * copy + 512

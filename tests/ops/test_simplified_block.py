@@ -11,7 +11,7 @@ from tolerance import assert_within
 import simplclip
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import simplified_block
-from simplclip.ops.block.op import TENSORS
+from simplclip.ops.block.call import DIFFERENTIABLE
 
 WIDE = ("norm_weight", "norm_bias", "alpha", "beta", "gamma", "attention_gain", "mlp_gain")
 
@@ -147,7 +147,7 @@ def test_memory():
 def test_opcheck(backend, keep):
     tensors = {name: t.float() for name, t in inputs().items()}
     tensors["gains"] = torch.stack([tensors[name] for name in ("alpha", "beta", "gamma")])
-    args = [tensors[name].requires_grad_() for name in TENSORS]
+    args = [tensors[name].requires_grad_() for name in DIFFERENTIABLE]
     mode = (torch.tensor([5, 2], dtype=torch.int32), "layernorm", 1e-5, "gelu", 0.5, True, keep, backend)
     utils = OPCHECKS if keep else (*OPCHECKS, "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.simplclip.simplified_block_fwd, (*args, *mode), test_utils=utils)

@@ -16,7 +16,7 @@ from tolerance import EPS, assert_within
 
 import simplclip
 from simplclip.ops import similarity_loss
-from simplclip.ops.registry import flat
+from simplclip.ops.calls import flat
 from simplclip.ops.similarity import reference as similarity_reference
 from simplclip.ops.similarity.call import TERMS, ColumnStat, RowsCall, RowStat, SimilarityCall, SimilarityGradient
 

@@ -5,8 +5,6 @@
 
 namespace simplclip {
 
-enum class ShapedType { kFloat16, kBFloat16, kTF32 };
-
 // A tensor [B, L, H, K] whose last dimension is contiguous; strides in bytes.
 struct HeadsView {
   char* data;

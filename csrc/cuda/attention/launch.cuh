@@ -31,3 +31,7 @@ cudaError_t launch_shaped_backward(const ShapedAttentionBackward& p, cudaStream_
 }
 
 }  // namespace simplclip
+
+#define SIMPLCLIP_LAUNCHES(T)                                                                                        \
+  template cudaError_t simplclip::launch_shaped_forward<simplclip::gpu::T>(ShapedAttentionForward, cudaStream_t);    \
+  template cudaError_t simplclip::launch_shaped_backward<simplclip::gpu::T>(const ShapedAttentionBackward&, cudaStream_t)
