@@ -18,23 +18,16 @@ VINLINE vi iota() {
   return v;
 }
 
-VINLINE vf load(const float* p) {
-  vf v;
+template <class V>
+VINLINE V read(const void* p) {
+  V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-VINLINE vi load(const int32_t* p) {
-  vi v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-VINLINE vf load(const bf16* p) {
-  vh h;
-  std::memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
-}
+VINLINE vf load(const float* p) { return read<vf>(p); }
+VINLINE vi load(const int32_t* p) { return read<vi>(p); }
+VINLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector(read<vh>(p), vu) << 16); }
 
 VINLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
@@ -63,9 +56,7 @@ struct f16 {  // IEEE half
 
 // No float arithmetic on subnormals, so that flush-to-zero modes have no effect.
 VINLINE vf load(const f16* p) {
-  vh h;
-  std::memcpy(&h, p, sizeof h);
-  const vu bits = __builtin_convertvector(h, vu), magnitude = bits & 0x7fffu;
+  const vu bits = __builtin_convertvector(read<vh>(p), vu), magnitude = bits & 0x7fffu;
   const vu normal = (magnitude << 13) + (112u << 23);
   const vu subnormal = (vu)(__builtin_convertvector((vi)magnitude, vf) * 0x1p-24f);
   const vu special = (magnitude << 13) | 0x7f800000u;

@@ -122,39 +122,30 @@ inline void load_matrices(const char* name, Site site, uint32_t (&r)[4], const v
 // 16-byte aligned. r[i] receives row lane / 4, columns 2 (lane % 4) and the next, of matrix i ("Warp-level matrix load
 // instruction: ldmatrix"), as mma16816 takes them; _trans: rows 2 (lane % 4) and the next, column lane / 4.
 SIMPLCLIP_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  load_matrices<false>("ldmatrix_x4", site, r, row);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-#endif
+  SIMPLCLIP_ON(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                            : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                            : "r"(shared_address(row))
+                            : "memory"),
+               load_matrices<false>("ldmatrix_x4", site, r, row));
 }
 
 SIMPLCLIP_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  load_matrices<true>("ldmatrix_x4_trans", site, r, row);
-#else
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-#endif
+  SIMPLCLIP_ON(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                            : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                            : "r"(shared_address(row))
+                            : "memory"),
+               load_matrices<true>("ldmatrix_x4_trans", site, r, row));
 }
 
 // Copies 16 bytes, aligned to as many, to shared memory in the background; if not `valid`, zeros, and `global` is
 // not read. Visible to this thread after the wait for its group, to others after a barrier that follows.
 SIMPLCLIP_DEVICE void cp_async_16(
     void* shared, const void* global, bool valid, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  emulator::cp_async("cp_async_16", site, shared, global, 16, valid);
-#else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
-               : "memory");
-#endif
+  SIMPLCLIP_ON(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                            :
+                            : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(valid ? 16 : 0)
+                            : "memory"),
+               emulator::cp_async("cp_async_16", site, shared, global, 16, valid));
 }
 
 // Ends a group: this thread's copies since the last one.

@@ -146,25 +146,17 @@ SIMPLCLIP_DEVICE float2 unpack2(uint32_t packed) {
 
 // The nearest value with 10 bits of mantissa, ties away from zero.
 SIMPLCLIP_DEVICE uint32_t to_tf32(float value) {
-#ifdef SIMPLCLIP_EMULATOR
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return std::isfinite(value) ? (bits + 0x1000) & 0xffffe000u : bits;
-#else
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  SIMPLCLIP_ON(asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value)),
+               bits = std::isfinite(value) ? (bits + 0x1000) & 0xffffe000u : bits);
   return bits;
-#endif
 }
 
 // 2^value within 2 ulp; subnormal values and results are treated as zero.
 SIMPLCLIP_DEVICE float fast_exp2(float value) {
-#ifdef SIMPLCLIP_EMULATOR
-  return std::exp2(value);
-#else
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  SIMPLCLIP_ON(asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value)), power = std::exp2(value));
   return power;
-#endif
 }
 
 }  // namespace simplclip::gpu

@@ -55,11 +55,14 @@ def _distance(difference, beta, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def _slope(difference, beta, SMOOTH: tl.constexpr):
+def _slopes(student, teacher, x_inv, y_inv, rows, columns, n, d, beta, SMOOTH: tl.constexpr):
+    """u and the derivative of the distance by it."""
+    u = _load(student, rows, columns, n, d) * x_inv[:, None]
+    difference = u - _load(teacher, rows, columns, n, d) * y_inv[:, None]
     if SMOOTH:
-        return tl.where(difference > beta, 1.0, tl.where(difference < -beta, -1.0, difference / beta))
+        return u, tl.where(difference > beta, 1.0, tl.where(difference < -beta, -1.0, difference / beta))
     else:
-        return 2.0 * difference
+        return u, 2.0 * difference
 
 
 @triton.jit
@@ -68,15 +71,10 @@ def _feature_loss_fwd_kernel(
     teacher,  # [N, D]
     sums,  # [programs] float32: each program's sum of distances
     inv_norms,  # [2, N] float32
-    n,
-    d,
-    beta,
-    SMOOTH: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    WHOLE: tl.constexpr,  # a block holds the row
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n, d, beta,
+    SMOOTH: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr,  # WHOLE: a block holds the row
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -121,16 +119,10 @@ def _feature_loss_bwd_kernel(
     inv_norms,  # [2, N] float32
     d_student,  # [N, D]
     grad,  # [] float32
-    n,
-    d,
-    beta,
+    n, d, beta,
     scale,  # 1 / (N D)
-    SMOOTH: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    SMOOTH: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     factor = tl.load(grad) * scale
@@ -141,8 +133,7 @@ def _feature_loss_bwd_kernel(
         y_inv = tl.load(inv_norms + n + rows, mask=rows < n, other=0.0)
     # along is u·g, which the normalisation removes; a row shorter than eps is divided by a constant.
     if WHOLE:
-        u = _load(student, rows, columns, n, d) * x_inv[:, None]
-        g = _slope(u - _load(teacher, rows, columns, n, d) * y_inv[:, None], beta, SMOOTH)
+        u, g = _slopes(student, teacher, x_inv, y_inv, rows, columns, n, d, beta, SMOOTH)
         if NORMALIZE:
             along = tl.where(x_inv >= CLAMPED, 0.0, tl.sum(u * g, 1))
             g = x_inv[:, None] * (g - u * along[:, None])
@@ -151,12 +142,11 @@ def _feature_loss_bwd_kernel(
         if NORMALIZE:
             dot = tl.zeros((ROWS, BLOCK), tl.float32)
             for start in range(0, d, BLOCK):
-                u = _load(student, rows, start + columns, n, d) * x_inv[:, None]
-                dot += u * _slope(u - _load(teacher, rows, start + columns, n, d) * y_inv[:, None], beta, SMOOTH)
+                u, g = _slopes(student, teacher, x_inv, y_inv, rows, start + columns, n, d, beta, SMOOTH)
+                dot += u * g
             along = tl.where(x_inv >= CLAMPED, 0.0, tl.sum(dot, 1))
         for start in range(0, d, BLOCK):
-            u = _load(student, rows, start + columns, n, d) * x_inv[:, None]
-            g = _slope(u - _load(teacher, rows, start + columns, n, d) * y_inv[:, None], beta, SMOOTH)
+            u, g = _slopes(student, teacher, x_inv, y_inv, rows, start + columns, n, d, beta, SMOOTH)
             if NORMALIZE:
                 g = x_inv[:, None] * (g - u * along[:, None])
             _store(d_student, rows, start + columns, n, d, factor * g)

@@ -42,45 +42,54 @@ def _activated(h_tile, ACT: tl.constexpr, INTERPRETED: tl.constexpr):
     return narrowed(activation(h_tile.to(tl.float32), ACT), h_tile.dtype, INTERPRETED)
 
 
+@triton.jit
+def _product(
+    a_at, b_at, b_step, b_columns, inner,
+    ACT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """a b over `inner`, [BLOCK_M, BLOCK_N], with act(a) unless ACT is None.
+
+    a_at, b_at: addresses of the first tiles; b's steps are b_step elements apart. b_columns: which of its columns are
+    read, None: all. EVEN: `inner` is a multiple of BLOCK_K.
+    """
+    depth = tl.arange(0, BLOCK_K)
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        if EVEN:
+            a_tile = tl.load(a_at)
+            b_tile = tl.load(b_at) if b_columns is None else tl.load(b_at, b_columns[None, :], 0.0)
+        else:
+            a_tile = tl.load(a_at, (depth < inner - start)[None, :], 0.0)
+            b_inside = (depth < inner - start)[:, None]
+            b_tile = tl.load(b_at, b_inside if b_columns is None else b_inside & b_columns[None, :], 0.0)
+        a_tile = a_tile if ACT is None else _activated(a_tile, ACT, INTERPRETED)
+        tile = dot(a_tile, b_tile, tile, PRECISION, INTERPRETED)
+        a_at += BLOCK_K
+        b_at += b_step
+    return tile
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _parallel_mlp_fwd_kernel(
     h,  # [T, F]
     weight,  # [C, F]
     bias,  # [C], or None
     out,  # [T, C]
-    tokens,
-    width,
-    hidden,
-    h_stride,
-    weight_stride,
-    out_stride,
-    ACT: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    EVEN: tl.constexpr,  # F is a multiple of BLOCK_K
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    tokens, width, hidden, h_stride, weight_stride, out_stride,
+    ACT: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,  # EVEN: of F, see _product
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     row, column = _block(tokens, width, GROUP, BLOCK_M, BLOCK_N)
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
     columns = tl.minimum(tl.arange(0, BLOCK_N), width - 1 - column)
     depth = tl.arange(0, BLOCK_K)
     h_at = h + row.to(tl.int64) * h_stride + rows[:, None] * h_stride + depth[None, :]
     weight_at = weight + column.to(tl.int64) * weight_stride + columns[None, :] * weight_stride + depth[:, None]
-    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, hidden, BLOCK_K):
-        if EVEN:
-            h_tile = tl.load(h_at)
-            weight_tile = tl.load(weight_at)
-        else:
-            h_tile = tl.load(h_at, (depth < hidden - start)[None, :], 0.0)
-            weight_tile = tl.load(weight_at, (depth < hidden - start)[:, None], 0.0)
-        tile = dot(_activated(h_tile, ACT, INTERPRETED), weight_tile, tile, PRECISION, INTERPRETED)
-        h_at += BLOCK_K
-        weight_at += BLOCK_K
+    tile = _product(
+        h_at, weight_at, BLOCK_K, None, hidden, ACT, EVEN, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
 
     columns = tl.arange(0, BLOCK_N)
     if bias is not None:
@@ -98,20 +107,10 @@ def _parallel_mlp_weight_kernel(
     grad,  # [T, C]
     h,  # [T, F]
     d_weight,  # [ranges, C, F]
-    tokens,
-    width,
-    hidden,
-    grad_stride,
-    h_stride,
-    blocks,
-    range_tokens,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    tokens, width, hidden, grad_stride, h_stride, blocks, range_tokens,
+    ACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Computes gradᵀ act(h) over a range of tokens."""
     part = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -142,43 +141,25 @@ def _parallel_mlp_hidden_kernel(
     grad,  # [T, C]
     weight,  # [C, F]
     h,  # [T, F], overwritten
-    tokens,
-    width,
-    hidden,
-    grad_stride,
-    weight_stride,
-    h_stride,
-    ACT: tl.constexpr,
-    EVEN: tl.constexpr,  # C is a multiple of BLOCK_K
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    tokens, width, hidden, grad_stride, weight_stride, h_stride,
+    ACT: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,  # EVEN: of C, see _product
+    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Overwrites h by (grad weight) ∘ act'(h); a program reads only the part of h that it overwrites."""
     row, column = _block(tokens, hidden, GROUP, BLOCK_M, BLOCK_N)
     rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
     columns = column + tl.arange(0, BLOCK_N)
-    column_inside = columns < hidden
     depth = tl.arange(0, BLOCK_K)
     grad_at = grad + row.to(tl.int64) * grad_stride + rows[:, None] * grad_stride + depth[None, :]
     weight_at = weight + depth[:, None] * weight_stride + columns[None, :]
-    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, width, BLOCK_K):
-        if EVEN:
-            grad_tile = tl.load(grad_at)
-            weight_tile = tl.load(weight_at, column_inside[None, :], 0.0)
-        else:
-            grad_tile = tl.load(grad_at, (depth < width - start)[None, :], 0.0)
-            weight_tile = tl.load(weight_at, (depth < width - start)[:, None] & column_inside[None, :], 0.0)
-        tile = dot(grad_tile, weight_tile, tile, PRECISION, INTERPRETED)
-        grad_at += BLOCK_K
-        weight_at += BLOCK_K * weight_stride
+    tile = _product(
+        grad_at, weight_at, BLOCK_K * weight_stride, columns < hidden, width,
+        None, EVEN, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
 
     rows = tl.arange(0, BLOCK_M)
-    inside = (row + rows < tokens)[:, None] & column_inside[None, :]
+    inside = (row + rows < tokens)[:, None] & (columns < hidden)[None, :]
     h_at = h + row.to(tl.int64) * h_stride + rows[:, None] * h_stride + columns[None, :]
     tile *= slope(tl.load(h_at, inside, 0.0).to(tl.float32), ACT)
     tl.store(h_at, narrowed(tile, h.dtype.element_ty, INTERPRETED), inside)
@@ -207,11 +188,10 @@ def parallel_mlp_fwd(call: HiddenCall) -> None:
     h, out, weight = call.h, call.out, _dense(call.weight)
     if not out.numel():
         return
-    bias = None if call.bias is None else call.bias.contiguous()
     tile, shared = _tuned("fwd", h)
     with device_of(h):
         started(_parallel_mlp_fwd_kernel)[_blocks(out, tile)](
-            h, weight, bias, out, *out.shape, h.shape[1], h.stride(0), weight.stride(0), out.stride(0),
+            h, weight, call.bias, out, *out.shape, h.shape[1], h.stride(0), weight.stride(0), out.stride(0),
             ACT=call.act, ACCUMULATE=call.accumulate, EVEN=h.shape[1] % tile.block_k == 0, GROUP=GROUP, **shared,
         )  # fmt: skip
 

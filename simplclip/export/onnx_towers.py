@@ -109,7 +109,7 @@ def _parallel_mlp(call: MlpCall):
 def _simplified_block(call: BlockCall):
     """`ops.simplified_block` without in-place writes, which a decomposition cannot have, and without results for backward."""
     x, heads = call.x, call.heads
-    n, _ = norm_fwd(x.reshape(-1, x.shape[2]), call.norm, call.norm_weight, call.norm_bias, call.eps)
+    n, _ = norm_fwd(x.reshape(-1, x.shape[2]), call)
     q, k = F.linear(n, call.qk_weight).reshape(*heads[:2], 2, *heads[2:]).unbind(2)
     v = n if call.value_weight is None else F.linear(n, call.value_weight)
     attention = AttentionCall(q, k, v.reshape(heads), call.gains, call.lengths, call.scale, call.causal)

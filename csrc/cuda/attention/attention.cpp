@@ -9,6 +9,7 @@
 namespace simplclip {
 namespace {
 
+using torch::stable::accelerator::DeviceGuard;
 using torch::stable::new_empty;
 
 int64_t bytes_of(const Tensor& t) { return t.scalar_type() == ScalarType::Float ? 4 : 2; }
@@ -69,20 +70,11 @@ ShapedAttention shaped(const AttentionCall& call, const Tensor& lse) {
           int(q.size(0)), int(q.size(1)), int(q.size(2)), int(q.size(3)), float(call.scale), call.causal};
 }
 
-// The device's current stream; makes the device current during its lifetime.
-class Launching {
- public:
-  explicit Launching(const Tensor& t) : guard_(t.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
+cudaStream_t stream_of(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
 
 void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "shaped_attention on CUDA: the launch failed: ", cudaGetErrorString(error));
@@ -101,28 +93,29 @@ void check_by_type(const Tensor& t, F&& f) {
 // Returns the result [B, L, H, K] and the log-sum-exps [B, H, L].
 std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
   const Tensor& q = call.q;
-  const Launching launching(q);
+  const DeviceGuard guard(q.get_device_index());
   const Tensor out = dense_like(q);
   const Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   Scratch scratch(kGrain);
   const AttentionCall work = aligned(call, scratch);
   const ShapedAttentionForward p{shaped(work, lse), view(out), 0};
   if (q.size(0) == 0) return {out, lse};
-  check_by_type(q, [&]<class T>(T*) { return launch_shaped_forward<T>(p, launching.stream()); });
+  check_by_type(q, [&]<class T>(T*) { return launch_shaped_forward<T>(p, stream_of(q)); });
   return {out, lse};
 }
 
 // Writes dq, dk, dv and returns the gradients of the gains [3, H].
 Tensor shaped_attention_bwd(const AttentionInto& call) {
-  const Launching launching(call.q);
+  const DeviceGuard guard(call.q.get_device_index());
+  const cudaStream_t stream = stream_of(call.q);
   const int batch = call.q.size(0), heads = call.q.size(2);
   const Tensor d_gains = new_empty(call.gains, {3, heads});
   Scratch scratch(kGrain);
   const Backward work(call, scratch);
   const ShapedAttentionBackward p{shaped(work, work.lse), view(work.grad), view(work.dq), view(work.dk), view(work.dv),
                                   work.parts.mutable_data_ptr<float>()};
-  if (batch > 0) check_by_type(call.q, [&]<class T>(T*) { return launch_shaped_backward<T>(p, launching.stream()); });
-  check(launch_shaped_gains(p.d_gains, d_gains.mutable_data_ptr<float>(), batch, 3 * heads, launching.stream()));
+  if (batch > 0) check_by_type(call.q, [&]<class T>(T*) { return launch_shaped_backward<T>(p, stream); });
+  check(launch_shaped_gains(p.d_gains, d_gains.mutable_data_ptr<float>(), batch, 3 * heads, stream));
   auto put = [](Tensor to, const Tensor& from) {
     if (!is_aligned(to)) torch::stable::copy_(to, from);
   };

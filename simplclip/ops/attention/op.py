@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -73,27 +71,15 @@ def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: in
     return reason and f"{reason}; got {length} tokens, width {width}"
 
 
-_BACKENDS: dict[str, Any] = {"module": "attention.op", "triton": _why_not_triton, "cuda": _why_not_cuda}
-define(
-    "shaped_attention_fwd",
-    AttentionCall,
-    "(Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-    row=backends.row(reference.shaped_attention_fwd, **_BACKENDS),
-    facts=_facts,
+_FWD, _BWD = (
+    backends.row(function, module="attention.op", triton=_why_not_triton, cuda=_why_not_cuda)
+    for function in (reference.shaped_attention_fwd, reference.shaped_attention_bwd)
 )
+define("shaped_attention_fwd", AttentionCall, "(Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts)
 define(
-    "shaped_attention_bwd",
-    AttentionGradient,
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _bwd,
-    _bwd_fake,
-    row=backends.row(reference.shaped_attention_bwd, **_BACKENDS),
-    native=(AttentionInto, "Tensor"),
-    native_fake=lambda call: torch.empty_like(call.gains),
-    facts=_facts,
-)
+    "shaped_attention_bwd", AttentionGradient, "(Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD, facts=_facts,
+    native=(AttentionInto, "Tensor"), native_fake=lambda call: torch.empty_like(call.gains),
+)  # fmt: skip
 
 
 def _gradient(call, results, grad, need, backend):

@@ -19,19 +19,14 @@ def _like(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def norm_fwd(
-    x: Tensor,  # [T, C]
-    norm: str,
-    weight: Tensor,  # [C]
-    bias: Tensor | None,  # [C]
-    eps: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def norm_fwd(x: Tensor, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The normalised x [T, C] in its dtype, and the statistics that `norm_bwd` needs."""
-    if norm == "layernorm":
-        n, mean, rstd = aten.native_layer_norm(x, [x.shape[1]], *_like(x, weight, bias), eps)
+    weight, bias = call.norm_weight, call.norm_bias
+    if call.norm == "layernorm":
+        n, mean, rstd = aten.native_layer_norm(x, [x.shape[1]], *_like(x, weight, bias), call.eps)
         return n, (mean, rstd)
     wide = x.to(accumulate_dtype(x.dtype))
-    rstd = (wide.square().mean(1, keepdim=True) + eps).rsqrt()
+    rstd = (wide.square().mean(1, keepdim=True) + call.eps).rsqrt()
     return (wide * rstd * weight.to(wide.dtype)).to(x.dtype), (rstd,)
 
 

@@ -38,7 +38,7 @@ def _attention_call(call: BlockCall, n: Tensor, qk: Tensor) -> AttentionCall:
 def _norm(call: BlockCall) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """x and its norm, [T, C], and the statistics that norm_bwd needs."""
     x = call.x.contiguous().view(-1, call.x.shape[2])
-    return x, *norm_fwd(x, call.norm, call.norm_weight, call.norm_bias, call.eps)
+    return x, *norm_fwd(x, call)
 
 
 def _fwd(pick, call):

@@ -92,8 +92,7 @@ def feature_loss(
     """
     checks.features("student", student, "[N, D]")
     checks.features("teacher", teacher, "[N, D]")
-    if teacher.device != student.device:
-        raise ValueError(f"teacher: expected the device of student, {student.device}, got {teacher.device}")
+    checks.on("teacher", teacher, "student", student.device)
     if teacher.shape[0] != student.shape[0]:
         raise ValueError(f"teacher: expected one row for each of student's {student.shape[0]}, got {teacher.shape[0]}")
     checks.choice("distance", distance, DISTANCES)
@@ -120,8 +119,7 @@ def _project(student, projection, width):
         raise TypeError(f"projection: expected a tensor [D, D_student] = {shape}, got {type(projection).__name__}")
     if list(projection.shape) != shape:
         raise ValueError(f"projection: expected shape [D, D_student] = {shape}, got {checks.shape_of(projection)}")
-    if projection.device != student.device:
-        raise ValueError(f"projection: expected the device of student, {student.device}, got {projection.device}")
+    checks.on("projection", projection, "student", student.device)
     # Autocast casts both, unless one is float64.
     cast = torch.is_autocast_enabled(student.device.type) and torch.float64 not in (student.dtype, projection.dtype)
     if projection.dtype != student.dtype and not (cast and projection.is_floating_point()):

@@ -41,7 +41,7 @@ class HiddenCall:
 
     h: Tensor  # [T, F]
     weight: Tensor  # [C, F]
-    bias: Tensor | None  # [C]
+    bias: Tensor | None  # [C], contiguous
     act: str
     out: Written  # [T, C], its rows with any stride
     accumulate: bool  # whether to add to out

@@ -67,7 +67,8 @@ def _bwd(function, call):
     d_fc2_bias = grad.sum(0) if need[4] else none
     d_fc2_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need[3]))  # h is its gradient from here on
     d_fc1_bias = h.sum(0) if need[2] else none
-    d_x, d_fc1_weight = torch.mm(h, call.fc1_weight) if need[0] else none, torch.mm(h.T, call.x) if need[1] else none
+    d_x = torch.mm(h, call.fc1_weight) if need[0] else none
+    d_fc1_weight = torch.mm(h.T, call.x) if need[1] else none
     return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight if need[3] else none, d_fc2_bias
 
 
@@ -81,26 +82,17 @@ def _hidden_bwd_fake(call):
     return call.weight.new_empty(call.weight.shape if call.need_weight else (0, call.weight.shape[1]))
 
 
-define(
-    "parallel_mlp_fwd",
-    MlpCall,
-    "(Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-    row=backends.row(reference.parallel_mlp_fwd, module="mlp.op"),
-    native=(HiddenCall, "()"),
-    native_fake=lambda call: None,
+_FWD, _BWD = (
+    backends.row(function, module="mlp.op") for function in (reference.parallel_mlp_fwd, reference.parallel_mlp_bwd)
 )
 define(
-    "parallel_mlp_bwd",
-    MlpGradient,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _bwd,
-    _bwd_fake,
-    row=backends.row(reference.parallel_mlp_bwd, module="mlp.op"),
-    native=(HiddenGradient, "Tensor"),
-    native_fake=_hidden_bwd_fake,
-)
+    "parallel_mlp_fwd", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD,
+    native=(HiddenCall, "()"), native_fake=lambda call: None,
+)  # fmt: skip
+define(
+    "parallel_mlp_bwd", MlpGradient, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD,
+    native=(HiddenGradient, "Tensor"), native_fake=_hidden_bwd_fake,
+)  # fmt: skip
 
 
 def _gradient(call, results, grad, need, backend):
