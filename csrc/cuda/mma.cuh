@@ -19,15 +19,30 @@ struct Fragments {
 
 typedef float Row8 __attribute__((vector_size(32)));
 
-// d += a b with a [16, K] and b [K, 8], from the fragments of all lanes. The accumulators of both shapes have one layout:
-// d[0] and d[1] in row lane / 4, d[2] and d[3] eight rows below, columns 2 (lane % 4) and the next.
-template <int K>
-inline void multiply(Fragments* const (&lanes)[32], const float (&a)[16][K], const Row8 (&b)[K]) {
-  for (int row = 0; row < 16; ++row) {
-    Row8 sum{};
-    for (int k = 0; k < K; ++k) sum += a[row][k] * b[k];
-    for (int column = 0; column < 8; ++column) lanes[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2] += sum[column];
-  }
+// d += a b with a [16, K] and b [K, 8], from the fragments of all lanes; a register of a and b holds kPer = K / 8 elements, of
+// which value(bits, i) is element i. With group = lane / 4 and first = kPer (lane % 4):
+//   a[0] row group, a[1] row group + 8, columns first to first + kPer - 1; a[2] and a[3] the same, 4 kPer columns on
+//   b[0] rows first to first + kPer - 1, b[1] 4 kPer rows on; column group
+//   d[0], d[1] row group, d[2], d[3] row group + 8; columns 2 (lane % 4) and the next
+template <int kPer, class F>
+inline void multiply(const char* name, Site site, Fragments mine, F) {
+  emulator::warp_collective(name, site, mine, [](Fragments* const (&lanes)[32]) {
+    const F value;
+    float left[16][8 * kPer];
+    Row8 right[8 * kPer];
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int j = 0; j < kPer; ++j) {
+        const int group = lane / 4, at = lane % 4 * kPer + j;
+        for (int i = 0; i < 4; ++i) left[group + i % 2 * 8][at + i / 2 * 4 * kPer] = value(lanes[lane]->a[i], j);
+        for (int i = 0; i < 2; ++i) right[at + i * 4 * kPer][group] = value(lanes[lane]->b[i], j);
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      Row8 sum{};
+      for (int k = 0; k < 8 * kPer; ++k) sum += left[row][k] * right[k];
+      for (int column = 0; column < 8; ++column) lanes[row % 8 * 4 + column / 2]->d[row / 8 * 2 + column % 2] += sum[column];
+    }
+  });
 }
 #endif
 
@@ -37,30 +52,12 @@ inline void multiply(Fragments* const (&lanes)[32], const float (&a)[16][K], con
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
 
 // d += a b: a [16, 16] row-major, b [16, 8] column-major, T = bf16 or f16, sums in float32.
-// Layout: "Matrix Fragments for mma.m16n8k16 with floating point type". With group = lane / 4 and pair = 2 (lane % 4):
-//   a[0] row group, a[1] row group + 8, columns pair and pair + 1; a[2] and a[3] the same, eight columns on
-//   b[0] rows pair and pair + 1, b[1] eight rows on; column group
-//   d[0], d[1] row group, d[2], d[3] row group + 8; columns pair and pair + 1
+// Layout: "Matrix Fragments for mma.m16n8k16 with floating point type"; as in multiply with kPer = 2.
 template <class T>
 SIMPLCLIP_DEVICE void mma16816(
     float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], [[maybe_unused]] Site site = Site::current()) {
 #ifdef SIMPLCLIP_EMULATOR
-  Fragments mine{d, a, b};
-  emulator::warp_collective("mma16816", site, mine, [](Fragments* const (&lanes)[32]) {
-    float left[16][16];
-    Row8 right[16];
-    for (int lane = 0; lane < 32; ++lane) {
-      const int group = lane / 4, pair = lane % 4 * 2;
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t bits = lanes[lane]->a[i / 2] >> i % 2 * 16 & 0xffff;
-        left[group + (i / 2 % 2 ? 8 : 0)][pair + i % 2 + (i < 4 ? 0 : 8)] = widen<T>(bits);
-      }
-      for (int i = 0; i < 4; ++i) {
-        right[pair + i % 2 + (i < 2 ? 0 : 8)][group] = widen<T>(lanes[lane]->b[i / 2] >> i % 2 * 16 & 0xffff);
-      }
-    }
-    multiply(lanes, left, right);
-  });
+  multiply<2>("mma16816", site, {d, a, b}, [](uint32_t bits, int i) { return widen<T>(bits >> i * 16 & 0xffff); });
 #else
   if constexpr (std::is_same_v<T, bf16>) SIMPLCLIP_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   else SIMPLCLIP_MMA("m16n8k16.row.col.f32.f16.f16.f32");
@@ -68,27 +65,11 @@ SIMPLCLIP_DEVICE void mma16816(
 }
 
 // d += a b in TF32: a [16, 8] row-major, b [8, 8] column-major, sums in float32; the operands' low 13 bits are ignored.
-// Layout: "Matrix Fragments for mma.m16n8k8", .tf32. With group = lane / 4 and k = lane % 4:
-//   a[0] row group, a[1] row group + 8, column k; a[2] and a[3] the same, four columns on
-//   b[0] row k, b[1] row k + 4; column group; d as in mma16816
+// Layout: "Matrix Fragments for mma.m16n8k8", .tf32; as in multiply with kPer = 1.
 SIMPLCLIP_DEVICE void mma1688_tf32(
     float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  Fragments mine{d, a, b};
-  emulator::warp_collective("mma1688_tf32", site, mine, [](Fragments* const (&lanes)[32]) {
-    auto value = [](uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); };
-    float left[16][8];
-    Row8 right[8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const int group = lane / 4, k = lane % 4;
-      for (int i = 0; i < 4; ++i) left[group + i % 2 * 8][k + i / 2 * 4] = value(lanes[lane]->a[i]);
-      for (int i = 0; i < 2; ++i) right[k + i * 4][group] = value(lanes[lane]->b[i]);
-    }
-    multiply(lanes, left, right);
-  });
-#else
-  SIMPLCLIP_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
-#endif
+  SIMPLCLIP_ON(SIMPLCLIP_MMA("m16n8k8.row.col.f32.tf32.tf32.f32"),
+               multiply<1>("mma1688_tf32", site, {d, a, b}, [](uint32_t bits, int) { return as_float(bits & 0xffffe000u); }));
 }
 
 #ifdef SIMPLCLIP_EMULATOR

@@ -1,9 +1,6 @@
 // shaped_attention on CUDA tensors. Heads may have any strides that are multiples of 16 bytes.
-#include <cuda_runtime.h>
-
 #include "../../calls.h"
 #include "../../scratch.h"
-#include "launch.h"
 #include "plan.h"
 
 namespace simplclip {
@@ -36,14 +33,14 @@ Tensor aligned(const Tensor& t, Scratch& scratch) {
   return to;
 }
 
-// A call with aligned tensors, and the gains' gradients of each sequence [B, 3, H].
 AttentionCall aligned(AttentionCall call, Scratch& scratch) {
   for (Tensor* t : {&call.q, &call.k, &call.v}) *t = aligned(*t, scratch);
   return call;
 }
 
+// The call with aligned tensors, and the gains' gradients of each sequence.
 struct Backward : AttentionInto {
-  Tensor parts;
+  Tensor parts;  // [B, 3, H]
 
   Backward(const AttentionInto& call, Scratch& scratch) : AttentionInto(call) {
     for (Tensor* t : {&q, &k, &v, &grad}) *t = aligned(*t, scratch);
@@ -70,14 +67,14 @@ ShapedAttention shaped(const AttentionCall& call, const Tensor& lse) {
           int(q.size(0)), int(q.size(1)), int(q.size(2)), int(q.size(3)), float(call.scale), call.causal};
 }
 
-cudaStream_t stream_of(const Tensor& t) {
+void* stream_of(const Tensor& t) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+  return stream;
 }
 
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "shaped_attention on CUDA: the launch failed: ", cudaGetErrorString(error));
+void check(const char* error) {
+  STD_TORCH_CHECK(!error, "shaped_attention on CUDA: the launch failed: ", error);
 }
 
 // Calls f(null pointer of the kernels' type) for tensors of a dtype.
@@ -107,7 +104,7 @@ std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
 // Writes dq, dk, dv and returns the gradients of the gains [3, H].
 Tensor shaped_attention_bwd(const AttentionInto& call) {
   const DeviceGuard guard(call.q.get_device_index());
-  const cudaStream_t stream = stream_of(call.q);
+  void* const stream = stream_of(call.q);
   const int batch = call.q.size(0), heads = call.q.size(2);
   const Tensor d_gains = new_empty(call.gains, {3, heads});
   Scratch scratch(kGrain);
