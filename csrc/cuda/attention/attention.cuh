@@ -61,7 +61,12 @@ SIMPLCLIP_DEVICE void shaped_attention_forward(const ShapedAttentionForward& p) 
   load(0);
   load(1);
 
-  float c[kTiles][2][4] = {};
+  float c[kTiles][2][4];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) c[i][j / 4][j % 4] = 0;
+  }
   for (int s = 0; s < slices; ++s) {
     cp_async_wait<1>();
     sync_block();
