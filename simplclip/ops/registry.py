@@ -6,6 +6,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def register_gradient(name: str, call_type: type, backward: Callable, forget: Se
     backward(call, results, grad, need, backend) returns gradients by field. `results` are the others; `need` says by field
     whether its gradient is needed. All tensors of the call are saved except those to `forget`, which are None in its `call`.
     """
-    names = [*call_type.__match_args__, "backend"]
+    names = [*(field.name for field in fields(call_type)), "backend"]
     tensors = tensors_of(call_type)
 
     def setup_context(ctx, inputs, output):

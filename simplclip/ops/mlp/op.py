@@ -139,6 +139,7 @@ def parallel_mlp(
     for name, t in zip(tensors, cast):
         if t is not None:
             checks.like(name, t, "x", x)
-    of_call = MlpCall(x.reshape(-1, x.shape[-1]), *cast, act, keeps_hidden(x, *cast))
+    keep = keeps_hidden(x, *cast)
+    of_call = MlpCall(x=x.reshape(-1, x.shape[-1]), **dict(zip(tensors, cast)), act=act, keep=keep)
     out, _ = call("parallel_mlp_fwd", *flat(of_call), backends.forced())
     return out.reshape(*x.shape[:-1], out.shape[1])
