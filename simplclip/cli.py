@@ -176,6 +176,7 @@ def plan(
     memory: Annotated[
         str, typer.Option(help="Memory of the card: a size such as 24GiB, or a name: rtx-3090, rtx-4090, a100-40.")
     ],
+    *,
     set_: Overrides = None,
     micro_batch: Annotated[
         str | None, typer.Option(help="data.micro_batch: a number, or auto for the largest that fits.")
@@ -256,6 +257,7 @@ def export(
 def caption(
     shards: Annotated[list[str], typer.Argument(help="Shards to caption: paths, globs or brace patterns.")],
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    *,
     model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
     checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
     pretrained: Annotated[str | None, typer.Option(help="Tag of open_clip's weights to download instead.")] = None,
@@ -285,6 +287,7 @@ def caption(
 def teacher(
     shards: Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace expressions.")],
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    *,
     teacher: Annotated[
         str,
         typer.Option(

@@ -21,6 +21,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+_LIMITS = {
+    "major": "major",
+    "minor": "minor",
+    "multiprocessors": "multi_processor_count",
+    "shared_bytes_per_block": "shared_memory_per_block_optin",
+    "shared_bytes_per_multiprocessor": "shared_memory_per_multiprocessor",
+    "registers_per_multiprocessor": "regs_per_multiprocessor",
+}
+
+
 def _gpu() -> dict:
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
@@ -28,7 +38,8 @@ def _gpu() -> dict:
     properties = torch.cuda.get_device_properties(0)
     gpu = {"available": True, "name": properties.name, "memory_bytes": properties.total_memory}
     if backends.cuda_extension is not None:
-        gpu["limits"] = backends.cuda_extension.device_limits(0)
+        gpu["limits"] = {name: getattr(properties, attribute) for name, attribute in _LIMITS.items()}
+        gpu["limits"]["binary_version"] = backends.cuda_extension.binary_version(0)
         if not gpu["limits"]["binary_version"]:
             built = backends.cuda_extension.architectures()
             gpu["reason"] = f"this build's kernels ({built}) do not run on it: rebuild with TORCH_CUDA_ARCH_LIST"

@@ -1,4 +1,4 @@
-// Loops over floats: activations and their derivatives, sums. Included after half.h, inside the namespace of an instruction set.
+// Loops over floats: activations and their derivatives, sums. Included after vec.h, inside the namespace of an instruction set.
 
 // Cumulative distribution (absolute error below 1e-7) and density of the normal distribution at x. Abramowitz and Stegun 7.1.26 with
 // erfc(|x| / sqrt 2) = e^(-x^2/2) P(t).
@@ -63,48 +63,26 @@ VINLINE void by_activation(Activation act, const F& f) {
   }
 }
 
-void elementwise_activate(Activation act, Float type, const void* h, void* to, int64_t count) {
+void elementwise_activate(Activation act, Float type, const void* h, const void* grad, void* to, int64_t count) {
   by_type(type, [&]<class T>(T*) {
     by_activation(act, [&](auto a) {
       each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        store(static_cast<T*>(to) + i, activate<a()>(load(static_cast<const T*>(h) + i, lanes)), lanes);
+        const vf x = load(static_cast<const T*>(h) + i, lanes);
+        const vf y = grad ? load(static_cast<const T*>(grad) + i, lanes) * slope<a()>(x) : activate<a()>(x);
+        store(static_cast<T*>(to) + i, y, lanes);
       });
     });
   });
 }
 
-void elementwise_activate_backward(Activation act, Float type, const void* h, const void* grad, void* to, int64_t count) {
-  by_type(type, [&]<class T>(T*) {
-    by_activation(act, [&](auto a) {
+void elementwise_convert(Float from_type, const void* from, Float to_type, void* to, int64_t count, bool add) {
+  by_type(from_type, [&]<class S>(S*) {
+    by_type(to_type, [&]<class T>(T*) {
       each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        const vf x = load(static_cast<const T*>(h) + i, lanes), g = load(static_cast<const T*>(grad) + i, lanes);
-        store(static_cast<T*>(to) + i, g * slope<a()>(x), lanes);
+        const vf x = load(static_cast<const S*>(from) + i, lanes);
+        T* p = static_cast<T*>(to) + i;
+        store(p, add ? load(p, lanes) + x : x, lanes);
       });
-    });
-  });
-}
-
-void elementwise_add(Float type, const void* from, void* to, int64_t count) {
-  by_type(type, [&]<class T>(T*) {
-    each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      T* p = static_cast<T*>(to) + i;
-      store(p, load(p, lanes) + load(static_cast<const T*>(from) + i, lanes), lanes);
-    });
-  });
-}
-
-void elementwise_accumulate(Float type, const void* part, float* sum, int64_t count) {
-  by_type(type, [&]<class T>(T*) {
-    each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      store(sum + i, load(sum + i, lanes) + load(static_cast<const T*>(part) + i, lanes), lanes);
-    });
-  });
-}
-
-void elementwise_round(Float type, const float* from, void* to, int64_t count) {
-  by_type(type, [&]<class T>(T*) {
-    each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      store(static_cast<T*>(to) + i, load(from + i, lanes), lanes);
     });
   });
 }

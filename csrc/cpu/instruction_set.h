@@ -1,6 +1,13 @@
 // The kernels that are compiled once for each instruction set.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
 #include "attention/head.h"
 #include "elementwise.h"
 #include "feature/rows.h"

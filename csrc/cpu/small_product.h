@@ -1,4 +1,4 @@
-// Products of small matrices whose right operand stays in the cache, summed in float32. Included after half.h, inside the
+// Products of small matrices whose right operand stays in the cache, summed in float32. Included after vec.h, inside the
 // namespace of an instruction set.
 //
 // The operands' elements are units: a float, or where the instruction set multiplies bfloat16 two of them, neighbours in the
@@ -32,21 +32,27 @@ VINLINE void multiply_add(vf& sum, uint32_t left, const uint32_t* right) {
 
 VINLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// kTile rows of init + a b, V vectors wide. a(r, p) = a[r * a_row + p * a_column]; b has rows of b_row units.
+// A matrix of units, (i, j) at data[i * row + j * column].
+template <class U>
+struct Units {
+  const U* data;
+  int64_t row, column = 1;
+};
+
+// kTile rows of init + a b, V vectors wide; b's columns are neighbours.
 template <int V, class U, class Init, class Finish>
-VINLINE void tile_product(int64_t column, int64_t depth, const U* a, int64_t a_row, int64_t a_column, const U* b, int64_t b_row,
-                          const Init& init, const Finish& finish) {
+VINLINE void tile_product(int64_t column, int64_t depth, Units<U> a, Units<U> b, const Init& init, const Finish& finish) {
   vf sum[kTile][V];
 #pragma GCC unroll 8
   for (int r = 0; r < kTile; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < V; ++c) sum[r][c] = init(r, column + c * W);
-  b += column;
+  b.data += column;
   for (int64_t p = 0; p < depth; ++p) {
 #pragma GCC unroll 8
     for (int r = 0; r < kTile; ++r)
 #pragma GCC unroll 4
-      for (int c = 0; c < V; ++c) multiply_add(sum[r][c], a[r * a_row + p * a_column], b + p * b_row + c * W);
+      for (int c = 0; c < V; ++c) multiply_add(sum[r][c], a.data[r * a.row + p * a.column], b.data + p * b.row + c * W);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kTile; ++r)
@@ -56,17 +62,16 @@ VINLINE void tile_product(int64_t column, int64_t depth, const U* a, int64_t a_r
 
 // The same for a whole row of tiles: `vectors` vectors, in tiles that are as equal as can be.
 template <class U, class Init, class Finish>
-VINLINE void row_product(int64_t vectors, int64_t depth, const U* a, int64_t a_row, int64_t a_column, const U* b, int64_t b_row,
-                         const Init& init, const Finish& finish) {
+VINLINE void row_product(int64_t vectors, int64_t depth, Units<U> a, Units<U> b, const Init& init, const Finish& finish) {
   const int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors;
   for (int64_t t = 0, first = 0; t < tiles; ++t) {
     const int64_t count = (vectors - first + tiles - t - 1) / (tiles - t), column = first * W;
     if constexpr (kTileVectors == 4) {
-      if (count == 4) tile_product<4>(column, depth, a, a_row, a_column, b, b_row, init, finish);
-      if (count == 3) tile_product<3>(column, depth, a, a_row, a_column, b, b_row, init, finish);
+      if (count == 4) tile_product<4>(column, depth, a, b, init, finish);
+      if (count == 3) tile_product<3>(column, depth, a, b, init, finish);
     }
-    if (count == 2) tile_product<2>(column, depth, a, a_row, a_column, b, b_row, init, finish);
-    if (count == 1) tile_product<1>(column, depth, a, a_row, a_column, b, b_row, init, finish);
+    if (count == 2) tile_product<2>(column, depth, a, b, init, finish);
+    if (count == 1) tile_product<1>(column, depth, a, b, init, finish);
     first += count;
   }
 }

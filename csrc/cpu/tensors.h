@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../layout.h"
-#include "float_type.h"
+#include "elementwise.h"
 
 namespace simplclip {
 

@@ -27,7 +27,7 @@ class TransposedSum {
     if (!in_float_) return;
     float* sum = sum_.mutable_data_ptr<float>();
     for_all([&](int64_t begin, int64_t count) {
-      instruction_set().elementwise.accumulate(type_of(out_), element(out_, begin), sum + begin, count);
+      instruction_set().elementwise.convert(type_of(out_), element(out_, begin), Float::kFloat, sum + begin, count, true);
     });
   }
 
@@ -36,7 +36,7 @@ class TransposedSum {
     if (in_float_ && !fresh_) {
       const float* sum = sum_.const_data_ptr<float>();
       for_all([&](int64_t begin, int64_t count) {
-        instruction_set().elementwise.round(type_of(out_), sum + begin, element(out_, begin), count);
+        instruction_set().elementwise.convert(Float::kFloat, sum + begin, type_of(out_), element(out_, begin), count, false);
       });
     }
     return out_;

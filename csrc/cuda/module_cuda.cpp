@@ -1,24 +1,18 @@
 // The Python module simplclip._C_cuda, separate from _C so that one wheel also loads with a torch without CUDA.
 #include <Python.h>
 
-#include "device.h"
 #include "attention/plan.h"
+
+namespace simplclip {
+int binary_version(int device);  // device.cu
+}
 
 namespace {
 
-PyObject* device_limits(PyObject*, PyObject* args) {
+PyObject* binary_version(PyObject*, PyObject* args) {
   int device = 0;
   if (!PyArg_ParseTuple(args, "i", &device)) return nullptr;
-  simplclip::DeviceLimits limits{};
-  if (const char* error = simplclip::device_limits(device, &limits)) {
-    PyErr_SetString(PyExc_RuntimeError, error);
-    return nullptr;
-  }
-  return Py_BuildValue("{s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "major", limits.major, "minor", limits.minor, "multiprocessors",
-                       limits.multiprocessors, "shared_bytes_per_block", limits.shared_bytes_per_block,
-                       "shared_bytes_per_multiprocessor", limits.shared_bytes_per_multiprocessor,
-                       "registers_per_multiprocessor", limits.registers_per_multiprocessor, "binary_version",
-                       limits.binary_version);
+  return PyLong_FromLong(simplclip::binary_version(device));
 }
 
 PyObject* shaped_attention_why_not(PyObject*, PyObject* args) {
@@ -45,7 +39,7 @@ PyObject* shaped_attention_plan(PyObject*, PyObject* args) {
 PyObject* architectures(PyObject*, PyObject*) { return PyUnicode_FromString(SIMPLCLIP_ARCHITECTURES); }
 
 PyMethodDef methods[] = {
-    {"device_limits", device_limits, METH_VARARGS, "device_limits(index) -> dict of what a kernel may use there."},
+    {"binary_version", binary_version, METH_VARARGS, "binary_version(index) -> architecture of the code for that device, or 0."},
     {"architectures", architectures, METH_NOARGS, "The architectures that this module was compiled for."},
     {"shaped_attention_why_not", shaped_attention_why_not, METH_VARARGS,
      "shaped_attention_why_not(tokens, width) -> why its kernels do not support such heads, or None."},

@@ -10,16 +10,19 @@
 #include <cstdint>
 #include <type_traits>
 
+// SIMPLCLIP_ON(device, emulated): the one that is compiled.
 #ifdef SIMPLCLIP_EMULATOR
 #include "emulator.h"
 #define SIMPLCLIP_DEVICE inline
 #define SIMPLCLIP_KERNEL inline
+#define SIMPLCLIP_ON(device, emulated) emulated
 #define __launch_bounds__(...)
 #define __grid_constant__
 #else
 #include <cuda_runtime.h>
 #define SIMPLCLIP_DEVICE __device__ __forceinline__
 #define SIMPLCLIP_KERNEL __global__
+#define SIMPLCLIP_ON(device, emulated) device
 #endif
 
 namespace simplclip::gpu {
@@ -36,14 +39,8 @@ using Site = emulator::Site;
 struct alignas(8) float2 {
   float x, y;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
 struct alignas(8) uint2 {
   uint32_t x, y;
-};
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
 };
 #else
 struct Site {
@@ -51,65 +48,47 @@ struct Site {
 };
 #endif
 
-#ifdef SIMPLCLIP_EMULATOR
-SIMPLCLIP_DEVICE int thread() { return emulator::engine.running->index; }
-SIMPLCLIP_DEVICE int threads() { return emulator::engine.threads; }
-SIMPLCLIP_DEVICE int block_x() { return emulator::engine.block.x; }
-SIMPLCLIP_DEVICE int block_y() { return emulator::engine.block.y; }
-SIMPLCLIP_DEVICE int block_z() { return emulator::engine.block.z; }
-SIMPLCLIP_DEVICE int grid_x() { return emulator::engine.grid.x; }
-SIMPLCLIP_DEVICE char* shared_memory() { return emulator::engine.shared; }
-#else
-SIMPLCLIP_DEVICE int thread() { return threadIdx.x; }
-SIMPLCLIP_DEVICE int threads() { return blockDim.x; }
-SIMPLCLIP_DEVICE int block_x() { return blockIdx.x; }
-SIMPLCLIP_DEVICE int block_y() { return blockIdx.y; }
-SIMPLCLIP_DEVICE int block_z() { return blockIdx.z; }
-SIMPLCLIP_DEVICE int grid_x() { return gridDim.x; }
+SIMPLCLIP_DEVICE int thread() { return SIMPLCLIP_ON(threadIdx.x, emulator::engine.running->index); }
+SIMPLCLIP_DEVICE int threads() { return SIMPLCLIP_ON(blockDim.x, emulator::engine.threads); }
+SIMPLCLIP_DEVICE int block_x() { return SIMPLCLIP_ON(blockIdx.x, emulator::engine.block.x); }
+SIMPLCLIP_DEVICE int block_y() { return SIMPLCLIP_ON(blockIdx.y, emulator::engine.block.y); }
+SIMPLCLIP_DEVICE int grid_x() { return SIMPLCLIP_ON(gridDim.x, emulator::engine.grid.x); }
+SIMPLCLIP_DEVICE int lane() { return thread() & 31; }
+SIMPLCLIP_DEVICE int warp() { return thread() >> 5; }
+
 // The launch's dynamic shared memory; ldmatrix and cp.async need multiples of 16, a multiple of 128 keeps the banks in step.
 SIMPLCLIP_DEVICE char* shared_memory() {
+#ifdef SIMPLCLIP_EMULATOR
+  return emulator::engine.shared;
+#else
   extern __shared__ __align__(128) char simplclip_shared[];
   return simplclip_shared;
+#endif
 }
+
+#ifndef SIMPLCLIP_EMULATOR
 SIMPLCLIP_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 #endif
-SIMPLCLIP_DEVICE int lane() { return thread() & 31; }
-SIMPLCLIP_DEVICE int warp() { return thread() >> 5; }
 
 SIMPLCLIP_DEVICE void sync_block([[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  emulator::sync_block(site);
-#else
-  __syncthreads();
-#endif
+  SIMPLCLIP_ON(__syncthreads(), emulator::sync_block(site));
 }
 
 SIMPLCLIP_DEVICE void sync_warp([[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  emulator::sync_warp(site);
-#else
-  __syncwarp();
-#endif
+  SIMPLCLIP_ON(__syncwarp(), emulator::sync_warp(site));
 }
 
 template <class V>  // float, int32_t or uint32_t
 SIMPLCLIP_DEVICE V shuffle(V value, int from, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  return emulator::shuffle("shuffle", site, value, from);
-#else
-  return __shfl_sync(0xffffffffu, value, from);
-#endif
+  return SIMPLCLIP_ON(__shfl_sync(0xffffffffu, value, from), emulator::shuffle("shuffle", site, value, from));
 }
 
 template <class V>
 SIMPLCLIP_DEVICE V shuffle_xor(V value, int mask, [[maybe_unused]] Site site = Site::current()) {
-#ifdef SIMPLCLIP_EMULATOR
-  return emulator::shuffle("shuffle_xor", site, value, lane() ^ mask);
-#else
-  return __shfl_xor_sync(0xffffffffu, value, mask);
-#endif
+  return SIMPLCLIP_ON(__shfl_xor_sync(0xffffffffu, value, mask),
+                      emulator::shuffle("shuffle_xor", site, value, lane() ^ mask));
 }
 
 #ifdef SIMPLCLIP_EMULATOR
@@ -129,21 +108,7 @@ inline uint32_t narrow(float value) {
 }
 #endif
 
-SIMPLCLIP_DEVICE float as_float(uint32_t bits) {
-#ifdef SIMPLCLIP_EMULATOR
-  return std::bit_cast<float>(bits);
-#else
-  return __uint_as_float(bits);
-#endif
-}
-
-SIMPLCLIP_DEVICE uint32_t as_uint(float value) {
-#ifdef SIMPLCLIP_EMULATOR
-  return std::bit_cast<uint32_t>(value);
-#else
-  return __float_as_uint(value);
-#endif
-}
+SIMPLCLIP_DEVICE float as_float(uint32_t bits) { return SIMPLCLIP_ON(__uint_as_float(bits), std::bit_cast<float>(bits)); }
 
 // Two floats, rounded to nearest even, in one register; `low` in the lower half.
 template <class T>
@@ -181,25 +146,17 @@ SIMPLCLIP_DEVICE float2 unpack2(uint32_t packed) {
 
 // The nearest value with 10 bits of mantissa, ties away from zero.
 SIMPLCLIP_DEVICE uint32_t to_tf32(float value) {
-#ifdef SIMPLCLIP_EMULATOR
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return std::isfinite(value) ? (bits + 0x1000) & 0xffffe000u : bits;
-#else
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  SIMPLCLIP_ON(asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value)),
+               bits = std::isfinite(value) ? (bits + 0x1000) & 0xffffe000u : bits);
   return bits;
-#endif
 }
 
 // 2^value within 2 ulp; subnormal values and results are treated as zero.
 SIMPLCLIP_DEVICE float fast_exp2(float value) {
-#ifdef SIMPLCLIP_EMULATOR
-  return std::exp2(value);
-#else
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+  SIMPLCLIP_ON(asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value)), power = std::exp2(value));
   return power;
-#endif
 }
 
 }  // namespace simplclip::gpu

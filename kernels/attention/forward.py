@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LN2, LOG2E, dot, narrowed
-from simplclip.kernels.attention.tile import keys_of_block, place, rows_of, store_rows, visible_keys
+from simplclip.kernels.attention.tile import at_head, keys_of_block, load_head, place, rows_of, store_head, visible_keys
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
@@ -12,69 +12,39 @@ def _shaped_attention_sums_kernel(
     v,  # [B, L, H, K]
     lengths,  # [B] int32, or None
     sums,  # [B, H, blocks, K] float32
-    tokens,
-    heads,
-    width,
-    v_b,
-    v_l,
-    v_h,
-    EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    tokens, heads, width, v_b, v_l, v_h,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """The sum of v over the valid tokens of each block of rows."""
     block, sequence, head, pair, length = place(lengths, tokens, heads, BLOCK_M)
-    row = tl.arange(0, BLOCK_M)
-    first = block * BLOCK_M
-    at = v + sequence * v_b + head * v_h + first.to(tl.int64) * v_l
-    total = tl.sum(rows_of(at, row, v_l, first + row < length, width, EVEN, BLOCK_K).to(tl.float32), 0)
+    rows = load_head(v, sequence, head, block * BLOCK_M, v_b, v_l, v_h, length, width, EVEN, BLOCK_M, BLOCK_K)
+    total = tl.sum(rows.to(tl.float32), 0)
     depth = tl.arange(0, BLOCK_K)
     tl.store(sums + (pair * tl.cdiv(tokens, BLOCK_M) + block) * width + depth, total, depth < width)
 
 
 @triton.jit(do_not_specialize=["tokens", "heads"])
 def _shaped_attention_fwd_kernel(
-    q,  # [B, L, H, K]
-    k,  # [B, L, H, K]
-    v,  # [B, L, H, K]
+    q, k, v,  # [B, L, H, K]
     gains,  # [3, H] float32: alpha, beta, gamma
     lengths,  # [B] int32, or None
     sums,  # [B, H, blocks, K] float32, None if there is one block
     out,  # [B, L, H, K], contiguous
     lse,  # [B, H, L] float32
-    tokens,
-    heads,
-    width,
-    scale,
-    q_b,
-    q_l,
-    q_h,
-    k_b,
-    k_l,
-    k_h,
-    v_b,
-    v_l,
-    v_h,
-    CAUSAL: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SUMS: tl.constexpr,
-):
+    tokens, heads, width, scale, q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
+    CAUSAL: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
     block, sequence, head, pair, length = place(lengths, tokens, heads, BLOCK_M)
     first = block * BLOCK_M
     row = tl.arange(0, BLOCK_M)
     row_inside = first + row < length
     limit = visible_keys(first + row, length, CAUSAL)
 
-    q_at = q + sequence * q_b + head * q_h + first.to(tl.int64) * q_l
+    q_tile = load_head(q, sequence, head, first, q_b, q_l, q_h, length, width, EVEN, BLOCK_M, BLOCK_K)
     k_at = k + sequence * k_b + head * k_h
     v_at = v + sequence * v_b + head * v_h
-    own_at = v_at + first.to(tl.int64) * v_l
-    q_tile = rows_of(q_at, row, q_l, row_inside, width, EVEN, BLOCK_K)
+    own_at = at_head(v, sequence, head, first, v_b, v_l, v_h)
 
     key = tl.arange(0, BLOCK_N)
     maximum = tl.full((BLOCK_M,), -INF, tl.float32)
@@ -122,10 +92,10 @@ def _shaped_attention_fwd_kernel(
             used = (start + other < end) & (start + other != block)
             rest += tl.load(sums_at + start * width, used[:, None] & (depth < width)[None, :], 0.0)
         mean += tl.sum(rest, 0)[None, :]
-    result = tl.where(row_inside[:, None], result - mean * (gamma / limit.to(tl.float32))[:, None], 0.0)
-
-    written = first + row < tokens
-    out_at = out + ((sequence * tokens + first) * heads + head) * width
-    store_rows(out_at, row, heads * width, written, width, result, INTERPRETED, EVEN, BLOCK_K)
+    result -= mean * (gamma / limit.to(tl.float32))[:, None]
+    store_head(
+        out, sequence, head, first, tokens.to(tl.int64) * heads * width, heads * width, width, result, length, tokens, width,
+        INTERPRETED, EVEN, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
     lse_tile = tl.where(row_inside, (maximum + tl.log2(total)) * LN2, 0.0)
-    tl.store(lse + pair * tokens + first + row, lse_tile, written)
+    tl.store(lse + pair * tokens + first + row, lse_tile, first + row < tokens)

@@ -16,6 +16,7 @@ from simplclip.kernels import tuning
 from simplclip.kernels.attention.backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
 from simplclip.kernels.attention.forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
 from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, interpreted, precision_of, started
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 SUMS = 16  # number of sums of v that are read at a time
 
@@ -49,16 +50,16 @@ def _tuned(op: str, q: Tensor) -> tuple[tuning.Tile, dict[str, object]]:
     return tile, shared
 
 
-def shaped_attention_fwd(
-    q: Tensor,  # [B, L, H, K]
-    k: Tensor,  # [B, L, H, K]
-    v: Tensor,  # [B, L, H, K]
-    gains: Tensor,  # [3, H] float32: alpha, beta, gamma
-    lengths: Tensor | None,  # [B] int32
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:  # [B, L, H, K], contiguous; [B, H, L] float32
+def _inputs(call: AttentionCall) -> dict[str, object]:
+    """The arguments that forward and backward take from a call."""
+    q, k, v = call.q, call.k, call.v
+    tensors = {"q": q, "k": k, "v": v, "gains": call.gains.contiguous(), "lengths": call.lengths}
+    return {**tensors, "scale": call.scale, "CAUSAL": call.causal, **_strides(q=q, k=k, v=v)}
+
+
+def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:  # [B, L, H, K], contiguous; [B, H, L] float32
     """The last dimension must be contiguous. Scratch: the sum of v of each block of rows, [B, H, blocks, K] float32."""
+    q, v = call.q, call.v
     sequences, tokens, heads, width = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(sequences, heads, tokens, dtype=torch.float32)
@@ -72,38 +73,23 @@ def shaped_attention_fwd(
         if blocks > 1:
             sums = q.new_empty(sequences, heads, blocks, width, dtype=torch.float32)
             started(_shaped_attention_sums_kernel)[grid](
-                v, lengths, sums, tokens, heads, width, **_strides(v=v), EVEN=shared["EVEN"], BLOCK_M=tile.block_m,
+                v, call.lengths, sums, tokens, heads, width, **_strides(v=v), EVEN=shared["EVEN"], BLOCK_M=tile.block_m,
                 BLOCK_K=tile.block_k, num_warps=sums_warps(tile), **COMPILE,
             )  # fmt: skip
         started(_shaped_attention_fwd_kernel)[grid](
-            q=q, k=k, v=v, gains=gains.contiguous(), lengths=lengths, sums=sums, out=out, lse=lse, scale=scale, CAUSAL=causal,
-            SUMS=SUMS, **_strides(q=q, k=k, v=v), **shared,
+            **_inputs(call), sums=sums, out=out, lse=lse, SUMS=SUMS, **shared,
         )  # fmt: skip
     return out, lse
 
 
-def shaped_attention_bwd(
-    grad: Tensor,  # [B, L, H, K]
-    q: Tensor,  # [B, L, H, K]
-    k: Tensor,  # [B, L, H, K]
-    v: Tensor,  # [B, L, H, K]
-    gains: Tensor,  # [3, H] float32
-    lse: Tensor,  # [B, H, L] float32
-    lengths: Tensor | None,  # [B] int32
-    scale: float,
-    causal: bool,
-    dq: Tensor,  # [B, L, H, K], written, any strides but a head's, as dk and dv
-    dk: Tensor,  # [B, L, H, K]
-    dv: Tensor,  # [B, L, H, K]
-) -> Tensor:  # [3, H] float32
+def shaped_attention_bwd(call: AttentionInto) -> Tensor:  # [3, H] float32
     """Writes dq, dk and dv; returns the gains' gradients. Scratch: [B, H, L] float32, and three floats per block of rows."""
+    q, dq, dk, dv = call.q, call.dq, call.dk, call.dv
     sequences, tokens, heads, _ = q.shape
     if not q.numel():
-        return torch.zeros_like(gains)
-    grad, gains = grad.contiguous(), gains.contiguous()
-    delta = torch.empty_like(lse)
-    inputs = {"grad": grad, "q": q, "k": k, "v": v, "gains": gains, "lse": lse, "delta": delta, "lengths": lengths}
-    inputs |= {"scale": scale, "CAUSAL": causal, **_strides(q=q, k=k, v=v)}
+        return torch.zeros_like(call.gains)
+    delta = torch.empty_like(call.lse)
+    inputs = {**_inputs(call), "grad": call.grad.contiguous(), "lse": call.lse, "delta": delta}
     with device_of(q):
         tile, shared = _tuned("rows", q)
         parts = delta.new_empty(3, sequences, heads, triton.cdiv(tokens, tile.block_m))

@@ -29,11 +29,35 @@ def rows_of(base, row, stride, inside, width, EVEN: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
-def store_rows(base, row, stride, inside, width, value, INTERPRETED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
+def at_head(tensor, sequence, head, first, stride_b, stride_l, stride_h):
+    """The address of row `first` of a head."""
+    return tensor + sequence * stride_b + head * stride_h + first.to(tl.int64) * stride_l
+
+
+@triton.jit
+def load_head(
+    tensor, sequence, head, first, stride_b, stride_l, stride_h, length, width,
+    EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Loads a head's rows from `first` on, [BLOCK, BLOCK_K], 0 from `length` on."""
+    row = tl.arange(0, BLOCK)
+    at = at_head(tensor, sequence, head, first, stride_b, stride_l, stride_h)
+    return rows_of(at, row, stride_l, first + row < length, width, EVEN, BLOCK_K)
+
+
+@triton.jit
+def store_head(
+    tensor, sequence, head, first, stride_b, stride_l, stride_h, value, length, tokens, width,
+    INTERPRETED: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Stores a head's rows from `first` on, 0 from `length` on."""
+    row = first + tl.arange(0, BLOCK)
     depth = tl.arange(0, BLOCK_K)
-    mask = inside[:, None] if EVEN else inside[:, None] & (depth < width)[None, :]
-    value = narrowed(value, base.dtype.element_ty, INTERPRETED)
-    tl.store(base + row[:, None] * stride + depth[None, :], value, mask)
+    written = (row < tokens)[:, None]
+    mask = written if EVEN else written & (depth < width)[None, :]
+    value = narrowed(tl.where((row < length)[:, None], value, 0.0), tensor.dtype.element_ty, INTERPRETED)
+    at = at_head(tensor, sequence, head, first, stride_b, stride_l, stride_h)
+    tl.store(at + tl.arange(0, BLOCK)[:, None] * stride_l + depth[None, :], value, mask)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simplclip.kernels.launch import device_of, started
+from simplclip.ops.feature.call import FeatureCall, FeatureGradient
 
 EPS = tl.constexpr(1e-12)  # F.normalize's
 CLAMPED = tl.constexpr(0.9999e12)  # 1/norm counts as 1/EPS from here on, since a GPU's division may round down
@@ -54,11 +55,14 @@ def _distance(difference, beta, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def _slope(difference, beta, SMOOTH: tl.constexpr):
+def _slopes(student, teacher, x_inv, y_inv, rows, columns, n, d, beta, SMOOTH: tl.constexpr):
+    """u and the derivative of the distance by it."""
+    u = _load(student, rows, columns, n, d) * x_inv[:, None]
+    difference = u - _load(teacher, rows, columns, n, d) * y_inv[:, None]
     if SMOOTH:
-        return tl.where(difference > beta, 1.0, tl.where(difference < -beta, -1.0, difference / beta))
+        return u, tl.where(difference > beta, 1.0, tl.where(difference < -beta, -1.0, difference / beta))
     else:
-        return 2.0 * difference
+        return u, 2.0 * difference
 
 
 @triton.jit
@@ -67,15 +71,10 @@ def _feature_loss_fwd_kernel(
     teacher,  # [N, D]
     sums,  # [programs] float32: each program's sum of distances
     inv_norms,  # [2, N] float32
-    n,
-    d,
-    beta,
-    SMOOTH: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    WHOLE: tl.constexpr,  # a block holds the row
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n, d, beta,
+    SMOOTH: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr,  # WHOLE: a block holds the row
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -115,21 +114,15 @@ def _feature_loss_fwd_kernel(
 
 @triton.jit
 def _feature_loss_bwd_kernel(
-    grad,  # [] float32
     student,  # [N, D]
     teacher,  # [N, D]
     inv_norms,  # [2, N] float32
     d_student,  # [N, D]
-    n,
-    d,
-    beta,
+    grad,  # [] float32
+    n, d, beta,
     scale,  # 1 / (N D)
-    SMOOTH: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    SMOOTH: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     factor = tl.load(grad) * scale
@@ -140,8 +133,7 @@ def _feature_loss_bwd_kernel(
         y_inv = tl.load(inv_norms + n + rows, mask=rows < n, other=0.0)
     # along is u·g, which the normalisation removes; a row shorter than eps is divided by a constant.
     if WHOLE:
-        u = _load(student, rows, columns, n, d) * x_inv[:, None]
-        g = _slope(u - _load(teacher, rows, columns, n, d) * y_inv[:, None], beta, SMOOTH)
+        u, g = _slopes(student, teacher, x_inv, y_inv, rows, columns, n, d, beta, SMOOTH)
         if NORMALIZE:
             along = tl.where(x_inv >= CLAMPED, 0.0, tl.sum(u * g, 1))
             g = x_inv[:, None] * (g - u * along[:, None])
@@ -150,51 +142,35 @@ def _feature_loss_bwd_kernel(
         if NORMALIZE:
             dot = tl.zeros((ROWS, BLOCK), tl.float32)
             for start in range(0, d, BLOCK):
-                u = _load(student, rows, start + columns, n, d) * x_inv[:, None]
-                dot += u * _slope(u - _load(teacher, rows, start + columns, n, d) * y_inv[:, None], beta, SMOOTH)
+                u, g = _slopes(student, teacher, x_inv, y_inv, rows, start + columns, n, d, beta, SMOOTH)
+                dot += u * g
             along = tl.where(x_inv >= CLAMPED, 0.0, tl.sum(dot, 1))
         for start in range(0, d, BLOCK):
-            u = _load(student, rows, start + columns, n, d) * x_inv[:, None]
-            g = _slope(u - _load(teacher, rows, start + columns, n, d) * y_inv[:, None], beta, SMOOTH)
+            u, g = _slopes(student, teacher, x_inv, y_inv, rows, start + columns, n, d, beta, SMOOTH)
             if NORMALIZE:
                 g = x_inv[:, None] * (g - u * along[:, None])
             _store(d_student, rows, start + columns, n, d, factor * g)
 
 
-def feature_loss_fwd(
-    student: Tensor,  # [N, D], contiguous
-    teacher: Tensor,  # [N, D], contiguous, of any float dtype but float64
-    smooth: bool,
-    beta: float,
-    normalize: bool,
-) -> tuple[Tensor, Tensor]:  # [], [2, N] or [2, 0]
-    n, d = student.shape
+def _launch(kernel, call: FeatureCall, *tensors: Tensor, **scalars: float) -> None:
+    n, d = call.student.shape
     rows, block, num_warps = tile(d)
-    programs = triton.cdiv(n, rows)
-    sums = student.new_empty(programs, dtype=torch.float32)
-    inv_norms = student.new_empty(2, n if normalize else 0, dtype=torch.float32)
-    with device_of(student):
-        started(_feature_loss_fwd_kernel)[(programs,)](
-            student, teacher, sums, inv_norms, n, d, beta,
-            SMOOTH=smooth, NORMALIZE=normalize, WHOLE=d <= block, ROWS=rows, BLOCK=block, num_warps=num_warps,
+    with device_of(call.student):
+        started(kernel)[(triton.cdiv(n, rows),)](
+            call.student, call.teacher, *tensors, n, d, call.beta, **scalars,
+            SMOOTH=call.smooth, NORMALIZE=call.normalize, WHOLE=d <= block, ROWS=rows, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
+
+
+def feature_loss_fwd(call: FeatureCall) -> tuple[Tensor, Tensor]:  # [], [2, N] or [2, 0]
+    n, d = call.student.shape
+    sums = call.student.new_empty(triton.cdiv(n, tile(d)[0]), dtype=torch.float32)
+    inv_norms = call.student.new_empty(2, n if call.normalize else 0, dtype=torch.float32)
+    _launch(_feature_loss_fwd_kernel, call, sums, inv_norms)
     return (sums.sum(dtype=torch.float64) / (n * d)).float(), inv_norms
 
 
-def feature_loss_bwd(
-    grad: Tensor,  # [] float32
-    student: Tensor,  # [N, D], contiguous
-    teacher: Tensor,  # [N, D], contiguous
-    inv_norms: Tensor,  # [2, N] or [2, 0], float32
-    smooth: bool,
-    beta: float,
-) -> Tensor:  # [N, D]
-    n, d = student.shape
-    rows, block, num_warps = tile(d)
-    d_student = torch.empty_like(student)
-    with device_of(student):
-        started(_feature_loss_bwd_kernel)[(triton.cdiv(n, rows),)](
-            grad, student, teacher, inv_norms, d_student, n, d, beta, 1 / (n * d),
-            SMOOTH=smooth, NORMALIZE=inv_norms.shape[1] > 0, WHOLE=d <= block, ROWS=rows, BLOCK=block, num_warps=num_warps,
-        )  # fmt: skip
+def feature_loss_bwd(call: FeatureGradient) -> Tensor:  # [N, D]
+    d_student = torch.empty_like(call.student)
+    _launch(_feature_loss_bwd_kernel, call, call.inv_norms, d_student, call.grad, scale=1 / d_student.numel())
     return d_student

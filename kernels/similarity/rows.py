@@ -9,6 +9,7 @@ from simplclip.kernels import tuning
 from simplclip.kernels.launch import architecture_and_processors, device_of, precision_of, starts
 from simplclip.kernels.similarity.launch import Launch
 from simplclip.kernels.similarity.op import gradient_scratch, gradients_of_matrices, statistics
+from simplclip.ops.calls import flat
 from simplclip.ops.similarity.call import NO_NEGATIVES, RowsCall, RowStat, SimilarityCall, SimilarityGradient
 
 
@@ -32,7 +33,7 @@ def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:  # [2, N], [N, D] 
             scratch, sums = gradient_scratch(of_similarity, [launch], [tile])
             ones = torch.zeros_like(rows)
             ones[RowStat.LSE_IMAGE_TO_TEACHER] = 1.0
-            gradient = SimilarityGradient(*vars(of_similarity).values(), ones, columns, rows, columns, rows, True, False)
+            gradient = SimilarityGradient(*flat(of_similarity), ones, columns, rows, columns, rows, True, False)
             for first in starts(n, call.chunk):
                 at = slice(first, min(n, first + call.chunk))
                 gradients_of_matrices(gradient, launch, tile, None, scratch, sums, at, attend=True)

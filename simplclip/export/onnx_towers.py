@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
-from simplclip.ops.attention import reference as attention_reference
+from simplclip.ops.attention.call import AttentionCall
+from simplclip.ops.attention.reference import shaped_attention_fwd
+from simplclip.ops.block.call import BlockCall
 from simplclip.ops.block.norm import norm_fwd
+from simplclip.ops.mlp.call import MlpCall
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
 TOWERS = {"image": ("pixel_values", "image_features"), "text": ("input_ids", "text_features")}
@@ -94,35 +97,33 @@ def _compare(tower: Tower, inputs: Tensor, path: Path) -> dict[str, float]:
 def _decompositions() -> dict[Any, Any]:
     ops = torch.ops.simplclip
     return {
-        ops.simplified_block_fwd.default: _simplified_block,
-        ops.shaped_attention_fwd.default: lambda *args: attention_reference.shaped_attention_fwd(*args[:-1]),
-        ops.parallel_mlp_fwd.default: _parallel_mlp,
+        ops.simplified_block_fwd.default: lambda *args: _simplified_block(BlockCall(*args[:-1])),
+        ops.shaped_attention_fwd.default: lambda *args: shaped_attention_fwd(AttentionCall(*args[:-1])),
+        ops.parallel_mlp_fwd.default: lambda *args: _parallel_mlp(MlpCall(*args[:-1])),
     }
 
 
-def _mlp(n: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, act: str) -> Tensor:
-    return F.linear(ACTIVATIONS[act](F.linear(n, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+def _mlp(n: Tensor, call: MlpCall | BlockCall) -> Tensor:
+    hidden = F.linear(n, call.fc1_weight, call.fc1_bias)
+    return F.linear(ACTIVATIONS[call.act](hidden), call.fc2_weight, call.fc2_bias)
 
 
-def _parallel_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, *_):
-    return _mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act), x.new_empty(0)
+def _parallel_mlp(call: MlpCall):
+    return _mlp(call.x, call), call.x.new_empty(0)
 
 
-def _simplified_block(
-    x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gains, mlp_gain, value_weight,
-    output_weight, lengths, norm, eps, act, scale, causal, *_,
-):  # fmt: skip
+def _simplified_block(call: BlockCall):
     """`ops.simplified_block` without in-place writes, which a decomposition cannot have, and without results for backward."""
-    b, length, c = x.shape
-    heads = gains.shape[1]
-    n, _ = norm_fwd(x.reshape(-1, c), norm, norm_weight, norm_bias, eps)
-    q, k = F.linear(n, qk_weight).reshape(b, length, 2, heads, c // heads).unbind(2)
-    v = n if value_weight is None else F.linear(n, value_weight)
-    out, lse = attention_reference.shaped_attention_fwd(q, k, v.reshape(q.shape), gains, lengths, scale, causal)
-    out = out.reshape(-1, c)
-    if output_weight is not None:
-        out = F.linear(out, output_weight)
-    out = out + mlp_gain.to(x.dtype) * _mlp(n, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act)
+    x, heads = call.x, call.heads
+    n, _ = norm_fwd(x.reshape(-1, x.shape[2]), call)
+    q, k = F.linear(n, call.qk_weight).reshape(*heads[:2], 2, *heads[2:]).unbind(2)
+    v = n if call.value_weight is None else F.linear(n, call.value_weight)
+    attention = AttentionCall(q, k, v.reshape(heads), call.gains, call.lengths, call.scale, call.causal)
+    out, lse = shaped_attention_fwd(attention)
+    out = out.reshape(n.shape)
+    if call.output_weight is not None:
+        out = F.linear(out, call.output_weight)
+    out = out + call.mlp_gain.to(x.dtype) * _mlp(n, call)
     return out.reshape(x.shape), x.new_empty(0), x.new_empty(0), lse
 
 

@@ -7,6 +7,7 @@ pack the largest product of bfloat16. Triton's launchers are Python; predictions
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from simplclip.common.errors import UserError
 from simplclip.ops import backends
-from simplclip.ops.registry import flat
+from simplclip.ops.calls import flat
+from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.similarity.call import RowsCall, SimilarityCall, SimilarityGradient
 
 
@@ -22,8 +24,8 @@ class UnknownWorkspace(UserError, RuntimeError):
     """The workspace of a C++ function cannot be predicted here."""
 
 
-def workspace_bytes(name: str, backend: str, *args) -> int:
-    """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes besides its results when called with `args`.
+def workspace_bytes(name: str, backend: str, call: Any) -> int:
+    """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes besides its results when it runs `call`.
 
     This is the highest sum of live bytes without the tensors that it returns. Only shapes, strides, dtypes and arguments that
     are not tensors are read. On a CPU the result is exact except for oneDNN's packing of bfloat16 operands. On a GPU each
@@ -36,8 +38,8 @@ def workspace_bytes(name: str, backend: str, *args) -> int:
     if extension is None:
         error = backends.extension_error if backend == "cpu" else backends.cuda_extension_error
         raise UnknownWorkspace(f"the workspace of {name} on backend {backend} cannot be predicted: {error}")
-    fields = flat(args[0]) if hasattr(args[0], "__match_args__") else args
-    products = _PRODUCTS[name](*args) if backend == "cpu" and name in _PRODUCTS else ()
+    fields = flat(call)
+    products = _PRODUCTS[name](call) if backend == "cpu" and name in _PRODUCTS else ()
     packing = (packing_bytes(m, n, k, fields[0].dtype, transposed=transposed) for m, n, k, transposed in products)
     return _scratch(name, backend, *fields) + max(packing, default=0)
 
@@ -126,17 +128,18 @@ def _similarity_rows(call: RowsCall) -> Products:
             yield count, d, m, False
 
 
-def _hidden_chunks(h: Tensor, weight: Tensor) -> Iterable[int]:
+def _hidden_chunks(call: HiddenCall | HiddenGradient) -> Iterable[int]:
     """The numbers of rows of the hidden layer whose activation is in scratch: forward takes memory for no more."""
-    size = _scratch("parallel_mlp_fwd", "cpu", h, weight, None, "", h, False)
+    h = call.h
+    size = _scratch("parallel_mlp_fwd", "cpu", h, call.weight, None, "", h, False)
     return _chunks(len(h), size // (h.shape[1] * h.itemsize))
 
 
-def _parallel_mlp_bwd(_, h: Tensor, weight: Tensor, act: str, need_weight: bool) -> Products:
-    c, f = weight.shape
-    for count in _hidden_chunks(h, weight):
+def _parallel_mlp_bwd(call: HiddenGradient) -> Products:
+    c, f = call.weight.shape
+    for count in _hidden_chunks(call):
         yield count, f, c, False
-        if need_weight:
+        if call.need_weight:
             yield c, f, count, True
 
 
@@ -144,6 +147,6 @@ _PRODUCTS = {
     "similarity_loss_fwd": lambda call: _similarities(call, call.stored_rows),
     "similarity_loss_bwd": _similarity_loss_bwd,
     "similarity_rows": _similarity_rows,
-    "parallel_mlp_fwd": lambda h, weight, *_: ((n, *weight.shape, False) for n in _hidden_chunks(h, weight)),
+    "parallel_mlp_fwd": lambda call: ((n, *call.weight.shape, False) for n in _hidden_chunks(call)),
     "parallel_mlp_bwd": _parallel_mlp_bwd,
 }

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from simplclip.ops.calls import flat
+
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "")
@@ -56,6 +58,13 @@ class Implementation:
     why_not: Callable[..., str | None]
 
 
+def why_not_kernels(serves: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why kernels for the tensors of one device type cannot run a call."""
+    if device != serves:
+        return f"serves {serves} tensors, not {device}"
+    return "computes in float32; float64 is for the reference" if dtype == torch.float64 else None
+
+
 def _anywhere(device: str, dtype: torch.dtype, **call) -> str | None:
     return None
 
@@ -63,11 +72,7 @@ def _anywhere(device: str, dtype: torch.dtype, **call) -> str | None:
 def _extension_on_cpu(device: str, dtype: torch.dtype, **call) -> str | None:
     if extension is None:
         return extension_error
-    if device != "cpu":
-        return f"serves cpu tensors, not {device}"
-    if dtype == torch.float64:
-        return "computes in float32; float64 is for the reference"
-    return None
+    return why_not_kernels("cpu", device, dtype)
 
 
 @functools.cache
@@ -81,11 +86,8 @@ def triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
     if not _has_triton():
         return "the package triton is not installed"
     serves = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    if device != serves:
-        return f"serves {serves} tensors, not {device}" + (" (TRITON_INTERPRET=1)" if serves == "cpu" else "")
-    if dtype == torch.float64:
-        return "computes in float32; float64 is for the reference"
-    return None
+    reason = why_not_kernels(serves, device, dtype)
+    return f"{reason} (TRITON_INTERPRET=1)" if device != serves == "cpu" else reason
 
 
 @functools.cache
@@ -93,37 +95,34 @@ def capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
-def _native(name: str, unpacked: bool) -> Callable:
-    """The op that C++ implements, looked up when it is called, since the extension may be missing. unpacked: see `row`."""
-    if unpacked:
-        return lambda call: getattr(torch.ops.simplclip, name)(*vars(call).values())
-    return lambda *args: getattr(torch.ops.simplclip, name)(*args)
+def _native(name: str) -> Callable:
+    """The op that C++ implements, looked up when it is called, since the extension may be missing."""
+    return lambda call: getattr(torch.ops.simplclip, name)(*flat(call))
 
 
 def _kernel(module: str, name: str) -> Callable:
     """A launcher of kernels/, imported when it is called, since importing Triton takes time and some platforms lack it."""
-    return lambda *args: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*args)
+    return lambda call: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(call)
 
 
 def row(
     reference: Callable,
     *,
     module: str = "",
-    unpacked: bool = False,
     triton: Callable = triton_on_cuda,
     cuda: Callable | None = None,
 ) -> dict[str, Implementation]:
     """The backends of an op, whose functions have the name of its definition `reference`, with their predicates.
 
-    module: the module of simplclip.kernels with its launcher; without one the reference is the only backend. unpacked:
-    whether C++ takes the fields of the call. cuda: the predicate of CUDA C++, if it has the op.
+    module: the module of simplclip.kernels with its launcher; without one the reference is the only backend. cuda: the
+    predicate of CUDA C++, if it has the op.
     """
     name, found = reference.__name__, {}
     if cuda is not None:
-        found["cuda"] = Implementation(_native(f"{name}_cuda", unpacked), cuda)
+        found["cuda"] = Implementation(_native(f"{name}_cuda"), cuda)
     if module:
         found["triton"] = Implementation(_kernel(module, name), triton)
-        found["cpu"] = Implementation(_native(f"{name}_cpu", unpacked), _extension_on_cpu)
+        found["cpu"] = Implementation(_native(f"{name}_cpu"), _extension_on_cpu)
     return found | {"reference": Implementation(reference, _anywhere)}
 
 

@@ -32,10 +32,15 @@ def features(name: str, t: Tensor, letters: str) -> None:
         raise ValueError(f"{name}: expected at least one row and one column, got shape {shape_of(t)}")
 
 
+def on(name: str, t: Tensor, other_name: str, device: torch.device) -> None:
+    """Checks that t is on the device of another tensor."""
+    if t.device != device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {device}, got {t.device}")
+
+
 def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """Checks that t has the device and dtype of `other`."""
-    if t.device != other.device:
-        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {t.device}")
+    on(name, t, other_name, other.device)
     if t.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {t.dtype}")
 
@@ -49,8 +54,7 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {shape_of(value)}")
     floating(name, value)
-    if value.device != device:
-        raise ValueError(f"{name}: expected the device of {of}, {device}, got {value.device}")
+    on(name, value, of, device)
     return value.reshape(()).to(dtype)
 
 
@@ -60,8 +64,7 @@ def group_ids(name: str, t: Tensor, count: int, letter: str, device: torch.devic
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {getattr(t, 'dtype', type(t).__name__)}")
     if t.dim() != 1 or t.shape[0] != count:
         raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {shape_of(t)}")
-    if t.device != device:
-        raise ValueError(f"{name}: expected the device of image, {device}, got {t.device}")
+    on(name, t, "image", device)
     return t.long()
 
 
@@ -97,8 +100,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, gamm
     tensors = {"q": q, "k": k, "v": v, "alpha": alpha, "beta": beta, "gamma": gamma}
     for name, t in tensors.items():
         floating(name, t)
-        if t.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {t.device}")
+        on(name, t, "q", q.device)
     if q.dim() != 4:
         raise ValueError(f"q: expected a tensor [B, L, H, K], got shape {shape_of(q)}")
     if 0 in q.shape:
@@ -120,8 +122,7 @@ def lengths_of_batch(lengths: Tensor, batch: int, length: int, device: torch.dev
         raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected one per sequence, [{batch}], got {shape_of(lengths)}")
-    if lengths.device != device:
-        raise ValueError(f"lengths: expected the device of q, {device}, got {lengths.device}")
+    on("lengths", lengths, "q", device)
     if device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling():
         least, most = map(int, lengths.aminmax())
         if least < 0 or most > length:
@@ -171,7 +172,6 @@ def block(x, norm: str, **tensors) -> None:
         if t is None and name in ("value_weight", "output_weight", "norm_bias"):
             continue
         floating(name, t)
-        if t.device != x.device:
-            raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
+        on(name, t, "x", x.device)
         if t.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {shape_of(t)}")

@@ -43,9 +43,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         world = dist.get_world_size(ctx.group)
-        if (
-            dist.get_backend(ctx.group) == "nccl" and not torch.compiler.is_compiling()
-        ):  # less memory, but gloo sums few dtypes
+        # It takes less memory, but gloo sums few dtypes.
+        if dist.get_backend(ctx.group) == "nccl" and not torch.compiler.is_compiling():
             own = gradient.new_empty(gradient.shape[0] // world, *gradient.shape[1:])
             dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
             return own, None

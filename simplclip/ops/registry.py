@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from simplclip.ops import backends
+from simplclip.ops.calls import schema_of, tensors_of
 
 library = torch.library.Library("simplclip", "DEF")
 
@@ -23,74 +23,55 @@ DISPATCH: dict[str, Callable] = {}
 NATIVE_FAKES: dict[str, Callable] = {}
 counted = False  # True while simplclip.memory does so
 
-_SCHEMA = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
-
-
-def schema_of(call: type) -> str:
-    """The schema of a call's dataclass for the dispatcher: its fields in their order."""
-    return ", ".join(f"{_SCHEMA[str(field.type)]} {field.name}" for field in fields(call))
-
-
-def flat(call: Any) -> tuple:
-    """The values of a call's fields, the dispatcher's arguments."""
-    return tuple([getattr(call, name) for name in call.__match_args__])
-
 
 def define(
     name: str,
-    arguments: str | type,
+    call_type: type,
     returns: str,
     run: Callable,
     fake: Callable,
     *,
     row: dict[str, backends.Implementation] | None = None,
-    native: str | None = None,
+    native: tuple[type, str] | None = None,
     native_fake: Callable | None = None,
     facts: Callable[..., dict] | None = None,
 ) -> None:
     """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
-    arguments: the arguments of the schema, or the dataclass of a call from which they are generated. With a dataclass, `run`,
-    `fake` and the functions of the backends get an object of it, except C++, which gets its fields.
-    run(function, *arguments): prepares the call for a backend's function.
+    call_type: the dataclass of a call, from which the schema is generated; `fake` and `facts` get an object of it.
+    run(function, call): runs a backend's function, which takes a call too; C++ gets its fields.
     row: the op's backends, for the table. An op without them is composed of other ops: its `run` gets `pick(op, **facts)`,
     which returns their functions.
-    native: the schema of the C++ functions if it differs from that of the op; `native_fake` is then their fake.
-    facts(*arguments): facts of the call, besides device and dtype, that the backends' predicates need.
+    native: the call and the results of the backends' functions if they differ from the op's, and `native_fake` their fake.
+    facts(call): facts of the call, besides device and dtype, that the backends' predicates need.
     """
-    as_call: Callable = lambda *args: args  # noqa: E731
-    if isinstance(arguments, type):
-        call_type, arguments, of_call = arguments, schema_of(arguments), fake
-        as_call = lambda *args: (call_type(*args),)  # noqa: E731
-        fake = lambda *args: of_call(call_type(*args[:-1]))  # noqa: E731
-        native_fake = native_fake or of_call
     if row:
-        backends.TABLE[name] = row
-    library.define(f"{name}({arguments}, str backend) -> {returns}")
-    schema = (native or f"({arguments}) -> {returns}").replace("SymInt", "int")  # C++ runs with numbers, never traced
-    given = re.sub(r"\(\w!\)", "", schema.split(" -> ")[0])
+        backends.TABLE[name], NATIVE_FAKES[name] = row, native_fake or fake
+    library.define(f"{name}({schema_of(call_type)}, str backend) -> {returns}")
+    native_type, results = native or (call_type, returns)
+    arguments = schema_of(native_type).replace("SymInt", "int")  # C++ runs with numbers, never traced
+    unwritten = re.sub(r"\(\w!\)", "", arguments)
     for backend in {"cpu", "cuda"} & set(row or ()):
-        library.define(f"{name}_{backend}{schema}")
+        library.define(f"{name}_{backend}({arguments}) -> {results}")
         # Returns the bytes that it takes besides its results; it is called with meta tensors.
-        library.define(f"{name}_{backend}_workspace{given} -> int")
+        library.define(f"{name}_{backend}_workspace({unwritten}) -> int")
 
     def dispatch(*args, through: Callable[[str, str, Callable], Callable] | None = None):
         first: Tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        call = call_type(*args[:-1])
 
-        def pick(op: str, **call) -> Callable:
-            backend, function = backends.select(op, first.device.type, first.dtype, args[-1], **call)
+        def pick(op: str, **of_call) -> Callable:
+            backend, function = backends.select(op, first.device.type, first.dtype, args[-1], **of_call)
             return through(op, backend, function) if through else function
 
-        function = pick(name, **(facts(*args[:-1]) if facts else {})) if row else pick
+        function = pick(name, **(facts(call) if facts else {})) if row else pick
         meta = first.device.type == "meta"  # it has no autocast
         with contextlib.nullcontext() if meta else torch.autocast(first.device.type, enabled=False):
-            return run(function, *as_call(*args[:-1]))
+            return run(function, call)
 
     library.impl(name, dispatch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"simplclip::{name}", fake, lib=library)
+    torch.library.register_fake(f"simplclip::{name}", lambda *args: fake(call_type(*args[:-1])), lib=library)
     DISPATCH[f"simplclip::{name}"] = dispatch
-    if row:
-        NATIVE_FAKES[name] = native_fake or (lambda *args: fake(*args, ""))
 
 
 _FIRST_ORDER = (
@@ -134,6 +115,33 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         return marked(*(None if t is None else t.detach().requires_grad_() for t in out))
 
     torch.library.register_autograd(f"simplclip::{name}", once, setup_context=setup_context)
+
+
+def register_gradient(name: str, call_type: type, backward: Callable, forget: Sequence[str] = ()) -> None:
+    """Registers the gradient of the first result of `simplclip::name`; the other results are for backward and have none.
+
+    backward(call, results, grad, need, backend) returns gradients by field. `results` are the others; `need` says by field
+    whether its gradient is needed. All tensors of the call are saved except those to `forget`, which are None in its `call`.
+    """
+    names = [*(field.name for field in fields(call_type)), "backend"]
+    tensors = tensors_of(call_type)
+
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        saved = (None if field in forget else value for field, value in zip(tensors, inputs))
+        ctx.save_for_backward(*saved, *output[1:])
+        ctx.options = inputs[len(tensors) :]
+
+    def of_fields(ctx, grad, *_):
+        found = {}
+        if grad is not None:
+            saved, (*options, backend) = ctx.saved_tensors, ctx.options
+            call = call_type(*saved[: len(tensors)], *options)
+            found = backward(call, saved[len(tensors) :], grad, dict(zip(names, ctx.needs_input_grad)), backend)
+        return tuple(found.get(field) for field in names)
+
+    register_autograd(name, of_fields, setup_context)
 
 
 def _public(name: str) -> str:

@@ -1,5 +1,5 @@
 #include "attention/gains.cuh"
-#include "attention/kernels.cuh"
+#include "attention/launch.cuh"
 
 #include "binding.h"
 

@@ -16,13 +16,12 @@ void mma(int type, const uint32_t* a, const uint32_t* b, float* d, uint64_t seed
 }
 
 // Returns the replays.
-int64_t ldmatrix(const char* memory, const int* offsets, bool four, bool transposed, uint32_t* out, uint64_t seed) {
-  return launch({1}, 32, 1024, seed, [=] { ldmatrix_kernel(memory, offsets, four, transposed, out); }).replays;
+int64_t ldmatrix(const char* memory, const int* offsets, bool transposed, uint32_t* out, uint64_t seed) {
+  return launch({1}, 32, 1024, seed, [=] { ldmatrix_kernel(memory, offsets, transposed, out); }).replays;
 }
 
-void cp_async(int bytes, const char* from, int valid, uint32_t* early, uint32_t* late, uint64_t seed) {
-  auto kernel = bytes == 16 ? cp_async_kernel<16> : bytes == 8 ? cp_async_kernel<8> : cp_async_kernel<4>;
-  launch({1}, 32, 64 * bytes, seed, [=] { kernel(from, valid, early, late); });
+void cp_async(const char* from, int valid, uint32_t* early, uint32_t* late, uint64_t seed) {
+  launch({1}, 32, 1024, seed, [=] { cp_async_kernel(from, valid, early, late); });
 }
 
 void convert(bool half, const float* in, int pairs, uint32_t* packed, float* back, uint32_t* tf32, float* power) {
@@ -61,7 +60,7 @@ void fault(const char* name, float* global /* [64] */, uint64_t seed) {
     }
     if (kind == "missing lane" && lane() != 3) sync_warp();
     if (kind == "misaligned ldmatrix") ldmatrix_x4(r, shared + lane() % 8 * 16 + (lane() == 9 ? 8 : 0));
-    if (kind == "misaligned cp.async") cp_async_8(shared, reinterpret_cast<char*>(global) + 4, true);
+    if (kind == "misaligned cp.async") cp_async_16(shared, reinterpret_cast<char*>(global) + 8, true);
     if (kind == "outside") cp_async_16(shared + 256, global, false);
     if (kind == "shared overrun") reinterpret_cast<float*>(shared)[thread() + 1] = 1;
     if (kind == "global overrun") global[thread() + 1] = 1;

@@ -23,39 +23,31 @@ SIMPLCLIP_KERNEL void mma_kernel(const uint32_t* a /* [32, 4] */, const uint32_t
 
 // One warp, 1 KiB of shared memory: what each lane receives of the rows at the lanes' offsets.
 SIMPLCLIP_KERNEL void ldmatrix_kernel(
-    const char* memory /* 1 KiB */, const int* offsets /* [32] */, bool four, bool transposed, uint32_t* out /* [32, 4] */) {
+    const char* memory /* 1 KiB */, const int* offsets /* [32] */, bool transposed, uint32_t* out /* [32, 4] */) {
   char* shared = shared_memory();
   for (int i = lane() * 16; i < 1024; i += 512) cp_async_16(shared + i, memory + i, true);
   cp_async_commit();
   cp_async_wait<0>();
   sync_warp();
   const char* row = shared + offsets[lane()];
-  uint32_t r[4] = {}, half[2];
-  if (four && transposed) ldmatrix_x4_trans(r, row);
-  if (four && !transposed) ldmatrix_x4(r, row);
-  if (!four) {
-    if (transposed) {
-      ldmatrix_x2_trans(half, row);
-    } else {
-      ldmatrix_x2(half, row);
-    }
-    r[0] = half[0];
-    r[1] = half[1];
+  uint32_t r[4];
+  if (transposed) {
+    ldmatrix_x4_trans(r, row);
+  } else {
+    ldmatrix_x4(r, row);
   }
   for (int i = 0; i < 4; ++i) out[lane() * 4 + i] = r[i];
 }
 
 // One warp: every lane copies BYTES of `from`, the last lanes zeros; `early` is what it reads before the second group's wait.
-template <int BYTES>
 SIMPLCLIP_KERNEL void cp_async_kernel(const char* from /* [2, 32, BYTES] */, int valid, uint32_t* early, uint32_t* late) {
+  constexpr int BYTES = 16;
   char* shared = shared_memory() + lane() * BYTES;
   for (int i = 0; i < BYTES / 4; ++i) reinterpret_cast<uint32_t*>(shared + 32 * BYTES)[i] = 0;  // what a copy replaces
   for (int group = 0; group < 2; ++group) {
     void* to = shared + group * 32 * BYTES;
     const char* source = from + (group * 32 + lane()) * BYTES;
-    if constexpr (BYTES == 16) cp_async_16(to, source, lane() < valid);
-    if constexpr (BYTES == 8) cp_async_8(to, source, lane() < valid);
-    if constexpr (BYTES == 4) cp_async_4(to, source, lane() < valid);
+    cp_async_16(to, source, lane() < valid);
     cp_async_commit();
   }
   auto copy = [&](uint32_t* out) {  // [2, 32, BYTES / 4]
@@ -129,10 +121,10 @@ SIMPLCLIP_KERNEL void product_kernel(
     cp_async_commit();
     cp_async_wait<0>();
     sync_block();
-    uint32_t x[4], y[2];
+    uint32_t x[4], y[4];
     ldmatrix_x4(x, left + lane() % 16 * 16 + lane() / 16 * 8);
-    ldmatrix_x2_trans(y, right + lane() % 16 * columns + warp() * 8);
-    mma16816<T>(sums, x, y);
+    ldmatrix_x4_trans(y, right + lane() % 16 * columns + warp() * 8);  // twice the same two matrices
+    mma16816<T>(sums, x, {y[0], y[1]});
     sync_block();  // the slices are read before the next ones overwrite them
   }
   float* tile = c + warp() * 8 + lane() % 4 * 2;

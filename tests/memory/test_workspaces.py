@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections import Counter
+from dataclasses import dataclass
 from unittest import mock
 
 import pytest
@@ -15,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.memory.workspaces import UnknownWorkspace, packing_bytes, workspace_bytes
 from simplclip.ops import backends
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from simplclip.ops.calls import flat
+from simplclip.ops.mlp.call import HiddenGradient
 
 SCALARS = 64  # bytes, of results that come after the peak
 # What oneDNN packs is fitted to AVX512-BF16; of AMX, and of float16 where AVX512-FP16 multiplies it, only a bound is known.
@@ -36,16 +40,16 @@ def compared():
     called = []
 
     def comparing(name, function):
-        def run(*args):
+        def run(call):
             kept = []
-            stated = workspace_bytes(name, "cpu", *args)
-            on_meta = [t.to("meta") if isinstance(t, torch.Tensor) else t for t in args]
-            assert workspace_bytes(name, "cpu", *on_meta) == stated
-            peak = cpu_peak_bytes(lambda: kept.append(function(*args)))
+            stated = workspace_bytes(name, "cpu", call)
+            on_meta = type(call)(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in flat(call)))
+            assert workspace_bytes(name, "cpu", on_meta) == stated
+            peak = cpu_peak_bytes(lambda: kept.append(function(call)))
             measured = max(0, peak - storage_bytes(kept))
-            halves = any(t.dtype in NATIVE for t in tensors_of(args))
+            halves = any(t.dtype in NATIVE for t in flat(call) if isinstance(t, torch.Tensor))
             slack = SCALARS + max(1 << 16, measured // 100, UNFITTED) * halves
-            assert stated == pytest.approx(measured, abs=slack), (name, args)
+            assert stated == pytest.approx(measured, abs=slack), (name, call)
             called.append((name, measured))
             return kept[0]
 
@@ -115,7 +119,7 @@ def test_other_ops_on_cpu(dtype):
         for call, frozen in calls:
             forward_and_backward(call, call.typed(dtype), frozen)
         nothing = [torch.empty(shape, dtype=dtype) for shape in ((0, 24), (0, 256), (24, 256))]
-        backends.TABLE["parallel_mlp_bwd"]["cpu"].function(*nothing, "gelu", True)
+        backends.TABLE["parallel_mlp_bwd"]["cpu"].function(HiddenGradient(*nothing, "gelu", True))
     # A block's functions are those of shaped_attention and, adding to the result, of parallel_mlp.
     count = Counter(name for name, _ in called)
     assert count.pop("parallel_mlp_fwd") >= 10  # one without a backward takes its rows in parts
@@ -136,19 +140,24 @@ def test_packing_of_products(transposed):
         assert stated == pytest.approx(measured, abs=max(4096, measured // 100)), (m, n, k)
 
 
+@dataclass
+class Silent:
+    x: torch.Tensor
+
+
 @needs_cpu_kernels
 def test_a_function_without_a_workspace_is_an_error():
     lib = torch.library.Library("simplclip", "FRAGMENT")
     lib.define("silent_cpu_workspace(Tensor x) -> int")
     with pytest.raises(UnknownWorkspace, match="no workspace is stated for silent on backend cpu"):
-        workspace_bytes("silent", "cpu", torch.empty(8))
+        workspace_bytes("silent", "cpu", Silent(torch.empty(8)))
 
 
 def test_without_the_extension_the_reason_is_said(monkeypatch):
     monkeypatch.setattr(backends, "extension", None)
     monkeypatch.setattr(backends, "extension_error", "it was not built")
     with pytest.raises(UnknownWorkspace, match="parallel_mlp_fwd on backend cpu cannot be predicted: it was not built"):
-        workspace_bytes("parallel_mlp_fwd", "cpu")
+        workspace_bytes("parallel_mlp_fwd", "cpu", Silent(torch.empty(8)))
 
 
 @pytest.mark.skipif(backends.cuda_extension is None, reason=f"no CUDA kernels: {backends.cuda_extension_error}")
@@ -159,9 +168,13 @@ def test_cuda_attention_copies_what_is_not_aligned():
     gains, lse = torch.empty(3, 3, device="meta"), torch.empty(4, 3, 50, device="meta")
     copy = 4 * 50 * 3 * 64 * 2
     assert copy % 512 == 0
-    assert workspace_bytes("shaped_attention_fwd", "cuda", inside, inside, inside, gains, None, 1.0, False) == 0
-    assert workspace_bytes("shaped_attention_fwd", "cuda", inside, shifted, shifted, gains, None, 1.0, False) == 2 * copy
+
+    def forward_bytes(*qkv):
+        return workspace_bytes("shaped_attention_fwd", "cuda", AttentionCall(*qkv, gains, None, 1.0, False))
+
+    assert forward_bytes(inside, inside, inside) == 0
+    assert forward_bytes(inside, shifted, shifted) == 2 * copy
     single = torch.empty_strided((1, 50, 3, 64), (3, 192, 64, 1), dtype=torch.bfloat16, device="meta")
-    assert workspace_bytes("shaped_attention_fwd", "cuda", single, single, single, gains, None, 1.0, False) == 0
-    args = [shifted, inside, inside, inside, gains, lse, None, 1.0, False, inside, shifted, inside]
-    assert workspace_bytes("shaped_attention_bwd", "cuda", *args) == 2 * copy + 512
+    assert forward_bytes(single, single, single) == 0
+    backward = AttentionInto(inside, inside, inside, gains, None, 1.0, False, shifted, lse, inside, shifted, inside)
+    assert workspace_bytes("shaped_attention_bwd", "cuda", backward) == 2 * copy + 512

@@ -11,6 +11,8 @@ from tolerance import assert_within
 from torch.overrides import TorchFunctionMode
 
 from simplclip.ops.attention import reference as attention_reference
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from simplclip.ops.calls import flat
 
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 TOLERANCE = TYPES | {"tf32": "tf32"}
@@ -63,9 +65,10 @@ def by_reference(case: Case, given: dict, dtype: torch.dtype) -> dict:
     q, k, v, grad, gains = (given[name].to(dtype) for name in ("q", "k", "v", "grad", "gains"))
     mode = given["lengths"], case.scale, case.causal
     with mock.patch.object(attention_reference, "accumulate_dtype", return_value=dtype):
-        out, lse = attention_reference.shaped_attention_fwd(q, k, v, gains, *mode)
+        call = AttentionCall(q, k, v, gains, *mode)
+        out, lse = attention_reference.shaped_attention_fwd(call)
         grads = [torch.empty_like(q) for _ in range(3)]
-        d_gains = attention_reference.shaped_attention_bwd(grad, q, k, v, gains, lse, *mode, *grads)
+        d_gains = attention_reference.shaped_attention_bwd(AttentionInto(*flat(call), grad, lse, *grads))
     return results(out, lse, *grads, d_gains)
 
 

@@ -1,11 +1,11 @@
 // shaped_attention on a CPU: a task per sequence and head.
+#include "../../calls.h"
 #include "../../scratch.h"
 #include "../instruction_set.h"
 #include "../tensors.h"
 
 #include <memory>
 #include <new>
-#include <tuple>
 #include <vector>
 
 namespace simplclip {
@@ -27,33 +27,26 @@ void expect_heads(const char* name, const Tensor& t, const Tensor& q) {
   expect_dtype_of(name, t, "q", q);
 }
 
-void expect_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains, const Tensor& lse,
-                      const std::optional<Tensor>& lengths) {
-  expect_heads("q", q, q);
-  expect_heads("k", k, q);
-  expect_heads("v", v, q);
-  expect_contiguous("gains", gains);
-  expect_contiguous("lse", lse);
-  expect_contiguous("lengths", lengths);
-}
-
 // Calls f(the head, sequence, head's number, scratch) in parallel.
 template <class F>
-void for_heads(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains, const Tensor& lse,
-               const std::optional<Tensor>& lengths, double scale, bool causal, bool is_backward, F&& f) {
-  expect_attention(q, k, v, gains, lse, lengths);
+void for_heads(const AttentionCall& call, const Tensor& lse, bool is_backward, F&& f) {
+  const Tensor& q = call.q;
+  expect_heads("q", q, q);
+  expect_heads("k", call.k, q);
+  expect_heads("v", call.v, q);
+  call.expect_layout(lse);
   const int64_t batch = q.size(0), length = q.size(1), heads = q.size(2), width = q.size(3);
   const AttentionKernels& isa = instruction_set().attention;
-  const float* gain = gains.const_data_ptr<float>();
-  const int32_t* valid = lengths ? lengths->const_data_ptr<int32_t>() : nullptr;
+  const float* gain = call.gains.const_data_ptr<float>();
+  const int32_t* valid = call.lengths ? call.lengths->const_data_ptr<int32_t>() : nullptr;
   float* const sums = lse.mutable_data_ptr<float>();
   const int64_t floats = isa.scratch_floats(length, width, is_backward);
   parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[], Free> scratch(new (std::align_val_t(64)) float[floats]);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads, h = task % heads;
-      const AttentionHead head{head_rows(q, b, h), head_rows(k, b, h), head_rows(v, b, h), type_of(q), length,
-                               valid ? valid[b] : length, width, causal, float(scale), gain[h], gain[heads + h],
+      const AttentionHead head{head_rows(q, b, h), head_rows(call.k, b, h), head_rows(call.v, b, h), type_of(q), length,
+                               valid ? valid[b] : length, width, call.causal, float(call.scale), gain[h], gain[heads + h],
                                gain[2 * heads + h], sums + task * length};
       f(head, b, h, scratch.get());
     }
@@ -61,33 +54,30 @@ void for_heads(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 }
 
 // Returns the result [B, L, H, K] and the log-sum-exps [B, H, L].
-std::tuple<Tensor, Tensor> shaped_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains,
-                                                const std::optional<Tensor>& lengths, double scale, bool causal) {
+std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
+  const Tensor& q = call.q;
   const Tensor out = new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
   const Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
-  for_heads(q, k, v, gains, lse, lengths, scale, causal, false,
-            [&](const AttentionHead& head, int64_t b, int64_t h, float* scratch) {
-              instruction_set().attention.forward(head, head_rows(out, b, h), scratch);
-            });
+  for_heads(call, lse, false, [&](const AttentionHead& head, int64_t b, int64_t h, float* scratch) {
+    instruction_set().attention.forward(head, head_rows(out, b, h), scratch);
+  });
   return {out, lse};
 }
 
 // Writes dq, dk, dv and returns the gradients of the gains [3, H].
-Tensor shaped_attention_bwd(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& gains,
-                            const Tensor& lse, const std::optional<Tensor>& lengths, double scale, bool causal, Tensor dq,
-                            Tensor dk, Tensor dv) {
-  expect_heads("grad", grad, q);
-  expect_heads("dq", dq, q);
-  expect_heads("dk", dk, q);
-  expect_heads("dv", dv, q);
-  const int64_t batch = q.size(0), heads = q.size(2);
+Tensor shaped_attention_bwd(const AttentionInto& call) {
+  expect_heads("grad", call.grad, call.q);
+  expect_heads("dq", call.dq, call.q);
+  expect_heads("dk", call.dk, call.q);
+  expect_heads("dv", call.dv, call.q);
+  const int64_t batch = call.q.size(0), heads = call.q.size(2);
   std::vector<double> parts(batch * heads * 3);
-  for_heads(q, k, v, gains, lse, lengths, scale, causal, true,
-            [&](const AttentionHead& head, int64_t b, int64_t h, float* scratch) {
-              const AttentionGrad to{head_rows(grad, b, h), head_rows(dq, b, h), head_rows(dk, b, h), head_rows(dv, b, h)};
-              instruction_set().attention.backward(head, to, parts.data() + (b * heads + h) * 3, scratch);
-            });
-  const Tensor d_gains = new_empty(gains, {3, heads});
+  for_heads(call, call.lse, true, [&](const AttentionHead& head, int64_t b, int64_t h, float* scratch) {
+    const AttentionGrad to{head_rows(call.grad, b, h), head_rows(call.dq, b, h), head_rows(call.dk, b, h),
+                           head_rows(call.dv, b, h)};
+    instruction_set().attention.backward(head, to, parts.data() + (b * heads + h) * 3, scratch);
+  });
+  const Tensor d_gains = new_empty(call.gains, {3, heads});
   float* const sums = d_gains.mutable_data_ptr<float>();
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t gain = 0; gain < 3; ++gain) {
@@ -99,13 +89,13 @@ Tensor shaped_attention_bwd(const Tensor& grad, const Tensor& q, const Tensor& k
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("shaped_attention_fwd_cpu_workspace", TORCH_BOX(&NoWorkspace<&shaped_attention_fwd>::bytes));
-  m.impl("shaped_attention_bwd_cpu_workspace", TORCH_BOX(&NoWorkspace<&shaped_attention_bwd>::bytes));
+  m.impl("shaped_attention_fwd_cpu_workspace", TORCH_BOX((&NoWorkspace<&Unpacked<AttentionCall, shaped_attention_fwd>::run>::bytes)));
+  m.impl("shaped_attention_bwd_cpu_workspace", TORCH_BOX((&NoWorkspace<&Unpacked<AttentionInto, shaped_attention_bwd>::run>::bytes)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {
-  m.impl("shaped_attention_fwd_cpu", TORCH_BOX(&shaped_attention_fwd));
-  m.impl("shaped_attention_bwd_cpu", TORCH_BOX(&shaped_attention_bwd));
+  m.impl("shaped_attention_fwd_cpu", TORCH_BOX((&Unpacked<AttentionCall, shaped_attention_fwd>::run)));
+  m.impl("shaped_attention_bwd_cpu", TORCH_BOX((&Unpacked<AttentionInto, shaped_attention_bwd>::run)));
 }
 
 }  // namespace

@@ -4,9 +4,10 @@
 // each full block of rows. The gradients of the gains are the trace of dP, its mean under the softmax and its plain mean.
 
 // In row i, logits are replaced by scale dS, and dp by the mixing weights; both are 0 after the `count` visible keys.
-inline void row_gradients(float* logits, float* dp, int64_t columns, int64_t count, float scale, float beta, float gamma, float lse,
+inline void row_gradients(const AttentionHead& head, float lse, float* logits, float* dp, int64_t columns, int64_t count,
                           double* gains) {
   const vi lanes = iota();
+  const float scale = head.scale, beta = head.beta, factor = scale * beta;
   vf mean = {}, plain = {};
   for (int64_t c = 0; c < columns; c += W) {
     const vf probability = exp(load(logits + c) * scale - lse);
@@ -16,7 +17,7 @@ inline void row_gradients(float* logits, float* dp, int64_t columns, int64_t cou
     mean += p * d;
     plain += d;
   }
-  const float delta = sum(mean), uniform = gamma / float(count), factor = scale * beta;
+  const float delta = sum(mean), uniform = head.gamma / float(count);
   gains[1] += delta;
   gains[2] -= sum(plain) / float(count);
   for (int64_t c = 0; c < columns; c += W) {
@@ -76,14 +77,14 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
       const int64_t seen_columns = round_up(seen, W), at = (i - block) / kFloats * columns;
       float *s = s_tile, *dp = dp_tile;
       if constexpr (kFloats == 1) s = ds + at, dp = mixing + at;
-      row_product(seen_columns / W, units_of(width, kFloats), q + i * units, units, 1, kt, columns, zero,
+      row_product(seen_columns / W, units_of(width, kFloats), Units<U>{q + i * units, units}, Units<U>{kt, columns}, zero,
                   [&](int r, int64_t c, vf x) { store(s + r * columns + c, x); });
-      row_product(seen_columns / W, units_of(width, kFloats), d_out + i * units, units, 1, vt, columns, zero,
+      row_product(seen_columns / W, units_of(width, kFloats), Units<U>{d_out + i * units, units}, Units<U>{vt, columns}, zero,
                   [&](int r, int64_t c, vf x) { store(dp + r * columns + c, x); });
       for (int64_t r = 0; r < count; ++r) {
         gains[0] += dp[r * columns + i + r];
-        row_gradients(s + r * columns, dp + r * columns, seen_columns, head.causal ? i + r + 1 : n, head.scale, head.beta,
-                      head.gamma, head.lse[i + r], gains);
+        row_gradients(head, head.lse[i + r], s + r * columns, dp + r * columns, seen_columns, head.causal ? i + r + 1 : n,
+                      gains);
       }
       int64_t left_row = columns;
       if constexpr (kFloats == 1) {
@@ -94,16 +95,17 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
         pair_down(s, count, columns, seen_columns, ds + at, columns);
         pair_down(dp, count, columns, seen_columns, mixing + at, columns);
       }
-      row_product(round_up(width, W) / W, units_of(seen, kFloats), left, left_row, 1, k, padded, zero, [&](int r, int64_t c, vf x) {
-        if (r < count) store_up_to(static_cast<T*>(grad.dq.data) + (i + r) * grad.dq.stride + c, x, width - c);
-      });
+      row_product(round_up(width, W) / W, units_of(seen, kFloats), Units<U>{left, left_row}, Units<U>{k, padded}, zero,
+                  [&](int r, int64_t c, vf x) {
+                    if (r < count) store_up_to(static_cast<T*>(grad.dq.data) + (i + r) * grad.dq.stride + c, x, width - c);
+                  });
     }
     // If causal, key j is visible from row j on; tiles of rows and of keys begin at the same tokens.
     for (int64_t j = 0; j < (head.causal ? end : n); j += kTile) {
       const int64_t first = head.causal ? std::max(block, j) : block, at = (first - block) / kFloats * columns + j;
       const auto accumulate = [&](float* sums, const U* matrix, const U* right) {
-        row_product(round_up(width, W) / W, units_of(end - first, kFloats), matrix + at, 1, columns,
-                    right + first / kFloats * padded, padded, [&](int r, int64_t c) { return load(sums + (j + r) * padded + c); },
+        row_product(round_up(width, W) / W, units_of(end - first, kFloats), Units<U>{matrix + at, 1, columns},
+                    Units<U>{right + first / kFloats * padded, padded}, [&](int r, int64_t c) { return load(sums + (j + r) * padded + c); },
                     [&](int r, int64_t c, vf x) { store(sums + (j + r) * padded + c, x); });
       };
       accumulate(dk, ds, q_stacked);

@@ -76,15 +76,15 @@ void attention_forward_typed(const AttentionHead& head, const Rows& out, float* 
     const int64_t seen = head.causal ? std::min(i + kTile, n) : n, count = std::min<int64_t>(kTile, n - i);
     const int64_t seen_columns = round_up(seen, W);
     row_product(
-        seen_columns / W, units_of(width, kFloats), q + i * units, units, 1, kt, columns, [](int, int64_t) { return vf{}; },
-        [&](int r, int64_t c, vf x) { store(weights + r * columns + c, x); });
+        seen_columns / W, units_of(width, kFloats), Units<U>{q + i * units, units}, Units<U>{kt, columns},
+        [](int, int64_t) { return vf{}; }, [&](int r, int64_t c, vf x) { store(weights + r * columns + c, x); });
     for (int64_t r = 0; r < count; ++r) {
       const int64_t keys = head.causal ? i + r + 1 : n;
       head.lse[i + r] = mixing_weights(weights + r * columns, seen_columns, keys, head.scale, head.beta, head.gamma);
     }
     if constexpr (kFloats == 2) pair_along(weights, count, columns, seen_columns, left, left_row);
     row_product(
-        round_up(width, W) / W, units_of(seen, kFloats), left, left_row, 1, v, padded,
+        round_up(width, W) / W, units_of(seen, kFloats), Units<U>{left, left_row}, Units<U>{v, padded},
         [&](int r, int64_t c) { return load_up_to(row_of<T>(head.v, i + r, n) + c, width - c) * head.alpha; },
         [&](int r, int64_t c, vf x) {
           if (r < count) store_up_to(static_cast<T*>(out.data) + (i + r) * out.stride + c, x, width - c);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../float_type.h"
+#include "../elementwise.h"
 
 namespace simplclip {
 

@@ -1,4 +1,4 @@
-// Included after vec.h and half.h, inside the namespace of an instruction set. See rows.h.
+// Included after vec.h, inside the namespace of an instruction set. See rows.h.
 // A row is read twice, for the norms (or u.g) and for the distance (or the gradient); the second time it is in the cache.
 
 constexpr float kEps = 1e-12f;  // F.normalize's
@@ -71,25 +71,17 @@ void feature_backward_of(const FeatureRows& in, float factor, void* grad) {
   }
 }
 
-// Calls f with a null pointer of the type.
-template <class F>
-auto of_type(Float type, F&& f) {
-  if (type == Float::kBFloat16) return f(static_cast<bf16*>(nullptr));
-  if (type == Float::kHalf) return f(static_cast<f16*>(nullptr));
-  return f(static_cast<float*>(nullptr));
-}
-
 double feature_forward(const FeatureRows& in) {
-  return of_type(in.student_type, [&]<class S>(S*) {
-    return of_type(in.teacher_type, [&]<class T>(T*) {
+  return by_type(in.student_type, [&]<class S>(S*) {
+    return by_type(in.teacher_type, [&]<class T>(T*) {
       return in.smooth ? feature_forward_of<S, T, true>(in) : feature_forward_of<S, T, false>(in);
     });
   });
 }
 
 void feature_backward(const FeatureRows& in, float factor, void* grad) {
-  of_type(in.student_type, [&]<class S>(S*) {
-    of_type(in.teacher_type, [&]<class T>(T*) {
+  by_type(in.student_type, [&]<class S>(S*) {
+    by_type(in.teacher_type, [&]<class T>(T*) {
       in.smooth ? feature_backward_of<S, T, true>(in, factor, grad) : feature_backward_of<S, T, false>(in, factor, grad);
     });
   });

@@ -1,11 +1,11 @@
 // The second half of parallel_mlp on a CPU, some rows of the hidden layer at a time; its activation is only in scratch.
+#include "../../calls.h"
 #include "../instruction_set.h"
 #include "../tensors.h"
 #include "../transposed_sum.h"
 
 #include <algorithm>
 #include <cstring>
-#include <string>
 
 namespace simplclip {
 namespace {
@@ -32,10 +32,9 @@ int64_t chunk_rows(const Tensor& h) {
 
 // to[rows, F] = act(h), or with `grad` grad act'(h).
 void activate(Activation act, const Tensor& h, const Tensor* grad, Tensor& to) {
-  const ElementwiseKernels& isa = instruction_set().elementwise;
   parallel_for(0, h.size(0) * h.size(1), kGrain, [&](int64_t begin, int64_t end) {
-    if (grad) isa.activate_backward(act, type_of(h), element(h, begin), element(*grad, begin), element(to, begin), end - begin);
-    else isa.activate(act, type_of(h), element(h, begin), element(to, begin), end - begin);
+    const void* d_out = grad ? element(*grad, begin) : nullptr;
+    instruction_set().elementwise.activate(act, type_of(h), element(h, begin), d_out, element(to, begin), end - begin);
   });
 }
 
@@ -45,7 +44,7 @@ void put_bias(const Tensor& bias, Tensor& out, bool accumulate) {
   parallel_for(0, out.size(0), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       void* to = element(out, i * out.stride(0));
-      if (accumulate) instruction_set().elementwise.add(type_of(out), bias.const_data_ptr(), to, c);
+      if (accumulate) instruction_set().elementwise.convert(type_of(bias), bias.const_data_ptr(), type_of(out), to, c, true);
       else std::memcpy(to, bias.const_data_ptr(), c * bytes_of(out));
     }
   });
@@ -55,15 +54,14 @@ Tensor hidden_rows(const Tensor& h, Scratch& scratch) {
   return scratch.take(h, {std::min(chunk_rows(h), h.size(0)), h.size(1)});
 }
 
-int64_t parallel_mlp_fwd_cpu_workspace(const Tensor& h, const Tensor&, const std::optional<Tensor>&, const std::string&, const Tensor&,
-                                   bool) {
+int64_t parallel_mlp_fwd_workspace(const HiddenCall& call) {
   Scratch scratch;
-  hidden_rows(h, scratch);
+  hidden_rows(call.h, scratch);
   return scratch.bytes();
 }
 
-void parallel_mlp_fwd(const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& act, Tensor out,
-                      bool accumulate) {
+void parallel_mlp_fwd(const HiddenCall& call) {
+  const auto& [h, weight, bias, act, out, accumulate] = call;
   expect_contiguous("h", h);
   expect_contiguous("bias", bias);
   expect_dense_rows("out", out);
@@ -89,46 +87,48 @@ struct Backward {
   TransposedSum d_weight;
   Tensor rows;
 
-  Backward(const Tensor& h, const Tensor& weight, bool need_weight, Scratch& scratch)
-      : d_weight(weight, need_weight, h.scalar_type() != ScalarType::Float && chunk_rows(h) < h.size(0), scratch),
-        rows(hidden_rows(h, scratch)) {}
+  Backward(const HiddenGradient& call, Scratch& scratch)
+      : d_weight(call.weight, call.need_weight,
+                 call.h.scalar_type() != ScalarType::Float && chunk_rows(call.h) < call.h.size(0), scratch),
+        rows(hidden_rows(call.h, scratch)) {}
 };
 
-int64_t parallel_mlp_bwd_cpu_workspace(const Tensor&, const Tensor& h, const Tensor& weight, const std::string&, bool need_weight) {
+int64_t parallel_mlp_bwd_workspace(const HiddenGradient& call) {
   Scratch scratch;
-  Backward(h, weight, need_weight, scratch);
+  Backward(call, scratch);
   return scratch.bytes();
 }
 
 // Overwrites h by dh. Returns the gradient of the weight, [0, F] if it is not needed.
-Tensor parallel_mlp_bwd(const Tensor& grad, Tensor h, const Tensor& weight, const std::string& act, bool need_weight) {
+Tensor parallel_mlp_bwd(const HiddenGradient& call) {
+  const Tensor& h = call.h;
   expect_contiguous("h", h);
-  const Activation kind = activation_of(act);
+  const Activation kind = activation_of(call.act);
   const int64_t rows_of_chunk = chunk_rows(h);
   Scratch scratch;
-  Backward work(h, weight, need_weight, scratch);
+  Backward work(call, scratch);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
     Tensor to = rows(work.rows, 0, count), hidden = rows(h, i, count);
-    const Tensor d_out = rows(grad, i, count);
-    if (need_weight) {
+    const Tensor d_out = rows(call.grad, i, count);
+    if (call.need_weight) {
       activate(kind, hidden, nullptr, to);
       work.d_weight.add(d_out, to);
     }
-    mm_out(to, d_out, weight);
+    mm_out(to, d_out, call.weight);
     activate(kind, hidden, &to, hidden);
   }
   return work.d_weight.result();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("parallel_mlp_fwd_cpu_workspace", TORCH_BOX(&parallel_mlp_fwd_cpu_workspace));
-  m.impl("parallel_mlp_bwd_cpu_workspace", TORCH_BOX(&parallel_mlp_bwd_cpu_workspace));
+  m.impl("parallel_mlp_fwd_cpu_workspace", TORCH_BOX((&Unpacked<HiddenCall, parallel_mlp_fwd_workspace>::run)));
+  m.impl("parallel_mlp_bwd_cpu_workspace", TORCH_BOX((&Unpacked<HiddenGradient, parallel_mlp_bwd_workspace>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {
-  m.impl("parallel_mlp_fwd_cpu", TORCH_BOX(&parallel_mlp_fwd));
-  m.impl("parallel_mlp_bwd_cpu", TORCH_BOX(&parallel_mlp_bwd));
+  m.impl("parallel_mlp_fwd_cpu", TORCH_BOX((&Unpacked<HiddenCall, parallel_mlp_fwd>::run)));
+  m.impl("parallel_mlp_bwd_cpu", TORCH_BOX((&Unpacked<HiddenGradient, parallel_mlp_bwd>::run)));
 }
 
 }  // namespace

@@ -1,11 +1,9 @@
-// Arguments of shaped_attention's kernels. Also for compilers without CUDA.
+// Arguments of shaped_attention's kernels, and their launches. Also for compilers without CUDA.
 #pragma once
 
 #include <cstdint>
 
 namespace simplclip {
-
-enum class ShapedType { kFloat16, kBFloat16, kTF32 };
 
 // A tensor [B, L, H, K] whose last dimension is contiguous; strides in bytes.
 struct HeadsView {
@@ -32,5 +30,22 @@ struct ShapedAttentionBackward : ShapedAttention {
   HeadsView grad, dq, dk, dv;
   float* d_gains;  // [B, 3, H]
 };
+
+namespace gpu {
+struct bf16;
+struct f16;
+struct tf32;
+}  // namespace gpu
+
+// T: a type of namespace gpu. Every address and stride is a multiple of 16 bytes, and why_no_shaped_plan is null. A launch returns
+// null, or its error; `stream` is a cudaStream_t.
+template <class T>
+const char* launch_shaped_forward(ShapedAttentionForward p, void* stream);
+
+template <class T>
+const char* launch_shaped_backward(const ShapedAttentionBackward& p, void* stream);
+
+// d_gains [count], the sums over the first dimension of parts [batch, count].
+const char* launch_shaped_gains(const float* parts, float* d_gains, int batch, int count, void* stream);
 
 }  // namespace simplclip

@@ -52,12 +52,7 @@ SIMPLCLIP_DEVICE void shaped_attention_backward(const ShapedAttentionBackward& p
   stage(v, head.rows(p.v), 0, 0, all * kRows, head.length);
   cp_async_commit();
 
-  float a[kTiles][2][4], dp[kTiles][2][4];
-#pragma unroll
-  for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) a[i][j / 4][j % 4] = dp[i][j / 4][j % 4] = 0;
-  }
+  float a[kTiles][2][4] = {}, dp[kTiles][2][4] = {};
   cp_async_wait<1>();
   sync_block();
   multiply_rows<T, kTiles>(a, q, tile, 0, k, tiles, row_bytes);

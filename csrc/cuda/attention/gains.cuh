@@ -1,6 +1,7 @@
 // The last step of shaped_attention's backward.
 #pragma once
 
+#include "attention.h"
 #include "../tile.cuh"
 
 namespace simplclip::gpu {

@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks
 from simplclip.ops.attention import reference
+from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
+from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.registry import autocast, call, define, register_autograd
+from simplclip.ops.registry import autocast, call, define, register_gradient
 
 
-def rows_in_memory(*tensors: Tensor) -> list[Tensor]:
+def rows_in_memory(call: AttentionCall, *names: str) -> None:
     """Copies tensors whose last dimension is not contiguous; kernels read heads with any other strides."""
-    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    for name in names:
+        if getattr(call, name).stride(-1) != 1:
+            setattr(call, name, getattr(call, name).contiguous())
 
 
-def _facts(*args):
-    q = next(arg for arg in args if arg.dim() == 4)
-    return {"width": q.shape[3], "length": q.shape[1]}
+def _facts(call):
+    return {"width": call.q.shape[3], "length": call.q.shape[1]}
 
 
-def _fwd(function, q, k, v, *rest):
-    return function(*rows_in_memory(q, k, v), *rest)
+def _fwd(function, call):
+    rows_in_memory(call, "q", "k", "v")
+    return function(call)
 
 
-def _fwd_fake(q, k, v, gains, lengths, scale, causal, backend):
-    b, length, h, _ = q.shape
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(b, h, length, dtype=gains.dtype)
+def _fwd_fake(call):
+    b, length, h, _ = call.q.shape
+    lse = call.q.new_empty(b, h, length, dtype=call.gains.dtype)
+    return torch.empty_like(call.q, memory_format=torch.contiguous_format), lse
 
 
-def _bwd(function, grad, q, k, v, *rest):
-    d = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    return *d, function(*rows_in_memory(grad, q, k, v), *rest, *d)
+def _bwd(function, call):
+    d = _empty_gradients(call)
+    rows_in_memory(call, "grad", "q", "k", "v")
+    return *d, function(AttentionInto(*flat(call), *d))
 
 
-def _bwd_fake(grad, q, k, v, gains, *rest):
-    d = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
-    return *d, torch.empty_like(gains)
+def _bwd_fake(call):
+    return *_empty_gradients(call), torch.empty_like(call.gains)
+
+
+def _empty_gradients(call: AttentionCall) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (call.q, call.k, call.v)]
 
 
 def _why_not_triton(device: str, dtype: torch.dtype, *, width: int = 0, **call) -> str | None:
@@ -53,59 +60,34 @@ def _why_not_triton(device: str, dtype: torch.dtype, *, width: int = 0, **call) 
 def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
     if backends.cuda_extension is None:
         return backends.cuda_extension_error
-    if device != "cuda":
-        return f"serves cuda tensors, not {device}"
-    if backends.capability() and backends.capability() < (8, 0):
+    if device == "cuda" and backends.capability() and backends.capability() < (8, 0):
         return f"needs compute capability 8.0, the device has {'.'.join(map(str, backends.capability()))}"
-    if dtype == torch.float64:
-        return "computes in float32; float64 is for the reference"
+    reason = backends.why_not_kernels("cuda", device, dtype)
+    if reason:
+        return reason
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "serves float32 only through TF32, which torch does not allow (torch.backends.cuda.matmul.allow_tf32)"
     reason = backends.cuda_extension.shaped_attention_why_not(length, width)
     return reason and f"{reason}; got {length} tokens, width {width}"
 
 
-_BACKENDS: dict[str, Any] = {"module": "attention.op", "triton": _why_not_triton, "cuda": _why_not_cuda}
-define(
-    "shaped_attention_fwd",
-    "Tensor q, Tensor k, Tensor v, Tensor gains, Tensor? lengths, float scale, bool causal",
-    "(Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-    row=backends.row(reference.shaped_attention_fwd, **_BACKENDS),
-    facts=_facts,
+_FWD, _BWD = (
+    backends.row(function, module="attention.op", triton=_why_not_triton, cuda=_why_not_cuda)
+    for function in (reference.shaped_attention_fwd, reference.shaped_attention_bwd)
 )
+define("shaped_attention_fwd", AttentionCall, "(Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts)
 define(
-    "shaped_attention_bwd",
-    "Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gains, Tensor lse, Tensor? lengths, float scale, bool causal",
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _bwd,
-    _bwd_fake,
-    row=backends.row(reference.shaped_attention_bwd, **_BACKENDS),
-    native="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor gains, Tensor lse, Tensor? lengths, float scale, bool causal, "
-    "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> Tensor",
-    native_fake=lambda grad, q, k, v, gains, *_: torch.empty_like(gains),
-    facts=_facts,
-)
+    "shaped_attention_bwd", AttentionGradient, "(Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD, facts=_facts,
+    native=(AttentionInto, "Tensor"), native_fake=lambda call: torch.empty_like(call.gains),
+)  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, v, gains, lengths, scale, causal, backend = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, gains, lse, lengths)
-    ctx.mode = (scale, causal, backend)
+def _gradient(call, results, grad, need, backend):
+    grads = torch.ops.simplclip.shaped_attention_bwd(*flat(call), grad, *results, backend)
+    return dict(zip(("q", "k", "v", "gains"), grads))
 
 
-def _autograd(ctx, grad, _):
-    none = (None,) * 8
-    if grad is None:
-        return none
-    return *torch.ops.simplclip.shaped_attention_bwd(grad, *ctx.saved_tensors, *ctx.mode), *none[4:]
-
-
-register_autograd("shaped_attention_fwd", _autograd, _setup_context)
+register_gradient("shaped_attention_fwd", AttentionCall, _gradient)
 
 
 def shaped_attention(
@@ -158,4 +140,5 @@ def shaped_attention(
     scale = q.shape[3] ** -0.5 if scale is None else checks.number("scale", scale)
     dtype = accumulate_dtype(q.dtype)
     gains = torch.stack([alpha.to(dtype), beta.to(dtype), gamma.to(dtype)])
-    return call("shaped_attention_fwd", q, k, v, gains, lengths, scale, bool(causal), backends.forced())[0]
+    of_call = AttentionCall(q, k, v, gains, lengths, scale, bool(causal))
+    return call("shaped_attention_fwd", *flat(of_call), backends.forced())[0]

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.dtypes import accumulate_dtype
 
 
-def _visible(q: Tensor, lengths: Tensor | None, causal: bool) -> Tensor:
+def _visible(call: AttentionCall) -> Tensor:
     """Which keys a query attends to, [B or 1, 1, L, L]; a padded query attends to none."""
-    length = q.shape[1]
-    visible = torch.ones(length, length, dtype=torch.bool, device=q.device)
-    visible = (visible.tril() if causal else visible)[None]
-    if lengths is not None:
-        valid = torch.arange(length, device=q.device) < lengths[:, None]  # [B, L]
+    length, device = call.q.shape[1], call.q.device
+    visible = torch.ones(length, length, dtype=torch.bool, device=device)
+    visible = (visible.tril() if call.causal else visible)[None]
+    if call.lengths is not None:
+        valid = torch.arange(length, device=device) < call.lengths[:, None]  # [B, L]
         visible = visible & valid[:, None, :] & valid[:, :, None]
     return visible[:, None]
 
@@ -26,56 +27,35 @@ def _heads(visible: Tensor, *tensors: Tensor) -> list[Tensor]:
     return [t.transpose(1, 2).to(dtype).masked_fill(~seen, 0) for t in tensors]
 
 
-def shaped_attention_fwd(
-    q: Tensor,  # [B, L, H, K]
-    k: Tensor,  # [B, L, H, K]
-    v: Tensor,  # [B, L, H, K]
-    gains: Tensor,  # [3, H] alpha, beta, gamma
-    lengths: Tensor | None,  # [B] int32, 0..L
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
+def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """out = alpha v + beta A v − gamma C v [B, L, H, K], and the log-sum-exp of the visible logits [B, H, L] (padded: 0)."""
-    visible = _visible(q, lengths, causal)
-    dtype, wide_q, wide_k, wide_v = q.dtype, *_heads(visible, q, k, v)
-    logits = (scale * wide_q @ wide_k.mT).masked_fill(~visible, -torch.inf)
+    visible = _visible(call)
+    q, k, v = _heads(visible, call.q, call.k, call.v)
+    logits = (call.scale * q @ k.mT).masked_fill(~visible, -torch.inf)
     lse = logits.logsumexp(-1).masked_fill(~visible.any(-1), 0)
-    alpha, beta, gamma = gains[:, :, None, None]
+    alpha, beta, gamma = call.gains[:, :, None, None]
     mixing = beta * (logits - lse[..., None]).exp() - gamma * _uniform(visible, lse.dtype)
     seen = visible.any(-1)[..., None]
-    out = (alpha * wide_v + mixing @ wide_v).masked_fill(~seen, 0)  # so that padded gradients are not read
-    return out.transpose(1, 2).to(dtype).contiguous(), lse
+    out = (alpha * v + mixing @ v).masked_fill(~seen, 0)  # so that padded gradients are not read
+    return out.transpose(1, 2).to(call.q.dtype).contiguous(), lse
 
 
 def _uniform(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return visible.to(dtype) / visible.sum(-1, keepdim=True).clamp(min=1)
 
 
-def shaped_attention_bwd(
-    grad: Tensor,  # [B, L, H, K]
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gains: Tensor,
-    lse: Tensor,  # [B, H, L]
-    lengths: Tensor | None,
-    scale: float,
-    causal: bool,
-    dq: Tensor,  # [B, L, H, K] written, likewise dk, dv
-    dk: Tensor,
-    dv: Tensor,
-) -> Tensor:  # [3, H]
+def shaped_attention_bwd(call: AttentionInto) -> Tensor:  # [3, H]
     """With dP = do vᵀ, δ = rowsum(A ∘ dP) and dS = beta A ∘ (dP − δ): dq = scale dS k, dk = scale dSᵀ q,
     dv = alpha do + (beta A − gamma C)ᵀ do; dalpha = tr dP, dbeta = Σ δ, dgamma = −Σ C ∘ dP."""
-    visible = _visible(q, lengths, causal)
-    grad, q, k, v = _heads(visible, grad, q, k, v)
-    a = (scale * q @ k.mT - lse[..., None]).masked_fill(~visible, -torch.inf).exp()
+    visible = _visible(call)
+    grad, q, k, v = _heads(visible, call.grad, call.q, call.k, call.v)
+    a = (call.scale * q @ k.mT - call.lse[..., None]).masked_fill(~visible, -torch.inf).exp()
     c = _uniform(visible, a.dtype)
-    alpha, beta, gamma = gains[:, :, None, None]
+    alpha, beta, gamma = call.gains[:, :, None, None]
     dp = grad @ v.mT
     delta = (a * dp).sum(-1, keepdim=True)
-    ds = scale * beta * a * (dp - delta)
-    dq.copy_((ds @ k).transpose(1, 2))
-    dk.copy_((ds.mT @ q).transpose(1, 2))
-    dv.copy_((alpha * grad + (beta * a - gamma * c).mT @ grad).transpose(1, 2))
+    ds = call.scale * beta * a * (dp - delta)
+    call.dq.copy_((ds @ k).transpose(1, 2))
+    call.dk.copy_((ds.mT @ q).transpose(1, 2))
+    call.dv.copy_((alpha * grad + (beta * a - gamma * c).mT @ grad).transpose(1, 2))
     return torch.stack([(grad * v).sum((0, 2, 3)), delta.sum((0, 2, 3)), -(c * dp).sum((0, 2, 3))])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simplclip.ops.block.call import BlockCall
 from simplclip.ops.dtypes import accumulate_dtype
 
 NORMS = ("layernorm", "rmsnorm")
@@ -18,40 +19,36 @@ def _like(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-def norm_fwd(
-    x: Tensor,  # [T, C]
-    norm: str,
-    weight: Tensor,  # [C]
-    bias: Tensor | None,  # [C]
-    eps: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def norm_fwd(x: Tensor, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The normalised x [T, C] in its dtype, and the statistics that `norm_bwd` needs."""
-    if norm == "layernorm":
-        n, mean, rstd = aten.native_layer_norm(x, [x.shape[1]], *_like(x, weight, bias), eps)
+    weight, bias = call.norm_weight, call.norm_bias
+    if call.norm == "layernorm":
+        n, mean, rstd = aten.native_layer_norm(x, [x.shape[1]], *_like(x, weight, bias), call.eps)
         return n, (mean, rstd)
     wide = x.to(accumulate_dtype(x.dtype))
-    rstd = (wide.square().mean(1, keepdim=True) + eps).rsqrt()
+    rstd = (wide.square().mean(1, keepdim=True) + call.eps).rsqrt()
     return (wide * rstd * weight.to(wide.dtype)).to(x.dtype), (rstd,)
 
 
 def norm_bwd(
     grad: Tensor,  # [T, C]
-    x: Tensor,
-    norm: str,
-    weight: Tensor,
-    bias: Tensor | None,
+    x: Tensor,  # [T, C]
+    call: BlockCall,
     stats: tuple[Tensor, ...],
-    need: list[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, the last two in their own dtype."""
-    if norm == "layernorm":
+    need: dict[str, bool],
+) -> dict[str, Tensor | None]:
+    """Gradients of x, norm_weight and norm_bias, the last two in their own dtype."""
+    weight, bias = call.norm_weight, call.norm_bias
+    need_x, need_weight = need["x"], need["norm_weight"]
+    if call.norm == "layernorm":
         w, b = _like(x, weight, bias)
-        mask = [need[0], need[1], need[2] and bias is not None]
+        mask = [need_x, need_weight, need["norm_bias"] and bias is not None]
         dx, dw, db = aten.native_layer_norm_backward(grad, x, [x.shape[1]], *stats, w, b, mask)
     else:
         (rstd,) = stats
         normed, wide = x.to(rstd.dtype) * rstd, grad.to(rstd.dtype)
-        dw, db = (wide * normed).sum(0) if need[1] else None, None
+        dw, db = (wide * normed).sum(0) if need_weight else None, None
         wide = wide * weight.to(rstd.dtype)
-        dx = (rstd * (wide - normed * (wide * normed).mean(1, keepdim=True))).to(x.dtype) if need[0] else None
-    return dx, None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
+        dx = (rstd * (wide - normed * (wide * normed).mean(1, keepdim=True))).to(x.dtype) if need_x else None
+    dw, db = None if dw is None else dw.to(weight.dtype), None if db is None else db.to(bias.dtype)
+    return {"x": dx, "norm_weight": dw, "norm_bias": db}

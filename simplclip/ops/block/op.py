@@ -2,110 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from simplclip.ops.block.call import DIFFERENTIABLE, BlockCall, BlockGradient
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
+from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 from simplclip.ops.mlp.op import hidden_rows, keeps_hidden, linear, to_overwrite
 from simplclip.ops.mlp.reference import ACTIVATIONS
-from simplclip.ops.registry import autocast, call, define, register_autograd
-
-TENSORS = (
-    "x",  # [B, L, C]
-    "norm_weight",  # [C]
-    "norm_bias",  # [C] or None
-    "qk_weight",  # [2C, C]
-    "fc1_weight",  # [F, C]
-    "fc1_bias",  # [F]
-    "fc2_weight",  # [C, F]
-    "fc2_bias",  # [C]
-    "gains",  # [3, H]: attention_gain times alpha, beta, gamma
-    "mlp_gain",  # []
-    "value_weight",  # [C, C] or None
-    "output_weight",  # [C, C] or None
-)
-_ARGUMENTS = (
-    "Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor qk_weight, Tensor fc1_weight, Tensor fc1_bias, "
-    "Tensor fc2_weight, Tensor fc2_bias, Tensor gains, Tensor mlp_gain, Tensor? value_weight, Tensor? output_weight, "
-    "Tensor? lengths, str norm, float eps, str act, float scale, bool causal"
-)
+from simplclip.ops.registry import autocast, call, define, register_gradient
 
 
-def _split(qk: Tensor, x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def _split(qk: Tensor, call: BlockCall) -> tuple[Tensor, Tensor]:
     """[T, 2C] -> q, k [B, L, H, K]: views."""
-    q, k = qk.view(*x.shape[:2], 2, heads, x.shape[2] // heads).unbind(2)
+    b, length, *head = call.heads
+    q, k = qk.view(b, length, 2, *head).unbind(2)
     return q, k
 
 
-def _fwd(
-    pick, x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gains, mlp_gain, value_weight,
-    output_weight, lengths, norm, eps, act, scale, causal, keep,
-):  # fmt: skip
-    x = x.contiguous()
-    b, length, c = x.shape
-    heads = gains.shape[1]
-    attend = pick("shaped_attention_fwd", width=c // heads, length=length)
-    n, _ = norm_fwd(x.view(-1, c), norm, norm_weight, norm_bias, eps)
-    qk = linear(n, qk_weight, None)
-    v = n if value_weight is None else linear(n, value_weight, None)
-    q, k = _split(qk, x, heads)
-    out, lse = attend(q, k, v.view(q.shape), gains, lengths, scale, causal)
-    out = out.view(-1, c)
-    if output_weight is not None:
-        out = linear(out, output_weight, None)
-    project = pick("parallel_mlp_fwd")
-    weight, bias = fc2_weight * mlp_gain.to(x.dtype), fc2_bias * mlp_gain.to(x.dtype)
-    if keep:
-        h = linear(n, fc1_weight, fc1_bias)
-        project(h, weight, bias, act, out, True)
-    else:
-        qk, h = x.new_empty(0), x.new_empty(0)
-        for some, of_out in hidden_rows(n, fc1_weight, fc1_bias, out):
-            project(some, weight, bias, act, of_out, True)
-    return out.view(x.shape), qk, h, lse
+def _attention(pick, name: str, call: BlockCall) -> Callable:
+    return pick(f"shaped_attention_{name}", length=call.heads[1], width=call.heads[3])
 
 
-def _fwd_fake(x, *args):
-    tensors, keep = dict(zip(TENSORS, (x, *args))), args[-2]
-    b, length, c = x.shape
-    qk, h = ((b * length, 2 * c), (b * length, tensors["fc1_weight"].shape[0])) if keep else ((0,), (0,))
-    gains = tensors["gains"]
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(qk),
-        x.new_empty(h),
-        x.new_empty(b, gains.shape[1], length, dtype=gains.dtype),
-    )
+def _attention_call(call: BlockCall, n: Tensor, qk: Tensor) -> AttentionCall:
+    v = n if call.value_weight is None else linear(n, call.value_weight, None)
+    return AttentionCall(*_split(qk, call), v.view(call.heads), call.gains, call.lengths, call.scale, call.causal)
 
 
-def _bwd(
-    pick, grad, qk, h, lse, x, norm_weight, norm_bias, qk_weight, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gains, mlp_gain,
-    value_weight, output_weight, lengths, norm, eps, act, scale, causal, need,
-):  # fmt: skip
+def _norm(call: BlockCall) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """x and its norm, [T, C], and the statistics that norm_bwd needs."""
+    x = call.x.contiguous().view(-1, call.x.shape[2])
+    return x, *norm_fwd(x, call)
+
+
+def _fwd(pick, call):
+    x, n, _ = _norm(call)
+    qk = linear(n, call.qk_weight, None)
+    out, lse = _attention(pick, "fwd", call)(_attention_call(call, n, qk))
+    out = out.view(x.shape)
+    if call.output_weight is not None:
+        out = linear(out, call.output_weight, None)
+    project, gain = pick("parallel_mlp_fwd"), call.mlp_gain.to(x.dtype)
+    weight, bias = call.fc2_weight * gain, call.fc2_bias * gain
+    first = n, call.fc1_weight, call.fc1_bias
+    h = linear(*first) if call.keep else x.new_empty(0)
+    qk = qk if call.keep else x.new_empty(0)
+    for some, of_out in [(h, out)] if call.keep else hidden_rows(*first, out):
+        project(HiddenCall(some, weight, bias, call.act, of_out, accumulate=True))
+    return out.view(call.x.shape), qk, h, lse
+
+
+def _fwd_fake(call):
+    x, (b, length, heads, _) = call.x, call.heads
+    widths = (2 * x.shape[2], call.fc1_weight.shape[0])
+    qk, h = (x.new_empty((b * length, width) if call.keep else (0,)) for width in widths)
+    lse = x.new_empty(b, heads, length, dtype=call.gains.dtype)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse
+
+
+def _bwd(pick, call):
     d = {}
-    wanted = dict(zip(TENSORS, need))
-    x, grad = x.contiguous(), grad.contiguous()
-    c, heads = x.shape[2], gains.shape[1]
-    flat = grad.view(-1, c)
-    n, stats = norm_fwd(x.view(-1, c), norm, norm_weight, norm_bias, eps)
+    wanted = dict(zip(DIFFERENTIABLE, call.need))
+    x, n, stats = _norm(call)
+    grad, qk, h, wide = call.grad.contiguous().view(x.shape), call.qk, call.h, call.gains.dtype
     need_n = wanted["x"] or wanted["norm_weight"] or wanted["norm_bias"]
     recompute = not qk.numel()
 
     # MLP. With w = mlp_gain fc2_weight: d mlp_gain = <dw, fc2_weight>, d fc2_weight = mlp_gain dw, likewise the bias.
-    gain = mlp_gain.to(x.dtype)
+    gain = call.mlp_gain.to(x.dtype)
     need_w = wanted["fc2_weight"] or wanted["mlp_gain"]
     if need_n or need_w or wanted["fc1_weight"] or wanted["fc1_bias"]:
-        h = linear(n, fc1_weight, fc1_bias) if recompute else h
-        dw = pick("parallel_mlp_bwd")(flat, h, fc2_weight * gain, act, need_w)
+        h = linear(n, call.fc1_weight, call.fc1_bias) if recompute else h
+        dw = pick("parallel_mlp_bwd")(HiddenGradient(grad, h, call.fc2_weight * gain, call.act, need_w))
         if wanted["mlp_gain"]:
-            d["mlp_gain"] = torch.linalg.vecdot(dw.flatten().to(gains.dtype), fc2_weight.flatten().to(gains.dtype))
+            d["mlp_gain"] = torch.linalg.vecdot(dw.flatten().to(wide), call.fc2_weight.flatten().to(wide))
         d["fc2_weight"] = dw.mul_(gain)
     if wanted["fc2_bias"] or wanted["mlp_gain"]:
-        db = flat.sum(0)
+        db = grad.sum(0)
         if wanted["mlp_gain"]:
-            d["mlp_gain"] = d["mlp_gain"] + db.to(gains.dtype) @ fc2_bias.to(gains.dtype)
+            d["mlp_gain"] = d["mlp_gain"] + db.to(wide) @ call.fc2_bias.to(wide)
         d["fc2_bias"] = db.mul_(gain)
     if wanted["fc1_weight"]:
         d["fc1_weight"] = torch.mm(h.T, n)
@@ -114,72 +95,49 @@ def _bwd(
 
     need_attention = need_n or wanted["qk_weight"] or wanted["gains"] or wanted["value_weight"]
     if need_attention or wanted["output_weight"]:
-        qk = linear(n, qk_weight, None) if recompute else qk
-        q, k = _split(qk, x, heads)
-        v = (n if value_weight is None else linear(n, value_weight, None)).view(q.shape)
+        qk = linear(n, call.qk_weight, None) if recompute else qk
+        attention = _attention_call(call, n, qk)
     if wanted["output_weight"]:
-        attend = pick("shaped_attention_fwd", width=c // heads, length=x.shape[1])
-        d["output_weight"] = torch.mm(flat.T, attend(q, k, v, gains, lengths, scale, causal)[0].view(-1, c))
+        out, _ = _attention(pick, "fwd", call)(attention)
+        d["output_weight"] = torch.mm(grad.T, out.view(x.shape))
     if need_attention:
-        attend_bwd = pick("shaped_attention_bwd", width=c // heads, length=x.shape[1])
-        d_attention = flat if output_weight is None else torch.mm(flat, output_weight)
+        d_attention = grad if call.output_weight is None else torch.mm(grad, call.output_weight)
         dqk, dv = torch.empty_like(qk), torch.empty_like(n)
-        into = (*_split(dqk, x, heads), dv.view(q.shape))
-        d["gains"] = attend_bwd(d_attention.view(q.shape), q, k, v, gains, lse, lengths, scale, causal, *into)
+        given = *flat(attention), d_attention.view(call.heads), call.lse
+        into = AttentionInto(*given, *_split(dqk, call), dv.view(call.heads))
+        d["gains"] = _attention(pick, "bwd", call)(into)
         if wanted["qk_weight"]:
             d["qk_weight"] = torch.mm(dqk.T, n)
         if wanted["value_weight"]:
             d["value_weight"] = torch.mm(dv.T, n)
         if need_n:
-            dn = dv if value_weight is None else torch.mm(dv, value_weight)
-            dn.addmm_(dqk, qk_weight).addmm_(h, fc1_weight)
-            of_norm = norm_bwd(dn, x.view(-1, c), norm, norm_weight, norm_bias, stats, need[:3])
-            d |= dict(zip(TENSORS, of_norm))
-            d["x"] = d["x"].view(x.shape) if wanted["x"] else None
-    return tuple(d[name] if wanted[name] else x.new_empty(0) for name in TENSORS)
+            dn = dv if call.value_weight is None else torch.mm(dv, call.value_weight)
+            dn.addmm_(dqk, call.qk_weight).addmm_(h, call.fc1_weight)
+            d |= norm_bwd(dn, x, call, stats, wanted)
+            d["x"] = d["x"].view(call.x.shape) if wanted["x"] else None
+    return tuple(d[name] if wanted[name] else x.new_empty(0) for name in DIFFERENTIABLE)
 
 
-def _bwd_fake(grad, qk, h, lse, *args):
-    tensors, need = args[: len(TENSORS)], args[-2]
+def _bwd_fake(call):
     return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if wanted else grad.new_empty(0)
-        for t, wanted in zip(tensors, need)
+        torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) if wanted else call.grad.new_empty(0)
+        for name, wanted in zip(DIFFERENTIABLE, call.need)
     )
 
 
-define("simplified_block_fwd", f"{_ARGUMENTS}, bool keep", "(Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
-define(
-    "simplified_block_bwd",
-    f"Tensor grad, Tensor qk, Tensor(a!) h, Tensor lse, {_ARGUMENTS}, bool[] need",
-    f"({', '.join(['Tensor'] * len(TENSORS))})",
-    _bwd,
-    _bwd_fake,
-)
+_GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
+define("simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_fake)
 
 
-def _setup_context(ctx, inputs, output):
-    *_, keep, backend = inputs
-    _, *kept = output
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)
-    lengths = inputs[len(TENSORS)]
-    ctx.save_for_backward(*kept, *inputs[: len(TENSORS)], lengths)
-    ctx.mode = inputs[len(TENSORS) + 1 : -2]
-    ctx.backend = backend
+def _gradient(call, results, grad, need, backend):
+    qk, h, lse = results
+    wanted = [need[name] for name in DIFFERENTIABLE]
+    grads = torch.ops.simplclip.simplified_block_bwd(*flat(call), grad, qk, to_overwrite(h), lse, wanted, backend)
+    return {name: d for name, d in zip(DIFFERENTIABLE, grads) if need[name]}
 
 
-def _autograd(ctx, grad, *_):
-    none = (None,) * 8
-    if grad is None:
-        return (None,) * len(TENSORS) + none
-    qk, h, lse, *tensors, lengths = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[: len(TENSORS)])
-    op = torch.ops.simplclip.simplified_block_bwd
-    grads = op(grad, qk, to_overwrite(h), lse, *tensors, lengths, *ctx.mode, need, ctx.backend)
-    return *(d if wanted else None for d, wanted in zip(grads, need)), *none
-
-
-register_autograd("simplified_block_fwd", _autograd, _setup_context)
+register_gradient("simplified_block_fwd", BlockCall, _gradient)
 
 
 def simplified_block(
@@ -260,7 +218,5 @@ def simplified_block(
     eps = checks.number("eps", eps, positive=True)
     scale = (x.shape[2] // alpha.shape[0]) ** -0.5 if scale is None else checks.number("scale", scale)
     keep = keeps_hidden(*tensors.values(), recompute=recompute)
-    return call(
-        "simplified_block_fwd",
-        *(tensors[name] for name in TENSORS), lengths, norm, eps, act, scale, bool(causal), keep, backends.forced()
-    )[0]  # fmt: skip
+    of_call = BlockCall(**tensors, lengths=lengths, norm=norm, eps=eps, act=act, scale=scale, causal=bool(causal), keep=keep)
+    return call("simplified_block_fwd", *flat(of_call), backends.forced())[0]

@@ -9,71 +9,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends, checks
+from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.feature import reference
-from simplclip.ops.registry import autocast, call, define, register_autograd
+from simplclip.ops.feature.call import FeatureCall, FeatureGradient
+from simplclip.ops.registry import autocast, call, define, register_gradient
 
 DISTANCES = ("mse", "smooth_l1")
 
 
-def _prepare(student, teacher):
-    """Makes both contiguous, and casts a float64 teacher of another student, which the kernels do not read."""
-    wide = teacher.dtype == torch.float64 and student.dtype != torch.float64
-    return student.contiguous(), (teacher.float() if wide else teacher).contiguous()
+def _run(function, call):
+    """Makes the tensors contiguous, and casts a float64 teacher of another student, which the kernels do not read."""
+    wide = call.teacher.dtype == torch.float64 and call.student.dtype != torch.float64
+    call.student, call.teacher = call.student.contiguous(), (call.teacher.float() if wide else call.teacher).contiguous()
+    return function(call)
 
 
-def _fwd(function, student, teacher, *mode):
-    return function(*_prepare(student, teacher), *mode)
+def _fwd_fake(call):
+    stats, rows = {"dtype": accumulate_dtype(call.student.dtype)}, call.student.shape[0] if call.normalize else 0
+    return call.student.new_empty((), **stats), call.student.new_empty(2, rows, **stats)
 
 
-def _fwd_fake(student, teacher, smooth, beta, normalize, backend):
-    stats = {"dtype": accumulate_dtype(student.dtype)}
-    return student.new_empty((), **stats), student.new_empty(2, student.shape[0] if normalize else 0, **stats)
+def _bwd_fake(call):
+    return torch.empty_like(call.student, memory_format=torch.contiguous_format)
 
 
-def _bwd(function, grad, student, teacher, inv_norms, *mode):
-    return function(grad.contiguous(), *_prepare(student, teacher), inv_norms, *mode)
-
-
-def _bwd_fake(grad, student, teacher, inv_norms, *mode):
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
-
-
-define(
-    "feature_loss_fwd",
-    "Tensor student, Tensor teacher, bool smooth, float beta, bool normalize",
-    "(Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-    row=backends.row(reference.feature_loss_fwd, module="feature.op"),
+_FWD, _BWD = (
+    backends.row(function, module="feature.op") for function in (reference.feature_loss_fwd, reference.feature_loss_bwd)
 )
-define(
-    "feature_loss_bwd",
-    "Tensor grad, Tensor student, Tensor teacher, Tensor inv_norms, bool smooth, float beta",
-    "Tensor",
-    _bwd,
-    _bwd_fake,
-    row=backends.row(reference.feature_loss_bwd, module="feature.op"),
-)
+define("feature_loss_fwd", FeatureCall, "(Tensor, Tensor)", _run, _fwd_fake, row=_FWD)
+define("feature_loss_bwd", FeatureGradient, "Tensor", _run, _bwd_fake, row=_BWD)
 
 
-def _setup_context(ctx, inputs, output):
-    student, teacher, smooth, beta, _normalize, backend = inputs
-    _, inv_norms = output
-    ctx.mark_non_differentiable(inv_norms)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(student, teacher, inv_norms)
-    ctx.mode = (smooth, beta, backend)
+def _gradient(call, results, grad, need, backend):
+    return {"student": torch.ops.simplclip.feature_loss_bwd(*flat(call), grad, *results, backend)} if need["student"] else {}
 
 
-def _autograd(ctx, grad, _):
-    d_student = None
-    if grad is not None and ctx.needs_input_grad[0]:
-        d_student = torch.ops.simplclip.feature_loss_bwd(grad, *ctx.saved_tensors, *ctx.mode)
-    return d_student, None, None, None, None, None
-
-
-register_autograd("feature_loss_fwd", _autograd, _setup_context)
+register_gradient("feature_loss_fwd", FeatureCall, _gradient)
 
 
 def feature_loss(
@@ -120,8 +92,7 @@ def feature_loss(
     """
     checks.features("student", student, "[N, D]")
     checks.features("teacher", teacher, "[N, D]")
-    if teacher.device != student.device:
-        raise ValueError(f"teacher: expected the device of student, {student.device}, got {teacher.device}")
+    checks.on("teacher", teacher, "student", student.device)
     if teacher.shape[0] != student.shape[0]:
         raise ValueError(f"teacher: expected one row for each of student's {student.shape[0]}, got {teacher.shape[0]}")
     checks.choice("distance", distance, DISTANCES)
@@ -138,9 +109,8 @@ def feature_loss(
         )
     (student,) = autocast(student)
     teacher = checks.constant("teacher", teacher)
-    return call(
-        "feature_loss_fwd", student, teacher, distance == "smooth_l1", float(beta), bool(normalize), backends.forced()
-    )[0]
+    of_call = FeatureCall(student, teacher, distance == "smooth_l1", float(beta), bool(normalize))
+    return call("feature_loss_fwd", *flat(of_call), backends.forced())[0]
 
 
 def _project(student, projection, width):
@@ -149,8 +119,7 @@ def _project(student, projection, width):
         raise TypeError(f"projection: expected a tensor [D, D_student] = {shape}, got {type(projection).__name__}")
     if list(projection.shape) != shape:
         raise ValueError(f"projection: expected shape [D, D_student] = {shape}, got {checks.shape_of(projection)}")
-    if projection.device != student.device:
-        raise ValueError(f"projection: expected the device of student, {student.device}, got {projection.device}")
+    checks.on("projection", projection, "student", student.device)
     # Autocast casts both, unless one is float64.
     cast = torch.is_autocast_enabled(student.device.type) and torch.float64 not in (student.dtype, projection.dtype)
     if projection.dtype != student.dtype and not (cast and projection.is_floating_point()):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks, registry
+from simplclip.ops.calls import flat
 from simplclip.ops.mlp import reference
+from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradient
 from simplclip.ops.mlp.reference import ACTIVATIONS
-from simplclip.ops.registry import autocast, call, define, register_autograd, wants_grad
+from simplclip.ops.registry import autocast, call, define, register_gradient, wants_grad
 
 HIDDEN_BYTES = 16 << 20  # size of a chunk of a hidden layer that is not kept
-_NATIVE_FWD = "(Tensor h, Tensor weight, Tensor? bias, str act, Tensor(a!) out, bool accumulate) -> ()"
-_NATIVE_BWD = "(Tensor grad, Tensor(a!) h, Tensor weight, str act, bool need_weight) -> Tensor"
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
@@ -46,91 +46,64 @@ def hidden_rows(
         yield linear(some, weight, bias, h[: some.shape[0]]), out[first : first + rows]
 
 
-def _fwd(function, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep):
-    out = x.new_empty(x.shape[0], fc2_weight.shape[0])
-    fc2_bias = None if fc2_bias is None else fc2_bias.contiguous()  # the kernels read it by a pointer
-    if keep:
-        h = linear(x, fc1_weight, fc1_bias)
-        function(h, fc2_weight, fc2_bias, act, out, False)
-        return out, h
-    for h, of_out in hidden_rows(x, fc1_weight, fc1_bias, out):
-        function(h, fc2_weight, fc2_bias, act, of_out, False)
-    return out, x.new_empty(0, fc1_weight.shape[0])
+def _fwd(function, call):
+    out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
+    bias = None if call.fc2_bias is None else call.fc2_bias.contiguous()  # the kernels read it by a pointer
+    first = call.x, call.fc1_weight, call.fc1_bias
+    h = linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
+    for some, of_out in [(h, out)] if call.keep else hidden_rows(*first, out):
+        function(HiddenCall(some, call.fc2_weight, bias, call.act, of_out, accumulate=False))
+    return out, h
 
 
-def _fwd_fake(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, keep, backend):
-    rows = x.shape[0]
-    return x.new_empty(rows, fc2_weight.shape[0]), x.new_empty(rows if keep else 0, fc1_weight.shape[0])
+def _fwd_fake(call):
+    rows, new = call.x.shape[0], call.x.new_empty
+    return new(rows, call.fc2_weight.shape[0]), new(rows if call.keep else 0, call.fc1_weight.shape[0])
 
 
-def _bwd(function, grad, h, x, fc1_weight, fc2_weight, act, need):
-    """need: for x, fc1_weight, fc1_bias, fc2_weight, fc2_bias. The others get an empty gradient."""
-    grad = grad.contiguous()
-    none = x.new_empty(0)
+def _bwd(function, call):
+    grad, h, need = call.grad.contiguous(), call.h, call.need
+    none = h.new_empty(0)
     d_fc2_bias = grad.sum(0) if need[4] else none
-    d_fc2_weight = function(grad, h, fc2_weight, act, need[3])
+    d_fc2_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need[3]))  # h is its gradient from here on
     d_fc1_bias = h.sum(0) if need[2] else none
-    return (
-        torch.mm(h, fc1_weight) if need[0] else none,
-        torch.mm(h.T, x) if need[1] else none,
-        d_fc1_bias,
-        d_fc2_weight if need[3] else none,
-        d_fc2_bias,
-    )
+    d_x = torch.mm(h, call.fc1_weight) if need[0] else none
+    d_fc1_weight = torch.mm(h.T, call.x) if need[1] else none
+    return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight if need[3] else none, d_fc2_bias
 
 
-def _bwd_fake(grad, h, x, fc1_weight, fc2_weight, act, need, backend):
-    c, f = fc2_weight.shape
-    shapes = (x.shape, fc1_weight.shape, (f,), (c, f), (c,))
-    return tuple(x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need))
+def _bwd_fake(call):
+    c, f = call.fc2_weight.shape
+    shapes = (call.x.shape, call.fc1_weight.shape, (f,), (c, f), (c,))
+    return tuple(call.x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, call.need))
 
 
-def _native_bwd_fake(grad, h, weight, act, need_weight):
-    return weight.new_empty(weight.shape if need_weight else (0, weight.shape[1]))
+def _hidden_bwd_fake(call):
+    return call.weight.new_empty(call.weight.shape if call.need_weight else (0, call.weight.shape[1]))
 
 
-define(
-    "parallel_mlp_fwd",
-    "Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str act, bool keep",
-    "(Tensor, Tensor)",
-    _fwd,
-    _fwd_fake,
-    row=backends.row(reference.parallel_mlp_fwd, module="mlp.op"),
-    native=_NATIVE_FWD,
-    native_fake=lambda *_: None,
+_FWD, _BWD = (
+    backends.row(function, module="mlp.op") for function in (reference.parallel_mlp_fwd, reference.parallel_mlp_bwd)
 )
 define(
-    "parallel_mlp_bwd",
-    "Tensor grad, Tensor(a!) h, Tensor x, Tensor fc1_weight, Tensor fc2_weight, str act, bool[] need",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _bwd,
-    _bwd_fake,
-    row=backends.row(reference.parallel_mlp_bwd, module="mlp.op"),
-    native=_NATIVE_BWD,
-    native_fake=_native_bwd_fake,
-)
+    "parallel_mlp_fwd", MlpCall, "(Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD,
+    native=(HiddenCall, "()"), native_fake=lambda call: None,
+)  # fmt: skip
+define(
+    "parallel_mlp_bwd", MlpGradient, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD,
+    native=(HiddenGradient, "Tensor"), native_fake=_hidden_bwd_fake,
+)  # fmt: skip
 
 
-def _setup_context(ctx, inputs, output):
-    x, fc1_weight, _, fc2_weight, _, act, _, backend = inputs
-    _, h = output
-    ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, x, fc1_weight, fc2_weight)
-    ctx.mode = (act, backend)
+def _gradient(call, results, grad, need, backend):
+    names = MlpCall.__match_args__[:5]
+    wanted = [need[name] for name in names]
+    of_call = MlpGradient(grad, to_overwrite(*results), call.x, call.fc1_weight, call.fc2_weight, call.act, wanted)
+    grads = torch.ops.simplclip.parallel_mlp_bwd(*flat(of_call), backend)
+    return {name: d for name, d in zip(names, grads) if need[name]}
 
 
-def _autograd(ctx, grad, _):
-    if grad is None:
-        return (None,) * 8
-    h, x, fc1_weight, fc2_weight = ctx.saved_tensors
-    need = list(ctx.needs_input_grad[:5])
-    act, backend = ctx.mode
-    grads = torch.ops.simplclip.parallel_mlp_bwd(grad, to_overwrite(h), x, fc1_weight, fc2_weight, act, need, backend)
-    return *(d if wanted else None for d, wanted in zip(grads, need)), None, None, None
-
-
-register_autograd("parallel_mlp_fwd", _autograd, _setup_context)
+register_gradient("parallel_mlp_fwd", MlpCall, _gradient, forget=("fc1_bias", "fc2_bias"))
 
 
 def parallel_mlp(
@@ -167,6 +140,6 @@ def parallel_mlp(
         if t is not None:
             checks.like(name, t, "x", x)
     keep = keeps_hidden(x, *cast)
-    flat = x.reshape(-1, x.shape[-1])
-    out, _ = call("parallel_mlp_fwd", flat, *cast, act, keep, backends.forced())
+    of_call = MlpCall(x=x.reshape(-1, x.shape[-1]), **dict(zip(tensors, cast)), act=act, keep=keep)
+    out, _ = call("parallel_mlp_fwd", *flat(of_call), backends.forced())
     return out.reshape(*x.shape[:-1], out.shape[1])

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
+
 aten = torch.ops.aten
 
 
@@ -32,27 +34,15 @@ _BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def parallel_mlp_fwd(
-    h: Tensor,  # [T, F]
-    weight: Tensor,  # [C, F]
-    bias: Tensor | None,  # [C]
-    act: str,
-    out: Tensor,  # [T, C] overwritten, or added to if `accumulate`
-    accumulate: bool,
-) -> None:
-    """out = act(h) weightᵀ + bias."""
-    product = F.linear(ACTIVATIONS[act](h), weight, bias)
-    out.add_(product) if accumulate else out.copy_(product)
+def parallel_mlp_fwd(call: HiddenCall) -> None:
+    """out = act(h) weightᵀ + bias, or is increased by that."""
+    product = F.linear(ACTIVATIONS[call.act](call.h), call.weight, call.bias)
+    call.out.add_(product) if call.accumulate else call.out.copy_(product)
 
 
-def parallel_mlp_bwd(
-    grad: Tensor,  # [T, C]
-    h: Tensor,  # [T, F] overwritten with dh
-    weight: Tensor,  # [C, F]
-    act: str,
-    need_weight: bool,
-) -> Tensor:  # [C, F], or [0, F]
+def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], or [0, F]
     """dh = (grad weight) ∘ act'(h), written over h; dweight = gradᵀ act(h)."""
-    d_weight = grad.T @ ACTIVATIONS[act](h) if need_weight else weight.new_empty(0, weight.shape[1])
-    h.copy_(_BACKWARD[act](grad @ weight, h))
+    grad, h, weight = call.grad, call.h, call.weight
+    d_weight = grad.T @ ACTIVATIONS[call.act](h) if call.need_weight else weight.new_empty(0, weight.shape[1])
+    h.copy_(_BACKWARD[call.act](grad @ weight, h))
     return d_weight

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import backends, distributed
+from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
-from simplclip.ops.registry import define, flat, register_autograd, wants_grad
+from simplclip.ops.registry import define, register_autograd, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
     ALL_NEGATIVES,
@@ -87,7 +88,7 @@ def _bwd_fake(call):
 
 
 _FWD, _BWD = (
-    backends.row(function, module="similarity.op", unpacked=True)
+    backends.row(function, module="similarity.op")
     for function in (reference.similarity_loss_fwd, reference.similarity_loss_bwd)
 )
 _RESULTS = f"({', '.join(['Tensor'] * len(_GRADIENTS))})"

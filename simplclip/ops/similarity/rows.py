@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import backends
+from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
-from simplclip.ops.registry import define, flat, register_autograd, wants_grad
+from simplclip.ops.registry import define, register_autograd, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import RowsCall, RowsGradient
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, chunk_rows, computes_in
@@ -40,7 +41,7 @@ def _fake_bwd(call):
     return torch.empty_like(call.query), call.grad.new_empty(())
 
 
-_ROW = backends.row(reference.similarity_rows, module="similarity.rows", unpacked=True)
+_ROW = backends.row(reference.similarity_rows, module="similarity.rows")
 _ROW_BWD = backends.row(reference.similarity_rows_bwd)  # O(N D), so that there is nothing to fuse
 define("similarity_rows", RowsCall, "(Tensor, Tensor)", _run, _fake, row=_ROW)
 define("similarity_rows_bwd", RowsGradient, "(Tensor, Tensor)", _run_bwd, _fake_bwd, row=_ROW_BWD)

@@ -1,0 +1,25 @@
+// The kernels of the instruction set that SIMPLCLIP_ISA names. Each file isa_*.cpp includes it once, after its `#pragma GCC target`,
+// so that every function exists once per instruction set and cannot be linked into the code of another one. System headers
+// are included before (instruction_set.h), so that their inline functions are baseline code.
+
+#define SIMPLCLIP_STRING_OF(name) #name
+#define SIMPLCLIP_STRING(name) SIMPLCLIP_STRING_OF(name)
+
+namespace simplclip::SIMPLCLIP_ISA {
+namespace {
+#include "vec.h"
+#include "elementwise_impl.h"
+#include "small_product.h"
+#include "attention/forward_impl.h"
+#include "attention/backward_impl.h"
+#include "feature/rows_impl.h"
+#include "similarity/strip_impl.h"
+#include "similarity/forward_impl.h"
+#include "similarity/backward_impl.h"
+}  // namespace
+extern const InstructionSet kernels = {SIMPLCLIP_STRING(SIMPLCLIP_ISA),
+                                       {forward, backward, merge},
+                                       {feature_forward, feature_backward},
+                                       {attention_scratch_floats, attention_forward, attention_backward},
+                                       {elementwise_activate, elementwise_convert}};
+}  // namespace simplclip::SIMPLCLIP_ISA

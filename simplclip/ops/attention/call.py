@@ -1,0 +1,39 @@
+"""What a call of shaped_attention is: its tensors and its options. Imports torch alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from simplclip.ops.calls import Written
+
+
+@dataclass
+class AttentionCall:
+    """Arguments of forward, whose results are out [B, L, H, K] and lse [B, H, L], the log-sum-exps."""
+
+    q: Tensor  # [B, L, H, K], of any strides but the last, likewise k, v and the tensors of their shape
+    k: Tensor  # [B, L, H, K]
+    v: Tensor  # [B, L, H, K]
+    gains: Tensor  # [3, H] alpha, beta, gamma, in the dtype of sums
+    lengths: Tensor | None  # [B] int32, 0..L: the valid tokens
+    scale: float
+    causal: bool
+
+
+@dataclass
+class AttentionGradient(AttentionCall):
+    """Arguments of backward."""
+
+    grad: Tensor  # [B, L, H, K]
+    lse: Tensor  # [B, H, L]
+
+
+@dataclass
+class AttentionInto(AttentionGradient):
+    """Arguments of the backends' functions for backward, which return the gradients of the gains [3, H]."""
+
+    dq: Written  # [B, L, H, K]
+    dk: Written  # [B, L, H, K]
+    dv: Written  # [B, L, H, K]

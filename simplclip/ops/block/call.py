@@ -1,0 +1,54 @@
+"""What a call of simplified_block is: its tensors and its options. Imports torch alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from simplclip.ops.calls import Written, tensors_of
+
+
+@dataclass
+class BlockCall:
+    """Arguments of forward, whose results are out [B, L, C], and for backward [q|k], h and lse: see BlockGradient."""
+
+    x: Tensor  # [B, L, C]
+    norm_weight: Tensor  # [C]
+    norm_bias: Tensor | None  # [C]
+    qk_weight: Tensor  # [2C, C]
+    fc1_weight: Tensor  # [F, C]
+    fc1_bias: Tensor  # [F]
+    fc2_weight: Tensor  # [C, F]
+    fc2_bias: Tensor  # [C]
+    gains: Tensor  # [3, H]: attention_gain times alpha, beta, gamma
+    mlp_gain: Tensor  # []
+    value_weight: Tensor | None  # [C, C]
+    output_weight: Tensor | None  # [C, C]
+    lengths: Tensor | None  # [B] int32
+    norm: str
+    eps: float
+    act: str
+    scale: float
+    causal: bool
+    keep: bool  # whether to return [q|k] and h; backward computes them again otherwise
+
+    @property
+    def heads(self) -> tuple[int, int, int, int]:
+        """[B, L, H, K], the shape of q, k and v."""
+        (b, length, c), heads = self.x.shape, self.gains.shape[1]
+        return b, length, heads, c // heads
+
+
+DIFFERENTIABLE = tensors_of(BlockCall)[:-1]  # all tensors but the lengths
+
+
+@dataclass
+class BlockGradient(BlockCall):
+    """Arguments of backward."""
+
+    grad: Tensor  # [B, L, C]
+    qk: Tensor  # [B L, 2C], or empty
+    h: Written  # [B L, F] the hidden layer before its activation, or empty
+    lse: Tensor  # [B, H, L]
+    need: list[bool]  # of DIFFERENTIABLE; the others get an empty gradient

@@ -1,0 +1,58 @@
+"""What a call of parallel_mlp is: its tensors and its options, and those of its second half. Imports torch alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from simplclip.ops.calls import Written
+
+
+@dataclass
+class MlpCall:
+    """Arguments of forward, whose results are out [T, C_out] and the hidden layer before its activation [T, F] or [0, F]."""
+
+    x: Tensor  # [T, C]
+    fc1_weight: Tensor  # [F, C]
+    fc1_bias: Tensor | None  # [F]
+    fc2_weight: Tensor  # [C_out, F]
+    fc2_bias: Tensor | None  # [C_out]
+    act: str
+    keep: bool  # whether to return the hidden layer, for backward
+
+
+@dataclass
+class MlpGradient:
+    """Arguments of backward."""
+
+    grad: Tensor  # [T, C_out]
+    h: Written  # [T, F]
+    x: Tensor  # [T, C]
+    fc1_weight: Tensor  # [F, C]
+    fc2_weight: Tensor  # [C_out, F]
+    act: str
+    need: list[bool]  # of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others get an empty gradient
+
+
+@dataclass
+class HiddenCall:
+    """Arguments of the backends' functions for forward, from the hidden layer before its activation to the output."""
+
+    h: Tensor  # [T, F]
+    weight: Tensor  # [C, F]
+    bias: Tensor | None  # [C], contiguous
+    act: str
+    out: Written  # [T, C], its rows with any stride
+    accumulate: bool  # whether to add to out
+
+
+@dataclass
+class HiddenGradient:
+    """Arguments of the backends' functions for backward, which return the gradient of the weight [C, F] or [0, F]."""
+
+    grad: Tensor  # [T, C]
+    h: Written  # [T, F], replaced by its gradient
+    weight: Tensor  # [C, F]
+    act: str
+    need_weight: bool
