@@ -23,12 +23,10 @@ DIAGONAL_TEACHER_TO_TEXT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_TEACH
 
 
 @triton.jit
-def _through_softmax(logits, stats, grads, size, LSE: tl.constexpr, GRAD: tl.constexpr, AXIS: tl.constexpr):
-    """The softmax along an axis, times the gradient of one of its statistics."""
+def _softmax(logits, stats, LSE: tl.constexpr, size, AXIS: tl.constexpr):
+    """The softmax along an axis by its log-sum-exps; without negatives those are -inf, as are all logits."""
     lse = tl.load(stats + LSE * size)
-    base = tl.where(lse == -INF, 0.0, lse * LOG2E)  # 0 without negatives, where all logits are -inf
-    share = weights(logits, tl.expand_dims(base, AXIS))
-    return tl.expand_dims(tl.load(grads + GRAD * size), AXIS) * share
+    return weights(logits, tl.expand_dims(tl.where(lse == -INF, 0.0, lse * LOG2E), AXIS))
 
 
 @triton.jit
@@ -41,7 +39,7 @@ def _store(
     out, matrix_stride, MATRIX: tl.constexpr, value, diagonal, positive, factors, stored, INTERPRETED: tl.constexpr
 ):  # fmt: skip
     """Stores the gradient of a matrix, `diagonal` that of the positives, times its factor if there are factors."""
-    value = tl.where(positive, tl.load(diagonal)[:, None], value)
+    value = tl.where(positive, diagonal[:, None], value)
     if factors is not None:
         value *= tl.load(factors + MATRIX)
     tl.store(out + MATRIX * matrix_stride, narrowed(value, out.dtype.element_ty, INTERPRETED), stored)
@@ -117,20 +115,20 @@ def _similarity_gradient_kernel(
         raw = product(projected_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
         u_scale = tl.load(cross_scale)
         u = tl.where(t != -INF, raw * (u_scale * LOG2E), -INF)
-        g = _through_softmax(u, row_stat, row_grad, n, LSE_CROSS, LSE_CROSS, 1)
-        g -= _through_softmax(t, row_stat, row_grad, n, LSE_TEACHER, MEAN_CROSS, 1)
+        g = tl.load(row_grad + LSE_CROSS * n)[:, None] * _softmax(u, row_stat, LSE_CROSS, n, 1)
+        g -= tl.load(row_grad + MEAN_CROSS * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
         d_cross += _total(g * raw)
-        diagonal = row_grad + DIAGONAL_IMAGE_TO_TEACHER * n
+        diagonal = tl.load(row_grad + DIAGONAL_IMAGE_TO_TEACHER * n)
         _store(out, matrix_stride, u_at, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
     if LAUNCH.HAS_TEACHER_TO_TEXT:
         raw = product(teacher_image, projected_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
         u_scale = tl.load(cross_scale)
         v = tl.where(t != -INF, raw * (u_scale * LOG2E), -INF)
-        g = _through_softmax(v, column_stat, column_grad, m, LSE_CROSS, LSE_CROSS, 0)
-        g -= _through_softmax(t, column_stat, column_grad, m, LSE_TEACHER, MEAN_CROSS, 0)
+        g = tl.load(column_grad + LSE_CROSS * m)[None, :] * _softmax(v, column_stat, LSE_CROSS, m, 0)
+        g -= tl.load(column_grad + MEAN_CROSS * m)[None, :] * _softmax(t, column_stat, LSE_TEACHER, m, 0)
         d_cross += _total(g * raw)
-        diagonal = row_grad + DIAGONAL_TEACHER_TO_TEXT * n
+        diagonal = tl.load(row_grad + DIAGONAL_TEACHER_TO_TEXT * n)
         _store(out, matrix_stride, u_at + 1, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
     if LAUNCH.HAS_STUDENT:
@@ -141,17 +139,20 @@ def _similarity_gradient_kernel(
         g = tl.zeros((TILE.BLOCK_M, TILE.BLOCK_N), tl.float32)
         h = g
         if LAUNCH.RELATIONAL:
-            g -= _through_softmax(t, row_stat, row_grad, n, LSE_TEACHER, MEAN_STUDENT, 1)
+            g -= tl.load(row_grad + MEAN_STUDENT * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
             if LAUNCH.COLUMNS:
-                g -= _through_softmax(t, column_stat, column_grad, m, LSE_TEACHER, MEAN_STUDENT, 0)
+                p = _softmax(t, column_stat, LSE_TEACHER, m, 0)
+                g -= tl.load(column_grad + MEAN_STUDENT * m)[None, :] * p
         if LAUNCH.SOFTMAX:
-            g += _through_softmax(z, row_stat, row_grad, n, LSE_STUDENT, LSE_STUDENT, 1)
+            p = _softmax(z, row_stat, LSE_STUDENT, n, 1)
+            g += tl.load(row_grad + LSE_STUDENT * n)[:, None] * p
             if LAUNCH.HARD_NEGATIVES:
-                h += _through_softmax(z, row_stat, row_grad, n, LSE_STUDENT, PAIR_MATCHING, 1)
+                h += tl.load(row_grad + PAIR_MATCHING * n)[:, None] * p
             if LAUNCH.COLUMNS:
-                g += _through_softmax(z, column_stat, column_grad, m, LSE_STUDENT, LSE_STUDENT, 0)
+                p = _softmax(z, column_stat, LSE_STUDENT, m, 0)
+                g += tl.load(column_grad + LSE_STUDENT * m)[None, :] * p
                 if LAUNCH.HARD_NEGATIVES:
-                    h += _through_softmax(z, column_stat, column_grad, m, LSE_STUDENT, PAIR_MATCHING, 0)
+                    h += tl.load(column_grad + PAIR_MATCHING * m)[None, :] * p
         d_scale += _total(g * raw)
         if not ATTEND:
             g *= z_scale
@@ -165,12 +166,14 @@ def _similarity_gradient_kernel(
                 d_weight += _total(h * raw)
                 d_bias += _total(h)
                 g += slope * h
-        _store(out, matrix_stride, 0, g, row_grad + DIAGONAL_STUDENT * n, positive, factors, stored, TILE.INTERPRETED)
+        diagonal = tl.load(row_grad + DIAGONAL_STUDENT * n)
+        _store(out, matrix_stride, 0, g, diagonal, positive, factors, stored, TILE.INTERPRETED)
         if LAUNCH.HAS_HADAMARD:
             raw = product(image, text, plane_weight, safe_row, safe_column, width, TILE.EVEN, TILE)
             h *= sigmoid(raw + bias)
             d_bias += _total(h)
-            _store(out, matrix_stride, 1, h, row_grad + DIAGONAL_HADAMARD * n, positive, factors, stored, TILE.INTERPRETED)
+            diagonal = tl.load(row_grad + DIAGONAL_HADAMARD * n)
+            _store(out, matrix_stride, 1, h, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
     sums += program * 4
     if LAUNCH.HAS_STUDENT:

@@ -11,8 +11,9 @@ from simplclip.kernels.similarity.tile import negatives, product, raised, softpl
 def _column_maximum(logits, part, inside):  # logits [BLOCK_M, BLOCK_N]
     """Stores the maxima of the columns; returns a finite base for exponentials."""
     maximum = tl.max(logits, 0)
+    base = tl.where(maximum == -INF, 0.0, maximum)
     tl.store(part, maximum, inside)
-    return tl.where(maximum == -INF, 0.0, maximum)
+    return base
 
 
 @triton.jit
@@ -21,14 +22,6 @@ def _column_softmax(logits, part, m, inside):
     base = _column_maximum(logits, part, inside)
     tl.store(part + m, tl.sum(weights(logits, base[None, :]), 0), inside)
     return base
-
-
-@triton.jit
-def _means(t, base, entropy, student, AXIS: tl.constexpr):
-    """The sums of the teacher's weights along an axis, and of entropy T - the student's logits with these weights."""
-    share = weights(t, tl.expand_dims(base, AXIS))
-    total = tl.sum(share, AXIS)
-    return total, tl.sum(weighted(share, entropy * t - student), AXIS)
 
 
 @triton.jit(
@@ -130,21 +123,24 @@ def _similarity_statistics_kernel(
 
         if LAUNCH.HAS_IMAGE_TO_TEACHER:
             raw = product(projected_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+            negative = t != -INF
             u = raw * u_scale
-            share, mean = _means(t, base_t, entropy, u, 1)
-            sum_t += share
-            mean_u += mean
-            u = tl.where(t != -INF, u, -INF)
+            share = weights(t, base_t[:, None])
+            sum_t += tl.sum(share, 1)
+            mean_u += tl.sum(weighted(share, entropy * t - u), 1)
+            u = tl.where(negative, u, -INF)
             max_u, base, shrink = raised(max_u, u, 1)
             sum_u = sum_u * shrink + tl.sum(weights(u, base[:, None]), 1)
 
         if LAUNCH.HAS_TEACHER_TO_TEXT:
             raw = product(teacher_image, projected_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+            negative = t != -INF
             v = raw * u_scale
-            share, mean = _means(t, column_base_t, entropy, v, 0)
-            tl.store(parts_at + (SLOTS.TEACHER + 1) * m, share, inside)
+            share = weights(t, column_base_t[None, :])
+            mean = tl.sum(weighted(share, entropy * t - v), 0)
+            tl.store(parts_at + (SLOTS.TEACHER + 1) * m, tl.sum(share, 0), inside)
             tl.store(parts_at + SLOTS.MEAN_CROSS * m, mean * LN2, inside)
-            v = tl.where(t != -INF, v, -INF)
+            v = tl.where(negative, v, -INF)
             _column_softmax(v, parts_at + SLOTS.CROSS * m, m, inside)
 
         if LAUNCH.HAS_STUDENT:
@@ -152,19 +148,23 @@ def _similarity_statistics_kernel(
             negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column)
             z = raw * z_scale
             if LAUNCH.RELATIONAL:
-                # Another base than U's and V's, since equal exponentials would be kept in registers across the products.
+                gap = entropy * t - z
                 if LAUNCH.HAS_IMAGE_TO_TEACHER:
-                    mean_z += _means(t, base_t + 1.0, entropy, z, 1)[1] * 2.0
+                    # Another base than U's and V's: equal exponentials would be kept in registers across the products.
+                    share = weights(t, base_t[:, None] + 1.0)
+                    mean_z += tl.sum(weighted(share, gap), 1) * 2.0
                 else:
-                    share, mean = _means(t, base_t, entropy, z, 1)
-                    sum_t += share
-                    mean_z += mean
+                    share = weights(t, base_t[:, None])
+                    sum_t += tl.sum(share, 1)
+                    mean_z += tl.sum(weighted(share, gap), 1)
                 if LAUNCH.COLUMNS:
                     if LAUNCH.HAS_IMAGE_TO_TEACHER:
-                        mean = _means(t, column_base_t + 1.0, entropy, z, 0)[1] * 2.0
+                        share = weights(t, column_base_t[None, :] + 1.0)
+                        mean = tl.sum(weighted(share, gap), 0) * 2.0
                     else:
-                        share, mean = _means(t, column_base_t, entropy, z, 0)
-                        tl.store(parts_at + (SLOTS.TEACHER + 1) * m, share, inside)
+                        share = weights(t, column_base_t[None, :])
+                        tl.store(parts_at + (SLOTS.TEACHER + 1) * m, tl.sum(share, 0), inside)
+                        mean = tl.sum(weighted(share, gap), 0)
                     tl.store(parts_at + SLOTS.MEAN_STUDENT * m, mean * LN2, inside)
             z = tl.where(negative, z, -INF)
             if LAUNCH.SOFTMAX:

@@ -1,4 +1,4 @@
-"""Small kernels of similarity_loss's forward: merging partial statistics, the positives, the number of negatives."""
+"""Small kernels of similarity_loss's forward: merging partial statistics, and the positives."""
 
 import triton
 import triton.language as tl
@@ -140,27 +140,3 @@ def _similarity_diagonal_kernel(
             a *= tl.load(plane_weight + depth, depth < width, 0.0)[None, :]
         total += tl.sum(a * b, 1)
     tl.store(out + at, total, at < n)
-
-
-@triton.jit(do_not_specialize=["n", "m", "label_offset"])
-def _similarity_count_kernel(
-    ids,  # [N] int64
-    text_ids,  # [M] int64
-    out,  # [N]
-    n,
-    m,
-    label_offset,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The number of negatives of each row, if ids exclude some."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ids = tl.load(ids + row, row < n, 0)
-    count = tl.zeros((BLOCK_M,), tl.int32)
-    for start in range(0, m, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        inside = column < m
-        other = tl.load(text_ids + column, inside, 0)[None, :] != row_ids[:, None]
-        positive = column[None, :] == row[:, None] + label_offset
-        count += tl.sum((other & inside[None, :] & (positive == 0)).to(tl.int32), 1)
-    tl.store(out + row, count.to(tl.float32), row < n)

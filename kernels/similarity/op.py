@@ -15,11 +15,7 @@ from simplclip.kernels.similarity.backward import SUMS, _similarity_gradient_ker
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.gradients import ImageGradient, TextGradient, range_factors, wide_product
 from simplclip.kernels.similarity.launch import STUDENTS, Launch, Slots, Tiling, launches
-from simplclip.kernels.similarity.merge import (
-    _similarity_count_kernel,
-    _similarity_diagonal_kernel,
-    _similarity_merge_kernel,
-)
+from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient
 
 GROUP = 8  # blocks of rows that use the same column tiles while those are in the cache
@@ -27,7 +23,6 @@ GROUP = 8  # blocks of rows that use the same column tiles while those are in th
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
 MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
-COUNT = {"BLOCK_M": 16, "BLOCK_N": 256}
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,18 +86,10 @@ def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [12, N], [6, M
             row_parts = rows.new_empty(ranges, slots.ROWS, count)
             column_parts = columns.new_empty(row_blocks, slots.COLUMNS, m) if launch.COLUMNS else None
             started(_similarity_statistics_kernel)[(row_blocks * ranges,)](
-                **arguments(call, launch, tile),
-                SLOTS=slots,
-                row_parts=row_parts,
-                column_parts=column_parts,
-                entropy=float(call.entropy),
-                first_row=first,
-                row_count=count,
-                row_blocks=row_blocks,
-                splits=ranges,
+                **arguments(call, launch, tile), SLOTS=slots, GROUP=GROUP, row_parts=row_parts, column_parts=column_parts,
+                entropy=float(call.entropy), first_row=first, row_count=count, row_blocks=row_blocks, splits=ranges,
                 tiles_per_split=per_split,
-                GROUP=GROUP,
-            )
+            )  # fmt: skip
             _merge(launch, slots, row_parts, rows, first, of_rows=True)
             if launch.COLUMNS:
                 _merge(launch, slots, column_parts, columns, 0, of_rows=False)
@@ -145,12 +132,12 @@ def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [12, N]
             started(_similarity_diagonal_kernel)[(-(-n // DIAGONAL["BLOCK_M"]),)](
                 image, text, weight, rows[stat], n, image.shape[1], call.label_offset, **DIAGONAL, num_warps=4, **COMPILE
             )
-    if call.ids is None:
-        rows[RowStat.NEGATIVES].fill_(m - 1)
-    else:
-        started(_similarity_count_kernel)[(-(-n // COUNT["BLOCK_M"]),)](
-            call.ids, call.text_ids, rows[RowStat.NEGATIVES], n, m, call.label_offset, **COUNT, num_warps=4, **COMPILE
-        )
+    rows[RowStat.NEGATIVES].fill_(m - 1)
+    if call.ids is not None:  # the columns of a row's id, and its positive's if that has another id
+        columns = call.text_ids.sort().values
+        equal = torch.searchsorted(columns, call.ids, right=True) - torch.searchsorted(columns, call.ids)
+        equal += call.text_ids[call.label_offset : call.label_offset + n] != call.ids
+        rows[RowStat.NEGATIVES] -= equal - 1
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
@@ -190,21 +177,11 @@ def gradients_of_matrices(
     count, m = at.stop - at.start, call.text.shape[0]
     row_blocks = -(-count // tile.block_m)
     started(_similarity_gradient_kernel)[(row_blocks * -(-m // tile.block_n),)](
-        **arguments(call, launch, tile),
-        rows=call.row_stats,
-        columns=call.column_stats,
-        grad_rows=call.grad_rows,
-        grad_columns=call.grad_columns,
-        factors=factors,
-        out=scratch,
-        sums=sums,
-        first_row=at.start,
-        row_count=count,
-        row_blocks=row_blocks,
-        out_stride=scratch.stride(1),
+        **arguments(call, launch, tile), ATTEND=attend, rows=call.row_stats, columns=call.column_stats,
+        grad_rows=call.grad_rows, grad_columns=call.grad_columns, factors=factors, out=scratch, sums=sums,
+        first_row=at.start, row_count=count, row_blocks=row_blocks, out_stride=scratch.stride(1),
         matrix_stride=scratch.stride(0),
-        ATTEND=attend,
-    )
+    )  # fmt: skip
 
 
 def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:

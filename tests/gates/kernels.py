@@ -28,12 +28,8 @@ from simplclip.kernels.mlp.op import (
 from simplclip.kernels.similarity.backward import _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
-from simplclip.kernels.similarity.merge import (
-    _similarity_count_kernel,
-    _similarity_diagonal_kernel,
-    _similarity_merge_kernel,
-)
-from simplclip.kernels.similarity.op import COUNT, DIAGONAL, GROUP, MERGE, MERGE_WARPS
+from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
+from simplclip.kernels.similarity.op import DIAGONAL, GROUP, MERGE, MERGE_WARPS
 
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
 # Types of arguments by name, "element" the kernel's dtype; a name that is not here is an integer.
@@ -167,9 +163,9 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
             "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile._replace(warps=MERGE_WARPS), "float32",
             "rows" if of_rows else "columns", False, {"out": "*fp32"},
         )  # fmt: skip
-    types = {"out": "*fp32"}
-    yield Kernel("_similarity_diagonal_kernel", _similarity_diagonal_kernel, dict(DIAGONAL), tile, dtype, "L", False, types)
-    yield Kernel("_similarity_count_kernel", _similarity_count_kernel, dict(COUNT), tile, "int64", "", False, types)
+    yield Kernel(
+        "_similarity_diagonal_kernel", _similarity_diagonal_kernel, dict(DIAGONAL), tile, dtype, "L", False, {"out": "*fp32"}
+    )
 
 
 def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:

@@ -21,10 +21,10 @@ using torch::stable::transpose;
 
 // One similarity matrix a b^T with its scratch.
 struct Matrix {
-  Tensor a, b;          // [N, *], [M, *]
-  float scale = 1;
-  Tensor kept;          // [stored rows, M]
-  Tensor scratch;       // [chunk, M]; the student's matrices share one
+  Tensor a, b;     // [N, *], [M, *]
+  float scale;
+  Tensor kept{};     // [stored rows, M]
+  Tensor scratch{};  // [chunk, M]; the student's matrices share one
 };
 
 // The ids as small integers, which are equal if the ids are equal.
@@ -88,13 +88,13 @@ struct Sweep {
       const float* value = s->const_data_ptr<float>();
       return value ? *value : 0;  // a meta tensor has none
     };
-    if (call.has_student()) student = Matrix{call.image, call.text, number(call.scale), {}, {}};
-    if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale), {}, {}};
+    if (call.has_student()) student = Matrix{call.image, call.text, number(call.scale)};
+    if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale)};
     if (call.interactive) {
       const Tensor& x = call.projected_image ? *call.projected_image : call.image;
       const Tensor& y = call.projected_text ? *call.projected_text : call.text;
-      image_to_teacher = Matrix{x, *call.teacher_text, number(call.cross_scale), {}, {}};
-      if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale), {}, {}};
+      image_to_teacher = Matrix{x, *call.teacher_text, number(call.cross_scale)};
+      if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale)};
     }
     stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? call.matrices() : 0, this->stored_rows, m});
     // The student's matrices use one scratch in turn; in backward it holds the gradients of stored products.

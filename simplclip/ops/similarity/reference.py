@@ -65,25 +65,27 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     rows = here.image.new_zeros(len(RowStat), call.image.shape[0])
     cols = here.image.new_zeros(len(ColumnStat), m)
     rows[RowStat.NEGATIVES] = here.negative.sum(1).to(rows.dtype)
-    teacher = None
-    if call.has_teacher:
-        similarity = here.teacher_image @ here.teacher_text.T
-        rows[RowStat.DIAGONAL_TEACHER] = here.diagonal(similarity)
-        teacher = call.teacher_scale * similarity
-        masked = here.masked(teacher)
-        rows[RowStat.LSE_TEACHER] = masked.logsumexp(1)
-        cols[ColumnStat.LSE_TEACHER] = masked.logsumexp(0)
+
+    def similarities(image, text, diagonal):
+        matrix = image @ text.T
+        rows[diagonal] = here.diagonal(matrix)
+        return matrix
+
+    def lse(logits, dim):
+        return here.masked(logits).logsumexp(dim)
 
     def mean(student, dim, lse):
         return (here.softmax(teacher, lse) * (call.entropy * teacher - student)).sum(dim)
 
+    if call.has_teacher:
+        teacher = call.teacher_scale * similarities(here.teacher_image, here.teacher_text, RowStat.DIAGONAL_TEACHER)
+        rows[RowStat.LSE_TEACHER], cols[ColumnStat.LSE_TEACHER] = lse(teacher, 1), lse(teacher, 0)
+        by_row, by_column = rows[RowStat.LSE_TEACHER][:, None], cols[ColumnStat.LSE_TEACHER]
     if call.has_student:
-        similarity = here.image @ here.text.T
+        similarity = similarities(here.image, here.text, RowStat.DIAGONAL_STUDENT)
         student = call.scale * similarity
-        rows[RowStat.DIAGONAL_STUDENT] = here.diagonal(similarity)
         if call.softmax:
-            masked = here.masked(student)
-            rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = masked.logsumexp(1), masked.logsumexp(0)
+            rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = lse(student, 1), lse(student, 0)
         if call.negatives:
             l, product = here.hyperplane(similarity)
             if call.has_hadamard:
@@ -92,25 +94,23 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
             if call.negatives == ALL_NEGATIVES:
                 rows[RowStat.PAIR_MATCHING] = (loss * here.negative).sum(1)
             else:
-                by_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
-                by_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
-                rows[RowStat.PAIR_MATCHING] = (by_row * loss).sum(1)
-                cols[ColumnStat.PAIR_MATCHING] = (by_column * loss).sum(0)
+                of_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
+                of_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
+                rows[RowStat.PAIR_MATCHING] = (of_row * loss).sum(1)
+                cols[ColumnStat.PAIR_MATCHING] = (of_column * loss).sum(0)
         if call.relational:
-            rows[RowStat.MEAN_STUDENT] = mean(student, 1, rows[RowStat.LSE_TEACHER][:, None])
-            cols[ColumnStat.MEAN_STUDENT] = mean(student, 0, cols[ColumnStat.LSE_TEACHER])
+            rows[RowStat.MEAN_STUDENT] = mean(student, 1, by_row)
+            cols[ColumnStat.MEAN_STUDENT] = mean(student, 0, by_column)
     if call.interactive:
-        similarity = here.student_image @ here.teacher_text.T
-        logits = call.cross_scale * similarity
-        rows[RowStat.DIAGONAL_IMAGE_TO_TEACHER] = here.diagonal(similarity)
-        rows[RowStat.LSE_IMAGE_TO_TEACHER] = here.masked(logits).logsumexp(1)
-        rows[RowStat.MEAN_IMAGE_TO_TEACHER] = mean(logits, 1, rows[RowStat.LSE_TEACHER][:, None])
+        stat = RowStat.DIAGONAL_IMAGE_TO_TEACHER
+        logits = call.cross_scale * similarities(here.student_image, here.teacher_text, stat)
+        rows[RowStat.LSE_IMAGE_TO_TEACHER] = lse(logits, 1)
+        rows[RowStat.MEAN_IMAGE_TO_TEACHER] = mean(logits, 1, by_row)
     if call.has_teacher_to_text:
-        similarity = here.teacher_image @ here.student_text.T
-        logits = call.cross_scale * similarity
-        rows[RowStat.DIAGONAL_TEACHER_TO_TEXT] = here.diagonal(similarity)
-        cols[ColumnStat.LSE_TEACHER_TO_TEXT] = here.masked(logits).logsumexp(0)
-        cols[ColumnStat.MEAN_TEACHER_TO_TEXT] = mean(logits, 0, cols[ColumnStat.LSE_TEACHER])
+        stat = RowStat.DIAGONAL_TEACHER_TO_TEXT
+        logits = call.cross_scale * similarities(here.teacher_image, here.student_text, stat)
+        cols[ColumnStat.LSE_TEACHER_TO_TEXT] = lse(logits, 0)
+        cols[ColumnStat.MEAN_TEACHER_TO_TEXT] = mean(logits, 0, by_column)
     if not call.columns:
         cols = torch.zeros_like(cols)
     stored = call.image.new_zeros(call.matrices if call.stored_rows else 0, call.stored_rows, m)
