@@ -23,26 +23,16 @@ from simplclip.ops.similarity.call import (
     SimilarityGradient,
 )
 from simplclip.ops.similarity.rows import similarity_rows
-from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, stored_rows
+from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
 
 _NEGATIVES = {None: NO_NEGATIVES, "shift": NO_NEGATIVES, "all": ALL_NEGATIVES, "hard": HARD_NEGATIVES}
 
 _TENSORS = [field.name for field in fields(SimilarityCall) if field.type.startswith("Tensor")]  # they come first
-_FEATURES = ("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text")
 
 
 def _fwd(function, call):
-    """Makes the tensors contiguous, and casts features to the dtype of the products, scalars to that of the sums."""
-    compute = computes_in(call.image.dtype, call.image.device.type)
-    stats = accumulate_dtype(compute)
-    for name in _TENSORS:
-        tensor = getattr(call, name)
-        if tensor is not None:
-            tensor = tensor.contiguous()
-            if tensor.is_floating_point():
-                tensor = tensor.to(compute if name in _FEATURES else stats)
-            setattr(call, name, tensor)
+    prepare(call, _TENSORS, computes_in(call.image.dtype, call.image.device.type))
     return function(call)
 
 

@@ -11,14 +11,12 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, flat, register_autograd, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import RowsCall, RowsGradient
-from simplclip.ops.similarity.sweep import chunk_rows, computes_in
+from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
 
 
 def _run(function, call):
-    dtype, compute = call.query.dtype, computes_in(call.query.dtype, call.query.device.type)
-    call.query, call.keys = (t.to(compute).contiguous() for t in (call.query, call.keys))
-    call.scale = call.scale.to(accumulate_dtype(compute))
-    call.ids, call.text_ids = (None if t is None else t.contiguous() for t in (call.ids, call.text_ids))
+    dtype = call.query.dtype
+    prepare(call, ("query", "keys", "scale", "ids", "text_ids"), computes_in(dtype, call.query.device.type))
     stats, mean_keys = function(call)
     return stats, mean_keys.to(dtype)
 
