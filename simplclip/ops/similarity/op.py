@@ -239,7 +239,7 @@ def similarity_loss(
         out["interactive"] = _infonce(call, own_text, own_teacher_image, group, scratch_bytes)
     if call.has_student or call.interactive:
         rows, columns, pairs = _statistics(call, group, scratch_bytes, store_bytes)
-        out |= terms_of(call, rows, columns, pairs, contrastive="contrastive" in terms)
+        out |= terms_of(call, rows, columns, pairs, terms)
     out = {term: out[term] for term in terms}
     if bias is not None:  # gives it a gradient of 0 instead of None, as DistributedDataParallel needs
         first = next(iter(out))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,8 +52,7 @@ def terms_of(
     rows: Tensor,  # [12, N] RowStat
     columns: Tensor | None,  # [6, N] ColumnStat of the columns of the positives; None: the row direction only
     pairs: Tensor,  # [] float64, negatives of this rank or, where ranks differ, their mean
-    *,
-    contrastive: bool,
+    terms: Collection[str],  # that are asked for, of which some may not be made here
 ) -> dict[str, Tensor]:
     """The terms, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
@@ -66,7 +67,7 @@ def terms_of(
             return None
         return divergence(stats[lse], positive, stats[lse_teacher], teacher, stats[mean], call.entropy)
 
-    if contrastive:
+    if "contrastive" in terms:
         by_column = None if columns is None else cross_entropy(columns[Column.LSE_STUDENT], student)
         out["contrastive"] = both(cross_entropy(rows[Row.LSE_STUDENT], student), by_column)
     if call.negatives:
