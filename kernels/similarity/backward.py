@@ -82,12 +82,14 @@ def _similarity_gradient_kernel(
     ATTEND: tl.constexpr,  # Z alone: the gradient to the logits, not to the similarities, so that it is the softmax itself
 ):
     """One tile: writes G of each of the student's matrices, and adds to this program's sums of the scalars' gradients."""
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     program = tl.program_id(0)
-    at = program % row_blocks * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
+    at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = at < row_count
     row = first_row + at
     safe_row = tl.minimum(row, n - 1).to(tl.int64)
-    column = program // row_blocks * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+    column = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_column = tl.minimum(column, m - 1).to(tl.int64)
 
     row_stat = rows + safe_row
@@ -136,7 +138,7 @@ def _similarity_gradient_kernel(
         negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column)
         z_scale = tl.load(scale)
         z = tl.where(negative, raw * (z_scale * LOG2E), -INF)
-        g = tl.zeros((TILE.BLOCK_M, TILE.BLOCK_N), tl.float32)
+        g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         h = g
         if LAUNCH.RELATIONAL:
             g -= tl.load(row_grad + MEAN_STUDENT * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)

@@ -65,6 +65,8 @@ def _similarity_statistics_kernel(
     the same reason T's weights are computed after the product of the next plane, not before it. Slots of the parts: maximum,
     then the sum of 2^(logit - maximum), then sums with these weights.
     """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     # GROUP blocks of rows with all their splits alternate, so that programs at a time share rows and columns.
     program = tl.program_id(0)
     first_block = program // (GROUP * splits) * GROUP
@@ -73,13 +75,13 @@ def _similarity_statistics_kernel(
     row_block = first_block + within % group
     split = within // group
 
-    at = row_block * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
+    at = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_inside = at < row_count
     row = first_row + at
     safe_row = tl.minimum(row, n - 1).to(tl.int64)
 
-    none = tl.full((TILE.BLOCK_M,), -INF, tl.float32)
-    zero = tl.zeros((TILE.BLOCK_M,), tl.float32)
+    none = tl.full((BLOCK_M,), -INF, tl.float32)
+    zero = tl.zeros((BLOCK_M,), tl.float32)
     max_t, sum_t, mean_z, mean_u = none, zero, zero, zero
     max_u, sum_u = none, zero
     max_z, sum_z, match = none, zero, zero
@@ -98,9 +100,9 @@ def _similarity_statistics_kernel(
         if not LAUNCH.HAS_HADAMARD:
             slope = tl.load(plane_weight)
 
-    tiles = (m + TILE.BLOCK_N - 1) // TILE.BLOCK_N
+    tiles = (m + BLOCK_N - 1) // BLOCK_N
     for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
-        column = tile * TILE.BLOCK_N + tl.arange(0, TILE.BLOCK_N)
+        column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = column < m
         safe_column = tl.minimum(column, m - 1).to(tl.int64)
         if LAUNCH.COLUMNS:

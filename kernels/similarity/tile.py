@@ -18,6 +18,7 @@ def product(
     TILE: tl.constexpr,  # launch.Tiling
 ):  # [BLOCK_M, BLOCK_N] float32
     """left rightᵀ of some rows and columns; with a weight (left weight) rightᵀ, whose first factor is rounded as left is."""
+    PRECISION: tl.constexpr = TILE.PRECISION  # Triton 3.6 takes no string, and no number in a tuple, that is not a constexpr
     depth = tl.arange(0, TILE.BLOCK_K)
     left_at = left + rows[:, None] * width + depth[None, :]
     right_at = right + columns[None, :] * width + depth[:, None]
@@ -33,7 +34,7 @@ def product(
         if weight is not None:
             w = tl.load(weight + k + depth) if EVEN else tl.load(weight + k + depth, depth < width - k, 0.0)
             a = narrowed(a.to(tl.float32) * w[None, :], a.dtype, TILE.INTERPRETED)
-        tile = dot(a, b, tile, TILE.PRECISION, TILE.INTERPRETED)
+        tile = dot(a, b, tile, PRECISION, TILE.INTERPRETED)
         left_at += TILE.BLOCK_K
         right_at += TILE.BLOCK_K
     return tile
