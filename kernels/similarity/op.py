@@ -23,6 +23,11 @@ GROUP = 8  # blocks of rows that use the same column tiles while those are in th
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
 MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
+_COLUMN_LSES = {
+    "HAS_TEACHER": ColumnStat.LSE_TEACHER,
+    "HAS_TEACHER_TO_TEXT": ColumnStat.LSE_TEACHER_TO_TEXT,
+    "SOFTMAX": ColumnStat.LSE_STUDENT,
+}
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,13 +99,6 @@ def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [12, N], [6, M
             if launch.COLUMNS:
                 _merge(launch, slots, column_parts, columns, 0, of_rows=False)
     return rows, columns
-
-
-_COLUMN_LSES = {
-    "HAS_TEACHER": ColumnStat.LSE_TEACHER,
-    "HAS_TEACHER_TO_TEXT": ColumnStat.LSE_TEACHER_TO_TEXT,
-    "SOFTMAX": ColumnStat.LSE_STUDENT,
-}
 
 
 def _merge(
