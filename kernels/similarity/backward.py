@@ -143,8 +143,7 @@ def _similarity_gradient_kernel(
         if LAUNCH.RELATIONAL:
             g -= tl.load(row_grad + MEAN_STUDENT * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
             if LAUNCH.COLUMNS:
-                p = _softmax(t, column_stat, LSE_TEACHER, m, 0)
-                g -= tl.load(column_grad + MEAN_STUDENT * m)[None, :] * p
+                g -= tl.load(column_grad + MEAN_STUDENT * m)[None, :] * _softmax(t, column_stat, LSE_TEACHER, m, 0)
         if LAUNCH.SOFTMAX:
             p = _softmax(z, row_stat, LSE_STUDENT, n, 1)
             g += tl.load(row_grad + LSE_STUDENT * n)[:, None] * p

@@ -28,6 +28,7 @@ from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted
 
 _NEGATIVES = {None: NO_NEGATIVES, "shift": NO_NEGATIVES, "all": ALL_NEGATIVES, "hard": HARD_NEGATIVES}
 
+_ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
 _TENSORS = [field.name for field in fields(SimilarityCall) if field.type.startswith("Tensor")]  # they come first
 
 
@@ -86,7 +87,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_rows, grad_columns, _):
-    gradients = dict.fromkeys((*SimilarityCall.__match_args__, "backend"))
+    gradients = dict.fromkeys(_ARGUMENTS)
     if grad_rows is None and grad_columns is None:
         return tuple(gradients.values())
     *tensors, rows, columns, stored = ctx.saved_tensors

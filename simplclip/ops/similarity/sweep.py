@@ -27,12 +27,13 @@ def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
 
 def prepare(call, names: Iterable[str], dtype: torch.dtype) -> None:
     """Makes tensors of a call contiguous, and casts matrices to the dtype of their products, numbers to that of the sums."""
+    sums = accumulate_dtype(dtype)
     for name in names:
         tensor = getattr(call, name)
         if tensor is not None:
             tensor = tensor.contiguous()
             if tensor.is_floating_point():
-                tensor = tensor.to(dtype if tensor.dim() == 2 else accumulate_dtype(dtype))
+                tensor = tensor.to(dtype if tensor.dim() == 2 else sums)
             setattr(call, name, tensor)
 
 
