@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 from typing import NamedTuple
@@ -18,16 +19,10 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    blocks: int  # at least so many share a multiprocessor; the launcher divides the columns accordingly
+    blocks: int = 1  # at least so many share a multiprocessor; the launcher divides the columns accordingly
 
     def options(self) -> dict[str, int]:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
+        return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), self))
 
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
@@ -41,170 +36,75 @@ _INTERPRETED = {
     "parallel_mlp": Tile(32, 64, 16, 4, 2, 1),
 }
 
+# A row holds the tiles of an op in a precision: block_m x block_n x block_k / warps / stages, and / blocks unless it is 1.
 # similarity_loss: by the number of planes in a launch (in backward with a scalar hyperplane's). At most two planes are in
 # registers at a time, but statistics need registers too. Entries are the largest tiles with which no launch spills.
 # shaped_attention by the width of a head, 16, 32, 64, 128, 256 (none in float32); its block_k is that width.
-_TABLE: dict[tuple[str, str], tuple[Tile, ...]] = {
-    ("similarity_forward", "half"): (
-        Tile(128, 128, 32, 8, 4, 1),
-        Tile(128, 64, 32, 8, 4, 1),
-        Tile(128, 64, 32, 8, 4, 1),
-        Tile(64, 64, 32, 8, 4, 1),
-        Tile(64, 64, 32, 8, 4, 1),
-    ),
-    ("similarity_forward", "tf32"): (
-        Tile(128, 128, 16, 8, 4, 1),
-        Tile(128, 64, 32, 8, 3, 1),
-        Tile(64, 128, 16, 8, 4, 1),
-        Tile(64, 64, 32, 8, 3, 1),
-        Tile(64, 64, 16, 8, 4, 1),
-    ),
-    ("similarity_forward", "ieee"): (
-        Tile(128, 64, 8, 8, 4, 1),
-        Tile(64, 64, 16, 8, 3, 1),
-        Tile(64, 64, 8, 8, 4, 1),
-        Tile(64, 64, 8, 8, 4, 1),
-        Tile(64, 64, 8, 8, 4, 1),
-    ),
-    ("similarity_backward", "half"): (
-        Tile(128, 128, 32, 8, 4, 1),
-        Tile(128, 64, 32, 8, 4, 1),
-        Tile(64, 128, 32, 8, 4, 1),
-        Tile(64, 128, 32, 8, 4, 1),
-        Tile(64, 64, 32, 8, 4, 1),
-    ),
-    ("similarity_backward", "tf32"): (
-        Tile(128, 128, 16, 8, 4, 1),
-        Tile(64, 128, 16, 8, 4, 1),
-        Tile(64, 128, 16, 8, 4, 1),
-        Tile(64, 128, 16, 8, 4, 1),
-        Tile(64, 64, 32, 8, 3, 1),
-    ),
-    ("similarity_backward", "ieee"): (
-        Tile(128, 64, 8, 8, 4, 1),
-        Tile(128, 32, 16, 8, 3, 1),
-        Tile(64, 64, 8, 8, 4, 1),
-        Tile(64, 64, 16, 8, 3, 1),
-        Tile(64, 64, 8, 8, 4, 1),
-    ),
-    ("shaped_attention_fwd", "half"): (
-        Tile(128, 64, 0, 4, 3, 2),
-        Tile(128, 64, 0, 4, 3, 2),
-        Tile(128, 32, 0, 4, 3, 2),
-        Tile(128, 32, 0, 8, 2, 1),
-        Tile(64, 32, 0, 8, 2, 1),
-    ),
-    ("shaped_attention_fwd", "tf32"): (
-        Tile(128, 32, 0, 8, 2, 1),
-        Tile(128, 32, 0, 8, 2, 1),
-        Tile(128, 32, 0, 8, 2, 1),
-        Tile(64, 32, 0, 8, 2, 1),
-    ),
-    ("shaped_attention_fwd", "ieee"): (
-        Tile(64, 32, 0, 8, 2, 1),
-        Tile(32, 32, 0, 8, 2, 1),
-        Tile(32, 32, 0, 8, 2, 1),
-        Tile(16, 32, 0, 8, 1, 1),
-    ),
-    ("shaped_attention_rows", "half"): (
-        Tile(64, 64, 0, 4, 2, 2),
-        Tile(64, 64, 0, 4, 2, 2),
-        Tile(64, 64, 0, 4, 2, 2),
-        Tile(64, 32, 0, 4, 2, 1),
-        Tile(64, 16, 0, 8, 1, 1),
-    ),
-    ("shaped_attention_rows", "tf32"): (
-        Tile(64, 32, 0, 4, 2, 1),
-        Tile(64, 32, 0, 4, 2, 1),
-        Tile(64, 32, 0, 4, 2, 1),
-        Tile(32, 16, 0, 4, 1, 1),
-    ),
-    ("shaped_attention_rows", "ieee"): (
-        Tile(32, 32, 0, 8, 1, 1),
-        Tile(32, 32, 0, 8, 2, 1),
-        Tile(32, 32, 0, 8, 2, 1),
-        Tile(16, 16, 0, 8, 1, 1),
-    ),
-    ("shaped_attention_keys", "half"): (
-        Tile(32, 128, 0, 4, 2, 2),
-        Tile(32, 128, 0, 4, 2, 2),
-        Tile(32, 64, 0, 4, 2, 2),
-        Tile(32, 64, 0, 8, 2, 1),
-        Tile(16, 32, 0, 4, 1, 1),
-    ),
-    ("shaped_attention_keys", "tf32"): (
-        Tile(32, 64, 0, 8, 2, 1),
-        Tile(32, 64, 0, 8, 2, 1),
-        Tile(32, 32, 0, 4, 2, 1),
-        Tile(32, 32, 0, 4, 1, 1),
-    ),
-    ("shaped_attention_keys", "ieee"): (
-        Tile(32, 32, 0, 8, 1, 1),
-        Tile(32, 32, 0, 8, 1, 1),
-        Tile(16, 32, 0, 8, 1, 1),
-        Tile(16, 32, 0, 8, 1, 1),
-    ),
-    ("parallel_mlp_fwd", "half"): (Tile(128, 128, 32, 8, 3, 1),),
-    ("parallel_mlp_fwd", "tf32"): (Tile(128, 128, 32, 8, 3, 1),),
-    ("parallel_mlp_fwd", "ieee"): (Tile(64, 64, 8, 8, 3, 1),),
-    ("parallel_mlp_weight", "half"): (Tile(128, 128, 32, 8, 3, 1),),
-    ("parallel_mlp_weight", "tf32"): (Tile(128, 128, 16, 8, 3, 1),),
-    ("parallel_mlp_weight", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
-    ("parallel_mlp_hidden", "half"): (Tile(128, 128, 32, 8, 3, 1),),
-    ("parallel_mlp_hidden", "tf32"): (Tile(128, 128, 16, 8, 3, 1),),
-    ("parallel_mlp_hidden", "ieee"): (Tile(64, 64, 16, 8, 3, 1),),
+# fmt: off
+_TABLE = {
+    ("similarity_forward", "half"):           "128x128x32/8/4  128x64x32/8/4   128x64x32/8/4   64x64x32/8/4    64x64x32/8/4",
+    ("similarity_forward", "tf32"):           "128x128x16/8/4  128x64x32/8/3   64x128x16/8/4   64x64x32/8/3    64x64x16/8/4",
+    ("similarity_forward", "ieee"):           "128x64x8/8/4    64x64x16/8/3    64x64x8/8/4     64x64x8/8/4     64x64x8/8/4",
+    ("similarity_backward", "half"):          "128x128x32/8/4  128x64x32/8/4   64x128x32/8/4   64x128x32/8/4   64x64x32/8/4",
+    ("similarity_backward", "tf32"):          "128x128x16/8/4  64x128x16/8/4   64x128x16/8/4   64x128x16/8/4   64x64x32/8/3",
+    ("similarity_backward", "ieee"):          "128x64x8/8/4    128x32x16/8/3   64x64x8/8/4     64x64x16/8/3    64x64x8/8/4",
+    ("shaped_attention_fwd", "half"):         "128x64x0/4/3/2  128x64x0/4/3/2  128x32x0/4/3/2  128x32x0/8/2    64x32x0/8/2",
+    ("shaped_attention_fwd", "tf32"):         "128x32x0/8/2    128x32x0/8/2    128x32x0/8/2    64x32x0/8/2",
+    ("shaped_attention_fwd", "ieee"):         "64x32x0/8/2     32x32x0/8/2     32x32x0/8/2     16x32x0/8/1",
+    ("shaped_attention_rows", "half"):        "64x64x0/4/2/2   64x64x0/4/2/2   64x64x0/4/2/2   64x32x0/4/2     64x16x0/8/1",
+    ("shaped_attention_rows", "tf32"):        "64x32x0/4/2     64x32x0/4/2     64x32x0/4/2     32x16x0/4/1",
+    ("shaped_attention_rows", "ieee"):        "32x32x0/8/1     32x32x0/8/2     32x32x0/8/2     16x16x0/8/1",
+    ("shaped_attention_keys", "half"):        "32x128x0/4/2/2  32x128x0/4/2/2  32x64x0/4/2/2   32x64x0/8/2     16x32x0/4/1",
+    ("shaped_attention_keys", "tf32"):        "32x64x0/8/2     32x64x0/8/2     32x32x0/4/2     32x32x0/4/1",
+    ("shaped_attention_keys", "ieee"):        "32x32x0/8/1     32x32x0/8/1     16x32x0/8/1     16x32x0/8/1",
+    ("parallel_mlp_fwd", "half"):             "128x128x32/8/3",
+    ("parallel_mlp_fwd", "tf32"):             "128x128x32/8/3",
+    ("parallel_mlp_fwd", "ieee"):             "64x64x8/8/3",
+    ("parallel_mlp_weight", "half"):          "128x128x32/8/3",
+    ("parallel_mlp_weight", "tf32"):          "128x128x16/8/3",
+    ("parallel_mlp_weight", "ieee"):          "64x64x16/8/3",
+    ("parallel_mlp_hidden", "half"):          "128x128x32/8/3",
+    ("parallel_mlp_hidden", "tf32"):          "128x128x16/8/3",
+    ("parallel_mlp_hidden", "ieee"):          "64x64x16/8/3",
 }
-# Tiles of architectures whose compiler needs others than that of the RTX 3090.
-_ARCHITECTURE: dict[tuple[str, str, int, int], Tile] = {
-    ("similarity_backward", "tf32", 1, 80): Tile(128, 64, 32, 8, 3, 1),
-    ("similarity_forward", "half", 1, 90): Tile(128, 64, 32, 8, 4, 1),
-    ("similarity_forward", "half", 2, 90): Tile(64, 64, 32, 8, 4, 1),
-    ("similarity_forward", "half", 3, 90): Tile(64, 64, 32, 8, 4, 1),
-    ("similarity_backward", "half", 4, 90): Tile(64, 64, 32, 8, 4, 1),
-    ("similarity_forward", "tf32", 1, 90): Tile(128, 64, 32, 8, 3, 1),
-    ("similarity_forward", "tf32", 2, 90): Tile(64, 64, 32, 8, 3, 1),
-    ("similarity_forward", "tf32", 3, 90): Tile(64, 64, 32, 8, 3, 1),
-    ("similarity_backward", "tf32", 4, 90): Tile(64, 64, 32, 8, 3, 1),
-    ("similarity_forward", "half", 2, 120): Tile(64, 64, 32, 8, 4, 1),
-    ("similarity_forward", "half", 4, 120): Tile(64, 32, 32, 8, 4, 1),
-    ("similarity_forward", "half", 5, 120): Tile(64, 32, 32, 8, 4, 1),
-    ("similarity_backward", "half", 3, 120): Tile(64, 32, 32, 8, 4, 1),
-    ("similarity_forward", "tf32", 4, 120): Tile(64, 32, 32, 8, 3, 1),
-    ("similarity_forward", "tf32", 5, 120): Tile(64, 32, 32, 8, 3, 1),
-    ("similarity_backward", "tf32", 3, 120): Tile(128, 64, 16, 8, 4, 1),
-    ("similarity_forward", "ieee", 2, 120): Tile(64, 64, 8, 8, 4, 1),
-    ("shaped_attention_rows", "half", 2, 80): Tile(64, 32, 0, 4, 2, 1),
-    ("shaped_attention_keys", "half", 3, 80): Tile(32, 128, 0, 8, 2, 1),
-    ("shaped_attention_rows", "half", 5, 90): Tile(64, 16, 0, 4, 1, 1),
-    ("shaped_attention_fwd", "half", 4, 120): Tile(64, 64, 0, 8, 2, 1),
-    ("shaped_attention_rows", "half", 4, 120): Tile(64, 32, 0, 8, 2, 1),
-    ("shaped_attention_fwd", "tf32", 1, 80): Tile(64, 32, 0, 4, 2, 1),
-    ("shaped_attention_fwd", "tf32", 2, 80): Tile(64, 32, 0, 4, 2, 1),
-    ("shaped_attention_keys", "tf32", 3, 80): Tile(32, 32, 0, 4, 1, 1),
-    ("shaped_attention_rows", "ieee", 3, 80): Tile(32, 32, 0, 8, 1, 1),
-    ("shaped_attention_fwd", "ieee", 1, 90): Tile(32, 32, 0, 8, 1, 1),
-    ("shaped_attention_fwd", "ieee", 2, 120): Tile(64, 32, 0, 8, 2, 1),
-    ("shaped_attention_keys", "ieee", 2, 120): Tile(32, 32, 0, 8, 2, 1),
+# Tiles of architectures whose compiler needs others than that of the RTX 3090; "-" is the tile above.
+_ARCHITECTURE = {
+    ("similarity_backward", "tf32", 80):      "128x64x32/8/3",
+    ("similarity_forward", "half", 90):       "128x64x32/8/4   64x64x32/8/4    64x64x32/8/4",
+    ("similarity_backward", "half", 90):      "-               -               -               64x64x32/8/4",
+    ("similarity_forward", "tf32", 90):       "128x64x32/8/3   64x64x32/8/3    64x64x32/8/3",
+    ("similarity_backward", "tf32", 90):      "-               -               -               64x64x32/8/3",
+    ("similarity_forward", "half", 120):      "-               64x64x32/8/4    -               64x32x32/8/4    64x32x32/8/4",
+    ("similarity_backward", "half", 120):     "-               -               64x32x32/8/4",
+    ("similarity_forward", "tf32", 120):      "-               -               -               64x32x32/8/3    64x32x32/8/3",
+    ("similarity_backward", "tf32", 120):     "-               -               128x64x16/8/4",
+    ("similarity_forward", "ieee", 120):      "-               64x64x8/8/4",
+    ("shaped_attention_rows", "half", 80):    "-               64x32x0/4/2",
+    ("shaped_attention_keys", "half", 80):    "-               -               32x128x0/8/2",
+    ("shaped_attention_rows", "half", 90):    "-               -               -               -               64x16x0/4/1",
+    ("shaped_attention_fwd", "half", 120):    "-               -               -               64x64x0/8/2",
+    ("shaped_attention_rows", "half", 120):   "-               -               -               64x32x0/8/2",
+    ("shaped_attention_fwd", "tf32", 80):     "64x32x0/4/2     64x32x0/4/2",
+    ("shaped_attention_keys", "tf32", 80):    "-               -               32x32x0/4/1",
+    ("shaped_attention_rows", "ieee", 80):    "-               -               32x32x0/8/1",
+    ("shaped_attention_fwd", "ieee", 90):     "32x32x0/8/1",
+    ("shaped_attention_fwd", "ieee", 120):    "-               64x32x0/8/2",
+    ("shaped_attention_keys", "ieee", 120):   "-               32x32x0/8/2",
 }
 # A tl.dot of Triton 3.6 and 3.7 (torch 2.11 has 3.6) sums at least 16 products, one of 3.8 and 3.9 sums 8 in float32; and the
 # older versions spill with other tiles. These entries, by architecture or, with 0, for all, precede the others.
-_OLDER: dict[tuple[str, str, int, int], Tile] = {
-    ("similarity_forward", "half", 3, 0): Tile(64, 64, 32, 8, 4, 1),
-    ("similarity_forward", "tf32", 3, 0): Tile(64, 64, 32, 8, 3, 1),
-    ("similarity_forward", "ieee", 1, 0): Tile(128, 64, 16, 8, 2, 1),
-    ("similarity_forward", "ieee", 2, 0): Tile(128, 32, 16, 8, 3, 1),
-    ("similarity_forward", "ieee", 3, 0): Tile(64, 32, 16, 8, 3, 1),
-    ("similarity_forward", "ieee", 4, 0): Tile(64, 64, 16, 8, 1, 1),
-    ("similarity_forward", "ieee", 5, 0): Tile(64, 64, 16, 8, 1, 1),
-    ("similarity_backward", "ieee", 1, 0): Tile(128, 64, 16, 8, 3, 1),
-    ("similarity_backward", "ieee", 3, 0): Tile(64, 64, 16, 8, 3, 1),
-    ("similarity_backward", "ieee", 5, 0): Tile(64, 64, 16, 8, 3, 1),
-    ("shaped_attention_rows", "half", 4, 120): Tile(32, 32, 0, 4, 2, 1),
-    ("shaped_attention_fwd", "ieee", 3, 80): Tile(32, 64, 0, 8, 2, 1),
-    ("shaped_attention_rows", "ieee", 3, 90): Tile(32, 16, 0, 8, 2, 1),
-    ("shaped_attention_keys", "ieee", 3, 80): Tile(16, 32, 0, 8, 2, 1),
-    ("parallel_mlp_fwd", "ieee", 1, 0): Tile(64, 64, 16, 8, 3, 1),
+_OLDER = {
+    ("similarity_forward", "half", 0):        "-               -               64x64x32/8/4",
+    ("similarity_forward", "tf32", 0):        "-               -               64x64x32/8/3",
+    ("similarity_forward", "ieee", 0):        "128x64x16/8/2   128x32x16/8/3   64x32x16/8/3    64x64x16/8/1    64x64x16/8/1",
+    ("similarity_backward", "ieee", 0):       "128x64x16/8/3   -               64x64x16/8/3    -               64x64x16/8/3",
+    ("shaped_attention_rows", "half", 120):   "-               -               -               32x32x0/4/2",
+    ("shaped_attention_fwd", "ieee", 80):     "-               -               32x64x0/8/2",
+    ("shaped_attention_rows", "ieee", 90):    "-               -               32x16x0/8/2",
+    ("shaped_attention_keys", "ieee", 80):    "-               -               16x32x0/8/2",
+    ("parallel_mlp_fwd", "ieee", 0):          "64x64x16/8/3",
 }
+# fmt: on
 
 
 def _older() -> bool:
@@ -219,15 +119,19 @@ def _older() -> bool:
 OLDER = _older()
 
 
+@functools.cache
+def _tiles(row: str) -> list[Tile | None]:
+    return [None if cell == "-" else Tile(*map(int, re.split("[x/]", cell))) for cell in row.split()]
+
+
 def lookup(op: str, entry: int, precision: str, architecture: int) -> Tile:
-    """Entry `place` (from 1) of the op's list; an architecture without its own entries uses those of the table."""
+    """Entry `entry` (from 1) of the op's row; an architecture without its own entries uses those of the table."""
     if architecture == INTERPRETER:
         return _INTERPRETED.get(op) or _INTERPRETED[op.rpartition("_")[0]]
-    if OLDER:
-        for key in ((op, precision, entry, architecture), (op, precision, entry, 0)):
-            if key in _OLDER:
-                return _OLDER[key]
-    return _ARCHITECTURE.get((op, precision, entry, architecture)) or _TABLE[op, precision][entry - 1]
+    own = op, precision, architecture
+    rows = [_OLDER.get(own, ""), _OLDER.get((op, precision, 0), "")] if OLDER else []
+    found = (_tiles(row)[entry - 1 : entry] for row in [*rows, _ARCHITECTURE.get(own, ""), _TABLE[op, precision]])
+    return next(tile for tiles in found for tile in tiles if tile)
 
 
 def of_width(op: str, width: int, precision: str, architecture: int) -> Tile:

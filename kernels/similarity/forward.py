@@ -8,9 +8,20 @@ from simplclip.kernels.similarity.tile import negatives, product, raised, softpl
 
 
 @triton.jit
-def _column_base(logits):  # [BLOCK_M, BLOCK_N]
+def _column_maximum(logits, part, inside):  # logits [BLOCK_M, BLOCK_N]
+    """Stores the maxima of the columns; returns a finite base for exponentials."""
     maximum = tl.max(logits, 0)
-    return maximum, tl.where(maximum == -INF, 0.0, maximum)
+    base = tl.where(maximum == -INF, 0.0, maximum)
+    tl.store(part, maximum, inside)
+    return base
+
+
+@triton.jit
+def _column_softmax(logits, part, m, inside):
+    """Stores the maxima and the sums of the columns; returns the base of the sums."""
+    base = _column_maximum(logits, part, inside)
+    tl.store(part + m, tl.sum(weights(logits, base[None, :]), 0), inside)
+    return base
 
 
 @triton.jit(
@@ -43,39 +54,19 @@ def _similarity_statistics_kernel(
     row_blocks,
     splits,
     tiles_per_split,
-    HAS_STUDENT: tl.constexpr,
-    HAS_HADAMARD: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
-    HAS_IMAGE_TO_TEACHER: tl.constexpr,
-    HAS_TEACHER_TO_TEXT: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    ALL_NEGATIVES: tl.constexpr,
-    HARD_NEGATIVES: tl.constexpr,
-    RELATIONAL: tl.constexpr,
-    KL: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    TEACHER_AT: tl.constexpr,
-    CROSS_AT: tl.constexpr,
-    STUDENT_AT: tl.constexpr,
-    PAIR_MATCHING_AT: tl.constexpr,
-    ROW_SLOTS: tl.constexpr,
-    COLUMN_SLOTS: tl.constexpr,
-    EVEN: tl.constexpr,
-    TEACHER_EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    LAUNCH: tl.constexpr,  # launch.Launch
+    SLOTS: tl.constexpr,  # launch.Slots
+    TILE: tl.constexpr,  # launch.Tiling
     GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """Statistics of a block of rows over a range of column tiles, and of each of those columns over the block.
 
     Planes are processed one after the other. T is kept, since means need it, so that at most two tiles are in registers. For
-    the same reason T's weights are computed after the product of the next plane, not before it. Slots of the parts: [*_AT]
-    maximum, then the sum of 2^(logit - maximum), then sums with these weights.
+    the same reason T's weights are computed after the product of the next plane, not before it. Slots of the parts: maximum,
+    then the sum of 2^(logit - maximum), then sums with these weights.
     """
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     # GROUP blocks of rows with all their splits alternate, so that programs at a time share rows and columns.
     program = tl.program_id(0)
     first_block = program // (GROUP * splits) * GROUP
@@ -91,153 +82,124 @@ def _similarity_statistics_kernel(
 
     none = tl.full((BLOCK_M,), -INF, tl.float32)
     zero = tl.zeros((BLOCK_M,), tl.float32)
-    max_t, sum_t, mean_z, mean_x = none, zero, zero, zero
-    max_x, sum_x = none, zero
+    max_t, sum_t, mean_z, mean_u = none, zero, zero, zero
+    max_u, sum_u = none, zero
     max_z, sum_z, match = none, zero, zero
 
     row_ids = row
-    if HAS_IDS:
+    if LAUNCH.HAS_IDS:
         row_ids = tl.load(ids + safe_row)
-    if HAS_STUDENT:
+    if LAUNCH.HAS_STUDENT:
         z_scale = tl.load(scale) * LOG2E
-    if HAS_TEACHER:
+    if LAUNCH.HAS_TEACHER:
         t_scale = tl.load(teacher_scale) * LOG2E
-    if HAS_IMAGE_TO_TEACHER or HAS_TEACHER_TO_TEXT:
-        x_scale = tl.load(cross_scale) * LOG2E
-    if ALL_NEGATIVES or HARD_NEGATIVES:
+    if LAUNCH.HAS_IMAGE_TO_TEACHER:
+        u_scale = tl.load(cross_scale) * LOG2E
+    if LAUNCH.PAIR_MATCHING:
         bias = tl.load(plane_bias)
-        if not HAS_HADAMARD:
+        if not LAUNCH.HAS_HADAMARD:
             slope = tl.load(plane_weight)
 
     tiles = (m + BLOCK_N - 1) // BLOCK_N
     for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
         column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        column_inside = column < m
+        inside = column < m
         safe_column = tl.minimum(column, m - 1).to(tl.int64)
-        if COLUMNS:
-            parts_at = column_parts + row_block.to(tl.int64) * COLUMN_SLOTS * m + column
+        if LAUNCH.COLUMNS:
+            parts_at = column_parts + row_block.to(tl.int64) * SLOTS.COLUMNS * m + column
+        t = None
 
-        if HAS_TEACHER:
-            raw = product(
-                teacher_image, teacher_text, None, safe_row, safe_column, teacher_width,
-                TEACHER_EVEN, False, PRECISION, INTERPRETED, BLOCK_K,
-            )  # fmt: skip
-            negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
+        if LAUNCH.HAS_TEACHER:
+            raw = product(teacher_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+            negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column)
             t = raw * t_scale
             t = tl.where(negative, t + 0.0 * t, -INF)  # NaN where it is infinite, since -inf means no negative
             max_t, base_t, shrink = raised(max_t, t, 1)
             sum_t *= shrink
-            if RELATIONAL:
+            if LAUNCH.RELATIONAL:
                 mean_z *= shrink
-            if KL:
-                mean_x *= shrink
-            if COLUMNS:
-                maximum, column_base_t = _column_base(t)
-                tl.store(parts_at + TEACHER_AT * m, maximum, column_inside)
+            if LAUNCH.HAS_IMAGE_TO_TEACHER:
+                mean_u *= shrink
+            if LAUNCH.COLUMNS:
+                column_base_t = _column_maximum(t, parts_at + SLOTS.TEACHER * m, inside)
 
-        if HAS_IMAGE_TO_TEACHER:
-            raw = product(
-                projected_image, teacher_text, None, safe_row, safe_column, teacher_width,
-                TEACHER_EVEN, False, PRECISION, INTERPRETED, BLOCK_K,
-            )  # fmt: skip
-            if HAS_TEACHER:
-                negative = t != -INF
-            else:
-                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
-            u = raw * x_scale
-            if KL:
-                share = weights(t, base_t[:, None])
-                sum_t += tl.sum(share, 1)
-                mean_x += tl.sum(weighted(share, entropy * t - u), 1)
+        if LAUNCH.HAS_IMAGE_TO_TEACHER:
+            raw = product(projected_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+            negative = t != -INF
+            u = raw * u_scale
+            share = weights(t, base_t[:, None])
+            sum_t += tl.sum(share, 1)
+            mean_u += tl.sum(weighted(share, entropy * t - u), 1)
             u = tl.where(negative, u, -INF)
-            max_x, base, shrink = raised(max_x, u, 1)
-            sum_x = sum_x * shrink + tl.sum(weights(u, base[:, None]), 1)
+            max_u, base, shrink = raised(max_u, u, 1)
+            sum_u = sum_u * shrink + tl.sum(weights(u, base[:, None]), 1)
 
-        if HAS_TEACHER_TO_TEXT and COLUMNS:
-            raw = product(
-                teacher_image, projected_text, None, safe_row, safe_column, teacher_width,
-                TEACHER_EVEN, False, PRECISION, INTERPRETED, BLOCK_K,
-            )  # fmt: skip
-            if HAS_TEACHER:
-                negative = t != -INF
-            else:
-                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
-            v = raw * x_scale
-            if KL:
-                share = weights(t, column_base_t[None, :])
-                mean = tl.sum(weighted(share, entropy * t - v), 0)
-                tl.store(parts_at + (TEACHER_AT + 1) * m, tl.sum(share, 0), column_inside)
-                tl.store(parts_at + (TEACHER_AT + 2 + RELATIONAL) * m, mean * LN2, column_inside)
+        if LAUNCH.HAS_TEACHER_TO_TEXT:
+            raw = product(teacher_image, projected_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+            negative = t != -INF
+            v = raw * u_scale
+            share = weights(t, column_base_t[None, :])
+            mean = tl.sum(weighted(share, entropy * t - v), 0)
+            tl.store(parts_at + (SLOTS.TEACHER + 1) * m, tl.sum(share, 0), inside)
+            tl.store(parts_at + SLOTS.MEAN_CROSS * m, mean * LN2, inside)
             v = tl.where(negative, v, -INF)
-            maximum, base = _column_base(v)
-            tl.store(parts_at + CROSS_AT * m, maximum, column_inside)
-            tl.store(parts_at + (CROSS_AT + 1) * m, tl.sum(weights(v, base[None, :]), 0), column_inside)
+            _column_softmax(v, parts_at + SLOTS.CROSS * m, m, inside)
 
-        if HAS_STUDENT:
-            raw = product(
-                image, text, None, safe_row, safe_column, width, EVEN, False, PRECISION, INTERPRETED, BLOCK_K
-            )  # fmt: skip
-            if HAS_TEACHER:
-                negative = t != -INF
-            else:
-                negative = negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS)
+        if LAUNCH.HAS_STUDENT:
+            raw = product(image, text, None, safe_row, safe_column, width, TILE.EVEN, TILE)
+            negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column)
             z = raw * z_scale
-            if RELATIONAL:
+            if LAUNCH.RELATIONAL:
                 gap = entropy * t - z
-                if KL:  # another base than U's and V's: equal exponentials would be kept in registers across the products
+                if LAUNCH.HAS_IMAGE_TO_TEACHER:
+                    # Another base than U's and V's: equal exponentials would be kept in registers across the products.
                     share = weights(t, base_t[:, None] + 1.0)
                     mean_z += tl.sum(weighted(share, gap), 1) * 2.0
                 else:
                     share = weights(t, base_t[:, None])
                     sum_t += tl.sum(share, 1)
                     mean_z += tl.sum(weighted(share, gap), 1)
-                if COLUMNS:
-                    if KL:
+                if LAUNCH.COLUMNS:
+                    if LAUNCH.HAS_IMAGE_TO_TEACHER:
                         share = weights(t, column_base_t[None, :] + 1.0)
                         mean = tl.sum(weighted(share, gap), 0) * 2.0
                     else:
                         share = weights(t, column_base_t[None, :])
-                        tl.store(parts_at + (TEACHER_AT + 1) * m, tl.sum(share, 0), column_inside)
+                        tl.store(parts_at + (SLOTS.TEACHER + 1) * m, tl.sum(share, 0), inside)
                         mean = tl.sum(weighted(share, gap), 0)
-                    tl.store(parts_at + (TEACHER_AT + 2) * m, mean * LN2, column_inside)
+                    tl.store(parts_at + SLOTS.MEAN_STUDENT * m, mean * LN2, inside)
             z = tl.where(negative, z, -INF)
-            if SOFTMAX:
+            if LAUNCH.SOFTMAX:
                 max_z, base_z, shrink = raised(max_z, z, 1)
                 sum_z = sum_z * shrink + tl.sum(weights(z, base_z[:, None]), 1)
-                if COLUMNS:
-                    column_max, column_base = _column_base(z)
-                    tl.store(parts_at + STUDENT_AT * m, column_max, column_inside)
-                    tl.store(parts_at + (STUDENT_AT + 1) * m, tl.sum(weights(z, column_base[None, :]), 0), column_inside)
-            if HAS_HADAMARD:
-                raw = product(
-                    image, text, plane_weight, safe_row, safe_column, width, EVEN, True, PRECISION, INTERPRETED, BLOCK_K
-                )  # fmt: skip
-            if ALL_NEGATIVES or HARD_NEGATIVES:
-                loss = softplus(raw + bias) if HAS_HADAMARD else softplus(raw * slope + bias)
-            if ALL_NEGATIVES:
+                if LAUNCH.COLUMNS:
+                    column_base = _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
+            if LAUNCH.HAS_HADAMARD:
+                raw = product(image, text, plane_weight, safe_row, safe_column, width, TILE.EVEN, TILE)
+            if LAUNCH.PAIR_MATCHING:
+                loss = softplus(raw + bias) if LAUNCH.HAS_HADAMARD else softplus(raw * slope + bias)
+            if LAUNCH.ALL_NEGATIVES:
                 match += tl.sum(tl.where(z != -INF, loss, 0.0), 1)
-            if HARD_NEGATIVES:
+            if LAUNCH.HARD_NEGATIVES:
                 match = match * shrink + tl.sum(weights(z, base_z[:, None]) * loss, 1)
-                if COLUMNS:
-                    tl.store(
-                        parts_at + (STUDENT_AT + 2) * m, tl.sum(weights(z, column_base[None, :]) * loss, 0), column_inside
-                    )
+                if LAUNCH.COLUMNS:
+                    mean = tl.sum(weights(z, column_base[None, :]) * loss, 0)
+                    tl.store(parts_at + (SLOTS.STUDENT + 2) * m, mean, inside)
 
-    row_at = row_parts + split.to(tl.int64) * ROW_SLOTS * row_count + at
-    if HAS_TEACHER:
-        tl.store(row_at + TEACHER_AT * row_count, max_t, row_inside)
-        tl.store(row_at + (TEACHER_AT + 1) * row_count, sum_t, row_inside)
-        if RELATIONAL:
-            tl.store(row_at + (TEACHER_AT + 2) * row_count, mean_z * LN2, row_inside)
-        if KL:
-            tl.store(row_at + (TEACHER_AT + 2 + RELATIONAL) * row_count, mean_x * LN2, row_inside)
-    if HAS_IMAGE_TO_TEACHER:
-        tl.store(row_at + CROSS_AT * row_count, max_x, row_inside)
-        tl.store(row_at + (CROSS_AT + 1) * row_count, sum_x, row_inside)
-    if SOFTMAX:
-        tl.store(row_at + STUDENT_AT * row_count, max_z, row_inside)
-        tl.store(row_at + (STUDENT_AT + 1) * row_count, sum_z, row_inside)
-        if HARD_NEGATIVES:
-            tl.store(row_at + (STUDENT_AT + 2) * row_count, match, row_inside)
-    if ALL_NEGATIVES:
-        tl.store(row_at + PAIR_MATCHING_AT * row_count, match, row_inside)
+    row_at = row_parts + split.to(tl.int64) * SLOTS.ROWS * row_count + at
+    if LAUNCH.HAS_TEACHER:
+        tl.store(row_at + SLOTS.TEACHER * row_count, max_t, row_inside)
+        tl.store(row_at + (SLOTS.TEACHER + 1) * row_count, sum_t, row_inside)
+        if LAUNCH.RELATIONAL:
+            tl.store(row_at + SLOTS.MEAN_STUDENT * row_count, mean_z * LN2, row_inside)
+    if LAUNCH.HAS_IMAGE_TO_TEACHER:
+        tl.store(row_at + SLOTS.MEAN_CROSS * row_count, mean_u * LN2, row_inside)
+        tl.store(row_at + SLOTS.CROSS * row_count, max_u, row_inside)
+        tl.store(row_at + (SLOTS.CROSS + 1) * row_count, sum_u, row_inside)
+    if LAUNCH.SOFTMAX:
+        tl.store(row_at + SLOTS.STUDENT * row_count, max_z, row_inside)
+        tl.store(row_at + (SLOTS.STUDENT + 1) * row_count, sum_z, row_inside)
+        if LAUNCH.HARD_NEGATIVES:
+            tl.store(row_at + (SLOTS.STUDENT + 2) * row_count, match, row_inside)
+    if LAUNCH.ALL_NEGATIVES:
+        tl.store(row_at + SLOTS.PAIR_MATCHING * row_count, match, row_inside)

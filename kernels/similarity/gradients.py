@@ -95,9 +95,9 @@ def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  #
     if launch.HAS_HADAMARD:
         bounds.append(torch.maximum(matching, rows[RowStat.DIAGONAL_HADAMARD]))
     if launch.HAS_IMAGE_TO_TEACHER:
-        bound = rows[RowStat.LSE_IMAGE_TO_TEACHER] + rows[RowStat.MEAN_IMAGE_TO_TEACHER] * launch.KL
+        bound = rows[RowStat.LSE_IMAGE_TO_TEACHER] + rows[RowStat.MEAN_IMAGE_TO_TEACHER]
         bounds.append(torch.maximum(call.cross_scale.abs() * bound, rows[RowStat.DIAGONAL_IMAGE_TO_TEACHER]))
     if launch.HAS_TEACHER_TO_TEXT:
-        bound = columns[ColumnStat.LSE_TEACHER_TO_TEXT] + columns[ColumnStat.MEAN_TEACHER_TO_TEXT] * launch.KL
+        bound = columns[ColumnStat.LSE_TEACHER_TO_TEXT] + columns[ColumnStat.MEAN_TEACHER_TO_TEXT]
         bounds.append(torch.maximum(call.cross_scale.abs() * bound, rows[RowStat.DIAGONAL_TEACHER_TO_TEXT]))
     return torch.exp2((_FLOAT16_PEAK - torch.stack(bounds).log2().ceil()).clamp(-100, 100))

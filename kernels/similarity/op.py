@@ -1,7 +1,7 @@
 """Launchers of similarity_loss's Triton kernels, which compute the results of simplclip.ops.similarity.reference.
 
-tile.py: a tile of a product. forward.py, merge.py: statistics. backward.py: gradients to the matrices. launch.py: which
-matrices share a launch.
+tile.py: a tile of a product. forward.py, merge.py: statistics. backward.py: gradients to the matrices. launch.py: the
+constants of the kernels.
 """
 
 from __future__ import annotations
@@ -14,12 +14,8 @@ from simplclip.kernels.launch import COMPILE, architecture_and_processors, devic
 from simplclip.kernels.similarity.backward import SUMS, _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.gradients import ImageGradient, TextGradient, range_factors, wide_product
-from simplclip.kernels.similarity.launch import STUDENTS, Launch, arguments, features, launches, widths
-from simplclip.kernels.similarity.merge import (
-    _similarity_count_kernel,
-    _similarity_diagonal_kernel,
-    _similarity_merge_kernel,
-)
+from simplclip.kernels.similarity.launch import STUDENTS, Launch, Slots, Tiling, launches
+from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient
 
 GROUP = 8  # blocks of rows that use the same column tiles while those are in the cache
@@ -27,7 +23,11 @@ GROUP = 8  # blocks of rows that use the same column tiles while those are in th
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
 MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
-COUNT = {"BLOCK_M": 16, "BLOCK_N": 256}
+_COLUMN_LSES = {
+    "HAS_TEACHER": ColumnStat.LSE_TEACHER,
+    "HAS_TEACHER_TO_TEXT": ColumnStat.LSE_TEACHER_TO_TEXT,
+    "SOFTMAX": ColumnStat.LSE_STUDENT,
+}
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,46 +37,64 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     block of rows' parts), and those of row statistics.
     """
     with device_of(call.image):
-        rows, columns = statistics(call, launches(call))
+        rows, columns = statistics(call)
     shape = call.matrices if call.stored_rows else 0, call.stored_rows, call.text.shape[0]
     return rows, columns, call.image.new_empty(shape)
 
 
-def statistics(call: SimilarityCall, plan: list[Launch]) -> tuple[Tensor, Tensor]:  # [12, N], [6, M]
+_GIVEN = (
+    "image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale", "cross_scale", "plane_weight", "plane_bias",
+    "ids", "text_ids", "label_offset",
+)  # fmt: skip
+
+
+def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[str, object]:
+    """Arguments of both large kernels."""
+    width = call.image.shape[1]
+    teacher_width = width if call.teacher_image is None else call.teacher_image.shape[1]
+    return {
+        **{name: getattr(call, name) for name in _GIVEN},
+        "projected_image": call.student_image if call.interactive else None,
+        "projected_text": call.student_text if call.interactive else None,
+        "n": call.image.shape[0],
+        "m": call.text.shape[0],
+        "width": width,
+        "teacher_width": teacher_width,
+        "LAUNCH": launch,
+        "TILE": Tiling.of(tile, width, teacher_width, precision_of(call.image.dtype)),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        **COMPILE,
+    }
+
+
+def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [12, N], [6, M]
     n, m, image = call.image.shape[0], call.text.shape[0], call.image
     rows = torch.zeros(len(RowStat), n, dtype=torch.float32, device=image.device)
     columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
-    precision = precision_of(image.dtype)
-    architecture, processors = architecture_and_processors(image)
-    _positives(call, plan, rows)
-    for launch in plan:
+    precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
+    _positives(call, rows)
+    for launch in launches(call):
         tile = tuning.lookup("similarity_forward", launch.statistics_tiles, precision, architecture)
-        slots = launch.slots()
+        slots = Slots.of(launch)
         blocks = -(-n // tile.block_m)
         if launch.COLUMNS:
-            blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots["COLUMN_SLOTS"])))
-            for stat in launch.column_lses():
-                columns[stat].fill_(-torch.inf)  # of no rows; the parts of each group of rows are added below
+            blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots.COLUMNS)))
+            for flag, stat in _COLUMN_LSES.items():  # of no rows; the parts of each group of rows are added below
+                if getattr(launch, flag):
+                    columns[stat].fill_(-torch.inf)
         for first in starts(n, blocks * tile.block_m):
             count = min(n - first, blocks * tile.block_m)
             row_blocks = -(-count // tile.block_m)
             tiles = -(-m // tile.block_n)
             ranges, per_split = splits(row_blocks, tiles, processors * tile.blocks)
-            row_parts = rows.new_empty(ranges, slots["ROW_SLOTS"], count)
-            column_parts = columns.new_empty(row_blocks, slots["COLUMN_SLOTS"], m) if launch.COLUMNS else None
+            row_parts = rows.new_empty(ranges, slots.ROWS, count)
+            column_parts = columns.new_empty(row_blocks, slots.COLUMNS, m) if launch.COLUMNS else None
             started(_similarity_statistics_kernel)[(row_blocks * ranges,)](
-                **arguments(call, launch, tile, precision),
-                **slots,
-                row_parts=row_parts,
-                column_parts=column_parts,
-                entropy=float(call.entropy),
-                first_row=first,
-                row_count=count,
-                row_blocks=row_blocks,
-                splits=ranges,
+                **arguments(call, launch, tile), SLOTS=slots, GROUP=GROUP, row_parts=row_parts, column_parts=column_parts,
+                entropy=float(call.entropy), first_row=first, row_count=count, row_blocks=row_blocks, splits=ranges,
                 tiles_per_split=per_split,
-                GROUP=GROUP,
-            )
+            )  # fmt: skip
             _merge(launch, slots, row_parts, rows, first, of_rows=True)
             if launch.COLUMNS:
                 _merge(launch, slots, column_parts, columns, 0, of_rows=False)
@@ -85,59 +103,39 @@ def statistics(call: SimilarityCall, plan: list[Launch]) -> tuple[Tensor, Tensor
 
 def _merge(
     launch: Launch,
-    slots: dict[str, int],
+    slots: Slots,
     parts: Tensor,  # [parts, slots, size]
     out: Tensor,  # [12, N] or [6, M]
     first: int,
     *,
     of_rows: bool,
 ) -> None:
-    size = parts.shape[2]
+    count, _, size = parts.shape
     started(_similarity_merge_kernel)[(-(-size // MERGE["BLOCK"]),)](
-        parts,
-        out,
-        size,
-        parts.shape[0],
-        out.shape[1],
-        first,
-        **launch.constants_of_merge(of_rows),
-        **{name: slots[name] for name in ("TEACHER_AT", "CROSS_AT", "STUDENT_AT", "PAIR_MATCHING_AT")},
-        SLOTS=parts.shape[1],
-        PREVIOUS=not of_rows,
-        **MERGE,
-        num_warps=MERGE_WARPS,
-        **COMPILE,
+        parts, out, size, count, out.shape[1], first, launch, slots, of_rows, **MERGE, num_warps=MERGE_WARPS, **COMPILE
     )
 
 
-def _positives(call: SimilarityCall, plan: list[Launch], rows: Tensor) -> None:  # [12, N]
+def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [12, N]
+    """The similarities of the positives, and the number of negatives."""
     n, m = call.image.shape[0], call.text.shape[0]
-    started(_similarity_diagonal_kernel)[(-(-n // DIAGONAL["BLOCK_M"]),)](
-        **features(call),
-        plane_weight=call.plane_weight,
-        rows_out=rows,
-        n=n,
-        **widths(call),
-        label_offset=call.label_offset,
-        **{name: any(getattr(launch, name) for launch in plan) for name in ("HAS_TEACHER", *STUDENTS)},
-        **DIAGONAL,
-        num_warps=4,
-        **COMPILE,
-    )
-    if call.ids is None:
-        rows[RowStat.NEGATIVES].fill_(m - 1)
-        return
-    started(_similarity_count_kernel)[(-(-n // COUNT["BLOCK_M"]),)](
-        call.ids,
-        call.text_ids,
-        rows,
-        n,
-        m,
-        call.label_offset,
-        **COUNT,
-        num_warps=4,
-        **COMPILE,
-    )
+    for asked, stat, image, text, weight in (
+        (call.has_student, RowStat.DIAGONAL_STUDENT, call.image, call.text, None),
+        (call.has_hadamard, RowStat.DIAGONAL_HADAMARD, call.image, call.text, call.plane_weight),
+        (call.has_teacher, RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text, None),
+        (call.interactive, RowStat.DIAGONAL_IMAGE_TO_TEACHER, call.student_image, call.teacher_text, None),
+        (call.has_teacher_to_text, RowStat.DIAGONAL_TEACHER_TO_TEXT, call.teacher_image, call.student_text, None),
+    ):
+        if asked:
+            started(_similarity_diagonal_kernel)[(-(-n // DIAGONAL["BLOCK_M"]),)](
+                image, text, weight, rows[stat], n, image.shape[1], call.label_offset, **DIAGONAL, num_warps=4, **COMPILE
+            )
+    rows[RowStat.NEGATIVES].fill_(m - 1)
+    if call.ids is not None:  # the columns of a row's id, and its positive's if that has another id
+        columns = call.text_ids.sort().values
+        equal = torch.searchsorted(columns, call.ids, right=True) - torch.searchsorted(columns, call.ids)
+        equal += call.text_ids[call.label_offset : call.label_offset + n] != call.ids
+        rows[RowStat.NEGATIVES] -= equal - 1
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
@@ -151,13 +149,16 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
         return _gradients(call)
 
 
-def gradient_scratch(call: SimilarityCall, plan: list[Launch], tiles: list[tuning.Tile]) -> tuple[Tensor, Tensor]:
-    """Scratch [matrices, chunk, M or more] for the gradients of a chunk, and programs' sums of the scalars' gradients."""
+def gradient_plan(call: SimilarityCall) -> tuple[list[tuple[Launch, tuning.Tile]], Tensor, Tensor]:
+    """The launches with their tiles, scratch [matrices, chunk, M or more] for the gradients of a chunk, and programs' sums
+    of the scalars' gradients."""
+    precision, (architecture, _) = precision_of(call.image.dtype), architecture_and_processors(call.image)
+    plan = [(x, tuning.lookup("similarity_backward", x.gradient_tiles, precision, architecture)) for x in launches(call)]
     rows, m = min(call.image.shape[0], call.chunk), call.text.shape[0]
     pitch = -(-m // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
-    scratch = call.image.new_empty(max(launch.students for launch in plan), rows, pitch)
-    programs = max(-(-rows // tile.block_m) * -(-m // tile.block_n) for tile in tiles)
-    return scratch, torch.zeros(programs, SUMS, dtype=torch.float32, device=scratch.device)
+    scratch = call.image.new_empty(max(launch.students for launch, _ in plan), rows, pitch)
+    programs = max(-(-rows // tile.block_m) * -(-m // tile.block_n) for _, tile in plan)
+    return plan, scratch, torch.zeros(programs, SUMS, dtype=torch.float32, device=scratch.device)
 
 
 def gradients_of_matrices(
@@ -174,50 +175,30 @@ def gradients_of_matrices(
     count, m = at.stop - at.start, call.text.shape[0]
     row_blocks = -(-count // tile.block_m)
     started(_similarity_gradient_kernel)[(row_blocks * -(-m // tile.block_n),)](
-        **arguments(call, launch, tile, precision_of(call.image.dtype)),
-        rows=call.row_stats,
-        columns=call.column_stats,
-        grad_rows=call.grad_rows,
-        grad_columns=call.grad_columns,
-        factors=factors,
-        out=scratch,
-        sums=sums,
-        first_row=at.start,
-        row_count=count,
-        row_blocks=row_blocks,
-        out_stride=scratch.stride(1),
+        **arguments(call, launch, tile), ATTEND=attend, rows=call.row_stats, columns=call.column_stats,
+        grad_rows=call.grad_rows, grad_columns=call.grad_columns, factors=factors, out=scratch, sums=sums,
+        first_row=at.start, row_count=count, row_blocks=row_blocks, out_stride=scratch.stride(1),
         matrix_stride=scratch.stride(0),
-        SCALED=factors is not None,
-        ATTEND=attend,
-    )
+    )  # fmt: skip
 
 
 def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
     n, m, like = call.image.shape[0], call.text.shape[0], call.image
-    precision, (architecture, _) = precision_of(like.dtype), architecture_and_processors(like)
-    plan = launches(call)
-    pieces = -(-n // call.chunk)
-
-    def count(*flags):
-        return sum(bool(getattr(launch, flag)) for launch in plan for flag in flags)
-
-    own = ("HAS_STUDENT", "HAS_HADAMARD")
+    own = call.has_student + call.has_hadamard
     own_image, own_text = call.projected_image is None, call.projected_text is None
-    of_image, of_text = count("HAS_IMAGE_TO_TEACHER"), count("HAS_TEACHER_TO_TEXT")
-    d_image = ImageGradient(call.image, count(*own) + of_image * own_image, call.need_image)
-    d_text = TextGradient(call.text, pieces * (count(*own) + of_text * own_text), call.need_text)
-    d_projected_image = d_image if own_image else ImageGradient(call.projected_image, of_image)
-    d_projected_text = d_text if own_text else TextGradient(call.projected_text, pieces * of_text)
+    pieces = -(-n // call.chunk)
+    d_image = ImageGradient(call.image, own + call.interactive * own_image, call.need_image)
+    d_text = TextGradient(call.text, pieces * (own + call.has_teacher_to_text * own_text), call.need_text)
+    d_projected_image = d_image if own_image else ImageGradient(call.projected_image, call.interactive)
+    d_projected_text = d_text if own_text else TextGradient(call.projected_text, pieces * call.has_teacher_to_text)
     d_weight = None if call.plane_weight is None else torch.zeros_like(call.plane_weight)
     weighted = (call.image * call.plane_weight).to(like.dtype) if call.has_hadamard else None
-
-    tiles = [tuning.lookup("similarity_backward", launch.gradient_tiles, precision, architecture) for launch in plan]
-    factors = [range_factors(call, launch) for launch in plan]
-    scratch, sums = gradient_scratch(call, plan, tiles)
+    plan, scratch, sums = gradient_plan(call)
+    factors = [range_factors(call, launch) for launch, _ in plan]
 
     for first in starts(n, call.chunk):
         at = slice(first, min(n, first + call.chunk))
-        for launch, tile, factor in zip(plan, tiles, factors):
+        for (launch, tile), factor in zip(plan, factors):
             gradients_of_matrices(call, launch, tile, factor, scratch, sums, at)
             flags = [flag for flag in STUDENTS if getattr(launch, flag)]
             undo = [None] * len(flags) if factor is None else 1 / factor

@@ -10,22 +10,20 @@ from simplclip.kernels.arithmetic import INF, LOG2E, dot, narrowed
 def product(
     left,  # [N, width]
     right,  # [M, width]
-    weight,  # [width] float32, only if WEIGHTED
+    weight,  # [width] float32 or None
     rows,  # [BLOCK_M] int64, inside left
     columns,  # [BLOCK_N] int64, inside right
     width,
     EVEN: tl.constexpr,  # width is a multiple of BLOCK_K
-    WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,  # launch.Tiling
 ):  # [BLOCK_M, BLOCK_N] float32
-    """left rightᵀ of some rows and columns, (left weight) rightᵀ if WEIGHTED, rounded as left is before it is multiplied."""
-    depth = tl.arange(0, BLOCK_K)
+    """left rightᵀ of some rows and columns; with a weight (left weight) rightᵀ, whose first factor is rounded as left is."""
+    PRECISION: tl.constexpr = TILE.PRECISION  # Triton 3.6 takes no string, and no number in a tuple, that is not a constexpr
+    depth = tl.arange(0, TILE.BLOCK_K)
     left_at = left + rows[:, None] * width + depth[None, :]
     right_at = right + columns[None, :] * width + depth[:, None]
     tile = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
-    for k in range(0, width, BLOCK_K):
+    for k in range(0, width, TILE.BLOCK_K):
         if EVEN:
             a = tl.load(left_at)
             b = tl.load(right_at)
@@ -33,21 +31,27 @@ def product(
             inside = depth < width - k
             a = tl.load(left_at, inside[None, :], 0.0)
             b = tl.load(right_at, inside[:, None], 0.0)
-        if WEIGHTED:
+        if weight is not None:
             w = tl.load(weight + k + depth) if EVEN else tl.load(weight + k + depth, depth < width - k, 0.0)
-            a = narrowed(a.to(tl.float32) * w[None, :], a.dtype, INTERPRETED)
-        tile = dot(a, b, tile, PRECISION, INTERPRETED)
-        left_at += BLOCK_K
-        right_at += BLOCK_K
+            a = narrowed(a.to(tl.float32) * w[None, :], a.dtype, TILE.INTERPRETED)
+        tile = dot(a, b, tile, PRECISION, TILE.INTERPRETED)
+        left_at += TILE.BLOCK_K
+        right_at += TILE.BLOCK_K
     return tile
 
 
 @triton.jit
-def negatives(row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, HAS_IDS: tl.constexpr):
-    """The mask of negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not of the positive's group."""
-    negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
-    if HAS_IDS:
-        negative = negative & (row_ids[:, None] != tl.load(text_ids + safe_column)[None, :])
+def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column):
+    """The mask of negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not of the positive's group.
+
+    With the teacher's logits t, which are -inf elsewhere, the mask needs no registers besides theirs.
+    """
+    if t is not None:
+        negative = t != -INF
+    else:
+        negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
+        if text_ids is not None:
+            negative = negative & (row_ids[:, None] != tl.load(text_ids + safe_column)[None, :])
     return negative
 
 

@@ -27,13 +27,9 @@ from simplclip.kernels.mlp.op import (
 )
 from simplclip.kernels.similarity.backward import _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
-from simplclip.kernels.similarity.launch import Launch
-from simplclip.kernels.similarity.merge import (
-    _similarity_count_kernel,
-    _similarity_diagonal_kernel,
-    _similarity_merge_kernel,
-)
-from simplclip.kernels.similarity.op import COUNT, DIAGONAL, GROUP, MERGE, MERGE_WARPS
+from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
+from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
+from simplclip.kernels.similarity.op import DIAGONAL, GROUP, MERGE, MERGE_WARPS
 
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
 # Types of arguments by name, "element" the kernel's dtype; a name that is not here is an integer.
@@ -42,7 +38,7 @@ _TYPES = {
     **dict.fromkeys(("out", "student", "d_student"), "*element"),
     **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "plane_weight", "plane_bias", "row_parts"), "*fp32"),
     **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "sums", "parts"), "*fp32"),
-    **dict.fromkeys(("rows_out", "inv_norms", "grad"), "*fp32"),
+    **dict.fromkeys(("inv_norms", "grad"), "*fp32"),
     **dict.fromkeys(("ids", "text_ids"), "*i64"),
     "teacher": "*fp16",  # stored features
     "entropy": "fp32",
@@ -97,9 +93,8 @@ def launches(everything: bool) -> list[Launch]:
     """Launches by their flags: all that simplclip.kernels.similarity.launch.launches can return, or the heaviest ones."""
     flags = list(itertools.product((True, False), repeat=2)) if everything else [(True, True)]  # columns, ids
     found = []
-    teacher = {"HAS_TEACHER": True}
+    cross = {"HAS_IMAGE_TO_TEACHER": True}
     for columns, ids in flags:
-        cross = {"KL": True, "HAS_IMAGE_TO_TEACHER": True, "HAS_TEACHER_TO_TEXT": columns}
         both = {"COLUMNS": columns, "HAS_IDS": ids}
         for softmax, match, hadamard in itertools.product(
             (True, False), ("", "ALL_NEGATIVES", "HARD_NEGATIVES"), (False, True)
@@ -109,9 +104,9 @@ def launches(everything: bool) -> list[Launch]:
             student = {"HAS_STUDENT": True, "HAS_HADAMARD": hadamard, "SOFTMAX": softmax, **({match: True} if match else {})}
             found.append(Launch(**student, HAS_IDS=ids, COLUMNS=columns and softmax))
             if softmax:
-                found.append(Launch(**student, **teacher, RELATIONAL=True, **both))
-                found.append(Launch(**student, **teacher, **cross, RELATIONAL=True, **both))
-        found += [Launch(**teacher, **cross, **both), Launch(HAS_IMAGE_TO_TEACHER=True, HAS_IDS=ids)]
+                found.append(Launch(**student, RELATIONAL=True, **both))
+                found.append(Launch(**student, **cross, RELATIONAL=True, **both))
+        found += [Launch(**cross, **both), Launch(HAS_STUDENT=True, SOFTMAX=True, HAS_IDS=ids)]
     return list(dict.fromkeys(found))
 
 
@@ -120,13 +115,11 @@ def absent(launch: Launch) -> dict[str, None]:
     names = []
     if not launch.HAS_STUDENT:
         names += ["image", "text", "scale"]
-    if not (launch.HAS_TEACHER or launch.HAS_IMAGE_TO_TEACHER or launch.HAS_TEACHER_TO_TEXT):
-        names += ["teacher_image", "teacher_text"]
     if not launch.HAS_TEACHER:
-        names += ["teacher_scale"]
-    if not (launch.HAS_IMAGE_TO_TEACHER or launch.HAS_TEACHER_TO_TEXT):
+        names += ["teacher_image", "teacher_text", "teacher_scale"]
+    if not launch.HAS_IMAGE_TO_TEACHER:
         names += ["projected_image", "projected_text", "cross_scale"]
-    if not (launch.ALL_NEGATIVES or launch.HARD_NEGATIVES):
+    if not launch.PAIR_MATCHING:
         names += ["plane_weight", "plane_bias"]
     if not launch.HAS_IDS:
         names += ["ids", "text_ids"]
@@ -134,7 +127,13 @@ def absent(launch: Launch) -> dict[str, None]:
 
 
 def similarity(
-    launch: Launch, dtype: str, architecture: int, backward: bool, tile: tuning.Tile | None = None, even: bool = True
+    launch: Launch,
+    dtype: str,
+    architecture: int,
+    backward: bool,
+    tile: tuning.Tile | None = None,
+    even: bool = True,
+    attend: bool = False,
 ) -> Kernel:
     """A launch's large kernel; `tile` in place of the table's."""
     precision = DTYPES[dtype][1]
@@ -142,29 +141,15 @@ def similarity(
     if backward:
         op, tiles = "similarity_backward", launch.gradient_tiles
     tile = tile or tuning.lookup(op, tiles, precision, architecture)
-    constants = {
-        **absent(launch),
-        **launch.constants(),
-        "EVEN": even,
-        "TEACHER_EVEN": even,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "INTERPRETED": False,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-    }
+    tiling = Tiling(*tile[:3], even, even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
+    constants = {**absent(launch), "LAUNCH": launch, "TILE": tiling}
     if backward:
-        scaled = dtype == "float16"
-        constants |= {
-            "SCALED": scaled,
-            "ATTEND": launch.tiles == launch.HAS_IMAGE_TO_TEACHER,
-            **({} if scaled else {"factors": None}),
-        }
+        constants |= {"ATTEND": attend, **({} if dtype == "float16" else {"factors": None})}
     else:
-        constants |= {**launch.slots(), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
+        constants |= {"SLOTS": Slots.of(launch), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
     match = "+all" * launch.ALL_NEGATIVES + "+hard" * launch.HARD_NEGATIVES
     planes = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name)) + match + "+ids" * launch.HAS_IDS
-    planes += "" if launch.COLUMNS or launch.HAS_IMAGE_TO_TEACHER else " rows"
+    planes += "" if launch.COLUMNS or launch.HAS_IMAGE_TO_TEACHER else " attend" if attend else " rows"
     function = _similarity_gradient_kernel if backward else _similarity_statistics_kernel
     return Kernel(function.__name__, function, constants, tile, dtype, planes if even else planes + " odd D")
 
@@ -173,15 +158,14 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
     everything = next(launch for launch in launches(False) if launch.tiles == 5 and launch.HARD_NEGATIVES)
     tile = tuning.Tile(0, 0, 0, 4, 1, 1)
     for of_rows in (True, False):
-        slots = {name: at for name, at in everything.slots().items() if name.endswith("_AT")}
-        constants = {**everything.constants_of_merge(of_rows), **slots, "SLOTS": 9, "PREVIOUS": not of_rows, **MERGE}
+        constants = {"LAUNCH": everything, "SLOTS": Slots.of(everything), "OF_ROWS": of_rows, **MERGE}
         yield Kernel(
             "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile._replace(warps=MERGE_WARPS), "float32",
             "rows" if of_rows else "columns", False, {"out": "*fp32"},
         )  # fmt: skip
-    constants = {**dict.fromkeys(MATRICES.values(), True), **DIAGONAL}
-    yield Kernel("_similarity_diagonal_kernel", _similarity_diagonal_kernel, constants, tile, dtype, "".join(MATRICES), False)
-    yield Kernel("_similarity_count_kernel", _similarity_count_kernel, dict(COUNT), tile, "int64", "", False)
+    yield Kernel(
+        "_similarity_diagonal_kernel", _similarity_diagonal_kernel, dict(DIAGONAL), tile, dtype, "L", False, {"out": "*fp32"}
+    )
 
 
 def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
@@ -275,6 +259,8 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
             yield similarity(launch, dtype, architecture, backward)
             if everything:
                 yield similarity(launch, dtype, architecture, backward, even=False)
+        if launch == Launch(HAS_STUDENT=True, SOFTMAX=True, HAS_IDS=launch.HAS_IDS):
+            yield similarity(launch, dtype, architecture, True, attend=True)
     yield from small_kernels(dtype)
     if dtype != "tf32":
         yield from feature_loss_kernels(dtype)

@@ -20,16 +20,16 @@ enum class Column {
 };
 
 struct SimilarityCall {
-  Tensor image, text, scale;                                           // [N, D], [M, D], []
-  std::optional<Tensor> teacher_image, teacher_text, teacher_scale;    // [N, E], [M, E], []
-  std::optional<Tensor> projected_image, projected_text, cross_scale;  // [N, E], [M, E], []
-  std::optional<Tensor> plane_weight, plane_bias, ids, text_ids;       // [] or [D], [], [N], [M]
-  int64_t label_offset;
-  bool softmax, columns;
-  int64_t negatives;
-  bool relational, interactive;
-  double entropy;
-  int64_t chunk, stored_rows;
+  Tensor image, text, scale;                                                            // [N, D], [M, D], []
+  std::optional<Tensor> teacher_image = {}, teacher_text = {}, teacher_scale = {};      // [N, E], [M, E], []
+  std::optional<Tensor> projected_image = {}, projected_text = {}, cross_scale = {};    // [N, E], [M, E], []
+  std::optional<Tensor> plane_weight = {}, plane_bias = {}, ids = {}, text_ids = {};    // [] or [D], [], [N], [M]
+  int64_t label_offset = 0;
+  bool softmax = false, columns = false;
+  int64_t negatives = kNoNegatives;
+  bool relational = false, interactive = false;
+  double entropy = 1;
+  int64_t chunk = 0, stored_rows = 0;
 
   bool has_student() const { return softmax || negatives; }
   bool has_teacher() const { return relational || interactive; }

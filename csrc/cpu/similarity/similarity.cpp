@@ -12,6 +12,24 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+// The statistics of one of the student's matrices; kCount: none. A mean by row is one of the teacher's rows too.
+struct Stats {
+  Row lse, match, mean, diagonal, plane_diagonal;
+  Column col_lse, col_match, col_mean;
+};
+constexpr Stats kStudent = {Row::kLseStudent, Row::kPairMatching, Row::kMeanStudent, Row::kDiagonalStudent, Row::kDiagonalHadamard,
+                            Column::kLseStudent, Column::kPairMatching, Column::kMeanStudent};
+constexpr Stats kImageToTeacher = {Row::kLseImageToTeacher, Row::kCount, Row::kMeanImageToTeacher, Row::kDiagonalImageToTeacher,
+                                   Row::kCount, Column::kCount, Column::kCount, Column::kCount};
+constexpr Stats kTeacherToText = {Row::kCount, Row::kCount, Row::kCount, Row::kDiagonalTeacherToText, Row::kCount,
+                                  Column::kLseTeacherToText, Column::kCount, Column::kMeanTeacherToText};
+
+// A statistic of all rows [12, N] or columns [6, M]; null for none.
+template <class Stat>
+float* stat_of(const Tensor& from, Stat stat) {
+  return stat == Stat::kCount ? nullptr : data<float>(from) + int64_t(stat) * from.size(1);
+}
+
 // Accumulates column statistics, a log-sum-exp and optionally a mean, from [strips, M] partials to [M].
 struct ColumnSums {
   Tensor lse_parts, mean_parts, own_lse;
@@ -80,10 +98,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
 
   Tensor row_stats = new_zeros(image, {int64_t(Row::kCount), n}, ScalarType::Float);
   Tensor column_stats = new_zeros(image, {int64_t(Column::kCount), m}, ScalarType::Float);
-  auto row = [&](Row stat, int64_t i) { return data<float>(row_stats) + int64_t(stat) * n + i; };
-  auto col = [&](Column stat) { return data<float>(column_stats) + int64_t(stat) * m; };
-  float* const hard = negatives == kHardNegatives ? col(Column::kPairMatching) : nullptr;
-  if (work.student) work.student->start(col(Column::kLseStudent), hard);
+  auto col = [&](Column stat) { return stat_of(column_stats, stat); };
+  if (work.student) work.student->start(col(Column::kLseStudent), negatives == kHardNegatives ? col(Column::kPairMatching) : nullptr);
   if (work.teacher) work.teacher->start(col(Column::kLseTeacher), col(Column::kMeanStudent));
   if (work.text) work.text->start(col(Column::kLseTeacherToText), nullptr);
   float* const lse_teacher = relational ? nullptr : col(Column::kLseTeacher);
@@ -92,13 +108,21 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
   sweep.for_chunks([&](int64_t first, int64_t count) {
     Tensor teacher_chunk;
     if (sweep.teacher) teacher_chunk = sweep.load(*sweep.teacher, first, count, false);
-    auto reduce = [&](Matrix& matrix, Terms terms, bool teacher, const std::optional<ColumnSums>& sums,
-                      const std::optional<ColumnSums>& teacher_sums, auto&& outputs) {
-      const Tensor sim = sweep.load(matrix, first, count, false);
-      sweep.for_strips(matrix, sim, teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
+    auto reduce = [&](std::optional<Matrix>& matrix, const Stats& stats, Terms terms, bool has_teacher,
+                      const std::optional<ColumnSums>& sums, const std::optional<ColumnSums>& teacher_sums) {
+      if (!matrix) return;
+      const Tensor sim = sweep.load(*matrix, first, count, false);
+      sweep.for_strips(*matrix, sim, has_teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
+        auto row = [&](Row stat) { return stat == Row::kCount ? nullptr : stat_of(row_stats, stat) + first + i; };
         ForwardOut out{};
-        outputs(out, first + i);
-        out.negatives = row(Row::kNegatives, first + i);
+        out.lse = row(stats.lse);
+        out.match = row(stats.match);
+        out.mean = row(stats.mean);
+        if (out.mean) out.teacher_lse = row(Row::kLseTeacher);
+        if (out.mean) out.teacher_diagonal = row(Row::kDiagonalTeacher);
+        out.diagonal = row(stats.diagonal);
+        out.plane_diagonal = row(stats.plane_diagonal);
+        out.negatives = row(Row::kNegatives);
         if (sums) sums->parts_of(k, out.col_lse, out.col_match);
         if (teacher_sums) teacher_sums->parts_of(k, out.col_teacher_lse, out.col_mean);
         kernels.forward(strip, out, terms, sweep.is_bf16);
@@ -107,27 +131,9 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
       if (teacher_sums) teacher_sums->merge(strips_of(count));
     };
     if (sweep.hadamard_weight) sweep.load_hadamard(first, count);
-    if (sweep.student)
-      reduce(*sweep.student, sweep.terms(), relational, work.student, work.teacher, [&](ForwardOut& out, int64_t i) {
-        out.lse = row(Row::kLseStudent, i);
-        out.match = row(Row::kPairMatching, i);
-        out.diagonal = row(Row::kDiagonalStudent, i);
-        out.plane_diagonal = row(Row::kDiagonalHadamard, i);
-        out.teacher_lse = row(Row::kLseTeacher, i);
-        out.mean = row(Row::kMeanStudent, i);
-        out.teacher_diagonal = row(Row::kDiagonalTeacher, i);
-      });
-    if (sweep.image_to_teacher)
-      reduce(*sweep.image_to_teacher, Terms::kSoftmax, true, std::nullopt, std::nullopt, [&](ForwardOut& out, int64_t i) {
-        out.lse = row(Row::kLseImageToTeacher, i);
-        out.diagonal = row(Row::kDiagonalImageToTeacher, i);
-        out.teacher_lse = row(Row::kLseTeacher, i);
-        out.mean = row(Row::kMeanImageToTeacher, i);
-        out.teacher_diagonal = row(Row::kDiagonalTeacher, i);
-      });
-    if (sweep.teacher_to_text)
-      reduce(*sweep.teacher_to_text, Terms::kSoftmax, true, work.text, work.teacher_of_text,
-             [&](ForwardOut& out, int64_t i) { out.diagonal = row(Row::kDiagonalTeacherToText, i); });
+    reduce(sweep.student, kStudent, sweep.terms(), relational, work.student, work.teacher);
+    reduce(sweep.image_to_teacher, kImageToTeacher, Terms::kSoftmax, true, std::nullopt, std::nullopt);
+    reduce(sweep.teacher_to_text, kTeacherToText, Terms::kSoftmax, true, work.text, work.teacher_of_text);
   });
   return {row_stats, column_stats, sweep.stored};
 }
@@ -198,33 +204,26 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
   const bool hadamard = call.has_hadamard();
-  auto row = [&](const Tensor& from, Row stat) { return data<const float>(from) + int64_t(stat) * n; };
-  auto col = [&](const Tensor& from, Column stat) { return data<const float>(from) + int64_t(stat) * m; };
 
   // Arguments of the strip kernels for one of the student's matrices; the pointers to rows are advanced for each strip.
-  BackwardIn student_in{}, image_in{}, text_in{};
+  auto inputs_of = [&](const Stats& stats) {
+    BackwardIn in{};
+    in.lse = stat_of(row_stats, stats.lse);
+    in.g_lse = stat_of(grad_rows, stats.lse);
+    in.g_match = stat_of(grad_rows, stats.match);
+    in.teacher_lse = stat_of(row_stats, Row::kLseTeacher);
+    in.g_mean = stat_of(grad_rows, stats.mean);
+    in.g_diagonal = stat_of(grad_rows, stats.diagonal);
+    in.g_plane_diagonal = stat_of(grad_rows, stats.plane_diagonal);
+    in.col_lse = stat_of(column_stats, stats.col_lse);
+    in.g_col_lse = stat_of(grad_columns, stats.col_lse);
+    in.g_col_match = stat_of(grad_columns, stats.col_match);
+    in.col_teacher_lse = stat_of(column_stats, Column::kLseTeacher);
+    in.g_col_mean = stat_of(grad_columns, stats.col_mean);
+    return in;
+  };
+  BackwardIn student_in = inputs_of(kStudent);
   Softmax student_kind = Softmax::kRows;
-  student_in.lse = row(row_stats, Row::kLseStudent);
-  student_in.g_lse = row(grad_rows, Row::kLseStudent);
-  student_in.g_match = row(grad_rows, Row::kPairMatching);
-  student_in.teacher_lse = image_in.teacher_lse = text_in.teacher_lse = row(row_stats, Row::kLseTeacher);
-  student_in.g_mean = row(grad_rows, Row::kMeanStudent);
-  student_in.g_diagonal = row(grad_rows, Row::kDiagonalStudent);
-  student_in.g_plane_diagonal = row(grad_rows, Row::kDiagonalHadamard);
-  student_in.col_lse = col(column_stats, Column::kLseStudent);
-  student_in.g_col_lse = col(grad_columns, Column::kLseStudent);
-  student_in.g_col_match = col(grad_columns, Column::kPairMatching);
-  student_in.col_teacher_lse = text_in.col_teacher_lse = col(column_stats, Column::kLseTeacher);
-  student_in.g_col_mean = col(grad_columns, Column::kMeanStudent);
-  image_in.lse = row(row_stats, Row::kLseImageToTeacher);
-  image_in.g_lse = row(grad_rows, Row::kLseImageToTeacher);
-  image_in.g_mean = row(grad_rows, Row::kMeanImageToTeacher);
-  image_in.g_diagonal = row(grad_rows, Row::kDiagonalImageToTeacher);
-  text_in.g_diagonal = row(grad_rows, Row::kDiagonalTeacherToText);
-  text_in.col_lse = col(column_stats, Column::kLseTeacherToText);
-  text_in.g_col_lse = col(grad_columns, Column::kLseTeacherToText);
-  text_in.g_col_mean = col(grad_columns, Column::kMeanTeacherToText);
-
   std::optional<Sharing> student, teacher;
   std::vector<float> match_ratio;
   if (columns && softmax) {
@@ -297,7 +296,7 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
       d_text.add(h, rows(sweep.weighted, 0, count));
     }
     if (sweep.image_to_teacher) {
-      const Tensor g = differentiate(*sweep.image_to_teacher, image_in, Terms::kSoftmax, Softmax::kRows, true, cross_sum);
+      const Tensor g = differentiate(*sweep.image_to_teacher, inputs_of(kImageToTeacher), Terms::kSoftmax, Softmax::kRows, true, cross_sum);
       if (projected_image) {
         Tensor to = rows(d_projected, first, count);
         mm_out(to, g, *teacher_text);
@@ -306,7 +305,7 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
       }
     }
     if (sweep.teacher_to_text) {
-      const Tensor g = differentiate(*sweep.teacher_to_text, text_in, Terms::kSoftmax, Softmax::kColumns, true, cross_sum);
+      const Tensor g = differentiate(*sweep.teacher_to_text, inputs_of(kTeacherToText), Terms::kSoftmax, Softmax::kColumns, true, cross_sum);
       (projected_text ? d_projected_text : d_text).add(g, rows(*teacher_image, first, count));
     }
   });

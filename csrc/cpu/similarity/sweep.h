@@ -21,10 +21,10 @@ using torch::stable::transpose;
 
 // One similarity matrix a b^T with its scratch.
 struct Matrix {
-  Tensor a, b;          // [N, *], [M, *]
-  float scale = 1;
-  Tensor kept;          // [stored rows, M]
-  Tensor scratch;       // [chunk, M]; the student's matrices share one
+  Tensor a, b;     // [N, *], [M, *]
+  float scale;
+  Tensor kept{};     // [stored rows, M]
+  Tensor scratch{};  // [chunk, M]; the student's matrices share one
 };
 
 // The ids as small integers, which are equal if the ids are equal.
@@ -32,7 +32,7 @@ struct Ids {
   std::vector<int32_t> row, column;
 
   Ids(const std::optional<Tensor>& ids, const std::optional<Tensor>& text_ids) {
-    if (!ids || !ids->const_data_ptr()) return;  // a meta tensor has none
+    if (!ids || !ids->is_cpu()) return;  // nothing can be read of a meta tensor
     expect_contiguous("ids", ids);
     expect_contiguous("text_ids", text_ids);
     std::unordered_map<int64_t, int32_t> rank;
@@ -84,17 +84,14 @@ struct Sweep {
         stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)), is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
     call.expect_layout();
     if (kept) expect_contiguous("stored", *kept);
-    auto number = [](const std::optional<Tensor>& s) {
-      const float* value = s->const_data_ptr<float>();
-      return value ? *value : 0;  // a meta tensor has none
-    };
-    if (call.has_student()) student = Matrix{call.image, call.text, number(call.scale), {}, {}};
-    if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale), {}, {}};
+    auto number = [](const std::optional<Tensor>& s) { return s->is_cpu() ? *s->const_data_ptr<float>() : 0.0f; };
+    if (call.has_student()) student = Matrix{call.image, call.text, number(call.scale)};
+    if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale)};
     if (call.interactive) {
       const Tensor& x = call.projected_image ? *call.projected_image : call.image;
       const Tensor& y = call.projected_text ? *call.projected_text : call.text;
-      image_to_teacher = Matrix{x, *call.teacher_text, number(call.cross_scale), {}, {}};
-      if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale), {}, {}};
+      image_to_teacher = Matrix{x, *call.teacher_text, number(call.cross_scale)};
+      if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale)};
     }
     stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? call.matrices() : 0, this->stored_rows, m});
     // The student's matrices use one scratch in turn; in backward it holds the gradients of stored products.

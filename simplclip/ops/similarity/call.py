@@ -23,6 +23,9 @@ DIVERGENCES = ("kl", "cross_entropy")
 
 NO_NEGATIVES, ALL_NEGATIVES, HARD_NEGATIVES = 0, 1, 2  # `negatives` of a call
 
+# What backward returns gradients of, in this order.
+GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
+
 
 class RowStat(IntEnum):
     """Rows of the first result of similarity_loss_fwd: statistics of each row of the matrices over its negatives.
@@ -62,25 +65,25 @@ class SimilarityCall:
     image: Tensor  # [N, D]
     text: Tensor  # [M, D]
     scale: Tensor  # []
-    teacher_image: Tensor | None  # [N, D̂]
-    teacher_text: Tensor | None  # [M, D̂]
-    teacher_scale: Tensor | None  # []
-    projected_image: Tensor | None  # [N, D̂]; None: image
-    projected_text: Tensor | None  # [M, D̂]; None: text
-    cross_scale: Tensor | None  # [], the scale of image_to_teacher and teacher_to_text
-    plane_weight: Tensor | None  # [] or [D]
-    plane_bias: Tensor | None  # []
-    ids: Tensor | None  # [N] int64
-    text_ids: Tensor | None  # [M] int64
-    label_offset: int  # column of row 0's positive
-    softmax: bool  # whether statistics of the student's softmax are needed
-    columns: bool  # whether statistics of columns are needed
-    negatives: int  # of pair matching: NO_NEGATIVES, ALL_NEGATIVES or HARD_NEGATIVES
-    relational: bool  # means of the student under the teacher's softmax
-    interactive: bool  # image_to_teacher and teacher_to_text, and their means under the teacher's softmax
-    entropy: float  # 1: the means include the teacher's entropy; 0: they do not
-    chunk: int  # rows of a matrix in scratch at a time
-    stored_rows: int  # rows of the matrices that forward keeps for backward
+    teacher_image: Tensor | None = None  # [N, D̂]
+    teacher_text: Tensor | None = None  # [M, D̂]
+    teacher_scale: Tensor | None = None  # []
+    projected_image: Tensor | None = None  # [N, D̂]; None: image
+    projected_text: Tensor | None = None  # [M, D̂]; None: text
+    cross_scale: Tensor | None = None  # [], the scale of image_to_teacher and teacher_to_text
+    plane_weight: Tensor | None = None  # [] or [D]
+    plane_bias: Tensor | None = None  # []
+    ids: Tensor | None = None  # [N] int64
+    text_ids: Tensor | None = None  # [M] int64
+    label_offset: int = 0  # column of row 0's positive
+    softmax: bool = False  # whether statistics of the student's softmax are needed
+    columns: bool = False  # whether statistics of columns are needed
+    negatives: int = NO_NEGATIVES  # of pair matching: NO_NEGATIVES, ALL_NEGATIVES or HARD_NEGATIVES
+    relational: bool = False  # means of the student under the teacher's softmax
+    interactive: bool = False  # image_to_teacher and teacher_to_text, and their means under the teacher's softmax
+    entropy: float = 1.0  # 1: the means include the teacher's entropy; 0: they do not
+    chunk: int = 0  # rows of a matrix in scratch at a time, see sweep.py
+    stored_rows: int = 0  # rows of the matrices that forward keeps for backward
 
     @property
     def has_student(self) -> bool:
@@ -115,15 +118,15 @@ class SimilarityCall:
 
 @dataclass
 class SimilarityGradient(SimilarityCall):
-    """Arguments of backward: those of forward, its results and the gradients of its results."""
+    """Arguments of backward: those of forward, its results and the gradients of its results. All are given."""
 
-    grad_rows: Tensor  # [12, N]
-    grad_columns: Tensor  # [6, M]
-    row_stats: Tensor  # [12, N] RowStat
-    column_stats: Tensor  # [6, M] ColumnStat
-    stored: Tensor  # [matrices, stored_rows, M]
-    need_image: bool
-    need_text: bool
+    grad_rows: Tensor = None  # [12, N]
+    grad_columns: Tensor = None  # [6, M]
+    row_stats: Tensor = None  # [12, N] RowStat
+    column_stats: Tensor = None  # [6, M] ColumnStat
+    stored: Tensor = None  # [matrices, stored_rows, M]
+    need_image: bool = True
+    need_text: bool = True
 
 
 @dataclass
@@ -138,6 +141,12 @@ class RowsCall:
     label_offset: int
     attend: bool  # whether to return the mean keys, which backward needs
     chunk: int
+
+    @property
+    def contrastive(self) -> SimilarityCall:
+        """The call of similarity_loss_fwd whose rows of the student's matrix have these statistics."""
+        options = {"ids": self.ids, "text_ids": self.text_ids, "label_offset": self.label_offset, "chunk": self.chunk}
+        return SimilarityCall(self.query, self.keys, self.scale, softmax=True, **options)
 
 
 @dataclass

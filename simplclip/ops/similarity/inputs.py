@@ -1,4 +1,4 @@
-"""Checks and normalises the arguments of similarity_loss."""
+"""Checks the arguments of similarity_loss, and makes one form of the many that they may have. Ids: see op.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from simplclip.ops import checks, distributed
+from simplclip.ops import checks
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import autocast
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE, NEGATIVES, TERMS, SimilarityCall
@@ -27,7 +27,7 @@ def check_options(terms, negatives, interactive, divergence, **budgets):
 
 
 def normalise(call: SimilarityCall, terms: Collection[str], plane: tuple | None, logit_bias) -> Tensor | None:
-    """Checks the call's tensors and replaces them by their normal forms, or by None if no term reads them.
+    """Checks the features and scalars of a call and replaces them by their normal forms, or by None if no term reads them.
 
     Returns the bias [], which no term depends on.
     """
@@ -41,7 +41,6 @@ def normalise(call: SimilarityCall, terms: Collection[str], plane: tuple | None,
         raise ValueError(f"text: expected the width of image, {image.shape[1]}, got {call.text.shape[1]}")
     call.scale = checks.scalar("logit_scale", call.scale, device, stats)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, stats)
-    group_ids(call)
     if "pair_matching" in terms:
         call.plane_weight, call.plane_bias = hyperplane(plane, image.shape[1], device, stats)
     teaching = {"relational", "interactive"} & set(terms)
@@ -69,48 +68,19 @@ def check_offset(label_offset, n, m):
         )
 
 
-def group_ids(call: SimilarityCall) -> None:
-    n, m, device = call.image.shape[0], call.text.shape[0], call.image.device
-    if call.ids is not None:
-        call.ids = checks.group_ids("ids", call.ids, n, "N", device)
-        if call.text_ids is None and n != m:
-            raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
-    if call.text_ids is not None:
-        if call.ids is None:
-            raise ValueError("ids: expected ids for the rows beside text_ids, got None")
-        call.text_ids = checks.group_ids("text_ids", call.text_ids, m, "M", device)
-
-
-def gather(call: SimilarityCall, group: torch.distributed.ProcessGroup) -> None:
-    """Replaces the texts of this rank by those of all ranks, and sets label_offset."""
-    if call.text.shape[0] != call.image.shape[0]:
-        raise ValueError(
-            f"text: expected this rank's {call.image.shape[0]} rows with group (they are gathered), got {call.text.shape[0]}"
-        )
-    if call.label_offset != 0:
-        raise ValueError(f"label_offset: expected 0 with group, which sets it by rank, got {call.label_offset}")
-    if call.text_ids is not None:
-        raise ValueError("text_ids: expected None with group, where the ids of the texts are those of the images")
-    call.label_offset = torch.distributed.get_rank(group) * call.image.shape[0]
-    call.text_ids = call.ids
-    for name in ("text", "teacher_text", "projected_text", "text_ids"):
-        if getattr(call, name) is not None:
-            setattr(call, name, distributed.gather(getattr(call, name), group))
-
-
 def teacher(call: SimilarityCall, term: str, stats: torch.dtype) -> None:
     """Detaches the teacher's features and scale, which `term` needs, and casts the features to the student's dtype."""
     names = ("teacher_image", "teacher_text", "teacher_scale")
     for name in names:
         if getattr(call, name) is None:
             raise ValueError(f"{name}: expected a tensor, since the term {term!r} needs it, got None")
-    for name, of_name in (("teacher_image", "image"), ("teacher_text", "text")):
-        value, of = getattr(call, name), getattr(call, of_name)
-        checks.features(name, value, "[N, D̂]" if of_name == "image" else "[M, D̂]")
-        if value.shape[0] != of.shape[0]:
-            raise ValueError(f"{name}: expected the {of.shape[0]} rows of {of_name}, got shape {checks.shape_of(value)}")
-        if value.device != of.device:
-            raise ValueError(f"{name}: expected the device of {of_name}, {of.device}, got {value.device}")
+    for name, of, letters in (("teacher_image", "image", "[N, D̂]"), ("teacher_text", "text", "[M, D̂]")):
+        value, student = getattr(call, name), getattr(call, of)
+        checks.features(name, value, letters)
+        if value.shape[0] != student.shape[0]:
+            raise ValueError(f"{name}: expected the {student.shape[0]} rows of {of}, got shape {checks.shape_of(value)}")
+        if value.device != student.device:
+            raise ValueError(f"{name}: expected the device of {of}, {student.device}, got {value.device}")
     width = call.teacher_image.shape[1]
     if call.teacher_text.shape[1] != width:
         raise ValueError(f"teacher_text: expected the width of teacher_image, {width}, got {call.teacher_text.shape[1]}")

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from simplclip.ops import backends, distributed
+from simplclip.ops import backends, checks, distributed
 from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
@@ -15,41 +15,27 @@ from simplclip.ops.registry import define, register_autograd, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
     ALL_NEGATIVES,
+    GRADIENTS,
     HARD_NEGATIVES,
     NO_NEGATIVES,
     ColumnStat,
-    RowsCall,
     RowStat,
     SimilarityCall,
     SimilarityGradient,
 )
 from simplclip.ops.similarity.rows import similarity_rows
-from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, stored_rows
+from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
 
 _NEGATIVES = {None: NO_NEGATIVES, "shift": NO_NEGATIVES, "all": ALL_NEGATIVES, "hard": HARD_NEGATIVES}
 
+_ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
 _TENSORS = [field.name for field in fields(SimilarityCall) if field.type.startswith("Tensor")]  # they come first
-_FEATURES = ("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text")
-_GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
-
-
-def _prepare(call: SimilarityCall) -> SimilarityCall:
-    """Makes the tensors contiguous, and casts features to the dtype of the products, scalars to that of the sums."""
-    compute = computes_in(call.image.dtype, call.image.device.type)
-    stats = accumulate_dtype(compute)
-    for name in _TENSORS:
-        tensor = getattr(call, name)
-        if tensor is not None:
-            tensor = tensor.contiguous()
-            if tensor.is_floating_point():
-                tensor = tensor.to(compute if name in _FEATURES else stats)
-            setattr(call, name, tensor)
-    return call
 
 
 def _fwd(function, call):
-    return function(_prepare(call))
+    prepare(call, _TENSORS, computes_in(call.image.dtype, call.image.device.type))
+    return function(call)
 
 
 def _fwd_fake(call):
@@ -63,11 +49,9 @@ def _fwd_fake(call):
 
 
 def _bwd(function, call):
-    image, text = call.image.dtype, call.text.dtype
+    dtype = call.image.dtype
     call.grad_rows, call.grad_columns = call.grad_rows.contiguous(), call.grad_columns.contiguous()
-    grads = function(_prepare(call))
-    dtypes = (image, text, None, image, text, None, None, None)
-    return tuple(g if dtype is None else g.to(dtype) for g, dtype in zip(grads, dtypes))
+    return tuple(grad.to(dtype) if grad.dim() == 2 else grad for grad in _fwd(function, call))
 
 
 def _bwd_fake(call):
@@ -91,7 +75,7 @@ _FWD, _BWD = (
     backends.row(function, module="similarity.op")
     for function in (reference.similarity_loss_fwd, reference.similarity_loss_bwd)
 )
-_RESULTS = f"({', '.join(['Tensor'] * len(_GRADIENTS))})"
+_RESULTS = f"({', '.join(['Tensor'] * len(GRADIENTS))})"
 define("similarity_loss_fwd", SimilarityCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD)
 define("similarity_loss_bwd", SimilarityGradient, _RESULTS, _bwd, _bwd_fake, row=_BWD)
 
@@ -104,24 +88,21 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_rows, grad_columns, _):
-    nothing = (None,) * (len(_TENSORS) + len(ctx.options))
+    gradients = dict.fromkeys(_ARGUMENTS)
     if grad_rows is None and grad_columns is None:
-        return nothing
-    saved, (*options, backend) = ctx.saved_tensors, ctx.options
-    tensors, (rows, columns, stored) = saved[: len(_TENSORS)], saved[len(_TENSORS) :]
+        return tuple(gradients.values())
+    *tensors, rows, columns, stored = ctx.saved_tensors
+    *options, backend = ctx.options
     grad_rows = torch.zeros_like(rows) if grad_rows is None else grad_rows
     grad_columns = torch.zeros_like(columns) if grad_columns is None else grad_columns
     need_image, need_text = ctx.needs_input_grad[:2]
-    grads = torch.ops.simplclip.similarity_loss_bwd(
+    found = torch.ops.simplclip.similarity_loss_bwd(
         *tensors, *options, grad_rows, grad_columns, rows, columns, stored, need_image, need_text, backend
     )
     # Without a projection its gradient is part of the feature's gradient.
-    out = list(nothing)
-    for name, grad in zip(_GRADIENTS, grads):
-        place = _TENSORS.index(name)
-        if ctx.needs_input_grad[place] and tensors[place] is not None:
-            out[place] = grad.to(tensors[place].dtype)
-    return tuple(out)
+    given = {name: t for name, t, needed in zip(_TENSORS, tensors, ctx.needs_input_grad) if needed and t is not None}
+    gradients |= {name: grad.to(given[name].dtype) for name, grad in zip(GRADIENTS, found) if name in given}
+    return tuple(gradients.values())
 
 
 register_autograd("similarity_loss_fwd", _autograd, _setup_context)
@@ -227,7 +208,7 @@ def similarity_loss(
     """
     inputs.check_options(terms, negatives, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
     matching = negatives if "pair_matching" in terms else None
-    relational, cross = "relational" in terms, interactive if "interactive" in terms else None
+    crossing = interactive if "interactive" in terms else None
     call = SimilarityCall(  # inputs.normalise turns numbers into tensors
         image=image,
         text=text,
@@ -238,55 +219,61 @@ def similarity_loss(
         projected_image=projected_image,
         projected_text=projected_text,
         cross_scale=interactive_scale,  # type: ignore[arg-type]
-        plane_weight=None,
-        plane_bias=None,
         ids=ids,
         text_ids=text_ids,
         label_offset=label_offset,
-        softmax="contrastive" in terms or relational or matching == "hard",
+        softmax=not {"contrastive", "relational"}.isdisjoint(terms) or matching == "hard",
         columns=symmetric,
         negatives=_NEGATIVES[matching],
-        relational=relational,
-        interactive=cross == "kl",
+        relational="relational" in terms,
+        interactive=crossing == "kl",
         entropy=1.0 if divergence == "kl" else 0.0,
-        chunk=0,
-        stored_rows=0,
     )
     bias = inputs.normalise(call, terms, plane, logit_bias)
     own_text, own_teacher_image = call.student_text, call.teacher_image
-    if group is not None:
-        inputs.gather(call, group)
-    elif call.text_ids is None:
-        call.text_ids = call.ids
-    inputs.check_offset(call.label_offset, call.image.shape[0], call.text.shape[0])
+    _place(call, group)
 
     out: dict[str, Tensor] = {}
     if matching == "shift":
         inputs.check_shift(shift, call.text.shape[0], call.image.device)
         out["pair_matching"] = shifted_pair_matching(call, shift)
-        call.plane_weight = call.plane_bias = matching = None
-    if cross == "infonce":
+    if crossing == "infonce":
         out["interactive"] = _infonce(call, own_text, own_teacher_image, group, scratch_bytes)
-        call.projected_image = call.projected_text = call.cross_scale = None
-    if not call.has_teacher:
-        call.teacher_image = call.teacher_text = call.teacher_scale = None
     if call.has_student or call.interactive:
-        rows, columns = _statistics(call, scratch_bytes, store_bytes)
-        pairs = rows[RowStat.NEGATIVES].detach().sum(dtype=torch.float64)
-        if group is not None and ids is not None:
-            pairs = distributed.mean(pairs, group)
-        if not symmetric:
-            columns = None
-        elif group is not None:
-            columns = merge_columns(distributed.exchange(columns, group))
-        else:
-            columns = columns[:, label_offset : label_offset + call.image.shape[0]]
-        out |= terms_of(call, rows, columns, pairs, contrastive="contrastive" in terms, matching=matching)
+        rows, columns, pairs = _statistics(call, group, scratch_bytes, store_bytes)
+        out |= terms_of(call, rows, columns, pairs, terms)
     out = {term: out[term] for term in terms}
     if bias is not None:  # gives it a gradient of 0 instead of None, as DistributedDataParallel needs
         first = next(iter(out))
         out[first] = out[first] + 0.0 * bias
     return out
+
+
+def _place(call: SimilarityCall, group: torch.distributed.ProcessGroup | None) -> None:
+    """Checks the ids and the columns of the positives. With a group, replaces the texts of this rank by those of all."""
+    n, m, device = call.image.shape[0], call.text.shape[0], call.image.device
+    if call.ids is not None:
+        call.ids = checks.group_ids("ids", call.ids, n, "N", device)
+        if call.text_ids is None and n != m:
+            raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
+    if call.text_ids is not None:
+        if call.ids is None:
+            raise ValueError("ids: expected ids for the rows beside text_ids, got None")
+        if group is not None:
+            raise ValueError("text_ids: expected None with group, where the ids of the texts are those of the images")
+        call.text_ids = checks.group_ids("text_ids", call.text_ids, m, "M", device)
+    else:
+        call.text_ids = call.ids
+    if group is not None:
+        if m != n:
+            raise ValueError(f"text: expected this rank's {n} rows with group (they are gathered), got {m}")
+        if call.label_offset != 0:
+            raise ValueError(f"label_offset: expected 0 with group, which sets it by rank, got {call.label_offset}")
+        call.label_offset = torch.distributed.get_rank(group) * n
+        for name in ("text", "teacher_text", "projected_text", "text_ids"):
+            if getattr(call, name) is not None:
+                setattr(call, name, distributed.gather(getattr(call, name), group))
+    inputs.check_offset(call.label_offset, n, call.text.shape[0])
 
 
 def _infonce(
@@ -299,8 +286,7 @@ def _infonce(
     """The interactive term "infonce": each direction is a softmax of rows over constant keys."""
 
     def direction(query, keys, query_ids, key_ids, label_offset):
-        rows = RowsCall(query, keys, call.cross_scale, query_ids, key_ids, label_offset, attend=False, chunk=0)
-        lse, positive = similarity_rows(rows, scratch_bytes)
+        lse, positive = similarity_rows(query, keys, call.cross_scale, query_ids, key_ids, label_offset, scratch_bytes)
         return cross_entropy(lse, call.cross_scale * positive).mean()
 
     loss = direction(call.student_image, call.teacher_text, call.ids, call.text_ids, call.label_offset)
@@ -316,12 +302,28 @@ def _infonce(
     return 0.5 * (loss + other)
 
 
-def _statistics(call: SimilarityCall, scratch_bytes: int, store_bytes: int) -> tuple[Tensor, Tensor]:
-    """Computes the statistics of rows [12, N] and columns [6, M]."""
+def _statistics(
+    call: SimilarityCall, group: torch.distributed.ProcessGroup | None, scratch_bytes: int, store_bytes: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The statistics of the rows [12, N] and of the positives' columns [6, N], and the number of negatives []."""
+    if not call.negatives:
+        call.plane_weight = call.plane_bias = None
+    if not call.interactive:
+        call.projected_image = call.projected_text = call.cross_scale = None
+    if not call.has_teacher:
+        call.teacher_image = call.teacher_text = call.teacher_scale = None
     n, m, device = call.image.shape[0], call.text.shape[0], call.image.device.type
     dtype = computes_in(call.image.dtype, device)
     call.chunk = chunk_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
     # On a GPU the kernels compute tiles again instead of reading them.
     if device == "cpu" and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
         call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes)
-    return run("similarity_loss_fwd", *flat(call), backends.forced())[:2]
+    rows, columns, _ = run("similarity_loss_fwd", *flat(call), backends.forced())
+    pairs = rows[RowStat.NEGATIVES].detach().sum(dtype=torch.float64)
+    if group is not None and call.ids is not None:
+        pairs = distributed.mean(pairs, group)
+    if not call.columns:
+        return rows, None, pairs
+    if group is not None:
+        return rows, merge_columns(distributed.exchange(columns, group)), pairs
+    return rows, columns[:, call.label_offset : call.label_offset + n], pairs

@@ -11,6 +11,7 @@ from torch import Tensor
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.similarity.call import (
     ALL_NEGATIVES,
+    GRADIENTS,
     ColumnStat,
     RowsCall,
     RowsGradient,
@@ -26,12 +27,9 @@ class _Matrices:
     def __init__(self, call: SimilarityCall):
         self.dtype, self.call = accumulate_dtype(call.image.dtype), call
         n, m = call.image.shape[0], call.text.shape[0]
-        self.image, self.text, self.teacher_image, self.teacher_text, self.student_image, self.student_text = (
-            None if t is None else t.to(self.dtype)
-            for t in (
-                call.image, call.text, call.teacher_image, call.teacher_text, call.student_image, call.student_text
-            )
-        )  # fmt: skip
+        for name in ("image", "text", "teacher_image", "teacher_text", "student_image", "student_text"):
+            features = getattr(call, name)
+            setattr(self, name, None if features is None else features.to(self.dtype))
         columns, rows = torch.arange(m, device=call.image.device), torch.arange(n, device=call.image.device)
         self.negative = columns != rows[:, None] + call.label_offset
         if call.ids is not None:
@@ -67,25 +65,27 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     rows = here.image.new_zeros(len(RowStat), call.image.shape[0])
     cols = here.image.new_zeros(len(ColumnStat), m)
     rows[RowStat.NEGATIVES] = here.negative.sum(1).to(rows.dtype)
-    teacher = None
-    if call.has_teacher:
-        similarity = here.teacher_image @ here.teacher_text.T
-        rows[RowStat.DIAGONAL_TEACHER] = here.diagonal(similarity)
-        teacher = call.teacher_scale * similarity
-        masked = here.masked(teacher)
-        rows[RowStat.LSE_TEACHER] = masked.logsumexp(1)
-        cols[ColumnStat.LSE_TEACHER] = masked.logsumexp(0)
+
+    def similarities(image, text, diagonal):
+        matrix = image @ text.T
+        rows[diagonal] = here.diagonal(matrix)
+        return matrix
+
+    def lse(logits, dim):
+        return here.masked(logits).logsumexp(dim)
 
     def mean(student, dim, lse):
         return (here.softmax(teacher, lse) * (call.entropy * teacher - student)).sum(dim)
 
+    if call.has_teacher:
+        teacher = call.teacher_scale * similarities(here.teacher_image, here.teacher_text, RowStat.DIAGONAL_TEACHER)
+        rows[RowStat.LSE_TEACHER], cols[ColumnStat.LSE_TEACHER] = lse(teacher, 1), lse(teacher, 0)
+        by_row, by_column = rows[RowStat.LSE_TEACHER][:, None], cols[ColumnStat.LSE_TEACHER]
     if call.has_student:
-        similarity = here.image @ here.text.T
+        similarity = similarities(here.image, here.text, RowStat.DIAGONAL_STUDENT)
         student = call.scale * similarity
-        rows[RowStat.DIAGONAL_STUDENT] = here.diagonal(similarity)
         if call.softmax:
-            masked = here.masked(student)
-            rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = masked.logsumexp(1), masked.logsumexp(0)
+            rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = lse(student, 1), lse(student, 0)
         if call.negatives:
             l, product = here.hyperplane(similarity)
             if call.has_hadamard:
@@ -94,25 +94,23 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
             if call.negatives == ALL_NEGATIVES:
                 rows[RowStat.PAIR_MATCHING] = (loss * here.negative).sum(1)
             else:
-                by_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
-                by_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
-                rows[RowStat.PAIR_MATCHING] = (by_row * loss).sum(1)
-                cols[ColumnStat.PAIR_MATCHING] = (by_column * loss).sum(0)
+                of_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
+                of_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
+                rows[RowStat.PAIR_MATCHING] = (of_row * loss).sum(1)
+                cols[ColumnStat.PAIR_MATCHING] = (of_column * loss).sum(0)
         if call.relational:
-            rows[RowStat.MEAN_STUDENT] = mean(student, 1, rows[RowStat.LSE_TEACHER][:, None])
-            cols[ColumnStat.MEAN_STUDENT] = mean(student, 0, cols[ColumnStat.LSE_TEACHER])
+            rows[RowStat.MEAN_STUDENT] = mean(student, 1, by_row)
+            cols[ColumnStat.MEAN_STUDENT] = mean(student, 0, by_column)
     if call.interactive:
-        similarity = here.student_image @ here.teacher_text.T
-        logits = call.cross_scale * similarity
-        rows[RowStat.DIAGONAL_IMAGE_TO_TEACHER] = here.diagonal(similarity)
-        rows[RowStat.LSE_IMAGE_TO_TEACHER] = here.masked(logits).logsumexp(1)
-        rows[RowStat.MEAN_IMAGE_TO_TEACHER] = mean(logits, 1, rows[RowStat.LSE_TEACHER][:, None])
+        stat = RowStat.DIAGONAL_IMAGE_TO_TEACHER
+        logits = call.cross_scale * similarities(here.student_image, here.teacher_text, stat)
+        rows[RowStat.LSE_IMAGE_TO_TEACHER] = lse(logits, 1)
+        rows[RowStat.MEAN_IMAGE_TO_TEACHER] = mean(logits, 1, by_row)
     if call.has_teacher_to_text:
-        similarity = here.teacher_image @ here.student_text.T
-        logits = call.cross_scale * similarity
-        rows[RowStat.DIAGONAL_TEACHER_TO_TEXT] = here.diagonal(similarity)
-        cols[ColumnStat.LSE_TEACHER_TO_TEXT] = here.masked(logits).logsumexp(0)
-        cols[ColumnStat.MEAN_TEACHER_TO_TEXT] = mean(logits, 0, cols[ColumnStat.LSE_TEACHER])
+        stat = RowStat.DIAGONAL_TEACHER_TO_TEXT
+        logits = call.cross_scale * similarities(here.teacher_image, here.student_text, stat)
+        cols[ColumnStat.LSE_TEACHER_TO_TEXT] = lse(logits, 0)
+        cols[ColumnStat.MEAN_TEACHER_TO_TEXT] = mean(logits, 0, by_column)
     if not call.columns:
         cols = torch.zeros_like(cols)
     stored = call.image.new_zeros(call.matrices if call.stored_rows else 0, call.stored_rows, m)
@@ -127,8 +125,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
     d_plane_bias.
     """
     dtype = accumulate_dtype(call.image.dtype)
-    names = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
-    given = [name for name in names if getattr(call, name) is not None]
+    given = [name for name in GRADIENTS if getattr(call, name) is not None]
     leaves = {name: getattr(call, name).detach().to(dtype).requires_grad_() for name in given}
     with torch.enable_grad():
         rows, columns, _ = similarity_loss_fwd(replace(call, **leaves))
@@ -136,24 +133,17 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
         outputs, incoming = zip(*found)
         grads = torch.autograd.grad(outputs, list(leaves.values()), incoming, materialize_grads=True)
     of = dict(zip(given, grads))
+    for name, needed in (("image", call.need_image), ("text", call.need_text)):
+        if not needed:
+            del of[name]
 
-    def features(name, needed):
-        like = getattr(call, name)
-        return of[name].to(like.dtype) if needed and like is not None else call.image.new_empty(0, call.image.shape[1])
+    def gradient(name):
+        if name in of:
+            return of[name].to(call.image.dtype) if of[name].dim() == 2 else of[name]
+        absent = {"cross_scale": (), "plane_weight": (0,), "plane_bias": ()}
+        return rows.new_zeros(absent[name]) if name in absent else call.image.new_empty(0, call.image.shape[1])
 
-    def number(name, *shape):
-        return of[name] if name in of else rows.new_zeros(shape)
-
-    return (
-        features("image", call.need_image),
-        features("text", call.need_text),
-        number("scale"),
-        features("projected_image", True),
-        features("projected_text", True),
-        number("cross_scale"),
-        number("plane_weight", 0),
-        number("plane_bias"),
-    )
+    return tuple(gradient(name) for name in GRADIENTS)
 
 
 def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:
@@ -161,20 +151,15 @@ def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:
 
     Also returns the mean key under the softmax over the negatives, [N, D] (0 without negatives), or [0, D] unless `attend`.
     """
-    query, dtype, n = call.query, accumulate_dtype(call.query.dtype), call.query.shape[0]
-    similarity = query.to(dtype) @ call.keys.to(dtype).T
-    window = slice(call.label_offset, call.label_offset + n)
-    negative = torch.ones_like(similarity, dtype=torch.bool)
-    negative[:, window].fill_diagonal_(False)
-    if call.ids is not None:
-        negative &= call.ids[:, None] != call.text_ids
-    logits = (call.scale * similarity).masked_fill(~negative, -torch.inf)
-    lse = logits.logsumexp(1)
-    stats = torch.stack([lse, similarity[:, window].diagonal()])
+    student = call.contrastive
+    rows, _, _ = similarity_loss_fwd(student)
+    lse = rows[RowStat.LSE_STUDENT]
+    stats = torch.stack([lse, rows[RowStat.DIAGONAL_STUDENT]])
     if not call.attend:
-        return stats, query.new_empty(0, query.shape[1])
-    softmax = (logits - lse[:, None]).masked_fill(~negative, -torch.inf).exp()
-    return stats, (softmax @ call.keys.to(dtype)).to(query.dtype)
+        return stats, call.query.new_empty(0, call.query.shape[1])
+    here = _Matrices(student)
+    softmax = here.softmax(call.scale * (here.image @ here.text.T), lse[:, None])
+    return stats, (softmax @ here.text).to(call.query.dtype)
 
 
 def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:

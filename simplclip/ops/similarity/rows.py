@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 
@@ -14,14 +12,12 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_autograd, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import RowsCall, RowsGradient
-from simplclip.ops.similarity.sweep import SCRATCH_BYTES, chunk_rows, computes_in
+from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
 
 
 def _run(function, call):
-    dtype, compute = call.query.dtype, computes_in(call.query.dtype, call.query.device.type)
-    call.query, call.keys = (t.to(compute).contiguous() for t in (call.query, call.keys))
-    call.scale = call.scale.to(accumulate_dtype(compute))
-    call.ids, call.text_ids = (None if t is None else t.contiguous() for t in (call.ids, call.text_ids))
+    dtype = call.query.dtype
+    prepare(call, ("query", "keys", "scale", "ids", "text_ids"), computes_in(dtype, call.query.device.type))
     stats, mean_keys = function(call)
     return stats, mean_keys.to(dtype)
 
@@ -56,27 +52,32 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad, _):
-    query, keys, scale, mean_keys = ctx.saved_tensors
-    out = dict.fromkeys(["query", "keys", "scale", *_OTHERS])
+    gradients = dict.fromkeys((*RowsCall.__match_args__, "backend"))
     if grad is not None:
-        call = RowsGradient(grad, query, keys, scale, mean_keys, ctx.label_offset)
-        out["query"], d_scale = torch.ops.simplclip.similarity_rows_bwd(*flat(call), "")
-        out["scale"] = d_scale.to(scale.dtype)
-    return tuple(out.values())
+        call = RowsGradient(grad, *ctx.saved_tensors, ctx.label_offset)
+        gradients["query"], d_scale = torch.ops.simplclip.similarity_rows_bwd(*flat(call), "")
+        gradients["scale"] = d_scale.to(call.scale.dtype)
+    return tuple(gradients.values())
 
 
-_OTHERS = [field.name for field in fields(RowsCall)][3:] + ["backend"]
 register_autograd("similarity_rows", _autograd, _setup_context)
 
 
-def similarity_rows(call: RowsCall, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:  # [2, N]
+def similarity_rows(
+    query: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    ids: Tensor | None,  # [N] int64
+    text_ids: Tensor | None,  # [M] int64
+    label_offset: int,
+    scratch_bytes: int,
+) -> Tensor:  # [2, N]
     """For each row of scale · query · keysᵀ: log-sum-exp over its negatives, and unscaled similarity of its positive.
 
     The gradients of query and scale need only the mean key of each row under its softmax, [N, D]. Forward computes and keeps
     it if a gradient is needed: two matrix products in forward, none in backward.
     """
-    query, device = call.query, call.query.device.type
-    compute = computes_in(query.dtype, device)
-    call.chunk = chunk_rows(query.shape[0], call.keys.shape[0], compute, device, 1, scratch_bytes)
-    call.attend = wants_grad(query, call.scale)
+    device = query.device.type
+    chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)
+    call = RowsCall(query, keys, scale, ids, text_ids, label_offset, wants_grad(query, scale), chunk)
     return run("similarity_rows", *flat(call), backends.forced())[0]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from simplclip.ops import backends
+from simplclip.ops.dtypes import accumulate_dtype
 
 # Budget of a chunk of rows of a similarity matrix, which has as few rows as keep the matrix products fast.
 SCRATCH_BYTES = 64 << 20
@@ -20,6 +23,18 @@ def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
     if device == "cpu" and dtype in (torch.float16, torch.bfloat16):
         return dtype if dtype == torch.bfloat16 and backends.native_bf16 else torch.float32
     return dtype
+
+
+def prepare(call, names: Iterable[str], dtype: torch.dtype) -> None:
+    """Makes tensors of a call contiguous, and casts matrices to the dtype of their products, numbers to that of the sums."""
+    sums = accumulate_dtype(dtype)
+    for name in names:
+        tensor = getattr(call, name)
+        if tensor is not None:
+            tensor = tensor.contiguous()
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype if tensor.dim() == 2 else sums)
+            setattr(call, name, tensor)
 
 
 def chunk_rows(n: int, m: int, dtype: torch.dtype, device: str, live: int = 1, scratch_bytes: int = SCRATCH_BYTES) -> int:
@@ -42,27 +57,3 @@ def stored_rows(n: int, m: int, dtype: torch.dtype, matrices: int, store_bytes: 
     if rows >= n:
         return n
     return rows // _STRIP * _STRIP if matrices == 1 else 0
-
-
-def matrix_products(
-    n: int,
-    m: int,
-    dtype: torch.dtype,
-    device: str,
-    terms: tuple[str, ...],
-    *,
-    interactive: str = "infonce",
-    store_bytes: int = STORE_BYTES,
-) -> float:
-    """Matrix products of N·M·D in a symmetric forward and backward with a scalar plane.
-
-    Forward and backward compute each similarity matrix. The student's gradients need two products, those of interactive's
-    matrices one each. Interactive "infonce" needs two for each of its directions (similarity_rows). On a CPU stored rows save
-    a part; on a GPU, whose kernels keep tiles in registers, each matrix is computed again, including that of "infonce".
-    """
-    relational, cross = "relational" in terms, "interactive" in terms
-    student, kl = "contrastive" in terms or relational or "pair_matching" in terms, cross and interactive == "kl"
-    matrices = student + (relational or kl) + 2 * kl
-    kept = stored_rows(n, m, computes_in(dtype, device), matrices, store_bytes) / n if device == "cpu" else 0
-    rows = 4 if device == "cpu" else 6
-    return matrices * (2 - kept) + 2 * student + (2 if interactive == "kl" else rows) * cross

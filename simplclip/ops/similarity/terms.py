@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops.dtypes import accumulate_dtype
+from simplclip.ops.similarity.call import ALL_NEGATIVES, SimilarityCall
 from simplclip.ops.similarity.call import ColumnStat as Column
 from simplclip.ops.similarity.call import RowStat as Row
-from simplclip.ops.similarity.call import SimilarityCall
 
 
 def mismatch(l: Tensor) -> Tensor:
@@ -50,9 +52,7 @@ def terms_of(
     rows: Tensor,  # [12, N] RowStat
     columns: Tensor | None,  # [6, N] ColumnStat of the columns of the positives; None: the row direction only
     pairs: Tensor,  # [] float64, negatives of this rank or, where ranks differ, their mean
-    *,
-    contrastive: bool,
-    matching: str | None,  # "all", "hard" or None
+    terms: Collection[str],  # that are asked for, of which some may not be made here
 ) -> dict[str, Tensor]:
     """The terms, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
@@ -67,13 +67,13 @@ def terms_of(
             return None
         return divergence(stats[lse], positive, stats[lse_teacher], teacher, stats[mean], call.entropy)
 
-    if contrastive:
+    if "contrastive" in terms:
         by_column = None if columns is None else cross_entropy(columns[Column.LSE_STUDENT], student)
         out["contrastive"] = both(cross_entropy(rows[Row.LSE_STUDENT], student), by_column)
-    if matching:
+    if call.negatives:
         weight, bias = call.plane_weight, call.plane_bias
         positive = (rows[Row.DIAGONAL_HADAMARD] if weight.dim() else weight * rows[Row.DIAGONAL_STUDENT]) + bias
-        if matching == "all":
+        if call.negatives == ALL_NEGATIVES:
             negative = rows[Row.PAIR_MATCHING].sum() / pairs.clamp(min=1).to(rows.dtype)
         else:
             negative = both(rows[Row.PAIR_MATCHING], None if columns is None else columns[Column.PAIR_MATCHING])
@@ -103,17 +103,13 @@ def merge_columns(parts: Tensor) -> Tensor:  # [W, 6, N] -> [6, N]
         total = torch.where(empty, -torch.inf, part.masked_fill(empty, 0).logsumexp(0))
         return total, (part.detach() - total.detach().masked_fill(empty, 0)).exp()
 
-    out = {}
-    out[Column.LSE_STUDENT], share_z = lse(parts[:, Column.LSE_STUDENT])
-    out[Column.LSE_TEACHER], share_t = lse(parts[:, Column.LSE_TEACHER])
-    out[Column.LSE_TEACHER_TO_TEXT], _ = lse(parts[:, Column.LSE_TEACHER_TO_TEXT])
-    for mean, share in (
-        (Column.PAIR_MATCHING, share_z),
-        (Column.MEAN_STUDENT, share_t),
-        (Column.MEAN_TEACHER_TO_TEXT, share_t),
-    ):
-        out[mean] = (share * parts[:, mean]).sum(0)
-    return torch.stack([out[stat] for stat in sorted(out)])
+    student, share_z = lse(parts[:, Column.LSE_STUDENT])
+    teacher, share_t = lse(parts[:, Column.LSE_TEACHER])
+    out = {Column.LSE_STUDENT: student, Column.LSE_TEACHER: teacher}
+    out[Column.LSE_TEACHER_TO_TEXT] = lse(parts[:, Column.LSE_TEACHER_TO_TEXT])[0]
+    shares = {Column.PAIR_MATCHING: share_z, Column.MEAN_STUDENT: share_t, Column.MEAN_TEACHER_TO_TEXT: share_t}
+    out |= {mean: (share * parts[:, mean]).sum(0) for mean, share in shares.items()}
+    return torch.stack([out[stat] for stat in Column])
 
 
 def shifted_pair_matching(call: SimilarityCall, shift: Tensor | int) -> Tensor:  # shift: [] int64
