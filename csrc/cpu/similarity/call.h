@@ -1,10 +1,7 @@
-// The arguments of similarity_loss, in the order of the fields in simplclip/ops/similarity/call.py, which define the schema. The
-// dispatcher's functions take SIMILARITY_PARAMETERS and make a SimilarityCall of them by SIMILARITY_CALL.
+// The calls of similarity_loss, with the fields of simplclip/ops/similarity/call.py in their order.
 #pragma once
 
-#include "../../layout.h"
-
-#include <optional>
+#include "../../calls.h"
 
 namespace simplclip {
 
@@ -31,6 +28,12 @@ struct SimilarityCall {
   double entropy = 1;
   int64_t chunk = 0, stored_rows = 0;
 
+  auto fields() {
+    return std::tie(image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
+                    plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational, interactive,
+                    entropy, chunk, stored_rows);
+  }
+
   bool has_student() const { return softmax || negatives; }
   bool has_teacher() const { return relational || interactive; }
   bool has_teacher_to_text() const { return interactive && columns; }
@@ -49,17 +52,25 @@ struct SimilarityCall {
   }
 };
 
-#define SIMILARITY_PARAMETERS                                                                                            \
-  Tensor image, Tensor text, Tensor scale, std::optional<Tensor> teacher_image, std::optional<Tensor> teacher_text,      \
-      std::optional<Tensor> teacher_scale, std::optional<Tensor> projected_image, std::optional<Tensor> projected_text,  \
-      std::optional<Tensor> cross_scale, std::optional<Tensor> plane_weight, std::optional<Tensor> plane_bias,           \
-      std::optional<Tensor> ids, std::optional<Tensor> text_ids, int64_t label_offset, bool softmax, bool columns,       \
-      int64_t negatives, bool relational, bool interactive, double entropy, int64_t chunk, int64_t stored_rows
-#define SIMILARITY_CALL                                                                                                  \
-  SimilarityCall {                                                                                                       \
-    image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,        \
-        plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational, interactive,     \
-        entropy, chunk, stored_rows                                                                                      \
+struct SimilarityGradient : SimilarityCall {
+  Tensor grad_rows, grad_columns;           // [12, N], [6, M]
+  Tensor row_stats, column_stats, stored;   // [12, N], [6, M], [matrices, stored rows, M]
+  bool need_image, need_text;
+
+  auto fields() {
+    return std::tuple_cat(SimilarityCall::fields(),
+                          std::tie(grad_rows, grad_columns, row_stats, column_stats, stored, need_image, need_text));
   }
+};
+
+struct RowsCall {
+  Tensor query, keys, scale;            // [N, D], [M, D], []
+  std::optional<Tensor> ids, text_ids;  // [N], [M]
+  int64_t label_offset;
+  bool attend;
+  int64_t chunk;
+
+  auto fields() { return std::tie(query, keys, scale, ids, text_ids, label_offset, attend, chunk); }
+};
 
 }  // namespace simplclip

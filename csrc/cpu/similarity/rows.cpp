@@ -13,29 +13,26 @@ struct Rows {
   Sweep sweep;
   Tensor negatives;  // [N]
 
-  Rows(Tensor query, Tensor keys, Tensor scale, std::optional<Tensor> ids, std::optional<Tensor> text_ids, int64_t label_offset,
-       int64_t chunk, Scratch& scratch)
-      : call{.image = query, .text = keys, .scale = scale, .ids = ids, .text_ids = text_ids, .label_offset = label_offset,
-             .softmax = true, .chunk = chunk},
-        sweep(call, nullptr, scratch), negatives(scratch.take(query, {query.size(0)}, ScalarType::Float)) {}
+  Rows(const RowsCall& rows, Scratch& scratch)
+      : call{.image = rows.query, .text = rows.keys, .scale = rows.scale, .ids = rows.ids, .text_ids = rows.text_ids,
+             .label_offset = rows.label_offset, .softmax = true, .chunk = rows.chunk},
+        sweep(call, nullptr, scratch), negatives(scratch.take(rows.query, {rows.query.size(0)}, ScalarType::Float)) {}
 };
 
-int64_t similarity_rows_cpu_workspace(Tensor query, Tensor keys, Tensor scale, std::optional<Tensor> ids,
-                                      std::optional<Tensor> text_ids, int64_t label_offset, bool, int64_t chunk) {
+int64_t workspace(const RowsCall& call) {
   Scratch scratch;
-  Rows(query, keys, scale, ids, text_ids, label_offset, chunk, scratch);
+  Rows(call, scratch);
   return scratch.bytes();
 }
 
 // Returns stats [2, N] (log-sum-exp over the negatives, similarity of the positive) and, where `attend`, the mean key of each row
 // under its softmax over the negatives [N, D] (else [0, D]).
-std::tuple<Tensor, Tensor> similarity_rows(Tensor query, Tensor keys, Tensor scale, std::optional<Tensor> ids,
-                                           std::optional<Tensor> text_ids, int64_t label_offset, bool attend, int64_t chunk) {
+std::tuple<Tensor, Tensor> similarity_rows(const RowsCall& call) {
   Scratch scratch;
-  Rows work(query, keys, scale, ids, text_ids, label_offset, chunk, scratch);
+  Rows work(call, scratch);
   Sweep& sweep = work.sweep;
   const StripKernels& kernels = instruction_set().strip;
-  Tensor stats = new_empty(query, {2, sweep.n}, ScalarType::Float), mean_keys = new_empty(query, {attend ? sweep.n : 0, sweep.d});
+  Tensor stats = new_empty(call.query, {2, sweep.n}, ScalarType::Float), mean_keys = new_empty(call.query, {call.attend ? sweep.n : 0, sweep.d});
   float *lse = data<float>(stats), *diagonal = lse + sweep.n;
   const std::vector<float> ones(kStripRows, 1.0f), zeros(kStripRows, 0.0f);
 
@@ -48,25 +45,25 @@ std::tuple<Tensor, Tensor> similarity_rows(Tensor query, Tensor keys, Tensor sca
       out.diagonal = diagonal + first + i;
       out.negatives = data<float>(work.negatives) + first + i;
       kernels.forward(strip, out, Terms::kSoftmax, sweep.is_bf16);
-      if (!attend) return;
+      if (!call.attend) return;
       BackwardIn in{};
       in.lse = out.lse;
       in.g_lse = ones.data();
       in.g_diagonal = zeros.data();
       kernels.backward(strip, in, Terms::kSoftmax, Softmax::kRows, sweep.is_bf16);
     });
-    if (!attend) return;
+    if (!call.attend) return;
     Tensor to = rows(mean_keys, first, count);
-    mm_out(to, sim, keys);
+    mm_out(to, sim, call.keys);
   });
   return {stats, mean_keys};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_rows_cpu_workspace", TORCH_BOX(&similarity_rows_cpu_workspace));
+  m.impl("similarity_rows_cpu_workspace", TORCH_BOX((&Unpacked<RowsCall, workspace>::run)));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_rows_cpu", TORCH_BOX(&similarity_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_rows_cpu", TORCH_BOX((&Unpacked<RowsCall, similarity_rows>::run))); }
 
 }  // namespace
 }  // namespace simplclip

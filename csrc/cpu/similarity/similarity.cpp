@@ -80,29 +80,27 @@ struct Forward {
   }
 };
 
-int64_t similarity_loss_fwd_cpu_workspace(SIMILARITY_PARAMETERS) {
-  const SimilarityCall call = SIMILARITY_CALL;
+int64_t fwd_workspace(const SimilarityCall& call) {
   Scratch scratch;
   Forward(call, scratch);
   return scratch.bytes();
 }
 
 // Returns rows [12, N], columns [6, M] and the stored rows of the matrices: see reference.py.
-std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
-  const SimilarityCall call = SIMILARITY_CALL;
+std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
   Scratch scratch;
   Forward work(call, scratch);
   Sweep& sweep = work.sweep;
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m;
 
-  Tensor row_stats = new_zeros(image, {int64_t(Row::kCount), n}, ScalarType::Float);
-  Tensor column_stats = new_zeros(image, {int64_t(Column::kCount), m}, ScalarType::Float);
+  Tensor row_stats = new_zeros(call.image, {int64_t(Row::kCount), n}, ScalarType::Float);
+  Tensor column_stats = new_zeros(call.image, {int64_t(Column::kCount), m}, ScalarType::Float);
   auto col = [&](Column stat) { return stat_of(column_stats, stat); };
-  if (work.student) work.student->start(col(Column::kLseStudent), negatives == kHardNegatives ? col(Column::kPairMatching) : nullptr);
+  if (work.student) work.student->start(col(Column::kLseStudent), call.negatives == kHardNegatives ? col(Column::kPairMatching) : nullptr);
   if (work.teacher) work.teacher->start(col(Column::kLseTeacher), col(Column::kMeanStudent));
   if (work.text) work.text->start(col(Column::kLseTeacherToText), nullptr);
-  float* const lse_teacher = relational ? nullptr : col(Column::kLseTeacher);
+  float* const lse_teacher = call.relational ? nullptr : col(Column::kLseTeacher);
   if (work.teacher_of_text) work.teacher_of_text->start(lse_teacher, col(Column::kMeanTeacherToText));
 
   sweep.for_chunks([&](int64_t first, int64_t count) {
@@ -131,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(SIMILARITY_PARAMETERS) {
       if (teacher_sums) teacher_sums->merge(strips_of(count));
     };
     if (sweep.hadamard_weight) sweep.load_hadamard(first, count);
-    reduce(sweep.student, kStudent, sweep.terms(), relational, work.student, work.teacher);
+    reduce(sweep.student, kStudent, sweep.terms(), call.relational, work.student, work.teacher);
     reduce(sweep.image_to_teacher, kImageToTeacher, Terms::kSoftmax, true, std::nullopt, std::nullopt);
     reduce(sweep.teacher_to_text, kTeacherToText, Terms::kSoftmax, true, work.text, work.teacher_of_text);
   });
@@ -168,10 +166,10 @@ struct Backward {
   Tensor hadamard_grad;  // [chunk, D]: a chunk's gradient to the image features times w
   TransposedSum d_text, d_projected_text;
 
-  Backward(const SimilarityCall& call, const Tensor& stored, bool need_text, Scratch& scratch)
-      : sweep(call, &stored, scratch),
+  Backward(const SimilarityGradient& call, Scratch& scratch)
+      : sweep(call, &call.stored, scratch),
         hadamard_grad(scratch.take(call.image, {call.has_hadamard() ? sweep.chunk : 0, sweep.d})),
-        d_text(call.text, need_text, sweep.is_bf16 && (several() || (shares_text(call) && sweep.student)), scratch),
+        d_text(call.text, call.need_text, sweep.is_bf16 && (several() || (shares_text(call) && sweep.student)), scratch),
         d_projected_text(call.projected_text ? *call.projected_text : call.text, call.projected_text.has_value(),
                          sweep.is_bf16 && several(), scratch) {}
 
@@ -182,24 +180,21 @@ struct Backward {
   }
 };
 
-int64_t similarity_loss_bwd_cpu_workspace(SIMILARITY_PARAMETERS, Tensor, Tensor, Tensor, Tensor, Tensor stored, bool, bool need_text) {
-  const SimilarityCall call = SIMILARITY_CALL;
+int64_t bwd_workspace(const SimilarityGradient& call) {
   Scratch scratch;
-  Backward(call, stored, need_text, scratch);
+  Backward(call, scratch);
   return scratch.bytes();
 }
 
 // Returns d_image, d_text (empty when not needed), d_scale, d_projected_image, d_projected_text (empty when not given),
 // d_cross_scale, d_plane_weight (empty without), d_plane_bias.
-Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor grad_columns, Tensor row_stats,
-                              Tensor column_stats, Tensor stored, bool need_image, bool need_text) {
-  const SimilarityCall call = SIMILARITY_CALL;
-  expect_contiguous("grad_rows", grad_rows);
-  expect_contiguous("grad_columns", grad_columns);
-  expect_contiguous("row_stats", row_stats);
-  expect_contiguous("column_stats", column_stats);
+Gradients similarity_loss_bwd(const SimilarityGradient& call) {
+  expect_contiguous("grad_rows", call.grad_rows);
+  expect_contiguous("grad_columns", call.grad_columns);
+  expect_contiguous("row_stats", call.row_stats);
+  expect_contiguous("column_stats", call.column_stats);
   Scratch scratch;
-  Backward work(call, stored, need_text, scratch);
+  Backward work(call, scratch);
   Sweep& sweep = work.sweep;
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
@@ -208,28 +203,28 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
   // Arguments of the strip kernels for one of the student's matrices; the pointers to rows are advanced for each strip.
   auto inputs_of = [&](const Stats& stats) {
     BackwardIn in{};
-    in.lse = stat_of(row_stats, stats.lse);
-    in.g_lse = stat_of(grad_rows, stats.lse);
-    in.g_match = stat_of(grad_rows, stats.match);
-    in.teacher_lse = stat_of(row_stats, Row::kLseTeacher);
-    in.g_mean = stat_of(grad_rows, stats.mean);
-    in.g_diagonal = stat_of(grad_rows, stats.diagonal);
-    in.g_plane_diagonal = stat_of(grad_rows, stats.plane_diagonal);
-    in.col_lse = stat_of(column_stats, stats.col_lse);
-    in.g_col_lse = stat_of(grad_columns, stats.col_lse);
-    in.g_col_match = stat_of(grad_columns, stats.col_match);
-    in.col_teacher_lse = stat_of(column_stats, Column::kLseTeacher);
-    in.g_col_mean = stat_of(grad_columns, stats.col_mean);
+    in.lse = stat_of(call.row_stats, stats.lse);
+    in.g_lse = stat_of(call.grad_rows, stats.lse);
+    in.g_match = stat_of(call.grad_rows, stats.match);
+    in.teacher_lse = stat_of(call.row_stats, Row::kLseTeacher);
+    in.g_mean = stat_of(call.grad_rows, stats.mean);
+    in.g_diagonal = stat_of(call.grad_rows, stats.diagonal);
+    in.g_plane_diagonal = stat_of(call.grad_rows, stats.plane_diagonal);
+    in.col_lse = stat_of(call.column_stats, stats.col_lse);
+    in.g_col_lse = stat_of(call.grad_columns, stats.col_lse);
+    in.g_col_match = stat_of(call.grad_columns, stats.col_match);
+    in.col_teacher_lse = stat_of(call.column_stats, Column::kLseTeacher);
+    in.g_col_mean = stat_of(call.grad_columns, stats.col_mean);
     return in;
   };
   BackwardIn student_in = inputs_of(kStudent);
   Softmax student_kind = Softmax::kRows;
   std::optional<Sharing> student, teacher;
   std::vector<float> match_ratio;
-  if (columns && softmax) {
+  if (call.columns && call.softmax) {
     student.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_lse, m);
-    if (relational) teacher.emplace(student_in.teacher_lse, n, student_in.col_teacher_lse, student_in.g_col_mean, m);
-    if (negatives == kHardNegatives) {
+    if (call.relational) teacher.emplace(student_in.teacher_lse, n, student_in.col_teacher_lse, student_in.g_col_mean, m);
+    if (call.negatives == kHardNegatives) {
       const Sharing match(student_in.lse, n, student_in.col_lse, student_in.g_col_match, m);
       student->possible &= match.possible;
       match_ratio = match.ratio;
@@ -242,10 +237,10 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
     if (teacher) student_in.teacher_ratio = teacher->ratio.data();
   }
 
-  Tensor d_image = new_empty(image, {need_image ? n : 0, d});
-  Tensor d_projected = projected_image ? new_empty(*projected_image, projected_image->sizes()) : new_empty(image, {0, d});
+  Tensor d_image = new_empty(call.image, {call.need_image ? n : 0, d});
+  Tensor d_projected = call.projected_image ? new_empty(*call.projected_image, call.projected_image->sizes()) : new_empty(call.image, {0, d});
   TransposedSum &d_text = work.d_text, &d_projected_text = work.d_projected_text;
-  Tensor d_weight = plane_weight ? new_zeros(*plane_weight, plane_weight->sizes()) : new_empty(image, {0}, ScalarType::Float);
+  Tensor d_weight = call.plane_weight ? new_zeros(*call.plane_weight, call.plane_weight->sizes()) : new_empty(call.image, {0}, ScalarType::Float);
 
   std::vector<BackwardOut> parts(strips_of(sweep.chunk));
   double scale_sum = 0, cross_sum = 0, p_sum = 0, q_sum = 0;
@@ -269,25 +264,25 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
       }
       return rows(matrix.scratch, 0, count);
     };
-    const Tensor x = rows(image, first, count);
-    Tensor to_image = need_image ? rows(d_image, first, count) : Tensor();
+    const Tensor x = rows(call.image, first, count);
+    Tensor to_image = call.need_image ? rows(d_image, first, count) : Tensor();
     if (hadamard) sweep.load_hadamard(first, count);
     if (sweep.student) {
-      const Tensor g = differentiate(*sweep.student, student_in, sweep.terms(), student_kind, relational, scale_sum);
-      if (need_image) mm_out(to_image, g, text);
+      const Tensor g = differentiate(*sweep.student, student_in, sweep.terms(), student_kind, call.relational, scale_sum);
+      if (call.need_image) mm_out(to_image, g, call.text);
       d_text.add(g, x);
     }
     if (hadamard) {
       const Tensor h = rows(sweep.hadamard, 0, count);
       Tensor hy = rows(work.hadamard_grad, 0, count);
-      mm_out(hy, h, text);
+      mm_out(hy, h, call.text);
       const float* w = sweep.hadamard_weight->const_data_ptr<float>();
       float* dw = d_weight.mutable_data_ptr<float>();
       sweep.typed([&]<class T>(T*) {
         const T *xs = data<T>(x), *hys = data<T>(hy);
         for (int64_t i = 0; i < count; ++i)
           for (int64_t k = 0; k < d; ++k) dw[k] += to_float(xs[i * d + k]) * to_float(hys[i * d + k]);
-        if (!need_image) return;
+        if (!call.need_image) return;
         T* to = data<T>(to_image);
         parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
           for (int64_t at = begin * d; at < end * d; ++at) assign(to[at], to_float(to[at]) + w[at % d] * to_float(hys[at]));
@@ -297,38 +292,38 @@ Gradients similarity_loss_bwd(SIMILARITY_PARAMETERS, Tensor grad_rows, Tensor gr
     }
     if (sweep.image_to_teacher) {
       const Tensor g = differentiate(*sweep.image_to_teacher, inputs_of(kImageToTeacher), Terms::kSoftmax, Softmax::kRows, true, cross_sum);
-      if (projected_image) {
+      if (call.projected_image) {
         Tensor to = rows(d_projected, first, count);
-        mm_out(to, g, *teacher_text);
-      } else if (need_image) {
-        sweep.student ? mm_add(to_image, g, *teacher_text) : mm_out(to_image, g, *teacher_text);
+        mm_out(to, g, *call.teacher_text);
+      } else if (call.need_image) {
+        sweep.student ? mm_add(to_image, g, *call.teacher_text) : mm_out(to_image, g, *call.teacher_text);
       }
     }
     if (sweep.teacher_to_text) {
       const Tensor g = differentiate(*sweep.teacher_to_text, inputs_of(kTeacherToText), Terms::kSoftmax, Softmax::kColumns, true, cross_sum);
-      (projected_text ? d_projected_text : d_text).add(g, rows(*teacher_image, first, count));
+      (call.projected_text ? d_projected_text : d_text).add(g, rows(*call.teacher_image, first, count));
     }
   });
-  if (!sweep.student && (projected_image || !sweep.image_to_teacher)) torch::stable::zero_(d_image);
+  if (!sweep.student && (call.projected_image || !sweep.image_to_teacher)) torch::stable::zero_(d_image);
 
   auto number = [&](double value) {
-    Tensor out = new_zeros(image, {}, ScalarType::Float);
+    Tensor out = new_zeros(call.image, {}, ScalarType::Float);
     *out.mutable_data_ptr<float>() = float(value);
     return out;
   };
-  if (plane_weight && !hadamard) *d_weight.mutable_data_ptr<float>() = float(p_sum);
+  if (call.plane_weight && !hadamard) *d_weight.mutable_data_ptr<float>() = float(p_sum);
   return {d_image, d_text.result(), number(scale_sum), d_projected, d_projected_text.result(), number(cross_sum), d_weight,
           number(q_sum)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_loss_fwd_cpu_workspace", TORCH_BOX(&similarity_loss_fwd_cpu_workspace));
-  m.impl("similarity_loss_bwd_cpu_workspace", TORCH_BOX(&similarity_loss_bwd_cpu_workspace));
+  m.impl("similarity_loss_fwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityCall, fwd_workspace>::run)));
+  m.impl("similarity_loss_bwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityGradient, bwd_workspace>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {
-  m.impl("similarity_loss_fwd_cpu", TORCH_BOX(&similarity_loss_fwd));
-  m.impl("similarity_loss_bwd_cpu", TORCH_BOX(&similarity_loss_bwd));
+  m.impl("similarity_loss_fwd_cpu", TORCH_BOX((&Unpacked<SimilarityCall, similarity_loss_fwd>::run)));
+  m.impl("similarity_loss_bwd_cpu", TORCH_BOX((&Unpacked<SimilarityGradient, similarity_loss_bwd>::run)));
 }
 
 }  // namespace

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks, distributed
-from simplclip.ops.calls import flat
+from simplclip.ops.calls import flat, tensors_of
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_autograd, wants_grad
@@ -30,7 +28,7 @@ from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted
 _NEGATIVES = {None: NO_NEGATIVES, "shift": NO_NEGATIVES, "all": ALL_NEGATIVES, "hard": HARD_NEGATIVES}
 
 _ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
-_TENSORS = [field.name for field in fields(SimilarityCall) if field.type.startswith("Tensor")]  # they come first
+_TENSORS = tensors_of(SimilarityCall)
 
 
 def _fwd(function, call):

@@ -9,7 +9,7 @@ from simplclip.ops import backends
 from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
-from simplclip.ops.registry import define, register_autograd, wants_grad
+from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import RowsCall, RowsGradient
 from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
@@ -43,24 +43,13 @@ define("similarity_rows", RowsCall, "(Tensor, Tensor)", _run, _fake, row=_ROW)
 define("similarity_rows_bwd", RowsGradient, "(Tensor, Tensor)", _run_bwd, _fake_bwd, row=_ROW_BWD)
 
 
-def _setup_context(ctx, inputs, output):
-    call = RowsCall(*inputs[:-1])
-    ctx.label_offset = call.label_offset
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(call.query, call.keys, call.scale, output[1])
+def _backward(call, mean_keys, grad, need, backend):
+    gradient = RowsGradient(grad, call.query, call.keys, call.scale, *mean_keys, call.label_offset)
+    d_query, d_scale = torch.ops.simplclip.similarity_rows_bwd(*flat(gradient), "")
+    return {"query": d_query, "scale": d_scale.to(call.scale.dtype)}
 
 
-def _autograd(ctx, grad, _):
-    gradients = dict.fromkeys((*RowsCall.__match_args__, "backend"))
-    if grad is not None:
-        call = RowsGradient(grad, *ctx.saved_tensors, ctx.label_offset)
-        gradients["query"], d_scale = torch.ops.simplclip.similarity_rows_bwd(*flat(call), "")
-        gradients["scale"] = d_scale.to(call.scale.dtype)
-    return tuple(gradients.values())
-
-
-register_autograd("similarity_rows", _autograd, _setup_context)
+register_gradient("similarity_rows", RowsCall, _backward, forget=("ids", "text_ids"))
 
 
 def similarity_rows(
