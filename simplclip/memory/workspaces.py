@@ -1,12 +1,12 @@
 """Memory that a C++ function takes from torch's allocator besides its results, which fake tensors do not show.
 
 The function itself computes its scratch from meta tensors (csrc/scratch.h). On a CPU the memory is added that oneDNN needs to
-pack the largest product of bfloat16. Triton's launchers are Python; predictions run them without their kernels.
+pack one product of bfloat16. Triton's launchers are Python; predictions run them without their kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from simplclip.common.errors import UserError
 from simplclip.ops import backends
 from simplclip.ops.registry import flat
-from simplclip.ops.similarity.call import RowsCall, SimilarityCall, SimilarityGradient
 
 
 class UnknownWorkspace(UserError, RuntimeError):
@@ -26,7 +25,7 @@ def workspace_bytes(name: str, backend: str, *args) -> int:
     """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes besides its results when called with `args`.
 
     This is the highest sum of live bytes without the tensors that it returns. Only shapes, strides, dtypes and arguments that
-    are not tensors are read. On a CPU the result is exact except for oneDNN's packing of bfloat16 operands. On a GPU each
+    are not tensors are read. On a CPU the result is exact, for bfloat16 within 128 KiB or 1%. On a GPU each
     allocation is rounded up to 512 bytes, as in the allocator; cuBLAS's own memory is not included.
 
     Raises:
@@ -37,18 +36,16 @@ def workspace_bytes(name: str, backend: str, *args) -> int:
         error = backends.extension_error if backend == "cpu" else backends.cuda_extension_error
         raise UnknownWorkspace(f"the workspace of {name} on backend {backend} cannot be predicted: {error}")
     fields = flat(args[0]) if hasattr(args[0], "__match_args__") else args
-    products = _PRODUCTS[name](*args) if backend == "cpu" and name in _PRODUCTS else ()
-    packing = (packing_bytes(m, n, k, fields[0].dtype, transposed=transposed) for m, n, k, transposed in products)
-    return _scratch(name, backend, *fields) + max(packing, default=0)
-
-
-def _scratch(name: str, backend: str, *fields) -> int:
     function = getattr(torch.ops.simplclip, f"{name}_{backend}_workspace")
     try:
         with _disable_current_modes():
-            return function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in fields))
+            scratch = function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in fields))
     except NotImplementedError:
         raise UnknownWorkspace(f"no workspace is stated for {name} on backend {backend}") from None
+    if backend == "cuda" or name not in _PRODUCTS:
+        return scratch
+    m, n, k, transposed = _PRODUCTS[name](*args)
+    return scratch + packing_bytes(m, n, k, fields[0].dtype, transposed=transposed)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -90,60 +87,12 @@ def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: boo
     return torch.get_num_threads() * size
 
 
-# The products of a function: m, n and k of [m, k] @ [k, n], and whether the first operand is transposed.
-Products = Iterator[tuple[int, int, int, bool]]
-
-
-def _chunks(n: int, chunk: int, stored: int = 0) -> Iterable[int]:
-    """The different numbers of rows of the chunks, none of which crosses the end of the stored rows."""
-    return {min(chunk, size) for part in (stored, n - stored) if part for size in (part, part % chunk) if size}
-
-
-def _similarities(call: SimilarityCall, stored: int, image: Iterable[int] = (), text: Iterable[int] = ()) -> Products:
-    """Similarities, and gradients of image and text features of these widths."""
-    (n, d), m = call.image.shape, call.text.shape[0]
-    widths = [d] * call.has_student + ([call.teacher_image.shape[1]] if call.has_teacher else [])
-    for count in _chunks(n, min(call.chunk, n), min(stored, n)):
-        yield from ((count, m, width, False) for width in widths)
-        yield from ((count, width, m, False) for width in image)
-        yield from ((m, width, count, True) for width in text)
-
-
-def _similarity_loss_bwd(call: SimilarityGradient) -> Products:
-    d, width = call.image.shape[1], call.teacher_image.shape[1] if call.has_teacher else 0
-    image = [d] * (call.has_student and call.need_image) + [d] * call.has_hadamard
-    image += [width] * (call.interactive and (call.need_image or call.projected_image is not None))
-    text = [d] * (call.has_student and call.need_text)
-    text += [width] * (call.has_teacher_to_text and (call.need_text or call.projected_text is not None))
-    return _similarities(call, call.stored.shape[1], image, text)
-
-
-def _similarity_rows(call: RowsCall) -> Products:
-    (n, d), m = call.query.shape, call.keys.shape[0]
-    for count in _chunks(n, min(call.chunk, n)):
-        yield count, m, d, False
-        if call.attend:
-            yield count, d, m, False
-
-
-def _hidden_chunks(h: Tensor, weight: Tensor) -> Iterable[int]:
-    """The numbers of rows of the hidden layer whose activation is in scratch: forward takes memory for no more."""
-    size = _scratch("parallel_mlp_fwd", "cpu", h, weight, None, "", h, False)
-    return _chunks(len(h), size // (h.shape[1] * h.itemsize))
-
-
-def _parallel_mlp_bwd(_, h: Tensor, weight: Tensor, act: str, need_weight: bool) -> Products:
-    c, f = weight.shape
-    for count in _hidden_chunks(h, weight):
-        yield count, f, c, False
-        if need_weight:
-            yield c, f, count, True
-
-
-_PRODUCTS = {
-    "similarity_loss_fwd": lambda call: _similarities(call, call.stored_rows),
-    "similarity_loss_bwd": _similarity_loss_bwd,
-    "similarity_rows": _similarity_rows,
-    "parallel_mlp_fwd": lambda h, weight, *_: ((n, *weight.shape, False) for n in _hidden_chunks(h, weight)),
-    "parallel_mlp_bwd": _parallel_mlp_bwd,
+# m, n and k of the product [m, k] @ [k, n] for which a function packs about the most, and whether its first operand is
+# transposed: a gradient of a second operand if there is one, else the first product.
+_PRODUCTS: dict[str, Callable[..., tuple[int, int, int, bool]]] = {
+    "similarity_loss_fwd": lambda call: (min(call.chunk, len(call.image)), *call.text.shape, False),
+    "similarity_loss_bwd": lambda call: (*call.text.shape, min(call.chunk, len(call.image)), call.need_text),
+    "similarity_rows": lambda call: (min(call.chunk, len(call.query)), *call.keys.shape, False),
+    "parallel_mlp_fwd": lambda h, weight, *_: (len(h), *weight.shape, False),
+    "parallel_mlp_bwd": lambda grad, h, weight, act, need_weight: (*weight.shape, len(h), need_weight),
 }

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from simplclip.train import checkpoint
 from simplclip.train.config import Config
 from simplclip.train.curves import curves
 from simplclip.train.folder import claim
-from simplclip.train.limits import MemoryLimit, Planner, gib, ran_out
+from simplclip.train.limits import MemoryLimit, gib, ran_out
 from simplclip.train.lock import RunLock
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
 from simplclip.train.rescue import LastStep
@@ -47,7 +48,7 @@ def run(
     resume: bool = False,
     console: Console | None = None,
     memory_limit: int | None = None,
-    planner: Planner | None = None,
+    planner: ModuleType | None = None,
 ) -> Path:
     """Train as `config` says; returns the path of the last checkpoint.
 
@@ -71,7 +72,7 @@ def run(
         return _run(config, resume, console or Console(), (memory_limit, planner), lock.note)
 
 
-def _run(config: Config, resume: bool, console: Console, limits: tuple[int | None, Planner | None], note: str | None) -> Path:
+def _run(config: Config, resume: bool, console: Console, limits: tuple, note: str | None) -> Path:
     out = Path(config.run.out)
     state, config = claim(out, config, resume)
     checkpoint.remove_temporaries(out)
