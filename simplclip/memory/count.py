@@ -111,9 +111,8 @@ class Counter(TorchDispatchMode):
                 size = -(-storage.nbytes() // self.block) * self.block
                 self._held[key] = kind, size, weakref.ref(storage, lambda _, key=key: self._free(key))
                 self._change(kind, size)
-                continue
-            before, size, gone = self._held[key]
-            if before in instead_of and before != kind:
+            elif (before := self._held[key][0]) in instead_of and before != kind:
+                _, size, gone = self._held[key]
                 self._held[key] = kind, size, gone
                 self._change(before, -size)
                 self._change(kind, size)

@@ -111,8 +111,7 @@ def draw(path: str | Path, plan: Plan) -> Path:
     batch.set(xscale="log", yscale="log")
     batch.set_ylim(top=8 * usable)
     batch.yaxis.set_major_formatter("{x:g}")
-    if batch.get_legend_handles_labels()[0]:
-        batch.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    batch.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
     title = f"{plan.model}, {plan.precision}, {plan.memory / GIB:.0f} GiB"
     figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.055, y=0.96, ha="left")
     return write(figure, Path(path))

@@ -44,7 +44,8 @@ class TrainerStep(Training):
 
     def materialize(self, device: torch.device) -> None:
         """Gives model and loss real weights on `device`."""
-        self.model.to(device), self.loss.to(device)
+        self.model.to(device)
+        self.loss.to(device)
 
     def place(self, device: torch.device, during: During) -> None:
         """Prepares the step on `device`, where its weights already are; it runs its phases within `during`."""

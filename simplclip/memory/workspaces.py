@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from simplclip.common.errors import UserError
 from simplclip.ops import backends
 from simplclip.ops.registry import flat
+from simplclip.ops.similarity.call import SimilarityCall
 
 
 class UnknownWorkspace(UserError, RuntimeError):
@@ -25,8 +26,8 @@ def workspace_bytes(name: str, backend: str, *args) -> int:
     """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes besides its results when called with `args`.
 
     This is the highest sum of live bytes without the tensors that it returns. Only shapes, strides, dtypes and arguments that
-    are not tensors are read. On a CPU the result is exact, for bfloat16 within 128 KiB or 1%. On a GPU each
-    allocation is rounded up to 512 bytes, as in the allocator; cuBLAS's own memory is not included.
+    are not tensors are read. On a CPU the result is exact, for bfloat16 within 128 KiB or 1%. On a GPU each allocation is
+    rounded up to 512 bytes, as in the allocator; cuBLAS's own memory is not included.
 
     Raises:
         UnknownWorkspace: the extension of the function does not load, or the function has no workspace.
@@ -87,12 +88,19 @@ def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: boo
     return torch.get_num_threads() * size
 
 
-# m, n and k of the product [m, k] @ [k, n] for which a function packs about the most, and whether its first operand is
-# transposed: a gradient of a second operand if there is one, else the first product.
-_PRODUCTS: dict[str, Callable[..., tuple[int, int, int, bool]]] = {
-    "similarity_loss_fwd": lambda call: (min(call.chunk, len(call.image)), *call.text.shape, False),
-    "similarity_loss_bwd": lambda call: (*call.text.shape, min(call.chunk, len(call.image)), call.need_text),
+Product = tuple[int, int, int, bool]  # m, n and k of [m, k] @ [k, n], and whether the first operand is transposed
+
+
+def _similarity(call: SimilarityCall, transposed: bool = False) -> Product:
+    rows = min(call.chunk, len(call.image))
+    return (*call.text.shape, rows, True) if transposed else (rows, *call.text.shape, False)
+
+
+# The product for which a function packs about the most: the gradient of its second operand if there is one.
+_PRODUCTS: dict[str, Callable[..., Product]] = {
+    "similarity_loss_fwd": _similarity,
+    "similarity_loss_bwd": lambda call: _similarity(call, transposed=call.need_text),
     "similarity_rows": lambda call: (min(call.chunk, len(call.query)), *call.keys.shape, False),
     "parallel_mlp_fwd": lambda h, weight, *_: (len(h), *weight.shape, False),
-    "parallel_mlp_bwd": lambda grad, h, weight, act, need_weight: (*weight.shape, len(h), need_weight),
+    "parallel_mlp_bwd": lambda _, h, w, act, need: (*w.shape, len(h), True) if need else (len(h), *reversed(w.shape), False),
 }

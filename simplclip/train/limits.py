@@ -101,15 +101,14 @@ class MemoryLimit:
         if self.planner is None:
             return "Without a planner there is no advice."
         made = self.planner.make(config, self.budget, device=self.device.type, solve=False)
-        usable = f"{gib(made.usable)} are usable of {gib(made.memory)}"
-        parts = [f"The plan: this step takes {gib(made.usage.peak)}; {usable}."]
+        peak, usable, memory = gib(made.usage.peak), gib(made.usable), gib(made.memory)
+        parts = [f"The plan: this step takes {peak}; {usable} are usable of {memory}."]
         parts += [f"Try {advice}." for advice in made.advice]
         try:
             micro = self.settle(config).data.micro_batch
+            parts += [f"data.micro_batch={micro} fits."] if micro and micro != config.data.micro_batch else []
         except ValueError as error:  # nothing fits, or the model's norms forbid micro-batches
             parts.append(str(error))
-        else:
-            parts += [f"data.micro_batch={micro} fits."] if micro and micro != config.data.micro_batch else []
         return " ".join(parts)
 
 

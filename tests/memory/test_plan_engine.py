@@ -66,8 +66,7 @@ def test_saved_tensors_go_when_their_node_has_run():
 
 def test_a_gradient_that_two_nodes_have_is_not_added_to():
     """An addition hands one tensor to both its sides; one of them gets more before the other runs."""
-    net = nn.ParameterList([nn.Parameter(torch.randn(4)) for _ in range(2)])
-    p, q = net
+    p, q = net = nn.ParameterList([nn.Parameter(torch.randn(4)) for _ in range(2)])
 
     def by_nodes():
         a, b, weights = 2 * p, 3 * q, torch.arange(4.0)

@@ -14,7 +14,6 @@ from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
 from simplclip.train import checkpoint, limits
 from simplclip.train.config import ConfigError
-from simplclip.train.limits import Budget
 
 FROZEN = "model.freeze_norms=true"
 CPU = torch.device("cpu")
@@ -26,7 +25,7 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
         return tiny.settings(tmp_path, FROZEN, "data.batch_size=24", f"data.micro_batch={micro}", *changes)
 
     def usable(size):
-        monkeypatch.setattr(Budget, "usable", property(lambda self: size))
+        monkeypatch.setattr(limits.Budget, "usable", property(lambda self: size))
 
     told = go(settings("auto", f"run.out={tmp_path / 'whole'}", "run.steps=1"), planner=memory)
     assert "the whole batch at a time fit in" in told
@@ -34,9 +33,10 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
     usable(sum(predict(TrainerStep(settings(micro), "fp32"), CPU).peak for micro in (4, 6)) // 2)
     told = go(settings("auto", "run.steps=2"), planner=memory)
     assert checkpoint.load(tmp_path / "run")["config"]["data"]["micro_batch"] == 4
-    assert "4 images at a time fit in 0.02 GiB, by simplclip plan" in told
+    assert f"4 images at a time fit in {limits.gib(limits.Budget(0).usable)}, by simplclip plan" in told
+    usable(1 << 20)
     with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with one image at a time"):
-        usable(1 << 20), limits.MemoryLimit(CPU, planner=memory).settle(settings("auto"))
+        limits.MemoryLimit(CPU, planner=memory).settle(settings("auto"))
     usable(1 << 40)  # going on takes the checkpoint's, without another plan
     told = go(settings("auto", "run.steps=3"), resume=True, planner=memory)
     assert "by simplclip plan" not in told
