@@ -7,6 +7,7 @@ from collections import Counter as Bag
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ class UncountedOp(UserError, RuntimeError):
     """The memory of an op cannot be predicted: it has no fake implementation, or its results depend on values."""
 
 
+_NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
-_NOT_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, *_VALUES
 
 # Products for which oneDNN allocates memory from torch's CPU allocator -> their operands among the arguments.
 aten = torch.ops.aten
@@ -110,9 +111,8 @@ class Counter(TorchDispatchMode):
                 size = -(-storage.nbytes() // self.block) * self.block
                 self._held[key] = kind, size, weakref.ref(storage, lambda _, key=key: self._free(key))
                 self._change(kind, size)
-                continue
-            before, size, gone = self._held[key]
-            if before in instead_of and before != kind:
+            elif (before := self._held[key][0]) in instead_of and before != kind:
+                _, size, gone = self._held[key]
                 self._held[key] = kind, size, gone
                 self._change(before, -size)
                 self._change(kind, size)
@@ -125,12 +125,8 @@ class Counter(TorchDispatchMode):
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Context in which the step runs."""
-        registry.counted = True
-        try:
-            with self:
-                yield
-        finally:
-            registry.counted = False
+        with mock.patch.object(registry, "counted", True), self:
+            yield
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         ours = registry.DISPATCH.get(func.name())
@@ -139,7 +135,7 @@ class Counter(TorchDispatchMode):
                 return ours(*args, through=self._native)
         try:
             out = func(*args, **(kwargs or {}))
-        except _NOT_FAKE as error:
+        except (*_NO_FAKE, *_VALUES) as error:
             reason = f"{type(error).__name__} {str(error).strip()}".splitlines()[0]
             raise UncountedOp(
                 f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"

@@ -6,11 +6,10 @@ engine does, so that the same tensors are live at any time.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -50,33 +49,27 @@ class Engine:
         self._unpacked.append(saved)
         return saved[0]
 
+    @torch.no_grad()
     def backward(self, tensors, grad_tensors=None, retain_graph=None, create_graph=False, grad_variables=None, inputs=None):
         """`torch.autograd.backward`, which `Tensor.backward` calls too."""
         if retain_graph or create_graph or inputs is not None:
             raise NotImplementedError("backward: expected no retain_graph, create_graph or inputs in a plan, got some")
-        roots, gradients = ([x] if isinstance(x, Tensor) else x for x in (tensors, grad_tensors))
         self._task += 1
-        with torch.no_grad():
-            self._run(roots, gradients or [None] * len(roots))
-
-    def _run(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         buffers: Buffers = {}
-        for root, gradient in zip(roots, gradients):
+        roots, gradients = ([x] if isinstance(x, Tensor) else x for x in (tensors, grad_tensors))
+        for root, gradient in zip(roots, gradients or [None] * len(roots)):
             node, place = get_gradient_edge(root)[:2]
             _add(buffers.setdefault(node, {}), place, torch.ones_like(root) if gradient is None else gradient)
-        del root, gradient, gradients
+        del tensors, grad_tensors, roots, root, gradients, gradient
         waiting = _uses(list(buffers))
-        ready: list[tuple[int, int, Node]] = []
-        tie, free = itertools.count(), [node for node in buffers if node not in waiting]
-        while free or ready:
-            for node in free:  # the one that was made last runs first, but any AccumulateGrad before it
-                heapq.heappush(ready, (-node._sequence_nr(), next(tie), node))
-            _, _, node = heapq.heappop(ready)
-            free = []
+        ready = [node for node in buffers if node not in waiting]
+        while ready:
+            node = max(ready, key=lambda node: node._sequence_nr())  # the last that was made, after any AccumulateGrad
+            ready.remove(node)
             for following in self._visit(node, buffers.pop(node, {}), buffers):
                 waiting[following] -= 1
                 if not waiting[following]:
-                    free.append(following)
+                    ready.append(following)
 
     def _visit(self, node: Node, buffer: dict[int, Tensor], buffers: Buffers) -> list[Node]:
         """Runs a node and passes its gradients on; returns the nodes at its edges."""
@@ -89,8 +82,10 @@ class Engine:
         edges = [edge for edge in node.next_functions if edge[0] is not None]
         for (following, place), gradient in zip(edges, self._call(node, buffer)):
             if gradient is not None:
-                gradient = _fitted(gradient, following._input_metadata[place])
-                _add(buffers.setdefault(following, {}), place, gradient)
+                meta = following._input_metadata[place]
+                if gradient.shape != meta.shape:
+                    gradient = gradient.sum_to_size(meta.shape)  # over the dimensions that were broadcast
+                _add(buffers.setdefault(following, {}), place, gradient.to(meta.dtype))
         return [following for following, _ in edges]
 
     def _call(self, node: Node, buffer: dict[int, Tensor]) -> list[Tensor | None]:
@@ -107,13 +102,6 @@ class Engine:
         # A C++ node has an edge for each output; a Python node has none for inputs that are not tensors.
         wanted = node.needs_input_grad if python else [edge[0] is not None for edge in node.next_functions]
         return list(itertools.compress(outputs, wanted))
-
-
-def _fitted(gradient: Tensor, meta) -> Tensor:
-    """The gradient in the shape and dtype of its tensor; broadcast dimensions are summed, as in the engine."""
-    if gradient.shape != meta.shape:
-        gradient = gradient.sum_to_size(meta.shape)
-    return gradient if gradient.dtype == meta.dtype else gradient.to(meta.dtype)
 
 
 def _uses(roots: list[Node]) -> Counter[Node]:

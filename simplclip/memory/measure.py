@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import accumulate
 
 import torch
@@ -21,11 +21,14 @@ STEPS = 2  # in the second step the optimizer's state exists from the beginning
 
 
 def predict(step: Step, device: torch.device) -> Usage:
-    """The memory on `device` during two runs of `step`, whose modules are fake afterwards."""
+    """The memory on `device` during two runs of `step`, whose weights are fake afterwards."""
     # Fallback kernels would run ops without a fake on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
-    batches = tree_map_only(Tensor, pretend.Fakes(mode, torch.device("cpu")).of, step.batches(whole=False))
-    pretend.Fakes(mode, device).into(step.modules)
+    batches = tree_map_only(Tensor, pretend.faker(mode, torch.device("cpu")), step.batches(whole=False))
+    fake = pretend.faker(mode, device)
+    for module in (inner for outer in (step.model, step.loss) for inner in outer.modules()):
+        for tensors in (module._parameters, module._buffers):
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
     counter.hold(_weights(step), "parameters")
     counter.hold(batches, "batch")
     engine = Engine(lambda gradient: counter.hold(gradient, "gradients"))
@@ -54,7 +57,7 @@ def _watch(optimizer: torch.optim.Optimizer, counter: Counter) -> None:
 def measure(step: Step, device: torch.device) -> int:
     """Peak bytes of torch's allocator on `device`, including parameters, and on a CPU also the batch."""
     step.materialize(device)
-    step.place(device)
+    step.place(device, lambda phase, kind: nullcontext())
     batches = step.batches(whole=True)
 
     def run() -> None:
@@ -79,4 +82,4 @@ def cpu_peak_bytes(run: Callable[[], object]) -> int:
 
 
 def _weights(step: Step) -> list[Tensor]:
-    return [t for module in step.modules for t in (*module.parameters(), *module.buffers())]
+    return [t for module in (step.model, step.loss) for t in (*module.parameters(), *module.buffers())]

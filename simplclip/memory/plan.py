@@ -11,18 +11,13 @@ import torch
 
 from simplclip import gradient_cache, models
 from simplclip.common import hardware
-from simplclip.common.errors import InputError, UserError
+from simplclip.common.errors import InputError
 from simplclip.memory.count import Usage
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
 from simplclip.train import config as configs
 from simplclip.train.config import Config, ConfigError
 from simplclip.train.limits import GIB, Budget, gib
-
-
-class NoCuda(UserError, RuntimeError):
-    """torch is a build without CUDA."""
-
 
 CARDS = {"rtx-3090": 24 * GIB, "rtx-4090": 24 * GIB, "rtx-3060": 12 * GIB, "a100-40": 40 * GIB, "a100-80": 80 * GIB}
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -52,6 +47,7 @@ class Answer:
     batch_size: int
     micro_batch: int | None
     peak: int
+    fits: bool
     next_batch_size: int | None = None
     next_peak: int | None = None
     peaks: dict[int, int] = field(default_factory=dict)  # batch size -> peak, for all that were predicted
@@ -59,25 +55,23 @@ class Answer:
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan. Peaks are bytes of torch's allocator; the assumptions of the budget cover other memory."""
+    """A plan. Sizes are bytes of torch's allocator; the assumptions cover other memory."""
 
     model: str
     precision: str
     device: str
-    budget: Budget
-    answers: tuple[Answer, ...]
+    memory: int
+    usable: int
+    answers: list[Answer]  # the first one is the step as configured
     usage: Usage  # of the step as configured
     measured: int | None  # its peak by two real steps on this machine's GPU
-    advice: tuple[str, ...]
-    notes: tuple[str, ...]
+    assumptions: list[str]
+    advice: list[str]
 
     @property
     def fits(self) -> bool:
         """Whether the step as configured fits."""
-        return self.holds(self.answers[0])
-
-    def holds(self, answer: Answer) -> bool:
-        return answer.batch_size > 0 and answer.peak <= self.budget.usable
+        return self.answers[0].fits
 
 
 def make(
@@ -96,33 +90,37 @@ def make(
     the shards are not on this machine. compare: also predict the original model with open_clip's losses. solve: search the
     largest batches. show: called with a line before each part.
 
-    Raises: ConfigError, ValueError; UncountedOp and UnknownWorkspace if the memory of an op cannot be predicted; NoCuda if
-    torch is a build without CUDA.
+    Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp and UnknownWorkspace if the memory of an op
+    cannot be predicted.
     """
     this = _Planner(config, budget, device, teacher_width)
     on_card = this.device.type == "cuda"
-    notes = [f"precision {this.precision} ({this.why})", "two steps; the second has the optimizer's state from its beginning"]
-    notes += [] if on_card else ["nothing for oneDNN's workspaces inside convolutions"]
+    assumptions = [
+        *budget.assumptions(),
+        f"precision {this.precision} ({this.why})",
+        "two steps; the second has the optimizer's state from its beginning",
+        *([] if on_card else ["nothing for oneDNN's workspaces inside convolutions"]),
+    ]
     if config.data.micro_batch == "auto":
         show("looking for the micro-batch")
         this.config = config = this.with_micro_batch()
 
     show(f"the step as configured: batch {config.data.batch_size:,}")
-    usage = this.usage()
-    answers, measured = [Answer("as configured", config.data.batch_size, config.data.micro_batch, usage.peak)], None
+    usage, data, measured = this.usage(), config.data, None
+    answers = [Answer("as configured", data.batch_size, data.micro_batch, usage.peak, usage.peak <= budget.usable)]
     if on_card and torch.cuda.is_available():
         show("two real steps of it on this GPU")
         try:
             measured = measure(TrainerStep(config, this.precision, teacher_width), this.device)
         except torch.OutOfMemoryError:
-            notes.append("the step as configured does not fit this machine's GPU")
+            assumptions.append("the step as configured does not fit this machine's GPU")
     if solve:
         answers += this.solved(show)
     if compare:
         answers.append(this.of_open_clip(show))
     show("advice")
-    advice = tuple(this.advice(usage))
-    return Plan(config.model.name, this.precision, device, budget, tuple(answers), usage, measured, advice, tuple(notes))
+    of_what = config.model.name, this.precision, device, budget.memory, budget.usable
+    return Plan(*of_what, answers, usage, measured, assumptions, list(this.advice(usage)))
 
 
 def micro_batch_that_fits(
@@ -140,7 +138,7 @@ class _Planner:
 
     def __init__(self, config: Config, budget: Budget, device: str, teacher_width: int | None) -> None:
         if device == "cuda" and torch.version.cuda is None:
-            raise NoCuda(
+            raise InputError(
                 f"device: expected cpu, got cuda: torch {torch.__version__} is a build without CUDA, which plans for a card "
                 "need (the card itself is not needed)"
             )
@@ -164,32 +162,30 @@ class _Planner:
             values[section] |= changes
         return configs.from_dict(values)
 
-    def usage(self, data: dict | None = None, **changes: dict) -> Usage:
-        config = self.changed(data=data or {}, **changes)
-        step = TrainerStep(config, self.precision, self.teacher_width) if changes else self.base.resized(config)
+    def usage(self, **sections: dict) -> Usage:
+        config = self.changed(**sections)
+        same = sections.keys() <= {"data"}
+        step = self.base.resized(config) if same else TrainerStep(config, self.precision, self.teacher_width)
         return predict(step, self.device)
 
     def with_micro_batch(self) -> Config:
         size = self.config.data.batch_size
-        divisors = [micro for micro in range(1, size + 1) if size % micro == 0]
+        micros = [*(micro for micro in range(1, size) if size % micro == 0), None]  # None: the whole batch
 
-        def change(index: int) -> dict:
-            return {"micro_batch": None if index == len(divisors) else divisors[index - 1]}
+        def peak(count: int) -> int:
+            return self.usage(data={"micro_batch": micros[count - 1]}).peak
 
-        def peak(index: int) -> int:
-            return self.usage(change(index)).peak
-
-        index, seen = largest(peak, self.budget.usable, start=len(divisors), most=len(divisors))
-        if not index:
+        count, seen = largest(peak, self.budget.usable, start=len(micros), most=len(micros))
+        if not count:
             raise ConfigError(
                 f"data.micro_batch: expected one that fits {gib(self.budget.usable)} of {gib(self.budget.memory)}, got auto; "
                 f"a batch of {size:,} takes {gib(seen[1])} even with one image at a time"
             )
-        return self.changed(data=change(index))
+        return self.changed(data={"micro_batch": micros[count - 1]})
 
     def solved(self, show: Callable[[str], None]) -> Iterator[Answer]:
         show("the largest batch in one graph")
-        whole = self._answer("most in one graph", lambda n: self.usage({"batch_size": n, "micro_batch": None}))
+        whole = self._answer("most in one graph", lambda n: self.usage(data={"batch_size": n, "micro_batch": None}))
         yield whole
         if not self.cacheable or not whole.batch_size:
             return
@@ -197,22 +193,18 @@ class _Planner:
         if micro >= whole.batch_size:
             micro = max(1, whole.batch_size // 2)  # the largest micro-batch would leave no memory for a larger batch
         show(f"the largest batch by gradient caching, micro-batches of {micro:,}")
-        yield self._answer("most by gradient caching", lambda n: self.usage({"batch_size": n, "micro_batch": micro}), micro)
+        usage = lambda n: self.usage(data={"batch_size": n, "micro_batch": micro})  # noqa: E731
+        yield self._answer("most by gradient caching", usage, micro)
 
     def _answer(self, what: str, usage: Callable[[int], Usage], micro_batch: int | None = None) -> Answer:
         """The largest batch, a multiple of `micro_batch`, whose usage fits."""
         unit = micro_batch or 1
         start = max(8, 16384 // unit) if unit > 1 else 32
         found, seen = largest(lambda n: usage(n * unit).peak, self.budget.usable, start=start, most=MOST_PAIRS // unit)
-        return Answer(
-            what,
-            found * unit,
-            micro_batch,
-            seen[found] if found else 0,
-            (found + 1) * unit if found + 1 in seen else None,
-            seen.get(found + 1),
-            {count * unit: bytes_ for count, bytes_ in sorted(seen.items())},
-        )
+        peaks = {n * unit: peak for n, peak in sorted(seen.items())}
+        size, larger = found * unit, (found + 1) * unit
+        following = (larger, peaks[larger]) if larger in peaks else (None, None)
+        return Answer(what, size, micro_batch, peaks.get(size, 0), size > 0, *following, peaks)
 
     def of_open_clip(self, show: Callable[[str], None]) -> Answer:
         name = models.original(self.config.model.name)
@@ -237,12 +229,9 @@ class _Planner:
         if config.loss.scratch_mib > 8:
             changes["loss.scratch_mib=8 (chunks of the similarity matrices)"] = {"loss": {"scratch_mib": 8}}
         for change, sections in changes.items():
-            try:
-                less = self.usage(**sections)
-            except ConfigError:
-                continue
-            if less.peak < 0.99 * usage.peak:
-                yield f"{change}: {gib(less.peak)} instead of {gib(usage.peak)}"
+            less = self.usage(**sections).peak
+            if less < 0.99 * usage.peak:
+                yield f"{change}: {gib(less)} instead of {gib(usage.peak)}"
         if config.inherit.source is None and usage.at_peak.get("activations", 0) > 0.3 * usage.peak:
             yield "inherit.source=... (a frozen prefix of a tower keeps no activations)"
         if usage.peak > self.budget.usable:
@@ -252,32 +241,17 @@ class _Planner:
 def largest(peak: Callable[[int], int], limit: int, *, start: int = 8, most: int = 1 << 24) -> tuple[int, dict[int, int]]:
     """The largest x with peak(x) <= limit, or 0, and all computed peaks, which include that of x + 1 (unless x is `most`).
 
-    Peaks are nearly affine in x, so that few are needed: each guess is where the line through the two nearest points crosses
-    the limit. peak should not decrease much with x.
+    Peaks are nearly affine in x, so that few are needed: each guess is where the line through the two points that are nearest
+    to the answer crosses the limit. peak should not decrease much with x.
     """
     seen: dict[int, int] = {}
-    low, high = 0, most + 1  # the largest x that fits, and the smallest that does not
-    guess = min(start, most)
+    low, high, guess = 0, most + 1, min(start, most)  # the largest x that fits, and the smallest that does not
     while high - low > 1:
         seen[guess] = peak(guess)
-        if seen[guess] <= limit:
-            low = guess
-        else:
-            high = guess
-        guess = min(max(_crossing(seen, low, high, limit), low + 1), high - 1)
+        low, high = (guess, high) if seen[guess] <= limit else (low, guess)
+        near = sorted(seen, key=lambda x: abs(2 * x - low - high))[:2]
+        a, b = min(near), max(near)
+        rise = seen[b] - seen[a]
+        guess = a + (limit - seen[a]) * (b - a) // rise if rise > 0 else 2 * low or high // 2
+        guess = min(max(guess, low + 1), high - 1)
     return low, seen
-
-
-def _crossing(seen: dict[int, int], low: int, high: int, limit: int) -> int:
-    """Where the line through the points around the answer crosses the limit; with a single point, twice or half of it."""
-    if low in seen and high in seen:
-        a, b = low, high
-    elif len(seen) > 1 and (low in seen or high in seen):
-        b = low if low in seen else high
-        a = min((x for x in seen if x != b), key=lambda x: abs(x - b))
-    else:
-        return 2 * low if low in seen else high // 2
-    slope = (seen[b] - seen[a]) / (b - a)
-    if slope <= 0:
-        return 2 * low if high not in seen else (low + high) // 2
-    return int(a + (limit - seen[a]) / slope)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
@@ -15,23 +15,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 aten = torch.ops.aten
 
 
-class Fakes:
-    """Makes fake tensors on `device` of the same shapes, strides and dtypes, one for each tensor."""
+def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function that makes a fake tensor on `device` of the same shape, strides and dtype, one for each tensor."""
 
-    def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
-        self.mode, self.device = mode, device
-        self.of = functools.cache(self._of)
-
-    def _of(self, tensor: Tensor) -> Tensor:
+    @functools.cache
+    def fake(tensor: Tensor) -> Tensor:
         meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        like = FakeTensor(self.mode, meta, self.device)
+        like = FakeTensor(mode, meta, device)
         return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
-    def into(self, modules: list[nn.Module]) -> None:
-        """Replaces parameters and buffers by fake ones, in place."""
-        for module in (inner for outer in modules for inner in outer.modules()):
-            for tensors in (module._parameters, module._buffers):
-                tensors.update({name: self.of(tensor) for name, tensor in tensors.items() if tensor is not None})
+    return fake
 
 
 @contextmanager
@@ -62,21 +55,16 @@ def attention_of_card(plain):
     """
 
     def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if query.device.type != "cuda" or enable_gqa or query.dim() != 4 or query.dtype == torch.float64:
+        if enable_gqa or query.dim() != 4:
             return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        if half and attn_mask is None and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
+        if query.itemsize == 2 and attn_mask is None and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
             return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-        bias = None
-        if attn_mask is not None:
-            # The kernel needs an additive mask whose rows begin at multiples of 16 bytes.
-            if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask.logical_not(), -torch.inf)
+        if attn_mask is not None:  # as an additive mask whose rows begin at multiples of 16 bytes
             length = attn_mask.shape[-1]
-            bias = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
-            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], length)
-        keep = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+            padded = F.pad(attn_mask.to(query.dtype), (0, -length % 16))[..., :length]
+            attn_mask = padded.expand(*query.shape[:3], length)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         efficient = aten._scaled_dot_product_efficient_attention
-        return efficient(query, key, value, bias, keep, dropout_p, is_causal, scale=scale)[0]
+        return efficient(query, key, value, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]
 
     return attention

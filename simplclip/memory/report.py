@@ -37,9 +37,9 @@ def run(config: Config, memory: str, *, picture: Path | None = None, as_json: bo
 
 def show(plan: Plan, console: Console) -> None:
     """Prints tables of the answers and of the memory at the peak, assumptions and advice."""
-    budget, at = plan.budget, plan.usage
+    at = plan.usage
     console.print(
-        f"{plan.model}, {plan.precision}, {plan.device}: {gib(budget.usable)} usable of {gib(budget.memory)}", highlight=False
+        f"{plan.model}, {plan.precision}, {plan.device}: {gib(plan.usable)} usable of {gib(plan.memory)}", highlight=False
     )
     answers = _table("step", "pairs", "at a time", "peak", "fits", "next larger, GiB")
     for answer in plan.answers:
@@ -48,21 +48,19 @@ def show(plan: Plan, console: Console) -> None:
             f"{answer.batch_size:,}",
             f"{answer.micro_batch:,}" if answer.micro_batch else "all",
             gib(answer.peak),
-            "yes" if plan.holds(answer) else "no",
+            "yes" if answer.fits else "no",
             "" if answer.next_peak is None else f"{answer.next_batch_size:,}: {answer.next_peak / GIB:.2f}",
         )
     parts = _table(f"at the peak, in {at.peak_phase}", "MiB", "share")
     for kind, size in [*at.at_peak.items(), ("total", at.peak)]:
         parts.add_row(kind, f"{size / 2**20:,.1f}", f"{size / at.peak:.1%}")
-    console.print(answers)
-    console.print()
-    console.print(parts)
-    console.print()
+    for part in (answers, "", parts, ""):
+        console.print(part)
     measured = "nothing: predicted from fake tensors" + ", no step ran on a GPU" * (plan.device == "cuda")
     if plan.measured is not None:
         measured = f"two real steps on this machine's GPU: {gib(plan.measured)}, predicted {gib(at.peak)}"
-    advice = plan.advice or ("none: nothing known here would lower the peak",)
-    for name, lines in ("measured", [measured]), ("assumed", [*budget.assumptions(), *plan.notes]), ("advice", advice):
+    advice = plan.advice or ["none: nothing known here would lower the peak"]
+    for name, lines in ("measured", [measured]), ("assumed", plan.assumptions), ("advice", advice):
         for line in lines:
             console.print(f"{name:10} {line}", markup=False, highlight=False, soft_wrap=True)
 
@@ -76,24 +74,14 @@ def _table(*columns: str) -> Table:
 
 def as_dict(plan: Plan) -> dict[str, Any]:
     """The plan without the timeline; sizes are in bytes."""
-    return {
-        "model": plan.model,
-        "precision": plan.precision,
-        "device": plan.device,
-        "memory": plan.budget.memory,
-        "usable": plan.budget.usable,
-        "answers": [asdict(answer) | {"fits": plan.holds(answer)} for answer in plan.answers],
-        "components": plan.usage.at_peak,
-        "peak_phase": plan.usage.peak_phase,
-        "measured": plan.measured,
-        "assumptions": [*plan.budget.assumptions(), *plan.notes],
-        "advice": list(plan.advice),
-    }
+    values = asdict(plan)
+    usage = values.pop("usage")
+    return values | {"components": usage["at_peak"], "peak_phase": usage["peak_phase"]}
 
 
 def draw(path: str | Path, plan: Plan) -> Path:
     """Live memory by kind during the second step as configured; and the peak by batch size, with the usable memory."""
-    usable = plan.budget.usable / GIB
+    usable = plan.usable / GIB
     figure = new_figure(13, 4.8)
     step, batch = figure.subplots(
         1, 2, gridspec_kw={"wspace": 0.16, "left": 0.055, "right": 0.985, "top": 0.8, "bottom": 0.12}
@@ -123,8 +111,7 @@ def draw(path: str | Path, plan: Plan) -> Path:
     batch.set(xscale="log", yscale="log")
     batch.set_ylim(top=8 * usable)
     batch.yaxis.set_major_formatter("{x:g}")
-    if batch.get_legend_handles_labels()[0]:
-        batch.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
-    title = f"{plan.model}, {plan.precision}, {plan.budget.memory / GIB:.0f} GiB"
+    batch.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    title = f"{plan.model}, {plan.precision}, {plan.memory / GIB:.0f} GiB"
     figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.055, y=0.96, ha="left")
     return write(figure, Path(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import open_clip
@@ -25,35 +25,30 @@ TEACHER_SCALE = 100.0
 During = Callable[[str, str], AbstractContextManager]  # the context of a phase, which allocates memory of a kind
 
 
-def unobserved(phase: str, kind: str) -> AbstractContextManager:
-    return nullcontext()
-
-
 class TrainerStep(Training):
     """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
 
     teacher_width: D̂; if None, it is read from the shards. Of the teacher and the sources only shapes matter. `predict` and
-    `measure` use `modules`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
+    `measure` use `model`, `loss`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
     """
 
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
-        self.teacher_width, self.during = teacher_width, unobserved
+        self.teacher_width = teacher_width
         super().__init__(config, torch.device("cpu"), precision)
-        self.modules = [self.model, self.loss]
 
     def resized(self, config: Config) -> TrainerStep:
-        """The same step with another section `data`. Both share the modules, so that only one may run at a time."""
+        """The same step with another section `data`. Both share the model, so that only one may run at a time."""
         other = copy.copy(self)
         other.config = config
         return other
 
     def materialize(self, device: torch.device) -> None:
-        """Gives the modules real weights on `device`."""
-        for module in self.modules:
-            module.to(device)
+        """Gives model and loss real weights on `device`."""
+        self.model.to(device)
+        self.loss.to(device)
 
-    def place(self, device: torch.device, during: During = unobserved) -> None:
-        """Prepares the step on `device`, where the modules already are; it runs its phases within `during`."""
+    def place(self, device: torch.device, during: During) -> None:
+        """Prepares the step on `device`, where its weights already are; it runs its phases within `during`."""
         self.device, self.during = device, during
         self.optimizer = make_optimizer(self.model, self.loss, self.config)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, self.config))
@@ -156,14 +151,10 @@ class OpenClipStep:
         else:
             self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [self.model, self.loss]
-
     def materialize(self, device: torch.device) -> None:
         self.model = models.create(models.PLAIN + self.name, device=device, output_dict=True).train()
 
-    def place(self, device: torch.device, during: During = unobserved) -> None:
+    def place(self, device: torch.device, during: During) -> None:
         self.device, self.during = device, during
         card = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)  # torch's default on both devices

@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
 
 import torch
 
@@ -47,14 +47,6 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-class Planner(Protocol):
-    """Interface of `simplclip.memory`, which predicts the memory of a step."""
-
-    def micro_batch_that_fits(self, config: Config, budget: Budget, *, device: str) -> Config: ...
-
-    def make(self, config: Config, budget: Budget, *, device: str, solve: bool) -> Any: ...
-
-
 class MemoryLimit:
     """The memory that a run on `device` may use: that of the card or the machine, or `limit` bytes, which cap the process.
 
@@ -64,7 +56,7 @@ class MemoryLimit:
     Raises InputError for a limit above the available memory, or below the memory that the process already uses.
     """
 
-    def __init__(self, device: torch.device, limit: int | None = None, planner: Planner | None = None) -> None:
+    def __init__(self, device: torch.device, limit: int | None = None, planner: ModuleType | None = None) -> None:
         self.device, self.planner, self._former = device, planner, None
         if device.type == "cuda":
             total = torch.cuda.mem_get_info(device)[1]
@@ -109,15 +101,14 @@ class MemoryLimit:
         if self.planner is None:
             return "Without a planner there is no advice."
         made = self.planner.make(config, self.budget, device=self.device.type, solve=False)
-        usable = f"{gib(self.budget.usable)} are usable of {gib(self.budget.memory)}"
-        parts = [f"The plan: this step takes {gib(made.usage.peak)}; {usable}."]
+        peak, usable, memory = gib(made.usage.peak), gib(made.usable), gib(made.memory)
+        parts = [f"The plan: this step takes {peak}; {usable} are usable of {memory}."]
         parts += [f"Try {advice}." for advice in made.advice]
         try:
             micro = self.settle(config).data.micro_batch
+            parts += [f"data.micro_batch={micro} fits."] if micro and micro != config.data.micro_batch else []
         except ValueError as error:  # nothing fits, or the model's norms forbid micro-batches
             parts.append(str(error))
-        else:
-            parts += [f"data.micro_batch={micro} fits."] if micro and micro != config.data.micro_batch else []
         return " ".join(parts)
 
 

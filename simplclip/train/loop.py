@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from simplclip.train import checkpoint
 from simplclip.train.config import Config
 from simplclip.train.curves import curves
 from simplclip.train.folder import claim, run_lock
-from simplclip.train.limits import MemoryLimit, Planner, gib, ran_out
+from simplclip.train.limits import MemoryLimit, gib, ran_out
 from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
 from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.state import Training
@@ -39,7 +40,7 @@ def run(
     resume: bool = False,
     console: Console | None = None,
     memory_limit: int | None = None,
-    planner: Planner | None = None,
+    planner: ModuleType | None = None,
 ) -> Path:
     """Train as `config` says; returns the path of the last checkpoint.
 

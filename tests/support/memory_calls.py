@@ -1,20 +1,14 @@
 """Calls of the ops whose memory is compared with what is stated or predicted."""
 
 import torch
-from calls import ATTENTION, MLP, Call, attention_inputs, block_inputs, function_of, mlp_inputs, outputs_of
+from calls import ATTENTION, MLP, TERMS, Call, attention_inputs, function_of, mlp_inputs, outputs_of
 from similarity import make_inputs
-
-from simplclip.ops.similarity.call import TERMS
 
 SIMILARITY = {
     "contrastive": {"terms": ("contrastive",)},
-    "rows only": {"terms": ("contrastive",), "symmetric": False},
-    "all negatives": {"terms": ("pair_matching",)},
     "hard": {"terms": ("contrastive", "pair_matching"), "negatives": "hard"},
-    "hadamard": {"terms": ("pair_matching",), "plane": "hadamard"},
     "hard, hadamard": {"terms": ("pair_matching",), "plane": "hadamard", "negatives": "hard"},
     "relational": {"terms": ("relational",)},
-    "kl": {"terms": ("interactive",), "interactive": "kl"},
     "kl, projected": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80},
     "kl, projected, rows only": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80, "symmetric": False},
     "infonce": {"terms": ("interactive",), "teacher_width": 80},
@@ -23,7 +17,7 @@ SIMILARITY = {
 }
 
 
-def similarity_call(name: str, n: int, m: int, width: int, *, ids: bool = False, **options) -> Call:
+def similarity_call(name: str, n: int = 3000, m: int = 3100, width: int = 64, *, ids: bool = True, **options) -> Call:
     case = dict(SIMILARITY[name])
     build = {key: case.pop(key) for key in ("terms", "plane", "teacher_width") if key in case}
     tensors, built = make_inputs(n, m, (m - n) // 2, ids=ids, width=width, **build)
@@ -43,10 +37,6 @@ def attention_call(*shape: int, lengths: tuple[int, ...] = ()) -> Call:
 def mlp_call(t: int, c: int, f: int, *, bias: bool = True, **options) -> Call:
     tensors = {name: tensor for name, tensor in zip(MLP, mlp_inputs(t, c, f, c, bias)) if tensor is not None}
     return Call("parallel_mlp", tensors, options)
-
-
-def block_call(*shape: int) -> Call:
-    return Call("simplified_block", block_inputs(*shape, projections=False))
 
 
 def forward_and_backward(call: Call, tensors: dict[str, torch.Tensor], frozen: tuple[str, ...] = ()) -> None:

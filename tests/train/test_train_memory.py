@@ -7,7 +7,6 @@ import sys
 import pytest
 import tiny
 import torch
-import yaml
 from runs import go, rows
 
 from simplclip import memory
@@ -15,7 +14,6 @@ from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
 from simplclip.train import checkpoint, limits
 from simplclip.train.config import ConfigError
-from simplclip.train.limits import Budget
 
 FROZEN = "model.freeze_norms=true"
 CPU = torch.device("cpu")
@@ -27,17 +25,18 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
         return tiny.settings(tmp_path, FROZEN, "data.batch_size=24", f"data.micro_batch={micro}", *changes)
 
     def usable(size):
-        monkeypatch.setattr(Budget, "usable", property(lambda self: size))
+        monkeypatch.setattr(limits.Budget, "usable", property(lambda self: size))
 
-    whole = go(settings("auto", f"run.out={tmp_path / 'whole'}", "run.steps=1"), planner=memory)
-    assert "the whole batch at a time fit in" in whole
-    assert yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())["data"]["micro_batch"] is None
+    told = go(settings("auto", f"run.out={tmp_path / 'whole'}", "run.steps=1"), planner=memory)
+    assert "the whole batch at a time fit in" in told
 
     usable(sum(predict(TrainerStep(settings(micro), "fp32"), CPU).peak for micro in (4, 6)) // 2)
     told = go(settings("auto", "run.steps=2"), planner=memory)
     assert checkpoint.load(tmp_path / "run")["config"]["data"]["micro_batch"] == 4
-    assert "4 images at a time fit in 0.0" in told
-    assert "by simplclip plan" in told
+    assert f"4 images at a time fit in {limits.gib(limits.Budget(0).usable)}, by simplclip plan" in told
+    usable(1 << 20)
+    with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with one image at a time"):
+        limits.MemoryLimit(CPU, planner=memory).settle(settings("auto"))
     usable(1 << 40)  # going on takes the checkpoint's, without another plan
     told = go(settings("auto", "run.steps=3"), resume=True, planner=memory)
     assert "by simplclip plan" not in told
@@ -46,28 +45,20 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_going_on_with_other_micro_batches(tmp_path):
-    """Its steps see the same images, as the place in the epoch is counted anew."""
+    """Its steps see the same images, as the place in the epoch is counted anew; some have no such place."""
+    settings = lambda out, *changes: tiny.settings(tmp_path, FROZEN, f"run.out={out}", *changes)  # noqa: E731
     losses = []
     for second in (4, 2):
         out = tmp_path / str(second)
-        go(tiny.settings(tmp_path, FROZEN, "data.micro_batch=4", "run.steps=2", f"run.out={out}"))
-        go(tiny.settings(tmp_path, FROZEN, f"data.micro_batch={second}", "run.steps=4", f"run.out={out}"), resume=True)
+        go(settings(out, "data.micro_batch=4", "run.steps=2"))
+        go(settings(out, f"data.micro_batch={second}", "run.steps=4"), resume=True)
         assert [row["step"] for row in rows(out)] == ["1", "2", "3", "4"]
         losses.append([float(row["contrastive_loss"]) for row in rows(out)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
-
-def test_a_place_in_the_epoch_that_other_micro_batches_do_not_have(tmp_path):
-    shared = (FROZEN, "data.batch_size=12")
-    go(tiny.settings(tmp_path, *shared, "data.micro_batch=4", "run.steps=1"))
-    state = checkpoint.load(tmp_path / "run")
-    state["batch"] = 5  # as after a step that took micro-batches of two epochs
-    torch.save(state, tmp_path / "run" / "last.pt")
-    config = tiny.settings(tmp_path, *shared, "data.micro_batch=6", "run.steps=2")
-    with pytest.raises(
-        ConfigError, match="data.micro_batch: expected a divisor of the 20 images that .* has seen of its epoch"
-    ):
-        go(config, resume=True)
+    torch.save(checkpoint.load(out) | {"batch": 5}, out / "last.pt")  # as after a step with micro-batches of two epochs
+    with pytest.raises(ConfigError, match="data.micro_batch: expected a divisor of the 10 images that .* has seen of its"):
+        go(settings(out, "data.micro_batch=4", "run.steps=5"), resume=True)
 
 
 def test_limits_that_cannot_be(monkeypatch):
@@ -94,26 +85,24 @@ def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
     path, out = tiny.write_config(tmp_path), tmp_path / "run"
     tiny.write_shard(tmp_path / "data" / "train-0.tar", copies=22)  # 528 images
 
-    def train(*arguments):
-        changes = [FROZEN, "data.batch_size=512", "run.save_every=1"]
-        options = [part for change in changes for part in ("--set", change)]
-        command = [sys.executable, "-m", "simplclip", "train", path, *options, *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "simplclip", "train", path, "--set", FROZEN, "--set", "data.batch_size=512"]
 
-    first = train("--set", "run.steps=1")
-    assert first.returncode == 0, first.stderr
+    def train(code, *arguments):
+        done = subprocess.run([*command, "--set", "run.save_every=1", *arguments], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return done.stderr
+
+    train(0, "--set", "run.steps=1")
     before = hashlib.sha256((out / "last.pt").read_bytes()).digest()
 
     # What a process of this command has before its first step, and room for a part of the step.
     program = "import simplclip.memory; from simplclip.train import limits, loop; print(limits._data_bytes())"
     taken = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     limit = ("--resume", "--memory-limit", f"{taken / 2**20 + 450:.0f}MiB", "--set", "run.steps=2")
-    failed = train(*limit)
-    assert failed.returncode == 1, failed.stderr
-    assert f"step 2: out of memory. Step 1 is saved in {out}/last.pt. The plan: this step takes 0." in failed.stderr
-    assert "Try data.micro_batch=128 (gradient caching)" in failed.stderr
+    error = train(1, *limit)
+    assert f"step 2: out of memory. Step 1 is saved in {out}/last.pt. The plan: this step takes 0." in error
+    assert "Try data.micro_batch=128 (gradient caching)" in error
     assert hashlib.sha256((out / "last.pt").read_bytes()).digest() == before
 
-    last = train(*limit, "--set", "data.micro_batch=32")
-    assert last.returncode == 0, last.stderr
+    train(0, *limit, "--set", "data.micro_batch=32")
     assert [row["step"] for row in rows(out)] == ["1", "2"]
