@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
+from simplclip.models.registry import first_line
 from simplclip.ops.attention.call import AttentionCall
 from simplclip.ops.attention.reference import shaped_attention_fwd
 from simplclip.ops.block.call import BlockCall
@@ -61,7 +62,7 @@ def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str,
             written = torch.onnx.export(program, input_names=[given], output_names=[returned], dynamo=True, verbose=False)
             written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
         except Exception as error:  # torch raises many types
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ExportError(f"onnx: expected a tower that torch can export, got the {name} tower: {reason}") from error
     weights = sum(p.numel() * p.element_size() for p in tower.parameters())
     written.save(str(path), external_data=weights > _MOST_BYTES)

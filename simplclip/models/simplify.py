@@ -146,14 +146,12 @@ class _Site:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of an open_clip model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
     text = ("text.", "transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
-    parts: dict[str, set[nn.Parameter]] = {"image": set(), "text": set(), "total": set(model.parameters())}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.startswith("visual."):
-            parts["image"].add(parameter)
-        elif name.startswith(text):
-            parts["text"].add(parameter)
-    parts["other"] = parts["total"] - parts["image"] - parts["text"]
-    return {part: sum(p.numel() for p in parts[part]) for part in ("image", "text", "other", "total")}
+    named = list(model.named_parameters(remove_duplicate=False))
+    image = {p for name, p in named if name.startswith("visual.")}
+    words = {p for name, p in named if name.startswith(text)}
+    every = {p for _, p in named}
+    parts = {"image": image, "text": words, "other": every - image - words, "total": every}
+    return {part: sum(p.numel() for p in found) for part, found in parts.items()}
 
 
 def simplify(
