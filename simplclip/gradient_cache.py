@@ -187,7 +187,5 @@ def _generators() -> tuple[Tensor, list[Tensor]]:
 
 
 def _restore(states: tuple[Tensor, list[Tensor]]) -> None:
-    cpu, cuda = states
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1])

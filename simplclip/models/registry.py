@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import logging
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,10 +142,13 @@ def create(
     custom_text = config.pop("custom_text", False)
     model: Any
     if spec.original in open_clip.list_models():
-        with _without_warning("No pretrained weights loaded"):  # they are random, or loaded below
-            model = open_clip.create_model(
-                spec.original, device=device, pretrained_text=False, force_custom_text=custom_text, **config
-            )
+        config |= {"pretrained_text": False, "force_custom_text": custom_text}
+        root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith("No pretrained weights loaded")
+        root.addFilter(keep)  # the weights are random on purpose, or loaded below
+        try:
+            model = open_clip.create_model(spec.original, device=device, **config)
+        finally:
+            root.removeFilter(keep)
     else:
         model = CustomTextCLIP(**config)
     set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(spec.preprocess)))
@@ -229,17 +231,6 @@ def _spec(name: str) -> Spec:
     known = [*names(), *(PLAIN + n for n in open_clip.list_models())]
     near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
-
-
-@contextlib.contextmanager
-def _without_warning(start: str) -> Iterator[None]:
-    """Drops messages that begin with `start` from the root logger, which open_clip uses."""
-    root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith(start)
-    root.addFilter(keep)
-    try:
-        yield
-    finally:
-        root.removeFilter(keep)
 
 
 def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:

@@ -228,7 +228,7 @@ def simplify(
     planned: list[tuple[str, SimplifiedBlock]] = []
     for tower in dict.fromkeys(towers):
         sites = list(_text_sites(model) if tower == "text" else _image_sites(model))
-        indices = _indices(f"blocks[{tower!r}]", blocks.get(tower), len(sites))
+        indices = sorted({*_indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
         new: dict[int, SimplifiedBlock] = {}
         for index in indices:
             site = sites[index]
@@ -242,7 +242,7 @@ def simplify(
                 Replaced(tower, index, site.path, kind, block.width, block.heads, block.hidden, block.causal)
             )
             planned.append((site.path, block))
-        report.share[tower] = [_normal("share", group, len(sites)) for group in share.get(tower, ())]
+        report.share[tower] = [_indices("share", group, len(sites)) for group in share.get(tower, ())]
         for group in report.share[tower]:
             if missing := [i for i in group if i not in new]:
                 raise InputError(f"share: expected indices of replaced blocks, {indices}, got {missing}")
@@ -318,16 +318,10 @@ def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: flo
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)
 
 
-def _indices(name: str, wanted: Sequence[int] | None, count: int) -> list[int]:
-    if wanted is None:
-        return list(range(count))
+def _indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
     if not wanted:
         raise InputError(f"{name}: expected at least one index, got none")
-    return sorted({*_normal(name, wanted, count)})
-
-
-def _normal(name: str, indices: Sequence[int], count: int) -> list[int]:
-    for index in indices:
+    for index in wanted:
         if not -count <= index < count:
             raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
-    return [index % count for index in indices]
+    return [index % count for index in wanted]
