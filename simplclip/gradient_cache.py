@@ -8,8 +8,6 @@
 It works with any model and any loss over features, and needs no other part of this library.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Modules of a SiCLIP: shaped attention, the simplified parallel block (SAS-P) and weight sharing between blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What a worker does in an epoch: it orders samples by seed, draws captions, augments images and makes batches."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Callable, Iterator

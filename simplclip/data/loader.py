@@ -4,8 +4,6 @@ Two fields of a sample's json are used: "group" (samples of one group show the s
 negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace

@@ -8,8 +8,6 @@ same command continues with the first unfinished shard, and the result has the s
     OUT/LICENSES.md       that of the input folder, if it has one
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

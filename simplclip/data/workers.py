@@ -4,8 +4,6 @@ If a loader process dies, torch's SIGCHLD handler raises an error wherever the m
 optimizer's update or of writing a checkpoint.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

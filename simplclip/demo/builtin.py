@@ -1,7 +1,5 @@
 """The teacher called "builtin", which `simplclip.teacher` finds by an entry point, and the training of its heads on pairs."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -3,8 +3,6 @@
 Everything is read from installed packages, nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections import Counter

@@ -11,8 +11,6 @@
 the export. It is written last, so that an export with it is complete.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

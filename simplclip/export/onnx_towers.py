@@ -1,7 +1,5 @@
 """Exports the two towers of a model as ONNX with standard operators, and compares onnxruntime's results with torch's."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import warnings

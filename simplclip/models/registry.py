@@ -1,7 +1,5 @@
 """Models by name: SiCLIPs and plain open_clip models, with their tokenizers, transforms and parameter counts."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 import logging

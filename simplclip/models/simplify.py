@@ -1,7 +1,5 @@
 """Simplified blocks in open_clip models: `simplify` replaces transformer blocks of one model in place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """`simplclip teacher`: writes a teacher's features into shards, and measures its retrieval."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Teachers by name: "builtin", "open_clip:NAME", "open_clip:NAME/TAG", or a SiCLIP of this library."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
