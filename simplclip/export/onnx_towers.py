@@ -98,17 +98,13 @@ def _decompositions() -> dict[Any, Any]:
     return {
         ops.simplified_block_fwd.default: lambda *args: _simplified_block(BlockCall(*args[:-1])),
         ops.shaped_attention_fwd.default: lambda *args: shaped_attention_fwd(AttentionCall(*args[:-1])),
-        ops.parallel_mlp_fwd.default: lambda *args: _parallel_mlp(MlpCall(*args[:-1])),
+        ops.parallel_mlp_fwd.default: lambda x, *args: (_mlp(x, MlpCall(x, *args[:-1])), x.new_empty(0)),
     }
 
 
 def _mlp(n: Tensor, call: MlpCall | BlockCall) -> Tensor:
     hidden = F.linear(n, call.fc1_weight, call.fc1_bias)
     return F.linear(ACTIVATIONS[call.act](hidden), call.fc2_weight, call.fc2_bias)
-
-
-def _parallel_mlp(call: MlpCall):
-    return _mlp(call.x, call), call.x.new_empty(0)
 
 
 def _simplified_block(call: BlockCall):
