@@ -102,10 +102,12 @@ def run(
             raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(checkpoint)!r}")
         checkpoint = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
         prepare = plugins.load("teachers", name).prepare
-        say(prepare(files, checkpoint, seed=seed, device=place, precision=precision, progress=progress))
+        note = prepare(files, checkpoint, seed=seed, device=place, precision=precision, progress=progress)
     elif heads_file is not None:
         raise InputError(f"heads: expected none, since the teacher {name!r} has no heads, got {str(heads_file)!r}")
     teacher = load(name, checkpoint, device=place, precision=precision)
+    if name == BUILTIN:
+        say(note)
     summary = write(files, out, teacher, batch_size=batch_size, progress=progress)
     say(f"wrote {summary['path']}: {summary['samples']} samples with features of {name}, width {teacher.width}")
     figures = evaluate(teacher, splits or {}, batch_size=batch_size)
