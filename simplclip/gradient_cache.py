@@ -8,8 +8,6 @@
 It works with any model and any loss over features, and needs no other part of this library.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -187,7 +185,5 @@ def _generators() -> tuple[Tensor, list[Tensor]]:
 
 
 def _restore(states: tuple[Tensor, list[Tensor]]) -> None:
-    cpu, cuda = states
-    torch.set_rng_state(cpu)
-    if cuda:
-        torch.cuda.set_rng_state_all(cuda)
+    torch.set_rng_state(states[0])
+    torch.cuda.set_rng_state_all(states[1])

@@ -1,7 +1,5 @@
 """Modules of a SiCLIP: shaped attention, the simplified parallel block (SAS-P) and weight sharing between blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -79,16 +77,13 @@ class SimplifiedBlock(ShapedAttention):
     passes through the attention's alpha; therefore the MLP starts with a small gain.
 
     Args:
-        width: C.
-        heads: H, a divisor of C.
+        width, heads, causal, gamma: as in `ShapedAttention`.
         mlp_ratio: F / C.
-        causal: token i attends to the tokens 0..i only.
         norm: "layernorm" or "rmsnorm", which is x / sqrt(mean x² + eps) with eps = 1e-5. He & Hofmann's code computes
             x / (rms + eps). With their weights both agree where rms is about 1; where rms is 0.026 (a first layer), the
             result here is 0.7 % smaller.
         act: a key of `ACTIVATIONS`.
         value, output: projections of the attention; the authors keep them in the first and in the last block.
-        gamma: initial value of gamma, see `ShapedAttention`.
         attention_gain, mlp_gain: initial values of the two trainable gains.
         drop_path: probability that a sample skips the MLP in training. The attention is never dropped, since
             without a skip connection nothing would be left. In training, norm, attention and MLP then run as separate ops.
@@ -139,7 +134,10 @@ class SimplifiedBlock(ShapedAttention):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         self._check(x)
         if self.training and self.drop_path > 0:
-            return self._forward_dropping(x, lengths)
+            n, keep = self.norm(x), 1 - self.drop_path
+            mlp = parallel_mlp(n, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act=self.act)
+            mlp = mlp * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep).to(mlp.dtype) / keep
+            return self.attention_gain * super().forward(n, lengths) + self.mlp_gain * mlp
         return simplified_block(
             x, self.qk.weight, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
             self.alpha, self.beta, self.gamma, attention_gain=self.attention_gain, mlp_gain=self.mlp_gain,
@@ -147,13 +145,6 @@ class SimplifiedBlock(ShapedAttention):
             value_weight=getattr(self.value, "weight", None), output_weight=getattr(self.output, "weight", None),
             act=self.act, causal=self.causal, lengths=lengths, recompute=self.recompute,
         )  # fmt: skip
-
-    def _forward_dropping(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        n = self.norm(x)
-        mlp = parallel_mlp(n, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, act=self.act)
-        keep = 1 - self.drop_path
-        mlp = mlp * (torch.rand(x.shape[0], 1, 1, device=x.device) < keep).to(mlp.dtype) / keep
-        return self.attention_gain * super().forward(n, lengths) + self.mlp_gain * mlp
 
     def extra_repr(self) -> str:
         drop = f", drop_path={self.drop_path}" if self.drop_path else ""

@@ -1,11 +1,10 @@
 """What a worker does in an epoch: it orders samples by seed, draws captions, augments images and makes batches."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from simplclip.data.shards import Opened, Sample, ShardError, Skipped, open_samp
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
 Batch = dict[str, Any]
+Item = tuple[Batch | None, int, bool, Skipped]  # the batch, or None if it is skipped; its size; whether it is the last
 
 
 @contextlib.contextmanager
@@ -48,28 +48,28 @@ def apply_transform(transform: Callable, sample: Opened) -> torch.Tensor:
 
 @dataclass
 class Epoch(IterableDataset):
-    """Yields what one worker reads in one epoch: (batch, or None if it is skipped, size, whether it is the last, Skipped)."""
+    """Yields what one worker reads in one epoch."""
 
     shards: list[str]
     tokenizer: Callable
     transform: Callable
     batch_size: int
+    captions: int
     shuffle: bool
     shuffle_buffer: int
     seed: int
-    captions: int
     teacher: bool
-    epoch: int
-    skip_batches: int
+    epoch: int = 0
+    skip_batches: int = 0
 
-    def __iter__(self) -> Iterator[tuple[Batch | None, int, bool, Skipped] | ShardError]:
+    def __iter__(self) -> Iterator[Item | tuple[ShardError]]:
         worker = get_worker_info()
         try:
             yield from self._items(*((worker.id, worker.num_workers) if worker else (0, 1)))
         except ShardError as error:
-            yield error  # raised in the main process, without the worker's traceback
+            yield (error,)  # raised in the main process, without the worker's traceback
 
-    def _items(self, worker: int, workers: int) -> Iterator[tuple[Batch | None, int, bool, Skipped]]:
+    def _items(self, worker: int, workers: int) -> Iterator[Item]:
         skipped = Skipped()
         samples = self._samples(worker, workers, skipped)
         if self.shuffle:
@@ -94,16 +94,10 @@ class Epoch(IterableDataset):
         if self.shuffle:
             random.Random(f"{self.seed}/{self.epoch}").shuffle(shards)
         if len(shards) >= workers:
-            for shard in shards[worker::workers]:
-                yield from read_shard(shard, skipped)
-        else:
-            # With fewer shards than workers, each worker reads all shards and takes its share of the samples.
-            number = 0
-            for shard in shards:
-                for sample in read_shard(shard, skipped if worker == 0 else Skipped()):
-                    if number % workers == worker:
-                        yield sample
-                    number += 1
+            return (sample for shard in shards[worker::workers] for sample in read_shard(shard, skipped))
+        # With fewer shards than workers, each worker reads all shards and takes its share of the samples.
+        counted = skipped if worker == 0 else Skipped()
+        return islice((sample for shard in shards for sample in read_shard(shard, counted)), worker, None, workers)
 
     def _prepare(self, sample: Opened) -> tuple:
         with seeded(self.seed, self.epoch, sample.place):
@@ -132,8 +126,6 @@ class Epoch(IterableDataset):
 
 def _draw(count: int, wanted: int) -> list[int]:
     """Draws `wanted` of `count` captions at random, different ones if there are enough."""
-    if wanted == 1:
-        return [random.randrange(count)]
     drawn: list[int] = []
     while len(drawn) < wanted:
         drawn += random.sample(range(count), min(count, wanted - len(drawn)))

@@ -4,11 +4,9 @@ Two fields of a sample's json are used: "group" (samples of one group show the s
 negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,8 +42,8 @@ class EmptyEpochError(UserError, RuntimeError):
 class Loader:
     """Yields the batches of an epoch; made by `make_loader`, which documents it."""
 
-    def __init__(self, settings: dict[str, Any], drop_last: bool, **options: Any) -> None:
-        self._settings, self._drop_last, self._options = settings, drop_last, options
+    def __init__(self, dataset: Epoch, drop_last: bool, **options: Any) -> None:
+        self._dataset, self._drop_last, self._options = dataset, drop_last, options
         self._skipped = Skipped()
         self._used = self._left_over = 0
 
@@ -65,10 +63,10 @@ class Loader:
     @cached_property
     def batches_per_epoch(self) -> int | None:
         """Batches of an epoch if no sample is broken; None if the shards are too large to count."""
-        counts = count_samples(self._settings["shards"])
+        counts = count_samples(self._dataset.shards)
         if counts is None:
             return None
-        size = self._settings["batch_size"]
+        size = self._dataset.batch_size
         return counts // size if self._drop_last else -(-counts // size)
 
     def epoch(self, epoch: int, skip_batches: int = 0) -> Iterator[Batch]:
@@ -80,7 +78,7 @@ class Loader:
     def _batches(self, epoch: int, skip_batches: int) -> Iterator[Batch]:
         self._skipped, self._used, self._left_over = Skipped(), 0, 0
         number = 0
-        dataset = Epoch(**self._settings, epoch=epoch, skip_batches=skip_batches)
+        dataset = replace(self._dataset, epoch=epoch, skip_batches=skip_batches)
         for batch, size in self._whole_batches(dataset):
             number += 1
             self._used += size
@@ -100,7 +98,7 @@ class Loader:
         loader = DataLoader(
             dataset,
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=tuple,  # unchanged
             worker_init_fn=start_worker,
             **self._options,
             generator=torch.Generator(),  # otherwise every epoch would draw from the caller's global generator
@@ -108,8 +106,8 @@ class Loader:
         ends = []
         try:
             for item in loader:
-                if isinstance(item, ShardError):
-                    raise item
+                if isinstance(item[0], ShardError):
+                    raise item[0]
                 batch, size, last, skipped = item
                 self._skipped.merge(skipped)
                 if not last:
@@ -197,20 +195,11 @@ def make_loader(
     check_count("workers", workers, 0)
     check_count("shuffle_buffer", shuffle_buffer, 1)
     check_count("prefetch", prefetch, 1)
-    settings = {
-        "shards": expand(shards),
-        "tokenizer": tokenizer,
-        "transform": transform,
-        "batch_size": batch_size,
-        "captions": captions_per_image,
-        "teacher": teacher,
-        "shuffle": shuffle,
-        "shuffle_buffer": shuffle_buffer,
-        "seed": seed,
-    }
+    order = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed}
+    dataset = Epoch(expand(shards), tokenizer, transform, batch_size, captions_per_image, teacher=teacher, **order)
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}
-    return Loader(settings, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
+    return Loader(dataset, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
 
 
 @dataclass
@@ -257,14 +246,10 @@ def load_eval(
     for sample in usable((sample for shard in files for sample in read_shard(shard, skipped)), skipped):
         with seeded("eval", sample.place):
             tensor = apply_transform(transform, sample)
-        named = sample.captions[0], sample.files["__key__"], sample.record, image_of(sample.files)
-        rows.append((tensor, sample.group, *named))
+        key, encoded = sample.files["__key__"], image_of(sample.files)
+        rows.append((tensor, sample.group, sample.captions[0], key, sample.record, encoded))
     if not rows:
         raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have no usable sample; {skipped}")
     images, groups, captions, keys, meta, encoded = map(list, zip(*rows))
     groups = torch.tensor(groups, dtype=torch.int64)
     return EvalSet(torch.stack(images), tokenizer(captions), groups, captions, keys, meta, encoded, skipped)
-
-
-def _unchanged(item: Any) -> Any:
-    return item

@@ -8,8 +8,6 @@ same command continues with the first unfinished shard, and the result has the s
     OUT/LICENSES.md       that of the input folder, if it has one
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -43,7 +41,6 @@ from simplclip.data.shards import (
 
 FORMAT = "simplclip-shards-1"
 _IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample for other readers
-
 
 Process = Callable[[list[Opened]], list[dict[str, bytes]]]
 
@@ -89,14 +86,16 @@ def rewrite(
     folders = folders_of(sources.values())
     meta = _carried(folders, {"teacher", *stamp}) | json.loads(json.dumps(dict(stamp)))
     with _claimed(out, meta, folders) as finished:
-        todo = {}
+        todo, dropped = {}, 0
         for name, source in sources.items():
-            entry, shard = finished.get(name), out / name
-            whole = entry is not None and shard.is_file() and shard.stat().st_size == entry["bytes"]
+            entry, shard = finished.get(name, {}), out / name
+            whole = shard.is_file() and shard.stat().st_size == entry.get("bytes")
             if not whole or identity(source) != entry["source"]:
                 todo[name] = source
-        dropped = 0
-        with _bar(sources, todo, finished, title, progress) as bar:
+        kept = sum(finished[name]["samples"] for name in sources if name not in todo)
+        left = count_samples(list(todo.values()))
+        total = None if left is None else kept + left
+        with tqdm(total=total, initial=kept, desc=title, unit=" samples", disable=None if progress else True) as bar:
             for name, source in todo.items():
                 finished[name], count = _rewrite_shard(source, out / name, process, batch_size, bar)
                 dropped += count
@@ -113,9 +112,8 @@ def rewrite(
         notes.append(f"{dropped} samples already had {TEACHER}; it is {fate}.")
     if skipped.counts:
         notes.append(f"Copied without processing, or lost by damage: {skipped}")
-    if progress:
-        for note in notes:
-            print(note)
+    for note in notes if progress else ():
+        print(note)
     return {
         "path": str(out),
         "shards": len(sources),
@@ -192,7 +190,9 @@ def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[di
             _write_meta(out, meta, finished)
         for leftover in out.glob(".*.tmp"):
             leftover.unlink()
-        _copy_licenses(out, folders)
+        licenses = [path for folder in folders if (path := Path(folder, "LICENSES.md")).is_file()]
+        if licenses and "LICENSES.md" not in names:
+            write_atomically(out / "LICENSES.md", b"\n".join(dict.fromkeys(path.read_bytes() for path in licenses)))
         yield finished
 
 
@@ -203,19 +203,6 @@ def _write_meta(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> No
         split["samples"] += entry["samples"]
         split["shards"][name] = entry
     write_atomically(out / "meta.json", json.dumps({"format": FORMAT} | meta | {"splits": splits}, indent=1) + "\n")
-
-
-def _copy_licenses(out: Path, folders: list[str]) -> None:
-    paths = [path for folder in folders if (path := Path(folder, "LICENSES.md")).is_file()]
-    if paths and not (out / "LICENSES.md").exists():
-        write_atomically(out / "LICENSES.md", b"\n".join(dict.fromkeys(path.read_bytes() for path in paths)))
-
-
-def _bar(sources: dict[str, str], todo: dict[str, str], finished: dict[str, Any], title: str, progress: bool) -> tqdm:
-    left = count_samples(list(todo.values()))
-    done = sum(finished[name]["samples"] for name in sources if name not in todo)
-    total = None if left is None else done + left
-    return tqdm(total=total, initial=done, desc=title, unit=" samples", disable=None if progress else True)
 
 
 def _rewrite_shard(source: str, target: Path, process: Process, batch_size: int, bar: tqdm) -> tuple[dict[str, Any], int]:

@@ -65,9 +65,8 @@ class Skipped:
 
     def take(self) -> Skipped:
         """Returns and removes what was added since the last call."""
-        taken = Skipped(self.counts.copy(), self.examples.copy())
-        self.counts.clear()
-        self.examples.clear()
+        taken = Skipped(self.counts, self.examples)
+        self.counts, self.examples = Counter(), {}
         return taken
 
     def __str__(self) -> str:

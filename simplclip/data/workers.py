@@ -4,8 +4,6 @@ If a loader process dies, torch's SIGCHLD handler raises an error wherever the m
 optimizer's update or of writing a checkpoint.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,8 +18,12 @@ _missed = False
 @contextmanager
 def undisturbed(report: bool = True) -> Iterator[None]:
     """Delays errors about dead loader processes to the end of the block, or drops them unless `report`."""
-    global _holders, _missed
-    _install()
+    global _former, _holders, _missed
+    # Never reset, like torch's: generators end in any order and thread, but only the main thread may set handlers.
+    current = signal.getsignal(_CHILD_ENDED) if _CHILD_ENDED else None
+    if _former is None and callable(current) and threading.current_thread() is threading.main_thread():
+        _former = current
+        signal.signal(_CHILD_ENDED, _handle)
     _holders += 1
     try:
         yield
@@ -31,16 +33,6 @@ def undisturbed(report: bool = True) -> Iterator[None]:
         _missed = False
         if report:
             _former(_CHILD_ENDED, None)
-
-
-def _install() -> None:
-    # Never reset, like torch's: generators end in any order and thread, but only the main thread may set handlers.
-    global _former
-    if _former is None and _CHILD_ENDED and threading.current_thread() is threading.main_thread():
-        current = signal.getsignal(_CHILD_ENDED)
-        if callable(current):
-            _former = current
-            signal.signal(_CHILD_ENDED, _handle)
 
 
 def _handle(number: int, frame) -> None:

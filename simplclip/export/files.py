@@ -11,8 +11,6 @@
 the export. It is written last, so that an export with it is complete.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -25,14 +23,13 @@ import torch
 from open_clip.model import get_model_preprocess_cfg
 from open_clip.utils import to_2tuple
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 import simplclip
 from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.common.files import identity, write_atomically
 from simplclip.export import onnx_towers
-from simplclip.train import config as configs
 from simplclip.train.state import load_model
 
 FORMATS = ("open_clip", "safetensors", "onnx")
@@ -68,12 +65,26 @@ def run(checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FOR
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
+        tokenizer = models.tokenizer(config.model.name)  # a tokenizer class, or the function of minilm_tokenizer
         # Of each tower three inputs: noise, and token ids.
-        images = torch.randn(
-            len(_PHRASES), 3, *to_2tuple(model.visual.image_size), generator=torch.Generator().manual_seed(0)
-        )
-        samples = {"image": images, "text": models.tokenizer(config.model.name)(list(_PHRASES))}
-        answer = _describe(model, config, state, checkpoint, samples)
+        size, noise = to_2tuple(model.visual.image_size), torch.Generator().manual_seed(0)
+        samples = {"image": torch.randn(len(_PHRASES), 3, *size, generator=noise), "text": tokenizer(list(_PHRASES))}
+        answer = {
+            "model": config.model.name,
+            "options": config.model.options,
+            "step": state["step"],
+            "checkpoint": str(checkpoint),
+            "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
+            "embed_dim": model.encode_image(samples["image"][:1]).shape[1],
+            "logit_scale": model.logit_scale.exp().item(),
+            "logit_bias": None if getattr(model, "logit_bias", None) is None else model.logit_bias.item(),
+            "preprocess": get_model_preprocess_cfg(model),
+            "tokenizer": {
+                "name": getattr(tokenizer, "__qualname__", type(tokenizer).__name__).partition(".")[0],
+                "context_length": samples["text"].shape[1],
+                "vocab_size": getattr(model, "text", model).vocab_size,
+            },
+        }
         if "open_clip" in formats:
             torch.save({"state_dict": model.state_dict()}, work / "open_clip_pytorch_model.pt")
         if "safetensors" in formats:
@@ -98,38 +109,12 @@ def run(checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FOR
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
-    lines = []
     for name, entry in answer["files"].items():
         tower = answer.get("onnx", {}).get(name.removesuffix(".onnx"))
         error = f", largest error {max(tower['max_abs_error'].values()):.1e}" if tower else ""
-        lines.append(f"wrote {out / name}: {entry['bytes']:,} bytes{error}")
-    lines.append(f"wrote {out / SUMMARY}")
-    print("\n".join(lines))
+        print(f"wrote {out / name}: {entry['bytes']:,} bytes{error}")
+    print(f"wrote {out / SUMMARY}")
     return answer
-
-
-@torch.no_grad()
-def _describe(
-    model: nn.Module, config: configs.Config, state: dict[str, Any], checkpoint: str | Path, samples: dict[str, Tensor]
-) -> dict[str, Any]:
-    bias = getattr(model, "logit_bias", None)
-    tokenizer = models.tokenizer(config.model.name)  # a tokenizer class, or the function of minilm_tokenizer
-    return {
-        "model": config.model.name,
-        "options": config.model.options,
-        "step": state["step"],
-        "checkpoint": str(checkpoint),
-        "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
-        "embed_dim": model.encode_image(samples["image"][:1]).shape[1],
-        "logit_scale": model.logit_scale.exp().item(),
-        "logit_bias": None if bias is None else bias.item(),
-        "preprocess": get_model_preprocess_cfg(model),
-        "tokenizer": {
-            "name": getattr(tokenizer, "__qualname__", type(tokenizer).__name__).partition(".")[0],
-            "context_length": samples["text"].shape[1],
-            "vocab_size": getattr(model, "text", model).vocab_size,
-        },
-    }
 
 
 def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> None:

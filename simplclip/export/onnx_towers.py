@@ -1,7 +1,5 @@
 """Exports the two towers of a model as ONNX with standard operators, and compares onnxruntime's results with torch's."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import warnings
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
+from simplclip.models.registry import first_line
 from simplclip.ops.attention.call import AttentionCall
 from simplclip.ops.attention.reference import shaped_attention_fwd
 from simplclip.ops.block.call import BlockCall
@@ -61,7 +60,7 @@ def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str,
             written = torch.onnx.export(program, input_names=[given], output_names=[returned], dynamo=True, verbose=False)
             written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
         except Exception as error:  # torch raises many types
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise ExportError(f"onnx: expected a tower that torch can export, got the {name} tower: {reason}") from error
     weights = sum(p.numel() * p.element_size() for p in tower.parameters())
     written.save(str(path), external_data=weights > _MOST_BYTES)
@@ -99,17 +98,13 @@ def _decompositions() -> dict[Any, Any]:
     return {
         ops.simplified_block_fwd.default: lambda *args: _simplified_block(BlockCall(*args[:-1])),
         ops.shaped_attention_fwd.default: lambda *args: shaped_attention_fwd(AttentionCall(*args[:-1])),
-        ops.parallel_mlp_fwd.default: lambda *args: _parallel_mlp(MlpCall(*args[:-1])),
+        ops.parallel_mlp_fwd.default: lambda x, *args: (_mlp(x, MlpCall(x, *args[:-1])), x.new_empty(0)),
     }
 
 
 def _mlp(n: Tensor, call: MlpCall | BlockCall) -> Tensor:
     hidden = F.linear(n, call.fc1_weight, call.fc1_bias)
     return F.linear(ACTIVATIONS[call.act](hidden), call.fc2_weight, call.fc2_bias)
-
-
-def _parallel_mlp(call: MlpCall):
-    return _mlp(call.x, call), call.x.new_empty(0)
 
 
 def _simplified_block(call: BlockCall):

@@ -9,8 +9,6 @@ Learned parameters of a loss (the plane of pair matching, projections to a teach
 `LossParameters`.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -10,8 +10,6 @@ tensor in a frozen prefix of a tower requires a gradient, so autograd keeps none
 Copied weights compute the same as in the source, except for RMSNorm's eps in blocks of He & Hofmann: see nn.SimplifiedBlock.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections import defaultdict

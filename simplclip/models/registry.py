@@ -1,21 +1,18 @@
 """Models by name: SiCLIPs and plain open_clip models, with their tokenizers, transforms and parameter counts."""
 
-from __future__ import annotations
-
-import contextlib
 import copy
 import difflib
 import logging
 import operator
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.model import CustomTextCLIP, set_model_preprocess_cfg
-from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import nn
 from torchvision import transforms as T
@@ -75,6 +72,7 @@ class ShortVocabTokenizer(SimpleTokenizer):
 
     bpe_ranks: dict[tuple[str, str], int]
     vocab_size: int
+    encoder: dict[str, int]
     decoder: dict[int, str]
     all_special_ids: list[int]
 
@@ -85,8 +83,7 @@ class ShortVocabTokenizer(SimpleTokenizer):
             raise InputError(f"vocab_size: expected 514 to {self.vocab_size}, got {vocab_size}")
         self.bpe_ranks = {pair: rank for pair, rank in self.bpe_ranks.items() if rank < merges}
         specials = [self.decoder[i] for i in self.all_special_ids]
-        letters = list(bytes_to_unicode().values())
-        pieces = [*letters, *(c + "</w>" for c in letters), *map("".join, self.bpe_ranks), *specials]
+        pieces = [*list(self.encoder)[: vocab_size - 2], *specials]
         self.encoder = {piece: i for i, piece in enumerate(pieces)}
         self.decoder = dict(enumerate(pieces))
         self.cache = {special: special for special in specials}
@@ -139,22 +136,20 @@ def create(
     config = copy.deepcopy(dict(spec.config))
     for key, value in overrides.items():
         config[key] = {**config[key], **value} if key in ("vision_cfg", "text_cfg") else value
-    if "timm_model_name" in config["vision_cfg"]:
-        config["vision_cfg"]["timm_model_pretrained"] = False
-    if "hf_model_name" in config["text_cfg"]:
-        config["text_cfg"]["hf_model_pretrained"] = False
-
+    config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
     custom_text = config.pop("custom_text", False)
     model: Any
     if spec.original in open_clip.list_models():
-        with _without_warning("No pretrained weights loaded"):  # they are random, or loaded below
-            model = open_clip.create_model(
-                spec.original, device=device, pretrained_text=False, force_custom_text=custom_text, **config
-            )
+        config |= {"pretrained_text": False, "force_custom_text": custom_text}
+        root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith("No pretrained weights loaded")
+        root.addFilter(keep)  # the weights are random on purpose, or loaded below
+        try:
+            model = open_clip.create_model(spec.original, device=device, **config)
+        finally:
+            root.removeFilter(keep)
     else:
         model = CustomTextCLIP(**config)
-    size = model.visual.image_size
-    set_model_preprocess_cfg(model, merge_preprocess_dict(asdict(PreprocessCfg(size=size)), dict(spec.preprocess)))
+    set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(spec.preprocess)))
     if not name.startswith(PLAIN):
         model.origins = spec.origins
         model, model.simplify_report = simplify(model, **{**spec.simplify, **(simplify_options or {})})
@@ -195,7 +190,7 @@ def transforms(
     """
     spec = _spec(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
-    cfg = PreprocessCfg(**merge_preprocess_dict(asdict(PreprocessCfg()), {**spec.preprocess, "size": size}))
+    cfg = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**spec.preprocess, "size": size}))
     augment = spec.augment if augment is None else augment
     if not train or augment == "none":
         return image_transform_v2(cfg, is_train=False)
@@ -234,17 +229,6 @@ def _spec(name: str) -> Spec:
     known = [*names(), *(PLAIN + n for n in open_clip.list_models())]
     near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
-
-
-@contextlib.contextmanager
-def _without_warning(start: str) -> Iterator[None]:
-    """Drops messages that begin with `start` from the root logger, which open_clip uses."""
-    root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith(start)
-    root.addFilter(keep)
-    try:
-        yield
-    finally:
-        root.removeFilter(keep)
 
 
 def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:

@@ -1,7 +1,5 @@
 """Simplified blocks in open_clip models: `simplify` replaces transformer blocks of one model in place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,14 +144,12 @@ class _Site:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of an open_clip model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
     text = ("text.", "transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
-    parts: dict[str, set[nn.Parameter]] = {"image": set(), "text": set(), "total": set(model.parameters())}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name.startswith("visual."):
-            parts["image"].add(parameter)
-        elif name.startswith(text):
-            parts["text"].add(parameter)
-    parts["other"] = parts["total"] - parts["image"] - parts["text"]
-    return {part: sum(p.numel() for p in parts[part]) for part in ("image", "text", "other", "total")}
+    named = list(model.named_parameters(remove_duplicate=False))
+    image = {p for name, p in named if name.startswith("visual.")}
+    words = {p for name, p in named if name.startswith(text)}
+    every = {p for _, p in named}
+    parts = {"image": image, "text": words, "other": every - image - words, "total": every}
+    return {part: sum(p.numel() for p in found) for part, found in parts.items()}
 
 
 def simplify(
@@ -230,7 +226,7 @@ def simplify(
     planned: list[tuple[str, SimplifiedBlock]] = []
     for tower in dict.fromkeys(towers):
         sites = list(_text_sites(model) if tower == "text" else _image_sites(model))
-        indices = _indices(f"blocks[{tower!r}]", blocks.get(tower), len(sites))
+        indices = sorted({*_indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
         new: dict[int, SimplifiedBlock] = {}
         for index in indices:
             site = sites[index]
@@ -244,7 +240,7 @@ def simplify(
                 Replaced(tower, index, site.path, kind, block.width, block.heads, block.hidden, block.causal)
             )
             planned.append((site.path, block))
-        report.share[tower] = [_normal("share", group, len(sites)) for group in share.get(tower, ())]
+        report.share[tower] = [_indices("share", group, len(sites)) for group in share.get(tower, ())]
         for group in report.share[tower]:
             if missing := [i for i in group if i not in new]:
                 raise InputError(f"share: expected indices of replaced blocks, {indices}, got {missing}")
@@ -320,16 +316,10 @@ def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: flo
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)
 
 
-def _indices(name: str, wanted: Sequence[int] | None, count: int) -> list[int]:
-    if wanted is None:
-        return list(range(count))
+def _indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
     if not wanted:
         raise InputError(f"{name}: expected at least one index, got none")
-    return sorted({*_normal(name, wanted, count)})
-
-
-def _normal(name: str, indices: Sequence[int], count: int) -> list[int]:
-    for index in indices:
+    for index in wanted:
         if not -count <= index < count:
             raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
-    return [index % count for index in indices]
+    return [index % count for index in wanted]

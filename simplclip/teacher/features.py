@@ -1,7 +1,5 @@
 """`simplclip teacher`: writes a teacher's features into shards, and measures its retrieval."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Mapping
@@ -42,13 +40,7 @@ def write(
         ]
 
     return rewrite(
-        shards,
-        out,
-        process,
-        stamp={"teacher": teacher.stamp()},
-        batch_size=batch_size,
-        progress=progress,
-        title="teacher",
+        shards, out, process, stamp={"teacher": teacher.stamp()}, batch_size=batch_size, progress=progress, title="teacher"
     )
 
 

@@ -1,12 +1,10 @@
 """Teachers by name: "builtin", "open_clip:NAME", "open_clip:NAME/TAG", or a SiCLIP of this library."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from simplclip import models
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
+from simplclip.models.registry import first_line
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.state import load_model
 
@@ -127,7 +126,7 @@ def _open_clip(name: str, checkpoint: str | os.PathLike | None) -> tuple[nn.Modu
         try:
             model = open_clip.create_model(plain, pretrained=tag)
         except Exception as error:  # the download may raise many types
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"teacher: open_clip could not get {name}: {reason}; or give its file by --checkpoint") from None
     else:
         model = models.create(models.PLAIN + plain)
@@ -141,8 +140,7 @@ def _open_clip(name: str, checkpoint: str | os.PathLike | None) -> tuple[nn.Modu
                 f"{checkpoint}: expected a checkpoint of open_clip's {plain}, got another file: {reason}"
             ) from None
         if tag or len(tags) == 1:
-            theirs = open_clip.get_pretrained_cfg(plain, tag or tags[0])
-            fields = {key: theirs[key] for key in asdict(PreprocessCfg()) if key in theirs and key != "size"}
-            set_model_preprocess_cfg(model, merge_preprocess_dict(model.visual.preprocess_cfg, fields))
+            theirs = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's
+            set_model_preprocess_cfg(model, merge_preprocess_dict(model.visual.preprocess_cfg, theirs))
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     return model, transform, open_clip.get_tokenizer(plain)
