@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
 
@@ -145,7 +146,12 @@ class RowsCall:
     @property
     def contrastive(self) -> SimilarityCall:
         """The call of similarity_loss_fwd whose rows of the student's matrix have these statistics."""
-        options = {"ids": self.ids, "text_ids": self.text_ids, "label_offset": self.label_offset, "chunk": self.chunk}
+        options: dict[str, Any] = {
+            "ids": self.ids,
+            "text_ids": self.text_ids,
+            "label_offset": self.label_offset,
+            "chunk": self.chunk,
+        }
         return SimilarityCall(self.query, self.keys, self.scale, softmax=True, **options)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.ops.calls import tensors_of
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.similarity.call import (
     ALL_NEGATIVES,
@@ -25,11 +26,9 @@ class _Matrices:
     """The features of a call in the accumulation dtype, and the mask of negatives [N, M]."""
 
     def __init__(self, call: SimilarityCall):
-        self.dtype, self.call = accumulate_dtype(call.image.dtype), call
-        n, m = call.image.shape[0], call.text.shape[0]
-        for name in ("image", "text", "teacher_image", "teacher_text", "student_image", "student_text"):
-            features = getattr(call, name)
-            setattr(self, name, None if features is None else features.to(self.dtype))
+        dtype, n, m = accumulate_dtype(call.image.dtype), call.image.shape[0], call.text.shape[0]
+        given = {name: getattr(call, name) for name in tensors_of(SimilarityCall)}
+        self.call = replace(call, **{name: t.to(dtype) for name, t in given.items() if t is not None and t.dim() == 2})
         columns, rows = torch.arange(m, device=call.image.device), torch.arange(n, device=call.image.device)
         self.negative = columns != rows[:, None] + call.label_offset
         if call.ids is not None:
@@ -50,7 +49,7 @@ class _Matrices:
         """l, and the similarity that its weight multiplies."""
         weight, bias = self.call.plane_weight, self.call.plane_bias
         if weight.dim() == 1:
-            product = (self.image * weight) @ self.text.T
+            product = (self.call.image * weight) @ self.call.text.T
             return product + bias, product
         return weight * similarity + bias, similarity
 
@@ -62,8 +61,8 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     products, [matrices, stored_rows, M], which backward may read instead of computing them again (not used here).
     """
     here, m = _Matrices(call), call.text.shape[0]
-    rows = here.image.new_zeros(len(RowStat), call.image.shape[0])
-    cols = here.image.new_zeros(len(ColumnStat), m)
+    rows = here.call.image.new_zeros(len(RowStat), call.image.shape[0])
+    cols = here.call.image.new_zeros(len(ColumnStat), m)
     rows[RowStat.NEGATIVES] = here.negative.sum(1).to(rows.dtype)
 
     def similarities(image, text, diagonal):
@@ -78,11 +77,12 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         return (here.softmax(teacher, lse) * (call.entropy * teacher - student)).sum(dim)
 
     if call.has_teacher:
-        teacher = call.teacher_scale * similarities(here.teacher_image, here.teacher_text, RowStat.DIAGONAL_TEACHER)
+        products = similarities(here.call.teacher_image, here.call.teacher_text, RowStat.DIAGONAL_TEACHER)
+        teacher = call.teacher_scale * products
         rows[RowStat.LSE_TEACHER], cols[ColumnStat.LSE_TEACHER] = lse(teacher, 1), lse(teacher, 0)
         by_row, by_column = rows[RowStat.LSE_TEACHER][:, None], cols[ColumnStat.LSE_TEACHER]
     if call.has_student:
-        similarity = similarities(here.image, here.text, RowStat.DIAGONAL_STUDENT)
+        similarity = similarities(here.call.image, here.call.text, RowStat.DIAGONAL_STUDENT)
         student = call.scale * similarity
         if call.softmax:
             rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = lse(student, 1), lse(student, 0)
@@ -103,12 +103,12 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
             cols[ColumnStat.MEAN_STUDENT] = mean(student, 0, by_column)
     if call.interactive:
         stat = RowStat.DIAGONAL_IMAGE_TO_TEACHER
-        logits = call.cross_scale * similarities(here.student_image, here.teacher_text, stat)
+        logits = call.cross_scale * similarities(here.call.student_image, here.call.teacher_text, stat)
         rows[RowStat.LSE_IMAGE_TO_TEACHER] = lse(logits, 1)
         rows[RowStat.MEAN_IMAGE_TO_TEACHER] = mean(logits, 1, by_row)
     if call.has_teacher_to_text:
         stat = RowStat.DIAGONAL_TEACHER_TO_TEXT
-        logits = call.cross_scale * similarities(here.teacher_image, here.student_text, stat)
+        logits = call.cross_scale * similarities(here.call.teacher_image, here.call.student_text, stat)
         cols[ColumnStat.LSE_TEACHER_TO_TEXT] = lse(logits, 0)
         cols[ColumnStat.MEAN_TEACHER_TO_TEXT] = mean(logits, 0, by_column)
     if not call.columns:
@@ -158,8 +158,8 @@ def similarity_rows(call: RowsCall) -> tuple[Tensor, Tensor]:
     if not call.attend:
         return stats, call.query.new_empty(0, call.query.shape[1])
     here = _Matrices(student)
-    softmax = here.softmax(call.scale * (here.image @ here.text.T), lse[:, None])
-    return stats, (softmax @ here.text).to(call.query.dtype)
+    softmax = here.softmax(call.scale * (here.call.image @ here.call.text.T), lse[:, None])
+    return stats, (softmax @ here.call.text).to(call.query.dtype)
 
 
 def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
