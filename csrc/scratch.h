@@ -25,13 +25,17 @@ class Scratch {
   int64_t grain_, bytes_ = 0;
 };
 
-// The workspace of a function that takes no memory from torch besides its results.
-template <auto function>
-struct NoWorkspace;
+// The bytes that a function takes: those of its Work, which it constructs at its start of a call and a Scratch.
+template <class Call, class Work, int64_t grain = 1>
+int64_t workspace(const Call& call) {
+  Scratch scratch(grain);
+  Work(call, scratch);
+  return scratch.bytes();
+}
 
-template <class Result, class... Arguments, Result (*function)(Arguments...)>
-struct NoWorkspace<function> {
-  static int64_t bytes(Arguments...) { return 0; }
+struct NoWork {
+  template <class Call>
+  NoWork(const Call&, Scratch&) {}
 };
 
 }  // namespace simplclip

@@ -89,8 +89,8 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("shaped_attention_fwd_cpu_workspace", TORCH_BOX((&NoWorkspace<&Unpacked<AttentionCall, shaped_attention_fwd>::run>::bytes)));
-  m.impl("shaped_attention_bwd_cpu_workspace", TORCH_BOX((&NoWorkspace<&Unpacked<AttentionInto, shaped_attention_bwd>::run>::bytes)));
+  m.impl("shaped_attention_fwd_cpu_workspace", TORCH_BOX((&Unpacked<AttentionCall, workspace<AttentionCall, NoWork>>::run)));
+  m.impl("shaped_attention_bwd_cpu_workspace", TORCH_BOX((&Unpacked<AttentionInto, workspace<AttentionInto, NoWork>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {
