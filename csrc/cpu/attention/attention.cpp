@@ -56,7 +56,7 @@ void for_heads(const AttentionCall& call, const Tensor& lse, bool is_backward, F
 // Returns the result [B, L, H, K] and the log-sum-exps [B, H, L].
 std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
   const Tensor& q = call.q;
-  const Tensor out = new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  const Tensor out = new_empty(q, q.sizes());
   const Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   for_heads(call, lse, false, [&](const AttentionHead& head, int64_t b, int64_t h, float* scratch) {
     instruction_set().attention.forward(head, head_rows(out, b, h), scratch);
