@@ -28,6 +28,8 @@ inline void mm_add(Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
+inline int64_t bytes_of(const Tensor& t) { return t.scalar_type() == ScalarType::Float ? 4 : 2; }
+
 inline Tensor rows(const Tensor& t, int64_t first, int64_t count) {
   Tensor view = t;
   return torch::stable::narrow(view, 0, first, count);

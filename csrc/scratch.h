@@ -11,13 +11,13 @@ class Scratch {
   // `grain`: the allocator rounds allocations up to multiples of it.
   explicit Scratch(int64_t grain = 1) : grain_(grain) {}
 
-  Tensor take(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  Tensor take(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
     Tensor out = torch::stable::new_empty(like, sizes, dtype);
-    const int64_t size = out.numel() * (dtype == ScalarType::Float ? 4 : 2);
+    const int64_t size = out.numel() * bytes_of(out);
     bytes_ += (size + grain_ - 1) / grain_ * grain_;
     return out;
   }
-  Tensor take(const Tensor& like, std::initializer_list<int64_t> sizes) { return take(like, sizes, like.scalar_type()); }
+  Tensor take(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) { return take(like, sizes, like.scalar_type()); }
 
   int64_t bytes() const { return bytes_; }
 
@@ -25,13 +25,17 @@ class Scratch {
   int64_t grain_, bytes_ = 0;
 };
 
-// The workspace of a function that takes no memory from torch besides its results.
-template <auto function>
-struct NoWorkspace;
+// The bytes that a function takes: those of its Work, a struct of a call and a Scratch.
+template <class Call, class Work, int64_t grain = 1>
+int64_t workspace(const Call& call) {
+  Scratch scratch(grain);
+  Work(call, scratch);
+  return scratch.bytes();
+}
 
-template <class Result, class... Arguments, Result (*function)(Arguments...)>
-struct NoWorkspace<function> {
-  static int64_t bytes(Arguments...) { return 0; }
+struct NoWork {
+  template <class Call>
+  NoWork(const Call&, Scratch&) {}
 };
 
 }  // namespace simplclip

@@ -52,20 +52,10 @@ VINLINE vf slope(vf x) {
   }
 }
 
-template <class F>
-VINLINE void by_activation(Activation act, const F& f) {
-  switch (act) {
-    case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>());
-    case Activation::kGeluTanh: return f(std::integral_constant<Activation, Activation::kGeluTanh>());
-    case Activation::kQuickGelu: return f(std::integral_constant<Activation, Activation::kQuickGelu>());
-    case Activation::kRelu: return f(std::integral_constant<Activation, Activation::kRelu>());
-    case Activation::kSilu: return f(std::integral_constant<Activation, Activation::kSilu>());
-  }
-}
-
 void elementwise_activate(Activation act, Float type, const void* h, const void* grad, void* to, int64_t count) {
   by_type(type, [&]<class T>(T*) {
-    by_activation(act, [&](auto a) {
+    using enum Activation;
+    by_value<kGelu, kGeluTanh, kQuickGelu, kRelu, kSilu>(act, [&](auto a) {
       each_block(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         const vf x = load(static_cast<const T*>(h) + i, lanes);
         const vf y = grad ? load(static_cast<const T*>(grad) + i, lanes) * slope<a()>(x) : activate<a()>(x);

@@ -14,8 +14,6 @@ inline Float type_of(const Tensor& t) {
   }
 }
 
-inline int64_t bytes_of(const Tensor& t) { return t.scalar_type() == ScalarType::Float ? 4 : 2; }
-
 // Element `offset` of the memory, counted from the first.
 inline void* element(const Tensor& t, int64_t offset) { return static_cast<char*>(t.mutable_data_ptr()) + offset * bytes_of(t); }
 

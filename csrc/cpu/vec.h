@@ -124,6 +124,14 @@ VINLINE auto by_type(Float type, F&& f) {
   return f(static_cast<float*>(nullptr));
 }
 
+// Returns f(the value as a std::integral_constant); it is one of those listed.
+template <auto first, auto... others, class F>
+VINLINE auto by_value(decltype(first) value, F&& f) {
+  if constexpr (sizeof...(others) > 0)
+    if (value != first) return by_value<others...>(value, f);
+  return f(std::integral_constant<decltype(first), first>());
+}
+
 // Replaces lane J by lane J ^ S.
 template <int S, int... J>
 VINLINE vf exchanged(vf v, std::integer_sequence<int, J...>) { return __builtin_shufflevector(v, v, (J ^ S)...); }

@@ -1,7 +1,7 @@
 // Matrices in shared memory, and copies between registers and memory.
 #pragma once
 
-#include "mma.cuh"
+#include "instructions.cuh"
 
 namespace simplclip::gpu {
 

@@ -30,7 +30,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simp
 CXX = os.environ.get("CXX", "g++")
 # Hidden: two modules in one process must not share variables.
 COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-COMMON += ["-Wno-psabi", "-DSIMPLCLIP_EMULATOR"]
+COMMON += ["-Wno-psabi"]
 FAST = ["-O2", "-march=native"]
 # Without use-after-return checks: their stacks belong to one thread, and each fiber would need one.
 SANITIZE = ["-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -61,7 +61,7 @@ def digest(*parts: object) -> str:
 
 def sources(name: str, replace: dict[str, str]) -> dict[str, str]:
     """Text by path of what the module can be made of; each key of `replace` must occur in it once."""
-    kinds = {CUDA: ("**/*.cuh", "**/*.h"), HERE: ("*.cuh", "*.h", f"{name}*.cpp")}
+    kinds = {CUDA: ("**/*.cu*", "**/*.h"), HERE: ("*.cuh", "*.h", f"{name}*.cpp"), HERE / "host": ("*.cuh",)}
     found = {str(path.relative_to(top)): path for top, globs in kinds.items() for kind in globs for path in top.glob(kind)}
     texts = {file: path.read_text() for file, path in sorted(found.items())}
     for old, new in replace.items():

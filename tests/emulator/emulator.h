@@ -1,7 +1,7 @@
 // Runs CUDA C++ kernels on the CPU, so that they are tested where there is no GPU.
 //
-// A kernel's .cuh is compiled by the host compiler with SIMPLCLIP_EMULATOR defined; thread.cuh and mma.cuh then take their
-// instructions from here. Every thread of a block is a fiber; one runs at a time, until it has to wait for others:
+// A kernel's .cuh is compiled by the host compiler, with host/instructions.cuh in place of csrc/cuda/instructions.cuh, whose
+// instructions come from here. Every thread of a block is a fiber; one runs at a time, until it has to wait for others:
 //
 //   sync_block        until all threads of the block are in it
 //   warp operations   (mma, ldmatrix, shuffles, sync_warp) until all 32 lanes are; the last one computes everybody's result

@@ -1,11 +1,10 @@
-#include "attention/gains.cuh"
+#include "attention/gains.cu"
 #include "attention/launch.cuh"
 
 #include "binding.h"
 
 using namespace simplclip;
 using namespace simplclip::gpu;
-using emulator::launch;
 
 namespace {
 
@@ -13,11 +12,6 @@ namespace {
 HeadsView view(const int64_t* tensors, int index) {
   const int64_t* t = tensors + 4 * index;
   return {reinterpret_cast<char*>(t[0]), t[1], t[2], t[3]};
-}
-
-ShapedPlan plan_of(const char* type, int length, int width, bool backward) {
-  const bool wide = *type == 't';
-  return backward ? plan_shaped_backward(length, width, wide) : plan_shaped_forward(length, width, wide);
 }
 
 ShapedAttention shaped(const int64_t* tensors, const float* gains, const int32_t* lengths, float* lse, const int* sizes,
@@ -28,35 +22,28 @@ ShapedAttention shaped(const int64_t* tensors, const float* gains, const int32_t
 
 // tensors: q, k, v, out; sizes: B, L, H, K. Returns the replays of ldmatrix, as `backward` does.
 int64_t forward(const char* type, const int64_t* tensors, const float* gains, const int32_t* lengths, float* lse,
-                const int* sizes, double scale, bool causal, uint64_t seed) {
-  const ShapedPlan plan = plan_of(type, sizes[1], sizes[3], false);
-  const ShapedAttentionForward p{shaped(tensors, gains, lengths, lse, sizes, scale, causal), view(tensors, 3), plan.slice};
-  auto run = [&](auto kernel) {
-    const emulator::Dim3 grid{unsigned(sizes[0] * sizes[2]), unsigned(plan.blocks)};
-    return launch(grid, plan.threads, plan.shared, seed, [&] { kernel(p); }).replays;
-  };
-  if (*type == 'f') return with_forward_kernel<f16>(plan, run);
-  if (*type == 'b') return with_forward_kernel<bf16>(plan, run);
-  return with_forward_kernel<tf32>(plan, run);
+                const int* sizes, double scale, bool causal, void* seed) {
+  const ShapedAttentionForward p{shaped(tensors, gains, lengths, lse, sizes, scale, causal), view(tensors, 3), 0};
+  if (*type == 'f') launch_shaped_forward<f16>(p, seed);
+  if (*type == 'b') launch_shaped_forward<bf16>(p, seed);
+  if (*type == 't') launch_shaped_forward<tf32>(p, seed);
+  return emulator::engine.report.replays;
 }
 
 // tensors: q, k, v, grad, dq, dk, dv; parts: [B, 3, H]
 int64_t backward(const char* type, const int64_t* tensors, const float* gains, const int32_t* lengths, float* lse,
-                 const int* sizes, double scale, bool causal, float* parts, uint64_t seed) {
-  const ShapedPlan plan = plan_of(type, sizes[1], sizes[3], true);
+                 const int* sizes, double scale, bool causal, float* parts, void* seed) {
   const ShapedAttentionBackward p{shaped(tensors, gains, lengths, lse, sizes, scale, causal),
                                   view(tensors, 3), view(tensors, 4), view(tensors, 5), view(tensors, 6), parts};
-  auto run = [&](auto kernel) {
-    return launch({unsigned(sizes[0] * sizes[2])}, plan.threads, plan.shared, seed, [&] { kernel(p); }).replays;
-  };
-  if (*type == 'f') return with_backward_kernel<f16>(plan, run);
-  if (*type == 'b') return with_backward_kernel<bf16>(plan, run);
-  return with_backward_kernel<tf32>(plan, run);
+  if (*type == 'f') launch_shaped_backward<f16>(p, seed);
+  if (*type == 'b') launch_shaped_backward<bf16>(p, seed);
+  if (*type == 't') launch_shaped_backward<tf32>(p, seed);
+  return emulator::engine.report.replays;
 }
 
 // parts: [B, count]
-void sum_gains(const float* parts, float* d_gains, int batch, int count, uint64_t seed) {
-  launch({unsigned(count)}, 32, 0, seed, [&] { shaped_attention_gains_kernel(parts, d_gains, batch, count); });
+void sum_gains(const float* parts, float* d_gains, int batch, int count, void* seed) {
+  launch_shaped_gains(parts, d_gains, batch, count, seed);
 }
 
 EMULATED(forward);

@@ -1,13 +1,13 @@
-// Small kernels that between them call every function of mma.cuh.
+// Small kernels that between them call every function of instructions.cuh.
 #pragma once
 
-#include "mma.cuh"
+#include "instructions.cuh"
 
 namespace simplclip::gpu {
 
 // One warp: d += a b of each lane's registers. T = bf16, f16, or float for TF32.
 template <class T>
-SIMPLCLIP_KERNEL void mma_kernel(const uint32_t* a /* [32, 4] */, const uint32_t* b /* [32, 2] */, float* d /* [32, 4] */) {
+__global__ void mma_kernel(const uint32_t* a /* [32, 4] */, const uint32_t* b /* [32, 2] */, float* d /* [32, 4] */) {
   uint32_t left[4], right[2];
   float sums[4];
   for (int i = 0; i < 4; ++i) left[i] = a[lane() * 4 + i];
@@ -22,7 +22,7 @@ SIMPLCLIP_KERNEL void mma_kernel(const uint32_t* a /* [32, 4] */, const uint32_t
 }
 
 // One warp, 1 KiB of shared memory: what each lane receives of the rows at the lanes' offsets.
-SIMPLCLIP_KERNEL void ldmatrix_kernel(
+__global__ void ldmatrix_kernel(
     const char* memory /* 1 KiB */, const int* offsets /* [32] */, bool transposed, uint32_t* out /* [32, 4] */) {
   char* shared = shared_memory();
   for (int i = lane() * 16; i < 1024; i += 512) cp_async_16(shared + i, memory + i, true);
@@ -40,7 +40,7 @@ SIMPLCLIP_KERNEL void ldmatrix_kernel(
 }
 
 // One warp: every lane copies BYTES of `from`, the last lanes zeros; `early` is what it reads before the second group's wait.
-SIMPLCLIP_KERNEL void cp_async_kernel(const char* from /* [2, 32, BYTES] */, int valid, uint32_t* early, uint32_t* late) {
+__global__ void cp_async_kernel(const char* from /* [2, 32, BYTES] */, int valid, uint32_t* early, uint32_t* late) {
   constexpr int BYTES = 16;
   char* shared = shared_memory() + lane() * BYTES;
   for (int i = 0; i < BYTES / 4; ++i) reinterpret_cast<uint32_t*>(shared + 32 * BYTES)[i] = 0;  // what a copy replaces
@@ -66,7 +66,7 @@ SIMPLCLIP_KERNEL void cp_async_kernel(const char* from /* [2, 32, BYTES] */, int
 
 // `pairs` of floats rounded to T and back, floats to TF32, and powers of two.
 template <class T>
-SIMPLCLIP_KERNEL void convert_kernel(
+__global__ void convert_kernel(
     const float* in, int pairs, uint32_t* packed, float* back, uint32_t* tf32, float* power) {
   for (int i = thread() + block_x() * threads(); i < pairs; i += threads() * grid_x()) {
     packed[i] = pack2<T>(in[2 * i], in[2 * i + 1]);
@@ -81,7 +81,7 @@ SIMPLCLIP_KERNEL void convert_kernel(
 }
 
 // softmax of rows: one row per block, a float of shared memory per warp.
-SIMPLCLIP_KERNEL void softmax_kernel(const float* in /* [rows, columns] */, float* out, int columns) {
+__global__ void softmax_kernel(const float* in /* [rows, columns] */, float* out, int columns) {
   float* parts = reinterpret_cast<float*>(shared_memory());
   in += static_cast<int64_t>(block_x()) * columns;
   out += static_cast<int64_t>(block_x()) * columns;
@@ -106,7 +106,7 @@ SIMPLCLIP_KERNEL void softmax_kernel(const float* in /* [rows, columns] */, floa
 
 // c = a b, a tile of 16 x 8 per warp: a and b row-major, staged by cp.async in slices of 16 of the inner dimension.
 template <class T>
-SIMPLCLIP_KERNEL void product_kernel(
+__global__ void product_kernel(
     const T* a /* [16, inner] */, const T* b /* [inner, 8 * warps] */, float* c /* [16, 8 * warps] */, int inner) {
   const int columns = threads() / 32 * 8;
   T* left = reinterpret_cast<T*>(shared_memory());  // [16, 16]

@@ -56,7 +56,7 @@ void for_heads(const AttentionCall& call, const Tensor& lse, bool is_backward, F
 // Returns the result [B, L, H, K] and the log-sum-exps [B, H, L].
 std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
   const Tensor& q = call.q;
-  const Tensor out = new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  const Tensor out = new_empty(q, q.sizes());
   const Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   for_heads(call, lse, false, [&](const AttentionHead& head, int64_t b, int64_t h, float* scratch) {
     instruction_set().attention.forward(head, head_rows(out, b, h), scratch);
@@ -89,8 +89,8 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("shaped_attention_fwd_cpu_workspace", TORCH_BOX((&NoWorkspace<&Unpacked<AttentionCall, shaped_attention_fwd>::run>::bytes)));
-  m.impl("shaped_attention_bwd_cpu_workspace", TORCH_BOX((&NoWorkspace<&Unpacked<AttentionInto, shaped_attention_bwd>::run>::bytes)));
+  m.impl("shaped_attention_fwd_cpu_workspace", TORCH_BOX((&Unpacked<AttentionCall, workspace<AttentionCall, NoWork>>::run)));
+  m.impl("shaped_attention_bwd_cpu_workspace", TORCH_BOX((&Unpacked<AttentionInto, workspace<AttentionInto, NoWork>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -64,8 +64,8 @@ Tensor feature_loss_bwd(const FeatureGradient& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("feature_loss_fwd_cpu_workspace", TORCH_BOX((&NoWorkspace<&Unpacked<FeatureCall, feature_loss_fwd>::run>::bytes)));
-  m.impl("feature_loss_bwd_cpu_workspace", TORCH_BOX((&NoWorkspace<&Unpacked<FeatureGradient, feature_loss_bwd>::run>::bytes)));
+  m.impl("feature_loss_fwd_cpu_workspace", TORCH_BOX((&Unpacked<FeatureCall, workspace<FeatureCall, NoWork>>::run)));
+  m.impl("feature_loss_bwd_cpu_workspace", TORCH_BOX((&Unpacked<FeatureGradient, workspace<FeatureGradient, NoWork>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

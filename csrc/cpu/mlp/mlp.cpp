@@ -54,11 +54,11 @@ Tensor hidden_rows(const Tensor& h, Scratch& scratch) {
   return scratch.take(h, {std::min(chunk_rows(h), h.size(0)), h.size(1)});
 }
 
-int64_t parallel_mlp_fwd_workspace(const HiddenCall& call) {
-  Scratch scratch;
-  hidden_rows(call.h, scratch);
-  return scratch.bytes();
-}
+struct Forward {
+  Tensor rows;
+
+  Forward(const HiddenCall& call, Scratch& scratch) : rows(hidden_rows(call.h, scratch)) {}
+};
 
 void parallel_mlp_fwd(const HiddenCall& call) {
   const auto& [h, weight, bias, act, out, accumulate] = call;
@@ -72,10 +72,10 @@ void parallel_mlp_fwd(const HiddenCall& call) {
   Tensor view = weight;
   const Tensor transposed = transpose(view, 0, 1);  // [F, C]
   Scratch scratch;
-  const Tensor hidden = hidden_rows(h, scratch);
+  const Forward work(call, scratch);
   for (int64_t i = 0; i < h.size(0); i += rows_of_chunk) {
     const int64_t count = std::min(rows_of_chunk, h.size(0) - i);
-    Tensor activated = rows(hidden, 0, count), to = rows(out, i, count);
+    Tensor activated = rows(work.rows, 0, count), to = rows(out, i, count);
     activate(kind, rows(h, i, count), nullptr, activated);
     if (bias) put_bias(*bias, to, accumulate);
     if (bias || accumulate) mm_add(to, activated, transposed);
@@ -92,12 +92,6 @@ struct Backward {
                  call.h.scalar_type() != ScalarType::Float && chunk_rows(call.h) < call.h.size(0), scratch),
         rows(hidden_rows(call.h, scratch)) {}
 };
-
-int64_t parallel_mlp_bwd_workspace(const HiddenGradient& call) {
-  Scratch scratch;
-  Backward(call, scratch);
-  return scratch.bytes();
-}
 
 // Overwrites h by dh. Returns the gradient of the weight, [0, F] if it is not needed.
 Tensor parallel_mlp_bwd(const HiddenGradient& call) {
@@ -122,8 +116,8 @@ Tensor parallel_mlp_bwd(const HiddenGradient& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("parallel_mlp_fwd_cpu_workspace", TORCH_BOX((&Unpacked<HiddenCall, parallel_mlp_fwd_workspace>::run)));
-  m.impl("parallel_mlp_bwd_cpu_workspace", TORCH_BOX((&Unpacked<HiddenGradient, parallel_mlp_bwd_workspace>::run)));
+  m.impl("parallel_mlp_fwd_cpu_workspace", TORCH_BOX((&Unpacked<HiddenCall, workspace<HiddenCall, Forward>>::run)));
+  m.impl("parallel_mlp_bwd_cpu_workspace", TORCH_BOX((&Unpacked<HiddenGradient, workspace<HiddenGradient, Backward>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -11,12 +11,13 @@ struct SoftmaxGradient {
         ratio(ratio) {}
 
   // `z`: logits; `e` returns e^(z - lse) if the kind has it.
-  VINLINE vf operator()(vf z, int64_t j, int lanes, bool masked, vf& e, vf& e_col) const {
+  template <class Lanes>
+  VINLINE vf operator()(vf z, int64_t j, Lanes lanes, vf& e, vf& e_col) const {
     if constexpr (kind != Softmax::kColumns) e = exp(z - lse);
-    if constexpr (kind == Softmax::kShared) return e * (shift * load_column(ratio, j, lanes, masked) + g);
+    if constexpr (kind == Softmax::kShared) return e * (shift * load(ratio + j, lanes) + g);
     if constexpr (kind == Softmax::kRows) return g * e;
-    e_col = exp(z - load_column(col_lse, j, lanes, masked));
-    const vf by_column = load_column(g_col, j, lanes, masked) * e_col;
+    e_col = exp(z - load(col_lse + j, lanes));
+    const vf by_column = load(g_col + j, lanes) * e_col;
     if constexpr (kind == Softmax::kColumns) return by_column;
     return g * e + by_column;
   }
@@ -42,42 +43,38 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
     const float g_match = matching ? in.g_match[i] : 0.0f;
     vf d_scale = {}, d_p = {}, d_q = {};
 
-    for_blocks(s.columns, label, 1, s.ids != nullptr, [&](int64_t j, int lanes, auto masked) __attribute__((always_inline)) {
-      auto row = [&](const T* p) __attribute__((always_inline)) { return masked ? load(p + j, lanes) : load(p + j); };
-      const vf sim = row(sim_row), z = s.scale * sim;
-      vi drop = {};
-      if constexpr (masked) drop = dropped_lanes(s, i, j, lanes);
+    for_blocks(s.columns, label, 1, s.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
+      const vf sim = load(sim_row + j, lanes), z = s.scale * sim;
+      const vi drop = masked ? dropped_lanes(s, i, j, lanes) : vi{};
       vf g = {}, h = {}, e = {}, e_col = {};
-      if constexpr (softmax) g = student(z, j, lanes, masked, e, e_col);
+      if constexpr (softmax) g = student(z, j, lanes, e, e_col);
       if constexpr (teacher) {
         vf e_t, e_t_col;
-        g -= tutor(s.teacher_scale * row(teacher_row), j, lanes, masked, e_t, e_t_col);
+        g -= tutor(s.teacher_scale * load(teacher_row + j, lanes), j, lanes, e_t, e_t_col);
       }
       if constexpr (softmax) {
-        if constexpr (masked) g = drop ? vf{} : g;
+        g = drop ? vf{} : g;
         d_scale += g * sim;
         g *= s.grad_scale;
       }
       if constexpr (matching) {
-        const vf v = plane_row ? row(plane_row) : sim;
+        const vf v = plane_row ? load(plane_row + j, lanes) : sim;
         h = sigmoid(plane_row ? v + s.q : s.p * v + s.q);
         if constexpr (!hard)
           h *= g_match;
         else if constexpr (kind == Softmax::kShared)
-          h *= e * (student.shift * load_column(in.match_ratio, j, lanes, masked) + g_match);
+          h *= e * (student.shift * load(in.match_ratio + j, lanes) + g_match);
         else if constexpr (kind == Softmax::kRows)
           h *= g_match * e;
         else
-          h *= g_match * e + load_column(in.g_col_match, j, lanes, masked) * e_col;
-        if constexpr (masked) h = drop ? vf{} : h;
+          h *= g_match * e + load(in.g_col_match + j, lanes) * e_col;
+        h = drop ? vf{} : h;
         d_p += h * v;
         d_q += h;
-        if (plane_row)
-          masked ? store(plane_row + j, h, lanes) : store(plane_row + j, h);
-        else
-          g += s.p * h;
+        if (plane_row) store(plane_row + j, h, lanes);
+        else g += s.p * h;
       }
-      masked ? store(grad_row + j, g, lanes) : store(grad_row + j, g);
+      store(grad_row + j, g, lanes);
     });
     store(grad_row + label, splat(in.g_diagonal[i]), 1);
     if (plane_row) store(plane_row + label, splat(in.g_plane_diagonal[i]), 1);
@@ -88,28 +85,22 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
   return total;
 }
 
-template <class T, bool teacher, Softmax kind>
-BackwardOut backward_of(const Strip& s, const BackwardIn& in, Terms terms) {
-  switch (terms) {
-    case Terms::kSoftmax: return backward_strip<T, Terms::kSoftmax, teacher, kind>(s, in);
-    case Terms::kSoftmaxAll: return backward_strip<T, Terms::kSoftmaxAll, teacher, kind>(s, in);
-    case Terms::kSoftmaxHard: return backward_strip<T, Terms::kSoftmaxHard, teacher, kind>(s, in);
-    default: return backward_strip<T, Terms::kAll, false, Softmax::kRows>(s, in);
-  }
-}
-
-template <class T, bool teacher>
-BackwardOut backward_by(const Strip& s, const BackwardIn& in, Terms terms, Softmax kind) {
-  switch (kind) {
-    case Softmax::kShared: return backward_of<T, teacher, Softmax::kShared>(s, in, terms);
-    case Softmax::kApart: return backward_of<T, teacher, Softmax::kApart>(s, in, terms);
-    case Softmax::kRows: return backward_of<T, teacher, Softmax::kRows>(s, in, terms);
-    default: return backward_strip<T, Terms::kSoftmax, teacher, Softmax::kColumns>(s, in);
-  }
-}
-
 BackwardOut backward(const Strip& s, const BackwardIn& in, Terms terms, Softmax kind, bool is_bf16) {
-  if (s.teacher)
-    return is_bf16 ? backward_by<bf16, true>(s, in, terms, kind) : backward_by<float, true>(s, in, terms, kind);
-  return is_bf16 ? backward_by<bf16, false>(s, in, terms, kind) : backward_by<float, false>(s, in, terms, kind);
+  using enum Terms;
+  using enum Softmax;
+  return by_value<false, true>(is_bf16, [&](auto is_bf16) {
+    return by_value<false, true>(s.teacher != nullptr, [&](auto teacher) {
+      return by_value<kShared, kApart, kRows, kColumns>(kind, [&](auto kind) {
+        using T = std::conditional_t<is_bf16(), bf16, float>;
+        if constexpr (kind() == kColumns) {
+          return backward_strip<T, kSoftmax, teacher(), kColumns>(s, in);
+        } else {
+          return by_value<kSoftmax, kSoftmaxAll, kSoftmaxHard, kAll>(terms, [&](auto terms) {
+            constexpr bool all = terms() == kAll;
+            return backward_strip<T, terms(), teacher() && !all, all ? kRows : kind()>(s, in);
+          });
+        }
+      });
+    });
+  });
 }

@@ -60,18 +60,13 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
   if constexpr (softmax) {
     vf highest_z[R], highest_t[R];
     for (int r = 0; r < R; ++r) highest_z[r] = highest_t[r] = splat(-kInf);
-    for_blocks(s.columns, label, R, mask_all, [&](int64_t j, int lanes, auto masked) __attribute__((always_inline)) {
+    for_blocks(s.columns, label, R, mask_all, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        vf z = s.scale * load_block<T>(s.sim, s, i0 + r, j, lanes, masked), t = {};
-        if constexpr (teacher) t = s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes, masked);
-        if constexpr (masked) {
-          const vi drop = dropped_lanes(s, i0 + r, j, lanes);
-          z = drop ? splat(-kInf) : z;
-          t = drop ? splat(-kInf) : t;
-        }
-        highest_z[r] = max(highest_z[r], z);
-        if constexpr (teacher) highest_t[r] = max(highest_t[r], t);
+        const vi drop = masked ? dropped_lanes(s, i0 + r, j, lanes) : vi{};
+        auto keep_top = [&](vf& top, vf logit) { top = max(top, drop ? splat(-kInf) : logit); };
+        keep_top(highest_z[r], s.scale * load_block<T>(s.sim, s, i0 + r, j, lanes));
+        if constexpr (teacher) keep_top(highest_t[r], s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes));
       }
     });
     student.set_tops(highest_z, reference.student, s.columns, out.col_lse, hard ? out.col_match : nullptr);
@@ -80,40 +75,34 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
 
   vf row_match[R] = {};
   vi dropped[R] = {};
-  for_blocks(s.columns, label, R, mask_all, [&](int64_t j, int lanes, auto masked) __attribute__((always_inline)) {
+  for_blocks(s.columns, label, R, mask_all, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
     vf col_sum = {}, col_match = {}, col_tutor = {}, col_mean = {};
     if (softmax && columns) {
-      col_sum = load_column(out.col_lse, j, lanes, masked);
-      if constexpr (hard) col_match = load_column(out.col_match, j, lanes, masked);
-      if constexpr (teacher) col_tutor = load_column(out.col_teacher_lse, j, lanes, masked);
-      if constexpr (teacher) col_mean = load_column(out.col_mean, j, lanes, masked);
+      col_sum = load(out.col_lse + j, lanes);
+      if constexpr (hard) col_match = load(out.col_match + j, lanes);
+      if constexpr (teacher) col_tutor = load(out.col_teacher_lse + j, lanes);
+      if constexpr (teacher) col_mean = load(out.col_mean + j, lanes);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const vf sim = load_block<T>(s.sim, s, i0 + r, j, lanes, masked);
-      vi drop = {};
-      if constexpr (masked) {
-        drop = dropped_lanes(s, i0 + r, j, lanes);
-        dropped[r] -= drop & (iota() < lanes);
-      }
+      const vf sim = load_block<T>(s.sim, s, i0 + r, j, lanes);
+      const vi drop = masked ? dropped_lanes(s, i0 + r, j, lanes) : vi{};
+      dropped[r] -= drop & (iota() < int(lanes));
       vf e = {}, match = {};
       if constexpr (softmax) {
-        e = exp(s.scale * sim - student.top[r]);
-        if constexpr (masked) e = drop ? vf{} : e;
+        e = drop ? vf{} : exp(s.scale * sim - student.top[r]);
         student.total[r] += e;
         col_sum += student.weight[r] * e;
       }
       if constexpr (matching) {
-        const vf l = s.plane ? load_block<T>(s.plane, s, i0 + r, j, lanes, masked) + s.q : s.p * sim + s.q;
-        match = softplus(l);
-        if constexpr (masked) match = drop ? vf{} : match;
+        const vf l = s.plane ? load_block<T>(s.plane, s, i0 + r, j, lanes) + s.q : s.p * sim + s.q;
+        match = drop ? vf{} : softplus(l);
         row_match[r] += hard ? e * match : match;
         if constexpr (hard) col_match += student.weight[r] * e * match;
       }
       if constexpr (teacher) {
-        const vf t = s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes, masked);
-        vf e_t = exp(t - tutor.top[r]);
-        if constexpr (masked) e_t = drop ? vf{} : e_t;
+        const vf t = s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes);
+        const vf e_t = drop ? vf{} : exp(t - tutor.top[r]);
         const vf value = e_t * (s.entropy * t - s.scale * sim);
         tutor.total[r] += e_t;
         tutor.weighted[r] += value;
@@ -122,10 +111,10 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
       }
     }
     if (softmax && columns) {
-      store_column(out.col_lse, j, col_sum, lanes, masked);
-      if constexpr (hard) store_column(out.col_match, j, col_match, lanes, masked);
-      if constexpr (teacher) store_column(out.col_teacher_lse, j, col_tutor, lanes, masked);
-      if constexpr (teacher) store_column(out.col_mean, j, col_mean, lanes, masked);
+      store(out.col_lse + j, col_sum, lanes);
+      if constexpr (hard) store(out.col_match + j, col_match, lanes);
+      if constexpr (teacher) store(out.col_teacher_lse + j, col_tutor, lanes);
+      if constexpr (teacher) store(out.col_mean + j, col_mean, lanes);
     }
   });
 
@@ -184,14 +173,14 @@ void forward_strip(const Strip& s, const ForwardOut& out) {
   for (; i < s.rows; ++i) forward_tile<T, terms, teacher, 1>(s, out, i, reference);
   if (!columns) return;
 
-  auto student = [&](int64_t i, int64_t j, int lanes) { return s.scale * load_block<T>(s.sim, s, i, j, lanes, true); };
+  auto student = [&](int64_t i, int64_t j, int lanes) { return s.scale * load_block<T>(s.sim, s, i, j, lanes); };
   auto tutor = [&](int64_t i, int64_t j, int lanes) {
-    return s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes, true);
+    return s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes);
   };
   finish_columns(s, reference.student, out.col_lse, hard ? out.col_match : nullptr, student,
                  [&](int64_t i, int64_t j, int lanes) {
-                   const vf l = s.plane ? load_block<T>(s.plane, s, i, j, lanes, true) + s.q
-                                        : s.p * load_block<T>(s.sim, s, i, j, lanes, true) + s.q;
+                   const vf l = s.plane ? load_block<T>(s.plane, s, i, j, lanes) + s.q
+                                        : s.p * load_block<T>(s.sim, s, i, j, lanes) + s.q;
                    return softplus(l);
                  });
   if constexpr (teacher)
@@ -200,17 +189,13 @@ void forward_strip(const Strip& s, const ForwardOut& out) {
     });
 }
 
-template <class T, bool teacher>
-void forward_of(const Strip& s, const ForwardOut& out, Terms terms) {
-  switch (terms) {
-    case Terms::kSoftmax: return forward_strip<T, Terms::kSoftmax, teacher>(s, out);
-    case Terms::kSoftmaxAll: return forward_strip<T, Terms::kSoftmaxAll, teacher>(s, out);
-    case Terms::kSoftmaxHard: return forward_strip<T, Terms::kSoftmaxHard, teacher>(s, out);
-    case Terms::kAll: return forward_strip<T, Terms::kAll, false>(s, out);
-  }
-}
-
 void forward(const Strip& s, const ForwardOut& out, Terms terms, bool is_bf16) {
-  if (s.teacher) return is_bf16 ? forward_of<bf16, true>(s, out, terms) : forward_of<float, true>(s, out, terms);
-  return is_bf16 ? forward_of<bf16, false>(s, out, terms) : forward_of<float, false>(s, out, terms);
+  using enum Terms;
+  by_value<false, true>(is_bf16, [&](auto is_bf16) {
+    by_value<false, true>(s.teacher != nullptr, [&](auto teacher) {
+      by_value<kSoftmax, kSoftmaxAll, kSoftmaxHard, kAll>(terms, [&](auto terms) {
+        forward_strip<std::conditional_t<is_bf16(), bf16, float>, terms(), teacher() && terms() != kAll>(s, out);
+      });
+    });
+  });
 }

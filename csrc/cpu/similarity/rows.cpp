@@ -19,12 +19,6 @@ struct Rows {
         sweep(call, nullptr, scratch), negatives(scratch.take(rows.query, {rows.query.size(0)}, ScalarType::Float)) {}
 };
 
-int64_t workspace(const RowsCall& call) {
-  Scratch scratch;
-  Rows(call, scratch);
-  return scratch.bytes();
-}
-
 // Returns stats [2, N] (log-sum-exp over the negatives, similarity of the positive) and, where `attend`, the mean key of each row
 // under its softmax over the negatives [N, D] (else [0, D]).
 std::tuple<Tensor, Tensor> similarity_rows(const RowsCall& call) {
@@ -60,7 +54,7 @@ std::tuple<Tensor, Tensor> similarity_rows(const RowsCall& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_rows_cpu_workspace", TORCH_BOX((&Unpacked<RowsCall, workspace>::run)));
+  m.impl("similarity_rows_cpu_workspace", TORCH_BOX((&Unpacked<RowsCall, workspace<RowsCall, Rows>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_rows_cpu", TORCH_BOX((&Unpacked<RowsCall, similarity_rows>::run))); }

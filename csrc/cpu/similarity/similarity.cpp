@@ -80,12 +80,6 @@ struct Forward {
   }
 };
 
-int64_t fwd_workspace(const SimilarityCall& call) {
-  Scratch scratch;
-  Forward(call, scratch);
-  return scratch.bytes();
-}
-
 // Returns rows [12, N], columns [6, M] and the stored rows of the matrices: see reference.py.
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
   Scratch scratch;
@@ -128,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
       if (sums) sums->merge(strips_of(count));
       if (teacher_sums) teacher_sums->merge(strips_of(count));
     };
-    if (sweep.hadamard_weight) sweep.load_hadamard(first, count);
+    if (call.has_hadamard()) sweep.load_hadamard(first, count);
     reduce(sweep.student, kStudent, sweep.terms(), call.relational, work.student, work.teacher);
     reduce(sweep.image_to_teacher, kImageToTeacher, Terms::kSoftmax, true, std::nullopt, std::nullopt);
     reduce(sweep.teacher_to_text, kTeacherToText, Terms::kSoftmax, true, work.text, work.teacher_of_text);
@@ -140,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
 // row's e^(z - r) could underflow where the column's e^(z - c) does not.
 struct Sharing {
   std::vector<float> ratio;
-  float top = 0;
-  bool possible = true;
+  float top;
+  bool possible;
 
   Sharing(const float* lse, int64_t n, const float* col_lse, const float* g_col, int64_t m) {
     top = *std::max_element(lse, lse + n);
@@ -149,12 +143,9 @@ struct Sharing {
     for (int64_t j = 0; j < m; ++j)
       if (g_col[j] != 0 && col_lse[j] > -kInf) lowest = std::min(lowest, col_lse[j]);
     possible = !(top - lowest > 40.0f);
-    if (possible) fill(ratio, col_lse, g_col, m);
-  }
-
-  void fill(std::vector<float>& to, const float* col_lse, const float* g_col, int64_t m) const {
-    to.resize(m);
-    for (int64_t j = 0; j < m; ++j) to[j] = g_col[j] != 0 && col_lse[j] > -kInf ? g_col[j] * std::exp(top - col_lse[j]) : 0.0f;
+    if (!possible) return;
+    ratio.resize(m);
+    for (int64_t j = 0; j < m; ++j) ratio[j] = g_col[j] != 0 && col_lse[j] > -kInf ? g_col[j] * std::exp(top - col_lse[j]) : 0.0f;
   }
 };
 
@@ -179,12 +170,6 @@ struct Backward {
     return call.has_hadamard() || (call.has_teacher_to_text() && !call.projected_text);
   }
 };
-
-int64_t bwd_workspace(const SimilarityGradient& call) {
-  Scratch scratch;
-  Backward(call, scratch);
-  return scratch.bytes();
-}
 
 // Returns d_image, d_text (empty when not needed), d_scale, d_projected_image, d_projected_text (empty when not given),
 // d_cross_scale, d_plane_weight (empty without), d_plane_bias.
@@ -219,22 +204,19 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
   };
   BackwardIn student_in = inputs_of(kStudent);
   Softmax student_kind = Softmax::kRows;
-  std::optional<Sharing> student, teacher;
-  std::vector<float> match_ratio;
+  std::optional<Sharing> student, teacher, match;
   if (call.columns && call.softmax) {
     student.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_lse, m);
     if (call.relational) teacher.emplace(student_in.teacher_lse, n, student_in.col_teacher_lse, student_in.g_col_mean, m);
-    if (call.negatives == kHardNegatives) {
-      const Sharing match(student_in.lse, n, student_in.col_lse, student_in.g_col_match, m);
-      student->possible &= match.possible;
-      match_ratio = match.ratio;
-    }
-    student_kind = student->possible && (!teacher || teacher->possible) ? Softmax::kShared : Softmax::kApart;
+    if (call.negatives == kHardNegatives) match.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_match, m);
     student_in.top = student->top;
     student_in.lse_ratio = student->ratio.data();
-    student_in.match_ratio = match_ratio.data();
+    if (match) student_in.match_ratio = match->ratio.data();
     if (teacher) student_in.teacher_top = teacher->top;
     if (teacher) student_in.teacher_ratio = teacher->ratio.data();
+    student_kind = Softmax::kShared;
+    for (const auto* sharing : {&student, &teacher, &match})
+      if (*sharing && !(*sharing)->possible) student_kind = Softmax::kApart;
   }
 
   Tensor d_image = new_empty(call.image, {call.need_image ? n : 0, d});
@@ -276,7 +258,7 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
       const Tensor h = rows(sweep.hadamard, 0, count);
       Tensor hy = rows(work.hadamard_grad, 0, count);
       mm_out(hy, h, call.text);
-      const float* w = sweep.hadamard_weight->const_data_ptr<float>();
+      const float* w = call.plane_weight->const_data_ptr<float>();
       float* dw = d_weight.mutable_data_ptr<float>();
       sweep.typed([&]<class T>(T*) {
         const T *xs = data<T>(x), *hys = data<T>(hy);
@@ -317,8 +299,8 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_loss_fwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityCall, fwd_workspace>::run)));
-  m.impl("similarity_loss_bwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityGradient, bwd_workspace>::run)));
+  m.impl("similarity_loss_fwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityCall, workspace<SimilarityCall, Forward>>::run)));
+  m.impl("similarity_loss_bwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityGradient, workspace<SimilarityGradient, Backward>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -4,16 +4,17 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // A column sum below this may have lost terms that underflowed relative to the strip's reference; it is summed again.
 constexpr float kLostBelow = 1e-28f;
 
-// Calls f(j, lanes, masked) for every block of W columns; masked is true if a lane may have to be masked.
+// Calls f(j, lanes, masked) for every block of W columns, as each_block does; masked is true if a lane may have to be masked.
 template <class F>
 VINLINE void for_blocks(int64_t columns, int64_t first_label, int64_t labels, bool mask_all, F&& f) {
   const int64_t full = columns / W * W;
   const int64_t lo = mask_all ? 0 : least(first_label / W * W, full);
   const int64_t hi = mask_all ? full : least((first_label + labels + W - 1) / W * W, full);
+  constexpr std::integral_constant<int, W> all;
   int64_t j = 0;
-  for (; j < lo; j += W) f(j, W, std::false_type{});
-  for (; j < hi; j += W) f(j, W, std::true_type{});
-  for (; j < full; j += W) f(j, W, std::false_type{});
+  for (; j < lo; j += W) f(j, all, std::false_type{});
+  for (; j < hi; j += W) f(j, all, std::true_type{});
+  for (; j < full; j += W) f(j, all, std::false_type{});
   if (full < columns) f(full, int(columns - full), std::true_type{});
 }
 
@@ -26,16 +27,9 @@ VINLINE vi dropped_lanes(const Strip& s, int64_t i, int64_t j, int lanes) {
   return drop;
 }
 
-template <class T>
-VINLINE vf load_block(const void* base, const Strip& s, int64_t i, int64_t j, int lanes, bool masked) {
-  const T* p = static_cast<const T*>(base) + i * s.columns + j;
-  return masked ? load(p, lanes) : load(p);
-}
-
-VINLINE vf load_column(const float* p, int64_t j, int lanes, bool masked) { return masked ? load(p + j, lanes) : load(p + j); }
-
-VINLINE void store_column(float* p, int64_t j, vf v, int lanes, bool masked) {
-  masked ? store(p + j, v, lanes) : store(p + j, v);
+template <class T, class Lanes>
+VINLINE vf load_block(const void* base, const Strip& s, int64_t i, int64_t j, Lanes lanes) {
+  return load(static_cast<const T*>(base) + i * s.columns + j, lanes);
 }
 
 // The log of a sum relative to a reference; -inf if the sum is empty, NaN if it is NaN.

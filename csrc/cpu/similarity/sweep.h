@@ -75,13 +75,13 @@ struct Sweep {
   Ids ids;
   Tensor stored;                         // [matrices, stored rows, M]
   std::optional<Matrix> student, teacher, image_to_teacher, teacher_to_text;
-  std::optional<Tensor> hadamard_weight; // [D]: the hyperplane's w
   Tensor hadamard, weighted;             // [chunk, M], [chunk, D]: (x*w) y^T, x*w
 
   // In backward `kept` is forward's result; forward does not read the store.
   Sweep(const SimilarityCall& call, const Tensor* kept, Scratch& scratch)
       : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(call.chunk, n)),
-        stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)), is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
+        stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)),
+        is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
     call.expect_layout();
     if (kept) expect_contiguous("stored", *kept);
     auto number = [](const std::optional<Tensor>& s) { return s->is_cpu() ? *s->const_data_ptr<float>() : 0.0f; };
@@ -93,22 +93,21 @@ struct Sweep {
       image_to_teacher = Matrix{x, *call.teacher_text, number(call.cross_scale)};
       if (call.columns) teacher_to_text = Matrix{*call.teacher_image, y, number(call.cross_scale)};
     }
-    stored = kept ? *kept : new_empty(call.image, {this->stored_rows ? call.matrices() : 0, this->stored_rows, m});
+    stored = kept ? *kept : new_empty(call.image, {stored_rows ? call.matrices() : 0, stored_rows, m});
     // The student's matrices use one scratch in turn; in backward it holds the gradients of stored products.
-    const int64_t missing = this->stored_rows < n ? this->chunk : 0;
-    const Tensor students = scratch.take(call.image, {kept ? this->chunk : missing, m});
+    const int64_t missing = stored_rows < n ? chunk : 0;
+    const Tensor students = scratch.take(call.image, {kept ? chunk : missing, m});
     int64_t slot = 0;
     for (auto* matrix : {&student, &teacher, &image_to_teacher, &teacher_to_text})
       if (*matrix) {
         (*matrix)->scratch = matrix == &teacher ? scratch.take(call.image, {missing, m}) : students;
-        if (this->stored_rows) (*matrix)->kept = torch::stable::select(stored, 0, slot++);
+        if (stored_rows) (*matrix)->kept = torch::stable::select(stored, 0, slot++);
       }
     if (call.negatives) {
       q = number(call.plane_bias);
       if (call.has_hadamard()) {
-        hadamard_weight = *call.plane_weight;
-        hadamard = scratch.take(call.image, {this->chunk, m});
-        weighted = scratch.take(call.image, {this->chunk, d});
+        hadamard = scratch.take(call.image, {chunk, m});
+        weighted = scratch.take(call.image, {chunk, d});
       } else {
         p = number(call.plane_weight);
       }
@@ -141,7 +140,7 @@ struct Sweep {
   // The hadamard matrix, which is never stored.
   void load_hadamard(int64_t first, int64_t count) {
     const Tensor x = rows(call.image, first, count);
-    const float* w = hadamard_weight->const_data_ptr<float>();
+    const float* w = call.plane_weight->const_data_ptr<float>();
     typed([&]<class T>(T*) {
       const T* from = data<T>(x);
       T* to = data<T>(weighted);
@@ -158,7 +157,7 @@ struct Sweep {
   template <class F>
   void for_strips(const Matrix& of, const Tensor& sim, const Tensor* of_teacher, int64_t first, int64_t count, F&& f) {
     const int64_t bytes = is_bf16 ? 2 : 4;
-    const bool has_hadamard = hadamard_weight && student && &of == &*student;
+    const bool has_hadamard = call.has_hadamard() && &of == &*student;
     parallel_for(0, strips_of(count), 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t i = k * kStripRows;

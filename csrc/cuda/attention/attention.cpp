@@ -9,21 +9,17 @@ namespace {
 using torch::stable::accelerator::DeviceGuard;
 using torch::stable::new_empty;
 
-int64_t bytes_of(const Tensor& t) { return t.scalar_type() == ScalarType::Float ? 4 : 2; }
-
 bool is_aligned(const Tensor& t) {
   bool aligned = t.stride(3) == 1 && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   for (int i = 0; i < 3; ++i) aligned = aligned && (t.size(i) == 1 || t.stride(i) * bytes_of(t) % 16 == 0);
   return aligned;
 }
 
-Tensor dense_like(const Tensor& t) { return new_empty(t, {t.size(0), t.size(1), t.size(2), t.size(3)}); }
-
 constexpr int64_t kGrain = 512;  // of the CUDA allocator
 
 // The tensor, or memory of its shape if its rows are not aligned.
 Tensor aligned_like(const Tensor& t, Scratch& scratch) {
-  return is_aligned(t) ? t : scratch.take(t, {t.size(0), t.size(1), t.size(2), t.size(3)});
+  return is_aligned(t) ? t : scratch.take(t, t.sizes());
 }
 
 // The tensor, or a copy if its rows are not aligned.
@@ -33,10 +29,11 @@ Tensor aligned(const Tensor& t, Scratch& scratch) {
   return to;
 }
 
-AttentionCall aligned(AttentionCall call, Scratch& scratch) {
-  for (Tensor* t : {&call.q, &call.k, &call.v}) *t = aligned(*t, scratch);
-  return call;
-}
+struct Forward : AttentionCall {
+  Forward(const AttentionCall& call, Scratch& scratch) : AttentionCall(call) {
+    for (Tensor* t : {&q, &k, &v}) *t = aligned(*t, scratch);
+  }
+};
 
 // The call with aligned tensors, and the gains' gradients of each sequence.
 struct Backward : AttentionInto {
@@ -91,10 +88,10 @@ void check_by_type(const Tensor& t, F&& f) {
 std::tuple<Tensor, Tensor> shaped_attention_fwd(const AttentionCall& call) {
   const Tensor& q = call.q;
   const DeviceGuard guard(q.get_device_index());
-  const Tensor out = dense_like(q);
+  const Tensor out = new_empty(q, q.sizes());
   const Tensor lse = new_empty(q, {q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   Scratch scratch(kGrain);
-  const AttentionCall work = aligned(call, scratch);
+  const Forward work(call, scratch);
   const ShapedAttentionForward p{shaped(work, lse), view(out), 0};
   if (q.size(0) == 0) return {out, lse};
   check_by_type(q, [&]<class T>(T*) { return launch_shaped_forward<T>(p, stream_of(q)); });
@@ -113,30 +110,16 @@ Tensor shaped_attention_bwd(const AttentionInto& call) {
                                   work.parts.mutable_data_ptr<float>()};
   if (batch > 0) check_by_type(call.q, [&]<class T>(T*) { return launch_shaped_backward<T>(p, stream); });
   check(launch_shaped_gains(p.d_gains, d_gains.mutable_data_ptr<float>(), batch, 3 * heads, stream));
-  auto put = [](Tensor to, const Tensor& from) {
-    if (!is_aligned(to)) torch::stable::copy_(to, from);
-  };
-  put(call.dq, work.dq);
-  put(call.dk, work.dk);
-  put(call.dv, work.dv);
+  for (const auto gradient : {&AttentionInto::dq, &AttentionInto::dk, &AttentionInto::dv}) {
+    Tensor to = call.*gradient;
+    if (!is_aligned(to)) torch::stable::copy_(to, work.*gradient);
+  }
   return d_gains;
 }
 
-int64_t shaped_attention_fwd_workspace(const AttentionCall& call) {
-  Scratch scratch(kGrain);
-  aligned(call, scratch);
-  return scratch.bytes();
-}
-
-int64_t shaped_attention_bwd_workspace(const AttentionInto& call) {
-  Scratch scratch(kGrain);
-  Backward(call, scratch);
-  return scratch.bytes();
-}
-
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("shaped_attention_fwd_cuda_workspace", TORCH_BOX((&Unpacked<AttentionCall, shaped_attention_fwd_workspace>::run)));
-  m.impl("shaped_attention_bwd_cuda_workspace", TORCH_BOX((&Unpacked<AttentionInto, shaped_attention_bwd_workspace>::run)));
+  m.impl("shaped_attention_fwd_cuda_workspace", TORCH_BOX((&Unpacked<AttentionCall, workspace<AttentionCall, Forward, kGrain>>::run)));
+  m.impl("shaped_attention_bwd_cuda_workspace", TORCH_BOX((&Unpacked<AttentionInto, workspace<AttentionInto, Backward, kGrain>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CUDA, m) {

@@ -30,8 +30,9 @@ struct Head {
 
 // Forward for up to 16 kTiles tokens. Shared memory: the block's queries, and two slots for slices of the columns of all keys
 // and then of all values; the next slice is always being loaded.
-template <class T, int kTiles>
-SIMPLCLIP_DEVICE void shaped_attention_forward(const ShapedAttentionForward& p) {
+template <class T, int kTiles, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    shaped_attention_forward_kernel(const __grid_constant__ ShapedAttentionForward p) {
   const Head head(p);
   const HeadRows q = head.rows(p.q), k = head.rows(p.k), v = head.rows(p.v), out = head.rows(p.out);
   const int warps = threads() / 32, first = block_y() * warps, tile = first + warp();
@@ -146,12 +147,6 @@ SIMPLCLIP_DEVICE void shaped_attention_forward(const ShapedAttentionForward& p) 
     }
     refill(s);
   }
-}
-
-template <class T, int kTiles, int kThreads, int kBlocks>
-SIMPLCLIP_KERNEL void __launch_bounds__(kThreads, kBlocks)
-    shaped_attention_forward_kernel(const __grid_constant__ ShapedAttentionForward p) {
-  shaped_attention_forward<T, kTiles>(p);
 }
 
 }  // namespace simplclip::gpu

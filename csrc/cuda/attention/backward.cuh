@@ -29,8 +29,9 @@ struct GainSums {
 // Up to 16 kTiles tokens, as many warps as tiles. A warp first has 16 queries: their rows of A and dP in registers give dS,
 // beta A - gamma C and dq. Then it has 16 keys: both matrices, which replace keys and values in shared memory, give dk and dv.
 // Shared memory: q, dO; k, v or the two matrices; sums.
-template <class T, int kTiles>
-SIMPLCLIP_DEVICE void shaped_attention_backward(const ShapedAttentionBackward& p) {
+template <class T, int kTiles, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    shaped_attention_backward_kernel(const __grid_constant__ ShapedAttentionBackward p) {
   const Head head(p);
   const HeadRows dq = head.rows(p.dq), dk = head.rows(p.dk), dv = head.rows(p.dv);
   const int tile = warp(), all = tiles_of(head.length), rows = tiles_of(p.length) * kRows;
@@ -153,12 +154,6 @@ SIMPLCLIP_DEVICE void shaped_attention_backward(const ShapedAttentionBackward& p
     store_global<T>(sum[0], dk, tile, i, head.length, p.length);
     store_global<T>(sum[1], dv, tile, i, head.length, p.length);
   }
-}
-
-template <class T, int kTiles, int kThreads, int kBlocks>
-SIMPLCLIP_KERNEL void __launch_bounds__(kThreads, kBlocks)
-    shaped_attention_backward_kernel(const __grid_constant__ ShapedAttentionBackward p) {
-  shaped_attention_backward<T, kTiles>(p);
 }
 
 }  // namespace simplclip::gpu

@@ -162,7 +162,7 @@ struct Stream {
 };
 
 template <class T, int kWidth, int kThreads, int kBlocks>
-SIMPLCLIP_KERNEL void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     shaped_attention_stream_kernel(const __grid_constant__ ShapedAttentionBackward p) {
   Stream<T, kWidth>(p).run();
 }
