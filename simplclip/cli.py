@@ -185,8 +185,7 @@ def plan(
         str | None, typer.Option(metavar="open_clip", help="Also predict the original model with open_clip's own losses.")
     ] = None,
     teacher_width: Annotated[
-        int | None,
-        typer.Option(min=1, help="Width of the teacher's stored features, if the shards are not on this machine."),
+        int | None, typer.Option(min=1, help="Width of the teacher's stored features, if the shards are not on this machine.")
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; no GPU is needed.")] = "cuda",
     picture: Annotated[Path | None, typer.Option(help="Write a PNG of the memory during the step and by batch size.")] = None,
@@ -202,15 +201,8 @@ def plan(
     values = configs.load(config, [*(set_ or ()), *([f"data.micro_batch={micro_batch}"] if micro_batch else ())])
     from simplclip.memory import report
 
-    report.run(
-        values,
-        memory,
-        device=device,
-        teacher_width=teacher_width,
-        compare=compare is not None,
-        picture=picture,
-        as_json=as_json,
-    )
+    options = {"device": device, "teacher_width": teacher_width, "picture": picture, "as_json": as_json}
+    report.run(values, memory, compare=compare is not None, **options)
 
 
 @app.command(
@@ -239,8 +231,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
     format_: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all."),
+        list[str] | None, typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:

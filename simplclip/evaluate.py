@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import simplclip
-from simplclip import models
+from simplclip import data, models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
@@ -55,9 +55,13 @@ def run(
         raise InputError(
             "data: expected at least one split (--data name=shards), got none, and the checkpoint's config has no eval.splits"
         )
-    loaded, missing = load_splits(splits, config.model.name, config.model.image_size, skip_missing)
-    for name, reason in missing.items():
-        say(f"skipped {name}: {reason}")
+    for name, shards in [*splits.items()] if skip_missing else ():
+        try:
+            data.expand(shards)
+        except ValueError as error:
+            say(f"skipped {name}: {error}")
+            del splits[name]
+    loaded = load_splits(splits, config.model.name, config.model.image_size)
 
     file = folder / "evaluation.json"
     _earlier(file)  # raises its error before the work

@@ -17,27 +17,27 @@ KS = (1, 5, 10)
 _CHUNK_BYTES = 64 * 2**20
 
 
-def retrieval(split: Split, ks: Sequence[int] = KS) -> dict[str, dict[str, dict[str, float]]]:
+def retrieval(split: Split) -> dict[str, dict[str, dict[str, float]]]:
     """R@k of an encoded split in both directions: direction -> "R@k" -> {"value", "chance"}, as fractions."""
     x, y = split.image_features, split.text_features
     x_groups, y_groups = split.data.groups, split.caption_groups
     return {
-        "image_to_text": recall(x, y, x_groups, y_groups, ks),
-        "text_to_image": recall(y, x, y_groups, x_groups, ks),
+        "image_to_text": recall(x, y, x_groups, y_groups),
+        "text_to_image": recall(y, x, y_groups, x_groups),
     }
 
 
 def recall(
-    queries: Tensor, candidates: Tensor, query_groups: Tensor, candidate_groups: Tensor, ks: Sequence[int] = KS
+    queries: Tensor, candidates: Tensor, query_groups: Tensor, candidate_groups: Tensor
 ) -> dict[str, dict[str, float]]:
-    """Fraction of queries that have a candidate of their own group among the k nearest.
+    """Fraction of queries that have a candidate of their own group among the k nearest, for each k of KS.
 
     queries: [n, D], candidates: [m, D], groups: int64 [n] and [m]. With as many groups as pairs this is the usual R@k.
     "chance" is the fraction if candidates are ranked at random: for r right ones of m, 1 - C(m-r, k)/C(m, k), averaged over
     the queries. Extra memory: a chunk of queries against all candidates, 64 MiB; never [n, m].
     """
     query_groups, candidate_groups = query_groups.to(queries.device), candidate_groups.to(queries.device)
-    m, top = len(candidates), min(max(ks), len(candidates))
+    m, top = len(candidates), min(max(KS), len(candidates))
     chunk = max(1, _CHUNK_BYTES // (4 * m))
     hits = torch.cat(
         [
@@ -49,7 +49,7 @@ def recall(
     place = torch.searchsorted(names, query_groups).clamp(max=len(names) - 1)
     right = torch.where(names[place] == query_groups, counts[place], 0).double()
     answer = {}
-    for k in ks:
+    for k in KS:
         tries = torch.arange(min(k, m), device=right.device)
         miss = ((m - right[:, None] - tries).clamp(min=0) / (m - tries)).prod(1)
         answer[f"R@{k}"] = {"value": hits[:, :k].any(1).double().mean().item(), "chance": (1 - miss).mean().item()}

@@ -36,25 +36,10 @@ class Split:
         return cls(found, [found.captions[i] for i in rows], found.text[rows], found.groups[rows])
 
 
-def load_splits(
-    splits: Mapping[str, str | list[str]], model: str, image_size: int | None = None, skip_missing: bool = False
-) -> tuple[dict[str, Split], dict[str, str]]:
-    """Read splits for the model called `model`. image_size: None for the model's default.
-
-    Returns the splits by name, and the reasons of skipped ones by name.
-    """
-    loaded, missing = {}, {}
-    tokenizer = models.tokenizer(model)
-    transform = models.transforms(model, train=False, image_size=image_size)
-    for name, shards in splits.items():
-        if skip_missing:
-            try:
-                data.expand(shards)
-            except ValueError as error:
-                missing[name] = str(error)
-                continue
-        loaded[name] = Split.of(data.load_eval(shards, tokenizer, transform))
-    return loaded, missing
+def load_splits(splits: Mapping[str, str | list[str]], model: str, image_size: int | None = None) -> dict[str, Split]:
+    """Read splits for the model called `model`. image_size: None for the model's default."""
+    tokenizer, transform = models.tokenizer(model), models.transforms(model, train=False, image_size=image_size)
+    return {name: Split.of(data.load_eval(shards, tokenizer, transform)) for name, shards in splits.items()}
 
 
 @torch.no_grad()

@@ -6,10 +6,8 @@ import importlib
 
 __all__ = ["Interrupted", "TrainingError", "run"]
 
-_PUBLIC = {"Interrupted": "loop", "TrainingError": "step", "run": "loop"}
-
 
 def __getattr__(name: str):  # imported late, so that a config is checked before torch is imported
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"simplclip.train.{_PUBLIC[name]}"), name)
+    if name in __all__:
+        return getattr(importlib.import_module("simplclip.train.loop"), name)
     raise AttributeError(f"module 'simplclip.train' has no attribute {name!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,24 +70,6 @@ def figures(row: Mapping[str, float]) -> str:
         f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}  "
         f"{row['samples_per_s']:.0f} samples/s  peak {row['peak_mb']:.0f} MiB"
     )
-
-
-class Speed:
-    """Samples per second, smoothed over about the last 20 steps."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.pause()
-
-    def step(self, samples: int) -> float:
-        now = time.perf_counter()
-        took, self.last = now - self.last, now
-        self.seconds = took if not self.seconds else 0.95 * self.seconds + 0.05 * took
-        return samples / self.seconds
-
-    def pause(self) -> None:
-        """The time since the last step, e.g. of a checkpoint or an evaluation, does not count."""
-        self.last = time.perf_counter()
 
 
 class RunLog:
