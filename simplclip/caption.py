@@ -91,15 +91,9 @@ def run(
 
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    summary = rewrite(
-        shards,
-        out,
-        process,
-        stamp={"caption": {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}},
-        batch_size=batch_size,
-        progress=progress,
-        title="captions",
-    )
+    about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
+    options = {"batch_size": batch_size, "progress": progress, "title": "captions"}
+    summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
     return summary | {name: counts[name] for name in ("captions", "duplicate", "empty")}
 
 

@@ -30,7 +30,6 @@ def run(
     batch_size: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    threads: int | None = None,
     skip_missing: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def run(
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
     model, config, state = load_model(checkpoint, place)
-    hardware.set_threads(threads or config.run.threads)
+    hardware.set_threads(config.run.threads)
     folder = Path(out) if out else (Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent)
     splits = dict(splits or config.eval.splits)
     if not splits:

@@ -161,7 +161,7 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
     if full:
         traceback.clear_frames(error.__traceback__)  # they hold the step's activations
         limit.lift()
-    saved = whole.rescue(free=full)
+    saved = whole.rescue()
     go_on = f" To go on: simplclip train {out / 'config.yaml'} --resume" if (out / "last.pt").exists() else ""
     if full:
         where = saved or "No step was finished before it, so nothing is saved."

@@ -57,19 +57,15 @@ class Reporter:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, row: Mapping[str, float]) -> None:
+        terms = "  ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in row.items() if name.endswith("_loss"))
+        figures = (
+            f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}  "
+            f"{row['samples_per_s']:.0f} samples/s  peak {row['peak_mb']:.0f} MiB"
+        )
         if not self.progress.disable:
-            self.progress.update(self.task, completed=step, figures=figures(row))
+            self.progress.update(self.task, completed=step, figures=figures)
         elif step % self.print_every == 0 or step == self.steps:
-            self.print(f"step {step}/{self.steps}  {figures(row)}")
-
-
-def figures(row: Mapping[str, float]) -> str:
-    """The main figures of a row, on one line."""
-    terms = "  ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in row.items() if name.endswith("_loss"))
-    return (
-        f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}  "
-        f"{row['samples_per_s']:.0f} samples/s  peak {row['peak_mb']:.0f} MiB"
-    )
+            self.print(f"step {step}/{self.steps}  {figures}")
 
 
 class RunLog:

@@ -82,18 +82,16 @@ class LastStep:
         state["model"].update(self._buffers)
         checkpoint.save(self.out, state, self.this.config.run.keep, prune)
 
-    def rescue(self, free: bool = False) -> str | None:
+    def rescue(self) -> str | None:
         """Save the last whole step if it is not saved. Returns a sentence: what is saved, or why not and what is intact.
 
-        free: free the gradients first. Returns None if there was no whole step, in this run or in one that it continues.
+        Returns None if there was no whole step, in this run or in one that it continues. Frees the gradients.
         """
         this, step = self.this, self._progress["step"]
         with undisturbed(report=False):
-            if free:
-                this.optimizer.zero_grad(set_to_none=True)
-                gc.collect()
-                if this.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            this.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
             good = checkpoint.step_of(self.last)
             if good == step:
                 return f"Step {step} is saved in {self.last}."
