@@ -1,6 +1,6 @@
 """The trainer: loop.py is a run from its config to its last checkpoint, step.py one step, state.py what is trained;
-folder.py locks and checks the run's folder, metrics.py and curves.py write its figures, limits.py limits its memory,
-rescue.py handles Ctrl-C and saves after an error."""
+folder.py locks and checks the run's folder, metrics.py writes its figures, limits.py limits its memory, rescue.py handles
+Ctrl-C and saves after an error."""
 
 import importlib
 

@@ -20,10 +20,9 @@ from simplclip.common.errors import UserError
 from simplclip.ops import backends
 from simplclip.train import checkpoint
 from simplclip.train.config import Config
-from simplclip.train.curves import curves
 from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, Planner, gib, ran_out
-from simplclip.train.metrics import Reporter, RunLog, peak_memory_mb
+from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
 from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
