@@ -134,7 +134,6 @@ def _train(source: Path, trial: Trial, threads: int) -> None:
     changes = [word for change in trial.changes() for word in ("--set", change)]
     steps = ["train", str(source), "--resume", *changes], ["evaluate", str(trial.folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SIMPLCLIP_THREADS": str(threads)}
-    trial.folder.parent.mkdir(parents=True, exist_ok=True)
     log = trial.folder.with_suffix(".log")
     with open(log, "a") as file:
         for step in steps:

@@ -82,8 +82,7 @@ def run(
 
     def process(samples: list[Opened]) -> list[dict[str, bytes]]:
         images = torch.stack([transform(sample.image) for sample in samples]).to(place)
-        seeds = [stable_hash(f"{seed}/{sample.place}") >> 1 for sample in samples]
-        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        generators = [torch.Generator().manual_seed(stable_hash(f"{seed}/{sample.place}") >> 1) for sample in samples]
         draws = torch.stack([torch.rand(n, max_tokens, generator=g, dtype=torch.float64) for g in generators])
         with hardware.autocast(precision, place):
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)

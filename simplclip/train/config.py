@@ -318,9 +318,7 @@ def _explain(error: Any) -> str:
     if kind == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, known)}"
     # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
-    field_key = next((k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known), None)
-    if field_key is None:
-        return f"{key}: {error['msg']}"
+    field_key = next(k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known)
     field = known[field_key]
     if kind == "missing":
         hint = f"; expected {_type_name(field.annotation)} ({field.description})" if key == field_key else ""
