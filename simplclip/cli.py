@@ -59,6 +59,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, short_help="Build the data of the demo.", help="Build the data of the demo.")
 app.add_typer(data_app, name="data")
+main = app  # what pyproject.toml and __main__.py call
 
 Overrides = Annotated[
     list[str] | None,
@@ -89,11 +90,6 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """Entry point of the command `simplclip`."""
-    app()
 
 
 @app.command(short_help="Show which backend runs each op on this machine.", epilog="Example: simplclip doctor --why")

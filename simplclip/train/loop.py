@@ -136,7 +136,7 @@ def _steps(
     for batches in _batches(this, loader, report.print):
         row = train_step(this, batches)
         whole.take()
-        took = time.perf_counter() - began
+        took, began = time.perf_counter() - began, time.perf_counter()
         seconds = 0.95 * seconds + 0.05 * took if seconds else took  # smoothed over about the last 20 steps
         row |= {"samples_per_s": this.config.data.batch_size / seconds, "peak_mb": peak_memory_mb(this.device)}
         report.step(this.step, row)
@@ -145,12 +145,13 @@ def _steps(
             log.write("metrics", row)
         if splits and (last or this.step % this.config.eval.every == 0):
             _evaluate(this, splits, log, report.print)
+            began = time.perf_counter()  # evaluations and checkpoints do not count
         if last or stop.requested or this.step % c.save_every == 0:
             whole.save()
+            began = time.perf_counter()
         if last or stop.requested:
             report.print(f"data       epoch {this.epoch} so far: {loader.report()}")
             return
-        began = time.perf_counter()  # checkpoints and evaluations do not count
 
 
 def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Config) -> Exception:
