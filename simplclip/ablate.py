@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from tqdm import tqdm
 
 from simplclip.common.files import differences, write_atomically, write_csv
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
-from simplclip.evaluation import KS
 from simplclip.train import config
 from simplclip.train.config import Config, ConfigError
 
@@ -66,7 +64,6 @@ def run(
     seeds: int = 3,
     starts: Sequence[str] = STARTS,
     jobs: int = 1,
-    console: Console | None = None,
 ) -> Path:
     """Train every variant of the config `source` and evaluate it on eval.splits; returns OUT/ablation.csv.
 
@@ -78,8 +75,7 @@ def run(
     Raises: ConfigError if the config lacks a part or its settings are not those of OUT; RuntimeError if a run fails, which
     names its log.
     """
-    console, out = console or Console(), Path(out)
-    base = config.load(source, overrides)
+    out, base = Path(out), config.load(source, overrides)
     _check(base, starts)
     trials = [
         Trial(variant, start, seed, out / f"{start}-{list(VARIANTS).index(variant)}-{seed}")
@@ -89,9 +85,10 @@ def run(
     ]
     _claim(out, base)
     todo = [trial for trial in trials if not (trial.folder / "evaluation.json").exists()]
-    console.print(f"{len(trials)} runs of {base.run.steps} steps, {len(trials) - len(todo)} of them done", highlight=False)
+    finished = len(trials) - len(todo)
+    print(f"{len(trials)} runs of {base.run.steps} steps, {finished} of them done")
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(trials), initial=len(trials) - len(todo), unit=" runs") as bar:
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(trials), initial=finished, unit=" runs") as bar:
         waiting = [pool.submit(_train, out / "config.yaml", trial, threads) for trial in todo]
         try:
             for done in waiting:
@@ -137,7 +134,6 @@ def _train(source: Path, trial: Trial, threads: int) -> None:
     changes = [word for change in trial.changes() for word in ("--set", change)]
     steps = ["train", str(source), "--resume", *changes], ["evaluate", str(trial.folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SIMPLCLIP_THREADS": str(threads)}
-    trial.folder.parent.mkdir(parents=True, exist_ok=True)
     log = trial.folder.with_suffix(".log")
     with open(log, "a") as file:
         for step in steps:
@@ -154,9 +150,8 @@ def _rows(trial: Trial) -> Iterator[dict[str, Any]]:
         for direction in DIRECTIONS:
             row = {"variant": trial.variant, "start": trial.start, "seed": trial.seed, "steps": result["step"]}
             row |= {"split": split, "direction": direction}
-            recalls = {f"R@{k}": entry[direction][f"R@{k}"] for k in KS}
-            row |= {k: round(figure["value"], 6) for k, figure in recalls.items()}
-            yield row | {f"chance of {k}": round(figure["chance"], 6) for k, figure in recalls.items()}
+            row |= {k: round(figure["value"], 6) for k, figure in entry[direction].items()}
+            yield row | {f"chance of {k}": round(figure["chance"], 6) for k, figure in entry[direction].items()}
 
 
 def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:

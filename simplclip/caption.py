@@ -82,8 +82,7 @@ def run(
 
     def process(samples: list[Opened]) -> list[dict[str, bytes]]:
         images = torch.stack([transform(sample.image) for sample in samples]).to(place)
-        seeds = [stable_hash(f"{seed}/{sample.place}") >> 1 for sample in samples]
-        generators = [torch.Generator().manual_seed(number) for number in seeds]
+        generators = [torch.Generator().manual_seed(stable_hash(f"{seed}/{sample.place}") >> 1) for sample in samples]
         draws = torch.stack([torch.rand(n, max_tokens, generator=g, dtype=torch.float64) for g in generators])
         with hardware.autocast(precision, place):
             tokens = generate(coca, images, draws, tokenizer, top_p=top_p, temperature=temperature)
@@ -91,15 +90,9 @@ def run(
 
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    summary = rewrite(
-        shards,
-        out,
-        process,
-        stamp={"caption": {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}},
-        batch_size=batch_size,
-        progress=progress,
-        title="captions",
-    )
+    about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
+    options = {"batch_size": batch_size, "progress": progress, "title": "captions"}
+    summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
     return summary | {name: counts[name] for name in ("captions", "duplicate", "empty")}
 
 

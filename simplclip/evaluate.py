@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import simplclip
-from simplclip import models
+from simplclip import data, models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
@@ -30,7 +30,6 @@ def run(
     batch_size: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
-    threads: int | None = None,
     skip_missing: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -48,16 +47,20 @@ def run(
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
     model, config, state = load_model(checkpoint, place)
-    hardware.set_threads(threads or config.run.threads)
+    hardware.set_threads(config.run.threads)
     folder = Path(out) if out else (Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent)
     splits = dict(splits or config.eval.splits)
     if not splits:
         raise InputError(
             "data: expected at least one split (--data name=shards), got none, and the checkpoint's config has no eval.splits"
         )
-    loaded, missing = load_splits(splits, config.model.name, config.model.image_size, skip_missing)
-    for name, reason in missing.items():
-        say(f"skipped {name}: {reason}")
+    for name, shards in [*splits.items()] if skip_missing else ():
+        try:
+            data.expand(shards)
+        except ValueError as error:
+            say(f"skipped {name}: {error}")
+            del splits[name]
+    loaded = load_splits(splits, config.model.name, config.model.image_size)
 
     file = folder / "evaluation.json"
     _earlier(file)  # raises its error before the work

@@ -45,7 +45,12 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         file.close()
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # a system that cannot open a folder to make the rename durable
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     finally:
         with contextlib.suppress(OSError):  # after an error: closing flushes the buffer, which fails again on a full disk
             file.close()
@@ -83,16 +88,6 @@ def sha256(path: str | Path) -> str:
 def identity(path: str | Path) -> dict[str, Any]:
     """The size and SHA-256 of a file, as the meta.json of shards and the export.json of exports hold them."""
     return {"bytes": os.path.getsize(path), "sha256": sha256(path)}
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename durable, on systems that can open a folder."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

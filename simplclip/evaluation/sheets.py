@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from simplclip.common.plotting import INK, MUTED, new_figure, write
-from simplclip.evaluation.splits import Split
+from simplclip.evaluation.metrics import Split
 
 RIGHT, FRAME = "#1a9850", "#d0d7de"
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import replacing, sync_folder
+from simplclip.common.files import replacing
 
 FORMAT, VERSION = "simplclip", 1
 _NUMBERED = re.compile(r"step-(\d+)\.pt")
@@ -49,7 +49,12 @@ def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = Tru
                 raise OSError(first.errno, first.strerror, str(last)) from first
             raise
     if keep:
-        _alias(last, folder / f"step-{state['step']:06d}.pt")
+        numbered = folder / f"step-{state['step']:06d}.pt"
+        try:
+            os.link(last, numbered)
+        except OSError:  # an earlier run has left it, or the file system has no hard links
+            with replacing(numbered) as file, last.open("rb") as source:
+                shutil.copyfileobj(source, file)
     for old in numbered_checkpoints(folder)[: -keep or None] if prune else ():
         old.unlink()
     return last
@@ -113,18 +118,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if "numpy" in state:
         name, keys, position, has_gauss, cached = state["numpy"]
         np.random.set_state((name, keys.numpy().astype("uint32"), int(position), int(has_gauss), cached))  # noqa: NPY002
-
-
-def _alias(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, atomically."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)

@@ -46,8 +46,7 @@ class ModelConfig(Section):
 
 class InheritConfig(Section):
     source: str | list[str] | None = Field(
-        None,
-        description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list",
+        None, description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list"
     )
     train: list[str] = Field([], description="patterns of inherited tensors that are trained; the others are frozen")
 
@@ -219,36 +218,29 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _builtin() -> dict[str, Any]:
-    """The configs of this package and those registered as simplclip.configs, by name."""
+def builtin() -> dict[str, Any]:
+    """The files of the built-in configs by name: those of this package, and those registered as simplclip.configs."""
     folders = [resources.files("simplclip.train"), *(resources.files(e.value) for e in plugins.entries("configs").values())]
     files = [file for folder in folders for file in (folder / "configs").iterdir()]
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 
 
-def builtin_names() -> list[str]:
-    """Names of the built-in configs."""
-    return sorted(_builtin())
-
-
 def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a config.
 
-    source: path of a YAML file, or the name of a built-in config (`builtin_names()`).
+    source: path of a YAML file, or the name of a built-in config.
     overrides: "key=value" with dotted keys; values are parsed as YAML. Raises ConfigError, which names the key.
     """
-    builtin = _builtin()
-    file = Path(source) if Path(source).is_file() else builtin.get(str(source))
+    known = builtin()
+    file = Path(source) if Path(source).is_file() else known.get(str(source))
     if file is None:
-        near = difflib.get_close_matches(str(source), sorted(builtin), 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        known = ", ".join(sorted(builtin))
-        raise ConfigError(f"config: expected a YAML file or one of the built-in {known}, got {str(source)!r}{hint}")
+        near = difflib.get_close_matches(str(source), names := sorted(known), 1, 0.5)
+        got = f"{str(source)!r}; did you mean {near[0]!r}?" if near else repr(str(source))
+        raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(names)}, got {got}")
     values = _parse(file.read_text(encoding="utf-8"), str(source))
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict | None):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
+    values = values or {}
     for item in overrides:
         _override(values, item)
     return from_dict(values)
@@ -326,9 +318,7 @@ def _explain(error: Any) -> str:
     if kind == "extra_forbidden":
         return f"{key}: unknown key{_nearest(key, known)}"
     # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
-    field_key = next((k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known), None)
-    if field_key is None:
-        return f"{key}: {error['msg']}"
+    field_key = next(k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known)
     field = known[field_key]
     if kind == "missing":
         hint = f"; expected {_type_name(field.annotation)} ({field.description})" if key == field_key else ""
@@ -340,15 +330,13 @@ def _explain(error: Any) -> str:
 
 def _nearest(key: str, known: dict[str, Any]) -> str:
     section, _, name = key.rpartition(".")
-    parts = {k: k.rpartition(".") for k in known}
-    siblings = [k for k in known if parts[k][0] == section]
-    by_name: dict[str, list[str]] = {}
-    for k in [*siblings, *known]:  # of several keys of one name, the one in the section that was named
-        by_name.setdefault(parts[k][2], []).append(k)
-    near = by_name.get(name) or difflib.get_close_matches(key, known, 1, 0.75)
-    near = near or [by_name[other][0] for other in difflib.get_close_matches(name, by_name, 1, 0.6)]
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    # of several keys of one name, the one in the section that was named
+    by_name = {k.rpartition(".")[2]: k for k in reversed([*siblings, *known])}
+    near = [name] if name in by_name else difflib.get_close_matches(key, known, 1, 0.75)
+    near = near or difflib.get_close_matches(name, by_name, 1, 0.6)
     if near:
-        return f"; did you mean {near[0]}?"
+        return f"; did you mean {by_name.get(near[0], near[0])}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""
 
 

@@ -80,10 +80,10 @@ def _lock(path: Path) -> tuple[int | None, str | None]:
                     raise OSError(0, "this system has no flock")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{refusal}: {_owner(path)[2]}") from None
+                raise ConfigError(f"{refusal}: {_owner(path)[0]}") from None
             except OSError as error:
-                pid, host, does = _owner(path)
-                if pid is not None and not (host == socket.gethostname() and _is_over(pid)):
+                does, alive = _owner(path)
+                if alive:
                     hint = "If that process is over, delete this file"
                     raise ConfigError(f"{refusal}: {does}, as {path} says. {hint}") from None
                 return None, error.strerror
@@ -93,27 +93,21 @@ def _lock(path: Path) -> tuple[int | None, str | None]:
                 return file, None
 
 
-def _owner(path: Path) -> tuple[int | None, str | None, str]:
-    """The process and the host that the file names, and both in words."""
+def _owner(path: Path) -> tuple[str, bool]:
+    """The process and the host that the file names, in words, and whether that process may be alive."""
     try:
         found = json.loads(path.read_text())
         pid, host = int(found["pid"]), str(found["host"])
     except (OSError, ValueError, LookupError, TypeError):
-        return None, None, "a process that is starting does"
-    return pid, host, f"process {pid} on host {host} does"
-
-
-def _is_over(pid: int) -> bool:
-    """Whether the process `pid` of this host has ended. Our own number is that of an earlier process."""
-    if pid == os.getpid():
-        return True
-    if fcntl is None:  # signal 0 would end the process
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, ProcessLookupError)
-    return False
+        return "a process that is starting does", False
+    here = host == socket.gethostname()
+    alive = not (here and pid == os.getpid())  # our own number is that of an earlier process
+    if here and alive and fcntl is not None:  # without fcntl, on Windows, signal 0 would end the process
+        try:
+            os.kill(pid, 0)
+        except OSError as error:
+            alive = not isinstance(error, ProcessLookupError)
+    return f"process {pid} on host {host} does", alive
 
 
 def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,14 +18,12 @@ from rich.console import Console
 from simplclip import data, evaluation, models
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
-from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends
 from simplclip.train import checkpoint
 from simplclip.train.config import Config
-from simplclip.train.curves import curves
 from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, gib, ran_out
-from simplclip.train.metrics import Reporter, RunLog, Speed, peak_memory_mb
+from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
 from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
@@ -79,10 +78,10 @@ def run(
 
         loader, splits = _loader(config, pin_memory=device.type == "cuda"), {}
         if config.eval.every:
-            splits, _ = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
+            splits = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
         this = Training(config, device, precision, state)
         this.model.train()
-        whole = LastStep(this, out)
+        whole = LastStep(this)
         stop = stack.enter_context(StopRequest())
         try:
             report = Reporter(console or Console(), config.run.steps, this.step, config.run.print_every)
@@ -134,21 +133,23 @@ def _steps(
     log: RunLog,
 ) -> None:
     """Run the steps until the last one or a stop, and save the state."""
-    c, speed = this.config.run, Speed()
+    c, seconds, began = this.config.run, 0.0, time.perf_counter()
     for batches in _batches(this, loader, report.print):
         row = train_step(this, batches)
         whole.take()
-        row |= {"samples_per_s": speed.step(this.config.data.batch_size), "peak_mb": peak_memory_mb(this.device)}
+        took, began = time.perf_counter() - began, time.perf_counter()
+        seconds = 0.95 * seconds + 0.05 * took if seconds else took  # smoothed over about the last 20 steps
+        row |= {"samples_per_s": this.config.data.batch_size / seconds, "peak_mb": peak_memory_mb(this.device)}
         report.step(this.step, row)
         last = this.step == c.steps
         if last or this.step % c.log_every == 0:
             log.write("metrics", row)
         if splits and (last or this.step % this.config.eval.every == 0):
             _evaluate(this, splits, log, report.print)
-            speed.pause()
+            began = time.perf_counter()  # evaluations and checkpoints do not count
         if last or stop.requested or this.step % c.save_every == 0:
             whole.save()
-            speed.pause()
+            began = time.perf_counter()
         if last or stop.requested:
             report.print(f"data       epoch {this.epoch} so far: {loader.report()}")
             return
@@ -161,7 +162,7 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
     if full:
         traceback.clear_frames(error.__traceback__)  # they hold the step's activations
         limit.lift()
-    saved = whole.rescue(free=full)
+    saved = whole.rescue()
     go_on = f" To go on: simplclip train {out / 'config.yaml'} --resume" if (out / "last.pt").exists() else ""
     if full:
         where = saved or "No step was finished before it, so nothing is saved."
@@ -244,9 +245,8 @@ def _backend(this: Training, op: str, **call) -> str:
 
 def _blocks(this: Training) -> str:
     """The number of simplified blocks of the model, and the backends that run their parts."""
-    found = [module for module in this.model.modules() if isinstance(module, SimplifiedBlock)]
-    if not found:
+    if not this.blocks:
         return "none simplified"
-    attention = {_backend(this, "shaped_attention_fwd", width=block.width // block.heads) for block in found}
+    attention = sorted({_backend(this, "shaped_attention_fwd", width=b.width // b.heads) for b in this.blocks})
     mlp = _backend(this, "parallel_mlp_fwd")
-    return f"{len(found)} simplified; shaped_attention is served by {' and '.join(sorted(attention))}, parallel_mlp by {mlp}"
+    return f"{len(this.blocks)} simplified; shaped_attention is served by {' and '.join(attention)}, parallel_mlp by {mlp}"

@@ -1,15 +1,15 @@
-"""Output of a run's figures: metrics.csv, TensorBoard, and a progress bar or plain lines."""
+"""Output of a run's figures: metrics.csv, curves.png, TensorBoard, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
 import csv
 import math
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_csv
+from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 
 try:
     import resource
@@ -58,37 +59,15 @@ class Reporter:
         self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, row: Mapping[str, float]) -> None:
+        terms = "  ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in row.items() if name.endswith("_loss"))
+        figures = (
+            f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}  "
+            f"{row['samples_per_s']:.0f} samples/s  peak {row['peak_mb']:.0f} MiB"
+        )
         if not self.progress.disable:
-            self.progress.update(self.task, completed=step, figures=figures(row))
+            self.progress.update(self.task, completed=step, figures=figures)
         elif step % self.print_every == 0 or step == self.steps:
-            self.print(f"step {step}/{self.steps}  {figures(row)}")
-
-
-def figures(row: Mapping[str, float]) -> str:
-    """The main figures of a row, on one line."""
-    terms = "  ".join(f"{name.removesuffix('_loss')} {value:.3f}" for name, value in row.items() if name.endswith("_loss"))
-    return (
-        f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}  "
-        f"{row['samples_per_s']:.0f} samples/s  peak {row['peak_mb']:.0f} MiB"
-    )
-
-
-class Speed:
-    """Samples per second, smoothed over about the last 20 steps."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.pause()
-
-    def step(self, samples: int) -> float:
-        now = time.perf_counter()
-        took, self.last = now - self.last, now
-        self.seconds = took if not self.seconds else 0.95 * self.seconds + 0.05 * took
-        return samples / self.seconds
-
-    def pause(self) -> None:
-        """The time since the last step, e.g. of a checkpoint or an evaluation, does not count."""
-        self.last = time.perf_counter()
+            self.print(f"step {step}/{self.steps}  {figures}")
 
 
 class RunLog:
@@ -122,7 +101,7 @@ class RunLog:
         """
         if name not in self._tables:
             path, columns = self.out / f"{name}.csv", list(row)
-            write_csv(path, columns, rows_until(path, columns, self.start))
+            write_csv(path, columns, [row for row in _rows(path, columns) if int(row["step"]) <= self.start])
             lines = self._open.enter_context(path.open("a", buffering=1, newline="", encoding="utf-8"))
             self._tables[name] = csv.DictWriter(lines, columns, lineterminator="\n")
         self._tables[name].writerow(row)
@@ -138,13 +117,51 @@ class RunLog:
                     self._writer.add_scalar("/".join([name, *words, figure]), value, row["step"])
 
 
-def rows_until(path: Path, columns: list[str], step: int) -> list[dict[str, str]]:
-    """Rows of a CSV file up to `step`, without a last line that a crash cut short. Raises InputError for other columns."""
+def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, str]]:
+    """The rows of a CSV file, without a last line that a crash cut short. Raises InputError for other `columns`."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader([line for line in file if line.endswith("\n")])
-    if rows.fieldnames is not None and list(rows.fieldnames) != columns:
+    if columns and list(rows.fieldnames or columns) != columns:
         raise InputError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(rows.fieldnames)}")
-    whole = (row for row in rows if row["step"].isdigit() and None not in row and None not in row.values())
-    return [row for row in whole if int(row["step"]) <= step]
+    return [row for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
+
+
+def curves(run: str | Path) -> Path | None:
+    """RUN/curves.png from RUN/metrics.csv: loss and its terms, learning rate, scale and gradient norm.
+
+    Returns None if no row has been logged yet.
+    """
+    run = Path(run)
+    rows = _rows(run / "metrics.csv")
+    if not rows:
+        return None
+    columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    step = columns["step"]
+    terms = [name for name in columns if name.endswith("_loss")]
+    figure = new_figure(11, 6.4)
+    margins = {"left": 0.055, "right": 0.98, "top": 0.86, "bottom": 0.085}
+    axes = figure.subplots(2, 2, gridspec_kw={"hspace": 0.34, "wspace": 0.14, **margins})
+    panels = {"Loss": ["loss", *terms], "Learning rate": ["lr"], "Logit scale": ["logit_scale"]}
+    panels["Gradient norm before clipping"] = ["grad_norm"]
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for colour, name in zip(COLOURS, names):
+            values = columns[name]
+            noisy = len(values) > 20 and name not in ("lr", "logit_scale")
+            if noisy:
+                axis.plot(step, values, color=colour, alpha=0.22, linewidth=0.8)
+                window = np.ones(2 * max(1, len(values) // 40) + 1)  # a twentieth of the run, fewer rows at its ends
+                values = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+            label = name.removesuffix("_loss").replace("_", " ")
+            axis.plot(step, values, color=colour, linewidth=1.8, label=f"{label}: {values[-1]:.3g}")
+        style(axis, title)
+        axis.set_xlim(0, max(step[-1], 1))
+        axis.set_ylim(0, 1.08 * max(columns[name].max() for name in names) or 1)
+        axis.yaxis.set_major_formatter("{x:.3g}")
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+    for axis in axes[1]:
+        axis.set_xlabel("step", color=MUTED)
+    figure.suptitle(run.name, color=INK, fontsize=14, fontweight="bold", x=0.055, y=0.965, ha="left")
+    return write(figure, run / "curves.png")

@@ -12,38 +12,37 @@ from simplclip import losses
 from simplclip.train.config import TERMS, ConfigError, LossConfig
 
 
-def make_loss(config: LossConfig, width: int | None, teacher: Mapping[str, Any] | None) -> nn.Module:
-    """ClipPMLoss, or WIKDLoss if any step has a term of a teacher, with every weight 1.
+class Objective:
+    """Computes the weighted terms of a batch at a step of a run by `loss`: ClipPMLoss, or WIKDLoss with a teacher.
 
-    width: D of the student's features, needed with a teacher and for plane="hadamard". teacher: its "width" D̂.
+    width: D of the student's features, needed with a teacher and for plane="hadamard".
+    teacher: its "width" D̂ and "logit_scale", if any step has a term of a teacher.
     Raises ConfigError for a teacher of another width without loss.projection.
     """
-    on = {switch: float(term in config.weights) for term, switch in TERMS.items()}
-    shared = {"plane": config.plane, "negatives": config.negatives, "embed_dim": width}
-    if not config.needs_teacher:
-        return losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
-    across = {"feature_loss", "interactive_loss"} & config.weights.keys()
-    if across and teacher["width"] != width and not config.projection:
-        raise ConfigError(
-            f"loss.projection: expected true, since the teacher's features have width {teacher['width']} and the student's "
-            f"{width}, and {' and '.join(sorted(across)).replace('_loss', '')} distillation compares them; got false"
+
+    def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
+        self.schedules, self.steps, self.teacher = config.weights, steps, teacher
+        on = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
+        shared = {"plane": config.plane, "negatives": config.negatives, "embed_dim": width}
+        if teacher is None:
+            self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
+            return
+        across = {"feature_loss", "interactive_loss"} & self.schedules.keys()
+        if across and teacher["width"] != width and not config.projection:
+            raise ConfigError(
+                f"loss.projection: expected true, since the teacher's features have width {teacher['width']} and the "
+                f"student's {width}, and {' and '.join(sorted(across)).replace('_loss', '')} distillation compares them; "
+                "got false"
+            )
+        self.loss = losses.WIKDLoss(
+            **on,
+            **shared,
+            teacher_dim=teacher["width"] if config.projection else None,
+            interactive=config.interactive,
+            learn_interactive_scale=config.learn_interactive_scale,
+            feature_distance=config.feature_distance,
+            divergence="kl",
         )
-    return losses.WIKDLoss(
-        **on,
-        **shared,
-        teacher_dim=teacher["width"] if config.projection else None,
-        interactive=config.interactive,
-        learn_interactive_scale=config.learn_interactive_scale,
-        feature_distance=config.feature_distance,
-        divergence="kl",
-    )
-
-
-class Objective:
-    """Computes the weighted terms of a batch at a step of a run. loss: the module that make_loss returned."""
-
-    def __init__(self, config: LossConfig, loss: nn.Module, steps: int, teacher: Mapping[str, Any] | None):
-        self.schedules, self.loss, self.steps, self.teacher = config.weights, loss, steps, teacher
 
     def __call__(
         self,

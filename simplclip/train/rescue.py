@@ -53,53 +53,45 @@ class StopRequest:
 class LastStep:
     """The state of `this` after its last whole step.
 
-    It keeps copies of what a failing step may have changed: states of random generators, the position in the data, and the
-    buffers of modules in training mode (a batch norm's statistics, which the forward pass changes). Parameters and the states
-    of optimizer, schedule and scaler change only in the update, during which `this.updating` is set.
-
-    Memory: a copy of those buffers.
+    It keeps copies of what a failing step may have changed: states of random generators, the position in the data, and
+    buffers (a batch norm's statistics, which the forward pass changes). Parameters and the states of optimizer, schedule and
+    scaler change only in the update, during which `this.updating` is set. Memory: a copy of the buffers.
     """
 
-    def __init__(self, this: Training, out: Path):
-        self.this, self.out, self.last = this, out, out / "last.pt"
+    def __init__(self, this: Training):
+        self.this, self.out = this, Path(this.config.run.out)
+        self.last = self.out / "last.pt"
         self._claimed = False
-        self._changing = {
-            f"{path}.{name}" if path else name: buffer
-            for path, module in this.model.named_modules(remove_duplicate=False)
-            if module.training
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set
-        }
+        saved, buffers = this.model.state_dict(), this.model.named_buffers(remove_duplicate=False)
+        self._changing = {name: buffer for name, buffer in buffers if name in saved}
         self._buffers = {name: buffer.clone() for name, buffer in self._changing.items()}
-        self._note_place()
+        self._progress = this.progress()
 
     def take(self) -> None:
         """Call after each whole step. After the first one config.yaml is written."""
         for dtype in {buffer.dtype for buffer in self._buffers.values()}:  # one kernel each
             names = [name for name, buffer in self._buffers.items() if buffer.dtype == dtype]
             torch._foreach_copy_([self._buffers[name] for name in names], [self._changing[name] for name in names])
-        self._note_place()
+        self._progress = self.this.progress()
         self._claim()
 
     def save(self, prune: bool = True) -> None:
         """Write the checkpoint of the last whole step."""
         self._claim()
-        state = self.this.state() | self._place
+        state = self.this.state() | self._progress
         state["model"].update(self._buffers)
         checkpoint.save(self.out, state, self.this.config.run.keep, prune)
 
-    def rescue(self, free: bool = False) -> str | None:
+    def rescue(self) -> str | None:
         """Save the last whole step if it is not saved. Returns a sentence: what is saved, or why not and what is intact.
 
-        free: free the gradients first. Returns None if there was no whole step, in this run or in one that it continues.
+        Returns None if there was no whole step, in this run or in one that it continues. Frees the gradients.
         """
-        this, step = self.this, self._place["step"]
+        this, step = self.this, self._progress["step"]
         with undisturbed(report=False):
-            if free:
-                this.optimizer.zero_grad(set_to_none=True)
-                gc.collect()
-                if this.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            this.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            torch.cuda.empty_cache()
             good = checkpoint.step_of(self.last)
             if good == step:
                 return f"Step {step} is saved in {self.last}."
@@ -124,10 +116,6 @@ class LastStep:
         if good is None:
             return f"{reason} There is no checkpoint."
         return f"{reason} The last checkpoint, {self.last} of step {good}, is intact."
-
-    def _note_place(self) -> None:
-        this = self.this
-        self._place = {"step": this.step, "epoch": this.epoch, "batch": this.batch, "rng": checkpoint.rng_state()}
 
     def _claim(self) -> None:
         if not self._claimed:

@@ -16,7 +16,7 @@ from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
-from simplclip.train.objective import Objective, make_loss
+from simplclip.train.objective import Objective
 
 
 class Training:
@@ -31,6 +31,7 @@ class Training:
         self.config, self.device, self.precision = config, device, precision
         self.teacher = self.read_teacher() if config.loss.needs_teacher else None
         self.model = build_model(config)
+        self.blocks = [module for module in self.model.modules() if isinstance(module, SimplifiedBlock)]
         self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
         freeze(self.model, self.frozen)
         if config.inherit.source is not None and not state:
@@ -39,11 +40,14 @@ class Training:
         if config.model.freeze_norms:
             freeze_norms(self.model)
         if config.model.recompute:
-            recompute(self.model)
+            for block in self.blocks:  # they keep only their input for backward
+                block.recompute = True
+            if not self.blocks:
+                self.model.set_grad_checkpointing()
         self.model.to(device)
-        self.loss = make_loss(config.loss, self._width(), self.teacher).to(device)
+        self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
+        self.loss = self.objective.loss.to(device)
         self.loss.scratch_bytes = config.loss.scratch_mib << 20
-        self.objective = Objective(config.loss, self.loss, config.run.steps, self.teacher)
         self.optimizer = make_optimizer(self.model, self.loss, config)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -65,16 +69,13 @@ class Training:
         """The source of `inherit`."""
         return self.config.inherit.source
 
+    def progress(self) -> dict[str, Any]:
+        """The part of `state` that says where the run is."""
+        return {"step": self.step, "epoch": self.epoch, "batch": self.batch, "rng": checkpoint.rng_state()}
+
     def state(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
-        return parts | {
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "frozen": self.frozen,
-            "rng": checkpoint.rng_state(),
-            "config": self.config.to_dict(),
-        }
+        return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict()}
 
     def encode(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Normalised features of a loader's batch: image [N, D], and text [N k, D] of its k captions per image."""
@@ -124,15 +125,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
             f"{path}: expected weights of {config.model.name!r}, the model of its config: {reasons[:300]}"
         ) from None
     return model.to(device).eval(), config, state
-
-
-def recompute(model: nn.Module) -> None:
-    """Simplified blocks keep only their input for backward; a model without them uses open_clip's checkpointing."""
-    blocks = [module for module in model.modules() if isinstance(module, SimplifiedBlock)]
-    for block in blocks:
-        block.recompute = True
-    if not blocks:
-        model.set_grad_checkpointing()
 
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from simplclip import losses
 from simplclip.train.config import ConfigError, LossConfig, Schedule
-from simplclip.train.objective import Objective, make_loss
+from simplclip.train.objective import Objective
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
 
@@ -17,9 +17,8 @@ def features(*rows, width):
 
 def objective(teacher=TEACHER, width=8, steps=10, **values):
     c = LossConfig(**values)
-    teacher = teacher if c.needs_teacher else None
     torch.manual_seed(0)
-    return Objective(c, make_loss(c, width, teacher), steps, teacher)
+    return Objective(c, steps, width, teacher if c.needs_teacher else None)
 
 
 @pytest.mark.parametrize(

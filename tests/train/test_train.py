@@ -204,10 +204,10 @@ def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_pa
 
 
 def test_numbered_checkpoints(tmp_path):
-    for step in (1, 2, 3, 1_000_000):
-        checkpoint.save(tmp_path, {"step": step}, keep=2)
+    for save, step in enumerate((1, 2, 3, 3, 1_000_000)):
+        checkpoint.save(tmp_path, {"step": step, "save": save}, keep=2)
     assert [p.name for p in checkpoint.numbered_checkpoints(tmp_path)] == ["step-000003.pt", "step-1000000.pt"]
-    assert checkpoint.load(tmp_path / "step-000003.pt")["step"] == 3
+    assert checkpoint.load(tmp_path / "step-000003.pt")["save"] == 3
     checkpoint.save(tmp_path, {"step": 1_000_001}, keep=0)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
