@@ -140,7 +140,7 @@ class SimplifiedBlock(ShapedAttention):
             return self.attention_gain * super().forward(n, lengths) + self.mlp_gain * mlp
         return simplified_block(
             x, self.qk.weight, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
-            self.alpha, self.beta, self.gamma, attention_gain=self.attention_gain, mlp_gain=self.mlp_gain,
+            alpha=self.alpha, beta=self.beta, gamma=self.gamma, attention_gain=self.attention_gain, mlp_gain=self.mlp_gain,
             norm_weight=self.norm.weight, norm_bias=getattr(self.norm, "bias", None), norm=self.norm_name, eps=self.norm.eps,
             value_weight=getattr(self.value, "weight", None), output_weight=getattr(self.output, "weight", None),
             act=self.act, causal=self.causal, lengths=lengths, recompute=self.recompute,

@@ -315,7 +315,8 @@ def _mlp(*args):
 
 def _block(recompute=False):
     def function(x, weight, *rest):
-        return _number(ops.simplified_block(x, *rest, norm_weight=weight, recompute=recompute))
+        gains = dict(zip(ATTENTION[3:], rest[5:]))
+        return _number(ops.simplified_block(x, *rest[:5], **gains, norm_weight=weight, recompute=recompute))
 
     def tensors(n, dtype):
         shapes = ((n, 5, 8), (8,), (16, 8), (12, 8), (12,), (8, 12), (8,), (2,), (2,), (2,))

@@ -147,10 +147,10 @@ def simplified_block(
     fc1_bias: Tensor,  # [F]
     fc2_weight: Tensor,  # [C, F]
     fc2_bias: Tensor,  # [C]
+    *,
     alpha: Tensor,  # [H]
     beta: Tensor,  # [H]
     gamma: Tensor,  # [H]
-    *,
     norm_weight: Tensor,  # [C]
     norm_bias: Tensor | None = None,  # [C]
     norm: str = "layernorm",
