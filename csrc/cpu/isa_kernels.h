@@ -16,9 +16,10 @@ namespace {
 #include "similarity/strip_impl.h"
 #include "similarity/forward_impl.h"
 #include "similarity/backward_impl.h"
+#include "similarity/sigmoid_impl.h"
 }  // namespace
 extern const InstructionSet kernels = {SIMPLCLIP_STRING(SIMPLCLIP_ISA),
-                                       {forward, backward, merge},
+                                       {forward, backward, merge, sigmoid_strip},
                                        {feature_forward, feature_backward},
                                        {attention_scratch_floats, attention_forward, attention_backward},
                                        {elementwise_activate, elementwise_convert}};

@@ -8,7 +8,7 @@ from torch import Tensor
 from simplclip.kernels.similarity.launch import Launch
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityGradient
 
-_FLOAT16_PEAK = 10  # log2: far from overflow, and 2^24 times what float16 still holds in full
+FLOAT16_PEAK = 10  # log2: far from overflow, and 2^24 times what float16 still holds in full
 
 
 def wide_product(left: Tensor, right: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -100,4 +100,4 @@ def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  #
     if launch.HAS_TEACHER_TO_TEXT:
         bound = columns[ColumnStat.LSE_TEACHER_TO_TEXT] + columns[ColumnStat.MEAN_TEACHER_TO_TEXT]
         bounds.append(torch.maximum(call.cross_scale.abs() * bound, rows[RowStat.DIAGONAL_TEACHER_TO_TEXT]))
-    return torch.exp2((_FLOAT16_PEAK - torch.stack(bounds).log2().ceil()).clamp(-100, 100))
+    return torch.exp2((FLOAT16_PEAK - torch.stack(bounds).log2().ceil()).clamp(-100, 100))

@@ -84,6 +84,25 @@ struct BackwardOut {
   double scale, p, q;  // this strip's share of the gradients of s, p, q, without the positives
 };
 
+// A sigmoid term: negative times the sum of softplus(l) over the negatives plus positive times the weighted sum of softplus(-l)
+// over the positives, with l = weight S + bias.
+struct SigmoidTerm {
+  float weight, bias, negative, positive;
+};
+
+struct SigmoidIn {
+  SigmoidTerm terms[2];
+  int count;
+  // The weight of a positive is row_share + column_share, and pairs with equal ids are positives; null: the weight is 1, and they
+  // are neither positives nor negatives.
+  const float *row_share, *column_share;  // [rows], [M]
+};
+
+struct SigmoidOut {
+  double negative[2], positive[2];  // this strip's sums
+  double weight[2], bias[2];        // its share of the gradients of each term's numbers
+};
+
 // The functions of one instruction set.
 struct StripKernels {
   void (*forward)(const Strip&, const ForwardOut&, Terms, bool is_bf16);
@@ -91,6 +110,8 @@ struct StripKernels {
   // lse [parts, columns] and mean [parts, columns] or null: merges them into total_lse and total_mean (both [columns]).
   void (*merge)(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,
                 float* total_mean);
+  // Sums of the sigmoid terms; if `grad` of the strip is not null, also their gradient with respect to S.
+  SigmoidOut (*sigmoid)(const Strip&, const SigmoidIn&, bool is_bf16);
 };
 
 }  // namespace simplclip

@@ -165,3 +165,39 @@ class RowsGradient:
     scale: Tensor  # []
     mean_keys: Tensor  # [N, D]
     label_offset: int
+
+
+@dataclass
+class SigmoidCall:
+    """Arguments of similarity_sigmoid: K sigmoid terms of l = weight x yᵀ + bias, which share one sweep.
+
+    Term k is negative[k] times the sum of softplus(l) over the negatives, plus positive[k] times that of share softplus(-l) over
+    the positives. With image_share, pairs with equal ids are positives beside the pair itself, and the share of (i, j) is
+    image_share[i] + text_share[j]; without, they are neither, and the share is 1.
+    """
+
+    image: Tensor  # [N, D]
+    text: Tensor  # [M, D]
+    weight: Tensor  # [K]
+    bias: Tensor  # [K]
+    negative: Tensor  # [K]
+    positive: Tensor  # [K]
+    mix: Tensor  # [K]: weights of the terms in the sum whose gradient is computed
+    ids: Tensor | None  # [N] int64
+    text_ids: Tensor | None  # [M] int64
+    image_share: Tensor | None  # [N]
+    text_share: Tensor | None  # [M]
+    label_offset: int  # column of row 0's positive
+    chunk: int  # rows of the matrix in scratch at a time
+    gradient: bool  # whether to compute gradients with the values
+    need_image: bool
+    need_text: bool
+
+
+@dataclass
+class SigmoidGradient:
+    """Arguments of similarity_sigmoid_bwd: the gradient of the sum, and forward's results, which it scales."""
+
+    grad: Tensor  # []
+    d_image: Tensor  # [N, D]
+    d_text: Tensor  # [M, D]

@@ -17,6 +17,7 @@ from simplclip.ops.similarity.call import (
     RowsCall,
     RowsGradient,
     RowStat,
+    SigmoidCall,
     SimilarityCall,
     SimilarityGradient,
 )
@@ -174,3 +175,42 @@ def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
         positives = call.keys[call.label_offset + first : call.label_offset + first + g_lse.shape[0]]
         d_query[rows] = wide * (call.scale * g_lse) + positives * g_positive
     return d_query, d_scale
+
+
+def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The terms [K], and the gradients of their sum weighted by `mix`: d_image, d_text (empty unless needed), d_weight, d_bias [K].
+
+    Without `gradient` autograd may differentiate the terms.
+    """
+    dtype, n, m = accumulate_dtype(call.image.dtype), call.image.shape[0], call.text.shape[0]
+    image, text = call.image.to(dtype), call.text.to(dtype)
+    similarity = image @ text.T
+    columns, rows = torch.arange(m, device=image.device), torch.arange(n, device=image.device)
+    positive = columns == rows[:, None] + call.label_offset
+    negative, share = ~positive, torch.ones_like(similarity)
+    if call.ids is not None:
+        equal = call.ids[:, None] == call.text_ids
+        negative = negative & ~equal
+        if call.image_share is not None:
+            positive, share = positive | equal, call.image_share[:, None] + call.text_share
+    terms, slopes = [], []
+    for weight, bias, of_negative, of_positive in zip(call.weight, call.bias, call.negative, call.positive):
+        l = weight * similarity + bias
+        unmatched = -F.logsigmoid(-l).masked_fill(~negative, 0).sum()
+        matched = -(share * F.logsigmoid(l)).masked_fill(~positive, 0).sum()
+        terms.append(of_negative * unmatched + of_positive * matched)
+        if call.gradient:
+            of_pairs = of_negative * l.sigmoid() * negative
+            slopes.append(of_pairs - of_positive * share * (-l).sigmoid() * positive)
+    none = call.image.new_empty(0, call.image.shape[1])
+    if not call.gradient:
+        return torch.stack(terms), none, none.clone(), torch.zeros_like(call.weight), torch.zeros_like(call.bias)
+    slope = call.mix[:, None, None] * torch.stack(slopes)
+    logits = (call.weight[:, None, None] * slope).sum(0)
+    return (
+        torch.stack(terms),
+        (logits @ text).to(call.image.dtype) if call.need_image else none,
+        (logits.T @ image).to(call.text.dtype) if call.need_text else none.clone(),
+        (slope * similarity).sum((1, 2)),
+        slope.sum((1, 2)),
+    )

@@ -1,0 +1,182 @@
+"""Kernel and launcher of similarity_sigmoid: values and gradients of sigmoid terms in one sweep over chunks of rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simplclip.kernels import tuning
+from simplclip.kernels.arithmetic import narrowed, sigmoid
+from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, interpreted, precision_of, started, starts
+from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, wide_product
+from simplclip.kernels.similarity.tile import product, softplus
+from simplclip.ops.similarity.call import SigmoidCall
+
+SUMS = 3  # of each term: its value, d_weight, d_bias
+
+
+@triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "row_count", "row_blocks", "first_program"])
+def _similarity_sigmoid_kernel(
+    image,  # [N, D]
+    text,  # [M, D]
+    weight,  # [TERMS]
+    bias,  # [TERMS]
+    of_negative,  # [TERMS]
+    of_positive,  # [TERMS]
+    mix,  # [TERMS]
+    ids,  # [N] int64, only if HAS_IDS
+    text_ids,  # [M] int64
+    image_share,  # [N], only if HAS_SHARES
+    text_share,  # [M]
+    factor,  # [], only if SCALED: what the gradient is multiplied by before it is rounded
+    out,  # [chunk, out_stride], only if GRADIENT
+    sums,  # [programs, TERMS, SUMS]
+    n,
+    m,
+    width,
+    label_offset,
+    first_row,
+    row_count,
+    row_blocks,
+    first_program,
+    out_stride,
+    TERMS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_SHARES: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile: its share of the terms and of their numbers' gradients, and the gradient of `mix`'s sum to its similarities."""
+    program = tl.program_id(0)
+    at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = first_row + at
+    safe_row = tl.minimum(row, n - 1).to(tl.int64)
+    column = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_column = tl.minimum(column, m - 1).to(tl.int64)
+
+    similarity = product(
+        image, text, None, safe_row, safe_column, width, EVEN, False, PRECISION, INTERPRETED, BLOCK_K
+    )  # fmt: skip
+    inside = (at < row_count)[:, None] & (column < m)[None, :]
+    positive = column[None, :] == row[:, None] + label_offset
+    negative = inside & (positive == 0)
+    if HAS_IDS:
+        equal = tl.load(ids + safe_row)[:, None] == tl.load(text_ids + safe_column)[None, :]
+        negative = negative & (equal == 0)
+        if HAS_SHARES:
+            positive = positive | equal
+    positive = inside & positive
+    if HAS_SHARES:
+        share = tl.load(image_share + safe_row)[:, None] + tl.load(text_share + safe_column)[None, :]
+
+    sums += (first_program + program).to(tl.int64) * TERMS * 3
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in tl.static_range(TERMS):
+        l = similarity * tl.load(weight + k) + tl.load(bias + k)
+        # A positive counts by softplus(-l), whose slope is -sigmoid(-l).
+        signed = tl.where(positive, -l, l)
+        amount = tl.where(negative, tl.load(of_negative + k), 0.0)
+        matched = tl.where(positive, tl.load(of_positive + k), 0.0)
+        if HAS_SHARES:
+            matched *= share
+        value = tl.where(inside, softplus(signed) * (amount + matched), 0.0)
+        tl.store(sums + k * 3, tl.sum(tl.sum(value, 1), 0))
+        if GRADIENT:
+            slope = tl.where(inside, sigmoid(signed) * (amount - matched) * tl.load(mix + k), 0.0)
+            tl.store(sums + k * 3 + 1, tl.sum(tl.sum(slope * similarity, 1), 0))
+            tl.store(sums + k * 3 + 2, tl.sum(tl.sum(slope, 1), 0))
+            total += slope * tl.load(weight + k)
+    if GRADIENT:
+        if SCALED:
+            total *= tl.load(factor)
+        out += at.to(tl.int64)[:, None] * out_stride + column[None, :]
+        tl.store(out, narrowed(total, out.dtype.element_ty, INTERPRETED), inside)
+
+
+def tiles_of(terms: int, shares: bool) -> int:
+    """The number of matrices of similarity_loss's backward whose tiles have the registers that the kernel needs."""
+    return 5 if terms == 2 and shares else 1 + terms
+
+
+def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The reference's results; the gradients in the features' dtype, float16's in float32.
+
+    Scratch besides the results: `chunk` rows of the matrix; for half types also a float32 sum of the text's gradient and one
+    product that is added to it.
+    """
+    with device_of(call.image):
+        return _sweep(call)
+
+
+def _range_factor(call: SigmoidCall) -> Tensor | None:  # []
+    """The power of two by which the gradient is multiplied before it is rounded to float16; None for other dtypes."""
+    if call.image.dtype != torch.float16 or not call.gradient:
+        return None
+    positive = call.positive.abs()
+    if call.image_share is not None:
+        positive = positive * (call.image_share.amax() + call.text_share.amax())
+    bound = (call.mix * call.weight).abs() * torch.maximum(call.negative.abs(), positive)
+    return torch.exp2((FLOAT16_PEAK - bound.sum().log2().ceil()).clamp(-100, 100))
+
+
+def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, m, width, image, text = call.image.shape[0], call.text.shape[0], call.image.shape[1], call.image, call.text
+    precision, (architecture, _) = precision_of(image.dtype), architecture_and_processors(image)
+    terms = call.weight.shape[0]
+    tile = tuning.lookup("similarity_backward", tiles_of(terms, call.image_share is not None), precision, architecture)
+    factor = _range_factor(call)
+    back = None if factor is None else 1 / factor
+    stored = torch.float32 if factor is not None else image.dtype
+    d_image = torch.empty(n if call.need_image else 0, width, dtype=stored, device=image.device)
+    d_text = torch.empty(m if call.need_text else 0, width, dtype=stored, device=image.device)
+    rows = min(n, call.chunk)
+    pitch = -(-m // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
+    scratch = image.new_empty(rows if call.gradient else 0, pitch)
+    blocks, columns = -(-rows // tile.block_m), -(-m // tile.block_n)
+    sums = torch.zeros(-(-n // rows) * blocks * columns, terms, SUMS, dtype=torch.float32, device=image.device)
+    wide_text = None
+    for index, first in enumerate(starts(n, rows)):
+        at = slice(first, min(n, first + rows))
+        count = at.stop - first
+        row_blocks = -(-count // tile.block_m)
+        started(_similarity_sigmoid_kernel)[(row_blocks * columns,)](
+            image, text, call.weight, call.bias, call.negative, call.positive, call.mix,
+            call.ids, call.text_ids, call.image_share, call.text_share, factor, scratch, sums,
+            n, m, width, call.label_offset, first, count, row_blocks, index * blocks * columns, pitch,
+            TERMS=terms,
+            HAS_IDS=call.ids is not None,
+            HAS_SHARES=call.image_share is not None,
+            GRADIENT=call.gradient,
+            SCALED=factor is not None,
+            EVEN=width % tile.block_k == 0,
+            PRECISION="tf32" if precision == "tf32" else "ieee",
+            INTERPRETED=interpreted(),
+            **tile.options(),
+            **COMPILE,
+        )  # fmt: skip
+        g = scratch[:count, :m]
+        if call.need_image:
+            if factor is None:
+                torch.mm(g, text, out=d_image[at])
+            else:
+                d_image[at] = wide_product(g, text, back)
+        if call.need_text:
+            if rows >= n and factor is None:
+                torch.mm(g.T, image, out=d_text)
+            elif image.dtype == torch.float32:
+                torch.mm(g.T, image[at], out=d_text) if first == 0 else d_text.addmm_(g.T, image[at])
+            else:
+                part = wide_product(g.T, image[at], back)
+                wide_text = part if wide_text is None else wide_text.add_(part)
+    if wide_text is not None:
+        d_text.copy_(wide_text)
+    value, d_weight, d_bias = sums.sum(0, dtype=torch.float64).float().unbind(1)
+    return value.contiguous(), d_image, d_text, d_weight.contiguous(), d_bias.contiguous()
