@@ -1,0 +1,60 @@
+"""Groups of pairs with equal ids: their numbers, and sums of features over them, in O((N + M) D)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _equal(ids: Tensor, among: Tensor) -> Tensor:  # [N], [M] -> [N]
+    """How many of `among` are equal to each id."""
+    ordered = among.sort().values
+    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+
+
+class Groups:
+    """Each row's group: its pair, column i + label_offset, and the columns with an id equal to its own."""
+
+    def __init__(
+        self,
+        n: int,
+        m: int,
+        label_offset: int,
+        ids: Tensor | None,  # [N] int64
+        text_ids: Tensor | None,  # [M] int64
+        gathered: bool,  # whether the rows of other ranks have the other columns as their pairs
+    ):
+        self.n, self.m, self.ids, self.text_ids, self.gathered = n, m, ids, text_ids, gathered
+        self.window = slice(label_offset, label_offset + n)
+        self.apart = None if ids is None else text_ids[self.window] != ids  # [N]: a pair with two ids
+
+    @property
+    def all_rows(self) -> int:
+        """The number of rows that a column is compared with."""
+        return self.m if self.gathered else self.n
+
+    def of_rows(self) -> Tensor | int:  # [N] int64, at least 1
+        """The number of columns in each row's group."""
+        return 1 if self.ids is None else _equal(self.ids, self.text_ids) + self.apart
+
+    def of_columns(self) -> Tensor | int:  # [M] int64
+        """The number of rows in each column's group; with a process group the ids of its rows are those of its columns."""
+        if self.ids is None:
+            return 1
+        if self.gathered:
+            return _equal(self.text_ids, self.text_ids)
+        own = torch.zeros_like(self.text_ids)
+        own[self.window] = self.apart.to(own.dtype)
+        return _equal(self.text_ids, self.ids) + own
+
+    def sums(self, values: Tensor) -> Tensor:  # [M, D] -> [N, D]
+        """For each row the sum of `values` over the columns of its group."""
+        own = values[self.window]
+        if self.ids is None:
+            return own
+        # A group is named by where its id first stands among the ordered ones, so that no number is read from the device.
+        ordered = self.text_ids.sort().values
+        totals = torch.zeros_like(values).index_add(0, torch.searchsorted(ordered, self.text_ids), values)
+        at = torch.searchsorted(ordered, self.ids).clamp(max=self.m - 1)
+        found = ordered[at] == self.ids
+        return torch.where(found[:, None], totals[at], 0) + torch.where(self.apart[:, None], own, 0)
