@@ -9,7 +9,15 @@ from torch import Tensor
 
 from simplclip.kernels import tuning
 from simplclip.kernels.arithmetic import narrowed, sigmoid
-from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, interpreted, precision_of, started, starts
+from simplclip.kernels.launch import (
+    COMPILE,
+    architecture_and_processors,
+    device_of,
+    interpreted,
+    precision_of,
+    started,
+    starts,
+)
 from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, wide_product
 from simplclip.kernels.similarity.tile import product, softplus
 from simplclip.ops.similarity.call import SigmoidCall

@@ -73,4 +73,18 @@ struct RowsCall {
   auto fields() { return std::tie(query, keys, scale, ids, text_ids, label_offset, attend, chunk); }
 };
 
+struct SigmoidCall {
+  Tensor image, text;                                  // [N, D], [M, D]
+  Tensor weight, bias, negative, positive, mix;        // [K]
+  std::optional<Tensor> ids, text_ids;                 // [N], [M]
+  std::optional<Tensor> image_share, text_share;       // [N], [M]
+  int64_t label_offset, chunk;
+  bool gradient, need_image, need_text;
+
+  auto fields() {
+    return std::tie(image, text, weight, bias, negative, positive, mix, ids, text_ids, image_share, text_share, label_offset,
+                    chunk, gradient, need_image, need_text);
+  }
+};
+
 }  // namespace simplclip

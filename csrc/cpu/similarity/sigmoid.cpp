@@ -8,51 +8,47 @@
 namespace simplclip {
 namespace {
 
-#define SIGMOID_PARAMETERS                                                                                               \
-  Tensor image, Tensor text, Tensor weight, Tensor bias, Tensor negative, Tensor positive, Tensor mix,                   \
-      std::optional<Tensor> ids, std::optional<Tensor> text_ids, std::optional<Tensor> image_share,                      \
-      std::optional<Tensor> text_share, int64_t label_offset, int64_t chunk, bool gradient, bool need_image, bool need_text
-
 // The memory that it takes.
 struct SigmoidScratch {
   int64_t chunk;
   Tensor similarities;  // [chunk, M]
   TransposedSum d_text;
 
-  SigmoidScratch(const Tensor& image, const Tensor& text, int64_t rows, bool need_text, Scratch& scratch)
-      : chunk(std::min(rows, image.size(0))), similarities(scratch.take(image, {chunk, text.size(0)})),
-        d_text(text, need_text, image.scalar_type() == ScalarType::BFloat16 && chunk < image.size(0), scratch) {}
+  SigmoidScratch(const SigmoidCall& call, Scratch& scratch)
+      : chunk(std::min(call.chunk, call.image.size(0))), similarities(scratch.take(call.image, {chunk, call.text.size(0)})),
+        d_text(call.text, call.need_text, call.image.scalar_type() == ScalarType::BFloat16 && chunk < call.image.size(0), scratch) {}
 };
 
-int64_t similarity_sigmoid_cpu_workspace(SIGMOID_PARAMETERS) {
-  (void)weight, (void)bias, (void)negative, (void)positive, (void)mix, (void)label_offset, (void)gradient, (void)need_image;
+int64_t workspace(const SigmoidCall& call) {
   Scratch scratch;
-  SigmoidScratch(image, text, chunk, need_text, scratch);
+  SigmoidScratch(call, scratch);
   return scratch.bytes();
 }
 
 // Returns the terms [K], d_image and d_text (empty unless needed), d_weight [K] and d_bias [K]: gradients of the terms' sum, each
 // times its entry of mix.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(SIGMOID_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall& call) {
+  const Tensor &image = call.image, &text = call.text;
   expect_contiguous("image", image);
   expect_contiguous("text", text);
-  expect_contiguous("image_share", image_share);
-  expect_contiguous("text_share", text_share);
+  expect_contiguous("image_share", call.image_share);
+  expect_contiguous("text_share", call.text_share);
   expect_dtype_of("text", text, "image", image);
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = image.size(0), m = text.size(0), d = image.size(1);
   const bool is_bf16 = image.scalar_type() == ScalarType::BFloat16;
-  const Ids small(ids, text_ids);
+  const Ids small(call.ids, call.text_ids);
   Scratch scratch;
-  SigmoidScratch work(image, text, chunk, need_text, scratch);
+  SigmoidScratch work(call, scratch);
 
   SigmoidIn in{};
-  in.count = int(weight.size(0));
+  in.count = int(call.weight.size(0));
   auto number = [](const Tensor& of, int k) { return of.const_data_ptr<float>()[k]; };
   for (int k = 0; k < in.count; ++k)
-    in.terms[k] = {number(weight, k), number(bias, k), number(mix, k) * number(negative, k), number(mix, k) * number(positive, k)};
+    in.terms[k] = {number(call.weight, k), number(call.bias, k), number(call.mix, k) * number(call.negative, k),
+                   number(call.mix, k) * number(call.positive, k)};
 
-  Tensor d_image = new_empty(image, {need_image ? n : 0, d});
+  Tensor d_image = new_empty(image, {call.need_image ? n : 0, d});
   SigmoidOut total{};
   std::vector<SigmoidOut> parts(strips_of(work.chunk));
   for (int64_t first = 0; first < n; first += work.chunk) {
@@ -65,15 +61,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(SIGMOID_PA
         const int64_t i = k * kStripRows, row = first + i;
         Strip strip{};
         strip.sim = data<char>(sim) + i * m * (is_bf16 ? 2 : 4);
-        strip.grad = gradient ? const_cast<void*>(strip.sim) : nullptr;
+        strip.grad = call.gradient ? const_cast<void*>(strip.sim) : nullptr;
         strip.rows = std::min(kStripRows, count - i);
         strip.columns = m;
-        strip.label = label_offset + row;
+        strip.label = call.label_offset + row;
         strip.ids = small.row.empty() ? nullptr : small.row.data() + row;
         strip.text_ids = small.column.empty() ? nullptr : small.column.data();
         SigmoidIn mine = in;
-        mine.row_share = image_share ? image_share->const_data_ptr<float>() + row : nullptr;
-        mine.column_share = text_share ? text_share->const_data_ptr<float>() : nullptr;
+        mine.row_share = call.image_share ? call.image_share->const_data_ptr<float>() + row : nullptr;
+        mine.column_share = call.text_share ? call.text_share->const_data_ptr<float>() : nullptr;
         parts[k] = kernels.sigmoid(strip, mine, is_bf16);
       }
     });
@@ -84,16 +80,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(SIGMOID_PA
         total.weight[t] += parts[k].weight[t];
         total.bias[t] += parts[k].bias[t];
       }
-    if (need_image) {
+    if (call.need_image) {
       Tensor to = rows(d_image, first, count);
       mm_out(to, sim, text);
     }
     work.d_text.add(sim, x);
   }
 
-  Tensor terms = new_empty(weight, {in.count}), d_weight = new_empty(weight, {in.count}), d_bias = new_empty(weight, {in.count});
+  Tensor terms = new_empty(call.weight, {in.count}), d_weight = new_empty(call.weight, {in.count});
+  Tensor d_bias = new_empty(call.weight, {in.count});
   for (int t = 0; t < in.count; ++t) {
-    terms.mutable_data_ptr<float>()[t] = float(number(negative, t) * total.negative[t] + number(positive, t) * total.positive[t]);
+    terms.mutable_data_ptr<float>()[t] = float(number(call.negative, t) * total.negative[t] + number(call.positive, t) * total.positive[t]);
     d_weight.mutable_data_ptr<float>()[t] = float(total.weight[t]);
     d_bias.mutable_data_ptr<float>()[t] = float(total.bias[t]);
   }
@@ -101,10 +98,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(SIGMOID_PA
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_sigmoid_cpu_workspace", TORCH_BOX(&similarity_sigmoid_cpu_workspace));
+  m.impl("similarity_sigmoid_cpu_workspace", TORCH_BOX((&Unpacked<SigmoidCall, workspace>::run)));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_sigmoid_cpu", TORCH_BOX(&similarity_sigmoid)); }
+STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_sigmoid_cpu", TORCH_BOX((&Unpacked<SigmoidCall, similarity_sigmoid>::run))); }
 
 }  // namespace
 }  // namespace simplclip

@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-TERMS = ("contrastive", "pair_matching", "relational", "interactive")
+TERMS = ("contrastive", "pair_matching", "relational", "interactive", "sigmoid")
 NEGATIVES = ("all", "shift", "hard")
+POSITIVES = ("drop", "ids", "sum")
 INTERACTIVE = ("infonce", "kl")
 DIVERGENCES = ("kl", "cross_entropy")
 
@@ -192,12 +193,3 @@ class SigmoidCall:
     gradient: bool  # whether to compute gradients with the values
     need_image: bool
     need_text: bool
-
-
-@dataclass
-class SigmoidGradient:
-    """Arguments of similarity_sigmoid_bwd: the gradient of the sum, and forward's results, which it scales."""
-
-    grad: Tensor  # []
-    d_image: Tensor  # [N, D]
-    d_text: Tensor  # [M, D]

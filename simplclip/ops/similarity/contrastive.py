@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.similarity.call import SimilarityCall
+from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall
 from simplclip.ops.similarity.positives import Groups
+from simplclip.ops.similarity.terms import cross_entropy
 
 
 @dataclass
@@ -37,32 +37,34 @@ def contrastive(
     call: SimilarityCall,
     options: Contrastive,
     groups: Groups,
-    pair: Tensor,  # [N] cosine of the pair
-    rows: tuple[Tensor, Tensor],  # [N] log-sum-exp over the negatives, their number
-    columns: tuple[Tensor, Tensor] | None,  # the same of the columns of the pairs
+    rows: Tensor,  # [12, N] RowStat
+    columns: Tensor | None,  # [6, N] ColumnStat of the columns of the pairs; None: the row direction only
 ) -> Tensor:  # []
     """The mean over rows and columns of D − Σ_j t_j z_j: D the log of the denominator, t the targets, z the logits."""
-    positive = call.scale * pair - options.margin
-    total = 0.0
-    for lse, negatives in (rows,) if columns is None else (rows, columns):
+    positive = call.scale * rows[RowStat.DIAGONAL_STUDENT] - options.margin
+    several = bool(options.label_smoothing) or options.positives != "drop"  # targets are more than the pair
+    dropped = options.positives == "drop" or options.decoupled  # from the softmax: the pairs with equal ids
+
+    def side(lse: Tensor, negatives: Tensor) -> Tensor:
         if options.prior is not None:
             lse = _debiased(lse, positive, negatives, options.prior, call.scale)
-        if not options.decoupled:
-            # log(e^lse + e^z⁺) − z⁺, exact for well matched pairs too; NaN where the positive is infinite.
-            lse = positive - F.logsigmoid(positive - lse) + 0 * pair.detach()
-        total = total + lse
-    sides = 1 if columns is None else 2
-    if options.label_smoothing or options.positives != "drop":
-        total = total - _targets(call, options, groups, positive - call.scale * pair, columns is not None)
-    else:
-        total = total - sides * positive
-    return total.mean() / sides
+        if several:
+            return (lse if options.decoupled else torch.logaddexp(lse, positive)).mean()
+        return (lse - positive if options.decoupled else cross_entropy(lse, positive)).mean()
+
+    total = side(rows[RowStat.LSE_STUDENT], rows[RowStat.NEGATIVES])
+    if columns is not None:
+        taken = groups.of_columns()[groups.window] if dropped and groups.ids is not None else torch.ones_like(positive)
+        total = 0.5 * (total + side(columns[ColumnStat.LSE_STUDENT], groups.all_rows - taken))
+    if several:
+        total = total - _targets(call, options, groups, columns is not None).mean() * (1 if columns is None else 0.5)
+    return total
 
 
-def _targets(call: SimilarityCall, options: Contrastive, groups: Groups, shift: Tensor, symmetric: bool) -> Tensor:  # [N]
+def _targets(call: SimilarityCall, options: Contrastive, groups: Groups, symmetric: bool) -> Tensor:  # [N]
     """Σ_j t_ij z_ij of each row, and, if symmetric, of the targets of each column j in that row too.
 
-    shift: what is added to the logit of the pair. Targets of the columns without a pair are 0.
+    The targets of a column without a pair are 0.
     """
     wide, smooth, drop = accumulate_dtype(call.image.dtype), options.label_smoothing, options.positives == "drop"
     image, text = call.image.to(wide), call.text.to(wide)
@@ -97,4 +99,4 @@ def _targets(call: SimilarityCall, options: Contrastive, groups: Groups, shift: 
         target = target + pairs.sums(text * matched[:, None])
         target = target + compared(text * any_other[:, None]) if smooth else target
         of_pair = of_pair + (matched + any_other)[window]
-    return call.scale * torch.linalg.vecdot(image, target) + of_pair * shift
+    return call.scale * torch.linalg.vecdot(image, target) - of_pair * options.margin

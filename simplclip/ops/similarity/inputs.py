@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from simplclip.ops import checks
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import autocast
-from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE, NEGATIVES, TERMS, SimilarityCall
+from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE, NEGATIVES, POSITIVES, TERMS, SimilarityCall
+from simplclip.ops.similarity.contrastive import Contrastive
 
 
 def check_options(terms, negatives, interactive, divergence, **budgets):
@@ -24,6 +25,48 @@ def check_options(terms, negatives, interactive, divergence, **budgets):
     for name, value in budgets.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
+
+
+def check_contrastive(options: Contrastive, call: SimilarityCall, terms: Collection[str], matching: str | None) -> None:
+    """Checks the options of the contrastive term and the positives; a prior becomes a tensor of the logits' dtype."""
+    checks.choice("positives", options.positives, POSITIVES)
+    if not 0 <= checks.number("label_smoothing", options.label_smoothing) < 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to below 1, got {options.label_smoothing}")
+    checks.number("margin", options.margin)
+    if not isinstance(options.decoupled, bool):
+        raise TypeError(f"decoupled: expected a bool, got {type(options.decoupled).__name__}")
+    prior, n = options.prior, call.image.shape[0]
+    if isinstance(prior, Tensor):
+        checks.floating("prior", prior)
+        checks.on("prior", prior, "image", call.image.device)
+        if prior.shape not in ((), (n,)):
+            raise ValueError(f"prior: expected a number or a tensor [N] = [{n}], got shape {checks.shape_of(prior)}")
+        options.prior = prior.to(call.scale.dtype)
+    elif prior is not None and not 0 <= checks.number("prior", prior) < 1:
+        raise ValueError(f"prior: expected a number from 0 to below 1, got {prior}")
+    given = {"label_smoothing": bool(options.label_smoothing), "decoupled": options.decoupled, "prior": prior is not None}
+    given |= {"margin": bool(options.margin)}
+    if "contrastive" not in terms and any(given.values()):
+        name = next(name for name, is_given in given.items() if is_given)
+        raise ValueError(f"{name}: expected the term contrastive beside it, got the terms {', '.join(terms)}")
+    if options.positives == "drop":
+        return
+    for name in ("prior", "margin"):
+        if given[name]:
+            raise ValueError(f"{name}: expected none with several positives, positives={options.positives!r}, got one")
+    if matching in ("shift", "hard"):
+        raise ValueError(f"negatives: expected 'all' with positives={options.positives!r}, got {matching!r}")
+    if matching and call.plane_weight.dim():
+        raise ValueError(f"plane: expected a number p with positives={options.positives!r}, got a weight for each feature")
+
+
+def check_weights(weights, terms: Collection[str]) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Mapping) or set(weights) != set(terms):
+        raise ValueError(f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}")
+    for term, weight in weights.items():
+        checks.number(f"weights[{term!r}]", weight)
 
 
 def normalise(call: SimilarityCall, terms: Collection[str], plane: tuple | None, logit_bias) -> Tensor | None:

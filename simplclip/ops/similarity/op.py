@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,7 +24,10 @@ from simplclip.ops.similarity.call import (
     SimilarityCall,
     SimilarityGradient,
 )
+from simplclip.ops.similarity.contrastive import Contrastive, contrastive
+from simplclip.ops.similarity.positives import Groups
 from simplclip.ops.similarity.rows import similarity_rows
+from simplclip.ops.similarity.sigmoid import sigmoid_terms
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
 
@@ -124,6 +130,12 @@ def similarity_loss(
     projected_image: Tensor | None = None,  # [N, D̂]
     projected_text: Tensor | None = None,  # [M, D̂]
     divergence: str = "kl",
+    label_smoothing: float = 0.0,
+    decoupled: bool = False,
+    prior: Tensor | float | None = None,  # [] or [N]
+    margin: float = 0.0,
+    positives: str = "drop",
+    weights: Mapping[str, float] | None = None,
     ids: Tensor | None = None,  # [N] int64 or int32
     text_ids: Tensor | None = None,  # [M] int64 or int32
     label_offset: int = 0,
@@ -138,6 +150,7 @@ def similarity_loss(
     log-sum-exps r, c of Z:
 
         contrastive    (1/2N) Σ_i [(r_i − Z_{i,y_i}) + (c_{y_i} − Z_{i,y_i})]          open_clip's ClipLoss
+        sigmoid        (1/N) Σ_i [softplus(−Z_{i,y_i}) + Σ over negatives softplus(Z_ij)]    open_clip's SigLipLoss
         pair_matching  ½ [ mean_i softplus(−l_{i,y_i}) + mean over negatives softplus(l_ij) ]
 
     where l = p S + q (scalar plane) or l_ij = w·(x_i ⊙ t_j) + q (hadamard plane) is a learned hyperplane that separates
@@ -156,12 +169,27 @@ def similarity_loss(
                        + mean_j that of column j of V ]; "kl": ½ [ mean_i KL(softmax T_i ‖ softmax U_i)
                        + mean_j KL(softmax of column j of T ‖ that of V) ]
 
+    Options of the contrastive term, whose loss of a row is log(Σ_j e^{Z_ij}) − Z_{i,y_i}; columns likewise:
+
+        label_smoothing  ε: the target is (1 − ε) for the positive plus ε/M for every column, as in F.cross_entropy
+        decoupled        the sum is over the negatives alone (Yeh et al. 2022)
+        prior            τ⁺: the negatives' part of the sum becomes n g, g = max((mean of their e^Z − τ⁺ e^{Z⁺}) / (1 − τ⁺),
+                         e^{−s}), with n negatives; a number, or one for each pair (Chuang et al. 2020)
+        margin           is subtracted from the positive's logit
+
+    `positives`: with "drop", pairs with equal ids are neither positives nor negatives. Otherwise they are positives of
+    contrastive, sigmoid and pair_matching (negatives "all" and a scalar plane), with the k_i columns of row i:
+
+        "ids"  contrastive: the target is 1/k_i for each (SupCon, UniCL); the others: the mean of softplus(−l) over the
+               positives of a row and of a column takes the place of the pair's, half of each
+        "sum"  their sums: sigmoid is then SigLIP with a target matrix of ones and zeros
+
     Args:
         image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, with the same dtype and
             device and any strides; usually L2-normalised, which is not checked. Under autocast they are cast to its dtype.
         logit_scale: s, one element (open_clip's `logit_scale.exp()`).
-        logit_bias: b, one element. No term depends on it, so its gradient is 0.
-        terms: any of "contrastive", "pair_matching", "relational", "interactive"; the others are not computed.
+        logit_bias: b, one element. Only the term "sigmoid" depends on it; without that its gradient is 0.
+        terms: any of "contrastive", "sigmoid", "pair_matching", "relational", "interactive"; the others are not computed.
         plane: (p, q) or (w, q), needed by "pair_matching".
         shift: 1 ≤ shift < M; the value of a tensor is not checked (this would synchronise).
         teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to image's) and ŝ, needed by
@@ -172,8 +200,9 @@ def similarity_loss(
         divergence: "kl", or "cross_entropy": every KL without the teacher's entropy, which is constant, as in
             open_clip.DistillClipLoss. Gradients are the same. A KL is a difference of numbers of the size of log M: its value
             has their absolute error.
+        weights: of the terms. The result then has "loss" too, their weighted sum, to which alone gradients flow.
         ids, text_ids: pairs with equal ids, except the positive, are excluded from the negatives of every term and from every
-            softmax. text_ids defaults to ids when N = M.
+            softmax (but see `positives`). text_ids defaults to ids when N = M.
         label_offset: column of the first row's positive, 0 ≤ label_offset ≤ M − N; with gathered text features, the position
             of this rank's own.
         symmetric: if False, only the row direction is used: contrastive = mean_i (r_i − Z_{i,y_i}), one half of open_clip's
@@ -189,7 +218,12 @@ def similarity_loss(
             again; on a CPU only.
 
     Returns:
-        A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features).
+        A dict with one 0-dimensional tensor for each term, float32 (float64 for float64 features), and "loss" with `weights`.
+
+    The gradient of a sigmoid term needs no statistics. Where only such terms are asked for ("sigmoid", and "pair_matching" with
+    all negatives and a scalar plane; both together with `weights`), forward computes it with the value: 3 matrix products of
+    N M D in all, 2 if image or text needs no gradient, 1 if none is needed. The gradients [N, D] and [M, D] are saved and
+    backward scales them; they are rounded to the features' dtype (float16's are float32) once more than others.
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
     12 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
@@ -202,9 +236,11 @@ def similarity_loss(
         RuntimeError: a forced backend does not support the call.
 
     Source: Radford et al. 2021 (arXiv 2103.00020) for the contrastive term; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732) for
-    relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching.
+    relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching; Zhai et al. 2023 (arXiv 2303.15343) for
+    sigmoid; Khosla et al. 2020 and Yang et al. 2022 (arXiv 2204.03610) for several positives.
     """
     inputs.check_options(terms, negatives, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
+    options = Contrastive(label_smoothing, decoupled, prior, margin, positives)
     matching = negatives if "pair_matching" in terms else None
     crossing = interactive if "interactive" in terms else None
     call = SimilarityCall(  # inputs.normalise turns numbers into tensors
@@ -220,30 +256,59 @@ def similarity_loss(
         ids=ids,
         text_ids=text_ids,
         label_offset=label_offset,
-        softmax=not {"contrastive", "relational"}.isdisjoint(terms) or matching == "hard",
         columns=symmetric,
-        negatives=_NEGATIVES[matching],
         relational="relational" in terms,
         interactive=crossing == "kl",
         entropy=1.0 if divergence == "kl" else 0.0,
     )
     bias = inputs.normalise(call, terms, plane, logit_bias)
+    inputs.check_contrastive(options, call, terms, matching)
+    inputs.check_weights(weights, terms)
     own_text, own_teacher_image = call.student_text, call.teacher_image
     _place(call, group)
+    groups = Groups(call.image.shape[0], call.text.shape[0], call.label_offset, call.ids, call.text_ids, group is not None)
 
     out: dict[str, Tensor] = {}
+    loss: Tensor | float = 0.0
     if matching == "shift":
         inputs.check_shift(shift, call.text.shape[0], call.image.device)
         out["pair_matching"] = shifted_pair_matching(call, shift)
     if crossing == "infonce":
         out["interactive"] = _infonce(call, own_text, own_teacher_image, group, scratch_bytes)
+
+    # A softmax that drops no ids, unlike those of the other terms, has a sweep of its own.
+    alone = "contrastive" in terms and positives != "drop" and ids is not None and not decoupled
+    call.softmax = ("contrastive" in terms and not alone) or call.relational or matching == "hard"
+    beside = call.softmax or call.interactive
+    fused = ["sigmoid"] if "sigmoid" in terms else []
+    if matching == "all" and not call.plane_weight.dim() and (positives != "drop" or not beside):
+        fused.append("pair_matching")
+    elif matching in ("all", "hard"):
+        call.negatives = _NEGATIVES[matching]
+    for some in [fused] if weights is not None and fused else [[term] for term in fused]:
+        mix = {term: 1.0 if weights is None else weights[term] for term in some}
+        total, values = sigmoid_terms(call, tuple(some), bias, mix, positives, groups, group, scratch_bytes)
+        out |= values if weights is not None else {some[0]: total}
+        loss = loss + total
     if call.has_student or call.interactive:
-        rows, columns, pairs = _statistics(call, group, scratch_bytes, store_bytes)
-        out |= terms_of(call, rows, columns, pairs, terms)
+        rows, columns, pairs = _statistics(replace(call), group, scratch_bytes, store_bytes)
+        out |= terms_of(call, rows, columns, pairs)
+        if "contrastive" in terms and not alone:
+            out["contrastive"] = contrastive(call, options, groups, rows, columns)
+    if alone:
+        one = SimilarityCall(
+            call.image, call.text, call.scale, label_offset=call.label_offset, softmax=True, columns=symmetric
+        )
+        rows, columns, _ = _statistics(one, group, scratch_bytes, store_bytes)
+        out["contrastive"] = contrastive(call, options, groups, rows, columns)
     out = {term: out[term] for term in terms}
-    if bias is not None:  # gives it a gradient of 0 instead of None, as DistributedDataParallel needs
-        first = next(iter(out))
-        out[first] = out[first] + 0.0 * bias
+    if weights is not None:
+        for term in set(terms) - set(fused):
+            loss = loss + weights[term] * out[term]
+        out = {term: value.detach() for term, value in out.items()} | {"loss": loss}
+    if bias is not None and "sigmoid" not in terms:  # a gradient of 0 instead of None, as DistributedDataParallel needs
+        last = next(reversed(out))
+        out[last] = out[last] + 0.0 * bias
     return out
 
 

@@ -1,97 +1,107 @@
-"""similarity_sigmoid: sigmoid terms of similarity_loss, whose forward computes value and gradient in one sweep. Not public."""
+"""similarity_sigmoid: the sigmoid terms of similarity_loss, whose forward computes value and gradient in one sweep. Not public."""
 
 from __future__ import annotations
-
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from simplclip.ops import backends
+from simplclip.ops import backends, distributed
+from simplclip.ops.calls import flat, tensors_of
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
-from simplclip.ops.registry import define, flat, register_autograd, schema_of, wants_grad
+from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
-from simplclip.ops.similarity.call import SigmoidCall
-from simplclip.ops.similarity.sweep import SCRATCH_BYTES, chunk_rows, computes_in
+from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
+from simplclip.ops.similarity.positives import Groups
+from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
 
-_NUMBERS = ("weight", "bias", "negative", "positive", "mix", "image_share", "text_share")
+_TENSORS = tensors_of(SigmoidCall)
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"  # terms, d_image, d_text, d_weight, d_bias
 
 
 def _run(function, call):
+    prepare(call, _TENSORS, computes_in(call.image.dtype, call.image.device.type))
+    terms, *gradients = function(call)
+    return (terms * call.mix).sum(), terms, *gradients
+
+
+def _results(call):
+    """Fake results of a backend. Gradients of float16 are stored in float32, in whose range entries of 1/N² are not lost."""
     compute = computes_in(call.image.dtype, call.image.device.type)
-    call.image, call.text = (t.to(compute).contiguous() for t in (call.image, call.text))
-    for name in _NUMBERS + ("ids", "text_ids"):
-        t = getattr(call, name)
-        if t is not None:
-            setattr(call, name, (t.to(accumulate_dtype(compute)) if name in _NUMBERS else t).contiguous())
-    terms, d_image, d_text, d_weight, d_bias = function(call)
-    return (terms * call.mix).sum(), terms, d_image, d_text, d_weight, d_bias
+    stored = torch.float32 if compute == torch.float16 else compute
+    terms = call.image.new_empty(call.weight.shape, dtype=accumulate_dtype(compute))
+    d_image, d_text = (
+        t.new_empty(t.shape if needed else (0, t.shape[1]), dtype=stored)
+        for t, needed in ((call.image, call.need_image), (call.text, call.need_text))
+    )
+    return terms, d_image, d_text, torch.empty_like(terms), torch.empty_like(terms)
 
 
 def _fake(call):
-    compute = computes_in(call.image.dtype, call.image.device.type)
-    terms = call.image.new_empty(call.weight.shape, dtype=accumulate_dtype(call.image.dtype))
-    d_image, d_text = (
-        t.new_empty(t.shape if needed else (0, t.shape[1]), dtype=stored_dtype(compute, t.device.type))
-        for t, needed in ((call.image, call.need_image), (call.text, call.need_text))
-    )
-    return terms.new_empty(()), terms, d_image, d_text, torch.empty_like(terms), torch.empty_like(terms)
+    terms, *gradients = _results(call)
+    return terms.new_empty(()), terms, *gradients
 
 
-def stored_dtype(compute: torch.dtype, device: str) -> torch.dtype:
-    """The dtype of the stored gradients: that of the products, float32 for float16, in whose range entries of 1/N² are lost."""
-    return torch.float32 if compute == torch.float16 else compute
+def _backward(call, results, grad, need, backend):
+    _, *gradients = results
+    return {name: g * grad for name, g in zip(("image", "text", "weight", "bias"), gradients) if need[name]}
 
 
-def _native_fake(call):
-    return _fake(call)[1:]
-
-
-_ROW = backends.row(reference.similarity_sigmoid, module="similarity.sigmoid", unpacked=True)
 define(
     "similarity_sigmoid",
     SigmoidCall,
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
-    row=_ROW,
-    native=f"({schema_of(SigmoidCall)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    native_fake=_native_fake,
+    row=backends.row(reference.similarity_sigmoid, module="similarity.sigmoid"),
+    native=(SigmoidCall, _RESULTS),
+    native_fake=_results,
 )
+register_gradient("similarity_sigmoid", SigmoidCall, _backward, forget=_TENSORS)
 
 
-def _setup_context(ctx, inputs, output):
-    call = SigmoidCall(*inputs[:-1])
-    ctx.dtypes = call.image.dtype, call.text.dtype, call.weight.dtype, call.bias.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
+def sigmoid_terms(
+    call: SimilarityCall,
+    terms: tuple[str, ...],  # "sigmoid", "pair_matching" or both
+    bias: Tensor | None,  # [] of the logits
+    mix: dict[str, float],
+    positives: str,
+    groups: Groups,
+    group: torch.distributed.ProcessGroup | None,
+    scratch_bytes: int,
+) -> tuple[Tensor, dict[str, Tensor]]:  # [], 0-dimensional
+    """The terms' sum weighted by `mix`, which has gradients, and the terms, which have none.
 
-
-def _autograd(ctx, grad, *_):
-    out = [None] * (len(fields(SigmoidCall)) + 1)
-    if grad is not None:
-        for at, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes)):
-            if ctx.needs_input_grad[at]:
-                out[at] = (gradient * grad).to(dtype)
-    return tuple(out)
-
-
-register_autograd("similarity_sigmoid", _autograd, _setup_context)
-
-
-def similarity_sigmoid(call: SigmoidCall, scratch_bytes: int = SCRATCH_BYTES) -> tuple[Tensor, Tensor]:  # [], [K]
-    """The sum of the terms weighted by `mix`, which has gradients, and the terms, which have none.
-
-    Products of N M D: 1 without a gradient; with gradients one more for each of image and text that requires one. Saved for
-    backward, which scales them: the gradients of image and text in the dtype of the products (float16: float32). In bfloat16
-    a gradient is so rounded twice, by 2⁻⁹ of itself each time.
+    Products of N M D: 1, and with gradients one more for each of image and text that requires one. Saved for backward, which
+    multiplies them by a number: the gradients of image and text.
     """
-    image, device = call.image, call.image.device.type
-    compute = computes_in(image.dtype, device)
-    call.chunk = chunk_rows(image.shape[0], call.text.shape[0], compute, device, 1, scratch_bytes)
-    if backends.forced() != "reference" or torch.compiler.is_compiling():
-        call.gradient = wants_grad(image, call.text, call.weight, call.bias)
-        call.need_image, call.need_text = wants_grad(image), wants_grad(call.text)
-    return run("similarity_sigmoid", *flat(call), backends.forced())[:2]
+    image, text, scale = call.image, call.text, call.scale
+    n, m, device = image.shape[0], text.shape[0], image.device.type
+
+    def constant(value) -> Tensor:
+        return torch.as_tensor(value, dtype=scale.dtype, device=scale.device)
+
+    mean = constant(1 / n)
+    numbers = {"sigmoid": (scale, constant(0.0) if bias is None else bias, mean, mean)}
+    if "pair_matching" in terms:
+        pairs = torch.as_tensor(m - groups.of_rows(), device=scale.device).expand(n).sum(dtype=torch.float64)
+        if group is not None and call.ids is not None:
+            pairs = distributed.mean(pairs, group)
+        numbers["pair_matching"] = call.plane_weight, call.plane_bias, 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
+    weights, biases, negative, positive = (torch.stack(each) for each in zip(*(numbers[term] for term in terms)))
+    shares = None, None
+    if positives != "drop" and call.ids is not None:
+        side = 0.5 if call.columns else 1.0
+        of_rows, of_columns = (groups.of_rows(), groups.of_columns().clamp(min=1)) if positives == "ids" else (1, 1)
+        shares = (scale.new_full((n,), side) / of_rows, scale.new_full((m,), 1 - side) / of_columns)
+    of_mix = constant([float(mix[term]) for term in terms])
+    call = SigmoidCall(
+        image, text, weights, biases, negative, positive, of_mix, call.ids, call.text_ids, *shares, call.label_offset,
+        chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
+        gradient=False, need_image=False, need_text=False,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or backends.forced() != "reference":  # which autograd differentiates
+        call.gradient = wants_grad(image, text, weights, biases)
+        call.need_image, call.need_text = wants_grad(image), wants_grad(text)
+    total, values = run("similarity_sigmoid", *flat(call), backends.forced())[:2]
+    return total, {term: value.detach() for term, value in zip(terms, values.unbind())}

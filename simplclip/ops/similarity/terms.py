@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,9 +50,8 @@ def terms_of(
     rows: Tensor,  # [12, N] RowStat
     columns: Tensor | None,  # [6, N] ColumnStat of the columns of the positives; None: the row direction only
     pairs: Tensor,  # [] float64, negatives of this rank or, where ranks differ, their mean
-    terms: Collection[str],  # that are asked for, of which some may not be made here
 ) -> dict[str, Tensor]:
-    """The terms, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
+    """The terms but contrastive, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
     student = call.scale * rows[Row.DIAGONAL_STUDENT]
     teacher = call.teacher_scale * rows[Row.DIAGONAL_TEACHER] if call.has_teacher else None
@@ -67,9 +64,6 @@ def terms_of(
             return None
         return divergence(stats[lse], positive, stats[lse_teacher], teacher, stats[mean], call.entropy)
 
-    if "contrastive" in terms:
-        by_column = None if columns is None else cross_entropy(columns[Column.LSE_STUDENT], student)
-        out["contrastive"] = both(cross_entropy(rows[Row.LSE_STUDENT], student), by_column)
     if call.negatives:
         weight, bias = call.plane_weight, call.plane_bias
         positive = (rows[Row.DIAGONAL_HADAMARD] if weight.dim() else weight * rows[Row.DIAGONAL_STUDENT]) + bias
