@@ -62,7 +62,7 @@ def _similarity_sigmoid_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile: its share of the terms and of their numbers' gradients, and the gradient of `mix`'s sum to its similarities."""
+    """One tile: its share of the terms and of the gradients of their numbers, and the gradient to its similarities."""
     program = tl.program_id(0)
     at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row = first_row + at

@@ -37,7 +37,7 @@ class Call:
 
 
 # Numbers and what acts on statistics: float32 beside half features.
-WIDE = {"logit_scale", "logit_bias", "teacher_scale", "interactive_scale", "plane_weight", "plane_bias"}
+WIDE = {"logit_scale", "logit_bias", "teacher_scale", "interactive_scale", "plane_weight", "plane_bias", "prior"}
 WIDE |= {"alpha", "beta", "gamma", "norm_weight", "norm_bias", "attention_gain", "mlp_gain"}
 
 
@@ -50,16 +50,13 @@ def arguments(call: Call, tensors: dict[str, Tensor]) -> dict[str, object]:
     return named
 
 
-def _plain_similarity(image, text, logit_scale, *, logit_bias=None, **named):
+def _plain_similarity(image, text, logit_scale, **named):
     named.pop("scratch_bytes", None), named.pop("store_bytes", None)
     if named.get("ids") is not None and named.get("text_ids") is None:
         named["text_ids"] = named["ids"]
     if "shift" in named:
         named["shift"] = int(named["shift"])
-    out = plain.similarity_loss(image, text, logit_scale, **named)
-    if logit_bias is not None and "contrastive" in out:
-        out["contrastive"] = out["contrastive"] + 0.0 * logit_bias
-    return out
+    return plain.similarity_loss(image, text, logit_scale, **named)
 
 
 PLAIN: dict[str, Callable] = {
@@ -259,7 +256,7 @@ def check_padding(dtype: torch.dtype, backend: str, causal: bool, device: str = 
 
 
 # A small call of each op and loss: its float tensors, and a function of them that returns a number.
-TERMS = ("contrastive", "pair_matching", "relational", "interactive")
+TERMS = ("contrastive", "pair_matching", "relational", "interactive", "sigmoid")
 
 
 def _random(shapes, dtype):

@@ -17,6 +17,7 @@ def similarity_loss(
     text,
     logit_scale,
     *,
+    logit_bias=0.0,
     terms=("contrastive", "pair_matching"),
     plane=None,
     negatives="all",
@@ -28,6 +29,12 @@ def similarity_loss(
     projected_image=None,
     projected_text=None,
     divergence="kl",
+    label_smoothing=0.0,
+    decoupled=False,
+    prior=None,
+    margin=0.0,
+    positives="drop",
+    weights=None,
     ids=None,
     text_ids=None,
     label_offset=0,
@@ -39,9 +46,10 @@ def similarity_loss(
     similarity = image @ text.T
     logits = logit_scale * similarity
     positive = F.one_hot(labels, m).bool()
-    negative = ~positive
+    negative, matched = ~positive, positive
     if ids is not None:
         negative &= ids[:, None] != text_ids[None, :]
+        matched = ~negative if positives != "drop" else positive
 
     def rows(matrix):
         return matrix.masked_fill(~(positive | negative), -torch.inf)
@@ -52,6 +60,32 @@ def similarity_loss(
     def cross_entropy(by_row, by_column):
         loss = F.cross_entropy(rows(by_row), labels)
         return (loss + F.cross_entropy(columns(by_column), torch.arange(n))) / 2 if symmetric else loss
+
+    def contrast(logits, pair, matched, negative):
+        """Cross-entropy of the rows to the pair, or with options to a distribution over the candidates."""
+        seen = matched | negative
+        logits = torch.where(pair, logits - margin, logits)
+        target = (1 - label_smoothing) * matched.to(logits.dtype) / matched.sum(1, keepdim=True)
+        target = target + label_smoothing * seen.to(logits.dtype) / seen.sum(1, keepdim=True)
+        others = logits.masked_fill(~(negative if decoupled else seen & ~pair), -torch.inf).logsumexp(1)
+        if prior is not None:
+            count = negative.sum(1)
+            top = torch.maximum(others, logits[pair]).detach()
+            g = ((others - top).exp() / count - prior * (logits[pair] - top).exp()) / (1 - prior)
+            tiny = torch.finfo(g.dtype).tiny
+            others = torch.where(g < tiny, -torch.inf, top + g.clamp(min=tiny).log())
+            others = torch.maximum(others, -torch.as_tensor(logit_scale, dtype=g.dtype)) + count.to(g.dtype).log()
+            others = others.masked_fill(count == 0, -torch.inf)
+        denominator = others if decoupled else torch.logaddexp(others, logits[pair])
+        return (denominator - (target * logits.masked_fill(target == 0, 0)).sum(1)).mean()
+
+    def of_positives(loss):  # [N, M] of each pair as a positive
+        if positives == "sum" or not matched.any():
+            return loss[matched].sum() / n
+        loss = loss.masked_fill(~matched, 0)
+        by_row = (loss / matched.sum(1, keepdim=True)).sum()
+        by_column = (loss / matched.sum(0).clamp(min=1)).sum()
+        return (by_row + by_column) / 2 / n if symmetric else by_row / n
 
     def distance(teacher, student):
         p = teacher.softmax(1)
@@ -65,7 +99,13 @@ def similarity_loss(
 
     out = {}
     if "contrastive" in terms:
-        out["contrastive"] = cross_entropy(logits, logits)
+        out["contrastive"] = contrast(logits, positive, matched, negative)
+        if symmetric:
+            turned = (matrix.T[labels] for matrix in (logits, positive, matched, negative))
+            out["contrastive"] = (out["contrastive"] + contrast(*turned)) / 2
+    if "sigmoid" in terms:
+        biased = logits + logit_bias
+        out["sigmoid"] = of_positives(-F.logsigmoid(biased)) - F.logsigmoid(-biased)[negative].sum() / n
     if "pair_matching" in terms:
         weight, bias = plane
         decision = (image * weight) @ text.T + bias
@@ -84,7 +124,7 @@ def similarity_loss(
                 by_column[:, labels] = only.softmax(0).nan_to_num()[:, labels] / n
                 weight_of = (weight_of + by_column) / 2
             negative_loss = (weight_of * unmatched.masked_fill(~negative, 0)).sum()
-        out["pair_matching"] = (F.softplus(-decision[positive]).mean() + negative_loss) / 2
+        out["pair_matching"] = (of_positives(F.softplus(-decision)) + negative_loss) / 2
     if teacher_image is not None:
         teacher = teacher_scale * (teacher_image @ teacher_text.T)
     if "relational" in terms:
@@ -97,7 +137,11 @@ def similarity_loss(
             out["interactive"] = cross_entropy(by_row, by_column)
         else:
             out["interactive"] = distil(teacher, by_row, by_column)
-    return {term: out[term] for term in terms}
+    out = {term: out[term] for term in terms}
+    if weights is not None:
+        loss = sum(weights[term] * value for term, value in out.items())
+        out = {term: value.detach() for term, value in out.items()} | {"loss": loss}
+    return out
 
 
 def shaped_attention(q, k, v, alpha, beta, gamma, *, scale=None, causal=False, lengths=None):

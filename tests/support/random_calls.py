@@ -54,7 +54,7 @@ class Case:
 
 def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
     n = r.choice(SIZES)
-    m, terms = (n if r.random() < 0.6 else n + r.randrange(40)), tuple(r.sample(TERMS, r.choice((1, 1, 2, 3, 4))))
+    m, terms = (n if r.random() < 0.6 else n + r.randrange(40)), tuple(r.sample(TERMS, r.choice((1, 1, 2, 3, 4, 5))))
     teacher_width = r.choice(WIDTHS) if r.random() < 0.4 else None
     half = dtype in (torch.bfloat16, torch.float16)
     call = similarity_call(
@@ -81,9 +81,30 @@ def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
                 leaves["shift"] = torch.tensor(shift)
             else:
                 options["shift"] = shift
+    _options(r, call)
     if r.random() < 0.4:
         options |= {"scratch_bytes": r.choice((0, 1 << 12, 1 << 16)), "store_bytes": r.choice((0, 1 << 10, 1 << 14))}
     return call
+
+
+def _options(r: random.Random, call: Call) -> None:
+    """Options of the contrastive term, several positives, weights."""
+    leaves, options, n = call.tensors, call.options, len(call.tensors["image"])
+    terms, grouped = options["terms"], "ids" in options or "ids" in leaves
+    simple = leaves.get("plane_weight", torch.zeros(())).dim() == 0 and options.get("negatives", "all") == "all"
+    if simple and r.random() < 0.4:
+        options["positives"] = r.choice(("drop", "ids", "sum"))
+    if "contrastive" in terms and r.random() < 0.4:
+        options["label_smoothing"] = r.choice((0.0, 0.1, 0.5))
+        options["decoupled"] = not grouped and n > 1 and r.random() < 0.5  # each row needs a negative
+        if options.get("positives", "drop") == "drop":
+            options["margin"] = r.choice((0.0, 0.2))
+            if r.random() < 0.3:
+                options["prior"] = r.choice((0.0, 0.05))
+            elif r.random() < 0.3:
+                leaves["prior"] = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) / 10
+    if r.random() < 0.3:
+        options["weights"] = {term: r.choice((0.0, 0.5, 1.0, 2.0)) for term in terms}
 
 
 def _lengths(r: random.Random, batch: int, length: int) -> dict[str, Tensor]:

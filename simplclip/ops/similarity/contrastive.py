@@ -26,11 +26,12 @@ class Contrastive:
 
 def _debiased(lse: Tensor, positive: Tensor, negatives: Tensor, prior: Tensor | float, scale: Tensor) -> Tensor:  # [N] each
     """log(n g), g = max((ē − τ e^{z⁺}) / (1 − τ), e^{−s}): n negatives, the mean ē of their e^z, the prior τ."""
-    number = negatives.clamp(min=1)
+    count = negatives.clamp(min=1)
     top = torch.maximum(lse, positive).detach()  # so that nothing overflows
-    mean, floor = (lse - top).exp() / number, (-scale - top).exp()
-    corrected = (mean - prior * (positive - top).exp()) / (1 - prior)
-    return torch.where(negatives > 0, top + (number * torch.maximum(corrected, floor)).log(), -torch.inf)
+    corrected = ((lse - top).exp() / count - prior * (positive - top).exp()) / (1 - prior)
+    tiny = torch.finfo(lse.dtype).tiny
+    log = torch.where(corrected < tiny, -torch.inf, top + corrected.clamp(min=tiny).log())
+    return torch.where(negatives > 0, count.log() + torch.maximum(log, -scale), -torch.inf)
 
 
 def contrastive(
@@ -40,31 +41,31 @@ def contrastive(
     rows: Tensor,  # [12, N] RowStat
     columns: Tensor | None,  # [6, N] ColumnStat of the columns of the pairs; None: the row direction only
 ) -> Tensor:  # []
-    """The mean over rows and columns of D − Σ_j t_j z_j: D the log of the denominator, t the targets, z the logits."""
+    """The mean over rows and columns of D − Σ_j t_j z_j: D the log of the denominator, t the targets, z the logits.
+
+    It is taken as (D − z⁺) − Σ_j t_j (z_j − z⁺), of which the first is exact for well matched pairs too.
+    """
     positive = call.scale * rows[RowStat.DIAGONAL_STUDENT] - options.margin
-    several = bool(options.label_smoothing) or options.positives != "drop"  # targets are more than the pair
     dropped = options.positives == "drop" or options.decoupled  # from the softmax: the pairs with equal ids
 
     def side(lse: Tensor, negatives: Tensor) -> Tensor:
         if options.prior is not None:
             lse = _debiased(lse, positive, negatives, options.prior, call.scale)
-        if several:
-            return (lse if options.decoupled else torch.logaddexp(lse, positive)).mean()
         return (lse - positive if options.decoupled else cross_entropy(lse, positive)).mean()
 
     total = side(rows[RowStat.LSE_STUDENT], rows[RowStat.NEGATIVES])
     if columns is not None:
         taken = groups.of_columns()[groups.window] if dropped and groups.ids is not None else torch.ones_like(positive)
-        total = 0.5 * (total + side(columns[ColumnStat.LSE_STUDENT], groups.all_rows - taken))
-    if several:
-        total = total - _targets(call, options, groups, columns is not None).mean() * (1 if columns is None else 0.5)
+        total = 0.5 * (total + side(columns[ColumnStat.LSE_STUDENT], (groups.all_rows - taken).to(positive.dtype)))
+    if options.label_smoothing or options.positives != "drop":
+        total = total - _other_targets(call, options, groups, columns is not None)
     return total
 
 
-def _targets(call: SimilarityCall, options: Contrastive, groups: Groups, symmetric: bool) -> Tensor:  # [N]
-    """Σ_j t_ij z_ij of each row, and, if symmetric, of the targets of each column j in that row too.
+def _other_targets(call: SimilarityCall, options: Contrastive, groups: Groups, symmetric: bool) -> Tensor:  # []
+    """The mean over rows of Σ_j t_ij (z_ij − z_i⁺), and, if symmetric, half of it and half of the columns'.
 
-    The targets of a column without a pair are 0.
+    Each row has the targets of all columns in that row; those of a column without a pair are 0.
     """
     wide, smooth, drop = accumulate_dtype(call.image.dtype), options.label_smoothing, options.positives == "drop"
     image, text = call.image.to(wide), call.text.to(wide)
@@ -76,7 +77,7 @@ def _targets(call: SimilarityCall, options: Contrastive, groups: Groups, symmetr
 
     def share(size: int, of_positives: Tensor | int, candidates: Tensor | int) -> tuple[Tensor, Tensor]:
         """The targets of a positive and of any candidate."""
-        several = 1 / vector(size, of_positives).clamp(min=1) if options.positives == "ids" else vector(size, 1.0)
+        several = 1 / vector(size, of_positives).clamp(min=1)
         return (1 - smooth) * several, smooth / vector(size, candidates).clamp(min=1)
 
     def compared(values: Tensor) -> Tensor:  # [M, D] -> [N, D]
@@ -99,4 +100,6 @@ def _targets(call: SimilarityCall, options: Contrastive, groups: Groups, symmetr
         target = target + pairs.sums(text * matched[:, None])
         target = target + compared(text * any_other[:, None]) if smooth else target
         of_pair = of_pair + (matched + any_other)[window]
-    return call.scale * torch.linalg.vecdot(image, target) - of_pair * options.margin
+    sides = 2 if symmetric else 1
+    out = call.scale * torch.linalg.vecdot(image, target - sides * text[window]) + options.margin * (sides - of_pair)
+    return out.mean() / sides

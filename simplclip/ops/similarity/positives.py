@@ -24,7 +24,8 @@ class Groups:
         text_ids: Tensor | None,  # [M] int64
         gathered: bool,  # whether the rows of other ranks have the other columns as their pairs
     ):
-        self.n, self.m, self.ids, self.text_ids, self.gathered = n, m, ids, text_ids, gathered
+        self.n, self.m, self.gathered = n, m, gathered
+        self.ids, self.text_ids = (None, None) if ids is None else (ids.contiguous(), text_ids.contiguous())
         self.window = slice(label_offset, label_offset + n)
         self.apart = None if ids is None else text_ids[self.window] != ids  # [N]: a pair with two ids
 

@@ -1,4 +1,4 @@
-"""similarity_sigmoid: the sigmoid terms of similarity_loss, whose forward computes value and gradient in one sweep. Not public."""
+"""similarity_sigmoid: sigmoid terms of similarity_loss. Forward computes value and gradient in one sweep. Not public."""
 
 from __future__ import annotations
 
