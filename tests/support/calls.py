@@ -276,7 +276,8 @@ def similarity(**options):
         ids = torch.arange(image.shape[0]) // 2
         call = {"terms": TERMS, "plane": (scale, -2.0), "ids": ids, **options}
         teacher = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_scale": teacher_scale}
-        return sum(ops.similarity_loss(image, text, scale, **call, **teacher).values())
+        out = ops.similarity_loss(image, text, scale, **call, **teacher)
+        return out["loss"] if "loss" in out else sum(out.values())
 
     return _features, function
 
@@ -325,6 +326,10 @@ def _block(recompute=False):
 SMALL = {
     "similarity_loss": similarity(),
     "similarity_loss hard kl": similarity(negatives="hard", interactive="kl"),
+    "similarity_loss sigmoid": similarity(
+        terms=("sigmoid", "pair_matching"), positives="ids", weights={"sigmoid": 1.0, "pair_matching": 0.5}
+    ),
+    "similarity_loss positives": similarity(terms=("contrastive",), positives="ids", label_smoothing=0.1),
     "similarity_loss shift": similarity(negatives="shift"),
     "similarity_loss hadamard": (_features, _hadamard),
     "feature_loss": (_features, lambda image, text, scale, teacher, *_: ops.feature_loss(image, teacher)),

@@ -73,7 +73,7 @@ def _other_targets(call: SimilarityCall, options: Contrastive, groups: Groups, s
     pairs = Groups(n, m, window.start, None, None, groups.gathered) if drop else groups
 
     def vector(size: int, value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, device=image.device).to(wide).expand(size)
+        return image.new_zeros(size) + value
 
     def share(size: int, of_positives: Tensor | int, candidates: Tensor | int) -> tuple[Tensor, Tensor]:
         """The targets of a positive and of any candidate."""
@@ -101,5 +101,5 @@ def _other_targets(call: SimilarityCall, options: Contrastive, groups: Groups, s
         target = target + compared(text * any_other[:, None]) if smooth else target
         of_pair = of_pair + (matched + any_other)[window]
     sides = 2 if symmetric else 1
-    out = call.scale * torch.linalg.vecdot(image, target - sides * text[window]) + options.margin * (sides - of_pair)
+    out = call.scale * (image * (target - sides * text[window])).sum(1) + options.margin * (sides - of_pair)
     return out.mean() / sides

@@ -78,13 +78,10 @@ def sigmoid_terms(
     image, text, scale = call.image, call.text, call.scale
     n, m, device = image.shape[0], text.shape[0], image.device.type
 
-    def constant(value) -> Tensor:
-        return torch.as_tensor(value, dtype=scale.dtype, device=scale.device)
-
-    mean = constant(1 / n)
-    numbers = {"sigmoid": (scale, constant(0.0) if bias is None else bias, mean, mean)}
+    mean = scale.new_ones(()) / n
+    numbers = {"sigmoid": (scale, torch.zeros_like(mean) if bias is None else bias, mean, mean)}
     if "pair_matching" in terms:
-        pairs = torch.as_tensor(m - groups.of_rows(), device=scale.device).expand(n).sum(dtype=torch.float64)
+        pairs = (scale.new_zeros(n, dtype=torch.float64) + (m - groups.of_rows())).sum()
         if group is not None and call.ids is not None:
             pairs = distributed.mean(pairs, group)
         numbers["pair_matching"] = call.plane_weight, call.plane_bias, 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
@@ -94,7 +91,7 @@ def sigmoid_terms(
         side = 0.5 if call.columns else 1.0
         of_rows, of_columns = (groups.of_rows(), groups.of_columns().clamp(min=1)) if positives == "ids" else (1, 1)
         shares = (scale.new_full((n,), side) / of_rows, scale.new_full((m,), 1 - side) / of_columns)
-    of_mix = constant([float(mix[term]) for term in terms])
+    of_mix = scale.new_tensor([float(mix[term]) for term in terms])
     call = SigmoidCall(
         image, text, weights, biases, negative, positive, of_mix, call.ids, call.text_ids, *shares, call.label_offset,
         chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
