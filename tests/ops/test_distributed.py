@@ -12,9 +12,9 @@ from simplclip.losses import ClipPMLoss
 from simplclip.ops import distributed
 
 
-def torchrun(*parts):
+def torchrun(*parts, ranks=2):
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
         [*launcher, str(SUPPORT / "rank_losses.py"), *parts], env=env, capture_output=True, text=True, timeout=300
     )
@@ -29,6 +29,12 @@ def of_two_ranks():
 @pytest.mark.parametrize("part", ["open_clip", "one process", "exchanges", "gradient caching"])
 def test_two_ranks_equal(part, of_two_ranks):
     assert of_two_ranks.stdout.count(f"{part} passed") == 2, of_two_ranks.stderr[-5000:]
+
+
+@pytest.mark.slow
+def test_three_ranks_equal_open_clips():
+    run = torchrun("open_clip", ranks=3)
+    assert run.stdout.count("open_clip passed") == 3, run.stderr[-5000:]
 
 
 @pytest.mark.slow

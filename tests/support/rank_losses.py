@@ -1,4 +1,4 @@
-"""What each rank of tests/ops/test_distributed.py runs under torchrun: the losses over two gloo ranks against one process."""
+"""What each rank of tests/ops/test_distributed.py runs under torchrun: the losses over gloo ranks against one process."""
 
 import itertools
 import os
@@ -10,14 +10,14 @@ import rank_gradient_cache
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss, DistillClipLoss
+from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from similarity import make_inputs
 
-from simplclip import ops
+from simplclip import losses, ops
 from simplclip.losses import ClipPMLoss, WIKDLoss
 from simplclip.ops import distributed
 
-WORLD, N = 2, 10
+WORLD, N = int(os.environ["WORLD_SIZE"]), 10
 EVERYTHING = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
 
 
@@ -32,7 +32,7 @@ def run(loss, inputs, rows, distil, **options):
     scale = inputs["logit_scale"].clone().requires_grad_()
     teacher = [inputs["teacher_image"][rows], inputs["teacher_text"][rows], inputs["teacher_scale"]] if distil else []
     with warnings.catch_warnings():
-        if isinstance(loss, (ClipPMLoss, WIKDLoss)):  # open_clip 3.3 calls what torch 2.15 deprecates
+        if isinstance(loss, losses.base.SimilarityLoss):  # open_clip 3.3 calls what torch 2.15 deprecates
             warnings.simplefilter("error")
         terms = loss(image, text, scale, *teacher, output_dict=True, **options)
         sum(terms.values()).backward()
@@ -56,7 +56,7 @@ def close(ours, theirs, what):
 def equals_open_clip(rank):
     mine = slice(N * rank, N * rank + N)
     for (theirs, ours, distil), local_loss, gather_with_grad in itertools.product(
-        ((ClipLoss, lambda **k: ClipPMLoss(pm_weight=0, **k), False), (DistillClipLoss, WIKDLoss, True)),
+        ((ClipLoss, losses.ClipLoss, False), (DistillClipLoss, WIKDLoss, True)),
         (False, True),
         (False, True),
     ):
@@ -66,6 +66,38 @@ def equals_open_clip(rank):
         close(got[0], expected[0], what)
         close(got[1], expected[1], what)
         close(average(got[2]), average(expected[2]), what)
+
+
+def sigmoid_equals_open_clip(rank):
+    mine, bias = slice(N * rank, N * rank + N), torch.tensor(-3.0)
+    for dist_impl in ("bidir", "shift", "reduce", "gather"):
+        mode = {"rank": rank, "world_size": WORLD, "dist_impl": dist_impl}
+        expected, got = (run(make(**mode), batch(), mine, False, logit_bias=bias) for make in (SigLipLoss, losses.SigLipLoss))
+        for theirs, ours in zip(expected, got):
+            close(ours, theirs, f"SigLipLoss {dist_impl}")
+
+
+def sigmoid_equals_one_process(rank):
+    """With groups across ranks, as negatives that drop out and as positives; beside pair matching."""
+    mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N).clamp(min=5)
+    ids[15] = 7
+    for positives, options in itertools.product(("drop", "ids", "sum"), ({}, {"pm_weight": 0.5})):
+        options = {"positives": positives, **options}
+        expected = run(losses.SigLipLoss(**options), batch(), slice(None), False, ids=ids)
+        got = run(losses.SigLipLoss(rank=rank, world_size=WORLD, **options), batch(), mine, False, ids=ids[mine])
+        close(average(got[0]), expected[0], str(options))
+        close(got[1], {name: WORLD * g[mine] for name, g in expected[1].items()}, str(options))
+        close(average(got[2]), expected[2], str(options))
+    image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
+    for options in ({"positives": "ids"}, {"label_smoothing": 0.1}, {"prior": 0.05}, {"margin": 0.2}, {"decoupled": True}):
+        leaves = [t.clone().requires_grad_() for t in (image, text)]
+        value = ops.similarity_loss(*leaves, scale, ids=ids, **options)["contrastive"]
+        expected = torch.autograd.grad(value, leaves)
+        leaves = [t[mine].clone().requires_grad_() for t in (image, text)]
+        shared = ops.similarity_loss(*leaves, scale, ids=ids[mine], group=dist.group.WORLD, **options)["contrastive"]
+        got = torch.autograd.grad(shared, leaves)
+        close(average({"value": shared.detach()}), {"value": value.detach()}, str(options))
+        close(dict(enumerate(got)), {k: WORLD * g[mine] for k, g in enumerate(expected)}, str(options))
 
 
 def equals_one_process(rank):
@@ -154,7 +186,11 @@ def dies(rank):
 
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    parts = {"open_clip": [equals_open_clip], "one process": [equals_one_process], "dies": [dies]}
+    parts = {
+        "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
+        "one process": [equals_one_process],
+        "dies": [dies],
+    }
     parts |= {"exchanges": [collectives, unequal, grad_cache], "gradient caching": [rank_gradient_cache.main]}
     for name in sys.argv[1:]:
         for part in parts[name]:

@@ -173,8 +173,8 @@ class SigmoidCall:
     """Arguments of similarity_sigmoid: K sigmoid terms of l = weight x yᵀ + bias, which share one sweep.
 
     Term k is negative[k] times the sum of softplus(l) over the negatives, plus positive[k] times that of share softplus(-l)
-    over the positives. With image_share, pairs with equal ids are positives beside the pair itself, and the share of (i, j) is
-    image_share[i] + text_share[j]; without, they are neither, and the share is 1.
+    over the positives. With image_share, pairs with equal ids are positives beside the pair itself, and the share of (i, j)
+    is image_share[i] + text_share[j]; without, they are neither, and the share is 1.
     """
 
     image: Tensor  # [N, D]

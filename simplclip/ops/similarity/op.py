@@ -220,9 +220,9 @@ def similarity_loss(
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
 
-    The gradient of a sigmoid term needs no statistics. Where only such terms are asked for ("sigmoid", and "pair_matching" with
-    all negatives and a scalar plane; both together with `weights`), forward computes it with the value: 3 matrix products of
-    N M D in all, 2 if image or text needs no gradient, 1 if none is needed. The gradients [N, D] and [M, D] are saved and
+    The gradient of a sigmoid term needs no statistics. Where only such terms are asked for ("sigmoid", and "pair_matching"
+    with all negatives and a scalar plane; both together with `weights`), forward computes it with the value: 3 matrix products
+    of N M D in all, 2 if image or text needs no gradient, 1 if none is needed. The gradients [N, D] and [M, D] are saved and
     backward scales them; they are rounded to the features' dtype (float16's are float32) once more than others.
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
@@ -236,8 +236,8 @@ def similarity_loss(
         RuntimeError: a forced backend does not support the call.
 
     Source: Radford et al. 2021 (arXiv 2103.00020) for the contrastive term; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732) for
-    relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching; Zhai et al. 2023 (arXiv 2303.15343)
-    for sigmoid; Khosla et al. 2020 and Yang et al. 2022 (arXiv 2204.03610) for several positives.
+    relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching; Zhai et al. 2023 (arXiv
+    2303.15343) for sigmoid; Khosla et al. 2020 and Yang et al. 2022 (arXiv 2204.03610) for several positives.
     """
     inputs.check_options(terms, negatives, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
     options = Contrastive(label_smoothing, decoupled, prior, margin, positives)

@@ -180,8 +180,8 @@ def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The terms [K], and the gradients of their sum weighted by `mix`.
 
-    These are d_image, d_text (empty unless needed), d_weight and d_bias [K]. Without `gradient` autograd may differentiate the
-    terms.
+    These are d_image, d_text (empty unless needed), d_weight and d_bias [K]. Without `gradient` autograd may differentiate
+    the terms.
     """
     dtype, n, m = accumulate_dtype(call.image.dtype), call.image.shape[0], call.text.shape[0]
     image, text = call.image.to(dtype), call.text.to(dtype)

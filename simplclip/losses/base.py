@@ -71,7 +71,7 @@ class SimilarityLoss(nn.Module):
         negatives: str = "all",
         embed_dim: int | None = None,
     ):
-        super().__init__()
+        nn.Module.__init__(self)  # not that of open_clip's loss, of which a subclass may be one too
         self.pm_weight = weight_of("pm_weight", pm_weight)
         checks.choice("plane", plane, PLANES)
         checks.choice("negatives", negatives, NEGATIVES)

@@ -1,35 +1,4 @@
-r"""Loss modules with open_clip's signatures on top of the fused ops.
-
-The losses of other libraries and their equals here, which expect L2-normalised features [N, D] (tests/losses/test_peers.py
-compares the values):
-
-    there                            here
-
-    open_clip
-      ClipLoss, DistillClipLoss      ClipPMLoss(pm_weight=0), WIKDLoss(): equal, in each of the distributed modes too
-
-    CLIP-KD                          WIKDLoss(divergence="kl", relational_weight=0 unless named below). CLIP-KD normalises
-                                     the student's features itself and expects normalised features of the teacher
-      alpha_ckd_loss = a             relational_weight=a
-      alpha_icl_loss = a             interactive_weight=a, interactive="infonce"
-      alpha_cross_kd_loss = a        interactive_weight=a, interactive="kl"
-      alpha_fd_loss = a              feature_weight=2 * a, since image and text are added there and averaged here
-      cross_logit_scale = c          learn_interactive_scale=True, interactive_log_scale = log c: there c itself is the scale
-                                     and starts at log(1/0.07) = 2.66; here exp(parameter) is the scale and starts at 1/0.07
-      visual_proj, text_proj         image_projections, text_projections: the same without a bias
-
-    memeff
-      MemoryEfficientCLIPLoss(t)     ClipPMLoss(pm_weight=0) at logit_scale = 1/t: equal values. memeff normalises the
-                                     features (unless normalized_inputs=True), has no gradient of the temperature, and with
-                                     stable=True, its default, its gradients of the features are sqrt(N t) times ours
-      Distributed...CLIPLoss(t)      local_loss=False, gather_with_grad=False, N of all ranks: the same gradients; the sum of
-                                     its values over the ranks equals our value
-
-    GradCache
-      SimpleContrastiveLoss          ops.similarity_loss(x, y, 1.0, symmetric=False): only the direction from x to y, without
-                                     scale and normalisation. ClipPMLoss(pm_weight=0) is the mean of both directions
-      DistributedContrastiveLoss     the same with group=, whose gradients are world_size times as large
-"""
+"""WIKDLoss: the contrastive loss and distillation in three spaces."""
 
 from __future__ import annotations
 
@@ -41,62 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
-from simplclip.loss_base import PLANES, SimilarityLoss, check_width, weight_of, width_of
+from simplclip.losses.base import SimilarityLoss, check_width, weight_of, width_of
 from simplclip.ops import checks
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
 
-__all__ = ["PLANES", "ClipPMLoss", "WIKDLoss"]
-
 OF_TEACHER = ("relational", "interactive", "feature")
-
-
-class ClipPMLoss(SimilarityLoss):
-    r"""Contrastive loss plus pair matching, a drop-in replacement of `open_clip.ClipLoss`.
-
-        loss = ClipLoss(image, text) + pm_weight · ½ [mean_i softplus(−l_ii) + mean over negatives softplus(l_ij)]
-
-    with the learned hyperplane l = p S + q (plane="scalar") or l_ij = w·(x_i ⊙ y_j) + q (plane="hadamard") over the
-    similarity S of L2-normalised features; see `simplclip.ops.similarity_loss`, which never stores the N×N matrix. The
-    hyperplane's parameters are `plane_weight` (p [], or w [D]) and `plane_bias` (q []); pass them to the optimizer. With
-    pm_weight=0 the module has no parameters and equals ClipLoss.
-
-    Args:
-        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss. cache_labels has no effect,
-            since labels are an offset here. use_horovod is not supported with several ranks.
-        pm_weight: weight of pair matching, 0 or more.
-        plane: "scalar" or "hadamard"; hadamard needs embed_dim.
-        negatives: "all", "shift" (one negative per row, drawn at each call from torch's default generator) or "hard".
-        embed_dim: D, for plane="hadamard".
-
-    Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this library's interpretation.
-    """
-
-    def extra_repr(self) -> str:
-        return f"pm_weight={self.pm_weight}, plane={self.plane!r}, negatives={self.negatives!r}"
-
-    def forward(
-        self,
-        image_features: Tensor,  # [N, D]
-        text_features: Tensor,  # [N, D]
-        logit_scale: Tensor,  # []
-        logit_bias: Tensor | None = None,  # []
-        output_dict: bool = False,
-        *,
-        ids: Tensor | None = None,  # [N] int64
-    ) -> Tensor | dict[str, Tensor]:
-        """Returns the loss; with output_dict, a dict of its weighted terms.
-
-        These are `contrastive_loss` and, with pm_weight, `pair_matching_loss`.
-
-        ids: pairs with equal ids are not each other's negatives (several captions of an image, duplicates).
-        """
-        terms = ("contrastive", "pair_matching") if self.pm_weight else ("contrastive",)
-        image, text = self._own_features(image_features, text_features)
-        values = self._terms(terms, image, text, logit_scale=logit_scale, logit_bias=logit_bias, ids=ids)
-        losses: dict[str, Any] = {"contrastive_loss": self._value(values["contrastive"])}
-        if self.pm_weight:
-            losses["pair_matching_loss"] = self.pm_weight * self._value(values["pair_matching"])
-        return losses if output_dict else sum(losses.values())
 
 
 class WIKDLoss(SimilarityLoss):

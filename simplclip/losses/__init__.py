@@ -1,0 +1,49 @@
+r"""Loss modules with open_clip's signatures on top of the fused ops.
+
+The losses of other libraries and their equals here, which expect L2-normalised features [N, D] (tests/losses/test_peers.py
+compares the values):
+
+    there                            here
+
+    open_clip
+      ClipLoss, DistillClipLoss      ClipLoss (ClipPMLoss(pm_weight=0)), WIKDLoss(): equal, in each distributed mode too
+      SigLipLoss, CoCaLoss           SigLipLoss, CoCaLoss: equal
+
+    CLIP-KD                          WIKDLoss(divergence="kl", relational_weight=0 unless named below). CLIP-KD normalises
+                                     the student's features itself and expects normalised features of the teacher
+      alpha_ckd_loss = a             relational_weight=a
+      alpha_icl_loss = a             interactive_weight=a, interactive="infonce"
+      alpha_cross_kd_loss = a        interactive_weight=a, interactive="kl"
+      alpha_fd_loss = a              feature_weight=2 * a, since image and text are added there and averaged here
+      cross_logit_scale = c          learn_interactive_scale=True, interactive_log_scale = log c: there c itself is the scale
+                                     and starts at log(1/0.07) = 2.66; here exp(parameter) is the scale and starts at 1/0.07
+      visual_proj, text_proj         image_projections, text_projections: the same without a bias
+
+    memeff
+      MemoryEfficientCLIPLoss(t)     ClipPMLoss(pm_weight=0) at logit_scale = 1/t: equal values. memeff normalises the
+                                     features (unless normalized_inputs=True), has no gradient of the temperature, and with
+                                     stable=True, its default, its gradients of the features are sqrt(N t) times ours
+      Distributed...CLIPLoss(t)      local_loss=False, gather_with_grad=False, N of all ranks: the same gradients; the sum of
+                                     its values over the ranks equals our value
+
+    GradCache
+      SimpleContrastiveLoss          ops.similarity_loss(x, y, 1.0, symmetric=False): only the direction from x to y, without
+                                     scale and normalisation. ClipPMLoss(pm_weight=0) is the mean of both directions
+      DistributedContrastiveLoss     the same with group=, whose gradients are world_size times as large
+"""
+
+from simplclip.losses.base import PLANES
+from simplclip.losses.clip import ClipPMLoss
+from simplclip.losses.rowwise import RowwiseLoss
+from simplclip.losses.wikd import OF_TEACHER, WIKDLoss
+
+__all__ = ["OF_TEACHER", "PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss"]
+
+
+def __getattr__(name: str):
+    """The losses that are subclasses of open_clip's import it, which takes seconds."""
+    if name in ("ClipLoss", "CoCaLoss", "SigLipLoss"):
+        from simplclip.losses import drop_in
+
+        return getattr(drop_in, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

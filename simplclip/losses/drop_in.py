@@ -1,0 +1,169 @@
+"""Losses that are subclasses of open_clip's, where it is installed: code that asks for those accepts these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simplclip.losses.base import SimilarityLoss
+from simplclip.ops import checks
+from simplclip.ops.similarity.call import POSITIVES
+
+try:
+    from open_clip import loss as theirs
+except ImportError:
+    theirs: Any = type("NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object))
+
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+
+
+class ClipLoss(SimilarityLoss, theirs.ClipLoss):
+    r"""`open_clip.ClipLoss` without its N×N matrices: the same constructor, forward, values and gradients.
+
+        loss = ½ [cross-entropy of the rows of Z to the diagonal + that of the columns],   Z = logit_scale · x yᵀ + logit_bias
+
+    Subclasses may use `get_logits` and `get_ground_truth`, which are open_clip's and make the matrices. See
+    `simplclip.ops.similarity_loss` for shapes, dtypes and memory.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see SimilarityLoss for the
+            values and gradients of each mode. use_horovod is not supported with several ranks.
+
+    Source: Radford et al. 2021 (arXiv 2103.00020); open_clip.loss.ClipLoss.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, pm_weight=0.0)
+        self.prev_num_logits, self.labels = 0, {}  # of get_ground_truth
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+        logit_bias: Tensor | None = None,  # []
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """Returns the loss; with output_dict, as {"contrastive_loss": loss}."""
+        image, text = self._own_features(image_features, text_features)
+        values = self._terms(("contrastive",), image, text, logit_scale=logit_scale, logit_bias=logit_bias)
+        loss = self._value(values["contrastive"])
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class CoCaLoss(ClipLoss, theirs.CoCaLoss):
+    r"""`open_clip.CoCaLoss`: the contrastive loss and the cross-entropy of a caption's tokens, each with its weight.
+
+    Args:
+        caption_loss_weight, clip_loss_weight: weights; with clip_loss_weight=0 the contrastive loss is not computed.
+        pad_id: the token that the caption's loss leaves out.
+        local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod: as in ClipLoss.
+
+    Source: Yu et al. 2022 (arXiv 2205.01917); open_clip.loss.CoCaLoss.
+    """
+
+    def __init__(
+        self,
+        caption_loss_weight: float,
+        clip_loss_weight: float,
+        pad_id: int = 0,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod)
+        self.caption_loss_weight = checks.number("caption_loss_weight", caption_loss_weight)
+        self.clip_loss_weight = checks.number("clip_loss_weight", clip_loss_weight)
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logits: Tensor,  # [N, L, V] of the caption's tokens
+        labels: Tensor,  # [N, L] int64
+        logit_scale: Tensor,  # []
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Returns the weighted contrastive and caption losses; with output_dict, as `contrastive_loss`, `caption_loss`."""
+        contrastive = torch.tensor(0, device=logits.device)
+        if self.clip_loss_weight:
+            contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
+        caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
+        return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
+
+
+class SigLipLoss(SimilarityLoss, theirs.SigLipLoss):
+    r"""`open_clip.SigLipLoss` without N×N matrices, with pair matching beside it and with several positives.
+
+        loss = (1/N) Σ_ij softplus(−y_ij Z_ij) + pm_weight · pair matching,   Z = logit_scale · x yᵀ + logit_bias
+
+    with y_ij = 1 for a pair and −1 else. Three matrix products of N·M·D in all, pair matching included; see
+    `simplclip.ops.similarity_loss` for shapes, dtypes, memory, and the form of pair matching.
+
+    Args:
+        cache_labels: without effect, since labels are an offset here.
+        rank, world_size: with world_size > 1 each rank computes its own rows against the texts of all ranks. Value and
+            gradients are open_clip's.
+        dist_impl: "bidir", "shift", "reduce", "gather" or None as in open_clip. Here they are one: the ranks gather features,
+            never logits.
+        positives: "drop", "ids" or "sum": whether pairs with equal ids are positives, as in similarity_loss.
+        pm_weight: weight of pair matching over all negatives with a scalar plane, `plane_weight` and `plane_bias`.
+
+    Source: Zhai et al. 2023 (arXiv 2303.15343); open_clip.loss.SigLipLoss.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        positives: str = "drop",
+        pm_weight: float = 0.0,
+    ):
+        super().__init__(True, True, cache_labels, rank, world_size, pm_weight=pm_weight)
+        self.dist_impl = dist_impl or "bidir"
+        checks.choice("dist_impl", self.dist_impl, DIST_IMPLS)
+        checks.choice("positives", positives, POSITIVES)
+        self.positives = positives
+
+    def forward(
+        self,
+        image_features: Tensor,  # [N, D]
+        text_features: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+        logit_bias: Tensor | None = None,  # []
+        output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,  # [N] int64
+    ) -> Tensor | dict[str, Tensor]:
+        """Returns the loss; with output_dict, `contrastive_loss` and, with pm_weight, `pair_matching_loss`.
+
+        ids: pairs with equal ids are not each other's negatives, or are positives; see `positives`.
+        """
+        image, text = self._own_features(image_features, text_features)
+        weights = {"sigmoid": 1.0} | ({"pair_matching": self.pm_weight} if self.pm_weight else {})
+        options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids, "positives": self.positives}
+        values = self._terms(tuple(weights), image, text, weights=weights, **options)
+        if not output_dict:
+            return values["loss"]
+        if not self.pm_weight:
+            return {"contrastive_loss": values["loss"]}
+        # The gradient of both terms is that of their sum.
+        matching = self.pm_weight * values["pair_matching"]
+        return {"contrastive_loss": values["loss"] - matching, "pair_matching_loss": matching}

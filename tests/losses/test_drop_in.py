@@ -1,0 +1,160 @@
+"""ClipLoss, CoCaLoss and SigLipLoss in the place of open_clip's, and of subclasses of open_clip's."""
+
+import inspect
+
+import open_clip.loss
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+
+from simplclip import losses
+
+N, VOCABULARY = 12, 9
+
+
+def features(dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    image = F.normalize(torch.randn(N, 16, generator=g), dim=1)
+    text = F.normalize(torch.randn(N, 16, generator=g) + 3 * image, dim=1)
+    leaves = [image.to(dtype), text.to(dtype), torch.tensor(14.0), torch.tensor(-10.0)]
+    return [t.requires_grad_() for t in leaves]
+
+
+def tokens():
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(N, 5, VOCABULARY, generator=g), torch.randint(0, VOCABULARY, (N, 5), generator=g)
+
+
+CASES = {
+    "ClipLoss": ({}, lambda loss, x, y, s, b, **k: loss(x, y, s, **k)),
+    "ClipLoss with a bias": ({}, lambda loss, x, y, s, b, **k: loss(x, y, s, b, **k)),
+    "SigLipLoss": ({}, lambda loss, x, y, s, b, **k: loss(x, y, s, b, **k)),
+    "SigLipLoss without a bias": ({}, lambda loss, x, y, s, b, **k: loss(x, y, s, None, **k)),
+    "CoCaLoss": (
+        {"caption_loss_weight": 2.0, "clip_loss_weight": 0.7},
+        lambda loss, x, y, s, b, **k: loss(x, y, *tokens(), s, **k),
+    ),
+    "CoCaLoss of captions": (
+        {"caption_loss_weight": 2.0, "clip_loss_weight": 0.0, "pad_id": 3},
+        lambda loss, x, y, s, b, **k: loss(x, y, *tokens(), s, **k),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_open_clips_loss(name):
+    """Signature, values in both forms, gradients; an instance of open_clip's class."""
+    options, call = CASES[name]
+    results, classes = [], []
+    for module in (open_clip.loss, losses):
+        cls = getattr(module, name.split()[0])
+        leaves, loss = features(), cls(**options)
+        named, value = call(loss, *leaves, output_dict=True), call(loss, *leaves)
+        total = sum(named.values())
+        if total.requires_grad:
+            total.backward()
+        results.append((*named.values(), *(value if isinstance(value, tuple) else [value]), *(t.grad for t in leaves)))
+        classes.append((cls, list(named)))
+    (theirs, keys), (ours, our_keys) = classes
+    assert our_keys == keys
+    assert issubclass(ours, theirs)
+    for method in ("__init__", "forward"):
+        expected, found = (inspect.signature(getattr(c, method)).parameters for c in (theirs, ours))
+        assert list(found)[: len(expected)] == list(expected)
+        if method == "__init__":
+            assert [p.default for p in found.values()][: len(expected)] == [p.default for p in expected.values()]
+    for expected, found in zip(*results, strict=True):
+        if expected is None:
+            assert found is None or not found.any()  # a bias has a gradient of 0, as DistributedDataParallel needs
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def rebased(theirs, ours):
+    """A class of open_clip's shape on our ClipLoss: its body is not changed."""
+    namespace = {k: v for k, v in vars(theirs).items() if k in ("__init__", "forward", "dist_loss")}
+    made = type(theirs.__name__, (ours,), {})
+    for name, function in namespace.items():
+        # super() finds the class in the closure.
+        cells = tuple(type(cell)(made) if n == "__class__" else cell
+                      for n, cell in zip(function.__code__.co_freevars, function.__closure__ or ()))  # fmt: skip
+        moved = type(function)(function.__code__, function.__globals__, name, function.__defaults__, cells)
+        moved.__kwdefaults__ = function.__kwdefaults__
+        setattr(made, name, moved)
+    return made
+
+
+def test_open_clips_coca_loss_on_our_clip_loss():
+    cls = rebased(open_clip.loss.CoCaLoss, losses.ClipLoss)
+    image, text, scale, _ = features()
+    expected, found = (c(2.0, 0.7)(image, text, *tokens(), scale) for c in (open_clip.loss.CoCaLoss, cls))
+    torch.testing.assert_close(found, expected)
+
+
+class DRClipLoss(losses.ClipLoss):
+    """MobileCLIP's loss by its shape: logits of the student and of a teacher, and the ground truth of the base class."""
+
+    def forward(self, image, text, scale, teacher_image, teacher_text, teacher_scale):
+        student = self.get_logits(image, text, scale)
+        teacher = self.get_logits(teacher_image, teacher_text, teacher_scale)
+        labels = self.get_ground_truth(image.device, student[0].shape[0])
+        contrastive = sum(F.cross_entropy(logits, labels) for logits in student) / 2
+        pairs = zip(student, teacher)
+        distance = sum(F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean") for s, t in pairs) / 2
+        return contrastive, distance
+
+
+def test_a_loss_that_needs_the_logits():
+    image, text, scale, _ = features()
+    found = DRClipLoss()(image, text, scale, text.detach(), image.detach(), torch.tensor(20.0))
+    expected = plain.similarity_loss(
+        image, text, scale, terms=("contrastive", "relational"), teacher_image=text.detach(), teacher_text=image.detach(),
+        teacher_scale=torch.tensor(20.0),
+    )  # fmt: skip
+    torch.testing.assert_close(found, tuple(expected.values()))
+
+
+def test_sigmoid_with_pair_matching_is_one_sweep(monkeypatch):
+    """Both terms have the gradient of their sum, with the products of one."""
+    from simplclip.ops.similarity import sigmoid
+
+    calls = []
+    monkeypatch.setattr(sigmoid, "run", lambda *args, run=sigmoid.run: calls.append(args) or run(*args))
+    loss, leaves = losses.SigLipLoss(pm_weight=0.5), features()
+    terms = loss(*leaves, output_dict=True)
+    assert len(calls) == 1
+    assert list(terms) == ["contrastive_loss", "pair_matching_loss"]
+    sum(terms.values()).backward()
+    other = features()
+    plane = [p.detach().clone().requires_grad_() for p in (loss.plane_weight, loss.plane_bias)]
+    expected = plain.similarity_loss(*other[:3], logit_bias=other[3], terms=("sigmoid", "pair_matching"), plane=plane)
+    (expected["sigmoid"] + 0.5 * expected["pair_matching"]).backward()
+    torch.testing.assert_close(terms["contrastive_loss"], expected["sigmoid"])
+    torch.testing.assert_close(terms["pair_matching_loss"], 0.5 * expected["pair_matching"])
+    for ours, theirs in zip([*leaves, loss.plane_weight, loss.plane_bias], [*other, *plane]):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [(), ("image",), ("text",), ("image", "text"), ("image", "text", "scale", "bias")])
+def test_what_needs_no_gradient_costs_no_product(frozen, monkeypatch):
+    from simplclip.ops.similarity import sigmoid
+
+    results = []
+    monkeypatch.setattr(sigmoid, "run", lambda *args, run=sigmoid.run: results.append(run(*args)) or results[-1])
+    leaves = features()
+    for name, t in zip(("image", "text", "scale", "bias"), leaves):
+        t.requires_grad_(name not in frozen)
+    loss = losses.SigLipLoss()(*leaves)
+    _, _, d_image, d_text, *_ = results[0]
+    assert [len(d) for d in (d_image, d_text)] == [0 if name in frozen else N for name in ("image", "text")]
+    assert loss.requires_grad == (len(frozen) < 4)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="dist_impl: expected one of 'bidir', 'shift', 'reduce', 'gather', got 'ring'"):
+        losses.SigLipLoss(dist_impl="ring")
+    with pytest.raises(ValueError, match="positives: expected one of 'drop', 'ids', 'sum', got 'all'"):
+        losses.SigLipLoss(positives="all")
+    with pytest.raises(TypeError, match="caption_loss_weight: expected a number, got str"):
+        losses.CoCaLoss("2", 1.0)

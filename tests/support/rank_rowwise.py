@@ -1,0 +1,148 @@
+"""Losses of rows, their dense form, and what each rank of tests/losses/test_rowwise.py runs under torchrun."""
+
+import itertools
+import sys
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from simplclip.losses.rowwise import RowwiseLoss
+
+N, D = 150, 16  # three chunks of 50 rows at the least budget
+
+
+def focal(logits, positives):
+    cross_entropy = F.cross_entropy(logits, positives, reduction="none")
+    return (1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy
+
+
+def hard_negatives(logits, positives, beta=0.3):
+    """Robinson et al. 2021 with constant weights: a negative counts by the softmax of beta times its logit."""
+    own = torch.arange(logits.shape[1], device=logits.device) == positives[:, None]
+    negatives = logits.masked_fill(own, -torch.inf)
+    weights = (beta * negatives).log_softmax(1).detach() + torch.log(torch.tensor(logits.shape[1] - 1.0, dtype=logits.dtype))
+    positive = logits.gather(1, positives[:, None])[:, 0]
+    return torch.logaddexp(positive, (negatives + weights).logsumexp(1)) - positive
+
+
+def rince(logits, positives, q=0.1, lam=0.3):
+    """Chuang et al. 2022."""
+    positive = logits.gather(1, positives[:, None])[:, 0]
+    lam = torch.tensor(lam, dtype=logits.dtype)
+    return ((q * (logits.logsumexp(1) + lam.log())).exp() - (q * positive).exp()) / q
+
+
+def distilled(logits, positives, teacher_logits):
+    kl = F.kl_div(logits.log_softmax(1), teacher_logits.softmax(1), reduction="none").sum(1)
+    return kl + F.cross_entropy(logits, positives, reduction="none")
+
+
+class Tempered(nn.Module):
+    """A loss with parameters: a temperature, and one that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.unused = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.ones(2))
+
+    def forward(self, logits, positives):
+        return F.cross_entropy(self.temperature * logits, positives, reduction="none")
+
+
+FUNCTIONS = [focal, hard_negatives, rince, distilled]
+
+
+def batch(n=N, m=N, dtype=torch.float64, width=D, seed=0):
+    """image, text, logit_scale, logit_bias: leaves; then a teacher's features and scale."""
+    g = torch.Generator().manual_seed(seed)
+    image, text = (torch.randn(rows, width, generator=g, dtype=torch.float64) for rows in (n, m))
+    text[:n] += image
+    teacher = [F.normalize(t + 0.5 * torch.randn(t.shape, generator=g), dim=1).to(dtype) for t in (image, text)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, bias, teacher_scale = (torch.tensor(value, dtype=wide) for value in (12.0, -0.5, 9.0))
+    leaves = [F.normalize(image, dim=1).to(dtype), F.normalize(text, dim=1).to(dtype), scale, bias]
+    return [t.requires_grad_() for t in leaves], [*teacher, teacher_scale]
+
+
+def dense(fn, leaves, teacher=(), symmetric=True):
+    image, text, scale, bias = leaves
+    n, positives = image.shape[0], torch.arange(image.shape[0])
+    matrices = [scale.to(image.dtype) * (image @ text.T) + bias.to(image.dtype)]
+    if teacher:
+        matrices.append(teacher[2].to(image.dtype) * (teacher[0] @ teacher[1].T))
+    value = fn(matrices[0], positives, *matrices[1:]).mean()
+    return (
+        0.5 * (value + fn(matrices[0][:, :n].T, positives, *(t[:, :n].T for t in matrices[1:])).mean())
+        if symmetric
+        else value
+    )
+
+
+def ours(loss, leaves, teacher=()):
+    names = ("dist_image_features", "dist_text_features", "dist_logit_scale")
+    return loss(*leaves, **dict(zip(names, teacher)))
+
+
+def chunked(*args, **options):
+    loss = RowwiseLoss(*args, **{"compile": False, **options})
+    loss.scratch_bytes = 1
+    return loss
+
+
+def without_a_compiler():
+    leaves, _ = batch(dtype=torch.float32)
+    loss = chunked(focal, compile=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = [loss(*leaves) for _ in range(2)]
+    texts = [str(w.message) for w in caught if "RowwiseLoss" in str(w.message)]
+    assert len(texts) == 1, texts
+    assert texts[0].startswith("RowwiseLoss: fn runs uncompiled, since torch.compile failed: "), texts
+    assert "compiler" in texts[0], texts
+    torch.testing.assert_close(got, [chunked(focal)(*leaves)] * 2, rtol=0, atol=0)
+    sys.stdout.write("passed\n")
+
+
+def ranks_equal_open_clip(rank, world):
+    """In each mode the values and gradients of fn over the logits that open_clip's ClipLoss makes in that mode."""
+    from open_clip.loss import ClipLoss
+
+    n = 6
+    own = slice(n * rank, n * rank + n)
+    for fn, local_loss, gather_with_grad in itertools.product((Tempered().double(), distilled), (False, True), (False, True)):
+        mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": world}
+        leaves, teacher = batch(world * n, world * n)
+        mine = [t.detach()[own].clone().requires_grad_() if t.dim() else t for t in leaves]
+        my_teacher = [t[own] if t.dim() else t for t in teacher] if fn is distilled else []
+        parameters = [fn.temperature] if isinstance(fn, nn.Module) else []
+        with warnings.catch_warnings():  # open_clip 3.3 calls what torch 2.15 deprecates
+            warnings.simplefilter("ignore")
+            theirs = ClipLoss(**mode)
+            logits = [z + mine[3] for z in theirs.get_logits(*mine[:3])]
+            teachers = theirs.get_logits(*my_teacher) if my_teacher else ((), ())
+            labels = theirs.get_ground_truth(logits[0].device, logits[0].shape[0])
+            halves = [fn(z, labels, *([] if len(t) == 0 else [t])).mean() for z, t in zip(logits, teachers)]
+            expected = [(halves[0] + halves[1]) / 2]
+            expected += torch.autograd.grad(expected[0], mine + parameters)
+        value = ours(chunked(fn, **mode), mine, my_teacher)
+        got = [value, *torch.autograd.grad(value, mine + parameters)]
+        for index, (a, b) in enumerate(zip(got, expected)):
+            a, b = a.detach().clone(), b.detach().clone()
+            if index > 2:  # shares of the scale, the bias and the parameters
+                dist.all_reduce(a)
+                dist.all_reduce(b)
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, w=(mode, index): f"{w}: {m}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["without a compiler"]:
+        without_a_compiler()
+    else:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        ranks_equal_open_clip(dist.get_rank(), dist.get_world_size())
+        sys.stdout.write("passed\n")
+        sys.stdout.flush()
+        dist.destroy_process_group()
