@@ -19,12 +19,6 @@ struct SigmoidScratch {
         d_text(call.text, call.need_text, call.image.scalar_type() == ScalarType::BFloat16 && chunk < call.image.size(0), scratch) {}
 };
 
-int64_t workspace(const SigmoidCall& call) {
-  Scratch scratch;
-  SigmoidScratch(call, scratch);
-  return scratch.bytes();
-}
-
 // Returns the terms [K], d_image and d_text (empty unless needed), d_weight [K] and d_bias [K]: gradients of the terms' sum, each
 // times its entry of mix.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall& call) {
@@ -98,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const Sigm
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_sigmoid_cpu_workspace", TORCH_BOX((&Unpacked<SigmoidCall, workspace>::run)));
+  m.impl("similarity_sigmoid_cpu_workspace", TORCH_BOX((&Unpacked<SigmoidCall, workspace<SigmoidCall, SigmoidScratch>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_sigmoid_cpu", TORCH_BOX((&Unpacked<SigmoidCall, similarity_sigmoid>::run))); }

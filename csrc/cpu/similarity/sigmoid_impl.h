@@ -23,24 +23,18 @@ template <class T, int K, bool gradient>
 void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, SigmoidOut& out) {
   const T* sim_row = static_cast<const T*>(s.sim) + i * s.columns;
   T* grad_row = gradient ? static_cast<T*>(s.grad) + i * s.columns : nullptr;
-  const vi lane = iota();
   SoftplusSum negative[K];
   vf positive[K] = {}, d_weight[K] = {}, d_bias[K] = {};
 
-  for_blocks(s.columns, s.label + i, 1, s.ids != nullptr, [&](int64_t j, int lanes, auto masked) __attribute__((always_inline)) {
-    const vf sim = masked ? load(sim_row + j, lanes) : load(sim_row + j);
+  for_blocks(s.columns, s.label + i, 1, s.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
+    const vf sim = load(sim_row + j, lanes);
     vi dropped = {}, matched = {};
     vf share = {};
     if constexpr (masked) {
-      if (lanes < W) dropped = lane >= lanes;
+      const vi lane = iota();
       matched = (lane + int32_t(j)) == int32_t(s.label + i);
-      if (s.ids) {
-        const vi equal = load(s.text_ids + j, lanes) == s.ids[i];
-        if (in.row_share)
-          matched |= equal;
-        else
-          dropped |= equal & ~matched;
-      }
+      dropped = lane >= int(lanes);
+      if (s.ids) (in.row_share ? matched : dropped) |= (load(s.text_ids + j, int(lanes)) == s.ids[i]) & ~matched;
       matched &= ~dropped;
       share = in.row_share ? in.row_share[i] + load(in.column_share + j, lanes) : splat(1.0f);
     }
@@ -50,26 +44,23 @@ void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, SigmoidOut& out
       const SigmoidTerm& term = in.terms[k];
       const vf l = term.weight * sim + term.bias;
       const vf e = exp(-abs(l)), top = max(l, vf{});
-      if constexpr (masked) {
-        const vi out_of = dropped | matched;
-        negative[k].add(out_of ? vf{} : e, out_of ? vf{} : top);
+      const vi other = dropped | matched;
+      negative[k].add(other ? vf{} : e, other ? vf{} : top);
+      if constexpr (masked)
         if (any(matched)) positive[k] += matched ? share * (top - l + log1p(e)) : vf{};
-      } else {
-        negative[k].add(e, top);
-      }
       if constexpr (gradient) {
-        // sigmoid(l) of a negative; sigmoid(-l) of a positive
+        // sigmoid(l) of a negative, sigmoid(-l) of a positive
         vf h = term.negative * ((l < 0.0f ? e : splat(1.0f)) / (e + 1.0f));
         if constexpr (masked) {
           const vf of_positive = -term.positive * share * ((l < 0.0f ? splat(1.0f) : e) / (e + 1.0f));
           h = dropped ? vf{} : (matched ? of_positive : h);
         }
-        d_weight[k] += masked && any(dropped) ? (dropped ? vf{} : h * sim) : h * sim;
+        d_weight[k] += dropped ? vf{} : h * sim;
         d_bias[k] += h;
         g += term.weight * h;
       }
     }
-    if constexpr (gradient) masked ? store(grad_row + j, g, lanes) : store(grad_row + j, g);
+    if constexpr (gradient) store(grad_row + j, g, lanes);
   });
   for (int k = 0; k < K; ++k) {
     negative[k].flush();
@@ -80,15 +71,15 @@ void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, SigmoidOut& out
   }
 }
 
-template <class T, bool gradient>
-SigmoidOut sigmoid_of(const Strip& s, const SigmoidIn& in) {
-  SigmoidOut out{};
-  for (int64_t i = 0; i < s.rows; ++i)
-    in.count == 1 ? sigmoid_row<T, 1, gradient>(s, in, i, out) : sigmoid_row<T, 2, gradient>(s, in, i, out);
-  return out;
-}
-
 SigmoidOut sigmoid_strip(const Strip& s, const SigmoidIn& in, bool is_bf16) {
-  if (s.grad) return is_bf16 ? sigmoid_of<bf16, true>(s, in) : sigmoid_of<float, true>(s, in);
-  return is_bf16 ? sigmoid_of<bf16, false>(s, in) : sigmoid_of<float, false>(s, in);
+  SigmoidOut out{};
+  by_value<false, true>(is_bf16, [&](auto is_bf16) {
+    by_value<false, true>(s.grad != nullptr, [&](auto gradient) {
+      by_value<1, 2>(in.count, [&](auto count) {
+        using T = std::conditional_t<is_bf16(), bf16, float>;
+        for (int64_t i = 0; i < s.rows; ++i) sigmoid_row<T, count(), gradient()>(s, in, i, out);
+      });
+    });
+  });
+  return out;
 }
