@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from simplclip.losses.base import SimilarityLoss
 from simplclip.ops import checks
 from simplclip.ops.similarity.call import POSITIVES
 
+theirs: Any
 try:
-    from open_clip import loss as theirs
+    theirs = importlib.import_module("open_clip.loss")
 except ImportError:
-    theirs: Any = type("NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object))
+    theirs = type("NoOpenClip", (), dict.fromkeys(("ClipLoss", "CoCaLoss", "SigLipLoss"), object))
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
@@ -44,7 +46,8 @@ class ClipLoss(SimilarityLoss, theirs.ClipLoss):
         use_horovod: bool = False,
     ):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, pm_weight=0.0)
-        self.prev_num_logits, self.labels = 0, {}  # of get_ground_truth
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}  # of get_ground_truth
 
     def forward(
         self,
@@ -101,7 +104,7 @@ class CoCaLoss(ClipLoss, theirs.CoCaLoss):
         """Returns the weighted contrastive and caption losses; with output_dict, as `contrastive_loss`, `caption_loss`."""
         contrastive = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
-            contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
+            contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)  # type: ignore
         caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 

@@ -98,6 +98,7 @@ def _similarity(call: SimilarityCall, transposed: bool = False) -> tuple[int, in
 _PRODUCTS = {
     "similarity_loss_fwd": _similarity,
     "similarity_loss_bwd": lambda call: _similarity(call, transposed=call.need_text),
+    "similarity_sigmoid": lambda call: _similarity(call, transposed=call.need_text),
     "similarity_rows": lambda call: (min(call.chunk, len(call.query)), *call.keys.shape, False),
     "parallel_mlp_fwd": lambda call: (len(call.h), *call.weight.shape, False),
     "parallel_mlp_bwd": lambda call: (

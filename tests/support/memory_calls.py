@@ -11,6 +11,7 @@ SIMILARITY = {
     "relational": {"terms": ("relational",)},
     "kl, projected": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80},
     "kl, projected, rows only": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80, "symmetric": False},
+    "sigmoid": {"terms": ("sigmoid",), "positives": "ids"},
     "infonce": {"terms": ("interactive",), "teacher_width": 80},
     "every term": {"terms": TERMS, "interactive": "kl", "negatives": "hard", "plane": "hadamard", "teacher_width": 80},
     "every term, own features": {"terms": TERMS, "interactive": "kl"},

@@ -221,9 +221,10 @@ def similarity_loss(
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
 
     The gradient of a sigmoid term needs no statistics. Where only such terms are asked for ("sigmoid", and "pair_matching"
-    with all negatives and a scalar plane; both together with `weights`), forward computes it with the value: 3 matrix products
-    of N M D in all, 2 if image or text needs no gradient, 1 if none is needed. The gradients [N, D] and [M, D] are saved and
-    backward scales them; they are rounded to the features' dtype (float16's are float32) once more than others.
+    with all negatives and a scalar plane; both together with `weights`), forward computes it with the value: 3 matrix
+    products of N M D in all, 2 if image or text needs no gradient, 1 if none is needed. The gradients [N, D] and [M, D] are
+    saved and backward scales them; they are rounded to the features' dtype (float16's are float32) once more than others.
+    Beside other terms "sigmoid" has these products of its own.
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
     12 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
@@ -305,7 +306,8 @@ def similarity_loss(
     if weights is not None:
         for term in set(terms) - set(fused):
             loss = loss + weights[term] * out[term]
-        out = {term: value.detach() for term, value in out.items()} | {"loss": loss}
+        out = {term: value.detach() for term, value in out.items()}
+        out["loss"] = loss  # type: ignore[assignment]
     if bias is not None and "sigmoid" not in terms:  # a gradient of 0 instead of None, as DistributedDataParallel needs
         last = next(reversed(out))
         out[last] = out[last] + 0.0 * bias

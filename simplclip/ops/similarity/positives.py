@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,11 +36,11 @@ class Groups:
         """The number of rows that a column is compared with."""
         return self.m if self.gathered else self.n
 
-    def of_rows(self) -> Tensor | int:  # [N] int64, at least 1
+    def of_rows(self) -> Any:  # [N] int64, at least 1; the number 1 without ids
         """The number of columns in each row's group."""
         return 1 if self.ids is None else _equal(self.ids, self.text_ids) + self.apart
 
-    def of_columns(self) -> Tensor | int:  # [M] int64
+    def of_columns(self) -> Any:  # [M] int64
         """The number of rows in each column's group; with a process group the ids of its rows are those of its columns."""
         if self.ids is None:
             return 1

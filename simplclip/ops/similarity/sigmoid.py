@@ -86,19 +86,19 @@ def sigmoid_terms(
             pairs = distributed.mean(pairs, group)
         numbers["pair_matching"] = call.plane_weight, call.plane_bias, 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
     weights, biases, negative, positive = (torch.stack(each) for each in zip(*(numbers[term] for term in terms)))
-    shares = None, None
+    shares: tuple[Tensor | None, Tensor | None] = None, None
     if positives != "drop" and call.ids is not None:
         side = 0.5 if call.columns else 1.0
         of_rows, of_columns = (groups.of_rows(), groups.of_columns().clamp(min=1)) if positives == "ids" else (1, 1)
         shares = (scale.new_full((n,), side) / of_rows, scale.new_full((m,), 1 - side) / of_columns)
-    of_mix = scale.new_tensor([float(mix[term]) for term in terms])
-    call = SigmoidCall(
+    of_mix = torch.tensor([float(mix[term]) for term in terms], dtype=scale.dtype, device=scale.device)
+    fused = SigmoidCall(
         image, text, weights, biases, negative, positive, of_mix, call.ids, call.text_ids, *shares, call.label_offset,
         chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
         gradient=False, need_image=False, need_text=False,
     )  # fmt: skip
     if torch.compiler.is_compiling() or backends.forced() != "reference":  # which autograd differentiates
-        call.gradient = wants_grad(image, text, weights, biases)
-        call.need_image, call.need_text = wants_grad(image), wants_grad(text)
-    total, values = run("similarity_sigmoid", *flat(call), backends.forced())[:2]
+        fused.gradient = wants_grad(image, text, weights, biases)
+        fused.need_image, fused.need_text = wants_grad(image), wants_grad(text)
+    total, values = run("similarity_sigmoid", *flat(fused), backends.forced())[:2]
     return total, {term: value.detach() for term, value in zip(terms, values.unbind())}
