@@ -39,6 +39,7 @@ _INTERPRETED = {
 # A row holds the tiles of an op in a precision: block_m x block_n x block_k / warps / stages, and / blocks unless it is 1.
 # similarity_loss: by the number of planes in a launch (in backward with a scalar hyperplane's). At most two planes are in
 # registers at a time, but statistics need registers too. Entries are the largest tiles with which no launch spills.
+# similarity_sigmoid by the number of terms.
 # shaped_attention by the width of a head, 16, 32, 64, 128, 256 (none in float32); its block_k is that width.
 # fmt: off
 _TABLE = {
@@ -48,6 +49,9 @@ _TABLE = {
     ("similarity_backward", "half"):          "128x128x32/8/4  128x64x32/8/4   64x128x32/8/4   64x128x32/8/4   64x64x32/8/4",
     ("similarity_backward", "tf32"):          "128x128x16/8/4  64x128x16/8/4   64x128x16/8/4   64x128x16/8/4   64x64x32/8/3",
     ("similarity_backward", "ieee"):          "128x64x8/8/4    128x32x16/8/3   64x64x8/8/4     64x64x16/8/3    64x64x8/8/4",
+    ("similarity_sigmoid", "half"):           "128x64x32/8/4   64x64x32/8/4",
+    ("similarity_sigmoid", "tf32"):           "64x128x16/8/4   64x64x32/8/3",
+    ("similarity_sigmoid", "ieee"):           "128x32x16/8/3   64x32x16/8/3",
     ("shaped_attention_fwd", "half"):         "128x64x0/4/3/2  128x64x0/4/3/2  128x32x0/4/3/2  128x32x0/8/2    64x32x0/8/2",
     ("shaped_attention_fwd", "tf32"):         "128x32x0/8/2    128x32x0/8/2    128x32x0/8/2    64x32x0/8/2",
     ("shaped_attention_fwd", "ieee"):         "64x32x0/8/2     32x32x0/8/2     32x32x0/8/2     16x32x0/8/1",

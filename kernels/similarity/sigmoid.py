@@ -13,12 +13,12 @@ from simplclip.kernels.launch import (
     COMPILE,
     architecture_and_processors,
     device_of,
-    interpreted,
     precision_of,
     started,
     starts,
 )
 from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, wide_product
+from simplclip.kernels.similarity.launch import Tiling
 from simplclip.kernels.similarity.tile import product, softplus
 from simplclip.ops.similarity.call import SigmoidCall
 
@@ -34,11 +34,11 @@ def _similarity_sigmoid_kernel(
     of_negative,  # [TERMS]
     of_positive,  # [TERMS]
     mix,  # [TERMS]
-    ids,  # [N] int64, only if HAS_IDS
+    ids,  # [N] int64 or None
     text_ids,  # [M] int64
-    image_share,  # [N], only if HAS_SHARES
+    image_share,  # [N] or None
     text_share,  # [M]
-    factor,  # [], only if SCALED: what the gradient is multiplied by before it is rounded
+    factor,  # [] or None: what the gradient is multiplied by before it is rounded
     out,  # [chunk, out_stride], only if GRADIENT
     sums,  # [programs, TERMS, SUMS]
     n,
@@ -51,18 +51,12 @@ def _similarity_sigmoid_kernel(
     first_program,
     out_stride,
     TERMS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_SHARES: tl.constexpr,
     GRADIENT: tl.constexpr,
-    SCALED: tl.constexpr,
-    EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr,  # launch.Tiling
 ):
     """One tile: its share of the terms and of the gradients of their numbers, and the gradient to its similarities."""
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
     program = tl.program_id(0)
     at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row = first_row + at
@@ -70,19 +64,17 @@ def _similarity_sigmoid_kernel(
     column = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_column = tl.minimum(column, m - 1).to(tl.int64)
 
-    similarity = product(
-        image, text, None, safe_row, safe_column, width, EVEN, False, PRECISION, INTERPRETED, BLOCK_K
-    )  # fmt: skip
+    similarity = product(image, text, None, safe_row, safe_column, width, TILE.EVEN, TILE)
     inside = (at < row_count)[:, None] & (column < m)[None, :]
     positive = column[None, :] == row[:, None] + label_offset
     negative = inside & (positive == 0)
-    if HAS_IDS:
+    if ids is not None:
         equal = tl.load(ids + safe_row)[:, None] == tl.load(text_ids + safe_column)[None, :]
         negative = negative & (equal == 0)
-        if HAS_SHARES:
+        if image_share is not None:
             positive = positive | equal
     positive = inside & positive
-    if HAS_SHARES:
+    if image_share is not None:
         share = tl.load(image_share + safe_row)[:, None] + tl.load(text_share + safe_column)[None, :]
 
     sums += (first_program + program).to(tl.int64) * TERMS * 3
@@ -93,7 +85,7 @@ def _similarity_sigmoid_kernel(
         signed = tl.where(positive, -l, l)
         amount = tl.where(negative, tl.load(of_negative + k), 0.0)
         matched = tl.where(positive, tl.load(of_positive + k), 0.0)
-        if HAS_SHARES:
+        if image_share is not None:
             matched *= share
         value = tl.where(inside, softplus(signed) * (amount + matched), 0.0)
         tl.store(sums + k * 3, tl.sum(tl.sum(value, 1), 0))
@@ -103,15 +95,10 @@ def _similarity_sigmoid_kernel(
             tl.store(sums + k * 3 + 2, tl.sum(tl.sum(slope, 1), 0))
             total += slope * tl.load(weight + k)
     if GRADIENT:
-        if SCALED:
+        if factor is not None:
             total *= tl.load(factor)
         out += at.to(tl.int64)[:, None] * out_stride + column[None, :]
-        tl.store(out, narrowed(total, out.dtype.element_ty, INTERPRETED), inside)
-
-
-def tiles_of(terms: int, shares: bool) -> int:
-    """The number of matrices of similarity_loss's backward whose tiles have the registers that the kernel needs."""
-    return 5 if terms == 2 and shares else 1 + terms
+        tl.store(out, narrowed(total, out.dtype.element_ty, TILE.INTERPRETED), inside)
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -139,7 +126,8 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, m, width, image, text = call.image.shape[0], call.text.shape[0], call.image.shape[1], call.image, call.text
     precision, (architecture, _) = precision_of(image.dtype), architecture_and_processors(image)
     terms = call.weight.shape[0]
-    tile = tuning.lookup("similarity_backward", tiles_of(terms, call.image_share is not None), precision, architecture)
+    tile = tuning.lookup("similarity_sigmoid", terms, precision, architecture)
+    tiling = Tiling.of(tile, width, width, precision)
     factor = _range_factor(call)
     back = None if factor is None else 1 / factor
     stored = torch.float32 if factor is not None else image.dtype
@@ -160,14 +148,10 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             call.ids, call.text_ids, call.image_share, call.text_share, factor, scratch, sums,
             n, m, width, call.label_offset, first, count, row_blocks, index * blocks * columns, pitch,
             TERMS=terms,
-            HAS_IDS=call.ids is not None,
-            HAS_SHARES=call.image_share is not None,
             GRADIENT=call.gradient,
-            SCALED=factor is not None,
-            EVEN=width % tile.block_k == 0,
-            PRECISION="tf32" if precision == "tf32" else "ieee",
-            INTERPRETED=interpreted(),
-            **tile.options(),
+            TILE=tiling,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
             **COMPILE,
         )  # fmt: skip
         g = scratch[:count, :m]

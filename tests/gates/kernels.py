@@ -30,6 +30,7 @@ from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.kernels.similarity.op import DIAGONAL, GROUP, MERGE, MERGE_WARPS
+from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
 
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
 # Types of arguments by name, "element" the kernel's dtype; a name that is not here is an integer.
@@ -154,6 +155,22 @@ def similarity(
     return Kernel(function.__name__, function, constants, tile, dtype, planes if even else planes + " odd D")
 
 
+def sigmoid_kernels(dtype: str, architecture: int) -> Iterator[Kernel]:
+    """One term and two; without ids, with ids that drop out, with several positives; with gradients and without."""
+    precision = DTYPES[dtype][1]
+    numbers = ("weight", "bias", "of_negative", "of_positive", "mix", "image_share", "text_share", "factor")
+    for terms, ids, gradient in itertools.product((1, 2), ("", "+ids", "+positives"), (True, False)):
+        tile = tuning.lookup("similarity_sigmoid", terms, precision, architecture)
+        missing = [] if ids else ["ids", "text_ids"]
+        missing += [] if ids == "+positives" else ["image_share", "text_share"]
+        missing += [] if gradient and dtype == "float16" else ["factor"]
+        tiling = Tiling(*tile[:3], True, True, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
+        constants = {"TERMS": terms, "GRADIENT": gradient, "TILE": tiling, **dict.fromkeys(missing)}
+        function = _similarity_sigmoid_kernel
+        what = f"{terms} terms{ids}" + " gradient" * gradient
+        yield Kernel(function.__name__, function, constants, tile, dtype, what, types=dict.fromkeys(numbers, "*fp32"))
+
+
 def small_kernels(dtype: str) -> Iterator[Kernel]:
     everything = next(launch for launch in launches(False) if launch.tiles == 5 and launch.HARD_NEGATIVES)
     tile = tuning.Tile(0, 0, 0, 4, 1, 1)
@@ -261,6 +278,7 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
                 yield similarity(launch, dtype, architecture, backward, even=False)
         if launch == Launch(HAS_STUDENT=True, SOFTMAX=True, HAS_IDS=launch.HAS_IDS):
             yield similarity(launch, dtype, architecture, True, attend=True)
+    yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)
     if dtype != "tf32":
         yield from feature_loss_kernels(dtype)

@@ -94,7 +94,7 @@ def test_a_spill_warns_once_when_a_kernel_starts():
 def test_every_kernel_is_started_so():
     sources = [path.read_text() for path in Path(start.__file__).parent.rglob("*.py")]
     assert not [line for source in sources for line in re.findall(r"^.*_kernel\[.*$", source, re.MULTILINE)]
-    assert sum(source.count("started(_") for source in sources) >= 11
+    assert sum(source.count("started(_") for source in sources) >= 12
 
 
 @pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
