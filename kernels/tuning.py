@@ -51,7 +51,7 @@ _TABLE = {
     ("similarity_backward", "ieee"):          "128x64x8/8/4    128x32x16/8/3   64x64x8/8/4     64x64x16/8/3    64x64x8/8/4",
     ("similarity_sigmoid", "half"):           "128x64x32/8/4   64x64x32/8/4",
     ("similarity_sigmoid", "tf32"):           "64x128x16/8/4   64x64x32/8/3",
-    ("similarity_sigmoid", "ieee"):           "128x32x16/8/3   64x32x16/8/3",
+    ("similarity_sigmoid", "ieee"):           "128x32x16/8/3   64x32x16/4/3",
     ("shaped_attention_fwd", "half"):         "128x64x0/4/3/2  128x64x0/4/3/2  128x32x0/4/3/2  128x32x0/8/2    64x32x0/8/2",
     ("shaped_attention_fwd", "tf32"):         "128x32x0/8/2    128x32x0/8/2    128x32x0/8/2    64x32x0/8/2",
     ("shaped_attention_fwd", "ieee"):         "64x32x0/8/2     32x32x0/8/2     32x32x0/8/2     16x32x0/8/1",
@@ -74,6 +74,7 @@ _TABLE = {
 # Tiles of architectures whose compiler needs others than that of the RTX 3090; "-" is the tile above.
 _ARCHITECTURE = {
     ("similarity_backward", "tf32", 80):      "128x64x32/8/3",
+    ("similarity_sigmoid", "ieee", 80):       "-               32x32x16/4/3",
     ("similarity_forward", "half", 90):       "128x64x32/8/4   64x64x32/8/4    64x64x32/8/4",
     ("similarity_backward", "half", 90):      "-               -               -               64x64x32/8/4",
     ("similarity_forward", "tf32", 90):       "128x64x32/8/3   64x64x32/8/3    64x64x32/8/3",
