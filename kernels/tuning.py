@@ -74,7 +74,7 @@ _TABLE = {
 # Tiles of architectures whose compiler needs others than that of the RTX 3090; "-" is the tile above.
 _ARCHITECTURE = {
     ("similarity_backward", "tf32", 80):      "128x64x32/8/3",
-    ("similarity_sigmoid", "ieee", 80):       "-               32x32x16/4/3",
+    ("similarity_sigmoid", "ieee", 80):       "-               64x32x32/4/2",
     ("similarity_forward", "half", 90):       "128x64x32/8/4   64x64x32/8/4    64x64x32/8/4",
     ("similarity_backward", "half", 90):      "-               -               -               64x64x32/8/4",
     ("similarity_forward", "tf32", 90):       "128x64x32/8/3   64x64x32/8/3    64x64x32/8/3",
