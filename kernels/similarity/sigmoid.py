@@ -170,5 +170,5 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 wide_text = part if wide_text is None else wide_text.add_(part)
     if wide_text is not None:
         d_text.copy_(wide_text)
-    value, d_weight, d_bias = sums.sum(0, dtype=torch.float64).float().unbind(1)
-    return value.contiguous(), d_image, d_text, d_weight.contiguous(), d_bias.contiguous()
+    value, d_weight, d_bias = torch.unbind_copy(sums.sum(0, dtype=torch.float64).float(), 1)  # results share no memory
+    return value, d_image, d_text, d_weight, d_bias

@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import simplclip
-from simplclip import rowwise
+from simplclip.losses import rowwise
 from simplclip.losses.rowwise import RowwiseLoss
 from simplclip.memory.measure import cpu_peak_bytes
 
