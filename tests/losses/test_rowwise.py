@@ -23,6 +23,8 @@ from simplclip.losses import rowwise
 from simplclip.losses.rowwise import RowwiseLoss
 from simplclip.memory.measure import cpu_peak_bytes
 
+pytestmark = pytest.mark.slow  # a minute and a half of compilers, dense forms and ranks
+
 LEAST = 0.05  # about the largest gradient; that of the bias is 0 by cancellation
 SCRIPT = str(SUPPORT / "rank_rowwise.py")
 
