@@ -304,8 +304,9 @@ def similarity_loss(
         out["contrastive"] = contrastive(call, options, groups, rows, columns)
     out = {term: out[term] for term in terms}
     if weights is not None:
-        for term in set(terms) - set(fused):
-            loss = loss + weights[term] * out[term]
+        for term in out:  # in their order, so that equal inputs give equal bits
+            if term not in fused:
+                loss = loss + weights[term] * out[term]
         out = {term: value.detach() for term, value in out.items()}
         out["loss"] = loss  # type: ignore[assignment]
     if bias is not None and "sigmoid" not in terms:  # a gradient of 0 instead of None, as DistributedDataParallel needs
