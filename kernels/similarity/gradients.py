@@ -25,11 +25,10 @@ def wide_product(left: Tensor, right: Tensor, factor: Tensor | None = None) -> T
 class ImageGradient:
     """Gradient of rows of which each chunk has its own: a single product is rounded directly, several are added first."""
 
-    def __init__(self, like: Tensor, matrices: int, needed: bool = True):  # [N, D]
+    def __init__(self, like: Tensor, matrices: int, needed: bool = True, dtype: torch.dtype | None = None):  # [N, D]
         self.needed, self.matrices, self.sum = needed, matrices, None
-        self.out = (
-            torch.zeros_like(like) if needed and matrices == 0 else like.new_empty(like.shape[0] * needed, like.shape[1])
-        )
+        make = like.new_zeros if needed and matrices == 0 else like.new_empty
+        self.out = make(like.shape[0] * needed, like.shape[1], dtype=dtype)
 
     def add(self, at: slice, left: Tensor, right: Tensor, factor: Tensor | None) -> None:
         if not self.needed:
@@ -54,8 +53,9 @@ class ImageGradient:
 class TextGradient:
     """Gradient to which every chunk adds: in the features' dtype if it is a single product, else in float32."""
 
-    def __init__(self, like: Tensor, products: int, needed: bool = True):  # [M, D]
+    def __init__(self, like: Tensor, products: int, needed: bool = True, dtype: torch.dtype | None = None):  # [M, D]
         self.like, self.products, self.needed, self.sum = like, products, needed, None
+        self.dtype = dtype or like.dtype
 
     def add(self, left: Tensor, right: Tensor, factor: Tensor | None) -> None:
         if not self.needed:
@@ -71,8 +71,8 @@ class TextGradient:
 
     def result(self) -> Tensor:
         if not self.needed:
-            return self.like.new_empty(0, self.like.shape[1])
-        return torch.zeros_like(self.like) if self.sum is None else self.sum.to(self.like.dtype)
+            return self.like.new_empty(0, self.like.shape[1], dtype=self.dtype)
+        return torch.zeros_like(self.like, dtype=self.dtype) if self.sum is None else self.sum.to(self.dtype)
 
 
 def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  # [matrices] float32

@@ -17,7 +17,7 @@ from simplclip.kernels.launch import (
     started,
     starts,
 )
-from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, wide_product
+from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, ImageGradient, TextGradient
 from simplclip.kernels.similarity.launch import Tiling
 from simplclip.kernels.similarity.tile import product, softplus
 from simplclip.ops.similarity.call import SigmoidCall
@@ -131,14 +131,13 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     factor = _range_factor(call)
     back = None if factor is None else 1 / factor
     stored = torch.float32 if factor is not None else image.dtype
-    d_image = torch.empty(n if call.need_image else 0, width, dtype=stored, device=image.device)
-    d_text = torch.empty(m if call.need_text else 0, width, dtype=stored, device=image.device)
     rows = min(n, call.chunk)
+    d_image = ImageGradient(image, 1, call.need_image, stored)
+    d_text = TextGradient(text, -(-n // rows), call.need_text, stored)
     pitch = -(-m // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
     scratch = image.new_empty(rows if call.gradient else 0, pitch)
     blocks, columns = -(-rows // tile.block_m), -(-m // tile.block_n)
     sums = torch.zeros(-(-n // rows) * blocks * columns, terms, SUMS, dtype=torch.float32, device=image.device)
-    wide_text = None
     for index, first in enumerate(starts(n, rows)):
         at = slice(first, min(n, first + rows))
         count = at.stop - first
@@ -155,20 +154,8 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             **COMPILE,
         )  # fmt: skip
         g = scratch[:count, :m]
-        if call.need_image:
-            if factor is None:
-                torch.mm(g, text, out=d_image[at])
-            else:
-                d_image[at] = wide_product(g, text, back)
-        if call.need_text:
-            if rows >= n and factor is None:
-                torch.mm(g.T, image, out=d_text)
-            elif image.dtype == torch.float32:
-                torch.mm(g.T, image[at], out=d_text) if first == 0 else d_text.addmm_(g.T, image[at])
-            else:
-                part = wide_product(g.T, image[at], back)
-                wide_text = part if wide_text is None else wide_text.add_(part)
-    if wide_text is not None:
-        d_text.copy_(wide_text)
+        d_image.add(at, g, text, back)
+        d_image.flush(at)
+        d_text.add(g.T, image[at], back)
     value, d_weight, d_bias = torch.unbind_copy(sums.sum(0, dtype=torch.float64).float(), 1)  # results share no memory
-    return value, d_image, d_text, d_weight, d_bias
+    return value, d_image.result(), d_text.result(), d_weight, d_bias
