@@ -14,9 +14,9 @@ namespace {
 #include "attention/backward_impl.h"
 #include "feature/rows_impl.h"
 #include "similarity/strip_impl.h"
+#include "similarity/sigmoid_impl.h"
 #include "similarity/forward_impl.h"
 #include "similarity/backward_impl.h"
-#include "similarity/sigmoid_impl.h"
 }  // namespace
 extern const InstructionSet kernels = {SIMPLCLIP_STRING(SIMPLCLIP_ISA),
                                        {forward, backward, merge, sigmoid_strip},

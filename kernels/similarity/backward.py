@@ -12,10 +12,11 @@ from simplclip.kernels.similarity.merge import (
     MEAN_STUDENT,
     PAIR_MATCHING,
 )
-from simplclip.kernels.similarity.tile import negatives, product, weights
+from simplclip.kernels.similarity.tile import negatives, product, sigmoid_logits, sigmoid_pairs, sigmoid_slopes, weights
 from simplclip.ops.similarity.call import RowStat
 
-SUMS = 4  # d_scale, d_cross_scale, d_plane_weight (scalar), d_plane_bias
+SUMS = 8  # d_scale, d_cross_scale, d_plane_weight (scalar), d_plane_bias, d_sigmoid_weight and d_sigmoid_bias of each term
+SIGMOID: tl.constexpr = tl.constexpr(int(RowStat.SIGMOID))
 DIAGONAL_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
 DIAGONAL_HADAMARD: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_HADAMARD))
 DIAGONAL_IMAGE_TO_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_IMAGE_TO_TEACHER))
@@ -38,8 +39,8 @@ def _total(tile):  # [BLOCK_M, BLOCK_N]
 def _store(
     out, matrix_stride, MATRIX: tl.constexpr, value, diagonal, positive, factors, stored, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Stores the gradient of a matrix, `diagonal` that of the positives, times its factor if there are factors."""
-    value = tl.where(positive, diagonal[:, None], value)
+    """Stores the gradient of a matrix, with `diagonal` added to the positives', times its factor if there are factors."""
+    value += tl.where(positive, diagonal[:, None], 0.0)
     if factors is not None:
         value *= tl.load(factors + MATRIX)
     tl.store(out + MATRIX * matrix_stride, narrowed(value, out.dtype.element_ty, INTERPRETED), stored)
@@ -58,15 +59,21 @@ def _similarity_gradient_kernel(
     cross_scale,  # []
     plane_weight,  # [] or, with L, [D]
     plane_bias,  # []
+    sigmoid_weight,  # [SIGMOIDS]
+    sigmoid_bias,
+    sigmoid_negative,
+    sigmoid_positive,
+    image_share,  # [N] or None
+    text_share,  # [M]
     ids,  # [N] int64
     text_ids,  # [M] int64
-    rows,  # [12, N] statistics
+    rows,  # [14, N] statistics
     columns,  # [6, M]
-    grad_rows,  # [12, N]
+    grad_rows,  # [14, N]
     grad_columns,  # [6, M]
     factors,  # [matrices] or None: what a matrix is multiplied by before it is rounded
     out,  # [matrices, chunk, out_stride]: those of the launch, in the order of launch.STUDENTS
-    sums,  # [programs, 4]
+    sums,  # [programs, 8]
     n,
     m,
     width,
@@ -110,7 +117,7 @@ def _similarity_gradient_kernel(
 
     if LAUNCH.HAS_TEACHER:
         raw = product(teacher_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
-        negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column)
+        negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
         t = tl.where(negative, raw * (tl.load(teacher_scale) * LOG2E), -INF)
 
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
@@ -135,7 +142,7 @@ def _similarity_gradient_kernel(
 
     if LAUNCH.HAS_STUDENT:
         raw = product(image, text, None, safe_row, safe_column, width, TILE.EVEN, TILE)
-        negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column)
+        negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
         z_scale = tl.load(scale)
         z = tl.where(negative, raw * (z_scale * LOG2E), -INF)
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -144,22 +151,44 @@ def _similarity_gradient_kernel(
             g -= tl.load(row_grad + MEAN_STUDENT * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
             if LAUNCH.COLUMNS:
                 g -= tl.load(column_grad + MEAN_STUDENT * m)[None, :] * _softmax(t, column_stat, LSE_TEACHER, m, 0)
-        if LAUNCH.SOFTMAX:
-            p = _softmax(z, row_stat, LSE_STUDENT, n, 1)
-            g += tl.load(row_grad + LSE_STUDENT * n)[:, None] * p
+        p = _softmax(z, row_stat, LSE_STUDENT, n, 1)
+        g += tl.load(row_grad + LSE_STUDENT * n)[:, None] * p
+        if LAUNCH.HARD_NEGATIVES:
+            h += tl.load(row_grad + PAIR_MATCHING * n)[:, None] * p
+        if LAUNCH.COLUMNS:
+            p = _softmax(z, column_stat, LSE_STUDENT, m, 0)
+            g += tl.load(column_grad + LSE_STUDENT * m)[None, :] * p
             if LAUNCH.HARD_NEGATIVES:
-                h += tl.load(row_grad + PAIR_MATCHING * n)[:, None] * p
-            if LAUNCH.COLUMNS:
-                p = _softmax(z, column_stat, LSE_STUDENT, m, 0)
-                g += tl.load(column_grad + LSE_STUDENT * m)[None, :] * p
-                if LAUNCH.HARD_NEGATIVES:
-                    h += tl.load(column_grad + PAIR_MATCHING * m)[None, :] * p
+                h += tl.load(column_grad + PAIR_MATCHING * m)[None, :] * p
         d_scale += _total(g * raw)
         if not ATTEND:
             g *= z_scale
-        if LAUNCH.ALL_NEGATIVES:
-            h = tl.where(z != -INF, tl.load(row_grad + PAIR_MATCHING * n)[:, None], 0.0)
-        if LAUNCH.PAIR_MATCHING:
+        if LAUNCH.SIGMOIDS > 0:
+            negative, matching = sigmoid_pairs(
+                row, column, stored, label_offset, ids, text_ids, image_share, safe_row, safe_column
+            )
+            SIGMOIDS: tl.constexpr = LAUNCH.SIGMOIDS
+            for k in tl.static_range(SIGMOIDS):
+                signed, amount, matched = sigmoid_logits(
+                    raw,
+                    sigmoid_weight,
+                    sigmoid_bias,
+                    sigmoid_negative,
+                    sigmoid_positive,
+                    image_share,
+                    text_share,
+                    safe_row,
+                    safe_column,
+                    negative,
+                    matching,
+                    k,
+                )
+                slope = sigmoid_slopes(signed, amount, matched) * tl.load(row_grad + (SIGMOID + k) * n)[:, None]
+                at_sums = sums + program * 8 + 4 + 2 * k
+                tl.store(at_sums, tl.load(at_sums) + _total(slope * raw))
+                tl.store(at_sums + 1, tl.load(at_sums + 1) + _total(slope))
+                g += slope * tl.load(sigmoid_weight + k)
+        if LAUNCH.HARD_NEGATIVES:
             bias = tl.load(plane_bias)
             if not LAUNCH.HAS_HADAMARD:
                 slope = tl.load(plane_weight)
@@ -176,11 +205,11 @@ def _similarity_gradient_kernel(
             diagonal = tl.load(row_grad + DIAGONAL_HADAMARD * n)
             _store(out, matrix_stride, 1, h, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
-    sums += program * 4
+    sums += program * 8
     if LAUNCH.HAS_STUDENT:
         tl.store(sums, tl.load(sums) + d_scale)
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
         tl.store(sums + 1, tl.load(sums + 1) + d_cross)
-    if LAUNCH.PAIR_MATCHING:
+    if LAUNCH.HARD_NEGATIVES:
         tl.store(sums + 2, tl.load(sums + 2) + d_weight)
         tl.store(sums + 3, tl.load(sums + 3) + d_bias)

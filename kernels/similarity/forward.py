@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LN2, LOG2E
-from simplclip.kernels.similarity.tile import negatives, product, raised, softplus, weighted, weights
+from simplclip.kernels.similarity.tile import (
+    negatives,
+    product,
+    raised,
+    sigmoid_logits,
+    sigmoid_pairs,
+    sigmoid_values,
+    softplus,
+    weighted,
+    weights,
+)
 
 
 @triton.jit
@@ -39,6 +49,12 @@ def _similarity_statistics_kernel(
     cross_scale,  # []
     plane_weight,  # [] or, with L, [D]
     plane_bias,  # []
+    sigmoid_weight,  # [SIGMOIDS]
+    sigmoid_bias,
+    sigmoid_negative,
+    sigmoid_positive,
+    image_share,  # [N] or None
+    text_share,  # [M]
     ids,  # [N] int64
     text_ids,  # [M] int64
     row_parts,  # [splits, row slots, row_count]
@@ -85,6 +101,7 @@ def _similarity_statistics_kernel(
     max_t, sum_t, mean_z, mean_u = none, zero, zero, zero
     max_u, sum_u = none, zero
     max_z, sum_z, match = none, zero, zero
+    sigmoids, second_sigmoids = zero, zero
 
     row_ids = row
     if LAUNCH.HAS_IDS:
@@ -95,7 +112,7 @@ def _similarity_statistics_kernel(
         t_scale = tl.load(teacher_scale) * LOG2E
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
         u_scale = tl.load(cross_scale) * LOG2E
-    if LAUNCH.PAIR_MATCHING:
+    if LAUNCH.HARD_NEGATIVES:
         bias = tl.load(plane_bias)
         if not LAUNCH.HAS_HADAMARD:
             slope = tl.load(plane_weight)
@@ -111,7 +128,9 @@ def _similarity_statistics_kernel(
 
         if LAUNCH.HAS_TEACHER:
             raw = product(teacher_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
-            negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column)
+            negative = negatives(
+                None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS
+            )
             t = raw * t_scale
             t = tl.where(negative, t + 0.0 * t, -INF)  # NaN where it is infinite, since -inf means no negative
             max_t, base_t, shrink = raised(max_t, t, 1)
@@ -147,7 +166,7 @@ def _similarity_statistics_kernel(
 
         if LAUNCH.HAS_STUDENT:
             raw = product(image, text, None, safe_row, safe_column, width, TILE.EVEN, TILE)
-            negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column)
+            negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
             z = raw * z_scale
             if LAUNCH.RELATIONAL:
                 gap = entropy * t - z
@@ -169,18 +188,50 @@ def _similarity_statistics_kernel(
                         mean = tl.sum(weighted(share, gap), 0)
                     tl.store(parts_at + SLOTS.MEAN_STUDENT * m, mean * LN2, inside)
             z = tl.where(negative, z, -INF)
-            if LAUNCH.SOFTMAX:
-                max_z, base_z, shrink = raised(max_z, z, 1)
-                sum_z = sum_z * shrink + tl.sum(weights(z, base_z[:, None]), 1)
-                if LAUNCH.COLUMNS:
-                    column_base = _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
-            if LAUNCH.HAS_HADAMARD:
-                raw = product(image, text, plane_weight, safe_row, safe_column, width, TILE.EVEN, TILE)
-            if LAUNCH.PAIR_MATCHING:
-                loss = softplus(raw + bias) if LAUNCH.HAS_HADAMARD else softplus(raw * slope + bias)
-            if LAUNCH.ALL_NEGATIVES:
-                match += tl.sum(tl.where(z != -INF, loss, 0.0), 1)
+            max_z, base_z, shrink = raised(max_z, z, 1)
+            sum_z = sum_z * shrink + tl.sum(weights(z, base_z[:, None]), 1)
+            if LAUNCH.COLUMNS:
+                column_base = _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
+            if LAUNCH.SIGMOIDS > 0:
+                negative, positive = sigmoid_pairs(
+                    row, column, row_inside[:, None] & inside[None, :], label_offset, ids, text_ids, image_share, safe_row,
+                    safe_column,
+                )  # fmt: skip
+                signed, amount, matched = sigmoid_logits(
+                    raw,
+                    sigmoid_weight,
+                    sigmoid_bias,
+                    sigmoid_negative,
+                    sigmoid_positive,
+                    image_share,
+                    text_share,
+                    safe_row,
+                    safe_column,
+                    negative,
+                    positive,
+                    0,
+                )
+                sigmoids += tl.sum(sigmoid_values(signed, amount, matched), 1)
+                if LAUNCH.SIGMOIDS > 1:
+                    signed, amount, matched = sigmoid_logits(
+                        raw,
+                        sigmoid_weight,
+                        sigmoid_bias,
+                        sigmoid_negative,
+                        sigmoid_positive,
+                        image_share,
+                        text_share,
+                        safe_row,
+                        safe_column,
+                        negative,
+                        positive,
+                        1,
+                    )
+                    second_sigmoids += tl.sum(sigmoid_values(signed, amount, matched), 1)
             if LAUNCH.HARD_NEGATIVES:
+                if LAUNCH.HAS_HADAMARD:
+                    raw = product(image, text, plane_weight, safe_row, safe_column, width, TILE.EVEN, TILE)
+                loss = softplus(raw + bias) if LAUNCH.HAS_HADAMARD else softplus(raw * slope + bias)
                 match = match * shrink + tl.sum(weights(z, base_z[:, None]) * loss, 1)
                 if LAUNCH.COLUMNS:
                     mean = tl.sum(weights(z, column_base[None, :]) * loss, 0)
@@ -196,10 +247,12 @@ def _similarity_statistics_kernel(
         tl.store(row_at + SLOTS.MEAN_CROSS * row_count, mean_u * LN2, row_inside)
         tl.store(row_at + SLOTS.CROSS * row_count, max_u, row_inside)
         tl.store(row_at + (SLOTS.CROSS + 1) * row_count, sum_u, row_inside)
-    if LAUNCH.SOFTMAX:
+    if LAUNCH.HAS_STUDENT:
         tl.store(row_at + SLOTS.STUDENT * row_count, max_z, row_inside)
         tl.store(row_at + (SLOTS.STUDENT + 1) * row_count, sum_z, row_inside)
         if LAUNCH.HARD_NEGATIVES:
             tl.store(row_at + (SLOTS.STUDENT + 2) * row_count, match, row_inside)
-    if LAUNCH.ALL_NEGATIVES:
-        tl.store(row_at + SLOTS.PAIR_MATCHING * row_count, match, row_inside)
+    if LAUNCH.SIGMOIDS > 0:
+        tl.store(row_at + SLOTS.SIGMOID * row_count, sigmoids, row_inside)
+    if LAUNCH.SIGMOIDS > 1:
+        tl.store(row_at + (SLOTS.SIGMOID + 1) * row_count, second_sigmoids, row_inside)

@@ -75,6 +75,14 @@ class TextGradient:
         return torch.zeros_like(self.like, dtype=self.dtype) if self.sum is None else self.sum.to(self.dtype)
 
 
+def sigmoid_bounds(
+    weight: Tensor, negative: Tensor, positive: Tensor, image_share: Tensor | None, text_share: Tensor | None
+) -> Tensor:  # [K] each
+    """The largest derivative of an entry of each sigmoid term with respect to the similarity."""
+    positive = positive.abs() if image_share is None else positive.abs() * (image_share.amax() + text_share.amax())
+    return weight.abs() * torch.maximum(negative.abs(), positive)
+
+
 def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  # [matrices] float32
     """Powers of two by which float16 matrices are multiplied before they are rounded; None for other dtypes.
 
@@ -86,12 +94,18 @@ def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  #
     matching = rows[RowStat.PAIR_MATCHING] + columns[ColumnStat.PAIR_MATCHING] * launch.HARD_NEGATIVES
     bounds = []
     if launch.HAS_STUDENT:
-        bound = (rows[RowStat.LSE_STUDENT] + columns[ColumnStat.LSE_STUDENT]) * launch.SOFTMAX
+        bound = rows[RowStat.LSE_STUDENT] + columns[ColumnStat.LSE_STUDENT]
         means = rows[RowStat.MEAN_STUDENT] + columns[ColumnStat.MEAN_STUDENT]
         bound = call.scale.abs() * (bound + means * launch.RELATIONAL)
-        if call.negatives and not launch.HAS_HADAMARD:
+        if call.hard and not launch.HAS_HADAMARD:
             bound = bound + call.plane_weight.abs() * matching
-        bounds.append(torch.maximum(bound, rows[RowStat.DIAGONAL_STUDENT]))
+        bound = torch.maximum(bound, rows[RowStat.DIAGONAL_STUDENT])
+        if call.sigmoids:
+            entries = sigmoid_bounds(
+                call.sigmoid_weight, call.sigmoid_negative, call.sigmoid_positive, call.image_share, call.text_share
+            )
+            bound = bound + (entries * rows[RowStat.SIGMOID : RowStat.SIGMOID + call.sigmoids]).sum()
+        bounds.append(bound)
     if launch.HAS_HADAMARD:
         bounds.append(torch.maximum(matching, rows[RowStat.DIAGONAL_HADAMARD]))
     if launch.HAS_IMAGE_TO_TEACHER:

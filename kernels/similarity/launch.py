@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from simplclip.kernels import tuning
 from simplclip.kernels.launch import interpreted
-from simplclip.ops.similarity import call as calls
 from simplclip.ops.similarity.call import SimilarityCall
 
 STUDENTS = ("HAS_STUDENT", "HAS_HADAMARD", "HAS_IMAGE_TO_TEACHER", "HAS_TEACHER_TO_TEXT")  # matrices with a gradient
@@ -19,12 +18,13 @@ class Launch:
     HAS_STUDENT: bool = False
     HAS_HADAMARD: bool = False
     HAS_IMAGE_TO_TEACHER: bool = False
-    SOFTMAX: bool = False
-    ALL_NEGATIVES: bool = False
     HARD_NEGATIVES: bool = False
+    SIGMOIDS: int = 0  # the number of sigmoid terms
+    HAS_SHARES: bool = False  # of several positives
     RELATIONAL: bool = False
     COLUMNS: bool = False
     HAS_IDS: bool = False
+    DROP_IDS: bool = False  # in the softmaxes
 
     @property
     def HAS_TEACHER(self) -> bool:
@@ -35,28 +35,29 @@ class Launch:
         return self.HAS_IMAGE_TO_TEACHER and self.COLUMNS
 
     @property
-    def PAIR_MATCHING(self) -> bool:
-        return self.ALL_NEGATIVES or self.HARD_NEGATIVES
-
-    @property
     def students(self) -> int:
         """The number of matrices with a gradient."""
         return sum(getattr(self, name) for name in STUDENTS)
 
     @property
     def tiles(self) -> int:
-        """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four."""
+        """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four.
+
+        6: sigmoid terms beside other statistics of the same tile.
+        """
+        if self.SIGMOIDS and (self.HARD_NEGATIVES or self.HAS_TEACHER or self.HAS_SHARES):
+            return 6
         return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.HAS_IMAGE_TO_TEACHER))
 
     @property
     def statistics_tiles(self) -> int:
-        """The same for forward; with older compilers a scalar hyperplane's losses need registers too."""
-        return self.gradient_tiles if tuning.OLDER else self.tiles
+        """The same for forward; with older compilers losses of the similarities need registers too."""
+        return self.gradient_tiles if tuning.OLDER else min(6, self.tiles + (self.SIGMOIDS > 0))
 
     @property
     def gradient_tiles(self) -> int:
-        """The same for backward, where a scalar hyperplane's gradient needs registers too."""
-        return self.tiles + (self.PAIR_MATCHING and not self.HAS_HADAMARD)
+        """The same for backward, where the gradients of sigmoid terms or a scalar hyperplane need registers too."""
+        return min(6, self.tiles + (self.SIGMOIDS > 0 or (self.HARD_NEGATIVES and not self.HAS_HADAMARD)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Slots:
     MEAN_CROSS: int
     CROSS: int
     STUDENT: int
-    PAIR_MATCHING: int
+    SIGMOID: int
     ROWS: int
     COLUMNS: int
 
@@ -81,8 +82,8 @@ class Slots:
         mean_cross = 2 + launch.RELATIONAL
         cross = mean_cross + launch.HAS_IMAGE_TO_TEACHER if launch.HAS_TEACHER else 0
         student = cross + 2 * launch.HAS_IMAGE_TO_TEACHER
-        columns = student + (2 + launch.HARD_NEGATIVES) * launch.SOFTMAX
-        return cls(0, 2, mean_cross, cross, student, columns, columns + launch.ALL_NEGATIVES, columns)
+        columns = student + (2 + launch.HARD_NEGATIVES) * launch.HAS_STUDENT
+        return cls(0, 2, mean_cross, cross, student, columns, columns + launch.SIGMOIDS, columns)
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,16 @@ def launches(call: SimilarityCall) -> list[Launch]:
     are in registers instead of four or five.
     """
     student = {
-        "HAS_STUDENT": call.has_student,
+        "HAS_STUDENT": call.softmax,
         "HAS_HADAMARD": call.has_hadamard,
-        "SOFTMAX": call.softmax,
-        "ALL_NEGATIVES": call.negatives == calls.ALL_NEGATIVES,
-        "HARD_NEGATIVES": call.negatives == calls.HARD_NEGATIVES,
+        "HARD_NEGATIVES": call.hard,
+        "SIGMOIDS": call.sigmoids,
+        "HAS_SHARES": call.sigmoids > 0 and call.image_share is not None,
         "RELATIONAL": call.relational,  # which implies softmax
     }
     cross = {"HAS_IMAGE_TO_TEACHER": call.interactive}
-    ids = {"HAS_IDS": call.ids is not None}
+    ids = {"HAS_IDS": call.ids is not None, "DROP_IDS": call.ids is not None and call.drop_ids}
     if call.interactive and call.relational:
         return [Launch(**student, **cross, COLUMNS=call.columns, **ids)]
-    out = [Launch(**student, COLUMNS=call.columns and call.softmax, **ids)] if call.has_student else []
+    out = [Launch(**student, COLUMNS=call.columns, **ids)] if call.softmax else []
     return out + ([Launch(**cross, COLUMNS=call.columns, **ids)] if call.interactive else [])

@@ -12,6 +12,7 @@ LSE_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.LSE_STUDENT))
 LSE_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.LSE_TEACHER))
 LSE_CROSS: tl.constexpr = tl.constexpr(int(RowStat.LSE_IMAGE_TO_TEACHER))
 PAIR_MATCHING: tl.constexpr = tl.constexpr(int(RowStat.PAIR_MATCHING))
+SIGMOID: tl.constexpr = tl.constexpr(int(RowStat.SIGMOID))
 MEAN_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.MEAN_STUDENT))
 MEAN_CROSS: tl.constexpr = tl.constexpr(int(RowStat.MEAN_IMAGE_TO_TEACHER))
 
@@ -69,7 +70,7 @@ def _merge_softmax(
 @triton.jit(do_not_specialize=["size", "parts_count", "out_stride", "out_first"])
 def _similarity_merge_kernel(
     parts,  # [parts_count, slots, size]
-    out,  # [12, N] or [6, M]: RowStat's first six rows are ColumnStat's
+    out,  # [14, N] or [6, M]: RowStat's first six rows are ColumnStat's
     size,
     parts_count,
     out_stride,
@@ -98,20 +99,22 @@ def _similarity_merge_kernel(
             parts + SLOTS.CROSS * size, parts_count, stride, size, inside, out, out_stride, LSE_CROSS, None, None,
             not OF_ROWS, BLOCK_PARTS,
         )  # fmt: skip
-    if LAUNCH.SOFTMAX:
+    if LAUNCH.HAS_STUDENT:
         mean: tl.constexpr = PAIR_MATCHING if LAUNCH.HARD_NEGATIVES else None
         _merge_softmax(
             parts + SLOTS.STUDENT * size, parts_count, stride, size, inside, out, out_stride, LSE_STUDENT, mean, None,
             not OF_ROWS, BLOCK_PARTS,
         )  # fmt: skip
-    if LAUNCH.ALL_NEGATIVES and OF_ROWS:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, parts_count, BLOCK_PARTS):
-            losses, there = _block_of_parts(
-                parts + SLOTS.PAIR_MATCHING * size, start, parts_count, stride, inside, BLOCK_PARTS
-            )
-            total += tl.sum(tl.load(losses, there, 0.0), 0)
-        tl.store(out + PAIR_MATCHING * out_stride, total, inside)
+    if OF_ROWS:
+        SIGMOIDS: tl.constexpr = LAUNCH.SIGMOIDS
+        for k in tl.static_range(SIGMOIDS):
+            total = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, parts_count, BLOCK_PARTS):
+                losses, there = _block_of_parts(
+                    parts + (SLOTS.SIGMOID + k) * size, start, parts_count, stride, inside, BLOCK_PARTS
+                )
+                total += tl.sum(tl.load(losses, there, 0.0), 0)
+            tl.store(out + (SIGMOID + k) * out_stride, total, inside)
 
 
 @triton.jit(do_not_specialize=["n", "label_offset"])

@@ -26,12 +26,12 @@ DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
 _COLUMN_LSES = {
     "HAS_TEACHER": ColumnStat.LSE_TEACHER,
     "HAS_TEACHER_TO_TEXT": ColumnStat.LSE_TEACHER_TO_TEXT,
-    "SOFTMAX": ColumnStat.LSE_STUDENT,
+    "HAS_STUDENT": ColumnStat.LSE_STUDENT,
 }
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's statistics: rows [12, N], columns [6, M], and an unused tensor of the shape of the stored rows.
+    """The reference's statistics: rows [14, N], columns [6, M], and an unused tensor of the shape of the stored rows.
 
     Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
     block of rows' parts), and those of row statistics.
@@ -44,7 +44,8 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
 
 _GIVEN = (
     "image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale", "cross_scale", "plane_weight", "plane_bias",
-    "ids", "text_ids", "label_offset",
+    "sigmoid_weight", "sigmoid_bias", "sigmoid_negative", "sigmoid_positive", "image_share", "text_share", "ids", "text_ids",
+    "label_offset",
 )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[s
     }
 
 
-def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [12, N], [6, M]
+def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [14, N], [6, M]
     n, m, image = call.image.shape[0], call.text.shape[0], call.image
     rows = torch.zeros(len(RowStat), n, dtype=torch.float32, device=image.device)
     columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
@@ -105,7 +106,7 @@ def _merge(
     launch: Launch,
     slots: Slots,
     parts: Tensor,  # [parts, slots, size]
-    out: Tensor,  # [12, N] or [6, M]
+    out: Tensor,  # [14, N] or [6, M]
     first: int,
     *,
     of_rows: bool,
@@ -116,11 +117,11 @@ def _merge(
     )
 
 
-def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [12, N]
+def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [14, N]
     """The similarities of the positives, and the number of negatives."""
     n, m = call.image.shape[0], call.text.shape[0]
     for asked, stat, image, text, weight in (
-        (call.has_student, RowStat.DIAGONAL_STUDENT, call.image, call.text, None),
+        (call.softmax, RowStat.DIAGONAL_STUDENT, call.image, call.text, None),
         (call.has_hadamard, RowStat.DIAGONAL_HADAMARD, call.image, call.text, call.plane_weight),
         (call.has_teacher, RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text, None),
         (call.interactive, RowStat.DIAGONAL_IMAGE_TO_TEACHER, call.student_image, call.teacher_text, None),
@@ -131,7 +132,7 @@ def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [12, N]
                 image, text, weight, rows[stat], n, image.shape[1], call.label_offset, **DIAGONAL, num_warps=4, **COMPILE
             )
     rows[RowStat.NEGATIVES].fill_(m - 1)
-    if call.ids is not None:  # the columns of a row's id, and its positive's if that has another id
+    if call.ids is not None and call.drop_ids:  # the columns of a row's id, and its positive's if that has another id
         columns = call.text_ids.sort().values
         equal = torch.searchsorted(columns, call.ids, right=True) - torch.searchsorted(columns, call.ids)
         equal += call.text_ids[call.label_offset : call.label_offset + n] != call.ids
@@ -167,7 +168,7 @@ def gradients_of_matrices(
     tile: tuning.Tile,
     factors: Tensor | None,  # [matrices]
     scratch: Tensor,  # [matrices, chunk, M and more]
-    sums: Tensor,  # [programs, 4]
+    sums: Tensor,  # [programs, 8]
     at: slice,
     attend: bool = False,
 ) -> None:
@@ -184,7 +185,7 @@ def gradients_of_matrices(
 
 def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
     n, m, like = call.image.shape[0], call.text.shape[0], call.image
-    own = call.has_student + call.has_hadamard
+    own = call.softmax + call.has_hadamard
     own_image, own_text = call.projected_image is None, call.projected_text is None
     pieces = -(-n // call.chunk)
     d_image = ImageGradient(call.image, own + call.interactive * own_image, call.need_image)
@@ -218,7 +219,9 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
         d_image.flush(at)
         d_projected_image.flush(at)
 
-    d_scale, d_cross, d_slope, d_bias = torch.unbind_copy(sums.sum(0))  # results of an op must not share memory
+    total = sums.sum(0)
+    d_scale, d_cross, d_slope, d_bias = torch.unbind_copy(total[:4])  # results of an op must not share memory
+    d_sigmoids = total[4 : 4 + 2 * call.sigmoids].view(-1, 2)
     if d_weight is not None and d_weight.dim() == 0:
         d_weight = d_slope
     return (
@@ -230,4 +233,6 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
         d_cross,
         call.grad_rows.new_empty(0) if d_weight is None else d_weight,
         d_bias,
+        d_sigmoids[:, 0].clone(),
+        d_sigmoids[:, 1].clone(),
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.arithmetic import narrowed, sigmoid
+from simplclip.kernels.arithmetic import narrowed
 from simplclip.kernels.launch import (
     COMPILE,
     architecture_and_processors,
@@ -17,9 +17,9 @@ from simplclip.kernels.launch import (
     started,
     starts,
 )
-from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, ImageGradient, TextGradient
+from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, ImageGradient, TextGradient, sigmoid_bounds
 from simplclip.kernels.similarity.launch import Tiling
-from simplclip.kernels.similarity.tile import product, softplus
+from simplclip.kernels.similarity.tile import product, sigmoid_logits, sigmoid_pairs, sigmoid_slopes, sigmoid_values
 from simplclip.ops.similarity.call import SigmoidCall
 
 SUMS = 3  # of each term: its value, d_weight, d_bias
@@ -66,31 +66,17 @@ def _similarity_sigmoid_kernel(
 
     similarity = product(image, text, None, safe_row, safe_column, width, TILE.EVEN, TILE)
     inside = (at < row_count)[:, None] & (column < m)[None, :]
-    positive = column[None, :] == row[:, None] + label_offset
-    negative = inside & (positive == 0)
-    if ids is not None:
-        equal = tl.load(ids + safe_row)[:, None] == tl.load(text_ids + safe_column)[None, :]
-        negative = negative & (equal == 0)
-        if image_share is not None:
-            positive = positive | equal
-    positive = inside & positive
-    if image_share is not None:
-        share = tl.load(image_share + safe_row)[:, None] + tl.load(text_share + safe_column)[None, :]
-
+    negative, positive = sigmoid_pairs(row, column, inside, label_offset, ids, text_ids, image_share, safe_row, safe_column)
     sums += (first_program + program).to(tl.int64) * TERMS * 3
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(TERMS):
-        l = similarity * tl.load(weight + k) + tl.load(bias + k)
-        # A positive counts by softplus(-l), whose slope is -sigmoid(-l).
-        signed = tl.where(positive, -l, l)
-        amount = tl.where(negative, tl.load(of_negative + k), 0.0)
-        matched = tl.where(positive, tl.load(of_positive + k), 0.0)
-        if image_share is not None:
-            matched *= share
-        value = tl.where(inside, softplus(signed) * (amount + matched), 0.0)
-        tl.store(sums + k * 3, tl.sum(tl.sum(value, 1), 0))
+        signed, amount, matched = sigmoid_logits(
+            similarity, weight, bias, of_negative, of_positive, image_share, text_share, safe_row, safe_column, negative,
+            positive, k,
+        )  # fmt: skip
+        tl.store(sums + k * 3, tl.sum(tl.sum(sigmoid_values(signed, amount, matched), 1), 0))
         if GRADIENT:
-            slope = tl.where(inside, sigmoid(signed) * (amount - matched) * tl.load(mix + k), 0.0)
+            slope = sigmoid_slopes(signed, amount, matched) * tl.load(mix + k)
             tl.store(sums + k * 3 + 1, tl.sum(tl.sum(slope * similarity, 1), 0))
             tl.store(sums + k * 3 + 2, tl.sum(tl.sum(slope, 1), 0))
             total += slope * tl.load(weight + k)
@@ -115,10 +101,7 @@ def _range_factor(call: SigmoidCall) -> Tensor | None:  # []
     """The power of two by which the gradient is multiplied before it is rounded to float16; None for other dtypes."""
     if call.image.dtype != torch.float16 or not call.gradient:
         return None
-    positive = call.positive.abs()
-    if call.image_share is not None:
-        positive = positive * (call.image_share.amax() + call.text_share.amax())
-    bound = (call.mix * call.weight).abs() * torch.maximum(call.negative.abs(), positive)
+    bound = call.mix.abs() * sigmoid_bounds(call.weight, call.negative, call.positive, call.image_share, call.text_share)
     return torch.exp2((FLOAT16_PEAK - bound.sum().log2().ceil()).clamp(-100, 100))
 
 

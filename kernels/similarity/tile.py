@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LOG2E, dot, narrowed
+from simplclip.kernels.arithmetic import INF, LOG2E, dot, narrowed, sigmoid
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def product(
 
 
 @triton.jit
-def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column):
+def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, DROP_IDS: tl.constexpr):
     """The mask of negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not of the positive's group.
 
     With the teacher's logits t, which are -inf elsewhere, the mask needs no registers besides theirs.
@@ -50,9 +50,49 @@ def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, sa
         negative = t != -INF
     else:
         negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
-        if text_ids is not None:
+        if DROP_IDS:
             negative = negative & (row_ids[:, None] != tl.load(text_ids + safe_column)[None, :])
     return negative
+
+
+@triton.jit
+def sigmoid_pairs(row, column, inside, label_offset, ids, text_ids, image_share, safe_row, safe_column):
+    """Masks of the negatives and of the positives of sigmoid terms, [BLOCK_M, BLOCK_N]."""
+    positive = column[None, :] == row[:, None] + label_offset
+    negative = inside & (positive == 0)
+    if ids is not None:
+        equal = tl.load(ids + safe_row)[:, None] == tl.load(text_ids + safe_column)[None, :]
+        negative = negative & (equal == 0)
+        if image_share is not None:
+            positive = positive | equal
+    return negative, inside & positive
+
+
+@triton.jit
+def sigmoid_logits(
+    similarity, weight, bias, of_negative, of_positive, image_share, text_share, safe_row, safe_column, negative, positive,
+    K: tl.constexpr,
+):  # fmt: skip
+    """Of term K: the logits of a mismatch, which are -l of a positive, and the amounts of negatives and positives, else 0."""
+    l = similarity * tl.load(weight + K) + tl.load(bias + K)
+    amount = tl.where(negative, tl.load(of_negative + K), 0.0)
+    matched = tl.where(positive, tl.load(of_positive + K), 0.0)
+    if image_share is not None:
+        matched *= tl.load(image_share + safe_row)[:, None] + tl.load(text_share + safe_column)[None, :]
+    return tl.where(positive, -l, l), amount, matched
+
+
+@triton.jit
+def sigmoid_values(signed, amount, matched):
+    """The entries of a term; NaN where a positive's logit is infinite, though its softplus may be 0."""
+    value = tl.where(amount + matched != 0.0, softplus(signed) * (amount + matched), 0.0)
+    return value + tl.where(matched != 0.0, 0.0 * signed, 0.0)
+
+
+@triton.jit
+def sigmoid_slopes(signed, amount, matched):
+    """The derivatives of the entries with respect to l."""
+    return tl.where(amount + matched != 0.0, sigmoid(signed) * (amount - matched), 0.0)
 
 
 @triton.jit

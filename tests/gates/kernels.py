@@ -39,7 +39,8 @@ _TYPES = {
     **dict.fromkeys(("out", "student", "d_student"), "*element"),
     **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "plane_weight", "plane_bias", "row_parts"), "*fp32"),
     **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "sums", "parts"), "*fp32"),
-    **dict.fromkeys(("inv_norms", "grad"), "*fp32"),
+    **dict.fromkeys(("inv_norms", "grad", "sigmoid_weight", "sigmoid_bias", "sigmoid_negative"), "*fp32"),
+    **dict.fromkeys(("sigmoid_positive", "image_share", "text_share"), "*fp32"),
     **dict.fromkeys(("ids", "text_ids"), "*i64"),
     "teacher": "*fp16",  # stored features
     "entropy": "fp32",
@@ -96,18 +97,22 @@ def launches(everything: bool) -> list[Launch]:
     found = []
     cross = {"HAS_IMAGE_TO_TEACHER": True}
     for columns, ids in flags:
-        both = {"COLUMNS": columns, "HAS_IDS": ids}
-        for softmax, match, hadamard in itertools.product(
-            (True, False), ("", "ALL_NEGATIVES", "HARD_NEGATIVES"), (False, True)
+        both = {"COLUMNS": columns, "HAS_IDS": ids, "DROP_IDS": ids}
+        for student in (
+            {},
+            {"SIGMOIDS": 1},
+            {"SIGMOIDS": 2},
+            {"SIGMOIDS": 2, "HAS_SHARES": ids},
+            {"HARD_NEGATIVES": True},
+            {"HARD_NEGATIVES": True, "SIGMOIDS": 1},
+            {"HARD_NEGATIVES": True, "HAS_HADAMARD": True},
+            {"HARD_NEGATIVES": True, "HAS_HADAMARD": True, "SIGMOIDS": 1},
         ):
-            if (hadamard and not match) or (not softmax and match != "ALL_NEGATIVES"):
-                continue
-            student = {"HAS_STUDENT": True, "HAS_HADAMARD": hadamard, "SOFTMAX": softmax, **({match: True} if match else {})}
-            found.append(Launch(**student, HAS_IDS=ids, COLUMNS=columns and softmax))
-            if softmax:
-                found.append(Launch(**student, RELATIONAL=True, **both))
-                found.append(Launch(**student, **cross, RELATIONAL=True, **both))
-        found += [Launch(**cross, **both), Launch(HAS_STUDENT=True, SOFTMAX=True, HAS_IDS=ids)]
+            student = {"HAS_STUDENT": True, **student}
+            found.append(Launch(**student, **both))
+            found.append(Launch(**student, RELATIONAL=True, **both))
+            found.append(Launch(**student, **cross, RELATIONAL=True, **both))
+        found += [Launch(**cross, **both), Launch(HAS_STUDENT=True, HAS_IDS=ids, DROP_IDS=ids)]
     return list(dict.fromkeys(found))
 
 
@@ -120,8 +125,12 @@ def absent(launch: Launch) -> dict[str, None]:
         names += ["teacher_image", "teacher_text", "teacher_scale"]
     if not launch.HAS_IMAGE_TO_TEACHER:
         names += ["projected_image", "projected_text", "cross_scale"]
-    if not launch.PAIR_MATCHING:
+    if not launch.HARD_NEGATIVES:
         names += ["plane_weight", "plane_bias"]
+    if not launch.SIGMOIDS:
+        names += ["sigmoid_weight", "sigmoid_bias", "sigmoid_negative", "sigmoid_positive"]
+    if not launch.HAS_SHARES:
+        names += ["image_share", "text_share"]
     if not launch.HAS_IDS:
         names += ["ids", "text_ids"]
     return dict.fromkeys(names)
@@ -148,7 +157,11 @@ def similarity(
         constants |= {"ATTEND": attend, **({} if dtype == "float16" else {"factors": None})}
     else:
         constants |= {"SLOTS": Slots.of(launch), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
-    match = "+all" * launch.ALL_NEGATIVES + "+hard" * launch.HARD_NEGATIVES
+    match = (
+        "+hard" * launch.HARD_NEGATIVES
+        + f"+{launch.SIGMOIDS} sigmoids" * (launch.SIGMOIDS > 0)
+        + "+shares" * launch.HAS_SHARES
+    )
     planes = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name)) + match + "+ids" * launch.HAS_IDS
     planes += "" if launch.COLUMNS or launch.HAS_IMAGE_TO_TEACHER else " attend" if attend else " rows"
     function = _similarity_gradient_kernel if backward else _similarity_statistics_kernel
@@ -276,7 +289,7 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
             yield similarity(launch, dtype, architecture, backward)
             if everything:
                 yield similarity(launch, dtype, architecture, backward, even=False)
-        if launch == Launch(HAS_STUDENT=True, SOFTMAX=True, HAS_IDS=launch.HAS_IDS):
+        if launch == Launch(HAS_STUDENT=True, HAS_IDS=launch.HAS_IDS, DROP_IDS=launch.HAS_IDS):
             yield similarity(launch, dtype, architecture, True, attend=True)
     yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)

@@ -23,46 +23,49 @@ struct SoftmaxGradient {
   }
 };
 
-template <class T, Terms terms, bool teacher, Softmax kind>
+template <class T, bool hard, bool teacher, Softmax kind>
 BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
-  constexpr bool softmax = terms != Terms::kAll;
-  constexpr bool hard = terms == Terms::kSoftmaxHard;
-  constexpr bool matching = terms != Terms::kSoftmax;
-  BackwardOut total = {0, 0, 0};
+  BackwardOut total{};
   for (int64_t i = 0; i < s.rows; ++i) {
     const T* sim_row = static_cast<const T*>(s.sim) + i * s.columns;
     const T* teacher_row = teacher ? static_cast<const T*>(s.teacher) + i * s.columns : nullptr;
     T* grad_row = static_cast<T*>(s.grad) + i * s.columns;
     T* plane_row = s.plane ? static_cast<T*>(s.plane) + i * s.columns : nullptr;
     const int64_t label = s.label + i;
-    const bool rows = softmax && kind != Softmax::kColumns;
+    const bool rows = kind != Softmax::kColumns;
     const SoftmaxGradient<kind> student(rows ? in.lse[i] : 0, rows ? in.g_lse[i] : 0, in.top, in.col_lse, in.g_col_lse,
                                         in.lse_ratio);
     const SoftmaxGradient<kind> tutor(rows && teacher ? in.teacher_lse[i] : 0, rows && teacher ? in.g_mean[i] : 0,
                                       in.teacher_top, in.col_teacher_lse, in.g_col_mean, in.teacher_ratio);
-    const float g_match = matching ? in.g_match[i] : 0.0f;
+    const float g_match = hard ? in.g_match[i] : 0.0f;
+    const float* const sigmoid_row_grad = in.sigmoids.count ? in.sigmoid_grad : nullptr;
+    if (sigmoid_row_grad) {
+      SigmoidIn sigmoids = in.sigmoids;
+      for (int k = 0; k < sigmoids.count; ++k) {
+        sigmoids.terms[k].negative *= in.g_sigmoid[k][i];
+        sigmoids.terms[k].positive *= in.g_sigmoid[k][i];
+      }
+      sigmoid_row<T>(s, sigmoids, i, in.sigmoid_grad, total.sigmoids);
+    }
     vf d_scale = {}, d_p = {}, d_q = {};
 
     for_blocks(s.columns, label, 1, s.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
       const vf sim = load(sim_row + j, lanes), z = s.scale * sim;
       const vi drop = masked ? dropped_lanes(s, i, j, lanes) : vi{};
-      vf g = {}, h = {}, e = {}, e_col = {};
-      if constexpr (softmax) g = student(z, j, lanes, e, e_col);
+      vf e = {}, e_col = {};
+      vf g = student(z, j, lanes, e, e_col);
       if constexpr (teacher) {
         vf e_t, e_t_col;
         g -= tutor(s.teacher_scale * load(teacher_row + j, lanes), j, lanes, e_t, e_t_col);
       }
-      if constexpr (softmax) {
-        g = drop ? vf{} : g;
-        d_scale += g * sim;
-        g *= s.grad_scale;
-      }
-      if constexpr (matching) {
+      g = drop ? vf{} : g;
+      d_scale += g * sim;
+      g *= s.grad_scale;
+      if (sigmoid_row_grad) g += load(sigmoid_row_grad + j, lanes);
+      if constexpr (hard) {
         const vf v = plane_row ? load(plane_row + j, lanes) : sim;
-        h = sigmoid(plane_row ? v + s.q : s.p * v + s.q);
-        if constexpr (!hard)
-          h *= g_match;
-        else if constexpr (kind == Softmax::kShared)
+        vf h = sigmoid(plane_row ? v + s.q : s.p * v + s.q);
+        if constexpr (kind == Softmax::kShared)
           h *= e * (student.shift * load(in.match_ratio + j, lanes) + g_match);
         else if constexpr (kind == Softmax::kRows)
           h *= g_match * e;
@@ -76,7 +79,7 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
       }
       store(grad_row + j, g, lanes);
     });
-    store(grad_row + label, splat(in.g_diagonal[i]), 1);
+    store(grad_row + label, splat(in.g_diagonal[i] + (sigmoid_row_grad ? sigmoid_row_grad[label] : 0.0f)), 1);
     if (plane_row) store(plane_row + label, splat(in.g_plane_diagonal[i]), 1);
     total.scale += double(sum(d_scale));
     total.p += double(sum(d_p));
@@ -85,20 +88,16 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
   return total;
 }
 
-BackwardOut backward(const Strip& s, const BackwardIn& in, Terms terms, Softmax kind, bool is_bf16) {
-  using enum Terms;
+BackwardOut backward(const Strip& s, const BackwardIn& in, bool hard, Softmax kind, bool is_bf16) {
   using enum Softmax;
   return by_value<false, true>(is_bf16, [&](auto is_bf16) {
     return by_value<false, true>(s.teacher != nullptr, [&](auto teacher) {
       return by_value<kShared, kApart, kRows, kColumns>(kind, [&](auto kind) {
         using T = std::conditional_t<is_bf16(), bf16, float>;
         if constexpr (kind() == kColumns) {
-          return backward_strip<T, kSoftmax, teacher(), kColumns>(s, in);
+          return backward_strip<T, false, teacher(), kColumns>(s, in);
         } else {
-          return by_value<kSoftmax, kSoftmaxAll, kSoftmaxHard, kAll>(terms, [&](auto terms) {
-            constexpr bool all = terms() == kAll;
-            return backward_strip<T, terms(), teacher() && !all, all ? kRows : kind()>(s, in);
-          });
+          return by_value<false, true>(hard, [&](auto hard) { return backward_strip<T, hard(), teacher(), kind()>(s, in); });
         }
       });
     });

@@ -5,12 +5,10 @@
 
 namespace simplclip {
 
-enum Negatives : int64_t { kNoNegatives = 0, kAllNegatives = 1, kHardNegatives = 2 };
-
 // Rows of the statistics: RowStat and ColumnStat of call.py.
 enum class Row {
   kLseStudent, kLseTeacher, kLseImageToTeacher, kPairMatching, kMeanStudent, kMeanImageToTeacher, kDiagonalStudent,
-  kDiagonalHadamard, kDiagonalTeacher, kDiagonalImageToTeacher, kDiagonalTeacherToText, kNegatives, kCount
+  kDiagonalHadamard, kDiagonalTeacher, kDiagonalImageToTeacher, kDiagonalTeacherToText, kNegatives, kSigmoid, kSecondSigmoid, kCount
 };
 enum class Column {
   kLseStudent, kLseTeacher, kLseTeacherToText, kPairMatching, kMeanStudent, kMeanTeacherToText, kCount
@@ -20,25 +18,28 @@ struct SimilarityCall {
   Tensor image, text, scale;                                                            // [N, D], [M, D], []
   std::optional<Tensor> teacher_image = {}, teacher_text = {}, teacher_scale = {};      // [N, E], [M, E], []
   std::optional<Tensor> projected_image = {}, projected_text = {}, cross_scale = {};    // [N, E], [M, E], []
-  std::optional<Tensor> plane_weight = {}, plane_bias = {}, ids = {}, text_ids = {};    // [] or [D], [], [N], [M]
+  std::optional<Tensor> plane_weight = {}, plane_bias = {};                             // [] or [D], []
+  std::optional<Tensor> sigmoid_weight = {}, sigmoid_bias = {};                         // [K]
+  std::optional<Tensor> sigmoid_negative = {}, sigmoid_positive = {};                   // [K]
+  std::optional<Tensor> image_share = {}, text_share = {}, ids = {}, text_ids = {};     // [N], [M], [N], [M]
   int64_t label_offset = 0;
-  bool softmax = false, columns = false;
-  int64_t negatives = kNoNegatives;
+  bool softmax = false, columns = false, drop_ids = true, hard = false;
   bool relational = false, interactive = false;
   double entropy = 1;
   int64_t chunk = 0, stored_rows = 0;
 
   auto fields() {
     return std::tie(image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
-                    plane_weight, plane_bias, ids, text_ids, label_offset, softmax, columns, negatives, relational, interactive,
-                    entropy, chunk, stored_rows);
+                    plane_weight, plane_bias, sigmoid_weight, sigmoid_bias, sigmoid_negative, sigmoid_positive, image_share,
+                    text_share, ids, text_ids, label_offset, softmax, columns, drop_ids, hard, relational, interactive, entropy,
+                    chunk, stored_rows);
   }
 
-  bool has_student() const { return softmax || negatives; }
   bool has_teacher() const { return relational || interactive; }
   bool has_teacher_to_text() const { return interactive && columns; }
-  bool has_hadamard() const { return negatives && plane_weight->dim() == 1; }
-  int64_t matrices() const { return has_student() + has_teacher() + interactive + has_teacher_to_text(); }
+  bool has_hadamard() const { return hard && plane_weight->dim() == 1; }
+  int64_t sigmoids() const { return sigmoid_weight ? sigmoid_weight->size(0) : 0; }
+  int64_t matrices() const { return softmax + has_teacher() + interactive + has_teacher_to_text(); }
 
   void expect_layout() const {
     expect_contiguous("image", image);
@@ -48,13 +49,15 @@ struct SimilarityCall {
     expect_contiguous("projected_image", projected_image);
     expect_contiguous("projected_text", projected_text);
     expect_contiguous("plane_weight", plane_weight);
+    expect_contiguous("image_share", image_share);
+    expect_contiguous("text_share", text_share);
     expect_dtype_of("text", text, "image", image);
   }
 };
 
 struct SimilarityGradient : SimilarityCall {
-  Tensor grad_rows, grad_columns;           // [12, N], [6, M]
-  Tensor row_stats, column_stats, stored;   // [12, N], [6, M], [matrices, stored rows, M]
+  Tensor grad_rows, grad_columns;           // [14, N], [6, M]
+  Tensor row_stats, column_stats, stored;   // [14, N], [6, M], [matrices, stored rows, M]
   bool need_image, need_text;
 
   auto fields() {

@@ -48,36 +48,31 @@ struct RowSums {
 };
 
 // One tile of R rows of a strip.
-template <class T, Terms terms, bool teacher, int R>
+template <class T, bool hard, bool teacher, int R>
 void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& reference) {
-  constexpr bool softmax = terms != Terms::kAll;
-  constexpr bool hard = terms == Terms::kSoftmaxHard;
-  constexpr bool matching = terms != Terms::kSoftmax;
   const bool mask_all = s.ids != nullptr, columns = out.col_lse != nullptr;
   const int64_t label = s.label + i0;
   RowSums<R> student, tutor;
 
-  if constexpr (softmax) {
-    vf highest_z[R], highest_t[R];
-    for (int r = 0; r < R; ++r) highest_z[r] = highest_t[r] = splat(-kInf);
-    for_blocks(s.columns, label, R, mask_all, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
+  vf highest_z[R], highest_t[R];
+  for (int r = 0; r < R; ++r) highest_z[r] = highest_t[r] = splat(-kInf);
+  for_blocks(s.columns, label, R, mask_all, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const vi drop = masked ? dropped_lanes(s, i0 + r, j, lanes) : vi{};
-        auto keep_top = [&](vf& top, vf logit) { top = max(top, drop ? splat(-kInf) : logit); };
-        keep_top(highest_z[r], s.scale * load_block<T>(s.sim, s, i0 + r, j, lanes));
-        if constexpr (teacher) keep_top(highest_t[r], s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes));
-      }
-    });
-    student.set_tops(highest_z, reference.student, s.columns, out.col_lse, hard ? out.col_match : nullptr);
-    if constexpr (teacher) tutor.set_tops(highest_t, reference.teacher, s.columns, out.col_teacher_lse, out.col_mean);
-  }
+    for (int r = 0; r < R; ++r) {
+      const vi drop = masked ? dropped_lanes(s, i0 + r, j, lanes) : vi{};
+      auto keep_top = [&](vf& top, vf logit) { top = max(top, drop ? splat(-kInf) : logit); };
+      keep_top(highest_z[r], s.scale * load_block<T>(s.sim, s, i0 + r, j, lanes));
+      if constexpr (teacher) keep_top(highest_t[r], s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes));
+    }
+  });
+  student.set_tops(highest_z, reference.student, s.columns, out.col_lse, hard ? out.col_match : nullptr);
+  if constexpr (teacher) tutor.set_tops(highest_t, reference.teacher, s.columns, out.col_teacher_lse, out.col_mean);
 
   vf row_match[R] = {};
   vi dropped[R] = {};
   for_blocks(s.columns, label, R, mask_all, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
     vf col_sum = {}, col_match = {}, col_tutor = {}, col_mean = {};
-    if (softmax && columns) {
+    if (columns) {
       col_sum = load(out.col_lse + j, lanes);
       if constexpr (hard) col_match = load(out.col_match + j, lanes);
       if constexpr (teacher) col_tutor = load(out.col_teacher_lse + j, lanes);
@@ -88,17 +83,14 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
       const vf sim = load_block<T>(s.sim, s, i0 + r, j, lanes);
       const vi drop = masked ? dropped_lanes(s, i0 + r, j, lanes) : vi{};
       dropped[r] -= drop & (iota() < int(lanes));
-      vf e = {}, match = {};
-      if constexpr (softmax) {
-        e = drop ? vf{} : exp(s.scale * sim - student.top[r]);
-        student.total[r] += e;
-        col_sum += student.weight[r] * e;
-      }
-      if constexpr (matching) {
+      const vf e = drop ? vf{} : exp(s.scale * sim - student.top[r]);
+      student.total[r] += e;
+      col_sum += student.weight[r] * e;
+      if constexpr (hard) {
         const vf l = s.plane ? load_block<T>(s.plane, s, i0 + r, j, lanes) + s.q : s.p * sim + s.q;
-        match = drop ? vf{} : softplus(l);
-        row_match[r] += hard ? e * match : match;
-        if constexpr (hard) col_match += student.weight[r] * e * match;
+        const vf match = drop ? vf{} : softplus(l);
+        row_match[r] += e * match;
+        col_match += student.weight[r] * e * match;
       }
       if constexpr (teacher) {
         const vf t = s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes);
@@ -110,7 +102,7 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
         col_mean += tutor.weight[r] * value;
       }
     }
-    if (softmax && columns) {
+    if (columns) {
       store(out.col_lse + j, col_sum, lanes);
       if constexpr (hard) store(out.col_match + j, col_match, lanes);
       if constexpr (teacher) store(out.col_teacher_lse + j, col_tutor, lanes);
@@ -121,8 +113,8 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
   for (int r = 0; r < R; ++r) {
     const int64_t i = i0 + r, at = i * s.columns + s.label + i;
     if constexpr (hard) student.weighted[r] = row_match[r];
-    if (softmax && out.lse) out.lse[i] = student.lse(r);
-    if (matching) out.match[i] = hard ? student.mean(r) : sum(row_match[r]);
+    if (out.lse) out.lse[i] = student.lse(r);
+    if constexpr (hard) out.match[i] = student.mean(r);
     if (teacher && out.teacher_lse) {
       out.teacher_lse[i] = tutor.lse(r);
       out.mean[i] = tutor.mean(r);
@@ -131,6 +123,14 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
     out.negatives[i] = float(s.columns - sum(dropped[r]));
     out.diagonal[i] = to_float(static_cast<const T*>(s.sim)[at]);
     if (s.plane) out.plane_diagonal[i] = to_float(static_cast<const T*>(s.plane)[at]);
+    if (out.sigmoids.count) {
+      SigmoidOut sums{};
+      sigmoid_row<T, float>(s, out.sigmoids, i, nullptr, sums);
+      for (int k = 0; k < out.sigmoids.count; ++k) {
+        const SigmoidTerm& term = out.sigmoids.terms[k];
+        out.sigmoid[k][i] = float(term.negative * sums.negative[k] + term.positive * sums.positive[k]);
+      }
+    }
   }
 }
 
@@ -158,19 +158,18 @@ VINLINE void finish_columns(const Strip& s, float reference, float* sums, float*
   }
 }
 
-template <class T, Terms terms, bool teacher>
+template <class T, bool hard, bool teacher>
 void forward_strip(const Strip& s, const ForwardOut& out) {
-  constexpr bool hard = terms == Terms::kSoftmaxHard;
   constexpr int R = teacher ? kTileRows / 2 : kTileRows;
-  const bool columns = terms != Terms::kAll && out.col_lse;
+  const bool columns = out.col_lse != nullptr;
   float* const sums[] = {out.col_lse, hard ? out.col_match : nullptr, teacher ? out.col_teacher_lse : nullptr,
                          teacher ? out.col_mean : nullptr};
   for (float* sum : sums)
     if (columns && sum) std::memset(sum, 0, s.columns * sizeof(float));
   Reference reference;
   int64_t i = 0;
-  for (; i + R <= s.rows; i += R) forward_tile<T, terms, teacher, R>(s, out, i, reference);
-  for (; i < s.rows; ++i) forward_tile<T, terms, teacher, 1>(s, out, i, reference);
+  for (; i + R <= s.rows; i += R) forward_tile<T, hard, teacher, R>(s, out, i, reference);
+  for (; i < s.rows; ++i) forward_tile<T, hard, teacher, 1>(s, out, i, reference);
   if (!columns) return;
 
   auto student = [&](int64_t i, int64_t j, int lanes) { return s.scale * load_block<T>(s.sim, s, i, j, lanes); };
@@ -189,12 +188,11 @@ void forward_strip(const Strip& s, const ForwardOut& out) {
     });
 }
 
-void forward(const Strip& s, const ForwardOut& out, Terms terms, bool is_bf16) {
-  using enum Terms;
+void forward(const Strip& s, const ForwardOut& out, bool hard, bool is_bf16) {
   by_value<false, true>(is_bf16, [&](auto is_bf16) {
     by_value<false, true>(s.teacher != nullptr, [&](auto teacher) {
-      by_value<kSoftmax, kSoftmaxAll, kSoftmaxHard, kAll>(terms, [&](auto terms) {
-        forward_strip<std::conditional_t<is_bf16(), bf16, float>, terms(), teacher() && terms() != kAll>(s, out);
+      by_value<false, true>(hard, [&](auto hard) {
+        forward_strip<std::conditional_t<is_bf16(), bf16, float>, hard(), teacher()>(s, out);
       });
     });
   });

@@ -38,13 +38,13 @@ std::tuple<Tensor, Tensor> similarity_rows(const RowsCall& call) {
       out.lse = lse + first + i;
       out.diagonal = diagonal + first + i;
       out.negatives = data<float>(work.negatives) + first + i;
-      kernels.forward(strip, out, Terms::kSoftmax, sweep.is_bf16);
+      kernels.forward(strip, out, false, sweep.is_bf16);
       if (!call.attend) return;
       BackwardIn in{};
       in.lse = out.lse;
       in.g_lse = ones.data();
       in.g_diagonal = zeros.data();
-      kernels.backward(strip, in, Terms::kSoftmax, Softmax::kRows, sweep.is_bf16);
+      kernels.backward(strip, in, false, Softmax::kRows, sweep.is_bf16);
     });
     if (!call.attend) return;
     Tensor to = rows(mean_keys, first, count);

@@ -8,14 +8,16 @@
 namespace simplclip {
 namespace {
 
-// The student's matrix of a SimilarityCall, whose logits are left to the terms.
+// The student's matrix of a SimilarityCall, whose softmax is not computed.
 struct Sigmoid {
   SimilarityCall call;
   Sweep sweep;
   TransposedSum d_text;
 
   Sigmoid(const SigmoidCall& sigmoid, Scratch& scratch)
-      : call{.image = sigmoid.image, .text = sigmoid.text, .scale = sigmoid.weight, .ids = sigmoid.ids,
+      : call{.image = sigmoid.image, .text = sigmoid.text, .scale = sigmoid.weight, .sigmoid_weight = sigmoid.weight,
+             .sigmoid_bias = sigmoid.bias, .sigmoid_negative = sigmoid.negative, .sigmoid_positive = sigmoid.positive,
+             .image_share = sigmoid.image_share, .text_share = sigmoid.text_share, .ids = sigmoid.ids,
              .text_ids = sigmoid.text_ids, .label_offset = sigmoid.label_offset, .softmax = true, .chunk = sigmoid.chunk},
         sweep(call, nullptr, scratch), d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
 };
@@ -23,18 +25,12 @@ struct Sigmoid {
 // Returns the terms [K], d_image and d_text (empty unless needed), d_weight [K] and d_bias [K]: gradients of the terms' sum, each
 // times its entry of mix.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall& call) {
-  expect_contiguous("image_share", call.image_share);
-  expect_contiguous("text_share", call.text_share);
   Scratch scratch;
   Sigmoid work(call, scratch);
   Sweep& sweep = work.sweep;
 
-  SigmoidIn in{};
-  in.count = int(call.weight.size(0));
-  auto number = [](const Tensor& of, int k) { return of.const_data_ptr<float>()[k]; };
-  for (int k = 0; k < in.count; ++k)
-    in.terms[k] = {number(call.weight, k), number(call.bias, k), number(call.mix, k) * number(call.negative, k),
-                   number(call.mix, k) * number(call.positive, k)};
+  const int count_of_terms = int(call.weight.size(0));
+  const float* mix = call.mix.const_data_ptr<float>();
 
   Tensor d_image = new_empty(call.image, {call.need_image ? sweep.n : 0, sweep.d});
   SigmoidOut total{};
@@ -43,13 +39,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const Sigm
     const Tensor sim = sweep.load(*sweep.student, first, count, false);
     sweep.for_strips(*sweep.student, sim, nullptr, first, count, [&](Strip strip, int64_t i, int64_t k) {
       if (!call.gradient) strip.grad = nullptr;
-      SigmoidIn mine = in;
-      mine.row_share = call.image_share ? call.image_share->const_data_ptr<float>() + first + i : nullptr;
-      mine.column_share = call.text_share ? call.text_share->const_data_ptr<float>() : nullptr;
-      parts[k] = instruction_set().strip.sigmoid(strip, mine, sweep.is_bf16);
+      SigmoidIn in = sweep.sigmoids(first + i);
+      for (int t = 0; t < in.count; ++t) {
+        in.terms[t].negative *= mix[t];
+        in.terms[t].positive *= mix[t];
+      }
+      parts[k] = instruction_set().strip.sigmoid(strip, in, sweep.is_bf16);
     });
     for (int64_t k = 0; k < strips_of(count); ++k)
-      for (int t = 0; t < in.count; ++t) {
+      for (int t = 0; t < count_of_terms; ++t) {
         total.negative[t] += parts[k].negative[t];
         total.positive[t] += parts[k].positive[t];
         total.weight[t] += parts[k].weight[t];
@@ -62,10 +60,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const Sigm
     work.d_text.add(sim, rows(call.image, first, count));
   });
 
-  Tensor terms = new_empty(call.weight, {in.count}), d_weight = new_empty(call.weight, {in.count});
-  Tensor d_bias = new_empty(call.weight, {in.count});
-  for (int t = 0; t < in.count; ++t) {
-    terms.mutable_data_ptr<float>()[t] = float(number(call.negative, t) * total.negative[t] + number(call.positive, t) * total.positive[t]);
+  const SigmoidIn in = sweep.sigmoids(0);
+  Tensor terms = new_empty(call.weight, {count_of_terms}), d_weight = new_empty(call.weight, {count_of_terms});
+  Tensor d_bias = new_empty(call.weight, {count_of_terms});
+  for (int t = 0; t < count_of_terms; ++t) {
+    terms.mutable_data_ptr<float>()[t] = float(in.terms[t].negative * total.negative[t] + in.terms[t].positive * total.positive[t]);
     d_weight.mutable_data_ptr<float>()[t] = float(total.weight[t]);
     d_bias.mutable_data_ptr<float>()[t] = float(total.bias[t]);
   }

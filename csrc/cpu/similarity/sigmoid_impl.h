@@ -1,32 +1,81 @@
-// Included after strip_impl.h, inside the namespace of an instruction set: sigmoid terms of a strip, values and gradient at once.
+// Included after strip_impl.h, inside the namespace of an instruction set: sigmoid terms of a row, values and gradient at once.
+
+// 2^t for t <= 0, and 2^-126 for less: relative error below 8e-8, or coarse 8e-5, for logits that are rounded to bf16 anyway.
+template <bool coarse>
+VINLINE vf exp2_below(vf t) {
+#if SIMPLCLIP_LANES == 16
+  const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  t = max(splat(-126.0f), t);  // in this order a NaN stays one
+  const vf shifted = t + 12582912.0f;
+  const vf r = t - (shifted - 12582912.0f);
+#endif
+  vf p;
+  if constexpr (coarse) {
+    p = splat(5.517166954e-2f);
+    p = p * r + 2.426111254e-1f;
+    p = p * r + 6.932609857e-1f;
+    p = p * r + 9.999280733e-1f;
+  } else {
+    p = splat(1.327647205e-3f);
+    p = p * r + 9.675541385e-3f;
+    p = p * r + 5.550713274e-2f;
+    p = p * r + 2.402211972e-1f;
+    p = p * r + 6.931469671e-1f;
+    p = p * r + 1.000000072f;
+  }
+#if SIMPLCLIP_LANES == 16
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(t - r));
+#else
+  return (vf)((vi)p + ((vi)shifted << 23));
+#endif
+}
+
+// 1 / x of a normal x > 0, as exact as exp2_below.
+template <bool coarse>
+VINLINE vf inverse_of(vf x) {
+#if SIMPLCLIP_LANES == 16
+  const vf y = (vf)_mm512_rcp14_ps((__m512)x);  // relative error below 2^-14
+  return coarse ? y : y * (2.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+
+constexpr float kLn2 = 0.69314718f, kLog2E = 1.44269504f;
 
 // Sums of softplus(x) = max(x, 0) + log(1 + e^-|x|) of many x with one logarithm for many: over products of (1 + e), kept as
 // their difference from 1, so that a small e loses nothing.
 struct SoftplusSum {
   static constexpr int kFactors = 120;  // each at most 2, so that their product is a float
-  vf product = {}, total = {};
-  int factors = 0;
+  vf product = {}, tops = {}, total = {};  // tops: sum of max(x, 0) / log(2)
 
-  VINLINE void add(vf e, vf positive_part) {
+  VINLINE void add(vf e, vf top) {
     product += e * (product + 1.0f);
-    total += positive_part;
-    if (++factors == kFactors) flush();
+    tops += top;
   }
   VINLINE void flush() {
-    total += product > 1.0f ? log(product + 1.0f) : log1p(product > 1.0f ? vf{} : product);
-    product = vf{};
-    factors = 0;
+    total += kLn2 * tops + (product > 1.0f ? log(product + 1.0f) : log1p(product > 1.0f ? vf{} : product));
+    product = tops = vf{};
   }
 };
 
-template <class T, int K, bool gradient>
-void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, SigmoidOut& out) {
+template <class T, int K, bool gradient, class Grad>
+void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row, SigmoidOut& out) {
+  constexpr bool coarse = std::is_same_v<T, bf16>;
   const T* sim_row = static_cast<const T*>(s.sim) + i * s.columns;
-  T* grad_row = gradient ? static_cast<T*>(s.grad) + i * s.columns : nullptr;
   SoftplusSum negative[K];
   vf positive[K] = {}, d_weight[K] = {}, d_bias[K] = {};
+  int factors = 0;
+  SigmoidTerm terms[K];  // a copy, which no store to grad_row can change
+  vf log2_weight[K], log2_bias[K];
+  for (int k = 0; k < K; ++k) {
+    terms[k] = in.terms[k];
+    log2_weight[k] = splat(kLog2E * terms[k].weight);
+    log2_bias[k] = splat(kLog2E * terms[k].bias);
+  }
 
-  for_blocks(s.columns, s.label + i, 1, s.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
+  for_blocks(s.columns, s.label + i, 1, in.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
     const vf sim = load(sim_row + j, lanes);
     vi dropped = {}, matched = {};
     vf share = {};
@@ -34,33 +83,45 @@ void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, SigmoidOut& out
       const vi lane = iota();
       matched = (lane + int32_t(j)) == int32_t(s.label + i);
       dropped = lane >= int(lanes);
-      if (s.ids) (in.row_share ? matched : dropped) |= (load(s.text_ids + j, int(lanes)) == s.ids[i]) & ~matched;
+      if (in.ids) (in.row_share ? matched : dropped) |= (load(in.text_ids + j, int(lanes)) == in.ids[i]) & ~matched;
       matched &= ~dropped;
       share = in.row_share ? in.row_share[i] + load(in.column_share + j, lanes) : splat(1.0f);
     }
-    vf g = {};
+    vf t[K], e[K];  // logits / log(2), e^-|logit|
 #pragma GCC unroll 2
     for (int k = 0; k < K; ++k) {
-      const SigmoidTerm& term = in.terms[k];
-      const vf l = term.weight * sim + term.bias;
-      const vf e = exp(-abs(l)), top = max(l, vf{});
-      const vi other = dropped | matched;
-      negative[k].add(other ? vf{} : e, other ? vf{} : top);
-      if constexpr (masked)
-        if (any(matched)) positive[k] += matched ? share * (top - l + log1p(e)) : vf{};
-      if constexpr (gradient) {
-        // sigmoid(l) of a negative, sigmoid(-l) of a positive
-        vf h = term.negative * ((l < 0.0f ? e : splat(1.0f)) / (e + 1.0f));
-        if constexpr (masked) {
-          const vf of_positive = -term.positive * share * ((l < 0.0f ? splat(1.0f) : e) / (e + 1.0f));
-          h = dropped ? vf{} : (matched ? of_positive : h);
-        }
-        d_weight[k] += dropped ? vf{} : h * sim;
-        d_bias[k] += h;
-        g += term.weight * h;
+      t[k] = log2_weight[k] * sim + log2_bias[k];
+      e[k] = exp2_below<coarse>((vf)((vi)t[k] | INT32_MIN));
+      const vf top = max(t[k], vf{});
+      if constexpr (masked) {
+        const vi other = dropped | matched;
+        negative[k].add(other ? vf{} : e[k], other ? vf{} : top);
+        if (any(matched)) positive[k] += matched ? share * (kLn2 * (top - t[k]) + log1p(e[k])) : vf{};
+      } else {
+        negative[k].add(e[k], top);
       }
     }
-    if constexpr (gradient) store(grad_row + j, g, lanes);
+    if (++factors == SoftplusSum::kFactors) {
+      for (int k = 0; k < K; ++k) negative[k].flush();
+      factors = 0;
+    }
+    if constexpr (gradient) {
+      vf g = {};
+#pragma GCC unroll 2
+      for (int k = 0; k < K; ++k) {
+        // sigmoid(l) of a negative, sigmoid(-l) of a positive
+        const vf inverse = inverse_of<coarse>(e[k] + 1.0f);
+        vf h = terms[k].negative * ((t[k] < 0.0f ? e[k] : splat(1.0f)) * inverse);
+        if constexpr (masked) {
+          const vf of_positive = -terms[k].positive * share * ((t[k] < 0.0f ? splat(1.0f) : e[k]) * inverse);
+          h = dropped ? vf{} : (matched ? of_positive : h);
+        }
+        d_weight[k] += masked ? (dropped ? vf{} : h * sim) : h * sim;
+        d_bias[k] += h;
+        g += terms[k].weight * h;
+      }
+      store(grad_row + j, g, lanes);
+    }
   });
   for (int k = 0; k < K; ++k) {
     negative[k].flush();
@@ -71,15 +132,20 @@ void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, SigmoidOut& out
   }
 }
 
+// Adds row i's sums to `out`, and, unless grad_row is null, writes the gradient with respect to S there.
+template <class T, class Grad>
+void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row, SigmoidOut& out) {
+  by_value<1, 2>(in.count, [&](auto count) {
+    grad_row ? sigmoid_row<T, count(), true>(s, in, i, grad_row, out) : sigmoid_row<T, count(), false>(s, in, i, grad_row, out);
+  });
+}
+
 SigmoidOut sigmoid_strip(const Strip& s, const SigmoidIn& in, bool is_bf16) {
   SigmoidOut out{};
   by_value<false, true>(is_bf16, [&](auto is_bf16) {
-    by_value<false, true>(s.grad != nullptr, [&](auto gradient) {
-      by_value<1, 2>(in.count, [&](auto count) {
-        using T = std::conditional_t<is_bf16(), bf16, float>;
-        for (int64_t i = 0; i < s.rows; ++i) sigmoid_row<T, count(), gradient()>(s, in, i, out);
-      });
-    });
+    using T = std::conditional_t<is_bf16(), bf16, float>;
+    T* const grad = static_cast<T*>(s.grad);
+    for (int64_t i = 0; i < s.rows; ++i) sigmoid_row<T>(s, in, i, grad ? grad + i * s.columns : nullptr, out);
   });
   return out;
 }

@@ -24,7 +24,7 @@ constexpr Stats kImageToTeacher = {Row::kLseImageToTeacher, Row::kCount, Row::kM
 constexpr Stats kTeacherToText = {Row::kCount, Row::kCount, Row::kCount, Row::kDiagonalTeacherToText, Row::kCount,
                                   Column::kLseTeacherToText, Column::kCount, Column::kMeanTeacherToText};
 
-// A statistic of all rows [12, N] or columns [6, M]; null for none.
+// A statistic of all rows [14, N] or columns [6, M]; null for none.
 template <class Stat>
 float* stat_of(const Tensor& from, Stat stat) {
   return stat == Stat::kCount ? nullptr : data<float>(from) + int64_t(stat) * from.size(1);
@@ -73,14 +73,14 @@ struct Forward {
 
   Forward(const SimilarityCall& call, Scratch& scratch) : sweep(call, nullptr, scratch) {
     if (!call.columns) return;
-    if (call.softmax) student.emplace(sweep, true, call.negatives == kHardNegatives, scratch);
+    if (call.softmax) student.emplace(sweep, true, call.hard, scratch);
     if (call.relational) teacher.emplace(sweep, true, true, scratch);
     if (call.interactive) text.emplace(sweep, true, false, scratch);
     if (call.interactive) teacher_of_text.emplace(sweep, !call.relational, true, scratch);
   }
 };
 
-// Returns rows [12, N], columns [6, M] and the stored rows of the matrices: see reference.py.
+// Returns rows [14, N], columns [6, M] and the stored rows of the matrices: see reference.py.
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
   Scratch scratch;
   Forward work(call, scratch);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
   Tensor row_stats = new_zeros(call.image, {int64_t(Row::kCount), n}, ScalarType::Float);
   Tensor column_stats = new_zeros(call.image, {int64_t(Column::kCount), m}, ScalarType::Float);
   auto col = [&](Column stat) { return stat_of(column_stats, stat); };
-  if (work.student) work.student->start(col(Column::kLseStudent), call.negatives == kHardNegatives ? col(Column::kPairMatching) : nullptr);
+  if (work.student) work.student->start(col(Column::kLseStudent), call.hard ? col(Column::kPairMatching) : nullptr);
   if (work.teacher) work.teacher->start(col(Column::kLseTeacher), col(Column::kMeanStudent));
   if (work.text) work.text->start(col(Column::kLseTeacherToText), nullptr);
   float* const lse_teacher = call.relational ? nullptr : col(Column::kLseTeacher);
@@ -100,13 +100,18 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
   sweep.for_chunks([&](int64_t first, int64_t count) {
     Tensor teacher_chunk;
     if (sweep.teacher) teacher_chunk = sweep.load(*sweep.teacher, first, count, false);
-    auto reduce = [&](std::optional<Matrix>& matrix, const Stats& stats, Terms terms, bool has_teacher,
+    auto reduce = [&](std::optional<Matrix>& matrix, const Stats& stats, bool has_teacher,
                       const std::optional<ColumnSums>& sums, const std::optional<ColumnSums>& teacher_sums) {
       if (!matrix) return;
       const Tensor sim = sweep.load(*matrix, first, count, false);
       sweep.for_strips(*matrix, sim, has_teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
         auto row = [&](Row stat) { return stat == Row::kCount ? nullptr : stat_of(row_stats, stat) + first + i; };
         ForwardOut out{};
+        if (&*matrix == &*sweep.student) {
+          out.sigmoids = sweep.sigmoids(first + i);
+          out.sigmoid[0] = row(Row::kSigmoid);
+          out.sigmoid[1] = row(Row::kSecondSigmoid);
+        }
         out.lse = row(stats.lse);
         out.match = row(stats.match);
         out.mean = row(stats.mean);
@@ -117,15 +122,15 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
         out.negatives = row(Row::kNegatives);
         if (sums) sums->parts_of(k, out.col_lse, out.col_match);
         if (teacher_sums) teacher_sums->parts_of(k, out.col_teacher_lse, out.col_mean);
-        kernels.forward(strip, out, terms, sweep.is_bf16);
+        kernels.forward(strip, out, stats.match != Row::kCount && call.hard, sweep.is_bf16);
       });
       if (sums) sums->merge(strips_of(count));
       if (teacher_sums) teacher_sums->merge(strips_of(count));
     };
     if (call.has_hadamard()) sweep.load_hadamard(first, count);
-    reduce(sweep.student, kStudent, sweep.terms(), call.relational, work.student, work.teacher);
-    reduce(sweep.image_to_teacher, kImageToTeacher, Terms::kSoftmax, true, std::nullopt, std::nullopt);
-    reduce(sweep.teacher_to_text, kTeacherToText, Terms::kSoftmax, true, work.text, work.teacher_of_text);
+    reduce(sweep.student, kStudent, call.relational, work.student, work.teacher);
+    reduce(sweep.image_to_teacher, kImageToTeacher, true, std::nullopt, std::nullopt);
+    reduce(sweep.teacher_to_text, kTeacherToText, true, work.text, work.teacher_of_text);
   });
   return {row_stats, column_stats, sweep.stored};
 }
@@ -149,20 +154,22 @@ struct Sharing {
   }
 };
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The memory of backward.
 struct Backward {
   Sweep sweep;
   Tensor hadamard_grad;  // [chunk, D]: a chunk's gradient to the image features times w
   TransposedSum d_text, d_projected_text;
+  Tensor sigmoid_grads;  // [strips, M]: a row of each strip
 
   Backward(const SimilarityGradient& call, Scratch& scratch)
       : sweep(call, &call.stored, scratch),
         hadamard_grad(scratch.take(call.image, {call.has_hadamard() ? sweep.chunk : 0, sweep.d})),
         d_text(call.text, call.need_text, sweep.is_bf16 && (several() || (shares_text(call) && sweep.student)), scratch),
         d_projected_text(call.projected_text ? *call.projected_text : call.text, call.projected_text.has_value(),
-                         sweep.is_bf16 && several(), scratch) {}
+                         sweep.is_bf16 && several(), scratch),
+        sigmoid_grads(scratch.take(call.image, {call.sigmoids() ? strips_of(sweep.chunk) : 0, sweep.m}, ScalarType::Float)) {}
 
  private:
   bool several() const { return sweep.chunk < sweep.n || sweep.stored_rows % sweep.n != 0; }
@@ -172,7 +179,7 @@ struct Backward {
 };
 
 // Returns d_image, d_text (empty when not needed), d_scale, d_projected_image, d_projected_text (empty when not given),
-// d_cross_scale, d_plane_weight (empty without), d_plane_bias.
+// d_cross_scale, d_plane_weight (empty without), d_plane_bias, d_sigmoid_weight and d_sigmoid_bias [K].
 Gradients similarity_loss_bwd(const SimilarityGradient& call) {
   expect_contiguous("grad_rows", call.grad_rows);
   expect_contiguous("grad_columns", call.grad_columns);
@@ -208,7 +215,7 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
   if (call.columns && call.softmax) {
     student.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_lse, m);
     if (call.relational) teacher.emplace(student_in.teacher_lse, n, student_in.col_teacher_lse, student_in.g_col_mean, m);
-    if (call.negatives == kHardNegatives) match.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_match, m);
+    if (call.hard) match.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_match, m);
     student_in.top = student->top;
     student_in.lse_ratio = student->ratio.data();
     if (match) student_in.match_ratio = match->ratio.data();
@@ -225,24 +232,34 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
   Tensor d_weight = call.plane_weight ? new_zeros(*call.plane_weight, call.plane_weight->sizes()) : new_empty(call.image, {0}, ScalarType::Float);
 
   std::vector<BackwardOut> parts(strips_of(sweep.chunk));
-  double scale_sum = 0, cross_sum = 0, p_sum = 0, q_sum = 0;
+  double scale_sum = 0, cross_sum = 0, p_sum = 0, q_sum = 0, weight_sums[2] = {}, bias_sums[2] = {};
   sweep.for_chunks([&](int64_t first, int64_t count) {
     Tensor teacher_chunk;
     if (sweep.teacher) teacher_chunk = sweep.load(*sweep.teacher, first, count, true);
     // The gradient of a matrix's chunk, in its scratch.
-    auto differentiate = [&](Matrix& matrix, const BackwardIn& in, Terms terms, Softmax kind, bool has_teacher, double& d_scale) {
+    auto differentiate = [&](Matrix& matrix, const BackwardIn& in, bool hard, Softmax kind, bool has_teacher, double& d_scale) {
       const Tensor sim = sweep.load(matrix, first, count, true);
       sweep.for_strips(matrix, sim, has_teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
         BackwardIn mine = in;
         for (auto* p : {&mine.lse, &mine.g_lse, &mine.g_match, &mine.teacher_lse, &mine.g_mean, &mine.g_diagonal,
                         &mine.g_plane_diagonal})
           if (*p) *p += first + i;
-        parts[k] = kernels.backward(strip, mine, terms, kind, sweep.is_bf16);
+        if (&matrix == &*sweep.student) {
+          mine.sigmoids = sweep.sigmoids(first + i);
+          mine.g_sigmoid[0] = stat_of(call.grad_rows, Row::kSigmoid) + first + i;
+          mine.g_sigmoid[1] = stat_of(call.grad_rows, Row::kSecondSigmoid) + first + i;
+          mine.sigmoid_grad = data<float>(work.sigmoid_grads) + (call.sigmoids() ? k * m : 0);
+        }
+        parts[k] = kernels.backward(strip, mine, hard, kind, sweep.is_bf16);
       });
       for (int64_t k = 0; k < strips_of(count); ++k) {
         d_scale += parts[k].scale;
         p_sum += parts[k].p;
         q_sum += parts[k].q;
+        for (int64_t t = 0; t < 2; ++t) {
+          weight_sums[t] += parts[k].sigmoids.weight[t];
+          bias_sums[t] += parts[k].sigmoids.bias[t];
+        }
       }
       return rows(matrix.scratch, 0, count);
     };
@@ -250,7 +267,7 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
     Tensor to_image = call.need_image ? rows(d_image, first, count) : Tensor();
     if (hadamard) sweep.load_hadamard(first, count);
     if (sweep.student) {
-      const Tensor g = differentiate(*sweep.student, student_in, sweep.terms(), student_kind, call.relational, scale_sum);
+      const Tensor g = differentiate(*sweep.student, student_in, call.hard, student_kind, call.relational, scale_sum);
       if (call.need_image) mm_out(to_image, g, call.text);
       d_text.add(g, x);
     }
@@ -273,7 +290,7 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
       d_text.add(h, rows(sweep.weighted, 0, count));
     }
     if (sweep.image_to_teacher) {
-      const Tensor g = differentiate(*sweep.image_to_teacher, inputs_of(kImageToTeacher), Terms::kSoftmax, Softmax::kRows, true, cross_sum);
+      const Tensor g = differentiate(*sweep.image_to_teacher, inputs_of(kImageToTeacher), false, Softmax::kRows, true, cross_sum);
       if (call.projected_image) {
         Tensor to = rows(d_projected, first, count);
         mm_out(to, g, *call.teacher_text);
@@ -282,7 +299,7 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
       }
     }
     if (sweep.teacher_to_text) {
-      const Tensor g = differentiate(*sweep.teacher_to_text, inputs_of(kTeacherToText), Terms::kSoftmax, Softmax::kColumns, true, cross_sum);
+      const Tensor g = differentiate(*sweep.teacher_to_text, inputs_of(kTeacherToText), false, Softmax::kColumns, true, cross_sum);
       (call.projected_text ? d_projected_text : d_text).add(g, rows(*call.teacher_image, first, count));
     }
   });
@@ -293,9 +310,14 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
     *out.mutable_data_ptr<float>() = float(value);
     return out;
   };
+  auto numbers = [&](const double* values) {
+    Tensor out = new_zeros(call.image, {call.sigmoids()}, ScalarType::Float);
+    std::copy_n(values, call.sigmoids(), out.mutable_data_ptr<float>());
+    return out;
+  };
   if (call.plane_weight && !hadamard) *d_weight.mutable_data_ptr<float>() = float(p_sum);
   return {d_image, d_text.result(), number(scale_sum), d_projected, d_projected_text.result(), number(cross_sum), d_weight,
-          number(q_sum)};
+          number(q_sum), numbers(weight_sums), numbers(bias_sums)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {

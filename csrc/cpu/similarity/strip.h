@@ -30,9 +30,6 @@ inline void assign(bf16& to, float x) {
 
 constexpr int64_t kStripRows = 64;
 
-// Statistics of the student's matrix: softmax, pair matching over all negatives, or over hard negatives.
-enum class Terms { kSoftmax, kSoftmaxAll, kSoftmaxHard, kAll };
-
 // Which softmaxes have a gradient. Shared: rows and columns, by one exponential, e^(z - c) = e^(z - r) e^(r - top) e^(top - c).
 // Apart: by two exponentials, if the statistics are too far apart for that.
 enum class Softmax { kShared, kApart, kRows, kColumns };
@@ -55,10 +52,31 @@ struct Strip {
   float entropy;            // 1: means are of t - z; 0: of -z
 };
 
+// A sigmoid term: negative times the sum of softplus(l) over the negatives plus positive times the weighted sum of softplus(-l)
+// over the positives, with l = weight S + bias.
+struct SigmoidTerm {
+  float weight, bias, negative, positive;
+};
+
+// The sigmoid terms of a strip.
+struct SigmoidIn {
+  SigmoidTerm terms[2];
+  int count;
+  const int32_t *ids, *text_ids;  // [rows], [M] or null
+  // The weight of a positive is row_share + column_share, and pairs with equal ids are positives; null: the weight is 1, and they
+  // are neither positives nor negatives.
+  const float *row_share, *column_share;  // [rows], [M]
+};
+
+struct SigmoidOut {
+  double negative[2], positive[2];  // sums
+  double weight[2], bias[2];        // gradients of each term's numbers
+};
+
 // Null if not needed; teacher_lse and mean are both null or both not.
 struct ForwardOut {
   float* lse;               // [rows] log-sum-exp of z over the row's negatives
-  float* match;             // [rows] sum of softplus(l) over the negatives; hard: its mean under the row's softmax
+  float* match;             // [rows] mean of softplus(l) under the row's softmax
   float* teacher_lse;       // [rows] log-sum-exp of t
   float* mean;              // [rows] mean of entropy t - z under the teacher's softmax
   float* negatives;         // [rows] their number
@@ -66,9 +84,11 @@ struct ForwardOut {
   float* plane_diagonal;    // [rows] the hadamard plane's product of the positive
   float* teacher_diagonal;  // [rows]
   float* col_lse;           // [M] over this strip's rows, like lse
-  float* col_match;         // [M] hard only
+  float* col_match;         // [M]
   float* col_teacher_lse;   // [M]
   float* col_mean;          // [M]
+  float* sigmoid[2];        // [rows] each term's share
+  SigmoidIn sigmoids;
 };
 
 // Statistics of whole rows and columns, and the loss's gradients with respect to them.
@@ -78,35 +98,21 @@ struct BackwardIn {
   // Shared softmaxes: gradient times e^(top - column's log-sum-exp), and the highest log-sum-exp of a row.
   const float *lse_ratio, *match_ratio, *teacher_ratio;  // [M]
   float top, teacher_top;
+  SigmoidIn sigmoids;
+  const float* g_sigmoid[2];  // [rows]
+  float* sigmoid_grad;        // [M] scratch
 };
 
 struct BackwardOut {
   double scale, p, q;  // this strip's share of the gradients of s, p, q, without the positives
-};
-
-// A sigmoid term: negative times the sum of softplus(l) over the negatives plus positive times the weighted sum of softplus(-l)
-// over the positives, with l = weight S + bias.
-struct SigmoidTerm {
-  float weight, bias, negative, positive;
-};
-
-struct SigmoidIn {
-  SigmoidTerm terms[2];
-  int count;
-  // The weight of a positive is row_share + column_share, and pairs with equal ids are positives; null: the weight is 1, and they
-  // are neither positives nor negatives.
-  const float *row_share, *column_share;  // [rows], [M]
-};
-
-struct SigmoidOut {
-  double negative[2], positive[2];  // this strip's sums
-  double weight[2], bias[2];        // its share of the gradients of each term's numbers
+  SigmoidOut sigmoids;
 };
 
 // The functions of one instruction set.
 struct StripKernels {
-  void (*forward)(const Strip&, const ForwardOut&, Terms, bool is_bf16);
-  BackwardOut (*backward)(const Strip&, const BackwardIn&, Terms, Softmax, bool is_bf16);
+  // hard: whether there are hard negatives
+  void (*forward)(const Strip&, const ForwardOut&, bool hard, bool is_bf16);
+  BackwardOut (*backward)(const Strip&, const BackwardIn&, bool hard, Softmax, bool is_bf16);
   // lse [parts, columns] and mean [parts, columns] or null: merges them into total_lse and total_mean (both [columns]).
   void (*merge)(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,
                 float* total_mean);

@@ -85,7 +85,7 @@ struct Sweep {
     call.expect_layout();
     if (kept) expect_contiguous("stored", *kept);
     auto number = [](const std::optional<Tensor>& s) { return s->is_cpu() ? *s->const_data_ptr<float>() : 0.0f; };
-    if (call.has_student()) student = Matrix{call.image, call.text, number(call.scale)};
+    if (call.softmax) student = Matrix{call.image, call.text, number(call.scale)};
     if (call.has_teacher()) teacher = Matrix{*call.teacher_image, *call.teacher_text, number(call.teacher_scale)};
     if (call.interactive) {
       const Tensor& x = call.projected_image ? *call.projected_image : call.image;
@@ -103,7 +103,7 @@ struct Sweep {
         (*matrix)->scratch = matrix == &teacher ? scratch.take(call.image, {missing, m}) : students;
         if (stored_rows) (*matrix)->kept = torch::stable::select(stored, 0, slot++);
       }
-    if (call.negatives) {
+    if (call.hard) {
       q = number(call.plane_bias);
       if (call.has_hadamard()) {
         hadamard = scratch.take(call.image, {chunk, m});
@@ -114,10 +114,24 @@ struct Sweep {
     }
   }
 
-  Terms terms() const {
-    if (call.negatives == kHardNegatives) return Terms::kSoftmaxHard;
-    if (call.negatives == kAllNegatives) return call.softmax ? Terms::kSoftmaxAll : Terms::kAll;
-    return Terms::kSoftmax;
+  // The sigmoid terms of the rows from `first` on.
+  SigmoidIn sigmoids(int64_t first) const {
+    SigmoidIn in{};
+    in.count = int(call.sigmoids());
+    for (int k = 0; k < in.count; ++k) {
+      auto number = [&](const std::optional<Tensor>& of) { return of->const_data_ptr<float>()[k]; };
+      in.terms[k] = {number(call.sigmoid_weight), number(call.sigmoid_bias), number(call.sigmoid_negative),
+                     number(call.sigmoid_positive)};
+    }
+    if (!ids.row.empty()) {
+      in.ids = ids.row.data() + first;
+      in.text_ids = ids.column.data();
+    }
+    if (call.image_share) {
+      in.row_share = call.image_share->const_data_ptr<float>() + first;
+      in.column_share = call.text_share->const_data_ptr<float>();
+    }
+    return in;
   }
 
   // Calls f(first, count) for each chunk; none crosses the end of the stored rows.
@@ -170,8 +184,8 @@ struct Sweep {
         strip.rows = std::min(kStripRows, count - i);
         strip.columns = m;
         strip.label = call.label_offset + first + i;
-        strip.ids = ids.row.empty() ? nullptr : ids.row.data() + first + i;
-        strip.text_ids = ids.column.empty() ? nullptr : ids.column.data();
+        strip.ids = ids.row.empty() || !call.drop_ids ? nullptr : ids.row.data() + first + i;
+        strip.text_ids = ids.column.data();
         strip.scale = strip.grad_scale = of.scale;
         strip.p = p;
         strip.q = q;

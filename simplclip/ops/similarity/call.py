@@ -6,7 +6,7 @@ The matrices of a call, by name:
     teacher            T = ŝ x̂ ŷᵀ, of the teacher's features
     image_to_teacher   U = s' x' ŷᵀ, of the student's images in the teacher's width and the teacher's texts
     teacher_to_text    V = s' x̂ y'ᵀ, of the teacher's images and the student's texts in the teacher's width
-    hadamard           (x w) yᵀ, where the hyperplane of pair matching has a weight for each feature
+    hadamard           (x w) yᵀ, where the hyperplane of hard negatives has a weight for each feature
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ POSITIVES = ("drop", "ids", "sum")
 INTERACTIVE = ("infonce", "kl")
 DIVERGENCES = ("kl", "cross_entropy")
 
-NO_NEGATIVES, ALL_NEGATIVES, HARD_NEGATIVES = 0, 1, 2  # `negatives` of a call
-
 # What backward returns gradients of, in this order.
-GRADIENTS = ("image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias")
+GRADIENTS = (
+    "image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias",
+    "sigmoid_weight", "sigmoid_bias",
+)  # fmt: skip
 
 
 class RowStat(IntEnum):
@@ -38,7 +39,7 @@ class RowStat(IntEnum):
     LSE_STUDENT = 0
     LSE_TEACHER = 1
     LSE_IMAGE_TO_TEACHER = 2
-    PAIR_MATCHING = 3  # all negatives: sum of softplus(l); hard negatives: its mean under the softmax of the student
+    PAIR_MATCHING = 3  # hard negatives: mean of softplus(l) under the softmax of the student
     MEAN_STUDENT = 4  # mean of (entropy T - Z) under the softmax of T
     MEAN_IMAGE_TO_TEACHER = 5  # mean of (entropy T - U) under the softmax of T
     DIAGONAL_STUDENT = 6  # the positive's similarity, unscaled: x y^T
@@ -47,6 +48,8 @@ class RowStat(IntEnum):
     DIAGONAL_IMAGE_TO_TEACHER = 9
     DIAGONAL_TEACHER_TO_TEXT = 10
     NEGATIVES = 11  # their number
+    SIGMOID = 12  # the row's share of the first sigmoid term
+    SECOND_SIGMOID = 13
 
 
 class ColumnStat(IntEnum):
@@ -55,7 +58,7 @@ class ColumnStat(IntEnum):
     LSE_STUDENT = 0
     LSE_TEACHER = 1
     LSE_TEACHER_TO_TEXT = 2
-    PAIR_MATCHING = 3  # hard negatives only
+    PAIR_MATCHING = 3
     MEAN_STUDENT = 4
     MEAN_TEACHER_TO_TEXT = 5
 
@@ -73,23 +76,26 @@ class SimilarityCall:
     projected_image: Tensor | None = None  # [N, D̂]; None: image
     projected_text: Tensor | None = None  # [M, D̂]; None: text
     cross_scale: Tensor | None = None  # [], the scale of image_to_teacher and teacher_to_text
-    plane_weight: Tensor | None = None  # [] or [D]
+    plane_weight: Tensor | None = None  # [] or [D], of hard negatives
     plane_bias: Tensor | None = None  # []
+    sigmoid_weight: Tensor | None = None  # [K]: K sigmoid terms beside the student's softmax, see SigmoidCall
+    sigmoid_bias: Tensor | None = None  # [K]
+    sigmoid_negative: Tensor | None = None  # [K]
+    sigmoid_positive: Tensor | None = None  # [K]
+    image_share: Tensor | None = None  # [N]
+    text_share: Tensor | None = None  # [M]
     ids: Tensor | None = None  # [N] int64
     text_ids: Tensor | None = None  # [M] int64
     label_offset: int = 0  # column of row 0's positive
-    softmax: bool = False  # whether statistics of the student's softmax are needed
+    softmax: bool = False  # whether the student's matrix and statistics of its softmax are needed
     columns: bool = False  # whether statistics of columns are needed
-    negatives: int = NO_NEGATIVES  # of pair matching: NO_NEGATIVES, ALL_NEGATIVES or HARD_NEGATIVES
+    drop_ids: bool = True  # whether pairs with equal ids drop out of the softmaxes
+    hard: bool = False  # pair matching with hard negatives
     relational: bool = False  # means of the student under the teacher's softmax
     interactive: bool = False  # image_to_teacher and teacher_to_text, and their means under the teacher's softmax
     entropy: float = 1.0  # 1: the means include the teacher's entropy; 0: they do not
     chunk: int = 0  # rows of a matrix in scratch at a time, see sweep.py
     stored_rows: int = 0  # rows of the matrices that forward keeps for backward
-
-    @property
-    def has_student(self) -> bool:
-        return bool(self.softmax or self.negatives)
 
     @property
     def has_teacher(self) -> bool:
@@ -101,12 +107,17 @@ class SimilarityCall:
 
     @property
     def has_hadamard(self) -> bool:
-        return bool(self.negatives) and self.plane_weight.dim() == 1
+        return self.hard and self.plane_weight.dim() == 1
+
+    @property
+    def sigmoids(self) -> int:
+        """The number of sigmoid terms, K."""
+        return 0 if self.sigmoid_weight is None else self.sigmoid_weight.shape[0]
 
     @property
     def matrices(self) -> int:
         """The number of matrices of this call, without the hadamard one, which is never stored."""
-        return self.has_student + self.has_teacher + self.interactive + self.has_teacher_to_text
+        return self.softmax + self.has_teacher + self.interactive + self.has_teacher_to_text
 
     @property
     def student_image(self) -> Tensor:  # [N, D̂]
@@ -122,9 +133,9 @@ class SimilarityCall:
 class SimilarityGradient(SimilarityCall):
     """Arguments of backward: those of forward, its results and the gradients of its results. All are given."""
 
-    grad_rows: Tensor = None  # [12, N]
+    grad_rows: Tensor = None  # [14, N]
     grad_columns: Tensor = None  # [6, M]
-    row_stats: Tensor = None  # [12, N] RowStat
+    row_stats: Tensor = None  # [14, N] RowStat
     column_stats: Tensor = None  # [6, M] ColumnStat
     stored: Tensor = None  # [matrices, stored_rows, M]
     need_image: bool = True

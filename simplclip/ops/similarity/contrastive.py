@@ -38,7 +38,7 @@ def contrastive(
     call: SimilarityCall,
     options: Contrastive,
     groups: Groups,
-    rows: Tensor,  # [12, N] RowStat
+    rows: Tensor,  # [14, N] RowStat
     columns: Tensor | None,  # [6, N] ColumnStat of the columns of the pairs; None: the row direction only
 ) -> Tensor:  # []
     """The mean over rows and columns of D − Σ_j t_j z_j: D the log of the denominator, t the targets, z the logits.

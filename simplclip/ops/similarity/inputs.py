@@ -56,8 +56,6 @@ def check_contrastive(options: Contrastive, call: SimilarityCall, terms: Collect
             raise ValueError(f"{name}: expected none with several positives, positives={options.positives!r}, got one")
     if matching in ("shift", "hard"):
         raise ValueError(f"negatives: expected 'all' with positives={options.positives!r}, got {matching!r}")
-    if matching and call.plane_weight.dim():
-        raise ValueError(f"plane: expected a number p with positives={options.positives!r}, got a weight for each feature")
 
 
 def check_weights(weights, terms: Collection[str]) -> None:

@@ -15,10 +15,7 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_autograd, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
-    ALL_NEGATIVES,
     GRADIENTS,
-    HARD_NEGATIVES,
-    NO_NEGATIVES,
     ColumnStat,
     RowStat,
     SimilarityCall,
@@ -27,11 +24,9 @@ from simplclip.ops.similarity.call import (
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
 from simplclip.ops.similarity.positives import Groups
 from simplclip.ops.similarity.rows import similarity_rows
-from simplclip.ops.similarity.sigmoid import sigmoid_terms
+from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
-
-_NEGATIVES = {None: NO_NEGATIVES, "shift": NO_NEGATIVES, "all": ALL_NEGATIVES, "hard": HARD_NEGATIVES}
 
 _ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
 _TENSORS = tensors_of(SimilarityCall)
@@ -72,6 +67,8 @@ def _bwd_fake(call):
         number(()),
         number((0,) if call.plane_weight is None else call.plane_weight.shape),
         number(()),
+        number((call.sigmoids,)),
+        number((call.sigmoids,)),
     )
 
 
@@ -178,7 +175,7 @@ def similarity_loss(
         margin           is subtracted from the positive's logit
 
     `positives`: with "drop", pairs with equal ids are neither positives nor negatives. Otherwise they are positives of
-    contrastive, sigmoid and pair_matching (negatives "all" and a scalar plane), with the k_i columns of row i:
+    contrastive, sigmoid and pair_matching (negatives "all"), with the k_i columns of row i:
 
         "ids"  contrastive: the target is 1/k_i for each (SupCon, UniCL); the others: the mean of softplus(−l) over the
                positives of a row and of a column takes the place of the pair's, half of each
@@ -220,14 +217,14 @@ def similarity_loss(
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
 
-    The gradient of a sigmoid term needs no statistics. Where only such terms are asked for ("sigmoid", and "pair_matching"
-    with all negatives and a scalar plane; both together with `weights`), forward computes it with the value: 3 matrix
-    products of N M D in all, 2 if image or text needs no gradient, 1 if none is needed. The gradients [N, D] and [M, D] are
-    saved and backward scales them; they are rounded to the features' dtype (float16's are float32) once more than others.
-    Beside other terms "sigmoid" has these products of its own.
+    "sigmoid", and "pair_matching" with all negatives, are sigmoid terms, whose gradient needs no statistics. Beside a softmax
+    of Z they join its sweep: 4 products of N M D in all. Where there is none, and for a hadamard plane, which has a matrix of
+    its own, forward computes the gradient with the value: 3 products, 2 if image or text needs no gradient, 1 if none is
+    needed; for both terms together with `weights`. Then the gradients [N, D] and [M, D] are saved and backward scales them;
+    they are rounded to the features' dtype (float16's are float32) once more than others.
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
-    12 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
+    14 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
     O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and sums are in float32 and in a
     fixed order: the result is deterministic. Only first derivatives in reverse mode are supported, except by backend
     "reference".
@@ -279,33 +276,42 @@ def similarity_loss(
 
     # A softmax that drops no ids, unlike those of the other terms, has a sweep of its own.
     alone = "contrastive" in terms and positives != "drop" and ids is not None and not decoupled
-    call.softmax = ("contrastive" in terms and not alone) or call.relational or matching == "hard"
-    beside = call.softmax or call.interactive
-    fused = ["sigmoid"] if "sigmoid" in terms else []
-    if matching == "all" and not call.plane_weight.dim() and (positives != "drop" or not beside):
-        fused.append("pair_matching")
-    elif matching in ("all", "hard"):
-        call.negatives = _NEGATIVES[matching]
-    for some in [fused] if weights is not None and fused else [[term] for term in fused]:
+    call.hard = matching == "hard"
+    call.softmax = ("contrastive" in terms and not alone) or call.relational or call.hard
+    sweeps = [call] if call.softmax or call.interactive else []
+    if alone:
+        own = SimilarityCall(call.image, call.text, call.scale, label_offset=call.label_offset)
+        own.ids, own.text_ids, own.softmax, own.drop_ids, own.columns = call.ids, call.text_ids, True, False, symmetric
+        sweeps.append(own)
+    # Sigmoid terms of the student's matrix join the sweep of a softmax of it; others have one, or one each.
+    kinds = ["sigmoid"] * ("sigmoid" in terms) + ["pair_matching"] * (matching == "all")
+    apart = [kind for kind in kinds if kind == "pair_matching" and call.plane_weight.dim()]
+    together = [kind for kind in kinds if kind not in apart]
+    beside = next((sweep for sweep in sweeps if sweep.softmax), None) if together else None
+    if beside is not None:
+        for name, value in numbers_of(call, tuple(together), bias, positives, groups, group).items():
+            setattr(beside, name if name.endswith("share") else f"sigmoid_{name}", value)
+        own_sweeps = [[kind] for kind in apart]
+    else:
+        own_sweeps = [some for some in (together, apart) if some] if weights is not None else [[kind] for kind in kinds]
+    for some in own_sweeps:
         mix = {term: 1.0 if weights is None else weights[term] for term in some}
-        total, values = sigmoid_terms(call, tuple(some), bias, mix, positives, groups, group, scratch_bytes)
+        numbers = numbers_of(call, tuple(some), bias, positives, groups, group)
+        total, values = sigmoid_terms(call, tuple(some), numbers, mix, scratch_bytes)
         out |= values if weights is not None else {some[0]: total}
         loss = loss + total
-    if call.has_student or call.interactive:
-        rows, columns, pairs = _statistics(replace(call), group, scratch_bytes, store_bytes)
-        out |= terms_of(call, rows, columns, pairs)
-        if "contrastive" in terms and not alone:
+    for sweep in sweeps:
+        rows, columns = _statistics(replace(sweep), group, scratch_bytes, store_bytes)
+        if sweep is call:
+            out |= terms_of(call, rows, columns)
+        if sweep is beside:
+            out |= zip(together, (rows[stat].sum() for stat in (RowStat.SIGMOID, RowStat.SECOND_SIGMOID)))
+        if "contrastive" in terms and alone == (sweep is not call):
             out["contrastive"] = contrastive(call, options, groups, rows, columns)
-    if alone:
-        one = SimilarityCall(
-            call.image, call.text, call.scale, label_offset=call.label_offset, softmax=True, columns=symmetric
-        )
-        rows, columns, _ = _statistics(one, group, scratch_bytes, store_bytes)
-        out["contrastive"] = contrastive(call, options, groups, rows, columns)
     out = {term: out[term] for term in terms}
     if weights is not None:
         for term in out:  # in their order, so that equal inputs give equal bits
-            if term not in fused:
+            if not any(term in some for some in own_sweeps):
                 loss = loss + weights[term] * out[term]
         out = {term: value.detach() for term, value in out.items()}
         out["loss"] = loss  # type: ignore[assignment]
@@ -370,9 +376,9 @@ def _infonce(
 
 def _statistics(
     call: SimilarityCall, group: torch.distributed.ProcessGroup | None, scratch_bytes: int, store_bytes: int
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The statistics of the rows [12, N] and of the positives' columns [6, N], and the number of negatives []."""
-    if not call.negatives:
+) -> tuple[Tensor, Tensor | None]:
+    """The statistics of the rows [14, N] and of the positives' columns [6, N]."""
+    if not call.hard:
         call.plane_weight = call.plane_bias = None
     if not call.interactive:
         call.projected_image = call.projected_text = call.cross_scale = None
@@ -385,11 +391,8 @@ def _statistics(
     if device == "cpu" and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
         call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes)
     rows, columns, _ = run("similarity_loss_fwd", *flat(call), backends.forced())
-    pairs = rows[RowStat.NEGATIVES].detach().sum(dtype=torch.float64)
-    if group is not None and call.ids is not None:
-        pairs = distributed.mean(pairs, group)
     if not call.columns:
-        return rows, None, pairs
+        return rows, None
     if group is not None:
-        return rows, merge_columns(distributed.exchange(columns, group)), pairs
-    return rows, columns[:, call.label_offset : call.label_offset + n], pairs
+        return rows, merge_columns(distributed.exchange(columns, group))
+    return rows, columns[:, call.label_offset : call.label_offset + n]

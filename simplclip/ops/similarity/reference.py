@@ -11,7 +11,6 @@ from torch import Tensor
 from simplclip.ops.calls import tensors_of
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.similarity.call import (
-    ALL_NEGATIVES,
     GRADIENTS,
     ColumnStat,
     RowsCall,
@@ -21,6 +20,7 @@ from simplclip.ops.similarity.call import (
     SimilarityCall,
     SimilarityGradient,
 )
+from simplclip.ops.similarity.terms import mismatch
 
 
 class _Matrices:
@@ -32,7 +32,7 @@ class _Matrices:
         self.call = replace(call, **{name: t.to(dtype) for name, t in given.items() if t is not None and t.dim() == 2})
         columns, rows = torch.arange(m, device=call.image.device), torch.arange(n, device=call.image.device)
         self.negative = columns != rows[:, None] + call.label_offset
-        if call.ids is not None:
+        if call.ids is not None and call.drop_ids:
             self.negative &= call.ids[:, None] != call.text_ids
         self.window = slice(call.label_offset, call.label_offset + n)
 
@@ -58,7 +58,7 @@ class _Matrices:
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the matrices of a call (see call.py), from which simplclip.ops.similarity.terms makes the terms.
 
-    Returns rows [12, N] (RowStat), columns [6, M] (ColumnStat; 0 unless `columns`), and the first `stored_rows` rows of the
+    Returns rows [14, N] (RowStat), columns [6, M] (ColumnStat; 0 unless `columns`), and the first `stored_rows` rows of the
     products, [matrices, stored_rows, M], which backward may read instead of computing them again (not used here).
     """
     here, m = _Matrices(call), call.text.shape[0]
@@ -82,23 +82,24 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         teacher = call.teacher_scale * products
         rows[RowStat.LSE_TEACHER], cols[ColumnStat.LSE_TEACHER] = lse(teacher, 1), lse(teacher, 0)
         by_row, by_column = rows[RowStat.LSE_TEACHER][:, None], cols[ColumnStat.LSE_TEACHER]
-    if call.has_student:
+    if call.softmax:
         similarity = similarities(here.call.image, here.call.text, RowStat.DIAGONAL_STUDENT)
         student = call.scale * similarity
-        if call.softmax:
-            rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = lse(student, 1), lse(student, 0)
-        if call.negatives:
+        rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = lse(student, 1), lse(student, 0)
+        if call.hard:
             l, product = here.hyperplane(similarity)
             if call.has_hadamard:
                 rows[RowStat.DIAGONAL_HADAMARD] = here.diagonal(product)
             loss = F.softplus(l)
-            if call.negatives == ALL_NEGATIVES:
-                rows[RowStat.PAIR_MATCHING] = (loss * here.negative).sum(1)
-            else:
-                of_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
-                of_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
-                rows[RowStat.PAIR_MATCHING] = (of_row * loss).sum(1)
-                cols[ColumnStat.PAIR_MATCHING] = (of_column * loss).sum(0)
+            of_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
+            of_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
+            rows[RowStat.PAIR_MATCHING] = (of_row * loss).sum(1)
+            cols[ColumnStat.PAIR_MATCHING] = (of_column * loss).sum(0)
+        if call.sigmoids:
+            masks = _sigmoid_masks(call, similarity)
+            numbers = call.sigmoid_weight, call.sigmoid_bias, call.sigmoid_negative, call.sigmoid_positive
+            for stat, of_term in zip((RowStat.SIGMOID, RowStat.SECOND_SIGMOID), zip(*numbers)):
+                rows[stat] = _sigmoid_term(*of_term, similarity, *masks).sum(1)
         if call.relational:
             rows[RowStat.MEAN_STUDENT] = mean(student, 1, by_row)
             cols[ColumnStat.MEAN_STUDENT] = mean(student, 0, by_column)
@@ -122,8 +123,8 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
     """Gradients of forward by autograd, given the gradients grad_rows and grad_columns of its statistics.
 
     The teacher is a constant; so are the weights of hard negatives. Returns d_image, d_text (empty where not needed),
-    d_scale, d_projected_image, d_projected_text (empty where not given), d_cross_scale, d_plane_weight (empty without) and
-    d_plane_bias.
+    d_scale, d_projected_image, d_projected_text (empty where not given), d_cross_scale, d_plane_weight (empty without),
+    d_plane_bias, d_sigmoid_weight and d_sigmoid_bias [K].
     """
     dtype = accumulate_dtype(call.image.dtype)
     given = [name for name in GRADIENTS if getattr(call, name) is not None]
@@ -141,7 +142,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
     def gradient(name):
         if name in of:
             return of[name].to(call.image.dtype) if of[name].dim() == 2 else of[name]
-        absent = {"cross_scale": (), "plane_weight": (0,), "plane_bias": ()}
+        absent = {"cross_scale": (), "plane_weight": (0,), "plane_bias": (), "sigmoid_weight": (0,), "sigmoid_bias": (0,)}
         return rows.new_zeros(absent[name]) if name in absent else call.image.new_empty(0, call.image.shape[1])
 
     return tuple(gradient(name) for name in GRADIENTS)
@@ -177,16 +178,10 @@ def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
     return d_query, d_scale
 
 
-def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The terms [K], and the gradients of their sum weighted by `mix`.
-
-    These are d_image, d_text (empty unless needed), d_weight and d_bias [K]. Without `gradient` autograd may differentiate
-    the terms.
-    """
-    dtype, n, m = accumulate_dtype(call.image.dtype), call.image.shape[0], call.text.shape[0]
-    image, text = call.image.to(dtype), call.text.to(dtype)
-    similarity = image @ text.T
-    columns, rows = torch.arange(m, device=image.device), torch.arange(n, device=image.device)
+def _sigmoid_masks(call: SimilarityCall | SigmoidCall, similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The negatives, the positives and the positives' shares of a sigmoid term, [N, M] each."""
+    n, m = similarity.shape
+    columns, rows = torch.arange(m, device=similarity.device), torch.arange(n, device=similarity.device)
     positive = columns == rows[:, None] + call.label_offset
     negative, share = ~positive, torch.ones_like(similarity)
     if call.ids is not None:
@@ -194,13 +189,31 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
         negative = negative & ~equal
         if call.image_share is not None:
             positive, share = positive | equal, call.image_share[:, None] + call.text_share
+    return negative, positive, share
+
+
+def _sigmoid_term(weight, bias, of_negative, of_positive, similarity, negative, positive, share) -> Tensor:  # [N, M]
+    l = weight * similarity + bias
+    unmatched = of_negative * -F.logsigmoid(-l).masked_fill(~negative, 0)
+    return unmatched + of_positive * (share * mismatch(l)).masked_fill(~positive, 0)
+
+
+def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The terms [K], and the gradients of their sum weighted by `mix`.
+
+    These are d_image, d_text (empty unless needed), d_weight and d_bias [K]. Without `gradient` autograd may differentiate
+    the terms.
+    """
+    dtype = accumulate_dtype(call.image.dtype)
+    image, text = call.image.to(dtype), call.text.to(dtype)
+    similarity = image @ text.T
+    negative, positive, share = masks = _sigmoid_masks(call, similarity)
     terms, slopes = [], []
-    for weight, bias, of_negative, of_positive in zip(call.weight, call.bias, call.negative, call.positive):
-        l = weight * similarity + bias
-        unmatched = -F.logsigmoid(-l).masked_fill(~negative, 0).sum()
-        matched = -(share * F.logsigmoid(l)).masked_fill(~positive, 0).sum()
-        terms.append(of_negative * unmatched + of_positive * matched)
+    for numbers in zip(call.weight, call.bias, call.negative, call.positive):
+        terms.append(_sigmoid_term(*numbers, similarity, *masks).sum())
         if call.gradient:
+            weight, bias, of_negative, of_positive = numbers
+            l = weight * similarity + bias
             of_pairs = of_negative * l.sigmoid() * negative
             slopes.append(of_pairs - of_positive * share * (-l).sigmoid() * positive)
     none = call.image.new_empty(0, call.image.shape[1])

@@ -60,14 +60,42 @@ define(
 register_gradient("similarity_sigmoid", SigmoidCall, _backward, forget=_TENSORS)
 
 
-def sigmoid_terms(
+def numbers_of(
     call: SimilarityCall,
     terms: tuple[str, ...],  # "sigmoid", "pair_matching" or both
     bias: Tensor | None,  # [] of the logits
-    mix: dict[str, float],
     positives: str,
     groups: Groups,
     group: torch.distributed.ProcessGroup | None,
+) -> dict[str, Tensor | None]:
+    """Fields of SigmoidCall, the numbers of the terms; a hyperplane's weight for each feature is left to the features."""
+    n, m, scale = call.image.shape[0], call.text.shape[0], call.scale
+    mean = scale.new_ones(()) / n
+    numbers = {"sigmoid": (scale, torch.zeros_like(mean) if bias is None else bias, mean, mean)}
+    if "pair_matching" in terms:
+        pairs = (scale.new_zeros(n, dtype=torch.float64) + (m - groups.of_rows())).sum()
+        if group is not None and call.ids is not None:
+            pairs = distributed.mean(pairs, group)
+        weight = torch.ones_like(mean) if call.plane_weight.dim() else call.plane_weight
+        numbers["pair_matching"] = weight, call.plane_bias, 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
+    stacked = (torch.stack(each) for each in zip(*(numbers[term] for term in terms)))
+    out: dict[str, Tensor | None] = dict(zip(("weight", "bias", "negative", "positive"), stacked))
+    out |= {"image_share": None, "text_share": None}
+    if positives != "drop" and call.ids is not None:
+        side = 0.5 if call.columns else 1.0
+        of_rows, of_columns = (groups.of_rows(), groups.of_columns().clamp(min=1)) if positives == "ids" else (1, 1)
+        out |= {
+            "image_share": scale.new_full((n,), side) / of_rows,
+            "text_share": scale.new_full((m,), 1 - side) / of_columns,
+        }
+    return out
+
+
+def sigmoid_terms(
+    call: SimilarityCall,
+    terms: tuple[str, ...],
+    numbers: dict[str, Tensor | None],  # of numbers_of
+    mix: dict[str, float],
     scratch_bytes: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], 0-dimensional
     """The terms' sum weighted by `mix`, which has gradients, and the terms, which have none.
@@ -77,28 +105,16 @@ def sigmoid_terms(
     """
     image, text, scale = call.image, call.text, call.scale
     n, m, device = image.shape[0], text.shape[0], image.device.type
-
-    mean = scale.new_ones(()) / n
-    numbers = {"sigmoid": (scale, torch.zeros_like(mean) if bias is None else bias, mean, mean)}
-    if "pair_matching" in terms:
-        pairs = (scale.new_zeros(n, dtype=torch.float64) + (m - groups.of_rows())).sum()
-        if group is not None and call.ids is not None:
-            pairs = distributed.mean(pairs, group)
-        numbers["pair_matching"] = call.plane_weight, call.plane_bias, 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
-    weights, biases, negative, positive = (torch.stack(each) for each in zip(*(numbers[term] for term in terms)))
-    shares: tuple[Tensor | None, Tensor | None] = None, None
-    if positives != "drop" and call.ids is not None:
-        side = 0.5 if call.columns else 1.0
-        of_rows, of_columns = (groups.of_rows(), groups.of_columns().clamp(min=1)) if positives == "ids" else (1, 1)
-        shares = (scale.new_full((n,), side) / of_rows, scale.new_full((m,), 1 - side) / of_columns)
+    if "pair_matching" in terms and call.plane_weight.dim():
+        image = (image * call.plane_weight).to(image.dtype)
     of_mix = torch.tensor([float(mix[term]) for term in terms], dtype=scale.dtype, device=scale.device)
     fused = SigmoidCall(
-        image, text, weights, biases, negative, positive, of_mix, call.ids, call.text_ids, *shares, call.label_offset,
+        image, text, mix=of_mix, ids=call.ids, text_ids=call.text_ids, label_offset=call.label_offset,
         chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
-        gradient=False, need_image=False, need_text=False,
+        gradient=False, need_image=False, need_text=False, **numbers,
     )  # fmt: skip
     if torch.compiler.is_compiling() or backends.forced() != "reference":  # which autograd differentiates
-        fused.gradient = wants_grad(image, text, weights, biases)
+        fused.gradient = wants_grad(image, text, fused.weight, fused.bias)
         fused.need_image, fused.need_text = wants_grad(image), wants_grad(text)
     total, values = run("similarity_sigmoid", *flat(fused), backends.forced())[:2]
     return total, {term: value.detach() for term, value in zip(terms, values.unbind())}

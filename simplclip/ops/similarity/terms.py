@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.similarity.call import ALL_NEGATIVES, SimilarityCall
 from simplclip.ops.similarity.call import ColumnStat as Column
 from simplclip.ops.similarity.call import RowStat as Row
+from simplclip.ops.similarity.call import SimilarityCall
 
 
 def mismatch(l: Tensor) -> Tensor:
@@ -47,11 +47,10 @@ def divergence(
 
 def terms_of(
     call: SimilarityCall,
-    rows: Tensor,  # [12, N] RowStat
+    rows: Tensor,  # [14, N] RowStat
     columns: Tensor | None,  # [6, N] ColumnStat of the columns of the positives; None: the row direction only
-    pairs: Tensor,  # [] float64, negatives of this rank or, where ranks differ, their mean
 ) -> dict[str, Tensor]:
-    """The terms but contrastive, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
+    """Hard negatives and the terms of a teacher, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
     student = call.scale * rows[Row.DIAGONAL_STUDENT]
     teacher = call.teacher_scale * rows[Row.DIAGONAL_TEACHER] if call.has_teacher else None
@@ -64,13 +63,10 @@ def terms_of(
             return None
         return divergence(stats[lse], positive, stats[lse_teacher], teacher, stats[mean], call.entropy)
 
-    if call.negatives:
+    if call.hard:
         weight, bias = call.plane_weight, call.plane_bias
         positive = (rows[Row.DIAGONAL_HADAMARD] if weight.dim() else weight * rows[Row.DIAGONAL_STUDENT]) + bias
-        if call.negatives == ALL_NEGATIVES:
-            negative = rows[Row.PAIR_MATCHING].sum() / pairs.clamp(min=1).to(rows.dtype)
-        else:
-            negative = both(rows[Row.PAIR_MATCHING], None if columns is None else columns[Column.PAIR_MATCHING])
+        negative = both(rows[Row.PAIR_MATCHING], None if columns is None else columns[Column.PAIR_MATCHING])
         out["pair_matching"] = 0.5 * (mismatch(positive).mean() + negative)
     if call.relational:
         by_row = to_teacher(rows, Row.LSE_STUDENT, Row.MEAN_STUDENT, Row.LSE_TEACHER, student)
