@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         prog="simplclip-open-clip", add_help=False, allow_abbrev=False, usage="%(prog)s [options]",
         description="open_clip's trainer with simplclip's losses. Options beside open_clip's own, which follow:",
     )  # fmt: skip
-    matching = ours.add_argument_group("pair matching, beside open_clip's loss, --siglip's or that of a distillation")
+    matching = ours.add_argument_group("pair matching, beside any loss but that of CoCa models")
     matching.add_argument("--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)")
     matching.add_argument("--pm-plane", choices=losses.PLANES, default="scalar", help="its hyperplane (default: scalar)")
     matching.add_argument("--pm-negatives", choices=NEGATIVES, default="all", help="its negatives (default: all)")
@@ -126,7 +126,7 @@ def _shards_of_webdataset_1():
 
 
 def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace) -> None:
-    """Raises errors for options that would be ignored silently."""
+    """Raises errors for options that do not go together, or would be ignored silently."""
     distilled = args.distill_model is not None and args.distill_pretrained is not None  # the same test as in open_clip
     refused = {name: "expected a teacher (--distill-model and --distill-pretrained), got none" for name in DISTILLATION}
     if distilled:
