@@ -11,7 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"
 # What --prove sets: all schedules of the emulator, and how many kills and faults the trainer meets.
 PROOF = {"SIMPLCLIP_EMULATE_ALL": "1", "SIMPLCLIP_TEST_KILLS": "20", "SIMPLCLIP_FAULTS": "30"}
 # Fixtures that take long to make: who uses one is slow.
-SLOW = {"kernels", "single", "double", "tiny", "vit", "trained", "of_two_ranks"}
+SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "trained", "of_two_ranks"}
 
 
 def pytest_addoption(parser):

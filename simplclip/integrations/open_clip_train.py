@@ -1,9 +1,10 @@
-"""open_clip's own trainer with this library's losses: `python -m simplclip.integrations.open_clip_train ARGS`.
+"""open_clip's own trainer with this library's losses: `simplclip-open-clip ARGS`, or, for torchrun,
+`python -m simplclip.integrations.open_clip_train ARGS`.
 
 ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose defaults give the values of
-open_clip's losses: ClipPMLoss replaces ClipLoss, and WIKDLoss replaces DistillClipLoss. While `main` runs, the names
-`create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module open_clip_train.main are
-replaced; no file is changed.
+open_clip's losses: ClipPMLoss replaces ClipLoss, WIKDLoss DistillClipLoss, SigLipLoss and CoCaLoss those of the same name.
+While `main` runs, the names `create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module
+open_clip_train.main are replaced; no file is changed.
 
 Learned parameters of a loss (the plane of pair matching, projections to a teacher's width) do not belong to the model, see
 `LossParameters`.
@@ -15,6 +16,7 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -25,24 +27,22 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import losses
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import replacing
 from simplclip.ops.similarity.call import NEGATIVES
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
 SUFFIX = ".loss"
 DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "feature_weight", "feature_distance")
-KEPT = "is not replaced by simplclip's losses: train it with python -m open_clip_train.main"
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the options that are added to open_clip's."""
     ours = argparse.ArgumentParser(
-        prog="python -m simplclip.integrations.open_clip_train", add_help=False,
-        allow_abbrev=False, usage="%(prog)s [options]",
+        prog="simplclip-open-clip", add_help=False, allow_abbrev=False, usage="%(prog)s [options]",
         description="open_clip's trainer with simplclip's losses. Options beside open_clip's own, which follow:",
     )  # fmt: skip
-    matching = ours.add_argument_group("pair matching")
+    matching = ours.add_argument_group("pair matching, beside any loss but that of CoCa models")
     matching.add_argument("--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)")
     matching.add_argument("--pm-plane", choices=losses.PLANES, default="scalar", help="its hyperplane (default: scalar)")
     matching.add_argument("--pm-negatives", choices=NEGATIVES, default="all", help="its negatives (default: all)")
@@ -68,6 +68,16 @@ def _weight(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a weight of 0 or more, got {text}")
     return value
+
+
+def command():
+    """`main` as a command: an error that the user can mend is one line."""
+    try:
+        return main()
+    except UserError as error:
+        if os.environ.get("SIMPLCLIP_DEBUG"):
+            raise
+        parser().error(str(error))
 
 
 def main(argv: list[str] | None = None):
@@ -97,7 +107,8 @@ def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, tr
             task = functools.partial(create_task, options, trainer.create_task)
             return {"create_task": task, "train_one_epoch": train}
         if hasattr(trainer, "create_loss"):
-            return {"create_loss": functools.partial(create_loss, options), "train_one_epoch": train}
+            loss = functools.partial(create_loss, options, trainer.create_loss)
+            return {"create_loss": loss, "train_one_epoch": train}
     ours.error(
         "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
         "found another trainer; pip install 'open_clip_torch==3.3.*' works"
@@ -115,43 +126,61 @@ def _shards_of_webdataset_1():
 
 
 def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: argparse.Namespace) -> None:
-    """Raises errors for options that would be replaced or ignored silently."""
-    if args.siglip:
-        ours.error(f"--siglip: SigLIP's loss {KEPT}")
-    if "coca" in args.model.lower():
-        ours.error(f"--model {args.model}: CoCa's loss {KEPT}")
-    if args.distill_model is None or args.distill_pretrained is None:  # the same test as in open_clip
-        for name in DISTILLATION:
-            if getattr(options, name) != ours.get_default(name):
-                flag = name.replace("_", "-")
-                ours.error(f"--{flag}: expected a teacher (--distill-model and --distill-pretrained), got none")
+    """Raises errors for options that do not go together, or would be ignored silently."""
+    distilled = args.distill_model is not None and args.distill_pretrained is not None  # the same test as in open_clip
+    refused = {name: "expected a teacher (--distill-model and --distill-pretrained), got none" for name in DISTILLATION}
+    if distilled:
+        refused = {}
+        if args.siglip:
+            ours.error("--siglip: expected no --distill-model, since open_clip's distillation takes no logit bias, got both")
+    elif "coca" in args.model.lower():
+        refused["pm_weight"] = f"expected 0, since CoCa's loss has no pair matching, got --model {args.model}"
+    elif args.siglip:
+        what = "since --siglip computes pair matching with it in one sweep"
+        refused |= {"pm_plane": f"expected scalar, {what}", "pm_negatives": f"expected all, {what}"}
+    for name, why in refused.items():
+        if getattr(options, name) != ours.get_default(name):
+            ours.error(f"--{name.replace('_', '-')}: {why}")
 
 
-def create_loss(options: argparse.Namespace, args: argparse.Namespace) -> nn.Module:
-    """The loss that replaces the result of open_clip.create_loss(args), on args.device."""
-    shared = {name: getattr(args, name) for name in ("local_loss", "gather_with_grad", "rank", "world_size")}
-    shared |= {"cache_labels": True, "use_horovod": getattr(args, "horovod", False)}  # open_clip 4 has no such option
-    shared |= {"pm_weight": options.pm_weight, "plane": options.pm_plane, "negatives": options.pm_negatives}
-    shared["embed_dim"] = _width(args.model)
-    if not args.distill:
-        return losses.ClipPMLoss(**shared).to(args.device)
-    distillation = {name: getattr(options, name) for name in DISTILLATION}
-    return losses.WIKDLoss(**shared, **distillation, teacher_dim=_width(args.distill_model)).to(args.device)
+def create_loss(options: argparse.Namespace, theirs: Callable, args: argparse.Namespace) -> nn.Module:
+    """Our loss in place of the one that `theirs`, open_clip's create_loss, makes."""
+    return replacement(options, args, theirs(args))
 
 
-def create_task(options: argparse.Namespace, theirs, args: argparse.Namespace, **parts) -> nn.Module:
-    """The task that `theirs`, open_clip 4's create_task, makes of the model, with the loss of `create_loss`."""
-    import open_clip
-
+def create_task(options: argparse.Namespace, theirs: Callable, args: argparse.Namespace, **parts) -> nn.Module:
+    """The task that `theirs`, open_clip 4's create_task, makes of the model, with our loss in place of its own."""
     task = theirs(args, **parts)
-    loss = getattr(task, "loss", None)
-    if type(loss) not in (open_clip.ClipLoss, open_clip.DistillClipLoss):
-        raise InputError(
-            f"--model {args.model}: expected a task with open_clip's ClipLoss or DistillClipLoss, got {type(task).__name__} "
-            f"with {type(loss).__name__}, which {KEPT}"
-        )
-    task.loss = create_loss(options, args)
+    task.loss = replacement(options, args, getattr(task, "loss", None))
     return task
+
+
+def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.Module | None) -> nn.Module:
+    """Our loss with the settings of open_clip's, on args.device."""
+    from open_clip import loss as theirs
+
+    shared = {name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")}
+    gather = {name: getattr(loss, name, False) for name in ("local_loss", "gather_with_grad", "use_horovod")}  # 4: no horovod
+    matching = {"pm_weight": options.pm_weight}
+    plane = {"plane": options.pm_plane, "negatives": options.pm_negatives, "embed_dim": _width(args.model)}
+    if type(loss) is theirs.SigLipLoss:
+        ours = losses.SigLipLoss(**shared, **matching, dist_impl=loss.dist_impl)
+    elif type(loss) is theirs.CoCaLoss:
+        ours = losses.CoCaLoss(
+            loss.caption_loss_weight, loss.clip_loss_weight, loss.caption_loss.ignore_index, **shared, **gather
+        )
+    elif type(loss) is theirs.ClipLoss:
+        ours = losses.ClipPMLoss(**shared, **gather, **matching, **plane)
+    elif type(loss) is theirs.DistillClipLoss:
+        distillation = {name: getattr(options, name) for name in DISTILLATION}
+        width = _width(args.distill_model)
+        ours = losses.WIKDLoss(**shared, **gather, **matching, **plane, **distillation, teacher_dim=width)
+    else:
+        raise InputError(
+            f"--model {args.model}: expected open_clip's ClipLoss, SigLipLoss, CoCaLoss or DistillClipLoss, got "
+            f"{type(loss).__name__}, which simplclip does not replace: train it with python -m open_clip_train.main"
+        )
+    return ours.to(args.device)
 
 
 def _width(model: str) -> int | None:
@@ -285,4 +314,4 @@ class LossParameters:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

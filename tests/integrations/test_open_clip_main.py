@@ -49,7 +49,16 @@ def trainer(monkeypatch):
     return trainer
 
 
-@pytest.mark.parametrize(("argv", "names"), [((), ("ClipLoss", "ClipPMLoss")), (DISTILL, ("DistillClipLoss", "WIKDLoss"))])
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ((), ("ClipLoss", "ClipPMLoss")),
+        (DISTILL, ("DistillClipLoss", "WIKDLoss")),
+        (("--siglip",), ("SigLipLoss", "SigLipLoss")),
+        (("--model", "coca"), ("CoCaLoss", "CoCaLoss")),
+        (("--model", "clap", "--siglip"), ("ClipLoss", "ClipPMLoss")),
+    ],
+)
 def test_the_launcher_gives_the_trainers_own_losses(trainer, argv, names):
     argv = ["--model", "ViT-B-32", *argv]
     before = dict(vars(trainer))
@@ -57,6 +66,9 @@ def test_the_launcher_gives_the_trainers_own_losses(trainer, argv, names):
     ours, replaced = openclip_train.main(argv)
     assert vars(trainer) == before
     assert (type(task.loss).__name__, type(replaced.loss).__name__) == names
+    assert type(replaced.loss).__module__.startswith("simplclip.")
+    for name in ("caption_loss_weight", "clip_loss_weight", "dist_impl"):
+        assert getattr(replaced.loss, name, None) == getattr(task.loss, name, None)
     assert len(ours) == len(theirs) == 10
     for mine, other in zip(ours, theirs):
         assert mine == pytest.approx(other, rel=1e-4)
@@ -80,7 +92,7 @@ def test_learned_parameters_are_trained_saved_and_resumed(trainer, tmp_path):
 
 
 def test_what_cannot_be_replaced_is_named(trainer):
-    with pytest.raises(ValueError, match="--model genlip: expected a task with open_clip's .* CrossEntropyLoss, which"):
+    with pytest.raises(ValueError, match="--model genlip: expected open_clip's .* got CrossEntropyLoss, which"):
         openclip_train.main(["--model", "genlip"])
     with pytest.raises(ValueError, match="--fsdp: expected a loss without learned parameters"):
         openclip_train.main(["--model", "ViT-B-32", "--fsdp", "--pm-weight", "1"])

@@ -1,84 +1,26 @@
 """open_clip's trainer with our losses against itself: the same arguments, the same losses, checkpoints for one another.
 
-Runs share a process (two for the distributed ones), see trainer_runs.py; the tests read what they wrote.
+Runs share a process (two for the distributed ones), see trainer_plan.py; the tests read what they wrote.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
+import importlib
+import re
 import sys
 from argparse import Namespace
 
-import pairs
 import pytest
-import tiny
 import torch
-from paths import PYTHONPATH, SUPPORT
+from paths import ROOT
+from trainer_plan import BATCH, STEPS, Plan, coca, needs_trainer, prepare, teacher
 
 from simplclip import losses
+from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip_train as openclip_train
 
-MISSING = [name for name in ("pandas", "fsspec", "open_clip_train") if importlib.util.find_spec(name) is None]
-needs_trainer = pytest.mark.skipif(bool(MISSING), reason=f"open_clip's trainer needs {', '.join(MISSING)}")
-BATCH, STEPS = 8, 10
 
-
-def write_shard(path, number):
-    names = [(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES][BATCH * number : BATCH * (number + 1)]
-    picture = lambda colour, shape: tiny.picture(tiny.COLOURS[colour], shape)  # noqa: E731
-    pairs.write(path, [(f"{c}-{s}", {"png": picture(c, s), "txt": f"a {c} {s}".encode()}) for c, s in names])
-
-
-class Plan:
-    """Runs by name, each in a folder of logs of its own unless `name` says whose it continues."""
-
-    def __init__(self, folder, ranks=1):
-        self.folder, self.ranks, self.entries, self.results = folder, ranks, {}, []
-
-    def add(self, key, who, *argv, name=None, data="one", epochs=1, help=("ddp", "shards")):
-        # A batch is all there is, whole pictures, so that open_clip's unseeded shuffling changes no loss.
-        shards, samples = {"one": ("train-0.tar", BATCH), "two": ("train-{0..1}.tar", 2 * BATCH)}[data]
-        argv = [
-            "--model", "tiny", "--precision", "fp32", "--device", "cpu", "--workers", "0", "--batch-size", str(BATCH),
-            "--dataset-type", "webdataset", "--train-data", str(self.folder / shards),
-            "--train-num-samples", str(STEPS * samples), "--aug-cfg", "scale=(1.0,1.0)",
-            "--epochs", str(epochs), "--lr", "1e-3", "--warmup", "0", "--lr-scheduler", "const",
-            "--log-every-n-steps", "1", "--logs", str(self.folder / "logs"), "--name", name or key, *map(str, argv),
-        ]  # fmt: skip
-        self.entries[key] = {"who": who, "argv": argv, "help": list(help)}
-
-    def both(self, key, *argv, **options):
-        for who in ("theirs", "ours"):
-            self.add(f"{key}-{who}", who, *argv, **options)
-
-    def more(self, key, *argv, epochs=2, **options):
-        """Ours goes on with the run `key`."""
-        self.add(f"{key}-more", "ours", *argv, "--resume", "latest", name=key, epochs=epochs, **options)
-
-    def run(self, plan):
-        (self.folder / f"{plan}.json").write_text(json.dumps(self.entries))
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
-        paths = [PYTHONPATH, *filter(None, [os.environ.get("PYTHONPATH")])]
-        done = subprocess.run(
-            [sys.executable, *launch, str(SUPPORT / "trainer_runs.py"), str(self.folder), plan],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        files = [self.folder / f"{plan}-{rank}.json" for rank in range(self.ranks)]
-        assert all(file.exists() for file in files), done.stderr[-3000:]
-        self.results = [json.loads(file.read_text()) for file in files]
-        return self
-
-    def __getitem__(self, key):
-        """Rank 0's result of a run that did not fail."""
-        result = self.results[0][key]
-        assert "error" not in result, (key, result["error"])
-        return result
-
-    def checkpoint(self, run, epoch=1, suffix=".pt"):
-        file = self.folder / "logs" / run / "checkpoints" / f"epoch_{epoch}{suffix}"
-        return torch.load(file, map_location="cpu", weights_only=True)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("trainer"))
 
 
 def assert_same_run(plan, key, keys=("contrastive_loss",)):
@@ -95,22 +37,6 @@ def assert_same_run(plan, key, keys=("contrastive_loss",)):
     for name in before:
         if not name.endswith("attn.in_proj_bias"):  # keys' biases have no gradient but rounding, of which AdamW makes steps
             assert (after[name] - before[name]).norm() <= 1e-3 * before[name].norm(), name
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trainer")
-    for number in (0, 1):
-        write_shard(folder / f"train-{number}.tar", number)
-    import trainer_runs
-
-    trainer_runs.register_models(folder)
-    trainer_runs.write_teachers(folder)
-    return folder
-
-
-def teacher(folder, name="tiny"):
-    return "--distill-model", name, "--distill-pretrained", folder / f"{name}.bin"
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +84,8 @@ def double(folder):
     plan.both("two-local", "--local-loss", "--gather-with-grad", data="two")
     plan.both("two-distilled", "--local-loss", "--gather-with-grad", *teacher(folder), data="two")
     plan.both("two-accumulated", "--local-loss", "--gather-with-grad", "--accum-freq", 2, data="two")
+    plan.both("two-siglip", "--siglip", data="two")
+    plan.both("two-coca", "--local-loss", "--gather-with-grad", *coca(folder), data="two")
     plan.add("two-pm", "ours", "--local-loss", "--gather-with-grad", "--pm-weight", 1, data="two")
     plan.more("two-pm", "--pm-weight", 1, data="two")
     plan.add("two-wide", "ours", "--feature-weight", 1, *teacher(folder, "tiny-wide"), data="two")
@@ -169,12 +97,15 @@ def double(folder):
 @pytest.mark.parametrize(
     ("plan", "key"),
     [("single", key) for key in ("plain", "local", "accumulated", "distilled")]
-    + [("double", key) for key in ("two", "two-local", "two-accumulated", "two-distilled")],
+    + [("double", key) for key in ("two", "two-local", "two-accumulated", "two-distilled", "two-siglip", "two-coca")],
 )
 def test_losses_and_weights_are_open_clips(plan, key, request):
-    plan, distilled = request.getfixturevalue(plan), key.endswith("distilled")
-    assert_same_run(plan, key, ("contrastive_loss", "distill_loss")[: 1 + distilled])
-    assert plan[f"{key}-ours"]["loss"] == ("WIKDLoss" if distilled else "ClipPMLoss")
+    plan, kind = request.getfixturevalue(plan), key.rpartition("-")[2]
+    loss, other = {
+        "distilled": ("WIKDLoss", ["distill_loss"]), "siglip": ("SigLipLoss", []), "coca": ("CoCaLoss", ["caption_loss"])
+    }.get(kind, ("ClipPMLoss", []))  # fmt: skip
+    assert_same_run(plan, key, ["contrastive_loss", *other])
+    assert plan[f"{key}-ours"]["loss"] == f"simplclip.{loss}"
     assert plan[f"{key}-ours"]["parameters"] == {}
 
 
@@ -322,12 +253,18 @@ def test_accumulated_passes_count_once():
     torch.testing.assert_close(loss.weight.grad, x.sum(0).expand(2, 4))
 
 
+TEACHER = ("--distill-model", "tiny", "--distill-pretrained", "tiny.bin")
+
+
 @needs_trainer
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--siglip"], "--siglip: SigLIP's loss is not replaced by simplclip's losses"),
-        (["--model", "coca_ViT-B-32"], "--model coca_ViT-B-32: CoCa's loss is not replaced"),
+        (["--siglip", *TEACHER], "--siglip: expected no --distill-model, since open_clip's distillation takes no logit bias"),
+        (["--siglip", "--pm-plane", "hadamard"], "--pm-plane: expected scalar, since --siglip"),
+        (["--siglip", "--pm-negatives", "hard"], "--pm-negatives: expected all, since --siglip"),
+        (["--model", "coca_ViT-B-32", "--pm-weight", "1"], "--pm-weight: expected 0, since CoCa's loss has no pair matching"),
+        (["--siglip", "--feature-weight", "1"], "--feature-weight: expected a teacher (--distill-model"),
         (["--feature-weight", "1"], "--feature-weight: expected a teacher (--distill-model"),
         (["--interactive", "kl", "--distill-model", "x"], "--interactive: expected a teacher ("),
         (["--pm-weight", "-1"], "--pm-weight: expected a weight of 0 or more, got -1"),
@@ -349,6 +286,24 @@ def test_help_shows_ours_and_then_open_clips(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert text.index("--pm-weight") < text.index("--train-data")
+
+
+@needs_trainer
+def test_a_command_ends_in_one_line_if_the_user_can_mend_it(monkeypatch, capsys):
+    def main(argv):
+        raise InputError("--model x: expected y, got z")
+
+    monkeypatch.setattr(sys, "argv", ["simplclip-open-clip"])
+    monkeypatch.setattr(importlib.import_module("open_clip_train.main"), "main", main)
+    script = re.search('^simplclip-open-clip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    command = getattr(importlib.import_module(script[1]), script[2])
+    with pytest.raises(SystemExit) as stop:
+        command()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "simplclip-open-clip: error: --model x: expected y, got z"
+    monkeypatch.setenv("SIMPLCLIP_DEBUG", "1")
+    with pytest.raises(InputError):
+        command()
 
 
 def test_without_the_trainer_the_error_says_what_to_install(monkeypatch, capsys):

@@ -102,11 +102,15 @@ def check_command(words: list[str]) -> None:
         variable = words.pop(0).partition("=")[0]
         assert variable in sources(), variable
     program, arguments = words[0].removeprefix(".venv/bin/"), words[1:]
+    if program == "torchrun":
+        assert arguments[0] == "--nproc-per-node"
+        program, arguments = "python", arguments[2:]
     if program == "python" and arguments[:1] == ["-m"]:
         program, arguments = arguments[1], arguments[2:]
     checks = {
         "make": check_make,
         "simplclip": check_simplclip,
+        "simplclip-open-clip": check_open_clip_train,
         "simplclip.integrations.open_clip_train": check_open_clip_train,
         "pip": check_pip,
         "pytest": check_pytest,
@@ -166,8 +170,9 @@ def check_open_clip_train(arguments: list[str]) -> None:
 
     from simplclip.integrations import open_clip_train
 
-    _, theirs = open_clip_train.parser().parse_known_args(arguments)
-    parse_args(theirs)
+    parser = open_clip_train.parser()
+    options, theirs = parser.parse_known_args(arguments)
+    open_clip_train._check(parser, options, parse_args(theirs))
 
 
 def check_pip(arguments: list[str]) -> None:

@@ -1,6 +1,8 @@
 """Runs open_clip's trainer several times in one process, with its own losses and with ours, and writes down what they did.
 
-    python trainer_runs.py FOLDER PLAN        PLAN: {name: {"who": "theirs" | "ours", "argv": [...], "help": [...]}}
+    python trainer_runs.py FOLDER PLAN        PLAN: {name: {"who": WHO, "argv": [...], "help": [...]}}
+
+WHO is "theirs" for open_clip's trainer, "ours" for simplclip-open-clip, and "used" for open_clip's trainer under use_losses.
 
 What open_clip's trainer cannot do here without help, which both get then:
     "ddp"     it gives DistributedDataParallel device_ids, which torch refuses for modules on a CPU
@@ -22,26 +24,38 @@ import open_clip_train.main
 import torch
 
 import simplclip.integrations.open_clip_train
+from simplclip.integrations.open_clip import use_losses
 
-MODELS = {"tiny": 16, "tiny-wide": 24}
+MODELS = {"tiny": 16, "tiny-wide": 24, "tiny-coca": 16}
 IMAGE = 16
+TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
 
-def register_models(folder: Path) -> None:
+def write_models(folder: Path) -> None:
+    """Configs and weights."""
     for name, width in MODELS.items():
         config = {
             "embed_dim": width,
             "vision_cfg": {"image_size": IMAGE, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
-            "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+            "text_cfg": dict(TEXT),
         }
+        if "coca" in name:
+            config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+            config["text_cfg"] |= {"embed_cls": True, "output_tokens": True}
+            config |= {"multimodal_cfg": {**TEXT, "attn_pooler_heads": 2}, "custom_text": True}
         (folder / f"{name}.json").write_text(json.dumps(config))
-        open_clip.add_model_config(folder / f"{name}.json")
-
-
-def write_teachers(folder: Path) -> None:
+    register_models(folder)
     for name in MODELS:
         torch.manual_seed(7)
-        torch.save(open_clip.create_model(name).state_dict(), folder / f"{name}.bin")
+        model = open_clip.create_model(name)
+        if hasattr(model, "text_decoder"):  # open_clip leaves this uninitialised
+            torch.nn.init.normal_(model.text_decoder.text_projection, std=0.25)
+        torch.save(model.state_dict(), folder / f"{name}.bin")
+
+
+def register_models(folder: Path) -> None:
+    for name in MODELS:
+        open_clip.add_model_config(folder / f"{name}.json")
 
 
 class Recorder:
@@ -69,14 +83,19 @@ def run(entry: dict, meeting: Path) -> dict:
     if "ddp" in entry["help"]:
         torch.nn.parallel.DistributedDataParallel = lambda module, device_ids=None, **options: wrap(module, **options)
     try:
-        main = open_clip_train.main.main if entry["who"] == "theirs" else simplclip.integrations.open_clip_train.main
         before = names()
-        helped = entry["who"] == "theirs" and "shards" in entry["help"]
-        with simplclip.integrations.open_clip_train._shards_of_webdataset_1() if helped else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if entry["who"] != "ours" and "shards" in entry["help"]:
+                stack.enter_context(simplclip.integrations.open_clip_train._shards_of_webdataset_1())
+            if entry["who"] == "used":
+                stack.enter_context(use_losses())
+            main = (simplclip.integrations.open_clip_train if entry["who"] == "ours" else open_clip_train.main).main
             returned = main(argv)
         assert names() == before, "main left its replacements behind"
         parameters = {name: p.tolist() for name, p in recorder.loss.named_parameters()}
-        return {"steps": recorder.steps, "parameters": parameters, "returned": returned, "loss": type(recorder.loss).__name__}
+        kind = type(recorder.loss)
+        loss = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+        return {"steps": recorder.steps, "parameters": parameters, "returned": returned, "loss": loss}
     except (Exception, SystemExit) as error:  # what a run ends with is a result
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

@@ -1,0 +1,93 @@
+"""A plan of runs of open_clip's trainer, in one process or in two (trainer_runs.py), and what they wrote down."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pairs
+import pytest
+import tiny
+import torch
+from paths import PYTHONPATH, SUPPORT
+
+MISSING = [name for name in ("pandas", "fsspec", "open_clip_train") if importlib.util.find_spec(name) is None]
+needs_trainer = pytest.mark.skipif(bool(MISSING), reason=f"open_clip's trainer needs {', '.join(MISSING)}")
+BATCH, STEPS = 8, 10
+
+
+def write_shard(path, number):
+    names = [(colour, shape) for colour in tiny.COLOURS for shape in tiny.SHAPES][BATCH * number : BATCH * (number + 1)]
+    picture = lambda colour, shape: tiny.picture(tiny.COLOURS[colour], shape)  # noqa: E731
+    pairs.write(path, [(f"{c}-{s}", {"png": picture(c, s), "txt": f"a {c} {s}".encode()}) for c, s in names])
+
+
+class Plan:
+    """Runs by name, each in a folder of logs of its own unless `name` says whose it continues."""
+
+    def __init__(self, folder, ranks=1):
+        self.folder, self.ranks, self.entries, self.results = folder, ranks, {}, []
+
+    def add(self, key, who, *argv, name=None, data="one", epochs=1, steps=STEPS, command=(), help=("ddp", "shards")):
+        # A batch is all there is, whole pictures, so that open_clip's unseeded shuffling changes no loss.
+        shards, samples = {"one": ("train-0.tar", BATCH), "two": ("train-{0..1}.tar", 2 * BATCH)}[data]
+        argv = [
+            *command,
+            "--model", "tiny", "--precision", "fp32", "--device", "cpu", "--workers", "0", "--batch-size", str(BATCH),
+            "--dataset-type", "webdataset", "--train-data", str(self.folder / shards),
+            "--train-num-samples", str(steps * samples), "--aug-cfg", "scale=(1.0,1.0)",
+            "--epochs", str(epochs), "--lr", "1e-3", "--warmup", "0", "--lr-scheduler", "const",
+            "--log-every-n-steps", "1", "--logs", str(self.folder / "logs"), "--name", name or key, *map(str, argv),
+        ]  # fmt: skip
+        self.entries[key] = {"who": who, "argv": argv, "help": list(help)}
+
+    def both(self, key, *argv, **options):
+        for who in ("theirs", "ours"):
+            self.add(f"{key}-{who}", who, *argv, **options)
+
+    def more(self, key, *argv, epochs=2, **options):
+        """Ours goes on with the run `key`."""
+        self.add(f"{key}-more", "ours", *argv, "--resume", "latest", name=key, epochs=epochs, **options)
+
+    def run(self, plan):
+        (self.folder / f"{plan}.json").write_text(json.dumps(self.entries))
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"] if self.ranks > 1 else []
+        paths = [PYTHONPATH, *filter(None, [os.environ.get("PYTHONPATH")])]
+        done = subprocess.run(
+            [sys.executable, *launch, str(SUPPORT / "trainer_runs.py"), str(self.folder), plan],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        files = [self.folder / f"{plan}-{rank}.json" for rank in range(self.ranks)]
+        assert all(file.exists() for file in files), done.stderr[-3000:]
+        self.results = [json.loads(file.read_text()) for file in files]
+        return self
+
+    def __getitem__(self, key):
+        """Rank 0's result of a run that did not fail."""
+        result = self.results[0][key]
+        assert "error" not in result, (key, result["error"])
+        return result
+
+    def checkpoint(self, run, epoch=1, suffix=".pt"):
+        file = self.folder / "logs" / run / "checkpoints" / f"epoch_{epoch}{suffix}"
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def prepare(folder):
+    """Writes shards and models."""
+    for number in (0, 1):
+        write_shard(folder / f"train-{number}.tar", number)
+    import trainer_runs
+
+    trainer_runs.write_models(folder)
+    return folder
+
+
+def teacher(folder, name="tiny"):
+    return "--distill-model", name, "--distill-pretrained", folder / f"{name}.bin"
+
+
+def coca(folder):
+    return "--model", "tiny-coca", "--pretrained", folder / "tiny-coca.bin"
