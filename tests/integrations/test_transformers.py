@@ -2,12 +2,16 @@
 
 import copy
 import inspect
+import os
+import subprocess
+import sys
 
 import hugging_face
 import pytest
 import torch
 import transformers
 from hugging_face import batch, model, step
+from paths import PYTHONPATH, SUPPORT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simplclip.integrations.transformers import OUTPUTS, use_losses
@@ -165,3 +169,12 @@ def test_transformers_own_trainer(tmp_path):
     assert clip.simplclip_loss.plane_bias.item() != before
     saved = transformers.CLIPModel.from_pretrained(tmp_path / "matching" / "checkpoint-4")
     close(saved.state_dict(), {k: v for k, v in clip.state_dict().items() if "simplclip" not in k})
+
+
+@pytest.mark.slow
+def test_in_distributed_data_parallel():
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(SUPPORT / "rank_transformers.py")]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
