@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import doc_blocks
 import hugging_face
 import pytest
 import torch
@@ -169,6 +170,12 @@ def test_transformers_own_trainer(tmp_path):
     assert clip.simplclip_loss.plane_bias.item() != before
     saved = transformers.CLIPModel.from_pretrained(tmp_path / "matching" / "checkpoint-4")
     close(saved.state_dict(), {k: v for k, v in clip.state_dict().items() if "simplclip" not in k})
+
+
+def test_the_example_of_the_docs():
+    example = doc_blocks.run("losses.md", "In a transformers model")
+    assert type(example["model"].simplclip_loss) is ClipPMLoss
+    assert example["model"].simplclip_loss.plane_weight.grad is not None
 
 
 @pytest.mark.slow
