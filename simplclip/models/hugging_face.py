@@ -121,7 +121,9 @@ def check_mask(first: Any) -> None:
 
 
 def declare_shared(model: Any) -> None:
-    """Tells transformers which parameters are shared: save_pretrained writes one of them, from_pretrained sets the others."""
+    """Tells transformers which parameters are shared: save_pretrained writes one of them, from_pretrained sets the others (by
+    the second attribute, which transformers 5.0 needs and 5.24 does not).
+    """
     first: dict[Tensor, str] = {}
     names = [(name, first.setdefault(p, name)) for name, p in model.named_parameters(remove_duplicate=False)]
     shared = {name: source for name, source in names if name != source}
