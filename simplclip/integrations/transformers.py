@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable
@@ -56,13 +57,17 @@ class use_losses(contextlib.AbstractContextManager):
 
     Raises:
         TypeError: model or loss is of another type.
-        ValueError: the model's forward is wrapped already; or, when it is called, the numbers of images and texts differ.
+        ValueError: transformers is too old, or the model's forward is wrapped already; in forward, the numbers of images and
+            texts differ.
     """
 
     def __init__(self, model: PreTrainedModel, loss: nn.Module | None = None) -> None:
         known = next((cls for cls in type(model).__mro__ if cls.__name__ in OUTPUTS), None)
         if known is None or not isinstance(model, PreTrainedModel):
             raise TypeError(f"model: expected one of transformers' {', '.join(OUTPUTS)}, got {type(model).__name__}")
+        version = importlib.metadata.version("transformers")
+        if int(version.partition(".")[0]) < 5:
+            raise InputError(f"model: expected a model of transformers 5.0 or later, got version {version}")
         if loss is None:
             loss = losses.ClipLoss() if getattr(model, "logit_bias", None) is None else losses.SigLipLoss()
         if not isinstance(loss, nn.Module):

@@ -1,5 +1,6 @@
 """Simplified blocks in open_clip and transformers models: `simplify` replaces transformer blocks of one model in place."""
 
+import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -281,6 +282,9 @@ def _encoders(model: nn.Module) -> Any:
     theirs = sys.modules.get("transformers.modeling_utils")  # is imported where there is such a model
     if theirs is None or not isinstance(model, theirs.PreTrainedModel):
         return None
+    version = importlib.metadata.version("transformers")
+    if int(version.partition(".")[0]) < 5:
+        raise InputError(f"model: expected a model of transformers 5.0 or later, got version {version}")
     from simplclip.models import hugging_face
 
     return hugging_face

@@ -15,6 +15,7 @@ from hugging_face import batch, model, step
 from paths import PYTHONPATH, SUPPORT
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import simplclip
 from simplclip.integrations.transformers import OUTPUTS, use_losses
 from simplclip.losses import ClipLoss, ClipPMLoss, SigLipLoss
 
@@ -120,7 +121,7 @@ def test_compiles_without_graph_breaks_and_under_autocast():
                 torch.testing.assert_close(clip(**inputs, return_loss=True).loss, expected.float(), rtol=1e-2, atol=1e-2)
 
 
-def test_errors_name_the_argument():
+def test_errors_name_the_argument(monkeypatch):
     clip, inputs = model(), batch()
     with pytest.raises(TypeError, match="model: expected one of transformers' AltCLIPModel, .*, got Linear"):
         use_losses(torch.nn.Linear(2, 2))
@@ -133,6 +134,11 @@ def test_errors_name_the_argument():
     clip.forward = clip.forward
     with pytest.raises(ValueError, match="model: expected the forward of its class"):
         use_losses(clip)
+    functions = use_losses, simplclip.simplify
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.1")
+    for function in functions:
+        with pytest.raises(ValueError, match="model: expected a model of transformers 5.0 or later, got version 4.57.1"):
+            function(clip)
 
 
 def train(clip, folder, **options):
