@@ -72,7 +72,8 @@ class use_losses(contextlib.AbstractContextManager):
             loss = losses.ClipLoss() if getattr(model, "logit_bias", None) is None else losses.SigLipLoss()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss: expected a module, called as open_clip's losses are, got {type(loss).__name__}")
-        self._model, self._before, self._forward = model, getattr(model, LOSS, None), None
+        self._model: PreTrainedModel | None = model
+        self._before, self._forward = getattr(model, LOSS, None), None
         if self._before is None:
             if "forward" in vars(model):
                 raise InputError("model: expected the forward of its class, got one that is wrapped, e.g. by accelerate")
@@ -82,14 +83,16 @@ class use_losses(contextlib.AbstractContextManager):
         setattr(model, LOSS, loss)
 
     def undo(self) -> None:
-        """Puts back the loss that the model had before."""
-        if self._before is not None:
-            setattr(self._model, LOSS, self._before)
-        elif hasattr(self._model, LOSS):
-            delattr(self._model, LOSS)
+        """Puts back the loss that the model had before; again it does nothing."""
+        model, self._model = self._model, None
+        if model is None:
+            return
+        setattr(model, LOSS, self._before)
+        if self._before is None:
+            delattr(model, LOSS)
             # If it has been wrapped since, it stays and calls the model's own.
-            if vars(self._model).get("forward") is self._forward:
-                del self._model.forward
+            if vars(model).get("forward") is self._forward:
+                del model.forward
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.undo()
