@@ -1,5 +1,7 @@
-"""Simplified blocks in open_clip models: `simplify` replaces transformer blocks of one model in place."""
+"""Simplified blocks in open_clip and transformers models: `simplify` replaces transformer blocks of one model in place."""
 
+import importlib.metadata
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,9 @@ __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBl
 
 TOWERS = ("text", "image")
 _ACT_NAMES = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quickgelu", "ReLU": "relu", "SiLU": "silu"}
+# Of transformers.
+_ACT_NAMES |= {"GELUActivation": "gelu", "QuickGELUActivation": "quickgelu", "SiLUActivation": "silu"}
+_ACT_NAMES |= dict.fromkeys(("NewGELUActivation", "FastGELUActivation"), "gelu_tanh")
 
 
 def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
@@ -142,11 +147,11 @@ class _Site:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of an open_clip model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
+    """Parameters of a model by part: image, text, other (scale, bias, decoder), total. Shared ones count once."""
     text = ("text.", "transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
     named = list(model.named_parameters(remove_duplicate=False))
-    image = {p for name, p in named if name.startswith("visual.")}
-    words = {p for name, p in named if name.startswith(text)}
+    image = {p for name, p in named if name.startswith(("visual.", "vision_model.", "visual_projection."))}
+    words = {p for name, p in named if name.startswith((*text, "text_model."))}
     every = {p for _, p in named}
     parts = {"image": image, "text": words, "other": every - image - words, "total": every}
     return {part: sum(p.numel() for p in found) for part, found in parts.items()}
@@ -169,15 +174,23 @@ def simplify(
     mlp_gain: float = 0.1,
     drop_path: float | None = None,
 ) -> tuple[nn.Module, SimplifyReport]:
-    """Replace transformer blocks of an open_clip model by simplified ones (SAS-P), in place and in this model only.
+    """Replace blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
 
-    This works on the text transformer of CLIP and CustomTextCLIP, open_clip's VisionTransformer, and the attention blocks of
-    timm's VisionTransformer and FastViT. New blocks start from random weights, in the dtype, on the device and in the
-    mode (train, eval) of the old ones. A causal mask is recognised and kept. Layer scale is removed; the gains replace
-    it. The old block's drop path is kept for the MLP (see `SimplifiedBlock`).
+    This works on the text transformer of CLIP and CustomTextCLIP, open_clip's VisionTransformer, the attention blocks of
+    timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and Siglip2Model (version 5,
+    from 5.0 on). New blocks start from random weights, in the dtype, on the device and in the mode (train, eval) of the old
+    ones. A causal mask is recognised and kept. Layer scale is removed; the gains replace it. The old block's drop path is
+    kept for the MLP (see `SimplifiedBlock`).
+
+    In a transformers model the new blocks ignore attn_implementation and attention_dropout. attention_mask, and SigLIP 2's
+    pixel_attention_mask, may pad on the right: rows of ones followed by zeros. Another mask raises an error, except under
+    torch.compile, where its values cannot be checked. SigLIP pools the last text token, so its attention_mask must be ones.
+    output_hidden_states works as before; output_attentions raises an error. save_pretrained works, and from_pretrained does
+    for a subclass whose __init__ calls `simplify` (see docs/block.md).
 
     Args:
-        model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``.
+        model: an open_clip model with the towers to replace: ``visual``; ``text`` or ``transformer``. Or a transformers model
+            with ``vision_model``; ``text_model``.
         towers: "text", "image" or both.
         blocks: for each tower the indices of the blocks to replace, counted over the tower's attention blocks; negative
             indices count from the end. By default all blocks of a tower are replaced.
@@ -207,7 +220,7 @@ def simplify(
     """
     blocks, share = dict(blocks or {}), dict(share or {})
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an open_clip model, got {type(model).__name__}")
+        raise TypeError(f"model: expected an open_clip or transformers model, got {type(model).__name__}")
     unknown = sorted({*towers, *blocks, *share} - set(TOWERS))
     if unknown or not towers:
         raise InputError(f"towers: expected names out of {TOWERS}, got {unknown or list(towers)}")
@@ -215,17 +228,24 @@ def simplify(
     if idle:
         raise InputError(f"blocks, share: expected only the towers to replace, {list(towers)}, got {idle}")
 
-    for tower, names in {"text": ("text", "transformer"), "image": ("visual",)}.items():
+    encoders = _encoders(model)
+    library, parts = "an open_clip", {"text": ("text", "transformer"), "image": ("visual",)}
+    if encoders:
+        library, parts = "a transformers", {tower: (name,) for tower, name in encoders.TOWERS.items()}
+    for tower, names in parts.items():
         if tower in towers and all(getattr(model, name, None) is None for name in names):
             expected = " or ".join(f"`{name}`" for name in names)
             raise InputError(
-                f"model: expected an open_clip model with {expected}, its {tower} tower, got {type(model).__name__} without"
+                f"model: expected {library} model with {expected}, its {tower} tower, got {type(model).__name__} without"
             )
 
     report = SimplifyReport(before=count_parameters(model))
     planned: list[tuple[str, SimplifiedBlock]] = []
     for tower in dict.fromkeys(towers):
-        sites = list(_text_sites(model) if tower == "text" else _image_sites(model))
+        if encoders:
+            sites = [_Site(*found) for found in encoders.encoder_layers(model, tower)]
+        else:
+            sites = list(_text_sites(model) if tower == "text" else _image_sites(model))
         indices = sorted({*_indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
         new: dict[int, SimplifiedBlock] = {}
         for index in indices:
@@ -240,6 +260,8 @@ def simplify(
                 Replaced(tower, index, site.path, kind, block.width, block.heads, block.hidden, block.causal)
             )
             planned.append((site.path, block))
+        if encoders:
+            encoders.check_mask(new[indices[0]])
         report.share[tower] = [_indices("share", group, len(sites)) for group in share.get(tower, ())]
         for group in report.share[tower]:
             if missing := [i for i in group if i not in new]:
@@ -249,8 +271,23 @@ def simplify(
 
     for path, block in planned:
         model.set_submodule(path, block)
+    if encoders:
+        encoders.declare_shared(model)
     report.after = count_parameters(model)
     return model, report
+
+
+def _encoders(model: nn.Module) -> Any:
+    """Our module for transformers' models, if this is one."""
+    theirs = sys.modules.get("transformers.modeling_utils")  # is imported where there is such a model
+    if theirs is None or not isinstance(model, theirs.PreTrainedModel):
+        return None
+    version = importlib.metadata.version("transformers")
+    if int(version.partition(".")[0]) < 5:
+        raise InputError(f"model: expected a model of transformers 5.0 or later, got version {version}")
+    from simplclip.models import hugging_face
+
+    return hugging_face
 
 
 def _text_sites(model: nn.Module) -> Iterator[_Site]:
@@ -302,7 +339,8 @@ def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: flo
     if isinstance(block, SimplifiedBlock):
         weight, heads, old_act, old_drop = block.fc1.weight, block.heads, block.act, block.drop_path
     else:
-        heads = (block.token_mixer if isinstance(block, AttentionBlock) else block.attn).num_heads
+        attention = next(getattr(block, name) for name in ("attn", "self_attn", "token_mixer") if hasattr(block, name))
+        heads = attention.num_heads
         # FastViT's MLP begins with a depthwise convolution, which has one input channel.
         dense = (m for m in block.mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[1] > 1)
         weight = next(dense).weight

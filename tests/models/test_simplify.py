@@ -158,7 +158,7 @@ def test_one_tower_is_replaced_whatever_the_other_is():
     _, report = simplify(without("visual"), towers=("text",))
     assert len(report.replaced) == 4
     assert report.before["image"] == report.after["image"] == 0
-    with pytest.raises(TypeError, match="model: expected an open_clip model, got str"):
+    with pytest.raises(TypeError, match="model: expected an open_clip or transformers model, got str"):
         simplify("ViT-B-32")
 
 

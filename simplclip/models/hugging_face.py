@@ -1,0 +1,130 @@
+"""Simplified blocks in transformers' CLIP, SigLIP and SigLIP 2 models. `simplify` imports this for such models only."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+from transformers.models.siglip2.modeling_siglip2 import Siglip2EncoderLayer
+
+from simplclip.common.errors import InputError
+from simplclip.nn import SimplifiedBlock
+
+__all__ = ["CLIPBlock", "EncoderBlock", "Siglip2Block", "SiglipBlock", "encoder_layers"]
+
+TOWERS = {"text": "text_model", "image": "vision_model"}
+
+
+class _WithoutLayer(nn.Module):
+    """Comes before transformers' layer among the base classes, so that the layer does not make its own modules."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+class EncoderBlock(SimplifiedBlock, _WithoutLayer):
+    """A block of an encoder of transformers: [B, L, C]. Of the encoder's mask it takes the number of tokens.
+
+    A subclass is a subclass of the replaced layer too: transformers finds by their class the layers to checkpoint, and those
+    whose hidden states it returns.
+
+    Args:
+        config: the tower's, as the layer's attention has it.
+        mask: the argument of the tower that a mask comes from.
+        pools_last: whether the tower pools the last token, which then has to be valid.
+        checkpointing: transformers' function for gradient checkpointing, if it is enabled.
+    """
+
+    checks_mask = False  # the values of a mask; its number of tokens is taken in any case
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float = 4.0, *, config: PreTrainedConfig, mask: str = "attention_mask",
+        pools_last: bool = False, checkpointing: Callable | None = None, **options,
+    ) -> None:  # fmt: skip
+        super().__init__(width, heads, mlp_ratio, **options)
+        self.config, self.mask, self.pools_last = config, mask, pools_last
+        if checkpointing is not None:
+            self.gradient_checkpointing, self._gradient_checkpointing_func = True, checkpointing
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:  # type: ignore[override]
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            raise InputError(
+                "output_attentions: expected False, since a simplified block stores no attention weights, got True"
+            )
+        lengths = None if attention_mask is None else self._lengths(attention_mask)
+        return super().forward(hidden_states, lengths)
+
+    def _lengths(self, mask: Tensor) -> Tensor:  # [B, L] with 0 for hidden, or [B, 1, L, L] boolean or additive -> [B]
+        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+            got = f"a tensor {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise InputError(f"{self.mask}: expected a mask [B, L] or [B, 1, L, L] from transformers, got {got}")
+        visible = mask if mask.dtype == torch.bool else mask != 0 if mask.dim() == 2 else mask == 0
+        rows = visible if mask.dim() == 2 else visible[:, 0, -1]  # the last token sees every valid one
+        lengths = rows.sum(-1)
+        # While tracing there are no values to check.
+        if self.checks_mask and not torch.compiler.is_compiling() and type(mask) is Tensor and not mask.is_meta:
+            self._check_mask(visible, lengths)
+        return lengths
+
+    def _check_mask(self, visible: Tensor, lengths: Tensor) -> None:
+        tokens = torch.arange(visible.shape[-1], device=visible.device)
+        expected = tokens < lengths[:, None]
+        if visible.dim() == 4:
+            expected = expected[:, None, None]
+            expected = expected & (tokens <= tokens[:, None]) if self.causal else expected
+        if not (visible == expected).all():
+            raise InputError(f"{self.mask}: expected rows of ones followed by zeros (padding on the right), got another mask")
+        if self.pools_last and (lengths < len(tokens)).any():
+            raise InputError(f"{self.mask}: expected None or ones, since the model pools the last token, got padding")
+
+
+class CLIPBlock(EncoderBlock, CLIPEncoderLayer):
+    """In the place of CLIPEncoderLayer."""
+
+
+class SiglipBlock(EncoderBlock, SiglipEncoderLayer):
+    """In the place of SiglipEncoderLayer."""
+
+
+class Siglip2Block(EncoderBlock, Siglip2EncoderLayer):
+    """In the place of Siglip2EncoderLayer."""
+
+
+# The layer, its block, and the options of the block in each tower.
+_LAYERS: list[tuple[type, type[EncoderBlock], dict[str, dict[str, Any]]]] = [
+    (CLIPEncoderLayer, CLIPBlock, {"text": {"causal": True}, "image": {}}),
+    (SiglipEncoderLayer, SiglipBlock, {"text": {"pools_last": True}, "image": {}}),
+    (Siglip2EncoderLayer, Siglip2Block, {"text": {"pools_last": True}, "image": {"mask": "pixel_attention_mask"}}),
+]
+
+
+def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Module, type[EncoderBlock], dict[str, Any]]]:
+    """The layers of a tower: path, layer, and the class of its block with options."""
+    part: Any = getattr(model, TOWERS[tower])
+    for index, layer in enumerate(getattr(getattr(part, "encoder", None), "layers", None) or [part]):
+        found = [(block, options[tower]) for kind, block, options in _LAYERS if type(layer) in (kind, block)]
+        if not found:
+            kinds = ", ".join(kind.__name__ for kind, _, _ in _LAYERS)
+            raise InputError(f"{tower}: expected a transformers encoder with {kinds}, got {type(layer).__name__}")
+        block, options = found[0]
+        checkpointing = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
+        options = {"config": part.config, "checkpointing": checkpointing, **options}
+        yield f"{TOWERS[tower]}.encoder.layers.{index}", layer, block, options
+
+
+def check_mask(first: Any) -> None:
+    """Lets the first block of a tower check the mask, which is the same for all of them; a check makes a GPU wait."""
+    first.checks_mask = True
+
+
+def declare_shared(model: Any) -> None:
+    """Tells transformers which parameters are shared: save_pretrained writes one of them, from_pretrained sets the others (by
+    the second attribute, which transformers 5.0 needs and 5.24 does not).
+    """
+    first: dict[Tensor, str] = {}
+    names = [(name, first.setdefault(p, name)) for name, p in model.named_parameters(remove_duplicate=False)]
+    shared = {name: source for name, source in names if name != source}
+    model._tied_weights_keys, model.all_tied_weights_keys = shared, dict(shared)

@@ -1,0 +1,61 @@
+"""The example of docs/losses.md for sentence-transformers: values and gradients of the losses in whose place it is put."""
+
+import doc_blocks
+import pytest
+import torch
+from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+
+TEXTS = [
+    ["how old is the sun?", "who wrote Frankenstein?", "what do cats eat?", "where is the Louvre?", "is tin a metal?"],
+    ["4.6 billion years", "Mary Shelley wrote it", "meat, for the most part", "in Paris", "yes"],
+    ["the moon is younger", "Bram Stoker", "dogs eat anything", "in London, by the river", "gold is dear"],
+]
+
+
+@pytest.fixture(scope="module")
+def example():
+    names = doc_blocks.run("losses.md", "In sentence-transformers")
+    encoder = names["model"][0].auto_model.encoder
+    encoder.layer = encoder.layer[:2]  # for speed
+    return names
+
+
+def step(loss, model, columns):
+    """The value, and the gradients of the model."""
+    model.zero_grad()
+    value = loss([model.preprocess(texts) for texts in columns], None)
+    value.backward()
+    return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("columns", [TEXTS[:2], TEXTS], ids=["pairs", "hard negatives"])
+@pytest.mark.parametrize(
+    ("name", "theirs", "options"),
+    [
+        ("RankingLoss", MultipleNegativesRankingLoss, {"scale": 7.0}),
+        ("CachedRankingLoss", CachedMultipleNegativesRankingLoss, {"mini_batch_size": 2, "scale": 30.0}),
+    ],
+)
+def test_values_and_gradients_are_theirs(example, name, theirs, options, columns):
+    model = example["model"]
+    expected, gradients = step(theirs(model, **options), model, columns)
+    value, found = step(example[name](model, **options), model, columns)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, gradients, rtol=1e-5, atol=1e-5)
+    assert len(found) > 30
+    with torch.no_grad():
+        evaluated = example[name](model, **options)([model.preprocess(texts) for texts in columns], None)
+    torch.testing.assert_close(evaluated, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_it_trains(example):
+    model = example["model"]
+    loss = example["CachedRankingLoss"](model, mini_batch_size=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    values = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        values.append(loss([model.preprocess(texts) for texts in TEXTS], None))
+        values[-1].backward()
+        optimizer.step()
+    assert values[2] < values[1] < values[0]

@@ -1,0 +1,220 @@
+"""`simplify` on small models of transformers: what is replaced, which masks are accepted, and how they are saved."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from hugging_face import TEXT, batch, model, step
+from torch import nn
+
+import simplclip
+from simplclip.integrations.transformers import use_losses
+from simplclip.models.hugging_face import CLIPBlock, EncoderBlock, Siglip2Block, SiglipBlock
+from simplclip.models.simplify import count_parameters
+from simplclip.nn import neighbour_groups
+
+BLOCKS = {"CLIPModel": CLIPBlock, "SiglipModel": SiglipBlock, "Siglip2Model": Siglip2Block}
+
+
+def simplified(name="CLIPModel", seed=0, mixes=True, gamma=0.5, **options):
+    """mixes: attention that is not uniform, as after training."""
+    clip, _ = simplclip.simplify(model(name, seed, **options), gamma=gamma)
+    torch.manual_seed(seed)
+    for module in clip.modules():
+        if mixes and isinstance(module, EncoderBlock):
+            nn.init.normal_(module.qk.weight, std=0.3)
+    return clip
+
+
+def layers(clip, tower="text"):
+    return getattr(clip, {"text": "text_model", "image": "vision_model"}[tower]).encoder.layers
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_both_towers(name):
+    clip, inputs = model(name), batch(name)
+    before = count_parameters(clip)
+    same, report = simplclip.simplify(clip)
+    assert same is clip
+    assert {type(block) for tower in ("text", "image") for block in layers(clip, tower)} == {BLOCKS[name]}
+    assert [r.path for r in report.replaced[3:5]] == ["text_model.encoder.layers.3", "vision_model.encoder.layers.0"]
+    assert [(r.width, r.heads, r.hidden) for r in report.replaced[3:5]] == [(24, 2, 48), (32, 2, 64)]
+    assert [r.causal for r in report.replaced] == [name == "CLIPModel"] * 4 + [False] * 3
+    assert {block.act for block in layers(clip)} == {"quickgelu" if name == "CLIPModel" else "gelu_tanh"}
+    assert report.before == before
+    assert report.after == count_parameters(clip)
+    assert sum(report.after[part] for part in ("image", "text", "other")) == report.after["total"] < before["total"]
+    assert report.after["other"] == (1 if name == "CLIPModel" else 2)
+    _, gradients = step(clip, inputs)
+    assert gradients.keys() == dict(clip.named_parameters()).keys()
+
+
+def test_attention_implementation_and_the_mask_of_valid_tokens_do_not_matter():
+    """Eager attention gets an additive mask, SDPA a boolean one or None, flash attention the mask of the tokenizer."""
+    eager, sdpa = (simplified(attn_implementation=name) for name in ("eager", "sdpa"))
+    inputs = batch()
+    texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    outputs = [clip.text_model(**texts).last_hidden_state for clip in (eager, sdpa)]
+    torch.testing.assert_close(*outputs)
+    alone = sdpa.text_model(texts["input_ids"][:1, :9]).last_hidden_state
+    torch.testing.assert_close(outputs[1][:1, :9], alone)
+    full = sdpa.text_model(texts["input_ids"]).last_hidden_state
+    assert not torch.allclose(outputs[1][:1, 9:], full[:1, 9:])  # lengths reached the blocks
+    block, x = layers(sdpa)[0], torch.randn(6, 12, 24)
+    causal = texts["attention_mask"].bool()[:, None, None] & torch.ones(12, 12).tril().bool()
+    torch.testing.assert_close(block(x, texts["attention_mask"]), block(x, causal))
+
+
+def test_padded_patches_do_not_change_an_image():
+    clip, inputs = simplified("Siglip2Model"), batch("Siglip2Model")
+    images = {name: inputs[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+    features = clip.get_image_features(**images).pooler_output
+    hidden = images["pixel_attention_mask"] == 0
+    images["pixel_values"][hidden] += 1
+    torch.testing.assert_close(clip.get_image_features(**images).pooler_output, features)
+    images["pixel_values"][:, 0] += 1
+    assert not torch.allclose(clip.get_image_features(**images).pooler_output, features)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_masks_that_cannot_be_honoured(implementation):
+    clip, inputs = simplified(attn_implementation=implementation), batch()
+    left = inputs["attention_mask"].flip(1)
+    holes = inputs["attention_mask"].clone()
+    holes[2, 3] = 0
+    siglip, of_siglip = simplified("SiglipModel", attn_implementation=implementation), batch("SiglipModel")
+    siglip2, of_siglip2 = simplified("Siglip2Model", attn_implementation=implementation), batch("Siglip2Model")
+    patches = of_siglip2["pixel_attention_mask"].flip(1)
+    ones = torch.ones_like(of_siglip["input_ids"])
+    siglip(**of_siglip, attention_mask=ones)
+    for call, message in (
+        (lambda: clip(**inputs | {"attention_mask": left}), r"^attention_mask: expected rows of ones followed by zeros"),
+        (lambda: clip(**inputs | {"attention_mask": holes}), r"^attention_mask: expected rows of ones followed by zeros"),
+        (
+            lambda: siglip(**of_siglip, attention_mask=inputs["attention_mask"]),
+            "^attention_mask: expected None or ones, .*pool",
+        ),
+        (lambda: siglip2(**of_siglip2 | {"pixel_attention_mask": patches}), "^pixel_attention_mask: expected rows of ones"),
+        (lambda: layers(clip)[0](torch.randn(1, 3, 24), "causal"), "^attention_mask: expected a mask .*, got str"),
+        (lambda: layers(clip)[0](torch.randn(1, 3, 24), torch.ones(3)), r"^attention_mask: expected .*, got a tensor \[3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_only_the_first_replaced_block_checks_the_mask():
+    clip, _ = simplclip.simplify(model(), blocks={"text": [1, 3]}, towers=("text",))
+    assert [getattr(layer, "checks_mask", None) for layer in layers(clip)] == [None, True, None, False]
+    inputs = batch()
+    with pytest.raises(ValueError, match="attention_mask"):
+        clip(**inputs | {"attention_mask": inputs["attention_mask"].flip(1)})
+
+
+def test_hidden_states_are_returned_and_attention_weights_are_an_error():
+    clip, inputs = simplified(), batch()
+    out = clip(**inputs, output_hidden_states=True)
+    assert len(out.text_model_output.hidden_states) == 5
+    assert len(out.vision_model_output.hidden_states) == 4
+    torch.testing.assert_close(out.text_model_output.hidden_states[0], clip.text_model.embeddings(inputs["input_ids"]))
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        clip(**inputs, output_attentions=True)
+    eager = simplified(attn_implementation="eager")
+    eager.text_model.config.output_attentions = True
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        eager(**inputs)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch):
+    inputs, calls = batch(), []
+    expected = step(simplified(), inputs)[1]
+    late, early = simplified(), model()
+    late.gradient_checkpointing_enable()
+    early.gradient_checkpointing_enable()
+    simplclip.simplify(early)
+    early.load_state_dict(late.state_dict())
+    for clip in (late, early):
+        forward, calls = EncoderBlock._lengths, []
+        monkeypatch.setattr(EncoderBlock, "_lengths", lambda *a, f=forward, c=calls: c.append(1) or f(*a))
+        torch.testing.assert_close(step(clip.train(), inputs)[1], expected)
+        assert len(calls) == 8  # each of the 4 text blocks twice
+        monkeypatch.undo()
+
+
+def test_compiles_without_graph_breaks_and_in_bfloat16():
+    for name in BLOCKS:
+        clip, inputs = simplified(name), batch(name)
+        expected = clip(**inputs).logits_per_image
+        if name != "Siglip2Model":  # torch 2.11 does not trace its embeddings
+            compiled = torch.compile(clip, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(**inputs).logits_per_image, expected)
+        clip = clip.to(torch.bfloat16)
+        assert {p.dtype for p in layers(clip).parameters()} == {torch.bfloat16}
+        torch.testing.assert_close(clip(**inputs).logits_per_image.float(), expected, rtol=0.1, atol=0.1)
+    assert {p.dtype for p in layers(simplified(dtype=torch.bfloat16)).parameters()} == {torch.bfloat16}
+
+
+class Small(transformers.CLIPModel):
+    """As docs/block.md says: from_pretrained works for a class whose models are simplified when they are made."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        simplclip.simplify(self, share={"text": neighbour_groups(4)}, value_first=True, output_last=True)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_saved_and_loaded(shared, tmp_path):
+    clip, inputs = model(cls=Small, seed=5) if shared else simplified(seed=5), batch()
+    expected = clip(**inputs).logits_per_image
+    twin = model(cls=Small, seed=6) if shared else simplified(seed=6)
+    assert not torch.allclose(twin(**inputs).logits_per_image, expected)
+    twin.load_state_dict(clip.state_dict(), strict=True)
+    torch.testing.assert_close(twin(**inputs).logits_per_image, expected)
+    torch.testing.assert_close(copy.deepcopy(clip)(**inputs).logits_per_image, expected)
+
+    clip.save_pretrained(tmp_path)
+    if shared:
+        loaded, info = Small.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        first, second = (f"text_model.encoder.layers.{index}.fc1.weight" for index in (0, 1))
+        assert loaded.all_tied_weights_keys[second] == first  # without which transformers 5.0 does not load it
+        blocks = layers(loaded)
+        assert blocks[0].fc1.weight is blocks[1].fc1.weight is not blocks[2].fc1.weight
+        assert [block.value is not None for block in blocks] == [True, False, False, False]
+        assert [block.output is not None for block in blocks] == [False, False, False, True]
+        torch.testing.assert_close(loaded.train()(**inputs).logits_per_image, expected)
+
+
+def test_what_is_refused_leaves_the_model_as_it_was():
+    clip = model()
+    names = clip.state_dict().keys()
+    for made, options, message in (
+        (clip, {"blocks": {"image": [7]}}, r"blocks\['image'\]: expected an index of 3 blocks, got 7"),
+        (model("MetaClip2Model"), {}, "text: expected a transformers encoder with CLIPEncoderLayer, .*, got MetaClip2Enc"),
+        (model("ChineseCLIPModel"), {}, "text: expected a transformers encoder with .*, got ChineseCLIPTextModel"),
+        (clip.text_model, {}, "model: expected a transformers model with `text_model`, its text tower, got CLIPTextModel"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simplclip.simplify(made, **options)
+    assert clip.state_dict().keys() == names
+
+
+def test_a_text_model_with_projection():
+    cls = transformers.CLIPTextModelWithProjection
+    clip, report = simplclip.simplify(cls(transformers.CLIPTextConfig(**TEXT)), towers=("text",))
+    assert len(report.replaced) == 4
+    assert clip(batch()["input_ids"]).text_embeds.shape == (6, 16)
+
+
+def test_a_simplified_model_learns_with_the_losses():
+    clip, inputs = simplified(mixes=False), batch()
+    use_losses(clip)
+    optimizer, losses = torch.optim.AdamW(clip.parameters(), lr=3e-3), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        losses.append(clip(**inputs, return_loss=True).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.1

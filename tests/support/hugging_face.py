@@ -1,0 +1,60 @@
+"""Tiny transformers models with random weights, and their batches."""
+
+import torch
+import transformers
+
+TEXT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 100}
+TEXT |= {"max_position_embeddings": 12, "projection_dim": 16, "bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 0}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 16}
+IMAGE = {"image_size": 16, "patch_size": 8}
+BERT = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 100}
+BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NAMES = ("CLIPModel", "SiglipModel", "Siglip2Model", "MetaClip2Model", "ChineseCLIPModel", "AltCLIPModel")
+NAMES += ("VisionTextDualEncoderModel",)
+OF_BERT = ("ChineseCLIPModel", "AltCLIPModel", "VisionTextDualEncoderModel")
+
+
+def config(name="CLIPModel"):
+    cls = getattr(transformers, name.replace("Model", "Config"))
+    if name == "VisionTextDualEncoderModel":
+        vision = transformers.CLIPVisionConfig(**VISION, **IMAGE)
+        return cls.from_vision_text_configs(vision, transformers.BertConfig(**BERT), projection_dim=16)
+    text = dict(TEXT)
+    if name in OF_BERT:
+        text = BERT | {"project_dim": 24, "projection_dim": 16, "max_position_embeddings": 40}
+    if name.startswith("Siglip"):
+        return cls(text_config=text | {"projection_size": 32}, vision_config=VISION | SIGLIP[name])
+    return cls(text_config=text, vision_config=VISION | IMAGE, projection_dim=16)
+
+
+SIGLIP = {"SiglipModel": IMAGE, "Siglip2Model": {"num_patches": 4, "patch_size": 8}}
+
+
+def model(name="CLIPModel", seed=0, cls=None, **options):
+    torch.manual_seed(seed)
+    return (cls or getattr(transformers, name))._from_config(config(name), **options)
+
+
+def batch(name="CLIPModel", n=6):
+    """Texts of 9 to 12 tokens, padded on the right where the model allows it; for SigLIP 2, images of 2 to 4 patches."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 98, (n, 12), generator=g)
+    lengths = torch.arange(n) % 4 + 9
+    ids[torch.arange(n), lengths - 1] = 99
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(n, 3, 16, 16, generator=g)}
+    if not name.startswith("Siglip"):
+        inputs["attention_mask"] = (torch.arange(12) < lengths[:, None]).long()
+        ids *= inputs["attention_mask"]
+    if name == "Siglip2Model":
+        shapes = torch.tensor([[1, 2], [1, 3], [2, 2]])[torch.arange(n) % 3]
+        inputs["pixel_values"] = torch.randn(n, 4, 3 * 8 * 8, generator=g)
+        inputs |= {"spatial_shapes": shapes, "pixel_attention_mask": (torch.arange(4) < shapes.prod(1)[:, None]).long()}
+    return inputs
+
+
+def step(model, inputs, **options):
+    """The result with return_loss, and the gradients of the loss by parameter."""
+    model.zero_grad()
+    out = model(**inputs, return_loss=True, **options)
+    out[0].backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
