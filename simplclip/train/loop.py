@@ -90,9 +90,10 @@ def run(
                 report.print(models.summary(this.model, config.model.name))
                 for line in this.inheritance.lines() if this.inheritance else ():
                     report.print(line)
-                similarity = _backend(this, "similarity_loss_fwd")
+                sigmoid = config.loss.base == "sigmoid"
+                similarity = _backend(this, "similarity_sigmoid" if sigmoid else "similarity_loss_fwd")
                 report.print(f"loss       {_loss(this)}; similarity_loss is served by {similarity}")
-                if config.loss.base == "sigmoid":
+                if sigmoid:
                     report.print(f"logits     {_logits(this)}")
                 report.print(f"blocks     {_blocks(this)}")
                 report.print(f"precision  {precision} ({why})")
