@@ -160,7 +160,8 @@ def curves(run: str | Path) -> Path | None:
         style(axis, title)
         axis.set_xlim(0, max(step[-1], 1))
         shown = np.array([columns[name] for name in names])
-        axis.set_ylim(1.08 * min(0, shown.min()), 1.08 * shown.max() or 1)
+        shown = shown[np.isfinite(shown)]  # a gradient may overflow where GradScaler tries a scale
+        axis.set_ylim(1.08 * shown.min(initial=0), 1.08 * shown.max(initial=0) or 1)
         axis.yaxis.set_major_formatter("{x:.3g}")
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=9, labelcolor=INK)

@@ -1,6 +1,7 @@
 """Training with the base sigmoid: its scale and bias from the start to the export, stages, resuming, and that it learns."""
 
 import math
+from functools import partial
 
 import pytest
 import tiny
@@ -99,6 +100,20 @@ def test_it_learns(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cached", [[], CACHED])
+def test_fp16(tmp_path, monkeypatch, cached):
+    """The first scale is too large: GradScaler leaves out the step, whose norm is not drawn."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**19))
+    go(tiny.settings(tmp_path, SIGMOID, "run.precision=fp16", *cached))
+    logged = rows(tmp_path / "run")
+    norms = [math.isfinite(float(row["grad_norm"])) for row in logged]
+    assert norms == sorted(norms)
+    assert (norms[0], norms[-1]) == (False, True)
+    assert len({row["logit_bias"] for row in logged}) == sum(norms)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [[], CACHED])
 def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch, cached):
     text = check_resumed(tmp_path, monkeypatch, 3, [*STAGES, *cached], teacher=256)
     assert "SigmoidLoss: sigmoid, distill, interactive, feature, pair matching; features of made up, 256 wide" in text
@@ -146,6 +161,7 @@ def test_from_a_run_to_an_export(tmp_path):
     assert found[0]["zero_shot"]["classes"] == sorted(tiny.COLOURS)
     summary = export.run(out, tmp_path / "export", formats=["safetensors"])
     assert summary["logit_bias"] == model.logit_bias.item()
+    assert summary["options"]["init_logit_bias"] == -10  # by which other programs build the model
     for options in (summary["options"], tiny.MODEL):
         for file in (tmp_path / "export" / "open_clip_model.safetensors", out / "last.pt"):
             loaded = models.create("siclip-tiny", checkpoint=file, **options)
