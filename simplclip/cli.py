@@ -209,7 +209,7 @@ def plan(
     *,
     set_: Overrides = None,
     micro_batch: Annotated[
-        str | None, typer.Option(help="data.micro_batch: a number, or auto for the largest that fits.")
+        str | None, typer.Option(help="data.micro_batch: a number, {image: N, text: M}, or auto for the largest that fits.")
     ] = None,
     compare: Annotated[
         str | None, typer.Option(metavar="open_clip", help="Also predict the original model with open_clip's own losses.")

@@ -23,14 +23,16 @@ __all__ = ["backward", "check"]
 
 MicroBatch = TypeVar("MicroBatch")
 Outputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-Named = dict[Any, Tensor]  # by name, or by position
+Encode = Callable[[MicroBatch], Outputs]
+Named = dict[Any, Tensor]  # by name, or by tower and position
 
 
 def backward(
-    encode: Callable[[MicroBatch], Outputs],
-    micro_batches: Sequence[MicroBatch],
+    encode: Encode | Sequence[Encode] | Mapping[str, Encode],
+    micro_batches: Any,
     loss: Callable[..., Tensor | Mapping[str, Tensor]],
     *,
+    micro_batch: int | Sequence[int] | Mapping[str, int] | None = None,
     model: nn.Module | None = None,
     scaler: torch.amp.GradScaler | None = None,
     keep: int = 1,
@@ -51,83 +53,190 @@ def backward(
             scale and bias) must be the same for every micro-batch: `loss` gets one of them, and its gradient is propagated
             once. encode is called twice for a micro-batch and must compute the same both times; it may move the
             micro-batch to the device.
-        micro_batches: a sequence of micro-batches of any type, which is read twice.
+            If the towers have micro-batches of their own: a sequence of such functions, whose outputs `loss` gets one after
+            the other, or a mapping of them, whose key is the name of an output that is one tensor.
+        micro_batches: a sequence of micro-batches of any type, which is read twice; for several towers, a sequence or mapping
+            of such sequences, like `encode`. Their lengths may differ.
         loss: maps the outputs of all E pairs to the loss, or to a mapping of terms whose sum is the loss. Parameters of its
             own get their gradients in step 2.
+        micro_batch: the rows of a micro-batch (GradCache's chunk_sizes), a number or one for each tower, like `encode`.
+            micro_batches then has the whole inputs in place of each sequence: a tensor, or a sequence or mapping of tensors
+            of as many rows. The last micro-batch may be smaller.
         model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients in the
-            last backward pass only. Then encode must call that wrapper and use all its parameters: a logit scale must be an
-            output of encode (as in open_clip's forward(image, text)), not a variable that `loss` captures.
+            last backward pass only (of each tower). Then encode must call that wrapper and use all its parameters: a logit
+            scale must be an output of encode (as in open_clip's forward(image, text)), not a variable that `loss` captures.
+            Towers in one wrapper need find_unused_parameters=True.
         scaler: scales the loss; the caller calls its step and update.
-        keep: the number of last micro-batches whose graph is kept from step 1 to step 3, so that they are not encoded again.
-            If there are several micro-batches, at least one is always encoded again.
+        keep: the number of last micro-batches (of each tower) whose graph is kept from step 1 to step 3, so that they are not
+            encoded again. If there are several micro-batches, at least one is always encoded again.
 
     Returns the detached terms; {"loss": ...} if `loss` returns one tensor.
 
-    Random numbers: a micro-batch draws the same numbers in both passes from the generators of the CPU and of CUDA devices.
-    Afterwards these are in the state that steps 1 and 2 alone would leave. The generators of Python and numpy are not
-    restored. Other state that a forward pass changes is changed twice.
+    Random numbers: a micro-batch draws the same numbers in both passes from the generators of the CPU and of CUDA devices,
+    one tower after the other. Afterwards these are in the state that steps 1 and 2 alone would leave. The generators of
+    Python and numpy are not restored. Other state that a forward pass changes is changed twice.
 
-    Autocast: the forward passes run under the caller's. Memory: activations of max(keep, 1) micro-batches, the outputs
-    and their gradients, and what `loss` needs. Double backward is not supported.
+    Autocast: the forward passes run under the caller's. Memory: activations of max(keep, 1) micro-batches (of each tower),
+    the outputs and their gradients, and what `loss` needs. Where `loss` has only sigmoid terms of simplclip, step 2 is one
+    sweep that computes the value and the gradients. Double backward is not supported.
 
     Raises:
-        ValueError, TypeError: there is no micro-batch, the outputs have another type or shape, or `check` rejects the model.
+        ValueError, TypeError: there is no micro-batch, the arguments of the towers do not fit each other, the outputs have
+            another type or shape, or `check` rejects the model.
 
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
     """
-    if not hasattr(micro_batches, "__getitem__"):
-        raise TypeError(f"micro_batches: expected a sequence, since it is read twice, got {type(micro_batches).__name__}")
-    count = len(micro_batches)
-    if not count:
-        raise ValueError("micro_batches: expected at least one, got none")
     if keep < 0:
         raise ValueError(f"keep: expected a number of micro-batches, 0 or more, got {keep}")
+    towers = _towers(encode, micro_batches, micro_batch, keep)
     if model is not None:
         check(model)
-    again = max(count - keep, min(count - 1, 1))
-    states: list[tuple[Tensor, list[Tensor]]] = []
-    parts: list[Named] = []
-    kept: list[Named] = []
-    for index in range(count):
-        states.append(_generators())
-        with torch.set_grad_enabled(index >= again), _alone(model, count > 1):
-            outputs = _named(encode(micro_batches[index]))
-        if parts and outputs.keys() != parts[0].keys():
-            raise ValueError(f"encode: expected the outputs of the first micro-batch, {list(parts[0])}, got {list(outputs)}")
-        if index >= again:
-            kept.append(outputs)
-        parts.append({name: output.detach() for name, output in outputs.items()})
-    rows = [{name: len(part) for name, part in of_one.items() if part.dim() > 1} for of_one in parts]
-    leaves = {
-        name: (torch.cat([of_one[name] for of_one in parts]) if name in rows[0] else last).requires_grad_()
-        for name, last in parts[-1].items()
-    }
-    del parts, outputs
+    for tower in towers:
+        tower.encode_once(model)
+    leaves: Named = {}
+    for tower in towers:
+        for name, leaf in tower.leaves().items():
+            if name in leaves:
+                raise ValueError(f"{tower.label}: expected outputs that no other tower has, got {name!r}")
+            leaves[name] = leaf.requires_grad_()
+    named = sum(isinstance(name, str) for name in leaves)
+    if 0 < named < len(leaves):
+        raise TypeError("encode: expected all outputs by name or all by position, got some of each")
 
-    terms = loss(**leaves) if isinstance(next(iter(leaves)), str) else loss(*leaves.values())
+    terms = loss(**leaves) if named else loss(*leaves.values())
     terms = terms if isinstance(terms, Mapping) else {"loss": terms}
     total: Any = sum(terms.values())
     total = total if scaler is None else scaler.scale(total)
     with _autocast_off(total):
         total.backward()
     end = _generators()
-
-    gradients: list[Named] = [{} for _ in rows]
-    for name, leaf in leaves.items():
-        if leaf.grad is not None and name in rows[0]:
-            for of_one, gradient in zip(gradients, leaf.grad.split([m[name] for m in rows])):
-                of_one[name] = gradient
-        elif leaf.grad is not None:
-            gradients[again - 1][name] = leaf.grad  # the last one where nothing is encoded again
-    for index in range(again, count):
-        with _alone(model, count > 1):
-            _backpropagate(kept.pop(0), gradients[index])
-    for index in range(again):
-        _restore(states[index])
-        with _alone(model, index < again - 1):
-            _backpropagate(_named(encode(micro_batches[index])), gradients[index])
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    for tower in towers:
+        tower.encode_again(model, gradients)
     _restore(end)
     return {name: term.detach() for name, term in terms.items()}
+
+
+class _Tower:
+    """An encoder with its micro-batches, and what step 1 leaves for step 3. key: None if it is the only one."""
+
+    def __init__(self, key: str | int | None, encode: Encode, micro_batches: Any, size: int | None, keep: int) -> None:
+        self.key, self.encode, at = key, encode, "" if key is None else f"[{key!r}]"
+        self.label = f"encode{at}"
+        if size is not None:
+            micro_batches = _split(f"micro_batches{at}", micro_batches, size)
+        if not hasattr(micro_batches, "__getitem__"):
+            got = type(micro_batches).__name__
+            raise TypeError(f"micro_batches{at}: expected a sequence, since it is read twice, got {got}")
+        self.micro_batches, self.count = micro_batches, len(micro_batches)
+        if not self.count:
+            raise ValueError(f"micro_batches{at}: expected at least one, got none")
+        self.again = max(self.count - keep, min(self.count - 1, 1))  # the number of those that are encoded again
+        self.states: list[tuple[Tensor, list[Tensor]]] = []
+        self.parts: list[Named] = []
+        self.kept: list[Named] = []
+
+    def encode_once(self, model: nn.Module | None) -> None:
+        for index in range(self.count):
+            self.states.append(_generators())
+            with torch.set_grad_enabled(index >= self.again), _alone(model, self.count > 1):
+                outputs = self._outputs(self.micro_batches[index])
+            if self.parts and outputs.keys() != self.parts[0].keys():
+                first, got = ([_shown(name) for name in each] for each in (self.parts[0], outputs))
+                raise ValueError(f"{self.label}: expected the outputs of the first micro-batch, {first}, got {got}")
+            if index >= self.again:
+                self.kept.append(outputs)
+            self.parts.append({name: output.detach() for name, output in outputs.items()})
+        self.rows = [{name: len(part) for name, part in of_one.items() if part.dim() > 1} for of_one in self.parts]
+
+    def leaves(self) -> Named:
+        """The outputs of all micro-batches, of which nothing is kept."""
+        parts, self.parts, features = self.parts, [], self.rows[0]
+        return {n: torch.cat([of_one[n] for of_one in parts]) if n in features else t for n, t in parts[-1].items()}
+
+    def encode_again(self, model: nn.Module | None, gradients: Named) -> None:
+        of_each: list[Named] = [{} for _ in self.rows]
+        for name in self.names:
+            if name in gradients and name in self.rows[0]:
+                for of_one, gradient in zip(of_each, gradients[name].split([m[name] for m in self.rows])):
+                    of_one[name] = gradient
+            elif name in gradients:
+                of_each[self.again - 1][name] = gradients[name]  # the last one where nothing is encoded again
+        for index in range(self.again, self.count):
+            with _alone(model, self.count > 1):
+                _backpropagate(self.kept.pop(0), of_each[index])
+        for index in range(self.again):
+            _restore(self.states[index])
+            with _alone(model, index < self.again - 1):
+                _backpropagate(self._outputs(self.micro_batches[index]), of_each[index])
+
+    def _outputs(self, batch: Any) -> Named:
+        """Encodes a micro-batch and checks the outputs."""
+        outputs: Any = self.encode(batch)
+        by_name = isinstance(self.key, str)
+        if isinstance(outputs, Tensor):
+            outputs = {self.key: outputs} if by_name else (outputs,)
+        if not isinstance(outputs, Mapping if by_name else (Mapping, Sequence)) or not outputs:
+            several = "a mapping" if by_name else "a sequence or mapping"
+            raise TypeError(f"{self.label}: expected a tensor, or {several} of them, got {type(outputs).__name__}")
+        if not isinstance(outputs, Mapping):
+            outputs = {(self.key, place): output for place, output in enumerate(outputs)}
+        for name, output in outputs.items():
+            what = f"output {_shown(name)!r} of {self.label}"
+            checks.floating(what, output)
+            if output.dim() < 2 and output.numel() != 1:
+                raise ValueError(f"{what}: expected features [m, ...] or one element, got shape {checks.shape_of(output)}")
+        self.names = list(outputs)
+        return dict(outputs)
+
+
+def _shown(name: Any) -> str | int:
+    return name[1] if isinstance(name, tuple) else name
+
+
+def _towers(encode: Any, micro_batches: Any, micro_batch: Any, keep: int) -> list[_Tower]:
+    """Checks that the arguments fit each other."""
+    if callable(encode):
+        return [_Tower(None, encode, micro_batches, _checked("micro_batch", micro_batch), keep)]
+    if not isinstance(encode, (Mapping, Sequence)) or not encode:
+        raise TypeError(f"encode: expected a function, or a sequence or mapping of them, got {type(encode).__name__}")
+    kind = Mapping if isinstance(encode, Mapping) else Sequence
+    keys: list[Any] = list(encode) if kind is Mapping else list(range(len(encode)))
+
+    def of_towers(name: str, value: Any) -> list[Any]:
+        if not isinstance(value, kind) or (set(value) != set(keys) if kind is Mapping else len(value) != len(keys)):
+            got = f"{type(value).__name__} {list(value)}" if isinstance(value, Mapping) else type(value).__name__
+            raise ValueError(f"{name}: expected one for each tower in a {kind.__name__.lower()}, {keys}, got {got}")
+        return [value[key] for key in keys]
+
+    if isinstance(micro_batch, (Mapping, Sequence)):
+        sizes = [_checked(f"micro_batch[{key!r}]", size) for key, size in zip(keys, of_towers("micro_batch", micro_batch))]
+    else:
+        sizes = [_checked("micro_batch", micro_batch)] * len(keys)
+    each = zip(keys, of_towers("encode", encode), of_towers("micro_batches", micro_batches), sizes)
+    return [_Tower(key, one, batches, size, keep) for key, one, batches, size in each]
+
+
+def _checked(name: str, size: Any) -> int | None:
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+        raise TypeError(f"{name}: expected a number of rows, got {size!r}")
+    if size is not None and size < 1:
+        raise ValueError(f"{name}: expected a number of rows, 1 or more, got {size}")
+    return size
+
+
+def _split(name: str, inputs: Any, size: int) -> list[Any]:
+    """Micro-batches of `size` rows of a tensor, or of a sequence or mapping of tensors."""
+    if isinstance(inputs, Tensor) and inputs.dim():
+        return list(inputs.split(size))
+    values = list(inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (list, tuple)) else ())
+    if not values or not all(isinstance(value, Tensor) and value.dim() for value in values):
+        raise TypeError(f"{name}: expected a tensor, or a sequence or mapping of tensors, got {type(inputs).__name__}")
+    lengths = [len(value) for value in values]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{name}: expected tensors of as many rows, got {lengths}")
+    parts = zip(*(value.split(size) for value in values))
+    return [dict(zip(inputs, part)) if isinstance(inputs, Mapping) else part for part in parts]
 
 
 def check(model: nn.Module) -> None:
@@ -143,20 +252,6 @@ def check(model: nn.Module) -> None:
                 "of a micro-batch are not those of the whole batch, and running statistics would count every sample twice. "
                 "Put such norms into eval mode (frozen), or use norms without batch statistics, e.g. LayerNorm or GroupNorm"
             )
-
-
-def _named(outputs: Outputs) -> Named:
-    """Checks the outputs of encode and returns them by name or by position."""
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    if not isinstance(outputs, (Mapping, Sequence)) or not outputs:
-        raise TypeError(f"encode: expected a tensor, or a sequence or mapping of them, got {type(outputs).__name__}")
-    named = dict(outputs) if isinstance(outputs, Mapping) else dict(enumerate(outputs))
-    for name, output in named.items():
-        checks.floating(f"output {name!r} of encode", output)
-        if output.dim() < 2 and output.numel() != 1:
-            shape = checks.shape_of(output)
-            raise ValueError(f"output {name!r} of encode: expected features [m, ...] or one element, got shape {shape}")
-    return named
 
 
 def _backpropagate(outputs: Named, gradients: Named) -> None:

@@ -30,7 +30,7 @@ from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.common.files import identity, write_atomically
 from simplclip.export import onnx_towers
-from simplclip.train.state import load_model
+from simplclip.train.state import load_model, model_options
 
 FORMATS = ("open_clip", "safetensors", "onnx")
 SUMMARY = "export.json"
@@ -71,7 +71,7 @@ def run(checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FOR
         samples = {"image": torch.randn(len(_PHRASES), 3, *size, generator=noise), "text": tokenizer(list(_PHRASES))}
         answer = {
             "model": config.model.name,
-            "options": config.model.options,
+            "options": model_options(config),
             "step": state["step"],
             "checkpoint": str(checkpoint),
             "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},

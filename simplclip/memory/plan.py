@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,8 +18,9 @@ from simplclip.memory.count import Usage
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
 from simplclip.train import config as configs
-from simplclip.train.config import Config, ConfigError
+from simplclip.train.config import Config, ConfigError, MicroBatch
 from simplclip.train.limits import GIB, Budget, gib
+from simplclip.train.state import SIGLIP
 
 CARDS = {"rtx-3090": 24 * GIB, "rtx-4090": 24 * GIB, "rtx-3060": 12 * GIB, "a100-40": 40 * GIB, "a100-80": 80 * GIB}
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -45,7 +48,7 @@ class Answer:
 
     what: str
     batch_size: int
-    micro_batch: int | None
+    micro_batch: int | dict[str, int | None] | None  # as in the config
     peak: int
     fits: bool
     next_batch_size: int | None = None
@@ -107,7 +110,8 @@ def make(
 
     show(f"the step as configured: batch {config.data.batch_size:,}")
     usage, data, measured = this.usage(), config.data, None
-    answers = [Answer("as configured", data.batch_size, data.micro_batch, usage.peak, usage.peak <= budget.usable)]
+    micro = config.to_dict()["data"]["micro_batch"]
+    answers = [Answer("as configured", data.batch_size, micro, usage.peak, usage.peak <= budget.usable)]
     if on_card and torch.cuda.is_available():
         show("two real steps of it on this GPU")
         try:
@@ -189,16 +193,20 @@ class _Planner:
         yield whole
         if not self.cacheable or not whole.batch_size:
             return
-        micro = self.config.data.micro_batch or min(SMALL_MICRO_BATCH, self.config.data.batch_size)
-        if micro >= whole.batch_size:
-            micro = max(1, whole.batch_size // 2)  # the largest micro-batch would leave no memory for a larger batch
-        show(f"the largest batch by gradient caching, micro-batches of {micro:,}")
+        data, k = self.config.data, self.config.data.captions_per_image
+        unit = data.images_at_a_time if data.micro_batch else min(SMALL_MICRO_BATCH, data.batch_size)
+        most = max(1, whole.batch_size // 2)  # the largest micro-batch would leave no memory for a larger batch
+        unit = most if unit >= whole.batch_size else unit
+        micro: Any = unit
+        if isinstance(data.micro_batch, MicroBatch):
+            text = data.micro_batch.text or data.batch_size * k
+            micro = {"image": unit, "text": text if text < whole.batch_size * k else most * k}
+        show(f"the largest batch by gradient caching, micro-batches of {micro}")
         usage = lambda n: self.usage(data={"batch_size": n, "micro_batch": micro})  # noqa: E731
-        yield self._answer("most by gradient caching", usage, micro)
+        yield self._answer("most by gradient caching", usage, micro, unit)
 
-    def _answer(self, what: str, usage: Callable[[int], Usage], micro_batch: int | None = None) -> Answer:
-        """The largest batch, a multiple of `micro_batch`, whose usage fits."""
-        unit = micro_batch or 1
+    def _answer(self, what: str, usage: Callable[[int], Usage], micro_batch: Any = None, unit: int = 1) -> Answer:
+        """The largest batch, a multiple of `unit`, whose usage fits."""
         start = max(8, 16384 // unit) if unit > 1 else 32
         found, seen = largest(lambda n: usage(n * unit).peak, self.budget.usable, start=start, most=MOST_PAIRS // unit)
         peaks = {n * unit: peak for n, peak in sorted(seen.items())}
@@ -210,10 +218,12 @@ class _Planner:
         name = models.original(self.config.model.name)
         if name is None:
             raise ConfigError(f"--compare: expected a model made from one of open_clip's, got {self.config.model.name}")
-        width = self.base.teacher["width"] if "distill_loss" in self.config.loss.weights else None
-        what = f"most in open_clip: {name}, {type(OpenClipStep(name, 1, self.precision, width).loss).__name__}"
+        sigmoid = self.config.loss.base == "sigmoid"  # which open_clip has without a teacher
+        width = self.base.teacher["width"] if "distill_loss" in self.config.loss.weights and not sigmoid else None
+        step = partial(OpenClipStep, name, precision=self.precision, teacher_width=width, **SIGLIP if sigmoid else {})
+        what = f"most in open_clip: {name}, {type(step(1).loss).__name__}"
         show(what)
-        return self._answer(what, lambda n: predict(OpenClipStep(name, n, self.precision, width), self.device))
+        return self._answer(what, lambda n: predict(step(n), self.device))
 
     def advice(self, usage: Usage) -> Iterator[str]:
         """Settings that would lower the peak of the step as configured, with the new peak."""
@@ -224,6 +234,12 @@ class _Planner:
             changes["model.recompute=true (blocks are computed again in backward)"] = {"model": {"recompute": True}}
         if micro is None and size % 4 == 0 and self.cacheable:
             changes[f"data.micro_batch={size // 4} (gradient caching)"] = {"data": {"micro_batch": size // 4}}
+        elif isinstance(micro, MicroBatch):
+            for tower, most in (("image", size), ("text", size * config.data.captions_per_image)):
+                half = (getattr(micro, tower) or most) // 2
+                if half and (tower == "text" or size % half == 0):
+                    less = micro.model_dump() | {tower: half}
+                    changes[f"data.micro_batch.{tower}={half}"] = {"data": {"micro_batch": less}}
         elif micro is not None and micro % 2 == 0:
             changes[f"data.micro_batch={micro // 2}"] = {"data": {"micro_batch": micro // 2}}
         if config.loss.scratch_mib > 8:

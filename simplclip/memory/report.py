@@ -46,7 +46,7 @@ def show(plan: Plan, console: Console) -> None:
         answers.add_row(
             answer.what,
             f"{answer.batch_size:,}",
-            f"{answer.micro_batch:,}" if answer.micro_batch else "all",
+            _at_a_time(answer.micro_batch),
             gib(answer.peak),
             "yes" if answer.fits else "no",
             "" if answer.next_peak is None else f"{answer.next_batch_size:,}: {answer.next_peak / GIB:.2f}",
@@ -63,6 +63,12 @@ def show(plan: Plan, console: Console) -> None:
     for name, lines in ("measured", [measured]), ("assumed", plan.assumptions), ("advice", advice):
         for line in lines:
             console.print(f"{name:10} {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _at_a_time(micro_batch: int | dict[str, int | None] | None) -> str:
+    if isinstance(micro_batch, dict):
+        return ", ".join(f"{_at_a_time(size)} {tower}" for tower, size in micro_batch.items())
+    return f"{micro_batch:,}" if micro_batch else "all"
 
 
 def _table(*columns: str) -> Table:

@@ -60,15 +60,13 @@ class TrainerStep(Training):
         """The micro-batches of a step, in the host's memory.
 
         If not `whole`, they have no values, and those between the second and the last are merged into one that the towers do
-        not process, since only its number of rows matters.
+        not process, since only its number of rows matters. So are those of the text tower, see `text_batches`.
         """
-        c = self.config.data
-        size = c.micro_batch or c.batch_size
-        count = c.batch_size // size
+        self.whole, size = whole, self.config.data.images_at_a_time
+        count = self.config.data.batch_size // size
         if whole or count < 4:
             return [self._batch(size, whole) for _ in range(count)]
-        between = self._batch((count - 3) * size, whole)
-        between["unseen"] = between.pop("image"), between.pop("text")
+        between = self._batch((count - 3) * size, whole) | {"unseen": True}
         return [self._batch(size, whole), self._batch(size, whole), between, self._batch(size, whole)]
 
     def _batch(self, size: int, whole: bool) -> dict[str, Tensor]:
@@ -100,16 +98,28 @@ class TrainerStep(Training):
         sources = self.config.inherit.source
         return [_architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
-    def encode(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+    def encode_image(self, batch: dict[str, Any]) -> Tensor:
+        return self._encode(super().encode_image, batch, len(batch["image"]))
+
+    def encode_text(self, batch: dict[str, Any]) -> Tensor:
+        return self._encode(super().encode_text, batch, batch["text"].shape[:-1].numel())
+
+    def _encode(self, encode: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], rows: int) -> Tensor:
         """Encodes a batch; for a merged one (see `batches`) only makes features of its size."""
-        if "image" not in batch:
-            size, (width, dtype) = len(batch["group"]), self._features
-            rows = size, size * self.config.data.captions_per_image
-            return tuple(torch.empty(n, width, dtype=dtype, device=self.device) for n in rows)
+        if "unseen" in batch:
+            width, dtype = self._features
+            return torch.empty(rows, width, dtype=dtype, device=self.device)
         with self.during("encode", "activations"):
-            features = super().encode(batch)
-        self._features = features[0].shape[1], features[0].dtype
+            features = encode(batch)
+        self._features = features.shape[1], features.dtype
         return features
+
+    def text_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        parts = super().text_batches(batches)
+        if parts is batches or self.whole or len(parts) < 4:
+            return parts
+        rows = sum(len(part["text"]) for part in parts[2:-1])
+        return [*parts[:2], {"text": parts[2]["text"][:1].expand(rows, -1), "unseen": True}, parts[-1]]
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
         with self.during("loss", "loss"):
@@ -137,11 +147,12 @@ class OpenClipStep:
     """A step of open_clip's trainer on one of its models, with its loss for that model or with stored teacher features.
 
     teacher_width: the width of a teacher's features for DistillClipLoss; None: CoCaLoss for a CoCa, SigLipLoss for a model
-    with a logit bias, else ClipLoss. No teacher is in memory, unlike in open_clip's own trainer.
+    with a logit bias, else ClipLoss. No teacher is in memory, unlike in open_clip's own trainer. options: of the model.
     """
 
-    def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None) -> None:
+    def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None, **options: Any) -> None:
         self.name, self.batch_size, self.precision, self.teacher_width = name, batch_size, precision, teacher_width
+        self.options = options | {"output_dict": True}
         with torch.device("meta"):
             self.materialize(torch.device("meta"))
         if teacher_width is not None:
@@ -152,7 +163,7 @@ class OpenClipStep:
             self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
 
     def materialize(self, device: torch.device) -> None:
-        self.model = models.create(models.PLAIN + self.name, device=device, output_dict=True).train()
+        self.model = models.create(models.PLAIN + self.name, device=device, **self.options).train()
 
     def place(self, device: torch.device, during: During) -> None:
         self.device, self.during = device, during

@@ -235,6 +235,8 @@ def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     state = bare_state(read_weights(checkpoint, InputError, "checkpoint: expected a file of weights"))
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"checkpoint: expected a state dict of tensors, got {checkpoint}, which holds something else")
+    if "logit_bias" in state and getattr(model, "logit_bias", None) is None:  # it was trained by a sigmoid loss
+        model.logit_bias = nn.Parameter(torch.empty_like(state["logit_bias"]))
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -51,13 +51,24 @@ class InheritConfig(Section):
     train: list[str] = Field([], description="patterns of inherited tensors that are trained; the others are frozen")
 
 
+class MicroBatch(Section):
+    """What each tower encodes at a time; None: the whole batch."""
+
+    image: int | None = Field(None, ge=1)
+    text: int | None = Field(None, ge=1)
+
+
 class DataConfig(Section):
     train: str | list[str] = Field(description="shards to train on: path, glob or brace pattern, or a list of them")
     batch_size: int = Field(256, ge=1, description="images per step")
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+    micro_batch: Annotated[
+        Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("number")] | Annotated[MicroBatch, Tag("towers")],
+        Discriminator(lambda value: "towers" if isinstance(value, dict | MicroBatch) else "number"),
+    ] = Field(
         None,
-        description="images at a time (gradient caching: the gradient is that of the whole batch); null: all; auto: as many "
-        "as fit, see `simplclip plan`",
+        description="images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); "
+        "{image, text}: images and captions at a time, each tower by itself; null: all; auto: as many as fit, see "
+        "`simplclip plan`",
     )
     captions_per_image: int = Field(1, ge=1, description="captions drawn for each image in each step; each makes a pair")
     workers: int = Field(1, ge=0, description="loader processes; 0 reads in the training process")
@@ -66,6 +77,13 @@ class DataConfig(Section):
         description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: the model's default",
     )
     options: dict[str, Any] = Field({}, description="further keyword arguments for `simplclip.data.make_loader`")
+
+    @property
+    def images_at_a_time(self) -> int:
+        """Images of a micro-batch; "auto" must have been replaced by a number."""
+        micro = self.micro_batch.image if isinstance(self.micro_batch, MicroBatch) else self.micro_batch
+        assert micro != "auto"
+        return micro or self.batch_size
 
 
 class Schedule(Section):
@@ -114,7 +132,12 @@ _SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
 
 
 class LossConfig(Section):
-    contrastive_weight: Weight = Field(1.0, description=f"weight of the contrastive loss; each weight is {_SCHEDULE}")
+    base: Literal["contrastive", "sigmoid"] = Field(
+        "contrastive",
+        description="contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair (SigLIP), whose scale "
+        "starts at 10 and whose bias at -10 unless model.options has init_logit_scale and init_logit_bias",
+    )
+    contrastive_weight: Weight = Field(1.0, description=f"weight of the base; each weight is {_SCHEDULE}")
     pm_weight: Weight = Field(1.0, description="weight of the pair matching loss")
     plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
     negatives: Literal["all", "shift", "hard"] = Field("all", description="negatives of the pair matching loss")
@@ -132,7 +155,7 @@ class LossConfig(Section):
     @property
     def weights(self) -> dict[str, Schedule]:
         """The schedules by the loss's names of its terms, without those that are always 0."""
-        fields = {term: getattr(self, field) for term, field in TERMS.items()}
+        fields = {f"{self.base}_loss" if t == "contrastive_loss" else t: getattr(self, f) for t, f in TERMS.items()}
         schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
         return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
 
@@ -183,7 +206,7 @@ class Config(Section):
     data: DataConfig = Field(description="the training data")
     loss: LossConfig = Field(
         LossConfig(),
-        description="simplclip.losses.ClipPMLoss, or WIKDLoss if a term needs a teacher, whose features are in the shards",
+        description="the base, pair matching, and the terms that need a teacher, whose features are in the shards",
     )
     optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, cosine")
     eval: EvalConfig = Field(EvalConfig(), description="held-out data")
@@ -192,8 +215,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _whole(self) -> Config:
         size, micro = self.data.batch_size, self.data.micro_batch
-        if isinstance(micro, int) and size % micro:
-            raise ValueError(f"data.micro_batch: expected a divisor of data.batch_size = {size}, got {micro}")
+        if micro != "auto" and size % self.data.images_at_a_time:
+            key = "data.micro_batch.image" if isinstance(micro, MicroBatch) else "data.micro_batch"
+            raise ValueError(f"{key}: expected a divisor of data.batch_size = {size}, got {self.data.images_at_a_time}")
         schedules = self.loss.weights.values()
         turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
         for step in sorted(step for step in turns if step < self.run.steps):
@@ -311,7 +335,7 @@ _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal",
 
 def _explain(error: Any) -> str:
     known, kind = keys(), error["type"]
-    path = [str(part) for part in error["loc"] if part not in ("number", "schedule")]
+    path = [str(part) for part in error["loc"] if part not in ("number", "schedule", "towers")]
     key = ".".join(path)
     if kind == "value_error":  # raised by a validator in this file
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])

@@ -137,7 +137,7 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
         raise ConfigError(f"resume: expected the settings of {last}, got other settings: {changes}")
     if state["step"] > config.run.steps:
         raise ConfigError(f"run.steps: expected at least {state['step']}, the step of {last}, got {config.run.steps}")
-    before, now = (c.data.micro_batch or c.data.batch_size for c in (was, config))
+    before, now = (c.data.images_at_a_time for c in (was, config))
     images = state["batch"] * before
     state["batch"], rest = divmod(images, now)
     if rest:

@@ -18,6 +18,7 @@ from rich.console import Console
 from simplclip import data, evaluation, models
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
+from simplclip.models.inherit import TRAINS
 from simplclip.ops import backends
 from simplclip.train import checkpoint
 from simplclip.train.config import Config
@@ -89,8 +90,11 @@ def run(
                 report.print(models.summary(this.model, config.model.name))
                 for line in this.inheritance.lines() if this.inheritance else ():
                     report.print(line)
-                similarity = _backend(this, "similarity_loss_fwd")
+                sigmoid = config.loss.base == "sigmoid"
+                similarity = _backend(this, "similarity_sigmoid" if sigmoid else "similarity_loss_fwd")
                 report.print(f"loss       {_loss(this)}; similarity_loss is served by {similarity}")
+                if sigmoid:
+                    report.print(f"logits     {_logits(this)}")
                 report.print(f"blocks     {_blocks(this)}")
                 report.print(f"precision  {precision} ({why})")
                 report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
@@ -186,7 +190,7 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
     A step may take micro-batches of two epochs. The loader draws nothing from the global random generators.
     """
     c, last, batches = this.config.data, None, []
-    wanted = c.batch_size // (c.micro_batch or c.batch_size)
+    wanted = c.batch_size // c.images_at_a_time
     while True:
         for batch in loader.epoch(this.epoch, skip_batches=this.batch):
             this.batch += 1
@@ -220,7 +224,7 @@ def _loader(config: Config, pin_memory: bool) -> data.Loader:
         c.train,
         tokenizer=models.tokenizer(m.name),
         transform=models.transforms(m.name, train=True, augment=c.augment, image_size=m.image_size),
-        batch_size=c.micro_batch or c.batch_size,
+        batch_size=c.images_at_a_time,
         captions_per_image=c.captions_per_image,
         teacher=config.loss.needs_teacher,
         workers=c.workers,
@@ -236,6 +240,23 @@ def _loss(this: Training) -> str:
         return f"{type(this.loss).__name__}: {weights}"
     stored = f"features of {this.teacher['name']}, {this.teacher['width']} wide, are read from the shards"
     return f"{type(this.loss).__name__}: {weights}; {stored}; no teacher is in memory"
+
+
+def _logits(this: Training) -> str:
+    """The scale and the bias that the run starts with, and where they are from."""
+    rows = this.inheritance.rows if this.inheritance else ()
+    inherited = {row.module for row in rows if row.status == TRAINS}
+
+    def source(name: str) -> str:
+        if this.step:
+            return "from the checkpoint"
+        if f"init_{name}" in this.config.model.options:
+            return f"model.options.init_{name}"
+        return "inherited" if {"", name} & inherited else "as in SigLIP"
+
+    bias = "no bias" if this.logit_bias is None else f"bias {this.logit_bias.item():.4g}"
+    scale = f"scale {this.model.logit_scale.exp().item():.4g}"
+    return f"{scale} ({source('logit_scale')}), {bias} ({source('logit_bias')})"
 
 
 def _backend(this: Training, op: str, **call) -> str:

@@ -60,8 +60,9 @@ class Reporter:
 
     def step(self, step: int, row: Mapping[str, float]) -> None:
         terms = "  ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in row.items() if name.endswith("_loss"))
+        bias = f"  bias {row['logit_bias']:.1f}" if "logit_bias" in row else ""
         figures = (
-            f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}  "
+            f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}{bias}  "
             f"{row['samples_per_s']:.0f} samples/s  peak {row['peak_mb']:.0f} MiB"
         )
         if not self.progress.disable:
@@ -143,12 +144,13 @@ def curves(run: str | Path) -> Path | None:
     figure = new_figure(11, 6.4)
     margins = {"left": 0.055, "right": 0.98, "top": 0.86, "bottom": 0.085}
     axes = figure.subplots(2, 2, gridspec_kw={"hspace": 0.34, "wspace": 0.14, **margins})
-    panels = {"Loss": ["loss", *terms], "Learning rate": ["lr"], "Logit scale": ["logit_scale"]}
+    logits = [name for name in ("logit_scale", "logit_bias") if name in columns]
+    panels = {"Loss": ["loss", *terms], "Learning rate": ["lr"], "Logit scale" + " and bias" * (len(logits) > 1): logits}
     panels["Gradient norm before clipping"] = ["grad_norm"]
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for colour, name in zip(COLOURS, names):
             values = columns[name]
-            noisy = len(values) > 20 and name not in ("lr", "logit_scale")
+            noisy = len(values) > 20 and name not in ("lr", "logit_scale", "logit_bias")
             if noisy:
                 axis.plot(step, values, color=colour, alpha=0.22, linewidth=0.8)
                 window = np.ones(2 * max(1, len(values) // 40) + 1)  # a twentieth of the run, fewer rows at its ends
@@ -157,7 +159,9 @@ def curves(run: str | Path) -> Path | None:
             axis.plot(step, values, color=colour, linewidth=1.8, label=f"{label}: {values[-1]:.3g}")
         style(axis, title)
         axis.set_xlim(0, max(step[-1], 1))
-        axis.set_ylim(0, 1.08 * max(columns[name].max() for name in names) or 1)
+        shown = np.array([columns[name] for name in names])
+        shown = shown[np.isfinite(shown)]  # a gradient may overflow where GradScaler tries a scale
+        axis.set_ylim(1.08 * shown.min(initial=0), 1.08 * shown.max(initial=0) or 1)
         axis.yaxis.set_major_formatter("{x:.3g}")
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=9, labelcolor=INK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,42 @@ from simplclip import losses
 from simplclip.train.config import TERMS, ConfigError, LossConfig
 
 
+class SigmoidLoss(losses.WIKDLoss):
+    """SigLIP's loss and pair matching in one sweep, and beside them the terms of WIKDLoss that need a teacher."""
+
+    FUSED: ClassVar = {"sigmoid_loss": "sigmoid", "pair_matching_loss": "pair_matching"}
+
+    def forward(  # type: ignore[override]
+        self,
+        image: Tensor,  # [N, D]
+        text: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+        logit_bias: Tensor | None,  # []
+        weights: Mapping[str, float],
+        *teacher: Tensor,  # features [N, D̂], [N, D̂] and scale []
+        ids: Tensor,  # [N] int64
+    ) -> dict[str, Tensor]:
+        """The weighted terms that `weights` names. Gradients are those of their sum."""
+        fused = {name: weights[term] for term, name in self.FUSED.items() if term in weights}
+        terms: dict[str, Tensor] = {}
+        if fused:
+            options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids}
+            values = self._terms(tuple(fused), image, text, weights=fused, **options)
+            total = values["loss"]  # alone has gradients
+            terms = {term: fused[name] * values[name] for term, name in self.FUSED.items() if name in fused}
+            first = next(iter(terms))
+            terms[first] = terms[first] + (total - total.detach())
+        if weights.keys() - terms.keys():
+            self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
+            taught = super().forward(image, text, logit_scale, *teacher, output_dict=True, ids=ids)
+            terms |= {term: weights[term] * value for term, value in taught.items()}
+        return terms
+
+
 class Objective:
-    """Computes the weighted terms of a batch at a step of a run by `loss`: ClipPMLoss, or WIKDLoss with a teacher.
+    """Computes the weighted terms of a batch at a step of a run by `loss`.
+
+    It is ClipPMLoss, with a teacher WIKDLoss, and for the base sigmoid SigmoidLoss.
 
     width: D of the student's features, needed with a teacher and for plane="hadamard".
     teacher: its "width" D̂ and "logit_scale", if any step has a term of a teacher.
@@ -22,22 +56,25 @@ class Objective:
 
     def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
         self.schedules, self.steps, self.teacher = config.weights, steps, teacher
+        self.sigmoid = config.base == "sigmoid"
         on = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
+        on["contrastive_weight"] += self.sigmoid
         shared = {"plane": config.plane, "negatives": config.negatives, "embed_dim": width}
-        if teacher is None:
+        if teacher is None and not self.sigmoid:
             self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
             return
         across = {"feature_loss", "interactive_loss"} & self.schedules.keys()
-        if across and teacher["width"] != width and not config.projection:
+        if teacher and across and teacher["width"] != width and not config.projection:
             raise ConfigError(
                 f"loss.projection: expected true, since the teacher's features have width {teacher['width']} and the "
                 f"student's {width}, and {' and '.join(sorted(across)).replace('_loss', '')} distillation compares them; "
                 "got false"
             )
-        self.loss = losses.WIKDLoss(
+        kind = SigmoidLoss if self.sigmoid else losses.WIKDLoss
+        self.loss = kind(
             **on,
             **shared,
-            teacher_dim=teacher["width"] if config.projection else None,
+            teacher_dim=teacher["width"] if teacher and config.projection else None,
             interactive=config.interactive,
             learn_interactive_scale=config.learn_interactive_scale,
             feature_distance=config.feature_distance,
@@ -64,13 +101,16 @@ class Objective:
             of_images = (image, group, teacher_image)
             image, group, teacher_image = (None if t is None else t.repeat_interleave(captions, 0) for t in of_images)
         weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
-        for term, weight in weights.items():
-            setattr(self.loss, TERMS[term], float(weight > 0))
-        options = {"output_dict": True, "ids": group}
-        if self.teacher is None:
-            terms = self.loss(image, text, logit_scale, logit_bias, **options)
+        for term in weights.keys() & TERMS.keys():
+            setattr(self.loss, TERMS[term], float(weights[term] > 0))
+        teacher: tuple = ()
+        if self.teacher is not None:
+            teacher = teacher_image, teacher_text, torch.tensor(self.teacher["logit_scale"], device=image.device)
+        if self.sigmoid:
+            on = {term: weight for term, weight in weights.items() if weight}
+            terms = self.loss(image, text, logit_scale, logit_bias, on, *teacher, ids=group)
         else:
-            scale = torch.tensor(self.teacher["logit_scale"], device=image.device)
-            terms = self.loss(image, text, logit_scale, teacher_image, teacher_text, scale, **options)
+            terms = self.loss(image, text, logit_scale, *(teacher or (logit_bias,)), output_dict=True, ids=group)
+            terms = {term: weights[term] * value for term, value in terms.items()}
         off = image.new_zeros((), dtype=torch.float32)
-        return {term: weight * terms[term] if weight else off for term, weight in weights.items()}
+        return {term: terms.get(term, off) for term in weights}

@@ -15,8 +15,10 @@ from simplclip.common import hardware
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.config import Config, ConfigError, from_dict
+from simplclip.train.config import Config, ConfigError, MicroBatch, from_dict
 from simplclip.train.objective import Objective
+
+SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
 
 
 class Training:
@@ -37,6 +39,9 @@ class Training:
         if config.inherit.source is not None and not state:
             self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
             self.frozen = self.inheritance.names
+            for name in ("logit_scale", "logit_bias"):  # what the config states holds, not what the source has
+                if (value := config.model.options.get(f"init_{name}")) is not None:
+                    nn.init.constant_(getattr(self.model, name), value)
         if config.model.freeze_norms:
             freeze_norms(self.model)
         if config.model.recompute:
@@ -77,12 +82,24 @@ class Training:
         parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
         return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict()}
 
-    def encode(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Normalised features of a loader's batch: image [N, D], and text [N k, D] of its k captions per image."""
+    def encode_image(self, batch: dict[str, Any]) -> Tensor:
+        """Normalised features [N, D] of the images of a loader's batch."""
         with hardware.autocast(self.precision, self.device):
-            image, text = (batch[name].to(self.device, non_blocking=True) for name in ("image", "text"))
-            features = self.model.encode_image(image, normalize=True)
-            return features, self.model.encode_text(text.flatten(0, -2), normalize=True)
+            return self.model.encode_image(batch["image"].to(self.device, non_blocking=True), normalize=True)
+
+    def encode_text(self, batch: dict[str, Any]) -> Tensor:
+        """Normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""
+        with hardware.autocast(self.precision, self.device):
+            text = batch["text"].to(self.device, non_blocking=True)
+            return self.model.encode_text(text.flatten(0, -2), normalize=True)
+
+    def text_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The captions of a step as micro-batches of the text tower."""
+        micro = self.config.data.micro_batch
+        if not isinstance(micro, MicroBatch):
+            return batches
+        texts = torch.cat([batch["text"].flatten(0, -2) for batch in batches])
+        return [{"text": part} for part in texts.split(micro.text or len(texts))]
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """The weighted terms of the loss of `batches` together, from their features."""
@@ -91,8 +108,12 @@ class Training:
         if self.teacher:
             rest[2] = rest[2].flatten(0, -2)
         with hardware.autocast(self.precision, self.device):
-            scale, bias = self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
-            return self.objective(self.step, image, text, scale, bias, *rest)
+            return self.objective(self.step, image, text, self.model.logit_scale.exp(), self.logit_bias, *rest)
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """The bias that the loss uses."""
+        return getattr(self.model, "logit_bias", None) if self.config.loss.base == "sigmoid" else None
 
     def _width(self) -> int | None:
         """D if the loss needs it, else None."""
@@ -103,10 +124,15 @@ class Training:
             return self.model.eval().encode_text(tokens).shape[-1]
 
 
+def model_options(config: Config) -> dict[str, Any]:
+    """Keyword arguments of `models.create`: with the base sigmoid, SigLIP's scale and bias where the config has none."""
+    return (SIGLIP if config.loss.base == "sigmoid" else {}) | config.model.options
+
+
 def build_model(config: Config) -> nn.Module:
     """The model that `config` names, with random weights. Raises ConfigError for options that it does not accept."""
     try:
-        return models.create(config.model.name, **config.model.options)
+        return models.create(config.model.name, **model_options(config))
     except TypeError as error:
         got = f"{config.model.options}: {error}"
         raise ConfigError(f"model.options: expected options of {config.model.name}, got {got}") from error

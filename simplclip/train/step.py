@@ -24,18 +24,19 @@ def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float
     model, optimizer, scaler = this.model, this.optimizer, this.scaler
     optimizer.zero_grad(set_to_none=True)
     if this.config.data.micro_batch is None:
-        terms = this.terms(batches, *this.encode(*batches))
+        terms = this.terms(batches, this.encode_image(batches[0]), this.encode_text(batches[0]))
         scaler.scale(sum(terms.values())).backward()
     else:
-        losses = partial(this.terms, batches)
-        terms = gradient_cache.backward(this.encode, batches, losses, model=model, scaler=scaler)
+        losses, towers = partial(this.terms, batches), (this.encode_image, this.encode_text)
+        terms = gradient_cache.backward(towers, (batches, this.text_batches(batches)), losses, model=model, scaler=scaler)
     loss = sum(terms.values())
     scaler.unscale_(optimizer)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, this.config.optim.grad_clip or math.inf)
 
     # The step synchronises once, before the update, so that a bad step does not change the parameters.
-    figures = {"loss": loss, **terms, "logit_scale": model.logit_scale.exp(), "grad_norm": norm}
+    figures = {"loss": loss, **terms, "logit_scale": model.logit_scale.exp()}
+    figures |= {"grad_norm": norm} if this.logit_bias is None else {"logit_bias": this.logit_bias, "grad_norm": norm}
     values = dict(zip(figures, torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist()))
     # The scaler handles an infinite gradient: it skips the step and lowers its scale.
     watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+from functools import partial
 
 import open_clip
 import pytest
@@ -12,13 +13,15 @@ from timm.layers.evo_norm import EvoNorm2dB0
 from tolerance import assert_within
 from torch import nn
 
-from simplclip import gradient_cache, models
+from simplclip import gradient_cache, losses, models
 from simplclip.losses import ClipPMLoss, WIKDLoss
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.nn import SimplifiedBlock, share_weights
+from simplclip.ops import backends
 
 SIZES = (5, 5, 5, 2)
 TEACHER = 24
+LOSSES = ClipLoss(), SigLipLoss(), losses.SigLipLoss(), losses.SigLipLoss(pm_weight=0.5)
 
 
 def bf16():
@@ -49,8 +52,11 @@ def normalised(model):
 
 
 def one_graph(encode, micro_batches, loss, scaler=None, **_):
-    every = [encode(batch) for batch in micro_batches]
     join = lambda of_one: torch.cat(of_one) if of_one[0].dim() else of_one[0]  # noqa: E731
+    if isinstance(encode, tuple):
+        every = [[torch.cat([one(batch) for batch in batches]) for one, batches in zip(encode, micro_batches)]]
+    else:
+        every = [encode(batch) for batch in micro_batches]
     if isinstance(every[0], dict):
         terms = loss(**{k: join([o[k] for o in every]) for k in every[0]})
     else:
@@ -181,13 +187,19 @@ class Dropping(nn.Module):
         self.dropout = nn.Dropout(0.3)
         self.logit_scale = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, image, text):
-        x, y = self.patch(image).flatten(2).mT, self.token(text)
-        for block in self.image:
+    def encode_image(self, image):
+        return self.encode(self.image, self.patch(image).flatten(2).mT)
+
+    def encode_text(self, text):
+        return self.encode(self.text, self.token(text))
+
+    def encode(self, blocks, x):
+        for block in blocks:
             x = block(self.dropout(x))
-        for block in self.text:
-            y = block(self.dropout(y))
-        return *(F.normalize(t.mean(1), dim=1) for t in (x, y)), self.logit_scale.exp()
+        return F.normalize(x.mean(1), dim=1)
+
+    def forward(self, image, text):
+        return self.encode_image(image), self.encode_text(text), self.logit_scale.exp()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -200,7 +212,71 @@ def test_random_numbers_shared_weights_and_recomputed_blocks(dtype):
         assert torch.equal(first[0][name], second[0][name])
 
 
-@pytest.mark.parametrize("loss", [ClipLoss(), SigLipLoss()], ids=["ClipLoss", "SigLipLoss"])
+def whole():
+    """Images and texts of a whole batch, in float64."""
+    return [torch.cat(of_tower) for of_tower in zip(*pairs(dtype=torch.float64, vocabulary=64))]
+
+
+@pytest.mark.parametrize(("images", "texts"), [((5, 5, 5, 2), (9, 8)), ((17,), (3, 3, 3, 3, 3, 2)), ((4, 13), (17,))])
+def test_micro_batches_of_each_tower(images, texts):
+    """The gradients of one graph in which dropout draws the same numbers; the last micro-batches are smaller or larger."""
+    model, module = Dropping().double(), ClipPMLoss(negatives="shift").double()
+    encode = model.encode_image, model.encode_text
+    batches = tuple(t.split(list(sizes)) for t, sizes in zip(whole(), (images, texts)))
+    loss = lambda x, y: module(x, y, model.logit_scale.exp(), output_dict=True)  # noqa: E731
+    found = assert_same(encode, batches, loss, (model, module), torch.float64, model=model)
+    assert len(found) == len([*model.parameters(), *module.parameters()])
+
+
+@pytest.mark.parametrize(("micro_batch", "image", "text"), [(5, 5, 5), ((5, 8), 5, 8), ({"text": 20, "image": 1}, 1, 20)])
+def test_inputs_are_split_into_micro_batches(micro_batch, image, text):
+    """By a number for all towers or one for each; outputs by position or by name."""
+    model, seen = Dropping().double().eval(), {"image": [], "text": []}
+
+    def encode(tower, batch):
+        seen[tower] += [len(batch)] * (not torch.is_grad_enabled())
+        return getattr(model, f"encode_{tower}")(batch)
+
+    towers, inputs = {name: partial(encode, name) for name in seen}, dict(zip(seen, whole()))
+    loss = lambda image, text: ClipLoss()(image, text, model.logit_scale.exp())  # noqa: E731
+    args = (towers, inputs) if isinstance(micro_batch, dict) else ([*towers.values()], [*inputs.values()])
+    cached = step(gradient_cache.backward, *args, loss, (model,), micro_batch=micro_batch, keep=0)[0]
+    assert seen == {name: [len(t) for t in inputs[name].split(size)] for name, size in (("image", image), ("text", text))}
+    expected = step(one_graph, tuple(towers.values()), [[t] for t in inputs.values()], loss, (model,))[0]
+    torch.testing.assert_close(cached, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_inputs_of_one_encoder_are_split_together(kind):
+    model, (image, text) = Dropping().double().eval(), whole()
+    inputs = {"image": image, "text": text} if kind is dict else kind((image, text))
+    encode = lambda b: model(**b) if kind is dict else model(*b)  # noqa: E731
+    cached = step(gradient_cache.backward, encode, inputs, ClipLoss(), (model,), micro_batch=6)[0]
+    expected = step(one_graph, lambda b: model(*b), [(image, text)], ClipLoss(), (model,))[0]
+    torch.testing.assert_close(cached, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("pm_weight", [0, 0.5])
+def test_sigmoid_terms_take_one_sweep(monkeypatch, pm_weight):
+    """Its gradients are computed with the value, from features that require gradients; nothing else sweeps."""
+    model, loss, swept = Dropping(), losses.SigLipLoss(pm_weight=pm_weight), []
+    for name, row in backends.TABLE.items():
+        for backend, one in row.items() if name.startswith("similarity") else ():
+
+            def counting(call, name=name, function=one.function):
+                swept.append((name, getattr(call, "gradient", None)))
+                return function(call)
+
+            monkeypatch.setitem(row, backend, backends.Implementation(counting, one.why_not))
+    bias = nn.Parameter(torch.tensor(-10.0))
+    encode = model.encode_image, lambda text: (model.encode_text(text), model.logit_scale.exp(), bias)
+    gradient_cache.backward(encode, [t.float() if t.is_floating_point() else t for t in whole()], loss, micro_batch=(5, 8))
+    assert swept == [("similarity_sigmoid", True)]
+    assert bias.grad is not None
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=["ClipLoss", "SigLipLoss", "ours", "ours with PM"])
 def test_open_clips_model_and_loss_by_name(loss):
     torch.manual_seed(0)
     tower = {"layers": 1, "width": 16}
@@ -210,8 +286,8 @@ def test_open_clips_model_and_loss_by_name(loss):
         init_logit_bias=-1.0 if isinstance(loss, SigLipLoss) else None,
     ).double()  # fmt: skip
     batches = pairs(dtype=torch.float64, length=8, vocabulary=64)
-    found = assert_same(lambda b: model(*b), batches, loss, (model, loss), torch.float64, model=model)
-    assert len(found) == len([*model.parameters()])
+    found = assert_same(lambda b: model(*b), batches, loss, (model, loss.double()), torch.float64, model=model)
+    assert len(found) == len([*model.parameters(), *loss.parameters()])
 
 
 def test_frozen_and_unused_parameters_get_nothing():
@@ -291,6 +367,9 @@ def test_frozen_norms_and_those_without_statistics_pass():
         gradient_cache.check(siclip(freeze=False))
 
 
+TWO, NAMED = (nn.Identity(), nn.Identity()), (lambda b: {"x": b}, lambda b: {"x": b})
+
+
 @pytest.mark.parametrize(
     ("encode", "batches", "options", "error", "message"),
     [
@@ -301,6 +380,19 @@ def test_frozen_norms_and_those_without_statistics_pass():
         (lambda b: {"ids": torch.ones(2, 2).long()}, [1], {}, TypeError, "output 'ids' of encode: expected float32"),
         (lambda b: (torch.ones(3),), [1], {}, ValueError, r"output 0 of encode: expected features"),
         (lambda b: (torch.ones(3, 1),) * b, [2, 1], {}, ValueError, r"the outputs of the first micro-batch, \[0, 1\]"),
+        (nn.Identity(), [1], {"micro_batch": 2}, TypeError, "micro_batches: expected a tensor, or a sequence"),
+        (nn.Identity(), (torch.ones(3, 1), torch.ones(4, 1)), {"micro_batch": 2}, ValueError, r"as many rows, got \[3, 4\]"),
+        (nn.Identity(), [1], {"micro_batch": 0}, ValueError, "micro_batch: expected a number of rows, 1 or more, got 0"),
+        (nn.Identity(), [1], {"micro_batch": (2, 2)}, TypeError, r"micro_batch: expected a number of rows, got \(2, 2\)"),
+        (TWO, [[1], [1]], {"micro_batch": (2, True)}, TypeError, r"micro_batch\[1\]: expected a number of rows, got True"),
+        (TWO, [[1], [1]], {"micro_batch": (2,)}, ValueError, r"micro_batch: expected one for each .*, got tuple"),
+        (TWO, [[1]], {}, ValueError, r"micro_batches: expected one for each tower in a sequence, \[0, 1\], got list"),
+        (TWO, [[1], []], {}, ValueError, r"micro_batches\[1\]: expected at least one, got none"),
+        ({"a": nn.Identity()}, {"b": [1]}, {}, ValueError, r"one for each tower in a mapping, \['a'\], got dict \['b'\]"),
+        ({"a": lambda b: [b]}, {"a": [1]}, {}, TypeError, r"encode\['a'\]: expected a tensor, or a mapping of them"),
+        (NAMED, [[torch.ones(2, 2)]] * 2, {}, ValueError, r"encode\[1\]: expected outputs that no other tower has, got 'x'"),
+        ((NAMED[0], nn.Identity()), [[torch.ones(2, 2)]] * 2, {}, TypeError, "all outputs by name or all by position"),
+        (3, [1], {}, TypeError, "encode: expected a function, or a sequence or mapping of them, got int"),
     ],
 )  # fmt: skip
 def test_bad_arguments(encode, batches, options, error, message):

@@ -12,14 +12,14 @@ from simplclip import cli
 from simplclip.memory import pretend
 from simplclip.memory.count import UncountedOp
 from simplclip.memory.measure import measure, predict
-from simplclip.memory.plan import largest, parse_memory
+from simplclip.memory.plan import _Planner, largest, parse_memory
 from simplclip.memory.step import OpenClipStep, TrainerStep, busiest
 from simplclip.train import config
 from simplclip.train.limits import GIB, Budget
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 TINY_CONFIG = "siclip-tiny-emoji"
-CACHED = "model.freeze_norms=true"
+CACHED, SIGMOID = "model.freeze_norms=true", "loss.base=sigmoid"
 WIKD = ["loss.feature_weight=1", "loss.relational_weight=1", "loss.interactive_weight=1"]
 LARGER = [pytest.param(n, marks=pytest.mark.prove) for n in ("ViT-B-16-SigLIP", "coca_ViT-B-32", "convnext_base")]
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="torch is a build without CUDA")
@@ -45,6 +45,9 @@ TINY = {
     "cached": [*CACHED_TINY, "loss.plane=hadamard", "loss.negatives=hard"],
     "cached WIKD": [*CACHED_TINY, *WIKD, "data.captions_per_image=2"],
     "WIKD": [*WIKD, "data.batch_size=96", "loss.interactive=kl", "loss.pm_weight=0"],
+    "sigmoid": [SIGMOID, "data.batch_size=96"],
+    "cached sigmoid WIKD": [SIGMOID, *WIKD, *CACHED_TINY, "loss.negatives=hard"],
+    "towers": [SIGMOID, *CACHED_TINY[:2], "data.micro_batch={image: 64, text: 90}", "data.captions_per_image=2"],
 }
 S0 = {
     "one graph": ["data.batch_size=8", "data.micro_batch=null"],
@@ -89,6 +92,37 @@ def test_terms_that_come_later_count():
     shared = ["data.batch_size=16384", "data.micro_batch=8", CACHED]  # the loss takes most
     peak = lambda *changes: predict(trainer(TINY_CONFIG, "fp32", *shared, *changes), CPU).peak  # noqa: E731
     assert peak(*later) == peak("loss.relational_weight=1") > peak()
+
+
+@pytest.mark.slow
+def test_micro_batches_of_each_tower(monkeypatch):
+    """A smaller one of the tower that takes more lowers the peak; the merged ones of both towers change nothing."""
+    cached = [SIGMOID, CACHED, "data.batch_size=192"]
+    peak = lambda micro: predict(trainer(TINY_CONFIG, "fp32", *cached, f"data.micro_batch={micro}"), CPU).peak  # noqa: E731
+    assert peak("{image: 24, text: 24}") == pytest.approx(peak(24), rel=1e-3)  # captions are copied on this device
+    assert peak("{image: 12, text: 24}") < peak(24) < peak("{image: 48, text: 24}")
+    step = trainer(TINY_CONFIG, "fp32", *cached, "data.micro_batch={image: 24, text: 20}")
+    batches = step.batches
+    monkeypatch.setattr(step, "batches", lambda whole: batches(whole=True))
+    assert predict(step, CPU).peak == pytest.approx(peak("{image: 24, text: 20}"), rel=1e-3)
+
+
+@pytest.mark.parametrize(("base", "loss"), [("contrastive", "ClipLoss"), ("sigmoid", "SigLipLoss")])
+def test_open_clips_loss_is_that_of_the_base(monkeypatch, base, loss):
+    """SigLipLoss has no form with a teacher, and needs the bias that the model has not by its name."""
+    compared = []
+
+    def answer(self, what, usage, *rest):
+        compared.append((what, usage(4).peak))
+
+    monkeypatch.setattr(_Planner, "_answer", answer)
+    for changes in (), ("loss.relational_weight=1",):
+        chosen = config.load(TINY_CONFIG, [f"loss.base={base}", "model.name=open_clip:ViT-S-32-alt", *changes])
+        planner = _Planner(chosen, Budget(GIB), "cpu", 256)
+        planner.of_open_clip(lambda line: None)
+    distilling = loss if base == "sigmoid" else "DistillClipLoss"
+    assert [what.rpartition(" ")[2] for what, _ in compared] == [loss, distilling]
+    assert all(peak > 0 for _, peak in compared)
 
 
 @pytest.mark.slow

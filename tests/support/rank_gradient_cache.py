@@ -8,7 +8,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from simplclip import gradient_cache
-from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
 from simplclip.nn import SimplifiedBlock
 
 WORLD, N = 2, 10
@@ -28,6 +28,26 @@ class Model(nn.Module):
         return x, y, self.logit_scale.exp()
 
 
+class Tower(nn.Module):
+    """One tower of a model, in a wrapper of its own; that of the texts has the scale."""
+
+    def __init__(self, tower, logit_scale=None):
+        super().__init__()
+        self.tower, self.logit_scale = tower, logit_scale
+
+    def forward(self, batch):
+        features = F.normalize(self.tower(batch).mean(1), dim=1)
+        return features if self.logit_scale is None else (features, self.logit_scale.exp())
+
+
+class OneAtATime(Model):
+    """Both towers in one wrapper, which runs one of them."""
+
+    def forward(self, image=None, text=None):
+        x = F.normalize((self.text(text) if image is None else self.image(image)).mean(1), dim=1)
+        return x if text is None else (x, self.logit_scale.exp())
+
+
 def inputs():
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(WORLD * N, 5, 6, generator=generator, dtype=torch.float64)
@@ -44,7 +64,12 @@ def losses(teacher, ids, **mode):
     wikd = WIKDLoss(**weights, embed_dim=16, teacher_dim=12, **mode).double()
     rest = (*teacher, torch.tensor(30.0).double())
     options = {"output_dict": True, "ids": ids}
-    return {"ClipPMLoss": (clip, lambda *o: clip(*o, **options)), "WIKDLoss": (wikd, lambda *o: wikd(*o, *rest, **options))}
+    sigmoid = SigLipLoss(rank=mode.get("rank", 0), world_size=mode.get("world_size", 1), pm_weight=0.5).double()
+    return {
+        "ClipPMLoss": (clip, lambda *o: clip(*o, **options)),
+        "WIKDLoss": (wikd, lambda *o: wikd(*o, *rest, **options)),
+        "SigLipLoss": (sigmoid, lambda *o: sigmoid(*o, **options)),
+    }
 
 
 def gradients(*modules):
@@ -78,10 +103,43 @@ def main(rank):
             for p in loss.parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= WORLD
-            found = gradients(model, loss)
-            assert found.keys() == expected.keys()
-            for key in expected:
-                what = f"{name} keep={keep} {key}"
-                torch.testing.assert_close(
-                    found[key], expected[key], rtol=1e-10, atol=1e-12, msg=lambda m, w=what: f"{w}: {m}"
-                )
+            compare(gradients(model, loss), expected, f"{name} keep={keep}")
+        towers_of_their_own(image[mine], text[mine], loss, part, expected)
+
+
+def compare(found, expected, what):
+    assert found.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-10, atol=1e-12, msg=lambda m, k=key: f"{what} {k}: {m}")
+
+
+def towers_of_their_own(image, text, loss, part, expected):
+    """Micro-batches of another size in each tower, with a wrapper for each and with one for both."""
+    whole, shared = Model().double(), OneAtATime().double()
+    image_tower = DistributedDataParallel(Tower(whole.image))
+    text_tower = DistributedDataParallel(Tower(whole.text, whole.logit_scale))
+    both = DistributedDataParallel(shared, find_unused_parameters=True)
+    exchanged = []
+
+    def counting(state, bucket):
+        exchanged.append((state, bucket.index()))
+        return allreduce_hook(None, bucket)
+
+    for state, wrapper in {"image": image_tower, "text": text_tower}.items():
+        wrapper.register_comm_hook(state, counting)
+    forms = {
+        "two wrappers": (whole, nn.ModuleList([image_tower, text_tower]), (image_tower, text_tower)),
+        "one wrapper": (shared, both, (lambda b: both(image=b), lambda b: both(text=b))),
+    }
+    for name, (bare, model, encode) in forms.items():
+        for keep in (0, 1, 5):
+            bare.zero_grad()
+            loss.zero_grad()
+            exchanged.clear()
+            gradient_cache.backward(encode, (image, text), part, micro_batch=(4, 3), model=model, keep=keep)
+            assert len(exchanged) == len(set(exchanged)), f"{name} exchanged {exchanged}"
+            assert {tower for tower, _ in exchanged} == ({"image", "text"} if name == "two wrappers" else set())
+            for p in loss.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= WORLD
+            compare(gradients(bare, loss), expected, f"{name} keep={keep}")

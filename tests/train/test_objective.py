@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from simplclip import losses
+from simplclip.ops.similarity import op as similarity_op
 from simplclip.train.config import ConfigError, LossConfig, Schedule
 from simplclip.train.objective import Objective
 
@@ -90,6 +91,64 @@ def test_gradients_reach_what_is_learned():
     assert {"plane_weight", "plane_bias", "interactive_log_scale", "image_projections.0", "text_projections.0"} == set(names)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in names.values())
     assert scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("negatives", ["all", "shift", "hard"])
+@pytest.mark.parametrize("plane", ["scalar", "hadamard"])
+def test_sigmoid_and_pair_matching_are_weighted_in_one_sweep(monkeypatch, plane, negatives):
+    """Values and gradients of the dense form and of ClipPMLoss, each term with its weight."""
+    torch.manual_seed(3)
+    x, y = (t.requires_grad_() for t in features(6, 6, width=8))
+    scale, bias = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (9.0, -4.0))
+    group, options = torch.tensor([1, 2, 3, 1, 4, 5]), {"plane": plane, "negatives": negatives}
+    ours = objective(base="sigmoid", contrastive_weight=0.5, pm_weight={"value": 2.0, "start": 1}, **options)
+    matching = losses.ClipPMLoss(embed_dim=8, **options).double()
+    ours.loss.double()
+    swept, fused = [], similarity_op.sigmoid_terms
+    monkeypatch.setattr(
+        similarity_op, "sigmoid_terms", lambda call, names, *rest: swept.append(names) or fused(call, names, *rest)
+    )
+    pair = torch.eye(6, dtype=torch.bool)
+    logits = scale * x @ y.T + bias
+    dense = F.softplus(torch.where(pair, -logits, logits)).masked_fill((group[:, None] == group) & ~pair, 0).sum() / 6
+    for step, weights in ((0, (0.5, 0.0)), (1, (0.5, 2.0))):
+        swept.clear()
+        torch.manual_seed(4)
+        terms = ours(step, x, y, scale, bias, group)
+        torch.manual_seed(4)
+        other = matching(x, y, scale, output_dict=True, ids=group)["pair_matching_loss"]
+        want = {"sigmoid_loss": weights[0] * dense, "pair_matching_loss": weights[1] * other}
+        assert list(terms) == list(want)
+        torch.testing.assert_close(dict(terms), want, check_dtype=False)
+        learned = [x, y, scale, bias, ours.loss.plane_weight, ours.loss.plane_bias]
+        theirs = [x, y, scale, bias, matching.plane_weight, matching.plane_bias]
+        expected = torch.autograd.grad(sum(want.values()), theirs, retain_graph=True, materialize_grads=True)
+        got = torch.autograd.grad(sum(terms.values()), learned, materialize_grads=True)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+        in_one = step and plane == "scalar" and negatives == "all"
+        assert swept == [("sigmoid", "pair_matching") if in_one else ("sigmoid",)]
+
+
+def test_sigmoid_beside_a_teacher():
+    """Each term is that of WIKDLoss or SigLipLoss times its weight, and a base that is off leaves the bias alone."""
+    torch.manual_seed(5)
+    x, y, tx, ty = *features(5, 5, width=6), *features(5, 5, width=6)
+    scale, group = torch.tensor(10.0), torch.arange(5)
+    bias = torch.tensor(-5.0, requires_grad=True)
+    weights = {"contrastive_weight": {"value": 0.5, "start": 1}, "pm_weight": 0.3, "relational_weight": 0.7}
+    ours = objective(width=6, base="sigmoid", **weights, interactive_weight=0.2, feature_weight=1.5)
+    wikd = losses.WIKDLoss(interactive_weight=1, feature_weight=1, pm_weight=1, divergence="kl", embed_dim=6)
+    want = wikd(x, y, scale, tx, ty, torch.tensor(12.0), output_dict=True, ids=group)
+    sigmoid = losses.SigLipLoss()(x, y, scale, bias).item()
+    factors = {"distill_loss": 0.7, "interactive_loss": 0.2, "feature_loss": 1.5, "pair_matching_loss": 0.3}
+    for step in (0, 1):
+        terms = ours(step, x, y, scale, bias, group, tx, ty)
+        assert terms["sigmoid_loss"].item() == pytest.approx(0.5 * sigmoid * step)
+        assert sum(terms.values()).requires_grad
+        for name, factor in factors.items():
+            assert terms[name].item() == pytest.approx(factor * want[name].item(), rel=1e-6), name
+        (gradient,) = torch.autograd.grad(sum(terms.values()), [bias])
+        assert (gradient == 0) == (step == 0)
 
 
 def test_a_teacher_of_another_width_needs_the_projection():

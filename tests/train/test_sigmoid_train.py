@@ -1,0 +1,195 @@
+"""Training with the base sigmoid: its scale and bias from the start to the export, stages, resuming, and that it learns."""
+
+import math
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from runs import check_resumed, go, rows, state_of
+
+from simplclip import evaluate, export, models
+from simplclip.train import checkpoint
+from simplclip.train import loop as train
+from simplclip.train.config import ConfigError
+from simplclip.train.state import Training, load_model
+
+SIGMOID = "loss.base=sigmoid"
+CPU = torch.device("cpu")
+STAGES = [  # of WIKD: one space after the other, with the base in the last one
+    SIGMOID,
+    "loss.feature_weight={value: 1.0, until: 2}",
+    "loss.relational_weight={value: 1.0, start: 2, until: 4}",
+    "loss.interactive_weight={value: 1.0, start: 4}",
+    "loss.contrastive_weight={value: 1.0, start: 4}",
+    "loss.pm_weight={value: 0.5, start: 4}",
+    "data.captions_per_image=2",
+]
+CACHED = ["data.micro_batch={image: 4, text: 6}", "model.freeze_norms=true"]
+
+
+def logits_of(tmp_path, *changes):
+    model = Training(tiny.settings(tmp_path, *changes), CPU, "fp32").model
+    return model.logit_scale.exp().item(), None if model.logit_bias is None else model.logit_bias.item()
+
+
+def test_where_scale_and_bias_start(tmp_path):
+    """The config's values, else the source's, else SigLIP's; the contrastive base has the model's own."""
+    sources = {name: models.create("siclip-tiny", **tiny.MODEL, **options) for name, options in SOURCES.items()}
+    for name, model in sources.items():
+        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
+    siglip, clip = (f"inherit.source={tmp_path / name}.pt" for name in sources)
+    set_scale, set_bias = f"model.options.init_logit_scale={math.log(30)}", "model.options.init_logit_bias=-4.0"
+    for changes, scale, bias in (
+        ([], 1 / 0.07, None),
+        ([SIGMOID], 10, -10),
+        ([SIGMOID, set_scale], 30, -10),
+        ([SIGMOID, set_bias], 10, -4),
+        ([SIGMOID, "model.options.init_logit_bias=null"], 10, None),
+        ([SIGMOID, siglip], 50, -12),
+        ([SIGMOID, siglip, set_bias], 50, -4),
+        ([SIGMOID, clip], 80, -10),
+        ([SIGMOID, clip, set_scale], 30, -10),
+        ([clip], 80, None),
+        ([clip, set_scale], 30, None),
+    ):
+        assert logits_of(tmp_path, *changes) == (pytest.approx(scale), bias), changes
+
+
+SOURCES = {
+    "siglip": {"init_logit_scale": math.log(50), "init_logit_bias": -12.0},
+    "clip": {"init_logit_scale": math.log(80)},
+}
+
+
+def test_the_run_says_where_they_start(tmp_path):
+    for name, options in SOURCES.items():
+        torch.save(models.create("siclip-tiny", **tiny.MODEL, **options).state_dict(), tmp_path / f"{name}.pt")
+    for number, (changes, line) in enumerate(
+        (
+            ([], "logits     scale 10 (as in SigLIP), bias -10 (as in SigLIP)"),
+            ([f"inherit.source={tmp_path}/siglip.pt"], "logits     scale 50 (inherited), bias -12 (inherited)"),
+            ([f"inherit.source={tmp_path}/clip.pt"], "logits     scale 80 (inherited), bias -10 (as in SigLIP)"),
+            (["model.options.init_logit_bias=-3"], "scale 10 (as in SigLIP), bias -3 (model.options.init_logit_bias)"),
+            (["model.options.init_logit_bias=null"], "scale 10 (as in SigLIP), no bias (model.options.init_logit_bias)"),
+        )
+    ):
+        config = tiny.settings(tmp_path, SIGMOID, "run.steps=1", f"run.out={tmp_path / str(number)}", *changes)
+        assert line in go(config)
+    assert "logit_bias" not in rows(tmp_path / "4")[0]
+
+
+@pytest.mark.slow
+def test_it_learns(tmp_path):
+    changes = ["run.steps=40", "optim.lr=2e-3", "data.augment=none", "run.tensorboard=true", f"run.out={tmp_path / 'run'}"]
+    text = go(tiny.settings(tmp_path, SIGMOID, *changes))
+    assert "SigmoidLoss: sigmoid, pair matching; similarity_loss is served by" in text
+    assert "scale 10.0  bias -10.0" in text
+    logged = rows(tmp_path / "run")
+    assert float(logged[0]["sigmoid_loss"]) > 4  # 8 pairs: almost only the bias, softplus(10 - 10 S)
+    assert float(logged[-1]["sigmoid_loss"]) < 0.5 * float(logged[0]["sigmoid_loss"])
+    for row in logged:
+        assert float(row["loss"]) == pytest.approx(float(row["sigmoid_loss"]) + float(row["pair_matching_loss"]), 1e-5)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert abs(state["model"]["logit_bias"].item() + 10) > 1e-3
+    # Of the last update, whose learning rate is almost 0, the log has the values before.
+    assert float(logged[-1]["logit_bias"]) == pytest.approx(state["model"]["logit_bias"].item(), abs=1e-3)
+    assert float(logged[-1]["logit_scale"]) == pytest.approx(state["model"]["logit_scale"].exp().item(), rel=1e-3)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [[], CACHED])
+def test_fp16(tmp_path, monkeypatch, cached):
+    """The first scale is too large: GradScaler leaves out the step, whose norm is not drawn."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**19))
+    go(tiny.settings(tmp_path, SIGMOID, "run.precision=fp16", *cached))
+    logged = rows(tmp_path / "run")
+    norms = [math.isfinite(float(row["grad_norm"])) for row in logged]
+    assert norms == sorted(norms)
+    assert (norms[0], norms[-1]) == (False, True)
+    assert len({row["logit_bias"] for row in logged}) == sum(norms)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [[], CACHED])
+def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch, cached):
+    text = check_resumed(tmp_path, monkeypatch, 3, [*STAGES, *cached], teacher=256)
+    assert "SigmoidLoss: sigmoid, distill, interactive, feature, pair matching; features of made up, 256 wide" in text
+    logged = rows(tmp_path / "whole")
+    on = {
+        "feature_loss": [True] * 2 + [False] * 5,
+        "distill_loss": [False] * 2 + [True] * 2 + [False] * 3,
+        **dict.fromkeys(("sigmoid_loss", "interactive_loss", "pair_matching_loss"), [False] * 4 + [True] * 3),
+    }
+    for term, active in on.items():
+        assert [float(row[term]) > 0 for row in logged] == active, term
+    assert len({row["logit_bias"] for row in logged[:5]}) == 1, "the bias has no gradient before its term"
+    assert len({row["logit_bias"] for row in logged[4:]}) == 3
+
+
+def test_resume_of_a_checkpoint_without_a_bias(tmp_path):
+    go(tiny.settings(tmp_path, "run.steps=2"))
+    last = tmp_path / "run" / "last.pt"
+    state = checkpoint.load(last)
+    del state["config"]["loss"]["base"]  # as written before there was one
+    torch.save(state, last)
+    with pytest.raises(ConfigError, match="other settings: loss.base was 'contrastive', now 'sigmoid'"):
+        go(tiny.settings(tmp_path, "run.steps=3", SIGMOID), resume=True)
+    assert "continuing from step 2" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
+    assert "logit_bias" not in rows(tmp_path / "run")[-1]
+
+
+def test_from_a_run_to_an_export(tmp_path):
+    """A trained scale and bias are resumed, exported, and loaded by the export's options or without them. Zero-shot
+    evaluation ranks by cosines, whatever the bias."""
+    held = tiny.write_shard(tmp_path / "data" / "held.tar")
+    out, settings = tmp_path / "run", [SIGMOID, "optim.lr=0.1"]
+    go(tiny.settings(tmp_path, *settings, "run.steps=2"))
+    bias = state_of(out)["model"]["logit_bias"].item()
+    assert bias != -10
+    assert f"bias {bias:.4g} (from the checkpoint)" in go(tiny.settings(tmp_path, *settings, "run.steps=3"), resume=True)
+    model = load_model(out)[0]
+    found = [evaluate.run(out, {"held": held}, out=tmp_path / "a")["splits"]["held"]]
+    state = checkpoint.load(out)
+    state["model"]["logit_bias"] += 9
+    torch.save(state, tmp_path / "other.pt")
+    found.append(evaluate.run(tmp_path / "other.pt", {"held": held}, out=tmp_path / "b")["splits"]["held"])
+    for key in ("zero_shot", "image_to_text", "text_to_image"):
+        assert found[0][key] == found[1][key]
+    assert found[0]["zero_shot"]["classes"] == sorted(tiny.COLOURS)
+    summary = export.run(out, tmp_path / "export", formats=["safetensors"])
+    assert summary["logit_bias"] == model.logit_bias.item()
+    assert summary["options"]["init_logit_bias"] == -10  # by which other programs build the model
+    for options in (summary["options"], tiny.MODEL):
+        for file in (tmp_path / "export" / "open_clip_model.safetensors", out / "last.pt"):
+            loaded = models.create("siclip-tiny", checkpoint=file, **options)
+            assert torch.equal(loaded.logit_bias, model.logit_bias)
+
+
+@pytest.mark.parametrize("towers", [{"image": 4}, {"image": 2, "text": 7}, {"text": 5}, {"image": 8, "text": 16}])
+def test_micro_batches_of_each_tower_give_the_whole_batches_gradient(tmp_path, monkeypatch, towers):
+    """16 captions of 8 images; every term on."""
+    results = []
+    for changes in ([], [f"data.micro_batch={towers}".replace("'", "")]):
+        torch.manual_seed(0)
+        weights = [f"loss.{name}_weight=0.7" for name in ("feature", "relational", "interactive", "pm")]
+        settings = [SIGMOID, *weights, "data.captions_per_image=2", "model.freeze_norms=true", *changes]
+        this = Training(tiny.settings(tmp_path, *settings, teacher=256), CPU, "fp32")
+        torch.nn.init.normal_(this.model.text.transformer.resblocks[0].qk.weight, std=0.05)
+        this.model.train()
+        seen = []
+        original = this.model.encode_text
+        monkeypatch.setattr(this.model, "encode_text", lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k))
+        batches = next(train._batches(this, train._loader(this.config, False), print))
+        monkeypatch.setattr(this.optimizer, "step", lambda: None)
+        row = train.train_step(this, batches)
+        named = [*this.model.named_parameters(), *this.loss.named_parameters()]
+        results.append((row, {name: parameter.grad for name, parameter in named}, seen))
+    (row, grads, once), (cached_row, cached, seen) = results
+    assert once == [16]
+    assert seen[: -(-16 // towers.get("text", 16))] == [len(part) for part in torch.empty(16).split(towers.get("text", 16))]
+    assert cached_row == pytest.approx(row, rel=1e-4)
+    for name, grad in grads.items():
+        assert (grad - cached[name]).abs().max() <= 1e-4 * grad.abs().max() + 1e-7, name
