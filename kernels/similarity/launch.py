@@ -43,21 +43,23 @@ class Launch:
     def tiles(self) -> int:
         """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four.
 
-        6: sigmoid terms beside other statistics of the same tile.
+        5: shares of sigmoid terms; 6: sigmoid terms beside other statistics of the same tile.
         """
-        if self.SIGMOIDS and (self.HARD_NEGATIVES or self.HAS_TEACHER or self.HAS_SHARES):
+        if self.SIGMOIDS and (self.HARD_NEGATIVES or self.HAS_TEACHER):
             return 6
+        if self.HAS_SHARES:
+            return 5
         return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.HAS_IMAGE_TO_TEACHER))
 
     @property
     def statistics_tiles(self) -> int:
         """The same for forward; with older compilers losses of the similarities need registers too."""
-        return self.gradient_tiles if tuning.OLDER else min(6, self.tiles + (self.SIGMOIDS > 0))
+        return self.gradient_tiles if tuning.OLDER else max(self.tiles, 1 + (self.SIGMOIDS > 0))
 
     @property
     def gradient_tiles(self) -> int:
         """The same for backward, where the gradients of sigmoid terms or a scalar hyperplane need registers too."""
-        return min(6, self.tiles + (self.SIGMOIDS > 0 or (self.HARD_NEGATIVES and not self.HAS_HADAMARD)))
+        return self.tiles + (self.tiles < 5 and (self.SIGMOIDS > 0 or (self.HARD_NEGATIVES and not self.HAS_HADAMARD)))
 
 
 @dataclass(frozen=True)
