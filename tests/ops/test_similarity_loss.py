@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from calls import TERMS, check, function_of, run, similarity_call
+from calls import TERMS, check, function_of, outputs_of, run, similarity_call
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
@@ -113,3 +113,31 @@ def test_int32_ids_are_ids(backend):
     narrow = of_ones(call, backend)
     for term in call.options["terms"]:
         assert narrow[term] == wide[term] != plain[term]
+
+
+SOFTMAX, ALONE = "similarity_loss_fwd", "similarity_sigmoid"
+
+
+@pytest.mark.parametrize(
+    ("asked", "ops"),
+    [
+        ({"terms": ("contrastive", "sigmoid", "pair_matching")}, [SOFTMAX]),
+        ({"terms": ("contrastive", "sigmoid", "pair_matching"), "positives": "ids"}, [SOFTMAX]),
+        ({"terms": ("relational", "sigmoid")}, [SOFTMAX]),
+        ({"terms": ("pair_matching", "sigmoid"), "negatives": "hard"}, [SOFTMAX]),
+        ({"terms": ("contrastive", "sigmoid", "pair_matching"), "plane": "hadamard"}, [ALONE, SOFTMAX]),
+        ({"terms": ("contrastive", "relational", "sigmoid"), "positives": "sum"}, [SOFTMAX, SOFTMAX]),
+        ({"terms": ("pair_matching", "sigmoid"), "weights": {"pair_matching": 1.0, "sigmoid": 2.0}}, [ALONE]),
+        ({"terms": ("pair_matching", "sigmoid")}, [ALONE, ALONE]),
+    ],
+)
+def test_sigmoid_terms_join_the_sweep_of_a_softmax(asked, ops, monkeypatch):
+    from simplclip.ops.similarity import op, sigmoid
+
+    called = []
+    for module in (op, sigmoid):
+        run = module.run
+        monkeypatch.setattr(module, "run", lambda name, *args, run=run: called.append(name) or run(name, *args))
+    call = similarity_call(30, 30, ids=True, **asked)
+    outputs_of(function_of(call), call, call.typed(torch.float32))
+    assert called == ops

@@ -91,8 +91,7 @@ def _options(r: random.Random, call: Call) -> None:
     """Options of the contrastive term, several positives, weights."""
     leaves, options, n = call.tensors, call.options, len(call.tensors["image"])
     terms, grouped = options["terms"], "ids" in options or "ids" in leaves
-    simple = leaves.get("plane_weight", torch.zeros(())).dim() == 0 and options.get("negatives", "all") == "all"
-    if simple and r.random() < 0.4:
+    if options.get("negatives", "all") == "all" and r.random() < 0.4:
         options["positives"] = r.choice(("drop", "ids", "sum"))
     if "contrastive" in terms and r.random() < 0.4:
         options["label_smoothing"] = r.choice((0.0, 0.1, 0.5))
