@@ -34,10 +34,13 @@ compares the values):
 
 from simplclip.losses.base import PLANES
 from simplclip.losses.clip import ClipPMLoss
+from simplclip.losses.matryoshka import MatryoshkaLoss
 from simplclip.losses.rowwise import RowwiseLoss
 from simplclip.losses.wikd import OF_TEACHER, WIKDLoss
 
-__all__ = ["OF_TEACHER", "PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss"]
+__all__ = [
+    "OF_TEACHER", "PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "MatryoshkaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -21,6 +21,7 @@ __all__ = ["RowwiseLoss"]
 
 # Matrices of a chunk that live at a time: the product, its gradient, and about two that fn keeps or its gradient makes.
 _LIVE = 4
+_ADDED_ROWS = 2048
 
 _FIRST_ORDER = (
     "RowwiseLoss: expected a first derivative in reverse mode, got a double backward; "
@@ -58,14 +59,16 @@ class RowwiseLoss(SimilarityLoss):
             Where that fails, e.g. because there is no C++ compiler, fn runs uncompiled and a warning says why.
 
     `scratch_bytes`, the budget of one [R, M] matrix of a chunk, may be set on an instance. A chunk has at most 256 rows on a
-    CPU and 1024 on a GPU.
+    CPU (128 in bfloat16) and 1024 on a GPU.
 
-    Cost: 3 matrix products of N·M·D a direction, all in the forward pass (6 if symmetric; dense torch needs 3, since it
-    stores the matrix). Without a gradient to compute, 1 a direction; features that need no gradient save theirs; a teacher
-    adds 1 a direction. backward multiplies the stored gradients by a number, so it can be run again with retain_graph.
+    Cost: 3 matrix products of N·M·D a direction, all in the forward pass: 6 if symmetric, as many as of open_clip's losses,
+    which make the logits of each direction. Dense torch that keeps one matrix for both needs 3. Without a gradient to
+    compute, 1 a direction; features that need no gradient save theirs; a teacher adds 1 a direction. backward multiplies the
+    stored gradients by a number, so it can be run again with retain_graph.
 
-    Memory: stored for backward are the gradients [N, D] and [M, D] in float32 (float64 for float64), i.e. in full precision
-    for a loss scaled by a GradScaler, and those of the scale, the bias and the parameters. During the sweep about 4 matrices
+    Memory: stored for backward are the gradients [N, D] and [M, D], those of the scale, the bias and the parameters. They are
+    in float32 (float64 for float64), i.e. in full precision for a loss scaled by a GradScaler, except those of bfloat16
+    features: these are summed in float32 and rounded once a direction. During the sweep about 4 matrices
     [R, M], more where fn runs uncompiled and makes more of them. With world_size > 1, in addition the gathered features, and
     each direction stores gradients of its own.
 
@@ -278,7 +281,7 @@ class _Sweep:
     rows: _Rows
     teacher: tuple[Tensor, Tensor, Tensor] | None  # features [N, D̂] and [M, D̂] in the student's dtype, scale []
     offset: int  # column of the first row's positive
-    symmetric: bool
+    symmetric: bool  # then the offset is 0
     scratch_bytes: int
 
     @torch.compiler.disable
@@ -289,45 +292,40 @@ class _Sweep:
         return _Loss.apply(self, *leaves) if wants_grad(*leaves) else _run(self, leaves, [False] * len(leaves))[0]
 
     def _definition(self, image, text, scale, bias):
-        window = slice(self.offset, self.offset + image.shape[0])
-        positives = torch.arange(self.offset, window.stop, device=image.device)
+        n = image.shape[0]
+        positives = torch.arange(self.offset, self.offset + n, device=image.device)
         product, teacher_product, teacher_scale = image @ text.T, None, None
         if self.teacher:
             teacher_product, teacher_scale = self.teacher[0] @ self.teacher[1].T, self.teacher[2]
 
-        def mean(product, positives, teacher_product):
+        def mean(product, teacher_product):
             rows = self.rows.plain(product, scale, bias, positives, teacher_product, teacher_scale)
             return self.rows.checked(rows, product).to(scale.dtype).mean()
 
-        value = mean(product, positives, teacher_product)
+        value = mean(product, teacher_product)
         if not self.symmetric:
             return value
-        teacher_columns = None if teacher_product is None else teacher_product[:, window].T
-        return 0.5 * (value + mean(product[:, window].T, positives - self.offset, teacher_columns))
+        return 0.5 * (value + mean(product[:, :n].T, None if teacher_product is None else teacher_product[:, :n].T))
 
 
 def _run(sweep: _Sweep, leaves, needs) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss, and for those leaves that need it the gradient, in the dtype of sums."""
+    """The loss, and for those leaves that need it the gradient of the sum over the rows of all directions."""
     image, text, scale, bias, *_ = leaves
-    n, device, stats = image.shape[0], image.device.type, scale.dtype
+    n, device = image.shape[0], image.device.type
     compute = computes_in(image.dtype, device)
+    kept = image.dtype if image.dtype == torch.bfloat16 else scale.dtype  # float16 would lose small gradients
+    dtypes = [kept, kept] + [scale.dtype] * len(leaves[2:])
     with torch.no_grad(), torch.autocast(device, enabled=False):
-        totals = [torch.zeros_like(t, dtype=stats) if need else None for t, need in zip(leaves, needs)]
+        totals = [torch.zeros_like(t, dtype=d) if need else None for t, d, need in zip(leaves, dtypes, needs)]
         x, y = (t.detach().to(compute).contiguous() for t in (image, text))
-        x_teacher = y_teacher = teacher_scale = None
-        if sweep.teacher:
-            x_teacher, y_teacher = (t.to(compute) for t in sweep.teacher[:2])
-            teacher_scale = sweep.teacher[2]
-        value = _direction(sweep, (x, y), (x_teacher, y_teacher, teacher_scale), (scale, bias), sweep.offset, totals)
+        teacher = sweep.teacher or (None, None, None)
+        x_teacher, y_teacher = (None if t is None else t.to(compute) for t in teacher[:2])
+        value = _direction(sweep, (x, y), (x_teacher, y_teacher, teacher[2]), (scale, bias), sweep.offset, totals)
         if sweep.symmetric:
-            window = slice(sweep.offset, sweep.offset + n)
-            of_text = None if y_teacher is None else y_teacher[window]
-            swapped = [None if totals[1] is None else totals[1][window], totals[0], *totals[2:]]
-            teacher = (of_text, x_teacher, teacher_scale)
-            value = 0.5 * (value + _direction(sweep, (y[window], x), teacher, (scale, bias), 0, swapped))
-        for total in totals:
-            if total is not None:
-                total.mul_((0.5 if sweep.symmetric else 1.0) / n)
+            totals[:2] = totals[1], totals[0]
+            swapped = (y_teacher, x_teacher, teacher[2])
+            value = 0.5 * (value + _direction(sweep, (y[:n], x), swapped, (scale, bias), 0, totals))
+            totals[:2] = totals[1], totals[0]
     return value, totals
 
 
@@ -336,8 +334,11 @@ def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -
     x, y = features
     n, m, stats = x.shape[0], y.shape[0], scalars[0].dtype
     gradient = any(total is not None for total in totals)
+    kept = None if totals[1] is None else totals[1].dtype
+    totals[1] = None if kept is None else totals[1].to(stats)  # every chunk adds to it
     # Even chunks: their sizes differ by 1 at most.
-    count = -(-n // chunk_rows(n, m, stats, x.device.type, _LIVE, sweep.scratch_bytes))
+    live = _LIVE * (2 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1)  # as fast with half the rows there
+    count = -(-n // chunk_rows(n, m, stats, x.device.type, live, sweep.scratch_bytes))
     losses = torch.empty(n, device=x.device, dtype=stats)
     scalars = [t.detach().requires_grad_(gradient) for t in scalars]
     for start, stop in ((n * k // count, n * (k + 1) // count) for k in range(count)):
@@ -362,6 +363,7 @@ def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -
         for total, other in zip(totals[2:], others):
             if total is not None and other is not None:
                 total += other
+    totals[1] = None if kept is None else totals[1].to(kept)
     return losses.mean()
 
 
@@ -371,9 +373,10 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, exponent: Tensor | 
         return
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
-        product = torch.mm(a, b)
-        total += product if exponent is None else torch.ldexp(product.to(total.dtype), exponent)
+        return
+    for part, rows in zip(total.split(_ADDED_ROWS), a.split(_ADDED_ROWS)):  # whose product stays in the cache
+        product = torch.mm(rows, b)
+        part += product if exponent is None else torch.ldexp(product.to(total.dtype), exponent)
 
 
 class _Loss(torch.autograd.Function):
@@ -382,13 +385,14 @@ class _Loss(torch.autograd.Function):
         value, totals = _run(sweep, leaves, ctx.needs_input_grad[1:])
         ctx.save_for_backward(*totals)
         ctx.dtypes = [t.dtype for t in leaves]
+        ctx.share = (0.5 if sweep.symmetric else 1.0) / leaves[0].shape[0]
         return value
 
     @staticmethod
     def backward(ctx, grad):
         with torch.no_grad():
             totals = zip(ctx.saved_tensors, ctx.dtypes)
-            out = [None if total is None else (grad * total).to(dtype) for total, dtype in totals]
+            out = [None if total is None else (ctx.share * grad * total).to(dtype) for total, dtype in totals]
         if torch.is_grad_enabled():  # with create_graph=True
             differentiable = [None if t is None else t.requires_grad_() for t in out]
             out = torch._C._functions.DelayedError(_FIRST_ORDER.encode(), len(out))(*differentiable)

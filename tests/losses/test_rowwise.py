@@ -331,6 +331,14 @@ def test_memory_is_that_of_gradients_and_of_four_matrices_of_a_chunk():
     assert peak(lambda *leaves: dense(focal, leaves)) > 3 * 4 * n * n
 
 
+def test_gradients_of_bfloat16_are_kept_in_it():
+    """Of the two gradients one at a time is summed in float32, and a chunk has 128 rows."""
+    n, width = 2048, 512
+    leaves, _ = batch(n, n, dtype=torch.bfloat16, width=width)
+    peak = cpu_peak_bytes(lambda: RowwiseLoss(focal, compile=False)(*leaves).backward())
+    assert peak < 2 * n * width * 4 + 6 * 128 * n * 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_equal_open_clip(world):
