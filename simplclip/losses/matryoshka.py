@@ -110,7 +110,7 @@ class MatryoshkaLoss(nn.Module):
                     args, kwargs = _in_dtype(image.dtype, args, kwargs)
             images, texts = _prefixes(image, widths), _prefixes(text, widths)
             if isinstance(loss, SimilarityLoss) and loss.world_size > 1:
-                both = {image: images, text: texts}
+                both = [(image, images), (text, texts)]
                 stack.enter_context(distributed.gathered_rows(both, lambda rows: _prefixes(rows, widths), loss._group()))
             for index, width in enumerate(widths):
                 results.append(self._of_width(width, (images[index], texts[index], *args), kwargs))

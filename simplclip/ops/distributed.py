@@ -5,7 +5,7 @@ torch.distributed.nn.functional has such collectives with gradients, but it is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -77,16 +77,16 @@ def _memory(rows: Tensor) -> tuple:
 
 @contextmanager
 def gathered_rows(
-    parts: Mapping[Tensor, Sequence[Tensor]], split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup
+    parts: Sequence[tuple[Tensor, Sequence[Tensor]]], split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup
 ) -> Iterator[None]:
-    """Within it, `gather` of one of the parts `split(rows)` of a key `rows` gathers these rows, once, and splits them.
+    """Within it, `gather` of one of the parts of (rows, parts = split(rows)) gathers these rows, once, and splits them.
 
     Other tensors without a gradient are gathered once too. Under torch.compile nothing changes.
     """
     if torch.compiler.is_compiling():
         yield
         return
-    wholes = [(_Whole(rows, split, group), own) for rows, own in parts.items()]
+    wholes = [(_Whole(rows, split, group), own) for rows, own in parts]
     token = _gathered.set({_memory(part): (whole, k) for whole, own in wholes for k, part in enumerate(own)})
     try:
         yield

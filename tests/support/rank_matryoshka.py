@@ -116,6 +116,7 @@ def autocast(rank):
     with torch.no_grad():
         torch.testing.assert_close(loss(*leaves), value.detach(), rtol=2e-2, atol=0)
     assert distributed._gathered.get() is None
+    torch.testing.assert_close(torch.compile(loss, backend="aot_eager")(*leaves), loss(*leaves))
 
 
 if __name__ == "__main__":
