@@ -106,13 +106,18 @@ def coca(rank):
 
 
 def autocast(rank):
-    """Features travel in autocast's dtype, once."""
-    leaves = [t.detach().float().requires_grad_() for t in batch(rank)[0]]
+    """Features travel in autocast's dtype, once, and so do a teacher's."""
+    leaves, teacher = ([t.detach().float() for t in tensors] for tensors in batch(rank))
+    leaves = [t.requires_grad_() for t in leaves]
     loss = MatryoshkaLoss(ClipPMLoss(pm_weight=0, gather_with_grad=True, rank=rank, world_size=WORLD), WIDTHS)
     with torch.autocast("cpu"), counted() as widths:
         value = loss(*leaves)
     assert widths == [D]
     value.backward()
+    distil = MatryoshkaLoss(WIKDLoss(gather_with_grad=True, rank=rank, world_size=WORLD), WIDTHS)
+    with torch.autocast("cpu"), counted() as widths:
+        distil(*leaves, *teacher)
+    assert sorted(widths) == [D, 14]
     with torch.no_grad():
         torch.testing.assert_close(loss(*leaves), value.detach(), rtol=2e-2, atol=0)
     assert distributed._gathered.get() is None
