@@ -17,10 +17,9 @@ from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import autocast, wants_grad
 from simplclip.ops.similarity.sweep import chunk_rows, computes_in
 
-__all__ = ["RowwiseLoss"]
-
-# Matrices of a chunk that live at a time: the product, its gradient, and about two that fn keeps or its gradient makes.
+# Matrices of a chunk at a time: the product, its gradient, and about two that fn keeps or its gradient makes.
 _LIVE = 4
+_CPU_BYTES = 16 << 20  # of one of them on a CPU, and half as much for bfloat16
 _ADDED_ROWS = 2048
 
 _FIRST_ORDER = (
@@ -58,8 +57,8 @@ class RowwiseLoss(SimilarityLoss):
         compile: whether to compile fn with torch.compile (dynamic=True, so that a chunk of other size compiles nothing).
             Where that fails, e.g. because there is no C++ compiler, fn runs uncompiled and a warning says why.
 
-    `scratch_bytes`, the budget of one [R, M] matrix of a chunk, may be set on an instance. A chunk has at most 256 rows on a
-    CPU (128 in bfloat16) and 1024 on a GPU.
+    `scratch_bytes`, the budget of one [R, M] matrix of a chunk, may be set on an instance. On a CPU it is at most 16 MiB
+    (bfloat16: 8) or 128 rows; elsewhere a chunk has at most 1024 rows.
 
     Cost: 3 matrix products of N·M·D a direction, all in the forward pass: 6 if symmetric, as many as of open_clip's losses,
     which make the logits of each direction. Dense torch that keeps one matrix for both needs 3. Without a gradient to
@@ -73,9 +72,8 @@ class RowwiseLoss(SimilarityLoss):
     each direction stores gradients of its own.
 
     Products are in the features' dtype (float32 on a CPU for float16, and for bfloat16 without instructions for it), sums in
-    float32 or float64. Only first derivatives in reverse mode are supported. Under torch.compile the loss breaks the graph.
-    Under simplclip.backend("reference") the loss is the formula in plain torch, which stores the matrix and has all
-    derivatives.
+    float32 or float64. Only first derivatives in reverse mode are supported, except under simplclip.backend("reference"),
+    where the loss is the formula in plain torch, which stores the matrix. Under torch.compile the loss breaks the graph.
 
     Source: the sweep is this library's; the losses that it is meant for are e.g. Robinson et al. 2021 (arXiv 2010.04592),
     Chuang et al. 2022 (RINCE, arXiv 2201.04309).
@@ -102,11 +100,9 @@ class RowwiseLoss(SimilarityLoss):
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
         parameters = list(parameters)
-        for parameter in parameters:
-            if not isinstance(parameter, nn.Parameter):
-                raise TypeError(f"parameters: expected nn.Parameters, got {type(parameter).__name__}")
-        self.fn = fn
-        self.fn_parameters = nn.ParameterList(parameters)
+        for other in (p for p in parameters if not isinstance(p, nn.Parameter)):
+            raise TypeError(f"parameters: expected nn.Parameters, got {type(other).__name__}")
+        self.fn, self.fn_parameters = fn, nn.ParameterList(parameters)
         self.symmetric, self.compile_fn = symmetric, compile
         self._rows: _Rows | None = None
 
@@ -180,18 +176,15 @@ class RowwiseLoss(SimilarityLoss):
 
         teacher_image, teacher_text = teacher[:2] if teacher else (None, None)
         value = direction(image, text, teacher_image, teacher_text)
-        if not self.symmetric:
-            return value
-        return 0.5 * (value + direction(text, image, teacher_text, teacher_image))
+        return 0.5 * (value + direction(text, image, teacher_text, teacher_image)) if self.symmetric else value
 
     @staticmethod
     def _teacher(image: Tensor, text: Tensor, teacher_image, teacher_text, teacher_scale):
         """The teacher's features in the dtype of the student's, and its scale; None without a teacher."""
         given = {"dist_image_features": teacher_image, "dist_text_features": teacher_text, "dist_logit_scale": teacher_scale}
-        missing = [name for name, value in given.items() if value is None]
-        if len(missing) == len(given):
+        if all(value is None for value in given.values()):
             return None
-        if missing:
+        if missing := [name for name, value in given.items() if value is None]:
             raise ValueError(f"{missing[0]}: expected a value, since other arguments of the teacher are given, got None")
         features = []
         for (name, value), own, letters in zip(given.items(), (image, text), ("[N, D̂]", "[M, D̂]")):
@@ -223,8 +216,7 @@ class _Rows:
         self.compiled = None
         self.parameters: list[nn.Parameter] = []
         if compile:
-            # Dynamo counts the compilations of a code object. Without a code object of its own the ninth loss of a process
-            # would run uncompiled.
+            # Dynamo counts the compilations of a code object: of a shared one, the ninth loss would run uncompiled.
             own = types.FunctionType(rows.__code__.replace(), rows.__globals__, rows.__name__, None, rows.__closure__)
             self.compiled = torch.compile(own, dynamic=True)
 
@@ -255,8 +247,7 @@ class _Rows:
         with torch.enable_grad():
             result = self(*leaves, positives, teacher_product, teacher_scale)
             self._check_graph(result, inputs)
-            ones = torch.ones_like(result)
-            return result.detach(), torch.autograd.grad(result, inputs, ones, allow_unused=True)
+            return result.detach(), torch.autograd.grad(result, inputs, torch.ones_like(result), allow_unused=True)
 
     def _check_graph(self, result: Tensor, inputs: list[Tensor]) -> None:
         """Raises if the result does not depend on the logits, or depends on parameters whose gradient would be lost."""
@@ -329,6 +320,15 @@ def _run(sweep: _Sweep, leaves, needs) -> tuple[Tensor, list[Tensor | None]]:
     return value, totals
 
 
+def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int:
+    """Rows of a chunk. On a CPU its matrices should stay in the cache, but a product is slow with fewer than 128 rows."""
+    live = _LIVE
+    if x.device.type == "cpu":
+        live = 1 if x.dtype == torch.bfloat16 else 2
+        scratch_bytes = min(scratch_bytes, max(_CPU_BYTES * live // 2, 128 * m * stats.itemsize))
+    return chunk_rows(x.shape[0], m, stats, x.device.type, live, scratch_bytes)
+
+
 def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -> Tensor:
     """The mean over the rows. Adds the gradients of the sum over the rows to the totals that are not None."""
     x, y = features
@@ -337,8 +337,7 @@ def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -
     kept = None if totals[1] is None else totals[1].dtype
     totals[1] = None if kept is None else totals[1].to(stats)  # every chunk adds to it
     # Even chunks: their sizes differ by 1 at most.
-    live = _LIVE * (2 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1)  # as fast with half the rows there
-    count = -(-n // chunk_rows(n, m, stats, x.device.type, live, sweep.scratch_bytes))
+    count = -(-n // _most_rows(x, m, stats, sweep.scratch_bytes))
     losses = torch.empty(n, device=x.device, dtype=stats)
     scalars = [t.detach().requires_grad_(gradient) for t in scalars]
     for start, stop in ((n * k // count, n * (k + 1) // count) for k in range(count)):
@@ -391,8 +390,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         with torch.no_grad():
-            totals = zip(ctx.saved_tensors, ctx.dtypes)
-            out = [None if total is None else (ctx.share * grad * total).to(dtype) for total, dtype in totals]
+            pairs = zip(ctx.saved_tensors, ctx.dtypes)
+            out = [None if total is None else (ctx.share * grad * total).to(dtype) for total, dtype in pairs]
         if torch.is_grad_enabled():  # with create_graph=True
             differentiable = [None if t is None else t.requires_grad_() for t in out]
             out = torch._C._functions.DelayedError(_FIRST_ORDER.encode(), len(out))(*differentiable)
