@@ -23,8 +23,15 @@ compares the values):
       MemoryEfficientCLIPLoss(t)     ClipPMLoss(pm_weight=0) at logit_scale = 1/t: equal values. memeff normalises the
                                      features (unless normalized_inputs=True), has no gradient of the temperature, and with
                                      stable=True, its default, its gradients of the features are sqrt(N t) times ours
+      tau_plus = p                   ops.similarity_loss(prior=p): equal, a tensor of one for each pair too
+      label_smoothing = e            ops.similarity_loss(label_smoothing=e): equal, beside prior too
+      MatryoshkaLoss(loss, m, w)     MatryoshkaLoss(loss, m, w): equal
       Distributed...CLIPLoss(t)      local_loss=False, gather_with_grad=False, N of all ranks: the same gradients; the sum of
                                      its values over the ranks equals our value
+
+    siglip-kernel
+      fused_siglip_plus_loss         SigLipLoss(positives="ids") with ids: M times its value, a mean over all N M pairs where
+                                     ours is one over N rows. It takes the logarithm of the scale
 
     GradCache
       SimpleContrastiveLoss          ops.similarity_loss(x, y, 1.0, symmetric=False): only the direction from x to y, without
@@ -34,10 +41,13 @@ compares the values):
 
 from simplclip.losses.base import PLANES
 from simplclip.losses.clip import ClipPMLoss
+from simplclip.losses.matryoshka import MatryoshkaLoss
 from simplclip.losses.rowwise import RowwiseLoss
 from simplclip.losses.wikd import OF_TEACHER, WIKDLoss
 
-__all__ = ["OF_TEACHER", "PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss"]
+__all__ = [
+    "OF_TEACHER", "PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "MatryoshkaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +90,7 @@ class SimilarityLoss(nn.Module):
             self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
             self.plane_bias = nn.Parameter(torch.tensor(self.INITIAL_BIAS))
         self._shapes = distributed.SameShapes()
+        self._prefixes = False
 
     def _group(self):
         have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
@@ -97,6 +100,8 @@ class SimilarityLoss(nn.Module):
 
     def _own_features(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's features, with gradients scaled as in open_clip's mode. Checks that all ranks have equal shapes."""
+        if self._prefixes:
+            return image, text
         check_width("image_features", image, "embed_dim", self.embed_dim)
         check_width("text_features", text, "embed_dim", self.embed_dim)
         if self.world_size > 1:
@@ -105,6 +110,19 @@ class SimilarityLoss(nn.Module):
             return image, text
         share = 1 / self.world_size
         return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
+
+    @contextmanager
+    def _of_prefixes(self) -> Iterator[None]:
+        """Within it, `forward` is given prefixes of features that MatryoshkaLoss has passed through `_own_features`."""
+        self._prefixes = True
+        try:
+            yield
+        finally:
+            self._prefixes = False
+
+    def _parameters_of_prefix(self, width: int) -> dict[str, Tensor]:
+        """By name the parameters of the whole width, as they are for the features' first columns."""
+        return {"plane_weight": self.plane_weight[:width]} if self.pm_weight and self.plane == "hadamard" else {}
 
     def _value(self, loss: Tensor) -> Tensor:
         """The value that open_clip's mode reports."""

@@ -17,10 +17,10 @@ from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import autocast, wants_grad
 from simplclip.ops.similarity.sweep import chunk_rows, computes_in
 
-__all__ = ["RowwiseLoss"]
-
-# Matrices of a chunk that live at a time: the product, its gradient, and about two that fn keeps or its gradient makes.
+# Matrices of a chunk at a time: the product, its gradient, and about two that fn keeps or its gradient makes.
 _LIVE = 4
+_CPU_BYTES = 16 << 20  # of one of them on a CPU, and half as much for bfloat16
+_ADDED_ROWS = 2048
 
 _FIRST_ORDER = (
     "RowwiseLoss: expected a first derivative in reverse mode, got a double backward; "
@@ -57,22 +57,23 @@ class RowwiseLoss(SimilarityLoss):
         compile: whether to compile fn with torch.compile (dynamic=True, so that a chunk of other size compiles nothing).
             Where that fails, e.g. because there is no C++ compiler, fn runs uncompiled and a warning says why.
 
-    `scratch_bytes`, the budget of one [R, M] matrix of a chunk, may be set on an instance. A chunk has at most 256 rows on a
-    CPU and 1024 on a GPU.
+    `scratch_bytes`, the budget of one [R, M] matrix of a chunk, may be set on an instance. On a CPU it is at most 16 MiB
+    (bfloat16: 8) or 128 rows; elsewhere a chunk has at most 1024 rows.
 
-    Cost: 3 matrix products of N·M·D a direction, all in the forward pass (6 if symmetric; dense torch needs 3, since it
-    stores the matrix). Without a gradient to compute, 1 a direction; features that need no gradient save theirs; a teacher
-    adds 1 a direction. backward multiplies the stored gradients by a number, so it can be run again with retain_graph.
+    Cost: 3 matrix products of N·M·D a direction, all in the forward pass: 6 if symmetric, as many as of open_clip's losses,
+    which make the logits of each direction. Dense torch that keeps one matrix for both needs 3. Without a gradient to
+    compute, 1 a direction; features that need no gradient save theirs; a teacher adds 1 a direction. backward multiplies the
+    stored gradients by a number, so it can be run again with retain_graph.
 
-    Memory: stored for backward are the gradients [N, D] and [M, D] in float32 (float64 for float64), i.e. in full precision
-    for a loss scaled by a GradScaler, and those of the scale, the bias and the parameters. During the sweep about 4 matrices
+    Memory: stored for backward are the gradients [N, D] and [M, D], those of the scale, the bias and the parameters. They are
+    in float32 (float64 for float64), i.e. in full precision for a loss scaled by a GradScaler, except those of bfloat16
+    features: these are summed in float32 and rounded once a direction. During the sweep about 4 matrices
     [R, M], more where fn runs uncompiled and makes more of them. With world_size > 1, in addition the gathered features, and
     each direction stores gradients of its own.
 
     Products are in the features' dtype (float32 on a CPU for float16, and for bfloat16 without instructions for it), sums in
-    float32 or float64. Only first derivatives in reverse mode are supported. Under torch.compile the loss breaks the graph.
-    Under simplclip.backend("reference") the loss is the formula in plain torch, which stores the matrix and has all
-    derivatives.
+    float32 or float64. Only first derivatives in reverse mode are supported, except under simplclip.backend("reference"),
+    where the loss is the formula in plain torch, which stores the matrix. Under torch.compile the loss breaks the graph.
 
     Source: the sweep is this library's; the losses that it is meant for are e.g. Robinson et al. 2021 (arXiv 2010.04592),
     Chuang et al. 2022 (RINCE, arXiv 2201.04309).
@@ -99,11 +100,9 @@ class RowwiseLoss(SimilarityLoss):
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
         parameters = list(parameters)
-        for parameter in parameters:
-            if not isinstance(parameter, nn.Parameter):
-                raise TypeError(f"parameters: expected nn.Parameters, got {type(parameter).__name__}")
-        self.fn = fn
-        self.fn_parameters = nn.ParameterList(parameters)
+        for other in (p for p in parameters if not isinstance(p, nn.Parameter)):
+            raise TypeError(f"parameters: expected nn.Parameters, got {type(other).__name__}")
+        self.fn, self.fn_parameters = fn, nn.ParameterList(parameters)
         self.symmetric, self.compile_fn = symmetric, compile
         self._rows: _Rows | None = None
 
@@ -177,18 +176,15 @@ class RowwiseLoss(SimilarityLoss):
 
         teacher_image, teacher_text = teacher[:2] if teacher else (None, None)
         value = direction(image, text, teacher_image, teacher_text)
-        if not self.symmetric:
-            return value
-        return 0.5 * (value + direction(text, image, teacher_text, teacher_image))
+        return 0.5 * (value + direction(text, image, teacher_text, teacher_image)) if self.symmetric else value
 
     @staticmethod
     def _teacher(image: Tensor, text: Tensor, teacher_image, teacher_text, teacher_scale):
         """The teacher's features in the dtype of the student's, and its scale; None without a teacher."""
         given = {"dist_image_features": teacher_image, "dist_text_features": teacher_text, "dist_logit_scale": teacher_scale}
-        missing = [name for name, value in given.items() if value is None]
-        if len(missing) == len(given):
+        if all(value is None for value in given.values()):
             return None
-        if missing:
+        if missing := [name for name, value in given.items() if value is None]:
             raise ValueError(f"{missing[0]}: expected a value, since other arguments of the teacher are given, got None")
         features = []
         for (name, value), own, letters in zip(given.items(), (image, text), ("[N, D̂]", "[M, D̂]")):
@@ -220,8 +216,7 @@ class _Rows:
         self.compiled = None
         self.parameters: list[nn.Parameter] = []
         if compile:
-            # Dynamo counts the compilations of a code object. Without a code object of its own the ninth loss of a process
-            # would run uncompiled.
+            # Dynamo counts the compilations of a code object: of a shared one, the ninth loss would run uncompiled.
             own = types.FunctionType(rows.__code__.replace(), rows.__globals__, rows.__name__, None, rows.__closure__)
             self.compiled = torch.compile(own, dynamic=True)
 
@@ -252,8 +247,7 @@ class _Rows:
         with torch.enable_grad():
             result = self(*leaves, positives, teacher_product, teacher_scale)
             self._check_graph(result, inputs)
-            ones = torch.ones_like(result)
-            return result.detach(), torch.autograd.grad(result, inputs, ones, allow_unused=True)
+            return result.detach(), torch.autograd.grad(result, inputs, torch.ones_like(result), allow_unused=True)
 
     def _check_graph(self, result: Tensor, inputs: list[Tensor]) -> None:
         """Raises if the result does not depend on the logits, or depends on parameters whose gradient would be lost."""
@@ -278,7 +272,7 @@ class _Sweep:
     rows: _Rows
     teacher: tuple[Tensor, Tensor, Tensor] | None  # features [N, D̂] and [M, D̂] in the student's dtype, scale []
     offset: int  # column of the first row's positive
-    symmetric: bool
+    symmetric: bool  # then the offset is 0
     scratch_bytes: int
 
     @torch.compiler.disable
@@ -289,46 +283,50 @@ class _Sweep:
         return _Loss.apply(self, *leaves) if wants_grad(*leaves) else _run(self, leaves, [False] * len(leaves))[0]
 
     def _definition(self, image, text, scale, bias):
-        window = slice(self.offset, self.offset + image.shape[0])
-        positives = torch.arange(self.offset, window.stop, device=image.device)
+        n = image.shape[0]
+        positives = torch.arange(self.offset, self.offset + n, device=image.device)
         product, teacher_product, teacher_scale = image @ text.T, None, None
         if self.teacher:
             teacher_product, teacher_scale = self.teacher[0] @ self.teacher[1].T, self.teacher[2]
 
-        def mean(product, positives, teacher_product):
+        def mean(product, teacher_product):
             rows = self.rows.plain(product, scale, bias, positives, teacher_product, teacher_scale)
             return self.rows.checked(rows, product).to(scale.dtype).mean()
 
-        value = mean(product, positives, teacher_product)
+        value = mean(product, teacher_product)
         if not self.symmetric:
             return value
-        teacher_columns = None if teacher_product is None else teacher_product[:, window].T
-        return 0.5 * (value + mean(product[:, window].T, positives - self.offset, teacher_columns))
+        return 0.5 * (value + mean(product[:, :n].T, None if teacher_product is None else teacher_product[:, :n].T))
 
 
 def _run(sweep: _Sweep, leaves, needs) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss, and for those leaves that need it the gradient, in the dtype of sums."""
+    """The loss, and for those leaves that need it the gradient of the sum over the rows of all directions."""
     image, text, scale, bias, *_ = leaves
-    n, device, stats = image.shape[0], image.device.type, scale.dtype
+    n, device = image.shape[0], image.device.type
     compute = computes_in(image.dtype, device)
+    kept = image.dtype if image.dtype == torch.bfloat16 else scale.dtype  # float16 would lose small gradients
+    dtypes = [kept, kept] + [scale.dtype] * len(leaves[2:])
     with torch.no_grad(), torch.autocast(device, enabled=False):
-        totals = [torch.zeros_like(t, dtype=stats) if need else None for t, need in zip(leaves, needs)]
+        totals = [torch.zeros_like(t, dtype=d) if need else None for t, d, need in zip(leaves, dtypes, needs)]
         x, y = (t.detach().to(compute).contiguous() for t in (image, text))
-        x_teacher = y_teacher = teacher_scale = None
-        if sweep.teacher:
-            x_teacher, y_teacher = (t.to(compute) for t in sweep.teacher[:2])
-            teacher_scale = sweep.teacher[2]
-        value = _direction(sweep, (x, y), (x_teacher, y_teacher, teacher_scale), (scale, bias), sweep.offset, totals)
+        teacher = sweep.teacher or (None, None, None)
+        x_teacher, y_teacher = (None if t is None else t.to(compute) for t in teacher[:2])
+        value = _direction(sweep, (x, y), (x_teacher, y_teacher, teacher[2]), (scale, bias), sweep.offset, totals)
         if sweep.symmetric:
-            window = slice(sweep.offset, sweep.offset + n)
-            of_text = None if y_teacher is None else y_teacher[window]
-            swapped = [None if totals[1] is None else totals[1][window], totals[0], *totals[2:]]
-            teacher = (of_text, x_teacher, teacher_scale)
-            value = 0.5 * (value + _direction(sweep, (y[window], x), teacher, (scale, bias), 0, swapped))
-        for total in totals:
-            if total is not None:
-                total.mul_((0.5 if sweep.symmetric else 1.0) / n)
+            totals[:2] = totals[1], totals[0]
+            swapped = (y_teacher, x_teacher, teacher[2])
+            value = 0.5 * (value + _direction(sweep, (y[:n], x), swapped, (scale, bias), 0, totals))
+            totals[:2] = totals[1], totals[0]
     return value, totals
+
+
+def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int:
+    """Rows of a chunk. On a CPU its matrices should stay in the cache, but a product is slow with fewer than 128 rows."""
+    live = _LIVE
+    if x.device.type == "cpu":
+        live = 1 if x.dtype == torch.bfloat16 else 2
+        scratch_bytes = min(scratch_bytes, max(_CPU_BYTES * live // 2, 128 * m * stats.itemsize))
+    return chunk_rows(x.shape[0], m, stats, x.device.type, live, scratch_bytes)
 
 
 def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -> Tensor:
@@ -336,8 +334,10 @@ def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -
     x, y = features
     n, m, stats = x.shape[0], y.shape[0], scalars[0].dtype
     gradient = any(total is not None for total in totals)
+    kept = None if totals[1] is None else totals[1].dtype
+    totals[1] = None if kept is None else totals[1].to(stats)  # every chunk adds to it
     # Even chunks: their sizes differ by 1 at most.
-    count = -(-n // chunk_rows(n, m, stats, x.device.type, _LIVE, sweep.scratch_bytes))
+    count = -(-n // _most_rows(x, m, stats, sweep.scratch_bytes))
     losses = torch.empty(n, device=x.device, dtype=stats)
     scalars = [t.detach().requires_grad_(gradient) for t in scalars]
     for start, stop in ((n * k // count, n * (k + 1) // count) for k in range(count)):
@@ -362,6 +362,7 @@ def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -
         for total, other in zip(totals[2:], others):
             if total is not None and other is not None:
                 total += other
+    totals[1] = None if kept is None else totals[1].to(kept)
     return losses.mean()
 
 
@@ -371,9 +372,10 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, exponent: Tensor | 
         return
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
-        product = torch.mm(a, b)
-        total += product if exponent is None else torch.ldexp(product.to(total.dtype), exponent)
+        return
+    for part, rows in zip(total.split(_ADDED_ROWS), a.split(_ADDED_ROWS)):  # whose product stays in the cache
+        product = torch.mm(rows, b)
+        part += product if exponent is None else torch.ldexp(product.to(total.dtype), exponent)
 
 
 class _Loss(torch.autograd.Function):
@@ -382,13 +384,14 @@ class _Loss(torch.autograd.Function):
         value, totals = _run(sweep, leaves, ctx.needs_input_grad[1:])
         ctx.save_for_backward(*totals)
         ctx.dtypes = [t.dtype for t in leaves]
+        ctx.share = (0.5 if sweep.symmetric else 1.0) / leaves[0].shape[0]
         return value
 
     @staticmethod
     def backward(ctx, grad):
         with torch.no_grad():
-            totals = zip(ctx.saved_tensors, ctx.dtypes)
-            out = [None if total is None else (grad * total).to(dtype) for total, dtype in totals]
+            pairs = zip(ctx.saved_tensors, ctx.dtypes)
+            out = [None if total is None else (ctx.share * grad * total).to(dtype) for total, dtype in pairs]
         if torch.is_grad_enabled():  # with create_graph=True
             differentiable = [None if t is None else t.requires_grad_() for t in out]
             out = torch._C._functions.DelayedError(_FIRST_ORDER.encode(), len(out))(*differentiable)

@@ -152,7 +152,7 @@ class WIKDLoss(SimilarityLoss):
                     options |= zip(("projected_image", "projected_text"), unit)
                 values = self._terms(terms, image, text, logit_scale=logit_scale, **options)
             if "feature" in share:
-                pairs = ((_wide(own) if p is None else p, t) for own, p, t in zip((image, text), projected, teacher))
+                pairs = ((wide(own) if p is None else p, t) for own, p, t in zip((image, text), projected, teacher))
                 values["feature"] = 0.5 * sum(ops.feature_loss(s, t, distance=self.feature_distance) for s, t in pairs)
             for name, weight in share.items():
                 totals[name] = totals.get(name, 0) + weight * values[name]
@@ -171,6 +171,11 @@ class WIKDLoss(SimilarityLoss):
         if any(self.teacher_dim) and len(self.teacher_dim) != len(images):
             raise ValueError(f"teacher_dim: expected one width for each of {len(images)} teachers, got {self.teacher_dim}")
         return list(zip(images, texts, scales))
+
+    def _parameters_of_prefix(self, width: int) -> dict[str, Tensor]:
+        named = self.named_parameters()
+        projections = {name: p[:, :width] for name, p in named if "_projections." in name and p.numel()}
+        return super()._parameters_of_prefix(width) | projections
 
     def _projected(self, index: int, image: Tensor, text: Tensor, teacher) -> list[Tensor | None]:
         """The student's features projected to the width of this teacher; None where no projection is needed."""
@@ -207,7 +212,7 @@ class _Wide(torch.autograd.Function):
         return torch.where(nonzero, gradient, gradient.clamp(-most, most)).half()
 
 
-def _wide(features: Tensor) -> Tensor:
+def wide(features: Tensor) -> Tensor:
     """Casts float16 to float32: F.normalize's eps of 1e-12 and the gradient of a row of zeros (1/eps) need its range."""
     return _Wide.apply(features) if features.dtype == torch.float16 else features
 
@@ -221,5 +226,5 @@ def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
             )
         if features.dtype == torch.float16:
             weight = weight.float()
-        features = _wide(features)
+        features = wide(features)
     return F.linear(features, weight)

@@ -5,6 +5,10 @@ torch.distributed.nn.functional has such collectives with gradients, but it is d
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,9 +55,57 @@ class _Gather(torch.autograd.Function):
         return _all_to_all(gradient.unflatten(0, (world, -1)), ctx.group).sum(0), None
 
 
+class _Whole:
+    """Rows of all ranks, gathered and split when a part is first asked for."""
+
+    def __init__(self, rows: Tensor, split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup):
+        self.rows, self.split, self.group = rows, split, group
+        self.parts: Sequence[Tensor] = ()
+
+    def part(self, k: int) -> Tensor:
+        self.parts = self.parts or self.split(_Gather.apply(self.rows, self.group))
+        return self.parts[k]
+
+
+# Within gathered_rows: by the memory of a rank's own rows, what is gathered and which part of it has these rows.
+_gathered: ContextVar[dict[tuple, tuple[_Whole, int]] | None] = ContextVar("gathered", default=None)
+
+
+def _memory(rows: Tensor) -> tuple:
+    return rows.data_ptr(), rows.shape, rows.stride(), rows.dtype
+
+
+@contextmanager
+def gathered_rows(
+    parts: Sequence[tuple[Tensor, Sequence[Tensor]]], split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup
+) -> Iterator[None]:
+    """Within it, `gather` of one of the parts of (rows, parts = split(rows)) gathers these rows, once, and splits them.
+
+    Other tensors without a gradient are gathered once too. Under torch.compile nothing changes.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    wholes = [(_Whole(rows, split, group), own) for rows, own in parts]
+    token = _gathered.set({_memory(part): (whole, k) for whole, own in wholes for k, part in enumerate(own)})
+    try:
+        yield
+    finally:
+        _gathered.reset(token)
+
+
 def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[N, ...] of each rank -> [W N, ...] on every rank, in the order of ranks. The gradient is summed over the ranks."""
-    return _Gather.apply(rows, group)
+    known = None if torch.compiler.is_compiling() else _gathered.get()
+    if known is None:
+        return _Gather.apply(rows, group)
+    whole, k = known.get(_memory(rows), (None, 0))
+    if whole is None or (rows.requires_grad and not whole.rows.requires_grad):
+        if rows.requires_grad:
+            return _Gather.apply(rows, group)
+        whole = _Whole(rows, lambda gathered: [gathered], group)  # which keeps the rows, so that their memory stays theirs
+        known[_memory(rows)] = whole, k
+    return whole.part(k) if rows.requires_grad else whole.part(k).detach()
 
 
 class _Exchange(torch.autograd.Function):

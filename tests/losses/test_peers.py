@@ -1,17 +1,21 @@
 """The table "coming from elsewhere" in simplclip.losses: each line against the other library's loss, written in plain torch.
 
-Sources: CLIP-KD src/open_clip/loss.py, memeff 0.3.1 clip_loss.py, GradCache src/grad_cache/loss.py. For open_clip's losses
-see test_losses.py and test_wikd_loss.py, for two ranks rank_losses.py.
+Sources: CLIP-KD src/open_clip/loss.py, memeff 0.3.1 clip_loss.py, siglip-kernel 0.1.2 fused_siglip_plus.py, GradCache
+src/grad_cache/loss.py. For open_clip's losses see test_losses.py and test_wikd_loss.py, for two ranks rank_losses.py. Where
+memeff and siglip-kernel are installed, their own kernels are compared too, interpreted on a CPU.
 """
 
+import importlib.util
 import math
 
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
+from paths import SUPPORT
 
 from simplclip import ops
-from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.losses import ClipPMLoss, MatryoshkaLoss, SigLipLoss, WIKDLoss
 from simplclip.nn import SimplifiedBlock
 
 N = 24
@@ -114,6 +118,136 @@ def test_memeff(stable):
     theirs = Memeff.apply(x, y, 0.05, stable)
     ours = ClipPMLoss(pm_weight=0)(x, y, torch.tensor(1 / 0.05, dtype=torch.float64))
     same(theirs, ours, student, times=math.sqrt(N * 0.05) if stable else 1.0)
+
+
+def smoothed_and_debiased(x, y, temperature, tau_plus=0.0, label_smoothing=0.0):
+    """memeff's CLIP loss of normalised features, without its sums in another domain."""
+    z = x @ y.T / temperature
+    own = z.diagonal()
+    value = 0.0
+    for logits in (z, z.T):
+        negatives = (logits.exp().sum(1) - own.exp()) / (N - 1)
+        least = torch.tensor(-1 / temperature, dtype=z.dtype).exp()
+        g = torch.maximum((negatives - tau_plus * own.exp()) / (1 - tau_plus), least)
+        target = (1 - label_smoothing) * own + label_smoothing * logits.mean(1)
+        value = value + ((own.exp() + (N - 1) * g).log() - target).mean() / 2
+    return value
+
+
+PRIORS = torch.linspace(0, 0.2, N, dtype=torch.float64)
+MEMEFF = [
+    {"temperature": 0.2, "label_smoothing": 0.1},
+    {"temperature": 0.2, "tau_plus": 0.01},
+    {"temperature": 1.0, "tau_plus": 0.3},  # where most rows are clamped
+    {"temperature": 0.5, "tau_plus": 0.05, "label_smoothing": 0.2},
+    {"temperature": 1.0, "tau_plus": PRIORS},
+]
+
+
+def as_memeff(x, y, temperature, tau_plus=None, label_smoothing=0.0):
+    return ops.similarity_loss(x, y, 1 / temperature, prior=tau_plus, label_smoothing=label_smoothing)["contrastive"]
+
+
+@pytest.mark.parametrize("case", MEMEFF)
+def test_label_smoothing_and_debiasing_of_memeff(case):
+    student, _ = features()
+    x, y = (F.normalize(t, dim=1) for t in student)
+    if len(case) == 2 and "label_smoothing" in case:
+        logits, labels, smoothing = x @ y.T / case["temperature"], torch.arange(N), case["label_smoothing"]
+        crosses = (F.cross_entropy(z, labels, label_smoothing=smoothing) for z in (logits, logits.T))
+        torch.testing.assert_close(smoothed_and_debiased(x, y, **case), sum(crosses) / 2)
+    same(smoothed_and_debiased(x, y, **case), as_memeff(x, y, **case), student)
+
+
+def siglip_plus(x, y, scale, bias, img_gid, txt_gid, symmetric=True):
+    """siglip-kernel's loss with several positives: the mean over the pairs of v_ij BCE, in which a positive's v is 1/k."""
+    logits = scale * x @ y.T + bias
+    positive = img_gid[:, None] == txt_gid
+    by_row, by_column = (1 / positive.sum(dim, keepdim=True).clamp(min=1).to(x.dtype) for dim in (1, 0))
+    weight = torch.where(positive, (by_row + by_column) / 2 if symmetric else by_row, 1.0)
+    return F.binary_cross_entropy_with_logits(logits, positive.to(x.dtype), weight, reduction="mean")
+
+
+IDS = torch.arange(N).clamp(min=3) // 2 * 10**12
+MORE_IDS = torch.cat([IDS, IDS[5:9], torch.tensor([7, 7])])
+SIGLIP = [
+    {"img_gid": IDS, "txt_gid": IDS},
+    {"img_gid": torch.arange(N), "txt_gid": torch.arange(N)},
+    {"img_gid": IDS, "txt_gid": MORE_IDS},  # more texts than images, some of them without an image
+    {"img_gid": IDS, "txt_gid": MORE_IDS, "symmetric": False},
+]
+
+
+def of_siglip(case, dtype=torch.float32):
+    (x, y), _ = features(seed=3)
+    y = torch.cat([y, x.flip(0)])[: len(case["txt_gid"])]
+    leaves = [F.normalize(t.detach(), dim=1) for t in (x, y)] + [torch.tensor(10.0), torch.tensor(-3.0)]
+    return [t.to(dtype).requires_grad_() for t in leaves]
+
+
+def as_siglip(x, y, scale, bias, img_gid, txt_gid, symmetric=True):
+    """Our mean is over the N rows, theirs over the N M pairs."""
+    options = {"terms": ("sigmoid",), "positives": "ids", "symmetric": symmetric, "ids": img_gid, "text_ids": txt_gid}
+    return ops.similarity_loss(x, y, scale, logit_bias=bias, **options)["sigmoid"] / len(y)
+
+
+def within(ours, theirs, tolerance):
+    """Values and gradients, relative to the largest of each."""
+    for got, wanted in zip(ours, theirs):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", SIGLIP)
+def test_several_positives_of_siglip_kernel(case, dtype):
+    leaves = of_siglip(case, dtype)
+    theirs, ours = siglip_plus(*leaves, **case), as_siglip(*leaves, **case)
+    within(*([v, *torch.autograd.grad(v, leaves)] for v in (ours, theirs)), 1e-6 if dtype == torch.float32 else 1e-12)
+    if case["txt_gid"] is case["img_gid"]:
+        value = SigLipLoss(positives="ids")(*leaves, ids=case["img_gid"])
+        torch.testing.assert_close(value / N, ours)
+
+
+def test_matryoshka_of_memeff():
+    """Its wrapper of a loss that normalises its features itself."""
+    reason = "memeff is not installed (pip install -e '.[dev]'), or triton, which it imports"
+    theirs = pytest.importorskip("memeff.matryoshka", reason=reason, exc_type=ImportError)
+    student, _ = features()
+    scale = torch.tensor(14.0, dtype=torch.float64)
+    widths, weights = (3, 8, 16), (0.5, 1.0, 2.0)
+
+    class Clip(torch.nn.Module):
+        def forward(self, x, y):
+            logits, labels = scale * F.normalize(x, dim=1) @ F.normalize(y, dim=1).T, torch.arange(N)
+            return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    ours = MatryoshkaLoss(ClipPMLoss(pm_weight=0), widths, weights)(*student, scale)
+    same(theirs.MatryoshkaLoss(Clip(), widths, weights)(*student), ours, student)
+
+
+@pytest.mark.slow
+@interpreter.needs_interpreter
+@pytest.mark.parametrize("package", ["memeff", "siglip_kernel"])
+def test_their_own_kernels(package, tmp_path):
+    """Which neither package runs on a CPU by itself; memeff's exponentials are of another domain, in float32."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed (pip install -e '.[dev]')")
+    if package == "memeff":
+        (x, y), _ = features()
+        leaves = [[F.normalize(t.detach(), dim=1).float() for t in (x, y)] for _ in MEMEFF]
+        cases, ours = MEMEFF, as_memeff
+    else:
+        leaves, cases, ours = [[t.detach() for t in of_siglip(case)] for case in SIGLIP], SIGLIP, as_siglip
+    torch.save([(*t, case) for t, case in zip(leaves, cases)], tmp_path / "cases.pt")
+    script = str(SUPPORT / "peers_interpreted.py")
+    run = interpreter.run(script, package, str(tmp_path / "cases.pt"), str(tmp_path / "results.pt"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    for of_case, case, theirs in zip(leaves, cases, torch.load(tmp_path / "results.pt")):
+        for t in of_case:
+            t.requires_grad_()
+        value = ours(*of_case, **case)
+        got = [value, *torch.autograd.grad(value, of_case)]
+        within(got, theirs, 1e-5 if package == "memeff" else 1e-6)
 
 
 def test_grad_cache():

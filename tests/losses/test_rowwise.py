@@ -326,9 +326,26 @@ def test_memory_is_that_of_gradients_and_of_four_matrices_of_a_chunk():
             t.grad = None
         return cpu_peak_bytes(lambda: loss(*leaves).backward())
 
-    chunk, gradients = 256 * n * 4, 2 * n * D * 4
+    chunk, gradients = 512 * n * 4, 2 * n * D * 4
     assert peak(RowwiseLoss(focal, compile=False)) < 6 * chunk + 2 * gradients  # fn uncompiled makes two more
     assert peak(lambda *leaves: dense(focal, leaves)) > 3 * 4 * n * n
+
+
+def test_gradients_of_bfloat16_are_kept_in_it(monkeypatch):
+    """Of the two gradients one at a time is summed in float32."""
+    monkeypatch.setattr(rowwise, "_ADDED_ROWS", 64)
+    n, width = 2048, 512
+    leaves, _ = batch(n, n, dtype=torch.bfloat16, width=width)
+    peak = cpu_peak_bytes(lambda: chunked(focal)(*leaves).backward())
+    assert peak < 2 * n * width * 4 + 2 * 64 * n * 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "rows"), [("float32", 16384, 256), ("bfloat16", 16384, 128), ("bfloat16", 65536, 128)]
+)
+def test_rows_of_a_chunk_on_a_cpu(dtype, n, rows):
+    x = torch.empty(n, 1, dtype=getattr(torch, dtype))
+    assert rowwise._most_rows(x, n, torch.float32, 64 << 20) == rows
 
 
 @pytest.mark.slow
