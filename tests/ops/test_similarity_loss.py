@@ -141,3 +141,18 @@ def test_sigmoid_terms_join_the_sweep_of_a_softmax(asked, ops, monkeypatch):
     call = similarity_call(30, 30, ids=True, **asked)
     outputs_of(function_of(call), call, call.typed(torch.float32))
     assert called == ops
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sigmoid_of_negatives_far_below_zero(backend, dtype):
+    """e^-l overflows; the gradient is that of the softmax alone."""
+    image = torch.eye(20, 32).to(dtype).requires_grad_()
+    text = -torch.eye(20, 32).roll(1, 0).to(dtype)
+    found = {}
+    for terms in (("contrastive", "sigmoid"), ("sigmoid",)):
+        with simplclip.backend(backend):
+            losses = similarity_loss(image, text, 300.0, logit_bias=-10.0, terms=terms)
+        found[terms] = losses["sigmoid"], *torch.autograd.grad(losses["sigmoid"], image)
+    assert all(t.isfinite().all() for results in found.values() for t in results)
+    torch.testing.assert_close(*found.values(), rtol=1e-2, atol=1e-6)

@@ -45,7 +45,7 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
         sigmoids.terms[k].negative *= in.g_sigmoid[k][i];
         sigmoids.terms[k].positive *= in.g_sigmoid[k][i];
       }
-      sigmoid_row<T>(s, sigmoids, i, in.sigmoid_grad, total.sigmoids);
+      sigmoid_row<T, Sigmoid::kGradient>(s, sigmoids, i, in.sigmoid_grad, total.sigmoids);
     }
     vf d_scale = {}, d_p = {}, d_q = {};
 

@@ -125,7 +125,7 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
     if (s.plane) out.plane_diagonal[i] = to_float(static_cast<const T*>(s.plane)[at]);
     if (out.sigmoids.count) {
       SigmoidOut sums{};
-      sigmoid_row<T, float>(s, out.sigmoids, i, nullptr, sums);
+      sigmoid_row<T, Sigmoid::kValues>(s, out.sigmoids, i, static_cast<float*>(nullptr), sums);
       for (int k = 0; k < out.sigmoids.count; ++k) {
         const SigmoidTerm& term = out.sigmoids.terms[k];
         out.sigmoid[k][i] = float(term.negative * sums.negative[k] + term.positive * sums.positive[k]);

@@ -1,12 +1,12 @@
 // Included after strip_impl.h, inside the namespace of an instruction set: sigmoid terms of a row, values and gradient at once.
 
-// 2^t for t <= 0, and 2^-126 for less: relative error below 8e-8, or coarse 8e-5, for logits that are rounded to bf16 anyway.
+// 2^t: relative error below 8e-8, or coarse 8e-5, for logits that are rounded to bf16 anyway.
 template <bool coarse>
-VINLINE vf exp2_below(vf t) {
+VINLINE vf exp2(vf t) {
 #if SIMPLCLIP_LANES == 16
   const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  t = max(splat(-126.0f), t);  // in this order a NaN stays one
+  t = t < -126.0f ? splat(-126.0f) : (t > 126.0f ? splat(126.0f) : t);
   const vf shifted = t + 12582912.0f;
   const vf r = t - (shifted - 12582912.0f);
 #endif
@@ -31,7 +31,7 @@ VINLINE vf exp2_below(vf t) {
 #endif
 }
 
-// 1 / x of a normal x > 0, as exact as exp2_below.
+// 1 / x of x >= 1, as exact as exp2.
 template <bool coarse>
 VINLINE vf inverse_of(vf x) {
 #if SIMPLCLIP_LANES == 16
@@ -60,19 +60,23 @@ struct SoftplusSum {
   }
 };
 
-template <class T, int K, bool gradient, class Grad>
+// What is computed of a row.
+enum class Sigmoid { kValues, kGradient, kBoth };
+
+template <class T, int K, Sigmoid what, class Grad>
 void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row, SigmoidOut& out) {
-  constexpr bool coarse = std::is_same_v<T, bf16>;
+  constexpr bool coarse = std::is_same_v<T, bf16>, values = what != Sigmoid::kGradient, gradient = what != Sigmoid::kValues;
   const T* sim_row = static_cast<const T*>(s.sim) + i * s.columns;
   SoftplusSum negative[K];
-  vf positive[K] = {}, d_weight[K] = {}, d_bias[K] = {};
+  vf positive[K] = {}, d_weight[K] = {}, d_bias[K] = {}, weight_of_positives[K] = {}, bias_of_positives[K] = {};
   int factors = 0;
   SigmoidTerm terms[K];  // a copy, which no store to grad_row can change
-  vf log2_weight[K], log2_bias[K];
+  vf log2_weight[K], log2_bias[K], slope[K];
   for (int k = 0; k < K; ++k) {
     terms[k] = in.terms[k];
     log2_weight[k] = splat(kLog2E * terms[k].weight);
     log2_bias[k] = splat(kLog2E * terms[k].bias);
+    slope[k] = splat(terms[k].weight * terms[k].negative);
   }
 
   for_blocks(s.columns, s.label + i, 1, in.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
@@ -87,57 +91,58 @@ void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row,
       matched &= ~dropped;
       share = in.row_share ? in.row_share[i] + load(in.column_share + j, lanes) : splat(1.0f);
     }
-    vf t[K], e[K];  // logits / log(2), e^-|logit|
+    vf g = {};
 #pragma GCC unroll 2
     for (int k = 0; k < K; ++k) {
-      t[k] = log2_weight[k] * sim + log2_bias[k];
-      e[k] = exp2_below<coarse>((vf)((vi)t[k] | INT32_MIN));
-      const vf top = max(t[k], vf{});
-      if constexpr (masked) {
+      vf t = log2_weight[k] * sim + log2_bias[k];  // l / log(2)
+      if constexpr (!values) t = max(splat(-126.0f), t);  // so that e^-l is finite; in this order a NaN stays one
+      const vf e = exp2<coarse>(values ? (vf)((vi)t | INT32_MIN) : -t);  // e^-|l|, or e^-l where only the gradient is computed
+      const vf top = max(t, vf{});
+      if constexpr (values && masked) {
         const vi other = dropped | matched;
-        negative[k].add(other ? vf{} : e[k], other ? vf{} : top);
-        if (any(matched)) positive[k] += matched ? share * (kLn2 * (top - t[k]) + log1p(e[k])) : vf{};
-      } else {
-        negative[k].add(e[k], top);
+        negative[k].add(other ? vf{} : e, other ? vf{} : top);
+        if (any(matched)) positive[k] += matched ? share * (kLn2 * (top - t) + log1p(e)) : vf{};
+      } else if constexpr (values) {
+        negative[k].add(e, top);
       }
-    }
-    if (++factors == SoftplusSum::kFactors) {
-      for (int k = 0; k < K; ++k) negative[k].flush();
-      factors = 0;
-    }
-    if constexpr (gradient) {
-      vf g = {};
-#pragma GCC unroll 2
-      for (int k = 0; k < K; ++k) {
-        // sigmoid(l) of a negative, sigmoid(-l) of a positive
-        const vf inverse = inverse_of<coarse>(e[k] + 1.0f);
-        vf h = terms[k].negative * ((t[k] < 0.0f ? e[k] : splat(1.0f)) * inverse);
+      if constexpr (gradient) {
+        const vf inverse = inverse_of<coarse>(e + 1.0f);
+        vf h = values ? (t < 0.0f ? e * inverse : inverse) : inverse;  // sigmoid(l)
         if constexpr (masked) {
-          const vf of_positive = -terms[k].positive * share * ((t[k] < 0.0f ? splat(1.0f) : e[k]) * inverse);
-          h = dropped ? vf{} : (matched ? of_positive : h);
+          const vf bounded = e < 1e30f ? e : splat(1e30f);
+          vf miss = bounded * inverse_of<coarse>(bounded + 1.0f);  // sigmoid(-l)
+          if constexpr (values) miss = (t < 0.0f ? splat(1.0f) : e) * inverse;
+          h = dropped | matched ? vf{} : h;
+          const vf of_positive = matched ? -terms[k].positive * share * miss : vf{};
+          weight_of_positives[k] += matched ? of_positive * sim : vf{};
+          bias_of_positives[k] += of_positive;
+          g += terms[k].weight * of_positive;
         }
-        d_weight[k] += masked ? (dropped ? vf{} : h * sim) : h * sim;
+        d_weight[k] += masked ? (dropped | matched ? vf{} : h * sim) : h * sim;
         d_bias[k] += h;
-        g += terms[k].weight * h;
+        g += slope[k] * h;
       }
-      store(grad_row + j, g, lanes);
     }
+    if constexpr (values)
+      if (++factors == SoftplusSum::kFactors) {
+        for (int k = 0; k < K; ++k) negative[k].flush();
+        factors = 0;
+      }
+    if constexpr (gradient) store(grad_row + j, g, lanes);
   });
   for (int k = 0; k < K; ++k) {
     negative[k].flush();
     out.negative[k] += double(sum(negative[k].total));
     out.positive[k] += double(sum(positive[k]));
-    out.weight[k] += double(sum(d_weight[k]));
-    out.bias[k] += double(sum(d_bias[k]));
+    out.weight[k] += double(terms[k].negative) * sum(d_weight[k]) + sum(weight_of_positives[k]);
+    out.bias[k] += double(terms[k].negative) * sum(d_bias[k]) + sum(bias_of_positives[k]);
   }
 }
 
-// Adds row i's sums to `out`, and, unless grad_row is null, writes the gradient with respect to S there.
-template <class T, class Grad>
+// Adds row i's sums to `out`, and writes the gradient with respect to S to grad_row.
+template <class T, Sigmoid what, class Grad>
 void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row, SigmoidOut& out) {
-  by_value<1, 2>(in.count, [&](auto count) {
-    grad_row ? sigmoid_row<T, count(), true>(s, in, i, grad_row, out) : sigmoid_row<T, count(), false>(s, in, i, grad_row, out);
-  });
+  by_value<1, 2>(in.count, [&](auto count) { sigmoid_row<T, count(), what>(s, in, i, grad_row, out); });
 }
 
 SigmoidOut sigmoid_strip(const Strip& s, const SigmoidIn& in, bool is_bf16) {
@@ -145,7 +150,9 @@ SigmoidOut sigmoid_strip(const Strip& s, const SigmoidIn& in, bool is_bf16) {
   by_value<false, true>(is_bf16, [&](auto is_bf16) {
     using T = std::conditional_t<is_bf16(), bf16, float>;
     T* const grad = static_cast<T*>(s.grad);
-    for (int64_t i = 0; i < s.rows; ++i) sigmoid_row<T>(s, in, i, grad ? grad + i * s.columns : nullptr, out);
+    by_value<Sigmoid::kValues, Sigmoid::kBoth>(grad ? Sigmoid::kBoth : Sigmoid::kValues, [&](auto what) {
+      for (int64_t i = 0; i < s.rows; ++i) sigmoid_row<T, what()>(s, in, i, grad + (grad ? i * s.columns : 0), out);
+    });
   });
   return out;
 }
