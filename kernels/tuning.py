@@ -44,17 +44,17 @@ _INTERPRETED = {
 # fmt: off
 _TABLE = {
     ("similarity_forward", "half"):     "128x128x32/8/4 128x64x32/8/4  128x64x32/8/4  64x64x32/8/4   64x64x32/8/4 "
-                                        "64x32x32/8/4",
+                                        "64x32x32/4/4",
     ("similarity_forward", "tf32"):     "128x128x16/8/4 128x64x32/8/3  64x128x16/8/4  64x64x32/8/3   64x64x16/8/4 "
-                                        "64x32x16/8/4",
+                                        "64x32x16/4/4",
     ("similarity_forward", "ieee"):     "128x64x8/8/4   64x64x16/8/3   64x64x8/8/4    64x64x8/8/4    64x64x8/8/4 "
-                                        "64x32x16/8/3",
+                                        "64x32x16/4/3",
     ("similarity_backward", "half"):    "128x128x32/8/4 128x64x32/8/4  64x128x32/8/4  64x128x32/8/4  64x64x32/8/4 "
-                                        "64x32x32/8/4",
+                                        "64x32x32/4/4",
     ("similarity_backward", "tf32"):    "128x128x16/8/4 64x128x16/8/4  64x128x16/8/4  64x128x16/8/4  64x64x32/8/3 "
-                                        "64x32x32/8/3",
+                                        "64x32x32/4/3",
     ("similarity_backward", "ieee"):    "128x64x8/8/4   128x32x16/8/3  64x64x8/8/4    64x64x16/8/3   64x64x8/8/4 "
-                                        "64x32x16/8/3",
+                                        "64x32x16/4/3",
     ("similarity_sigmoid", "half"):     "128x64x32/8/4  64x64x32/8/4",
     ("similarity_sigmoid", "tf32"):     "64x128x16/8/4  64x64x32/8/3",
     ("similarity_sigmoid", "ieee"):     "128x32x16/8/3  64x32x16/4/3",

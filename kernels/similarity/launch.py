@@ -54,12 +54,13 @@ class Launch:
     @property
     def statistics_tiles(self) -> int:
         """The same for forward; with older compilers losses of the similarities need registers too."""
-        return self.gradient_tiles if tuning.OLDER else max(self.tiles, 1 + (self.SIGMOIDS > 0))
+        return self.gradient_tiles if tuning.OLDER else max(self.tiles, 1 + self.SIGMOIDS)
 
     @property
     def gradient_tiles(self) -> int:
         """The same for backward, where the gradients of sigmoid terms or a scalar hyperplane need registers too."""
-        return self.tiles + (self.tiles < 5 and (self.SIGMOIDS > 0 or (self.HARD_NEGATIVES and not self.HAS_HADAMARD)))
+        more = self.SIGMOIDS or (self.HARD_NEGATIVES and not self.HAS_HADAMARD)
+        return self.tiles + (self.tiles < 5) * more
 
 
 @dataclass(frozen=True)
