@@ -43,10 +43,8 @@ class Launch:
     def tiles(self) -> int:
         """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four.
 
-        5: shares of sigmoid terms; 6: sigmoid terms beside other statistics of the same tile.
+        The shares of sigmoid terms need the registers of five.
         """
-        if self.SIGMOIDS and (self.HARD_NEGATIVES or self.HAS_TEACHER):
-            return 6
         if self.HAS_SHARES:
             return 5
         return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.HAS_IMAGE_TO_TEACHER))

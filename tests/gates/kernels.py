@@ -98,17 +98,12 @@ def launches(everything: bool) -> list[Launch]:
     cross = {"HAS_IMAGE_TO_TEACHER": True}
     for columns, ids in flags:
         both = {"COLUMNS": columns, "HAS_IDS": ids, "DROP_IDS": ids}
-        for student in (
-            {},
-            {"SIGMOIDS": 1},
-            {"SIGMOIDS": 2},
-            {"SIGMOIDS": 2, "HAS_SHARES": ids},
-            {"HARD_NEGATIVES": True},
-            {"HARD_NEGATIVES": True, "SIGMOIDS": 1},
-            {"HARD_NEGATIVES": True, "HAS_HADAMARD": True},
-            {"HARD_NEGATIVES": True, "HAS_HADAMARD": True, "SIGMOIDS": 1},
-        ):
-            student = {"HAS_STUDENT": True, **student}
+        for terms in ({"SIGMOIDS": 1}, {"SIGMOIDS": 2}, {"SIGMOIDS": 2, "HAS_SHARES": ids}):
+            found.append(Launch(HAS_STUDENT=True, **terms, **both))
+        if ids:
+            found.append(Launch(HAS_STUDENT=True, SIGMOIDS=2, HAS_SHARES=True, HAS_IDS=True, COLUMNS=columns))
+        for hard, hadamard in ((False, False), (True, False), (True, True)):
+            student = {"HAS_STUDENT": True, "HARD_NEGATIVES": hard, "HAS_HADAMARD": hadamard}
             found.append(Launch(**student, **both))
             found.append(Launch(**student, RELATIONAL=True, **both))
             found.append(Launch(**student, **cross, RELATIONAL=True, **both))

@@ -24,7 +24,7 @@ from simplclip.ops.similarity.call import (
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
 from simplclip.ops.similarity.positives import Groups
 from simplclip.ops.similarity.rows import similarity_rows
-from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
+from simplclip.ops.similarity.sigmoid import joins, numbers_of, sigmoid_terms
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
 
@@ -218,10 +218,10 @@ def similarity_loss(
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
 
     "sigmoid", and "pair_matching" with all negatives, are sigmoid terms, whose gradient needs no statistics. Beside a softmax
-    of Z they join its sweep: 4 products of N M D in all. Where there is none, and for a hadamard plane, which has a matrix of
-    its own, forward computes the gradient with the value: 3 products, 2 if image or text needs no gradient, 1 if none is
-    needed; for both terms together with `weights`. Then the gradients [N, D] and [M, D] are saved and backward scales them;
-    they are rounded to the features' dtype (float16's are float32) once more than others.
+    of Z they join its sweep (on a GPU, that of contrastive alone): 4 products of N M D in all. Where there is none, and for a
+    hadamard plane, which has a matrix of its own, forward computes the gradient with the value: 3 products, 2 if image or
+    text needs no gradient, 1 if none is needed; for both terms together with `weights`. Then the gradients [N, D] and [M, D]
+    are saved and backward scales them; they are rounded to the features' dtype (float16's are float32) once more than others.
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
     14 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
@@ -280,14 +280,12 @@ def similarity_loss(
     call.softmax = ("contrastive" in terms and not alone) or call.relational or call.hard
     sweeps = [call] if call.softmax or call.interactive else []
     if alone:
-        own = SimilarityCall(call.image, call.text, call.scale, label_offset=call.label_offset)
-        own.ids, own.text_ids, own.softmax, own.drop_ids, own.columns = call.ids, call.text_ids, True, False, symmetric
-        sweeps.append(own)
+        sweeps.append(replace(call, softmax=True, drop_ids=False, relational=False, hard=False, interactive=False))
     # Sigmoid terms of the student's matrix join the sweep of a softmax of it; others have one, or one each.
     kinds = ["sigmoid"] * ("sigmoid" in terms) + ["pair_matching"] * (matching == "all")
     apart = [kind for kind in kinds if kind == "pair_matching" and call.plane_weight.dim()]
     together = [kind for kind in kinds if kind not in apart]
-    beside = next((sweep for sweep in sweeps if sweep.softmax), None) if together else None
+    beside = next((sweep for sweep in sweeps if joins(sweep)), None) if together else None
     if beside is not None:
         for name, value in numbers_of(call, tuple(together), bias, positives, groups, group).items():
             setattr(beside, name if name.endswith("share") else f"sigmoid_{name}", value)

@@ -60,6 +60,12 @@ define(
 register_gradient("similarity_sigmoid", SigmoidCall, _backward, forget=_TENSORS)
 
 
+def joins(call: SimilarityCall) -> bool:
+    """Whether sigmoid terms may join a sweep: on a GPU, a teacher's matrix or hard negatives leave them no registers."""
+    simple = call.image.device.type == "cpu" and backends.forced() != "triton"
+    return call.softmax and (simple or not (call.has_teacher or call.hard))
+
+
 def numbers_of(
     call: SimilarityCall,
     terms: tuple[str, ...],  # "sigmoid", "pair_matching" or both
