@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pairs import call, digests, forked, one_line, png, step_killed_at, write
 from safetensors.torch import save_file
-from trainer_runs import register_models
+from trainer_runs import write_models
 
 from simplclip import data, models, teacher
 from simplclip.data import shards
@@ -25,7 +25,7 @@ from simplclip.demo import teacher as networks
 def folder(tmp_path_factory):
     """Shards, and the weights of an open_clip model."""
     folder = tmp_path_factory.mktemp("teacher")
-    register_models(folder)
+    write_models(folder)
     for number in range(2):
         tiny.write_shard(folder / "in" / f"train-{number}.tar")
     torch.manual_seed(3)

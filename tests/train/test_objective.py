@@ -115,6 +115,7 @@ def test_sigmoid_and_pair_matching_are_weighted_in_one_sweep(monkeypatch, plane,
         swept.clear()
         torch.manual_seed(4)
         terms = ours(step, x, y, scale, bias, group)
+        of_ours = list(swept)
         torch.manual_seed(4)
         other = matching(x, y, scale, output_dict=True, ids=group)["pair_matching_loss"]
         want = {"sigmoid_loss": weights[0] * dense, "pair_matching_loss": weights[1] * other}
@@ -125,8 +126,12 @@ def test_sigmoid_and_pair_matching_are_weighted_in_one_sweep(monkeypatch, plane,
         expected = torch.autograd.grad(sum(want.values()), theirs, retain_graph=True, materialize_grads=True)
         got = torch.autograd.grad(sum(terms.values()), learned, materialize_grads=True)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-        in_one = step and plane == "scalar" and negatives == "all"
-        assert swept == [("sigmoid", "pair_matching") if in_one else ("sigmoid",)]
+        swept_alone = {
+            "shift": [("sigmoid",)],
+            "hard": [],  # sigmoid joins the softmax
+            "all": [("sigmoid", "pair_matching")] if plane == "scalar" else [("sigmoid",), ("pair_matching",)],
+        }
+        assert of_ours == (swept_alone[negatives] if step else [("sigmoid",)])
 
 
 def test_sigmoid_beside_a_teacher():
