@@ -41,24 +41,17 @@ class Launch:
 
     @property
     def tiles(self) -> int:
-        """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four.
-
-        The shares of sigmoid terms need the registers of five.
-        """
-        if self.HAS_SHARES:
-            return 5
+        """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four."""
         return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.HAS_IMAGE_TO_TEACHER))
 
-    @property
-    def statistics_tiles(self) -> int:
-        """The same for forward; with older compilers losses of the similarities need registers too."""
-        return self.gradient_tiles if tuning.OLDER else max(self.tiles, 1 + self.SIGMOIDS)
-
-    @property
-    def gradient_tiles(self) -> int:
-        """The same for backward, where the gradients of sigmoid terms or a scalar hyperplane need registers too."""
-        more = self.SIGMOIDS or (self.HARD_NEGATIVES and not self.HAS_HADAMARD)
-        return self.tiles + (self.tiles < 5) * more
+    def entry(self, backward: bool) -> tuple[str, int]:
+        """The op and the entry of its row in the table of tiles."""
+        op = f"similarity_{'backward' if backward else 'forward'}"
+        if self.SIGMOIDS:
+            return f"{op}_sigmoid", 3 if self.HAS_SHARES else self.SIGMOIDS
+        # A scalar hyperplane's gradient needs registers too; with older compilers so do its losses.
+        scalar = self.HARD_NEGATIVES and not self.HAS_HADAMARD
+        return op, self.tiles + (scalar and (backward or tuning.OLDER))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [14, N], [6, M
     precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
     _positives(call, rows)
     for launch in launches(call):
-        tile = tuning.lookup("similarity_forward", launch.statistics_tiles, precision, architecture)
+        tile = tuning.lookup(*launch.entry(backward=False), precision, architecture)
         slots = Slots.of(launch)
         blocks = -(-n // tile.block_m)
         if launch.COLUMNS:
@@ -154,7 +154,7 @@ def gradient_plan(call: SimilarityCall) -> tuple[list[tuple[Launch, tuning.Tile]
     """The launches with their tiles, scratch [matrices, chunk, M or more] for the gradients of a chunk, and programs' sums
     of the scalars' gradients."""
     precision, (architecture, _) = precision_of(call.image.dtype), architecture_and_processors(call.image)
-    plan = [(x, tuning.lookup("similarity_backward", x.gradient_tiles, precision, architecture)) for x in launches(call)]
+    plan = [(x, tuning.lookup(*x.entry(backward=True), precision, architecture)) for x in launches(call)]
     rows, m = min(call.image.shape[0], call.chunk), call.text.shape[0]
     pitch = -(-m // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
     scratch = call.image.new_empty(max(launch.students for launch, _ in plan), rows, pitch)

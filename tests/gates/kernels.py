@@ -142,10 +142,7 @@ def similarity(
 ) -> Kernel:
     """A launch's large kernel; `tile` in place of the table's."""
     precision = DTYPES[dtype][1]
-    op, tiles = "similarity_forward", launch.statistics_tiles
-    if backward:
-        op, tiles = "similarity_backward", launch.gradient_tiles
-    tile = tile or tuning.lookup(op, tiles, precision, architecture)
+    tile = tile or tuning.lookup(*launch.entry(backward), precision, architecture)
     tiling = Tiling(*tile[:3], even, even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
     constants = {**absent(launch), "LAUNCH": launch, "TILE": tiling}
     if backward:

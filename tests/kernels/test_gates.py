@@ -73,7 +73,7 @@ def test_tiles_are_those_of_the_installed_triton(monkeypatch):
     launch = next(launch for launch in launches(False) if launch.HARD_NEGATIVES and launch.tiles == 1)
     for older, tiles in ((False, 1), (True, 2)):
         monkeypatch.setattr(tuning, "OLDER", older)
-        assert launch.statistics_tiles == tiles
+        assert launch.entry(backward=False) == ("similarity_forward", tiles)
 
 
 def test_a_spill_warns_once_when_a_kernel_starts():
