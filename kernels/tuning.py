@@ -121,6 +121,8 @@ _OLDER = {
     ("similarity_forward_sigmoid", "tf32", 0):  "-              64x64x32/8/3",
     ("similarity_forward_sigmoid", "ieee", 0):  "128x32x16/8/3  64x32x16/8/3   64x64x16/8/1",
     ("similarity_backward_sigmoid", "ieee", 0): "-              64x64x16/8/3   64x64x16/8/3",
+    ("similarity_sigmoid", "ieee", 80):         "128x32x16/8/2",
+    ("similarity_sigmoid", "ieee", 90):         "-              64x32x16/8/3",
     ("shaped_attention_rows", "half", 120):     "-              -              -              32x32x0/4/2",
     ("shaped_attention_fwd", "ieee", 80):       "-              -              32x64x0/8/2",
     ("shaped_attention_rows", "ieee", 90):      "-              -              32x16x0/8/2",
