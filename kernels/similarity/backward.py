@@ -39,8 +39,8 @@ def _total(tile):  # [BLOCK_M, BLOCK_N]
 def _store(
     out, matrix_stride, MATRIX: tl.constexpr, value, diagonal, positive, factors, stored, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Stores the gradient of a matrix, with `diagonal` added to the positives', times its factor if there are factors."""
-    value += tl.where(positive, diagonal[:, None], 0.0)
+    """Stores the gradient of a matrix, `diagonal` that of the positives, times its factor if there are factors."""
+    value = tl.where(positive, diagonal, value)
     if factors is not None:
         value *= tl.load(factors + MATRIX)
     tl.store(out + MATRIX * matrix_stride, narrowed(value, out.dtype.element_ty, INTERPRETED), stored)
@@ -127,7 +127,7 @@ def _similarity_gradient_kernel(
         g = tl.load(row_grad + LSE_CROSS * n)[:, None] * _softmax(u, row_stat, LSE_CROSS, n, 1)
         g -= tl.load(row_grad + MEAN_CROSS * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
         d_cross += _total(g * raw)
-        diagonal = tl.load(row_grad + DIAGONAL_IMAGE_TO_TEACHER * n)
+        diagonal = tl.load(row_grad + DIAGONAL_IMAGE_TO_TEACHER * n)[:, None]
         _store(out, matrix_stride, u_at, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
     if LAUNCH.HAS_TEACHER_TO_TEXT:
@@ -137,7 +137,7 @@ def _similarity_gradient_kernel(
         g = tl.load(column_grad + LSE_CROSS * m)[None, :] * _softmax(v, column_stat, LSE_CROSS, m, 0)
         g -= tl.load(column_grad + MEAN_CROSS * m)[None, :] * _softmax(t, column_stat, LSE_TEACHER, m, 0)
         d_cross += _total(g * raw)
-        diagonal = tl.load(row_grad + DIAGONAL_TEACHER_TO_TEXT * n)
+        diagonal = tl.load(row_grad + DIAGONAL_TEACHER_TO_TEXT * n)[:, None]
         _store(out, matrix_stride, u_at + 1, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
     if LAUNCH.HAS_STUDENT:
@@ -196,13 +196,15 @@ def _similarity_gradient_kernel(
                 d_weight += _total(h * raw)
                 d_bias += _total(h)
                 g += slope * h
-        diagonal = tl.load(row_grad + DIAGONAL_STUDENT * n)
+        diagonal = tl.load(row_grad + DIAGONAL_STUDENT * n)[:, None]
+        if LAUNCH.SIGMOIDS > 0:
+            diagonal += g  # which is that of the sigmoid terms there
         _store(out, matrix_stride, 0, g, diagonal, positive, factors, stored, TILE.INTERPRETED)
         if LAUNCH.HAS_HADAMARD:
             raw = product(image, text, plane_weight, safe_row, safe_column, width, TILE.EVEN, TILE)
             h *= sigmoid(raw + bias)
             d_bias += _total(h)
-            diagonal = tl.load(row_grad + DIAGONAL_HADAMARD * n)
+            diagonal = tl.load(row_grad + DIAGONAL_HADAMARD * n)[:, None]
             _store(out, matrix_stride, 1, h, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
     sums += program * 8
