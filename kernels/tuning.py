@@ -117,6 +117,7 @@ _OLDER = {
     ("similarity_forward", "tf32", 0):          "-              -              64x64x32/8/3",
     ("similarity_forward", "ieee", 0):          "128x64x16/8/2  128x32x16/8/3  64x32x16/8/3   64x64x16/8/1   64x64x16/8/1",
     ("similarity_backward", "tf32", 0):         "-              -              -              64x128x16/8/4",
+    ("similarity_backward", "tf32", 90):        "-              -              -              64x64x32/8/3",
     ("similarity_backward", "ieee", 0):         "128x64x16/8/3  -              64x64x16/8/3   -              64x64x16/8/3",
     ("similarity_forward_sigmoid", "half", 0):  "-              64x64x32/8/4",
     ("similarity_forward_sigmoid", "tf32", 0):  "-              64x64x32/8/3",
