@@ -78,15 +78,15 @@ SIGMOID = Chart(
     "Time and memory of the sigmoid and the contrastive loss against the number of pairs",
     (
         Series("sigmoid", "simplclip", "simplclip, sigmoid loss", "ours"),
-        Series("contrastive", "simplclip", "simplclip, contrastive loss", "ours other", "above"),
-        Series("sigmoid", "open_clip.SigLipLoss", "open_clip.SigLipLoss", "theirs"),
+        Series("contrastive", "simplclip", "simplclip, contrastive loss", "ours other"),
+        Series("sigmoid", "open_clip.SigLipLoss", "open_clip.SigLipLoss", "theirs", "above"),
         Series("contrastive", "open_clip.ClipLoss", "open_clip.ClipLoss", "theirs other", "above"),
         Series("sigmoid", "torch.compile of open_clip.SigLipLoss", "SigLipLoss by torch.compile", "compiled", ""),
         Series("contrastive", "torch.compile of open_clip.ClipLoss", "ClipLoss by torch.compile", "compiled other", ""),
     ),
     (
         Panel(TIME, "p50_ms", 1000, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100), "s"),
-        Panel(MEMORY, "extra_mib", 1, (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000), "MiB"),
+        Panel(MEMORY, "extra_mib", 1, (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000), "MiB"),
     ),
 )
 
@@ -133,6 +133,7 @@ def _panel(chart: Chart, panel: Panel, left: float, rows: list[dict[str, str]], 
         lines.append(_text(across(n), TOP + PANEL_HEIGHT + 18, f"{n:,}", style="small", anchor="middle"))
     middle, below = left + PANEL_WIDTH / 2, TOP + PANEL_HEIGHT + 36
     lines.append(_text(middle, below, "pairs in the batch, N", style="small", anchor="middle"))
+    ends = []
     for series in chart.series:
         mine = [row for row in rows if (row["objective"], row["form"]) == (series.objective, series.form) and row["p50_ms"]]
         values = sorted((int(row["n"]), float(row[panel.column]) / panel.divisor) for row in mine)
@@ -140,10 +141,21 @@ def _panel(chart: Chart, panel: Panel, left: float, rows: list[dict[str, str]], 
         lines.append(f'<polyline class="{series.style}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}"/>')
         colour = series.style.split()[0]
         lines += [f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
-        x, y = points[-1]
-        place = {"x": x, "y": y - 9, "anchor": "middle"} if series.label == "above" else {"x": x + 8, "y": y + 4}
-        if series.label:
-            lines.append(_text(text=panel.label(values[-1][1]), style=colour, **place))
+        ends.append((series, *points[-1], panel.label(values[-1][1])))
+    return lines + _labels(ends)
+
+
+def _labels(ends: list[tuple[Series, float, float, str]]) -> list[str]:
+    """Texts of the last points, from the lowest up; one that would cover another of its column moves up."""
+    lines, below = [], {}
+    for series, x, y, text in sorted(ends, key=lambda end: -end[2]):
+        if not series.label:
+            continue
+        above = series.label == "above"
+        y = min(end[2] for end in ends if end[1] == x) - 9 if above else y + 4
+        y = below[x, above] = min(y, below.get((x, above), math.inf) - 13)
+        place = {"x": x, "anchor": "middle"} if above else {"x": x + 8}
+        lines.append(_text(y=y, text=text, style=series.style.split()[0], **place))
     return lines
 
 

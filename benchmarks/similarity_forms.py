@@ -13,7 +13,7 @@ from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import figures, interleaved_times, peak_bytes, quantiles
+from benchmarks.measure import clock_of_steps, figures, interleaved_times, peak_bytes, quantiles
 from simplclip.ops import similarity_loss
 from simplclip.ops.similarity.sweep import STORE_BYTES, computes_in, stored_rows
 
@@ -304,7 +304,8 @@ def measure(
     cases = {name: lambda form=form: features.step(form.run) for name, form in found.items()}
     products = three_products(features)
     products()  # the first run of each form was above
-    times = interleaved_times({"products": products, **cases}, repeats, warmup=0)
+    clock, tick = clock_of_steps()
+    times = interleaved_times({"products": products, **cases}, repeats, warmup=0, clock=tick)
     one_product = quantiles(times["products"])[1] / 3
     rows = []
     for name in [*found, *notes]:
@@ -317,7 +318,7 @@ def measure(
                 "extra_mib": round(peaks[name] / 2**20, 1),
                 "memory_times_ours": round(peaks[name] / peaks["simplclip"], 1),
             }
-        rows.append({**row, "note": notes.get(name, "")})
+        rows.append({**row, "clock": clock, "note": notes.get(name, "")})
     return rows
 
 

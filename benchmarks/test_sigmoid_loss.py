@@ -1,6 +1,6 @@
 """The sigmoid loss against open_clip's SigLipLoss, compiled forms and siglip-kernel's reference, beside the contrastive loss.
 
-    pytest benchmarks/test_sigmoid_loss.py --sizes 1024,4096,16384 --repeats 5 --write
+    OMP_NUM_THREADS=1 pytest benchmarks/test_sigmoid_loss.py --sizes 1024,4096,16384 --repeats 5 --write
 
 As test_similarity_loss.py, with gradients to the bias too. siglip-kernel's reference is measured where the package is
 installed. memeff has no sigmoid loss, and its contrastive one needs a GPU: both are in `python -m benchmarks.gpu`.
