@@ -65,7 +65,7 @@ def op_table(op: str, decimals: int = 0, sizes: tuple[str, ...] = ()) -> list[st
         "products": ("gemms", lambda value: f"{float(value):g}"),
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
-        "times its memory": ("memory_times_ours", str),
+        "MiB, times simplclip's": ("memory_times_ours", str),
         "saved MiB": ("saved_mib", lambda value: f"{float(value):,.0f}"),
         "resident MiB": ("resident_mib", lambda value: f"{float(value):,.0f}"),
         "saved bytes a token": ("saved_bytes_per_token", lambda value: f"{int(value):,}"),
