@@ -136,7 +136,7 @@ wheel: dist  ## the same with a manylinux wheel, which PyPI takes
 		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart.so.*' $(DIST)/*-linux_*.whl
 	rm $(DIST)/*-linux_*.whl
 
-tables: install  ## tables and chart of README and docs from benchmarks/results
+tables: install  ## tables and charts of README and docs from benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 # The kernels lie beside the package, and are imported as a part of it.

@@ -2,9 +2,9 @@
 
 Runs `pytest -m gpu` first and refuses to time anything while a test is red. Then shaped attention and the simplified block
 with their peers (SDPA, FlexAttention, open_clip's block, torch.compile, xformers where it is installed), and similarity_loss
-with its own (open_clip, torch.compile, Inf-CLIP where it is installed) at every N, take turns; a loss that does not fit in
-memory says so. Prints the rows and writes benchmarks/results/<gpu>-<date>.csv after every step, so that an interrupted run
-keeps what it measured.
+with its own (open_clip, torch.compile; Inf-CLIP, memeff and siglip-kernel where they are installed) at every N, take turns; a
+loss that does not fit in memory says so. Prints the rows and writes benchmarks/results/<gpu>-<date>.csv after every step, so
+that an interrupted run keeps what it measured.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ def main(argv: list[str] | None = None) -> None:
     for n in map(int, options.sizes.split(",")):
         for dtype in options.dtypes.split(","):
             for objective in OBJECTIVES:
-                torch.compiler.reset()  # a form compiled anew for each size is a form for that size
                 keep(measure(objective, n, options.width, dtype, options.repeats, options.device))
     print(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}: wrote {out}")
 

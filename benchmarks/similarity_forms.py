@@ -1,24 +1,26 @@
-"""The similarity objectives as simplclip, open_clip and torch.compile compute them: what the benchmarks compare."""
+"""The similarity objectives as simplclip, open_clip, torch.compile and others compute them: what the benchmarks compare."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss, DistillClipLoss
+from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import interleaved_times, peak_bytes, quantiles
+from benchmarks.measure import clock_of_steps, figures, interleaved_times, peak_bytes, quantiles
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity.call import TERMS
 from simplclip.ops.similarity.sweep import STORE_BYTES, computes_in, stored_rows
 
-OBJECTIVES = ("contrastive", "all four")
+OBJECTIVES = ("contrastive", "sigmoid", "all four")
 PLANE = (10.0, -2.0)
+SCALE = 50.0
+CHUNK = 1024  # rows of open_clip's chunks
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Batch:
     image: Tensor  # [N, D], a leaf
     text: Tensor  # [N, D], a leaf
     scale: Tensor  # [], a leaf
+    bias: Tensor  # [], a leaf
     teacher_image: Tensor  # [N, D]
     teacher_text: Tensor  # [N, D]
     teacher_scale: Tensor  # []
@@ -33,10 +36,13 @@ class Batch:
     def leaves(self) -> list[Tensor]:
         return [t for t in (getattr(self, f.name) for f in fields(self)) if t.requires_grad]
 
-    def step(self, form: Callable[[Batch], Tensor]) -> Tensor:
-        """Forward and backward."""
+    def clear(self) -> None:
         for leaf in self.leaves():
             leaf.grad = None
+
+    def step(self, form: Callable[[Batch], Tensor]) -> Tensor:
+        """Forward and backward."""
+        self.clear()
         loss = form(self)
         loss.backward()
         return loss.detach()
@@ -50,14 +56,16 @@ def batch(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Batch:
     text = F.normalize(image + 4 * unit(), dim=1)
     teacher_image, teacher_text = (F.normalize(t + unit(), dim=1) for t in (image, text))
     student = [t.to(device, dtype).requires_grad_() for t in (image, text)]
-    scale = torch.tensor(50.0, device=device, requires_grad=True)
+    scale, bias = (torch.tensor(value, device=device, requires_grad=True) for value in (SCALE, -10.0))
     teacher = [t.to(device, dtype) for t in (teacher_image, teacher_text)]
-    return Batch(*student, scale, *teacher, torch.tensor(60.0, device=device))
+    return Batch(*student, scale, bias, *teacher, torch.tensor(60.0, device=device))
 
 
 def _ours(terms: tuple[str, ...]) -> Callable[[Batch], Tensor]:
     def run(b: Batch) -> Tensor:
         options = {"plane": PLANE} if "pair_matching" in terms else {}
+        if "sigmoid" in terms:
+            options["logit_bias"] = b.bias
         if "relational" in terms:
             options |= {
                 "teacher_image": b.teacher_image,
@@ -65,7 +73,8 @@ def _ours(terms: tuple[str, ...]) -> Callable[[Batch], Tensor]:
                 "teacher_scale": b.teacher_scale,
                 "divergence": "cross_entropy",
             }
-        return sum(similarity_loss(b.image, b.text, b.scale, terms=terms, **options).values())
+        weights = dict.fromkeys(terms, 1.0)  # a sum of sigmoid terms takes one sweep by them
+        return similarity_loss(b.image, b.text, b.scale, terms=terms, weights=weights, **options)["loss"]
 
     return run
 
@@ -74,11 +83,56 @@ def _clip_loss(b: Batch) -> Tensor:
     return ClipLoss()(b.image, b.text, b.scale)
 
 
+def _siglip_loss(b: Batch) -> Tensor:
+    return SigLipLoss()(b.image, b.text, b.scale, b.bias)
+
+
+def _siglip_loss_in_chunks(b: Batch) -> Tensor:
+    """SigLipLoss(chunk_size=CHUNK) of open_clip's main branch (4.2.0.dev0), which open_clip 3.3 does not have."""
+    total = torch.zeros((), device=b.image.device)
+    for first in range(0, b.image.shape[0], CHUNK):
+        logits = b.scale * b.image[first : first + CHUNK] @ b.text.T
+        logits += b.bias
+        rows = torch.arange(logits.shape[0], device=logits.device)
+        total = total + F.softplus(logits).sum() - logits[rows, first + rows].sum()
+    return total / b.image.shape[0]
+
+
 def _one_product(b: Batch) -> Tensor:
     """The contrastive loss with one matrix product, as torch.compile likes it."""
     logits = b.scale * (b.image @ b.text.T)
     diagonal = logits.diagonal()
     return 0.5 * ((logits.logsumexp(1) - diagonal).mean() + (logits.logsumexp(0) - diagonal).mean())
+
+
+def _one_product_sigmoid(b: Batch) -> Tensor:
+    """The sigmoid loss with three matrix products, as torch.compile likes it."""
+    logits = b.scale * (b.image @ b.text.T) + b.bias
+    return (F.softplus(logits).sum() - logits.diagonal().sum()) / b.image.shape[0]
+
+
+def _siglip_kernel_references() -> list[Callable[[Batch], Tensor]]:
+    """siglip-kernel's definition, whole and in chunks. Its file is loaded alone: the package asks for a GPU when imported."""
+    path = Path(importlib.util.find_spec("siglip_kernel").origin).with_name("reference.py")
+    spec = importlib.util.spec_from_file_location("siglip_kernel_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [
+        lambda b: module.siglip_loss_reference(b.image, b.text, b.scale, b.bias),
+        lambda b: module.siglip_loss_chunked_reference(b.image, b.text, b.scale, b.bias, CHUNK),
+    ]
+
+
+def _siglip_kernel(b: Batch) -> Tensor:
+    from siglip_kernel import fused_siglip_loss
+
+    return fused_siglip_loss(b.image, b.text, b.scale.log(), b.bias)
+
+
+def _memeff(b: Batch) -> Tensor:
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)(b.image, b.text)
 
 
 def _inf_clip(b: Batch) -> Tensor:
@@ -139,6 +193,7 @@ class Form:
     largest: int = 1 << 62  # largest N it is asked for
     terms: tuple[str, ...] = ()
     counted: float | None = None  # matrix products, where they are known otherwise
+    tf32: bool = False  # the form multiplies float32 as TF32
 
     def products(self, b: Batch) -> float:
         """Matrix products of N·M·D in a forward and backward; a part where stored rows save one."""
@@ -153,81 +208,117 @@ class Form:
         return counter.get_total_flops() / (2 * 64 * 64 * d)
 
 
-def forms(objective: str, dense_up_to: int) -> list[Form]:
+def forms(objective: str, dtype: str, dense_up_to: int) -> list[Form]:
     """simplclip's first. The dense ones hold N×N matrices and run up to N = dense_up_to."""
+    on_gpu = torch.cuda.is_available()
+    installed = {name for name in ("inf_cl", "memeff", "siglip_kernel") if importlib.util.find_spec(name)}
+
+    def ours(name: str, *terms: str, counted: float | None = None) -> Form:
+        return Form(name, _ours(terms), terms=terms, counted=counted)
+
+    def dense(name: str, run: Callable[[Batch], Tensor]) -> Form:
+        return Form(name, run, run, dense_up_to)
+
+    def compiled(name: str, run: Callable[[Batch], Tensor]) -> Form:
+        return Form(f"torch.compile{name}", torch.compile(run, dynamic=False), run, dense_up_to)
+
     if objective == "contrastive":
         found = [
-            Form("simplclip", _ours(("contrastive",)), terms=("contrastive",)),
-            Form("simplclip, pair matching too", _ours(TERMS[:2]), terms=TERMS[:2]),
-            Form("open_clip.ClipLoss", _clip_loss, _clip_loss, dense_up_to),
-            Form("torch.compile, one product", torch.compile(_one_product), _one_product, dense_up_to),
+            ours("simplclip", "contrastive"),
+            ours("simplclip, pair matching too", "contrastive", "pair_matching"),
+            ours("simplclip, sigmoid and pair matching too", "contrastive", "sigmoid", "pair_matching"),
+            dense("open_clip.ClipLoss", _clip_loss),
+            compiled(" of open_clip.ClipLoss", _clip_loss),
+            compiled(", one product", _one_product),
         ]
-        if torch.cuda.is_available() and importlib.util.find_spec("inf_cl"):
+        if on_gpu and "inf_cl" in installed:
             found.append(Form("Inf-CLIP, both directions", _inf_clip, counted=10))
+        if on_gpu and "memeff" in installed:
+            found.append(Form("memeff, no gradient of the scale", _memeff, counted=5, tf32=True))
+        return found
+    if objective == "sigmoid":
+        found = [
+            ours("simplclip", "sigmoid", counted=3),
+            ours("simplclip, pair matching too", "sigmoid", "pair_matching", counted=3),
+            dense("open_clip.SigLipLoss", _siglip_loss),
+            compiled(" of open_clip.SigLipLoss", _siglip_loss),
+            dense(f"open_clip's main branch, chunk_size={CHUNK}", _siglip_loss_in_chunks),
+            compiled(f" of open_clip's main branch, chunk_size={CHUNK}", _siglip_loss_in_chunks),
+            compiled(", three products", _one_product_sigmoid),
+        ]
+        if "siglip_kernel" in installed:
+            whole, in_chunks = _siglip_kernel_references()
+            found += [dense("siglip-kernel's reference", whole), dense("siglip-kernel's reference, chunks", in_chunks)]
+        if on_gpu and "siglip_kernel" in installed:
+            found.append(Form("siglip-kernel", _siglip_kernel, counted=4 if dtype == "float32" else 3, tf32=True))
         return found
     return [
-        Form("simplclip", _ours(TERMS[:4]), terms=TERMS[:4]),
-        Form("open_clip's losses and KL", _open_clip_all, _open_clip_all, dense_up_to),
-        Form("torch.compile, fewest products", torch.compile(_fewest_products_all), _fewest_products_all, dense_up_to),
+        ours("simplclip", "contrastive", "pair_matching", "relational", "interactive"),
+        dense("open_clip's losses and KL", _open_clip_all),
+        compiled(", fewest products", _fewest_products_all),
     ]
 
 
 def measure(
-    objective: str, n: int, d: int, dtype: str, repeats: int, device: str = "cpu", dense_up_to: int = 1 << 62
+    objective: str,
+    n: int,
+    d: int,
+    dtype: str,
+    repeats: int,
+    device: str = "cpu",
+    dense_up_to: int = 1 << 62,
+    op: str = "similarity_loss",
 ) -> list[dict]:
-    """One row of a result file for each form; a form that does not fit in memory says so. Values are compared first."""
+    """One row of a result file for each form; a form that was left out or does not fit says so. Values are compared first."""
+    torch.compiler.reset()  # a form compiled anew for each size is a form for that size
     features = batch(n, d, getattr(torch, dtype), device)
-    found, notes = {}, {}
-    for form in forms(objective, dense_up_to):
+    found: dict[str, Form] = {}
+    values: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    notes: dict[str, str] = {}
+
+    def first_step(form: Form) -> None:
+        if device != "cpu" or form.name.startswith("torch.compile"):
+            features.step(form.run)  # compiles or tunes
+        features.clear()
+        peaks[form.name] = peak_bytes(lambda: values.update({form.name: features.step(form.run).item()}), device)
+
+    for form in forms(objective, dtype, dense_up_to):
         if n > form.largest:
+            notes[form.name] = f"left out: N×N matrices of {n * n * features.image.element_size() / 2**30:.3g} GiB each"
             continue
         try:
-            found[form.name] = form, float(features.step(form.run))
+            first_step(form)
+            found[form.name] = form
         except torch.OutOfMemoryError:
             notes[form.name] = "out of memory"
             torch.cuda.empty_cache()
-    expected = found["simplclip"][1]
-    for name, (_, value) in found.items():
-        if "too" not in name and abs(value - expected) > (1e-4 if dtype == "float32" else 2e-2) * max(abs(expected), 1):
+    expected = values["simplclip"]
+    for name, form in found.items():
+        tolerance = 1e-4 if dtype == "float32" and not form.tf32 else 2e-2
+        if "too" not in name and abs(values[name] - expected) > tolerance * max(abs(expected), 1):
             raise AssertionError(
-                f"{name}: expected the value of simplclip, {expected}, got {value} ({objective}, {n}, {dtype})"
+                f"{name}: expected the value of simplclip, {expected}, got {values[name]} ({objective}, {n}, {dtype})"
             )
 
-    cases = {name: lambda form=form: features.step(form.run) for name, (form, _) in found.items()}
-    times = interleaved_times({"products": three_products(features), **cases}, repeats)
+    cases = {name: lambda form=form: features.step(form.run) for name, form in found.items()}
+    products = three_products(features)
+    products()  # the first run of each form was above
+    clock, tick = clock_of_steps()
+    times = interleaved_times({"products": products, **cases}, repeats, warmup=0, clock=tick)
     one_product = quantiles(times["products"])[1] / 3
-
-    def extra(form: Form) -> int:
-        for leaf in features.leaves():
-            leaf.grad = None
-        return peak_bytes(lambda: form.run(features).backward(), device)
-
-    peaks = {name: extra(form) for name, (form, _) in found.items()}
     rows = []
     for name in [*found, *notes]:
-        row = {
-            "op": "similarity_loss",
-            "objective": objective,
-            "n": n,
-            "d": d,
-            "dtype": dtype,
-            "form": name,
-            "repeats": repeats,
-        }
+        row = {"op": op, "objective": objective, "n": n, "d": d, "dtype": dtype, "form": name, "repeats": repeats}
         if name in found:
-            p20, p50, p80 = quantiles(times[name])
-            gemms = found[name][0].products(features)
-            row |= {
-                "p20_ms": round(1e3 * p20, 2),
-                "p50_ms": round(1e3 * p50, 2),
-                "p80_ms": round(1e3 * p80, 2),
-                "times_ours": round(p50 / quantiles(times["simplclip"])[1], 2),
+            gemms = found[name].products(features)
+            row |= figures(times, name) | {
                 "gemms": round(gemms, 2),
-                "gemm_share": round(gemms * one_product / p50, 2),
+                "gemm_share": round(gemms * one_product / quantiles(times[name])[1], 2),
                 "extra_mib": round(peaks[name] / 2**20, 1),
                 "memory_times_ours": round(peaks[name] / peaks["simplclip"], 1),
             }
-        rows.append({**row, "note": notes.get(name, "")})
+        rows.append({**row, "clock": clock, "note": notes.get(name, "")})
     return rows
 
 

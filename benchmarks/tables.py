@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md, and the chart, from the committed result files.
+"""Writes the tables of README.md and docs/benchmarks.md, and the charts, from the committed result files.
 
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    write nothing; fail if a file is not what the result files say
@@ -48,8 +48,10 @@ def source(path: Path, rows: list[dict[str, str]], what: str) -> list[str]:
     ]
 
 
-def op_table(op: str, decimals: int = 0) -> list[str]:
+def op_table(op: str, decimals: int = 0, sizes: tuple[str, ...] = ()) -> list[str]:
+    """A row for each row of the result file, or for those of these N."""
     path, rows = read(op)
+    rows = [row for row in rows if not sizes or row["n"] in sizes]
     columns = {
         "objective": ("objective", str),
         "N": ("n", lambda value: f"{int(value):,}"),
@@ -63,6 +65,7 @@ def op_table(op: str, decimals: int = 0) -> list[str]:
         "products": ("gemms", lambda value: f"{float(value):g}"),
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
+        "MiB, times simplclip's": ("memory_times_ours", str),
         "saved MiB": ("saved_mib", lambda value: f"{float(value):,.0f}"),
         "resident MiB": ("resident_mib", lambda value: f"{float(value):,.0f}"),
         "saved bytes a token": ("saved_bytes_per_token", lambda value: f"{int(value):,}"),
@@ -220,11 +223,13 @@ def figures() -> list[str]:
     ]
 
 
-README, BENCHMARKS, CHART = "README.md", "docs/benchmarks.md", "docs/similarity_loss.svg"
+README, BENCHMARKS = "README.md", "docs/benchmarks.md"
+CHARTS = {"docs/similarity_loss.svg": chart.SIMILARITY, "docs/sigmoid_loss.svg": chart.SIGMOID}
 TABLES = {
     README: {"figures": figures, "demo": demo},
     BENCHMARKS: {
         "similarity_loss": lambda: op_table("similarity_loss"),
+        "sigmoid_loss": lambda: op_table("sigmoid_loss", sizes=("4096", "16384")),
         "feature_loss": lambda: op_table("feature_loss", decimals=1),
         "simplified_block": lambda: op_table("simplified_block"),
         "shaped_attention": attention_table,
@@ -252,8 +257,9 @@ def written(name: str) -> str:
 
 def main() -> None:
     files = {name: written(name) for name in TABLES}
-    path, rows = read("similarity_loss")
-    files[CHART] = chart.draw(rows, str(path.relative_to(ROOT)))
+    for name, drawn in CHARTS.items():
+        path, rows = read(drawn.op)
+        files[name] = chart.draw(drawn, rows, str(path.relative_to(ROOT)))
     if "--check" in sys.argv[1:]:
         stale = [name for name, text in files.items() if not (ROOT / name).exists() or (ROOT / name).read_text() != text]
         sys.exit(f"{', '.join(stale)}: not what the result files say; run make tables" if stale else 0)
