@@ -14,18 +14,13 @@ from torch._dynamo.exc import TorchDynamoException
 from simplclip.losses.base import SimilarityLoss
 from simplclip.ops import backends, checks, distributed
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.registry import autocast, wants_grad
+from simplclip.ops.registry import FIRST_ORDER, autocast, wants_grad
 from simplclip.ops.similarity.sweep import chunk_rows, computes_in
 
 # Matrices of a chunk at a time: the product, its gradient, and about two that fn keeps or its gradient makes.
 _LIVE = 4
-_CPU_BYTES = 16 << 20  # of one of them on a CPU, and half as much for bfloat16
-_ADDED_ROWS = 2048
-
-_FIRST_ORDER = (
-    "RowwiseLoss: expected a first derivative in reverse mode, got a double backward; "
-    'run the forward under simplclip.backend("reference"), which has all derivatives'
-)
+_CPU_BYTES = 16 << 20  # of one of them on a CPU, and a quarter for bfloat16
+_ADDED_ROWS, _MULTIPLIED_ROWS = 2048, 512  # at a time, of products and of gradients in bfloat16
 
 
 class RowwiseLoss(SimilarityLoss):
@@ -57,8 +52,8 @@ class RowwiseLoss(SimilarityLoss):
         compile: whether to compile fn with torch.compile (dynamic=True, so that a chunk of other size compiles nothing).
             Where that fails, e.g. because there is no C++ compiler, fn runs uncompiled and a warning says why.
 
-    `scratch_bytes`, the budget of one [R, M] matrix of a chunk, may be set on an instance. On a CPU it is at most 16 MiB
-    (bfloat16: 8) or 128 rows; elsewhere a chunk has at most 1024 rows.
+    `scratch_bytes`, the budget of one [R, M] matrix of a chunk, may be set on an instance. On a CPU it is at most 16 MiB or
+    128 rows (bfloat16: 4 MiB or 256 rows); elsewhere a chunk has at most 1024 rows.
 
     Cost: 3 matrix products of N·M·D a direction, all in the forward pass: 6 if symmetric, as many as of open_clip's losses,
     which make the logits of each direction. Dense torch that keeps one matrix for both needs 3. Without a gradient to
@@ -67,16 +62,15 @@ class RowwiseLoss(SimilarityLoss):
 
     Memory: stored for backward are the gradients [N, D] and [M, D], those of the scale, the bias and the parameters. They are
     in float32 (float64 for float64), i.e. in full precision for a loss scaled by a GradScaler, except those of bfloat16
-    features: these are summed in float32 and rounded once a direction. During the sweep about 4 matrices
-    [R, M], more where fn runs uncompiled and makes more of them. With world_size > 1, in addition the gathered features, and
-    each direction stores gradients of its own.
+    features: these are summed in float32 and rounded once a direction. During the sweep about 4 matrices [R, M], more where
+    fn runs uncompiled and makes more of them, and for bfloat16 the gradients of up to 512 rows. With world_size > 1, in
+    addition the gathered features, and each direction stores gradients of its own.
 
     Products are in the features' dtype (float32 on a CPU for float16, and for bfloat16 without instructions for it), sums in
     float32 or float64. Only first derivatives in reverse mode are supported, except under simplclip.backend("reference"),
     where the loss is the formula in plain torch, which stores the matrix. Under torch.compile the loss breaks the graph.
 
-    Source: the sweep is this library's; the losses that it is meant for are e.g. Robinson et al. 2021 (arXiv 2010.04592),
-    Chuang et al. 2022 (RINCE, arXiv 2201.04309).
+    Source: this library; for losses as of Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).
     """
 
     def __init__(
@@ -324,8 +318,9 @@ def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int
     """Rows of a chunk. On a CPU its matrices should stay in the cache, but a product is slow with fewer than 128 rows."""
     live = _LIVE
     if x.device.type == "cpu":
-        live = 1 if x.dtype == torch.bfloat16 else 2
-        scratch_bytes = min(scratch_bytes, max(_CPU_BYTES * live // 2, 128 * m * stats.itemsize))
+        half = x.dtype == torch.bfloat16
+        live = 1 if half else 2
+        scratch_bytes = min(scratch_bytes, max(_CPU_BYTES // (4 if half else 1), (256 if half else 128) * m * stats.itemsize))
     return chunk_rows(x.shape[0], m, stats, x.device.type, live, scratch_bytes)
 
 
@@ -336,10 +331,13 @@ def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -
     gradient = any(total is not None for total in totals)
     kept = None if totals[1] is None else totals[1].dtype
     totals[1] = None if kept is None else totals[1].to(stats)  # every chunk adds to it
-    # Even chunks: their sizes differ by 1 at most.
     count = -(-n // _most_rows(x, m, stats, sweep.scratch_bytes))
     losses = torch.empty(n, device=x.device, dtype=stats)
     scalars = [t.detach().requires_grad_(gradient) for t in scalars]
+    # Gradients in bfloat16 wait for those of the next chunks, since each product is added to sums in float32.
+    most, first = -(-n // count), 0
+    together = min(n, _MULTIPLIED_ROWS, sweep.scratch_bytes // (m * x.element_size()))
+    waiting = x.new_empty(together if gradient and x.dtype == torch.bfloat16 and most < together else 0, m)
     for start, stop in ((n * k // count, n * (k + 1) // count) for k in range(count)):
         rows = x[start:stop]
         product = torch.mm(rows, y.T)
@@ -357,8 +355,13 @@ def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -
         if g.dtype != x.dtype:
             exponent = torch.frexp(torch.linalg.vector_norm(g, torch.inf)).exponent.clamp(min=-100)
             g = torch.ldexp(g, -exponent).to(x.dtype)
-        _add_product(None if totals[0] is None else totals[0][start:stop], g, y, exponent)
-        _add_product(totals[1], g.T, rows, exponent)
+        if len(waiting):
+            waiting[start - first : stop - first] = g
+            g = waiting[: stop - first]
+        if stop == n or stop - first + most > len(waiting):
+            _add_product(None if totals[0] is None else totals[0][first:stop], g, y, exponent)
+            _add_product(totals[1], g.T, x[first:stop], exponent)
+            first = stop
         for total, other in zip(totals[2:], others):
             if total is not None and other is not None:
                 total += other
@@ -393,6 +396,7 @@ class _Loss(torch.autograd.Function):
             pairs = zip(ctx.saved_tensors, ctx.dtypes)
             out = [None if total is None else (ctx.share * grad * total).to(dtype) for total, dtype in pairs]
         if torch.is_grad_enabled():  # with create_graph=True
+            message = FIRST_ORDER.format(op="RowwiseLoss", got="a double backward")
             differentiable = [None if t is None else t.requires_grad_() for t in out]
-            out = torch._C._functions.DelayedError(_FIRST_ORDER.encode(), len(out))(*differentiable)
+            out = torch._C._functions.DelayedError(message.encode(), len(out))(*differentiable)
         return None, *out

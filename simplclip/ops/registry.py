@@ -74,7 +74,7 @@ def define(
     DISPATCH[f"simplclip::{name}"] = dispatch
 
 
-_FIRST_ORDER = (
+FIRST_ORDER = (
     "{op}: expected a first derivative in reverse mode, got {got}; "
     'run the forward under simplclip.backend("reference"), which has all derivatives'
 )
@@ -97,7 +97,7 @@ def call(name: str, *args):
         tensors = (arg for arg in args if isinstance(arg, Tensor))
         got = "a forward-mode tangent" if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) else None
     if got:
-        raise NotImplementedError(_FIRST_ORDER.format(op=_public(name), got=got))
+        raise NotImplementedError(FIRST_ORDER.format(op=_public(name), got=got))
     return getattr(torch.ops.simplclip, name)(*args)
 
 
@@ -110,7 +110,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
             out = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # it is enabled with create_graph=True
             return out
-        message = _FIRST_ORDER.format(op=_public(name), got="a double backward")
+        message = FIRST_ORDER.format(op=_public(name), got="a double backward")
         marked = torch._C._functions.DelayedError(message.encode(), len(out))
         return marked(*(None if t is None else t.detach().requires_grad_() for t in out))
 
