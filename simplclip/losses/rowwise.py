@@ -315,12 +315,11 @@ def _run(sweep: _Sweep, leaves, needs) -> tuple[Tensor, list[Tensor | None]]:
 
 
 def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int:
-    """Rows of a chunk. On a CPU its matrices should stay in the cache, but a product is slow with fewer than 128 rows."""
+    """Rows of a chunk. On a CPU its matrices should stay in the cache, but products are slow with few rows."""
     live = _LIVE
     if x.device.type == "cpu":
-        half = x.dtype == torch.bfloat16
-        live = 1 if half else 2
-        scratch_bytes = min(scratch_bytes, max(_CPU_BYTES // (4 if half else 1), (256 if half else 128) * m * stats.itemsize))
+        live, most_bytes, least = (1, _CPU_BYTES // 4, 256) if x.dtype == torch.bfloat16 else (2, _CPU_BYTES, 128)
+        scratch_bytes = min(scratch_bytes, max(most_bytes, least * m * stats.itemsize))
     return chunk_rows(x.shape[0], m, stats, x.device.type, live, scratch_bytes)
 
 
