@@ -8,6 +8,7 @@ from torchvision.transforms import ColorJitter
 
 GREY = (0.2989, 0.587, 0.114)  # torchvision's
 COLUMNS = 9  # factors of brightness, contrast and saturation, shift of hue, in which order (four indices), whether grey
+_CACHE = 1 << 19  # elements that a CPU changes at once: several times as fast as a whole batch
 
 
 def draw(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:
@@ -26,17 +27,19 @@ def change(images: Tensor, colour: Tensor) -> Tensor:
 
     The parameters are read on the CPU: on a GPU they cost a synchronisation unless they are on the CPU.
     """
-    rows = colour.tolist()
+    part = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
+    for some, rows in zip(images.split(part), colour.split(part)):
+        _change(some, rows.tolist())
+    return images
+
+
+def _change(images: Tensor, rows: list[list[float]]) -> None:
     for step in range(4):
         for which, function in enumerate((_brightness, _contrast, _saturation, _hue)):
             none = 0.0 if function is _hue else 1.0
-            _apply(
-                images,
-                [(i, row[which]) for i, row in enumerate(rows) if row[4 + step] == which and row[which] != none],
-                function,
-            )
+            chosen = [(i, row[which]) for i, row in enumerate(rows) if row[4 + step] == which and row[which] != none]
+            _apply(images, chosen, function)
     _apply(images, [(i, 0.0) for i, row in enumerate(rows) if row[8]], _saturation)
-    return images
 
 
 def _apply(images: Tensor, chosen: list[tuple[int, float]], function) -> None:
