@@ -161,14 +161,16 @@ def decode_gpu(
         except BrokenSample as broken:
             found[i] = broken
         else:
-            if _is_jpeg(file):
+            # nvJPEG may take half an image for a whole one.
+            whole = file[-2:] == b"\xff\xd9"
+            if whole and (_jpeg_size(file, max_pixels) is not None if simplejpeg is not None else _is_jpeg(file)):
                 jpegs.append(i)
     if jpegs:
         try:
             for i, image in zip(jpegs, _nvjpeg([files[i] for i in jpegs], device)):
                 found[i] = image
         except RuntimeError:
-            pass  # one that it does not take (CMYK, damaged) spoils them all: the CPU knows which
+            pass  # one that it does not take spoils them all: the CPU knows which
     for i, file in enumerate(files):
         if found[i] is None:
             try:
