@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
 from simplclip.data.decode import decode_pil
-from simplclip.data.epoch import Batch, Epoch, Item, Progress, apply_transform, seeded
+from simplclip.data.epoch import Batch, Epoch, Item, Progress, pixels_of, seeded
 from simplclip.data.shards import ShardError, Shards, check_count, count_samples, expand, read_shard, usable
 from simplclip.data.sources import Part
+from simplclip.data.transforms import ImageTransform
 from simplclip.data.workers import start_worker, undisturbed
 
 
@@ -190,7 +191,7 @@ def make_loader(
     shards: Shards,
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
-    transform: Callable[[Image.Image], torch.Tensor],
+    transform: ImageTransform | Callable[[Image.Image], torch.Tensor],
     batch_size: int,
     workers: int = 0,
     captions_per_image: int = 1,
@@ -205,10 +206,11 @@ def make_loader(
 ) -> Loader:
     """A loader of training batches.
 
-    `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N] (hash of the json's
-    "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is
-    [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and "teacher_text" float16 [N, D̂] or [N, k, D̂], a
-    teacher's features of the images (not augmented) and of the captions drawn.
+    `Loader.epoch(e)` yields dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
+    (`transform.finish` takes both on the device; the images of a caller's own transform are float32 and finished), "text"
+    int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict]
+    (the json). With captions_per_image k > 1 "text" is [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and
+    "teacher_text" float16 [N, D̂] or [N, k, D̂], a teacher's features of the images (not augmented) and of the captions drawn.
 
     Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer that holds all of a
     worker's samples shuffles them fully. Workers divide the shards, or the samples if there are fewer shards. The order
@@ -223,7 +225,8 @@ def make_loader(
     Args:
         shards: path, brace expression or glob of local tar files, or a list of them.
         tokenizer: list of captions -> int64 [N, L].
-        transform: RGB image -> float32 [3, S, S]. Its exceptions are raised, naming the sample.
+        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
+            exceptions are raised, naming the sample.
         batch_size: samples per batch, N.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote into the shards; a sample without them raises ShardError.
@@ -296,7 +299,7 @@ def load_eval(
     rows = []
     for sample in usable((sample for shard in files for sample in read_shard(shard, skipped)), skipped):
         with seeded("eval", sample.place):
-            tensor = apply_transform(transform, sample)
+            tensor = transform(sample.image) if isinstance(transform, ImageTransform) else pixels_of(transform, sample)[0]
         key = sample.files["__key__"]
         rows.append((tensor, sample.group, sample.captions[0], key, sample.record, sample.encoded))
     if not rows:

@@ -77,10 +77,11 @@ def run(
         random.seed(config.run.seed)
         np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
 
-        loader, splits = _loader(config, pin_memory=device.type == "cuda"), {}
+        splits = {}
         if config.eval.every:
             splits = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
         this = Training(config, device, precision, state)
+        loader = _loader(this, pin_memory=device.type == "cuda")
         this.model.train()
         whole = LastStep(this)
         stop = stack.enter_context(StopRequest())
@@ -219,12 +220,12 @@ def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, 
     this.model.train()
 
 
-def _loader(config: Config, pin_memory: bool) -> data.Loader:
-    c, m = config.data, config.model
+def _loader(this: Training, pin_memory: bool) -> data.Loader:
+    config, c = this.config, this.config.data
     return data.make_loader(
         c.train,
-        tokenizer=models.tokenizer(m.name),
-        transform=models.transforms(m.name, train=True, augment=c.augment, image_size=m.image_size),
+        tokenizer=models.tokenizer(config.model.name),
+        transform=this.transform,
         batch_size=c.images_at_a_time,
         captions_per_image=c.captions_per_image,
         teacher=config.loss.needs_teacher,
