@@ -86,7 +86,7 @@ def test_evaluation_equals_open_clip(name, order, request):
         assert found.shape == expected.shape
         levels = (found - expected).abs() * std * 255
         same_order = order == "horizontal_first"
-        assert (levels > 2.01).float().mean() <= (0 if same_order else 0.001)
+        assert levels.max() < (2.01 if same_order else 32)  # overshoots at edges are clipped in another order
         assert levels.mean() < (0.05 if same_order else 0.25)
         assert torch.equal(ours(decode_pil(file)), found)
         assert torch.equal(ours(file), ours.apply(file, {}))
@@ -244,6 +244,7 @@ def test_a_view_fits_an_image_that_was_made_smaller():
 def test_affine_is_what_it_was():
     """PIL's RandomAffine and ColorJitter, within their rounding to 8 bits at every step."""
     ours = models.affine(PreprocessCfg(48, mean=(0.5,) * 3, std=(0.5,) * 3))
+    torch.manual_seed(0)
     for image in drawings(4):
         view = ours.draw(72, 72)
         angle, x, y, zoom, *shear = view["affine"]
