@@ -16,7 +16,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from torch import Tensor
 
 from simplclip.common.errors import InputError
-from simplclip.data.shards import BrokenSample
+from simplclip.data.broken import BrokenSample
 
 try:
     import simplejpeg

@@ -16,8 +16,8 @@ from torchvision.transforms import functional as TF
 
 from simplclip import data, evaluation, models
 from simplclip.data import colour, transforms
+from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode, decode_pil, size_of
-from simplclip.data.shards import BrokenSample
 from simplclip.data.transforms import ImageTransform
 from simplclip.demo import builtin, emoji
 from simplclip.demo import teacher as networks
