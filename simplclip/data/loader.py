@@ -231,10 +231,11 @@ def make_loader(
 
     Order: shards (of tables and folders, pieces of 512 samples) are shuffled, then samples in a buffer of `shuffle_buffer`
     samples per worker; a buffer that holds all of a worker's samples shuffles them fully. Workers divide the shards, or the
-    samples if there are fewer shards, when each reads all of them. The order depends on (seed, epoch, workers) only; the caption drawn for a sample and its augmentation on (seed, epoch, shard's name,
-    key): the transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and
-    restored. `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches; with `Loader.state()`
-    of that place without decoding those, which a worker skips at 20,000 samples a second and more.
+    samples if there are fewer shards, when each reads all of them. The order depends on (seed, epoch, workers) only; the
+    caption drawn for a sample and its augmentation on (seed, epoch, shard's name, key): the transform may draw from the
+    global generators of torch (CPU), random and numpy, which are seeded for it and restored. `Loader.epoch(e,
+    skip_batches=k)` yields exactly what `epoch(e)` yields after k batches; with `Loader.state()` of that place without
+    decoding those, which a worker skips at 20,000 samples a second and more; streams are read again to there.
 
     Samples that do not fill a worker's last batch are joined with those of the other workers at the end of the epoch;
     drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.

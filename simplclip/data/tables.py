@@ -1,7 +1,7 @@
 """Pairs that do not lie in tars: tables of image path and caption, and folders of images with their captions beside them.
 
-Both are read in pieces of ROWS samples, which workers divide. What the loader's process holds: of a CSV or TSV file the places
-of its pieces, of a parquet file the two columns, of a folder the names of the files; not one Python object for each sample.
+Both are read in pieces of ROWS samples, which workers divide. The loader's process holds of a CSV or TSV file the places of
+its pieces, of a parquet file the two columns, of a folder the names of the files; not one Python object for each sample.
 """
 
 from __future__ import annotations
