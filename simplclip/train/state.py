@@ -73,7 +73,7 @@ class Training:
 
     def read_teacher(self) -> dict[str, Any]:
         """Name, width and scale of the teacher whose features the shards have."""
-        return data.teacher_stamp(data.expand(self.config.data.train))
+        return data.teacher_stamp([part.url for part in data.parts_of(self.config.data.pairs, "data.train")])
 
     def sources(self) -> Any:
         """The source of `inherit`."""
