@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from simplclip.common.errors import InputError, UserError
-from simplclip.data import tar
+from simplclip.data import index, tar
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.tar import Span
@@ -107,12 +108,23 @@ class Opened:
         return stable_hash(f"group/{self.record['group']}" if named else f"key/{self.place}") >> 1
 
 
-def _files(shard: str, torn: list[str], every: bool, ahead: bool) -> Iterator[dict[str, Any]]:
+def _members(shard: str, ahead: bool, indexed: bool) -> Iterator[tuple[str, bytes | Span]]:
+    if tar.is_compressed(shard):
+        yield from tar.streamed(shard)
+    elif indexed and (known := index.members(shard)):
+        found, torn = known
+        yield from tar.read_ahead(shard, found) if ahead else found
+        if torn:
+            raise tarfile.ReadError(torn)
+    else:
+        yield from tar.members(shard, ahead)
+
+
+def _files(shard: str, torn: list[str], every: bool, ahead: bool, indexed: bool) -> Iterator[dict[str, Any]]:
     """The files of a tar that belong to samples. A damaged part ends them and is noted in `torn`."""
     any_yet = False
     try:
-        found = tar.streamed(shard) if tar.is_compressed(shard) else tar.members(shard, ahead)
-        for name, value in found:
+        for name, value in _members(shard, ahead, indexed):
             any_yet = True
             if every or name.lower().endswith(_KNOWN):
                 yield {"fname": name, "data": value, "__url__": shard}
@@ -123,11 +135,14 @@ def _files(shard: str, torn: list[str], every: bool, ahead: bool) -> Iterator[di
         torn.append(reason)
 
 
-def read_shard(shard: str, skipped: Skipped, *, every: bool = False, ahead: bool = False) -> Iterator[Sample]:
+def read_shard(
+    shard: str, skipped: Skipped, *, every: bool = False, ahead: bool = False, indexed: bool = True
+) -> Iterator[Sample]:
     """The samples of a tar. Damage and duplicate files are counted in `skipped`.
 
     Suffixes are in lower case. Only images, txt, json and a teacher's features are given, unless `every`.
     ahead: the contents will be used soon.
+    indexed: use the shard's index, if it has one, instead of the tar's headers; the samples are the same.
     """
     name, torn = os.path.basename(shard), []
 
@@ -135,7 +150,7 @@ def read_shard(shard: str, skipped: Skipped, *, every: bool = False, ahead: bool
         skipped.add("duplicate file in tar", name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(shard, torn, every, ahead), handler=double):
+    for sample in group_by_keys(_files(shard, torn, every, ahead, indexed), handler=double):
         # If the last sample is incomplete, only the damage is counted.
         if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
             break
@@ -274,10 +289,11 @@ def place_of(sample: Sample) -> str:
 def count_samples(shards: list[str]) -> list[int] | None:
     """The number of samples of each of `shards`, including broken ones; None if too many bytes would have to be read.
 
-    It is taken from a meta.json beside a shard that lists it with its size; otherwise the shard is read.
+    It is taken from the shard's index or from a meta.json beside it that lists it with its size; otherwise the shard is read.
     """
     listed = {folder: _listed_counts(folder) for folder in folders_of(shards)}
     known = {s: listed[os.path.dirname(s)].get((os.path.basename(s), os.path.getsize(s))) for s in shards}
+    known |= {shard: index.count(shard) for shard, count in known.items() if count is None}
     unknown = [shard for shard, count in known.items() if count is None]
     if sum(map(os.path.getsize, unknown)) > COUNT_LIMIT:
         return None
