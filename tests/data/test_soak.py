@@ -19,8 +19,7 @@ from PIL import Image
 from runs import bits
 
 from simplclip import data
-from simplclip.data import sources
-from simplclip.data.index import index
+from simplclip.data import indexing, sources
 from simplclip.data.transforms import ImageTransform
 
 SAMPLES = int(os.environ.get("SIMPLCLIP_SOAK", 12_000))
@@ -51,7 +50,7 @@ BROKEN = {
 
 
 def write(folder):
-    """Every hundredth sample is broken, each kind in turn. Returns how many each shard has of each kind, "" for whole ones."""
+    """Every hundredth sample is broken, each kind in turn. Returns the kinds in each shard, "" for whole ones."""
     counts, kinds, number = {}, [*BROKEN], 0
     for shard in range(SHARDS):
         path = folder / f"{shard:05d}.tar"
@@ -84,7 +83,7 @@ def memory():
 def test_counts_memory_and_resuming(tmp_path, monkeypatch):
     began = time.monotonic()
     counts = write(tmp_path)
-    index(str(tmp_path / "*.tar"), progress=False)
+    indexing.run(str(tmp_path / "*.tar"), progress=False)
     say = lambda what: print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)  # noqa: E731
     say(f"{SAMPLES} samples in {SHARDS} shards are written and indexed")
     monkeypatch.setattr(sources, "RETRIES", (0.1,))
