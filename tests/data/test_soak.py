@@ -131,4 +131,4 @@ def test_counts_memory_and_resuming(tmp_path, monkeypatch):
             say(f"went on at sample {place} in {took:.1f} s")
             assert took < 60
             first.close()
-    assert abs(resident[3] / resident[0] - 1) < 0.05, resident
+    assert resident[3] < 1.05 * resident[0], resident
