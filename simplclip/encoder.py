@@ -60,9 +60,8 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """A hash of the weights and the image transform, equal for equal encoders."""
-        digest = hashlib.sha256(
-            re.sub(r" at 0x\w+", "", repr(self.preprocess)).encode()
-        )  # without the addresses of functions
+        transform = re.sub(r" at 0x\w+", "", repr(self.preprocess))  # without the addresses of functions
+        digest = hashlib.sha256(transform.encode())
         for key, value in self.model.state_dict().items():
             digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
