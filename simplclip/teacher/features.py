@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simplclip import data, evaluation
+from simplclip import evaluation
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.rewrite import rewrite
@@ -54,9 +54,9 @@ def evaluate(
     """Retrieval of a teacher on splits (name -> shards): the results of `evaluation.metrics.retrieval` by name."""
     figures = {}
     for name, shards in splits.items():
-        split = evaluation.Split.of(data.load_eval(shards, teacher.tokenizer, teacher.preprocess))
-        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision)
-        figures[name] = evaluation.retrieval(split)
+        split = evaluation.Split(evaluation.source(shards), teacher.tokenizer, teacher.preprocess)
+        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
+        figures[name] = evaluation.retrieval(split, teacher.device) or {}
     return figures
 
 
@@ -82,7 +82,7 @@ def run(
     """
     files = expand(shards)
     for split in (splits or {}).values():
-        expand(split)
+        evaluation.source(split)  # raises its error before the work
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
     hardware.set_threads(None)
