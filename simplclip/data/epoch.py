@@ -1,23 +1,50 @@
 """What a worker does in an epoch: it orders samples by seed, draws captions, augments images and makes batches."""
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import filters
 
-from simplclip.data.shards import Opened, Sample, ShardError, Skipped, open_sample, read_shard, stable_hash, usable
+from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, stable_hash
+from simplclip.data.sources import Part, read_part
+from simplclip.data.tar import Span
+from simplclip.data.transforms import ImageTransform
 
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
 Batch = dict[str, Any]
-Item = tuple[Batch | None, int, bool, Skipped]  # the batch, or None if it is skipped; its size; whether it is the last
+
+
+@dataclass
+class Progress:
+    """What one worker has done of an epoch, so that another process can go on without decoding what is done."""
+
+    items: int = 0  # that it gave
+    lost: set[int] = field(default_factory=set)  # places of broken samples in the worker's order
+    ended: dict[int, int] = field(default_factory=dict)  # place of a part that is read -> the samples that it gave
+    current: tuple[int, int] = (-1, 0)  # the place of the part that is being read, and the samples that it gave
+
+
+class Item(NamedTuple):
+    """What a worker gives: a batch, and what happened since the former one."""
+
+    batch: Batch | None  # None if it is skipped
+    size: int
+    last: bool
+    worker: int
+    skipped: Skipped
+    lost: list[int]
+    ended: dict[int, int]
+    current: tuple[int, int]
 
 
 @contextlib.contextmanager
@@ -39,8 +66,12 @@ def seeded(*parts: object) -> Iterator[None]:
 
 
 def apply_transform(transform: Callable, sample: Opened) -> torch.Tensor:
+    """The transformed image of a sample. Raises BrokenSample; RuntimeError for errors of a caller's transform."""
+    if isinstance(transform, ImageTransform):
+        return transform(sample.encoded)
+    image = sample.image
     try:
-        return transform(sample.image)
+        return transform(image)
     except Exception as error:
         place = f"{sample.files['__key__']!r} of shard {sample.files['__url__']!r}"
         raise RuntimeError(f"the transform failed on sample {place}: {type(error).__name__}: {error}") from error
@@ -50,7 +81,7 @@ def apply_transform(transform: Callable, sample: Opened) -> torch.Tensor:
 class Epoch(IterableDataset):
     """Yields what one worker reads in one epoch."""
 
-    shards: list[str]
+    parts: list[Part]
     tokenizer: Callable
     transform: Callable
     batch_size: int
@@ -59,8 +90,9 @@ class Epoch(IterableDataset):
     shuffle_buffer: int
     seed: int
     teacher: bool
+    on_error: str
     epoch: int = 0
-    skip_batches: int = 0
+    progress: list[Progress] | None = None  # of each worker, to go on from
 
     def __iter__(self) -> Iterator[Item | tuple[ShardError]]:
         worker = get_worker_info()
@@ -70,42 +102,51 @@ class Epoch(IterableDataset):
             yield (error,)  # raised in the main process, without the worker's traceback
 
     def _items(self, worker: int, workers: int) -> Iterator[Item]:
-        skipped = Skipped()
-        samples = self._samples(worker, workers, skipped)
+        done = self.progress[worker] if self.progress else Progress()
+        skipped, lost = Skipped(), []
+        reading = _Reading(self, done, skipped, counts=len(self.parts) >= workers or worker == 0)
+        samples = reading.samples(worker, workers)
         if self.shuffle:
             rng = random.Random(f"{self.seed}/{self.epoch}/{worker}/{workers}")
             samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
-        pending: list[Any] = []
-        # The batch's position in the epoch if all workers have batches until then; otherwise it is earlier, never later.
-        index = worker
-        for sample in usable(samples, skipped, self.teacher):
-            skip = index < self.skip_batches
-            pending.append(sample.files if skip else self._prepare(sample))
+        number, pending = 0, []
+
+        def prepare(place: int, sample: Sample) -> Iterator[tuple]:
+            try:
+                yield self._prepare(sample)
+            except BrokenSample as broken:
+                if self.on_error == "stop" and broken.args[0] == UNREADABLE:
+                    raise ShardError(f"sample {place_of(sample)!r} {UNREADABLE}: {broken.args[1]}") from None
+                lost.append(place)
+                skipped.add(broken.args[0], place_of(sample), broken.args[1])
+
+        def item(batch: Batch | None, last: bool) -> Item:
+            found = Item(batch, len(pending), last, worker, skipped.take(), lost.copy(), *reading.take())
+            lost.clear()
+            return found
+
+        for place, sample in enumerate(samples):
+            skip = number < done.items
+            if not skip:
+                pending.extend(prepare(place, sample))
+            elif place not in done.lost:
+                pending.append((place, sample))
             if len(pending) == self.batch_size:
-                yield None if skip else self._collate(pending), len(pending), False, skipped.take()
+                yield item(None if skip else self._collate(pending), False)
                 pending = []
-                index += workers
-        if index < self.skip_batches:
-            pending = [self._prepare(open_sample(files, self.teacher)) for files in pending]
-        yield self._collate(pending) if pending else None, len(pending), True, skipped.take()
+                number += 1
+        if number < done.items:  # the last, smaller batch is joined with those of other workers
+            pending = [prepared for skipped_one in pending for prepared in prepare(*skipped_one)]
+        yield item(self._collate(pending) if pending else None, True)
 
-    def _samples(self, worker: int, workers: int, skipped: Skipped) -> Iterator[Sample]:
-        shards = list(self.shards)
-        if self.shuffle:
-            random.Random(f"{self.seed}/{self.epoch}").shuffle(shards)
-        if len(shards) >= workers:
-            return (sample for shard in shards[worker::workers] for sample in read_shard(shard, skipped))
-        # With fewer shards than workers, each worker reads all shards and takes its share of the samples.
-        counted = skipped if worker == 0 else Skipped()
-        return islice((sample for shard in shards for sample in read_shard(shard, counted)), worker, None, workers)
-
-    def _prepare(self, sample: Opened) -> tuple:
-        with seeded(self.seed, self.epoch, sample.place):
-            drawn = _draw(len(sample.captions), self.captions)
-            tensor = apply_transform(self.transform, sample)
-        texts = [sample.captions[i] for i in drawn]
-        features = torch.from_numpy(sample.features[[0, *(1 + i for i in drawn)]]) if self.teacher else None
-        return tensor, texts, sample.group, sample.files["__key__"], sample.record, features
+    def _prepare(self, sample: Sample) -> tuple:
+        opened = parse(sample, self.teacher)
+        with seeded(self.seed, self.epoch, opened.place, *filter(None, (sample.get("__copy__"),))):
+            drawn = _draw(len(opened.captions), self.captions)
+            tensor = apply_transform(self.transform, opened)
+        texts = [opened.captions[i] for i in drawn]
+        features = torch.from_numpy(opened.features[[0, *(1 + i for i in drawn)]]) if self.teacher else None
+        return tensor, texts, opened.group, sample["__key__"], opened.record, features
 
     def _collate(self, prepared: list[tuple]) -> Batch:
         images, texts, groups, keys, records, features = zip(*prepared)
@@ -130,3 +171,67 @@ def _draw(count: int, wanted: int) -> list[int]:
     while len(drawn) < wanted:
         drawn += random.sample(range(count), min(count, wanted - len(drawn)))
     return drawn
+
+
+class _Reading:
+    """The samples of one worker before they are shuffled, and how many each part gave."""
+
+    def __init__(self, epoch: Epoch, done: Progress, skipped: Skipped, counts: bool):
+        self.epoch, self.done = epoch, done
+        self.skipped = skipped if counts else Skipped()
+        self.ended: dict[int, int] = {}
+        self.current = (-1, 0)
+
+    def take(self) -> tuple[dict[int, int], tuple[int, int]]:
+        """The parts that ended since the last call, and the current one."""
+        ended, self.ended = self.ended, {}
+        return ended, self.current
+
+    def samples(self, worker: int, workers: int) -> Iterator[Sample]:
+        e = self.epoch
+        parts = [(part, copy) for part in e.parts for copy in range(math.ceil(part.weight))]
+        if e.shuffle:
+            random.Random(f"{e.seed}/{e.epoch}").shuffle(parts)
+        parts = list(enumerate(parts))
+        if len(parts) >= workers:
+            return (sample for place, part in parts[worker::workers] for sample in self._part(place, *part))
+        # With fewer parts than workers, each worker reads all of them and takes its share of the samples.
+        return islice((sample for place, part in parts for sample in self._part(place, *part)), worker, None, workers)
+
+    def _part(self, place: int, part: Part, copy: int) -> Iterator[Sample]:
+        ended = self.done.ended.get(place)
+        known = self.done.current[1] if place == self.done.current[0] else ended or 0
+        given = 0
+        for given, sample in enumerate(islice(self._read(part, part.weight - copy, known), ended), 1):
+            self.current = place, given
+            if copy:
+                sample["__copy__"] = copy
+            yield sample
+        # Samples that an earlier process has read from a part that is gone now keep their places in the order.
+        for gone in range(given + 1, known + 1):
+            self.current = place, gone
+            yield {"__key__": f"sample {gone}", "__url__": part.url, "png": Span(part.url, 0, 1)}
+        if ended is None:
+            self.ended[place] = max(given, known)
+
+    def _read(self, part: Part, share: float, known: int) -> Iterator[Sample]:
+        """A random share of the samples of a part; all for 1 and above.
+
+        What is counted before `known` of them were given was counted by an earlier process.
+        """
+        given, skipped, seed = 0, Skipped(), f"{self.epoch.seed}/{self.epoch.epoch}"
+        try:
+            for sample in read_part(part, skipped, ahead=not known):
+                if skipped.counts:
+                    counted = skipped.take()
+                    if given >= known:
+                        self.skipped.merge(counted)
+                if share < 1 and stable_hash(f"{seed}/{place_of(sample)}") >= share * 2**64:
+                    continue
+                given += 1
+                yield sample
+        except ShardError as error:
+            if self.epoch.on_error == "stop":
+                raise
+            skipped.add("unreadable shard", part.name, error)
+        self.skipped.merge(skipped)

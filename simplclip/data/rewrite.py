@@ -24,14 +24,16 @@ from tqdm import tqdm
 
 from simplclip.common.errors import InputError
 from simplclip.common.files import differences, identity, locked, replacing, write_atomically
+from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     TEACHER,
     Opened,
     Sample,
+    ShardError,
     Shards,
-    Skipped,
     check_count,
+    contents,
     count_samples,
     expand,
     folders_of,
@@ -94,7 +96,7 @@ def rewrite(
                 todo[name] = source
         kept = sum(finished[name]["samples"] for name in sources if name not in todo)
         left = count_samples(list(todo.values()))
-        total = None if left is None else kept + left
+        total = None if left is None else kept + sum(left)
         with tqdm(total=total, initial=kept, desc=title, unit=" samples", disable=None if progress else True) as bar:
             for name, source in todo.items():
                 finished[name], count = _rewrite_shard(source, out / name, process, batch_size, bar)
@@ -209,7 +211,7 @@ def _rewrite_shard(source: str, target: Path, process: Process, batch_size: int,
     """Write one shard; return its entry of meta.json, and how many samples had a teacher's features."""
     skipped, count, dropped = Skipped(), 0, 0
     with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        samples = read_shard(source, skipped, every=True)
+        samples = _whole(read_shard(source, skipped, every=True, ahead=True))
         while batch := list(islice(samples, batch_size)):
             dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
             opened = list(usable(batch, skipped))
@@ -226,6 +228,14 @@ def _rewrite_shard(source: str, target: Path, process: Process, batch_size: int,
     if skipped.counts:
         entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in skipped.counts.items()}
     return entry, dropped
+
+
+def _whole(samples: Iterator[Sample]) -> Iterator[Sample]:
+    for sample in samples:
+        try:
+            yield contents(sample)
+        except BrokenSample as broken:  # the shard has changed while it was read
+            raise ShardError(f"shard {sample['__url__']!r}: {broken.args[1]}") from None
 
 
 def _add(tar: tarfile.TarFile, sample: Sample) -> None:

@@ -1,9 +1,9 @@
 """Reading samples from the tar files of a WebDataset.
 
-A shard is a local tar file, plain or compressed. A sample is the files of one key: an image (jpg, jpeg, png
-or webp) and its caption: json with "captions" (a list) or "caption", else txt; and, if `simplclip teacher` wrote the
-shard, a teacher's features of both: teacher.npy. Broken samples raise `BrokenSample` or are counted in a `Skipped`; a shard
-that cannot be opened or used raises `ShardError`.
+A shard is a tar file, plain or compressed. A sample is the files of one key: an image (jpg, jpeg, png or webp) and its
+caption: json with "captions" (a list) or "caption", else txt; and, if `simplclip teacher` wrote them, a teacher's features of
+both: teacher.npy. The files of a local uncompressed tar are Spans, which are read when the sample is used. Broken samples
+raise `BrokenSample` or are counted in a `Skipped`; a shard that cannot be opened or used raises `ShardError`.
 """
 
 from __future__ import annotations
@@ -12,66 +12,37 @@ import glob
 import hashlib
 import io
 import json
-import lzma
 import os
-import tarfile
-import warnings
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import braceexpand
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from simplclip.common.errors import InputError, UserError
+from simplclip.data import tar
+from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.decode import decode_pil
+from simplclip.data.tar import Span
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEACHER = "teacher.npy"
+UNREADABLE = "cannot be read"  # why a sample is broken whose file is gone
 COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their samples
-
-_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+_KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
 
 Shards = str | os.PathLike | Iterable[str | os.PathLike]  # path, brace expression or glob of local tar files, or several
-Sample = dict[str, Any]  # "__key__", "__url__" (the shard) and the bytes by suffix
+Sample = dict[str, Any]  # "__key__", "__url__" (the shard), and by suffix the bytes or a Span of them
 
 
 class ShardError(UserError, RuntimeError):
     """A shard cannot be opened, or lacks the files that are needed; the message names it."""
-
-
-class BrokenSample(Exception):
-    """A sample is broken: `args` are the reason under which it is counted, and a detail."""
-
-
-@dataclass
-class Skipped:
-    """Counts of broken samples by reason, and the first sample of each reason with a detail."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def add(self, reason: str, place: str, detail: object = "") -> None:
-        self.counts[reason] += 1
-        self.examples.setdefault(reason, f"{place}: {detail}" if str(detail) else place)
-
-    def merge(self, other: Skipped) -> None:
-        self.counts += other.counts
-        self.examples = other.examples | self.examples
-
-    def take(self) -> Skipped:
-        """Returns and removes what was added since the last call."""
-        taken = Skipped(self.counts, self.examples)
-        self.counts, self.examples = Counter(), {}
-        return taken
-
-    def __str__(self) -> str:
-        reasons = [f"{n} {reason} (first: {self.examples[reason]})" for reason, n in self.counts.most_common()]
-        return f"{self.counts.total()} skipped" + (": " + ", ".join(reasons) if reasons else "")
 
 
 def check_count(name: str, value: int, least: int) -> None:
@@ -112,13 +83,18 @@ def stable_hash(text: str) -> int:
 
 @dataclass
 class Opened:
-    """A sample that is not broken."""
+    """A sample whose parts are there; whether its image can be decoded is not known yet."""
 
-    image: Image.Image  # RGB
+    encoded: bytes  # the image file
     captions: list[str]  # at least one
     record: dict[str, Any]  # the json, or {}
-    files: Sample
+    files: Sample  # with all bytes
     features: np.ndarray | None = None  # a teacher's, float16 [1 + C, D̂]: the image's, then those of its C captions in order
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """RGB; raises BrokenSample."""
+        return decode_pil(self.encoded)
 
     @property
     def place(self) -> str:
@@ -131,43 +107,27 @@ class Opened:
         return stable_hash(f"group/{self.record['group']}" if named else f"key/{self.place}") >> 1
 
 
-class _Header(tarfile.TarInfo):
-    """Raises for unreadable headers, all but the first of which tarfile takes for the end of the archive."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            if tar.offset == 0:
-                raise
-            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from None
-
-
-def _files(shard: str, torn: list[str], contents: bool, every: bool) -> Iterator[dict[str, Any]]:
+def _files(shard: str, torn: list[str], every: bool, ahead: bool) -> Iterator[dict[str, Any]]:
     """The files of a tar that belong to samples. A damaged part ends them and is noted in `torn`."""
-    known = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
+    any_yet = False
     try:
-        tar = tarfile.open(shard, "r|*", tarinfo=_Header)  # noqa: SIM115
-    except _TAR_ERRORS as error:
-        raise ShardError(f"shard {shard!r} cannot be opened: {error or type(error).__name__}") from error
-    with tar:
-        try:
-            while (member := tar.next()) is not None:
-                tar.members = []  # tarfile would keep every header
-                if member.isreg() and (every or member.name.lower().endswith(known)):
-                    data = tar.extractfile(member).read() if contents else b""
-                    yield {"fname": member.name, "data": data, "__url__": shard}
-        except _TAR_ERRORS as error:
-            torn.append(str(error) or type(error).__name__)
+        found = tar.streamed(shard) if tar.is_compressed(shard) else tar.members(shard, ahead)
+        for name, value in found:
+            any_yet = True
+            if every or name.lower().endswith(_KNOWN):
+                yield {"fname": name, "data": value, "__url__": shard}
+    except tar.ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if not any_yet:
+            raise ShardError(f"shard {shard!r} cannot be opened: {reason}") from error
+        torn.append(reason)
 
 
-def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, every: bool = False) -> Iterator[Sample]:
+def read_shard(shard: str, skipped: Skipped, *, every: bool = False, ahead: bool = False) -> Iterator[Sample]:
     """The samples of a tar. Damage and duplicate files are counted in `skipped`.
 
-    Suffixes are in lower case. Only images, txt, json and a teacher's features are read, unless `every`.
+    Suffixes are in lower case. Only images, txt, json and a teacher's features are given, unless `every`.
+    ahead: the contents will be used soon.
     """
     name, torn = os.path.basename(shard), []
 
@@ -175,7 +135,7 @@ def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, every: bo
         skipped.add("duplicate file in tar", name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(shard, torn, contents, every), handler=double):
+    for sample in group_by_keys(_files(shard, torn, every, ahead), handler=double):
         # If the last sample is incomplete, only the damage is counted.
         if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
             break
@@ -184,23 +144,55 @@ def read_shard(shard: str, skipped: Skipped, *, contents: bool = True, every: bo
         skipped.add("torn tar", name, torn[0])
 
 
-def image_of(sample: Sample) -> bytes | None:
+def contents(sample: Sample) -> Sample:
+    """The sample with bytes for its Spans. Raises BrokenSample if they cannot be read."""
+    spans: dict[str, dict[str, Span]] = {}
+    for suffix, value in sample.items():
+        if isinstance(value, Span):
+            spans.setdefault(value.file, {})[suffix] = value
+    if not spans:
+        return sample
+    found = dict(sample)
+    for of_file in spans.values():
+        places = list(of_file.values())
+        try:
+            try:
+                found |= zip(of_file, tar.read(places))
+            except OSError as error:
+                if isinstance(error, FileNotFoundError):
+                    raise
+                time.sleep(0.2)  # a network's file system may recover
+                found |= zip(of_file, tar.read(places))
+        except OSError as error:
+            raise BrokenSample(UNREADABLE, error) from None
+    return found
+
+
+def image_of(sample: Sample) -> bytes | Span | None:
     """The encoded image of a sample."""
     return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
 
 
-def usable(samples: Iterable[Sample], skipped: Skipped, teacher: bool = False) -> Iterator[Opened]:
-    """The samples that are not broken; the others are counted in `skipped`. teacher: with a teacher's features."""
+def usable(
+    samples: Iterable[Sample], skipped: Skipped, use: Callable[[Opened], Any] = lambda opened: opened.image
+) -> Iterator[Opened]:
+    """The samples that are not broken, with decoded images; the others are counted in `skipped`.
+
+    use: what is tried with each sample; it may raise BrokenSample.
+    """
     for sample in samples:
         try:
-            opened = open_sample(sample, teacher)
+            opened = parse(sample)
+            use(opened)
         except BrokenSample as broken:
             skipped.add(broken.args[0], place_of(sample), broken.args[1])
         else:
             yield opened
 
 
-def open_sample(sample: Sample, teacher: bool = False) -> Opened:
+def parse(sample: Sample, teacher: bool = False) -> Opened:
+    """A sample with its files read. Raises BrokenSample. teacher: with a teacher's features."""
+    sample = contents(sample)
     record: Any = {}
     if "json" in sample:
         try:
@@ -210,10 +202,10 @@ def open_sample(sample: Sample, teacher: bool = False) -> Opened:
         if not isinstance(record, dict):
             raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
     captions = captions_of(sample, record)
-    data = image_of(sample)
-    if data is None:
+    encoded = image_of(sample)
+    if encoded is None:
         raise BrokenSample("missing image", "")
-    return Opened(decode(data), captions, record, sample, _features(sample, len(captions)) if teacher else None)
+    return Opened(encoded, captions, record, sample, _features(sample, len(captions)) if teacher else None)
 
 
 def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
@@ -274,39 +266,13 @@ def teacher_stamp(shards: list[str]) -> dict[str, Any]:
     return found[0]
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decodes an image as RGB; transparent images are composed on white."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BrokenSample("image too large", error) from None
-    except UnidentifiedImageError:
-        raise BrokenSample("not an image", f"{len(data)} bytes that are not jpg, png or webp") from None
-    except Exception as error:  # decoders raise many types for damaged bytes
-        raise BrokenSample("not an image", error) from None
-    try:
-        return on_white(image) if image.has_transparency_data else image.convert("RGB")
-    except Exception as error:
-        raise BrokenSample("truncated image", error) from None
-
-
-def on_white(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-    """RGB; centred on white of `size`, by default its own."""
-    image = image.convert("RGBA")
-    canvas = Image.new("RGBA", size or image.size, "white")
-    canvas.alpha_composite(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
-    return canvas.convert("RGB")
-
-
 def place_of(sample: Sample) -> str:
     """ "<shard's file name>/<key>", the name of a sample in messages and seeds."""
     return f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
 
 
-def count_samples(shards: list[str]) -> int | None:
-    """The number of samples of all `shards`, including broken ones; None if too many bytes would have to be read.
+def count_samples(shards: list[str]) -> list[int] | None:
+    """The number of samples of each of `shards`, including broken ones; None if too many bytes would have to be read.
 
     It is taken from a meta.json beside a shard that lists it with its size; otherwise the shard is read.
     """
@@ -316,8 +282,8 @@ def count_samples(shards: list[str]) -> int | None:
     if sum(map(os.path.getsize, unknown)) > COUNT_LIMIT:
         return None
     for shard in unknown:
-        known[shard] = sum(1 for _ in read_shard(shard, Skipped(), contents=False))
-    return sum(known[shard] for shard in shards)
+        known[shard] = sum(1 for _ in read_shard(shard, Skipped()))
+    return [known[shard] for shard in shards]
 
 
 def _listed_counts(folder: str) -> dict[tuple[str, int], int]:

@@ -7,20 +7,21 @@ depend on the number of samples.
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.decode import decode_pil
 from simplclip.data.epoch import seeded
 from simplclip.data.loader import EmptyEpochError, WorkerError
-from simplclip.data.shards import BrokenSample, ShardError, Skipped, decode
+from simplclip.data.shards import ShardError
+from simplclip.data.transforms import ImageTransform
 from simplclip.data.workers import start_worker
 
 
@@ -29,14 +30,10 @@ class Entry:
     """A sample of a held-out split."""
 
     key: str
-    encoded: Any  # the image file: bytes, or what reads them
+    encoded: bytes  # the image file
     captions: list[str]  # may be empty if there is a label
     group: str | None = None  # samples of one group are all right; None: only itself
     label: str | int | None = None  # the class, or its number
-
-    def picture(self) -> Image.Image:
-        """The image, RGB. Raises BrokenSample."""
-        return decode(_contents(self.encoded))
 
 
 class Source(Protocol):
@@ -55,13 +52,6 @@ class Source(Protocol):
 
     def place(self, item: Any) -> str:
         """What messages call the item, and its transform is seeded by."""
-
-
-def _contents(value: Any) -> bytes:
-    try:
-        return Path(value).read_bytes() if isinstance(value, os.PathLike) else value
-    except OSError as error:
-        raise BrokenSample("missing image", error) from None
 
 
 @dataclass
@@ -123,20 +113,24 @@ class Stream(IterableDataset):
             place = self.source.place(item)
             try:
                 entry = self.source.open(item)
-                picture = entry.picture()
+                with seeded("eval", place):
+                    images.append(self._pixels(entry.encoded, place))
             except BrokenSample as broken:
                 skipped.add(broken.args[0], place, broken.args[1])
                 continue
-            with seeded("eval", place):
-                try:
-                    images.append(self.transform(picture))
-                except Exception as error:
-                    message = f"the transform failed on sample {place!r}: {type(error).__name__}: {error}"
-                    raise RuntimeError(message) from error
-            entry.encoded = None
+            entry.encoded = b""
             positions.append(position)
             entries.append(entry)
         return (torch.stack(images), positions, entries) if images else None
+
+    def _pixels(self, encoded: bytes, place: str) -> torch.Tensor:
+        if isinstance(self.transform, ImageTransform):
+            return self.transform(encoded)
+        picture = decode_pil(encoded)
+        try:
+            return self.transform(picture)
+        except Exception as error:
+            raise RuntimeError(f"the transform failed on sample {place!r}: {type(error).__name__}: {error}") from error
 
 
 def pictures(source: Source, positions: Iterable[int]) -> dict[int, Image.Image]:
@@ -146,7 +140,7 @@ def pictures(source: Source, positions: Iterable[int]) -> dict[int, Image.Image]
     items = enumerate(source.items(Skipped()))
     for target in wanted:
         item = next(item for position, item in items if position == target)
-        found[target] = source.open(item).picture()
+        found[target] = decode_pil(source.open(item).encoded)
     return found
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from simplclip import models
 from simplclip.common import hardware
 from simplclip.data import EmptyEpochError
-from simplclip.data.shards import Skipped, count_samples, read_shard, usable
+from simplclip.data.broken import Skipped
+from simplclip.data.shards import count_samples, read_shard, usable
 from simplclip.demo.teacher import IMAGE_SIZE, BuiltinTeacher, Heads, Transform, load_heads, save_heads, tokenizer
 from simplclip.losses import ClipPMLoss
 
@@ -88,7 +89,8 @@ def features(files: list[str], device: torch.device, precision: str, progress: b
             yield torch.stack([plain(sample.image), *(augmented(sample.image) for _ in range(VIEWS))])
 
     with hardware.autocast(precision, device):
-        for batch in _batches(all_views(), count_samples(files), "images", progress):
+        counts = count_samples(files)
+        for batch in _batches(all_views(), counts and sum(counts), "images", progress):
             views = torch.stack(batch, 1)  # [1 + VIEWS, B, 3, S, S]
             images.append(torch.stack([model.image_features(view.to(device)).float().cpu() for view in views]))
         if len(set(groups)) < 2:

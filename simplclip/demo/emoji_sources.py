@@ -15,7 +15,7 @@ import resvg_py
 from fontTools.ttLib import TTFont
 from PIL import Image
 
-from simplclip.data.shards import on_white
+from simplclip.data.decode import on_white
 from simplclip.demo import package
 
 _WHY = "the built-in data needs"

@@ -15,10 +15,11 @@ from typing import Any
 
 from simplclip.common.errors import InputError
 from simplclip.data import expand
-from simplclip.data.shards import BrokenSample, Sample, Shards, Skipped, image_of, place_of, read_shard
+from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, Shards, contents, image_of, place_of, read_shard
 from simplclip.data.stream import Entry, Source
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 TABLES = (".json", ".csv", ".tsv")
 # names of columns and keys, by what they hold
 _PATHS = ("filepath", "filename", "file_name", "image", "image_path", "path", "file", "image_name")
@@ -48,6 +49,7 @@ class Tars:
         return place_of(item)
 
     def open(self, item: Sample) -> Entry:
+        item = contents({name: item[name] for name in ("__key__", *IMAGE_SUFFIXES, "json", "txt", "cls") if name in item})
         record: Any = {}
         if "json" in item:
             try:
@@ -101,7 +103,7 @@ class Table:
     def open(self, item: tuple[str, list[str]]) -> Entry:
         if not item[1]:
             raise BrokenSample("missing caption", "")
-        return Entry(item[0], self.images / item[0], item[1])
+        return Entry(item[0], _file(self.images / item[0]), item[1])
 
 
 @dataclass
@@ -130,7 +132,14 @@ class Folders:
         return item[1]
 
     def open(self, item: tuple[int, str]) -> Entry:
-        return Entry(item[1], self.root / item[1], [], None, item[0])
+        return Entry(item[1], _file(self.root / item[1]), [], None, item[0])
+
+
+def _file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenSample("missing image", error) from None
 
 
 def source(what: Shards, *, captions: int | None = None, images: str | os.PathLike | None = None) -> Source:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.data.shards import Shards, Skipped
+from simplclip.data.broken import Skipped
+from simplclip.data.shards import Shards
 from simplclip.data.stream import Entry, Source, Stream, pictures
 from simplclip.evaluation.features import Features
 from simplclip.evaluation.sources import source
@@ -138,6 +139,8 @@ def encode(
     images, texts = (Features(file, folder, half) for file in files)
     with tqdm(desc=progress, unit=" images", disable=None if progress else True) as bar:
         for batch in split.read(batch_size, workers):
+            if batch.dtype == torch.uint8:
+                batch = split.transform.finish(batch.to(device, non_blocking=True))
             images.append(features_of(model, "image", batch, device, precision, who))
             bar.update(len(batch))
     for start in range(0, len(split.captions), batch_size):

@@ -192,12 +192,13 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
     c, last, batches = this.config.data, None, []
     wanted = c.batch_size // c.images_at_a_time
     while True:
-        for batch in loader.epoch(this.epoch, skip_batches=this.batch):
+        for batch in loader.epoch(this.epoch, this.batch, this.data):
             this.batch += 1
             if wanted > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
                 batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
             batches.append(batch)
             if len(batches) == wanted:
+                this.data = loader.state()
                 yield batches
                 batches = []
         if last != (report := loader.report()):  # only reports that differ from the last one

@@ -57,6 +57,7 @@ class Training:
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = self.epoch = self.batch = 0
+        self.data: dict[str, Any] | None = None  # what the loader has done of the epoch
         self.updating = False  # True while a step changes the parameters, which cannot be undone
         if state:
             for name in self.STATEFUL:
@@ -64,6 +65,7 @@ class Training:
             for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas):
                 group["lr"] = group["initial_lr"] * factor(state["step"])  # run.steps may have changed
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
+            self.data = state.get("data")  # older checkpoints have none
             checkpoint.set_rng_state(state["rng"])
 
     def read_teacher(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Training:
 
     def progress(self) -> dict[str, Any]:
         """The part of `state` that says where the run is."""
-        return {"step": self.step, "epoch": self.epoch, "batch": self.batch, "rng": checkpoint.rng_state()}
+        return {"step": self.step, "epoch": self.epoch, "batch": self.batch, "data": self.data, "rng": checkpoint.rng_state()}
 
     def state(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}

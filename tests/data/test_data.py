@@ -13,6 +13,7 @@ from pairs import COUNT, SIZE, augment, keys, loader, npy, png, resize, sample, 
 from runs import bits
 
 from simplclip import data
+from simplclip.data import sources
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -141,8 +142,63 @@ def test_skip_batches_skips_alike_with_broken_samples(tmp_path):
     assert sum(reader.skipped.values()) == 4
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_skips_without_decoding(tmp_path, monkeypatch, workers):
+    """Also over broken samples, and a shard that could be read before and is gone, or the other way round."""
+    broken = ("k100", {"png": png()[:40], "txt": b"torn"})
+    paths = [write(tmp_path / f"{i}.tar", [sample(3 * i), broken, sample(3 * i + 1), sample(3 * i + 2)]) for i in range(7)]
+    monkeypatch.setattr(sources, "RETRIES", ())
+    os.rename(paths[3], tmp_path / "gone")
+    (tmp_path / "3.tar").touch()  # the loader checks that it is there
+    make = lambda **options: loader(paths, batch_size=3, workers=workers, drop_last=False, shuffle_buffer=4, **options)  # noqa: E731
+    reader, states, whole = make(), [], []
+    for batch in reader.epoch(1):
+        whole.append(batch)
+        states.append(reader.state())
+    report = reader.report()
+    assert reader.skipped == {"not an image": 6, "unreadable shard": 1}
+
+    calls = Counter()
+
+    def counted(image):
+        calls["augmented"] += 1
+        return augment(image)
+
+    torch.save(states, tmp_path / "states.pt")
+    states = torch.load(tmp_path / "states.pt", weights_only=True)
+    for number, state in enumerate(states, 1):
+        again = make(transform=counted)
+        calls.clear()
+        assert bits(list(again.epoch(1, number, state))) == bits(whole[number:])
+        assert again.report() == report
+        assert bits(again.state()) == bits(reader.state())
+        rest = sum(len(batch["key"]) for batch in whole[number:])
+        assert workers or calls["augmented"] <= rest + 2 + 6  # what was left over, and broken ones
+    # All shards but the fourth are gone: samples up to the state keep their places.
+    os.rename(tmp_path / "gone", paths[3])
+    for path in paths[:3] + paths[4:]:
+        os.remove(path)
+        open(path, "w").close()
+    last = make()
+    assert list(last.epoch(1, len(whole), states[-1])) == []
+    assert last.skipped["not an image"] == 6
+    assert last.report().startswith("18 samples used")
+
+
+def test_a_state_of_another_place_or_batch_size_is_not_used(pattern):
+    reader = loader(pattern)
+    whole = list(reader.epoch(0))
+    state = reader.state()
+    assert bits(list(reader.epoch(0, 2, state))) == bits(whole[2:])
+    smaller = loader(pattern, batch_size=2)
+    assert bits(list(smaller.epoch(0, 10, state))) == bits(list(smaller.epoch(0))[10:])
+
+
 def test_skipped_batches_are_not_augmented_or_tokenized(pattern):
     calls = Counter()
+    states, reader = [], loader(pattern, batch_size=5)
+    for _ in reader.epoch(0):
+        states.append(reader.state())
 
     def counted(image):
         calls["augmented"] += 1
@@ -152,7 +208,7 @@ def test_skipped_batches_are_not_augmented_or_tokenized(pattern):
         calls["tokenized"] += len(texts)
         return tokenizer(texts)
 
-    list(loader(pattern, transform=counted, tokenizer=tokens, batch_size=5).epoch(0, skip_batches=3))
+    list(loader(pattern, transform=counted, tokenizer=tokens, batch_size=5).epoch(0, 3, states[2]))
     assert calls == {"augmented": COUNT - 15, "tokenized": COUNT - 15}
 
 

@@ -15,7 +15,7 @@ from pairs import SIZE, keys, loader, png, resize, sample, text_of, write
 from PIL import Image
 
 from simplclip import data
-from simplclip.data import shards
+from simplclip.data import shards, sources
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -158,10 +158,12 @@ def test_a_tear_is_counted_once_and_costs_no_usable_sample(tmp_path, torn, worke
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("why", ["missing", "no permission", "not a tar", "empty file", "torn first header"])
-def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why):
+def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why, monkeypatch):
     path = Path(write(tmp_path / "odd.tar", [sample(0)]))
     whole = write(tmp_path / "whole.tar", [sample(i) for i in range(9)])
-    reader = loader([str(path), whole], workers=workers)
+    monkeypatch.setattr(sources, "RETRIES", (0.01,))
+    reader = loader([str(path), whole], workers=workers, on_error="stop")
+    skipping = loader([str(path), whole], workers=workers)
     user = os.geteuid()
     if why == "missing":
         path.unlink()
@@ -176,6 +178,11 @@ def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why):
             list(reader.epoch(0))
         with pytest.raises(data.ShardError, match="odd.tar"):
             next(shards.read_shard(str(path), shards.Skipped()))
+        os.seteuid(user)
+        path.unlink(missing_ok=True) if why == "no permission" else None
+        assert len(keys(skipping.epoch(0))) == 8
+        assert skipping.skipped == {"unreadable shard": 1}
+        assert "odd.tar" in skipping.report()
     finally:
         os.seteuid(user)
     assert "Traceback" not in str(caught.value)

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def rows_of(path):
-    for sample in read_shard(str(path), Skipped()):
+    for sample in map(shards.contents, read_shard(str(path), Skipped())):
         opened = shards.open_sample(sample, teacher=True)
         yield opened.image, opened.captions, opened.features
 
@@ -81,7 +81,7 @@ def test_teachers_of_this_library(tmp_path):
     trainer.run(config)
     found = teacher.load("siclip-tiny", tmp_path / "run")
     assert found.width == 256
-    sample = shards.open_sample(next(read_shard(str(tmp_path / "data" / "train-0.tar"), Skipped())))
+    sample = shards.parse(next(read_shard(str(tmp_path / "data" / "train-0.tar"), Skipped())))
     torch.testing.assert_close(found.encode_image([sample.image]).norm(dim=1), torch.ones(1))
     assert found.encode_text(sample.captions).shape == (2, 256)
     with pytest.raises(ValueError, match="expected a checkpoint of 'siclip-s0', got one of 'siclip-tiny'"):
@@ -252,7 +252,11 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     emoji.build(tmp_path / "emoji")
     source = tmp_path / "in"
     source.mkdir()
-    every = (s for path in sorted((tmp_path / "emoji").glob("train-*.tar")) for s in read_shard(str(path), Skipped()))
+    every = (
+        s
+        for path in sorted((tmp_path / "emoji").glob("train-*.tar"))
+        for s in map(shards.contents, read_shard(str(path), Skipped()))
+    )
     few = [(sample["__key__"], {suffix: sample[suffix] for suffix in ("json", "png")}) for sample in every]
     write(source / "train-0.tar", few[:48])
     write(source / "held-0.tar", few[48:64])

@@ -1,0 +1,5 @@
+"""Transforms of encoded images."""
+
+
+class ImageTransform:
+    """Takes the place of the one that is being written."""
