@@ -43,13 +43,15 @@ def nearest(
     rows = max(1, _TILE_BYTES // (4 * columns))
     for start in range(0, len(queries), rows):
         some = queries[start : start + rows].to(device)
-        values, places = some.new_empty(len(some), 0), torch.empty(len(some), 0, dtype=torch.int64, device=device)
         for first in range(0, len(candidates), columns):
             tile = some @ candidates[first : first + columns].to(device).T
             found, where = tile.topk(min(k, tile.shape[1]))
-            values, places = torch.cat([values, found], 1), torch.cat([places, where + first], 1)
-            values, order = values.topk(min(k, values.shape[1]))
-            places = places.gather(1, order)
+            if first == 0:
+                values, places = found, where
+                continue
+            found, where = torch.cat([values, found], 1), torch.cat([places, where + first], 1)
+            values, order = found.topk(min(k, found.shape[1]))
+            places = where.gather(1, order)
         yield start, values, places
 
 
