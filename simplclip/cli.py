@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import traceback
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,8 @@ import typer  # noqa: E402
 from typer.core import TyperGroup  # noqa: E402
 
 from simplclip.commands import data as data_commands  # noqa: E402
+from simplclip.commands.evaluate import evaluate  # noqa: E402
+from simplclip.commands.options import Device, Precision, named_splits  # noqa: E402
 from simplclip.common.errors import InputError, UserError  # noqa: E402
 
 # extra of this package -> modules that it installs
@@ -65,8 +66,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
 
 
 def _version(wanted: bool) -> None:
@@ -145,42 +144,10 @@ def train(
         fail(str(error), 1)
 
 
-@app.command(
-    short_help="Evaluate a checkpoint by retrieval and classification.",
-    epilog="Example: simplclip evaluate runs/NAME --data test=shards/test-*.tar",
-)
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]SHARDS", help="Split to evaluate on. May be repeated. Default: eval.splits of the run's config."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for evaluation.json and pictures. Default: that of the checkpoint.")
-    ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            help='Phrase around a label, e.g. "a photo of {}". May be repeated. Default: eval.templates of the config.'
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images or captions encoded at a time. Default: eval.batch_size of the config.")
-    ] = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Skip splits whose files do not exist, and print a note.")
-    ] = False,
-) -> None:
-    """Evaluate a checkpoint by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
-    splits = _named_splits(data or [])
-    from simplclip import evaluate as evaluation
-
-    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
-    evaluation.run(checkpoint, splits or None, out=out, templates=template or None, skip_missing=skip_missing, **hardware)
+app.command(
+    short_help="Evaluate models by retrieval and classification.",
+    epilog="Example: simplclip evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
+)(evaluate)
 
 
 @app.command(
@@ -319,23 +286,9 @@ def teacher(
     seed: Annotated[int, typer.Option(help="Seed of the training of the heads.")] = 0,
 ) -> None:
     """Compute a teacher's features of images and captions, and write them into new shards."""
-    splits = _named_splits(evaluate or [])
+    splits = named_splits(evaluate or [], "--evaluate")
     from simplclip import teacher as teachers
 
     hardware = {"batch_size": batch_size, "device": device, "precision": precision}
     files = {"checkpoint": checkpoint, "heads_file": heads, "splits": splits}
     teachers.run(shards, out, name=teacher, seed=seed, **files, **hardware)
-
-
-def _named_splits(items: list[str]) -> dict[str, str]:
-    """Parses NAME=SHARDS, or SHARDS, whose name is that of the file up to its number or wildcard."""
-    splits: dict[str, str] = {}
-    for item in items:
-        match = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", item, re.DOTALL)
-        if not match:
-            raise InputError(f"--data: expected NAME=SHARDS or SHARDS, got {item!r}")
-        name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.tar", Path(match[2]).name)[0] or "data"
-        if name in splits:
-            raise InputError(f"--data: expected different split names (--data NAME=SHARDS), got {name!r} twice")
-        splits[name] = match[2]
-    return splits

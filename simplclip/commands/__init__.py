@@ -1,1 +1,1 @@
-"""Groups of the command line's commands, which cli.py joins."""
+"""Commands of `simplclip.cli` with many options, and options that several commands share."""

@@ -1,4 +1,4 @@
-"""Image-text pairs from WebDataset shards, for training (`make_loader`) and for evaluation (`load_eval`).
+"""Image-text pairs from WebDataset shards, for training: `make_loader`. stream.py reads held-out data.
 
 Two fields of a sample's json are used: "group" (samples of one group show the same thing and are not each other's
 negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
@@ -7,7 +7,7 @@ negatives) and "label" (the class, for zero-shot classification). simplclip/data
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
-from simplclip.data.decode import decode_pil
-from simplclip.data.epoch import Batch, Epoch, Item, Progress, pixels_of, seeded
-from simplclip.data.shards import ShardError, Shards, check_count, expand, read_shard, usable
+from simplclip.data.epoch import Batch, Epoch, Item, Progress
+from simplclip.data.shards import ShardError, check_count
 from simplclip.data.sources import Source, count, parts_of
 from simplclip.data.transforms import ImageTransform
 from simplclip.data.workers import start_worker, undisturbed
@@ -277,56 +276,3 @@ def make_loader(
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}
     return Loader(dataset, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
-
-
-@dataclass
-class EvalSet:
-    """A whole split of n samples in memory, in the order of its shards."""
-
-    images: torch.Tensor  # [n, 3, S, S] float32, transformed
-    text: torch.Tensor  # [n, L] int64, of the first captions
-    groups: torch.Tensor  # [n] int64
-    captions: list[str]  # the first of each sample
-    keys: list[str]
-    meta: list[dict[str, Any]]  # the json of each sample
-    encoded: list[bytes]  # the image files
-    skipped: Skipped = field(default_factory=Skipped)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The class of each sample, or None if its json has no "label"."""
-        return [str(record["label"]) if record.get("label") is not None else None for record in self.meta]
-
-    def picture(self, index: int) -> Image.Image:
-        """The untransformed image, RGB."""
-        return decode_pil(self.encoded[index])
-
-    def report(self) -> str:
-        """One line: samples read, and skipped by reason."""
-        return f"{len(self)} samples read, {self.skipped}"
-
-
-def load_eval(
-    shards: Shards, tokenizer: Callable[[list[str]], torch.Tensor], transform: Callable[[Image.Image], torch.Tensor]
-) -> EvalSet:
-    """Read a split for evaluation into memory; the result is the same on every run.
-
-    Peak memory: 24 S² bytes per image. Broken samples are skipped and counted in `.skipped`. Raises ValueError for shards
-    that match no file, ShardError for one that cannot be opened, EmptyEpochError if no sample is usable.
-    """
-    files = expand(shards)
-    skipped = Skipped()
-    rows = []
-    for sample in usable((sample for shard in files for sample in read_shard(shard, skipped)), skipped):
-        with seeded("eval", sample.place):
-            tensor = transform(sample.image) if isinstance(transform, ImageTransform) else pixels_of(transform, sample)[0]
-        key = sample.files["__key__"]
-        rows.append((tensor, sample.group, sample.captions[0], key, sample.record, sample.encoded))
-    if not rows:
-        raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have no usable sample; {skipped}")
-    images, groups, captions, keys, meta, encoded = map(list, zip(*rows))
-    groups = torch.tensor(groups, dtype=torch.int64)
-    return EvalSet(torch.stack(images), tokenizer(captions), groups, captions, keys, meta, encoded, skipped)

@@ -217,8 +217,9 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
 def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, show: Callable[[str], None]) -> None:
     this.model.eval()
     for name, split in splits.items():
-        evaluation.encode(this.model, split, this.config.eval.batch_size, this.device, this.precision)
-        for direction, figures in evaluation.retrieval(split).items():
+        c = this.config
+        evaluation.encode(this.model, split, c.eval.batch_size, this.device, this.precision, workers=c.data.workers)
+        for direction, figures in (evaluation.retrieval(split, this.device) or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": this.step, "split": name, "direction": direction, **values})
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())
