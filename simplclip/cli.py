@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer  # noqa: E402
 from typer.core import TyperGroup  # noqa: E402
 
+from simplclip.commands import data as data_commands  # noqa: E402
 from simplclip.commands.evaluate import evaluate  # noqa: E402
 from simplclip.commands.options import Device, Precision, named_splits  # noqa: E402
 from simplclip.common.errors import InputError, UserError  # noqa: E402
@@ -58,8 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train simplified CLIP models (SiCLIP, arXiv 2411.14789) on one GPU or a CPU.",
 )
-data_app = typer.Typer(no_args_is_help=True, short_help="Build the data of the demo.", help="Build the data of the demo.")
-app.add_typer(data_app, name="data")
+app.add_typer(data_commands.app, name="data")
 main = app  # what pyproject.toml and __main__.py call
 
 Overrides = Annotated[
@@ -103,20 +103,6 @@ def doctor(
 
     report = doctors.report()
     typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report, why))
-
-
-@data_app.command(epilog="Example: simplclip data emoji --out data/emoji")
-def emoji(
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing build.")] = False,
-) -> None:
-    """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
-    from simplclip.demo import emoji as builder
-
-    summary = builder.build(out, force=force)
-    typer.echo(f"{'wrote' if summary['built'] else 'kept the complete build in'} {summary['path']}")
-    for name, split in summary["splits"].items():
-        typer.echo(f"  {name:<10} {split['samples']:>6} pairs of {', '.join(split['vendors'])}")
 
 
 @app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=taught/*.tar --resume")

@@ -1,8 +1,9 @@
-"""Image-text pairs: shards.py reads tars, even damaged ones, epoch.py orders samples, loader.py makes batches, stream.py
-reads held-out data; rewrite.py makes new shards."""
+"""Image-text pairs: sources.py finds them, shards.py reads tars, even damaged ones, and tables.py the others, epoch.py orders
+samples, loader.py makes batches, stream.py reads held-out data; rewrite.py makes new shards."""
 
 from simplclip.data.loader import EmptyEpochError, Loader, WorkerError, make_loader
 from simplclip.data.shards import ShardError, expand, teacher_stamp
+from simplclip.data.sources import parts_of
 
 __all__ = [
     "EmptyEpochError",
@@ -11,5 +12,6 @@ __all__ = [
     "WorkerError",
     "expand",
     "make_loader",
+    "parts_of",
     "teacher_stamp",
 ]
