@@ -30,13 +30,14 @@ from simplclip.common.errors import InputError, UserError
 from simplclip.data import index, tar
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil
+from simplclip.data.streams import StreamError, is_stream, name_of, opened
 from simplclip.data.tar import Span
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEACHER = "teacher.npy"
 UNREADABLE = "cannot be read"  # why a sample is broken whose file is gone
 COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their samples
-_KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
+KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
 
 Shards = str | os.PathLike | Iterable[str | os.PathLike]  # path, brace expression or glob of local tar files, or several
 Sample = dict[str, Any]  # "__key__", "__url__" (the shard), and by suffix the bytes or a Span of them
@@ -59,18 +60,28 @@ def expand(shards: Shards) -> list[str]:
     patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
     if not patterns:
         raise InputError("shards: expected at least one path or pattern, got an empty list")
-    files = []
-    for pattern in (os.path.expanduser(os.fspath(pattern)) for pattern in patterns):
-        for path in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
-            matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
-            if not matches:
-                raise InputError(f"shards: expected files, got the pattern {path!r}, which matches none")
-            for match in matches:
-                if not os.path.isfile(match):
-                    what = "is a folder (try its *.tar)" if os.path.isdir(match) else "does not exist"
-                    raise InputError(f"shards: expected a tar file, got {match!r}, which {what}")
-            files += matches
+    files = [match for pattern in patterns for match in matches(os.fspath(pattern), "shards")]
+    for file in files:
+        if os.path.isdir(file):
+            raise InputError(f"shards: expected a tar file, got {file!r}, which is a folder (try its *.tar)")
     return files
+
+
+def matches(pattern: str, name: str) -> list[str]:
+    """The files and folders of a path, brace expression or glob, all of which exist. name: of the argument, for errors."""
+    pattern = os.path.expanduser(pattern)
+    found: list[str] = []
+    for path in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
+        if os.path.exists(path):
+            found.append(path)
+        elif glob.has_magic(path):
+            several = sorted(glob.glob(path))
+            if not several:
+                raise InputError(f"{name}: expected files, got the pattern {path!r}, which matches none")
+            found += several
+        else:
+            raise InputError(f"{name}: expected a file, got {path!r}, which does not exist")
+    return found
 
 
 def folders_of(files: Iterable[str]) -> list[str]:
@@ -109,7 +120,10 @@ class Opened:
 
 
 def _members(shard: str, ahead: bool, indexed: bool) -> Iterator[tuple[str, bytes | Span]]:
-    if tar.is_compressed(shard):
+    if is_stream(shard):
+        with opened(shard) as file:
+            yield from tar.streamed(file)
+    elif tar.is_compressed(shard):
         yield from tar.streamed(shard)
     elif indexed and (known := index.members(shard)):
         found, torn = known
@@ -126,12 +140,14 @@ def _files(shard: str, torn: list[str], every: bool, ahead: bool, indexed: bool)
     try:
         for name, value in _members(shard, ahead, indexed):
             any_yet = True
-            if every or name.lower().endswith(_KNOWN):
+            if every or name.lower().endswith(KNOWN):
                 yield {"fname": name, "data": value, "__url__": shard}
     except tar.ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if not any_yet:
             raise ShardError(f"shard {shard!r} cannot be opened: {reason}") from error
+        if isinstance(error, StreamError):
+            raise ShardError(f"shard {shard!r} cannot be read to its end: {reason}") from error
         torn.append(reason)
 
 
@@ -144,7 +160,7 @@ def read_shard(
     ahead: the contents will be used soon.
     indexed: use the shard's index, if it has one, instead of the tar's headers; the samples are the same.
     """
-    name, torn = os.path.basename(shard), []
+    name, torn = name_of(shard), []
 
     def double(error: Exception) -> bool:
         skipped.add("duplicate file in tar", name, error.args[0])
@@ -282,8 +298,8 @@ def teacher_stamp(shards: list[str]) -> dict[str, Any]:
 
 
 def place_of(sample: Sample) -> str:
-    """ "<shard's file name>/<key>", the name of a sample in messages and seeds."""
-    return f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
+    """ "<shard's name>/<key>", the name of a sample in messages and seeds; see `sources.Part.name`."""
+    return f"{sample.get('__shard__') or name_of(sample['__url__'])}/{sample['__key__']}"
 
 
 def count_samples(shards: list[str]) -> list[int] | None:

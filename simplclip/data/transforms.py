@@ -110,8 +110,9 @@ class ImageTransform:
             return F.resize(crop, list(self.size), BICUBIC)[0]
         if "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
-            image = F.resize(image, list(self.size), BICUBIC)
-            return F.affine(image, angle, [x, y], zoom, shear, interpolation=BILINEAR, fill=255)
+            # On the negative, outside which is black: torchvision draws a grey line around an image on another colour.
+            negative = ~F.resize(image, list(self.size), BICUBIC)
+            return ~F.affine(negative, angle, [x, y], zoom, shear, interpolation=BILINEAR)
         size, interpolation = self._resized(*image.shape[1:])
         return center_crop_or_pad(F.resize(image, size, interpolation), list(self.size), self.fill)
 
