@@ -21,7 +21,7 @@ from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data import index
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.epoch import apply_transform, seeded
+from simplclip.data.epoch import seeded
 from simplclip.data.indexing import FORMATS, look, skipped_of, tables
 from simplclip.data.pool import cores, ordered, processes
 from simplclip.data.shards import ShardError, Shards, check_count, expand, parse, place_of, read_shard, stable_hash
@@ -152,7 +152,7 @@ def measure(counts: Mapping[str, int], number: int, size: int) -> dict[str, Any]
         for place, one in enumerate((*opened[:8], *opened)):  # the first ones twice: to warm up
             began = time.perf_counter()
             try:
-                apply_transform(transform, one)
+                transform(one.encoded)
             except BrokenSample as broken:
                 if place >= len(opened[:8]):
                     skipped.add(broken.args[0], one.place, broken.args[1])
