@@ -22,7 +22,8 @@ from torchvision.transforms.functional import to_pil_image
 from simplclip import models
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
-from simplclip.data.shards import BrokenSample, decode, on_white
+from simplclip.data.broken import BrokenSample
+from simplclip.data.decode import decode_pil, on_white
 from simplclip.models.registry import first_line
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.config import Config
@@ -126,7 +127,7 @@ class Encoder:
         if not isinstance(image, (str, os.PathLike)):
             raise InputError(f"images: expected paths, PIL images or tensors, got {type(image).__name__}")
         try:
-            return self.preprocess(decode(Path(image).read_bytes()))
+            return self.preprocess(decode_pil(Path(image).read_bytes()))
         except BrokenSample as broken:
             raise InputError(f"images: expected an image, got {image}: {broken.args[0]} ({broken.args[1]})") from None
 

@@ -12,7 +12,7 @@ from PIL import Image
 from simplclip.common.errors import InputError
 from simplclip.data import decode as decoding
 from simplclip.data.decode import check_gpu, decode, decode_gpu, decode_pil, size_of
-from simplclip.data.shards import BrokenSample
+from simplclip.data.broken import BrokenSample
 
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
