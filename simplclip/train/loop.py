@@ -26,7 +26,7 @@ from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, gib, ran_out
 from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
 from simplclip.train.rescue import LastStep, StopRequest
-from simplclip.train.state import Training
+from simplclip.train.state import Training, image_transform
 from simplclip.train.step import TrainingError, train_step
 
 
@@ -224,7 +224,7 @@ def _loader(config: Config, pin_memory: bool) -> data.Loader:
     return data.make_loader(
         c.train,
         tokenizer=models.tokenizer(m.name),
-        transform=models.transforms(m.name, train=True, augment=c.augment, image_size=m.image_size),
+        transform=image_transform(config),
         batch_size=c.images_at_a_time,
         captions_per_image=c.captions_per_image,
         teacher=config.loss.needs_teacher,

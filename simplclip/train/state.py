@@ -32,6 +32,7 @@ class Training:
     def __init__(self, config: Config, device: torch.device, precision: str, state: dict[str, Any] | None = None):
         self.config, self.device, self.precision = config, device, precision
         self.teacher = self.read_teacher() if config.loss.needs_teacher else None
+        self.transform = image_transform(config)
         self.model = build_model(config)
         self.blocks = [module for module in self.model.modules() if isinstance(module, SimplifiedBlock)]
         self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
@@ -87,7 +88,12 @@ class Training:
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N, D] of the images of a loader's batch."""
         with hardware.autocast(self.precision, self.device):
-            return self.model.encode_image(batch["image"].to(self.device, non_blocking=True), normalize=True)
+            return self.model.encode_image(self._images(batch), normalize=True)
+
+    def _images(self, batch: dict[str, Any]) -> Tensor:
+        """The images of a loader's batch, normalised and changed in colour, on the device."""
+        images = batch["image"].to(self.device, non_blocking=True)
+        return self.transform.finish(images, batch.get("colour")) if images.dtype == torch.uint8 else images
 
     def encode_text(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""
@@ -124,6 +130,12 @@ class Training:
         with torch.no_grad():
             tokens = models.tokenizer(self.config.model.name)(["a"]).to(self.device)
             return self.model.eval().encode_text(tokens).shape[-1]
+
+
+def image_transform(config: Config) -> Any:
+    """The augmenting transform of the config's images."""
+    augment, size = config.data.augment, config.model.image_size
+    return models.transforms(config.model.name, train=True, augment=augment, image_size=size)
 
 
 def model_options(config: Config) -> dict[str, Any]:
