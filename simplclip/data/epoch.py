@@ -16,9 +16,10 @@ from webdataset import filters
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import size_of
 from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, stable_hash
+from simplclip.data.sidecars import Folders
 from simplclip.data.sources import Part, read_part
 from simplclip.data.tar import Span
-from simplclip.data.transforms import ImageTransform, stack
+from simplclip.data.transforms import ImageTransform, View, stack
 
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
@@ -90,6 +91,7 @@ class Epoch(IterableDataset):
     seed: int
     teacher: bool
     on_error: str
+    sidecars: Folders = ()
     epoch: int = 0
     progress: list[Progress] | None = None  # of each worker, to go on from
 
@@ -142,14 +144,28 @@ class Epoch(IterableDataset):
         opened = parse(sample, self.teacher)
         with seeded(self.seed, self.epoch, opened.place, *filter(None, (sample.get("__copy__"),))):
             drawn = _draw(len(opened.captions), self.captions)
-            if isinstance(self.transform, ImageTransform):
-                view = self.transform.draw(*size_of(opened.encoded, self.transform.max_pixels))
-                image, colour = self.transform.apply(opened.encoded, view), view.get("colour")
-            else:
-                image, colour = apply_transform(self.transform, opened), None
+            number = random.randrange(len(opened.views)) if opened.views else 0
+            image, colour = self._image(opened, opened.views[number] if opened.views else None)
         texts = [opened.captions[i] for i in drawn]
-        features = torch.from_numpy(opened.features[[0, *(1 + i for i in drawn)]]) if self.teacher else None
+        features = None
+        if self.teacher:
+            captions = len(opened.features) - len(opened.captions)  # where those of captions begin
+            features = torch.from_numpy(opened.features[[number, *(captions + i for i in drawn)]])
+            features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
         return image, colour, texts, opened.group, sample["__key__"], opened.record, features
+
+    def _image(self, opened: Opened, view: View | None) -> tuple[torch.Tensor, list[float] | None]:
+        """The pixels of an image in a view, or else as the transform draws, and the change of their colour."""
+        if isinstance(self.transform, ImageTransform):
+            if view is None:
+                view = self.transform.draw(*size_of(opened.encoded, self.transform.max_pixels))
+            return self.transform.apply(opened.encoded, view), view.get("colour")
+        if view is not None:
+            raise ShardError(
+                f"sample {opened.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
+                f"got {self.transform!r}"
+            )
+        return apply_transform(self.transform, opened), None
 
     def _collate(self, prepared: list[tuple]) -> Batch:
         images, colours, texts, groups, keys, records, features = zip(*prepared)
@@ -226,7 +242,7 @@ class _Reading:
         """
         given, skipped, seed = 0, Skipped(), f"{self.epoch.seed}/{self.epoch.epoch}"
         try:
-            for sample in read_part(part, skipped, ahead=not known):
+            for sample in read_part(part, skipped, ahead=not known, sidecars=self.epoch.sidecars):
                 if skipped.counts:
                     counted = skipped.take()
                     if given >= known:

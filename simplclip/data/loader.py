@@ -20,6 +20,8 @@ from simplclip.data.broken import Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.epoch import Batch, Epoch, Item, Progress, apply_transform, seeded
 from simplclip.data.shards import ShardError, Shards, check_count, count_samples, expand, read_shard, usable
+from simplclip.data.sidecars import Folders
+from simplclip.data.sidecars import check as check_sidecars
 from simplclip.data.sources import Part
 from simplclip.data.workers import start_worker, undisturbed
 
@@ -195,6 +197,7 @@ def make_loader(
     workers: int = 0,
     captions_per_image: int = 1,
     teacher: bool = False,
+    sidecars: Folders = (),
     shuffle: bool = True,
     seed: int = 0,
     drop_last: bool = True,
@@ -207,8 +210,10 @@ def make_loader(
 
     `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N] (hash of the json's
     "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is
-    [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and "teacher_text" float16 [N, D̂] or [N, k, D̂], a
-    teacher's features of the images (not augmented) and of the captions drawn.
+    [N, k, L]. With `teacher` also "teacher_image" [N, D̂] and "teacher_text" [N, D̂] or [N, k, D̂], float16 or bfloat16, a
+    teacher's features of the images and of the captions drawn. Where the teacher saw views of an image, one of these is drawn
+    in place of the transform's own augmentation, and the features are of the pixels that "image" has; otherwise they are of
+    the image, not augmented.
 
     Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer that holds all of a
     worker's samples shuffles them fully. Workers divide the shards, or the samples if there are fewer shards. The order
@@ -226,7 +231,9 @@ def make_loader(
         transform: RGB image -> float32 [3, S, S]. Its exceptions are raised, naming the sample.
         batch_size: samples per batch, N.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
-        teacher: read the features that `simplclip teacher` wrote into the shards; a sample without them raises ShardError.
+        teacher: read the features that `simplclip teacher` wrote; a sample without them raises ShardError.
+        sidecars: folders with further files of the samples, e.g. those of `simplclip teacher`, in the order in which they are
+            joined; see `simplclip.data.sidecars`.
         workers: number of loader processes; 0 reads in the calling process.
         shuffle_buffer: number of samples; of local uncompressed tars it holds their places, of others the encoded files.
         prefetch: batches that each worker prepares ahead.
@@ -234,7 +241,8 @@ def make_loader(
         on_error: "skip" counts a shard that cannot be read after several tries, and its samples that cannot be read any more;
             "stop" raises ShardError for it.
 
-    Raises: ValueError if an argument is out of range or shards match no file. While iterating: ShardError if a teacher's
+    Raises: ValueError if an argument is out of range or shards match no file; ShardError if a shard has no sidecar or has
+    changed since. While iterating: ShardError if a teacher's
     features are missing, or a shard cannot be read and on_error is "stop"; WorkerError if a loader process died (never while
     the caller uses a batch); EmptyEpochError if there is no batch.
     """
@@ -247,6 +255,8 @@ def make_loader(
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
     rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
     parts = [Part(file) for file in expand(shards)]
+    check_sidecars([part.url for part in parts], sidecars)
+    rules["sidecars"] = sidecars
     dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, **rules)
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}

@@ -1,9 +1,10 @@
-"""Rewrites shards: every sample is copied with new files that a function makes for it, e.g. a teacher's features.
+"""Makes new shards of shards: copies of the samples with new files that a function makes for them, or sidecars, which hold
+the new files alone, e.g. a teacher's features.
 
 The new folder has only complete shards at any moment: a shard gets its name after all of it is on disk. After a crash the
 same command continues with the first unfinished shard, and the result has the same bytes.
 
-    OUT/<name>.tar        the samples of the shard of that name, in the same order
+    OUT/<name>.tar        the samples of the shard of that name, in the same order, or what is new of them
     OUT/meta.json         how they were made; "splits" with the samples, bytes and sha256 of each finished shard
     OUT/LICENSES.md       that of the input folder, if it has one
 """
@@ -40,8 +41,11 @@ from simplclip.data.shards import (
     read_shard,
     usable,
 )
+from simplclip.data.sidecars import Folders, beside, joined, plain_name
+from simplclip.data.sidecars import check as check_sidecars
 
 FORMAT = "simplclip-shards-1"
+SIDECARS = "simplclip-sidecars-1"
 _IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample for other readers
 
 Process = Callable[[list[Opened]], list[dict[str, bytes]]]
@@ -56,6 +60,8 @@ def rewrite(
     batch_size: int,
     progress: bool = True,
     title: str = "samples",
+    sidecar: bool = False,
+    sidecars: Folders = (),
 ) -> dict[str, Any]:
     """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
@@ -68,6 +74,9 @@ def rewrite(
     Finished shards of an earlier run are kept, unless their input has changed. A second command may add other shards of the
     same folder. Keys of the input folder's meta.json, e.g. the stamp of an earlier rewriting, are copied. Memory: one batch.
 
+    With `sidecar` only the files from `process` are written, of samples that are not broken, and nothing of the input's
+    meta.json; `simplclip.data.sidecars` joins them while reading.
+
     Args:
         out: a new folder, or that of an earlier run with the same `stamp`.
         process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each. Its exceptions end the run.
@@ -75,6 +84,8 @@ def rewrite(
         batch_size: samples given to `process` at a time.
         progress: show a progress bar (on a terminal) and print the notes.
         title: title of the bar.
+        sidecar: write sidecars, not copies.
+        sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions; needs `sidecar`.
 
     Returns: {"path", "shards" (their number), "written" (by this run), "samples", "skipped" (a Skipped), "notes"}.
 
@@ -85,21 +96,26 @@ def rewrite(
     check_count("batch_size", batch_size, 1)
     out = Path(out).expanduser()
     sources = _named(expand(shards), out)
+    check_sidecars(sources.values(), sidecars)
     folders = folders_of(sources.values())
-    meta = _carried(folders, {"teacher", *stamp}) | json.loads(json.dumps(dict(stamp)))
+    meta = {"format": SIDECARS if sidecar else FORMAT}
+    meta |= {} if sidecar else _carried(folders, {"teacher", *stamp})
+    meta |= json.loads(json.dumps(dict(stamp)))
     with _claimed(out, meta, folders) as finished:
         todo, dropped = {}, 0
         for name, source in sources.items():
             entry, shard = finished.get(name, {}), out / name
             whole = shard.is_file() and shard.stat().st_size == entry.get("bytes")
-            if not whole or identity(source) != entry["source"]:
+            if not whole or not _origin(source, sidecars).items() <= entry.items():
                 todo[name] = source
         kept = sum(finished[name]["samples"] for name in sources if name not in todo)
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
         with tqdm(total=total, initial=kept, desc=title, unit=" samples", disable=None if progress else True) as bar:
             for name, source in todo.items():
-                finished[name], count = _rewrite_shard(source, out / name, process, batch_size, bar)
+                finished[name], count = _rewrite_shard(
+                    source, out / name, process, batch_size, bar, sidecar=sidecar, sidecars=sidecars
+                )
                 dropped += count
                 _write_meta(out, meta, finished)
     skipped = Skipped()
@@ -113,7 +129,7 @@ def rewrite(
         fate = "made again" if "teacher" in stamp else "dropped, since it no longer fits"
         notes.append(f"{dropped} samples already had {TEACHER}; it is {fate}.")
     if skipped.counts:
-        notes.append(f"Copied without processing, or lost by damage: {skipped}")
+        notes.append(f"{'Left out' if sidecar else 'Copied without processing'}, or lost by damage: {skipped}")
     for note in notes if progress else ():
         print(note)
     return {
@@ -132,7 +148,7 @@ def _named(files: list[str], out: Path) -> dict[str, str]:
     for file in files:
         if out.resolve() in (Path(file).resolve().parent, Path(file).parent.resolve()):
             raise InputError(f"out: expected another folder than that of the input {file!r}, got {str(out)!r}")
-        name = re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", Path(file).name))
+        name = plain_name(file)
         if name in sources:
             raise InputError(f"shards: expected files of different names, got {sources[name]!r} and {file!r}")
         sources[name] = file
@@ -175,7 +191,12 @@ def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[di
         finished: dict[str, Any] = {}
         if "meta.json" in names:
             former = _read_json(out / "meta.json")
-            if former.pop("format", None) != FORMAT:
+            if (kind := former.get("format")) != meta["format"]:
+                if kind == FORMAT:
+                    raise FileExistsError(
+                        f"out: expected a new folder or one of sidecars, got {out} with copies of the shards, which an "
+                        "earlier version of this command wrote; remove it or choose another folder. Training still reads it"
+                    )
                 raise FileExistsError(f"out: expected a new folder or an earlier run's, got {out} with another meta.json")
             for split in former.pop("splits", {}).values():
                 finished |= split["shards"]
@@ -204,27 +225,40 @@ def _write_meta(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> No
         split = splits.setdefault(re.split(r"[-_.]?\d|\.tar", name)[0] or "data", {"samples": 0, "shards": {}})
         split["samples"] += entry["samples"]
         split["shards"][name] = entry
-    write_atomically(out / "meta.json", json.dumps({"format": FORMAT} | meta | {"splits": splits}, indent=1) + "\n")
+    write_atomically(out / "meta.json", json.dumps(meta | {"splits": splits}, indent=1) + "\n")
 
 
-def _rewrite_shard(source: str, target: Path, process: Process, batch_size: int, bar: tqdm) -> tuple[dict[str, Any], int]:
+def _origin(source: str, sidecars: Folders) -> dict[str, Any]:
+    """The part of a shard's entry in meta.json that says what it was made from."""
+    joined = {"sidecars": [identity(path) for path in beside(source, sidecars)]} if sidecars else {}
+    return {"source": identity(source), **joined}
+
+
+def _rewrite_shard(
+    source: str, target: Path, process: Process, batch_size: int, bar: tqdm, *, sidecar: bool, sidecars: Folders
+) -> tuple[dict[str, Any], int]:
     """Write one shard; return its entry of meta.json, and how many samples had a teacher's features."""
     skipped, count, dropped = Skipped(), 0, 0
     with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        samples = _whole(read_shard(source, skipped, every=True, ahead=True))
-        while batch := list(islice(samples, batch_size)):
-            dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
+        samples = read_shard(source, skipped, every=not sidecar, ahead=True)
+        whole = _whole(joined(samples, source, sidecars, skipped) if sidecar else samples)
+        while batch := list(islice(whole, batch_size)):
+            dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch if not sidecar)
             opened = list(usable(batch, skipped))
             new = process(opened) if opened else []
             if len(new) != len(opened):
                 raise InputError(f"process: expected the files of {len(opened)} samples, got {len(new)}")
             for sample, files in zip(opened, new):
-                sample.files.update(files)
-            for sample in batch:
+                if sidecar:
+                    _add(tar, {"__key__": sample.files["__key__"], **files})
+                else:
+                    sample.files.update(files)
+            for sample in () if sidecar else batch:
                 count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in sample)
                 _add(tar, sample)
+            count += len(opened) if sidecar else 0
             bar.update(len(batch))
-    entry = {"samples": count, **identity(target), "source": identity(source)}
+    entry = {"samples": count, **identity(target), **_origin(source, sidecars)}
     if skipped.counts:
         entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in skipped.counts.items()}
     return entry, dropped

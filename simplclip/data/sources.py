@@ -10,6 +10,7 @@ from itertools import islice
 
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import Sample, ShardError, read_shard
+from simplclip.data.sidecars import Folders
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a shard that could not be read is tried again
 
@@ -29,12 +30,12 @@ class Part:
         return os.path.basename(self.url)
 
 
-def read_part(part: Part, skipped: Skipped, *, ahead: bool = False) -> Iterator[Sample]:
+def read_part(part: Part, skipped: Skipped, *, ahead: bool = False, sidecars: Folders = ()) -> Iterator[Sample]:
     """The samples of a part. One that cannot be read is tried again, from where it failed, and then raises ShardError."""
     given = 0
     for wait in (*RETRIES, None):
         try:
-            for sample in islice(read_shard(part.url, skipped, ahead=ahead), given, None):
+            for sample in islice(read_shard(part.url, skipped, ahead=ahead, sidecars=sidecars), given, None):
                 given += 1
                 yield sample
             return

@@ -11,8 +11,8 @@ from PIL import Image
 
 from simplclip.common.errors import InputError
 from simplclip.data import decode as decoding
-from simplclip.data.decode import check_gpu, decode, decode_gpu, decode_pil, size_of
 from simplclip.data.broken import BrokenSample
+from simplclip.data.decode import check_gpu, decode, decode_gpu, decode_pil, size_of
 
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
