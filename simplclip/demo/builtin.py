@@ -21,7 +21,8 @@ from simplclip.common import hardware
 from simplclip.data import EmptyEpochError
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import count_samples, read_shard, usable
-from simplclip.demo.teacher import IMAGE_SIZE, BuiltinTeacher, Heads, Transform, load_heads, save_heads, tokenizer
+from simplclip.data.transforms import ImageTransform
+from simplclip.demo.teacher import IMAGE_SIZE, BuiltinTeacher, Heads, load_heads, save_heads, tokenizer, transform
 from simplclip.losses import ClipPMLoss
 
 STEPS = 300
@@ -32,9 +33,9 @@ VIEWS = 3  # augmented images of each image, besides itself
 MAX_SCALE = 40.0  # with a sharper softmax the teacher would only tell which training pairs match
 
 
-def load(path: str | os.PathLike) -> tuple[BuiltinTeacher, Transform, Callable]:
+def load(path: str | os.PathLike) -> tuple[BuiltinTeacher, ImageTransform, Callable]:
     """The teacher with the heads of a file, its transform and tokenizer. Raises the errors of `load_heads`."""
-    return BuiltinTeacher(load_heads(path)), Transform(), tokenizer()
+    return BuiltinTeacher(load_heads(path)), transform(), tokenizer()
 
 
 def prepare(files: list[str], heads_file: Path, **options: Any) -> str:
@@ -79,7 +80,7 @@ def train(
 def features(files: list[str], device: torch.device, precision: str, progress: bool) -> Pairs:
     """The frozen networks' features of all pairs. Augmentation draws from torch's global generator."""
     model, skipped = BuiltinTeacher(Heads()).to(device).eval(), Skipped()
-    plain, augmented = Transform(), models.affine(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3))
+    plain, augmented = transform(), models.affine(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3))
     images, rows, captions, groups = [], {}, [], []
 
     def all_views():
