@@ -111,8 +111,9 @@ class ImageTransform:
         if "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
             shift = [x * (self.size[1] / view["size"][1]), y * (self.size[0] / view["size"][0])]
-            image = F.resize(image, list(self.size), BICUBIC)
-            return F.affine(image, angle, shift, zoom, shear, interpolation=BILINEAR, fill=255)
+            # On the negative, outside which is black: torchvision draws a grey line around an image on another colour.
+            negative = ~F.resize(image, list(self.size), BICUBIC)
+            return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
         size, interpolation = self._resized(*image.shape[1:])
         return center_crop_or_pad(F.resize(image, size, interpolation), list(self.size), self.fill)
 
