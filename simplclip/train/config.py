@@ -60,6 +60,10 @@ class MicroBatch(Section):
 
 class DataConfig(Section):
     train: str | list[str] = Field(description="shards to train on: path, glob or brace pattern, or a list of them")
+    sidecars: list[str] = Field(
+        [],
+        description="folders with further files of the samples, of `simplclip teacher` and `caption`, joined in this order",
+    )
     batch_size: int = Field(256, ge=1, description="images per step")
     micro_batch: Annotated[
         Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("number")] | Annotated[MicroBatch, Tag("towers")],
@@ -74,7 +78,8 @@ class DataConfig(Section):
     workers: int = Field(1, ge=0, description="loader processes; 0 reads in the training process")
     augment: str | dict[str, Any] | None = Field(
         None,
-        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: the model's default",
+        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views "
+        "which the teacher saw, else the model's default",
     )
     options: dict[str, Any] = Field({}, description="further keyword arguments for `simplclip.data.make_loader`")
 

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
 from simplclip.common import hardware
+from simplclip.data.views import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
@@ -70,8 +71,20 @@ class Training:
             checkpoint.set_rng_state(state["rng"])
 
     def read_teacher(self) -> dict[str, Any]:
-        """Name, width and scale of the teacher whose features the shards have."""
-        return data.teacher_stamp(data.expand(self.config.data.train))
+        """Name, width and scale of the teacher whose features the samples have.
+
+        Raises ConfigError if data.augment is another augmentation than that of the views that the teacher saw.
+        """
+        c = self.config.data
+        stamp = data.teacher_stamp(data.expand(c.train), c.sidecars)
+        if c.augment is not None and "views" in stamp:
+            wanted, stored = augmentation(image_transform(self.config)), stamp["views"]["augment"]
+            if wanted != stored:
+                raise ConfigError(
+                    f"data.augment: expected null, or {stored!r} as in the views that the teacher {stamp['name']} saw and "
+                    f"training replays, got {wanted!r}"
+                )
+        return stamp
 
     def sources(self) -> Any:
         """The source of `inherit`."""
