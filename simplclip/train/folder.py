@@ -14,7 +14,8 @@ from simplclip.common.files import differences, fcntl
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 
-# Settings that may differ from the checkpoint's, since they do not change the result. So may the folder of data.train.
+# Settings that may differ from the checkpoint's, since they do not change the result. So may the folders of data.train
+# and data.sidecars.
 _FREE = ("data.micro_batch", "loss.scratch_mib", "model.recompute", "eval.", "run.")
 _NOT_FREE = ("run.seed", "run.precision")
 _held: set[int] = set()  # descriptors of this process's locks
@@ -127,10 +128,10 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
     if config.data.micro_batch == "auto":
         config = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": was.data.micro_batch})})
     changed = differences(was.to_dict(), config.to_dict())
-    if "data.train" in changed:
-        names = [[Path(p).name for p in ([v] if isinstance(v, str) else v)] for v in changed["data.train"]]
+    for key in changed.keys() & {"data.train", "data.sidecars"}:
+        names = [[Path(p).name for p in ([v] if isinstance(v, str) else v)] for v in changed[key]]
         if names[0] == names[1]:
-            del changed["data.train"]
+            del changed[key]
     changed = {k: v for k, v in changed.items() if k in _NOT_FREE or not k.startswith(_FREE)}
     if changed:
         changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())

@@ -34,6 +34,7 @@ class Training:
         self.config, self.device, self.precision = config, device, precision
         self.teacher = self.read_teacher() if config.loss.needs_teacher else None
         self.transform = image_transform(config)
+        self._check_views()
         self.model = build_model(config)
         self.blocks = [module for module in self.model.modules() if isinstance(module, SimplifiedBlock)]
         self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
@@ -71,20 +72,19 @@ class Training:
             checkpoint.set_rng_state(state["rng"])
 
     def read_teacher(self) -> dict[str, Any]:
-        """Name, width and scale of the teacher whose features the samples have.
+        """Name, width and scale of the teacher whose features the samples have."""
+        return data.teacher_stamp(data.expand(self.config.data.train), self.config.data.sidecars)
 
-        Raises ConfigError if data.augment is another augmentation than that of the views that the teacher saw.
-        """
-        c = self.config.data
-        stamp = data.teacher_stamp(data.expand(c.train), c.sidecars)
-        if c.augment is not None and "views" in stamp:
-            wanted, stored = augmentation(image_transform(self.config)), stamp["views"]["augment"]
-            if wanted != stored:
-                raise ConfigError(
-                    f"data.augment: expected null, or {stored!r} as in the views that the teacher {stamp['name']} saw and "
-                    f"training replays, got {wanted!r}"
-                )
-        return stamp
+    def _check_views(self) -> None:
+        """Raises ConfigError if data.augment is another augmentation than that of the views that the teacher saw."""
+        if self.config.data.augment is None or not self.teacher or "views" not in self.teacher:
+            return
+        wanted, stored = augmentation(self.transform), self.teacher["views"]["augment"]
+        if wanted != stored:
+            raise ConfigError(
+                f"data.augment: expected null, or {stored!r} as in the views that the teacher {self.teacher['name']} saw and "
+                f"training replays, got {wanted!r}"
+            )
 
     def sources(self) -> Any:
         """The source of `inherit`."""
