@@ -267,9 +267,8 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "heads on 48 pairs of 1 shards" in result.output  # never on what is held out
     assert (tmp_path / "out.heads.safetensors").exists()
-    right = [
-        (rows[1:].astype(np.float32) @ rows[0]).mean() for _, _, rows in rows_of(source / "train-0.tar", tmp_path / "out")
-    ]
+    found = rows_of(source / "train-0.tar", tmp_path / "out")
+    right = [(rows[1:].astype(np.float32) @ rows[0]).mean() for _, _, rows in found]
     assert np.mean(right) > 0.2
     before = digests(tmp_path / "out")
     result = call("teacher", source / "*.tar", "--out", tmp_path / "out")
