@@ -24,6 +24,7 @@ from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, on_white
+from simplclip.evaluation import features_of
 from simplclip.models.registry import first_line
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.config import Config
@@ -101,18 +102,9 @@ class Encoder:
         features = self._joined([self.features("text", self.tokenizer(part)) for part in parts])
         return features[[place[text] for text in texts]]
 
-    @torch.no_grad()
     def features(self, tower: str, inputs: Tensor) -> Tensor:
         """Features float32 [N, width] of preprocessed images [N, 3, S, S] (tower "image") or token ids [N, L] ("text")."""
-        encode = self.model.encode_image if tower == "image" else self.model.encode_text
-        with hardware.autocast(self.precision, self.device):
-            found = encode(inputs.to(self.device, non_blocking=True), normalize=True).float()
-        if not found.isfinite().all():
-            raise InputError(
-                f"{self.source or self.name}: expected finite features, got {tower} features that are not finite "
-                f"in {self.precision}"
-            )
-        return nn.functional.normalize(found, dim=-1)
+        return features_of(self.model, tower, inputs, self.device, self.precision, self.source or self.name)
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts) if parts else torch.empty(0, self.width, device=self.device)

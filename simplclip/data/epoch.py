@@ -67,11 +67,26 @@ def seeded(*parts: object) -> Iterator[None]:
         np.random.set_bit_generator(states[2])
 
 
-def apply_transform(transform: Callable, sample: Opened) -> torch.Tensor:
-    """The transformed image of a sample. Raises BrokenSample; RuntimeError for errors of a caller's transform."""
+def pixels_of(
+    transform: ImageTransform | Callable, sample: Opened, view: View | None = None
+) -> tuple[torch.Tensor, list[float] | None]:
+    """The transformed image of a sample, and the change of colour that is left to `ImageTransform.finish`.
+
+    view: which one, instead of one that is drawn.
+    Raises BrokenSample, ShardError for a caller's transform if there is a view, and RuntimeError for its errors.
+    """
+    if isinstance(transform, ImageTransform):
+        if view is None:
+            view = transform.draw(*size_of(sample.encoded, transform.max_pixels))
+        return transform.apply(sample.encoded, view), view.get("colour")
+    if view is not None:
+        raise ShardError(
+            f"sample {sample.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
+            f"got {transform!r}"
+        )
     image = sample.image
     try:
-        return transform(image)
+        return transform(image), None
     except Exception as error:
         place = f"{sample.files['__key__']!r} of shard {sample.files['__url__']!r}"
         raise RuntimeError(f"the transform failed on sample {place}: {type(error).__name__}: {error}") from error
@@ -145,27 +160,14 @@ class Epoch(IterableDataset):
         with seeded(self.seed, self.epoch, opened.place, *filter(None, (sample.get("__copy__"),))):
             drawn = _draw(len(opened.captions), self.captions)
             number = random.randrange(len(opened.views)) if opened.views else 0
-            image, colour = self._image(opened, opened.views[number] if opened.views else None)
+            pixels, colour = pixels_of(self.transform, opened, opened.views[number] if opened.views else None)
         texts = [opened.captions[i] for i in drawn]
         features = None
         if self.teacher:
             captions = len(opened.features) - len(opened.captions)  # where those of captions begin
             features = torch.from_numpy(opened.features[[number, *(captions + i for i in drawn)]])
             features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
-        return image, colour, texts, opened.group, sample["__key__"], opened.record, features
-
-    def _image(self, opened: Opened, view: View | None) -> tuple[torch.Tensor, list[float] | None]:
-        """The pixels of an image in a view, or else as the transform draws, and the change of their colour."""
-        if isinstance(self.transform, ImageTransform):
-            if view is None:
-                view = self.transform.draw(*size_of(opened.encoded, self.transform.max_pixels))
-            return self.transform.apply(opened.encoded, view), view.get("colour")
-        if view is not None:
-            raise ShardError(
-                f"sample {opened.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
-                f"got {self.transform!r}"
-            )
-        return apply_transform(self.transform, opened), None
+        return pixels, colour, texts, opened.group, sample["__key__"], opened.record, features
 
     def _collate(self, prepared: list[tuple]) -> Batch:
         images, colours, texts, groups, keys, records, features = zip(*prepared)

@@ -1,4 +1,4 @@
-"""Image-text pairs from WebDataset shards, for training (`make_loader`) and for evaluation (`load_eval`).
+"""Image-text pairs from WebDataset shards, for training: `make_loader`. stream.py reads held-out data.
 
 Two fields of a sample's json are used: "group" (samples of one group show the same thing and are not each other's
 negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
@@ -7,7 +7,7 @@ negatives) and "label" (the class, for zero-shot classification). simplclip/data
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
-from simplclip.data.decode import decode_pil
-from simplclip.data.epoch import Batch, Epoch, Item, Progress, apply_transform, seeded
-from simplclip.data.shards import ShardError, Shards, check_count, count_samples, expand, read_shard, usable
+from simplclip.data.epoch import Batch, Epoch, Item, Progress
+from simplclip.data.shards import ShardError, check_count
 from simplclip.data.sidecars import Folders
-from simplclip.data.sidecars import check as check_sidecars
-from simplclip.data.sources import Part
+from simplclip.data.sources import Source, check_sidecars, count, parts_of
+from simplclip.data.transforms import ImageTransform
 from simplclip.data.workers import start_worker, undisturbed
+
+RESTARTS = 3  # of an epoch
 
 
 class WorkerError(UserError, RuntimeError):
@@ -35,11 +36,15 @@ class EmptyEpochError(UserError, RuntimeError):
 
 
 class Loader:
-    """Yields the batches of an epoch; made by `make_loader`, which documents it."""
+    """Yields the batches of an epoch; made by `make_loader`, which documents it.
+
+    restarts: why loader processes were started again, one line for each time.
+    """
 
     def __init__(self, dataset: Epoch, drop_last: bool, **options: Any) -> None:
         self._dataset, self._drop_last, self._options = dataset, drop_last, options
         self._workers = max(1, options["num_workers"])
+        self.restarts: list[str] = []
         self._start(0)
 
     def _start(self, epoch: int) -> None:
@@ -63,9 +68,9 @@ class Loader:
 
     @cached_property
     def batches_per_epoch(self) -> int | None:
-        """Batches of an epoch if no sample is broken; None if the shards are too large to count."""
+        """Batches of an epoch if no sample is broken; None if the shards are streams, or too large to count."""
         parts = self._dataset.parts
-        counts = count_samples([part.url for part in parts])
+        counts = count(parts)
         if counts is None:
             return None
         samples = int(sum(count * part.weight for count, part in zip(counts, parts)))
@@ -95,7 +100,20 @@ class Loader:
         """
         check_count("epoch", epoch, 0)
         check_count("skip_batches", skip_batches, 0)
-        return self._batches(epoch, skip_batches, state)
+        return self._restarted(epoch, skip_batches, state)
+
+    def _restarted(self, epoch: int, skip_batches: int, state: Mapping[str, Any] | None) -> Iterator[Batch]:
+        """The batches; after the death of a loader process they go on where they were, at most RESTARTS times in an epoch."""
+        for left in reversed(range(RESTARTS + 1)):
+            try:
+                yield from self._batches(epoch, skip_batches, state)
+                return
+            except WorkerError as error:
+                if not left:
+                    raise
+                if self._batches_done >= skip_batches:
+                    skip_batches, state = self._batches_done, self.state()
+                self.restarts.append(f"{error} (restarted after batch {skip_batches} of epoch {epoch})")
 
     def _batches(self, epoch: int, skip_batches: int, state: Mapping[str, Any] | None) -> Iterator[Batch]:
         self._start(epoch)
@@ -156,18 +174,18 @@ class Loader:
                 if isinstance(found[0], ShardError):
                     raise found[0]
                 item = Item(*found)
-                self._note(item)
-                if not item.last:
-                    with undisturbed():
+                with undisturbed():  # the counts and what the caller does are not left half done
+                    self._note(item)
+                    if not item.last:
                         yield item.batch, item.size
-                elif item.batch is not None:
-                    ends.append(item.batch)
+                    elif item.batch is not None:
+                        ends.append(item.batch)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise WorkerError(
-                f"data.workers: a loader process died before its epoch ended (out of memory, the system kills processes): "
-                f"{str(error).strip()}"
+                f"data.workers: a loader process died before its epoch ended (out of memory, the system kills processes; "
+                f"fewer data.workers or a smaller batch need less): {str(error).strip()}"
             ) from error
         if ends:
             yield from self._merged(ends, dataset.batch_size)
@@ -189,10 +207,10 @@ class Loader:
 
 
 def make_loader(
-    shards: Shards,
+    shards: Source,
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
-    transform: Callable[[Image.Image], torch.Tensor],
+    transform: ImageTransform | Callable[[Image.Image], torch.Tensor],
     batch_size: int,
     workers: int = 0,
     captions_per_image: int = 1,
@@ -208,27 +226,33 @@ def make_loader(
 ) -> Loader:
     """A loader of training batches.
 
-    `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N] (hash of the json's
-    "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is
-    [N, k, L]. With `teacher` also "teacher_image" [N, D̂] and "teacher_text" [N, D̂] or [N, k, D̂], float16 or bfloat16, a
+    `Loader.epoch(e)` yields dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
+    (`transform.finish` takes both on the device; the images of a caller's own transform are float32 and finished), "text"
+    int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict]
+    (the json). With captions_per_image k > 1 "text" is [N, k, L].
+
+    With `teacher` there are also "teacher_image" [N, D̂] and "teacher_text" [N, D̂] or [N, k, D̂], float16 or bfloat16, a
     teacher's features of the images and of the captions drawn. Where the teacher saw views of an image, one of these is drawn
     in place of the transform's own augmentation, and the features are of the pixels that "image" has; otherwise they are of
     the image, not augmented.
 
-    Order: shards are shuffled, then samples in a buffer of `shuffle_buffer` samples per worker; a buffer that holds all of a
-    worker's samples shuffles them fully. Workers divide the shards, or the samples if there are fewer shards. The order
-    depends on (seed, epoch, workers) only; the caption drawn for a sample and its augmentation on (seed, epoch, shard's name,
-    key): the transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and
-    restored. `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches; with `Loader.state()`
-    of that place without decoding those, which a worker skips at 20,000 samples a second and more.
+    Order: shards (of tables and folders, pieces of 512 samples) are shuffled, then samples in a buffer of `shuffle_buffer`
+    samples per worker; a buffer that holds all of a worker's samples shuffles them fully. Workers divide the shards, or the
+    samples if there are fewer shards, when each reads all of them. The order depends on (seed, epoch, workers) only; the
+    caption drawn for a sample and its augmentation on (seed, epoch, shard's name, key): the transform may draw from the
+    global generators of torch (CPU), random and numpy, which are seeded for it and restored. `Loader.epoch(e,
+    skip_batches=k)` yields exactly what `epoch(e)` yields after k batches; with `Loader.state()` of that place without
+    decoding those, which a worker skips at 20,000 samples a second and more; streams are read again to there.
 
     Samples that do not fill a worker's last batch are joined with those of the other workers at the end of the epoch;
     drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
 
     Args:
-        shards: path, brace expression or glob of local tar files, or a list of them.
+        shards: tars by path, brace expression, glob, URL, pipe:COMMAND or list file; a table; a folder of images; a mapping
+            {"shards": one of these or a list, "weight": W}; or a list of these. See `sources.parts_of`.
         tokenizer: list of captions -> int64 [N, L].
-        transform: RGB image -> float32 [3, S, S]. Its exceptions are raised, naming the sample.
+        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
+            exceptions are raised, naming the sample.
         batch_size: samples per batch, N.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote; a sample without them raises ShardError.
@@ -238,13 +262,16 @@ def make_loader(
         shuffle_buffer: number of samples; of local uncompressed tars it holds their places, of others the encoded files.
         prefetch: batches that each worker prepares ahead.
         pin_memory: copy batches to page-locked memory, for a GPU.
-        on_error: "skip" counts a shard that cannot be read after several tries, and its samples that cannot be read any more;
+        on_error: "skip" counts a shard that cannot be read after several tries, and samples that cannot be read any more;
             "stop" raises ShardError for it.
 
+    A loader process that dies is started again, from where the batches are, at most RESTARTS times in an epoch; the batches
+    are the same, and `Loader.restarts` says why.
+
     Raises: ValueError if an argument is out of range or shards match no file; ShardError if a shard has no sidecar or has
-    changed since. While iterating: ShardError if a teacher's
-    features are missing, or a shard cannot be read and on_error is "stop"; WorkerError if a loader process died (never while
-    the caller uses a batch); EmptyEpochError if there is no batch.
+    changed since. While iterating: ShardError if a teacher's features are missing, or a shard cannot be read and on_error is
+    "stop"; WorkerError if loader processes died more often (never while the caller uses a batch); EmptyEpochError if there is
+    no batch.
     """
     check_count("batch_size", batch_size, 1)
     check_count("captions_per_image", captions_per_image, 1)
@@ -254,63 +281,9 @@ def make_loader(
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
     rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
-    parts = [Part(file) for file in expand(shards)]
-    check_sidecars([part.url for part in parts], sidecars)
-    rules["sidecars"] = sidecars
-    dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, **rules)
+    parts = parts_of(shards)
+    check_sidecars(parts, sidecars)
+    dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, sidecars=sidecars, **rules)
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}
     return Loader(dataset, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
-
-
-@dataclass
-class EvalSet:
-    """A whole split of n samples in memory, in the order of its shards."""
-
-    images: torch.Tensor  # [n, 3, S, S] float32, transformed
-    text: torch.Tensor  # [n, L] int64, of the first captions
-    groups: torch.Tensor  # [n] int64
-    captions: list[str]  # the first of each sample
-    keys: list[str]
-    meta: list[dict[str, Any]]  # the json of each sample
-    encoded: list[bytes]  # the image files
-    skipped: Skipped = field(default_factory=Skipped)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The class of each sample, or None if its json has no "label"."""
-        return [str(record["label"]) if record.get("label") is not None else None for record in self.meta]
-
-    def picture(self, index: int) -> Image.Image:
-        """The untransformed image, RGB."""
-        return decode_pil(self.encoded[index])
-
-    def report(self) -> str:
-        """One line: samples read, and skipped by reason."""
-        return f"{len(self)} samples read, {self.skipped}"
-
-
-def load_eval(
-    shards: Shards, tokenizer: Callable[[list[str]], torch.Tensor], transform: Callable[[Image.Image], torch.Tensor]
-) -> EvalSet:
-    """Read a split for evaluation into memory; the result is the same on every run.
-
-    Peak memory: 24 S² bytes per image. Broken samples are skipped and counted in `.skipped`. Raises ValueError for shards
-    that match no file, ShardError for one that cannot be opened, EmptyEpochError if no sample is usable.
-    """
-    files = expand(shards)
-    skipped = Skipped()
-    rows = []
-    for sample in usable((sample for shard in files for sample in read_shard(shard, skipped)), skipped):
-        with seeded("eval", sample.place):
-            tensor = apply_transform(transform, sample)
-        key = sample.files["__key__"]
-        rows.append((tensor, sample.group, sample.captions[0], key, sample.record, sample.encoded))
-    if not rows:
-        raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have no usable sample; {skipped}")
-    images, groups, captions, keys, meta, encoded = map(list, zip(*rows))
-    groups = torch.tensor(groups, dtype=torch.int64)
-    return EvalSet(torch.stack(images), tokenizer(captions), groups, captions, keys, meta, encoded, skipped)

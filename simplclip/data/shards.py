@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,16 +28,17 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from simplclip.common.errors import InputError
-from simplclip.data import tar
+from simplclip.data import index, tar
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.sidecars import TEACHER, VIEWS, Folders, entries, joined
+from simplclip.data.streams import StreamError, is_stream, name_of, opened
 from simplclip.data.tar import Span
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 UNREADABLE = "cannot be read"  # why a sample is broken whose file is gone
 COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their samples
-_KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
+KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
 
 Shards = str | os.PathLike | Iterable[str | os.PathLike]  # path, brace expression or glob of local tar files, or several
 Sample = dict[str, Any]  # "__key__", "__url__" (the shard), and by suffix the bytes or a Span of them
@@ -55,18 +57,28 @@ def expand(shards: Shards) -> list[str]:
     patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
     if not patterns:
         raise InputError("shards: expected at least one path or pattern, got an empty list")
-    files = []
-    for pattern in (os.path.expanduser(os.fspath(pattern)) for pattern in patterns):
-        for path in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
-            matches = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
-            if not matches:
-                raise InputError(f"shards: expected files, got the pattern {path!r}, which matches none")
-            for match in matches:
-                if not os.path.isfile(match):
-                    what = "is a folder (try its *.tar)" if os.path.isdir(match) else "does not exist"
-                    raise InputError(f"shards: expected a tar file, got {match!r}, which {what}")
-            files += matches
+    files = [match for pattern in patterns for match in matches(os.fspath(pattern), "shards")]
+    for file in files:
+        if os.path.isdir(file):
+            raise InputError(f"shards: expected a tar file, got {file!r}, which is a folder (try its *.tar)")
     return files
+
+
+def matches(pattern: str, name: str) -> list[str]:
+    """The files and folders of a path, brace expression or glob, all of which exist. name: of the argument, for errors."""
+    pattern = os.path.expanduser(pattern)
+    found: list[str] = []
+    for path in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
+        if os.path.exists(path):
+            found.append(path)
+        elif glob.has_magic(path):
+            several = sorted(glob.glob(path))
+            if not several:
+                raise InputError(f"{name}: expected files, got the pattern {path!r}, which matches none")
+            found += several
+        else:
+            raise InputError(f"{name}: expected a file, got {path!r}, which does not exist")
+    return found
 
 
 def folders_of(files: Iterable[str]) -> list[str]:
@@ -105,43 +117,66 @@ class Opened:
         return stable_hash(f"group/{self.record['group']}" if named else f"key/{self.place}") >> 1
 
 
-def _files(shard: str, torn: list[str], every: bool, ahead: bool) -> Iterator[dict[str, Any]]:
+def _members(shard: str, ahead: bool, indexed: bool) -> Iterator[tuple[str, bytes | Span]]:
+    if is_stream(shard):
+        with opened(shard) as file:
+            yield from tar.streamed(file)
+    elif tar.is_compressed(shard):
+        yield from tar.streamed(shard)
+    elif indexed and (known := index.members(shard)):
+        found, torn = known
+        yield from tar.read_ahead(shard, found) if ahead else found
+        if torn:
+            raise tarfile.ReadError(torn)
+    else:
+        yield from tar.members(shard, ahead)
+
+
+def _files(shard: str, torn: list[str], every: bool, ahead: bool, indexed: bool) -> Iterator[dict[str, Any]]:
     """The files of a tar that belong to samples. A damaged part ends them and is noted in `torn`."""
     any_yet = False
     try:
-        found = tar.streamed(shard) if tar.is_compressed(shard) else tar.members(shard, ahead)
-        for name, value in found:
+        for name, value in _members(shard, ahead, indexed):
             any_yet = True
-            if every or name.lower().endswith(_KNOWN):
+            if every or name.lower().endswith(KNOWN):
                 yield {"fname": name, "data": value, "__url__": shard}
     except tar.ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if not any_yet:
             raise ShardError(f"shard {shard!r} cannot be opened: {reason}") from error
+        if isinstance(error, StreamError):
+            raise ShardError(f"shard {shard!r} cannot be read to its end: {reason}") from error
         torn.append(reason)
 
 
 def read_shard(
-    shard: str, skipped: Skipped, *, every: bool = False, ahead: bool = False, sidecars: Folders = ()
+    shard: str,
+    skipped: Skipped,
+    *,
+    every: bool = False,
+    ahead: bool = False,
+    indexed: bool = True,
+    sidecars: Folders = (),
 ) -> Iterator[Sample]:
     """The samples of a tar. Damage and duplicate files are counted in `skipped`.
 
     Suffixes are in lower case. Only images, txt, json and a teacher's features and views are given, unless `every`.
     ahead: the contents will be used soon.
+    indexed: use the shard's index, if it has one, instead of the tar's headers; the samples are the same.
     sidecars: folders whose files are joined to the samples, see `simplclip.data.sidecars`.
     """
-    samples = _read_shard(shard, skipped, every, ahead)
+    samples = _read_shard(shard, skipped, every, ahead, indexed)
     return joined(samples, shard, sidecars, skipped) if sidecars else samples
 
 
-def _read_shard(shard: str, skipped: Skipped, every: bool, ahead: bool) -> Iterator[Sample]:
-    name, torn = os.path.basename(shard), []
+def _read_shard(shard: str, skipped: Skipped, every: bool, ahead: bool, indexed: bool) -> Iterator[Sample]:
+    name, torn = name_of(shard), []
 
     def double(error: Exception) -> bool:
         skipped.add("duplicate file in tar", name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(shard, torn, every, ahead), handler=double):
+    for sample in group_by_keys(_files(shard, torn, every, ahead, indexed), handler=double):
         # If the last sample is incomplete, only the damage is counted.
         if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
             break
@@ -296,17 +331,18 @@ def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def place_of(sample: Sample) -> str:
-    """ "<shard's file name>/<key>", the name of a sample in messages and seeds."""
-    return f"{os.path.basename(sample['__url__'])}/{sample['__key__']}"
+    """ "<shard's name>/<key>", the name of a sample in messages and seeds; see `sources.Part.name`."""
+    return f"{sample.get('__shard__') or name_of(sample['__url__'])}/{sample['__key__']}"
 
 
 def count_samples(shards: list[str]) -> list[int] | None:
     """The number of samples of each of `shards`, including broken ones; None if too many bytes would have to be read.
 
-    It is taken from a meta.json beside a shard that lists it with its size; otherwise the shard is read.
+    It is taken from the shard's index or from a meta.json beside it that lists it with its size; otherwise the shard is read.
     """
     listed = {folder: _listed_counts(folder) for folder in folders_of(shards)}
     known = {s: listed[os.path.dirname(s)].get((os.path.basename(s), os.path.getsize(s))) for s in shards}
+    known |= {shard: index.count(shard) for shard, count in known.items() if count is None}
     unknown = [shard for shard, count in known.items() if count is None]
     if sum(map(os.path.getsize, unknown)) > COUNT_LIMIT:
         return None

@@ -20,6 +20,7 @@ from webdataset.tariterators import base_plus_ext
 from simplclip.common.errors import InputError
 from simplclip.data import tar
 from simplclip.data.broken import ShardError, Skipped
+from simplclip.data.streams import name_of
 
 TEACHER = "teacher.npy"
 VIEWS = "views.json"
@@ -30,7 +31,7 @@ Sample = dict[str, Any]
 
 def plain_name(shard: str) -> str:
     """The file name of what is made from a shard: without .gz, .xz or .bz2."""
-    return re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", os.path.basename(shard)))
+    return re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", name_of(shard)))
 
 
 def beside(shard: str, folders: Folders) -> list[str]:
@@ -51,11 +52,17 @@ def check(shards: Iterable[str], folders: Folders) -> None:
     """
     if isinstance(folders, (str, os.PathLike)):
         raise InputError(f"sidecars: expected a list of folders, got {folders!r}")
+    names: dict[str, str] = {}
+    for shard in shards if folders else ():
+        if names.setdefault(plain_name(shard), shard) != shard:
+            raise InputError(
+                f"sidecars: expected shards of different file names, got {names[plain_name(shard)]!r} and {shard!r}"
+            )
     for folder in map(os.path.expanduser, folders):
         if not os.path.isdir(folder):
             raise InputError(f"sidecars: expected folders, got {str(folder)!r}, which is none")
         made = entries(folder)
-        for shard in shards:
+        for shard in names.values():
             (path,) = beside(shard, [folder])
             size = made.get(os.path.basename(path), {}).get("source", {}).get("bytes")
             if size is not None and os.path.exists(shard) and os.path.getsize(shard) != size:
@@ -85,7 +92,7 @@ def joined(samples: Iterable[Sample], shard: str, folders: Folders, skipped: Ski
     for sample in samples:
         key = sample["__key__"]
         if key in seen:
-            skipped.add("duplicate key in tar", f"{os.path.basename(shard)}/{key}")
+            skipped.add("duplicate key in tar", f"{name_of(shard)}/{key}")
             continue
         seen.add(key)
         for table in tables:

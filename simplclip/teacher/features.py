@@ -14,7 +14,7 @@ import yaml
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from simplclip import data, evaluation, models
+from simplclip import evaluation, models
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.rewrite import rewrite
@@ -124,9 +124,9 @@ def evaluate(
     """Retrieval of a teacher on splits (name -> shards): the results of `evaluation.metrics.retrieval` by name."""
     figures = {}
     for name, shards in splits.items():
-        split = evaluation.Split.of(data.load_eval(shards, teacher.tokenizer, teacher.preprocess))
-        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision)
-        figures[name] = evaluation.retrieval(split)
+        split = evaluation.Split(evaluation.source(shards), teacher.tokenizer, teacher.preprocess)
+        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
+        figures[name] = evaluation.retrieval(split, teacher.device) or {}
     return figures
 
 
@@ -161,7 +161,7 @@ def run(
         raise InputError(f"checkpoint: expected one for each of {len(names)} teachers or none, got {len(checkpoints)}")
     files = expand(shards)
     for split in (splits or {}).values():
-        expand(split)
+        evaluation.source(split)  # raises its error before the work
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
     hardware.set_threads(None)

@@ -14,18 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError
+from simplclip.train.config_data import DataConfig, MicroBatch, Section, Source
 
 
 class ConfigError(InputError):
     """A configuration is not valid; the message names the key."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -49,46 +46,6 @@ class InheritConfig(Section):
         None, description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list"
     )
     train: list[str] = Field([], description="patterns of inherited tensors that are trained; the others are frozen")
-
-
-class MicroBatch(Section):
-    """What each tower encodes at a time; None: the whole batch."""
-
-    image: int | None = Field(None, ge=1)
-    text: int | None = Field(None, ge=1)
-
-
-class DataConfig(Section):
-    train: str | list[str] = Field(description="shards to train on: path, glob or brace pattern, or a list of them")
-    sidecars: list[str] = Field(
-        [],
-        description="folders with further files of the samples, of `simplclip teacher` and `caption`, joined in this order",
-    )
-    batch_size: int = Field(256, ge=1, description="images per step")
-    micro_batch: Annotated[
-        Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("number")] | Annotated[MicroBatch, Tag("towers")],
-        Discriminator(lambda value: "towers" if isinstance(value, dict | MicroBatch) else "number"),
-    ] = Field(
-        None,
-        description="images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); "
-        "{image, text}: images and captions at a time, each tower by itself; null: all; auto: as many as fit, see "
-        "`simplclip plan`",
-    )
-    captions_per_image: int = Field(1, ge=1, description="captions drawn for each image in each step; each makes a pair")
-    workers: int = Field(1, ge=0, description="loader processes; 0 reads in the training process")
-    augment: str | dict[str, Any] | None = Field(
-        None,
-        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views "
-        "which the teacher saw, else the model's default",
-    )
-    options: dict[str, Any] = Field({}, description="further keyword arguments for `simplclip.data.make_loader`")
-
-    @property
-    def images_at_a_time(self) -> int:
-        """Images of a micro-batch; "auto" must have been replaced by a number."""
-        micro = self.micro_batch.image if isinstance(self.micro_batch, MicroBatch) else self.micro_batch
-        assert micro != "auto"
-        return micro or self.batch_size
 
 
 class Schedule(Section):
@@ -334,23 +291,29 @@ def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
+_TAGS = ("number", "schedule", "towers", "train-pattern", "train-source", "train-list")
 # for these pydantic's message is clearer than the type
 _LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "finite_number"}
 
 
 def _explain(error: Any) -> str:
     known, kind = keys(), error["type"]
-    path = [str(part) for part in error["loc"] if part not in ("number", "schedule", "towers")]
+    path = [str(part) for part in error["loc"] if part not in _TAGS]
     key = ".".join(path)
     if kind == "value_error":  # raised by a validator in this file
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if kind == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(key, known)}"
+        sources = {f"{key.rpartition('.')[0]}.{name}": None for name in Source.model_fields}
+        return f"{key}: unknown key{_nearest(key, sources if key.startswith('data.train.') else known)}"
     # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
     field_key = next(k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known)
     field = known[field_key]
+    if field_key == "data.train" and (inside := [n for n in range(2, len(path)) if path[n] in Source.model_fields]):
+        key = field_key = ".".join(path[: inside[0] + 1])
+        field = Source.model_fields[path[inside[0]]]
     if kind == "missing":
-        hint = f"; expected {_type_name(field.annotation)} ({field.description})" if key == field_key else ""
+        about = f" ({field.description})" if field.description else ""
+        hint = f"; expected {_type_name(field.annotation)}{about}" if key == field_key else ""
         return f"{key}: missing{hint}"
     where = key if isinstance(field.annotation, types.GenericAlias) else field_key
     expected = error["msg"].lower().replace("input should be ", "") if kind in _LIMITS else _type_name(field.annotation)
@@ -378,7 +341,7 @@ def _type_name(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_name(a) for a in arguments)
     if origin is list:
-        return f"a list of {_type_name(arguments[0])}s".replace("a list of a ", "a list of ")
+        return "a list of " + " or ".join(f"{name.removeprefix('a ')}s" for name in _type_name(arguments[0]).split(" or "))
     if origin is dict or _is_section(annotation):
         return "a mapping"
     names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}

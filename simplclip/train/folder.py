@@ -16,7 +16,7 @@ from simplclip.train.config import Config, ConfigError, from_dict
 
 # Settings that may differ from the checkpoint's, since they do not change the result. So may the folders of data.train
 # and data.sidecars.
-_FREE = ("data.micro_batch", "loss.scratch_mib", "model.recompute", "eval.", "run.")
+_FREE = ("data.micro_batch", "data.on_error", "loss.scratch_mib", "model.recompute", "eval.", "run.")
 _NOT_FREE = ("run.seed", "run.precision")
 _held: set[int] = set()  # descriptors of this process's locks
 
@@ -114,7 +114,8 @@ def _owner(path: Path) -> tuple[str, bool]:
 def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:
     """Read the checkpoint to continue from, or check that the run's folder is free. Never overwrites another run.
 
-    If data.micro_batch is "auto", the returned config has the micro-batch of the checkpoint.
+    If data.micro_batch is "auto" or data.workers null, the returned config has those of the checkpoint; without one, as many
+    workers as this process may use cores.
     """
     last = out / "last.pt"
     if not (resume and last.exists()):
@@ -122,16 +123,18 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
             raise ConfigError(
                 f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"
             )
-        return None, config
+        return None, _with(config, workers=_cores()) if config.data.workers is None else config
     state = checkpoint.load(last)
     was = from_dict(state["config"])
     if config.data.micro_batch == "auto":
-        config = config.model_copy(update={"data": config.data.model_copy(update={"micro_batch": was.data.micro_batch})})
-    changed = differences(was.to_dict(), config.to_dict())
-    for key in changed.keys() & {"data.train", "data.sidecars"}:
-        names = [[Path(p).name for p in ([v] if isinstance(v, str) else v)] for v in changed[key]]
-        if names[0] == names[1]:
-            del changed[key]
+        config = _with(config, micro_batch=was.data.micro_batch)
+    if config.data.workers is None:
+        config = _with(config, workers=was.data.workers)
+    old, new = was.to_dict(), config.to_dict()
+    for key in ("train", "sidecars"):
+        if _names(old["data"][key]) == _names(new["data"][key]):
+            old["data"][key] = new["data"][key]
+    changed = differences(old, new)
     changed = {k: v for k, v in changed.items() if k in _NOT_FREE or not k.startswith(_FREE)}
     if changed:
         changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
@@ -146,3 +149,20 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
             f"data.micro_batch: expected a divisor of the {images:,} images that {last} has seen of its epoch, got {now}"
         )
     return state, config
+
+
+def _with(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _names(train: Any) -> Any:
+    """data.train without the folders, which may have moved; a command stays whole."""
+    if isinstance(train, str):
+        return train if train.startswith("pipe:") else Path(train).name
+    if isinstance(train, dict):
+        return train | {"shards": _names(train["shards"])}
+    return [_names(one) for one in train]

@@ -26,7 +26,7 @@ from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, gib, ran_out
 from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
 from simplclip.train.rescue import LastStep, StopRequest
-from simplclip.train.state import Training, image_transform
+from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
 
 
@@ -77,10 +77,11 @@ def run(
         random.seed(config.run.seed)
         np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
 
-        loader, splits = _loader(config, pin_memory=device.type == "cuda"), {}
+        splits = {}
         if config.eval.every:
             splits = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
         this = Training(config, device, precision, state)
+        loader = _loader(this, pin_memory=device.type == "cuda")
         this.model.train()
         whole = LastStep(this)
         stop = stack.enter_context(StopRequest())
@@ -137,13 +138,16 @@ def _steps(
     log: RunLog,
 ) -> None:
     """Run the steps until the last one or a stop, and save the state."""
-    c, seconds, began = this.config.run, 0.0, time.perf_counter()
+    c, seconds, waiting, began = this.config.run, 0.0, 0.0, time.perf_counter()
     for batches in _batches(this, loader, report.print):
+        waited = time.perf_counter() - began
         row = train_step(this, batches)
         whole.take()
         took, began = time.perf_counter() - began, time.perf_counter()
-        seconds = 0.95 * seconds + 0.05 * took if seconds else took  # smoothed over about the last 20 steps
-        row |= {"samples_per_s": this.config.data.batch_size / seconds, "peak_mb": peak_memory_mb(this.device)}
+        share = 0.05 if seconds else 1.0  # smoothed over about the last 20 steps
+        seconds, waiting = seconds + share * (took - seconds), waiting + share * (waited - waiting)
+        row |= {"samples_per_s": this.config.data.batch_size / seconds, "data_share": waiting / seconds}
+        row |= {"peak_mb": peak_memory_mb(this.device)}
         report.step(this.step, row)
         last = this.step == c.steps
         if last or this.step % c.log_every == 0:
@@ -189,11 +193,14 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
 
     A step may take micro-batches of two epochs. The loader draws nothing from the global random generators.
     """
-    c, last, batches = this.config.data, None, []
+    c, last, batches, restarts = this.config.data, None, [], 0
     wanted = c.batch_size // c.images_at_a_time
     while True:
         for batch in loader.epoch(this.epoch, this.batch, this.data):
             this.batch += 1
+            for restart in loader.restarts[restarts:]:
+                restarts += 1
+                show(f"data       {restart}")
             if wanted > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
                 batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
             batches.append(batch)
@@ -210,8 +217,9 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
 def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, show: Callable[[str], None]) -> None:
     this.model.eval()
     for name, split in splits.items():
-        evaluation.encode(this.model, split, this.config.eval.batch_size, this.device, this.precision)
-        for direction, figures in evaluation.retrieval(split).items():
+        c = this.config
+        evaluation.encode(this.model, split, c.eval.batch_size, this.device, this.precision, workers=c.data.workers)
+        for direction, figures in (evaluation.retrieval(split, this.device) or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": this.step, "split": name, "direction": direction, **values})
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())
@@ -219,20 +227,20 @@ def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, 
     this.model.train()
 
 
-def _loader(config: Config, pin_memory: bool) -> data.Loader:
-    c, m = config.data, config.model
+def _loader(this: Training, pin_memory: bool) -> data.Loader:
+    config, c = this.config, this.config.data
+    more = c.model_dump(include={"sidecars", "decode", "max_pixels"}, exclude_defaults=True)
     return data.make_loader(
-        c.train,
-        tokenizer=models.tokenizer(m.name),
-        transform=image_transform(config),
+        data.parts_of(c.pairs, "data.train"),
+        tokenizer=models.tokenizer(config.model.name),
+        transform=this.transform,
         batch_size=c.images_at_a_time,
         captions_per_image=c.captions_per_image,
         teacher=config.loss.needs_teacher,
-        sidecars=c.sidecars,
         workers=c.workers,
         seed=config.run.seed,
         pin_memory=pin_memory,
-        **c.options,
+        **{"on_error": c.on_error} | more | c.options,
     )
 
 

@@ -63,7 +63,7 @@ class Reporter:
         bias = f"  bias {row['logit_bias']:.1f}" if "logit_bias" in row else ""
         figures = (
             f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}{bias}  "
-            f"{row['samples_per_s']:.0f} samples/s  peak {row['peak_mb']:.0f} MiB"
+            f"{row['samples_per_s']:.0f} samples/s  waiting for data {row['data_share']:.0%}  peak {row['peak_mb']:.0f} MiB"
         )
         if not self.progress.disable:
             self.progress.update(self.task, completed=step, figures=figures)
@@ -124,9 +124,11 @@ def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader([line for line in file if line.endswith("\n")])
-    if columns and list(rows.fieldnames or columns) != columns:
-        raise InputError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(rows.fieldnames)}")
-    return [row for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
+    found = list(rows.fieldnames or columns or ())
+    added = {name: "nan" for name in columns or () if name == "data_share" and name not in found}  # not in older runs' files
+    if columns and found != [name for name in columns if name not in added]:
+        raise InputError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(found)}")
+    return [row | added for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
 
 
 def curves(run: str | Path) -> Path | None:

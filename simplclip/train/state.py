@@ -32,8 +32,8 @@ class Training:
 
     def __init__(self, config: Config, device: torch.device, precision: str, state: dict[str, Any] | None = None):
         self.config, self.device, self.precision = config, device, precision
-        self.teacher = self.read_teacher() if config.loss.needs_teacher else None
         self.transform = image_transform(config)
+        self.teacher = self.read_teacher() if config.loss.needs_teacher else None
         self._check_views()
         self.model = build_model(config)
         self.blocks = [module for module in self.model.modules() if isinstance(module, SimplifiedBlock)]
@@ -53,6 +53,7 @@ class Training:
             if not self.blocks:
                 self.model.set_grad_checkpointing()
         self.model.to(device)
+        self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in self.model.visual.parameters())
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
         self.loss.scratch_bytes = config.loss.scratch_mib << 20
@@ -73,7 +74,8 @@ class Training:
 
     def read_teacher(self) -> dict[str, Any]:
         """Name, width and scale of the teacher whose features the samples have."""
-        return data.teacher_stamp(data.expand(self.config.data.train), self.config.data.sidecars)
+        c = self.config.data
+        return data.teacher_stamp([part.url for part in data.parts_of(c.pairs, "data.train")], c.sidecars)
 
     def _check_views(self) -> None:
         """Raises ConfigError if data.augment is another augmentation than that of the views that the teacher saw."""
@@ -104,9 +106,11 @@ class Training:
             return self.model.encode_image(self._images(batch), normalize=True)
 
     def _images(self, batch: dict[str, Any]) -> Tensor:
-        """The images of a loader's batch, normalised and changed in colour, on the device."""
+        """The model's input: the pixels of a batch are finished on the device."""
         images = batch["image"].to(self.device, non_blocking=True)
-        return self.transform.finish(images, batch.get("colour")) if images.dtype == torch.uint8 else images
+        if images.dtype != torch.uint8:
+            return images
+        return self.transform.finish(images, batch.get("colour"), channels_last=self.channels_last)
 
     def encode_text(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
 
-TIMED = ("samples_per_s", "peak_mb")
+TIMED = ("samples_per_s", "data_share", "peak_mb")
 
 
 def go(config, **options) -> str:

@@ -159,7 +159,7 @@ def test_logit_scale_is_held_below_100(tmp_path):
     this = train.Training(tiny.settings(tmp_path, "optim.warmup=0"), torch.device("cpu"), "fp32")
     with torch.no_grad():
         this.model.logit_scale.fill_(9.0)
-    batch = next(iter(train._loader(this.config, False).epoch(0)))
+    batch = next(iter(train._loader(this, False).epoch(0)))
     train.train_step(this, [batch])
     assert this.model.logit_scale.exp().item() == pytest.approx(100)
 

@@ -1,0 +1,102 @@
+"""Tars that are not local files: http(s) URLs, and the output of a command (pipe:COMMAND)."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import select
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from webdataset import gopen
+
+TIMEOUT = 60.0  # seconds without a byte, after which a server or a command counts as hanging
+
+
+class StreamError(OSError):
+    """A stream failed, whatever is in it: another try may go further."""
+
+
+class Stream(Protocol):
+    def read(self, size: int) -> bytes: ...
+
+
+def is_stream(url: str) -> bool:
+    return url.startswith(("pipe:", "http://", "https://"))
+
+
+def name_of(url: str) -> str:
+    """The file name of a path or URL, without the query of a URL, which may be a signature that changes."""
+    return os.path.basename(urlsplit(url).path if url.startswith("http") and is_stream(url) else url)
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[Stream]:
+    """A reader of a stream. It raises StreamError if the bytes end too early, or none has come for TIMEOUT seconds."""
+    with (_command if url.startswith("pipe:") else _response)(url) as stream:
+        yield stream
+
+
+@contextlib.contextmanager
+def _response(url: str) -> Iterator[Stream]:
+    # Not gopen: its curl has no time limit for a server that hangs, and its own retries start the stream again.
+    request = urllib.request.Request(url, headers={"User-Agent": "simplclip"})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except (OSError, http.client.HTTPException) as error:
+        raise StreamError(_reason(error)) from error
+    with response:
+        yield _Response(response)
+
+
+class _Response:
+    def __init__(self, response: http.client.HTTPResponse):
+        self.response = response
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = self.response.read(size)
+        except (OSError, http.client.HTTPException) as error:
+            raise StreamError(_reason(error)) from error
+        if not data and self.response.length:
+            raise StreamError(f"the connection was closed {self.response.length:,} bytes before the end")
+        return data
+
+
+@contextlib.contextmanager
+def _command(url: str) -> Iterator[Stream]:
+    pipe = gopen(url)
+    try:
+        yield _Command(pipe)
+    finally:
+        pipe.proc.kill()  # it may write on, or wait for something, after the end of the tar
+        pipe.proc.wait()
+        pipe.stream.close()
+
+
+class _Command:
+    def __init__(self, pipe: Any):
+        self.process, self.file = pipe.proc, pipe.stream.fileno()
+
+    def read(self, size: int) -> bytes:
+        if os.name != "nt" and not select.select([self.file], [], [], TIMEOUT)[0]:
+            raise StreamError(f"the command wrote nothing for {TIMEOUT:g} seconds")
+        data = os.read(self.file, size)
+        if not data:
+            try:
+                status = self.process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                raise StreamError(f"the command did not end in {TIMEOUT:g} seconds after its output") from None
+            if status:
+                raise StreamError(f"the command ended with exit code {status}")
+        return data
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
+        return f"the server sent nothing for {TIMEOUT:g} seconds"
+    return str(error) or repr(error)
