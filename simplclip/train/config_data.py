@@ -65,7 +65,7 @@ class DataConfig(Section):
     )
     sidecars: list[str] = Field(
         [],
-        description="folders of `simplclip teacher` and `simplclip caption`, whose files are joined to the samples in turn",
+        description="folders of `simplclip teacher` and `simplclip caption`, whose files are joined to the samples",
     )
     decode: Literal["cpu", "gpu"] = Field("cpu", description="where JPEGs are decoded; gpu: by nvJPEG")
     max_pixels: int | None = Field(

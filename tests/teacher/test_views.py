@@ -311,9 +311,10 @@ def test_micro_batches_have_the_colours_of_their_images(taught, tmp_path):
     (tmp_path / "data").symlink_to(taught / "data")
     changes = [*WIKD, "data.micro_batch=4", f"data.sidecars=[{taught / 'sidecars'}]"]
     this = loop.Training(tiny.settings(tmp_path, *changes, "model.freeze_norms=true"), torch.device("cpu"), "fp32")
-    parts = next(loop._batches(this, loop._loader(this.config, False), print))
-    whole = tiny.settings(tmp_path, *WIKD, f"data.sidecars=[{taught / 'sidecars'}]")
-    (one,) = next(loop._batches(loop.Training(whole, torch.device("cpu"), "fp32"), loop._loader(whole, False), print))
+    parts = next(loop._batches(this, loop._loader(this, False), print))
+    settings = tiny.settings(tmp_path, *WIKD, f"data.sidecars=[{taught / 'sidecars'}]")
+    whole = loop.Training(settings, torch.device("cpu"), "fp32")
+    (one,) = next(loop._batches(whole, loop._loader(whole, False), print))
     assert len(parts) == 2
     assert torch.equal(torch.cat([part["colour"] for part in parts]), one["colour"])
     assert torch.equal(torch.cat([this._images(part) for part in parts]), this._images(one))
