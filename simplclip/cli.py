@@ -109,7 +109,7 @@ def doctor(
     typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report, why))
 
 
-@app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=taught/*.tar --resume")
+@app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=shards/*.tar --resume")
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")],
     set_: Overrides = None,
