@@ -162,7 +162,7 @@ def measure(counts: Mapping[str, int], number: int, size: int) -> dict[str, Any]
                     seconds += time.perf_counter() - began
     rate = decoded / seconds if seconds else 0.0
     broken = {reason: [count, skipped.examples[reason]] for reason, count in skipped.counts.items()}
-    return {"images": int(decoded), "size": size, "images_per_second": round(rate, 1), "broken": broken}
+    return {"images": int(decoded), "size": size, "images_per_second": _rounded(rate), "broken": broken}
 
 
 def _report(
@@ -194,8 +194,12 @@ def _report(
     if measured and measured["images_per_second"]:
         hours = total.samples / measured["images_per_second"] / 3600
         have = cores()
-        measured |= {"core_hours_an_epoch": round(hours, 3), "cores": have, "hours_an_epoch": round(hours / have, 3)}
+        measured |= {"core_hours_an_epoch": _rounded(hours), "cores": have, "hours_an_epoch": _rounded(hours / have)}
     return report
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def quantile(counts: Mapping[int, int], share: float) -> int:
