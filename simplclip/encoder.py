@@ -23,7 +23,7 @@ from simplclip import models
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
-from simplclip.data.decode import decode_pil, on_white
+from simplclip.data.decode import decode_pil, rgb
 from simplclip.evaluation import features_of
 from simplclip.models.registry import first_line
 from simplclip.train.checkpoint import CheckpointError
@@ -115,7 +115,7 @@ class Encoder:
                 raise InputError(f"images: expected tensors [3, S, S] or [N, 3, S, S], got one of {list(image.shape)}")
             return self.preprocess(to_pil_image(image)) if image.dtype == torch.uint8 else image.float()
         if isinstance(image, Image.Image):
-            return self.preprocess(on_white(image) if image.has_transparency_data else image.convert("RGB"))
+            return self.preprocess(rgb(image))
         if not isinstance(image, (str, os.PathLike)):
             raise InputError(f"images: expected paths, PIL images or tensors, got {type(image).__name__}")
         try:
