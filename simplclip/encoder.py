@@ -58,7 +58,8 @@ class Encoder:
     @property
     def logit_scale(self) -> float:
         """The factor of similarities that the model was trained with."""
-        return self.model.logit_scale.exp().item()
+        scale: Any = self.model.logit_scale
+        return scale.exp().item()
 
     def fingerprint(self) -> str:
         """A hash of the weights and the image transform, equal for equal encoders."""
@@ -156,7 +157,8 @@ def load(
     if checkpoint is not None and not Path(checkpoint).exists():
         raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
     if source.startswith(models.PLAIN):
-        found = _open_clip(*source.removeprefix(models.PLAIN).partition("/")[::2], checkpoint)
+        plain, _, tag = source.removeprefix(models.PLAIN).partition("/")
+        found = _open_clip(plain, tag, checkpoint)
     elif checkpoint is None and Path(source).exists():
         found = _own(Path(source))
     elif name == BUILTIN and not (rest and checkpoint):
@@ -247,6 +249,6 @@ def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> di
             ) from None
         if tag or len(tags) == 1:
             theirs = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's
-            set_model_preprocess_cfg(model, merge_preprocess_dict(model.visual.preprocess_cfg, theirs))
+            set_model_preprocess_cfg(model, merge_preprocess_dict(get_model_preprocess_cfg(model), theirs))
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
     return {"name": named, "model": model, "preprocess": transform, "tokenizer": open_clip.get_tokenizer(plain)}
