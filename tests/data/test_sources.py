@@ -130,7 +130,7 @@ def test_a_server_that_fails(server, quick, monkeypatch, fault, mends):
     server.faults["train-000.tar"] = [fault, "none"] if mends else [fault]
     urls = [f"{server.url}/{os.path.basename(path)}" for path in (broken, whole)]
     found, reader = everything(urls)
-    assert server.asked["train-000.tar"] == 2 if mends else 3
+    assert server.asked["train-000.tar"] == (2 if mends else 3)
     if mends:
         assert (found, reader.skipped) == (names(0, 24), {})
         return
