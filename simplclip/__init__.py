@@ -9,18 +9,19 @@ import importlib
 from simplclip import deprecated
 from simplclip.version import __version__
 
-__all__ = ["__version__", "backend", "create_model", "inherit", "report", "simplify"]
+__all__ = ["__version__", "backend", "create_model", "inherit", "load", "report", "simplify"]
 
 # name -> module and its name there
 _FUNCTIONS = {
     "backend": ("simplclip.ops.backends", "backend"),
     "create_model": ("simplclip.models.registry", "create"),
     "inherit": ("simplclip.models.inherit", "inherit"),
+    "load": ("simplclip.encoder", "load"),
     "report": ("simplclip.doctor", "report"),
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (
-    *("data", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
+    *("data", "encoder", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
     *("ablate", "caption", "evaluate", "export", "memory", "teacher"),  # commands
 )
 deprecated.install()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import traceback
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer  # noqa: E402
 from typer.core import TyperGroup  # noqa: E402
 
+from simplclip.commands import data as data_commands  # noqa: E402
+from simplclip.commands.evaluate import evaluate  # noqa: E402
+from simplclip.commands.options import Device, Precision, named_splits  # noqa: E402
 from simplclip.common.errors import InputError, UserError  # noqa: E402
 
 # extra of this package -> modules that it installs
@@ -57,16 +59,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train simplified CLIP models (SiCLIP, arXiv 2411.14789) on one GPU or a CPU.",
 )
-data_app = typer.Typer(no_args_is_help=True, short_help="Build the data of the demo.", help="Build the data of the demo.")
-app.add_typer(data_app, name="data")
+app.add_typer(data_commands.app, name="data")
 main = app  # what pyproject.toml and __main__.py call
 
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
 
 
 def _version(wanted: bool) -> None:
@@ -104,20 +103,6 @@ def doctor(
 
     report = doctors.report()
     typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report, why))
-
-
-@data_app.command(epilog="Example: simplclip data emoji --out data/emoji")
-def emoji(
-    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing build.")] = False,
-) -> None:
-    """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
-    from simplclip.demo import emoji as builder
-
-    summary = builder.build(out, force=force)
-    typer.echo(f"{'wrote' if summary['built'] else 'kept the complete build in'} {summary['path']}")
-    for name, split in summary["splits"].items():
-        typer.echo(f"  {name:<10} {split['samples']:>6} pairs of {', '.join(split['vendors'])}")
 
 
 @app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=taught/*.tar --resume")
@@ -159,42 +144,10 @@ def train(
         fail(str(error), 1)
 
 
-@app.command(
-    short_help="Evaluate a checkpoint by retrieval and classification.",
-    epilog="Example: simplclip evaluate runs/NAME --data test=shards/test-*.tar",
-)
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]SHARDS", help="Split to evaluate on. May be repeated. Default: eval.splits of the run's config."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for evaluation.json and pictures. Default: that of the checkpoint.")
-    ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            help='Phrase around a label, e.g. "a photo of {}". May be repeated. Default: eval.templates of the config.'
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images or captions encoded at a time. Default: eval.batch_size of the config.")
-    ] = None,
-    device: Device = "auto",
-    precision: Precision = "fp32",
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Skip splits whose files do not exist, and print a note.")
-    ] = False,
-) -> None:
-    """Evaluate a checkpoint by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
-    splits = _named_splits(data or [])
-    from simplclip import evaluate as evaluation
-
-    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
-    evaluation.run(checkpoint, splits or None, out=out, templates=template or None, skip_missing=skip_missing, **hardware)
+app.command(
+    short_help="Evaluate models by retrieval and classification.",
+    epilog="Example: simplclip evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
+)(evaluate)
 
 
 @app.command(
@@ -333,23 +286,9 @@ def teacher(
     seed: Annotated[int, typer.Option(help="Seed of the training of the heads.")] = 0,
 ) -> None:
     """Compute a teacher's features of images and captions, and write them into new shards."""
-    splits = _named_splits(evaluate or [])
+    splits = named_splits(evaluate or [], "--evaluate")
     from simplclip import teacher as teachers
 
     hardware = {"batch_size": batch_size, "device": device, "precision": precision}
     files = {"checkpoint": checkpoint, "heads_file": heads, "splits": splits}
     teachers.run(shards, out, name=teacher, seed=seed, **files, **hardware)
-
-
-def _named_splits(items: list[str]) -> dict[str, str]:
-    """Parses NAME=SHARDS, or SHARDS, whose name is that of the file up to its number or wildcard."""
-    splits: dict[str, str] = {}
-    for item in items:
-        match = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", item, re.DOTALL)
-        if not match:
-            raise InputError(f"--data: expected NAME=SHARDS or SHARDS, got {item!r}")
-        name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.tar", Path(match[2]).name)[0] or "data"
-        if name in splits:
-            raise InputError(f"--data: expected different split names (--data NAME=SHARDS), got {name!r} twice")
-        splits[name] = match[2]
-    return splits

@@ -1,8 +1,10 @@
-"""`simplclip evaluate`: evaluates a checkpoint on named splits; writes a table, evaluation.json and contact sheets."""
+"""`simplclip evaluate`: evaluates models on named splits; writes a table, evaluation.json and pictures."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,123 +12,193 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import simplclip
-from simplclip import data, models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
-from simplclip.evaluation import KS, contact_sheet, encode, load_splits, retrieval, zero_shot
-from simplclip.train.state import load_model
+from simplclip.data.shards import Shards
+from simplclip.data.stream import Source
+from simplclip.encoder import Encoder, load
+from simplclip.evaluation import (
+    Split,
+    class_names,
+    confusion_sheet,
+    contact_sheet,
+    encode,
+    named,
+    phrases,
+    retrieval,
+    source,
+    zero_shot,
+)
+from simplclip.evaluation.tables import in_words, table
+from simplclip.train.config import EvalConfig
+
+Models = str | os.PathLike | Sequence[str | os.PathLike]
+SHARED = ("checkpoint", "model", "step", "precision")  # what the JSON says about each split's evaluation
 
 
 def run(
-    checkpoint: str | Path,
-    splits: Mapping[str, str | list[str]] | None = None,
+    models: Models,
+    splits: Mapping[str, Shards] | None = None,
     *,
-    out: str | Path | None = None,
+    out: str | os.PathLike | None = None,
     templates: Sequence[str] | None = None,
+    classnames: str | os.PathLike | None = None,
+    captions: int | None = None,
+    images: str | os.PathLike | None = None,
+    features: str | os.PathLike | None = None,
     batch_size: int | None = None,
+    workers: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
     skip_missing: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Evaluate `checkpoint` on `splits` (name -> shards; None: eval.splits of its config).
+    """Evaluate models on splits, by retrieval where there are captions and by classification where there are labels.
 
-    Writes OUT/evaluation.json and OUT/evaluation-<split>.png (out=None: the checkpoint's folder), prints a table and returns
-    the content of the JSON. Splits that were evaluated earlier stay in the JSON, each with the checkpoint, model, step and
-    precision of its evaluation. skip_missing: skip splits whose shards do not exist, with a note; if no split is left, the
-    JSON is not written.
+    Writes OUT/evaluation.json, and for each split OUT/evaluation-SPLIT.png and OUT/confusion-SPLIT.png; prints a table and
+    returns the content of the JSON. The figures of the first model are under "splits", those of others under "baselines" by
+    model. A split is written when it is done, with the checkpoint, model, step and precision of its evaluation; what was
+    evaluated earlier stays.
+
+    Args:
+        models: one or several sources of `encoder.load`; pictures of the others have their names in those of the files.
+        splits: name -> what `evaluation.source` takes; by default eval.splits of the first model's config.
+        out: by default the folder of the first model.
+        templates: see `evaluation.phrases`; by default those of the split's folder, of the config, or "a photo of {}".
+        classnames: see `evaluation.class_names`; by default the names that the data have.
+        captions, images: see `evaluation.source`.
+        features: folder that keeps the features, see `evaluation.encode`; by default they are in a temporary file in OUT.
+        batch_size: by default eval.batch_size of the config, or 64.
+        workers: processes that decode images; by default one for each core, at most 8.
+        skip_missing: skip splits whose files do not exist, with a note; if no split is left, the JSON is not written.
+
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), ValueError (also if
     evaluation.json is another file).
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    place = hardware.pick_device(device)
-    precision, _ = hardware.pick_precision(precision, place)
-    model, config, state = load_model(checkpoint, place)
-    hardware.set_threads(config.run.threads)
-    folder = Path(out) if out else (Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent)
-    splits = dict(splits or config.eval.splits)
-    if not splits:
-        raise InputError(
-            "data: expected at least one split (--data name=shards), got none, and the checkpoint's config has no eval.splits"
-        )
-    for name, shards in [*splits.items()] if skip_missing else ():
-        try:
-            data.expand(shards)
-        except ValueError as error:
-            say(f"skipped {name}: {error}")
-            del splits[name]
-    loaded = load_splits(splits, config.model.name, config.model.image_size)
-
-    file = folder / "evaluation.json"
-    _earlier(file)  # raises its error before the work
-    folder.mkdir(parents=True, exist_ok=True)
-    results, tokenizer = {}, models.tokenizer(config.model.name)
-    made_by = {"checkpoint": str(checkpoint), "model": config.model.name, "step": state["step"], "precision": precision}
-    for name, split in loaded.items():
-        encode(model, split, batch_size or config.eval.batch_size, place, precision)
-        classes = zero_shot(model, split, tokenizer, templates or config.eval.templates, place, precision)
-        say(f"{name}: {split.data.report()}")
-        sheet, figures = folder / f"evaluation-{name}.png", retrieval(split)
-        among = {"text_to_image": len(split.data), "image_to_text": len(split.captions)}
-        lines = tuple(_in_words(figures[direction], number) for direction, number in among.items())
-        contact_sheet(sheet, split, f"{config.model.name}, step {state['step']}: {name}", lines)
-        results[name] = {"images": len(split.data.images), "texts": len(split.captions), **figures}
-        results[name] |= {"zero_shot": classes, "contact_sheet": str(sheet), **made_by}
-    versions = {"simplclip": simplclip.__version__, "torch": torch.__version__}
-    answer = {**made_by, "versions": versions, "splits": results}
-    if not results:
+    sources = [os.fspath(model) for model in ([models] if isinstance(models, (str, os.PathLike)) else models)]
+    if not sources or len({*sources}) < len(sources):
+        raise InputError(f"model: expected one or several different models, got {', '.join(sources) or 'none'}")
+    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) if workers is None else workers
+    names, given = class_names(classnames), phrases(templates or ())
+    found: dict[str, Source] = {}
+    answer: dict[str, Any] = {}
+    for number, name in enumerate(sources):
+        encoder = load(name, device=device, precision=precision)
+        about = {"checkpoint": name, "model": encoder.name, "step": encoder.step, "precision": encoder.precision}
+        if number == 0:
+            hardware.set_threads(encoder.config.run.threads if encoder.config else None)
+            defaults = encoder.config.eval if encoder.config else EvalConfig(batch_size=64)
+            found = _sources(splits or defaults.splits, skip_missing, say, captions=captions, images=images)
+            found = {split: named(what, *names) for split, what in found.items()}
+            file = _folder(out, name) / "evaluation.json"
+            _earlier(file)  # raises its error before the work
+            versions = {"simplclip": simplclip.__version__, "torch": torch.__version__}
+            answer = mine = about | {"versions": versions, "splits": {}}
+            for folder in (file.parent, *([Path(features)] if features else ())) if found else ():
+                folder.mkdir(parents=True, exist_ok=True)
+        else:
+            mine = answer.setdefault("baselines", {})[name] = about | {"splits": {}}
+        for title, what in found.items():
+            split = Split(what, encoder.tokenizer, encoder.preprocess)
+            ending = file_name(title) + (f"-{file_name(name)}" if number else "")
+            how = {"workers": workers, "folder": file.parent, "keep": Path(features) / ending if features else None}
+            shown = f"{title}, {name}" if sources[1:] else title
+            size = batch_size or defaults.batch_size
+            encode(encoder.model, split, size, encoder.device, encoder.precision, **how, progress=shown, who=name)
+            say(f"{shown}: {split.report()}")
+            wording = given or phrases(what.templates or defaults.templates)
+            mine["splits"][title] = _figures(encoder, split, wording, title, file.parent, ending) | about
+            with locked(file.parent):
+                whole = _merged(_earlier(file), answer)
+                write_atomically(file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    if not found:
         say(f"nothing was evaluated; {file} is not written")
         return answer
-    with locked(folder):
-        whole = {**answer, "splits": _earlier(file) | results}
-        write_atomically(file, json.dumps(whole, indent=2) + "\n")
     console.print(table(answer))
-    for path in [file, *(r["contact_sheet"] for r in results.values())]:
+    results = [result for part in (answer, *answer.get("baselines", {}).values()) for result in part["splits"].values()]
+    for path in [file, *(r[kind] for r in results for kind in ("contact_sheet", "confusion_sheet") if r[kind])]:
         say(f"wrote {path}")
     return answer
 
 
+def _sources(splits: Mapping[str, Shards], skip_missing: bool, say: Any, **options: Any) -> dict[str, Source]:
+    if not splits:
+        raise InputError(
+            "data: expected at least one split (--data name=shards), got none, and the model has no config with eval.splits"
+        )
+    found = {}
+    for name, what in splits.items():
+        try:
+            found[name] = source(what, **options)
+        except InputError as error:
+            if not skip_missing:
+                raise
+            say(f"skipped {name}: {error}")
+    return found
+
+
+def _folder(out: str | os.PathLike | None, model: str) -> Path:
+    if out:
+        return Path(out)
+    if not Path(model).exists():
+        raise InputError(f"out: expected a folder for the results (--out), got none, and {model} is not a file or a folder")
+    return Path(model) if Path(model).is_dir() else Path(model).parent
+
+
+def file_name(name: str) -> str:
+    """`name` without what file systems do not allow in names."""
+    return re.sub(r'[\x00-\x1f<>:"/\\|?*]+', "_", name).strip(" ._") or "_"
+
+
+def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, folder: Path, ending: str) -> dict[str, Any]:
+    """The figures of an encoded split, with its pictures."""
+    found = retrieval(split, encoder.device)
+    classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
+    if not found and not classes:
+        raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
+    title = encoder.name if encoder.step is None else f"{encoder.name}, step {encoder.step}"
+    result: dict[str, Any] = {"images": len(split), "texts": len(split.captions), **(found or {})}
+    result |= {"zero_shot": classes, "contact_sheet": None, "confusion_sheet": None}
+    if found:
+        among = {"text_to_image": len(split), "image_to_text": len(split.captions)}
+        lines = tuple(in_words(found[direction], number) for direction, number in among.items())
+        sheet = contact_sheet(folder / f"evaluation-{ending}.png", split, f"{title}: {name}", lines)
+        result["contact_sheet"] = str(sheet)
+    if classes:
+        shown = {"top 1": classes["top1"], "top 5": classes["top5"]}
+        subtitle = in_words(shown, len(classes["classes"]))
+        sheet = confusion_sheet(folder / f"confusion-{ending}.png", split, classes, f"{title}: {name}", subtitle)
+        result["confusion_sheet"] = sheet and str(sheet)
+        for pair in classes["confused"]:
+            pair["examples"] = [split.keys[row] for row in pair.pop("rows")]
+    return result
+
+
+def _merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`new` with the earlier splits and baselines that it does not replace."""
+    whole = new | {"splits": earlier.get("splits", {}) | new["splits"]}
+    beside, mine = earlier.get("baselines", {}), new.get("baselines", {})
+    merged = {name: part | {"splits": beside.get(name, {}).get("splits", {}) | part["splits"]} for name, part in mine.items()}
+    return whole | ({"baselines": beside | merged} if beside or merged else {})
+
+
 def _earlier(file: Path) -> dict[str, Any]:
-    """The splits of an evaluation.json, each with its checkpoint, model, step and precision. Raises InputError."""
+    """The "splits", each with what made it, and the "baselines" of an evaluation.json. Raises InputError."""
     if not file.exists():
         return {}
     try:
         found = json.loads(file.read_text("utf-8"))
-        shared = {key: found[key] for key in ("checkpoint", "model", "step", "precision")}
-        return {name: shared | split for name, split in found["splits"].items()}
+        parts = {"": found, **found.get("baselines", {})}
+        made = {name: {key: part[key] for key in SHARED} for name, part in parts.items()}
+        splits = {name: {key: made[name] | split for key, split in part["splits"].items()} for name, part in parts.items()}
+        beside = {name: made[name] | {"splits": splits[name]} for name in parts if name}
+        return {"splits": splits[""]} | ({"baselines": beside} if beside else {})
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(
             f"out: expected no evaluation.json, or one to add splits to, got {file}, which is another file: move it"
         ) from None
-
-
-def table(results: Mapping[str, Any]) -> Table:
-    """The figures of `run` in per cent with their chance, for a terminal of 80 columns."""
-    shown = Table(title=f"{results['model']}, step {results['step']}", caption="share found among the first k (chance)")
-    for name in ("split", "among"):
-        shown.add_column(name, no_wrap=True)
-    for k in KS:
-        shown.add_column(f"@{k}", justify="right", no_wrap=True)
-    for name, result in results["splits"].items():
-        for direction, among in (("image_to_text", "texts"), ("text_to_image", "images")):
-            shown.add_row(name, f"{result[among]} {among}", *(_cell(result[direction][f"R@{k}"]) for k in KS))
-        if classes := result["zero_shot"]:
-            task = f"{len(classes['classes'])} classes"
-            shown.add_row(name, task, _cell(classes["top1"]), _cell(classes["top5"]), "")
-        shown.add_section()
-    return shown
-
-
-def _cell(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.1%} [dim]({figure['chance']:.1%})[/dim]"
-
-
-def _in_words(figures: Mapping[str, Mapping[str, float]], among: int) -> str:
-    found = "   ".join(f"{k} {v['value']:.1%}" for k, v in figures.items())
-    chance = ", ".join(f"{100 * v['chance']:.1f}" for v in figures.values())
-    return f"{found}   of {among} (chance {chance}%)"

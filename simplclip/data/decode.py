@@ -1,31 +1,78 @@
-"""Decoding of images."""
+"""Image files (JPEG, PNG, WebP) to pixels: `decode` to a uint8 tensor, `decode_pil` to a PIL image, `decode_gpu` on a GPU.
+
+Pillow decodes whatever simplejpeg, which is faster, does not take: other formats, CMYK, damaged files. The pixels are equal.
+An animation's first frame is used, and EXIF's orientation is ignored, as in open_clip.
+"""
 
 from __future__ import annotations
 
 import io
-import warnings
+from collections.abc import Sequence
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from torch import Tensor
 
+from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 
+try:
+    import simplejpeg
+except ImportError:  # it has no wheel for this platform
+    simplejpeg = None
 
-def decode_pil(data: bytes) -> Image.Image:
-    """Decodes an image as RGB; transparent images are composed on white."""
+SCALES = (8, 4, 2)  # what `decode` takes besides 1
+
+
+def size_of(encoded: bytes, max_pixels: int | None = None) -> tuple[int, int]:
+    """Height and width that the header promises. max_pixels: as for `decode`."""
+    if (size := _jpeg_size(encoded, max_pixels)) is not None:
+        return size
+    image = _open(encoded, max_pixels)
+    return image.height, image.width
+
+
+def decode(encoded: bytes, *, scale: int = 1, max_pixels: int | None = None) -> Tensor:
+    """RGB, uint8 [3, H, W]; transparent images are composed on white.
+
+    Args:
+        encoded: the file.
+        scale: 1, 2, 4 or 8, by which the sides of a JPEG are divided (and rounded up) while it is decoded, which is faster;
+            other formats stay as they are.
+        max_pixels: the most pixels that a header may promise, by default Pillow's limit, `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Raises BrokenSample: "not an image", "truncated image", or, before anything is decoded, "image too large".
+    """
+    if (size := _jpeg_size(encoded, max_pixels)) is not None:
+        height, width = (-(-side // scale) if scale > 1 else 0 for side in size)
+        try:
+            array = simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width)
+        except ValueError:
+            pass  # Pillow names the reason, or has none
+        else:
+            return torch.from_numpy(array).permute(2, 0, 1)
+    return to_tensor(decode_pil(encoded, scale=scale, max_pixels=max_pixels))
+
+
+def decode_pil(encoded: bytes, *, scale: int = 1, max_pixels: int | None = None) -> Image.Image:
+    """The same as a PIL image."""
+    image = _open(encoded, max_pixels)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise BrokenSample("image too large", error) from None
-    except UnidentifiedImageError:
-        raise BrokenSample("not an image", f"{len(data)} bytes that are not jpg, png or webp") from None
+        if scale > 1:
+            image.draft(None, (image.width // scale, image.height // scale))
+        return rgb(image)
     except Exception as error:  # decoders raise many types for damaged bytes
-        raise BrokenSample("not an image", error) from None
-    try:
-        return on_white(image) if image.has_transparency_data else image.convert("RGB")
-    except Exception as error:
         raise BrokenSample("truncated image", error) from None
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """RGB, on white where it is transparent; 16 bits are scaled to 8."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
+        values, clear = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(np.where(values == clear, 255, values >> 8).astype(np.uint8))
+    return on_white(image) if image.has_transparency_data else image.convert("RGB")
 
 
 def on_white(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
@@ -34,3 +81,107 @@ def on_white(image: Image.Image, size: tuple[int, int] | None = None) -> Image.I
     canvas = Image.new("RGBA", size or image.size, "white")
     canvas.alpha_composite(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
     return canvas.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB -> uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def check_pixels(height: int, width: int, max_pixels: int | None) -> None:
+    """Raises BrokenSample("image too large") for more pixels than the limit."""
+    limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+    if limit is not None and height * width > limit:
+        raise BrokenSample("image too large", f"{width} x {height} pixels, more than {limit}")
+
+
+def _is_jpeg(encoded: bytes) -> bool:
+    return encoded[:3] == b"\xff\xd8\xff"
+
+
+def _jpeg_size(encoded: bytes, max_pixels: int | None) -> tuple[int, int] | None:
+    """Height and width of an image that simplejpeg may decode; None for others."""
+    if simplejpeg is None or not _is_jpeg(encoded):
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
+    except ValueError:
+        return None  # Pillow takes some more, and names the reason of the others
+    check_pixels(height, width, max_pixels)
+    return (height, width) if space in ("YCbCr", "Gray", "RGB") else None
+
+
+def _open(encoded: bytes, max_pixels: int | None) -> Image.Image:
+    """The image before its pixels are decoded. Image.open would have a limit of its own."""
+    if _is_jpeg(encoded):
+        plugin = JpegImagePlugin.JpegImageFile
+    elif encoded[:8] == b"\x89PNG\r\n\x1a\n":
+        plugin = PngImagePlugin.PngImageFile
+    elif encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        plugin = WebPImagePlugin.WebPImageFile
+    else:
+        raise BrokenSample("not an image", f"{len(encoded)} bytes that are not jpg, png or webp")
+    try:
+        image = plugin(io.BytesIO(encoded))
+    except Exception as error:  # as in decode_pil
+        raise BrokenSample("not an image", error) from None
+    check_pixels(image.height, image.width, max_pixels)
+    return image
+
+
+def check_gpu(device: torch.device | str) -> None:
+    """Raises InputError unless `decode_gpu` works on this machine."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        have = f"the device {device}" if torch.cuda.is_available() else "a machine without a GPU that torch can use"
+        raise InputError(f"data.decode: expected a CUDA device for gpu, got {have}; data.decode=cpu works anywhere")
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    try:
+        _nvjpeg([file.getvalue()], device)
+    except Exception as error:  # the type depends on what is missing
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"data.decode: expected a torchvision that decodes by nvJPEG for gpu, got {torchvision.__version__}: {reason}"
+        ) from None
+
+
+def decode_gpu(
+    files: Sequence[bytes], device: torch.device | str, *, max_pixels: int | None = None
+) -> list[Tensor | BrokenSample]:
+    """Each file as `decode` returns it, but on a CUDA device; for a broken file what `decode` raises.
+
+    nvJPEG decodes the JPEGs, together; its pixels may differ from libjpeg's by a few levels. The CPU decodes the other files.
+    """
+    found: list[Tensor | BrokenSample | None] = [None] * len(files)
+    jpegs = []
+    for i, file in enumerate(files):
+        try:
+            size_of(file, max_pixels)
+        except BrokenSample as broken:
+            found[i] = broken
+        else:
+            # nvJPEG may take half an image for a whole one.
+            whole = file[-2:] == b"\xff\xd9"
+            if whole and (_jpeg_size(file, max_pixels) is not None if simplejpeg is not None else _is_jpeg(file)):
+                jpegs.append(i)
+    if jpegs:
+        try:
+            for i, image in zip(jpegs, _nvjpeg([files[i] for i in jpegs], device)):
+                found[i] = image
+        except RuntimeError:
+            pass  # one that it does not take spoils them all: the CPU knows which
+    for i, file in enumerate(files):
+        if found[i] is None:
+            try:
+                found[i] = decode(file, max_pixels=max_pixels).to(device)
+            except BrokenSample as broken:
+                found[i] = broken
+    return found
+
+
+def _nvjpeg(files: Sequence[bytes], device: torch.device | str) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    buffers = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+    return decode_jpeg(buffers, mode=ImageReadMode.RGB, device=device)

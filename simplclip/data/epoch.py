@@ -14,10 +14,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import filters
 
 from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.decode import size_of
 from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, stable_hash
 from simplclip.data.sources import Part, read_part
 from simplclip.data.tar import Span
-from simplclip.data.transforms import ImageTransform
+from simplclip.data.transforms import ImageTransform, stack
 
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
@@ -65,13 +66,17 @@ def seeded(*parts: object) -> Iterator[None]:
         np.random.set_bit_generator(states[2])
 
 
-def apply_transform(transform: Callable, sample: Opened) -> torch.Tensor:
-    """The transformed image of a sample. Raises BrokenSample; RuntimeError for errors of a caller's transform."""
+def pixels_of(transform: ImageTransform | Callable, sample: Opened) -> tuple[torch.Tensor, list[float] | None]:
+    """The transformed image of a sample, and the change of colour that is left to `ImageTransform.finish`.
+
+    Raises BrokenSample, and RuntimeError for errors of a caller's transform.
+    """
     if isinstance(transform, ImageTransform):
-        return transform(sample.encoded)
+        view = transform.draw(*size_of(sample.encoded, transform.max_pixels))
+        return transform.apply(sample.encoded, view), view.get("colour")
     image = sample.image
     try:
-        return transform(image)
+        return transform(image), None
     except Exception as error:
         place = f"{sample.files['__key__']!r} of shard {sample.files['__url__']!r}"
         raise RuntimeError(f"the transform failed on sample {place}: {type(error).__name__}: {error}") from error
@@ -143,22 +148,24 @@ class Epoch(IterableDataset):
         opened = parse(sample, self.teacher)
         with seeded(self.seed, self.epoch, opened.place, *filter(None, (sample.get("__copy__"),))):
             drawn = _draw(len(opened.captions), self.captions)
-            tensor = apply_transform(self.transform, opened)
+            pixels, colour = pixels_of(self.transform, opened)
         texts = [opened.captions[i] for i in drawn]
         features = torch.from_numpy(opened.features[[0, *(1 + i for i in drawn)]]) if self.teacher else None
-        return tensor, texts, opened.group, sample["__key__"], opened.record, features
+        return pixels, colour, texts, opened.group, sample["__key__"], opened.record, features
 
     def _collate(self, prepared: list[tuple]) -> Batch:
-        images, texts, groups, keys, records, features = zip(*prepared)
+        images, colours, texts, groups, keys, records, features = zip(*prepared)
         one = self.captions == 1
         tokens = self.tokenizer([text for several in texts for text in several])
         batch = {
-            "image": torch.stack(images),
+            "image": stack(images) if images[0].dtype == torch.uint8 else torch.stack(images),
             "text": tokens if one else tokens.unflatten(0, (-1, self.captions)),
             "group": torch.tensor(groups, dtype=torch.int64),
             "key": list(keys),
             "meta": list(records),
         }
+        if colours[0] is not None:
+            batch["colour"] = torch.tensor(colours)
         if self.teacher:
             stacked = torch.stack(features)
             batch |= {"teacher_image": stacked[:, 0], "teacher_text": stacked[:, 1] if one else stacked[:, 1:]}

@@ -1,4 +1,4 @@
-"""Image-text pairs from WebDataset shards, for training (`make_loader`) and for evaluation (`load_eval`).
+"""Image-text pairs from WebDataset shards, for training: `make_loader`. stream.py reads held-out data.
 
 Two fields of a sample's json are used: "group" (samples of one group show the same thing and are not each other's
 negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
@@ -7,7 +7,7 @@ negatives) and "label" (the class, for zero-shot classification). simplclip/data
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
-from simplclip.data.decode import decode_pil
-from simplclip.data.epoch import Batch, Epoch, Item, Progress, apply_transform, seeded
-from simplclip.data.shards import ShardError, Shards, check_count, expand, read_shard, usable
+from simplclip.data.epoch import Batch, Epoch, Item, Progress
+from simplclip.data.shards import ShardError, check_count
 from simplclip.data.sources import Source, count, parts_of
+from simplclip.data.transforms import ImageTransform
 from simplclip.data.workers import died, end, following, start_worker, undisturbed
 
 RESTARTS = 3  # of an epoch
@@ -209,7 +209,7 @@ def make_loader(
     shards: Source,
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
-    transform: Callable[[Image.Image], torch.Tensor],
+    transform: ImageTransform | Callable[[Image.Image], torch.Tensor],
     batch_size: int,
     workers: int = 0,
     captions_per_image: int = 1,
@@ -224,10 +224,11 @@ def make_loader(
 ) -> Loader:
     """A loader of training batches.
 
-    `Loader.epoch(e)` yields dicts: "image" float32 [N, 3, S, S], "text" int64 [N, L], "group" int64 [N] (hash of the json's
-    "group", else of shard and key), "key" list[str], "meta" list[dict] (the json). With captions_per_image k > 1 "text" is
-    [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and "teacher_text" float16 [N, D̂] or [N, k, D̂], a
-    teacher's features of the images (not augmented) and of the captions drawn.
+    `Loader.epoch(e)` yields dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
+    (`transform.finish` takes both on the device; the images of a caller's own transform are float32 and finished), "text"
+    int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict]
+    (the json). With captions_per_image k > 1 "text" is [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and
+    "teacher_text" float16 [N, D̂] or [N, k, D̂], a teacher's features of the images (not augmented) and of the captions drawn.
 
     Order: shards (of tables and folders, pieces of 512 samples) are shuffled, then samples in a buffer of `shuffle_buffer`
     samples per worker; a buffer that holds all of a worker's samples shuffles them fully. Workers divide the shards, or the
@@ -244,7 +245,8 @@ def make_loader(
         shards: tars by path, brace expression, glob, URL, pipe:COMMAND or list file; a table; a folder of images; a mapping
             {"shards": one of these or a list, "weight": W}; or a list of these. See `sources.parts_of`.
         tokenizer: list of captions -> int64 [N, L].
-        transform: RGB image -> float32 [3, S, S]. Its exceptions are raised, naming the sample.
+        transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
+            exceptions are raised, naming the sample.
         batch_size: samples per batch, N.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
         teacher: read the features that `simplclip teacher` wrote into the shards; a sample without them raises ShardError.
@@ -274,56 +276,3 @@ def make_loader(
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}
     return Loader(dataset, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
-
-
-@dataclass
-class EvalSet:
-    """A whole split of n samples in memory, in the order of its shards."""
-
-    images: torch.Tensor  # [n, 3, S, S] float32, transformed
-    text: torch.Tensor  # [n, L] int64, of the first captions
-    groups: torch.Tensor  # [n] int64
-    captions: list[str]  # the first of each sample
-    keys: list[str]
-    meta: list[dict[str, Any]]  # the json of each sample
-    encoded: list[bytes]  # the image files
-    skipped: Skipped = field(default_factory=Skipped)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @property
-    def labels(self) -> list[str | None]:
-        """The class of each sample, or None if its json has no "label"."""
-        return [str(record["label"]) if record.get("label") is not None else None for record in self.meta]
-
-    def picture(self, index: int) -> Image.Image:
-        """The untransformed image, RGB."""
-        return decode_pil(self.encoded[index])
-
-    def report(self) -> str:
-        """One line: samples read, and skipped by reason."""
-        return f"{len(self)} samples read, {self.skipped}"
-
-
-def load_eval(
-    shards: Shards, tokenizer: Callable[[list[str]], torch.Tensor], transform: Callable[[Image.Image], torch.Tensor]
-) -> EvalSet:
-    """Read a split for evaluation into memory; the result is the same on every run.
-
-    Peak memory: 24 S² bytes per image. Broken samples are skipped and counted in `.skipped`. Raises ValueError for shards
-    that match no file, ShardError for one that cannot be opened, EmptyEpochError if no sample is usable.
-    """
-    files = expand(shards)
-    skipped = Skipped()
-    rows = []
-    for sample in usable((sample for shard in files for sample in read_shard(shard, skipped)), skipped):
-        with seeded("eval", sample.place):
-            tensor = apply_transform(transform, sample)
-        key = sample.files["__key__"]
-        rows.append((tensor, sample.group, sample.captions[0], key, sample.record, sample.encoded))
-    if not rows:
-        raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have no usable sample; {skipped}")
-    images, groups, captions, keys, meta, encoded = map(list, zip(*rows))
-    groups = torch.tensor(groups, dtype=torch.int64)
-    return EvalSet(torch.stack(images), tokenizer(captions), groups, captions, keys, meta, encoded, skipped)

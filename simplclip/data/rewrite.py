@@ -9,22 +9,27 @@ same command continues with the first unfinished shard, and the result has the s
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
 import re
+import shutil
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from simplclip.common.errors import InputError
 from simplclip.common.files import differences, identity, locked, replacing, write_atomically
+from simplclip.common.progress import Progress
 from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.pool import ordered
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     TEACHER,
@@ -44,7 +49,21 @@ from simplclip.data.shards import (
 FORMAT = "simplclip-shards-1"
 _IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample for other readers
 
-Process = Callable[[list[Opened]], list[dict[str, bytes]]]
+# What becomes of each sample: its new files by suffix, None for one that is dropped; or why it is broken.
+Made = list[dict[str, bytes | None] | BrokenSample]
+Process = Callable[[list[Opened]], Made | Future[Made]]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass
+class Making:
+    """How the shards of one run are made; `rewrite` documents the fields."""
+
+    process: Process
+    batch_size: int
+    workers: int
+    keep_features: bool
+    advance: Callable[[int], None]  # called with the number of samples that are written
 
 
 def rewrite(
@@ -56,6 +75,8 @@ def rewrite(
     batch_size: int,
     progress: bool = True,
     title: str = "samples",
+    workers: int = 0,
+    keep_features: bool = False,
 ) -> dict[str, Any]:
     """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
@@ -70,23 +91,28 @@ def rewrite(
 
     Args:
         out: a new folder, or that of an earlier run with the same `stamp`.
-        process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each. Its exceptions end the run.
+        process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each; None in the place of bytes drops
+            a file, and a BrokenSample in that of the dict counts the sample as broken. Its exceptions end the run.
         stamp: keys of meta.json that describe how the new files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
         batch_size: samples given to `process` at a time.
-        progress: show a progress bar (on a terminal) and print the notes.
-        title: title of the bar.
+        progress: show the progress and print the notes.
+        title: title of the progress.
+        workers: more than 0 if `process` only submits its work to an executor with so many workers and returns the Future.
+            Its samples' images are not decoded then, and it is called by several threads, for several shards at a time.
+        keep_features: keep a teacher's features, which still fit.
 
-    Returns: {"path", "shards" (their number), "written" (by this run), "samples", "skipped" (a Skipped), "notes"}.
+    Returns: {"path", "shards" (their number), "sources" (name -> input), "written" (by this run), "samples", "skipped" (a
+    Skipped), "notes"}.
 
     Raises: ValueError if two shards have one file name, `out` is the folder of an input, input folders have different
     meta.json, or an earlier run had another stamp; FileExistsError if `out` holds other files or another process writes to
-    it; ShardError if a shard cannot be opened.
+    it; ShardError if a shard cannot be opened; InputError if the disk has less room than the input shard takes, or is full.
     """
     check_count("batch_size", batch_size, 1)
     out = Path(out).expanduser()
     sources = _named(expand(shards), out)
     folders = folders_of(sources.values())
-    meta = _carried(folders, {"teacher", *stamp}) | json.loads(json.dumps(dict(stamp)))
+    meta = _carried(folders, {*stamp} if keep_features else {"teacher", *stamp}) | json.loads(json.dumps(dict(stamp)))
     with _claimed(out, meta, folders) as finished:
         todo, dropped = {}, 0
         for name, source in sources.items():
@@ -97,9 +123,10 @@ def rewrite(
         kept = sum(finished[name]["samples"] for name in sources if name not in todo)
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
-        with tqdm(total=total, initial=kept, desc=title, unit=" samples", disable=None if progress else True) as bar:
-            for name, source in todo.items():
-                finished[name], count = _rewrite_shard(source, out / name, process, batch_size, bar)
+        with Progress(title, total, kept, shown=progress) as bar:
+            making = Making(process, batch_size, workers, keep_features, bar.update)
+            for name, (entry, count) in _rewritten(todo, out, making):
+                finished[name] = entry
                 dropped += count
                 _write_meta(out, meta, finished)
     skipped = Skipped()
@@ -119,6 +146,7 @@ def rewrite(
     return {
         "path": str(out),
         "shards": len(sources),
+        "sources": sources,
         "written": len(todo),
         "samples": sum(finished[name]["samples"] for name in sources),
         "skipped": skipped,
@@ -200,33 +228,88 @@ def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[di
 
 def _write_meta(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> None:
     splits: dict[str, Any] = {}
-    for name, entry in finished.items():
+    for name, entry in sorted(finished.items()):
         split = splits.setdefault(re.split(r"[-_.]?\d|\.tar", name)[0] or "data", {"samples": 0, "shards": {}})
         split["samples"] += entry["samples"]
         split["shards"][name] = entry
     write_atomically(out / "meta.json", json.dumps({"format": FORMAT} | meta | {"splits": splits}, indent=1) + "\n")
 
 
-def _rewrite_shard(source: str, target: Path, process: Process, batch_size: int, bar: tqdm) -> tuple[dict[str, Any], int]:
+def _rewritten(todo: dict[str, str], out: Path, making: Making) -> Iterator[tuple[str, tuple[dict[str, Any], int]]]:
+    """Writes shards; yields the name and the result of `_rewrite_shard` of each as soon as it is finished."""
+    at_once = min(making.workers, len(todo), 8)
+    if at_once <= 1:
+        yield from ((name, _rewrite_shard(source, out / name, making, 2 * making.workers)) for name, source in todo.items())
+        return
+    stopped, advance = threading.Event(), making.advance
+
+    def advance_unless_stopped(count: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError
+        advance(count)
+
+    making.advance = advance_unless_stopped
+    ahead = max(2, 2 * making.workers // at_once)
+    with ThreadPoolExecutor(at_once) as threads:
+        futures = {threads.submit(_rewrite_shard, source, out / name, making, ahead): name for name, source in todo.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            stopped.set()
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _rewrite_shard(source: str, target: Path, making: Making, ahead: int) -> tuple[dict[str, Any], int]:
     """Write one shard; return its entry of meta.json, and how many samples had a teacher's features."""
+    need, free = os.path.getsize(source), shutil.disk_usage(target.parent).free
+    again = "the same command goes on when there is more room"
+    if free < need:
+        raise InputError(f"out: expected {need:,} free bytes in {target.parent} for {target.name}, got {free:,}; {again}")
+    try:
+        return _write_shard(source, target, making, ahead)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise InputError(f"out: {target} could not be written: {error.strerror}; {again}") from None
+
+
+def _write_shard(source: str, target: Path, making: Making, ahead: int) -> tuple[dict[str, Any], int]:
     skipped, count, dropped = Skipped(), 0, 0
-    with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+
+    def batches() -> Iterator[tuple[list[Sample], list[Opened]]]:
+        nonlocal dropped
         samples = _whole(read_shard(source, skipped, every=True, ahead=True))
-        while batch := list(islice(samples, batch_size)):
-            dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
-            opened = list(usable(batch, skipped))
-            new = process(opened) if opened else []
-            if len(new) != len(opened):
-                raise InputError(f"process: expected the files of {len(opened)} samples, got {len(new)}")
-            for sample, files in zip(opened, new):
-                sample.files.update(files)
+        while batch := list(islice(samples, making.batch_size)):
+            if not making.keep_features:
+                dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
+            yield batch, list(usable(batch, skipped, *([lambda opened: None] if making.workers else [])))
+
+    def submit(work: tuple[list[Sample], list[Opened]]) -> Future[Made]:
+        made = making.process(work[1]) if work[1] else []
+        if isinstance(made, Future):
+            return made
+        done: Future[Made] = Future()
+        done.set_result(made)
+        return done
+
+    with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for (batch, opened), made in ordered(submit, batches(), ahead):
+            if len(made) != len(opened):
+                raise InputError(f"process: expected the files of {len(opened)} samples, got {len(made)}")
+            for sample, files in zip(opened, made):
+                if isinstance(files, BrokenSample):
+                    skipped.add(files.args[0], sample.place, files.args[1])
+                else:
+                    sample.files.update(files)
             for sample in batch:
                 count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in sample)
                 _add(tar, sample)
-            bar.update(len(batch))
+            making.advance(len(batch))
     entry = {"samples": count, **identity(target), "source": identity(source)}
     if skipped.counts:
-        entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in skipped.counts.items()}
+        entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in sorted(skipped.counts.items())}
     return entry, dropped
 
 
@@ -240,7 +323,7 @@ def _whole(samples: Iterator[Sample]) -> Iterator[Sample]:
 
 def _add(tar: tarfile.TarFile, sample: Sample) -> None:
     for suffix, data in sample.items():
-        if suffix not in ("__key__", "__url__"):
+        if suffix not in ("__key__", "__url__") and data is not None:
             member = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
             member.size, member.mtime, member.mode = len(data), 0, 0o444
             member.uname = member.gname = "simplclip"

@@ -8,12 +8,12 @@ raise `BrokenSample` or are counted in a `Skipped`; a shard that cannot be opene
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import io
 import json
 import os
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from simplclip.common.errors import InputError, UserError
-from simplclip.data import tar
+from simplclip.data import index, tar
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.streams import StreamError, is_stream, name_of, opened
@@ -119,33 +119,46 @@ class Opened:
         return stable_hash(f"group/{self.record['group']}" if named else f"key/{self.place}") >> 1
 
 
-def _files(shard: str, torn: list[str], every: bool, ahead: bool) -> Iterator[dict[str, Any]]:
+def _members(shard: str, ahead: bool, indexed: bool) -> Iterator[tuple[str, bytes | Span]]:
+    if is_stream(shard):
+        with opened(shard) as file:
+            yield from tar.streamed(file)
+    elif tar.is_compressed(shard):
+        yield from tar.streamed(shard)
+    elif indexed and (known := index.members(shard)):
+        found, torn = known
+        yield from tar.read_ahead(shard, found) if ahead else found
+        if torn:
+            raise tarfile.ReadError(torn)
+    else:
+        yield from tar.members(shard, ahead)
+
+
+def _files(shard: str, torn: list[str], every: bool, ahead: bool, indexed: bool) -> Iterator[dict[str, Any]]:
     """The files of a tar that belong to samples. A damaged part ends them and is noted in `torn`."""
     any_yet = False
-    with contextlib.ExitStack() as stack:
-        try:
-            if is_stream(shard):
-                found = tar.streamed(stack.enter_context(opened(shard)))
-            else:
-                found = tar.streamed(shard) if tar.is_compressed(shard) else tar.members(shard, ahead)
-            for name, value in found:
-                any_yet = True
-                if every or name.lower().endswith(KNOWN):
-                    yield {"fname": name, "data": value, "__url__": shard}
-        except tar.ERRORS as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if not any_yet:
-                raise ShardError(f"shard {shard!r} cannot be opened: {reason}") from error
-            if isinstance(error, StreamError):
-                raise ShardError(f"shard {shard!r} cannot be read to its end: {reason}") from error
-            torn.append(reason)
+    try:
+        for name, value in _members(shard, ahead, indexed):
+            any_yet = True
+            if every or name.lower().endswith(KNOWN):
+                yield {"fname": name, "data": value, "__url__": shard}
+    except tar.ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if not any_yet:
+            raise ShardError(f"shard {shard!r} cannot be opened: {reason}") from error
+        if isinstance(error, StreamError):
+            raise ShardError(f"shard {shard!r} cannot be read to its end: {reason}") from error
+        torn.append(reason)
 
 
-def read_shard(shard: str, skipped: Skipped, *, every: bool = False, ahead: bool = False) -> Iterator[Sample]:
+def read_shard(
+    shard: str, skipped: Skipped, *, every: bool = False, ahead: bool = False, indexed: bool = True
+) -> Iterator[Sample]:
     """The samples of a tar. Damage and duplicate files are counted in `skipped`.
 
     Suffixes are in lower case. Only images, txt, json and a teacher's features are given, unless `every`.
     ahead: the contents will be used soon.
+    indexed: use the shard's index, if it has one, instead of the tar's headers; the samples are the same.
     """
     name, torn = name_of(shard), []
 
@@ -153,7 +166,7 @@ def read_shard(shard: str, skipped: Skipped, *, every: bool = False, ahead: bool
         skipped.add("duplicate file in tar", name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(shard, torn, every, ahead), handler=double):
+    for sample in group_by_keys(_files(shard, torn, every, ahead, indexed), handler=double):
         # If the last sample is incomplete, only the damage is counted.
         if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
             break
@@ -292,10 +305,11 @@ def place_of(sample: Sample) -> str:
 def count_samples(shards: list[str]) -> list[int] | None:
     """The number of samples of each of `shards`, including broken ones; None if too many bytes would have to be read.
 
-    It is taken from a meta.json beside a shard that lists it with its size; otherwise the shard is read.
+    It is taken from the shard's index or from a meta.json beside it that lists it with its size; otherwise the shard is read.
     """
     listed = {folder: _listed_counts(folder) for folder in folders_of(shards)}
     known = {s: listed[os.path.dirname(s)].get((os.path.basename(s), os.path.getsize(s))) for s in shards}
+    known |= {shard: index.count(shard) for shard, count in known.items() if count is None}
     unknown = [shard for shard, count in known.items() if count is None]
     if sum(map(os.path.getsize, unknown)) > COUNT_LIMIT:
         return None

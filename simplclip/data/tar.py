@@ -6,7 +6,7 @@ import lzma
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -74,6 +74,17 @@ def members(path: str, ahead: bool = False) -> Iterator[tuple[str, Span]]:
                     size = 0
                 name = length = None
             place += -(-size // _BLOCK) * _BLOCK
+
+
+def read_ahead(path: str, found: Iterable[tuple[str, Span]]) -> Iterator[tuple[str, Span]]:
+    """The same members, while the system is asked to read the contents of the next ones."""
+    with open(path, "rb", buffering=0) as file:
+        advised = 0
+        for name, span in found:
+            if span.offset >= advised:
+                _read_ahead(file.fileno(), advised, span.offset - advised + 2 * AHEAD)
+                advised = span.offset + AHEAD
+            yield name, span
 
 
 def streamed(file: BinaryIO | str) -> Iterator[tuple[str, bytes]]:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from timm.optim import param_groups_weight_decay
 from torch import Tensor
-from tqdm import tqdm
 
 from simplclip import models
 from simplclip.common import hardware
+from simplclip.common.progress import Progress
 from simplclip.data import EmptyEpochError
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import count_samples, read_shard, usable
@@ -103,7 +103,7 @@ def features(files: list[str], device: torch.device, precision: str, progress: b
 
 
 def _batches(items: Iterator[Any], total: int | None, what: str, progress: bool) -> Iterator[list[Any]]:
-    with tqdm(total=total, desc=what, unit=f" {what}", disable=None if progress else True) as bar:
+    with Progress(what, total, unit=what, shown=progress) as bar:
         while batch := list(islice(items, 64)):
             yield batch
             bar.update(len(batch))
@@ -120,7 +120,7 @@ def _fit(pairs: Pairs, rng: random.Random, device: torch.device, precision: str,
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS, pct_start=0.1, cycle_momentum=False)
     contrastive = ClipPMLoss(pm_weight=0)
     order: list[int] = []
-    for _ in tqdm(range(STEPS), desc="heads", unit=" steps", disable=None if progress else True):
+    for _ in Progress("heads", STEPS, unit="steps", shown=progress).over(range(STEPS)):
         if len(order) < min(BATCH, len(groups)):
             order += rng.sample(range(len(groups)), len(groups))
         rows, order = order[:BATCH], order[BATCH:]

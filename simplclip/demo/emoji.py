@@ -23,9 +23,9 @@ from typing import Any
 
 import webdataset as wds
 from PIL import Image
-from tqdm import tqdm
 
 from simplclip.common.files import identity, sha256
+from simplclip.common.progress import Progress
 from simplclip.demo.emoji_sources import FONT_NAME, IMAGE_SIZE, Concept, concepts, find_font, noto, square, vendors
 
 FORMAT = "simplclip-emoji-1"
@@ -108,7 +108,7 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
     temporary.mkdir()
     try:
         total = sum(map(len, plan.values()))
-        with tqdm(total=total, desc="emoji", unit=" images", disable=None if progress else True) as bar:
+        with Progress("emoji", total, unit="images", shown=progress) as bar:
             splits = {split: _write_split(temporary, split, pairs, drawers, bar) for split, pairs in plan.items()}
         meta = {
             "format": FORMAT,
@@ -135,7 +135,7 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
 
 
 def _write_split(
-    folder: Path, split: str, pairs: list[tuple[str, Concept]], drawers: dict[str, Any], bar: tqdm
+    folder: Path, split: str, pairs: list[tuple[str, Concept]], drawers: dict[str, Any], bar: Progress
 ) -> dict[str, Any]:
     per_shard = -(-len(pairs) // (TRAIN_SHARDS if split == "train" else 1))
     fixed = {"mtime": 0, "user": "simplclip", "group": "simplclip"}

@@ -1,6 +1,21 @@
-"""Zero-shot evaluation: metrics.py reads and encodes held-out data and has the metrics, sheets.py draws pictures."""
+"""Zero-shot evaluation of held-out data, with memory that does not depend on the number of images.
 
-from simplclip.evaluation.metrics import KS, Split, encode, load_splits, recall, retrieval, zero_shot
-from simplclip.evaluation.sheets import contact_sheet
+sources.py      where a split is read from: shards, tables, folders of classes
+split.py        a split, and its features after `encode`
+features.py     features in a file
+metrics.py      retrieval
+zero_shot.py    classification
+sheets.py       pictures
+"""
 
-__all__ = ["KS", "Split", "contact_sheet", "encode", "load_splits", "recall", "retrieval", "zero_shot"]
+from simplclip.evaluation.features import Features
+from simplclip.evaluation.metrics import KS, nearest, recall, retrieval
+from simplclip.evaluation.sheets import confusion_sheet, contact_sheet
+from simplclip.evaluation.sources import named, source
+from simplclip.evaluation.split import Split, encode, features_of, load_splits
+from simplclip.evaluation.zero_shot import class_names, phrases, zero_shot
+
+__all__ = [
+    "KS", "Features", "Split", "class_names", "confusion_sheet", "contact_sheet", "encode", "features_of", "load_splits",
+    "named", "nearest", "phrases", "recall", "retrieval", "source", "zero_shot",
+]  # fmt: skip

@@ -29,11 +29,11 @@ import simplclip
 from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.common.files import identity, write_atomically
+from simplclip.encoder import EXPORT as SUMMARY
 from simplclip.export import onnx_towers
 from simplclip.train.state import load_model, model_options
 
 FORMATS = ("open_clip", "safetensors", "onnx")
-SUMMARY = "export.json"
 _PHRASES = ("a cat", "a photo of two dogs on a beach", "red, green and blue")
 
 

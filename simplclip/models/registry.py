@@ -3,7 +3,6 @@
 import copy
 import difflib
 import logging
-import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ import torch
 from open_clip.model import CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from PIL import Image
 from torch import nn
-from torchvision import transforms as T
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError, UserError
+from simplclip.data.transforms import ImageTransform
 from simplclip.models.simplify import count_parameters, simplify
 from simplclip.nn import neighbour_groups
 
@@ -177,15 +177,15 @@ def transforms(
     train: bool,
     augment: str | Mapping[str, Any] | AugmentationCfg | None = None,
     image_size: int | tuple[int, int] | None = None,
-) -> Callable[[Any], torch.Tensor]:
-    """The image transform of a model: PIL image -> float32 [3, S, S].
+) -> ImageTransform | Callable[[Image.Image], torch.Tensor]:
+    """The image transform of a model. Called with a PIL image, it returns float32 [3, S, S], as open_clip's preprocess does.
 
     Args:
         name: as for `create`.
         train: whether to augment.
         augment: the augmentation for training: open_clip's AugmentationCfg or its fields (random resized crop and more);
             "affine" (small rotations, shifts, zooms and changes of colour without mirroring, for drawings on white);
-            "none"; or None for the model's default.
+            "none"; or None for the model's default. With its `use_timm` the result is open_clip's own, of PIL images alone.
         image_size: S, if the model was created with a size that is not its name's.
     """
     spec = _spec(name)
@@ -193,12 +193,10 @@ def transforms(
     cfg = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**spec.preprocess, "size": size}))
     augment = spec.augment if augment is None else augment
     if not train or augment == "none":
-        return image_transform_v2(cfg, is_train=False)
-    if isinstance(augment, str):
-        if augment != "affine":
-            raise InputError(f"augment: expected 'affine', 'none' or fields of AugmentationCfg, got {augment!r}")
-        return affine(cfg)
-    return image_transform_v2(cfg, is_train=True, aug_cfg=dict(augment) if isinstance(augment, Mapping) else augment)
+        return ImageTransform(cfg)
+    if getattr(augment, "use_timm", False) or (isinstance(augment, Mapping) and augment.get("use_timm")):
+        return image_transform_v2(cfg, is_train=True, aug_cfg=dict(augment) if isinstance(augment, Mapping) else augment)
+    return ImageTransform(cfg, augment)
 
 
 def summary(model: nn.Module, name: str) -> str:
@@ -270,15 +268,6 @@ def bare_state(state: Any) -> Any:
     return {str(name).removeprefix("module."): v for name, v in state.items()} if isinstance(state, Mapping) else state
 
 
-def affine(cfg: PreprocessCfg) -> Callable[[Any], torch.Tensor]:
+def affine(cfg: PreprocessCfg) -> ImageTransform:
     """The transform that `transforms` calls "affine", for a size, mean and std."""
-    return T.Compose(
-        [
-            T.Resize(cfg.input_size[1:], interpolation=T.InterpolationMode.BICUBIC),
-            operator.methodcaller("convert", "RGB"),
-            T.RandomAffine(15, (0.1, 0.1), (0.8, 1.15), 5, interpolation=T.InterpolationMode.BILINEAR, fill=255),
-            T.ColorJitter(0.3, 0.3, 0.3, 0.03),
-            T.ToTensor(),
-            T.Normalize(cfg.mean, cfg.std),
-        ]
-    )
+    return ImageTransform(cfg, "affine")

@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from simplclip import data, evaluation
+from simplclip import evaluation
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import TEACHER, Opened, Shards, expand
-from simplclip.teacher.teachers import BUILTIN, Teacher, load
+from simplclip.encoder import BUILTIN, Encoder, load
 
 
 def write(
-    shards: Shards, out: str | os.PathLike, teacher: Teacher, *, batch_size: int = 64, progress: bool = True
+    shards: Shards, out: str | os.PathLike, teacher: Encoder, *, batch_size: int = 64, progress: bool = True
 ) -> dict[str, Any]:
     """Write `shards` to the folder `out` with a teacher.npy in each sample, and the teacher in meta.json.
 
@@ -30,9 +28,9 @@ def write(
     """
 
     def process(samples: list[Opened]) -> list[dict[str, bytes]]:
-        images = teacher.encode_image([sample.image for sample in samples]).half().cpu().numpy()
+        images = teacher.encode_image([sample.image for sample in samples], batch_size).half().cpu().numpy()
         captions = [caption for sample in samples for caption in sample.captions]
-        texts = _encode_texts(teacher, captions, batch_size).half().cpu().numpy()
+        texts = teacher.encode_text(captions, batch_size).half().cpu().numpy()
         ends = np.cumsum([len(sample.captions) for sample in samples])[:-1]
         return [
             {TEACHER: _npy(np.concatenate([image[None], rows]))}
@@ -44,14 +42,6 @@ def write(
     )
 
 
-def _encode_texts(teacher: Teacher, texts: list[str], batch_size: int) -> Tensor:
-    """Encodes each different text once, together with texts of similar length."""
-    different = sorted(set(texts), key=lambda text: (len(text), text))
-    parts = [teacher.encode_text(different[i : i + batch_size]) for i in range(0, len(different), batch_size)]
-    place = {text: i for i, text in enumerate(different)}
-    return torch.cat(parts)[[place[text] for text in texts]]
-
-
 def _npy(rows: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, rows, allow_pickle=False)
@@ -59,14 +49,14 @@ def _npy(rows: np.ndarray) -> bytes:
 
 
 def evaluate(
-    teacher: Teacher, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
+    teacher: Encoder, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """Retrieval of a teacher on splits (name -> shards): the results of `evaluation.metrics.retrieval` by name."""
     figures = {}
     for name, shards in splits.items():
-        split = evaluation.Split.of(data.load_eval(shards, teacher.tokenizer, teacher.transform))
-        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision)
-        figures[name] = evaluation.retrieval(split)
+        split = evaluation.Split(evaluation.source(shards), teacher.tokenizer, teacher.preprocess)
+        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
+        figures[name] = evaluation.retrieval(split, teacher.device) or {}
     return figures
 
 
@@ -92,7 +82,7 @@ def run(
     """
     files = expand(shards)
     for split in (splits or {}).values():
-        expand(split)
+        evaluation.source(split)  # raises its error before the work
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
     hardware.set_threads(None)

@@ -77,10 +77,11 @@ def run(
         random.seed(config.run.seed)
         np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
 
-        loader, splits = _loader(config, pin_memory=device.type == "cuda"), {}
+        splits = {}
         if config.eval.every:
             splits = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
         this = Training(config, device, precision, state)
+        loader = _loader(this, pin_memory=device.type == "cuda")
         this.model.train()
         whole = LastStep(this)
         stop = stack.enter_context(StopRequest())
@@ -216,8 +217,9 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
 def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, show: Callable[[str], None]) -> None:
     this.model.eval()
     for name, split in splits.items():
-        evaluation.encode(this.model, split, this.config.eval.batch_size, this.device, this.precision)
-        for direction, figures in evaluation.retrieval(split).items():
+        c = this.config
+        evaluation.encode(this.model, split, c.eval.batch_size, this.device, this.precision, workers=c.data.workers)
+        for direction, figures in (evaluation.retrieval(split, this.device) or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": this.step, "split": name, "direction": direction, **values})
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())
@@ -225,13 +227,13 @@ def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, 
     this.model.train()
 
 
-def _loader(config: Config, pin_memory: bool) -> data.Loader:
-    c, m = config.data, config.model
+def _loader(this: Training, pin_memory: bool) -> data.Loader:
+    config, c = this.config, this.config.data
     more = c.model_dump(include={"sidecars", "decode", "max_pixels"}, exclude_defaults=True)
     return data.make_loader(
         data.parts_of(c.pairs, "data.train"),
-        tokenizer=models.tokenizer(m.name),
-        transform=models.transforms(m.name, train=True, augment=c.augment, image_size=m.image_size),
+        tokenizer=models.tokenizer(config.model.name),
+        transform=this.transform,
         batch_size=c.images_at_a_time,
         captions_per_image=c.captions_per_image,
         teacher=config.loss.needs_teacher,

@@ -31,6 +31,8 @@ class Training:
 
     def __init__(self, config: Config, device: torch.device, precision: str, state: dict[str, Any] | None = None):
         self.config, self.device, self.precision = config, device, precision
+        c, m = config.data, config.model
+        self.transform = models.transforms(m.name, train=True, augment=c.augment, image_size=m.image_size)
         self.teacher = self.read_teacher() if config.loss.needs_teacher else None
         self.model = build_model(config)
         self.blocks = [module for module in self.model.modules() if isinstance(module, SimplifiedBlock)]
@@ -50,6 +52,7 @@ class Training:
             if not self.blocks:
                 self.model.set_grad_checkpointing()
         self.model.to(device)
+        self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in self.model.visual.parameters())
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
         self.loss.scratch_bytes = config.loss.scratch_mib << 20
@@ -87,7 +90,14 @@ class Training:
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N, D] of the images of a loader's batch."""
         with hardware.autocast(self.precision, self.device):
-            return self.model.encode_image(batch["image"].to(self.device, non_blocking=True), normalize=True)
+            return self.model.encode_image(self._images(batch), normalize=True)
+
+    def _images(self, batch: dict[str, Any]) -> Tensor:
+        """The model's input: the pixels of a batch are finished on the device."""
+        images = batch["image"].to(self.device, non_blocking=True)
+        if images.dtype != torch.uint8:
+            return images
+        return self.transform.finish(images, batch.get("colour"), channels_last=self.channels_last)
 
     def encode_text(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import simplclip
 from simplclip import cli, evaluate
+from simplclip.commands import options
 from simplclip.train import config
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
@@ -115,10 +116,11 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_names_of_splits():
-    named = {"concepts": "a/b-*.tar", "z": "/p/q=1/r.tar"}
+    named = {"concepts": "a/b-*.tar", "z": "/p/q=1/r.tar", "Prüfung, 第 2 部 🙂": "x=1.tar", "COCO (5k)": "coco.json#test"}
     derived = {"vendor": "emoji/vendor-*.tar", "val": "val-{000..003}.tar", "held": "/q=1/held-000.tar", "one": "one.tar.gz"}
+    derived |= {"データ": "データ-1.tar", "dataset_coco": "x/dataset_coco.json", "flickr-val": "flickr.csv#val"}
     words = [*(f"{name}={shards}" for name, shards in named.items()), *derived.values()]
-    assert cli._named_splits(words) == named | derived
+    assert options.named_splits(words) == named | derived
 
 
 def test_doctor():

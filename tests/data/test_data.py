@@ -1,4 +1,4 @@
-"""Batches of training and evaluation, with a teacher's features or without: order, resuming, failing, with all workers."""
+"""Batches of training, with a teacher's features or without: order, resuming, failing, with all workers."""
 
 import json
 import os
@@ -115,7 +115,6 @@ def test_the_callers_random_numbers_are_left_alone_and_change_nothing(pattern, w
         expected = draws()
         seed(number)
         found.append(list(loader(pattern, workers=workers).epoch(1)))
-        data.load_eval(pattern, tokenizer, augment)
         assert draws() == expected
     assert bits(found[0]) == bits(found[1])
 
@@ -268,32 +267,6 @@ def test_bad_counts(pattern, name, least, got):
     epoch = {"epoch": 0} | {name: got} if name in ("epoch", "skip_batches") else {}
     with pytest.raises(ValueError, match=f"{name}: expected an integer of at least {least}, got {got}"):
         loader(pattern, **({} if epoch else {name: got})).epoch(**epoch)
-
-
-def test_load_eval_reads_the_whole_split_in_order(pattern):
-    found = data.load_eval(pattern, tokenizer, augment)
-    assert len(found) == COUNT
-    assert found.keys == ALL
-    assert found.captions == [f"{i} a" for i in range(COUNT)]
-    assert found.images.shape == (COUNT, 3, SIZE, SIZE)
-    assert found.text.shape == (COUNT, 12)
-    assert [text_of(row) for row in found.text] == found.captions
-    (batch,) = loader(pattern, batch_size=COUNT, shuffle=False).epoch(0)
-    assert torch.equal(found.groups, batch["group"])
-    assert torch.equal(found.images, data.load_eval(pattern, tokenizer, augment).images)
-    assert found.picture(3).size == (12, 12)
-    assert found.report() == "23 samples read, 0 skipped"
-
-
-def test_load_eval_labels_and_damage(tmp_path):
-    labelled = ("a", {"png": png(), "json": b'{"caption": "x", "label": "Flags"}'})
-    path = write(tmp_path / "a.tar", [labelled, ("b", {"png": png(), "txt": b"y"}), ("c", {"png": png()})])
-    found = data.load_eval(path, tokenizer, resize)
-    assert found.labels == ["Flags", None]
-    assert found.skipped.counts == {"missing caption": 1}
-    assert "1 missing caption (first: a.tar/c)" in found.report()
-    with pytest.raises(data.EmptyEpochError, match="no usable sample.*1 missing image"):
-        data.load_eval(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]), tokenizer, resize)
 
 
 def features_of(number: int, captions: int) -> np.ndarray:

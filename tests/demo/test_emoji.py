@@ -13,7 +13,7 @@ from pairs import digests, meta
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from simplclip import data, demo
+from simplclip import data, demo, evaluation
 from simplclip.demo import emoji, emoji_sources
 
 KEPT = 60  # concepts in the small builds
@@ -275,7 +275,9 @@ def test_the_loader_reads_the_build(built, out):
     assert not reader.skipped
     groups = [group for batch in batches for group in batch["group"].tolist()]
     assert len(groups) == 2 * len(set(groups))  # both vendors' drawings of a concept are one group
-    held_out = data.load_eval(str(out / "concepts-*.tar"), tokenizer, to_tensor)
-    assert len(held_out) == 2 * HELD_OUT
-    assert len(set(held_out.captions)) == HELD_OUT
-    assert not set(held_out.groups.tolist()) & set(groups)
+    held_out = evaluation.Split(evaluation.source(str(out / "concepts-*.tar")), tokenizer, to_tensor)
+    assert sum(len(images) for images in held_out.read(20)) == len(held_out) == 2 * HELD_OUT
+    assert len(held_out.captions) == len(held_out.groups.unique()) == HELD_OUT
+    trained = {record["group"] for batch in batches for record in batch["meta"]}
+    assert len(trained) == len(set(groups))
+    assert not {key.partition("/")[2] for key in held_out.keys} & trained  # keys are vendor/concept

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from runs import go
 
-from simplclip import data, evaluate, evaluation, models
+from simplclip import evaluate, evaluation
 from simplclip.train import checkpoint
 from simplclip.train.config import load
 from simplclip.train.state import load_model
@@ -28,8 +27,10 @@ def trained(tmp_path_factory):
 
 
 def split_of(shard):
-    name = "siclip-tiny"
-    return evaluation.Split.of(data.load_eval(shard, models.tokenizer(name), models.transforms(name, train=False)))
+    (split,) = evaluation.load_splits({"s": shard}, "siclip-tiny").values()
+    for _ in split.read(10):
+        pass
+    return split
 
 
 @pytest.fixture
@@ -59,9 +60,10 @@ def plain_recall(x, y, gx, gy, k):
 
 
 @pytest.mark.parametrize(("n", "m", "groups"), [(40, 40, 7), (13, 29, 5), (1, 3, 2), (31, 4, 30)])
-@pytest.mark.parametrize("chunk_bytes", [1, 500, 2**20])
-def test_recall_is_the_plain_one_whatever_the_chunk(monkeypatch, n, m, groups, chunk_bytes):
-    monkeypatch.setattr(evaluation.metrics, "_CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize(("tile_bytes", "columns"), [(1, 1), (500, 3), (500, 16), (2**20, 11), (2**20, 100)])
+def test_recall_is_the_plain_one_whatever_the_tiles(monkeypatch, n, m, groups, tile_bytes, columns):
+    monkeypatch.setattr(evaluation.metrics, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(evaluation.metrics, "_TILE_COLUMNS", columns)
     x, y, gx, gy = features(n, m, groups)
     for k in (1, 5, 10):
         assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(plain_recall(x, y, gx, gy, k))
@@ -96,16 +98,14 @@ def test_fewer_candidates_than_k():
 
 def test_equal_captions_are_one_candidate_if_they_are_of_one_group(shards):
     split = split_of(shards["two"])
-    assert len(split.data) == 48
+    assert len(split) == 48
     assert len(split.captions) == len(set(split.captions)) == 24
-    assert len(split.tokens) == len(split.caption_groups) == 24
-    perfect = F.one_hot(split.data.groups.unique(return_inverse=True)[1]).float()
-    split.image_features = perfect
-    split.text_features = perfect[[split.data.captions.index(caption) for caption in split.captions]]
+    assert len(split.caption_groups) == 24
+    split.image_features = F.one_hot(split.groups).float()
+    split.text_features = F.one_hot(split.caption_groups).float()
     result = evaluation.retrieval(split)
     assert result["image_to_text"]["R@1"] == {"value": 1.0, "chance": pytest.approx(1 / 24)}
     assert result["text_to_image"]["R@1"] == {"value": 1.0, "chance": pytest.approx(2 / 48)}
-    assert len(evaluation.Split.of(replace(split.data, groups=torch.arange(48))).captions) == 48
 
 
 class ColourModel(torch.nn.Module):
@@ -121,27 +121,27 @@ class ColourModel(torch.nn.Module):
 
 def test_zero_shot_counts_and_leaves_out_what_has_no_label(split):
     names = sorted(tiny.COLOURS)
-    meta = [dict(m) for m in split.data.meta]
-    del meta[0]["label"]
-    split.data = replace(split.data, meta=meta)
-    split.image_features = torch.stack([F.one_hot(torch.tensor(names.index(m.get("label", "red"))), 4).float() for m in meta])
-    wrong = [i for i, m in enumerate(meta) if m.get("label") == "blue"][:2]
-    split.image_features[wrong] = 0.0
-    split.image_features[wrong, names.index("red")] = 1.0
+    split.labels[0] = None
+    truth = torch.tensor([names.index(label or "red") for label in split.labels])
+    split.image_features = F.one_hot(truth, 4).float()
+    wrong = [i for i, label in enumerate(split.labels) if label == "blue"][:2]
+    split.image_features[wrong] = F.one_hot(torch.tensor(names.index("red")), 4).float()
+    split.tokenizer = lambda texts: torch.tensor([names.index(t.removeprefix("a ")) for t in texts])
 
-    def tokenizer(texts):
-        return torch.tensor([names.index(t.removeprefix("a ")) for t in texts])
+    def zero_shot(templates):
+        return evaluation.zero_shot(ColourModel(names), split, templates, torch.device("cpu"), "fp32")
 
-    cpu = torch.device("cpu")
-    got = evaluation.zero_shot(ColourModel(names), split, tokenizer, ["a {}", "{}"], cpu, "fp32")
+    got = zero_shot(["a {}", "{}"])
     assert got["classes"] == names
     assert got["images"] == 23
     assert got["top1"] == {"value": pytest.approx(21 / 23), "chance": 0.25}
     assert got["top5"] == {"value": 1.0, "chance": 1.0}
-    with pytest.raises(ValueError, match="template: expected a phrase with one {} for the label, got 'an emoji'"):
-        evaluation.zero_shot(ColourModel(names), split, tokenizer, ["{}", "an emoji"], cpu, "fp32")
-    split.data = replace(split.data, meta=[{"label": "red"}] * 24)
-    assert evaluation.zero_shot(ColourModel(names), split, tokenizer, ["{}"], cpu, "fp32") is None
+    assert got["mean_per_class"] == {"value": pytest.approx((1 + 4 / 6 + 1 + 1) / 4), "chance": 0.25}
+    assert got["confused"] == [{"class": "blue", "taken_for": "red", "images": 2, "of": 6, "rows": wrong}]
+    with pytest.raises(ValueError, match="template: expected a phrase with one {} for the label, .* got 'an emoji'"):
+        zero_shot(["{}", "an emoji"])
+    split.labels = ["red"] * 24
+    assert zero_shot(["{}"]) is None
 
 
 @pytest.mark.slow
@@ -196,11 +196,13 @@ def test_features_do_not_depend_on_the_batch_size(trained, split):
     model, config, _ = load_model(trained / "last.pt")
     assert not model.training
     assert config.model.name == "siclip-tiny"
-    parts = split, replace(split)
-    for part, size in zip(parts, (5, 24)):
-        evaluation.encode(model, part, size, torch.device("cpu"), "fp32")
-    torch.testing.assert_close(parts[0].image_features, parts[1].image_features)
-    torch.testing.assert_close(parts[0].text_features.norm(dim=1), torch.ones(24))
+    found = []
+    for size, workers in ((5, 0), (24, 0), (5, 2)):
+        evaluation.encode(model, split, size, torch.device("cpu"), "fp32", workers=workers)
+        found.append((split.image_features[:], split.text_features[:]))
+    torch.testing.assert_close(found[0], found[1])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[2]))
+    torch.testing.assert_close(found[0][1].norm(dim=1), torch.ones(24))
 
 
 def test_contact_sheet_frames_what_is_right(tmp_path, split):
@@ -240,7 +242,7 @@ def test_a_model_that_is_not_finite_is_an_error(trained, shards, tmp_path):
         if value.is_floating_point():
             value.fill_(float("nan"))
     torch.save(state, tmp_path / "nan.pt")
-    with pytest.raises(ValueError, match="image features that are not finite"):
+    with pytest.raises(ValueError, match=r"nan.pt: expected finite features, got text features that are not finite"):
         evaluate.run(tmp_path / "nan.pt", shards, device="cpu")
 
 

@@ -65,12 +65,12 @@ def test_features_are_those_of_the_model(folder, tmp_path):
 def test_captions_are_encoded_once_and_put_back_in_order(folder):
     found = teacher.load("open_clip:tiny", folder / "tiny.pt")
     calls = []
-    encode = found.encode_text
-    found.encode_text = lambda texts: calls.append(texts) or encode(texts)
+    tokenizer = found.tokenizer
+    found.tokenizer = lambda texts: calls.append(texts) or tokenizer(texts)
     texts = ["a long red bar", "red", "blue ring", "red", "a long red bar", "red bar"]
-    features = teacher.features._encode_texts(found, texts, 3)
+    features = found.encode_text(texts, 3)
     assert calls == [["red", "red bar", "blue ring"], ["a long red bar"]]
-    torch.testing.assert_close(features, encode(texts))
+    torch.testing.assert_close(features, torch.cat([found.encode_text(text) for text in texts]))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(6))
 
 
@@ -94,20 +94,20 @@ def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
 
     first, again, changed = (teacher.load("open_clip:tiny", folder / "tiny.pt") for _ in range(3))
     assert first.fingerprint() == again.fingerprint()
-    changed.transform = models.transforms("siclip-tiny", train=False)
+    changed.preprocess = models.transforms("siclip-tiny", train=False)
     assert changed.fingerprint() != first.fingerprint()
     state = torch.load(folder / "tiny.pt", weights_only=True)
     state["logit_scale"] += 1e-3
     torch.save(state, tmp_path / "changed.pt")
     assert teacher.load("open_clip:tiny", tmp_path / "changed.pt").fingerprint() != first.fingerprint()
-    first.transform, again.transform = Named(), Named()
-    assert repr(first.transform) != repr(again.transform)
+    first.preprocess, again.preprocess = Named(), Named()
+    assert repr(first.preprocess) != repr(again.preprocess)
     assert first.fingerprint() == again.fingerprint()
 
 
 def test_a_tag_beside_a_checkpoint_gives_its_preprocessing(folder, tmp_path, monkeypatch):
     def transform(name):
-        return repr(teacher.load(name, folder / "tiny.pt").transform)
+        return repr(teacher.load(name, folder / "tiny.pt").preprocess)
 
     plain = transform("open_clip:tiny")
     known = {"tiny": {"ours": {"url": "https://nowhere", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}}}
@@ -146,17 +146,17 @@ def odd(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--teacher nobody", "teacher: expected one of builtin, siclip-s0"),
+        ("--teacher nobody", "the folder of a run or an export, or builtin, siclip-s0"),
         ("--teacher open_clip:tiny", "checkpoint: expected a file of weights for open_clip:tiny, got none"),
         ("--teacher open_clip:ViT-B-33", "nearest"),
         ("--teacher open_clip:ViT-B-32/nowhere", "expected a tag of ViT-B-32, one of openai"),
-        ("--teacher siclip-tiny", "checkpoint: expected a file for the teacher 'siclip-tiny'"),
+        ("--teacher siclip-tiny", "checkpoint: expected a file with the weights of 'siclip-tiny'"),
         ("--teacher open_clip:tiny --checkpoint none.pt", "checkpoint: no such file: "),
         ("--teacher open_clip:tiny-wide --checkpoint tiny.pt", "a checkpoint of open_clip's tiny-wide, got"),
         ("--teacher open_clip:tiny --checkpoint garbage.pt", "a checkpoint of open_clip's tiny, got"),
         ("--teacher open_clip:tiny --checkpoint code.pt", "a checkpoint of open_clip's tiny, got"),
         ("--teacher siclip-tiny --checkpoint tiny.pt", "expected a simplclip checkpoint, got"),
-        ("--teacher open_clip:tiny --checkpoint nan.pt", "expected finite features, got others"),
+        ("--teacher open_clip:tiny --checkpoint nan.pt", "open_clip:tiny: expected finite features, got text features"),
         ("--checkpoint tiny.pt", "expected heads instead for the built-in teacher"),
         ("--heads garbage.pt", "expected heads of the built-in teacher, got"),
         ("--heads other.safetensors", "simplclip-heads 1, got None None"),
@@ -281,7 +281,7 @@ def test_killed_in_a_shard_it_ends_as_undisturbed(folder, tmp_path, point):
     def go(out, point=-1):
         found, step = teacher.load("open_clip:tiny", folder / "tiny.pt"), step_killed_at(point)
         encode = found.encode_image
-        found.encode_image = lambda images: step() or encode(images)
+        found.encode_image = lambda *images: step() or encode(*images)
         teacher.write(str(folder / "in" / "*.tar"), out, found, batch_size=2, progress=False)
 
     go(tmp_path / "whole")

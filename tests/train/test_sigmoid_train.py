@@ -182,7 +182,7 @@ def test_micro_batches_of_each_tower_give_the_whole_batches_gradient(tmp_path, m
         seen = []
         original = this.model.encode_text
         monkeypatch.setattr(this.model, "encode_text", lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k))
-        batches = next(train._batches(this, train._loader(this.config, False), print))
+        batches = next(train._batches(this, train._loader(this, False), print))
         monkeypatch.setattr(this.optimizer, "step", lambda: None)
         row = train.train_step(this, batches)
         named = [*this.model.named_parameters(), *this.loss.named_parameters()]

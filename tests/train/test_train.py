@@ -92,6 +92,11 @@ def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
     assert {r["direction"] for r in seen} == {"image_to_text", "text_to_image"}
     assert all(r["split"] == "held" and 0 <= float(r["R@5"]) <= 1 for r in seen)
     assert "evaluation held text to image: R@1" in text
+    plain, more = (Image.open(tmp_path / name / "curves.png").convert("RGB") for name in ("plain", "seen"))
+    assert plain.width == more.width
+    assert more.height > plain.height, "its last row has R@k over the steps"
+    last = np.asarray(more)[plain.height :]
+    assert (last == tuple(bytes.fromhex(plotting.COLOURS[0][1:]))).all(-1).sum() > 100
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):
@@ -159,7 +164,7 @@ def test_logit_scale_is_held_below_100(tmp_path):
     this = train.Training(tiny.settings(tmp_path, "optim.warmup=0"), torch.device("cpu"), "fp32")
     with torch.no_grad():
         this.model.logit_scale.fill_(9.0)
-    batch = next(iter(train._loader(this.config, False).epoch(0)))
+    batch = next(iter(train._loader(this, False).epoch(0)))
     train.train_step(this, [batch])
     assert this.model.logit_scale.exp().item() == pytest.approx(100)
 

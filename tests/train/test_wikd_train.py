@@ -63,7 +63,7 @@ def test_micro_batches_give_the_whole_batches_gradient(tmp_path, monkeypatch):
         this.step = 2  # all terms on
         torch.nn.init.normal_(this.model.text.transformer.resblocks[0].qk.weight, std=0.05)
         this.model.train()
-        batches = next(train._batches(this, train._loader(this.config, False), print))
+        batches = next(train._batches(this, train._loader(this, False), print))
         assert len(batches) == number
         monkeypatch.setattr(this.optimizer, "step", lambda: None)
         row = train.train_step(this, batches)

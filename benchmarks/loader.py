@@ -1,0 +1,200 @@
+"""Images a second of this library's loader beside open_clip's, on any shards.
+
+python -m benchmarks.loader --make FOLDER                       # test shards: 512-pixel JPEGs of about 37 KiB
+python -m benchmarks.loader --shards 'FOLDER/*.tar' --workers 1,2
+
+Both read, decode, augment (a random crop of 0.9 to 1 of the image's area, open_clip's default) and tokenize, in loader
+processes that the main process takes batches from, by turns; a repeat's figure is that of its last `--seconds`. open_clip's
+batches are normalised float32, ours are uint8, which the device normalises. The last line is one JSON object: images a second
+with one worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from benchmarks import hardware
+from benchmarks.results_file import table
+from simplclip import data
+from simplclip.data.transforms import ImageTransform
+
+SIDE, BYTES = 512, 37 * 1024
+TOKENIZER = "ViT-B-32"
+
+
+def ours(shards: str, size: int, workers: int, batch: int) -> Iterator[int]:
+    """Sizes of batches, as good as without end, as open_clip's."""
+    loader = data.make_loader(
+        data.expand(shards) * 1000,
+        tokenizer=open_clip.get_tokenizer(TOKENIZER),
+        transform=ImageTransform(PreprocessCfg(size), {}),
+        batch_size=batch,
+        workers=workers,
+        shuffle_buffer=1000,
+    )
+    return (len(found["image"]) for found in loader.epoch(0))
+
+
+def theirs(shards: str, size: int, workers: int, batch: int) -> Iterator[int]:
+    from open_clip_train import data as trainer
+    from webdataset.tariterators import tar_file_expander
+
+    # webdataset 1.0 marks the ends of shards, which this version of open_clip does not know.
+    trainer.tar_file_expander = functools.partial(tar_file_expander, eof_value=None)
+    arguments = SimpleNamespace(
+        train_data="::".join(data.expand(shards)),
+        train_num_samples=10**9,  # of an endless epoch
+        train_data_upsampling_factors=None,
+        dataset_resampled=True,  # as ours, it does not end with the shards
+        seed=0,
+        batch_size=batch,
+        workers=workers,
+        world_size=1,
+    )
+    transform = image_transform_v2(PreprocessCfg(size), is_train=True)
+    found = trainer.get_wds_dataset(arguments, transform, is_train=True, tokenizer=open_clip.get_tokenizer(TOKENIZER))
+    for images, _ in found.dataloader:
+        yield len(images)
+
+
+LOADERS: dict[str, Callable[..., Iterator[int]]] = {"simplclip": ours, "open_clip": theirs}
+
+
+def rate(batches: Iterator[int], workers: int, seconds: float) -> tuple[float, float]:
+    """Images a second, and images a second of the workers' processor time, which a busy machine changes less.
+
+    It is measured after the batches that the workers prepare ahead.
+    """
+    for _ in range(3 * workers + 1):
+        next(batches)
+    start, busy, count = time.perf_counter(), processor_seconds(), 0
+    while (passed := time.perf_counter() - start) < seconds:
+        count += next(batches)
+    busy = processor_seconds() - busy
+    batches.close()  # ends the workers
+    return count / passed, count / busy
+
+
+def processor_seconds() -> float:
+    """Of this process' children, the workers."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # in user and in kernel mode
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(shards: str, size: int, workers: list[int], batch: int, seconds: float, repeats: int) -> dict[str, float]:
+    rates: dict[tuple[int, str], list[tuple[float, float]]] = {(count, name): [] for count in workers for name in LOADERS}
+    for _ in range(repeats):
+        for count, name in rates:
+            rates[count, name].append(rate(LOADERS[name](shards, size, count, batch), count, seconds))
+    medians = {key: [statistics.median(column) for column in zip(*values)] for key, values in rates.items()}
+    rows = []
+    for (count, name), values in rates.items():
+        whole, busy = medians[count, name]
+        seen = [value for value, _ in values]
+        row = {"loader": name, "workers": count, "images_per_s": round(whole), "least": round(min(seen))}
+        row |= {"most": round(max(seen)), "times": round(whole / medians[count, "open_clip"][0], 2)}
+        row |= {"per_processor_s": round(busy), "times_of_it": round(busy / medians[count, "open_clip"][1], 2)}
+        rows.append(row)
+    where = hardware.describe()
+    print(f"{where['hardware']}, torch {where['torch']}, commit {where['commit']}")
+    print(f"{shards}: to {size} pixels, in batches of {batch}; `times` open_clip's images")
+    print("\n".join(table(rows)))
+    return {name: round(medians[1, name][0], 1) for name in LOADERS}
+
+
+def make(folder: Path, count: int, shards: int = 4) -> None:
+    """Writes shards of JPEGs that decode like photographs: drawings of the built-in data on a noise of many frequencies."""
+    from simplclip.demo.emoji_sources import concepts, vendors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    known, drawn = concepts(), vendors()["twemoji"]
+    rng = np.random.default_rng(0)
+    for shard in range(shards):
+        with tarfile.open(folder / f"photos-{shard:06d}.tar", "w") as tar:
+            for number in range(shard, count, shards):
+                chosen = [known[i] for i in rng.choice(len(known), 6, replace=False)]
+                image = _picture(rng, [drawn.draw(concept).convert("RGBA") for concept in chosen])
+                caption = ", ".join(concept.captions[0] for concept in chosen[:3]).encode()
+                for suffix, content in (("jpg", _of_size(image)), ("txt", caption)):
+                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    print(f"wrote {count} images to {folder}/photos-*.tar")
+
+
+def _picture(rng: np.random.Generator, drawings: list[Image.Image]) -> Image.Image:
+    total = np.zeros((SIDE, SIDE, 3), np.float32)
+    for cells in (2, 4, 8, 16, 32, 64, 128, 256):
+        noise = rng.random((cells, cells, 3), np.float32) * 0.4 + rng.random((cells, cells, 1), np.float32) * 0.6
+        channels = [Image.fromarray(noise[..., i]).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for i in range(3)]
+        total += np.stack(channels, -1) * cells**-0.62
+    total = (total - total.min()) / np.ptp(total)
+    image = Image.fromarray((total * 255).astype(np.uint8))
+    for drawing in drawings:
+        side = int(rng.integers(60, 200))
+        x, y = rng.integers(0, SIDE - side, 2).tolist()
+        drawing = drawing.rotate(float(rng.uniform(0, 360)), Image.Resampling.BICUBIC).resize((side, side))
+        image.paste(drawing, (x, y), drawing)
+    return image
+
+
+def _of_size(image: Image.Image) -> bytes:
+    """The JPEG of the highest quality that takes at most BYTES."""
+    low, high, best = 10, 96, b""
+    while low < high:
+        quality = (low + high) // 2
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        if file.tell() <= BYTES:
+            low, best = quality + 1, file.getvalue()
+        else:
+            high = quality
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", help="path, glob or brace pattern of tars with jpg, png or webp, and txt")
+    parser.add_argument("--make", type=Path, metavar="FOLDER", help="write test shards and, without --shards, end")
+    parser.add_argument("--count", type=int, default=2000, help="images of --make")
+    parser.add_argument("--workers", default="1,2", help="numbers of loader processes, comma-separated, beside one")
+    parser.add_argument("--size", type=int, default=256, help="side of the training images")
+    parser.add_argument("--batch", type=int, default=64, help="images of a batch")
+    parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved measurements of each loader")
+    options = parser.parse_args()
+    if options.make:
+        make(options.make, options.count)
+    if options.shards:
+        torch.set_num_threads(1)
+        logging.disable(logging.WARNING)
+        workers = sorted({1, *map(int, options.workers.split(","))})
+        found = measure(options.shards, options.size, workers, options.batch, options.seconds, options.repeats)
+        print(json.dumps(found))
+    elif not options.make:
+        parser.error("expected --shards PATTERN or --make FOLDER")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Commands of `simplclip.cli` with many options, and options that several commands share."""

@@ -1,0 +1,164 @@
+"""`simplclip data`: what shards hold, their indices, smaller images, and the data of the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    short_help="Index, inspect and shrink shards; build the demo's data.",
+    help="Index, inspect and shrink shards, and build the data of the demo.",
+)
+Shards = Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace patterns.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")]
+
+
+@app.command(epilog="Example: simplclip data index 'shards/*.tar' --decode")
+def index(
+    shards: Shards,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the indices, which SIMPLCLIP_INDEX names to other commands then. Default: beside the shards."
+        ),
+    ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every image, to find damage behind the header. Takes hours.")
+    ] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Count the captions' tokens by CLIP's tokenizer.")] = False,
+    workers: Workers = None,
+) -> None:
+    """Write an index beside each shard (NAME.tar.index.npz): counts, sizes, and what lies where. Finished ones are kept."""
+    from simplclip.data import indexing
+
+    found = indexing.run(shards, out=out, decoded=decode, tokens=tokens, workers=workers)
+    kept = found["shards"] - found["written"] - len(found["unreadable"])
+    typer.echo(
+        f"{found['samples']:,} samples in {found['shards']:,} shards; wrote {found['written']:,} indices, kept {kept:,}"
+    )
+    for reason, count in found["broken"].counts.most_common():
+        typer.echo(f"  {count:,} {reason} (first: {found['broken'].examples[reason]})")
+    _unreadable(found["unreadable"])
+    if out is not None:
+        typer.echo(f"For other commands: export SIMPLCLIP_INDEX={out.resolve()}")
+
+
+@app.command(epilog="Example: simplclip data report 'shards/*.tar' --out report")
+def report(
+    shards: Shards,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.png.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Images decoded to measure the rate of one core; 0 for none.")] = 512,
+    size: Annotated[int, typer.Option(min=1, help="Side of the images that training makes.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the epoch's length.")] = 1024,
+    workers: Workers = None,
+) -> None:
+    """Show what shards hold: images, captions, sizes, broken samples, and how long an epoch takes to decode."""
+    from rich.console import Console
+
+    from simplclip.data import report as reports
+
+    options = {"sample": sample, "size": size, "batch_size": batch_size, "workers": workers}
+    found = reports.run(shards, out=out, **options)
+    console = Console(highlight=False)
+    for table in _tables(found):
+        console.print(table)
+    _unreadable(found["unreadable"])
+    if out is not None:
+        typer.echo(f"wrote {out / 'report.json'} and {out / 'report.png'}")
+
+
+@app.command(epilog="Example: simplclip data shrink 'shards/*.tar' --out small --short 288")
+def shrink(
+    shards: Shards,
+    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    short: Annotated[int, typer.Option(min=1, help="Most pixels of an image's short side.")] = 288,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of the encoder.")] = 90,
+    format_: Annotated[str, typer.Option("--format", help="jpg or webp, of the images that become smaller.")] = "jpg",
+    workers: Workers = None,
+    sample: Annotated[int, typer.Option(min=0, help="Images decoded to measure the rate before and after; 0: none.")] = 256,
+) -> None:
+    """Write new shards with smaller images; all else stays. Repeat the command to continue after a stop."""
+    from simplclip.data import shrink as shrinking
+    from simplclip.data.report import size_text
+
+    options = {"short": short, "quality": quality, "format": format_, "workers": workers, "sample": sample}
+    summary = shrinking.run(shards, out, **options)
+    before, after = summary["bytes"]
+    typer.echo(
+        f"wrote {summary['written']} of {summary['shards']} shards to {summary['path']}: {summary['samples']:,} samples"
+    )
+    share = f" ({after / before:.0%})" if before else ""
+    typer.echo(f"  bytes      {size_text(before)} before, {size_text(after)} after{share}")
+    if summary["images_per_second"]:
+        before, after = summary["images_per_second"]
+        times = f" ({after / before:.1f} times)" if before else ""
+        typer.echo(f"  decoding   {before:,.0f} images/s on one core before, {after:,.0f} after{times}")
+
+
+@app.command(epilog="Example: simplclip data emoji --out data/emoji")
+def emoji(
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing build.")] = False,
+) -> None:
+    """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
+    from simplclip.demo import emoji as builder
+
+    summary = builder.build(out, force=force)
+    typer.echo(f"{'wrote' if summary['built'] else 'kept the complete build in'} {summary['path']}")
+    for name, split in summary["splits"].items():
+        typer.echo(f"  {name:<10} {split['samples']:>6} pairs of {', '.join(split['vendors'])}")
+
+
+def _unreadable(found: dict[str, str]) -> None:
+    for reason in found.values():
+        typer.echo(f"  not read: {reason}", err=True)
+
+
+def _tables(found: dict[str, Any]) -> list[Table]:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from simplclip.data.report import MEASURES, size_text
+
+    def table(*columns: str) -> Table:
+        made = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        for i, column in enumerate(columns):
+            made.add_column(column, justify="right" if i and columns[0] == "of each" else "left")
+        return made
+
+    about = table("data", "")
+    about.add_row("samples", f"{found['samples']:,} in {found['shards']:,} shards, {size_text(found['bytes'])}")
+    formats = ", ".join(f"{count:,} {name}" for name, count in found["formats"].items())
+    mean = f", {found['megapixels_an_image']:g} megapixels on average" if found["images"] else ""
+    about.add_row("images", f"{formats or 'none'}, {size_text(found['image_bytes'])}{mean}")
+    epoch, decoding, twice = found["epoch"], found["decoding"], found["duplicate_keys"]
+    about.add_row("epoch", f"{epoch['batches']:,} batches of {epoch['batch_size']:,}")
+    first = f" (first: {twice['first']})" if twice["first"] else ""
+    about.add_row("repeated keys", f"{twice['in_a_shard']:,} within a shard, {twice['in_all_shards']:,} in all{first}")
+    about.add_row("index", f"of {found['indexed']:,} shards; every image decoded of {found['decoded']:,} samples")
+    if decoding and decoding["images_per_second"]:
+        rate, side = decoding["images_per_second"], decoding["size"]
+        about.add_row(
+            "decoding", f"{rate:,.0f} images/s on one core, to {side} pixels ({decoding['images']:,} images measured)"
+        )
+        hours = f"{decoding['core_hours_an_epoch']:,.3g} core hours, {decoding['hours_an_epoch']:,.3g} on the"
+        about.add_row("", f"an epoch: {hours} {decoding['cores']} cores here; 1,000 images/s take {1000 / rate:.1f} cores")
+    for shard, (said, there) in found["img2dataset"].items():
+        about.add_row("img2dataset", f"{shard}: its stats say {said:,} images, there are {there:,}")
+    spread = table("of each", *next(iter(found["quantiles"].values()), {}))
+    for name, values in found["quantiles"].items():
+        label = {"tokens": "caption"}.get(name, name) + f" ({MEASURES[name]})" * bool(MEASURES[name])
+        spread.add_row(label, *(f"{value:,}" for value in values.values()))
+    broken = table("broken", "samples", "the first")
+    for reason, (count, first) in found["broken"].items():
+        broken.add_row(reason, f"{count:,}", first)
+    measured = decoding["broken"] if decoding and found["decoded"] < found["samples"] else {}
+    for reason, (count, first) in measured.items():
+        broken.add_row(f"{reason}, of the {decoding['images']:,} measured", f"{count:,}", first)
+    return [about, spread, *([broken] if broken.row_count else [])]

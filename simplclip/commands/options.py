@@ -1,0 +1,33 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simplclip.common.errors import InputError
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
+
+
+def named_splits(items: list[str], option: str = "--data") -> dict[str, str]:
+    """Parses NAME=WHAT, or WHAT, whose name is that of the file or folder up to its number or wildcard.
+
+    A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
+    """
+    splits: dict[str, str] = {}
+    for item in items:
+        match = re.fullmatch(r"(?:([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
+        if not match:
+            raise InputError(f"{option}: expected NAME=SHARDS or SHARDS, got {item!r}")
+        file, _, split = match[2].partition("#")
+        name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv)", Path(file).name)[0] or "data"
+        name += f"-{split}" if split and not match[1] else ""
+        if name in splits:
+            raise InputError(f"{option}: expected different split names ({option} NAME=SHARDS), got {name!r} twice")
+        splits[name] = match[2]
+    return splits

@@ -1,0 +1,69 @@
+"""Progress of long commands: a bar on a terminal, elsewhere a line from time to time, as logs need it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
+
+
+class Progress:
+    """Context that shows how much of `total` is done, how fast it goes and when it ends; `update` may come from any thread.
+
+    Args:
+        title: what is going on.
+        total: how much there is; None if it is not known.
+        done: how much of it an earlier run has done.
+        unit: what is counted.
+        shown: False shows nothing.
+    """
+
+    def __init__(
+        self, title: str, total: int | None = None, done: int = 0, *, unit: str = "samples", shown: bool = True
+    ) -> None:
+        self.title, self.total, self.done, self.unit = title, total, done, unit
+        terminal = sys.stderr.isatty()
+        self._lines, self._earlier, self._began = shown and not terminal, done, time.monotonic()
+        self._said, self._lock = self._began, threading.Lock()
+        hidden = not (shown and terminal)
+        self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", disable=hidden, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, each of which is counted when it is done."""
+        with self:
+            for item in items:
+                yield item
+                self.update()
+
+    def update(self, count: int = 1) -> None:
+        with self._lock:
+            self.done += count
+            self._bar.update(count)
+            now = time.monotonic()
+            if self._lines and now - self._said >= min(max(FIRST, (now - self._began) / 10), LATER):
+                self._said = now
+                print(self.line(now - self._began), file=sys.stderr, flush=True)
+
+    def line(self, seconds: float) -> str:
+        """What is said after so many seconds."""
+        rate = (self.done - self._earlier) / max(seconds, 1e-9)
+        shown = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s"
+        if self.total is None:
+            return f"{self.title}: {self.done:,} {self.unit}, {shown}"
+        share = self.done / self.total if self.total else 1.0
+        left = tqdm.format_interval(max(0, self.total - self.done) / rate) if rate else "?"
+        return f"{self.title}: {self.done:,} of {self.total:,} {self.unit} ({share:.0%}), {shown}, {left} left"

@@ -1,0 +1,94 @@
+"""Processes that share work which holds Python's lock, such as resizing images. They write no files."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import torch
+
+from simplclip.common.errors import InputError, UserError
+
+Item = TypeVar("Item")
+
+
+class ProcessError(UserError, RuntimeError):
+    """A process of a pool died."""
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def processes(count: int | None = None) -> Iterator[Executor]:
+    """Context with an executor of `count` processes, by default one for each core; with 1 it works in this process.
+
+    The processes are there before the block starts, so that they hold none of its locks, and end with this process, even if
+    it is killed. Raises ProcessError if one of them dies.
+    """
+    if count is not None and count < 1:
+        raise InputError(f"workers: expected an integer of at least 1, got {count}")
+    count = count or cores()
+    if count == 1:
+        yield _Here()
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(count, context, _start, (os.getpid(), stop)) as pool:
+        pool.submit(os.getpid).result()
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            stop.set()
+            raise ProcessError(
+                "workers: a process died before its work was done (out of memory, the system kills processes); "
+                "the same command goes on where it was"
+            ) from error
+        except BaseException:
+            stop.set()
+            raise
+
+
+class _Here(Executor):
+    def submit(self, function: Callable, /, *args: Any, **options: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*args, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def ordered(submit: Callable[[Item], Future], items: Iterable[Item], ahead: int) -> Iterator[tuple[Item, Any]]:
+    """The items, in their order, with the results of their futures; up to `ahead` futures wait for the one before them."""
+    waiting: deque[tuple[Item, Future]] = deque()
+    for item in items:
+        waiting.append((item, submit(item)))
+        if len(waiting) > ahead:
+            item, future = waiting.popleft()
+            yield item, future.result()
+    for item, future in waiting:
+        yield item, future.result()
+
+
+def _start(parent: int, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its processes
+    torch.set_num_threads(1)
+
+    def watch() -> None:
+        while not stop.wait(0.2) and os.getppid() == parent:
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,291 @@
+"""Where held-out splits are read from: shards, clip-benchmark's folders, tables of images and captions, folders of classes.
+
+`source` opens what a user names; docs/evaluation.md lists the forms.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from simplclip.common.errors import InputError
+from simplclip.data import expand
+from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, Shards, contents, image_of, place_of, read_shard
+from simplclip.data.stream import Entry, Source
+
+IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
+TABLES = (".json", ".csv", ".tsv")
+# names of columns and keys, by what they hold
+_PATHS = ("filepath", "filename", "file_name", "image", "image_path", "path", "file", "image_name")
+_CAPTIONS = ("captions", "caption", "sentences", "title", "text", "raw", "comment")
+
+
+@dataclass
+class Tars:
+    """Samples of shards. The captions are the json's, else the lines of txt; the label is that of cls, else the json's.
+
+    limit: captions of a sample that count; 0: all. None: all lines of txt, but of a json the first, since the others may be
+    other phrasings for training, or synthetic.
+    """
+
+    shards: list[str]
+    limit: int | None = None
+    classes: list[str] | None = None
+    templates: list[str] | None = None
+
+    def __str__(self) -> str:
+        return f"{len(self.shards)} shard(s), the first {self.shards[0]!r},"
+
+    def items(self, skipped: Skipped) -> Iterator[Sample]:
+        return (sample for shard in self.shards for sample in read_shard(shard, skipped, every=True))
+
+    def place(self, item: Sample) -> str:
+        return place_of(item)
+
+    def open(self, item: Sample) -> Entry:
+        item = contents({name: item[name] for name in ("__key__", *IMAGE_SUFFIXES, "json", "txt", "cls") if name in item})
+        record: Any = {}
+        if "json" in item:
+            try:
+                record = json.loads(item["json"])
+            except (ValueError, RecursionError) as error:
+                raise BrokenSample("bad json", error) from None
+            if not isinstance(record, dict):
+                raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+        label = record.get("label")
+        label = _number(item["cls"]) if "cls" in item else label if label is None else str(label)
+        captions = self._captions(item, record)
+        if not captions and label is None:
+            given = "txt" in item or {"caption", "captions"} & record.keys()
+            raise BrokenSample("empty caption" if given else "missing caption", "")
+        encoded = image_of(item)
+        if encoded is None:
+            raise BrokenSample("missing image", "")
+        group = record.get("group")
+        return Entry(item["__key__"], encoded, captions, None if group is None else str(group), label)
+
+    def _captions(self, item: Sample, record: dict[str, Any]) -> list[str]:
+        several = record.get("captions")
+        texts = _texts([*(several if isinstance(several, list) else ()), record.get("caption")])
+        if texts:
+            return texts[: self.limit or (None if self.limit == 0 else 1)]
+        try:
+            return _texts(item.get("txt", b"").decode("utf-8").splitlines())[: self.limit or None]
+        except UnicodeDecodeError as error:
+            raise BrokenSample("caption not UTF-8", error) from None
+
+
+@dataclass
+class Table:
+    """Images with one or more captions, read from a JSON or CSV file, see `table`."""
+
+    name: str
+    rows: list[tuple[str, list[str]]]  # path, captions
+    images: Path
+    classes: list[str] | None = None
+    templates: list[str] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} with images in {self.images}"
+
+    def items(self, skipped: Skipped) -> Iterator[tuple[str, list[str]]]:
+        return iter(self.rows)
+
+    def place(self, item: tuple[str, list[str]]) -> str:
+        return item[0]
+
+    def open(self, item: tuple[str, list[str]]) -> Entry:
+        if not item[1]:
+            raise BrokenSample("missing caption", "")
+        return Entry(item[0], _file(self.images / item[0]), item[1])
+
+
+@dataclass
+class Folders:
+    """A folder for each class with its images, as torchvision's ImageFolder: the classes are sorted by the folders' names."""
+
+    root: Path
+    folders: list[str] = field(default_factory=list)
+    classes: list[str] | None = None
+    templates: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.folders = self.folders or sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        self.classes = self.classes or [name.replace("_", " ") for name in self.folders]
+
+    def __str__(self) -> str:
+        return f"the folder {self.root}"
+
+    def items(self, skipped: Skipped) -> Iterator[tuple[int, str]]:
+        for number, name in enumerate(self.folders):
+            for file in sorted(os.listdir(self.root / name)):
+                if file.lower().endswith(IMAGES):
+                    yield number, os.path.join(name, file)
+
+    def place(self, item: tuple[int, str]) -> str:
+        return item[1]
+
+    def open(self, item: tuple[int, str]) -> Entry:
+        return Entry(item[1], _file(self.root / item[1]), [], None, item[0])
+
+
+def _file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenSample("missing image", error) from None
+
+
+def source(what: Shards, *, captions: int | None = None, images: str | os.PathLike | None = None) -> Source:
+    """The source that `what` names.
+
+    shards                 paths, globs, brace expressions, or a list of them
+    FOLDER, FOLDER#SPLIT   a data set in clip-benchmark's layout: FOLDER/SPLIT/nshards.txt, FOLDER/classnames.txt ...; or
+                           FOLDER/CLASS/IMAGE for each class
+    FILE, FILE#SPLIT       .json: Karpathy's, COCO's, or a list of objects; .csv, .tsv: columns of paths and captions
+
+    SPLIT: test by default. captions: the first captions of a sample that count, 0 for all; None for all, but one of a json in
+    shards. images: folder of the images that a file names, by default its own.
+    Raises InputError if nothing is found there, or a file has other contents.
+    """
+    if not isinstance(what, (str, os.PathLike)):
+        return Tars(expand(what), captions)
+    path, _, split = os.path.expanduser(os.fspath(what)).partition("#") if not os.path.exists(what) else (str(what), "", "")
+    found: Source
+    if path.endswith(TABLES):
+        found = table(Path(path), split or "test", Path(images) if images else Path(path).parent, captions)
+    elif os.path.isdir(path):
+        found = _folder(Path(path), split or "test", captions)
+    else:
+        found = Tars(expand(what), captions)
+    return found
+
+
+def _folder(folder: Path, split: str, captions: int | None) -> Source:
+    for root in (folder, folder.parent):
+        shards = (folder / split if root == folder else folder) / "nshards.txt"
+        if shards.is_file():
+            number = shards.read_text().strip()
+            if not number.isdigit() or not int(number):
+                raise InputError(f"{shards}: expected the number of shards, got {number[:40]!r}")
+            kind = _read(root / "dataset_type.txt") or ["classification"]
+            if kind[0].lower() not in ("retrieval", "classification"):
+                raise InputError(f"{root / 'dataset_type.txt'}: expected retrieval or classification, got {kind[0]!r}")
+            files = expand([shards.with_name(f"{i}.tar") for i in range(int(number))])
+            names = "classnames.txt", "zeroshot_classification_templates.txt"
+            return Tars(files, captions, *(_read(root / name) for name in names))
+    if sorted(folder.glob("*.tar")):
+        raise InputError(f"data: expected shards, got the folder {str(folder)!r}: try its *.tar")
+    found = Folders(folder)
+    if not found.folders or next(found.items(Skipped()), None) is None:
+        raise InputError(
+            f"data: expected a folder with {split}/nshards.txt (clip-benchmark's layout) or with a folder of images for each "
+            f"class, got {str(folder)!r}"
+        )
+    return found
+
+
+def _read(file: Path) -> list[str] | None:
+    if not file.is_file():
+        return None
+    return [line.strip() for line in file.read_text("utf-8").splitlines()]
+
+
+def table(file: Path, split: str, images: Path, captions: int | None = None) -> Table:
+    """The images of a JSON or CSV file, in its order; rows of the same image are its captions. See `source`."""
+    if not file.is_file():
+        raise InputError(f"data: expected a file, got {str(file)!r}, which does not exist")
+    pairs = _pairs_of_json(file, split) if file.suffix == ".json" else _pairs_of_csv(file)
+    rows: dict[str, list[str]] = {}
+    for path, texts in pairs:
+        rows.setdefault(path, []).extend(_texts(texts))
+    if not rows:
+        raise InputError(f"{file}: expected images with captions, got none of the split {split!r}")
+    return Table(str(file), [(path, texts[: captions or None]) for path, texts in rows.items()], images)
+
+
+def _pairs_of_json(file: Path, split: str) -> Iterator[tuple[str, list[Any]]]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        entries = found["images"] if isinstance(found, dict) else found
+        if isinstance(found, dict) and "annotations" in found:  # COCO's captions_val2017.json
+            paths = {entry["id"]: _value(entry, _PATHS) for entry in entries}
+            yield from ((paths[entry["image_id"]], [entry["caption"]]) for entry in found["annotations"])
+            return
+        for entry in entries:
+            if entry.get("split", split) != split:
+                continue
+            path = _value(entry, _PATHS)
+            if "filepath" in entry and "filename" in entry:  # Karpathy's: a folder and a name
+                path = os.path.join(entry["filepath"], entry["filename"])
+            texts = _value(entry, _CAPTIONS)
+            texts = texts if isinstance(texts, list) else [texts]
+            yield path, [text["raw"] if isinstance(text, dict) else text for text in texts]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file}: expected images with captions, as in Karpathy's or COCO's JSON, got another one: "
+            f"{type(error).__name__}: {error}"
+        ) from None
+
+
+def _pairs_of_csv(file: Path) -> Iterator[tuple[str, list[Any]]]:
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        head = lines.readline()
+        separator = max("\t,|", key=head.count)
+        names = [name.strip() for name in next(csv.reader([head], delimiter=separator), [])]
+        try:
+            path, caption = (names.index(_value(dict(zip(names, names)), known)) for known in (_PATHS, _CAPTIONS))
+        except LookupError:
+            raise InputError(
+                f"{file}: expected columns of paths and captions, such as filepath and title, got {', '.join(names)}"
+            ) from None
+        for row in csv.reader(lines, delimiter=separator):
+            if len(row) > max(path, caption):
+                yield row[path].strip(), [row[caption]]
+
+
+def _value(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """What the first of `names` that `entry` has holds; LookupError without one."""
+    found = [name for name in names if name in entry]
+    if not found:
+        raise LookupError(f"none of {', '.join(names)}")
+    return entry[found[0]]
+
+
+def _texts(texts: list[Any]) -> list[str]:
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+
+
+def _number(data: bytes) -> int:
+    try:
+        return int(data)
+    except ValueError:
+        raise BrokenSample("bad cls", f"expected the number of a class, got {data[:40]!r}") from None
+
+
+def named(found: Source, names: list[str] | dict[str, str] | None, synsets: list[str] | None) -> Source:
+    """The source with the names of its classes replaced by `names`: by number, or by the name of the folder.
+
+    synsets: of `names` in order, if they are ImageNet's; folders with such names, all or some, get the right ones.
+    """
+    if names is None:
+        return found
+    if not isinstance(found, Folders):
+        return replace(found, classes=list(names.values()) if isinstance(names, dict) else list(names))
+    if synsets and set(found.folders) <= set(synsets):
+        names = dict(zip(synsets, names))
+    if not isinstance(names, dict):
+        if len(names) != len(found.folders):
+            raise InputError(
+                f"classnames: expected a name for each of the {len(found.folders)} folders of {found.root}, got {len(names)}"
+            )
+        names = dict(zip(found.folders, names))
+    if missing := [name for name in found.folders if name not in names]:
+        raise InputError(f"classnames: expected a name for each folder of {found.root}, got none for {missing[0]!r}")
+    return replace(found, classes=[names[name] for name in found.folders])

@@ -1,0 +1,152 @@
+"""Held-out splits: where one is read from, and after `encode` its features, captions, groups and labels, but no images."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from simplclip import models
+from simplclip.common import hardware
+from simplclip.common.errors import InputError
+from simplclip.data.broken import Skipped
+from simplclip.data.shards import Shards
+from simplclip.data.stream import Entry, Source, Stream, pictures
+from simplclip.evaluation.features import Features
+from simplclip.evaluation.sources import source
+
+
+class Split:
+    """A held-out split, read by `encode`.
+
+    n images and m captions. An image has any number of captions. Images of one group (a concept drawn by several vendors) are
+    right for all of its captions, and identical captions of a group are one candidate.
+    """
+
+    def __init__(self, source: Source, tokenizer: Callable[[list[str]], Tensor], transform: Callable[[Any], Tensor]) -> None:
+        self.source, self.tokenizer, self.transform = source, tokenizer, transform
+        self.clear()
+
+    def read(self, batch_size: int, workers: int = 0) -> Iterator[Tensor]:
+        """The images in batches, float32 [N, 3, S, S]; afterwards this object has all else that is known of them."""
+        self.clear()
+        for images, positions, entries in Stream(self.source, self.transform, batch_size).batches(self.skipped, workers):
+            for position, entry in zip(positions, entries):
+                self._add(position, entry)
+            yield images
+        self._seen.clear()
+
+    def clear(self) -> None:
+        self.keys: list[str] = []  # n
+        self.captions: list[str] = []  # m
+        self.labels: list[str | int | None] = []  # n
+        self.skipped = Skipped()
+        self.image_features: Tensor | Features | None = None  # float32 [n, D], L2-normalised
+        self.text_features: Tensor | Features | None = None  # float32 [m, D]
+        self._positions, self._groups, self._caption_groups = array("q"), array("q"), array("q")
+        self._numbers: dict[str, int] = {}  # of the groups that have a name
+        self._seen: set[tuple[int, str]] = set()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def groups(self) -> Tensor:
+        """int64 [n]"""
+        return torch.tensor(self._groups, dtype=torch.int64)
+
+    @property
+    def caption_groups(self) -> Tensor:
+        """int64 [m]"""
+        return torch.tensor(self._caption_groups, dtype=torch.int64)
+
+    def _add(self, position: int, entry: Entry) -> None:
+        number = self._count if entry.group is None else self._numbers.setdefault(entry.group, self._count)
+        self._count += number == self._count
+        self.keys.append(entry.key)
+        self.labels.append(entry.label)
+        self._positions.append(position)
+        self._groups.append(number)
+        for caption in entry.captions:
+            if entry.group is not None:
+                if (number, caption) in self._seen:
+                    continue
+                self._seen.add((number, caption))
+            self.captions.append(caption)
+            self._caption_groups.append(number)
+
+    def pictures(self, rows: list[int]) -> dict[int, Image.Image]:
+        """The images of these rows as they are stored, RGB; read again, and no others."""
+        found = pictures(self.source, [self._positions[row] for row in rows])
+        return {row: found[self._positions[row]] for row in rows}
+
+    def report(self) -> str:
+        """One line: samples read, and skipped by reason."""
+        return f"{len(self)} samples read, {self.skipped}"
+
+
+def load_splits(splits: Mapping[str, Shards], model: str, image_size: int | None = None) -> dict[str, Split]:
+    """Splits for the model called `model`, see `sources.source`. image_size: None for the model's default."""
+    tokenizer, transform = models.tokenizer(model), models.transforms(model, train=False, image_size=image_size)
+    return {name: Split(source(what), tokenizer, transform) for name, what in splits.items()}
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.device, precision: str, who: str) -> Tensor:
+    """Features float32 [N, D], L2-normalised, of images [N, 3, S, S] (tower "image") or token ids [N, L] ("text").
+
+    Raises InputError, which names `who`, if they are not finite.
+    """
+    encode = model.encode_image if tower == "image" else model.encode_text
+    with hardware.autocast(precision, device):
+        found = encode(inputs.to(device, non_blocking=True), normalize=True).float()
+    if not found.isfinite().all():
+        raise InputError(f"{who}: expected finite features, got {tower} features that are not finite in {precision}")
+    return nn.functional.normalize(found, dim=-1)
+
+
+def encode(
+    model: nn.Module,
+    split: Split,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    *,
+    workers: int = 0,
+    folder: str | os.PathLike | None = None,
+    keep: Path | None = None,
+    progress: str | None = None,
+    who: str = "checkpoint",
+) -> None:
+    """Read a split and compute its features, which lie in a file: float32, or float16 if `precision` is less.
+
+    workers: processes that decode images. folder: of the file, by default the system's for temporary files.
+    keep: KEEP.image.npy and KEEP.text.npy keep the features, KEEP.json the keys and captions of their rows.
+    progress: title of a progress bar in a terminal. who: what errors call the model.
+    Raises: InputError if features are not finite; the errors of `data.stream.Stream.batches`.
+    """
+    half = precision != "fp32"
+    files = [keep and keep.with_name(f"{keep.name}.{tower}.npy") for tower in ("image", "text")]
+    images, texts = (Features(file, folder, half) for file in files)
+    with tqdm(desc=progress, unit=" images", disable=None if progress else True) as bar:
+        for batch in split.read(batch_size, workers):
+            if batch.dtype == torch.uint8:
+                batch = split.transform.finish(batch.to(device, non_blocking=True))
+            images.append(features_of(model, "image", batch, device, precision, who))
+            bar.update(len(batch))
+    for start in range(0, len(split.captions), batch_size):
+        tokens = split.tokenizer(split.captions[start : start + batch_size])
+        texts.append(features_of(model, "text", tokens, device, precision, who))
+    split.image_features, split.text_features = images.finish(), texts.finish()
+    if keep:
+        about = {"keys": split.keys, "captions": split.captions, "caption_groups": split.caption_groups.tolist()}
+        keep.with_name(f"{keep.name}.json").write_text(json.dumps(about | {"groups": split.groups.tolist()}), "utf-8")

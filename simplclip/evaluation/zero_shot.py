@@ -1,0 +1,150 @@
+"""Zero-shot classification: names of classes, phrases around them, accuracies and the pairs that are confused most."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from timm.data import ImageNetInfo
+from torch import nn
+
+from simplclip.common import hardware
+from simplclip.common.errors import InputError
+from simplclip.evaluation.metrics import nearest
+from simplclip.evaluation.split import Split
+
+PAIRS, EXAMPLES = 20, 6  # pairs of classes that are listed, and images of each
+Names = list[str] | dict[str, str]  # of classes: by number, or by the name of the folder
+TEMPLATES = {
+    "openai": tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES),
+    "simple": tuple(template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES),
+}
+
+
+def class_names(what: str | os.PathLike | None) -> tuple[Names | None, list[str] | None]:
+    """Names of classes and, of ImageNet's, the synsets in the same order (n01440764, ...).
+
+    what: "imagenet" for open_clip's list; or a file: a name a line, a JSON list, or a JSON object of names by folder.
+    Raises InputError, FileNotFoundError.
+    """
+    if what is None:
+        return None, None
+    if str(what) == "imagenet":
+        return list(open_clip.IMAGENET_CLASSNAMES), ImageNetInfo("imagenet1k").label_names()
+    names = _read(Path(what), "classnames: expected imagenet or a file of names")
+    if len(names) < 2:
+        raise InputError(f"classnames: expected at least two names, got {len(names)} in {what}")
+    return names, None
+
+
+def phrases(templates: str | Sequence[str]) -> list[str]:
+    """Phrases with one {} for the name of a class.
+
+    templates: phrases with {} or {c}, names of open_clip's lists ("openai", "simple"), or files of phrases.
+    Raises InputError, FileNotFoundError.
+    """
+    found: list[str] = []
+    for template in [templates] if isinstance(templates, str) else templates:
+        if "{" in template:
+            found.append(template)
+        elif template in TEMPLATES:
+            found += TEMPLATES[template]
+        elif Path(template).suffix in (".txt", ".json"):
+            found += _read(Path(template), "templates: expected openai, simple, or a file of phrases")
+        else:
+            found.append(template)
+    found = [template.replace("{c}", "{}") for template in found]
+    for template in found:
+        rest = template.replace("{}", "", 1)
+        if rest == template or set("{}") & set(rest):
+            known = ", ".join(TEMPLATES)
+            raise InputError(f"template: expected a phrase with one {{}} for the label, {known}, or a file, got {template!r}")
+    return found
+
+
+def _read(file: Path, expected: str) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"{expected}, got {str(file)!r}, which does not exist")
+    if file.suffix != ".json":
+        return [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{expected}, got {file}: {error}") from None
+    values = found.values() if isinstance(found, dict) else found
+    if not isinstance(found, (dict, list)) or not all(isinstance(value, str) for value in values):
+        raise InputError(f"{expected}, got {file}: expected a list of strings, or an object of strings")
+    return found
+
+
+@torch.no_grad()
+def zero_shot(
+    model: nn.Module, split: Split, templates: Sequence[str], device: torch.device, precision: str
+) -> dict[str, Any] | None:
+    """Accuracies over the labels of an encoded split, or None if it has fewer than two.
+
+    Each class's weight is the mean of its features over `templates`, see `phrases` (open_clip's build_zero_shot_classifier).
+    Images without a label are skipped; "images" is the number of the others. top1, top5, and mean_per_class (the mean over
+    the classes of the share of their images that are right) are {"value", "chance"}. "confused" lists the pairs of classes
+    that are confused most, with the number of images and the rows of some.
+
+    Raises: InputError for labels that are numbers without a name.
+    """
+    templates = phrases(templates)
+    classes, truth = _classes(split)
+    rows = [i for i, number in enumerate(truth) if number >= 0]
+    if len(classes) < 2 or not rows:
+        return None
+    with hardware.autocast(precision, device):
+        weights = open_clip.build_zero_shot_classifier(model, split.tokenizer, classes, templates, device=device)
+    weights = weights.float().T
+    labels = torch.tensor(truth)
+    right = {1: 0, 5: 0}
+    hits, wrong, examples = torch.zeros(len(classes)), Counter(), {}
+    for start, _, places in nearest(split.image_features, weights, 5, device):
+        places = places.cpu()
+        expected = labels[start : start + len(places)]
+        known = expected >= 0
+        matches = (places == expected[:, None]) & known[:, None]
+        for k in right:
+            right[k] += int(matches[:, :k].any(1).sum())
+        hits += torch.bincount(expected[matches[:, 0]], minlength=len(classes))
+        for row in (known & ~matches[:, 0]).nonzero()[:, 0].tolist():
+            pair = int(expected[row]), int(places[row, 0])
+            wrong[pair] += 1
+            if wrong[pair] <= EXAMPLES:
+                examples.setdefault(pair, []).append(start + row)
+    counts = torch.bincount(labels[rows], minlength=len(classes))
+    figures = {f"top{k}": {"value": right[k] / len(rows), "chance": min(1.0, k / len(classes))} for k in right}
+    per_class = (hits / counts)[counts > 0].double().mean().item()
+    figures["mean_per_class"] = {"value": per_class, "chance": 1 / len(classes)}
+    confused = [
+        {"class": classes[a], "taken_for": classes[b], "images": number, "of": int(counts[a]), "rows": examples[a, b]}
+        for (a, b), number in sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:PAIRS]
+    ]
+    return {"classes": classes, "images": len(rows), "templates": templates, **figures, "confused": confused}
+
+
+def _classes(split: Split) -> tuple[list[str], list[int]]:
+    """The names of the classes, and the number of each sample's class, or -1."""
+    names, labels = split.source.classes, split.labels
+    if names is None:
+        names = sorted({label for label in labels if isinstance(label, str)})
+    number = {name: i for i, name in enumerate(names)}
+    numbers = []
+    for label in labels:
+        if isinstance(label, str):
+            found = number.get(label, int(label) if label.isdecimal() else -1)
+        else:
+            found = -1 if label is None else label
+        if label is not None and not 0 <= found < len(names):
+            what = f"{label} of {len(names)} classes" if names else f"the number {label}, and no names"
+            raise InputError(f"classnames: expected a name for each label of {split.source} got {what}")
+        numbers.append(found)
+    return names, numbers

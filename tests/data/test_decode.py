@@ -1,0 +1,242 @@
+"""Files to pixels: what they are in each format and mode, what is refused, and which decoder is asked."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from photos import encode, photo
+from PIL import Image
+
+from simplclip.common.errors import InputError
+from simplclip.data import decode as decoding
+from simplclip.data.broken import BrokenSample
+from simplclip.data.decode import check_gpu, decode, decode_gpu, decode_pil, size_of
+
+
+@pytest.fixture(params=["simplejpeg", "Pillow"])
+def decoder(request, monkeypatch):
+    if request.param == "Pillow":
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    elif decoding.simplejpeg is None:
+        pytest.skip("simplejpeg is not installed")
+    return request.param
+
+
+def pixels(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def by_pillow(encoded):
+    return pixels(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+def reason(call, *arguments, **options):
+    with pytest.raises(BrokenSample) as caught:
+        call(*arguments, **options)
+    return caught.value.args[0]
+
+
+RGB = photo()
+PLAIN = {
+    "jpg": encode(RGB),
+    "jpg of 4:4:4": encode(RGB, quality=95, subsampling=0),
+    "progressive jpg": encode(RGB, progressive=True),
+    "jpg of RGB": encode(RGB, keep_rgb=True),
+    "grey jpg": encode(RGB.convert("L")),
+    "CMYK jpg": encode(RGB.convert("CMYK")),
+    "jpg with bytes behind it": encode(RGB) + b"something else",
+    "png": encode(RGB, "PNG"),
+    "grey png": encode(RGB.convert("L"), "PNG"),
+    "png with a palette": encode(RGB.quantize(16), "PNG"),
+    "png of two colours": encode(RGB.convert("1"), "PNG"),
+    "webp": encode(RGB, "WEBP"),
+    "lossless webp": encode(RGB, "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_pixels_are_those_of_pillow(decoder, kind):
+    found = decode(PLAIN[kind])
+    assert found.dtype == torch.uint8
+    assert found.shape == (3, 240, 320)
+    assert size_of(PLAIN[kind]) == (240, 320)
+    assert torch.equal(found, by_pillow(PLAIN[kind]))
+    assert torch.equal(found, pixels(decode_pil(PLAIN[kind])))
+
+
+def test_simplejpeg_decodes_jpegs_where_it_is_installed(monkeypatch):
+    pytest.importorskip("simplejpeg")
+    monkeypatch.setattr(decoding, "decode_pil", None)
+    assert decode(PLAIN["jpg"]).shape == (3, 240, 320)
+    assert decode(PLAIN["grey jpg"]).shape == (3, 240, 320)
+
+
+def test_sixteen_bits_are_scaled():
+    grey = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    found = decode(encode(Image.fromarray(grey), "PNG"))
+    assert torch.equal(found, torch.from_numpy((grey >> 8).astype(np.uint8)).expand(3, 32, 32))
+    # A value of 16 bits may be transparent.
+    clear = bytearray(encode(Image.fromarray(grey), "PNG"))
+    chunk = b"tRNS" + (0).to_bytes(2, "big")
+    where = clear.index(b"IDAT") - 4
+    clear[where:where] = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    assert decode(bytes(clear))[:, 0, :2].tolist() == [[255, 0]] * 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_transparent_pixels_are_white(mode, form):
+    image = Image.new("RGBA", (8, 6), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 4, 6))
+    options = {"lossless": True, "exact": True} if form == "WEBP" else {}
+    if mode in ("P", "RGB"):
+        if form == "WEBP":
+            pytest.skip("WebP has neither palettes nor a transparent colour")
+        image = Image.new(mode, (8, 6), 1 if mode == "P" else (1, 2, 3))
+        if mode == "P":
+            image.putpalette([0, 0, 0, 9, 9, 9])
+        image.paste(0, (4, 0, 8, 6))
+        options = {"transparency": 1 if mode == "P" else (1, 2, 3)}
+    else:
+        image = image.convert(mode)
+    found = decode(encode(image, form, **options))
+    assert found[:, :, :4].unique().tolist() == [255]
+    assert found[:, :, 4:].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_half_transparent_pixels_are_mixed_with_white(form):
+    found = decode(encode(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), form, **({"lossless": True} if form == "WEBP" else {})))
+    assert found.unique().tolist() == [127]
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_the_first_frame_of_an_animation(form):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if form == "WEBP" else {}
+    found = decode(encode(frames[0], form, save_all=True, append_images=frames[1:], **options))
+    assert found[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_orientation_is_ignored(decoder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer turns it by 90 degrees
+    assert torch.equal(decode(encode(RGB, exif=exif)), decode(PLAIN["jpg"]))
+
+
+def broken_png(side):
+    """Its header claims side x side pixels."""
+    small = bytearray(encode(Image.new("RGB", (4, 4)), "PNG"))
+    small[16:24] = side.to_bytes(4, "big") * 2
+    small[29:33] = zlib.crc32(bytes(small[12:29])).to_bytes(4, "big")
+    return bytes(small)
+
+
+def test_reasons(decoder):
+    jpg, png, webp = PLAIN["jpg"], PLAIN["png"], PLAIN["webp"]
+    for call in (decode, decode_pil):
+        for whole in (jpg, png, webp):
+            assert reason(call, whole[: len(whole) // 2]) in ("truncated image", "not an image")
+        assert reason(call, jpg[: len(jpg) // 2]) == "truncated image"
+        assert reason(call, jpg[:-2]) == "truncated image"
+        assert reason(call, png[: len(png) // 2]) == "truncated image"
+    for call in (decode, decode_pil, size_of):
+        for file in (b"", b"hello", jpg[:40], png[:20], webp[:16], encode(RGB, "BMP"), encode(RGB, "GIF")):
+            assert reason(call, file) == "not an image"
+
+
+@pytest.mark.parametrize("kind", ["jpg", "CMYK jpg", "png", "webp"])
+def test_an_image_of_too_many_pixels_is_not_decoded(decoder, kind, monkeypatch):
+    file = PLAIN[kind]
+    assert size_of(file, 240 * 320) == (240, 320)
+    assert decode(file, max_pixels=240 * 320).shape == (3, 240, 320)
+    monkeypatch.setattr(Image.Image, "convert", None)
+    if decoding.simplejpeg is not None:
+        monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", None)
+    for call in (decode, decode_pil, size_of):
+        assert reason(call, file, max_pixels=240 * 320 - 1) == "image too large"
+
+
+def test_the_limit_is_pillows_and_may_be_raised(monkeypatch):
+    assert reason(size_of, broken_png(10_000)) == "image too large"
+    assert size_of(broken_png(10_000), 10**8) == (10_000, 10_000)
+    assert size_of(broken_png(60_000), 60_000**2) == (60_000, 60_000)  # where Image.open raises an error of its own
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert size_of(broken_png(60_000)) == (60_000, 60_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert reason(decode, PLAIN["jpg"]) == "image too large"
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(decoder, scale):
+    image = photo(1, (250, 331))
+    small = decode(encode(image, quality=95), scale=scale)
+    assert small.shape == (3, -(-250 // scale), -(-331 // scale))
+    means = torch.nn.functional.avg_pool2d(pixels(image).float(), scale, ceil_mode=True)
+    assert (small.float() - means).abs().mean() < 3
+    assert decode(PLAIN["png"], scale=scale).shape == (3, 240, 320)
+
+
+def test_gpu_decoding_is_refused_where_there_is_none():
+    with pytest.raises(InputError, match="data.decode: expected a CUDA device for gpu, got"):
+        check_gpu("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="got a machine without a GPU that torch can use; data.decode=cpu works"):
+            check_gpu("cuda")
+
+
+def test_gpu_decoding_is_refused_without_nvjpeg(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if torch.version.cuda and torch.cuda.device_count():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(InputError, match=r"data.decode: expected a torchvision that decodes by nvJPEG for gpu, got .+: .+"):
+        check_gpu("cuda")
+
+
+MIXED = {
+    "jpg": PLAIN["jpg"],
+    "png": PLAIN["png"],
+    "half a jpg": PLAIN["jpg"][: len(PLAIN["jpg"]) // 2],
+    "nothing": b"",
+    "grey jpg": PLAIN["grey jpg"],
+    "CMYK jpg": PLAIN["CMYK jpg"],
+}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_gpu_decoding_routes_files(monkeypatch, whole):
+    """Another function takes nvJPEG's place, which decodes all JPEGs or, if one is odd, none."""
+    asked = []
+
+    def together(files, device):
+        asked.append(len(files))
+        return [by_pillow(file) + 1 for file in files]
+
+    monkeypatch.setattr(decoding, "_nvjpeg", together)
+    files = MIXED if decoding.simplejpeg is not None else {k: f for k, f in MIXED.items() if k != "CMYK jpg"}
+    if not whole:
+        monkeypatch.setattr(decoding, "_nvjpeg", lambda *_: (_ for _ in ()).throw(RuntimeError("not supported")))
+    found = dict(zip(files, decode_gpu(list(files.values()), "cpu")))
+    assert asked == ([2] if whole else [])  # the rest is the CPU's
+    for kind, image in found.items():
+        if kind in ("half a jpg", "nothing"):
+            assert isinstance(image, BrokenSample)
+            assert image.args[0] == ("not an image" if kind == "nothing" else "truncated image")
+        else:
+            assert torch.equal(image, by_pillow(files[kind]) + (1 if whole and kind in ("jpg", "grey jpg") else 0))
+    (large,) = decode_gpu([PLAIN["jpg"]], "cpu", max_pixels=10)
+    assert large.args[0] == "image too large"
+
+
+@pytest.mark.gpu
+def test_gpu_decoding():
+    check_gpu("cuda")
+    found = dict(zip(MIXED, decode_gpu(list(MIXED.values()), "cuda")))
+    for kind, image in found.items():
+        if isinstance(image, BrokenSample):
+            assert kind in ("half a jpg", "nothing")
+        else:
+            assert image.device.type == "cuda"
+            assert (image.cpu().float() - by_pillow(MIXED[kind]).float()).abs().mean() < 2

@@ -1,0 +1,115 @@
+"""Held-out splits as streams: the same images in the same order, whatever the workers; damage; pictures."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from pairs import COUNT, SIZE, augment, png, resize, sample, write
+
+from simplclip import data
+from simplclip.data.broken import Skipped
+from simplclip.data.stream import Stream, pictures
+from simplclip.evaluation import source
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for shard, (start, stop) in enumerate(((0, 5), (5, 19), (19, COUNT))):
+        write(folder / f"held-{shard}.tar", [sample(i) for i in range(start, stop)])
+    return str(folder / "held-*.tar")
+
+
+def read(what, workers=0, batch_size=4, transform=augment):
+    skipped = Skipped()
+    batches = list(Stream(source(what), transform, batch_size).batches(skipped, workers))
+    return batches, skipped
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
+    batches, skipped = read(pattern, workers)
+    assert not skipped.counts
+    assert [len(images) for images, _, _ in batches] == [4] * 5 + [3]
+    assert [position for _, positions, _ in batches for position in positions] == [*range(COUNT)]
+    assert [entry.key for _, _, entries in batches for entry in entries] == [f"k{i:03d}" for i in range(COUNT)]
+    assert all(entry.captions == [f"{entry.key[1:].lstrip('0') or 0} a"] for _, _, entries in batches for entry in entries)
+    assert all(entry.encoded == b"" for _, _, entries in batches for entry in entries)
+    images = torch.cat([images for images, _, _ in batches])
+    assert images.shape == (COUNT, 3, SIZE, SIZE)
+    again = torch.cat([images for images, _, _ in read(pattern, 0)[0]])
+    assert torch.equal(images, again)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_callers_random_numbers_are_left_alone(pattern, workers):
+    def draws():
+        return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+
+    def seed():
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)  # noqa: NPY002
+
+    seed()
+    expected = draws()
+    seed()
+    read(pattern, workers)
+    assert draws() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_broken_samples_are_counted_once_and_leave_the_order(tmp_path, workers):
+    broken = {
+        3: {"png": b"not an image", "txt": b"x"},
+        4: {"png": png(4)},
+        7: {"txt": b"x"},
+        9: {"png": png(9)[:80], "txt": b"x"},
+        10: {"png": png(10), "json": b"{"},
+        11: {"png": png(11), "txt": b" "},
+        12: {"png": png(12), "cls": b"many"},
+    }
+    samples = [(f"k{i:03d}", broken.get(i, {"png": png(i), "txt": b"fine"})) for i in range(14)]
+    write(tmp_path / "a.tar", samples)
+    torn = tmp_path / "b.tar"
+    write(torn, [(f"t{i}", {"png": png(i), "txt": b"fine"}) for i in range(5)])
+    torn.write_bytes(torn.read_bytes()[:5200])
+    batches, skipped = read(str(tmp_path / "*.tar"), workers, batch_size=2)
+    reasons = ("not an image", "missing caption", "missing image", "truncated image", "bad json", "empty caption", "bad cls")
+    assert {reason: skipped.counts[reason] for reason in reasons} == dict.fromkeys(reasons, 1)
+    assert skipped.counts["torn tar"] == 1
+    assert "a.tar/k003" in skipped.examples["not an image"]
+    found = [entry.key for _, _, entries in batches for entry in entries]
+    assert found[:7] == [f"k{i:03d}" for i in (0, 1, 2, 5, 6, 8, 13)]
+    assert set(found[7:]) <= {"t0", "t1", "t2"}
+
+
+def test_errors(tmp_path, pattern):
+    with pytest.raises(data.EmptyEpochError, match="no usable sample.*1 missing image"):
+        read(write(tmp_path / "b.tar", [("d", {"txt": b"x"})]))
+    (tmp_path / "c.tar").write_bytes(b"nothing" * 1000)
+    for workers in (0, 2):
+        with pytest.raises(data.ShardError, match="c.tar"):
+            read(str(tmp_path / "c.tar"), workers)
+
+    def bad(image):
+        raise KeyError("why")
+
+    for workers in (0, 2):
+        with pytest.raises(RuntimeError, match=r"the transform failed on sample 'held-0.tar/k000': KeyError: 'why'"):
+            read(pattern, workers, transform=bad)
+
+
+def test_pictures_reads_what_is_asked_for(pattern, monkeypatch):
+    found = source(pattern)
+    opened = []
+    kind, real = type(found), type(found).open
+    monkeypatch.setattr(kind, "open", lambda self, item: opened.append(1) or real(self, item))
+    shown = pictures(found, [7, 2, 7, 21])
+    assert len(opened) == 3
+    assert [*shown] == [2, 7, 21]
+    for position, image in shown.items():
+        assert torch.equal(resize(image), read(pattern, transform=resize, batch_size=COUNT)[0][0][0][position])

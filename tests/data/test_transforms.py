@@ -1,0 +1,397 @@
+"""Pixels equal open_clip's, draws have its distribution, views replay bit for bit, colours change as torchvision's."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from open_clip import get_model_config, get_pretrained_cfg
+from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from photos import encode, photo
+from PIL import Image
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import functional as TF
+
+from simplclip import data, models
+from simplclip.data import colour, transforms
+from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.decode import decode, decode_pil, size_of
+from simplclip.data.shards import parse, read_shard
+from simplclip.data.transforms import ImageTransform
+from simplclip.demo import builtin, emoji
+from simplclip.demo import teacher as networks
+
+
+def drawings(count=6):
+    """Emoji, as in the built-in data."""
+    from simplclip.demo.emoji_sources import concepts, square, vendors
+
+    few = concepts()[:: 1800 // count][:count]
+    return [square(vendor.draw(concept)) for vendor in vendors().values() for concept in few]
+
+
+SIZES = ((512, 512), (240, 320), (333, 500), (640, 427), (100, 91), (224, 224), (30, 700))
+PHOTOS = [encode(photo(seed, size), quality=90) for seed, size in enumerate(SIZES)]
+
+
+def real(name, tag):
+    """The preprocessing that open_clip evaluates a pretrained model by."""
+    cfg = merge_preprocess_dict(PreprocessCfg(), get_pretrained_cfg(name, tag))
+    return PreprocessCfg(**cfg | {"size": get_model_config(name)["vision_cfg"]["image_size"]})
+
+
+EVALUATION = {
+    "ViT-B-32": real("ViT-B-32", "openai"),
+    "ViT-B-16-SigLIP": real("ViT-B-16-SigLIP", "webli"),
+    "MobileCLIP2-S0": real("MobileCLIP2-S0", "dfndr2b"),
+    "ViT-B-16-SigLIP2-512": real("ViT-B-16-SigLIP2-512", "webli"),
+    "longest": PreprocessCfg(size=96, resize_mode="longest", interpolation="bilinear", fill_color=128),
+    "longest, not square": PreprocessCfg(size=(96, 64), resize_mode="longest"),
+    "shortest, not square": PreprocessCfg(size=(64, 96), interpolation="bilinear"),
+    "squash, not square": PreprocessCfg(size=(64, 96), resize_mode="squash"),
+}
+
+
+def test_the_preprocessing_of_real_models():
+    assert EVALUATION["ViT-B-32"].mean == (0.48145466, 0.4578275, 0.40821073)
+    assert EVALUATION["ViT-B-16-SigLIP"].resize_mode == "squash"
+    assert EVALUATION["MobileCLIP2-S0"].interpolation == "bilinear"
+
+
+@pytest.fixture
+def horizontal_first(monkeypatch):
+    """Pillow 13 resizes some images vertically first, which moves a fifth of open_clip's pixels by a level."""
+    both = Image.Image.resize
+
+    def resize(image, size, resample, *options):
+        return both(both(image, (size[0], image.height), resample, *options), size, resample, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+
+
+@pytest.mark.parametrize("order", ["horizontal_first", "of_pillow"])
+@pytest.mark.parametrize("name", EVALUATION)
+def test_evaluation_equals_open_clip(name, order, request):
+    drawn = [encode(image, "PNG") for image in drawings()]
+    if order == "horizontal_first":
+        request.getfixturevalue(order)
+    cfg = EVALUATION[name]
+    theirs, ours = image_transform_v2(cfg, is_train=False), ImageTransform(cfg)
+    std = torch.tensor(cfg.std).view(3, 1, 1)
+    for file in (*PHOTOS, *drawn):
+        assert ours.draw(*size_of(file)) == {}
+        found = ours.finish(ours.apply(file, {})[None])[0]
+        expected = theirs(decode_pil(file))
+        assert found.shape == expected.shape
+        levels = (found - expected).abs() * std * 255
+        same_order = order == "horizontal_first"
+        assert levels.max() < (2.01 if same_order else 32)  # overshoots at edges are clipped in another order
+        assert levels.mean() < (0.05 if same_order else 0.25)
+        assert torch.equal(ours(decode_pil(file)), found)
+        assert torch.equal(ours(file), ours.apply(file, {}))
+
+
+def test_what_the_registry_gives_equals_open_clip():
+    for name, cfg in (("siclip-s0", "MobileCLIP2-S0"), ("open_clip:ViT-B-32", "ViT-B-32")):
+        ours = models.transforms(name, train=False)
+        assert isinstance(ours, ImageTransform)
+        assert ours.size == EVALUATION[cfg].input_size[1:]
+        assert ours.mean == tuple(EVALUATION[cfg].mean)
+        assert (
+            ours(decode_pil(PHOTOS[0])) - image_transform_v2(EVALUATION[cfg], False)(decode_pil(PHOTOS[0]))
+        ).abs().max() < 0.02
+
+
+@pytest.mark.slow
+def test_a_real_model_sees_no_difference(tmp_path, monkeypatch):
+    """The built-in teacher on the built-in data, by this library's transform and by PIL."""
+    monkeypatch.setattr(builtin, "STEPS", 40)
+    every = emoji.concepts()
+    monkeypatch.setattr(emoji, "concepts", lambda: every[::20])
+    monkeypatch.setattr(emoji, "HELD_OUT", 40)
+    emoji.build(tmp_path, progress=False)
+    train = data.expand(str(tmp_path / "train-*.tar"))
+    heads, _ = builtin.train(train, device=torch.device("cpu"), precision="fp32", progress=False)
+    model = networks.BuiltinTeacher(heads).eval()
+    cfg = PreprocessCfg(networks.IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash")
+    read = [parse(sample) for path in data.expand(str(tmp_path / "concepts-*.tar")) for sample in read_shard(path, Skipped())]
+    groups = torch.tensor([sample.group for sample in read])
+    ours, theirs = ImageTransform(cfg), image_transform_v2(cfg, is_train=False)
+    with torch.no_grad():
+        texts = model.encode_text(networks.tokenizer()([sample.captions[0] for sample in read]), normalize=True)
+        pixels = ours.finish(transforms.stack([ours(sample.encoded) for sample in read]))
+        found = model.encode_image(pixels, normalize=True)
+        expected = model.encode_image(torch.stack([theirs(sample.image) for sample in read]), normalize=True)
+    assert len(read) == 80
+    assert (found * expected).sum(1).min() > 0.9999
+    right = groups[:, None] == groups
+    for queries, candidates in (((found, texts), (expected, texts)), ((texts, found), (texts, expected))):
+        ranks = []
+        for x, y in (queries, candidates):
+            scores = x @ y.T
+            ranks.append((scores > scores.masked_fill(~right, -2).amax(1, keepdim=True)).sum(1))
+        assert torch.equal(*ranks)
+
+
+def moments(draws):
+    top, left, height, width = torch.tensor(draws, dtype=torch.float64).T
+    values = torch.stack([top, left, height, width, height * width, width / height])
+    return torch.cat([values.mean(1), values.std(1), torch.cov(values)[0]]), values
+
+
+@pytest.mark.parametrize("size", [(512, 512), (300, 400), (90, 400), (400, 90)])
+@pytest.mark.parametrize("augment", [{}, {"scale": (0.08, 1.0)}, {"scale": (0.3, 0.5), "ratio": (0.9, 2.0)}])
+def test_crops_have_the_distribution_of_torchvision(size, augment):
+    ours, count = ImageTransform(PreprocessCfg(), augment), 20_000
+    scale, ratio = augment.get("scale", (0.9, 1.0)), augment.get("ratio", (3 / 4, 4 / 3))
+    torch.manual_seed(1)
+    found, mine = moments([ours.draw(*size)["crop"] for _ in range(count)])
+    image = torch.empty(0, *size)
+    expected, theirs = moments([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)])
+    scatter = torch.cat([theirs.std(1), theirs.std(1), theirs[0].std() * theirs.std(1)]) / count**0.5
+    assert ((found - expected).abs() <= 6 * scatter + 1e-9).all()
+    # Quantiles too: the largest distance of the two distribution functions, with a chance of one in a million.
+    for a, b in zip(mine, theirs):
+        both = torch.cat([a, b]).unique()
+        counts = [torch.searchsorted(values.sort().values, both, right=True) / count for values in (a, b)]
+        assert (counts[0] - counts[1]).abs().max() < 2.7 * (2 / count) ** 0.5
+    top, left, height, width = mine[:4]
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= size[0]).all()
+    assert (left + width <= size[1]).all()
+
+
+def test_a_crop_that_fits_nowhere_is_torchvisions():
+    for size in ((1, 50), (50, 1), (7, 90), (90, 7), (3, 3)):
+        theirs = RandomResizedCrop.get_params(torch.empty(0, *size), (8.0, 9.0), (3 / 4, 4 / 3))
+        assert transforms._draw_crop(*size, (8.0, 9.0), (3 / 4, 4 / 3)) == list(theirs)
+
+
+@pytest.mark.parametrize("file", [PHOTOS[1], PHOTOS[4]])
+def test_pixels_of_a_crop_equal_pils(file, horizontal_first):
+    ours = ImageTransform(PreprocessCfg(size=64), {"scale": (0.2, 0.9)})
+    image = decode_pil(file)
+    for _ in range(20):
+        view = ours.draw(*size_of(file))
+        top, left, height, width = view["crop"]
+        expected = TF.resized_crop(image, top, left, height, width, [64, 64], TF.InterpolationMode.BICUBIC)
+        levels = (ours.render(decode(file), view).int() - TF.pil_to_tensor(expected).int()).abs()
+        assert levels.max() <= 2
+        assert levels.float().mean() < 0.05
+
+
+@pytest.mark.parametrize("size", [256, 128, 64, 31])
+def test_a_jpeg_is_decoded_smaller_where_the_crop_allows(size, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        transforms, "decode", lambda *args, scale, **kw: asked.append(scale) or decode(*args, scale=scale, **kw)
+    )
+    ours, file = ImageTransform(PreprocessCfg(size=size), {"scale": (0.5, 1.0)}), PHOTOS[0]
+    for crop in ([0, 0, 512, 512], [9, 3, 497, 507], [100, 50, 400, 300], [10, 20, 257, 300], [10, 20, 255, 300]):
+        view = {"image": [512, 512], "crop": crop}
+        found = ours.apply(file, view).float()
+        assert found.shape == (3, size, size)
+        expected = max(scale for scale in (1, 2, 4, 8) if scale * size <= min(crop[2:]) or scale == 1)
+        assert asked.pop() == expected
+        whole = ours.render(decode(file), view).float()
+        assert (found - whole).abs().mean() < (4 if expected > 1 else 0.01)
+    ImageTransform(PreprocessCfg(size=size)).apply(file, {})
+    assert asked == [1]  # evaluation is open_clip's
+
+
+AUGMENT = {"scale": (0.3, 1.0), "color_jitter": (0.4, 0.4, 0.4, 0.1), "color_jitter_prob": 0.8, "gray_scale_prob": 0.2}
+
+
+@pytest.mark.parametrize("augment", ["affine", AUGMENT, {}, None])
+def test_views_replay_bit_for_bit(augment):
+    ours = ImageTransform(PreprocessCfg(size=48), augment)
+    for file in (*PHOTOS[:3], encode(photo(3, (60, 70)), "PNG")):
+        torch.manual_seed(5)
+        view = ours.draw(*size_of(file))
+        torch.manual_seed(5)
+        assert torch.equal(ours(file), ours.apply(file, view))
+        again = json.loads(json.dumps(view))
+        assert again == view
+        assert torch.equal(ours.apply(file, again), ours.apply(file, view))
+        if augment in ("affine", AUGMENT):
+            assert len(view["colour"]) == colour.COLUMNS
+            assert torch.tensor(again["colour"]).tolist() == view["colour"]  # float32 holds them
+    assert ("colour" in view) == (augment in ("affine", AUGMENT))
+
+
+def test_draws_come_from_torchs_generator_alone():
+    for augment in ("affine", AUGMENT):
+        ours = ImageTransform(PreprocessCfg(), augment)
+        before, numpys = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+        torch.manual_seed(0)
+        first = [ours.draw(300, 200) for _ in range(20)]
+        assert random.getstate() == before
+        assert (np.random.get_state()[1] == numpys).all()  # noqa: NPY002
+        torch.manual_seed(0)
+        assert [ours.draw(300, 200) for _ in range(20)] == first
+        assert all(view != first[0] for view in first[1:])
+
+
+def test_a_view_fits_an_image_that_was_made_smaller():
+    image = photo(2, (400, 600))
+    small = encode(image.resize((300, 200), Image.Resampling.BICUBIC), quality=95)
+    ours = ImageTransform(PreprocessCfg(size=64), {})
+    view = {"image": [400, 600], "crop": [100, 60, 240, 300]}
+    found, expected = ours.apply(small, view), ours.apply(encode(image, quality=95), view)
+    assert (found.float() - expected.float()).abs().mean() < 4
+    assert ours.apply(encode(image.resize((2, 1))), view).shape == (3, 64, 64)
+
+
+def test_affine_is_what_it_was():
+    """PIL's RandomAffine and ColorJitter, within their rounding to 8 bits at every step."""
+    ours = models.affine(PreprocessCfg(48, mean=(0.5,) * 3, std=(0.5,) * 3))
+    torch.manual_seed(0)
+    for image in drawings(4):
+        view = ours.draw(72, 72)
+        angle, x, y, zoom, *shear = view["affine"]
+        assert -15 <= angle <= 15
+        assert max(abs(x), abs(y)) <= 5
+        assert 0.8 <= zoom <= 1.15
+        assert -5 <= shear[0] <= 5
+        assert shear[1] == 0
+        small = image.resize((48, 48), Image.Resampling.BICUBIC)
+        moved = TF.affine(small, angle, [x, y], zoom, shear, interpolation=TF.InterpolationMode.BILINEAR, fill=[255] * 3)
+        found = ours.render(decode(encode(image, "PNG")), view).float()
+        levels = (found - TF.pil_to_tensor(moved).float()).abs()
+        assert levels.median() <= 1
+        assert (levels > 4).float().mean() < 0.02  # where a drawing touches the edge, which is soft here
+    white = encode(Image.new("RGB", (72, 72), "white"), "PNG")
+    assert all((ours(white) == 255).all() for _ in range(20))  # without a line around the image
+
+
+def by_torchvision(image, row):
+    """One float image by torchvision's functions."""
+    for which in map(int, row[4:8]):
+        image = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)[which](image, row[which])
+    return TF.rgb_to_grayscale(image, 3) if row[8] else image
+
+
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("size", [(48, 48), (400, 500)])
+def test_colours_change_as_torchvisions(count, size):
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(min(count, 6 if size[0] > 48 else count), 3, *size, generator=g)
+    images[0, :, :9] = 0.25  # grey, of which no hue is known
+    images[0, 0, 9:18] = 1
+    torch.manual_seed(2)
+    jitter = ColorJitter(0.9, 0.9, 0.9, 0.5)
+    rows = [colour.draw(jitter, 0.9, 0.3) for _ in images]
+    assert {row[8] for row in rows} <= {0.0, 1.0}
+    expected = torch.stack([by_torchvision(image, row) for image, row in zip(images, rows)])
+    found = colour.change(images.clone(), torch.tensor(rows))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    changed = colour.change(images.clone(memory_format=torch.channels_last), torch.tensor(rows))
+    torch.testing.assert_close(changed, expected, atol=1e-5, rtol=0)
+
+
+def test_draws_of_colour():
+    torch.manual_seed(0)
+    ours = ImageTransform(PreprocessCfg(), AUGMENT)
+    rows = torch.tensor([ours.draw(9, 9)["colour"] for _ in range(6000)], dtype=torch.float64)
+    kept = (rows[:, :4] == torch.tensor([1.0, 1, 1, 0])).all(1)
+    assert abs(kept.double().mean() - 0.2) < 0.03
+    assert abs(rows[:, 8].mean() - 0.2) < 0.03
+    assert abs(torch.corrcoef(torch.stack([kept.double(), rows[:, 8]]))[0, 1]) < 0.06
+    for column, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-0.1, 0.1)]):
+        values = rows[~kept, column]
+        assert low <= values.min() < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.02 * (high - low)
+        assert abs(values.std() - (high - low) / 12**0.5) < 0.02 * (high - low)
+    orders, counts = rows[~kept, 4:8].unique(dim=0, return_counts=True)
+    assert len(orders) == 24
+    assert counts.max() < 1.5 * counts.min()
+    only = [ImageTransform(PreprocessCfg(), {"gray_scale_prob": 0.5}).draw(9, 9)["colour"] for _ in range(200)]
+    assert {tuple(row[:8]) for row in only} == {(1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0)}
+    assert 60 < sum(row[8] for row in only) < 140
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finish(dtype, channels_last):
+    cfg = PreprocessCfg(size=32)
+    ours = ImageTransform(cfg)
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    before = images.clone()
+    for batch in (images, images.contiguous(memory_format=torch.channels_last)):
+        found = ours.finish(batch, dtype=dtype, channels_last=channels_last)
+        expected = TF.normalize(batch / 255, cfg.mean, cfg.std)
+        assert found.dtype == dtype
+        assert found.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        torch.testing.assert_close(found, expected.to(dtype), atol=2e-6 if dtype == torch.float32 else 0.02, rtol=0)
+        assert torch.equal(batch, before)
+        row = [1.3, 1.0, 0.2, 0.1, 3.0, 0.0, 2.0, 1.0, 0.0]
+        changed = ours.finish(batch, torch.tensor([row] * 5), dtype=dtype, channels_last=channels_last)
+        expected = TF.normalize(torch.stack([by_torchvision(image / 255, row) for image in batch]), cfg.mean, cfg.std)
+        torch.testing.assert_close(changed, expected.to(dtype), atol=1e-4 if dtype == torch.float32 else 0.02, rtol=0)
+        assert changed.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        assert torch.equal(batch, before)
+
+
+def test_stack():
+    ours = ImageTransform(PreprocessCfg(size=32), {})
+    images = [ours(file) for file in PHOTOS[:4]]
+    batch = transforms.stack(images)
+    assert torch.equal(batch, torch.stack(images))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_pil_image_is_preprocessed_whole():
+    ours = ImageTransform(PreprocessCfg(size=48), AUGMENT)
+    torch.manual_seed(3)
+    found = ours(decode_pil(PHOTOS[2]))
+    torch.manual_seed(3)
+    view = ours.draw(*size_of(PHOTOS[2]))
+    assert torch.equal(found, ours.finish(ours.render(decode(PHOTOS[2]), view)[None], torch.tensor([view["colour"]]))[0])
+    clear = Image.new("RGBA", (60, 50), (0, 0, 0, 0))
+    white = ImageTransform(PreprocessCfg(size=48))
+    assert torch.equal(white(clear), white(Image.new("RGB", (60, 50), "white")))
+    assert white(Image.new("CMYK", (60, 50))).shape == (3, 48, 48)
+
+
+def test_a_line_is_not_made_gigabytes():
+    file = encode(Image.new("L", (60_000, 1)), "PNG")
+    with pytest.raises(BrokenSample, match="image too large"):
+        ImageTransform(PreprocessCfg(size=224))(file)
+    assert ImageTransform(PreprocessCfg(size=224), {})(file).shape == (3, 224, 224)
+    with pytest.raises(BrokenSample, match="image too large"):
+        ImageTransform(PreprocessCfg(), max_pixels=100)(PHOTOS[0])
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ("flip", "augment: expected 'affine', 'none' or fields of AugmentationCfg, got 'flip'"),
+        ({"scal": (0.1, 1)}, r"augment: expected fields of AugmentationCfg \(scale, .*\), got \{'scal'"),
+        ({"use_timm": True}, "augment.use_timm: expected false, got true"),
+        ({"re_prob": 0.25}, "augment.re_prob: expected none without use_timm, got 0.25"),
+        ({"color_jitter": 0.4}, "augment.color_jitter: expected brightness, contrast, saturation and hue, and"),
+        ({"color_jitter_prob": 0.4}, "augment.color_jitter: .* got None and 0.4"),
+        ({"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4}, "augment.color_jitter: expected"),
+        (AugmentationCfg(re_count=2), "augment.re_count: expected none without use_timm, got 2"),
+    ],
+)
+def test_augmentations_that_are_refused(augment, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTransform(PreprocessCfg(), augment)
+
+
+def test_timms_augmentation_is_open_clips():
+    pytest.importorskip("timm")
+    found = models.transforms("siclip-tiny", train=True, augment={"use_timm": True, "re_prob": 0.25})
+    assert "RandomErasing" in repr(found)
+    assert found(decode_pil(PHOTOS[1])).shape == (3, 48, 48)
+
+
+def test_a_repr_names_what_changes_pixels():
+    cfgs = [PreprocessCfg(), PreprocessCfg(size=32), PreprocessCfg(resize_mode="squash"), PreprocessCfg(mean=(0.0,) * 3)]
+    found = [repr(ImageTransform(cfg, augment)) for cfg in cfgs for augment in (None, "affine", {}, {"scale": (0.5, 1.0)})]
+    assert len(set(found)) == len(found)
+    assert found == [repr(ImageTransform(c, a)) for c in cfgs for a in (None, "affine", {}, {"scale": (0.5, 1.0)})]
+    assert not any(" at 0x" in text for text in found)

@@ -1,0 +1,244 @@
+"""Where splits are read from: JSON and CSV, folders of classes, clip-benchmark's folders; names of classes, phrases."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from pairs import png, write
+
+from simplclip import evaluation
+from simplclip.data.broken import Skipped
+
+PICTURES = ("a.png", "b.png", "sub/c.png")
+
+
+@pytest.fixture
+def images(tmp_path):
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for number, name in enumerate(PICTURES):
+        (tmp_path / "images" / name).write_bytes(png(number))
+    return tmp_path / "images"
+
+
+def entries(what, **options):
+    found = evaluation.source(str(what), **options)
+    return [found.open(item) for item in found.items(Skipped())]
+
+
+def captions(what, **options):
+    return {entry.key: entry.captions for entry in entries(what, **options)}
+
+
+EXPECTED = {"a.png": ["one", "two", "three"], "b.png": ["four"], "sub/c.png": ["five", "five"]}
+PAIRS = [(name, text) for name, texts in EXPECTED.items() for text in texts]
+SENTENCES = [
+    {"filename": name.rpartition("/")[2], "split": "test", "sentences": [{"raw": f" {text} "} for text in texts]}
+    | ({"filepath": "sub"} if "/" in name else {})
+    for name, texts in EXPECTED.items()
+]
+OTHER = {"filename": "gone.png", "split": "train", "sentences": [{"raw": "not of this split"}]}
+FILES = {
+    "karpathy.json": json.dumps({"images": [OTHER, *SENTENCES], "dataset": "flickr30k"}),
+    "coco.json": json.dumps(
+        {
+            "images": [{"id": 7 + i, "file_name": name} for i, name in enumerate(EXPECTED)],
+            "annotations": [{"image_id": 7 + [*EXPECTED].index(name), "caption": text} for name, text in PAIRS],
+        }
+    ),
+    "list.json": json.dumps([{"image": name, "caption": texts} for name, texts in EXPECTED.items()]),
+    "rows.json": json.dumps([{"filepath": name, "caption": text} for name, text in PAIRS]),
+    "open_clip.tsv": "\n".join(["filepath\ttitle", *(f"{name}\t{text}" for name, text in PAIRS)]),
+    "plain.csv": "\n".join(["number,caption,image", *(f'0,"{text}",{name}' for name, text in PAIRS)]),
+    "flickr.csv": "\n".join(["image_name| comment_number| comment", *(f"{name}| 0| {text}" for name, text in PAIRS)]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_tables_of_images_with_several_captions(images, name):
+    file = images / name
+    file.write_text(FILES[name])
+    assert captions(file) == EXPECTED
+    assert captions(file, captions=2) == {key: texts[:2] for key, texts in EXPECTED.items()}
+    elsewhere = images.parent / name
+    elsewhere.write_text(FILES[name])
+    assert [entry.encoded for entry in entries(elsewhere, images=images)] == [png(i) for i in range(3)]
+    if name == "karpathy.json":
+        assert list(captions(images.parent / "karpathy.json", images=images)) == list(EXPECTED)
+        with pytest.raises(ValueError, match="expected images with captions, got none of the split 'val'"):
+            evaluation.source(f"{file}#val")
+
+
+def test_an_image_that_is_gone_is_counted(images):
+    (images / "list.json").write_text(json.dumps([{"image": "gone.png", "caption": "x"}, {"image": "a.png", "caption": "y"}]))
+    split = evaluation.Split(evaluation.source(str(images / "list.json")), None, lambda image: torch.zeros(3, 2, 2))
+    assert [len(batch) for batch in split.read(2)] == [1]
+    assert split.keys == ["a.png"]
+    assert "1 missing image (first: gone.png" in split.report()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "[1", "expected images with captions, as in Karpathy's or COCO's JSON, got another one: JSONDecodeError"),
+        ("a.json", '[{"image": "a.png"}]', "LookupError"),
+        ("a.json", '{"a": 1}', "KeyError: 'images'"),
+        ("a.csv", "name,size\na,1", "expected columns of paths and captions, such as filepath and title, got name, size"),
+        ("a.tsv", "filepath\ttitle\n", "expected images with captions, got none"),
+    ],
+)
+def test_files_that_are_something_else(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluation.source(str(tmp_path / name))
+    assert str(tmp_path / name) in str(error.value)
+    with pytest.raises(ValueError, match="gone.json', which does not exist"):
+        evaluation.source(str(tmp_path / "gone.json"))
+
+
+def test_captions_of_shards(tmp_path):
+    record = json.dumps({"captions": ["one", "two", " ", "three"], "caption": "another"}).encode()
+    single = json.dumps({"caption": "single", "label": 3}).encode()
+    rows = [("a", {"png": png(), "json": record, "txt": b"no"}), ("b", {"png": png(), "txt": b"x\n\n y \nz\n"})]
+    shard = write(tmp_path / "s.tar", [*rows, ("c", {"png": png(), "json": single}), ("d", {"png": png(), "cls": b"4"})])
+    several = ["one", "two", "three", "another"]
+    for limit, a, b in ((None, several[:1], ["x", "y", "z"]), (0, several, ["x", "y", "z"]), (2, several[:2], ["x", "y"])):
+        assert captions(shard, captions=limit) == {"a": a, "b": b, "c": ["single"], "d": []}
+    assert [entry.label for entry in entries(shard)] == [None, None, "3", 4]
+
+
+def test_a_group_s_identical_captions_are_one_and_an_image_s_are_not(tmp_path):
+    def record(group, *texts):
+        return json.dumps({"captions": texts, **({"group": group} if group else {})}).encode()
+
+    rows = [("a", "g", ("x", "x", "y")), ("b", "g", ("x",)), ("c", "h", ("x",)), ("d", None, ("x", "x")), ("e", None, ("x",))]
+    shard = write(tmp_path / "s.tar", [(key, {"png": png(), "json": record(group, *texts)}) for key, group, texts in rows])
+    split = evaluation.Split(evaluation.source(shard, captions=0), None, lambda image: torch.zeros(3, 2, 2))
+    for _ in range(2):  # reading again changes nothing
+        assert sum(map(len, split.read(2))) == 5
+        assert split.groups.tolist() == [0, 0, 1, 2, 3]
+        assert [*zip(split.captions, split.caption_groups.tolist())] == [
+            ("x", 0), ("y", 0), ("x", 1), ("x", 2), ("x", 2), ("x", 3)
+        ]  # fmt: skip
+
+
+def test_an_image_is_right_if_any_of_its_captions_is_near():
+    """The field's definition, by hand: image 0 has captions 0 and 1, image 1 has caption 2."""
+    images = F.normalize(torch.tensor([[1.0, 0.1], [0.0, 1.0]]), dim=1)
+    texts = F.normalize(torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.9, 0.4]]), dim=1)
+    owner = torch.tensor([0, 0, 1])
+    found = evaluation.recall(images, texts, torch.arange(2), owner), evaluation.recall(texts, images, owner, torch.arange(2))
+    assert [figures["R@1"]["value"] for figures in found] == [1.0, pytest.approx(1 / 3)]
+    assert [figures["R@1"]["chance"] for figures in found] == [pytest.approx((2 / 3 + 1 / 3) / 2), 0.5]
+
+
+SYNSETS = ("n02123045", "n01440764", "n02099601")  # tabby, tench, golden retriever
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Three classes of ImageNet, with 3, 2 and 1 images."""
+    for number, name in enumerate(SYNSETS):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for image in range(3 - number):
+            (tmp_path / "val" / name / f"{image}.JPEG").write_bytes(png(10 * number + image, form="JPEG"))
+        (tmp_path / "val" / name / "notes.txt").write_text("x")
+    return tmp_path / "val"
+
+
+def test_a_folder_of_classes(imagenet, tmp_path):
+    found = evaluation.source(str(imagenet))
+    assert found.classes == sorted(SYNSETS)
+    opened = entries(imagenet)
+    assert [entry.label for entry in opened] == [0, 0, 1, 2, 2, 2]
+    assert opened[0].key == "n01440764/0.JPEG"
+
+    def names(file):
+        return evaluation.named(found, *evaluation.class_names(file)).classes
+
+    assert names("imagenet") == ["tench", "Golden Retriever", "tabby cat"]
+    (tmp_path / "three.txt").write_text("Schleie\n\nRetriever\nKatze\n")
+    assert names(tmp_path / "three.txt") == ["Schleie", "Retriever", "Katze"]
+    (tmp_path / "three.json").write_text(json.dumps(dict(zip(SYNSETS, ["Katze", "Schleie", "Retriever"]))))
+    assert names(tmp_path / "three.json") == ["Schleie", "Retriever", "Katze"]
+    (tmp_path / "two.json").write_text('["a", "b"]')
+    with pytest.raises(ValueError, match="classnames: expected a name for each of the 3 folders of .*, got 2"):
+        names(tmp_path / "two.json")
+    (tmp_path / "few.json").write_text('{"n02123045": "a", "x": "b"}')
+    with pytest.raises(ValueError, match="got none for 'n01440764'"):
+        names(tmp_path / "few.json")
+    (imagenet / "n99999999_x").mkdir()
+    with pytest.raises(ValueError, match="expected a name for each of the 4 folders"):
+        evaluation.named(evaluation.source(str(imagenet)), *evaluation.class_names("imagenet"))
+    assert evaluation.source(str(imagenet)).classes[-1] == "n99999999 x"
+
+
+def test_folders_that_are_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a folder with test/nshards.txt .* or with a folder of images for each"):
+        evaluation.source(str(tmp_path))
+    write(tmp_path / "a.tar", [("a", {"png": png()})])
+    with pytest.raises(ValueError, match=r"try its \*.tar"):
+        evaluation.source(str(tmp_path))
+
+
+def test_the_layout_of_clip_benchmark(tmp_path):
+    for split, count in (("test", 2), ("train", 1)):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "nshards.txt").write_text(f"{count}\n")
+        for shard in range(count):
+            write(tmp_path / split / f"{shard}.tar", [(f"{split}{shard}", {"webp": png(form="WEBP"), "cls": b"1"})])
+    (tmp_path / "classnames.txt").write_text("a cat\n\nthe dog\n")
+    found = evaluation.source(str(tmp_path))
+    assert found.classes == ["a cat", "", "the dog"]  # numbers are those of lines
+    assert found.templates is None
+    assert [entry.key for entry in entries(tmp_path)] == ["test0", "test1"]
+    assert [entry.key for entry in entries(tmp_path / "test")] == ["test0", "test1"]
+    assert [entry.key for entry in entries(f"{tmp_path}#train")] == ["train0"]
+    assert evaluation.named(found, ["x", "y"], None).classes == ["x", "y"]
+    (tmp_path / "test" / "nshards.txt").write_text("many")
+    with pytest.raises(ValueError, match="nshards.txt: expected the number of shards, got 'many'"):
+        evaluation.source(str(tmp_path))
+    (tmp_path / "train" / "nshards.txt").write_text("2")
+    with pytest.raises(ValueError, match="1.tar', which does not exist"):
+        evaluation.source(f"{tmp_path}#train")
+    (tmp_path / "dataset_type.txt").write_text("multilabel")
+    with pytest.raises(ValueError, match="expected retrieval or classification, got 'multilabel'"):
+        evaluation.source(f"{tmp_path}#train")
+
+
+def test_names_of_classes(tmp_path):
+    names, synsets = evaluation.class_names("imagenet")
+    assert names == list(open_clip.IMAGENET_CLASSNAMES)
+    assert len(synsets) == 1000
+    assert dict(zip(synsets, names))["n01440764"] == "tench"
+    assert evaluation.class_names(None) == (None, None)
+    with pytest.raises(FileNotFoundError, match="classnames: expected imagenet or a file of names, got 'gone.txt'"):
+        evaluation.class_names("gone.txt")
+    for text, message in (('["a", 3]', "a list of strings"), ("{", "Expecting"), ('["a"]', "at least two names, got 1")):
+        (tmp_path / "n.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            evaluation.class_names(tmp_path / "n.json")
+
+
+def test_phrases_around_names(tmp_path):
+    assert evaluation.phrases(["openai"]) == [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert evaluation.phrases("simple") == [template("{}") for template in open_clip.SIMPLE_IMAGENET_TEMPLATES]
+    (tmp_path / "t.txt").write_text("a {c}\nthe {} here\n")
+    assert evaluation.phrases(["{}", str(tmp_path / "t.txt")]) == ["{}", "a {}", "the {} here"]
+    for bad in ("openia", "{} {}", "{x}", "{} }"):
+        with pytest.raises(ValueError, match="template: expected a phrase with one {} for the label, openai, simple, or"):
+            evaluation.phrases([bad])
+    with pytest.raises(FileNotFoundError, match="gone.txt"):
+        evaluation.phrases(["gone.txt"])
+
+
+def test_labels_need_names(tmp_path):
+    rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(3)]
+    split = evaluation.Split(evaluation.source(write(tmp_path / "s.tar", rows)), None, lambda image: torch.zeros(3, 2, 2))
+    list(split.read(3))
+    split.image_features = torch.eye(3)
+    for names, message in ((None, "the number 0, and no names"), (["a", "b"], "2 of 2 classes")):
+        split.source.classes = names
+        with pytest.raises(ValueError, match=f"classnames: expected a name for each label of .*{message}"):
+            evaluation.zero_shot(None, split, ["{}"], torch.device("cpu"), "fp32")
