@@ -183,8 +183,8 @@ class Loader:
                 if not self._options["num_workers"] or not died(error):
                     raise
                 raise WorkerError(
-                    f"data.workers: a loader process died before its epoch ended: {end(iterator) or repr(error)}. A system that "
-                    "runs out of memory kills processes; fewer data.workers or a smaller batch need less"
+                    f"data.workers: a loader process died before its epoch ended: {end(iterator) or repr(error)}. A system "
+                    "that runs out of memory kills processes; fewer data.workers or a smaller batch need less"
                 ) from error
         if ends:
             yield from self._merged(ends, dataset.batch_size)
