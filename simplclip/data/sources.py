@@ -16,6 +16,8 @@ from simplclip.common.errors import InputError
 from simplclip.data import tables
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import Sample, ShardError, count_samples, matches, read_shard
+from simplclip.data.sidecars import Folders
+from simplclip.data.sidecars import check as check_shards
 from simplclip.data.streams import is_stream, name_of
 from simplclip.data.tables import Columns, Piece
 
@@ -73,6 +75,14 @@ def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
                 skipped.merge(found)
                 raise error if isinstance(error, ShardError) else ShardError(f"{part.name}: {error}") from error
             time.sleep(wait)
+
+
+def check_sidecars(parts: list[Part], folders: Folders) -> None:
+    """Raises InputError if parts have no place for sidecars, and the errors of `sidecars.check`."""
+    for part in parts if folders else ():
+        if part.piece:
+            raise InputError(f"sidecars: expected tars, whose samples have keys, got {part.url!r}")
+    check_shards([part.url for part in parts], folders)
 
 
 def count(parts: list[Part]) -> list[int] | None:
