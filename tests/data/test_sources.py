@@ -1,7 +1,6 @@
 """Where the pairs lie: lists, URLs of a server that fails in every way, commands, tables, folders, weights; dead workers."""
 
 import contextlib
-import csv
 import http.server
 import os
 import shutil
@@ -12,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from pairs import augment, keys, loader, png, resize, sample, text_of, write
+from pairs import augment, keys, loader, png, resize, sample, table, text_of, write
 from runs import bits
 
 from simplclip import data
@@ -239,12 +238,6 @@ def test_a_command_is_taken_from_the_caller_alone(tmp_path):
     write(tmp_path / "names" / "pipe:touch harm.tar", [sample(0)])  # a file of this name is a file
     assert everything(str(tmp_path / "names" / "*.tar"))[0] == names(0, 1)
     assert not (tmp_path / "harm").exists()
-
-
-def table(path, rows, header=("filepath", "title"), separator=","):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter=separator).writerows([header, *rows])
-    return str(path)
 
 
 @pytest.fixture
