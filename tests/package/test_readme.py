@@ -20,8 +20,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from markdown_it import MarkdownIt
 from paths import ROOT
+
+from simplclip import train as trainer
 
 FILES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -80,6 +83,8 @@ def test_python_blocks_run(name, tmp_path):
     lines: list[str] = []
     for first, text in blocks(name, "python"):
         lines += [""] * (first - 1 - len(lines)) + text.splitlines()
+    if name == "README.md":
+        trained(tmp_path)
     program = tmp_path / Path(name).with_suffix(".py").name
     program.write_text("\n".join(lines) + "\n")
     run = subprocess.run(
@@ -87,6 +92,14 @@ def test_python_blocks_run(name, tmp_path):
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, f"{name}: {run.stderr[-3000:]}"
+
+
+def trained(folder: Path) -> None:
+    """The run and the images that the README's program reads."""
+    out = folder / "runs" / "siclip-lite0-emoji"
+    trainer.run(tiny.settings(folder, "run.steps=1", "run.tensorboard=false", f"run.out={out}"))
+    for name in ("cat.jpg", "car.jpg"):
+        (folder / name).write_bytes(tiny.picture(tiny.COLOURS["red"], "ring"))
 
 
 @pytest.mark.parametrize(("name", "words"), commands())
