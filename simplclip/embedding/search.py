@@ -162,7 +162,7 @@ def picture(path: str | os.PathLike, found: dict[str, list[Hit]], about: dict[st
             else:
                 _tile(axis, images[hit.row], x, top)
             say(axis, x, top + 1.11, f"{hit.score:.3f}", 8.5, INK, fontweight="bold")
-            say(axis, x, top + 1.2, wrapped(text, 18, 2), 7.5, MUTED, va="top", linespacing=1.15)
+            say(axis, x, top + 1.2, wrapped(text, 17, 2), 7.5, MUTED, va="top", linespacing=1.15)
         y += lines[query] * row_height + between
     return write(figure, Path(path))
 
