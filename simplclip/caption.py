@@ -1,4 +1,4 @@
-"""Synthetic captions: an open_clip CoCa model captions the images of shards, which are copied with these captions."""
+"""Synthetic captions: an open_clip CoCa model captions the images of shards, whose sidecars get these captions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
 from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Opened, Shards, stable_hash
+from simplclip.data.sidecars import Folders
 
 
 def run(
@@ -37,15 +38,15 @@ def run(
     seed: int = 0,
     batch_size: int = 32,
     max_tokens: int = 30,  # open_clip's default
+    sidecars: Folders = (),
     device: str = "auto",
     precision: str = "fp32",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write the samples of `shards` to shards in `out`, each with up to `n` additional captions of its image.
+    """Write a sidecar of each of `shards` to `out`, with up to `n` additional captions of each image.
 
-    A sample's json gets "captions", its own ones first, and "synthetic", the number of captions by a model at the end. Empty
-    captions, and those that differ from an earlier one only in case and spaces, are dropped. A teacher's features
-    (teacher.npy) are dropped too, since they do not fit the new captions.
+    They hold the json of each sample with "captions", its own ones first, and "synthetic", the number of captions by a model
+    at the end. Empty captions, and those that differ from an earlier one only in case and spaces, are dropped.
 
     Args:
         shards, out: as for `rewrite`; shards that an earlier run finished are kept.
@@ -56,6 +57,7 @@ def run(
         seed: the captions of a sample depend only on the seed, its shard and its key, not on the batch.
         batch_size: images at a time; n captions of each are drawn together.
         max_tokens: most tokens of a caption, including start and end of text; at most the model's context.
+        sidecars: folders that are joined to the shards first, e.g. with the captions of another model.
         device, precision: as for evaluation; precision fp32, bf16, fp16 or auto.
 
     Returns the dict of `rewrite` with "captions", "duplicate", "empty": counts of this run.
@@ -91,7 +93,7 @@ def run(
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
-    options = {"batch_size": batch_size, "progress": progress, "title": "captions"}
+    options = {"batch_size": batch_size, "progress": progress, "title": "captions", "sidecar": True, "sidecars": sidecars}
     summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
     return summary | {name: counts[name] for name in ("captions", "duplicate", "empty")}
 

@@ -66,6 +66,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated."),
 ]
+Sidecars = Annotated[
+    list[str] | None,
+    typer.Option(help="Folder of sidecars to join to the shards first, e.g. with captions. May be repeated."),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -105,7 +109,7 @@ def doctor(
     typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report, why))
 
 
-@app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=taught/*.tar --resume")
+@app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=shards/*.tar --resume")
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")],
     set_: Overrides = None,
@@ -230,7 +234,7 @@ def export(
 )
 def caption(
     shards: Annotated[list[str], typer.Argument(help="Shards to caption: paths, globs or brace patterns.")],
-    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the sidecars.")],
     *,
     model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
     checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
@@ -241,34 +245,38 @@ def caption(
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a caption, including start and end.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images captioned at a time.")] = 32,
+    sidecars: Sidecars = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
-    """Write new shards with synthetic captions by a CoCa model. Repeat the command to continue after a stop."""
+    """Write synthetic captions by a CoCa model into sidecars of the shards. Repeat the command to continue after a stop."""
     from simplclip import caption as captioning
 
-    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    hardware = {"batch_size": batch_size, "sidecars": sidecars or (), "device": device, "precision": precision}
     draws = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     summary = captioning.run(shards, out, model, checkpoint=checkpoint, pretrained=pretrained, **draws, **hardware)
-    typer.echo(f"wrote {summary['written']} of {summary['shards']} shards to {summary['path']}: {summary['samples']} pairs")
+    typer.echo(f"wrote {summary['written']} of {summary['shards']} sidecars to {summary['path']}: {summary['samples']} pairs")
     typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))
 
 
 @app.command(
-    short_help="Write a teacher's features into new shards.",
+    short_help="Write a teacher's features beside shards.",
     epilog="Example: simplclip teacher shards/*.tar --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
 )
 def teacher(
     shards: Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace expressions.")],
-    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    out: Annotated[Path, typer.Option(help="Folder for the sidecars.")],
     *,
     teacher: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            help="builtin, open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model of this library."
+            help="builtin, open_clip:NAME, open_clip:NAME/TAG (open_clip downloads it), or a model or run of this library. "
+            "Several are an ensemble. Default: builtin."
         ),
-    ] = "builtin",
-    checkpoint: Annotated[Path | None, typer.Option(help="File with the teacher's weights.")] = None,
+    ] = None,
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="File with the teacher's weights; one for each of several teachers, or none.")
+    ] = None,
     heads: Annotated[
         Path | None,
         typer.Option(
@@ -276,19 +284,33 @@ def teacher(
             "Default: OUT.heads.safetensors."
         ),
     ] = None,
+    views: Annotated[
+        int, typer.Option(min=0, help="Augmented views of each image, which training replays. 0: the image, not augmented.")
+    ] = 0,
+    config: Annotated[str | None, typer.Option(help="Config of the student, whose augmentation the views have.")] = None,
+    model: Annotated[str | None, typer.Option(help="Or model of the student.")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="Or augmentation, as data.augment. Default: that of the model, else open_clip's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the stored features: fp16 or bf16.")] = "fp16",
     evaluate: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]SHARDS", help="Measure the teacher's retrieval on this split. May be repeated."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples encoded at a time.")] = 64,
+    sidecars: Sidecars = None,
     device: Device = "auto",
     precision: Precision = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the training of the heads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the views and of the training of the heads.")] = 0,
 ) -> None:
-    """Compute a teacher's features of images and captions, and write them into new shards."""
+    """Write a teacher's features of images and captions into sidecars of the shards, which training reads (data.sidecars)."""
     splits = named_splits(evaluate or [], "--evaluate")
+    if not views and (config or model or augment):
+        raise InputError("--config, --model, --augment: expected --views beside them, got none")
     from simplclip import teacher as teachers
 
-    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    seen = teachers.Views(teachers.student_transform(config, model, augment), views, seed) if views else None
+    what = {"views": seen, "dtype": dtype, "sidecars": sidecars or ()}
     files = {"checkpoint": checkpoint, "heads_file": heads, "splits": splits}
-    teachers.run(shards, out, name=teacher, seed=seed, **files, **hardware)
+    hardware = {"batch_size": batch_size, "device": device, "precision": precision}
+    teachers.run(shards, out, name=teacher or "builtin", seed=seed, **what, **files, **hardware)

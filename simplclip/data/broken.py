@@ -1,9 +1,15 @@
-"""Broken samples, and their counts by reason."""
+"""Broken samples, their counts by reason, and broken shards."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+
+from simplclip.common.errors import UserError
+
+
+class ShardError(UserError, RuntimeError):
+    """A shard cannot be opened, or lacks the files that are needed; the message names it."""
 
 
 class BrokenSample(Exception):

@@ -16,9 +16,10 @@ from webdataset import filters
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import size_of
 from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, stable_hash
+from simplclip.data.sidecars import Folders
 from simplclip.data.sources import Part, read_part
 from simplclip.data.tar import Span
-from simplclip.data.transforms import ImageTransform, stack
+from simplclip.data.transforms import ImageTransform, View, stack
 
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
@@ -66,14 +67,23 @@ def seeded(*parts: object) -> Iterator[None]:
         np.random.set_bit_generator(states[2])
 
 
-def pixels_of(transform: ImageTransform | Callable, sample: Opened) -> tuple[torch.Tensor, list[float] | None]:
+def pixels_of(
+    transform: ImageTransform | Callable, sample: Opened, view: View | None = None
+) -> tuple[torch.Tensor, list[float] | None]:
     """The transformed image of a sample, and the change of colour that is left to `ImageTransform.finish`.
 
-    Raises BrokenSample, and RuntimeError for errors of a caller's transform.
+    view: which one, instead of one that is drawn.
+    Raises BrokenSample, ShardError for a caller's transform if there is a view, and RuntimeError for its errors.
     """
     if isinstance(transform, ImageTransform):
-        view = transform.draw(*size_of(sample.encoded, transform.max_pixels))
+        if view is None:
+            view = transform.draw(*size_of(sample.encoded, transform.max_pixels))
         return transform.apply(sample.encoded, view), view.get("colour")
+    if view is not None:
+        raise ShardError(
+            f"sample {sample.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
+            f"got {transform!r}"
+        )
     image = sample.image
     try:
         return transform(image), None
@@ -96,6 +106,7 @@ class Epoch(IterableDataset):
     seed: int
     teacher: bool
     on_error: str
+    sidecars: Folders = ()
     epoch: int = 0
     progress: list[Progress] | None = None  # of each worker, to go on from
 
@@ -148,9 +159,14 @@ class Epoch(IterableDataset):
         opened = parse(sample, self.teacher)
         with seeded(self.seed, self.epoch, opened.place, *filter(None, (sample.get("__copy__"),))):
             drawn = _draw(len(opened.captions), self.captions)
-            pixels, colour = pixels_of(self.transform, opened)
+            number = random.randrange(len(opened.views)) if opened.views else 0
+            pixels, colour = pixels_of(self.transform, opened, opened.views[number] if opened.views else None)
         texts = [opened.captions[i] for i in drawn]
-        features = torch.from_numpy(opened.features[[0, *(1 + i for i in drawn)]]) if self.teacher else None
+        features = None
+        if self.teacher:
+            captions = len(opened.features) - len(opened.captions)  # where those of captions begin
+            features = torch.from_numpy(opened.features[[number, *(captions + i for i in drawn)]])
+            features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
         return pixels, colour, texts, opened.group, sample["__key__"], opened.record, features
 
     def _collate(self, prepared: list[tuple]) -> Batch:
@@ -228,7 +244,7 @@ class _Reading:
         """
         given, skipped, seed = 0, Skipped(), f"{self.epoch.seed}/{self.epoch.epoch}"
         try:
-            for sample in read_part(part, skipped, ahead=not known):
+            for sample in read_part(part, skipped, ahead=not known, sidecars=self.epoch.sidecars):
                 if skipped.counts:
                     counted = skipped.take()
                     if given >= known:

@@ -19,9 +19,10 @@ from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
 from simplclip.data.epoch import Batch, Epoch, Item, Progress
 from simplclip.data.shards import ShardError, check_count
-from simplclip.data.sources import Source, count, parts_of
+from simplclip.data.sidecars import Folders
+from simplclip.data.sources import Source, check_sidecars, count, parts_of
 from simplclip.data.transforms import ImageTransform
-from simplclip.data.workers import start_worker, undisturbed
+from simplclip.data.workers import died, end, following, start_worker, undisturbed
 
 RESTARTS = 3  # of an epoch
 
@@ -167,25 +168,25 @@ class Loader:
             **self._options,
             generator=torch.Generator(),  # otherwise every epoch would draw from the caller's global generator
         )
-        ends = []
-        try:
-            for found in loader:
-                if isinstance(found[0], ShardError):
-                    raise found[0]
-                item = Item(*found)
-                with undisturbed():  # the counts and what the caller does are not left half done
+        ends, iterator = [], iter(loader)
+        with undisturbed(report=False):  # neither the counts nor what the caller does are left half done
+            try:
+                while (found := following(iterator)) is not None:
+                    if isinstance(found[0], ShardError):
+                        raise found[0]
+                    item = Item(*found)
                     self._note(item)
                     if not item.last:
                         yield item.batch, item.size
                     elif item.batch is not None:
                         ends.append(item.batch)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise WorkerError(
-                f"data.workers: a loader process died before its epoch ended (out of memory, the system kills processes; "
-                f"fewer data.workers or a smaller batch need less): {str(error).strip()}"
-            ) from error
+            except (RuntimeError, EOFError, OSError) as error:
+                if not self._options["num_workers"] or not died(error):
+                    raise
+                raise WorkerError(
+                    f"data.workers: a loader process died before its epoch ended: {end(iterator) or repr(error)}. A system "
+                    "that runs out of memory kills processes; fewer data.workers or a smaller batch need less"
+                ) from error
         if ends:
             yield from self._merged(ends, dataset.batch_size)
 
@@ -214,6 +215,7 @@ def make_loader(
     workers: int = 0,
     captions_per_image: int = 1,
     teacher: bool = False,
+    sidecars: Folders = (),
     shuffle: bool = True,
     seed: int = 0,
     drop_last: bool = True,
@@ -227,8 +229,12 @@ def make_loader(
     `Loader.epoch(e)` yields dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
     (`transform.finish` takes both on the device; the images of a caller's own transform are float32 and finished), "text"
     int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict]
-    (the json). With captions_per_image k > 1 "text" is [N, k, L]. With `teacher` also "teacher_image" float16 [N, D̂] and
-    "teacher_text" float16 [N, D̂] or [N, k, D̂], a teacher's features of the images (not augmented) and of the captions drawn.
+    (the json). With captions_per_image k > 1 "text" is [N, k, L].
+
+    With `teacher` there are also "teacher_image" [N, D̂] and "teacher_text" [N, D̂] or [N, k, D̂], float16 or bfloat16, a
+    teacher's features of the images and of the captions drawn. Where the teacher saw views of an image, one of these is drawn
+    in place of the transform's own augmentation, and the features are of the pixels that "image" has; otherwise they are of
+    the image, not augmented.
 
     Order: shards (of tables and folders, pieces of 512 samples) are shuffled, then samples in a buffer of `shuffle_buffer`
     samples per worker; a buffer that holds all of a worker's samples shuffles them fully. Workers divide the shards, or the
@@ -249,7 +255,9 @@ def make_loader(
             exceptions are raised, naming the sample.
         batch_size: samples per batch, N.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
-        teacher: read the features that `simplclip teacher` wrote into the shards; a sample without them raises ShardError.
+        teacher: read the features that `simplclip teacher` wrote; a sample without them raises ShardError.
+        sidecars: folders with further files of the samples, e.g. those of `simplclip teacher`, in the order in which they are
+            joined; see `simplclip.data.sidecars`.
         workers: number of loader processes; 0 reads in the calling process.
         shuffle_buffer: number of samples; of local uncompressed tars it holds their places, of others the encoded files.
         prefetch: batches that each worker prepares ahead.
@@ -260,9 +268,10 @@ def make_loader(
     A loader process that dies is started again, from where the batches are, at most RESTARTS times in an epoch; the batches
     are the same, and `Loader.restarts` says why.
 
-    Raises: ValueError if an argument is out of range or shards match no file. While iterating: ShardError if a teacher's
-    features are missing, or a shard cannot be read and on_error is "stop"; WorkerError if loader processes died more often
-    (never while the caller uses a batch); EmptyEpochError if there is no batch.
+    Raises: ValueError if an argument is out of range or shards match no file; ShardError if a shard has no sidecar or has
+    changed since. While iterating: ShardError if a teacher's features are missing, or a shard cannot be read and on_error is
+    "stop"; WorkerError if loader processes died more often (never while the caller uses a batch); EmptyEpochError if there is
+    no batch.
     """
     check_count("batch_size", batch_size, 1)
     check_count("captions_per_image", captions_per_image, 1)
@@ -272,7 +281,9 @@ def make_loader(
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
     rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
-    dataset = Epoch(parts_of(shards), tokenizer, transform, batch_size, captions_per_image, **rules)
+    parts = parts_of(shards)
+    check_sidecars(parts, sidecars)
+    dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, sidecars=sidecars, **rules)
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}
     return Loader(dataset, drop_last, num_workers=workers, pin_memory=pin_memory, **options)

@@ -1,9 +1,10 @@
-"""Rewrites shards: every sample is copied with new files that a function makes for it, e.g. a teacher's features.
+"""Makes new shards of shards: copies of the samples with new files that a function makes for them, or sidecars, which hold
+the new files alone, e.g. a teacher's features.
 
 The new folder has only complete shards at any moment: a shard gets its name after all of it is on disk. After a crash the
 same command continues with the first unfinished shard, and the result has the same bytes.
 
-    OUT/<name>.tar        the samples of the shard of that name, in the same order
+    OUT/<name>.tar        the samples of the shard of that name, in the same order, or what is new of them
     OUT/meta.json         how they were made; "splits" with the samples, bytes and sha256 of each finished shard
     OUT/LICENSES.md       that of the input folder, if it has one
 """
@@ -45,8 +46,11 @@ from simplclip.data.shards import (
     read_shard,
     usable,
 )
+from simplclip.data.sidecars import Folders, beside, joined, plain_name
+from simplclip.data.sidecars import check as check_sidecars
 
 FORMAT = "simplclip-shards-1"
+SIDECARS = "simplclip-sidecars-1"
 _IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample for other readers
 
 # What becomes of each sample: its new files by suffix, None for one that is dropped; or why it is broken.
@@ -64,6 +68,8 @@ class Making:
     workers: int
     keep_features: bool
     advance: Callable[[int], None]  # called with the number of samples that are written
+    sidecar: bool = False
+    sidecars: Folders = ()
 
 
 def rewrite(
@@ -77,6 +83,8 @@ def rewrite(
     title: str = "samples",
     workers: int = 0,
     keep_features: bool = False,
+    sidecar: bool = False,
+    sidecars: Folders = (),
 ) -> dict[str, Any]:
     """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
@@ -89,6 +97,9 @@ def rewrite(
     Finished shards of an earlier run are kept, unless their input has changed. A second command may add other shards of the
     same folder. Keys of the input folder's meta.json, e.g. the stamp of an earlier rewriting, are copied. Memory: one batch.
 
+    With `sidecar` only the files from `process` are written, of samples that are not broken, and nothing of the input's
+    meta.json; `simplclip.data.sidecars` joins them while reading.
+
     Args:
         out: a new folder, or that of an earlier run with the same `stamp`.
         process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each; None in the place of bytes drops
@@ -100,6 +111,8 @@ def rewrite(
         workers: more than 0 if `process` only submits its work to an executor with so many workers and returns the Future.
             Its samples' images are not decoded then, and it is called by several threads, for several shards at a time.
         keep_features: keep a teacher's features, which still fit.
+        sidecar: write sidecars, not copies.
+        sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions; needs `sidecar`.
 
     Returns: {"path", "shards" (their number), "sources" (name -> input), "written" (by this run), "samples", "skipped" (a
     Skipped), "notes"}.
@@ -111,20 +124,23 @@ def rewrite(
     check_count("batch_size", batch_size, 1)
     out = Path(out).expanduser()
     sources = _named(expand(shards), out)
+    check_sidecars(sources.values(), sidecars)
     folders = folders_of(sources.values())
-    meta = _carried(folders, {*stamp} if keep_features else {"teacher", *stamp}) | json.loads(json.dumps(dict(stamp)))
+    meta = {"format": SIDECARS if sidecar else FORMAT}
+    meta |= {} if sidecar else _carried(folders, {*stamp} if keep_features else {"teacher", *stamp})
+    meta |= json.loads(json.dumps(dict(stamp)))
     with _claimed(out, meta, folders) as finished:
         todo, dropped = {}, 0
         for name, source in sources.items():
             entry, shard = finished.get(name, {}), out / name
             whole = shard.is_file() and shard.stat().st_size == entry.get("bytes")
-            if not whole or identity(source) != entry["source"]:
+            if not whole or not _origin(source, sidecars).items() <= entry.items():
                 todo[name] = source
         kept = sum(finished[name]["samples"] for name in sources if name not in todo)
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
         with Progress(title, total, kept, shown=progress) as bar:
-            making = Making(process, batch_size, workers, keep_features, bar.update)
+            making = Making(process, batch_size, workers, keep_features, bar.update, sidecar, sidecars)
             for name, (entry, count) in _rewritten(todo, out, making):
                 finished[name] = entry
                 dropped += count
@@ -140,7 +156,7 @@ def rewrite(
         fate = "made again" if "teacher" in stamp else "dropped, since it no longer fits"
         notes.append(f"{dropped} samples already had {TEACHER}; it is {fate}.")
     if skipped.counts:
-        notes.append(f"Copied without processing, or lost by damage: {skipped}")
+        notes.append(f"{'Left out' if sidecar else 'Copied without processing'}, or lost by damage: {skipped}")
     for note in notes if progress else ():
         print(note)
     return {
@@ -160,7 +176,7 @@ def _named(files: list[str], out: Path) -> dict[str, str]:
     for file in files:
         if out.resolve() in (Path(file).resolve().parent, Path(file).parent.resolve()):
             raise InputError(f"out: expected another folder than that of the input {file!r}, got {str(out)!r}")
-        name = re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", Path(file).name))
+        name = plain_name(file)
         if name in sources:
             raise InputError(f"shards: expected files of different names, got {sources[name]!r} and {file!r}")
         sources[name] = file
@@ -203,7 +219,12 @@ def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[di
         finished: dict[str, Any] = {}
         if "meta.json" in names:
             former = _read_json(out / "meta.json")
-            if former.pop("format", None) != FORMAT:
+            if (kind := former.get("format")) != meta["format"]:
+                if kind == FORMAT:
+                    raise FileExistsError(
+                        f"out: expected a new folder or one of sidecars, got {out} with copies of the shards, which an "
+                        "earlier version of this command wrote; remove it or choose another folder. Training still reads it"
+                    )
                 raise FileExistsError(f"out: expected a new folder or an earlier run's, got {out} with another meta.json")
             for split in former.pop("splits", {}).values():
                 finished |= split["shards"]
@@ -232,7 +253,13 @@ def _write_meta(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> No
         split = splits.setdefault(re.split(r"[-_.]?\d|\.tar", name)[0] or "data", {"samples": 0, "shards": {}})
         split["samples"] += entry["samples"]
         split["shards"][name] = entry
-    write_atomically(out / "meta.json", json.dumps({"format": FORMAT} | meta | {"splits": splits}, indent=1) + "\n")
+    write_atomically(out / "meta.json", json.dumps(meta | {"splits": splits}, indent=1) + "\n")
+
+
+def _origin(source: str, sidecars: Folders) -> dict[str, Any]:
+    """The part of a shard's entry in meta.json that says what it was made from."""
+    joined = {"sidecars": [identity(path) for path in beside(source, sidecars)]} if sidecars else {}
+    return {"source": identity(source), **joined}
 
 
 def _rewritten(todo: dict[str, str], out: Path, making: Making) -> Iterator[tuple[str, tuple[dict[str, Any], int]]]:
@@ -263,7 +290,8 @@ def _rewritten(todo: dict[str, str], out: Path, making: Making) -> Iterator[tupl
 
 def _rewrite_shard(source: str, target: Path, making: Making, ahead: int) -> tuple[dict[str, Any], int]:
     """Write one shard; return its entry of meta.json, and how many samples had a teacher's features."""
-    need, free = os.path.getsize(source), shutil.disk_usage(target.parent).free
+    need = 0 if making.sidecar else os.path.getsize(source)
+    free = shutil.disk_usage(target.parent).free
     again = "the same command goes on when there is more room"
     if free < need:
         raise InputError(f"out: expected {need:,} free bytes in {target.parent} for {target.name}, got {free:,}; {again}")
@@ -280,9 +308,10 @@ def _write_shard(source: str, target: Path, making: Making, ahead: int) -> tuple
 
     def batches() -> Iterator[tuple[list[Sample], list[Opened]]]:
         nonlocal dropped
-        samples = _whole(read_shard(source, skipped, every=True, ahead=True))
-        while batch := list(islice(samples, making.batch_size)):
-            if not making.keep_features:
+        samples = read_shard(source, skipped, every=not making.sidecar, ahead=True)
+        whole = _whole(joined(samples, source, making.sidecars, skipped) if making.sidecar else samples)
+        while batch := list(islice(whole, making.batch_size)):
+            if not (making.keep_features or making.sidecar):
                 dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
             yield batch, list(usable(batch, skipped, *([lambda opened: None] if making.workers else [])))
 
@@ -301,13 +330,16 @@ def _write_shard(source: str, target: Path, making: Making, ahead: int) -> tuple
             for sample, files in zip(opened, made):
                 if isinstance(files, BrokenSample):
                     skipped.add(files.args[0], sample.place, files.args[1])
+                elif making.sidecar:
+                    count += 1
+                    _add(tar, {"__key__": sample.files["__key__"], **files})
                 else:
                     sample.files.update(files)
-            for sample in batch:
+            for sample in () if making.sidecar else batch:
                 count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in sample)
                 _add(tar, sample)
             making.advance(len(batch))
-    entry = {"samples": count, **identity(target), "source": identity(source)}
+    entry = {"samples": count, **identity(target), **_origin(source, making.sidecars)}
     if skipped.counts:
         entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in sorted(skipped.counts.items())}
     return entry, dropped

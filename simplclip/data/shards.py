@@ -2,8 +2,9 @@
 
 A shard is a tar file, plain or compressed. A sample is the files of one key: an image (jpg, jpeg, png or webp) and its
 caption: json with "captions" (a list) or "caption", else txt; and, if `simplclip teacher` wrote them, a teacher's features of
-both: teacher.npy. The files of a local uncompressed tar are Spans, which are read when the sample is used. Broken samples
-raise `BrokenSample` or are counted in a `Skipped`; a shard that cannot be opened or used raises `ShardError`.
+both, teacher.npy, and the views of the image that it saw, views.json; in the shard or in sidecars. The files of a local
+uncompressed tar are Spans, which are read when the sample is used. Broken samples raise `BrokenSample` or are counted in a
+`Skipped`; a shard that cannot be opened or used raises `ShardError`.
 """
 
 from __future__ import annotations
@@ -26,25 +27,21 @@ import numpy as np
 from PIL import Image
 from webdataset.tariterators import group_by_keys
 
-from simplclip.common.errors import InputError, UserError
+from simplclip.common.errors import InputError
 from simplclip.data import index, tar
-from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.decode import decode_pil
+from simplclip.data.sidecars import TEACHER, VIEWS, Folders, entries, joined
 from simplclip.data.streams import StreamError, is_stream, name_of, opened
 from simplclip.data.tar import Span
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-TEACHER = "teacher.npy"
 UNREADABLE = "cannot be read"  # why a sample is broken whose file is gone
 COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their samples
 KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
 
 Shards = str | os.PathLike | Iterable[str | os.PathLike]  # path, brace expression or glob of local tar files, or several
 Sample = dict[str, Any]  # "__key__", "__url__" (the shard), and by suffix the bytes or a Span of them
-
-
-class ShardError(UserError, RuntimeError):
-    """A shard cannot be opened, or lacks the files that are needed; the message names it."""
 
 
 def check_count(name: str, value: int, least: int) -> None:
@@ -101,7 +98,8 @@ class Opened:
     captions: list[str]  # at least one
     record: dict[str, Any]  # the json, or {}
     files: Sample  # with all bytes
-    features: np.ndarray | None = None  # a teacher's, float16 [1 + C, D̂]: the image's, then those of its C captions in order
+    features: np.ndarray | None = None  # a teacher's [V + C, D̂]: of the image or its V views, then of its C captions in order
+    views: list[dict[str, Any]] | None = None  # that the teacher saw, see `transforms.View`; None: the image, not augmented
 
     @cached_property
     def image(self) -> Image.Image:
@@ -152,14 +150,26 @@ def _files(shard: str, torn: list[str], every: bool, ahead: bool, indexed: bool)
 
 
 def read_shard(
-    shard: str, skipped: Skipped, *, every: bool = False, ahead: bool = False, indexed: bool = True
+    shard: str,
+    skipped: Skipped,
+    *,
+    every: bool = False,
+    ahead: bool = False,
+    indexed: bool = True,
+    sidecars: Folders = (),
 ) -> Iterator[Sample]:
     """The samples of a tar. Damage and duplicate files are counted in `skipped`.
 
-    Suffixes are in lower case. Only images, txt, json and a teacher's features are given, unless `every`.
+    Suffixes are in lower case. Only images, txt, json and a teacher's features and views are given, unless `every`.
     ahead: the contents will be used soon.
     indexed: use the shard's index, if it has one, instead of the tar's headers; the samples are the same.
+    sidecars: folders whose files are joined to the samples, see `simplclip.data.sidecars`.
     """
+    samples = _read_shard(shard, skipped, every, ahead, indexed)
+    return joined(samples, shard, sidecars, skipped) if sidecars else samples
+
+
+def _read_shard(shard: str, skipped: Skipped, every: bool, ahead: bool, indexed: bool) -> Iterator[Sample]:
     name, torn = name_of(shard), []
 
     def double(error: Exception) -> bool:
@@ -236,7 +246,10 @@ def parse(sample: Sample, teacher: bool = False) -> Opened:
     encoded = image_of(sample)
     if encoded is None:
         raise BrokenSample("missing image", "")
-    return Opened(encoded, captions, record, sample, _features(sample, len(captions)) if teacher else None)
+    opened = Opened(encoded, captions, record, sample)
+    if teacher:
+        opened.features, opened.views = _features(opened)
+    return opened
 
 
 def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
@@ -259,42 +272,62 @@ def _not_empty(texts: list[Any]) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
-def _features(sample: Sample, captions: int) -> np.ndarray:
-    place = f"sample {sample['__key__']!r} of shard {sample['__url__']!r}"
-    if TEACHER not in sample:
+def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
+    """A teacher's features of a sample, float16, or bfloat16 as uint16; and the views of its image that they are of."""
+    files, captions, views = opened.files, len(opened.captions), None
+    place = f"sample {files['__key__']!r} of shard {files['__url__']!r}"
+    if TEACHER not in files:
+        decode_pil(opened.encoded)  # a broken image has no features
         raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
-        features = np.load(io.BytesIO(sample[TEACHER]), allow_pickle=False)
-        if features.dtype != np.float16 or features.ndim != 2:
-            raise ValueError(f"expected float16 [1 + C, D], got {features.dtype} {list(features.shape)}")
+        features = np.load(io.BytesIO(files[TEACHER]), allow_pickle=False)
+        if features.dtype not in (np.float16, np.uint16) or features.ndim != 2:
+            raise ValueError(f"expected float16 or uint16 [1 + C, D], got {features.dtype} {list(features.shape)}")
+        if VIEWS in files:
+            views = json.loads(files[VIEWS])
+            if not views or not all(isinstance(view, dict) for view in views):
+                raise ValueError(f"expected views, got {str(views)[:100]}")
     except Exception as error:  # the type depends on the damage
         raise BrokenSample("bad teacher features", error) from None
-    if len(features) != 1 + captions:
+    images = 1 if views is None else len(views)
+    if len(features) != images + captions:
+        seen = "" if views is None else f"{images} views and "
         raise ShardError(
-            f"{place} has teacher features of {len(features) - 1} captions, but {captions} captions: "
-            "the captions have changed since; run `simplclip teacher` on these shards again"
+            f"{place} has teacher features of {seen}{len(features) - images} captions, but {captions} captions: "
+            "the captions have changed since; run `simplclip teacher` on these shards and captions again"
         )
-    return features
+    return features, views
 
 
-def teacher_stamp(shards: list[str]) -> dict[str, Any]:
-    """The teacher in the meta.json beside the shards: "name", "width" D̂, "logit_scale".
+def teacher_stamp(shards: list[str], folders: Folders = ()) -> dict[str, Any]:
+    """The teacher of the samples' features: "name", "width" D̂, "logit_scale", and "views" if it saw views of the images.
 
+    It is that of the last of the sidecars' `folders` whose meta.json names one, else that of the meta.json beside the shards.
     Raises ShardError if there is none, or if the folders of the shards have different ones.
     """
-    folders, found = folders_of(shards), []
-    for folder in folders:
-        try:
-            stamp = json.loads(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
-            found.append(stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])})
-        except (OSError, ValueError, LookupError, TypeError):
+    for folder in reversed(folders):
+        if (found := _stamp(os.path.expanduser(folder))) is not None:
+            return found
+    beside = folders_of(shards)
+    stamps = [_stamp(folder) for folder in beside]
+    for folder, stamp in zip(beside, stamps):
+        if stamp is None:
+            names = " or ".join(os.path.join(place, "meta.json") for place in (*folders, folder))
             raise ShardError(
-                f"shards: expected a teacher's features, but {os.path.join(folder, 'meta.json')} names no teacher; "
-                "make them by `simplclip teacher`, and train on the folder that it writes"
-            ) from None
-        if found[-1] != found[0]:
-            raise ShardError(f"shards: expected features of one teacher, got different ones in {folders[0]!r} and {folder!r}")
-    return found[0]
+                f"shards: expected a teacher's features, but no teacher is named in {names}; make them by "
+                "`simplclip teacher`, and name the folder that it writes in data.sidecars"
+            )
+        if stamp != stamps[0]:
+            raise ShardError(f"shards: expected features of one teacher, got different ones in {beside[0]!r} and {folder!r}")
+    return stamps[0]
+
+
+def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
+    try:
+        stamp = json.loads(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
+        return stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def place_of(sample: Sample) -> str:
@@ -321,8 +354,7 @@ def count_samples(shards: list[str]) -> list[int] | None:
 def _listed_counts(folder: str) -> dict[tuple[str, int], int]:
     """The samples of each (shard, bytes) that the folder's meta.json lists, if there is one."""
     try:
-        splits = json.loads(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
-        entries = [(name, entry) for split in splits for name, entry in split["shards"].items()]
-        return {(name, int(entry["bytes"])): int(entry["samples"]) for name, entry in entries}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        found = entries(folder).items()
+        return {(name, int(entry["bytes"])): int(entry["samples"]) for name, entry in found}
+    except (ValueError, LookupError, TypeError):
         return {}

@@ -16,6 +16,8 @@ from simplclip.common.errors import InputError
 from simplclip.data import tables
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import Sample, ShardError, count_samples, matches, read_shard
+from simplclip.data.sidecars import Folders
+from simplclip.data.sidecars import check as check_shards
 from simplclip.data.streams import is_stream, name_of
 from simplclip.data.tables import Columns, Piece
 
@@ -44,18 +46,22 @@ class Part:
         """The name in messages and seeds, which does not change if the data moves."""
         return self.label or name_of(self.url)
 
-    def read(self, skipped: Skipped, *, ahead: bool = False) -> Iterator[Sample]:
-        samples = self.piece.read(self.url, skipped) if self.piece else read_shard(self.url, skipped, ahead=ahead)
+    def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
+        """options: of `read_shard`."""
+        samples = self.piece.read(self.url, skipped) if self.piece else read_shard(self.url, skipped, **options)
         return ({**sample, "__shard__": self.label} for sample in samples) if self.label else samples
 
 
-def read_part(part: Part, skipped: Skipped, *, ahead: bool = False) -> Iterator[Sample]:
-    """The samples of a part. One that cannot be read is tried again, from where it failed, and then raises ShardError."""
+def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
+    """The samples of a part. One that cannot be read is tried again, from where it failed, and then raises ShardError.
+
+    options: of `read_shard`.
+    """
     given = 0
     for wait in (*RETRIES, None):
         found = Skipped()
         try:
-            for number, sample in enumerate(part.read(found, ahead=ahead), 1):
+            for number, sample in enumerate(part.read(found, **options), 1):
                 counted = found.take() if found.counts else None
                 if number > given:  # the others were given, and what is between them counted, by an earlier try
                     given = number
@@ -69,6 +75,14 @@ def read_part(part: Part, skipped: Skipped, *, ahead: bool = False) -> Iterator[
                 skipped.merge(found)
                 raise error if isinstance(error, ShardError) else ShardError(f"{part.name}: {error}") from error
             time.sleep(wait)
+
+
+def check_sidecars(parts: list[Part], folders: Folders) -> None:
+    """Raises InputError if parts have no place for sidecars, and the errors of `sidecars.check`."""
+    for part in parts if folders else ():
+        if part.piece:
+            raise InputError(f"sidecars: expected tars, whose samples have keys, got {part.url!r}")
+    check_shards([part.url for part in parts], folders)
 
 
 def count(parts: list[Part]) -> list[int] | None:

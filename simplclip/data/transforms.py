@@ -79,7 +79,7 @@ class ImageTransform:
         if self.augment == "affine":
             a = self._affine
             angle, shift, zoom, shear = a.get_params(a.degrees, a.translate, a.scale, a.shear, list(self.size[::-1]))
-            view["affine"] = [angle, *shift, zoom, *shear]
+            view |= {"size": list(self.size), "affine": [angle, *shift, zoom, *shear]}
         elif self.augment is not None:
             crop = _draw_crop(height, width, self.augment.scale, self.augment.ratio or RATIO)
             view |= {"image": [height, width], "crop": crop}
@@ -110,9 +110,10 @@ class ImageTransform:
             return F.resize(crop, list(self.size), BICUBIC)[0]
         if "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
+            shift = [x * (self.size[1] / view["size"][1]), y * (self.size[0] / view["size"][0])]
             # On the negative, outside which is black: torchvision draws a grey line around an image on another colour.
             negative = ~F.resize(image, list(self.size), BICUBIC)
-            return ~F.affine(negative, angle, [x, y], zoom, shear, interpolation=BILINEAR)
+            return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
         size, interpolation = self._resized(*image.shape[1:])
         return center_crop_or_pad(F.resize(image, size, interpolation), list(self.size), self.fill)
 

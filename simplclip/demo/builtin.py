@@ -21,7 +21,9 @@ from simplclip.common.progress import Progress
 from simplclip.data import EmptyEpochError
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import count_samples, read_shard, usable
-from simplclip.demo.teacher import IMAGE_SIZE, BuiltinTeacher, Heads, Transform, load_heads, save_heads, tokenizer
+from simplclip.data.sidecars import Folders
+from simplclip.data.transforms import ImageTransform
+from simplclip.demo.teacher import IMAGE_SIZE, BuiltinTeacher, Heads, load_heads, save_heads, tokenizer, transform
 from simplclip.losses import ClipPMLoss
 
 STEPS = 300
@@ -32,9 +34,9 @@ VIEWS = 3  # augmented images of each image, besides itself
 MAX_SCALE = 40.0  # with a sharper softmax the teacher would only tell which training pairs match
 
 
-def load(path: str | os.PathLike) -> tuple[BuiltinTeacher, Transform, Callable]:
+def load(path: str | os.PathLike) -> tuple[BuiltinTeacher, ImageTransform, Callable]:
     """The teacher with the heads of a file, its transform and tokenizer. Raises the errors of `load_heads`."""
-    return BuiltinTeacher(load_heads(path)), Transform(), tokenizer()
+    return BuiltinTeacher(load_heads(path)), transform(), tokenizer()
 
 
 def prepare(files: list[str], heads_file: Path, **options: Any) -> str:
@@ -61,7 +63,13 @@ class Pairs:
 
 
 def train(
-    files: list[str], *, device: torch.device, precision: str, seed: int = 0, progress: bool = True
+    files: list[str],
+    *,
+    device: torch.device,
+    precision: str,
+    seed: int = 0,
+    progress: bool = True,
+    sidecars: Folders = (),
 ) -> tuple[Heads, int]:
     """Heads for the built-in teacher from the pairs of `files`, and the number of these pairs.
 
@@ -71,19 +79,20 @@ def train(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pairs = features(files, device, precision, progress)
+        pairs = features(files, device, precision, progress, sidecars)
         return _fit(pairs, random.Random(seed), device, precision, progress), len(pairs.groups)
 
 
 @torch.no_grad()
-def features(files: list[str], device: torch.device, precision: str, progress: bool) -> Pairs:
+def features(files: list[str], device: torch.device, precision: str, progress: bool, sidecars: Folders = ()) -> Pairs:
     """The frozen networks' features of all pairs. Augmentation draws from torch's global generator."""
     model, skipped = BuiltinTeacher(Heads()).to(device).eval(), Skipped()
-    plain, augmented = Transform(), models.affine(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3))
+    plain, augmented = transform(), models.affine(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3))
     images, rows, captions, groups = [], {}, [], []
 
     def all_views():
-        for sample in usable((sample for file in files for sample in read_shard(file, skipped)), skipped):
+        samples = (sample for file in files for sample in read_shard(file, skipped, sidecars=sidecars))
+        for sample in usable(samples, skipped):
             groups.append(sample.group)
             captions.append([rows.setdefault(text, len(rows)) for text in sample.captions])
             yield torch.stack([plain(sample.image), *(augmented(sample.image) for _ in range(VIEWS))])

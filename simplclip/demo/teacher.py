@@ -11,15 +11,15 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from simplclip.common.files import write_atomically
+from simplclip.data.transforms import ImageTransform
 from simplclip.demo import weights
 from simplclip.train.checkpoint import CheckpointError
 
@@ -102,15 +102,10 @@ class BuiltinTeacher(nn.Module):
         return F.normalize(x, dim=-1) if normalize else x
 
 
-class Transform:
-    """RGB -> float32 [3, IMAGE_SIZE, IMAGE_SIZE] from -1 to 1, as in the training of EfficientNet-Lite0; not cropped."""
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-    def __repr__(self) -> str:
-        return f"Transform({IMAGE_SIZE})"
+def transform() -> ImageTransform:
+    """Images to [3, IMAGE_SIZE, IMAGE_SIZE] from -1 to 1, as in the training of EfficientNet-Lite0; not cropped."""
+    half = (0.5,) * 3
+    return ImageTransform(PreprocessCfg(IMAGE_SIZE, mean=half, std=half, interpolation="bicubic", resize_mode="squash"))
 
 
 def tokenizer():

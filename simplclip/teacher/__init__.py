@@ -1,9 +1,11 @@
-"""Teachers: models whose features are computed once and written into shards, so that training never loads one.
+"""Teachers: models whose features are computed once and written into sidecars, so that training never loads one.
 
-`simplclip.encoder` loads one; features.py is `simplclip teacher`, which writes features and measures retrieval.
+`simplclip.encoder` loads one; features.py is `simplclip teacher`, which writes features, of an image or of augmented views of
+it, and measures retrieval; ensemble.py makes one teacher of several.
 """
 
 from simplclip.encoder import load
-from simplclip.teacher.features import evaluate, run, write
+from simplclip.teacher.ensemble import Ensemble
+from simplclip.teacher.features import Views, evaluate, run, student_transform, write
 
-__all__ = ["evaluate", "load", "run", "write"]
+__all__ = ["Ensemble", "Views", "evaluate", "load", "run", "student_transform", "write"]

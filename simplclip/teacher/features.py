@@ -1,51 +1,121 @@
-"""`simplclip teacher`: writes a teacher's features into shards, and measures its retrieval."""
+"""`simplclip teacher`: writes a teacher's features of shards into sidecars, and measures its retrieval."""
 
 import io
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
+from open_clip.transform import PreprocessCfg
+from torch import Tensor
 
-from simplclip import evaluation
+from simplclip import evaluation, models
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import TEACHER, Opened, Shards, expand
+from simplclip.data.shards import Opened, Shards, check_count, expand
+from simplclip.data.sidecars import TEACHER, VIEWS, Folders
+from simplclip.data.transforms import ImageTransform
+from simplclip.data.views import augmentation, draw
 from simplclip.encoder import BUILTIN, Encoder, load
+from simplclip.teacher.ensemble import Ensemble
+from simplclip.train import config as configs
+from simplclip.train.state import image_transform
+
+DTYPES = ("fp16", "bf16")
+
+
+@dataclass
+class Views:
+    """The views of each image that a teacher sees: `number` of them, drawn from the augmentation of a student's transform."""
+
+    transform: ImageTransform
+    number: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("views", self.number, 1)
+        if augmentation(self.transform) == "none":
+            raise InputError("views: expected a transform that augments, got one without, whose views are all equal")
+
+    def stamp(self) -> dict[str, Any]:
+        return {"number": self.number, "augment": augmentation(self.transform), "seed": self.seed}
 
 
 def write(
-    shards: Shards, out: str | os.PathLike, teacher: Encoder, *, batch_size: int = 64, progress: bool = True
+    shards: Shards,
+    out: str | os.PathLike,
+    teacher: Encoder | Sequence[Encoder],
+    *,
+    views: Views | None = None,
+    dtype: str = "fp16",
+    sidecars: Folders = (),
+    batch_size: int = 64,
+    progress: bool = True,
 ) -> dict[str, Any]:
-    """Write `shards` to the folder `out` with a teacher.npy in each sample, and the teacher in meta.json.
+    """Write a sidecar of each shard to the folder `out`: a teacher.npy for each sample, and the teacher in meta.json.
 
-    teacher.npy is float16 [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
-    `shards.captions_of`. See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
+    teacher.npy is [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
+    `shards.captions_of`. With k `views` it is [k + C, D̂], and views.json has the views, which `make_loader` replays. It is
+    float16, or with dtype "bf16" bfloat16, stored as uint16, which numpy has. Several teachers are an `Ensemble`.
 
-    batch_size: number of samples, and of captions, encoded at a time.
+    sidecars: folders that are joined to the shards first, e.g. with captions of `simplclip caption`.
+    batch_size: number of samples, of views, and of captions, encoded at a time.
+
+    See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+    teachers = Ensemble([teacher] if isinstance(teacher, Encoder) else list(teacher))
 
     def process(samples: list[Opened]) -> list[dict[str, bytes]]:
-        images = teacher.encode_image([sample.image for sample in samples], batch_size).half().cpu().numpy()
-        captions = [caption for sample in samples for caption in sample.captions]
-        texts = teacher.encode_text(captions, batch_size).half().cpu().numpy()
-        ends = np.cumsum([len(sample.captions) for sample in samples])[:-1]
-        return [
-            {TEACHER: _npy(np.concatenate([image[None], rows]))}
-            for image, rows in zip(images, np.split(texts, ends), strict=True)
-        ]
+        files: list[dict[str, bytes]] = [{} for _ in samples]
+        if views is None:
+            images = teachers.encode_image(samples)[:, None]
+        else:
+            drawn = [draw(views.transform, sample, views.number, views.seed) for sample in samples]
+            images = torch.stack([teachers.encode_views(samples, one) for one in zip(*drawn)], 1)
+            files = [{VIEWS: json.dumps(of_one).encode()} for of_one in drawn]
+        captions = [sample.captions for sample in samples]
+        texts = teachers.encode_text([text for several in captions for text in several], batch_size)
+        rows = zip(images, texts.split([len(several) for several in captions]), strict=True)
+        return [{TEACHER: _npy(torch.cat(parts), dtype), **others} for parts, others in zip(rows, files)]
 
-    return rewrite(
-        shards, out, process, stamp={"teacher": teacher.stamp()}, batch_size=batch_size, progress=progress, title="teacher"
-    )
+    about = teachers.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
+    options = {"batch_size": batch_size, "progress": progress, "title": "teacher"}
+    return rewrite(shards, out, process, stamp={"teacher": about}, sidecar=True, sidecars=sidecars, **options)
 
 
-def _npy(rows: np.ndarray) -> bytes:
+def _npy(rows: Tensor, dtype: str) -> bytes:
     file = io.BytesIO()
-    np.save(file, rows, allow_pickle=False)
+    array = rows.half().numpy() if dtype == "fp16" else rows.bfloat16().view(torch.uint16).numpy()
+    np.save(file, array, allow_pickle=False)
     return file.getvalue()
+
+
+def student_transform(config: str | None = None, model: str | None = None, augment: str | None = None) -> ImageTransform:
+    """The transform of a student in training: that of a config (file or name), or of a model and an augmentation.
+
+    With neither it is open_clip's own augmentation. augment: as data.augment, a mapping as YAML. Raises InputError for one
+    whose draws cannot be stored, such as timm's.
+    """
+    fields = yaml.safe_load(augment) if augment else None
+    if config is not None:
+        if model is not None or augment is not None:
+            raise InputError("config: expected no model and no augment beside it, which it names")
+        found = image_transform(configs.load(config, ()))
+    elif model is not None:
+        found = models.transforms(model, train=True, augment=fields)
+    else:
+        found = ImageTransform(PreprocessCfg(), None if fields == "none" else fields or {})
+    if not isinstance(found, ImageTransform):
+        raise InputError(f"augment: expected one whose draws can be stored (without use_timm), got {found!r}")
+    return found
 
 
 def evaluate(
@@ -64,10 +134,13 @@ def run(
     shards: Shards,
     out: str | os.PathLike,
     *,
-    name: str = BUILTIN,
-    checkpoint: str | os.PathLike | None = None,
+    name: str | Sequence[str] = BUILTIN,
+    checkpoint: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     heads_file: str | os.PathLike | None = None,
     splits: Mapping[str, str] | None = None,
+    views: Views | None = None,
+    dtype: str = "fp16",
+    sidecars: Folders = (),
     batch_size: int = 64,
     device: str = "auto",
     precision: str = "auto",
@@ -76,10 +149,16 @@ def run(
 ) -> dict[str, Any]:
     """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
 
+    name, checkpoint: of a teacher, see `simplclip.encoder.load`; or of several, with a checkpoint for each or none.
     heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
     and saved there: on the shards named train* if there are any, else on all shards.
-    splits: name -> shards on which the teacher's retrieval is measured.
+    splits: name -> shards on which the teacher's retrieval is measured, of several teachers that of each.
+    views, dtype, sidecars, batch_size: see `write`.
     """
+    names = [name] if isinstance(name, str) else list(name)
+    checkpoints = list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [checkpoint] * (checkpoint is not None)
+    if len(checkpoints) not in (0, len(names)):
+        raise InputError(f"checkpoint: expected one for each of {len(names)} teachers or none, got {len(checkpoints)}")
     files = expand(shards)
     for split in (splits or {}).values():
         evaluation.source(split)  # raises its error before the work
@@ -87,21 +166,33 @@ def run(
     precision, _ = hardware.pick_precision(precision, place)
     hardware.set_threads(None)
     say = print if progress else lambda line: None
-    if name == BUILTIN:
-        if checkpoint is not None:
-            raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(checkpoint)!r}")
-        checkpoint = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
-        prepare = plugins.load("teachers", name).prepare
-        note = prepare(files, checkpoint, seed=seed, device=place, precision=precision, progress=progress)
-    elif heads_file is not None:
-        raise InputError(f"heads: expected none, since the teacher {name!r} has no heads, got {str(heads_file)!r}")
-    teacher = load(name, checkpoint, device=place, precision=precision)
-    if name == BUILTIN:
-        say(note)
-    summary = write(files, out, teacher, batch_size=batch_size, progress=progress)
-    say(f"wrote {summary['path']}: {summary['samples']} samples with features of {name}, width {teacher.width}")
-    figures = evaluate(teacher, splits or {}, batch_size=batch_size)
-    for split, directions in figures.items():
-        shown = (f"{direction.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for direction, found in directions.items())
-        say(f"{split}: {', '.join(shown)}")
-    return summary | {"teacher": teacher.stamp(), "figures": figures}
+    if heads_file is not None and BUILTIN not in names:
+        raise InputError(
+            f"heads: expected none, since the teacher {' + '.join(names)!r} has no heads, got {str(heads_file)!r}"
+        )
+    encoders = []
+    for source, weights in zip(names, checkpoints or [None] * len(names)):
+        note = None
+        if source == BUILTIN:
+            if weights is not None:
+                raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(weights)!r}")
+            weights = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
+            options = {"seed": seed, "device": place, "precision": precision, "progress": progress, "sidecars": sidecars}
+            note = plugins.load("teachers", source).prepare(files, weights, **options)
+        encoders.append(load(source, weights, device=place, precision=precision))
+        if note:
+            say(note)
+    options = {"views": views, "dtype": dtype, "sidecars": sidecars, "batch_size": batch_size, "progress": progress}
+    summary = write(files, out, encoders, **options)
+    about = Ensemble(encoders).stamp()
+    seen = "" if views is None else f" of {views.number} views of each image"
+    what = f"features of {about['name']}{seen}, width {about['width']}"
+    say(f"wrote {summary['path']}: {summary['samples']} samples with {what}")
+    figures = {}
+    for encoder in encoders:
+        whose = "" if len(encoders) == 1 else f" ({encoder.name})"
+        for split, directions in evaluate(encoder, splits or {}, batch_size=batch_size).items():
+            figures[split + whose] = directions
+            shown = (f"{d.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for d, found in directions.items())
+            say(f"{split}{whose}: {', '.join(shown)}")
+    return summary | {"teacher": about, "figures": figures}

@@ -64,7 +64,8 @@ class DataConfig(Section):
         description="a shard that cannot be read after several tries is skipped and counted, or ends (stop) the run",
     )
     sidecars: list[str] = Field(
-        [], description="folders of tars with further files of the samples, e.g. a teacher's features"
+        [],
+        description="folders of `simplclip teacher` and `simplclip caption`, whose files are joined to the samples",
     )
     decode: Literal["cpu", "gpu"] = Field("cpu", description="where JPEGs are decoded; gpu: by nvJPEG")
     max_pixels: int | None = Field(
@@ -72,7 +73,8 @@ class DataConfig(Section):
     )
     augment: str | dict[str, Any] | None = Field(
         None,
-        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: the model's default",
+        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views "
+        "which the teacher saw, else the model's default",
     )
     options: dict[str, Any] = Field({}, description="further keyword arguments for `simplclip.data.make_loader`")
 

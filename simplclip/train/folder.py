@@ -14,7 +14,8 @@ from simplclip.common.files import differences, fcntl
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 
-# Settings that may differ from the checkpoint's, since they do not change the result. So may the folder of data.train.
+# Settings that may differ from the checkpoint's, since they do not change the result. So may the folders of data.train
+# and data.sidecars.
 _FREE = ("data.micro_batch", "data.on_error", "loss.scratch_mib", "model.recompute", "eval.", "run.")
 _NOT_FREE = ("run.seed", "run.precision")
 _held: set[int] = set()  # descriptors of this process's locks
@@ -130,8 +131,9 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
     if config.data.workers is None:
         config = _with(config, workers=was.data.workers)
     old, new = was.to_dict(), config.to_dict()
-    if _names(old["data"]["train"]) == _names(new["data"]["train"]):
-        old["data"]["train"] = new["data"]["train"]
+    for key in ("train", "sidecars"):
+        if _names(old["data"][key]) == _names(new["data"][key]):
+            old["data"][key] = new["data"][key]
     changed = differences(old, new)
     changed = {k: v for k, v in changed.items() if k in _NOT_FREE or not k.startswith(_FREE)}
     if changed:

@@ -248,7 +248,8 @@ def _loss(this: Training) -> str:
     weights = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in this.objective.schedules)
     if this.teacher is None:
         return f"{type(this.loss).__name__}: {weights}"
-    stored = f"features of {this.teacher['name']}, {this.teacher['width']} wide, are read from the shards"
+    views = f" of {this.teacher['views']['number']} views of each image" if "views" in this.teacher else ""
+    stored = f"features of {this.teacher['name']}, {this.teacher['width']} wide,{views} are read from the data"
     return f"{type(this.loss).__name__}: {weights}; {stored}; no teacher is in memory"
 
 

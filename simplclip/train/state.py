@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
 from simplclip.common import hardware
+from simplclip.data.views import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
@@ -31,9 +32,9 @@ class Training:
 
     def __init__(self, config: Config, device: torch.device, precision: str, state: dict[str, Any] | None = None):
         self.config, self.device, self.precision = config, device, precision
-        c, m = config.data, config.model
-        self.transform = models.transforms(m.name, train=True, augment=c.augment, image_size=m.image_size)
+        self.transform = image_transform(config)
         self.teacher = self.read_teacher() if config.loss.needs_teacher else None
+        self._check_views()
         self.model = build_model(config)
         self.blocks = [module for module in self.model.modules() if isinstance(module, SimplifiedBlock)]
         self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
@@ -72,8 +73,20 @@ class Training:
             checkpoint.set_rng_state(state["rng"])
 
     def read_teacher(self) -> dict[str, Any]:
-        """Name, width and scale of the teacher whose features the shards have."""
-        return data.teacher_stamp([part.url for part in data.parts_of(self.config.data.pairs, "data.train")])
+        """Name, width and scale of the teacher whose features the samples have."""
+        c = self.config.data
+        return data.teacher_stamp([part.url for part in data.parts_of(c.pairs, "data.train")], c.sidecars)
+
+    def _check_views(self) -> None:
+        """Raises ConfigError if data.augment is another augmentation than that of the views that the teacher saw."""
+        if self.config.data.augment is None or not self.teacher or "views" not in self.teacher:
+            return
+        wanted, stored = augmentation(self.transform), self.teacher["views"]["augment"]
+        if wanted != stored:
+            raise ConfigError(
+                f"data.augment: expected null, or {stored!r} as in the views that the teacher {self.teacher['name']} saw and "
+                f"training replays, got {wanted!r}"
+            )
 
     def sources(self) -> Any:
         """The source of `inherit`."""
@@ -134,6 +147,12 @@ class Training:
         with torch.no_grad():
             tokens = models.tokenizer(self.config.model.name)(["a"]).to(self.device)
             return self.model.eval().encode_text(tokens).shape[-1]
+
+
+def image_transform(config: Config) -> Any:
+    """The augmenting transform of the config's images."""
+    augment, size = config.data.augment, config.model.image_size
+    return models.transforms(config.model.name, train=True, augment=augment, image_size=size)
 
 
 def model_options(config: Config) -> dict[str, Any]:

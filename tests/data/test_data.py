@@ -356,5 +356,5 @@ def test_the_stamp_of_a_folder(tmp_path):
     with pytest.raises(data.ShardError, match="features of one teacher, got different ones in '.*a' and '.*b'"):
         data.teacher_stamp(path("a", "b"))
     for names in (("c",), ("none",)):
-        with pytest.raises(data.ShardError, match=r"meta.json names no teacher; make them by `simplclip teacher`"):
+        with pytest.raises(data.ShardError, match=r"no teacher is named in .*meta.json; make them by `simplclip teacher`"):
             data.teacher_stamp(path(*names))

@@ -4,10 +4,11 @@ import hashlib
 import json
 from collections import Counter
 
+import numpy as np
 import open_clip
 import pytest
 import torch
-from pairs import call, members, meta, one_line, png, sample, write
+from pairs import call, members, meta, npy, one_line, png, sample, write
 
 from simplclip import caption, models
 from simplclip.data import shards
@@ -87,14 +88,20 @@ def run(source, out, weights, **options):
     return caption.run(str(source), out, NAME, checkpoint=weights, **options)
 
 
-def read(folder):
+def read(folder, *sidecars):
     """Key -> the sample's files, of all shards."""
-    paths = sorted(folder.glob("*.tar"))
-    return {s["__key__"]: s for path in paths for s in map(shards.contents, shards.read_shard(str(path), shards.Skipped()))}
+    found = (
+        sample
+        for path in sorted(folder.glob("*.tar"))
+        for sample in shards.read_shard(str(path), shards.Skipped(), sidecars=sidecars)
+    )
+    return {sample["__key__"]: sample for sample in map(shards.contents, found)}
 
 
-def records(folder):
-    return {key: json.loads(files["json"]) for key, files in read(folder).items()}
+def records(sidecars):
+    found = {name: data for path in sidecars.glob("*.tar") for name, data in members(path).items()}
+    assert all(name.endswith(".json") for name in found)
+    return {name.removesuffix(".json"): json.loads(data) for name, data in found.items()}
 
 
 def test_captions_come_after_the_samples_own(source, captioned, weights):
@@ -109,31 +116,31 @@ def test_captions_come_after_the_samples_own(source, captioned, weights):
         assert all(text == " ".join(text.split()) and "_of_text" not in text for text in record["captions"])
         assert len(set(record["captions"])) == len(record["captions"])
         assert record.get("group") == (int(key[1:]) // 2 if key[0] == "k" else None)
-    for key, files in read(out).items():
+    for key, files in read(source, out).items():
+        assert shards.parse(files).captions == found[key]["captions"]
         assert all(files[suffix] == before[key][suffix] for suffix in {"png", "txt"} & before[key].keys())
     about = meta(out)["caption"]
     assert about["model"] == NAME
     assert about["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert shards.count_samples([str(path) for path in out.glob("*.tar")]) == 8
+    assert sorted(shards.count_samples([str(path) for path in out.glob("*.tar")])) == [3, 5]
 
 
-def test_more_captions_for_shards_that_have_some(captioned, weights, tmp_path):
-    run(captioned[0] / "*.tar", tmp_path, weights, seed=1, n=1)
+def test_more_captions_for_shards_that_have_some(source, captioned, weights, tmp_path):
+    run(source / "*.tar", tmp_path, weights, seed=1, n=1, sidecars=[captioned[0]])
     once = records(captioned[0])
     for key, record in records(tmp_path).items():
         assert record["captions"][:-1] == once[key]["captions"]
         assert record["synthetic"] == 3
 
 
-def test_features_of_the_former_captions_go(weights, tmp_path):
+def test_features_of_the_former_captions_are_an_error(weights, tmp_path):
     key, files = sample(1)
-    write(tmp_path / "a.tar", [(key, {**files, "teacher.npy": b"features", "seg.png": b"kept"})])
-    (tmp_path / "meta.json").write_text(json.dumps({"teacher": {"name": "x"}, "kept": 1}))
-    summary = run(tmp_path / "a.tar", tmp_path / "out", weights)
-    assert summary["notes"] == ["1 samples already had teacher.npy; it is dropped, since it no longer fits."]
-    assert sorted(members(tmp_path / "out" / "a.tar")) == [f"{key}.{suffix}" for suffix in ("json", "png", "seg.png", "txt")]
-    assert "teacher" not in meta(tmp_path / "out")
-    assert meta(tmp_path / "out")["kept"] == 1
+    path = write(tmp_path / "a.tar", [(key, {**files, "teacher.npy": npy(np.zeros((4, 2), np.float16))})])
+    run(path, tmp_path / "out", weights)
+    (joined,) = read(tmp_path, tmp_path / "out").values()
+    assert len(shards.parse(joined).captions) == 5
+    with pytest.raises(shards.ShardError, match="features of 3 captions, but 5 captions: the captions have changed since"):
+        shards.parse(joined, teacher=True)
 
 
 def test_duplicates_and_empty_captions_are_dropped():
@@ -237,7 +244,7 @@ def test_command(source, weights, tmp_path):
     result = call(*command, tmp_path / "out", *options, "--n", 1)
     assert result.exit_code == 0, result.output
     assert "5 new captions; dropped 0 duplicates and 0 empty ones" in result.output
-    assert "wrote 0 of 1 shards" in call(*command, tmp_path / "out", *options, "--n", 1).output
+    assert "wrote 0 of 1 sidecars" in call(*command, tmp_path / "out", *options, "--n", 1).output
 
     (tmp_path / "text.pt").write_text("no weights")
     torch.save({"state_dict": models.create(f"open_clip:{NAME}-wide").state_dict()}, tmp_path / "wide.pt")

@@ -33,9 +33,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def rows_of(path):
-    for sample in map(shards.contents, read_shard(str(path), Skipped())):
-        opened = shards.open_sample(sample, teacher=True)
+def rows_of(path, sidecars):
+    for sample in read_shard(str(path), Skipped(), sidecars=[sidecars]):
+        opened = shards.parse(sample, teacher=True)
         yield opened.image, opened.captions, opened.features
 
 
@@ -50,16 +50,16 @@ def test_features_are_those_of_the_model(folder, tmp_path):
     model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.pt")).eval()
     transform = open_clip.image_transform(16, is_train=False)
     tokenizer = open_clip.get_tokenizer("tiny")
-    for image, captions, rows in rows_of(out / "train-1.tar"):
+    for image, captions, rows in rows_of(folder / "in" / "train-1.tar", out):
         with torch.no_grad():
             x = model.encode_image(transform(image)[None], normalize=True)
             y = model.encode_text(tokenizer(captions), normalize=True)
         assert rows.dtype == np.float16
         torch.testing.assert_close(torch.from_numpy(rows).float(), torch.cat([x, y]), atol=1e-3, rtol=0)
-    stamp = teacher_stamp(data.expand(str(out / "*.tar")))
+    stamp = teacher_stamp(data.expand(source), [out])
     assert (stamp["name"], stamp["width"]) == ("open_clip:tiny", 16)
     assert stamp["logit_scale"] == pytest.approx(1 / 0.07)
-    assert len(list(rows_of(out / "train-0.tar"))) == 24
+    assert len(list(rows_of(folder / "in" / "train-0.tar", out))) == 24
 
 
 def test_captions_are_encoded_once_and_put_back_in_order(folder):
@@ -123,9 +123,12 @@ def test_another_teacher_takes_the_place_of_the_first(folder, tmp_path):
     first = teacher.load("open_clip:tiny", weights)
     teacher.write(source, tmp_path / "one", first, progress=False)
     second = teacher.load("open_clip:tiny", weights, precision="bf16")
-    summary = teacher.write(str(tmp_path / "one" / "*.tar"), tmp_path / "two", second, progress=False)
-    assert summary["notes"] == ["24 samples already had teacher.npy; it is made again."]
-    assert teacher_stamp([str(tmp_path / "two" / "train-0.tar")])["precision"] == "bf16"
+    teacher.write(source, tmp_path / "two", second, progress=False)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for sidecars, precision in ((folders, "bf16"), (folders[::-1], "fp32")):
+        assert teacher_stamp([source], sidecars)["precision"] == precision
+        (joined, *_), (last, *_) = (shards.read_shard(source, Skipped(), sidecars=some) for some in (sidecars, sidecars[1:]))
+        assert shards.contents(joined) == shards.contents(last)
     with pytest.raises(ValueError, match="teacher.precision was 'fp32', now 'bf16'"):
         teacher.write(source, tmp_path / "one", second, progress=False)
 
@@ -264,7 +267,8 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "heads on 48 pairs of 1 shards" in result.output  # never on what is held out
     assert (tmp_path / "out.heads.safetensors").exists()
-    right = [(rows[1:].astype(np.float32) @ rows[0]).mean() for _, _, rows in rows_of(tmp_path / "out" / "train-0.tar")]
+    found = rows_of(source / "train-0.tar", tmp_path / "out")
+    right = [(rows[1:].astype(np.float32) @ rows[0]).mean() for _, _, rows in found]
     assert np.mean(right) > 0.2
     before = digests(tmp_path / "out")
     result = call("teacher", source / "*.tar", "--out", tmp_path / "out")

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
 
 from simplclip import losses
-from simplclip.common import hardware
+from simplclip.common import hardware, plotting
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
 from simplclip.train.config import ConfigError

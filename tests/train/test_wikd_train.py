@@ -126,7 +126,7 @@ print("loaded", [n for n in sys.modules if n.startswith("simplclip.teacher")])
 @pytest.mark.parametrize(
     ("change", "teacher", "error", "message"),
     [
-        ("loss.feature_weight=1", 0, data.ShardError, "meta.json names no teacher; make them by `simplclip teacher`"),
+        ("loss.feature_weight=1", 0, data.ShardError, "no teacher is named in .*meta.json; make them by `simplclip teacher`"),
         ("loss.feature_weight=1", 16, ConfigError, "loss.projection: expected true, since the teacher's features have width"),
         ("inherit.source=nowhere.pt", 0, Exception, "nowhere.pt"),
         ("data.micro_batch=4", 0, ValueError, "model: expected no batch statistics, got BatchNorm"),

@@ -1,0 +1,116 @@
+"""Sidecars: folders of tars with the names of the data's shards, whose files are joined to the samples by key.
+
+    data/train-000000.tar       KEY.jpg, KEY.txt
+    taught/train-000000.tar     KEY.teacher.npy, KEY.views.json
+
+A sidecar's file takes the place of the sample's of the same suffix. `simplclip teacher` and `simplclip caption` write them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from webdataset.tariterators import base_plus_ext
+
+from simplclip.common.errors import InputError
+from simplclip.data import tar
+from simplclip.data.broken import ShardError, Skipped
+from simplclip.data.streams import name_of
+
+TEACHER = "teacher.npy"
+VIEWS = "views.json"
+
+Folders = Sequence[str | os.PathLike]
+Sample = dict[str, Any]
+
+
+def plain_name(shard: str) -> str:
+    """The file name of what is made from a shard: without .gz, .xz or .bz2."""
+    return re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", name_of(shard)))
+
+
+def beside(shard: str, folders: Folders) -> list[str]:
+    """The sidecars of a shard in `folders`. Raises ShardError if one is missing."""
+    found = [os.path.join(os.path.expanduser(folder), plain_name(shard)) for folder in folders]
+    for path in found:
+        if not os.path.isfile(path):
+            raise ShardError(
+                f"shard {shard!r} has no sidecar {path!r}; run the command that wrote its folder on this shard too"
+            )
+    return found
+
+
+def check(shards: Iterable[str], folders: Folders) -> None:
+    """Raises InputError for sidecars that are no folders, ShardError for one that is missing or of another shard.
+
+    A shard that has changed since is noticed by its size, where the sidecar's meta.json has it.
+    """
+    if isinstance(folders, (str, os.PathLike)):
+        raise InputError(f"sidecars: expected a list of folders, got {folders!r}")
+    names: dict[str, str] = {}
+    for shard in shards if folders else ():
+        if names.setdefault(plain_name(shard), shard) != shard:
+            raise InputError(
+                f"sidecars: expected shards of different file names, got {names[plain_name(shard)]!r} and {shard!r}"
+            )
+    for folder in map(os.path.expanduser, folders):
+        if not os.path.isdir(folder):
+            raise InputError(f"sidecars: expected folders, got {str(folder)!r}, which is none")
+        made = entries(folder)
+        for shard in names.values():
+            (path,) = beside(shard, [folder])
+            size = made.get(os.path.basename(path), {}).get("source", {}).get("bytes")
+            if size is not None and os.path.exists(shard) and os.path.getsize(shard) != size:
+                raise ShardError(
+                    f"shard {shard!r} has changed since its sidecar {path!r} was made: expected {size} bytes, got "
+                    f"{os.path.getsize(shard)}; run the command that wrote the sidecar again"
+                )
+
+
+def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """What the meta.json of a folder says about each of its shards or sidecars; {} without one."""
+    try:
+        splits = json.loads(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
+        return {name: entry for split in splits for name, entry in split["shards"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def joined(samples: Iterable[Sample], shard: str, folders: Folders, skipped: Skipped) -> Iterator[Sample]:
+    """The samples of a shard with the files of its sidecars, of which only headers are read. Memory: those of one shard.
+
+    A later sample of a key that the shard has had is left out and counted, since the files would not be its own.
+    Raises ShardError for a sidecar that is missing or damaged.
+    """
+    tables = [_files(path) for path in beside(shard, folders)]
+    seen: set[str] = set()
+    for sample in samples:
+        key = sample["__key__"]
+        if key in seen:
+            skipped.add("duplicate key in tar", f"{name_of(shard)}/{key}")
+            continue
+        seen.add(key)
+        for table in tables:
+            files = table.pop(key, {})
+            if TEACHER in files:
+                sample.pop(VIEWS, None)  # those of the teacher before it
+            sample.update(files)
+        yield sample
+
+
+def _files(path: str) -> dict[str, dict[str, tar.Span]]:
+    """The places of a sidecar's files: key -> suffix -> Span."""
+    found: dict[str, dict[str, tar.Span]] = {}
+    try:
+        for name, span in tar.members(path):
+            key, suffix = base_plus_ext(name)
+            if key is not None:
+                found.setdefault(key, {})[suffix.lower()] = span
+    except tar.ERRORS as error:
+        raise ShardError(f"sidecar {path!r} cannot be read: {error}; make it again by the command that wrote it") from error
+    return found
