@@ -23,7 +23,7 @@ from simplclip import models
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
-from simplclip.data.decode import decode_pil, on_white
+from simplclip.data.decode import decode_pil, rgb
 from simplclip.evaluation import features_of
 from simplclip.models.registry import first_line
 from simplclip.train.checkpoint import CheckpointError
@@ -58,7 +58,8 @@ class Encoder:
     @property
     def logit_scale(self) -> float:
         """The factor of similarities that the model was trained with."""
-        return self.model.logit_scale.exp().item()
+        scale: Any = self.model.logit_scale
+        return scale.exp().item()
 
     def fingerprint(self) -> str:
         """A hash of the weights and the image transform, equal for equal encoders."""
@@ -115,7 +116,7 @@ class Encoder:
                 raise InputError(f"images: expected tensors [3, S, S] or [N, 3, S, S], got one of {list(image.shape)}")
             return self.preprocess(to_pil_image(image)) if image.dtype == torch.uint8 else image.float()
         if isinstance(image, Image.Image):
-            return self.preprocess(on_white(image) if image.has_transparency_data else image.convert("RGB"))
+            return self.preprocess(rgb(image))
         if not isinstance(image, (str, os.PathLike)):
             raise InputError(f"images: expected paths, PIL images or tensors, got {type(image).__name__}")
         try:
@@ -156,7 +157,8 @@ def load(
     if checkpoint is not None and not Path(checkpoint).exists():
         raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
     if source.startswith(models.PLAIN):
-        found = _open_clip(*source.removeprefix(models.PLAIN).partition("/")[::2], checkpoint)
+        plain, _, tag = source.removeprefix(models.PLAIN).partition("/")
+        found = _open_clip(plain, tag, checkpoint)
     elif checkpoint is None and Path(source).exists():
         found = _own(Path(source))
     elif name == BUILTIN and not (rest and checkpoint):
@@ -247,6 +249,6 @@ def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> di
             ) from None
         if tag or len(tags) == 1:
             theirs = open_clip.get_pretrained_cfg(plain, tag or tags[0]) | {"size": None}  # None keeps the model's
-            set_model_preprocess_cfg(model, merge_preprocess_dict(model.visual.preprocess_cfg, theirs))
+            set_model_preprocess_cfg(model, merge_preprocess_dict(get_model_preprocess_cfg(model), theirs))
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(model)), is_train=False)
     return {"name": named, "model": model, "preprocess": transform, "tokenizer": open_clip.get_tokenizer(plain)}

@@ -17,6 +17,7 @@ import simplclip
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
+from simplclip.data.pool import cores
 from simplclip.data.shards import Shards
 from simplclip.data.stream import Source
 from simplclip.encoder import Encoder, load
@@ -83,7 +84,7 @@ def run(
     sources = [os.fspath(model) for model in ([models] if isinstance(models, (str, os.PathLike)) else models)]
     if not sources or len({*sources}) < len(sources):
         raise InputError(f"model: expected one or several different models, got {', '.join(sources) or 'none'}")
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) if workers is None else workers
+    workers = min(8, cores()) if workers is None else workers
     names, given = class_names(classnames), phrases(templates or ())
     found: dict[str, Source] = {}
     answer: dict[str, Any] = {}

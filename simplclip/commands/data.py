@@ -158,6 +158,7 @@ def _tables(found: dict[str, Any]) -> list[Table]:
     broken = table("broken", "samples", "the first")
     for reason, (count, first) in found["broken"].items():
         broken.add_row(reason, f"{count:,}", first)
-    for reason, (count, first) in (decoding or {}).get("broken", {}).items():
+    measured = decoding["broken"] if decoding and found["decoded"] < found["samples"] else {}
+    for reason, (count, first) in measured.items():
         broken.add_row(f"{reason}, of the {decoding['images']:,} measured", f"{count:,}", first)
     return [about, spread, *([broken] if broken.row_count else [])]

@@ -24,6 +24,7 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,16 @@ class Index:
     def keys(self) -> list[str]:
         return split(self.arrays("keys")[0])
 
-    def members(self) -> list[tuple[str, Span]]:
+    def members(self) -> Iterator[tuple[str, Span]]:
         """As `tar.members`, which raises at a damaged part; here `about["torn"]` says whether there is one."""
         names, offset, size = self.arrays("names", "offset", "size")
         names = split(names)
         inside = len(names) == len(offset) == len(size) and offset.dtype == size.dtype == np.int64
         if not inside or ((offset < 0) | (size < 0) | (offset + size > self.about["shard"]["bytes"])).any():
             raise ValueError("it names places outside of the shard")
-        return [(name, Span(self.shard, *place)) for name, *place in zip(names, offset.tolist(), size.tolist())]
+        # One at a time: Python's garbage collector takes long over many tuples.
+        shard, make = self.shard, tuple.__new__
+        return ((name, make(Span, (shard, *place))) for name, *place in zip(names, offset.tolist(), size.tolist()))
 
 
 def paths(shard: str) -> list[Path]:
@@ -99,7 +102,7 @@ def opened(shard: str, path: Path) -> Index:
     return index
 
 
-def members(shard: str) -> tuple[list[tuple[str, Span]], str | None] | None:
+def members(shard: str) -> tuple[Iterator[tuple[str, Span]], str | None] | None:
     """The files of a shard by an index that fits, and why the tar ends early, if it does; None without such an index."""
     if index := load(shard):
         try:

@@ -22,7 +22,7 @@ from simplclip.data.shards import ShardError, check_count
 from simplclip.data.sidecars import Folders
 from simplclip.data.sources import Source, check_sidecars, count, parts_of
 from simplclip.data.transforms import ImageTransform
-from simplclip.data.workers import start_worker, undisturbed
+from simplclip.data.workers import died, end, following, start_worker, undisturbed
 
 RESTARTS = 3  # of an epoch
 
@@ -168,25 +168,25 @@ class Loader:
             **self._options,
             generator=torch.Generator(),  # otherwise every epoch would draw from the caller's global generator
         )
-        ends = []
-        try:
-            for found in loader:
-                if isinstance(found[0], ShardError):
-                    raise found[0]
-                item = Item(*found)
-                with undisturbed():  # the counts and what the caller does are not left half done
+        ends, iterator = [], iter(loader)
+        with undisturbed(report=False):  # neither the counts nor what the caller does are left half done
+            try:
+                while (found := following(iterator)) is not None:
+                    if isinstance(found[0], ShardError):
+                        raise found[0]
+                    item = Item(*found)
                     self._note(item)
                     if not item.last:
                         yield item.batch, item.size
                     elif item.batch is not None:
                         ends.append(item.batch)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise WorkerError(
-                f"data.workers: a loader process died before its epoch ended (out of memory, the system kills processes; "
-                f"fewer data.workers or a smaller batch need less): {str(error).strip()}"
-            ) from error
+            except (RuntimeError, EOFError, OSError) as error:
+                if not self._options["num_workers"] or not died(error):
+                    raise
+                raise WorkerError(
+                    f"data.workers: a loader process died before its epoch ended: {end(iterator) or repr(error)}. A system "
+                    "that runs out of memory kills processes; fewer data.workers or a smaller batch need less"
+                ) from error
         if ends:
             yield from self._merged(ends, dataset.batch_size)
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import torch
@@ -44,20 +45,22 @@ def processes(count: int | None = None) -> Iterator[Executor]:
         yield _Here()
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    stop = context.Event()
-    with ProcessPoolExecutor(count, context, _start, (os.getpid(), stop)) as pool:
+    # A pipe whose end tells the processes to end; a process that is killed cannot hold its locks, as it could an Event's.
+    theirs, ours = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(count, context, _start, (theirs, ours)) as pool, theirs:
         pool.submit(os.getpid).result()
         try:
             yield pool
         except BrokenProcessPool as error:
-            stop.set()
+            ours.close()
             raise ProcessError(
                 "workers: a process died before its work was done (out of memory, the system kills processes); "
                 "the same command goes on where it was"
             ) from error
         except BaseException:
-            stop.set()
+            ours.close()
             raise
+    ours.close()
 
 
 class _Here(Executor):
@@ -82,13 +85,14 @@ def ordered(submit: Callable[[Item], Future], items: Iterable[Item], ahead: int)
         yield item, future.result()
 
 
-def _start(parent: int, stop: Any) -> None:
+def _start(theirs: Connection, ours: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its processes
     torch.set_num_threads(1)
 
+    ours.close()  # of this process; the parent's is closed by the parent, or when that is killed
+
     def watch() -> None:
-        while not stop.wait(0.2) and os.getppid() == parent:
-            pass
+        theirs.poll(None)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

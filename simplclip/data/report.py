@@ -21,7 +21,7 @@ from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data import index
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.epoch import apply_transform, seeded
+from simplclip.data.epoch import seeded
 from simplclip.data.indexing import FORMATS, look, skipped_of, tables
 from simplclip.data.pool import cores, ordered, processes
 from simplclip.data.shards import ShardError, Shards, check_count, expand, parse, place_of, read_shard, stable_hash
@@ -152,7 +152,7 @@ def measure(counts: Mapping[str, int], number: int, size: int) -> dict[str, Any]
         for place, one in enumerate((*opened[:8], *opened)):  # the first ones twice: to warm up
             began = time.perf_counter()
             try:
-                apply_transform(transform, one)
+                transform(one.encoded)
             except BrokenSample as broken:
                 if place >= len(opened[:8]):
                     skipped.add(broken.args[0], one.place, broken.args[1])
@@ -162,7 +162,7 @@ def measure(counts: Mapping[str, int], number: int, size: int) -> dict[str, Any]
                     seconds += time.perf_counter() - began
     rate = decoded / seconds if seconds else 0.0
     broken = {reason: [count, skipped.examples[reason]] for reason, count in skipped.counts.items()}
-    return {"images": int(decoded), "size": size, "images_per_second": round(rate, 1), "broken": broken}
+    return {"images": int(decoded), "size": size, "images_per_second": _rounded(rate), "broken": broken}
 
 
 def _report(
@@ -194,8 +194,12 @@ def _report(
     if measured and measured["images_per_second"]:
         hours = total.samples / measured["images_per_second"] / 3600
         have = cores()
-        measured |= {"core_hours_an_epoch": round(hours, 3), "cores": have, "hours_an_epoch": round(hours / have, 3)}
+        measured |= {"core_hours_an_epoch": _rounded(hours), "cores": have, "hours_an_epoch": _rounded(hours / have)}
     return report
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def quantile(counts: Mapping[int, int], share: float) -> int:
@@ -273,18 +277,26 @@ def picture(report: Mapping[str, Any]) -> Any:
         if name == "captions an image":
             edges = edges - 0.5
             axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-        axis.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colour, edgecolor="white", linewidth=0.6)
+        gap = 0.4 if name == "captions an image" and len(counts) <= 12 else 0.0
+        widths = np.diff(edges) * (1 - gap)
+        axis.bar(edges[:-1] + gap / 2, counts, widths, align="edge", color=colour, edgecolor="white", linewidth=0.6)
+        if report["quantiles"][name]["most"] > edges[-1]:
+            place = ((edges[-2] + edges[-1]) / 2, counts[-1])
+            axis.annotate(
+                f"{edges[-2]:,.0f}+", place, (0, 2), textcoords="offset points", ha="center", color=plotting.MUTED, fontsize=8
+            )
         if name == "image file":
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.minorticks_off()
         middle = report["quantiles"][name]["median"]
-        axis.axvline(middle, color=plotting.INK, linewidth=1, linestyle=(0, (3, 3)))
+        axis.axvline(middle, ymax=0.985, color=plotting.INK, linewidth=1, linestyle=(0, (3, 3)))
         right = middle > (np.sqrt(edges[0] * edges[-1]) if name == "image file" else (edges[0] + edges[-1]) / 2)
         axis.set_ylim(0, max(counts) * 1.18)
         axis.annotate(
             f"median {middle:,}", (middle, 1), (-5 if right else 5, -4), xycoords=("data", "axes fraction"),
             textcoords="offset points", ha="right" if right else "left", va="top", color=plotting.INK, fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     figure.suptitle(_headline(report), x=0.02, ha="left", color=plotting.INK, fontsize=12.5)
     figure.tight_layout(rect=(0.005, 0, 0.995, 0.97), h_pad=2, w_pad=2)

@@ -46,21 +46,22 @@ class Part:
         """The name in messages and seeds, which does not change if the data moves."""
         return self.label or name_of(self.url)
 
-    def read(self, skipped: Skipped, *, ahead: bool = False, sidecars: Folders = ()) -> Iterator[Sample]:
-        if self.piece:
-            samples = self.piece.read(self.url, skipped)
-        else:
-            samples = read_shard(self.url, skipped, ahead=ahead, sidecars=sidecars)
+    def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
+        """options: of `read_shard`."""
+        samples = self.piece.read(self.url, skipped) if self.piece else read_shard(self.url, skipped, **options)
         return ({**sample, "__shard__": self.label} for sample in samples) if self.label else samples
 
 
-def read_part(part: Part, skipped: Skipped, *, ahead: bool = False, sidecars: Folders = ()) -> Iterator[Sample]:
-    """The samples of a part. One that cannot be read is tried again, from where it failed, and then raises ShardError."""
+def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
+    """The samples of a part. One that cannot be read is tried again, from where it failed, and then raises ShardError.
+
+    options: of `read_shard`.
+    """
     given = 0
     for wait in (*RETRIES, None):
         found = Skipped()
         try:
-            for number, sample in enumerate(part.read(found, ahead=ahead, sidecars=sidecars), 1):
+            for number, sample in enumerate(part.read(found, **options), 1):
                 counted = found.take() if found.counts else None
                 if number > given:  # the others were given, and what is between them counted, by an earlier try
                     given = number

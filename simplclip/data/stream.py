@@ -59,15 +59,18 @@ class Stream(IterableDataset):
     """The batches of a source; `batches` iterates over them."""
 
     source: Source
-    transform: Callable[[Image.Image], torch.Tensor]  # RGB -> float32 [3, S, S]
+    transform: Callable  # an ImageTransform, which leaves uint8 to `finish`; or RGB -> float32 [3, S, S]
     batch_size: int
 
     def batches(self, skipped: Skipped, workers: int = 0) -> Iterator[tuple[torch.Tensor, list[int], list[Entry]]]:
-        """Yields images [n, 3, S, S], n <= batch_size, their positions in the source, and entries without images.
+        """Yields images [n, 3, S, S], n <= batch_size, uint8 or float32, their positions in the source, and their entries.
 
-        Broken samples are left out and counted in `skipped`. Raises ShardError for a shard that cannot be opened,
-        EmptyEpochError if no sample is usable, WorkerError if a loader process died.
+        The entries have no image any more. Broken samples are left out and counted in `skipped`.
+        Raises ShardError for a shard that cannot be opened, EmptyEpochError if no sample is usable, WorkerError if a loader
+        process died.
         """
+        if getattr(self.source, "streamed", False):  # every worker would fetch all of it
+            workers = min(workers, 1)
         options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
         if workers and sys.platform == "linux":
             options["multiprocessing_context"] = "fork"

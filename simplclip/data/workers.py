@@ -8,11 +8,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # Windows has none
 _former: Callable | None = None  # torch's handler, after ours has replaced it
 _holders = 0
 _missed = False
+_waiting = False
 
 
 @contextmanager
@@ -35,11 +37,47 @@ def undisturbed(report: bool = True) -> Iterator[None]:
             _former(_CHILD_ENDED, None)
 
 
+def following(iterator: Iterator) -> Any:
+    """The next item of a DataLoader's iterator, None at its end, within `undisturbed`: here errors are raised at once."""
+    global _missed, _waiting
+    _waiting = True
+    try:
+        if _missed:
+            _missed = False
+            _former(_CHILD_ENDED, None)
+        return next(iterator, None)
+    finally:
+        _waiting = False
+
+
+def died(error: Exception) -> bool:
+    """Whether an error of `following` says that a loader process died, perhaps while it sent a batch."""
+    cut_off = isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and "in DataLoader worker" not in str(error)
+    return cut_off or str(error).startswith("DataLoader worker")
+
+
+def end(iterator: Any) -> str:
+    """Ends all processes of an iterator of which one died; returns how it died, "" if that is not known.
+
+    Of torch's iterator no public method does that; left to the garbage collector, errors about them would come at any time.
+    """
+    codes = []
+    for process in iterator._workers:
+        process.join(0.2)
+        codes.append(process.exitcode)
+    iterator._shutdown_workers()
+    code = next((code for code in codes if code), None)
+    if code is None:
+        return ""
+    return f"killed by signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
 def _handle(number: int, frame) -> None:
-    global _missed
-    if _holders:
+    global _missed, _waiting
+    if _holders and not _waiting:
         _missed = True
     else:
+        _waiting = False  # only once
         _former(number, frame)
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.data import expand
+from simplclip.data import parts_of
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.shards import IMAGE_SUFFIXES, Sample, Shards, contents, image_of, place_of, read_shard
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, image_of, place_of
+from simplclip.data.sources import Part, read_part
 from simplclip.data.stream import Entry, Source
+from simplclip.data.streams import is_stream
 
 IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 TABLES = (".json", ".csv", ".tsv")
@@ -28,22 +30,28 @@ _CAPTIONS = ("captions", "caption", "sentences", "title", "text", "raw", "commen
 
 @dataclass
 class Tars:
-    """Samples of shards. The captions are the json's, else the lines of txt; the label is that of cls, else the json's.
+    """Samples of shards, or of whatever else `data.parts_of` takes.
+
+    The captions are the json's, else the lines of txt; the label is that of cls, else the json's.
 
     limit: captions of a sample that count; 0: all. None: all lines of txt, but of a json the first, since the others may be
     other phrasings for training, or synthetic.
     """
 
-    shards: list[str]
+    parts: list[Part]
     limit: int | None = None
     classes: list[str] | None = None
     templates: list[str] | None = None
 
     def __str__(self) -> str:
-        return f"{len(self.shards)} shard(s), the first {self.shards[0]!r},"
+        return f"{len(self.parts)} shard(s), the first {self.parts[0].url!r},"
+
+    @property
+    def streamed(self) -> bool:
+        return any(is_stream(part.url) for part in self.parts)
 
     def items(self, skipped: Skipped) -> Iterator[Sample]:
-        return (sample for shard in self.shards for sample in read_shard(shard, skipped, every=True))
+        return (sample for part in self.parts for sample in read_part(part, skipped, every=True))
 
     def place(self, item: Sample) -> str:
         return place_of(item)
@@ -142,10 +150,10 @@ def _file(path: Path) -> bytes:
         raise BrokenSample("missing image", error) from None
 
 
-def source(what: Shards, *, captions: int | None = None, images: str | os.PathLike | None = None) -> Source:
+def source(what: Any, *, captions: int | None = None, images: str | os.PathLike | None = None) -> Source:
     """The source that `what` names.
 
-    shards                 paths, globs, brace expressions, or a list of them
+    shards                 what `data.parts_of` takes: paths, globs, brace patterns, URLs, a list of them
     FOLDER, FOLDER#SPLIT   a data set in clip-benchmark's layout: FOLDER/SPLIT/nshards.txt, FOLDER/classnames.txt ...; or
                            FOLDER/CLASS/IMAGE for each class
     FILE, FILE#SPLIT       .json: Karpathy's, COCO's, or a list of objects; .csv, .tsv: columns of paths and captions
@@ -155,7 +163,7 @@ def source(what: Shards, *, captions: int | None = None, images: str | os.PathLi
     Raises InputError if nothing is found there, or a file has other contents.
     """
     if not isinstance(what, (str, os.PathLike)):
-        return Tars(expand(what), captions)
+        return Tars(parts_of(what), captions)
     path, _, split = os.path.expanduser(os.fspath(what)).partition("#") if not os.path.exists(what) else (str(what), "", "")
     found: Source
     if path.endswith(TABLES):
@@ -163,7 +171,7 @@ def source(what: Shards, *, captions: int | None = None, images: str | os.PathLi
     elif os.path.isdir(path):
         found = _folder(Path(path), split or "test", captions)
     else:
-        found = Tars(expand(what), captions)
+        found = Tars(parts_of(what), captions)
     return found
 
 
@@ -177,9 +185,9 @@ def _folder(folder: Path, split: str, captions: int | None) -> Source:
             kind = _read(root / "dataset_type.txt") or ["classification"]
             if kind[0].lower() not in ("retrieval", "classification"):
                 raise InputError(f"{root / 'dataset_type.txt'}: expected retrieval or classification, got {kind[0]!r}")
-            files = expand([shards.with_name(f"{i}.tar") for i in range(int(number))])
+            parts = parts_of([shards.with_name(f"{i}.tar") for i in range(int(number))])
             names = "classnames.txt", "zeroshot_classification_templates.txt"
-            return Tars(files, captions, *(_read(root / name) for name in names))
+            return Tars(parts, captions, *(_read(root / name) for name in names))
     if sorted(folder.glob("*.tar")):
         raise InputError(f"data: expected shards, got the folder {str(folder)!r}: try its *.tar")
     found = Folders(folder)

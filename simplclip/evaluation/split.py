@@ -36,7 +36,7 @@ class Split:
         self.clear()
 
     def read(self, batch_size: int, workers: int = 0) -> Iterator[Tensor]:
-        """The images in batches, float32 [N, 3, S, S]; afterwards this object has all else that is known of them."""
+        """The images in batches, uint8 or float32 [N, 3, S, S]; afterwards this object has all else that is known of them."""
         self.clear()
         for images, positions, entries in Stream(self.source, self.transform, batch_size).batches(self.skipped, workers):
             for position, entry in zip(positions, entries):

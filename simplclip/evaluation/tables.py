@@ -53,11 +53,16 @@ def _rows(result: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _cell(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.1%} [dim]({figure['chance']:.1%})[/dim]"
+    return f"{percent(figure['value'])} [dim]({percent(figure['chance'])})[/dim]"
+
+
+def percent(share: float) -> str:
+    """ "12.3%"; small shares with their first digit, "0.002%"."""
+    return f"{share:.1%}" if share >= 5e-4 or not share else f"{float(f'{100 * share:.1g}'):.7f}".rstrip("0") + "%"
 
 
 def in_words(figures: Mapping[str, Mapping[str, float]], among: int) -> str:
     """A line for a picture."""
-    found = "   ".join(f"{name} {figure['value']:.1%}" for name, figure in figures.items())
-    chance = ", ".join(f"{100 * figure['chance']:.1f}" for figure in figures.values())
+    found = "   ".join(f"{name} {percent(figure['value'])}" for name, figure in figures.items())
+    chance = ", ".join(percent(figure["chance"]).rstrip("%") for figure in figures.values())
     return f"{found}   of {among} (chance {chance}%)"

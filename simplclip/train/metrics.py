@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -132,7 +133,8 @@ def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, str]]:
 
 
 def curves(run: str | Path) -> Path | None:
-    """RUN/curves.png from RUN/metrics.csv: loss and its terms, learning rate, scale and gradient norm.
+    """RUN/curves.png from RUN/metrics.csv: loss and its terms, learning rate, scale and gradient norm; and from
+    RUN/evaluation.csv, if there is one: R@k of each split.
 
     Returns None if no row has been logged yet.
     """
@@ -143,9 +145,11 @@ def curves(run: str | Path) -> Path | None:
     columns = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
     step = columns["step"]
     terms = [name for name in columns if name.endswith("_loss")]
-    figure = new_figure(11, 6.4)
-    margins = {"left": 0.055, "right": 0.98, "top": 0.86, "bottom": 0.085}
-    axes = figure.subplots(2, 2, gridspec_kw={"hspace": 0.34, "wspace": 0.14, **margins})
+    evaluated = _rows(run / "evaluation.csv")
+    height = 6.4 + 2.8 * bool(evaluated)
+    figure = new_figure(11, height)
+    margins = {"left": 0.055, "right": 0.98, "top": 1 - 0.9 / height, "bottom": 0.55 / height}
+    axes = figure.subplots(2 + bool(evaluated), 2, gridspec_kw={"hspace": 0.34, "wspace": 0.14, **margins})
     logits = [name for name in ("logit_scale", "logit_bias") if name in columns]
     panels = {"Loss": ["loss", *terms], "Learning rate": ["lr"], "Logit scale" + " and bias" * (len(logits) > 1): logits}
     panels["Gradient norm before clipping"] = ["grad_norm"]
@@ -167,7 +171,25 @@ def curves(run: str | Path) -> Path | None:
         axis.yaxis.set_major_formatter("{x:.3g}")
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=9, labelcolor=INK)
-    for axis in axes[1]:
+    for axis, direction in zip(axes[2] if evaluated else (), ("image_to_text", "text_to_image")):
+        _recalls(axis, direction, evaluated, step[-1])
+    for axis in axes[-1]:
         axis.set_xlabel("step", color=MUTED)
-    figure.suptitle(run.name, color=INK, fontsize=14, fontweight="bold", x=0.055, y=0.965, ha="left")
+    figure.suptitle(run.name, color=INK, fontsize=14, fontweight="bold", x=0.055, y=1 - 0.22 / height, ha="left")
     return write(figure, run / "curves.png")
+
+
+def _recalls(axis, direction: str, rows: list[dict[str, str]], last: float) -> None:
+    """R@k of each split over the steps: a colour for each split, a line style for each k."""
+    ks = [name for name in rows[0] if name.startswith("R@")]
+    for colour, split in zip(itertools.cycle(COLOURS), dict.fromkeys(row["split"] for row in rows)):
+        mine = [row for row in rows if (row["split"], row["direction"]) == (split, direction)]
+        for line, k in zip(("-", "--", ":"), ks):
+            values = [100 * float(row[k]) for row in mine]
+            label = f"{split} {k}: {values[-1]:.1f}%" if values else ""
+            steps = [int(row["step"]) for row in mine]
+            axis.plot(steps, values, line, color=colour, linewidth=1.8, marker=".", label=label)
+    style(axis, direction.replace("_", " ").capitalize() + ", R@k in %")
+    axis.set_xlim(0, max(last, 1))
+    axis.set_ylim(0, None)
+    axis.legend(frameon=False, fontsize=9, labelcolor=INK)

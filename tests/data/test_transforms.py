@@ -49,7 +49,7 @@ EVALUATION = {
     "longest": PreprocessCfg(size=96, resize_mode="longest", interpolation="bilinear", fill_color=128),
     "longest, not square": PreprocessCfg(size=(96, 64), resize_mode="longest"),
     "shortest, not square": PreprocessCfg(size=(64, 96), interpolation="bilinear"),
-    "squash, not square": PreprocessCfg(size=(64, 96), resize_mode="squash"),
+    "squash, not square": PreprocessCfg(size=(64, 96), resize_mode="squash", interpolation="bilinear"),
 }
 
 
@@ -355,13 +355,18 @@ def test_a_pil_image_is_preprocessed_whole():
     assert white(Image.new("CMYK", (60, 50))).shape == (3, 48, 48)
 
 
+def test_the_limit_of_pixels(monkeypatch):
+    with pytest.raises(BrokenSample, match="image too large"):
+        ImageTransform(PreprocessCfg(), max_pixels=100)(PHOTOS[0])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert ImageTransform(PreprocessCfg(48), {}, max_pixels=512 * 512)(PHOTOS[0]).shape == (3, 48, 48)
+
+
 def test_a_line_is_not_made_gigabytes():
     file = encode(Image.new("L", (60_000, 1)), "PNG")
     with pytest.raises(BrokenSample, match="image too large"):
         ImageTransform(PreprocessCfg(size=224))(file)
     assert ImageTransform(PreprocessCfg(size=224), {})(file).shape == (3, 224, 224)
-    with pytest.raises(BrokenSample, match="image too large"):
-        ImageTransform(PreprocessCfg(), max_pixels=100)(PHOTOS[0])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from trainer_runs import write_models
 
 from simplclip import evaluate, evaluation
 from simplclip import train as trainer
+from simplclip.evaluation import tables
 
 COUNT, CPU = 2000, torch.device("cpu")
 
@@ -194,6 +195,11 @@ def test_names_of_splits_are_any_words(folder, tmp_path, name):
     assert name in (tmp_path / "evaluation.json").read_text(encoding="utf-8")
     assert (tmp_path / f"evaluation-{name}.png").exists()
     assert found["splits"][name]["contact_sheet"] == str(tmp_path / f"evaluation-{name}.png")
+
+
+def test_small_shares_keep_a_digit():
+    shown = {1.0: "100.0%", 0.1234: "12.3%", 0.001: "0.1%", 0.0004: "0.04%", 1 / 50000: "0.002%", 0.0: "0.0%"}
+    assert {share: tables.percent(share) for share in shown} == shown
 
 
 def test_names_of_files():

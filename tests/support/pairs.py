@@ -1,6 +1,7 @@
 """Small shards of image-text pairs, whose batches can be read back; commands, and processes that are killed."""
 
 import contextlib
+import csv
 import hashlib
 import io
 import itertools
@@ -54,6 +55,12 @@ def write(path, samples):
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def table(path, rows, header=("filepath", "title"), separator=","):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator).writerows([header, *rows])
     return str(path)
 
 

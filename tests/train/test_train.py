@@ -3,6 +3,7 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
 
 from simplclip import losses
-from simplclip.common import hardware
+from simplclip.common import hardware, plotting
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
 from simplclip.train.config import ConfigError
@@ -92,6 +93,11 @@ def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
     assert {r["direction"] for r in seen} == {"image_to_text", "text_to_image"}
     assert all(r["split"] == "held" and 0 <= float(r["R@5"]) <= 1 for r in seen)
     assert "evaluation held text to image: R@1" in text
+    plain, more = (Image.open(tmp_path / name / "curves.png").convert("RGB") for name in ("plain", "seen"))
+    assert plain.width == more.width
+    assert more.height > plain.height, "its last row has R@k over the steps"
+    last = np.asarray(more)[plain.height :]
+    assert (last == tuple(bytes.fromhex(plotting.COLOURS[0][1:]))).all(-1).sum() > 100
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ from kills import digests
 from runs import at_step, bits, check_ends_as, go, state_of
 
 from simplclip import evaluation
+from simplclip.data import loader
 from simplclip.train import checkpoint, folder, metrics
 from simplclip.train import loop as train
 from simplclip.train.config import ConfigError
@@ -107,7 +109,7 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_dead_loader_process_does_not_break_into_a_step(tmp_path, monkeypatch, undisturbed):
+def test_a_dead_loader_process_does_not_break_into_a_step(tmp_path, monkeypatch):
     config = tiny.settings(tmp_path, DROPOUT, "data.workers=1")
     done = []
 
@@ -119,15 +121,24 @@ def test_a_dead_loader_process_does_not_break_into_a_step(tmp_path, monkeypatch,
             pass
         done.append(3)
 
-    told = r"after step 4: WorkerError: data.workers: .* killed by signal.*Saved step 4"
+    told = r"after step 4: WorkerError: data.workers: .* killed by signal.*Saved step 4.* --resume"
     with monkeypatch.context() as patch:
         at_step(patch, 4, kill)
+        patch.setattr(loader, "RESTARTS", 0)
         with pytest.raises(train.TrainingError, match=told):
             go(config)
     assert done == [3]
     go(config, resume=True)
-    go(tiny.settings(tmp_path, DROPOUT, "data.workers=1", f"run.out={tmp_path / 'other'}"))
-    assert bits(state_of(tmp_path / "other")["model"]) == bits(state_of(tmp_path / "run")["model"])
+    other = tiny.settings(tmp_path, DROPOUT, "data.workers=1", f"run.out={tmp_path / 'other'}")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, kill)
+        text = go(other)
+    assert re.search(r"data  .* killed by signal.*restarted after batch 1 of epoch 1\)", text)
+    assert done == [3, 3]
+    go(tiny.settings(tmp_path, DROPOUT, "data.workers=1", f"run.out={tmp_path / 'whole'}"))
+    whole = bits(state_of(tmp_path / "whole")["model"])
+    assert whole == bits(state_of(tmp_path / "run")["model"])
+    assert whole == bits(state_of(tmp_path / "other")["model"])
 
 
 def test_a_first_step_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -110,6 +110,8 @@ class Faults:
         assert kind == "kill" or not list(out.glob(".*")), "a torn file was left"
         if code == 0:
             assert good == STEPS
+            if "restarted after batch" in told:
+                return "restarted the worker"
             return "told" if "torn tar" in told else MISSED
         whole = [int(step) for step in re.findall(r"^step (\d+)/", told, re.MULTILINE)]
         if saved := re.search(r"Saved step (\d+) in|Step (\d+) is saved", told):

@@ -1,0 +1,305 @@
+"""Indices of shards: they say what the tars say, are found, and are not used when they do not fit."""
+
+import bz2
+import functools
+import io
+import json
+import os
+import shutil
+import time
+import warnings
+
+import kills
+import numpy as np
+import pytest
+import torch
+from pairs import SIZE, call, keys, loader, one_line, png, sample, write
+from photos import encode, photo
+
+from simplclip.common.files import locked
+from simplclip.data import index, indexing, shards, tar
+from simplclip.data.broken import Skipped
+from simplclip.data.shards import read_shard
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def make(patterns, **options):
+    return indexing.run(patterns, workers=1, progress=False, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards with what tars may hold: unicode and long names, upper case, other files, a file twice, broken samples."""
+    odd = [
+        ("grün/ключ", {"JPG": encode(photo(0, (40, 60))), "txt": b"ein Bild", "seg.png": png(3)}),
+        ("long/" + "x" * 150, {"webp": png(1, (30, 20), "WEBP"), "json": b'{"captions": ["two words", "three", ""]}'}),
+        ("twice", {"png": png(2), "txt": b"first"}),
+        ("twice", {"txt": b"second"}),
+        ("alone", {"cls": b"1"}),
+        ("cut", {"png": png(3, (64, 64))[:2000], "txt": b"cut"}),
+        ("page", {"jpg": b"<html>", "txt": b"no image"}),
+        ("mute", {"png": png(4)}),
+    ]
+    write(tmp_path / "odd-0.tar", odd)
+    write(tmp_path / "plain-0.tar", [sample(i) for i in range(12)])
+    return tmp_path
+
+
+def without(monkeypatch):
+    """From now on headers cannot be read."""
+
+    def no_headers(*arguments, **options):
+        raise AssertionError("a header was read")
+
+    monkeypatch.setattr(tar, "members", no_headers)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("every", [False, True])
+def test_the_samples_of_an_index_are_those_of_the_headers(folder, monkeypatch, every, torn):
+    path = str(folder / "odd-0.tar")
+    if torn:
+        os.truncate(path, max(span.offset for _, span in tar.members(path)) + 10)
+    counted = Skipped()
+    before = list(read_shard(path, counted, every=every))
+    assert counted.counts["duplicate file in tar"] == 1
+    assert counted.counts["torn tar"] == torn
+    make(path)
+    without(monkeypatch)
+    for ahead in (False, True):
+        damage = Skipped()
+        assert list(read_shard(path, damage, every=every, ahead=ahead)) == before
+        assert (damage.counts, damage.examples) == (counted.counts, counted.examples)
+
+
+def test_what_an_index_says(folder):
+    found = make(folder / "odd-0.tar", tokens=True)
+    entry = index.load(str(folder / "odd-0.tar"))
+    assert entry.keys() == ["grün/ключ", "long/" + "x" * 150, "twice", "cut", "page", "mute"]
+    columns = dict(zip(index.SAMPLE, map(np.ndarray.tolist, entry.arrays(*index.SAMPLE))))
+    assert columns["width"] == [60, 20, 12, 64, 0, 0]
+    assert columns["height"] == [40, 30, 12, 64, 0, 0]
+    assert [entry.about["formats"][i] for i in columns["format"][:4]] == ["jpeg", "webp", "png", "png"]
+    assert columns["bytes"][3:5] == [2000, 6]
+    assert columns["captions"] == [1, 2, 1, 1, 1, 0]
+    characters, tokens = (row.tolist() for row in entry.arrays("characters", "tokens"))
+    assert characters == [8, 9, 5, 5, 3, 8]
+    assert tokens[1:3] == [4, 3]  # with start and end
+    assert [entry.about["reasons"][i - 1] if i else None for i in columns["broken"]] == [
+        None, None, None, None, "not an image", "missing caption",
+    ]  # fmt: skip
+    assert found["samples"] == entry.samples == 6
+    assert found["broken"].counts == {"duplicate file in tar": 1, "not an image": 1, "missing caption": 1}
+    decoded = make(folder / "odd-0.tar", decoded=True)
+    assert decoded["broken"].counts == {**found["broken"].counts, "truncated image": 1}
+    assert "odd-0.tar/cut" in decoded["broken"].examples["truncated image"]
+
+
+def test_the_size_of_an_image_with_a_long_header(tmp_path):
+    file = io.BytesIO()
+    photo(0, (40, 60)).save(file, "JPEG", icc_profile=b"\0" * (3 * indexing.HEAD))
+    make(write(tmp_path / "a.tar", [("a", {"jpg": file.getvalue(), "txt": b"one"})]))
+    assert [row.tolist() for row in index.load(str(tmp_path / "a.tar")).arrays("width", "height", "broken")] == [
+        [60],
+        [40],
+        [0],
+    ]
+
+
+def test_a_loader_with_indices_gives_the_same_batches_without_headers(folder, monkeypatch):
+    shutil.copytree(folder, folder / "other")
+    options = {"workers": 0, "batch_size": 3, "drop_last": False}
+    plain = loader(str(folder / "other" / "*.tar"), **options)
+    want = list(plain.epoch(0))
+    make(str(folder / "*.tar"))
+    without(monkeypatch)
+    monkeypatch.setattr(shards, "COUNT_LIMIT", 0)
+    fast = loader(str(folder / "*.tar"), **options)
+    assert fast.batches_per_epoch == -(-18 // 3)  # headers would be too many bytes
+    for batch, same in zip(want, fast.epoch(0), strict=True):
+        assert batch["key"] == same["key"]
+        assert torch.equal(batch["image"], same["image"])
+    assert fast.report() == plain.report()
+
+
+def test_finished_indices_are_kept(folder):
+    pattern = str(folder / "*.tar")
+    assert make(pattern)["written"] == 2
+    before = kills.digests(folder)
+    assert make(pattern)["written"] == 0
+    write(folder / "plain-0.tar", [sample(i) for i in range(5)])
+    assert make(pattern)["written"] == 1
+    assert kills.digests(folder)["odd-0.tar.index.npz"] == before["odd-0.tar.index.npz"]
+    assert index.count(str(folder / "plain-0.tar")) == 5
+    assert make(pattern, tokens=True)["written"] == 2  # it is asked for more
+    assert make(pattern)["written"] == 0
+
+
+@pytest.mark.parametrize("change", ["longer", "same length"])
+def test_a_stale_index_is_named_and_not_used(folder, change):
+    path = folder / "plain-0.tar"
+    make(path)
+    size = path.stat().st_size
+    write(path, [sample(i) for i in (range(1, 13) if change == "same length" else range(20))])
+    assert (path.stat().st_size == size) == (change == "same length")
+    why = "bytes, which has" if change == "longer" else "has changed since"
+    with pytest.warns(UserWarning, match=f"plain-0.tar.index.npz is not used: .*{why}.*simplclip data index"):
+        found = [s["__key__"] for s in read_shard(str(path), Skipped())]
+    assert found == [f"k{i:03d}" for i in (range(1, 13) if change == "same length" else range(20))]
+    with pytest.warns(UserWarning, match="not used"):
+        assert shards.count_samples([str(path)]) == [len(found)]
+    make(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert index.count(str(path)) == len(found)
+
+
+def test_a_copy_with_another_time_is_the_same_shard(folder, monkeypatch):
+    make(folder / "plain-0.tar")
+    os.utime(folder / "plain-0.tar", (1, 1))
+    without(monkeypatch)
+    assert len(list(read_shard(str(folder / "plain-0.tar"), Skipped()))) == 12
+
+
+def pickled(path):
+    np.savez(path, about=np.array([{"format": index.FORMAT}], dtype=object))
+
+
+def outside(path):
+    """Of the right shard, but with a place behind its end."""
+    entry = index.load(str(path).removesuffix(index.SUFFIX))
+    names, offset, size = entry.arrays("names", "offset", "size")
+    index.write(path, entry.about, {"names": names, "offset": offset + (1 << 40), "size": size})
+
+
+def of_another_version(path):
+    index.write(path, {"format": "simplclip-index-0"}, {})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [pickled, outside, of_another_version, lambda path: path.write_bytes(b"PK\3\4"), lambda path: path.write_bytes(b"")],
+)
+def test_a_damaged_index_is_named_and_not_used(folder, damage):
+    path = folder / "plain-0.tar"
+    make(path)
+    damage(folder / "plain-0.tar.index.npz")
+    with pytest.warns(UserWarning, match="plain-0.tar.index.npz is not used: "):
+        assert len(list(read_shard(str(path), Skipped()))) == 12
+    if damage is not outside:  # whose counts are right
+        assert make(path)["written"] == 1
+
+
+def test_an_index_knows_no_other_file(folder):
+    """Whatever it holds, it is read from the shard that it lies beside."""
+    make(folder / "plain-0.tar")
+    path = folder / "plain-0.tar.index.npz"
+    entry = index.load(str(folder / "plain-0.tar"))
+    names, offset, size = entry.arrays("names", "offset", "size")
+    index.write(path, entry.about | {"url": "pipe:touch hacked"}, {"names": names, "offset": offset, "size": size})
+    found = list(read_shard(str(folder / "plain-0.tar"), Skipped()))
+    assert {span.file for s in found for suffix, span in s.items() if "__" not in suffix} == {str(folder / "plain-0.tar")}
+
+
+def test_compressed_shards_have_counts(folder, monkeypatch):
+    path = folder / "plain-0.tar.bz2"
+    path.write_bytes(bz2.compress((folder / "plain-0.tar").read_bytes()))
+    make(path)
+    monkeypatch.setattr(shards, "COUNT_LIMIT", 0)
+    assert shards.count_samples([str(path)]) == [12]
+    assert len(index.load(str(path)).arrays("offset")[0]) == 0
+    assert keys(loader(str(path), shuffle=False, batch_size=12).epoch(0)) == [f"k{i:03d}" for i in range(12)]
+
+
+def test_indices_in_another_folder(folder, tmp_path, monkeypatch):
+    out = tmp_path / "indices"
+    make(str(folder / "*.tar"), out=out)
+    assert sorted(path.name for path in out.iterdir()) == ["odd-0.tar.index.npz", "plain-0.tar.index.npz"]
+    assert not list(folder.glob("*.npz"))
+    assert index.load(str(folder / "odd-0.tar")) is None
+    monkeypatch.setenv("SIMPLCLIP_INDEX", str(out))
+    without(monkeypatch)
+    assert len(list(read_shard(str(folder / "odd-0.tar"), Skipped()))) == 6
+    (folder / "sub").mkdir()
+    write(folder / "sub" / "odd-0.tar", [sample(0)])
+    with pytest.raises(ValueError, match="out: expected shards of different names"):
+        make([str(folder / "odd-0.tar"), str(folder / "sub" / "odd-0.tar")], out=out)
+
+
+def test_a_folder_that_cannot_be_written_to(folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    line = one_line("data", "index", folder / "odd-0.tar", "--workers", "1")
+    assert "expected a folder that can be written to" in line
+    assert "--out" in line
+
+
+def test_one_process_writes_at_a_time(folder):
+    with locked(folder), pytest.raises(FileExistsError, match="no other process writes to"):
+        make(folder / "odd-0.tar")
+
+
+def test_unreadable_shards_are_named(folder):
+    (folder / "no-0.tar").write_bytes(b"no tar" * 999)
+    found = make(str(folder / "*.tar"))
+    assert (found["shards"], found["written"]) == (3, 2)
+    assert "no-0.tar' cannot be opened" in found["unreadable"][str(folder / "no-0.tar")]
+    result = call("data", "index", str(folder / "*.tar"), "--workers", "1")
+    assert result.exit_code == 0
+    assert "18 samples in 3 shards; wrote 0 indices, kept 2" in result.output
+    assert "not read: shard" in result.output
+    assert "1 not an image (first: odd-0.tar/page" in result.output
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(folder):
+    found = {}
+    for workers in (1, 3):  # 3 processes share the samples of each shard
+        indexing.run(str(folder / "*.tar"), out=folder / str(workers), decoded=True, workers=workers, progress=False)
+        found[workers] = kills.digests(folder / str(workers))
+    assert found[1] == found[3]
+    assert len(found[1]) == 2
+
+
+def indexed_in(folder, out, ready):
+    ready.set()
+    indexing.run(str(folder / "*.tar"), out=out, decoded=True, workers=2, progress=False)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for shard in range(6):
+        write(source / f"{shard}.tar", [sample(i) for i in range(400)])
+
+    def check_whole(out):
+        for path in out.glob("*.npz") if out.exists() else ():
+            assert index.opened(str(source / path.name.removesuffix(index.SUFFIX)), path).samples == 400
+
+    target = functools.partial(indexed_in, source)
+    kills.check(["simplclip.data.indexing"], target, tmp_path, check_whole)
+
+
+def test_skipping_is_fast(tmp_path, monkeypatch):
+    """At least 20,000 samples a second are asked of one process; the machine may be busy."""
+    _, files = sample(0)
+    path = write(tmp_path / "a.tar", [(f"k{i:06d}", files) for i in range(12_000)])
+    make(path)
+    without(monkeypatch)
+    whole = loader(path, batch_size=100, transform=lambda image: torch.zeros(3, SIZE, SIZE))
+    about = {"epoch": 0, "batches": 115, "batch_size": 100, "skipped": {"counts": {}, "examples": {}}}
+    worker = {"items": 115, "lost": torch.tensor([], dtype=torch.int64), "ended": {}, "current": (0, 12_000)}
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        next(whole.epoch(0, 115, about | {"workers": [worker]}))
+        rates.append(11_500 / (time.perf_counter() - began))
+    assert max(rates) > 20_000 / 4
+
+
+def test_about_is_json(folder):
+    make(folder / "plain-0.tar")
+    with np.load(folder / "plain-0.tar.index.npz", allow_pickle=False) as file:
+        about = json.loads(file["about"].tobytes())
+    assert about["format"] == "simplclip-index-1"
+    assert about["shard"]["bytes"] == (folder / "plain-0.tar").stat().st_size

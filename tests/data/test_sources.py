@@ -1,0 +1,526 @@
+"""Where the pairs lie: lists, URLs of a server that fails in every way, commands, tables, folders, weights; dead workers."""
+
+import contextlib
+import http.server
+import os
+import shutil
+import socket
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+from pairs import augment, keys, loader, png, resize, sample, table, text_of, write
+from runs import bits
+
+from simplclip import data
+from simplclip.common.errors import InputError
+from simplclip.data import sources, streams, tables
+from simplclip.data.broken import Skipped
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def shard(folder, first=0, count=12):
+    """A tar of samples whose keys tell them apart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return write(folder / f"train-{first:03d}.tar", [sample(i) for i in range(first, first + count)])
+
+
+def everything(source, **options):
+    """The keys of an epoch, and the loader."""
+    reader = loader(source, **{"drop_last": False, "batch_size": 5} | options)
+    return sorted(keys(reader.epoch(0))), reader
+
+
+def names(first, count):
+    return [f"k{i:03d}" for i in range(first, first + count)]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(sources, "RETRIES", (0.01, 0.02))
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves a folder. faults: name -> what happens to its next requests, in order; the last one stays."""
+
+    def do_GET(self):
+        name = self.path.split("?")[0].strip("/")
+        self.server.asked[name] += 1
+        waiting = self.server.faults.get(name, ["none"])
+        fault = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        path = self.server.folder / name
+        if fault == "404" or not path.exists():
+            return self.send_error(404)
+        content = path.read_bytes()
+        self.send_response(200)
+        if fault != "chunked":
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+        if fault == "slow":  # nothing comes
+            self.server.release.wait(20)
+            return None
+        if fault == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(content) // 2, content[: len(content) // 2]))
+            return self.connection.close()
+        if fault in ("cut", "reset"):
+            self.wfile.write(content[: len(content) // 2])
+            if fault == "reset":
+                linger = (1).to_bytes(4, "little") + (0).to_bytes(4, "little")
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            return self.connection.close()
+        return self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local server of tmp_path / "served"."""
+    (tmp_path / "served").mkdir()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.daemon_threads = True
+        server.handle_error = lambda *_: None
+        server.folder, server.faults, server.asked = tmp_path / "served", {}, Counter()
+        server.release = threading.Event()
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.release.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_urls_with_brace_patterns(server, workers):
+    for number in range(3):
+        shard(server.folder, 12 * number)
+    source = f"{server.url}/train-0{{00,12,24}}.tar"
+    found, reader = everything(source, workers=workers)
+    assert found == names(0, 36)
+    assert reader.batches_per_epoch is None  # nothing is downloaded to count it
+    local = loader(str(server.folder / "*.tar"), drop_last=False, batch_size=5, workers=workers)
+    assert bits(list(reader.epoch(1))) == bits(list(local.epoch(1)))  # the same as from files
+
+
+def test_compressed_tars_and_signed_urls(server):
+    path = shard(server.folder)
+    os.system(f"gzip -k {path}")
+    for url in (f"{server.url}/train-000.tar.gz", f"{server.url}/train-000.tar?signature=a/b"):
+        assert everything(url)[0] == names(0, 12)
+    assert [part.name for part in data.parts_of(url)] == ["train-000.tar"]
+
+
+@pytest.mark.parametrize("fault", ["404", "cut", "reset", "chunked", "slow"])
+@pytest.mark.parametrize("mends", [True, False])
+def test_a_server_that_fails(server, quick, monkeypatch, fault, mends):
+    monkeypatch.setattr(streams, "TIMEOUT", 0.5)
+    broken, whole = shard(server.folder), shard(server.folder, 12)
+    server.faults["train-000.tar"] = [fault, "none"] if mends else [fault]
+    urls = [f"{server.url}/{os.path.basename(path)}" for path in (broken, whole)]
+    found, reader = everything(urls)
+    assert server.asked["train-000.tar"] == (2 if mends else 3)
+    if mends:
+        assert (found, reader.skipped) == (names(0, 24), {})
+        return
+    assert reader.skipped == {"unreadable shard": 1}
+    read = [key for key in found if key < "k012"]
+    assert [key for key in found if key >= "k012"] == names(12, 12)
+    assert read == names(0, len(read))  # what was read before the break is used
+    assert (0 < len(read) < 12) == (fault in ("cut", "reset", "chunked"))
+    reason = {"404": "HTTP Error 404", "slow": "sent nothing for 0.5 seconds", "cut": "bytes before the end"}
+    assert reason.get(fault, "cannot be read to its end") in reader.report()
+    with pytest.raises(data.ShardError, match=rf"shard '{urls[0]}' cannot be (opened|read to its end): "):
+        everything(urls, on_error="stop")
+
+
+def test_a_retry_goes_on_behind_what_was_given_and_counts_damage_once(server, quick):
+    double = [sample(0), ("k001", sample(1)[1]), ("k001", {"txt": b"again"}), *(sample(i) for i in range(2, 40))]
+    write(server.folder / "a.tar", double)
+    server.faults["a.tar"] = ["cut", "cut", "none"]
+    skipped = Skipped()
+    (part,) = data.parts_of(f"{server.url}/a.tar")
+    assert [found["__key__"] for found in sources.read_part(part, skipped)] == names(0, 40)
+    assert skipped.counts == {"duplicate file in tar": 1}
+    assert server.asked["a.tar"] == 3
+
+
+def test_a_server_that_is_not_there(quick):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.tar"
+    with pytest.raises(data.ShardError, match="cannot be opened: .*refused"):
+        everything(url, on_error="stop")
+
+
+def test_commands(tmp_path, quick):
+    for first in (0, 12):
+        shard(tmp_path, first)
+    # The second is named as a file, and the first runs on after its tar.
+    found, reader = everything(
+        [f"pipe:cat {tmp_path}/train-000.tar; sleep 60", f"pipe:gzip -c {tmp_path}/train-{{012,012}}.tar"]
+    )
+    assert found == sorted(names(0, 12) + 2 * names(12, 12))
+    assert reader.skipped == {}
+    local = loader([f"{tmp_path}/train-000.tar"], drop_last=False)
+    assert bits(list(loader(f"pipe:cat {tmp_path}/train-000.tar", drop_last=False).epoch(0))) == bits(list(local.epoch(0)))
+
+
+@pytest.mark.parametrize(
+    ("command", "used", "reason"),
+    [
+        ("head -c 30000 {}; exit 3", True, "exit code 3"),
+        ("head -c 30000 {}; sleep 9", True, "wrote nothing for 0.5 seconds"),
+        ("head -c 30000 {}; exec >&-; sleep 9", True, "did not end in 0.5 seconds"),
+        ("exit 4", False, "exit code 4"),
+        ("cat /no/such/file", False, "exit code 1"),
+    ],
+)
+def test_commands_that_fail(tmp_path, quick, monkeypatch, command, used, reason):
+    monkeypatch.setattr(streams, "TIMEOUT", 0.5)
+    began = time.monotonic()
+    tar = shard(tmp_path, count=40)
+    source = f"pipe:echo >> {tmp_path}/runs; {command.format(tar)}"
+    found, reader = everything([source, shard(tmp_path, 50)])
+    read = [key for key in found if key < "k050"]
+    assert found == names(0, len(read)) + names(50, 12)
+    assert (0 < len(read) < 40) == used
+    assert reader.skipped == {"unreadable shard": 1}
+    assert reason in reader.report()
+    assert (tmp_path / "runs").read_text() == "\n" * 3  # the first try and two more
+    assert time.monotonic() - began < 8
+
+
+def test_list_files(tmp_path, server):
+    shard(server.folder)
+    shard(tmp_path / "a", 12)
+    shard(tmp_path / "b", 24)
+    shard(tmp_path / "b", 36)
+    lines = [
+        "# mine",
+        f"{server.url}/train-000.tar",
+        "",
+        "a/train-012.tar",
+        f"{tmp_path}/b/train-0{{24,36}}.tar  ",
+        "a/*.tar",
+    ]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert everything(tmp_path / "list.txt")[0] == sorted(names(0, 48) + names(12, 12))
+    assert everything({"shards": str(tmp_path / "list.txt"), "weight": 2})[0] == sorted(2 * (names(0, 48) + names(12, 12)))
+
+
+def test_a_command_is_taken_from_the_caller_alone(tmp_path):
+    """Whoever gives away data must not run commands with it."""
+    evil = f"pipe:touch {tmp_path}/harm; cat {shard(tmp_path)}"
+    (tmp_path / "list.txt").write_text(f"train-000.tar\n{evil}\n")
+    with pytest.raises(
+        InputError, match=r"shards: line 2 of '.*list.txt': .*got 'pipe:.*from the command line or the config"
+    ):
+        everything(str(tmp_path / "list.txt"))
+    table(tmp_path / "first.csv", [[evil, "x"]])
+    with pytest.raises(InputError, match=r"shards: expected a table of images' paths, got first.csv/000000000: 'pipe:.*"):
+        everything(str(tmp_path / "first.csv"))
+    (tmp_path / "a.png").write_bytes(png())
+    table(tmp_path / "later.csv", [["a.png", "x"], [evil, "x"], ["http://host/a.png", "x"]])
+    found, reader = everything(str(tmp_path / "later.csv"))
+    assert (found, reader.skipped) == (["000000000"], {"not a local file": 2})
+    (tmp_path / "names").mkdir()
+    write(tmp_path / "names" / "pipe:touch harm.tar", [sample(0)])  # a file of this name is a file
+    assert everything(str(tmp_path / "names" / "*.tar"))[0] == names(0, 1)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """30 images in two folders, and rows of a table about them."""
+    for number in range(30):
+        (tmp_path / f"images/{number % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"images/{number % 2}/p{number}.{'PNG' if number % 3 else 'img'}").write_bytes(png(number))
+    files = [f"images/{number % 2}/p{number}.{'PNG' if number % 3 else 'img'}" for number in range(30)]
+    return [[file, f"{number} a"] for number, file in enumerate(files)]
+
+
+def captions(source, **options):
+    reader = loader(source, **{"drop_last": False, "transform": resize} | options)
+    return sorted(text_of(row) for batch in reader.epoch(0) for row in batch["text"]), reader
+
+
+WRITTEN = sorted(f"{number} a" for number in range(30))
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "csv of open_clip", "parquet", "semicolon"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_tables(tmp_path, pictures, monkeypatch, kind, workers):
+    monkeypatch.setattr(tables, "ROWS", 7)
+    source = str(tmp_path / f"pairs.{kind[:3]}")
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        source, columns = str(tmp_path / "pairs.parquet"), list(zip(*pictures))
+        columns = {"similarity": [0.5] * 30, "caption": columns[1], "image_path": columns[0]}
+        parquet.write_table(pyarrow.table(columns), source, row_group_size=11)
+    elif kind == "semicolon":
+        table(source + ".csv", [[1, *row] for row in pictures], ("n", "where", "what"), ";")
+        source = {"shards": source + ".csv", "image_key": "where", "caption_key": "what", "separator": ";"}
+    else:
+        table(source, pictures, separator="," if kind == "csv" else "\t")
+    found, reader = captions(source, workers=workers)
+    assert (found, reader.skipped) == (WRITTEN, {})
+    assert len(data.parts_of(source)) == 5
+    assert reader.batches_per_epoch == 8
+    (batch,) = captions(source, batch_size=30)[1].epoch(0)
+    for text, image, key in zip(batch["text"], batch["image"], batch["key"]):
+        number = int(text_of(text).split()[0])
+        assert int(key) == number
+        assert torch.equal(image, resize(data.shards.decode_pil(png(number))))
+
+
+def test_rows_of_every_kind(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", 2)
+    file = pictures[1][0]
+    quoted = ['a "nail"', "over\ntwo lines", "with, comma", 'unclosed " inside', "\ufeff zwölf"]
+    path = table(tmp_path / "odd.csv", [[file, text] for text in quoted])
+    with open(path, "ab") as lines:
+        lines.write(b"\n\r\n")  # empty lines
+        lines.write(f'{file},half a "quote\n'.encode())  # no quoted field
+        lines.write(f"{tmp_path}/{file},absolute\r\n".encode())
+        lines.write(b"alone\n" + file.encode() + b",\n,no path\nnone.png,gone\n" + file.encode() + b",\xff\xfe\n")
+        lines.write(b"\x00\r\x00," + file.encode() + b"\n" + file.encode() + b",last")
+    found, reader = captions(path)
+    assert found == sorted(
+        text.strip()[:12].strip() if text.isascii() else text.encode()[:12].decode().strip()
+        for text in [*quoted, 'half a "quote', "absolute", "last"]
+    )
+    counted = reader.skipped
+    assert counted.pop("bad row") + counted.pop("cannot be read") == 3  # one of them is of either kind in other Pythons
+    assert counted == {"empty caption": 1, "missing image": 1, "caption not UTF-8": 1}
+    keys_of = [found["__key__"] for part in data.parts_of(path) for found in sources.read_part(part, Skipped())]
+    assert keys_of == sorted(set(keys_of))
+
+
+def test_a_quote_that_is_never_closed_costs_a_bounded_number_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", 50)
+    (tmp_path / "a.png").write_bytes(png())
+    path = table(tmp_path / "t.csv", [["a.png", f"{number} {'x' * 100}"] for number in range(3000)])
+    text = (tmp_path / "t.csv").read_text().replace("a.png,7 x", 'a.png,"7 x')
+    (tmp_path / "t.csv").write_text(text)
+    skipped = Skipped()
+    read = [found for part in data.parts_of(path) for found in sources.read_part(part, skipped)]
+    assert skipped.counts == {"bad row": 1}
+    assert 1500 < len(read) < 3000  # it takes csv's limit of a field, 128 KiB
+    assert read[-1]["txt"].startswith(b"2999 x")
+    assert len({found["__key__"] for found in read}) == len(read)
+    assert sources.count(data.parts_of(path)) == [part.piece.count for part in data.parts_of(path)]
+
+
+def test_what_is_held_of_a_large_table(tmp_path):
+    """Nothing for each row of a CSV file: its rows are counted, and found by the places of pieces."""
+    import tracemalloc
+
+    path = table(
+        tmp_path / "t.csv", [[f"images/{number:09d}.jpg", f"a photo of thing {number}"] for number in range(100_000)]
+    )
+    tracemalloc.start()
+    parts = data.parts_of(path)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(sources.count(parts)) == 100_000
+    assert held < 300_000  # 3 bytes a row
+    last = list(sources.read_part(parts[-1], Skipped()))[-1]
+    assert last["__key__"] == "000099999"
+    assert last["txt"] == b"a photo of thing 99999"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folders(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(tables, "ROWS", 4)
+    folder = tmp_path / "mine"
+    for number in range(9):
+        place = folder / ("" if number < 3 else f"sub {number % 2}/deep")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"IMG.{number}.jpg").write_bytes(png(number, form="JPEG"))
+        if number % 2:
+            (place / f"IMG.{number}.txt").write_text(f"{number} a")
+        else:
+            (place / f"IMG.{number}.json").write_text(f'{{"caption": "{number} a", "group": {number}}}')
+    (folder / "README.txt").write_text("about these")
+    (folder / "none.png").write_bytes(png())
+    found, reader = captions(str(folder), workers=workers)
+    assert found == [f"{number} a" for number in range(9)]
+    assert reader.skipped == {"missing caption": 1}
+    assert reader.batches_per_epoch == 3
+    assert [part.piece.count for part in data.parts_of(folder)] == [4, 4, 2]
+    order = keys(loader(folder, shuffle=False, drop_last=False).epoch(0))
+    assert order == ["IMG.0", "IMG.1", "IMG.2", *(f"sub {n % 2}/deep/IMG.{n}" for n in (4, 6, 8, 3, 5, 7))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["url", "pipe", "csv", "folder", "weighted", "list"])
+def test_states_and_skipping(tmp_path, server, monkeypatch, kind, workers, quick):
+    """Of each kind of source, with something broken in it."""
+    monkeypatch.setattr(tables, "ROWS", 3)
+    for first in (0, 12, 24):
+        shard(server.folder, first, 11)
+    write(server.folder / "train-100.tar", [sample(100), ("bad", {"png": b"", "txt": b"x"}), sample(101)])
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.png").write_bytes(png(number) if number % 7 else b"broken")
+        (folder / f"{number}.txt").write_text(f"{number} a")
+    table(tmp_path / "t.csv", [[f"files/{number}.png", f"{number} a"] for number in range(20)])
+    (tmp_path / "list.txt").write_text("served/*.tar\nt.csv\n")
+    tars = str(server.folder / "train-{000,012,024,100}.tar")
+    source = {
+        "url": [f"{server.url}/train-{{000,012,024,100}}.tar", f"{server.url}/none.tar"],
+        "pipe": f"pipe:cat {tars}",
+        "csv": str(tmp_path / "t.csv"),
+        "folder": str(folder),
+        "weighted": [{"shards": tars, "weight": 1.6}, {"shards": [str(tmp_path / "t.csv")], "weight": 0.5}],
+        "list": str(tmp_path / "list.txt"),
+    }[kind]
+    reader = loader(source, workers=workers, batch_size=3, drop_last=False, shuffle_buffer=5)
+    whole, states = [], []
+    for batch in reader.epoch(1):
+        whole.append(batch)
+        states.append(reader.state())
+    report = reader.report()
+    assert reader.skipped
+    again = loader(source, workers=workers, batch_size=3, drop_last=False, shuffle_buffer=5)
+    for number in {1, len(whole) // 2, len(whole)}:
+        for state in (None, states[number - 1]):
+            assert bits(list(again.epoch(1, number, state))) == bits(whole[number:])
+            assert again.report() == report
+
+
+def test_weights_are_how_often_an_epoch_has_a_sample(tmp_path):
+    many = write(tmp_path / "a.tar", [sample(i) for i in range(400)])
+    few = write(tmp_path / "b.tar", [sample(i) for i in range(400, 410)])
+    for weight in (2, 0.25, 2.5):
+        reader = loader([{"shards": many, "weight": weight}, few], drop_last=False, batch_size=64)
+        drawn = []
+        for epoch in range(3):
+            counts = Counter(keys(reader.epoch(epoch)))
+            assert all(counts[f"k{i:03d}"] == 1 for i in range(400, 410))
+            several = Counter(counts[f"k{i:03d}"] for i in range(400))
+            least = int(weight)
+            assert several.keys() <= {least, least + 1}
+            share = several[least + 1] / 400
+            assert share == pytest.approx(weight - least, abs=0.08 if weight != 2 else 0)
+            drawn.append(frozenset(key for key, count in counts.items() if count > least and key < "k400"))
+        assert len(set(drawn)) == (1 if weight == 2 else 3)  # other samples in each epoch
+    assert loader([{"shards": many, "weight": 2.5}, few], batch_size=10).batches_per_epoch == 101
+    # A sample that comes twice is augmented anew, and its captions are drawn anew.
+    (batch,) = loader({"shards": few, "weight": 2}, batch_size=20).epoch(0)
+    assert len({image.sum().item() for image in batch["image"]}) == 20
+
+
+def test_samples_of_files_of_the_same_name_are_not_the_same(tmp_path):
+    """img2dataset names its shards 00000.tar, and their samples alike, in each data set."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        plain = [(f"{i}", {"png": png(), "txt": b"x"}) for i in range(3)]
+        write(tmp_path / name / "00000.tar", plain)
+    both = str(tmp_path / "{a,b}" / "00000.tar")
+    (batch,) = loader(both, batch_size=6).epoch(0)
+    assert len(set(batch["group"].tolist())) == 6
+    assert [part.name for part in data.parts_of(both)] == ["a/00000.tar", "b/00000.tar"]
+    (alone,) = loader(str(tmp_path / "a" / "00000.tar"), batch_size=3, shuffle=False).epoch(0)
+    shutil.move(tmp_path / "a", tmp_path / "moved")  # the name does not depend on the folder where it need not
+    (moved,) = loader(str(tmp_path / "moved" / "00000.tar"), batch_size=3, shuffle=False).epoch(0)
+    assert bits(alone) == bits(moved)
+
+
+def test_what_is_not_a_source(tmp_path):
+    here = str(tmp_path)
+    shard(tmp_path / "tars")
+    shard(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "none.txt").write_text("# nothing\n")
+    (tmp_path / "list.txt").write_text("tars/train-000.tar\nmissing.tar\n")
+    (tmp_path / "nested.txt").write_text("list.txt\n")
+    table(tmp_path / "other.csv", [["a", "b"]], ("id", "url"))
+    table(tmp_path / "empty.csv", [])
+    (tmp_path / "no.parquet").write_bytes(b"hello")
+    for bad, message in (
+        ([], "shards: .*empty list"),
+        (7, "shards: expected a path, an http.*, got 7"),
+        (f"{here}/no-*.tar", r"shards: expected files, got the pattern '.*no-\*.tar', which matches none"),
+        (f"{here}/train-{{000..001}}.tar", r"shards: expected a file, got '.*train-001.tar', which does not exist"),
+        (f"{here}/empty", "shards: expected a folder of images .*, got '.*empty', which has no image$"),
+        (f"{here}/tars", r"shards: .*tars', which has no image \(try its \*.tar\)"),
+        (f"{here}/none.txt", "shards: expected a list file with one path or URL a line, got '.*none.txt'"),
+        (f"{here}/list.txt", r"shards: line 2 of '.*list.txt': expected a file, got '.*missing.tar', which does not exist"),
+        (f"{here}/nested.txt", "shards: line 1 of '.*': expected tars, tables or folders in a list file, got the list file"),
+        (
+            f"{here}/other.csv",
+            "shards: expected a table with a column filepath or .*image_key.*, got '.*' with .* 'id', 'url'",
+        ),
+        (f"{here}/empty.csv", "shards: expected a table with rows, got '.*empty.csv', which has none"),
+        (f"{here}/no.parquet", "shards: expected .*no.parquet'"),
+        ("s3://bucket/a.tar", "shards: expected a path, .*got 's3://bucket/a.tar'; .*'pipe:aws s3 cp"),
+        ({"shard": "a"}, r"shards: expected a mapping with shards and, .* weight, .*got \{'shard': 'a'\}"),
+        ({"shards": f"{here}/tars/*", "weight": 0}, "shards: expected a weight above 0, got 0"),
+        ({"shards": f"{here}/tars/*", "weight": float("nan")}, "shards: expected a weight above 0, got nan"),
+        ({"shards": f"{here}/tars/*", "image_key": "x"}, "shards: expected a table, since image_key, .*got '.*tars"),
+    ):
+        with pytest.raises(InputError, match=message):
+            loader(bad)
+    with pytest.raises(InputError, match="^data.train: expected a file"):
+        data.parts_of("nowhere.tar", "data.train")
+
+
+def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="shards: expected the package pyarrow to read '.*t.parquet', got none; pip install"):
+        loader(str(tmp_path / "t.parquet"))
+
+
+class Killer:
+    """A transform that kills its process at the first `times` times that `key` is met; a file counts them."""
+
+    def __init__(self, path, at, times):
+        self.path, self.at, self.times = path, at, times
+
+    def __call__(self, image):
+        if image.getpixel((0, 0)) == self.at:
+            with open(self.path, "ab") as file:
+                file.write(b"x")
+            if os.path.getsize(self.path) <= self.times:
+                os.kill(os.getpid(), 9)
+        return augment(image)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_killed_worker_is_started_again_and_the_batches_are_the_same(tmp_path, workers, first):
+    paths = [shard(tmp_path, 12 * number) for number in range(5)]
+    broken = write(tmp_path / "broken.tar", [("b", {"png": b"", "txt": b"x"}), sample(90)])
+    options = {"workers": workers, "batch_size": 4, "drop_last": False, "shuffle_buffer": 8}
+    undisturbed = loader([*paths, broken], **options)
+    whole = list(undisturbed.epoch(0))
+    at = data.shards.decode_pil(png(31)).getpixel((0, 0))
+    reader = loader([*paths, broken], transform=Killer(tmp_path / "count", at, 2), **options)
+    assert bits(list(reader.epoch(0, first))) == bits(whole[first:])
+    assert len(reader.restarts) == 2
+    assert "killed by signal" in reader.restarts[0]
+    assert "of epoch 0" in reader.restarts[0]
+    assert reader.report() == undisturbed.report()
+    assert bits(reader.state()) == bits(undisturbed.state())
+    always = loader([*paths, broken], transform=Killer(tmp_path / "count", at, 99), **options)
+    with pytest.raises(
+        data.WorkerError,
+        match="data.workers: a loader process died .*killed by signal SIGKILL.*fewer data.workers or a smaller",
+    ):
+        list(always.epoch(0))
+    assert len(always.restarts) == 3
