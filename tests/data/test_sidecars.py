@@ -271,9 +271,7 @@ def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):
     other.mkdir()
     write(other / "train-0.tar", [sample(30)])
     both = [str(folder / "*.tar"), str(other / "*.tar")]
-    with pytest.raises(
-        ValueError, match="sidecars: shards of different file names, got '.*in/train-0.tar' and '.*other"
-    ):
+    with pytest.raises(ValueError, match="expected shards of different file names, got .*train-0.tar. and .*other"):
         loader(both, sidecars=[out])
     twice = [{"shards": str(folder / "train-0.tar"), "weight": 2}, str(folder / "train-1.tar")]
     found = keys(loader(twice, sidecars=[out], teacher=True, drop_last=False, batch_size=1).epoch(0))
