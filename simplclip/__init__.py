@@ -21,7 +21,7 @@ _FUNCTIONS = {
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (
-    *("data", "encoder", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
+    *("data", "embedding", "encoder", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
     *("ablate", "caption", "evaluate", "export", "memory", "teacher"),  # commands
 )
 deprecated.install()

@@ -14,6 +14,7 @@ import typer  # noqa: E402
 from typer.core import TyperGroup  # noqa: E402
 
 from simplclip.commands import data as data_commands  # noqa: E402
+from simplclip.commands.embed import embed  # noqa: E402
 from simplclip.commands.evaluate import evaluate  # noqa: E402
 from simplclip.commands.options import Device, Precision, named_splits  # noqa: E402
 from simplclip.common.errors import InputError, UserError  # noqa: E402
@@ -152,6 +153,12 @@ app.command(
     short_help="Evaluate models by retrieval and classification.",
     epilog="Example: simplclip evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
 )(evaluate)
+
+app.command(
+    short_help="Write features of images or texts; search them.",
+    epilog="Example: simplclip embed photos --model runs/NAME --out photos.npz; "
+    "simplclip embed photos.npz --find 'a red car' --picture hits.png",
+)(embed)
 
 
 @app.command(

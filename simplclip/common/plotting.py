@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from simplclip.common.files import write_atomically
 
-INK, MUTED, GRID = "#1b1f24", "#6e7781", "#e6e8eb"
+INK, MUTED, GRID, FRAME = "#1b1f24", "#6e7781", "#e6e8eb", "#d0d7de"
 COLOURS = ("#0b6bcb", "#d9480f", "#7048e8", "#2b8a3e", "#c2255c")
 
 
@@ -24,6 +27,37 @@ def style(axis, title: str) -> None:
     axis.tick_params(colors=MUTED, length=0, labelsize=9)
     for side in axis.spines.values():
         side.set_visible(False)
+
+
+def sheet(width: float, height: float, head: float) -> tuple[Figure, Any]:
+    """A figure with an axis in inches for tiles and text, from y = -head, above the tiles, down to y = height."""
+    figure = new_figure(width, height + head + 0.05)
+    axis = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+    axis.set_xlim(0, width)
+    axis.set_ylim(height, -head)
+    axis.set_aspect("equal", adjustable="box")
+    axis.axis("off")
+    return figure, axis
+
+
+def show(axis: Any, image: Any, x: float, y: float, size: tuple[float, float] = (1.0, 1.0)) -> None:
+    """An image in a tile of this width and height."""
+    axis.imshow(image, extent=(x, x + size[0], y + size[1], y), interpolation="bilinear", zorder=1)
+
+
+def frame(
+    axis: Any, x: float, y: float, width: float = 1.0, height: float = 1.0, colour: str = FRAME, line: float = 0.8
+) -> None:
+    axis.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line, zorder=2))
+
+
+def say(axis: Any, x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
+    axis.text(x, y, text, fontsize=size, color=colour, **{"va": "center", **style})
+
+
+def wrapped(text: str, width: int, lines: int) -> str:
+    """Text in lines of `width` characters, without formulas."""
+    return textwrap.fill(text, width, max_lines=lines, placeholder=" …").replace("$", r"\$")
 
 
 def write(figure: Figure, path: Path) -> Path:
