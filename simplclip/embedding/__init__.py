@@ -2,12 +2,12 @@
 
 sources.py   where the images are read from
 store.py     the files of features: .npz, .parquet, or clip-retrieval's folder
-embed.py     writes one
-find.py      searches one, by text or image, and makes a picture of what is found
+encode.py    writes one
+search.py    searches one, by text or image, and makes a picture of what is found
 """
 
-from simplclip.embedding.embed import embed
-from simplclip.embedding.find import Hit, find, picture
+from simplclip.embedding.encode import embed
+from simplclip.embedding.search import Hit, find, picture
 from simplclip.embedding.store import Stored
 
 __all__ = ["Hit", "Stored", "embed", "find", "picture"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.data import parts_of
-from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.shards import IMAGE_SUFFIXES, Sample, captions_of, contents, image_of, place_of, read_shard
 from simplclip.data.sources import Part, count, read_part
 from simplclip.data.stream import Entry, Source
@@ -136,6 +136,8 @@ def encoded(places: list[tuple[str, str, str]]) -> list[bytes | str]:
 
 def _of_shard(shard: str, keys: set[str]) -> dict[str, Sample] | str:
     missing, samples = set(keys), {}
+    if not os.path.exists(shard):
+        return "shard not found"
     try:
         for sample in read_shard(shard, Skipped()):
             if sample["__key__"] in missing:
@@ -143,8 +145,8 @@ def _of_shard(shard: str, keys: set[str]) -> dict[str, Sample] | str:
                 samples[sample["__key__"]] = sample
                 if not missing:
                     break
-    except Exception as error:  # a shard that is gone or is damaged, as its type and the system say
-        return "shard not found" if isinstance(error, FileNotFoundError) else f"shard unreadable: {error}"
+    except (ShardError, OSError):
+        return "shard unreadable"
     return samples
 
 

@@ -26,7 +26,6 @@ from simplclip.evaluation.features import Features
 
 COLUMNS = ("key", "caption", "shard", "image_path")  # clip-retrieval calls two of them so
 CHUNK = 16384  # rows that are packed or read at a time
-ABOUT = "simplclip.json"
 _FORMS = "a name that ends in .npz or .parquet, or a folder"
 
 
@@ -119,7 +118,6 @@ class Writer:
                     file.write(features.tobytes())
             with open(temporary / "metadata" / "metadata_0.parquet", "wb") as file:
                 self._table(file, about, features=False)
-            (temporary / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
             os.replace(temporary, self.out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -161,18 +159,20 @@ class Stored:
 
     def _open(self) -> None:
         if self.path.is_dir():
-            self.about = json.loads((self.path / ABOUT).read_text("utf-8"))
             (file,) = self.path.glob("*_emb/*_emb_0.npy")
             self._array = np.load(file, mmap_mode="r")
-            self._parquet = _pyarrow(self.path).parquet.ParquetFile(self.path / "metadata" / "metadata_0.parquet")
+            rows = self.path / "metadata" / "metadata_0.parquet"
         elif self.path.suffix == ".parquet":
-            self._parquet, self._array = _pyarrow(self.path).parquet.ParquetFile(self.path), None
-            self.about = json.loads((self._parquet.schema_arrow.metadata or {})[b"simplclip"])
+            self._array, rows = None, self.path
         else:
-            self._parquet = None
+            rows = None
             with zipfile.ZipFile(self.path) as archive:
                 self.about = json.loads(str(np.lib.format.read_array(io.BytesIO(archive.read("about.npy")))))
                 self._array = self._mapped(archive.getinfo("features.npy"))
+        self._parquet = rows and _pyarrow(self.path).parquet.ParquetFile(rows)
+        if rows:
+            self.about = json.loads((self._parquet.schema_arrow.metadata or {})[b"simplclip"])
+            self._group = self._parquet.metadata.row_group(0).num_rows
 
     def _mapped(self, member: zipfile.ZipInfo) -> np.ndarray:
         with open(self.path, "rb") as file:
@@ -191,22 +191,21 @@ class Stored:
         start, stop, _ = rows.indices(len(self))
         if self._array is not None:
             return torch.from_numpy(self._array[start:stop].astype(np.float32))
-        first, last = start // CHUNK, max(start, stop - 1) // CHUNK
+        first, last = start // self._group, max(start, stop - 1) // self._group
         column = self._parquet.read_row_groups([*range(first, last + 1)], ["features"])["features"].combine_chunks()
         flat = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.about["width"])
-        return torch.from_numpy(flat[start - first * CHUNK : stop - first * CHUNK].astype(np.float32))
+        return torch.from_numpy(flat[start - first * self._group : stop - first * self._group].astype(np.float32))
 
     def rows(self, numbers: Sequence[int]) -> dict[int, dict[str, str]]:
         """The metadata of these rows."""
-        wanted: dict[int, list[int]] = {}
-        for number in sorted(set(numbers)):
-            wanted.setdefault(number // CHUNK, []).append(number)
+        numbers = sorted(set(numbers))
         if self._parquet is None:
-            return self._of_npz(sorted(set(numbers)))
-        found = {}
-        for group, members in wanted.items():
-            table = self._parquet.read_row_group(group, [*COLUMNS]).take([number % CHUNK for number in members])
-            found |= zip(members, table.to_pylist())
+            return self._of_npz(numbers)
+        found: dict[int, dict[str, str]] = {}
+        for group, members in itertools.groupby(numbers, lambda number: number // self._group):
+            several = [*members]
+            table = self._parquet.read_row_group(group, [*COLUMNS]).take([number % self._group for number in several])
+            found |= zip(several, table.to_pylist())
         return found
 
     def _of_npz(self, numbers: list[int]) -> dict[int, dict[str, str]]:

@@ -16,13 +16,14 @@ from simplclip.common.errors import InputError
 from simplclip.common.plotting import INK, MUTED, frame, say, sheet, show, wrapped, write
 from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil
-from simplclip.embedding.embed import lasting
+from simplclip.embedding.encode import lasting
 from simplclip.embedding.sources import encoded
 from simplclip.embedding.store import CHUNK, Stored
 from simplclip.encoder import Encoder, load
 from simplclip.evaluation.metrics import nearest
 from simplclip.evaluation.sources import IMAGES
 
+WIDEST = 10  # tiles in a line of the picture
 THUMBNAIL = 256  # pixels of the longer side of an image in the picture
 EMPTY = "#f6f8fa"
 
@@ -135,7 +136,7 @@ def picture(path: str | os.PathLike, found: dict[str, list[Hit]], about: dict[st
     hits = [hit for several in found.values() for hit in several]
     images = dict(zip((hit.row for hit in hits), encoded([(hit.key, hit.shard, hit.image_path) for hit in hits])))
     label, gap, below, columns = 2.3, 0.16, 0.5, max(map(len, found.values()))
-    wide = min(columns, 10)
+    wide = -(-columns // -(-columns // WIDEST))  # as even lines
     lines = {query: -(-len(several) // wide) for query, several in found.items()}
     row_height, between = 1 + below, 0.12
     width = max(label + wide * (1 + gap), 7.5)

@@ -1,0 +1,273 @@
+"""`simplclip embed`: features in files, and what is found there by text and by image."""
+
+import builtins
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from pairs import call, one_line, write
+from PIL import Image
+from trainer_runs import write_models
+
+import simplclip
+from simplclip import embedding
+from simplclip.data.loader import EmptyEpochError
+from simplclip.embedding import search, store
+
+pyarrow = pytest.importorskip("pyarrow.parquet")
+FORMS = ("f.npz", "f.parquet", "f")
+NAMES = ("red ring", "green bar", "blue square", "крокодил 鳄鱼", "black wedge")
+
+
+def drawn(i):
+    return tiny.picture(list(tiny.COLOURS.values())[i % 4], tiny.SHAPES[i], size=24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models; five pairs and three broken samples in shards, the same images in a folder, a list and a table."""
+    folder = tmp_path_factory.mktemp("embed")
+    write_models(folder)
+    torch.manual_seed(9)
+    state = torch.load(folder / "tiny.bin", weights_only=True)
+    torch.save(state | {"text_projection": torch.randn_like(state["text_projection"])}, folder / "other.pt")
+    samples = [(f"k{i}", {"png": drawn(i), "txt": name.encode()}) for i, name in enumerate(NAMES)]
+    bad = [("b1", {"png": b"no", "txt": b"x"}), ("b2", {"txt": b"alone"}), ("b3", {"png": drawn(0)[:60]})]
+    write(folder / "a-0.tar", samples[:2] + bad)
+    write(folder / "a-1.tar", samples[2:])
+    images = folder / "images"
+    images.mkdir()
+    for i, name in enumerate(NAMES):
+        (images / f"{name}.png").write_bytes(drawn(i))
+    (images / f"{NAMES[0]}.txt").write_text("a caption beside it")
+    (folder / "list.txt").write_text("".join(f"images/{name}.png\n" for name in NAMES), "utf-8")
+    rows = "".join(f"images/{name}.png\t{name}\n" for name in NAMES)
+    (folder / "table.tsv").write_text("filepath\ttitle\n" + rows, "utf-8")
+    pairs = [{"image": f"images/{name}.png", "caption": [name, "another"]} for name in NAMES]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return f"open_clip:tiny/{folder / 'tiny.bin'}"
+
+
+@pytest.fixture(scope="module")
+def encoder(model):
+    return simplclip.load(model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(encoder):
+    return encoder.encode_image([Image.open(io.BytesIO(drawn(i))) for i in range(5)])
+
+
+def made(folder, out, source="a-{0,1}.tar", **options):
+    options = {"workers": 0, "batch_size": 2, "device": "cpu"} | options
+    return embedding.embed(str(folder / source), out, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_features_are_those_of_encode_image(folder, model, encoder, expected, tmp_path, form, dtype):
+    got = made(folder, tmp_path / form, model=model, dtype=dtype, workers=2)
+    assert (got["count"], got["width"], got["weights"]) == (5, encoder.width, encoder.fingerprint())
+    assert got["skipped"].counts.total() == 3
+    stored = embedding.Stored(tmp_path / form)
+    assert len(stored) == 5
+    close = {"rtol": 0, "atol": 1e-3 if dtype == "fp16" else 1e-5}
+    torch.testing.assert_close(stored[:], expected, **close)
+    torch.testing.assert_close(stored[1:3], expected[1:3], **close)
+    if dtype == "fp16":
+        assert torch.equal(stored[:], stored[:].half().float())
+    rows = stored.rows([4, 0, 3])
+    assert [*rows] == [0, 3, 4]
+    assert rows[3] == {"key": "k3", "caption": NAMES[3], "shard": str(folder / "a-1.tar"), "image_path": ""}
+    assert [path.name for path in tmp_path.iterdir()] == [form]  # nothing temporary is left
+
+
+def test_files_can_be_read_without_this_library(folder, model, expected, tmp_path):
+    for form in FORMS:
+        made(folder, tmp_path / form, model=model)
+    whole = np.load(tmp_path / "f.npz")
+    assert [*whole["caption"]] == [*NAMES]
+    assert whole["features"].dtype == np.float16
+    table = pyarrow.read_table(tmp_path / "f.parquet")
+    assert table["caption"].to_pylist() == [*NAMES]
+    assert np.array_equal(np.array(table["features"].to_pylist(), np.float16), whole["features"])
+    assert np.array_equal(np.load(tmp_path / "f" / "img_emb" / "img_emb_0.npy", mmap_mode="r"), whole["features"])
+    metadata = pyarrow.read_table(tmp_path / "f" / "metadata" / "metadata_0.parquet").to_pylist()
+    assert [row["caption"] for row in metadata] == [*NAMES]
+
+
+@pytest.mark.parametrize("source", ["images", "images/*.png", "list.txt", "table.tsv", "pairs.json"])
+def test_every_source_of_images(folder, model, expected, tmp_path, source):
+    made(folder, tmp_path / "f.npz", source, model=model)
+    stored = embedding.Stored(tmp_path / "f.npz")
+    rows = stored.rows(range(5))
+    order = {str(folder / "images" / f"{name}.png"): i for i, name in enumerate(NAMES)}
+    found = [order[row["image_path"]] for row in rows.values()]
+    assert sorted(found) == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(stored[:], expected[found], rtol=0, atol=1e-3)
+    first = rows[found.index(0)]["caption"]
+    assert first == {"images": "a caption beside it", "table.tsv": NAMES[0], "pairs.json": NAMES[0]}.get(source, "")
+
+
+@pytest.mark.parametrize("faiss", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_find_is_exact_over_many_parts(folder, model, encoder, expected, tmp_path, monkeypatch, form, faiss):
+    if faiss:
+        pytest.importorskip("faiss")
+    monkeypatch.setattr(search, "_has_faiss", lambda: faiss)
+    for module in (store, search):
+        monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr("simplclip.evaluation.metrics._TILE_COLUMNS", 2)
+    made(folder, tmp_path / form, model=model)
+    query = str(folder / "images" / f"{NAMES[2]}.png")
+    found = embedding.find(tmp_path / form, ["a ring", query], top=4, device="cpu")
+    for text, features in (("a ring", encoder.encode_text("a ring")), (query, expected[2:3])):
+        scores, order = (features @ expected.T)[0].topk(4)
+        assert [hit.row for hit in found[text]] == order.tolist()
+        assert [hit.score for hit in found[text]] == pytest.approx(scores.tolist(), abs=2e-3)
+        assert [hit.caption for hit in found[text]] == [NAMES[i] for i in order.tolist()]
+    assert found[query][0].key == "k2"
+    assert len(embedding.find(tmp_path / form, "a ring", top=99, device="cpu")["a ring"]) == 5
+
+
+def test_texts(folder, model, encoder, tmp_path):
+    (tmp_path / "texts.txt").write_text("\ufeffкрокодил 鳄鱼\n\n a red ring \n", "utf-8")
+    result = call(
+        "embed", "--texts", tmp_path / "texts.txt", "--model", model, "--out", tmp_path / "t.npz", "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    assert "2 texts" in result.output
+    stored = embedding.Stored(tmp_path / "t.npz")
+    texts = ["крокодил 鳄鱼", "a red ring"]
+    assert [row["caption"] for row in stored.rows([0, 1]).values()] == texts
+    torch.testing.assert_close(stored[:], encoder.encode_text(texts), rtol=0, atol=1e-3)
+    image = folder / "images" / f"{NAMES[0]}.png"
+    result = call("embed", tmp_path / "t.npz", "--find", image, "--find", "crocodile", "--picture", tmp_path / "p.png")
+    assert result.exit_code == 0, result.output
+    assert "крокодил 鳄鱼" in result.output
+    assert Image.open(tmp_path / "p.png").width > 500
+
+
+def test_the_command_finds_and_draws(folder, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)  # the model's path is kept absolute
+    options = ("--model", "open_clip:tiny/tiny.bin", "--workers", 0, "--device", "cpu")
+    result = call("embed", "a-0.tar", "a-1.tar", *options, "--out", tmp_path / "f.npz")
+    assert result.exit_code == 0, result.output
+    assert "5 images" in result.output
+    assert "3 skipped" in result.output
+    monkeypatch.chdir(tmp_path)
+    query = folder / "images" / f"{NAMES[3]}.png"
+    result = call("embed", "f.npz", "--find", query, "--find", "$5 [red] ring", "--top", 3, "--picture", "hits.png")
+    assert result.exit_code == 0, result.output
+    assert "1.000" in result.output
+    assert NAMES[3] in result.output
+    assert "$5 [red] ring" in result.output
+    assert Image.open("hits.png").width > 500
+
+
+def test_images_are_found_again_or_said_to_be_gone(folder, model, tmp_path, monkeypatch):
+    write(tmp_path / "s.tar", [(f"k{i}", {"png": drawn(i)}) for i in range(3)])
+    lone = tmp_path / "lone.png"
+    lone.write_bytes(drawn(3))
+    embedding.embed([str(tmp_path / "s.tar"), str(folder / "images")], tmp_path / "f.npz", model=model, workers=0)
+    hits = [h for h in embedding.find(tmp_path / "f.npz", "ring", top=99)["ring"] if h.shard]
+    places = [(hit.key, hit.shard, hit.image_path) for hit in sorted(hits, key=lambda hit: hit.row)]
+    stream = f"pipe:touch {tmp_path / 'ran'}; cat {tmp_path / 's.tar'}"
+    more = [
+        ("x", str(tmp_path / "s.tar"), ""),
+        ("k0", stream, ""),
+        ("l", "", str(lone)),
+        ("g", "", str(tmp_path / "gone.png")),
+    ]
+    found = search.encoded(places + more)
+    assert found == [drawn(0), drawn(1), drawn(2), "not in its shard", "in a stream", drawn(3), "file not found"]
+    assert not (tmp_path / "ran").exists()
+    shown = []
+    monkeypatch.setattr(search, "show", lambda axis, image, *place: shown.append(image.size))
+    monkeypatch.setattr(search, "say", lambda axis, x, y, text, *rest, **style: shown.append(text))
+    (tmp_path / "s.tar").unlink()
+    stored = embedding.Stored(tmp_path / "f.npz")
+    embedding.picture(tmp_path / "hits.png", embedding.find(stored, "ring", top=99), stored.about)
+    assert [size for size in shown if size == (24, 24)] == [(24, 24)] * 5
+    assert sum("shard not" in text for text in shown if isinstance(text, str)) == 3
+
+
+def test_another_model_is_an_error(folder, model, encoder, tmp_path):
+    made(folder, tmp_path / "f.npz", model=model)
+    other = f"open_clip:tiny/{folder / 'other.pt'}"
+    line = one_line("embed", tmp_path / "f.npz", "--find", "a ring", "--model", other)
+    assert f"open_clip:tiny with fingerprint {encoder.fingerprint()}, got open_clip:tiny" in line
+    assert simplclip.load(other).fingerprint() in line
+    assert embedding.find(tmp_path / "f.npz", "a ring", model=encoder)  # an encoder that is already there
+
+
+def test_a_model_that_has_moved_may_be_named(folder, tmp_path):
+    (tmp_path / "m.pt").write_bytes((folder / "tiny.bin").read_bytes())
+    made(folder, tmp_path / "f.npz", model=f"open_clip:tiny/{tmp_path / 'm.pt'}")
+    (tmp_path / "m.pt").rename(tmp_path / "moved.pt")
+    line = one_line("embed", tmp_path / "f.npz", "--find", "a ring")
+    assert "m.pt" in line
+    assert "--model" in line
+    result = call("embed", tmp_path / "f.npz", "--find", "a ring", "--model", f"open_clip:tiny/{tmp_path / 'moved.pt'}")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_failure_leaves_the_earlier_file(folder, model, tmp_path, monkeypatch):
+    parts = store.Writer._parts
+
+    def full(writer):
+        yield from parts(writer)
+        raise OSError("No space left on device")
+
+    for form in ("f.npz", "f.parquet"):
+        made(folder, tmp_path / form, model=model)
+        before = (tmp_path / form).read_bytes()
+        with tarfile.open(tmp_path / "empty.tar", "w"):
+            pass
+        with pytest.raises(EmptyEpochError, match="has no usable sample"):
+            made(tmp_path, tmp_path / form, "empty.tar", model=model)
+        with monkeypatch.context() as patch:
+            patch.setattr(store.Writer, "_parts", full)
+            with pytest.raises(OSError, match="No space left"):
+                made(folder, tmp_path / form, model=model)
+        assert (tmp_path / form).read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"f.npz", "f.parquet", "empty.tar"}
+
+
+def test_errors_are_one_line(folder, model, tmp_path, monkeypatch):
+    shard, out = folder / "a-1.tar", ("--out", tmp_path / "f.npz")
+    np.savez(tmp_path / "theirs.npz", x=np.zeros(3))
+    (tmp_path / "theirs.parquet").write_bytes(b"PAR1")
+    for arguments, message in (
+        (("embed", shard, "--model", model, "--out", tmp_path / "f.csv"), "out: expected a name that ends in .npz"),
+        (("embed", shard, "--model", model, "--out", folder), "out: expected a new or empty folder"),
+        (("embed", shard, *out), "expected --model and --out"),
+        (("embed", "--model", model, *out), "source: expected images or texts, got neither"),
+        (("embed", tmp_path / "gone", "--model", model, *out), "source: expected a file"),
+        (("embed", shard, "--model", model, *out, "--dtype", "int8"), "dtype: expected fp16 or fp32"),
+        (("embed", shard, "--picture", "x.png"), "--picture: expected --find"),
+        (("embed", "--find", "x"), "--find: expected one file of features"),
+        (("embed", tmp_path / "gone.npz", "--find", "x"), "features: no such file"),
+        (("embed", shard, "--find", "x"), "features: expected a file of simplclip embed"),
+        (("embed", tmp_path / "theirs.npz", "--find", "x"), "features: expected a file of simplclip embed"),
+        (("embed", tmp_path / "theirs.parquet", "--find", "x"), "features: expected a file of simplclip embed"),
+        (("embed", folder, "--find", "x"), "features: expected a file of simplclip embed"),
+    ):
+        assert message in one_line(*arguments)
+    made(folder, tmp_path / "f.npz", model=model)
+    assert "find: no such image: gone.jpg" in one_line("embed", tmp_path / "f.npz", "--find", "gone.jpg")
+    real = builtins.__import__
+    monkeypatch.setattr(
+        builtins, "__import__", lambda name, *rest: real("no_such" if name.startswith("pyarrow") else name, *rest)
+    )
+    line = one_line("embed", shard, "--model", model, "--out", tmp_path / "f.parquet")
+    assert "pip install 'simplclip[embed]'" in line
