@@ -144,11 +144,10 @@ def _tables(found: dict[str, Any]) -> list[Table]:
     about.add_row("index", f"of {found['indexed']:,} shards; every image decoded of {found['decoded']:,} samples")
     if decoding and decoding["images_per_second"]:
         rate, side = decoding["images_per_second"], decoding["size"]
-        about.add_row(
-            "decoding", f"{rate:,.0f} images/s on one core, to {side} pixels ({decoding['images']:,} images measured)"
-        )
-        hours = f"{decoding['core_hours_an_epoch']:,.3g} core hours, {decoding['hours_an_epoch']:,.3g} on the"
-        about.add_row("", f"an epoch: {hours} {decoding['cores']} cores here; 1,000 images/s take {1000 / rate:.1f} cores")
+        about.add_row("decoding", f"{rate:,.0f} images/s on one core ({decoding['images']:,} images, to {side} pixels)")
+        hours = f"{decoding['core_hours_an_epoch']:,.3g} core hours an epoch, {decoding['hours_an_epoch']:,.3g} hours on the"
+        about.add_row("", f"{hours} {decoding['cores']} cores here")
+        about.add_row("", f"{1000 / rate:.2g} cores for every 1,000 images/s that a card takes")
     for shard, (said, there) in found["img2dataset"].items():
         about.add_row("img2dataset", f"{shard}: its stats say {said:,} images, there are {there:,}")
     spread = table("of each", *next(iter(found["quantiles"].values()), {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -13,6 +14,16 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
+
+
+def _has_terminal() -> bool:
+    """Whether errors go to a terminal; one without columns, as containers have them, would show no bar."""
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:
+        return True
 
 
 class Progress:
@@ -30,7 +41,7 @@ class Progress:
         self, title: str, total: int | None = None, done: int = 0, *, unit: str = "samples", shown: bool = True
     ) -> None:
         self.title, self.total, self.done, self.unit = title, total, done, unit
-        terminal = sys.stderr.isatty()
+        terminal = _has_terminal()
         self._lines, self._earlier, self._began = shown and not terminal, done, time.monotonic()
         self._said, self._lock = self._began, threading.Lock()
         hidden = not (shown and terminal)

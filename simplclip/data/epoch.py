@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import filters
 
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.decode import size_of
+from simplclip.data.decode import decode_pil, size_of
 from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, stable_hash
 from simplclip.data.sidecars import Folders
 from simplclip.data.sources import Part, read_part
@@ -68,23 +68,29 @@ def seeded(*parts: object) -> Iterator[None]:
 
 
 def pixels_of(
-    transform: ImageTransform | Callable, sample: Opened, view: View | None = None
-) -> tuple[torch.Tensor, list[float] | None]:
+    transform: ImageTransform | Callable,
+    sample: Opened,
+    view: View | None = None,
+    *,
+    encoded: bool = False,
+    max_pixels: int | None = None,
+) -> tuple[torch.Tensor | tuple[bytes, View], list[float] | None]:
     """The transformed image of a sample, and the change of colour that is left to `ImageTransform.finish`.
 
-    view: which one, instead of one that is drawn.
+    view: which one, instead of one that is drawn. encoded: the image file and the view instead of the pixels. max_pixels: as
+    for `decode`, of images for a caller's transform.
     Raises BrokenSample, ShardError for a caller's transform if there is a view, and RuntimeError for its errors.
     """
     if isinstance(transform, ImageTransform):
-        if view is None:
-            view = transform.draw(*size_of(sample.encoded, transform.max_pixels))
-        return transform.apply(sample.encoded, view), view.get("colour")
+        size = size_of(sample.encoded, transform.max_pixels) if view is None or encoded else ()
+        view = transform.draw(*size) if view is None else view
+        return (sample.encoded, view) if encoded else transform.apply(sample.encoded, view), view.get("colour")
     if view is not None:
         raise ShardError(
             f"sample {sample.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
             f"got {transform!r}"
         )
-    image = sample.image
+    image = sample.image if max_pixels is None else decode_pil(sample.encoded, max_pixels=max_pixels)
     try:
         return transform(image), None
     except Exception as error:
@@ -107,6 +113,8 @@ class Epoch(IterableDataset):
     teacher: bool
     on_error: str
     sidecars: Folders = ()
+    encoded: bool = False  # images are decoded by the main process
+    max_pixels: int | None = None
     epoch: int = 0
     progress: list[Progress] | None = None  # of each worker, to go on from
 
@@ -160,7 +168,9 @@ class Epoch(IterableDataset):
         with seeded(self.seed, self.epoch, opened.place, *filter(None, (sample.get("__copy__"),))):
             drawn = _draw(len(opened.captions), self.captions)
             number = random.randrange(len(opened.views)) if opened.views else 0
-            pixels, colour = pixels_of(self.transform, opened, opened.views[number] if opened.views else None)
+            view = opened.views[number] if opened.views else None
+            how = {"encoded": self.encoded, "max_pixels": self.max_pixels}
+            pixels, colour = pixels_of(self.transform, opened, view, **how)
         texts = [opened.captions[i] for i in drawn]
         features = None
         if self.teacher:
@@ -173,8 +183,12 @@ class Epoch(IterableDataset):
         images, colours, texts, groups, keys, records, features = zip(*prepared)
         one = self.captions == 1
         tokens = self.tokenizer([text for several in texts for text in several])
-        batch = {
-            "image": stack(images) if images[0].dtype == torch.uint8 else torch.stack(images),
+        batch: Batch
+        if self.encoded:
+            batch = dict(zip(("encoded", "view"), map(list, zip(*images))))
+        else:
+            batch = {"image": stack(images) if images[0].dtype == torch.uint8 else torch.stack(images)}
+        batch |= {
             "text": tokens if one else tokens.unflatten(0, (-1, self.captions)),
             "group": torch.tensor(groups, dtype=torch.int64),
             "key": list(keys),

@@ -4,6 +4,7 @@ Two fields of a sample's json are used: "group" (samples of one group show the s
 negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
 """
 
+import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from simplclip.common.errors import InputError, UserError
+from simplclip.data import gpu
 from simplclip.data.broken import Skipped
+from simplclip.data.decode import check_gpu
 from simplclip.data.epoch import Batch, Epoch, Item, Progress
 from simplclip.data.shards import ShardError, check_count
 from simplclip.data.sidecars import Folders
@@ -41,8 +44,8 @@ class Loader:
     restarts: why loader processes were started again, one line for each time.
     """
 
-    def __init__(self, dataset: Epoch, drop_last: bool, **options: Any) -> None:
-        self._dataset, self._drop_last, self._options = dataset, drop_last, options
+    def __init__(self, dataset: Epoch, drop_last: bool, device: torch.device, **options: Any) -> None:
+        self._dataset, self._drop_last, self._device, self._options = dataset, drop_last, device, options
         self._workers = max(1, options["num_workers"])
         self.restarts: list[str] = []
         self._start(0)
@@ -130,7 +133,12 @@ class Loader:
         for batch, size in self._whole_batches(dataset):
             self._batches_done += 1
             self._used += size
-            if self._batches_done > skip_batches:
+            if self._batches_done <= skip_batches:
+                continue
+            if dataset.encoded:
+                batch = gpu.decoded(batch, dataset.transform, self._device, self._skipped)
+                self._used -= size - (len(batch["key"]) if batch else 0)
+            if batch:
                 yield batch
         number = self._batches_done
         if number == 0:
@@ -223,6 +231,8 @@ def make_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
     on_error: str = "skip",
+    decode: str | torch.device = "cpu",
+    max_pixels: int | None = None,
 ) -> Loader:
     """A loader of training batches.
 
@@ -264,6 +274,9 @@ def make_loader(
         pin_memory: copy batches to page-locked memory, for a GPU.
         on_error: "skip" counts a shard that cannot be read after several tries, and samples that cannot be read any more;
             "stop" raises ShardError for it.
+        decode: where JPEGs are decoded: cpu, by the loader processes; or a CUDA device, by nvJPEG, in the process that takes
+            the batches, which have "image" on that device; a sample that turns out to be broken makes its batch smaller.
+        max_pixels: an image whose header promises more is skipped before it is decoded; by default Pillow's limit.
 
     A loader process that dies is started again, from where the batches are, at most RESTARTS times in an epoch; the batches
     are the same, and `Loader.restarts` says why.
@@ -280,10 +293,19 @@ def make_loader(
     check_count("prefetch", prefetch, 1)
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
+    device = torch.device(decode)
+    if device.type != "cpu":
+        if not isinstance(transform, ImageTransform):
+            raise InputError(f"data.decode: expected cpu with a transform of PIL images, got {decode} with {transform!r}")
+        check_gpu(device)
+    if max_pixels is not None and isinstance(transform, ImageTransform):
+        transform = copy.copy(transform)
+        transform.max_pixels = max_pixels
     rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
     parts = parts_of(shards)
     check_sidecars(parts, sidecars)
-    dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, sidecars=sidecars, **rules)
+    rules |= {"sidecars": sidecars, "encoded": device.type != "cpu", "max_pixels": max_pixels}
+    dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, **rules)
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}
-    return Loader(dataset, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
+    return Loader(dataset, drop_last, device, num_workers=workers, pin_memory=pin_memory, **options)

@@ -114,8 +114,8 @@ class MemoryLimit:
 
 def ran_out(error: Exception) -> bool:
     """Whether the error is out of memory; for CPU tensors torch has no class of it."""
-    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    on_cpu = "DefaultCPUAllocator: can't allocate memory", "could not create a primitive\n"  # the second one is oneDNN's
+    return any(text in f"{error}\n" for text in on_cpu) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _data_bytes() -> int:

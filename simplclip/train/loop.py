@@ -18,6 +18,7 @@ from rich.console import Console
 from simplclip import data, evaluation, models
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
+from simplclip.data.decode import check_gpu
 from simplclip.models.inherit import TRAINS
 from simplclip.ops import backends
 from simplclip.train import checkpoint
@@ -229,7 +230,11 @@ def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, 
 
 def _loader(this: Training, pin_memory: bool) -> data.Loader:
     config, c = this.config, this.config.data
-    more = c.model_dump(include={"sidecars", "decode", "max_pixels"}, exclude_defaults=True)
+    decode: torch.device | str = "cpu"
+    if c.decode == "gpu":
+        check_gpu(this.device)
+        decode = this.device
+    fields = {"sidecars": c.sidecars, "decode": decode, "max_pixels": c.max_pixels, "on_error": c.on_error}
     return data.make_loader(
         data.parts_of(c.pairs, "data.train"),
         tokenizer=models.tokenizer(config.model.name),
@@ -240,7 +245,7 @@ def _loader(this: Training, pin_memory: bool) -> data.Loader:
         workers=c.workers,
         seed=config.run.seed,
         pin_memory=pin_memory,
-        **{"on_error": c.on_error} | more | c.options,
+        **fields | c.options,
     )
 
 

@@ -263,3 +263,28 @@ def test_killed_at_any_point(folder, tmp_path):
         if code == 0:
             break
     assert point > 40
+
+
+def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):
+    run(folder / "*.tar", out)
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other / "train-0.tar", [sample(30)])
+    both = [str(folder / "*.tar"), str(other / "*.tar")]
+    with pytest.raises(ValueError, match="expected shards of different file names, got .*train-0.tar. and .*other"):
+        loader(both, sidecars=[out])
+    twice = [{"shards": str(folder / "train-0.tar"), "weight": 2}, str(folder / "train-1.tar")]
+    found = keys(loader(twice, sidecars=[out], teacher=True, drop_last=False, batch_size=1).epoch(0))
+    assert Counter(found) == Counter({f"k{i:03d}": 1 + (i < 7) for i in range(12)})
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(png())
+    (tmp_path / "images" / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match="sidecars: expected tars, whose samples have keys, got '.*images'"):
+        loader(str(tmp_path / "images"), sidecars=[out])
+
+
+def test_streams_have_sidecars_by_their_file_names(folder, out):
+    run(folder / "*.tar", out)
+    reader = loader(f"pipe:cat {folder / 'train-1.tar'}", sidecars=[out], teacher=True, batch_size=1)
+    for batch in reader.epoch(0):
+        assert batch["teacher_image"].eq(int(batch["key"][0][1:])).all()

@@ -113,3 +113,11 @@ def test_pictures_reads_what_is_asked_for(pattern, monkeypatch):
     assert [*shown] == [2, 7, 21]
     for position, image in shown.items():
         assert torch.equal(resize(image), read(pattern, transform=resize, batch_size=COUNT)[0][0][0][position])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_fetched_once_whatever_the_workers(pattern, tmp_path, workers):
+    shard = pattern.replace("*", "1")
+    batches, _ = read(f"pipe:cat {shard} && echo once >> {tmp_path / 'log'}", workers)
+    assert [entry.key for _, _, entries in batches for entry in entries] == [f"k{i:03d}" for i in range(5, 19)]
+    assert (tmp_path / "log").read_text() == "once\n"
