@@ -5,6 +5,7 @@ Memory does not depend on N, neither in writing nor in reading.
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -12,7 +13,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -160,28 +161,28 @@ class Stored:
     def _open(self) -> None:
         if self.path.is_dir():
             (file,) = self.path.glob("*_emb/*_emb_0.npy")
-            self._array = np.load(file, mmap_mode="r")
+            self._mapped = functools.partial(np.load, file, mmap_mode="r")
             rows = self.path / "metadata" / "metadata_0.parquet"
         elif self.path.suffix == ".parquet":
-            self._array, rows = None, self.path
+            self._mapped, rows = None, self.path
         else:
             rows = None
             with zipfile.ZipFile(self.path) as archive:
                 self.about = json.loads(str(np.lib.format.read_array(io.BytesIO(archive.read("about.npy")))))
-                self._array = self._mapped(archive.getinfo("features.npy"))
+                self._mapped = self._of_archive(archive.getinfo("features.npy"))
         self._parquet = rows and _pyarrow(self.path).parquet.ParquetFile(rows)
         if rows:
             self.about = json.loads((self._parquet.schema_arrow.metadata or {})[b"simplclip"])
             self._group = self._parquet.metadata.row_group(0).num_rows
 
-    def _mapped(self, member: zipfile.ZipInfo) -> np.ndarray:
+    def _of_archive(self, member: zipfile.ZipInfo) -> Callable[[], np.ndarray]:
         with open(self.path, "rb") as file:
             file.seek(member.header_offset + 26)  # the lengths of name and extra field, before the contents
             name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
             file.seek(name + extra, os.SEEK_CUR)
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            return np.memmap(self.path, dtype, "r", file.tell(), shape)
+            return functools.partial(np.memmap, self.path, dtype, "r", file.tell(), shape)
 
     def __len__(self) -> int:
         return self.about["count"]
@@ -189,8 +190,8 @@ class Stored:
     def __getitem__(self, rows: slice) -> Tensor:
         """float32 [k, D]: a copy."""
         start, stop, _ = rows.indices(len(self))
-        if self._array is not None:
-            return torch.from_numpy(self._array[start:stop].astype(np.float32))
+        if self._mapped:  # each time anew, so that pages do not stay in memory
+            return torch.from_numpy(self._mapped()[start:stop].astype(np.float32))
         first, last = start // self._group, max(start, stop - 1) // self._group
         column = self._parquet.read_row_groups([*range(first, last + 1)], ["features"])["features"].combine_chunks()
         flat = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, self.about["width"])
