@@ -11,6 +11,7 @@ import torch
 from open_clip.transform import AugmentationCfg, PreprocessCfg, center_crop_or_pad
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomAffine
 from torchvision.transforms.v2 import functional as F
 
@@ -168,12 +169,11 @@ class ImageTransform:
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:
-    """Pixels [3, S, S] as a batch [N, 3, S, S] that lies in memory as they do, channels last; torch.stack would turn each."""
-    channels, height, width = images[0].shape
-    batch = images[0].new_empty(len(images), height, width, channels).permute(0, 3, 1, 2)
-    for place, image in zip(batch, images):
-        place.copy_(image)
-    return batch
+    """Pixels [3, S, S] as a batch [N, 3, S, S] that lies in memory as they do, channels last; torch.stack would turn each.
+
+    In a loader process it is written straight into shared memory.
+    """
+    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def _draw_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> list[int]:
