@@ -139,5 +139,5 @@ def test_folders(tmp_path, monkeypatch, workers):
 def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="shards: expected the package pyarrow to read '.*t.parquet', got none; pip install"):
+    with pytest.raises(InputError, match="shards: expected the package pyarrow to read '.*t.parquet', got none: pip install"):
         loader(str(tmp_path / "t.parquet"))
