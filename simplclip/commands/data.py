@@ -138,7 +138,7 @@ def _tables(found: dict[str, Any]) -> list[Table]:
     mean = f", {found['megapixels_an_image']:g} megapixels on average" if found["images"] else ""
     about.add_row("images", f"{formats or 'none'}, {size_text(found['image_bytes'])}{mean}")
     epoch, decoding, twice = found["epoch"], found["decoding"], found["duplicate_keys"]
-    about.add_row("epoch", f"{epoch['batches']:,} batches of {epoch['batch_size']:,}")
+    about.add_row("epoch", f"{epoch['batches']:,} batch{'es' * (epoch['batches'] != 1)} of {epoch['batch_size']:,}")
     first = f" (first: {twice['first']})" if twice["first"] else ""
     about.add_row("repeated keys", f"{twice['in_a_shard']:,} within a shard, {twice['in_all_shards']:,} in all{first}")
     about.add_row("index", f"of {found['indexed']:,} shards; every image decoded of {found['decoded']:,} samples")

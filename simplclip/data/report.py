@@ -274,6 +274,13 @@ def picture(report: Mapping[str, Any]) -> Any:
             axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", color=plotting.MUTED)
             continue
         edges, counts = (np.array(report["histograms"][name][part]) for part in ("edges", "counts"))
+        axis.set_ylim(0, max(counts) * 1.18)
+        if len(counts) == 1:  # all are alike: their values instead of a scale
+            least, most = (report["quantiles"][name][which] for which in ("least", "most"))
+            axis.bar([0], counts, 0.4, color=colour)
+            axis.set_xlim(-1.5, 1.5)
+            axis.set_xticks([0], [f"{least:,}" if least == most else f"{least:,} to {most:,}"])
+            continue
         if name == "captions an image":
             edges = edges - 0.5
             axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
@@ -292,7 +299,6 @@ def picture(report: Mapping[str, Any]) -> Any:
         middle = report["quantiles"][name]["median"]
         axis.axvline(middle, ymax=0.985, color=plotting.INK, linewidth=1, linestyle=(0, (3, 3)))
         right = middle > (np.sqrt(edges[0] * edges[-1]) if name == "image file" else (edges[0] + edges[-1]) / 2)
-        axis.set_ylim(0, max(counts) * 1.18)
         axis.annotate(
             f"median {middle:,}", (middle, 1), (-5 if right else 5, -4), xycoords=("data", "axes fraction"),
             textcoords="offset points", ha="right" if right else "left", va="top", color=plotting.INK, fontsize=9,
