@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import filters
 
@@ -91,10 +92,14 @@ def pixels_of(
             f"got {transform!r}"
         )
     image = sample.image if max_pixels is None else decode_pil(sample.encoded, max_pixels=max_pixels)
+    return called(transform, image, f"{sample.files['__key__']!r} of shard {sample.files['__url__']!r}"), None
+
+
+def called(transform: Callable, image: Image.Image, place: str) -> torch.Tensor:
+    """What a caller's transform makes of an image; its errors become a RuntimeError that names the sample."""
     try:
-        return transform(image), None
+        return transform(image)
     except Exception as error:
-        place = f"{sample.files['__key__']!r} of shard {sample.files['__url__']!r}"
         raise RuntimeError(f"the transform failed on sample {place}: {type(error).__name__}: {error}") from error
 
 
@@ -169,8 +174,7 @@ class Epoch(IterableDataset):
             drawn = _draw(len(opened.captions), self.captions)
             number = random.randrange(len(opened.views)) if opened.views else 0
             view = opened.views[number] if opened.views else None
-            how = {"encoded": self.encoded, "max_pixels": self.max_pixels}
-            pixels, colour = pixels_of(self.transform, opened, view, **how)
+            pixels, colour = pixels_of(self.transform, opened, view, encoded=self.encoded, max_pixels=self.max_pixels)
         texts = [opened.captions[i] for i in drawn]
         features = None
         if self.teacher:

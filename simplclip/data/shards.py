@@ -129,7 +129,8 @@ def _members(shard: str, ahead: bool, indexed: bool) -> Iterator[tuple[str, byte
         if torn:
             raise tarfile.ReadError(torn)
     else:
-        yield from tar.members(shard, ahead)
+        found = tar.members(shard)
+        yield from tar.read_ahead(shard, found) if ahead else found
 
 
 def _files(shard: str, torn: list[str], every: bool, ahead: bool, indexed: bool) -> Iterator[dict[str, Any]]:
@@ -234,14 +235,7 @@ def usable(
 def parse(sample: Sample, teacher: bool = False) -> Opened:
     """A sample with its files read. Raises BrokenSample. teacher: with a teacher's features."""
     sample = contents(sample)
-    record: Any = {}
-    if "json" in sample:
-        try:
-            record = json.loads(sample["json"])
-        except (ValueError, RecursionError) as error:
-            raise BrokenSample("bad json", error) from None
-        if not isinstance(record, dict):
-            raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+    record = record_of(sample)
     captions = captions_of(sample, record)
     encoded = image_of(sample)
     if encoded is None:
@@ -252,10 +246,23 @@ def parse(sample: Sample, teacher: bool = False) -> Opened:
     return opened
 
 
+def record_of(sample: Sample) -> dict[str, Any]:
+    """The json of a sample whose files are read, or {}. Raises BrokenSample."""
+    record: Any = {}
+    if "json" in sample:
+        try:
+            record = json.loads(sample["json"])
+        except (ValueError, RecursionError) as error:
+            raise BrokenSample("bad json", error) from None
+        if not isinstance(record, dict):
+            raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+    return record
+
+
 def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
     several, single = record.get("captions"), record.get("caption")
     texts = list(several) if isinstance(several, list) else []
-    if found := _not_empty(texts):
+    if found := not_empty(texts):
         return found
     texts += [single] if isinstance(single, str) else []
     if "txt" in sample:
@@ -263,12 +270,12 @@ def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
             texts.append(sample["txt"].decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
-    if found := _not_empty(texts):
+    if found := not_empty(texts):
         return found[:1]
     raise BrokenSample("empty caption" if texts or several == [] else "missing caption", "")
 
 
-def _not_empty(texts: list[Any]) -> list[str]:
+def not_empty(texts: list[Any]) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil
-from simplclip.data.epoch import seeded
+from simplclip.data.epoch import called, seeded
 from simplclip.data.loader import EmptyEpochError, WorkerError
 from simplclip.data.shards import ShardError
 from simplclip.data.transforms import ImageTransform
@@ -129,11 +129,7 @@ class Stream(IterableDataset):
     def _pixels(self, encoded: bytes, place: str) -> torch.Tensor:
         if isinstance(self.transform, ImageTransform):
             return self.transform(encoded)
-        picture = decode_pil(encoded)
-        try:
-            return self.transform(picture)
-        except Exception as error:
-            raise RuntimeError(f"the transform failed on sample {place!r}: {type(error).__name__}: {error}") from error
+        return called(self.transform, decode_pil(encoded), repr(place))
 
 
 def pictures(source: Source, positions: Iterable[int]) -> dict[int, Image.Image]:

@@ -29,21 +29,17 @@ def is_compressed(path: str) -> bool:
         return file.read(6).startswith(_COMPRESSED)
 
 
-def members(path: str, ahead: bool = False) -> Iterator[tuple[str, Span]]:
+def members(path: str) -> Iterator[tuple[str, Span]]:
     """Name and place of each regular file in a local uncompressed tar; only headers are read.
 
-    ahead: ask the system to read the contents too, which will be needed soon.
     Raises: OSError, and tarfile.ReadError at a damaged part, after the members before it.
     """
     with open(path, "rb", buffering=0) as file:
-        descriptor, end, place, advised = file.fileno(), os.fstat(file.fileno()).st_size, 0, 0
+        descriptor, end, place = file.fileno(), os.fstat(file.fileno()).st_size, 0
         buffer, start = b"", 0
         name: str | None = None  # from a header of its own, for the next member
         length: int | None = None
         while True:
-            if ahead and place >= advised:
-                _read_ahead(descriptor, advised, place - advised + 2 * AHEAD)
-                advised = place + AHEAD
             if not start <= place <= start + len(buffer) - _BLOCK:
                 buffer, start = os.pread(descriptor, 8 * _BLOCK, place), place
             header = buffer[place - start : place - start + _BLOCK]
@@ -79,11 +75,15 @@ def members(path: str, ahead: bool = False) -> Iterator[tuple[str, Span]]:
 
 def read_ahead(path: str, found: Iterable[tuple[str, Span]]) -> Iterator[tuple[str, Span]]:
     """The same members, while the system is asked to read the contents of the next ones."""
+    if not hasattr(os, "posix_fadvise"):
+        yield from found
+        return
     with open(path, "rb", buffering=0) as file:
         advised = 0
         for name, span in found:
             if span.offset >= advised:
-                _read_ahead(file.fileno(), advised, span.offset - advised + 2 * AHEAD)
+                size = span.offset - advised + 2 * AHEAD
+                os.posix_fadvise(file.fileno(), advised, size, os.POSIX_FADV_WILLNEED)
                 advised = span.offset + AHEAD
             yield name, span
 
@@ -127,11 +127,6 @@ class _Header(tarfile.TarInfo):
             if tar.offset == 0:
                 raise
             raise tarfile.ReadError(f"{error} at byte {tar.offset}") from None
-
-
-def _read_ahead(descriptor: int, offset: int, size: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def _number(field: bytes) -> int | None:

@@ -59,9 +59,10 @@ class Images:
         if image is None:
             raise BrokenSample("missing image", "")
         own = isinstance(image, Span) and image.file != shard
-        place = (
-            {"image_path": os.path.abspath(image.file)} if own else {"shard": shard if is_stream(shard) else _whole(shard)}
-        )
+        if own:
+            place = {"image_path": os.path.abspath(image.file)}
+        else:
+            place = {"shard": shard if is_stream(shard) else os.path.abspath(shard)}
         names = ("__key__", "__url__", *IMAGE_SUFFIXES, "json", "txt")
         files = contents({name: item[name] for name in names if name in item})
         return Placed(item["__key__"], image_of(files), _captions(files), **place)
@@ -77,13 +78,9 @@ class Rows(Table):
     def open(self, item: tuple[str, list[str]]) -> Placed:
         path = self.images / item[0]
         try:
-            return Placed(item[0], path.read_bytes(), item[1], image_path=_whole(path))
+            return Placed(item[0], path.read_bytes(), item[1], image_path=os.path.abspath(path))
         except OSError as error:
             raise BrokenSample("missing image", error) from None
-
-
-def _whole(path: str | os.PathLike) -> str:
-    return os.path.abspath(path)
 
 
 def _captions(files: Sample) -> list[str]:
@@ -116,7 +113,7 @@ def images(what: Any) -> Source:
 
 
 def _files(paths: list[str]) -> list[Part]:
-    names = [os.fsencode(_whole(path)) + b"\0" for path in paths]
+    names = [os.fsencode(os.path.abspath(path)) + b"\0" for path in paths]
     parts = [names[i : i + ROWS] for i in range(0, len(names), ROWS)]
     return [Part("", piece=FolderPiece(len(part), b"".join(part))) for part in parts]
 

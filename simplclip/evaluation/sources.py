@@ -16,7 +16,7 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.data import parts_of
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, image_of, place_of
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, image_of, not_empty, place_of, record_of
 from simplclip.data.sources import Part, read_part
 from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
@@ -58,14 +58,7 @@ class Tars:
 
     def open(self, item: Sample) -> Entry:
         item = contents({name: item[name] for name in ("__key__", *IMAGE_SUFFIXES, "json", "txt", "cls") if name in item})
-        record: Any = {}
-        if "json" in item:
-            try:
-                record = json.loads(item["json"])
-            except (ValueError, RecursionError) as error:
-                raise BrokenSample("bad json", error) from None
-            if not isinstance(record, dict):
-                raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
+        record = record_of(item)
         label = record.get("label")
         label = _number(item["cls"]) if "cls" in item else label if label is None else str(label)
         captions = self._captions(item, record)
@@ -80,11 +73,11 @@ class Tars:
 
     def _captions(self, item: Sample, record: dict[str, Any]) -> list[str]:
         several = record.get("captions")
-        texts = _texts([*(several if isinstance(several, list) else ()), record.get("caption")])
+        texts = not_empty([*(several if isinstance(several, list) else ()), record.get("caption")])
         if texts:
             return texts[: self.limit or (None if self.limit == 0 else 1)]
         try:
-            return _texts(item.get("txt", b"").decode("utf-8").splitlines())[: self.limit or None]
+            return not_empty(item.get("txt", b"").decode("utf-8").splitlines())[: self.limit or None]
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
 
@@ -212,7 +205,7 @@ def table(file: Path, split: str, images: Path, captions: int | None = None) -> 
     pairs = _pairs_of_json(file, split) if file.suffix == ".json" else _pairs_of_csv(file)
     rows: dict[str, list[str]] = {}
     for path, texts in pairs:
-        rows.setdefault(path, []).extend(_texts(texts))
+        rows.setdefault(path, []).extend(not_empty(texts))
     if not rows:
         raise InputError(f"{file}: expected images with captions, got none of the split {split!r}")
     return Table(str(file), [(path, texts[: captions or None]) for path, texts in rows.items()], images)
@@ -264,10 +257,6 @@ def _value(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
     if not found:
         raise LookupError(f"none of {', '.join(names)}")
     return entry[found[0]]
-
-
-def _texts(texts: list[Any]) -> list[str]:
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 def _number(data: bytes) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.files import differences, fcntl
+from simplclip.data.pool import cores
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 
@@ -123,7 +124,7 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
             raise ConfigError(
                 f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"
             )
-        return None, _with(config, workers=_cores()) if config.data.workers is None else config
+        return None, _with(config, workers=cores()) if config.data.workers is None else config
     state = checkpoint.load(last)
     was = from_dict(state["config"])
     if config.data.micro_batch == "auto":
@@ -153,10 +154,6 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
 
 def _with(config: Config, **changes: Any) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update=changes)})
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _names(train: Any) -> Any:

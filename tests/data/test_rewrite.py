@@ -1,26 +1,20 @@
 """Rewriting shards: nothing of a sample is lost, a crash at any moment is made good, and wrong folders are refused."""
 
-import functools
 import gzip
 import hashlib
-import itertools
 import json
 import os
-import signal
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from pairs import digests, forked, members, meta, png, sample, step_killed_at, write
+from pairs import digests, killed_at_any_point, members, meta, png, sample, write
 
-from simplclip.common import files
 from simplclip.data import shards
 from simplclip.data.rewrite import rewrite
 
 STAMP = {"mark": {"name": "test", "width": 2}}
 # The code that writes all files.
-WRITING = [f.__code__ for f in (files.write_atomically, files.replacing.__wrapped__)]
 
 
 def mark(samples):
@@ -206,28 +200,10 @@ def test_killed_at_any_point(folder, tmp_path):
     """kill -9 at each batch and each line that writes a file, then the same command: no torn shard is seen, and it ends
     as undisturbed."""
 
-    def go(out, point=-1):
-        step = step_killed_at(point)
-
-        def trace(frame, event, _):
-            if frame.f_code in WRITING:
-                step() if event == "line" else None
-                return trace
-
-        if point >= 0:
-            sys.settrace(trace)
+    def work(out, step):
         run(folder / "train-*.tar", out, lambda batch: step() or [{"mark.npy": s.place.encode() * 2000} for s in batch])
 
-    go(tmp_path / "whole")
-    whole = digests(tmp_path / "whole")
-    for point in itertools.count():
-        out = tmp_path / f"killed-{point}"
-        code = forked(functools.partial(go, out, point))
-        assert code in (0, -signal.SIGKILL)
-        assert digests(out, "*.tar").items() <= whole.items()
+    def check(out):
         assert not (out / "meta.json").exists() or meta(out)["mark"] == STAMP["mark"]
-        go(out)
-        assert digests(out) == whole
-        if code == 0:
-            break
-    assert point > 60
+
+    killed_at_any_point(tmp_path, work, 60, check)

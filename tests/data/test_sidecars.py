@@ -1,16 +1,12 @@
 """Sidecars: only what is new is written, joined by key while reading, in order; what does not fit is noticed."""
 
-import functools
 import gzip
-import itertools
 import json
-import signal
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from pairs import digests, forked, keys, loader, members, meta, npy, png, sample, step_killed_at, write
+from pairs import digests, keys, killed_at_any_point, loader, members, meta, npy, png, sample, write
 from runs import bits
 
 from simplclip import data
@@ -237,32 +233,11 @@ def test_copies_of_an_earlier_version_are_refused_and_still_train(folder, out):
 @pytest.mark.slow
 def test_killed_at_any_point(folder, tmp_path):
     """kill -9 at each batch and each line that writes a file, then the same command: it ends as undisturbed."""
-    writing = [f.__code__ for f in (files.write_atomically, files.replacing.__wrapped__)]
-
-    def go(out, point=-1):
-        step = step_killed_at(point)
-
-        def trace(frame, event, _):
-            if frame.f_code in writing:
-                step() if event == "line" else None
-                return trace
-
-        if point >= 0:
-            sys.settrace(trace)
-        run(folder / "train-*.tar", out, lambda batch: step() or teach(batch))
-
-    go(tmp_path / "whole")
-    whole = digests(tmp_path / "whole")
-    for point in itertools.count():
-        out = tmp_path / f"killed-{point}"
-        code = forked(functools.partial(go, out, point))
-        assert code in (0, -signal.SIGKILL)
-        assert digests(out, "*.tar").items() <= whole.items()
-        go(out)
-        assert digests(out) == whole
-        if code == 0:
-            break
-    assert point > 40
+    killed_at_any_point(
+        tmp_path,
+        lambda out, step: run(folder / "train-*.tar", out, lambda batch: step() or teach(batch)),
+        least=40,
+    )
 
 
 def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):

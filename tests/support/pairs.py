@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import signal
+import sys
 import tarfile
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from simplclip import cli, data
+from simplclip.common import files
 
 SIZE = 8
 COUNT = 23
@@ -123,3 +126,37 @@ def step_killed_at(point):
     """A function whose call number `point` kills the process (-9)."""
     count = itertools.count()
     return lambda: os.kill(os.getpid(), signal.SIGKILL) if next(count) == point else None
+
+
+def killed_at_any_point(folder, work, least, check=lambda out: None):
+    """`work(out, step)` is killed (-9) at a call of `step` or a line that writes a file, at each in turn, and done again.
+
+    No torn shard is seen then, `check(out)` holds, and it ends as undisturbed. least: the number of these points.
+    """
+    writing = [f.__code__ for f in (files.write_atomically, files.replacing.__wrapped__)]
+
+    def go(out, point=-1):
+        step = step_killed_at(point)
+
+        def trace(frame, event, _):
+            if frame.f_code in writing:
+                step() if event == "line" else None
+                return trace
+
+        if point >= 0:
+            sys.settrace(trace)
+        work(out, step)
+
+    go(folder / "whole")
+    whole = digests(folder / "whole")
+    for point in itertools.count():
+        out = folder / f"killed-{point}"
+        code = forked(functools.partial(go, out, point))
+        assert code in (0, -signal.SIGKILL)
+        assert digests(out, "*.tar").items() <= whole.items()
+        check(out)
+        go(out)
+        assert digests(out) == whole
+        if code == 0:
+            break
+    assert point > least

@@ -60,7 +60,7 @@ def test_the_data_may_move_but_not_change(tmp_path, forms):
 
 
 def test_workers_are_the_cores_of_the_start_and_stay_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "_cores", lambda: 2)
+    monkeypatch.setattr(folder, "cores", lambda: 2)
     config = tiny.settings(tmp_path, "data.workers=null")
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
@@ -68,7 +68,7 @@ def test_workers_are_the_cores_of_the_start_and_stay_so(tmp_path, monkeypatch):
             go(config)
     assert checkpoint.load(tmp_path / "run")["config"]["data"]["workers"] == 2
     assert "workers: 2" in (tmp_path / "run" / "config.yaml").read_text()
-    monkeypatch.setattr(folder, "_cores", lambda: 1)
+    monkeypatch.setattr(folder, "cores", lambda: 1)
     assert "loader processes: 2" in go(config, resume=True)
     go(tiny.settings(tmp_path, "data.workers=2", f"run.out={tmp_path / 'other'}"))
     assert bits(state_of(tmp_path / "run")["model"]) == bits(state_of(tmp_path / "other")["model"])
@@ -77,7 +77,7 @@ def test_workers_are_the_cores_of_the_start_and_stay_so(tmp_path, monkeypatch):
         allowed = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {min(allowed)})
         try:
-            assert folder._cores() == 1
+            assert folder.cores() == 1
         finally:
             os.sched_setaffinity(0, allowed)
 
