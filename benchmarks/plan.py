@@ -1,6 +1,6 @@
-"""Plans siclip-s0 on a 24 GiB card beside MobileCLIP2-S0 in open_clip: `python -m benchmarks.plan` (no GPU is needed).
+"""Plans siclip2-s0 on a 24 GiB card beside MobileCLIP2-S0 in open_clip: `python -m benchmarks.plan` (no GPU is needed).
 
-Every row is an answer of `simplclip plan siclip-s0 --memory rtx-3090 --teacher-width 768 --compare open_clip` with the
+Every row is an answer of `simplclip plan siclip2-s0 --memory rtx-3090 --teacher-width 768 --compare open_clip` with the
 changes named; the first one's picture is kept too.
 """
 
@@ -32,14 +32,14 @@ def main() -> None:
     plans = {}
     for name, changes in CASES.items():
         made = plan.make(
-            config.load("siclip-s0", changes), budget, teacher_width=TEACHER_WIDTH, compare=not plans, show=print
+            config.load("siclip2-s0", changes), budget, teacher_width=TEACHER_WIDTH, compare=not plans, show=print
         )
         plans[name] = report.as_dict(made) | {"changes": changes}
         if len(plans) == 3:
-            report.draw(RESULTS / "plan-siclip-s0.png", made)
+            report.draw(RESULTS / "plan-siclip2-s0.png", made)
     where = hardware.describe()
     result = {"card": CARD, "teacher_width": TEACHER_WIDTH, "plans": plans} | where
-    path = RESULTS / f"plan-siclip-s0-{where['date']}.json"
+    path = RESULTS / f"plan-siclip2-s0-{where['date']}.json"
     write_atomically(path, json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")
 

@@ -171,7 +171,7 @@ def plan() -> list[str]:
     for case, answers in by_case.items():
         one, cached = answers["most in one graph"], answers["most by gradient caching"]
         ratio = one["batch_size"] / theirs
-        cells = (f"siclip-s0, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
+        cells = (f"siclip2-s0, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
         cells = (*cells, f"{cached['batch_size']:,}", str(cached["micro_batch"]))
         lines.append(f"| {' | '.join(cells)} |")
     first = next(iter(result["plans"].values()))
@@ -184,7 +184,7 @@ def plan() -> list[str]:
         f"where nothing else is said. Predicted, not measured: no GPU was there. Torch {result['torch']}, "
         f"commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`; `make plan`).",
         "",
-        "![Memory of a step of siclip-s0](../benchmarks/results/plan-siclip-s0.png)",
+        "![Memory of a step of siclip2-s0](../benchmarks/results/plan-siclip2-s0.png)",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Inference of siclip-s0 against MobileCLIP2-S0, which it was made from: text tower, image tower, both.
+"""Inference of siclip2-s0 against MobileCLIP2-S0, which it was made from: text tower, image tower, both.
 
     pytest benchmarks/test_towers.py --repeats 9 --write
 
@@ -11,7 +11,7 @@ import torch
 from benchmarks.measure import figures, interleaved_times
 from simplclip import models
 
-NAMES = {"simplclip": "siclip-s0", "open_clip": "open_clip:MobileCLIP2-S0"}
+NAMES = {"simplclip": "siclip2-s0", "open_clip": "open_clip:MobileCLIP2-S0"}
 TEXTS, IMAGES = 64, 8
 
 

@@ -1,6 +1,6 @@
 """Models of this library in clip-benchmark, as the model type "simplclip".
 
-    python -m simplclip.integrations.clip_benchmark eval --model_type simplclip --model siclip-s0 --pretrained last.pt ...
+    python -m simplclip.integrations.clip_benchmark eval --model_type simplclip --model siclip2-s0 --pretrained last.pt ...
 
 takes clip-benchmark's own arguments. In a program, `register()` does the same for `clip_benchmark.models.load_clip`.
 """

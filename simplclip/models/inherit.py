@@ -1,6 +1,6 @@
 """Weight inheritance: a student copies and freezes the modules that it shares with a teacher or pretrained model.
 
-    model = simplclip.models.create("siclip-s0")
+    model = simplclip.models.create("siclip2-s0")
     print(simplclip.inherit(model, "MobileCLIP2-S0/dfndr2b"))
 
 `inherit` copies and freezes; `freeze` only freezes, e.g. the names in `Inheritance.names` after loading a checkpoint. No

@@ -53,7 +53,7 @@ class Spec:
 _SPECS = {
     # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
     # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage do not share.
-    "siclip-s0": Spec(
+    "siclip2-s0": Spec(
         original="MobileCLIP2-S0",
         config=open_clip.get_model_config("MobileCLIP2-S0"),
         simplify={"share": {"text": neighbour_groups(12, 2)}},
@@ -108,6 +108,7 @@ def create(
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
+    simplified: bool = True,
     simplify_options: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> nn.Module:
@@ -118,6 +119,7 @@ def create(
         checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", which is read
             with weights_only; or NAME.safetensors. It must fit exactly.
         device: device of the model.
+        simplified: False for the model that a SiCLIP is made from, with its own blocks.
         simplify_options: arguments of `simplify` that replace those of the name; only for a SiCLIP.
         overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
             others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
@@ -131,8 +133,9 @@ def create(
         WeightsError: the checkpoint does not fit.
     """
     spec = _spec(name)
-    if name.startswith(PLAIN) and simplify_options:
-        raise InputError(f"simplify_options: expected none for a plain open_clip model, got {dict(simplify_options)}")
+    simplified = simplified and not name.startswith(PLAIN)
+    if simplify_options and not simplified:
+        raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
     config = copy.deepcopy(dict(spec.config))
     for key, value in overrides.items():
         config[key] = {**config[key], **value} if key in ("vision_cfg", "text_cfg") else value
@@ -150,8 +153,8 @@ def create(
     else:
         model = CustomTextCLIP(**config)
     set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(spec.preprocess)))
-    if not name.startswith(PLAIN):
-        model.origins = spec.origins
+    model.origins = spec.origins
+    if simplified:
         model, model.simplify_report = simplify(model, **{**spec.simplify, **(simplify_options or {})})
     if spec.channels_last:
         model.visual.to(memory_format=torch.channels_last)

@@ -93,7 +93,7 @@ def test_evaluation_equals_open_clip(name, order, request):
 
 
 def test_what_the_registry_gives_equals_open_clip():
-    for name, cfg in (("siclip-s0", "MobileCLIP2-S0"), ("open_clip:ViT-B-32", "ViT-B-32")):
+    for name, cfg in (("siclip2-s0", "MobileCLIP2-S0"), ("open_clip:ViT-B-32", "ViT-B-32")):
         ours = models.transforms(name, train=False)
         assert isinstance(ours, ImageTransform)
         assert ours.size == EVALUATION[cfg].input_size[1:]

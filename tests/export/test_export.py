@@ -161,18 +161,18 @@ def test_shared_weights(tmp_path):
 def test_siclip_s0(tmp_path):
     """With two of its twelve text blocks; they share their weights, as its pairs do. Its image tower takes a minute."""
     options = {"text_cfg": {"layers": 2}, "simplify_options": {"share": {"text": [[0, 1]]}}}
-    model = save(tmp_path, "siclip-s0", **options)
+    model = save(tmp_path, "siclip2-s0", **options)
     answer = export.run(tmp_path, tmp_path / "export", formats=["safetensors"])
-    assert_same(model, models.create("siclip-s0", checkpoint=tmp_path / "export" / WEIGHTS[1], **options))
+    assert_same(model, models.create("siclip2-s0", checkpoint=tmp_path / "export" / WEIGHTS[1], **options))
     assert (answer["embed_dim"], answer["tokenizer"]["context_length"]) == (512, 77)
-    tokens = models.tokenizer("siclip-s0")(["a cat", "two dogs", "a blue house"])
+    tokens = models.tokenizer("siclip2-s0")(["a cat", "two dogs", "a blue house"])
     about = onnx_towers.export(model, "text", tokens, tmp_path / "text.onnx")
     assert max(about["max_abs_error"].values()) < 1e-5
 
 
 @pytest.mark.slow
 def test_every_form_of_a_simplified_block(tmp_path):
-    """siclip-s0's block on maps, with value and output projections, RMSNorm and another activation."""
+    """siclip2-s0's block on maps, with value and output projections, RMSNorm and another activation."""
 
     class Maps(nn.Module):
         def __init__(self):

@@ -68,7 +68,7 @@ def test_siclip_tiny(precision, changes):
 def test_siclip_s0(precision, name, tmp_path):
     torch.manual_seed(0)
     torch.save(create_model("MobileCLIP2-S0", pretrained_image=False).state_dict(), tmp_path / "s0.pt")
-    check(lambda: trainer("siclip-s0", precision, f"inherit.source={tmp_path / 's0.pt'}", *S0[name]))
+    check(lambda: trainer("siclip2-s0", precision, f"inherit.source={tmp_path / 's0.pt'}", *S0[name]))
 
 
 @pytest.mark.prove
@@ -231,7 +231,7 @@ def test_answers_fit_and_one_more_does_not(tmp_path):
 @pytest.mark.prove
 def test_siclip_s0_beside_open_clip():
     options = ("--set", "data.batch_size=64", "--set", "loss.relational_weight=1", "--teacher-width", 512)
-    plan = json.loads(call("siclip-s0", "--memory", "rtx-3060", *options, "--compare", "open_clip", "--json").stdout)
+    plan = json.loads(call("siclip2-s0", "--memory", "rtx-3060", *options, "--compare", "open_clip", "--json").stdout)
     _, one_graph, _, other = plan["answers"]
     assert "MobileCLIP2-S0, DistillClipLoss" in other["what"]
     assert one_graph["batch_size"] > 4 * other["batch_size"] > 0

@@ -86,7 +86,7 @@ def s0(tmp_path_factory):
             tensor.uniform_(0.5, 1.5)
     path = tmp_path_factory.mktemp("s0") / "mobileclip2_s0.pt"
     torch.save({"state_dict": teacher.state_dict(), "epoch": 3}, path)
-    student = models.create("siclip-s0")
+    student = models.create("siclip2-s0")
     before = snapshot(student)
     return teacher.state_dict(), before, student, inherit(student, path)
 

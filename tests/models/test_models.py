@@ -7,14 +7,14 @@ from open_clip.model import CustomTextCLIP
 from PIL import Image
 
 from simplclip import models
-from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock
+from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock, count_parameters
 from simplclip.nn import SimplifiedBlock
 
 
 @pytest.fixture(scope="module")
 def s0():
     torch.manual_seed(0)
-    return models.create("siclip-s0").eval()
+    return models.create("siclip2-s0").eval()
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def count(model):
 
 
 def test_names():
-    assert models.names() == ["siclip-s0", "siclip-lite0", "siclip-tiny"]
+    assert models.names() == ["siclip2-s0", "siclip-lite0", "siclip-tiny"]
 
 
 def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):
@@ -46,8 +46,8 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):
 
 
 def test_s0_encodes(s0):
-    text = models.tokenizer("siclip-s0")(["a cat", "a dog on a mat"])
-    image = models.transforms("siclip-s0", train=False)(Image.new("RGB", (300, 280), "red"))
+    text = models.tokenizer("siclip2-s0")(["a cat", "a dog on a mat"])
+    image = models.transforms("siclip2-s0", train=False)(Image.new("RGB", (300, 280), "red"))
     assert text.shape == (2, 77)
     assert image.shape == (3, 256, 256)
     assert image[0].max() == 1
@@ -138,18 +138,18 @@ def test_plain_open_clip_models():
 
 
 @pytest.mark.parametrize("function", [models.create, models.tokenizer, lambda n: models.transforms(n, train=False)])
-@pytest.mark.parametrize(("name", "near"), [("siclip-s1", "siclip-s0"), ("open_clip:ViT-B-23", "open_clip:ViT-B-32")])
+@pytest.mark.parametrize(("name", "near"), [("siclip2-s1", "siclip2-s0"), ("open_clip:ViT-B-23", "open_clip:ViT-B-32")])
 def test_unknown_names_list_the_nearest(function, name, near):
     with pytest.raises(ValueError, match=rf"name: expected one of .*got '{name}'; nearest: .*'{near}'"):
         function(name)
 
 
 def test_summary_prints_the_parameters_beside_the_originals(s0, tiny):
-    for model, name in ((s0, "siclip-s0"), (tiny, "siclip-tiny")):
+    for model, name in ((s0, "siclip2-s0"), (tiny, "siclip-tiny")):
         table = models.summary(model, name)
         assert f"{count(model):,}" in table
         assert f"{model.simplify_report.before['total']:,}" in table
-    table = models.summary(s0, "siclip-s0")
+    table = models.summary(s0, "siclip2-s0")
     assert "original: MobileCLIP2-S0" in table
     assert "0+1, 2+3, 4+5, 6+7, 8+9, 10+11" in table
 
@@ -189,3 +189,11 @@ def test_transforms():
     assert cropped(image).shape == (3, 32, 32)
     with pytest.raises(ValueError, match="augment: expected 'affine', 'none' or fields of AugmentationCfg, got 'flip'"):
         models.transforms("siclip-tiny", train=True, augment="flip")
+
+
+def test_a_siclip_with_its_own_blocks():
+    whole, student = models.create("siclip-lite0", simplified=False), models.create("siclip-lite0")
+    assert not any(isinstance(module, SimplifiedBlock) for module in whole.modules())
+    assert count_parameters(whole) == student.simplify_report.before
+    with pytest.raises(ValueError, match="simplify_options: expected none for a model with its own blocks"):
+        models.create("siclip-lite0", simplified=False, simplify_options={"act": "relu"})

@@ -84,8 +84,8 @@ def test_teachers_of_this_library(tmp_path):
     sample = shards.parse(next(read_shard(str(tmp_path / "data" / "train-0.tar"), Skipped())))
     torch.testing.assert_close(found.encode_image([sample.image]).norm(dim=1), torch.ones(1))
     assert found.encode_text(sample.captions).shape == (2, 256)
-    with pytest.raises(ValueError, match="expected a checkpoint of 'siclip-s0', got one of 'siclip-tiny'"):
-        teacher.load("siclip-s0", tmp_path / "run")
+    with pytest.raises(ValueError, match="expected a checkpoint of 'siclip2-s0', got one of 'siclip-tiny'"):
+        teacher.load("siclip2-s0", tmp_path / "run")
 
 
 def test_equal_teachers_have_equal_fingerprints(folder, tmp_path):
@@ -149,7 +149,7 @@ def odd(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--teacher nobody", "the folder of a run or an export, or builtin, siclip-s0"),
+        ("--teacher nobody", "the folder of a run or an export, or builtin, siclip2-s0"),
         ("--teacher open_clip:tiny", "checkpoint: expected a file of weights for open_clip:tiny, got none"),
         ("--teacher open_clip:ViT-B-33", "nearest"),
         ("--teacher open_clip:ViT-B-32/nowhere", "expected a tag of ViT-B-32, one of openai"),
