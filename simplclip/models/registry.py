@@ -4,6 +4,7 @@ import copy
 import difflib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,17 @@ class ShortVocabTokenizer(SimpleTokenizer):
         self.vocab_size = len(pieces)
         self.all_special_ids = [self.encoder[special] for special in specials]
         self.sot_token_id, self.eot_token_id = self.all_special_ids
+
+
+def renamed(name: str, state: Mapping[str, Any]) -> str:
+    """The present name of the model whose weights `state` holds under an old name, with a warning; else `name`.
+
+    Until version 0.2 the SiCLIP of MobileCLIP2-S0, whose text tower is open_clip's, was called siclip-s0.
+    """
+    if name != "siclip-s0" or "text.transformer.resblocks.0.fc1.weight" not in state:
+        return name
+    warnings.warn("siclip-s0 of MobileCLIP2-S0 is named siclip2-s0 now: its weights are loaded as siclip2-s0", stacklevel=3)
+    return "siclip2-s0"
 
 
 def names() -> list[str]:
