@@ -31,6 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError
+from simplclip.models.mobileclip import from_published
 from simplclip.models.registry import bare_state, first_line, read_weights
 from simplclip.nn import SimplifiedBlock
 
@@ -329,6 +330,7 @@ def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | No
         if not state:
             raise InheritanceError(f"source: expected names that begin with {' or '.join(prefixes)}, got none in {label}")
     if hasattr(model, "text"):
+        state = dict(from_published(model, state))
         state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
     return label, state
 

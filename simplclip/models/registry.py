@@ -1,4 +1,4 @@
-"""Models by name: SiCLIPs and plain open_clip models, with their tokenizers, transforms and parameter counts."""
+"""Models by name: SiCLIPs, MobileCLIP-S0, open_clip's models; with their tokenizers, transforms and parameter counts."""
 
 import copy
 import difflib
@@ -20,6 +20,7 @@ from torch import nn
 from simplclip.common import plugins
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.transforms import ImageTransform
+from simplclip.models import mobileclip
 from simplclip.models.simplify import count_parameters, simplify
 from simplclip.nn import neighbour_groups
 
@@ -33,25 +34,41 @@ class WeightsError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class Spec:
-    """How a SiCLIP is built: an open_clip configuration, and the arguments of `simplify`.
+    """How a model is built: an open_clip configuration, and the arguments of `simplify`, or None for a model with its own
+    blocks.
 
     vocabulary: the number of tokens of a `ShortVocabTokenizer`, or a function from the context length to a tokenizer; None
         for open_clip's own.
+    build: what makes the model of the configuration, if open_clip does not.
     origins: by the name of registered weights (simplclip.weights), which of their tensors `inherit` takes: prefix of their
         names -> prefix of this model's names.
     """
 
     original: str
     config: Mapping[str, Any]
-    simplify: Mapping[str, Any]
+    simplify: Mapping[str, Any] | None
     preprocess: Mapping[str, Any]
     augment: str | Mapping[str, Any]
     vocabulary: int | Callable[[int], Tokenizer] | None = None
     channels_last: bool = False
+    build: Callable[..., nn.Module] | None = None
     origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 _SPECS = {
+    "mobileclip-s0": Spec(
+        original="mobileclip-s0",
+        config={
+            "embed_dim": 512,
+            "vision_cfg": open_clip.get_model_config("MobileCLIP2-S0")["vision_cfg"],
+            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 4},
+        },
+        simplify=None,
+        preprocess={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"},
+        augment={},
+        vocabulary=lambda length: SimpleTokenizer(context_length=length),
+        build=mobileclip.create,
+    ),
     # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
     # do nearly the same; so its 12 blocks share weights in pairs. The two blocks of the last image stage do not share.
     "siclip2-s0": Spec(
@@ -105,7 +122,8 @@ def renamed(name: str, state: Mapping[str, Any]) -> str:
 
 
 def names() -> list[str]:
-    """The SiCLIPs of this library. `create` also takes ``open_clip:NAME`` for each of ``open_clip.list_models()``."""
+    """MobileCLIP-S0 and the SiCLIPs of this library. `create` also takes ``open_clip:NAME`` for each name of
+    ``open_clip.list_models()``."""
     return [*_SPECS, *plugins.entries("models")]
 
 
@@ -145,16 +163,19 @@ def create(
         WeightsError: the checkpoint does not fit.
     """
     spec = _spec(name)
-    simplified = simplified and not name.startswith(PLAIN)
+    simplified = simplified and spec.simplify is not None
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
     config = copy.deepcopy(dict(spec.config))
     for key, value in overrides.items():
         config[key] = {**config[key], **value} if key in ("vision_cfg", "text_cfg") else value
-    config["vision_cfg"]["timm_model_pretrained"] = config["text_cfg"]["hf_model_pretrained"] = False
+    config["vision_cfg"]["timm_model_pretrained"] = False
     custom_text = config.pop("custom_text", False)
     model: Any
-    if spec.original in open_clip.list_models():
+    if spec.build is not None:
+        model = spec.build(**config)
+    elif spec.original in open_clip.list_models():
+        config["text_cfg"]["hf_model_pretrained"] = False
         config |= {"pretrained_text": False, "force_custom_text": custom_text}
         root, keep = logging.getLogger(), lambda record: not record.getMessage().startswith("No pretrained weights loaded")
         root.addFilter(keep)  # the weights are random on purpose, or loaded below
@@ -238,7 +259,7 @@ def _spec(name: str) -> Spec:
         return plugins.load("models", name)
     plain = name.removeprefix(PLAIN)
     if name.startswith(PLAIN) and plain in open_clip.list_models():
-        return Spec(plain, open_clip.get_model_config(plain), {}, {}, {})
+        return Spec(plain, open_clip.get_model_config(plain), None, {}, {})
     known = [*names(), *(PLAIN + n for n in open_clip.list_models())]
     near = difflib.get_close_matches(name, known, 3) or difflib.get_close_matches(PLAIN + name, known, 3)
     raise InputError(f"name: expected one of {names()} or {PLAIN}NAME, got {name!r}; nearest: {near}")
@@ -248,6 +269,7 @@ def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     state = bare_state(read_weights(checkpoint, InputError, "checkpoint: expected a file of weights"))
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"checkpoint: expected a state dict of tensors, got {checkpoint}, which holds something else")
+    state = dict(mobileclip.from_published(model, state))
     if "logit_bias" in state and getattr(model, "logit_bias", None) is None:  # it was trained by a sigmoid loss
         model.logit_bias = nn.Parameter(torch.empty_like(state["logit_bias"]))
     try:

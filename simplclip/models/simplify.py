@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
+from simplclip.models.mobileclip import PreNormLayer, TextTower
 from simplclip.nn import SimplifiedBlock, share_weights
 
 __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
@@ -176,11 +177,11 @@ def simplify(
 ) -> tuple[nn.Module, SimplifyReport]:
     """Replace blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
 
-    This works on the text transformer of CLIP and CustomTextCLIP, open_clip's VisionTransformer, the attention blocks of
-    timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and Siglip2Model (version 5,
-    from 5.0 on). New blocks start from random weights, in the dtype, on the device and in the mode (train, eval) of the old
-    ones. A causal mask is recognised and kept. Layer scale is removed; the gains replace it. The old block's drop path is
-    kept for the MLP (see `SimplifiedBlock`).
+    This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
+    attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
+    Siglip2Model (version 5, from 5.0 on). New blocks start from random weights, in the dtype, on the device and in the mode
+    (train, eval) of the old ones. A causal mask is recognised and kept. Layer scale is removed; the gains replace it. The
+    old block's drop path is kept for the MLP (see `SimplifiedBlock`).
 
     In a transformers model the new blocks ignore attn_implementation and attention_dropout. attention_mask, and SigLIP 2's
     pixel_attention_mask, may pad on the right: rows of ones followed by zeros. Another mask raises an error, except under
@@ -292,6 +293,11 @@ def _encoders(model: nn.Module) -> Any:
 
 def _text_sites(model: nn.Module) -> Iterator[_Site]:
     prefix, tower = ("text.", model.text) if getattr(model, "text", None) is not None else ("", model)
+    if isinstance(tower, TextTower):
+        kinds = (PreNormLayer, SimplifiedBlock)
+        layers = ((f"text.layers.{i}", layer) for i, layer in enumerate(tower.layers) if isinstance(layer, kinds))
+        yield from (_Site(path, layer, TransformerBlock) for path, layer in layers)
+        return
     transformer = getattr(tower, "transformer", None)
     if not isinstance(transformer, Transformer):
         raise InputError(f"text: expected open_clip's text transformer, got {type(transformer or tower).__name__}")
