@@ -246,9 +246,12 @@ def summary(model: nn.Module, name: str) -> str:
         lines.append(f"{part:<12}{n:>14,}{report.before[part]:>14,}{n / report.before[part]:>8.2f}")
     lines.append(f"original: {_spec(name).original}")
     for tower in ("image", "text"):
-        count, shared = sum(r.tower == tower for r in report.replaced), report.share.get(tower)
-        weights = f", weights shared by blocks {', '.join('+'.join(map(str, g)) for g in shared)}" if shared else ""
-        lines.append(f"{tower}: {count} simplified block{'s' if count != 1 else ''}{weights}")
+        count = sum(r.tower == tower for r in report.replaced)
+        line = f"{tower}: {count} simplified block{'s' if count != 1 else ''}"
+        for what, groups in report.share.get(tower, {}).items():
+            shared = ", ".join("+".join(map(str, group)) for group in groups)
+            line += f", {'weights' if what == 'all' else what} shared by blocks {shared}"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models.mobileclip import PreNormLayer, TextTower
-from simplclip.nn import SimplifiedBlock, share_weights
+from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
 
 __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
 
 TOWERS = ("text", "image")
+Groups = Sequence[Sequence[int]]
 _ACT_NAMES = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quickgelu", "ReLU": "relu", "SiLU": "silu"}
 # Of transformers.
 _ACT_NAMES |= {"GELUActivation": "gelu", "QuickGELUActivation": "quickgelu", "SiLUActivation": "silu"}
@@ -118,10 +120,12 @@ class Replaced:
 
 @dataclass
 class SimplifyReport:
-    """What `simplify` did: the replaced blocks, the groups that share weights, parameters before and after."""
+    """What `simplify` did: the replaced blocks, the groups that share weights (tower -> "attention", "mlp" or "all" ->
+    groups of indices), parameters before and after.
+    """
 
     replaced: list[Replaced] = field(default_factory=list)
-    share: dict[str, list[list[int]]] = field(default_factory=dict)
+    share: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 
@@ -130,7 +134,8 @@ class SimplifyReport:
         for tower in dict.fromkeys(r.tower for r in self.replaced):
             mine = [r for r in self.replaced if r.tower == tower]
             kinds = ", ".join(sorted({r.kind for r in mine}))
-            shared = f", shared in groups {self.share[tower]}" if self.share.get(tower) else ""
+            names = ((name if name != "all" else "weights", groups) for name, groups in self.share.get(tower, {}).items())
+            shared = "".join(f", {name} shared in groups {groups}" for name, groups in names)
             lines.append(f"{tower}: {len(mine)} of {kinds} replaced, blocks {[r.index for r in mine]}{shared}")
         for part, count in self.after.items():
             lines.append(f"{part}: {count:,} parameters, before {self.before[part]:,}")
@@ -163,7 +168,7 @@ def simplify(
     *,
     towers: Sequence[str] = TOWERS,
     blocks: Mapping[str, Sequence[int]] | None = None,
-    share: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
     share_norms_and_gains: bool = False,
     mlp_ratio: float | None = None,
     norm: str = "layernorm",
@@ -195,8 +200,10 @@ def simplify(
         towers: "text", "image" or both.
         blocks: for each tower the indices of the blocks to replace, counted over the tower's attention blocks; negative
             indices count from the end. By default all blocks of a tower are replaced.
-        share: for each tower groups of such indices that share weight matrices, see `nn.share_weights`.
-        share_norms_and_gains: share norms and gains within a group as well.
+        share: for each tower groups of such indices that share all weight matrices, or a mapping that names what is shared:
+            ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
+            are disjoint ("all" counts for both parts); those of attention and MLP may differ.
+        share_norms_and_gains: share norms and gains within a group as well (the norm only within a group of "all").
         mlp_ratio, act, drop_path: as in the old block when None.
         norm: "layernorm" or "rmsnorm".
         value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
@@ -263,12 +270,10 @@ def simplify(
             planned.append((site.path, block))
         if encoders:
             encoders.check_mask(new[indices[0]])
-        report.share[tower] = [_indices("share", group, len(sites)) for group in share.get(tower, ())]
-        for group in report.share[tower]:
-            if missing := [i for i in group if i not in new]:
-                raise InputError(f"share: expected indices of replaced blocks, {indices}, got {missing}")
-        local = [[indices.index(i) for i in group] for group in report.share[tower]]
-        share_weights(list(new.values()), local, norms_and_gains=share_norms_and_gains)
+        report.share[tower] = _shares(share.get(tower, ()), indices, len(sites))
+        for what, groups in report.share[tower].items():
+            local = [[indices.index(i) for i in group] for group in groups]
+            share_weights(list(new.values()), local, what, norms_and_gains=share_norms_and_gains)
 
     for path, block in planned:
         model.set_submodule(path, block)
@@ -358,6 +363,26 @@ def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: flo
     options |= {"act": old_act if act is None else act, "drop_path": old_drop if drop_path is None else drop_path}
     new = site.cls(width, heads, ratio, **options, **site.options)
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)
+
+
+def _shares(wanted: Groups | Mapping[str, Groups], replaced: list[int], count: int) -> dict[str, list[list[int]]]:
+    """The groups of a tower by what they share, with indices from 0. `replaced` are the tower's replaced blocks."""
+    parts: Mapping[str, Groups] = wanted if isinstance(wanted, Mapping) else {"all": wanted}
+    if unknown := [what for what in parts if what not in SHARED_PARTS]:
+        raise InputError(f"share: expected groups, or groups by names out of {SHARED_PARTS}, got {unknown[0]!r}")
+    found = {}
+    for what, groups in parts.items():
+        lists = isinstance(groups, Sequence) and all(isinstance(group, Sequence) for group in groups)
+        if not lists or not all(isinstance(i, Integral) for group in groups for i in group):
+            raise InputError(f"share: expected a list of groups of indices such as [[0, 1]], got {groups!r}")
+        found[what] = [_indices("share", group, count) for group in groups]
+        if missing := [i for group in found[what] for i in group if i not in replaced]:
+            raise InputError(f"share: expected indices of replaced blocks, {replaced}, got {missing}")
+    for part in ("attention", "mlp"):
+        every = [i for what in (part, "all") for group in found.get(what, ()) for i in group]
+        if twice := sorted({i for i in every if every.count(i) > 1}):
+            raise InputError(f"share: expected disjoint groups, got block {twice[0]} twice for {part}")
+    return {what: groups for what, groups in found.items() if groups}
 
 
 def _indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
