@@ -29,7 +29,7 @@ class TrainerStep(Training):
     """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
 
     teacher_width: D̂; if None, it is read from the shards. Of the teacher and the sources only shapes matter. `predict` and
-    `measure` use `model`, `loss`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
+    `measure` use `modules`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
     """
 
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
@@ -42,10 +42,15 @@ class TrainerStep(Training):
         other.config = config
         return other
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """What has weights."""
+        return [self.model, self.loss, *self.folded.copies]
+
     def materialize(self, device: torch.device) -> None:
-        """Gives model and loss real weights on `device`."""
-        self.model.to(device)
-        self.loss.to(device)
+        """Gives the modules real weights on `device`."""
+        for module in self.modules:
+            module.to(device)
 
     def place(self, device: torch.device, during: During) -> None:
         """Prepares the step on `device`, where its weights already are; it runs its phases within `during`."""
@@ -161,6 +166,10 @@ class OpenClipStep:
             self.loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
         else:
             self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.model, self.loss]
 
     def materialize(self, device: torch.device) -> None:
         self.model = models.create(models.PLAIN + self.name, device=device, **self.options).train()

@@ -35,7 +35,7 @@ from simplclip.models.mobileclip import from_published
 from simplclip.models.registry import bare_state, first_line, read_weights
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["Inheritance", "InheritanceError", "Row", "freeze", "freeze_norms", "inherit"]
+__all__ = ["Inheritance", "InheritanceError", "Row", "freeze", "freeze_norms", "inherit", "is_frozen"]
 
 INHERITED, TRAINS, NEW, DIFFERS = "inherited", "inherited, trains", "new", "shape differs"
 ALWAYS_TRAIN = ("logit_scale", "logit_bias")
@@ -200,6 +200,13 @@ def freeze_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             _hold_in_eval(module)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether `freeze` froze all of a module: it has parameters, none gets a gradient, and it stays in eval mode."""
+    parameters = list(module.parameters())
+    held = all(getattr(vars(inner).get("train"), "func", None) is _eval_only for inner in module.modules())
+    return held and bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def _hold_in_eval(module: nn.Module) -> None:

@@ -98,6 +98,8 @@ def run(
                 if sigmoid:
                     report.print(f"logits     {_logits(this)}")
                 report.print(f"blocks     {_blocks(this)}")
+                for line in this.folded.lines():
+                    report.print(f"frozen     {line}")
                 report.print(f"precision  {precision} ({why})")
                 report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
                 if note:

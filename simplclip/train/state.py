@@ -14,6 +14,7 @@ from simplclip import data, models
 from simplclip.common import hardware
 from simplclip.data.views import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
+from simplclip.models.prefix import FrozenParts
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, MicroBatch, from_dict
@@ -53,7 +54,6 @@ class Training:
             if not self.blocks:
                 self.model.set_grad_checkpointing()
         self.model.to(device)
-        self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in self.model.visual.parameters())
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
         self.loss.scratch_bytes = config.loss.scratch_mib << 20
@@ -71,6 +71,9 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state.get("data")  # older checkpoints have none
             checkpoint.set_rng_state(state["rng"])
+        self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
+        weights = [p for module in (self.model.visual, *self.folded.copies) for p in module.parameters()]
+        self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in weights)
 
     def read_teacher(self) -> dict[str, Any]:
         """Name, width and scale of the teacher whose features the samples have."""

@@ -1,0 +1,135 @@
+"""The frozen parts of a model in training: they run as folded copies in channels_last, in the precision of the run.
+
+    frozen = FrozenParts(model, torch.bfloat16)      # after `inherit` or `freeze`, and after the weights are final
+    features = frozen.prefix.outputs(images)         # what the image tower's leading frozen modules make of pixels
+
+A part is a largest module that `freeze` froze. Its own tensors stay where they are and are saved, moved and counted as
+before; the copies belong to no module, so that they are in no state dict, and a deep copy or pickle of the model has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from simplclip.common.errors import InputError
+from simplclip.models.fold import fold
+from simplclip.models.inherit import is_frozen
+
+
+class Part:
+    """A frozen module and its folded copy, if it has one; it is the module's `forward` while it is installed."""
+
+    def __init__(self, name: str, module: nn.Module, folded: nn.Module | None, dtype: torch.dtype | None) -> None:
+        self.name, self.module, self.folded, self.dtype = name, module, folded, dtype
+        self.model: nn.Module | None = None  # while it is training, the input is taken for the output; see `Prefix.replaced`
+
+    def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        if self.model is not None and self.model.training:
+            return x
+        if self.folded is None or self.dtype != _autocast_dtype(x.device.type):
+            return type(self.module).forward(self.module, x, *args, **options)
+        return self.folded(x, *args, **options)
+
+    def install(self) -> None:
+        self.module.forward = self
+
+    def remove(self) -> None:
+        vars(self.module).pop("forward", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return memo[id(self.module)].forward  # the method of its class, since the copy has no attributes yet
+
+    def __reduce__(self) -> tuple:
+        return getattr, (self.module, "forward")  # the same in the process that reads it
+
+
+class FrozenParts:
+    """Installs folded copies of the frozen modules of `model` that have convolutions.
+
+    dtype: that of autocast, in which convolutions and linear layers of the copies are stored; None for fp32. Under another
+    autocast than this a module runs as it is. Other tensors stay in fp32, so that values are rounded where autocast rounds.
+
+    Gradients pass through a part to its input if that needs one. The weights must not change afterwards, except that
+    `to` moves the copies. `lines` says what was done, and why a module with convolutions has no copy.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self.model, self.dtype, self.refused = model, dtype, {}
+        self.parts = [self._part(name, module) for name, module in _largest(model, "", set())]
+        for part in self.parts:
+            if part.folded is not None:
+                part.install()
+
+    def _part(self, name: str, module: nn.Module) -> Part:
+        folded = None
+        convolutions = sum(isinstance(inner, _ConvNd) for inner in module.modules())
+        if convolutions:
+            try:
+                folded = self._folded(module, convolutions)
+            except Exception as error:  # of any type, from methods of other libraries
+                self.refused[name] = f"{type(error).__name__}: {error}"
+        return Part(name, module, folded, self.dtype)
+
+    def _folded(self, module: nn.Module, convolutions: int) -> nn.Module | None:
+        if any(inner._forward_hooks or inner._forward_pre_hooks for inner in list(module.modules())[1:]):
+            raise InputError("expected no hooks in it, which the copy would not call")
+        folded = fold(module)
+        # Of one convolution that cannot be folded, e.g. in a vision transformer, a copy would save next to nothing.
+        if convolutions == 1 and _kinds(folded) == _kinds(module):
+            return None
+        for inner in folded.modules() if self.dtype else ():
+            if isinstance(inner, (_ConvNd, nn.Linear)):
+                inner.to(self.dtype)
+        return folded.requires_grad_(False).to(memory_format=torch.channels_last)
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return [part.folded for part in self.parts if part.folded is not None]
+
+    @property
+    def bytes(self) -> int:
+        """Of the copies."""
+        return sum(t.nbytes for copy in self.copies for t in (*copy.parameters(), *copy.buffers()))
+
+    def to(self, device: torch.device) -> None:
+        for copy in self.copies:
+            copy.to(device)
+
+    def remove(self) -> None:
+        """The modules run as they are again."""
+        for part in self.parts:
+            part.remove()
+
+    def lines(self) -> list[str]:
+        names = [part.name for part in self.parts if part.folded is not None]
+        found = [f"{name or 'the model'} runs as it is: {reason}" for name, reason in self.refused.items()]
+        if names:
+            where = f"run folded, in channels_last{'' if self.dtype is None else f' and {self.dtype}'.replace('torch.', '')}"
+            found.insert(0, f"{', '.join(names)} {where}; the copies take {self.bytes / 2**20:.1f} MiB")
+        return found
+
+
+def _largest(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """The largest frozen modules, each once, in the order of the model."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if is_frozen(module):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _largest(child, f"{name}.{child_name}".lstrip("."), seen)
+
+
+def _kinds(module: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(inner)) for name, inner in module.named_modules()]
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
