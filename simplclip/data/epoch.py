@@ -16,8 +16,8 @@ from webdataset import filters
 
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil, size_of
-from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, stable_hash
-from simplclip.data.sidecars import Folders
+from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, prefix_output, stable_hash
+from simplclip.data.sidecars import PREFIX, Folders
 from simplclip.data.sources import Part, read_part
 from simplclip.data.tar import Span
 from simplclip.data.transforms import ImageTransform, View, stack
@@ -120,6 +120,7 @@ class Epoch(IterableDataset):
     sidecars: Folders = ()
     encoded: bool = False  # images are decoded by the main process
     max_pixels: int | None = None
+    prefix: tuple[int, ...] | None = None  # the shape of stored outputs, which are read in place of images
     epoch: int = 0
     progress: list[Progress] | None = None  # of each worker, to go on from
 
@@ -169,12 +170,20 @@ class Epoch(IterableDataset):
         yield item(self._collate(pending) if pending else None, True)
 
     def _prepare(self, sample: Sample) -> tuple:
-        opened = parse(sample, self.teacher)
+        stored = self.prefix is not None and PREFIX in sample
+        opened = parse(sample, self.teacher, image=not stored)
+        if self.prefix is not None and not stored:
+            decode_pil(opened.encoded, max_pixels=self.max_pixels)  # a broken image has no output
+            raise ShardError(f"sample {opened.place!r} has no {PREFIX}; remove the folder data.cache_prefix to make it again")
         with seeded(self.seed, self.epoch, opened.place, *filter(None, (sample.get("__copy__"),))):
             drawn = _draw(len(opened.captions), self.captions)
             number = random.randrange(len(opened.views)) if opened.views else 0
             view = opened.views[number] if opened.views else None
-            pixels, colour = pixels_of(self.transform, opened, view, encoded=self.encoded, max_pixels=self.max_pixels)
+            if self.prefix is not None:
+                output = prefix_output(sample, self.prefix, number, len(opened.views or [None]))
+                pixels, colour = torch.from_numpy(output.copy()), None
+            else:
+                pixels, colour = pixels_of(self.transform, opened, view, encoded=self.encoded, max_pixels=self.max_pixels)
         texts = [opened.captions[i] for i in drawn]
         features = None
         if self.teacher:
@@ -188,7 +197,9 @@ class Epoch(IterableDataset):
         one = self.captions == 1
         tokens = self.tokenizer([text for several in texts for text in several])
         batch: Batch
-        if self.encoded:
+        if self.prefix is not None:
+            batch = {"prefix": torch.stack(images)}
+        elif self.encoded:
             batch = dict(zip(("encoded", "view"), map(list, zip(*images))))
         else:
             batch = {"image": stack(images) if images[0].dtype == torch.uint8 else torch.stack(images)}

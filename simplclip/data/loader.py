@@ -233,6 +233,7 @@ def make_loader(
     on_error: str = "skip",
     decode: str | torch.device = "cpu",
     max_pixels: int | None = None,
+    prefix: tuple[int, ...] | None = None,
 ) -> Loader:
     """A loader of training batches.
 
@@ -276,6 +277,9 @@ def make_loader(
             "stop" raises ShardError for it.
         decode: where JPEGs are decoded: cpu, by the loader processes; or a CUDA device, by nvJPEG, in the process that takes
             the batches, which have "image" on that device; a sample that turns out to be broken makes its batch smaller.
+        prefix: the shape of an output of an image tower's frozen prefix, which `data.cache_prefix` of the trainer stores as
+            prefix.npy in a sidecar, for each of the teacher's views of the image. The batches have "prefix" float16
+            [N, *prefix], that of the view which is drawn, in place of "image", and no image is read.
         max_pixels: an image whose header promises more is skipped before it is decoded; by default Pillow's limit.
 
     A loader process that dies is started again, from where the batches are, at most RESTARTS times in an epoch; the batches
@@ -304,7 +308,8 @@ def make_loader(
     rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
     parts = parts_of(shards)
     check_sidecars(parts, sidecars)
-    rules |= {"sidecars": sidecars, "encoded": device.type != "cpu", "max_pixels": max_pixels}
+    rules |= {"sidecars": sidecars, "encoded": device.type != "cpu" and prefix is None}
+    rules |= {"max_pixels": max_pixels, "prefix": prefix}
     dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, **rules)
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import tarfile
 import time
@@ -31,7 +32,7 @@ from simplclip.common.errors import InputError
 from simplclip.data import index, tar
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.decode import decode_pil
-from simplclip.data.sidecars import TEACHER, VIEWS, Folders, entries, joined
+from simplclip.data.sidecars import PREFIX, TEACHER, VIEWS, Folders, entries, joined
 from simplclip.data.streams import StreamError, is_stream, name_of, opened
 from simplclip.data.tar import Span
 
@@ -232,8 +233,13 @@ def usable(
             yield opened
 
 
-def parse(sample: Sample, teacher: bool = False) -> Opened:
-    """A sample with its files read. Raises BrokenSample. teacher: with a teacher's features."""
+def parse(sample: Sample, teacher: bool = False, *, image: bool = True) -> Opened:
+    """A sample with its files read. Raises BrokenSample.
+
+    teacher: with a teacher's features. image: False reads neither the image, which is empty then, nor the prefix's output.
+    """
+    if not image:
+        sample = {name: value for name, value in sample.items() if name not in (*IMAGE_SUFFIXES, PREFIX)} | {"png": b""}
     sample = contents(sample)
     record = record_of(sample)
     captions = captions_of(sample, record)
@@ -284,7 +290,8 @@ def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
     files, captions, views = opened.files, len(opened.captions), None
     place = f"sample {files['__key__']!r} of shard {files['__url__']!r}"
     if TEACHER not in files:
-        decode_pil(opened.encoded)  # a broken image has no features
+        if opened.encoded:
+            decode_pil(opened.encoded)  # a broken image has no features
         raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
         features = np.load(io.BytesIO(files[TEACHER]), allow_pickle=False)
@@ -304,6 +311,21 @@ def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
             "the captions have changed since; run `simplclip teacher` on these shards and captions again"
         )
     return features, views
+
+
+def prefix_output(sample: Sample, shape: tuple[int, ...], number: int, views: int) -> np.ndarray:
+    """What the frozen prefix of an image tower made of view `number` of a sample's `views`: float16 of `shape`.
+
+    Only these bytes of the sample's prefix.npy are read. Raises BrokenSample if they cannot be, ShardError for another file.
+    """
+    span, size = sample[PREFIX], 2 * math.prod(shape)
+    header = span.size - views * size
+    if not 0 < header <= 256:
+        raise ShardError(
+            f"sample {place_of(sample)!r} has a {PREFIX} of {span.size:,} bytes, expected {views} views of {size:,} bytes"
+        )
+    data = contents({PREFIX: span._replace(offset=span.offset + header + number * size, size=size)})[PREFIX]
+    return np.frombuffer(data, np.float16).reshape(shape)
 
 
 def teacher_stamp(shards: list[str], folders: Folders = ()) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from simplclip.data.streams import name_of
 
 TEACHER = "teacher.npy"
 VIEWS = "views.json"
+PREFIX = "prefix.npy"
 
 Folders = Sequence[str | os.PathLike]
 Sample = dict[str, Any]

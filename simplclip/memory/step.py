@@ -79,7 +79,8 @@ class TrainerStep(Training):
         captions = () if k == 1 else (k,)
         with torch.device("cpu" if whole else "meta"):
             image, text = inputs(self.config.model.name, self.model, size, k, whole)
-            batch = {"image": image, "text": text.unflatten(0, (size, *captions)), "group": torch.arange(size)}
+            pixels = {"image": image} if self.prefix is None else {"prefix": torch.zeros(size, *self.prefix.shape).half()}
+            batch = {**pixels, "text": text.unflatten(0, (size, *captions)), "group": torch.arange(size)}
             if self.teacher:
                 batch["teacher_image"] = torch.ones(size, self.teacher["width"], dtype=torch.float16)
                 batch["teacher_text"] = torch.ones(size, *captions, self.teacher["width"], dtype=torch.float16)
@@ -104,7 +105,7 @@ class TrainerStep(Training):
         return [_architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
-        return self._encode(super().encode_image, batch, len(batch["image"]))
+        return self._encode(super().encode_image, batch, len(batch["group"]))
 
     def encode_text(self, batch: dict[str, Any]) -> Tensor:
         return self._encode(super().encode_text, batch, batch["text"].shape[:-1].numel())

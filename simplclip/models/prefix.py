@@ -1,7 +1,8 @@
 """The frozen parts of a model in training: they run as folded copies in channels_last, in the precision of the run.
 
     frozen = FrozenParts(model, torch.bfloat16)      # after `inherit` or `freeze`, and after the weights are final
-    features = frozen.prefix.outputs(images)         # what the image tower's leading frozen modules make of pixels
+    prefix = Prefix(frozen, images[:1])              # those that the image tower begins with
+    outputs = prefix(images)
 
 A part is a largest module that `freeze` froze. Its own tensors stay where they are and are saved, moved and counted as
 before; the copies belong to no module, so that they are in no state dict, and a deep copy or pickle of the model has none.
@@ -9,8 +10,8 @@ before; the copies belong to no module, so that they are in no state dict, and a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,11 +28,14 @@ class Part:
 
     def __init__(self, name: str, module: nn.Module, folded: nn.Module | None, dtype: torch.dtype | None) -> None:
         self.name, self.module, self.folded, self.dtype = name, module, folded, dtype
-        self.model: nn.Module | None = None  # while it is training, the input is taken for the output; see `Prefix.replaced`
+        self.prefix: Prefix | None = None  # that this is of
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        if self.model is not None and self.model.training:
+        if self.prefix is not None and self.prefix.given:
             return x
+        return self.run(x, *args, **options)
+
+    def run(self, x: Tensor, *args: Any, **options: Any) -> Any:
         if self.folded is None or self.dtype != _autocast_dtype(x.device.type):
             return type(self.module).forward(self.module, x, *args, **options)
         return self.folded(x, *args, **options)
@@ -113,6 +117,80 @@ class FrozenParts:
             where = f"run folded, in channels_last{'' if self.dtype is None else f' and {self.dtype}'.replace('torch.', '')}"
             found.insert(0, f"{', '.join(names)} {where}; the copies take {self.bytes / 2**20:.1f} MiB")
         return found
+
+
+class Prefix:
+    """The frozen parts that the image tower begins with, each of which gets the output of the one before it, and no other.
+
+    image: pixels [1, 3, S, S], with which the tower is tried. `shape` is that of an output of the last part.
+
+    After `replace` the tower of a model in training mode takes outputs of the prefix in place of pixels; in eval mode it
+    takes pixels as before.
+
+    Raises InputError if the tower has no prefix, or cannot take outputs in its place.
+    """
+
+    def __init__(self, frozen: FrozenParts, image: Tensor) -> None:
+        self.model, self.parts, self._trying, self._replaced = frozen.model, [], False, False
+        seen: list[tuple[Part, Any, Any]] = []
+        hooks = [
+            part.module.register_forward_hook(lambda _, given, output, part=part: seen.append((part, given[:1], output)))
+            for part in frozen.parts
+        ]
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                expected = self.model.visual(image)
+                for hook in hooks:
+                    hook.remove()
+                last: Any = image
+                for part, given, output in seen:
+                    if not given or given[0] is not last or not isinstance(output, Tensor):
+                        break
+                    self.parts.append(part)
+                    last = output
+                if not self.parts:
+                    raise InputError("expected an image tower that begins with frozen modules, got one that does not")
+                outputs = self(image)
+                for part in self.parts:
+                    part.prefix = self
+                    part.install()
+                self._trying = True
+                if (self.model.visual(outputs) - expected).norm() > 0.01 * expected.norm():
+                    raise InputError(f"expected a tower that uses the output of {self.name} alone, got one that uses others")
+        finally:
+            self._trying = False
+            self.model.train(training)
+        self.shape = tuple(outputs.shape[1:])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The outputs of pixels [N, 3, S, S]."""
+        for part in self.parts:
+            images = part.run(images)
+        return images
+
+    @property
+    def name(self) -> str:
+        """The module whose output it is."""
+        return self.parts[-1].name
+
+    @property
+    def given(self) -> bool:
+        """Whether the tower is given outputs of the prefix."""
+        return self._trying or (self._replaced and self.model.training)
+
+    def replace(self) -> None:
+        self._replaced = True
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the parts' tensors."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            for name, tensor in part.module.state_dict().items():
+                digest.update(f"{part.name}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 def _largest(module: nn.Module, name: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -135,6 +135,8 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
     for key in ("train", "sidecars"):
         if _names(old["data"][key]) == _names(new["data"][key]):
             old["data"][key] = new["data"][key]
+    if all(config["data"]["cache_prefix"] is not None for config in (old, new)):  # of the same outputs, or it is refused
+        old["data"]["cache_prefix"] = new["data"]["cache_prefix"]
     changed = differences(old, new)
     changed = {k: v for k, v in changed.items() if k in _NOT_FREE or not k.startswith(_FREE)}
     if changed:

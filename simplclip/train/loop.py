@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ from simplclip.train.config import Config
 from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, gib, ran_out
 from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
+from simplclip.train.prefix_cache import PrefixCache
 from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
@@ -82,12 +84,15 @@ def run(
         if config.eval.every:
             splits = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
         this = Training(config, device, precision, state)
+        console = console or Console()
+        if this.prefix:
+            PrefixCache(this).make(partial(console.print, markup=False, highlight=False, soft_wrap=True))
         loader = _loader(this, pin_memory=device.type == "cuda")
         this.model.train()
         whole = LastStep(this)
         stop = stack.enter_context(StopRequest())
         try:
-            report = Reporter(console or Console(), config.run.steps, this.step, config.run.print_every)
+            report = Reporter(console, config.run.steps, this.step, config.run.print_every)
             with report.progress, RunLog(out, this.step, config.run.tensorboard) as log:
                 report.print(models.summary(this.model, config.model.name))
                 for line in this.inheritance.lines() if this.inheritance else ():
@@ -237,6 +242,8 @@ def _loader(this: Training, pin_memory: bool) -> data.Loader:
         check_gpu(this.device)
         decode = this.device
     fields = {"sidecars": c.sidecars, "decode": decode, "max_pixels": c.max_pixels, "on_error": c.on_error}
+    if this.prefix:
+        fields |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": this.prefix.shape}
     return data.make_loader(
         data.parts_of(c.pairs, "data.train"),
         tokenizer=models.tokenizer(config.model.name),

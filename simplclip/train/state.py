@@ -19,6 +19,7 @@ from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, MicroBatch, from_dict
 from simplclip.train.objective import Objective
+from simplclip.train.prefix_cache import prefix_of
 
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
 
@@ -75,6 +76,11 @@ class Training:
         weights = [p for module in (self.model.visual, *self.folded.copies) for p in module.parameters()]
         self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in weights)
 
+        self.prefix = None
+        if config.data.cache_prefix is not None:
+            context = hardware.autocast(precision, device)
+            self.prefix = prefix_of(config, self.folded, self.transform, self.teacher, context)
+
     def read_teacher(self) -> dict[str, Any]:
         """Name, width and scale of the teacher whose features the samples have."""
         c = self.config.data
@@ -104,12 +110,18 @@ class Training:
         return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict()}
 
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
-        """Normalised features [N, D] of the images of a loader's batch."""
+        """Normalised features [N, D] of the images of a loader's batch, or of the cached outputs of the tower's prefix."""
+        if "prefix" in batch:
+            outputs = batch["prefix"].to(self.device, non_blocking=True)
+            layout = torch.channels_last if outputs.ndim == 4 else torch.preserve_format
+            images = outputs.to(torch.float32, memory_format=layout)
+        else:
+            images = self.pixels(batch)
         with hardware.autocast(self.precision, self.device):
-            return self.model.encode_image(self._images(batch), normalize=True)
+            return self.model.encode_image(images, normalize=True)
 
-    def _images(self, batch: dict[str, Any]) -> Tensor:
-        """The model's input: the pixels of a batch are finished on the device."""
+    def pixels(self, batch: dict[str, Any]) -> Tensor:
+        """The images of a batch, finished on the device."""
         images = batch["image"].to(self.device, non_blocking=True)
         if images.dtype != torch.uint8:
             return images

@@ -6,25 +6,13 @@ import pickle
 import pytest
 import timm
 import torch
+from nets import with_statistics
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import simplclip
 from simplclip import models
 from simplclip.nn import SimplifiedBlock
-
-
-def statistics(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in eval mode, with batch norms that change their input."""
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-        if getattr(module, "running_mean", None) is not None and module.weight is not None:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-    return model.eval()
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -51,7 +39,7 @@ IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     ],
 )
 def test_a_net_of_timm_computes_the_same(name, before, after):
-    model = statistics(timm.create_model(name, num_classes=8))
+    model = with_statistics(timm.create_model(name, num_classes=8))
     folded = simplclip.fold(model)
     assert len(norms(model)) == before
     assert len(norms(folded)) == after
@@ -59,7 +47,7 @@ def test_a_net_of_timm_computes_the_same(name, before, after):
 
 
 def test_the_image_tower_of_mobileclip():
-    model = statistics(models.create("open_clip:MobileCLIP2-S0").visual)
+    model = with_statistics(models.create("open_clip:MobileCLIP2-S0").visual)
     folded = simplclip.fold(model)
     # Attention blocks normalise before their first layer.
     assert norms(folded) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
@@ -69,7 +57,7 @@ def test_the_image_tower_of_mobileclip():
 
 @pytest.mark.parametrize("name", ["siclip-tiny", "siclip-lite0"])
 def test_a_siclip_keeps_its_blocks(name):
-    model = statistics(models.create(name))
+    model = with_statistics(models.create(name))
     folded = simplclip.fold(model)
     assert not norms(folded.visual)
     assert sum(isinstance(m, SimplifiedBlock) for m in folded.modules()) == len(model.simplify_report.replaced)
@@ -94,7 +82,7 @@ def test_forms_of_layers(bias, affine):
         (pair(nn.Linear(4, 6, bias=bias), nn.BatchNorm1d), torch.randn(3, 4)),
     ]
     for model, x in forms:
-        folded = simplclip.fold(statistics(model))
+        folded = simplclip.fold(with_statistics(model))
         assert not norms(folded), model
         assert same(model, folded, x), model
 
@@ -166,7 +154,7 @@ def in_two_places():
     ],
 )
 def test_what_is_no_certain_pair_is_left(make):
-    model = statistics(make())
+    model = with_statistics(make())
     folded = simplclip.fold(model)
     assert norms(folded) == norms(model)
     assert same(model, folded, IMAGE)
@@ -175,20 +163,20 @@ def test_what_is_no_certain_pair_is_left(make):
 def test_tied_weights_keep_their_values_elsewhere():
     first, second = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
     second.weight = first.weight
-    model = statistics(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), second))
+    model = with_statistics(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), second))
     folded = simplclip.fold(model)
     assert not norms(folded)
     assert same(model, folded, IMAGE)
 
 
 def test_a_linear_layer_refuses_other_inputs_after_its_norm_is_merged():
-    model = statistics(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model = with_statistics(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
     with pytest.raises(ValueError, match=r"x: expected \[N, C\]"):
         simplclip.fold(model)(torch.randn(2, 4, 4))  # the norm would take the second dimension
 
 
 def test_a_module_that_is_merged_itself_and_inplace():
-    block = statistics(timm.create_model("fastvit_t8")).stem[0]
+    block = with_statistics(timm.create_model("fastvit_t8")).stem[0]
     before = copy.deepcopy(block)
     x = torch.randn(1, 3, 16, 16)
     assert same(before, simplclip.fold(block), x)
@@ -201,7 +189,7 @@ def test_a_module_that_is_merged_itself_and_inplace():
 
 
 def test_gradients_reach_the_input():
-    model = statistics(timm.create_model("mobilenetv3_small_100", num_classes=4))
+    model = with_statistics(timm.create_model("mobilenetv3_small_100", num_classes=4))
     gradients = []
     for one in (model, simplclip.fold(model)):
         x = IMAGE.clone().requires_grad_()

@@ -1,0 +1,213 @@
+"""Frozen parts that run folded: the same gradients, nothing of the copies in the model, and where the image prefix ends."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from nets import with_statistics
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import simplclip
+from simplclip import models
+from simplclip.losses import ClipPMLoss
+from simplclip.models.inherit import freeze, inherit
+from simplclip.models.mobileclip import TextTower
+from simplclip.models.prefix import FrozenParts, Prefix
+
+LITE0 = "visual.trunk.patch_embed.backbone"
+STEM = ("stem", "stages.0", "stages.1", "stages.2", "stages.3.downsample", "stages.3.pos_emb")
+S0 = [*(f"visual.trunk.{name}" for name in STEM), "visual.trunk.final_conv"]
+
+
+def lite0():
+    model = with_statistics(models.create("siclip-lite0"))
+    freeze(model, [LITE0, "text.token_embedding"])
+    return model.train()
+
+
+def s0():
+    source = with_statistics(models.create("siclip2-s0", simplified=False))
+    model = models.create("siclip2-s0", vision_cfg={"image_size": 128}, text_cfg={"context_length": 77})
+    inherit(model, source, train=["visual.trunk.head", "text.ln_final", "text.text_projection"])
+    return model.train()
+
+
+def pairs(model, name, count):
+    side = model.visual.image_size
+    torch.manual_seed(1)
+    texts = [f"a photo of {what}" for what in ("a cat", "two dogs", "the sea", "a red bus")][:count]
+    return torch.rand(count, 3, *(side if isinstance(side, tuple) else (side, side))), models.tokenizer(name)(texts)
+
+
+def gradients(model, image, text, dtype=None):
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        features = model.encode_image(image, normalize=True), model.encode_text(text, normalize=True)
+        sum(ClipPMLoss()(*features, model.logit_scale.exp(), output_dict=True).values()).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def error(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("make", "name", "parts"), [(lite0, "siclip-lite0", [LITE0]), (s0, "siclip2-s0", S0)])
+def test_gradients(make, name, parts):
+    model = make()
+    batch = pairs(model, name, 2 if make is s0 else 4)
+    exact, before = gradients(model, *batch), gradients(model, *batch, torch.bfloat16)
+    frozen = FrozenParts(model)
+    assert [part.name for part in frozen.parts if part.folded is not None] == parts
+    after = gradients(model, *batch)
+    assert 0 < error(after, exact) <= 1e-5  # it did run folded
+    frozen.remove()
+    assert torch.equal(gradients(model, *batch), exact)
+    frozen = FrozenParts(model, torch.bfloat16)
+    assert error(gradients(model, *batch, torch.bfloat16), exact) <= 1.2 * error(before, exact)
+    assert torch.equal(gradients(model, *batch), exact)  # without autocast the modules run as they are
+
+
+class Texts(nn.Module):
+    """A text tower of MobileCLIP-S0's kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = TextTower(16, 50, 32, 2, 1, output_dim=8)
+
+
+def test_the_convolutions_of_a_text_tower_behind_and_before_what_trains():
+    model = with_statistics(Texts())
+    freeze(model, ["text.token_embedding", "text.layers.0", "text.layers.2"])
+    model.train()
+    text = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(0))
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        model.text(text).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = run()
+    frozen = FrozenParts(model)
+    assert [part.name for part in frozen.parts if part.folded is not None] == ["text.layers.0", "text.layers.2"]
+    assert 0 < error(run(), expected) <= 1e-5
+
+
+def test_the_copies_belong_to_no_model():
+    model = lite0()
+    before, count = model.state_dict(), sum(1 for _ in model.modules())
+    frozen = FrozenParts(model)
+    image = pairs(model, "siclip-lite0", 2)[0]
+    with torch.no_grad():
+        folded = model.encode_image(image)
+    assert model.state_dict().keys() == before.keys()
+    assert sum(1 for _ in model.modules()) == count
+    assert 0 < frozen.bytes < sum(t.nbytes for t in before.values())
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    size = sum(t.nbytes for t in before.values())
+    assert size < saved.tell() < size + frozen.bytes / 2
+    saved.seek(0)
+    frozen.remove()
+    with torch.no_grad():
+        plain = model.encode_image(image)
+    assert not torch.equal(plain, folded)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
+        with torch.no_grad():
+            assert torch.equal(other.encode_image(image), plain)
+    for part in frozen.parts:
+        part.install()
+    other = copy.deepcopy(model)  # a copy of a model whose parts are installed has forwards of its own
+    with torch.no_grad():
+        for parameter in other.get_submodule(LITE0).parameters():
+            parameter.zero_()
+        assert torch.equal(model.encode_image(image), folded)
+        assert not torch.allclose(other.encode_image(image), plain, rtol=1e-2)
+        assert torch.allclose(simplclip.fold(model.eval()).encode_image(image), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_copy():
+    model = lite0()
+    model.get_submodule(f"{LITE0}.blocks.0").register_forward_hook(lambda *_: None)
+    frozen = FrozenParts(model)
+    assert frozen.copies == []
+    assert frozen.lines() == [f"{LITE0} runs as it is: InputError: expected no hooks in it, which the copy would not call"]
+    vit = models.create("open_clip:ViT-B-32", vision_cfg={"layers": 1, "width": 64}, text_cfg={"layers": 1})
+    freeze(vit, ["visual"])  # one convolution, which has no norm
+    assert FrozenParts(vit.train()).lines() == []
+
+
+def test_under_other_wrappers(tmp_path):
+    model = lite0()
+    image = pairs(model, "siclip-lite0", 2)[0]
+    FrozenParts(model)
+
+    def step(encode):
+        model.zero_grad(set_to_none=True)
+        encode(image).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.visual.parameters() if p.grad is not None])
+
+    expected = step(model.visual)
+    assert torch.equal(step(lambda x: checkpoint(model.visual, x, use_reentrant=False)), expected)
+    assert error(step(torch.compile(model.visual, backend="aot_eager")), expected) <= 1e-5
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        assert torch.equal(step(DistributedDataParallel(model.visual)), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Tower(nn.Module):
+    """Frozen layers of an image tower, and one that trains; `skip` adds the first one's output at the end."""
+
+    def __init__(self, skip=False):
+        super().__init__()
+        self.skip = skip
+        self.first, self.second, self.third = (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(3))
+
+    def forward(self, x):
+        first = self.first(x)
+        x = self.third(self.second(first))
+        return x + first if self.skip else x
+
+
+def model_of(tower, *names):
+    model = nn.Module()
+    model.visual = tower
+    freeze(with_statistics(model), names)
+    return model.train()
+
+
+def test_the_prefix_is_the_chain_of_frozen_parts():
+    model = model_of(Tower(), "visual.first", "visual.second")
+    image = torch.rand(2, 3, 4, 4)
+    prefix = Prefix(FrozenParts(model), image)
+    assert (prefix.name, prefix.shape) == ("visual.second", (3, 4, 4))
+    outputs = prefix(image)
+    model.visual.third.eval()
+    whole = model.visual(image)
+    prefix.replace()
+    assert torch.equal(model.visual(outputs), whole)
+    assert not torch.allclose(model.visual(image), whole)
+    assert torch.equal(model.eval().visual(image), whole)  # in eval mode it takes pixels
+    other = copy.deepcopy(model)
+    same = Prefix(FrozenParts(other), image)
+    assert same.fingerprint() == prefix.fingerprint()
+    other.visual.second[1].running_mean[0] += 1e-3
+    assert same.fingerprint() != prefix.fingerprint()
+
+
+def test_a_tower_without_a_prefix():
+    with pytest.raises(ValueError, match="expected an image tower that begins with frozen modules"):
+        Prefix(FrozenParts(model_of(Tower(), "visual.second")), torch.rand(1, 3, 4, 4))
+    with pytest.raises(ValueError, match=r"expected a tower that uses the output of visual\.second alone"):
+        Prefix(FrozenParts(model_of(Tower(skip=True), "visual.first", "visual.second")), torch.rand(1, 3, 4, 4))
+
+
+def test_the_prefix_of_s0():
+    model = s0()
+    prefix = Prefix(FrozenParts(model), torch.rand(1, 3, 128, 128))
+    assert (prefix.name, prefix.shape) == ("visual.trunk.stages.3.pos_emb", (512, 4, 4))

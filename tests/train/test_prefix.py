@@ -1,0 +1,284 @@
+"""Training with a frozen prefix: folded, and cached by data.cache_prefix."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from nets import with_statistics
+from runs import check_resumed, go, rows
+
+from simplclip import data, models
+from simplclip.common.files import locked
+from simplclip.data import decode, rewrite
+from simplclip.data.views import augmentation, draw
+from simplclip.memory.measure import predict
+from simplclip.memory.step import TrainerStep
+from simplclip.train import loop
+from simplclip.train.config import ConfigError
+from simplclip.train.prefix_cache import PrefixCache
+from simplclip.train.state import Training
+
+BACKBONE = "visual.trunk.patch_embed.backbone"
+VIEWS = 2
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Files of weights of siclip-lite0; two, by their seeds."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = with_statistics(models.create("siclip-lite0", text_cfg={"layers": 1}), seed)
+        torch.save(model.state_dict(), folder / f"{seed}.pt")
+    return folder
+
+
+def changes(weights, *others, seed=0):
+    model = ["model.name=siclip-lite0", f"inherit.source={weights / f'{seed}.pt'}"]
+    trained = ["inherit.train=[visual.trunk.patch_embed.proj]", "loss.feature_weight=1", "data.captions_per_image=2"]
+    return [*model, *trained, *others]
+
+
+def with_views(folder, name="taught", number=VIEWS) -> str:
+    """A teacher's features, 256 wide, of views of the images in FOLDER/data."""
+    if not (folder / "data").exists():
+        tiny.write_shard(folder / "data" / "train-0.tar")
+        tiny.write_shard(folder / "data" / "train-1.tar")
+    transform = models.transforms("siclip-lite0", train=True)
+
+    def process(samples):
+        made = []
+        for sample in samples:
+            views, file = draw(transform, sample, number, 3), io.BytesIO()
+            np.save(file, tiny.teacher_features(sample.captions, 256)[[*[0] * number, 1, 2]])
+            made.append({"teacher.npy": file.getvalue(), "views.json": json.dumps(views).encode()})
+        return made
+
+    views = {"number": number, "augment": augmentation(transform), "seed": 3}
+    stamp = {"teacher": {"name": "made up", "width": 256, "logit_scale": 10.0, "views": views}}
+    rewrite.rewrite(
+        folder / "data" / "*.tar", folder / name, process, stamp=stamp, sidecar=True, batch_size=8, progress=False
+    )
+    return str(folder / name)
+
+
+def settings(folder, weights, *others, seed=0):
+    several = [f"data.sidecars=[{with_views(folder)}]", f"data.train={folder / 'data'}/*.tar"]
+    return tiny.settings(folder, *changes(weights, *several, *others, seed=seed))
+
+
+def cached(folder, name="cache"):
+    return f"data.cache_prefix={folder / name}"
+
+
+def training(config):
+    torch.manual_seed(0)
+    return Training(config, torch.device("cpu"), config.run.precision)
+
+
+def test_the_log_says_what_runs_folded_and_a_resumed_run_is_the_same(tmp_path, weights, monkeypatch):
+    text = check_resumed(
+        tmp_path, monkeypatch, 4, changes(weights, "data.micro_batch=4", "model.recompute=true"), teacher=256
+    )
+    assert f"frozen     {BACKBONE} run folded, in channels_last; the copies take 2.6 MiB" in text
+
+
+def test_evaluation_and_the_checkpoint_are_of_the_model_itself(tmp_path, weights):
+    this = training(tiny.settings(tmp_path, *changes(weights), teacher=256))
+    state = torch.load(weights / "0.pt", weights_only=True)
+    saved = this.state()["model"]
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[name], state[name]) for name in state if name.startswith(BACKBONE))
+    plain = models.create("siclip-lite0", text_cfg={"layers": 1}).eval()
+    plain.load_state_dict(saved)
+    image = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        assert torch.allclose(this.model.eval().encode_image(image), plain.encode_image(image), rtol=1e-4, atol=1e-5)
+
+
+def test_the_plan_counts_the_copies(tmp_path, weights):
+    config = tiny.settings(tmp_path, *changes(weights, "run.precision=bf16"), teacher=256)
+    step = TrainerStep(config, "bf16")
+    folded = predict(step, torch.device("cpu"))
+    other = TrainerStep(config, "bf16")
+    size = other.folded.bytes
+    other.folded.remove()
+    other.folded.parts = []
+    plain = predict(other, torch.device("cpu"))
+    assert size > 1 << 20
+    assert folded.at_peak["parameters"] - plain.at_peak["parameters"] == size
+
+
+def batches(config, this):
+    return list(loop._loader(this, False).epoch(0))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_batch_has_the_outputs_of_its_views(tmp_path, weights, precision):
+    plain = training(settings(tmp_path, weights, f"run.precision={precision}"))
+    this = training(settings(tmp_path, weights, f"run.precision={precision}", cached(tmp_path)))
+    lines = []
+    PrefixCache(this).make(lines.append)
+    assert lines[0] == (
+        f"prefix     training reads the output of {BACKBONE}, 112 x 3 x 3 in fp16: 2.0 KiB a view, 2 a sample, "
+        f"0.2 MiB for 48 samples, in {tmp_path / 'cache'}; no image is decoded"
+    )
+    assert lines[1] == "prefix     made 2 of 2 shards; 0 skipped"
+    seen = batches(this.config, this)
+    assert len(seen) == 6
+    for found, expected in zip(seen, batches(plain.config, plain)):
+        assert found["key"] == expected["key"]
+        assert "image" not in found
+        assert all(torch.equal(found[name], expected[name]) for name in ("text", "group", "teacher_image", "teacher_text"))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            outputs = this.prefix(plain.pixels(expected))
+        assert found["prefix"].dtype == torch.float16
+        assert torch.allclose(
+            found["prefix"].float(), outputs.float(), rtol=2e-3, atol=1e-3
+        )  # bf16 products may differ by batch
+        this.model.train()
+        plain.model.train()
+        features = this.encode_image(found), plain.encode_image(expected)
+        assert torch.allclose(*features, atol=2e-3 if precision == "fp32" else 2e-2)
+    several = {}
+    for epoch in range(4):
+        for batch in loop._loader(this, False).epoch(epoch):
+            for group, key, output in zip(batch["group"], batch["key"], batch["prefix"]):
+                several.setdefault((group.item(), key), set()).add(output.numpy().tobytes())
+    assert max(map(len, several.values())) > 1  # each view is drawn
+
+
+def test_training_is_the_same_decodes_nothing_and_resumes_bit_for_bit(tmp_path, weights, monkeypatch):
+    go(settings(tmp_path, weights, f"run.out={tmp_path / 'plain'}"))
+    text = go(settings(tmp_path, weights, cached(tmp_path), f"run.out={tmp_path / 'first'}"))
+    assert "prefix     made 2 of 2 shards" in text
+
+    def refuse(*_, **__):
+        raise AssertionError("an image was decoded")
+
+    for module, name in ((decode, "decode"), (decode, "decode_pil"), (data.epoch, "pixels_of")):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr("simplclip.data.transforms.decode", refuse)
+    with_micro = changes(weights, cached(tmp_path), "data.micro_batch=4", "data.workers=2")
+    several = [f"data.sidecars=[{tmp_path / 'taught'}]", f"data.train={tmp_path / 'data'}/*.tar"]
+    text = check_resumed(tmp_path, monkeypatch, 4, [*with_micro, *several])
+    assert "prefix     made" not in text
+    for row, same in zip(rows(tmp_path / "first"), rows(tmp_path / "plain"), strict=True):
+        for name in ("loss", "grad_norm", "feature_loss"):
+            assert float(row[name]) == pytest.approx(float(same[name]), rel=2e-3)
+
+
+def test_images_that_are_not_augmented(tmp_path, weights):
+    config = tiny.settings(tmp_path, *changes(weights, "data.augment=none", cached(tmp_path), "run.steps=2"), teacher=256)
+    assert "2.0 KiB a view, 1 a sample" in go(config)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            ["data.sidecars=[]", "loss.feature_weight=0"],
+            "expected images whose pixels do not change, got the augmentation 'affi",
+        ),
+        (["inherit.source=null"], "expected an image tower that begins with frozen modules"),
+    ],
+)
+def test_what_cannot_be_cached(tmp_path, weights, others, message):
+    with pytest.raises(ConfigError, match=f"^data.cache_prefix: {message}"):
+        go(settings(tmp_path, weights, cached(tmp_path), *others))
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_tables_cannot_be_cached(tmp_path, weights):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes(tiny.picture((9, 9, 9), "bar"))
+        (folder / f"{number}.txt").write_text("a bar")
+    off = ["loss.feature_weight=0", "data.augment=none", f"data.train={folder}"]
+    with pytest.raises(ConfigError, match="data.cache_prefix: expected local tars"):
+        go(tiny.settings(tmp_path, *changes(weights, cached(tmp_path), *off)))
+
+
+def test_a_cache_of_something_else_is_refused(tmp_path, weights):
+    def make(*others, seed=0):
+        lines = []
+        this = training(settings(tmp_path, weights, cached(tmp_path), *others, seed=seed))
+        PrefixCache(this).make(lines.append)
+        return lines
+
+    assert len(make()) == 2
+    assert len(make()) == 1  # it is used as it is
+    folder = str(tmp_path / "cache")
+    for others, seed, key in (([], 1, "prefix.weights"), (["run.precision=bf16"], 0, "prefix.precision")):
+        with pytest.raises(
+            ConfigError, match=f"data.cache_prefix: expected the settings of the earlier run in {folder}.*{key}"
+        ):
+            make(*others, seed=seed)
+    with pytest.raises(ConfigError, match=r"data.cache_prefix: .*prefix.pixels.max_pixels was None, now 100000"):
+        make("data.max_pixels=100000")
+    other = with_views(tmp_path, "more", VIEWS + 1)
+    with pytest.raises(ConfigError, match=r"data.cache_prefix: .*prefix.views.number was 2, now 3"):
+        make(f"data.sidecars=[{other}]")
+    tiny.write_shard(tmp_path / "data" / "train-1.tar", copies=2)  # it changed: its views and its outputs are made again
+    with_views(tmp_path)
+    assert make()[1].startswith("prefix     made 1 of 2 shards")
+
+
+def test_making_it_is_interrupted_locked_or_without_room(tmp_path, weights, monkeypatch):
+    this = training(settings(tmp_path, weights, cached(tmp_path)))
+    calls, process = [], PrefixCache._process
+
+    def failing(self, samples):
+        calls.append(samples[0].place)
+        if calls[-1].startswith("train-1"):
+            raise KeyboardInterrupt
+        return process(self, samples)
+
+    monkeypatch.setattr(PrefixCache, "_process", failing)
+    with pytest.raises(KeyboardInterrupt):
+        PrefixCache(this).make(print)
+    monkeypatch.undo()
+    assert not PrefixCache(this).complete
+    with locked(tmp_path / "cache"), pytest.raises(ConfigError, match=r"^data.cache_prefix: .* no other process writes to"):
+        PrefixCache(this).make(print)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("simplclip.train.prefix_cache.shutil.disk_usage", lambda path: usage._replace(free=1))
+    with pytest.raises(ConfigError, match="data.cache_prefix: expected 96,768 free bytes for the missing outputs in"):
+        PrefixCache(this).make(print)  # of one shard
+    monkeypatch.undo()
+    lines = []
+    PrefixCache(this).make(lines.append)
+    assert lines[1].startswith("prefix     made 1 of 2 shards")
+
+
+def test_a_damaged_image_is_skipped_as_without_a_cache(tmp_path, weights):
+    settings(tmp_path, weights)
+    shard = tmp_path / "data" / "train-0.tar"
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"\x89PNG")
+    content[at + 8 : at + 40] = bytes(32)
+    shard.write_bytes(content)
+    reports = []
+    for others in ([], [cached(tmp_path)]):
+        this = training(settings(tmp_path, weights, *others))
+        if this.prefix:
+            PrefixCache(this).make(print)
+        loader = loop._loader(this, False)
+        list(loader.epoch(0))
+        reports.append(loader.report())
+    assert reports[0] == reports[1]
+    assert "1 skipped" in reports[0]
+
+
+def test_the_plan_of_a_cached_run(tmp_path, weights):
+    plain, small = (
+        predict(TrainerStep(settings(tmp_path, weights, *others), "fp32"), torch.device("cpu"))
+        for others in ([], [cached(tmp_path)])
+    )
+    assert small.peak < plain.peak
