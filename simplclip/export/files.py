@@ -5,7 +5,8 @@
                   each of its names, so that every reader can load the file strictly
     onnx          image.onnx: pixel_values float32 [B, 3, S, S] -> image_features float32 [B, D]
                   text.onnx: input_ids int64 [B, L] -> text_features float32 [B, D]
-                  Features are normalised, B is dynamic, and all operators are standard ONNX
+                  Features are normalised, B is dynamic, all operators are standard ONNX, and branches and batch norms are
+                  folded into the layers before them
 
 `open_clip.load_checkpoint` and `models.create(name, checkpoint=...)` read the first two. export.json describes
 the export. It is written last, so that an export with it is complete.

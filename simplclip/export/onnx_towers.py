@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
+from simplclip.models.fold import fold
 from simplclip.models.registry import first_line
 from simplclip.ops.attention.call import AttentionCall
 from simplclip.ops.attention.reference import shaped_attention_fwd
@@ -43,7 +44,7 @@ class Tower(nn.Module):
 
 
 def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str, Any]:
-    """Write tower `name` ("image", "text") of `model`, in eval mode, to `path`, and compare it with torch.
+    """Write tower `name` ("image", "text") of `model`, in eval mode and folded, to `path`, and compare it with torch.
 
     inputs: real inputs [B, ...] of at least max(CHECKED_BATCHES) rows; B is dynamic in the file. Weights beyond 2 GiB go to
     PATH.data. Returns the opset and the largest absolute error of a feature for each batch of CHECKED_BATCHES.
@@ -55,7 +56,7 @@ def export(model: nn.Module, name: str, inputs: Tensor, path: Path) -> dict[str,
     given, returned = TOWERS[name]
     with torch.no_grad(), _quiet():
         try:
-            program = torch.export.export(tower, (inputs[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            program = torch.export.export(fold(tower), (inputs[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
             program = program.run_decompositions(_decompositions())
             written = torch.onnx.export(program, input_names=[given], output_names=[returned], dynamo=True, verbose=False)
             written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})

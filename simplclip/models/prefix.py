@@ -63,8 +63,10 @@ class FrozenParts:
     `to` moves the copies. `lines` says what was done, and why a module with convolutions has no copy.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        self.model, self.dtype, self.refused = model, dtype, {}
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, *, channels_last: bool = True) -> None:
+        self.model, self.dtype = model, dtype
+        self.refused: dict[str, str] = {}
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.parts = [self._part(name, module) for name, module in _largest(model, "", set())]
         for part in self.parts:
             if part.folded is not None:
@@ -90,7 +92,7 @@ class FrozenParts:
         for inner in folded.modules() if self.dtype else ():
             if isinstance(inner, (_ConvNd, nn.Linear)):
                 inner.to(self.dtype)
-        return folded.requires_grad_(False).to(memory_format=torch.channels_last)
+        return folded.requires_grad_(False).to(memory_format=self.layout)
 
     @property
     def copies(self) -> list[nn.Module]:
@@ -114,8 +116,8 @@ class FrozenParts:
         names = [part.name for part in self.parts if part.folded is not None]
         found = [f"{name or 'the model'} runs as it is: {reason}" for name, reason in self.refused.items()]
         if names:
-            where = f"run folded, in channels_last{'' if self.dtype is None else f' and {self.dtype}'.replace('torch.', '')}"
-            found.insert(0, f"{', '.join(names)} {where}; the copies take {self.bytes / 2**20:.1f} MiB")
+            form = "folded, in channels_last" + ("" if self.dtype is None else f" and {self.dtype}".replace("torch.", ""))
+            found.insert(0, f"{form}, copies of {self.bytes / 2**20:.1f} MiB: {', '.join(names)}")
         return found
 
 
@@ -131,7 +133,9 @@ class Prefix:
     """
 
     def __init__(self, frozen: FrozenParts, image: Tensor) -> None:
-        self.model, self.parts, self._trying, self._replaced = frozen.model, [], False, False
+        self.model, tower = frozen.model, frozen.model.get_submodule("visual")
+        self.parts: list[Part] = []
+        self._trying = self._replaced = False
         seen: list[tuple[Part, Any, Any]] = []
         hooks = [
             part.module.register_forward_hook(lambda _, given, output, part=part: seen.append((part, given[:1], output)))
@@ -141,7 +145,7 @@ class Prefix:
         self.model.eval()
         try:
             with torch.no_grad():
-                expected = self.model.visual(image)
+                expected = tower(image)
                 for hook in hooks:
                     hook.remove()
                 last: Any = image
@@ -157,7 +161,7 @@ class Prefix:
                     part.prefix = self
                     part.install()
                 self._trying = True
-                if (self.model.visual(outputs) - expected).norm() > 0.01 * expected.norm():
+                if (tower(outputs) - expected).norm() > 0.01 * expected.norm():
                     raise InputError(f"expected a tower that uses the output of {self.name} alone, got one that uses others")
         finally:
             self._trying = False

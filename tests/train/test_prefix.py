@@ -84,7 +84,7 @@ def test_the_log_says_what_runs_folded_and_a_resumed_run_is_the_same(tmp_path, w
     text = check_resumed(
         tmp_path, monkeypatch, 4, changes(weights, "data.micro_batch=4", "model.recompute=true"), teacher=256
     )
-    assert f"frozen     {BACKBONE} run folded, in channels_last; the copies take 2.6 MiB" in text
+    assert f"frozen     folded, in channels_last, copies of 2.6 MiB: {BACKBONE}" in text
 
 
 def test_evaluation_and_the_checkpoint_are_of_the_model_itself(tmp_path, weights):
