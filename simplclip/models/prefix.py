@@ -46,11 +46,9 @@ class Part:
     def remove(self) -> None:
         vars(self.module).pop("forward", None)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return memo[id(self.module)].forward  # the method of its class, since the copy has no attributes yet
-
     def __reduce__(self) -> tuple:
-        return getattr, (self.module, "forward")  # the same in the process that reads it
+        # In a deep copy or pickle of the module this becomes the method of its class, since the copy has no attributes yet.
+        return getattr, (self.module, "forward")
 
 
 class FrozenParts:
