@@ -317,5 +317,5 @@ def test_micro_batches_have_the_colours_of_their_images(taught, tmp_path):
     (one,) = next(loop._batches(whole, loop._loader(whole, False), print))
     assert len(parts) == 2
     assert torch.equal(torch.cat([part["colour"] for part in parts]), one["colour"])
-    assert torch.equal(torch.cat([this._images(part) for part in parts]), this._images(one))
+    assert torch.equal(torch.cat([this.pixels(part) for part in parts]), this.pixels(one))
     assert keys([one])
