@@ -144,10 +144,11 @@ def _architecture(source: str) -> Any:
 
 
 class OpenClipStep:
-    """A step of open_clip's trainer on one of its models, with its loss for that model or with stored teacher features.
+    """A step of open_clip's trainer on a model, with its loss for that model or with stored teacher features.
 
-    teacher_width: the width of a teacher's features for DistillClipLoss; None: CoCaLoss for a CoCa, SigLipLoss for a model
-    with a logit bias, else ClipLoss. No teacher is in memory, unlike in open_clip's own trainer. options: of the model.
+    name, options: as for `models.create`. teacher_width: the width of a teacher's features for DistillClipLoss; None:
+    CoCaLoss for a CoCa, SigLipLoss for a model with a logit bias, else ClipLoss. No teacher is in memory, unlike in
+    open_clip's own trainer.
     """
 
     def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None, **options: Any) -> None:
@@ -163,7 +164,7 @@ class OpenClipStep:
             self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
 
     def materialize(self, device: torch.device) -> None:
-        self.model = models.create(models.PLAIN + self.name, device=device, **self.options).train()
+        self.model = models.create(self.name, device=device, **self.options).train()
 
     def place(self, device: torch.device, during: During) -> None:
         self.device, self.during = device, during
@@ -172,7 +173,7 @@ class OpenClipStep:
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
         with torch.device("cpu" if whole else "meta"):
-            image, text = inputs(models.PLAIN + self.name, self.model, self.batch_size, 1, whole)
+            image, text = inputs(self.name, self.model, self.batch_size, 1, whole)
             batch = {"image": image, "text": text}
             if self.teacher_width is not None:
                 for name in ("dist_image_features", "dist_text_features"):
