@@ -268,9 +268,10 @@ def test_bad_input_of_a_torch_without_cuda(monkeypatch, arguments, message):
 @pytest.mark.parametrize("ours", [True, False])
 def test_predicted_and_measured_on_a_gpu(ours):
     """Within a tenth: cuDNN's workspaces are not stated."""
-    make = lambda: (
-        trainer(TINY_CONFIG, "bf16", "data.batch_size=512") if ours else OpenClipStep("open_clip:ViT-B-32", 64, "bf16")
-    )  # noqa: E731
+
+    def make():
+        return trainer(TINY_CONFIG, "bf16", "data.batch_size=512") if ours else OpenClipStep("open_clip:ViT-B-32", 64, "bf16")
+
     predicted = predict(make(), CUDA).peak
     torch.cuda.empty_cache()
     assert predicted == pytest.approx(measure(make(), CUDA), rel=0.1)
