@@ -8,11 +8,13 @@ from simplclip.models.registry import (
     create,
     names,
     original,
+    spec_of,
     summary,
     tokenizer,
     transforms,
 )
 
 __all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "summary", "tokenizer", "transforms",
+    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "spec_of", "summary", "tokenizer",
+    "transforms",
 ]  # fmt: skip

@@ -66,7 +66,6 @@ _SPECS = {
         simplify=None,
         preprocess={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bilinear"},
         augment={},
-        vocabulary=lambda length: SimpleTokenizer(context_length=length),
         build=mobileclip.create,
     ),
     # The text tower carries most of MobileCLIP2-S0's parameters, and neighbouring layers of a trained CLIP text tower
@@ -129,7 +128,7 @@ def names() -> list[str]:
 
 def original(name: str) -> str | None:
     """The open_clip model that a SiCLIP was made from, or that a plain name means; None if there is none."""
-    spec = _spec(name)
+    spec = spec_of(name)
     return spec.original if spec.original in open_clip.list_models() else None
 
 
@@ -162,7 +161,7 @@ def create(
         ValueError: the name is unknown (the message lists the nearest names), or the file has no weights.
         WeightsError: the checkpoint does not fit.
     """
-    spec = _spec(name)
+    spec = spec_of(name)
     simplified = simplified and spec.simplify is not None
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
@@ -198,10 +197,12 @@ def create(
 
 def tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model: list of strings -> token ids, int64 [B, L]."""
-    spec = _spec(name)
-    if spec.vocabulary is None:
+    spec = spec_of(name)
+    if spec.vocabulary is None and spec.build is None:
         return open_clip.get_tokenizer(spec.original)
     length = spec.config["text_cfg"]["context_length"]
+    if spec.vocabulary is None:
+        return SimpleTokenizer(context_length=length)
     if callable(spec.vocabulary):
         return spec.vocabulary(length)
     return ShortVocabTokenizer(spec.vocabulary, context_length=length)
@@ -224,7 +225,7 @@ def transforms(
             "none"; or None for the model's default. With its `use_timm` the result is open_clip's own, of PIL images alone.
         image_size: S, if the model was created with a size that is not its name's.
     """
-    spec = _spec(name)
+    spec = spec_of(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
     cfg = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**spec.preprocess, "size": size}))
     augment = spec.augment if augment is None else augment
@@ -244,7 +245,7 @@ def summary(model: nn.Module, name: str) -> str:
     lines = [f"{name:<12}{'parameters':>14}{'original':>14}{'ratio':>8}"]
     for part, n in now.items():
         lines.append(f"{part:<12}{n:>14,}{report.before[part]:>14,}{n / report.before[part]:>8.2f}")
-    lines.append(f"original: {_spec(name).original}")
+    lines.append(f"original: {spec_of(name).original}")
     for tower in ("image", "text"):
         count = sum(r.tower == tower for r in report.replaced)
         line = f"{tower}: {count} simplified block{'s' if count != 1 else ''}"
@@ -255,7 +256,8 @@ def summary(model: nn.Module, name: str) -> str:
     return "\n".join(lines)
 
 
-def _spec(name: str) -> Spec:
+def spec_of(name: str) -> Spec:
+    """How the model of this name is built. Raises ValueError for an unknown name."""
     if name in _SPECS:
         return _SPECS[name]
     if name in plugins.entries("models"):
@@ -272,14 +274,17 @@ def _load(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     state = bare_state(read_weights(checkpoint, InputError, "checkpoint: expected a file of weights"))
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"checkpoint: expected a state dict of tensors, got {checkpoint}, which holds something else")
-    state = dict(mobileclip.from_published(model, state))
+    published, state = mobileclip.is_published(state), mobileclip.from_published(model, state)
     if "logit_bias" in state and getattr(model, "logit_bias", None) is None:  # it was trained by a sigmoid loss
         model.logit_bias = nn.Parameter(torch.empty_like(state["logit_bias"]))
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise WeightsError(f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}") from None
+        where = "; simplclip.models.mobileclip says how the file's names became these" if published else ""
+        raise WeightsError(
+            f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}{where}"
+        ) from None
 
 
 def read_weights(path: str | os.PathLike[str], error: type[InputError], expected: str) -> Any:
