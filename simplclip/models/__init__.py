@@ -9,12 +9,13 @@ from simplclip.models.registry import (
     names,
     original,
     renamed,
+    spec_of,
     summary,
     tokenizer,
     transforms,
 )
 
 __all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "renamed", "summary", "tokenizer",
-    "transforms",
+    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "renamed", "spec_of", "summary",
+    "tokenizer", "transforms",
 ]  # fmt: skip

@@ -66,7 +66,6 @@ _MOBILECLIP_S0 = _MOBILECLIP | {
         "vision_cfg": open_clip.get_model_config("MobileCLIP2-S0")["vision_cfg"],
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 4},
     },
-    "vocabulary": lambda length: SimpleTokenizer(context_length=length),
     "build": mobileclip.create,
 }
 _SPECS = {
@@ -136,7 +135,7 @@ def names() -> list[str]:
 
 def original(name: str) -> str | None:
     """The model with its own blocks that a SiCLIP was made from or that a plain name means, as `create` takes it; or None."""
-    known = _spec(name).original
+    known = spec_of(name).original
     return known if known in _SPECS else PLAIN + known if known in open_clip.list_models() else None
 
 
@@ -173,7 +172,7 @@ def create(
     if checkpoint is not None:
         state = _read_state(checkpoint)
         name = renamed(name, state)
-    spec = _spec(name)
+    spec = spec_of(name)
     simplified = simplified and spec.simplify is not None
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
@@ -209,10 +208,12 @@ def create(
 
 def tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a model: list of strings -> token ids, int64 [B, L]."""
-    spec = _spec(name)
-    if spec.vocabulary is None:
+    spec = spec_of(name)
+    if spec.vocabulary is None and spec.build is None:
         return open_clip.get_tokenizer(spec.original)
     length = spec.config["text_cfg"]["context_length"]
+    if spec.vocabulary is None:
+        return SimpleTokenizer(context_length=length)
     if callable(spec.vocabulary):
         return spec.vocabulary(length)
     return ShortVocabTokenizer(spec.vocabulary, context_length=length)
@@ -235,7 +236,7 @@ def transforms(
             "none"; or None for the model's default. With its `use_timm` the result is open_clip's own, of PIL images alone.
         image_size: S, if the model was created with a size that is not its name's.
     """
-    spec = _spec(name)
+    spec = spec_of(name)
     size = image_size or spec.config["vision_cfg"].get("image_size", PreprocessCfg.size)
     cfg = PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), {**spec.preprocess, "size": size}))
     augment = spec.augment if augment is None else augment
@@ -255,7 +256,7 @@ def summary(model: nn.Module, name: str) -> str:
     lines = [f"{name:<12}{'parameters':>14}{'original':>14}{'ratio':>8}"]
     for part, n in now.items():
         lines.append(f"{part:<12}{n:>14,}{report.before[part]:>14,}{n / report.before[part]:>8.2f}")
-    lines.append(f"original: {_spec(name).original}")
+    lines.append(f"original: {spec_of(name).original}")
     for tower in ("image", "text"):
         count = sum(r.tower == tower for r in report.replaced)
         line = f"{tower}: {count} simplified block{'s' if count != 1 else ''}"
@@ -266,7 +267,8 @@ def summary(model: nn.Module, name: str) -> str:
     return "\n".join(lines)
 
 
-def _spec(name: str) -> Spec:
+def spec_of(name: str) -> Spec:
+    """How the model of this name is built. Raises ValueError for an unknown name."""
     if name in _SPECS:
         return _SPECS[name]
     if name in plugins.entries("models"):
@@ -287,14 +289,17 @@ def _read_state(checkpoint: str | os.PathLike[str]) -> Mapping[str, torch.Tensor
 
 
 def _load(model: nn.Module, state: Mapping[str, torch.Tensor], checkpoint: str | os.PathLike[str]) -> None:
-    state = dict(mobileclip.from_published(model, state))
+    published, state = mobileclip.is_published(state), dict(mobileclip.from_published(model, state))
     if "logit_bias" in state and getattr(model, "logit_bias", None) is None:  # it was trained by a sigmoid loss
         model.logit_bias = nn.Parameter(torch.empty_like(state["logit_bias"]))
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise WeightsError(f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}") from None
+        where = "; simplclip.models.mobileclip says how the file's names became these" if published else ""
+        raise WeightsError(
+            f"checkpoint: expected weights that fit the model, got {checkpoint}: {reasons[:300]}{where}"
+        ) from None
 
 
 def read_weights(path: str | os.PathLike[str], error: type[InputError], expected: str) -> Any:
