@@ -362,7 +362,7 @@ def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | No
         if not state:
             raise InheritanceError(f"source: expected names that begin with {' or '.join(prefixes)}, got none in {label}")
     if hasattr(model, "text"):
-        state = dict(from_published(model, state))
+        state = from_published(model, state)
         state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
     return label, state
 

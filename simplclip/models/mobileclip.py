@@ -48,6 +48,7 @@ _RENAMED = {
     "convffn.fc": "mlp.fc", "pre_norm_mha.0": "ln_1", "pre_norm_mha.1": "attn", "pre_norm_ffn.0": "ln_2",
     "pre_norm_ffn.1": "mlp.fc1", "pre_norm_ffn.4": "mlp.fc2",
 }  # fmt: skip
+_SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
 
 class ConvNorm(nn.Module):
@@ -235,11 +236,16 @@ def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str,
     return model
 
 
-def from_published(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict of the published layout by the names of `model`. It is returned as it is if it has another layout or if
+def is_published(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict has names of the published layout."""
+    return any(name.startswith((IMAGE, TEXT)) for name in state)
+
+
+def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of the published layout by the names of `model`. One of another layout stays as it is, as does each one if
     the model has no `TextTower`."""
-    if not isinstance(getattr(model, "text", None), TextTower) or not any(name.startswith((IMAGE, TEXT)) for name in state):
-        return state
+    if not isinstance(getattr(model, "text", None), TextTower) or not is_published(state):
+        return dict(state)
     image = {name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)}
     renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.visual.trunk).items()}
     renamed.pop("visual.trunk.head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
@@ -247,12 +253,8 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, A
         if name.startswith(IMAGE):
             continue
         if name.startswith(TEXT):
-            if name.endswith("pos_embed.pos_embed"):
-                value = value.flatten(0, -2)
-            elif name.endswith(("convffn.fc1.weight", "convffn.fc2.weight")):
-                value = value.flatten(1)
-            elif name.endswith("layer_scale") and not name.endswith("token_mixer.layer_scale"):
-                value = value.flatten()
+            if name.endswith(_SQUEEZED) and not name.endswith("token_mixer.layer_scale"):
+                value = value.squeeze()
             for theirs, ours in _RENAMED.items():
                 name = name.replace(theirs, ours)
         renamed[name] = value

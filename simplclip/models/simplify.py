@@ -170,7 +170,7 @@ def simplify(
     blocks: Mapping[str, Sequence[int]] | None = None,
     share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
     share_norms_and_gains: bool = False,
-    mlp_ratio: float | None = None,
+    mlp_ratio: float | Mapping[str, float] | None = None,
     norm: str = "layernorm",
     act: str | None = None,
     value_first: bool = False,
@@ -266,10 +266,11 @@ def simplify(
         sites = block_sites(model, tower)
         chosen = sorted({*indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
         new: dict[int, SimplifiedBlock] = {}
+        ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         for index in chosen:
             site = sites[index]
             new[index] = block = _build(
-                site, mlp_ratio, act, drop_path, norm=norm, **given,
+                site, ratio, act, drop_path, norm=norm, **given,
                 gamma=gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma,
                 value=value_first and index == chosen[0], output=output_last and index == chosen[-1],
             )  # fmt: skip
