@@ -117,6 +117,35 @@ def test_image_towers_and_full_attention():
     assert measured(model, "text", None).attention[0, 1] != measured(model, "text").attention[0, 1]
 
 
+def test_norms_of_queries_and_keys():
+    vision = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16, "qk_norm": True}
+    model = lively(clip(vision))
+    blocks = model.visual.transformer.resblocks
+    for block in blocks:
+        nn.init.uniform_(block.attn.ln_q.weight, 0.5, 2.0)
+    x, y = recorded(model, blocks, lambda: model.encode_image(IMAGE))
+    maps = []
+    with torch.no_grad():
+        for block, h in zip(blocks, x):
+            qkv = nn.functional.linear(block.ln_1(h), block.attn.in_proj_weight, block.attn.in_proj_bias)
+            q, k = (t.unflatten(-1, (2, -1)) for t in qkv.chunk(3, -1)[:2])
+            maps.append(softmax_maps(block.attn.ln_q(q).flatten(2), block.attn.ln_k(k).flatten(2), 2))
+    check(measured(model, "image"), maps, x, y, torch.tensor([5, 5, 5]))
+
+
+def test_a_timm_tower():
+    name = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 224, "timm_pool": "", "timm_proj": "linear"}
+    model = clip(name, cls=CustomTextCLIP)
+    model.visual.trunk.blocks = model.visual.trunk.blocks[:2]
+    images, blocks = torch.randn(2, 3, 224, 224), model.visual.trunk.blocks
+    lively(model)
+    x, y = recorded(model, blocks, lambda: model.encode_image(images))
+    with torch.no_grad():
+        maps = [softmax_maps(*b.attn.qkv(b.norm1(h)).chunk(3, -1)[:2], 3) for b, h in zip(blocks, x)]
+    likeness = sharing.measure(model, "image", [(images, None)], model.encode_image)
+    check(likeness, maps, x, y, torch.tensor([197, 197]))
+
+
 def test_fastvit_and_mobileclip():
     model = clip(cls=CustomTextCLIP)
     model.text = TextTower(12, 100, 24, 2, 3, output_dim=16)
@@ -176,8 +205,8 @@ def test_groups_for_a_budget():
     alone = [[i] for i in range(4)]
     twin, _ = simplify(clip())
     assert size.total("all", alone) == count_parameters(twin)["text"]
-    attention = torch.tensor([[0.0, 0.3, 0.2, 0.2], [0.3, 0.0, 0.1, 0.4], [0.2, 0.1, 0.0, 0.25], [0.2, 0.4, 0.25, 0.0]])
-    updates = torch.tensor([[1.0, 0.9, 0.0, 0.0], [0.9, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 0.5, 1.0]])
+    attention = torch.tensor([[0.0, 0.3, 0.2, 0.2], [0.3, 0.0, 0.1, 0.4], [0.2, 0.1, 0.0, 0.15], [0.2, 0.4, 0.15, 0.0]])
+    updates = torch.tensor([[1.0, 0.9, 0.0, 0.0], [0.9, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.4], [0.0, 0.0, 0.4, 1.0]])
     likeness = likeness_of(attention, updates)
     qk, mlp = 2 * 24 * 24, 2 * 24 * 96 + 96 + 24
     whole = size.total("all", alone)
@@ -192,7 +221,7 @@ def test_groups_for_a_budget():
     assert found["mlp"] == (((0, 1),), whole - mlp, True)
     assert found["all"] == (((0, 1),), whole - qk - mlp, True)  # 0.43 / 2 + 0.05 / 2 against 0.14 / 2 + 1 / 4
     found = groups(whole - 2 * qk)
-    assert found["attention"] == (((0, 1, 2),), whole - 2 * qk, True)  # 0.25 on the mean over pairs, and 0.325
+    assert found["attention"] == (((0, 1, 2),), whole - 2 * qk, True)  # the mean over pairs: 0.25, and 0.275
     found = groups(whole - 2 * mlp)
     assert found["mlp"] == (((0, 1), (2, 3)), whole - 2 * mlp, True)
     assert found["attention"] == (((0, 1, 2, 3),), whole - 3 * qk, False)
@@ -306,6 +335,8 @@ def test_both_towers_of_an_encoder(folder, tmp_path, capsys):
         _, report = simplify(clip(), share=proposal["share"])
         assert proposal["share"][name]["all"]
         assert report.after[name] == proposal["parameters"] <= 0.7 * report.before[name]
+    text = measured(lively(clip()), "text", parts=((0, 1),))  # the tokens up to the end alone
+    torch.testing.assert_close(about["towers"]["text"]["attention_divergence"], text.attention.tolist(), rtol=0, atol=1e-5)
     few = sharing.run(small_encoder(), folder / "val-0.tar", samples=10, **how)
     assert {tower["samples"] for tower in few["towers"].values()} == {10}
     assert json.loads((tmp_path / "share.json").read_text()) == few

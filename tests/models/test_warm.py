@@ -150,7 +150,7 @@ def fastvit_block(pointwise, seed=0):
     if pointwise:  # the tap at the token alone
         tap = old.mlp.conv.conv.weight
         tap.data *= torch.zeros(7, 7).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(1.0))
-    maps = torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 0.7
+    maps = torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0
     for norm, x in ((old.norm, maps), (old.mlp.conv.bn, old.mlp.conv.conv(maps))):
         norm.running_mean.copy_(x.mean((0, 2, 3)))
         norm.running_var.copy_(x.var((0, 2, 3), unbiased=False))
