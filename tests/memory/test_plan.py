@@ -247,14 +247,23 @@ def test_a_step_that_does_not_fit():
         assert words in shown
 
 
+def test_what_is_not_on_this_machine_is_assumed(tmp_path):
+    """The shards, and the file of weights; only the shapes of both matter."""
+    changes = f"data.train={tmp_path}/*.tar", f"inherit.source={tmp_path}/s0.pt", "data.batch_size=256"
+    step = TrainerStep(config.load("siclip-s0", changes), "fp32")
+    assert step.teacher["width"] == 512
+    told = "a teacher of the student's width, 512 (--teacher-width): data.train:"
+    assert any(line.startswith(told) for line in step.assumed)
+    assert f"weights of mobileclip-s0, since {tmp_path}/s0.pt is not on this machine" in step.assumed
+    assert "visual.trunk.stages.0" in step.inheritance.names
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([TINY_CONFIG, "--memory", "1GiB", "--compare", "timm"], "--compare: expected open_clip, got 'timm'"),
         ([TINY_CONFIG, "--memory", "1GiB", "--device", "tpu"], "--device: expected cuda or cpu, got 'tpu'"),
         ([TINY_CONFIG, "--memory", "1GiB"], "is a build without CUDA, which plans for a card need (the card itself is not"),
-        (["siclip-lite0-emoji", "--memory", "1GiB", "--set", "data.train=none/*.tar", "--device", "cpu"],
-         "the pattern 'none/*.tar', which matches none. To plan without the shards: --teacher-width"),
     ],
 )  # fmt: skip
 def test_bad_input_of_a_torch_without_cuda(monkeypatch, arguments, message):
