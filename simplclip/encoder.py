@@ -140,8 +140,8 @@ def load(
                                 tag's preprocessing is used, and nothing is downloaded
     open_clip:NAME/PATH         weights of that model in a file, .pt or .safetensors
     open_clip:NAME              checkpoint: such a file
-    siclip-tiny, ...            checkpoint: one of `simplclip train`, the folder of a run, or a file of the model's weights, for
-                                mobileclip-s0 also the published one. Also siclip-tiny/PATH
+    siclip-tiny, ...            checkpoint: one of `simplclip train`, the folder of a run, or a file of the model's weights,
+                                for mobileclip-s0 also the published one. Also siclip-tiny/PATH
     builtin                     the demo's teacher; checkpoint: the heads that `simplclip teacher` saved. Also builtin/PATH
 
     Without a tag, an open_clip model with a single known tag has that tag's preprocessing.
