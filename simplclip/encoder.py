@@ -229,6 +229,7 @@ def _exported(folder: Path) -> dict[str, Any]:
             f"{folder}: expected an export with weights for torch (--format safetensors), got {', '.join(about['files'])}"
         )
     model = models.create(name, checkpoint=folder / weights[0], **options)
+    name = models.renamed(name, model.state_dict())
     transform = models.transforms(name, train=False, image_size=size if isinstance(size, int) else tuple(size))
     return {"name": name, "model": model, "preprocess": transform, "tokenizer": models.tokenizer(name), "step": step}
 

@@ -8,6 +8,7 @@ from simplclip.models.registry import (
     create,
     names,
     original,
+    renamed,
     spec_of,
     summary,
     tokenizer,
@@ -15,6 +16,6 @@ from simplclip.models.registry import (
 )
 
 __all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "spec_of", "summary", "tokenizer",
-    "transforms",
+    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "renamed", "spec_of", "summary",
+    "tokenizer", "transforms",
 ]  # fmt: skip

@@ -100,7 +100,7 @@ class RepMixer(nn.Module):
 
 
 class RepMixerBlock(nn.Module):
-    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C].
+    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or [B, C] of one token of each text.
 
     Convolutions see the tokens as [B, C, 1, L] in channels_last, which for a contiguous [B, L, C] is only a view.
     """
@@ -112,9 +112,13 @@ class RepMixerBlock(nn.Module):
         self.mlp = _mlp(width, mlp_ratio)
         self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
+        """token: index of the token of each text to compute, int64 [B]; None: all of them."""
         mixed = self.mixer(x.transpose(1, 2).unsqueeze(2))  # [B, C, 1, L]
         x, hidden = (t.squeeze(2).transpose(1, 2) for t in (mixed, self.conv(mixed)))
+        if token is not None:
+            rows = torch.arange(len(x), device=x.device)
+            x, hidden = x[rows, token], hidden[rows, token]
         return x + self.layer_scale * self.mlp(hidden)
 
 
@@ -192,21 +196,25 @@ class TextTower(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, text: Tensor) -> Tensor:
-        x = self.encode_tokens(text)
-        ends = x[torch.arange(len(x), device=x.device), text.argmax(1)]
+        # The last block's MLP, a seventh of the tower's work, is needed at one token alone.
+        ends = self.ln_final(self.layers[-1](self._inner(text), text.argmax(1)))
         return ends @ self.text_projection.to(ends.dtype)
 
     def encode_tokens(self, text: Tensor) -> Tensor:
         """The outputs of all tokens after the last norm, [B, L, C]."""
+        return self.ln_final(self.layers[-1](self._inner(text)))
+
+    def _inner(self, text: Tensor) -> Tensor:
+        """What the last block gets, [B, L, C]."""
         x = self.token_embedding(text)
         x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             # A RepMixer block is never computed twice, since that would count a batch twice in its norms' statistics.
             if self.grad_checkpointing and self.training and not isinstance(layer, RepMixerBlock):
                 x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
-        return self.ln_final(x)
+        return x
 
     def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
         self.grad_checkpointing = enable

@@ -170,7 +170,7 @@ def simplify(
     blocks: Mapping[str, Sequence[int]] | None = None,
     share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
     share_norms_and_gains: bool = False,
-    mlp_ratio: float | None = None,
+    mlp_ratio: float | Mapping[str, float] | None = None,
     norm: str = "layernorm",
     act: str | None = None,
     value_first: bool = False,
@@ -259,7 +259,7 @@ def simplify(
         for index in indices:
             site = sites[index]
             new[index] = block = _build(
-                site, mlp_ratio, act, drop_path, norm=norm, attention_gain=attention_gain, mlp_gain=mlp_gain,
+                site, mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio, act, drop_path, norm=norm, attention_gain=attention_gain, mlp_gain=mlp_gain,
                 gamma=gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma,
                 value=value_first and index == indices[0], output=output_last and index == indices[-1],
             )  # fmt: skip

@@ -75,7 +75,7 @@ def test_siclip_s0(precision, name, tmp_path):
 @pytest.mark.parametrize(("precision", "teacher_width"), [("fp32", None), ("bf16", None), ("bf16", 512)])
 def test_vit_b_32_with_open_clips_losses(precision, teacher_width):
     """ClipLoss, and with a teacher's features DistillClipLoss."""
-    check(lambda: OpenClipStep("ViT-B-32", 24, precision, teacher_width))
+    check(lambda: OpenClipStep("open_clip:ViT-B-32", 24, precision, teacher_width))
 
 
 @pytest.mark.prove
@@ -130,7 +130,7 @@ def test_open_clips_loss_is_that_of_the_base(monkeypatch, base, loss):
 @pytest.mark.parametrize("name", ["RN50", "MobileCLIP2-S0", *LARGER])
 def test_plain_models_on_a_card(name):
     """Each kind of tower and loss; double the pairs, about double the activations."""
-    one, two = (predict(OpenClipStep(name, n, "bf16"), CUDA) for n in (32, 64))
+    one, two = (predict(OpenClipStep(f"open_clip:{name}", n, "bf16"), CUDA) for n in (32, 64))
     assert one.at_peak["activations"] < two.at_peak["activations"] < 2.1 * one.at_peak["activations"]
 
 
@@ -139,7 +139,7 @@ def test_plain_models_on_a_card(name):
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
 def test_attention_on_a_card_keeps_no_matrix(monkeypatch, precision, size):
     """Plain products would keep [B, H, L, L] of each of the 12 image and 12 text blocks."""
-    activations = lambda: predict(OpenClipStep("ViT-B-32", 32, precision), CUDA).at_peak["activations"]  # noqa: E731
+    activations = lambda: predict(OpenClipStep("open_clip:ViT-B-32", 32, precision), CUDA).at_peak["activations"]  # noqa: E731
     fused = activations()
     monkeypatch.setattr(pretend, "attention_of_card", lambda plain: plain)
     assert activations() - fused > 0.9 * 12 * 32 * (12 * 50**2 + 8 * 77**2) * size
@@ -268,7 +268,10 @@ def test_bad_input_of_a_torch_without_cuda(monkeypatch, arguments, message):
 @pytest.mark.parametrize("ours", [True, False])
 def test_predicted_and_measured_on_a_gpu(ours):
     """Within a tenth: cuDNN's workspaces are not stated."""
-    make = lambda: trainer(TINY_CONFIG, "bf16", "data.batch_size=512") if ours else OpenClipStep("ViT-B-32", 64, "bf16")  # noqa: E731
+
+    def make():
+        return trainer(TINY_CONFIG, "bf16", "data.batch_size=512") if ours else OpenClipStep("open_clip:ViT-B-32", 64, "bf16")
+
     predicted = predict(make(), CUDA).peak
     torch.cuda.empty_cache()
     assert predicted == pytest.approx(measure(make(), CUDA), rel=0.1)

@@ -1,0 +1,115 @@
+"""The tables and the picture of an ablation, from the results of its runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simplclip.ablate.statistics import paired
+from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+ALL = "all"  # the measure: the mean of R@1 over splits and directions
+
+Result = Mapping[str, Any]  # a run's result.json
+
+
+def run_rows(name: str, seed: int, result: Result) -> Iterator[dict[str, Any]]:
+    """A row for each split and direction of a run."""
+    for split, entry in result["splits"].items():
+        for direction in DIRECTIONS:
+            row = {"run": name, "seed": seed, "steps": result["step"], "split": split, "direction": direction}
+            row |= {k: round(figure["value"], 6) for k, figure in entry[direction].items()}
+            yield row | {f"chance of {k}": round(figure["chance"], 6) for k, figure in entry[direction].items()}
+
+
+def measure(result: Result, split: str = ALL) -> float:
+    """R@1 in per cent: the mean of both directions of a split, or of all splits."""
+    splits = result["splits"].values() if split == ALL else [result["splits"][split]]
+    return 100 * statistics.fmean(entry[direction]["R@1"]["value"] for entry in splits for direction in DIRECTIONS)
+
+
+def effect_rows(group: str, effect: str, pairs: Sequence[Mapping[str, Result]]) -> Iterator[dict[str, Any]]:
+    """A row for the measure and for each split: mean ± std of base and variant, and their paired difference over the seeds.
+
+    pairs: of each seed that is done, the results of "base" (none for a variant that is only reported) and "variant".
+    """
+    last = pairs[0]["variant"]
+    for split in (ALL, *last["splits"]):
+        row: dict[str, Any] = {"group": group, "effect": effect, "split": split, "seeds": len(pairs)}
+        figures = {side: [measure(pair[side], split) for pair in pairs] for side in pairs[0]}
+        for side in ("base", "variant"):
+            values = figures.get(side)
+            row[f"{side} R@1"] = _round(statistics.fmean(values)) if values else ""
+            row[f"{side} std"] = _round(statistics.stdev(values)) if values and len(values) > 1 else ""
+        test = paired(figures["base"], figures["variant"]) if "base" in figures else None
+        for column, field in (
+            ("difference", "mean"),
+            ("difference std", "std"),
+            *((n, n) for n in ("t", "p", "low", "high")),
+        ):
+            row[column] = _round(getattr(test, field), 6 if field == "p" else 3) if test else ""
+        for side in ("base", "variant"):
+            there = side in figures
+            row[f"{side} steps"] = pairs[0][side]["step"] if there else ""
+            seconds = statistics.median(pair[side]["seconds_per_step"] for pair in pairs) if there else None
+            row[f"{side} s/step"] = _round(seconds) if there else ""
+            row[f"{side} parameters"] = pairs[0][side]["parameters"] if there else ""
+        yield row
+
+
+def _round(value: float | None, digits: int = 3) -> float | str:
+    return "" if value is None or value != value else round(value, digits)
+
+
+def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path | None:
+    """The paired differences of all effects with their 95 % intervals, by group, the largest first.
+
+    rows: those of effects.csv; those without a difference are left out. None if nothing is left.
+    """
+    rows = [row for row in rows if row["split"] == ALL and row["difference"] != ""]
+    if not rows:
+        return None
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    lines: list[Mapping[str, Any] | str] = []
+    for group in groups:
+        lines += [group, *sorted((r for r in rows if r["group"] == group), key=lambda row: -float(row["difference"]))]
+    height = 1.5 + 0.27 * len(lines)
+    figure = new_figure(11.5, height)
+    axis = figure.add_axes((0.42, 0.55 / height, 0.44, 1 - 1.35 / height))
+    style(axis, "")
+    axis.axvline(0, color=INK, linewidth=0.9)
+    edge = max(abs(float(row["difference"])) for row in rows)
+    shown = [float(row[side]) for row in rows for side in ("low", "high") if row[side] != ""]
+    edge = max(edge * 1.15, min(max(map(abs, shown), default=edge), 2.5 * edge) * 1.05, 0.1)  # long intervals are cut
+    for place, line in enumerate(lines):
+        if isinstance(line, str):
+            axis.text(
+                -0.94,
+                place,
+                line,
+                transform=axis.get_yaxis_transform(),
+                fontsize=10,
+                fontweight="bold",
+                color=INK,
+                va="center",
+            )
+            continue
+        value, colour = float(line["difference"]), COLOURS[groups.index(line["group"]) % len(COLOURS)]
+        if line["low"] != "":
+            low, high = float(line["low"]), float(line["high"])
+            axis.plot([max(low, -edge), min(high, edge)], [place, place], color=colour, linewidth=1.4, alpha=0.7)
+        axis.plot([value], [place], "o", color=colour, markersize=5)
+        axis.text(-0.92, place, line["effect"], transform=axis.get_yaxis_transform(), fontsize=9, color=INK, va="center")
+        said = f"{value:+.2f}" + (f"  p {float(line['p']):.3f}" if line["p"] != "" else "") + f"  n {line['seeds']}"
+        axis.text(1.02, place, said, transform=axis.get_yaxis_transform(), fontsize=8, color=MUTED, va="center")
+    axis.set_xlim(-edge, edge)
+    axis.set_ylim(len(lines) - 0.5, -0.7)
+    axis.set_yticks([])
+    axis.set_xlabel("difference of R@1, points: mean and 95 % interval of the paired difference over seeds", color=MUTED)
+    figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.02, y=1 - 0.25 / height, ha="left", va="top")
+    return write(figure, Path(path))

@@ -1,0 +1,79 @@
+"""The process of one run of an ablation: trains, evaluates, and keeps the figures in place of the checkpoint.
+
+python -m simplclip.ablate.worker RUN.yaml [--keep]
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from simplclip import evaluation, train
+from simplclip.common import hardware
+from simplclip.common.errors import UserError
+from simplclip.common.files import write_atomically
+from simplclip.train import config
+from simplclip.train.config import Config
+from simplclip.train.state import load_model
+
+RESULT = "result.json"
+
+
+def follow(parent: int, period: float = 2.0) -> None:
+    """End this process as Ctrl-C does when its parent ends, so that a killed ablation leaves no run behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(period)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def result(values: Config) -> dict[str, Any]:
+    """Figures of the finished run: R@k with its chance for each split and direction, time per step, and parameters."""
+    out = Path(values.run.out)
+    device = hardware.pick_device(values.run.device)
+    precision, _ = hardware.pick_precision(values.run.precision, device)
+    model, _, state = load_model(out / "last.pt", device)
+    splits = evaluation.load_splits(values.eval.splits, values.model.name, values.model.image_size)
+    found = {}
+    for name, split in splits.items():
+        evaluation.encode(model, split, values.eval.batch_size, device, precision, workers=values.data.workers or 0)
+        found[name] = evaluation.retrieval(split, device)
+    with open(out / "metrics.csv", newline="") as file:
+        rates = [float(row["samples_per_s"]) for row in csv.DictReader(file)]
+    return {
+        "step": state["step"],
+        "seconds_per_step": values.data.batch_size / statistics.median(rates),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "splits": found,
+    }
+
+
+def main(path: str, keep: bool = False) -> None:
+    values = config.load(path)
+    train.run(values, resume=True)
+    out = Path(values.run.out)
+    write_atomically(out / RESULT, json.dumps(result(values), indent=1) + "\n")
+    for checkpoint in () if keep else out.glob("*.pt"):
+        checkpoint.unlink()
+
+
+if __name__ == "__main__":
+    follow(os.getppid())
+    try:
+        main(sys.argv[1], "--keep" in sys.argv[2:])
+    except train.Interrupted as stop:
+        print(stop)
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        sys.exit(f"simplclip: {error}")
