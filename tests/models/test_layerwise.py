@@ -1,6 +1,7 @@
 """Layer-wise distillation of blocks: the distance, the targets, and which tokens count, in every kind of tower."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,12 +9,23 @@ from clips import batch, clip
 from open_clip.model import CLIP, CustomTextCLIP
 from test_simplify import fastvit_clip
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from simplclip import models
 from simplclip.models import layerwise
 from simplclip.models.layerwise import BlockDistillation, block_distance, load_original, text_lengths
-from simplclip.models.simplify import simplify
+from simplclip.models.simplify import TransformerBlock, simplify
 from simplclip.nn import SimplifiedBlock
+
+
+def maps():
+    """A tiny FastViT whose blocks change their input; as made, a layer scale of 1e-5 hides that."""
+    model = fastvit_clip().eval()
+    for name, p in model.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.constant_(p, 0.5)
+    return model
+
 
 TOWERS = {
     "causal text": lambda: (clip(), "text", lambda m: m.encode_text(batch()[1])),
@@ -24,7 +36,7 @@ TOWERS = {
         "image",
         lambda m: m.encode_image(batch(48, 2)[0]),
     ),
-    "FastViT's maps": lambda: (fastvit_clip().eval(), "image", lambda m: m.visual(batch(64, 2)[0])),
+    "FastViT's maps": lambda: (maps(), "image", lambda m: m.visual(batch(64, 2)[0])),
 }
 
 
@@ -92,6 +104,7 @@ def test_targets_and_gradients(tower, monkeypatch):
     plain = layerwise.block_distance
     monkeypatch.setattr(layerwise, "block_distance", lambda a, b, n: (targets.append(b.clone()), plain(a, b, n))[1])
     given = torch.tensor([9] * 3) if name == "text" else None  # counts in causal blocks alone
+    original.train()  # whatever the mode, targets are those of eval mode
     with BlockDistillation(student, original, paths).watch(given) as distances:
         encode(student)
     for target, expected in zip(targets, of_original, strict=True):
@@ -128,6 +141,36 @@ def test_the_stream_starts_anew_behind_another_module():
     first = original[0](x)
     wants = (student[0](x), first), (student[:2](x), original[1](first)), (student[3](before), original[3](before))
     torch.testing.assert_close(torch.cat(distances, 1), torch.cat([block_distance(*want) for want in wants], 1))
+
+
+def test_sequences_in_the_second_dimension():
+    torch.manual_seed(0)
+    student, original = (nn.Sequential(TransformerBlock(8, 2), TransformerBlock(8, 2)) for _ in range(2))
+    x, found = torch.randn(3, 5, 8), []
+    for first in (True, False):
+        for block in (*student, *original):
+            block.batch_first = first
+        with BlockDistillation(student, original, ["0", "1"]).watch() as distances:
+            student(x if first else x.transpose(0, 1))
+        found.append(torch.cat(distances, 1))
+    torch.testing.assert_close(*found)
+    assert found[0].shape == (3, 2)
+
+
+def test_until_backward_only_the_targets_are_kept():
+    original, _, encode = TOWERS["causal text"]()
+    student, paths = student_of(original, "text")
+    blocks, kept, features = BlockDistillation(student, original, paths), [], []
+    encode(student)
+    for watch in (nullcontext, blocks.watch):
+        memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        with memory as profiler, torch.autocast("cpu", dtype=torch.bfloat16), watch() as distances:
+            features.append(encode(student))
+        kept.append(sum(e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"))
+    assert features[1].requires_grad
+    assert len(distances) == 4
+    targets = 4 * 3 * 12 * 24 * distances[0].element_size()
+    assert targets <= kept[1] - kept[0] <= 1.1 * targets
 
 
 def test_hooks_and_streams_are_gone_afterwards():
