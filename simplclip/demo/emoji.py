@@ -92,9 +92,9 @@ def build(out: str | os.PathLike, *, swap: float = 0.0, progress: bool = True, f
     out = Path(out).expanduser().resolve()
     font = find_font()
     former = _former_build(out, force)
-    if former and former.get("swap", 0) != swap:
+    if former and (was := former.get("swap", 0)) != swap:
         raise FileExistsError(
-            f"out: expected a build with swap = {swap:g}, got one with {former.get('swap', 0):g} in {out}; --force replaces it"
+            f"out: expected a build with swap = {swap:g}, got one with {was:g} in {out}; --force replaces it"
         )
     meta = former or _build_new(out, font, swap, progress)
     notes = _notes(meta, font, kept=out if former else None)
@@ -167,9 +167,7 @@ def _swap(pairs: list[Pair], share: float, rng: random.Random) -> int:
     return len(chosen)
 
 
-def _write_split(
-    folder: Path, split: str, pairs: list[Pair], drawers: dict[str, Any], bar: Progress
-) -> dict[str, Any]:
+def _write_split(folder: Path, split: str, pairs: list[Pair], drawers: dict[str, Any], bar: Progress) -> dict[str, Any]:
     per_shard = -(-len(pairs) // (TRAIN_SHARDS if split == "train" else 1))
     fixed = {"mtime": 0, "user": "simplclip", "group": "simplclip"}
     pattern = str(folder).replace("%", "%%") + f"/{split}-%06d.tar"

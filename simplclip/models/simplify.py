@@ -196,7 +196,7 @@ def simplify(
             indices count from the end. By default all blocks of a tower are replaced.
         share: for each tower groups of such indices that share weight matrices, see `nn.share_weights`.
         share_norms_and_gains: share norms and gains within a group as well.
-        mlp_ratio, act, drop_path: as in the old block when None.
+        mlp_ratio, act, drop_path: as in the old block when None. mlp_ratio: for both towers, or by tower.
         norm: "layernorm" or "rmsnorm".
         value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
             weights.
@@ -251,7 +251,8 @@ def simplify(
         for index in indices:
             site = sites[index]
             new[index] = block = _build(
-                site, mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio, act, drop_path, norm=norm, attention_gain=attention_gain, mlp_gain=mlp_gain,
+                site, mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio, act, drop_path,
+                norm=norm, attention_gain=attention_gain, mlp_gain=mlp_gain,
                 gamma=gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma,
                 value=value_first and index == indices[0], output=output_last and index == indices[-1],
             )  # fmt: skip
