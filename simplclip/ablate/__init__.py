@@ -148,7 +148,8 @@ def _train(trial: Trial, source: str, out: Path, threads: int, running: list[sub
     command = [*worker, *(["--keep"] if trial.keep else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SIMPLCLIP_THREADS": str(threads)}
     with open(log, "a") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        # Its own session: a run that gets Ctrl-C from the terminal and from here as well would stop without saving.
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     running.append(process)
     code = process.wait()
     running.remove(process)

@@ -202,6 +202,16 @@ def test_runs_are_processes_with_their_share_of_threads(source, effects, tmp_pat
     assert environment["OMP_NUM_THREADS"] == environment["SIMPLCLIP_THREADS"] == "2"
 
 
+def test_ctrl_c_is_passed_on_once(source, effects, tmp_path, monkeypatch):
+    """The second signal would end a run without saving."""
+    process = mock.Mock(wait=mock.Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(ablate.subprocess, "Popen", started := mock.Mock(return_value=process))
+    with pytest.raises(KeyboardInterrupt):
+        ablate.run(source, effects, tmp_path / "out", seeds=1, only=["pm"])
+    assert started.call_count == process.terminate.call_count == 1
+    assert started.call_args.kwargs["start_new_session"]
+
+
 @pytest.mark.slow
 def test_a_run_is_trained_evaluated_and_leaves_its_figures(source, effects, tmp_path):
     effects.write_text(PREPARED)
