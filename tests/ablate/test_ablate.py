@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -204,8 +205,11 @@ def test_runs_are_processes_with_their_share_of_threads(source, effects, tmp_pat
 
 def test_ctrl_c_is_passed_on_once(source, effects, tmp_path, monkeypatch):
     """The second signal would end a run without saving."""
-    process = mock.Mock(wait=mock.Mock(side_effect=KeyboardInterrupt))
-    monkeypatch.setattr(ablate.subprocess, "Popen", started := mock.Mock(return_value=process))
+    ended = threading.Event()
+    process = mock.Mock(terminate=mock.Mock(side_effect=ended.set))
+    process.wait.side_effect = lambda: (os.kill(os.getpid(), signal.SIGINT), ended.wait(60), 130)[-1]
+    started = mock.Mock(return_value=process)
+    monkeypatch.setattr(ablate.subprocess, "Popen", started)
     with pytest.raises(KeyboardInterrupt):
         ablate.run(source, effects, tmp_path / "out", seeds=1, only=["pm"])
     assert started.call_count == process.terminate.call_count == 1
