@@ -206,7 +206,7 @@ def simplify(
             ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
             are disjoint ("all" counts for both parts); those of attention and MLP may differ.
         share_norms_and_gains: share norms and gains within a group as well (the norm only within a group of "all").
-        mlp_ratio, act, drop_path: as in the old block when None.
+        mlp_ratio, act, drop_path: as in the old block when None. mlp_ratio: for both towers, or by tower.
         norm: "layernorm" or "rmsnorm".
         value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
             weights.
