@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md, and the charts, from the committed result files.
+"""Writes the tables of README.md, docs/benchmarks.md and docs/losses.md, and the charts, from the committed result files.
 
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    write nothing; fail if a file is not what the result files say
@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
@@ -99,43 +98,28 @@ def attention_table() -> list[str]:
     )
 
 
-def ablation() -> list[str]:
-    """A row for each variant: R@1, mean of both directions, over the seeds with their standard deviation."""
+def ablation(*groups: str) -> list[str]:
+    """A row for each effect, of these groups or of all: R@1 of base and variant, and the paired difference."""
     path, rows = read("ablation")
-    splits, starts, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("split", "start", "variant"))
-    seeds = dict.fromkeys(row["seed"] for row in rows)
-
-    def of_seeds(variant: str, start: str, split: str) -> list[float]:
-        mine = [row for row in rows if (row["variant"], row["start"], row["split"]) == (variant, start, split)]
-        return [100 * statistics.mean(float(row["R@1"]) for row in mine if row["seed"] == seed) for seed in seeds]
-
-    def cell(variant: str, start: str, split: str) -> str:
-        figures = of_seeds(variant, start, split)
-        return f"{statistics.mean(figures):.1f} ± {statistics.stdev(figures) if len(figures) > 1 else 0:.1f}"
-
-    columns = [(start, split) for split in splits for start in starts]
-    titles = ["", *(f"{split}, {start}" for start, split in columns)]
-    lines = [f"| {' | '.join(titles)} |", f"|---|{'--:|' * len(columns)}"]
-    lines += [f"| {v} | {' | '.join(cell(v, start, split) for start, split in columns)} |" for v in variants]
-    full = (variants[-1], starts[-1])
-    ratios = []
-    for start in starts:
-        told = [
-            statistics.mean(of_seeds(*full, split)) / statistics.mean(of_seeds(variants[0], start, split)) for split in splits
-        ]
-        shown = " and ".join(f"{ratio:.2f} ({split})" for ratio, split in zip(told, splits))
-        ratios.append(f"{shown} times the R@1 of the {variants[0]} loss {start.replace('scratch', 'from scratch')}")
+    rows = [row for row in rows if row["split"] == "all" and (not groups or row["group"] in groups)]
+    lines = ["| effect | steps | seeds | base | variant | difference, 95 % interval | p |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines.append(f"| **{group}** | | | | | | |")
+        for row in (row for row in rows if row["group"] == group):
+            base, variant = (f"{float(row[f'{s} R@1']):.1f} ± {float(row[f'{s} std']):.1f}" for s in ("base", "variant"))
+            low, high = float(row["low"]), float(row["high"])
+            difference = f"{float(row['difference']):+.1f} ({low:+.1f} to {high:+.1f})"
+            cells = (row["effect"], row["variant steps"], row["seeds"], base, variant, difference, f"{float(row['p']):.3f}")
+            lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
-    return [
-        *lines,
+    lines += [
         "",
-        f"R@1 in per cent, the mean of both directions: mean and standard deviation of {len(seeds)} seeds after "
-        f"{first['steps']} steps. All parts together, {starts[-1]}, have {', and '.join(ratios)}. "
-        f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']} "
-        f"(`{path.relative_to(ROOT)}`; `make ablation`).",
-        "",
-        f"![R@1 by variant](../{path.with_suffix('.png').relative_to(ROOT)})",
+        "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± standard deviation of the seeds, "
+        "the paired difference, and p of the paired t-test, not corrected for the number of effects. "
+        f"siclip-lite0 on the built-in data; {first['hardware']}, torch {first['torch']}, commit {first['commit']}, "
+        f"{first['date']} (`{path.relative_to(ROOT)}`; `make ablation`).",
     ]
+    return lines if groups else [*lines, "", f"![Effects]({'../' + str(path.with_suffix('.png').relative_to(ROOT))})"]
 
 
 def demo() -> list[str]:
@@ -223,7 +207,7 @@ def figures() -> list[str]:
     ]
 
 
-README, BENCHMARKS = "README.md", "docs/benchmarks.md"
+README, BENCHMARKS, LOSSES = "README.md", "docs/benchmarks.md", "docs/losses.md"
 CHARTS = {"docs/similarity_loss.svg": chart.SIMILARITY, "docs/sigmoid_loss.svg": chart.SIGMOID}
 TABLES = {
     README: {"figures": figures, "demo": demo},
@@ -240,6 +224,7 @@ TABLES = {
         "demo": demo,
         "ablation": ablation,
     },
+    LOSSES: {"terms": lambda: ablation("pair matching", "noise", "distillation")},
 }
 
 

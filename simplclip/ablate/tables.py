@@ -7,22 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from simplclip.ablate.statistics import paired
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 ALL = "all"  # the measure: the mean of R@1 over splits and directions
 
-Result = Mapping[str, Any]  # a run's result.json
+Result = Mapping[str, Any]  # of a run: its result.json, and "run" and "seed"
 
 
-def run_rows(name: str, seed: int, result: Result) -> Iterator[dict[str, Any]]:
+def run_rows(result: Result) -> Iterator[dict[str, Any]]:
     """A row for each split and direction of a run."""
     for split, entry in result["splits"].items():
         for direction in DIRECTIONS:
-            row = {"run": name, "seed": seed, "steps": result["step"], "split": split, "direction": direction}
+            row = {"run": result["run"], "seed": result["seed"], "steps": result["step"]}
+            row |= {"split": split, "direction": direction}
             row |= {k: round(figure["value"], 6) for k, figure in entry[direction].items()}
             yield row | {f"chance of {k}": round(figure["chance"], 6) for k, figure in entry[direction].items()}
 
@@ -87,6 +86,8 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
     shown = [float(row[side]) for row in rows for side in ("low", "high") if row[side] != ""]
     edge = max(edge * 1.15, min(max(map(abs, shown), default=edge), 2.5 * edge) * 1.05, 0.1)  # long intervals are cut
     for place, line in enumerate(lines):
+        beside = {"transform": axis.get_yaxis_transform(), "color": INK, "va": "center"}
+        say = lambda x, text, size, **more: axis.text(x, place, text, fontsize=size, **beside | more)  # noqa: E731, B023
         if isinstance(line, str):
             axis.text(
                 -0.94,
@@ -104,9 +105,9 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
             low, high = float(line["low"]), float(line["high"])
             axis.plot([max(low, -edge), min(high, edge)], [place, place], color=colour, linewidth=1.4, alpha=0.7)
         axis.plot([value], [place], "o", color=colour, markersize=5)
-        axis.text(-0.92, place, line["effect"], transform=axis.get_yaxis_transform(), fontsize=9, color=INK, va="center")
+        say(-0.92, line["effect"], 9)
         said = f"{value:+.2f}" + (f"  p {float(line['p']):.3f}" if line["p"] != "" else "") + f"  n {line['seeds']}"
-        axis.text(1.02, place, said, transform=axis.get_yaxis_transform(), fontsize=8, color=MUTED, va="center")
+        say(1.02, said, 8, color=MUTED)
     axis.set_xlim(-edge, edge)
     axis.set_ylim(len(lines) - 0.5, -0.7)
     axis.set_yticks([])

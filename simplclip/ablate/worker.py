@@ -1,6 +1,6 @@
 """The process of one run of an ablation: trains, evaluates, and keeps the figures in place of the checkpoint.
 
-python -m simplclip.ablate.worker RUN.yaml [--keep]
+python -m simplclip.ablate.worker RUN.yaml PARENT [--keep]     PARENT: the process that started it
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULT = "result.json"
 
 
 def follow(parent: int, period: float = 2.0) -> None:
-    """End this process as Ctrl-C does when its parent ends, so that a killed ablation leaves no run behind."""
+    """Stop this process as SIGTERM does when its parent has ended, so that a killed ablation leaves no run behind."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -69,9 +69,9 @@ def main(path: str, keep: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    follow(os.getppid())
+    follow(int(sys.argv[2]))
     try:
-        main(sys.argv[1], "--keep" in sys.argv[2:])
+        main(sys.argv[1], "--keep" in sys.argv[3:])
     except train.Interrupted as stop:
         print(stop)
         sys.exit(130)

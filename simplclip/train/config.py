@@ -46,6 +46,17 @@ class InheritConfig(Section):
         None, description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list"
     )
     train: list[str] = Field([], description="patterns of inherited tensors that are trained; the others are frozen")
+    blocks: Literal["average", "first"] | None = Field(
+        None,
+        description="start simplified blocks from the source's blocks in their places; a matrix that they share is the "
+        "average of theirs, or the first one's. null: simplified blocks start from random weights",
+    )
+
+    @model_validator(mode="after")
+    def _has_source(self) -> InheritConfig:
+        if self.blocks and self.source is None:
+            raise ValueError(f"expected `source` beside blocks = {self.blocks}, got none")
+        return self
 
 
 class Schedule(Section):

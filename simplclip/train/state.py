@@ -42,11 +42,16 @@ class Training:
         self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
         freeze(self.model, self.frozen)
         if config.inherit.source is not None and not state:
-            self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
+            how = config.inherit
+            self.inheritance = inherit(self.model, self.sources(), train=how.train, blocks=how.blocks)
             self.frozen = self.inheritance.names
             for name in ("logit_scale", "logit_bias"):  # what the config states holds, not what the source has
                 if (value := config.model.options.get(f"init_{name}")) is not None:
                     nn.init.constant_(getattr(self.model, name), value)
+            for name in ("attention_gain", "mlp_gain"):
+                if (value := config.model.options.get("simplify_options", {}).get(name)) is not None:
+                    for block in self.blocks:
+                        nn.init.constant_(getattr(block, name), value)
         self.distillation = self._originals(state["step"] if state else 0)
         if config.model.freeze_norms:
             freeze_norms(self.model)
