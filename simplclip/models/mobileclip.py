@@ -4,22 +4,26 @@
 
 The names in the published checkpoint (of arXiv 2311.17049), and what `from_published` makes of them:
 
-published                                               here
-image_encoder.model.NAME                                visual.trunk.NAME, as timm's checkpoint_filter_fn renames it
-text_encoder.embedding_layer.weight                     text.token_embedding.weight
-text_encoder.positional_embedding.pos_embed.pos_embed   text.positional_embedding, [1, 1, L, C] -> [L, C]
-text_encoder.transformer.I                              text.layers.I, of which the RepMixer blocks are I = 0 and the last
-  .layer_scale, .token_mixer.layer_scale                  .layer_scale, .mixer.layer_scale, [C, 1, 1] -> [C]
-  .token_mixer.norm.rbr_skip                              .mixer.norm
-  .token_mixer.mixer.rbr_skip                             .mixer.skip
-  .token_mixer.mixer.rbr_conv.0.conv, .bn                 .mixer.conv.conv, .bn, [C, 1, 1, K]
-  .convffn.conv.conv, .bn                                 .conv.conv, .bn, [C, 1, 1, K]
-  .convffn.fc1, .fc2                                      .mlp.fc1, .fc2, [O, I, 1, 1] -> [O, I]
-  .pre_norm_mha.0, .1                                     .ln_1, .attn
-  .pre_norm_ffn.0, .1, .4                                 .ln_2, .mlp.fc1, .mlp.fc2
-text_encoder.final_layer_norm                           text.ln_final
-text_encoder.projection_layer                           text.text_projection
-logit_scale                                             logit_scale
+published                                                here
+image_encoder.model.NAME                                 visual.trunk.NAME, as timm's checkpoint_filter_fn renames it
+text_encoder.embedding_layer                             text.token_embedding
+text_encoder.positional_embedding.pos_embed.pos_embed    text.positional_embedding, [1, 1, L, C] -> [L, C]
+text_encoder.transformer.I.layer_scale                   text.layers.I.layer_scale, [C, 1, 1] -> [C]
+text_encoder.transformer.I.token_mixer.layer_scale       text.layers.I.mixer.layer_scale
+text_encoder.transformer.I.token_mixer.norm.rbr_skip     text.layers.I.mixer.norm
+text_encoder.transformer.I.token_mixer.mixer.rbr_skip    text.layers.I.mixer.skip
+text_encoder.transformer.I.token_mixer.mixer.rbr_conv.0  text.layers.I.mixer.conv
+text_encoder.transformer.I.convffn.conv                  text.layers.I.conv
+text_encoder.transformer.I.convffn.fc1                   text.layers.I.mlp.fc1, [F, C, 1, 1] -> [F, C]
+text_encoder.transformer.I.convffn.fc2                   text.layers.I.mlp.fc2, [C, F, 1, 1] -> [C, F]
+text_encoder.transformer.I.pre_norm_mha.0                text.layers.I.ln_1
+text_encoder.transformer.I.pre_norm_mha.1                text.layers.I.attn
+text_encoder.transformer.I.pre_norm_ffn.0                text.layers.I.ln_2
+text_encoder.transformer.I.pre_norm_ffn.1                text.layers.I.mlp.fc1
+text_encoder.transformer.I.pre_norm_ffn.4                text.layers.I.mlp.fc2
+text_encoder.final_layer_norm                            text.ln_final
+text_encoder.projection_layer                            text.text_projection
+logit_scale                                              logit_scale
 
 Each of MobileCLIP-S0's 893 tensors becomes one of the 893 here. timm's image projection would have a bias, which the
 published one has not.
