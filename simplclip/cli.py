@@ -17,6 +17,7 @@ from simplclip.commands import data as data_commands  # noqa: E402
 from simplclip.commands.embed import embed  # noqa: E402
 from simplclip.commands.evaluate import evaluate  # noqa: E402
 from simplclip.commands.options import Device, Precision, named_splits  # noqa: E402
+from simplclip.commands.share import share  # noqa: E402
 from simplclip.common.errors import InputError, UserError  # noqa: E402
 
 # extra of this package -> modules that it installs
@@ -160,6 +161,12 @@ app.command(
     epilog="Example: simplclip embed photos --model runs/NAME --out photos.npz; "
     "simplclip embed photos.npz --find 'a red car' --picture hits.png",
 )(embed)
+
+
+app.command(
+    short_help="Measure which blocks of a model are alike and may share weights.",
+    epilog="Example: simplclip share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --tower text --budget 60%",
+)(share)
 
 
 @app.command(

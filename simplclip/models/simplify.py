@@ -269,7 +269,7 @@ def simplify(
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         for index in chosen:
             site = sites[index]
-            new[index] = block = _build(
+            new[index] = block = build_block(
                 site, ratio, act, drop_path, norm=norm, **given,
                 gamma=gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma,
                 value=value_first and index == chosen[0], output=output_last and index == chosen[-1],
@@ -371,7 +371,10 @@ def attention_of(block: Any) -> Any:
     return next(getattr(block, name) for name in ("attn", "self_attn", "token_mixer") if hasattr(block, name))
 
 
-def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, **options) -> SimplifiedBlock:
+def build_block(
+    site: _Site, mlp_ratio: float | None = None, act: str | None = None, drop_path: float | None = None, **options
+) -> SimplifiedBlock:
+    """The block that `simplify` puts in the place of a site's; None: as in the old block."""
     block: Any = site.block
     if isinstance(block, SimplifiedBlock):
         weight, heads, old_act, old_drop = block.fc1.weight, block.heads, block.act, block.drop_path
