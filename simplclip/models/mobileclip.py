@@ -255,7 +255,7 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
     if not isinstance(getattr(model, "text", None), TextTower) or not is_published(state):
         return dict(state)
     image = {name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)}
-    renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.visual.trunk).items()}
+    renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.get_submodule("visual.trunk")).items()}
     renamed.pop("visual.trunk.head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
     for name, value in state.items():
         if name.startswith(IMAGE):

@@ -317,7 +317,8 @@ def _encoders(model: nn.Module) -> Any:
 
 
 def _text_sites(model: nn.Module) -> Iterator[_Site]:
-    prefix, tower = ("text.", model.text) if getattr(model, "text", None) is not None else ("", model)
+    tower: Any = getattr(model, "text", None)
+    prefix, tower = ("", model) if tower is None else ("text.", tower)
     if isinstance(tower, TextTower):
         kinds = (PreNormLayer, SimplifiedBlock)
         layers = ((f"text.layers.{i}", layer) for i, layer in enumerate(tower.layers) if isinstance(layer, kinds))
