@@ -9,12 +9,13 @@ import importlib
 from simplclip import deprecated
 from simplclip.version import __version__
 
-__all__ = ["__version__", "backend", "create_model", "inherit", "load", "report", "simplify"]
+__all__ = ["__version__", "backend", "create_model", "fold", "inherit", "load", "report", "simplify"]
 
 # name -> module and its name there
 _FUNCTIONS = {
     "backend": ("simplclip.ops.backends", "backend"),
     "create_model": ("simplclip.models.registry", "create"),
+    "fold": ("simplclip.models.fold", "fold"),
     "inherit": ("simplclip.models.inherit", "inherit"),
     "load": ("simplclip.encoder", "load"),
     "report": ("simplclip.doctor", "report"),

@@ -169,7 +169,8 @@ app.command(
 def plan(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],
     memory: Annotated[
-        str, typer.Option(help="Memory of the card: a size such as 24GiB, or a name: rtx-3090, rtx-4090, a100-40.")
+        str,
+        typer.Option("--memory", "--card", help="Memory of the card: a size such as 24GiB, or a card: rtx-3090, a100-40."),
     ],
     *,
     set_: Overrides = None,

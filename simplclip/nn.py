@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from simplclip.ops import parallel_mlp, shaped_attention, simplified_block
 from simplclip.ops.mlp.reference import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "NORMS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights"]
+__all__ = [
+    "ACTIVATIONS", "NORMS", "SHARED_PARTS", "ShapedAttention", "SimplifiedBlock", "neighbour_groups", "share_weights",
+]  # fmt: skip
 
 NORMS: dict[str, Callable[..., nn.LayerNorm | nn.RMSNorm]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
@@ -158,21 +160,41 @@ def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
-def share_weights(
-    blocks: Sequence[SimplifiedBlock], groups: Iterable[Sequence[int]], *, norms_and_gains: bool = False
-) -> None:
-    """Let the blocks of every group use the weight matrices of the group's first block, in place.
+# What a group shares: the matrices; the gains that belong to them; what has to be equal among the blocks of a group.
+_ATTENTION = (("qk", "value", "output"), ("alpha", "beta", "gamma", "attention_gain"), ("width", "heads", "causal"))
+_MLP = (("fc1", "fc2"), ("mlp_gain",), ("width", "hidden", "act"))
+_PARTS = {"attention": (_ATTENTION,), "mlp": (_MLP,), "all": (_ATTENTION, _MLP)}
+SHARED_PARTS = tuple(_PARTS)
 
-    The matrices qk, fc1, fc2 and, where blocks have them, value and output are shared. Norms and gains, a few vectors
-    per block, are shared only with ``norms_and_gains``: without it every block keeps its own balance between identity,
-    attention and MLP.
-    ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under each of its names, so that a strict
-    round trip works.
+
+def share_weights(
+    blocks: Sequence[SimplifiedBlock],
+    groups: Iterable[Sequence[int]],
+    what: str = "all",
+    *,
+    norms_and_gains: bool = False,
+) -> None:
+    """Let the blocks of every group use the weights of the group's first block, in place.
+
+    Norms and gains, a few vectors per block, are shared only with ``norms_and_gains``: without it every block keeps its own
+    balance between identity, attention and MLP. ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under
+    each of its names, so that a strict round trip works.
+
+    Args:
+        blocks: the blocks of a tower.
+        groups: disjoint groups of indices of blocks. A second call may share another part among other groups, e.g. the
+            attention of all blocks and the MLPs of pairs.
+        what: "attention" for qk and, where blocks have them, value and output; "mlp" for fc1 and fc2 with their biases;
+            "all" for both.
+        norms_and_gains: share the gains of that part as well (attention: alpha, beta, gamma, attention_gain; MLP: mlp_gain),
+            and with "all" the norm.
 
     Raises:
         ValueError: a group is empty, an index is out of range or in two groups, or the blocks of one group differ in
-            shape or activation.
+            width or in heads (attention), hidden units or activation (MLP).
     """
+    if what not in _PARTS:
+        raise ValueError(f"what: expected one of {SHARED_PARTS}, got {what!r}")
     groups = [list(group) for group in groups]
     every = [index for group in groups for index in group]
     for group in groups:
@@ -183,14 +205,14 @@ def share_weights(
                 raise ValueError(f"groups: expected indices of {len(blocks)} blocks, got {index}")
             if every.count(index) > 1:
                 raise ValueError(f"groups: expected disjoint groups, got block {index} twice")
-        for name in ("width", "heads", "hidden", "act", "causal"):
+        for name in dict.fromkeys(name for *_, equal in _PARTS[what] for name in equal):
             values = [getattr(blocks[index], name) for index in group]
             if len(set(values)) > 1:
                 raise ValueError(f"groups: expected equal {name} within group {group}, got {values}")
 
-    names = ["qk", "fc1", "fc2", "value", "output"]
+    names = [name for matrices, *_ in _PARTS[what] for name in matrices]
     if norms_and_gains:
-        names += ["norm", "alpha", "beta", "gamma", "attention_gain", "mlp_gain"]
+        names += [name for _, gains, _ in _PARTS[what] for name in gains] + ["norm"] * (what == "all")
     for first, *others in groups:
         for other in others:
             for name in names:

@@ -26,7 +26,7 @@ def predict(step: Step, device: torch.device) -> Usage:
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, pretend.faker(mode, torch.device("cpu")), step.batches(whole=False))
     fake = pretend.faker(mode, device)
-    for module in (inner for outer in (step.model, step.loss) for inner in outer.modules()):
+    for module in (inner for outer in step.modules for inner in outer.modules()):
         for tensors in (module._parameters, module._buffers):
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
     counter.hold(_weights(step), "parameters")
@@ -82,4 +82,4 @@ def cpu_peak_bytes(run: Callable[[], object]) -> int:
 
 
 def _weights(step: Step) -> list[Tensor]:
-    return [t for module in (step.model, step.loss) for t in (*module.parameters(), *module.buffers())]
+    return [t for module in step.modules for t in (*module.parameters(), *module.buffers())]

@@ -23,7 +23,6 @@ from simplclip.train import checkpoint, config
 VIT = "export-tiny-vit"
 WEIGHTS = ("open_clip_pytorch_model.pt", "open_clip_model.safetensors")
 MLP = onnx_towers._mlp
-SHARED = {"simplify_options": {"share": {"text": [[0, 1]]}, "output_last": True}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,15 +145,20 @@ def test_the_summary_says_what_was_exported(tiny, vit):
     assert json.loads(metadata["preprocess"])["size"] == [48, 48]
 
 
-def test_shared_weights(tmp_path):
+@pytest.mark.parametrize(
+    ("share", "shared"),
+    [([[0, 1]], (True, True)), ({"attention": [[0, 1]]}, (True, False)), ({"mlp": [[0, 1]]}, (False, True))],
+)
+def test_shared_weights(share, shared, tmp_path):
     """Of which safetensors knows nothing."""
-    model = save(tmp_path, "siclip-tiny", **SHARED)
+    options = {"simplify_options": {"share": {"text": share}, "output_last": True}}
+    model = save(tmp_path, "siclip-tiny", **options)
     export.run(tmp_path, tmp_path / "export", formats=["safetensors", "open_clip"])
     for file in WEIGHTS:
-        loaded = models.create("siclip-tiny", checkpoint=tmp_path / "export" / file, **SHARED)
+        loaded = models.create("siclip-tiny", checkpoint=tmp_path / "export" / file, **options)
         assert_same(model, loaded)
         first, second = loaded.text.transformer.resblocks
-        assert first.fc1.weight is second.fc1.weight
+        assert (first.qk.weight is second.qk.weight, first.fc1.weight is second.fc1.weight) == shared
 
 
 @pytest.mark.prove

@@ -142,17 +142,56 @@ def test_shared_weights_count_once_get_every_gradient_and_survive_copy_and_state
     torch.testing.assert_close(other(x), stack(x))
 
 
+@pytest.mark.parametrize("norms_and_gains", [False, True])
+def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains):
+    def shared():
+        blocks = nn.Sequential(*(SimplifiedBlock(8, 2, value=True, output=True) for _ in range(4)))
+        share_weights(blocks, [[0, 1, 2, 3]], "attention", norms_and_gains=norms_and_gains)
+        share_weights(blocks, [[0, 1], [2, 3]], "mlp", norms_and_gains=norms_and_gains)
+        return blocks
+
+    stack, other = shared(), shared()
+    x = torch.randn(2, 3, 8)
+    for blocks in (stack, copy.deepcopy(stack)):
+        for name in ("qk", "value", "output"):
+            assert len({id(getattr(block, name)) for block in blocks}) == 1
+        for name in ("fc1", "fc2"):
+            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True, True, False, False]
+            assert getattr(blocks[2], name) is getattr(blocks[3], name)
+        for name in ("alpha", "beta", "gamma", "attention_gain"):
+            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True] + [norms_and_gains] * 3
+        assert [b.mlp_gain is blocks[0].mlp_gain for b in blocks] == [True, norms_and_gains, False, False]
+        assert len({id(block.norm) for block in blocks}) == 4  # both parts read it
+    torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="aot_eager")(x), stack(x))
+    stack(x).sum().backward()
+    assert all(p.grad is not None for p in stack.parameters())
+    other.load_state_dict(stack.state_dict(), strict=True)
+    torch.testing.assert_close(other(x), stack(x))
+
+
 @pytest.mark.parametrize(
-    ("groups", "words"),
+    ("what", "groups", "words"),
     [
-        ([[]], "an empty one"),
-        ([[0, 3]], "of 3 blocks, got 3"),
-        ([[0, 1], [1, 2]], "block 1 twice"),
-        ([[0, 2]], "equal hidden"),
+        ("all", [[]], "an empty one"),
+        ("all", [[0, 3]], "of 3 blocks, got 3"),
+        ("mlp", [[0, 1], [1, 2]], "block 1 twice"),
+        ("all", [[0, 1]], "equal hidden within group .0, 1., got .32, 16."),
+        ("mlp", [[0, 1]], "equal hidden"),
+        ("attention", [[0, 2]], "equal heads within group .0, 2., got .2, 4."),
+        ("mlp", [[0, 2]], "equal act within group"),
+        ("norms", [[0, 1]], "what: expected one of .'attention', 'mlp', 'all'., got 'norms'"),
     ],
 )
-def test_share_weights_rejects(groups, words):
-    blocks = [SimplifiedBlock(8, 2), SimplifiedBlock(8, 2), SimplifiedBlock(8, 2, 2.0)]
+def test_share_weights_rejects(what, groups, words):
+    blocks = [SimplifiedBlock(8, 2), SimplifiedBlock(8, 2, 2.0), SimplifiedBlock(8, 4, act="relu")]
     with pytest.raises(ValueError, match=words):
-        share_weights(blocks, groups)
+        share_weights(blocks, groups, what)
     assert blocks[0].qk is not blocks[1].qk
+
+
+def test_each_part_asks_only_for_what_it_shares():
+    blocks = [SimplifiedBlock(8, 2), SimplifiedBlock(8, 2, 2.0), SimplifiedBlock(8, 4)]
+    share_weights(blocks, [[0, 1]], "attention")
+    share_weights(blocks, [[0, 2]], "mlp")
+    assert blocks[0].qk is blocks[1].qk is not blocks[2].qk
+    assert blocks[0].fc2 is blocks[2].fc2 is not blocks[1].fc2

@@ -1,6 +1,7 @@
 """`simplify` on small models of transformers: what is replaced, which masks are accepted, and how they are saved."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -157,9 +158,25 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
 class Small(transformers.CLIPModel):
     """As docs/block.md says: from_pretrained works for a class whose models are simplified when they are made."""
 
+    share: Any = neighbour_groups(4)
+
     def __init__(self, config):
         super().__init__(config)
-        simplclip.simplify(self, share={"text": neighbour_groups(4)}, value_first=True, output_last=True)
+        simplclip.simplify(self, share={"text": self.share}, value_first=True, output_last=True)
+
+
+class SmallByParts(Small):
+    share: Any = {"attention": [[0, 1, 2, 3]], "mlp": [[0, 1], [2, 3]]}
+
+
+def test_saved_and_loaded_with_parts_shared(tmp_path):
+    clip, inputs = model(cls=SmallByParts, seed=5), batch()
+    clip.save_pretrained(tmp_path)
+    loaded, info = SmallByParts.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert len({id(block.qk.weight) for block in layers(loaded)}) == 1
+    assert len({id(block.fc2.bias) for block in layers(loaded)}) == 2
+    torch.testing.assert_close(loaded(**inputs).logits_per_image, clip.eval()(**inputs).logits_per_image)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -1,6 +1,7 @@
 """`simplify` on small open_clip models: what is replaced, how the blocks are called, and what stays untouched."""
 
 import copy
+import itertools
 from collections import OrderedDict
 
 import open_clip
@@ -121,6 +122,20 @@ def test_only_this_instance_is_touched():
         ({"blocks": {"image": [7]}}, r"blocks\['image'\]: expected an index of 3 blocks, got 7"),
         ({"blocks": {"image": [0]}, "share": {"image": [[0, 1]]}}, r"share: expected .*\[1\]"),
         ({"towers": ("text", "audio")}, "towers: expected names .*audio"),
+        (
+            {"share": {"text": {"qk": [[0, 1]]}}},
+            r"share: expected groups, or groups by names out of \('attention', .* got 'qk'",
+        ),
+        (
+            {"share": {"text": {"mlp": [0, 1]}}},
+            r"share: expected a list of groups of indices such as \[\[0, 1\]\], got \[0, 1\]",
+        ),
+        ({"share": {"text": [["0", "1"]]}}, r"share: expected a list of groups .*, got \[\['0', '1'\]\]"),
+        (
+            {"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}},
+            "share: expected disjoint groups, got block 1 twice for mlp",
+        ),
+        ({"share": {"image": {"attention": [[0, -3]]}}}, "share: .*got block 0 twice for attention"),
     ],
 )
 def test_an_error_leaves_the_model_as_it_was(options, message):
@@ -171,9 +186,35 @@ def test_sharing_and_first_value_and_last_output():
     assert [b.value is not None for b in blocks] == [True, False, False, False]
     assert [b.output is not None for b in blocks] == [False, False, False, True]
     assert {r.hidden for r in report.replaced} == {48, 64}
-    assert report.share["text"] == [[0, 1], [2, 3]]
+    assert report.share == {"text": {"all": [[0, 1], [2, 3]]}, "image": {}}
+    assert "blocks [0, 1, 2, 3], weights shared in groups [[0, 1], [2, 3]]\n" in str(report)
     per_block = 2 * 24 * 24 + 24 * 48 * 2 + 48 + 24
     assert sum(p.numel() for p in blocks.parameters()) == 2 * per_block + 4 * (2 * 24 + 3 * 2 + 2) + 2 * 24 * 24
+
+
+MODES = [{"all": neighbour_groups(4)}, {"attention": [[0, -1]]}, {"mlp": [[1, 2, 3]]}]
+MODES += [{"attention": [[0, 1, 2, 3]], "mlp": [[0, 1], [2, 3]]}, {"all": [[0, 1]], "attention": [[2, 3]]}]
+
+
+@pytest.mark.parametrize("share", MODES)
+def test_every_mode_of_sharing(share):
+    one, two = (simplify(clip(seed=seed).to(torch.bfloat16), share={"text": share})[0] for seed in (0, 9))
+    blocks = one.transformer.resblocks
+    for what, names in (("attention", ["qk"]), ("mlp", ["fc1", "fc2"])):
+        groups = [[i % 4 for i in group] for part in (what, "all") for group in share.get(part, ())]
+        for a, b in itertools.combinations(range(4), 2):
+            together = any(a in group and b in group for group in groups)
+            assert all((getattr(blocks[a], name) is getattr(blocks[b], name)) == together for name in names)
+    two.load_state_dict(one.state_dict(), strict=True)
+    for other in (two, copy.deepcopy(one), torch.compile(one, fullgraph=True, backend="aot_eager")):
+        assert_same(one(batch()[0].bfloat16(), batch()[1]), other(batch()[0].bfloat16(), batch()[1]))
+        assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in one.parameters())
+
+
+def test_report_of_parts():
+    _, report = simplify(clip(), share={"text": {"attention": [[0, -1]], "mlp": [[0, 1]]}, "image": {"mlp": []}})
+    assert report.share == {"text": {"attention": [[0, 3]], "mlp": [[0, 1]]}, "image": {}}
+    assert "blocks [0, 1, 2, 3], attention shared in groups [[0, 3]], mlp shared in groups [[0, 1]]\n" in str(report)
 
 
 def test_activation_dtype_and_mode_follow_the_old_block():

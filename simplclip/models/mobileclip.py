@@ -1,0 +1,285 @@
+"""MobileCLIP-S0: timm's fastvit_mci0 beside a text tower of convolutional and transformer blocks.
+
+    model = simplclip.models.create("mobileclip-s0", checkpoint="mobileclip_s0.pt")
+
+The names in the published checkpoint (of arXiv 2311.17049), and what `from_published` makes of them:
+
+published                                               here
+image_encoder.model.NAME                                visual.trunk.NAME, as timm's checkpoint_filter_fn renames it
+text_encoder.embedding_layer.weight                     text.token_embedding.weight
+text_encoder.positional_embedding.pos_embed.pos_embed   text.positional_embedding, [1, 1, L, C] -> [L, C]
+text_encoder.transformer.I                              text.layers.I, of which the RepMixer blocks are I = 0 and the last
+  .layer_scale, .token_mixer.layer_scale                  .layer_scale, .mixer.layer_scale, [C, 1, 1] -> [C]
+  .token_mixer.norm.rbr_skip                              .mixer.norm
+  .token_mixer.mixer.rbr_skip                             .mixer.skip
+  .token_mixer.mixer.rbr_conv.0.conv, .bn                 .mixer.conv.conv, .bn, [C, 1, 1, K]
+  .convffn.conv.conv, .bn                                 .conv.conv, .bn, [C, 1, 1, K]
+  .convffn.fc1, .fc2                                      .mlp.fc1, .fc2, [O, I, 1, 1] -> [O, I]
+  .pre_norm_mha.0, .1                                     .ln_1, .attn
+  .pre_norm_ffn.0, .1, .4                                 .ln_2, .mlp.fc1, .mlp.fc2
+text_encoder.final_layer_norm                           text.ln_final
+text_encoder.projection_layer                           text.text_projection
+logit_scale                                             logit_scale
+
+Each of MobileCLIP-S0's 893 tensors becomes one of the 893 here. timm's image projection would have a bias, which the
+published one has not.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.model import CustomTextCLIP
+from timm.models.fastvit import checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["PreNormLayer", "RepMixer", "RepMixerBlock", "TextTower", "create", "from_published"]
+
+IMAGE, TEXT = "image_encoder.model.", "text_encoder."
+_RENAMED = {
+    TEXT: "text.", "embedding_layer": "token_embedding", "positional_embedding.pos_embed.pos_embed": "positional_embedding",
+    "final_layer_norm": "ln_final", "projection_layer": "text_projection", "transformer.": "layers.",
+    "token_mixer.layer_scale": "mixer.layer_scale", "token_mixer.norm.rbr_skip": "mixer.norm",
+    "token_mixer.mixer.rbr_skip": "mixer.skip", "token_mixer.mixer.rbr_conv.0": "mixer.conv", "convffn.conv": "conv",
+    "convffn.fc": "mlp.fc", "pre_norm_mha.0": "ln_1", "pre_norm_mha.1": "attn", "pre_norm_ffn.0": "ln_2",
+    "pre_norm_ffn.1": "mlp.fc1", "pre_norm_ffn.4": "mlp.fc2",
+}  # fmt: skip
+_SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
+
+
+class ConvNorm(nn.Module):
+    """A depthwise convolution over the tokens and a batch norm: [B, C, 1, L] -> [B, C, 1, L]. `fuse` is timm's name."""
+
+    def __init__(self, width: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = _depthwise(width, kernel_size, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+    def fuse(self) -> nn.Conv2d:
+        """Both as one convolution, for inference."""
+        return fuse_conv_bn_eval(self.conv, self.bn)
+
+
+class RepMixer(nn.Module):
+    """Mixes tokens: ``x + layer_scale (skip(x) + conv(x) - norm(x))``, x [B, C, 1, L]; skip and norm are batch norms.
+
+    `reparameterize` makes one depthwise convolution of it, for inference; timm.utils.reparameterize_model calls it.
+    """
+
+    def __init__(self, width: int, kernel_size: int) -> None:
+        super().__init__()
+        self.layer_scale = nn.Parameter(torch.full((width, 1, 1), 1e-5))
+        self.norm, self.skip = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.conv = ConvNorm(width, kernel_size)
+        self.reparam_conv: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reparam_conv is not None:
+            return self.reparam_conv(x)
+        return x + self.layer_scale * (self.skip(x) + self.conv(x) - self.norm(x))
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        if self.reparam_conv is not None:
+            return
+        conv = self.conv.fuse()
+        (skip, skip_shift), (norm, norm_shift) = _affine(self.skip), _affine(self.norm)
+        scale = self.layer_scale.flatten()
+        conv.weight.mul_(scale[:, None, None, None])
+        conv.weight[..., conv.weight.shape[-1] // 2] += (1 + scale * (skip - norm))[:, None, None]
+        conv.bias.copy_(scale * (conv.bias + skip_shift - norm_shift))
+        del self.layer_scale, self.norm, self.skip, self.conv
+        self.reparam_conv = conv
+
+
+class RepMixerBlock(nn.Module):
+    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or [B, C] of one token of each text.
+
+    Convolutions see the tokens as [B, C, 1, L] in channels_last, which for a contiguous [B, L, C] is only a view.
+    """
+
+    def __init__(self, width: int, mlp_ratio: float = 4.0, kernel_size: int = 11) -> None:
+        super().__init__()
+        self.mixer = RepMixer(width, kernel_size)
+        self.conv = ConvNorm(width, kernel_size)
+        self.mlp = _mlp(width, mlp_ratio)
+        self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
+
+    def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
+        """token: index of the token of each text to compute, int64 [B]; None: all of them."""
+        mixed = self.mixer(x.transpose(1, 2).unsqueeze(2))  # [B, C, 1, L]
+        x, hidden = (t.squeeze(2).transpose(1, 2) for t in (mixed, self.conv(mixed)))
+        if token is not None:
+            rows = torch.arange(len(x), device=x.device)
+            x, hidden = x[rows, token], hidden[rows, token]
+        return x + self.layer_scale * self.mlp(hidden)
+
+
+class Attention(nn.Module):
+    """Multi-head attention in which each token attends to every token: [B, L, C] -> [B, L, C]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
+        self.num_heads = heads
+        self.qkv_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv_proj(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class PreNormLayer(nn.Module):
+    """A transformer layer: ``x + attn(ln_1(x))``, then ``x + mlp(ln_2(x))``, [B, L, C] -> [B, L, C]."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = _mlp(width, mlp_ratio)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TextTower(nn.Module):
+    """The text tower of MobileCLIP-S0, with what open_clip expects of one.
+
+    The layers are a RepMixer block, ``layers`` pre-norm transformer layers and a RepMixer block. No token is masked, and the
+    feature is that of the token with the highest id, which is the end of the text.
+
+    forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
+    """
+
+    def __init__(
+        self,
+        context_length: int = 77,
+        vocab_size: int = 49408,
+        width: int = 512,
+        heads: int = 8,
+        layers: int = 4,
+        mlp_ratio: float = 4.0,
+        *,
+        kernel_size: int = 11,
+        output_dim: int = 512,
+    ) -> None:
+        super().__init__()
+        self.context_length, self.vocab_size, self.width, self.output_dim = context_length, vocab_size, width, output_dim
+        self.grad_checkpointing = False
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        ends = (RepMixerBlock(width, mlp_ratio, kernel_size) for _ in range(2))
+        inner = (PreNormLayer(width, heads, mlp_ratio) for _ in range(layers))
+        self.layers = nn.ModuleList([next(ends), *inner, next(ends)])
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, output_dim))
+        self.init_parameters()
+
+    def init_parameters(self) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=self.width**-0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, text: Tensor) -> Tensor:
+        # The last block's MLP, a seventh of the tower's work, is needed at one token alone.
+        ends = self.ln_final(self.layers[-1](self._inner(text), text.argmax(1)))
+        return ends @ self.text_projection.to(ends.dtype)
+
+    def encode_tokens(self, text: Tensor) -> Tensor:
+        """The outputs of all tokens after the last norm, [B, L, C]."""
+        return self.ln_final(self.layers[-1](self._inner(text)))
+
+    def _inner(self, text: Tensor) -> Tensor:
+        """What the last block gets, [B, L, C]."""
+        x = self.token_embedding(text)
+        x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
+        for layer in self.layers[:-1]:
+            # A RepMixer block is never computed twice, since that would count a batch twice in its norms' statistics.
+            if self.grad_checkpointing and self.training and not isinstance(layer, RepMixerBlock):
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return x
+
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
+        self.grad_checkpointing = enable
+
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True, pooler_in_head: bool = True) -> None:
+        """Freeze all but the last groups of parameters: of embeddings, each layer (the last with ln_final), projection."""
+        groups = [[*self.token_embedding.parameters(), self.positional_embedding]]
+        groups += [list(layer.parameters()) for layer in self.layers]
+        groups[-1] += self.ln_final.parameters()
+        groups.append([self.text_projection])
+        for parameter in sum(groups[: len(groups) - unlocked_layers], []):
+            parameter.requires_grad_(False)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"positional_embedding"}
+
+
+def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], **options: Any) -> CustomTextCLIP:
+    """An open_clip model with a `TextTower`. text_cfg: arguments of `TextTower`; all others: of CustomTextCLIP."""
+    placeholder = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 1}  # open_clip's tower, which ours replaces
+    model = CustomTextCLIP(embed_dim, dict(vision_cfg), placeholder, **options)
+    head = getattr(model.visual.trunk, "head", None)
+    if isinstance(getattr(head, "fc", None), nn.Linear):
+        head.fc.register_parameter("bias", None)
+    model.text = TextTower(output_dim=embed_dim, **text_cfg)
+    model.context_length, model.vocab_size = model.text.context_length, model.text.vocab_size
+    return model
+
+
+def is_published(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict has names of the published layout."""
+    return any(name.startswith((IMAGE, TEXT)) for name in state)
+
+
+def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of the published layout by the names of `model`. One of another layout stays as it is, as does each one if
+    the model has no `TextTower`."""
+    if not isinstance(getattr(model, "text", None), TextTower) or not is_published(state):
+        return dict(state)
+    image = {name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)}
+    renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.get_submodule("visual.trunk")).items()}
+    renamed.pop("visual.trunk.head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
+    for name, value in state.items():
+        if name.startswith(IMAGE):
+            continue
+        if name.startswith(TEXT):
+            if name.endswith(_SQUEEZED) and not name.endswith("token_mixer.layer_scale"):
+                value = value.squeeze()
+            for theirs, ours in _RENAMED.items():
+                name = name.replace(theirs, ours)
+        renamed[name] = value
+    return renamed
+
+
+def _depthwise(width: int, kernel_size: int, bias: bool) -> nn.Conv2d:
+    return nn.Conv2d(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, bias=bias)
+
+
+def _mlp(width: int, ratio: float) -> nn.Sequential:
+    hidden = round(width * ratio)
+    layers = {"fc1": nn.Linear(width, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, width)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Factor and shift of a batch norm in eval mode, [C] each."""
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return factor, norm.bias - norm.running_mean * factor

@@ -1,0 +1,217 @@
+"""Folding: the same values with fewer layers, and nothing merged where a batch norm is not all that gets a layer's output."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import simplclip
+from simplclip import models
+from simplclip.nn import SimplifiedBlock
+
+
+def statistics(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model in eval mode, with batch norms that change their input."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+        if getattr(module, "running_mean", None) is not None and module.weight is not None:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return model.eval()
+
+
+def norms(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if getattr(module, "running_mean", None) is not None]
+
+
+def same(model: nn.Module, folded: nn.Module, x: torch.Tensor) -> bool:
+    with torch.no_grad():
+        expected, found = model(x), folded(x)
+    return (found - expected).norm() <= 1e-4 * expected.norm() and not torch.equal(expected, torch.zeros_like(expected))
+
+
+IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("tf_efficientnet_lite0", 49, 0),
+        ("resnet18", 20, 0),
+        ("repvgg_a0", 61, 0),  # a ByobNet with branches
+        ("densenet121", 121, 62),  # a norm that reads the outputs of several layers is left
+        ("resnetv2_50", 49, 17),  # one before its layer too
+    ],
+)
+def test_a_net_of_timm_computes_the_same(name, before, after):
+    model = statistics(timm.create_model(name, num_classes=8))
+    folded = simplclip.fold(model)
+    assert len(norms(model)) == before
+    assert len(norms(folded)) == after
+    assert same(model, folded, IMAGE)
+
+
+def test_the_image_tower_of_mobileclip():
+    model = statistics(models.create("open_clip:MobileCLIP2-S0").visual)
+    folded = simplclip.fold(model)
+    # Attention blocks normalise before their first layer.
+    assert norms(folded) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
+    assert same(model, folded, torch.rand(1, 3, 256, 256))
+    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["siclip-tiny", "siclip-lite0"])
+def test_a_siclip_keeps_its_blocks(name):
+    model = statistics(models.create(name))
+    folded = simplclip.fold(model)
+    assert not norms(folded.visual)
+    assert sum(isinstance(m, SimplifiedBlock) for m in folded.modules()) == len(model.simplify_report.replaced)
+    x = torch.randn(2, 3, 48, 48)
+    assert same(model.visual, folded.visual, x)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(simplclip.fold(folded))))  # folding what is folded changes nothing
+    assert torch.equal(again.visual(x), folded.visual(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_forms_of_layers(bias, affine):
+    def pair(layer, norm):
+        return nn.Sequential(layer, norm(layer.weight.shape[0], affine=affine))
+
+    image, line = torch.randn(2, 4, 9, 9), torch.randn(3, 4, 9)
+    forms = [
+        (pair(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4, bias=bias), nn.BatchNorm2d), image),
+        (pair(nn.Conv2d(4, 4, 3, groups=4, dilation=2, bias=bias, padding_mode="reflect"), nn.BatchNorm2d), image),
+        (pair(nn.Conv1d(4, 6, 3, bias=bias), nn.BatchNorm1d), line),
+        (pair(nn.Conv3d(4, 6, 3, bias=bias), nn.BatchNorm3d), torch.randn(2, 4, 5, 5, 5)),
+        (pair(nn.Linear(4, 6, bias=bias), nn.BatchNorm1d), torch.randn(3, 4)),
+    ]
+    for model, x in forms:
+        folded = simplclip.fold(statistics(model))
+        assert not norms(folded), model
+        assert same(model, folded, x), model
+
+
+class Twice(nn.Module):
+    """A layer whose output a norm and something else get."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + y
+
+
+class Reader(Twice):
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.conv.weight.sum()
+
+
+class OneNorm(Twice):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.bn(self.other(x))
+
+
+class Choice(Twice):
+    def forward(self, x, plain=False):
+        y = self.conv(x)
+        return y if plain or x.sum() > 1e9 else self.bn(y)
+
+
+class Order(nn.Module):
+    """Children in the order of a pair that `forward` does not follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.conv(self.bn(x))
+
+
+def hooked():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    model[0].register_forward_hook(doubled)
+    return model
+
+
+def doubled(module, args, output):
+    return 2 * output
+
+
+def in_two_places():
+    conv = nn.Conv2d(3, 3, 1)
+    return nn.Sequential(nn.Sequential(conv, nn.BatchNorm2d(3)), conv)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(Twice, Reader, OneNorm, Choice, Order, hooked, in_two_places),
+        lambda: nn.Sequential(weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+    ],
+)
+def test_what_is_no_certain_pair_is_left(make):
+    model = statistics(make())
+    folded = simplclip.fold(model)
+    assert norms(folded) == norms(model)
+    assert same(model, folded, IMAGE)
+
+
+def test_tied_weights_keep_their_values_elsewhere():
+    first, second = nn.Conv2d(3, 3, 1, bias=False), nn.Conv2d(3, 3, 1, bias=False)
+    second.weight = first.weight
+    model = statistics(nn.Sequential(first, nn.BatchNorm2d(3), nn.ReLU(), second))
+    folded = simplclip.fold(model)
+    assert not norms(folded)
+    assert same(model, folded, IMAGE)
+
+
+def test_a_linear_layer_refuses_other_inputs_after_its_norm_is_merged():
+    model = statistics(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    with pytest.raises(ValueError, match=r"x: expected \[N, C\]"):
+        simplclip.fold(model)(torch.randn(2, 4, 4))  # the norm would take the second dimension
+
+
+def test_a_module_that_is_merged_itself_and_inplace():
+    block = statistics(timm.create_model("fastvit_t8")).stem[0]
+    before = copy.deepcopy(block)
+    x = torch.randn(1, 3, 16, 16)
+    assert same(before, simplclip.fold(block), x)
+    assert norms(block) == norms(before)
+    assert simplclip.fold(block, inplace=True) is block
+    assert not norms(block)
+    assert same(before, block, x)
+    assert all(p.requires_grad for p in block.parameters())
+    assert not any(p.requires_grad for p in simplclip.fold(before.requires_grad_(False)).parameters())
+
+
+def test_gradients_reach_the_input():
+    model = statistics(timm.create_model("mobilenetv3_small_100", num_classes=4))
+    gradients = []
+    for one in (model, simplclip.fold(model)):
+        x = IMAGE.clone().requires_grad_()
+        one(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-4 * gradients[0].norm()
+
+
+def test_training_mode_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    model[1].train()
+    with pytest.raises(ValueError, match=r"model: expected eval mode .* got BatchNorm2d '1' in training mode"):
+        simplclip.fold(model)
