@@ -101,12 +101,14 @@ def attention_table() -> list[str]:
 def ablation(*groups: str) -> list[str]:
     """A row for each effect, of these groups or of all: R@1 of base and variant, and the paired difference."""
     path, rows = read("ablation")
-    rows = [row for row in rows if row["split"] == "all" and (not groups or row["group"] in groups)]
+    rows = [
+        row for row in rows if (row["measure"], row["split"]) == ("R@1", "all") and (not groups or row["group"] in groups)
+    ]
     lines = ["| effect | steps | seeds | base | variant | difference, 95 % interval | p |", "|---|--:|--:|--:|--:|--:|--:|"]
     for group in dict.fromkeys(row["group"] for row in rows):
         lines.append(f"| **{group}** | | | | | | |")
         for row in (row for row in rows if row["group"] == group):
-            base, variant = (f"{float(row[f'{s} R@1']):.1f} ± {float(row[f'{s} std']):.1f}" for s in ("base", "variant"))
+            base, variant = (f"{float(row[s]):.1f} ± {float(row[f'{s} std']):.1f}" for s in ("base", "variant"))
             low, high = float(row["low"]), float(row["high"])
             difference = f"{float(row['difference']):+.1f} ({low:+.1f} to {high:+.1f})"
             cells = (row["effect"], row["variant steps"], row["seeds"], base, variant, difference, f"{float(row['p']):.3f}")
