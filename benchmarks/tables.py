@@ -63,6 +63,7 @@ def op_table(op: str, decimals: int = 0, sizes: tuple[str, ...] = ()) -> list[st
         "samples/s": ("samples_per_s", str),
         "products": ("gemms", lambda value: f"{float(value):g}"),
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
+        "parameters": ("parameters", lambda value: f"{int(value):,}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
         "MiB, times simplclip's": ("memory_times_ours", str),
         "saved MiB": ("saved_mib", lambda value: f"{float(value):,.0f}"),
@@ -145,9 +146,9 @@ def demo() -> list[str]:
     return lines
 
 
-def plan() -> list[str]:
+def plan(name: str) -> list[str]:
     """Pairs of a step that fit the card: in one graph, how many times open_clip's, and by gradient caching."""
-    path = newest("plan-*.json")
+    path = newest(f"plan-{name}-*.json")
     result = json.loads(path.read_text())
     by_case = {case: {a["what"]: a for a in made["answers"]} for case, made in result["plans"].items()}
     others = [a for answers in by_case.values() for what, a in answers.items() if "open_clip" in what]
@@ -157,7 +158,7 @@ def plan() -> list[str]:
     for case, answers in by_case.items():
         one, cached = answers["most in one graph"], answers["most by gradient caching"]
         ratio = one["batch_size"] / theirs
-        cells = (f"siclip2-s0, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
+        cells = (f"{name}, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
         cells = (*cells, f"{cached['batch_size']:,}", str(cached["micro_batch"]))
         lines.append(f"| {' | '.join(cells)} |")
     first = next(iter(result["plans"].values()))
@@ -170,7 +171,7 @@ def plan() -> list[str]:
         f"where nothing else is said. Predicted, not measured: no GPU was there. Torch {result['torch']}, "
         f"commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`; `make plan`).",
         "",
-        "![Memory of a step of siclip2-s0](../benchmarks/results/plan-siclip2-s0.png)",
+        f"![Memory of a step of {name}](../benchmarks/results/plan-{name}.png)",
     ]
 
 
@@ -220,9 +221,12 @@ TABLES = {
         "simplified_block": lambda: op_table("simplified_block"),
         "shaped_attention": attention_table,
         "towers": lambda: op_table("towers"),
+        "siclip_s0_blocks": lambda: op_table("siclip_s0_blocks", decimals=1),
+        "siclip_s0_step": lambda: op_table("siclip_s0_step"),
         "gradient_cache": lambda: op_table("gradient_cache"),
         "training": lambda: op_table("training"),
-        "plan": plan,
+        "plan-siclip-s0": lambda: plan("siclip-s0"),
+        "plan-siclip2-s0": lambda: plan("siclip2-s0"),
         "demo": demo,
         "ablation": ablation,
     },
