@@ -13,21 +13,23 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from simplclip.ablate import effects as files
 from simplclip.ablate import tables
-from simplclip.ablate.effects import Effect, Effects, Trial
+from simplclip.ablate.effects import Effect, Trial
 from simplclip.ablate.worker import RESULT
 from simplclip.common.errors import UserError
 from simplclip.common.files import locked, write_atomically, write_csv
 from simplclip.common.progress import Progress
 from simplclip.train import config
 from simplclip.train.config import ConfigError
+
+Plan = Sequence[tuple[Effect, list[dict[str, Trial]]]]  # of each effect the runs of each seed, "base" and "variant"
 
 
 class AblationError(UserError):
@@ -47,9 +49,9 @@ def run(
 ) -> Path:
     """Train what the effects file compares with the config `source`, and write the tables; returns OUT/effects.csv.
 
-    The runs of the first effect and all its seeds are done first, then those of the next. A run that several effects share is
-    done once. Finished runs are kept in OUT, from which they are found by their settings, so that the file may change; stopped
-    ones are continued. The tables are written anew after each run:
+    The runs of the first effect with all its seeds are done first, then those of the next. A run that several effects share
+    is done once. Finished runs are kept in OUT, where they are found by their settings, so that the file may change; stopped
+    ones are continued. A run that fails does not stop the others. The tables are written anew after each run:
 
         ablation.csv   a row for each run, split and direction: R@1, R@5, R@10 and their chance
         effects.csv    rows for each effect: base, variant, and the paired difference over the seeds that have both
@@ -57,115 +59,121 @@ def run(
 
     Args:
         overrides: settings of every run, after those of the file.
-        seeds: of each effect that names no number.
+        seeds: of each effect if the file names no number.
         jobs: runs at a time, which share the CPU's threads.
         only: patterns of names or groups of effects; the others are left out.
         train: False only writes the tables of the runs that are done.
 
-    Raises: ConfigError for settings or an effects file that are not valid, or missing data; FileExistsError if another process
-    uses OUT; AblationError after all others are done if runs failed.
+    Raises:
+        ConfigError: a setting or the effects file is not valid, or data are missing.
+        FileExistsError: another process uses OUT.
+        AblationError: runs failed; raised when all others are done.
     """
     out, found = Path(out), files.load(effects)
     chosen = [e for e in found.effects if not only or any(fnmatchcase(n, p) for p in only for n in (e.name, e.group))]
     if not chosen:
-        known = ", ".join(dict.fromkeys(effect.group for effect in found.effects))
-        raise ConfigError(f"only: expected patterns of effects or of groups ({known}), got {', '.join(only)}")
-    if train and (missing := list(files.needed(found, chosen))):
+        groups = ", ".join(dict.fromkeys(effect.group for effect in found.effects))
+        raise ConfigError(f"only: expected patterns of effects or of groups ({groups}), got {', '.join(only)}")
+    if train and (missing := list(files.missing(found, chosen))):
         raise ConfigError("\n".join(missing))
-    numbers = {effect.name: effect.seeds or found.seeds or seeds for effect in chosen}
-    plan = [
-        (effect, [files.trials(found, effect, seed, source, overrides) for seed in range(numbers[effect.name])])
-        for effect in chosen
-    ]
-    out.mkdir(parents=True, exist_ok=True)
+    plan = []
+    for effect in chosen:
+        number = effect.seeds or found.seeds or seeds
+        plan.append((effect, [files.trials(found, effect, seed, source, overrides) for seed in range(number)]))
     title = f"{source}: what each setting changes"
-    if train:
-        with locked(out, f"out: expected a folder that no other ablation uses, got {out}"):
-            _train_all(plan, source, out, jobs, title)
-    return report(plan, out, title)
+    if not train:
+        return report(plan, out, title)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, f"out: expected a folder that no other process uses, got {out}: another ablation runs in it"):
+        failed = _train_all(plan, source, out, jobs, title)
+    path = report(plan, out, title)
+    if failed:
+        raise AblationError("\n".join([f"{len(failed)} runs failed; the same command tries them again", *failed]))
+    return path
 
 
-Plan = Sequence[tuple[Effect, list[dict[str, Trial]]]]
-
-
-def _train_all(plan: Plan, source: str, out: Path, jobs: int, title: str) -> None:
+def _train_all(plan: Plan, source: str, out: Path, jobs: int, title: str) -> list[str]:
+    """Do all runs that are not done; returns a line for each that failed."""
     trials: dict[str, Trial] = {}
-    for _, pairs in plan:
-        for trial in (trial for pair in pairs for side in pair.values() for trial in (*side.prepared.values(), side)):
-            trials.setdefault(trial.digest, trial)
-    todo = [trial for trial in trials.values() if not (trial.folder(out) / RESULT).exists()]
-    finished = len(trials) - len(todo)
-    print(f"{len(plan)} effects, {len(trials)} runs, {finished} of them done", flush=True)
-    failed: list[str] = []
-    running: list[subprocess.Popen[Any]] = []
-    threads, lock, ended = (
-        max(1, (os.cpu_count() or 1) // jobs),
-        threading.Lock(),
-        {t.digest: threading.Event() for t in todo},
-    )
-    with ThreadPoolExecutor(jobs) as pool, Progress("runs", len(trials), finished, unit="runs") as bar:
+    for trial in _all(plan):
+        if trial.digest not in trials or trial.keep:
+            trials[trial.digest] = trial
+    todo = [trial for trial in trials.values() if not _done(trial, out)]
+    print(f"{len(plan)} effects, {len(trials)} runs, {len(trials) - len(todo)} of them done", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    running: list[subprocess.Popen[bytes]] = []
+    ends: dict[str, Future[str | None]] = {}
+    reporting = threading.Lock()
 
-        def one(trial: Trial) -> None:
-            try:
-                for before in trial.prepared.values():  # they are earlier in the queue
-                    if before.digest in ended:
-                        ended[before.digest].wait()
-                if log := _train(trial, source, out, threads, running):
-                    failed.append(log)
-            finally:
-                ended[trial.digest].set()
-            with lock:
-                report(plan, out, title)
-                bar.update()
+    def one(trial: Trial) -> str | None:
+        for name, before in trial.prepared.items():  # those that are not done are earlier in the queue
+            if before.digest in ends and ends[before.digest].result():
+                return f"{trial.name} was not started: the run of {name} failed"
+        failure = _train(trial, source, out, threads, running)
+        with reporting:
+            report(plan, out, title)
+        return failure
 
-        waiting = [pool.submit(one, trial) for trial in todo]
+    with ThreadPoolExecutor(jobs) as pool, Progress("runs", len(trials), len(trials) - len(todo), unit="runs") as bar:
         try:
-            for done in waiting:
-                done.result()
+            for trial in todo:
+                ends[trial.digest] = pool.submit(one, trial)
+                ends[trial.digest].add_done_callback(lambda _: bar.update())
+            return [failure for end in ends.values() if (failure := end.result())]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in running:
-                process.terminate()  # saves its last whole step
+            for process in list(running):
+                process.terminate()  # it saves its last whole step
             raise
-    if failed:
-        raise AblationError(
-            f"{len(failed)} of {len(todo)} runs failed; to try them again, repeat the command:\n" + "\n".join(failed)
-        )
 
 
-def _train(trial: Trial, source: str, out: Path, threads: int, running: list[subprocess.Popen[Any]]) -> str | None:
-    """Returns a line that names the log of a run that failed."""
+def _all(plan: Plan) -> Iterator[Trial]:
+    """All runs in their order, those that others need before them."""
+    for trial in (trial for _, pairs in plan for pair in pairs for trial in pair.values()):
+        yield from trial.prepared.values()
+        yield trial
+
+
+def _done(trial: Trial, out: Path) -> bool:
+    folder = trial.folder(out)
+    return (folder / RESULT).exists() and (not trial.keep or (folder / "last.pt").exists())
+
+
+def _train(trial: Trial, source: str, out: Path, threads: int, running: list[subprocess.Popen[bytes]]) -> str | None:
+    """Do one run in a process; returns a line that names its log if it fails."""
     folder = trial.folder(out)
     settings, log = folder.with_name(f"{folder.name}.yaml"), folder.with_name(f"{folder.name}.log")
     write_atomically(settings, config.load(source, trial.overrides(out)).to_yaml())
-    command = [sys.executable, "-m", "simplclip.ablate.worker", str(settings), *(["--keep"] if trial.keep else [])]
+    worker = [sys.executable, "-m", "simplclip.ablate.worker", str(settings), str(os.getpid())]
+    command = [*worker, *(["--keep"] if trial.keep else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SIMPLCLIP_THREADS": str(threads)}
     with open(log, "a") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        # Its own session: a run that gets Ctrl-C from the terminal and from here as well would stop without saving.
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     running.append(process)
     code = process.wait()
     running.remove(process)
-    return f"the run {folder.name} ended with {code}: see {log}" if code else None
+    return f"{folder.name} ended with {code}: see {log}" if code else None
 
 
 def report(plan: Plan, out: Path, title: str) -> Path:
-    """Write the tables and the picture of what is done."""
+    """Write the tables and the picture of the runs of `plan` that are done."""
     results: dict[str, dict[str, Any]] = {}
-    for trial in (trial for _, pairs in plan for pair in pairs for trial in pair.values()):
+    for trial in _all(plan):
         path = trial.folder(out) / RESULT
         if trial.digest not in results and path.exists():
             results[trial.digest] = json.loads(path.read_text()) | {"run": path.parent.name, "seed": trial.seed}
-    runs = [row for result in results.values() for row in tables.run_rows(result["run"], result["seed"], result)]
     rows: list[dict[str, Any]] = []
     for effect, pairs in plan:
         done = [pair for pair in pairs if all(trial.digest in results for trial in pair.values())]
         found = [{side: results[trial.digest] for side, trial in pair.items()} for pair in done]
         rows += tables.effect_rows(effect.group, effect.name, found) if found else ()
     if rows:
+        runs = [row for result in results.values() for row in tables.run_rows(result)]
         write_csv(out / "ablation.csv", list(runs[0]), runs)
         write_csv(out / "effects.csv", list(rows[0]), rows)
         tables.draw(out / "effects.png", rows, title)
     return out / "effects.csv"
 
 
-__all__ = ["AblationError", "Effect", "Effects", "Trial", "report", "run"]
+__all__ = ["AblationError", "Effect", "Trial", "report", "run"]

@@ -4,7 +4,7 @@
     set: [data.batch_size=128]                  # settings of every run
     data: {data/noisy: simplclip data emoji --swap 0.3 --out data/noisy}    # folders, and the commands that make them
     prepare:                                    # runs whose last checkpoint others name: {pretrained}
-      pretrained: ["model.options={simplified: false}", run.steps=400]
+      pretrained: ["model.options={simplified: false}", run.steps=400]   # with run.seed=0 one for all seeds
     effects:
       - name: pair matching beside contrastive
         group: pair matching
@@ -97,7 +97,7 @@ class Trial:
         """The settings with the paths of the prepared checkpoints, the seed and the folder of the run."""
         paths = {name: str(one.folder(out) / "last.pt") for name, one in self.prepared.items()}
         told = [_filled(item, paths) for item in self.settings]
-        return [*told, f"run.seed={self.seed}", f"run.out={json.dumps(str(self.folder(out)))}"]
+        return [f"run.seed={self.seed}", *told, f"run.out={json.dumps(str(self.folder(out)))}"]
 
 
 def builtin() -> dict[str, Any]:
@@ -138,22 +138,33 @@ def trials(effects: Effects, effect: Effect, seed: int, source: str, overrides: 
     """The runs of one seed of an effect of the config `source`: "base", if there is one, and "variant"."""
     made = {}
     for side in effect.sides():
-        steps = effect.steps or effects.steps
-        length = [f"run.steps={steps}"] if steps else []
-        settings = [*effects.set, *length, *effect.set, *getattr(effect, side), *overrides]
+        settings = _settings(effects, [*effect.set, *getattr(effect, side), *overrides], effect.steps)
         made[side] = _trial(effects, source, settings, seed, f"{effect.name}, {side}")
     return made
 
 
+def missing(effects: Effects, chosen: Sequence[Effect]) -> Iterator[str]:
+    """A line for each folder that a chosen effect needs and that does not exist: how to make it."""
+    for folder in dict.fromkeys(folder for effect in chosen for folder in effect.needs):
+        if not Path(folder).exists():
+            yield f"data: expected the folder {folder}, which does not exist; to make it: {effects.data[folder]}"
+
+
+def _settings(effects: Effects, own: Sequence[str], steps: int | None = None) -> list[str]:
+    """Those of a run: of the file, its length, and its own."""
+    steps = steps or effects.steps
+    return [*effects.set, *([f"run.steps={steps}"] if steps else []), *own]
+
+
 def _trial(effects: Effects, source: str, settings: Sequence[str], seed: int, title: str, keep: bool = False) -> Trial:
-    prepared = {}
-    for name in {name for item in settings for name in _PREPARED.findall(item)} & effects.prepare.keys():
-        before = effects.prepare[name]
-        whole = [*effects.set, *before]
-        prepared[name] = _trial(effects, source, whole, seed, f"prepare {name}", keep=True)
+    names = {name for item in settings for name in _PREPARED.findall(item)} & effects.prepare.keys()
+    prepared = {
+        name: _trial(effects, source, _settings(effects, effects.prepare[name]), seed, f"prepare {name}", keep=True)
+        for name in sorted(names)
+    }
     told = [_filled(item, {name: one.digest for name, one in prepared.items()}) for item in settings]
     try:
-        values = config.load(source, [*told, f"run.seed={seed}", "run.out=."])
+        values = config.load(source, [f"run.seed={seed}", *told, "run.out=."])
     except ConfigError as error:
         raise ConfigError(f"{title}: {error}") from None
     if not values.eval.splits:
@@ -184,10 +195,3 @@ def _explain(source: str, values: dict[str, Any], error: Any) -> str:
         return f"{where}: {key}: missing"
     expected = error["msg"].lower().replace("input should be ", "")
     return f"{where}: {key}: expected {expected}, got {error['input']!r}"
-
-
-def needed(effects: Effects, chosen: Sequence[Effect]) -> Iterator[str]:
-    """A line for each folder that an effect needs and that does not exist: how to make it."""
-    for folder in dict.fromkeys(folder for effect in chosen for folder in effect.needs):
-        if not Path(folder).exists():
-            yield f"{folder} does not exist; make it by: {effects.data[folder]}"

@@ -2,63 +2,67 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from simplclip.ablate.statistics import paired
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-ALL = "all"  # the measure: the mean of R@1 over splits and directions
+ALL = "all"  # the mean over the splits
 
-Result = Mapping[str, Any]  # a run's result.json
+Result = Mapping[str, Any]  # of a run: its result.json, and "run" and "seed"
 
 
-def run_rows(name: str, seed: int, result: Result) -> Iterator[dict[str, Any]]:
+def run_rows(result: Result) -> Iterator[dict[str, Any]]:
     """A row for each split and direction of a run."""
     for split, entry in result["splits"].items():
         for direction in DIRECTIONS:
-            row = {"run": name, "seed": seed, "steps": result["step"], "split": split, "direction": direction}
+            row: dict[str, Any] = {"run": result["run"], "seed": result["seed"], "steps": result["step"]}
+            row |= {"split": split, "direction": direction}
             row |= {k: round(figure["value"], 6) for k, figure in entry[direction].items()}
             yield row | {f"chance of {k}": round(figure["chance"], 6) for k, figure in entry[direction].items()}
 
 
-def measure(result: Result, split: str = ALL) -> float:
-    """R@1 in per cent: the mean of both directions of a split, or of all splits."""
+def value(result: Result, measure: str, split: str = ALL) -> float:
+    """In per cent: R@1, the mean of both directions, or AUC, of a split or the mean over all splits. nan without a figure."""
     splits = result["splits"].values() if split == ALL else [result["splits"][split]]
-    return 100 * statistics.fmean(entry[direction]["R@1"]["value"] for entry in splits for direction in DIRECTIONS)
+    if measure == "R@1":
+        return 100 * statistics.fmean(entry[direction]["R@1"]["value"] for entry in splits for direction in DIRECTIONS)
+    return 100 * statistics.fmean(entry.get(measure, math.nan) for entry in splits)
 
 
 def effect_rows(group: str, effect: str, pairs: Sequence[Mapping[str, Result]]) -> Iterator[dict[str, Any]]:
-    """A row for the measure and for each split: mean ± std of base and variant, and their paired difference over the seeds.
+    """A row for R@1 over all splits, for that of each split, and for AUC over all splits: mean and standard deviation of base
+    and variant, and their paired difference over the seeds.
 
     pairs: of each seed that is done, the results of "base" (none for a variant that is only reported) and "variant".
     """
-    last = pairs[0]["variant"]
-    for split in (ALL, *last["splits"]):
-        row: dict[str, Any] = {"group": group, "effect": effect, "split": split, "seeds": len(pairs)}
-        figures = {side: [measure(pair[side], split) for pair in pairs] for side in pairs[0]}
-        for side in ("base", "variant"):
-            values = figures.get(side)
-            row[f"{side} R@1"] = _round(statistics.fmean(values)) if values else ""
-            row[f"{side} std"] = _round(statistics.stdev(values)) if values and len(values) > 1 else ""
-        test = paired(figures["base"], figures["variant"]) if "base" in figures else None
+    for measure, split in (("R@1", ALL), *(("R@1", split) for split in pairs[0]["variant"]["splits"]), ("AUC", ALL)):
+        figures = [{side: value(result, measure, split) for side, result in pair.items()} for pair in pairs]
+        figures = [pair for pair in figures if not any(map(math.isnan, pair.values()))]
+        row: dict[str, Any] = {"group": group, "effect": effect, "measure": measure, "split": split, "seeds": len(figures)}
+        if not figures:
+            continue
+        columns = {side: [pair[side] for pair in figures if side in pair] for side in ("base", "variant")}
+        for side, values in columns.items():
+            row[side] = _round(statistics.fmean(values)) if values else ""
+            row[f"{side} std"] = _round(statistics.stdev(values)) if len(values) > 1 else ""
+        test = paired(columns["base"], columns["variant"]) if columns["base"] else None
         for column, field in (
             ("difference", "mean"),
             ("difference std", "std"),
             *((n, n) for n in ("t", "p", "low", "high")),
         ):
             row[column] = _round(getattr(test, field), 6 if field == "p" else 3) if test else ""
-        for side in ("base", "variant"):
-            there = side in figures
-            row[f"{side} steps"] = pairs[0][side]["step"] if there else ""
-            seconds = statistics.median(pair[side]["seconds_per_step"] for pair in pairs) if there else None
-            row[f"{side} s/step"] = _round(seconds) if there else ""
-            row[f"{side} parameters"] = pairs[0][side]["parameters"] if there else ""
+        for side in columns:
+            mine = [pair[side] for pair in pairs if side in pair]
+            row[f"{side} steps"] = mine[0]["step"] if mine else ""
+            row[f"{side} s/step"] = _round(statistics.median(r["seconds_per_step"] for r in mine)) if mine else ""
+            row[f"{side} parameters"] = mine[0]["parameters"] if mine else ""
         yield row
 
 
@@ -71,7 +75,7 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
 
     rows: those of effects.csv; those without a difference are left out. None if nothing is left.
     """
-    rows = [row for row in rows if row["split"] == ALL and row["difference"] != ""]
+    rows = [row for row in rows if (row["measure"], row["split"]) == ("R@1", ALL) and row["difference"] != ""]
     if not rows:
         return None
     groups = list(dict.fromkeys(row["group"] for row in rows))
@@ -87,6 +91,8 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
     shown = [float(row[side]) for row in rows for side in ("low", "high") if row[side] != ""]
     edge = max(edge * 1.15, min(max(map(abs, shown), default=edge), 2.5 * edge) * 1.05, 0.1)  # long intervals are cut
     for place, line in enumerate(lines):
+        beside = {"transform": axis.get_yaxis_transform(), "color": INK, "va": "center"}
+        say = lambda x, text, size, **more: axis.text(x, place, text, fontsize=size, **beside | more)  # noqa: E731, B023
         if isinstance(line, str):
             axis.text(
                 -0.94,
@@ -104,9 +110,9 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
             low, high = float(line["low"]), float(line["high"])
             axis.plot([max(low, -edge), min(high, edge)], [place, place], color=colour, linewidth=1.4, alpha=0.7)
         axis.plot([value], [place], "o", color=colour, markersize=5)
-        axis.text(-0.92, place, line["effect"], transform=axis.get_yaxis_transform(), fontsize=9, color=INK, va="center")
+        say(-0.92, line["effect"], 9)
         said = f"{value:+.2f}" + (f"  p {float(line['p']):.3f}" if line["p"] != "" else "") + f"  n {line['seeds']}"
-        axis.text(1.02, place, said, transform=axis.get_yaxis_transform(), fontsize=8, color=MUTED, va="center")
+        say(1.02, said, 8, color=MUTED)
     axis.set_xlim(-edge, edge)
     axis.set_ylim(len(lines) - 0.5, -0.7)
     axis.set_yticks([])

@@ -1,12 +1,13 @@
 """The process of one run of an ablation: trains, evaluates, and keeps the figures in place of the checkpoint.
 
-python -m simplclip.ablate.worker RUN.yaml [--keep]
+python -m simplclip.ablate.worker RUN.yaml PARENT [--keep]     PARENT: the process that started it
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import statistics
@@ -15,6 +16,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from simplclip import evaluation, train
 from simplclip.common import hardware
@@ -25,10 +28,11 @@ from simplclip.train.config import Config
 from simplclip.train.state import load_model
 
 RESULT = "result.json"
+MATRIX = 1 << 26  # most similarities for `auc`
 
 
 def follow(parent: int, period: float = 2.0) -> None:
-    """End this process as Ctrl-C does when its parent ends, so that a killed ablation leaves no run behind."""
+    """Stop this process as SIGTERM does when its parent has ended, so that a killed ablation leaves no run behind."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -38,8 +42,21 @@ def follow(parent: int, period: float = 2.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def auc(split: evaluation.Split) -> float:
+    """The probability that a pair is more similar than an image and a caption of different groups: how well one threshold for
+    all queries tells pairs from others, which recall does not see. Of large splits every k-th image, with its captions."""
+    step = math.ceil(math.sqrt(len(split.groups) * len(split.caption_groups) / MATRIX))
+    groups, caption_groups = split.groups[::step], split.caption_groups
+    captions = torch.isin(caption_groups, groups).nonzero()[:, 0]
+    similarity = split.image_features[:][::step] @ split.text_features[:][captions].T
+    pairs = groups[:, None] == caption_groups[captions]
+    matched, others = similarity[pairs], similarity[~pairs].sort().values
+    below, upto = (torch.searchsorted(others, matched, right=right).double().mean() for right in (False, True))
+    return float((below + upto) / 2 / len(others))
+
+
 def result(values: Config) -> dict[str, Any]:
-    """Figures of the finished run: R@k with its chance for each split and direction, time per step, and parameters."""
+    """Figures of the finished run: of each split R@k with its chance by direction and AUC; time per step; parameters."""
     out = Path(values.run.out)
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)
@@ -48,7 +65,7 @@ def result(values: Config) -> dict[str, Any]:
     found = {}
     for name, split in splits.items():
         evaluation.encode(model, split, values.eval.batch_size, device, precision, workers=values.data.workers or 0)
-        found[name] = evaluation.retrieval(split, device)
+        found[name] = {**(evaluation.retrieval(split, device) or {}), "AUC": auc(split)}
     with open(out / "metrics.csv", newline="") as file:
         rates = [float(row["samples_per_s"]) for row in csv.DictReader(file)]
     return {
@@ -69,9 +86,9 @@ def main(path: str, keep: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    follow(os.getppid())
+    follow(int(sys.argv[2]))
     try:
-        main(sys.argv[1], "--keep" in sys.argv[2:])
+        main(sys.argv[1], "--keep" in sys.argv[3:])
     except train.Interrupted as stop:
         print(stop)
         sys.exit(130)

@@ -103,6 +103,7 @@ def make(
         f"precision {this.precision} ({this.why})",
         "two steps; the second has the optimizer's state from its beginning",
         *([] if on_card else ["nothing for oneDNN's workspaces inside convolutions"]),
+        *this.base.assumed,
     ]
     if config.data.micro_batch == "auto":
         show("looking for the micro-batch")

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
-from simplclip.common import hardware
+from simplclip.common import hardware, plugins
 from simplclip.models.inherit import TAG
-from simplclip.train.config import Config, ConfigError
+from simplclip.train.config import Config
 from simplclip.train.state import Training, lr_factor, make_optimizer
 from simplclip.train.step import train_step
 
@@ -28,12 +29,13 @@ During = Callable[[str, str], AbstractContextManager]  # the context of a phase,
 class TrainerStep(Training):
     """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
 
-    teacher_width: D̂; if None, it is read from the shards. Of the teacher and the sources only shapes matter. `predict` and
-    `measure` use `modules`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
+    teacher_width: D̂; if None, it is read from the shards. Of the teacher and the sources only shapes matter; `assumed` says
+    what stands for those that are not on this machine. `predict` and `measure` use `modules`, `optimizer`, `materialize`,
+    `place`, `batches` and `run`, which OpenClipStep has too.
     """
 
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
-        self.teacher_width = teacher_width
+        self.teacher_width, self.assumed = teacher_width, list[str]()
         super().__init__(config, torch.device("cpu"), precision)
 
     def resized(self, config: Config) -> TrainerStep:
@@ -91,18 +93,34 @@ class TrainerStep(Training):
         train_step(self, batches)
 
     def read_teacher(self) -> dict[str, Any]:
-        if self.teacher_width is None:
+        """What the shards say of the teacher; without them a teacher of the student's width."""
+        width = self.teacher_width
+        if width is None:
             try:
                 return super().read_teacher()
             except (ValueError, data.ShardError) as error:
-                raise ConfigError(
-                    f"{error}. To plan without the shards: --teacher-width, the width of its features"
-                ) from None
-        return {"name": "a teacher", "width": self.teacher_width, "logit_scale": TEACHER_SCALE}
+                model = self.config.model
+                width = model.options.get("embed_dim", models.spec_of(model.name).config["embed_dim"])
+                self.assumed.append(f"a teacher of the student's width, {width} (--teacher-width): {error}")
+        return {"name": "a teacher", "width": width, "logit_scale": TEACHER_SCALE}
 
     def sources(self) -> Any:
         sources = self.config.inherit.source
-        return [_architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
+        return [self._architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
+
+    def _architecture(self, source: str) -> Any:
+        """Empty tensors of an open_clip tag, so that nothing is downloaded, or in place of a file that is missing here."""
+        name, slash, _ = source.removeprefix(TAG).partition("/")
+        original = models.original(self.config.model.name)
+        if slash and name in open_clip.list_models():
+            original = models.PLAIN + name
+        elif original is None or Path(source).exists() or source in plugins.entries("weights"):
+            return source
+        else:
+            self.assumed.append(f"weights of {original.removeprefix(models.PLAIN)}, since {source} is not on this machine")
+        with torch.device("meta"):
+            model = models.create(original, device="meta")
+        return {key: torch.empty(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The outputs for a batch; for a merged one (see `batches`) only tensors of its size."""
@@ -132,16 +150,6 @@ def busiest(config: Config) -> int:
     schedules, steps = config.loss.weights.values(), config.run.steps
     turns = sorted({0, steps - 1, *(s.start for s in schedules), *(s.start + 1 for s in schedules)})
     return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
-
-
-def _architecture(source: str) -> Any:
-    """Empty tensors of an open_clip tag, so that nothing is downloaded."""
-    name, slash, _ = source.removeprefix(TAG).partition("/")
-    if not slash or name not in open_clip.list_models():
-        return source
-    with torch.device("meta"):
-        model = models.create(models.PLAIN + name, device="meta")
-    return {key: torch.empty(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
 
 
 class OpenClipStep:

@@ -34,6 +34,7 @@ def block_distance(output: Tensor, target: Tensor, lengths: Tensor | None = None
     LN is a layer norm over the channels without weights. So d is 1 minus the correlation over channels (0: alike, 1:
     unrelated, 2: opposite) wherever the variance is far above LN's eps, 1e-5. Scale and shift of a token do not count: a
     residual stream grows from block to block, while a simplified block has no skip connection and normalises its input.
+    Where the last block's output is read without a norm, as by FastViT's last convolution, other terms must teach its scale.
 
     Args:
         output, target: [B, L, C], or maps [B, C, H, W].

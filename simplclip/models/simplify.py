@@ -206,7 +206,7 @@ def simplify(
             ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
             are disjoint ("all" counts for both parts); those of attention and MLP may differ.
         share_norms_and_gains: share norms and gains within a group as well (the norm only within a group of "all").
-        mlp_ratio, act, drop_path: as in the old block when None.
+        mlp_ratio, act, drop_path: as in the old block when None. mlp_ratio: for both towers, or by tower.
         norm: "layernorm" or "rmsnorm".
         value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
             weights.
@@ -317,7 +317,8 @@ def _encoders(model: nn.Module) -> Any:
 
 
 def _text_sites(model: nn.Module) -> Iterator[_Site]:
-    prefix, tower = ("text.", model.text) if getattr(model, "text", None) is not None else ("", model)
+    tower: Any = getattr(model, "text", None)
+    prefix, tower = ("", model) if tower is None else ("text.", tower)
     if isinstance(tower, TextTower):
         kinds = (PreNormLayer, SimplifiedBlock)
         layers = ((f"text.layers.{i}", layer) for i, layer in enumerate(tower.layers) if isinstance(layer, kinds))

@@ -130,7 +130,7 @@ class LossConfig(Section):
     block_weight: Weight = Field(
         0.0,
         description="weight of layer-wise distillation: outputs of simplified blocks against those of the blocks that they "
-        "replaced, from inherit.source; {value: 1, until: 500} makes it a first stage, which then frees those blocks",
+        "replaced, from inherit.source; {value: 30, until: 500} makes it a first stage, which then frees those blocks",
     )
     projection: bool = Field(False, description="learn projections to the teacher's width if it differs")
     scratch_mib: int = Field(64, ge=1, description="MiB for the chunks of the similarity matrices, never stored whole")

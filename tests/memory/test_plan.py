@@ -8,7 +8,7 @@ import torch
 from open_clip import create_model
 from typer.testing import CliRunner
 
-from simplclip import cli
+from simplclip import cli, models
 from simplclip.memory import pretend
 from simplclip.memory.count import UncountedOp
 from simplclip.memory.measure import measure, predict
@@ -69,6 +69,19 @@ def test_siclip_s0(precision, name, tmp_path):
     torch.manual_seed(0)
     torch.save(create_model("MobileCLIP2-S0", pretrained_image=False).state_dict(), tmp_path / "s0.pt")
     check(lambda: trainer("siclip2-s0", precision, f"inherit.source={tmp_path / 's0.pt'}", *S0[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("changes", [["data.batch_size=96"], ["data.batch_size=320", "data.micro_batch=64"]], ids=str)
+def test_layer_wise_distillation(precision, changes, tmp_path):
+    torch.manual_seed(0)
+    torch.save(models.create("siclip-tiny", simplified=False).state_dict(), tmp_path / "original.pt")
+    changes = [*changes, f"inherit.source={tmp_path / 'original.pt'}"]
+    taught = lambda: trainer(TINY_CONFIG, precision, *changes, "loss.block_weight={value: 1, until: 9}")  # noqa: E731
+    check(taught, within=0.01 if precision == "fp32" else 0.02)  # oneDNN copies the operands of an original's bf16 bmm
+    kept = sum(t.nbytes for t in taught().distillation.originals.parameters())
+    assert predict(taught(), CPU).peak > predict(trainer(TINY_CONFIG, precision, *changes), CPU).peak + kept
 
 
 @pytest.mark.prove
@@ -247,14 +260,23 @@ def test_a_step_that_does_not_fit():
         assert words in shown
 
 
+def test_what_is_not_on_this_machine_is_assumed(tmp_path):
+    """The shards, and the file of weights; only the shapes of both matter."""
+    changes = f"data.train={tmp_path}/*.tar", f"inherit.source={tmp_path}/s0.pt", "data.batch_size=256"
+    step = TrainerStep(config.load("siclip-s0", changes), "fp32")
+    assert step.teacher["width"] == 512
+    told = "a teacher of the student's width, 512 (--teacher-width): data.train:"
+    assert any(line.startswith(told) for line in step.assumed)
+    assert f"weights of mobileclip-s0, since {tmp_path}/s0.pt is not on this machine" in step.assumed
+    assert "visual.trunk.stages.0" in step.inheritance.names
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([TINY_CONFIG, "--memory", "1GiB", "--compare", "timm"], "--compare: expected open_clip, got 'timm'"),
         ([TINY_CONFIG, "--memory", "1GiB", "--device", "tpu"], "--device: expected cuda or cpu, got 'tpu'"),
         ([TINY_CONFIG, "--memory", "1GiB"], "is a build without CUDA, which plans for a card need (the card itself is not"),
-        (["siclip-lite0-emoji", "--memory", "1GiB", "--set", "data.train=none/*.tar", "--device", "cpu"],
-         "the pattern 'none/*.tar', which matches none. To plan without the shards: --teacher-width"),
     ],
 )  # fmt: skip
 def test_bad_input_of_a_torch_without_cuda(monkeypatch, arguments, message):

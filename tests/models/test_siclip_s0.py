@@ -96,3 +96,16 @@ def test_the_configs_fit_a_24_gib_card(name):
     shown = CliRunner().invoke(app, ["plan", name, "--card", "3090", "--teacher-width", "768"])
     assert shown.exit_code == 0, shown.output
     assert "yes" in shown.output
+
+
+def test_the_last_blocks_mlp_computes_one_token_of_each_text(student):
+    torch.manual_seed(0)
+    torch.nn.init.uniform_(student.text.layers[-1].layer_scale)
+    text, seen = torch.randint(1, 49000, (3, 77)), []
+    hook = student.text.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    with torch.no_grad():
+        features, tokens = student.text(text), student.text.encode_tokens(text)
+    hook.remove()
+    assert seen == [(3, 512), (3, 77, 512)]
+    expected = tokens[torch.arange(3), text.argmax(1)] @ student.text.text_projection
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
