@@ -121,7 +121,7 @@ class RepMixerBlock(nn.Module):
         mixed = self.mixer(x.transpose(1, 2).unsqueeze(2))  # [B, C, 1, L]
         x, hidden = (t.squeeze(2).transpose(1, 2) for t in (mixed, self.conv(mixed)))
         if token is not None:
-            rows = torch.arange(len(x), device=x.device)
+            rows = torch.arange(x.shape[0], device=x.device)  # with len, an export would fix the batch
             x, hidden = x[rows, token], hidden[rows, token]
         return x + self.layer_scale * self.mlp(hidden)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import simplclip
 from simplclip import models
+from simplclip.export import onnx_towers
 from simplclip.models import mobileclip
 from simplclip.models.inherit import NEW, InheritanceError
 from simplclip.models.simplify import TransformerBlock, count_parameters
@@ -313,3 +314,11 @@ def test_an_encoder_of_the_published_checkpoint(model, published, tmp_path):
         simplclip.load(NAME, tmp_path / "bad.pt")
     with pytest.raises(FileNotFoundError, match="checkpoint: no such file: gone.pt"):
         simplclip.load(f"{NAME}/gone.pt")
+
+
+def test_its_text_tower_exports_for_any_batch(tmp_path):
+    tower, case = small_tower()
+    model = small().eval()
+    model.text = tower
+    found = onnx_towers.export(model, "text", case["tokens"], tmp_path / "text.onnx")
+    assert set(found["max_abs_error"]) == {"1", "3"}
