@@ -91,7 +91,8 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
     ends = {row["effect"]: [float(row[end]) for end in ("low", "high")] for row in rows if row["low"] != ""}
     shown = [0.0, *(float(row["difference"]) for row in rows), *(end for pair in ends.values() for end in pair)]
     left, right = max(min(shown), -cut), min(max(shown), cut)
-    axis.set_xlim(left - 0.04 * (right - left), right + 0.04 * (right - left))
+    margin = 0.04 * (right - left) or 1.0
+    axis.set_xlim(left - margin, right + margin)
     for place, line in enumerate(lines):
         beside = {"transform": axis.get_yaxis_transform(), "color": INK, "va": "center"}
         say = lambda x, text, size, **more: axis.text(x, place, text, fontsize=size, **beside | more)  # noqa: E731, B023
