@@ -125,6 +125,22 @@ def ablation(*groups: str) -> list[str]:
     return lines if groups else [*lines, "", f"![Effects]({'../' + str(path.with_suffix('.png').relative_to(ROOT))})"]
 
 
+def gradients() -> list[str]:
+    """A row for each step: the gradients of the terms on the features, and pair matching's plane."""
+    path, rows = read("gradients")
+    columns = [name for name in rows[0] if name not in ("hardware", "torch", "simplclip", "commit", "date")]
+    lines = [f"| {' | '.join(columns)} |", "|" + "--:|" * len(columns)]
+    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in rows]
+    first = rows[0]
+    return [
+        *lines,
+        "",
+        f"Contrastive with pair matching of weight 1, seed 0, 150 steps of 128 pairs; {first['hardware']}, "
+        f"torch {first['torch']}, commit {first['commit']}, {first['date']} (`{path.relative_to(ROOT)}`; "
+        "`python -m benchmarks.gradients`).",
+    ]
+
+
 def demo() -> list[str]:
     path = newest("demo-*.json")
     result = json.loads(path.read_text())
@@ -230,7 +246,7 @@ TABLES = {
         "demo": demo,
         "ablation": ablation,
     },
-    LOSSES: {"terms": lambda: ablation("pair matching", "noise", "distillation")},
+    LOSSES: {"terms": lambda: ablation("pair matching", "noise", "distillation"), "gradients": gradients},
 }
 
 

@@ -19,12 +19,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from simplclip.ablate import effects as files
 from simplclip.ablate import tables
 from simplclip.ablate.effects import Effect, Trial
 from simplclip.ablate.worker import RESULT
 from simplclip.common.errors import UserError
-from simplclip.common.files import locked, write_atomically, write_csv
+from simplclip.common.files import differences, locked, write_atomically, write_csv
 from simplclip.common.progress import Progress
 from simplclip.train import config
 from simplclip.train.config import ConfigError
@@ -65,7 +67,7 @@ def run(
         train: False only writes the tables of the runs that are done.
 
     Raises:
-        ConfigError: a setting or the effects file is not valid, or data are missing.
+        ConfigError: a setting or the effects file is not valid, data are missing, or a default has changed since a run.
         FileExistsError: another process uses OUT.
         AblationError: runs failed; raised when all others are done.
     """
@@ -80,6 +82,8 @@ def run(
     for effect in chosen:
         number = effect.seeds or found.seeds or seeds
         plan.append((effect, [files.trials(found, effect, seed, source, overrides) for seed in range(number)]))
+    for trial in {trial.digest: trial for trial in _all(plan)}.values():
+        _check_defaults(trial, source, out)
     title = f"{source}: what each setting changes"
     if not train:
         return report(plan, out, title)
@@ -132,6 +136,28 @@ def _all(plan: Plan) -> Iterator[Trial]:
     for trial in (trial for _, pairs in plan for pair in pairs for trial in pair.values()):
         yield from trial.prepared.values()
         yield trial
+
+
+def _check_defaults(trial: Trial, source: str, out: Path) -> None:
+    """Check that the settings of an earlier run still mean the same: digests do not contain defaults, which may change."""
+    earlier = (folder := trial.folder(out)).with_name(f"{folder.name}.yaml")
+    if folder.exists() and earlier.exists():
+        was, now = yaml.safe_load(earlier.read_text()), config.load(source, trial.overrides(out)).to_dict()
+        known = {key: value for key, value in differences(was, now).items() if _has(was, key)}
+        known.pop("run.out", None)
+        if known:
+            changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in known.items())
+            raise ConfigError(
+                f"out: expected runs of the present defaults, got {folder}: {changes}. Delete it to do it again"
+            )
+
+
+def _has(values: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def _done(trial: Trial, out: Path) -> bool:

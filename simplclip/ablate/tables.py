@@ -87,9 +87,12 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
     axis = figure.add_axes((0.42, 0.55 / height, 0.44, 1 - 1.35 / height))
     style(axis, "")
     axis.axvline(0, color=INK, linewidth=0.9)
-    edge = max(abs(float(row["difference"])) for row in rows)
-    shown = [float(row[side]) for row in rows for side in ("low", "high") if row[side] != ""]
-    edge = max(edge * 1.15, min(max(map(abs, shown), default=edge), 2.5 * edge) * 1.05, 0.1)  # long intervals are cut
+    cut = 2.5 * max(abs(float(row["difference"])) for row in rows) or 1.0  # longer intervals leave the picture
+    ends = {row["effect"]: [float(row[end]) for end in ("low", "high")] for row in rows if row["low"] != ""}
+    shown = [0.0, *(float(row["difference"]) for row in rows), *(end for pair in ends.values() for end in pair)]
+    left, right = max(min(shown), -cut), min(max(shown), cut)
+    margin = 0.04 * (right - left) or 1.0
+    axis.set_xlim(left - margin, right + margin)
     for place, line in enumerate(lines):
         beside = {"transform": axis.get_yaxis_transform(), "color": INK, "va": "center"}
         say = lambda x, text, size, **more: axis.text(x, place, text, fontsize=size, **beside | more)  # noqa: E731, B023
@@ -106,14 +109,12 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
             )
             continue
         value, colour = float(line["difference"]), COLOURS[groups.index(line["group"]) % len(COLOURS)]
-        if line["low"] != "":
-            low, high = float(line["low"]), float(line["high"])
-            axis.plot([max(low, -edge), min(high, edge)], [place, place], color=colour, linewidth=1.4, alpha=0.7)
+        if line["effect"] in ends:
+            axis.plot(ends[line["effect"]], [place, place], color=colour, linewidth=1.4, alpha=0.7)
         axis.plot([value], [place], "o", color=colour, markersize=5)
         say(-0.92, line["effect"], 9)
         said = f"{value:+.2f}" + (f"  p {float(line['p']):.3f}" if line["p"] != "" else "") + f"  n {line['seeds']}"
         say(1.02, said, 8, color=MUTED)
-    axis.set_xlim(-edge, edge)
     axis.set_ylim(len(lines) - 0.5, -0.7)
     axis.set_yticks([])
     axis.set_xlabel("difference of R@1, points: mean and 95 % interval of the paired difference over seeds", color=MUTED)

@@ -15,12 +15,14 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from simplclip import ablate, cli
 from simplclip.ablate import tables, worker
 from simplclip.common.files import locked
+from simplclip.train import config
 from simplclip.train.config import ConfigError
 
 TEXT = """
@@ -192,6 +194,20 @@ def test_what_it_refuses(source, effects, tmp_path, pretended):
     with pytest.raises(ConfigError, match="data: expected the folder .*/noisy, which does not exist; to make it: make noisy"):
         ablate.run(source, effects, tmp_path / "out")
     ablate.run(source, effects, tmp_path / "out", only=["matching"], seeds=1)
+
+
+def test_runs_of_other_defaults_are_not_taken_for_those_of_the_present(source, effects, tmp_path, pretended):
+    out = tmp_path / "out"
+    ablate.run(source, effects, out, seeds=1, only=["pm"])
+    folder = next(out.glob("pm-variant-*"))
+    stored = config.load(source, [f"run.out={folder}"]).to_dict()
+    del stored["loss"]["negatives"]  # a key that the earlier version did not have
+    folder.with_name(f"{folder.name}.yaml").write_text(yaml.safe_dump(stored))
+    ablate.run(source, effects, out, seeds=1, only=["pm"])
+    stored["optim"]["eps"] = 0.5
+    folder.with_name(f"{folder.name}.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(ConfigError, match=rf"got {folder}: optim.eps was 0.5, now 1e-06. Delete it to do it again"):
+        ablate.run(source, effects, out, seeds=1, only=["pm"])
 
 
 def test_runs_are_processes_with_their_share_of_threads(source, effects, tmp_path, monkeypatch):
