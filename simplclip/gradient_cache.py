@@ -251,7 +251,7 @@ def check(model: nn.Module) -> None:
             raise InputError(
                 f"model: expected no batch statistics, got {type(module).__name__} {name!r} in training mode: statistics "
                 "of a micro-batch are not those of the whole batch, and running statistics would count every sample twice. "
-                "Put such norms into eval mode (model.freeze_norms=true in a config), or use norms without batch statistics, e.g. "
+                "Put such norms into eval mode (model.freeze_norms=true in a config), or use others, e.g. "
                 "LayerNorm or GroupNorm"
             )
 
