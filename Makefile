@@ -70,8 +70,14 @@ data/emoji-teacher: install
 	$(BIN)/simplclip data emoji --out data/emoji
 	$(BIN)/simplclip teacher 'data/emoji/train-*.tar' --out data/emoji-teacher
 
-ablation: data/emoji-teacher  ## what each part of the system adds: 36 training runs; resumes
-	$(BIN)/simplclip ablate siclip-lite0-emoji --out runs/ablation --set run.steps=150 --set data.batch_size=128 --jobs $(CORES)
+.PHONY: data/emoji-noisy
+data/emoji-noisy: data/emoji-teacher
+	$(BIN)/simplclip data emoji --swap 0.1 --out data/emoji-swap10
+	$(BIN)/simplclip data emoji --swap 0.3 --out data/emoji-swap30
+	$(BIN)/simplclip teacher 'data/emoji-swap30/train-*.tar' --out data/emoji-swap30-teacher --heads data/emoji-teacher.heads.safetensors
+
+ablation: data/emoji-noisy  ## what each part of the system adds: hours of training; resumes
+	$(BIN)/simplclip ablate siclip-lite0-emoji --effects emoji --out runs/ablation --seeds 3 --jobs $(CORES)
 
 # A worker for each core, with one thread. The tests of a file stay together as long as there is other work (its fixtures).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(CORES) --dist worksteal

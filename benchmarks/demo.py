@@ -31,14 +31,17 @@ def keep_demo(run: Path, where: dict[str, str], name: str) -> Path:
 
 
 def keep_ablation(run: Path, where: dict[str, str], name: str) -> Path:
-    write_csv(RESULTS / f"ablation-{name}.csv", [row | where for row in read(run / "ablation.csv")])
-    shutil.copyfile(run / "ablation.png", RESULTS / f"ablation-{name}.png")
+    """The effects that have at least three seeds; the runs in a second file."""
+    effects = [row for row in read(run / "effects.csv") if row["p"] and int(row["seeds"]) >= 3]
+    write_csv(RESULTS / f"ablation-{name}.csv", [row | where for row in effects])
+    write_csv(RESULTS / f"ablation_runs-{name}.csv", [row | where for row in read(run / "ablation.csv")])
+    shutil.copyfile(run / "effects.png", RESULTS / f"ablation-{name}.png")
     return RESULTS / f"ablation-{name}.csv"
 
 
 def main() -> None:
     run, where = Path(sys.argv[1]), hardware.describe()
-    keep = keep_ablation if (run / "ablation.csv").exists() else keep_demo
+    keep = keep_ablation if (run / "effects.csv").exists() else keep_demo
     name = f"{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}"
     print(f"wrote {keep(run, where, name)}")
 

@@ -1,12 +1,15 @@
-"""Plans siclip2-s0 on a 24 GiB card beside MobileCLIP2-S0 in open_clip: `python -m benchmarks.plan` (no GPU is needed).
+"""Plans a student on a 24 GiB card beside the model that it is made from, trained whole by open_clip: no GPU is needed.
 
-Every row is an answer of `simplclip plan siclip2-s0 --memory rtx-3090 --teacher-width 768 --compare open_clip` with the
-changes named; the first one's picture is kept too.
+    python -m benchmarks.plan siclip-s0 siclip2-s0
+
+Every row is an answer of `simplclip plan NAME --memory rtx-3090 --teacher-width 768 --compare open_clip` with the changes
+named; the picture of the third one is kept too.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 
 from benchmarks import hardware
 from benchmarks.results_file import RESULTS
@@ -16,8 +19,10 @@ from simplclip.memory import report
 from simplclip.train import config
 
 CARD, TEACHER_WIDTH = "rtx-3090", 768
+PLAIN = ["data.captions_per_image=1", "loss.feature_weight=0", "loss.interactive_weight=0", "loss.projection=false"]
 SAME = ["loss.pm_weight=0", "loss.relational_weight=1"]  # what open_clip's DistillClipLoss computes
-WIKD = ["loss.relational_weight=1", "loss.interactive_weight=1", "loss.feature_weight=1", "loss.projection=true"]
+WIKD = [f"loss.{name}=1" for name in ("relational_weight", "interactive_weight", "feature_weight", "pm_weight")]
+WIKD += ["loss.projection=true"]
 WHOLE = ["inherit.source=null", "model.freeze_norms=true"]
 CASES = {
     "all of it trained": [*WHOLE, *SAME],
@@ -27,22 +32,23 @@ CASES = {
 }
 
 
-def main() -> None:
+def run(name: str) -> None:
     budget = plan.Budget(plan.parse_memory(CARD))
     plans = {}
-    for name, changes in CASES.items():
-        made = plan.make(
-            config.load("siclip2-s0", changes), budget, teacher_width=TEACHER_WIDTH, compare=not plans, show=print
-        )
-        plans[name] = report.as_dict(made) | {"changes": changes}
+    for case, changes in CASES.items():
+        # The three stages of the config would be the same in all rows.
+        values = config.load(name, [*PLAIN, *changes])
+        made = plan.make(values, budget, teacher_width=TEACHER_WIDTH, compare=not plans, show=print)
+        plans[case] = report.as_dict(made) | {"changes": changes}
         if len(plans) == 3:
-            report.draw(RESULTS / "plan-siclip2-s0.png", made)
+            report.draw(RESULTS / f"plan-{name}.png", made)
     where = hardware.describe()
-    result = {"card": CARD, "teacher_width": TEACHER_WIDTH, "plans": plans} | where
-    path = RESULTS / f"plan-siclip2-s0-{where['date']}.json"
+    result = {"model": name, "card": CARD, "teacher_width": TEACHER_WIDTH, "plans": plans} | where
+    path = RESULTS / f"plan-{name}-{where['date']}.json"
     write_atomically(path, json.dumps(result, indent=2) + "\n")
     print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    for wanted in sys.argv[1:] or ("siclip-s0", "siclip2-s0"):
+        run(wanted)

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md, and the charts, from the committed result files.
+"""Writes the tables of README.md, docs/benchmarks.md and docs/losses.md, and the charts, from the committed result files.
 
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    write nothing; fail if a file is not what the result files say
@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
@@ -65,6 +64,7 @@ def op_table(op: str, decimals: int = 0, sizes: tuple[str, ...] = ()) -> list[st
         "samples/s": ("samples_per_s", str),
         "products": ("gemms", lambda value: f"{float(value):g}"),
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
+        "parameters": ("parameters", lambda value: f"{int(value):,}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
         "MiB, times simplclip's": ("memory_times_ours", str),
         "saved MiB": ("saved_mib", lambda value: f"{float(value):,.0f}"),
@@ -100,42 +100,45 @@ def attention_table() -> list[str]:
     )
 
 
-def ablation() -> list[str]:
-    """A row for each variant: R@1, mean of both directions, over the seeds with their standard deviation."""
+def ablation(*groups: str) -> list[str]:
+    """A row for each effect, of these groups or of all: R@1 of base and variant, and the paired difference."""
     path, rows = read("ablation")
-    splits, starts, variants = (list(dict.fromkeys(row[key] for row in rows)) for key in ("split", "start", "variant"))
-    seeds = dict.fromkeys(row["seed"] for row in rows)
+    rows = [
+        row for row in rows if (row["measure"], row["split"]) == ("R@1", "all") and (not groups or row["group"] in groups)
+    ]
+    lines = ["| effect | steps | seeds | base | variant | difference, 95 % interval | p |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines.append(f"| **{group}** | | | | | | |")
+        for row in (row for row in rows if row["group"] == group):
+            base, variant = (f"{float(row[s]):.1f} ± {float(row[f'{s} std']):.1f}" for s in ("base", "variant"))
+            low, high = float(row["low"]), float(row["high"])
+            difference = f"{float(row['difference']):+.1f} ({low:+.1f} to {high:+.1f})"
+            cells = (row["effect"], row["variant steps"], row["seeds"], base, variant, difference, f"{float(row['p']):.3f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    first = rows[0]
+    lines += [
+        "",
+        "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± standard deviation of the seeds, "
+        "the paired difference, and p of the paired t-test, not corrected for the number of effects. "
+        f"siclip-lite0 on the built-in data; {first['hardware']}, torch {first['torch']}, commit {first['commit']}, "
+        f"{first['date']} (`{path.relative_to(ROOT)}`; `make ablation`).",
+    ]
+    return lines if groups else [*lines, "", f"![Effects]({'../' + str(path.with_suffix('.png').relative_to(ROOT))})"]
 
-    def of_seeds(variant: str, start: str, split: str) -> list[float]:
-        mine = [row for row in rows if (row["variant"], row["start"], row["split"]) == (variant, start, split)]
-        return [100 * statistics.mean(float(row["R@1"]) for row in mine if row["seed"] == seed) for seed in seeds]
 
-    def cell(variant: str, start: str, split: str) -> str:
-        figures = of_seeds(variant, start, split)
-        return f"{statistics.mean(figures):.1f} ± {statistics.stdev(figures) if len(figures) > 1 else 0:.1f}"
-
-    columns = [(start, split) for split in splits for start in starts]
-    titles = ["", *(f"{split}, {start}" for start, split in columns)]
-    lines = [f"| {' | '.join(titles)} |", f"|---|{'--:|' * len(columns)}"]
-    lines += [f"| {v} | {' | '.join(cell(v, start, split) for start, split in columns)} |" for v in variants]
-    full = (variants[-1], starts[-1])
-    ratios = []
-    for start in starts:
-        told = [
-            statistics.mean(of_seeds(*full, split)) / statistics.mean(of_seeds(variants[0], start, split)) for split in splits
-        ]
-        shown = " and ".join(f"{ratio:.2f} ({split})" for ratio, split in zip(told, splits))
-        ratios.append(f"{shown} times the R@1 of the {variants[0]} loss {start.replace('scratch', 'from scratch')}")
+def gradients() -> list[str]:
+    """A row for each step: the gradients of the terms on the features, and pair matching's plane."""
+    path, rows = read("gradients")
+    columns = [name for name in rows[0] if name not in ("hardware", "torch", "simplclip", "commit", "date")]
+    lines = [f"| {' | '.join(columns)} |", "|" + "--:|" * len(columns)]
+    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in rows]
     first = rows[0]
     return [
         *lines,
         "",
-        f"R@1 in per cent, the mean of both directions: mean and standard deviation of {len(seeds)} seeds after "
-        f"{first['steps']} steps. All parts together, {starts[-1]}, have {', and '.join(ratios)}. "
-        f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']} "
-        f"(`{path.relative_to(ROOT)}`; `make ablation`).",
-        "",
-        f"![R@1 by variant](../{path.with_suffix('.png').relative_to(ROOT)})",
+        f"Contrastive with pair matching of weight 1, seed 0, 150 steps of 128 pairs; {first['hardware']}, "
+        f"torch {first['torch']}, commit {first['commit']}, {first['date']} (`{path.relative_to(ROOT)}`; "
+        "`python -m benchmarks.gradients`).",
     ]
 
 
@@ -160,9 +163,9 @@ def demo() -> list[str]:
     return lines
 
 
-def plan() -> list[str]:
+def plan(name: str) -> list[str]:
     """Pairs of a step that fit the card: in one graph, how many times open_clip's, and by gradient caching."""
-    path = newest("plan-*.json")
+    path = newest(f"plan-{name}-*.json")
     result = json.loads(path.read_text())
     by_case = {case: {a["what"]: a for a in made["answers"]} for case, made in result["plans"].items()}
     others = [a for answers in by_case.values() for what, a in answers.items() if "open_clip" in what]
@@ -172,7 +175,7 @@ def plan() -> list[str]:
     for case, answers in by_case.items():
         one, cached = answers["most in one graph"], answers["most by gradient caching"]
         ratio = one["batch_size"] / theirs
-        cells = (f"siclip2-s0, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
+        cells = (f"{name}, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
         cells = (*cells, f"{cached['batch_size']:,}", str(cached["micro_batch"]))
         lines.append(f"| {' | '.join(cells)} |")
     first = next(iter(result["plans"].values()))
@@ -185,7 +188,7 @@ def plan() -> list[str]:
         f"where nothing else is said. Predicted, not measured: no GPU was there. Torch {result['torch']}, "
         f"commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`; `make plan`).",
         "",
-        "![Memory of a step of siclip2-s0](../benchmarks/results/plan-siclip2-s0.png)",
+        f"![Memory of a step of {name}](../benchmarks/results/plan-{name}.png)",
     ]
 
 
@@ -224,7 +227,7 @@ def figures() -> list[str]:
     ]
 
 
-README, BENCHMARKS = "README.md", "docs/benchmarks.md"
+README, BENCHMARKS, LOSSES = "README.md", "docs/benchmarks.md", "docs/losses.md"
 CHARTS = {"docs/similarity_loss.svg": chart.SIMILARITY, "docs/sigmoid_loss.svg": chart.SIGMOID}
 TABLES = {
     README: {"figures": figures, "demo": demo},
@@ -235,13 +238,17 @@ TABLES = {
         "simplified_block": lambda: op_table("simplified_block"),
         "shaped_attention": attention_table,
         "towers": lambda: op_table("towers"),
+        "siclip_s0_blocks": lambda: op_table("siclip_s0_blocks", decimals=1),
+        "siclip_s0_step": lambda: op_table("siclip_s0_step"),
         "gradient_cache": lambda: op_table("gradient_cache"),
         "training": lambda: op_table("training"),
         "frozen_prefix": lambda: op_table("frozen_prefix"),
-        "plan": plan,
+        "plan-siclip-s0": lambda: plan("siclip-s0"),
+        "plan-siclip2-s0": lambda: plan("siclip2-s0"),
         "demo": demo,
         "ablation": ablation,
     },
+    LOSSES: {"terms": lambda: ablation("pair matching", "noise", "distillation"), "gradients": gradients},
 }
 
 

@@ -17,6 +17,7 @@ from simplclip.commands import data as data_commands  # noqa: E402
 from simplclip.commands.embed import embed  # noqa: E402
 from simplclip.commands.evaluate import evaluate  # noqa: E402
 from simplclip.commands.options import Device, Precision, named_splits  # noqa: E402
+from simplclip.commands.share import share  # noqa: E402
 from simplclip.common.errors import InputError, UserError  # noqa: E402
 
 # extra of this package -> modules that it installs
@@ -162,6 +163,12 @@ app.command(
 )(embed)
 
 
+app.command(
+    short_help="Measure which blocks of a model are alike and may share weights.",
+    epilog="Example: simplclip share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --tower text --budget 60%",
+)(share)
+
+
 @app.command(
     short_help="Predict the memory of a training step.",
     epilog="Example: simplclip plan siclip2-s0 --memory rtx-3090 --compare open_clip",
@@ -170,9 +177,7 @@ def plan(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],
     memory: Annotated[
         str,
-        typer.Option(
-            "--memory", "--card", help="Memory of the card: a size such as 24GiB, or a name: rtx-3090, 4090, a100-40."
-        ),
+        typer.Option("--memory", "--card", help="Memory of the card: a size such as 24GiB, or a card: rtx-3090, a100-40."),
     ],
     *,
     set_: Overrides = None,
@@ -204,21 +209,29 @@ def plan(
 
 
 @app.command(
-    short_help="Measure what each part of the system adds.",
-    epilog="Example: simplclip ablate siclip-lite0-emoji --out runs/ablation --seeds 3",
+    short_help="Measure what each setting changes.",
+    epilog="Example: simplclip ablate siclip-lite0-emoji --effects emoji --out runs/ablation --seeds 3 --jobs 2",
 )
 def ablate(
-    config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config with every part enabled.")],
-    out: Annotated[Path, typer.Option(help="Folder for the runs, ablation.csv and ablation.png.")],
+    config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config.")],
+    effects: Annotated[str, typer.Option(help="YAML file of effects, or the name of a built-in one, e.g. emoji.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs, effects.csv, effects.png and ablation.csv.")],
     set_: Overrides = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    start: Annotated[list[str] | None, typer.Option(help="scratch or inherited. May be repeated. Default: both.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each effect that names no number.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each with its share of the CPU threads.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Only effects of this name or group. May be repeated.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write the tables of the runs that are done.")] = False,
 ) -> None:
-    """Train the same student several times, each time with one more part. Repeat the command to continue after a stop."""
+    """Train a model without and with each change of an effects file, with several seeds, and compare.
+
+    Repeat the command to continue after a stop.
+    """
     from simplclip import ablate as ablation
 
-    path = ablation.run(config, out, overrides=set_ or (), seeds=seeds, starts=start or ablation.STARTS, jobs=jobs)
+    options = {"overrides": set_ or (), "seeds": seeds, "jobs": jobs, "only": only or (), "train": not report}
+    path = ablation.run(config, effects, out, **options)
     typer.echo(f"wrote {path} and {path.with_suffix('.png')}")
 
 

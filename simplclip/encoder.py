@@ -25,7 +25,7 @@ from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
 from simplclip.evaluation import features_of
-from simplclip.models.registry import first_line
+from simplclip.models.registry import WeightsError, first_line, read_weights
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.config import Config
 from simplclip.train.state import load_model
@@ -140,7 +140,8 @@ def load(
                                 tag's preprocessing is used, and nothing is downloaded
     open_clip:NAME/PATH         weights of that model in a file, .pt or .safetensors
     open_clip:NAME              checkpoint: such a file
-    siclip-tiny, ...            checkpoint: one of `simplclip train`, or the folder of a run
+    siclip-tiny, ...            checkpoint: one of `simplclip train`, the folder of a run, or a file of the model's weights,
+                                for mobileclip-s0 also the published one. Also siclip-tiny/PATH
     builtin                     the demo's teacher; checkpoint: the heads that `simplclip teacher` saved. Also builtin/PATH
 
     Without a tag, an open_clip model with a single known tag has that tag's preprocessing.
@@ -163,12 +164,8 @@ def load(
         found = _own(Path(source))
     elif name == BUILTIN and not (rest and checkpoint):
         found = _builtin(checkpoint or rest)
-    elif source in models.names():
-        if checkpoint is None:
-            raise InputError(f"checkpoint: expected a file with the weights of {source!r}, got none")
-        found = _own(Path(checkpoint))
-        if found["name"] != source:
-            raise CheckpointError(f"{checkpoint}: expected a checkpoint of {source!r}, got one of {found['name']!r}")
+    elif name in models.names() and not (rest and checkpoint):
+        found = _named(name, checkpoint or rest)
     elif source.endswith(_FILES) or (rest and checkpoint is None):
         raise FileNotFoundError(f"checkpoint: no such file: {source}")
     else:
@@ -182,6 +179,30 @@ def _builtin(heads: str | os.PathLike) -> dict[str, Any]:
         raise InputError(f"checkpoint: expected a file of heads for the teacher {BUILTIN!r}, got none")
     model, transform, tokenizer = plugins.load("teachers", BUILTIN).load(heads)
     return {"name": BUILTIN, "model": model, "preprocess": transform, "tokenizer": tokenizer}
+
+
+def _named(name: str, weights: str | os.PathLike) -> dict[str, Any]:
+    if not weights:
+        raise InputError(f"checkpoint: expected a file with the weights of {name!r}, got none")
+    path = Path(weights)
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint: no such file: {path}")
+    bare = path.is_file() and "format" not in read_weights(path, CheckpointError, "checkpoint: expected weights")
+    if not bare:
+        found = _own(path)
+        if found["name"] != name:
+            raise CheckpointError(f"{path}: expected a checkpoint of {name!r}, got one of {found['name']!r}")
+        return found
+    try:
+        model = models.create(name, checkpoint=path)
+    except (InputError, WeightsError) as error:
+        raise CheckpointError(str(error)) from None
+    return {
+        "name": name,
+        "model": model,
+        "preprocess": models.transforms(name, train=False),
+        "tokenizer": models.tokenizer(name),
+    }
 
 
 def _own(path: Path) -> dict[str, Any]:
@@ -208,6 +229,7 @@ def _exported(folder: Path) -> dict[str, Any]:
             f"{folder}: expected an export with weights for torch (--format safetensors), got {', '.join(about['files'])}"
         )
     model = models.create(name, checkpoint=folder / weights[0], **options)
+    name = models.renamed(name, model.state_dict())
     transform = models.transforms(name, train=False, image_size=size if isinstance(size, int) else tuple(size))
     return {"name": name, "model": model, "preprocess": transform, "tokenizer": models.tokenizer(name), "step": step}
 

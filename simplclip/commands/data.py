@@ -104,15 +104,20 @@ def shrink(
 @app.command(epilog="Example: simplclip data emoji --out data/emoji")
 def emoji(
     out: Annotated[Path, typer.Option(help="Folder for the shards.")] = Path("data/emoji"),
+    swap: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the training pairs whose captions are swapped, for noisy pairs.")
+    ] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing build.")] = False,
 ) -> None:
     """Build the built-in data: emoji of several vendors with their English names, as WebDataset shards."""
     from simplclip.demo import emoji as builder
 
-    summary = builder.build(out, force=force)
+    summary = builder.build(out, swap=swap, force=force)
     typer.echo(f"{'wrote' if summary['built'] else 'kept the complete build in'} {summary['path']}")
     for name, split in summary["splits"].items():
         typer.echo(f"  {name:<10} {split['samples']:>6} pairs of {', '.join(split['vendors'])}")
+    if swap:
+        typer.echo(f"  {summary['swapped']} pairs of train ({swap:g}) have each other's captions")
 
 
 def _unreadable(found: dict[str, str]) -> None:

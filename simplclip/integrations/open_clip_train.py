@@ -4,7 +4,7 @@
 ARGS are all arguments of `python -m open_clip_train.main`, and those of `parser()` below, whose defaults give the values of
 open_clip's losses: ClipPMLoss replaces ClipLoss, WIKDLoss DistillClipLoss, SigLipLoss and CoCaLoss those of the same name.
 While `main` runs, the names `create_loss` (open_clip 3.3) or `create_task` (open_clip 4) and `train_one_epoch` in the module
-open_clip_train.main are replaced; no file is changed.
+open_clip_train.main are replaced; no file is changed. --model takes the models of `register_models`, too.
 
 Learned parameters of a loss (the plane of pair matching, projections to a teacher's width) do not belong to the model, see
 `LossParameters`.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from simplclip import losses
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import replacing
+from simplclip.integrations.open_clip import register_models
 from simplclip.ops.similarity.call import NEGATIVES
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None):
         ours.print_help()
         print(flush=True)
         trainer.parse_args(["--help"])
+    register_models()
     options, rest = ours.parse_known_args(argv)
     replacements = _replacements(ours, options, trainer)
     _check(ours, options, trainer.parse_args(rest))

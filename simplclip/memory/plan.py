@@ -103,6 +103,7 @@ def make(
         f"precision {this.precision} ({this.why})",
         "two steps; the second has the optimizer's state from its beginning",
         *([] if on_card else ["nothing for oneDNN's workspaces inside convolutions"]),
+        *this.base.assumed,
     ]
     if config.data.micro_batch == "auto":
         show("looking for the micro-batch")
@@ -217,11 +218,12 @@ class _Planner:
     def of_open_clip(self, show: Callable[[str], None]) -> Answer:
         name = models.original(self.config.model.name)
         if name is None:
-            raise ConfigError(f"--compare: expected a model made from one of open_clip's, got {self.config.model.name}")
+            made = self.config.model.name
+            raise ConfigError(f"--compare: expected a model made from one of open_clip's or from mobileclip-s0, got {made}")
         sigmoid = self.config.loss.base == "sigmoid"  # which open_clip has without a teacher
         width = self.base.teacher["width"] if "distill_loss" in self.config.loss.weights and not sigmoid else None
         step = partial(OpenClipStep, name, precision=self.precision, teacher_width=width, **SIGLIP if sigmoid else {})
-        what = f"most in open_clip: {name}, {type(step(1).loss).__name__}"
+        what = f"most in open_clip: {name.removeprefix(models.PLAIN)}, {type(step(1).loss).__name__}"
         show(what)
         return self._answer(what, lambda n: predict(step(n), self.device))
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
-from simplclip.common import hardware
+from simplclip.common import hardware, plugins
 from simplclip.models.inherit import TAG
-from simplclip.train.config import Config, ConfigError
+from simplclip.train.config import Config
 from simplclip.train.state import Training, lr_factor, make_optimizer
 from simplclip.train.step import train_step
 
@@ -28,12 +29,13 @@ During = Callable[[str, str], AbstractContextManager]  # the context of a phase,
 class TrainerStep(Training):
     """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
 
-    teacher_width: D̂; if None, it is read from the shards. Of the teacher and the sources only shapes matter. `predict` and
-    `measure` use `modules`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
+    teacher_width: D̂; if None, it is read from the shards. Of the teacher and the sources only shapes matter; `assumed` says
+    what stands for those that are not on this machine. `predict` and `measure` use `modules`, `optimizer`, `materialize`,
+    `place`, `batches` and `run`, which OpenClipStep has too.
     """
 
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
-        self.teacher_width = teacher_width
+        self.teacher_width, self.assumed = teacher_width, list[str]()
         super().__init__(config, torch.device("cpu"), precision)
 
     def resized(self, config: Config) -> TrainerStep:
@@ -44,8 +46,9 @@ class TrainerStep(Training):
 
     @property
     def modules(self) -> list[nn.Module]:
-        """What has weights."""
-        return [self.model, self.loss, *self.folded.copies]
+        """All that has weights."""
+        originals = [self.distillation.originals] if self.distillation else []
+        return [self.model, self.loss, *self.folded.copies, *originals]
 
     def materialize(self, device: torch.device) -> None:
         """Gives the modules real weights on `device`."""
@@ -59,6 +62,7 @@ class TrainerStep(Training):
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, self.config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # it would read values of tensors
         self.step = busiest(self.config)
+        self._seen: dict[str, dict[str, tuple[int, torch.dtype]]] = {}  # by tower, width and dtype of its outputs
         self.model.train()
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
@@ -91,34 +95,45 @@ class TrainerStep(Training):
         train_step(self, batches)
 
     def read_teacher(self) -> dict[str, Any]:
-        if self.teacher_width is None:
+        """What the shards say of the teacher; without them a teacher of the student's width."""
+        width = self.teacher_width
+        if width is None:
             try:
                 return super().read_teacher()
             except (ValueError, data.ShardError) as error:
-                raise ConfigError(
-                    f"{error}. To plan without the shards: --teacher-width, the width of its features"
-                ) from None
-        return {"name": "a teacher", "width": self.teacher_width, "logit_scale": TEACHER_SCALE}
+                model = self.config.model
+                width = model.options.get("embed_dim", models.spec_of(model.name).config["embed_dim"])
+                self.assumed.append(f"a teacher of the student's width, {width} (--teacher-width): {error}")
+        return {"name": "a teacher", "width": width, "logit_scale": TEACHER_SCALE}
 
     def sources(self) -> Any:
         sources = self.config.inherit.source
-        return [_architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
+        return [self._architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
-    def encode_image(self, batch: dict[str, Any]) -> Tensor:
-        return self._encode(super().encode_image, batch, len(batch["group"]))
+    def _architecture(self, source: str) -> Any:
+        """Empty tensors of an open_clip tag, so that nothing is downloaded, or in place of a file that is missing here."""
+        name, slash, _ = source.removeprefix(TAG).partition("/")
+        original = models.original(self.config.model.name)
+        if slash and name in open_clip.list_models():
+            original = models.PLAIN + name
+        elif original is None or Path(source).exists() or source in plugins.entries("weights"):
+            return source
+        else:
+            self.assumed.append(f"weights of {original.removeprefix(models.PLAIN)}, since {source} is not on this machine")
+        with torch.device("meta"):
+            model = models.create(original, device="meta")
+        return {key: torch.empty(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
 
-    def encode_text(self, batch: dict[str, Any]) -> Tensor:
-        return self._encode(super().encode_text, batch, batch["text"].shape[:-1].numel())
-
-    def _encode(self, encode: Callable[[dict[str, Any]], Tensor], batch: dict[str, Any], rows: int) -> Tensor:
-        """Encodes a batch; for a merged one (see `batches`) only makes features of its size."""
+    def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The outputs for a batch; for a merged one (see `batches`) only tensors of its size."""
         if "unseen" in batch:
-            width, dtype = self._features
-            return torch.empty(rows, width, dtype=dtype, device=self.device)
+            rows = len(batch["group"]) if tower == "image" else batch["text"].shape[:-1].numel()
+            like = self._seen[tower].items()
+            return {name: torch.empty(rows, width, dtype=dtype, device=self.device) for name, (width, dtype) in like}
         with self.during("encode", "activations"):
-            features = encode(batch)
-        self._features = features.shape[1], features.dtype
-        return features
+            outputs = super().outputs(tower, batch)
+        self._seen[tower] = {name: (t.shape[1], t.dtype) for name, t in outputs.items()}
+        return outputs
 
     def text_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         parts = super().text_batches(batches)
@@ -127,9 +142,9 @@ class TrainerStep(Training):
         rows = sum(len(part["text"]) for part in parts[2:-1])
         return [*parts[:2], {"text": parts[2]["text"][:1].expand(rows, -1), "unseen": True}, parts[-1]]
 
-    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
+    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor, **distances: Tensor) -> dict[str, Tensor]:
         with self.during("loss", "loss"):
-            return super().terms(batches, image, text)
+            return super().terms(batches, image, text, **distances)
 
 
 def busiest(config: Config) -> int:
@@ -139,21 +154,12 @@ def busiest(config: Config) -> int:
     return max((step for step in turns if step < steps), key=lambda step: sum(s.at(step, steps) > 0 for s in schedules))
 
 
-def _architecture(source: str) -> Any:
-    """Empty tensors of an open_clip tag, so that nothing is downloaded."""
-    name, slash, _ = source.removeprefix(TAG).partition("/")
-    if not slash or name not in open_clip.list_models():
-        return source
-    with torch.device("meta"):
-        model = models.create(models.PLAIN + name, device="meta")
-    return {key: torch.empty(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
-
-
 class OpenClipStep:
-    """A step of open_clip's trainer on one of its models, with its loss for that model or with stored teacher features.
+    """A step of open_clip's trainer on a model, with its loss for that model or with stored teacher features.
 
-    teacher_width: the width of a teacher's features for DistillClipLoss; None: CoCaLoss for a CoCa, SigLipLoss for a model
-    with a logit bias, else ClipLoss. No teacher is in memory, unlike in open_clip's own trainer. options: of the model.
+    name, options: as for `models.create`. teacher_width: the width of a teacher's features for DistillClipLoss; None:
+    CoCaLoss for a CoCa, SigLipLoss for a model with a logit bias, else ClipLoss. No teacher is in memory, unlike in
+    open_clip's own trainer.
     """
 
     def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None, **options: Any) -> None:
@@ -168,12 +174,12 @@ class OpenClipStep:
         else:
             self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
 
+    def materialize(self, device: torch.device) -> None:
+        self.model = models.create(self.name, device=device, **self.options).train()
+
     @property
     def modules(self) -> list[nn.Module]:
         return [self.model, self.loss]
-
-    def materialize(self, device: torch.device) -> None:
-        self.model = models.create(models.PLAIN + self.name, device=device, **self.options).train()
 
     def place(self, device: torch.device, during: During) -> None:
         self.device, self.during = device, during
@@ -182,7 +188,7 @@ class OpenClipStep:
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
         with torch.device("cpu" if whole else "meta"):
-            image, text = inputs(models.PLAIN + self.name, self.model, self.batch_size, 1, whole)
+            image, text = inputs(self.name, self.model, self.batch_size, 1, whole)
             batch = {"image": image, "text": text}
             if self.teacher_width is not None:
                 for name in ("dist_image_features", "dist_text_features"):

@@ -8,11 +8,14 @@ from simplclip.models.registry import (
     create,
     names,
     original,
+    renamed,
+    spec_of,
     summary,
     tokenizer,
     transforms,
 )
 
 __all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "summary", "tokenizer", "transforms",
+    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "renamed", "spec_of", "summary",
+    "tokenizer", "transforms",
 ]  # fmt: skip

@@ -64,7 +64,8 @@ def fold(model: Model, *, inplace: bool = False) -> Model:
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
     holder = nn.Module()  # timm merges the children of what it is given
     holder.model = model if inplace else copy.deepcopy(model)
-    with torch.no_grad():
+    # timm's new layers draw initial weights, which a resumed run must not notice.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         reparameterize_model(holder, inplace=True)
         owners = Counter(id(child) for module in holder.modules() for child in module._modules.values())
         for module in list(holder.model.modules()):

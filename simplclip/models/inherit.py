@@ -31,6 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError
+from simplclip.models import warm
 from simplclip.models.mobileclip import from_published
 from simplclip.models.registry import bare_state, first_line, read_weights
 from simplclip.nn import SimplifiedBlock
@@ -38,6 +39,7 @@ from simplclip.nn import SimplifiedBlock
 __all__ = ["Inheritance", "InheritanceError", "Row", "freeze", "freeze_norms", "inherit", "is_frozen"]
 
 INHERITED, TRAINS, NEW, DIFFERS = "inherited", "inherited, trains", "new", "shape differs"
+STARTED = "initialised"  # a simplified block from the source's block, which has other tensors; it trains
 ALWAYS_TRAIN = ("logit_scale", "logit_bias")
 TAG = "open_clip:"
 _COUNTERS = "num_batches_tracked"  # old checkpoints lack it
@@ -74,7 +76,7 @@ class Inheritance:
     @property
     def totals(self) -> dict[str, int]:
         """Parameters by status."""
-        totals = dict.fromkeys((INHERITED, TRAINS, NEW, DIFFERS), 0)
+        totals = dict.fromkeys((INHERITED, TRAINS, STARTED, NEW, DIFFERS), 0)
         for row in self.rows:
             totals[row.status] += row.parameters
         return totals
@@ -123,6 +125,7 @@ def inherit(
     *,
     train: str | Sequence[str] = (),
     prefixes: Mapping[str, str] | None = None,
+    blocks: str | None = None,
 ) -> Inheritance:
     """Copy every unchanged module of ``source`` into ``model``, in place, and freeze it there.
 
@@ -142,13 +145,17 @@ def inherit(
             that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
         prefixes: for sources other than registered weights: prefix of names in the source -> prefix in the model. Other
             names are ignored.
+        blocks: None, or how simplified blocks start from the source's blocks in their places, see `warm.convert`: a matrix
+            that they share is the "average" of the folded matrices, or that of the "first" block. They train. Of several
+            sources, the first one with a block in that place gives it.
 
     Returns:
         A table of module, status and parameters, with the names of what is frozen.
 
     Raises:
         InheritanceError: the source has no tensors, has another architecture or cannot be read as weights, or a pattern
-            matches nothing.
+            matches nothing; or, with ``blocks``, it has no block in the place of a simplified block, or one of another kind
+            or shape.
         FileNotFoundError: there is no such file. In all cases the model is left unchanged.
     """
     sources = [source] if isinstance(source, str | os.PathLike | nn.Module | Mapping) else list(source)
@@ -157,9 +164,11 @@ def inherit(
     patterns = [train] if isinstance(train, str) else list(train)
     units = list(_units(model))
     labels = []
+    states = []
     for one in sources:
         label, state = _state_of(one, model, prefixes)
         labels.append(label)
+        states.append(state)
         _take(units, state, label)
     _drop_half_tied(units)
     for pattern in patterns:
@@ -169,6 +178,8 @@ def inherit(
             raise InheritanceError(f"train: expected a pattern that matches a module, got {pattern!r}; nearest: {near}")
         for unit in hit:
             unit.status = TRAINS if unit.taken else unit.status
+    if blocks is not None:
+        _start_blocks(model, units, states, ", ".join(labels), blocks)
     with torch.no_grad():
         for unit in units:
             for name, value in unit.taken.items():
@@ -176,6 +187,27 @@ def inherit(
     result = Inheritance(tuple(_rows(units)), tuple(labels))
     freeze(model, result.names)
     return result
+
+
+def _start_blocks(model: nn.Module, units: list[_Unit], states: list[dict[str, Tensor]], label: str, merge: str) -> None:
+    """Start the simplified blocks from the blocks of the first source that has them."""
+    found: dict[str, tuple[SimplifiedBlock, dict[str, Tensor]]] = {}
+    for path, block in model.named_modules():
+        if isinstance(block, SimplifiedBlock):
+            theirs = ({n.removeprefix(f"{path}."): state[n] for n in state if n.startswith(f"{path}.")} for state in states)
+            tensors = next((tensors for tensors in theirs if warm.is_block(tensors)), None)
+            if tensors is None:
+                raise InheritanceError(f"blocks: expected a source with a block {path}, got {label} without")
+            found[path] = block, tensors
+    if not found:
+        raise InheritanceError(f"blocks: expected a model with simplified blocks, got {type(model).__name__} without")
+    try:
+        warm.start(found, merge)
+    except InputError as error:
+        raise InheritanceError(f"blocks: {error}") from None
+    for unit in units:
+        if unit.simplified:
+            unit.status = STARTED
 
 
 def freeze(model: nn.Module, names: Iterable[str]) -> None:
@@ -337,7 +369,7 @@ def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | No
         if not state:
             raise InheritanceError(f"source: expected names that begin with {' or '.join(prefixes)}, got none in {label}")
     if hasattr(model, "text"):
-        state = dict(from_published(model, state))
+        state = from_published(model, state)
         state = convert_to_custom_text_state_dict(convert_state_dict(model, state))
     return label, state
 

@@ -4,22 +4,26 @@
 
 The names in the published checkpoint (of arXiv 2311.17049), and what `from_published` makes of them:
 
-published                                               here
-image_encoder.model.NAME                                visual.trunk.NAME, as timm's checkpoint_filter_fn renames it
-text_encoder.embedding_layer.weight                     text.token_embedding.weight
-text_encoder.positional_embedding.pos_embed.pos_embed   text.positional_embedding, [1, 1, L, C] -> [L, C]
-text_encoder.transformer.I                              text.layers.I, of which the RepMixer blocks are I = 0 and the last
-  .layer_scale, .token_mixer.layer_scale                  .layer_scale, .mixer.layer_scale, [C, 1, 1] -> [C]
-  .token_mixer.norm.rbr_skip                              .mixer.norm
-  .token_mixer.mixer.rbr_skip                             .mixer.skip
-  .token_mixer.mixer.rbr_conv.0.conv, .bn                 .mixer.conv.conv, .bn, [C, 1, 1, K]
-  .convffn.conv.conv, .bn                                 .conv.conv, .bn, [C, 1, 1, K]
-  .convffn.fc1, .fc2                                      .mlp.fc1, .fc2, [O, I, 1, 1] -> [O, I]
-  .pre_norm_mha.0, .1                                     .ln_1, .attn
-  .pre_norm_ffn.0, .1, .4                                 .ln_2, .mlp.fc1, .mlp.fc2
-text_encoder.final_layer_norm                           text.ln_final
-text_encoder.projection_layer                           text.text_projection
-logit_scale                                             logit_scale
+published                                                here
+image_encoder.model.NAME                                 visual.trunk.NAME, as timm's checkpoint_filter_fn renames it
+text_encoder.embedding_layer                             text.token_embedding
+text_encoder.positional_embedding.pos_embed.pos_embed    text.positional_embedding, [1, 1, L, C] -> [L, C]
+text_encoder.transformer.I.layer_scale                   text.layers.I.layer_scale, [C, 1, 1] -> [C]
+text_encoder.transformer.I.token_mixer.layer_scale       text.layers.I.mixer.layer_scale
+text_encoder.transformer.I.token_mixer.norm.rbr_skip     text.layers.I.mixer.norm
+text_encoder.transformer.I.token_mixer.mixer.rbr_skip    text.layers.I.mixer.skip
+text_encoder.transformer.I.token_mixer.mixer.rbr_conv.0  text.layers.I.mixer.conv
+text_encoder.transformer.I.convffn.conv                  text.layers.I.conv
+text_encoder.transformer.I.convffn.fc1                   text.layers.I.mlp.fc1, [F, C, 1, 1] -> [F, C]
+text_encoder.transformer.I.convffn.fc2                   text.layers.I.mlp.fc2, [C, F, 1, 1] -> [C, F]
+text_encoder.transformer.I.pre_norm_mha.0                text.layers.I.ln_1
+text_encoder.transformer.I.pre_norm_mha.1                text.layers.I.attn
+text_encoder.transformer.I.pre_norm_ffn.0                text.layers.I.ln_2
+text_encoder.transformer.I.pre_norm_ffn.1                text.layers.I.mlp.fc1
+text_encoder.transformer.I.pre_norm_ffn.4                text.layers.I.mlp.fc2
+text_encoder.final_layer_norm                            text.ln_final
+text_encoder.projection_layer                            text.text_projection
+logit_scale                                              logit_scale
 
 Each of MobileCLIP-S0's 893 tensors becomes one of the 893 here. timm's image projection would have a bias, which the
 published one has not.
@@ -48,6 +52,7 @@ _RENAMED = {
     "convffn.fc": "mlp.fc", "pre_norm_mha.0": "ln_1", "pre_norm_mha.1": "attn", "pre_norm_ffn.0": "ln_2",
     "pre_norm_ffn.1": "mlp.fc1", "pre_norm_ffn.4": "mlp.fc2",
 }  # fmt: skip
+_SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", "layer_scale")
 
 
 class ConvNorm(nn.Module):
@@ -99,7 +104,7 @@ class RepMixer(nn.Module):
 
 
 class RepMixerBlock(nn.Module):
-    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C].
+    """A RepMixer and a convolutional MLP: [B, L, C] -> [B, L, C], or [B, C] of one token of each text.
 
     Convolutions see the tokens as [B, C, 1, L] in channels_last, which for a contiguous [B, L, C] is only a view.
     """
@@ -111,9 +116,13 @@ class RepMixerBlock(nn.Module):
         self.mlp = _mlp(width, mlp_ratio)
         self.layer_scale = nn.Parameter(torch.full((width,), 1e-5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, token: Tensor | None = None) -> Tensor:
+        """token: index of the token of each text to compute, int64 [B]; None: all of them."""
         mixed = self.mixer(x.transpose(1, 2).unsqueeze(2))  # [B, C, 1, L]
         x, hidden = (t.squeeze(2).transpose(1, 2) for t in (mixed, self.conv(mixed)))
+        if token is not None:
+            rows = torch.arange(x.shape[0], device=x.device)  # with len, an export would fix the batch
+            x, hidden = x[rows, token], hidden[rows, token]
         return x + self.layer_scale * self.mlp(hidden)
 
 
@@ -191,21 +200,25 @@ class TextTower(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, text: Tensor) -> Tensor:
-        x = self.encode_tokens(text)
-        ends = x[torch.arange(len(x), device=x.device), text.argmax(1)]
+        # The last block's MLP, a seventh of the tower's work, is needed at one token alone.
+        ends = self.ln_final(self.layers[-1](self._inner(text), text.argmax(1)))
         return ends @ self.text_projection.to(ends.dtype)
 
     def encode_tokens(self, text: Tensor) -> Tensor:
         """The outputs of all tokens after the last norm, [B, L, C]."""
+        return self.ln_final(self.layers[-1](self._inner(text)))
+
+    def _inner(self, text: Tensor) -> Tensor:
+        """What the last block gets, [B, L, C]."""
         x = self.token_embedding(text)
         x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             # A RepMixer block is never computed twice, since that would count a batch twice in its norms' statistics.
             if self.grad_checkpointing and self.training and not isinstance(layer, RepMixerBlock):
                 x = checkpoint(layer, x, use_reentrant=False)
             else:
                 x = layer(x)
-        return self.ln_final(x)
+        return x
 
     def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:
         self.grad_checkpointing = enable
@@ -235,24 +248,25 @@ def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str,
     return model
 
 
-def from_published(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict of the published layout by the names of `model`. It is returned as it is if it has another layout or if
+def is_published(state: Mapping[str, Any]) -> bool:
+    """Whether a state dict has names of the published layout."""
+    return any(name.startswith((IMAGE, TEXT)) for name in state)
+
+
+def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of the published layout by the names of `model`. One of another layout stays as it is, as does each one if
     the model has no `TextTower`."""
-    if not isinstance(getattr(model, "text", None), TextTower) or not any(name.startswith((IMAGE, TEXT)) for name in state):
-        return state
+    if not isinstance(getattr(model, "text", None), TextTower) or not is_published(state):
+        return dict(state)
     image = {name.removeprefix(IMAGE): value for name, value in state.items() if name.startswith(IMAGE)}
-    renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.visual.trunk).items()}
+    renamed = {f"visual.trunk.{k}": v for k, v in checkpoint_filter_fn(image, model.get_submodule("visual.trunk")).items()}
     renamed.pop("visual.trunk.head.fc.bias", None)  # zeros, which checkpoint_filter_fn adds
     for name, value in state.items():
         if name.startswith(IMAGE):
             continue
         if name.startswith(TEXT):
-            if name.endswith("pos_embed.pos_embed"):
-                value = value.flatten(0, -2)
-            elif name.endswith(("convffn.fc1.weight", "convffn.fc2.weight")):
-                value = value.flatten(1)
-            elif name.endswith("layer_scale") and not name.endswith("token_mixer.layer_scale"):
-                value = value.flatten()
+            if name.endswith(_SQUEEZED) and not name.endswith("token_mixer.layer_scale"):
+                value = value.squeeze()
             for theirs, ours in _RENAMED.items():
                 name = name.replace(theirs, ours)
         renamed[name] = value

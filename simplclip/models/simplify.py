@@ -4,7 +4,6 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,13 +14,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
+from simplclip.models import warm
+from simplclip.models.groups import Groups, indices, shares
 from simplclip.models.mobileclip import PreNormLayer, TextTower
-from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
+from simplclip.nn import SimplifiedBlock, share_weights
 
 __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
 
 TOWERS = ("text", "image")
-Groups = Sequence[Sequence[int]]
 _ACT_NAMES = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quickgelu", "ReLU": "relu", "SiLU": "silu"}
 # Of transformers.
 _ACT_NAMES |= {"GELUActivation": "gelu", "QuickGELUActivation": "quickgelu", "SiLUActivation": "silu"}
@@ -170,23 +170,25 @@ def simplify(
     blocks: Mapping[str, Sequence[int]] | None = None,
     share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
     share_norms_and_gains: bool = False,
-    mlp_ratio: float | None = None,
+    mlp_ratio: float | Mapping[str, float] | None = None,
     norm: str = "layernorm",
     act: str | None = None,
     value_first: bool = False,
     output_last: bool = False,
     gamma: float | Mapping[str, float] = 1.0,
-    attention_gain: float = 1.0,
-    mlp_gain: float = 0.1,
+    attention_gain: float | None = None,
+    mlp_gain: float | None = None,
     drop_path: float | None = None,
+    init: str = "random",
+    merge: str = "average",
 ) -> tuple[nn.Module, SimplifyReport]:
     """Replace blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
 
     This works on the text transformer of CLIP and CustomTextCLIP, MobileCLIP-S0's, open_clip's VisionTransformer, the
     attention blocks of timm's VisionTransformer and FastViT, and the towers of transformers' CLIPModel, SiglipModel and
-    Siglip2Model (version 5, from 5.0 on). New blocks start from random weights, in the dtype, on the device and in the mode
-    (train, eval) of the old ones. A causal mask is recognised and kept. Layer scale is removed; the gains replace it. The
-    old block's drop path is kept for the MLP (see `SimplifiedBlock`).
+    Siglip2Model (version 5, from 5.0 on). New blocks start from random weights, or by ``init="inherit"`` from those of the
+    old ones, in the dtype, on the device and in the mode (train, eval) of the old ones. A causal mask is recognised and kept.
+    Layer scale is removed; the gains replace it. The old block's drop path is kept for the MLP (see `SimplifiedBlock`).
 
     In a transformers model the new blocks ignore attn_implementation and attention_dropout. attention_mask, and SigLIP 2's
     pixel_attention_mask, may pad on the right: rows of ones followed by zeros. Another mask raises an error, except under
@@ -204,14 +206,19 @@ def simplify(
             ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
             are disjoint ("all" counts for both parts); those of attention and MLP may differ.
         share_norms_and_gains: share norms and gains within a group as well (the norm only within a group of "all").
-        mlp_ratio, act, drop_path: as in the old block when None.
+        mlp_ratio, act, drop_path: as in the old block when None. mlp_ratio: for both towers, or by tower.
         norm: "layernorm" or "rmsnorm".
         value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
             weights.
         gamma: initial gamma, for both towers or by tower. At 1 a new tower does not mix tokens, so that text features pooled
             at the end-of-text token depend only on its position until training changes W_q or gamma. The two text blocks of
             siclip-tiny learned faster from 0.3; in a deep tower the means would add up and outweigh the tokens.
-        attention_gain, mlp_gain: initial values of the other gains.
+        attention_gain, mlp_gain: initial values of the other gains. By default 1 and 0.1, and with ``init="inherit"`` those
+            that `warm.convert` finds.
+        init: "random", or "inherit" for the attention's q and k and the MLP of the old blocks, with norms and layer scales
+            folded in, see `warm.convert`. Their value and output projections have no place in a simplified block.
+        merge: with ``init="inherit"``, the value of a matrix that blocks share: the "average" of their folded matrices, or
+            that of the "first" of them in the tower.
 
     Returns:
         The same model, and a report of what was replaced with the parameter counts before and after.
@@ -219,7 +226,8 @@ def simplify(
     Raises:
         ValueError: a tower or index is unknown, the model has no such tower, the tower has no replaceable blocks (a ResNet,
             a Hugging Face encoder, window or rotary attention), or it has a mask that a simplified block does not support
-            (padding or class token masks, as in CoCa's text tower). The model is left unchanged.
+            (padding or class token masks, as in CoCa's text tower), or an old block that `warm.convert` does not know or that
+            has other shapes (``init="inherit"``). The model is left unchanged.
         TypeError: model is not a module.
 
     Example:
@@ -247,40 +255,52 @@ def simplify(
                 f"model: expected {library} model with {expected}, its {tower} tower, got {type(model).__name__} without"
             )
 
+    for name, value, known in (("init", init, ("random", "inherit")), ("merge", merge, warm.MERGES)):
+        if value not in known:
+            raise InputError(f"{name}: expected one of {known}, got {value!r}")
+
+    given = {name: value for name, value in (("attention_gain", attention_gain), ("mlp_gain", mlp_gain)) if value is not None}
     report = SimplifyReport(before=count_parameters(model))
-    planned: list[tuple[str, SimplifiedBlock]] = []
+    planned: list[tuple[_Site, SimplifiedBlock]] = []
     for tower in dict.fromkeys(towers):
-        if encoders:
-            sites = [_Site(*found) for found in encoders.encoder_layers(model, tower)]
-        else:
-            sites = list(_text_sites(model) if tower == "text" else _image_sites(model))
-        indices = sorted({*_indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
+        sites = block_sites(model, tower)
+        chosen = sorted({*indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
         new: dict[int, SimplifiedBlock] = {}
-        for index in indices:
+        ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
+        for index in chosen:
             site = sites[index]
-            new[index] = block = _build(
-                site, mlp_ratio, act, drop_path, norm=norm, attention_gain=attention_gain, mlp_gain=mlp_gain,
+            new[index] = block = build_block(
+                site, ratio, act, drop_path, norm=norm, **given,
                 gamma=gamma.get(tower, 1.0) if isinstance(gamma, Mapping) else gamma,
-                value=value_first and index == indices[0], output=output_last and index == indices[-1],
+                value=value_first and index == chosen[0], output=output_last and index == chosen[-1],
             )  # fmt: skip
             kind = type(site.block).__name__
             report.replaced.append(
                 Replaced(tower, index, site.path, kind, block.width, block.heads, block.hidden, block.causal)
             )
-            planned.append((site.path, block))
+            planned.append((site, block))
         if encoders:
-            encoders.check_mask(new[indices[0]])
-        report.share[tower] = _shares(share.get(tower, ()), indices, len(sites))
+            encoders.check_mask(new[chosen[0]])
+        report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
         for what, groups in report.share[tower].items():
-            local = [[indices.index(i) for i in group] for group in groups]
+            local = [[chosen.index(i) for i in group] for group in groups]
             share_weights(list(new.values()), local, what, norms_and_gains=share_norms_and_gains)
 
-    for path, block in planned:
-        model.set_submodule(path, block)
+    if init == "inherit":
+        warm.start({site.path: (block, site.block.state_dict()) for site, block in planned}, merge, keep=given)
+    for site, block in planned:
+        model.set_submodule(site.path, block)
     if encoders:
         encoders.declare_shared(model)
     report.after = count_parameters(model)
     return model, report
+
+
+def block_sites(model: nn.Module, tower: str) -> list[_Site]:
+    """The blocks of a tower that `simplify` can replace, in the order of their indices."""
+    if encoders := _encoders(model):
+        return [_Site(*found) for found in encoders.encoder_layers(model, tower)]
+    return list(_text_sites(model) if tower == "text" else _image_sites(model))
 
 
 def _encoders(model: nn.Module) -> Any:
@@ -297,7 +317,8 @@ def _encoders(model: nn.Module) -> Any:
 
 
 def _text_sites(model: nn.Module) -> Iterator[_Site]:
-    prefix, tower = ("text.", model.text) if getattr(model, "text", None) is not None else ("", model)
+    tower: Any = getattr(model, "text", None)
+    prefix, tower = ("", model) if tower is None else ("text.", tower)
     if isinstance(tower, TextTower):
         kinds = (PreNormLayer, SimplifiedBlock)
         layers = ((f"text.layers.{i}", layer) for i, layer in enumerate(tower.layers) if isinstance(layer, kinds))
@@ -345,13 +366,20 @@ def _transformer_sites(transformer: Transformer, path: str, tower: str, causal: 
         yield _Site(f"{path}.resblocks.{index}", block, TransformerBlock, options)
 
 
-def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: float | None, **options) -> SimplifiedBlock:
+def attention_of(block: Any) -> Any:
+    """The attention of a block that is not simplified."""
+    return next(getattr(block, name) for name in ("attn", "self_attn", "token_mixer") if hasattr(block, name))
+
+
+def build_block(
+    site: _Site, mlp_ratio: float | None = None, act: str | None = None, drop_path: float | None = None, **options
+) -> SimplifiedBlock:
+    """The block that `simplify` puts in the place of a site's; None: as in the old block."""
     block: Any = site.block
     if isinstance(block, SimplifiedBlock):
         weight, heads, old_act, old_drop = block.fc1.weight, block.heads, block.act, block.drop_path
     else:
-        attention = next(getattr(block, name) for name in ("attn", "self_attn", "token_mixer") if hasattr(block, name))
-        heads = attention.num_heads
+        heads = attention_of(block).num_heads
         # FastViT's MLP begins with a depthwise convolution, which has one input channel.
         dense = (m for m in block.mlp.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[1] > 1)
         weight = next(dense).weight
@@ -363,32 +391,3 @@ def _build(site: _Site, mlp_ratio: float | None, act: str | None, drop_path: flo
     options |= {"act": old_act if act is None else act, "drop_path": old_drop if drop_path is None else drop_path}
     new = site.cls(width, heads, ratio, **options, **site.options)
     return new.to(device=weight.device, dtype=weight.dtype).train(block.training)
-
-
-def _shares(wanted: Groups | Mapping[str, Groups], replaced: list[int], count: int) -> dict[str, list[list[int]]]:
-    """The groups of a tower by what they share, with indices from 0. `replaced` are the tower's replaced blocks."""
-    parts: Mapping[str, Groups] = wanted if isinstance(wanted, Mapping) else {"all": wanted}
-    if unknown := [what for what in parts if what not in SHARED_PARTS]:
-        raise InputError(f"share: expected groups, or groups by names out of {SHARED_PARTS}, got {unknown[0]!r}")
-    found = {}
-    for what, groups in parts.items():
-        lists = isinstance(groups, Sequence) and all(isinstance(group, Sequence) for group in groups)
-        if not lists or not all(isinstance(i, Integral) for group in groups for i in group):
-            raise InputError(f"share: expected a list of groups of indices such as [[0, 1]], got {groups!r}")
-        found[what] = [_indices("share", group, count) for group in groups]
-        if missing := [i for group in found[what] for i in group if i not in replaced]:
-            raise InputError(f"share: expected indices of replaced blocks, {replaced}, got {missing}")
-    for part in ("attention", "mlp"):
-        every = [i for what in (part, "all") for group in found.get(what, ()) for i in group]
-        if twice := sorted({i for i in every if every.count(i) > 1}):
-            raise InputError(f"share: expected disjoint groups, got block {twice[0]} twice for {part}")
-    return {what: groups for what, groups in found.items() if groups}
-
-
-def _indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
-    if not wanted:
-        raise InputError(f"{name}: expected at least one index, got none")
-    for index in wanted:
-        if not -count <= index < count:
-            raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
-    return [index % count for index in wanted]

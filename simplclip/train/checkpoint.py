@@ -22,6 +22,7 @@ import torch
 
 from simplclip.common.errors import InputError
 from simplclip.common.files import replacing
+from simplclip.models import renamed
 
 FORMAT, VERSION = "simplclip", 1
 _NUMBERED = re.compile(r"step-(\d+)\.pt")
@@ -75,6 +76,8 @@ def load(path: str | Path) -> dict[str, Any]:
     if state["version"] > VERSION:
         version = f"{state['version']}, written by a newer simplclip"
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {version}")
+    model = state["config"]["model"]
+    model["name"] = renamed(model["name"], state["model"])
     return state
 
 

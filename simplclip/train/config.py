@@ -46,6 +46,17 @@ class InheritConfig(Section):
         None, description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list"
     )
     train: list[str] = Field([], description="patterns of inherited tensors that are trained; the others are frozen")
+    blocks: Literal["average", "first"] | None = Field(
+        None,
+        description="start simplified blocks from the source's blocks in their places; a matrix that they share is the "
+        "average of theirs, or the first one's. null: simplified blocks start from random weights",
+    )
+
+    @model_validator(mode="after")
+    def _has_source(self) -> InheritConfig:
+        if self.blocks and self.source is None:
+            raise ValueError(f"expected `source` beside blocks = {self.blocks}, got none")
+        return self
 
 
 class Schedule(Section):
@@ -77,6 +88,10 @@ class Schedule(Section):
         done = min(1.0, (step - self.start) / max(1, end - self.start))
         return self.value + (self.to - self.value) * done
 
+    def last(self, steps: int) -> int:
+        """The last step of a run of `steps` steps whose weight is above 0; -1 if there is none."""
+        return next((step for step in reversed(range(steps)) if self.at(step, steps)), -1)
+
 
 Weight = Annotated[
     Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
@@ -90,6 +105,7 @@ TERMS = {
     "feature_loss": "feature_weight",
     "pair_matching_loss": "pm_weight",
 }
+BLOCK_LOSS = "block_loss"  # the term that needs the original's blocks instead of features
 _SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
 
 
@@ -111,6 +127,11 @@ class LossConfig(Section):
     )
     interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
     learn_interactive_scale: bool = Field(False, description="give interactive distillation its own learned temperature")
+    block_weight: Weight = Field(
+        0.0,
+        description="weight of layer-wise distillation: outputs of simplified blocks against those of the blocks that they "
+        "replaced, from inherit.source; {value: 30, until: 500} makes it a first stage, which then frees those blocks",
+    )
     projection: bool = Field(False, description="learn projections to the teacher's width if it differs")
     scratch_mib: int = Field(64, ge=1, description="MiB for the chunks of the similarity matrices, never stored whole")
 
@@ -118,6 +139,7 @@ class LossConfig(Section):
     def weights(self) -> dict[str, Schedule]:
         """The schedules by the loss's names of its terms, without those that are always 0."""
         fields = {f"{self.base}_loss" if t == "contrastive_loss" else t: getattr(self, f) for t, f in TERMS.items()}
+        fields[BLOCK_LOSS] = self.block_weight
         schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
         return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
 
@@ -180,6 +202,8 @@ class Config(Section):
         if micro != "auto" and size % self.data.images_at_a_time:
             key = "data.micro_batch.image" if isinstance(micro, MicroBatch) else "data.micro_batch"
             raise ValueError(f"{key}: expected a divisor of data.batch_size = {size}, got {self.data.images_at_a_time}")
+        if BLOCK_LOSS in self.loss.weights and self.inherit.source is None:
+            raise ValueError("loss.block_weight: expected inherit.source, which has the blocks to learn from, got null")
         schedules = self.loss.weights.values()
         turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
         for step in sorted(step for step in turns if step < self.run.steps):

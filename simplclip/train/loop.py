@@ -105,6 +105,8 @@ def run(
                 report.print(f"blocks     {_blocks(this)}")
                 for line in this.folded.lines():
                     report.print(f"frozen     {line}")
+                if this.distillation:
+                    report.print(f"originals  {_originals(this)}")
                 report.print(f"precision  {precision} ({why})")
                 report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
                 if note:
@@ -259,7 +261,7 @@ def _loader(this: Training, pin_memory: bool) -> data.Loader:
 
 
 def _loss(this: Training) -> str:
-    weights = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in this.objective.schedules)
+    weights = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in this.config.loss.weights)
     if this.teacher is None:
         return f"{type(this.loss).__name__}: {weights}"
     views = f" of {this.teacher['views']['number']} views of each image" if "views" in this.teacher else ""
@@ -282,6 +284,13 @@ def _logits(this: Training) -> str:
     bias = "no bias" if this.logit_bias is None else f"bias {this.logit_bias.item():.4g}"
     scale = f"scale {this.model.logit_scale.exp().item():.4g}"
     return f"{scale} ({source('logit_scale')}), {bias} ({source('logit_bias')})"
+
+
+def _originals(this: Training) -> str:
+    """The blocks of the original that layer-wise distillation keeps in memory."""
+    blocks = this.distillation.originals
+    size = sum(t.nbytes for t in (*blocks.parameters(), *blocks.buffers())) / 2**20
+    return f"{len(blocks)} blocks to learn from are in memory ({size:.1f} MiB) up to step {this.last_distilled + 1}"
 
 
 def _backend(this: Training, op: str, **call) -> str:

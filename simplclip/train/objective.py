@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import losses
-from simplclip.train.config import TERMS, ConfigError, LossConfig
+from simplclip.train.config import BLOCK_LOSS, TERMS, ConfigError, LossConfig
 
 
 class SigmoidLoss(losses.WIKDLoss):
@@ -45,7 +45,7 @@ class SigmoidLoss(losses.WIKDLoss):
 
 
 class Objective:
-    """Computes the weighted terms of a batch at a step of a run by `loss`.
+    """Computes the weighted terms of a batch at a step of a run by `loss`; all but block_loss, which needs no features.
 
     It is ClipPMLoss, with a teacher WIKDLoss, and for the base sigmoid SigmoidLoss.
 
@@ -55,7 +55,8 @@ class Objective:
     """
 
     def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
-        self.schedules, self.steps, self.teacher = config.weights, steps, teacher
+        self.schedules = {term: schedule for term, schedule in config.weights.items() if term != BLOCK_LOSS}
+        self.steps, self.teacher = steps, teacher
         self.sigmoid = config.base == "sigmoid"
         on = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
         on["contrastive_weight"] += self.sigmoid
@@ -96,11 +97,14 @@ class Objective:
 
         Each caption of an image makes a pair with it; pairs of one group are not each other's negatives.
         """
+        weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
+        off = image.new_zeros((), dtype=torch.float32)
+        if not any(weights.values()):  # a stage of layer-wise distillation alone
+            return dict.fromkeys(weights, off)
         captions = len(text) // len(image)
         if captions > 1:
             of_images = (image, group, teacher_image)
             image, group, teacher_image = (None if t is None else t.repeat_interleave(captions, 0) for t in of_images)
-        weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
         for term in weights.keys() & TERMS.keys():
             setattr(self.loss, TERMS[term], float(weights[term] > 0))
         teacher: tuple = ()
@@ -112,5 +116,4 @@ class Objective:
         else:
             terms = self.loss(image, text, logit_scale, *(teacher or (logit_bias,)), output_dict=True, ids=group)
             terms = {term: weights[term] * value for term, value in terms.items()}
-        off = image.new_zeros((), dtype=torch.float32)
         return {term: terms.get(term, off) for term in weights}

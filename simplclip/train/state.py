@@ -12,12 +12,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
 from simplclip.common import hardware
+from simplclip.common.errors import InputError
 from simplclip.data.views import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
+from simplclip.models.layerwise import BlockDistillation, load_original, text_lengths
 from simplclip.models.prefix import FrozenParts
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.config import Config, ConfigError, MicroBatch, from_dict
+from simplclip.train.config import BLOCK_LOSS, Config, ConfigError, MicroBatch, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
 
@@ -42,11 +44,17 @@ class Training:
         self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
         freeze(self.model, self.frozen)
         if config.inherit.source is not None and not state:
-            self.inheritance = inherit(self.model, self.sources(), train=config.inherit.train)
+            how = config.inherit
+            self.inheritance = inherit(self.model, self.sources(), train=how.train, blocks=how.blocks)
             self.frozen = self.inheritance.names
             for name in ("logit_scale", "logit_bias"):  # what the config states holds, not what the source has
                 if (value := config.model.options.get(f"init_{name}")) is not None:
                     nn.init.constant_(getattr(self.model, name), value)
+            for name in ("attention_gain", "mlp_gain"):
+                if (value := config.model.options.get("simplify_options", {}).get(name)) is not None:
+                    for block in self.blocks:
+                        nn.init.constant_(getattr(block, name), value)
+        self.distillation = self._originals(state["step"] if state else 0)
         if config.model.freeze_norms:
             freeze_norms(self.model)
         if config.model.recompute:
@@ -55,6 +63,8 @@ class Training:
             if not self.blocks:
                 self.model.set_grad_checkpointing()
         self.model.to(device)
+        if self.distillation:
+            self.distillation.originals.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
         self.loss.scratch_bytes = config.loss.scratch_mib << 20
@@ -73,9 +83,9 @@ class Training:
             self.data = state.get("data")  # older checkpoints have none
             checkpoint.set_rng_state(state["rng"])
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
-        weights = [p for module in (self.model.visual, *self.folded.copies) for p in module.parameters()]
+        copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
+        weights = [p for module in (self.model.visual, *copies) for p in module.parameters()]
         self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in weights)
-
         self.prefix = None
         if config.data.cache_prefix is not None:
             context = hardware.autocast(precision, device)
@@ -101,6 +111,33 @@ class Training:
         """The source of `inherit`."""
         return self.config.inherit.source
 
+    def _originals(self, step: int) -> BlockDistillation | None:
+        """Layer-wise distillation from the blocks of the original model, if a step from `step` on has it."""
+        schedule, steps = self.config.loss.weights.get(BLOCK_LOSS), self.config.run.steps
+        self.last_distilled = schedule.last(steps) if schedule else -1
+        if self.last_distilled < step:
+            return None
+        name, options, report = (
+            self.config.model.name,
+            model_options(self.config),
+            getattr(self.model, "simplify_report", None),
+        )
+        if report is None:
+            raise ConfigError(f"loss.block_weight: expected 0 for a model without simplified blocks, {name}, got one above 0")
+        options = {key: value for key, value in options.items() if key != "simplify_options"}
+        paths = [block.path for block in report.replaced]
+        try:
+            original = load_original(name, self.sources(), paths, **options)
+        except (InputError, FileNotFoundError) as error:
+            until = f"up to step {self.last_distilled + 1} it needs the blocks of the original model"
+            raise ConfigError(f"loss.block_weight: {until}: inherit.{error}") from error
+        return BlockDistillation(self.model, original, paths, dtype=hardware.DTYPES[self.precision])
+
+    def drop_originals(self) -> None:
+        """Free the original's blocks if no later step needs them."""
+        if self.step > self.last_distilled:
+            self.distillation = None
+
     def progress(self) -> dict[str, Any]:
         """The part of `state` that says where the run is."""
         return {"step": self.step, "epoch": self.epoch, "batch": self.batch, "data": self.data, "rng": checkpoint.rng_state()}
@@ -108,6 +145,25 @@ class Training:
     def state(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
         return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict()}
+
+    def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What `terms` takes of a tower: its features by its name, and if blocks are distilled at this step, TOWER_blocks:
+        the sum of its blocks' distances for each sample, [N, 1] or [M, 1], which gradient caching concatenates.
+        """
+        encode, lengths = {"image": self.encode_image, "text": self.encode_text}[tower], None
+        if not self.block_weight:
+            return {tower: encode(batch)}
+        if tower == "text" and (lengths := text_lengths(self.model, batch["text"].flatten(0, -2))) is not None:
+            lengths = lengths.to(self.device, non_blocking=True)
+        with self.distillation.watch(lengths) as distances:
+            outputs = {tower: encode(batch)}
+        return outputs | ({f"{tower}_blocks": torch.cat(distances, 1).sum(1, keepdim=True)} if distances else {})
+
+    @property
+    def block_weight(self) -> float:
+        """The weight of layer-wise distillation at this step."""
+        schedule = self.config.loss.weights.get(BLOCK_LOSS)
+        return schedule.at(self.step, self.config.run.steps) if schedule else 0.0
 
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N, D] of the images of a loader's batch, or of the cached outputs of the tower's prefix."""
@@ -141,14 +197,20 @@ class Training:
         texts = torch.cat([batch["text"].flatten(0, -2) for batch in batches])
         return [{"text": part} for part in texts.split(micro.text or len(texts))]
 
-    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the loss of `batches` together, from their features."""
+    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor, **distances: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of the loss of `batches` together, from their features and the distances of their blocks."""
         names = ("group", "teacher_image", "teacher_text") if self.teacher else ("group",)
         rest = [torch.cat([batch[name] for batch in batches]).to(self.device, non_blocking=True) for name in names]
         if self.teacher:
             rest[2] = rest[2].flatten(0, -2)
         with hardware.autocast(self.precision, self.device):
-            return self.objective(self.step, image, text, self.model.logit_scale.exp(), self.logit_bias, *rest)
+            terms = self.objective(self.step, image, text, self.model.logit_scale.exp(), self.logit_bias, *rest)
+        if BLOCK_LOSS in self.config.loss.weights:  # the mean over the blocks of both towers
+            value = (
+                sum(distance.mean() for distance in distances.values()) / len(self.distillation.blocks) if distances else 0
+            )
+            terms[BLOCK_LOSS] = self.block_weight * value + image.new_zeros((), dtype=torch.float32)
+        return terms
 
     @property
     def logit_bias(self) -> Tensor | None:

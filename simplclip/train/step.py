@@ -24,11 +24,13 @@ def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float
     model, optimizer, scaler = this.model, this.optimizer, this.scaler
     optimizer.zero_grad(set_to_none=True)
     if this.config.data.micro_batch is None:
-        terms = this.terms(batches, this.encode_image(batches[0]), this.encode_text(batches[0]))
+        outputs = this.outputs("image", batches[0]) | this.outputs("text", batches[0])
+        terms = this.terms(batches, **outputs)
         scaler.scale(sum(terms.values())).backward()
     else:
-        losses, towers = partial(this.terms, batches), (this.encode_image, this.encode_text)
-        terms = gradient_cache.backward(towers, (batches, this.text_batches(batches)), losses, model=model, scaler=scaler)
+        losses, towers = partial(this.terms, batches), {tower: partial(this.outputs, tower) for tower in ("image", "text")}
+        inputs = {"image": batches, "text": this.text_batches(batches)}
+        terms = gradient_cache.backward(towers, inputs, losses, model=model, scaler=scaler)
     loss = sum(terms.values())
     scaler.unscale_(optimizer)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
@@ -53,5 +55,6 @@ def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
     this.step += 1
+    this.drop_originals()
     this.updating = False
     return {"step": this.step, "epoch": this.epoch, **values, "lr": lr}

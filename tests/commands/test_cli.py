@@ -82,7 +82,7 @@ def test_help_config_prints_every_key():
     [
         (
             "train nothing.yaml",
-            "config: expected a YAML file or one of the built-in siclip-lite0-emoji, siclip-tiny-emoji, siclip2-s0, got 'no",
+            "config: expected a YAML file or one of the built-in siclip-lite0-emoji, siclip-s0, siclip-tiny-emoji, siclip2",
         ),
         ("train config.yaml --set optim.lrr=1", "optim.lrr: unknown key; did you mean optim.lr?"),
         ("train config.yaml --set optim.lr=x", "optim.lr: expected a number, got 'x' (str)"),

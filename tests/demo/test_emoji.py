@@ -12,8 +12,10 @@ import webdataset as wds
 from pairs import digests, meta
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
+from typer.testing import CliRunner
 
-from simplclip import data, demo, evaluation
+from simplclip import cli, data, demo, evaluation
+from simplclip.common.errors import InputError
 from simplclip.demo import emoji, emoji_sources
 
 KEPT = 60  # concepts in the small builds
@@ -144,6 +146,53 @@ def test_what_is_held_out(small, font, out):
     assert "SIL Open Font License" in (out / "LICENSES.md").read_text()
     assert summary["versions"]["noto"].startswith("Version")
     assert all("lacks" in note for note in summary["notes"])  # older fonts lack the newest emoji
+
+
+def test_swapped_captions(small, font, tmp_path):
+    """A share of the training pairs have each other's captions, and nothing else differs."""
+    emoji.build(tmp_path / "clean", progress=False)
+    summary = emoji.build(tmp_path / "noisy", swap=0.3, progress=False)
+    pairs = list(zip(records(tmp_path / "clean", "train"), records(tmp_path / "noisy", "train"), strict=True))
+    swapped = [(before, after) for before, after in pairs if after.get("swapped")]
+    assert len(swapped) == summary["swapped"] == round(0.3 * len(pairs))
+    assert meta(tmp_path / "noisy")["swap"] == 0.3
+    assert all(before == after for before, after in pairs if not after.get("swapped"))
+    captions = {before["group"]: before["captions"] for before, _ in pairs}
+    for before, after in swapped:
+        assert after["group"] != before["group"]
+        assert after["captions"] == captions[after["group"]]
+        assert {key: after.get(key) for key in ("vendor", "codepoints", "label")} == {
+            key: before.get(key) for key in ("vendor", "codepoints", "label")
+        }
+    by_group = lambda side: sorted(pair[side]["group"] for pair in swapped)  # noqa: E731
+    assert by_group(0) == by_group(1), "they are swapped among each other"
+    for sample, (_, after) in zip(samples(tmp_path / "noisy", "train"), pairs):
+        assert sample["txt"].decode() == after["captions"][0]
+        assert sample["__key__"] == f"{after['vendor']}/" + "-".join(f"{point:x}" for point in after["codepoints"])
+    for name in ("concepts-000000.tar", "vendor-000000.tar"):
+        assert digests(tmp_path / "noisy")[name] == digests(tmp_path / "clean")[name]
+
+    emoji.build(tmp_path / "again", swap=0.3, progress=False)
+    assert digests(tmp_path / "again") == digests(tmp_path / "noisy")
+    assert not emoji.build(tmp_path / "again", swap=0.3, progress=False)["built"]
+    with pytest.raises(FileExistsError, match="expected a build with swap = 0, got one with 0.3 in .*; --force replaces it"):
+        emoji.build(tmp_path / "again", progress=False)
+    assert "swap" not in meta(tmp_path / "clean")
+
+
+@pytest.mark.parametrize(
+    ("swap", "message"), [(-0.1, "a share from 0 to 1, got -0.1"), (0.01, "swaps at least a few of 100")]
+)
+def test_shares_that_cannot_be_swapped(small, no_font, out, swap, message):
+    with pytest.raises(InputError, match=f"swap: expected .*{message}"):
+        emoji.build(out, swap=swap, progress=False)
+    assert not out.exists()
+
+
+def test_the_command_says_what_it_swapped(small, no_font, out):
+    found = CliRunner().invoke(cli.app, ["data", "emoji", "--out", str(out), "--swap", "0.3"])
+    assert found.exit_code == 0, found.output
+    assert "  30 pairs of train (0.3) have each other's captions" in found.output
 
 
 def test_noto_draws_the_right_concept(font):

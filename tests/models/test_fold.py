@@ -178,8 +178,9 @@ def test_a_linear_layer_refuses_other_inputs_after_its_norm_is_merged():
 def test_a_module_that_is_merged_itself_and_inplace():
     block = with_statistics(timm.create_model("fastvit_t8")).stem[0]
     before = copy.deepcopy(block)
-    x = torch.randn(1, 3, 16, 16)
+    x, state = torch.randn(1, 3, 16, 16), torch.get_rng_state()
     assert same(before, simplclip.fold(block), x)
+    assert torch.equal(torch.get_rng_state(), state)  # a run that folds goes on with the same random numbers
     assert norms(block) == norms(before)
     assert simplclip.fold(block, inplace=True) is block
     assert not norms(block)

@@ -28,7 +28,7 @@ def count(model):
 
 
 def test_names():
-    assert models.names() == ["siclip2-s0", "siclip-lite0", "siclip-tiny"]
+    assert models.names() == ["mobileclip-s0", "siclip-s0", "siclip2-s0", "siclip-lite0", "siclip-tiny"]
 
 
 def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):

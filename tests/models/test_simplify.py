@@ -239,6 +239,13 @@ def test_gamma_by_tower_lets_new_text_features_depend_on_the_words(gamma, same):
     assert torch.equal(model.visual.transformer.resblocks[0].gamma.data, torch.ones(2))
 
 
+def test_mlp_ratio_by_tower():
+    before = {row.tower: row.hidden for row in simplify(clip())[1].replaced}
+    after = {row.tower: (row.hidden, row.width) for row in simplify(clip(), mlp_ratio={"text": 1.5})[1].replaced}
+    assert after["text"][0] == 1.5 * after["text"][1] != before["text"]
+    assert after["image"][0] == before["image"], "as in the old block"
+
+
 def test_strict_state_dict_round_trip():
     one, two = (simplify(clip(seed=seed), share={"text": neighbour_groups(4)})[0] for seed in (0, 9))
     assert not torch.equal(one(*batch())[1], two(*batch())[1])

@@ -162,6 +162,7 @@ def check_simplclip(arguments: list[str]) -> None:
     from typer.main import get_command
 
     from simplclip import cli
+    from simplclip.ablate import effects
     from simplclip.train import config
 
     seen = {}
@@ -177,6 +178,9 @@ def check_simplclip(arguments: list[str]) -> None:
     parser.main(arguments, standalone_mode=False)
     if seen.get("config") is not None:
         config.load(seen["config"], seen.get("set_") or ())
+    if seen.get("effects") is not None:
+        file = effects.load(seen["effects"])
+        assert all(effects.trials(file, effect, 0, seen["config"]) for effect in file.effects)
 
 
 def check_open_clip_train(arguments: list[str]) -> None:

@@ -149,7 +149,7 @@ def odd(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--teacher nobody", "the folder of a run or an export, or builtin, siclip2-s0"),
+        ("--teacher nobody", "the folder of a run or an export, or builtin, mobileclip-s0"),
         ("--teacher open_clip:tiny", "checkpoint: expected a file of weights for open_clip:tiny, got none"),
         ("--teacher open_clip:ViT-B-33", "nearest"),
         ("--teacher open_clip:ViT-B-32/nowhere", "expected a tag of ViT-B-32, one of openai"),

@@ -65,6 +65,8 @@ def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
         ("data.batch_size=1.5", "data.batch_size: expected a whole number, got 1.5 (float)"),
         ("run.tensorboard=3", "run.tensorboard: expected true or false, got 3 (int)"),
         ("run.precision=fp8", "run.precision: expected one of fp32, bf16, fp16, auto, got 'fp8' (str)"),
+        ("inherit.blocks=average", "inherit: expected `source` beside blocks = average, got none"),
+        ("inherit.blocks=sum", "inherit.blocks: expected one of average, first or null, got 'sum' (str)"),
         ("data.train=3", "data.train: expected a string or a mapping or a list of strings or mappings, got 3 (int)"),
         ("data.train=[[a]]", "data.train: expected a string or a mapping or a list of strings or mappings, got ['a'] (list)"),
         ("data.train={shards: a, weigth: 2}", "data.train.weigth: unknown key; did you mean data.train.weight?"),

@@ -1,0 +1,197 @@
+"""An effects file: which settings an ablation compares, and the training runs that it needs.
+
+    steps: 150                                  # run.steps of every run
+    set: [data.batch_size=128]                  # settings of every run
+    data: {data/noisy: simplclip data emoji --swap 0.3 --out data/noisy}    # folders, and the commands that make them
+    prepare:                                    # runs whose last checkpoint others name: {pretrained}
+      pretrained: ["model.options={simplified: false}", run.steps=400]   # with run.seed=0 one for all seeds
+    effects:
+      - name: pair matching beside contrastive
+        group: pair matching
+        base: [loss.pm_weight=0]                # without `base`, the variant is only reported
+        variant: [loss.pm_weight=1]
+        set: ["data.train=data/noisy/train-*.tar"]    # settings of both; optional, as are those below
+        steps: 400
+        seeds: 5
+        needs: [data/noisy]
+
+Settings are those of `--set`; lists may be nested, so that YAML's anchors can name parts of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError
+
+from simplclip.common import plugins
+from simplclip.train import config
+from simplclip.train.config import ConfigError
+from simplclip.train.config_data import Section
+
+SIDES = ("base", "variant")
+_PREPARED = re.compile(r"\{(\w+)\}")
+
+
+def _flat(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [one for part in value for one in (_flat(part) if isinstance(part, list) else [part])]
+
+
+Settings = Annotated[list[str], BeforeValidator(_flat)]
+
+
+class Effect(Section):
+    name: str = Field(min_length=1)
+    group: str = Field(min_length=1)
+    variant: Settings
+    base: Settings | None = None
+    set: Settings = []
+    steps: int | None = Field(None, ge=1)
+    seeds: int | None = Field(None, ge=1)
+    needs: list[str] = []
+
+    def sides(self) -> list[str]:
+        return [side for side in SIDES if getattr(self, side) is not None]
+
+
+class Effects(Section):
+    effects: list[Effect] = Field(min_length=1)
+    set: Settings = []
+    steps: int | None = Field(None, ge=1)
+    seeds: int | None = Field(None, ge=1)
+    data: dict[str, str] = {}
+    prepare: dict[str, Settings] = {}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run. Runs of equal settings have equal digests, by which their folder is found."""
+
+    title: str  # of the effect that first asked for it
+    settings: tuple[str, ...]  # with the names of prepared runs in braces
+    seed: int
+    digest: str
+    prepared: Mapping[str, Trial]  # by name: the runs whose checkpoints it needs
+    keep: bool = False  # whether another run needs its checkpoint
+
+    def folder(self, out: Path) -> Path:
+        """OUT/TITLE-DIGEST; an earlier folder with this digest stays, whatever its title."""
+        return next((path for path in sorted(out.glob(f"*-{self.digest}")) if path.is_dir()), out / self.name)
+
+    @property
+    def name(self) -> str:
+        return f"{self.title}-s{self.seed}-{self.digest}"
+
+    def overrides(self, out: Path) -> list[str]:
+        """The settings with the paths of the prepared checkpoints, the seed and the folder of the run."""
+        paths = {name: str(one.folder(out) / "last.pt") for name, one in self.prepared.items()}
+        told = [_filled(item, paths) for item in self.settings]
+        return [f"run.seed={self.seed}", *told, f"run.out={json.dumps(str(self.folder(out)))}"]
+
+
+def builtin() -> dict[str, Any]:
+    """The files of the built-in effects by name: those in folders effects/ of what is registered as simplclip.configs."""
+    folders = [resources.files(entry.value) / "effects" for entry in plugins.entries("configs").values()]
+    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+
+
+def load(source: str | Path) -> Effects:
+    """Read an effects file by its path, or a built-in one by its name. Raises ConfigError, which names the place."""
+    known = builtin()
+    file = Path(source) if Path(source).is_file() else known.get(str(source))
+    if file is None:
+        raise ConfigError(f"effects: expected a YAML file or one of the built-in {', '.join(sorted(known))}, got {source!s}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected a mapping with `effects`, got {type(values).__name__}")
+    values = {key: value for key, value in values.items() if not key.startswith(".")}  # places for anchors
+    try:
+        found = Effects.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(str(source), values, e) for e in error.errors())) from None
+    names = [effect.name for effect in found.effects]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{source}: expected different names of effects, got {twice[0]!r} twice")
+    if unknown := sorted({need for effect in found.effects for need in effect.needs} - found.data.keys()):
+        raise ConfigError(
+            f"{source}: data: expected the command that makes each folder of `needs`, got none for {unknown[0]}"
+        )
+    return found
+
+
+def trials(effects: Effects, effect: Effect, seed: int, source: str, overrides: Sequence[str] = ()) -> dict[str, Trial]:
+    """The runs of one seed of an effect of the config `source`: "base", if there is one, and "variant"."""
+    made = {}
+    for side in effect.sides():
+        settings = _settings(effects, [*effect.set, *getattr(effect, side), *overrides], effect.steps)
+        made[side] = _trial(effects, source, settings, seed, f"{effect.name}, {side}")
+    return made
+
+
+def missing(effects: Effects, chosen: Sequence[Effect]) -> Iterator[str]:
+    """A line for each folder that a chosen effect needs and that does not exist: how to make it."""
+    for folder in dict.fromkeys(folder for effect in chosen for folder in effect.needs):
+        if not Path(folder).exists():
+            yield f"data: expected the folder {folder}, which does not exist; to make it: {effects.data[folder]}"
+
+
+def _settings(effects: Effects, own: Sequence[str], steps: int | None = None) -> list[str]:
+    """Those of a run: of the file, its length, and its own."""
+    steps = steps or effects.steps
+    return [*effects.set, *([f"run.steps={steps}"] if steps else []), *own]
+
+
+def _trial(effects: Effects, source: str, settings: Sequence[str], seed: int, title: str, keep: bool = False) -> Trial:
+    names = {name for item in settings for name in _PREPARED.findall(item)} & effects.prepare.keys()
+    prepared = {
+        name: _trial(effects, source, _settings(effects, effects.prepare[name]), seed, f"prepare {name}", keep=True)
+        for name in sorted(names)
+    }
+    told = [_filled(item, {name: one.digest for name, one in prepared.items()}) for item in settings]
+    try:
+        values = config.load(source, [f"run.seed={seed}", *told, "run.out=."])
+    except ConfigError as error:
+        raise ConfigError(f"{title}: {error}") from None
+    if not values.eval.splits:
+        raise ConfigError("eval.splits: expected held-out data, got none")
+    # Without defaults, so that a new key of the config does not make other runs of those that are done.
+    text = json.dumps(values.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return Trial(re.sub(r"[^\w.]+", "-", title), tuple(settings), seed, digest, prepared, keep)
+
+
+def _filled(item: str, values: Mapping[str, str]) -> str:
+    return _PREPARED.sub(lambda match: values.get(match[1], match[0]), item)
+
+
+def _explain(source: str, values: dict[str, Any], error: Any) -> str:
+    path, model, where = list(error["loc"]), Effects, source
+    if path[:1] == ["effects"] and len(path) > 1:
+        entry = values["effects"][path[1]]
+        name = entry.get("name") if isinstance(entry, dict) else None
+        where, path, model = f"{source}: effect {name or path[1] + 1}", path[2:], Effect
+    key = ".".join(str(part) for part in path)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, model.model_fields, 1, 0.5)
+        return f"{where}: unknown key {key}; " + (
+            f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
+        )
+    if error["type"] == "missing":
+        return f"{where}: {key}: missing"
+    expected = error["msg"].lower().replace("input should be ", "")
+    return f"{where}: {key}: expected {expected}, got {error['input']!r}"

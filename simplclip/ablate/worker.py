@@ -1,0 +1,96 @@
+"""The process of one run of an ablation: trains, evaluates, and keeps the figures in place of the checkpoint.
+
+python -m simplclip.ablate.worker RUN.yaml PARENT [--keep]     PARENT: the process that started it
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simplclip import evaluation, train
+from simplclip.common import hardware
+from simplclip.common.errors import UserError
+from simplclip.common.files import write_atomically
+from simplclip.train import config
+from simplclip.train.config import Config
+from simplclip.train.state import load_model
+
+RESULT = "result.json"
+MATRIX = 1 << 26  # most similarities for `auc`
+
+
+def follow(parent: int, period: float = 2.0) -> None:
+    """Stop this process as SIGTERM does when its parent has ended, so that a killed ablation leaves no run behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(period)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def auc(split: evaluation.Split) -> float:
+    """The probability that a pair is more similar than an image and a caption of different groups: how well one threshold for
+    all queries tells pairs from others, which recall does not see. Of large splits every k-th image, with its captions."""
+    step = math.ceil(math.sqrt(len(split.groups) * len(split.caption_groups) / MATRIX))
+    groups, caption_groups = split.groups[::step], split.caption_groups
+    captions = torch.isin(caption_groups, groups).nonzero()[:, 0]
+    similarity = split.image_features[:][::step] @ split.text_features[:][captions].T
+    pairs = groups[:, None] == caption_groups[captions]
+    matched, others = similarity[pairs], similarity[~pairs].sort().values
+    below, upto = (torch.searchsorted(others, matched, right=right).double().mean() for right in (False, True))
+    return float((below + upto) / 2 / len(others))
+
+
+def result(values: Config) -> dict[str, Any]:
+    """Figures of the finished run: of each split R@k with its chance by direction and AUC; time per step; parameters."""
+    out = Path(values.run.out)
+    device = hardware.pick_device(values.run.device)
+    precision, _ = hardware.pick_precision(values.run.precision, device)
+    model, _, state = load_model(out / "last.pt", device)
+    splits = evaluation.load_splits(values.eval.splits, values.model.name, values.model.image_size)
+    found = {}
+    for name, split in splits.items():
+        evaluation.encode(model, split, values.eval.batch_size, device, precision, workers=values.data.workers or 0)
+        found[name] = {**(evaluation.retrieval(split, device) or {}), "AUC": auc(split)}
+    with open(out / "metrics.csv", newline="") as file:
+        rates = [float(row["samples_per_s"]) for row in csv.DictReader(file)]
+    return {
+        "step": state["step"],
+        "seconds_per_step": values.data.batch_size / statistics.median(rates),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "splits": found,
+    }
+
+
+def main(path: str, keep: bool = False) -> None:
+    values = config.load(path)
+    train.run(values, resume=True)
+    out = Path(values.run.out)
+    write_atomically(out / RESULT, json.dumps(result(values), indent=1) + "\n")
+    for checkpoint in () if keep else out.glob("*.pt"):
+        checkpoint.unlink()
+
+
+if __name__ == "__main__":
+    follow(int(sys.argv[2]))
+    try:
+        main(sys.argv[1], "--keep" in sys.argv[3:])
+    except train.Interrupted as stop:
+        print(stop)
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        sys.exit(f"simplclip: {error}")

@@ -1,0 +1,193 @@
+"""Simplified blocks that start from pretrained ones: `simplify(init="inherit")` and `inherit(blocks=...)`.
+
+A pretrained block computes ``x + W_o softmax(q k^T / sqrt(K)) W_v n1`` with [q|k] = W_qk n1, and adds its MLP of n2. A
+`SimplifiedBlock` has one norm without affine, n = norm(x), and no W_v and W_o. So `convert` finds
+
+    [q|k]:  W_qk diag(d1)                    n1 = d1 n + e1
+    MLP:    W_1 diag(d2), b_1 + W_1 e2       n2 = d2 n + e2
+            s W_2, s b_2                     s: the layer scale
+
+What has no place: W_v, W_o and their biases. The biases of q and k, to which W_qk e1 belongs: that of k adds the same to all
+logits of a query, so that the softmax does not see it; that of q changes the attention, unless it is zero. And the MLP reads
+the block's input, as attention does, not the sum after attention.
+
+For a layer norm (and RMSNorm, of the same kind as in the new block), d and e are its weight and bias. If the new block has
+RMSNorm in the place of LayerNorm, the matrices subtract the mean of the channels, so that only the scale of n differs.
+
+FastViT's block has a batch norm in the place of the first norm, and a depthwise convolution with a batch norm before the
+MLP. Over the training data, channel c of x has the running mean m_c and variance v_c. With M the mean of m and S² that of
+v + (m - M)² over the channels, x is about S n + M, which makes each batch norm an affine function of n. Of the convolution,
+the tap at the token itself stays. The others see its neighbours and are replaced by their mean, which the running mean of the
+batch norm includes; this is best in the least squares sense where neighbouring tokens deviate independently.
+
+The gains: alpha, beta and gamma stay as they are, by default at 1. With A the inherited attention and C the uniform one, a
+head then starts as (1 + A - C) n, no longer as the identity. The rows of A and of C sum to one, so what all tokens have in
+common passes unchanged; the other eigenvalues are 1 + l for each other eigenvalue l of A, |l| < 1 (in causal attention
+1 + A_ii - 1 / (i + 1) > 0), so what distinguishes tokens is never lost. Without -C the common part would double in every
+block and drown it. Attention that is uniform still is the identity; other attention mixes tokens from the first step, without
+the gamma below 1 that random blocks may need.
+
+mlp_gain starts at 1, since a pretrained block adds its MLP to the skip connection, whose scale attention_gain replaces. That
+is S for FastViT, so that later, inherited layers get values in their range (M goes into the bias b_2), and else 1, since the
+weights of a layer norm do not tell the scale.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simplclip.common.errors import InputError
+from simplclip.nn import SimplifiedBlock
+
+__all__ = ["MERGES", "convert", "is_block", "start"]
+
+MERGES = ("average", "first")
+_EPS = 1e-5  # of batch norms in timm and torch
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A block by the names of its tensors. qk: [q|k|v] in one matrix, or q and k. unused: how the names of others begin."""
+
+    name: str
+    norm: str
+    qk: tuple[str, ...]
+    mlp_norm: str
+    fc: tuple[str, str]
+    unused: tuple[str, ...]
+    scale: str = ""
+    conv: str = ""  # depthwise, before the MLP's norm
+
+
+_KINDS = (
+    _Kind(
+        "open_clip's residual attention block", "ln_1", ("attn.in_proj_weight",), "ln_2", ("mlp.c_fc", "mlp.c_proj"),
+        ("attn.in_proj_bias", "attn.out_proj.", "attn.head_scale", "attn.ln_inner.", "ln_attn.", "ls_1."), "ls_2.gamma",
+    ),
+    _Kind(
+        "timm's Block", "norm1", ("attn.qkv.weight",), "norm2", ("mlp.fc1", "mlp.fc2"),
+        ("attn.qkv.bias", "attn.proj.", "attn.norm.", "attn.gate.", "ls1."), "ls2.gamma",
+    ),
+    _Kind(
+        "FastViT's AttentionBlock", "norm", ("token_mixer.qkv.weight",), "mlp.conv.bn", ("mlp.fc1", "mlp.fc2"),
+        ("token_mixer.qkv.bias", "token_mixer.proj.", "layer_scale_1."), "layer_scale_2.gamma", "mlp.conv.conv.weight",
+    ),
+    _Kind(
+        "MobileCLIP's PreNormLayer", "ln_1", ("attn.qkv_proj.weight",), "ln_2", ("mlp.fc1", "mlp.fc2"),
+        ("attn.qkv_proj.bias", "attn.out_proj."),
+    ),
+    _Kind(
+        "transformers' encoder layer", "layer_norm1", ("self_attn.q_proj.weight", "self_attn.k_proj.weight"), "layer_norm2",
+        ("mlp.fc1", "mlp.fc2"),
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.", "self_attn.out_proj."),
+    ),
+)  # fmt: skip
+
+
+def is_block(tensors: Collection[str]) -> bool:
+    """Whether these names, relative to a block, are those of a block that `convert` knows."""
+    return "qk.weight" in tensors or any(set(kind.qk) <= set(tensors) for kind in _KINDS)
+
+
+@torch.no_grad()
+def convert(tensors: Mapping[str, Tensor], norm: str = "layernorm") -> dict[str, Tensor]:
+    """Tensors of a `SimplifiedBlock` that starts from a pretrained block: qk, fc1, fc2 and the outer gains, in float32.
+
+    Args:
+        tensors: those of the block, by names relative to it: of open_clip's ResidualAttentionBlock or
+            CustomResidualAttentionBlock, timm's Block, FastViT's AttentionBlock, MobileCLIP's PreNormLayer, or transformers'
+            encoder layers of CLIP, SigLIP and SigLIP 2. Those of a simplified block are returned as they are.
+        norm: of the new block.
+
+    Raises InputError for another block, or one whose q, k or MLP have more parts (qk norms, gated MLPs).
+    """
+    if "qk.weight" in tensors:
+        return dict(tensors)
+    kind = next((kind for kind in _KINDS if set(kind.qk) <= set(tensors)), None)
+    if kind is None:
+        known = ", ".join(kind.name for kind in _KINDS)
+        raise InputError(f"expected a block of a known kind ({known}), got one of {', '.join(sorted(tensors)[:4])}...")
+    t = {name: value.float() for name, value in tensors.items() if value.is_floating_point()}
+    named = {kind.scale, kind.conv, *kind.qk, *(f"{part}.{end}" for part in kind.fc for end in ("weight", "bias"))}
+    begins = tuple(f"{part}." for part in (kind.norm, kind.mlp_norm)) + kind.unused
+    if odd := sorted(name for name in t if name not in named and not name.startswith(begins)):
+        raise InputError(f"expected {kind.name} without further parts, got {odd[0]}")
+    needed = {f"{part}.weight" for part in kind.fc}
+    if kind.conv:
+        needed |= {kind.conv, *(f"{part}.running_{end}" for part in (kind.norm, kind.mlp_norm) for end in ("mean", "var"))}
+    if missing := sorted(needed - t.keys()):
+        raise InputError(f"expected {kind.name}, got one without {missing[0]}")
+
+    q, k = [t[name] for name in kind.qk] if len(kind.qk) == 2 else t[kind.qk[0]].chunk(3)[:2]
+    width = q.shape[1]
+    first, second = _affine(t, kind.norm, width), _affine(t, kind.mlp_norm, width)
+    spread, level = torch.ones(()), torch.zeros(())
+    if kind.conv:
+        mean, variance = t[f"{kind.norm}.running_mean"], t[f"{kind.norm}.running_var"]
+        level = mean.mean() if norm == "layernorm" else level
+        spread = (variance + (mean - level).square()).mean().sqrt()
+        tap = t[kind.conv].flatten(1)
+        tap = tap[:, tap.shape[1] // 2]
+        first = (first[0] * spread, first[1])  # its shift has no place
+        factor, shift = second
+        shift = shift + factor * t[f"{kind.mlp_norm}.running_mean"] + factor * tap * (level - mean)
+        second = (factor * tap * spread, shift)
+    weights = [t[f"{part}.weight"].flatten(1) for part in kind.fc]
+    biases = [t.get(f"{part}.bias", weight.new_zeros(len(weight))) for part, weight in zip(kind.fc, weights)]
+    scale = t[kind.scale].flatten() if kind.scale in t else weights[1].new_ones(len(weights[1]))
+    found = {
+        "qk.weight": torch.cat([q, k]) * first[0],
+        "fc1.weight": weights[0] * second[0],
+        "fc1.bias": biases[0] + weights[0] @ second[1],
+        "fc2.weight": scale[:, None] * weights[1],
+        "fc2.bias": scale * biases[1] + level,
+    }
+    if norm == "rmsnorm" and not kind.conv and f"{kind.norm}.bias" in t:  # it was a layer norm
+        for name in ("qk.weight", "fc1.weight"):
+            found[name] = found[name] - found[name].mean(1, keepdim=True)
+    return found | {"attention_gain": spread, "mlp_gain": torch.ones(())}
+
+
+def start(
+    blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "average", keep: Collection[str] = ()
+) -> None:
+    """Set the tensors of simplified blocks to those of pretrained ones, in place: by path, a block and what `convert` takes.
+
+    merge: the value of a tensor that several blocks share: the "average" of theirs after folding, or the "first" block's.
+        Average and first differ in meaning: units of two blocks' attention or MLP need not correspond to each other.
+    keep: names of tensors that stay as they are.
+
+    Raises InputError, before anything is changed, if a block is of no known kind or has other shapes.
+    """
+    if merge not in MERGES:
+        raise InputError(f"merge: expected one of {MERGES}, got {merge!r}")
+    values: dict[nn.Parameter, list[Tensor]] = {}
+    for path, (block, tensors) in blocks.items():
+        own = dict(block.named_parameters())
+        try:
+            found = convert(tensors, block.norm_name)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        for name, value in found.items():
+            if name not in own or own[name].shape != value.shape:
+                mine = list(own[name].shape) if name in own else "none"
+                shape = f"width {block.width}, {block.hidden} hidden units"
+                raise InputError(f"{path}: expected a block of {shape} with {name} {mine}, got {list(value.shape)}")
+            if name not in keep:
+                values.setdefault(own[name], []).append(value)
+    with torch.no_grad():
+        for parameter, several in values.items():
+            average = torch.stack([value.to(parameter.device, torch.float32) for value in several]).mean(0)
+            parameter.copy_(average if merge == "average" else several[0])
+
+
+def _affine(t: Mapping[str, Tensor], norm: str, width: int) -> tuple[Tensor, Tensor]:
+    """Factor and shift [C] of a norm: of a batch norm on its input, else on the normalised input."""
+    some = next(iter(t.values()))
+    factor, shift = t.get(f"{norm}.weight", some.new_ones(width)), t.get(f"{norm}.bias", some.new_zeros(width))
+    if f"{norm}.running_var" in t:
+        factor = factor / (t[f"{norm}.running_var"] + _EPS).sqrt()
+        shift = shift - factor * t[f"{norm}.running_mean"]
+    return factor, shift

@@ -1,0 +1,334 @@
+"""The ablation: order of the runs, stopping and going on, failures, tables and the picture."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from simplclip import ablate, cli
+from simplclip.ablate import tables, worker
+from simplclip.common.files import locked
+from simplclip.train import config
+from simplclip.train.config import ConfigError
+
+TEXT = """
+effects:
+  - {name: pm, group: matching, base: [loss.pm_weight=0], variant: []}
+  - {name: rate, group: optimizer, base: [], variant: [optim.lr=1e-4], seeds: 1}
+  - {name: decay, group: optimizer, base: [], variant: [optim.weight_decay=0]}
+"""
+
+
+@pytest.fixture
+def source(tmp_path):
+    held = tiny.write_shard(tmp_path / "held" / "held-0.tar")
+    settings = tiny.settings(tmp_path, "run.steps=1", f"eval.splits={{a: {held}, b: {held}}}")
+    (tmp_path / "full.yaml").write_text(settings.to_yaml())
+    return str(tmp_path / "full.yaml")
+
+
+@pytest.fixture
+def effects(tmp_path):
+    path = tmp_path / "effects.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def made_up(recall, steps=1, seconds=0.5):
+    """A result of which image to text has `recall`, and text to image 0.2 more; half of it in split b."""
+    figure = lambda value: {f"R@{k}": {"value": value, "chance": k / 24} for k in (1, 5, 10)}  # noqa: E731
+    both = lambda value: {  # noqa: E731
+        "image_to_text": figure(value), "text_to_image": figure(value + 0.2), "AUC": 0.9 + value / 10,
+    }  # fmt: skip
+    return {
+        "step": steps,
+        "seconds_per_step": seconds,
+        "parameters": 10,
+        "splits": {"a": both(recall), "b": both(recall / 2)},
+    }
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Runs write made-up results in place of training; gives their names in order."""
+    names = []
+
+    def train(trial, source, out, threads, running):
+        folder = trial.folder(out)
+        folder.mkdir(exist_ok=True)
+        names.append(re.sub(r"-\w{10}$", "", folder.name))
+        recall = (int(trial.digest, 16) % 50) / 100 + 0.01 * trial.seed
+        (folder / worker.RESULT).write_text(json.dumps(made_up(recall)))
+        if trial.keep:
+            (folder / "last.pt").touch()
+
+    monkeypatch.setattr(ablate, "_train", train)
+    return names
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_effect_by_effect_with_all_seeds_and_each_run_once(source, effects, tmp_path, pretended):
+    table = ablate.run(source, effects, tmp_path / "out", seeds=2)
+    assert pretended == [
+        *("pm-base-s0", "pm-variant-s0", "pm-base-s1", "pm-variant-s1"),
+        *("rate-variant-s0", "decay-variant-s0", "decay-variant-s1"),
+    ]
+    kinds = (("R@1", "all"), ("R@1", "a"), ("R@1", "b"), ("AUC", "all"))
+    assert [(row["effect"], row["measure"], row["split"], row["seeds"]) for row in rows(table)] == [
+        (effect, *kind, seeds) for effect, seeds in (("pm", "2"), ("rate", "1"), ("decay", "2")) for kind in kinds
+    ]
+    assert len(rows(tmp_path / "out" / "ablation.csv")) == 7 * 2 * 2
+    assert Image.open(tmp_path / "out" / "effects.png").size[0] > 1000
+
+    effects.write_text(TEXT.replace("name: decay", "name: no decay") + "  - {name: new, group: g, variant: [optim.lr=0.1]}")
+    ablate.run(source, effects, tmp_path / "out", seeds=3, only=["optimizer", "ne?"])
+    assert pretended[7:] == ["no-decay-base-s2", "no-decay-variant-s2", "new-variant-s0", "new-variant-s1", "new-variant-s2"]
+
+
+def test_it_goes_on_where_it_was(source, effects, tmp_path, pretended, monkeypatch):
+    original = ablate._train
+
+    def stop(trial, *rest):
+        if len(pretended) == 3:
+            raise KeyboardInterrupt
+        return original(trial, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate, "_train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ablate.run(source, effects, tmp_path / "out", seeds=2)
+    assert [(row["effect"], row["seeds"]) for row in rows(tmp_path / "out" / "effects.csv")][::4] == [("pm", "1")]
+    ablate.run(source, effects, tmp_path / "out", seeds=2)
+    assert len(pretended) == len(set(pretended)) == 7
+
+
+def test_a_report_trains_nothing_and_needs_no_lock(source, effects, tmp_path, pretended):
+    ablate.run(source, effects, tmp_path / "out", seeds=1, only=["pm"])
+    (tmp_path / "out" / "effects.csv").unlink()
+    with locked(tmp_path / "out", "busy"):
+        result = CliRunner().invoke(
+            cli.app, ["ablate", source, "--effects", str(effects), "--out", str(tmp_path / "out"), "--report"]
+        )
+    assert result.exit_code == 0, result.output
+    assert {row["effect"] for row in rows(tmp_path / "out" / "effects.csv")} == {"pm"}
+    assert len(pretended) == 2
+
+
+def test_a_second_process_is_refused(source, effects, tmp_path, pretended):
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out, "busy"):
+        result = CliRunner().invoke(cli.app, ["ablate", source, "--effects", str(effects), "--out", str(out)])
+    assert result.exit_code == 2
+    assert f"got {out}: another ablation runs in it" in result.stderr
+    assert not pretended
+
+
+def test_a_failed_run_names_its_log_and_does_not_stop_the_others(source, effects, tmp_path, pretended, monkeypatch):
+    original = ablate._train
+
+    def fail(trial, *rest):
+        return (
+            "decay-variant-s0 ended with 1: see x.log"
+            if trial.name.startswith("decay-variant-s0")
+            else original(trial, *rest)
+        )
+
+    monkeypatch.setattr(ablate, "_train", fail)
+    with pytest.raises(
+        ablate.AblationError, match=r"1 runs failed; the same command tries them again\ndecay-variant-s0 ended"
+    ):
+        ablate.run(source, effects, tmp_path / "out", seeds=2)
+    assert len(pretended) == 6
+    assert [row["seeds"] for row in rows(tmp_path / "out" / "effects.csv") if row["effect"] == "decay"] == ["1"] * 4
+
+
+PREPARED = """
+prepare: {own: [optim.lr=0.5, run.seed=0]}
+effects:
+  - {name: plain, group: g, base: [], variant: [optim.lr=0.5]}
+  - {name: warm, group: g, base: [], variant: ["inherit.source='{own}'"]}
+"""
+
+
+def test_prepared_runs_are_done_first_and_keep_their_checkpoint(source, effects, tmp_path, pretended, monkeypatch):
+    effects.write_text(PREPARED)
+    out = tmp_path / "out"
+    ablate.run(source, effects, out, seeds=1, only=["plain"])
+    assert pretended == ["plain-base-s0", "plain-variant-s0"]
+    ablate.run(source, effects, out, seeds=2, jobs=2)
+    assert pretended[2] == "plain-variant-s0", "it was done, but its checkpoint is needed now"
+    assert sorted(pretended[3:]) == ["plain-base-s1", "plain-variant-s1", "warm-variant-s0", "warm-variant-s1"]
+
+    monkeypatch.setattr(ablate, "_train", lambda trial, *rest: "failed" if trial.keep else None)
+    with pytest.raises(ablate.AblationError) as error:
+        ablate.run(source, effects, tmp_path / "other", seeds=1, only=["warm"])
+    assert re.search(
+        r"2 runs failed.*\nfailed\nwarm-variant-s0-\w+ was not started: the run of own failed$", str(error.value)
+    )
+
+
+def test_what_it_refuses(source, effects, tmp_path, pretended):
+    with pytest.raises(ConfigError, match=r"only: expected patterns of effects or of groups \(matching, optimizer\), got x"):
+        ablate.run(source, effects, tmp_path / "out", only=["x"])
+    need = tmp_path / "noisy"
+    effects.write_text(TEXT.replace("seeds: 1", f"needs: [{need}]") + f"data: {{{need}: make noisy}}")
+    with pytest.raises(ConfigError, match="data: expected the folder .*/noisy, which does not exist; to make it: make noisy"):
+        ablate.run(source, effects, tmp_path / "out")
+    ablate.run(source, effects, tmp_path / "out", only=["matching"], seeds=1)
+
+
+def test_runs_of_other_defaults_are_not_taken_for_those_of_the_present(source, effects, tmp_path, pretended):
+    out = tmp_path / "out"
+    ablate.run(source, effects, out, seeds=1, only=["pm"])
+    folder = next(out.glob("pm-variant-*"))
+    stored = config.load(source, [f"run.out={folder}"]).to_dict()
+    del stored["loss"]["negatives"]  # a key that the earlier version did not have
+    folder.with_name(f"{folder.name}.yaml").write_text(yaml.safe_dump(stored))
+    ablate.run(source, effects, out, seeds=1, only=["pm"])
+    stored["optim"]["eps"] = 0.5
+    folder.with_name(f"{folder.name}.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(ConfigError, match=rf"got {folder}: optim.eps was 0.5, now 1e-06. Delete it to do it again"):
+        ablate.run(source, effects, out, seeds=1, only=["pm"])
+
+
+def test_runs_are_processes_with_their_share_of_threads(source, effects, tmp_path, monkeypatch):
+    started = mock.Mock(return_value=mock.Mock(wait=lambda: 3))
+    monkeypatch.setattr(ablate.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(ablate.subprocess, "Popen", started)
+    with pytest.raises(ablate.AblationError, match=r"pm-base-s0-\w+ ended with 3: see .*/out/pm-base-s0-\w+\.log"):
+        ablate.run(source, effects, tmp_path / "out", jobs=2, seeds=1, only=["pm"])
+    command, environment = started.call_args_list[0].args[0], started.call_args_list[0].kwargs["env"]
+    assert command[1:3] == ["-m", "simplclip.ablate.worker"]
+    assert command[4:] == [str(os.getpid())]
+    assert environment["OMP_NUM_THREADS"] == environment["SIMPLCLIP_THREADS"] == "2"
+
+
+def test_ctrl_c_is_passed_on_once(source, effects, tmp_path, monkeypatch):
+    """The second signal would end a run without saving."""
+    ended = threading.Event()
+    process = mock.Mock(terminate=mock.Mock(side_effect=ended.set))
+    process.wait.side_effect = lambda: (os.kill(os.getpid(), signal.SIGINT), ended.wait(60), 130)[-1]
+    started = mock.Mock(return_value=process)
+    monkeypatch.setattr(ablate.subprocess, "Popen", started)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.run(source, effects, tmp_path / "out", seeds=1, only=["pm"])
+    assert started.call_count == process.terminate.call_count == 1
+    assert started.call_args.kwargs["start_new_session"]
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_evaluated_and_leaves_its_figures(source, effects, tmp_path):
+    effects.write_text(PREPARED)
+    out = tmp_path / "out"
+    ablate.run(source, effects, out, seeds=1, only=["warm"], jobs=2)
+    assert {path.name.split("-s0")[0]: (path / "last.pt").exists() for path in out.iterdir() if path.is_dir()} == {
+        "prepare-own": True,
+        "warm-base": False,
+        "warm-variant": False,
+    }
+    own = next(out.glob("prepare-own-*/result.json"))
+    assert f"inherited from {own.parent}/last.pt" in next(out.glob("warm-variant-*.log")).read_text().replace("\n", "")
+    result = json.loads(own.read_text())
+    assert result["step"] == 1
+    assert result["parameters"] > 1e5
+    assert 0 < result["seconds_per_step"] < 60
+    found = CliRunner().invoke(cli.app, ["evaluate", str(own.parent)])
+    assert found.exit_code == 0, found.output
+    expected = json.loads((own.parent / "evaluation.json").read_text())["splits"]
+    for split in ("a", "b"):
+        for direction in tables.DIRECTIONS:
+            assert result["splits"][split][direction] == expected[split][direction]
+        assert 0 < result["splits"][split]["AUC"] < 1
+
+
+@pytest.mark.parametrize("matrix", [1 << 26, 60])
+def test_auc_is_the_share_of_right_comparisons(matrix, monkeypatch):
+    torch.manual_seed(0)
+    groups, captions = torch.tensor([0, 1, 2, 3, 0, 5, 6, 7, 8, 9]), torch.tensor([0, 0, 1, 2, 3, 5, 6, 7, 8, 9, 9, 4])
+    x, y = torch.randn(10, 4).round(), torch.randn(12, 4).round()  # with equal similarities
+    monkeypatch.setattr(worker, "MATRIX", matrix)
+    split = types.SimpleNamespace(image_features=x, text_features=y, groups=groups, caption_groups=captions)
+    shown = range(0, 10, 2 if matrix < 120 else 1)
+    known = {groups[i].item() for i in shown}
+    pairs = [(i, j) for i in shown for j in range(12) if captions[j].item() in known]
+    of = lambda same: [(x[i] @ y[j]).item() for i, j in pairs if (groups[i] == captions[j]) == same]  # noqa: E731
+    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a in of(True) for b in of(False)]
+    assert worker.auc(split) == pytest.approx(sum(wins) / len(wins), abs=1e-12)
+
+
+def test_a_run_stops_when_its_parent_has_ended(tmp_path):
+    code = "import sys, time; from simplclip.ablate import worker; worker.follow(int(sys.argv[1]), 0.1); time.sleep(60)"
+    middle = "import subprocess as s, sys, os; print(s.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())]).pid)"
+    child = int(subprocess.run([sys.executable, "-c", middle, code], stdout=subprocess.PIPE, check=True, timeout=60).stdout)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the run goes on without its parent")
+
+
+def test_rows_of_an_effect():
+    pairs = [
+        {"base": made_up(b, 1, 0.5), "variant": made_up(v, 2, 0.4)} for b, v in ((0.10, 0.14), (0.12, 0.20), (0.14, 0.14))
+    ]
+    every, a, _, auc = tables.effect_rows("g", "e", pairs)
+    # Split a: means of both directions are recall + 0.1; split b: recall / 2 + 0.1.
+    assert (a["measure"], a["split"], a["base"], a["variant"]) == ("R@1", "a", 22.0, 26.0)
+    assert (a["base std"], a["variant std"]) == (2.0, 3.464)
+    assert (a["difference"], a["difference std"]) == (4.0, 4.0)
+    assert (a["t"], a["p"]) == (1.732, pytest.approx(0.225403, abs=1e-6))
+    assert (a["low"], a["high"]) == (-5.937, 13.937)
+    assert (every["split"], every["base"], every["difference"]) == ("all", 19.0, 3.0)
+    assert (a["base steps"], a["variant steps"], a["base s/step"], a["variant s/step"]) == (1, 2, 0.5, 0.4)
+    assert (auc["measure"], auc["split"], auc["base"], auc["difference"]) == ("AUC", "all", 90.9, 0.3)
+    (only, *_) = tables.effect_rows("g", "e", [{"variant": pair["variant"]} for pair in pairs])
+    assert (only["base"], only["difference"], only["p"], only["base steps"]) == ("", "", "", "")
+    assert only["variant"] == every["variant"]
+
+
+def test_the_picture_has_each_effect_with_its_interval(tmp_path, monkeypatch):
+    made = []
+    for group, name, gains in (
+        ("x", "small", (0.01, 0.02, 0.015)),
+        ("x", "large", (0.1, 0.12, 0.11)),
+        ("y", "loss", (-0.05,)),
+    ):
+        made += tables.effect_rows(group, name, [{"base": made_up(0.1), "variant": made_up(0.1 + gain)} for gain in gains])
+    made += tables.effect_rows("z", "only reported", [{"variant": made_up(0.1)}])
+    figures = []
+    original = tables.write
+    monkeypatch.setattr(tables, "write", lambda figure, path: (figures.append(figure), original(figure, path))[1])
+    assert tables.draw(tmp_path / "effects.png", made, "title") == tmp_path / "effects.png"
+    axis = figures[0].axes[0]
+    texts = [text.get_text() for text in axis.texts]
+    order = [text for text in texts if text in {"x", "y", "z", "small", "large", "loss", "only reported"}]
+    assert order == ["x", "large", "small", "y", "loss"]
+    dots = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
+    every = {row["effect"]: row for row in made if (row["measure"], row["split"]) == ("R@1", "all")}
+    assert dots == [every[name]["difference"] for name in ("large", "small", "loss")]
+    intervals = [tuple(line.get_xdata()) for line in axis.lines if line.get_marker() != "o" and line.get_xdata()[0] != 0]
+    assert intervals == [(every[name]["low"], every[name]["high"]) for name in ("large", "small")]
+    assert tables.draw(tmp_path / "none.png", made[-4:], "title") is None

@@ -1,0 +1,163 @@
+"""The effects file: its errors, and which runs its effects are."""
+
+from pathlib import Path
+
+import pytest
+
+from simplclip.ablate import effects as files
+from simplclip.train.config import ConfigError
+
+DEMO = "siclip-lite0-emoji"
+ONE = """
+effects:
+  - {name: a, group: g, base: [loss.pm_weight=0], variant: [loss.pm_weight=1]}
+"""
+
+
+def load(folder, text):
+    path = folder / "effects.yaml"
+    path.write_text(text)
+    return files.load(path)
+
+
+def trials(folder, text, seed=0, **options):
+    found = load(folder, text)
+    return [files.trials(found, effect, seed, DEMO, **options) for effect in found.effects]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "expected a mapping with `effects`, got list"),
+        ("effects: [", "not valid YAML"),
+        ("steps: 3", "effects: missing"),
+        ("effects: []", "effects: expected list should have at least 1 item"),
+        (ONE + "sets: [a=1]", "unknown key sets; did you mean set?"),
+        (ONE.replace("variant:", "varaint:"), "effect a: unknown key varaint; did you mean variant?"),
+        (ONE.replace(", variant: [loss.pm_weight=1]", ""), "effect a: variant: missing"),
+        (ONE.replace("name: a, ", ""), "effect 1: name: missing"),
+        (ONE.replace("group: g", "group: g, steps: 0"), "effect a: steps: expected greater than or equal to 1, got 0"),
+        (ONE.replace("group: g", "group: g, seeds: many"), "effect a: seeds: expected a valid integer, got 'many'"),
+        (ONE + ONE.replace("effects:", "").lstrip("\n"), "expected different names of effects, got 'a' twice"),
+        (
+            ONE.replace("group: g", "group: g, needs: [d]"),
+            "data: expected the command that makes each folder of `needs`, got none",
+        ),
+    ],
+)
+def test_errors_of_the_file_name_the_place(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("loss.pm_wieght=1", "a, variant: loss.pm_wieght: unknown key; did you mean loss.pm_weight?"),
+        ("loss.pm_weight=-1", "a, variant: loss.pm_weight: expected greater than or equal to 0, got -1"),
+        ("pm_weight", "a, variant: --set: expected key=value"),
+        ("eval.splits={}", "eval.splits: expected held-out data, got none"),
+    ],
+)
+def test_errors_of_settings_name_the_effect(tmp_path, setting, message):
+    with pytest.raises(ConfigError) as error:
+        trials(tmp_path, ONE.replace("loss.pm_weight=1", f"'{setting}'"))
+    assert message in str(error.value)
+
+
+def test_an_unknown_name_lists_the_built_in_files():
+    with pytest.raises(ConfigError, match="expected a YAML file or one of the built-in emoji, got emojis"):
+        files.load("emojis")
+
+
+def test_equal_settings_are_one_run_however_they_are_written(tmp_path):
+    text = """
+.parts: &parts [loss.pm_weight=0, [loss.feature_weight=0, "loss.relational_weight=0"]]
+effects:
+  - {name: a, group: g, base: [*parts], variant: [*parts, loss.pm_weight=1]}
+  - {name: b, group: g, set: [*parts], base: [], variant: ["loss.pm_weight=1.0"]}
+  - {name: c, group: g, set: [*parts], base: [optim.lr=0.0015], variant: [optim.lr=1.5e-4]}
+"""
+    a, b, c = trials(tmp_path, text)
+    assert a["base"].digest == b["base"].digest == c["base"].digest
+    assert a["variant"].digest == b["variant"].digest
+    digests = {a["base"].digest, a["variant"].digest, c["variant"].digest}
+    digests |= {
+        trials(tmp_path, text, seed=1)[0]["base"].digest,
+        trials(tmp_path, text, overrides=["run.steps=7"])[0]["base"].digest,
+    }
+    assert len(digests) == 5
+    assert (a["base"].name, a["variant"].seed) == (f"a-base-s0-{a['base'].digest}", 0)
+
+
+def test_order_of_settings(tmp_path):
+    text = """
+steps: 10
+set: [data.batch_size=1, optim.lr=1]
+effects:
+  - {name: a, group: g, steps: 20, set: [optim.lr=2, optim.warmup=2], base: [optim.warmup=3], variant: [run.seed=9]}
+"""
+    (pair,) = trials(tmp_path, text, seed=4, overrides=["data.batch_size=5"])
+    assert [pair[side].overrides(tmp_path)[:-1] for side in ("base", "variant")] == [
+        [
+            "run.seed=4",
+            "data.batch_size=1",
+            "optim.lr=1",
+            "run.steps=20",
+            "optim.lr=2",
+            "optim.warmup=2",
+            own,
+            "data.batch_size=5",
+        ]
+        for own in ("optim.warmup=3", "run.seed=9")
+    ]
+
+
+def test_a_folder_is_found_by_its_digest_under_any_name(tmp_path):
+    (pair,) = trials(tmp_path, ONE)
+    trial = pair["base"]
+    assert trial.folder(tmp_path) == tmp_path / trial.name
+    (tmp_path / f"earlier-{trial.digest}").mkdir()
+    assert trial.folder(tmp_path) == tmp_path / f"earlier-{trial.digest}"
+    assert trial.overrides(tmp_path)[-1] == f'run.out="{tmp_path}/earlier-{trial.digest}"'
+
+
+def test_prepared_runs(tmp_path):
+    text = """
+steps: 10
+set: [data.batch_size=8]
+prepare:
+  own: ["model.options={simplified: false}", run.steps=40]
+effects:
+  - {name: a, group: g, base: [], variant: ["inherit.source=[minilm, '{own}']"]}
+"""
+    (pair,) = trials(tmp_path, text, seed=2)
+    own = pair["variant"].prepared["own"]
+    assert (pair["base"].prepared, own.keep, own.seed, pair["variant"].keep) == ({}, True, 2, False)
+    assert own.settings == ("data.batch_size=8", "run.steps=10", "model.options={simplified: false}", "run.steps=40")
+    assert f"inherit.source=[minilm, '{tmp_path / own.name}/last.pt']" in pair["variant"].overrides(tmp_path)
+    (other,) = trials(tmp_path, text.replace("run.steps=40", "run.steps=41"), seed=2)
+    assert other["variant"].digest != pair["variant"].digest, "another checkpoint is inherited"
+    assert other["base"].digest == pair["base"].digest
+
+
+def test_missing_data_name_the_command(tmp_path):
+    text = ONE.replace("group: g", f"group: g, needs: [{tmp_path}/there, {tmp_path}/noisy]")
+    found = load(tmp_path, text + f"data: {{{tmp_path}/there: make there, {tmp_path}/noisy: make noisy}}")
+    (tmp_path / "there").mkdir()
+    (line,) = files.missing(found, found.effects)
+    assert line == f"data: expected the folder {tmp_path}/noisy, which does not exist; to make it: make noisy"
+
+
+def test_the_built_in_effects_are_valid_and_compare_different_runs():
+    found = files.load("emoji")
+    pairs = {effect.name: files.trials(found, effect, 0, DEMO) for effect in found.effects}
+    assert len(pairs) >= 12
+    assert all(pair["base"].digest != pair["variant"].digest for pair in pairs.values())
+    groups = {effect.group for effect in found.effects}
+    assert groups == {"pair matching", "distillation", "inheritance", "captions", "sharing", "block", "noise"}
+    digests = {trial.digest for pair in pairs.values() for trial in pair.values()}
+    assert len(digests) < 1.4 * len(pairs), "most effects share their bases"
+    assert sum(effect.steps == 400 for effect in found.effects) >= 4
+    assert set(files.builtin()) == {"emoji"}
+    assert Path(files.builtin()["emoji"]).parent.name == "effects"

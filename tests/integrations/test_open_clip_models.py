@@ -1,0 +1,125 @@
+"""register_models: open_clip's factory makes this library's models."""
+
+import re
+
+import open_clip
+import pytest
+import torch
+from mobileclip_s0 import error, expected, inputs, weights
+from open_clip import create_model as imported_before
+from open_clip.model import CLIP, CustomTextCLIP
+from PIL import Image
+
+from simplclip import models
+from simplclip.integrations import open_clip as ours
+from simplclip.models.mobileclip import TextTower
+from simplclip.models.simplify import TransformerBlock
+
+TINY = {"width": 16, "heads": 2, "layers": 1}
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The models' names; afterwards open_clip is as it was."""
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
+    monkeypatch.setattr(ours, "_registered", {})
+    theirs = open_clip.factory.create_model
+    for module, name in list(ours._names_of(theirs)):
+        monkeypatch.setattr(module, name, theirs)
+    return ours.register_models()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    path = tmp_path_factory.mktemp("published") / "mobileclip_s0.pt"
+    torch.save({"state_dict": weights(1)}, path)
+    return str(path)
+
+
+def test_the_models_have_open_clips_tokenizer(registered):
+    assert registered == [name for name in models.names() if name not in ("siclip-lite0", "siclip-tiny")]
+    assert {*registered} <= {*open_clip.list_models()}
+    texts = ["a cat", "two dogs " * 60]
+    for name in registered:
+        assert torch.equal(open_clip.get_tokenizer(name)(texts), models.tokenizer(name)(texts))
+
+
+def test_it_makes_mobileclip_s0_from_the_published_file(registered, published):
+    model, train, transform = open_clip.create_model_and_transforms("mobileclip-s0", pretrained=published)
+    image, text = inputs()
+    features = expected()
+    with torch.no_grad():
+        assert error(model.eval().encode_image(image), features["image"]) < 2e-5
+        assert error(model.encode_text(text), features["text"]) < 2e-5
+    assert type(model) is CustomTextCLIP
+    picture = Image.effect_noise((300, 270), 80).convert("RGB")
+    ours = models.transforms("mobileclip-s0", train=False)(picture)
+    torch.testing.assert_close(transform(picture), ours, rtol=0, atol=1.01 / 255)
+    assert train(picture).shape == (3, 256, 256)
+
+
+def test_it_loads_a_file_of_ours(registered, tmp_path):
+    torch.manual_seed(0)
+    model = models.create("mobileclip-s0", text_cfg=TINY, embed_dim=8)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "own.pt")
+    found = open_clip.create_model("mobileclip-s0", str(tmp_path / "own.pt"), embed_dim=8, text_cfg=TINY)
+    torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=re.escape("Pretrained value 'gone.pt' is not a known tag")):
+        open_clip.create_model("mobileclip-s0", "gone.pt")
+
+
+def test_open_clips_arguments_work(registered):
+    options = {"force_image_size": 128, "force_context_length": 20, "precision": "bf16", "output_dict": True}
+    model = imported_before("mobileclip-s0", **options)
+    assert model.visual.image_size == (128, 128)
+    assert model.text.positional_embedding.shape == (20, 512)
+    out = model(torch.randn(2, 3, 128, 128).bfloat16(), torch.randint(1, 99, (2, 20)))
+    assert out["text_features"].dtype == torch.bfloat16
+    forced = {"mean": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
+    model = open_clip.create_model("mobileclip-s0", device="meta", force_preprocess_cfg=forced)
+    found = model.visual.preprocess_cfg
+    assert (found["mean"], found["std"], found["interpolation"]) == ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0), "bicubic")
+    assert model.logit_scale.is_meta
+
+
+def test_it_makes_siclips(registered):
+    for name in registered:
+        model = open_clip.create_model(name, device="meta")
+        own = models.create(name, device="meta")
+        assert {n: p.shape for n, p in model.state_dict().items()} == {n: p.shape for n, p in own.state_dict().items()}
+        assert any(isinstance(m, TransformerBlock) for m in model.modules()) == name.startswith("siclip")
+
+
+def test_other_models_are_open_clips_own(registered):
+    theirs = open_clip.factory.create_model.__wrapped__
+    tiny = {"vision_cfg": {"layers": 1, "width": 64, "patch_size": 112}, "text_cfg": {"layers": 1}}
+    torch.manual_seed(0)
+    expected = theirs("ViT-B-32", **tiny)
+    torch.manual_seed(0)
+    found = open_clip.create_model("ViT-B-32", **tiny)
+    assert type(found) is CLIP
+    torch.testing.assert_close(found.state_dict(), expected.state_dict())
+    assert open_clip.factory.CustomTextCLIP is CustomTextCLIP
+    assert open_clip.factory.convert_state_dict is open_clip.convert.convert_state_dict
+
+
+def test_an_error_leaves_open_clip_as_it_was(registered, tmp_path):
+    torch.save({"x": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(RuntimeError, match=r"Missing key.*logit_scale"):
+        open_clip.create_model("mobileclip-s0", str(tmp_path / "other.pt"))
+    assert open_clip.factory.CustomTextCLIP is CustomTextCLIP
+
+
+def test_a_second_call_changes_nothing(registered):
+    made = open_clip.create_model
+    assert ours.register_models() == registered
+    assert open_clip.create_model is open_clip.factory.create_model is made
+
+
+def test_its_text_tower_is_one_of_open_clips(registered):
+    model = open_clip.create_model("mobileclip-s0", text_cfg=TINY)
+    assert isinstance(model.text, TextTower)
+    assert open_clip.model.get_model_tokenize_cfg(model) == {"context_length": 77, "vocab_size": 49408}
+    model.set_grad_checkpointing()
+    assert model.text.grad_checkpointing
+    assert "text.positional_embedding" in model.no_weight_decay()

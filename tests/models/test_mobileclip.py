@@ -1,0 +1,324 @@
+"""MobileCLIP-S0: what the published code computes, its checkpoint, folding, and training."""
+
+import copy
+import re
+
+import pytest
+import torch
+from mobileclip_s0 import SMALL, SMALL_FEATURES, error, expected, inputs, small_case, weights
+from PIL import Image
+from safetensors.torch import save_file
+from timm.utils import reparameterize_model
+from torch import nn
+
+import simplclip
+from simplclip import models
+from simplclip.export import onnx_towers
+from simplclip.models import mobileclip
+from simplclip.models.inherit import NEW, InheritanceError
+from simplclip.models.simplify import TransformerBlock, count_parameters
+from simplclip.train.checkpoint import CheckpointError
+
+NAME = "mobileclip-s0"
+EXACT, FOLDED = 2e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A published checkpoint with the weights of seed 1."""
+    path = tmp_path_factory.mktemp("published") / "mobileclip_s0.pt"
+    torch.save(weights(1), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(published):
+    return models.create(NAME, checkpoint=published).eval()
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return models.create(NAME, text_cfg=SMALL, embed_dim=SMALL_FEATURES, **options)
+
+
+def small_tower():
+    """The small text tower with its published weights, and the case."""
+    state, case = small_case()
+    model = small().eval()
+    loaded = mobileclip.from_published(model, state)
+    assert len(loaded) == len(state)
+    names = {name for name in model.state_dict() if name.startswith("text.")}
+    assert loaded.keys() == names
+    model.load_state_dict(loaded, strict=False)
+    return model.text, case
+
+
+def small_state():
+    """A published checkpoint of the small model."""
+    image = {name: t for name, t in weights(1).items() if name.startswith("image_encoder.")}
+    image["image_encoder.model.head.proj"] = torch.randn(1024, SMALL_FEATURES)
+    return image | small_case()[0] | {"logit_scale": torch.tensor(2.0)}
+
+
+def test_it_computes_what_the_published_code_does(model):
+    image, text = inputs()
+    features = expected()
+    with torch.no_grad():
+        assert error(model.encode_image(image), features["image"]) < EXACT
+        assert error(model.encode_text(text), features["text"]) < EXACT
+    assert model.logit_scale.item() == 3.0
+
+
+def test_the_small_text_tower():
+    tower, case = small_tower()
+    with torch.no_grad():
+        assert error(tower(case["tokens"]), case["features"]) < EXACT
+        assert error(tower.encode_tokens(case["tokens"]), case["all_tokens"]) < EXACT
+
+
+def test_every_tensor_of_the_published_checkpoint_has_its_place(model):
+    state = weights(1)
+    found = mobileclip.from_published(model, state)
+    assert len(state) == len(found) == 893
+    assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+        name: (t.shape, t.dtype) for name, t in model.state_dict().items()
+    }
+    assert sum(t.sum() for t in found.values()).item() == pytest.approx(sum(t.sum() for t in state.values()).item())
+    parts = count_parameters(model)
+    assert parts == {"image": 11_406_464, "text": 42_441_216, "other": 1, "total": 53_847_681}
+
+
+def test_the_docstring_lists_the_names(model):
+    table = re.search(r"published +here\n(.*?)\n\n", mobileclip.__doc__, re.DOTALL).group(1)
+    rows = dict(re.fullmatch(r"(\S+) +([\w.]+)(?:,.*)?", row).groups() for row in table.splitlines())
+    for name in weights(1):
+        if name.startswith("image_encoder."):
+            continue
+        general = re.sub(r"\.(\d+)\.", ".I.", name, count=1)
+        row = max((row for row in rows if general.startswith(row)), key=len)
+        index = re.search(r"\d+", name)
+        expected = (rows[row] + general.removeprefix(row)).replace(".I.", f".{index and index.group()}.")
+        (found,) = mobileclip.from_published(model, {"text_encoder.": torch.zeros(()), name: torch.zeros(())}).keys() - {
+            "text."
+        }
+        assert found == expected
+
+
+def test_our_own_state_dict(model, tmp_path):
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    torch.save({"state_dict": weights(1)}, tmp_path / "published.pt")
+    for file in ("own.safetensors", "published.pt"):
+        state = models.create(NAME, checkpoint=tmp_path / file).state_dict()
+        torch.testing.assert_close(state, model.state_dict(), rtol=0, atol=0)
+
+
+def without(state):
+    del state["text_encoder.transformer.0.token_mixer.norm.rbr_skip.bias"]
+
+
+def surplus(state):
+    state["text_encoder.transformer.1.pre_norm_mha.1.extra"] = torch.zeros(3)
+
+
+def misshapen(state):
+    state["text_encoder.positional_embedding.pos_embed.pos_embed"] = torch.zeros(1, 1, 64, 48)
+
+
+def image_missing(state):
+    del state["image_encoder.model.network.0.0.layer_scale"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without, r'Missing key.*"text.layers.0.mixer.norm.bias".*mobileclip says how the file\'s names became these'),
+        (surplus, r'Unexpected key.*"text.layers.1.attn.extra"'),
+        (misshapen, r"size mismatch for text.positional_embedding.*\[64, 48\].*\[77, 48\]"),
+        (image_missing, r'Missing key.*"visual.trunk.stages.0.blocks.0.layer_scale.gamma"'),
+    ],
+)
+def test_a_published_checkpoint_that_does_not_fit(change, message, tmp_path):
+    state = small_state()
+    torch.save(state, tmp_path / "good.pt")
+    small(checkpoint=tmp_path / "good.pt")
+    change(state)
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(RuntimeError, match=f"checkpoint: expected weights that fit the model, got .*bad.pt: .*{message}"):
+        small(checkpoint=tmp_path / "bad.pt")
+
+
+def test_a_siclip_inherits_from_the_published_checkpoint(tmp_path):
+    torch.save({"state_dict": small_state()}, tmp_path / "small.pt")
+    source = small(checkpoint=tmp_path / "small.pt")
+    student, _ = simplclip.simplify(small(), blocks={"image": [1], "text": [0, 1]})
+    found = simplclip.inherit(student, tmp_path / "small.pt")
+    new = {row.module for row in found.rows if row.status == NEW}
+    assert new == {"visual.trunk.stages.3.blocks.1", "text.layers.1", "text.layers.2"}
+    assert {"visual.trunk.stem", "text.token_embedding", "text.layers.0", "text.layers.3"} <= {*found.names}
+    theirs = source.state_dict()
+    inherited = {name: t for name, t in student.state_dict().items() if not name.startswith(tuple(f"{n}." for n in new))}
+    assert len(inherited) > 700
+    torch.testing.assert_close(inherited, {name: theirs[name] for name in inherited}, rtol=0, atol=0)
+    with pytest.raises(InheritanceError, match="expected weights of this model's architecture"):
+        simplclip.inherit(models.create("siclip-tiny"), tmp_path / "small.pt")
+
+
+def test_simplified_blocks_replace_its_transformer_layers(model):
+    changed, report = simplclip.simplify(copy.deepcopy(model), towers=["text"])
+    assert [(r.path, r.kind, r.width, r.heads, r.hidden, r.causal) for r in report.replaced] == [
+        (f"text.layers.{i}", "PreNormLayer", 512, 8, 2048, False) for i in range(1, 5)
+    ]
+    blocks = [changed.text.layers[i] for i in range(1, 5)]
+    assert all(type(block) is TransformerBlock and block.act == "gelu" for block in blocks)
+    assert changed.encode_text(inputs()[1]).isfinite().all()
+    _, again = simplclip.simplify(changed, blocks={"text": [-1]}, towers=["text"])
+    assert [r.path for r in again.replaced] == ["text.layers.4"]
+
+
+def batch_norms(module):
+    return [name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize("fold", [simplclip.fold, reparameterize_model])
+def test_folded_it_computes_the_same(model, fold):
+    folded = fold(model)
+    image, text = inputs()
+    features = expected()
+    with torch.no_grad():
+        assert 0 < error(folded.encode_image(image), model.encode_image(image)) < FOLDED
+        assert 0 < error(folded.encode_text(text), model.encode_text(text)) < FOLDED
+        assert error(folded.encode_text(text), features["text"]) < FOLDED
+    assert len(batch_norms(model.text)) == 8
+    assert not batch_norms(folded.text)
+    assert [type(part) for part in folded.text.layers[0].mixer.children()] == [nn.Conv2d]
+
+
+def test_it_folds_in_place_and_again():
+    tower, case = small_tower()
+    with torch.no_grad():
+        before = tower(case["tokens"])
+        for _ in range(2):
+            assert reparameterize_model(tower, inplace=True) is tower
+            assert error(tower(case["tokens"]), before) < FOLDED
+
+
+def test_a_block_in_training():
+    """The norms use the statistics of the batch and note them; gradients are those of the formula."""
+    torch.manual_seed(0)
+    block = mobileclip.RepMixerBlock(16, kernel_size=3)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(4, 9, 16, requires_grad=True)
+
+    def norm(bn, x):  # [B, L, C]
+        mean, var = x.mean((0, 1)), x.var((0, 1), unbiased=False)
+        return (x - mean) / (var + 1e-5).sqrt() * bn.weight + bn.bias
+
+    def conv(part, x):
+        padded = nn.functional.pad(x, (0, 0, 1, 1))
+        return norm(part.bn, sum(padded[:, i : i + 9] * part.conv.weight[:, 0, 0, i] for i in range(3)))
+
+    mixer = block.mixer
+    y = x + mixer.layer_scale.flatten() * (norm(mixer.skip, x) + conv(mixer.conv, x) - norm(mixer.norm, x))
+    formula = y + block.layer_scale * block.mlp(conv(block.conv, y))
+    inputs = [x, *block.parameters()]
+    gradients = torch.autograd.grad(formula.square().mean(), inputs)
+    found = block(x)
+    torch.testing.assert_close(found, formula, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(torch.autograd.grad(found.square().mean(), inputs), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(mixer.norm.running_mean, 0.1 * x.detach().mean((0, 1)))
+
+
+def gradients(tower, tokens):
+    tower.zero_grad()
+    tower(tokens).square().sum().backward()
+    return {name: p.grad for name, p in tower.named_parameters()}, dict(tower.named_buffers())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    tower, case = small_tower()
+    again = copy.deepcopy(tower).train()
+    again.set_grad_checkpointing()
+    calls = []
+    again.layers[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(gradients(again, case["tokens"]), gradients(tower.train(), case["tokens"]))
+    assert len(calls) == 2
+    assert all(g.abs().sum() > 0 for g in gradients(again, case["tokens"])[0].values())
+
+
+def test_lock_leaves_the_last_groups():
+    groups = ["text_projection", "layers.3.", "layers.2.", "layers.1.", "layers.0.", "token_embedding"]
+    for unlocked, last in ((0, ()), (2, (*groups[:2], "ln_final")), (5, (*groups[:5], "ln_final")), (6, ("",))):
+        model = small()
+        model.lock_text_tower(unlocked_layers=unlocked)
+        assert all(p.requires_grad == name.startswith(last) for name, p in model.text.named_parameters())
+
+
+def test_tokens_of_any_layout():
+    tower, case = small_tower()
+    tokens = case["tokens"]
+    with torch.no_grad():
+        features = tower(tokens)
+        torch.testing.assert_close(tower(tokens[:1]), features[:1])
+        torch.testing.assert_close(tower(tokens.T.contiguous().T), features)
+        torch.testing.assert_close(tower(tokens.repeat_interleave(2, 1)[:, ::2].int()), features)
+        torch.testing.assert_close(tower(tokens[:1].expand(3, -1)), features[:1].expand(3, -1))
+        torch.testing.assert_close(tower(tokens[:, :50]).shape, features.shape)
+
+
+def test_autocast_copies_and_compilation(model):
+    image, text = inputs()
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        features = model.encode_text(text, normalize=True), model.encode_image(image, normalize=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = again.encode_text(text, normalize=True), again.encode_image(image, normalize=True)
+        compiled = torch.compile(again.encode_text, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(text, normalize=True), features[0])
+    assert all(1e-4 < error(ours.float(), theirs) < 5e-2 for ours, theirs in zip(half, features))
+    pure = again.to(torch.bfloat16).encode_text(text)
+    assert pure.dtype == torch.bfloat16
+    assert error(nn.functional.normalize(pure.float(), dim=1), features[0]) < 5e-2
+
+
+def test_by_name():
+    assert NAME in models.names()
+    image = models.transforms(NAME, train=False)(Image.new("RGB", (300, 280), "red"))
+    assert image.shape == (3, 256, 256)
+    assert (image.amin((1, 2)).tolist(), image.amax((1, 2)).tolist()) == ([1, 0, 0], [1, 0, 0])  # mean 0, std 1
+    tokens = models.tokenizer(NAME)(["a cat"])
+    assert tokens.shape == (1, 77)
+    assert tokens.max() == 49407
+    meta = models.create(NAME, device="meta")
+    assert f"{53_847_681:,}" in models.summary(meta, NAME)
+    assert (meta.context_length, meta.vocab_size, meta.visual.preprocess_cfg["interpolation"]) == (77, 49408, "bilinear")
+    with pytest.raises(ValueError, match="simplify_options: expected none for a model with its own blocks"):
+        models.create(NAME, simplify_options={"towers": ["text"]})
+    with pytest.raises(ValueError, match="heads: expected a divisor of the width 48, got 5"):
+        models.create(NAME, text_cfg=SMALL | {"heads": 5})
+
+
+def test_an_encoder_of_the_published_checkpoint(model, published, tmp_path):
+    image, _ = inputs()
+    with torch.no_grad():
+        features = model.encode_image(image, normalize=True)
+    for source in ((NAME, published), (f"{NAME}/{published}",)):
+        encoder = simplclip.load(*source)
+        assert (encoder.name, encoder.width) == (NAME, 512)
+        torch.testing.assert_close(encoder.features("image", image), features)
+    with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model"):
+        simplclip.load("siclip-tiny", published)
+    (tmp_path / "bad.pt").write_bytes(b"bad")
+    with pytest.raises(CheckpointError, match="checkpoint: expected weights, got .*bad.pt"):
+        simplclip.load(NAME, tmp_path / "bad.pt")
+    with pytest.raises(FileNotFoundError, match="checkpoint: no such file: gone.pt"):
+        simplclip.load(f"{NAME}/gone.pt")
+
+
+def test_its_text_tower_exports_for_any_batch(tmp_path):
+    tower, case = small_tower()
+    model = small().eval()
+    model.text = tower
+    found = onnx_towers.export(model, "text", case["tokens"], tmp_path / "text.onnx")
+    assert set(found["max_abs_error"]) == {"1", "3"}

@@ -1,0 +1,111 @@
+"""siclip-s0: MobileCLIP-S0 with simplified blocks, as in the paper; and siclip2-s0, which had its name before."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from simplclip import load, models
+from simplclip.cli import app
+from simplclip.models.inherit import inherit
+from simplclip.models.simplify import MapBlock
+from simplclip.nn import SimplifiedBlock
+from simplclip.train import config
+from simplclip.train.folder import claim
+from simplclip.train.state import load_model
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    return models.create("siclip-s0").eval()
+
+
+def test_the_image_encoder_has_a_seventh_less_parameters(student):
+    before, after = student.simplify_report.before, student.simplify_report.after
+    assert before["image"] == 11_406_464
+    assert abs(after["image"] / 9.78e6 - 1) < 0.005
+    assert round(after["image"] / before["image"] - 1, 3) == -0.143
+    assert after["text"] < 0.95 * before["text"]
+
+
+def test_the_last_image_stage_shares_attention_alone(student):
+    first, second = (m for m in student.visual.modules() if isinstance(m, MapBlock))
+    assert first.qk is second.qk
+    assert first.fc1 is not second.fc1
+    texts = [m for m in student.text.modules() if isinstance(m, SimplifiedBlock)]
+    assert len(texts) == 4
+    assert not any(block.causal for block in texts)
+    assert len({block.fc1 for block in texts}) == 4
+
+
+def test_all_but_the_new_blocks_is_inherited_and_frozen(student):
+    torch.manual_seed(1)
+    source = models.create("mobileclip-s0")
+    report = inherit(student, source)
+    new = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert {name.split(".blocks.")[0] for name in new if name.startswith("visual")} == {"visual.trunk.stages.3"}
+    assert {name.split(".")[2] for name in new if name.startswith("text.")} == {"1", "2", "3", "4"}
+    assert report.totals["inherited"] > 30_000_000
+
+
+def test_it_encodes_texts_of_its_tokenizer(student):
+    with torch.no_grad():
+        image = student.encode_image(torch.rand(2, 3, 256, 256))
+        text = student.encode_text(models.tokenizer("siclip-s0")(["a cat", "a dog"]))
+    assert image.shape == text.shape == (2, 512)
+    assert image.isfinite().all()
+    assert text.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def old_checkpoint(tmp_path_factory):
+    """A checkpoint of siclip2-s0 under the name that it had."""
+    torch.manual_seed(0)
+    state = models.create("siclip2-s0").state_dict()
+    values = config.load("siclip2-s0").to_dict()
+    values["model"]["name"] = "siclip-s0"
+    path = tmp_path_factory.mktemp("old") / "last.pt"
+    torch.save({"format": "simplclip", "version": 1, "model": state, "config": values, "step": 3}, path)
+    return path, state
+
+
+def test_an_old_siclip_s0_loads_as_siclip2_s0(old_checkpoint):
+    path, state = old_checkpoint
+    with pytest.warns(UserWarning, match="is named siclip2-s0 now"):
+        model, settings, _ = load_model(path)
+    assert settings.model.name == "siclip2-s0"
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with pytest.warns(UserWarning, match="is named siclip2-s0 now"):
+        assert models.create("siclip-s0", checkpoint=path).simplify_report.before == model.simplify_report.before
+    with pytest.warns(UserWarning, match="is named siclip2-s0 now"):
+        assert load(path).name == "siclip2-s0"
+
+
+def test_a_run_of_the_old_siclip_s0_goes_on_as_siclip2_s0(old_checkpoint, tmp_path):
+    path, _ = old_checkpoint
+    torch.save(torch.load(path, weights_only=True) | {"batch": 0}, tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match="is named siclip2-s0 now"):
+        _, settings = claim(tmp_path, config.load("siclip2-s0", ["model.name=siclip-s0"]), resume=True)
+    assert settings.model.name == "siclip2-s0"
+
+
+@pytest.mark.prove
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch with CUDA, for the plan of a card")
+@pytest.mark.parametrize("name", ["siclip-s0", "siclip2-s0"])
+def test_the_configs_fit_a_24_gib_card(name):
+    shown = CliRunner().invoke(app, ["plan", name, "--card", "3090", "--teacher-width", "768"])
+    assert shown.exit_code == 0, shown.output
+    assert "yes" in shown.output
+
+
+def test_the_last_blocks_mlp_computes_one_token_of_each_text(student):
+    torch.manual_seed(0)
+    torch.nn.init.uniform_(student.text.layers[-1].layer_scale)
+    text, seen = torch.randint(1, 49000, (3, 77)), []
+    hook = student.text.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    with torch.no_grad():
+        features, tokens = student.text(text), student.text.encode_tokens(text)
+    hook.remove()
+    assert seen == [(3, 512), (3, 77, 512)]
+    expected = tokens[torch.arange(3), text.argmax(1)] @ student.text.text_projection
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,373 @@
+"""Simplified blocks that start from pretrained ones: what they compute like them, what is dropped, and what is refused."""
+
+import copy
+
+import hugging_face
+import pytest
+import tiny as tiny_data
+import torch
+from clips import batch, clip
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
+from timm.layers import GluMlp, RmsNorm
+from timm.models import fastvit
+from timm.models.vision_transformer import Block
+from torch import nn
+from transformers import CLIPTextConfig, SiglipVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+import simplclip
+from simplclip import models
+from simplclip.models.inherit import InheritanceError, inherit
+from simplclip.models.mobileclip import PreNormLayer
+from simplclip.models.simplify import attention_of, simplify
+from simplclip.models.warm import convert, is_block, start
+from simplclip.nn import SimplifiedBlock, neighbour_groups, share_weights
+from simplclip.train.state import Training
+
+C, H, F = 24, 2, 48
+_HF = {"hidden_size": C, "intermediate_size": F, "num_attention_heads": H, "attn_implementation": "eager"}
+TOKENS = {
+    "open_clip": lambda: ResidualAttentionBlock(C, H, 2.0, ls_init_value=0.1),
+    "custom": lambda: CustomResidualAttentionBlock(C, H, 2.0, scale_heads=True, scale_attn_inner=True, scale_attn=True),
+    "timm": lambda: Block(C, H, 2.0, qkv_bias=True, init_values=0.1),
+    "timm_rms": lambda: Block(C, H, 2.0, norm_layer=RmsNorm),
+    "mobileclip": lambda: PreNormLayer(C, H, 2.0),
+    "clip": lambda: CLIPEncoderLayer(CLIPTextConfig(**_HF)),
+    "siglip": lambda: SiglipEncoderLayer(SiglipVisionConfig(**_HF)),
+}
+NORMS = ("ln_1", "norm1", "layer_norm1")
+ACTS = {"clip": "quickgelu", "siglip": "gelu_tanh"}
+
+
+def trained(make, seed=0):
+    """A block in eval mode with other values than the first ones in every tensor."""
+    torch.manual_seed(seed)
+    block = make().eval()
+    for name, tensor in block.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn_like(tensor)
+            tensor.copy_(noise.abs() + 0.5 if name.endswith("running_var") or "norm" in name else noise * 0.3)
+    return block
+
+
+def norm_of(block):
+    return next(getattr(block, name) for name in NORMS if hasattr(block, name))
+
+
+def call(block, x):
+    # transformers' layers take the mask as an argument
+    out = block(x, attention_mask=None) if hasattr(block, "self_attn") else block(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def started(old, **options):
+    block = SimplifiedBlock(C, H, 2.0, **options)
+    start({"b": (block, old.state_dict())})
+    return block
+
+
+def attention_maps(qk):  # [B, L, 2C] -> [B, H, L, L]
+    q, k = (t.unflatten(2, (H, -1)).transpose(1, 2) for t in qk.chunk(2, -1))
+    return (q @ k.transpose(-1, -2) * (C // H) ** -0.5).softmax(-1)
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+def test_the_mlp_path_is_that_of_the_old_block(kind):
+    """A block whose values and outputs are zero adds its MLP to normalised input as the new block does to its norm."""
+    old = trained(TOKENS[kind])
+    for name, tensor in old.state_dict().items():
+        if any(part in name for part in ("out_proj", "attn.proj", "ln_attn")):
+            tensor.zero_()
+    x = torch.nn.functional.layer_norm(torch.randn(2, 5, C), (C,), eps=0.0)
+    new = started(old, act=ACTS.get(kind, "gelu"))
+    nn.init.zeros_(new.alpha)
+    nn.init.zeros_(new.beta)
+    nn.init.zeros_(new.gamma)
+    torch.testing.assert_close(new(x), call(old, x) - x, rtol=1e-4, atol=1e-4)
+    assert new.mlp_gain == new.attention_gain == 1
+    assert torch.equal(new.norm.weight, torch.ones(C))
+
+
+@pytest.mark.parametrize("kind", TOKENS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, biased):
+    old = trained(TOKENS[kind])
+    norm, attention, state = norm_of(old), attention_of(old), old.state_dict()
+    if getattr(norm, "bias", None) is not None and not biased:
+        nn.init.zeros_(norm.bias)
+    for name, bias in state.items():  # the bias of k may be anything
+        if "q_proj.bias" in name and not biased:
+            bias.zero_()
+        if name.endswith(("qkv.bias", "in_proj_bias", "qkv_proj.bias")) and not biased:
+            bias[:C].zero_()
+    x = torch.randn(2, 5, C)
+    n = norm(torch.nn.functional.layer_norm(x, (C,)))
+    if hasattr(attention, "q_proj"):
+        qk = torch.cat([attention.q_proj(n), attention.k_proj(n)], -1)
+    else:
+        weight = next(v for k, v in state.items() if k.endswith(("qkv.weight", "in_proj_weight", "qkv_proj.weight")))
+        bias = next((v for k, v in state.items() if k.endswith(("qkv.bias", "in_proj_bias", "qkv_proj.bias"))), None)
+        qk = torch.nn.functional.linear(n, weight, bias)[..., : 2 * C]
+    new = started(old)
+    ours, theirs = attention_maps(new.qk(new.norm(x))), attention_maps(qk)
+    assert torch.allclose(ours, theirs, atol=1e-5) == (not biased or kind == "timm_rms")
+
+
+def test_a_new_block_is_the_identity_where_attention_is_uniform_and_keeps_what_tokens_have_in_common():
+    old = trained(TOKENS["open_clip"])
+    nn.init.zeros_(old.mlp.c_proj.weight)
+    nn.init.zeros_(old.mlp.c_proj.bias)
+    new = started(old, causal=True)
+    x = torch.randn(2, 5, C)
+    assert not torch.allclose(new(x), new.norm(x), atol=1e-2)
+    alike = x[:, :1].expand_as(x)
+    torch.testing.assert_close(new(alike), new.norm(alike))
+    nn.init.zeros_(old.attn.in_proj_weight)
+    uniform = started(old, causal=True)
+    torch.testing.assert_close(uniform(x), uniform.norm(x))
+
+
+def test_rmsnorm_subtracts_the_mean_in_the_matrices():
+    """Of inputs with a mean, whose root mean square is their standard deviation, as far as RMSNorm can tell."""
+    old = trained(TOKENS["open_clip"])
+    layer, rms = started(old), started(old, norm="rmsnorm")
+    x = torch.randn(2, 5, C)
+    x = (x - x.mean(-1, keepdim=True)) * 3 + torch.randn(2, 5, 1) * 3
+    factor = layer.norm(x).norm(dim=-1, keepdim=True) / (rms.norm(x) - rms.norm(x).mean(-1, keepdim=True)).norm(
+        dim=-1, keepdim=True
+    )
+    torch.testing.assert_close(rms.qk(rms.norm(x)) * factor, layer.qk(layer.norm(x)), rtol=1e-4, atol=1e-4)
+    own = trained(TOKENS["timm_rms"])  # of which the mean was never subtracted
+    torch.testing.assert_close(started(own, norm="rmsnorm").qk.weight, (own.attn.qkv.weight * own.norm1.weight)[: 2 * C])
+
+
+def fastvit_block(pointwise, seed=0):
+    """An AttentionBlock on maps of width 64 whose batch norms know the statistics of `maps`."""
+    old = trained(lambda: fastvit.AttentionBlock(64, mlp_ratio=2.0, layer_scale_init_value=0.1), seed)
+    nn.init.zeros_(old.token_mixer.proj.weight)
+    nn.init.zeros_(old.token_mixer.proj.bias)
+    if pointwise:  # the tap at the token alone
+        tap = old.mlp.conv.conv.weight
+        tap.data *= torch.zeros(7, 7).index_put((torch.tensor(3), torch.tensor(3)), torch.tensor(1.0))
+    maps = torch.randn(64, 64, 4, 4) * (torch.rand(64, 1, 1) + 0.5) * 3 + torch.randn(64, 1, 1) + 3.0
+    for norm, x in ((old.norm, maps), (old.mlp.conv.bn, old.mlp.conv.conv(maps))):
+        norm.running_mean.copy_(x.mean((0, 2, 3)))
+        norm.running_var.copy_(x.var((0, 2, 3), unbiased=False))
+    return old, maps
+
+
+def from_fastvit(old, norm="layernorm"):
+    new = simplclip.models.simplify.MapBlock(64, 2, 2.0, norm=norm).eval()
+    start({"b": (new, old.state_dict())})
+    return new
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@torch.no_grad()
+def test_fastvit_from_its_running_statistics(norm):
+    """The new norm is per token, the old one per channel: outputs agree as far as tokens have the usual scale."""
+    old, maps = fastvit_block(pointwise=True)
+    new = from_fastvit(old, norm)
+    nn.init.zeros_(new.qk.weight)  # the attention of the old block adds nothing
+    expected, got = old(maps), new(maps)
+    error = (got - expected).std() / expected.std()
+    assert error < 0.25
+    assert (got - expected).mean((0, 2, 3)).abs().max() < 0.25 * expected.std()
+    random = SimplifiedBlock(64, 2, 2.0)
+    assert new.attention_gain > 2 * random.attention_gain
+
+    # The least squares slopes of the MLP's input, channel by channel, are those that were folded in.
+    n = new.norm(maps.flatten(2).transpose(1, 2)).flatten(0, 1)
+    theirs = old.mlp.conv(maps).flatten(2).transpose(1, 2).flatten(0, 1)
+    slopes = ((n - n.mean(0)) * (theirs - theirs.mean(0))).mean(0) / n.var(0, unbiased=False)
+    ours = new.fc1.weight / old.mlp.fc1.weight.flatten(1)
+    torch.testing.assert_close(ours.median(0).values, slopes, rtol=0.1, atol=0.02)
+
+
+@torch.no_grad()
+def test_fastvit_replaces_the_taps_of_neighbours_by_their_mean():
+    old, maps = fastvit_block(pointwise=False)
+    new = from_fastvit(old)
+    n = new.norm(maps.flatten(2).transpose(1, 2))
+    theirs = old.mlp.fc1(old.mlp.conv(maps)).flatten(2).transpose(1, 2)
+    ours = new.fc1(n)
+    around = (ours - theirs).mean((0, 1)).abs().max()
+    assert around < 0.1 * theirs.std()  # the bias is right on average
+    shuffled = new.fc1(n[:, torch.randperm(n.shape[1])])
+    assert (ours - theirs).square().mean() < (theirs - theirs.mean((0, 1))).square().mean()  # better than the mean alone
+    assert (ours - theirs).square().mean() < (shuffled - theirs).square().mean()
+
+
+def refused():
+    qk_norm = Block(C, H, qk_norm=True)
+    yield qk_norm, "expected timm's Block without further parts, got attn.k_norm.bias"
+    yield CustomResidualAttentionBlock(C, H, scale_fc=True), "without further parts, got mlp.ln.bias"
+    yield CustomResidualAttentionBlock(C, H, scale_cosine_attn=True), "without further parts, got attn.logit_scale"
+    yield ResidualAttentionBlock(C, H, is_cross_attention=True), "without further parts, got ln_1_kv.bias"
+    yield (
+        nn.Linear(3, 3),
+        "expected a block of a known kind .open_clip's residual attention block, .*, got one of bias, weight",
+    )
+    folded = {k: v for k, v in fastvit.AttentionBlock(64).state_dict().items() if ".bn." not in k}
+    yield folded, "expected FastViT's AttentionBlock, got one without mlp.conv.bn.running_mean"
+
+
+def test_blocks_that_are_refused():
+    for block, message in refused():
+        tensors = block if isinstance(block, dict) else block.state_dict()
+        with pytest.raises(ValueError, match=message):
+            convert(tensors)
+    for make, message in (
+        (
+            lambda: Block(C, H, 3.0),
+            r"b: expected a block of width 24, 48 hidden units with fc1.weight \[48, 24\], got \[72, 24\]",
+        ),
+        (lambda: Block(32, H), r"with qk.weight \[48, 24\], got \[64, 32\]"),
+        (lambda: Block(C, H, 2.0, mlp_layer=GluMlp), r"with fc2.weight \[24, 48\], got \[24, 24\]"),
+        (lambda: SimplifiedBlock(C, H, 2.0, value=True), r"with value.weight none, got \[24, 24\]"),
+    ):
+        new = SimplifiedBlock(C, H, 2.0)
+        old = copy.deepcopy(new.state_dict())
+        with pytest.raises(ValueError, match=message):
+            start({"b": (new, make().state_dict())})
+        torch.testing.assert_close(new.state_dict(), old, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="merge: expected one of .'average', 'first'., got 'last'"):
+        start({}, "last")
+    assert not is_block({"bias", "weight"})
+    assert is_block(SimplifiedBlock(C, H).state_dict())
+
+
+def test_merges_of_what_is_shared_only():
+    olds = [trained(TOKENS["open_clip"], seed) for seed in range(3)]
+    alone = [convert(old.state_dict()) for old in olds]
+    for merge in ("average", "first"):
+        blocks = [SimplifiedBlock(C, H, 2.0, attention_gain=3.0) for _ in olds]
+        share_weights(blocks, [[0, 2]], "attention")
+        share_weights(blocks, [[2, 1]], "mlp")
+        pairs = {str(i): (block, old.state_dict()) for i, (block, old) in enumerate(zip(blocks, olds))}
+        start(pairs, merge, keep={"attention_gain"})
+        assert [b.attention_gain.item() for b in blocks] == [3.0] * 3
+
+        def merged(name, *members, merge=merge):
+            values = [alone[i][name] for i in members]
+            return sum(values) / len(values) if merge == "average" else values[0]
+
+        for i, attention, mlp in ((0, (0, 2), (0,)), (1, (1,), (1, 2)), (2, (0, 2), (1, 2))):
+            torch.testing.assert_close(blocks[i].qk.weight.data, merged("qk.weight", *attention))
+            for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+                torch.testing.assert_close(blocks[i].get_parameter(name).data, merged(name, *mlp))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_simplify_inherits_in_both_towers(dtype):
+    model, plain = clip().to(dtype), clip().to(dtype)
+    share = {"text": {"attention": neighbour_groups(4)}, "image": {"all": [[1, 2]]}}
+    simplify(model, share={"text": share["text"]}, init="inherit", mlp_gain=0.3)
+    for ours, theirs in zip(model.transformer.resblocks[2:], plain.transformer.resblocks[2:]):
+        torch.testing.assert_close(
+            ours.fc1.weight.data, theirs.mlp.c_fc.weight.data, rtol=0, atol=0
+        )  # the first affine is one
+        assert ours.mlp_gain.item() == pytest.approx(0.3, rel=1e-2)
+        assert ours.attention_gain == 1
+    q, k = (plain.transformer.resblocks[i].attn.in_proj_weight[:48].float() for i in (2, 3))
+    torch.testing.assert_close(model.transformer.resblocks[2].qk.weight.data, ((q + k) / 2).to(dtype))
+    image = plain.visual.transformer.resblocks[2].mlp.c_fc.weight
+    torch.testing.assert_close(model.visual.transformer.resblocks[2].fc1.weight, image, rtol=0, atol=0)
+
+    trained_once = copy.deepcopy(model)  # a simplified model may be simplified again, to share what it has learnt
+    _, report = simplify(trained_once, share=share, init="inherit", merge="first")
+    assert report.share == share
+    one, two = trained_once.visual.transformer.resblocks[1:]
+    assert one.fc1 is two.fc1
+    torch.testing.assert_close(two.fc1.weight, model.visual.transformer.resblocks[1].fc1.weight, rtol=0, atol=0)
+    torch.testing.assert_close(trained_once.encode_text(batch()[1]), model.encode_text(batch()[1]))
+
+    for options, message in (
+        ({"init": "warm"}, "init: expected one of .'random', 'inherit'., got 'warm'"),
+        ({"merge": "mean"}, "merge: expected one of .'average', 'first'., got 'mean'"),
+        ({"init": "inherit", "mlp_ratio": 2.0}, r"transformer.resblocks.0: expected a block of width 24, 48 hidden units"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            simplify(plain, **options)
+    assert len([m for m in plain.modules() if isinstance(m, ResidualAttentionBlock)]) == 7
+
+
+def test_transformers_layers_inherit():
+    model, plain = hugging_face.model(), hugging_face.model()
+    simplify(model, share={"text": {"mlp": [[0, 1]]}}, init="inherit")
+    ours, theirs = (m.vision_model.encoder.layers[1] for m in (model, plain))
+    torch.testing.assert_close(ours.fc2.weight, theirs.mlp.fc2.weight, rtol=0, atol=0)
+    torch.testing.assert_close(ours.qk.weight[32:], theirs.self_attn.k_proj.weight, rtol=0, atol=0)
+    layers = model.text_model.encoder.layers
+    assert layers[0].fc1.weight is layers[1].fc1.weight
+
+
+SHARE = {"text": {"attention": [[0, 1]]}}
+
+
+def tiny(seed=0, **options):
+    torch.manual_seed(seed)
+    return models.create("siclip-tiny", **(options or {"simplify_options": {"share": SHARE}}))
+
+
+@pytest.mark.parametrize("merge", ["average", "first"])
+def test_inherit_starts_blocks_which_train_on(merge):
+    source, model, expected = tiny(1, simplified=False), tiny(), tiny(1, simplified=False)
+    simplify(expected, share=SHARE, init="inherit", merge=merge, gamma={"text": 0.3})
+    report = inherit(model, source, blocks=merge)
+    started = {name for name, module in model.named_modules() if isinstance(module, SimplifiedBlock)}
+    statuses = {row.module: row.status for row in report.rows}
+    assert statuses["text.transformer"] == "initialised"
+    assert report.totals["initialised"] == sum(p.numel() for n in started for p in {*model.get_submodule(n).parameters()}) - (
+        model.text.transformer.resblocks[0].qk.weight.numel()
+    )
+    assert "initialised" in str(report)
+    for name in started:
+        block = model.get_submodule(name)
+        assert block.train().training
+        assert all(p.requires_grad for p in block.parameters())
+        torch.testing.assert_close(block.state_dict(), expected.get_submodule(name).state_dict(), rtol=0, atol=0)
+    one, two = tiny(), tiny()
+    inherit(one, source)
+    assert not torch.equal(one.text.transformer.resblocks[0].qk.weight, model.text.transformer.resblocks[0].qk.weight)
+    inherit(two, [{k: v for k, v in source.state_dict().items() if "resblocks" not in k}, source], blocks=merge)
+    torch.testing.assert_close(two.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
+    model, source = tiny(), tiny(1, simplified=False)
+    old = copy.deepcopy(model.state_dict())
+    bare = {name: tensor for name, tensor in source.state_dict().items() if "resblocks" not in name}
+    wide = tiny(1, simplified=False, text_cfg={"mlp_ratio": 2.0})
+    for states, merge, message in (
+        (bare, "first", "blocks: expected a source with a block text.transformer.resblocks.0, got the state dict without"),
+        (
+            wide,
+            "first",
+            r"blocks: text.transformer.resblocks.0: expected a block .* with fc1.weight \[1024, 256\], got \[512",
+        ),
+        (source, "mean", "blocks: merge: expected one of"),
+    ):
+        with pytest.raises(InheritanceError, match=message):
+            inherit(model, states, blocks=merge)
+        torch.testing.assert_close(model.state_dict(), old, rtol=0, atol=0)
+        assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(InheritanceError, match="blocks: expected a model with simplified blocks, got CustomTextCLIP without"):
+        inherit(tiny(simplified=False), source, blocks="first")
+
+
+def test_a_run_starts_blocks_and_keeps_the_gains_of_its_config(tmp_path):
+    source = models.create("siclip-tiny", simplified=False, **tiny_data.MODEL)
+    torch.save(source.state_dict(), tmp_path / "source.pt")
+    changes = [f"inherit.source={tmp_path}/source.pt", "inherit.blocks=average"]
+    options = ["model.options.simplify_options={attention_gain: 2.0}"]
+    for more, gains in (([], (1.0, 1.0)), (options, (2.0, 1.0))):
+        run = Training(tiny_data.settings(tmp_path, *changes, *more), torch.device("cpu"), "fp32")
+        (block,) = run.model.text.transformer.resblocks
+        assert (block.attention_gain.item(), block.mlp_gain.item()) == gains
+        theirs = source.text.transformer.resblocks[0].mlp.c_proj
+        torch.testing.assert_close(block.fc2.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+        assert {row.module: row.status for row in run.inheritance.rows}["text.transformer"] == "initialised"
+        again = Training(run.config, torch.device("cpu"), "fp32", run.state())
+        torch.testing.assert_close(again.model.state_dict(), run.model.state_dict(), rtol=0, atol=0)
