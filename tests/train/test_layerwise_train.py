@@ -60,7 +60,8 @@ def test_the_term_is_the_weighted_mean_over_the_blocks(tmp_path, source, precisi
         terms = this.terms(batches, **this.outputs("image", batches[0]), **this.outputs("text", batches[0]))
     image, words = ([*of_original[path], *found[path][-1:]] for path in found)
     want = block_distance(image[1], image[0]), block_distance(words[1], words[0], text.argmax(-1) + 1)
-    assert terms["block_loss"].item() == pytest.approx(3 * sum(d.mean().item() for d in want) / 2, rel=1e-5)
+    rounding = 1e-5 if precision == "fp32" else 1e-3  # the inherited modules before the blocks run folded
+    assert terms["block_loss"].item() == pytest.approx(3 * sum(d.mean().item() for d in want) / 2, rel=rounding)
     assert terms["block_loss"] > 0.3
     dtypes = {p.dtype for p in this.distillation.originals.parameters()}
     assert dtypes == ({torch.float32} if precision == "fp32" else {torch.float32, torch.bfloat16})
