@@ -22,7 +22,7 @@ from simplclip.models.prefix import FrozenParts, Prefix
 from simplclip.train import config
 
 BEFORE, FOLDED, LAST, CACHED = "as it is", "folded", "folded, channels_last", "folded, channels_last, prefix cached"
-BATCHES = {"siclip2-s0": (16, 1), "siclip-lite0": (192, 2)}  # images, and captions of each
+BATCHES = {"siclip-s0": (16, 1), "siclip2-s0": (16, 1), "siclip-lite0": (192, 2)}  # images, and captions of each
 
 
 class PrefixRun(Run):
