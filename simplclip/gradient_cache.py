@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from simplclip.common.errors import InputError
 from simplclip.ops import checks
 
 __all__ = ["backward", "check"]
@@ -247,10 +248,11 @@ def check(model: nn.Module) -> None:
     for name, module in model.named_modules():
         running = any(getattr(module, key, None) is not None for key in ("running_mean", "running_var"))
         if module.training and running or isinstance(module, _BatchNorm) and (module.training or not running):
-            raise ValueError(
+            raise InputError(
                 f"model: expected no batch statistics, got {type(module).__name__} {name!r} in training mode: statistics "
                 "of a micro-batch are not those of the whole batch, and running statistics would count every sample twice. "
-                "Put such norms into eval mode (frozen), or use norms without batch statistics, e.g. LayerNorm or GroupNorm"
+                "Put such norms into eval mode (model.freeze_norms=true in a config), or use others, e.g. "
+                "LayerNorm or GroupNorm"
             )
 
 
