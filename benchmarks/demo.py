@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import statistics
 import sys
 from pathlib import Path
 
 from benchmarks import hardware
 from benchmarks.results_file import RESULTS, write_csv
+from simplclip.ablate.tables import draw
 from simplclip.common.files import write_atomically
 
 
@@ -35,7 +35,7 @@ def keep_ablation(run: Path, where: dict[str, str], name: str) -> Path:
     effects = [row for row in read(run / "effects.csv") if row["p"] and int(row["seeds"]) >= 3]
     write_csv(RESULTS / f"ablation-{name}.csv", [row | where for row in effects])
     write_csv(RESULTS / f"ablation_runs-{name}.csv", [row | where for row in read(run / "ablation.csv")])
-    shutil.copyfile(run / "effects.png", RESULTS / f"ablation-{name}.png")
+    draw(RESULTS / f"ablation-{name}.png", effects, "siclip-lite0 on the built-in data: what each setting changes")
     return RESULTS / f"ablation-{name}.csv"
 
 

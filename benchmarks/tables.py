@@ -112,7 +112,7 @@ def ablation(*groups: str) -> list[str]:
         for row in (row for row in rows if row["group"] == group):
             base, variant = (f"{float(row[s]):.1f} ± {float(row[f'{s} std']):.1f}" for s in ("base", "variant"))
             low, high = float(row["low"]), float(row["high"])
-            difference = f"{float(row['difference']):+.1f} ({low:+.1f} to {high:+.1f})"
+            difference = f"{float(row['difference']):+.2f} ({low:+.2f} to {high:+.2f})"
             cells = (row["effect"], row["variant steps"], row["seeds"], base, variant, difference, f"{float(row['p']):.3f}")
             lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
