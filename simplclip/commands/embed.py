@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from simplclip.commands.options import Device, Precision
+from simplclip.commands.options import Device, Precision, Workers
 from simplclip.common.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def embed(
     picture: Annotated[Path | None, typer.Option(help="PNG of the hits.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the stored features: fp16 or fp32.")] = "fp16",
     batch_size: Annotated[int, typer.Option(min=1, help="Images or texts encoded at a time.")] = 64,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
-    ] = None,
+    workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:

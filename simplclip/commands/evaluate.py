@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Device, Precision, named_splits
+from simplclip.commands.options import Device, Precision, Workers, named_splits
 
 
 def evaluate(
@@ -56,9 +56,7 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images or captions encoded at a time. Default: eval.batch_size of the config.")
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
-    ] = None,
+    workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     skip_missing: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Device, Precision
+from simplclip.commands.options import Device, Precision, Workers
 
 
 def share(
@@ -34,9 +34,7 @@ def share(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for share.json and share.png.")] = Path("share"),
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 8,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
-    ] = None,
+    workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",
 ) -> None:
