@@ -76,8 +76,9 @@ def load(path: str | Path) -> dict[str, Any]:
     if state["version"] > VERSION:
         version = f"{state['version']}, written by a newer simplclip"
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {version}")
-    model = state["config"]["model"]
-    model["name"] = renamed(model["name"], state["model"])
+    if "config" in state:
+        model = state["config"]["model"]
+        model["name"] = renamed(model["name"], state["model"])
     return state
 
 

@@ -222,6 +222,15 @@ def test_runs_are_processes_with_their_share_of_threads(source, effects, tmp_pat
     assert environment["OMP_NUM_THREADS"] == environment["SIMPLCLIP_THREADS"] == "2"
 
 
+@pytest.fixture
+def interruptible():
+    """A worker of pytest-xdist ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_passed_on_once(source, effects, tmp_path, monkeypatch):
     """The second signal would end a run without saving."""
     ended = threading.Event()

@@ -158,7 +158,7 @@ def odd(folder):
         ("--teacher open_clip:tiny-wide --checkpoint tiny.pt", "a checkpoint of open_clip's tiny-wide, got"),
         ("--teacher open_clip:tiny --checkpoint garbage.pt", "a checkpoint of open_clip's tiny, got"),
         ("--teacher open_clip:tiny --checkpoint code.pt", "a checkpoint of open_clip's tiny, got"),
-        ("--teacher siclip-tiny --checkpoint tiny.pt", "expected a simplclip checkpoint, got"),
+        ("--teacher siclip-tiny --checkpoint tiny.pt", "checkpoint: expected weights that fit the model, got tiny.pt"),
         ("--teacher open_clip:tiny --checkpoint nan.pt", "open_clip:tiny: expected finite features, got text features"),
         ("--checkpoint tiny.pt", "expected heads instead for the built-in teacher"),
         ("--heads garbage.pt", "expected heads of the built-in teacher, got"),

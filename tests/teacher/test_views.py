@@ -303,8 +303,9 @@ def test_a_plan_knows_the_width(taught, tmp_path):
     settings = tiny.settings(tmp_path, *WIKD, f"data.sidecars=[{taught / 'sidecars'}]")
     step = TrainerStep(settings, "fp32")
     assert step.batches(whole=False)[0]["teacher_image"].shape == (8, 40)
-    with pytest.raises(ConfigError, match="no teacher is named in .*To plan without the shards: --teacher-width"):
-        TrainerStep(tiny.settings(tmp_path, *WIKD), "fp32")
+    (told,) = TrainerStep(tiny.settings(tmp_path, *WIKD), "fp32").assumed
+    assert told.startswith("a teacher of the student's width, 256 (--teacher-width): ")
+    assert "no teacher is named in" in told
 
 
 def test_micro_batches_have_the_colours_of_their_images(taught, tmp_path):
