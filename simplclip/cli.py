@@ -112,7 +112,7 @@ def doctor(
     typer.echo(json.dumps(report, indent=2) if as_json else doctors.render(report, why))
 
 
-@app.command(short_help="Train a model.", epilog="Example: simplclip train siclip2-s0 --set data.train=shards/*.tar --resume")
+@app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=shards/*.tar --resume")
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a built-in config such as siclip-tiny-emoji.")],
     set_: Overrides = None,
@@ -171,7 +171,7 @@ app.command(
 
 @app.command(
     short_help="Predict the memory of a training step.",
-    epilog="Example: simplclip plan siclip2-s0 --memory rtx-3090 --compare open_clip",
+    epilog="Example: simplclip plan siclip-s0 --card 3090 --compare open_clip",
 )
 def plan(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],

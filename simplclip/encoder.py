@@ -197,12 +197,13 @@ def _named(name: str, weights: str | os.PathLike) -> dict[str, Any]:
         model = models.create(name, checkpoint=path)
     except (InputError, WeightsError) as error:
         raise CheckpointError(str(error)) from None
-    return {
-        "name": name,
-        "model": model,
-        "preprocess": models.transforms(name, train=False),
-        "tokenizer": models.tokenizer(name),
-    }
+    return _parts(name, model)
+
+
+def _parts(name: str, model: Any, size: int | tuple[int, int] | None = None) -> dict[str, Any]:
+    """Arguments of an `Encoder` of one of our models."""
+    transform = models.transforms(name, train=False, image_size=size)
+    return {"name": name, "model": model, "preprocess": transform, "tokenizer": models.tokenizer(name)}
 
 
 def _own(path: Path) -> dict[str, Any]:
@@ -211,9 +212,7 @@ def _own(path: Path) -> dict[str, Any]:
         return _exported(path)
     model, config, state = load_model(path)
     name = config.model.name
-    transform = models.transforms(name, train=False, image_size=config.model.image_size)
-    found = {"name": name, "model": model, "preprocess": transform, "tokenizer": models.tokenizer(name)}
-    return found | {"config": config, "step": state["step"]}
+    return _parts(name, model, config.model.image_size) | {"config": config, "step": state["step"]}
 
 
 def _exported(folder: Path) -> dict[str, Any]:
@@ -230,8 +229,7 @@ def _exported(folder: Path) -> dict[str, Any]:
         )
     model = models.create(name, checkpoint=folder / weights[0], **options)
     name = models.renamed(name, model.state_dict())
-    transform = models.transforms(name, train=False, image_size=size if isinstance(size, int) else tuple(size))
-    return {"name": name, "model": model, "preprocess": transform, "tokenizer": models.tokenizer(name), "step": step}
+    return _parts(name, model, size if isinstance(size, int) else tuple(size)) | {"step": step}
 
 
 def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:

@@ -26,14 +26,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
-from simplclip.common import plugins
 from simplclip.train import config
 from simplclip.train.config import ConfigError
 from simplclip.train.config_data import Section
@@ -100,23 +97,13 @@ class Trial:
         return [f"run.seed={self.seed}", *told, f"run.out={json.dumps(str(self.folder(out)))}"]
 
 
-def builtin() -> dict[str, Any]:
-    """The files of the built-in effects by name: those in folders effects/ of what is registered as simplclip.configs."""
-    folders = [resources.files(entry.value) / "effects" for entry in plugins.entries("configs").values()]
-    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
-    return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
-
-
 def load(source: str | Path) -> Effects:
     """Read an effects file by its path, or a built-in one by its name. Raises ConfigError, which names the place."""
-    known = builtin()
+    known = config.builtin("effects")
     file = Path(source) if Path(source).is_file() else known.get(str(source))
     if file is None:
         raise ConfigError(f"effects: expected a YAML file or one of the built-in {', '.join(sorted(known))}, got {source!s}")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = config.parse_yaml(file.read_text(encoding="utf-8"), str(source))
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping with `effects`, got {type(values).__name__}")
     values = {key: value for key, value in values.items() if not key.startswith(".")}  # places for anchors

@@ -97,16 +97,7 @@ def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Pat
         beside = {"transform": axis.get_yaxis_transform(), "color": INK, "va": "center"}
         say = lambda x, text, size, **more: axis.text(x, place, text, fontsize=size, **beside | more)  # noqa: E731, B023
         if isinstance(line, str):
-            axis.text(
-                -0.94,
-                place,
-                line,
-                transform=axis.get_yaxis_transform(),
-                fontsize=10,
-                fontweight="bold",
-                color=INK,
-                va="center",
-            )
+            say(-0.94, line, 10, fontweight="bold")
             continue
         value, colour = float(line["difference"]), COLOURS[groups.index(line["group"]) % len(COLOURS)]
         if line["effect"] in ends:

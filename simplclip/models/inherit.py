@@ -163,8 +163,7 @@ def inherit(
         raise InheritanceError("source: expected at least one, got an empty list")
     patterns = [train] if isinstance(train, str) else list(train)
     units = list(_units(model))
-    labels = []
-    states = []
+    labels, states = list[str](), list[dict[str, Tensor]]()
     for one in sources:
         label, state = _state_of(one, model, prefixes)
         labels.append(label)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from simplclip.models.inherit import DIFFERS, NEW, InheritanceError, Source, inherit
 from simplclip.models.registry import create
 
-__all__ = ["BlockDistillation", "block_distance", "load_original", "text_lengths"]
+__all__ = ["BlockDistillation", "block_distance", "load_original", "text_lengths", "text_pool"]
 
 
 def block_distance(output: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -138,13 +138,19 @@ def load_original(name: str, source: Source | Sequence[Source], paths: Iterable[
     return original
 
 
+def text_pool(model: nn.Module) -> str | None:
+    """How open_clip's text tower pools its tokens, e.g. "argmax"; None for other towers."""
+    tower: Mapping[str, Any] = vars(getattr(model, "text", None) or model)
+    return tower.get("pool_type", tower.get("text_pool_type"))
+
+
 def text_lengths(model: nn.Module, text: Tensor) -> Tensor | None:
     """The number of tokens of each text [B, L] up to the one that open_clip's text tower pools, [B]; None for other towers.
 
     In a causal tower the tokens behind it do not change the features.
     """
     tower: Mapping[str, Any] = vars(getattr(model, "text", None) or model)
-    pool = tower.get("pool_type", tower.get("text_pool_type"))
+    pool = text_pool(model)
     if pool == "argmax":
         return text.argmax(-1) + 1
     if pool == "eos":

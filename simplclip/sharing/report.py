@@ -26,6 +26,7 @@ from simplclip.data.pool import cores
 from simplclip.data.stream import Source, Stream
 from simplclip.encoder import Encoder, load
 from simplclip.evaluation import source
+from simplclip.models.layerwise import text_pool
 from simplclip.models.simplify import block_sites
 from simplclip.sharing.groups import Proposal, Sizes, parse_budget, propose, sizes
 from simplclip.sharing.likeness import Likeness, measure
@@ -144,10 +145,7 @@ def _texts(
     found = False
     while part := list(itertools.islice(captions, size)):
         tokens = encoder.tokenizer(part)
-        tower = getattr(encoder.model, "text", None)
-        pools = getattr(
-            encoder.model if tower is None else tower, "text_pool_type" if tower is None else "pool_type", "argmax"
-        )
+        pools = text_pool(encoder.model) or "argmax"
         # Of these towers, the end of the text has the highest id, and the tokens behind it are padding.
         yield tokens, tokens.argmax(1) + 1 if pools == "argmax" else None
         found = True

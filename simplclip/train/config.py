@@ -228,10 +228,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def builtin() -> dict[str, Any]:
-    """The files of the built-in configs by name: those of this package, and those registered as simplclip.configs."""
-    folders = [resources.files("simplclip.train"), *(resources.files(e.value) for e in plugins.entries("configs").values())]
-    files = [file for folder in folders for file in (folder / "configs").iterdir()]
+def builtin(kind: str = "configs") -> dict[str, Any]:
+    """The built-in YAML files by name, in the folders `kind` of this package and of those registered as simplclip.configs."""
+    packages = ["simplclip.train", *(entry.value for entry in plugins.entries("configs").values())]
+    folders = [resources.files(package) / kind for package in packages]
+    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 
 
@@ -247,7 +248,7 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         near = difflib.get_close_matches(str(source), names := sorted(known), 1, 0.5)
         got = f"{str(source)!r}; did you mean {near[0]!r}?" if near else repr(str(source))
         raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(names)}, got {got}")
-    values = _parse(file.read_text(encoding="utf-8"), str(source))
+    values = parse_yaml(file.read_text(encoding="utf-8"), str(source))
     if not isinstance(values, dict | None):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
     values = values or {}
@@ -289,7 +290,7 @@ def describe() -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -308,7 +309,7 @@ def _override(values: dict[str, Any], item: str) -> None:
         node = node[part]
         if not isinstance(node, dict):
             raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section, it is {_shown(node)}")
-    node[parts[-1]] = _parse(text, f"--set {key}")
+    node[parts[-1]] = parse_yaml(text, f"--set {key}")
 
 
 def _is_section(annotation: Any) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from simplclip.ablate import effects as files
+from simplclip.train import config
 from simplclip.train.config import ConfigError
 
 DEMO = "siclip-lite0-emoji"
@@ -159,5 +160,5 @@ def test_the_built_in_effects_are_valid_and_compare_different_runs():
     digests = {trial.digest for pair in pairs.values() for trial in pair.values()}
     assert len(digests) < 1.4 * len(pairs), "most effects share their bases"
     assert sum(effect.steps == 400 for effect in found.effects) >= 4
-    assert set(files.builtin()) == {"emoji"}
-    assert Path(files.builtin()["emoji"]).parent.name == "effects"
+    assert set(config.builtin("effects")) == {"emoji"}
+    assert Path(config.builtin("effects")["emoji"]).parent.name == "effects"
