@@ -1,7 +1,7 @@
 """How strongly each term of the loss pulls at the features over a run (norms of its gradient), and pair matching's plane
 beside the one that would be best for the features of that step.
 
-python -m benchmarks.gradients --set loss.pm_weight=1 [--set KEY=VALUE ...]     of the demo's config, 150 steps of 128 pairs
+python -m benchmarks.gradients [--set KEY=VALUE ...]     of the demo's config with pair matching 1, 150 steps of 128 pairs
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def row(this: Training, batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     changes = [word for word in sys.argv[1:] if word != "--set"]
-    base = ["run.steps=150", "data.batch_size=128", "data.workers=0", "run.out=none"]
+    base = ["loss.pm_weight=1", "run.steps=150", "data.batch_size=128", "data.workers=0", "run.out=none"]
     values = config.load("siclip-lite0-emoji", [*base, *changes])
     torch.manual_seed(0)
     random.seed(0)

@@ -116,7 +116,7 @@ class LossConfig(Section):
         "starts at 10 and whose bias at -10 unless model.options has init_logit_scale and init_logit_bias",
     )
     contrastive_weight: Weight = Field(1.0, description=f"weight of the base; each weight is {_SCHEDULE}")
-    pm_weight: Weight = Field(1.0, description="weight of the pair matching loss")
+    pm_weight: Weight = Field(0.0, description="weight of the pair matching loss")
     plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
     negatives: Literal["all", "shift", "hard"] = Field("all", description="negatives of the pair matching loss")
     feature_weight: Weight = Field(0.0, description="weight of feature distillation: distance to the teacher's features")

@@ -117,14 +117,10 @@ class Training:
         self.last_distilled = schedule.last(steps) if schedule else -1
         if self.last_distilled < step:
             return None
-        name, options, report = (
-            self.config.model.name,
-            model_options(self.config),
-            getattr(self.model, "simplify_report", None),
-        )
+        name, report = self.config.model.name, getattr(self.model, "simplify_report", None)
         if report is None:
             raise ConfigError(f"loss.block_weight: expected 0 for a model without simplified blocks, {name}, got one above 0")
-        options = {key: value for key, value in options.items() if key != "simplify_options"}
+        options = {key: value for key, value in model_options(self.config).items() if key != "simplify_options"}
         paths = [block.path for block in report.replaced]
         try:
             original = load_original(name, self.sources(), paths, **options)

@@ -68,7 +68,7 @@ def test_a_term_that_is_off_is_not_computed(monkeypatch):
 def test_several_captions_are_pairs_with_their_image_and_no_negatives_of_each_other():
     torch.manual_seed(2)
     x, y = features(3, 6, width=8)
-    got = objective(pm_weight=0.0)(0, x, y, torch.tensor(10.0), None, torch.arange(3))["contrastive_loss"]
+    got = objective()(0, x, y, torch.tensor(10.0), None, torch.arange(3))["contrastive_loss"]
     logits = 10 * x @ y.T  # [3, 6]; the columns 2i and 2i + 1 are captions of image i
     rows = columns = 0.0
     for i in range(3):
@@ -82,7 +82,7 @@ def test_several_captions_are_pairs_with_their_image_and_no_negatives_of_each_ot
 
 
 def test_gradients_reach_what_is_learned():
-    ours = objective(feature_weight=1.0, interactive_weight=1.0, projection=True, learn_interactive_scale=True)
+    ours = objective(pm_weight=1.0, feature_weight=1.0, interactive_weight=1.0, projection=True, learn_interactive_scale=True)
     x, y, tx, ty = *features(4, 4, width=8), *features(4, 4, width=6)
     scale = torch.tensor(10.0, requires_grad=True)
     ours.loss.double()
