@@ -65,7 +65,7 @@ def test_steps(benchmark, rows, request, dtype, tmp_path):
     torch.manual_seed(0)
     torch.save(models.create("mobileclip-s0").state_dict(), tmp_path / "source.pt")
     changes = ["data.micro_batch=null", "data.captions_per_image=1", f"data.batch_size={BATCH}"]
-    ours = config.load("siclip-s0", [*changes, f"inherit.source={tmp_path / 'source.pt'}"])
+    ours = config.load("siclip-s0", [*changes, "loss.pm_weight=1", f"inherit.source={tmp_path / 'source.pt'}"])
     steps = {
         "simplclip": TrainerStep(ours, PRECISION[dtype], teacher_width=512),
         "mobileclip": OpenClipStep("mobileclip-s0", BATCH, PRECISION[dtype]),
