@@ -23,8 +23,7 @@ import yaml
 
 from simplclip.ablate import effects as files
 from simplclip.ablate import tables
-from simplclip.ablate.effects import Effect, Trial
-from simplclip.ablate.worker import RESULT
+from simplclip.ablate.effects import RESULT, Effect, Trial
 from simplclip.common.errors import UserError
 from simplclip.common.files import differences, locked, write_atomically, write_csv
 from simplclip.common.progress import Progress

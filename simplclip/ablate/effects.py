@@ -36,6 +36,7 @@ from simplclip.train.config import ConfigError
 from simplclip.train.config_data import Section
 
 SIDES = ("base", "variant")
+RESULT = "result.json"  # in the folder of a finished run
 _PREPARED = re.compile(r"\{(\w+)\}")
 
 

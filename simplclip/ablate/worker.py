@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from simplclip import evaluation, train
+from simplclip.ablate.effects import RESULT
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically
@@ -27,7 +28,6 @@ from simplclip.train import config
 from simplclip.train.config import Config
 from simplclip.train.state import load_model
 
-RESULT = "result.json"
 MATRIX = 1 << 26  # most similarities for `auc`
 
 
