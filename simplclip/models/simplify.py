@@ -180,7 +180,7 @@ def simplify(
     mlp_gain: float | None = None,
     drop_path: float | None = None,
     init: str = "random",
-    merge: str = "average",
+    merge: str = "first",
 ) -> tuple[nn.Module, SimplifyReport]:
     """Replace blocks of an open_clip or transformers model by simplified ones (SAS-P), in place and in this model only.
 

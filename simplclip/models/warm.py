@@ -151,7 +151,7 @@ def convert(tensors: Mapping[str, Tensor], norm: str = "layernorm") -> dict[str,
 
 
 def start(
-    blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "average", keep: Collection[str] = ()
+    blocks: Mapping[str, tuple[SimplifiedBlock, Mapping[str, Tensor]]], merge: str = "first", keep: Collection[str] = ()
 ) -> None:
     """Set the tensors of simplified blocks to those of pretrained ones, in place: by path, a block and what `convert` takes.
 

@@ -263,7 +263,7 @@ def test_merges_of_what_is_shared_only():
 def test_simplify_inherits_in_both_towers(dtype):
     model, plain = clip().to(dtype), clip().to(dtype)
     share = {"text": {"attention": neighbour_groups(4)}, "image": {"all": [[1, 2]]}}
-    simplify(model, share={"text": share["text"]}, init="inherit", mlp_gain=0.3)
+    simplify(model, share={"text": share["text"]}, init="inherit", merge="average", mlp_gain=0.3)
     for ours, theirs in zip(model.transformer.resblocks[2:], plain.transformer.resblocks[2:]):
         torch.testing.assert_close(
             ours.fc1.weight.data, theirs.mlp.c_fc.weight.data, rtol=0, atol=0
@@ -276,7 +276,7 @@ def test_simplify_inherits_in_both_towers(dtype):
     torch.testing.assert_close(model.visual.transformer.resblocks[2].fc1.weight, image, rtol=0, atol=0)
 
     trained_once = copy.deepcopy(model)  # a simplified model may be simplified again, to share what it has learnt
-    _, report = simplify(trained_once, share=share, init="inherit", merge="first")
+    _, report = simplify(trained_once, share=share, init="inherit")
     assert report.share == share
     one, two = trained_once.visual.transformer.resblocks[1:]
     assert one.fc1 is two.fc1
