@@ -23,7 +23,7 @@ PLAIN = ["data.captions_per_image=1", "loss.feature_weight=0", "loss.interactive
 SAME = ["loss.pm_weight=0", "loss.relational_weight=1"]  # what open_clip's DistillClipLoss computes
 WIKD = [f"loss.{name}=1" for name in ("relational_weight", "interactive_weight", "feature_weight", "pm_weight")]
 WIKD += ["loss.projection=true"]
-WHOLE = ["inherit.source=null", "model.freeze_norms=true"]
+WHOLE = ["inherit={}", "model.freeze_norms=true"]
 CASES = {
     "all of it trained": [*WHOLE, *SAME],
     "all of it trained, blocks recomputed": [*WHOLE, *SAME, "model.recompute=true"],
