@@ -81,8 +81,9 @@ def feature_loss(
     Gradients flow to student and projection: with g = dloss/du, (g − u (u·g)) / ‖student‖; for a row shorter than eps,
     which is divided by a constant, g / eps. Saved for backward: the inputs and two inverse norms per row, [2, N]; backward
     computes the difference again. Extra memory: O(N), and O(N D) with a projection. The loss is computed in float32 (float64
-    for float64) and is deterministic: sums have a fixed order. Only first derivatives in reverse mode are supported, except
-    by backend "reference".
+    for float64). Sums have a fixed order: on one machine, the same call has the same bits each time, by the CPU kernels with
+    any number of threads if there is no projection, whose product is BLAS's. Only first derivatives in reverse mode are
+    supported, except by backend "reference".
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.

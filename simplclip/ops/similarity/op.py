@@ -226,8 +226,8 @@ def similarity_loss(
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
     14 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
     O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and sums are in float32 and in a
-    fixed order: the result is deterministic. Only first derivatives in reverse mode are supported, except by backend
-    "reference".
+    fixed order: on one machine, the same call has the same bits each time; on a CPU, with the same number of threads, since
+    the products are BLAS's. Only first derivatives in reverse mode are supported, except by backend "reference".
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
