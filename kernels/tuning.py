@@ -1,4 +1,4 @@
-"""Table of tile sizes by op, number of planes or width of a head, dtype and architecture, without autotuning.
+"""Table of tile sizes by op, number of matrices or width of a head, dtype and architecture, without autotuning.
 
 `make aot` compiles every entry and prints registers, shared memory and occupancy; none may spill.
 """
@@ -37,18 +37,18 @@ _INTERPRETED = {
 }
 
 # A row holds the tiles of an op in a precision: block_m x block_n x block_k / warps / stages, and / blocks unless it is 1.
-# similarity_loss: by the number of planes in a launch (in backward with a scalar hyperplane's). At most two planes are in
-# registers at a time, but statistics need registers too. Entries are the largest tiles with which no launch spills.
+# similarity_loss: by the number of matrices in a launch. At most two are in registers at a time, but statistics need registers
+# too. Entries are the largest tiles with which no launch spills.
 # similarity_sigmoid by the number of terms; so are those that join a softmax, 3 with several positives.
 # shaped_attention by the width of a head, 16, 32, 64, 128, 256 (none in float32); its block_k is that width.
 # fmt: off
 _TABLE = {
-    ("similarity_forward", "half"):          "128x128x32/8/4 128x64x32/8/4  128x64x32/8/4  64x64x32/8/4   64x64x32/8/4",
-    ("similarity_forward", "tf32"):          "128x128x16/8/4 128x64x32/8/3  64x128x16/8/4  64x64x32/8/3   64x64x16/8/4",
-    ("similarity_forward", "ieee"):          "128x64x8/8/4   64x64x16/8/3   64x64x8/8/4    64x64x8/8/4    64x64x8/8/4",
-    ("similarity_backward", "half"):         "128x128x32/8/4 128x64x32/8/4  64x128x32/8/4  64x128x32/8/3  64x64x32/8/4",
-    ("similarity_backward", "tf32"):         "128x128x16/8/4 64x128x16/8/4  64x128x16/8/4  128x64x16/8/4  64x64x32/8/3",
-    ("similarity_backward", "ieee"):         "128x64x8/8/4   128x32x16/8/3  64x64x8/8/4    64x64x16/8/3   64x64x8/8/4",
+    ("similarity_forward", "half"):          "128x128x32/8/4 128x64x32/8/4  128x64x32/8/4  64x64x32/8/4",
+    ("similarity_forward", "tf32"):          "128x128x16/8/4 128x64x32/8/3  64x128x16/8/4  64x64x32/8/3",
+    ("similarity_forward", "ieee"):          "128x64x8/8/4   64x64x16/8/3   64x64x8/8/4    64x64x8/8/4",
+    ("similarity_backward", "half"):         "128x128x32/8/4 128x64x32/8/4  64x128x32/8/4  64x128x32/8/3",
+    ("similarity_backward", "tf32"):         "128x128x16/8/4 64x128x16/8/4  64x128x16/8/4  128x64x16/8/4",
+    ("similarity_backward", "ieee"):         "128x64x8/8/4   128x32x16/8/3  64x64x8/8/4    64x64x16/8/3",
     ("similarity_forward_sigmoid", "half"):  "128x64x32/8/4  128x64x32/8/4  64x64x32/8/4",
     ("similarity_forward_sigmoid", "tf32"):  "128x64x32/8/3  64x128x16/8/4  64x64x16/8/4",
     ("similarity_forward_sigmoid", "ieee"):  "64x64x16/8/3   64x64x8/8/4    64x64x8/8/4",
@@ -94,9 +94,9 @@ _ARCHITECTURE = {
     ("similarity_backward", "half", 90):          "-              -              -              64x64x32/8/4",
     ("similarity_forward", "tf32", 90):           "128x64x32/8/3  64x64x32/8/3   64x64x32/8/3",
     ("similarity_backward", "tf32", 90):          "-              -              -              64x64x32/8/3",
-    ("similarity_forward", "half", 120):          "-              64x64x32/8/4   -              64x32x32/8/4   64x32x32/8/4",
+    ("similarity_forward", "half", 120):          "-              64x64x32/8/4   -              64x32x32/8/4",
     ("similarity_backward", "half", 120):         "-              -              64x32x32/8/4",
-    ("similarity_forward", "tf32", 120):          "-              -              -              64x32x32/8/3   64x32x32/8/3",
+    ("similarity_forward", "tf32", 120):          "-              -              -              64x32x32/8/3",
     ("similarity_backward", "tf32", 120):         "-              -              128x64x16/8/4",
     ("similarity_forward", "ieee", 120):          "-              64x64x8/8/4",
     ("shaped_attention_rows", "half", 80):        "-              64x32x0/4/2",
@@ -116,10 +116,10 @@ _ARCHITECTURE = {
 _OLDER = {
     ("similarity_forward", "half", 0):          "-              -              64x64x32/8/4",
     ("similarity_forward", "tf32", 0):          "-              -              64x64x32/8/3",
-    ("similarity_forward", "ieee", 0):          "128x64x16/8/2  128x32x16/8/3  64x32x16/8/3   64x64x16/8/1   64x64x16/8/1",
+    ("similarity_forward", "ieee", 0):          "128x64x16/8/2  128x32x16/8/3  64x32x16/8/3   64x64x16/8/1",
     ("similarity_backward", "tf32", 0):         "-              -              -              64x128x16/8/4",
     ("similarity_backward", "tf32", 90):        "-              -              -              64x64x32/8/3",
-    ("similarity_backward", "ieee", 0):         "128x64x16/8/3  -              64x64x16/8/3   -              64x64x16/8/3",
+    ("similarity_backward", "ieee", 0):         "128x64x16/8/3  -              64x64x16/8/3   -",
     ("similarity_forward_sigmoid", "half", 0):  "-              64x64x32/8/4",
     ("similarity_forward_sigmoid", "tf32", 0):  "-              64x64x32/8/3",
     ("similarity_forward_sigmoid", "ieee", 0):  "128x32x16/8/3  64x32x16/8/3   64x64x16/8/1",

@@ -158,12 +158,6 @@ VINLINE float sum(vf v) {
   return v[0];
 }
 
-VINLINE int64_t sum(vi v) {
-  int64_t s = 0;
-  for (int i = 0; i < W; ++i) s += v[i];
-  return s;
-}
-
 VINLINE float highest(vf v) {
   if constexpr (W > 8) v = max(v, exchanged<8>(v));
   if constexpr (W > 4) v = max(v, exchanged<4>(v));
@@ -216,8 +210,6 @@ VINLINE vf log(vf x) {
   const vf mantissa = (vf)((bits & 0x7fffff) | 0x3f800000);
   return exponent * 0.69314718f + log1p(mantissa - 1.0f);
 }
-
-VINLINE vf softplus(vf x) { return max(x, vf{}) + log1p(exp(-abs(x))); }
 
 VINLINE vf sigmoid(vf x) {
   const vf e = exp(-abs(x));

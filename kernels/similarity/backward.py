@@ -3,22 +3,15 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LOG2E, narrowed, sigmoid
-from simplclip.kernels.similarity.merge import (
-    LSE_CROSS,
-    LSE_STUDENT,
-    LSE_TEACHER,
-    MEAN_CROSS,
-    MEAN_STUDENT,
-    PAIR_MATCHING,
-)
+from simplclip.kernels.arithmetic import INF, LOG2E, narrowed
+from simplclip.kernels.similarity.merge import LSE_CROSS, LSE_STUDENT, LSE_TEACHER, MEAN_CROSS, MEAN_STUDENT
 from simplclip.kernels.similarity.tile import negatives, product, sigmoid_logits, sigmoid_pairs, sigmoid_slopes, weights
 from simplclip.ops.similarity.call import RowStat
 
-SUMS = 8  # d_scale, d_cross_scale, d_plane_weight (scalar), d_plane_bias, d_sigmoid_weight and d_sigmoid_bias of each term
+SUMS = 6  # d_scale, d_cross_scale, d_sigmoid_weight and d_sigmoid_bias of each term
+_SUMS: tl.constexpr = tl.constexpr(SUMS)
 SIGMOID: tl.constexpr = tl.constexpr(int(RowStat.SIGMOID))
 DIAGONAL_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
-DIAGONAL_HADAMARD: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_HADAMARD))
 DIAGONAL_IMAGE_TO_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_IMAGE_TO_TEACHER))
 DIAGONAL_TEACHER_TO_TEXT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_TEACHER_TO_TEXT))
 
@@ -57,8 +50,6 @@ def _similarity_gradient_kernel(
     scale,  # []
     teacher_scale,  # []
     cross_scale,  # []
-    plane_weight,  # [] or, with L, [D]
-    plane_bias,  # []
     sigmoid_weight,  # [SIGMOIDS]
     sigmoid_bias,
     sigmoid_negative,
@@ -67,13 +58,13 @@ def _similarity_gradient_kernel(
     text_share,  # [M]
     ids,  # [N] int64
     text_ids,  # [M] int64
-    rows,  # [14, N] statistics
-    columns,  # [6, M]
-    grad_rows,  # [14, N]
-    grad_columns,  # [6, M]
+    rows,  # [11, N] statistics
+    columns,  # [5, M]
+    grad_rows,  # [11, N]
+    grad_columns,  # [5, M]
     factors,  # [matrices] or None: what a matrix is multiplied by before it is rounded
     out,  # [matrices, chunk, out_stride]: those of the launch, in the order of launch.STUDENTS
-    sums,  # [programs, 8]
+    sums,  # [programs, SUMS]
     n,
     m,
     width,
@@ -107,8 +98,8 @@ def _similarity_gradient_kernel(
     stored = row_inside[:, None] & (column < m)[None, :]
     out += at.to(tl.int64)[:, None] * out_stride + column[None, :]
     matrix_stride = tl.cast(matrix_stride, tl.int64)
-    u_at: tl.constexpr = LAUNCH.HAS_STUDENT + LAUNCH.HAS_HADAMARD  # in `out`
-    d_scale, d_cross, d_weight, d_bias = 0.0, 0.0, 0.0, 0.0
+    u_at: tl.constexpr = 1 if LAUNCH.HAS_STUDENT else 0  # in `out`
+    d_scale, d_cross = 0.0, 0.0
     t = None
 
     row_ids = row
@@ -116,12 +107,12 @@ def _similarity_gradient_kernel(
         row_ids = tl.load(ids + safe_row)
 
     if LAUNCH.HAS_TEACHER:
-        raw = product(teacher_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+        raw = product(teacher_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
         negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
         t = tl.where(negative, raw * (tl.load(teacher_scale) * LOG2E), -INF)
 
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
-        raw = product(projected_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+        raw = product(projected_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
         u_scale = tl.load(cross_scale)
         u = tl.where(t != -INF, raw * (u_scale * LOG2E), -INF)
         g = tl.load(row_grad + LSE_CROSS * n)[:, None] * _softmax(u, row_stat, LSE_CROSS, n, 1)
@@ -131,7 +122,7 @@ def _similarity_gradient_kernel(
         _store(out, matrix_stride, u_at, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
     if LAUNCH.HAS_TEACHER_TO_TEXT:
-        raw = product(teacher_image, projected_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+        raw = product(teacher_image, projected_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
         u_scale = tl.load(cross_scale)
         v = tl.where(t != -INF, raw * (u_scale * LOG2E), -INF)
         g = tl.load(column_grad + LSE_CROSS * m)[None, :] * _softmax(v, column_stat, LSE_CROSS, m, 0)
@@ -141,25 +132,20 @@ def _similarity_gradient_kernel(
         _store(out, matrix_stride, u_at + 1, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
     if LAUNCH.HAS_STUDENT:
-        raw = product(image, text, None, safe_row, safe_column, width, TILE.EVEN, TILE)
+        raw = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
         negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
         z_scale = tl.load(scale)
         z = tl.where(negative, raw * (z_scale * LOG2E), -INF)
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        h = g
         if LAUNCH.RELATIONAL:
             g -= tl.load(row_grad + MEAN_STUDENT * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
             if LAUNCH.COLUMNS:
                 g -= tl.load(column_grad + MEAN_STUDENT * m)[None, :] * _softmax(t, column_stat, LSE_TEACHER, m, 0)
         p = _softmax(z, row_stat, LSE_STUDENT, n, 1)
         g += tl.load(row_grad + LSE_STUDENT * n)[:, None] * p
-        if LAUNCH.HARD_NEGATIVES:
-            h += tl.load(row_grad + PAIR_MATCHING * n)[:, None] * p
         if LAUNCH.COLUMNS:
             p = _softmax(z, column_stat, LSE_STUDENT, m, 0)
             g += tl.load(column_grad + LSE_STUDENT * m)[None, :] * p
-            if LAUNCH.HARD_NEGATIVES:
-                h += tl.load(column_grad + PAIR_MATCHING * m)[None, :] * p
         d_scale += _total(g * raw)
         if not ATTEND:
             g *= z_scale
@@ -184,34 +170,17 @@ def _similarity_gradient_kernel(
                     k,
                 )
                 slope = sigmoid_slopes(signed, amount, matched) * tl.load(row_grad + (SIGMOID + k) * n)[:, None]
-                at_sums = sums + program * 8 + 4 + 2 * k
+                at_sums = sums + program * _SUMS + 2 + 2 * k
                 tl.store(at_sums, tl.load(at_sums) + _total(slope * raw))
                 tl.store(at_sums + 1, tl.load(at_sums + 1) + _total(slope))
                 g += slope * tl.load(sigmoid_weight + k)
-        if LAUNCH.HARD_NEGATIVES:
-            bias = tl.load(plane_bias)
-            if not LAUNCH.HAS_HADAMARD:
-                slope = tl.load(plane_weight)
-                h *= sigmoid(raw * slope + bias)
-                d_weight += _total(h * raw)
-                d_bias += _total(h)
-                g += slope * h
         diagonal = tl.load(row_grad + DIAGONAL_STUDENT * n)[:, None]
         if LAUNCH.SIGMOIDS > 0:
             diagonal += g  # which is that of the sigmoid terms there
         _store(out, matrix_stride, 0, g, diagonal, positive, factors, stored, TILE.INTERPRETED)
-        if LAUNCH.HAS_HADAMARD:
-            raw = product(image, text, plane_weight, safe_row, safe_column, width, TILE.EVEN, TILE)
-            h *= sigmoid(raw + bias)
-            d_bias += _total(h)
-            diagonal = tl.load(row_grad + DIAGONAL_HADAMARD * n)[:, None]
-            _store(out, matrix_stride, 1, h, diagonal, positive, factors, stored, TILE.INTERPRETED)
 
-    sums += program * 8
+    sums += program * _SUMS
     if LAUNCH.HAS_STUDENT:
         tl.store(sums, tl.load(sums) + d_scale)
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
         tl.store(sums + 1, tl.load(sums + 1) + d_cross)
-    if LAUNCH.HARD_NEGATIVES:
-        tl.store(sums + 2, tl.load(sums + 2) + d_weight)
-        tl.store(sums + 3, tl.load(sums + 3) + d_bias)

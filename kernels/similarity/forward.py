@@ -11,7 +11,6 @@ from simplclip.kernels.similarity.tile import (
     sigmoid_logits,
     sigmoid_pairs,
     sigmoid_values,
-    softplus,
     weighted,
     weights,
 )
@@ -28,10 +27,9 @@ def _column_maximum(logits, part, inside):  # logits [BLOCK_M, BLOCK_N]
 
 @triton.jit
 def _column_softmax(logits, part, m, inside):
-    """Stores the maxima and the sums of the columns; returns the base of the sums."""
+    """Stores the maxima and the sums of the columns."""
     base = _column_maximum(logits, part, inside)
     tl.store(part + m, tl.sum(weights(logits, base[None, :]), 0), inside)
-    return base
 
 
 @triton.jit(
@@ -47,8 +45,6 @@ def _similarity_statistics_kernel(
     scale,  # []
     teacher_scale,  # []
     cross_scale,  # []
-    plane_weight,  # [] or, with L, [D]
-    plane_bias,  # []
     sigmoid_weight,  # [SIGMOIDS]
     sigmoid_bias,
     sigmoid_negative,
@@ -77,8 +73,8 @@ def _similarity_statistics_kernel(
 ):
     """Statistics of a block of rows over a range of column tiles, and of each of those columns over the block.
 
-    Planes are processed one after the other. T is kept, since means need it, so that at most two tiles are in registers. For
-    the same reason T's weights are computed after the product of the next plane, not before it. Slots of the parts: maximum,
+    Matrices are processed one after the other. T is kept, since means need it, so that at most two tiles are in registers. For
+    the same reason T's weights are computed after the product of the next matrix, not before it. Slots of the parts: maximum,
     then the sum of 2^(logit - maximum), then sums with these weights.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
@@ -100,7 +96,7 @@ def _similarity_statistics_kernel(
     zero = tl.zeros((BLOCK_M,), tl.float32)
     max_t, sum_t, mean_z, mean_u = none, zero, zero, zero
     max_u, sum_u = none, zero
-    max_z, sum_z, match = none, zero, zero
+    max_z, sum_z = none, zero
     sigmoids, second_sigmoids = zero, zero
 
     row_ids = row
@@ -112,10 +108,6 @@ def _similarity_statistics_kernel(
         t_scale = tl.load(teacher_scale) * LOG2E
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
         u_scale = tl.load(cross_scale) * LOG2E
-    if LAUNCH.HARD_NEGATIVES:
-        bias = tl.load(plane_bias)
-        if not LAUNCH.HAS_HADAMARD:
-            slope = tl.load(plane_weight)
 
     tiles = (m + BLOCK_N - 1) // BLOCK_N
     for tile in range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tiles)):
@@ -127,7 +119,7 @@ def _similarity_statistics_kernel(
         t = None
 
         if LAUNCH.HAS_TEACHER:
-            raw = product(teacher_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+            raw = product(teacher_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
             negative = negatives(
                 None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS
             )
@@ -143,7 +135,7 @@ def _similarity_statistics_kernel(
                 column_base_t = _column_maximum(t, parts_at + SLOTS.TEACHER * m, inside)
 
         if LAUNCH.HAS_IMAGE_TO_TEACHER:
-            raw = product(projected_image, teacher_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+            raw = product(projected_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
             negative = t != -INF
             u = raw * u_scale
             share = weights(t, base_t[:, None])
@@ -154,7 +146,7 @@ def _similarity_statistics_kernel(
             sum_u = sum_u * shrink + tl.sum(weights(u, base[:, None]), 1)
 
         if LAUNCH.HAS_TEACHER_TO_TEXT:
-            raw = product(teacher_image, projected_text, None, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
+            raw = product(teacher_image, projected_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
             negative = t != -INF
             v = raw * u_scale
             share = weights(t, column_base_t[None, :])
@@ -165,7 +157,7 @@ def _similarity_statistics_kernel(
             _column_softmax(v, parts_at + SLOTS.CROSS * m, m, inside)
 
         if LAUNCH.HAS_STUDENT:
-            raw = product(image, text, None, safe_row, safe_column, width, TILE.EVEN, TILE)
+            raw = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
             negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
             z = raw * z_scale
             if LAUNCH.RELATIONAL:
@@ -188,10 +180,10 @@ def _similarity_statistics_kernel(
                         mean = tl.sum(weighted(share, gap), 0)
                     tl.store(parts_at + SLOTS.MEAN_STUDENT * m, mean * LN2, inside)
             z = tl.where(negative, z, -INF)
-            max_z, base_z, shrink = raised(max_z, z, 1)
-            sum_z = sum_z * shrink + tl.sum(weights(z, base_z[:, None]), 1)
+            max_z, base, shrink = raised(max_z, z, 1)
+            sum_z = sum_z * shrink + tl.sum(weights(z, base[:, None]), 1)
             if LAUNCH.COLUMNS:
-                column_base = _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
+                _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
             if LAUNCH.SIGMOIDS > 0:
                 negative, positive = sigmoid_pairs(
                     row, column, row_inside[:, None] & inside[None, :], label_offset, ids, text_ids, image_share, safe_row,
@@ -228,14 +220,6 @@ def _similarity_statistics_kernel(
                         1,
                     )
                     second_sigmoids += tl.sum(sigmoid_values(signed, amount, matched), 1)
-            if LAUNCH.HARD_NEGATIVES:
-                if LAUNCH.HAS_HADAMARD:
-                    raw = product(image, text, plane_weight, safe_row, safe_column, width, TILE.EVEN, TILE)
-                loss = softplus(raw + bias) if LAUNCH.HAS_HADAMARD else softplus(raw * slope + bias)
-                match = match * shrink + tl.sum(weights(z, base_z[:, None]) * loss, 1)
-                if LAUNCH.COLUMNS:
-                    mean = tl.sum(weights(z, column_base[None, :]) * loss, 0)
-                    tl.store(parts_at + (SLOTS.STUDENT + 2) * m, mean, inside)
 
     row_at = row_parts + split.to(tl.int64) * SLOTS.ROWS * row_count + at
     if LAUNCH.HAS_TEACHER:
@@ -250,8 +234,6 @@ def _similarity_statistics_kernel(
     if LAUNCH.HAS_STUDENT:
         tl.store(row_at + SLOTS.STUDENT * row_count, max_z, row_inside)
         tl.store(row_at + (SLOTS.STUDENT + 1) * row_count, sum_z, row_inside)
-        if LAUNCH.HARD_NEGATIVES:
-            tl.store(row_at + (SLOTS.STUDENT + 2) * row_count, match, row_inside)
     if LAUNCH.SIGMOIDS > 0:
         tl.store(row_at + SLOTS.SIGMOID * row_count, sigmoids, row_inside)
     if LAUNCH.SIGMOIDS > 1:

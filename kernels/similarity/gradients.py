@@ -36,10 +36,7 @@ class ImageGradient:
         if self.matrices == 1 and factor is None:
             torch.mm(left, right, out=self.out[at])
         else:
-            self.add_product(at, wide_product(left, right, factor))
-
-    def add_product(self, at: slice, product: Tensor) -> None:  # [rows, D] float32, which may be overwritten
-        if self.needed:
+            product = wide_product(left, right, factor)
             self.sum = product if self.sum is None else self.sum.add_(product)
 
     def flush(self, at: slice) -> None:
@@ -91,14 +88,11 @@ def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  #
     if call.image.dtype != torch.float16:
         return None
     rows, columns = call.grad_rows.abs().amax(1), call.grad_columns.abs().amax(1) * launch.COLUMNS
-    matching = rows[RowStat.PAIR_MATCHING] + columns[ColumnStat.PAIR_MATCHING] * launch.HARD_NEGATIVES
     bounds = []
     if launch.HAS_STUDENT:
         bound = rows[RowStat.LSE_STUDENT] + columns[ColumnStat.LSE_STUDENT]
         means = rows[RowStat.MEAN_STUDENT] + columns[ColumnStat.MEAN_STUDENT]
         bound = call.scale.abs() * (bound + means * launch.RELATIONAL)
-        if call.hard and not launch.HAS_HADAMARD:
-            bound = bound + call.plane_weight.abs() * matching
         bound = torch.maximum(bound, rows[RowStat.DIAGONAL_STUDENT])
         if call.sigmoids:
             entries = sigmoid_bounds(
@@ -106,8 +100,6 @@ def range_factors(call: SimilarityGradient, launch: Launch) -> Tensor | None:  #
             )
             bound = bound + (entries * rows[RowStat.SIGMOID : RowStat.SIGMOID + call.sigmoids]).sum()
         bounds.append(bound)
-    if launch.HAS_HADAMARD:
-        bounds.append(torch.maximum(matching, rows[RowStat.DIAGONAL_HADAMARD]))
     if launch.HAS_IMAGE_TO_TEACHER:
         bound = rows[RowStat.LSE_IMAGE_TO_TEACHER] + rows[RowStat.MEAN_IMAGE_TO_TEACHER]
         bounds.append(torch.maximum(call.cross_scale.abs() * bound, rows[RowStat.DIAGONAL_IMAGE_TO_TEACHER]))

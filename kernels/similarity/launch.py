@@ -8,7 +8,7 @@ from simplclip.kernels import tuning
 from simplclip.kernels.launch import interpreted
 from simplclip.ops.similarity.call import SimilarityCall
 
-STUDENTS = ("HAS_STUDENT", "HAS_HADAMARD", "HAS_IMAGE_TO_TEACHER", "HAS_TEACHER_TO_TEXT")  # matrices with a gradient
+STUDENTS = ("HAS_STUDENT", "HAS_IMAGE_TO_TEACHER", "HAS_TEACHER_TO_TEXT")  # matrices with a gradient
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,7 @@ class Launch:
     """The matrices that one launch multiplies, and the statistics that it computes."""
 
     HAS_STUDENT: bool = False
-    HAS_HADAMARD: bool = False
     HAS_IMAGE_TO_TEACHER: bool = False
-    HARD_NEGATIVES: bool = False
     SIGMOIDS: int = 0  # the number of sigmoid terms
     HAS_SHARES: bool = False  # of several positives
     RELATIONAL: bool = False
@@ -49,9 +47,7 @@ class Launch:
         op = f"similarity_{'backward' if backward else 'forward'}"
         if self.SIGMOIDS:
             return f"{op}_sigmoid", 3 if self.HAS_SHARES else self.SIGMOIDS
-        # A scalar hyperplane's gradient needs registers too; with older compilers so do its losses.
-        scalar = self.HARD_NEGATIVES and not self.HAS_HADAMARD
-        return op, self.tiles + (scalar and (backward or tuning.OLDER))
+        return op, self.tiles
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Slots:
         mean_cross = 2 + launch.RELATIONAL
         cross = mean_cross + launch.HAS_IMAGE_TO_TEACHER if launch.HAS_TEACHER else 0
         student = cross + 2 * launch.HAS_IMAGE_TO_TEACHER
-        columns = student + (2 + launch.HARD_NEGATIVES) * launch.HAS_STUDENT
+        columns = student + 2 * launch.HAS_STUDENT
         return cls(0, 2, mean_cross, cross, student, columns, columns + launch.SIGMOIDS, columns)
 
 
@@ -99,16 +95,14 @@ class Tiling:
 
 
 def launches(call: SimilarityCall) -> list[Launch]:
-    """Planes that one statistic needs share a launch and a tile: Z with T (relational), U and V with T (kl), L with Z.
+    """Matrices that one statistic needs share a launch and a tile: Z with T (relational), U and V with T (kl).
 
-    Other planes have launches of their own: a single plane has registers for a tile twice as large, which reads its operands
+    Other matrices have launches of their own: a single one has registers for a tile twice as large, which reads its operands
     half as often. Within a launch T is first and is kept, and the student's matrices follow one at a time, so that two tiles
     are in registers instead of four or five.
     """
     student = {
         "HAS_STUDENT": call.softmax,
-        "HAS_HADAMARD": call.has_hadamard,
-        "HARD_NEGATIVES": call.hard,
         "SIGMOIDS": call.sigmoids,
         "HAS_SHARES": call.sigmoids > 0 and call.image_share is not None,
         "RELATIONAL": call.relational,  # which implies softmax

@@ -11,7 +11,6 @@ from simplclip.ops.similarity.call import RowStat
 LSE_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.LSE_STUDENT))
 LSE_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.LSE_TEACHER))
 LSE_CROSS: tl.constexpr = tl.constexpr(int(RowStat.LSE_IMAGE_TO_TEACHER))
-PAIR_MATCHING: tl.constexpr = tl.constexpr(int(RowStat.PAIR_MATCHING))
 SIGMOID: tl.constexpr = tl.constexpr(int(RowStat.SIGMOID))
 MEAN_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.MEAN_STUDENT))
 MEAN_CROSS: tl.constexpr = tl.constexpr(int(RowStat.MEAN_IMAGE_TO_TEACHER))
@@ -70,7 +69,7 @@ def _merge_softmax(
 @triton.jit(do_not_specialize=["size", "parts_count", "out_stride", "out_first"])
 def _similarity_merge_kernel(
     parts,  # [parts_count, slots, size]
-    out,  # [14, N] or [6, M]: RowStat's first six rows are ColumnStat's
+    out,  # [11, N] or [5, M]: RowStat's first five rows are ColumnStat's
     size,
     parts_count,
     out_stride,
@@ -100,9 +99,8 @@ def _similarity_merge_kernel(
             not OF_ROWS, BLOCK_PARTS,
         )  # fmt: skip
     if LAUNCH.HAS_STUDENT:
-        mean: tl.constexpr = PAIR_MATCHING if LAUNCH.HARD_NEGATIVES else None
         _merge_softmax(
-            parts + SLOTS.STUDENT * size, parts_count, stride, size, inside, out, out_stride, LSE_STUDENT, mean, None,
+            parts + SLOTS.STUDENT * size, parts_count, stride, size, inside, out, out_stride, LSE_STUDENT, None, None,
             not OF_ROWS, BLOCK_PARTS,
         )  # fmt: skip
     if OF_ROWS:
@@ -121,7 +119,6 @@ def _similarity_merge_kernel(
 def _similarity_diagonal_kernel(
     image,  # [N, width]
     text,  # [M, width]
-    plane_weight,  # [width] or None
     out,  # [N]
     n,
     width,
@@ -139,7 +136,5 @@ def _similarity_diagonal_kernel(
         inside = (depth < width)[None, :]
         a = tl.load(image + rows[:, None] * width + depth[None, :], inside, 0.0).to(tl.float32)
         b = tl.load(text + columns[:, None] * width + depth[None, :], inside, 0.0).to(tl.float32)
-        if plane_weight is not None:
-            a *= tl.load(plane_weight + depth, depth < width, 0.0)[None, :]
         total += tl.sum(a * b, 1)
     tl.store(out + at, total, at < n)

@@ -13,7 +13,7 @@ from simplclip.kernels import tuning
 from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, precision_of, splits, started, starts
 from simplclip.kernels.similarity.backward import SUMS, _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
-from simplclip.kernels.similarity.gradients import ImageGradient, TextGradient, range_factors, wide_product
+from simplclip.kernels.similarity.gradients import ImageGradient, TextGradient, range_factors
 from simplclip.kernels.similarity.launch import STUDENTS, Launch, Slots, Tiling, launches
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient
@@ -31,7 +31,7 @@ _COLUMN_LSES = {
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's statistics: rows [14, N], columns [6, M], and an unused tensor of the shape of the stored rows.
+    """The reference's statistics: rows [11, N], columns [5, M], and an unused tensor of the shape of the stored rows.
 
     Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
     block of rows' parts), and those of row statistics.
@@ -43,9 +43,8 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _GIVEN = (
-    "image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale", "cross_scale", "plane_weight", "plane_bias",
-    "sigmoid_weight", "sigmoid_bias", "sigmoid_negative", "sigmoid_positive", "image_share", "text_share", "ids", "text_ids",
-    "label_offset",
+    "image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale", "cross_scale", "sigmoid_weight",
+    "sigmoid_bias", "sigmoid_negative", "sigmoid_positive", "image_share", "text_share", "ids", "text_ids", "label_offset",
 )  # fmt: skip
 
 
@@ -69,7 +68,7 @@ def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[s
     }
 
 
-def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [14, N], [6, M]
+def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [11, N], [5, M]
     n, m, image = call.image.shape[0], call.text.shape[0], call.image
     rows = torch.zeros(len(RowStat), n, dtype=torch.float32, device=image.device)
     columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
@@ -106,7 +105,7 @@ def _merge(
     launch: Launch,
     slots: Slots,
     parts: Tensor,  # [parts, slots, size]
-    out: Tensor,  # [14, N] or [6, M]
+    out: Tensor,  # [11, N] or [5, M]
     first: int,
     *,
     of_rows: bool,
@@ -117,26 +116,19 @@ def _merge(
     )
 
 
-def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [14, N]
-    """The similarities of the positives, and the number of negatives."""
-    n, m = call.image.shape[0], call.text.shape[0]
-    for asked, stat, image, text, weight in (
-        (call.softmax, RowStat.DIAGONAL_STUDENT, call.image, call.text, None),
-        (call.has_hadamard, RowStat.DIAGONAL_HADAMARD, call.image, call.text, call.plane_weight),
-        (call.has_teacher, RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text, None),
-        (call.interactive, RowStat.DIAGONAL_IMAGE_TO_TEACHER, call.student_image, call.teacher_text, None),
-        (call.has_teacher_to_text, RowStat.DIAGONAL_TEACHER_TO_TEXT, call.teacher_image, call.student_text, None),
+def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [11, N]
+    """The similarities of the positives."""
+    n = call.image.shape[0]
+    for asked, stat, image, text in (
+        (call.softmax, RowStat.DIAGONAL_STUDENT, call.image, call.text),
+        (call.has_teacher, RowStat.DIAGONAL_TEACHER, call.teacher_image, call.teacher_text),
+        (call.interactive, RowStat.DIAGONAL_IMAGE_TO_TEACHER, call.student_image, call.teacher_text),
+        (call.has_teacher_to_text, RowStat.DIAGONAL_TEACHER_TO_TEXT, call.teacher_image, call.student_text),
     ):
         if asked:
             started(_similarity_diagonal_kernel)[(-(-n // DIAGONAL["BLOCK_M"]),)](
-                image, text, weight, rows[stat], n, image.shape[1], call.label_offset, **DIAGONAL, num_warps=4, **COMPILE
+                image, text, rows[stat], n, image.shape[1], call.label_offset, **DIAGONAL, num_warps=4, **COMPILE
             )
-    rows[RowStat.NEGATIVES].fill_(m - 1)
-    if call.ids is not None and call.drop_ids:  # the columns of a row's id, and its positive's if that has another id
-        columns = call.text_ids.sort().values
-        equal = torch.searchsorted(columns, call.ids, right=True) - torch.searchsorted(columns, call.ids)
-        equal += call.text_ids[call.label_offset : call.label_offset + n] != call.ids
-        rows[RowStat.NEGATIVES] -= equal - 1
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
@@ -168,7 +160,7 @@ def gradients_of_matrices(
     tile: tuning.Tile,
     factors: Tensor | None,  # [matrices]
     scratch: Tensor,  # [matrices, chunk, M and more]
-    sums: Tensor,  # [programs, 8]
+    sums: Tensor,  # [programs, SUMS]
     at: slice,
     attend: bool = False,
 ) -> None:
@@ -184,16 +176,13 @@ def gradients_of_matrices(
 
 
 def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
-    n, m, like = call.image.shape[0], call.text.shape[0], call.image
-    own = call.softmax + call.has_hadamard
+    n, m = call.image.shape[0], call.text.shape[0]
     own_image, own_text = call.projected_image is None, call.projected_text is None
     pieces = -(-n // call.chunk)
-    d_image = ImageGradient(call.image, own + call.interactive * own_image, call.need_image)
-    d_text = TextGradient(call.text, pieces * (own + call.has_teacher_to_text * own_text), call.need_text)
+    d_image = ImageGradient(call.image, call.softmax + call.interactive * own_image, call.need_image)
+    d_text = TextGradient(call.text, pieces * (call.softmax + call.has_teacher_to_text * own_text), call.need_text)
     d_projected_image = d_image if own_image else ImageGradient(call.projected_image, call.interactive)
     d_projected_text = d_text if own_text else TextGradient(call.projected_text, pieces * call.has_teacher_to_text)
-    d_weight = None if call.plane_weight is None else torch.zeros_like(call.plane_weight)
-    weighted = (call.image * call.plane_weight).to(like.dtype) if call.has_hadamard else None
     plan, scratch, sums = gradient_plan(call)
     factors = [range_factors(call, launch) for launch, _ in plan]
 
@@ -207,11 +196,6 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
                 if flag == "HAS_STUDENT":
                     d_image.add(at, g, call.text, back)
                     d_text.add(g.T, call.image[at], back)
-                elif flag == "HAS_HADAMARD":
-                    product = wide_product(g, call.text, back)
-                    d_weight += (call.image[at] * product).sum(0)
-                    d_image.add_product(at, product.mul_(call.plane_weight))
-                    d_text.add(g.T, weighted[at], back)
                 elif flag == "HAS_IMAGE_TO_TEACHER":
                     d_projected_image.add(at, g, call.teacher_text, back)
                 else:
@@ -220,10 +204,8 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
         d_projected_image.flush(at)
 
     total = sums.sum(0)
-    d_scale, d_cross, d_slope, d_bias = torch.unbind_copy(total[:4])  # results of an op must not share memory
-    d_sigmoids = total[4 : 4 + 2 * call.sigmoids].view(-1, 2)
-    if d_weight is not None and d_weight.dim() == 0:
-        d_weight = d_slope
+    d_scale, d_cross = torch.unbind_copy(total[:2])  # results of an op must not share memory
+    d_sigmoids = total[2 : 2 + 2 * call.sigmoids].view(-1, 2)
     return (
         d_image.result(),
         d_text.result(),
@@ -231,8 +213,6 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
         call.image.new_empty(0, call.image.shape[1]) if own_image else d_projected_image.result(),
         call.text.new_empty(0, call.text.shape[1]) if own_text else d_projected_text.result(),
         d_cross,
-        call.grad_rows.new_empty(0) if d_weight is None else d_weight,
-        d_bias,
         d_sigmoids[:, 0].clone(),
         d_sigmoids[:, 1].clone(),
     )

@@ -64,7 +64,7 @@ def _similarity_sigmoid_kernel(
     column = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_column = tl.minimum(column, m - 1).to(tl.int64)
 
-    similarity = product(image, text, None, safe_row, safe_column, width, TILE.EVEN, TILE)
+    similarity = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
     inside = (at < row_count)[:, None] & (column < m)[None, :]
     negative, positive = sigmoid_pairs(row, column, inside, label_offset, ids, text_ids, image_share, safe_row, safe_column)
     sums += (first_program + program).to(tl.int64) * TERMS * 3

@@ -3,21 +3,20 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LOG2E, dot, narrowed, sigmoid
+from simplclip.kernels.arithmetic import INF, LOG2E, dot, sigmoid
 
 
 @triton.jit
 def product(
     left,  # [N, width]
     right,  # [M, width]
-    weight,  # [width] float32 or None
     rows,  # [BLOCK_M] int64, inside left
     columns,  # [BLOCK_N] int64, inside right
     width,
     EVEN: tl.constexpr,  # width is a multiple of BLOCK_K
     TILE: tl.constexpr,  # launch.Tiling
 ):  # [BLOCK_M, BLOCK_N] float32
-    """left rightᵀ of some rows and columns; with a weight (left weight) rightᵀ, whose first factor is rounded as left is."""
+    """left rightᵀ of some rows and columns."""
     PRECISION: tl.constexpr = TILE.PRECISION  # Triton 3.6 takes no string, and no number in a tuple, that is not a constexpr
     depth = tl.arange(0, TILE.BLOCK_K)
     left_at = left + rows[:, None] * width + depth[None, :]
@@ -31,9 +30,6 @@ def product(
             inside = depth < width - k
             a = tl.load(left_at, inside[None, :], 0.0)
             b = tl.load(right_at, inside[:, None], 0.0)
-        if weight is not None:
-            w = tl.load(weight + k + depth) if EVEN else tl.load(weight + k + depth, depth < width - k, 0.0)
-            a = narrowed(a.to(tl.float32) * w[None, :], a.dtype, TILE.INTERPRETED)
         tile = dot(a, b, tile, PRECISION, TILE.INTERPRETED)
         left_at += TILE.BLOCK_K
         right_at += TILE.BLOCK_K

@@ -30,7 +30,6 @@ from simplclip import losses
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import replacing
 from simplclip.integrations.open_clip import register_models
-from simplclip.ops.similarity.call import NEGATIVES
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
 SUFFIX = ".loss"
@@ -46,7 +45,6 @@ def parser() -> argparse.ArgumentParser:
     matching = ours.add_argument_group("pair matching, beside any loss but that of CoCa models")
     matching.add_argument("--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)")
     matching.add_argument("--pm-plane", choices=losses.PLANES, default="scalar", help="its hyperplane (default: scalar)")
-    matching.add_argument("--pm-negatives", choices=NEGATIVES, default="all", help="its negatives (default: all)")
     matching.add_argument(
         "--fresh-loss-parameters", action="store_true",
         help="initialise the learned parameters of the loss if --resume names a checkpoint without them",
@@ -139,7 +137,7 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
         refused["pm_weight"] = f"expected 0, since CoCa's loss has no pair matching, got --model {args.model}"
     elif args.siglip:
         what = "since --siglip computes pair matching with it in one sweep"
-        refused |= {"pm_plane": f"expected scalar, {what}", "pm_negatives": f"expected all, {what}"}
+        refused |= {"pm_plane": f"expected scalar, {what}"}
     for name, why in refused.items():
         if getattr(options, name) != ours.get_default(name):
             ours.error(f"--{name.replace('_', '-')}: {why}")
@@ -164,7 +162,7 @@ def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.
     shared = {name: getattr(loss, name, None) for name in ("cache_labels", "rank", "world_size")}
     gather = {name: getattr(loss, name, False) for name in ("local_loss", "gather_with_grad", "use_horovod")}  # 4: no horovod
     matching = {"pm_weight": options.pm_weight}
-    plane = {"plane": options.pm_plane, "negatives": options.pm_negatives, "embed_dim": _width(args.model)}
+    plane = {"plane": options.pm_plane, "embed_dim": _width(args.model)}
     if type(loss) is theirs.SigLipLoss:
         ours = losses.SigLipLoss(**shared, **matching, dist_impl=loss.dist_impl)
     elif type(loss) is theirs.CoCaLoss:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from simplclip import ops
 from simplclip.ops import checks, distributed
-from simplclip.ops.similarity.call import NEGATIVES
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES
 
 PLANES = ("scalar", "hadamard")
@@ -70,13 +69,11 @@ class SimilarityLoss(nn.Module):
         *,
         pm_weight: float = 1.0,
         plane: str = "scalar",
-        negatives: str = "all",
         embed_dim: int | None = None,
     ):
         nn.Module.__init__(self)  # not that of open_clip's loss, of which a subclass may be one too
         self.pm_weight = weight_of("pm_weight", pm_weight)
         checks.choice("plane", plane, PLANES)
-        checks.choice("negatives", negatives, NEGATIVES)
         self.embed_dim = width_of("embed_dim", embed_dim)
         if plane == "hadamard" and pm_weight and embed_dim is None:
             raise ValueError("embed_dim: expected the width D of the features for plane='hadamard', got None")
@@ -84,7 +81,7 @@ class SimilarityLoss(nn.Module):
             raise ValueError("use_horovod: expected False, since the ranks communicate through torch.distributed, got True")
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
-        self.plane, self.negatives = plane, negatives
+        self.plane = plane
         if pm_weight:
             shape = (embed_dim,) if plane == "hadamard" else ()
             self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
@@ -132,10 +129,7 @@ class SimilarityLoss(nn.Module):
         """The terms of this rank's rows. options: tensors and options of ops.similarity_loss."""
         options |= {"terms": terms, "scratch_bytes": self.scratch_bytes}
         if "pair_matching" in terms:
-            options |= {"plane": (self.plane_weight, self.plane_bias), "negatives": self.negatives}
-            if self.negatives == "shift":
-                columns = text.shape[0] * self.world_size
-                options["shift"] = torch.randint(1, max(columns, 2), (), device=image.device)
+            options["plane"] = self.plane_weight, self.plane_bias
         if self.world_size == 1:
             return ops.similarity_loss(image, text, **options)
         group = self._group()

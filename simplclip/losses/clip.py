@@ -24,14 +24,13 @@ class ClipPMLoss(SimilarityLoss):
             since labels are an offset here. use_horovod is not supported with several ranks.
         pm_weight: weight of pair matching, 0 or more.
         plane: "scalar" or "hadamard"; hadamard needs embed_dim.
-        negatives: "all", "shift" (one negative per row, drawn at each call from torch's default generator) or "hard".
         embed_dim: D, for plane="hadamard".
 
     Source: open_clip.loss.ClipLoss; arXiv 2411.14789 names pair matching; its form is this library's interpretation.
     """
 
     def extra_repr(self) -> str:
-        return f"pm_weight={self.pm_weight}, plane={self.plane!r}, negatives={self.negatives!r}"
+        return f"pm_weight={self.pm_weight}, plane={self.plane!r}"
 
     def forward(
         self,

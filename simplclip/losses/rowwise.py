@@ -89,7 +89,7 @@ class RowwiseLoss(SimilarityLoss):
     ):
         super().__init__(
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod,
-            pm_weight=0.0, plane="scalar", negatives="all", embed_dim=None,
+            pm_weight=0.0, plane="scalar", embed_dim=None,
         )  # fmt: skip
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")

@@ -42,7 +42,7 @@ class WIKDLoss(SimilarityLoss):
             at log 1/0.07), instead of by logit_scale.
         feature_distance: "mse" or "smooth_l1".
         divergence: "cross_entropy" or "kl".
-        plane, negatives, embed_dim: of pair matching, as in ClipPMLoss.
+        plane, embed_dim: of pair matching, as in ClipPMLoss.
         embed_dim, teacher_dim: D and D̂ (a tuple for several teachers); where they differ, the interactive and feature terms
             project the student's features by learned `image_projections` and `text_projections` [D̂, D].
 
@@ -68,13 +68,12 @@ class WIKDLoss(SimilarityLoss):
         divergence: str = "cross_entropy",
         pm_weight: float = 0.0,
         plane: str = "scalar",
-        negatives: str = "all",
         embed_dim: int | None = None,
         teacher_dim: int | tuple[int, ...] | None = None,
     ):
         super().__init__(
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod,
-            pm_weight=pm_weight, plane=plane, negatives=negatives, embed_dim=embed_dim,
+            pm_weight=pm_weight, plane=plane, embed_dim=embed_dim,
         )  # fmt: skip
         self.contrastive_weight = weight_of("contrastive_weight", contrastive_weight)
         self.relational_weight = weight_of("relational_weight", relational_weight)

@@ -118,7 +118,6 @@ class LossConfig(Section):
     contrastive_weight: Weight = Field(1.0, description=f"weight of the base; each weight is {_SCHEDULE}")
     pm_weight: Weight = Field(0.0, description="weight of the pair matching loss")
     plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
-    negatives: Literal["all", "shift", "hard"] = Field("all", description="negatives of the pair matching loss")
     feature_weight: Weight = Field(0.0, description="weight of feature distillation: distance to the teacher's features")
     feature_distance: Literal["mse", "smooth_l1"] = Field("mse", description="distance in feature distillation")
     relational_weight: Weight = Field(0.0, description="weight of relational distillation: KL to the teacher's softmax")

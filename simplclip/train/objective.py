@@ -60,7 +60,7 @@ class Objective:
         self.sigmoid = config.base == "sigmoid"
         on = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
         on["contrastive_weight"] += self.sigmoid
-        shared = {"plane": config.plane, "negatives": config.negatives, "embed_dim": width}
+        shared = {"plane": config.plane, "embed_dim": width}
         if teacher is None and not self.sigmoid:
             self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
             return

@@ -37,7 +37,7 @@ DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("f
 _TYPES = {
     **dict.fromkeys(("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text"), "*element"),
     **dict.fromkeys(("out", "student", "d_student"), "*element"),
-    **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "plane_weight", "plane_bias", "row_parts"), "*fp32"),
+    **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "row_parts"), "*fp32"),
     **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "sums", "parts"), "*fp32"),
     **dict.fromkeys(("inv_norms", "grad", "sigmoid_weight", "sigmoid_bias", "sigmoid_negative"), "*fp32"),
     **dict.fromkeys(("sigmoid_positive", "image_share", "text_share"), "*fp32"),
@@ -84,7 +84,6 @@ class Kernel:
 # By the letters of the formulas, for a table's column.
 MATRICES = {
     "Z": "HAS_STUDENT",
-    "L": "HAS_HADAMARD",
     "T": "HAS_TEACHER",
     "U": "HAS_IMAGE_TO_TEACHER",
     "V": "HAS_TEACHER_TO_TEXT",
@@ -102,11 +101,9 @@ def launches(everything: bool) -> list[Launch]:
             found.append(Launch(HAS_STUDENT=True, **terms, **both))
         if ids:
             found.append(Launch(HAS_STUDENT=True, SIGMOIDS=2, HAS_SHARES=True, HAS_IDS=True, COLUMNS=columns))
-        for hard, hadamard in ((False, False), (True, False), (True, True)):
-            student = {"HAS_STUDENT": True, "HARD_NEGATIVES": hard, "HAS_HADAMARD": hadamard}
-            found.append(Launch(**student, **both))
-            found.append(Launch(**student, RELATIONAL=True, **both))
-            found.append(Launch(**student, **cross, RELATIONAL=True, **both))
+        found.append(Launch(HAS_STUDENT=True, **both))
+        found.append(Launch(HAS_STUDENT=True, RELATIONAL=True, **both))
+        found.append(Launch(HAS_STUDENT=True, **cross, RELATIONAL=True, **both))
         found += [Launch(**cross, **both), Launch(HAS_STUDENT=True, HAS_IDS=ids, DROP_IDS=ids)]
     return list(dict.fromkeys(found))
 
@@ -120,8 +117,6 @@ def absent(launch: Launch) -> dict[str, None]:
         names += ["teacher_image", "teacher_text", "teacher_scale"]
     if not launch.HAS_IMAGE_TO_TEACHER:
         names += ["projected_image", "projected_text", "cross_scale"]
-    if not launch.HARD_NEGATIVES:
-        names += ["plane_weight", "plane_bias"]
     if not launch.SIGMOIDS:
         names += ["sigmoid_weight", "sigmoid_bias", "sigmoid_negative", "sigmoid_positive"]
     if not launch.HAS_SHARES:
@@ -149,15 +144,11 @@ def similarity(
         constants |= {"ATTEND": attend, **({} if dtype == "float16" else {"factors": None})}
     else:
         constants |= {"SLOTS": Slots.of(launch), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
-    match = (
-        "+hard" * launch.HARD_NEGATIVES
-        + f"+{launch.SIGMOIDS} sigmoids" * (launch.SIGMOIDS > 0)
-        + "+shares" * launch.HAS_SHARES
-    )
-    planes = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name)) + match + "+ids" * launch.HAS_IDS
-    planes += "" if launch.COLUMNS or launch.HAS_IMAGE_TO_TEACHER else " attend" if attend else " rows"
+    what = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name))
+    what += f"+{launch.SIGMOIDS} sigmoids" * (launch.SIGMOIDS > 0) + "+shares" * launch.HAS_SHARES + "+ids" * launch.HAS_IDS
+    what += "" if launch.COLUMNS or launch.HAS_IMAGE_TO_TEACHER else " attend" if attend else " rows"
     function = _similarity_gradient_kernel if backward else _similarity_statistics_kernel
-    return Kernel(function.__name__, function, constants, tile, dtype, planes if even else planes + " odd D")
+    return Kernel(function.__name__, function, constants, tile, dtype, what if even else what + " odd D")
 
 
 def sigmoid_kernels(dtype: str, architecture: int) -> Iterator[Kernel]:

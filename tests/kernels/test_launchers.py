@@ -13,7 +13,7 @@ from simplclip.memory.count import WORKSPACE, Counter
 from simplclip.memory.engine import Engine
 
 CUDA = torch.device("cuda", 0)
-OBJECTIVES = ("contrastive", "hard", "hard, hadamard", "every term", "infonce")
+OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term", "infonce")
 
 
 def predicted(call, dtype):

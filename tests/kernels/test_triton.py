@@ -19,8 +19,7 @@ from simplclip.ops import backends
 MODES = [
     {"terms": TERMS[:1]},
     {"terms": TERMS[:2], "plane": "hadamard"},
-    {"terms": TERMS[:2], "negatives": "hard"},
-    {"terms": TERMS, "plane": "hadamard", "negatives": "hard", "interactive": "kl"},
+    {"terms": TERMS, "interactive": "kl"},
 ]
 
 
@@ -74,7 +73,7 @@ def padding(device: str) -> None:
 
 
 def registration(device: str) -> None:
-    for name in ("similarity_loss", "similarity_loss hard kl", "feature_loss", "shaped_attention lengths", "parallel_mlp"):
+    for name in ("similarity_loss", "similarity_loss kl", "feature_loss", "shaped_attention lengths", "parallel_mlp"):
         check_registration(name, "triton", device)
 
 

@@ -41,7 +41,6 @@ def check(name, form, sizes, **options):
             args = tensors(n, dtype)
             tolerance = TOLERANCE[autocast or dtype]
             expected = value_and_grads(function, args, autocast)
-            # "shift" draws nothing here, so that both calls compute the same.
             for got, want in zip(value_and_grads(compiled, args, autocast), expected, strict=True):
                 assert (got is None) == (want is None)
                 if want is not None:

@@ -16,7 +16,6 @@ zeros, ones, meta = torch.zeros, torch.ones, functools.partial(torch.zeros, devi
 TEACHER = {"terms": ("relational",), "teacher_image": GOOD, "teacher_text": GOOD, "teacher_scale": 10.0}
 WIDER = TEACHER | {"teacher_image": torch.randn(4, 12), "teacher_text": torch.randn(4, 12)}
 PLANE = {"terms": ("pair_matching",), "plane": (1.0, 0.0)}
-SHIFT = PLANE | {"negatives": "shift"}
 CALLS = {
     "similarity_loss": {"image": GOOD, "text": GOOD, "logit_scale": 10.0},
     "feature_loss": {"student": GOOD, "teacher": GOOD},
@@ -42,8 +41,6 @@ BAD = {
         (dict(terms=(5,)), "terms: expected one of 'contrastive', .* got 5"),
         (dict(terms=("pair_matching",)), "plane: expected .* got NoneType"),
         (dict(PLANE, plane=(ones(5), 0.0)), r"plane: expected w \[D\] = \[8\], got shape \[5\]"),
-        (dict(negatives="some"), "negatives: expected one of 'all', 'shift', 'hard', got 'some'"),
-        (dict(SHIFT, shift=4), "shift: expected 1 <= shift < M = 4, got 4"),
         (dict(terms=("relational",)), "teacher_image: expected .* term 'relational' needs it"),
         (dict(TEACHER, teacher_text=None), "teacher_text: expected .* got None"),
         (dict(TEACHER, teacher_scale=None), "teacher_scale: expected .* got None"),
@@ -73,10 +70,6 @@ BAD = {
         (dict(logit_scale=ones((), dtype=torch.float8_e4m3fn)), "logit_scale: expected float32, .* got torch.float8_e4m3fn"),
         (dict(PLANE, plane=(ones(8).long(), 0.0)), "plane's w: expected float32, .* got torch.int64"),
         (dict(TEACHER, teacher_text=GOOD.int()), "teacher_text: expected float32, .* got torch.int32"),
-        *(
-            (dict(SHIFT, shift=shift), f"shift: expected an int or an int64 tensor with one element, got {shift}")
-            for shift in (1.5, None, True)
-        ),
     ],
     ("feature_loss", ValueError): [
         (dict(student=zeros(4)), r"student: expected a tensor \[N, D\], got shape \[4\]"),

@@ -19,8 +19,6 @@ from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
 
-KL = {"negatives": "hard", "interactive": "kl"}
-
 
 def lengths(call, *given):
     call.tensors["lengths"] = torch.tensor(given)
@@ -37,10 +35,9 @@ def feature(n, d, **options):
 # Several tiles, strips and chunks, the last not whole.
 LARGE = {
     "similarity, all": lambda: similarity_call(257, 257, terms=TERMS, ids=True),
-    "similarity, hard": lambda: similarity_call(257, 257, terms=TERMS, plane="hadamard", ids=True, **KL),
-    "similarity, 1000": lambda: similarity_call(1000, 1000, terms=TERMS[:2], negatives="hard"),
-    "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, **KL),
-    "similarity, shift": lambda: similarity_call(65, 130, terms=TERMS, plane="hadamard", negatives="shift", shift=7),
+    "similarity, hadamard": lambda: similarity_call(257, 257, terms=TERMS, plane="hadamard", ids=True, interactive="kl"),
+    "similarity, 1000": lambda: similarity_call(1000, 1000, terms=TERMS[:2]),
+    "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, interactive="kl"),
     "attention, 77": lambda: attention_call(2, 77, 2, 64),
     "attention, 197": lambda: attention_call(2, 197, 2, 64),
     "attention, 250": lambda: lengths(attention_call(4, 250, 2, 8), 250, 0, 125, 1),

@@ -26,10 +26,10 @@ def test_chunks_and_stored_rows_change_nothing(plane, dtype):
     row = 310 * (4 if dtype == torch.float16 else dtype.itemsize)
     rows = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 192))
     budgets = [(scratch * row, store * row) for scratch, store in rows] + [(1 << 20, 1 << 20)]
-    for (scratch, store), (negatives, interactive) in itertools.product(budgets, (("all", "infonce"), ("hard", "kl"))):
+    for (scratch, store), interactive in itertools.product(budgets, ("infonce", "kl")):
         call = similarity_call(
-            300, 310, 7, terms=TERMS, plane=plane, ids=True, teacher_width=20, negatives=negatives, interactive=interactive,
-            scratch_bytes=scratch, store_bytes=store,
+            300, 310, 7, terms=TERMS, plane=plane, ids=True, teacher_width=20, interactive=interactive, scratch_bytes=scratch,
+            store_bytes=store,
         )  # fmt: skip
         check(call, dtype, "cpu")
 
@@ -39,13 +39,12 @@ def test_chunks_and_stored_rows_change_nothing(plane, dtype):
 @pytest.mark.parametrize("which", ["", "teacher_"])
 def test_columns_far_below_their_strip_are_summed_afresh(which, n):
     """One logit of 300, of the student or of the teacher: against it every exponential of the other columns underflows."""
-    for negatives in ("all", "hard"):
-        call = similarity_call(n, n, terms=TERMS, width=n, scale=1.0, interactive="kl", negatives=negatives)
-        call.tensors[f"{which}text"] = torch.eye(n, dtype=torch.float64)  # the matrix is image itself
-        image = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        image[0, 1] = 300
-        call.tensors[f"{which}image"] = image
-        check(call, torch.float32, "cpu")
+    call = similarity_call(n, n, terms=TERMS, width=n, scale=1.0, interactive="kl")
+    call.tensors[f"{which}text"] = torch.eye(n, dtype=torch.float64)  # the matrix is image itself
+    image = torch.rand(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image[0, 1] = 300
+    call.tensors[f"{which}image"] = image
+    check(call, torch.float32, "cpu")
 
 
 @needs_cpu_kernels
@@ -53,9 +52,8 @@ def test_columns_far_below_their_strip_are_summed_afresh(which, n):
 def test_wide_logits(scale):
     """Statistics that lie too far apart for one exponential to serve rows and columns, and columns that underflow."""
     divergence = "kl" if scale > 1 else "cross_entropy"  # a tiny KL is the difference of two large numbers
-    for negatives, interactive in (("all", "infonce"), ("hard", "kl")):
-        modes = {"negatives": negatives, "interactive": interactive, "divergence": divergence}
-        call = similarity_call(150, 150, terms=TERMS, scale=scale, **modes)
+    for interactive in ("infonce", "kl"):
+        call = similarity_call(150, 150, terms=TERMS, scale=scale, interactive=interactive, divergence=divergence)
         call.tensors["image"][::3] *= 3  # unnormalised features are no error
         call.tensors["teacher_image"][::4] *= 3
         check(call, torch.float32, "cpu")
@@ -63,8 +61,8 @@ def test_wide_logits(scale):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_ids_equal_leaves_no_negatives(backend):
-    for negatives, interactive in (("all", "infonce"), ("hard", "kl")):
-        call = similarity_call(20, 20, terms=TERMS, negatives=negatives, interactive=interactive)
+    for interactive in ("infonce", "kl"):
+        call = similarity_call(20, 20, terms=TERMS, interactive=interactive)
         call.tensors["ids"] = torch.zeros(20, dtype=torch.int64)
         out = of_ones(call, backend)
         assert out["contrastive"] == out["relational"] == out["interactive"] == 0
@@ -93,9 +91,8 @@ def test_an_infinite_feature_of_a_lone_pair(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("terms", [TERMS[:1], TERMS[1:2], TERMS[2:3], TERMS[1::-1]])
-@pytest.mark.parametrize("negatives", ["all", "shift"])
-def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(terms, negatives, backend):
-    call = similarity_call(4, 4, terms=terms, plane="scalar", negatives=negatives)
+def test_a_bias_that_changes_nothing_has_a_gradient_of_zero(terms, backend):
+    call = similarity_call(4, 4, terms=terms, plane="scalar")
     without = of_ones(call, backend)
     call.tensors["logit_bias"] = torch.tensor(-10.0)
     out = of_ones(call, backend)
@@ -124,7 +121,7 @@ SOFTMAX, ALONE = "similarity_loss_fwd", "similarity_sigmoid"
         ({"terms": ("contrastive", "sigmoid", "pair_matching")}, [SOFTMAX]),
         ({"terms": ("contrastive", "sigmoid", "pair_matching"), "positives": "ids"}, [SOFTMAX]),
         ({"terms": ("relational", "sigmoid")}, [SOFTMAX]),
-        ({"terms": ("pair_matching", "sigmoid"), "negatives": "hard"}, [SOFTMAX]),
+        ({"terms": ("interactive", "sigmoid"), "interactive": "kl"}, [ALONE, SOFTMAX]),
         ({"terms": ("contrastive", "sigmoid", "pair_matching"), "plane": "hadamard"}, [ALONE, SOFTMAX]),
         ({"terms": ("contrastive", "relational", "sigmoid"), "positives": "sum"}, [SOFTMAX, SOFTMAX]),
         ({"terms": ("pair_matching", "sigmoid"), "weights": {"pair_matching": 1.0, "sigmoid": 2.0}}, [ALONE]),

@@ -22,7 +22,7 @@ from simplclip.nn import SimplifiedBlock
 @dataclass
 class Call:
     op: str
-    tensors: dict[str, Tensor]  # float64, and int64 ids, lengths, shift
+    tensors: dict[str, Tensor]  # float64, and int64 ids, lengths
     options: dict[str, object] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the tensors that have another than the call's
 
@@ -54,8 +54,6 @@ def _plain_similarity(image, text, logit_scale, **named):
     named.pop("scratch_bytes", None), named.pop("store_bytes", None)
     if named.get("ids") is not None and named.get("text_ids") is None:
         named["text_ids"] = named["ids"]
-    if "shift" in named:
-        named["shift"] = int(named["shift"])
     return plain.similarity_loss(image, text, logit_scale, **named)
 
 
@@ -283,8 +281,8 @@ def similarity(**options):
 
 
 def _hadamard(image, text, scale, *_):
-    plane = (scale * torch.ones(image.shape[1]), -2.0)
-    return ops.similarity_loss(image, text, scale, terms=("pair_matching",), plane=plane, negatives="hard")["pair_matching"]
+    plane = (scale.expand(image.shape[1]), -2.0)
+    return ops.similarity_loss(image, text, scale, terms=("pair_matching",), plane=plane)["pair_matching"]
 
 
 def _projected(image, text, _, teacher, *rest):
@@ -325,12 +323,11 @@ def _block(recompute=False):
 
 SMALL = {
     "similarity_loss": similarity(),
-    "similarity_loss hard kl": similarity(negatives="hard", interactive="kl"),
+    "similarity_loss kl": similarity(interactive="kl"),
     "similarity_loss sigmoid": similarity(
         terms=("sigmoid", "pair_matching"), positives="ids", weights={"sigmoid": 1.0, "pair_matching": 0.5}
     ),
     "similarity_loss positives": similarity(terms=("contrastive",), positives="ids", label_smoothing=0.1),
-    "similarity_loss shift": similarity(negatives="shift"),
     "similarity_loss hadamard": (_features, _hadamard),
     "feature_loss": (_features, lambda image, text, scale, teacher, *_: ops.feature_loss(image, teacher)),
     "feature_loss projection": (_features, _projected),

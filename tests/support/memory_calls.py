@@ -6,14 +6,14 @@ from similarity import make_inputs
 
 SIMILARITY = {
     "contrastive": {"terms": ("contrastive",)},
-    "hard": {"terms": ("contrastive", "pair_matching"), "negatives": "hard"},
-    "hard, hadamard": {"terms": ("pair_matching",), "plane": "hadamard", "negatives": "hard"},
+    "pair matching": {"terms": ("contrastive", "pair_matching")},
+    "hadamard": {"terms": ("pair_matching",), "plane": "hadamard"},
     "relational": {"terms": ("relational",)},
     "kl, projected": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80},
     "kl, projected, rows only": {"terms": ("interactive",), "interactive": "kl", "teacher_width": 80, "symmetric": False},
     "sigmoid": {"terms": ("sigmoid",), "positives": "ids"},
     "infonce": {"terms": ("interactive",), "teacher_width": 80},
-    "every term": {"terms": TERMS, "interactive": "kl", "negatives": "hard", "plane": "hadamard", "teacher_width": 80},
+    "every term": {"terms": TERMS, "interactive": "kl", "plane": "hadamard", "teacher_width": 80},
     "every term, own features": {"terms": TERMS, "interactive": "kl"},
 }
 

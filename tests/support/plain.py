@@ -20,7 +20,6 @@ def similarity_loss(
     logit_bias=0.0,
     terms=("contrastive", "pair_matching"),
     plane=None,
-    negatives="all",
     teacher_image=None,
     teacher_text=None,
     teacher_scale=None,
@@ -39,7 +38,6 @@ def similarity_loss(
     text_ids=None,
     label_offset=0,
     symmetric=True,
-    shift=1,
 ):
     n, m = image.shape[0], text.shape[0]
     labels = torch.arange(n) + label_offset
@@ -110,20 +108,7 @@ def similarity_loss(
         weight, bias = plane
         decision = (image * weight) @ text.T + bias
         unmatched = F.softplus(decision)
-        if negatives == "all":
-            negative_loss = unmatched[negative].sum() / max(int(negative.sum()), 1)
-        elif negatives == "shift":
-            other = (labels + shift) % m
-            valid = negative[torch.arange(n), other]
-            negative_loss = unmatched[torch.arange(n), other][valid].sum() / max(int(valid.sum()), 1)
-        else:
-            only = logits.detach().masked_fill(~negative, -torch.inf)
-            weight_of = only.softmax(1).nan_to_num() / n
-            if symmetric:
-                by_column = torch.zeros_like(only)
-                by_column[:, labels] = only.softmax(0).nan_to_num()[:, labels] / n
-                weight_of = (weight_of + by_column) / 2
-            negative_loss = (weight_of * unmatched.masked_fill(~negative, 0)).sum()
+        negative_loss = unmatched[negative].sum() / max(int(negative.sum()), 1)
         out["pair_matching"] = (of_positives(F.softplus(-decision)) + negative_loss) / 2
     if teacher_image is not None:
         teacher = teacher_scale * (teacher_image @ teacher_text.T)

@@ -73,14 +73,6 @@ def _similarity(r: random.Random, dtype: torch.dtype) -> Call:
             options[name] = leaves.pop(name).item()
     options |= {"symmetric": r.random() < 0.7, "divergence": r.choice(("kl", "cross_entropy"))}
     options["interactive"] = r.choice(("infonce", "kl"))
-    if "pair_matching" in terms:
-        options["negatives"] = r.choice(("all", "shift", "hard"))
-        if options["negatives"] == "shift":
-            shift = r.randrange(1, max(m, 2))
-            if r.random() < 0.5:
-                leaves["shift"] = torch.tensor(shift)
-            else:
-                options["shift"] = shift
     _options(r, call)
     if r.random() < 0.4:
         options |= {"scratch_bytes": r.choice((0, 1 << 12, 1 << 16)), "store_bytes": r.choice((0, 1 << 10, 1 << 14))}
@@ -91,7 +83,7 @@ def _options(r: random.Random, call: Call) -> None:
     """Options of the contrastive term, several positives, weights."""
     leaves, options, n = call.tensors, call.options, len(call.tensors["image"])
     terms, grouped = options["terms"], "ids" in options or "ids" in leaves
-    if options.get("negatives", "all") == "all" and r.random() < 0.4:
+    if r.random() < 0.4:
         options["positives"] = r.choice(("drop", "ids", "sum"))
     if "contrastive" in terms and r.random() < 0.4:
         options["label_smoothing"] = r.choice((0.0, 0.1, 0.5))

@@ -10,34 +10,31 @@ struct SoftmaxGradient {
       : lse(lse), g(g), shift(kind == Softmax::kShared ? std::exp(lse - top) : 0.0f), col_lse(col_lse), g_col(g_col),
         ratio(ratio) {}
 
-  // `z`: logits; `e` returns e^(z - lse) if the kind has it.
   template <class Lanes>
-  VINLINE vf operator()(vf z, int64_t j, Lanes lanes, vf& e, vf& e_col) const {
+  VINLINE vf operator()(vf z, int64_t j, Lanes lanes) const {  // z: logits
+    vf e;
     if constexpr (kind != Softmax::kColumns) e = exp(z - lse);
     if constexpr (kind == Softmax::kShared) return e * (shift * load(ratio + j, lanes) + g);
     if constexpr (kind == Softmax::kRows) return g * e;
-    e_col = exp(z - load(col_lse + j, lanes));
-    const vf by_column = load(g_col + j, lanes) * e_col;
+    const vf by_column = load(g_col + j, lanes) * exp(z - load(col_lse + j, lanes));
     if constexpr (kind == Softmax::kColumns) return by_column;
     return g * e + by_column;
   }
 };
 
-template <class T, bool hard, bool teacher, Softmax kind>
+template <class T, bool teacher, Softmax kind>
 BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
   BackwardOut total{};
   for (int64_t i = 0; i < s.rows; ++i) {
     const T* sim_row = static_cast<const T*>(s.sim) + i * s.columns;
     const T* teacher_row = teacher ? static_cast<const T*>(s.teacher) + i * s.columns : nullptr;
     T* grad_row = static_cast<T*>(s.grad) + i * s.columns;
-    T* plane_row = s.plane ? static_cast<T*>(s.plane) + i * s.columns : nullptr;
     const int64_t label = s.label + i;
     const bool rows = kind != Softmax::kColumns;
     const SoftmaxGradient<kind> student(rows ? in.lse[i] : 0, rows ? in.g_lse[i] : 0, in.top, in.col_lse, in.g_col_lse,
                                         in.lse_ratio);
     const SoftmaxGradient<kind> tutor(rows && teacher ? in.teacher_lse[i] : 0, rows && teacher ? in.g_mean[i] : 0,
                                       in.teacher_top, in.col_teacher_lse, in.g_col_mean, in.teacher_ratio);
-    const float g_match = hard ? in.g_match[i] : 0.0f;
     const float* const sigmoid_row_grad = in.sigmoids.count ? in.sigmoid_grad : nullptr;
     if (sigmoid_row_grad) {
       SigmoidIn sigmoids = in.sigmoids;
@@ -47,58 +44,31 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
       }
       sigmoid_row<T, Sigmoid::kGradient>(s, sigmoids, i, in.sigmoid_grad, total.sigmoids);
     }
-    vf d_scale = {}, d_p = {}, d_q = {};
+    vf d_scale = {};
 
     for_blocks(s.columns, label, 1, s.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
       const vf sim = load(sim_row + j, lanes), z = s.scale * sim;
       const vi drop = masked ? dropped_lanes(s, i, j, lanes) : vi{};
-      vf e = {}, e_col = {};
-      vf g = student(z, j, lanes, e, e_col);
-      if constexpr (teacher) {
-        vf e_t, e_t_col;
-        g -= tutor(s.teacher_scale * load(teacher_row + j, lanes), j, lanes, e_t, e_t_col);
-      }
+      vf g = student(z, j, lanes);
+      if constexpr (teacher) g -= tutor(s.teacher_scale * load(teacher_row + j, lanes), j, lanes);
       g = drop ? vf{} : g;
       d_scale += g * sim;
       g *= s.grad_scale;
       if (sigmoid_row_grad) g += load(sigmoid_row_grad + j, lanes);
-      if constexpr (hard) {
-        const vf v = plane_row ? load(plane_row + j, lanes) : sim;
-        vf h = sigmoid(plane_row ? v + s.q : s.p * v + s.q);
-        if constexpr (kind == Softmax::kShared)
-          h *= e * (student.shift * load(in.match_ratio + j, lanes) + g_match);
-        else if constexpr (kind == Softmax::kRows)
-          h *= g_match * e;
-        else
-          h *= g_match * e + load(in.g_col_match + j, lanes) * e_col;
-        h = drop ? vf{} : h;
-        d_p += h * v;
-        d_q += h;
-        if (plane_row) store(plane_row + j, h, lanes);
-        else g += s.p * h;
-      }
       store(grad_row + j, g, lanes);
     });
     store(grad_row + label, splat(in.g_diagonal[i] + (sigmoid_row_grad ? sigmoid_row_grad[label] : 0.0f)), 1);
-    if (plane_row) store(plane_row + label, splat(in.g_plane_diagonal[i]), 1);
     total.scale += double(sum(d_scale));
-    total.p += double(sum(d_p));
-    total.q += double(sum(d_q));
   }
   return total;
 }
 
-BackwardOut backward(const Strip& s, const BackwardIn& in, bool hard, Softmax kind, bool is_bf16) {
+BackwardOut backward(const Strip& s, const BackwardIn& in, Softmax kind, bool is_bf16) {
   using enum Softmax;
   return by_value<false, true>(is_bf16, [&](auto is_bf16) {
     return by_value<false, true>(s.teacher != nullptr, [&](auto teacher) {
       return by_value<kShared, kApart, kRows, kColumns>(kind, [&](auto kind) {
-        using T = std::conditional_t<is_bf16(), bf16, float>;
-        if constexpr (kind() == kColumns) {
-          return backward_strip<T, false, teacher(), kColumns>(s, in);
-        } else {
-          return by_value<false, true>(hard, [&](auto hard) { return backward_strip<T, hard(), teacher(), kind()>(s, in); });
-        }
+        return backward_strip<std::conditional_t<is_bf16(), bf16, float>, teacher(), kind()>(s, in);
       });
     });
   });

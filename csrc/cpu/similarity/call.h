@@ -7,37 +7,32 @@ namespace simplclip {
 
 // Rows of the statistics: RowStat and ColumnStat of call.py.
 enum class Row {
-  kLseStudent, kLseTeacher, kLseImageToTeacher, kPairMatching, kMeanStudent, kMeanImageToTeacher, kDiagonalStudent,
-  kDiagonalHadamard, kDiagonalTeacher, kDiagonalImageToTeacher, kDiagonalTeacherToText, kNegatives, kSigmoid, kSecondSigmoid, kCount
+  kLseStudent, kLseTeacher, kLseImageToTeacher, kMeanStudent, kMeanImageToTeacher, kDiagonalStudent, kDiagonalTeacher,
+  kDiagonalImageToTeacher, kDiagonalTeacherToText, kSigmoid, kSecondSigmoid, kCount
 };
-enum class Column {
-  kLseStudent, kLseTeacher, kLseTeacherToText, kPairMatching, kMeanStudent, kMeanTeacherToText, kCount
-};
+enum class Column { kLseStudent, kLseTeacher, kLseTeacherToText, kMeanStudent, kMeanTeacherToText, kCount };
 
 struct SimilarityCall {
   Tensor image, text, scale;                                                            // [N, D], [M, D], []
   std::optional<Tensor> teacher_image = {}, teacher_text = {}, teacher_scale = {};      // [N, E], [M, E], []
   std::optional<Tensor> projected_image = {}, projected_text = {}, cross_scale = {};    // [N, E], [M, E], []
-  std::optional<Tensor> plane_weight = {}, plane_bias = {};                             // [] or [D], []
   std::optional<Tensor> sigmoid_weight = {}, sigmoid_bias = {};                         // [K]
   std::optional<Tensor> sigmoid_negative = {}, sigmoid_positive = {};                   // [K]
   std::optional<Tensor> image_share = {}, text_share = {}, ids = {}, text_ids = {};     // [N], [M], [N], [M]
   int64_t label_offset = 0;
-  bool softmax = false, columns = false, drop_ids = true, hard = false;
+  bool softmax = false, columns = false, drop_ids = true;
   bool relational = false, interactive = false;
   double entropy = 1;
   int64_t chunk = 0, stored_rows = 0;
 
   auto fields() {
     return std::tie(image, text, scale, teacher_image, teacher_text, teacher_scale, projected_image, projected_text, cross_scale,
-                    plane_weight, plane_bias, sigmoid_weight, sigmoid_bias, sigmoid_negative, sigmoid_positive, image_share,
-                    text_share, ids, text_ids, label_offset, softmax, columns, drop_ids, hard, relational, interactive, entropy,
-                    chunk, stored_rows);
+                    sigmoid_weight, sigmoid_bias, sigmoid_negative, sigmoid_positive, image_share, text_share, ids, text_ids,
+                    label_offset, softmax, columns, drop_ids, relational, interactive, entropy, chunk, stored_rows);
   }
 
   bool has_teacher() const { return relational || interactive; }
   bool has_teacher_to_text() const { return interactive && columns; }
-  bool has_hadamard() const { return hard && plane_weight->dim() == 1; }
   int64_t sigmoids() const { return sigmoid_weight ? sigmoid_weight->size(0) : 0; }
   int64_t matrices() const { return softmax + has_teacher() + interactive + has_teacher_to_text(); }
 
@@ -48,7 +43,6 @@ struct SimilarityCall {
     expect_contiguous("teacher_text", teacher_text);
     expect_contiguous("projected_image", projected_image);
     expect_contiguous("projected_text", projected_text);
-    expect_contiguous("plane_weight", plane_weight);
     expect_contiguous("image_share", image_share);
     expect_contiguous("text_share", text_share);
     expect_dtype_of("text", text, "image", image);
@@ -56,8 +50,8 @@ struct SimilarityCall {
 };
 
 struct SimilarityGradient : SimilarityCall {
-  Tensor grad_rows, grad_columns;           // [14, N], [6, M]
-  Tensor row_stats, column_stats, stored;   // [14, N], [6, M], [matrices, stored rows, M]
+  Tensor grad_rows, grad_columns;           // [11, N], [5, M]
+  Tensor row_stats, column_stats, stored;   // [11, N], [5, M], [matrices, stored rows, M]
   bool need_image, need_text;
 
   auto fields() {

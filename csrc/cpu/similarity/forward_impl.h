@@ -48,7 +48,7 @@ struct RowSums {
 };
 
 // One tile of R rows of a strip.
-template <class T, bool hard, bool teacher, int R>
+template <class T, bool teacher, int R>
 void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& reference) {
   const bool mask_all = s.ids != nullptr, columns = out.col_lse != nullptr;
   const int64_t label = s.label + i0;
@@ -65,16 +65,13 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
       if constexpr (teacher) keep_top(highest_t[r], s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes));
     }
   });
-  student.set_tops(highest_z, reference.student, s.columns, out.col_lse, hard ? out.col_match : nullptr);
+  student.set_tops(highest_z, reference.student, s.columns, out.col_lse, nullptr);
   if constexpr (teacher) tutor.set_tops(highest_t, reference.teacher, s.columns, out.col_teacher_lse, out.col_mean);
 
-  vf row_match[R] = {};
-  vi dropped[R] = {};
   for_blocks(s.columns, label, R, mask_all, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
-    vf col_sum = {}, col_match = {}, col_tutor = {}, col_mean = {};
+    vf col_sum = {}, col_tutor = {}, col_mean = {};
     if (columns) {
       col_sum = load(out.col_lse + j, lanes);
-      if constexpr (hard) col_match = load(out.col_match + j, lanes);
       if constexpr (teacher) col_tutor = load(out.col_teacher_lse + j, lanes);
       if constexpr (teacher) col_mean = load(out.col_mean + j, lanes);
     }
@@ -82,16 +79,9 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
     for (int r = 0; r < R; ++r) {
       const vf sim = load_block<T>(s.sim, s, i0 + r, j, lanes);
       const vi drop = masked ? dropped_lanes(s, i0 + r, j, lanes) : vi{};
-      dropped[r] -= drop & (iota() < int(lanes));
       const vf e = drop ? vf{} : exp(s.scale * sim - student.top[r]);
       student.total[r] += e;
       col_sum += student.weight[r] * e;
-      if constexpr (hard) {
-        const vf l = s.plane ? load_block<T>(s.plane, s, i0 + r, j, lanes) + s.q : s.p * sim + s.q;
-        const vf match = drop ? vf{} : softplus(l);
-        row_match[r] += e * match;
-        col_match += student.weight[r] * e * match;
-      }
       if constexpr (teacher) {
         const vf t = s.teacher_scale * load_block<T>(s.teacher, s, i0 + r, j, lanes);
         const vf e_t = drop ? vf{} : exp(t - tutor.top[r]);
@@ -104,7 +94,6 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
     }
     if (columns) {
       store(out.col_lse + j, col_sum, lanes);
-      if constexpr (hard) store(out.col_match + j, col_match, lanes);
       if constexpr (teacher) store(out.col_teacher_lse + j, col_tutor, lanes);
       if constexpr (teacher) store(out.col_mean + j, col_mean, lanes);
     }
@@ -112,17 +101,13 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
 
   for (int r = 0; r < R; ++r) {
     const int64_t i = i0 + r, at = i * s.columns + s.label + i;
-    if constexpr (hard) student.weighted[r] = row_match[r];
     if (out.lse) out.lse[i] = student.lse(r);
-    if constexpr (hard) out.match[i] = student.mean(r);
     if (teacher && out.teacher_lse) {
       out.teacher_lse[i] = tutor.lse(r);
       out.mean[i] = tutor.mean(r);
       out.teacher_diagonal[i] = to_float(static_cast<const T*>(s.teacher)[at]);
     }
-    out.negatives[i] = float(s.columns - sum(dropped[r]));
     out.diagonal[i] = to_float(static_cast<const T*>(s.sim)[at]);
-    if (s.plane) out.plane_diagonal[i] = to_float(static_cast<const T*>(s.plane)[at]);
     if (out.sigmoids.count) {
       SigmoidOut sums{};
       sigmoid_row<T, Sigmoid::kValues>(s, out.sigmoids, i, static_cast<float*>(nullptr), sums);
@@ -158,42 +143,33 @@ VINLINE void finish_columns(const Strip& s, float reference, float* sums, float*
   }
 }
 
-template <class T, bool hard, bool teacher>
+template <class T, bool teacher>
 void forward_strip(const Strip& s, const ForwardOut& out) {
   constexpr int R = teacher ? kTileRows / 2 : kTileRows;
   const bool columns = out.col_lse != nullptr;
-  float* const sums[] = {out.col_lse, hard ? out.col_match : nullptr, teacher ? out.col_teacher_lse : nullptr,
-                         teacher ? out.col_mean : nullptr};
+  float* const sums[] = {out.col_lse, teacher ? out.col_teacher_lse : nullptr, teacher ? out.col_mean : nullptr};
   for (float* sum : sums)
     if (columns && sum) std::memset(sum, 0, s.columns * sizeof(float));
   Reference reference;
   int64_t i = 0;
-  for (; i + R <= s.rows; i += R) forward_tile<T, hard, teacher, R>(s, out, i, reference);
-  for (; i < s.rows; ++i) forward_tile<T, hard, teacher, 1>(s, out, i, reference);
+  for (; i + R <= s.rows; i += R) forward_tile<T, teacher, R>(s, out, i, reference);
+  for (; i < s.rows; ++i) forward_tile<T, teacher, 1>(s, out, i, reference);
   if (!columns) return;
 
   auto student = [&](int64_t i, int64_t j, int lanes) { return s.scale * load_block<T>(s.sim, s, i, j, lanes); };
   auto tutor = [&](int64_t i, int64_t j, int lanes) {
     return s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes);
   };
-  finish_columns(s, reference.student, out.col_lse, hard ? out.col_match : nullptr, student,
-                 [&](int64_t i, int64_t j, int lanes) {
-                   const vf l = s.plane ? load_block<T>(s.plane, s, i, j, lanes) + s.q
-                                        : s.p * load_block<T>(s.sim, s, i, j, lanes) + s.q;
-                   return softplus(l);
-                 });
+  finish_columns(s, reference.student, out.col_lse, nullptr, student, [](int64_t, int64_t, int) { return vf{}; });
   if constexpr (teacher)
     finish_columns(s, reference.teacher, out.col_teacher_lse, out.col_mean, tutor, [&](int64_t i, int64_t j, int lanes) {
       return s.entropy * tutor(i, j, lanes) - student(i, j, lanes);
     });
 }
 
-void forward(const Strip& s, const ForwardOut& out, bool hard, bool is_bf16) {
+void forward(const Strip& s, const ForwardOut& out, bool is_bf16) {
   by_value<false, true>(is_bf16, [&](auto is_bf16) {
-    by_value<false, true>(s.teacher != nullptr, [&](auto teacher) {
-      by_value<false, true>(hard, [&](auto hard) {
-        forward_strip<std::conditional_t<is_bf16(), bf16, float>, hard(), teacher()>(s, out);
-      });
-    });
+    by_value<false, true>(s.teacher != nullptr,
+                          [&](auto teacher) { forward_strip<std::conditional_t<is_bf16(), bf16, float>, teacher()>(s, out); });
   });
 }

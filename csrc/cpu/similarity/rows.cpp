@@ -11,12 +11,11 @@ namespace {
 struct Rows {
   SimilarityCall call;
   Sweep sweep;
-  Tensor negatives;  // [N]
 
   Rows(const RowsCall& rows, Scratch& scratch)
       : call{.image = rows.query, .text = rows.keys, .scale = rows.scale, .ids = rows.ids, .text_ids = rows.text_ids,
              .label_offset = rows.label_offset, .softmax = true, .chunk = rows.chunk},
-        sweep(call, nullptr, scratch), negatives(scratch.take(rows.query, {rows.query.size(0)}, ScalarType::Float)) {}
+        sweep(call, nullptr, scratch) {}
 };
 
 // Returns stats [2, N] (log-sum-exp over the negatives, similarity of the positive) and, where `attend`, the mean key of each row
@@ -37,14 +36,13 @@ std::tuple<Tensor, Tensor> similarity_rows(const RowsCall& call) {
       ForwardOut out{};
       out.lse = lse + first + i;
       out.diagonal = diagonal + first + i;
-      out.negatives = data<float>(work.negatives) + first + i;
-      kernels.forward(strip, out, false, sweep.is_bf16);
+      kernels.forward(strip, out, sweep.is_bf16);
       if (!call.attend) return;
       BackwardIn in{};
       in.lse = out.lse;
       in.g_lse = ones.data();
       in.g_diagonal = zeros.data();
-      kernels.backward(strip, in, false, Softmax::kRows, sweep.is_bf16);
+      kernels.backward(strip, in, Softmax::kRows, sweep.is_bf16);
     });
     if (!call.attend) return;
     Tensor to = rows(mean_keys, first, count);

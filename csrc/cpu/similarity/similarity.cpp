@@ -14,17 +14,17 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // The statistics of one of the student's matrices; kCount: none. A mean by row is one of the teacher's rows too.
 struct Stats {
-  Row lse, match, mean, diagonal, plane_diagonal;
-  Column col_lse, col_match, col_mean;
+  Row lse, mean, diagonal;
+  Column col_lse, col_mean;
 };
-constexpr Stats kStudent = {Row::kLseStudent, Row::kPairMatching, Row::kMeanStudent, Row::kDiagonalStudent, Row::kDiagonalHadamard,
-                            Column::kLseStudent, Column::kPairMatching, Column::kMeanStudent};
-constexpr Stats kImageToTeacher = {Row::kLseImageToTeacher, Row::kCount, Row::kMeanImageToTeacher, Row::kDiagonalImageToTeacher,
-                                   Row::kCount, Column::kCount, Column::kCount, Column::kCount};
-constexpr Stats kTeacherToText = {Row::kCount, Row::kCount, Row::kCount, Row::kDiagonalTeacherToText, Row::kCount,
-                                  Column::kLseTeacherToText, Column::kCount, Column::kMeanTeacherToText};
+constexpr Stats kStudent = {Row::kLseStudent, Row::kMeanStudent, Row::kDiagonalStudent, Column::kLseStudent,
+                            Column::kMeanStudent};
+constexpr Stats kImageToTeacher = {Row::kLseImageToTeacher, Row::kMeanImageToTeacher, Row::kDiagonalImageToTeacher,
+                                   Column::kCount, Column::kCount};
+constexpr Stats kTeacherToText = {Row::kCount, Row::kCount, Row::kDiagonalTeacherToText, Column::kLseTeacherToText,
+                                  Column::kMeanTeacherToText};
 
-// A statistic of all rows [14, N] or columns [6, M]; null for none.
+// A statistic of all rows [11, N] or columns [5, M]; null for none.
 template <class Stat>
 float* stat_of(const Tensor& from, Stat stat) {
   return stat == Stat::kCount ? nullptr : data<float>(from) + int64_t(stat) * from.size(1);
@@ -51,11 +51,8 @@ struct ColumnSums {
     if (mean) std::fill_n(mean, m, 0.0f);
   }
 
-  void parts_of(int64_t strip, float*& lse_part, float*& mean_part) const {
-    const int64_t at = strip * lse_parts.size(1);
-    lse_part = data<float>(lse_parts) + at;
-    mean_part = mean ? data<float>(mean_parts) + at : nullptr;
-  }
+  float* lse_of(int64_t strip) const { return data<float>(lse_parts) + strip * lse_parts.size(1); }
+  float* mean_of(int64_t strip) const { return data<float>(mean_parts) + strip * lse_parts.size(1); }
 
   void merge(int64_t strips) const {
     const int64_t m = lse_parts.size(1);
@@ -73,14 +70,14 @@ struct Forward {
 
   Forward(const SimilarityCall& call, Scratch& scratch) : sweep(call, nullptr, scratch) {
     if (!call.columns) return;
-    if (call.softmax) student.emplace(sweep, true, call.hard, scratch);
+    if (call.softmax) student.emplace(sweep, true, false, scratch);
     if (call.relational) teacher.emplace(sweep, true, true, scratch);
     if (call.interactive) text.emplace(sweep, true, false, scratch);
     if (call.interactive) teacher_of_text.emplace(sweep, !call.relational, true, scratch);
   }
 };
 
-// Returns rows [14, N], columns [6, M] and the stored rows of the matrices: see reference.py.
+// Returns rows [11, N], columns [5, M] and the stored rows of the matrices: see reference.py.
 std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& call) {
   Scratch scratch;
   Forward work(call, scratch);
@@ -91,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
   Tensor row_stats = new_zeros(call.image, {int64_t(Row::kCount), n}, ScalarType::Float);
   Tensor column_stats = new_zeros(call.image, {int64_t(Column::kCount), m}, ScalarType::Float);
   auto col = [&](Column stat) { return stat_of(column_stats, stat); };
-  if (work.student) work.student->start(col(Column::kLseStudent), call.hard ? col(Column::kPairMatching) : nullptr);
+  if (work.student) work.student->start(col(Column::kLseStudent), nullptr);
   if (work.teacher) work.teacher->start(col(Column::kLseTeacher), col(Column::kMeanStudent));
   if (work.text) work.text->start(col(Column::kLseTeacherToText), nullptr);
   float* const lse_teacher = call.relational ? nullptr : col(Column::kLseTeacher);
@@ -113,21 +110,18 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
           out.sigmoid[1] = row(Row::kSecondSigmoid);
         }
         out.lse = row(stats.lse);
-        out.match = row(stats.match);
         out.mean = row(stats.mean);
         if (out.mean) out.teacher_lse = row(Row::kLseTeacher);
         if (out.mean) out.teacher_diagonal = row(Row::kDiagonalTeacher);
         out.diagonal = row(stats.diagonal);
-        out.plane_diagonal = row(stats.plane_diagonal);
-        out.negatives = row(Row::kNegatives);
-        if (sums) sums->parts_of(k, out.col_lse, out.col_match);
-        if (teacher_sums) teacher_sums->parts_of(k, out.col_teacher_lse, out.col_mean);
-        kernels.forward(strip, out, stats.match != Row::kCount && call.hard, sweep.is_bf16);
+        if (sums) out.col_lse = sums->lse_of(k);
+        if (teacher_sums) out.col_teacher_lse = teacher_sums->lse_of(k);
+        if (teacher_sums) out.col_mean = teacher_sums->mean_of(k);
+        kernels.forward(strip, out, sweep.is_bf16);
       });
       if (sums) sums->merge(strips_of(count));
       if (teacher_sums) teacher_sums->merge(strips_of(count));
     };
-    if (call.has_hadamard()) sweep.load_hadamard(first, count);
     reduce(sweep.student, kStudent, call.relational, work.student, work.teacher);
     reduce(sweep.image_to_teacher, kImageToTeacher, true, std::nullopt, std::nullopt);
     reduce(sweep.teacher_to_text, kTeacherToText, true, work.text, work.teacher_of_text);
@@ -154,18 +148,16 @@ struct Sharing {
   }
 };
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The memory of backward.
 struct Backward {
   Sweep sweep;
-  Tensor hadamard_grad;  // [chunk, D]: a chunk's gradient to the image features times w
   TransposedSum d_text, d_projected_text;
   Tensor sigmoid_grads;  // [strips, M]: a row of each strip
 
   Backward(const SimilarityGradient& call, Scratch& scratch)
       : sweep(call, &call.stored, scratch),
-        hadamard_grad(scratch.take(call.image, {call.has_hadamard() ? sweep.chunk : 0, sweep.d})),
         d_text(call.text, call.need_text, sweep.is_bf16 && (several() || (shares_text(call) && sweep.student)), scratch),
         d_projected_text(call.projected_text ? *call.projected_text : call.text, call.projected_text.has_value(),
                          sweep.is_bf16 && several(), scratch),
@@ -173,13 +165,11 @@ struct Backward {
 
  private:
   bool several() const { return sweep.chunk < sweep.n || sweep.stored_rows % sweep.n != 0; }
-  bool shares_text(const SimilarityCall& call) const {
-    return call.has_hadamard() || (call.has_teacher_to_text() && !call.projected_text);
-  }
+  bool shares_text(const SimilarityCall& call) const { return call.has_teacher_to_text() && !call.projected_text; }
 };
 
 // Returns d_image, d_text (empty when not needed), d_scale, d_projected_image, d_projected_text (empty when not given),
-// d_cross_scale, d_plane_weight (empty without), d_plane_bias, d_sigmoid_weight and d_sigmoid_bias [K].
+// d_cross_scale, d_sigmoid_weight and d_sigmoid_bias [K].
 Gradients similarity_loss_bwd(const SimilarityGradient& call) {
   expect_contiguous("grad_rows", call.grad_rows);
   expect_contiguous("grad_columns", call.grad_columns);
@@ -190,59 +180,49 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
   Sweep& sweep = work.sweep;
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m, d = sweep.d;
-  const bool hadamard = call.has_hadamard();
 
   // Arguments of the strip kernels for one of the student's matrices; the pointers to rows are advanced for each strip.
   auto inputs_of = [&](const Stats& stats) {
     BackwardIn in{};
     in.lse = stat_of(call.row_stats, stats.lse);
     in.g_lse = stat_of(call.grad_rows, stats.lse);
-    in.g_match = stat_of(call.grad_rows, stats.match);
     in.teacher_lse = stat_of(call.row_stats, Row::kLseTeacher);
     in.g_mean = stat_of(call.grad_rows, stats.mean);
     in.g_diagonal = stat_of(call.grad_rows, stats.diagonal);
-    in.g_plane_diagonal = stat_of(call.grad_rows, stats.plane_diagonal);
     in.col_lse = stat_of(call.column_stats, stats.col_lse);
     in.g_col_lse = stat_of(call.grad_columns, stats.col_lse);
-    in.g_col_match = stat_of(call.grad_columns, stats.col_match);
     in.col_teacher_lse = stat_of(call.column_stats, Column::kLseTeacher);
     in.g_col_mean = stat_of(call.grad_columns, stats.col_mean);
     return in;
   };
   BackwardIn student_in = inputs_of(kStudent);
   Softmax student_kind = Softmax::kRows;
-  std::optional<Sharing> student, teacher, match;
+  std::optional<Sharing> student, teacher;
   if (call.columns && call.softmax) {
     student.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_lse, m);
     if (call.relational) teacher.emplace(student_in.teacher_lse, n, student_in.col_teacher_lse, student_in.g_col_mean, m);
-    if (call.hard) match.emplace(student_in.lse, n, student_in.col_lse, student_in.g_col_match, m);
     student_in.top = student->top;
     student_in.lse_ratio = student->ratio.data();
-    if (match) student_in.match_ratio = match->ratio.data();
     if (teacher) student_in.teacher_top = teacher->top;
     if (teacher) student_in.teacher_ratio = teacher->ratio.data();
-    student_kind = Softmax::kShared;
-    for (const auto* sharing : {&student, &teacher, &match})
-      if (*sharing && !(*sharing)->possible) student_kind = Softmax::kApart;
+    student_kind = student->possible && (!teacher || teacher->possible) ? Softmax::kShared : Softmax::kApart;
   }
 
   Tensor d_image = new_empty(call.image, {call.need_image ? n : 0, d});
   Tensor d_projected = call.projected_image ? new_empty(*call.projected_image, call.projected_image->sizes()) : new_empty(call.image, {0, d});
   TransposedSum &d_text = work.d_text, &d_projected_text = work.d_projected_text;
-  Tensor d_weight = call.plane_weight ? new_zeros(*call.plane_weight, call.plane_weight->sizes()) : new_empty(call.image, {0}, ScalarType::Float);
 
   std::vector<BackwardOut> parts(strips_of(sweep.chunk));
-  double scale_sum = 0, cross_sum = 0, p_sum = 0, q_sum = 0, weight_sums[2] = {}, bias_sums[2] = {};
+  double scale_sum = 0, cross_sum = 0, weight_sums[2] = {}, bias_sums[2] = {};
   sweep.for_chunks([&](int64_t first, int64_t count) {
     Tensor teacher_chunk;
     if (sweep.teacher) teacher_chunk = sweep.load(*sweep.teacher, first, count, true);
     // The gradient of a matrix's chunk, in its scratch.
-    auto differentiate = [&](Matrix& matrix, const BackwardIn& in, bool hard, Softmax kind, bool has_teacher, double& d_scale) {
+    auto differentiate = [&](Matrix& matrix, const BackwardIn& in, Softmax kind, bool has_teacher, double& d_scale) {
       const Tensor sim = sweep.load(matrix, first, count, true);
       sweep.for_strips(matrix, sim, has_teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
         BackwardIn mine = in;
-        for (auto* p : {&mine.lse, &mine.g_lse, &mine.g_match, &mine.teacher_lse, &mine.g_mean, &mine.g_diagonal,
-                        &mine.g_plane_diagonal})
+        for (auto* p : {&mine.lse, &mine.g_lse, &mine.teacher_lse, &mine.g_mean, &mine.g_diagonal})
           if (*p) *p += first + i;
         if (&matrix == &*sweep.student) {
           mine.sigmoids = sweep.sigmoids(first + i);
@@ -250,12 +230,10 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
           mine.g_sigmoid[1] = stat_of(call.grad_rows, Row::kSecondSigmoid) + first + i;
           mine.sigmoid_grad = data<float>(work.sigmoid_grads) + (call.sigmoids() ? k * m : 0);
         }
-        parts[k] = kernels.backward(strip, mine, hard, kind, sweep.is_bf16);
+        parts[k] = kernels.backward(strip, mine, kind, sweep.is_bf16);
       });
       for (int64_t k = 0; k < strips_of(count); ++k) {
         d_scale += parts[k].scale;
-        p_sum += parts[k].p;
-        q_sum += parts[k].q;
         for (int64_t t = 0; t < 2; ++t) {
           weight_sums[t] += parts[k].sigmoids.weight[t];
           bias_sums[t] += parts[k].sigmoids.bias[t];
@@ -265,32 +243,13 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
     };
     const Tensor x = rows(call.image, first, count);
     Tensor to_image = call.need_image ? rows(d_image, first, count) : Tensor();
-    if (hadamard) sweep.load_hadamard(first, count);
     if (sweep.student) {
-      const Tensor g = differentiate(*sweep.student, student_in, call.hard, student_kind, call.relational, scale_sum);
+      const Tensor g = differentiate(*sweep.student, student_in, student_kind, call.relational, scale_sum);
       if (call.need_image) mm_out(to_image, g, call.text);
       d_text.add(g, x);
     }
-    if (hadamard) {
-      const Tensor h = rows(sweep.hadamard, 0, count);
-      Tensor hy = rows(work.hadamard_grad, 0, count);
-      mm_out(hy, h, call.text);
-      const float* w = call.plane_weight->const_data_ptr<float>();
-      float* dw = d_weight.mutable_data_ptr<float>();
-      sweep.typed([&]<class T>(T*) {
-        const T *xs = data<T>(x), *hys = data<T>(hy);
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t k = 0; k < d; ++k) dw[k] += to_float(xs[i * d + k]) * to_float(hys[i * d + k]);
-        if (!call.need_image) return;
-        T* to = data<T>(to_image);
-        parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-          for (int64_t at = begin * d; at < end * d; ++at) assign(to[at], to_float(to[at]) + w[at % d] * to_float(hys[at]));
-        });
-      });
-      d_text.add(h, rows(sweep.weighted, 0, count));
-    }
     if (sweep.image_to_teacher) {
-      const Tensor g = differentiate(*sweep.image_to_teacher, inputs_of(kImageToTeacher), false, Softmax::kRows, true, cross_sum);
+      const Tensor g = differentiate(*sweep.image_to_teacher, inputs_of(kImageToTeacher), Softmax::kRows, true, cross_sum);
       if (call.projected_image) {
         Tensor to = rows(d_projected, first, count);
         mm_out(to, g, *call.teacher_text);
@@ -299,7 +258,7 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
       }
     }
     if (sweep.teacher_to_text) {
-      const Tensor g = differentiate(*sweep.teacher_to_text, inputs_of(kTeacherToText), false, Softmax::kColumns, true, cross_sum);
+      const Tensor g = differentiate(*sweep.teacher_to_text, inputs_of(kTeacherToText), Softmax::kColumns, true, cross_sum);
       (call.projected_text ? d_projected_text : d_text).add(g, rows(*call.teacher_image, first, count));
     }
   });
@@ -315,9 +274,8 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
     std::copy_n(values, call.sigmoids(), out.mutable_data_ptr<float>());
     return out;
   };
-  if (call.plane_weight && !hadamard) *d_weight.mutable_data_ptr<float>() = float(p_sum);
-  return {d_image, d_text.result(), number(scale_sum), d_projected, d_projected_text.result(), number(cross_sum), d_weight,
-          number(q_sum), numbers(weight_sums), numbers(bias_sums)};
+  return {d_image, d_text.result(), number(scale_sum), d_projected, d_projected_text.result(), number(cross_sum),
+          numbers(weight_sums), numbers(bias_sums)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {

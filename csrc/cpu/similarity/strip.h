@@ -38,7 +38,6 @@ enum class Softmax { kShared, kApart, kRows, kColumns };
 struct Strip {
   const void* sim;          // [rows, M] float or bf16: the student's similarities S, logits z = scale S
   void* grad;               // [rows, M] same dtype, backward: dL/dS; may be sim itself
-  void* plane;              // [rows, M] same dtype: (x*w) y^T, backward overwrites it with its gradient; null: scalar plane
   const void* teacher;      // [rows, M] same dtype: the teacher's similarities, logits t = teacher_scale times them; or null
   int64_t rows;
   int64_t columns;          // M
@@ -47,7 +46,6 @@ struct Strip {
   const int32_t* text_ids;  // [M] or null
   float scale;
   float grad_scale;         // dz/dS in backward: scale, or 1 for the softmax itself
-  float p, q;               // l = p S + q, or l = plane + q
   float teacher_scale;
   float entropy;            // 1: means are of t - z; 0: of -z
 };
@@ -76,15 +74,11 @@ struct SigmoidOut {
 // Null if not needed; teacher_lse and mean are both null or both not.
 struct ForwardOut {
   float* lse;               // [rows] log-sum-exp of z over the row's negatives
-  float* match;             // [rows] mean of softplus(l) under the row's softmax
   float* teacher_lse;       // [rows] log-sum-exp of t
   float* mean;              // [rows] mean of entropy t - z under the teacher's softmax
-  float* negatives;         // [rows] their number
   float* diagonal;          // [rows] S of the positive
-  float* plane_diagonal;    // [rows] the hadamard plane's product of the positive
   float* teacher_diagonal;  // [rows]
   float* col_lse;           // [M] over this strip's rows, like lse
-  float* col_match;         // [M]
   float* col_teacher_lse;   // [M]
   float* col_mean;          // [M]
   float* sigmoid[2];        // [rows] each term's share
@@ -93,10 +87,10 @@ struct ForwardOut {
 
 // Statistics of whole rows and columns, and the loss's gradients with respect to them.
 struct BackwardIn {
-  const float *lse, *g_lse, *g_match, *teacher_lse, *g_mean, *g_diagonal, *g_plane_diagonal;  // [rows]
-  const float *col_lse, *g_col_lse, *g_col_match, *col_teacher_lse, *g_col_mean;              // [M]
+  const float *lse, *g_lse, *teacher_lse, *g_mean, *g_diagonal;          // [rows]
+  const float *col_lse, *g_col_lse, *col_teacher_lse, *g_col_mean;       // [M]
   // Shared softmaxes: gradient times e^(top - column's log-sum-exp), and the highest log-sum-exp of a row.
-  const float *lse_ratio, *match_ratio, *teacher_ratio;  // [M]
+  const float *lse_ratio, *teacher_ratio;  // [M]
   float top, teacher_top;
   SigmoidIn sigmoids;
   const float* g_sigmoid[2];  // [rows]
@@ -104,15 +98,14 @@ struct BackwardIn {
 };
 
 struct BackwardOut {
-  double scale, p, q;  // this strip's share of the gradients of s, p, q, without the positives
+  double scale;  // this strip's share of the gradient of s, without the positives
   SigmoidOut sigmoids;
 };
 
 // The functions of one instruction set.
 struct StripKernels {
-  // hard: whether there are hard negatives
-  void (*forward)(const Strip&, const ForwardOut&, bool hard, bool is_bf16);
-  BackwardOut (*backward)(const Strip&, const BackwardIn&, bool hard, Softmax, bool is_bf16);
+  void (*forward)(const Strip&, const ForwardOut&, bool is_bf16);
+  BackwardOut (*backward)(const Strip&, const BackwardIn&, Softmax, bool is_bf16);
   // lse [parts, columns] and mean [parts, columns] or null: merges them into total_lse and total_mean (both [columns]).
   void (*merge)(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,
                 float* total_mean);

@@ -71,11 +71,9 @@ struct Sweep {
   const SimilarityCall& call;
   int64_t n, m, d, chunk, stored_rows;
   bool is_bf16;
-  float p = 1, q = 0;
   Ids ids;
   Tensor stored;                         // [matrices, stored rows, M]
   std::optional<Matrix> student, teacher, image_to_teacher, teacher_to_text;
-  Tensor hadamard, weighted;             // [chunk, M], [chunk, D]: (x*w) y^T, x*w
 
   // In backward `kept` is forward's result; forward does not read the store.
   Sweep(const SimilarityCall& call, const Tensor* kept, Scratch& scratch)
@@ -103,15 +101,6 @@ struct Sweep {
         (*matrix)->scratch = matrix == &teacher ? scratch.take(call.image, {missing, m}) : students;
         if (stored_rows) (*matrix)->kept = torch::stable::select(stored, 0, slot++);
       }
-    if (call.hard) {
-      q = number(call.plane_bias);
-      if (call.has_hadamard()) {
-        hadamard = scratch.take(call.image, {chunk, m});
-        weighted = scratch.take(call.image, {chunk, d});
-      } else {
-        p = number(call.plane_weight);
-      }
-    }
   }
 
   // The sigmoid terms of the rows from `first` on.
@@ -151,27 +140,10 @@ struct Sweep {
     return out;
   }
 
-  // The hadamard matrix, which is never stored.
-  void load_hadamard(int64_t first, int64_t count) {
-    const Tensor x = rows(call.image, first, count);
-    const float* w = call.plane_weight->const_data_ptr<float>();
-    typed([&]<class T>(T*) {
-      const T* from = data<T>(x);
-      T* to = data<T>(weighted);
-      parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          for (int64_t k = 0; k < d; ++k) assign(to[i * d + k], to_float(from[i * d + k]) * w[k]);
-      });
-    });
-    Tensor out = rows(hadamard, 0, count);
-    multiply(out, rows(weighted, 0, count), call.text);
-  }
-
   // Calls f(strip, first row within the chunk, strip's number) in parallel over the strips of a chunk of a matrix.
   template <class F>
   void for_strips(const Matrix& of, const Tensor& sim, const Tensor* of_teacher, int64_t first, int64_t count, F&& f) {
     const int64_t bytes = is_bf16 ? 2 : 4;
-    const bool has_hadamard = call.has_hadamard() && &of == &*student;
     parallel_for(0, strips_of(count), 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         const int64_t i = k * kStripRows;
@@ -179,7 +151,6 @@ struct Sweep {
         Strip strip{};
         strip.sim = at(sim);
         strip.grad = at(of.scratch);
-        strip.plane = has_hadamard ? at(hadamard) : nullptr;
         strip.teacher = of_teacher ? at(*of_teacher) : nullptr;
         strip.rows = std::min(kStripRows, count - i);
         strip.columns = m;
@@ -187,19 +158,11 @@ struct Sweep {
         strip.ids = ids.row.empty() || !call.drop_ids ? nullptr : ids.row.data() + first + i;
         strip.text_ids = ids.column.data();
         strip.scale = strip.grad_scale = of.scale;
-        strip.p = p;
-        strip.q = q;
         strip.teacher_scale = teacher ? teacher->scale : 1;
         strip.entropy = float(call.entropy);
         f(strip, i, k);
       }
     });
-  }
-
-  // Calls f with a null pointer of the features' type: the type of a loop over them.
-  template <class F>
-  void typed(F&& f) const {
-    is_bf16 ? f(static_cast<bf16*>(nullptr)) : f(static_cast<float*>(nullptr));
   }
 };
 

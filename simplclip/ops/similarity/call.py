@@ -6,7 +6,6 @@ The matrices of a call, by name:
     teacher            T = ŝ x̂ ŷᵀ, of the teacher's features
     image_to_teacher   U = s' x' ŷᵀ, of the student's images in the teacher's width and the teacher's texts
     teacher_to_text    V = s' x̂ y'ᵀ, of the teacher's images and the student's texts in the teacher's width
-    hadamard           (x w) yᵀ, where the hyperplane of hard negatives has a weight for each feature
 """
 
 from __future__ import annotations
@@ -18,15 +17,13 @@ from typing import Any
 from torch import Tensor
 
 TERMS = ("contrastive", "pair_matching", "relational", "interactive", "sigmoid")
-NEGATIVES = ("all", "shift", "hard")
 POSITIVES = ("drop", "ids", "sum")
 INTERACTIVE = ("infonce", "kl")
 DIVERGENCES = ("kl", "cross_entropy")
 
 # What backward returns gradients of, in this order.
 GRADIENTS = (
-    "image", "text", "scale", "projected_image", "projected_text", "cross_scale", "plane_weight", "plane_bias",
-    "sigmoid_weight", "sigmoid_bias",
+    "image", "text", "scale", "projected_image", "projected_text", "cross_scale", "sigmoid_weight", "sigmoid_bias",
 )  # fmt: skip
 
 
@@ -39,17 +36,14 @@ class RowStat(IntEnum):
     LSE_STUDENT = 0
     LSE_TEACHER = 1
     LSE_IMAGE_TO_TEACHER = 2
-    PAIR_MATCHING = 3  # hard negatives: mean of softplus(l) under the softmax of the student
-    MEAN_STUDENT = 4  # mean of (entropy T - Z) under the softmax of T
-    MEAN_IMAGE_TO_TEACHER = 5  # mean of (entropy T - U) under the softmax of T
-    DIAGONAL_STUDENT = 6  # the positive's similarity, unscaled: x y^T
-    DIAGONAL_HADAMARD = 7
-    DIAGONAL_TEACHER = 8
-    DIAGONAL_IMAGE_TO_TEACHER = 9
-    DIAGONAL_TEACHER_TO_TEXT = 10
-    NEGATIVES = 11  # their number
-    SIGMOID = 12  # the row's share of the first sigmoid term
-    SECOND_SIGMOID = 13
+    MEAN_STUDENT = 3  # mean of (entropy T - Z) under the softmax of T
+    MEAN_IMAGE_TO_TEACHER = 4  # mean of (entropy T - U) under the softmax of T
+    DIAGONAL_STUDENT = 5  # the positive's similarity, unscaled: x y^T
+    DIAGONAL_TEACHER = 6
+    DIAGONAL_IMAGE_TO_TEACHER = 7
+    DIAGONAL_TEACHER_TO_TEXT = 8
+    SIGMOID = 9  # the row's share of the first sigmoid term
+    SECOND_SIGMOID = 10
 
 
 class ColumnStat(IntEnum):
@@ -58,9 +52,8 @@ class ColumnStat(IntEnum):
     LSE_STUDENT = 0
     LSE_TEACHER = 1
     LSE_TEACHER_TO_TEXT = 2
-    PAIR_MATCHING = 3
-    MEAN_STUDENT = 4
-    MEAN_TEACHER_TO_TEXT = 5
+    MEAN_STUDENT = 3
+    MEAN_TEACHER_TO_TEXT = 4
 
 
 @dataclass
@@ -76,8 +69,6 @@ class SimilarityCall:
     projected_image: Tensor | None = None  # [N, D̂]; None: image
     projected_text: Tensor | None = None  # [M, D̂]; None: text
     cross_scale: Tensor | None = None  # [], the scale of image_to_teacher and teacher_to_text
-    plane_weight: Tensor | None = None  # [] or [D], of hard negatives
-    plane_bias: Tensor | None = None  # []
     sigmoid_weight: Tensor | None = None  # [K]: K sigmoid terms beside the student's softmax, see SigmoidCall
     sigmoid_bias: Tensor | None = None  # [K]
     sigmoid_negative: Tensor | None = None  # [K]
@@ -90,7 +81,6 @@ class SimilarityCall:
     softmax: bool = False  # whether the student's matrix and statistics of its softmax are needed
     columns: bool = False  # whether statistics of columns are needed
     drop_ids: bool = True  # whether pairs with equal ids drop out of the softmaxes
-    hard: bool = False  # pair matching with hard negatives
     relational: bool = False  # means of the student under the teacher's softmax
     interactive: bool = False  # image_to_teacher and teacher_to_text, and their means under the teacher's softmax
     entropy: float = 1.0  # 1: the means include the teacher's entropy; 0: they do not
@@ -106,17 +96,13 @@ class SimilarityCall:
         return self.interactive and self.columns
 
     @property
-    def has_hadamard(self) -> bool:
-        return self.hard and self.plane_weight.dim() == 1
-
-    @property
     def sigmoids(self) -> int:
         """The number of sigmoid terms, K."""
         return 0 if self.sigmoid_weight is None else self.sigmoid_weight.shape[0]
 
     @property
     def matrices(self) -> int:
-        """The number of matrices of this call, without the hadamard one, which is never stored."""
+        """The number of matrices of this call."""
         return self.softmax + self.has_teacher + self.interactive + self.has_teacher_to_text
 
     @property
@@ -133,10 +119,10 @@ class SimilarityCall:
 class SimilarityGradient(SimilarityCall):
     """Arguments of backward: those of forward, its results and the gradients of its results. All are given."""
 
-    grad_rows: Tensor = None  # [14, N]
-    grad_columns: Tensor = None  # [6, M]
-    row_stats: Tensor = None  # [14, N] RowStat
-    column_stats: Tensor = None  # [6, M] ColumnStat
+    grad_rows: Tensor = None  # [11, N]
+    grad_columns: Tensor = None  # [5, M]
+    row_stats: Tensor = None  # [11, N] RowStat
+    column_stats: Tensor = None  # [5, M] ColumnStat
     stored: Tensor = None  # [matrices, stored_rows, M]
     need_image: bool = True
     need_text: bool = True

@@ -38,8 +38,8 @@ def contrastive(
     call: SimilarityCall,
     options: Contrastive,
     groups: Groups,
-    rows: Tensor,  # [14, N] RowStat
-    columns: Tensor | None,  # [6, N] ColumnStat of the columns of the pairs; None: the row direction only
+    rows: Tensor,  # [11, N] RowStat
+    columns: Tensor | None,  # [5, N] ColumnStat of the columns of the pairs; None: the row direction only
 ) -> Tensor:  # []
     """The mean over rows and columns of D − Σ_j t_j z_j: D the log of the denominator, t the targets, z the logits.
 
@@ -48,15 +48,16 @@ def contrastive(
     positive = call.scale * rows[RowStat.DIAGONAL_STUDENT] - options.margin
     dropped = options.positives == "drop" or options.decoupled  # from the softmax: the pairs with equal ids
 
-    def side(lse: Tensor, negatives: Tensor) -> Tensor:
+    def side(lse: Tensor, negatives: Tensor | int) -> Tensor:  # negatives: their numbers [N], or that of each row
         if options.prior is not None:
+            negatives = torch.zeros_like(lse) + negatives
             lse = _debiased(lse, positive, negatives, options.prior, call.scale)
         return (lse - positive if options.decoupled else cross_entropy(lse, positive)).mean()
 
-    total = side(rows[RowStat.LSE_STUDENT], rows[RowStat.NEGATIVES])
+    total = side(rows[RowStat.LSE_STUDENT], groups.m - (groups.of_rows() if dropped else 1))
     if columns is not None:
-        taken = groups.of_columns()[groups.window] if dropped and groups.ids is not None else torch.ones_like(positive)
-        total = 0.5 * (total + side(columns[ColumnStat.LSE_STUDENT], (groups.all_rows - taken).to(positive.dtype)))
+        taken = groups.of_columns()[groups.window] if dropped and groups.ids is not None else 1
+        total = 0.5 * (total + side(columns[ColumnStat.LSE_STUDENT], groups.all_rows - taken))
     if options.label_smoothing or options.positives != "drop":
         total = total - _other_targets(call, options, groups, columns is not None)
     return total

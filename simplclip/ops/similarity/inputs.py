@@ -10,16 +10,15 @@ from torch import Tensor
 from simplclip.ops import checks
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import autocast
-from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE, NEGATIVES, POSITIVES, TERMS, SimilarityCall
+from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE, POSITIVES, TERMS, SimilarityCall
 from simplclip.ops.similarity.contrastive import Contrastive
 
 
-def check_options(terms, negatives, interactive, divergence, **budgets):
+def check_options(terms, interactive, divergence, **budgets):
     if isinstance(terms, str) or not isinstance(terms, Collection) or not terms:
         raise ValueError(f"terms: expected a tuple of at least one of {', '.join(TERMS)}, got {terms!r}")
     for term in terms:
         checks.choice("terms", term, TERMS)
-    checks.choice("negatives", negatives, NEGATIVES)
     checks.choice("interactive", interactive, INTERACTIVE)
     checks.choice("divergence", divergence, DIVERGENCES)
     for name, value in budgets.items():
@@ -27,7 +26,7 @@ def check_options(terms, negatives, interactive, divergence, **budgets):
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
 
 
-def check_contrastive(options: Contrastive, call: SimilarityCall, terms: Collection[str], matching: str | None) -> None:
+def check_contrastive(options: Contrastive, call: SimilarityCall, terms: Collection[str]) -> None:
     """Checks the options of the contrastive term and the positives; a prior becomes a tensor of the logits' dtype."""
     checks.choice("positives", options.positives, POSITIVES)
     if not 0 <= checks.number("label_smoothing", options.label_smoothing) < 1:
@@ -54,8 +53,6 @@ def check_contrastive(options: Contrastive, call: SimilarityCall, terms: Collect
     for name in ("prior", "margin"):
         if given[name]:
             raise ValueError(f"{name}: expected none with several positives, positives={options.positives!r}, got one")
-    if matching in ("shift", "hard"):
-        raise ValueError(f"negatives: expected 'all' with positives={options.positives!r}, got {matching!r}")
 
 
 def check_weights(weights, terms: Collection[str]) -> None:
@@ -67,11 +64,8 @@ def check_weights(weights, terms: Collection[str]) -> None:
         checks.number(f"weights[{term!r}]", weight)
 
 
-def normalise(call: SimilarityCall, terms: Collection[str], plane: tuple | None, logit_bias) -> Tensor | None:
-    """Checks the features and scalars of a call and replaces them by their normal forms, or by None if no term reads them.
-
-    Returns the bias [], which no term depends on.
-    """
+def normalise(call: SimilarityCall, terms: Collection[str]) -> None:
+    """Checks the features and scalars of a call and replaces them by their normal forms, or by None if no term reads them."""
     checks.features("image", call.image, "[N, D]")
     checks.features("text", call.text, "[M, D]")
     projections = call.projected_image, call.projected_text
@@ -81,9 +75,6 @@ def normalise(call: SimilarityCall, terms: Collection[str], plane: tuple | None,
     if call.text.shape[1] != image.shape[1]:
         raise ValueError(f"text: expected the width of image, {image.shape[1]}, got {call.text.shape[1]}")
     call.scale = checks.scalar("logit_scale", call.scale, device, stats)
-    bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, device, stats)
-    if "pair_matching" in terms:
-        call.plane_weight, call.plane_bias = hyperplane(plane, image.shape[1], device, stats)
     teaching = {"relational", "interactive"} & set(terms)
     if teaching:
         teacher(call, min(teaching), stats)
@@ -96,7 +87,6 @@ def normalise(call: SimilarityCall, terms: Collection[str], plane: tuple | None,
         call.cross_scale = call.scale if own else checks.scalar("interactive_scale", call.cross_scale, device, stats)
     else:
         call.projected_image = call.projected_text = call.cross_scale = None
-    return bias
 
 
 def check_offset(label_offset, n, m):
@@ -150,7 +140,12 @@ def projection(kind, projected, student, teacher):
     return projected
 
 
-def hyperplane(plane, width, device, stats):
+def normal_bias(logit_bias, call: SimilarityCall) -> Tensor | None:  # []
+    return None if logit_bias is None else checks.scalar("logit_bias", logit_bias, call.image.device, call.scale.dtype)
+
+
+def hyperplane(plane, call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [] or [D], []
+    width, device, stats = call.image.shape[1], call.image.device, call.scale.dtype
     if not isinstance(plane, (tuple, list)) or len(plane) != 2:
         raise ValueError(f"plane: expected (p [] or w [D], q []) for pair matching, got {type(plane).__name__}")
     weight, q = plane
@@ -164,15 +159,3 @@ def hyperplane(plane, width, device, stats):
     else:
         weight = checks.scalar("plane's p", weight, device, stats)
     return weight, checks.scalar("plane's q", q, device, stats)
-
-
-def check_shift(shift, m, device):
-    if not isinstance(shift, Tensor):
-        if isinstance(shift, bool) or not isinstance(shift, (int, torch.SymInt)):
-            raise TypeError(f"shift: expected an int or an int64 tensor with one element, got {shift!r}")
-        if not 1 <= shift < max(m, 2):
-            raise ValueError(f"shift: expected 1 <= shift < M = {m}, got {shift}")
-    elif shift.numel() != 1 or shift.dtype != torch.int64 or shift.device != device:
-        raise ValueError(
-            f"shift: expected one int64 element on {device}, got {checks.shape_of(shift)} {shift.dtype} on {shift.device}"
-        )

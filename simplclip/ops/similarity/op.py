@@ -22,11 +22,12 @@ from simplclip.ops.similarity.call import (
     SimilarityGradient,
 )
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
+from simplclip.ops.similarity.plan import sweeps_of
 from simplclip.ops.similarity.positives import Groups
 from simplclip.ops.similarity.rows import similarity_rows
-from simplclip.ops.similarity.sigmoid import joins, numbers_of, sigmoid_terms
+from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
-from simplclip.ops.similarity.terms import cross_entropy, merge_columns, shifted_pair_matching, terms_of
+from simplclip.ops.similarity.terms import cross_entropy, merge_columns, terms_of
 
 _ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
 _TENSORS = tensors_of(SimilarityCall)
@@ -64,8 +65,6 @@ def _bwd_fake(call):
         number(()),
         like(call.student_image, call.projected_image is not None),
         like(call.student_text, call.projected_text is not None),
-        number(()),
-        number((0,) if call.plane_weight is None else call.plane_weight.shape),
         number(()),
         number((call.sigmoids,)),
         number((call.sigmoids,)),
@@ -117,8 +116,6 @@ def similarity_loss(
     logit_bias: Tensor | float | None = None,  # []
     terms: tuple[str, ...] = ("contrastive",),
     plane: tuple[Tensor | float, Tensor | float] | None = None,  # (p [] or w [D], q [])
-    negatives: str = "all",
-    shift: Tensor | int = 1,  # [] int64
     teacher_image: Tensor | None = None,  # [N, D̂]
     teacher_text: Tensor | None = None,  # [M, D̂]
     teacher_scale: Tensor | float | None = None,  # []
@@ -151,12 +148,8 @@ def similarity_loss(
         pair_matching  ½ [ mean_i softplus(−l_{i,y_i}) + mean over negatives softplus(l_ij) ]
 
     where l = p S + q (scalar plane) or l_ij = w·(x_i ⊙ t_j) + q (hadamard plane) is a learned hyperplane that separates
-    matched from unmatched pairs. The paper only names this loss; its form is this library's interpretation. `negatives`:
-
-        "all"    every j ≠ y_i
-        "shift"  one per row, j = (y_i + shift) mod M; O(N D)
-        "hard"   every j ≠ y_i, weighted by the softmax of Z over the row's negatives and over the column's negatives (the
-                 mean of both). The weights are constants; a row without negatives counts as 0
+    matched from unmatched pairs, and the negatives are every j ≠ y_i. The paper only names this loss; its form is this
+    library's interpretation.
 
     With a teacher's features x̂, ŷ, its logits T = ŝ x̂ ŷᵀ, and the student's features x', y' in the teacher's width
     (projected_image and projected_text, which default to image and text):
@@ -175,7 +168,7 @@ def similarity_loss(
         margin           is subtracted from the positive's logit
 
     `positives`: with "drop", pairs with equal ids are neither positives nor negatives. Otherwise they are positives of
-    contrastive, sigmoid and pair_matching (negatives "all"), with the k_i columns of row i:
+    contrastive, sigmoid and pair_matching, with the k_i columns of row i:
 
         "ids"  contrastive: the target is 1/k_i for each (SupCon, UniCL); the others: the mean of softplus(−l) over the
                positives of a row and of a column takes the place of the pair's, half of each
@@ -188,7 +181,6 @@ def similarity_loss(
         logit_bias: b, one element. Only the term "sigmoid" depends on it; without that its gradient is 0.
         terms: any of "contrastive", "sigmoid", "pair_matching", "relational", "interactive"; the others are not computed.
         plane: (p, q) or (w, q), needed by "pair_matching".
-        shift: 1 ≤ shift < M; the value of a tensor is not checked (this would synchronise).
         teacher_image, teacher_text, teacher_scale: x̂ [N, D̂], ŷ [M, D̂] (any float dtype; cast to image's) and ŝ, needed by
             "relational" and "interactive". They are constants and get no gradient; if one requires it, a warning is given.
         interactive: form of the interactive term.
@@ -217,14 +209,14 @@ def similarity_loss(
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
 
-    "sigmoid", and "pair_matching" with all negatives, are sigmoid terms, whose gradient needs no statistics. Beside a softmax
+    "sigmoid" and "pair_matching" are sigmoid terms, whose gradient needs no statistics. Beside a softmax
     of Z they join its sweep (on a GPU, that of contrastive alone): 4 products of N M D in all. Where there is none, and for a
     hadamard plane, which has a matrix of its own, forward computes the gradient with the value: 3 products, 2 if image or
     text needs no gradient, 1 if none is needed; for both terms together with `weights`. Then the gradients [N, D] and [M, D]
     are saved and backward scales them; they are rounded to the features' dtype (float16's are float32) once more than others.
 
     Gradients flow to image, text, their projections, the student's scales and the plane. Saved for backward: the inputs,
-    14 N + 6 M statistics and at most store_bytes of similarities. Extra memory:
+    11 N + 5 M statistics and at most store_bytes of similarities. Extra memory:
     O(scratch_bytes + store_bytes + (N + M) D), instead of several N×M matrices. Statistics and sums are in float32 and in a
     fixed order: on one machine, the same call has the same bits each time; on a CPU, with the same number of threads, since
     the products are BLAS's. Only first derivatives in reverse mode are supported, except by backend "reference".
@@ -237,9 +229,8 @@ def similarity_loss(
     relational (CRD) and interactive (ICL); arXiv 2411.14789 for the system and pair matching; Zhai et al. 2023 (arXiv
     2303.15343) for sigmoid; Khosla et al. 2020 and Yang et al. 2022 (arXiv 2204.03610) for several positives.
     """
-    inputs.check_options(terms, negatives, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
+    inputs.check_options(terms, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
     options = Contrastive(label_smoothing, decoupled, prior, margin, positives)
-    matching = negatives if "pair_matching" in terms else None
     crossing = interactive if "interactive" in terms else None
     call = SimilarityCall(  # inputs.normalise turns numbers into tensors
         image=image,
@@ -259,60 +250,45 @@ def similarity_loss(
         interactive=crossing == "kl",
         entropy=1.0 if divergence == "kl" else 0.0,
     )
-    bias = inputs.normalise(call, terms, plane, logit_bias)
-    inputs.check_contrastive(options, call, terms, matching)
+    inputs.normalise(call, terms)
+    bias = inputs.normal_bias(logit_bias, call)
+    hyperplane = inputs.hyperplane(plane, call) if "pair_matching" in terms else None
+    inputs.check_contrastive(options, call, terms)
     inputs.check_weights(weights, terms)
     own_text, own_teacher_image = call.student_text, call.teacher_image
     _place(call, group)
     groups = Groups(call.image.shape[0], call.text.shape[0], call.label_offset, call.ids, call.text_ids, group is not None)
 
     out: dict[str, Tensor] = {}
-    loss: Tensor | float = 0.0
-    if matching == "shift":
-        inputs.check_shift(shift, call.text.shape[0], call.image.device)
-        out["pair_matching"] = shifted_pair_matching(call, shift)
     if crossing == "infonce":
         out["interactive"] = _infonce(call, own_text, own_teacher_image, group, scratch_bytes)
-
-    # A softmax that drops no ids, unlike those of the other terms, has a sweep of its own.
-    alone = "contrastive" in terms and positives != "drop" and ids is not None and not decoupled
-    call.hard = matching == "hard"
-    call.softmax = ("contrastive" in terms and not alone) or call.relational or call.hard
-    sweeps = [call] if call.softmax or call.interactive else []
-    if alone:
-        sweeps.append(replace(call, softmax=True, drop_ids=False, relational=False, hard=False, interactive=False))
-    # Sigmoid terms of the student's matrix join the sweep of a softmax of it; others have one, or one each.
-    kinds = ["sigmoid"] * ("sigmoid" in terms) + ["pair_matching"] * (matching == "all")
-    apart = [kind for kind in kinds if kind == "pair_matching" and call.plane_weight.dim()]
-    together = [kind for kind in kinds if kind not in apart]
-    beside = next((sweep for sweep in sweeps if joins(sweep)), None) if together else None
-    if beside is not None:
-        for name, value in numbers_of(call, tuple(together), bias, positives, groups, group).items():
-            setattr(beside, name if name.endswith("share") else f"sigmoid_{name}", value)
-        own_sweeps = [[kind] for kind in apart]
-    else:
-        own_sweeps = [some for some in (together, apart) if some] if weights is not None else [[kind] for kind in kinds]
-    for some in own_sweeps:
-        mix = {term: 1.0 if weights is None else weights[term] for term in some}
-        numbers = numbers_of(call, tuple(some), bias, positives, groups, group)
-        total, values = sigmoid_terms(call, tuple(some), numbers, mix, scratch_bytes)
-        out |= values if weights is not None else {some[0]: total}
-        loss = loss + total
+    hadamard = hyperplane is not None and hyperplane[0].dim() == 1
+    keep_ids = positives != "drop" and not decoupled
+    sweeps = sweeps_of(call, terms, keep_ids=keep_ids, hadamard=hadamard, weighted=weights is not None)
+    sums: list[Tensor] = []  # of the weighted terms of the sweeps that have sigmoid terms alone
     for sweep in sweeps:
-        rows, columns = _statistics(replace(sweep), group, scratch_bytes, store_bytes)
-        if sweep is call:
-            out |= terms_of(call, rows, columns)
-        if sweep is beside:
-            out |= zip(together, (rows[stat].sum() for stat in (RowStat.SIGMOID, RowStat.SECOND_SIGMOID)))
-        if "contrastive" in terms and alone == (sweep is not call):
-            out["contrastive"] = contrastive(call, options, groups, rows, columns)
+        numbers = {}
+        if sweep.sigmoids:
+            numbers = numbers_of(call, sweep.sigmoids, bias, hyperplane, positives, groups, group)
+        if sweep.call is not None:
+            numbers = {name if name.endswith("share") else f"sigmoid_{name}": value for name, value in numbers.items()}
+            rows, columns = _statistics(replace(sweep.call, **numbers), group, scratch_bytes, store_bytes)
+            out |= terms_of(sweep.call, rows, columns)
+            out |= zip(sweep.sigmoids, (rows[stat].sum() for stat in (RowStat.SIGMOID, RowStat.SECOND_SIGMOID)))
+            if sweep.contrastive:
+                out["contrastive"] = contrastive(sweep.call, options, groups, rows, columns)
+            continue
+        mix = {term: 1.0 if weights is None else weights[term] for term in sweep.sigmoids}
+        of_plane = hadamard and "pair_matching" in sweep.sigmoids
+        features = replace(call, image=(call.image * hyperplane[0]).to(call.image.dtype)) if of_plane else call
+        total, values = sigmoid_terms(features, sweep.sigmoids, numbers, mix, scratch_bytes)
+        out |= values if weights is not None else {sweep.sigmoids[0]: total}
+        sums.append(total)
     out = {term: out[term] for term in terms}
     if weights is not None:
-        for term in out:  # in their order, so that equal inputs give equal bits
-            if not any(term in some for some in own_sweeps):
-                loss = loss + weights[term] * out[term]
-        out = {term: value.detach() for term, value in out.items()}
-        out["loss"] = loss  # type: ignore[assignment]
+        summed = {term for sweep in sweeps if sweep.call is None for term in sweep.sigmoids}
+        sums += [weights[term] * value for term, value in out.items() if term not in summed]
+        out = {term: value.detach() for term, value in out.items()} | {"loss": sum(sums)}  # type: ignore[dict-item]
     if bias is not None and "sigmoid" not in terms:  # a gradient of 0 instead of None, as DistributedDataParallel needs
         last = next(reversed(out))
         out[last] = out[last] + 0.0 * bias
@@ -375,9 +351,7 @@ def _infonce(
 def _statistics(
     call: SimilarityCall, group: torch.distributed.ProcessGroup | None, scratch_bytes: int, store_bytes: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The statistics of the rows [14, N] and of the positives' columns [6, N]."""
-    if not call.hard:
-        call.plane_weight = call.plane_bias = None
+    """The statistics of the rows [11, N] and of the positives' columns [5, N]."""
     if not call.interactive:
         call.projected_image = call.projected_text = call.cross_scale = None
     if not call.has_teacher:

@@ -46,25 +46,16 @@ class _Matrices:
         """e^(logits - lse) of the negatives, 0 elsewhere; lse is [N, 1] or [M]."""
         return self.masked(logits - lse).exp()
 
-    def hyperplane(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """l, and the similarity that its weight multiplies."""
-        weight, bias = self.call.plane_weight, self.call.plane_bias
-        if weight.dim() == 1:
-            product = (self.call.image * weight) @ self.call.text.T
-            return product + bias, product
-        return weight * similarity + bias, similarity
-
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of the matrices of a call (see call.py), from which simplclip.ops.similarity.terms makes the terms.
 
-    Returns rows [14, N] (RowStat), columns [6, M] (ColumnStat; 0 unless `columns`), and the first `stored_rows` rows of the
+    Returns rows [11, N] (RowStat), columns [5, M] (ColumnStat; 0 unless `columns`), and the first `stored_rows` rows of the
     products, [matrices, stored_rows, M], which backward may read instead of computing them again (not used here).
     """
     here, m = _Matrices(call), call.text.shape[0]
     rows = here.call.image.new_zeros(len(RowStat), call.image.shape[0])
     cols = here.call.image.new_zeros(len(ColumnStat), m)
-    rows[RowStat.NEGATIVES] = here.negative.sum(1).to(rows.dtype)
 
     def similarities(image, text, diagonal):
         matrix = image @ text.T
@@ -86,15 +77,6 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         similarity = similarities(here.call.image, here.call.text, RowStat.DIAGONAL_STUDENT)
         student = call.scale * similarity
         rows[RowStat.LSE_STUDENT], cols[ColumnStat.LSE_STUDENT] = lse(student, 1), lse(student, 0)
-        if call.hard:
-            l, product = here.hyperplane(similarity)
-            if call.has_hadamard:
-                rows[RowStat.DIAGONAL_HADAMARD] = here.diagonal(product)
-            loss = F.softplus(l)
-            of_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
-            of_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
-            rows[RowStat.PAIR_MATCHING] = (of_row * loss).sum(1)
-            cols[ColumnStat.PAIR_MATCHING] = (of_column * loss).sum(0)
         if call.sigmoids:
             masks = _sigmoid_masks(call, similarity)
             numbers = call.sigmoid_weight, call.sigmoid_bias, call.sigmoid_negative, call.sigmoid_positive
@@ -122,9 +104,8 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
     """Gradients of forward by autograd, given the gradients grad_rows and grad_columns of its statistics.
 
-    The teacher is a constant; so are the weights of hard negatives. Returns d_image, d_text (empty where not needed),
-    d_scale, d_projected_image, d_projected_text (empty where not given), d_cross_scale, d_plane_weight (empty without),
-    d_plane_bias, d_sigmoid_weight and d_sigmoid_bias [K].
+    The teacher is a constant. Returns d_image, d_text (empty where not needed), d_scale, d_projected_image, d_projected_text
+    (empty where not given), d_cross_scale, d_sigmoid_weight and d_sigmoid_bias [K].
     """
     dtype = accumulate_dtype(call.image.dtype)
     given = [name for name in GRADIENTS if getattr(call, name) is not None]
@@ -142,7 +123,7 @@ def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
     def gradient(name):
         if name in of:
             return of[name].to(call.image.dtype) if of[name].dim() == 2 else of[name]
-        absent = {"cross_scale": (), "plane_weight": (0,), "plane_bias": (), "sigmoid_weight": (0,), "sigmoid_bias": (0,)}
+        absent = {"cross_scale": (), "sigmoid_weight": (0,), "sigmoid_bias": (0,)}
         return rows.new_zeros(absent[name]) if name in absent else call.image.new_empty(0, call.image.shape[1])
 
     return tuple(gradient(name) for name in GRADIENTS)

@@ -60,16 +60,11 @@ define(
 register_gradient("similarity_sigmoid", SigmoidCall, _backward, forget=_TENSORS)
 
 
-def joins(call: SimilarityCall) -> bool:
-    """Whether sigmoid terms may join a sweep: on a GPU, a teacher's matrix or hard negatives leave them no registers."""
-    simple = call.image.device.type == "cpu" and backends.forced() != "triton"
-    return call.softmax and (simple or not (call.has_teacher or call.hard))
-
-
 def numbers_of(
     call: SimilarityCall,
     terms: tuple[str, ...],  # "sigmoid", "pair_matching" or both
     bias: Tensor | None,  # [] of the logits
+    plane: tuple[Tensor, Tensor] | None,  # [] or [D], []
     positives: str,
     groups: Groups,
     group: torch.distributed.ProcessGroup | None,
@@ -82,8 +77,8 @@ def numbers_of(
         pairs = (scale.new_zeros(n, dtype=torch.float64) + (m - groups.of_rows())).sum()
         if group is not None and call.ids is not None:
             pairs = distributed.mean(pairs, group)
-        weight = torch.ones_like(mean) if call.plane_weight.dim() else call.plane_weight
-        numbers["pair_matching"] = weight, call.plane_bias, 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
+        weight = torch.ones_like(mean) if plane[0].dim() else plane[0]
+        numbers["pair_matching"] = weight, plane[1], 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
     stacked = (torch.stack(each) for each in zip(*(numbers[term] for term in terms)))
     out: dict[str, Tensor | None] = dict(zip(("weight", "bias", "negative", "positive"), stacked))
     out |= {"image_share": None, "text_share": None}
@@ -98,7 +93,7 @@ def numbers_of(
 
 
 def sigmoid_terms(
-    call: SimilarityCall,
+    call: SimilarityCall,  # its image multiplied by a hyperplane's weight for each feature
     terms: tuple[str, ...],
     numbers: dict[str, Tensor | None],  # of numbers_of
     mix: dict[str, float],
@@ -111,8 +106,6 @@ def sigmoid_terms(
     """
     image, text, scale = call.image, call.text, call.scale
     n, m, device = image.shape[0], text.shape[0], image.device.type
-    if "pair_matching" in terms and call.plane_weight.dim():
-        image = (image * call.plane_weight).to(image.dtype)
     of_mix = torch.tensor([float(mix[term]) for term in terms], dtype=scale.dtype, device=scale.device)
     fused = SigmoidCall(
         image, text, mix=of_mix, ids=call.ids, text_ids=call.text_ids, label_offset=call.label_offset,

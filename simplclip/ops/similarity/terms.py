@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.similarity.call import ColumnStat as Column
 from simplclip.ops.similarity.call import RowStat as Row
 from simplclip.ops.similarity.call import SimilarityCall
@@ -47,10 +46,10 @@ def divergence(
 
 def terms_of(
     call: SimilarityCall,
-    rows: Tensor,  # [14, N] RowStat
-    columns: Tensor | None,  # [6, N] ColumnStat of the columns of the positives; None: the row direction only
+    rows: Tensor,  # [11, N] RowStat
+    columns: Tensor | None,  # [5, N] ColumnStat of the columns of the positives; None: the row direction only
 ) -> dict[str, Tensor]:
-    """Hard negatives and the terms of a teacher, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
+    """The terms of a teacher, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
     student = call.scale * rows[Row.DIAGONAL_STUDENT]
     teacher = call.teacher_scale * rows[Row.DIAGONAL_TEACHER] if call.has_teacher else None
@@ -63,11 +62,6 @@ def terms_of(
             return None
         return divergence(stats[lse], positive, stats[lse_teacher], teacher, stats[mean], call.entropy)
 
-    if call.hard:
-        weight, bias = call.plane_weight, call.plane_bias
-        positive = (rows[Row.DIAGONAL_HADAMARD] if weight.dim() else weight * rows[Row.DIAGONAL_STUDENT]) + bias
-        negative = both(rows[Row.PAIR_MATCHING], None if columns is None else columns[Column.PAIR_MATCHING])
-        out["pair_matching"] = 0.5 * (mismatch(positive).mean() + negative)
     if call.relational:
         by_row = to_teacher(rows, Row.LSE_STUDENT, Row.MEAN_STUDENT, Row.LSE_TEACHER, student)
         by_column = to_teacher(columns, Column.LSE_STUDENT, Column.MEAN_STUDENT, Column.LSE_TEACHER, student)
@@ -81,11 +75,10 @@ def terms_of(
     return out
 
 
-def merge_columns(parts: Tensor) -> Tensor:  # [W, 6, N] -> [6, N]
+def merge_columns(parts: Tensor) -> Tensor:  # [W, 5, N] -> [5, N]
     """Merges the statistics of the same columns over several groups of rows into those over all rows.
 
-    Differentiable in the student's log-sum-exps and in the means; the weights of a mean are the teacher's softmax or the
-    weights of "hard", which are constants.
+    Differentiable in the student's log-sum-exps and in the means, whose weights are the teacher's softmax, a constant.
     """
 
     def lse(part: Tensor) -> tuple[Tensor, Tensor]:  # [W, N] -> [N], [W, N] shares
@@ -93,24 +86,9 @@ def merge_columns(parts: Tensor) -> Tensor:  # [W, 6, N] -> [6, N]
         total = torch.where(empty, -torch.inf, part.masked_fill(empty, 0).logsumexp(0))
         return total, (part.detach() - total.detach().masked_fill(empty, 0)).exp()
 
-    student, share_z = lse(parts[:, Column.LSE_STUDENT])
-    teacher, share_t = lse(parts[:, Column.LSE_TEACHER])
-    out = {Column.LSE_STUDENT: student, Column.LSE_TEACHER: teacher}
-    out[Column.LSE_TEACHER_TO_TEXT] = lse(parts[:, Column.LSE_TEACHER_TO_TEXT])[0]
-    shares = {Column.PAIR_MATCHING: share_z, Column.MEAN_STUDENT: share_t, Column.MEAN_TEACHER_TO_TEXT: share_t}
-    out |= {mean: (share * parts[:, mean]).sum(0) for mean, share in shares.items()}
+    softmaxes = (Column.LSE_STUDENT, Column.LSE_TEACHER, Column.LSE_TEACHER_TO_TEXT)
+    found = {stat: lse(parts[:, stat]) for stat in softmaxes}
+    out = {stat: total for stat, (total, _) in found.items()}
+    share = found[Column.LSE_TEACHER][1]
+    out |= {mean: (share * parts[:, mean]).sum(0) for mean in (Column.MEAN_STUDENT, Column.MEAN_TEACHER_TO_TEXT)}
     return torch.stack([out[stat] for stat in Column])
-
-
-def shifted_pair_matching(call: SimilarityCall, shift: Tensor | int) -> Tensor:  # shift: [] int64
-    """Pair matching with one negative per row, in plain torch, since it gathers only two [N, D] tensors."""
-    n, m = call.image.shape[0], call.text.shape[0]
-    x = call.image.to(accumulate_dtype(call.image.dtype)) * call.plane_weight
-    label = torch.arange(n, device=call.image.device) + call.label_offset
-    other = (label + shift) % m
-    matched = (x * call.text[label]).sum(1) + call.plane_bias
-    unmatched = F.softplus((x * call.text[other]).sum(1) + call.plane_bias)
-    keep = torch.ones_like(unmatched) if m > 1 else torch.zeros_like(unmatched)
-    if call.ids is not None:
-        keep = keep * (call.text_ids[other] != call.ids)
-    return 0.5 * (mismatch(matched).mean() + (unmatched * keep).sum() / keep.sum().clamp(min=1))

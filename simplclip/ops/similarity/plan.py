@@ -1,0 +1,50 @@
+"""Which sweeps over similarity matrices the terms of a call of similarity_loss need."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from simplclip.ops import backends
+from simplclip.ops.similarity.call import SimilarityCall
+
+
+@dataclass
+class Sweep:
+    """One pass over the rows, and the terms that it gives."""
+
+    call: SimilarityCall | None = None  # of the softmaxes; None: sigmoid terms alone
+    contrastive: bool = False
+    sigmoids: tuple[str, ...] = ()  # "sigmoid" and "pair_matching", whose matrix is the student's
+
+
+def sweeps_of(call: SimilarityCall, terms: Collection[str], *, keep_ids: bool, hadamard: bool, weighted: bool) -> list[Sweep]:
+    """The sweeps for the terms, but for the interactive term "infonce", which needs none.
+
+    keep_ids: whether the contrastive softmax keeps the pairs with equal ids. hadamard: whether pair matching's hyperplane has
+    a weight for each feature, and so a matrix of its own. weighted: whether only the weighted sum of the terms has a
+    gradient. Sets `call.softmax`.
+    """
+    contrastive = "contrastive" in terms
+    alone = contrastive and keep_ids and call.ids is not None  # the other terms' softmaxes drop those pairs
+    call.softmax = (contrastive and not alone) or call.relational
+    softmaxes = [Sweep(call, contrastive and not alone)] if call.softmax or call.interactive else []
+    if alone:
+        own = replace(call, softmax=True, drop_ids=False, relational=False, interactive=False)
+        softmaxes.append(Sweep(own, contrastive=True))
+
+    together = [term for term in ("sigmoid", "pair_matching") if term in terms]
+    apart = [together.pop()] if hadamard and "pair_matching" in together else []
+    joined = next((sweep for sweep in softmaxes if _has_room(sweep.call)), None)
+    if joined is not None:
+        joined.sigmoids = tuple(together)
+        together = []
+    # A sweep computes the gradient of its terms' sum with the values.
+    lots = [together, apart] if weighted else [[term] for term in together + apart]
+    return [Sweep(sigmoids=tuple(lot)) for lot in lots if lot] + softmaxes
+
+
+def _has_room(call: SimilarityCall) -> bool:
+    """Whether sigmoid terms may join a sweep: on a GPU, a teacher's matrix leaves them no registers."""
+    simple = call.image.device.type == "cpu" and backends.forced() != "triton"
+    return call.softmax and (simple or not call.has_teacher)
