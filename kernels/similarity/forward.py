@@ -73,9 +73,9 @@ def _similarity_statistics_kernel(
 ):
     """Statistics of a block of rows over a range of column tiles, and of each of those columns over the block.
 
-    Matrices are processed one after the other. T is kept, since means need it, so that at most two tiles are in registers. For
-    the same reason T's weights are computed after the product of the next matrix, not before it. Slots of the parts: maximum,
-    then the sum of 2^(logit - maximum), then sums with these weights.
+    Matrices are processed one after the other. T is kept, since means need it, so that at most two tiles are in registers.
+    For the same reason T's weights are computed after the product of the next matrix, not before it. Slots of the parts:
+    maximum, then the sum of 2^(logit - maximum), then sums with these weights.
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N

@@ -19,6 +19,8 @@ from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
 
+KL = {"interactive": "kl"}
+
 
 def lengths(call, *given):
     call.tensors["lengths"] = torch.tensor(given)
@@ -35,9 +37,9 @@ def feature(n, d, **options):
 # Several tiles, strips and chunks, the last not whole.
 LARGE = {
     "similarity, all": lambda: similarity_call(257, 257, terms=TERMS, ids=True),
-    "similarity, hadamard": lambda: similarity_call(257, 257, terms=TERMS, plane="hadamard", ids=True, interactive="kl"),
+    "similarity, hadamard": lambda: similarity_call(257, 257, terms=TERMS, plane="hadamard", ids=True, **KL),
     "similarity, 1000": lambda: similarity_call(1000, 1000, terms=TERMS[:2]),
-    "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, interactive="kl"),
+    "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, **KL),
     "attention, 77": lambda: attention_call(2, 77, 2, 64),
     "attention, 197": lambda: attention_call(2, 197, 2, 64),
     "attention, 250": lambda: lengths(attention_call(4, 250, 2, 8), 250, 0, 125, 1),
