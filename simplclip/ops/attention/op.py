@@ -127,8 +127,8 @@ def shaped_attention(
 
     Softmax, gains and sums are computed in float32 (float64 for float64), products with operands in the tensors' dtype.
     Saved for backward: q, k, v and the log-sum-exps, [B, H, L] float32; kernels store no [L, L] matrix. Sums have a
-    fixed order: on one machine, the same call has the same bits each time, with any number of threads by the CPU kernels. Only
-    first derivatives in reverse mode are supported, except by backend "reference".
+    fixed order: on one machine, the same call has the same bits each time, by the CPU kernels with any number of threads.
+    Only first derivatives in reverse mode are supported, except by backend "reference".
 
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are additions of
     this library.

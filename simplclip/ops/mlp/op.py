@@ -126,8 +126,8 @@ def parallel_mlp(
     Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation is applied when the second
     product reads h and is never stored: [T, F] elements are kept instead of twice that. Backward overwrites h with its
     gradient (with retain_graph=True a copy of h). Sums are computed in float32. On one machine, the same call has the
-    same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode are supported, except
-    by backend "reference".
+    same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode are supported,
+    except by backend "reference".
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.
