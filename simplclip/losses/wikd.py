@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simplclip import ops
 from simplclip.losses.base import SimilarityLoss, check_width, weight_of, width_of
 from simplclip.ops import checks
+from simplclip.ops.registry import autocasts
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
 
 OF_TEACHER = ("relational", "interactive", "feature")
@@ -218,7 +219,7 @@ def wide(features: Tensor) -> Tensor:
 
 
 def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(features.device.type):
+    if not autocasts(features.device):
         if weight.dtype != features.dtype:
             raise TypeError(
                 f"{side}_features: expected the dtype of {side}_projections, {weight.dtype}, without autocast, "

@@ -88,11 +88,9 @@ def _setup_context(ctx, inputs, output):
     ctx.options = inputs[len(_TENSORS) :]
 
 
-def _autograd(ctx, grad_rows, grad_columns, _):
+def _autograd(ctx, saved, grad_rows, grad_columns, _):
     gradients = dict.fromkeys(_ARGUMENTS)
-    if grad_rows is None and grad_columns is None:
-        return tuple(gradients.values())
-    *tensors, rows, columns, stored = ctx.saved_tensors
+    *tensors, rows, columns, stored = saved
     *options, backend = ctx.options
     grad_rows = torch.zeros_like(rows) if grad_rows is None else grad_rows
     grad_columns = torch.zeros_like(columns) if grad_columns is None else grad_columns
