@@ -1,5 +1,7 @@
 """Derivatives beyond a backward: refused by name where a kernel has none, right in the reference; vmap and meta tensors."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import simplclip
+from simplclip import ops
 from simplclip.losses import RowwiseLoss, WIKDLoss
 
 
@@ -109,6 +112,26 @@ def test_the_reference_has_all_derivatives(name):
             assert (a if b is None else b) is None or not (a if b is None else b).any()
         else:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("term", ["contrastive", "relational", "interactive infonce", "interactive kl", "pair_matching hard"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_without_negatives_have_finite_derivatives_of_any_kind(n, term):
+    term, *variant = term.split()
+    options = {"interactive": variant[0]} if term == "interactive" else {"negatives": (*variant, "all")[0]}
+    tensors = SMALL["similarity_loss"][0](n, torch.float64)
+    points, teacher = tuple(t.detach() for t in tensors[:3]), tensors[3:]
+    given = dict(zip(("teacher_image", "teacher_text", "teacher_scale"), teacher))
+
+    def function(image, text, scale):
+        ids = torch.zeros(n, dtype=torch.int64)
+        return ops.similarity_loss(image, text, scale, terms=(term,), plane=(scale, -2.0), ids=ids, **options, **given)[term]
+
+    with simplclip.backend("reference"):
+        value, tangent = torch.func.jvp(function, points, tuple(map(torch.ones_like, points)))
+        found = [value, tangent, *itertools.chain(*torch.autograd.functional.hessian(function, points))]
+        found += itertools.chain(*torch.func.hessian(function, (0, 1, 2))(*points))
+    assert all(t.isfinite().all() for t in found)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,9 +20,10 @@ def mismatch(l: Tensor) -> Tensor:
 def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
     """-log softmax of the positive as softplus(lse - z), lse over the negatives: exact for well matched pairs too.
 
-    NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0.
+    NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0. Without negatives lse is -inf,
+    where logsigmoid has no second derivatives; from 1000 on it is 0.
     """
-    return 0 * positive.detach() - F.logsigmoid(positive - lse)
+    return 0 * positive.detach() - F.logsigmoid((positive - lse).clamp(max=1000))
 
 
 def divergence(
@@ -109,7 +110,7 @@ def shifted_pair_matching(call: SimilarityCall, shift: Tensor | int) -> Tensor: 
     label = torch.arange(n, device=call.image.device) + call.label_offset
     other = (label + shift) % m
     matched = (x * call.text[label]).sum(1) + call.plane_bias
-    unmatched = F.softplus((x * call.text[other]).sum(1) + call.plane_bias)
+    unmatched = -F.logsigmoid(-(x * call.text[other]).sum(1) - call.plane_bias)
     keep = torch.ones_like(unmatched) if m > 1 else torch.zeros_like(unmatched)
     if call.ids is not None:
         keep = keep * (call.text_ids[other] != call.ids)
