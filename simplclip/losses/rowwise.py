@@ -276,7 +276,7 @@ class _Sweep:
         if backends.forced() == "reference":
             return self._definition(image, text, scale, bias)
         leaves = (image, text, scale, bias, *self.rows.parameters)
-        check_reverse_mode("RowwiseLoss", *leaves)
+        check_reverse_mode("RowwiseLoss", leaves)
         if "vmap" in transforms():
             raise NotImplementedError(
                 "RowwiseLoss: expected the features of one batch, got a call under torch.vmap; "

@@ -85,13 +85,16 @@ def transforms() -> set[str]:
     return {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
 
 
-def check_reverse_mode(name: str, *tensors: Tensor) -> None:
+def check_reverse_mode(name: str, values: Sequence) -> None:
     """Raises under torch.func.grad and in forward mode, whose derivatives torch would take for zero."""
-    got = next((f"torch.func.{which}" for which in ("grad", "jvp") if which in transforms()), None)
-    if got is None and forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        got = "a forward-mode tangent"
+    got = None
+    if (inside := transforms()) & {"grad", "jvp"}:
+        got = f"torch.func.{'grad' if 'grad' in inside else 'jvp'}"
+    elif forward_ad._current_level >= 0:
+        tensors = (value for value in values if isinstance(value, Tensor))
+        got = "a forward-mode tangent" if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) else None
     if got:
-        raise NotImplementedError(FIRST_ORDER.format(op=name, got=got))
+        raise NotImplementedError(FIRST_ORDER.format(op=_public(name), got=got))
 
 
 def call(name: str, *args):
@@ -103,7 +106,7 @@ def call(name: str, *args):
         return getattr(torch.ops.simplclip, name)(*args)
     if args[-1] == "reference":
         return DISPATCH[f"simplclip::{name}"](*args)
-    check_reverse_mode(_public(name), *(arg for arg in args if isinstance(arg, Tensor)))
+    check_reverse_mode(name, args)
     return getattr(torch.ops.simplclip, name)(*args)
 
 

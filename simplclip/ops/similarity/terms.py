@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.ops import backends
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.similarity.call import ColumnStat as Column
 from simplclip.ops.similarity.call import RowStat as Row
@@ -20,10 +21,12 @@ def mismatch(l: Tensor) -> Tensor:
 def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
     """-log softmax of the positive as softplus(lse - z), lse over the negatives: exact for well matched pairs too.
 
-    NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0. Without negatives lse is -inf,
-    where logsigmoid has no second derivatives; from 1000 on it is 0.
+    NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0.
     """
-    return 0 * positive.detach() - F.logsigmoid((positive - lse).clamp(max=1000))
+    margin = positive - lse
+    if backends.forced() == "reference":  # which has second derivatives; logsigmoid has none at inf, that of no negatives
+        margin = margin.clamp(max=1000)  # from where on it is 0
+    return 0 * positive.detach() - F.logsigmoid(margin)
 
 
 def divergence(
