@@ -72,7 +72,8 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         return matrix
 
     def lse(logits, dim):
-        return here.masked(logits).logsumexp(dim)
+        empty = ~here.negative.any(dim, keepdim=True)  # its logarithm of 0 has no second derivatives
+        return here.masked(logits).masked_fill(empty, 0).logsumexp(dim).masked_fill(empty.squeeze(dim), -torch.inf)
 
     def mean(student, dim, lse):
         return (here.softmax(teacher, lse) * (call.entropy * teacher - student)).sum(dim)
@@ -90,7 +91,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
             l, product = here.hyperplane(similarity)
             if call.has_hadamard:
                 rows[RowStat.DIAGONAL_HADAMARD] = here.diagonal(product)
-            loss = F.softplus(l)
+            loss = -F.logsigmoid(-l)  # F.softplus is exact to e^-20 only
             of_row = here.softmax(student, rows[RowStat.LSE_STUDENT][:, None]).detach()
             of_column = here.softmax(student, cols[ColumnStat.LSE_STUDENT]).detach()
             rows[RowStat.PAIR_MATCHING] = (of_row * loss).sum(1)

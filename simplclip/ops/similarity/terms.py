@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simplclip.ops import backends
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.similarity.call import ColumnStat as Column
 from simplclip.ops.similarity.call import RowStat as Row
@@ -22,7 +23,10 @@ def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
 
     NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0.
     """
-    return 0 * positive.detach() - F.logsigmoid(positive - lse)
+    margin = positive - lse
+    if backends.forced() == "reference":  # which has second derivatives; logsigmoid has none at inf, that of no negatives
+        margin = margin.clamp(max=1000)  # from where on it is 0
+    return 0 * positive.detach() - F.logsigmoid(margin)
 
 
 def divergence(
@@ -109,7 +113,7 @@ def shifted_pair_matching(call: SimilarityCall, shift: Tensor | int) -> Tensor: 
     label = torch.arange(n, device=call.image.device) + call.label_offset
     other = (label + shift) % m
     matched = (x * call.text[label]).sum(1) + call.plane_bias
-    unmatched = F.softplus((x * call.text[other]).sum(1) + call.plane_bias)
+    unmatched = -F.logsigmoid(-(x * call.text[other]).sum(1) - call.plane_bias)
     keep = torch.ones_like(unmatched) if m > 1 else torch.zeros_like(unmatched)
     if call.ids is not None:
         keep = keep * (call.text_ids[other] != call.ids)
