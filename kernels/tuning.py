@@ -37,7 +37,7 @@ _INTERPRETED = {
 }
 
 # A row holds the tiles of an op in a precision: block_m x block_n x block_k / warps / stages, and / blocks unless it is 1.
-# similarity_loss: by the number of matrices in a launch. At most two are in registers at a time, but statistics need some too.
+# similarity_loss: by the number of matrices in a launch. At most two are in registers at a time; statistics need some too.
 # Entries are the largest tiles with which no launch spills.
 # similarity_sigmoid by the number of terms; so are those that join a softmax, 3 with several positives.
 # shaped_attention by the width of a head, 16, 32, 64, 128, 256 (none in float32); its block_k is that width.

@@ -14,7 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 from simplclip.losses.base import SimilarityLoss
 from simplclip.ops import backends, checks, distributed
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.registry import FIRST_ORDER, autocast, wants_grad
+from simplclip.ops.registry import autocast, check_reverse_mode, first_order_only, no_autocast, transforms, wants_grad
 from simplclip.ops.similarity.sweep import chunk_rows, computes_in
 
 # Matrices of a chunk at a time: the product, its gradient, and about two that fn keeps or its gradient makes.
@@ -68,7 +68,8 @@ class RowwiseLoss(SimilarityLoss):
 
     Products are in the features' dtype (float32 on a CPU for float16, and for bfloat16 without instructions for it), sums in
     float32 or float64. Only first derivatives in reverse mode are supported, except under simplclip.backend("reference"),
-    where the loss is the formula in plain torch, which stores the matrix. Under torch.compile the loss breaks the graph.
+    where the loss is the formula in plain torch, which stores the matrix, and which torch.vmap needs. Under torch.compile the
+    loss breaks the graph. For meta and fake tensors fn is not compiled.
 
     Source: this library; for losses as of Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).
     """
@@ -215,8 +216,9 @@ class _Rows:
             self.compiled = torch.compile(own, dynamic=True)
 
     def __call__(self, *arguments) -> Tensor:  # those of `rows` -> [R]
-        if self.compiled is None:
-            return self.checked(self.plain(*arguments), arguments[0])
+        product = arguments[0]
+        if self.compiled is None or product.is_meta or type(product) is not Tensor:  # meta and fake tensors compile nothing
+            return self.checked(self.plain(*arguments), product)
         try:
             result = self.compiled(*arguments)
         except TorchDynamoException as error:
@@ -224,7 +226,7 @@ class _Rows:
             self.compiled = None
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             warnings.warn(f"RowwiseLoss: fn runs uncompiled, since torch.compile failed: {lines[0]}", stacklevel=2)
-        return self.checked(result, arguments[0])
+        return self.checked(result, product)
 
     def checked(self, result, product) -> Tensor:
         r = product.shape[0]
@@ -274,6 +276,12 @@ class _Sweep:
         if backends.forced() == "reference":
             return self._definition(image, text, scale, bias)
         leaves = (image, text, scale, bias, *self.rows.parameters)
+        check_reverse_mode("RowwiseLoss", leaves)
+        if "vmap" in transforms():
+            raise NotImplementedError(
+                "RowwiseLoss: expected the features of one batch, got a call under torch.vmap; "
+                'run it under simplclip.backend("reference")'
+            )
         return _Loss.apply(self, *leaves) if wants_grad(*leaves) else _run(self, leaves, [False] * len(leaves))[0]
 
     def _definition(self, image, text, scale, bias):
@@ -296,11 +304,11 @@ class _Sweep:
 def _run(sweep: _Sweep, leaves, needs) -> tuple[Tensor, list[Tensor | None]]:
     """The loss, and for those leaves that need it the gradient of the sum over the rows of all directions."""
     image, text, scale, bias, *_ = leaves
-    n, device = image.shape[0], image.device.type
-    compute = computes_in(image.dtype, device)
+    n = image.shape[0]
+    compute = computes_in(image.dtype, image.device.type)
     kept = image.dtype if image.dtype == torch.bfloat16 else scale.dtype  # float16 would lose small gradients
     dtypes = [kept, kept] + [scale.dtype] * len(leaves[2:])
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    with torch.no_grad(), no_autocast(image.device):
         totals = [torch.zeros_like(t, dtype=d) if need else None for t, d, need in zip(leaves, dtypes, needs)]
         x, y = (t.detach().to(compute).contiguous() for t in (image, text))
         teacher = sweep.teacher or (None, None, None)
@@ -384,18 +392,17 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sweep, *leaves):
         value, totals = _run(sweep, leaves, ctx.needs_input_grad[1:])
-        ctx.save_for_backward(*totals)
+        ctx.save_for_backward(value, *totals)
         ctx.dtypes = [t.dtype for t in leaves]
         ctx.share = (0.5 if sweep.symmetric else 1.0) / leaves[0].shape[0]
         return value
 
     @staticmethod
     def backward(ctx, grad):
+        value, *totals = ctx.saved_tensors
         with torch.no_grad():
-            pairs = zip(ctx.saved_tensors, ctx.dtypes)
+            pairs = zip(totals, ctx.dtypes)
             out = [None if total is None else (ctx.share * grad * total).to(dtype) for total, dtype in pairs]
         if torch.is_grad_enabled():  # with create_graph=True
-            message = FIRST_ORDER.format(op="RowwiseLoss", got="a double backward")
-            differentiable = [None if t is None else t.requires_grad_() for t in out]
-            out = torch._C._functions.DelayedError(message.encode(), len(out))(*differentiable)
+            out = first_order_only("RowwiseLoss", out, value, grad)
         return None, *out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from simplclip import ops
 from simplclip.losses.base import SimilarityLoss, check_width, weight_of, width_of
 from simplclip.ops import checks
+from simplclip.ops.registry import autocasts, no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
 
 OF_TEACHER = ("relational", "interactive", "feature")
@@ -152,7 +154,8 @@ class WIKDLoss(SimilarityLoss):
                 values = self._terms(terms, image, text, logit_scale=logit_scale, **options)
             if "feature" in share:
                 pairs = ((wide(own) if p is None else p, t) for own, p, t in zip((image, text), projected, teacher))
-                values["feature"] = 0.5 * sum(ops.feature_loss(s, t, distance=self.feature_distance) for s, t in pairs)
+                with no_autocast(image.device) if _autocasts_to_half(image.device) else contextlib.nullcontext():
+                    values["feature"] = 0.5 * sum(ops.feature_loss(s, t, distance=self.feature_distance) for s, t in pairs)
             for name, weight in share.items():
                 totals[name] = totals.get(name, 0) + weight * values[name]
         keys = {"relational": "distill_loss"}
@@ -216,14 +219,20 @@ def wide(features: Tensor) -> Tensor:
     return _Wide.apply(features) if features.dtype == torch.float16 else features
 
 
+def _autocasts_to_half(device: torch.device) -> bool:
+    return autocasts(device) and torch.get_autocast_dtype(device.type) == torch.float16
+
+
 def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(features.device.type):
-        if weight.dtype != features.dtype:
-            raise TypeError(
-                f"{side}_features: expected the dtype of {side}_projections, {weight.dtype}, without autocast, "
-                f"got {features.dtype}"
-            )
-        if features.dtype == torch.float16:
-            weight = weight.float()
-        features = wide(features)
+    """In float32 where it would be float16: see `wide`."""
+    if not autocasts(features.device) and weight.dtype != features.dtype:
+        raise TypeError(
+            f"{side}_features: expected the dtype of {side}_projections, {weight.dtype}, without autocast, "
+            f"got {features.dtype}"
+        )
+    if torch.float64 not in (features.dtype, weight.dtype) and (
+        _autocasts_to_half(features.device) or (features.dtype == torch.float16 and not autocasts(features.device))
+    ):
+        with no_autocast(features.device):
+            return F.linear(wide(features).float(), weight.float())
     return F.linear(features, weight)

@@ -39,6 +39,8 @@ def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
+    """Gathering and _Sum are each other's gradients, so that backward can be differentiated again."""
+
     @staticmethod
     def forward(ctx, rows, group):
         ctx.group = group
@@ -46,13 +48,34 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        world = dist.get_world_size(ctx.group)
-        # It takes less memory, but gloo sums few dtypes.
-        if dist.get_backend(ctx.group) == "nccl" and not torch.compiler.is_compiling():
-            own = gradient.new_empty(gradient.shape[0] // world, *gradient.shape[1:])
-            dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
-            return own, None
-        return _all_to_all(gradient.unflatten(0, (world, -1)), ctx.group).sum(0), None
+        return _differentiable(_Sum, _sum)(gradient, ctx.group), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gathered, group):
+        ctx.group = group
+        return _sum(gathered, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _differentiable(_Gather, _all_gather)(gradient, ctx.group), None
+
+
+def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[W N, ...] of each rank -> [N, ...], this rank's rows summed over the ranks."""
+    world = dist.get_world_size(group)
+    # It takes less memory, but gloo sums few dtypes.
+    if dist.get_backend(group) == "nccl" and not torch.compiler.is_compiling():
+        own = gathered.new_empty(gathered.shape[0] // world, *gathered.shape[1:])
+        dist.reduce_scatter_tensor(own, gathered.contiguous(), group=group)
+        return own
+    return _all_to_all(gathered.unflatten(0, (world, -1)), group).sum(0)
+
+
+def _differentiable(function: type[torch.autograd.Function], plain: Callable) -> Callable:
+    """In a backward: the function with create_graph=True, else what it runs. Nothing compiled is differentiated twice."""
+    return plain if torch.compiler.is_compiling() or not torch.is_grad_enabled() else function.apply
 
 
 class _Whole:
@@ -116,7 +139,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return _all_to_all(gradient, ctx.group), None
+        return _differentiable(_Exchange, _all_to_all)(gradient, ctx.group), None
 
 
 def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:

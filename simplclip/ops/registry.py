@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -65,8 +64,7 @@ def define(
             return through(op, backend, function) if through else function
 
         function = pick(name, **(facts(call) if facts else {})) if row else pick
-        meta = first.device.type == "meta"  # it has no autocast
-        with contextlib.nullcontext() if meta else torch.autocast(first.device.type, enabled=False):
+        with no_autocast(first.device):
             return run(function, call)
 
     library.impl(name, dispatch, "CompositeExplicitAutograd")
@@ -80,48 +78,77 @@ FIRST_ORDER = (
 )
 
 
+def transforms() -> set[str]:
+    """The transforms of torch.func that a call is in: "grad", "jvp", "vmap"."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return set()
+    return {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
+
+
+def check_reverse_mode(name: str, values: Sequence) -> None:
+    """Raises under torch.func.grad and in forward mode, whose derivatives torch would take for zero."""
+    got = None
+    if (inside := transforms()) & {"grad", "jvp"}:
+        got = f"torch.func.{'grad' if 'grad' in inside else 'jvp'}"
+    elif forward_ad._current_level >= 0:
+        tensors = (value for value in values if isinstance(value, Tensor))
+        got = "a forward-mode tangent" if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) else None
+    if got:
+        raise NotImplementedError(FIRST_ORDER.format(op=_public(name), got=got))
+
+
 def call(name: str, *args):
     """Runs `simplclip::name`; if "reference" is forced, runs its definition directly, so that autograd differentiates it.
 
-    The other backends have no forward-mode derivative, which torch would take for zero, and no torch.func.grad: both raise.
+    The other backends have first derivatives in reverse mode alone; what asks for others raises.
     """
     if torch.compiler.is_compiling():
         return getattr(torch.ops.simplclip, name)(*args)
     if args[-1] == "reference":
         return DISPATCH[f"simplclip::{name}"](*args)
-    got = None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        transforms = {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
-        got = next((f"torch.func.{which}" for which in ("grad", "jvp") if which in transforms), None)
-    elif forward_ad._current_level >= 0:
-        tensors = (arg for arg in args if isinstance(arg, Tensor))
-        got = "a forward-mode tangent" if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) else None
-    if got:
-        raise NotImplementedError(FIRST_ORDER.format(op=_public(name), got=got))
+    check_reverse_mode(name, args)
     return getattr(torch.ops.simplclip, name)(*args)
 
 
-def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Registers `backward` for `simplclip::name`. Differentiating its gradients again is an error, not a zero."""
+def first_order_only(name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients, which raise where they are differentiated again, with respect to anything that a source depends on.
 
-    @functools.wraps(backward)
+    The engine runs a node only if it lies on the way to what is asked for: so the node that raises leads to the sources,
+    which are tensors with their graphs: those that the gradients were computed from, or a result of the op.
+    """
+    message = FIRST_ORDER.format(op=name, got="a double backward")
+    node = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
+    return node(*gradients, *sources)[: len(gradients)]
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Registers backward(ctx, saved, *grads) for `simplclip::name`; `saved` are the saved tensors.
+
+    Differentiating its gradients again is an error, not a zero. For this the differentiable inputs, or a differentiable
+    result, must be among the saved tensors.
+    """
+
     def once(ctx, *grads):
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors  # read once, since under torch.utils.checkpoint each reading would run the forward again
         with torch.no_grad():
-            out = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # it is enabled with create_graph=True
-            return out
-        message = FIRST_ORDER.format(op=_public(name), got="a double backward")
-        marked = torch._C._functions.DelayedError(message.encode(), len(out))
-        return marked(*(None if t is None else t.detach().requires_grad_() for t in out))
+            out = backward(ctx, saved, *grads)
+        return (
+            first_order_only(_public(name), out, *saved, *grads) if torch.is_grad_enabled() else out
+        )  # with create_graph=True
 
     torch.library.register_autograd(f"simplclip::{name}", once, setup_context=setup_context)
 
 
-def register_gradient(name: str, call_type: type, backward: Callable, forget: Sequence[str] = ()) -> None:
+def register_gradient(
+    name: str, call_type: type, backward: Callable, forget: Sequence[str] = (), keep_result: bool = False
+) -> None:
     """Registers the gradient of the first result of `simplclip::name`; the other results are for backward and have none.
 
     backward(call, results, grad, need, backend) returns gradients by field. `results` are the others; `need` says by field
     whether its gradient is needed. All tensors of the call are saved except those to `forget`, which are None in its `call`.
+    If these have gradients, `keep_result` must save the first result, a number, too: see register_autograd.
     """
     names = [*(field.name for field in fields(call_type)), "backend"]
     tensors = tensors_of(call_type)
@@ -130,15 +157,14 @@ def register_gradient(name: str, call_type: type, backward: Callable, forget: Se
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         saved = (None if field in forget else value for field, value in zip(tensors, inputs))
-        ctx.save_for_backward(*saved, *output[1:])
+        ctx.save_for_backward(*saved, *output[1:], *output[:keep_result])
         ctx.options = inputs[len(tensors) :]
 
-    def of_fields(ctx, grad, *_):
-        found = {}
-        if grad is not None:
-            saved, (*options, backend) = ctx.saved_tensors, ctx.options
-            call = call_type(*saved[: len(tensors)], *options)
-            found = backward(call, saved[len(tensors) :], grad, dict(zip(names, ctx.needs_input_grad)), backend)
+    def of_fields(ctx, saved, grad, *_):
+        *options, backend = ctx.options
+        call, results = call_type(*saved[: len(tensors)], *options), saved[len(tensors) :]
+        results = results[:-1] if keep_result else results
+        found = backward(call, results, grad, dict(zip(names, ctx.needs_input_grad)), backend)
         return tuple(found.get(field) for field in names)
 
     register_autograd(name, of_fields, setup_context)
@@ -157,10 +183,19 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is enabled; meta tensors have none, and torch raises when asked about it."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Casts the tensors to autocast's dtype, except float64, if autocast is enabled on the device of the first one."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    device = tensors[0].device
+    if not autocasts(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors]

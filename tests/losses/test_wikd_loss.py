@@ -201,3 +201,23 @@ def test_a_row_of_zeros_in_float16(interactive, teacher_width):
         assert ours.grad.isfinite().all()
         torch.testing.assert_close(ours.grad.float(), theirs.grad.clamp(-most, most), rtol=2e-2, atol=2e-3)
     assert wide[0].grad[3].abs().max() > most
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("teacher_width", [16, 20])
+def test_a_row_of_zeros_under_autocast_to_float16(teacher_width, dtype):
+    torch.manual_seed(0)
+    loss = WIKDLoss(**EVERYTHING, embed_dim=16, teacher_dim=teacher_width)
+    student, teacher = batch(teacher_width=teacher_width, dtype=dtype)
+    with torch.no_grad():
+        student[0][3] = 0
+    wide = [t.detach().float().requires_grad_() for t in student]
+    wanted = loss(*wide, *(t.float() for t in teacher), output_dict=True)
+    expected = torch.autograd.grad(sum(wanted.values()), (*wide, *loss.parameters()))
+    with torch.autocast("cpu", torch.float16):
+        named = loss(*student, *teacher, output_dict=True)
+    torch.testing.assert_close(named, wanted, rtol=1e-2, atol=2e-3)
+    most = torch.finfo(dtype).max
+    for ours, theirs in zip(torch.autograd.grad(sum(named.values()), (*student, *loss.parameters())), expected):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.float(), theirs.clamp(-most, most), rtol=2e-2, atol=4e-3)

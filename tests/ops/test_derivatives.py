@@ -1,37 +1,86 @@
 """Derivatives beyond a backward: refused by name where a kernel has none, right in the reference; vmap and meta tensors."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from calls import MODULES, SMALL, module_call
 from devices import BACKENDS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 import simplclip
+from simplclip import ops
+from simplclip.losses import RowwiseLoss, WIKDLoss
 
-NAMED = {name: name.split()[0] for name in SMALL}
+
+def rowwise(image, text, scale, *_, compile=False):
+    fn = lambda logits, positives: F.cross_entropy(logits, positives, reduction="none")  # noqa: E731
+    return RowwiseLoss(fn, compile=compile)(image, text, scale)
+
+
+CALLS = SMALL | {"RowwiseLoss": (SMALL["feature_loss"][0], rowwise)}
+NAMED = {name: name.split()[0] for name in CALLS}
 HOW = r'expected a first derivative in reverse mode, got {}; run the forward under simplclip.backend\("reference"\)'
 
 
 def tensors_of(name, dtype=torch.float32):
     torch.manual_seed(0)
-    make, function = SMALL[name]
+    make, function = CALLS[name]
     return make(4, dtype), function
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_double_backward_is_refused(name):
-    tensors, function = tensors_of(name)
-    leaves = [t for t in tensors if t.requires_grad]
-    grads = torch.autograd.grad(function(*tensors), leaves, create_graph=True, allow_unused=True)
-    plain = torch.autograd.grad(function(*tensors), leaves, allow_unused=True)
-    for got, expected in zip(grads, plain):
-        assert (got is None) == (expected is None)
-        assert got is None or torch.equal(got, expected)
-    with pytest.raises(RuntimeError, match=f"{NAMED[name]}: {HOW.format('a double backward')}"):
-        sum(g.square().sum() for g in grads if g is not None).backward()
+def of_leaves(tensors, function):
+    """A function of the tensors that require a gradient, and these."""
+
+    def of(*values):
+        values = iter(values)
+        return function(*(next(values) if t.requires_grad else t for t in tensors))
+
+    return of, tuple(t for t in tensors if t.requires_grad)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_derivative_is_refused_whatever_asks_for_it(name):
+    function, leaves = of_leaves(*tensors_of(name))
+    twice = f"{NAMED[name]}: {HOW.format('a double backward')}"
+
+    def gradients(*points, create_graph=True):
+        found = torch.autograd.grad(function(*points), points, create_graph=create_graph, allow_unused=True)
+        return {i: g for i, g in enumerate(found) if g is not None}
+
+    first, plain = gradients(*leaves), gradients(*leaves, create_graph=False)
+    assert first.keys() == plain.keys()
+    assert all(torch.equal(first[i], plain[i]) for i in first)
+    penalty = {i: g.square().sum() for i, g in first.items()}
+    for i in first:
+        for j in first:
+            with pytest.raises(RuntimeError, match=twice):
+                torch.autograd.grad(penalty[i], leaves[j], retain_graph=True)
+        with pytest.raises(RuntimeError, match=twice):
+            sum(penalty.values()).backward(inputs=[leaves[i]], retain_graph=True)
+    with pytest.raises(RuntimeError, match=twice):
+        sum(penalty.values()).backward()
+
+    # Through what comes before the op.
+    points = [F.normalize(t, dim=-1) if t.dim() else 1 * t for t in leaves]
+    penalty = sum(g.square().sum() for g in gradients(*points).values())
+    for i in first:
+        with pytest.raises(RuntimeError, match=twice):
+            torch.autograd.grad(penalty, leaves[i], retain_graph=True)
+
+    used, values = [leaves[i] for i in first], tuple(leaves[i].detach() for i in first)
+    of_used, _ = of_leaves([t.detach().requires_grad_(any(t is u for u in used)) for t in leaves], function)
+    for ask in (torch.autograd.functional.hvp, torch.autograd.functional.vhp, torch.autograd.functional.jvp):
+        with pytest.raises(RuntimeError, match=twice):
+            ask(of_used, values, values)
+    for vectorize in (False, True):
+        with pytest.raises(RuntimeError, match=twice):
+            torch.autograd.functional.hessian(of_used, values, vectorize=vectorize)
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_forward_mode_is_refused(name):
     tensors, function = tensors_of(name)
     tensors = [t.detach() for t in tensors]
@@ -47,25 +96,39 @@ def test_forward_mode_is_refused(name):
         torch.func.grad(function)(*tensors)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", CALLS)
 def test_the_reference_has_all_derivatives(name):
-    tensors, function = tensors_of(name, torch.float64)
-    leaves = [t for t in tensors if t.requires_grad]
-
-    def of_leaves(*values):
-        values = iter(values)
-        return function(*(next(values) if t.requires_grad else t for t in tensors))
-
-    unforced = torch.autograd.grad(of_leaves(*leaves), leaves, allow_unused=True)
+    function, leaves = of_leaves(*tensors_of(name, torch.float64))
+    unforced = torch.autograd.grad(function(*leaves), leaves, allow_unused=True)
     with simplclip.backend("reference"):
-        forced = torch.autograd.grad(of_leaves(*leaves), leaves, allow_unused=True)
-        assert torch.autograd.gradcheck(of_leaves, leaves, check_forward_ad=True, fast_mode=True)
-        assert torch.autograd.gradgradcheck(of_leaves, leaves, atol=1e-4, fast_mode=True)
+        forced = torch.autograd.grad(function(*leaves), leaves, allow_unused=True)
+        assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, leaves, atol=1e-4, fast_mode=True)
     for a, b in zip(unforced, forced):
         if a is None or b is None:
             assert (a if b is None else b) is None or not (a if b is None else b).any()
         else:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("term", ["contrastive", "relational", "interactive infonce", "interactive kl", "pair_matching"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_without_negatives_have_finite_derivatives_of_any_kind(n, term):
+    term, *variant = term.split()
+    options = {"interactive": variant[0]} if variant else {}
+    tensors = SMALL["similarity_loss"][0](n, torch.float64)
+    points, teacher = tuple(t.detach() for t in tensors[:3]), tensors[3:]
+    given = dict(zip(("teacher_image", "teacher_text", "teacher_scale"), teacher))
+
+    def function(image, text, scale):
+        ids = torch.zeros(n, dtype=torch.int64)
+        return ops.similarity_loss(image, text, scale, terms=(term,), plane=(scale, -2.0), ids=ids, **options, **given)[term]
+
+    with simplclip.backend("reference"):
+        value, tangent = torch.func.jvp(function, points, tuple(map(torch.ones_like, points)))
+        found = [value, tangent, *itertools.chain(*torch.autograd.functional.hessian(function, points))]
+        found += itertools.chain(*torch.func.hessian(function, (0, 1, 2))(*points))
+    assert all(t.isfinite().all() for t in found)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -86,6 +149,18 @@ def test_vmap_over_leaves_has_the_gradients_of_a_loop(name, backend):
             for t, leaf in zip(stacked, tensors):
                 if leaf.grad is not None:
                     torch.testing.assert_close(t.grad[i], leaf.grad)
+
+
+def test_rowwise_loss_under_vmap_is_refused_except_of_the_definition():
+    make, _ = CALLS["RowwiseLoss"]
+    both = [make(4, torch.float32)[:3] for _ in range(2)]
+    stacked = [torch.stack(pair) for pair in zip(*both)]
+    with pytest.raises(
+        NotImplementedError, match="RowwiseLoss: expected the features of one batch, got a call under torch.vmap"
+    ):
+        torch.vmap(rowwise)(*stacked)
+    with simplclip.backend("reference"):
+        torch.testing.assert_close(torch.vmap(rowwise)(*stacked), torch.stack([rowwise(*each) for each in both]))
 
 
 @pytest.mark.parametrize("backend", ["", "reference"])
@@ -113,3 +188,19 @@ def test_modules_on_meta(name):
     out.backward()
     assert args[0].grad.shape == args[0].shape
     assert all(p.grad.device.type == "meta" for p in module.parameters())
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+@pytest.mark.parametrize("backend", ["", "reference"])
+def test_losses_of_tensors_without_data(mode, backend, monkeypatch):
+    monkeypatch.setattr(simplclip.ops.backends, "_forced", backend)
+    with mode():
+        image, text = (torch.randn(4, 8).requires_grad_() for _ in range(2))
+        teacher = torch.randn(4, 6), torch.randn(4, 6), torch.tensor(9.0)
+        distilled = WIKDLoss(interactive_weight=1, feature_weight=1, embed_dim=8, teacher_dim=6)
+        value = rowwise(image, text, torch.tensor(9.0), compile=True) + sum(
+            distilled(image, text, torch.tensor(9.0), *teacher)
+        )
+        value.backward()
+    for t in (value, image.grad, text.grad, *(p.grad for p in distilled.parameters())):
+        assert isinstance(t, FakeTensor) or t.is_meta

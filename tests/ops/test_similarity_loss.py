@@ -153,3 +153,13 @@ def test_sigmoid_of_negatives_far_below_zero(backend, dtype):
         found[terms] = losses["sigmoid"], *torch.autograd.grad(losses["sigmoid"], image)
     assert all(t.isfinite().all() for results in found.values() for t in results)
     torch.testing.assert_close(*found.values(), rtol=1e-2, atol=1e-6)
+
+
+def test_pair_matching_in_float64_is_exact_above_the_threshold_of_softplus():
+    """All similarities are equal, and so are all logits, 21: F.softplus(21) is 21."""
+    image, text = torch.ones(2, 1, dtype=torch.float64), torch.full((2, 1), 0.5, dtype=torch.float64)
+    q = torch.tensor(20.5, dtype=torch.float64, requires_grad=True)
+    out = similarity_loss(image, text, 1.0, terms=("pair_matching",), plane=(1.0, q))
+    (slope,) = torch.autograd.grad(out["pair_matching"], q)
+    assert out["pair_matching"].item() == pytest.approx(10.5 + math.log1p(math.exp(-21)), rel=1e-15, abs=0)
+    assert slope.item() == pytest.approx(math.tanh(21 / 2) / 2, rel=1e-15, abs=0)

@@ -145,6 +145,12 @@ def collectives(rank):
             halves = [(other + 1) * weight.view(2, 2, 6)[rank, :, :3] for other in range(WORLD)]
             torch.testing.assert_close(exchanged[1], torch.cat(halves, 1), rtol=0, atol=0)
 
+    for function, rows, times in ((distributed.gather, everyones[rank], WORLD), (distributed.exchange, columns[rank], 1)):
+        rows = rows.double().requires_grad_()
+        (first,) = torch.autograd.grad(function(rows, group).pow(3).sum(), rows, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), rows)
+        torch.testing.assert_close(second, 6 * times * rows.detach())
+
 
 def unequal(rank):
     """One error on both ranks, at the first call and later, and equal shapes are served again."""

@@ -13,7 +13,7 @@ from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.feature import reference
 from simplclip.ops.feature.call import FeatureCall, FeatureGradient
-from simplclip.ops.registry import autocast, call, define, register_gradient
+from simplclip.ops.registry import autocast, autocasts, call, define, register_gradient
 
 DISTANCES = ("mse", "smooth_l1")
 
@@ -122,7 +122,7 @@ def _project(student, projection, width):
         raise ValueError(f"projection: expected shape [D, D_student] = {shape}, got {checks.shape_of(projection)}")
     checks.on("projection", projection, "student", student.device)
     # Autocast casts both, unless one is float64.
-    cast = torch.is_autocast_enabled(student.device.type) and torch.float64 not in (student.dtype, projection.dtype)
+    cast = autocasts(student.device) and torch.float64 not in (student.dtype, projection.dtype)
     if projection.dtype != student.dtype and not (cast and projection.is_floating_point()):
         raise TypeError(f"projection: expected the dtype of student, {student.dtype}, got {projection.dtype}")
     return F.linear(student, projection)

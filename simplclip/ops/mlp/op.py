@@ -103,7 +103,7 @@ def _gradient(call, results, grad, need, backend):
     return {name: d for name, d in zip(names, grads) if need[name]}
 
 
-register_gradient("parallel_mlp_fwd", MlpCall, _gradient, forget=("fc1_bias", "fc2_bias"))
+register_gradient("parallel_mlp_fwd", MlpCall, _gradient)
 
 
 def parallel_mlp(

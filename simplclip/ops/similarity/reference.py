@@ -63,7 +63,8 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         return matrix
 
     def lse(logits, dim):
-        return here.masked(logits).logsumexp(dim)
+        empty = ~here.negative.any(dim, keepdim=True)  # its logarithm of 0 has no second derivatives
+        return here.masked(logits).masked_fill(empty, 0).logsumexp(dim).masked_fill(empty.squeeze(dim), -torch.inf)
 
     def mean(student, dim, lse):
         return (here.softmax(teacher, lse) * (call.entropy * teacher - student)).sum(dim)

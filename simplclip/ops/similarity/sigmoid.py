@@ -57,7 +57,7 @@ define(
     native=(SigmoidCall, _RESULTS),
     native_fake=_results,
 )
-register_gradient("similarity_sigmoid", SigmoidCall, _backward, forget=_TENSORS)
+register_gradient("similarity_sigmoid", SigmoidCall, _backward, forget=_TENSORS, keep_result=True)
 
 
 def numbers_of(
