@@ -219,12 +219,7 @@ def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[di
         finished: dict[str, Any] = {}
         if "meta.json" in names:
             former = _read_json(out / "meta.json")
-            if (kind := former.get("format")) != meta["format"]:
-                if kind == FORMAT:
-                    raise FileExistsError(
-                        f"out: expected a new folder or one of sidecars, got {out} with copies of the shards, which an "
-                        "earlier version of this command wrote; remove it or choose another folder. Training still reads it"
-                    )
+            if former.get("format") != meta["format"]:
                 raise FileExistsError(f"out: expected a new folder or an earlier run's, got {out} with another meta.json")
             for split in former.pop("splits", {}).values():
                 finished |= split["shards"]
