@@ -17,12 +17,12 @@ _FUNCTIONS = {
     "fold": ("simplclip.models.fold", "fold"),
     "inherit": ("simplclip.models.inherit", "inherit"),
     "load": ("simplclip.encoder", "load"),
-    "report": ("simplclip.doctor", "report"),
+    "report": ("simplclip.commands.doctor", "report"),
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (
     *("data", "embedding", "encoder", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
-    *("ablate", "caption", "evaluate", "export", "memory", "teacher"),  # commands
+    *("evaluate", "export", "memory", "teacher"),  # commands
 )
 
 

@@ -223,10 +223,10 @@ _Loader.add_implicit_resolver(
 )
 
 
-def builtin(kind: str = "configs") -> dict[str, Any]:
-    """The built-in YAML files by name, in the folders `kind` of this package and of those registered as simplclip.configs."""
+def builtin() -> dict[str, Any]:
+    """The built-in configs by name, from configs/ of this package and of those that are registered as simplclip.configs."""
     packages = ["simplclip.train", *(entry.value for entry in plugins.entries("configs").values())]
-    folders = [resources.files(package) / kind for package in packages]
+    folders = [resources.files(package) / "configs" for package in packages]
     files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 

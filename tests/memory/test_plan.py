@@ -8,7 +8,7 @@ import torch
 from open_clip import create_model
 from typer.testing import CliRunner
 
-from simplclip import cli
+from simplclip.commands.main import app
 from simplclip.memory import pretend
 from simplclip.memory.count import UncountedOp
 from simplclip.memory.measure import measure, predict
@@ -210,7 +210,7 @@ def test_memory_of_cards():
 
 
 def call(*arguments):
-    return CliRunner().invoke(cli.app, ["plan", *map(str, arguments)])
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 from simplclip import models
-from simplclip.cli import app
+from simplclip.commands.main import app
 from simplclip.models.inherit import inherit
 from simplclip.models.simplify import MapBlock
 from simplclip.nn import SimplifiedBlock
