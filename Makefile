@@ -77,7 +77,7 @@ data/emoji-noisy: data/emoji-teacher
 	$(BIN)/simplclip teacher 'data/emoji-swap30/train-*.tar' --out data/emoji-swap30-teacher --heads data/emoji-teacher.heads.safetensors
 
 ablation: data/emoji-noisy  ## what each part of the system adds: hours of training; resumes
-	$(BIN)/simplclip ablate siclip-lite0-emoji --effects emoji --out runs/ablation --seeds 3 --jobs $(CORES)
+	$(BIN)/python -m benchmarks.ablation siclip-lite0-emoji --effects emoji --out runs/ablation --seeds 3 --jobs $(CORES)
 
 # A worker for each core, with one thread. The tests of a file stay together as long as there is other work (its fixtures).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(CORES) --dist worksteal

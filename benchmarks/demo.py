@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from benchmarks import hardware
+from benchmarks.ablation.tables import draw
 from benchmarks.results_file import RESULTS, write_csv
-from simplclip.ablate.tables import draw
 from simplclip.common.files import write_atomically
 
 

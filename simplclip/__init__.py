@@ -6,7 +6,6 @@ plain torch. Submodules are imported on first use, so that the command line can 
 
 import importlib
 
-from simplclip import deprecated
 from simplclip.version import __version__
 
 __all__ = ["__version__", "backend", "create_model", "fold", "inherit", "load", "report", "simplify"]
@@ -18,21 +17,20 @@ _FUNCTIONS = {
     "fold": ("simplclip.models.fold", "fold"),
     "inherit": ("simplclip.models.inherit", "inherit"),
     "load": ("simplclip.encoder", "load"),
-    "report": ("simplclip.doctor", "report"),
+    "report": ("simplclip.commands.doctor", "report"),
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (
     *("data", "embedding", "encoder", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
-    *("ablate", "caption", "evaluate", "export", "memory", "teacher"),  # commands
+    *("evaluate", "export", "memory", "teacher"),  # commands
 )
-deprecated.install()
 
 
 def __getattr__(name: str):
     if name in _FUNCTIONS:
         module, attribute = _FUNCTIONS[name]
         return getattr(importlib.import_module(module), attribute)
-    if name in _MODULES or f"simplclip.{name}" in deprecated.MOVED:
+    if name in _MODULES:
         return importlib.import_module(f"simplclip.{name}")
     raise AttributeError(f"module 'simplclip' has no attribute {name!r}")
 

@@ -1,6 +1,6 @@
 """`python -m simplclip` is the command `simplclip`; torchrun needs a module."""
 
-from simplclip.cli import main
+from simplclip.commands.main import main
 
 if __name__ == "__main__":
     main()

@@ -228,7 +228,6 @@ def _exported(folder: Path) -> dict[str, Any]:
             f"{folder}: expected an export with weights for torch (--format safetensors), got {', '.join(about['files'])}"
         )
     model = models.create(name, checkpoint=folder / weights[0], **options)
-    name = models.renamed(name, model.state_dict())
     return _parts(name, model, size if isinstance(size, int) else tuple(size)) | {"step": step}
 
 

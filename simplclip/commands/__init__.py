@@ -1,1 +1,1 @@
-"""Commands of `simplclip.cli` with many options, and options that several commands share."""
+"""The command `simplclip`: main.py puts it together of its commands, a file each; options.py is what they share."""

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""What several commands share: options, and how a command ends with an error."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the config, e.g. optim.lr=1e-3. May be repeated."),
+]
+Sidecars = Annotated[
+    list[str] | None,
+    typer.Option(help="Folder of sidecars to join to the shards first, e.g. with captions. May be repeated."),
+]
+
+
+def fail(message: str, code: int) -> None:
+    typer.echo(f"simplclip: {message}", err=True)
+    raise typer.Exit(code)
 
 
 def named_splits(items: list[str], option: str = "--data") -> dict[str, str]:

@@ -4,7 +4,7 @@ group                   an entry is                                             
 simplclip.models        a `simplclip.models.registry.Spec`                      siclip-tiny, siclip-lite0
 simplclip.weights       a function that returns a state dict                    efficientnet-lite0, minilm
 simplclip.teachers      a module with `load` and `prepare`                      builtin
-simplclip.configs       a package with folders configs/ and effects/ of YAML    demo
+simplclip.configs       a package with a folder configs/ of YAML files          demo
 """
 
 from __future__ import annotations

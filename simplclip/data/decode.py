@@ -1,4 +1,4 @@
-"""Image files (JPEG, PNG, WebP) to pixels: `decode` to a uint8 tensor, `decode_pil` to a PIL image, `decode_gpu` on a GPU.
+"""Image files (JPEG, PNG, WebP) to pixels: `decode` to a uint8 tensor, `decode_pil` to a PIL image.
 
 Pillow decodes whatever simplejpeg, which is faster, does not take: other formats, CMYK, damaged files. The pixels are equal.
 An animation's first frame is used, and EXIF's orientation is ignored, as in open_clip.
@@ -7,15 +7,12 @@ An animation's first frame is used, and EXIF's orientation is ignored, as in ope
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from torch import Tensor
 
-from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 
 try:
@@ -127,61 +124,3 @@ def _open(encoded: bytes, max_pixels: int | None) -> Image.Image:
         raise BrokenSample("not an image", error) from None
     check_pixels(image.height, image.width, max_pixels)
     return image
-
-
-def check_gpu(device: torch.device | str) -> None:
-    """Raises InputError unless `decode_gpu` works on this machine."""
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        have = f"the device {device}" if torch.cuda.is_available() else "a machine without a GPU that torch can use"
-        raise InputError(f"data.decode: expected a CUDA device for gpu, got {have}; data.decode=cpu works anywhere")
-    file = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(file, "JPEG")
-    try:
-        _nvjpeg([file.getvalue()], device)
-    except Exception as error:  # the type depends on what is missing
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"data.decode: expected a torchvision that decodes by nvJPEG for gpu, got {torchvision.__version__}: {reason}"
-        ) from None
-
-
-def decode_gpu(
-    files: Sequence[bytes], device: torch.device | str, *, max_pixels: int | None = None
-) -> list[Tensor | BrokenSample]:
-    """Each file as `decode` returns it, but on a CUDA device; for a broken file what `decode` raises.
-
-    nvJPEG decodes the JPEGs, together; its pixels may differ from libjpeg's by a few levels. The CPU decodes the other files.
-    """
-    found: list[Tensor | BrokenSample | None] = [None] * len(files)
-    jpegs = []
-    for i, file in enumerate(files):
-        try:
-            size_of(file, max_pixels)
-        except BrokenSample as broken:
-            found[i] = broken
-        else:
-            # nvJPEG may take half an image for a whole one.
-            whole = file[-2:] == b"\xff\xd9"
-            if whole and (_jpeg_size(file, max_pixels) is not None if simplejpeg is not None else _is_jpeg(file)):
-                jpegs.append(i)
-    if jpegs:
-        try:
-            for i, image in zip(jpegs, _nvjpeg([files[i] for i in jpegs], device)):
-                found[i] = image
-        except RuntimeError:
-            pass  # one that it does not take spoils them all: the CPU knows which
-    for i, file in enumerate(files):
-        if found[i] is None:
-            try:
-                found[i] = decode(file, max_pixels=max_pixels).to(device)
-            except BrokenSample as broken:
-                found[i] = broken
-    return found
-
-
-def _nvjpeg(files: Sequence[bytes], device: torch.device | str) -> list[Tensor]:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    buffers = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
-    return decode_jpeg(buffers, mode=ImageReadMode.RGB, device=device)

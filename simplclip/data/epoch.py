@@ -72,20 +72,17 @@ def pixels_of(
     transform: ImageTransform | Callable,
     sample: Opened,
     view: View | None = None,
-    *,
-    encoded: bool = False,
     max_pixels: int | None = None,
-) -> tuple[torch.Tensor | tuple[bytes, View], list[float] | None]:
+) -> tuple[torch.Tensor, list[float] | None]:
     """The transformed image of a sample, and the change of colour that is left to `ImageTransform.finish`.
 
-    view: which one, instead of one that is drawn. encoded: the image file and the view instead of the pixels. max_pixels: as
-    for `decode`, of images for a caller's transform.
+    view: which one, instead of one that is drawn. max_pixels: as for `decode`, of images for a caller's transform.
     Raises BrokenSample, ShardError for a caller's transform if there is a view, and RuntimeError for its errors.
     """
     if isinstance(transform, ImageTransform):
-        size = size_of(sample.encoded, transform.max_pixels) if view is None or encoded else ()
-        view = transform.draw(*size) if view is None else view
-        return (sample.encoded, view) if encoded else transform.apply(sample.encoded, view), view.get("colour")
+        if view is None:
+            view = transform.draw(*size_of(sample.encoded, transform.max_pixels))
+        return transform.apply(sample.encoded, view), view.get("colour")
     if view is not None:
         raise ShardError(
             f"sample {sample.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "
@@ -118,7 +115,6 @@ class Epoch(IterableDataset):
     teacher: bool
     on_error: str
     sidecars: Folders = ()
-    encoded: bool = False  # images are decoded by the main process
     max_pixels: int | None = None
     prefix: tuple[int, ...] | None = None  # the shape of stored outputs, which are read in place of images
     epoch: int = 0
@@ -183,7 +179,7 @@ class Epoch(IterableDataset):
                 output = prefix_output(sample, self.prefix, number, len(opened.views or [None]))
                 pixels, colour = torch.from_numpy(output.copy()), None
             else:
-                pixels, colour = pixels_of(self.transform, opened, view, encoded=self.encoded, max_pixels=self.max_pixels)
+                pixels, colour = pixels_of(self.transform, opened, view, self.max_pixels)
         texts = [opened.captions[i] for i in drawn]
         features = None
         if self.teacher:
@@ -199,8 +195,6 @@ class Epoch(IterableDataset):
         batch: Batch
         if self.prefix is not None:
             batch = {"prefix": torch.stack(images)}
-        elif self.encoded:
-            batch = dict(zip(("encoded", "view"), map(list, zip(*images))))
         else:
             batch = {"image": stack(images) if images[0].dtype == torch.uint8 else torch.stack(images)}
         batch |= {

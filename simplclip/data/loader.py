@@ -17,9 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from simplclip.common.errors import InputError, UserError
-from simplclip.data import gpu
 from simplclip.data.broken import Skipped
-from simplclip.data.decode import check_gpu
 from simplclip.data.epoch import Batch, Epoch, Item, Progress
 from simplclip.data.shards import ShardError, check_count
 from simplclip.data.sidecars import Folders
@@ -44,8 +42,8 @@ class Loader:
     restarts: why loader processes were started again, one line for each time.
     """
 
-    def __init__(self, dataset: Epoch, drop_last: bool, device: torch.device, **options: Any) -> None:
-        self._dataset, self._drop_last, self._device, self._options = dataset, drop_last, device, options
+    def __init__(self, dataset: Epoch, drop_last: bool, **options: Any) -> None:
+        self._dataset, self._drop_last, self._options = dataset, drop_last, options
         self._workers = max(1, options["num_workers"])
         self.restarts: list[str] = []
         self._start(0)
@@ -133,12 +131,7 @@ class Loader:
         for batch, size in self._whole_batches(dataset):
             self._batches_done += 1
             self._used += size
-            if self._batches_done <= skip_batches:
-                continue
-            if dataset.encoded:
-                batch = gpu.decoded(batch, dataset.transform, self._device, self._skipped)
-                self._used -= size - (len(batch["key"]) if batch else 0)
-            if batch:
+            if self._batches_done > skip_batches:
                 yield batch
         number = self._batches_done
         if number == 0:
@@ -231,7 +224,6 @@ def make_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
     on_error: str = "skip",
-    decode: str | torch.device = "cpu",
     max_pixels: int | None = None,
     prefix: tuple[int, ...] | None = None,
 ) -> Loader:
@@ -275,8 +267,6 @@ def make_loader(
         pin_memory: copy batches to page-locked memory, for a GPU.
         on_error: "skip" counts a shard that cannot be read after several tries, and samples that cannot be read any more;
             "stop" raises ShardError for it.
-        decode: where JPEGs are decoded: cpu, by the loader processes; or a CUDA device, by nvJPEG, in the process that takes
-            the batches, which have "image" on that device; a sample that turns out to be broken makes its batch smaller.
         prefix: the shape of an output of an image tower's frozen prefix, which `data.cache_prefix` of the trainer stores as
             prefix.npy in a sidecar, for each of the teacher's views of the image. The batches have "prefix" float16
             [N, *prefix], that of the view which is drawn, in place of "image", and no image is read.
@@ -297,20 +287,14 @@ def make_loader(
     check_count("prefetch", prefetch, 1)
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
-    device = torch.device(decode)
-    if device.type != "cpu":
-        if not isinstance(transform, ImageTransform):
-            raise InputError(f"data.decode: expected cpu with a transform of PIL images, got {decode} with {transform!r}")
-        check_gpu(device)
     if max_pixels is not None and isinstance(transform, ImageTransform):
         transform = copy.copy(transform)
         transform.max_pixels = max_pixels
     rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
     parts = parts_of(shards)
     check_sidecars(parts, sidecars)
-    rules |= {"sidecars": sidecars, "encoded": device.type != "cpu" and prefix is None}
-    rules |= {"max_pixels": max_pixels, "prefix": prefix}
+    rules |= {"sidecars": sidecars, "max_pixels": max_pixels, "prefix": prefix}
     dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, **rules)
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}
-    return Loader(dataset, drop_last, device, num_workers=workers, pin_memory=pin_memory, **options)
+    return Loader(dataset, drop_last, num_workers=workers, pin_memory=pin_memory, **options)

@@ -17,10 +17,9 @@ import os
 import re
 import shutil
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -109,7 +108,7 @@ def rewrite(
         progress: show the progress and print the notes.
         title: title of the progress.
         workers: more than 0 if `process` only submits its work to an executor with so many workers and returns the Future.
-            Its samples' images are not decoded then, and it is called by several threads, for several shards at a time.
+            Its samples' images are not decoded then, and twice as many batches of a shard are on their way at a time.
         keep_features: keep a teacher's features, which still fit.
         sidecar: write sidecars, not copies.
         sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions; needs `sidecar`.
@@ -141,8 +140,8 @@ def rewrite(
         total = None if left is None else kept + sum(left)
         with Progress(title, total, kept, shown=progress) as bar:
             making = Making(process, batch_size, workers, keep_features, bar.update, sidecar, sidecars)
-            for name, (entry, count) in _rewritten(todo, out, making):
-                finished[name] = entry
+            for name, source in todo.items():
+                finished[name], count = _rewrite_shard(source, out / name, making)
                 dropped += count
                 _write_meta(out, meta, finished)
     skipped = Skipped()
@@ -219,12 +218,7 @@ def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[di
         finished: dict[str, Any] = {}
         if "meta.json" in names:
             former = _read_json(out / "meta.json")
-            if (kind := former.get("format")) != meta["format"]:
-                if kind == FORMAT:
-                    raise FileExistsError(
-                        f"out: expected a new folder or one of sidecars, got {out} with copies of the shards, which an "
-                        "earlier version of this command wrote; remove it or choose another folder. Training still reads it"
-                    )
+            if former.get("format") != meta["format"]:
                 raise FileExistsError(f"out: expected a new folder or an earlier run's, got {out} with another meta.json")
             for split in former.pop("splits", {}).values():
                 finished |= split["shards"]
@@ -262,33 +256,7 @@ def _origin(source: str, sidecars: Folders) -> dict[str, Any]:
     return {"source": identity(source), **joined}
 
 
-def _rewritten(todo: dict[str, str], out: Path, making: Making) -> Iterator[tuple[str, tuple[dict[str, Any], int]]]:
-    """Writes shards; yields the name and the result of `_rewrite_shard` of each as soon as it is finished."""
-    at_once = min(making.workers, len(todo), 8)
-    if at_once <= 1:
-        yield from ((name, _rewrite_shard(source, out / name, making, 2 * making.workers)) for name, source in todo.items())
-        return
-    stopped, advance = threading.Event(), making.advance
-
-    def advance_unless_stopped(count: int) -> None:
-        if stopped.is_set():
-            raise InterruptedError
-        advance(count)
-
-    making.advance = advance_unless_stopped
-    ahead = max(2, 2 * making.workers // at_once)
-    with ThreadPoolExecutor(at_once) as threads:
-        futures = {threads.submit(_rewrite_shard, source, out / name, making, ahead): name for name, source in todo.items()}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            stopped.set()
-            threads.shutdown(cancel_futures=True)
-            raise
-
-
-def _rewrite_shard(source: str, target: Path, making: Making, ahead: int) -> tuple[dict[str, Any], int]:
+def _rewrite_shard(source: str, target: Path, making: Making) -> tuple[dict[str, Any], int]:
     """Write one shard; return its entry of meta.json, and how many samples had a teacher's features."""
     need = 0 if making.sidecar else os.path.getsize(source)
     free = shutil.disk_usage(target.parent).free
@@ -296,14 +264,14 @@ def _rewrite_shard(source: str, target: Path, making: Making, ahead: int) -> tup
     if free < need:
         raise InputError(f"out: expected {need:,} free bytes in {target.parent} for {target.name}, got {free:,}; {again}")
     try:
-        return _write_shard(source, target, making, ahead)
+        return _write_shard(source, target, making)
     except OSError as error:
         if error.errno not in _FULL:
             raise
         raise InputError(f"out: {target} could not be written: {error.strerror}; {again}") from None
 
 
-def _write_shard(source: str, target: Path, making: Making, ahead: int) -> tuple[dict[str, Any], int]:
+def _write_shard(source: str, target: Path, making: Making) -> tuple[dict[str, Any], int]:
     skipped, count, dropped = Skipped(), 0, 0
 
     def batches() -> Iterator[tuple[list[Sample], list[Opened]]]:
@@ -324,7 +292,7 @@ def _write_shard(source: str, target: Path, making: Making, ahead: int) -> tuple
         return done
 
     with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for (batch, opened), made in ordered(submit, batches(), ahead):
+        for (batch, opened), made in ordered(submit, batches(), 2 * making.workers):
             if len(made) != len(opened):
                 raise InputError(f"process: expected the files of {len(opened)} samples, got {len(made)}")
             for sample, files in zip(opened, made):

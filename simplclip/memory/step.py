@@ -47,8 +47,7 @@ class TrainerStep(Training):
     @property
     def modules(self) -> list[nn.Module]:
         """All that has weights."""
-        originals = [self.distillation.originals] if self.distillation else []
-        return [self.model, self.loss, *self.folded.copies, *originals]
+        return [self.model, self.loss, *self.folded.copies]
 
     def materialize(self, device: torch.device) -> None:
         """Gives the modules real weights on `device`."""

@@ -8,7 +8,6 @@ from simplclip.models.registry import (
     create,
     names,
     original,
-    renamed,
     spec_of,
     summary,
     tokenizer,
@@ -16,6 +15,6 @@ from simplclip.models.registry import (
 )
 
 __all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "renamed", "spec_of", "summary",
+    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "spec_of", "summary",
     "tokenizer", "transforms",
 ]  # fmt: skip

@@ -4,7 +4,6 @@ import copy
 import difflib
 import logging
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,17 +112,6 @@ class ShortVocabTokenizer(SimpleTokenizer):
         self.sot_token_id, self.eot_token_id = self.all_special_ids
 
 
-def renamed(name: str, state: Mapping[str, Any]) -> str:
-    """The present name of the model whose weights `state` holds under an old name, with a warning; else `name`.
-
-    Until version 0.2 the SiCLIP of MobileCLIP2-S0, whose text tower is open_clip's, was called siclip-s0.
-    """
-    if name != "siclip-s0" or "text.transformer.resblocks.0.fc1.weight" not in state:
-        return name
-    warnings.warn("siclip-s0 of MobileCLIP2-S0 is named siclip2-s0 now: its weights are loaded as siclip2-s0", stacklevel=3)
-    return "siclip2-s0"
-
-
 def names() -> list[str]:
     """MobileCLIP-S0 and the SiCLIPs of this library. `create` also takes ``open_clip:NAME`` for each name of
     ``open_clip.list_models()``."""
@@ -165,10 +153,7 @@ def create(
         ValueError: the name is unknown (the message lists the nearest names), or the file has no weights.
         WeightsError: the checkpoint does not fit.
     """
-    state = None
-    if checkpoint is not None:
-        state = _read_state(checkpoint)
-        name = renamed(name, state)
+    state = None if checkpoint is None else _read_state(checkpoint)
     spec = spec_of(name)
     simplified = simplified and spec.simplify is not None
     if simplify_options and not simplified:
@@ -242,6 +227,12 @@ def transforms(
     if getattr(augment, "use_timm", False) or (isinstance(augment, Mapping) and augment.get("use_timm")):
         return image_transform_v2(cfg, is_train=True, aug_cfg=dict(augment) if isinstance(augment, Mapping) else augment)
     return ImageTransform(cfg, augment)
+
+
+def text_pool(model: nn.Module) -> str | None:
+    """How open_clip's text tower pools its tokens, e.g. "argmax"; None for other towers."""
+    tower: Mapping[str, Any] = vars(getattr(model, "text", None) or model)
+    return tower.get("pool_type", tower.get("text_pool_type"))
 
 
 def summary(model: nn.Module, name: str) -> str:

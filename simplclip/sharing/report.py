@@ -26,7 +26,7 @@ from simplclip.data.pool import cores
 from simplclip.data.stream import Source, Stream
 from simplclip.encoder import Encoder, load
 from simplclip.evaluation import source
-from simplclip.models.layerwise import text_pool
+from simplclip.models.registry import text_pool
 from simplclip.models.simplify import block_sites
 from simplclip.sharing.groups import Proposal, Sizes, parse_budget, propose, sizes
 from simplclip.sharing.likeness import Likeness, measure

@@ -22,7 +22,6 @@ import torch
 
 from simplclip.common.errors import InputError
 from simplclip.common.files import replacing
-from simplclip.models import renamed
 
 FORMAT, VERSION = "simplclip", 1
 _NUMBERED = re.compile(r"step-(\d+)\.pt")
@@ -76,9 +75,6 @@ def load(path: str | Path) -> dict[str, Any]:
     if state["version"] > VERSION:
         version = f"{state['version']}, written by a newer simplclip"
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {version}")
-    if "config" in state:
-        model = state["config"]["model"]
-        model["name"] = renamed(model["name"], state["model"])
     return state
 
 

@@ -25,6 +25,14 @@ class ConfigError(InputError):
     """A configuration is not valid; the message names the key."""
 
 
+# Keys that earlier versions had, with their defaults. A stored config names every key: one with these values means today what
+# it meant then, and loads.
+GONE: dict[str, Any] = {
+    "data.decode": "cpu",
+    "loss.block_weight": 0.0,
+}
+
+
 class ModelConfig(Section):
     name: str = Field("siclip-tiny", description="name of the model, see `simplclip.models.create`")
     options: dict[str, Any] = Field({}, description="keyword arguments for `simplclip.models.create`")
@@ -88,10 +96,6 @@ class Schedule(Section):
         done = min(1.0, (step - self.start) / max(1, end - self.start))
         return self.value + (self.to - self.value) * done
 
-    def last(self, steps: int) -> int:
-        """The last step of a run of `steps` steps whose weight is above 0; -1 if there is none."""
-        return next((step for step in reversed(range(steps)) if self.at(step, steps)), -1)
-
 
 Weight = Annotated[
     Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
@@ -105,7 +109,6 @@ TERMS = {
     "feature_loss": "feature_weight",
     "pair_matching_loss": "pm_weight",
 }
-BLOCK_LOSS = "block_loss"  # the term that needs the original's blocks instead of features
 _SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
 
 
@@ -126,11 +129,6 @@ class LossConfig(Section):
     )
     interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
     learn_interactive_scale: bool = Field(False, description="give interactive distillation its own learned temperature")
-    block_weight: Weight = Field(
-        0.0,
-        description="weight of layer-wise distillation: outputs of simplified blocks against those of the blocks that they "
-        "replaced, from inherit.source; {value: 30, until: 500} makes it a first stage, which then frees those blocks",
-    )
     projection: bool = Field(False, description="learn projections to the teacher's width if it differs")
     scratch_mib: int = Field(64, ge=1, description="MiB for the chunks of the similarity matrices, never stored whole")
 
@@ -138,7 +136,6 @@ class LossConfig(Section):
     def weights(self) -> dict[str, Schedule]:
         """The schedules by the loss's names of its terms, without those that are always 0."""
         fields = {f"{self.base}_loss" if t == "contrastive_loss" else t: getattr(self, f) for t, f in TERMS.items()}
-        fields[BLOCK_LOSS] = self.block_weight
         schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
         return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
 
@@ -201,8 +198,6 @@ class Config(Section):
         if micro != "auto" and size % self.data.images_at_a_time:
             key = "data.micro_batch.image" if isinstance(micro, MicroBatch) else "data.micro_batch"
             raise ValueError(f"{key}: expected a divisor of data.batch_size = {size}, got {self.data.images_at_a_time}")
-        if BLOCK_LOSS in self.loss.weights and self.inherit.source is None:
-            raise ValueError("loss.block_weight: expected inherit.source, which has the blocks to learn from, got null")
         schedules = self.loss.weights.values()
         turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
         for step in sorted(step for step in turns if step < self.run.steps):
@@ -227,10 +222,10 @@ _Loader.add_implicit_resolver(
 )
 
 
-def builtin(kind: str = "configs") -> dict[str, Any]:
-    """The built-in YAML files by name, in the folders `kind` of this package and of those registered as simplclip.configs."""
+def builtin() -> dict[str, Any]:
+    """The built-in configs by name, from configs/ of this package and of those that are registered as simplclip.configs."""
     packages = ["simplclip.train", *(entry.value for entry in plugins.entries("configs").values())]
-    folders = [resources.files(package) / kind for package in packages]
+    folders = [resources.files(package) / "configs" for package in packages]
     files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
     return {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
 
@@ -259,9 +254,21 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 def from_dict(values: dict[str, Any]) -> Config:
     """Check plain values, e.g. those of a checkpoint."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_without_gone(values))
     except ValidationError as error:
         raise ConfigError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
+
+
+def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without keys of GONE. Raises ConfigError for one that has another value than its default."""
+    for key, default in GONE.items():
+        section, _, name = key.partition(".")
+        settings = values.get(section)
+        if isinstance(settings, dict) and name in settings:
+            if (value := settings[name]) != default:
+                raise ConfigError(f"{key}: this setting is gone: expected none, or its default {default!r}, got {value!r}")
+            values = values | {section: {k: v for k, v in settings.items() if k != name}}
+    return values
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

@@ -72,7 +72,6 @@ class DataConfig(Section):
         description="folder for the outputs of the image tower's frozen prefix, one for each view that a teacher saw (or for "
         "each image, with augment none): made once, then read in place of the images; null: computed in each step",
     )
-    decode: Literal["cpu", "gpu"] = Field("cpu", description="where JPEGs are decoded; gpu: by nvJPEG")
     max_pixels: int | None = Field(
         None, ge=1, description="images of more pixels are skipped and counted before they are decoded; null: Pillow's limit"
     )

@@ -12,7 +12,6 @@ from typing import Any
 
 from simplclip.common.files import differences, fcntl
 from simplclip.data.pool import cores
-from simplclip.models import renamed
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, from_dict
 
@@ -128,8 +127,6 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
         return None, _with(config, workers=cores()) if config.data.workers is None else config
     state = checkpoint.load(last)
     was = from_dict(state["config"])
-    if config.model.name != was.model.name == renamed(config.model.name, state["model"]):
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name": was.model.name})})
     if config.data.micro_batch == "auto":
         config = _with(config, micro_batch=was.data.micro_batch)
     if config.data.workers is None:

@@ -19,7 +19,6 @@ from rich.console import Console
 from simplclip import data, evaluation, models
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
-from simplclip.data.decode import check_gpu
 from simplclip.models.inherit import TRAINS
 from simplclip.ops import backends
 from simplclip.train import checkpoint
@@ -105,8 +104,6 @@ def run(
                 report.print(f"blocks     {_blocks(this)}")
                 for line in this.folded.lines():
                     report.print(f"frozen     {line}")
-                if this.distillation:
-                    report.print(f"originals  {_originals(this)}")
                 report.print(f"precision  {precision} ({why})")
                 report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
                 if note:
@@ -239,11 +236,7 @@ def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, 
 
 def _loader(this: Training, pin_memory: bool) -> data.Loader:
     config, c = this.config, this.config.data
-    decode: torch.device | str = "cpu"
-    if c.decode == "gpu":
-        check_gpu(this.device)
-        decode = this.device
-    fields = {"sidecars": c.sidecars, "decode": decode, "max_pixels": c.max_pixels, "on_error": c.on_error}
+    fields = {"sidecars": c.sidecars, "max_pixels": c.max_pixels, "on_error": c.on_error}
     if this.prefix:
         fields |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": this.prefix.shape}
     return data.make_loader(
@@ -284,13 +277,6 @@ def _logits(this: Training) -> str:
     bias = "no bias" if this.logit_bias is None else f"bias {this.logit_bias.item():.4g}"
     scale = f"scale {this.model.logit_scale.exp().item():.4g}"
     return f"{scale} ({source('logit_scale')}), {bias} ({source('logit_bias')})"
-
-
-def _originals(this: Training) -> str:
-    """The blocks of the original that layer-wise distillation keeps in memory."""
-    blocks = this.distillation.originals
-    size = sum(t.nbytes for t in (*blocks.parameters(), *blocks.buffers())) / 2**20
-    return f"{len(blocks)} blocks to learn from are in memory ({size:.1f} MiB) up to step {this.last_distilled + 1}"
 
 
 def _backend(this: Training, op: str, **call) -> str:

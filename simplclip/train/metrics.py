@@ -126,10 +126,9 @@ def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader([line for line in file if line.endswith("\n")])
     found = list(rows.fieldnames or columns or ())
-    added = {name: "nan" for name in columns or () if name == "data_share" and name not in found}  # not in older runs' files
-    if columns and found != [name for name in columns if name not in added]:
+    if columns and found != columns:
         raise InputError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(found)}")
-    return [row | added for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
+    return [row for row in rows if row["step"].isdigit() and None not in row and None not in row.values()]
 
 
 def curves(run: str | Path) -> Path | None:

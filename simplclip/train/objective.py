@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import losses
-from simplclip.train.config import BLOCK_LOSS, TERMS, ConfigError, LossConfig
+from simplclip.train.config import TERMS, ConfigError, LossConfig
 
 
 class SigmoidLoss(losses.WIKDLoss):
@@ -45,7 +45,7 @@ class SigmoidLoss(losses.WIKDLoss):
 
 
 class Objective:
-    """Computes the weighted terms of a batch at a step of a run by `loss`; all but block_loss, which needs no features.
+    """Computes the weighted terms of a batch at a step of a run by `loss`.
 
     It is ClipPMLoss, with a teacher WIKDLoss, and for the base sigmoid SigmoidLoss.
 
@@ -55,8 +55,7 @@ class Objective:
     """
 
     def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
-        self.schedules = {term: schedule for term, schedule in config.weights.items() if term != BLOCK_LOSS}
-        self.steps, self.teacher = steps, teacher
+        self.schedules, self.steps, self.teacher = config.weights, steps, teacher
         self.sigmoid = config.base == "sigmoid"
         on = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
         on["contrastive_weight"] += self.sigmoid
@@ -99,8 +98,6 @@ class Objective:
         """
         weights = {term: schedule.at(step, self.steps) for term, schedule in self.schedules.items()}
         off = image.new_zeros((), dtype=torch.float32)
-        if not any(weights.values()):  # a stage of layer-wise distillation alone
-            return dict.fromkeys(weights, off)
         captions = len(text) // len(image)
         if captions > 1:
             of_images = (image, group, teacher_image)

@@ -12,14 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
 from simplclip.common import hardware
-from simplclip.common.errors import InputError
 from simplclip.data.views import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
-from simplclip.models.layerwise import BlockDistillation, load_original, text_lengths
 from simplclip.models.prefix import FrozenParts
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.config import BLOCK_LOSS, Config, ConfigError, MicroBatch, from_dict
+from simplclip.train.config import Config, ConfigError, MicroBatch, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
 
@@ -54,7 +52,6 @@ class Training:
                 if (value := config.model.options.get("simplify_options", {}).get(name)) is not None:
                     for block in self.blocks:
                         nn.init.constant_(getattr(block, name), value)
-        self.distillation = self._originals(state["step"] if state else 0)
         if config.model.freeze_norms:
             freeze_norms(self.model)
         if config.model.recompute:
@@ -63,8 +60,6 @@ class Training:
             if not self.blocks:
                 self.model.set_grad_checkpointing()
         self.model.to(device)
-        if self.distillation:
-            self.distillation.originals.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
         self.loss.scratch_bytes = config.loss.scratch_mib << 20
@@ -80,7 +75,7 @@ class Training:
             for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas):
                 group["lr"] = group["initial_lr"] * factor(state["step"])  # run.steps may have changed
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
-            self.data = state.get("data")  # older checkpoints have none
+            self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
@@ -111,29 +106,6 @@ class Training:
         """The source of `inherit`."""
         return self.config.inherit.source
 
-    def _originals(self, step: int) -> BlockDistillation | None:
-        """Layer-wise distillation from the blocks of the original model, if a step from `step` on has it."""
-        schedule, steps = self.config.loss.weights.get(BLOCK_LOSS), self.config.run.steps
-        self.last_distilled = schedule.last(steps) if schedule else -1
-        if self.last_distilled < step:
-            return None
-        name, report = self.config.model.name, getattr(self.model, "simplify_report", None)
-        if report is None:
-            raise ConfigError(f"loss.block_weight: expected 0 for a model without simplified blocks, {name}, got one above 0")
-        options = {key: value for key, value in model_options(self.config).items() if key != "simplify_options"}
-        paths = [block.path for block in report.replaced]
-        try:
-            original = load_original(name, self.sources(), paths, **options)
-        except (InputError, FileNotFoundError) as error:
-            until = f"up to step {self.last_distilled + 1} it needs the blocks of the original model"
-            raise ConfigError(f"loss.block_weight: {until}: inherit.{error}") from error
-        return BlockDistillation(self.model, original, paths, dtype=hardware.DTYPES[self.precision])
-
-    def drop_originals(self) -> None:
-        """Free the original's blocks if no later step needs them."""
-        if self.step > self.last_distilled:
-            self.distillation = None
-
     def progress(self) -> dict[str, Any]:
         """The part of `state` that says where the run is."""
         return {"step": self.step, "epoch": self.epoch, "batch": self.batch, "data": self.data, "rng": checkpoint.rng_state()}
@@ -143,23 +115,8 @@ class Training:
         return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict()}
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What `terms` takes of a tower: its features by its name, and if blocks are distilled at this step, TOWER_blocks:
-        the sum of its blocks' distances for each sample, [N, 1] or [M, 1], which gradient caching concatenates.
-        """
-        encode, lengths = {"image": self.encode_image, "text": self.encode_text}[tower], None
-        if not self.block_weight:
-            return {tower: encode(batch)}
-        if tower == "text" and (lengths := text_lengths(self.model, batch["text"].flatten(0, -2))) is not None:
-            lengths = lengths.to(self.device, non_blocking=True)
-        with self.distillation.watch(lengths) as distances:
-            outputs = {tower: encode(batch)}
-        return outputs | ({f"{tower}_blocks": torch.cat(distances, 1).sum(1, keepdim=True)} if distances else {})
-
-    @property
-    def block_weight(self) -> float:
-        """The weight of layer-wise distillation at this step."""
-        schedule = self.config.loss.weights.get(BLOCK_LOSS)
-        return schedule.at(self.step, self.config.run.steps) if schedule else 0.0
+        """What `terms` takes of a tower: its features by its name."""
+        return {tower: {"image": self.encode_image, "text": self.encode_text}[tower](batch)}
 
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N, D] of the images of a loader's batch, or of the cached outputs of the tower's prefix."""
@@ -193,20 +150,14 @@ class Training:
         texts = torch.cat([batch["text"].flatten(0, -2) for batch in batches])
         return [{"text": part} for part in texts.split(micro.text or len(texts))]
 
-    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor, **distances: Tensor) -> dict[str, Tensor]:
-        """The weighted terms of the loss of `batches` together, from their features and the distances of their blocks."""
+    def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """The weighted terms of the loss of `batches` together, from their features."""
         names = ("group", "teacher_image", "teacher_text") if self.teacher else ("group",)
         rest = [torch.cat([batch[name] for batch in batches]).to(self.device, non_blocking=True) for name in names]
         if self.teacher:
             rest[2] = rest[2].flatten(0, -2)
         with hardware.autocast(self.precision, self.device):
-            terms = self.objective(self.step, image, text, self.model.logit_scale.exp(), self.logit_bias, *rest)
-        if BLOCK_LOSS in self.config.loss.weights:  # the mean over the blocks of both towers
-            value = (
-                sum(distance.mean() for distance in distances.values()) / len(self.distillation.blocks) if distances else 0
-            )
-            terms[BLOCK_LOSS] = self.block_weight * value + image.new_zeros((), dtype=torch.float32)
-        return terms
+            return self.objective(self.step, image, text, self.model.logit_scale.exp(), self.logit_bias, *rest)
 
     @property
     def logit_bias(self) -> Tensor | None:

@@ -55,6 +55,5 @@ def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
     this.step += 1
-    this.drop_originals()
     this.updating = False
     return {"step": this.step, "epoch": this.epoch, **values, "lr": lr}

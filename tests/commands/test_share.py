@@ -16,7 +16,8 @@ from timm.models import fastvit
 from torch import nn
 from typer.testing import CliRunner
 
-from simplclip import cli, models, sharing
+from simplclip import models, sharing
+from simplclip.commands.main import app
 from simplclip.common.errors import InputError
 from simplclip.data.loader import EmptyEpochError
 from simplclip.encoder import Encoder
@@ -283,7 +284,7 @@ def folder(tmp_path_factory):
 
 
 def call(*arguments):
-    return CliRunner().invoke(cli.app, ["share", *map(str, arguments)], env={"COLUMNS": "120"})
+    return CliRunner().invoke(app, ["share", *map(str, arguments)], env={"COLUMNS": "120"})
 
 
 def test_the_command_proposes_identical_blocks_first(folder, tmp_path):

@@ -9,11 +9,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import AugmentationCfg, PreprocessCfg
 from pairs import COUNT, SIZE, augment, keys, loader, npy, png, resize, sample, text_of, tokenizer, write
 from runs import bits
 
 from simplclip import data
 from simplclip.data import sources
+from simplclip.data.transforms import ImageTransform
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -358,3 +360,15 @@ def test_the_stamp_of_a_folder(tmp_path):
     for names in (("c",), ("none",)):
         with pytest.raises(data.ShardError, match=r"no teacher is named in .*meta.json; make them by `simplclip teacher`"):
             data.teacher_stamp(path(*names))
+
+
+AUGMENTED = ImageTransform(PreprocessCfg(size=8), AugmentationCfg())
+
+
+@pytest.mark.parametrize("transform", [AUGMENTED, lambda image: torch.zeros(3, 2, 2)], ids=["ours", "a caller's"])
+def test_max_pixels(tmp_path, transform):
+    path = write(tmp_path / "a.tar", [sample(0), ("large", {"png": png(size=(30, 20)), "txt": b"x"})])
+    reader = loader(path, transform=transform, batch_size=1, max_pixels=599)
+    assert keys(reader.epoch(0)) == ["k000"]
+    assert reader.skipped == {"image too large": 1}
+    assert len(keys(loader(path, transform=transform, batch_size=1, max_pixels=600).epoch(0))) == 2

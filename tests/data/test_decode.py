@@ -9,10 +9,9 @@ import torch
 from photos import encode, photo
 from PIL import Image
 
-from simplclip.common.errors import InputError
 from simplclip.data import decode as decoding
 from simplclip.data.broken import BrokenSample
-from simplclip.data.decode import check_gpu, decode, decode_gpu, decode_pil, size_of
+from simplclip.data.decode import decode, decode_pil, size_of
 
 
 @pytest.fixture(params=["simplejpeg", "Pillow"])
@@ -177,66 +176,3 @@ def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(decoder, scale):
     means = torch.nn.functional.avg_pool2d(pixels(image).float(), scale, ceil_mode=True)
     assert (small.float() - means).abs().mean() < 3
     assert decode(PLAIN["png"], scale=scale).shape == (3, 240, 320)
-
-
-def test_gpu_decoding_is_refused_where_there_is_none():
-    with pytest.raises(InputError, match="data.decode: expected a CUDA device for gpu, got"):
-        check_gpu("cpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="got a machine without a GPU that torch can use; data.decode=cpu works"):
-            check_gpu("cuda")
-
-
-def test_gpu_decoding_is_refused_without_nvjpeg(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    if torch.version.cuda and torch.cuda.device_count():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(InputError, match=r"data.decode: expected a torchvision that decodes by nvJPEG for gpu, got .+: .+"):
-        check_gpu("cuda")
-
-
-MIXED = {
-    "jpg": PLAIN["jpg"],
-    "png": PLAIN["png"],
-    "half a jpg": PLAIN["jpg"][: len(PLAIN["jpg"]) // 2],
-    "nothing": b"",
-    "grey jpg": PLAIN["grey jpg"],
-    "CMYK jpg": PLAIN["CMYK jpg"],
-}
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_gpu_decoding_routes_files(monkeypatch, whole):
-    """Another function takes nvJPEG's place, which decodes all JPEGs or, if one is odd, none."""
-    asked = []
-
-    def together(files, device):
-        asked.append(len(files))
-        return [by_pillow(file) + 1 for file in files]
-
-    monkeypatch.setattr(decoding, "_nvjpeg", together)
-    files = MIXED if decoding.simplejpeg is not None else {k: f for k, f in MIXED.items() if k != "CMYK jpg"}
-    if not whole:
-        monkeypatch.setattr(decoding, "_nvjpeg", lambda *_: (_ for _ in ()).throw(RuntimeError("not supported")))
-    found = dict(zip(files, decode_gpu(list(files.values()), "cpu")))
-    assert asked == ([2] if whole else [])  # the rest is the CPU's
-    for kind, image in found.items():
-        if kind in ("half a jpg", "nothing"):
-            assert isinstance(image, BrokenSample)
-            assert image.args[0] == ("not an image" if kind == "nothing" else "truncated image")
-        else:
-            assert torch.equal(image, by_pillow(files[kind]) + (1 if whole and kind in ("jpg", "grey jpg") else 0))
-    (large,) = decode_gpu([PLAIN["jpg"]], "cpu", max_pixels=10)
-    assert large.args[0] == "image too large"
-
-
-@pytest.mark.gpu
-def test_gpu_decoding():
-    check_gpu("cuda")
-    found = dict(zip(MIXED, decode_gpu(list(MIXED.values()), "cuda")))
-    for kind, image in found.items():
-        if isinstance(image, BrokenSample):
-            assert kind in ("half a jpg", "nothing")
-        else:
-            assert image.device.type == "cuda"
-            assert (image.cpu().float() - by_pillow(MIXED[kind]).float()).abs().mean() < 2

@@ -218,18 +218,6 @@ def test_a_key_that_comes_again_is_counted_not_mistaken(tmp_path, out):
     assert len(list(shards.read_shard(path, Skipped()))) == 3
 
 
-def test_copies_of_an_earlier_version_are_refused_and_still_train(folder, out):
-    run(folder / "*.tar", out, sidecar=False)
-    before = digests(out)
-    with pytest.raises(FileExistsError, match="expected a new folder or one of sidecars, got .* with copies of the shards"):
-        run(folder / "*.tar", out)
-    assert digests(out) == before
-    options = {"teacher": True, "drop_last": False}
-    joined = list(loader(str(folder / "*.tar"), sidecars=[out], **options).epoch(0))
-    assert bits(joined) == bits(list(loader(str(out / "*.tar"), **options).epoch(0)))
-    assert data.teacher_stamp(data.expand(str(folder / "*.tar")), [out]) == STAMP["teacher"]
-
-
 @pytest.mark.slow
 def test_killed_at_any_point(folder, tmp_path):
     """kill -9 at each batch and each line that writes a file, then the same command: it ends as undisturbed."""

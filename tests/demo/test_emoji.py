@@ -14,7 +14,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 from typer.testing import CliRunner
 
-from simplclip import cli, data, demo, evaluation
+from simplclip import data, demo, evaluation
+from simplclip.commands.main import app
 from simplclip.common.errors import InputError
 from simplclip.demo import emoji, emoji_sources
 
@@ -190,7 +191,7 @@ def test_shares_that_cannot_be_swapped(small, no_font, out, swap, message):
 
 
 def test_the_command_says_what_it_swapped(small, no_font, out):
-    found = CliRunner().invoke(cli.app, ["data", "emoji", "--out", str(out), "--swap", "0.3"])
+    found = CliRunner().invoke(app, ["data", "emoji", "--out", str(out), "--swap", "0.3"])
     assert found.exit_code == 0, found.output
     assert "  30 pairs of train (0.3) have each other's captions" in found.output
 

@@ -1,17 +1,14 @@
-"""siclip-s0: MobileCLIP-S0 with simplified blocks, as in the paper; and siclip2-s0, which had its name before."""
+"""siclip-s0: MobileCLIP-S0 with simplified blocks, as in the paper."""
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from simplclip import load, models
-from simplclip.cli import app
+from simplclip import models
+from simplclip.commands.main import app
 from simplclip.models.inherit import inherit
 from simplclip.models.simplify import MapBlock
 from simplclip.nn import SimplifiedBlock
-from simplclip.train import config
-from simplclip.train.folder import claim
-from simplclip.train.state import load_model
 
 
 @pytest.fixture(scope="module")
@@ -55,38 +52,6 @@ def test_it_encodes_texts_of_its_tokenizer(student):
     assert image.shape == text.shape == (2, 512)
     assert image.isfinite().all()
     assert text.isfinite().all()
-
-
-@pytest.fixture(scope="module")
-def old_checkpoint(tmp_path_factory):
-    """A checkpoint of siclip2-s0 under the name that it had."""
-    torch.manual_seed(0)
-    state = models.create("siclip2-s0").state_dict()
-    values = config.load("siclip2-s0").to_dict()
-    values["model"]["name"] = "siclip-s0"
-    path = tmp_path_factory.mktemp("old") / "last.pt"
-    torch.save({"format": "simplclip", "version": 1, "model": state, "config": values, "step": 3}, path)
-    return path, state
-
-
-def test_an_old_siclip_s0_loads_as_siclip2_s0(old_checkpoint):
-    path, state = old_checkpoint
-    with pytest.warns(UserWarning, match="is named siclip2-s0 now"):
-        model, settings, _ = load_model(path)
-    assert settings.model.name == "siclip2-s0"
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    with pytest.warns(UserWarning, match="is named siclip2-s0 now"):
-        assert models.create("siclip-s0", checkpoint=path).simplify_report.before == model.simplify_report.before
-    with pytest.warns(UserWarning, match="is named siclip2-s0 now"):
-        assert load(path).name == "siclip2-s0"
-
-
-def test_a_run_of_the_old_siclip_s0_goes_on_as_siclip2_s0(old_checkpoint, tmp_path):
-    path, _ = old_checkpoint
-    torch.save(torch.load(path, weights_only=True) | {"batch": 0}, tmp_path / "last.pt")
-    with pytest.warns(UserWarning, match="is named siclip2-s0 now"):
-        _, settings = claim(tmp_path, config.load("siclip2-s0", ["model.name=siclip-s0"]), resume=True)
-    assert settings.model.name == "siclip2-s0"
 
 
 @pytest.mark.prove

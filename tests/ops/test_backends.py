@@ -9,7 +9,7 @@ from devices import needs_cpu_kernels
 from paths import ROOT
 
 import simplclip
-from simplclip.doctor import render
+from simplclip.commands.doctor import render
 from simplclip.ops import backends, similarity_loss
 
 FEATURES = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)

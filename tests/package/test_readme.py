@@ -133,7 +133,9 @@ def check_command(words: list[str]) -> None:
         "cd": lambda rest: None,
         "pre-commit": lambda rest: None,
     }
-    if program.startswith("benchmarks."):
+    if program == "benchmarks.ablation":
+        check_ablation(arguments)
+    elif program.startswith("benchmarks."):
         text = (ROOT / f"{program.replace('.', '/')}.py").read_text()
         assert all(argument in text for argument in arguments if argument.startswith("-"))
     else:
@@ -161,8 +163,7 @@ def check_simplclip(arguments: list[str]) -> None:
     """By the parser of the command line itself, with commands that do nothing; and a config's settings by its reader."""
     from typer.main import get_command
 
-    from simplclip import cli
-    from simplclip.ablate import effects
+    from simplclip.commands.main import app
     from simplclip.train import config
 
     seen = {}
@@ -173,14 +174,19 @@ def check_simplclip(arguments: list[str]) -> None:
         if not hasattr(command, "commands"):
             command.callback = lambda **values: seen.update(values)
 
-    parser = get_command(cli.app)
+    parser = get_command(app)
     quiet(parser)
     parser.main(arguments, standalone_mode=False)
     if seen.get("config") is not None:
         config.load(seen["config"], seen.get("set_") or ())
-    if seen.get("effects") is not None:
-        file = effects.load(seen["effects"])
-        assert all(effects.trials(file, effect, 0, seen["config"]) for effect in file.effects)
+
+
+def check_ablation(arguments: list[str]) -> None:
+    from benchmarks.ablation import __main__, effects
+
+    options = __main__.parser().parse_args(arguments)
+    file = effects.load(options.effects)
+    assert all(effects.trials(file, effect, 0, options.config, options.set) for effect in file.effects)
 
 
 def check_open_clip_train(arguments: list[str]) -> None:

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from simplclip import cli, data
+from simplclip import data
+from simplclip.commands.main import app
 from simplclip.common import files
 
 SIZE = 8
@@ -107,7 +108,7 @@ def one_line(*arguments):
 
 
 def call(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def forked(action):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from pairs import call, members, meta, npy, one_line, png, sample, write
 
-from simplclip import caption, models
+from simplclip import models
 from simplclip.data import shards
 from simplclip.data.shards import Opened
+from simplclip.teacher import caption
 
 NAME = "caption-tiny-coca"
 CONTEXT = 12

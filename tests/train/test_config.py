@@ -111,6 +111,19 @@ def test_missing_and_several_errors_at_once(tmp_path):
     assert "run.steps: expected a whole number, got 'many' (str)" in message
 
 
+@pytest.mark.parametrize(("key", "default"), config.GONE.items())
+def test_a_key_that_is_gone_is_taken_with_its_default_alone(tmp_path, key, default):
+    assert key not in set(config.keys())
+    section, _, name = key.partition(".")
+    stored = config.load(write(tmp_path, MINIMAL)).to_dict()
+    stored[section][name] = default
+    assert config.from_dict(stored) == config.load(write(tmp_path, MINIMAL))
+    assert stored[section][name] == default  # the caller's dict stays as it is
+    stored[section][name] = {"value": 30}
+    message = f"{key}: this setting is gone: expected none, or its default {default!r}, got {{'value': 30}}"
+    assert error_of(tmp_path, stored) == message
+
+
 def test_files_that_are_no_config(tmp_path):
     assert "expected a mapping of sections" in error_of(tmp_path, "- a\n- b\n")
     assert "not valid YAML" in error_of(tmp_path, "a: [\n")

@@ -17,7 +17,7 @@ from simplclip.train import checkpoint
 from simplclip.train import loop as train
 from simplclip.train.config import ConfigError
 from simplclip.train.metrics import RunLog
-from simplclip.train.state import lr_factor
+from simplclip.train.state import load_model, lr_factor
 
 
 @pytest.mark.slow
@@ -132,6 +132,21 @@ def test_resume_checks_the_settings(tmp_path):
     assert last["step"] == "6"
     config = tiny.settings(tmp_path, "run.steps=6")
     assert float(last["lr"]) == pytest.approx(config.optim.lr * lr_factor(5, config))
+
+
+def test_a_run_of_a_config_with_keys_that_are_gone_goes_on(tmp_path):
+    config = tiny.settings(tmp_path, "run.steps=2")
+    go(config)
+    path = tmp_path / "run" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"]["loss"]["block_weight"] = 0.0
+    torch.save(state, path)
+    assert "step 3/3" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
+    state["config"]["loss"]["block_weight"] = {"value": 30.0, "until": 500}
+    torch.save(state, path)
+    for use in (lambda: go(config, resume=True), lambda: load_model(path)):
+        with pytest.raises(ConfigError, match=r"^loss.block_weight: this setting is gone: .* 0.0, got {'value': 30.0, .*}$"):
+            use()
 
 
 def test_resume_with_nothing_there_says_so_and_starts(tmp_path):

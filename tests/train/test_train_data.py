@@ -9,7 +9,7 @@ import time
 import pytest
 import tiny
 from pairs import table
-from runs import at_step, bits, check_resumed, go, rows, state_of
+from runs import at_step, bits, check_resumed, go, state_of
 
 from simplclip import train
 from simplclip.data import epoch, sources
@@ -99,20 +99,6 @@ def test_the_log_shows_the_time_that_is_spent_waiting_for_data(tmp_path, monkeyp
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logged = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert logged.Scalars("metrics/data_share")[-1].value == pytest.approx(share)
-
-
-def test_a_run_of_a_version_without_that_share_goes_on(tmp_path):
-    go(tiny.settings(tmp_path, "run.steps=3"))
-    path = tmp_path / "run" / "metrics.csv"
-    with path.open() as file:
-        old = list(csv.DictReader(file))
-    with path.open("w") as file:
-        columns = [name for name in old[0] if name != "data_share"]
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(old)
-    go(tiny.settings(tmp_path), resume=True)
-    assert [row["step"] for row in rows(tmp_path / "run")] == list("1234567")
 
 
 def test_what_becomes_of_a_shard_that_cannot_be_read(tmp_path, monkeypatch):

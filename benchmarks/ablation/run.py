@@ -1,10 +1,4 @@
-"""Measures effects: trains a model without and with a change of its settings, several seeds each, and compares.
-
-effects.py      the effects file, and the runs that it needs
-worker.py       the process of one run
-statistics.py   the paired t-test
-tables.py       tables and picture
-"""
+"""Does the runs that an effects file needs, and writes what they show."""
 
 from __future__ import annotations
 
@@ -17,13 +11,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from simplclip.ablate import effects as files
-from simplclip.ablate import tables
-from simplclip.ablate.effects import RESULT, Effect, Trial
+from benchmarks.ablation import effects as files
+from benchmarks.ablation import tables
+from benchmarks.ablation.effects import RESULT, Effect, Trial
 from simplclip.common.errors import UserError
 from simplclip.common.files import differences, locked, write_atomically, write_csv
 from simplclip.common.progress import Progress
@@ -71,16 +62,19 @@ def run(
         AblationError: runs failed; raised when all others are done.
     """
     out, found = Path(out), files.load(effects)
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {value}")
     chosen = [e for e in found.effects if not only or any(fnmatchcase(n, p) for p in only for n in (e.name, e.group))]
     if not chosen:
         groups = ", ".join(dict.fromkeys(effect.group for effect in found.effects))
         raise ConfigError(f"only: expected patterns of effects or of groups ({groups}), got {', '.join(only)}")
     if train and (missing := list(files.missing(found, chosen))):
         raise ConfigError("\n".join(missing))
-    plan = []
-    for effect in chosen:
-        number = effect.seeds or found.seeds or seeds
-        plan.append((effect, [files.trials(found, effect, seed, source, overrides) for seed in range(number)]))
+    plan = [
+        (e, [files.trials(found, e, seed, source, overrides) for seed in range(e.seeds or found.seeds or seeds)])
+        for e in chosen
+    ]
     for trial in {trial.digest: trial for trial in _all(plan)}.values():
         _check_defaults(trial, source, out)
     title = f"{source}: what each setting changes"
@@ -141,22 +135,13 @@ def _check_defaults(trial: Trial, source: str, out: Path) -> None:
     """Check that the settings of an earlier run still mean the same: digests do not contain defaults, which may change."""
     earlier = (folder := trial.folder(out)).with_name(f"{folder.name}.yaml")
     if folder.exists() and earlier.exists():
-        was, now = yaml.safe_load(earlier.read_text()), config.load(source, trial.overrides(out)).to_dict()
-        known = {key: value for key, value in differences(was, now).items() if _has(was, key)}
-        known.pop("run.out", None)
-        if known:
-            changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in known.items())
+        changed = differences(*(c.to_dict() for c in (config.load(earlier), config.load(source, trial.overrides(out)))))
+        changed.pop("run.out", None)
+        if changed:
+            changes = "; ".join(f"{key} was {old!r}, now {new!r}" for key, (old, new) in changed.items())
             raise ConfigError(
                 f"out: expected runs of the present defaults, got {folder}: {changes}. Delete it to do it again"
             )
-
-
-def _has(values: Any, key: str) -> bool:
-    for part in key.split("."):
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True
 
 
 def _done(trial: Trial, out: Path) -> bool:
@@ -169,7 +154,7 @@ def _train(trial: Trial, source: str, out: Path, threads: int, running: list[sub
     folder = trial.folder(out)
     settings, log = folder.with_name(f"{folder.name}.yaml"), folder.with_name(f"{folder.name}.log")
     write_atomically(settings, config.load(source, trial.overrides(out)).to_yaml())
-    worker = [sys.executable, "-m", "simplclip.ablate.worker", str(settings), str(os.getpid())]
+    worker = [sys.executable, "-m", "benchmarks.ablation.worker", str(settings), str(os.getpid())]
     command = [*worker, *(["--keep"] if trial.keep else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SIMPLCLIP_THREADS": str(threads)}
     with open(log, "a") as file:
@@ -183,12 +168,12 @@ def _train(trial: Trial, source: str, out: Path, threads: int, running: list[sub
 
 def report(plan: Plan, out: Path, title: str) -> Path:
     """Write the tables and the picture of the runs of `plan` that are done."""
-    results: dict[str, dict[str, Any]] = {}
+    results = {}
     for trial in _all(plan):
         path = trial.folder(out) / RESULT
         if trial.digest not in results and path.exists():
             results[trial.digest] = json.loads(path.read_text()) | {"run": path.parent.name, "seed": trial.seed}
-    rows: list[dict[str, Any]] = []
+    rows = []
     for effect, pairs in plan:
         done = [pair for pair in pairs if all(trial.digest in results for trial in pair.values())]
         found = [{side: results[trial.digest] for side, trial in pair.items()} for pair in done]
@@ -199,6 +184,3 @@ def report(plan: Plan, out: Path, title: str) -> Path:
         write_csv(out / "effects.csv", list(rows[0]), rows)
         tables.draw(out / "effects.png", rows, title)
     return out / "effects.csv"
-
-
-__all__ = ["AblationError", "Effect", "Trial", "report", "run"]

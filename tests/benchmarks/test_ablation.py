@@ -19,8 +19,10 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from simplclip import ablate, cli
-from simplclip.ablate import tables, worker
+from benchmarks.ablation import __main__ as command
+from benchmarks.ablation import run as ablation
+from benchmarks.ablation import tables, worker
+from simplclip.commands.main import app
 from simplclip.common.files import locked
 from simplclip.train import config
 from simplclip.train.config import ConfigError
@@ -76,7 +78,7 @@ def pretended(monkeypatch):
         if trial.keep:
             (folder / "last.pt").touch()
 
-    monkeypatch.setattr(ablate, "_train", train)
+    monkeypatch.setattr(ablation, "_train", train)
     return names
 
 
@@ -86,7 +88,7 @@ def rows(path):
 
 
 def test_effect_by_effect_with_all_seeds_and_each_run_once(source, effects, tmp_path, pretended):
-    table = ablate.run(source, effects, tmp_path / "out", seeds=2)
+    table = ablation.run(source, effects, tmp_path / "out", seeds=2)
     assert pretended == [
         *("pm-base-s0", "pm-variant-s0", "pm-base-s1", "pm-variant-s1"),
         *("rate-variant-s0", "decay-variant-s0", "decay-variant-s1"),
@@ -99,12 +101,12 @@ def test_effect_by_effect_with_all_seeds_and_each_run_once(source, effects, tmp_
     assert Image.open(tmp_path / "out" / "effects.png").size[0] > 1000
 
     effects.write_text(TEXT.replace("name: decay", "name: no decay") + "  - {name: new, group: g, variant: [optim.lr=0.1]}")
-    ablate.run(source, effects, tmp_path / "out", seeds=3, only=["optimizer", "ne?"])
+    ablation.run(source, effects, tmp_path / "out", seeds=3, only=["optimizer", "ne?"])
     assert pretended[7:] == ["no-decay-base-s2", "no-decay-variant-s2", "new-variant-s0", "new-variant-s1", "new-variant-s2"]
 
 
 def test_it_goes_on_where_it_was(source, effects, tmp_path, pretended, monkeypatch):
-    original = ablate._train
+    original = ablation._train
 
     def stop(trial, *rest):
         if len(pretended) == 3:
@@ -112,38 +114,32 @@ def test_it_goes_on_where_it_was(source, effects, tmp_path, pretended, monkeypat
         return original(trial, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ablate, "_train", stop)
+        patch.setattr(ablation, "_train", stop)
         with pytest.raises(KeyboardInterrupt):
-            ablate.run(source, effects, tmp_path / "out", seeds=2)
+            ablation.run(source, effects, tmp_path / "out", seeds=2)
     assert [(row["effect"], row["seeds"]) for row in rows(tmp_path / "out" / "effects.csv")][::4] == [("pm", "1")]
-    ablate.run(source, effects, tmp_path / "out", seeds=2)
+    ablation.run(source, effects, tmp_path / "out", seeds=2)
     assert len(pretended) == len(set(pretended)) == 7
 
 
-def test_a_report_trains_nothing_and_needs_no_lock(source, effects, tmp_path, pretended):
-    ablate.run(source, effects, tmp_path / "out", seeds=1, only=["pm"])
-    (tmp_path / "out" / "effects.csv").unlink()
-    with locked(tmp_path / "out", "busy"):
-        result = CliRunner().invoke(
-            cli.app, ["ablate", source, "--effects", str(effects), "--out", str(tmp_path / "out"), "--report"]
-        )
-    assert result.exit_code == 0, result.output
-    assert {row["effect"] for row in rows(tmp_path / "out" / "effects.csv")} == {"pm"}
+def test_the_command(source, effects, tmp_path, pretended, capsys):
+    """A report trains nothing and needs no lock; a second process that would train is refused."""
+    out = tmp_path / "out"
+    arguments = [source, "--effects", str(effects), "--out", str(out), "--seeds", "1", "--set", "run.log_every=2"]
+    command.main([*arguments, "--only", "pm"])
+    (out / "effects.csv").unlink()
+    with locked(out, "busy"):
+        command.main([*arguments, "--report"])
+        assert {row["effect"] for row in rows(out / "effects.csv")} == {"pm"}
+        with pytest.raises(SystemExit) as stop:
+            command.main(arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"got {out}: another ablation runs in it\n")
     assert len(pretended) == 2
 
 
-def test_a_second_process_is_refused(source, effects, tmp_path, pretended):
-    out = tmp_path / "out"
-    out.mkdir()
-    with locked(out, "busy"):
-        result = CliRunner().invoke(cli.app, ["ablate", source, "--effects", str(effects), "--out", str(out)])
-    assert result.exit_code == 2
-    assert f"got {out}: another ablation runs in it" in result.stderr
-    assert not pretended
-
-
 def test_a_failed_run_names_its_log_and_does_not_stop_the_others(source, effects, tmp_path, pretended, monkeypatch):
-    original = ablate._train
+    original = ablation._train
 
     def fail(trial, *rest):
         return (
@@ -152,11 +148,11 @@ def test_a_failed_run_names_its_log_and_does_not_stop_the_others(source, effects
             else original(trial, *rest)
         )
 
-    monkeypatch.setattr(ablate, "_train", fail)
+    monkeypatch.setattr(ablation, "_train", fail)
     with pytest.raises(
-        ablate.AblationError, match=r"1 runs failed; the same command tries them again\ndecay-variant-s0 ended"
+        ablation.AblationError, match=r"1 runs failed; the same command tries them again\ndecay-variant-s0 ended"
     ):
-        ablate.run(source, effects, tmp_path / "out", seeds=2)
+        ablation.run(source, effects, tmp_path / "out", seeds=2)
     assert len(pretended) == 6
     assert [row["seeds"] for row in rows(tmp_path / "out" / "effects.csv") if row["effect"] == "decay"] == ["1"] * 4
 
@@ -172,15 +168,15 @@ effects:
 def test_prepared_runs_are_done_first_and_keep_their_checkpoint(source, effects, tmp_path, pretended, monkeypatch):
     effects.write_text(PREPARED)
     out = tmp_path / "out"
-    ablate.run(source, effects, out, seeds=1, only=["plain"])
+    ablation.run(source, effects, out, seeds=1, only=["plain"])
     assert pretended == ["plain-base-s0", "plain-variant-s0"]
-    ablate.run(source, effects, out, seeds=2, jobs=2)
+    ablation.run(source, effects, out, seeds=2, jobs=2)
     assert pretended[2] == "plain-variant-s0", "it was done, but its checkpoint is needed now"
     assert sorted(pretended[3:]) == ["plain-base-s1", "plain-variant-s1", "warm-variant-s0", "warm-variant-s1"]
 
-    monkeypatch.setattr(ablate, "_train", lambda trial, *rest: "failed" if trial.keep else None)
-    with pytest.raises(ablate.AblationError) as error:
-        ablate.run(source, effects, tmp_path / "other", seeds=1, only=["warm"])
+    monkeypatch.setattr(ablation, "_train", lambda trial, *rest: "failed" if trial.keep else None)
+    with pytest.raises(ablation.AblationError) as error:
+        ablation.run(source, effects, tmp_path / "other", seeds=1, only=["warm"])
     assert re.search(
         r"2 runs failed.*\nfailed\nwarm-variant-s0-\w+ was not started: the run of own failed$", str(error.value)
     )
@@ -188,36 +184,36 @@ def test_prepared_runs_are_done_first_and_keep_their_checkpoint(source, effects,
 
 def test_what_it_refuses(source, effects, tmp_path, pretended):
     with pytest.raises(ConfigError, match=r"only: expected patterns of effects or of groups \(matching, optimizer\), got x"):
-        ablate.run(source, effects, tmp_path / "out", only=["x"])
+        ablation.run(source, effects, tmp_path / "out", only=["x"])
     need = tmp_path / "noisy"
     effects.write_text(TEXT.replace("seeds: 1", f"needs: [{need}]") + f"data: {{{need}: make noisy}}")
     with pytest.raises(ConfigError, match="data: expected the folder .*/noisy, which does not exist; to make it: make noisy"):
-        ablate.run(source, effects, tmp_path / "out")
-    ablate.run(source, effects, tmp_path / "out", only=["matching"], seeds=1)
+        ablation.run(source, effects, tmp_path / "out")
+    ablation.run(source, effects, tmp_path / "out", only=["matching"], seeds=1)
 
 
 def test_runs_of_other_defaults_are_not_taken_for_those_of_the_present(source, effects, tmp_path, pretended):
     out = tmp_path / "out"
-    ablate.run(source, effects, out, seeds=1, only=["pm"])
+    ablation.run(source, effects, out, seeds=1, only=["pm"])
     folder = next(out.glob("pm-variant-*"))
     stored = config.load(source, [f"run.out={folder}"]).to_dict()
-    del stored["loss"]["negatives"]  # a key that the earlier version did not have
+    del stored["loss"]["plane"]  # a key that the earlier version did not have
     folder.with_name(f"{folder.name}.yaml").write_text(yaml.safe_dump(stored))
-    ablate.run(source, effects, out, seeds=1, only=["pm"])
+    ablation.run(source, effects, out, seeds=1, only=["pm"])
     stored["optim"]["eps"] = 0.5
     folder.with_name(f"{folder.name}.yaml").write_text(yaml.safe_dump(stored))
     with pytest.raises(ConfigError, match=rf"got {folder}: optim.eps was 0.5, now 1e-06. Delete it to do it again"):
-        ablate.run(source, effects, out, seeds=1, only=["pm"])
+        ablation.run(source, effects, out, seeds=1, only=["pm"])
 
 
 def test_runs_are_processes_with_their_share_of_threads(source, effects, tmp_path, monkeypatch):
     started = mock.Mock(return_value=mock.Mock(wait=lambda: 3))
-    monkeypatch.setattr(ablate.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(ablate.subprocess, "Popen", started)
-    with pytest.raises(ablate.AblationError, match=r"pm-base-s0-\w+ ended with 3: see .*/out/pm-base-s0-\w+\.log"):
-        ablate.run(source, effects, tmp_path / "out", jobs=2, seeds=1, only=["pm"])
+    monkeypatch.setattr(ablation.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(ablation.subprocess, "Popen", started)
+    with pytest.raises(ablation.AblationError, match=r"pm-base-s0-\w+ ended with 3: see .*/out/pm-base-s0-\w+\.log"):
+        ablation.run(source, effects, tmp_path / "out", jobs=2, seeds=1, only=["pm"])
     command, environment = started.call_args_list[0].args[0], started.call_args_list[0].kwargs["env"]
-    assert command[1:3] == ["-m", "simplclip.ablate.worker"]
+    assert command[1:3] == ["-m", "benchmarks.ablation.worker"]
     assert command[4:] == [str(os.getpid())]
     assert environment["OMP_NUM_THREADS"] == environment["SIMPLCLIP_THREADS"] == "2"
 
@@ -237,9 +233,9 @@ def test_ctrl_c_is_passed_on_once(source, effects, tmp_path, monkeypatch):
     process = mock.Mock(terminate=mock.Mock(side_effect=ended.set))
     process.wait.side_effect = lambda: (os.kill(os.getpid(), signal.SIGINT), ended.wait(60), 130)[-1]
     started = mock.Mock(return_value=process)
-    monkeypatch.setattr(ablate.subprocess, "Popen", started)
+    monkeypatch.setattr(ablation.subprocess, "Popen", started)
     with pytest.raises(KeyboardInterrupt):
-        ablate.run(source, effects, tmp_path / "out", seeds=1, only=["pm"])
+        ablation.run(source, effects, tmp_path / "out", seeds=1, only=["pm"])
     assert started.call_count == process.terminate.call_count == 1
     assert started.call_args.kwargs["start_new_session"]
 
@@ -248,7 +244,7 @@ def test_ctrl_c_is_passed_on_once(source, effects, tmp_path, monkeypatch):
 def test_a_run_is_trained_evaluated_and_leaves_its_figures(source, effects, tmp_path):
     effects.write_text(PREPARED)
     out = tmp_path / "out"
-    ablate.run(source, effects, out, seeds=1, only=["warm"], jobs=2)
+    ablation.run(source, effects, out, seeds=1, only=["warm"], jobs=2)
     assert {path.name.split("-s0")[0]: (path / "last.pt").exists() for path in out.iterdir() if path.is_dir()} == {
         "prepare-own": True,
         "warm-base": False,
@@ -260,7 +256,7 @@ def test_a_run_is_trained_evaluated_and_leaves_its_figures(source, effects, tmp_
     assert result["step"] == 1
     assert result["parameters"] > 1e5
     assert 0 < result["seconds_per_step"] < 60
-    found = CliRunner().invoke(cli.app, ["evaluate", str(own.parent)])
+    found = CliRunner().invoke(app, ["evaluate", str(own.parent)])
     assert found.exit_code == 0, found.output
     expected = json.loads((own.parent / "evaluation.json").read_text())["splits"]
     for split in ("a", "b"):
@@ -285,7 +281,7 @@ def test_auc_is_the_share_of_right_comparisons(matrix, monkeypatch):
 
 
 def test_a_run_stops_when_its_parent_has_ended(tmp_path):
-    code = "import sys, time; from simplclip.ablate import worker; worker.follow(int(sys.argv[1]), 0.1); time.sleep(60)"
+    code = "import sys, time; from benchmarks.ablation import worker; worker.follow(int(sys.argv[1]), 0.1); time.sleep(60)"
     middle = "import subprocess as s, sys, os; print(s.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())]).pid)"
     child = int(subprocess.run([sys.executable, "-c", middle, code], stdout=subprocess.PIPE, check=True, timeout=60).stdout)
     until = time.monotonic() + 60

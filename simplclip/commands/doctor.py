@@ -1,17 +1,27 @@
-"""simplclip.report() and `simplclip doctor`: which backend runs each op on this machine, and why no other."""
+"""`simplclip doctor` and simplclip.report(): which backend runs each op on this machine, and why no other."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+from typing import Annotated
 
-import torch
+import typer
 
-from simplclip.ops import backends
 from simplclip.version import __version__
 
 PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")
+
+
+def doctor(
+    why: Annotated[bool, typer.Option("--why", help="Show for each op why the other backends do not run it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Print versions, CPU, GPU, and which backend runs each op on this machine."""
+    found = report()
+    typer.echo(json.dumps(found, indent=2) if as_json else render(found, why))
 
 
 def _version(package: str) -> str | None:
@@ -32,6 +42,10 @@ _LIMITS = {
 
 
 def _gpu() -> dict:
+    import torch
+
+    from simplclip.ops import backends
+
     if not torch.cuda.is_available():
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
         return {"available": False, "reason": f"torch {torch.__version__} ({built}) sees no device"}
@@ -47,6 +61,8 @@ def _gpu() -> dict:
 
 
 def _extension() -> dict:
+    from simplclip.ops import backends
+
     cpu = {"loaded": False, "reason": backends.extension_error}
     cuda = {"loaded": False, "reason": backends.cuda_extension_error}
     if extension := backends.extension:
@@ -62,6 +78,10 @@ def report() -> dict:
 
     It contains only plain types, so that it can be written as JSON.
     """
+    import torch
+
+    from simplclip.ops import backends
+
     return {
         "simplclip": __version__,
         "python": platform.python_version(),
@@ -80,6 +100,10 @@ def report() -> dict:
 
 
 def _backend(op: str, device: str) -> dict:
+    import torch
+
+    from simplclip.ops import backends
+
     serves = problem = None
     try:
         serves, _ = backends.select(op, device, torch.float32, backends.forced())

@@ -1,6 +1,6 @@
 """The process of one run of an ablation: trains, evaluates, and keeps the figures in place of the checkpoint.
 
-python -m simplclip.ablate.worker RUN.yaml PARENT [--keep]     PARENT: the process that started it
+python -m benchmarks.ablation.worker RUN.yaml PARENT [--keep]     PARENT: the process that started it
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.ablation.effects import RESULT
 from simplclip import evaluation, train
-from simplclip.ablate.effects import RESULT
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically

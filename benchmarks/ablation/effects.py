@@ -20,7 +20,6 @@ Settings are those of `--set`; lists may be nested, so that YAML's anchors can n
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -99,11 +98,10 @@ class Trial:
 
 
 def load(source: str | Path) -> Effects:
-    """Read an effects file by its path, or a built-in one by its name. Raises ConfigError, which names the place."""
-    known = config.builtin("effects")
-    file = Path(source) if Path(source).is_file() else known.get(str(source))
-    if file is None:
-        raise ConfigError(f"effects: expected a YAML file or one of the built-in {', '.join(sorted(known))}, got {source!s}")
+    """Read an effects file by its path, or one of this folder by its name. Raises ConfigError, which names the place."""
+    file = Path(source) if Path(source).is_file() else Path(__file__).parent / f"{source}.yaml"
+    if not file.is_file():
+        raise ConfigError(f"effects: expected a YAML file, or emoji, got {source!s}")
     values = config.parse_yaml(file.read_text(encoding="utf-8"), str(source))
     if not isinstance(values, dict):
         raise ConfigError(f"{source}: expected a mapping with `effects`, got {type(values).__name__}")
@@ -111,7 +109,8 @@ def load(source: str | Path) -> Effects:
     try:
         found = Effects.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(str(source), values, e) for e in error.errors())) from None
+        lines = [f"{source}: {'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
     names = [effect.name for effect in found.effects]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{source}: expected different names of effects, got {twice[0]!r} twice")
@@ -165,21 +164,3 @@ def _trial(effects: Effects, source: str, settings: Sequence[str], seed: int, ti
 
 def _filled(item: str, values: Mapping[str, str]) -> str:
     return _PREPARED.sub(lambda match: values.get(match[1], match[0]), item)
-
-
-def _explain(source: str, values: dict[str, Any], error: Any) -> str:
-    path, model, where = list(error["loc"]), Effects, source
-    if path[:1] == ["effects"] and len(path) > 1:
-        entry = values["effects"][path[1]]
-        name = entry.get("name") if isinstance(entry, dict) else None
-        where, path, model = f"{source}: effect {name or path[1] + 1}", path[2:], Effect
-    key = ".".join(str(part) for part in path)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, model.model_fields, 1, 0.5)
-        return f"{where}: unknown key {key}; " + (
-            f"did you mean {near[0]}?" if near else f"known here: {', '.join(model.model_fields)}"
-        )
-    if error["type"] == "missing":
-        return f"{where}: {key}: missing"
-    expected = error["msg"].lower().replace("input should be ", "")
-    return f"{where}: {key}: expected {expected}, got {error['input']!r}"

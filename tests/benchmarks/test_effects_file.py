@@ -1,11 +1,8 @@
 """The effects file: its errors, and which runs its effects are."""
 
-from pathlib import Path
-
 import pytest
 
-from simplclip.ablate import effects as files
-from simplclip.train import config
+from benchmarks.ablation import effects as files
 from simplclip.train.config import ConfigError
 
 DEMO = "siclip-lite0-emoji"
@@ -30,15 +27,9 @@ def trials(folder, text, seed=0, **options):
     ("text", "message"),
     [
         ("[1]", "expected a mapping with `effects`, got list"),
-        ("effects: [", "not valid YAML"),
-        ("steps: 3", "effects: missing"),
-        ("effects: []", "effects: expected list should have at least 1 item"),
-        (ONE + "sets: [a=1]", "unknown key sets; did you mean set?"),
-        (ONE.replace("variant:", "varaint:"), "effect a: unknown key varaint; did you mean variant?"),
-        (ONE.replace(", variant: [loss.pm_weight=1]", ""), "effect a: variant: missing"),
-        (ONE.replace("name: a, ", ""), "effect 1: name: missing"),
-        (ONE.replace("group: g", "group: g, steps: 0"), "effect a: steps: expected greater than or equal to 1, got 0"),
-        (ONE.replace("group: g", "group: g, seeds: many"), "effect a: seeds: expected a valid integer, got 'many'"),
+        ("steps: 3", "effects: field required"),
+        (ONE.replace("variant:", "varaint:"), "effects.0.varaint: extra inputs are not permitted"),
+        (ONE.replace("group: g", "group: g, steps: 0"), "effects.0.steps: input should be greater than or equal to 1"),
         (ONE + ONE.replace("effects:", "").lstrip("\n"), "expected different names of effects, got 'a' twice"),
         (
             ONE.replace("group: g", "group: g, needs: [d]"),
@@ -55,8 +46,6 @@ def test_errors_of_the_file_name_the_place(tmp_path, text, message):
     ("setting", "message"),
     [
         ("loss.pm_wieght=1", "a, variant: loss.pm_wieght: unknown key; did you mean loss.pm_weight?"),
-        ("loss.pm_weight=-1", "a, variant: loss.pm_weight: expected greater than or equal to 0, got -1"),
-        ("pm_weight", "a, variant: --set: expected key=value"),
         ("eval.splits={}", "eval.splits: expected held-out data, got none"),
     ],
 )
@@ -67,7 +56,7 @@ def test_errors_of_settings_name_the_effect(tmp_path, setting, message):
 
 
 def test_an_unknown_name_lists_the_built_in_files():
-    with pytest.raises(ConfigError, match="expected a YAML file or one of the built-in emoji, got emojis"):
+    with pytest.raises(ConfigError, match="effects: expected a YAML file, or emoji, got emojis"):
         files.load("emojis")
 
 
@@ -99,19 +88,9 @@ effects:
   - {name: a, group: g, steps: 20, set: [optim.lr=2, optim.warmup=2], base: [optim.warmup=3], variant: [run.seed=9]}
 """
     (pair,) = trials(tmp_path, text, seed=4, overrides=["data.batch_size=5"])
-    assert [pair[side].overrides(tmp_path)[:-1] for side in ("base", "variant")] == [
-        [
-            "run.seed=4",
-            "data.batch_size=1",
-            "optim.lr=1",
-            "run.steps=20",
-            "optim.lr=2",
-            "optim.warmup=2",
-            own,
-            "data.batch_size=5",
-        ]
-        for own in ("optim.warmup=3", "run.seed=9")
-    ]
+    every = ["run.seed=4", "data.batch_size=1", "optim.lr=1", "run.steps=20", "optim.lr=2", "optim.warmup=2"]
+    for side, own in (("base", "optim.warmup=3"), ("variant", "run.seed=9")):
+        assert pair[side].overrides(tmp_path)[:-1] == [*every, own, "data.batch_size=5"]
 
 
 def test_a_folder_is_found_by_its_digest_under_any_name(tmp_path):
@@ -160,5 +139,3 @@ def test_the_built_in_effects_are_valid_and_compare_different_runs():
     digests = {trial.digest for pair in pairs.values() for trial in pair.values()}
     assert len(digests) < 1.4 * len(pairs), "most effects share their bases"
     assert sum(effect.steps == 400 for effect in found.effects) >= 4
-    assert set(config.builtin("effects")) == {"emoji"}
-    assert Path(config.builtin("effects")["emoji"]).parent.name == "effects"

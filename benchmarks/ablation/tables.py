@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simplclip.ablate.statistics import paired
+from scipy import stats
+
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -51,13 +52,7 @@ def effect_rows(group: str, effect: str, pairs: Sequence[Mapping[str, Result]]) 
         for side, values in columns.items():
             row[side] = _round(statistics.fmean(values)) if values else ""
             row[f"{side} std"] = _round(statistics.stdev(values)) if len(values) > 1 else ""
-        test = paired(columns["base"], columns["variant"]) if columns["base"] else None
-        for column, field in (
-            ("difference", "mean"),
-            ("difference std", "std"),
-            *((n, n) for n in ("t", "p", "low", "high")),
-        ):
-            row[column] = _round(getattr(test, field), 6 if field == "p" else 3) if test else ""
+        row |= _compared(columns["base"], columns["variant"])
         for side in columns:
             mine = [pair[side] for pair in pairs if side in pair]
             row[f"{side} steps"] = mine[0]["step"] if mine else ""
@@ -66,8 +61,22 @@ def effect_rows(group: str, effect: str, pairs: Sequence[Mapping[str, Result]]) 
         yield row
 
 
+def _compared(base: Sequence[float], variant: Sequence[float]) -> dict[str, Any]:
+    """The difference of variant and base, paired, with the t-test and the 95 % interval of its mean; empty without a base."""
+    row = dict.fromkeys(("difference", "difference std", "t", "p", "low", "high"), "")
+    differences = [b - a for a, b in zip(base, variant)]
+    if differences:
+        row["difference"] = _round(statistics.fmean(differences))
+    if len(differences) > 1:
+        test = stats.ttest_rel(variant, base)
+        low, high = test.confidence_interval()
+        row |= {"difference std": _round(statistics.stdev(differences)), "t": _round(test.statistic)}
+        row |= {"p": _round(test.pvalue, 6), "low": _round(low), "high": _round(high)}
+    return row
+
+
 def _round(value: float | None, digits: int = 3) -> float | str:
-    return "" if value is None or value != value else round(value, digits)
+    return "" if value is None or value != value else round(float(value), digits)
 
 
 def draw(path: str | Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path | None:

