@@ -28,5 +28,5 @@ def share(
     """
     from simplclip import sharing
 
-    what = {"checkpoint": checkpoint, "tower": tower, "samples": samples, "budget": budget, "out": out}
-    sharing.run(model, data, **what, device=device)
+    how = {"samples": samples, "budget": budget, "out": out, "device": device}
+    sharing.run(model, data, checkpoint=checkpoint, tower=tower, **how)

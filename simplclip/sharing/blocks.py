@@ -30,8 +30,7 @@ def divergences(
 
     Args:
         model: in eval mode. Its blocks may be simplified.
-        tower: "text" or "image".
-        batches: the inputs of the tower, and for each sample how many of its first tokens count as queries (None: all).
+        batches: inputs of the tower, "text" or "image", and for each the number of first tokens that are queries (None: all).
         encode: runs the tower on inputs.
 
     Raises InputError if the tower has fewer than two blocks, or attention of an unknown kind, or if there is no sample.
@@ -90,10 +89,8 @@ def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(module, SimplifiedBlock):
         heads, parts = module.heads, F.linear(module.norm(x), module.qk.weight).chunk(2, -1)
     else:
-        weight, bias = getattr(module, "in_proj_weight", None), getattr(module, "in_proj_bias", None)
-        if weight is None:
-            layer = module.qkv if hasattr(module, "qkv") else module.qkv_proj
-            weight, bias = layer.weight, layer.bias
+        layer = getattr(module, "qkv", None) or getattr(module, "qkv_proj", None)  # of timm, of MobileCLIP; else torch's
+        weight, bias = (layer.weight, layer.bias) if layer else (module.in_proj_weight, module.in_proj_bias)
         heads, parts = module.num_heads, F.linear(x, weight, bias).chunk(3, -1)[:2]
     q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
     for norms in (("q_norm", "k_norm"), ("ln_q", "ln_k")):  # the names in timm and in open_clip
@@ -105,10 +102,9 @@ def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def parse_budget(text: str, whole: int) -> int:
     """Parameters: a number such as 9780000 or 9.78M, or a percentage of `whole`. Raises InputError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM%]?)", text)
-    number = float(match[1]) if match else 0.0
-    if not number:
+    if not match or not float(match[1]):
         raise InputError(f"budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got {text!r}")
-    return int(number * {"": 1, "k": 10**3, "M": 10**6, "%": whole / 100}[match[2]])
+    return int(float(match[1]) * {"": 1, "k": 10**3, "M": 10**6, "%": whole / 100}[match[2]])
 
 
 def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> list[dict[str, Any]]:

@@ -40,9 +40,8 @@ def run(
 
     Args:
         model, checkpoint: as for `simplclip.load`, or an encoder. Its blocks may be simplified.
-        data: what `evaluation.source` takes; of each sample the image or the first caption.
+        data: what `evaluation.source` takes; of the first `samples` the image or the first caption.
         tower: "text" or "image".
-        samples: the first ones of the data.
         budget: parameters of the tower, as `parse_budget` takes them. None: no proposals.
 
     Raises: InputError; the errors of `simplclip.load` and of `data.stream.Stream.batches`.
@@ -57,9 +56,9 @@ def run(
         batches = _batches(encoder, tower, split, samples, progress)
         found = divergences(encoder.model, tower, batches, lambda inputs: encoder.features(tower, inputs))
     rows = [[None if value != value else value for value in row] for row in found.tolist()]  # JSON has no NaN
-    proposals = [] if limit is None else propose(encoder.model, tower, found, limit)
     about = {"model": encoder.source or encoder.name, "data": str(data), "samples": progress.done, "tower": tower}
-    about |= {"blocks": paths, "parameters": size, "attention_divergence": rows, "proposals": proposals}
+    about |= {"blocks": paths, "parameters": size, "attention_divergence": rows}
+    about["proposals"] = [] if limit is None else propose(encoder.model, tower, found, limit)
     _print(about, found)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ def _batches(
 
 def _print(about: dict[str, Any], divergence: Tensor) -> None:
     print(f"{about['tower']}: {len(about['blocks'])} blocks, {about['samples']} samples, {about['parameters']:,} parameters")
-    print("blocks    attention JSD (nats)")
+    print("blocks    divergence of attention maps (nats)")
     for i, value in enumerate(divergence.diagonal(1).tolist()):
         print(f"{f'{i}, {i + 1}':<10}{value:.4f}")
     for proposal in about["proposals"]:
