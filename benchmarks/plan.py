@@ -38,7 +38,7 @@ def run(name: str) -> None:
     for case, changes in CASES.items():
         # The three stages of the config would be the same in all rows.
         values = config.load(name, [*PLAIN, *changes])
-        made = plan.make(values, budget, teacher_width=TEACHER_WIDTH, compare=not plans, show=print)
+        made = plan.make(values, budget, teacher_width=TEACHER_WIDTH, compare=not plans)
         plans[case] = report.as_dict(made) | {"changes": changes}
         if len(plans) == 3:
             report.draw(RESULTS / f"plan-{name}.png", made)

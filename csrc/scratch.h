@@ -1,5 +1,5 @@
 // Memory that a function takes from torch besides its results. A function allocates all of it at its start by a Scratch, so that
-// the same code on meta tensors computes its size for predictions of memory (simplclip/memory/workspaces.py).
+// the same code on meta tensors computes its size for predictions of memory (simplclip/memory/count.py).
 #pragma once
 
 #include "layout.h"

@@ -1,9 +1,8 @@
 """Predicts the memory of a training step on a card, without the card.
 
 A step runs on fake tensors, and every storage that an op returns is counted until it is freed. step.py has the steps (our
-trainer's and open_clip's), pretend.py makes the fake tensors, engine.py runs the backward pass, count.py counts and
-workspaces.py adds what C++ functions allocate inside themselves. measure.py predicts a step by these, or runs it on real
-tensors; plan.py makes the plan, and report.py prints and draws it.
+trainer's and open_clip's), fake.py runs them without a card, count.py counts. measure.py predicts a step by these, or runs it
+on real tensors; plan.py makes the plan, and report.py prints and draws it.
 """
 
 from simplclip.memory.count import UncountedOp

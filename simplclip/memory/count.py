@@ -1,4 +1,8 @@
-"""Counts the memory that a step on fake tensors would allocate: live bytes by kind after every event, and the peak."""
+"""Counts the memory that a step on fake tensors would allocate: live bytes by kind after every event, and the peak.
+
+What a C++ function takes besides its results does not show on fake tensors. The function itself computes it from meta tensors
+(csrc/scratch.h), and on a CPU the memory that oneDNN takes within one product of bfloat16 is added.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,21 @@ from collections import Counter as Bag
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor as fakes
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from simplclip.common.errors import UserError
 from simplclip.kernels import launch as launching
-from simplclip.memory.workspaces import packing_bytes, workspace_bytes
-from simplclip.ops import registry
+from simplclip.ops import backends, registry
+from simplclip.ops.calls import flat
+from simplclip.ops.similarity.call import SimilarityCall
 
 # The kinds of live bytes. A storage has the kind of the phase that allocated it, until `hold` changes it.
 WORKSPACE = "kernel workspaces"
@@ -27,7 +33,8 @@ KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "
 
 
 class UncountedOp(UserError, RuntimeError):
-    """The memory of an op cannot be predicted: it has no fake implementation, or its results depend on values."""
+    """The memory of an op cannot be predicted: it has no fake implementation, its results depend on values, or what its C++
+    function takes is not stated."""
 
 
 _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException
@@ -52,7 +59,7 @@ class Usage:
     def timeline(self, points: int = 2000) -> tuple[list[str], np.ndarray, list[tuple[int, str]]]:
         """The last step: kinds, live bytes of each kind at about `points` moments, first moments of the phases.
 
-        A moment represents several events, by the live bytes at their highest total.
+        A moment stands for several events, by the live bytes at their highest total.
         """
         start, end = self.steps[-2:]
         changes = np.zeros((len(KINDS), end), dtype=np.int64)
@@ -72,10 +79,10 @@ class Usage:
 class Counter(TorchDispatchMode):
     """Tracks the storages on `device` that ops return; `usage` is the result.
 
-    Ops of simplclip run on fake tensors; only the functions of their C++ backends, whose allocations are not visible, are
-    replaced by their fakes and workspaces.
+    Ops of simplclip run on fake tensors. Of their backends, the functions in C++ are replaced by their fakes and what they
+    state; the launchers of Triton run without their kernels; the reference, plain torch, runs unchanged.
 
-    Raises UncountedOp or UnknownWorkspace, naming the op, if either is missing.
+    Raises UncountedOp, which names the op.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -101,7 +108,8 @@ class Counter(TorchDispatchMode):
         self.usage.phases.append((len(self.usage.events), phase))
 
     def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
-        """Counts the storages of the tensors as this kind, also those that were counted as one of the kinds `instead_of`."""
+        """From now on the storages of the tensors are of this kind. One that is counted already, as a kind that is not in
+        `instead_of`, stays what it is."""
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor) or tensor.device.type != self.device.type:
                 continue
@@ -147,8 +155,7 @@ class Counter(TorchDispatchMode):
         return out
 
     def _native(self, op: str, backend: str, function):
-        """Replaces `function` of `backend`. The reference, plain torch, runs unchanged; Triton's launchers run without their
-        kernels."""
+        """What runs in place of the `function` of a backend."""
 
         def fake(*args):
             out = registry.NATIVE_FAKES[op](*args)
@@ -177,3 +184,83 @@ class Counter(TorchDispatchMode):
         if total > usage.peak:
             usage.peak, usage.peak_phase = total, self.phase
             usage.at_peak = {kind: self.live[kind] for kind in KINDS if self.live[kind]}
+
+
+def workspace_bytes(name: str, backend: str, call: Any) -> int:
+    """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes besides its results when it runs `call`.
+
+    This is the highest sum of live bytes without the tensors that it returns; of tensors only shapes, strides and dtypes are
+    read. On a CPU the result is exact, for bfloat16 within 128 KiB or 1%. On a GPU each allocation is rounded up to 512
+    bytes, as in the allocator; cuBLAS's own memory is not included.
+
+    Raises UncountedOp if the extension of the function does not load, or the function states nothing.
+    """
+    extension = backends.extension if backend == "cpu" else backends.cuda_extension
+    if extension is None:
+        error = backends.extension_error if backend == "cpu" else backends.cuda_extension_error
+        raise UncountedOp(f"the workspace of {name} on backend {backend} cannot be predicted: {error}")
+    fields = flat(call)
+    function = getattr(torch.ops.simplclip, f"{name}_{backend}_workspace")
+    try:
+        with _disable_current_modes():
+            scratch = function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in fields))
+    except NotImplementedError:
+        raise UncountedOp(f"no workspace is stated for {name} on backend {backend}") from None
+    if backend == "cuda" or name not in _LARGEST_PRODUCT:
+        return scratch
+    *sizes, transposed = _LARGEST_PRODUCT[name](call)
+    return scratch + packing_bytes(*sizes, fields[0].dtype, transposed=transposed)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    memory = torch.empty(tensor.storage_offset() + size, dtype=tensor.dtype, device="meta")
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _parts(size: int, of: int) -> int:
+    return -(-size // of)
+
+
+def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: bool = False) -> int:
+    """Bytes that oneDNN takes from torch's allocator within one product [m, k] @ [k, n] of bfloat16.
+
+    transposed: the first operand's columns are contiguous, not its rows. The formula is fitted to 347 products by oneDNN's
+    kernels for AVX512-BF16 on one thread of a Zen 4, where it is exact; T threads take about T times as much. Other
+    instruction sets (AMX, and AVX512-FP16, with which oneDNN multiplies float16 too) are not measured.
+    """
+    if dtype != torch.bfloat16 or not backends.native_bf16 or m * n * k <= 16**3:
+        return 0
+    # A block of the first operand is copied if it is transposed or if its row stride is a large power of two.
+    copied = transposed or (m >= 1024 and k >= 4096 and k & (k - 1) == 0)
+    depth = k if k <= 512 else 512 if transposed or k <= 1024 else 1024
+    # Blocks have at most 256 rows; of the numbers of blocks the one is taken that wastes the fewest rows.
+    fewest = _parts(m, 256)
+    count = min(range(fewest, max(fewest, m // 32) + 1), key=lambda count: count * _parts(m, count))
+    rows, pitch, columns = _parts(m, count), _parts(depth, 32) * 32, min(n, 64)
+    if copied and depth < k:  # sums of several blocks of the depth are kept until the last one
+        blocks = _parts(n, 64)
+        columns = 64 * max(count for count in range(1, 17) if blocks % count == 0)
+    size = 4 * rows * columns + 2 * pitch * 64 + 1024
+    if copied:
+        size += 2 * rows * (pitch + 32 * (pitch % 512 == 0)) + 128
+    return torch.get_num_threads() * size
+
+
+def _similarity(call: SimilarityCall, transposed: bool = False) -> tuple[int, int, int, bool]:
+    rows = min(call.chunk, len(call.image))
+    return (*call.text.shape, rows, True) if transposed else (rows, *call.text.shape, False)
+
+
+# The product for which a function packs about the most, the gradient of its second operand if there is one: m, n and k of
+# [m, k] @ [k, n], and whether the first operand is transposed.
+_LARGEST_PRODUCT = {
+    "similarity_loss_fwd": _similarity,
+    "similarity_loss_bwd": lambda call: _similarity(call, transposed=call.need_text),
+    "similarity_sigmoid": lambda call: _similarity(call, transposed=call.need_text),
+    "similarity_rows": lambda call: (min(call.chunk, len(call.query)), *call.keys.shape, False),
+    "parallel_mlp_fwd": lambda call: (len(call.h), *call.weight.shape, False),
+    "parallel_mlp_bwd": lambda call: (
+        (*call.weight.shape, len(call.h), True) if call.need_weight else (len(call.h), *reversed(call.weight.shape), False)
+    ),
+}

@@ -12,9 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from simplclip.memory import pretend
+from simplclip.memory import fake
 from simplclip.memory.count import Counter, Usage
-from simplclip.memory.engine import Engine
 from simplclip.memory.step import Step
 
 STEPS = 2  # in the second step the optimizer's state exists from the beginning
@@ -24,15 +23,15 @@ def predict(step: Step, device: torch.device) -> Usage:
     """The memory on `device` during two runs of `step`, whose weights are fake afterwards."""
     # Fallback kernels would run ops without a fake on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
-    batches = tree_map_only(Tensor, pretend.faker(mode, torch.device("cpu")), step.batches(whole=False))
-    fake = pretend.faker(mode, device)
+    batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(whole=False))
+    of_weights = fake.faker(mode, device)
     for module in (inner for outer in step.modules for inner in outer.modules()):
         for tensors in (module._parameters, module._buffers):
-            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
+            tensors.update({name: of_weights(tensor) for name, tensor in tensors.items() if tensor is not None})
     counter.hold(_weights(step), "parameters")
     counter.hold(batches, "batch")
-    engine = Engine(lambda gradient: counter.hold(gradient, "gradients"))
-    with pretend.fake_step(mode, device), engine.installed(), counter.counting():
+    engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
+    with fake.fake_step(mode, device), engine.installed(), counter.counting():
         step.place(device, counter.during)
         _watch(step.optimizer, counter)
         for _ in range(STEPS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,14 +30,12 @@ MOST_PAIRS = 1 << 22
 def parse_memory(text: str) -> int:
     """The bytes of "24GiB", "24000MB" or a card in `CARDS`. Raises InputError."""
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
-    name = name if name in CARDS else f"rtx-{name}" if f"rtx-{name}" in CARDS else name
-    if name in CARDS:
-        return CARDS[name]
+    for card in (name, f"rtx-{name}"):
+        if card in CARDS:
+            return CARDS[card]
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
     if not match or not float(match[1]):
-        near = difflib.get_close_matches(name, CARDS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}{hint}")
+        raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -71,11 +68,6 @@ class Plan:
     assumptions: list[str]
     advice: list[str]
 
-    @property
-    def fits(self) -> bool:
-        """Whether the step as configured fits."""
-        return self.answers[0].fits
-
 
 def make(
     config: Config,
@@ -85,18 +77,18 @@ def make(
     teacher_width: int | None = None,
     compare: bool = False,
     solve: bool = True,
-    show: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """The plan of `config` on a device with `budget`.
 
     config.data.micro_batch "auto" means the result of `micro_batch_that_fits`. teacher_width: D̂ of the stored features, if
     the shards are not on this machine. compare: also predict the original model with open_clip's losses. solve: search the
-    largest batches. show: called with a line before each part.
+    largest batches.
 
-    Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp and UnknownWorkspace if the memory of an op
-    cannot be predicted.
+    Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of an op cannot be predicted.
     """
     this = _Planner(config, budget, device, teacher_width)
+    if config.data.micro_batch == "auto":
+        this.config = config = this.with_micro_batch()
     on_card = this.device.type == "cuda"
     assumptions = [
         *budget.assumptions(),
@@ -105,25 +97,18 @@ def make(
         *([] if on_card else ["nothing for oneDNN's workspaces inside convolutions"]),
         *this.base.assumed,
     ]
-    if config.data.micro_batch == "auto":
-        show("looking for the micro-batch")
-        this.config = config = this.with_micro_batch()
-
-    show(f"the step as configured: batch {config.data.batch_size:,}")
-    usage, data, measured = this.usage(), config.data, None
+    usage, measured = this.usage(), None
     micro = config.to_dict()["data"]["micro_batch"]
-    answers = [Answer("as configured", data.batch_size, micro, usage.peak, usage.peak <= budget.usable)]
+    answers = [Answer("as configured", config.data.batch_size, micro, usage.peak, usage.peak <= budget.usable)]
     if on_card and torch.cuda.is_available():
-        show("two real steps of it on this GPU")
         try:
             measured = measure(TrainerStep(config, this.precision, teacher_width), this.device)
         except torch.OutOfMemoryError:
             assumptions.append("the step as configured does not fit this machine's GPU")
     if solve:
-        answers += this.solved(show)
+        answers += this.solved()
     if compare:
-        answers.append(this.of_open_clip(show))
-    show("advice")
+        answers.append(this.of_open_clip())
     of_what = config.model.name, this.precision, device, budget.memory, budget.usable
     return Plan(*of_what, answers, usage, measured, assumptions, list(this.advice(usage)))
 
@@ -188,8 +173,8 @@ class _Planner:
             )
         return self.changed(data={"micro_batch": micros[count - 1]})
 
-    def solved(self, show: Callable[[str], None]) -> Iterator[Answer]:
-        show("the largest batch in one graph")
+    def solved(self) -> Iterator[Answer]:
+        """The largest batches in one graph and, where the model allows it, by gradient caching."""
         whole = self._answer("most in one graph", lambda n: self.usage(data={"batch_size": n, "micro_batch": None}))
         yield whole
         if not self.cacheable or not whole.batch_size:
@@ -202,9 +187,20 @@ class _Planner:
         if isinstance(data.micro_batch, MicroBatch):
             text = data.micro_batch.text or data.batch_size * k
             micro = {"image": unit, "text": text if text < whole.batch_size * k else most * k}
-        show(f"the largest batch by gradient caching, micro-batches of {micro}")
         usage = lambda n: self.usage(data={"batch_size": n, "micro_batch": micro})  # noqa: E731
         yield self._answer("most by gradient caching", usage, micro, unit)
+
+    def of_open_clip(self) -> Answer:
+        """The largest batch of the original model with open_clip's loss."""
+        name = models.original(self.config.model.name)
+        if name is None:
+            made = self.config.model.name
+            raise ConfigError(f"--compare: expected a model made from one of open_clip's or from mobileclip-s0, got {made}")
+        sigmoid = self.config.loss.base == "sigmoid"  # open_clip has this loss without a teacher only
+        width = self.base.teacher["width"] if "distill_loss" in self.config.loss.weights and not sigmoid else None
+        step = partial(OpenClipStep, name, precision=self.precision, teacher_width=width, **SIGLIP if sigmoid else {})
+        what = f"most in open_clip: {name.removeprefix(models.PLAIN)}, {type(step(1).loss).__name__}"
+        return self._answer(what, lambda n: predict(step(n), self.device))
 
     def _answer(self, what: str, usage: Callable[[int], Usage], micro_batch: Any = None, unit: int = 1) -> Answer:
         """The largest batch, a multiple of `unit`, whose usage fits."""
@@ -214,18 +210,6 @@ class _Planner:
         size, larger = found * unit, (found + 1) * unit
         following = (larger, peaks[larger]) if larger in peaks else (None, None)
         return Answer(what, size, micro_batch, peaks.get(size, 0), size > 0, *following, peaks)
-
-    def of_open_clip(self, show: Callable[[str], None]) -> Answer:
-        name = models.original(self.config.model.name)
-        if name is None:
-            made = self.config.model.name
-            raise ConfigError(f"--compare: expected a model made from one of open_clip's or from mobileclip-s0, got {made}")
-        sigmoid = self.config.loss.base == "sigmoid"  # which open_clip has without a teacher
-        width = self.base.teacher["width"] if "distill_loss" in self.config.loss.weights and not sigmoid else None
-        step = partial(OpenClipStep, name, precision=self.precision, teacher_width=width, **SIGLIP if sigmoid else {})
-        what = f"most in open_clip: {name.removeprefix(models.PLAIN)}, {type(step(1).loss).__name__}"
-        show(what)
-        return self._answer(what, lambda n: predict(step(n), self.device))
 
     def advice(self, usage: Usage) -> Iterator[str]:
         """Settings that would lower the peak of the step as configured, with the new peak."""

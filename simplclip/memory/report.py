@@ -11,21 +11,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
+from simplclip.common.plotting import COLOURS, FRAME, INK, MUTED, new_figure, style, write
 from simplclip.memory.plan import Plan, make, parse_memory
 from simplclip.train.config import Config
 from simplclip.train.limits import GIB, Budget, gib
 
 KIND_COLOURS = ("#495057", "#0b6bcb", "#74c0fc", "#adb5bd", "#d9480f", "#7048e8", "#ffc078", "#c2255c")
-FRAME = "#d0d7de"
 
 
 def run(config: Config, memory: str, *, picture: Path | None = None, as_json: bool = False, **options: Any) -> None:
     """Makes the plan and prints it; progress is printed to stderr. The options and the errors are those of `plan.make`."""
     progress = Console(stderr=True)
     budget = Budget(parse_memory(memory))
-    with progress.status("planning") as status:
-        plan = make(config, budget, show=status.update, **options)
+    with progress.status("planning"):
+        plan = make(config, budget, **options)
     if as_json:
         print(json.dumps(as_dict(plan), indent=2))
     else:
@@ -35,27 +34,27 @@ def run(config: Config, memory: str, *, picture: Path | None = None, as_json: bo
         progress.print(f"wrote {picture}", highlight=False)
 
 
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """The plan without the timeline; sizes are in bytes."""
+    values = asdict(plan)
+    usage = values.pop("usage")
+    return values | {"components": usage["at_peak"], "peak_phase": usage["peak_phase"]}
+
+
 def show(plan: Plan, console: Console) -> None:
     """Prints tables of the answers and of the memory at the peak, assumptions and advice."""
     at = plan.usage
-    console.print(
-        f"{plan.model}, {plan.precision}, {plan.device}: {gib(plan.usable)} usable of {gib(plan.memory)}", highlight=False
-    )
     answers = _table("step", "pairs", "at a time", "peak", "fits", "next larger, GiB")
     for answer in plan.answers:
-        answers.add_row(
-            answer.what,
-            f"{answer.batch_size:,}",
-            _at_a_time(answer.micro_batch),
-            gib(answer.peak),
-            "yes" if answer.fits else "no",
-            "" if answer.next_peak is None else f"{answer.next_batch_size:,}: {answer.next_peak / GIB:.2f}",
-        )
+        larger = "" if answer.next_peak is None else f"{answer.next_batch_size:,}: {answer.next_peak / GIB:.2f}"
+        sizes = f"{answer.batch_size:,}", _at_a_time(answer.micro_batch), gib(answer.peak)
+        answers.add_row(answer.what, *sizes, "yes" if answer.fits else "no", larger)
     parts = _table(f"at the peak, in {at.peak_phase}", "MiB", "share")
     for kind, size in [*at.at_peak.items(), ("total", at.peak)]:
         parts.add_row(kind, f"{size / 2**20:,.1f}", f"{size / at.peak:.1%}")
-    for part in (answers, "", parts, ""):
-        console.print(part)
+    head = f"{plan.model}, {plan.precision}, {plan.device}: {gib(plan.usable)} usable of {gib(plan.memory)}"
+    for part in (head, answers, "", parts, ""):
+        console.print(part, highlight=False)
     measured = "nothing: predicted from fake tensors" + ", no step ran on a GPU" * (plan.device == "cuda")
     if plan.measured is not None:
         measured = f"two real steps on this machine's GPU: {gib(plan.measured)}, predicted {gib(at.peak)}"
@@ -78,16 +77,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """The plan without the timeline; sizes are in bytes."""
-    values = asdict(plan)
-    usage = values.pop("usage")
-    return values | {"components": usage["at_peak"], "peak_phase": usage["peak_phase"]}
-
-
 def draw(path: str | Path, plan: Plan) -> Path:
     """Live memory by kind during the second step as configured; and the peak by batch size, with the usable memory."""
-    usable = plan.usable / GIB
     figure = new_figure(13, 4.8)
     step, batch = figure.subplots(
         1, 2, gridspec_kw={"wspace": 0.16, "left": 0.055, "right": 0.985, "top": 0.8, "bottom": 0.12}
@@ -106,6 +97,7 @@ def draw(path: str | Path, plan: Plan) -> Path:
     step.set_ylabel("GiB", color=MUTED)
     step.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", reverse=True)
 
+    usable = plan.usable / GIB
     for colour, answer in zip(COLOURS, [a for a in plan.answers if a.peaks]):
         peaks = np.array(sorted(answer.peaks.items()))
         label = f"{answer.what}: {answer.batch_size:,}"

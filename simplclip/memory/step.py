@@ -11,7 +11,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from open_clip.loss import ClipLoss, DistillClipLoss, SigLipLoss
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -29,9 +29,9 @@ During = Callable[[str, str], AbstractContextManager]  # the context of a phase,
 class TrainerStep(Training):
     """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
 
-    teacher_width: D̂; if None, it is read from the shards. Of the teacher and the sources only shapes matter; `assumed` says
-    what stands for those that are not on this machine. `predict` and `measure` use `modules`, `optimizer`, `materialize`,
-    `place`, `batches` and `run`, which OpenClipStep has too.
+    teacher_width: D̂; if None, it is read from the shards. Only shapes of the teacher's features and of inherited weights
+    matter; `assumed` lists what is assumed where their files are not on this machine. `predict` and `measure` use `modules`,
+    `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
     """
 
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
@@ -39,14 +39,14 @@ class TrainerStep(Training):
         super().__init__(config, torch.device("cpu"), precision)
 
     def resized(self, config: Config) -> TrainerStep:
-        """The same step with another section `data`. Both share the model, so that only one may run at a time."""
+        """The step of a config that differs in its section `data` only. Both share the model: one may run at a time."""
         other = copy.copy(self)
         other.config = config
         return other
 
     @property
     def modules(self) -> list[nn.Module]:
-        """All that has weights."""
+        """The modules whose weights are in memory."""
         return [self.model, self.loss, *self.folded.copies]
 
     def materialize(self, device: torch.device) -> None:
@@ -55,20 +55,20 @@ class TrainerStep(Training):
             module.to(device)
 
     def place(self, device: torch.device, during: During) -> None:
-        """Prepares the step on `device`, where its weights already are; it runs its phases within `during`."""
+        """Makes the optimizer on `device`, where the weights already are. The step enters `during` for each of its phases."""
         self.device, self.during = device, during
         self.optimizer = make_optimizer(self.model, self.loss, self.config)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, self.config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # it would read values of tensors
         self.step = busiest(self.config)
-        self._seen: dict[str, dict[str, tuple[int, torch.dtype]]] = {}  # by tower, width and dtype of its outputs
+        self._seen: dict[str, dict[str, tuple[int, torch.dtype]]] = {}  # tower -> width and dtype of each of its outputs
         self.model.train()
 
     def batches(self, whole: bool) -> list[dict[str, Tensor]]:
         """The micro-batches of a step, in the host's memory.
 
-        If not `whole`, they have no values, and those between the second and the last are merged into one that the towers do
-        not process, since only its number of rows matters. So are those of the text tower, see `text_batches`.
+        For a prediction (not `whole`) they have no values, and all between the second and the last are merged into one, which
+        the towers do not process: it would only repeat what the second does. `text_batches` does the same for texts.
         """
         self.whole, size = whole, self.config.data.images_at_a_time
         count = self.config.data.batch_size // size
@@ -110,7 +110,7 @@ class TrainerStep(Training):
         return [self._architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
     def _architecture(self, source: str) -> Any:
-        """Empty tensors of an open_clip tag, so that nothing is downloaded, or in place of a file that is missing here."""
+        """The source; or empty tensors of its shapes for an open_clip tag, which would be downloaded, or a missing file."""
         name, slash, _ = source.removeprefix(TAG).partition("/")
         original = models.original(self.config.model.name)
         if slash and name in open_clip.list_models():
@@ -124,7 +124,7 @@ class TrainerStep(Training):
         return {key: torch.empty(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The outputs for a batch; for a merged one (see `batches`) only tensors of its size."""
+        """The outputs for a batch; for a merged one (see `batches`) empty tensors of their shapes."""
         if "unseen" in batch:
             rows = len(batch["group"]) if tower == "image" else batch["text"].shape[:-1].numel()
             like = self._seen[tower].items()
@@ -157,8 +157,7 @@ class OpenClipStep:
     """A step of open_clip's trainer on a model, with its loss for that model or with stored teacher features.
 
     name, options: as for `models.create`. teacher_width: the width of a teacher's features for DistillClipLoss; None:
-    CoCaLoss for a CoCa, SigLipLoss for a model with a logit bias, else ClipLoss. No teacher is in memory, unlike in
-    open_clip's own trainer.
+    SigLipLoss for a model with a logit bias, else ClipLoss. No teacher is in memory, unlike in open_clip's own trainer.
     """
 
     def __init__(self, name: str, batch_size: int, precision: str, teacher_width: int | None = None, **options: Any) -> None:
@@ -168,8 +167,6 @@ class OpenClipStep:
             self.materialize(torch.device("meta"))
         if teacher_width is not None:
             self.loss = DistillClipLoss()
-        elif hasattr(self.model, "text_decoder"):
-            self.loss = CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0)
         else:
             self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
 
@@ -220,7 +217,7 @@ Step = TrainerStep | OpenClipStep
 def inputs(name: str, model: nn.Module, size: int, captions: int, whole: bool) -> tuple[Tensor, Tensor]:
     """Images [size, 3, H, W], and token ids, int64 [size * captions, L].
 
-    whole: the tokens are those of a real caption with an end; some tokenizers are downloaded for it.
+    whole: the tokens are those of a real caption, with an end, as models need that pool there. Else they are zeros.
     """
     side = model.visual.image_size
     image = torch.zeros(size, 3, *((side, side) if isinstance(side, int) else side))

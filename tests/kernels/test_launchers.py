@@ -8,9 +8,9 @@ from memory_calls import attention_call, feature_call, forward_and_backward, mlp
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from simplclip.memory import pretend
+from simplclip.memory import fake
 from simplclip.memory.count import WORKSPACE, Counter
-from simplclip.memory.engine import Engine
+from simplclip.memory.fake import Engine
 
 CUDA = torch.device("cuda", 0)
 OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term", "infonce")
@@ -18,9 +18,9 @@ OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term", "infonce
 
 def predicted(call, dtype):
     counter, mode = Counter(CUDA), FakeTensorMode(allow_fallback_kernels=False)
-    fakes = tree_map_only(torch.Tensor, pretend.faker(mode, CUDA), call.typed(dtype))
+    fakes = tree_map_only(torch.Tensor, fake.faker(mode, CUDA), call.typed(dtype))
     counter.hold(fakes, "batch")
-    with pretend.fake_step(mode, CUDA), Engine(lambda gradient: None).installed(), counter.counting():
+    with fake.fake_step(mode, CUDA), Engine(lambda gradient: None).installed(), counter.counting():
         forward_and_backward(call, fakes)
     return counter.usage
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from simplclip.memory.engine import Engine
+from simplclip.memory.fake import Engine
 from simplclip.ops import parallel_mlp
 
 

@@ -14,9 +14,8 @@ from memory_calls import SIMILARITY, attention_call, feature_call, forward_and_b
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from simplclip.memory.count import Counter
+from simplclip.memory.count import Counter, UncountedOp, workspace_bytes
 from simplclip.memory.measure import cpu_peak_bytes
-from simplclip.memory.workspaces import UnknownWorkspace, workspace_bytes
 from simplclip.ops import backends
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.calls import flat, schema_of
@@ -127,11 +126,11 @@ def test_what_has_no_workspace_is_an_error(monkeypatch):
     lib = torch.library.Library("simplclip", "FRAGMENT")
     lib.define(f"silent_cpu_workspace({schema_of(FeatureGradient)}) -> int")
     call = FeatureGradient(*[torch.empty(8)] * 2, False, 1.0, False, *[torch.empty(8)] * 2)
-    with pytest.raises(UnknownWorkspace, match="no workspace is stated for silent on backend cpu"):
+    with pytest.raises(UncountedOp, match="no workspace is stated for silent on backend cpu"):
         workspace_bytes("silent", "cpu", call)
     monkeypatch.setattr(backends, "extension", None)
     monkeypatch.setattr(backends, "extension_error", "it was not built")
-    with pytest.raises(UnknownWorkspace, match="parallel_mlp_fwd on backend cpu cannot be predicted: it was not built"):
+    with pytest.raises(UncountedOp, match="parallel_mlp_fwd on backend cpu cannot be predicted: it was not built"):
         workspace_bytes("parallel_mlp_fwd", "cpu", call)
 
 
