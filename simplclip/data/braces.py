@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import braceexpand
 
 from simplclip.common.errors import InputError
 
 MOST = 1_000_000  # names of one pattern
+DEPTH = 20  # of braces in braces
 
 
 def expanded(pattern: str, name: str, escape: bool = True) -> list[str]:
     """The names of a pattern. name: of the argument, for errors. escape: a backslash makes the next character a literal."""
     shown = repr(pattern if len(pattern) <= 200 else pattern[:200] + "...")
+    if max(accumulate((c == "{") - (c == "}") for c in pattern), default=0) > DEPTH:
+        raise InputError(f"{name}: expected braces in at most {DEPTH} others, got {shown}")
     try:
         number = _count(pattern, escape)
         if number > MOST:
@@ -19,9 +24,9 @@ def expanded(pattern: str, name: str, escape: bool = True) -> list[str]:
         return list(braceexpand.braceexpand(pattern, escape))
     except braceexpand.UnbalancedBracesError:
         raise InputError(f"{name}: expected as many '}}' as '{{', got {shown}") from None
-    except (RecursionError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except ValueError as error:  # a number of 5,000 digits
         raise InputError(f"{name}: expected a brace pattern, got {shown}: {error}") from None
 
 

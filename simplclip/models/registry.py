@@ -4,6 +4,8 @@ import copy
 import difflib
 import logging
 import os
+import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -316,6 +318,10 @@ def read_weights(path: str | os.PathLike[str], error: type[InputError], expected
         return found
     except (ModuleNotFoundError, OSError):
         raise
+    except pickle.UnpicklingError as fault:  # torch's message advises to read it anyway
+        what = re.search(r"(?:GLOBAL|global) [\w.]+", str(fault))
+        reason = f"its pickle does more than store tensors ({what[0] if what else 'weights_only refuses it'})"
+        raise error(f"{expected}, got {got or path}: {reason}") from None
     except Exception as fault:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
         raise error(f"{expected}, got {got or path}: {first_line(fault)}") from None
 
@@ -333,9 +339,10 @@ def _check_contents(state: Any) -> None:
     """Raises InputError for tensors larger than what is stored of them, and for values that repeat or contain each other."""
     known: dict[int, int] = {}
 
-    def size(value: Any) -> int:
+    def count(value: Any) -> int:
         if isinstance(value, torch.Tensor):
-            if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            size = value.numel() * value.element_size()
+            if size > _SMALL and value.layout == torch.strided and size > value.untyped_storage().nbytes():
                 raise InputError(f"a tensor of shape {list(value.shape)} is stored with fewer numbers")
             return 1
         if not isinstance(value, (Mapping, list, tuple, set)):
@@ -343,14 +350,15 @@ def _check_contents(state: Any) -> None:
         if id(value) not in known:
             known[id(value)] = _MOST + 1  # while it is counted
             parts = [part for pair in value.items() for part in pair] if isinstance(value, Mapping) else value
-            known[id(value)] = 1 + sum(map(size, parts))
+            known[id(value)] = 1 + sum(map(count, parts))
         return known[id(value)]
 
-    if size(state) > _MOST:
+    if count(state) > _MOST:
         raise InputError(f"more than {_MOST:,} values, some in each other")
 
 
 _MOST = 50_000_000  # values of a file of weights
+_SMALL = 1 << 24  # bytes of a tensor that may repeat what is stored of it, as `expand` does
 
 
 def first_line(error: Exception) -> str:

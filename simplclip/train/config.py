@@ -358,6 +358,8 @@ def _explain(error: Any) -> str:
     if kind == "extra_forbidden":
         sources = {f"{key.rpartition('.')[0]}.{name}": None for name in Source.model_fields}
         return f"{key}: unknown key{_nearest(key, sources if key.startswith('data.train.') else known)}"
+    if kind == "invalid_key":
+        return f"{key}: expected a string for a key, got {_shown(error['input'])}"
     # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
     field_key = next(k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known)
     field = known[field_key]

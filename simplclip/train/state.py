@@ -259,10 +259,12 @@ def load_model(
         raise checkpoint.CheckpointError(f"{path}: expected a checkpoint with a valid config, got {reason}") from None
     if not trust:
         check_options(config.model.options, str(path))
-    model = build_model(config)
     try:
+        model = build_model(config)
         model.load_state_dict(state["model"], strict=True)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except InputError as error:
+        raise checkpoint.CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # the type depends on the options, and on the damage
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
         raise checkpoint.CheckpointError(
             f"{path}: expected weights of {config.model.name!r}, the model of its config: {reasons[:300]}"

@@ -22,10 +22,11 @@ _ARCHITECTURE = {
     *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "simplified", "simplify_options"),
     *("force_quick_gelu", "force_custom_text", "force_patch_dropout", "force_image_size", "force_context_length"),
 }
+_WIDE, _DEEP = 1_000_000, 1000  # of any model
 
 
 def check_options(options: Mapping[str, Any], where: str) -> None:
-    """Raises InputError for stored model.options that would load more than an architecture."""
+    """Raises InputError for stored model.options that would load more than an architecture, or one of an absurd size."""
     for key, value in options.items():
         if key not in _ARCHITECTURE:
             _refuse(f"model.options.{key}", value, where)
@@ -33,6 +34,10 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
             fetched = str(name).startswith("hf_") or (name == "timm_model_name" and set(":/\\") & {*str(inner)})
             if fetched and inner:
                 _refuse(f"model.options.{key}.{name}", inner, where)
+            if isinstance(inner, (int, float)) and inner > (_DEEP if name == "layers" else _WIDE):
+                raise InputError(f"{where}: expected a model that can be built, got model.options.{key}.{name} = {inner:.3g}")
+        if isinstance(value, (int, float)) and value > _WIDE:
+            raise InputError(f"{where}: expected a model that can be built, got model.options.{key} = {value:.3g}")
 
 
 def _refuse(key: str, value: Any, where: str) -> None:
