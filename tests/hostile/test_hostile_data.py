@@ -123,9 +123,7 @@ PATTERNS = {
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 def test_a_pattern_of_too_many_names_is_refused(pattern):
-    with pytest.raises(
-        InputError, match=r"shards: expected (a pattern of at most|a brace pattern|as many|braces in)"
-    ) as error:
+    with pytest.raises(InputError, match=r"shards: expected (a pattern of at|a brace pattern|as many|braces in)") as error:
         data.parts_of(pattern)
     assert len(str(error.value)) < 400
 
