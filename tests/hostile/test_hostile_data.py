@@ -52,11 +52,11 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_a_file_is_a_file_whatever_it_is_called(tmp_path, name):
-    samples = [("k", {"png": png(), "txt": b"x"}), ("broken", {"png": b"", "txt": b"x"})]
+    samples = [("k", {"png": png(), "txt": b"x"}), (key := "[/red] \x1b[31m", {"png": b"", "txt": b"x"})]
     write(tmp_path / "here" / name, samples)
-    assert read("*.tar") == read(name) == read(Path(name)) == read([name]) == ["k", "broken"]
+    assert read("*.tar") == read(name) == read(Path(name)) == read([name]) == ["k", key]
     (tmp_path / "here" / "list.txt").write_bytes(os.fsencode(f"#\n{name}\n"))
-    assert "\n" in name or read("list.txt") == ["k", "broken"]
+    assert "\n" in name or read("list.txt") == ["k", key]
     found = evaluation.source("*.tar")
     assert [found.open(item).captions for item in found.items(Skipped())] == [["x"], ["x"]]
     result = call("data", "report", "--workers", 1, "--sample", 2, "--", name)
