@@ -16,9 +16,9 @@ from typer.core import TyperGroup  # noqa: E402
 from simplclip.commands import data as data_commands  # noqa: E402
 from simplclip.commands.embed import embed  # noqa: E402
 from simplclip.commands.evaluate import evaluate  # noqa: E402
-from simplclip.commands.options import Device, Precision, named_splits  # noqa: E402
+from simplclip.commands.options import Device, Precision, Trust, named_splits  # noqa: E402
 from simplclip.commands.share import share  # noqa: E402
-from simplclip.common.errors import InputError, UserError  # noqa: E402
+from simplclip.common.errors import InputError, UserError, visible  # noqa: E402
 
 # extra of this package -> modules that it installs
 EXTRAS = {
@@ -51,7 +51,7 @@ class Commands(TyperGroup):
 
 
 def fail(message: str, code: int) -> None:
-    typer.echo(f"simplclip: {message}", err=True)
+    typer.echo(f"simplclip: {visible(message, keep=chr(10))}", err=True)
     raise typer.Exit(code)
 
 
@@ -123,6 +123,7 @@ def train(
         str | None,
         typer.Option(help="Cap the memory of the process, e.g. 24GiB or rtx-3090, to try a smaller card on a larger one."),
     ] = None,
+    trust: Trust = False,
     help_config: Annotated[
         bool,
         typer.Option(
@@ -139,7 +140,10 @@ def train(
     values = configs.load(config, set_ or ())
     from simplclip import memory
     from simplclip import train as trainer
+    from simplclip.train.trust import check_run
 
+    if not trust:
+        check_run(config, values, set_ or ())
     limit = None if memory_limit is None else memory.parse_memory(memory_limit)
     try:
         trainer.run(values, resume=resume, memory_limit=limit, planner=memory)
@@ -223,13 +227,18 @@ def ablate(
         list[str] | None, typer.Option(metavar="GLOB", help="Only effects of this name or group. May be repeated.")
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Only write the tables of the runs that are done.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Train a model without and with each change of an effects file, with several seeds, and compare.
 
     Repeat the command to continue after a stop.
     """
     from simplclip import ablate as ablation
+    from simplclip.train import config as configs
+    from simplclip.train.trust import check_run
 
+    if not trust:
+        check_run(config, configs.load(config, [*(set_ or ()), "run.out=."]), set_ or ())
     options = {"overrides": set_ or (), "seeds": seeds, "jobs": jobs, "only": only or (), "train": not report}
     path = ablation.run(config, effects, out, **options)
     typer.echo(f"wrote {path} and {path.with_suffix('.png')}")
@@ -245,11 +254,12 @@ def export(
         list[str] | None, typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Write the weights of a checkpoint for open_clip and as safetensors, and each tower as ONNX (checked by onnxruntime)."""
     from simplclip import export as exporter
 
-    exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force)
+    exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force, trust=trust)
 
 
 @app.command(
