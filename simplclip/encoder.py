@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -24,11 +23,14 @@ from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
+from simplclip.data.tables import file_bytes
+from simplclip.data.text import json_of
 from simplclip.evaluation import features_of
-from simplclip.models.registry import WeightsError, first_line, read_weights
+from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.config import Config
 from simplclip.train.state import load_model
+from simplclip.train.trust import check_options
 
 BUILTIN = "builtin"
 EXPORT = "export.json"  # what describes the folder of `simplclip export`
@@ -120,7 +122,7 @@ class Encoder:
         if not isinstance(image, (str, os.PathLike)):
             raise InputError(f"images: expected paths, PIL images or tensors, got {type(image).__name__}")
         try:
-            return self.preprocess(decode_pil(Path(image).read_bytes()))
+            return self.preprocess(decode_pil(file_bytes(image)))
         except BrokenSample as broken:
             raise InputError(f"images: expected an image, got {image}: {broken.args[0]} ({broken.args[1]})") from None
 
@@ -131,6 +133,7 @@ def load(
     *,
     device: str | torch.device = "auto",
     precision: str = "fp32",
+    trust: bool = False,
 ) -> Encoder:
     """The encoder that `source` names:
 
@@ -148,6 +151,7 @@ def load(
 
     device: cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.
     precision: fp32, bf16, fp16, or auto: bf16 if the device has it. Features are float32 in each of them.
+    trust: accept model options of a checkpoint or an export that may fetch or unpickle further files, see `train.trust`.
 
     Raises: ValueError if the source is unknown or has no weights, FileNotFoundError, CheckpointError if a file is not a
     checkpoint of that model.
@@ -161,11 +165,11 @@ def load(
         plain, _, tag = source.removeprefix(models.PLAIN).partition("/")
         found = _open_clip(plain, tag, checkpoint)
     elif checkpoint is None and Path(source).exists():
-        found = _own(Path(source))
+        found = _own(Path(source), trust)
     elif name == BUILTIN and not (rest and checkpoint):
         found = _builtin(checkpoint or rest)
     elif name in models.names() and not (rest and checkpoint):
-        found = _named(name, checkpoint or rest)
+        found = _named(name, checkpoint or rest, trust)
     elif source.endswith(_FILES) or (rest and checkpoint is None):
         raise FileNotFoundError(f"checkpoint: no such file: {source}")
     else:
@@ -181,7 +185,7 @@ def _builtin(heads: str | os.PathLike) -> dict[str, Any]:
     return {"name": BUILTIN, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
-def _named(name: str, weights: str | os.PathLike) -> dict[str, Any]:
+def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]:
     if not weights:
         raise InputError(f"checkpoint: expected a file with the weights of {name!r}, got none")
     path = Path(weights)
@@ -189,7 +193,7 @@ def _named(name: str, weights: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
     bare = path.is_file() and "format" not in read_weights(path, CheckpointError, "checkpoint: expected weights")
     if not bare:
-        found = _own(path)
+        found = _own(path, trust)
         if found["name"] != name:
             raise CheckpointError(f"{path}: expected a checkpoint of {name!r}, got one of {found['name']!r}")
         return found
@@ -206,29 +210,32 @@ def _parts(name: str, model: Any, size: int | tuple[int, int] | None = None) -> 
     return {"name": name, "model": model, "preprocess": transform, "tokenizer": models.tokenizer(name)}
 
 
-def _own(path: Path) -> dict[str, Any]:
+def _own(path: Path, trust: bool) -> dict[str, Any]:
     """The model of a run's checkpoint or of an export."""
     if (path / EXPORT).is_file() and not (path / "last.pt").exists():
-        return _exported(path)
-    model, config, state = load_model(path)
+        return _exported(path, trust)
+    model, config, state = load_model(path, trust=trust)
     name = config.model.name
     return _parts(name, model, config.model.image_size) | {"config": config, "step": state["step"]}
 
 
-def _exported(folder: Path) -> dict[str, Any]:
+def _exported(folder: Path, trust: bool) -> dict[str, Any]:
     try:
-        about = json.loads((folder / EXPORT).read_text("utf-8"))
+        about = json_of((folder / EXPORT).read_text("utf-8"))
         name, options, step = about["model"], dict(about["options"]), int(about["step"])
         size = about["preprocess"]["size"]
-        weights = [file for end in (".safetensors", ".pt") for file in about["files"] if file.endswith(end)]
-    except (ValueError, LookupError, TypeError, AttributeError):
+        size = size if isinstance(size, int) else tuple(size)
+        weights = [Path(file).name for end in (".safetensors", ".pt") for file in about["files"] if file.endswith(end)]
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(f"{folder / EXPORT}: expected a file of simplclip export, got another one") from None
     if not weights:
         raise CheckpointError(
             f"{folder}: expected an export with weights for torch (--format safetensors), got {', '.join(about['files'])}"
         )
+    if not trust:
+        check_options(options, str(folder / EXPORT))
     model = models.create(name, checkpoint=folder / weights[0], **options)
-    return _parts(name, model, size if isinstance(size, int) else tuple(size)) | {"step": step}
+    return _parts(name, model, size) | {"step": step}
 
 
 def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
@@ -258,6 +265,7 @@ def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> di
     else:
         model = models.create(name)
         try:
+            check_archive(checkpoint)
             open_clip.load_checkpoint(model, str(checkpoint), strict=True, weights_only=True)
         except ModuleNotFoundError:
             raise

@@ -20,6 +20,7 @@ from simplclip.common.files import locked, write_atomically
 from simplclip.data.pool import cores
 from simplclip.data.shards import Shards
 from simplclip.data.stream import Source
+from simplclip.data.text import json_of
 from simplclip.encoder import Encoder, load
 from simplclip.evaluation import (
     Split,
@@ -35,6 +36,7 @@ from simplclip.evaluation import (
 )
 from simplclip.evaluation.tables import in_words, table
 from simplclip.train.config import EvalConfig
+from simplclip.train.trust import check_splits
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
 SHARED = ("checkpoint", "model", "step", "precision")  # what the JSON says about each split's evaluation
@@ -55,6 +57,7 @@ def run(
     device: str = "auto",
     precision: str = "fp32",
     skip_missing: bool = False,
+    trust: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Evaluate models on splits, by retrieval where there are captions and by classification where there are labels.
@@ -74,6 +77,7 @@ def run(
         features: folder that keeps the features, see `evaluation.encode`; by default they are in a temporary file in OUT.
         batch_size: by default eval.batch_size of the config, or 64.
         workers: processes that decode images; by default one for each core, at most 8.
+        trust: take commands and URLs from the eval.splits of the first model's config, and all options of the models'.
         skip_missing: skip splits whose files do not exist, with a note; if no split is left, the JSON is not written.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), ValueError (also if
@@ -89,11 +93,13 @@ def run(
     found: dict[str, Source] = {}
     answer: dict[str, Any] = {}
     for number, name in enumerate(sources):
-        encoder = load(name, device=device, precision=precision)
+        encoder = load(name, device=device, precision=precision, trust=trust)
         about = {"checkpoint": name, "model": encoder.name, "step": encoder.step, "precision": encoder.precision}
         if number == 0:
             hardware.set_threads(encoder.config.run.threads if encoder.config else None)
             defaults = encoder.config.eval if encoder.config else EvalConfig(batch_size=64)
+            if not (splits or trust):
+                check_splits(defaults.splits, name)
             found = _sources(splits or defaults.splits, skip_missing, say, captions=captions, images=images)
             found = {split: named(what, *names) for split, what in found.items()}
             file = _folder(out, name) / "evaluation.json"
@@ -115,8 +121,8 @@ def run(
             wording = given or phrases(what.templates or defaults.templates)
             mine["splits"][title] = _figures(encoder, split, wording, title, file.parent, ending) | about
             with locked(file.parent):
-                whole = _merged(_earlier(file), answer)
-                write_atomically(file, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+                text = json.dumps(_merged(_earlier(file), answer), indent=2, ensure_ascii=False) + "\n"
+                write_atomically(file, text.encode("utf-8", "backslashreplace"))
     if not found:
         say(f"nothing was evaluated; {file} is not written")
         return answer
@@ -193,7 +199,7 @@ def _earlier(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = json_of(file.read_text("utf-8"))
         parts = {"": found, **found.get("baselines", {})}
         made = {name: {key: part[key] for key in SHARED} for name, part in parts.items()}
         splits = {name: {key: made[name] | split for key, split in part["splits"].items()} for name, part in parts.items()}

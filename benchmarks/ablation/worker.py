@@ -60,7 +60,7 @@ def result(values: Config) -> dict[str, Any]:
     out = Path(values.run.out)
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)
-    model, _, state = load_model(out / "last.pt", device)
+    model, _, state = load_model(out / "last.pt", device, trust=True)
     splits = evaluation.load_splits(values.eval.splits, values.model.name, values.model.image_size)
     found = {}
     for name, split in splits.items():

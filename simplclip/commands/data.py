@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simplclip.common.errors import visible
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -122,14 +124,18 @@ def emoji(
 
 def _unreadable(found: dict[str, str]) -> None:
     for reason in found.values():
-        typer.echo(f"  not read: {reason}", err=True)
+        typer.echo(f"  not read: {visible(reason)}", err=True)
 
 
 def _tables(found: dict[str, Any]) -> list[Table]:
     from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
     from rich.table import Table
 
     from simplclip.data.report import MEASURES, size_text
+
+    def shown(name: str) -> str:
+        return escape(visible(name))
 
     def table(*columns: str) -> Table:
         made = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
@@ -144,7 +150,7 @@ def _tables(found: dict[str, Any]) -> list[Table]:
     about.add_row("images", f"{formats or 'none'}, {size_text(found['image_bytes'])}{mean}")
     epoch, decoding, twice = found["epoch"], found["decoding"], found["duplicate_keys"]
     about.add_row("epoch", f"{epoch['batches']:,} batch{'es' * (epoch['batches'] != 1)} of {epoch['batch_size']:,}")
-    first = f" (first: {twice['first']})" if twice["first"] else ""
+    first = f" (first: {shown(twice['first'])})" if twice["first"] else ""
     about.add_row("repeated keys", f"{twice['in_a_shard']:,} within a shard, {twice['in_all_shards']:,} in all{first}")
     about.add_row("index", f"of {found['indexed']:,} shards; every image decoded of {found['decoded']:,} samples")
     if decoding and decoding["images_per_second"]:
@@ -154,15 +160,15 @@ def _tables(found: dict[str, Any]) -> list[Table]:
         about.add_row("", f"{hours} {decoding['cores']} cores here")
         about.add_row("", f"{1000 / rate:.2g} cores for every 1,000 images/s that a card takes")
     for shard, (said, there) in found["img2dataset"].items():
-        about.add_row("img2dataset", f"{shard}: its stats say {said:,} images, there are {there:,}")
+        about.add_row("img2dataset", f"{shown(shard)}: its stats say {said:,} images, there are {there:,}")
     spread = table("of each", *next(iter(found["quantiles"].values()), {}))
     for name, values in found["quantiles"].items():
         label = {"tokens": "caption"}.get(name, name) + f" ({MEASURES[name]})" * bool(MEASURES[name])
         spread.add_row(label, *(f"{value:,}" for value in values.values()))
     broken = table("broken", "samples", "the first")
     for reason, (count, first) in found["broken"].items():
-        broken.add_row(reason, f"{count:,}", first)
+        broken.add_row(reason, f"{count:,}", shown(first))
     measured = decoding["broken"] if decoding and found["decoded"] < found["samples"] else {}
     for reason, (count, first) in measured.items():
-        broken.add_row(f"{reason}, of the {decoding['images']:,} measured", f"{count:,}", first)
+        broken.add_row(f"{reason}, of the {decoding['images']:,} measured", f"{count:,}", shown(first))
     return [about, spread, *([broken] if broken.row_count else [])]

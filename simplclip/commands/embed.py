@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from simplclip.commands.options import Device, Precision, Workers
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -86,7 +86,9 @@ def _table(query: str, hits: list[Hit]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title=Text(query, "bold"), title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title=Text(visible(query), "bold"), title_justify="left"
+    )
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("key", overflow="fold")
     table.add_column("caption", overflow="fold")
@@ -94,5 +96,6 @@ def _table(query: str, hits: list[Hit]) -> Table:
         table.add_column("place", overflow="fold")
     for hit in hits:
         place = hit.image_path or hit.shard
-        table.add_row(f"{hit.score:.3f}", *map(Text, (hit.key, hit.caption, *([place] if len(table.columns) == 4 else ()))))
+        cells = (hit.key, hit.caption, *([place] if len(table.columns) == 4 else ()))
+        table.add_row(f"{hit.score:.3f}", *(Text(visible(cell)) for cell in cells))
     return table

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Device, Precision, Workers, named_splits
+from simplclip.commands.options import Device, Precision, Trust, Workers, named_splits
 
 
 def evaluate(
@@ -62,11 +62,13 @@ def evaluate(
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Skip splits whose files do not exist, and print a note.")
     ] = False,
+    trust: Trust = False,
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
     splits = named_splits(data or [])
     from simplclip import evaluate as evaluation
 
     what = {"templates": templates or None, "classnames": classnames, "captions": captions, "images": images}
+    what["trust"] = trust
     how = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
     evaluation.run(models, splits or None, out=out, features=features, skip_missing=skip_missing, **what, **how)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from simplclip.commands.options import Trust
+
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or the folder of a run (its last.pt).")],
@@ -15,8 +17,9 @@ def export(
         list[str] | None, typer.Option("--format", help="open_clip, safetensors or onnx. May be repeated. Default: all.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Write the weights of a checkpoint for open_clip and as safetensors, and each tower as ONNX (checked by onnxruntime)."""
     from simplclip import export as exporter
 
-    exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force)
+    exporter.run(checkpoint, out, formats=format_ or exporter.FORMATS, force=force, trust=trust)

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, visible
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Take commands, URLs and all options of models from the checkpoint or run too.")
+]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images. Default: one for each core, at most 8.")
 ]
@@ -26,7 +29,7 @@ Sidecars = Annotated[
 
 
 def fail(message: str, code: int) -> None:
-    typer.echo(f"simplclip: {message}", err=True)
+    typer.echo(f"simplclip: {visible(message, keep=chr(10))}", err=True)
     raise typer.Exit(code)
 
 

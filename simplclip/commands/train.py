@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Overrides, fail
+from simplclip.commands.options import Overrides, Trust, fail
 from simplclip.common.errors import UserError
 
 
@@ -29,6 +29,7 @@ def train(
         str | None,
         typer.Option(help="Cap the memory of the process, e.g. 24GiB or rtx-3090, to try a smaller card on a larger one."),
     ] = None,
+    trust: Trust = False,
     help_config: Annotated[
         bool,
         typer.Option(
@@ -45,7 +46,10 @@ def train(
     values = configs.load(config, set_ or ())
     from simplclip import memory
     from simplclip import train as trainer
+    from simplclip.train.trust import check_run
 
+    if not trust:
+        check_run(config, values, set_ or ())
     limit = None if memory_limit is None else memory.parse_memory(memory_limit)
     try:
         trainer.run(values, resume=resume, memory_limit=limit, planner=memory)

@@ -9,3 +9,11 @@ class UserError(Exception):
 
 class InputError(UserError, ValueError):
     """An argument, file or setting is not valid; the message names it."""
+
+
+def visible(text: str, keep: str = "") -> str:
+    """Text for a terminal: what cannot be printed, such as escape sequences and bytes that are not UTF-8, as in `repr`.
+
+    keep: characters that stay as they are, e.g. line ends.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)

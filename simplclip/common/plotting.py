@@ -56,7 +56,8 @@ def frame(
 
 
 def say(axis: Any, x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
-    axis.text(x, y, text, fontsize=size, color=colour, family=_fonts(), **{"va": "center", **style})
+    options = {"va": "center", "parse_math": False, **style}  # a caption with two $ is no formula
+    axis.text(x, y, text, fontsize=size, color=colour, family=_fonts(), **options)
 
 
 @functools.cache
@@ -66,8 +67,8 @@ def _fonts() -> list[str]:
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
-    """Text in lines of `width` characters, without formulas."""
-    return textwrap.fill(text, width, max_lines=lines, placeholder=" …").replace("$", r"\$")
+    """Text in lines of `width` characters."""
+    return textwrap.fill(text, width, max_lines=lines, placeholder=" …")
 
 
 def write(figure: Figure, path: Path) -> Path:

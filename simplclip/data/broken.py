@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from simplclip.common.errors import UserError
+from simplclip.common.errors import UserError, visible
 
 
 class ShardError(UserError, RuntimeError):
@@ -25,7 +25,8 @@ class Skipped:
 
     def add(self, reason: str, place: str, detail: object = "") -> None:
         self.counts[reason] += 1
-        self.examples.setdefault(reason, f"{place}: {detail}" if str(detail) else place)
+        if reason not in self.examples:  # of the detail, which may quote a file, a line
+            self.examples[reason] = visible(f"{place}: {str(detail)[:500]}" if str(detail) else place)
 
     def merge(self, other: Skipped) -> None:
         self.counts += other.counts

@@ -12,7 +12,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import io
-import json
 import math
 import os
 import tarfile
@@ -23,18 +22,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 import numpy as np
 from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from simplclip.common.errors import InputError
 from simplclip.data import index, tar
+from simplclip.data.braces import expanded
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.sidecars import PREFIX, TEACHER, VIEWS, Folders, entries, joined
 from simplclip.data.streams import StreamError, is_stream, name_of, opened
 from simplclip.data.tar import Span
+from simplclip.data.text import JSON_BYTES, clean, decoded, json_of
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 UNREADABLE = "cannot be read"  # why a sample is broken whose file is gone
@@ -69,7 +69,7 @@ def matches(pattern: str, name: str) -> list[str]:
     """The files and folders of a path, brace expression or glob, all of which exist. name: of the argument, for errors."""
     pattern = os.path.expanduser(pattern)
     found: list[str] = []
-    for path in [pattern] if os.path.exists(pattern) else braceexpand.braceexpand(pattern):
+    for path in [pattern] if os.path.exists(pattern) else expanded(pattern, name):
         if os.path.exists(path):
             found.append(path)
         elif glob.has_magic(path):
@@ -257,8 +257,8 @@ def record_of(sample: Sample) -> dict[str, Any]:
     record: Any = {}
     if "json" in sample:
         try:
-            record = json.loads(sample["json"])
-        except (ValueError, RecursionError) as error:
+            record = json_of(sample["json"], JSON_BYTES)
+        except ValueError as error:
             raise BrokenSample("bad json", error) from None
         if not isinstance(record, dict):
             raise BrokenSample("bad json", f"expected an object, got {type(record).__name__}")
@@ -273,7 +273,7 @@ def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
     texts += [single] if isinstance(single, str) else []
     if "txt" in sample:
         try:
-            texts.append(sample["txt"].decode("utf-8"))
+            texts.append(decoded(sample["txt"]))
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
     if found := not_empty(texts):
@@ -282,7 +282,8 @@ def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
 
 
 def not_empty(texts: list[Any]) -> list[str]:
-    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    """The texts that are not empty, each as it is used, see `text.clean`."""
+    return [cleaned for text in texts if isinstance(text, str) and (cleaned := clean(text))]
 
 
 def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
@@ -298,7 +299,7 @@ def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
         if features.dtype not in (np.float16, np.uint16) or features.ndim != 2:
             raise ValueError(f"expected float16 or uint16 [1 + C, D], got {features.dtype} {list(features.shape)}")
         if VIEWS in files:
-            views = json.loads(files[VIEWS])
+            views = json_of(files[VIEWS], JSON_BYTES)
             if not views or not all(isinstance(view, dict) for view in views):
                 raise ValueError(f"expected views, got {str(views)[:100]}")
     except Exception as error:  # the type depends on the damage
@@ -353,9 +354,9 @@ def teacher_stamp(shards: list[str], folders: Folders = ()) -> dict[str, Any]:
 
 def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
     try:
-        stamp = json.loads(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
+        stamp = json_of(Path(folder, "meta.json").read_text("utf-8"))["teacher"]
         return stamp | {"width": int(stamp["width"]), "logit_scale": float(stamp["logit_scale"])}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
         return None
 
 
@@ -385,5 +386,5 @@ def _listed_counts(folder: str) -> dict[tuple[str, int], int]:
     try:
         found = entries(folder).items()
         return {(name, int(entry["bytes"])): int(entry["samples"]) for name, entry in found}
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return {}

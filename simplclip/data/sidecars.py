@@ -8,7 +8,6 @@ A sidecar's file takes the place of the sample's of the same suffix. `simplclip 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from simplclip.common.errors import InputError
 from simplclip.data import tar
 from simplclip.data.broken import ShardError, Skipped
 from simplclip.data.streams import name_of
+from simplclip.data.text import json_of
 
 TEACHER = "teacher.npy"
 VIEWS = "views.json"
@@ -76,7 +76,7 @@ def check(shards: Iterable[str], folders: Folders) -> None:
 def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
     """What the meta.json of a folder says about each of its shards or sidecars; {} without one."""
     try:
-        splits = json.loads(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
+        splits = json_of(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
         return {name: entry for split in splits for name, entry in split["shards"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}

@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-import braceexpand
-
 from simplclip.common.errors import InputError
 from simplclip.data import tables
+from simplclip.data.braces import expanded
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import Sample, ShardError, count_samples, matches, read_shard
 from simplclip.data.sidecars import Folders
 from simplclip.data.sidecars import check as check_shards
-from simplclip.data.streams import is_stream, name_of
+from simplclip.data.streams import Address, is_stream, name_of, names_stream
 from simplclip.data.tables import Columns, Piece
 
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a shard that could not be read is tried again
@@ -109,6 +108,8 @@ def parts_of(source: Source, name: str = "shards") -> list[Part]:
       share, drawn in each epoch), and for tables "image_key", "caption_key", "separator";
     - a list of these, or of parts.
 
+    What exists is a file, whatever its name begins with, and so is a pathlib.Path: only other texts are commands and URLs.
+
     name: of the argument, for errors. Raises InputError for what does not exist or is none of these.
     """
     parts = list(_parts(source, name, Columns()))
@@ -121,7 +122,7 @@ def _parts(source: Source, name: str, columns: Columns) -> Iterator[Part]:
     if isinstance(source, Part):
         yield source
     elif isinstance(source, (str, os.PathLike)):
-        yield from _named(os.fspath(source), name, columns)
+        yield from _named(source, name, columns)
     elif isinstance(source, Mapping):
         yield from _weighted(source, name)
     elif isinstance(source, Iterable):
@@ -147,17 +148,42 @@ def _weighted(source: Mapping[str, Any], name: str) -> Iterator[Part]:
     yield from (replace(part, weight=part.weight * weight) for part in parts)
 
 
-def _named(text: str, name: str, columns: Columns, listed: str | None = None) -> Iterator[Part]:
+def is_address(source: str | os.PathLike, listed: str | None = None) -> bool:
+    """Whether it is no path: URLs and commands are texts that no file is called."""
+    return isinstance(source, str) and names_stream(source) and not os.path.exists(os.path.join(listed or "", source))
+
+
+def addresses(source: Source) -> Iterator[str]:
+    """The URLs and commands in a source and in its list files."""
+    if isinstance(source, Mapping):
+        yield from addresses(source.get("shards", ()))
+    elif not isinstance(source, (str, os.PathLike)):
+        for one in source:
+            yield from addresses(one)
+    elif is_address(source):
+        yield str(source)
+    else:
+        try:
+            found = matches(os.fspath(source), "shards")
+        except InputError:  # nothing is there that could be read
+            return
+        for path in found:
+            if path.lower().endswith(".txt") and os.path.isfile(path):
+                yield from (line for _, line in _lines(path) if is_address(line, os.path.dirname(path)))
+
+
+def _named(source: str | os.PathLike, name: str, columns: Columns, listed: str | None = None) -> Iterator[Part]:
     """The parts of a path, pattern, URL or command. listed: the folder of the list file that has it."""
-    if is_stream(text):
+    text = os.fspath(source)
+    if is_address(source, listed):
         if listed is not None and text.startswith("pipe:"):
             raise InputError(
                 f"{name}: expected a path or URL in a list file, got {text!r}; commands are taken from the command line or "
                 "the config alone"
             )
-        yield from map(Part, braceexpand.braceexpand(text, escape=False))
+        yield from (Part(Address(url)) for url in expanded(text, name, escape=False))
         return
-    if "://" in text:
+    if "://" in text and not os.path.exists(os.path.join(listed or "", text)):
         raise InputError(
             f"{name}: expected {_FORMS}, got {text!r}; of other places the output of a command may be read, e.g. "
             "'pipe:aws s3 cp s3://BUCKET/NAME.tar -'"
@@ -177,13 +203,18 @@ def _named(text: str, name: str, columns: Columns, listed: str | None = None) ->
 
 
 def _listed(path: str, name: str, columns: Columns) -> Iterator[Part]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        lines = [(number, line.strip()) for number, line in enumerate(file, 1)]
-    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    lines = _lines(path)
     if not lines:
         raise InputError(f"{name}: expected a list file with one path or URL a line, got {path!r}, which has none")
     for number, line in lines:
         yield from _named(line, f"{name}: line {number} of {path!r}", columns, os.path.dirname(path))
+
+
+def _lines(path: str) -> list[tuple[int, str]]:
+    """The lines of a list file, with their numbers."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        lines = [(number, line.strip()) for number, line in enumerate(file, 1)]
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def _labelled(parts: list[Part]) -> list[Part]:

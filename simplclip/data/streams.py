@@ -9,10 +9,8 @@ import select
 import subprocess
 import urllib.request
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
-
-from webdataset import gopen
 
 TIMEOUT = 60.0  # seconds without a byte, after which a server or a command counts as hanging
 
@@ -25,13 +23,25 @@ class Stream(Protocol):
     def read(self, size: int) -> bytes: ...
 
 
+class Address(str):
+    """An http(s) URL or pipe:COMMAND, which is fetched or run. What files and folders are called stays a str, a path.
+
+    Only `data.parts_of` makes addresses, of texts that its caller gave, and URLs of lines of list files.
+    """
+
+
+def names_stream(text: str) -> bool:
+    """Whether a text that a user typed is the address of a stream."""
+    return text.startswith(("pipe:", "http://", "https://"))
+
+
 def is_stream(url: str) -> bool:
-    return url.startswith(("pipe:", "http://", "https://"))
+    return isinstance(url, Address)
 
 
 def name_of(url: str) -> str:
     """The file name of a path or URL, without the query of a URL, which may be a signature that changes."""
-    return os.path.basename(urlsplit(url).path if url.startswith("http") and is_stream(url) else url)
+    return os.path.basename(urlsplit(url).path if is_stream(url) and url.startswith("http") else url)
 
 
 @contextlib.contextmanager
@@ -41,12 +51,25 @@ def opened(url: str) -> Iterator[Stream]:
         yield stream
 
 
+_web = urllib.request.OpenerDirector()  # without the schemes that a server could redirect to, such as ftp:
+for _handler in (
+    urllib.request.ProxyHandler,
+    urllib.request.UnknownHandler,
+    urllib.request.HTTPHandler,
+    urllib.request.HTTPSHandler,
+    urllib.request.HTTPDefaultErrorHandler,
+    urllib.request.HTTPRedirectHandler,
+    urllib.request.HTTPErrorProcessor,
+):
+    _web.add_handler(_handler())
+
+
 @contextlib.contextmanager
 def _response(url: str) -> Iterator[Stream]:
-    # Not gopen: its curl has no time limit for a server that hangs, and its own retries start the stream again.
+    # Not webdataset's gopen: its curl has no time limit for a server that hangs, and its retries start the stream again.
     request = urllib.request.Request(url, headers={"User-Agent": "simplclip"})
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = _web.open(request, timeout=TIMEOUT)
     except (OSError, http.client.HTTPException) as error:
         raise StreamError(_reason(error)) from error
     with response:
@@ -69,18 +92,18 @@ class _Response:
 
 @contextlib.contextmanager
 def _command(url: str) -> Iterator[Stream]:
-    pipe = gopen(url)
+    process = subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE)
     try:
-        yield _Command(pipe)
+        yield _Command(process)
     finally:
-        pipe.proc.kill()  # it may write on, or wait for something, after the end of the tar
-        pipe.proc.wait()
-        pipe.stream.close()
+        process.kill()  # it may write on, or wait for something, after the end of the tar
+        process.wait()
+        process.stdout.close()
 
 
 class _Command:
-    def __init__(self, pipe: Any):
-        self.process, self.file = pipe.proc, pipe.stream.fileno()
+    def __init__(self, process: subprocess.Popen[bytes]):
+        self.process, self.file = process, process.stdout.fileno()
 
     def read(self, size: int) -> bytes:
         if os.name != "nt" and not select.select([self.file], [], [], TIMEOUT)[0]:

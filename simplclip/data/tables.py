@@ -1,17 +1,21 @@
 """Pairs that do not lie in tars: tables of image path and caption, and folders of images with their captions beside them.
 
-Both are read in pieces of ROWS samples, which workers divide. The loader's process holds of a CSV or TSV file the places of
-its pieces, of a parquet file the two columns, of a folder the names of the files; not one Python object for each sample.
+Both are read in pieces of ROWS samples, which workers divide. Evaluation reads CSV files by the same rows. The loader's
+process holds of a CSV or TSV file the places of its pieces, of a parquet file the two columns, of a folder the names of
+the files; not one Python object for each sample.
 """
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import csv
-import io
+import math
 import os
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from simplclip.common.errors import InputError
@@ -20,9 +24,11 @@ from simplclip.data.shards import IMAGE_SUFFIXES, KNOWN, Sample
 from simplclip.data.tar import Span
 
 ROWS = 512
+LINE = 1 << 24  # bytes of the longest line of a table
+FILE = 1 << 28  # bytes of the largest image in a file of its own
 SUFFIXES = (".csv", ".tsv", ".parquet")
-IMAGE_COLUMNS = ("filepath", "image_path", "path", "image", "file_name")
-CAPTION_COLUMNS = ("title", "caption", "text")
+IMAGE_COLUMNS = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
+CAPTION_COLUMNS = ("title", "caption", "text", "captions", "sentences", "raw", "comment")
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Columns:
             names = (wanted,) if wanted else known
             column = next((column for column in names if column in header), None)
             if column is None:
-                got = f"{path!r} with the columns {', '.join(map(repr, header))}"
+                got = f"{path!r} with the columns {', '.join(map(repr, header))[:300]}"
                 raise InputError(f"{name}: expected a table with a column {' or '.join(names)} ({option}), got {got}")
             found.append(header.index(column))
         return found[0], found[1]
@@ -68,24 +74,23 @@ class CsvPiece(Piece):
     columns: tuple[int, int]
 
     def read(self, source: str, skipped: Skipped) -> Iterator[Sample]:
+        for number, image, caption in self.rows(source, skipped):
+            yield from _row(source, number, image, caption, skipped)
+
+    def rows(self, source: str, skipped: Skipped) -> Iterator[tuple[int, str, str]]:
+        """The number of each row, its image's path and its caption; the others are counted."""
         with open(source, "rb") as file:
             file.seek(self.start)
-            text = file.read(self.end - self.start).decode("utf-8", "surrogateescape")
-        rows = csv.reader(io.StringIO(text, newline="\n"), delimiter=self.separator)
-        image, caption = self.columns
-        number = self.first
-        while True:
-            try:
-                row = next(rows)
-                if not row:  # an empty line
-                    continue
-                yield from _row(source, number, row[image], row[caption], skipped)
-            except StopIteration:
-                return
-            except (csv.Error, IndexError) as error:
-                reason = f"expected {max(self.columns) + 1} columns" if isinstance(error, IndexError) else str(error)
-                skipped.add("bad row", f"{os.path.basename(source)}/{number:09d}", reason)
-            number += 1
+            for number, (row, _) in enumerate(_rows(file, self.separator, self.end), self.first):
+                place = f"{os.path.basename(source)}/{number:09d}"
+                if isinstance(row, str):
+                    skipped.add("bad row", place, row)
+                elif len(row) <= max(self.columns):
+                    skipped.add("bad row", place, f"expected {max(self.columns) + 1} columns")
+                elif _ESCAPED.search(caption := row[self.columns[1]]):
+                    skipped.add("caption not UTF-8", place)
+                else:
+                    yield number, row[self.columns[0]].strip(), caption
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class ParquetPiece(Piece):
 
     def read(self, source: str, skipped: Skipped) -> Iterator[Sample]:
         rows = self.table.slice(self.first, self.count)
-        images, captions = (rows.column(i).to_pylist() for i in (0, 1))
+        images, captions = (_values(rows.column(i)) for i in (0, 1))
         for number, (image, caption) in enumerate(zip(images, captions), self.first):
             yield from _row(source, number, image, caption, skipped)
 
@@ -115,16 +120,18 @@ class FolderPiece(Piece):
                 if sample:
                     yield sample
                 sample = {"__key__": key, "__url__": source}
-            sample[suffix] = _span(os.path.join(source, path))
+            if span := _span(os.path.join(source, path)):
+                sample[suffix] = span
         yield sample
 
 
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8
 TABLES = (CsvPiece, ParquetPiece)
 
 
 def table(path: str, columns: Columns, name: str) -> list[Piece]:
     """The pieces of a .csv, .tsv or .parquet file. Raises InputError, naming the argument `name`."""
-    pieces = _parquet(path, columns, name) if path.lower().endswith(".parquet") else _csv(path, columns, name)
+    pieces = _parquet(path, columns, name) if path.lower().endswith(".parquet") else csv_pieces(path, columns, name)
     if not pieces:
         raise InputError(f"{name}: expected a table with rows, got {path!r}, which has none")
     next(pieces[0].read(path, skipped := Skipped()), None)
@@ -162,15 +169,13 @@ def folder(path: str, name: str) -> list[Piece]:
     return pieces
 
 
-def _csv(path: str, columns: Columns, name: str) -> list[Piece]:
+def csv_pieces(path: str, columns: Columns, name: str) -> list[Piece]:
+    """The pieces of a CSV or TSV file in UTF-8, all of `CsvPiece`."""
     with open(path, "rb") as file:
-        header = file.readline().decode("utf-8-sig", "surrogateescape")
-        separator = columns.separator or ("\t" if "\t" in header or path.lower().endswith(".tsv") else ",")
-        titles = next(csv.reader([header], delimiter=separator), [])
-        places = columns.of(titles, path, name)
+        separator, places = _header(file, path, columns, name)
         pieces: list[Piece] = []
         first, count, start = 0, 0, file.tell()
-        for end in _ends(file, start, separator):
+        for _, end in _rows(file, separator, parse=False):
             count += 1
             if count == ROWS:
                 pieces.append(CsvPiece(first, count, start, end, separator, places))
@@ -180,23 +185,63 @@ def _csv(path: str, columns: Columns, name: str) -> list[Piece]:
     return pieces
 
 
-def _ends(file: BinaryIO, place: int, separator: str) -> Iterator[int]:
-    """The byte after each row; one with quotes may go over several lines."""
+def _header(file: BinaryIO, path: str, columns: Columns, name: str) -> tuple[str, tuple[int, int]]:
+    """The separator, by default the one that the first line has most often, and the places of path and caption."""
+    line = file.readline(LINE)
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{name}: expected a table in UTF-8, got {path!r} in UTF-16: iconv -f UTF-16 -t UTF-8")
+    if b"\r" in line.rstrip(b"\r\n"):
+        raise InputError(f"{name}: expected a table whose lines end in \\n or \\r\\n, got {path!r} with \\r alone")
+    header = line.decode("utf-8-sig", "surrogateescape")
+    separator = columns.separator or ("\t" if path.lower().endswith(".tsv") else max("\t,|", key=header.count))
+    try:
+        titles = next(csv.reader([header], delimiter=separator), [])
+    except (csv.Error, TypeError) as error:  # a separator of several characters
+        raise InputError(f"{name}: expected a table with a line of columns, got {path!r}: {error}") from None
+    return separator, columns.of([title.strip() for title in titles], path, name)
 
-    def row(line: bytes) -> Iterator[str]:
-        nonlocal place
-        yield line.decode("utf-8", "surrogateescape")
-        for line in file:
-            place += len(line)
-            yield line.decode("utf-8", "surrogateescape")
 
-    for line in file:
+def _rows(
+    file: BinaryIO, separator: str, end: float = math.inf, parse: bool = True
+) -> Iterator[tuple[list[str] | str | None, int]]:
+    """The rows up to the byte `end`, each with the byte after it; in the place of a bad one, why. Empty lines are no rows.
+
+    A quoted field may go over several lines. A row with a quote that is not closed, or a field above csv's limit, is its
+    first line alone, so that it costs no other. parse: False gives None for rows of one line.
+    """
+    place = file.tell()
+    while place < end and (line := file.readline(LINE)):
         place += len(line)
-        if b'"' in line:
-            with contextlib.suppress(csv.Error):  # it is counted where the row is read
-                next(csv.reader(row(line), delimiter=separator))
-        if line not in (b"\n", b"\r\n"):
-            yield place
+        if line in (b"\n", b"\r\n"):
+            continue
+        if parse or b'"' in line:
+            row, after = _row_of(line, file, place, separator, end)
+            if after != place and isinstance(row, str):
+                file.seek(place)
+            else:
+                place = after
+            yield row, place
+        else:
+            yield None, place
+
+
+def _row_of(line: bytes, file: BinaryIO, place: int, separator: str, end: float) -> tuple[list[str] | str, int]:
+    """The row that begins with a line, or why it is bad, and the byte after the last line that was read."""
+    closed = True
+
+    def lines() -> Iterator[str]:
+        nonlocal closed, place
+        yield line.decode("utf-8", "surrogateescape")
+        while place < end and (further := file.readline(LINE)):
+            place += len(further)
+            yield further.decode("utf-8", "surrogateescape")
+        closed = False
+
+    try:
+        row = next(csv.reader(lines(), delimiter=separator))
+    except csv.Error as error:
+        return str(error), place
+    return row if closed else "expected a quote at its end, got none", place
 
 
 def _parquet(path: str, columns: Columns, name: str) -> list[Piece]:
@@ -217,6 +262,14 @@ def _parquet(path: str, columns: Columns, name: str) -> list[Piece]:
     return [ParquetPiece(first, min(ROWS, len(table) - first), table) for first in range(0, len(table), ROWS)]
 
 
+def _values(column: Any) -> list[Any]:
+    """The values of a column of parquet; None for what is not UTF-8."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_values(column.slice(place, 1))[0] for place in range(len(column))] if len(column) > 1 else [None]
+
+
 def _row(table: str, number: int, image: Any, caption: Any, skipped: Skipped) -> Iterator[Sample]:
     place = f"{number:09d}"
     if not isinstance(image, str) or not image:
@@ -228,15 +281,33 @@ def _row(table: str, number: int, image: Any, caption: Any, skipped: Skipped) ->
         _, suffix = _split(image) or ("", "")
         sample = {"__key__": place, "__url__": table}
         # The image's format is found by its content; the suffix only says that it is one.
-        sample[suffix if suffix in IMAGE_SUFFIXES else "jpg"] = _span(os.path.join(os.path.dirname(table), image))
+        suffix = suffix if suffix in IMAGE_SUFFIXES else "jpg"
+        sample[suffix] = _span(os.path.join(os.path.dirname(table), image))
+        if sample[suffix] is None:
+            skipped.add("missing image", f"{os.path.basename(table)}/{place}", f"{image!r} is no file")
+            return
         yield sample | ({"txt": str(caption).encode("utf-8", "surrogateescape")} if caption is not None else {})
 
 
-def _span(path: str) -> Span:
+def _span(path: str) -> Span | None:
+    """The place of a file; None for what is no file, such as a named pipe, which would wait for its writer."""
     try:
-        return Span(path, 0, os.stat(path).st_size)
+        found = os.stat(path)
+        return Span(path, 0, found.st_size) if stat.S_ISREG(found.st_mode) else None
     except OSError:
         return Span(path, 0, 0)  # reading it raises the error, which is counted
+    except ValueError:  # a name with NUL
+        return None
+
+
+def file_bytes(path: str | os.PathLike) -> bytes:
+    """The bytes of a file. Raises OSError for all else that a path may be."""
+    span = _span(os.fspath(path))
+    if span is None:
+        raise OSError(f"expected a file, got {os.fspath(path)!r}")
+    if span.size > FILE:
+        raise OSError(f"expected at most {FILE:,} bytes, got {span.size:,} in {os.fspath(path)!r}")
+    return Path(path).read_bytes()
 
 
 def _split(name: str) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from simplclip.common.progress import Progress
 from simplclip.data.broken import Skipped
 from simplclip.data.pool import cores
 from simplclip.data.stream import Stream
+from simplclip.data.text import clean
 from simplclip.embedding.sources import images
 from simplclip.embedding.store import Writer, check_out
 from simplclip.encoder import Encoder, load
@@ -97,7 +98,7 @@ def _of_images(encoder: Encoder, batches: Iterable[tuple]) -> Iterator[tuple[Ten
 def _of_texts(
     encoder: Encoder, texts: str | os.PathLike | Iterable[str], size: int
 ) -> Iterator[tuple[Tensor, list[dict[str, str]]]]:
-    lines = enumerate(text for text in map(str.strip, _lines(texts)) if text)
+    lines = enumerate(text for text in map(clean, _lines(texts)) if text)
     while part := list(itertools.islice(lines, size)):
         rows = [{"key": f"{number:09d}", "caption": text} for number, text in part]
         yield encoder.encode_text([text for _, text in part]), rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from typing import Any
 from simplclip.data import parts_of
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.shards import IMAGE_SUFFIXES, Sample, captions_of, contents, image_of, place_of, read_shard
-from simplclip.data.sources import Part, count, read_part
+from simplclip.data.sources import Part, count, is_address, read_part
 from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
-from simplclip.data.tables import ROWS, FolderPiece
+from simplclip.data.tables import ROWS, FolderPiece, file_bytes
 from simplclip.data.tar import Span
+from simplclip.data.text import JSON_BYTES, json_of
 from simplclip.evaluation.sources import IMAGES, Table, table
 
 
@@ -78,7 +78,7 @@ class Rows(Table):
     def open(self, item: tuple[str, list[str]]) -> Placed:
         path = self.images / item[0]
         try:
-            return Placed(item[0], path.read_bytes(), item[1], image_path=os.path.abspath(path))
+            return Placed(item[0], file_bytes(path), item[1], image_path=os.path.abspath(path))
         except OSError as error:
             raise BrokenSample("missing image", error) from None
 
@@ -86,9 +86,9 @@ class Rows(Table):
 def _captions(files: Sample) -> list[str]:
     """Those that can be read; a broken caption is no reason to leave out its image."""
     try:
-        record = json.loads(files.get("json", b"{}"))
+        record = json_of(files.get("json", b"{}"), JSON_BYTES)
         return captions_of(files, record if isinstance(record, dict) else {})
-    except (BrokenSample, ValueError, RecursionError):
+    except (BrokenSample, ValueError):
         return []
 
 
@@ -96,7 +96,7 @@ def images(what: Any) -> Source:
     """The images that `what` names: all that `data.parts_of` takes, image files by path, glob or in a list file (.txt), and
     the JSON files of `evaluation.source`. Raises InputError for what does not exist or is none of these.
     """
-    if isinstance(what, (str, os.PathLike)) and not is_stream(os.fspath(what)):
+    if isinstance(what, (str, os.PathLike)) and not is_address(what):
         path = os.path.expanduser(os.fspath(what))
         file, _, split = path.partition("#")
         if file.endswith(".json"):
@@ -121,11 +121,12 @@ def _files(paths: list[str]) -> list[Part]:
 def encoded(places: list[tuple[str, str, str]]) -> list[bytes | str]:
     """For each key, shard and image_path the image file, or why it cannot be read. Shards are read once, by their headers.
 
-    A shard that is a URL or a command is not fetched again: the places come from a file, which must not run commands.
+    A shard that is a URL or a command, as whatever is no absolute path, is not fetched again: the places come from a file,
+    which must not run commands.
     """
     wanted: dict[str, set[str]] = {}
     for key, shard, _ in places:
-        if shard and not is_stream(shard):
+        if os.path.isabs(shard):
             wanted.setdefault(shard, set()).add(key)
     found = {shard: _of_shard(shard, keys) for shard, keys in wanted.items()}
     return [_one(key, shard, path, found) for key, shard, path in places]
@@ -150,7 +151,7 @@ def _of_shard(shard: str, keys: set[str]) -> dict[str, Sample] | str:
 def _one(key: str, shard: str, path: str, found: dict[str, dict[str, Sample] | str]) -> bytes | str:
     try:
         if path:
-            return Path(path).read_bytes()
+            return file_bytes(path)
         if not shard:
             return ""
         if shard not in found:

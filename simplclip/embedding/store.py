@@ -23,9 +23,12 @@ from torch import Tensor
 
 from simplclip.common.errors import InputError
 from simplclip.common.files import replacing
+from simplclip.data.text import json_of
 from simplclip.evaluation.features import Features
 
 COLUMNS = ("key", "caption", "shard", "image_path")  # clip-retrieval calls two of them so
+ABOUT = 1 << 20  # most bytes of a file's account of its model, and of a text
+_ABOUT = {"count": int, "width": int, "name": str, "weights": str, "source": str, "precision": str, "tower": str}
 CHUNK = 16384  # rows that are packed or read at a time
 _FORMS = "a name that ends in .npz or .parquet, or a folder"
 
@@ -154,7 +157,7 @@ class Stored:
             raise FileNotFoundError(f"features: no such file: {path}")
         try:
             self._open()
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"features: expected a file of simplclip embed, got {str(path)!r}: {reason}") from None
 
@@ -168,12 +171,20 @@ class Stored:
         else:
             rows = None
             with zipfile.ZipFile(self.path) as archive:
-                self.about = json.loads(str(np.lib.format.read_array(io.BytesIO(archive.read("about.npy")))))
+                if archive.getinfo("about.npy").file_size > ABOUT:
+                    raise ValueError(f"about.npy of more than {ABOUT:,} bytes")
+                about = np.lib.format.read_array(io.BytesIO(archive.read("about.npy")), allow_pickle=False)
+                self.about = json_of(str(about))
                 self._mapped = self._of_archive(archive.getinfo("features.npy"))
         self._parquet = rows and _pyarrow(self.path).parquet.ParquetFile(rows)
         if rows:
-            self.about = json.loads((self._parquet.schema_arrow.metadata or {})[b"simplclip"])
+            self.about = json_of((self._parquet.schema_arrow.metadata or {})[b"simplclip"])
             self._group = self._parquet.metadata.row_group(0).num_rows
+        for name, kind in _ABOUT.items():
+            if not isinstance(self.about, dict) or not isinstance(self.about.get(name), kind):
+                raise ValueError(f"it has no {name} of its model")
+        if self._mapped and list(self._mapped().shape) != [self.about["count"], self.about["width"]]:
+            raise ValueError(f"features of {list(self._mapped().shape)}, expected {self.about['count']} rows")
 
     def _of_archive(self, member: zipfile.ZipInfo) -> Callable[[], np.ndarray]:
         with open(self.path, "rb") as file:
@@ -182,6 +193,8 @@ class Stored:
             file.seek(name + extra, os.SEEK_CUR)
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.str not in ("<f2", "<f4") or member.compress_type:
+                raise ValueError(f"features of {dtype.str}, expected uncompressed ones of 16 or 32 bits")
             return functools.partial(np.memmap, self.path, dtype, "r", file.tell(), shape)
 
     def __len__(self) -> int:
@@ -216,6 +229,8 @@ class Stored:
                 with archive.open(f"{column}.npy") as member:
                     np.lib.format.read_magic(member)
                     _, _, dtype = np.lib.format.read_array_header_1_0(member)
+                    if dtype.kind != "U" or dtype.itemsize > ABOUT:
+                        raise InputError(f"features: expected text in {column} of {str(self.path)!r}, got {dtype.str}")
                     place = 0
                     for number in numbers:
                         for skip in range((number - place) * dtype.itemsize, 0, -(1 << 24)):

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.data import parts_of
+from simplclip.data import parts_of, tables
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, image_of, not_empty, place_of, record_of
 from simplclip.data.sources import Part, read_part
 from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
+from simplclip.data.text import clean, decoded, json_of
 
 IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 TABLES = (".json", ".csv", ".tsv")
@@ -60,7 +59,7 @@ class Tars:
         item = contents({name: item[name] for name in ("__key__", *IMAGE_SUFFIXES, "json", "txt", "cls") if name in item})
         record = record_of(item)
         label = record.get("label")
-        label = _number(item["cls"]) if "cls" in item else label if label is None else str(label)
+        label = _number(item["cls"]) if "cls" in item else label if label is None else clean(str(label))
         captions = self._captions(item, record)
         if not captions and label is None:
             given = "txt" in item or {"caption", "captions"} & record.keys()
@@ -77,7 +76,7 @@ class Tars:
         if texts:
             return texts[: self.limit or (None if self.limit == 0 else 1)]
         try:
-            return not_empty(item.get("txt", b"").decode("utf-8").splitlines())[: self.limit or None]
+            return not_empty(decoded(item.get("txt", b"")).splitlines())[: self.limit or None]
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
 
@@ -91,11 +90,13 @@ class Table:
     images: Path
     classes: list[str] | None = None
     templates: list[str] | None = None
+    broken: Skipped = field(default_factory=Skipped)  # rows that could not be read
 
     def __str__(self) -> str:
         return f"{self.name} with images in {self.images}"
 
     def items(self, skipped: Skipped) -> Iterator[tuple[str, list[str]]]:
+        skipped.merge(self.broken)
         return iter(self.rows)
 
     def place(self, item: tuple[str, list[str]]) -> str:
@@ -118,7 +119,7 @@ class Folders:
 
     def __post_init__(self) -> None:
         self.folders = self.folders or sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
-        self.classes = self.classes or [name.replace("_", " ") for name in self.folders]
+        self.classes = self.classes or [clean(name.replace("_", " ")) for name in self.folders]
 
     def __str__(self) -> str:
         return f"the folder {self.root}"
@@ -138,7 +139,7 @@ class Folders:
 
 def _file(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return tables.file_bytes(path)
     except OSError as error:
         raise BrokenSample("missing image", error) from None
 
@@ -172,13 +173,13 @@ def _folder(folder: Path, split: str, captions: int | None) -> Source:
     for root in (folder, folder.parent):
         shards = (folder / split if root == folder else folder) / "nshards.txt"
         if shards.is_file():
-            number = shards.read_text().strip()
-            if not number.isdigit() or not int(number):
+            number = shards.read_text(errors="replace").strip()
+            if not number.isdecimal() or len(number) > 9 or not int(number):
                 raise InputError(f"{shards}: expected the number of shards, got {number[:40]!r}")
             kind = _read(root / "dataset_type.txt") or ["classification"]
             if kind[0].lower() not in ("retrieval", "classification"):
                 raise InputError(f"{root / 'dataset_type.txt'}: expected retrieval or classification, got {kind[0]!r}")
-            parts = parts_of([shards.with_name(f"{i}.tar") for i in range(int(number))])
+            parts = parts_of(shards.with_name(f"{i}.tar") for i in range(int(number)))
             names = "classnames.txt", "zeroshot_classification_templates.txt"
             return Tars(parts, captions, *(_read(root / name) for name in names))
     if sorted(folder.glob("*.tar")):
@@ -195,29 +196,35 @@ def _folder(folder: Path, split: str, captions: int | None) -> Source:
 def _read(file: Path) -> list[str] | None:
     if not file.is_file():
         return None
-    return [line.strip() for line in file.read_text("utf-8").splitlines()]
+    try:
+        return [clean(line) for line in file.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected UTF-8, got {error}") from None
 
 
 def table(file: Path, split: str, images: Path, captions: int | None = None) -> Table:
     """The images of a JSON or CSV file, in its order; rows of the same image are its captions. See `source`."""
     if not file.is_file():
         raise InputError(f"data: expected a file, got {str(file)!r}, which does not exist")
-    pairs = _pairs_of_json(file, split) if file.suffix == ".json" else _pairs_of_csv(file)
+    broken = Skipped()
+    pairs = _pairs_of_json(file, split) if file.suffix == ".json" else _pairs_of_csv(file, broken)
     rows: dict[str, list[str]] = {}
     for path, texts in pairs:
         rows.setdefault(path, []).extend(not_empty(texts))
     if not rows:
-        raise InputError(f"{file}: expected images with captions, got none of the split {split!r}")
-    return Table(str(file), [(path, texts[: captions or None]) for path, texts in rows.items()], images)
+        but = f"; {broken}" if broken.counts else ""
+        raise InputError(f"{file}: expected images with captions, got none of the split {split!r}{but}")
+    found = [(path, texts[: captions or None]) for path, texts in rows.items()]
+    return Table(str(file), found, images, broken=broken)
 
 
 def _pairs_of_json(file: Path, split: str) -> Iterator[tuple[str, list[Any]]]:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = json_of(file.read_text("utf-8-sig"))
         entries = found["images"] if isinstance(found, dict) else found
         if isinstance(found, dict) and "annotations" in found:  # COCO's captions_val2017.json
             paths = {entry["id"]: _value(entry, _PATHS) for entry in entries}
-            yield from ((paths[entry["image_id"]], [entry["caption"]]) for entry in found["annotations"])
+            yield from ((str(paths[entry["image_id"]]), [entry["caption"]]) for entry in found["annotations"])
             return
         for entry in entries:
             if entry.get("split", split) != split:
@@ -225,6 +232,8 @@ def _pairs_of_json(file: Path, split: str) -> Iterator[tuple[str, list[Any]]]:
             path = _value(entry, _PATHS)
             if "filepath" in entry and "filename" in entry:  # Karpathy's: a folder and a name
                 path = os.path.join(entry["filepath"], entry["filename"])
+            if not isinstance(path, str):
+                raise TypeError(f"expected a path, got {str(path)[:40]!r}")
             texts = _value(entry, _CAPTIONS)
             texts = texts if isinstance(texts, list) else [texts]
             yield path, [text["raw"] if isinstance(text, dict) else text for text in texts]
@@ -235,20 +244,10 @@ def _pairs_of_json(file: Path, split: str) -> Iterator[tuple[str, list[Any]]]:
         ) from None
 
 
-def _pairs_of_csv(file: Path) -> Iterator[tuple[str, list[Any]]]:
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        head = lines.readline()
-        separator = max("\t,|", key=head.count)
-        names = [name.strip() for name in next(csv.reader([head], delimiter=separator), [])]
-        try:
-            path, caption = (names.index(_value(dict(zip(names, names)), known)) for known in (_PATHS, _CAPTIONS))
-        except LookupError:
-            raise InputError(
-                f"{file}: expected columns of paths and captions, such as filepath and title, got {', '.join(names)}"
-            ) from None
-        for row in csv.reader(lines, delimiter=separator):
-            if len(row) > max(path, caption):
-                yield row[path].strip(), [row[caption]]
+def _pairs_of_csv(file: Path, broken: Skipped) -> Iterator[tuple[str, list[Any]]]:
+    for piece in tables.csv_pieces(str(file), tables.Columns(), "data"):
+        for _, path, caption in piece.rows(str(file), broken):
+            yield path, [caption]
 
 
 def _value(entry: dict[str, Any], names: tuple[str, ...]) -> Any:

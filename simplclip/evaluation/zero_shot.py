@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,8 @@ from torch import nn
 
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
+from simplclip.data.shards import not_empty
+from simplclip.data.text import clean, json_of
 from simplclip.evaluation.metrics import nearest
 from simplclip.evaluation.split import Split
 
@@ -72,15 +73,18 @@ def _read(file: Path, expected: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"{expected}, got {str(file)!r}, which does not exist")
     if file.suffix != ".json":
-        return [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        try:
+            return not_empty(file.read_text("utf-8-sig").splitlines())
+        except UnicodeDecodeError as error:
+            raise InputError(f"{expected}, got {file}: {error}") from None
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = json_of(file.read_text("utf-8-sig"))
     except ValueError as error:
         raise InputError(f"{expected}, got {file}: {error}") from None
     values = found.values() if isinstance(found, dict) else found
     if not isinstance(found, (dict, list)) or not all(isinstance(value, str) for value in values):
         raise InputError(f"{expected}, got {file}: expected a list of strings, or an object of strings")
-    return found
+    return {name: clean(value) for name, value in found.items()} if isinstance(found, dict) else list(map(clean, found))
 
 
 @torch.no_grad()
@@ -140,7 +144,7 @@ def _classes(split: Split) -> tuple[list[str], list[int]]:
     numbers = []
     for label in labels:
         if isinstance(label, str):
-            found = number.get(label, int(label) if label.isdecimal() else -1)
+            found = number.get(label, int(label) if label.isdecimal() and len(label) < 10 else -1)
         else:
             found = -1 if label is None else label
         if label is not None and not 0 <= found < len(names):

@@ -38,10 +38,12 @@ FORMATS = ("open_clip", "safetensors", "onnx")
 _PHRASES = ("a cat", "a photo of two dogs on a beach", "red, green and blue")
 
 
-def run(checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FORMATS, force: bool = False) -> dict[str, Any]:
+def run(
+    checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FORMATS, force: bool = False, trust: bool = False
+) -> dict[str, Any]:
     """Export `checkpoint`, a file or the folder of a run, to the folder `out`, and return the content of export.json.
 
-    formats: names out of FORMATS. force: replace an existing export in `out`.
+    formats: names out of FORMATS. force: replace an existing export in `out`. trust: as for `simplclip.load`.
 
     `out` does not change before all files are written and checked. A process that is killed while it moves them leaves a
     folder without export.json.
@@ -60,7 +62,7 @@ def run(checkpoint: str | Path, out: str | Path, *, formats: Sequence[str] = FOR
         raise FileExistsError(f"out: expected a folder, got the file {out}")
     if (out / SUMMARY).exists() and not force:
         raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
-    model, config, state = load_model(checkpoint)
+    model, config, state = load_model(checkpoint, trust=trust)
 
     work = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)

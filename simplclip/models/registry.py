@@ -4,6 +4,9 @@ import copy
 import difflib
 import logging
 import os
+import pickle
+import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -290,18 +293,63 @@ def _load(model: nn.Module, state: Mapping[str, torch.Tensor], checkpoint: str |
         ) from None
 
 
-def read_weights(path: str | os.PathLike[str], error: type[InputError], expected: str) -> Any:
-    """What a file NAME.safetensors or of torch.save (read with weights_only) holds. Other files raise `error`."""
+def read_weights(path: str | os.PathLike[str], error: type[InputError], expected: str, got: str = "") -> Any:
+    """What a file NAME.safetensors or of torch.save (read with weights_only) holds. Other files raise `error`.
+
+    got: what the message calls the file, by default its path.
+    """
     try:
+        check_archive(path)
         if os.fspath(path).endswith(".safetensors"):
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        _check_contents(found)
+        return found
     except (ModuleNotFoundError, OSError):
         raise
+    except pickle.UnpicklingError as fault:  # torch's message advises to read it anyway
+        what = re.search(r"(?:GLOBAL|global) [\w.]+", str(fault))
+        reason = f"its pickle does more than store tensors ({what[0] if what else 'weights_only refuses it'})"
+        raise error(f"{expected}, got {got or path}: {reason}") from None
     except Exception as fault:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
-        raise error(f"{expected}, got {path}: {first_line(fault)}") from None
+        raise error(f"{expected}, got {got or path}: {first_line(fault)}") from None
+
+
+def check_archive(path: str | os.PathLike[str]) -> None:
+    """Raises InputError for a zip whose contents are larger than the file: torch.save compresses nothing."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > os.path.getsize(path):
+            raise InputError(f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}")
+
+
+def _check_contents(state: Any) -> None:
+    """Raises InputError for tensors larger than what is stored of them, and for values that repeat or contain each other."""
+    known: dict[int, int] = {}
+
+    def count(value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            size = value.numel() * value.element_size()
+            if size > _SMALL and value.layout == torch.strided and size > value.untyped_storage().nbytes():
+                raise InputError(f"a tensor of shape {list(value.shape)} is stored with fewer numbers")
+            return 1
+        if not isinstance(value, (Mapping, list, tuple, set)):
+            return 1
+        if id(value) not in known:
+            known[id(value)] = _MOST + 1  # while it is counted
+            parts = [part for pair in value.items() for part in pair] if isinstance(value, Mapping) else value
+            known[id(value)] = 1 + sum(map(count, parts))
+        return known[id(value)]
+
+    if count(state) > _MOST:
+        raise InputError(f"more than {_MOST:,} values, some in each other")
+
+
+_MOST = 50_000_000  # values of a file of weights
+_SMALL = 1 << 24  # bytes of a tensor that may repeat what is stored of it, as `expand` does
 
 
 def first_line(error: Exception) -> str:

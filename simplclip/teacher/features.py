@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
@@ -104,7 +103,7 @@ def student_transform(config: str | None = None, model: str | None = None, augme
     With neither it is open_clip's own augmentation. augment: as data.augment, a mapping as YAML. Raises InputError for one
     whose draws cannot be stored, such as timm's.
     """
-    fields = yaml.safe_load(augment) if augment else None
+    fields = configs.parse_yaml(augment, "augment") if augment else None
     if config is not None:
         if model is not None or augment is not None:
             raise InputError("config: expected no model and no augment beside it, which it names")

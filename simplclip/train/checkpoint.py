@@ -22,6 +22,7 @@ import torch
 
 from simplclip.common.errors import InputError
 from simplclip.common.files import replacing
+from simplclip.models.registry import read_weights
 
 FORMAT, VERSION = "simplclip", 1
 _NUMBERED = re.compile(r"step-(\d+)\.pt")
@@ -65,16 +66,20 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the type depends on the damage: pickle, zip, EOF and runtime errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: expected a simplclip checkpoint, got an unreadable file: {reason}") from None
+    state = read_weights(path, CheckpointError, f"{path}: expected a simplclip checkpoint", "an unreadable file")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: expected a simplclip checkpoint, got a file without format={FORMAT!r}")
-    if state["version"] > VERSION:
-        version = f"{state['version']}, written by a newer simplclip"
-        raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {version}")
+    version = state.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        got = f"{version}, written by a newer simplclip" if isinstance(version, int) else repr(version)[:100]
+        raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
+    if "config" in state:
+        try:
+            whole = isinstance(state["model"], dict) and isinstance(state["config"]["model"]["name"], str)
+        except (LookupError, TypeError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path}: expected a checkpoint with a config and weights, got another one")
     return state
 
 

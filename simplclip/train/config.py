@@ -213,6 +213,9 @@ class Config(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+NODES = 100_000  # most values of a YAML document
+
+
 class _Loader(yaml.SafeLoader):
     """Reads `1e-3`, a string in YAML 1.1, as a number."""
 
@@ -242,7 +245,11 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         near = difflib.get_close_matches(str(source), names := sorted(known), 1, 0.5)
         got = f"{str(source)!r}; did you mean {near[0]!r}?" if near else repr(str(source))
         raise ConfigError(f"config: expected a YAML file or one of the built-in {', '.join(names)}, got {got}")
-    values = parse_yaml(file.read_text(encoding="utf-8"), str(source))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: expected a YAML file in UTF-8, got {error}") from None
+    values = parse_yaml(text, str(source))
     if not isinstance(values, dict | None):
         raise ConfigError(f"{source}: expected a mapping of sections, got {_shown(values)}")
     values = values or {}
@@ -297,10 +304,31 @@ def describe() -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
+    loader = None
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if _size(node, {}) > NODES:
+            raise ConfigError(f"{where}: expected at most {NODES:,} values, got more, by aliases that repeat others")
+        return None if node is None else loader.construct_document(node)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits, a date without a month
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """The values of a document with aliases written out; infinite for one that contains itself."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = NODES + 1  # while it is counted
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _override(values: dict[str, Any], item: str) -> None:
@@ -336,6 +364,8 @@ def _explain(error: Any) -> str:
     if kind == "extra_forbidden":
         sources = {f"{key.rpartition('.')[0]}.{name}": None for name in Source.model_fields}
         return f"{key}: unknown key{_nearest(key, sources if key.startswith('data.train.') else known)}"
+    if kind == "invalid_key":
+        return f"{key}: expected a string for a key, got {_shown(error['input'])}"
     # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
     field_key = next(k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known)
     field = known[field_key]

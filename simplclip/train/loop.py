@@ -30,6 +30,7 @@ from simplclip.train.prefix_cache import PrefixCache
 from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
+from simplclip.train.trust import flag
 
 
 class Interrupted(UserError):
@@ -129,7 +130,7 @@ def run(
     if this.step < config.run.steps:
         raise Interrupted(
             f"{stop.requested}: saved step {this.step} of {config.run.steps} to {out / 'last.pt'}. "
-            f"To go on: simplclip train {out / 'config.yaml'} --resume"
+            f"To go on: simplclip train {out / 'config.yaml'} --resume{flag(config)}"
         )
     report.print(f"done       step {this.step}: {out / 'last.pt'}, {out / 'curves.png'}")
     return out / "last.pt"
@@ -178,7 +179,8 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
         traceback.clear_frames(error.__traceback__)  # they hold the step's activations
         limit.lift()
     saved = whole.rescue()
-    go_on = f" To go on: simplclip train {out / 'config.yaml'} --resume" if (out / "last.pt").exists() else ""
+    again = f"simplclip train {out / 'config.yaml'} --resume{flag(config)}"
+    go_on = f" To go on: {again}" if (out / "last.pt").exists() else ""
     if full:
         where = saved or "No step was finished before it, so nothing is saved."
         change = f"{go_on} --set KEY=VALUE" if go_on else " To try again: the same command with --set KEY=VALUE"

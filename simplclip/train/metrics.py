@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_csv
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 
@@ -57,7 +57,7 @@ class Reporter:
         self.task = self.progress.add_task("", total=steps, completed=start, figures="")
 
     def print(self, message: str) -> None:
-        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(visible(message, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, row: Mapping[str, float]) -> None:
         terms = "  ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in row.items() if name.endswith("_loss"))

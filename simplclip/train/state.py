@@ -15,11 +15,13 @@ from simplclip.common import hardware
 from simplclip.data.views import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
+from simplclip.models.registry import first_line
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
 from simplclip.train.config import Config, ConfigError, MicroBatch, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
+from simplclip.train.trust import check_options
 
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
 
@@ -193,15 +195,28 @@ def build_model(config: Config) -> nn.Module:
         raise ConfigError(f"model.options: expected options of {config.model.name}, got {got}") from error
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Config, dict[str, Any]]:
-    """The model in eval mode, config and raw state of a checkpoint. Raises FileNotFoundError, CheckpointError."""
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", *, trust: bool = False
+) -> tuple[nn.Module, Config, dict[str, Any]]:
+    """The model in eval mode, config and raw state of a checkpoint. Raises FileNotFoundError, CheckpointError.
+
+    trust: accept model.options that may fetch or unpickle files, see `trust.check_options`.
+    """
     state = checkpoint.load(path)
-    config = from_dict(state["config"])
-    model = build_model(config)
     try:
+        config = from_dict(state["config"])
+    except (ConfigError, LookupError) as error:
+        reason = first_line(error) if isinstance(error, ConfigError) else "none"
+        raise checkpoint.CheckpointError(f"{path}: expected a checkpoint with a valid config, got {reason}") from None
+    if not trust:
+        check_options(config.model.options, str(path))
+    try:
+        model = build_model(config)
         model.load_state_dict(state["model"], strict=True)
-    except RuntimeError as error:
-        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
+    except InputError as error:
+        raise checkpoint.CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # the type depends on the options, and on the damage
+        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
         raise checkpoint.CheckpointError(
             f"{path}: expected weights of {config.model.name!r}, the model of its config: {reasons[:300]}"
         ) from None

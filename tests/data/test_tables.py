@@ -70,8 +70,7 @@ def test_rows_of_every_kind(tmp_path, pictures, monkeypatch):
         lines.write(b"\x00\r\x00," + file.encode() + b"\n" + file.encode() + b",last")
     found, reader = captions(path)
     assert found == sorted(
-        text.strip()[:12].strip() if text.isascii() else text.encode()[:12].decode().strip()
-        for text in [*quoted, 'half a "quote', "absolute", "last"]
+        text.removeprefix("\ufeff").strip()[:12].strip() for text in [*quoted, 'half a "quote', "absolute", "last"]
     )
     counted = reader.skipped
     assert counted.pop("bad row") + counted.pop("cannot be read") == 3  # one of them is of either kind in other Pythons
@@ -80,7 +79,7 @@ def test_rows_of_every_kind(tmp_path, pictures, monkeypatch):
     assert keys_of == sorted(set(keys_of))
 
 
-def test_a_quote_that_is_never_closed_costs_a_bounded_number_of_rows(tmp_path, monkeypatch):
+def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROWS", 50)
     (tmp_path / "a.png").write_bytes(png())
     path = table(tmp_path / "t.csv", [["a.png", f"{number} {'x' * 100}"] for number in range(3000)])
@@ -89,7 +88,7 @@ def test_a_quote_that_is_never_closed_costs_a_bounded_number_of_rows(tmp_path, m
     skipped = Skipped()
     read = [found for part in data.parts_of(path) for found in sources.read_part(part, skipped)]
     assert skipped.counts == {"bad row": 1}
-    assert 1500 < len(read) < 3000  # it takes csv's limit of a field, 128 KiB
+    assert len(read) == 2999
     assert read[-1]["txt"].startswith(b"2999 x")
     assert len({found["__key__"] for found in read}) == len(read)
     assert sources.count(data.parts_of(path)) == [part.piece.count for part in data.parts_of(path)]

@@ -1,0 +1,98 @@
+"""What a checkpoint or the folder of a run may make a program do that only reads it.
+
+Such a file may come from elsewhere. Its settings may name local files, but commands, URLs, and options of open_clip that
+fetch or unpickle files, are taken only from what this user typed: the command line, or a config file named there. With
+trust=True (--trust) they are taken from it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simplclip.common.errors import InputError
+from simplclip.data.sources import addresses
+from simplclip.data.streams import names_stream
+from simplclip.train.config import Config
+
+# Options of models that say how one is built. Others of open_clip, such as pretrained and weights_only, load files.
+_ARCHITECTURE = {
+    *("vision_cfg", "text_cfg", "multimodal_cfg", "embed_dim", "custom_text", "quick_gelu", "output_dict"),
+    *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale", "simplified", "simplify_options"),
+    *("force_quick_gelu", "force_custom_text", "force_patch_dropout", "force_image_size", "force_context_length"),
+}
+_WIDE, _DEEP = 1_000_000, 1000  # of any model
+
+
+def check_options(options: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for stored model.options that would load more than an architecture, or one of an absurd size."""
+    for key, value in options.items():
+        if key not in _ARCHITECTURE:
+            _refuse(f"model.options.{key}", value, where)
+        for name, inner in value.items() if isinstance(value, Mapping) else ():
+            fetched = str(name).startswith("hf_") or (name == "timm_model_name" and set(":/\\") & {*str(inner)})
+            if fetched and inner:
+                _refuse(f"model.options.{key}.{name}", inner, where)
+            if isinstance(inner, (int, float)) and inner > (_DEEP if name == "layers" else _WIDE):
+                raise InputError(f"{where}: expected a model that can be built, got model.options.{key}.{name} = {inner:.3g}")
+        if isinstance(value, (int, float)) and value > _WIDE:
+            raise InputError(f"{where}: expected a model that can be built, got model.options.{key} = {value:.3g}")
+
+
+def _refuse(key: str, value: Any, where: str) -> None:
+    raise InputError(
+        f"{where}: expected options of the model's architecture, got {key} = {str(value)[:100]!r}, which may fetch or run "
+        "files; if you trust this file: trust=True of simplclip.load, or --trust of evaluate and export"
+    )
+
+
+def check_splits(splits: Mapping[str, Any], where: str) -> None:
+    """Raises InputError for stored eval.splits that are commands or URLs."""
+    for name, what in splits.items():
+        for address in addresses(what):
+            raise InputError(
+                f"{where}: expected local files in its eval.splits, got {address!r}: commands and URLs are not taken from a "
+                f"checkpoint; name the data by --data {name}=..., or, if you trust this file, --trust"
+            )
+
+
+def check_run(source: str, config: Config, typed: Sequence[str] = ()) -> None:
+    """Raises InputError if `config` was read from the config.yaml of a run and has commands or URLs that nobody typed.
+
+    source: what `config.load` was given, with the overrides `typed`.
+    """
+    file = Path(source)
+    if file.name != "config.yaml" or not any((file.parent / name).exists() for name in ("last.pt", "metrics.csv")):
+        return
+    for key, what in _sources(config):
+        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in _names(typed)):
+            continue
+        for address in addresses(what):
+            raise InputError(
+                f"{source}: expected local files in the config.yaml of a run, got {key} = {address!r}: commands and URLs are "
+                f"not taken from a run's folder; if they are yours: --trust, or --set {key}=..."
+            )
+
+
+def flag(config: Config) -> str:
+    """What a command that continues a run from its config.yaml needs."""
+    return " --trust" if any(map(names_stream, _texts([what for _, what in _sources(config)]))) else ""
+
+
+def _sources(config: Config) -> Iterator[tuple[str, Any]]:
+    yield "data.train", config.data.pairs
+    if config.eval.every:
+        yield from ((f"eval.splits.{name}", what) for name, what in config.eval.splits.items())
+
+
+def _names(typed: Sequence[str]) -> list[str]:
+    return [item.partition("=")[0].strip() for item in typed]
+
+
+def _texts(what: Any) -> Iterator[str]:
+    if isinstance(what, str):
+        yield what
+    else:
+        for one in what.values() if isinstance(what, Mapping) else what if isinstance(what, list) else ():
+            yield from _texts(one)

@@ -1,0 +1,323 @@
+"""Checkpoints, runs, exports, files of features and configs from elsewhere: refused in a line, or read; none runs."""
+
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from pairs import call, one_line
+from torch._utils import _rebuild_tensor_v2
+
+import simplclip
+from simplclip import embedding, evaluate
+from simplclip.common.errors import InputError
+from simplclip.models import create
+from simplclip.train import checkpoint, config, trust
+from simplclip.train.state import build_model
+
+GIB = 1 << 20  # of ru_maxrss, in KiB
+CANARY = Path("canary").absolute()
+
+
+class Payload:
+    """Pickled, it makes the canary."""
+
+    def __reduce__(self):
+        return os.system, ("touch canary",)
+
+
+class Shaped:
+    """Pickled, a tensor of any shape with few numbers."""
+
+    def __init__(self, size, stride):
+        self.size, self.stride = size, stride
+
+    def __reduce__(self):
+        storage = torch.zeros(4).untyped_storage()
+        typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+        return _rebuild_tensor_v2, (typed, 0, self.size, self.stride, False, {})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of siclip-tiny without training, and the shard that it names."""
+    folder = tmp_path_factory.mktemp("made")
+    settings = tiny.settings(folder)
+    state = {"format": "simplclip", "version": 1, "step": 3, "config": settings.to_dict()}
+    return state | {"model": build_model(settings).state_dict(), "shard": str(folder / "data" / "train-0.tar")}
+
+
+@pytest.fixture(autouse=True)
+def harmless(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert not list(tmp_path.rglob("canary"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GIB
+
+
+def saved(state, path="run/last.pt"):
+    Path(path).parent.mkdir(exist_ok=True)
+    torch.save(state, path)
+    return path
+
+
+def changed(state, key, value):
+    """A copy of a checkpoint with another value of its config."""
+    values = json.loads(json.dumps(state["config"]))
+    *sections, last = key.split(".")
+    node = values
+    for section in sections:
+        node = node[section]
+    node[last] = value
+    return state | {"config": values}
+
+
+def in_each_other(levels):
+    value = ["x"]
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+def compressed(state):
+    torch.save(state | {"zeros": torch.zeros(1 << 20)}, "plain.pt")
+    with zipfile.ZipFile("plain.pt") as old, zipfile.ZipFile("zip.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member.filename))
+    os.makedirs("run")
+    os.replace("zip.pt", "run/last.pt")
+
+
+def pickled(state, protocol=2):
+    os.makedirs("run")
+    Path("run/last.pt").write_bytes(pickle.dumps(Payload(), protocol))
+
+
+def cut(state):
+    data = Path(saved(state)).read_bytes()
+    Path("run/last.pt").write_bytes(data[: len(data) // 2])
+
+
+def option(**options):
+    return lambda state: saved(changed(state, "model.options", options))
+
+
+def beside(state):
+    """Options that made open_clip unpickle a file beside the checkpoint."""
+    os.makedirs("run")
+    Path("run/evil.pt").write_bytes(pickle.dumps(Payload(), 2))
+    saved(
+        changed(
+            changed(state, "model.name", "open_clip:RN50"),
+            "model.options",
+            {"pretrained": "run/evil.pt", "weights_only": False},
+        )
+    )
+
+
+CHECKPOINTS = {
+    "code in a pickle": (pickled, "its pickle does more than store tensors"),
+    "code beside tensors": (lambda s: saved(s | {"x": Payload()}), r"does more than store tensors \(GLOBAL posix.system\)"),
+    "cut short": (cut, "got an unreadable file"),
+    "no checkpoint": (lambda s: Path(saved(s)).write_bytes(b"\0" * 1000), "got an unreadable file"),
+    "a zip bomb": (compressed, r"bytes of contents do not fit in its"),
+    "a tensor of 10^10 numbers": (lambda s: saved(s | {"x": Shaped((10**10,), (1,))}), "got an unreadable file"),
+    "a tensor of 10^12 times a number": (
+        lambda s: saved(s | {"x": Shaped((10**6, 10**6), (0, 0))}),
+        "is stored with fewer numbers",
+    ),
+    "values in each other": (lambda s: saved(s | {"x": in_each_other(30)}), "values, some in each other"),
+    "no weights": (lambda s: saved({**s, "model": None}), "expected weights of 'siclip-tiny'"),
+    "words for weights": (
+        lambda s: saved({**s, "model": dict.fromkeys(s["model"], "x")}),
+        "expected weights of 'siclip-tiny'",
+    ),
+    "other weights": (lambda s: saved({**s, "model": {"x": torch.zeros(1)}}), "expected weights of 'siclip-tiny'"),
+    "no config": (lambda s: saved({**s, "config": None}), "with a config and weights"),
+    "no version": (lambda s: saved({**s, "version": "x"}), "expected checkpoint version 1 or lower, got 'x'"),
+    "an unknown key": (
+        lambda s: saved(changed(s, "run.exec", "touch canary")),
+        "valid config, got run.exec: unknown key",
+    ),
+    "another type": (lambda s: saved(changed(s, "eval", [1])), "with a valid config, got eval"),
+    "an unknown model": (lambda s: saved(changed(s, "model.name", "hf-hub:x/y")), "name: expected one of"),
+    "options that unpickle a file": (beside, "options of the model's architecture, got model.options.pretrained"),
+    "options that download": (option(pretrained_image=True), "got model.options.pretrained_image"),
+    "an option that names a repository": (
+        option(vision_cfg={"timm_model_name": "hf-hub:x/y"}),
+        "got model.options.vision_cfg.timm_model_name = 'hf-hub:x/y'",
+    ),
+    "an option of transformers": (option(text_cfg={"hf_model_name": "x/y"}), "got model.options.text_cfg.hf_model_name"),
+    "a billion layers": (option(text_cfg={"layers": 10**9}), r"model.options.text_cfg.layers = 1e\+09"),
+    "a width of 10^12": (option(embed_dim=10**12), r"model.options.embed_dim = 1e\+12"),
+    "options of wrong types": (option(text_cfg={"layers": "x"}), "expected weights of 'siclip-tiny'|model.options"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_is_refused_in_a_line(made, make, message):
+    make(made)
+    with pytest.raises((InputError, checkpoint.CheckpointError), match=message):
+        simplclip.load("run")
+    line = one_line("evaluate", "run", "--data", made["shard"])
+    assert "run" in line
+    assert len(line) < 600
+
+
+def test_options_that_are_trusted(made):
+    """That they are refused is no fault of theirs: with trust they get to open_clip."""
+    saved(changed(made, "model.options", tiny.MODEL | {"weights_only": True}))
+    with pytest.raises(InputError, match="trust=True"):
+        simplclip.load("run")
+    with pytest.raises(InputError, match="unexpected keyword"):  # CustomTextCLIP has no such option
+        simplclip.load("run", trust=True)
+    trust.check_options(made["config"]["model"]["options"], "run")
+
+
+SPLITS = {
+    "a command": "pipe:touch canary; cat x.tar",
+    "a URL": "http://127.0.0.1:9/x.tar",
+    "a list": ["x.tar", "pipe:touch canary"],
+    "a list file with a URL": "list.txt",
+}
+
+
+@pytest.mark.parametrize("what", SPLITS.values(), ids=SPLITS)
+def test_stored_splits_run_and_fetch_nothing(made, what):
+    shutil.copy(made["shard"], "x.tar")
+    Path("list.txt").write_text("x.tar\nhttp://127.0.0.1:9/x.tar\n")
+    saved(changed(made, "eval.splits", {"val": what}))
+    line = one_line("evaluate", "run")
+    assert "commands and URLs are not taken from a checkpoint; name the data by --data val=..., or" in line
+    assert "--trust" in line
+    with pytest.raises(InputError, match="expected local files in its eval.splits"):
+        evaluate.run("run", skip_missing=True)
+
+
+def test_stored_splits_that_are_trusted(made, tmp_path):
+    shutil.copy(made["shard"], "x.tar")
+    saved(changed(made, "eval.splits", {"val": "pipe:touch ran; cat x.tar"}))
+    result = call("evaluate", "run", "--trust", "--workers", 0)
+    assert result.exit_code == 0, result.output
+    assert Path("ran").exists()
+    saved(changed(made, "eval.splits", {"val": "x.tar", "gone": "gone.tar", "other": "x.json#val"}))
+    assert set(evaluate.run("run", skip_missing=True, workers=0)["splits"]) == {"val"}
+
+
+def test_the_config_of_a_run_is_no_config_of_the_user(made):
+    """`train RUN/config.yaml --resume` is what a run says when it stops."""
+    Path("run").mkdir()
+    values = changed(made, "data.train", ["pipe:touch canary; cat x.tar"])["config"]
+    values["run"]["out"] = "run"
+    text = config.from_dict(values).to_yaml()
+    Path("run/config.yaml").write_text(text)
+    Path("mine.yaml").write_text(text)
+    Path("run/last.pt").write_bytes(b"x")
+    line = one_line("train", "run/config.yaml", "--resume")
+    assert "got data.train = 'pipe:touch canary; cat x.tar': commands and URLs are not taken from a run's folder" in line
+    assert "--trust, or --set data.train=..." in line
+    for options in (["run/config.yaml", "--trust"], ["mine.yaml"], ["run/config.yaml", "--set", "data.train=x.tar"]):
+        assert "unreadable file" in one_line("train", *options, "--resume")  # it gets as far as the checkpoint
+    assert trust.flag(config.load("mine.yaml")) == " --trust"
+    assert trust.flag(config.load("mine.yaml", ["data.train=x.tar"])) == ""
+
+
+LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30))])
+MERGES = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 30))])
+CONFIGS = {
+    "an object of Python": (b"run: !!python/object/apply:os.system ['touch canary']", "not valid YAML: could not determine"),
+    "a module of Python": (b"!!python/module:antigravity", "not valid YAML"),
+    "a billion laughs": (LAUGHS.encode(), "expected at most 100,000 values, got more, by aliases"),
+    "a billion merges": (MERGES.encode(), "expected at most 100,000 values, got more, by aliases"),
+    "a list in itself": (b"run: &a [*a]", "expected at most 100,000 values"),
+    "lists in lists": (b"run: " + b"[" * 600, "not valid YAML"),
+    "a number of 5,000 digits": (b"run: {seed: 1" + b"0" * 5000 + b"}", "not valid YAML: Exceeds the limit"),
+    "a date that is none": (b"run: 2024-99-99", "not valid YAML: month must be"),
+    "latin-1": (b"run: caf\xe9", "expected a YAML file in UTF-8"),
+    "NUL": (b"run: \0", "not valid YAML"),
+    "a list for a key": (b"? [a]\n: 1", "not valid YAML"),
+    "a number for a key": (b"1: 2", "1: expected a string for a key"),
+    "escape sequences": (b'"\\e[31m": 1', "unknown key"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_a_config_is_refused_in_a_line(content, message):
+    Path("c.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        config.load("c.yaml")
+    output = call("train", "c.yaml").output
+    assert message in output
+    assert "\x1b" not in output
+    assert "Traceback" not in output
+
+
+def npz(about, path="f.npz", dtype="<f2", **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, value in {"features": np.zeros((2, 3), dtype), "about": about, **members}.items():
+            data = io.BytesIO()
+            np.save(data, value, allow_pickle=True)
+            archive.writestr(f"{name}.npy", data.getvalue())
+
+
+ABOUT = {"count": 2, "width": 3, "name": "x", "weights": "0", "source": "open_clip:x", "precision": "fp32", "tower": "image"}
+FEATURES = {
+    "a pickled account": (lambda: npz(np.array([Payload()], object)), "Object arrays cannot be loaded"),
+    "pickled features": (lambda: npz(json.dumps(ABOUT), features=np.array([Payload()], object)), "features of"),
+    "an account without a model": (lambda: npz(json.dumps({"count": 2})), "it has no width"),
+    "other shapes": (lambda: npz(json.dumps(ABOUT | {"count": 10**12})), "expected 1000000000000 rows"),
+    "an account of 2 MB": (lambda: npz("x" * 500_000), "about.npy of more than"),
+    "no zip": (lambda: Path("f.npz").write_bytes(b"x" * 99), "File is not a zip file"),
+    "a model that is a command": (
+        lambda: npz(json.dumps(ABOUT | {"source": "pipe:touch canary"})),
+        "expected the features' model at",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), FEATURES.values(), ids=FEATURES)
+def test_a_file_of_features_is_refused_in_a_line(make, message):
+    make()
+    with pytest.raises(InputError, match=message):
+        embedding.find("f.npz", "a ring")
+    assert message in one_line("embed", "f.npz", "--find", "a ring")
+
+
+def exported(**changes):
+    Path("export").mkdir()
+    about = {"model": "siclip-tiny", "options": tiny.MODEL, "step": 1, "preprocess": {"size": 64}, "files": {"w.pt": {}}}
+    Path("export/export.json").write_text(json.dumps(about | changes))
+
+
+def test_an_export_unpickles_nothing():
+    exported()
+    Path("export/w.pt").write_bytes(pickle.dumps({"state_dict": Payload()}, 2))
+    assert "its pickle does more than store tensors" in one_line("evaluate", "export", "--data", "x.tar")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"options": {"pretrained": "w.pt", "weights_only": False}}, {"files": {"../../w.pt": {}}}]
+)
+def test_an_export_reads_its_own_weights_alone(changes):
+    exported(**changes)
+    with pytest.raises((InputError, FileNotFoundError), match=r"options.pretrained|No such file.*export/w.pt"):
+        simplclip.load("export")
+
+
+@pytest.mark.parametrize(
+    "header", [b"\xff" * 8, (10**9).to_bytes(8, "little") + b"{", (8).to_bytes(8, "little") + b"[[[[[[[["]
+)
+def test_safetensors_with_an_absurd_header(header):
+    Path("w.safetensors").write_bytes(header)
+    with pytest.raises(InputError, match="checkpoint: expected a file of weights, got w.safetensors: Error while"):
+        create("siclip-tiny", checkpoint="w.safetensors")
