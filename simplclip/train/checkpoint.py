@@ -75,7 +75,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected checkpoint version {VERSION} or lower, got {got}")
     if "config" in state:
         try:
-            whole = isinstance(state["model"], dict) and isinstance(state["config"]["model"]["name"], str)
+            whole = "model" in state and isinstance(state["config"]["model"]["name"], str)
         except (LookupError, TypeError):
             whole = False
         if not whole:

@@ -30,6 +30,7 @@ class ConfigError(InputError):
 GONE: dict[str, Any] = {
     "data.decode": "cpu",
     "loss.block_weight": 0.0,
+    "loss.negatives": "all",
 }
 
 

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
 from simplclip.common import hardware
+from simplclip.common.errors import InputError
 from simplclip.data.views import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts

@@ -24,7 +24,7 @@ from simplclip.train.state import load_model, lr_factor
 # An epoch has 3 batches: step 3 ends one, step 5 lies within one.
 @pytest.mark.parametrize(("stop", "workers", "precision"), [(5, 0, "fp32"), (3, 0, "bf16"), (4, 1, "fp32"), (1, 2, "fp32")])
 def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path, monkeypatch, stop, workers, precision):
-    # Dropout draws from the global generator in every step, as "shift" negatives do.
+    # Dropout draws from the global generator in every step.
     dropout = "model.options.vision_cfg.timm_drop=0.2"
     check_resumed(tmp_path, monkeypatch, stop, [f"data.workers={workers}", f"run.precision={precision}", dropout])
 
@@ -50,7 +50,7 @@ def test_crash_between_checkpoints_leaves_no_double_rows(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_it_learns_and_leaves_everything_behind(tmp_path):
     changes = ["run.steps=40", "run.tensorboard=true", "run.log_every=4", "run.print_every=10"]
-    config = tiny.settings(tmp_path, *changes, "optim.lr=2e-3", "data.augment=none", "loss.negatives=all")
+    config = tiny.settings(tmp_path, *changes, "optim.lr=2e-3", "data.augment=none")
     out = tmp_path / "run"
     text = go(config)
     logged = rows(out)
