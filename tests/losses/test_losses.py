@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss
+from torch import nn
 
-from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.losses import ClipPMLoss, MatryoshkaLoss, SigLipLoss, WIKDLoss
 
 PAIRS = [(ClipLoss, ClipPMLoss), (DistillClipLoss, WIKDLoss)]
 
@@ -72,6 +73,66 @@ def test_terms_and_plane_gradients(negatives, plane):
     torch.testing.assert_close(terms["pair_matching_loss"], 0.5 * expected["pair_matching"])
     torch.testing.assert_close(loss.plane_weight.grad, weight.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(loss.plane_bias.grad, bias.grad, rtol=1e-4, atol=1e-6)
+
+
+N = 12
+EVERYTHING = {
+    "relational_weight": 0.8,
+    "interactive_weight": 0.6,
+    "feature_weight": 0.4,
+    "pm_weight": 0.5,
+    "divergence": "kl",
+}
+RAW = {"contrastive_loss": "contrastive", "distill_loss": "relational"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "widths"),
+    [
+        (ClipPMLoss(pm_weight=0.5), None),
+        (ClipPMLoss(pm_weight=0.5, plane="hadamard", embed_dim=16), (4, 16)),
+        (ClipPMLoss(pm_weight=0.5, negatives="hard"), (4, 16)),
+        (ClipPMLoss(pm_weight=0.5, negatives="hard", plane="hadamard", embed_dim=16), None),
+        (SigLipLoss(pm_weight=0.5), None),
+        (SigLipLoss(pm_weight=0.5), (4, 16)),
+        (WIKDLoss(**EVERYTHING), None),
+        (WIKDLoss(**EVERYTHING, negatives="hard", interactive="kl"), None),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value.negatives}" if isinstance(value, nn.Module) else None,
+)
+def test_each_term_has_the_gradient_that_it_has_alone(loss, widths):
+    """Of the dict and of the tuple, in float64 against plain torch, so that reweighting trains what it says."""
+    loss.double()
+    image, text, scale, bias = (t.detach().double().requires_grad_() for t in (*features(N), torch.tensor(-3.0)))
+    distils = isinstance(loss, WIKDLoss)
+    more = [t.detach().double() for t in features(N, seed=1)] if distils else []
+    leaves = [image, text, scale, loss.plane_weight, loss.plane_bias, *([] if distils else [bias])]
+
+    def truth(term, image, text):
+        weight = loss.plane_weight[: image.shape[1]] if loss.plane == "hadamard" else loss.plane_weight
+        if term == "feature":
+            return (plain.feature_loss(image, more[0]) + plain.feature_loss(text, more[1])) / 2
+        given = dict(zip(("teacher_image", "teacher_text", "teacher_scale"), more))
+        given |= {"interactive": loss.interactive, "divergence": "kl"} if distils else {"logit_bias": bias}
+        options = {"plane": (weight, loss.plane_bias), "negatives": loss.negatives, **given}
+        return plain.similarity_loss(image, text, scale, terms=(term,), **options)[term]
+
+    wrapped = MatryoshkaLoss(loss, widths) if widths else loss
+    arguments = (image, text, scale, *(more or [bias]))
+    terms = wrapped(*arguments, output_dict=True)
+    values = wrapped(*arguments)
+    raw = RAW | ({"contrastive_loss": "sigmoid"} if isinstance(loss, SigLipLoss) else {})
+    for index, (key, value) in enumerate(terms.items()):
+        term = raw.get(key, key.removesuffix("_loss"))
+        weight = getattr(loss, {"pair_matching": "pm_weight"}.get(term, f"{term}_weight"), 1.0)
+        units = [[F.normalize(t[:, :w], dim=1) for t in (image, text)] for w in widths or ()] or [[image, text]]
+        expected = weight * sum(truth(term, *unit) for unit in units)
+        for got in (value, values[index]) if distils else (value,):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+            gradients = (torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True) for v in (got, expected))
+            torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
+    if not distils:
+        torch.testing.assert_close(values, sum(terms.values()))
 
 
 def test_shift_draws_another_negative_at_each_call():
