@@ -165,6 +165,7 @@ def replacement(options: argparse.Namespace, args: argparse.Namespace, loss: nn.
     plane = {"plane": options.pm_plane, "embed_dim": _width(args.model)}
     if type(loss) is theirs.SigLipLoss:
         ours = losses.SigLipLoss(**shared, **matching, dist_impl=loss.dist_impl)
+        ours.added_up = True  # by open_clip's trainer
     elif type(loss) is theirs.CoCaLoss:
         ours = losses.CoCaLoss(
             loss.caption_loss_weight, loss.clip_loss_weight, loss.caption_loss.ignore_index, **shared, **gather

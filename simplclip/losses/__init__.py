@@ -7,7 +7,7 @@ compares the values):
 
     open_clip
       ClipLoss, DistillClipLoss      ClipLoss (ClipPMLoss(pm_weight=0)), WIKDLoss(): equal, in each distributed mode too
-      SigLipLoss, CoCaLoss           SigLipLoss, CoCaLoss: equal
+      SigLipLoss, CoCaLoss           SigLipLoss, CoCaLoss: equal; chunk_size of open_clip 4 has no effect
 
     CLIP-KD                          WIKDLoss(divergence="kl", relational_weight=0 unless named below). CLIP-KD normalises
                                      the student's features itself and expects normalised features of the teacher
@@ -23,8 +23,9 @@ compares the values):
       MemoryEfficientCLIPLoss(t)     ClipPMLoss(pm_weight=0) at logit_scale = 1/t: equal values. memeff normalises the
                                      features (unless normalized_inputs=True), has no gradient of the temperature, and with
                                      stable=True, its default, its gradients of the features are sqrt(N t) times ours
-      tau_plus = p                   ops.similarity_loss(prior=p): equal, a tensor of one for each pair too
-      label_smoothing = e            ops.similarity_loss(label_smoothing=e): equal, beside prior too
+      tau_plus = p                   prior=p of ClipLoss and ClipPMLoss: equal; a tensor of one for each pair:
+                                     ops.similarity_loss(prior=p)
+      label_smoothing = e            label_smoothing=e of ClipLoss and ClipPMLoss: equal, beside prior too
       MatryoshkaLoss(loss, m, w)     MatryoshkaLoss(loss, m, w): equal
       Distributed...CLIPLoss(t)      local_loss=False, gather_with_grad=False, N of all ranks: the same gradients; the sum of
                                      its values over the ranks equals our value

@@ -1,9 +1,8 @@
-"""What the losses share: their checks, open_clip's distributed modes, and the plane of pair matching."""
+"""What the losses share: their checks, open_clip's distributed modes, options, and the plane of pair matching."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,15 +10,17 @@ from torch import Tensor, nn
 
 from simplclip import ops
 from simplclip.ops import checks, distributed
+from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity.contrastive import Contrastive
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES
 
 PLANES = ("scalar", "hadamard")
 
 
 def weight_of(name: str, value: float) -> float:
-    if checks.number(name, value) < 0:
+    if (number := checks.number(name, value)) < 0:
         raise ValueError(f"{name}: expected a weight of 0 or more, got {value!r}")
-    return value
+    return number
 
 
 def width_of(name: str, value: int | None) -> int | None:
@@ -33,6 +34,23 @@ def width_of(name: str, value: int | None) -> int | None:
 def check_width(features: str, t: Tensor, name: str, width: int | None) -> None:
     if width is not None and t.dim() == 2 and t.shape[1] != width:
         raise ValueError(f"{features}: expected the width {name} = {width}, got shape {checks.shape_of(t)}")
+
+
+def first_columns(parameter: Tensor, features: Tensor) -> Tensor:
+    """[..., D] -> [..., w], the part of a parameter that a prefix [N, w] of the features uses."""
+    width = features.shape[1]
+    return parameter if parameter.shape[-1] == width else parameter[..., :width]
+
+
+def terms_of_sum(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The weighted terms of a result of similarity_loss with `weights`, for those who add them up.
+
+    The first term has the gradient of the sum, the others have none.
+    """
+    terms = {name: weight * values[name] for name, weight in weights.items()}
+    first = next(iter(terms))
+    terms[first] = terms[first] + (values["loss"] - values["loss"].detach())
+    return terms
 
 
 class SimilarityLoss(nn.Module):
@@ -49,8 +67,11 @@ class SimilarityLoss(nn.Module):
 
     Each rank computes its share of the gradients of scales and planes: DDP's average is the gradient of the batch's loss.
 
-    The `forward` of a loss passes its features through `_own_features`, gets the terms by name from `_terms`, and passes what
-    it returns through `_value`. A loss without pair matching sets pm_weight=0.
+    The `forward` of a loss passes its features through `_own_features` and calls `_of`, which gets the terms by name from
+    `_terms` and passes what it returns through `_value`. MatryoshkaLoss calls `_of` with prefixes of the features; parameters
+    of the features' width are then read by `first_columns`. A loss without pair matching sets pm_weight=0.
+
+    options: label_smoothing, decoupled, prior, margin, positives of ops.similarity_loss, those that the loss has.
     """
 
     # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
@@ -70,6 +91,7 @@ class SimilarityLoss(nn.Module):
         pm_weight: float = 1.0,
         plane: str = "scalar",
         embed_dim: int | None = None,
+        **options: Any,
     ):
         nn.Module.__init__(self)  # not that of open_clip's loss, of which a subclass may be one too
         self.pm_weight = weight_of("pm_weight", pm_weight)
@@ -86,8 +108,11 @@ class SimilarityLoss(nn.Module):
             shape = (embed_dim,) if plane == "hadamard" else ()
             self.plane_weight = nn.Parameter(torch.full(shape, self.INITIAL_WEIGHT))
             self.plane_bias = nn.Parameter(torch.tensor(self.INITIAL_BIAS))
+        inputs.check_contrastive(Contrastive(**options), ("contrastive",))
+        if isinstance(options.get("prior"), Tensor):
+            raise TypeError("prior: expected a number or None (a tensor for each pair: ops.similarity_loss), got Tensor")
+        self.options = options
         self._shapes = distributed.SameShapes()
-        self._prefixes = False
 
     def _group(self):
         have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
@@ -97,40 +122,28 @@ class SimilarityLoss(nn.Module):
 
     def _own_features(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's features, with gradients scaled as in open_clip's mode. Checks that all ranks have equal shapes."""
-        if self._prefixes:
-            return image, text
+        checks.features("image_features", image, "[N, D]")
+        checks.features("text_features", text, "[N, D]")
         check_width("image_features", image, "embed_dim", self.embed_dim)
         check_width("text_features", text, "embed_dim", self.embed_dim)
         if self.world_size > 1:
             self._shapes.check(image, text, self._group())
-        if self.world_size == 1 or self.local_loss or self.gather_with_grad:
+        if self.world_size <= 1 or self.local_loss or self.gather_with_grad:
             return image, text
         share = 1 / self.world_size
         return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
-    @contextmanager
-    def _of_prefixes(self) -> Iterator[None]:
-        """Within it, `forward` is given prefixes of features that MatryoshkaLoss has passed through `_own_features`."""
-        self._prefixes = True
-        try:
-            yield
-        finally:
-            self._prefixes = False
-
-    def _parameters_of_prefix(self, width: int) -> dict[str, Tensor]:
-        """By name the parameters of the whole width, as they are for the features' first columns."""
-        return {"plane_weight": self.plane_weight[:width]} if self.pm_weight and self.plane == "hadamard" else {}
-
     def _value(self, loss: Tensor) -> Tensor:
         """The value that open_clip's mode reports."""
-        return loss if self.world_size == 1 or self.local_loss else distributed.mean(loss, self._group())
+        return loss if self.world_size <= 1 or self.local_loss else distributed.mean(loss, self._group())
 
     def _terms(self, terms: tuple[str, ...], image: Tensor, text: Tensor, **options: Any) -> dict[str, Tensor]:
         """The terms of this rank's rows. options: tensors and options of ops.similarity_loss."""
-        options |= {"terms": terms, "scratch_bytes": self.scratch_bytes}
+        options |= {"terms": terms, "scratch_bytes": self.scratch_bytes, **self.options}
         if "pair_matching" in terms:
-            options["plane"] = self.plane_weight, self.plane_bias
-        if self.world_size == 1:
+            weight = first_columns(self.plane_weight, text) if self.plane == "hadamard" else self.plane_weight
+            options["plane"] = weight, self.plane_bias
+        if self.world_size <= 1:
             return ops.similarity_loss(image, text, **options)
         group = self._group()
         if not self.local_loss or self.gather_with_grad:

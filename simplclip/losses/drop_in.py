@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simplclip.losses.base import SimilarityLoss
+from simplclip.losses.clip import PairLoss
 from simplclip.ops import checks
-from simplclip.ops.similarity.call import POSITIVES
 
 theirs: Any
 try:
@@ -21,7 +20,7 @@ except ImportError:
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
 
-class ClipLoss(SimilarityLoss, theirs.ClipLoss):
+class ClipLoss(PairLoss, theirs.ClipLoss):
     r"""`open_clip.ClipLoss` without its N×N matrices: the same constructor, forward, values and gradients.
 
         loss = ½ [cross-entropy of the rows of Z to the diagonal + that of the columns],   Z = logit_scale · x yᵀ + logit_bias
@@ -32,6 +31,9 @@ class ClipLoss(SimilarityLoss, theirs.ClipLoss):
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see SimilarityLoss for the
             values and gradients of each mode. use_horovod is not supported with several ranks.
+        label_smoothing, decoupled, prior, margin: options of the contrastive term, as in similarity_loss; the prior is a
+            number.
+        positives: "drop", "ids" or "sum": whether pairs with equal ids are positives, as in similarity_loss.
 
     Source: Radford et al. 2021 (arXiv 2103.00020); open_clip.loss.ClipLoss.
     """
@@ -44,24 +46,19 @@ class ClipLoss(SimilarityLoss, theirs.ClipLoss):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        label_smoothing: float = 0.0,
+        decoupled: bool = False,
+        prior: float | None = None,
+        margin: float = 0.0,
+        positives: str = "drop",
     ):
-        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, pm_weight=0.0)
+        super().__init__(
+            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, pm_weight=0.0,
+            label_smoothing=label_smoothing, decoupled=decoupled, prior=prior, margin=margin, positives=positives,
+        )  # fmt: skip
         self.prev_num_logits = 0
         self.labels: dict[torch.device, Tensor] = {}  # of get_ground_truth
-
-    def forward(
-        self,
-        image_features: Tensor,  # [N, D]
-        text_features: Tensor,  # [N, D]
-        logit_scale: Tensor,  # []
-        logit_bias: Tensor | None = None,  # []
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
-        """Returns the loss; with output_dict, as {"contrastive_loss": loss}."""
-        image, text = self._own_features(image_features, text_features)
-        values = self._terms(("contrastive",), image, text, logit_scale=logit_scale, logit_bias=logit_bias)
-        loss = self._value(values["contrastive"])
-        return {"contrastive_loss": loss} if output_dict else loss
 
 
 class CoCaLoss(ClipLoss, theirs.CoCaLoss):
@@ -102,20 +99,25 @@ class CoCaLoss(ClipLoss, theirs.CoCaLoss):
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """Returns the weighted contrastive and caption losses; with output_dict, as `contrastive_loss`, `caption_loss`."""
+        image, text = self._own_features(image_features, text_features)
+        return self._of(image, text, logits, labels, logit_scale, output_dict)
+
+    def _of(self, image, text, logits, labels, logit_scale, output_dict=False) -> Any:  # type: ignore[override]
         contrastive = torch.tensor(0, device=logits.device)
         if self.clip_loss_weight:
-            contrastive = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)  # type: ignore
+            contrastive = self.clip_loss_weight * super()._of(image, text, logit_scale)
         caption = self.caption_loss_weight * self.caption_loss(logits.permute(0, 2, 1), labels)
         return {"contrastive_loss": contrastive, "caption_loss": caption} if output_dict else (contrastive, caption)
 
 
-class SigLipLoss(SimilarityLoss, theirs.SigLipLoss):
+class SigLipLoss(PairLoss, theirs.SigLipLoss):
     r"""`open_clip.SigLipLoss` without N×N matrices, with pair matching beside it and with several positives.
 
         loss = (1/N) Σ_ij softplus(−y_ij Z_ij) + pm_weight · pair matching,   Z = logit_scale · x yᵀ + logit_bias
 
-    with y_ij = 1 for a pair and −1 else. Three matrix products of N·M·D in all, pair matching included; see
-    `simplclip.ops.similarity_loss` for shapes, dtypes, memory, and the form of pair matching.
+    with y_ij = 1 for a pair and −1 else. Three matrix products of N·M·D in all, pair matching included; with output_dict pair
+    matching has three of its own, since each term has its own gradient. See `simplclip.ops.similarity_loss` for shapes,
+    dtypes, memory, and the form of pair matching.
 
     Args:
         cache_labels: without effect, since labels are an offset here.
@@ -123,11 +125,16 @@ class SigLipLoss(SimilarityLoss, theirs.SigLipLoss):
             gradients are open_clip's.
         dist_impl: "bidir", "shift", "reduce", "gather" or None as in open_clip. Here they are one: the ranks gather features,
             never logits.
-        positives: "drop", "ids" or "sum": whether pairs with equal ids are positives, as in similarity_loss.
+        chunk_size: of open_clip 4, rows of logits at a time. Without effect, since `scratch_bytes` sets them here; only
+            open_clip's `_loss`, which a subclass may call, reads it.
+        positives: "drop", "ids" or "sum": whether pairs with equal ids are positives, as in similarity_loss. The options of
+            ClipLoss beside it are of a softmax.
         pm_weight: weight of pair matching over all negatives with a scalar plane, `plane_weight` and `plane_bias`.
 
     Source: Zhai et al. 2023 (arXiv 2303.15343); open_clip.loss.SigLipLoss.
     """
+
+    TERM = "sigmoid"
 
     def __init__(
         self,
@@ -135,38 +142,14 @@ class SigLipLoss(SimilarityLoss, theirs.SigLipLoss):
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
         *,
         positives: str = "drop",
         pm_weight: float = 0.0,
     ):
-        super().__init__(True, True, cache_labels, rank, world_size, pm_weight=pm_weight)
+        super().__init__(True, True, cache_labels, rank, world_size, pm_weight=pm_weight, positives=positives)
         self.dist_impl = dist_impl or "bidir"
         checks.choice("dist_impl", self.dist_impl, DIST_IMPLS)
-        checks.choice("positives", positives, POSITIVES)
-        self.positives = positives
-
-    def forward(
-        self,
-        image_features: Tensor,  # [N, D]
-        text_features: Tensor,  # [N, D]
-        logit_scale: Tensor,  # []
-        logit_bias: Tensor | None = None,  # []
-        output_dict: bool = False,
-        *,
-        ids: Tensor | None = None,  # [N] int64
-    ) -> Tensor | dict[str, Tensor]:
-        """Returns the loss; with output_dict, `contrastive_loss` and, with pm_weight, `pair_matching_loss`.
-
-        ids: pairs with equal ids are not each other's negatives, or are positives; see `positives`.
-        """
-        image, text = self._own_features(image_features, text_features)
-        weights = {"sigmoid": 1.0} | ({"pair_matching": self.pm_weight} if self.pm_weight else {})
-        options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids, "positives": self.positives}
-        values = self._terms(tuple(weights), image, text, weights=weights, **options)
-        if not output_dict:
-            return values["loss"]
-        if not self.pm_weight:
-            return {"contrastive_loss": values["loss"]}
-        # The gradient of both terms is that of their sum.
-        matching = self.pm_weight * values["pair_matching"]
-        return {"contrastive_loss": values["loss"] - matching, "pair_matching_loss": matching}
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 0:
+            raise ValueError(f"chunk_size: expected a number of rows, 0 or more, got {chunk_size!r}")
+        self.chunk_size = chunk_size  # which open_clip 4's own `_loss` reads

@@ -6,6 +6,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ class RowwiseLoss(SimilarityLoss):
         )  # fmt: skip
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
+        checks.boolean("symmetric", symmetric)
         parameters = list(parameters)
         for other in (p for p in parameters if not isinstance(p, nn.Parameter)):
             raise TypeError(f"parameters: expected nn.Parameters, got {type(other).__name__}")
@@ -131,8 +133,16 @@ class RowwiseLoss(SimilarityLoss):
         Raises:
             TypeError, ValueError: an argument or the result of fn is not valid; the message names it.
         """
-        checks.features("image_features", image_features, "[N, D]")
-        checks.features("text_features", text_features, "[M, D]")
+        image, text = self._own_features(image_features, text_features)
+        return self._of(
+            image, text, logit_scale, logit_bias, output_dict, dist_image_features=dist_image_features,
+            dist_text_features=dist_text_features, dist_logit_scale=dist_logit_scale,
+        )  # fmt: skip
+
+    def _of(
+        self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False, *,
+        dist_image_features=None, dist_text_features=None, dist_logit_scale=None,
+    ) -> Any:  # fmt: skip
         checks.like("text_features", text_features, "image_features", image_features)
         n, m, device = image_features.shape[0], text_features.shape[0], image_features.device
         if text_features.shape[1] != image_features.shape[1]:
@@ -141,7 +151,7 @@ class RowwiseLoss(SimilarityLoss):
         if m < n or (self.world_size > 1 and m > n):
             least = f"{n} rows" if self.world_size > 1 else f"at least {n} rows"
             raise ValueError(f"text_features: expected {least}, a positive for each image, got {m}")
-        image, text = autocast(*self._own_features(image_features, text_features))
+        image, text = autocast(image_features, text_features)
         stats = accumulate_dtype(image.dtype)
         scale = checks.scalar("logit_scale", logit_scale, device, stats, "image_features")
         bias = checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, device, stats, "image_features")
@@ -150,7 +160,7 @@ class RowwiseLoss(SimilarityLoss):
         if self._rows is None:
             self._rows = _Rows(self.fn, self.compile_fn)
         self._rows.parameters = [p for p in self.parameters() if p.requires_grad]
-        if self.world_size == 1:
+        if self.world_size <= 1:
             value = _Sweep(self._rows, teacher, 0, self.symmetric, self.scratch_bytes).loss(image, text, scale, bias)
         else:
             value = self._of_ranks(image, text, scale, bias, teacher)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
-from simplclip.losses.base import SimilarityLoss, check_width, weight_of, width_of
+from simplclip.losses.base import SimilarityLoss, check_width, first_columns, weight_of, width_of
 from simplclip.ops import checks
 from simplclip.ops.registry import autocasts, no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
@@ -124,8 +124,14 @@ class WIKDLoss(SimilarityLoss):
 
         `contrastive_loss`, `distill_loss` (relational), `interactive_loss`, `feature_loss`, `pair_matching_loss`.
         """
-        teachers = self._teachers(dist_image_features, dist_text_features, dist_logit_scale)
         image, text = self._own_features(image_features, text_features)
+        teacher = dist_image_features, dist_text_features, dist_logit_scale
+        return self._of(image, text, logit_scale, *teacher, output_dict, ids=ids)
+
+    def _of(
+        self, image, text, logit_scale, dist_image_features, dist_text_features, dist_logit_scale, output_dict=False, ids=None
+    ) -> Any:
+        teachers = self._teachers(dist_image_features, dist_text_features, dist_logit_scale)
         weights = {
             "contrastive": self.contrastive_weight,
             "relational": self.relational_weight,
@@ -174,11 +180,6 @@ class WIKDLoss(SimilarityLoss):
             raise ValueError(f"teacher_dim: expected one width for each of {len(images)} teachers, got {self.teacher_dim}")
         return list(zip(images, texts, scales))
 
-    def _parameters_of_prefix(self, width: int) -> dict[str, Tensor]:
-        named = self.named_parameters()
-        projections = {name: p[:, :width] for name, p in named if "_projections." in name and p.numel()}
-        return super()._parameters_of_prefix(width) | projections
-
     def _projected(self, index: int, image: Tensor, text: Tensor, teacher) -> list[Tensor | None]:
         """The student's features projected to the width of this teacher; None where no projection is needed."""
         width = self.teacher_dim[index] if any(self.teacher_dim) else None
@@ -194,7 +195,7 @@ class WIKDLoss(SimilarityLoss):
                         f"{own.shape[1]} and interactive and feature terms compare them, got None"
                     )
             needed = weights is not None and weights[index].numel()
-            projected.append(_project(side, own, weights[index]) if needed else None)
+            projected.append(_project(side, own, first_columns(weights[index], own)) if needed else None)
         return projected
 
 

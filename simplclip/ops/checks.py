@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 
@@ -48,8 +49,7 @@ def like(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype, of: str = "image") -> Tensor:
     """A number as a 0-dimensional tensor of this dtype. A tensor must be floating, have one element and be on the device."""
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number or a tensor with one element, got {type(value).__name__}")
+        value = _real(name, value, "a number or a tensor with one element")
         return torch.full((), value, device=device, dtype=dtype)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected one element, got shape {shape_of(value)}")
@@ -85,9 +85,23 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
+def boolean(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+
+
+def _real(name: str, value, expected: str) -> float:
+    """A number of Python, or another that float() takes, such as numpy's; no bool, text or tensor."""
+    if type(value) in (int, float):
+        return value
+    if hasattr(type(value), "__float__") and not isinstance(value, (bool, Tensor)):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value)
+    raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
 def number(name: str, value, *, positive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = _real(name, value, "a number")
     if not abs(value) < math.inf:  # torch.compile cannot trace isfinite of a symbolic float
         raise ValueError(f"{name}: expected a finite number, got {value}")
     if positive and not value > 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import losses
+from simplclip.losses.base import terms_of_sum
 from simplclip.train.config import TERMS, ConfigError, LossConfig
 
 
@@ -32,11 +33,8 @@ class SigmoidLoss(losses.WIKDLoss):
         terms: dict[str, Tensor] = {}
         if fused:
             options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids}
-            values = self._terms(tuple(fused), image, text, weights=fused, **options)
-            total = values["loss"]  # alone has gradients
-            terms = {term: fused[name] * values[name] for term, name in self.FUSED.items() if name in fused}
-            first = next(iter(terms))
-            terms[first] = terms[first] + (total - total.detach())
+            values = terms_of_sum(self._terms(tuple(fused), image, text, weights=fused, **options), fused)
+            terms = {term: values[name] for term, name in self.FUSED.items() if name in fused}
         if weights.keys() - terms.keys():
             self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
             taught = super().forward(image, text, logit_scale, *teacher, output_dict=True, ids=ids)

@@ -54,7 +54,7 @@ def single(folder):
     plan.add("once", "ours")
     plan.more("once")
     plan.add("theirs-from-ours", "theirs", *resume, epochs=2)
-    matching = ("--pm-weight", 0.5, "--pm-negatives", "hard")
+    matching = ("--pm-weight", 0.5)
     plan.add("pm-twice", "ours", *matching, epochs=2)
     plan.add("pm-once", "ours", *matching)
     plan.more("pm-once", *matching)
@@ -262,7 +262,6 @@ TEACHER = ("--distill-model", "tiny", "--distill-pretrained", "tiny.bin")
     [
         (["--siglip", *TEACHER], "--siglip: expected no --distill-model, since open_clip's distillation takes no logit bias"),
         (["--siglip", "--pm-plane", "hadamard"], "--pm-plane: expected scalar, since --siglip"),
-        (["--siglip", "--pm-negatives", "hard"], "--pm-negatives: expected all, since --siglip"),
         (["--model", "coca_ViT-B-32", "--pm-weight", "1"], "--pm-weight: expected 0, since CoCa's loss has no pair matching"),
         (["--siglip", "--feature-weight", "1"], "--feature-weight: expected a teacher (--distill-model"),
         (["--feature-weight", "1"], "--feature-weight: expected a teacher (--distill-model"),

@@ -116,16 +116,17 @@ def test_a_loss_that_needs_the_logits():
 
 
 def test_sigmoid_with_pair_matching_is_one_sweep(monkeypatch):
-    """Both terms have the gradient of their sum, with the products of one."""
+    """Their sum costs the products of one of them; terms that are not added up have their own gradients, and sweeps."""
     from simplclip.ops.similarity import sigmoid
 
     calls = []
     monkeypatch.setattr(sigmoid, "run", lambda *args, run=sigmoid.run: calls.append(args) or run(*args))
     loss, leaves = losses.SigLipLoss(pm_weight=0.5), features()
-    terms = loss(*leaves, output_dict=True)
+    loss(*leaves).backward()
     assert len(calls) == 1
+    terms = loss(*leaves, output_dict=True)
+    assert len(calls) == 3
     assert list(terms) == ["contrastive_loss", "pair_matching_loss"]
-    sum(terms.values()).backward()
     other = features()
     plane = [p.detach().clone().requires_grad_() for p in (loss.plane_weight, loss.plane_bias)]
     expected = plain.similarity_loss(*other[:3], logit_bias=other[3], terms=("sigmoid", "pair_matching"), plane=plane)
@@ -134,6 +135,65 @@ def test_sigmoid_with_pair_matching_is_one_sweep(monkeypatch):
     torch.testing.assert_close(terms["pair_matching_loss"], 0.5 * expected["pair_matching"])
     for ours, theirs in zip([*leaves, loss.plane_weight, loss.plane_bias], [*other, *plane]):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_open_clip_4_asks_for():
+    """chunk_size is its own way to less memory, and world_size=0 is one process."""
+    leaves = features()
+    loss = losses.SigLipLoss(False, 0, 1, None, 32)
+    assert loss.chunk_size == 32
+    torch.testing.assert_close(loss(*leaves), losses.SigLipLoss()(*leaves), rtol=0, atol=0)
+    torch.testing.assert_close(loss._loss(*leaves), losses.SigLipLoss()(*leaves))  # open_clip's, which its tests call
+    for make in (losses.ClipLoss, losses.ClipPMLoss, losses.SigLipLoss):
+        torch.testing.assert_close(make(world_size=0)(*leaves), make()(*leaves), rtol=0, atol=0)
+
+
+OPTIONS = [
+    *({"label_smoothing": 0.1}, {"decoupled": True}, {"prior": 0.05}, {"margin": 0.2}, {"positives": "ids"}),
+    *({"positives": "sum", "label_smoothing": 0.1}, {"decoupled": True, "prior": 0.05, "margin": 0.1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, options) for name in ("ClipLoss", "ClipPMLoss") for options in OPTIONS),
+        *(("SigLipLoss", {"positives": positives}) for positives in ("ids", "sum")),
+    ],
+    ids=str,
+)
+def test_options_of_the_op(name, options):
+    """Values and gradients of the dict's terms and of the sum; of prefixes, compiled, and in the text form."""
+    sigmoid = name == "SigLipLoss"
+    ids = torch.arange(N) // 2
+    loss = getattr(losses, name)(**options | ({} if name == "ClipLoss" else {"pm_weight": 0.5})).double()
+    assert all(f"{key}={value!r}" in repr(loss) for key, value in options.items())
+    parameters = list(loss.parameters())
+
+    def theirs(image, text, scale, bias):
+        terms = ("sigmoid" if sigmoid else "contrastive", "pair_matching")[: 1 if name == "ClipLoss" else 2]
+        given = {"logit_bias": bias, "ids": ids, "text_ids": ids, "plane": parameters or None, **options}
+        found = plain.similarity_loss(image, text, scale, terms=terms, **given)
+        return {"contrastive_loss": found[terms[0]]} | {f"{term}_loss": 0.5 * found[term] for term in terms[1:]}
+
+    def same(ours, expected, leaves):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+        pair = (torch.autograd.grad(value, leaves, retain_graph=True, materialize_grads=True) for value in (ours, expected))
+        torch.testing.assert_close(*pair, rtol=1e-7, atol=1e-10)
+
+    leaves = [t.detach().double().requires_grad_() for t in features()]
+    terms, expected = loss(*leaves, output_dict=True, ids=ids), theirs(*leaves)
+    assert list(terms) == list(expected)
+    for term in terms:
+        same(terms[term], expected[term], [*leaves, *parameters])
+    same(loss(*leaves, ids=ids), sum(expected.values()), [*leaves, *parameters])
+    if name != "ClipLoss" and (sigmoid or len(options) > 1):
+        torch.compiler.reset()  # the losses share one forward, whose recompilations are limited
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*leaves, ids=ids), loss(*leaves, ids=ids))
+    prefixes = losses.MatryoshkaLoss(loss, (4, 16))(*leaves, ids=ids)
+    units = [[F.normalize(t[:, :width], dim=1) for t in leaves[:2]] for width in (4, 16)]
+    same(prefixes, sum(sum(theirs(*unit, *leaves[2:]).values()) for unit in units), [*leaves, *parameters])
 
 
 @pytest.mark.parametrize("frozen", [(), ("image",), ("text",), ("image", "text"), ("image", "text", "scale", "bias")])
@@ -154,7 +214,24 @@ def test_what_needs_no_gradient_costs_no_product(frozen, monkeypatch):
 def test_bad_arguments():
     with pytest.raises(ValueError, match="dist_impl: expected one of 'bidir', 'shift', 'reduce', 'gather', got 'ring'"):
         losses.SigLipLoss(dist_impl="ring")
-    with pytest.raises(ValueError, match="positives: expected one of 'drop', 'ids', 'sum', got 'all'"):
-        losses.SigLipLoss(positives="all")
+    for make, name, value, message in (
+        (losses.SigLipLoss, "positives", "all", "expected one of 'drop', 'ids', 'sum', got 'all'"),
+        (losses.SigLipLoss, "chunk_size", -1, "expected a number of rows, 0 or more, got -1"),
+        (losses.ClipLoss, "label_smoothing", 1.0, "expected a number from 0 to below 1, got 1.0"),
+        (losses.ClipPMLoss, "prior", 1, "expected a number from 0 to below 1, got 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            make(**{name: value})
+    with pytest.raises(ValueError, match="margin: expected none with several positives, positives='ids', got one"):
+        losses.ClipPMLoss(positives="ids", margin=0.1)
+    for options, message in (
+        ({"decoupled": 1}, "decoupled: expected a bool, got int"),
+        ({"margin": "0"}, "margin: expected a number, got str"),
+        ({"prior": torch.tensor(0.1)}, r"prior: expected a number or None \(.*\), got Tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            losses.ClipLoss(**options)
+    with pytest.raises(TypeError, match="label_smoothing"):  # an option of a softmax
+        losses.SigLipLoss(label_smoothing=0.1)
     with pytest.raises(TypeError, match="caption_loss_weight: expected a number, got str"):
         losses.CoCaLoss("2", 1.0)

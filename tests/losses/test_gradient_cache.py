@@ -112,7 +112,7 @@ def wikd(dtype, captions=1, width=256, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("captions", [1, 2])
 def test_wikd_on_siclip_tiny(dtype, captions):
-    model, (module, loss) = siclip(dtype), wikd(dtype, captions, negatives="shift")
+    model, (module, loss) = siclip(dtype), wikd(dtype, captions)
     share_weights(model.text.transformer.resblocks, [[0, 1]])
     encode = normalised(model)
     found = assert_same(
@@ -204,7 +204,7 @@ class Dropping(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_random_numbers_shared_weights_and_recomputed_blocks(dtype):
-    model, module = Dropping().to(dtype), ClipPMLoss(negatives="shift").to(dtype)
+    model, module = Dropping().to(dtype), ClipPMLoss().to(dtype)
     batches = pairs(dtype=dtype, vocabulary=64)
     assert_same(lambda b: model(*b), batches, lambda *o: module(*o, output_dict=True), (model, module), dtype, model=model)
     first, second = (step(gradient_cache.backward, lambda b: model(*b), batches, module, (model, module)) for _ in range(2))
@@ -220,7 +220,7 @@ def whole():
 @pytest.mark.parametrize(("images", "texts"), [((5, 5, 5, 2), (9, 8)), ((17,), (3, 3, 3, 3, 3, 2)), ((4, 13), (17,))])
 def test_micro_batches_of_each_tower(images, texts):
     """The gradients of one graph in which dropout draws the same numbers; the last micro-batches are smaller or larger."""
-    model, module = Dropping().double(), ClipPMLoss(negatives="shift").double()
+    model, module = Dropping().double(), ClipPMLoss().double()
     encode = model.encode_image, model.encode_text
     batches = tuple(t.split(list(sizes)) for t, sizes in zip(whole(), (images, texts)))
     loss = lambda x, y: module(x, y, model.logit_scale.exp(), output_dict=True)  # noqa: E731

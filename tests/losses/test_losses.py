@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, DistillClipLoss
+from torch import nn
 
-from simplclip.losses import ClipPMLoss, WIKDLoss
+from simplclip.losses import ClipPMLoss, MatryoshkaLoss, SigLipLoss, WIKDLoss
 
 PAIRS = [(ClipLoss, ClipPMLoss), (DistillClipLoss, WIKDLoss)]
 
@@ -57,16 +58,15 @@ def test_without_pair_matching_it_is_open_clips_loss(rest, dtype):
 
 
 @pytest.mark.parametrize("plane", ["scalar", "hadamard"])
-@pytest.mark.parametrize("negatives", ["all", "hard"])
-def test_terms_and_plane_gradients(negatives, plane):
-    loss = ClipPMLoss(pm_weight=0.5, plane=plane, negatives=negatives, embed_dim=16)
+def test_terms_and_plane_gradients(plane):
+    loss = ClipPMLoss(pm_weight=0.5, plane=plane, embed_dim=16)
     leaves = features()
     terms = loss(*leaves, output_dict=True)
     assert list(terms) == ["contrastive_loss", "pair_matching_loss"]
     assert loss(*leaves) == sum(terms.values())
     sum(terms.values()).backward()
     weight, bias = (p.detach().clone().requires_grad_() for p in (loss.plane_weight, loss.plane_bias))
-    expected = plain.similarity_loss(*leaves, plane=(weight, bias), negatives=negatives)
+    expected = plain.similarity_loss(*leaves, plane=(weight, bias))
     (expected["contrastive"] + 0.5 * expected["pair_matching"]).backward()
     torch.testing.assert_close(terms["contrastive_loss"], expected["contrastive"])
     torch.testing.assert_close(terms["pair_matching_loss"], 0.5 * expected["pair_matching"])
@@ -74,14 +74,62 @@ def test_terms_and_plane_gradients(negatives, plane):
     torch.testing.assert_close(loss.plane_bias.grad, bias.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_shift_draws_another_negative_at_each_call():
-    loss = ClipPMLoss(negatives="shift")
-    draw = lambda: loss(*features(), output_dict=True)["pair_matching_loss"].item()  # noqa: E731
-    torch.manual_seed(0)
-    first = [draw() for _ in range(8)]
-    torch.manual_seed(0)
-    assert [draw() for _ in range(8)] == first
-    assert len(set(first)) > 1
+N = 12
+EVERYTHING = {
+    "relational_weight": 0.8,
+    "interactive_weight": 0.6,
+    "feature_weight": 0.4,
+    "pm_weight": 0.5,
+    "divergence": "kl",
+}
+RAW = {"contrastive_loss": "contrastive", "distill_loss": "relational"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "widths"),
+    [
+        (ClipPMLoss(pm_weight=0.5), None),
+        (ClipPMLoss(pm_weight=0.5, plane="hadamard", embed_dim=16), (4, 16)),
+        (ClipPMLoss(pm_weight=0.5, plane="hadamard", embed_dim=16), None),
+        (SigLipLoss(pm_weight=0.5), None),
+        (SigLipLoss(pm_weight=0.5), (4, 16)),
+        (WIKDLoss(**EVERYTHING), None),
+        (WIKDLoss(**EVERYTHING, interactive="kl"), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_each_term_has_the_gradient_that_it_has_alone(loss, widths):
+    """Of the dict and of the tuple, in float64 against plain torch, so that reweighting trains what it says."""
+    loss.double()
+    image, text, scale, bias = (t.detach().double().requires_grad_() for t in (*features(N), torch.tensor(-3.0)))
+    distils = isinstance(loss, WIKDLoss)
+    more = [t.detach().double() for t in features(N, seed=1)] if distils else []
+    leaves = [image, text, scale, loss.plane_weight, loss.plane_bias, *([] if distils else [bias])]
+
+    def truth(term, image, text):
+        weight = loss.plane_weight[: image.shape[1]] if loss.plane == "hadamard" else loss.plane_weight
+        if term == "feature":
+            return (plain.feature_loss(image, more[0]) + plain.feature_loss(text, more[1])) / 2
+        given = dict(zip(("teacher_image", "teacher_text", "teacher_scale"), more))
+        given |= {"interactive": loss.interactive, "divergence": "kl"} if distils else {"logit_bias": bias}
+        return plain.similarity_loss(image, text, scale, terms=(term,), plane=(weight, loss.plane_bias), **given)[term]
+
+    wrapped = MatryoshkaLoss(loss, widths) if widths else loss
+    arguments = (image, text, scale, *(more or [bias]))
+    terms = wrapped(*arguments, output_dict=True)
+    values = wrapped(*arguments)
+    raw = RAW | ({"contrastive_loss": "sigmoid"} if isinstance(loss, SigLipLoss) else {})
+    for index, (key, value) in enumerate(terms.items()):
+        term = raw.get(key, key.removesuffix("_loss"))
+        weight = getattr(loss, {"pair_matching": "pm_weight"}.get(term, f"{term}_weight"), 1.0)
+        units = [[F.normalize(t[:, :w], dim=1) for t in (image, text)] for w in widths or ()] or [[image, text]]
+        expected = weight * sum(truth(term, *unit) for unit in units)
+        for got in (value, values[index]) if distils else (value,):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+            gradients = (torch.autograd.grad(v, leaves, retain_graph=True, materialize_grads=True) for v in (got, expected))
+            torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
+    if not distils:
+        torch.testing.assert_close(values, sum(terms.values()))
 
 
 def test_ids_drop_out_of_the_negatives():
@@ -102,7 +150,6 @@ def test_ids_drop_out_of_the_negatives():
         (ClipPMLoss, {"pm_weight": math.nan}, "pm_weight: expected a finite number, got nan"),
         (ClipPMLoss, {"embed_dim": -2}, "embed_dim: expected an integer above 0 or None, got -2"),
         (ClipPMLoss, {"plane": "affine"}, "plane: expected one of 'scalar', 'hadamard', got 'affine'"),
-        (ClipPMLoss, {"negatives": "none"}, "negatives: expected one of 'all', 'shift', 'hard', got 'none'"),
         (ClipPMLoss, {"plane": "hadamard"}, "embed_dim: expected the width D"),
         (WIKDLoss, {"relational_weight": -1}, "relational_weight: expected a weight of 0 or more, got -1"),
         (WIKDLoss, {"contrastive_weight": math.nan}, "contrastive_weight: expected a finite number, got nan"),

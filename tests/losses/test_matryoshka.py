@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import plain
@@ -190,13 +191,37 @@ def test_rows_of_zeros_and_derivatives_of_the_definition():
 def test_a_width_of_weight_0_costs_nothing_and_features_after_the_last_get_no_gradient():
     image, text = batch()
     calls = []
-    loss = ClipLoss()
-    loss.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
+
+    class Seen(ClipLoss):
+        def forward(self, image, *rest):
+            calls.append(image.shape[1])
+            return super().forward(image, *rest)
+
+    loss = Seen()
     MatryoshkaLoss(loss, (3, 5, 8), (1, 0, 1))(image, text, 14.0).backward()
     assert calls == [3, 8]
     assert not image.grad[:, 8:].any()
     assert image.grad[:, :8].any(0).all()
-    assert not loss._prefixes
+
+
+def test_threads_and_errors_leave_the_loss_alone():
+    """A plane is read by each call for itself; within a call, or after one that fails, the loss has its whole width."""
+    loss = ClipPMLoss(plane="hadamard", embed_dim=D)
+    wrapped, whole, leaves = MatryoshkaLoss(loss, WIDTHS), [], batch(dtype=torch.float32)
+    with pytest.raises(ValueError, match="ids"):
+        wrapped(*leaves, 14.0, ids=torch.arange(3))
+    assert loss.plane_weight.shape == (D,)
+    with pytest.raises(ValueError, match="image_features: expected the width embed_dim = 16"):
+        loss(*(t[:, :4] for t in leaves), 14.0)
+    expected = wrapped(*leaves, 14.0).item(), loss(*leaves, 14.0).item()
+
+    def both(_):
+        whole.append(loss.plane_weight.shape)
+        return wrapped(*leaves, 14.0).item(), loss(*leaves, 14.0).item()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(both, range(400))) == {expected}
+    assert set(whole) == {(D,)}
 
 
 def test_traces_in_one_graph():
@@ -214,15 +239,20 @@ def test_errors():
         ((loss, (4, 4)), ValueError, r"widths: expected ascending integers above 0, got \(4, 4\)"),
         ((loss, (0, 4)), ValueError, r"widths: expected ascending integers above 0, got \(0, 4\)"),
         ((loss, (4.0,)), ValueError, r"widths: expected ascending integers above 0, got \(4.0,\)"),
-        ((loss, (4, 8), (1.0,)), ValueError, "weights: expected one for each of 2 widths, got 1"),
+        ((loss, None), ValueError, r"widths: expected ascending integers above 0, got \(None,\)"),
+        ((loss, (4, 8), (1.0,)), ValueError, r"weights: expected one for each of 2 widths, .* got \(1.0,\)"),
         ((loss, (4, 8), (1.0, -1.0)), ValueError, "weights: expected a weight of 0 or more, got -1.0"),
-        ((loss, (4, 8), (0, 0)), ValueError, r"weights: expected one above 0, got \(0, 0\)"),
+        ((loss, (4, 8), (0, 0)), ValueError, r"weights: expected .* one above 0, got \(0, 0\)"),
         ((len, (4, 8)), TypeError, "loss: expected a loss, which is an nn.Module, got builtin_function_or_method"),
-        ((WIKDLoss(feature_weight=1), (4, 8)), ValueError, "loss: expected a WIKDLoss that projects to each teacher's"),
     ):
         with pytest.raises(error, match=message):
             MatryoshkaLoss(*args)
     image, text = batch()
+    torch.testing.assert_close(MatryoshkaLoss(loss, 8)(image, text, 14.0), MatryoshkaLoss(loss, (8,))(image, text, 14.0))
+    with pytest.raises(
+        ValueError, match="teacher_dim: expected 16, the width of dist_image_features, since image_features have"
+    ):
+        MatryoshkaLoss(WIKDLoss(feature_weight=1), (4, 8))(image, text, 14.0, image.detach(), text.detach(), 14.0)
     with pytest.raises(ValueError, match=r"widths: expected at most the width of image_features, 16, got \(8, 17\)"):
         MatryoshkaLoss(loss, (8, 17))(image, text, 14.0)
     with pytest.raises(ValueError, match=r"text_features: expected a tensor \[N, D\], got shape \[16\]"):

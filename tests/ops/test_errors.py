@@ -3,6 +3,7 @@
 import functools
 
 import layouts
+import numpy as np
 import pytest
 import torch
 from calls import ATTENTION, MLP, attention_inputs, block_inputs, mlp_inputs
@@ -64,6 +65,10 @@ BAD = {
         (dict(text=GOOD.bfloat16()), "text: expected the dtype of image, torch.float32, got torch.bfloat16"),
         (dict(image=GOOD.long()), "image: expected float32, .* got torch.int64"),
         (dict(label_offset=0.5), "label_offset: expected an int, got float"),
+        (dict(symmetric="x"), "symmetric: expected a bool, got str"),
+        (dict(logit_scale=True), "logit_scale: expected a number or a tensor with one element, got bool"),
+        (dict(logit_scale="10"), "logit_scale: expected a number or a tensor with one element, got str"),
+        (dict(logit_scale=np.ones(2)), "logit_scale: expected a number or a tensor with one element, got ndarray"),
         (dict(ids=torch.arange(4.0)), r"ids: expected an int64 or int32 tensor \[N\], got torch.float32"),
         (dict(ids=ones(4, dtype=torch.bool)), "ids: expected an int64 or int32 .* got torch.bool"),
         (dict(logit_scale=torch.tensor(3)), "logit_scale: expected float32, .* got torch.int64"),

@@ -2,7 +2,10 @@
 
 import itertools
 import math
+from fractions import Fraction
 
+import numpy as np
+import plain
 import pytest
 import torch
 from calls import TERMS, check, function_of, outputs_of, run, similarity_call
@@ -67,6 +70,34 @@ def test_all_ids_equal_leaves_no_negatives(backend):
         out = of_ones(call, backend)
         assert out["contrastive"] == out["relational"] == out["interactive"] == 0
         assert all(value.isfinite().all() for value in out.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"prior": 0.1}, {"positives": "ids", "label_smoothing": 0.1}], ids=str)
+def test_a_decoupled_row_without_negatives_counts_as_0(options, backend):
+    """A lone pair; groups that leave some rows, and some columns, without negatives."""
+    scale = torch.tensor(2.0, requires_grad=True)
+    for image_ids, text_ids, offset in (([0], [0], 0), ([1, 1, 1], [1, 1, 1], 0), ([0, 1, 1, 2], [1, 0, 1, 1, 1, 1], 1)):
+        g = torch.Generator().manual_seed(0)
+        ids = [torch.tensor(t) for t in (image_ids, text_ids)]
+        leaves = [torch.randn(len(t), 6, generator=g).requires_grad_() for t in ids] + [scale]
+        named = dict(decoupled=True, ids=ids[0], text_ids=ids[1], label_offset=offset, **options)
+        with simplclip.backend(backend):
+            value = similarity_loss(*leaves, **named)["contrastive"]
+        expected = plain.similarity_loss(*leaves, terms=("contrastive",), **named)["contrastive"]
+        assert (value == 0) == (offset == 0)
+        torch.testing.assert_close(value, expected)
+        found, wanted = (torch.autograd.grad(v, leaves, materialize_grads=True) for v in (value, expected))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_that_float_takes_are_scales():
+    image, text = torch.randn(4, 8), torch.randn(4, 8)
+    terms = {"terms": ("sigmoid",), "logit_bias": np.float32(-2.0)}
+    expected = similarity_loss(image, text, 10.0, terms=("sigmoid",), logit_bias=-2.0)
+    for scale in (np.float32(10), np.float64(10), np.float16(10), np.int64(10), np.array(10.0), Fraction(10)):
+        assert similarity_loss(image, text, scale, **terms) == expected
+        assert similarity_loss(image, text, 10.0, margin=scale) == similarity_loss(image, text, 10.0, margin=10.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -75,7 +75,8 @@ def similarity_loss(
             others = torch.maximum(others, -torch.as_tensor(logit_scale, dtype=g.dtype)) + count.to(g.dtype).log()
             others = others.masked_fill(count == 0, -torch.inf)
         denominator = others if decoupled else torch.logaddexp(others, logits[pair])
-        return (denominator - (target * logits.masked_fill(target == 0, 0)).sum(1)).mean()
+        loss = denominator - (target * logits.masked_fill(target == 0, 0)).sum(1)
+        return loss.masked_fill(denominator == -torch.inf, 0).mean()
 
     def of_positives(loss):  # [N, M] of each pair as a positive
         if positives == "sum" or not matched.any():

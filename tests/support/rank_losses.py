@@ -6,6 +6,7 @@ import sys
 import warnings
 from datetime import timedelta
 
+import plain
 import rank_gradient_cache
 import torch
 import torch.distributed as dist
@@ -100,14 +101,46 @@ def sigmoid_equals_one_process(rank):
         close(dict(enumerate(got)), {k: WORLD * g[mine] for k, g in enumerate(expected)}, str(options))
 
 
+OPTIONS = (
+    *({"positives": "ids", "label_smoothing": 0.1}, {"label_smoothing": 0.1, "margin": 0.2}),
+    *({"decoupled": True, "prior": 0.05}, {"positives": "sum"}),
+)
+
+
+def options_equal_one_process(rank):
+    """The options of ClipLoss in each of open_clip's modes, with groups within a rank and across."""
+    mine, ids = slice(N * rank, N * rank + N), torch.arange(WORLD * N) // 3
+    ids[15] = 2
+    for options, local_loss, gather_with_grad in itertools.product(OPTIONS, (False, True), (False, True)):
+        what = f"{options} local_loss={local_loss} gather_with_grad={gather_with_grad}"
+        expected = run(losses.ClipLoss(**options), batch(), slice(None), False, ids=ids)
+        mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
+        got = run(losses.ClipLoss(**mode, **options), batch(), mine, False, ids=ids[mine])
+        close(average(got[0]) if local_loss else got[0], expected[0], what)
+        gradients = {name: (WORLD if gather_with_grad else 1) * g[mine] for name, g in expected[1].items()}
+        if local_loss and not gather_with_grad:  # the other ranks' features are constants
+            image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
+            own = [t[mine].clone().requires_grad_() for t in (image, text)]
+            given = {
+                "terms": ("contrastive",),
+                "ids": ids[mine],
+                "text_ids": ids,
+                "label_offset": N * rank,
+                "symmetric": False,
+            }
+            both = zip(own, (text, image))
+            value = sum(plain.similarity_loss(x, y, scale, **given, **options)["contrastive"] for x, y in both) / 2
+            gradients = dict(zip(gradients, torch.autograd.grad(value, own)))
+        close(got[1], gradients, what)
+        close(average(got[2]), expected[2], what)
+
+
 def equals_one_process(rank):
     mine = slice(N * rank, N * rank + N)
     ids = torch.arange(WORLD * N).clamp(min=5)  # groups within a rank and across: ranks have other numbers of negatives
     ids[15] = 7
-    for negatives, interactive, divergence, local_loss in itertools.product(
-        ("all", "hard"), ("infonce", "kl"), ("kl", "cross_entropy"), (False, True)
-    ):
-        options = {**EVERYTHING, "negatives": negatives, "interactive": interactive, "divergence": divergence}
+    for interactive, divergence, local_loss in itertools.product(("infonce", "kl"), ("kl", "cross_entropy"), (False, True)):
+        options = {**EVERYTHING, "interactive": interactive, "divergence": divergence}
         mode = {"local_loss": local_loss, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
         expected = run(WIKDLoss(**options), batch(), slice(None), True, ids=ids)
         got = run(WIKDLoss(**options, **mode), batch(), mine, True, ids=ids[mine])
@@ -194,7 +227,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
-        "one process": [equals_one_process],
+        "one process": [equals_one_process, options_equal_one_process],
         "dies": [dies],
     }
     parts |= {"exchanges": [collectives, unequal, grad_cache], "gradient caching": [rank_gradient_cache.main]}

@@ -64,7 +64,8 @@ def check(loss, rank, ids, gathers, **given):
     for width, weight in zip(WIDTHS, WEIGHTS):
         unit = [F.normalize(t[:, :width], dim=1) for t in leaves[:2]]
         loss.embed_dim = None  # of the whole width
-        replaced = loss._parameters_of_prefix(width)
+        whole = [(name, p) for name, p in loss.named_parameters() if p.shape[-1:] == (D,)]
+        replaced = {name: p[..., :width] for name, p in whole}
         once = (*unit,), {**given, "logit_scale": leaves[2], **named(args)}
         expected = expected + weight * total(torch.func.functional_call(loss, replaced, *once))
     loss.embed_dim = D

@@ -49,10 +49,13 @@ def contrastive(
     dropped = options.positives == "drop" or options.decoupled  # from the softmax: the pairs with equal ids
 
     def side(lse: Tensor, negatives: Tensor | int) -> Tensor:  # negatives: their numbers [N], or that of each row
+        if options.prior is not None or options.decoupled:
+            negatives = lse.new_zeros(()) + negatives
         if options.prior is not None:
-            negatives = torch.zeros_like(lse) + negatives
             lse = _debiased(lse, positive, negatives, options.prior, call.scale)
-        return (lse - positive if options.decoupled else cross_entropy(lse, positive)).mean()
+        if options.decoupled:  # 0 * positive: NaN where it is infinite, as in cross_entropy
+            return torch.where(negatives > 0, lse - positive, 0 * positive).mean()
+        return cross_entropy(lse, positive).mean()
 
     total = side(rows[RowStat.LSE_STUDENT], groups.m - (groups.of_rows() if dropped else 1))
     if columns is not None:
@@ -76,10 +79,15 @@ def _other_targets(call: SimilarityCall, options: Contrastive, groups: Groups, s
     def vector(size: int, value: Tensor | float) -> Tensor:
         return image.new_zeros(size) + value
 
-    def share(size: int, of_positives: Tensor | int, candidates: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The targets of a positive and of any candidate."""
-        several = 1 / vector(size, of_positives).clamp(min=1)
-        return (1 - smooth) * several, smooth / vector(size, candidates).clamp(min=1)
+    def share(size: int, group: Tensor | int, others: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+        """The targets of a positive and of any candidate, and their sum: 1, or 0 for a decoupled loss without negatives.
+
+        group: the number in the group of each row or column; others: that of all others.
+        """
+        counts = vector(size, others > 0) if options.decoupled else vector(size, 1)
+        several = 1 / vector(size, 1 if drop else group).clamp(min=1)
+        candidates = others + 1 if drop else others + group
+        return (1 - smooth) * several * counts, smooth * counts / vector(size, candidates).clamp(min=1), counts
 
     def compared(values: Tensor) -> Tensor:  # [M, D] -> [N, D]
         """Sums over the candidates: all columns but those that are dropped."""
@@ -87,20 +95,18 @@ def _other_targets(call: SimilarityCall, options: Contrastive, groups: Groups, s
         dropped = drop and groups.ids is not None
         return everything - groups.sums(values) + values[window] if dropped else everything
 
-    matched, any_other = share(n, pairs.of_rows(), m - groups.of_rows() + 1 if drop else m)
+    matched, any_other, sides = share(n, groups.of_rows(), m - groups.of_rows())
     target = pairs.sums(text) * matched[:, None]
     target = target + compared(text) * any_other[:, None] if smooth else target
     of_pair = matched + any_other
     if symmetric:
-        rows = groups.all_rows
-        matched, any_other = share(m, pairs.of_columns(), rows - groups.of_columns() + 1 if drop else rows)
+        matched, any_other, counts = share(m, groups.of_columns(), groups.all_rows - groups.of_columns())
         if not groups.gathered:
             covered = torch.zeros(m, dtype=wide, device=image.device)
             covered[window] = 1
             matched, any_other = matched * covered, any_other * covered
         target = target + pairs.sums(text * matched[:, None])
         target = target + compared(text * any_other[:, None]) if smooth else target
-        of_pair = of_pair + (matched + any_other)[window]
-    sides = 2 if symmetric else 1
-    out = call.scale * (image * (target - sides * text[window])).sum(1) + options.margin * (sides - of_pair)
-    return out.mean() / sides
+        of_pair, sides = of_pair + (matched + any_other)[window], sides + counts[window]
+    out = call.scale * (image * (target - sides[:, None] * text[window])).sum(1) + options.margin * (sides - of_pair)
+    return out.mean() / (2 if symmetric else 1)

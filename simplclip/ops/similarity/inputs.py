@@ -26,24 +26,19 @@ def check_options(terms, interactive, divergence, **budgets):
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
 
 
-def check_contrastive(options: Contrastive, call: SimilarityCall, terms: Collection[str]) -> None:
-    """Checks the options of the contrastive term and the positives; a prior becomes a tensor of the logits' dtype."""
+def check_contrastive(options: Contrastive, terms: Collection[str]) -> None:
+    """Checks the options of the contrastive term and the positives; of a tensor as prior see `check_prior`."""
     checks.choice("positives", options.positives, POSITIVES)
-    if not 0 <= checks.number("label_smoothing", options.label_smoothing) < 1:
-        raise ValueError(f"label_smoothing: expected a number from 0 to below 1, got {options.label_smoothing}")
-    checks.number("margin", options.margin)
-    if not isinstance(options.decoupled, bool):
-        raise TypeError(f"decoupled: expected a bool, got {type(options.decoupled).__name__}")
-    prior, n = options.prior, call.image.shape[0]
-    if isinstance(prior, Tensor):
-        checks.floating("prior", prior)
-        checks.on("prior", prior, "image", call.image.device)
-        if prior.shape not in ((), (n,)):
-            raise ValueError(f"prior: expected a number or a tensor [N] = [{n}], got shape {checks.shape_of(prior)}")
-        options.prior = prior.to(call.scale.dtype)
-    elif prior is not None and not 0 <= checks.number("prior", prior) < 1:
-        raise ValueError(f"prior: expected a number from 0 to below 1, got {prior}")
-    given = {"label_smoothing": bool(options.label_smoothing), "decoupled": options.decoupled, "prior": prior is not None}
+    checks.boolean("decoupled", options.decoupled)
+    options.margin = checks.number("margin", options.margin)
+    for name in ("label_smoothing", "prior"):
+        value = getattr(options, name)
+        if name != "prior" or not (value is None or isinstance(value, Tensor)):
+            if not 0 <= checks.number(name, value) < 1:
+                raise ValueError(f"{name}: expected a number from 0 to below 1, got {value}")
+            setattr(options, name, checks.number(name, value))
+    given = {"label_smoothing": bool(options.label_smoothing), "decoupled": options.decoupled}
+    given["prior"] = options.prior is not None
     given |= {"margin": bool(options.margin)}
     if "contrastive" not in terms and any(given.values()):
         name = next(name for name, is_given in given.items() if is_given)
@@ -55,13 +50,23 @@ def check_contrastive(options: Contrastive, call: SimilarityCall, terms: Collect
             raise ValueError(f"{name}: expected none with several positives, positives={options.positives!r}, got one")
 
 
-def check_weights(weights, terms: Collection[str]) -> None:
+def check_prior(options: Contrastive, call: SimilarityCall) -> None:
+    """Checks a tensor as prior, which becomes one of the logits' dtype."""
+    prior, n = options.prior, call.image.shape[0]
+    if isinstance(prior, Tensor):
+        checks.floating("prior", prior)
+        checks.on("prior", prior, "image", call.image.device)
+        if prior.shape not in ((), (n,)):
+            raise ValueError(f"prior: expected a number or a tensor [N] = [{n}], got shape {checks.shape_of(prior)}")
+        options.prior = prior.to(call.scale.dtype)
+
+
+def check_weights(weights, terms: Collection[str]) -> dict[str, float] | None:
     if weights is None:
-        return
+        return None
     if not isinstance(weights, Mapping) or set(weights) != set(terms):
         raise ValueError(f"weights: expected a number for each of the terms {', '.join(terms)}, got {weights!r}")
-    for term, weight in weights.items():
-        checks.number(f"weights[{term!r}]", weight)
+    return {term: checks.number(f"weights[{term!r}]", weight) for term, weight in weights.items()}
 
 
 def normalise(call: SimilarityCall, terms: Collection[str]) -> None:

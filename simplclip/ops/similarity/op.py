@@ -160,9 +160,10 @@ def similarity_loss(
     Options of the contrastive term, whose loss of a row is log(Σ_j e^{Z_ij}) − Z_{i,y_i}; columns likewise:
 
         label_smoothing  ε: the target is (1 − ε) for the positive plus ε/M for every column, as in F.cross_entropy
-        decoupled        the sum is over the negatives alone (Yeh et al. 2022)
+        decoupled        the sum is over the negatives alone (Yeh et al. 2022); a row without negatives counts as 0
         prior            τ⁺: the negatives' part of the sum becomes n g, g = max((mean of their e^Z − τ⁺ e^{Z⁺}) / (1 − τ⁺),
-                         e^{−s}), with n negatives; a number, or one for each pair (Chuang et al. 2020)
+                         e^{−s}), with n negatives; a number, or one for each pair (Chuang et al. 2020). It is 0 or more and
+                         below 1; the values of a tensor are not checked (this would synchronise)
         margin           is subtracted from the positive's logit
 
     `positives`: with "drop", pairs with equal ids are neither positives nor negatives. Otherwise they are positives of
@@ -175,7 +176,7 @@ def similarity_loss(
     Args:
         image, text: [N, D] and [M, D] with M ≥ N, float32, bfloat16, float16 or float64, with the same dtype and
             device and any strides; usually L2-normalised, which is not checked. Under autocast they are cast to its dtype.
-        logit_scale: s, one element (open_clip's `logit_scale.exp()`).
+        logit_scale: s, one element (open_clip's `logit_scale.exp()`); a tensor, or what float() takes.
         logit_bias: b, one element. Only the term "sigmoid" depends on it; without that its gradient is 0.
         terms: any of "contrastive", "sigmoid", "pair_matching", "relational", "interactive"; the others are not computed.
         plane: (p, q) or (w, q), needed by "pair_matching".
@@ -228,6 +229,7 @@ def similarity_loss(
     2303.15343) for sigmoid; Khosla et al. 2020 and Yang et al. 2022 (arXiv 2204.03610) for several positives.
     """
     inputs.check_options(terms, interactive, divergence, scratch_bytes=scratch_bytes, store_bytes=store_bytes)
+    checks.boolean("symmetric", symmetric)
     options = Contrastive(label_smoothing, decoupled, prior, margin, positives)
     crossing = interactive if "interactive" in terms else None
     call = SimilarityCall(  # inputs.normalise turns numbers into tensors
@@ -251,8 +253,9 @@ def similarity_loss(
     inputs.normalise(call, terms)
     bias = inputs.normal_bias(logit_bias, call)
     hyperplane = inputs.hyperplane(plane, call) if "pair_matching" in terms else None
-    inputs.check_contrastive(options, call, terms)
-    inputs.check_weights(weights, terms)
+    inputs.check_contrastive(options, terms)
+    inputs.check_prior(options, call)
+    weights = inputs.check_weights(weights, terms)
     own_text, own_teacher_image = call.student_text, call.teacher_image
     _place(call, group)
     groups = Groups(call.image.shape[0], call.text.shape[0], call.label_offset, call.ids, call.text_ids, group is not None)
