@@ -26,6 +26,7 @@ from simplclip.data.shards import (
     Sample,
     ShardError,
     Shards,
+    check_sizes,
     contents,
     expand,
     image_of,
@@ -195,10 +196,11 @@ def look(shard: str, share: int = 0, shares: int = 1, decoded: bool = False, tok
 
 def _row(sample: Sample, decoded: bool, tokens: bool) -> Row:
     image = image_of(sample)
-    size = 0 if image is None else image.size if isinstance(image, Span) else len(image)
+    size = 0 if image is None else max(0, image.size) if isinstance(image, Span) else len(image)
     height = width = form = 0
     lengths, counted, broken = [], [], None
     try:
+        check_sizes(sample)
         opened = parse(sample if decoded else {name: _start(value, image) for name, value in sample.items()})
         lengths = [len(caption) for caption in opened.captions]
         counted = [_tokens(caption) for caption in opened.captions] if tokens else []

@@ -34,6 +34,7 @@ from simplclip.data.pool import ordered
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     TEACHER,
+    UNREADABLE,
     Opened,
     Sample,
     ShardError,
@@ -43,11 +44,13 @@ from simplclip.data.shards import (
     count_samples,
     expand,
     folders_of,
+    place_of,
     read_shard,
     usable,
 )
 from simplclip.data.sidecars import Folders, beside, joined, plain_name
 from simplclip.data.sidecars import check as check_sidecars
+from simplclip.data.tar import MAX_BYTES
 
 FORMAT = "simplclip-shards-1"
 SIDECARS = "simplclip-sidecars-1"
@@ -70,6 +73,7 @@ class Making:
     advance: Callable[[int], None]  # called with the number of samples that are written
     sidecar: bool = False
     sidecars: Folders = ()
+    max_bytes: int = MAX_BYTES
 
 
 def rewrite(
@@ -85,6 +89,7 @@ def rewrite(
     keep_features: bool = False,
     sidecar: bool = False,
     sidecars: Folders = (),
+    max_bytes: int = MAX_BYTES,
 ) -> dict[str, Any]:
     """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
@@ -113,6 +118,7 @@ def rewrite(
         keep_features: keep a teacher's features, which still fit.
         sidecar: write sidecars, not copies.
         sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions; needs `sidecar`.
+        max_bytes: a sample whose files have more together is left out and counted.
 
     Returns: {"path", "shards" (their number), "sources" (name -> input), "written" (by this run), "samples", "skipped" (a
     Skipped), "notes"}.
@@ -140,7 +146,7 @@ def rewrite(
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
         with Progress(title, total, kept, shown=progress) as bar:
-            making = Making(process, batch_size, workers, keep_features, bar.update, sidecar, sidecars)
+            making = Making(process, batch_size, workers, keep_features, bar.update, sidecar, sidecars, max_bytes)
             for name, (entry, count) in _rewritten(todo, out, making):
                 finished[name] = entry
                 dropped += count
@@ -308,12 +314,14 @@ def _write_shard(source: str, target: Path, making: Making, ahead: int) -> tuple
 
     def batches() -> Iterator[tuple[list[Sample], list[Opened]]]:
         nonlocal dropped
-        samples = read_shard(source, skipped, every=not making.sidecar, ahead=True)
-        whole = _whole(joined(samples, source, making.sidecars, skipped) if making.sidecar else samples)
+        samples = read_shard(source, skipped, every=not making.sidecar, ahead=True, max_bytes=making.max_bytes)
+        samples = joined(samples, source, making.sidecars, skipped) if making.sidecar else samples
+        whole = _whole(samples, skipped, making.max_bytes)
         while batch := list(islice(whole, making.batch_size)):
             if not (making.keep_features or making.sidecar):
                 dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
-            yield batch, list(usable(batch, skipped, *([lambda opened: None] if making.workers else [])))
+            use = {"use": lambda opened: None} if making.workers else {}
+            yield batch, list(usable(batch, skipped, **use, max_bytes=making.max_bytes))
 
     def submit(work: tuple[list[Sample], list[Opened]]) -> Future[Made]:
         made = making.process(work[1]) if work[1] else []
@@ -345,12 +353,14 @@ def _write_shard(source: str, target: Path, making: Making, ahead: int) -> tuple
     return entry, dropped
 
 
-def _whole(samples: Iterator[Sample]) -> Iterator[Sample]:
+def _whole(samples: Iterator[Sample], skipped: Skipped, max_bytes: int) -> Iterator[Sample]:
     for sample in samples:
         try:
-            yield contents(sample)
-        except BrokenSample as broken:  # the shard has changed while it was read
-            raise ShardError(f"shard {sample['__url__']!r}: {broken.args[1]}") from None
+            yield contents(sample, max_bytes)
+        except BrokenSample as broken:
+            if broken.args[0] == UNREADABLE:  # the shard has changed while it was read
+                raise ShardError(f"shard {sample['__url__']!r}: {broken.args[1]}") from None
+            skipped.add(broken.args[0], place_of(sample), broken.args[1])
 
 
 def _add(tar: tarfile.TarFile, sample: Sample) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from simplclip.data import parts_of
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
-from simplclip.data.shards import IMAGE_SUFFIXES, Sample, captions_of, contents, image_of, place_of, read_shard
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, captions_of, contents, file_bytes, image_of, place_of, read_shard
 from simplclip.data.sources import Part, count, read_part
 from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
@@ -78,7 +78,7 @@ class Rows(Table):
     def open(self, item: tuple[str, list[str]]) -> Placed:
         path = self.images / item[0]
         try:
-            return Placed(item[0], path.read_bytes(), item[1], image_path=os.path.abspath(path))
+            return Placed(item[0], file_bytes(path), item[1], image_path=os.path.abspath(path))
         except OSError as error:
             raise BrokenSample("missing image", error) from None
 
@@ -150,7 +150,7 @@ def _of_shard(shard: str, keys: set[str]) -> dict[str, Sample] | str:
 def _one(key: str, shard: str, path: str, found: dict[str, dict[str, Sample] | str]) -> bytes | str:
     try:
         if path:
-            return Path(path).read_bytes()
+            return file_bytes(path)
         if not shard:
             return ""
         if shard not in found:
