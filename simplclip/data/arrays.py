@@ -43,9 +43,12 @@ def from_npz(path: str | os.PathLike, *names: str, max_bytes: int = MAX_BYTES) -
 
 
 def shape_in_npz(path: str | os.PathLike, name: str) -> tuple[int, ...]:
-    """The shape of an array of an .npz file by its header. Errors as `from_npz`."""
-    with zipfile.ZipFile(path) as archive, archive.open(_info(archive, name, MAX_BYTES)) as file:
-        return header(file)[0]
+    """The shape of an array of an .npz file, by its header. Errors as `from_npz`."""
+    with zipfile.ZipFile(path) as archive, archive.open(info := _info(archive, name, math.inf)) as file:
+        shape, _, dtype = header(file)
+        if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+            raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {info.file_size:,} bytes")
+        return shape
 
 
 def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
@@ -54,7 +57,7 @@ def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
         return file.read(info.file_size)  # without a number it would decompress up to 2 GiB at once
 
 
-def _info(archive: zipfile.ZipFile, name: str, max_bytes: int) -> Any:
+def _info(archive: zipfile.ZipFile, name: str, max_bytes: float) -> Any:
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type not in _PLAIN or info.file_size > max_bytes:
         raise ValueError(f"{name}: expected at most {max_bytes:,} bytes, plain or deflated, got {info.file_size:,}")

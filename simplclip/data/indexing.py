@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import locked
+from simplclip.common.files import locked, remove_leftovers
 from simplclip.common.progress import Progress
 from simplclip.data import index, tar
 from simplclip.data.broken import BrokenSample, Skipped
@@ -102,8 +102,7 @@ def run(
             if not os.access(folder, os.W_OK):
                 raise InputError(f"out: expected a folder that can be written to, got {folder}; name another one (--out)")
             stack.enter_context(locked(folder, busy=f"expected a folder that no other process writes to, got {folder}"))
-            for leftover in folder.glob(f".*{index.SUFFIX}.tmp"):
-                leftover.unlink()
+            remove_leftovers(folder, lambda name: name.endswith(index.SUFFIX))
         todo = [file for file in files if not _fits(file, targets[file], decoded, tokens)]
         total = sum(map(os.path.getsize, todo))
         with Progress("index", total >> 20, unit="MiB", shown=progress) as bar:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import differences, identity, locked, replacing, write_atomically
+from simplclip.common.files import differences, identity, locked, remove_leftovers, replacing, temporary_of, write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.pool import ordered
@@ -239,14 +239,13 @@ def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[di
                 raise InputError(
                     f"out: expected the settings of the earlier run in {out}, got others: {changes}; choose another folder"
                 )
-        elif strangers := sorted(names - {".meta.json.tmp"}):
+        elif strangers := sorted(name for name in names if temporary_of(name) != "meta.json"):
             raise FileExistsError(
                 f"out: expected a new folder or that of an earlier run, got {out}, which holds other files ({strangers[0]})"
             )
         else:
             _write_meta(out, meta, finished)
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
+        remove_leftovers(out, lambda name: True)
         licenses = [path for folder in folders if (path := Path(folder, "LICENSES.md")).is_file()]
         if licenses and "LICENSES.md" not in names:
             write_atomically(out / "LICENSES.md", b"\n".join(dict.fromkeys(path.read_bytes() for path in licenses)))

@@ -104,6 +104,8 @@ def streamed(
         if (this := base_plus_ext(name)[0]) != key:
             key, held = this, 0
         if span.size == HOLES or held + span.size > max_bytes or not wanted(name):
+            if span.size > 0 and not forward.fetch(span.offset + span.size - 1, 1):
+                raise tarfile.ReadError("unexpected end of data")
             yield name, span._replace(offset=UNREAD)
             continue
         data = forward.fetch(span.offset, span.size)
@@ -174,7 +176,7 @@ def _entries(url: str, fetch: Callable[[int, int], bytes], end: float) -> Iterat
                     place, more = place + _BLOCK, block[504]
             if kind in b"123456":  # links, devices and folders have no data
                 size = 0
-            if place + size > end:
+            if place + size > end or (sparse and size and not fetch(place + size - 1, 1)):
                 raise tarfile.ReadError("unexpected end of data")
             if kind in b"0\0007S":
                 yield name or _name(header), Span(url, place, HOLES if sparse else size)
