@@ -1,12 +1,15 @@
 """Tars and indices that nobody would write: headers by hand, and mutations, each made from the number of its case."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
 import lzma
 import random
+import signal
 import tarfile
+import time
 import zipfile
 
 import numpy as np
@@ -46,6 +49,28 @@ RECORDS = (
     b"5000 path=" + b"a/" * 2490 + b"\n",
     b"21 hdrcharset=BINARY\n",
 )  # fmt: skip
+
+
+class Endless(BaseException):
+    """Something takes too long. No Exception, which a reader might take for damage."""
+
+
+@contextlib.contextmanager
+def in_time(seconds, what=""):
+    """Raises Endless after so many seconds of a core."""
+
+    def interrupt(number, frame):
+        raise Endless(what)
+
+    former, began = signal.signal(signal.SIGPROF, interrupt), time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, 2 * seconds, 1)  # what comes to its end may take longer than that
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, former)
+    if time.process_time() - began > seconds:
+        raise Endless(what)
 
 
 def header(name="a.png", size=0, kind=b"0", **fields):
