@@ -14,7 +14,7 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.data import parts_of, tables
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, image_of, not_empty, place_of, record_of
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, file_bytes, image_of, not_empty, place_of, record_of
 from simplclip.data.sources import Part, read_part
 from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
@@ -139,7 +139,7 @@ class Folders:
 
 def _file(path: Path) -> bytes:
     try:
-        return tables.file_bytes(path)
+        return file_bytes(path)
     except OSError as error:
         raise BrokenSample("missing image", error) from None
 

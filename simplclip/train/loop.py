@@ -245,7 +245,8 @@ def _loader(this: Training, pin_memory: bool) -> data.Loader:
     if c.decode == "gpu":
         check_gpu(this.device)
         decode = this.device
-    fields = {"sidecars": c.sidecars, "decode": decode, "max_pixels": c.max_pixels, "on_error": c.on_error}
+    fields = {"sidecars": c.sidecars, "decode": decode, "on_error": c.on_error}
+    fields |= {"max_pixels": c.max_pixels, "max_bytes": c.max_bytes}
     if this.prefix:
         fields |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": this.prefix.shape}
     return data.make_loader(
