@@ -35,13 +35,13 @@ from simplclip.data.decode import decode_pil
 from simplclip.data.sidecars import PREFIX, TEACHER, VIEWS, Folders, entries, joined
 from simplclip.data.streams import StreamError, is_stream, name_of, opened
 from simplclip.data.tar import HOLES, MAX_BYTES, UNREAD, Span
-from simplclip.data.text import JSON_BYTES, clean, decoded, json_of
+from simplclip.data.text import BYTES as TEXT_BYTES
+from simplclip.data.text import clean, json_of
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 UNREADABLE = "cannot be read"  # why a sample is broken whose file is gone
 COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their samples
 TEXTS = ("txt", "json", "cls", VIEWS)
-TEXT_BYTES = 16 << 20  # most bytes of one of them; parsed, JSON takes up to 30 times as many
 KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
 
 Shards = str | os.PathLike | Iterable[str | os.PathLike]  # path, brace expression or glob of local tar files, or several
@@ -310,7 +310,7 @@ def record_of(sample: Sample) -> dict[str, Any]:
     record: Any = {}
     if "json" in sample:
         try:
-            record = json_of(sample["json"], JSON_BYTES)
+            record = json_of(sample["json"])
         except ValueError as error:
             raise BrokenSample("bad json", error) from None
         if not isinstance(record, dict):
@@ -326,7 +326,7 @@ def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
     texts += [single] if isinstance(single, str) else []
     if "txt" in sample:
         try:
-            texts.append(decoded(sample["txt"]))
+            texts.append(sample["txt"].decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
     if found := not_empty(texts):
@@ -352,7 +352,7 @@ def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
         if features.dtype not in (np.float16, np.uint16) or features.ndim != 2:
             raise ValueError(f"expected float16 or uint16 [1 + C, D], got {features.dtype} {list(features.shape)}")
         if VIEWS in files:
-            views = json_of(files[VIEWS], JSON_BYTES)
+            views = json_of(files[VIEWS])
             if not views or not all(isinstance(view, dict) for view in views):
                 raise ValueError(f"expected views, got {str(views)[:100]}")
     except Exception as error:  # the type depends on the damage

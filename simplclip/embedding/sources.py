@@ -17,7 +17,7 @@ from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
 from simplclip.data.tables import ROWS, FolderPiece
 from simplclip.data.tar import Span
-from simplclip.data.text import JSON_BYTES, json_of
+from simplclip.data.text import json_of
 from simplclip.evaluation.sources import IMAGES, Table, table
 
 
@@ -86,7 +86,7 @@ class Rows(Table):
 def _captions(files: Sample) -> list[str]:
     """Those that can be read; a broken caption is no reason to leave out its image."""
     try:
-        record = json_of(files.get("json", b"{}"), JSON_BYTES)
+        record = json_of(files.get("json", b"{}"))
         return captions_of(files, record if isinstance(record, dict) else {})
     except (BrokenSample, ValueError):
         return []

@@ -14,6 +14,7 @@ import archives as make
 from simplclip.data import index, indexing, report, shards
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.shards import contents, read_shard
+from simplclip.data.streams import Address
 
 SECONDS = 1.0  # of a core
 
@@ -52,7 +53,7 @@ def test_mutated_archives(tmp_path, monkeypatch, archives):
         path.write_bytes(data)
         with harmless(what):
             local = read(str(path))
-            streamed = read(f"http://host/{number}{ending}")
+            streamed = read(Address(f"http://host/{number}{ending}"))
             assert local == streamed
             if files is not None:
                 found = {
