@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from pathlib import Path
+
+from simplclip.common.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,7 +26,6 @@ def write_csv(path: Path, rows: list[dict], key: tuple[str, ...] = ()) -> None:
     Every row names the commit that it is of.
     """
     path.parent.mkdir(exist_ok=True, parents=True)
-    temporary = path.with_suffix(".tmp")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if key and path.exists():
         with open(path, newline="") as file:
@@ -33,8 +34,8 @@ def write_csv(path: Path, rows: list[dict], key: tuple[str, ...] = ()) -> None:
         name = lambda row: tuple(str(row.get(column, "")) for column in key)  # noqa: E731
         measured = {name(row) for row in rows}
         rows = [row for row in before if name(row) not in measured] + rows
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

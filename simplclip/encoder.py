@@ -23,7 +23,7 @@ from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
-from simplclip.data.tables import file_bytes
+from simplclip.data.shards import file_bytes
 from simplclip.data.text import json_of
 from simplclip.evaluation import features_of
 from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights

@@ -16,7 +16,12 @@ SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "traine
 
 def pytest_addoption(parser):
     parser.addoption("--prove", action="store_true", help="proofs at full length, for hours (make prove)")
-    parser.addoption("--cases", type=int, help="random calls of test_properties.py (default: 2000; with --prove 50000)")
+    parser.addoption(
+        "--cases",
+        type=int,
+        help="random calls of test_properties.py (default: 2000; with --prove 50000), or "
+        "archives of test_fuzz.py (500; with --prove 10000)",
+    )
     parser.addoption("--first-case", type=int, default=0, help="the number of the first; with --cases 1 the one that failed")
 
 
@@ -27,12 +32,13 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """The random calls in blocks, so that a run shows how far it is."""
-    if "block" in metafunc.fixturenames:
-        option = metafunc.config.option
-        first, count, size = option.first_case, option.cases or (50000 if option.prove else 2000), 500
-        blocks = [range(at, min(at + size, first + count)) for at in range(first, first + count, size)]
-        metafunc.parametrize("block", blocks, ids=[f"{block.start}-{block.stop - 1}" for block in blocks])
+    """The random calls and archives in blocks, so that a run shows how far it is."""
+    for fixture, few, all_of_them, size in (("block", 2000, 50000, 500), ("archives", 500, 10000, 100)):
+        if fixture in metafunc.fixturenames:
+            option = metafunc.config.option
+            first, count = option.first_case, option.cases or (all_of_them if option.prove else few)
+            blocks = [range(at, min(at + size, first + count)) for at in range(first, first + count, size)]
+            metafunc.parametrize(fixture, blocks, ids=[f"{block.start}-{block.stop - 1}" for block in blocks])
 
 
 def pytest_collection_modifyitems(config, items):

@@ -7,7 +7,11 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +19,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+HOUR = 3600.0  # seconds
+_TEMPORARY = re.compile(r"\.(.+?)(\.[0-9a-f]{16})?\.tmp")  # earlier versions' names had no number
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
@@ -35,10 +43,13 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[Mapping[str, Any]])
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Context that opens a temporary file beside `path` and renames it to `path` if the block ends without an error."""
+    """Context that opens a temporary file beside `path` and renames it to `path` if the block ends without an error.
+
+    What a killed process leaves is removed by `remove_leftovers`.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    file = open(temporary, "wb")  # noqa: SIM115
+    temporary = _temporary(path)
+    file = open(temporary, "xb")  # noqa: SIM115
     try:
         yield file
         file.flush()
@@ -55,6 +66,47 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):  # after an error: closing flushes the buffer, which fails again on a full disk
             file.close()
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: str | Path) -> Iterator[Path]:
+    """Context with a new folder beside `path`, which is removed at the end unless it has been renamed."""
+    folder = _temporary(Path(path))
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name that nobody can guess: in a folder that others may write to, a link could wait under one that they can."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def temporary_of(name: str) -> str | None:
+    """The name of the file that a temporary file or folder was to become; None for the name of another file."""
+    found = _TEMPORARY.fullmatch(name)
+    return found[1] if found else None
+
+
+def remove_leftovers(folder: str | Path, ours: Callable[[str], Any], seconds: float = 0.0) -> None:
+    """Remove temporary files and folders that killed processes left in `folder`.
+
+    ours: whether one is removed, given the name that it was to get. seconds: only if it was not written to for so long,
+    where another process may be writing.
+    """
+    for path in Path(folder).iterdir() if Path(folder).is_dir() else ():
+        name = temporary_of(path.name)
+        if name is None or not ours(name):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if seconds and time.time() - path.lstat().st_mtime < seconds:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 @contextlib.contextmanager

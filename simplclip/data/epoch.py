@@ -19,7 +19,7 @@ from simplclip.data.decode import decode_pil, size_of
 from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, prefix_output, stable_hash
 from simplclip.data.sidecars import PREFIX, Folders
 from simplclip.data.sources import Part, read_part
-from simplclip.data.tar import Span
+from simplclip.data.tar import MAX_BYTES, Span
 from simplclip.data.transforms import ImageTransform, View, stack
 
 _NUMPY_GENERATOR = np.random.MT19937(0)
@@ -116,6 +116,7 @@ class Epoch(IterableDataset):
     on_error: str
     sidecars: Folders = ()
     max_pixels: int | None = None
+    max_bytes: int = MAX_BYTES
     prefix: tuple[int, ...] | None = None  # the shape of stored outputs, which are read in place of images
     epoch: int = 0
     progress: list[Progress] | None = None  # of each worker, to go on from
@@ -167,7 +168,7 @@ class Epoch(IterableDataset):
 
     def _prepare(self, sample: Sample) -> tuple:
         stored = self.prefix is not None and PREFIX in sample
-        opened = parse(sample, self.teacher, image=not stored)
+        opened = parse(sample, self.teacher, image=not stored, max_bytes=self.max_bytes)
         if self.prefix is not None and not stored:
             decode_pil(opened.encoded, max_pixels=self.max_pixels)  # a broken image has no output
             raise ShardError(f"sample {opened.place!r} has no {PREFIX}; remove the folder data.cache_prefix to make it again")
@@ -267,7 +268,8 @@ class _Reading:
         """
         given, skipped, seed = 0, Skipped(), f"{self.epoch.seed}/{self.epoch.epoch}"
         try:
-            for sample in read_part(part, skipped, ahead=not known, sidecars=self.epoch.sidecars):
+            options = {"sidecars": self.epoch.sidecars, "max_bytes": self.epoch.max_bytes}
+            for sample in read_part(part, skipped, ahead=not known, **options):
                 if skipped.counts:
                     counted = skipped.take()
                     if given >= known:

@@ -6,7 +6,8 @@ SIMPLCLIP_INDEX then names to readers. numpy reads it (allow_pickle=False):
     about                   UTF-8 bytes of a JSON object: "format", "shard" (its bytes, mtime_ns, fingerprint), "samples",
                             "torn" (why the tar ends early, or null), "formats" and "reasons" (what the numbers below stand
                             for), "skipped" (reason -> [how many, the first]), "decoded" (whether images were), "tokens"
-    names, offset, size     of each file in the tar: names UTF-8 bytes, NUL between two; int64 [files]. None if compressed.
+    names, offset, size     of each file in the tar: names UTF-8 bytes, NUL between two; int64 [files], size -1 of a sparse
+                            file. None if compressed.
     keys                    of each sample: UTF-8 bytes, NUL between two
     width, height, format, bytes, broken, captions
                             of each sample: int32 and int64 [samples]; the image's, 0 if it is not known; broken is 0, or
@@ -14,7 +15,8 @@ SIMPLCLIP_INDEX then names to readers. numpy reads it (allow_pickle=False):
     characters, tokens      of each caption, those of one sample after another: int32 [captions]; tokens (of CLIP, start and
                             end included) only if asked for
 
-An index names no file but its own, by lying beside it: what it holds are places in that shard.
+An index names no file but its own, by lying beside it: what it holds are places in that shard. It may come from elsewhere,
+so that all that is read of it is checked: one that cannot be right is named in a warning and not used.
 """
 
 from __future__ import annotations
@@ -27,17 +29,21 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tarfile import BLOCKSIZE
 from typing import Any
 
 import numpy as np
 
 from simplclip.common.files import write_atomically
-from simplclip.data.tar import Span
+from simplclip.data.arrays import from_npz, shape_in_npz
+from simplclip.data.tar import HOLES, Span
 
 FORMAT = "simplclip-index-1"
 SUFFIX = ".index.npz"
 FOLDER = "SIMPLCLIP_INDEX"  # environment variable: where indices lie that could not be written beside their shards
 SAMPLE = ("width", "height", "format", "bytes", "broken", "captions")  # arrays with a row for each sample
+_DTYPES = {"about": "u1", "names": "u1", "keys": "u1", "offset": "i8", "size": "i8", "bytes": "i8"}  # the others are "i4"
+_ABOUT, _ARRAY = 1 << 20, 64 << 20  # most bytes of the JSON object, and of an array
 
 
 @dataclass
@@ -53,21 +59,27 @@ class Index:
         return self.about["samples"]
 
     def arrays(self, *names: str) -> list[np.ndarray]:
-        with np.load(self.path, allow_pickle=False) as file:
-            return [file[name] for name in names]
+        """Raises ValueError or other errors if the file is damaged."""
+        found = from_npz(self.path, *names, max_bytes=_ARRAY)
+        for name, array in zip(names, found):
+            least, most = HOLES if name == "size" else 0, len(self.about["formats"]) - 1 if name == "format" else None
+            if array.dtype != _DTYPES.get(name, "i4") or array.ndim != 1 or (name in SAMPLE and len(array) != self.samples):
+                raise ValueError(f"{name}: expected a row of whole numbers, got {array.dtype} {list(array.shape)}")
+            if len(array) and (array.min() < least or (most is not None and array.max() > most)):
+                raise ValueError(f"{name}: expected numbers from {least}, got {array.min()} to {array.max()}")
+        return found
 
     def keys(self) -> list[str]:
-        return split(self.arrays("keys")[0])
+        return _split(self.arrays("keys")[0], self.samples)
 
     def members(self) -> Iterator[tuple[str, Span]]:
         """As `tar.members`, which raises at a damaged part; here `about["torn"]` says whether there is one."""
         names, offset, size = self.arrays("names", "offset", "size")
-        names = split(names)
-        inside = len(names) == len(offset) == len(size) and offset.dtype == size.dtype == np.int64
-        if not inside or ((offset < 0) | (size < 0) | (offset + size > self.about["shard"]["bytes"])).any():
+        whole = self.about["shard"]["bytes"]
+        if len(offset) != len(size) or len(size) > whole // BLOCKSIZE or (size > whole - offset).any():
             raise ValueError("it names places outside of the shard")
         # One at a time: Python's garbage collector takes long over many tuples.
-        shard, make = self.shard, tuple.__new__
+        shard, make, names = self.shard, tuple.__new__, _split(names, len(offset))
         return ((name, make(Span, (shard, *place))) for name, *place in zip(names, offset.tolist(), size.tolist()))
 
 
@@ -90,16 +102,27 @@ def load(shard: str) -> Index | None:
 
 def opened(shard: str, path: Path) -> Index:
     """Raises ValueError or other errors if the file is not an index of the shard as it is now."""
-    index = Index(shard, path, {})
-    index.about = json.loads(index.arrays("about")[0].tobytes())
-    if index.about["format"] != FORMAT:
-        raise ValueError(f"expected {FORMAT}, got {index.about['format']!r}")
-    there, known = os.stat(shard), index.about["shard"]
+    (text,) = from_npz(path, "about", max_bytes=_ABOUT)
+    about = json.loads(text.tobytes())
+    if about["format"] != FORMAT:
+        raise ValueError(f"expected {FORMAT}, got {about['format']!r}")
+    there, known = os.stat(shard), about["shard"]
     if there.st_size != known["bytes"]:
         raise ValueError(f"it was made for a shard of {known['bytes']} bytes, which has {there.st_size} now")
     if there.st_mtime_ns != known["mtime_ns"] and fingerprint(shard) != known["fingerprint"]:  # a copy may have a new time
         raise ValueError("the shard has changed since")
-    return index
+    skipped = about["skipped"].values()
+    if not (
+        type(about["samples"]) is int
+        and (about["samples"],) == shape_in_npz(path, "captions")
+        and about["samples"] <= known["bytes"]
+        and isinstance(about["torn"], str | None)
+        and {*map(type, (about["decoded"], about["tokens"]))} == {bool}
+        and {*map(type, (*about["formats"], *about["reasons"]))} <= {str}
+        and all([*map(type, both)] == [int, str] for both in skipped)
+    ):
+        raise ValueError("what it says of itself cannot be")
+    return Index(shard, path, about)
 
 
 def members(shard: str) -> tuple[Iterator[tuple[str, Span]], str | None] | None:
@@ -107,6 +130,21 @@ def members(shard: str) -> tuple[Iterator[tuple[str, Span]], str | None] | None:
     if index := load(shard):
         try:
             return index.members(), index.about["torn"]
+        except Exception as error:
+            _warn(index.path, error)
+    return None
+
+
+def statistics(shard: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    """What `write` took, without the places of the files, by an index that fits; None without such an index."""
+    if index := load(shard):
+        try:
+            names = ["keys", *SAMPLE, "characters", *(["tokens"] if index.about["tokens"] else [])]
+            arrays = dict(zip(names, index.arrays(*names)))
+            if {len(arrays[name]) for name in names[1 + len(SAMPLE) :]} != {arrays["captions"].sum()}:
+                raise ValueError("it has not the captions that it promises")
+            _split(arrays["keys"], index.samples)
+            return index.about, arrays
         except Exception as error:
             _warn(index.path, error)
     return None
@@ -147,6 +185,13 @@ def joined(names: list[str]) -> np.ndarray:
 
 def split(names: np.ndarray) -> list[str]:
     return names.tobytes().decode("utf-8", "surrogateescape").split("\0") if len(names) else []
+
+
+def _split(names: np.ndarray, count: int) -> list[str]:
+    """`count` names. Raises ValueError if there are more or fewer, before a list of them is made."""
+    if len(names) and (names == 0).sum() + 1 != count or (not len(names) and count):
+        raise ValueError(f"expected {count:,} names, got another number")
+    return split(names)
 
 
 def _warn(path: Path, error: Exception) -> None:

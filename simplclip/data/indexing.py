@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import locked
+from simplclip.common.files import locked, remove_leftovers
 from simplclip.common.progress import Progress
 from simplclip.data import index, tar
 from simplclip.data.broken import BrokenSample, Skipped
@@ -26,6 +26,7 @@ from simplclip.data.shards import (
     Sample,
     ShardError,
     Shards,
+    check_sizes,
     contents,
     expand,
     image_of,
@@ -101,8 +102,7 @@ def run(
             if not os.access(folder, os.W_OK):
                 raise InputError(f"out: expected a folder that can be written to, got {folder}; name another one (--out)")
             stack.enter_context(locked(folder, busy=f"expected a folder that no other process writes to, got {folder}"))
-            for leftover in folder.glob(f".*{index.SUFFIX}.tmp"):
-                leftover.unlink()
+            remove_leftovers(folder, lambda name: name.endswith(index.SUFFIX))
         todo = [file for file in files if not _fits(file, targets[file], decoded, tokens)]
         total = sum(map(os.path.getsize, todo))
         with Progress("index", total >> 20, unit="MiB", shown=progress) as bar:
@@ -195,10 +195,11 @@ def look(shard: str, share: int = 0, shares: int = 1, decoded: bool = False, tok
 
 def _row(sample: Sample, decoded: bool, tokens: bool) -> Row:
     image = image_of(sample)
-    size = 0 if image is None else image.size if isinstance(image, Span) else len(image)
+    size = 0 if image is None else max(0, image.size) if isinstance(image, Span) else len(image)
     height = width = form = 0
     lengths, counted, broken = [], [], None
     try:
+        check_sizes(sample)
         opened = parse(sample if decoded else {name: _start(value, image) for name, value in sample.items()})
         lengths = [len(caption) for caption in opened.captions]
         counted = [_tokens(caption) for caption in opened.captions] if tokens else []

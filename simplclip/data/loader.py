@@ -22,6 +22,7 @@ from simplclip.data.epoch import Batch, Epoch, Item, Progress
 from simplclip.data.shards import ShardError, check_count
 from simplclip.data.sidecars import Folders
 from simplclip.data.sources import Source, check_sidecars, count, parts_of
+from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform
 from simplclip.data.workers import died, end, following, start_worker, undisturbed
 
@@ -225,6 +226,7 @@ def make_loader(
     pin_memory: bool = False,
     on_error: str = "skip",
     max_pixels: int | None = None,
+    max_bytes: int = MAX_BYTES,
     prefix: tuple[int, ...] | None = None,
 ) -> Loader:
     """A loader of training batches.
@@ -271,6 +273,7 @@ def make_loader(
             prefix.npy in a sidecar, for each of the teacher's views of the image. The batches have "prefix" float16
             [N, *prefix], that of the view which is drawn, in place of "image", and no image is read.
         max_pixels: an image whose header promises more is skipped before it is decoded; by default Pillow's limit.
+        max_bytes: a sample whose files have more together is skipped without being read.
 
     A loader process that dies is started again, from where the batches are, at most RESTARTS times in an epoch; the batches
     are the same, and `Loader.restarts` says why.
@@ -285,6 +288,7 @@ def make_loader(
     check_count("workers", workers, 0)
     check_count("shuffle_buffer", shuffle_buffer, 1)
     check_count("prefetch", prefetch, 1)
+    check_count("max_bytes", max_bytes, 1)
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
     if max_pixels is not None and isinstance(transform, ImageTransform):
@@ -293,7 +297,7 @@ def make_loader(
     rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
     parts = parts_of(shards)
     check_sidecars(parts, sidecars)
-    rules |= {"sidecars": sidecars, "max_pixels": max_pixels, "prefix": prefix}
+    rules |= {"sidecars": sidecars, "max_pixels": max_pixels, "max_bytes": max_bytes, "prefix": prefix}
     dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, **rules)
     forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     options = {"prefetch_factor": prefetch} | forked if workers else {}

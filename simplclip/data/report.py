@@ -22,7 +22,7 @@ from simplclip.common.progress import Progress
 from simplclip.data import index
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.epoch import seeded
-from simplclip.data.indexing import FORMATS, look, skipped_of, tables
+from simplclip.data.indexing import look, skipped_of, tables
 from simplclip.data.pool import cores, ordered, processes
 from simplclip.data.shards import ShardError, Shards, check_count, expand, parse, place_of, read_shard, stable_hash
 from simplclip.data.transforms import ImageTransform
@@ -108,12 +108,8 @@ def run(
 def summarise(shard: str) -> tuple[Summary, np.ndarray] | str:
     """The summary of one shard and the hashes of its keys, uint64 [samples]; or why it cannot be read."""
     try:
-        known = index.load(shard)
-        if known:
-            names = ["keys", *index.SAMPLE, "characters", *(["tokens"] if known.about["tokens"] else [])]
-            about, arrays = known.about, dict(zip(names, known.arrays(*names)))
-        else:
-            about, arrays = tables(look(shard))
+        known = index.statistics(shard)
+        about, arrays = known or tables(look(shard))
     except ShardError as error:
         return str(error)
     keys = index.split(arrays["keys"])
@@ -125,8 +121,8 @@ def summarise(shard: str) -> tuple[Summary, np.ndarray] | str:
     summary.values["captions an image"].update(arrays["captions"][arrays["captions"] > 0].tolist())
     summary.values["caption"].update(arrays["characters"].tolist())
     summary.values["tokens"].update(arrays["tokens"].tolist() if "tokens" in arrays else [])
-    summary.sums.update({"bytes": int(size.sum()), "pixels": int((width * height).sum())})
-    summary.formats.update(FORMATS[number] for number in arrays["format"][seen].tolist())
+    summary.sums.update({"bytes": int(size.sum(dtype=float)), "pixels": int((width * height).sum(dtype=float))})
+    summary.formats.update(about["formats"][number] for number in arrays["format"][seen].tolist())
     summary.broken = skipped_of(about)
     return summary, np.array([stable_hash(key) for key in keys], np.uint64)
 

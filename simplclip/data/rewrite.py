@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import differences, identity, locked, replacing, write_atomically
+from simplclip.common.files import differences, identity, locked, remove_leftovers, replacing, temporary_of, write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.pool import ordered
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     TEACHER,
+    UNREADABLE,
     Opened,
     Sample,
     ShardError,
@@ -42,11 +43,13 @@ from simplclip.data.shards import (
     count_samples,
     expand,
     folders_of,
+    place_of,
     read_shard,
     usable,
 )
 from simplclip.data.sidecars import Folders, beside, joined, plain_name
 from simplclip.data.sidecars import check as check_sidecars
+from simplclip.data.tar import MAX_BYTES
 
 FORMAT = "simplclip-shards-1"
 SIDECARS = "simplclip-sidecars-1"
@@ -69,6 +72,7 @@ class Making:
     advance: Callable[[int], None]  # called with the number of samples that are written
     sidecar: bool = False
     sidecars: Folders = ()
+    max_bytes: int = MAX_BYTES
 
 
 def rewrite(
@@ -84,6 +88,7 @@ def rewrite(
     keep_features: bool = False,
     sidecar: bool = False,
     sidecars: Folders = (),
+    max_bytes: int = MAX_BYTES,
 ) -> dict[str, Any]:
     """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
@@ -112,6 +117,7 @@ def rewrite(
         keep_features: keep a teacher's features, which still fit.
         sidecar: write sidecars, not copies.
         sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions; needs `sidecar`.
+        max_bytes: a sample whose files have more together is left out and counted.
 
     Returns: {"path", "shards" (their number), "sources" (name -> input), "written" (by this run), "samples", "skipped" (a
     Skipped), "notes"}.
@@ -139,7 +145,7 @@ def rewrite(
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
         with Progress(title, total, kept, shown=progress) as bar:
-            making = Making(process, batch_size, workers, keep_features, bar.update, sidecar, sidecars)
+            making = Making(process, batch_size, workers, keep_features, bar.update, sidecar, sidecars, max_bytes)
             for name, source in todo.items():
                 finished[name], count = _rewrite_shard(source, out / name, making)
                 dropped += count
@@ -227,14 +233,13 @@ def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[di
                 raise InputError(
                     f"out: expected the settings of the earlier run in {out}, got others: {changes}; choose another folder"
                 )
-        elif strangers := sorted(names - {".meta.json.tmp"}):
+        elif strangers := sorted(name for name in names if temporary_of(name) != "meta.json"):
             raise FileExistsError(
                 f"out: expected a new folder or that of an earlier run, got {out}, which holds other files ({strangers[0]})"
             )
         else:
             _write_meta(out, meta, finished)
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
+        remove_leftovers(out, lambda name: True)
         licenses = [path for folder in folders if (path := Path(folder, "LICENSES.md")).is_file()]
         if licenses and "LICENSES.md" not in names:
             write_atomically(out / "LICENSES.md", b"\n".join(dict.fromkeys(path.read_bytes() for path in licenses)))
@@ -276,12 +281,14 @@ def _write_shard(source: str, target: Path, making: Making) -> tuple[dict[str, A
 
     def batches() -> Iterator[tuple[list[Sample], list[Opened]]]:
         nonlocal dropped
-        samples = read_shard(source, skipped, every=not making.sidecar, ahead=True)
-        whole = _whole(joined(samples, source, making.sidecars, skipped) if making.sidecar else samples)
+        samples = read_shard(source, skipped, every=not making.sidecar, ahead=True, max_bytes=making.max_bytes)
+        samples = joined(samples, source, making.sidecars, skipped) if making.sidecar else samples
+        whole = _whole(samples, skipped, making.max_bytes)
         while batch := list(islice(whole, making.batch_size)):
             if not (making.keep_features or making.sidecar):
                 dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
-            yield batch, list(usable(batch, skipped, *([lambda opened: None] if making.workers else [])))
+            use = {"use": lambda opened: None} if making.workers else {}
+            yield batch, list(usable(batch, skipped, **use, max_bytes=making.max_bytes))
 
     def submit(work: tuple[list[Sample], list[Opened]]) -> Future[Made]:
         made = making.process(work[1]) if work[1] else []
@@ -313,12 +320,14 @@ def _write_shard(source: str, target: Path, making: Making) -> tuple[dict[str, A
     return entry, dropped
 
 
-def _whole(samples: Iterator[Sample]) -> Iterator[Sample]:
+def _whole(samples: Iterator[Sample], skipped: Skipped, max_bytes: int) -> Iterator[Sample]:
     for sample in samples:
         try:
-            yield contents(sample)
-        except BrokenSample as broken:  # the shard has changed while it was read
-            raise ShardError(f"shard {sample['__url__']!r}: {broken.args[1]}") from None
+            yield contents(sample, max_bytes)
+        except BrokenSample as broken:
+            if broken.args[0] == UNREADABLE:  # the shard has changed while it was read
+                raise ShardError(f"shard {sample['__url__']!r}: {broken.args[1]}") from None
+            skipped.add(broken.args[0], place_of(sample), broken.args[1])
 
 
 def _add(tar: tarfile.TarFile, sample: Sample) -> None:

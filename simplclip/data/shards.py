@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import io
 import math
 import os
+import stat
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,17 +28,20 @@ from webdataset.tariterators import group_by_keys
 
 from simplclip.common.errors import InputError
 from simplclip.data import index, tar
+from simplclip.data.arrays import from_bytes
 from simplclip.data.braces import expanded
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.sidecars import PREFIX, TEACHER, VIEWS, Folders, entries, joined
 from simplclip.data.streams import StreamError, is_stream, name_of, opened
-from simplclip.data.tar import Span
-from simplclip.data.text import JSON_BYTES, clean, decoded, json_of
+from simplclip.data.tar import HOLES, MAX_BYTES, UNREAD, Span
+from simplclip.data.text import BYTES as TEXT_BYTES
+from simplclip.data.text import clean, json_of
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 UNREADABLE = "cannot be read"  # why a sample is broken whose file is gone
 COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their samples
+TEXTS = ("txt", "json", "cls", VIEWS)
 KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
 
 Shards = str | os.PathLike | Iterable[str | os.PathLike]  # path, brace expression or glob of local tar files, or several
@@ -118,29 +121,44 @@ class Opened:
         return stable_hash(f"group/{self.record['group']}" if named else f"key/{self.place}") >> 1
 
 
-def _members(shard: str, ahead: bool, indexed: bool) -> Iterator[tuple[str, bytes | Span]]:
+@dataclass(frozen=True)
+class _Reading:
+    """How a shard is read; `read_shard` documents the fields."""
+
+    every: bool = False
+    ahead: bool = False
+    indexed: bool = True
+    max_bytes: int = MAX_BYTES
+
+    def wanted(self, name: str) -> bool:
+        """Whether a file may belong to a sample. The names of a sample's own fields begin with two underscores."""
+        return ".__" not in name if self.every else name.lower().endswith(KNOWN)
+
+
+def _members(shard: str, how: _Reading) -> Iterator[tuple[str, bytes | Span]]:
     if is_stream(shard):
         with opened(shard) as file:
-            yield from tar.streamed(file)
+            yield from tar.streamed(file, shard, max_bytes=how.max_bytes, wanted=how.wanted)
     elif tar.is_compressed(shard):
-        yield from tar.streamed(shard)
-    elif indexed and (known := index.members(shard)):
+        with open(shard, "rb", buffering=0) as file:
+            yield from tar.streamed(file, shard, max_bytes=how.max_bytes, wanted=how.wanted)
+    elif how.indexed and (known := index.members(shard)):
         found, torn = known
-        yield from tar.read_ahead(shard, found) if ahead else found
+        yield from tar.read_ahead(shard, found) if how.ahead else found
         if torn:
             raise tarfile.ReadError(torn)
     else:
         found = tar.members(shard)
-        yield from tar.read_ahead(shard, found) if ahead else found
+        yield from tar.read_ahead(shard, found) if how.ahead else found
 
 
-def _files(shard: str, torn: list[str], every: bool, ahead: bool, indexed: bool) -> Iterator[dict[str, Any]]:
+def _files(shard: str, torn: list[str], how: _Reading) -> Iterator[dict[str, Any]]:
     """The files of a tar that belong to samples. A damaged part ends them and is noted in `torn`."""
     any_yet = False
     try:
-        for name, value in _members(shard, ahead, indexed):
+        for name, value in _members(shard, how):
             any_yet = True
-            if every or name.lower().endswith(KNOWN):
+            if how.wanted(name):
                 yield {"fname": name, "data": value, "__url__": shard}
     except tar.ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -159,6 +177,7 @@ def read_shard(
     ahead: bool = False,
     indexed: bool = True,
     sidecars: Folders = (),
+    max_bytes: int = MAX_BYTES,
 ) -> Iterator[Sample]:
     """The samples of a tar. Damage and duplicate files are counted in `skipped`.
 
@@ -166,19 +185,20 @@ def read_shard(
     ahead: the contents will be used soon.
     indexed: use the shard's index, if it has one, instead of the tar's headers; the samples are the same.
     sidecars: folders whose files are joined to the samples, see `simplclip.data.sidecars`.
+    max_bytes: of a sample's files in a stream; those beyond are not read, and `contents` raises BrokenSample for them.
     """
-    samples = _read_shard(shard, skipped, every, ahead, indexed)
+    samples = _read_shard(shard, skipped, _Reading(every, ahead, indexed, max_bytes))
     return joined(samples, shard, sidecars, skipped) if sidecars else samples
 
 
-def _read_shard(shard: str, skipped: Skipped, every: bool, ahead: bool, indexed: bool) -> Iterator[Sample]:
+def _read_shard(shard: str, skipped: Skipped, how: _Reading) -> Iterator[Sample]:
     name, torn = name_of(shard), []
 
     def double(error: Exception) -> bool:
         skipped.add("duplicate file in tar", name, error.args[0])
         return True
 
-    for sample in group_by_keys(_files(shard, torn, every, ahead, indexed), handler=double):
+    for sample in group_by_keys(_files(shard, torn, how), handler=double):
         # If the last sample is incomplete, only the damage is counted.
         if torn and not (image_of(sample) is not None and {"txt", "json"} & sample.keys()):
             break
@@ -187,8 +207,26 @@ def _read_shard(shard: str, skipped: Skipped, every: bool, ahead: bool, indexed:
         skipped.add("torn tar", name, torn[0])
 
 
-def contents(sample: Sample) -> Sample:
-    """The sample with bytes for its Spans. Raises BrokenSample if they cannot be read."""
+def check_sizes(sample: Sample, max_bytes: int = MAX_BYTES) -> None:
+    """Raises BrokenSample if files of a sample have more bytes than may be read, or holes."""
+    total = 0
+    for suffix, value in sample.items():
+        if not isinstance(value, bytes | Span):
+            continue
+        size = len(value) if isinstance(value, bytes) else value.size
+        if size == HOLES:
+            raise BrokenSample("sparse file", suffix)
+        total += size
+        if suffix in TEXTS and size > TEXT_BYTES:
+            raise BrokenSample("file too large", f"{suffix} of {size:,} bytes, expected at most {TEXT_BYTES:,}")
+        if total > max_bytes or (isinstance(value, Span) and value.offset == UNREAD):
+            others = f", with the sample's other files {total:,}" if total > size else ""
+            raise BrokenSample("file too large", f"{suffix} of {size:,} bytes{others}, expected at most {max_bytes:,}")
+
+
+def contents(sample: Sample, max_bytes: int = MAX_BYTES) -> Sample:
+    """The sample with bytes for its Spans. Raises BrokenSample if they cannot be read, or have more than `max_bytes`."""
+    check_sizes(sample, max_bytes)
     spans: dict[str, dict[str, Span]] = {}
     for suffix, value in sample.items():
         if isinstance(value, Span):
@@ -211,21 +249,35 @@ def contents(sample: Sample) -> Sample:
     return found
 
 
+def file_bytes(path: str | os.PathLike) -> bytes:
+    """A file that is no part of a tar. Raises OSError, also for what is no file, and BrokenSample as `contents`."""
+    try:
+        about = os.stat(path)
+    except ValueError:  # a name with NUL
+        about = None
+    if about is None or not stat.S_ISREG(about.st_mode):  # reading a named pipe or a device may take for ever
+        raise OSError(f"expected a file, got {os.fspath(path)!r}")
+    return contents({"image": Span(os.fspath(path), 0, about.st_size)})["image"]
+
+
 def image_of(sample: Sample) -> bytes | Span | None:
     """The encoded image of a sample."""
     return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
 
 
 def usable(
-    samples: Iterable[Sample], skipped: Skipped, use: Callable[[Opened], Any] = lambda opened: opened.image
+    samples: Iterable[Sample],
+    skipped: Skipped,
+    use: Callable[[Opened], Any] = lambda opened: opened.image,
+    max_bytes: int = MAX_BYTES,
 ) -> Iterator[Opened]:
     """The samples that are not broken, with decoded images; the others are counted in `skipped`.
 
-    use: what is tried with each sample; it may raise BrokenSample.
+    use: what is tried with each sample; it may raise BrokenSample. max_bytes: as for `contents`.
     """
     for sample in samples:
         try:
-            opened = parse(sample)
+            opened = parse(sample, max_bytes=max_bytes)
             use(opened)
         except BrokenSample as broken:
             skipped.add(broken.args[0], place_of(sample), broken.args[1])
@@ -233,14 +285,15 @@ def usable(
             yield opened
 
 
-def parse(sample: Sample, teacher: bool = False, *, image: bool = True) -> Opened:
+def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_bytes: int = MAX_BYTES) -> Opened:
     """A sample with its files read. Raises BrokenSample.
 
     teacher: with a teacher's features. image: False reads neither the image, which is empty then, nor the prefix's output.
+    max_bytes: as for `contents`.
     """
     if not image:
         sample = {name: value for name, value in sample.items() if name not in (*IMAGE_SUFFIXES, PREFIX)} | {"png": b""}
-    sample = contents(sample)
+    sample = contents(sample, max_bytes)
     record = record_of(sample)
     captions = captions_of(sample, record)
     encoded = image_of(sample)
@@ -257,7 +310,7 @@ def record_of(sample: Sample) -> dict[str, Any]:
     record: Any = {}
     if "json" in sample:
         try:
-            record = json_of(sample["json"], JSON_BYTES)
+            record = json_of(sample["json"])
         except ValueError as error:
             raise BrokenSample("bad json", error) from None
         if not isinstance(record, dict):
@@ -273,7 +326,7 @@ def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
     texts += [single] if isinstance(single, str) else []
     if "txt" in sample:
         try:
-            texts.append(decoded(sample["txt"]))
+            texts.append(sample["txt"].decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
     if found := not_empty(texts):
@@ -295,11 +348,11 @@ def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
             decode_pil(opened.encoded)  # a broken image has no features
         raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
-        features = np.load(io.BytesIO(files[TEACHER]), allow_pickle=False)
+        features = from_bytes(files[TEACHER])
         if features.dtype not in (np.float16, np.uint16) or features.ndim != 2:
             raise ValueError(f"expected float16 or uint16 [1 + C, D], got {features.dtype} {list(features.shape)}")
         if VIEWS in files:
-            views = json_of(files[VIEWS], JSON_BYTES)
+            views = json_of(files[VIEWS])
             if not views or not all(isinstance(view, dict) for view in views):
                 raise ValueError(f"expected views, got {str(views)[:100]}")
     except Exception as error:  # the type depends on the damage

@@ -15,7 +15,6 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from simplclip.common.errors import InputError
@@ -25,7 +24,6 @@ from simplclip.data.tar import Span
 
 ROWS = 512
 LINE = 1 << 24  # bytes of the longest line of a table
-FILE = 1 << 28  # bytes of the largest image in a file of its own
 SUFFIXES = (".csv", ".tsv", ".parquet")
 IMAGE_COLUMNS = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
 CAPTION_COLUMNS = ("title", "caption", "text", "captions", "sentences", "raw", "comment")
@@ -298,16 +296,6 @@ def _span(path: str) -> Span | None:
         return Span(path, 0, 0)  # reading it raises the error, which is counted
     except ValueError:  # a name with NUL
         return None
-
-
-def file_bytes(path: str | os.PathLike) -> bytes:
-    """The bytes of a file. Raises OSError for all else that a path may be."""
-    span = _span(os.fspath(path))
-    if span is None:
-        raise OSError(f"expected a file, got {os.fspath(path)!r}")
-    if span.size > FILE:
-        raise OSError(f"expected at most {FILE:,} bytes, got {span.size:,} in {os.fspath(path)!r}")
-    return Path(path).read_bytes()
 
 
 def _split(name: str) -> tuple[str, str] | None:

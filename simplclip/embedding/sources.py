@@ -11,13 +11,13 @@ from typing import Any
 
 from simplclip.data import parts_of
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
-from simplclip.data.shards import IMAGE_SUFFIXES, Sample, captions_of, contents, image_of, place_of, read_shard
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, captions_of, contents, file_bytes, image_of, place_of, read_shard
 from simplclip.data.sources import Part, count, is_address, read_part
 from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
-from simplclip.data.tables import ROWS, FolderPiece, file_bytes
+from simplclip.data.tables import ROWS, FolderPiece
 from simplclip.data.tar import Span
-from simplclip.data.text import JSON_BYTES, json_of
+from simplclip.data.text import json_of
 from simplclip.evaluation.sources import IMAGES, Table, table
 
 
@@ -86,7 +86,7 @@ class Rows(Table):
 def _captions(files: Sample) -> list[str]:
     """Those that can be read; a broken caption is no reason to leave out its image."""
     try:
-        record = json_of(files.get("json", b"{}"), JSON_BYTES)
+        record = json_of(files.get("json", b"{}"))
         return captions_of(files, record if isinstance(record, dict) else {})
     except (BrokenSample, ValueError):
         return []

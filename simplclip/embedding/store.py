@@ -1,6 +1,7 @@
 """Files of features [N, D] with a row of metadata each: .npz, .parquet, or a folder in clip-retrieval's layout.
 
-Memory does not depend on N, neither in writing nor in reading.
+Memory does not depend on N, neither in writing nor in reading. A file may come from elsewhere: what it says of itself is
+compared with what is in it when it is opened.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import io
 import itertools
 import json
 import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import replacing
+from simplclip.common.files import HOUR, remove_leftovers, replacing, temporary_folder
+from simplclip.data import arrays
 from simplclip.data.text import json_of
 from simplclip.evaluation.features import Features
 
 COLUMNS = ("key", "caption", "shard", "image_path")  # clip-retrieval calls two of them so
-ABOUT = 1 << 20  # most bytes of a file's account of its model, and of a text
+ABOUT = 1 << 20  # most bytes of what a file says of itself
 _ABOUT = {"count": int, "width": int, "name": str, "weights": str, "source": str, "precision": str, "tower": str}
 CHUNK = 16384  # rows that are packed or read at a time
+_TEXT = 16 << 20  # most bytes that each text of a column may take
 _FORMS = "a name that ends in .npz or .parquet, or a folder"
 
 
@@ -43,6 +45,7 @@ def check_out(out: str | os.PathLike) -> Path:
     if not path.suffix and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"out: expected a new or empty folder, got {str(out)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name.__eq__, HOUR)
     return path
 
 
@@ -111,9 +114,7 @@ class Writer:
 
     def _folder(self, about: dict[str, Any]) -> None:
         tower = "img" if about["tower"] == "image" else "text"
-        temporary = self.out.with_name(f".{self.out.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
+        with temporary_folder(self.out) as temporary:
             for name in (f"{tower}_emb", "metadata"):
                 (temporary / name).mkdir(parents=True)
             with open(temporary / f"{tower}_emb" / f"{tower}_emb_0.npy", "wb") as file:
@@ -123,8 +124,6 @@ class Writer:
             with open(temporary / "metadata" / "metadata_0.parquet", "wb") as file:
                 self._table(file, about, features=False)
             os.replace(temporary, self.out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _table(self, file: BinaryIO, about: dict[str, Any], features: bool) -> None:
         arrow, width = _pyarrow(self.out), self.features.width
@@ -157,45 +156,58 @@ class Stored:
             raise FileNotFoundError(f"features: no such file: {path}")
         try:
             self._open()
-        except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # the type depends on the damage
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"features: expected a file of simplclip embed, got {str(path)!r}: {reason}") from None
 
     def _open(self) -> None:
         if self.path.is_dir():
             (file,) = self.path.glob("*_emb/*_emb_0.npy")
-            self._mapped = functools.partial(np.load, file, mmap_mode="r")
+            self._mapped = self._of_file(file, 0)
             rows = self.path / "metadata" / "metadata_0.parquet"
         elif self.path.suffix == ".parquet":
             self._mapped, rows = None, self.path
         else:
             rows = None
             with zipfile.ZipFile(self.path) as archive:
-                if archive.getinfo("about.npy").file_size > ABOUT:
-                    raise ValueError(f"about.npy of more than {ABOUT:,} bytes")
-                about = np.lib.format.read_array(io.BytesIO(archive.read("about.npy")), allow_pickle=False)
-                self.about = json_of(str(about))
                 self._mapped = self._of_archive(archive.getinfo("features.npy"))
+            self.about = json_of(str(arrays.from_npz(self.path, "about", max_bytes=ABOUT)[0]))
+            for column in COLUMNS:
+                if arrays.shape_in_npz(self.path, column) != (self._shape[0],):
+                    raise ValueError(f"expected {column} of each of {self._shape[0]:,} rows")
         self._parquet = rows and _pyarrow(self.path).parquet.ParquetFile(rows)
         if rows:
             self.about = json_of((self._parquet.schema_arrow.metadata or {})[b"simplclip"])
-            self._group = self._parquet.metadata.row_group(0).num_rows
+            found = self._parquet.metadata
+            groups = [found.row_group(i).num_rows for i in range(found.num_row_groups)]
+            self._group = groups[0]
+            if self._group > CHUNK or {*groups[:-1]} - {self._group} or groups[-1] > self._group:
+                raise ValueError(f"expected groups of one size, at most {CHUNK:,} rows, got {groups[0]:,}")
+            self._shape = self._shape if self._mapped else (found.num_rows, self.about["width"])
         for name, kind in _ABOUT.items():
             if not isinstance(self.about, dict) or not isinstance(self.about.get(name), kind):
                 raise ValueError(f"it has no {name} of its model")
-        if self._mapped and list(self._mapped().shape) != [self.about["count"], self.about["width"]]:
-            raise ValueError(f"features of {list(self._mapped().shape)}, expected {self.about['count']} rows")
+        if self._shape != (self.about["count"], self.about["width"]) or (rows and found.num_rows != self._shape[0]):
+            raise ValueError(f"expected features of {self.about['count']:,} rows, got {list(self._shape)}")
 
     def _of_archive(self, member: zipfile.ZipInfo) -> Callable[[], np.ndarray]:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("expected features that are not compressed")
         with open(self.path, "rb") as file:
             file.seek(member.header_offset + 26)  # the lengths of name and extra field, before the contents
             name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-            file.seek(name + extra, os.SEEK_CUR)
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            if dtype.str not in ("<f2", "<f4") or member.compress_type:
-                raise ValueError(f"features of {dtype.str}, expected uncompressed ones of 16 or 32 bits")
-            return functools.partial(np.memmap, self.path, dtype, "r", file.tell(), shape)
+        return self._of_file(self.path, member.header_offset + 30 + name + extra)
+
+    def _of_file(self, path: Path, place: int) -> Callable[[], np.ndarray]:
+        """What maps the features, whose header lies at `place`, into memory."""
+        with open(path, "rb") as file:
+            file.seek(place)
+            self._shape, fortran, dtype = arrays.header(file)
+            if len(self._shape) != 2 or fortran or dtype not in ("<f2", "<f4"):
+                raise ValueError(f"expected features [N, D], got {dtype} {list(self._shape)}")
+            map_them = functools.partial(np.memmap, path, dtype, "r", file.tell(), self._shape)
+        map_them()  # raises ValueError if there are fewer bytes
+        return map_them
 
     def __len__(self) -> int:
         return self.about["count"]
@@ -227,10 +239,9 @@ class Stored:
         with zipfile.ZipFile(self.path) as archive:
             for column in COLUMNS:
                 with archive.open(f"{column}.npy") as member:
-                    np.lib.format.read_magic(member)
-                    _, _, dtype = np.lib.format.read_array_header_1_0(member)
-                    if dtype.kind != "U" or dtype.itemsize > ABOUT:
-                        raise InputError(f"features: expected text in {column} of {str(self.path)!r}, got {dtype.str}")
+                    _, _, dtype = arrays.header(member)
+                    if dtype.kind != "U" or dtype.itemsize > _TEXT:
+                        raise InputError(f"features: expected {column} of texts in {self.path}, got {dtype}")
                     place = 0
                     for number in numbers:
                         for skip in range((number - place) * dtype.itemsize, 0, -(1 << 24)):

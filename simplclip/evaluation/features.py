@@ -20,7 +20,9 @@ class Features:
     """
 
     def __init__(self, file: Path | None = None, folder: str | os.PathLike | None = None, half: bool = False) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder) if file is None else open(file, "w+b")  # noqa: SIM115
+        if file:
+            file.unlink(missing_ok=True)  # a link there is replaced, not followed
+        self._file = open(file, "x+b") if file else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._dtype, self._count, self.width, self._start = np.dtype("<f2" if half else "<f4"), 0, 0, 0
 
     def append(self, rows: Tensor) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.data import parts_of, tables
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, image_of, not_empty, place_of, record_of
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, file_bytes, image_of, not_empty, place_of, record_of
 from simplclip.data.sources import Part, read_part
 from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
-from simplclip.data.text import clean, decoded, json_of
+from simplclip.data.text import clean, json_of
 
 IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 TABLES = (".json", ".csv", ".tsv")
@@ -76,7 +76,7 @@ class Tars:
         if texts:
             return texts[: self.limit or (None if self.limit == 0 else 1)]
         try:
-            return not_empty(decoded(item.get("txt", b"")).splitlines())[: self.limit or None]
+            return not_empty(item.get("txt", b"").decode("utf-8-sig").splitlines())[: self.limit or None]
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
 
@@ -139,7 +139,7 @@ class Folders:
 
 def _file(path: Path) -> bytes:
     try:
-        return tables.file_bytes(path)
+        return file_bytes(path)
     except OSError as error:
         raise BrokenSample("missing image", error) from None
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
+from simplclip.common.files import write_atomically
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import Shards
 from simplclip.data.stream import Entry, Source, Stream, pictures
@@ -149,4 +150,4 @@ def encode(
     split.image_features, split.text_features = images.finish(), texts.finish()
     if keep:
         about = {"keys": split.keys, "captions": split.captions, "caption_groups": split.caption_groups.tolist()}
-        keep.with_name(f"{keep.name}.json").write_text(json.dumps(about | {"groups": split.groups.tolist()}), "utf-8")
+        write_atomically(keep.with_name(f"{keep.name}.json"), json.dumps(about | {"groups": split.groups.tolist()}))

@@ -15,7 +15,6 @@ the export. It is written last, so that an export with it is complete.
 import importlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from torch import nn
 import simplclip
 from simplclip import models
 from simplclip.common.errors import InputError
-from simplclip.common.files import identity, write_atomically
+from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder, write_atomically
 from simplclip.encoder import EXPORT as SUMMARY
 from simplclip.export import onnx_towers
 from simplclip.train.state import load_model, model_options
@@ -64,10 +63,8 @@ def run(
         raise FileExistsError(f"out: expected a folder without an export, got {out}; --force replaces the export")
     model, config, state = load_model(checkpoint, trust=trust)
 
-    work = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    remove_leftovers(out.parent, out.name.__eq__, HOUR)
+    with temporary_folder(out) as work:
         tokenizer = models.tokenizer(config.model.name)  # a tokenizer class, or the function of minilm_tokenizer
         # Of each tower three inputs: noise, and token ids.
         size, noise = to_2tuple(model.visual.image_size), torch.Generator().manual_seed(0)
@@ -109,8 +106,6 @@ def run(
         for name in former - set(names):
             (out / name).unlink(missing_ok=True)
         write_atomically(out / SUMMARY, json.dumps(answer, indent=2) + "\n")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
     for name, entry in answer["files"].items():
         tower = answer.get("onnx", {}).get(name.removesuffix(".onnx"))

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import replacing
+from simplclip.common.files import remove_leftovers, replacing
 from simplclip.models.registry import read_weights
 
 FORMAT, VERSION = "simplclip", 1
 _NUMBERED = re.compile(r"step-(\d+)\.pt")
-_TEMPORARY = re.compile(r"\.(last\.pt|step-\d+\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png)\.tmp")
+_WRITTEN = re.compile(r"last\.pt|step-\d+\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")
 
 
 class CheckpointError(InputError):
@@ -93,9 +93,7 @@ def step_of(path: str | Path) -> int | None:
 
 def remove_temporaries(folder: str | Path) -> None:
     """Remove the temporary files that a killed training left in `folder`. Other files are kept."""
-    for path in Path(folder).iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    remove_leftovers(folder, _WRITTEN.fullmatch)
 
 
 def numbered_checkpoints(folder: str | Path) -> list[Path]:

@@ -75,6 +75,9 @@ class DataConfig(Section):
     max_pixels: int | None = Field(
         None, ge=1, description="images of more pixels are skipped and counted before they are decoded; null: Pillow's limit"
     )
+    max_bytes: int = Field(
+        256 << 20, ge=1, description="samples whose files have more bytes together are skipped and counted, and not read"
+    )
     augment: str | dict[str, Any] | None = Field(
         None,
         description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views "

@@ -50,7 +50,8 @@ def run_lock(folder: Path) -> Iterator[str | None]:
         file, reason = _lock(path)
         try:
             try:
-                path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+                with open(path, "w", opener=_no_link) as named:
+                    named.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(path)) from None
             yield reason and (
@@ -68,6 +69,13 @@ def run_lock(folder: Path) -> Iterator[str | None]:
                 part.rmdir()
 
 
+def _no_link(path: str | os.PathLike, flags: int) -> int:
+    """Opens a file, but not the one to which a link leads; a descriptor. Raises ConfigError for a link."""
+    if os.path.islink(path):
+        raise ConfigError(f"run.out: expected a file or none, got the link {path}; remove it")
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def _lock(path: Path) -> tuple[int | None, str | None]:
     """Makes and locks the file. Returns its descriptor, or why the system has no locks, if the names allow a start."""
     refusal = f"run.out: expected a folder that no process trains in, got {path.parent}"
@@ -75,7 +83,7 @@ def _lock(path: Path) -> tuple[int | None, str | None]:
         # Another process may remove the file or the folder in between.
         with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = _no_link(path, os.O_RDWR | os.O_CREAT)
             stack.callback(os.close, file)
             try:
                 if fcntl is None:

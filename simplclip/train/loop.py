@@ -238,7 +238,7 @@ def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, 
 
 def _loader(this: Training, pin_memory: bool) -> data.Loader:
     config, c = this.config, this.config.data
-    fields = {"sidecars": c.sidecars, "max_pixels": c.max_pixels, "on_error": c.on_error}
+    fields = {"sidecars": c.sidecars, "max_pixels": c.max_pixels, "max_bytes": c.max_bytes, "on_error": c.on_error}
     if this.prefix:
         fields |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": this.prefix.shape}
     return data.make_loader(

@@ -71,7 +71,7 @@ class PrefixCache:
         self.this, self.prefix, self.sidecars = this, this.prefix, c.sidecars
         self.folder = Path(c.cache_prefix).expanduser()
         self.transform = copy.copy(this.transform)
-        self.transform.max_pixels = c.max_pixels
+        self.transform.max_pixels, self.max_bytes = c.max_pixels, c.max_bytes
         self.views = (this.teacher or {}).get("views")
         parts = data.parts_of(c.pairs, "data.train")
         for part in parts:
@@ -80,6 +80,7 @@ class PrefixCache:
         self.shards = list(dict.fromkeys(part.url for part in parts))
         t = self.transform
         pixels = {"size": t.size, "mean": t.mean, "std": t.std, "max_pixels": t.max_pixels}
+        pixels["max_bytes"] = self.max_bytes
         if self.views is None:
             pixels |= {"interpolation": t.interpolation.value, "resize_mode": t.resize_mode, "fill": t.fill}
         stamp = {"output_of": self.prefix.name, "shape": self.prefix.shape, "weights": self.prefix.fingerprint()}
@@ -127,6 +128,7 @@ class PrefixCache:
         try:
             self._check_room(size, samples)
             options = {"sidecar": True, "sidecars": self.sidecars, "batch_size": max(1, AT_ONCE // count), "title": "prefix"}
+            options["max_bytes"] = self.max_bytes
             done = rewrite(self.shards, self.folder, self._process, stamp={"prefix": self.stamp}, **options)
         except (InputError, FileExistsError) as error:
             raise ConfigError(f"{_KEY}: {str(error).removeprefix('out: ')}") from None
@@ -146,7 +148,7 @@ class PrefixCache:
         colours: list[list[float] | None] = []
         for sample in samples:
             try:
-                views = (parse(sample.files, teacher=True).views if self.views else None) or [{}]
+                views = (parse(sample.files, teacher=True, max_bytes=self.max_bytes).views if self.views else None) or [{}]
                 pixels = [self.transform.apply(sample.encoded, view) for view in views]
             except BrokenSample as broken:
                 found.append(broken)

@@ -168,7 +168,7 @@ def sigmoid_kernels(dtype: str, architecture: int) -> Iterator[Kernel]:
 
 
 def small_kernels(dtype: str) -> Iterator[Kernel]:
-    everything = next(launch for launch in launches(False) if launch.tiles == 5 and launch.HARD_NEGATIVES)
+    everything = next(launch for launch in launches(False) if launch.tiles == 4 and launch.COLUMNS)
     tile = tuning.Tile(0, 0, 0, 4, 1, 1)
     for of_rows in (True, False):
         constants = {"LAUNCH": everything, "SLOTS": Slots.of(everything), "OF_ROWS": of_rows, **MERGE}

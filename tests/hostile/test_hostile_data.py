@@ -214,7 +214,7 @@ def files(**content):
     return {"png": png(), **{name: value if isinstance(value, bytes) else value.encode() for name, value in content.items()}}
 
 
-WORDS = "0123456789abcdefghij" * 1_000_000
+WORDS = "0123456789abcdefghij" * 500_000
 # files of a sample -> its captions, or why it is counted
 SAMPLES = {
     "a lone surrogate": (files(json=r'{"caption": "a \ud800 b"}'), ["a \ufffd b"]),
@@ -223,9 +223,10 @@ SAMPLES = {
     "NUL": (files(txt=b"a\0b"), ["a\ufffdb"]),
     "latin-1": (files(txt=b"caf\xe9"), "caption not UTF-8"),
     "UTF-16": (files(txt="one".encode("utf-16")), "caption not UTF-8"),
-    "20 MB of a word": (files(txt=WORDS), [WORDS[: text.LONGEST]]),
-    "20 MB of spaces": (files(txt=" " * 20_000_000), "empty caption"),
-    "20 MB of json": (files(json=json.dumps({"caption": WORDS})), "bad json"),
+    "10 MB of a word": (files(txt=WORDS), [WORDS[: text.LONGEST]]),
+    "10 MB of spaces": (files(txt=" " * 10_000_000), "empty caption"),
+    "20 MB of a word": (files(txt=2 * WORDS), "file too large"),
+    "20 MB of json": (files(json=json.dumps({"caption": 2 * WORDS})), "file too large"),
     "NaN and a key twice": (files(json='{"label": NaN, "caption": "x", "caption": "y", "group": Infinity}'), ["y"]),
     "lists in lists": (files(json='{"caption": ' + "[" * 100_000), "bad json"),
     "a number of 5,000 digits": (files(json='{"captions": 1' + "0" * 5000 + "}"), "bad json"),

@@ -264,7 +264,8 @@ def test_a_config_is_refused_in_a_line(content, message):
 
 def npz(about, path="f.npz", dtype="<f2", **members):
     with zipfile.ZipFile(path, "w") as archive:
-        for name, value in {"features": np.zeros((2, 3), dtype), "about": about, **members}.items():
+        columns = dict.fromkeys(embedding.store.COLUMNS, np.array(["a", "b"]))
+        for name, value in {"features": np.zeros((2, 3), dtype), "about": about, **columns, **members}.items():
             data = io.BytesIO()
             np.save(data, value, allow_pickle=True)
             archive.writestr(f"{name}.npy", data.getvalue())
@@ -272,11 +273,14 @@ def npz(about, path="f.npz", dtype="<f2", **members):
 
 ABOUT = {"count": 2, "width": 3, "name": "x", "weights": "0", "source": "open_clip:x", "precision": "fp32", "tower": "image"}
 FEATURES = {
-    "a pickled account": (lambda: npz(np.array([Payload()], object)), "Object arrays cannot be loaded"),
-    "pickled features": (lambda: npz(json.dumps(ABOUT), features=np.array([Payload()], object)), "features of"),
+    "a pickled account": (lambda: npz(np.array([Payload()], object)), "expected an array of numbers or text, got object"),
+    "pickled features": (
+        lambda: npz(json.dumps(ABOUT), features=np.array([Payload()], object)),
+        "numbers or text, got object",
+    ),
     "an account without a model": (lambda: npz(json.dumps({"count": 2})), "it has no width"),
-    "other shapes": (lambda: npz(json.dumps(ABOUT | {"count": 10**12})), "expected 1000000000000 rows"),
-    "an account of 2 MB": (lambda: npz("x" * 500_000), "about.npy of more than"),
+    "other shapes": (lambda: npz(json.dumps(ABOUT | {"count": 10**12})), "features of 1,000,000,000,000 rows"),
+    "an account of 2 MB": (lambda: npz("x" * 500_000), "about: expected at most 1,048,576 bytes"),
     "no zip": (lambda: Path("f.npz").write_bytes(b"x" * 99), "File is not a zip file"),
     "a model that is a command": (
         lambda: npz(json.dumps(ABOUT | {"source": "pipe:touch canary"})),

@@ -1,0 +1,96 @@
+"""Files that are written whole, in a folder that others may write to."""
+
+import os
+import resource
+import signal
+import stat
+
+import pytest
+from pairs import forked
+
+from simplclip.common import files
+from simplclip.common.files import remove_leftovers, replacing, temporary_folder, write_atomically
+from simplclip.train.config import ConfigError
+from simplclip.train.folder import run_lock
+
+
+def test_a_link_that_waits_is_not_followed(tmp_path, monkeypatch):
+    """Under the name of earlier versions, and under the one that this time would be drawn."""
+    target, theirs = tmp_path / "report.json", tmp_path / "theirs"
+    theirs.write_text("theirs")
+    (tmp_path / ".report.json.tmp").symlink_to(theirs)
+    write_atomically(target, "mine")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "5" * 2 * count)
+    (tmp_path / f".report.json.{'5' * 16}.tmp").symlink_to(theirs)
+    (tmp_path / f".folder.{'5' * 16}.tmp").symlink_to(tmp_path)
+    with pytest.raises(FileExistsError):
+        write_atomically(target, "new")
+    with pytest.raises(FileExistsError), temporary_folder(tmp_path / "folder"):
+        pass
+    assert (target.read_text(), theirs.read_text(), target.is_symlink()) == ("mine", "theirs", False)
+
+
+def test_a_run_does_not_write_through_a_link(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").symlink_to(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="got the link .*run.lock"), run_lock(tmp_path / "run"):
+        pass
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+def test_names_cannot_be_guessed_and_nothing_is_left(tmp_path):
+    seen = set()
+    for _ in range(20):
+        with replacing(tmp_path / "a.bin") as file, temporary_folder(tmp_path / "b") as folder:
+            seen |= {os.path.basename(file.name), folder.name}
+    assert len(seen) == 40
+    with pytest.raises(KeyError), replacing(tmp_path / "a.bin") as file, temporary_folder(tmp_path / "b"):
+        raise KeyError
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_those_of_other_files(tmp_path, mask):
+    def make():
+        os.umask(mask)
+        write_atomically(tmp_path / "a", "text")
+        with temporary_folder(tmp_path / "b") as folder:
+            os.rename(folder, tmp_path / "b")
+
+    assert forked(make) == 0
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~mask
+    assert stat.S_IMODE((tmp_path / "b").stat().st_mode) == 0o777 & ~mask
+
+
+def test_a_full_disk_leaves_the_former_file(tmp_path):
+    (tmp_path / "a").write_text("former")
+
+    def fill():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(OSError, match="too large"):
+            write_atomically(tmp_path / "a", bytes(5000))
+
+    assert forked(fill) == 0
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "former"
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    """Those of files that are ours, of this version and of earlier ones; links are removed, not what they lead to."""
+    number = "0123456789abcdef"
+    ours = [f".a.tar.{number}.tmp", ".a.tar.tmp", f".b.tar.{number}.tmp"]
+    others = ["a.tar", ".c.txt.tmp", ".a.tar.0123.tmp.bak", f"a.tar.{number}.tmp", "kept"]
+    for name in (*ours[:2], *others[:-1]):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("x")
+    (tmp_path / ours[2]).symlink_to(tmp_path / "kept")
+    folder = tmp_path / f".d.tar.{number}.tmp"
+    (folder / "inside").mkdir(parents=True)
+    remove_leftovers(tmp_path, lambda name: name.endswith(".tar"), seconds=60)
+    assert {*os.listdir(tmp_path)} == {*ours, *others, folder.name}  # they may still be written
+    remove_leftovers(tmp_path, lambda name: name.endswith(".tar"))
+    assert {*os.listdir(tmp_path)} == {*others}
+    assert (tmp_path / "kept" / "file").exists()
