@@ -16,6 +16,11 @@ class BrokenSample(Exception):
     """A sample is broken: `args` are the reason under which it is counted, and a detail."""
 
 
+def printable(text: str) -> str:
+    """A name from a tar may hold what no terminal takes, or obeys: half characters, escapes, line ends."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @dataclass
 class Skipped:
     """Counts of broken samples by reason, and the first sample of each reason with a detail."""
@@ -25,7 +30,7 @@ class Skipped:
 
     def add(self, reason: str, place: str, detail: object = "") -> None:
         self.counts[reason] += 1
-        self.examples.setdefault(reason, f"{place}: {detail}" if str(detail) else place)
+        self.examples.setdefault(reason, printable(f"{place}: {detail}" if str(detail) else place))
 
     def merge(self, other: Skipped) -> None:
         self.counts += other.counts

@@ -20,7 +20,7 @@ from simplclip.common import plotting
 from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data import index
-from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.broken import BrokenSample, Skipped, printable
 from simplclip.data.epoch import seeded
 from simplclip.data.indexing import look, skipped_of, tables
 from simplclip.data.pool import cores, ordered, processes
@@ -231,7 +231,7 @@ def _duplicates(files: list[str], hashes: list[np.ndarray]) -> dict[str, Any]:
         wanted = known[counts > 1]
         file, of_shard = next((file, of_shard) for file, of_shard in zip(files, hashes) if np.isin(of_shard, wanted).any())
         place = int(np.flatnonzero(np.isin(of_shard, wanted))[0])
-        found["first"] = place_of(next(islice(read_shard(file, Skipped()), place, None)))
+        found["first"] = printable(place_of(next(islice(read_shard(file, Skipped()), place, None))))
     return found
 
 
