@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from simplclip.common import plotting
+from simplclip.common.errors import visible
 from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data import index
@@ -231,7 +232,7 @@ def _duplicates(files: list[str], hashes: list[np.ndarray]) -> dict[str, Any]:
         wanted = known[counts > 1]
         file, of_shard = next((file, of_shard) for file, of_shard in zip(files, hashes) if np.isin(of_shard, wanted).any())
         place = int(np.flatnonzero(np.isin(of_shard, wanted))[0])
-        found["first"] = place_of(next(islice(read_shard(file, Skipped()), place, None)))
+        found["first"] = visible(place_of(next(islice(read_shard(file, Skipped()), place, None))))
     return found
 
 

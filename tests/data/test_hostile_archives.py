@@ -11,6 +11,8 @@ import json
 import lzma
 import os
 import resource
+import subprocess
+import sys
 import warnings
 import zipfile
 import zlib
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 from archives import END, PNG, header, member, npy, pair, pax, record
 from pairs import keys, loader, resize, write
+from paths import PYTHONPATH
 
 from simplclip import embedding
 from simplclip.common.errors import InputError
@@ -230,6 +233,20 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
     assert {reason: sum(one.get(reason, [0])[0] for one in skipped) for reason in sums} == sums
     assert {*folder.iterdir(), *tmp_path.parent.iterdir()} == there
     assert not os.path.exists("/tmp/out.png")
+
+
+@pytest.mark.slow
+def test_names_that_no_terminal_takes(tmp_path):
+    """Of a tar and of a file in it: they are told of where the output is strict UTF-8, and move no cursor."""
+    key, page = "\udcff\udcfe\n\x1b[31m", tmp_path / "\udcff.tar"
+    (tmp_path / "a.tar").write_bytes(after(*(member(key + suffix, PNG[:50]) for suffix in (".png", ".txt"))))
+    page.write_bytes(b"<html>" * 999)
+    command = [sys.executable, "-m", "simplclip", "data", "index", "--decode", str(tmp_path / "a.tar"), str(page)]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": PYTHONPATH}
+    done = subprocess.run([*command, "--workers", "1"], env=environment, capture_output=True, check=False)
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    assert rb"a.tar/\udcff\udcfe\n\x1b[31m" in done.stdout
+    assert rb"\udcff.tar" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -289,7 +289,8 @@ def similarity_loss(
     if weights is not None:
         summed = {term for sweep in sweeps if sweep.call is None for term in sweep.sigmoids}
         sums += [weights[term] * value for term, value in out.items() if term not in summed]
-        out = {term: value.detach() for term, value in out.items()} | {"loss": sum(sums)}  # type: ignore[dict-item]
+        out = {term: value.detach() for term, value in out.items()}
+        out["loss"] = sum(sums)  # type: ignore[assignment]
     if bias is not None and "sigmoid" not in terms:  # a gradient of 0 instead of None, as DistributedDataParallel needs
         last = next(reversed(out))
         out[last] = out[last] + 0.0 * bias
