@@ -70,10 +70,6 @@ def test_tiles_are_those_of_the_installed_triton(monkeypatch):
 
     monkeypatch.setattr(tuning.importlib.metadata, "version", missing)
     assert not tuning._older()
-    launch = next(launch for launch in launches(False) if launch.HARD_NEGATIVES and launch.tiles == 1)
-    for older, tiles in ((False, 1), (True, 2)):
-        monkeypatch.setattr(tuning, "OLDER", older)
-        assert launch.entry(backward=False) == ("similarity_forward", tiles)
 
 
 def test_a_spill_warns_once_when_a_kernel_starts():

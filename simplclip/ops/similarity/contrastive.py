@@ -48,9 +48,10 @@ def contrastive(
     positive = call.scale * rows[RowStat.DIAGONAL_STUDENT] - options.margin
     dropped = options.positives == "drop" or options.decoupled  # from the softmax: the pairs with equal ids
 
-    def side(lse: Tensor, negatives: Tensor | int) -> Tensor:  # negatives: their numbers [N], or that of each row
-        if options.prior is not None or options.decoupled:
-            negatives = lse.new_zeros(()) + negatives
+    def side(lse: Tensor, count: Tensor | int) -> Tensor:  # count: of the negatives, [N] or in each row
+        if options.prior is None and not options.decoupled:
+            return cross_entropy(lse, positive).mean()
+        negatives = lse.new_zeros(()) + count
         if options.prior is not None:
             lse = _debiased(lse, positive, negatives, options.prior, call.scale)
         if options.decoupled:  # 0 * positive: NaN where it is infinite, as in cross_entropy

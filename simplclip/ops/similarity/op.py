@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -268,7 +269,7 @@ def similarity_loss(
     sweeps = sweeps_of(call, terms, keep_ids=keep_ids, hadamard=hadamard, weighted=weights is not None)
     sums: list[Tensor] = []  # of the weighted terms of the sweeps that have sigmoid terms alone
     for sweep in sweeps:
-        numbers = {}
+        numbers: dict[str, Any] = {}
         if sweep.sigmoids:
             numbers = numbers_of(call, sweep.sigmoids, bias, hyperplane, positives, groups, group)
         if sweep.call is not None:
