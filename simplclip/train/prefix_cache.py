@@ -31,6 +31,7 @@ from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Opened, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
 from simplclip.data.streams import is_stream
+from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform
 from simplclip.data.views import augmentation
 from simplclip.models.prefix import FrozenParts, Prefix
@@ -80,7 +81,8 @@ class PrefixCache:
         self.shards = list(dict.fromkeys(part.url for part in parts))
         t = self.transform
         pixels = {"size": t.size, "mean": t.mean, "std": t.std, "max_pixels": t.max_pixels}
-        pixels["max_bytes"] = self.max_bytes
+        if self.max_bytes != MAX_BYTES:  # folders that were made before there was a limit go on
+            pixels["max_bytes"] = self.max_bytes
         if self.views is None:
             pixels |= {"interpolation": t.interpolation.value, "resize_mode": t.resize_mode, "fill": t.fill}
         stamp = {"output_of": self.prefix.name, "shape": self.prefix.shape, "weights": self.prefix.fingerprint()}
