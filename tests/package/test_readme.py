@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from markdown_it import MarkdownIt
@@ -131,6 +132,7 @@ def check_command(words: list[str]) -> None:
         "sudo": check_system_packages,
         "git": lambda rest: None,
         "cd": lambda rest: None,
+        "tar": lambda rest: None,
         "pre-commit": lambda rest: None,
     }
     if program == "benchmarks.ablation":
@@ -254,6 +256,26 @@ def test_quick_commands_run():
         line = re.sub("^simplclip", f"{sys.executable} -m simplclip", re.sub("^python", sys.executable, line))
         run = subprocess.run(shlex.split(line), cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, f"{line}: {run.stderr}"
+
+
+@pytest.mark.slow
+def test_the_example_of_a_folder_of_photos_runs(tmp_path):
+    """The shell block and the config of the section, as they stand there."""
+    section = (ROOT / "docs" / "embedding.md").read_text().split("\n## A folder of photos")[1].split("\n## ")[0]
+    shell, config = re.findall(r"```(?:sh|yaml)\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "photos.yaml").write_text(config)
+    (tmp_path / "photos").mkdir()
+    for shape in tiny.SHAPES:
+        for name, colour in tiny.COLOURS.items():
+            (tmp_path / "photos" / f"{name}-{shape}.png").write_bytes(tiny.picture(colour, shape))
+            (tmp_path / "photos" / f"{name}-{shape}.txt").write_text(f"a {name} {shape}\n")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    for line in shell.splitlines():
+        words = shlex.split(re.sub("^simplclip", f"{sys.executable} -m simplclip", line))
+        run = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, f"{line}: {run.stderr[-3000:]}"
+    assert len(np.load(tmp_path / "photos.npz")["features"]) == 24
+    assert (tmp_path / "hits.png").stat().st_size > 0
 
 
 def words_of(name: str) -> list[str]:
