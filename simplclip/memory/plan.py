@@ -228,8 +228,6 @@ class _Planner:
                     changes[f"data.micro_batch.{tower}={half}"] = {"data": {"micro_batch": less}}
         elif micro is not None and micro % 2 == 0:
             changes[f"data.micro_batch={micro // 2}"] = {"data": {"micro_batch": micro // 2}}
-        if config.loss.scratch_mib > 8:
-            changes["loss.scratch_mib=8 (chunks of the similarity matrices)"] = {"loss": {"scratch_mib": 8}}
         for change, sections in changes.items():
             less = self.usage(**sections).peak
             if less < 0.99 * usage.peak:

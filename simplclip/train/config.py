@@ -6,6 +6,7 @@ Every field has a type, a description and, if possible, a default; `describe()` 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import types
 import typing
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError
@@ -25,13 +26,21 @@ class ConfigError(InputError):
     """A configuration is not valid; the message names the key."""
 
 
-# Keys that earlier versions had, with their defaults. A stored config names every key: one with these values means today what
-# it meant then, and loads.
-GONE: dict[str, Any] = {
-    "data.decode": "cpu",
-    "loss.block_weight": 0.0,
-    "loss.negatives": "all",
+# Keys that earlier versions had: the default, and other values with which a config means today what it meant then. A stored
+# config names every key, and loads if those that are gone have these values.
+GONE: dict[str, tuple[Any, ...]] = {
+    "data.decode": ("cpu",),
+    "loss.block_weight": (0.0,),
+    "loss.negatives": ("all",),
+    "loss.feature_distance": ("mse",),
+    "loss.learn_interactive_scale": (False,),
+    "loss.scratch_mib": (64,),
+    "run.threads": (None,),
+    "run.keep": (1,),
+    "run.tensorboard": (True, False),
 }
+# Those of them that never changed the result: a checkpoint may have any value.
+_GONE_FREE = ("loss.scratch_mib", "run.")
 
 
 class ModelConfig(Section):
@@ -123,15 +132,12 @@ class LossConfig(Section):
     pm_weight: Weight = Field(0.0, description="weight of the pair matching loss")
     plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
     feature_weight: Weight = Field(0.0, description="weight of feature distillation: distance to the teacher's features")
-    feature_distance: Literal["mse", "smooth_l1"] = Field("mse", description="distance in feature distillation")
     relational_weight: Weight = Field(0.0, description="weight of relational distillation: KL to the teacher's softmax")
     interactive_weight: Weight = Field(
         0.0, description="weight of interactive distillation: student against teacher across modalities"
     )
     interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
-    learn_interactive_scale: bool = Field(False, description="give interactive distillation its own learned temperature")
     projection: bool = Field(False, description="learn projections to the teacher's width if it differs")
-    scratch_mib: int = Field(64, ge=1, description="MiB for the chunks of the similarity matrices, never stored whole")
 
     @property
     def weights(self) -> dict[str, Schedule]:
@@ -145,15 +151,35 @@ class LossConfig(Section):
         return bool({"distill_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
 
 
+ADAMW: dict[str, Any] = {"betas": [0.9, 0.98], "eps": 1e-6}
+
+
 class OptimConfig(Section):
     lr: float = Field(1e-3, gt=0, description="learning rate at the end of the warm-up")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms, biases, gains and scalars have none")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
-    beta2: float = Field(0.98, ge=0, lt=1, description="AdamW's decay of the second moment")
-    eps: float = Field(1e-6, gt=0, description="AdamW's epsilon")
+    options: dict[str, Any] = Field(
+        ADAMW, description="arguments of AdamW: betas, eps, amsgrad; one left out has its default"
+    )
     grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null disables clipping")
+
+    @field_validator("options")
+    @classmethod
+    def _of_adamw(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with the defaults of those that are left out."""
+        whole = ADAMW | options
+
+        def number(value: Any) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+
+        betas = whole["betas"] if isinstance(whole["betas"], list) and len(whole["betas"]) == 2 else [None]
+        valid = whole.keys() <= {*ADAMW, "amsgrad"} and all(number(beta) and 0 <= beta < 1 for beta in betas)
+        valid = valid and number(whole["eps"]) and 0 < whole["eps"] < math.inf
+        if not valid or not isinstance(whole.get("amsgrad", False), bool):
+            what = "betas (two numbers from 0 to below 1), eps (a number above 0) and amsgrad (true or false)"
+            raise ValueError(f"expected {what} alone, got {_shown(options)}")
+        return whole
 
 
 class EvalConfig(Section):
@@ -166,19 +192,16 @@ class EvalConfig(Section):
 
 
 class RunConfig(Section):
-    out: str = Field(description="folder of the run: config.yaml, metrics.csv, curves.png, last.pt, tensorboard/")
+    out: str = Field(description="folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
     steps: int = Field(1000, ge=1, description="number of optimizer steps")
     seed: int = Field(0, ge=0, description="seed of weights, data order, drawn captions and augmentation")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
         "auto", description="autocast; auto: bf16 if the hardware has it natively, else fp32"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
-    threads: int | None = Field(None, ge=1, description="CPU threads, at most SIMPLCLIP_THREADS; null: torch's default")
-    log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv and TensorBoard")
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv")
     print_every: int = Field(50, ge=1, description="steps between printed lines if the output is not a terminal")
-    save_every: int = Field(500, ge=1, description="steps between checkpoints; the last step is always saved")
-    keep: int = Field(1, ge=0, description="number of numbered checkpoints to keep beside last.pt")
-    tensorboard: bool = Field(True, description="write TensorBoard files")
+    save_every: int = Field(500, ge=1, description="steps between writes of last.pt; the last step is always saved")
 
 
 class Config(Section):
@@ -259,24 +282,34 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     return from_dict(values)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """Check plain values, e.g. those of a checkpoint."""
+def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
+    """Check plain values. stored: those of a checkpoint, in which a gone key that never changed the result is ignored."""
     try:
-        return Config.model_validate(_without_gone(values))
+        return Config.model_validate(_moved(_without_gone(values, stored)))
     except ValidationError as error:
         raise ConfigError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
 
 
-def _without_gone(values: dict[str, Any]) -> dict[str, Any]:
-    """The values without keys of GONE. Raises ConfigError for one that has another value than its default."""
-    for key, default in GONE.items():
+def _without_gone(values: dict[str, Any], stored: bool) -> dict[str, Any]:
+    """The values without keys of GONE. Raises ConfigError for one that has another value than those there."""
+    for key, same in GONE.items():
         section, _, name = key.partition(".")
         settings = values.get(section)
         if isinstance(settings, dict) and name in settings:
-            if (value := settings[name]) != default:
-                raise ConfigError(f"{key}: this setting is gone: expected none, or its default {default!r}, got {value!r}")
+            if (value := settings[name]) not in same and not (stored and key.startswith(_GONE_FREE)):
+                raise ConfigError(f"{key}: this setting is gone: expected none, or its default {same[0]!r}, got {value!r}")
             values = values | {section: {k: v for k, v in settings.items() if k != name}}
     return values
+
+
+def _moved(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with optim.beta1, beta2 and eps, which earlier versions had, in optim.options."""
+    optim = values.get("optim")
+    if not isinstance(optim, dict) or "options" in optim or not optim.keys() & {"beta1", "beta2", "eps"}:
+        return values
+    rest, (beta1, beta2) = dict(optim), ADAMW["betas"]
+    betas = [rest.pop("beta1", beta1), rest.pop("beta2", beta2)]
+    return values | {"optim": rest | {"options": {"betas": betas, "eps": rest.pop("eps", ADAMW["eps"])}}}
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:

@@ -74,8 +74,6 @@ class Objective:
             **shared,
             teacher_dim=teacher["width"] if teacher and config.projection else None,
             interactive=config.interactive,
-            learn_interactive_scale=config.learn_interactive_scale,
-            feature_distance=config.feature_distance,
             divergence="kl",
         )
 
