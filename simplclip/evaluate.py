@@ -34,7 +34,7 @@ from simplclip.evaluation import (
     zero_shot,
 )
 from simplclip.evaluation.tables import in_words, table
-from simplclip.train.config import EvalConfig
+from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]

@@ -13,7 +13,8 @@ from typing import Any
 from simplclip.common.files import differences, fcntl
 from simplclip.data.pool import cores
 from simplclip.train import checkpoint
-from simplclip.train.config import Config, ConfigError, from_dict
+from simplclip.train.config import ConfigError, from_dict
+from simplclip.train.settings import Config
 
 # Settings that may differ from the checkpoint's, since they do not change the result. So may the folders of data.train
 # and data.sidecars.

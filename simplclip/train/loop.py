@@ -22,12 +22,12 @@ from simplclip.common.errors import UserError
 from simplclip.models.inherit import TRAINS
 from simplclip.ops import backends
 from simplclip.train import checkpoint
-from simplclip.train.config import Config
 from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, gib, ran_out
 from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
 from simplclip.train.prefix_cache import PrefixCache
 from simplclip.train.rescue import LastStep, StopRequest
+from simplclip.train.settings import Config
 from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
 from simplclip.train.trust import flag

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.losses.base import terms_of_sum
-from simplclip.train.config import TERMS, ConfigError, LossConfig
+from simplclip.train.config import ConfigError
+from simplclip.train.settings import TERMS, LossConfig
 
 
 class SigmoidLoss(losses.WIKDLoss):

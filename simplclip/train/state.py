@@ -19,9 +19,10 @@ from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.config import Config, ConfigError, MicroBatch, from_dict
+from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
+from simplclip.train.settings import Config, MicroBatch
 from simplclip.train.trust import check_options
 
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
