@@ -202,7 +202,7 @@ def test_runs_of_other_defaults_are_not_taken_for_those_of_the_present(source, e
     ablation.run(source, effects, out, seeds=1, only=["pm"])
     stored["optim"]["lr"] = 0.5
     folder.with_name(f"{folder.name}.yaml").write_text(yaml.safe_dump(stored))
-    with pytest.raises(ConfigError, match=rf"got {folder}: optim.eps was 0.5, now 1e-06. Delete it to do it again"):
+    with pytest.raises(ConfigError, match=rf"got {folder}: optim.lr was 0.5, now 0.001. Delete it to do it again"):
         ablation.run(source, effects, out, seeds=1, only=["pm"])
 
 

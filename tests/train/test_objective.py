@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from simplclip import losses
 from simplclip.ops.similarity import op as similarity_op
-from simplclip.train.config import ConfigError, LossConfig, Schedule
+from simplclip.train.config import ConfigError
 from simplclip.train.objective import Objective
+from simplclip.train.settings import LossConfig, Schedule
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
 
