@@ -70,7 +70,6 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    devices.set_threads(values.run.threads)
     device = devices.pick_device("cpu")
     this = Training(values, device, devices.pick_precision(values.run.precision, device)[0])
     this.model.train()

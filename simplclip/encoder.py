@@ -28,7 +28,7 @@ from simplclip.data.text import json_of
 from simplclip.evaluation import features_of
 from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights
 from simplclip.train.checkpoint import CheckpointError
-from simplclip.train.config import Config
+from simplclip.train.settings import Config
 from simplclip.train.state import load_model
 from simplclip.train.trust import check_options
 

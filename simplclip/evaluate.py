@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 import simplclip
-from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
 from simplclip.data.pool import cores
@@ -35,7 +34,7 @@ from simplclip.evaluation import (
     zero_shot,
 )
 from simplclip.evaluation.tables import in_words, table
-from simplclip.train.config import EvalConfig
+from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
@@ -96,7 +95,6 @@ def run(
         encoder = load(name, device=device, precision=precision, trust=trust)
         about = {"checkpoint": name, "model": encoder.name, "step": encoder.step, "precision": encoder.precision}
         if number == 0:
-            hardware.set_threads(encoder.config.run.threads if encoder.config else None)
             defaults = encoder.config.eval if encoder.config else EvalConfig(batch_size=64)
             if not (splits or trust):
                 check_splits(defaults.splits, name)

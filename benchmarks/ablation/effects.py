@@ -32,7 +32,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from simplclip.train import config
 from simplclip.train.config import ConfigError
-from simplclip.train.config_data import Section
+from simplclip.train.settings import Section
 
 SIDES = ("base", "variant")
 RESULT = "result.json"  # in the folder of a finished run

@@ -156,7 +156,7 @@ def _train(trial: Trial, source: str, out: Path, threads: int, running: list[sub
     write_atomically(settings, config.load(source, trial.overrides(out)).to_yaml())
     worker = [sys.executable, "-m", "benchmarks.ablation.worker", str(settings), str(os.getpid())]
     command = [*worker, *(["--keep"] if trial.keep else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "SIMPLCLIP_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(log, "a") as file:
         # Its own session: a run that gets Ctrl-C from the terminal and from here as well would stop without saving.
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)

@@ -25,7 +25,7 @@ from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically
 from simplclip.train import config
-from simplclip.train.config import Config
+from simplclip.train.settings import Config
 from simplclip.train.state import load_model
 
 MATRIX = 1 << 26  # most similarities for `auc`
@@ -81,8 +81,8 @@ def main(path: str, keep: bool = False) -> None:
     train.run(values, resume=True)
     out = Path(values.run.out)
     write_atomically(out / RESULT, json.dumps(result(values), indent=1) + "\n")
-    for checkpoint in () if keep else out.glob("*.pt"):
-        checkpoint.unlink()
+    if not keep:
+        (out / "last.pt").unlink()
 
 
 if __name__ == "__main__":

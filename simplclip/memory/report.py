@@ -13,8 +13,8 @@ from rich.table import Table
 
 from simplclip.common.plotting import COLOURS, FRAME, INK, MUTED, new_figure, style, write
 from simplclip.memory.plan import Plan, make, parse_memory
-from simplclip.train.config import Config
 from simplclip.train.limits import GIB, Budget, gib
+from simplclip.train.settings import Config
 
 KIND_COLOURS = ("#495057", "#0b6bcb", "#74c0fc", "#adb5bd", "#d9480f", "#7048e8", "#ffc078", "#c2255c")
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from simplclip import data, models
 from simplclip.common import hardware, plugins
 from simplclip.models.inherit import TAG
-from simplclip.train.config import Config
+from simplclip.train.settings import Config
 from simplclip.train.state import Training, lr_factor, make_optimizer
 from simplclip.train.step import train_step
 

@@ -163,7 +163,6 @@ def run(
         evaluation.source(split)  # raises its error before the work
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
-    hardware.set_threads(None)
     say = print if progress else lambda line: None
     if heads_file is not None and BUILTIN not in names:
         raise InputError(

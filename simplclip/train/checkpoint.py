@@ -10,10 +10,8 @@ A checkpoint is one `torch.save` dict that loads with weights_only=True:
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +23,19 @@ from simplclip.common.files import remove_leftovers, replacing
 from simplclip.models.registry import read_weights
 
 FORMAT, VERSION = "simplclip", 1
-_NUMBERED = re.compile(r"step-(\d+)\.pt")
-_WRITTEN = re.compile(r"last\.pt|step-\d+\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")
+_WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")
 
 
 class CheckpointError(InputError):
     """The file is not a usable checkpoint."""
 
 
-def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = True) -> Path:
-    """Write FOLDER/last.pt and FOLDER/step-NNNNNN.pt; keep the `keep` newest numbered ones. Returns the path of last.pt.
+def save(folder: str | Path, state: dict[str, Any]) -> Path:
+    """Write FOLDER/last.pt, and return its path.
 
-    A crash, a full disk or a signal at any moment leaves the old last.pt unchanged or the new one complete. Without `prune`
-    all numbered checkpoints are kept.
+    A crash, a full disk or a signal at any moment leaves the old last.pt unchanged or the new one complete.
     """
-    folder = Path(folder)
-    last = folder / "last.pt"
+    last = Path(folder) / "last.pt"
     with replacing(last) as file:
         try:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
@@ -49,15 +44,6 @@ def save(folder: str | Path, state: dict[str, Any], keep: int, prune: bool = Tru
             if isinstance(first := error.__context__, OSError):
                 raise OSError(first.errno, first.strerror, str(last)) from first
             raise
-    if keep:
-        numbered = folder / f"step-{state['step']:06d}.pt"
-        try:
-            os.link(last, numbered)
-        except OSError:  # an earlier run has left it, or the file system has no hard links
-            with replacing(numbered) as file, last.open("rb") as source:
-                shutil.copyfileobj(source, file)
-    for old in numbered_checkpoints(folder)[: -keep or None] if prune else ():
-        old.unlink()
     return last
 
 
@@ -94,12 +80,6 @@ def step_of(path: str | Path) -> int | None:
 def remove_temporaries(folder: str | Path) -> None:
     """Remove the temporary files that a killed training left in `folder`. Other files are kept."""
     remove_leftovers(folder, _WRITTEN.fullmatch)
-
-
-def numbered_checkpoints(folder: str | Path) -> list[Path]:
-    """The files step-NNNNNN.pt in `folder`, oldest first."""
-    found = [(int(m[1]), p) for p in Path(folder).iterdir() if (m := _NUMBERED.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
 
 
 def rng_state() -> dict[str, Any]:

@@ -13,11 +13,12 @@ from typing import Any
 from simplclip.common.files import differences, fcntl
 from simplclip.data.pool import cores
 from simplclip.train import checkpoint
-from simplclip.train.config import Config, ConfigError, from_dict
+from simplclip.train.config import ConfigError, from_dict
+from simplclip.train.settings import Config
 
 # Settings that may differ from the checkpoint's, since they do not change the result. So may the folders of data.train
 # and data.sidecars.
-_FREE = ("data.micro_batch", "data.on_error", "loss.scratch_mib", "model.recompute", "eval.", "run.")
+_FREE = ("data.micro_batch", "data.on_error", "model.recompute", "eval.", "run.")
 _NOT_FREE = ("run.seed", "run.precision")
 _held: set[int] = set()  # descriptors of this process's locks
 
@@ -134,7 +135,7 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
             )
         return None, _with(config, workers=cores()) if config.data.workers is None else config
     state = checkpoint.load(last)
-    was = from_dict(state["config"])
+    was = from_dict(state["config"], stored=True)
     if config.data.micro_batch == "auto":
         config = _with(config, micro_batch=was.data.micro_batch)
     if config.data.workers is None:

@@ -12,7 +12,8 @@ from types import ModuleType
 import torch
 
 from simplclip.common.errors import InputError
-from simplclip.train.config import Config, ConfigError
+from simplclip.train.config import ConfigError
+from simplclip.train.settings import Config
 
 try:
     import resource

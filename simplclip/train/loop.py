@@ -22,12 +22,12 @@ from simplclip.common.errors import UserError
 from simplclip.models.inherit import TRAINS
 from simplclip.ops import backends
 from simplclip.train import checkpoint
-from simplclip.train.config import Config
 from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, gib, ran_out
 from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
 from simplclip.train.prefix_cache import PrefixCache
 from simplclip.train.rescue import LastStep, StopRequest
+from simplclip.train.settings import Config
 from simplclip.train.state import Training
 from simplclip.train.step import TrainingError, train_step
 from simplclip.train.trust import flag
@@ -52,8 +52,8 @@ def run(
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no stop. Without a last.pt the
         run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command serves both.
 
-    The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), tensorboard/, last.pt, numbered
-    checkpoints and curves.png, all after the first whole step.
+    The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), last.pt and curves.png, all after
+    the first whole step.
 
     Raises:
         ConfigError: the folder already holds a run or another process trains in it, or the checkpoint has other settings. A
@@ -70,7 +70,6 @@ def run(
         checkpoint.remove_temporaries(out)
         device = hardware.pick_device(config.run.device)
         precision, why = hardware.pick_precision(config.run.precision, device)
-        threads = hardware.set_threads(config.run.threads)
         limit = MemoryLimit(device, memory_limit, planner)
         stack.callback(limit.lift)
         auto = config.data.micro_batch == "auto"
@@ -93,7 +92,7 @@ def run(
         stop = stack.enter_context(StopRequest())
         try:
             report = Reporter(console, config.run.steps, this.step, config.run.print_every)
-            with report.progress, RunLog(out, this.step, config.run.tensorboard) as log:
+            with report.progress, RunLog(out, this.step) as log:
                 report.print(models.summary(this.model, config.model.name))
                 for line in this.inheritance.lines() if this.inheritance else ():
                     report.print(line)
@@ -106,7 +105,9 @@ def run(
                 for line in this.folded.lines():
                     report.print(f"frozen     {line}")
                 report.print(f"precision  {precision} ({why})")
-                report.print(f"device     {device}; CPU threads: {threads}; loader processes: {config.data.workers}")
+                report.print(
+                    f"device     {device}; CPU threads: {torch.get_num_threads()}; loader processes: {config.data.workers}"
+                )
                 if note:
                     report.print(f"lock       {note}")
                 if auto:

@@ -1,4 +1,4 @@
-"""Output of a run's figures: metrics.csv, curves.png, TensorBoard, and a progress bar or plain lines."""
+"""Output of a run's figures: metrics.csv, curves.png, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -73,16 +73,15 @@ class Reporter:
 
 
 class RunLog:
-    """metrics.csv (a row per logged step), evaluation.csv (one per split and direction) and TensorBoard of the same.
+    """metrics.csv (a row per logged step) and evaluation.csv (one per split and direction).
 
     start: the step after which the run continues. Later rows are removed, so that an interrupted and resumed run has the same
     rows as an uninterrupted one.
     """
 
-    def __init__(self, out: Path, start: int, tensorboard: bool):
+    def __init__(self, out: Path, start: int):
         self.out, self.start = out, start
         self._tables: dict[str, csv.DictWriter] = {}
-        self._tensorboard, self._writer = tensorboard, None
         self._open = ExitStack()
 
     def __enter__(self) -> RunLog:
@@ -97,26 +96,13 @@ class RunLog:
                 raise
 
     def write(self, name: str, row: Mapping[str, float | str]) -> None:
-        """Add a row to NAME.csv; its first row decides the columns. TensorBoard gets the numbers, named by the words.
-
-        row: "step", and figures or words, e.g. {"step": 5, "split": "held", "R@1": 0.5} -> evaluation/held/R@1.
-        """
+        """Add a row to NAME.csv, of "step" and figures or words; its first row decides the columns."""
         if name not in self._tables:
             path, columns = self.out / f"{name}.csv", list(row)
             write_csv(path, columns, [row for row in _rows(path, columns) if int(row["step"]) <= self.start])
             lines = self._open.enter_context(path.open("a", buffering=1, newline="", encoding="utf-8"))
             self._tables[name] = csv.DictWriter(lines, columns, lineterminator="\n")
         self._tables[name].writerow(row)
-        if self._tensorboard and not self._writer:  # not earlier, so that a failed start leaves no files
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.start + 1)
-            self._writer = self._open.enter_context(writer)
-        if self._writer:
-            words = [value for value in row.values() if isinstance(value, str)]
-            for figure, value in row.items():
-                if figure != "step" and not isinstance(value, str):
-                    self._writer.add_scalar("/".join([name, *words, figure]), value, row["step"])
 
 
 def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, str]]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.losses.base import terms_of_sum
-from simplclip.train.config import TERMS, ConfigError, LossConfig
+from simplclip.train.config import ConfigError
+from simplclip.train.settings import TERMS, LossConfig
 
 
 class SigmoidLoss(losses.WIKDLoss):
@@ -74,8 +75,6 @@ class Objective:
             **shared,
             teacher_dim=teacher["width"] if teacher and config.projection else None,
             interactive=config.interactive,
-            learn_interactive_scale=config.learn_interactive_scale,
-            feature_distance=config.feature_distance,
             divergence="kl",
         )
 

@@ -35,7 +35,8 @@ from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform
 from simplclip.data.views import augmentation
 from simplclip.models.prefix import FrozenParts, Prefix
-from simplclip.train.config import Config, ConfigError
+from simplclip.train.config import ConfigError
+from simplclip.train.settings import Config
 
 AT_ONCE = 64  # images that the prefix gets at a time
 _KEY = "data.cache_prefix"

@@ -75,12 +75,12 @@ class LastStep:
         self._progress = self.this.progress()
         self._claim()
 
-    def save(self, prune: bool = True) -> None:
+    def save(self) -> None:
         """Write the checkpoint of the last whole step."""
         self._claim()
         state = self.this.state() | self._progress
         state["model"].update(self._buffers)
-        checkpoint.save(self.out, state, self.this.config.run.keep, prune)
+        checkpoint.save(self.out, state)
 
     def rescue(self) -> str | None:
         """Save the last whole step if it is not saved. Returns a sentence: what is saved, or why not and what is intact.
@@ -106,7 +106,7 @@ class LastStep:
                 try:
                     if this.step != step:  # it failed, or was stopped, right after the update
                         self.take()
-                    self.save(prune=False)
+                    self.save()
                     return f"Saved step {this.step} in {self.last}."
                 except Exception as error:
                     good = checkpoint.step_of(self.last)

@@ -19,9 +19,10 @@ from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.config import Config, ConfigError, MicroBatch, from_dict
+from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
+from simplclip.train.settings import Config, MicroBatch
 from simplclip.train.trust import check_options
 
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
@@ -65,7 +66,6 @@ class Training:
         self.model.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
-        self.loss.scratch_bytes = config.loss.scratch_mib << 20
         self.optimizer = make_optimizer(self.model, self.loss, config)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -205,7 +205,7 @@ def load_model(
     """
     state = checkpoint.load(path)
     try:
-        config = from_dict(state["config"])
+        config = from_dict(state["config"], stored=True)
     except (ConfigError, LookupError) as error:
         reason = first_line(error) if isinstance(error, ConfigError) else "none"
         raise checkpoint.CheckpointError(f"{path}: expected a checkpoint with a valid config, got {reason}") from None
@@ -234,8 +234,7 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=o.lr,
-        betas=(o.beta1, o.beta2),
-        eps=o.eps,
+        **o.options | {"betas": tuple(o.options["betas"])},
         fused=decayed[0].device.type in ("cpu", "cuda"),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.data.sources import addresses
 from simplclip.data.streams import names_stream
-from simplclip.train.config import Config
+from simplclip.train.settings import Config
 
 # Options of models that say how one is built. Others of open_clip, such as pretrained and weights_only, load files.
 _ARCHITECTURE = {

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     """A run, its export, weights of an open_clip model, and pictures."""
     folder = tmp_path_factory.mktemp("encoder")
     write_models(folder)
-    trainer.run(tiny.settings(folder, "run.steps=1", "run.tensorboard=false"))
+    trainer.run(tiny.settings(folder, "run.steps=1"))
     export.run(folder / "run", folder / "export", formats=["open_clip", "safetensors"])
     for number, colour in enumerate(("red", "green", "blue")):
         (folder / f"{number}.png").write_bytes(tiny.picture(tiny.COLOURS[colour], "ring", size=40))

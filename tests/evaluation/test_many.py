@@ -110,7 +110,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_models(folder)
     for name, seed in (("run", 0), ("other", 1)):
-        changes = (f"run.out={folder / name}", f"run.seed={seed}", "run.steps=2", "run.tensorboard=false")
+        changes = (f"run.out={folder / name}", f"run.seed={seed}", "run.steps=2")
         trainer.run(tiny.settings(folder, *changes))
     tiny.write_shard(folder / "held.tar")
     return folder

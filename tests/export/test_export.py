@@ -59,7 +59,7 @@ def save(folder, name, **options):
     values = {"model": {"name": name, "options": options}, "data": {"train": "x.tar"}, "run": {"out": str(folder)}}
     folder.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "step": 7, "config": config.from_dict(values).model_dump()}
-    checkpoint.save(folder, state, keep=0)
+    checkpoint.save(folder, state)
     return model
 
 

@@ -98,7 +98,7 @@ def test_python_blocks_run(name, tmp_path):
 def trained(folder: Path) -> None:
     """The run and the images that the README's program reads."""
     out = folder / "runs" / "siclip-lite0-emoji"
-    trainer.run(tiny.settings(folder, "run.steps=1", "run.tensorboard=false", f"run.out={out}"))
+    trainer.run(tiny.settings(folder, "run.steps=1", f"run.out={out}"))
     for name in ("cat.jpg", "car.jpg"):
         (folder / name).write_bytes(tiny.picture(tiny.COLOURS["red"], "ring"))
 

@@ -65,14 +65,14 @@ def write_config(folder: Path, teacher: int = 0) -> str:
     shard = folder / "data" / "train-0.tar"
     if not shard.exists():
         write_shard(shard, teacher=teacher)
-    run = {"out": str(folder / "run"), "steps": 7, "precision": "fp32", "device": "cpu", "threads": 1, "log_every": 1}
+    run = {"out": str(folder / "run"), "steps": 7, "precision": "fp32", "device": "cpu", "log_every": 1}
     values = config.from_dict(
         {
             "model": {"name": "siclip-tiny", "options": MODEL},
             "data": {"train": str(shard), "batch_size": 8, "workers": 0},
             "loss": {"pm_weight": 1.0},
             "optim": {"warmup": 2},
-            "run": run | {"print_every": 1, "save_every": 100, "tensorboard": False},
+            "run": run | {"print_every": 1, "save_every": 100},
         }
     )
     path = folder / "config.yaml"

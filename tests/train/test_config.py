@@ -6,6 +6,7 @@ import yaml
 from simplclip.common.files import differences
 from simplclip.train import config
 
+WRONG = ["beta: 1", "betas: 0.9", "betas: [0.9]", "betas: [0.9, 1]", "betas: [0.9, x]", "eps: 0", "eps: x", "amsgrad: 1"]
 MINIMAL = {"data": {"train": "x-*.tar"}, "run": {"out": "runs/x"}}
 
 
@@ -24,7 +25,7 @@ def error_of(tmp_path, values, overrides=()) -> str:
 def test_defaults_and_round_trip(tmp_path):
     c = config.load(write(tmp_path, MINIMAL))
     assert c.data.train == "x-*.tar"
-    assert c.optim.beta2 == 0.98
+    assert c.optim.options == {"betas": [0.9, 0.98], "eps": 1e-6}
     assert config.load(write(tmp_path, c.to_yaml())) == c
     assert config.from_dict(c.to_dict()) == c
     with pytest.raises(Exception, match="frozen"):
@@ -33,10 +34,10 @@ def test_defaults_and_round_trip(tmp_path):
 
 def test_set_parses_values_as_yaml(tmp_path):
     free = ["data.train=[a.tar, b.tar]", "model.options.width=64", "eval.splits.held=h-*.tar"]
-    plain = ["optim.lr=2e-3", "optim.eps=1E-8", "optim.grad_clip=null", "run.tensorboard=false", "run.steps=7"]
+    plain = ["optim.lr=2e-3", "optim.min_lr=1E-8", "optim.grad_clip=null", "loss.projection=true", "run.steps=7"]
     c = config.load(write(tmp_path, MINIMAL), free + plain)
     assert (c.data.train, c.model.options, c.eval.splits) == (["a.tar", "b.tar"], {"width": 64}, {"held": "h-*.tar"})
-    assert (c.optim.lr, c.optim.eps, c.optim.grad_clip, c.run.tensorboard, c.run.steps) == (2e-3, 1e-8, None, False, 7)
+    assert (c.optim.lr, c.optim.min_lr, c.optim.grad_clip, c.loss.projection, c.run.steps) == (2e-3, 1e-8, None, True, 7)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
     [
         ("optim.lr=fast", "optim.lr: expected a number, got 'fast' (str)"),
         ("data.batch_size=1.5", "data.batch_size: expected a whole number, got 1.5 (float)"),
-        ("run.tensorboard=3", "run.tensorboard: expected true or false, got 3 (int)"),
+        ("loss.projection=3", "loss.projection: expected true or false, got 3 (int)"),
         ("run.precision=fp8", "run.precision: expected one of fp32, bf16, fp16, auto, got 'fp8' (str)"),
         ("inherit.blocks=average", "inherit: expected `source` beside blocks = average, got none"),
         ("inherit.blocks=sum", "inherit.blocks: expected one of average, first or null, got 'sum' (str)"),
@@ -79,6 +80,11 @@ def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
         ("eval.splits.held=3", "eval.splits.held"),
         ("optim=3", "optim: expected a mapping, got 3 (int)"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
+        ("optim.options=3", "optim.options: expected a mapping, got 3 (int)"),
+        *(
+            (f"optim.options={{{wrong}}}", "optim.options: expected betas (two numbers from 0 to below 1), eps ")
+            for wrong in WRONG
+        ),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1 (int)"),
         ("run.out.x=3", "--set run.out.x: run.out is not a section, it is 'runs/x' (str)"),
         ("run.steps", "--set: expected key=value (e.g. optim.lr=1e-3), got 'run.steps'"),
@@ -111,17 +117,36 @@ def test_missing_and_several_errors_at_once(tmp_path):
     assert "run.steps: expected a whole number, got 'many' (str)" in message
 
 
-@pytest.mark.parametrize(("key", "default"), config.GONE.items())
-def test_a_key_that_is_gone_is_taken_with_its_default_alone(tmp_path, key, default):
+@pytest.mark.parametrize(("key", "same"), config.GONE.items())
+def test_a_key_that_is_gone_is_taken_with_its_default_alone(tmp_path, key, same):
     assert key not in set(config.keys())
     section, _, name = key.partition(".")
-    stored = config.load(write(tmp_path, MINIMAL)).to_dict()
-    stored[section][name] = default
-    assert config.from_dict(stored) == config.load(write(tmp_path, MINIMAL))
-    assert stored[section][name] == default  # the caller's dict stays as it is
+    now = config.load(write(tmp_path, MINIMAL))
+    stored = now.to_dict()
+    for value in same:
+        stored[section][name] = value
+        assert config.from_dict(stored) == now
+        assert stored[section][name] == value  # the caller's dict stays as it is
     stored[section][name] = {"value": 30}
-    message = f"{key}: this setting is gone: expected none, or its default {default!r}, got {{'value': 30}}"
+    message = f"{key}: this setting is gone: expected none, or its default {same[0]!r}, got {{'value': 30}}"
     assert error_of(tmp_path, stored) == message
+    if section == "run":  # it never changed the result, and a checkpoint cannot be edited
+        assert config.from_dict(stored, stored=True) == now
+
+
+def test_keys_of_earlier_versions_for_adamw_are_its_options(tmp_path):
+    stored = config.load(write(tmp_path, MINIMAL)).to_dict()
+    del stored["optim"]["options"]
+    for keys, options in (
+        ({"beta1": 0.9, "beta2": 0.98, "eps": 1e-6}, {}),
+        ({"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}, {"betas": [0.9, 0.95], "eps": 1e-8}),
+        ({"eps": 1e-8}, {"eps": 1e-8}),
+    ):
+        now = config.from_dict(MINIMAL | {"optim": {"options": options}})
+        assert config.from_dict(stored | {"optim": stored["optim"] | keys}) == now
+    message = r"optim.options: expected betas .* got {'betas': \[0.9, 'x'\], 'eps': 1e-06} \(dict\)"
+    with pytest.raises(config.ConfigError, match=message):
+        config.load(write(tmp_path, MINIMAL), ["optim.beta2=x"])
 
 
 def test_files_that_are_no_config(tmp_path):

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from simplclip import losses
 from simplclip.ops.similarity import op as similarity_op
-from simplclip.train.config import ConfigError, LossConfig, Schedule
+from simplclip.train.config import ConfigError
 from simplclip.train.objective import Objective
+from simplclip.train.settings import LossConfig, Schedule
 
 TEACHER = {"name": "t", "width": 6, "logit_scale": 12.0}
 
@@ -82,13 +83,13 @@ def test_several_captions_are_pairs_with_their_image_and_no_negatives_of_each_ot
 
 
 def test_gradients_reach_what_is_learned():
-    ours = objective(pm_weight=1.0, feature_weight=1.0, interactive_weight=1.0, projection=True, learn_interactive_scale=True)
+    ours = objective(pm_weight=1.0, feature_weight=1.0, interactive_weight=1.0, projection=True)
     x, y, tx, ty = *features(4, 4, width=8), *features(4, 4, width=6)
     scale = torch.tensor(10.0, requires_grad=True)
     ours.loss.double()
     sum(ours(0, x, y, scale, None, torch.arange(4), tx.half(), ty.half()).values()).backward()
     names = dict(ours.loss.named_parameters())
-    assert {"plane_weight", "plane_bias", "interactive_log_scale", "image_projections.0", "text_projections.0"} == set(names)
+    assert {"plane_weight", "plane_bias", "image_projections.0", "text_projections.0"} == set(names)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in names.values())
     assert scale.grad.abs() > 0
 

@@ -81,7 +81,7 @@ def test_the_run_says_where_they_start(tmp_path):
 
 @pytest.mark.slow
 def test_it_learns(tmp_path):
-    changes = ["run.steps=40", "optim.lr=2e-3", "data.augment=none", "run.tensorboard=true", f"run.out={tmp_path / 'run'}"]
+    changes = ["run.steps=40", "optim.lr=2e-3", "data.augment=none", f"run.out={tmp_path / 'run'}"]
     text = go(tiny.settings(tmp_path, SIGMOID, *changes))
     assert "SigmoidLoss: sigmoid, pair matching; similarity_loss is served by" in text
     assert "scale 10.0  bias -10.0" in text

@@ -142,7 +142,7 @@ def test_a_dead_loader_process_does_not_break_into_a_step(tmp_path, monkeypatch)
 
 
 def test_a_first_step_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    config = tiny.settings(tmp_path, "run.tensorboard=true")
+    config = tiny.settings(tmp_path)
     at_step(monkeypatch, 1, fails)
     with pytest.raises(OSError, match="Input/output"):
         go(config)
@@ -197,7 +197,7 @@ def test_without_locks_the_names_decide(tmp_path, monkeypatch):
 def test_what_a_killed_run_left_is_removed(tmp_path):
     go(tiny.settings(tmp_path, "run.steps=1"))
     out = tmp_path / "run"
-    for name in (".step-000003.pt.tmp", ".last.pt.tmp", ".mine.tmp"):
+    for name in (".config.yaml.tmp", ".last.pt.tmp", ".mine.tmp"):
         (out / name).write_bytes(b"half")
     go(tiny.settings(tmp_path, "run.steps=2"), resume=True)
     assert [p.name for p in out.glob(".*")] == [".mine.tmp"]

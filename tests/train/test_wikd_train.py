@@ -138,7 +138,7 @@ print("loaded", [n for n in sys.modules if n.startswith("simplclip.teacher")])
 def test_what_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, change, teacher, error, message):
     out = tmp_path / "new" / "run"
     with pytest.raises(error, match=message):
-        go(tiny.settings(tmp_path, change, "run.tensorboard=true", f"run.out={out}", teacher=teacher))
+        go(tiny.settings(tmp_path, change, f"run.out={out}", teacher=teacher))
     assert not out.parent.exists()
 
 
@@ -169,7 +169,7 @@ def work(config, changes, out, ready):
 def test_killed_at_random_moments_it_ends_as_undisturbed(tmp_path):
     """Weights, optimizer, random states and logged figures to the bit; what is there after a kill is a whole checkpoint."""
     config = tiny.write_config(tmp_path, teacher=WIDTH)
-    changes = [*WIKD, *CACHED, "data.workers=1", "run.save_every=1", "run.keep=2", "run.steps=6"]
+    changes = [*WIKD, *CACHED, "data.workers=1", "run.save_every=1", "run.steps=6"]
 
     def check_whole(out):
         for path in out.glob("*.pt"):

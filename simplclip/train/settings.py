@@ -1,0 +1,299 @@
+"""The settings of a run: every key with its type, description and, if possible, default; `config` reads them."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    name: str = Field("siclip-tiny", description="name of the model, see `simplclip.models.create`")
+    options: dict[str, Any] = Field({}, description="keyword arguments for `simplclip.models.create`")
+    freeze_norms: bool = Field(
+        False, description="keep batch norms in eval mode; gradient caching needs this unless they are inherited"
+    )
+    recompute: bool = Field(
+        False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
+    )
+
+    @property
+    def image_size(self) -> int | None:
+        """The image size in `options`, or None for the model's default."""
+        return self.options.get("vision_cfg", {}).get("image_size")
+
+
+class InheritConfig(Section):
+    source: str | list[str] | None = Field(
+        None, description="weights to inherit: a checkpoint, an open_clip tag NAME/TAG, efficientnet-lite0, minilm, or a list"
+    )
+    train: list[str] = Field([], description="patterns of inherited tensors that are trained; the others are frozen")
+    blocks: Literal["average", "first"] | None = Field(
+        None,
+        description="start simplified blocks from the source's blocks in their places; a matrix that they share is the "
+        "average of theirs, or the first one's. null: simplified blocks start from random weights",
+    )
+
+    @model_validator(mode="after")
+    def _has_source(self) -> InheritConfig:
+        if self.blocks and self.source is None:
+            raise ValueError(f"expected `source` beside blocks = {self.blocks}, got none")
+        return self
+
+
+class MicroBatch(Section):
+    """What each tower encodes at a time; None: the whole batch."""
+
+    image: int | None = Field(None, ge=1)
+    text: int | None = Field(None, ge=1)
+
+
+class Source(Section):
+    """Some of the pairs, with their weight; see `simplclip.data.parts_of`."""
+
+    shards: str | list[str]
+    weight: float = Field(1.0, gt=0)
+    image_key: str | None = None
+    caption_key: str | None = None
+    separator: str | None = None
+
+
+_Pattern = Annotated[str, Tag("train-pattern")]
+_Source = Annotated[Source, Tag("train-source")]
+
+
+def _form(value: Any) -> str:
+    several = "train-list" if isinstance(value, list) else "train-pattern"
+    return "train-source" if isinstance(value, dict | Source) else several
+
+
+class DataConfig(Section):
+    train: Annotated[
+        _Pattern | _Source | Annotated[list[Annotated[_Pattern | _Source, Discriminator(_form)]], Tag("train-list")],
+        Discriminator(_form),
+    ] = Field(
+        description="the pairs: tars by path, glob, brace pattern, URL, pipe:COMMAND or list file, a table, or a folder of "
+        "images; {shards, weight}: each sample weight times an epoch; or a list of these"
+    )
+    batch_size: int = Field(256, ge=1, description="images per step")
+    micro_batch: Annotated[
+        Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Tag("number")] | Annotated[MicroBatch, Tag("towers")],
+        Discriminator(lambda value: "towers" if isinstance(value, dict | MicroBatch) else "number"),
+    ] = Field(
+        None,
+        description="images, with their captions, at a time (gradient caching: the gradient is that of the whole batch); "
+        "{image, text}: images and captions at a time, each tower by itself; null: all; auto: as many as fit, see "
+        "`simplclip plan`",
+    )
+    captions_per_image: int = Field(1, ge=1, description="captions drawn for each image in each step; each makes a pair")
+    workers: int | None = Field(
+        None, ge=0, description="loader processes; 0 reads in the training process; null: as many as there are cores"
+    )
+    on_error: Literal["skip", "stop"] = Field(
+        "skip",
+        description="a shard that cannot be read after several tries is skipped and counted, or ends (stop) the run",
+    )
+    sidecars: list[str] = Field(
+        [],
+        description="folders of `simplclip teacher` and `simplclip caption`, whose files are joined to the samples",
+    )
+    cache_prefix: str | None = Field(
+        None,
+        description="folder for the outputs of the image tower's frozen prefix, one for each view that a teacher saw (or for "
+        "each image, with augment none): made once, then read in place of the images; null: computed in each step",
+    )
+    max_pixels: int | None = Field(
+        None, ge=1, description="images of more pixels are skipped and counted before they are decoded; null: Pillow's limit"
+    )
+    max_bytes: int = Field(
+        256 << 20, ge=1, description="samples whose files have more bytes together are skipped and counted, and not read"
+    )
+    augment: str | dict[str, Any] | None = Field(
+        None,
+        description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views "
+        "which the teacher saw, else the model's default",
+    )
+    options: dict[str, Any] = Field({}, description="further keyword arguments for `simplclip.data.make_loader`")
+
+    @property
+    def images_at_a_time(self) -> int:
+        """Images of a micro-batch; "auto" must have been replaced by a number."""
+        micro = self.micro_batch.image if isinstance(self.micro_batch, MicroBatch) else self.micro_batch
+        assert micro != "auto"
+        return micro or self.batch_size
+
+    @property
+    def pairs(self) -> Any:
+        """`train` in plain values, as `simplclip.data.parts_of` takes it."""
+        return self.model_dump(include={"train"})["train"]
+
+
+class Schedule(Section):
+    """A weight by step: linear from `value` at `start` to `to` at `end`; 0 before `start` and from `until` on."""
+
+    value: float = Field(ge=0)
+    to: float | None = Field(None, ge=0)
+    start: int = Field(0, ge=0)
+    end: int | None = Field(None, ge=1)
+    until: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Schedule:
+        for name in ("end", "until"):
+            last = getattr(self, name)
+            if last is not None and last <= self.start:
+                raise ValueError(f"expected {name} after start = {self.start}, got {last}")
+        if self.end is not None and self.to is None:
+            raise ValueError("expected `to`, the weight reached at `end`, got none")
+        return self
+
+    def at(self, step: int, steps: int) -> float:
+        """The weight at `step` (from 0) of a run of `steps` steps; without `end`, `to` is reached at the last step."""
+        if step < self.start or (self.until is not None and step >= self.until):
+            return 0.0
+        if self.to is None:
+            return self.value
+        end = self.end or min(self.until or steps, steps) - 1
+        done = min(1.0, (step - self.start) / max(1, end - self.start))
+        return self.value + (self.to - self.value) * done
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
+    Discriminator(lambda value: "schedule" if isinstance(value, dict | Schedule) else "number"),
+]
+# a loss's name of its term -> the weight's name, here and in WIKDLoss and ClipPMLoss
+TERMS = {
+    "contrastive_loss": "contrastive_weight",
+    "distill_loss": "relational_weight",
+    "interactive_loss": "interactive_weight",
+    "feature_loss": "feature_weight",
+    "pair_matching_loss": "pm_weight",
+}
+_SCHEDULE = "a number, or a schedule {value, to, start, end, until}"
+
+
+class LossConfig(Section):
+    base: Literal["contrastive", "sigmoid"] = Field(
+        "contrastive",
+        description="contrastive: softmax over the batch (CLIP); sigmoid: logistic loss of every pair (SigLIP), whose scale "
+        "starts at 10 and whose bias at -10 unless model.options has init_logit_scale and init_logit_bias",
+    )
+    contrastive_weight: Weight = Field(1.0, description=f"weight of the base; each weight is {_SCHEDULE}")
+    pm_weight: Weight = Field(0.0, description="weight of the pair matching loss")
+    plane: Literal["scalar", "hadamard"] = Field("scalar", description="hyperplane of the pair matching loss")
+    feature_weight: Weight = Field(0.0, description="weight of feature distillation: distance to the teacher's features")
+    relational_weight: Weight = Field(0.0, description="weight of relational distillation: KL to the teacher's softmax")
+    interactive_weight: Weight = Field(
+        0.0, description="weight of interactive distillation: student against teacher across modalities"
+    )
+    interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
+    projection: bool = Field(False, description="learn projections to the teacher's width if it differs")
+
+    @property
+    def weights(self) -> dict[str, Schedule]:
+        """The schedules by the loss's names of its terms, without those that are always 0."""
+        fields = {f"{self.base}_loss" if t == "contrastive_loss" else t: getattr(self, f) for t, f in TERMS.items()}
+        schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
+        return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
+
+    @property
+    def needs_teacher(self) -> bool:
+        return bool({"distill_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
+
+
+ADAMW: dict[str, Any] = {"betas": [0.9, 0.98], "eps": 1e-6}
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-3, gt=0, description="learning rate at the end of the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms, biases, gains and scalars have none")
+    options: dict[str, Any] = Field(
+        ADAMW, description="arguments of AdamW: betas, eps, amsgrad; one left out has its default"
+    )
+    grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null disables clipping")
+
+    @field_validator("options")
+    @classmethod
+    def _of_adamw(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options with the defaults of those that are left out."""
+        whole = ADAMW | options
+
+        def number(value: Any) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool)
+
+        betas = whole["betas"] if isinstance(whole["betas"], list) and len(whole["betas"]) == 2 else [None]
+        valid = whole.keys() <= {*ADAMW, "amsgrad"} and all(number(beta) and 0 <= beta < 1 for beta in betas)
+        valid = valid and number(whole["eps"]) and 0 < whole["eps"] < math.inf
+        if not valid or not isinstance(whole.get("amsgrad", False), bool):
+            what = "betas (two numbers from 0 to below 1), eps (a number above 0) and amsgrad (true or false)"
+            raise ValueError(f"expected {what} alone, got {shown(options)}")
+        return whole
+
+
+class EvalConfig(Section):
+    splits: dict[str, str | list[str]] = Field({}, description="held-out data by name: shards as in data.train")
+    every: int = Field(0, ge=0, description="steps between evaluations of the splits during training; 0: never")
+    batch_size: int = Field(256, ge=1, description="images or captions encoded at a time")
+    templates: list[str] = Field(
+        ["a photo of {}"], min_length=1, description="phrases around a label in zero-shot classification"
+    )
+
+
+class RunConfig(Section):
+    out: str = Field(description="folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
+    steps: int = Field(1000, ge=1, description="number of optimizer steps")
+    seed: int = Field(0, ge=0, description="seed of weights, data order, drawn captions and augmentation")
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        "auto", description="autocast; auto: bf16 if the hardware has it natively, else fp32"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv")
+    print_every: int = Field(50, ge=1, description="steps between printed lines if the output is not a terminal")
+    save_every: int = Field(500, ge=1, description="steps between writes of last.pt; the last step is always saved")
+
+
+class Config(Section):
+    model: ModelConfig = Field(ModelConfig(), description="the model to train")
+    inherit: InheritConfig = Field(InheritConfig(), description="weights that are copied and frozen")
+    data: DataConfig = Field(description="the training data")
+    loss: LossConfig = Field(
+        LossConfig(),
+        description="the base, pair matching, and the terms that need a teacher, whose features are in the shards",
+    )
+    optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, cosine")
+    eval: EvalConfig = Field(EvalConfig(), description="held-out data")
+    run: RunConfig = Field(description="the run itself")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        size, micro = self.data.batch_size, self.data.micro_batch
+        if micro != "auto" and size % self.data.images_at_a_time:
+            key = "data.micro_batch.image" if isinstance(micro, MicroBatch) else "data.micro_batch"
+            raise ValueError(f"{key}: expected a divisor of data.batch_size = {size}, got {self.data.images_at_a_time}")
+        schedules = self.loss.weights.values()
+        turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
+        for step in sorted(step for step in turns if step < self.run.steps):
+            if not any(schedule.at(step, self.run.steps) for schedule in schedules):
+                raise ValueError(f"loss: expected at least one weight above 0 at every step, got none at step {step}")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict with all defaults."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
