@@ -381,7 +381,7 @@ def test_a_file_of_features_that_promises_too_much(tmp_path, name):
         about |= change["about"]
         about.pop(about.pop("without", None), None)
         change["about"] = npy(np.array(json.dumps(about)))
-    texts = {column: npy(np.array(["a", "b"])) for column in embedding.store.COLUMNS}
+    texts = {column: npy(np.array(["a", "b"])) for column in embedding.COLUMNS}
     parts = {"features": npy(np.ones((2, 4), np.float32)), **texts, "about": npy(np.array(json.dumps(about)))} | change
     with zipfile.ZipFile(tmp_path / "f.npz", "w") as archive:
         for part, data in parts.items():
