@@ -186,10 +186,7 @@ def _write(path: Path, batches: Iterable[Batch], about: dict[str, Any], total: i
 
 
 class Stored:
-    """A file of features that `embed` wrote: `about` the model, features by slices, and rows of metadata.
-
-    Raises FileNotFoundError, and InputError for any other file.
-    """
+    """A file that `embed` wrote: `about` the model, features by slices, rows. Raises FileNotFoundError and InputError."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
