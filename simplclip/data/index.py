@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from simplclip.common.files import write_atomically
-from simplclip.data.arrays import from_npz, shape_in_npz
+from simplclip.data.arrays import from_npz, header_in_npz
 from simplclip.data.tar import HOLES, Span
 
 FORMAT = "simplclip-index-1"
@@ -114,7 +114,7 @@ def opened(shard: str, path: Path) -> Index:
     skipped = about["skipped"].values()
     if not (
         type(about["samples"]) is int
-        and (about["samples"],) == shape_in_npz(path, "captions")
+        and (about["samples"],) == header_in_npz(path, "captions")[0]
         and about["samples"] <= known["bytes"]
         and isinstance(about["torn"], str | None)
         and {*map(type, (about["decoded"], about["tokens"]))} == {bool}

@@ -104,6 +104,7 @@ def parts_of(source: Source, name: str = "shards") -> list[Part]:
     - a table (.csv, .tsv, .parquet) with the columns of image path, relative to the table's folder, and of caption, in which
       `tables.IMAGE_COLUMNS` and `tables.CAPTION_COLUMNS` are looked for;
     - a folder of images with KEY.txt or KEY.json beside KEY.jpg, also in its folders;
+    - image files by path or glob, or a list file of them, which have no captions;
     - a mapping of "shards" (one of these or a list), "weight" (how often an epoch has each sample; of a fraction a random
       share, drawn in each epoch), and for tables "image_key", "caption_key", "separator";
     - a list of these, or of parts.
@@ -188,7 +189,11 @@ def _named(source: str | os.PathLike, name: str, columns: Columns, listed: str |
             f"{name}: expected {_FORMS}, got {text!r}; of other places the output of a command may be read, e.g. "
             "'pipe:aws s3 cp s3://BUCKET/NAME.tar -'"
         )
-    for path in matches(text if listed is None else os.path.join(listed, os.path.expanduser(text)), name):
+    found = matches(text if listed is None else os.path.join(listed, os.path.expanduser(text)), name)
+    if _are_images(found):
+        yield from (Part(os.path.dirname(found[0]) or ".", piece=piece) for piece in tables.images(found))
+        return
+    for path in found:
         low = path.lower()
         if os.path.isdir(path):
             yield from (Part(path, piece=piece) for piece in tables.folder(path, name))
@@ -206,8 +211,17 @@ def _listed(path: str, name: str, columns: Columns) -> Iterator[Part]:
     lines = _lines(path)
     if not lines:
         raise InputError(f"{name}: expected a list file with one path or URL a line, got {path!r}, which has none")
+    folder, names = os.path.dirname(path), [line for _, line in lines]
+    if _are_images(names) and not any(is_address(line, folder) for line in names):
+        pieces = tables.images([os.path.join(folder, os.path.expanduser(line)) for line in names])
+        yield from (Part(folder or ".", piece=piece) for piece in pieces)
+        return
     for number, line in lines:
-        yield from _named(line, f"{name}: line {number} of {path!r}", columns, os.path.dirname(path))
+        yield from _named(line, f"{name}: line {number} of {path!r}", columns, folder)
+
+
+def _are_images(paths: list[str]) -> bool:
+    return all(path.lower().endswith(tables.IMAGES) for path in paths)
 
 
 def _lines(path: str) -> list[tuple[int, str]]:

@@ -34,6 +34,8 @@ class Entry:
     captions: list[str]  # may be empty if there is a label
     group: str | None = None  # samples of one group are all right; None: only itself
     label: str | int | None = None  # the class, or its number
+    shard: str = ""  # where its image lies: the tar, absolute unless it is streamed,
+    image_path: str = ""  # or a file of its own
 
 
 class Source(Protocol):

@@ -25,6 +25,7 @@ from simplclip.data.tar import Span
 ROWS = 512
 LINE = 1 << 24  # bytes of the longest line of a table
 SUFFIXES = (".csv", ".tsv", ".parquet")
+IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 IMAGE_COLUMNS = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
 CAPTION_COLUMNS = ("title", "caption", "text", "captions", "sentences", "raw", "comment")
 
@@ -167,6 +168,12 @@ def folder(path: str, name: str) -> list[Piece]:
     return pieces
 
 
+def images(paths: list[str]) -> list[Piece]:
+    """The pieces of image files, without captions."""
+    names = [os.fsencode(os.path.abspath(path)) + b"\0" for path in paths]
+    return [FolderPiece(len(some), b"".join(some)) for some in (names[i : i + ROWS] for i in range(0, len(names), ROWS))]
+
+
 def csv_pieces(path: str, columns: Columns, name: str) -> list[Piece]:
     """The pieces of a CSV or TSV file in UTF-8, all of `CsvPiece`."""
     with open(path, "rb") as file:
@@ -248,7 +255,7 @@ def _parquet(path: str, columns: Columns, name: str) -> list[Piece]:
         import pyarrow.parquet
     except ImportError:
         raise InputError(
-            f"{name}: expected the package pyarrow to read {path!r}, got none: pip install 'simplclip[embed]'"
+            f"{name}: expected the package pyarrow to read {path!r}, got none: pip install 'simplclip[parquet]'"
         ) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)

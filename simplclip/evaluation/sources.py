@@ -18,9 +18,9 @@ from simplclip.data.shards import IMAGE_SUFFIXES, Sample, contents, file_bytes, 
 from simplclip.data.sources import Part, read_part
 from simplclip.data.stream import Entry, Source
 from simplclip.data.streams import is_stream
+from simplclip.data.tar import Span
 from simplclip.data.text import clean, json_of
 
-IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 TABLES = (".json", ".csv", ".tsv")
 # names of columns and keys, by what they hold
 _PATHS = ("filepath", "filename", "file_name", "image", "image_path", "path", "file", "image_name")
@@ -35,12 +35,14 @@ class Tars:
 
     limit: captions of a sample that count; 0: all. None: all lines of txt, but of a json the first, since the others may be
     other phrasings for training, or synthetic.
+    bare: images without caption and label count too, also if their caption is broken.
     """
 
     parts: list[Part]
     limit: int | None = None
     classes: list[str] | None = None
     templates: list[str] | None = None
+    bare: bool = False
 
     def __str__(self) -> str:
         return f"{len(self.parts)} shard(s), the first {self.parts[0].url!r},"
@@ -56,19 +58,34 @@ class Tars:
         return place_of(item)
 
     def open(self, item: Sample) -> Entry:
+        url, image = item["__url__"], image_of(item)
         item = contents({name: item[name] for name in ("__key__", *IMAGE_SUFFIXES, "json", "txt", "cls") if name in item})
+        try:
+            captions, group, label = self._described(item)
+        except BrokenSample:
+            if not self.bare:
+                raise
+            captions, group, label = [], None, None
+        encoded = image_of(item)
+        if encoded is None:
+            raise BrokenSample("missing image", "")
+        entry = Entry(item["__key__"], encoded, captions, group, label)
+        if isinstance(image, Span) and image.file != url:
+            entry.image_path = os.path.abspath(image.file)
+        else:
+            entry.shard = url if is_stream(url) else os.path.abspath(url)
+        return entry
+
+    def _described(self, item: Sample) -> tuple[list[str], str | None, str | int | None]:
+        """The captions, group and label of an image. Raises BrokenSample if there is neither caption nor label."""
         record = record_of(item)
-        label = record.get("label")
+        group, label = record.get("group"), record.get("label")
         label = _number(item["cls"]) if "cls" in item else label if label is None else clean(str(label))
         captions = self._captions(item, record)
         if not captions and label is None:
             given = "txt" in item or {"caption", "captions"} & record.keys()
             raise BrokenSample("empty caption" if given else "missing caption", "")
-        encoded = image_of(item)
-        if encoded is None:
-            raise BrokenSample("missing image", "")
-        group = record.get("group")
-        return Entry(item["__key__"], encoded, captions, None if group is None else str(group), label)
+        return captions, None if group is None else str(group), label
 
     def _captions(self, item: Sample, record: dict[str, Any]) -> list[str]:
         several = record.get("captions")
@@ -91,6 +108,7 @@ class Table:
     classes: list[str] | None = None
     templates: list[str] | None = None
     broken: Skipped = field(default_factory=Skipped)  # rows that could not be read
+    bare: bool = False  # images without captions count too
 
     def __str__(self) -> str:
         return f"{self.name} with images in {self.images}"
@@ -103,9 +121,10 @@ class Table:
         return item[0]
 
     def open(self, item: tuple[str, list[str]]) -> Entry:
-        if not item[1]:
+        if not item[1] and not self.bare:
             raise BrokenSample("missing caption", "")
-        return Entry(item[0], _file(self.images / item[0]), item[1])
+        path = self.images / item[0]
+        return Entry(item[0], _file(path), item[1], image_path=os.path.abspath(path))
 
 
 @dataclass
@@ -127,14 +146,15 @@ class Folders:
     def items(self, skipped: Skipped) -> Iterator[tuple[int, str]]:
         for number, name in enumerate(self.folders):
             for file in sorted(os.listdir(self.root / name)):
-                if file.lower().endswith(IMAGES):
+                if file.lower().endswith(tables.IMAGES):
                     yield number, os.path.join(name, file)
 
     def place(self, item: tuple[int, str]) -> str:
         return item[1]
 
     def open(self, item: tuple[int, str]) -> Entry:
-        return Entry(item[1], _file(self.root / item[1]), [], None, item[0])
+        path = self.root / item[1]
+        return Entry(item[1], _file(path), [], None, item[0], image_path=os.path.abspath(path))
 
 
 def _file(path: Path) -> bytes:

@@ -1,6 +1,5 @@
 """`simplclip embed`: features in files, and what is found there by text and by image."""
 
-import builtins
 import io
 import json
 import tarfile
@@ -15,11 +14,9 @@ from trainer_runs import write_models
 
 import simplclip
 from simplclip import embedding
+from simplclip.common.errors import InputError
 from simplclip.data.loader import EmptyEpochError
-from simplclip.embedding import search, store
 
-pyarrow = pytest.importorskip("pyarrow.parquet")
-FORMS = ("f.npz", "f.parquet", "f")
 NAMES = ("red ring", "green bar", "blue square", "крокодил 鳄鱼", "black wedge")
 
 
@@ -72,13 +69,13 @@ def made(folder, out, source="a-{0,1}.tar", **options):
     return embedding.embed(str(folder / source), out, **options)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_features_are_those_of_encode_image(folder, model, encoder, expected, tmp_path, form, dtype):
-    got = made(folder, tmp_path / form, model=model, dtype=dtype, workers=2)
+def test_features_are_those_of_encode_image(folder, model, encoder, expected, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(embedding, "_CHUNK", 2)
+    got = made(folder, tmp_path / "f.npz", model=model, dtype=dtype, workers=2)
     assert (got["count"], got["width"], got["weights"]) == (5, encoder.width, encoder.fingerprint())
     assert got["skipped"].counts.total() == 3
-    stored = embedding.Stored(tmp_path / form)
+    stored = embedding.Stored(tmp_path / "f.npz")
     assert len(stored) == 5
     close = {"rtol": 0, "atol": 1e-3 if dtype == "fp16" else 1e-5}
     torch.testing.assert_close(stored[:], expected, **close)
@@ -88,26 +85,22 @@ def test_features_are_those_of_encode_image(folder, model, encoder, expected, tm
     rows = stored.rows([4, 0, 3])
     assert [*rows] == [0, 3, 4]
     assert rows[3] == {"key": "k3", "caption": NAMES[3], "shard": str(folder / "a-1.tar"), "image_path": ""}
-    assert [path.name for path in tmp_path.iterdir()] == [form]  # nothing temporary is left
+    assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]  # nothing temporary is left
 
 
 def test_files_can_be_read_without_this_library(folder, model, expected, tmp_path):
-    for form in FORMS:
-        made(folder, tmp_path / form, model=model)
+    made(folder, tmp_path / "f.npz", model=model)
     whole = np.load(tmp_path / "f.npz")
     assert [*whole["caption"]] == [*NAMES]
-    assert whole["features"].dtype == np.float16
-    table = pyarrow.read_table(tmp_path / "f.parquet")
-    assert table["caption"].to_pylist() == [*NAMES]
-    assert np.array_equal(np.array(table["features"].to_pylist(), np.float16), whole["features"])
-    assert np.array_equal(np.load(tmp_path / "f" / "img_emb" / "img_emb_0.npy", mmap_mode="r"), whole["features"])
-    metadata = pyarrow.read_table(tmp_path / "f" / "metadata" / "metadata_0.parquet").to_pylist()
-    assert [row["caption"] for row in metadata] == [*NAMES]
+    assert [*whole["key"]] == ["k0", "k1", "k2", "k3", "k4"]
+    assert (whole["features"].dtype, whole["features"].shape) == (np.float16, expected.shape)
+    assert json.loads(str(whole["about"]))["count"] == 5
 
 
-@pytest.mark.parametrize("source", ["images", "images/*.png", "list.txt", "table.tsv", "pairs.json"])
+@pytest.mark.parametrize("source", ["images", "images/*.png", "list.txt", "table.tsv", "pairs.json", "several"])
 def test_every_source_of_images(folder, model, expected, tmp_path, source):
-    made(folder, tmp_path / "f.npz", source, model=model)
+    what = sorted(map(str, folder.glob("images/*.png"))) if source == "several" else str(folder / source)
+    embedding.embed(what, tmp_path / "f.npz", model=model, workers=0, batch_size=2, device="cpu")
     stored = embedding.Stored(tmp_path / "f.npz")
     rows = stored.rows(range(5))
     order = {str(folder / "images" / f"{name}.png"): i for i, name in enumerate(NAMES)}
@@ -118,25 +111,18 @@ def test_every_source_of_images(folder, model, expected, tmp_path, source):
     assert first == {"images": "a caption beside it", "table.tsv": NAMES[0], "pairs.json": NAMES[0]}.get(source, "")
 
 
-@pytest.mark.parametrize("faiss", [True, False])
-@pytest.mark.parametrize("form", FORMS)
-def test_find_is_exact_over_many_parts(folder, model, encoder, expected, tmp_path, monkeypatch, form, faiss):
-    if faiss:
-        pytest.importorskip("faiss")
-    monkeypatch.setattr(search, "_has_faiss", lambda: faiss)
-    for module in (store, search):
-        monkeypatch.setattr(module, "CHUNK", 2)
+def test_find_is_exact_over_many_parts(folder, model, encoder, expected, tmp_path, monkeypatch):
     monkeypatch.setattr("simplclip.evaluation.metrics._TILE_COLUMNS", 2)
-    made(folder, tmp_path / form, model=model)
+    made(folder, tmp_path / "f.npz", model=model)
     query = str(folder / "images" / f"{NAMES[2]}.png")
-    found = embedding.find(tmp_path / form, ["a ring", query], top=4, device="cpu")
+    found = embedding.find(tmp_path / "f.npz", ["a ring", query], top=4, device="cpu")
     for text, features in (("a ring", encoder.encode_text("a ring")), (query, expected[2:3])):
         scores, order = (features @ expected.T)[0].topk(4)
         assert [hit.row for hit in found[text]] == order.tolist()
         assert [hit.score for hit in found[text]] == pytest.approx(scores.tolist(), abs=2e-3)
         assert [hit.caption for hit in found[text]] == [NAMES[i] for i in order.tolist()]
     assert found[query][0].key == "k2"
-    assert len(embedding.find(tmp_path / form, "a ring", top=99, device="cpu")["a ring"]) == 5
+    assert len(embedding.find(tmp_path / "f.npz", "a ring", top=99, device="cpu")["a ring"]) == 5
 
 
 def test_texts(folder, model, encoder, tmp_path):
@@ -180,25 +166,24 @@ def test_images_are_found_again_or_said_to_be_gone(folder, model, tmp_path, monk
     lone.write_bytes(drawn(3))
     embedding.embed([str(tmp_path / "s.tar"), str(folder / "images")], tmp_path / "f.npz", model=model, workers=0)
     hits = [h for h in embedding.find(tmp_path / "f.npz", "ring", top=99)["ring"] if h.shard]
-    places = [(hit.key, hit.shard, hit.image_path) for hit in sorted(hits, key=lambda hit: hit.row)]
     stream = f"pipe:touch {tmp_path / 'ran'}; cat {tmp_path / 's.tar'}"
-    more = [
-        ("x", str(tmp_path / "s.tar"), ""),
-        ("k0", stream, ""),
-        ("l", "", str(lone)),
-        ("g", "", str(tmp_path / "gone.png")),
-    ]
-    found = search.encoded(places + more)
-    assert found == [drawn(0), drawn(1), drawn(2), "not in its shard", "in a stream", drawn(3), "file not found"]
+    shard, gone = str(tmp_path / "s.tar"), str(tmp_path / "gone.png")
+    places = [("x", shard, ""), ("k0", stream, ""), ("k0", "s.tar", ""), ("l", "", str(lone)), ("g", "", gone)]
+    hits += [embedding.Hit(0.0, 10 + i, key, "", *place) for i, (key, *place) in enumerate(places)]
+    monkeypatch.chdir(tmp_path)
+    found = embedding.thumbnails(hits)
+    assert {*found} == {hit.row for hit in hits[:3]} | {13}
+    for hit in hits[:3]:
+        assert found[hit.row].tobytes() == Image.open(io.BytesIO(drawn(int(hit.key[1])))).convert("RGB").tobytes()
     assert not (tmp_path / "ran").exists()
     shown = []
-    monkeypatch.setattr(search, "show", lambda axis, image, *place: shown.append(image.size))
-    monkeypatch.setattr(search, "say", lambda axis, x, y, text, *rest, **style: shown.append(text))
+    monkeypatch.setattr(embedding, "show", lambda axis, image, *place: shown.append(image.size))
+    monkeypatch.setattr(embedding, "say", lambda axis, x, y, text, *rest, **style: shown.append(text))
     (tmp_path / "s.tar").unlink()
     stored = embedding.Stored(tmp_path / "f.npz")
     embedding.picture(tmp_path / "hits.png", embedding.find(stored, "ring", top=99), stored.about)
     assert [size for size in shown if size == (24, 24)] == [(24, 24)] * 5
-    assert sum("shard not" in text for text in shown if isinstance(text, str)) == 3
+    assert sum("not found" in text for text in shown if isinstance(text, str)) == 3
 
 
 def test_another_model_is_an_error(folder, model, encoder, tmp_path):
@@ -222,34 +207,30 @@ def test_a_model_that_has_moved_may_be_named(folder, tmp_path):
 
 
 def test_a_failure_leaves_the_earlier_file(folder, model, tmp_path, monkeypatch):
-    parts = store.Writer._parts
-
-    def full(writer):
-        yield from parts(writer)
+    def full(features, rows):
         raise OSError("No space left on device")
 
-    for form in ("f.npz", "f.parquet"):
-        made(folder, tmp_path / form, model=model)
-        before = (tmp_path / form).read_bytes()
-        with tarfile.open(tmp_path / "empty.tar", "w"):
-            pass
-        with pytest.raises(EmptyEpochError, match="has no usable sample"):
-            made(tmp_path, tmp_path / form, "empty.tar", model=model)
-        with monkeypatch.context() as patch:
-            patch.setattr(store.Writer, "_parts", full)
-            with pytest.raises(OSError, match="No space left"):
-                made(folder, tmp_path / form, model=model)
-        assert (tmp_path / form).read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"f.npz", "f.parquet", "empty.tar"}
+    made(folder, tmp_path / "f.npz", model=model)
+    before = (tmp_path / "f.npz").read_bytes()
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(EmptyEpochError, match="has no usable sample"):
+        made(tmp_path, tmp_path / "f.npz", "empty.tar", model=model)
+    with pytest.raises(InputError, match="expected at least one text, got none"):
+        embedding.embed(texts=["", " "], out=tmp_path / "f.npz", model=model, device="cpu")
+    monkeypatch.setattr(embedding.Features, "__getitem__", full)
+    with pytest.raises(OSError, match="No space left"):
+        made(folder, tmp_path / "f.npz", model=model)
+    assert (tmp_path / "f.npz").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"f.npz", "empty.tar"}
 
 
-def test_errors_are_one_line(folder, model, tmp_path, monkeypatch):
+def test_errors_are_one_line(folder, model, tmp_path):
     shard, out = folder / "a-1.tar", ("--out", tmp_path / "f.npz")
     np.savez(tmp_path / "theirs.npz", x=np.zeros(3))
-    (tmp_path / "theirs.parquet").write_bytes(b"PAR1")
     for arguments, message in (
         (("embed", shard, "--model", model, "--out", tmp_path / "f.csv"), "out: expected a name that ends in .npz"),
-        (("embed", shard, "--model", model, "--out", folder), "out: expected a new or empty folder"),
+        (("embed", shard, "--model", model, "--out", folder), "out: expected a name that ends in .npz"),
         (("embed", shard, *out), "expected --model and --out"),
         (("embed", "--model", model, *out), "source: expected images or texts, got neither"),
         (("embed", tmp_path / "gone", "--model", model, *out), "source: expected a file"),
@@ -259,15 +240,11 @@ def test_errors_are_one_line(folder, model, tmp_path, monkeypatch):
         (("embed", tmp_path / "gone.npz", "--find", "x"), "features: no such file"),
         (("embed", shard, "--find", "x"), "features: expected a file of simplclip embed"),
         (("embed", tmp_path / "theirs.npz", "--find", "x"), "features: expected a file of simplclip embed"),
-        (("embed", tmp_path / "theirs.parquet", "--find", "x"), "features: expected a file of simplclip embed"),
         (("embed", folder, "--find", "x"), "features: expected a file of simplclip embed"),
     ):
         assert message in one_line(*arguments)
     made(folder, tmp_path / "f.npz", model=model)
-    assert "find: no such image: gone.jpg" in one_line("embed", tmp_path / "f.npz", "--find", "gone.jpg")
-    real = builtins.__import__
-    monkeypatch.setattr(
-        builtins, "__import__", lambda name, *rest: real("no_such" if name.startswith("pyarrow") else name, *rest)
-    )
-    line = one_line("embed", shard, "--model", model, "--out", tmp_path / "f.parquet")
-    assert "pip install 'simplclip[embed]'" in line
+    assert "gone.jpg" in one_line("embed", tmp_path / "f.npz", "--find", "gone.jpg")
+    assert "gone.txt" in one_line("embed", "--texts", "gone.txt", "--model", model, *out)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert "expected a file in UTF-8" in one_line("embed", "--texts", tmp_path / "latin.txt", "--model", model, *out)

@@ -367,6 +367,9 @@ STORES = {
     "of more rows than there are": {"features": npy(descr="<f4", shape=(10**12, 4))},
     "of objects": {"features": npy(descr="|O", shape=(2, 4), data=bytes(64))},
     "of a count without end": {"about": {"count": 10**12}},
+    "of rows that are numbers": {"key": npy(np.arange(2))},
+    "of rows with long texts": {"key": npy(np.array(["a" * (5 << 20), "b"]))},
+    "of too few rows": {"key": npy(np.array(["a"]))},
     "of text without end": {"key": npy(descr=f"<U{10**9}", shape=(2,))},
     "of a text that is none": {"about": b"\x93NUMPY\x01\x00\xff\xff"},
     "of an unknown model": {"about": {"weights": None, "without": "weights"}},
@@ -381,7 +384,7 @@ def test_a_file_of_features_that_promises_too_much(tmp_path, name):
         about |= change["about"]
         about.pop(about.pop("without", None), None)
         change["about"] = npy(np.array(json.dumps(about)))
-    texts = {column: npy(np.array(["a", "b"])) for column in embedding.store.COLUMNS}
+    texts = {column: npy(np.array(["a", "b"])) for column in embedding.COLUMNS}
     parts = {"features": npy(np.ones((2, 4), np.float32)), **texts, "about": npy(np.array(json.dumps(about)))} | change
     with zipfile.ZipFile(tmp_path / "f.npz", "w") as archive:
         for part, data in parts.items():

@@ -264,7 +264,7 @@ def test_a_config_is_refused_in_a_line(content, message):
 
 def npz(about, path="f.npz", dtype="<f2", **members):
     with zipfile.ZipFile(path, "w") as archive:
-        columns = dict.fromkeys(embedding.store.COLUMNS, np.array(["a", "b"]))
+        columns = dict.fromkeys(embedding.COLUMNS, np.array(["a", "b"]))
         for name, value in {"features": np.zeros((2, 3), dtype), "about": about, **columns, **members}.items():
             data = io.BytesIO()
             np.save(data, value, allow_pickle=True)

@@ -1,0 +1,353 @@
+"""Features of many images or texts in a file: `embed` writes it, `find` searches it, `picture` draws what was found.
+
+The file is an .npz with an array of features [N, D], N rows of metadata, and what is known about the model. Memory does not
+depend on N, neither in writing nor in reading. A file may come from elsewhere: what it says of itself is compared with what
+is in it when it is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simplclip.common.errors import InputError
+from simplclip.common.files import HOUR, remove_leftovers, replacing
+from simplclip.common.plotting import INK, MUTED, frame, say, sheet, show, wrapped, write
+from simplclip.common.progress import Progress
+from simplclip.data import arrays, parts_of
+from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.decode import decode_pil
+from simplclip.data.pool import cores
+from simplclip.data.shards import ShardError, contents, file_bytes, image_of, read_shard
+from simplclip.data.sources import count, is_address
+from simplclip.data.stream import Source, Stream
+from simplclip.data.tables import IMAGES
+from simplclip.data.text import clean, json_of
+from simplclip.encoder import Encoder, load
+from simplclip.evaluation.features import Features
+from simplclip.evaluation.metrics import nearest
+from simplclip.evaluation.sources import Tars, table
+from simplclip.version import __version__
+
+COLUMNS = ("key", "caption", "shard", "image_path")
+DTYPES = {"fp16": "<f2", "fp32": "<f4"}
+_CHUNK = 16384  # rows that are packed at a time
+_ABOUT_BYTES = 1 << 20  # most bytes of what a file says of itself
+_TEXT_BYTES = 16 << 20  # most bytes that each text of a column may take
+_ABOUT = {"count": int, "width": int, "name": str, "weights": str, "source": str, "precision": str, "tower": str}
+WIDEST = 10  # tiles in a line of the picture
+THUMBNAIL = 256  # pixels of the longer side of an image in the picture
+
+Batch = tuple[Tensor, list[dict[str, Any]]]  # features [k, D], and k rows: column -> text; further keys are not kept
+
+
+def embed(
+    source: Any = None,
+    out: str | os.PathLike = "features.npz",
+    *,
+    model: str | os.PathLike | Encoder,
+    texts: str | os.PathLike | Iterable[str] | None = None,
+    dtype: str = "fp16",
+    batch_size: int = 64,
+    workers: int | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """Write the features of the images of `source`, or of `texts`, into `out`; returns what the file says about them.
+
+    Memory does not depend on their number. The file appears when it is complete. Broken samples are skipped, and are
+    counted in the answer's "skipped".
+
+    Args:
+        source: see `images`.
+        out: NAME.npz.
+        model: what `simplclip.load` takes, or an encoder.
+        texts: in place of a source: a file with a text a line, or texts.
+        dtype: of the stored features: fp16 or fp32.
+        workers: processes that decode images; by default one for each core, at most 8.
+
+    Raises: InputError, FileNotFoundError, the errors of `simplclip.load` and of `data.stream.Stream.batches`.
+    """
+    if (source is None) == (texts is None):
+        raise InputError("source: expected images or texts, got " + ("neither" if texts is None else "both"))
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected fp16 or fp32, got {dtype!r}")
+    path = Path(out)
+    if path.suffix != ".npz":
+        raise InputError(f"out: expected a name that ends in .npz, got {str(out)!r}")
+    if source is not None:
+        found, total = images(source)
+    encoder = model if isinstance(model, Encoder) else load(model, device=device, precision=precision)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, path.name.__eq__, HOUR)
+    skipped = Skipped()
+    if source is None:
+        tower, total, batches = "text", None, _of_texts(encoder, texts, batch_size)
+    else:
+        stream = Stream(found, encoder.preprocess, batch_size)
+        decoded = stream.batches(skipped, min(8, cores()) if workers is None else workers)
+        tower, batches = "image", _of_images(encoder, decoded)
+    about = encoder.stamp() | {"source": lasting(encoder.source), "tower": tower, "dtype": dtype, "simplclip": __version__}
+    return _write(path, batches, about, total) | {"path": str(path), "skipped": skipped}
+
+
+def _of_images(encoder: Encoder, decoded: Iterable[tuple]) -> Iterator[Batch]:
+    for batch, _, entries in decoded:
+        if batch.dtype == torch.uint8:
+            batch = encoder.preprocess.finish(batch.to(encoder.device, non_blocking=True))
+        captions = [entry.captions[0] if entry.captions else "" for entry in entries]
+        rows = [{**vars(entry), "caption": caption} for entry, caption in zip(entries, captions)]
+        yield encoder.features("image", batch), rows
+
+
+def _of_texts(encoder: Encoder, texts: str | os.PathLike | Iterable[str], size: int) -> Iterator[Batch]:
+    cleaned = filter(None, map(clean, _lines(texts)))
+    rows = ({"key": f"{number:09d}", "caption": text} for number, text in enumerate(cleaned))
+    while batch := list(itertools.islice(rows, size)):
+        yield encoder.encode_text([row["caption"] for row in batch]), batch
+
+
+def _lines(texts: str | os.PathLike | Iterable[str]) -> Iterator[str]:
+    if not isinstance(texts, (str, os.PathLike)):
+        yield from texts
+        return
+    try:
+        with open(texts, encoding="utf-8-sig") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise InputError(f"texts: expected a file in UTF-8, got {texts}: {error}") from None
+
+
+def lasting(source: str) -> str:
+    """The source of an encoder with an absolute path, so that it can be loaded from another folder."""
+    if os.path.exists(source):
+        return os.path.abspath(source)
+    name, _, rest = source.partition("/")
+    return f"{name}/{os.path.abspath(rest)}" if rest and os.path.exists(rest) else source
+
+
+def images(what: Any) -> tuple[Source, int | None]:
+    """The images that `what` names, and their number, if it is known without reading streams or many bytes.
+
+    what: what `data.parts_of` takes, or a JSON file of `evaluation.source`. Raises InputError for anything else.
+    """
+    if isinstance(what, (str, os.PathLike)) and not is_address(what):
+        path, _, split = os.path.expanduser(os.fspath(what)).partition("#")
+        if path.endswith(".json"):
+            found = table(Path(path), split or "test", Path(path).parent)
+            return replace(found, bare=True), len(found.rows)
+    parts = parts_of(what, "source")
+    return Tars(parts, bare=True), sum(count(parts) or ()) or None
+
+
+def _write(path: Path, batches: Iterable[Batch], about: dict[str, Any], total: int | None) -> dict[str, Any]:
+    """Replace `path` by a file of features; returns `about` with their count.
+
+    Features and rows wait in temporary files beside it: an array's header needs their number and the longest text.
+    """
+    features, longest = Features(folder=path.parent, half=about["dtype"] == "fp16"), dict.fromkeys(COLUMNS, 1)
+    progress = Progress("embed", total, unit=f"{about['tower']}s")
+    with progress, tempfile.TemporaryFile("w+", encoding="ascii", dir=path.parent) as lines:
+        for some, rows in batches:
+            features.append(some)
+            for row in rows:
+                row = {column: row.get(column, "") for column in COLUMNS}
+                lines.write(json.dumps(row) + "\n")
+                longest = {column: max(longest[column], len(text)) for column, text in row.items()}
+            progress.update(len(rows))
+        count = len(features.finish())
+        if not count:
+            raise InputError("texts: expected at least one text, got none")
+        about |= {"count": count}
+        with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            # Features are not compressed, so that they can be mapped into memory. Texts are, as they are padded.
+            parts = (features[i : i + _CHUNK].numpy() for i in range(0, count, _CHUNK))
+            arrays.add_to_npz(archive, "features", DTYPES[about["dtype"]], (count, features.width), parts, zipfile.ZIP_STORED)
+            for column, length in longest.items():
+                lines.seek(0)
+                texts = (json.loads(line)[column] for line in lines)
+                arrays.add_to_npz(archive, column, f"<U{length}", (count,), texts)
+            text = json.dumps(about, ensure_ascii=False)
+            arrays.add_to_npz(archive, "about", f"<U{len(text)}", (), [text])
+    return about
+
+
+class Stored:
+    """A file that `embed` wrote: `about` the model, features by slices, rows. Raises FileNotFoundError and InputError."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"features: no such file: {path}")
+        try:
+            self._open()
+        except Exception as error:  # the type depends on the damage
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(f"features: expected a file of simplclip embed, got {str(path)!r}: {reason}") from None
+
+    def _open(self) -> None:
+        self._map = arrays.mapped_in_npz(self.path, "features")
+        shape, dtype = self._map().shape, self._map().dtype
+        if len(shape) != 2 or dtype not in ("<f2", "<f4"):
+            raise ValueError(f"expected features [N, D], got {dtype} {list(shape)}")
+        self.about = json_of(str(arrays.from_npz(self.path, "about", max_bytes=_ABOUT_BYTES)[0]))
+        for key, kind in _ABOUT.items():
+            if not isinstance(self.about, dict) or not isinstance(self.about.get(key), kind):
+                raise ValueError(f"it has no {key} of its model")
+        if shape != (self.about["count"], self.about["width"]):
+            raise ValueError(f"expected features of {self.about['count']:,} rows, got {list(shape)}")
+        for column in COLUMNS:
+            found, dtype = arrays.header_in_npz(self.path, column)
+            if found != shape[:1] or dtype.kind != "U" or dtype.itemsize > _TEXT_BYTES:
+                raise ValueError(f"expected {column} of each of {shape[0]:,} rows, got {dtype} {list(found)}")
+
+    def __len__(self) -> int:
+        return self.about["count"]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """float32 [k, D]: a copy. The file is mapped each time anew, so that its pages do not stay in memory."""
+        return torch.from_numpy(self._map()[rows].astype(np.float32))
+
+    def rows(self, numbers: Sequence[int]) -> dict[int, dict[str, str]]:
+        """The metadata of these rows, by their numbers in ascending order."""
+        numbers = sorted(set(numbers))
+        columns = [arrays.items_in_npz(self.path, column, numbers) for column in COLUMNS]
+        return {number: dict(zip(COLUMNS, map(str, row))) for number, *row in zip(numbers, *columns)}
+
+
+@dataclass
+class Hit:
+    """A row of a file of features, and its cosine similarity to the query."""
+
+    score: float
+    row: int
+    key: str
+    caption: str
+    shard: str
+    image_path: str
+
+
+def find(
+    features: str | os.PathLike | Stored,
+    queries: str | Sequence[str],
+    *,
+    model: str | os.PathLike | Encoder | None = None,
+    top: int = 10,
+    device: str = "auto",
+) -> dict[str, list[Hit]]:
+    """The `top` rows that are most similar to each query, a text or the path of an image: query -> hits, best first.
+
+    model: what `simplclip.load` takes, or an encoder; by default the model that the file names. It must have the weights and
+    the image transform that the features were made by.
+    Raises: InputError (another file, another model), FileNotFoundError, the errors of `simplclip.load`.
+    """
+    stored = features if isinstance(features, Stored) else Stored(features)
+    queries = [queries] if isinstance(queries, str) else list(queries)
+    if not queries or top < 1:
+        raise InputError(f"find: expected at least one query and one hit, got {len(queries)} and {top}")
+    about = stored.about
+    source = model or about["source"]
+    try:
+        encoder = model if isinstance(model, Encoder) else load(source, device=device, precision=about["precision"])
+    except (FileNotFoundError, InputError) as error:
+        told = f"model: expected the features' model at {source!r}, got none ({error}); say where it is by --model"
+        raise InputError(told) from None
+    got = encoder.fingerprint()
+    if got != about["weights"]:
+        raise InputError(
+            f"model: expected the one that made {stored.path}, {about['name']} with fingerprint {about['weights']}, "
+            f"got {encoder.name} with fingerprint {got}; embed the data again by it, or name the other by --model"
+        )
+    rows = [encoder.encode_image(query) if _is_image(query) else encoder.encode_text(query) for query in queries]
+    found: list[list[tuple[float, int]]] = []
+    for _, scores, places in nearest(torch.cat(rows).cpu(), stored, top):
+        found += [list(zip(*both)) for both in zip(scores.tolist(), places.tolist())]
+    metadata = stored.rows([row for hits in found for _, row in hits])
+    return {query: [Hit(score, row, **metadata[row]) for score, row in hits] for query, hits in zip(queries, found)}
+
+
+def _is_image(query: str) -> bool:
+    return query.lower().endswith(IMAGES) or ("." in query and Path(query).is_file())
+
+
+def picture(path: str | os.PathLike, found: dict[str, list[Hit]], about: dict[str, Any]) -> Path:
+    """A picture of the hits of each query; an image that is not where it was is an empty frame. about: of `Stored`."""
+    images = thumbnails([hit for hits in found.values() for hit in hits])
+    label, gap, height = 2.3, 0.16, 1.55  # inches: of the queries' column, between tiles, and of a line
+    wide = min(WIDEST, max(map(len, found.values())))
+    lines = {query: -(-len(hits) // wide) for query, hits in found.items()}
+    figure, axis = sheet(max(label + wide * (1 + gap), 7.5), sum(lines.values()) * height, 0.95)
+    say(axis, 0, -0.75, f"Nearest of {about['count']:,} {about['tower']}s", 15, fontweight="bold")
+    say(axis, 0, -0.38, wrapped(f"{about['name']}; cosine similarity below each", 110, 1), 10, MUTED)
+    y = 0.0
+    for query, hits in found.items():
+        if _is_image(query):
+            _tile(axis, label - 1.3, y, _thumbnail(file_bytes(query)))
+            say(axis, label - 0.8, y + 1.13, wrapped(Path(query).name, 20, 1), 8, MUTED, ha="center")
+        else:
+            say(axis, label - 0.3, y + 0.5, wrapped(query, 20, 5), 11, ha="right", fontweight="bold")
+        for number, hit in enumerate(hits):
+            x, top = label + (number % wide) * (1 + gap), y + (number // wide) * height
+            if about["tower"] == "text":
+                _tile(axis, x, top, None, hit.caption)
+            else:
+                _tile(axis, x, top, images.get(hit.row), "not found")
+                text = hit.caption or Path(hit.image_path).name or hit.key
+                say(axis, x, top + 1.2, wrapped(text, 17, 2), 7.5, MUTED, va="top", linespacing=1.15)
+            say(axis, x, top + 1.11, f"{hit.score:.3f}", 8.5, INK, fontweight="bold")
+        y += lines[query] * height
+    return write(figure, Path(path))
+
+
+def _tile(axis: Any, x: float, y: float, image: Image.Image | None, text: str = "") -> None:
+    """A square with an image in its proportions, or with a text."""
+    frame(axis, x, y)
+    if image is None:
+        say(axis, x + 0.5, y + 0.5, wrapped(text, 15, 6), 8, MUTED, ha="center")
+    else:
+        width, height = image.width / max(image.size), image.height / max(image.size)
+        show(axis, image, x + (1 - width) / 2, y + (1 - height) / 2, (width, height))
+
+
+def thumbnails(hits: Sequence[Hit]) -> dict[int, Image.Image]:
+    """Row -> small image, of the hits whose image is where it was. A shard is read once, by its headers.
+
+    A shard that is a URL or a command, as whatever is no absolute path, is not fetched again: the places come from a file,
+    which must not run commands.
+    """
+    found: dict[int, Image.Image] = {}
+    wanted: dict[str, dict[str, list[int]]] = {}  # shard -> key -> rows
+    for hit in hits:
+        if hit.image_path:
+            with contextlib.suppress(OSError, BrokenSample):
+                found[hit.row] = _thumbnail(file_bytes(hit.image_path))
+        elif os.path.isabs(hit.shard) and os.path.isfile(hit.shard):
+            wanted.setdefault(hit.shard, {}).setdefault(hit.key, []).append(hit.row)
+    for shard, rows in wanted.items():
+        with contextlib.suppress(OSError, ShardError):
+            for sample in read_shard(shard, Skipped()):
+                if several := rows.pop(sample["__key__"], None):
+                    with contextlib.suppress(BrokenSample):
+                        found |= dict.fromkeys(several, _thumbnail(image_of(contents(sample)) or b""))
+                if not rows:
+                    break
+    return found
+
+
+def _thumbnail(encoded: bytes) -> Image.Image:
+    image = decode_pil(encoded)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
