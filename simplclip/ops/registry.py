@@ -85,11 +85,14 @@ def transforms() -> set[str]:
     return {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
 
 
-def check_reverse_mode(name: str, values: Sequence) -> None:
-    """Raises under torch.func.grad and in forward mode, whose derivatives torch would take for zero."""
+def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> None:
+    """Raises under torch.func.grad and in forward mode, whose derivatives torch would take for zero.
+
+    vmap: whether torch.vmap is served; if not, it raises too.
+    """
     got = None
-    if (inside := transforms()) & {"grad", "jvp"}:
-        got = f"torch.func.{'grad' if 'grad' in inside else 'jvp'}"
+    if inside := transforms() & ({"grad", "jvp"} if vmap else {"grad", "jvp", "vmap"}):
+        got = f"torch.func.{min(inside)}"
     elif forward_ad._current_level >= 0:
         tensors = (value for value in values if isinstance(value, Tensor))
         got = "a forward-mode tangent" if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) else None

@@ -299,7 +299,7 @@ def test_errors_of_the_arguments():
         ((image, text, scale.expand(2)), (), r"logit_scale: expected one element, got shape \[2\]"),
         ((image, text, scale, "b"), (), "logit_bias: expected a number or a tensor with one element, got str"),
         ((image, text, scale), (x, y), "dist_logit_scale: expected a value, since other arguments of the teacher are given"),
-        ((image, text, scale), (x[:9], y, s), "dist_image_features: expected 150 rows, as the student's features, got 9"),
+        ((image, text, scale), (x[:9], y, s), "dist_image_features: expected the 150 rows of image_features, got shape"),
         ((image, text, scale), (x, y[:, :8], s), "dist_text_features: expected the width of dist_image_features, 16, got 8"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
