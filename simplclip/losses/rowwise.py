@@ -15,14 +15,14 @@ from torch._dynamo.exc import TorchDynamoException
 from simplclip.losses.base import SimilarityLoss
 from simplclip.ops import backends, checks, distributed
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.registry import autocast, check_reverse_mode, first_order_only, no_autocast, transforms, wants_grad
+from simplclip.ops.registry import autocast, check_reverse_mode, first_order_only, no_autocast, wants_grad
 from simplclip.ops.similarity import inputs
 from simplclip.ops.similarity.sweep import chunk_rows, computes_in
 
-_LIVE = 4  # matrices of a chunk at a time: the product, its gradient, and about two that fn keeps or its gradient makes
-_CPU_BYTES = 16 << 20  # of one of these matrices on a CPU, so that it stays in the cache; a quarter of it for bfloat16
-_MULTIPLIED_ROWS = 512  # rows of a bfloat16 gradient that are multiplied at once, since each product is added to a float32 sum
-_ADDED_ROWS = 2048  # rows of such a product that are added at once, so that they stay in the cache
+STUDENT, TEACHER = ("image_features", "text_features"), ("dist_image_features", "dist_text_features", "dist_logit_scale")
+# Each product of a bfloat16 gradient is added to a float32 sum.
+_MULTIPLIED_ROWS = 512  # rows of the gradient that are multiplied at once, since adding a product costs as much each time
+_ADDED_ROWS = 2048  # rows of the product that are added at once, so that they stay in the cache
 
 
 class RowwiseLoss(SimilarityLoss):
@@ -51,15 +51,13 @@ class RowwiseLoss(SimilarityLoss):
     no gradient save theirs, a teacher adds 1. backward only multiplies the stored gradients by a number.
 
     Memory: stored for backward are the gradients of features, scalars and parameters, in float32 (float64 for float64; for
-    bfloat16 features in bfloat16, summed in float32). During the sweep about 4 matrices [R, M], more where fn runs uncompiled.
-    `scratch_bytes`, the budget of one of them, may be set on an instance; on a CPU it is at most 16 MiB or 128 rows (bfloat16:
-    4 MiB or 256 rows), elsewhere a chunk has at most 1024 rows. With world_size > 1, in addition the gathered features and
-    gradients of them.
+    bfloat16 features in bfloat16, summed in float32). During the sweep about 4 matrices [R, M], more where fn is not
+    compiled. `scratch_bytes`, the budget of one of them, may be set on an instance; on a CPU it is at most 16 MiB or 128 rows
+    (bfloat16: 4 MiB or 256 rows), elsewhere R is at most 1024. Several ranks also store the gathered features' gradients.
 
     Products are in the features' dtype (float32 on a CPU for float16, and for bfloat16 without instructions for it), sums in
-    float32 or float64. Only first derivatives in reverse mode are supported, except under simplclip.backend("reference"),
-    where the loss is the formula in plain torch, which stores the matrix, and which torch.vmap needs. Under torch.compile the
-    loss breaks the graph. For meta and fake tensors fn is not compiled.
+    float32 or float64. There are first derivatives in reverse mode alone, and no torch.vmap, except under
+    simplclip.backend("reference"), where the loss is the formula in plain torch. Under torch.compile it breaks the graph.
 
     Source: this library; for losses as of Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).
     """
@@ -127,7 +125,7 @@ class RowwiseLoss(SimilarityLoss):
         self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False, *,
         dist_image_features=None, dist_text_features=None, dist_logit_scale=None,
     ) -> Any:  # fmt: skip
-        inputs.check_pair({"image_features": image_features, "text_features": text_features})
+        inputs.check_pair(dict(zip(STUDENT, (image_features, text_features))))
         n, m = image_features.shape[0], text_features.shape[0]
         if m < n or (self.world_size > 1 and m > n):
             least = f"{n} rows" if self.world_size > 1 else f"at least {n} rows"
@@ -136,11 +134,11 @@ class RowwiseLoss(SimilarityLoss):
         stats, of = accumulate_dtype(features[0].dtype), "image_features"
         scale = checks.scalar("logit_scale", logit_scale, image_features.device, stats, of)
         bias = checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features.device, stats, of)
-        teachers, teacher_scale = [None, None], None
-        given = {"dist_image_features": dist_image_features, "dist_text_features": dist_text_features}
-        given["dist_logit_scale"] = dist_logit_scale
+        teachers: list[Tensor | None] = [None, None]
+        teacher_scale = None
+        given = dict(zip(TEACHER, (dist_image_features, dist_text_features, dist_logit_scale)))
         if any(value is not None for value in given.values()):
-            student = dict(zip(("image_features", "text_features"), features))
+            student = dict(zip(STUDENT, features))
             *teachers, teacher_scale = inputs.constants_of_teacher(given, student, "other arguments of the teacher are given")
 
         directions, offset = [(0, 1), (1, 0)][: 1 + self.symmetric], 0
@@ -197,19 +195,22 @@ class _Rows:
         known = [*leaves, *self.parameters]
         with torch.enable_grad():
             result = self(*leaves, *others)
-            read, nodes = set(), [result.grad_fn]
-            while nodes:  # the graph of the result, down to the tensors that fn reads
-                node = nodes.pop()
-                if node is not None and node not in read:
-                    read.add(node)
-                    nodes += [following for following, _ in node.next_functions]
-            read = [node.variable for node in read if hasattr(node, "variable")]
+            read = _read_by(result)
             if not any(t is leaves[0] for t in read):
                 raise ValueError("fn: expected a result with a gradient for the logits, got one that does not depend on them")
-            for t in read:
-                if not any(t is other for other in known):
-                    raise ValueError(f"parameters: expected all that fn reads, got none for a parameter {checks.shape_of(t)}")
+            for shape in [checks.shape_of(t) for t in read if not any(t is other for other in known)]:
+                raise ValueError(f"parameters: expected all that fn reads, got none for a parameter {shape}")
             return result.detach(), torch.autograd.grad(result, known, torch.ones_like(result), allow_unused=True)
+
+
+def _read_by(result: Tensor) -> list[Tensor]:
+    """The tensors that autograd would give a gradient if the result were differentiated."""
+    seen: set[Any] = {None}
+    nodes = [result.grad_fn]
+    while new := set(nodes) - seen:
+        seen |= new
+        nodes = [following for node in new for following, _ in node.next_functions]
+    return [node.variable for node in seen if hasattr(node, "variable")]
 
 
 @dataclass
@@ -229,13 +230,14 @@ class _Sweep:
     def loss(self, *leaves: Tensor) -> Tensor:  # features, scale, bias
         if backends.forced() == "reference":
             products = [(leaves[i][: self.n] @ leaves[j].T, self.others(i, j, 0, self.n)) for i, j in self.directions]
-            return torch.stack([self.rows(product, *leaves[-2:], *others) for product, others in products]).mean()
+            losses = [self.rows(product, *leaves[-2:], *others) for product, others in products]
+            return torch.stack(losses).to(leaves[-1].dtype).mean()
         leaves = (*leaves, *self.rows.parameters)
         check_reverse_mode("RowwiseLoss", leaves, vmap=False)
         return _Loss.apply(self, wants_grad(*leaves), *leaves)
 
     def others(self, i: int, j: int, start: int, stop: int) -> tuple:
-        """What fn gets besides the logits of some rows: the columns of their positives, and a teacher's products and scale."""
+        """What fn gets besides some rows of logits: the columns of their positives, a teacher's products and its scale."""
         x, y = self.teachers[i], self.teachers[j]
         positives = torch.arange(self.offset + start, self.offset + stop, device=self.device)
         return positives, None if x is None else x[start:stop] @ y.T, self.teacher_scale
@@ -243,9 +245,9 @@ class _Sweep:
 
 def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int:
     """Rows of a chunk. On a CPU its matrices should stay in the cache, but products are slow with few rows."""
-    live = _LIVE
+    live = 4  # matrices at a time: the product, its gradient, and about two that fn keeps or its gradient makes
     if x.device.type == "cpu":
-        live, most_bytes, least = (1, _CPU_BYTES // 4, 256) if x.dtype == torch.bfloat16 else (2, _CPU_BYTES, 128)
+        live, most_bytes, least = (1, 4 << 20, 256) if x.dtype == torch.bfloat16 else (2, 16 << 20, 128)
         scratch_bytes = min(scratch_bytes, max(most_bytes, least * m * stats.itemsize))
     return chunk_rows(x.shape[0], m, stats, x.device.type, live, scratch_bytes)
 
@@ -258,8 +260,7 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, size: Tensor | None
         total.addmm_(a, b)
         return
     for part, rows in zip(total.split(_ADDED_ROWS), a.split(_ADDED_ROWS)):
-        product = torch.mm(rows, b)
-        part += product if size is None else product.to(part.dtype) * size
+        part += torch.mm(rows, b) if size is None else torch.mm(rows, b).to(part.dtype) * size
 
 
 def _direction(sweep: _Sweep, features, scalars, totals, i: int, j: int) -> Tensor:
@@ -287,11 +288,14 @@ def _direction(sweep: _Sweep, features, scalars, totals, i: int, j: int) -> Tens
             losses[start:stop], (g, *d_others) = sweep.rows.gradients([chunk, *scalars], *others)
             if g.dtype != product.dtype:
                 size = torch.linalg.vector_norm(g, torch.inf).clamp(min=1e-30)
-                g = g / size
+                g = (g / size).to(product.dtype)
             del chunk, others
-            product[start - first : stop - first] = g
+            if together == 1:
+                product = g
+            else:
+                product[start - first : stop - first] = g
             for total, d in zip(totals[len(features) :], d_others):
-                if total is not None and d is not None:
+                if total is not None and d is not None:  # None: not needed, or fn does not read it
                     total += d
         if gradient:  # product is now its gradient
             _add_product(None if totals[i] is None else totals[i][first:last], product, y, size)
@@ -315,7 +319,8 @@ class _Loss(torch.autograd.Function):
             totals = [torch.zeros_like(t, dtype=d) if need else None for t, d, need in zip(leaves, dtypes, needs)]
             features = [t.detach().to(compute).contiguous() for t in leaves[:k]]
             sweep.teachers = [None if t is None else t.to(compute) for t in sweep.teachers]
-            value = sum(_direction(sweep, features, scalars, totals, i, j) for i, j in sweep.directions) / len(sweep.directions)
+            values = [_direction(sweep, features, scalars, totals, i, j) for i, j in sweep.directions]
+            value = torch.stack(values).mean()
         ctx.save_for_backward(value, *totals)
         ctx.dtypes, ctx.share = [t.dtype for t in leaves], 1 / (len(sweep.directions) * sweep.n)
         return value
