@@ -1,4 +1,4 @@
-"""Checks the arguments of similarity_loss, and makes one form of the many that they may have. Ids: see op.py."""
+"""Checks the arguments of similarity_loss, and makes tensors of numbers. op.py checks the ids."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_options(terms, interactive, divergence, **budgets):
 
 
 def check_contrastive(options: Contrastive, terms: Collection[str]) -> None:
-    """Checks the options of the contrastive term and the positives; of a tensor as prior see `check_prior`."""
+    """Checks the options of the contrastive term and the positives. `check_prior` checks a prior that is a tensor."""
     checks.choice("positives", options.positives, POSITIVES)
     checks.boolean("decoupled", options.decoupled)
     options.margin = checks.number("margin", options.margin)
@@ -52,7 +52,7 @@ def check_contrastive(options: Contrastive, terms: Collection[str]) -> None:
 
 
 def check_prior(options: Contrastive, call: SimilarityCall) -> None:
-    """Checks a tensor as prior, which becomes one of the logits' dtype."""
+    """Checks a prior that is a tensor and casts it to the logits' dtype."""
     prior, n = options.prior, call.image.shape[0]
     if isinstance(prior, Tensor):
         checks.floating("prior", prior)
