@@ -240,7 +240,7 @@ class _Sweep:
         """What fn gets besides some rows of logits: the columns of their positives, a teacher's products and its scale."""
         x, y = self.teachers[i], self.teachers[j]
         positives = torch.arange(self.offset + start, self.offset + stop, device=self.device)
-        return positives, None if x is None else x[start:stop] @ y.T, self.teacher_scale
+        return positives, None if x is None else torch.mm(x[start:stop], y.T), self.teacher_scale
 
 
 def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int:
