@@ -65,7 +65,7 @@ struct FeatureGradient : FeatureCall {
   auto fields() { return std::tuple_cat(FeatureCall::fields(), std::tie(grad, inv_norms)); }
 };
 
-// For TORCH_BOX: run is `function` of a call, as a function of the call's fields.
+// For TORCH_BOX, which needs a function of single arguments: run(fields...) makes a Call of them and returns function(call).
 template <class Call, auto function, class Fields = decltype(std::declval<Call&>().fields())>
 struct Unpacked;
 

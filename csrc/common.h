@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK: the one name of it that torch 2.11 has too
+#include <torch/headeronly/util/shim_utils.h>  // TORCH_ERROR_CODE_CHECK, under the only name that torch 2.11 has too
 
 #include <optional>
 

@@ -22,7 +22,7 @@ def interpreted() -> bool:
 
 
 _pretends = False
-ASSUMED = (86, 82)  # architecture and multiprocessors of an RTX 3090, assumed by `pretended` without a device
+ASSUMED = (86, 82)  # architecture and multiprocessors of an RTX 3090, which `pretended` takes where there is no device
 
 
 @contextlib.contextmanager
@@ -42,7 +42,8 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def starts(size: int, step: int) -> Sequence[int]:
-    """The first rows of chunks of `step`. If pretended, the first two and the last: the others allocate as the second."""
+    """The first rows of chunks of `step`. If pretended, only of the first two chunks and the last: the others would allocate
+    what the second does."""
     every = range(0, size, step)
     return [every[0], every[1], every[-1]] if _pretends and len(every) > 3 else every
 

@@ -19,7 +19,7 @@ class Tile(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    blocks: int = 1  # at least so many share a multiprocessor; the launcher divides the columns accordingly
+    blocks: int = 1  # at least so many programs share a multiprocessor; the launcher divides the columns accordingly
 
     def options(self) -> dict[str, int]:
         return dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"), self))

@@ -25,7 +25,7 @@ __all__ = ["backward", "check"]
 MicroBatch = TypeVar("MicroBatch")
 Outputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Encode = Callable[[MicroBatch], Outputs]
-Named = dict[Any, Tensor]  # by name, or by tower and position
+Named = dict[Any, Tensor]  # outputs by their name, or by (tower, position)
 
 
 def backward(
@@ -119,7 +119,7 @@ def backward(
 
 
 class _Tower:
-    """An encoder with its micro-batches, and what step 1 leaves for step 3. key: None if it is the only one."""
+    """An encoder with its micro-batches, and what step 1 keeps for step 3. key: None if there is only one tower."""
 
     def __init__(self, key: str | int | None, encode: Encode, micro_batches: Any, size: int | None, keep: int) -> None:
         self.key, self.encode, at = key, encode, "" if key is None else f"[{key!r}]"
@@ -132,7 +132,8 @@ class _Tower:
         self.micro_batches, self.count = micro_batches, len(micro_batches)
         if not self.count:
             raise ValueError(f"micro_batches{at}: expected at least one, got none")
-        self.again = max(self.count - keep, min(self.count - 1, 1))  # the number of those that are encoded again
+        # The first `again` micro-batches are encoded again in step 3.
+        self.again = max(self.count - keep, min(self.count - 1, 1))
         self.states: list[tuple[Tensor, list[Tensor]]] = []
         self.parts: list[Named] = []
         self.kept: list[Named] = []
@@ -151,7 +152,7 @@ class _Tower:
         self.rows = [{name: len(part) for name, part in of_one.items() if part.dim() > 1} for of_one in self.parts]
 
     def leaves(self) -> Named:
-        """The outputs of all micro-batches, of which nothing is kept."""
+        """Returns the outputs of all micro-batches as new tensors and forgets them."""
         parts, self.parts, features = self.parts, [], self.rows[0]
         return {n: torch.cat([of_one[n] for of_one in parts]) if n in features else t for n, t in parts[-1].items()}
 
@@ -162,7 +163,7 @@ class _Tower:
                 for of_one, gradient in zip(of_each, gradients[name].split([m[name] for m in self.rows])):
                     of_one[name] = gradient
             elif name in gradients:
-                of_each[self.again - 1][name] = gradients[name]  # the last one where nothing is encoded again
+                of_each[self.again - 1][name] = gradients[name]  # -1, the last micro-batch, if none is encoded again
         for index in range(self.again, self.count):
             with _alone(model, self.count > 1):
                 _backpropagate(self.kept.pop(0), of_each[index])

@@ -57,7 +57,7 @@ class ShapedAttention(nn.Module):
         self._check(x)
         shape = (*x.shape[:2], self.heads, self.width // self.heads)
         q, k = self.qk(x).chunk(2, dim=-1)
-        # Under autocast, q and k have the autocast dtype, and x has not.
+        # Under autocast q and k have its dtype, but x may have another.
         v = x.to(q.dtype) if self.value is None else self.value(x)
         q, k, v = (t.reshape(shape) for t in (q, k, v))
         out = shaped_attention(q, k, v, self.alpha, self.beta, self.gamma, causal=self.causal, lengths=lengths)
@@ -160,7 +160,7 @@ def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
-# What a group shares: the matrices; the gains that belong to them; what has to be equal among the blocks of a group.
+# For each part of a block: the matrices that a group shares, their gains, and the attributes that must be equal in a group.
 _ATTENTION = (("qk", "value", "output"), ("alpha", "beta", "gamma", "attention_gain"), ("width", "heads", "causal"))
 _MLP = (("fc1", "fc2"), ("mlp_gain",), ("width", "hidden", "act"))
 _PARTS = {"attention": (_ATTENTION,), "mlp": (_MLP,), "all": (_ATTENTION, _MLP)}

@@ -1,8 +1,8 @@
 // Products of small matrices whose right operand stays in the cache, summed in float32. Included after vec.h, inside the
 // namespace of an instruction set.
 //
-// The operands' elements are units: a float, or where the instruction set multiplies bfloat16 two of them, neighbours in the
-// dimension that is summed over, as the 32 bits of an instruction's lane. So a matrix has three forms, all in units:
+// The elements of the operands are 32-bit units: a float, or, with an instruction set that multiplies bfloat16, two bfloat16
+// that are neighbours in the dimension that is summed over. So a matrix has three forms, all in units:
 //   rows      [count, width]      left operand, summed over the width
 //   columns   [width, count]      the transpose of rows: right operand, summed over the width
 //   stacked   [count, width]      right operand, summed over the rows (for floats the same as rows)
@@ -97,7 +97,7 @@ VINLINE void transpose(vf (&t)[W]) {
   if constexpr (W > 8) transpose_step<8>(t);
 }
 
-// Row i of a head; behind `count` the last one, which is read in vain.
+// Row i of a head. For i >= count the last row, so that a loop may read past the end; the result is not used.
 template <class T>
 VINLINE const T* row_of(const Rows& from, int64_t i, int64_t count) {
   return static_cast<const T*>(from.data) + least(i, count - 1) * from.stride;
@@ -140,7 +140,7 @@ inline void stack_rows(const Rows& from, int64_t count, int64_t width, uint32_t*
 // The columns form [width, to_row] of `count` rows in their rows form; zeros behind `count`.
 template <class U>
 inline void transpose_rows(const U* rows, int64_t from_row, int64_t count, int64_t width, U* columns, int64_t to_row) {
-  const float* const from = reinterpret_cast<const float*>(rows);  // 32 bits, whatever they are
+  const float* const from = reinterpret_cast<const float*>(rows);  // 32 bits of any type
   float* const to = reinterpret_cast<float*>(columns);
   for (int64_t i = 0; i < to_row; i += W)
     for (int64_t c = 0; c < width; c += W) {

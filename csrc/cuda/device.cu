@@ -3,7 +3,7 @@
 namespace simplclip {
 
 namespace {
-// Represents all kernels of this build, which are compiled for the same architectures.
+// Stands for all kernels of this build, since all are compiled for the same architectures.
 __global__ void probe_kernel() {}
 }  // namespace
 

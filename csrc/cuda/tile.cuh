@@ -86,8 +86,8 @@ SIMPLCLIP_DEVICE void load_rows(uint32_t (&r)[4], const void* chunk) {
   }
 }
 
-// 32 bytes of the columns of 16 rows, from chunk `chunk` on: as the left operand, and as the right one of which they are
-// columns.
+// Both load 32 bytes of each of 16 rows, from chunk `chunk` on: load_left as the left operand, load_right as the right one, whose
+// columns these rows are.
 template <class T>
 SIMPLCLIP_DEVICE void load_left(uint32_t (&r)[4], const Tile& m, int tile, int chunk) {
   load_rows<T>(r, m.at(tile, lane() & 15, chunk + (lane() >> 4)));
@@ -218,8 +218,8 @@ SIMPLCLIP_DEVICE void load_global(float (&c)[2][4], const HeadRows& from, int ti
   }
 }
 
-// Writes them; zeros from row `valid` to row `rows`. Four lanes write 32 bytes of a row at a time; with 16-bit elements two of
-// them first exchange elements.
+// Writes such elements; zeros from row `valid` to row `rows`. Four lanes write 32 bytes of a row at a time; with 16-bit elements
+// two of them first exchange elements.
 template <class T>
 SIMPLCLIP_DEVICE void store_global(
     const float (&c)[2][4], const HeadRows& to, int tile, int column_tile, int valid, int rows) {

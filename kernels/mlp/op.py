@@ -22,12 +22,12 @@ from simplclip.kernels.mlp.activations import activation, slope
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
 GROUP = 8  # blocks of rows that use the same blocks of columns while those are in the cache
-TILE = 16  # steps over the tokens per unit of the weight's gradient; each range of units has a result to store and add
+TILE = 16  # steps over the tokens in a unit of work of the weight's gradient; each range of units stores a result to be added
 
 
 @triton.jit
 def _block(rows, columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First row and column of a program's block; GROUP blocks of rows alternate."""
+    """First row and column of a program's block; programs go through GROUP blocks of rows in turn."""
     row_blocks = (rows + BLOCK_M - 1) // BLOCK_M
     column_blocks = (columns + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)

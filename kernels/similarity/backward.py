@@ -43,7 +43,7 @@ def _store(
 def _similarity_gradient_kernel(
     image,  # [N, D]
     text,  # [M, D]
-    teacher_image,  # [N, D̂], None without T, U and V; so are the others that are not read
+    teacher_image,  # [N, D̂], None where T, U and V are not computed; likewise the other tensors
     teacher_text,  # [M, D̂]
     projected_image,  # [N, D̂]
     projected_text,  # [M, D̂]
@@ -62,8 +62,8 @@ def _similarity_gradient_kernel(
     columns,  # [5, M]
     grad_rows,  # [11, N]
     grad_columns,  # [5, M]
-    factors,  # [matrices] or None: what a matrix is multiplied by before it is rounded
-    out,  # [matrices, chunk, out_stride]: those of the launch, in the order of launch.STUDENTS
+    factors,  # [matrices] or None: the factor of each matrix before it is rounded
+    out,  # [matrices, chunk, out_stride]: G of this launch's matrices, in the order of launch.STUDENTS
     sums,  # [programs, SUMS]
     n,
     m,
@@ -77,7 +77,7 @@ def _similarity_gradient_kernel(
     matrix_stride,
     LAUNCH: tl.constexpr,  # launch.Launch
     TILE: tl.constexpr,  # launch.Tiling
-    ATTEND: tl.constexpr,  # Z alone: the gradient to the logits, not to the similarities, so that it is the softmax itself
+    ATTEND: tl.constexpr,  # only with Z: store the gradient of the logits, which is the softmax, not that of the similarities
 ):
     """One tile: writes G of each of the student's matrices, and adds to this program's sums of the scalars' gradients."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M

@@ -38,7 +38,7 @@ def _column_softmax(logits, part, m, inside):
 def _similarity_statistics_kernel(
     image,  # [N, D]
     text,  # [M, D]
-    teacher_image,  # [N, D̂], None without T, U and V; so are the others that are not read
+    teacher_image,  # [N, D̂], None where T, U and V are not computed; likewise the other tensors
     teacher_text,  # [M, D̂]
     projected_image,  # [N, D̂]
     projected_text,  # [M, D̂]
@@ -79,7 +79,7 @@ def _similarity_statistics_kernel(
     """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
-    # GROUP blocks of rows with all their splits alternate, so that programs at a time share rows and columns.
+    # Programs go through GROUP blocks of rows in turn, so that those that run together read the same rows and columns.
     program = tl.program_id(0)
     first_block = program // (GROUP * splits) * GROUP
     group = tl.minimum(row_blocks - first_block, GROUP)
@@ -124,7 +124,8 @@ def _similarity_statistics_kernel(
                 None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS
             )
             t = raw * t_scale
-            t = tl.where(negative, t + 0.0 * t, -INF)  # NaN where it is infinite, since -inf means no negative
+            # An infinite logit gives NaN, since -inf would mean that there is no negative.
+            t = tl.where(negative, t + 0.0 * t, -INF)
             max_t, base_t, shrink = raised(max_t, t, 1)
             sum_t *= shrink
             if LAUNCH.RELATIONAL:

@@ -8,7 +8,7 @@ from torch import Tensor
 from simplclip.kernels.similarity.launch import Launch
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityGradient
 
-FLOAT16_PEAK = 10  # log2: far from overflow, and 2^24 times what float16 still holds in full
+FLOAT16_PEAK = 10  # log2 of the largest scaled entry: far from overflow, and 2^24 times the smallest normal float16
 
 
 def wide_product(left: Tensor, right: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def wide_product(left: Tensor, right: Tensor, factor: Tensor | None = None) -> T
 
 
 class ImageGradient:
-    """Gradient of rows of which each chunk has its own: a single product is rounded directly, several are added first."""
+    """The images' gradient, of which each chunk has its own rows: a single product is rounded at once, several are added."""
 
     def __init__(self, like: Tensor, matrices: int, needed: bool = True, dtype: torch.dtype | None = None):  # [N, D]
         self.needed, self.matrices, self.sum = needed, matrices, None
@@ -48,7 +48,7 @@ class ImageGradient:
 
 
 class TextGradient:
-    """Gradient to which every chunk adds: in the features' dtype if it is a single product, else in float32."""
+    """The gradient of the texts, to which every chunk adds. In the features' dtype if one product is all, else in float32."""
 
     def __init__(self, like: Tensor, products: int, needed: bool = True, dtype: torch.dtype | None = None):  # [M, D]
         self.like, self.products, self.needed, self.sum = like, products, needed, None

@@ -76,7 +76,7 @@ def _similarity_merge_kernel(
     out_first,
     LAUNCH: tl.constexpr,  # launch.Launch
     SLOTS: tl.constexpr,  # launch.Slots
-    OF_ROWS: tl.constexpr,  # else of columns, which fold in what out holds: the statistics over earlier rows
+    OF_ROWS: tl.constexpr,  # else of columns, which are merged with the statistics over earlier rows that `out` holds
     BLOCK_PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

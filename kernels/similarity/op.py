@@ -80,7 +80,7 @@ def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [11, N], [5, M
         blocks = -(-n // tile.block_m)
         if launch.COLUMNS:
             blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots.COLUMNS)))
-            for flag, stat in _COLUMN_LSES.items():  # of no rows; the parts of each group of rows are added below
+            for flag, stat in _COLUMN_LSES.items():  # start with no rows; the parts of each range of rows are merged below
                 if getattr(launch, flag):
                     columns[stat].fill_(-torch.inf)
         for first in starts(n, blocks * tile.block_m):

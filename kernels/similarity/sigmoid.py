@@ -38,7 +38,7 @@ def _similarity_sigmoid_kernel(
     text_ids,  # [M] int64
     image_share,  # [N] or None
     text_share,  # [M]
-    factor,  # [] or None: what the gradient is multiplied by before it is rounded
+    factor,  # [] or None: the factor of the gradient before it is rounded
     out,  # [chunk, out_stride], only if GRADIENT
     sums,  # [programs, TERMS, SUMS]
     n,

@@ -38,7 +38,7 @@ def product(
 
 @triton.jit
 def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, DROP_IDS: tl.constexpr):
-    """The mask of negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not of the positive's group.
+    """The mask of negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not with the row's id.
 
     With the teacher's logits t, which are -inf elsewhere, the mask needs no registers besides theirs.
     """

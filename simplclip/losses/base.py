@@ -1,4 +1,4 @@
-"""What the losses share: their checks, open_clip's distributed modes, options, and the plane of pair matching."""
+"""What the losses share: their checks, open_clip's distributed modes, options, and the hyperplane of pair matching."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def first_columns(parameter: Tensor, features: Tensor) -> Tensor:
 
 
 def terms_of_sum(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """The weighted terms of a result of similarity_loss with `weights`, for those who add them up.
+    """The weighted terms from a result of similarity_loss with `weights`, for a caller that adds them up.
 
-    The first term has the gradient of the sum, the others have none.
+    The first term carries the gradient of the whole sum, the others have none: their sum has the right value and gradient.
     """
     terms = {name: weight * values[name] for name, weight in weights.items()}
     first = next(iter(terms))
@@ -71,13 +71,13 @@ class SimilarityLoss(nn.Module):
     `_terms` and passes what it returns through `_value`. MatryoshkaLoss calls `_of` with prefixes of the features; parameters
     of the features' width are then read by `first_columns`. A loss without pair matching sets pm_weight=0.
 
-    options: label_smoothing, decoupled, prior, margin, positives of ops.similarity_loss, those that the loss has.
+    options: those of label_smoothing, decoupled, prior, margin and positives (of ops.similarity_loss) that the loss has.
     """
 
     # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
     INITIAL_WEIGHT, INITIAL_BIAS = 10.0, -2.0
 
-    scratch_bytes = SCRATCH_BYTES  # of similarity_loss; may be set on an instance
+    scratch_bytes = SCRATCH_BYTES  # passed to similarity_loss; may be set on an instance
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class SimilarityLoss(nn.Module):
         embed_dim: int | None = None,
         **options: Any,
     ):
-        nn.Module.__init__(self)  # not that of open_clip's loss, of which a subclass may be one too
+        nn.Module.__init__(self)  # not super().__init__: a subclass may also inherit from open_clip's loss
         self.pm_weight = weight_of("pm_weight", pm_weight)
         checks.choice("plane", plane, PLANES)
         self.embed_dim = width_of("embed_dim", embed_dim)

@@ -1,4 +1,4 @@
-"""ClipPMLoss, and what it shares with the losses of open_clip's names: a loss of pairs and pair matching."""
+"""ClipPMLoss, and PairLoss, the forward that it shares with ClipLoss and SigLipLoss of drop_in.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PairLoss(SimilarityLoss):
     """The forward of a loss of one term, with pair matching beside it where pm_weight is not 0."""
 
     TERM = "contrastive"
-    added_up = False  # True: the terms of the dict are added up, so that the first may have the gradient of the sum
+    added_up = False  # True if the caller adds up the terms of the dict, so that the first may carry the gradient of the sum
 
     def extra_repr(self) -> str:
         names = ("pm_weight", "plane") if self.pm_weight else ()

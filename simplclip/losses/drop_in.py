@@ -1,4 +1,4 @@
-"""Losses that are subclasses of open_clip's, where it is installed: code that asks for those accepts these."""
+"""Losses that are subclasses of open_clip's where it is installed, so that they pass its isinstance checks."""
 
 from __future__ import annotations
 
@@ -152,4 +152,4 @@ class SigLipLoss(PairLoss, theirs.SigLipLoss):
         checks.choice("dist_impl", self.dist_impl, DIST_IMPLS)
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 0:
             raise ValueError(f"chunk_size: expected a number of rows, 0 or more, got {chunk_size!r}")
-        self.chunk_size = chunk_size  # which open_clip 4's own `_loss` reads
+        self.chunk_size = chunk_size  # not used here; open_clip 4's own `_loss` reads it

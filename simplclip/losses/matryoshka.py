@@ -83,8 +83,8 @@ class MatryoshkaLoss(nn.Module):
             args, kwargs = (), dict(named)
         if self.of_ours:
             call, both = loss._of, autocast(*loss._own_features(*both))
-            if not isinstance(loss, WIKDLoss) or not loss.feature_weight:  # which reads the teacher as it is stored
-                # Casts the teacher's features as the loss would, once instead of once a width.
+            if not isinstance(loss, WIKDLoss) or not loss.feature_weight:  # the feature term reads the teacher uncast
+                # Casts the teacher's features as the loss would, but only once, not once for each width.
                 to = lambda t: t.to(both[0].dtype) if t.dim() == 2 and t.is_floating_point() else t  # noqa: E731
                 args, kwargs = tree_map_only(Tensor, to, (args, kwargs))
         prefixes = [_prefixes(features, widths) for features in both]
@@ -93,7 +93,7 @@ class MatryoshkaLoss(nn.Module):
         with once:
             for image, text in zip(*prefixes):
                 results.append(call(image, text, *args, **kwargs))
-                if caption:  # one token, whose loss is not read with the other widths
+                if caption:  # one token only: the caption's loss of the other widths is not used
                     kwargs |= {name: kwargs[name][:1, :1] for name in ("logits", "labels")}
         total = tree_map(lambda *values: sum(weight * value for weight, value in zip(weights, values)), *results)
         if caption and isinstance(total, dict):

@@ -15,13 +15,14 @@ from torch._dynamo.exc import TorchDynamoException
 from simplclip.losses.base import SimilarityLoss
 from simplclip.ops import backends, checks, distributed
 from simplclip.ops.dtypes import accumulate_dtype
-from simplclip.ops.registry import autocast, check_reverse_mode, first_order_only, no_autocast, transforms, wants_grad
+from simplclip.ops.registry import autocast, check_reverse_mode, first_order_only, no_autocast, wants_grad
+from simplclip.ops.similarity import inputs
 from simplclip.ops.similarity.sweep import chunk_rows, computes_in
 
-# Matrices of a chunk at a time: the product, its gradient, and about two that fn keeps or its gradient makes.
-_LIVE = 4
-_CPU_BYTES = 16 << 20  # of one of them on a CPU, and a quarter for bfloat16
-_ADDED_ROWS, _MULTIPLIED_ROWS = 2048, 512  # at a time, of products and of gradients in bfloat16
+STUDENT, TEACHER = ("image_features", "text_features"), ("dist_image_features", "dist_text_features", "dist_logit_scale")
+# Each product of a bfloat16 gradient is added to a float32 sum.
+_MULTIPLIED_ROWS = 512  # rows of the gradient that are multiplied at once, since adding a product costs as much each time
+_ADDED_ROWS = 2048  # rows of the product that are added at once, so that they stay in the cache
 
 
 class RowwiseLoss(SimilarityLoss):
@@ -32,14 +33,7 @@ class RowwiseLoss(SimilarityLoss):
 
     where y_i is the column of row i's positive. With symmetric=False the loss is the mean over the rows alone. The N×M matrix
     is never stored: chunks of rows are computed, autograd differentiates fn at once, and both products of its gradient are
-    added up in the forward pass. Focal InfoNCE, for example:
-
-        def focal(logits, positives):
-            cross_entropy = F.cross_entropy(logits, positives, reduction="none")
-            return (1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy
-
-        loss = RowwiseLoss(focal)
-        value = loss(image_features, text_features, logit_scale)
+    added up in the forward pass. docs/losses.md has examples, such as the focal loss.
 
     Args:
         fn: fn(logits [R, M], positives [R] int64) -> [R] in plain torch, or with a teacher fn(logits, positives,
@@ -50,27 +44,20 @@ class RowwiseLoss(SimilarityLoss):
             values and gradients of each mode. use_horovod is not supported with several ranks.
         parameters: the nn.Parameters that fn reads, if fn is a function with trainable parameters.
         symmetric: whether the columns count too.
-        compile: whether to compile fn with torch.compile (dynamic=True, so that a chunk of other size compiles nothing).
+        compile: whether to compile fn with torch.compile (dynamic=True, so that a chunk of another size compiles nothing).
             Where that fails, e.g. because there is no C++ compiler, fn runs uncompiled and a warning says why.
 
-    `scratch_bytes`, the budget of one [R, M] matrix of a chunk, may be set on an instance. On a CPU it is at most 16 MiB or
-    128 rows (bfloat16: 4 MiB or 256 rows); elsewhere a chunk has at most 1024 rows.
+    Cost: 3 matrix products of N·M·D a direction, all in the forward pass; 1 without a gradient to compute. Features that need
+    no gradient save theirs, a teacher adds 1. backward only multiplies the stored gradients by a number.
 
-    Cost: 3 matrix products of N·M·D a direction, all in the forward pass: 6 if symmetric, as many as of open_clip's losses,
-    which make the logits of each direction. Dense torch that keeps one matrix for both needs 3. Without a gradient to
-    compute, 1 a direction; features that need no gradient save theirs; a teacher adds 1 a direction. backward multiplies the
-    stored gradients by a number, so it can be run again with retain_graph.
-
-    Memory: stored for backward are the gradients [N, D] and [M, D], those of the scale, the bias and the parameters. They are
-    in float32 (float64 for float64), i.e. in full precision for a loss scaled by a GradScaler, except those of bfloat16
-    features: these are summed in float32 and rounded once a direction. During the sweep about 4 matrices [R, M], more where
-    fn runs uncompiled and makes more of them, and for bfloat16 the gradients of up to 512 rows. With world_size > 1, in
-    addition the gathered features, and each direction stores gradients of its own.
+    Memory: stored for backward are the gradients of features, scalars and parameters, in float32 (float64 for float64; for
+    bfloat16 features in bfloat16, summed in float32). During the sweep about 4 matrices [R, M], more where fn is not
+    compiled. `scratch_bytes`, the budget of one of them, may be set on an instance; on a CPU it is at most 16 MiB or 128 rows
+    (bfloat16: 4 MiB or 256 rows), elsewhere R is at most 1024. Several ranks also store the gathered features' gradients.
 
     Products are in the features' dtype (float32 on a CPU for float16, and for bfloat16 without instructions for it), sums in
-    float32 or float64. Only first derivatives in reverse mode are supported, except under simplclip.backend("reference"),
-    where the loss is the formula in plain torch, which stores the matrix, and which torch.vmap needs. Under torch.compile the
-    loss breaks the graph. For meta and fake tensors fn is not compiled.
+    float32 or float64. There are first derivatives in reverse mode alone, and no torch.vmap, except under
+    simplclip.backend("reference"), where the loss is the formula in plain torch. Under torch.compile it breaks the graph.
 
     Source: this library; for losses as of Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).
     """
@@ -89,10 +76,7 @@ class RowwiseLoss(SimilarityLoss):
         symmetric: bool = True,
         compile: bool = True,
     ):
-        super().__init__(
-            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod,
-            pm_weight=0.0, plane="scalar", embed_dim=None,
-        )  # fmt: skip
+        super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, pm_weight=0.0)
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
         checks.boolean("symmetric", symmetric)
@@ -104,7 +88,7 @@ class RowwiseLoss(SimilarityLoss):
         self._rows: _Rows | None = None
 
     def __getstate__(self):
-        """Copies and pickles compile fn again: compiled, it would still be this object's."""
+        """A copy or a pickle compiles fn again, since the compiled function would still be that of this object."""
         return {**self.__dict__, "_rows": None}
 
     def extra_repr(self) -> str:
@@ -127,11 +111,9 @@ class RowwiseLoss(SimilarityLoss):
 
         image_features, text_features: float32, bfloat16, float16 or float64, with the same dtype and device; under autocast
         they are cast to its dtype. Row i's positive is text i; with M > N the columns' direction covers the first N texts.
-        dist_image_features, dist_text_features, dist_logit_scale: x̂, ŷ and ŝ of a teacher, all three or none. They are
-        constants.
+        dist_...: x̂, ŷ and ŝ of a teacher, all three or none. They are constants.
 
-        Raises:
-            TypeError, ValueError: an argument or the result of fn is not valid; the message names it.
+        Raises: TypeError, ValueError: an argument or the result of fn is not valid; the message names it.
         """
         image, text = self._own_features(image_features, text_features)
         return self._of(
@@ -143,72 +125,39 @@ class RowwiseLoss(SimilarityLoss):
         self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False, *,
         dist_image_features=None, dist_text_features=None, dist_logit_scale=None,
     ) -> Any:  # fmt: skip
-        checks.like("text_features", text_features, "image_features", image_features)
-        n, m, device = image_features.shape[0], text_features.shape[0], image_features.device
-        if text_features.shape[1] != image_features.shape[1]:
-            width = image_features.shape[1]
-            raise ValueError(f"text_features: expected the width of image_features, {width}, got {text_features.shape[1]}")
+        inputs.check_pair(dict(zip(STUDENT, (image_features, text_features))))
+        n, m = image_features.shape[0], text_features.shape[0]
         if m < n or (self.world_size > 1 and m > n):
             least = f"{n} rows" if self.world_size > 1 else f"at least {n} rows"
             raise ValueError(f"text_features: expected {least}, a positive for each image, got {m}")
-        image, text = autocast(image_features, text_features)
-        stats = accumulate_dtype(image.dtype)
-        scale = checks.scalar("logit_scale", logit_scale, device, stats, "image_features")
-        bias = checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, device, stats, "image_features")
-        teacher = self._teacher(image, text, dist_image_features, dist_text_features, dist_logit_scale)
+        features = autocast(image_features, text_features)
+        stats, of = accumulate_dtype(features[0].dtype), "image_features"
+        scale = checks.scalar("logit_scale", logit_scale, image_features.device, stats, of)
+        bias = checks.scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features.device, stats, of)
+        teachers: list[Tensor | None] = [None, None]
+        teacher_scale = None
+        given = dict(zip(TEACHER, (dist_image_features, dist_text_features, dist_logit_scale)))
+        if any(value is not None for value in given.values()):
+            student = dict(zip(STUDENT, features))
+            *teachers, teacher_scale = inputs.constants_of_teacher(given, student, "other arguments of the teacher are given")
 
-        if self._rows is None:
-            self._rows = _Rows(self.fn, self.compile_fn)
+        directions, offset = [(0, 1), (1, 0)][: 1 + self.symmetric], 0
+        if self.world_size > 1:  # the columns are those of all ranks
+            group, constant = self._group(), self.local_loss and not self.gather_with_grad
+            directions, offset = [(0, 2), (1, 3)][: 1 + self.symmetric], torch.distributed.get_rank(group) * n
+            features += [distributed.gather(t.detach() if constant else t, group) for t in reversed(features)]
+            teachers += [None if t is None else distributed.gather(t, group) for t in reversed(teachers)]
+        self._rows = self._rows or _Rows(self.fn, self.compile_fn)
         self._rows.parameters = [p for p in self.parameters() if p.requires_grad]
-        if self.world_size <= 1:
-            value = _Sweep(self._rows, teacher, 0, self.symmetric, self.scratch_bytes).loss(image, text, scale, bias)
-        else:
-            value = self._of_ranks(image, text, scale, bias, teacher)
-        value = self._value(value)
+        sweep = _Sweep(self._rows, directions, teachers, teacher_scale, n, offset, self.scratch_bytes, features[0].device)
+        value = self._value(sweep.loss(*features, scale, bias))
         return {"rowwise_loss": value} if output_dict else value
-
-    def _of_ranks(self, image, text, scale, bias, teacher) -> Tensor:
-        """The loss of this rank's rows and columns, each against the features of all ranks."""
-        group = self._group()
-        constant = self.local_loss and not self.gather_with_grad
-        offset = torch.distributed.get_rank(group) * image.shape[0]
-
-        def direction(own, others, own_teacher, others_teacher):
-            others = distributed.gather(others.detach() if constant else others, group)
-            if teacher:
-                own_teacher = own_teacher, distributed.gather(others_teacher, group), teacher[2]
-            return _Sweep(self._rows, own_teacher, offset, False, self.scratch_bytes).loss(own, others, scale, bias)
-
-        teacher_image, teacher_text = teacher[:2] if teacher else (None, None)
-        value = direction(image, text, teacher_image, teacher_text)
-        return 0.5 * (value + direction(text, image, teacher_text, teacher_image)) if self.symmetric else value
-
-    @staticmethod
-    def _teacher(image: Tensor, text: Tensor, teacher_image, teacher_text, teacher_scale):
-        """The teacher's features in the dtype of the student's, and its scale; None without a teacher."""
-        given = {"dist_image_features": teacher_image, "dist_text_features": teacher_text, "dist_logit_scale": teacher_scale}
-        if all(value is None for value in given.values()):
-            return None
-        if missing := [name for name, value in given.items() if value is None]:
-            raise ValueError(f"{missing[0]}: expected a value, since other arguments of the teacher are given, got None")
-        features = []
-        for (name, value), own, letters in zip(given.items(), (image, text), ("[N, D̂]", "[M, D̂]")):
-            checks.features(name, value, letters)
-            if value.shape[0] != own.shape[0]:
-                raise ValueError(f"{name}: expected {own.shape[0]} rows, as the student's features, got {value.shape[0]}")
-            if value.device != own.device:
-                raise ValueError(f"{name}: expected the device of the student's features, {own.device}, got {value.device}")
-            features.append(checks.constant(name, value).to(own.dtype).contiguous())
-        if features[0].shape[1] != features[1].shape[1]:
-            widths = [t.shape[1] for t in features]
-            raise ValueError(f"dist_text_features: expected the width of dist_image_features, {widths[0]}, got {widths[1]}")
-        stats = accumulate_dtype(image.dtype)
-        scale = checks.scalar("dist_logit_scale", teacher_scale, image.device, stats, "image_features")
-        return *features, checks.constant("dist_logit_scale", scale)
 
 
 class _Rows:
     """fn applied to a chunk's products, compiled where possible, with checks of its result."""
+
+    parameters: list[nn.Parameter]  # that need a gradient
 
     def __init__(self, fn: Callable, compile: bool):
         def rows(product, scale, bias, positives, teacher_product, teacher_scale):
@@ -217,28 +166,22 @@ class _Rows:
                 return fn(logits, positives)
             return fn(logits, positives, teacher_product.to(scale.dtype) * teacher_scale)
 
-        self.plain = rows
-        self.compiled = None
-        self.parameters: list[nn.Parameter] = []
+        self.plain, self.compiled = rows, None
         if compile:
-            # Dynamo counts the compilations of a code object: of a shared one, the ninth loss would run uncompiled.
+            # Dynamo counts the compilations of a code object. If all losses shared one, the ninth would run uncompiled.
             own = types.FunctionType(rows.__code__.replace(), rows.__globals__, rows.__name__, None, rows.__closure__)
             self.compiled = torch.compile(own, dynamic=True)
 
-    def __call__(self, *arguments) -> Tensor:  # those of `rows` -> [R]
-        product = arguments[0]
-        if self.compiled is None or product.is_meta or type(product) is not Tensor:  # meta and fake tensors compile nothing
-            return self.checked(self.plain(*arguments), product)
+    def __call__(self, product: Tensor, *others) -> Tensor:  # those of `rows` -> [R]
+        fake = product.is_meta or type(product) is not Tensor
         try:
-            result = self.compiled(*arguments)
+            plain = self.compiled is None or fake or backends.forced() == "reference"
+            result = (self.plain if plain else self.compiled)(product, *others)
         except TorchDynamoException as error:
-            result = self.plain(*arguments)  # an error of fn itself appears here
+            result = self.plain(product, *others)  # raises fn's own error if that is what failed
             self.compiled = None
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            warnings.warn(f"RowwiseLoss: fn runs uncompiled, since torch.compile failed: {lines[0]}", stacklevel=2)
-        return self.checked(result, product)
-
-    def checked(self, result, product) -> Tensor:
+            reason = next(line.strip() for line in str(error).splitlines() if line.strip())
+            warnings.warn(f"RowwiseLoss: fn runs uncompiled, since torch.compile failed: {reason}", stacklevel=2)
         r = product.shape[0]
         if not isinstance(result, Tensor):
             raise TypeError(f"fn: expected a tensor [R] = [{r}], got {type(result).__name__}")
@@ -247,28 +190,27 @@ class _Rows:
         checks.floating("fn", result)
         return result
 
-    def gradients(self, leaves: list[Tensor], positives, teacher_product, teacher_scale) -> tuple[Tensor, tuple]:
+    def gradients(self, leaves: list[Tensor], *others) -> tuple[Tensor, tuple]:
         """The result [R], and the gradients of its sum for product, scale and bias (the leaves) and for the parameters."""
-        inputs = [*leaves, *self.parameters]
+        known = [*leaves, *self.parameters]
         with torch.enable_grad():
-            result = self(*leaves, positives, teacher_product, teacher_scale)
-            self._check_graph(result, inputs)
-            return result.detach(), torch.autograd.grad(result, inputs, torch.ones_like(result), allow_unused=True)
+            result = self(*leaves, *others)
+            read = _read_by(result)
+            if not any(t is leaves[0] for t in read):
+                raise ValueError("fn: expected a result with a gradient for the logits, got one that does not depend on them")
+            for shape in [checks.shape_of(t) for t in read if not any(t is other for other in known)]:
+                raise ValueError(f"parameters: expected all that fn reads, got none for a parameter {shape}")
+            return result.detach(), torch.autograd.grad(result, known, torch.ones_like(result), allow_unused=True)
 
-    def _check_graph(self, result: Tensor, inputs: list[Tensor]) -> None:
-        """Raises if the result does not depend on the logits, or depends on parameters whose gradient would be lost."""
-        found, nodes, seen = [], [result.grad_fn], set()
-        while nodes:
-            node = nodes.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                found += [node.variable] if hasattr(node, "variable") else []
-                nodes += [following for following, _ in node.next_functions]
-        if not any(t is inputs[0] for t in found):
-            raise ValueError("fn: expected a result with a gradient for the logits, got one that does not depend on them")
-        for t in found:
-            if not any(t is known for known in inputs):
-                raise ValueError(f"parameters: expected all that fn reads, got none for a parameter {checks.shape_of(t)}")
+
+def _read_by(result: Tensor) -> list[Tensor]:
+    """The tensors that autograd would give a gradient if the result were differentiated."""
+    seen: set[Any] = {None}
+    nodes = [result.grad_fn]
+    while new := set(nodes) - seen:
+        seen |= new
+        nodes = [following for node in new for following, _ in node.next_functions]
+    return [node.variable for node in seen if hasattr(node, "variable")]
 
 
 @dataclass
@@ -276,135 +218,111 @@ class _Sweep:
     """One sweep over the rows, and if symmetric over the columns, of a similarity matrix."""
 
     rows: _Rows
-    teacher: tuple[Tensor, Tensor, Tensor] | None  # features [N, D̂] and [M, D̂] in the student's dtype, scale []
+    directions: list[tuple[int, int]]  # of each: the places of its rows and of its columns among the features
+    teachers: list[Tensor | None]  # a teacher's features, in the places of the student's
+    teacher_scale: Tensor | None  # []
+    n: int  # rows of a direction
     offset: int  # column of the first row's positive
-    symmetric: bool  # then the offset is 0
     scratch_bytes: int
+    device: torch.device
 
     @torch.compiler.disable
-    def loss(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def loss(self, *leaves: Tensor) -> Tensor:  # features, scale, bias
         if backends.forced() == "reference":
-            return self._definition(image, text, scale, bias)
-        leaves = (image, text, scale, bias, *self.rows.parameters)
-        check_reverse_mode("RowwiseLoss", leaves)
-        if "vmap" in transforms():
-            raise NotImplementedError(
-                "RowwiseLoss: expected the features of one batch, got a call under torch.vmap; "
-                'run it under simplclip.backend("reference")'
-            )
-        return _Loss.apply(self, *leaves) if wants_grad(*leaves) else _run(self, leaves, [False] * len(leaves))[0]
+            products = [(leaves[i][: self.n] @ leaves[j].T, self.others(i, j, 0, self.n)) for i, j in self.directions]
+            losses = [self.rows(product, *leaves[-2:], *others) for product, others in products]
+            return torch.stack(losses).to(leaves[-1].dtype).mean()
+        leaves = (*leaves, *self.rows.parameters)
+        check_reverse_mode("RowwiseLoss", leaves, vmap=False)
+        return _Loss.apply(self, wants_grad(*leaves), *leaves)
 
-    def _definition(self, image, text, scale, bias):
-        n = image.shape[0]
-        positives = torch.arange(self.offset, self.offset + n, device=image.device)
-        product, teacher_product, teacher_scale = image @ text.T, None, None
-        if self.teacher:
-            teacher_product, teacher_scale = self.teacher[0] @ self.teacher[1].T, self.teacher[2]
-
-        def mean(product, teacher_product):
-            rows = self.rows.plain(product, scale, bias, positives, teacher_product, teacher_scale)
-            return self.rows.checked(rows, product).to(scale.dtype).mean()
-
-        value = mean(product, teacher_product)
-        if not self.symmetric:
-            return value
-        return 0.5 * (value + mean(product[:, :n].T, None if teacher_product is None else teacher_product[:, :n].T))
-
-
-def _run(sweep: _Sweep, leaves, needs) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss, and for those leaves that need it the gradient of the sum over the rows of all directions."""
-    image, text, scale, bias, *_ = leaves
-    n = image.shape[0]
-    compute = computes_in(image.dtype, image.device.type)
-    kept = image.dtype if image.dtype == torch.bfloat16 else scale.dtype  # float16 would lose small gradients
-    dtypes = [kept, kept] + [scale.dtype] * len(leaves[2:])
-    with torch.no_grad(), no_autocast(image.device):
-        totals = [torch.zeros_like(t, dtype=d) if need else None for t, d, need in zip(leaves, dtypes, needs)]
-        x, y = (t.detach().to(compute).contiguous() for t in (image, text))
-        teacher = sweep.teacher or (None, None, None)
-        x_teacher, y_teacher = (None if t is None else t.to(compute) for t in teacher[:2])
-        value = _direction(sweep, (x, y), (x_teacher, y_teacher, teacher[2]), (scale, bias), sweep.offset, totals)
-        if sweep.symmetric:
-            totals[:2] = totals[1], totals[0]
-            swapped = (y_teacher, x_teacher, teacher[2])
-            value = 0.5 * (value + _direction(sweep, (y[:n], x), swapped, (scale, bias), 0, totals))
-            totals[:2] = totals[1], totals[0]
-    return value, totals
+    def others(self, i: int, j: int, start: int, stop: int) -> tuple:
+        """What fn gets besides some rows of logits: the columns of their positives, a teacher's products and its scale."""
+        x, y = self.teachers[i], self.teachers[j]
+        positives = torch.arange(self.offset + start, self.offset + stop, device=self.device)
+        return positives, None if x is None else torch.mm(x[start:stop], y.T), self.teacher_scale
 
 
 def _most_rows(x: Tensor, m: int, stats: torch.dtype, scratch_bytes: int) -> int:
     """Rows of a chunk. On a CPU its matrices should stay in the cache, but products are slow with few rows."""
-    live = _LIVE
+    live = 4  # matrices at a time: the product, its gradient, and about two that fn keeps or its gradient makes
     if x.device.type == "cpu":
-        live, most_bytes, least = (1, _CPU_BYTES // 4, 256) if x.dtype == torch.bfloat16 else (2, _CPU_BYTES, 128)
+        live, most_bytes, least = (1, 4 << 20, 256) if x.dtype == torch.bfloat16 else (2, 16 << 20, 128)
         scratch_bytes = min(scratch_bytes, max(most_bytes, least * m * stats.itemsize))
     return chunk_rows(x.shape[0], m, stats, x.device.type, live, scratch_bytes)
 
 
-def _direction(sweep: _Sweep, features, teacher, scalars, offset: int, totals) -> Tensor:
-    """The mean over the rows. Adds the gradients of the sum over the rows to the totals that are not None."""
-    x, y = features
-    n, m, stats = x.shape[0], y.shape[0], scalars[0].dtype
-    gradient = any(total is not None for total in totals)
-    kept = None if totals[1] is None else totals[1].dtype
-    totals[1] = None if kept is None else totals[1].to(stats)  # every chunk adds to it
-    count = -(-n // _most_rows(x, m, stats, sweep.scratch_bytes))
-    losses = torch.empty(n, device=x.device, dtype=stats)
-    scalars = [t.detach().requires_grad_(gradient) for t in scalars]
-    # Gradients in bfloat16 wait for those of the next chunks, since each product is added to sums in float32.
-    most, first = -(-n // count), 0
-    together = min(n, _MULTIPLIED_ROWS, sweep.scratch_bytes // (m * x.element_size()))
-    waiting = x.new_empty(together if gradient and x.dtype == torch.bfloat16 and most < together else 0, m)
-    for start, stop in ((n * k // count, n * (k + 1) // count) for k in range(count)):
-        rows = x[start:stop]
-        product = torch.mm(rows, y.T)
-        teacher_product = None if teacher[0] is None else torch.mm(teacher[0][start:stop], teacher[1].T)
-        positives = torch.arange(offset + start, offset + stop, device=x.device)
-        if not gradient:
-            losses[start:stop] = sweep.rows(product, *scalars, positives, teacher_product, teacher[2])
-            continue
-        if product.dtype == torch.float16:  # its gradient is scaled before it is rounded to float16
-            product = product.to(stats)
-        leaves = [product.requires_grad_(), *scalars]
-        losses[start:stop], (g, *others) = sweep.rows.gradients(leaves, positives, teacher_product, teacher[2])
-        del product, leaves, teacher_product
-        exponent = None
-        if g.dtype != x.dtype:
-            exponent = torch.frexp(torch.linalg.vector_norm(g, torch.inf)).exponent.clamp(min=-100)
-            g = torch.ldexp(g, -exponent).to(x.dtype)
-        if len(waiting):
-            waiting[start - first : stop - first] = g
-            g = waiting[: stop - first]
-        if stop == n or stop - first + most > len(waiting):
-            _add_product(None if totals[0] is None else totals[0][first:stop], g, y, exponent)
-            _add_product(totals[1], g.T, x[first:stop], exponent)
-            first = stop
-        for total, other in zip(totals[2:], others):
-            if total is not None and other is not None:
-                total += other
-    totals[1] = None if kept is None else totals[1].to(kept)
-    return losses.mean()
-
-
-def _add_product(total: Tensor | None, a: Tensor, b: Tensor, exponent: Tensor | None) -> None:
-    """total += 2^exponent a b"""
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, size: Tensor | None) -> None:
+    """total += size · a b"""
     if total is None:
         return
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    for part, rows in zip(total.split(_ADDED_ROWS), a.split(_ADDED_ROWS)):  # whose product stays in the cache
-        product = torch.mm(rows, b)
-        part += product if exponent is None else torch.ldexp(product.to(total.dtype), exponent)
+    for part, rows in zip(total.split(_ADDED_ROWS), a.split(_ADDED_ROWS)):
+        part += torch.mm(rows, b) if size is None else torch.mm(rows, b).to(part.dtype) * size
+
+
+def _direction(sweep: _Sweep, features, scalars, totals, i: int, j: int) -> Tensor:
+    """The mean over the rows of a direction. Adds the gradients of their sum to the totals that are not None."""
+    x, y, n, stats = features[i][: sweep.n], features[j], sweep.n, scalars[0].dtype
+    gradient = any(total is not None for total in totals)
+    kept = None if totals[j] is None else totals[j].dtype
+    totals[j] = None if kept is None else totals[j].to(stats)  # every chunk adds to it
+    count = -(-n // _most_rows(x, len(y), stats, sweep.scratch_bytes))
+    edges, most, together = [n * k // count for k in range(count + 1)], -(-n // count), 1
+    if gradient and x.dtype == torch.bfloat16:
+        together = max(1, min(_MULTIPLIED_ROWS, sweep.scratch_bytes // (2 * len(y))) // most)
+    losses = torch.empty(n, device=x.device, dtype=stats)
+    scalars = [t.detach().requires_grad_(gradient) for t in scalars]
+    for block in (edges[k : k + together + 1] for k in range(0, count, together)):
+        first, last = block[0], block[-1]
+        product, size = torch.mm(x[first:last], y.T), None
+        for start, stop in zip(block, block[1:]):
+            chunk, others = product[start - first : stop - first].detach(), sweep.others(i, j, start, stop)
+            if not gradient:
+                losses[start:stop] = sweep.rows(chunk, *scalars, *others)
+                continue
+            # In float16 a gradient would lose what is small, unless it is divided by its size.
+            chunk = (chunk.to(stats) if chunk.dtype == torch.float16 else chunk).requires_grad_()
+            losses[start:stop], (g, *d_others) = sweep.rows.gradients([chunk, *scalars], *others)
+            if g.dtype != product.dtype:
+                size = torch.linalg.vector_norm(g, torch.inf).clamp(min=1e-30)
+                g = (g / size).to(product.dtype)
+            del chunk, others
+            if together == 1:
+                product = g
+            else:
+                product[start - first : stop - first] = g
+            for total, d in zip(totals[len(features) :], d_others):
+                if total is not None and d is not None:  # None: not needed, or fn does not read it
+                    total += d
+        if gradient:  # product is now its gradient
+            _add_product(None if totals[i] is None else totals[i][first:last], product, y, size)
+            _add_product(totals[j], product.T, x[first:last], size)
+    totals[j] = None if kept is None else totals[j].to(kept)
+    return losses.mean()
 
 
 class _Loss(torch.autograd.Function):
+    """The loss. forward computes the gradients of the leaves that need one too; backward multiplies them by a number."""
+
     @staticmethod
-    def forward(ctx, sweep, *leaves):
-        value, totals = _run(sweep, leaves, ctx.needs_input_grad[1:])
+    def forward(ctx, sweep, gradient, *leaves):
+        k = len(sweep.teachers)
+        image, scalars, rest = leaves[0], leaves[k : k + 2], len(leaves) - k
+        compute, stats = computes_in(image.dtype, image.device.type), scalars[0].dtype
+        kept = image.dtype if image.dtype == torch.bfloat16 else stats  # float16 would lose small gradients
+        needs = [gradient and need for need in ctx.needs_input_grad[2:]]
+        with no_autocast(image.device):
+            dtypes = [kept] * k + [stats] * rest
+            totals = [torch.zeros_like(t, dtype=d) if need else None for t, d, need in zip(leaves, dtypes, needs)]
+            features = [t.detach().to(compute).contiguous() for t in leaves[:k]]
+            sweep.teachers = [None if t is None else t.to(compute) for t in sweep.teachers]
+            values = [_direction(sweep, features, scalars, totals, i, j) for i, j in sweep.directions]
+            value = torch.stack(values).mean()
         ctx.save_for_backward(value, *totals)
-        ctx.dtypes = [t.dtype for t in leaves]
-        ctx.share = (0.5 if sweep.symmetric else 1.0) / leaves[0].shape[0]
+        ctx.dtypes, ctx.share = [t.dtype for t in leaves], 1 / (len(sweep.directions) * sweep.n)
         return value
 
     @staticmethod
@@ -415,4 +333,4 @@ class _Loss(torch.autograd.Function):
             out = [None if total is None else (ctx.share * grad * total).to(dtype) for total, dtype in pairs]
         if torch.is_grad_enabled():  # with create_graph=True
             out = first_order_only("RowwiseLoss", out, value, grad)
-        return None, *out
+        return None, None, *out

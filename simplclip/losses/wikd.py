@@ -27,8 +27,8 @@ class WIKDLoss(SimilarityLoss):
                + feature_weight · (distance of normalised features, mean of image and text) + pm_weight · pair matching
 
     All similarity terms are computed in one sweep without N×N matrices; see `simplclip.ops.similarity_loss` and
-    `simplclip.ops.feature_loss`. With the default weights the values are open_clip's: `distill_loss` is a cross-entropy, i.e.
-    the KL divergence plus the entropy of the teacher's softmax, a constant that divergence="kl" leaves out.
+    `simplclip.ops.feature_loss`. With the default weights the values are open_clip's: the relational term is a cross-entropy,
+    i.e. the KL divergence plus the entropy of the teacher's softmax, a constant that divergence="kl" leaves out.
 
     For several teachers, pass tuples as dist_image_features, dist_text_features and dist_logit_scale. The terms of the
     teachers are averaged (the average of the cross-entropies is the cross-entropy to the average softmax). Each teacher after
@@ -164,7 +164,7 @@ class WIKDLoss(SimilarityLoss):
                     values["feature"] = 0.5 * sum(ops.feature_loss(s, t, distance=self.feature_distance) for s, t in pairs)
             for name, weight in share.items():
                 totals[name] = totals.get(name, 0) + weight * values[name]
-        keys = {"relational": "distill_loss"}
+        keys = {"relational": "distill_loss"}  # open_clip's name, kept in this drop-in alone
         losses = {keys.get(name, f"{name}_loss"): self._value(total) for name, total in totals.items()}
         return losses if output_dict else tuple(losses.values())
 
@@ -225,7 +225,7 @@ def _autocasts_to_half(device: torch.device) -> bool:
 
 
 def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
-    """In float32 where it would be float16: see `wide`."""
+    """features · weightᵀ, in float32 where autocast or the dtype would make it float16: see `wide`."""
     if not autocasts(features.device) and weight.dtype != features.dtype:
         raise TypeError(
             f"{side}_features: expected the dtype of {side}_projections, {weight.dtype}, without autocast, "

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-Written = Tensor  # of a field that the op writes over
+Written = Tensor  # the type of a field that the op overwrites
 
 _TYPES = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
 _TYPES["list[bool]"] = "bool[]"

@@ -58,7 +58,7 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
     return value.reshape(()).to(dtype)
 
 
-def group_ids(name: str, t: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
+def ids(name: str, t: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
     """Checks the ids; returns them as int64, which the kernels take."""
     if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {getattr(t, 'dtype', type(t).__name__)}")
@@ -73,7 +73,7 @@ _warned: set[str] = set()
 
 def constant(name: str, t: Tensor) -> Tensor:
     """Detaches t. Warns, once per name and process, if it requires a gradient."""
-    compiling = torch.compiler.is_compiling()  # a warning would break the graph
+    compiling = torch.compiler.is_compiling()  # a warning would break the compiled graph
     if t.requires_grad and torch.is_grad_enabled() and not compiling and name not in _warned:
         _warned.add(name)
         warnings.warn(f"{name} requires a gradient, but is a constant here and gets none", stacklevel=4)

@@ -29,7 +29,7 @@ def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[W, ...], a part for each rank -> [W, ...], the parts of all ranks for this rank."""
+    """Sends part r of `parts` [W, ...] to rank r; returns the parts [W, ...] that the ranks sent to this one."""
     parts = parts.contiguous()
     if torch.compiler.is_compiling():
         return functional.all_to_all_single(parts, None, None, group)
@@ -65,7 +65,7 @@ class _Sum(torch.autograd.Function):
 def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[W N, ...] of each rank -> [N, ...], this rank's rows summed over the ranks."""
     world = dist.get_world_size(group)
-    # It takes less memory, but gloo sums few dtypes.
+    # A reduce-scatter takes less memory than the exchange below, but gloo can sum few dtypes.
     if dist.get_backend(group) == "nccl" and not torch.compiler.is_compiling():
         own = gathered.new_empty(gathered.shape[0] // world, *gathered.shape[1:])
         dist.reduce_scatter_tensor(own, gathered.contiguous(), group=group)
@@ -74,12 +74,15 @@ def _sum(gathered: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _differentiable(function: type[torch.autograd.Function], plain: Callable) -> Callable:
-    """In a backward: the function with create_graph=True, else what it runs. Nothing compiled is differentiated twice."""
+    """What a backward calls: the autograd.Function if backward itself is differentiated (create_graph=True), else `plain`.
+
+    Compiled code is never differentiated twice.
+    """
     return plain if torch.compiler.is_compiling() or not torch.is_grad_enabled() else function.apply
 
 
 class _Whole:
-    """Rows of all ranks, gathered and split when a part is first asked for."""
+    """The rows of all ranks. They are gathered and split into parts when the first part is asked for."""
 
     def __init__(self, rows: Tensor, split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup):
         self.rows, self.split, self.group = rows, split, group
@@ -90,7 +93,8 @@ class _Whole:
         return self.parts[k]
 
 
-# Within gathered_rows: by the memory of a rank's own rows, what is gathered and which part of it has these rows.
+# Set within gathered_rows. A key is the memory of a tensor of this rank's rows (see _memory); the value says which gathered
+# tensor, and which of its parts, has these rows of all ranks.
 _gathered: ContextVar[dict[tuple, tuple[_Whole, int]] | None] = ContextVar("gathered", default=None)
 
 
@@ -102,9 +106,11 @@ def _memory(rows: Tensor) -> tuple:
 def gathered_rows(
     parts: Sequence[tuple[Tensor, Sequence[Tensor]]], split: Callable[[Tensor], Sequence[Tensor]], group: dist.ProcessGroup
 ) -> Iterator[None]:
-    """Within it, `gather` of one of the parts of (rows, parts = split(rows)) gathers these rows, once, and splits them.
+    """A context in which several tensors made from the same rows, such as prefixes of features, cost one collective.
 
-    Other tensors without a gradient are gathered once too. Under torch.compile nothing changes.
+    parts: pairs of rows and of what split(rows) returned for them. When `gather` gets one of these parts, it gathers the
+    rows if that has not been done, splits the result and returns the same part of it. Other tensors without a gradient are
+    gathered only once too. Under torch.compile nothing changes.
     """
     if torch.compiler.is_compiling():
         yield
@@ -126,7 +132,8 @@ def gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     if whole is None or (rows.requires_grad and not whole.rows.requires_grad):
         if rows.requires_grad:
             return _Gather.apply(rows, group)
-        whole = _Whole(rows, lambda gathered: [gathered], group)  # which keeps the rows, so that their memory stays theirs
+        # _Whole keeps the rows alive, so that no other tensor gets their memory and is taken for them.
+        whole = _Whole(rows, lambda gathered: [gathered], group)
         known[_memory(rows)] = whole, k
     return whole.part(k) if rows.requires_grad else whole.part(k).detach()
 
@@ -150,9 +157,9 @@ def exchange(columns: Tensor, group: dist.ProcessGroup) -> Tensor:
 class SameShapes:
     """Checks that the features have equal shapes on all ranks; otherwise NCCL hangs or reads out of bounds.
 
-    Every call gathers four integers. Reading them synchronises with a GPU, so that there a rank reads them only at the first
-    call and after its own shape has changed (if equal shapes become unequal, the shape of some rank has changed). Under
-    torch.compile nothing is checked.
+    Every call gathers four integers. Reading them makes the CPU wait for a GPU. So on a GPU a rank reads them only at the
+    first call and after its own shape has changed: if equal shapes become unequal, at least one rank's has changed.
+    Under torch.compile nothing is checked.
     """
 
     def __init__(self) -> None:
@@ -171,7 +178,7 @@ class SameShapes:
         if new or image.device.type == "cpu":
             shapes = everyones.unflatten(0, (-1, len(shape))).tolist()
             if any(other != shape for other in shapes):
-                self.shape = None  # the next call reads them again
+                self.shape = None  # so that the next call reads the shapes again
                 got = "; ".join(f"rank {rank}: {s[:2]}, {s[2:]}" for rank, s in enumerate(shapes))
                 raise ValueError(f"image_features, text_features: expected the same shapes on all ranks, got {got}")
 

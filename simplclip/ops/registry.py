@@ -16,11 +16,12 @@ from simplclip.ops.calls import schema_of, tensors_of
 
 library = torch.library.Library("simplclip", "DEF")
 
-# By the full name of an op: the function that runs a call, whose `through` may wrap the backends' functions. By name: what
-# those return for fake tensors. simplclip.memory runs ops by these to measure what they allocate.
+# DISPATCH has the function that runs a call of an op, by the op's full name; its argument `through` may wrap the function of
+# the backend. NATIVE_FAKES has, by the op's short name, a function that makes the results of a backend for fake tensors.
+# simplclip.memory runs ops through both to measure what they allocate.
 DISPATCH: dict[str, Callable] = {}
 NATIVE_FAKES: dict[str, Callable] = {}
-counted = False  # True while simplclip.memory does so
+counted = False  # True while simplclip.memory runs ops with fake tensors, to count the memory that they take
 
 
 def define(
@@ -37,11 +38,12 @@ def define(
 ) -> None:
     """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
-    call_type: the dataclass of a call, from which the schema is generated; `fake` and `facts` get an object of it.
+    call_type: the dataclass of a call, from whose fields the schema is generated; `fake` and `facts` get an instance of it.
     run(function, call): runs a backend's function, which takes a call too; C++ gets its fields.
     row: the op's backends, for the table. An op without them is composed of other ops: its `run` gets `pick(op, **facts)`,
     which returns their functions.
-    native: the call and the results of the backends' functions if they differ from the op's, and `native_fake` their fake.
+    native: the dataclass and the result types of the backends' functions, if they differ from the op's; `native_fake` makes
+    their results for fake tensors.
     facts(call): facts of the call, besides device and dtype, that the backends' predicates need.
     """
     if row:
@@ -85,11 +87,14 @@ def transforms() -> set[str]:
     return {level.key().name.lower() for level in torch._C._functorch.get_interpreter_stack()}
 
 
-def check_reverse_mode(name: str, values: Sequence) -> None:
-    """Raises under torch.func.grad and in forward mode, whose derivatives torch would take for zero."""
+def check_reverse_mode(name: str, values: Sequence, *, vmap: bool = True) -> None:
+    """Raises under torch.func.grad and in forward mode, whose derivatives torch would take for zero.
+
+    vmap: whether torch.vmap is served; if not, it raises too.
+    """
     got = None
-    if (inside := transforms()) & {"grad", "jvp"}:
-        got = f"torch.func.{'grad' if 'grad' in inside else 'jvp'}"
+    if inside := transforms() & ({"grad", "jvp"} if vmap else {"grad", "jvp", "vmap"}):
+        got = f"torch.func.{min(inside)}"
     elif forward_ad._current_level >= 0:
         tensors = (value for value in values if isinstance(value, Tensor))
         got = "a forward-mode tangent" if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors) else None
@@ -113,8 +118,8 @@ def call(name: str, *args):
 def first_order_only(name: str, gradients: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients, which raise where they are differentiated again, with respect to anything that a source depends on.
 
-    The engine runs a node only if it lies on the way to what is asked for: so the node that raises leads to the sources,
-    which are tensors with their graphs: those that the gradients were computed from, or a result of the op.
+    Autograd runs a node only if it lies on a path to a tensor whose gradient is asked for. So the node that raises gets the
+    sources as inputs: the tensors that the gradients were computed from, or a result of the op, which depends on them.
     """
     message = FIRST_ORDER.format(op=name, got="a double backward")
     node = torch._C._functions.DelayedError(message.encode(), len(gradients) + len(sources))
@@ -131,7 +136,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     def once(ctx, *grads):
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        saved = ctx.saved_tensors  # read once, since under torch.utils.checkpoint each reading would run the forward again
+        saved = ctx.saved_tensors  # read only once: under torch.utils.checkpoint, every access runs the forward again
         with torch.no_grad():
             out = backward(ctx, saved, *grads)
         return (
@@ -148,7 +153,8 @@ def register_gradient(
 
     backward(call, results, grad, need, backend) returns gradients by field. `results` are the others; `need` says by field
     whether its gradient is needed. All tensors of the call are saved except those to `forget`, which are None in its `call`.
-    If these have gradients, `keep_result` must save the first result, a number, too: see register_autograd.
+    If one of the forgotten tensors may need a gradient, set `keep_result`: the first result, a number, is then saved too, as
+    register_autograd asks for.
     """
     names = [*(field.name for field in fields(call_type)), "backend"]
     tensors = tensors_of(call_type)

@@ -32,7 +32,7 @@ class Row:
     """What the compiler made of a kernel for one architecture."""
 
     kernel: str
-    planes: str
+    matrices: str
     dtype: str
     architecture: int
     tile: str
@@ -96,7 +96,7 @@ def measure(kernel: Kernel, architecture: int) -> Row:
     tile = f"{kernel.tile.block_m}x{kernel.tile.block_n}x{kernel.tile.block_k}/{kernel.tile.stages}" if kernel.tile[0] else ""
     spills, tensor_core = spills_and_tensor_cores(codes)
     row = Row(
-        re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name), kernel.planes, kernel.dtype, architecture, tile,
+        re.sub(r"^_(similarity_)?|_kernel$", "", kernel.name), kernel.matrices, kernel.dtype, architecture, tile,
         registers, shared, stack, spills, warps,
         blocks_per_multiprocessor(architecture, registers, shared, warps), len(codes), tensor_core,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def measure(kernel: Kernel, architecture: int) -> Row:
 def table(rows: list[Row]) -> str:
     head = (
         "kernel",
-        "planes",
+        "matrices",
         "dtype",
         "sm",
         "tile",
@@ -125,7 +125,7 @@ def table(rows: list[Row]) -> str:
         "",
     )
     lines = [head] + [
-        (r.kernel, r.planes, r.dtype, r.architecture, r.tile, r.registers, r.shared, r.stack, r.spills, r.warps or "",
+        (r.kernel, r.matrices, r.dtype, r.architecture, r.tile, r.registers, r.shared, r.stack, r.spills, r.warps or "",
          r.blocks or "", r.instructions or "", r.tensor_core, "; ".join(r.failures))
         for r in rows
     ]  # fmt: skip

@@ -76,7 +76,7 @@ class Kernel:
     constants: dict[str, object]
     tile: tuning.Tile
     dtype: str
-    planes: str = ""
+    matrices: str = ""
     tensor_cores: bool = True
     types: dict[str, str] = field(default_factory=dict)  # in place of those of the table
 

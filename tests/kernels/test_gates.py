@@ -46,9 +46,9 @@ def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypa
     architectures = (*tuning.ARCHITECTURES, tuning.INTERPRETER, 87, 100)
     for precision, architecture in itertools.product(tuning.PRECISIONS, architectures):
         least = 8 if precision == "ieee" and not older else 16
-        for op, planes in itertools.product(("similarity_forward", "similarity_backward"), range(1, 5)):
-            tile = tuning.lookup(op, planes, precision, architecture)
-            assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (op, planes, precision, architecture)
+        for op, matrices in itertools.product(("similarity_forward", "similarity_backward"), range(1, 5)):
+            tile = tuning.lookup(op, matrices, precision, architecture)
+            assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (op, matrices, precision, architecture)
         for op, block in itertools.product(attention, (16, 32, 64, 128, *([256] if precision == "half" else []))):
             tile = tuning.of_width(op, block, precision, architecture)
             assert tile.block_k == block

@@ -145,7 +145,7 @@ def test_teachers_and_widths_that_do_not_fit():
     for options, given, message in (
         ({}, (*student, (image,) * 2, text, scale), "dist_text_features: expected one for each of 2 teachers, got Tensor"),
         ({}, (*student, image[1:], text, scale), r"teacher_image: expected the 24 rows of image, got shape \[23, 16\]"),
-        ({}, (*student, image, None, scale), "teacher_text: expected a tensor, since .* 'relational' needs it, got None"),
+        ({}, (*student, image, None, scale), "teacher_text: expected a value, since .* 'relational' needs it, got None"),
         ({"interactive_weight": 1.0}, (*student, *wide), "teacher_dim: expected 20, the width of dist_image_features, since"),
         ({"feature_weight": 1.0}, (*student, *wide), "teacher_dim: expected 20, the width of dist_image_features, since"),
         ({"embed_dim": 12}, (*student, *wide), r"image_features: expected the width embed_dim = 12, got shape \[24, 16\]"),

@@ -156,7 +156,7 @@ def test_rowwise_loss_under_vmap_is_refused_except_of_the_definition():
     both = [make(4, torch.float32)[:3] for _ in range(2)]
     stacked = [torch.stack(pair) for pair in zip(*both)]
     with pytest.raises(
-        NotImplementedError, match="RowwiseLoss: expected the features of one batch, got a call under torch.vmap"
+        NotImplementedError, match="RowwiseLoss: expected a first derivative in reverse mode, got torch.func.vmap"
     ):
         torch.vmap(rowwise)(*stacked)
     with simplclip.backend("reference"):

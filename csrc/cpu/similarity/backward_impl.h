@@ -1,6 +1,7 @@
 // Included after strip_impl.h, inside the namespace of an instruction set: backward of a strip.
 
-// Gradient of one softmax term: of the row by (lse, g), of column j by (col_lse, g_col), or by one exponential with the ratio.
+// The gradient of one softmax term: the row's part from (lse, g), that of column j from (col_lse, g_col), or both from one
+// exponential and the ratio.
 template <Softmax kind>
 struct SoftmaxGradient {
   float lse, g, shift;                     // this row's log-sum-exp, its gradient, e^(lse - top)

@@ -70,7 +70,7 @@ void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row,
   SoftplusSum negative[K];
   vf positive[K] = {}, d_weight[K] = {}, d_bias[K] = {}, weight_of_positives[K] = {}, bias_of_positives[K] = {};
   int factors = 0;
-  SigmoidTerm terms[K];  // a copy, which no store to grad_row can change
+  SigmoidTerm terms[K];  // a copy, so that the compiler knows that no store to grad_row changes it
   vf log2_weight[K], log2_bias[K], slope[K];
   for (int k = 0; k < K; ++k) {
     terms[k] = in.terms[k];

@@ -30,8 +30,8 @@ inline void assign(bf16& to, float x) {
 
 constexpr int64_t kStripRows = 64;
 
-// Which softmaxes have a gradient. Shared: rows and columns, by one exponential, e^(z - c) = e^(z - r) e^(r - top) e^(top - c).
-// Apart: by two exponentials, if the statistics are too far apart for that.
+// Which softmaxes have a gradient. kShared: those of rows and columns, computed with one exponential, since
+// e^(z - c) = e^(z - r) e^(r - top) e^(top - c). kApart: both, with two exponentials, where r and c are too far apart for that.
 enum class Softmax { kShared, kApart, kRows, kColumns };
 
 // One strip's inputs. The positive and pairs with equal ids are not negatives.
@@ -71,7 +71,7 @@ struct SigmoidOut {
   double weight[2], bias[2];        // gradients of each term's numbers
 };
 
-// Null if not needed; teacher_lse and mean are both null or both not.
+// A pointer is null if its statistic is not needed; teacher_lse and mean are needed together.
 struct ForwardOut {
   float* lse;               // [rows] log-sum-exp of z over the row's negatives
   float* teacher_lse;       // [rows] log-sum-exp of t

@@ -27,12 +27,12 @@ struct Matrix {
   Tensor scratch{};  // [chunk, M]; the student's matrices share one
 };
 
-// The ids as small integers, which are equal if the ids are equal.
+// The ids, numbered by small integers: equal ids have equal numbers.
 struct Ids {
   std::vector<int32_t> row, column;
 
   Ids(const std::optional<Tensor>& ids, const std::optional<Tensor>& text_ids) {
-    if (!ids || !ids->is_cpu()) return;  // nothing can be read of a meta tensor
+    if (!ids || !ids->is_cpu()) return;  // a meta tensor has no values to read
     expect_contiguous("ids", ids);
     expect_contiguous("text_ids", text_ids);
     std::unordered_map<int64_t, int32_t> rank;

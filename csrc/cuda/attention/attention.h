@@ -37,7 +37,7 @@ struct f16;
 struct tf32;
 }  // namespace gpu
 
-// T: a type of namespace gpu. Every address and stride is a multiple of 16 bytes, and why_no_shaped_plan is null. A launch returns
+// T: a type of namespace gpu. Each address and stride is a multiple of 16 bytes, and why_no_shaped_plan is null. A launch returns
 // null, or its error; `stream` is a cudaStream_t.
 template <class T>
 const char* launch_shaped_forward(ShapedAttentionForward p, void* stream);

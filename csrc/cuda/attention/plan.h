@@ -31,7 +31,7 @@ struct ShapedPlan {
   int threads, blocks;
   int shared;    // bytes, dynamic
   int slice;     // bytes of a row that forward stages at a time
-  int products;  // of 16 x 16 tiles over the width of a head, without causal; attention has 2, its backward 5, for each
+  int products;  // of 16 x 16 tiles over a head's width, as without causal: forward has 2 for each pair of tiles, backward 5
   int resident;  // blocks per multiprocessor
 };
 

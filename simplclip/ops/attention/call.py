@@ -13,7 +13,7 @@ from simplclip.ops.calls import Written
 class AttentionCall:
     """Arguments of forward, whose results are out [B, L, H, K] and lse [B, H, L], the log-sum-exps."""
 
-    q: Tensor  # [B, L, H, K], of any strides but the last, likewise k, v and the tensors of their shape
+    q: Tensor  # [B, L, H, K]. Of all tensors of this shape only the last dimension need be contiguous
     k: Tensor  # [B, L, H, K]
     v: Tensor  # [B, L, H, K]
     gains: Tensor  # [3, H] alpha, beta, gamma, in the dtype of sums

@@ -36,7 +36,8 @@ def shaped_attention_fwd(call: AttentionCall) -> tuple[Tensor, Tensor]:
     alpha, beta, gamma = call.gains[:, :, None, None]
     mixing = beta * (logits - lse[..., None]).exp() - gamma * _uniform(visible, lse.dtype)
     seen = visible.any(-1)[..., None]
-    out = (alpha * v + mixing @ v).masked_fill(~seen, 0)  # so that padded gradients are not read
+    # Filled with 0 so that backward does not read the gradients at padded tokens, which may be NaN.
+    out = (alpha * v + mixing @ v).masked_fill(~seen, 0)
     return out.transpose(1, 2).to(call.q.dtype).contiguous(), lse
 
 

@@ -51,4 +51,4 @@ class BlockGradient(BlockCall):
     qk: Tensor  # [B L, 2C], or empty
     h: Written  # [B L, F] the hidden layer before its activation, or empty
     lse: Tensor  # [B, H, L]
-    need: list[bool]  # of DIFFERENTIABLE; the others get an empty gradient
+    need: list[bool]  # for each of DIFFERENTIABLE, whether its gradient is needed; if not, the result is empty

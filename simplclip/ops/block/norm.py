@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def _like(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The weights in a dtype that layer norm accepts: on a CPU they may be wider than its input, on a GPU they may not."""
+    """Casts the weights to a dtype that layer norm accepts: on a CPU float32 goes with a half input, on a GPU not."""
     mixed = x.device.type == "cpu" and x.dtype != torch.float64
     dtype = torch.float32 if mixed and any(t is not None and t.dtype != x.dtype for t in tensors) else x.dtype
     return [None if t is None else t.to(dtype) for t in tensors]

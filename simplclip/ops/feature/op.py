@@ -19,7 +19,7 @@ DISTANCES = ("mse", "smooth_l1")
 
 
 def _run(function, call):
-    """Makes the tensors contiguous, and casts a float64 teacher of another student, which the kernels do not read."""
+    """Makes the tensors contiguous. Casts a float64 teacher to float32 unless the student is float64: no kernel reads it."""
     wide = call.teacher.dtype == torch.float64 and call.student.dtype != torch.float64
     call.student, call.teacher = call.student.contiguous(), (call.teacher.float() if wide else call.teacher).contiguous()
     return function(call)

@@ -32,7 +32,7 @@ class MlpGradient:
     fc1_weight: Tensor  # [F, C]
     fc2_weight: Tensor  # [C_out, F]
     act: str
-    need: list[bool]  # of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others get an empty gradient
+    need: list[bool]  # which gradients, of x, fc1_weight, fc1_bias, fc2_weight, fc2_bias; the others are empty
 
 
 @dataclass

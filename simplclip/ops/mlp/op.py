@@ -14,11 +14,14 @@ from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradi
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, call, define, register_gradient, wants_grad
 
-HIDDEN_BYTES = 16 << 20  # size of a chunk of a hidden layer that is not kept
+HIDDEN_BYTES = 16 << 20  # budget of a chunk of the hidden layer where forward does not keep it
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
-    """`saved`, or a copy of it if it must not be overwritten: with retain_graph backward may run again; under tracing too."""
+    """A tensor with the values of `saved` that backward may overwrite: `saved` itself, or a copy.
+
+    A copy is needed with retain_graph, since backward may run again, and under tracing.
+    """
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     return saved if (type(saved) is Tensor or registry.counted) and not keeps_graph() else saved.clone()
 
@@ -48,7 +51,7 @@ def hidden_rows(
 
 def _fwd(function, call):
     out = call.x.new_empty(call.x.shape[0], call.fc2_weight.shape[0])
-    bias = None if call.fc2_bias is None else call.fc2_bias.contiguous()  # the kernels read it by a pointer
+    bias = None if call.fc2_bias is None else call.fc2_bias.contiguous()  # since the kernels read it through a pointer
     first = call.x, call.fc1_weight, call.fc1_bias
     h = linear(*first) if call.keep else call.x.new_empty(0, call.fc1_weight.shape[0])
     for some, of_out in [(h, out)] if call.keep else hidden_rows(*first, out):
@@ -65,7 +68,7 @@ def _bwd(function, call):
     grad, h, need = call.grad.contiguous(), call.h, call.need
     none = h.new_empty(0)
     d_fc2_bias = grad.sum(0) if need[4] else none
-    d_fc2_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need[3]))  # h is its gradient from here on
+    d_fc2_weight = function(HiddenGradient(grad, h, call.fc2_weight, call.act, need[3]))  # overwrites h by its gradient
     d_fc1_bias = h.sum(0) if need[2] else none
     d_x = torch.mm(h, call.fc1_weight) if need[0] else none
     d_fc1_weight = torch.mm(h.T, call.x) if need[1] else none

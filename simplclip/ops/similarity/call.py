@@ -21,7 +21,7 @@ POSITIVES = ("drop", "ids", "sum")
 INTERACTIVE = ("infonce", "kl")
 DIVERGENCES = ("kl", "cross_entropy")
 
-# What backward returns gradients of, in this order.
+# The fields of a call whose gradients backward returns, in this order.
 GRADIENTS = (
     "image", "text", "scale", "projected_image", "projected_text", "cross_scale", "sigmoid_weight", "sigmoid_bias",
 )  # fmt: skip
@@ -69,7 +69,7 @@ class SimilarityCall:
     projected_image: Tensor | None = None  # [N, D̂]; None: image
     projected_text: Tensor | None = None  # [M, D̂]; None: text
     cross_scale: Tensor | None = None  # [], the scale of image_to_teacher and teacher_to_text
-    sigmoid_weight: Tensor | None = None  # [K]: K sigmoid terms beside the student's softmax, see SigmoidCall
+    sigmoid_weight: Tensor | None = None  # [K], of the sigmoid terms in the softmax's sweep, see SigmoidCall
     sigmoid_bias: Tensor | None = None  # [K]
     sigmoid_negative: Tensor | None = None  # [K]
     sigmoid_positive: Tensor | None = None  # [K]
@@ -78,11 +78,11 @@ class SimilarityCall:
     ids: Tensor | None = None  # [N] int64
     text_ids: Tensor | None = None  # [M] int64
     label_offset: int = 0  # column of row 0's positive
-    softmax: bool = False  # whether the student's matrix and statistics of its softmax are needed
+    softmax: bool = False  # whether to compute the student's matrix and the statistics of its softmax
     columns: bool = False  # whether statistics of columns are needed
     drop_ids: bool = True  # whether pairs with equal ids drop out of the softmaxes
-    relational: bool = False  # means of the student under the teacher's softmax
-    interactive: bool = False  # image_to_teacher and teacher_to_text, and their means under the teacher's softmax
+    relational: bool = False  # whether to compute means of the student's logits under the teacher's softmax
+    interactive: bool = False  # whether to compute the same means of image_to_teacher and teacher_to_text
     entropy: float = 1.0  # 1: the means include the teacher's entropy; 0: they do not
     chunk: int = 0  # rows of a matrix in scratch at a time, see sweep.py
     stored_rows: int = 0  # rows of the matrices that forward keeps for backward

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall
-from simplclip.ops.similarity.positives import Groups
+from simplclip.ops.similarity.positives import SameIds
 from simplclip.ops.similarity.terms import cross_entropy
 
 
@@ -27,7 +27,7 @@ class Contrastive:
 def _debiased(lse: Tensor, positive: Tensor, negatives: Tensor, prior: Tensor | float, scale: Tensor) -> Tensor:  # [N] each
     """log(n g), g = max((ē − τ e^{z⁺}) / (1 − τ), e^{−s}): n negatives, the mean ē of their e^z, the prior τ."""
     count = negatives.clamp(min=1)
-    top = torch.maximum(lse, positive).detach()  # so that nothing overflows
+    top = torch.maximum(lse, positive).detach()  # subtracted from the logits, so that no exponential overflows
     corrected = ((lse - top).exp() / count - prior * (positive - top).exp()) / (1 - prior)
     tiny = torch.finfo(lse.dtype).tiny
     log = torch.where(corrected < tiny, -torch.inf, top + corrected.clamp(min=tiny).log())
@@ -37,7 +37,7 @@ def _debiased(lse: Tensor, positive: Tensor, negatives: Tensor, prior: Tensor | 
 def contrastive(
     call: SimilarityCall,
     options: Contrastive,
-    groups: Groups,
+    same_ids: SameIds,
     rows: Tensor,  # [11, N] RowStat
     columns: Tensor | None,  # [5, N] ColumnStat of the columns of the pairs; None: the row direction only
 ) -> Tensor:  # []
@@ -46,63 +46,63 @@ def contrastive(
     It is taken as (D − z⁺) − Σ_j t_j (z_j − z⁺), of which the first is exact for well matched pairs too.
     """
     positive = call.scale * rows[RowStat.DIAGONAL_STUDENT] - options.margin
-    dropped = options.positives == "drop" or options.decoupled  # from the softmax: the pairs with equal ids
+    dropped = options.positives == "drop" or options.decoupled  # whether pairs with equal ids are left out of the softmax
 
-    def side(lse: Tensor, count: Tensor | int) -> Tensor:  # count: of the negatives, [N] or in each row
+    def side(lse: Tensor, count: Tensor | int) -> Tensor:  # count: the number of negatives, [N] or equal for all rows
         if options.prior is None and not options.decoupled:
             return cross_entropy(lse, positive).mean()
         negatives = lse.new_zeros(()) + count
         if options.prior is not None:
             lse = _debiased(lse, positive, negatives, options.prior, call.scale)
-        if options.decoupled:  # 0 * positive: NaN where it is infinite, as in cross_entropy
+        if options.decoupled:  # a row without negatives has 0, but NaN if its positive is infinite, as in cross_entropy
             return torch.where(negatives > 0, lse - positive, 0 * positive).mean()
         return cross_entropy(lse, positive).mean()
 
-    total = side(rows[RowStat.LSE_STUDENT], groups.m - (groups.of_rows() if dropped else 1))
+    total = side(rows[RowStat.LSE_STUDENT], same_ids.m - (same_ids.of_rows() if dropped else 1))
     if columns is not None:
-        taken = groups.of_columns()[groups.window] if dropped and groups.ids is not None else 1
-        total = 0.5 * (total + side(columns[ColumnStat.LSE_STUDENT], groups.all_rows - taken))
+        taken = same_ids.of_columns()[same_ids.window] if dropped and same_ids.ids is not None else 1
+        total = 0.5 * (total + side(columns[ColumnStat.LSE_STUDENT], same_ids.all_rows - taken))
     if options.label_smoothing or options.positives != "drop":
-        total = total - _other_targets(call, options, groups, columns is not None)
+        total = total - _other_targets(call, options, same_ids, columns is not None)
     return total
 
 
-def _other_targets(call: SimilarityCall, options: Contrastive, groups: Groups, symmetric: bool) -> Tensor:  # []
+def _other_targets(call: SimilarityCall, options: Contrastive, same_ids: SameIds, symmetric: bool) -> Tensor:  # []
     """The mean over rows of Σ_j t_ij (z_ij − z_i⁺), and, if symmetric, half of it and half of the columns'.
 
-    Each row has the targets of all columns in that row; those of a column without a pair are 0.
+    t are the targets of a row's columns. In the columns' direction a column without a pair has the targets 0.
     """
     wide, smooth, drop = accumulate_dtype(call.image.dtype), options.label_smoothing, options.positives == "drop"
     image, text = call.image.to(wide), call.text.to(wide)
-    n, m, window = groups.n, groups.m, groups.window
-    pairs = Groups(n, m, window.start, None, None, groups.gathered) if drop else groups
+    n, m, window = same_ids.n, same_ids.m, same_ids.window
+    pairs = SameIds(n, m, window.start, None, None, same_ids.gathered) if drop else same_ids
 
     def vector(size: int, value: Tensor | float) -> Tensor:
         return image.new_zeros(size) + value
 
-    def share(size: int, group: Tensor | int, others: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+    def share(size: int, own: Tensor | int, others: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
         """The targets of a positive and of any candidate, and their sum: 1, or 0 for a decoupled loss without negatives.
 
-        group: the number in the group of each row or column; others: that of all others.
+        own: how many have the id of each row or column; others: how many have another.
         """
         counts = vector(size, others > 0) if options.decoupled else vector(size, 1)
-        several = 1 / vector(size, 1 if drop else group).clamp(min=1)
-        candidates = others + 1 if drop else others + group
+        several = 1 / vector(size, 1 if drop else own).clamp(min=1)
+        candidates = others + 1 if drop else others + own
         return (1 - smooth) * several * counts, smooth * counts / vector(size, candidates).clamp(min=1), counts
 
     def compared(values: Tensor) -> Tensor:  # [M, D] -> [N, D]
         """Sums over the candidates: all columns but those that are dropped."""
         everything = values.sum(0).expand(n, -1)
-        dropped = drop and groups.ids is not None
-        return everything - groups.sums(values) + values[window] if dropped else everything
+        dropped = drop and same_ids.ids is not None
+        return everything - same_ids.sums(values) + values[window] if dropped else everything
 
-    matched, any_other, sides = share(n, groups.of_rows(), m - groups.of_rows())
+    matched, any_other, sides = share(n, same_ids.of_rows(), m - same_ids.of_rows())
     target = pairs.sums(text) * matched[:, None]
     target = target + compared(text) * any_other[:, None] if smooth else target
     of_pair = matched + any_other
     if symmetric:
-        matched, any_other, counts = share(m, groups.of_columns(), groups.all_rows - groups.of_columns())
-        if not groups.gathered:
+        matched, any_other, counts = share(m, same_ids.of_columns(), same_ids.all_rows - same_ids.of_columns())
+        if not same_ids.gathered:
             covered = torch.zeros(m, dtype=wide, device=image.device)
             covered[window] = 1
             matched, any_other = matched * covered, any_other * covered

@@ -1,8 +1,9 @@
-"""Checks the arguments of similarity_loss, and makes one form of the many that they may have. Ids: see op.py."""
+"""Checks the arguments of similarity_loss, and makes tensors of numbers. op.py checks the ids."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def check_options(terms, interactive, divergence, **budgets):
 
 
 def check_contrastive(options: Contrastive, terms: Collection[str]) -> None:
-    """Checks the options of the contrastive term and the positives; of a tensor as prior see `check_prior`."""
+    """Checks the options of the contrastive term and the positives. `check_prior` checks a prior that is a tensor."""
     checks.choice("positives", options.positives, POSITIVES)
     checks.boolean("decoupled", options.decoupled)
     options.margin = checks.number("margin", options.margin)
@@ -51,7 +52,7 @@ def check_contrastive(options: Contrastive, terms: Collection[str]) -> None:
 
 
 def check_prior(options: Contrastive, call: SimilarityCall) -> None:
-    """Checks a tensor as prior, which becomes one of the logits' dtype."""
+    """Checks a prior that is a tensor and casts it to the logits' dtype."""
     prior, n = options.prior, call.image.shape[0]
     if isinstance(prior, Tensor):
         checks.floating("prior", prior)
@@ -76,13 +77,11 @@ def normalise(call: SimilarityCall, terms: Collection[str]) -> None:
     projections = call.projected_image, call.projected_text
     call.image, call.text, call.projected_image, call.projected_text = autocast(call.image, call.text, *projections)
     image, device, stats = call.image, call.image.device, accumulate_dtype(call.image.dtype)
-    checks.like("text", call.text, "image", image)
-    if call.text.shape[1] != image.shape[1]:
-        raise ValueError(f"text: expected the width of image, {image.shape[1]}, got {call.text.shape[1]}")
+    check_pair({"image": image, "text": call.text})
     call.scale = checks.scalar("logit_scale", call.scale, device, stats)
     teaching = {"relational", "interactive"} & set(terms)
     if teaching:
-        teacher(call, min(teaching), stats)
+        teacher(call, min(teaching))
     else:
         call.teacher_image = call.teacher_text = call.teacher_scale = None
     if "interactive" in terms:
@@ -104,26 +103,45 @@ def check_offset(label_offset, n, m):
         )
 
 
-def teacher(call: SimilarityCall, term: str, stats: torch.dtype) -> None:
-    """Detaches the teacher's features and scale, which `term` needs, and casts the features to the student's dtype."""
+def check_pair(student: Mapping[str, Tensor]) -> None:
+    """Checks that the student's features of images and of texts, by the names of the arguments, fit each other."""
+    (image_name, image), (text_name, text) = student.items()
+    checks.like(text_name, text, image_name, image)
+    if text.shape[1] != image.shape[1]:
+        raise ValueError(f"{text_name}: expected the width of {image_name}, {image.shape[1]}, got {text.shape[1]}")
+
+
+def teacher(call: SimilarityCall, term: str) -> None:
+    """Replaces the teacher's features and scale, which `term` needs, by constants."""
     names = ("teacher_image", "teacher_text", "teacher_scale")
-    for name in names:
-        if getattr(call, name) is None:
-            raise ValueError(f"{name}: expected a tensor, since the term {term!r} needs it, got None")
-    for name, of, letters in (("teacher_image", "image", "[N, D̂]"), ("teacher_text", "text", "[M, D̂]")):
-        value, student = getattr(call, name), getattr(call, of)
+    given = {name: getattr(call, name) for name in names}
+    values = constants_of_teacher(given, {"image": call.image, "text": call.text}, f"the term {term!r} needs it")
+    for name, value in zip(names, values):
+        setattr(call, name, value)
+
+
+def constants_of_teacher(given: Mapping[str, Any], student: Mapping[str, Tensor], why: str) -> list[Tensor]:
+    """A teacher's image features, text features and scale, checked and detached, the features in the student's dtype.
+
+    given, student: by the names of the arguments. why: the reason that an error gives where one of the teacher's is missing.
+    """
+    for name, value in given.items():
+        if value is None:
+            raise ValueError(f"{name}: expected a value, since {why}, got None")
+    image, text, scale = given
+    for name, (of, own), letters in zip((image, text), student.items(), ("[N, D̂]", "[M, D̂]")):
+        value = given[name]
         checks.features(name, value, letters)
-        if value.shape[0] != student.shape[0]:
-            raise ValueError(f"{name}: expected the {student.shape[0]} rows of {of}, got shape {checks.shape_of(value)}")
-        if value.device != student.device:
-            raise ValueError(f"{name}: expected the device of {of}, {student.device}, got {value.device}")
-    width = call.teacher_image.shape[1]
-    if call.teacher_text.shape[1] != width:
-        raise ValueError(f"teacher_text: expected the width of teacher_image, {width}, got {call.teacher_text.shape[1]}")
-    call.teacher_scale = checks.scalar("teacher_scale", call.teacher_scale, call.image.device, stats)
-    for name in names:
-        value = checks.constant(name, getattr(call, name))
-        setattr(call, name, value if name == "teacher_scale" else value.to(call.image.dtype))
+        if value.shape[0] != own.shape[0]:
+            raise ValueError(f"{name}: expected the {own.shape[0]} rows of {of}, got shape {checks.shape_of(value)}")
+        checks.on(name, value, of, own.device)
+    width = given[image].shape[1]
+    if given[text].shape[1] != width:
+        raise ValueError(f"{text}: expected the width of {image}, {width}, got {given[text].shape[1]}")
+    of, own = next(iter(student.items()))
+    scalar = checks.scalar(scale, given[scale], own.device, accumulate_dtype(own.dtype), of)
+    features = [checks.constant(name, given[name]).to(own.dtype) for name in (image, text)]
+    return [*features, checks.constant(scale, scalar)]
 
 
 def projection(kind, projected, student, teacher):

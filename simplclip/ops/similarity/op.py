@@ -24,7 +24,7 @@ from simplclip.ops.similarity.call import (
 )
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
 from simplclip.ops.similarity.plan import sweeps_of
-from simplclip.ops.similarity.positives import Groups
+from simplclip.ops.similarity.positives import SameIds
 from simplclip.ops.similarity.rows import similarity_rows
 from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
 from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
@@ -98,7 +98,7 @@ def _autograd(ctx, saved, grad_rows, grad_columns, _):
     found = torch.ops.simplclip.similarity_loss_bwd(
         *tensors, *options, grad_rows, grad_columns, rows, columns, stored, need_image, need_text, backend
     )
-    # Without a projection its gradient is part of the feature's gradient.
+    # Where a projection is None, the features take its place, and their gradient includes that of the projection.
     given = {name: t for name, t, needed in zip(_TENSORS, tensors, ctx.needs_input_grad) if needed and t is not None}
     gradients |= {name: grad.to(given[name].dtype) for name, grad in zip(GRADIENTS, found) if name in given}
     return tuple(gradients.values())
@@ -259,7 +259,7 @@ def similarity_loss(
     weights = inputs.check_weights(weights, terms)
     own_text, own_teacher_image = call.student_text, call.teacher_image
     _place(call, group)
-    groups = Groups(call.image.shape[0], call.text.shape[0], call.label_offset, call.ids, call.text_ids, group is not None)
+    same_ids = SameIds(call.image.shape[0], call.text.shape[0], call.label_offset, call.ids, call.text_ids, group is not None)
 
     out: dict[str, Tensor] = {}
     if crossing == "infonce":
@@ -267,18 +267,18 @@ def similarity_loss(
     hadamard = hyperplane is not None and hyperplane[0].dim() == 1
     keep_ids = positives != "drop" and not decoupled
     sweeps = sweeps_of(call, terms, keep_ids=keep_ids, hadamard=hadamard, weighted=weights is not None)
-    sums: list[Tensor] = []  # of the weighted terms of the sweeps that have sigmoid terms alone
+    sums: list[Tensor] = []  # the weighted sums of the sweeps that have only sigmoid terms
     for sweep in sweeps:
         numbers: dict[str, Any] = {}
         if sweep.sigmoids:
-            numbers = numbers_of(call, sweep.sigmoids, bias, hyperplane, positives, groups, group)
+            numbers = numbers_of(call, sweep.sigmoids, bias, hyperplane, positives, same_ids, group)
         if sweep.call is not None:
             numbers = {name if name.endswith("share") else f"sigmoid_{name}": value for name, value in numbers.items()}
             rows, columns = _statistics(replace(sweep.call, **numbers), group, scratch_bytes, store_bytes)
             out |= terms_of(sweep.call, rows, columns)
             out |= zip(sweep.sigmoids, (rows[stat].sum() for stat in (RowStat.SIGMOID, RowStat.SECOND_SIGMOID)))
             if sweep.contrastive:
-                out["contrastive"] = contrastive(sweep.call, options, groups, rows, columns)
+                out["contrastive"] = contrastive(sweep.call, options, same_ids, rows, columns)
             continue
         mix = {term: 1.0 if weights is None else weights[term] for term in sweep.sigmoids}
         of_plane = hadamard and "pair_matching" in sweep.sigmoids
@@ -299,10 +299,10 @@ def similarity_loss(
 
 
 def _place(call: SimilarityCall, group: torch.distributed.ProcessGroup | None) -> None:
-    """Checks the ids and the columns of the positives. With a group, replaces the texts of this rank by those of all."""
+    """Checks the ids and label_offset. With a process group, replaces the texts of this rank by those of all ranks."""
     n, m, device = call.image.shape[0], call.text.shape[0], call.image.device
     if call.ids is not None:
-        call.ids = checks.group_ids("ids", call.ids, n, "N", device)
+        call.ids = checks.ids("ids", call.ids, n, "N", device)
         if call.text_ids is None and n != m:
             raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
     if call.text_ids is not None:
@@ -310,7 +310,7 @@ def _place(call: SimilarityCall, group: torch.distributed.ProcessGroup | None) -
             raise ValueError("ids: expected ids for the rows beside text_ids, got None")
         if group is not None:
             raise ValueError("text_ids: expected None with group, where the ids of the texts are those of the images")
-        call.text_ids = checks.group_ids("text_ids", call.text_ids, m, "M", device)
+        call.text_ids = checks.ids("text_ids", call.text_ids, m, "M", device)
     else:
         call.text_ids = call.ids
     if group is not None:
@@ -332,7 +332,7 @@ def _infonce(
     group: torch.distributed.ProcessGroup | None,
     scratch_bytes: int,
 ) -> Tensor:
-    """The interactive term "infonce": each direction is a softmax of rows over constant keys."""
+    """The interactive term "infonce": each direction is a cross-entropy of rows with the teacher's features as keys."""
 
     def direction(query, keys, query_ids, key_ids, label_offset):
         lse, positive = similarity_rows(query, keys, call.cross_scale, query_ids, key_ids, label_offset, scratch_bytes)
@@ -362,7 +362,7 @@ def _statistics(
     n, m, device = call.image.shape[0], call.text.shape[0], call.image.device.type
     dtype = computes_in(call.image.dtype, device)
     call.chunk = chunk_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
-    # On a GPU the kernels compute tiles again instead of reading them.
+    # Only on a CPU: a GPU's kernels compute the tiles again instead of reading them.
     if device == "cpu" and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
         call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes)
     rows, columns, _ = run("similarity_loss_fwd", *flat(call), backends.forced())

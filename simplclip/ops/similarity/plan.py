@@ -13,7 +13,7 @@ from simplclip.ops.similarity.call import SimilarityCall
 class Sweep:
     """One pass over the rows, and the terms that it gives."""
 
-    call: SimilarityCall | None = None  # of the softmaxes; None: sigmoid terms alone
+    call: SimilarityCall | None = None  # the call that computes the softmaxes; None if the sweep has only sigmoid terms
     contrastive: bool = False
     sigmoids: tuple[str, ...] = ()  # "sigmoid" and "pair_matching", whose matrix is the student's
 
@@ -26,7 +26,8 @@ def sweeps_of(call: SimilarityCall, terms: Collection[str], *, keep_ids: bool, h
     gradient. Sets `call.softmax`.
     """
     contrastive = "contrastive" in terms
-    alone = contrastive and keep_ids and call.ids is not None  # the other terms' softmaxes drop those pairs
+    # The other terms' softmaxes leave the pairs with equal ids out, so one that keeps them has a sweep of its own.
+    alone = contrastive and keep_ids and call.ids is not None
     call.softmax = (contrastive and not alone) or call.relational
     softmaxes = [Sweep(call, contrastive and not alone)] if call.softmax or call.interactive else []
     if alone:
@@ -39,12 +40,12 @@ def sweeps_of(call: SimilarityCall, terms: Collection[str], *, keep_ids: bool, h
     if joined is not None:
         joined.sigmoids = tuple(together)
         together = []
-    # A sweep computes the gradient of its terms' sum with the values.
+    # A sweep of sigmoid terms has the gradient of their sum alone; terms with gradients of their own need a sweep each.
     lots = [together, apart] if weighted else [[term] for term in together + apart]
     return [Sweep(sigmoids=tuple(lot)) for lot in lots if lot] + softmaxes
 
 
 def _has_room(call: SimilarityCall) -> bool:
-    """Whether sigmoid terms may join a sweep: on a GPU, a teacher's matrix leaves them no registers."""
+    """Whether sigmoid terms may join a sweep. On a GPU they may not join one with a teacher's matrix: registers run out."""
     simple = call.image.device.type == "cpu" and backends.forced() != "triton"
     return call.softmax and (simple or not call.has_teacher)

@@ -1,4 +1,4 @@
-"""Groups of pairs with equal ids: their numbers, and sums of features over them, in O((N + M) D)."""
+"""For each row or column those with the same id: how many there are, and sums of features over them, in O((N + M) D)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def _equal(ids: Tensor, among: Tensor) -> Tensor:  # [N], [M] -> [N]
     return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
 
 
-class Groups:
-    """Each row's group: its pair, column i + label_offset, and the columns with an id equal to its own."""
+class SameIds:
+    """The columns that belong to row i: its pair, column i + label_offset, and the columns with the id of the row."""
 
     def __init__(
         self,
@@ -24,12 +24,13 @@ class Groups:
         label_offset: int,
         ids: Tensor | None,  # [N] int64
         text_ids: Tensor | None,  # [M] int64
-        gathered: bool,  # whether the rows of other ranks have the other columns as their pairs
+        gathered: bool,  # whether the columns are those of all ranks, so that each is the pair of a row of some rank
     ):
         self.n, self.m, self.gathered = n, m, gathered
         self.ids, self.text_ids = (None, None) if ids is None else (ids.contiguous(), text_ids.contiguous())
         self.window = slice(label_offset, label_offset + n)
-        self.apart = None if ids is None else text_ids[self.window] != ids  # [N]: a pair with two ids
+        # [N]: whether the row and the column of a pair have different ids.
+        self.apart = None if ids is None else text_ids[self.window] != ids
 
     @property
     def all_rows(self) -> int:
@@ -37,11 +38,11 @@ class Groups:
         return self.m if self.gathered else self.n
 
     def of_rows(self) -> Any:  # [N] int64, at least 1; the number 1 without ids
-        """The number of columns in each row's group."""
+        """How many columns belong to each row."""
         return 1 if self.ids is None else _equal(self.ids, self.text_ids) + self.apart
 
     def of_columns(self) -> Any:  # [M] int64
-        """The number of rows in each column's group; with a process group the ids of its rows are those of its columns."""
+        """How many rows each column belongs to. With a process group, the rows of all ranks have the columns' ids."""
         if self.ids is None:
             return 1
         if self.gathered:
@@ -51,11 +52,11 @@ class Groups:
         return _equal(self.text_ids, self.ids) + own
 
     def sums(self, values: Tensor) -> Tensor:  # [M, D] -> [N, D]
-        """For each row the sum of `values` over the columns of its group."""
+        """For each row the sum of `values` over the columns that belong to it."""
         own = values[self.window]
         if self.ids is None:
             return own
-        # A group is named by where its id first stands among the ordered ones, so that no number is read from the device.
+        # An id is numbered by its first place in the sorted ids. Unlike torch.unique this reads no number from the device.
         ordered = self.text_ids.sort().values
         totals = torch.zeros_like(values).index_add(0, torch.searchsorted(ordered, self.text_ids), values)
         at = torch.searchsorted(ordered, self.ids).clamp(max=self.m - 1)

@@ -63,7 +63,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
         return matrix
 
     def lse(logits, dim):
-        empty = ~here.negative.any(dim, keepdim=True)  # its logarithm of 0 has no second derivatives
+        empty = ~here.negative.any(dim, keepdim=True)  # logsumexp of a row without negatives would have no second derivatives
         return here.masked(logits).masked_fill(empty, 0).logsumexp(dim).masked_fill(empty.squeeze(dim), -torch.inf)
 
     def mean(student, dim, lse):

@@ -38,7 +38,7 @@ def _fake_bwd(call):
 
 
 _ROW = backends.row(reference.similarity_rows, module="similarity.rows")
-_ROW_BWD = backends.row(reference.similarity_rows_bwd)  # O(N D), so that there is nothing to fuse
+_ROW_BWD = backends.row(reference.similarity_rows_bwd)  # O(N D) operations, so a fused kernel would gain nothing
 define("similarity_rows", RowsCall, "(Tensor, Tensor)", _run, _fake, row=_ROW)
 define("similarity_rows_bwd", RowsGradient, "(Tensor, Tensor)", _run_bwd, _fake_bwd, row=_ROW_BWD)
 

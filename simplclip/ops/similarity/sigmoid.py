@@ -12,7 +12,7 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
-from simplclip.ops.similarity.positives import Groups
+from simplclip.ops.similarity.positives import SameIds
 from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
 
 _TENSORS = tensors_of(SigmoidCall)
@@ -66,15 +66,16 @@ def numbers_of(
     bias: Tensor | None,  # [] of the logits
     plane: tuple[Tensor, Tensor] | None,  # [] or [D], []
     positives: str,
-    groups: Groups,
+    same_ids: SameIds,
     group: torch.distributed.ProcessGroup | None,
 ) -> dict[str, Tensor | None]:
-    """Fields of SigmoidCall, the numbers of the terms; a hyperplane's weight for each feature is left to the features."""
+    """The fields of SigmoidCall that are numbers of the terms. A hadamard hyperplane has the weight 1 here, since its weights
+    are multiplied with the features."""
     n, m, scale = call.image.shape[0], call.text.shape[0], call.scale
     mean = scale.new_ones(()) / n
     numbers = {"sigmoid": (scale, torch.zeros_like(mean) if bias is None else bias, mean, mean)}
     if "pair_matching" in terms:
-        pairs = (scale.new_zeros(n, dtype=torch.float64) + (m - groups.of_rows())).sum()
+        pairs = (scale.new_zeros(n, dtype=torch.float64) + (m - same_ids.of_rows())).sum()
         if group is not None and call.ids is not None:
             pairs = distributed.mean(pairs, group)
         weight = torch.ones_like(mean) if plane[0].dim() else plane[0]
@@ -84,7 +85,7 @@ def numbers_of(
     out |= {"image_share": None, "text_share": None}
     if positives != "drop" and call.ids is not None:
         side = 0.5 if call.columns else 1.0
-        of_rows, of_columns = (groups.of_rows(), groups.of_columns().clamp(min=1)) if positives == "ids" else (1, 1)
+        of_rows, of_columns = (same_ids.of_rows(), same_ids.of_columns().clamp(min=1)) if positives == "ids" else (1, 1)
         out |= {
             "image_share": scale.new_full((n,), side) / of_rows,
             "text_share": scale.new_full((m,), 1 - side) / of_columns,
@@ -93,13 +94,13 @@ def numbers_of(
 
 
 def sigmoid_terms(
-    call: SimilarityCall,  # its image multiplied by a hyperplane's weight for each feature
+    call: SimilarityCall,  # with a hadamard hyperplane, its image is already multiplied by the weights
     terms: tuple[str, ...],
     numbers: dict[str, Tensor | None],  # of numbers_of
     mix: dict[str, float],
     scratch_bytes: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], 0-dimensional
-    """The terms' sum weighted by `mix`, which has gradients, and the terms, which have none.
+    """The sum of the terms weighted by `mix`, which autograd can differentiate, and the terms themselves, which it cannot.
 
     Products of N M D: 1, and with gradients one more for each of image and text that requires one. Saved for backward, which
     multiplies them by a number: the gradients of image and text.
@@ -112,7 +113,8 @@ def sigmoid_terms(
         chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
         gradient=False, need_image=False, need_text=False, **numbers,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or backends.forced() != "reference":  # which autograd differentiates
+    # A forced reference computes no gradient, since autograd differentiates it.
+    if torch.compiler.is_compiling() or backends.forced() != "reference":
         fused.gradient = wants_grad(image, text, fused.weight, fused.bias)
         fused.need_image, fused.need_text = wants_grad(image), wants_grad(text)
     total, values = run("similarity_sigmoid", *flat(fused), backends.forced())[:2]

@@ -9,10 +9,10 @@ import torch
 from simplclip.ops import backends
 from simplclip.ops.dtypes import accumulate_dtype
 
-# Budget of a chunk of rows of a similarity matrix, which has as few rows as keep the matrix products fast.
+# Budget in bytes of a chunk, some rows of a similarity matrix. A chunk has no more rows than fast matrix products need.
 SCRATCH_BYTES = 64 << 20
 _CHUNK_ROWS = {"cpu": 1024}
-_CHUNK_ROWS_ELSEWHERE = 4096  # gives each of 82 or more multiprocessors of a GPU a tile of G Y; not measured
+_CHUNK_ROWS_ELSEWHERE = 4096  # so that each of a GPU's 82 or more multiprocessors has a tile of the product G Y; not measured
 # Budget of the first rows of the similarity matrices, which forward keeps so that backward does not compute them again.
 STORE_BYTES = 36 << 20
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it

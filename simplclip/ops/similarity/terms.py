@@ -13,7 +13,7 @@ from simplclip.ops.similarity.call import SimilarityCall
 
 
 def mismatch(l: Tensor) -> Tensor:
-    """softplus(-l) of a positive; NaN where l is infinite, though the softplus may be 0."""
+    """softplus(-l) of a positive. NaN if l is infinite, even where the softplus would be 0."""
     return 0 * l.detach() - F.logsigmoid(l)  # F.softplus is exact to e^-20 only
 
 
@@ -23,8 +23,9 @@ def cross_entropy(lse: Tensor, positive: Tensor) -> Tensor:
     NaN where the positive is infinite, as in F.cross_entropy, though the softplus may be 0.
     """
     margin = positive - lse
-    if backends.forced() == "reference":  # which has second derivatives; logsigmoid has none at inf, that of no negatives
-        margin = margin.clamp(max=1000)  # from where on it is 0
+    if backends.forced() == "reference":
+        # The margin is inf without negatives, where logsigmoid has no second derivative; beyond 1000 the result is 0 anyway.
+        margin = margin.clamp(max=1000)
     return 0 * positive.detach() - F.logsigmoid(margin)
 
 
@@ -45,7 +46,7 @@ def divergence(
     value = cross_entropy(lse, positive) + miss * (mean + positive)
     if entropy:
         return value - entropy * (cross_entropy(teacher_lse, teacher_positive) + miss * teacher_positive)
-    return value + 0 * teacher_positive  # NaN where it is infinite, as in a softmax
+    return value + 0 * teacher_positive  # NaN if the teacher's positive is infinite, as a softmax would give
 
 
 def terms_of(
@@ -80,7 +81,7 @@ def terms_of(
 
 
 def merge_columns(parts: Tensor) -> Tensor:  # [W, 5, N] -> [5, N]
-    """Merges the statistics of the same columns over several groups of rows into those over all rows.
+    """Merges statistics of the same columns, each over the rows of one rank, into the statistics over the rows of all ranks.
 
     Differentiable in the student's log-sum-exps and in the means, whose weights are the teacher's softmax, a constant.
     """
