@@ -43,11 +43,11 @@ MATCHING = "loss.pm_weight=1"
 TINY = {
     "one graph": ["data.batch_size=192"],
     "recompute": ["data.batch_size=192", "model.recompute=true"],
-    "cached": [*CACHED_TINY, MATCHING, "loss.plane=hadamard", "loss.negatives=hard"],
+    "cached": [*CACHED_TINY, MATCHING, "loss.plane=hadamard"],
     "cached WIKD": [*CACHED_TINY, *WIKD, "data.captions_per_image=2"],
     "WIKD": [*WIKD, "data.batch_size=96", "loss.interactive=kl"],
     "sigmoid": [SIGMOID, "data.batch_size=96"],
-    "cached sigmoid WIKD": [SIGMOID, MATCHING, *WIKD, *CACHED_TINY, "loss.negatives=hard"],
+    "cached sigmoid WIKD": [SIGMOID, MATCHING, *WIKD, *CACHED_TINY],
     "towers": [SIGMOID, *CACHED_TINY[:2], "data.micro_batch={image: 64, text: 90}", "data.captions_per_image=2"],
 }
 S0 = {
