@@ -307,7 +307,7 @@ def read_weights(path: str | os.PathLike[str], error: type[InputError], expected
         found = torch.load(path, map_location="cpu", weights_only=True)
         _check_contents(found)
         return found
-    except (ModuleNotFoundError, OSError):
+    except (ModuleNotFoundError, FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except pickle.UnpicklingError as fault:  # torch's message advises to read it anyway
         what = re.search(r"(?:GLOBAL|global) [\w.]+", str(fault))
