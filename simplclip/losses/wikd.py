@@ -152,7 +152,7 @@ class WIKDLoss(SimilarityLoss):
                 options: dict[str, Any] = {"interactive": self.interactive, "divergence": self.divergence, "ids": ids}
                 if self.interactive_log_scale is not None:
                     options["interactive_scale"] = self.interactive_log_scale.exp()
-                if {"relational", "interactive"} & share.keys():
+                if "relational" in share or "interactive" in share:
                     options |= zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)
                 if "interactive" in share:
                     unit = (None if p is None else F.normalize(p, dim=-1).to(image.dtype) for p in projected)
