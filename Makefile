@@ -85,7 +85,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(CORES) --dist workst
 test: install  ## the tests; those that need a GPU are skipped without one
 	$(PYTEST) --durations=15
 
-test-quick: install  ## the faster half of them, in two minutes
+test-quick: install  ## the faster half of them, in six minutes
 	$(PYTEST) -m "not slow"
 
 prove: install  ## all proofs at full length: hours
