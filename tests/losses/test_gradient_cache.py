@@ -305,7 +305,7 @@ def test_frozen_and_unused_parameters_get_nothing():
 
 
 def test_gradients_are_added_and_scaled():
-    model, batches, loss = Dropping(), pairs(vocabulary=64), ClipLoss()
+    model, batches, loss = Dropping().double(), pairs(dtype=torch.float64, vocabulary=64), ClipLoss()
     run = lambda **options: step(gradient_cache.backward, lambda b: model(*b), batches, loss, (model,), **options)[0]  # noqa: E731
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     plain, scaled = run(), run(scaler=scaler)
