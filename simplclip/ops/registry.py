@@ -139,9 +139,9 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
         saved = ctx.saved_tensors  # read only once: under torch.utils.checkpoint, every access runs the forward again
         with torch.no_grad():
             out = backward(ctx, saved, *grads)
-        return (
-            first_order_only(_public(name), out, *saved, *grads) if torch.is_grad_enabled() else out
-        )  # with create_graph=True
+        if not torch.is_grad_enabled():  # it is enabled with create_graph=True
+            return out
+        return first_order_only(_public(name), out, *saved, *grads)
 
     torch.library.register_autograd(f"simplclip::{name}", once, setup_context=setup_context)
 

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import shutil
 import zipfile
 from pathlib import Path
@@ -23,7 +22,6 @@ from simplclip.models import create
 from simplclip.train import checkpoint, config, trust
 from simplclip.train.state import build_model
 
-GIB = 1 << 20  # of ru_maxrss, in KiB
 CANARY = Path("canary").absolute()
 
 
@@ -53,16 +51,6 @@ def made(tmp_path_factory):
     settings = tiny.settings(folder)
     state = {"format": "simplclip", "version": 1, "step": 3, "config": settings.to_dict()}
     return state | {"model": build_model(settings).state_dict(), "shard": str(folder / "data" / "train-0.tar")}
-
-
-@pytest.fixture(autouse=True)
-def harmless(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    assert not list(tmp_path.rglob("canary"))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GIB
 
 
 def saved(state, path="run/last.pt"):
