@@ -19,7 +19,7 @@ from benchmarks import hardware
 from benchmarks.results_file import RESULTS, table, write_csv
 from simplclip.common import hardware as devices
 from simplclip.train import config
-from simplclip.train.loop import _batches, _loader
+from simplclip.train.batches import batches
 from simplclip.train.state import Training
 from simplclip.train.step import train_step
 
@@ -74,10 +74,10 @@ def main() -> None:
     this = Training(values, device, devices.pick_precision(values.run.precision, device)[0])
     this.model.train()
     rows = []
-    for batches in _batches(this, _loader(this, pin_memory=False), lambda line: None):
+    for of_step in batches(this, show=lambda line: None):
         if this.step in STEPS:
-            rows.append(row(this, batches))
-        train_step(this, batches)
+            rows.append(row(this, of_step))
+        train_step(this, of_step)
         if this.step == values.run.steps:
             break
     print("\n".join(table(rows)))

@@ -1,4 +1,4 @@
-"""Progress of long commands: a bar on a terminal, elsewhere a line from time to time, as logs need it."""
+"""Progress of long commands: a bar on a terminal, elsewhere a line from time to time and at the end, as logs need it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 
 FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
+
+
+def duration(seconds: float) -> str:
+    """ "7 s", or minutes and seconds, "3:10"; with hours "1:03:10"."""
+    return f"{seconds:.0f} s" if seconds < 60 else tqdm.format_interval(seconds).lstrip("0")
 
 
 def _has_terminal() -> bool:
@@ -50,8 +55,11 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._bar.close()
+        seconds = time.monotonic() - self._began
+        if self._lines and kind is None and seconds >= 1:
+            print(f"{self.title}: {self.done:,} {self.unit} in {duration(seconds)}", file=sys.stderr, flush=True)
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, each of which is counted when it is done."""

@@ -198,7 +198,7 @@ class _Planner:
             made = self.config.model.name
             raise ConfigError(f"--compare: expected a model made from one of open_clip's or from mobileclip-s0, got {made}")
         sigmoid = self.config.loss.base == "sigmoid"  # open_clip has this loss without a teacher only
-        width = self.base.teacher["width"] if "distill_loss" in self.config.loss.weights and not sigmoid else None
+        width = self.base.teacher["width"] if "relational_loss" in self.config.loss.weights and not sigmoid else None
         step = partial(OpenClipStep, name, precision=self.precision, teacher_width=width, **SIGLIP if sigmoid else {})
         what = f"most in open_clip: {name.removeprefix(models.PLAIN)}, {type(step(1).loss).__name__}"
         return self._answer(what, lambda n: predict(step(n), self.device))

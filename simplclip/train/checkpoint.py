@@ -88,7 +88,7 @@ def rng_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 (transforms may draw from the global generator)
-    state["numpy"] = [str(name), torch.from_numpy(keys.astype("int64")), *map(float, rest)]
+    state["numpy"] = [str(name), torch.from_numpy(np.asarray(keys).astype("int64")), *map(float, rest)]
     return state
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError
@@ -117,7 +117,7 @@ def _moved(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"optim": rest | {"options": {"betas": betas, "eps": rest.pop("eps", ADAMW["eps"])}}}
 
 
-def keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:
     """Every dotted key, sections included, with its pydantic field."""
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():

@@ -65,7 +65,7 @@ class MemoryLimit:
             if limit is not None:
                 torch.cuda.set_per_process_memory_fraction((limit - Budget.context) / total, device)
             return
-        taken = _data_bytes()
+        taken = data_bytes()
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
         self.budget = Budget(self._checked(limit, total, taken), context=taken, libraries=0)
         if limit is not None:
@@ -119,7 +119,7 @@ def ran_out(error: Exception) -> bool:
     return any(text in f"{error}\n" for text in on_cpu) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-def _data_bytes() -> int:
+def data_bytes() -> int:
     """Bytes of this process's data segment, as RLIMIT_DATA counts them; 0 if unknown."""
     status = Path("/proc/self/status")
     found = re.search(r"VmData:\s*(\d+)", status.read_text()) if status.exists() else None

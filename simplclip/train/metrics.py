@@ -52,8 +52,8 @@ class Reporter:
         self.console, self.steps, self.print_every = console, steps, print_every
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=40), *times
-        rates = {"refresh_per_second": 4, "speed_estimate_period": 60}
-        self.progress = _Bar(*columns, console=console, disable=not console.is_terminal, **rates)
+        hidden = not console.is_terminal
+        self.progress = _Bar(*columns, console=console, disable=hidden, refresh_per_second=4, speed_estimate_period=60)
         self.task = self.progress.add_task("", total=steps, completed=start, figures="")
 
     def print(self, message: str) -> None:
@@ -111,6 +111,8 @@ def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader([line for line in file if line.endswith("\n")])
+    # Before its terms had this library's names, a run's relational term had open_clip's.
+    rows.fieldnames = [name.replace("distill_loss", "relational_loss") for name in rows.fieldnames or ()]
     found = list(rows.fieldnames or columns or ())
     if columns and found != columns:
         raise InputError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(found)}")
@@ -135,8 +137,9 @@ def curves(run: str | Path) -> Path | None:
     figure = new_figure(11, height)
     margins = {"left": 0.055, "right": 0.98, "top": 1 - 0.9 / height, "bottom": 0.55 / height}
     axes = figure.subplots(2 + bool(evaluated), 2, gridspec_kw={"hspace": 0.34, "wspace": 0.14, **margins})
-    logits = [name for name in ("logit_scale", "logit_bias") if name in columns]
-    panels = {"Loss": ["loss", *terms], "Learning rate": ["lr"], "Logit scale" + " and bias" * (len(logits) > 1): logits}
+    logits: list[str] = [name for name in ("logit_scale", "logit_bias") if name in columns]
+    scale = "Logit scale and bias" if logits[1:] else "Logit scale"
+    panels: dict[str, list[str]] = {"Loss": ["loss", *terms], "Learning rate": ["lr"], scale: logits}
     panels["Gradient norm before clipping"] = ["grad_norm"]
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for colour, name in zip(COLOURS, names):

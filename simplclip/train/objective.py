@@ -17,7 +17,7 @@ from simplclip.train.settings import TERMS, LossConfig
 class SigmoidLoss(losses.WIKDLoss):
     """SigLIP's loss and pair matching in one sweep, and beside them the terms of WIKDLoss that need a teacher."""
 
-    FUSED: ClassVar = {"sigmoid_loss": "sigmoid", "pair_matching_loss": "pair_matching"}
+    FUSED: ClassVar[dict[str, str]] = {"sigmoid_loss": "sigmoid", "pair_matching_loss": "pair_matching"}
 
     def forward(  # type: ignore[override]
         self,
@@ -26,7 +26,7 @@ class SigmoidLoss(losses.WIKDLoss):
         logit_scale: Tensor,  # []
         logit_bias: Tensor | None,  # []
         weights: Mapping[str, float],
-        *teacher: Tensor,  # features [N, D̂], [N, D̂] and scale []
+        *teacher: Any,  # features [N, D̂], [N, D̂] and scale []
         ids: Tensor,  # [N] int64
     ) -> dict[str, Tensor]:
         """The weighted terms that `weights` names. Gradients are those of their sum."""
@@ -38,7 +38,8 @@ class SigmoidLoss(losses.WIKDLoss):
             terms = {term: values[name] for term, name in self.FUSED.items() if name in fused}
         if weights.keys() - terms.keys():
             self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
-            taught = super().forward(image, text, logit_scale, *teacher, output_dict=True, ids=ids)
+            of_teacher = teacher[0], teacher[1], teacher[2]
+            taught = _named(super().forward(image, text, logit_scale, *of_teacher, output_dict=True, ids=ids))
             terms |= {term: weights[term] * value for term, value in taught.items()}
         return terms
 
@@ -56,9 +57,9 @@ class Objective:
     def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
         self.schedules, self.steps, self.teacher = config.weights, steps, teacher
         self.sigmoid = config.base == "sigmoid"
-        on = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
+        on: dict[str, Any] = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
         on["contrastive_weight"] += self.sigmoid
-        shared = {"plane": config.plane, "embed_dim": width}
+        shared: dict[str, Any] = {"plane": config.plane, "embed_dim": width}
         if teacher is None and not self.sigmoid:
             self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
             return
@@ -108,6 +109,12 @@ class Objective:
             on = {term: weight for term, weight in weights.items() if weight}
             terms = self.loss(image, text, logit_scale, logit_bias, on, *teacher, ids=group)
         else:
-            terms = self.loss(image, text, logit_scale, *(teacher or (logit_bias,)), output_dict=True, ids=group)
+            options = {"output_dict": True, "ids": group}
+            terms = _named(self.loss(image, text, logit_scale, *(teacher or (logit_bias,)), **options))
             terms = {term: weights[term] * value for term, value in terms.items()}
         return {term: terms.get(term, off) for term in weights}
+
+
+def _named(terms: Any) -> dict[str, Tensor]:
+    """The terms of a drop-in for open_clip by this library's names: open_clip calls the relational one distill_loss."""
+    return {"relational_loss" if name == "distill_loss" else name: value for name, value in terms.items()}

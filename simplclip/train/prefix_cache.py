@@ -66,15 +66,15 @@ def prefix_of(config: Config, frozen: FrozenParts, transform: Any, teacher: dict
 
 
 class PrefixCache:
-    """The folder of a run's cached outputs. this: a `Training`, which has a prefix."""
+    """The folder of a run's cached outputs. training: a `Training`, which has a prefix."""
 
-    def __init__(self, this: Any) -> None:
-        c = this.config.data
-        self.this, self.prefix, self.sidecars = this, this.prefix, c.sidecars
+    def __init__(self, training: Any) -> None:
+        c = training.config.data
+        self.training, self.prefix, self.sidecars = training, training.prefix, c.sidecars
         self.folder = Path(c.cache_prefix).expanduser()
-        self.transform = copy.copy(this.transform)
+        self.transform = copy.copy(training.transform)
         self.transform.max_pixels, self.max_bytes = c.max_pixels, c.max_bytes
-        self.views = (this.teacher or {}).get("views")
+        self.views = (training.teacher or {}).get("views")
         parts = data.parts_of(c.pairs, "data.train")
         for part in parts:
             if part.piece or is_stream(part.url):
@@ -87,7 +87,7 @@ class PrefixCache:
         if self.views is None:
             pixels |= {"interpolation": t.interpolation.value, "resize_mode": t.resize_mode, "fill": t.fill}
         stamp = {"output_of": self.prefix.name, "shape": self.prefix.shape, "weights": self.prefix.fingerprint()}
-        stamp |= {"precision": this.precision, "pixels": pixels, "views": self.views}
+        stamp |= {"precision": training.precision, "pixels": pixels, "views": self.views}
         self.stamp = json.loads(json.dumps(stamp))
 
     @property
@@ -163,14 +163,14 @@ class PrefixCache:
         return [n if isinstance(n, BrokenSample) else {PREFIX: self._npy([next(outputs) for _ in range(n)])} for n in found]
 
     def _outputs(self, images: list[Tensor], colours: list[list[float] | None]) -> list[Tensor]:
-        this, outputs = self.this, []
+        training, outputs = self.training, []
         for start in range(0, len(images), AT_ONCE):
             part = slice(start, start + AT_ONCE)
             batch = {"image": torch.stack(images[part])}
             if colours[start] is not None:
                 batch["colour"] = torch.tensor(colours[part])
-            with torch.no_grad(), hardware.autocast(this.precision, this.device):
-                outputs += self.prefix(this.pixels(batch)).half().cpu().contiguous()
+            with torch.no_grad(), hardware.autocast(training.precision, training.device):
+                outputs += self.prefix(training.pixels(batch)).half().cpu().contiguous()
         return outputs
 
     def _npy(self, outputs: list[Tensor]) -> bytes:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested: str | None = None
         self._process = os.getpid()
-        self._former: dict[int, object] = {}
+        self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -51,34 +52,34 @@ class StopRequest:
 
 
 class LastStep:
-    """The state of `this` after its last whole step.
+    """The state of `training` after its last whole step.
 
     It keeps copies of what a failing step may have changed: states of random generators, the position in the data, and
     buffers (a batch norm's statistics, which the forward pass changes). Parameters and the states of optimizer, schedule and
-    scaler change only in the update, during which `this.updating` is set. Memory: a copy of the buffers.
+    scaler change only in the update, during which `training.updating` is set. Memory: a copy of the buffers.
     """
 
-    def __init__(self, this: Training):
-        self.this, self.out = this, Path(this.config.run.out)
+    def __init__(self, training: Training):
+        self.training, self.out = training, Path(training.config.run.out)
         self.last = self.out / "last.pt"
         self._claimed = False
-        saved, buffers = this.model.state_dict(), this.model.named_buffers(remove_duplicate=False)
+        saved, buffers = training.model.state_dict(), training.model.named_buffers(remove_duplicate=False)
         self._changing = {name: buffer for name, buffer in buffers if name in saved}
         self._buffers = {name: buffer.clone() for name, buffer in self._changing.items()}
-        self._progress = this.progress()
+        self._progress = training.progress()
 
     def take(self) -> None:
         """Call after each whole step. After the first one config.yaml is written."""
         for dtype in {buffer.dtype for buffer in self._buffers.values()}:  # one kernel each
             names = [name for name, buffer in self._buffers.items() if buffer.dtype == dtype]
             torch._foreach_copy_([self._buffers[name] for name in names], [self._changing[name] for name in names])
-        self._progress = self.this.progress()
+        self._progress = self.training.progress()
         self._claim()
 
     def save(self) -> None:
         """Write the checkpoint of the last whole step."""
         self._claim()
-        state = self.this.state() | self._progress
+        state = self.training.state() | self._progress
         state["model"].update(self._buffers)
         checkpoint.save(self.out, state)
 
@@ -87,37 +88,37 @@ class LastStep:
 
         Returns None if there was no whole step, in this run or in one that it continues. Frees the gradients.
         """
-        this, step = self.this, self._progress["step"]
+        training, step = self.training, self._progress["step"]
         with undisturbed(report=False):
-            this.optimizer.zero_grad(set_to_none=True)
+            training.optimizer.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
             good = checkpoint.step_of(self.last)
             if good == step:
                 return f"Step {step} is saved in {self.last}."
-            if this.updating:
+            if training.updating:
                 reason = (
-                    f"The update of step {this.step + 1} was interrupted, so that the weights are not those of a whole step "
-                    "and are not saved."
+                    f"The update of step {training.step + 1} was interrupted, so that the weights are not those of a whole "
+                    "step and are not saved."
                 )
-            elif this.step == 0:
+            elif training.step == 0:
                 return None
             else:
                 try:
-                    if this.step != step:  # it failed, or was stopped, right after the update
+                    if training.step != step:  # it failed, or was stopped, right after the update
                         self.take()
                     self.save()
-                    return f"Saved step {this.step} in {self.last}."
+                    return f"Saved step {training.step} in {self.last}."
                 except Exception as error:
                     good = checkpoint.step_of(self.last)
-                    if good == this.step:
+                    if good == training.step:
                         return f"Saved step {good} in {self.last}, but: {error}."
-                    reason = f"Step {this.step} could not be saved: {type(error).__name__}: {error}."
+                    reason = f"Step {training.step} could not be saved: {type(error).__name__}: {error}."
         if good is None:
             return f"{reason} There is no checkpoint."
         return f"{reason} The last checkpoint, {self.last} of step {good}, is intact."
 
     def _claim(self) -> None:
         if not self._claimed:
-            write_atomically(self.out / "config.yaml", self.this.config.to_yaml())
+            write_atomically(self.out / "config.yaml", self.training.config.to_yaml())
             self._claimed = True

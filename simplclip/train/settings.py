@@ -168,10 +168,10 @@ Weight = Annotated[
     Annotated[float, Field(ge=0), Tag("number")] | Annotated[Schedule, Tag("schedule")],
     Discriminator(lambda value: "schedule" if isinstance(value, dict | Schedule) else "number"),
 ]
-# a loss's name of its term -> the weight's name, here and in WIKDLoss and ClipPMLoss
+# a term's name in logs -> the weight's name, here and in WIKDLoss and ClipPMLoss
 TERMS = {
     "contrastive_loss": "contrastive_weight",
-    "distill_loss": "relational_weight",
+    "relational_loss": "relational_weight",
     "interactive_loss": "interactive_weight",
     "feature_loss": "feature_weight",
     "pair_matching_loss": "pm_weight",
@@ -205,7 +205,7 @@ class LossConfig(Section):
 
     @property
     def needs_teacher(self) -> bool:
-        return bool({"distill_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
+        return bool({"relational_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
 
 
 ADAMW: dict[str, Any] = {"betas": [0.9, 0.98], "eps": 1e-6}

@@ -187,8 +187,8 @@ def model_options(config: Config) -> dict[str, Any]:
     return (SIGLIP if config.loss.base == "sigmoid" else {}) | config.model.options
 
 
-def build_model(config: Config) -> nn.Module:
-    """The model that `config` names, with random weights. Raises ConfigError for options that it does not accept."""
+def build_model(config: Config) -> Any:
+    """The nn.Module that `config` names, with random weights. Raises ConfigError for options that it does not accept."""
     try:
         return models.create(config.model.name, **model_options(config))
     except TypeError as error:
@@ -226,7 +226,9 @@ def load_model(
 
 def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW that decays matrices only: no norms, biases, gains, scales, tokens, nor the loss's own parameters."""
-    o, decayed, rest = config.optim, [], []
+    o = config.optim
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:  # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
             (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)

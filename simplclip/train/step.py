@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -20,40 +20,41 @@ class TrainingError(UserError, RuntimeError):
     """Training cannot continue. The message says what is saved; the cause, if any, is the error that ended it."""
 
 
-def train_step(this: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
-    model, optimizer, scaler = this.model, this.optimizer, this.scaler
+def train_step(training: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
+    model, optimizer, scaler = training.model, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
-    if this.config.data.micro_batch is None:
-        outputs = this.outputs("image", batches[0]) | this.outputs("text", batches[0])
-        terms = this.terms(batches, **outputs)
-        scaler.scale(sum(terms.values())).backward()
+    if training.config.data.micro_batch is None:
+        outputs = training.outputs("image", batches[0]) | training.outputs("text", batches[0])
+        terms = training.terms(batches, **outputs)
+        scaler.scale(reduce(torch.add, terms.values())).backward()
     else:
-        losses, towers = partial(this.terms, batches), {tower: partial(this.outputs, tower) for tower in ("image", "text")}
-        inputs = {"image": batches, "text": this.text_batches(batches)}
+        losses = partial(training.terms, batches)
+        towers = {tower: partial(training.outputs, tower) for tower in ("image", "text")}
+        inputs = {"image": batches, "text": training.text_batches(batches)}
         terms = gradient_cache.backward(towers, inputs, losses, model=model, scaler=scaler)
-    loss = sum(terms.values())
+    loss = reduce(torch.add, terms.values())
     scaler.unscale_(optimizer)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, this.config.optim.grad_clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(parameters, training.config.optim.grad_clip or math.inf)
 
     # The step synchronises once, before the update, so that a bad step does not change the parameters.
     figures = {"loss": loss, **terms, "logit_scale": model.logit_scale.exp()}
-    figures |= {"grad_norm": norm} if this.logit_bias is None else {"logit_bias": this.logit_bias, "grad_norm": norm}
+    figures |= {"grad_norm": norm} if training.logit_bias is None else {"logit_bias": training.logit_bias, "grad_norm": norm}
     values = dict(zip(figures, torch.stack([v.detach().float().reshape(()) for v in figures.values()]).tolist()))
     # The scaler handles an infinite gradient: it skips the step and lowers its scale.
     watched = [k for k in values if k != "grad_norm" or not scaler.is_enabled()]
     if not all(math.isfinite(values[k]) for k in watched):
         raise TrainingError(
-            f"step {this.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
+            f"step {training.step + 1}: not finite: {', '.join(f'{k}={values[k]:g}' for k in watched)}; stopped "
             f"before the update. Try a new run with a lower optim.lr, a longer optim.warmup or run.precision=fp32"
         )
     lr = optimizer.param_groups[0]["lr"]
-    this.updating = True
+    training.updating = True
     scaler.step(optimizer)
     scaler.update()
-    this.schedule.step()
+    training.schedule.step()
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-    this.step += 1
-    this.updating = False
-    return {"step": this.step, "epoch": this.epoch, **values, "lr": lr}
+    training.step += 1
+    training.updating = False
+    return {"step": training.step, "epoch": training.epoch, **values, "lr": lr}

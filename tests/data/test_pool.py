@@ -130,6 +130,11 @@ def test_lines_without_a_terminal(clock, capsys):
         clock.now += 30
         bar.update(1)  # later only once a minute
         assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == "shrink: 1,503 samples in 1:00:45\n"
+    failing = Progress("shrink", 10)
+    clock.now += 59
+    failing.__exit__(ValueError)
+    assert capsys.readouterr().err == ""  # it is not done
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ def test_lines_on_a_terminal_without_columns(clock, monkeypatch, capsys):
     with Progress("x", 10) as bar:
         clock.now += 10
         bar.update(5)
-    assert capsys.readouterr().err == "x: 5 of 10 samples (50%), 0.50 samples/s, 00:10 left\n"
+    assert capsys.readouterr().err == "x: 5 of 10 samples (50%), 0.50 samples/s, 00:10 left\nx: 5 samples in 10 s\n"
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):

@@ -20,8 +20,9 @@ from simplclip.data.broken import Skipped
 from simplclip.data.transforms import ImageTransform
 from simplclip.memory.step import TrainerStep
 from simplclip.train import config as configs
-from simplclip.train import loop
+from simplclip.train.batches import batches as steps
 from simplclip.train.config import ConfigError
+from simplclip.train.state import Training
 
 AUGMENT = {"scale": [0.3, 1.0], "color_jitter": [0.4, 0.4, 0.4, 0.1], "color_jitter_prob": 0.8, "gray_scale_prob": 0.2}
 COUNT, VIEWS = 6, 4
@@ -311,11 +312,11 @@ def test_a_plan_knows_the_width(taught, tmp_path):
 def test_micro_batches_have_the_colours_of_their_images(taught, tmp_path):
     (tmp_path / "data").symlink_to(taught / "data")
     changes = [*WIKD, "data.micro_batch=4", f"data.sidecars=[{taught / 'sidecars'}]"]
-    this = loop.Training(tiny.settings(tmp_path, *changes, "model.freeze_norms=true"), torch.device("cpu"), "fp32")
-    parts = next(loop._batches(this, loop._loader(this, False), print))
+    this = Training(tiny.settings(tmp_path, *changes, "model.freeze_norms=true"), torch.device("cpu"), "fp32")
+    parts = next(steps(this))
     settings = tiny.settings(tmp_path, *WIKD, f"data.sidecars=[{taught / 'sidecars'}]")
-    whole = loop.Training(settings, torch.device("cpu"), "fp32")
-    (one,) = next(loop._batches(whole, loop._loader(whole, False), print))
+    whole = Training(settings, torch.device("cpu"), "fp32")
+    (one,) = next(steps(whole))
     assert len(parts) == 2
     assert torch.equal(torch.cat([part["colour"] for part in parts]), one["colour"])
     assert torch.equal(torch.cat([this.pixels(part) for part in parts]), this.pixels(one))

@@ -17,7 +17,7 @@ from simplclip.data import decode, rewrite
 from simplclip.data.views import augmentation, draw
 from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
-from simplclip.train import loop
+from simplclip.train.batches import loader
 from simplclip.train.config import ConfigError
 from simplclip.train.prefix_cache import PrefixCache
 from simplclip.train.state import Training
@@ -114,7 +114,7 @@ def test_the_plan_counts_the_copies(tmp_path, weights):
 
 
 def batches(config, this):
-    return list(loop._loader(this, False).epoch(0))
+    return list(loader(this).epoch(0))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -146,7 +146,7 @@ def test_a_batch_has_the_outputs_of_its_views(tmp_path, weights, precision):
         assert torch.allclose(*features, atol=2e-3 if precision == "fp32" else 2e-2)
     several = {}
     for epoch in range(4):
-        for batch in loop._loader(this, False).epoch(epoch):
+        for batch in loader(this).epoch(epoch):
             for group, key, output in zip(batch["group"], batch["key"], batch["prefix"]):
                 several.setdefault((group.item(), key), set()).add(output.numpy().tobytes())
     assert max(map(len, several.values())) > 1  # each view is drawn
@@ -269,9 +269,9 @@ def test_a_damaged_image_is_skipped_as_without_a_cache(tmp_path, weights):
         this = training(settings(tmp_path, weights, *others))
         if this.prefix:
             PrefixCache(this).make(print)
-        loader = loop._loader(this, False)
-        list(loader.epoch(0))
-        reports.append(loader.report())
+        source = loader(this)
+        list(source.epoch(0))
+        reports.append(source.report())
     assert reports[0] == reports[1]
     assert "1 skipped" in reports[0]
 

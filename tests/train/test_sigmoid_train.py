@@ -11,6 +11,7 @@ from runs import check_resumed, go, rows, state_of
 from simplclip import evaluate, export, models
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
+from simplclip.train.batches import batches
 from simplclip.train.config import ConfigError
 from simplclip.train.state import Training, load_model
 
@@ -120,7 +121,7 @@ def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch, cached):
     logged = rows(tmp_path / "whole")
     on = {
         "feature_loss": [True] * 2 + [False] * 5,
-        "distill_loss": [False] * 2 + [True] * 2 + [False] * 3,
+        "relational_loss": [False] * 2 + [True] * 2 + [False] * 3,
         **dict.fromkeys(("sigmoid_loss", "interactive_loss", "pair_matching_loss"), [False] * 4 + [True] * 3),
     }
     for term, active in on.items():
@@ -182,9 +183,9 @@ def test_micro_batches_of_each_tower_give_the_whole_batches_gradient(tmp_path, m
         seen = []
         original = this.model.encode_text
         monkeypatch.setattr(this.model, "encode_text", lambda t, f=original, s=seen, **k: s.append(len(t)) or f(t, **k))
-        batches = next(train._batches(this, train._loader(this, False), print))
+        of_step = next(batches(this))
         monkeypatch.setattr(this.optimizer, "step", lambda: None)
-        row = train.train_step(this, batches)
+        row = train.train_step(this, of_step)
         named = [*this.model.named_parameters(), *this.loss.named_parameters()]
         results.append((row, {name: parameter.grad for name, parameter in named}, seen))
     (row, grads, once), (cached_row, cached, seen) = results

@@ -16,6 +16,7 @@ from simplclip.common import hardware, plotting
 from simplclip.common.errors import InputError
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
+from simplclip.train.batches import loader
 from simplclip.train.config import ConfigError
 from simplclip.train.metrics import RunLog
 from simplclip.train.state import load_model, lr_factor
@@ -188,7 +189,7 @@ def test_logit_scale_is_held_below_100(tmp_path):
     this = train.Training(tiny.settings(tmp_path, "optim.warmup=0"), torch.device("cpu"), "fp32")
     with torch.no_grad():
         this.model.logit_scale.fill_(9.0)
-    batch = next(iter(train._loader(this, False).epoch(0)))
+    batch = next(iter(loader(this).epoch(0)))
     train.train_step(this, [batch])
     assert this.model.logit_scale.exp().item() == pytest.approx(100)
 
@@ -237,6 +238,13 @@ def test_csv_refuses_other_columns(tmp_path):
         log.write("m", {"step": 1, "loss": 0.5})
     with RunLog(tmp_path, 1) as log, pytest.raises(ValueError, match="m.csv: expected .* got step, loss"):
         log.write("m", {"step": 2, "other": 0.5})
+
+
+def test_csv_of_a_run_from_before_the_relational_term_had_its_name(tmp_path):
+    (tmp_path / "m.csv").write_text("step,distill_loss\n1,0.5\n")
+    with RunLog(tmp_path, 1) as log:
+        log.write("m", {"step": 2, "relational_loss": 0.25})
+    assert (tmp_path / "m.csv").read_text() == "step,relational_loss\n1,0.5\n2,0.25\n"
 
 
 def test_precision_and_device(monkeypatch):

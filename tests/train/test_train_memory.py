@@ -67,7 +67,7 @@ def test_limits_that_cannot_be(monkeypatch):
             limits.MemoryLimit(CPU, limit)
     monkeypatch.setattr(limits, "resource", None)
     with pytest.raises(ValueError, match="--memory-limit: expected a GPU or Linux"):
-        limits.MemoryLimit(CPU, limits._data_bytes() + (1 << 30))
+        limits.MemoryLimit(CPU, limits.data_bytes() + (1 << 30))
 
 
 def test_what_running_out_is():
@@ -96,7 +96,7 @@ def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
     before = hashlib.sha256((out / "last.pt").read_bytes()).digest()
 
     # What a process of this command has before its first step, and room for a part of the step.
-    program = "import simplclip.memory; from simplclip.train import limits, loop; print(limits._data_bytes())"
+    program = "import simplclip.memory; from simplclip.train import limits, loop; print(limits.data_bytes())"
     taken = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
     limit = ("--resume", "--memory-limit", f"{taken / 2**20 + 450:.0f}MiB", "--set", "run.steps=2")
     error = train(1, *limit)

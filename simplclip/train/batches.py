@@ -1,0 +1,64 @@
+"""The batches of a run's steps, from its shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from simplclip import data, models
+from simplclip.train.state import Training
+
+
+def loader(training: Training) -> data.Loader:
+    """The loader of the pairs that the run's config names. A batch of it is a micro-batch of a step."""
+    config, c = training.config, training.config.data
+    options: dict[str, Any] = {"sidecars": c.sidecars, "max_pixels": c.max_pixels, "max_bytes": c.max_bytes}
+    if training.prefix:
+        options |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": training.prefix.shape}
+    return data.make_loader(
+        data.parts_of(c.pairs, "data.train"),
+        tokenizer=models.tokenizer(config.model.name),
+        transform=training.transform,
+        batch_size=c.images_at_a_time,
+        captions_per_image=c.captions_per_image,
+        teacher=config.loss.needs_teacher,
+        workers=c.workers,
+        seed=config.run.seed,
+        pin_memory=training.device.type == "cuda",
+        on_error=c.on_error,
+        **options | c.options,
+    )
+
+
+def batches(
+    training: Training, source: data.Loader | None = None, show: Callable[[str], None] = print
+) -> Iterator[list[dict[str, Any]]]:
+    """Yields the micro-batches of each step, one or several, from the position of `training` on, without end.
+
+    A step may take micro-batches of two epochs. The loader draws nothing from the global random generators.
+
+    source: by default `loader(training)`. show: gets a line for what an epoch skipped, and for a loader process that died.
+    """
+    source = loader(training) if source is None else source
+    wanted = training.config.data.batch_size // training.config.data.images_at_a_time
+    of_step: list[dict[str, Any]] = []
+    last, restarts = None, 0
+    while True:
+        for batch in source.epoch(training.epoch, training.batch, training.data):
+            training.batch += 1
+            for restart in source.restarts[restarts:]:
+                restarts += 1
+                show(f"data       {restart}")
+            if wanted > 1:  # copies: a tensor from a loader process holds a file descriptor, and a step may have thousands
+                batch = {k: v if v.is_pinned() else v.clone() for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            of_step.append(batch)
+            if len(of_step) == wanted:
+                training.data = source.state()
+                yield of_step
+                of_step = []
+        if last != (report := source.report()):  # only reports that differ from the last one
+            last = report
+            show(f"data       epoch {training.epoch}: {report}")
+        training.epoch, training.batch = training.epoch + 1, 0
