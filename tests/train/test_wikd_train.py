@@ -35,7 +35,7 @@ CACHED = ["data.micro_batch=4", "model.freeze_norms=true"]
 @pytest.mark.parametrize("changes", [WIKD, [*WIKD, *CACHED, "run.precision=bf16", "model.options.vision_cfg.timm_drop=0.2"]])
 def test_it_trains_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch, changes):
     text = check_resumed(tmp_path, monkeypatch, 4, changes, teacher=WIDTH)
-    assert "WIKDLoss: contrastive, distill, interactive, feature, pair matching; features of made up, 256 wide" in text
+    assert "WIKDLoss: contrastive, relational, interactive, feature, pair matching; features of made up, 256 wide" in text
     logged = rows(tmp_path / "whole")
     assert [float(row["relational_loss"]) > 0 for row in logged] == [False, False, True, True, True, True, True]
     assert [float(row["feature_loss"]) > 0 for row in logged] == [True, True, True, True, False, False, False]
