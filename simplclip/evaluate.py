@@ -16,9 +16,8 @@ from rich.console import Console
 import simplclip
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
+from simplclip.data import HeldOut, held_out
 from simplclip.data.pool import cores
-from simplclip.data.shards import Shards
-from simplclip.data.stream import Source
 from simplclip.data.text import json_of
 from simplclip.encoder import Encoder, load
 from simplclip.evaluation import (
@@ -30,10 +29,9 @@ from simplclip.evaluation import (
     named,
     phrases,
     retrieval,
-    source,
     zero_shot,
 )
-from simplclip.evaluation.tables import in_words, table
+from simplclip.evaluation.figures import in_words, table
 from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
 
@@ -43,7 +41,7 @@ SHARED = ("checkpoint", "model", "step", "precision")  # what the JSON says abou
 
 def run(
     models: Models,
-    splits: Mapping[str, Shards] | None = None,
+    splits: Mapping[str, Any] | None = None,
     *,
     out: str | os.PathLike | None = None,
     templates: Sequence[str] | None = None,
@@ -68,11 +66,11 @@ def run(
 
     Args:
         models: one or several sources of `encoder.load`; pictures of the others have their names in those of the files.
-        splits: name -> what `evaluation.source` takes; by default eval.splits of the first model's config.
+        splits: name -> what `data.held_out` takes; by default eval.splits of the first model's config.
         out: by default the folder of the first model.
         templates: see `evaluation.phrases`; by default those of the split's folder, of the config, or "a photo of {}".
         classnames: see `evaluation.class_names`; by default the names that the data have.
-        captions, images: see `evaluation.source`.
+        captions, images: see `data.held_out`.
         features: folder that keeps the features, see `evaluation.encode`; by default they are in a temporary file in OUT.
         batch_size: by default eval.batch_size of the config, or 64.
         workers: processes that decode images; by default one for each core, at most 8.
@@ -89,7 +87,7 @@ def run(
         raise InputError(f"model: expected one or several different models, got {', '.join(sources) or 'none'}")
     workers = min(8, cores()) if workers is None else workers
     names, given = class_names(classnames), phrases(templates or ())
-    found: dict[str, Source] = {}
+    found: dict[str, HeldOut] = {}
     answer: dict[str, Any] = {}
     for number, name in enumerate(sources):
         encoder = load(name, device=device, precision=precision, trust=trust)
@@ -116,7 +114,7 @@ def run(
             size = batch_size or defaults.batch_size
             encode(encoder.model, split, size, encoder.device, encoder.precision, **how, progress=shown, who=name)
             say(f"{shown}: {split.report()}")
-            wording = given or phrases(what.templates or defaults.templates)
+            wording = given or phrases(what.classes.templates or defaults.templates)
             mine["splits"][title] = _figures(encoder, split, wording, title, file.parent, ending) | about
             with locked(file.parent):
                 text = json.dumps(_merged(_earlier(file), answer), indent=2, ensure_ascii=False) + "\n"
@@ -131,7 +129,7 @@ def run(
     return answer
 
 
-def _sources(splits: Mapping[str, Shards], skip_missing: bool, say: Any, **options: Any) -> dict[str, Source]:
+def _sources(splits: Mapping[str, Any], skip_missing: bool, say: Any, **options: Any) -> dict[str, HeldOut]:
     if not splits:
         raise InputError(
             "data: expected at least one split (--data name=shards), got none, and the model has no config with eval.splits"
@@ -139,7 +137,7 @@ def _sources(splits: Mapping[str, Shards], skip_missing: bool, say: Any, **optio
     found = {}
     for name, what in splits.items():
         try:
-            found[name] = source(what, **options)
+            found[name] = held_out(what, **options)
         except InputError as error:
             if not skip_missing:
                 raise

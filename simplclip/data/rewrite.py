@@ -29,6 +29,7 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import differences, identity, locked, remove_leftovers, replacing, temporary_of, write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.pairs import expand
 from simplclip.data.pool import ordered
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
@@ -41,7 +42,6 @@ from simplclip.data.shards import (
     check_count,
     contents,
     count_samples,
-    expand,
     folders_of,
     place_of,
     read_shard,

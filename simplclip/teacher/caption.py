@@ -20,13 +20,14 @@ from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
+from simplclip.data.pack import local_shards
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Opened, Shards, stable_hash
+from simplclip.data.shards import Opened, stable_hash
 from simplclip.data.sidecars import Folders
 
 
 def run(
-    shards: Shards,
+    shards: Any,
     out: str | os.PathLike,
     model: str,
     *,
@@ -49,7 +50,8 @@ def run(
     at the end. Empty captions, and those that differ from an earlier one only in case and spaces, are dropped.
 
     Args:
-        shards, out: as for `rewrite`; shards that an earlier run finished are kept.
+        shards: what `data.parts_of` takes; what is no local tar is first copied, see `data.pack.local_shards`.
+        out: as for `rewrite`; shards that an earlier run finished are kept.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: tag of weights that open_clip downloads.
@@ -94,6 +96,7 @@ def run(
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
     options = {"batch_size": batch_size, "progress": progress, "title": "captions", "sidecar": True, "sidecars": sidecars}
+    shards = local_shards(shards, out, progress=progress)
     summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
     return summary | {name: counts[name] for name in ("captions", "duplicate", "empty")}
 

@@ -30,7 +30,6 @@ from simplclip.data.broken import BrokenSample
 from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Opened, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
-from simplclip.data.streams import is_stream
 from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform
 from simplclip.data.views import augmentation
@@ -77,7 +76,7 @@ class PrefixCache:
         self.views = (this.teacher or {}).get("views")
         parts = data.parts_of(c.pairs, "data.train")
         for part in parts:
-            if part.piece or is_stream(part.url):
+            if not part.is_local_tar:
                 raise ConfigError(f"{_KEY}: expected local tars, beside which sidecars can lie, got {part.url!r}")
         self.shards = list(dict.fromkeys(part.url for part in parts))
         t = self.transform

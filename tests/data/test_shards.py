@@ -15,7 +15,7 @@ from pairs import SIZE, keys, loader, png, resize, sample, text_of, write
 from PIL import Image
 
 from simplclip import data
-from simplclip.data import shards, sources
+from simplclip.data import parts, shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -161,7 +161,7 @@ def test_a_tear_is_counted_once_and_costs_no_usable_sample(tmp_path, torn, worke
 def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why, monkeypatch):
     path = Path(write(tmp_path / "odd.tar", [sample(0)]))
     whole = write(tmp_path / "whole.tar", [sample(i) for i in range(9)])
-    monkeypatch.setattr(sources, "RETRIES", (0.01,))
+    monkeypatch.setattr(parts, "RETRIES", (0.01,))
     reader = loader([str(path), whole], workers=workers, on_error="stop")
     skipping = loader([str(path), whole], workers=workers)
     user = os.geteuid()
@@ -199,7 +199,7 @@ def test_shard_patterns(tmp_path):
     for bad, message in (
         (str(folder / "no-*.tar"), r"shards: .*pattern '.*no-\*\.tar', which matches none"),
         (str(folder / "train-{000000..000003}.tar"), r"shards: .*train-000003\.tar', which does not exist"),
-        (str(folder), "shards: .*is a folder"),
+        (str(folder), r"shards: expected a folder of images.*, which has no image \(try its \*.tar\)"),
         ([], "shards: .*empty list"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,8 +9,6 @@ from pairs import COUNT, SIZE, augment, png, resize, sample, write
 
 from simplclip import data
 from simplclip.data.broken import Skipped
-from simplclip.data.stream import Stream, pictures
-from simplclip.evaluation import source
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -25,7 +23,7 @@ def pattern(tmp_path_factory):
 
 def read(what, workers=0, batch_size=4, transform=augment):
     skipped = Skipped()
-    batches = list(Stream(source(what), transform, batch_size).batches(skipped, workers))
+    batches = list(data.held_out(what).batches(transform, batch_size, skipped, workers))
     return batches, skipped
 
 
@@ -104,11 +102,11 @@ def test_errors(tmp_path, pattern):
 
 
 def test_pictures_reads_what_is_asked_for(pattern, monkeypatch):
-    found = source(pattern)
+    found = data.held_out(pattern)
     opened = []
     kind, real = type(found), type(found).open
     monkeypatch.setattr(kind, "open", lambda self, item: opened.append(1) or real(self, item))
-    shown = pictures(found, [7, 2, 7, 21])
+    shown = found.pictures([7, 2, 7, 21])
     assert len(opened) == 3
     assert [*shown] == [2, 7, 21]
     for position, image in shown.items():

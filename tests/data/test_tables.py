@@ -6,8 +6,9 @@ from pairs import keys, loader, png, resize, table, text_of
 
 from simplclip import data
 from simplclip.common.errors import InputError
-from simplclip.data import sources, tables
+from simplclip.data import folders, pairs, tables
 from simplclip.data.broken import Skipped
+from simplclip.data.parts import read_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -75,7 +76,7 @@ def test_rows_of_every_kind(tmp_path, pictures, monkeypatch):
     counted = reader.skipped
     assert counted.pop("bad row") + counted.pop("cannot be read") == 3  # one of them is of either kind in other Pythons
     assert counted == {"empty caption": 1, "missing image": 1, "caption not UTF-8": 1}
-    keys_of = [found["__key__"] for part in data.parts_of(path) for found in sources.read_part(part, Skipped())]
+    keys_of = [found["__key__"] for part in data.parts_of(path) for found in read_part(part, Skipped())]
     assert keys_of == sorted(set(keys_of))
 
 
@@ -86,12 +87,12 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, monkeypatch):
     text = (tmp_path / "t.csv").read_text().replace("a.png,7 x", 'a.png,"7 x')
     (tmp_path / "t.csv").write_text(text)
     skipped = Skipped()
-    read = [found for part in data.parts_of(path) for found in sources.read_part(part, skipped)]
+    read = [found for part in data.parts_of(path) for found in read_part(part, skipped)]
     assert skipped.counts == {"bad row": 1}
     assert len(read) == 2999
-    assert read[-1]["txt"].startswith(b"2999 x")
+    assert read[-1]["__captions__"][0].startswith("2999 x")
     assert len({found["__key__"] for found in read}) == len(read)
-    assert sources.count(data.parts_of(path)) == [part.piece.count for part in data.parts_of(path)]
+    assert pairs.count(data.parts_of(path)) == [part.count for part in data.parts_of(path)]
 
 
 def test_what_is_held_of_a_large_table(tmp_path):
@@ -105,16 +106,16 @@ def test_what_is_held_of_a_large_table(tmp_path):
     parts = data.parts_of(path)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert sum(sources.count(parts)) == 100_000
+    assert sum(pairs.count(parts)) == 100_000
     assert held < 300_000  # 3 bytes a row
-    last = list(sources.read_part(parts[-1], Skipped()))[-1]
+    last = list(read_part(parts[-1], Skipped()))[-1]
     assert last["__key__"] == "000099999"
-    assert last["txt"] == b"a photo of thing 99999"
+    assert last["__captions__"] == ["a photo of thing 99999"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_folders(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(tables, "ROWS", 4)
+    monkeypatch.setattr(folders, "ROWS", 4)
     folder = tmp_path / "mine"
     for number in range(9):
         place = folder / ("" if number < 3 else f"sub {number % 2}/deep")
@@ -130,7 +131,7 @@ def test_folders(tmp_path, monkeypatch, workers):
     assert found == [f"{number} a" for number in range(9)]
     assert reader.skipped == {"missing caption": 1}
     assert reader.batches_per_epoch == 3
-    assert [part.piece.count for part in data.parts_of(folder)] == [4, 4, 2]
+    assert [part.count for part in data.parts_of(folder)] == [4, 4, 2]
     order = keys(loader(folder, shuffle=False, drop_last=False).epoch(0))
     assert order == ["IMG.0", "IMG.1", "IMG.2", *(f"sub {n % 2}/deep/IMG.{n}" for n in (4, 6, 8, 3, 5, 7))]
 

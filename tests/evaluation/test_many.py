@@ -14,9 +14,9 @@ from PIL import Image
 from rich.console import Console
 from trainer_runs import write_models
 
-from simplclip import evaluate, evaluation
+from simplclip import data, evaluate, evaluation
 from simplclip import train as trainer
-from simplclip.evaluation import tables
+from simplclip.evaluation import figures
 
 COUNT, CPU = 2000, torch.device("cpu")
 
@@ -61,7 +61,7 @@ def many(tmp_path_factory):
 def test_streaming_equals_the_figures_in_memory(many, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation.metrics, "_TILE_BYTES", 2**18)
     monkeypatch.setattr(evaluation.metrics, "_TILE_COLUMNS", 300)
-    split = evaluation.Split(evaluation.source(many, captions=0), tokenizer, transform)
+    split = evaluation.Split(data.held_out(many, captions=0), tokenizer, transform)
     model = Bag()
     evaluation.encode(model, split, 64, CPU, "fp32", workers=2, folder=tmp_path)
     assert len(split) == COUNT
@@ -91,7 +91,7 @@ def test_streaming_equals_the_figures_in_memory(many, monkeypatch, tmp_path):
 
 
 def test_features_are_kept_where_one_says(many, tmp_path):
-    split, model = evaluation.Split(evaluation.source(many), tokenizer, transform), Bag()
+    split, model = evaluation.Split(data.held_out(many), tokenizer, transform), Bag()
     for precision, dtype in (("fp32", np.float32), ("bf16", np.float16)):
         evaluation.encode(model, split, 600, CPU, precision, keep=tmp_path / "held.x")
         for name, features, count in (("image", split.image_features, COUNT), ("text", split.text_features, COUNT)):
@@ -199,7 +199,7 @@ def test_names_of_splits_are_any_words(folder, tmp_path, name):
 
 def test_small_shares_keep_a_digit():
     shown = {1.0: "100.0%", 0.1234: "12.3%", 0.001: "0.1%", 0.0004: "0.04%", 1 / 50000: "0.002%", 0.0: "0.0%"}
-    assert {share: tables.percent(share) for share in shown} == shown
+    assert {share: figures.percent(share) for share in shown} == shown
 
 
 def test_names_of_files():

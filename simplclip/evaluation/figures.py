@@ -47,8 +47,7 @@ def _rows(result: Mapping[str, Any]) -> dict[str, list[str]]:
     if classes := result["zero_shot"]:
         number = len(classes["classes"])
         rows[f"{number} classes"] = [_cell(classes["top1"]), _cell(classes["top5"])]
-        if "mean_per_class" in classes:  # earlier versions had none
-            rows[f"{number}, mean per class"] = [_cell(classes["mean_per_class"])]
+        rows[f"{number}, mean per class"] = [_cell(classes["mean_per_class"])]
     return rows
 
 
