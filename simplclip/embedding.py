@@ -35,9 +35,9 @@ from simplclip.data.pairs import count
 from simplclip.data.pool import cores
 from simplclip.data.shards import ShardError, contents, file_bytes, image_of, read_shard
 from simplclip.data.text import clean, json_of
-from simplclip.encoder import Encoder, load
-from simplclip.evaluation.features import Features
-from simplclip.evaluation.metrics import nearest
+from simplclip.evaluation.encoder import Encoder, load
+from simplclip.retrieval.features import Features
+from simplclip.retrieval.metrics import nearest
 from simplclip.version import __version__
 
 COLUMNS = ("key", "caption", "shard", "image_path")

@@ -30,7 +30,7 @@ class Annotated(Part):
             yield from image_sample(self.url, path, self.images, path, captions, skipped)
 
 
-def annotations(path: str, options: Options, name: str) -> list[Part]:
+def annotated(path: str, options: Options, name: str) -> list[Part]:
     """The pieces of a JSON file; several entries of an image are its captions. Raises InputError."""
     found: dict[str, list[Any]] = {}
     for image, captions in _entries(path, options, name):

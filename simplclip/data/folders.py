@@ -46,7 +46,7 @@ class Images(Part):
     def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
         numbers = {name: number for number, name in enumerate(self.classes.folders)} if self.classes else {}
         for path in _decoded(self.names):
-            sample = {"__key__": path, "__url__": self.url}
+            sample: Sample = {"__key__": path, "__url__": self.url}
             if span := span_of(os.path.join(self.url, path)):
                 sample[split_name(path)[1]] = span
             if self.classes and os.sep in path:
@@ -129,8 +129,8 @@ def clip_benchmark(path: str, split: str | None, name: str) -> list[Part] | None
     if not places:
         return None
     if len(places) > 1 and not split:
-        names = ", ".join(place.name for place in places)
-        raise InputError(f"{name}: expected one of the splits {names}, as {path}#{places[0].name}, got none")
+        several = ", ".join(place.name for place in places)
+        raise InputError(f"{name}: expected one of the splits {several}, as {path}#{places[0].name}, got none")
     place = places[0]
     root = place.parent if place == Path(path) else Path(path)
     number = (place / "nshards.txt").read_text(errors="replace").strip()

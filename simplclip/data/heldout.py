@@ -73,7 +73,7 @@ class HeldOut:
             if not self.bare:
                 raise
             found = Opened(b"", [], {}, files)
-        encoded = image_of(files)
+        encoded: Any = image_of(files)
         if encoded is None:
             raise BrokenSample("missing image", "")
         found.encoded = encoded

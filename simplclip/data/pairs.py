@@ -19,7 +19,7 @@ from typing import Any
 
 from simplclip.common.errors import InputError
 from simplclip.data.addresses import Address, is_address, name_of, names_address
-from simplclip.data.annotations import SUFFIX, Annotated, annotations
+from simplclip.data.annotations import SUFFIX, Annotated, annotated
 from simplclip.data.braces import expanded
 from simplclip.data.folders import IMAGES, clip_benchmark, folder, images
 from simplclip.data.parts import Part, Tar
@@ -189,7 +189,7 @@ def _named(text: str | os.PathLike, name: str, options: Options, listed: str | N
         elif low.endswith(SUFFIXES):
             yield from table(path, options, name)
         elif low.endswith(SUFFIX):
-            yield from annotations(path, options, name)
+            yield from annotated(path, options, name)
         elif not low.endswith(".txt"):
             yield Tar(url=path)
         elif listed is None:

@@ -175,7 +175,8 @@ def read_shard(
 
 
 def _read_shard(shard: str, skipped: Skipped, how: _Reading) -> Iterator[Sample]:
-    name, torn = name_of(shard), []
+    name = name_of(shard)
+    torn: list[str] = []
 
     def double(error: Exception) -> bool:
         skipped.add("duplicate file in tar", name, error.args[0])
@@ -285,7 +286,7 @@ def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_byte
     sample = contents(sample, max_bytes)
     record = record_of(sample)
     captions = captions_of(sample, record)
-    encoded = image_of(sample)
+    encoded: Any = image_of(sample)
     if encoded is None:
         raise BrokenSample("missing image", "")
     opened = Opened(encoded, captions, record, sample)
@@ -317,14 +318,15 @@ def captions_of(sample: Sample, record: dict[str, Any], *, lines: bool = False, 
     if found := not_empty(texts):
         return found[:1] if first and "__captions__" not in sample else found
     texts += [single] if isinstance(single, str) else []
+    one = not_empty(texts)[:1]
     written: list[str] = []
-    if "txt" in sample:
+    if "txt" in sample and not (lines and one):  # training counts a broken txt beside a caption too
         try:
             text = sample["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
         written = text.splitlines() if lines else [text]
-    if found := not_empty(texts)[:1] or not_empty(written):
+    if found := one or not_empty(written):
         return found
     raise BrokenSample("empty caption" if texts or several == [] or "txt" in sample else "missing caption", "")
 

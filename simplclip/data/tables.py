@@ -113,7 +113,8 @@ def merged(samples: Iterable[Sample]) -> Iterator[Sample]:
     """The samples of a table, where those of one image are one: the first, with the captions of all."""
     found: dict[str, Sample] = {}
     for sample in samples:
-        file = image_of(sample).file
+        image: Any = image_of(sample)
+        file = image.file
         if file in found:
             found[file]["__captions__"] += sample["__captions__"]
         else:
@@ -144,7 +145,7 @@ def _csv(path: str, options: Options, name: str) -> list[Part]:
         first, count, start = 0, 0, file.tell()
 
         def add(end: int) -> None:
-            how = {"url": path, "images": options.folder(path), "separator": separator, "places": places}
+            how: dict[str, Any] = {"url": path, "images": options.folder(path), "separator": separator, "places": places}
             parts.append(CsvRows(first=first, count=count, start=start, end=end, **how))
 
         for _, end in _rows(file, separator, parse=False):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
@@ -166,6 +167,12 @@ class ImageTransform:
             size = [round(height / ratio), round(width / ratio)]
         check_pixels(*size, None)  # of a line of a pixel's width
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
+
+
+def augmentation(transform: Any) -> Any:
+    """The augmentation that a transform draws, as a JSON value to compare: "none", "affine" or open_clip's fields."""
+    augment = getattr(transform, "augment", repr(transform))
+    return json.loads(json.dumps(asdict(augment))) if is_dataclass(augment) else augment or "none"
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:

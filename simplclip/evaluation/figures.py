@@ -8,11 +8,11 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from simplclip.evaluation.metrics import KS
+from simplclip.retrieval.metrics import KS
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """The figures of `evaluate.run` in per cent with their chance, for a terminal of 80 columns; several models together."""
+    """The figures of `evaluate` in per cent with their chance, for a terminal of 80 columns; several models together."""
     models = [results, *results.get("baselines", {}).values()]
     step = "" if results["step"] is None else f", step {results['step']}"
     shown = Table(

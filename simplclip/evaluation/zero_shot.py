@@ -19,8 +19,8 @@ from simplclip.common.errors import InputError
 from simplclip.data import HeldOut
 from simplclip.data.shards import not_empty
 from simplclip.data.text import clean, json_of
-from simplclip.evaluation.metrics import nearest
-from simplclip.evaluation.split import Split
+from simplclip.retrieval.metrics import nearest
+from simplclip.retrieval.split import Split
 
 PAIRS, EXAMPLES = 20, 6  # pairs of classes that are listed, and images of each
 Names = list[str] | dict[str, str]  # of classes: by number, or by the name of the folder
@@ -138,7 +138,8 @@ def zero_shot(
     weights = weights.float().T
     labels = torch.tensor(truth)
     right = {1: 0, 5: 0}
-    hits, wrong, examples = torch.zeros(len(classes)), Counter(), {}
+    hits, wrong = torch.zeros(len(classes)), Counter[tuple[int, int]]()
+    examples: dict[tuple[int, int], list[int]] = {}
     for start, _, places in nearest(split.image_features, weights, 5, device):
         places = places.cpu()
         expected = labels[start : start + len(places)]

@@ -19,7 +19,7 @@ from simplclip.common.plotting import new_figure, style, write
 from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
-from simplclip.encoder import Encoder, load
+from simplclip.evaluation.encoder import Encoder, load
 from simplclip.models.registry import text_pool
 from simplclip.models.simplify import block_sites, count_parameters
 from simplclip.sharing.blocks import divergences, parse_budget, propose

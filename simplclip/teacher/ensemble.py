@@ -15,7 +15,7 @@ from torch import Tensor
 from simplclip.common.errors import InputError
 from simplclip.data.shards import Opened
 from simplclip.data.transforms import ImageTransform, View, stack
-from simplclip.encoder import Encoder
+from simplclip.evaluation.encoder import Encoder
 
 
 @dataclass

@@ -13,18 +13,19 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from simplclip import evaluation, models
+from simplclip import models, retrieval
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
 from simplclip.data import held_out
+from simplclip.data.decode import size_of
+from simplclip.data.epoch import seeded
 from simplclip.data.pack import local_shards
 from simplclip.data.pairs import parts_of
 from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Opened, check_count
 from simplclip.data.sidecars import TEACHER, VIEWS, Folders
-from simplclip.data.transforms import ImageTransform
-from simplclip.data.views import augmentation, draw
-from simplclip.encoder import BUILTIN, Encoder, load
+from simplclip.data.transforms import ImageTransform, View, augmentation
+from simplclip.evaluation.encoder import BUILTIN, Encoder, load
 from simplclip.teacher.ensemble import Ensemble
 from simplclip.train import config as configs
 from simplclip.train.state import image_transform
@@ -44,6 +45,15 @@ class Views:
         check_count("views", self.number, 1)
         if augmentation(self.transform) == "none":
             raise InputError("views: expected a transform that augments, got one without, whose views are all equal")
+
+    def draw(self, sample: Opened) -> list[View]:
+        """The views of a sample's image; they depend on the seed, the shard's name, the key and each one's number only."""
+        height, width = size_of(sample.encoded, self.transform.max_pixels)
+        views = []
+        for view in range(self.number):
+            with seeded(self.seed, "view", sample.place, view):
+                views.append(self.transform.draw(height, width))
+        return views
 
     def stamp(self) -> dict[str, Any]:
         return {"number": self.number, "augment": augmentation(self.transform), "seed": self.seed}
@@ -81,7 +91,7 @@ def write(
         if views is None:
             images = teachers.encode_image(samples)[:, None]
         else:
-            drawn = [draw(views.transform, sample, views.number, views.seed) for sample in samples]
+            drawn = [views.draw(sample) for sample in samples]
             images = torch.stack([teachers.encode_views(samples, one) for one in zip(*drawn)], 1)
             files = [{VIEWS: json.dumps(of_one).encode()} for of_one in drawn]
         captions = [sample.captions for sample in samples]
@@ -130,12 +140,12 @@ def student_transform(config: str | None = None, model: str | None = None, augme
 def evaluate(
     teacher: Encoder, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Retrieval of a teacher on splits (name -> shards): the results of `evaluation.metrics.retrieval` by name."""
+    """Retrieval of a teacher on splits (name -> shards): the results of `retrieval.recall_of` by name."""
     figures = {}
     for name, shards in splits.items():
-        split = evaluation.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
-        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
-        figures[name] = evaluation.retrieval(split, teacher.device) or {}
+        split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
+        retrieval.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
+        figures[name] = retrieval.recall_of(split, teacher.device) or {}
     return figures
 
 
@@ -158,7 +168,7 @@ def run(
 ) -> dict[str, Any]:
     """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
 
-    name, checkpoint: of a teacher, see `simplclip.encoder.load`; or of several, with a checkpoint for each or none.
+    name, checkpoint: of a teacher, see `simplclip.load`; or of several, with a checkpoint for each or none.
     heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
     and saved there: on the shards named train* if there are any, else on all shards.
     splits: name -> shards on which the teacher's retrieval is measured, of several teachers that of each.
@@ -187,7 +197,8 @@ def run(
                 raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(weights)!r}")
             weights = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
             options = {"seed": seed, "device": place, "precision": precision, "progress": progress, "sidecars": sidecars}
-            shards = local_shards(shards, out, progress=progress)
+            if not weights.exists():
+                shards = local_shards(shards, out, progress=progress)
             note = plugins.load("teachers", source).prepare(shards, weights, **options)
         encoders.append(load(source, weights, device=place, precision=precision))
         if note:

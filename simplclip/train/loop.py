@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from simplclip import data, evaluation, models
+from simplclip import data, models, retrieval
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.models.inherit import TRAINS
@@ -81,7 +81,7 @@ def run(
 
         splits = {}
         if config.eval.every:
-            splits = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
+            splits = retrieval.load_splits(config.eval.splits, config.model.name, config.model.image_size)
         this = Training(config, device, precision, state)
         console = console or Console()
         if this.prefix:
@@ -140,7 +140,7 @@ def run(
 def _steps(
     this: Training,
     loader: data.Loader,
-    splits: dict[str, evaluation.Split],
+    splits: dict[str, retrieval.Split],
     whole: LastStep,
     stop: StopRequest,
     report: Reporter,
@@ -224,12 +224,12 @@ def _batches(this: Training, loader: data.Loader, show: Callable[[str], None]) -
         this.epoch, this.batch = this.epoch + 1, 0
 
 
-def _evaluate(this: Training, splits: dict[str, evaluation.Split], log: RunLog, show: Callable[[str], None]) -> None:
+def _evaluate(this: Training, splits: dict[str, retrieval.Split], log: RunLog, show: Callable[[str], None]) -> None:
     this.model.eval()
     for name, split in splits.items():
         c = this.config
-        evaluation.encode(this.model, split, c.eval.batch_size, this.device, this.precision, workers=c.data.workers)
-        for direction, figures in (evaluation.retrieval(split, this.device) or {}).items():
+        retrieval.encode(this.model, split, c.eval.batch_size, this.device, this.precision, workers=c.data.workers)
+        for direction, figures in (retrieval.recall_of(split, this.device) or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": this.step, "split": name, "direction": direction, **values})
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())

@@ -31,8 +31,7 @@ from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Opened, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
 from simplclip.data.tar import MAX_BYTES
-from simplclip.data.transforms import ImageTransform
-from simplclip.data.views import augmentation
+from simplclip.data.transforms import ImageTransform, augmentation
 from simplclip.models.prefix import FrozenParts, Prefix
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import Config

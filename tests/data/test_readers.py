@@ -11,8 +11,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from captioners import CONTEXT, NAME, build, register
-from pairs import loader, png, resize, table, text_of, write
+from captioners import NAME, build, register
+from pairs import call, loader, one_line, png, resize, table, text_of, write
 from trainer_runs import write_models
 
 import simplclip
@@ -115,6 +115,8 @@ def folder(tmp_path_factory):
         thread.start()
         patch = pytest.MonkeyPatch()
         patch.setattr(caption, "load_model", lambda *_, **options: coca)
+        tokenizer = caption.tokenizer_of(coca, NAME)
+        patch.setattr(caption, "tokenizer_of", lambda *_: tokenizer)
         yield here, f"http://127.0.0.1:{server.server_address[1]}"
         patch.undo()
         server.shutdown()
@@ -156,7 +158,7 @@ def teach(what, out, encoder):
 
 
 def describe(what, out, encoder):
-    options = {"checkpoint": "coca.pt", "n": 1, "max_tokens": CONTEXT, "progress": False, "device": "cpu"}
+    options = {"checkpoint": "coca.pt", "n": 1, "max_tokens": 4, "progress": False, "device": "cpu"}
     caption.run(what, out, NAME, **options)
     assert all(one.record["synthetic"] == 1 for one in written(what, out))
     return [(one.record.get("source", f"/{one.key}").partition("/")[2], one.captions[:-1]) for one in written(what, out)]
@@ -212,3 +214,23 @@ def test_every_reader_of_every_kind(folder, encoder, tmp_path, monkeypatch, kind
     else:
         assert found == wanted
     assert {*here.rglob("*")} == before
+
+
+def test_a_command_that_fails_leaves_no_copies(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder[0])
+    for options, told in (
+        (("--heads", "rows.csv"), "expected heads of the built-in teacher"),
+        (("--teacher", "open_clip:tiny"), "checkpoint: expected a file of weights"),
+        (("--teacher", "open_clip:tiny", "--checkpoint", "tiny.pt", "--dtype", "int8"), "dtype: expected fp16 or bf16"),
+    ):
+        assert told in one_line("teacher", "rows.csv", "--out", tmp_path / "out", *options)
+        assert not [*tmp_path.iterdir()]
+    options = ("--teacher", "open_clip:tiny", "--checkpoint", "tiny.pt", "--device", "cpu")
+    for _ in range(2):  # the second one keeps everything
+        result = call("teacher", "rows.csv", "--out", tmp_path / "out", *options)
+        assert result.exit_code == 0, result.output
+        assert "3 samples with features of open_clip:tiny, width 16" in result.output
+    assert "packed" not in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.shards"}
+    told = "out.shards to hold the shards of list.json, got those of other files; remove it or choose another --out"
+    assert told in one_line("teacher", "list.json", "--out", tmp_path / "out", *options)

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import json
 import os
 import shutil
 import socket
@@ -328,6 +329,15 @@ def test_what_is_not_a_source(tmp_path):
     table(tmp_path / "other.csv", [["a", "b"]], ("id", "url"))
     table(tmp_path / "empty.csv", [])
     (tmp_path / "no.parquet").write_bytes(b"hello")
+    for name, text in (("cut", "[1"), ("bare", '[{"image": "a.png"}]'), ("object", '{"a": 1}'), ("none", "[]")):
+        (tmp_path / f"{name}.json").write_text(text)
+    several = [{"image": "a.png", "caption": "x", "split": split} for split in ("train", "val")]
+    (tmp_path / "several.json").write_text(json.dumps(several))
+    for split in ("test", "val"):
+        (tmp_path / "benchmark" / split).mkdir(parents=True)
+        (tmp_path / "benchmark" / split / "nshards.txt").write_text("1")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(png())
     for bad, message in (
         ([], "shards: .*empty list"),
         (7, "shards: expected a path, an http.*, got 7"),
@@ -344,6 +354,14 @@ def test_what_is_not_a_source(tmp_path):
         ),
         (f"{here}/empty.csv", "shards: expected a table with rows, got '.*empty.csv', which has none"),
         (f"{here}/no.parquet", "shards: expected .*no.parquet'"),
+        (f"{here}/cut.json", "shards: expected images with captions, as in Karpathy's .*cut.json', .*: JSONDecodeError"),
+        (f"{here}/bare.json", "bare.json', another one: LookupError: 'none of captions, caption, sentences"),
+        (f"{here}/object.json", "object.json', another one: KeyError: 'images'"),
+        (f"{here}/none.json", "shards: expected images with captions, got none in '.*none.json'"),
+        (f"{here}/several.json", "shards: expected one of the splits train, val, as .*several.json#train, got none"),
+        (f"{here}/several.json#test", "shards: expected images with captions, got none of the split 'test' in"),
+        (f"{here}/benchmark", "shards: expected one of the splits test, val, as .*benchmark#test, got none"),
+        (f"{here}/photos#val", "shards: expected a split of a data set, got '.*photos', which has no val/nshards.txt"),
         ("s3://bucket/a.tar", "shards: expected a path, .*got 's3://bucket/a.tar'; .*'pipe:aws s3 cp"),
         ({"shard": "a"}, r"shards: expected a mapping with shards and, .* weight, .*got \{'shard': 'a'\}"),
         ({"shards": f"{here}/tars/*", "weight": 0}, "shards: expected a weight above 0, got 0"),

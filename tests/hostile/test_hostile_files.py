@@ -16,7 +16,7 @@ from pairs import call, one_line
 from torch._utils import _rebuild_tensor_v2
 
 import simplclip
-from simplclip import embedding, evaluate
+from simplclip import embedding, evaluation
 from simplclip.common.errors import InputError
 from simplclip.models import create
 from simplclip.train import checkpoint, config, trust
@@ -189,7 +189,7 @@ def test_stored_splits_run_and_fetch_nothing(made, what):
     assert "commands and URLs are not taken from a checkpoint; name the data by --data val=..., or" in line
     assert "--trust" in line
     with pytest.raises(InputError, match="expected local files in its eval.splits"):
-        evaluate.run("run", skip_missing=True)
+        evaluation.evaluate("run", skip_missing=True)
 
 
 def test_stored_splits_that_are_trusted(made, tmp_path):
@@ -199,7 +199,7 @@ def test_stored_splits_that_are_trusted(made, tmp_path):
     assert result.exit_code == 0, result.output
     assert Path("ran").exists()
     saved(changed(made, "eval.splits", {"val": "x.tar", "gone": "gone.tar", "other": "x.json#val"}))
-    assert set(evaluate.run("run", skip_missing=True, workers=0)["splits"]) == {"val"}
+    assert set(evaluation.evaluate("run", skip_missing=True, workers=0)["splits"]) == {"val"}
 
 
 def test_the_config_of_a_run_is_no_config_of_the_user(made):

@@ -19,19 +19,11 @@ from simplclip.common.files import locked, write_atomically
 from simplclip.data import HeldOut, held_out
 from simplclip.data.pool import cores
 from simplclip.data.text import json_of
-from simplclip.encoder import Encoder, load
-from simplclip.evaluation import (
-    Split,
-    class_names,
-    confusion_sheet,
-    contact_sheet,
-    encode,
-    named,
-    phrases,
-    retrieval,
-    zero_shot,
-)
+from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
+from simplclip.evaluation.sheets import confusion_sheet, contact_sheet
+from simplclip.evaluation.zero_shot import class_names, named, phrases, zero_shot
+from simplclip.retrieval import Split, encode, recall_of
 from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
 
@@ -39,7 +31,7 @@ Models = str | os.PathLike | Sequence[str | os.PathLike]
 SHARED = ("checkpoint", "model", "step", "precision")  # what the JSON says about each split's evaluation
 
 
-def run(
+def evaluate(
     models: Models,
     splits: Mapping[str, Any] | None = None,
     *,
@@ -91,9 +83,10 @@ def run(
     answer: dict[str, Any] = {}
     for number, name in enumerate(sources):
         encoder = load(name, device=device, precision=precision, trust=trust)
-        about = {"checkpoint": name, "model": encoder.name, "step": encoder.step, "precision": encoder.precision}
+        about: dict[str, Any] = {"checkpoint": name, "model": encoder.name, "step": encoder.step}
+        about["precision"] = encoder.precision
         if number == 0:
-            defaults = encoder.config.eval if encoder.config else EvalConfig(batch_size=64)
+            defaults = encoder.config.eval if encoder.config else EvalConfig.model_validate({"batch_size": 64})
             if not (splits or trust):
                 check_splits(defaults.splits, name)
             found = _sources(splits or defaults.splits, skip_missing, say, captions=captions, images=images)
@@ -109,7 +102,8 @@ def run(
         for title, what in found.items():
             split = Split(what, encoder.tokenizer, encoder.preprocess)
             ending = file_name(title) + (f"-{file_name(name)}" if number else "")
-            how = {"workers": workers, "folder": file.parent, "keep": Path(features) / ending if features else None}
+            how: dict[str, Any] = {"workers": workers, "folder": file.parent}
+            how["keep"] = Path(features) / ending if features else None
             shown = f"{title}, {name}" if sources[1:] else title
             size = batch_size or defaults.batch_size
             encode(encoder.model, split, size, encoder.device, encoder.precision, **how, progress=shown, who=name)
@@ -160,7 +154,7 @@ def file_name(name: str) -> str:
 
 def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, folder: Path, ending: str) -> dict[str, Any]:
     """The figures of an encoded split, with its pictures."""
-    found = retrieval(split, encoder.device)
+    found = recall_of(split, encoder.device)
     classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
     if not found and not classes:
         raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
@@ -169,8 +163,8 @@ def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, fo
     result |= {"zero_shot": classes, "contact_sheet": None, "confusion_sheet": None}
     if found:
         among = {"text_to_image": len(split), "image_to_text": len(split.captions)}
-        lines = tuple(in_words(found[direction], number) for direction, number in among.items())
-        sheet = contact_sheet(folder / f"evaluation-{ending}.png", split, f"{title}: {name}", lines)
+        first, second = (in_words(found[direction], number) for direction, number in among.items())
+        sheet = contact_sheet(folder / f"evaluation-{ending}.png", split, f"{title}: {name}", (first, second))
         result["contact_sheet"] = str(sheet)
     if classes:
         shown = {"top 1": classes["top1"], "top 5": classes["top5"]}

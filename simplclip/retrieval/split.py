@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from simplclip.common.files import write_atomically
 from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import Opened
-from simplclip.evaluation.features import Features
+from simplclip.retrieval.features import Features
 
 
 class Split:
@@ -31,7 +30,7 @@ class Split:
     right for all of its captions, and identical captions of a group are one candidate.
     """
 
-    def __init__(self, data: HeldOut, tokenizer: Callable[[list[str]], Tensor], transform: Callable[[Any], Tensor]) -> None:
+    def __init__(self, data: HeldOut, tokenizer: Callable[[list[str]], Tensor], transform: Any) -> None:
         self.data, self.tokenizer, self.transform = data, tokenizer, transform
         self.clear()
 
@@ -106,7 +105,7 @@ def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.devi
 
     Raises InputError, which names `who`, if they are not finite.
     """
-    encode = model.encode_image if tower == "image" else model.encode_text
+    encode: Any = model.encode_image if tower == "image" else model.encode_text
     with hardware.autocast(precision, device):
         found = encode(inputs.to(device, non_blocking=True), normalize=True).float()
     if not found.isfinite().all():
@@ -122,7 +121,7 @@ def encode(
     precision: str,
     *,
     workers: int = 0,
-    folder: str | os.PathLike | None = None,
+    folder: str | Path | None = None,
     keep: Path | None = None,
     progress: str | None = None,
     who: str = "checkpoint",
