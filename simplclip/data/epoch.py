@@ -17,7 +17,7 @@ from webdataset import filters
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil, size_of
 from simplclip.data.parts import Part, read_part
-from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, prefix_output, stable_hash
+from simplclip.data.shards import UNREADABLE, Pair, Sample, ShardError, parse, place_of, prefix_output, stable_hash
 from simplclip.data.sidecars import PREFIX, Folders
 from simplclip.data.tar import MAX_BYTES, Span
 from simplclip.data.transforms import ImageTransform, View, stack
@@ -70,7 +70,7 @@ def seeded(*parts: object) -> Iterator[None]:
 
 def pixels_of(
     transform: ImageTransform | Callable,
-    sample: Opened,
+    sample: Pair,
     view: View | None = None,
     max_pixels: int | None = None,
 ) -> tuple[torch.Tensor, list[float] | None]:

@@ -27,7 +27,7 @@ from simplclip.data.pairs import parts_of
 from simplclip.data.parts import Classes, Part, read_part
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
-    Opened,
+    Pair,
     Sample,
     ShardError,
     captions_of,
@@ -62,7 +62,7 @@ class HeldOut:
             found = (sample for part in several for sample in read_part(part, skipped, every=True))
             yield from merged(found) if isinstance(several[0], Rows) and not self.bare else found
 
-    def open(self, sample: Sample) -> Opened:
+    def open(self, sample: Sample) -> Pair:
         """The sample with its files read. Raises BrokenSample."""
         url, image = sample["__url__"], image_of(sample)
         used = (*IMAGE_SUFFIXES, "json", "txt", "cls")
@@ -72,7 +72,7 @@ class HeldOut:
         except BrokenSample:
             if not self.bare:
                 raise
-            found = Opened(b"", [], {}, files)
+            found = Pair(b"", [], {}, files)
         encoded: Any = image_of(files)
         if encoded is None:
             raise BrokenSample("missing image", "")
@@ -83,7 +83,7 @@ class HeldOut:
             found.shard = url if is_address(url) else os.path.abspath(url)
         return found
 
-    def _described(self, files: Sample) -> Opened:
+    def _described(self, files: Sample) -> Pair:
         record = record_of(files)
         label = label_of(files, record)
         try:
@@ -92,11 +92,11 @@ class HeldOut:
             if label is None or broken.args[0] not in ("missing caption", "empty caption"):
                 raise
             captions = []
-        return Opened(b"", captions, record, files, label=label)
+        return Pair(b"", captions, record, files, label=label)
 
     def batches(
         self, transform: Callable, batch_size: int, skipped: Skipped, workers: int = 0
-    ) -> Iterator[tuple[torch.Tensor, list[int], list[Opened]]]:
+    ) -> Iterator[tuple[torch.Tensor, list[int], list[Pair]]]:
         """Yields images [n, 3, S, S], n <= batch_size, uint8 or float32, their positions in the data, and their samples.
 
         The samples have no files any more. Broken ones are left out and counted in `skipped`.

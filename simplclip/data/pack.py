@@ -19,7 +19,7 @@ from simplclip.common.progress import Progress
 from simplclip.data.broken import Skipped
 from simplclip.data.pairs import count, parts_of
 from simplclip.data.parts import Part, read_part
-from simplclip.data.shards import Opened, usable
+from simplclip.data.shards import Pair, usable
 
 FORMAT = "simplclip-shards-1"  # of meta.json, as of other shards that were made from shards
 SAMPLES = 1024  # of a shard
@@ -92,7 +92,7 @@ def _samples(parts: list[Part], skipped: Skipped) -> Iterator[dict[str, bytes]]:
             yield _files(sample, names)
 
 
-def _files(sample: Opened, names: list[str] | None) -> dict[str, bytes]:
+def _files(sample: Pair, names: list[str] | None) -> dict[str, bytes]:
     """The files of a sample's copy."""
     suffix = next(suffix for suffix, data in sample.files.items() if data is sample.encoded)
     record = sample.record | {"captions": sample.captions, "source": sample.place}

@@ -61,8 +61,8 @@ def stable_hash(text: str) -> int:
 
 
 @dataclass
-class Opened:
-    """A sample whose parts are there; whether its image can be decoded is not known yet."""
+class Pair:
+    """A sample whose files are read. Whether its image can be decoded is not known yet."""
 
     encoded: bytes  # the image file
     captions: list[str]
@@ -98,7 +98,7 @@ class Opened:
         """int64. Keys often repeat in every shard; without the shard's name unrelated samples would share a group."""
         return stable_hash(f"key/{self.place}" if self.group is None else f"group/{self.group}") >> 1
 
-    def without_files(self) -> Opened:
+    def without_files(self) -> Pair:
         """The same without what takes much memory."""
         own = {name: value for name, value in self.files.items() if name in ("__key__", "__url__", "__shard__")}
         return replace(self, encoded=b"", files=own, record={} if self.group is None else {"group": self.group})
@@ -258,9 +258,9 @@ def image_of(sample: Sample) -> bytes | Span | None:
 def usable(
     samples: Iterable[Sample],
     skipped: Skipped,
-    use: Callable[[Opened], Any] = lambda opened: opened.image,
+    use: Callable[[Pair], Any] = lambda opened: opened.image,
     max_bytes: int = MAX_BYTES,
-) -> Iterator[Opened]:
+) -> Iterator[Pair]:
     """The samples that are not broken, with decoded images; the others are counted in `skipped`.
 
     use: what is tried with each sample; it may raise BrokenSample. max_bytes: as for `contents`.
@@ -275,7 +275,7 @@ def usable(
             yield opened
 
 
-def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_bytes: int = MAX_BYTES) -> Opened:
+def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_bytes: int = MAX_BYTES) -> Pair:
     """A sample with its files read. Raises BrokenSample.
 
     teacher: with a teacher's features. image: False reads neither the image, which is empty then, nor the prefix's output.
@@ -289,7 +289,7 @@ def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_byte
     encoded: Any = image_of(sample)
     if encoded is None:
         raise BrokenSample("missing image", "")
-    opened = Opened(encoded, captions, record, sample)
+    opened = Pair(encoded, captions, record, sample)
     if teacher:
         opened.features, opened.views = _features(opened)
     return opened
@@ -347,7 +347,7 @@ def not_empty(texts: list[Any]) -> list[str]:
     return [cleaned for text in texts if isinstance(text, str) and (cleaned := clean(text))]
 
 
-def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
+def _features(opened: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
     """A teacher's features of a sample, float16, or bfloat16 as uint16; and the views of its image that they are of."""
     files, captions, views = opened.files, len(opened.captions), None
     place = f"sample {files['__key__']!r} of shard {files['__url__']!r}"

@@ -28,7 +28,6 @@ from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
-SHARED = ("checkpoint", "model", "step", "precision")  # what the JSON says about each split's evaluation
 
 
 def evaluate(
@@ -185,16 +184,14 @@ def _merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _earlier(file: Path) -> dict[str, Any]:
-    """The "splits", each with what made it, and the "baselines" of an evaluation.json. Raises InputError."""
+    """The "splits" and the "baselines" of an evaluation.json. Raises InputError."""
     if not file.exists():
         return {}
     try:
         found = json_of(file.read_text("utf-8"))
-        parts = {"": found, **found.get("baselines", {})}
-        made = {name: {key: part[key] for key in SHARED} for name, part in parts.items()}
-        splits = {name: {key: made[name] | split for key, split in part["splits"].items()} for name, part in parts.items()}
-        beside = {name: made[name] | {"splits": splits[name]} for name in parts if name}
-        return {"splits": splits[""]} | ({"baselines": beside} if beside else {})
+        for part in (found, *found.get("baselines", {}).values()):
+            part["splits"].items()
+        return {name: found[name] for name in ("splits", "baselines") if name in found}
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(
             f"out: expected no evaluation.json, or one to add splits to, got {file}, which is another file: move it"

@@ -19,7 +19,7 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
 from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
-from simplclip.data.shards import Opened
+from simplclip.data.shards import Pair
 from simplclip.retrieval.features import Features
 
 
@@ -68,7 +68,7 @@ class Split:
         """int64 [m]"""
         return torch.tensor(self._caption_groups, dtype=torch.int64)
 
-    def _add(self, position: int, sample: Opened) -> None:
+    def _add(self, position: int, sample: Pair) -> None:
         number = self._count if sample.group is None else self._numbers.setdefault(sample.group, self._count)
         self._count += number == self._count
         self.keys.append(sample.key)

@@ -22,7 +22,7 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
 from simplclip.data.pack import local_shards
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Opened, stable_hash
+from simplclip.data.shards import Pair, stable_hash
 from simplclip.data.sidecars import Folders
 
 
@@ -84,7 +84,7 @@ def run(
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(coca)), is_train=False)
     counts: Counter[str] = Counter()
 
-    def process(samples: list[Opened]) -> list[dict[str, bytes]]:
+    def process(samples: list[Pair]) -> list[dict[str, bytes]]:
         images = torch.stack([transform(sample.image) for sample in samples]).to(place)
         generators = [torch.Generator().manual_seed(stable_hash(f"{seed}/{sample.place}") >> 1) for sample in samples]
         draws = torch.stack([torch.rand(n, max_tokens, generator=g, dtype=torch.float64) for g in generators])
@@ -189,7 +189,7 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
 
-def _record(sample: Opened, captions: list[str], counts: Counter[str]) -> bytes:
+def _record(sample: Pair, captions: list[str], counts: Counter[str]) -> bytes:
     seen = {_normal(caption) for caption in sample.captions}
     new = []
     for caption in captions:

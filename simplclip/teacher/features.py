@@ -22,7 +22,7 @@ from simplclip.data.epoch import seeded
 from simplclip.data.pack import local_shards
 from simplclip.data.pairs import parts_of
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Opened, check_count
+from simplclip.data.shards import Pair, check_count
 from simplclip.data.sidecars import TEACHER, VIEWS, Folders
 from simplclip.data.transforms import ImageTransform, View, augmentation
 from simplclip.evaluation.encoder import BUILTIN, Encoder, load
@@ -46,7 +46,7 @@ class Views:
         if augmentation(self.transform) == "none":
             raise InputError("views: expected a transform that augments, got one without, whose views are all equal")
 
-    def draw(self, sample: Opened) -> list[View]:
+    def draw(self, sample: Pair) -> list[View]:
         """The views of a sample's image; they depend on the seed, the shard's name, the key and each one's number only."""
         height, width = size_of(sample.encoded, self.transform.max_pixels)
         views = []
@@ -86,7 +86,7 @@ def write(
     _check_dtype(dtype)
     teachers = Ensemble([teacher] if isinstance(teacher, Encoder) else list(teacher))
 
-    def process(samples: list[Opened]) -> list[dict[str, bytes]]:
+    def process(samples: list[Pair]) -> list[dict[str, bytes]]:
         files: list[dict[str, bytes]] = [{} for _ in samples]
         if views is None:
             images = teachers.encode_image(samples)[:, None]

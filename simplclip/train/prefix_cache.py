@@ -28,7 +28,7 @@ from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Opened, count_samples, parse
+from simplclip.data.shards import Pair, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
 from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform, augmentation
@@ -143,7 +143,7 @@ class PrefixCache:
         if need > free:
             raise InputError(f"expected {need:,} free bytes for the missing outputs in {self.folder}, got {free:,}")
 
-    def _process(self, samples: list[Opened]) -> list[dict[str, bytes | None] | BrokenSample]:
+    def _process(self, samples: list[Pair]) -> list[dict[str, bytes | None] | BrokenSample]:
         found: list[Any] = []
         images: list[Tensor] = []
         colours: list[list[float] | None] = []

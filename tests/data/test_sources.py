@@ -156,14 +156,6 @@ def test_a_retry_goes_on_behind_what_was_given_and_counts_damage_once(server, qu
     assert server.asked["a.tar"] == 3
 
 
-def test_a_server_that_is_not_there(quick):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.tar"
-    with pytest.raises(data.ShardError, match="cannot be opened: .*refused"):
-        everything(url, on_error="stop")
-
-
 def test_commands(tmp_path, quick):
     for first in (0, 12):
         shard(tmp_path, first)

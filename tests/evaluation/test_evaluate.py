@@ -69,19 +69,6 @@ def test_recall_is_the_plain_one_whatever_the_tiles(monkeypatch, n, m, groups, t
         assert retrieval.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(plain_recall(x, y, gx, gy, k))
 
 
-def test_one_to_one_is_the_usual_recall_with_the_usual_chance():
-    x, y, *_ = features(200, 200, 1)
-    y = F.normalize(x + 0.9 * y, dim=1)
-    ids = torch.randperm(200)
-    got = retrieval.recall(x, y, ids, ids)
-    s = x @ y.T
-    rank = (s > s.diag()[:, None]).sum(1)
-    for k in (1, 5, 10):
-        assert got[f"R@{k}"]["value"] == pytest.approx((rank < k).double().mean().item())
-        assert got[f"R@{k}"]["chance"] == pytest.approx(k / 200)
-    assert 0.05 < got["R@1"]["value"] < got["R@10"]["value"] < 1
-
-
 def test_chance_counts_all_right_answers():
     _, _, gx, gy = features(50, 60, 4)
     gx = torch.cat([gx, torch.tensor([99])])  # nothing right for this one
@@ -164,32 +151,6 @@ def test_run_writes_table_json_and_pictures(trained, shards, tmp_path):
         evaluation.evaluate(trained, gone, device="cpu", out=tmp_path)
     with pytest.raises(ValueError, match="expected at least one split"):
         evaluation.evaluate(trained, device="cpu")
-
-
-def test_splits_are_added_to_what_was_evaluated_before(trained, shards, tmp_path):
-    text = io.StringIO()
-    options = {"out": tmp_path / "out", "device": "cpu", "console": Console(file=text, width=200)}
-    file, one, two = tmp_path / "out" / "evaluation.json", {"one": shards["one"]}, {"two": shards["two"]}
-    evaluation.evaluate(trained, one, **options)
-    first = json.loads(file.read_text())
-    made_by = {"checkpoint": str(trained), "model": "siclip-tiny", "step": 30, "precision": "fp32"}
-    for key in made_by:
-        del first["splits"]["one"][key]  # as files from before had them
-    file.write_text(json.dumps(first))
-    got = evaluation.evaluate(trained / "last.pt", two, **options)
-    assert list(got["splits"]) == ["two"]
-    both = json.loads(file.read_text())
-    assert list(both["splits"]) == ["one", "two"]
-    assert both["splits"]["one"] == first["splits"]["one"] | made_by
-    assert both["splits"]["two"]["checkpoint"] == str(trained / "last.pt")
-    gone = {"gone": str(tmp_path / "no-*.tar")}
-    assert evaluation.evaluate(trained, gone, skip_missing=True, **options)["splits"] == {}
-    assert "nothing was evaluated" in text.getvalue()
-    assert json.loads(file.read_text()) == both
-    file.write_text("[1, 2")
-    with pytest.raises(ValueError, match="out: expected no evaluation.json, or one to add splits to, got .*evaluation.json"):
-        evaluation.evaluate(trained, one, **options)
-    assert file.read_text() == "[1, 2"
 
 
 def test_features_do_not_depend_on_the_batch_size(trained, split):

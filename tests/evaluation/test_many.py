@@ -168,6 +168,13 @@ def test_what_was_evaluated_stays_by_model_and_split(folder, tmp_path):
     gone = {"gone": str(tmp_path / "no-*.tar")}
     assert run(folder, "run", "other", splits=gone, skip_missing=True, out=tmp_path)[0]["splits"] == {}
     assert json.loads((tmp_path / "evaluation.json").read_text()) == third
+    for other in ("[1, 2", "[]", '{"splits": 3}'):
+        (tmp_path / "evaluation.json").write_text(other)
+        with pytest.raises(
+            ValueError, match="out: expected no evaluation.json, or one to add splits to, got .*evaluation.json"
+        ):
+            run(folder, "run", splits=two, out=tmp_path)
+        assert (tmp_path / "evaluation.json").read_text() == other
 
 
 def test_a_run_that_fails_half_way_keeps_the_splits_that_are_done(folder, tmp_path):

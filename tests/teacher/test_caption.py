@@ -12,7 +12,7 @@ from pairs import call, members, meta, npy, one_line, png, sample, write
 
 from simplclip import models
 from simplclip.data import shards
-from simplclip.data.shards import Opened
+from simplclip.data.shards import Pair
 from simplclip.teacher import caption
 
 
@@ -120,7 +120,7 @@ def test_features_of_the_former_captions_are_an_error(weights, tmp_path):
 
 def test_duplicates_and_empty_captions_are_dropped():
     counts = Counter()
-    opened = Opened(b"", ["A red  Cat", "ß"], {"label": "x", "captions": ["A red  Cat", "ß", 3]}, {})
+    opened = Pair(b"", ["A red  Cat", "ß"], {"label": "x", "captions": ["A red  Cat", "ß", 3]}, {})
     drawn = ["a red cat", "", "a dog", "A DOG", "SS", "ein Hund"]
     record = json.loads(caption._record(opened, drawn, counts))
     assert record == {"label": "x", "captions": ["A red  Cat", "ß", "a dog", "ein Hund"], "synthetic": 2}
