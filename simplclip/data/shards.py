@@ -314,10 +314,9 @@ def captions_of(sample: Sample, record: dict[str, Any], *, lines: bool = False, 
     lines: each line of txt is a caption, as in evaluation; else all of it is one. first: of the json's the first alone.
     """
     several, single = sample.get("__captions__", record.get("captions")), record.get("caption")
-    texts = list(several) if isinstance(several, list) else []
-    if found := not_empty(texts):
+    if isinstance(several, list) and (found := not_empty(several)):
         return found[:1] if first and "__captions__" not in sample else found
-    texts += [single] if isinstance(single, str) else []
+    texts = [*(several if isinstance(several, list) else ()), *([single] if isinstance(single, str) else ())]
     one = not_empty(texts)[:1]
     written: list[str] = []
     if "txt" in sample and not (lines and one):  # training counts a broken txt beside a caption too
@@ -348,7 +347,7 @@ def not_empty(texts: list[Any]) -> list[str]:
 
 
 def _features(opened: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
-    """A teacher's features of a sample, float16, or bfloat16 as uint16; and the views of its image that they are of."""
+    """A teacher's features of a sample, float16, or bfloat16 stored as uint16; and the views of the image that it saw."""
     files, captions, views = opened.files, len(opened.captions), None
     place = f"sample {files['__key__']!r} of shard {files['__url__']!r}"
     if TEACHER not in files:
@@ -393,7 +392,8 @@ def prefix_output(sample: Sample, shape: tuple[int, ...], number: int, views: in
 def teacher_stamp(shards: list[str], folders: Folders = ()) -> dict[str, Any]:
     """The teacher of the samples' features: "name", "width" D̂, "logit_scale", and "views" if it saw views of the images.
 
-    It is that of the last of the sidecars' `folders` whose meta.json names one, else that of the meta.json beside the shards.
+    It is taken from the last of the sidecars' `folders` whose meta.json names a teacher, else from the meta.json beside the
+    shards.
     Raises ShardError if there is none, or if the folders of the shards have different ones.
     """
     for folder in reversed(folders):

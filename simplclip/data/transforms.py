@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -172,7 +172,7 @@ class ImageTransform:
 def augmentation(transform: Any) -> Any:
     """The augmentation that a transform draws, as a JSON value to compare: "none", "affine" or open_clip's fields."""
     augment = getattr(transform, "augment", repr(transform))
-    return json.loads(json.dumps(asdict(augment))) if is_dataclass(augment) else augment or "none"
+    return json.loads(json.dumps(asdict(augment))) if isinstance(augment, AugmentationCfg) else augment or "none"
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:
