@@ -101,14 +101,11 @@ def _encoded(files: Iterable[str]) -> bytes:
 
 
 def _samples(path: str) -> Iterator[list[str]]:
-    """The files of each sample that has an image, relative to `path`."""
-    seen: set[str] = set()
+    """The files of each sample that has an image, relative to `path`. Of a linked folder its own files alone count."""
     for place, folders, files in os.walk(path, followlinks=True):
         folders.sort()
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder that it is in
+        if place != path and os.path.islink(place):  # it may lead anywhere, also to a folder that it is in
             folders.clear()
-            continue
-        seen.add(real)
         inside = "" if place == path else os.path.relpath(place, path) + os.sep
         samples: dict[str, list[str]] = {}
         for file in files:

@@ -111,13 +111,6 @@ def test_broken_samples_are_skipped_and_counted(tmp_path, workers):
     assert all(f"{count} {reason} (first: a.tar/broken" in report for reason, count in expected.items())
 
 
-@pytest.mark.parametrize("reason", DAMAGE)
-def test_each_kind_of_damage_is_told_from_the_others(tmp_path, reason):
-    reader = loader(write(tmp_path / "a.tar", [sample(0), ("broken", DAMAGE[reason])]), batch_size=1)
-    assert keys(reader.epoch(0)) == ["k000"]
-    assert reader.skipped == {reason.split(" (")[0]: 1}
-
-
 def test_a_double_file_is_counted_and_the_first_one_used(tmp_path):
     files = [("a", {"png": png(), "txt": b"first"}), ("a", {"txt": b"second"})]
     reader = loader(write(tmp_path / "a.tar", files), batch_size=1)

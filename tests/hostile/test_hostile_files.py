@@ -132,6 +132,7 @@ CHECKPOINTS = {
     ),
     "other weights": (lambda s: saved({**s, "model": {"x": torch.zeros(1)}}), "expected weights of 'siclip-tiny'"),
     "no config": (lambda s: saved({**s, "config": None}), "with a config and weights"),
+    "a newer version": (lambda s: saved({**s, "version": 99}), "newer simplclip"),
     "no version": (lambda s: saved({**s, "version": "x"}), "expected checkpoint version 1 or lower, got 'x'"),
     "an unknown key": (
         lambda s: saved(changed(s, "run.exec", "touch canary")),

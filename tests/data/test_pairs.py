@@ -347,7 +347,7 @@ def test_what_is_not_a_source(tmp_path):
         (f"{here}/empty.csv", "shards: expected a table with rows, got '.*empty.csv', which has none"),
         (f"{here}/no.parquet", "shards: expected .*no.parquet'"),
         (f"{here}/cut.json", "shards: expected images with captions, as in Karpathy's .*cut.json', .*: JSONDecodeError"),
-        (f"{here}/bare.json", "bare.json', another one: LookupError: 'none of captions, caption, sentences"),
+        (f"{here}/bare.json", "bare.json', another one: LookupError: none of captions, caption, sentences"),
         (f"{here}/object.json", "object.json', another one: KeyError: 'images'"),
         (f"{here}/none.json", "shards: expected images with captions, got none in '.*none.json'"),
         (f"{here}/several.json", "shards: expected one of the splits train, val, as .*several.json#train, got none"),

@@ -1,4 +1,4 @@
-"""Held-out splits as streams: the same images in the same order, whatever the workers; damage; pictures."""
+"""Held-out data: the same images in the same order, whatever the workers; damage; pictures."""
 
 import pytest
 import torch

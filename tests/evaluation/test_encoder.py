@@ -109,6 +109,8 @@ def test_a_run_its_checkpoint_and_its_exports_are_the_same_encoder(folder, found
         assert other.fingerprint() == found.fingerprint()
         assert (other.name, other.step) == (found.name, found.step)
         torch.testing.assert_close(other.encode_image(folder / "0.png"), found.encode_image(folder / "0.png"))
+    with pytest.raises(CheckpointError, match="expected a checkpoint of 'siclip2-s0', got one of 'siclip-tiny'"):
+        simplclip.load("siclip2-s0", folder / "run")
     (only / "export.json").write_text(json.dumps(summary | {"files": {"image.onnx": {}}}))
     with pytest.raises(CheckpointError, match="expected an export with weights for torch"):
         simplclip.load(only)
