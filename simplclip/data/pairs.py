@@ -30,10 +30,11 @@ from simplclip.data.tables import SUFFIXES, Options, Rows, table
 
 _OPTIONS = [field.name for field in fields(Options) if field.name != "split"]
 _KEYS = ("shards", "weight", *_OPTIONS)
+_PLAIN = Options()
 _FORMS = "a path, an http(s) URL, pipe:COMMAND, a mapping with shards and weight, or a list of them"
 
 
-def parts_of(what: Any, name: str = "shards", options: Options = Options()) -> list[Part]:  # noqa: B008
+def parts_of(what: Any, name: str = "shards", options: Options = _PLAIN) -> list[Part]:
     """The parts of what a user names, which is
 
     - a tar, plain or compressed, by path, brace pattern (train-{000000..000003}.tar) or glob; patterns may also match the
@@ -73,7 +74,7 @@ def check_sidecars(parts: list[Part], folders: Folders) -> None:
     """Raises InputError if parts have no place for sidecars, and the errors of `sidecars.check`."""
     for part in parts if folders else ():
         if not isinstance(part, Tar):
-            raise InputError(f"sidecars: expected tars, whose samples have keys, got {part.url!r}")
+            raise InputError(f"sidecars: expected tars, beside which they lie, got {part.url!r}")
     check_shards([part.url for part in parts], folders)
 
 

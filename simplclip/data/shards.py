@@ -422,7 +422,7 @@ def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def place_of(sample: Sample) -> str:
-    """ "<shard's name>/<key>", the name of a sample in messages and seeds; see `parts.Part.name`."""
+    """The name of a sample in messages and seeds: that of its part (`parts.Part.name`), and its key."""
     return f"{sample.get('__shard__') or name_of(sample['__url__'])}/{sample['__key__']}"
 
 

@@ -56,7 +56,7 @@ def _cell(figure: Mapping[str, float]) -> str:
 
 
 def percent(share: float) -> str:
-    """ "12.3%"; small shares with their first digit, "0.002%"."""
+    """A share in per cent, as "12.3%"; a small one by its first digit, as "0.002%"."""
     return f"{share:.1%}" if share >= 5e-4 or not share else f"{float(f'{100 * share:.1g}'):.7f}".rstrip("0") + "%"
 
 

@@ -100,13 +100,9 @@ def phrases(templates: str | Sequence[str]) -> list[str]:
 def _read(file: Path, expected: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"{expected}, got {str(file)!r}, which does not exist")
-    if file.suffix != ".json":
-        try:
-            return not_empty(file.read_text("utf-8-sig").splitlines())
-        except UnicodeDecodeError as error:
-            raise InputError(f"{expected}, got {file}: {error}") from None
     try:
-        found = json_of(file.read_text("utf-8-sig"))
+        text = file.read_text("utf-8-sig")
+        found = json_of(text) if file.suffix == ".json" else not_empty(text.splitlines())
     except ValueError as error:
         raise InputError(f"{expected}, got {file}: {error}") from None
     values = found.values() if isinstance(found, dict) else found

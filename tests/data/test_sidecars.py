@@ -242,7 +242,7 @@ def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(png())
     (tmp_path / "images" / "a.txt").write_text("one")
-    with pytest.raises(ValueError, match="sidecars: expected tars, whose samples have keys, got '.*images'"):
+    with pytest.raises(ValueError, match="sidecars: expected tars, beside which they lie, got '.*images'"):
         loader(str(tmp_path / "images"), sidecars=[out])
 
 
