@@ -1,7 +1,6 @@
 """`simplclip embed`: features in files, and what is found there by text and by image."""
 
 import io
-import json
 import tarfile
 
 import numpy as np
@@ -81,15 +80,6 @@ def test_features_are_those_of_encode_image(folder, model, encoder, expected, tm
     assert [*rows] == [0, 3, 4]
     assert rows[3] == {"key": "k3", "caption": NAMES[3], "shard": str(folder / "a-1.tar"), "image_path": ""}
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]  # nothing temporary is left
-
-
-def test_files_can_be_read_without_this_library(folder, model, expected, tmp_path):
-    made(folder, tmp_path / "f.npz", model=model)
-    whole = np.load(tmp_path / "f.npz")
-    assert [*whole["caption"]] == [*NAMES]
-    assert [*whole["key"]] == ["k0", "k1", "k2", "k3", "k4"]
-    assert (whole["features"].dtype, whole["features"].shape) == (np.float16, expected.shape)
-    assert json.loads(str(whole["about"]))["count"] == 5
 
 
 def test_find_is_exact_over_many_parts(folder, model, encoder, expected, tmp_path, monkeypatch):

@@ -183,22 +183,6 @@ def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why, monk
     assert time.monotonic() - start < 20
 
 
-def test_shard_patterns(tmp_path):
-    folder = tmp_path
-    files = [write(folder / f"train-00000{i}.tar", [sample(i)]) for i in range(3)]
-    assert data.expand(folder / "train-000000.tar") == files[:1]
-    assert data.expand(str(folder / "*.tar")) == files == data.expand(str(folder / "train-{000000..000002}.tar"))
-    assert data.expand([str(folder / "*0.tar"), str(folder / "train-00000[12].tar")]) == files
-    for bad, message in (
-        (str(folder / "no-*.tar"), r"shards: .*pattern '.*no-\*\.tar', which matches none"),
-        (str(folder / "train-{000000..000003}.tar"), r"shards: .*train-000003\.tar', which does not exist"),
-        (str(folder), r"shards: expected a folder of images.*, which has no image \(try its \*.tar\)"),
-        ([], "shards: .*empty list"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            data.expand(bad)
-
-
 def test_batches_per_epoch_comes_from_meta_json_if_it_fits(tmp_path, monkeypatch):
     path = write(tmp_path / "a.tar", [sample(i) for i in range(6)])
     assert loader(path, batch_size=4).batches_per_epoch == 1

@@ -83,18 +83,6 @@ def test_fewer_candidates_than_k():
     assert retrieval.recall(x, y, gx, gy)["R@10"] == {"value": 1.0, "chance": 1.0}
 
 
-def test_equal_captions_are_one_candidate_if_they_are_of_one_group(shards):
-    split = split_of(shards["two"])
-    assert len(split) == 48
-    assert len(split.captions) == len(set(split.captions)) == 24
-    assert len(split.caption_groups) == 24
-    split.image_features = F.one_hot(split.groups).float()
-    split.text_features = F.one_hot(split.caption_groups).float()
-    result = retrieval.recall_of(split)
-    assert result["image_to_text"]["R@1"] == {"value": 1.0, "chance": pytest.approx(1 / 24)}
-    assert result["text_to_image"]["R@1"] == {"value": 1.0, "chance": pytest.approx(2 / 48)}
-
-
 class ColourModel(torch.nn.Module):
     """Features of text: which colour its label names."""
 
