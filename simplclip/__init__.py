@@ -16,13 +16,13 @@ _FUNCTIONS = {
     "create_model": ("simplclip.models.registry", "create"),
     "fold": ("simplclip.models.fold", "fold"),
     "inherit": ("simplclip.models.inherit", "inherit"),
-    "load": ("simplclip.encoder", "load"),
+    "load": ("simplclip.evaluation.encoder", "load"),
     "report": ("simplclip.commands.doctor", "report"),
     "simplify": ("simplclip.models.simplify", "simplify"),
 }
 _MODULES = (
-    *("data", "embedding", "encoder", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "train"),
-    *("evaluate", "export", "memory", "teacher"),  # commands
+    *("data", "embedding", "evaluation", "gradient_cache", "kernels", "losses", "models", "nn", "ops", "retrieval", "train"),
+    *("export", "memory", "teacher"),  # commands
 )
 
 

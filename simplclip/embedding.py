@@ -14,7 +14,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,17 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import HOUR, remove_leftovers, replacing
 from simplclip.common.plotting import INK, MUTED, frame, say, sheet, show, wrapped, write
 from simplclip.common.progress import Progress
-from simplclip.data import arrays, parts_of
+from simplclip.data import arrays, held_out
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil
+from simplclip.data.folders import IMAGES
+from simplclip.data.pairs import count
 from simplclip.data.pool import cores
 from simplclip.data.shards import ShardError, contents, file_bytes, image_of, read_shard
-from simplclip.data.sources import count, is_address
-from simplclip.data.stream import Source, Stream
-from simplclip.data.tables import IMAGES
 from simplclip.data.text import clean, json_of
-from simplclip.encoder import Encoder, load
-from simplclip.evaluation.features import Features
-from simplclip.evaluation.metrics import nearest
-from simplclip.evaluation.sources import Tars, table
+from simplclip.evaluation.encoder import Encoder, load
+from simplclip.retrieval.features import Features
+from simplclip.retrieval.metrics import nearest
 from simplclip.version import __version__
 
 COLUMNS = ("key", "caption", "shard", "image_path")
@@ -72,14 +70,14 @@ def embed(
     counted in the answer's "skipped".
 
     Args:
-        source: see `images`.
+        source: images, all that `data.parts_of` takes; captions are not needed.
         out: NAME.npz.
         model: what `simplclip.load` takes, or an encoder.
         texts: in place of a source: a file with a text a line, or texts.
         dtype: of the stored features: fp16 or fp32.
         workers: processes that decode images; by default one for each core, at most 8.
 
-    Raises: InputError, FileNotFoundError, the errors of `simplclip.load` and of `data.stream.Stream.batches`.
+    Raises: InputError, FileNotFoundError, the errors of `simplclip.load` and of `data.HeldOut.batches`.
     """
     if (source is None) == (texts is None):
         raise InputError("source: expected images or texts, got " + ("neither" if texts is None else "both"))
@@ -89,7 +87,8 @@ def embed(
     if path.suffix != ".npz":
         raise InputError(f"out: expected a name that ends in .npz, got {str(out)!r}")
     if source is not None:
-        found, total = images(source)
+        found = held_out(source, bare=True, name="source")
+        total = sum(count(found.parts) or ()) or None  # None if streams, or many bytes, would have to be read
     encoder = model if isinstance(model, Encoder) else load(model, device=device, precision=precision)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name.__eq__, HOUR)
@@ -97,19 +96,26 @@ def embed(
     if source is None:
         tower, total, batches = "text", None, _of_texts(encoder, texts, batch_size)
     else:
-        stream = Stream(found, encoder.preprocess, batch_size)
-        decoded = stream.batches(skipped, min(8, cores()) if workers is None else workers)
+        workers = min(8, cores()) if workers is None else workers
+        decoded = found.batches(encoder.preprocess, batch_size, skipped, workers)
         tower, batches = "image", _of_images(encoder, decoded)
     about = encoder.stamp() | {"source": lasting(encoder.source), "tower": tower, "dtype": dtype, "simplclip": __version__}
     return _write(path, batches, about, total) | {"path": str(path), "skipped": skipped}
 
 
 def _of_images(encoder: Encoder, decoded: Iterable[tuple]) -> Iterator[Batch]:
-    for batch, _, entries in decoded:
+    for batch, _, found in decoded:
         if batch.dtype == torch.uint8:
             batch = encoder.preprocess.finish(batch.to(encoder.device, non_blocking=True))
-        captions = [entry.captions[0] if entry.captions else "" for entry in entries]
-        rows = [{**vars(entry), "caption": caption} for entry, caption in zip(entries, captions)]
+        rows = [
+            {
+                "key": one.key,
+                "caption": one.captions[0] if one.captions else "",
+                "shard": one.shard,
+                "image_path": one.image_path,
+            }
+            for one in found
+        ]
         yield encoder.features("image", batch), rows
 
 
@@ -137,20 +143,6 @@ def lasting(source: str) -> str:
         return os.path.abspath(source)
     name, _, rest = source.partition("/")
     return f"{name}/{os.path.abspath(rest)}" if rest and os.path.exists(rest) else source
-
-
-def images(what: Any) -> tuple[Source, int | None]:
-    """The images that `what` names, and their number, if it is known without reading streams or many bytes.
-
-    what: what `data.parts_of` takes, or a JSON file of `evaluation.source`. Raises InputError for anything else.
-    """
-    if isinstance(what, (str, os.PathLike)) and not is_address(what):
-        path, _, split = os.path.expanduser(os.fspath(what)).partition("#")
-        if path.endswith(".json"):
-            found = table(Path(path), split or "test", Path(path).parent)
-            return replace(found, bare=True), len(found.rows)
-    parts = parts_of(what, "source")
-    return Tars(parts, bare=True), sum(count(parts) or ()) or None
 
 
 def _write(path: Path, batches: Iterable[Batch], about: dict[str, Any], total: int | None) -> dict[str, Any]:

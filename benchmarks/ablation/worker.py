@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.ablation.effects import RESULT
-from simplclip import evaluation, train
+from simplclip import retrieval, train
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically
@@ -42,7 +42,7 @@ def follow(parent: int, period: float = 2.0) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def auc(split: evaluation.Split) -> float:
+def auc(split: retrieval.Split) -> float:
     """The probability that a pair is more similar than an image and a caption of different groups: how well one threshold for
     all queries tells pairs from others, which recall does not see. Of large splits every k-th image, with its captions."""
     step = math.ceil(math.sqrt(len(split.groups) * len(split.caption_groups) / MATRIX))
@@ -61,11 +61,11 @@ def result(values: Config) -> dict[str, Any]:
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)
     model, _, state = load_model(out / "last.pt", device, trust=True)
-    splits = evaluation.load_splits(values.eval.splits, values.model.name, values.model.image_size)
+    splits = retrieval.load_splits(values.eval.splits, values.model.name, values.model.image_size)
     found = {}
     for name, split in splits.items():
-        evaluation.encode(model, split, values.eval.batch_size, device, precision, workers=values.data.workers or 0)
-        found[name] = {**(evaluation.retrieval(split, device) or {}), "AUC": auc(split)}
+        retrieval.encode(model, split, values.eval.batch_size, device, precision, workers=values.data.workers or 0)
+        found[name] = {**(retrieval.recall_of(split, device) or {}), "AUC": auc(split)}
     with open(out / "metrics.csv", newline="") as file:
         rates = [float(row["samples_per_s"]) for row in csv.DictReader(file)]
     return {

@@ -11,7 +11,9 @@ from simplclip.commands.options import Device, Precision, Sidecars
 
 
 def caption(
-    shards: Annotated[list[str], typer.Argument(help="Shards to caption: paths, globs or brace patterns.")],
+    shards: Annotated[
+        list[str], typer.Argument(help="Pairs, as for training; all but local tars are copied into OUT.shards first.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the sidecars.")],
     *,
     model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",

@@ -12,7 +12,9 @@ from simplclip.common.errors import InputError, visible
 
 
 def embed(
-    source: Annotated[list[str] | None, typer.Argument(help="Shards, folders, tables, images; with --find features.")] = None,
+    source: Annotated[
+        list[str] | None, typer.Argument(help="Images, as for training; with --find a file of features.")
+    ] = None,
     *,
     model: Annotated[str | None, typer.Option(help="As in evaluate. With --find by default the features' own.")] = None,
     out: Annotated[Path | None, typer.Option(help="NAME.npz.")] = None,

@@ -23,9 +23,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]DATA",
-            help="Shards; a folder in clip-benchmark's layout or with a folder for each class; a Karpathy or COCO JSON, "
-            "or a CSV of paths and captions. DATA#SPLIT names a split other than test. May be repeated. Default: eval.splits "
-            "of the first model's config.",
+            help="All that training reads: shards, tables, JSON of Karpathy's or COCO's kind, folders. "
+            "DATA#SPLIT names a split other than test. May be repeated. Default: eval.splits of the first model's config.",
         ),
     ] = None,
     *,
@@ -50,7 +49,7 @@ def evaluate(
         typer.Option(min=0, help="First captions of an image that count; 0: all. Default: all, but one of a json in shards."),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Folder of the images that a JSON or CSV names. Default: that of the file.")
+        Path | None, typer.Option(help="Folder of the images that a JSON or table names. Default: that of the file.")
     ] = None,
     features: Annotated[Path | None, typer.Option(help="Folder that keeps the features as .npy files.")] = None,
     batch_size: Annotated[
@@ -66,9 +65,9 @@ def evaluate(
 ) -> None:
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
     splits = named_splits(data or [])
-    from simplclip import evaluate as evaluation
+    from simplclip import evaluation
 
     what = {"templates": templates or None, "classnames": classnames, "captions": captions, "images": images}
     what["trust"] = trust
     how = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
-    evaluation.run(models, splits or None, out=out, features=features, skip_missing=skip_missing, **what, **how)
+    evaluation.evaluate(models, splits or None, out=out, features=features, skip_missing=skip_missing, **what, **how)

@@ -42,11 +42,11 @@ def named_splits(items: list[str], option: str = "--data") -> dict[str, str]:
     for item in items:
         match = re.fullmatch(r"(?:([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
         if not match:
-            raise InputError(f"{option}: expected NAME=SHARDS or SHARDS, got {item!r}")
+            raise InputError(f"{option}: expected NAME=DATA or DATA, got {item!r}")
         file, _, split = match[2].partition("#")
-        name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv)", Path(file).name)[0] or "data"
+        name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)", Path(file).name)[0] or "data"
         name += f"-{split}" if split and not match[1] else ""
         if name in splits:
-            raise InputError(f"{option}: expected different split names ({option} NAME=SHARDS), got {name!r} twice")
+            raise InputError(f"{option}: expected different split names ({option} NAME=DATA), got {name!r} twice")
         splits[name] = match[2]
     return splits

@@ -12,7 +12,9 @@ from simplclip.common.errors import InputError
 
 
 def teacher(
-    shards: Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace expressions.")],
+    shards: Annotated[
+        list[str], typer.Argument(help="Pairs, as for training; all but local tars are copied into OUT.shards first.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the sidecars.")],
     *,
     teacher: Annotated[
@@ -43,7 +45,7 @@ def teacher(
     dtype: Annotated[str, typer.Option(help="Of the stored features: fp16 or bf16.")] = "fp16",
     evaluate: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]SHARDS", help="Measure the teacher's retrieval on this split. May be repeated."),
+        typer.Option(metavar="[NAME=]DATA", help="Measure the teacher's retrieval on this split. May be repeated."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples encoded at a time.")] = 64,
     sidecars: Sidecars = None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
-import braceexpand
+import braceexpand as package
 
 from simplclip.common.errors import InputError
 
+braceexpand: Any = package  # whose types lack what is used here
 MOST = 1_000_000  # names of one pattern
 DEPTH = 20  # of braces in braces
 

@@ -16,9 +16,9 @@ from webdataset import filters
 
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil, size_of
-from simplclip.data.shards import UNREADABLE, Opened, Sample, ShardError, parse, place_of, prefix_output, stable_hash
+from simplclip.data.parts import Part, read_part
+from simplclip.data.shards import UNREADABLE, Pair, Sample, ShardError, parse, place_of, prefix_output, stable_hash
 from simplclip.data.sidecars import PREFIX, Folders
-from simplclip.data.sources import Part, read_part
 from simplclip.data.tar import MAX_BYTES, Span
 from simplclip.data.transforms import ImageTransform, View, stack
 
@@ -70,7 +70,7 @@ def seeded(*parts: object) -> Iterator[None]:
 
 def pixels_of(
     transform: ImageTransform | Callable,
-    sample: Opened,
+    sample: Pair,
     view: View | None = None,
     max_pixels: int | None = None,
 ) -> tuple[torch.Tensor, list[float] | None]:
@@ -187,7 +187,7 @@ class Epoch(IterableDataset):
             captions = len(opened.features) - len(opened.captions)  # where those of captions begin
             features = torch.from_numpy(opened.features[[number, *(captions + i for i in drawn)]])
             features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
-        return pixels, colour, texts, opened.group, sample["__key__"], opened.record, features
+        return pixels, colour, texts, opened.group_id, sample["__key__"], opened.record, features
 
     def _collate(self, prepared: list[tuple]) -> Batch:
         images, colours, texts, groups, keys, records, features = zip(*prepared)

@@ -20,6 +20,7 @@ from simplclip.common.progress import Progress
 from simplclip.data import index, tar
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode, size_of
+from simplclip.data.pairs import expand
 from simplclip.data.pool import cores, processes
 from simplclip.data.shards import (
     UNREADABLE,
@@ -28,7 +29,6 @@ from simplclip.data.shards import (
     Shards,
     check_sizes,
     contents,
-    expand,
     image_of,
     parse,
     place_of,

@@ -1,4 +1,4 @@
-"""Image-text pairs from WebDataset shards, for training: `make_loader`. stream.py reads held-out data.
+"""Image-text pairs from WebDataset shards, for training: `make_loader`. heldout.py reads held-out data.
 
 Two fields of a sample's json are used: "group" (samples of one group show the same thing and are not each other's
 negatives) and "label" (the class, for zero-shot classification). simplclip/data/shards.py defines shards and samples.
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
 from simplclip.data.epoch import Batch, Epoch, Item, Progress
+from simplclip.data.pairs import check_sidecars, count, parts_of
 from simplclip.data.shards import ShardError, check_count
 from simplclip.data.sidecars import Folders
-from simplclip.data.sources import Source, check_sidecars, count, parts_of
 from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform
 from simplclip.data.workers import died, end, following, start_worker, undisturbed
@@ -209,7 +209,7 @@ class Loader:
 
 
 def make_loader(
-    shards: Source,
+    shards: Any,
     *,
     tokenizer: Callable[[list[str]], torch.Tensor],
     transform: ImageTransform | Callable[[Image.Image], torch.Tensor],
@@ -254,7 +254,7 @@ def make_loader(
 
     Args:
         shards: tars by path, brace expression, glob, URL, pipe:COMMAND or list file; a table; a folder of images; a mapping
-            {"shards": one of these or a list, "weight": W}; or a list of these. See `sources.parts_of`.
+            {"shards": one of these or a list, "weight": W}; or a list of these. See `pairs.parts_of`.
         tokenizer: list of captions -> int64 [N, L].
         transform: an ImageTransform; or a function of a PIL image, RGB -> float32 [3, S, S], such as open_clip's, whose
             exceptions are raised, naming the sample.

@@ -24,8 +24,9 @@ from simplclip.data import index
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.epoch import seeded
 from simplclip.data.indexing import look, skipped_of, tables
+from simplclip.data.pairs import expand
 from simplclip.data.pool import cores, ordered, processes
-from simplclip.data.shards import ShardError, Shards, check_count, expand, parse, place_of, read_shard, stable_hash
+from simplclip.data.shards import ShardError, Shards, check_count, parse, place_of, read_shard, stable_hash
 from simplclip.data.transforms import ImageTransform
 
 SPREAD = 32  # the sample of images comes from at most so many shards

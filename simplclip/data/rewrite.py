@@ -29,19 +29,19 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import differences, identity, locked, remove_leftovers, replacing, temporary_of, write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.pairs import expand
 from simplclip.data.pool import ordered
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     TEACHER,
     UNREADABLE,
-    Opened,
+    Pair,
     Sample,
     ShardError,
     Shards,
     check_count,
     contents,
     count_samples,
-    expand,
     folders_of,
     place_of,
     read_shard,
@@ -57,7 +57,7 @@ _IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample
 
 # What becomes of each sample: its new files by suffix, None for one that is dropped; or why it is broken.
 Made = list[dict[str, bytes | None] | BrokenSample]
-Process = Callable[[list[Opened]], Made | Future[Made]]
+Process = Callable[[list[Pair]], Made | Future[Made]]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -279,7 +279,7 @@ def _rewrite_shard(source: str, target: Path, making: Making) -> tuple[dict[str,
 def _write_shard(source: str, target: Path, making: Making) -> tuple[dict[str, Any], int]:
     skipped, count, dropped = Skipped(), 0, 0
 
-    def batches() -> Iterator[tuple[list[Sample], list[Opened]]]:
+    def batches() -> Iterator[tuple[list[Sample], list[Pair]]]:
         nonlocal dropped
         samples = read_shard(source, skipped, every=not making.sidecar, ahead=True, max_bytes=making.max_bytes)
         samples = joined(samples, source, making.sidecars, skipped) if making.sidecar else samples
@@ -290,7 +290,7 @@ def _write_shard(source: str, target: Path, making: Making) -> tuple[dict[str, A
             use = {"use": lambda opened: None} if making.workers else {}
             yield batch, list(usable(batch, skipped, **use, max_bytes=making.max_bytes))
 
-    def submit(work: tuple[list[Sample], list[Opened]]) -> Future[Made]:
+    def submit(work: tuple[list[Sample], list[Pair]]) -> Future[Made]:
         made = making.process(work[1]) if work[1] else []
         if isinstance(made, Future):
             return made

@@ -9,7 +9,6 @@ uncompressed tar are Spans, which are read when the sample is used. Broken sampl
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import math
 import os
@@ -17,7 +16,7 @@ import stat
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,11 @@ from webdataset.tariterators import group_by_keys
 
 from simplclip.common.errors import InputError
 from simplclip.data import index, tar
+from simplclip.data.addresses import StreamError, is_address, name_of, opened
 from simplclip.data.arrays import from_bytes
-from simplclip.data.braces import expanded
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.sidecars import PREFIX, TEACHER, VIEWS, Folders, entries, joined
-from simplclip.data.streams import StreamError, is_stream, name_of, opened
 from simplclip.data.tar import HOLES, MAX_BYTES, UNREAD, Span
 from simplclip.data.text import BYTES as TEXT_BYTES
 from simplclip.data.text import clean, json_of
@@ -44,45 +42,13 @@ COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their sampl
 TEXTS = ("txt", "json", "cls", VIEWS)
 KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
 
-Shards = str | os.PathLike | Iterable[str | os.PathLike]  # path, brace expression or glob of local tar files, or several
-Sample = dict[str, Any]  # "__key__", "__url__" (the shard), and by suffix the bytes or a Span of them
+Shards = Any  # what `pairs.expand` takes
+Sample = dict[str, Any]  # "__key__", "__url__" (the shard), and by suffix the bytes or a Span of them; see parts.py
 
 
 def check_count(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}")
-
-
-def expand(shards: Shards) -> list[str]:
-    """The files of `shards`: paths, brace expressions (train-{000000..000003}.tar), globs, or a list of them.
-
-    Raises InputError for a pattern without a match or a path that is not a file.
-    """
-    patterns = [shards] if isinstance(shards, (str, os.PathLike)) else list(shards)
-    if not patterns:
-        raise InputError("shards: expected at least one path or pattern, got an empty list")
-    files = [match for pattern in patterns for match in matches(os.fspath(pattern), "shards")]
-    for file in files:
-        if os.path.isdir(file):
-            raise InputError(f"shards: expected a tar file, got {file!r}, which is a folder (try its *.tar)")
-    return files
-
-
-def matches(pattern: str, name: str) -> list[str]:
-    """The files and folders of a path, brace expression or glob, all of which exist. name: of the argument, for errors."""
-    pattern = os.path.expanduser(pattern)
-    found: list[str] = []
-    for path in [pattern] if os.path.exists(pattern) else expanded(pattern, name):
-        if os.path.exists(path):
-            found.append(path)
-        elif glob.has_magic(path):
-            several = sorted(glob.glob(path))
-            if not several:
-                raise InputError(f"{name}: expected files, got the pattern {path!r}, which matches none")
-            found += several
-        else:
-            raise InputError(f"{name}: expected a file, got {path!r}, which does not exist")
-    return found
 
 
 def folders_of(files: Iterable[str]) -> list[str]:
@@ -95,15 +61,18 @@ def stable_hash(text: str) -> int:
 
 
 @dataclass
-class Opened:
-    """A sample whose parts are there; whether its image can be decoded is not known yet."""
+class Pair:
+    """A sample whose files are read. Whether its image can be decoded is not known yet."""
 
     encoded: bytes  # the image file
-    captions: list[str]  # at least one
+    captions: list[str]
     record: dict[str, Any]  # the json, or {}
     files: Sample  # with all bytes
     features: np.ndarray | None = None  # a teacher's [V + C, D̂]: of the image or its V views, then of its C captions in order
     views: list[dict[str, Any]] | None = None  # that the teacher saw, see `transforms.View`; None: the image, not augmented
+    label: str | int | None = None  # of held-out data: the class, or its number
+    shard: str = ""  # of held-out data, where the image lies: the tar, absolute unless it is an address,
+    image_path: str = ""  # or a file of its own
 
     @cached_property
     def image(self) -> Image.Image:
@@ -111,14 +80,28 @@ class Opened:
         return decode_pil(self.encoded)
 
     @property
+    def key(self) -> str:
+        return self.files["__key__"]
+
+    @property
     def place(self) -> str:
         return place_of(self.files)
 
     @property
-    def group(self) -> int:
-        # Keys often repeat in every shard; without the shard's name unrelated samples would share a group.
-        named = self.record.get("group") is not None
-        return stable_hash(f"group/{self.record['group']}" if named else f"key/{self.place}") >> 1
+    def group(self) -> str | None:
+        """The name of what it shows. Samples of one group are all right, and not each other's negatives."""
+        name = self.record.get("group")
+        return None if name is None else str(name)
+
+    @property
+    def group_id(self) -> int:
+        """int64. Keys often repeat in every shard; without the shard's name unrelated samples would share a group."""
+        return stable_hash(f"key/{self.place}" if self.group is None else f"group/{self.group}") >> 1
+
+    def without_files(self) -> Pair:
+        """The same without what takes much memory."""
+        own = {name: value for name, value in self.files.items() if name in ("__key__", "__url__", "__shard__")}
+        return replace(self, encoded=b"", files=own, record={} if self.group is None else {"group": self.group})
 
 
 @dataclass(frozen=True)
@@ -136,7 +119,7 @@ class _Reading:
 
 
 def _members(shard: str, how: _Reading) -> Iterator[tuple[str, bytes | Span]]:
-    if is_stream(shard):
+    if is_address(shard):
         with opened(shard) as file:
             yield from tar.streamed(file, shard, max_bytes=how.max_bytes, wanted=how.wanted)
     elif tar.is_compressed(shard):
@@ -192,7 +175,8 @@ def read_shard(
 
 
 def _read_shard(shard: str, skipped: Skipped, how: _Reading) -> Iterator[Sample]:
-    name, torn = name_of(shard), []
+    name = name_of(shard)
+    torn: list[str] = []
 
     def double(error: Exception) -> bool:
         skipped.add("duplicate file in tar", name, error.args[0])
@@ -260,6 +244,12 @@ def file_bytes(path: str | os.PathLike) -> bytes:
     return contents({"image": Span(os.fspath(path), 0, about.st_size)})["image"]
 
 
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a file of a sample that is no tar's; None for other files. The key may have dots."""
+    low = name.lower()
+    return next(((name[: -len(suffix)], suffix[1:]) for suffix in KNOWN if low.endswith(suffix)), None)
+
+
 def image_of(sample: Sample) -> bytes | Span | None:
     """The encoded image of a sample."""
     return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
@@ -268,9 +258,9 @@ def image_of(sample: Sample) -> bytes | Span | None:
 def usable(
     samples: Iterable[Sample],
     skipped: Skipped,
-    use: Callable[[Opened], Any] = lambda opened: opened.image,
+    use: Callable[[Pair], Any] = lambda opened: opened.image,
     max_bytes: int = MAX_BYTES,
-) -> Iterator[Opened]:
+) -> Iterator[Pair]:
     """The samples that are not broken, with decoded images; the others are counted in `skipped`.
 
     use: what is tried with each sample; it may raise BrokenSample. max_bytes: as for `contents`.
@@ -285,7 +275,7 @@ def usable(
             yield opened
 
 
-def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_bytes: int = MAX_BYTES) -> Opened:
+def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_bytes: int = MAX_BYTES) -> Pair:
     """A sample with its files read. Raises BrokenSample.
 
     teacher: with a teacher's features. image: False reads neither the image, which is empty then, nor the prefix's output.
@@ -296,10 +286,10 @@ def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_byte
     sample = contents(sample, max_bytes)
     record = record_of(sample)
     captions = captions_of(sample, record)
-    encoded = image_of(sample)
+    encoded: Any = image_of(sample)
     if encoded is None:
         raise BrokenSample("missing image", "")
-    opened = Opened(encoded, captions, record, sample)
+    opened = Pair(encoded, captions, record, sample)
     if teacher:
         opened.features, opened.views = _features(opened)
     return opened
@@ -318,20 +308,37 @@ def record_of(sample: Sample) -> dict[str, Any]:
     return record
 
 
-def captions_of(sample: Sample, record: dict[str, Any]) -> list[str]:
-    several, single = record.get("captions"), record.get("caption")
-    texts = list(several) if isinstance(several, list) else []
-    if found := not_empty(texts):
-        return found
-    texts += [single] if isinstance(single, str) else []
-    if "txt" in sample:
+def captions_of(sample: Sample, record: dict[str, Any], *, lines: bool = False, first: bool = False) -> list[str]:
+    """The captions of a sample whose files are read, at least one. Raises BrokenSample.
+
+    lines: each line of txt is a caption, as in evaluation; else all of it is one. first: of the json's the first alone.
+    """
+    several, single = sample.get("__captions__", record.get("captions")), record.get("caption")
+    if isinstance(several, list) and (found := not_empty(several)):
+        return found[:1] if first and "__captions__" not in sample else found
+    texts = [*(several if isinstance(several, list) else ()), *([single] if isinstance(single, str) else ())]
+    one = not_empty(texts)[:1]
+    written: list[str] = []
+    if "txt" in sample and not (lines and one):  # training counts a broken txt beside a caption too
         try:
-            texts.append(sample["txt"].decode("utf-8-sig"))
+            text = sample["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise BrokenSample("caption not UTF-8", error) from None
-    if found := not_empty(texts):
-        return found[:1]
-    raise BrokenSample("empty caption" if texts or several == [] else "missing caption", "")
+        written = text.splitlines() if lines else [text]
+    if found := one or not_empty(written):
+        return found
+    raise BrokenSample("empty caption" if texts or several == [] or "txt" in sample else "missing caption", "")
+
+
+def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
+    """The name or number of a sample's class. Raises BrokenSample."""
+    if "cls" in sample:
+        try:
+            return int(sample["cls"])
+        except ValueError:
+            raise BrokenSample("bad cls", f"expected the number of a class, got {sample['cls'][:40]!r}") from None
+    label = sample.get("__label__")
+    return label if label is not None or record.get("label") is None else clean(str(record["label"]))
 
 
 def not_empty(texts: list[Any]) -> list[str]:
@@ -339,8 +346,8 @@ def not_empty(texts: list[Any]) -> list[str]:
     return [cleaned for text in texts if isinstance(text, str) and (cleaned := clean(text))]
 
 
-def _features(opened: Opened) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
-    """A teacher's features of a sample, float16, or bfloat16 as uint16; and the views of its image that they are of."""
+def _features(opened: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
+    """A teacher's features of a sample, float16, or bfloat16 stored as uint16; and the views of the image that it saw."""
     files, captions, views = opened.files, len(opened.captions), None
     place = f"sample {files['__key__']!r} of shard {files['__url__']!r}"
     if TEACHER not in files:
@@ -385,7 +392,8 @@ def prefix_output(sample: Sample, shape: tuple[int, ...], number: int, views: in
 def teacher_stamp(shards: list[str], folders: Folders = ()) -> dict[str, Any]:
     """The teacher of the samples' features: "name", "width" D̂, "logit_scale", and "views" if it saw views of the images.
 
-    It is that of the last of the sidecars' `folders` whose meta.json names one, else that of the meta.json beside the shards.
+    It is taken from the last of the sidecars' `folders` whose meta.json names a teacher, else from the meta.json beside the
+    shards.
     Raises ShardError if there is none, or if the folders of the shards have different ones.
     """
     for folder in reversed(folders):
@@ -414,7 +422,7 @@ def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def place_of(sample: Sample) -> str:
-    """ "<shard's name>/<key>", the name of a sample in messages and seeds; see `sources.Part.name`."""
+    """The name of a sample in messages and seeds: that of its part (`parts.Part.name`), and its key."""
     return f"{sample.get('__shard__') or name_of(sample['__url__'])}/{sample['__key__']}"
 
 

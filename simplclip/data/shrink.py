@@ -18,7 +18,7 @@ from simplclip.data.decode import SCALES, decode, size_of
 from simplclip.data.pool import cores, processes
 from simplclip.data.report import measure
 from simplclip.data.rewrite import Made, rewrite
-from simplclip.data.shards import IMAGE_SUFFIXES, Opened, Shards, check_count
+from simplclip.data.shards import IMAGE_SUFFIXES, Pair, Shards, check_count
 
 BATCH = 16  # images that a process gets at a time
 FORMATS = {"jpg": ("JPEG", ("jpg", "jpeg")), "webp": ("WEBP", ("webp",))}  # option -> Pillow's name, suffixes
@@ -74,7 +74,7 @@ def run(
     rules, names = Rules(short, quality, format), {}
     with processes(workers) as pool:
 
-        def process(samples: list[Opened]) -> Future[Made]:
+        def process(samples: list[Pair]) -> Future[Made]:
             return pool.submit(shrink_all, [(_suffixes(one), one.encoded) for one in samples], rules)
 
         options = {"batch_size": BATCH, "workers": workers or cores(), "title": "shrink", "progress": progress}
@@ -91,7 +91,7 @@ def run(
     return summary | {"bytes": sizes, "images_per_second": rates}
 
 
-def _suffixes(sample: Opened) -> list[str]:
+def _suffixes(sample: Pair) -> list[str]:
     """Those of its images, first that of the one that is used."""
     return [suffix for suffix in IMAGE_SUFFIXES if suffix in sample.files]
 

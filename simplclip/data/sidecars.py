@@ -18,8 +18,8 @@ from webdataset.tariterators import base_plus_ext
 
 from simplclip.common.errors import InputError
 from simplclip.data import tar
+from simplclip.data.addresses import name_of
 from simplclip.data.broken import ShardError, Skipped
-from simplclip.data.streams import name_of
 from simplclip.data.text import json_of
 
 TEACHER = "teacher.npy"

@@ -1,8 +1,7 @@
-"""Pairs that do not lie in tars: tables of image path and caption, and folders of images with their captions beside them.
+"""Tables of image path and caption: CSV, TSV and parquet, read in pieces of ROWS rows.
 
-Both are read in pieces of ROWS samples, which workers divide. Evaluation reads CSV files by the same rows. The loader's
-process holds of a CSV or TSV file the places of its pieces, of a parquet file the two columns, of a folder the names of
-the files; not one Python object for each sample.
+A CSV or TSV file is UTF-8, with or without its mark. The process that divides the work holds of it the places of its pieces,
+of a parquet file the two columns; not one Python object for each row.
 """
 
 from __future__ import annotations
@@ -12,185 +11,154 @@ import csv
 import math
 import os
 import re
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from simplclip.common.errors import InputError
 from simplclip.data.broken import Skipped
-from simplclip.data.shards import IMAGE_SUFFIXES, KNOWN, Sample
-from simplclip.data.tar import Span
+from simplclip.data.parts import ROWS, Part, checked, image_sample
+from simplclip.data.shards import Sample, image_of
 
-ROWS = 512
 LINE = 1 << 24  # bytes of the longest line of a table
 SUFFIXES = (".csv", ".tsv", ".parquet")
-IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-IMAGE_COLUMNS = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
-CAPTION_COLUMNS = ("title", "caption", "text", "captions", "sentences", "raw", "comment")
+# Columns of tables, and keys of the objects of JSON files: the first that there is.
+IMAGE_NAMES = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
+CAPTION_NAMES = ("captions", "caption", "sentences", "title", "text", "raw", "comment")
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8
 
 
 @dataclass(frozen=True)
-class Columns:
-    """How a table is read; None: found by the names and the header."""
+class Options:
+    """How a table or JSON file is read. None: columns by IMAGE_NAMES and CAPTION_NAMES, the separator by the header.
 
-    image: str | None = None
-    caption: str | None = None
+    images: the folder of the images, by default that of the file. split: of a JSON file or of clip-benchmark's layout.
+    """
+
+    image_key: str | None = None
+    caption_key: str | None = None
     separator: str | None = None
+    images: str | None = None
+    split: str | None = None
 
-    def of(self, header: list[str], path: str, name: str) -> tuple[int, int]:
-        """The places of the image's path and of the caption."""
-        found = []
-        for option, wanted, known in (
-            ("image_key", self.image, IMAGE_COLUMNS),
-            ("caption_key", self.caption, CAPTION_COLUMNS),
-        ):
-            names = (wanted,) if wanted else known
-            column = next((column for column in names if column in header), None)
-            if column is None:
-                got = f"{path!r} with the columns {', '.join(map(repr, header))[:300]}"
-                raise InputError(f"{name}: expected a table with a column {' or '.join(names)} ({option}), got {got}")
-            found.append(header.index(column))
-        return found[0], found[1]
+    def folder(self, path: str) -> str:
+        return os.path.dirname(path) if self.images is None else os.path.expanduser(self.images)
 
 
-class Piece:
-    """Some samples, read in order; `count` of them, without those that are broken."""
+def name_in(names: Iterable[str], wanted: str | None, known: tuple[str, ...]) -> str | None:
+    """The column or key that holds something: `wanted`, or the first of the known names; None if there is none."""
+    return next((name for name in ((wanted,) if wanted else known) if name in names), None)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Part):
+    """Rows of a table."""
+
+    images: str  # their folder
+    first: int  # number of the first row
     count: int
 
-    def read(self, source: str, skipped: Skipped) -> Iterator[Sample]:
+    def values(self, skipped: Skipped) -> Iterator[tuple[int, Any, list[Any]]]:
+        """The number of each row, its image's path and its captions; broken rows are counted."""
         raise NotImplementedError
 
+    def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
+        for number, image, captions in self.values(skipped):
+            yield from image_sample(self.url, f"{number:09d}", self.images, image, captions, skipped)
 
-@dataclass(frozen=True)
-class CsvPiece(Piece):
-    first: int  # number of its first row
-    count: int
+
+@dataclass(frozen=True, kw_only=True)
+class CsvRows(Rows):
     start: int  # bytes of the file
     end: int
     separator: str
-    columns: tuple[int, int]
+    places: tuple[int, int]  # of the two columns
 
-    def read(self, source: str, skipped: Skipped) -> Iterator[Sample]:
-        for number, image, caption in self.rows(source, skipped):
-            yield from _row(source, number, image, caption, skipped)
-
-    def rows(self, source: str, skipped: Skipped) -> Iterator[tuple[int, str, str]]:
-        """The number of each row, its image's path and its caption; the others are counted."""
-        with open(source, "rb") as file:
+    def values(self, skipped: Skipped) -> Iterator[tuple[int, Any, list[Any]]]:
+        with open(self.url, "rb") as file:
             file.seek(self.start)
             for number, (row, _) in enumerate(_rows(file, self.separator, self.end), self.first):
-                place = f"{os.path.basename(source)}/{number:09d}"
+                place = f"{os.path.basename(self.url)}/{number:09d}"
                 if isinstance(row, str):
                     skipped.add("bad row", place, row)
-                elif len(row) <= max(self.columns):
-                    skipped.add("bad row", place, f"expected {max(self.columns) + 1} columns")
-                elif _ESCAPED.search(caption := row[self.columns[1]]):
+                elif len(row) <= max(self.places):
+                    skipped.add("bad row", place, f"expected {max(self.places) + 1} columns")
+                elif _ESCAPED.search(caption := row[self.places[1]]):
                     skipped.add("caption not UTF-8", place)
                 else:
-                    yield number, row[self.columns[0]].strip(), caption
+                    yield number, row[self.places[0]].strip(), [caption]
 
 
-@dataclass(frozen=True)
-class ParquetPiece(Piece):
-    first: int
-    count: int
+@dataclass(frozen=True, kw_only=True)
+class ParquetRows(Rows):
     table: Any  # pyarrow's, of the two columns of the whole file; all pieces share it
 
-    def read(self, source: str, skipped: Skipped) -> Iterator[Sample]:
+    def values(self, skipped: Skipped) -> Iterator[tuple[int, Any, list[Any]]]:
         rows = self.table.slice(self.first, self.count)
         images, captions = (_values(rows.column(i)) for i in (0, 1))
         for number, (image, caption) in enumerate(zip(images, captions), self.first):
-            yield from _row(source, number, image, caption, skipped)
+            several = caption if isinstance(caption, list) else [] if caption is None else [str(caption)]
+            yield number, image, several
 
 
-@dataclass(frozen=True)
-class FolderPiece(Piece):
-    count: int
-    names: bytes  # of all files, of one sample after the other, each ended by a zero
-
-    def read(self, source: str, skipped: Skipped) -> Iterator[Sample]:
-        sample: Sample = {}
-        for name in self.names[:-1].split(b"\0"):
-            path = os.fsdecode(name)
-            key, suffix = _split(path)
-            if sample.get("__key__") != key:
-                if sample:
-                    yield sample
-                sample = {"__key__": key, "__url__": source}
-            if span := _span(os.path.join(source, path)):
-                sample[suffix] = span
-        yield sample
-
-
-_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8
-TABLES = (CsvPiece, ParquetPiece)
-
-
-def table(path: str, columns: Columns, name: str) -> list[Piece]:
+def table(path: str, options: Options, name: str) -> list[Part]:
     """The pieces of a .csv, .tsv or .parquet file. Raises InputError, naming the argument `name`."""
-    pieces = _parquet(path, columns, name) if path.lower().endswith(".parquet") else csv_pieces(path, columns, name)
-    if not pieces:
+    parts = (_parquet if path.lower().endswith(".parquet") else _csv)(path, options, name)
+    if not parts:
         raise InputError(f"{name}: expected a table with rows, got {path!r}, which has none")
-    next(pieces[0].read(path, skipped := Skipped()), None)
-    if "not a local file" in skipped.counts:  # in later rows it is counted
-        raise InputError(f"{name}: expected a table of images' paths, got {skipped.examples['not a local file']}")
-    return pieces
+    return checked(parts, name)
 
 
-def folder(path: str, name: str) -> list[Piece]:
-    """The pieces of a folder of images: KEY.jpg with KEY.txt or KEY.json, also in its folders, in the order of names."""
-    pieces: list[Piece] = []
-    names: list[bytes] = []
-    count = 0
-    for place, folders, files in os.walk(path):
-        folders.sort()
-        inside = "" if place == path else os.path.relpath(place, path) + os.sep
-        samples: dict[str, list[str]] = {}
-        for file in files:
-            if key := _split(file):
-                samples.setdefault(key[0], []).append(file)
-        for _, several in sorted(samples.items()):
-            if any(_split(file)[1] in IMAGE_SUFFIXES for file in several):
-                names += [os.fsencode(inside + file) + b"\0" for file in sorted(several)]
-                count += 1
-            if count == ROWS:
-                pieces.append(FolderPiece(count, b"".join(names)))
-                names, count = [], 0
-    if count:
-        pieces.append(FolderPiece(count, b"".join(names)))
-    if not pieces:
-        hint = " (try its *.tar)" if any(file.endswith(".tar") for file in os.listdir(path)) else ""
-        raise InputError(
-            f"{name}: expected a folder of images with KEY.txt beside them, got {path!r}, which has no image{hint}"
-        )
-    return pieces
+def merged(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The samples of a table, where those of one image are one: the first, with the captions of all."""
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        image: Any = image_of(sample)
+        file = image.file
+        if file in found:
+            found[file]["__captions__"] += sample["__captions__"]
+        else:
+            found[file] = sample
+    return iter(found.values())
 
 
-def images(paths: list[str]) -> list[Piece]:
-    """The pieces of image files, without captions."""
-    names = [os.fsencode(os.path.abspath(path)) + b"\0" for path in paths]
-    return [FolderPiece(len(some), b"".join(some)) for some in (names[i : i + ROWS] for i in range(0, len(names), ROWS))]
+def _places(titles: list[str], path: str, options: Options, name: str) -> tuple[int, int]:
+    """The places of the columns of images and captions."""
+    found = []
+    for option, wanted, known in (
+        ("image_key", options.image_key, IMAGE_NAMES),
+        ("caption_key", options.caption_key, CAPTION_NAMES),
+    ):
+        column = name_in(titles, wanted, known)
+        if column is None:
+            names = wanted or " or ".join(known)
+            got = f"{path!r} with the columns {', '.join(map(repr, titles))[:300]}"
+            raise InputError(f"{name}: expected a table with a column {names} ({option}), got {got}")
+        found.append(titles.index(column))
+    return found[0], found[1]
 
 
-def csv_pieces(path: str, columns: Columns, name: str) -> list[Piece]:
-    """The pieces of a CSV or TSV file in UTF-8, all of `CsvPiece`."""
+def _csv(path: str, options: Options, name: str) -> list[Part]:
+    parts: list[Part] = []
     with open(path, "rb") as file:
-        separator, places = _header(file, path, columns, name)
-        pieces: list[Piece] = []
+        separator, places = _header(file, path, options, name)
         first, count, start = 0, 0, file.tell()
+
+        def add(end: int) -> None:
+            how: dict[str, Any] = {"url": path, "images": options.folder(path), "separator": separator, "places": places}
+            parts.append(CsvRows(first=first, count=count, start=start, end=end, **how))
+
         for _, end in _rows(file, separator, parse=False):
             count += 1
             if count == ROWS:
-                pieces.append(CsvPiece(first, count, start, end, separator, places))
+                add(end)
                 first, count, start = first + count, 0, end
         if count:
-            pieces.append(CsvPiece(first, count, start, end, separator, places))
-    return pieces
+            add(end)
+    return parts
 
 
-def _header(file: BinaryIO, path: str, columns: Columns, name: str) -> tuple[str, tuple[int, int]]:
+def _header(file: BinaryIO, path: str, options: Options, name: str) -> tuple[str, tuple[int, int]]:
     """The separator, by default the one that the first line has most often, and the places of path and caption."""
     line = file.readline(LINE)
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -198,12 +166,12 @@ def _header(file: BinaryIO, path: str, columns: Columns, name: str) -> tuple[str
     if b"\r" in line.rstrip(b"\r\n"):
         raise InputError(f"{name}: expected a table whose lines end in \\n or \\r\\n, got {path!r} with \\r alone")
     header = line.decode("utf-8-sig", "surrogateescape")
-    separator = columns.separator or ("\t" if path.lower().endswith(".tsv") else max("\t,|", key=header.count))
+    separator = options.separator or ("\t" if path.lower().endswith(".tsv") else max("\t,|", key=header.count))
     try:
         titles = next(csv.reader([header], delimiter=separator), [])
     except (csv.Error, TypeError) as error:  # a separator of several characters
         raise InputError(f"{name}: expected a table with a line of columns, got {path!r}: {error}") from None
-    return separator, columns.of([title.strip() for title in titles], path, name)
+    return separator, _places([title.strip() for title in titles], path, options, name)
 
 
 def _rows(
@@ -249,7 +217,7 @@ def _row_of(line: bytes, file: BinaryIO, place: int, separator: str, end: float)
     return row if closed else "expected a quote at its end, got none", place
 
 
-def _parquet(path: str, columns: Columns, name: str) -> list[Piece]:
+def _parquet(path: str, options: Options, name: str) -> list[Part]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -260,11 +228,13 @@ def _parquet(path: str, columns: Columns, name: str) -> list[Piece]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         titles = file.schema_arrow.names
-        chosen = [titles[place] for place in columns.of(titles, path, name)]
+        chosen = [titles[place] for place in _places(titles, path, options, name)]
         table = file.read(columns=chosen).select(chosen)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{name}: expected a parquet file, got {path!r}: {error}") from None
-    return [ParquetPiece(first, min(ROWS, len(table) - first), table) for first in range(0, len(table), ROWS)]
+    how = {"url": path, "images": options.folder(path), "table": table}
+    starts = range(0, len(table), ROWS)
+    return [ParquetRows(first=first, count=min(ROWS, len(table) - first), **how) for first in starts]
 
 
 def _values(column: Any) -> list[Any]:
@@ -273,39 +243,3 @@ def _values(column: Any) -> list[Any]:
         return column.to_pylist()
     except UnicodeDecodeError:
         return [_values(column.slice(place, 1))[0] for place in range(len(column))] if len(column) > 1 else [None]
-
-
-def _row(table: str, number: int, image: Any, caption: Any, skipped: Skipped) -> Iterator[Sample]:
-    place = f"{number:09d}"
-    if not isinstance(image, str) or not image:
-        skipped.add("missing image", f"{os.path.basename(table)}/{place}")
-    elif image.startswith("pipe:") or "://" in image:
-        told = f"{image!r}, which is not a path: a table names local files alone; of URLs img2dataset makes shards"
-        skipped.add("not a local file", f"{os.path.basename(table)}/{place}", told)
-    else:
-        _, suffix = _split(image) or ("", "")
-        sample = {"__key__": place, "__url__": table}
-        # The image's format is found by its content; the suffix only says that it is one.
-        suffix = suffix if suffix in IMAGE_SUFFIXES else "jpg"
-        sample[suffix] = _span(os.path.join(os.path.dirname(table), image))
-        if sample[suffix] is None:
-            skipped.add("missing image", f"{os.path.basename(table)}/{place}", f"{image!r} is no file")
-            return
-        yield sample | ({"txt": str(caption).encode("utf-8", "surrogateescape")} if caption is not None else {})
-
-
-def _span(path: str) -> Span | None:
-    """The place of a file; None for what is no file, such as a named pipe, which would wait for its writer."""
-    try:
-        found = os.stat(path)
-        return Span(path, 0, found.st_size) if stat.S_ISREG(found.st_mode) else None
-    except OSError:
-        return Span(path, 0, 0)  # reading it raises the error, which is counted
-    except ValueError:  # a name with NUL
-        return None
-
-
-def _split(name: str) -> tuple[str, str] | None:
-    """Key and suffix of a file of a sample; None for other files. The key may have dots."""
-    low = name.lower()
-    return next(((name[: -len(suffix)], suffix[1:]) for suffix in KNOWN if low.endswith(suffix)), None)

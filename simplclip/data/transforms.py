@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -166,6 +167,12 @@ class ImageTransform:
             size = [round(height / ratio), round(width / ratio)]
         check_pixels(*size, None)  # of a line of a pixel's width
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
+
+
+def augmentation(transform: Any) -> Any:
+    """The augmentation that a transform draws, as a JSON value to compare: "none", "affine" or open_clip's fields."""
+    augment = getattr(transform, "augment", repr(transform))
+    return json.loads(json.dumps(asdict(augment))) if isinstance(augment, AugmentationCfg) else augment or "none"
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:

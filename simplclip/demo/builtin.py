@@ -93,7 +93,7 @@ def features(files: list[str], device: torch.device, precision: str, progress: b
     def all_views():
         samples = (sample for file in files for sample in read_shard(file, skipped, sidecars=sidecars))
         for sample in usable(samples, skipped):
-            groups.append(sample.group)
+            groups.append(sample.group_id)
             captions.append([rows.setdefault(text, len(rows)) for text in sample.captions])
             yield torch.stack([plain(sample.image), *(augmented(sample.image) for _ in range(VIEWS))])
 

@@ -63,7 +63,7 @@ take them from the Unicode emoji data and CLDR (Unicode License v3, copyright Un
 """
 
 
-Pair = tuple[str, Concept, Concept]  # the vendor and the concept of a drawing, and the concept whose captions it has
+Drawing = tuple[str, Concept, Concept]  # the vendor and the concept of a drawing, and the concept whose captions it has
 
 
 def build(out: str | os.PathLike, *, swap: float = 0.0, progress: bool = True, force: bool = False) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _build_new(out: Path, font: Path | None, swap: float, progress: bool) -> dic
     return meta
 
 
-def _swap(pairs: list[Pair], share: float, rng: random.Random) -> int:
+def _swap(pairs: list[Drawing], share: float, rng: random.Random) -> int:
     """Swap the captions of a share of the pairs among each other, in place; returns the number of pairs."""
     chosen = rng.sample(range(len(pairs)), round(share * len(pairs)))
     count = Counter(pairs[place][1].key for place in chosen)
@@ -167,7 +167,7 @@ def _swap(pairs: list[Pair], share: float, rng: random.Random) -> int:
     return len(chosen)
 
 
-def _write_split(folder: Path, split: str, pairs: list[Pair], drawers: dict[str, Any], bar: Progress) -> dict[str, Any]:
+def _write_split(folder: Path, split: str, pairs: list[Drawing], drawers: dict[str, Any], bar: Progress) -> dict[str, Any]:
     per_shard = -(-len(pairs) // (TRAIN_SHARDS if split == "train" else 1))
     fixed = {"mtime": 0, "user": "simplclip", "group": "simplclip"}
     pattern = str(folder).replace("%", "%%") + f"/{split}-%06d.tar"

@@ -1,21 +1,17 @@
-"""Zero-shot evaluation of held-out data, with memory that does not depend on the number of images.
+"""Trained models on held-out data: retrieval (simplclip.retrieval), zero-shot classification, tables and pictures of both.
 
-sources.py      where a split is read from: shards, tables, folders of classes
-split.py        a split, and its features after `encode`
-features.py     features in a file
-metrics.py      retrieval
+encoder.py      a trained model that encodes images and texts
+run.py          `simplclip evaluate`
 zero_shot.py    classification
+figures.py      the figures as a table
 sheets.py       pictures
 """
 
-from simplclip.evaluation.features import Features
-from simplclip.evaluation.metrics import KS, nearest, recall, retrieval
+from simplclip.evaluation.encoder import Encoder, load
+from simplclip.evaluation.run import evaluate
 from simplclip.evaluation.sheets import confusion_sheet, contact_sheet
-from simplclip.evaluation.sources import named, source
-from simplclip.evaluation.split import Split, encode, features_of, load_splits
-from simplclip.evaluation.zero_shot import class_names, phrases, zero_shot
+from simplclip.evaluation.zero_shot import class_names, named, phrases, zero_shot
 
 __all__ = [
-    "KS", "Features", "Split", "class_names", "confusion_sheet", "contact_sheet", "encode", "features_of", "load_splits",
-    "named", "nearest", "phrases", "recall", "retrieval", "source", "zero_shot",
+    "Encoder", "class_names", "confusion_sheet", "contact_sheet", "evaluate", "load", "named", "phrases", "zero_shot",
 ]  # fmt: skip

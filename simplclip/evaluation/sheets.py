@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from simplclip.common.plotting import FRAME, INK, MUTED, frame, say, sheet, show, wrapped, write
-from simplclip.evaluation.metrics import nearest
-from simplclip.evaluation.split import Split
+from simplclip.retrieval.metrics import nearest
+from simplclip.retrieval.split import Split
 
 RIGHT, WRONG = "#1a9850", "#d9480f"
 PAIRS = 10  # of a confusion sheet
@@ -26,11 +26,11 @@ def contact_sheet(
     subtitles: a line for each half, e.g. its metrics.
     """
     pick = np.random.default_rng(0)
-    texts = np.sort(pick.permutation(len(split.captions))[:rows])
-    images = np.sort(pick.permutation(len(split))[:rows])
+    texts = sorted(pick.permutation(len(split.captions))[:rows].tolist())
+    images = sorted(pick.permutation(len(split))[:rows].tolist())
     near_images, _ = _nearest(split.text_features[texts], split.image_features, top)
     near_texts, similarities = _nearest(split.image_features[images], split.text_features, top)
-    shown = split.pictures([*{*images.tolist(), *(image for near in near_images for image in near)}])
+    shown = split.pictures([*{*images, *(image for near in near_images for image in near)}])
     groups, caption_groups = split.groups, split.caption_groups
     gap, tile, label, caption = 0.14, 1.0, 2.3, 3.9
     row_height, line_height = tile + gap, tile / top
@@ -57,13 +57,13 @@ def contact_sheet(
         y, x = row * row_height, right + tile + gap
         picture(query, right, y)
         for place, (text, similarity) in enumerate(zip(near_texts[row], similarities[row])):
-            line = y + (place + 0.5) * line_height
+            middle = y + (place + 0.5) * line_height
             hit = bool(caption_groups[text] == groups[query])
             if hit:
-                frame(axis, x, line - 0.43 * line_height, caption, 0.86 * line_height, RIGHT, 2)
+                frame(axis, x, middle - 0.43 * line_height, caption, 0.86 * line_height, RIGHT, 2)
             words = wrapped(split.captions[text], 46, 1)
-            say(axis, x + 0.1, line, words, 9, INK if hit else MUTED, fontweight="bold" if hit else "normal")
-            say(axis, x + caption - 0.1, line, f"{similarity:.2f}", 8, MUTED, ha="right")
+            say(axis, x + 0.1, middle, words, 9, INK if hit else MUTED, fontweight="bold" if hit else "normal")
+            say(axis, x + caption - 0.1, middle, f"{similarity:.2f}", 8, MUTED, ha="right")
     return write(figure, Path(path))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import nn
 
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
+from simplclip.data import HeldOut
 from simplclip.data.shards import not_empty
 from simplclip.data.text import clean, json_of
-from simplclip.evaluation.metrics import nearest
-from simplclip.evaluation.split import Split
+from simplclip.retrieval.metrics import nearest
+from simplclip.retrieval.split import Split
 
 PAIRS, EXAMPLES = 20, 6  # pairs of classes that are listed, and images of each
 Names = list[str] | dict[str, str]  # of classes: by number, or by the name of the folder
@@ -42,6 +44,32 @@ def class_names(what: str | os.PathLike | None) -> tuple[Names | None, list[str]
     if len(names) < 2:
         raise InputError(f"classnames: expected at least two names, got {len(names)} in {what}")
     return names, None
+
+
+def named(data: HeldOut, names: Names | None, synsets: list[str] | None) -> HeldOut:
+    """The data with the names of its classes replaced by `names`: by number, or by the name of the folder.
+
+    synsets: of `names` in order, if they are ImageNet's; folders with such names, all or some, get the right ones.
+    """
+    folders = data.classes.folders
+    if names is None:
+        return data
+    if not folders:
+        return _renamed(data, list(names.values()) if isinstance(names, dict) else list(names))
+    if synsets and set(folders) <= set(synsets):
+        names = dict(zip(synsets, names))
+    where = f"of {data.parts[0].url}"
+    if not isinstance(names, dict):
+        if len(names) != len(folders):
+            raise InputError(f"classnames: expected a name for each of the {len(folders)} folders {where}, got {len(names)}")
+        names = dict(zip(folders, names))
+    if missing := [name for name in folders if name not in names]:
+        raise InputError(f"classnames: expected a name for each folder {where}, got none for {missing[0]!r}")
+    return _renamed(data, [names[name] for name in folders])
+
+
+def _renamed(data: HeldOut, names: list[str]) -> HeldOut:
+    return replace(data, classes=replace(data.classes, names=names))
 
 
 def phrases(templates: str | Sequence[str]) -> list[str]:
@@ -72,13 +100,9 @@ def phrases(templates: str | Sequence[str]) -> list[str]:
 def _read(file: Path, expected: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"{expected}, got {str(file)!r}, which does not exist")
-    if file.suffix != ".json":
-        try:
-            return not_empty(file.read_text("utf-8-sig").splitlines())
-        except UnicodeDecodeError as error:
-            raise InputError(f"{expected}, got {file}: {error}") from None
     try:
-        found = json_of(file.read_text("utf-8-sig"))
+        text = file.read_text("utf-8-sig")
+        found = json_of(text) if file.suffix == ".json" else not_empty(text.splitlines())
     except ValueError as error:
         raise InputError(f"{expected}, got {file}: {error}") from None
     values = found.values() if isinstance(found, dict) else found
@@ -110,7 +134,8 @@ def zero_shot(
     weights = weights.float().T
     labels = torch.tensor(truth)
     right = {1: 0, 5: 0}
-    hits, wrong, examples = torch.zeros(len(classes)), Counter(), {}
+    hits, wrong = torch.zeros(len(classes)), Counter[tuple[int, int]]()
+    examples: dict[tuple[int, int], list[int]] = {}
     for start, _, places in nearest(split.image_features, weights, 5, device):
         places = places.cpu()
         expected = labels[start : start + len(places)]
@@ -137,7 +162,7 @@ def zero_shot(
 
 def _classes(split: Split) -> tuple[list[str], list[int]]:
     """The names of the classes, and the number of each sample's class, or -1."""
-    names, labels = split.source.classes, split.labels
+    names, labels = split.data.classes.names, split.labels
     if names is None:
         names = sorted({label for label in labels if isinstance(label, str)})
     number = {name: i for i, name in enumerate(names)}
@@ -149,6 +174,6 @@ def _classes(split: Split) -> tuple[list[str], list[int]]:
             found = -1 if label is None else label
         if label is not None and not 0 <= found < len(names):
             what = f"{label} of {len(names)} classes" if names else f"the number {label}, and no names"
-            raise InputError(f"classnames: expected a name for each label of {split.source} got {what}")
+            raise InputError(f"classnames: expected a name for each label of {split.data} got {what}")
         numbers.append(found)
     return names, numbers

@@ -29,7 +29,7 @@ import simplclip
 from simplclip import models
 from simplclip.common.errors import InputError
 from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder, write_atomically
-from simplclip.encoder import EXPORT as SUMMARY
+from simplclip.evaluation.encoder import EXPORT as SUMMARY
 from simplclip.export import onnx_towers
 from simplclip.train.state import load_model, model_options
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from simplclip.encoder import load
+from simplclip.evaluation.encoder import load
 
 TYPE = "simplclip"
 

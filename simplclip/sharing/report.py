@@ -17,10 +17,9 @@ from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
 from simplclip.common.plotting import new_figure, style, write
 from simplclip.common.progress import Progress
+from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
-from simplclip.data.stream import Source, Stream
-from simplclip.encoder import Encoder, load
-from simplclip.evaluation import source
+from simplclip.evaluation.encoder import Encoder, load
 from simplclip.models.registry import text_pool
 from simplclip.models.simplify import block_sites, count_parameters
 from simplclip.sharing.blocks import divergences, parse_budget, propose
@@ -41,15 +40,15 @@ def run(
 
     Args:
         model, checkpoint: as for `simplclip.load`, or an encoder. Its blocks may be simplified.
-        data: what `evaluation.source` takes; of the first `samples` the image or the first caption.
+        data: what `data.held_out` takes; of the first `samples` the image or the first caption.
         tower: "text" or "image".
         budget: parameters of the tower, as `parse_budget` takes them. None: no proposals.
 
-    Raises: InputError; the errors of `simplclip.load` and of `data.stream.Stream.batches`.
+    Raises: InputError; the errors of `simplclip.load` and of `data.HeldOut.batches`.
     """
     if tower not in ("text", "image"):
         raise InputError(f"tower: expected text or image, got {tower!r}")
-    split = source(data, captions=1)
+    split = held_out(data, captions=1)
     encoder = model if isinstance(model, Encoder) else load(model, checkpoint, device=device)
     paths, size = [site.path for site in block_sites(encoder.model, tower)], count_parameters(encoder.model)[tower]
     limit = None if budget is None else parse_budget(budget, size)
@@ -70,16 +69,16 @@ def run(
 
 
 def _batches(
-    encoder: Encoder, tower: str, split: Source, samples: int, progress: Progress
+    encoder: Encoder, tower: str, split: HeldOut, samples: int, progress: Progress
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The inputs of a tower for the first samples, and how many of their first tokens count (None: all)."""
     pool = text_pool(encoder.model) or "argmax"
-    for images, _, entries in Stream(split, encoder.preprocess, 8).batches(Skipped()):
+    for images, _, found in split.batches(encoder.preprocess, 8, Skipped()):
         left = samples - progress.done
         if tower == "image":
             inputs = images[:left]
             yield encoder.preprocess.finish(inputs.to(encoder.device)) if inputs.dtype == torch.uint8 else inputs, None
-        elif captions := [entry.captions[0] for entry in entries if entry.captions][:left]:
+        elif captions := [sample.captions[0] for sample in found if sample.captions][:left]:
             inputs = encoder.tokenizer(captions)
             # Where a tower pools by argmax, the end of a text has the highest id, and the tokens behind it are padding.
             yield inputs, inputs.argmax(1) + 1 if pool == "argmax" else None

@@ -1,10 +1,10 @@
 """Teachers: models whose features are computed once and written into sidecars, so that training never loads one.
 
-`simplclip.encoder` loads one; features.py is `simplclip teacher`, which writes features, of an image or of augmented views of
+`simplclip.load` loads one; features.py is `simplclip teacher`, which writes features, of an image or of augmented views of
 it, and measures retrieval; ensemble.py makes one teacher of several.
 """
 
-from simplclip.encoder import load
+from simplclip.evaluation.encoder import load
 from simplclip.teacher.ensemble import Ensemble
 from simplclip.teacher.features import Views, evaluate, run, student_transform, write
 

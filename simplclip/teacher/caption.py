@@ -20,13 +20,14 @@ from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
+from simplclip.data.pack import local_shards
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Opened, Shards, stable_hash
+from simplclip.data.shards import Pair, stable_hash
 from simplclip.data.sidecars import Folders
 
 
 def run(
-    shards: Shards,
+    shards: Any,
     out: str | os.PathLike,
     model: str,
     *,
@@ -49,7 +50,8 @@ def run(
     at the end. Empty captions, and those that differ from an earlier one only in case and spaces, are dropped.
 
     Args:
-        shards, out: as for `rewrite`; shards that an earlier run finished are kept.
+        shards: what `data.parts_of` takes; what is no local tar is first copied, see `data.pack.local_shards`.
+        out: as for `rewrite`; shards that an earlier run finished are kept.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: tag of weights that open_clip downloads.
@@ -82,7 +84,7 @@ def run(
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(coca)), is_train=False)
     counts: Counter[str] = Counter()
 
-    def process(samples: list[Opened]) -> list[dict[str, bytes]]:
+    def process(samples: list[Pair]) -> list[dict[str, bytes]]:
         images = torch.stack([transform(sample.image) for sample in samples]).to(place)
         generators = [torch.Generator().manual_seed(stable_hash(f"{seed}/{sample.place}") >> 1) for sample in samples]
         draws = torch.stack([torch.rand(n, max_tokens, generator=g, dtype=torch.float64) for g in generators])
@@ -94,6 +96,7 @@ def run(
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
     options = {"batch_size": batch_size, "progress": progress, "title": "captions", "sidecar": True, "sidecars": sidecars}
+    shards = local_shards(shards, out, progress=progress)
     summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
     return summary | {name: counts[name] for name in ("captions", "duplicate", "empty")}
 
@@ -186,7 +189,7 @@ def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
 
-def _record(sample: Opened, captions: list[str], counts: Counter[str]) -> bytes:
+def _record(sample: Pair, captions: list[str], counts: Counter[str]) -> bytes:
     seen = {_normal(caption) for caption in sample.captions}
     new = []
     for caption in captions:

@@ -13,9 +13,9 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from simplclip.common.errors import InputError
-from simplclip.data.shards import Opened
+from simplclip.data.shards import Pair
 from simplclip.data.transforms import ImageTransform, View, stack
-from simplclip.encoder import Encoder
+from simplclip.evaluation.encoder import Encoder
 
 
 @dataclass
@@ -48,12 +48,12 @@ class Ensemble:
             return stamps[0]
         return {"name": self.name, "width": self.width, "logit_scale": self.logit_scale, "teachers": stamps}
 
-    def encode_image(self, samples: Sequence[Opened]) -> Tensor:
+    def encode_image(self, samples: Sequence[Pair]) -> Tensor:
         """Features float32 [N, width] of the images of N samples, not augmented."""
         images = [sample.image for sample in samples]
         return self._joined(lambda encoder: encoder.encode_image(images, len(images)))
 
-    def encode_views(self, samples: Sequence[Opened], views: Sequence[View]) -> Tensor:
+    def encode_views(self, samples: Sequence[Pair], views: Sequence[View]) -> Tensor:
         """Features float32 [N, width] of a view of each image, whose pixels are made at each teacher's size.
 
         Raises InputError for a teacher whose transform is not known by size, mean and standard deviation.

@@ -13,15 +13,19 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from simplclip import evaluation, models
+from simplclip import models, retrieval
 from simplclip.common import hardware, plugins
 from simplclip.common.errors import InputError
+from simplclip.data import held_out
+from simplclip.data.decode import size_of
+from simplclip.data.epoch import seeded
+from simplclip.data.pack import local_shards
+from simplclip.data.pairs import parts_of
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Opened, Shards, check_count, expand
+from simplclip.data.shards import Pair, check_count
 from simplclip.data.sidecars import TEACHER, VIEWS, Folders
-from simplclip.data.transforms import ImageTransform
-from simplclip.data.views import augmentation, draw
-from simplclip.encoder import BUILTIN, Encoder, load
+from simplclip.data.transforms import ImageTransform, View, augmentation
+from simplclip.evaluation.encoder import BUILTIN, Encoder, load
 from simplclip.teacher.ensemble import Ensemble
 from simplclip.train import config as configs
 from simplclip.train.state import image_transform
@@ -42,12 +46,21 @@ class Views:
         if augmentation(self.transform) == "none":
             raise InputError("views: expected a transform that augments, got one without, whose views are all equal")
 
+    def draw(self, sample: Pair) -> list[View]:
+        """The views of a sample's image; they depend on the seed, the shard's name, the key and each one's number only."""
+        height, width = size_of(sample.encoded, self.transform.max_pixels)
+        views = []
+        for view in range(self.number):
+            with seeded(self.seed, "view", sample.place, view):
+                views.append(self.transform.draw(height, width))
+        return views
+
     def stamp(self) -> dict[str, Any]:
         return {"number": self.number, "augment": augmentation(self.transform), "seed": self.seed}
 
 
 def write(
-    shards: Shards,
+    shards: Any,
     out: str | os.PathLike,
     teacher: Encoder | Sequence[Encoder],
     *,
@@ -59,6 +72,8 @@ def write(
 ) -> dict[str, Any]:
     """Write a sidecar of each shard to the folder `out`: a teacher.npy for each sample, and the teacher in meta.json.
 
+    shards: what `data.parts_of` takes; what is no local tar is first copied into shards, see `data.pack.local_shards`.
+
     teacher.npy is [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
     `shards.captions_of`. With k `views` it is [k + C, D̂], and views.json has the views, which `make_loader` replays. It is
     float16, or with dtype "bf16" bfloat16, stored as uint16, which numpy has. Several teachers are an `Ensemble`.
@@ -68,16 +83,15 @@ def write(
 
     See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+    _check_dtype(dtype)
     teachers = Ensemble([teacher] if isinstance(teacher, Encoder) else list(teacher))
 
-    def process(samples: list[Opened]) -> list[dict[str, bytes]]:
+    def process(samples: list[Pair]) -> list[dict[str, bytes]]:
         files: list[dict[str, bytes]] = [{} for _ in samples]
         if views is None:
             images = teachers.encode_image(samples)[:, None]
         else:
-            drawn = [draw(views.transform, sample, views.number, views.seed) for sample in samples]
+            drawn = [views.draw(sample) for sample in samples]
             images = torch.stack([teachers.encode_views(samples, one) for one in zip(*drawn)], 1)
             files = [{VIEWS: json.dumps(of_one).encode()} for of_one in drawn]
         captions = [sample.captions for sample in samples]
@@ -87,7 +101,13 @@ def write(
 
     about = teachers.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
     options = {"batch_size": batch_size, "progress": progress, "title": "teacher"}
+    shards = local_shards(shards, out, progress=progress)
     return rewrite(shards, out, process, stamp={"teacher": about}, sidecar=True, sidecars=sidecars, **options)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
 
 
 def _npy(rows: Tensor, dtype: str) -> bytes:
@@ -120,17 +140,17 @@ def student_transform(config: str | None = None, model: str | None = None, augme
 def evaluate(
     teacher: Encoder, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Retrieval of a teacher on splits (name -> shards): the results of `evaluation.metrics.retrieval` by name."""
+    """Retrieval of a teacher on splits (name -> shards): the results of `retrieval.recall_of` by name."""
     figures = {}
     for name, shards in splits.items():
-        split = evaluation.Split(evaluation.source(shards), teacher.tokenizer, teacher.preprocess)
-        evaluation.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
-        figures[name] = evaluation.retrieval(split, teacher.device) or {}
+        split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
+        retrieval.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
+        figures[name] = retrieval.recall_of(split, teacher.device) or {}
     return figures
 
 
 def run(
-    shards: Shards,
+    shards: Any,
     out: str | os.PathLike,
     *,
     name: str | Sequence[str] = BUILTIN,
@@ -148,7 +168,7 @@ def run(
 ) -> dict[str, Any]:
     """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
 
-    name, checkpoint: of a teacher, see `simplclip.encoder.load`; or of several, with a checkpoint for each or none.
+    name, checkpoint: of a teacher, see `simplclip.load`; or of several, with a checkpoint for each or none.
     heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
     and saved there: on the shards named train* if there are any, else on all shards.
     splits: name -> shards on which the teacher's retrieval is measured, of several teachers that of each.
@@ -158,9 +178,10 @@ def run(
     checkpoints = list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [checkpoint] * (checkpoint is not None)
     if len(checkpoints) not in (0, len(names)):
         raise InputError(f"checkpoint: expected one for each of {len(names)} teachers or none, got {len(checkpoints)}")
-    files = expand(shards)
+    _check_dtype(dtype)
+    parts_of(shards)  # raises its error before the work
     for split in (splits or {}).values():
-        evaluation.source(split)  # raises its error before the work
+        held_out(split)
     place = hardware.pick_device(device)
     precision, _ = hardware.pick_precision(precision, place)
     say = print if progress else lambda line: None
@@ -176,12 +197,14 @@ def run(
                 raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(weights)!r}")
             weights = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
             options = {"seed": seed, "device": place, "precision": precision, "progress": progress, "sidecars": sidecars}
-            note = plugins.load("teachers", source).prepare(files, weights, **options)
+            if not weights.exists():
+                shards = local_shards(shards, out, progress=progress)
+            note = plugins.load("teachers", source).prepare(shards, weights, **options)
         encoders.append(load(source, weights, device=place, precision=precision))
         if note:
             say(note)
     options = {"views": views, "dtype": dtype, "sidecars": sidecars, "batch_size": batch_size, "progress": progress}
-    summary = write(files, out, encoders, **options)
+    summary = write(shards, out, encoders, **options)
     about = Ensemble(encoders).stamp()
     seen = "" if views is None else f" of {views.number} views of each image"
     what = f"features of {about['name']}{seen}, width {about['width']}"

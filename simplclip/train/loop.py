@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from simplclip import data, evaluation
+from simplclip import data, retrieval
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.progress import duration
@@ -80,7 +80,7 @@ def run(
 
         splits = {}
         if config.eval.every:
-            splits = evaluation.load_splits(config.eval.splits, config.model.name, config.model.image_size)
+            splits = retrieval.load_splits(config.eval.splits, config.model.name, config.model.image_size)
         training = Training(config, device, precision, state)
         console = console or Console()
         if training.prefix:
@@ -127,7 +127,7 @@ def run(
 def _steps(
     training: Training,
     source: data.Loader,
-    splits: dict[str, evaluation.Split],
+    splits: dict[str, retrieval.Split],
     whole: LastStep,
     stop: StopRequest,
     report: Reporter,
@@ -185,13 +185,13 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
     return TrainingError(f"after step {step - 1}: {type(error).__name__}: {message}. {saved}{go_on}")
 
 
-def _evaluate(training: Training, splits: dict[str, evaluation.Split], log: RunLog, show: Callable[[str], None]) -> None:
+def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLog, show: Callable[[str], None]) -> None:
     training.model.eval()
     for name, split in splits.items():
         c = training.config
         where = training.device, training.precision
-        evaluation.encode(training.model, split, c.eval.batch_size, *where, workers=c.data.workers)
-        for direction, figures in (evaluation.retrieval(split, training.device) or {}).items():
+        retrieval.encode(training.model, split, c.eval.batch_size, *where, workers=c.data.workers)
+        for direction, figures in (retrieval.recall_of(split, training.device) or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": training.step, "split": name, "direction": direction, **values})
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())

@@ -28,12 +28,10 @@ from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
 from simplclip.data.rewrite import rewrite
-from simplclip.data.shards import Opened, count_samples, parse
+from simplclip.data.shards import Pair, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
-from simplclip.data.streams import is_stream
 from simplclip.data.tar import MAX_BYTES
-from simplclip.data.transforms import ImageTransform
-from simplclip.data.views import augmentation
+from simplclip.data.transforms import ImageTransform, augmentation
 from simplclip.models.prefix import FrozenParts, Prefix
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import Config
@@ -77,7 +75,7 @@ class PrefixCache:
         self.views = (training.teacher or {}).get("views")
         parts = data.parts_of(c.pairs, "data.train")
         for part in parts:
-            if part.piece or is_stream(part.url):
+            if not part.is_local_tar:
                 raise ConfigError(f"{_KEY}: expected local tars, beside which sidecars can lie, got {part.url!r}")
         self.shards = list(dict.fromkeys(part.url for part in parts))
         t = self.transform
@@ -145,7 +143,7 @@ class PrefixCache:
         if need > free:
             raise InputError(f"expected {need:,} free bytes for the missing outputs in {self.folder}, got {free:,}")
 
-    def _process(self, samples: list[Opened]) -> list[dict[str, bytes | None] | BrokenSample]:
+    def _process(self, samples: list[Pair]) -> list[dict[str, bytes | None] | BrokenSample]:
         found: list[Any] = []
         images: list[Tensor] = []
         colours: list[list[float] | None] = []

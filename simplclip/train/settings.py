@@ -62,6 +62,7 @@ class Source(Section):
     image_key: str | None = None
     caption_key: str | None = None
     separator: str | None = None
+    images: str | None = None
 
 
 _Pattern = Annotated[str, Tag("train-pattern")]
@@ -78,8 +79,8 @@ class DataConfig(Section):
         _Pattern | _Source | Annotated[list[Annotated[_Pattern | _Source, Discriminator(_form)]], Tag("train-list")],
         Discriminator(_form),
     ] = Field(
-        description="the pairs: tars by path, glob, brace pattern, URL, pipe:COMMAND or list file, a table, or a folder of "
-        "images; {shards, weight}: each sample weight times an epoch; or a list of these"
+        description="the pairs: tars by path, glob, brace pattern, URL, pipe:COMMAND or list file, a table, a JSON or a "
+        "folder; {shards, weight}: each sample weight times an epoch; or a list of these"
     )
     batch_size: int = Field(256, ge=1, description="images per step")
     micro_batch: Annotated[

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from simplclip import data, models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
-from simplclip.data.views import augmentation
+from simplclip.data.transforms import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.data.sources import addresses
-from simplclip.data.streams import names_stream
+from simplclip.data.addresses import names_address
+from simplclip.data.pairs import addresses
 from simplclip.train.settings import Config
 
 # Options of models that say how one is built. Others of open_clip, such as pretrained and weights_only, load files.
@@ -77,7 +77,7 @@ def check_run(source: str, config: Config, typed: Sequence[str] = ()) -> None:
 
 def flag(config: Config) -> str:
     """What a command that continues a run from its config.yaml needs."""
-    return " --trust" if any(map(names_stream, _texts([what for _, what in _sources(config)]))) else ""
+    return " --trust" if any(map(names_address, _texts([what for _, what in _sources(config)]))) else ""
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Any]]:

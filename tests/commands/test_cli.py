@@ -13,7 +13,7 @@ from paths import ROOT
 from typer.testing import CliRunner
 
 import simplclip
-from simplclip import evaluate
+from simplclip import evaluation
 from simplclip.commands import options
 from simplclip.commands.main import app
 from simplclip.train import config
@@ -110,7 +110,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         return json.loads("{")  # a ValueError, but none of ours
 
-    monkeypatch.setattr(evaluate, "run", broken)
+    monkeypatch.setattr(evaluation, "evaluate", broken)
     result = call("evaluate", "x.pt", "--data", "x.tar")
     assert result.exit_code == 1
     assert isinstance(result.exception, json.JSONDecodeError)

@@ -1,7 +1,6 @@
 """`simplclip embed`: features in files, and what is found there by text and by image."""
 
 import io
-import json
 import tarfile
 
 import numpy as np
@@ -26,7 +25,7 @@ def drawn(i):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models; five pairs and three broken samples in shards, the same images in a folder, a list and a table."""
+    """Two models; five pairs and three broken samples in shards, the same images in a folder."""
     folder = tmp_path_factory.mktemp("embed")
     write_models(folder)
     torch.manual_seed(9)
@@ -41,11 +40,6 @@ def folder(tmp_path_factory):
     for i, name in enumerate(NAMES):
         (images / f"{name}.png").write_bytes(drawn(i))
     (images / f"{NAMES[0]}.txt").write_text("a caption beside it")
-    (folder / "list.txt").write_text("".join(f"images/{name}.png\n" for name in NAMES), "utf-8")
-    rows = "".join(f"images/{name}.png\t{name}\n" for name in NAMES)
-    (folder / "table.tsv").write_text("filepath\ttitle\n" + rows, "utf-8")
-    pairs = [{"image": f"images/{name}.png", "caption": [name, "another"]} for name in NAMES]
-    (folder / "pairs.json").write_text(json.dumps(pairs))
     return folder
 
 
@@ -88,31 +82,8 @@ def test_features_are_those_of_encode_image(folder, model, encoder, expected, tm
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]  # nothing temporary is left
 
 
-def test_files_can_be_read_without_this_library(folder, model, expected, tmp_path):
-    made(folder, tmp_path / "f.npz", model=model)
-    whole = np.load(tmp_path / "f.npz")
-    assert [*whole["caption"]] == [*NAMES]
-    assert [*whole["key"]] == ["k0", "k1", "k2", "k3", "k4"]
-    assert (whole["features"].dtype, whole["features"].shape) == (np.float16, expected.shape)
-    assert json.loads(str(whole["about"]))["count"] == 5
-
-
-@pytest.mark.parametrize("source", ["images", "images/*.png", "list.txt", "table.tsv", "pairs.json", "several"])
-def test_every_source_of_images(folder, model, expected, tmp_path, source):
-    what = sorted(map(str, folder.glob("images/*.png"))) if source == "several" else str(folder / source)
-    embedding.embed(what, tmp_path / "f.npz", model=model, workers=0, batch_size=2, device="cpu")
-    stored = embedding.Stored(tmp_path / "f.npz")
-    rows = stored.rows(range(5))
-    order = {str(folder / "images" / f"{name}.png"): i for i, name in enumerate(NAMES)}
-    found = [order[row["image_path"]] for row in rows.values()]
-    assert sorted(found) == [0, 1, 2, 3, 4]
-    torch.testing.assert_close(stored[:], expected[found], rtol=0, atol=1e-3)
-    first = rows[found.index(0)]["caption"]
-    assert first == {"images": "a caption beside it", "table.tsv": NAMES[0], "pairs.json": NAMES[0]}.get(source, "")
-
-
 def test_find_is_exact_over_many_parts(folder, model, encoder, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("simplclip.evaluation.metrics._TILE_COLUMNS", 2)
+    monkeypatch.setattr("simplclip.retrieval.metrics._TILE_COLUMNS", 2)
     made(folder, tmp_path / "f.npz", model=model)
     query = str(folder / "images" / f"{NAMES[2]}.png")
     found = embedding.find(tmp_path / "f.npz", ["a ring", query], top=4, device="cpu")

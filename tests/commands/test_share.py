@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from simplclip.commands.main import app
 from simplclip.common.errors import InputError
-from simplclip.encoder import Encoder
+from simplclip.evaluation.encoder import Encoder
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import count_parameters, simplify
 from simplclip.sharing import report

@@ -14,7 +14,7 @@ from pairs import COUNT, SIZE, augment, keys, loader, npy, png, resize, sample, 
 from runs import bits
 
 from simplclip import data
-from simplclip.data import sources
+from simplclip.data import parts
 from simplclip.data.transforms import ImageTransform
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -149,7 +149,7 @@ def test_a_state_skips_without_decoding(tmp_path, monkeypatch, workers):
     """Also over broken samples, and a shard that could be read before and is gone, or the other way round."""
     broken = ("k100", {"png": png()[:40], "txt": b"torn"})
     paths = [write(tmp_path / f"{i}.tar", [sample(3 * i), broken, sample(3 * i + 1), sample(3 * i + 2)]) for i in range(7)]
-    monkeypatch.setattr(sources, "RETRIES", ())
+    monkeypatch.setattr(parts, "RETRIES", ())
     os.rename(paths[3], tmp_path / "gone")
     (tmp_path / "3.tar").touch()  # the loader checks that it is there
     make = lambda **options: loader(paths, batch_size=3, workers=workers, drop_last=False, shuffle_buffer=4, **options)  # noqa: E731

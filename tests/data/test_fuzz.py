@@ -12,9 +12,9 @@ import warnings
 import archives as make
 
 from simplclip.data import index, indexing, report, shards
+from simplclip.data.addresses import Address
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.shards import contents, read_shard
-from simplclip.data.streams import Address
 
 SECONDS = 1.0  # of a core
 

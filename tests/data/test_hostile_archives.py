@@ -25,14 +25,12 @@ from archives import END, PNG, header, member, npy, pair, pax, record
 from pairs import keys, loader, resize, write
 from paths import PYTHONPATH
 
-from simplclip import embedding
+from simplclip import data, embedding
 from simplclip.common.errors import InputError
-from simplclip.data import index, indexing, report, shrink, sources
+from simplclip.data import index, indexing, parts, report, shrink
 from simplclip.data.arrays import from_bytes
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.shards import contents, read_shard
-from simplclip.data.stream import Stream
-from simplclip.evaluation import source
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 TORN, CLOSED, LARGE, SPARSE, TWICE = "torn tar", "unreadable shard", "file too large", "sparse file", "duplicate file in tar"
@@ -160,7 +158,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(sources, "RETRIES", ())
+    monkeypatch.setattr(parts, "RETRIES", ())
 
 
 @pytest.fixture(autouse=True)
@@ -214,7 +212,7 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
     for what in ("headers", "indices"):
         with in_memory():
             skipped = Skipped()
-            batches = Stream(source([*opened]), resize, 4).batches(skipped)
+            batches = data.held_out([*opened]).batches(resize, 4, skipped)
             found = [entry.key for _, _, entries in batches for entry in entries]
             assert found == [key for used, _ in opened.values() for key in sample_keys(used)]
             assert skipped.counts == sums

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pairs import digests, killed_at_any_point, members, meta, png, sample, write
 
-from simplclip.data import shards
+from simplclip.data import expand, shards
 from simplclip.data.rewrite import rewrite
 
 STAMP = {"mark": {"name": "test", "width": 2}}
@@ -66,7 +66,7 @@ def test_the_folder_says_what_is_in_it(folder, out):
         data = (out / name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
     assert shards._listed_counts(str(out))
-    assert shards.count_samples(shards.expand(str(out / "*.tar"))) == [3, 7, 5]
+    assert shards.count_samples(expand(str(out / "*.tar"))) == [3, 7, 5]
     assert (out / "LICENSES.md").read_text() == "as you like"
     assert set(digests(out)) == {"LICENSES.md", "held-0.tar", "meta.json", "train-0.tar", "train-1.tar"}
 

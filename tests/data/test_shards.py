@@ -15,7 +15,7 @@ from pairs import SIZE, keys, loader, png, resize, sample, text_of, write
 from PIL import Image
 
 from simplclip import data
-from simplclip.data import shards, sources
+from simplclip.data import parts, shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -111,13 +111,6 @@ def test_broken_samples_are_skipped_and_counted(tmp_path, workers):
     assert all(f"{count} {reason} (first: a.tar/broken" in report for reason, count in expected.items())
 
 
-@pytest.mark.parametrize("reason", DAMAGE)
-def test_each_kind_of_damage_is_told_from_the_others(tmp_path, reason):
-    reader = loader(write(tmp_path / "a.tar", [sample(0), ("broken", DAMAGE[reason])]), batch_size=1)
-    assert keys(reader.epoch(0)) == ["k000"]
-    assert reader.skipped == {reason.split(" (")[0]: 1}
-
-
 def test_a_double_file_is_counted_and_the_first_one_used(tmp_path):
     files = [("a", {"png": png(), "txt": b"first"}), ("a", {"txt": b"second"})]
     reader = loader(write(tmp_path / "a.tar", files), batch_size=1)
@@ -161,7 +154,7 @@ def test_a_tear_is_counted_once_and_costs_no_usable_sample(tmp_path, torn, worke
 def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why, monkeypatch):
     path = Path(write(tmp_path / "odd.tar", [sample(0)]))
     whole = write(tmp_path / "whole.tar", [sample(i) for i in range(9)])
-    monkeypatch.setattr(sources, "RETRIES", (0.01,))
+    monkeypatch.setattr(parts, "RETRIES", (0.01,))
     reader = loader([str(path), whole], workers=workers, on_error="stop")
     skipping = loader([str(path), whole], workers=workers)
     user = os.geteuid()
@@ -188,22 +181,6 @@ def test_a_shard_that_cannot_be_opened_names_itself(tmp_path, workers, why, monk
     assert "Traceback" not in str(caught.value)
     assert ("Permission" in str(caught.value)) == (why == "no permission")
     assert time.monotonic() - start < 20
-
-
-def test_shard_patterns(tmp_path):
-    folder = tmp_path
-    files = [write(folder / f"train-00000{i}.tar", [sample(i)]) for i in range(3)]
-    assert data.expand(folder / "train-000000.tar") == files[:1]
-    assert data.expand(str(folder / "*.tar")) == files == data.expand(str(folder / "train-{000000..000002}.tar"))
-    assert data.expand([str(folder / "*0.tar"), str(folder / "train-00000[12].tar")]) == files
-    for bad, message in (
-        (str(folder / "no-*.tar"), r"shards: .*pattern '.*no-\*\.tar', which matches none"),
-        (str(folder / "train-{000000..000003}.tar"), r"shards: .*train-000003\.tar', which does not exist"),
-        (str(folder), "shards: .*is a folder"),
-        ([], "shards: .*empty list"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            data.expand(bad)
 
 
 def test_batches_per_epoch_comes_from_meta_json_if_it_fits(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from runs import bits
 
 from simplclip import data
 from simplclip.common import files
-from simplclip.data import shards, sources
+from simplclip.data import parts, shards
 from simplclip.data.broken import Skipped
 from simplclip.data.rewrite import rewrite
 from simplclip.data.tar import Span
@@ -160,7 +160,7 @@ def test_what_is_missing_is_named(folder, out, monkeypatch):
     with pytest.raises(data.ShardError, match=r"sample 'k\d+' of shard '.*train-1.tar' has no teacher features"):
         list(reader.epoch(0))
     (out / "train-1.tar").write_bytes((out / "train-0.tar").read_bytes()[:1500])
-    monkeypatch.setattr(sources, "RETRIES", ())
+    monkeypatch.setattr(parts, "RETRIES", ())
     with pytest.raises(data.ShardError, match=r"sidecar '.*out/train-1.tar' cannot be read: .*; make it again"):
         list(loader(str(folder / "train-1.tar"), sidecars=[out], on_error="stop").epoch(0))
 
@@ -242,7 +242,7 @@ def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(png())
     (tmp_path / "images" / "a.txt").write_text("one")
-    with pytest.raises(ValueError, match="sidecars: expected tars, whose samples have keys, got '.*images'"):
+    with pytest.raises(ValueError, match="sidecars: expected tars, beside which they lie, got '.*images'"):
         loader(str(tmp_path / "images"), sidecars=[out])
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from runs import bits
 
 from simplclip import data
-from simplclip.data import indexing, sources
+from simplclip.data import indexing, parts
 from simplclip.data.transforms import ImageTransform
 
 SAMPLES = int(os.environ.get("SIMPLCLIP_SOAK", 12_000))
@@ -86,7 +86,7 @@ def test_counts_memory_and_resuming(tmp_path, monkeypatch):
     indexing.run(str(tmp_path / "*.tar"), progress=False)
     say = lambda what: print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)  # noqa: E731
     say(f"{SAMPLES} samples in {SHARDS} shards are written and indexed")
-    monkeypatch.setattr(sources, "RETRIES", (0.1,))
+    monkeypatch.setattr(parts, "RETRIES", (0.1,))
     transform = ImageTransform(PreprocessCfg(size=32), AugmentationCfg(scale=(0.9, 1.0)))
     options = {"tokenizer": tokenizer, "transform": transform, "batch_size": BATCH, "workers": 2, "drop_last": False}
     files = sorted(counts)

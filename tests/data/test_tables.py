@@ -6,8 +6,9 @@ from pairs import keys, loader, png, resize, table, text_of
 
 from simplclip import data
 from simplclip.common.errors import InputError
-from simplclip.data import sources, tables
+from simplclip.data import folders, pairs, tables
 from simplclip.data.broken import Skipped
+from simplclip.data.parts import read_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -30,22 +31,19 @@ def captions(source, **options):
 WRITTEN = sorted(f"{number} a" for number in range(30))
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "csv of open_clip", "parquet", "semicolon"])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_tables(tmp_path, pictures, monkeypatch, kind, workers):
     monkeypatch.setattr(tables, "ROWS", 7)
-    source = str(tmp_path / f"pairs.{kind[:3]}")
+    source = str(tmp_path / "pairs.csv")
     if kind == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
         source, columns = str(tmp_path / "pairs.parquet"), list(zip(*pictures))
         columns = {"similarity": [0.5] * 30, "caption": columns[1], "image_path": columns[0]}
         parquet.write_table(pyarrow.table(columns), source, row_group_size=11)
-    elif kind == "semicolon":
-        table(source + ".csv", [[1, *row] for row in pictures], ("n", "where", "what"), ";")
-        source = {"shards": source + ".csv", "image_key": "where", "caption_key": "what", "separator": ";"}
     else:
-        table(source, pictures, separator="," if kind == "csv" else "\t")
+        table(source, pictures)
     found, reader = captions(source, workers=workers)
     assert (found, reader.skipped) == (WRITTEN, {})
     assert len(data.parts_of(source)) == 5
@@ -75,7 +73,7 @@ def test_rows_of_every_kind(tmp_path, pictures, monkeypatch):
     counted = reader.skipped
     assert counted.pop("bad row") + counted.pop("cannot be read") == 3  # one of them is of either kind in other Pythons
     assert counted == {"empty caption": 1, "missing image": 1, "caption not UTF-8": 1}
-    keys_of = [found["__key__"] for part in data.parts_of(path) for found in sources.read_part(part, Skipped())]
+    keys_of = [found["__key__"] for part in data.parts_of(path) for found in read_part(part, Skipped())]
     assert keys_of == sorted(set(keys_of))
 
 
@@ -86,12 +84,12 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, monkeypatch):
     text = (tmp_path / "t.csv").read_text().replace("a.png,7 x", 'a.png,"7 x')
     (tmp_path / "t.csv").write_text(text)
     skipped = Skipped()
-    read = [found for part in data.parts_of(path) for found in sources.read_part(part, skipped)]
+    read = [found for part in data.parts_of(path) for found in read_part(part, skipped)]
     assert skipped.counts == {"bad row": 1}
     assert len(read) == 2999
-    assert read[-1]["txt"].startswith(b"2999 x")
+    assert read[-1]["__captions__"][0].startswith("2999 x")
     assert len({found["__key__"] for found in read}) == len(read)
-    assert sources.count(data.parts_of(path)) == [part.piece.count for part in data.parts_of(path)]
+    assert pairs.count(data.parts_of(path)) == [part.count for part in data.parts_of(path)]
 
 
 def test_what_is_held_of_a_large_table(tmp_path):
@@ -105,16 +103,16 @@ def test_what_is_held_of_a_large_table(tmp_path):
     parts = data.parts_of(path)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert sum(sources.count(parts)) == 100_000
+    assert sum(pairs.count(parts)) == 100_000
     assert held < 300_000  # 3 bytes a row
-    last = list(sources.read_part(parts[-1], Skipped()))[-1]
+    last = list(read_part(parts[-1], Skipped()))[-1]
     assert last["__key__"] == "000099999"
-    assert last["txt"] == b"a photo of thing 99999"
+    assert last["__captions__"] == ["a photo of thing 99999"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_folders(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(tables, "ROWS", 4)
+    monkeypatch.setattr(folders, "ROWS", 4)
     folder = tmp_path / "mine"
     for number in range(9):
         place = folder / ("" if number < 3 else f"sub {number % 2}/deep")
@@ -130,9 +128,22 @@ def test_folders(tmp_path, monkeypatch, workers):
     assert found == [f"{number} a" for number in range(9)]
     assert reader.skipped == {"missing caption": 1}
     assert reader.batches_per_epoch == 3
-    assert [part.piece.count for part in data.parts_of(folder)] == [4, 4, 2]
+    assert [part.count for part in data.parts_of(folder)] == [4, 4, 2]
     order = keys(loader(folder, shuffle=False, drop_last=False).epoch(0))
     assert order == ["IMG.0", "IMG.1", "IMG.2", *(f"sub {n % 2}/deep/IMG.{n}" for n in (4, 6, 8, 3, 5, 7))]
+
+
+def test_links_to_folders(tmp_path):
+    """Classes may be links, and one that leads into itself or to the root of the disk costs nothing."""
+    (tmp_path / "all/dog/deep").mkdir(parents=True)
+    for name in ("all/dog/1.png", "all/dog/deep/2.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "some").mkdir()
+    for name, target in (("dog", "../all/dog"), ("root", "/"), ("self", ".")):
+        (tmp_path / "some" / name).symlink_to(target, target_is_directory=True)
+    found = data.held_out(str(tmp_path / "some"))
+    assert [sample["__key__"] for sample in found.samples(Skipped())] == ["dog/1.png"]
+    assert found.classes.names == ["dog", "root", "self"]
 
 
 def test_a_parquet_file_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 from typer.testing import CliRunner
 
-from simplclip import data, demo, evaluation
+from simplclip import data, demo, retrieval
 from simplclip.commands.main import app
 from simplclip.common.errors import InputError
 from simplclip.demo import emoji, emoji_sources
@@ -325,7 +325,7 @@ def test_the_loader_reads_the_build(built, out):
     assert not reader.skipped
     groups = [group for batch in batches for group in batch["group"].tolist()]
     assert len(groups) == 2 * len(set(groups))  # both vendors' drawings of a concept are one group
-    held_out = evaluation.Split(evaluation.source(str(out / "concepts-*.tar")), tokenizer, to_tensor)
+    held_out = retrieval.Split(data.held_out(str(out / "concepts-*.tar")), tokenizer, to_tensor)
     assert sum(len(images) for images in held_out.read(20)) == len(held_out) == 2 * HELD_OUT
     assert len(held_out.captions) == len(held_out.groups.unique()) == HELD_OUT
     trained = {record["group"] for batch in batches for record in batch["meta"]}

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from runs import go
 
-from simplclip import evaluate, evaluation
+from simplclip import evaluation, retrieval
 from simplclip.train import checkpoint
 from simplclip.train.config import load
 from simplclip.train.state import load_model
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
 
 
 def split_of(shard):
-    (split,) = evaluation.load_splits({"s": shard}, "siclip-tiny").values()
+    (split,) = retrieval.load_splits({"s": shard}, "siclip-tiny").values()
     for _ in split.read(10):
         pass
     return split
@@ -62,24 +62,11 @@ def plain_recall(x, y, gx, gy, k):
 @pytest.mark.parametrize(("n", "m", "groups"), [(40, 40, 7), (13, 29, 5), (1, 3, 2), (31, 4, 30)])
 @pytest.mark.parametrize(("tile_bytes", "columns"), [(1, 1), (500, 3), (500, 16), (2**20, 11), (2**20, 100)])
 def test_recall_is_the_plain_one_whatever_the_tiles(monkeypatch, n, m, groups, tile_bytes, columns):
-    monkeypatch.setattr(evaluation.metrics, "_TILE_BYTES", tile_bytes)
-    monkeypatch.setattr(evaluation.metrics, "_TILE_COLUMNS", columns)
+    monkeypatch.setattr(retrieval.metrics, "_TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(retrieval.metrics, "_TILE_COLUMNS", columns)
     x, y, gx, gy = features(n, m, groups)
     for k in (1, 5, 10):
-        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(plain_recall(x, y, gx, gy, k))
-
-
-def test_one_to_one_is_the_usual_recall_with_the_usual_chance():
-    x, y, *_ = features(200, 200, 1)
-    y = F.normalize(x + 0.9 * y, dim=1)
-    ids = torch.randperm(200)
-    got = evaluation.recall(x, y, ids, ids)
-    s = x @ y.T
-    rank = (s > s.diag()[:, None]).sum(1)
-    for k in (1, 5, 10):
-        assert got[f"R@{k}"]["value"] == pytest.approx((rank < k).double().mean().item())
-        assert got[f"R@{k}"]["chance"] == pytest.approx(k / 200)
-    assert 0.05 < got["R@1"]["value"] < got["R@10"]["value"] < 1
+        assert retrieval.recall(x, y, gx, gy)[f"R@{k}"]["value"] == pytest.approx(plain_recall(x, y, gx, gy, k))
 
 
 def test_chance_counts_all_right_answers():
@@ -88,24 +75,12 @@ def test_chance_counts_all_right_answers():
     x, y = torch.randn(51, 3), torch.randn(60, 3)
     for k in (1, 5, 10):
         expected = np.mean([1 - math.comb(60 - int((gy == g).sum()), k) / math.comb(60, k) for g in gx])
-        assert evaluation.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
+        assert retrieval.recall(x, y, gx, gy)[f"R@{k}"]["chance"] == pytest.approx(expected)
 
 
 def test_fewer_candidates_than_k():
     x, y, gx, gy = features(6, 3, 1)
-    assert evaluation.recall(x, y, gx, gy)["R@10"] == {"value": 1.0, "chance": 1.0}
-
-
-def test_equal_captions_are_one_candidate_if_they_are_of_one_group(shards):
-    split = split_of(shards["two"])
-    assert len(split) == 48
-    assert len(split.captions) == len(set(split.captions)) == 24
-    assert len(split.caption_groups) == 24
-    split.image_features = F.one_hot(split.groups).float()
-    split.text_features = F.one_hot(split.caption_groups).float()
-    result = evaluation.retrieval(split)
-    assert result["image_to_text"]["R@1"] == {"value": 1.0, "chance": pytest.approx(1 / 24)}
-    assert result["text_to_image"]["R@1"] == {"value": 1.0, "chance": pytest.approx(2 / 48)}
+    assert retrieval.recall(x, y, gx, gy)["R@10"] == {"value": 1.0, "chance": 1.0}
 
 
 class ColourModel(torch.nn.Module):
@@ -148,7 +123,7 @@ def test_zero_shot_counts_and_leaves_out_what_has_no_label(split):
 def test_run_writes_table_json_and_pictures(trained, shards, tmp_path):
     text, gone = io.StringIO(), {"gone": str(tmp_path / "no-*.tar")}
     options = {"device": "cpu", "skip_missing": True, "console": Console(file=text, width=160)}
-    got = evaluate.run(trained, shards | gone, out=tmp_path / "out", templates=["a {} shape"], **options)
+    got = evaluation.evaluate(trained, shards | gone, out=tmp_path / "out", templates=["a {} shape"], **options)
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == got
     assert list(got["splits"]) == ["one", "two"]
     assert got["step"] == 30
@@ -161,35 +136,9 @@ def test_run_writes_table_json_and_pictures(trained, shards, tmp_path):
     for words in ("skipped gone: ", "24 texts", "(4.2%)"):
         assert words in text.getvalue()
     with pytest.raises(ValueError, match="matches none"):
-        evaluate.run(trained, gone, device="cpu", out=tmp_path)
+        evaluation.evaluate(trained, gone, device="cpu", out=tmp_path)
     with pytest.raises(ValueError, match="expected at least one split"):
-        evaluate.run(trained, device="cpu")
-
-
-def test_splits_are_added_to_what_was_evaluated_before(trained, shards, tmp_path):
-    text = io.StringIO()
-    options = {"out": tmp_path / "out", "device": "cpu", "console": Console(file=text, width=200)}
-    file, one, two = tmp_path / "out" / "evaluation.json", {"one": shards["one"]}, {"two": shards["two"]}
-    evaluate.run(trained, one, **options)
-    first = json.loads(file.read_text())
-    made_by = {"checkpoint": str(trained), "model": "siclip-tiny", "step": 30, "precision": "fp32"}
-    for key in made_by:
-        del first["splits"]["one"][key]  # as files from before had them
-    file.write_text(json.dumps(first))
-    got = evaluate.run(trained / "last.pt", two, **options)
-    assert list(got["splits"]) == ["two"]
-    both = json.loads(file.read_text())
-    assert list(both["splits"]) == ["one", "two"]
-    assert both["splits"]["one"] == first["splits"]["one"] | made_by
-    assert both["splits"]["two"]["checkpoint"] == str(trained / "last.pt")
-    gone = {"gone": str(tmp_path / "no-*.tar")}
-    assert evaluate.run(trained, gone, skip_missing=True, **options)["splits"] == {}
-    assert "nothing was evaluated" in text.getvalue()
-    assert json.loads(file.read_text()) == both
-    file.write_text("[1, 2")
-    with pytest.raises(ValueError, match="out: expected no evaluation.json, or one to add splits to, got .*evaluation.json"):
-        evaluate.run(trained, one, **options)
-    assert file.read_text() == "[1, 2"
+        evaluation.evaluate(trained, device="cpu")
 
 
 def test_features_do_not_depend_on_the_batch_size(trained, split):
@@ -198,7 +147,7 @@ def test_features_do_not_depend_on_the_batch_size(trained, split):
     assert config.model.name == "siclip-tiny"
     found = []
     for size, workers in ((5, 0), (24, 0), (5, 2)):
-        evaluation.encode(model, split, size, torch.device("cpu"), "fp32", workers=workers)
+        retrieval.encode(model, split, size, torch.device("cpu"), "fp32", workers=workers)
         found.append((split.image_features[:], split.text_features[:]))
     torch.testing.assert_close(found[0], found[1])
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[2]))
@@ -215,27 +164,6 @@ def test_contact_sheet_frames_what_is_right(tmp_path, split):
     assert right > 10 * wrong > 0  # the legend alone
 
 
-def test_what_is_no_checkpoint_says_so(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file: .*gone.pt"):
-        load_model(tmp_path / "gone.pt")
-    torn = tmp_path / "torn.pt"
-    torn.write_bytes((trained / "last.pt").read_bytes()[:5000])
-    other, unsafe = tmp_path / "other.pt", tmp_path / "unsafe.pt"
-    torch.save({"state_dict": {}}, other)
-    torch.save({"format": "simplclip", "x": Console}, unsafe)
-    for path in (torn, other, unsafe):
-        with pytest.raises(checkpoint.CheckpointError, match=f"{path.name}: expected a simplclip checkpoint, got "):
-            load_model(path)
-    state = checkpoint.load(trained)
-    for change, told in (
-        ({"config": state["config"] | {"model": {"name": "siclip-tiny"}}}, "expected weights of 'siclip-tiny'.*Missing key"),
-        ({"version": 99}, "newer simplclip"),
-    ):
-        torch.save(state | change, other)
-        with pytest.raises(checkpoint.CheckpointError, match=told):
-            load_model(other)
-
-
 def test_a_model_that_is_not_finite_is_an_error(trained, shards, tmp_path):
     state = checkpoint.load(trained)
     for value in state["model"].values():
@@ -243,7 +171,7 @@ def test_a_model_that_is_not_finite_is_an_error(trained, shards, tmp_path):
             value.fill_(float("nan"))
     torch.save(state, tmp_path / "nan.pt")
     with pytest.raises(ValueError, match=r"nan.pt: expected finite features, got text features that are not finite"):
-        evaluate.run(tmp_path / "nan.pt", shards, device="cpu")
+        evaluation.evaluate(tmp_path / "nan.pt", shards, device="cpu")
 
 
 def test_the_demo_config_names_its_splits():

@@ -12,7 +12,7 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from pairs import write
 
 import simplclip
-from simplclip import evaluate
+from simplclip import evaluation
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import contents, read_shard
 from simplclip.demo import builtin, emoji
@@ -73,7 +73,7 @@ def ours(folder):
     """The figures of evaluate."""
     splits = {name: str(folder / name) for name in ("retrieval", "classes")}
     options = {"out": folder / "out", "device": "cpu", "batch_size": 16}
-    return evaluate.run(f"builtin/{folder / 'heads.safetensors'}", splits, **options)["splits"]
+    return evaluation.evaluate(f"builtin/{folder / 'heads.safetensors'}", splits, **options)["splits"]
 
 
 @pytest.fixture(scope="module")

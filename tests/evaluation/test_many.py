@@ -14,9 +14,10 @@ from PIL import Image
 from rich.console import Console
 from trainer_runs import write_models
 
-from simplclip import evaluate, evaluation
+from simplclip import data, evaluation, retrieval
 from simplclip import train as trainer
-from simplclip.evaluation import tables
+from simplclip.evaluation import figures
+from simplclip.evaluation import run as running
 
 COUNT, CPU = 2000, torch.device("cpu")
 
@@ -59,11 +60,11 @@ def many(tmp_path_factory):
 
 
 def test_streaming_equals_the_figures_in_memory(many, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation.metrics, "_TILE_BYTES", 2**18)
-    monkeypatch.setattr(evaluation.metrics, "_TILE_COLUMNS", 300)
-    split = evaluation.Split(evaluation.source(many, captions=0), tokenizer, transform)
+    monkeypatch.setattr(retrieval.metrics, "_TILE_BYTES", 2**18)
+    monkeypatch.setattr(retrieval.metrics, "_TILE_COLUMNS", 300)
+    split = retrieval.Split(data.held_out(many, captions=0), tokenizer, transform)
     model = Bag()
-    evaluation.encode(model, split, 64, CPU, "fp32", workers=2, folder=tmp_path)
+    retrieval.encode(model, split, 64, CPU, "fp32", workers=2, folder=tmp_path)
     assert len(split) == COUNT
     assert [*tmp_path.iterdir()] == []  # the file has no name
     images = torch.stack([transform(Image.open(io.BytesIO(png(i)))) for i in range(COUNT)])
@@ -71,9 +72,9 @@ def test_streaming_equals_the_figures_in_memory(many, monkeypatch, tmp_path):
     torch.testing.assert_close(split.image_features[:], x)
     torch.testing.assert_close(split.text_features[:], y)
     similarities, right = x @ y.T, split.groups[:, None] == split.caption_groups
-    figures = evaluation.retrieval(split)
+    figures = retrieval.recall_of(split)
     for direction, s, hit in (("image_to_text", similarities, right), ("text_to_image", similarities.T, right.T)):
-        for k in evaluation.KS:
+        for k in retrieval.KS:
             expected = hit.gather(1, s.topk(k).indices).any(1).double().mean().item()
             assert figures[direction][f"R@{k}"]["value"] == pytest.approx(expected, abs=1e-6)
     found = evaluation.zero_shot(model, split, ["{}"], CPU, "fp32")
@@ -91,9 +92,9 @@ def test_streaming_equals_the_figures_in_memory(many, monkeypatch, tmp_path):
 
 
 def test_features_are_kept_where_one_says(many, tmp_path):
-    split, model = evaluation.Split(evaluation.source(many), tokenizer, transform), Bag()
+    split, model = retrieval.Split(data.held_out(many), tokenizer, transform), Bag()
     for precision, dtype in (("fp32", np.float32), ("bf16", np.float16)):
-        evaluation.encode(model, split, 600, CPU, precision, keep=tmp_path / "held.x")
+        retrieval.encode(model, split, 600, CPU, precision, keep=tmp_path / "held.x")
         for name, features, count in (("image", split.image_features, COUNT), ("text", split.text_features, COUNT)):
             stored = np.load(tmp_path / f"held.x.{name}.npy", mmap_mode="r")
             assert (stored.shape, stored.dtype) == ((count, 32), dtype)
@@ -121,7 +122,7 @@ def run(folder, *models, splits=None, out=None, **options):
     names = [str(folder / model) if (folder / model).exists() else model for model in models]
     splits = splits or {"held": str(folder / "held.tar")}
     options = {"device": "cpu", "workers": 0, "console": Console(file=text, width=120)} | options
-    return evaluate.run(names, splits, out=out, **options), text.getvalue()
+    return evaluation.evaluate(names, splits, out=out, **options), text.getvalue()
 
 
 def test_several_models_side_by_side(folder, tmp_path):
@@ -167,6 +168,13 @@ def test_what_was_evaluated_stays_by_model_and_split(folder, tmp_path):
     gone = {"gone": str(tmp_path / "no-*.tar")}
     assert run(folder, "run", "other", splits=gone, skip_missing=True, out=tmp_path)[0]["splits"] == {}
     assert json.loads((tmp_path / "evaluation.json").read_text()) == third
+    for other in ("[1, 2", "[]", '{"splits": 3}'):
+        (tmp_path / "evaluation.json").write_text(other)
+        with pytest.raises(
+            ValueError, match="out: expected no evaluation.json, or one to add splits to, got .*evaluation.json"
+        ):
+            run(folder, "run", splits=two, out=tmp_path)
+        assert (tmp_path / "evaluation.json").read_text() == other
 
 
 def test_a_run_that_fails_half_way_keeps_the_splits_that_are_done(folder, tmp_path):
@@ -199,13 +207,13 @@ def test_names_of_splits_are_any_words(folder, tmp_path, name):
 
 def test_small_shares_keep_a_digit():
     shown = {1.0: "100.0%", 0.1234: "12.3%", 0.001: "0.1%", 0.0004: "0.04%", 1 / 50000: "0.002%", 0.0: "0.0%"}
-    assert {share: tables.percent(share) for share in shown} == shown
+    assert {share: figures.percent(share) for share in shown} == shown
 
 
 def test_names_of_files():
-    assert evaluate.file_name("runs/a: b?c") == "runs_a_ b_c"
-    assert evaluate.file_name("第 2 部 🙂.") == "第 2 部 🙂"
-    assert evaluate.file_name("..") == "_"
+    assert running.file_name("runs/a: b?c") == "runs_a_ b_c"
+    assert running.file_name("第 2 部 🙂.") == "第 2 部 🙂"
+    assert running.file_name("..") == "_"
 
 
 def test_the_confusion_sheet_shows_the_pairs(folder, tmp_path):

@@ -5,100 +5,39 @@ import json
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 from pairs import png, write
 
-from simplclip import evaluation
+from simplclip import data, evaluation, retrieval
 from simplclip.data.broken import Skipped
-
-PICTURES = ("a.png", "b.png", "sub/c.png")
-
-
-@pytest.fixture
-def images(tmp_path):
-    (tmp_path / "images" / "sub").mkdir(parents=True)
-    for number, name in enumerate(PICTURES):
-        (tmp_path / "images" / name).write_bytes(png(number))
-    return tmp_path / "images"
+from simplclip.data.parts import Classes
 
 
 def entries(what, **options):
-    found = evaluation.source(str(what), **options)
-    return [found.open(item) for item in found.items(Skipped())]
+    found = data.held_out(str(what), **options)
+    return [found.open(sample) for sample in found.samples(Skipped())]
 
 
 def captions(what, **options):
     return {entry.key: entry.captions for entry in entries(what, **options)}
 
 
-EXPECTED = {"a.png": ["one", "two", "three"], "b.png": ["four"], "sub/c.png": ["five", "five"]}
-PAIRS = [(name, text) for name, texts in EXPECTED.items() for text in texts]
-SENTENCES = [
-    {"filename": name.rpartition("/")[2], "split": "test", "sentences": [{"raw": f" {text} "} for text in texts]}
-    | ({"filepath": "sub"} if "/" in name else {})
-    for name, texts in EXPECTED.items()
-]
-OTHER = {"filename": "gone.png", "split": "train", "sentences": [{"raw": "not of this split"}]}
-FILES = {
-    "karpathy.json": json.dumps({"images": [OTHER, *SENTENCES], "dataset": "flickr30k"}),
-    "coco.json": json.dumps(
-        {
-            "images": [{"id": 7 + i, "file_name": name} for i, name in enumerate(EXPECTED)],
-            "annotations": [{"image_id": 7 + [*EXPECTED].index(name), "caption": text} for name, text in PAIRS],
-        }
-    ),
-    "list.json": json.dumps([{"image": name, "caption": texts} for name, texts in EXPECTED.items()]),
-    "rows.json": json.dumps([{"filepath": name, "caption": text} for name, text in PAIRS]),
-    "open_clip.tsv": "\n".join(["filepath\ttitle", *(f"{name}\t{text}" for name, text in PAIRS)]),
-    "plain.csv": "\n".join(["number,caption,image", *(f'0,"{text}",{name}' for name, text in PAIRS)]),
-    "flickr.csv": "\n".join(["image_name| comment_number| comment", *(f"{name}| 0| {text}" for name, text in PAIRS)]),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_tables_of_images_with_several_captions(images, name):
-    file = images / name
-    file.write_text(FILES[name])
-    assert captions(file) == EXPECTED
-    assert captions(file, captions=2) == {key: texts[:2] for key, texts in EXPECTED.items()}
-    elsewhere = images.parent / name
-    elsewhere.write_text(FILES[name])
-    assert [entry.encoded for entry in entries(elsewhere, images=images)] == [png(i) for i in range(3)]
-    if name == "karpathy.json":
-        assert list(captions(images.parent / "karpathy.json", images=images)) == list(EXPECTED)
-        with pytest.raises(ValueError, match="expected images with captions, got none of the split 'val'"):
-            evaluation.source(f"{file}#val")
-
-
-def test_an_image_that_is_gone_is_counted(images):
-    (images / "list.json").write_text(json.dumps([{"image": "gone.png", "caption": "x"}, {"image": "a.png", "caption": "y"}]))
-    split = evaluation.Split(evaluation.source(str(images / "list.json")), None, lambda image: torch.zeros(3, 2, 2))
+def test_the_first_captions_and_images_elsewhere(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number, name in enumerate("ab"):
+        (tmp_path / "images" / f"{name}.png").write_bytes(png(number))
+    rows = ["a.png| 0| one", "a.png| 1| two", "b.png| 0| five", "b.png| 1| five", "a.png| 2| three"]
+    (tmp_path / "flickr.csv").write_text("\n".join(["image_name| comment_number| comment", *rows]))
+    (tmp_path / "list.json").write_text('[{"image": "a.png", "caption": "y"}, {"image": "gone.png", "caption": "x"}]')
+    for limit, expected in ((None, [["one", "two", "three"], ["five", "five"]]), (1, [["one"], ["five"]])):
+        found = entries(tmp_path / "flickr.csv", images=tmp_path / "images", captions=limit)
+        assert [entry.captions for entry in found] == expected
+        assert [entry.encoded for entry in found] == [png(0), png(1)]
+    split = retrieval.Split(
+        data.held_out(tmp_path / "list.json", images=tmp_path / "images"), None, lambda image: torch.zeros(3, 2, 2)
+    )
     assert [len(batch) for batch in split.read(2)] == [1]
     assert split.keys == ["a.png"]
-    assert "1 missing image (first: gone.png" in split.report()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.json", "[1", "expected images with captions, as in Karpathy's or COCO's JSON, got another one: JSONDecodeError"),
-        ("a.json", '[{"image": "a.png"}]', "LookupError"),
-        ("a.json", '{"a": 1}', "KeyError: 'images'"),
-        (
-            "a.csv",
-            "name,size\na,1",
-            "expected a table with a column filepath .*, got .* with the columns 'name', 'size'",
-        ),
-        ("a.tsv", "filepath\ttitle\n", "expected images with captions, got none"),
-    ],
-)
-def test_files_that_are_something_else(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
-        evaluation.source(str(tmp_path / name))
-    assert str(tmp_path / name) in str(error.value)
-    with pytest.raises(ValueError, match="gone.json', which does not exist"):
-        evaluation.source(str(tmp_path / "gone.json"))
+    assert "1 cannot be read (first: list.json/gone.png: " in split.report()
 
 
 def test_captions_of_shards(tmp_path):
@@ -106,7 +45,7 @@ def test_captions_of_shards(tmp_path):
     single = json.dumps({"caption": "single", "label": 3}).encode()
     rows = [("a", {"png": png(), "json": record, "txt": b"no"}), ("b", {"png": png(), "txt": b"x\n\n y \nz\n"})]
     shard = write(tmp_path / "s.tar", [*rows, ("c", {"png": png(), "json": single}), ("d", {"png": png(), "cls": b"4"})])
-    several = ["one", "two", "three", "another"]
+    several = ["one", "two", "three"]
     for limit, a, b in ((None, several[:1], ["x", "y", "z"]), (0, several, ["x", "y", "z"]), (2, several[:2], ["x", "y"])):
         assert captions(shard, captions=limit) == {"a": a, "b": b, "c": ["single"], "d": []}
     assert [entry.label for entry in entries(shard)] == [None, None, "3", 4]
@@ -118,23 +57,13 @@ def test_a_group_s_identical_captions_are_one_and_an_image_s_are_not(tmp_path):
 
     rows = [("a", "g", ("x", "x", "y")), ("b", "g", ("x",)), ("c", "h", ("x",)), ("d", None, ("x", "x")), ("e", None, ("x",))]
     shard = write(tmp_path / "s.tar", [(key, {"png": png(), "json": record(group, *texts)}) for key, group, texts in rows])
-    split = evaluation.Split(evaluation.source(shard, captions=0), None, lambda image: torch.zeros(3, 2, 2))
+    split = retrieval.Split(data.held_out(shard, captions=0), None, lambda image: torch.zeros(3, 2, 2))
     for _ in range(2):  # reading again changes nothing
         assert sum(map(len, split.read(2))) == 5
         assert split.groups.tolist() == [0, 0, 1, 2, 3]
         assert [*zip(split.captions, split.caption_groups.tolist())] == [
             ("x", 0), ("y", 0), ("x", 1), ("x", 2), ("x", 2), ("x", 3)
         ]  # fmt: skip
-
-
-def test_an_image_is_right_if_any_of_its_captions_is_near():
-    """The field's definition, by hand: image 0 has captions 0 and 1, image 1 has caption 2."""
-    images = F.normalize(torch.tensor([[1.0, 0.1], [0.0, 1.0]]), dim=1)
-    texts = F.normalize(torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.9, 0.4]]), dim=1)
-    owner = torch.tensor([0, 0, 1])
-    found = evaluation.recall(images, texts, torch.arange(2), owner), evaluation.recall(texts, images, owner, torch.arange(2))
-    assert [figures["R@1"]["value"] for figures in found] == [1.0, pytest.approx(1 / 3)]
-    assert [figures["R@1"]["chance"] for figures in found] == [pytest.approx((2 / 3 + 1 / 3) / 2), 0.5]
 
 
 SYNSETS = ("n02123045", "n01440764", "n02099601")  # tabby, tench, golden retriever
@@ -152,14 +81,14 @@ def imagenet(tmp_path):
 
 
 def test_a_folder_of_classes(imagenet, tmp_path):
-    found = evaluation.source(str(imagenet))
-    assert found.classes == sorted(SYNSETS)
+    found = data.held_out(str(imagenet))
+    assert found.classes.names == sorted(SYNSETS)
     opened = entries(imagenet)
     assert [entry.label for entry in opened] == [0, 0, 1, 2, 2, 2]
     assert opened[0].key == "n01440764/0.JPEG"
 
     def names(file):
-        return evaluation.named(found, *evaluation.class_names(file)).classes
+        return evaluation.named(found, *evaluation.class_names(file)).classes.names
 
     assert names("imagenet") == ["tench", "Golden Retriever", "tabby cat"]
     (tmp_path / "three.txt").write_text("Schleie\n\nRetriever\nKatze\n")
@@ -174,16 +103,8 @@ def test_a_folder_of_classes(imagenet, tmp_path):
         names(tmp_path / "few.json")
     (imagenet / "n99999999_x").mkdir()
     with pytest.raises(ValueError, match="expected a name for each of the 4 folders"):
-        evaluation.named(evaluation.source(str(imagenet)), *evaluation.class_names("imagenet"))
-    assert evaluation.source(str(imagenet)).classes[-1] == "n99999999 x"
-
-
-def test_folders_that_are_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"expected a folder with test/nshards.txt .* or with a folder of images for each"):
-        evaluation.source(str(tmp_path))
-    write(tmp_path / "a.tar", [("a", {"png": png()})])
-    with pytest.raises(ValueError, match=r"try its \*.tar"):
-        evaluation.source(str(tmp_path))
+        evaluation.named(data.held_out(str(imagenet)), *evaluation.class_names("imagenet"))
+    assert data.held_out(str(imagenet)).classes.names[-1] == "n99999999 x"
 
 
 def test_the_layout_of_clip_benchmark(tmp_path):
@@ -193,22 +114,22 @@ def test_the_layout_of_clip_benchmark(tmp_path):
         for shard in range(count):
             write(tmp_path / split / f"{shard}.tar", [(f"{split}{shard}", {"webp": png(form="WEBP"), "cls": b"1"})])
     (tmp_path / "classnames.txt").write_text("a cat\n\nthe dog\n")
-    found = evaluation.source(str(tmp_path))
-    assert found.classes == ["a cat", "", "the dog"]  # numbers are those of lines
-    assert found.templates is None
+    found = data.held_out(str(tmp_path))
+    assert found.classes.names == ["a cat", "", "the dog"]  # numbers are those of lines
+    assert found.classes.templates is None
     assert [entry.key for entry in entries(tmp_path)] == ["test0", "test1"]
     assert [entry.key for entry in entries(tmp_path / "test")] == ["test0", "test1"]
     assert [entry.key for entry in entries(f"{tmp_path}#train")] == ["train0"]
-    assert evaluation.named(found, ["x", "y"], None).classes == ["x", "y"]
+    assert evaluation.named(found, ["x", "y"], None).classes.names == ["x", "y"]
     (tmp_path / "test" / "nshards.txt").write_text("many")
     with pytest.raises(ValueError, match="nshards.txt: expected the number of shards, got 'many'"):
-        evaluation.source(str(tmp_path))
+        data.held_out(str(tmp_path))
     (tmp_path / "train" / "nshards.txt").write_text("2")
     with pytest.raises(ValueError, match="1.tar', which does not exist"):
-        evaluation.source(f"{tmp_path}#train")
+        data.held_out(f"{tmp_path}#train")
     (tmp_path / "dataset_type.txt").write_text("multilabel")
     with pytest.raises(ValueError, match="expected retrieval or classification, got 'multilabel'"):
-        evaluation.source(f"{tmp_path}#train")
+        data.held_out(f"{tmp_path}#train")
 
 
 def test_names_of_classes(tmp_path):
@@ -239,10 +160,10 @@ def test_phrases_around_names(tmp_path):
 
 def test_labels_need_names(tmp_path):
     rows = [(f"k{i}", {"png": png(i), "cls": str(i).encode()}) for i in range(3)]
-    split = evaluation.Split(evaluation.source(write(tmp_path / "s.tar", rows)), None, lambda image: torch.zeros(3, 2, 2))
+    split = retrieval.Split(data.held_out(write(tmp_path / "s.tar", rows)), None, lambda image: torch.zeros(3, 2, 2))
     list(split.read(3))
     split.image_features = torch.eye(3)
     for names, message in ((None, "the number 0, and no names"), (["a", "b"], "2 of 2 classes")):
-        split.source.classes = names
+        split.data.classes = Classes(names)
         with pytest.raises(ValueError, match=f"classnames: expected a name for each label of .*{message}"):
             evaluation.zero_shot(None, split, ["{}"], torch.device("cpu"), "fp32")

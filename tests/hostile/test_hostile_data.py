@@ -9,16 +9,17 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from pairs import call, one_line, png, write
 
-from simplclip import data, evaluation
+from simplclip import data, evaluation, retrieval
 from simplclip.common import plotting
 from simplclip.common.errors import InputError
-from simplclip.data import shards, sources, text
+from simplclip.data import shards, text
+from simplclip.data.addresses import is_address
 from simplclip.data.broken import Skipped
-from simplclip.data.streams import is_stream
+from simplclip.data.parts import read_part
 
 
 def read(source) -> list[str]:
-    return [sample["__key__"] for part in data.parts_of(source) for sample in sources.read_part(part, Skipped())]
+    return [sample["__key__"] for part in data.parts_of(source) for sample in read_part(part, Skipped())]
 
 
 NAMES = {
@@ -43,8 +44,8 @@ def test_a_file_is_a_file_whatever_it_is_called(tmp_path, name):
     assert read("*.tar") == read(name) == read(Path(name)) == read([name]) == ["k", key]
     (tmp_path / "here" / "list.txt").write_bytes(os.fsencode(f"#\n{name}\n"))
     assert "\n" in name or read("list.txt") == ["k", key]
-    found = evaluation.source("*.tar")
-    assert [found.open(item).captions for item in found.items(Skipped())] == [["x"], ["x"]]
+    found = data.held_out("*.tar")
+    assert [found.open(sample).captions for sample in found.samples(Skipped())] == [["x"], ["x"]]
     result = call("data", "report", "--workers", 1, "--sample", 2, "--", name)
     assert result.exit_code == 0, result.output
     assert "2 in 1 shards" in result.output
@@ -57,26 +58,26 @@ def test_a_folder_whose_name_begins_as_a_command(tmp_path):
     folder.mkdir(parents=True)
     write(folder / "0.tar", [("k", {"png": png(), "txt": b"x", "cls": b"0"})])
     (folder / "nshards.txt").write_text("1")
-    found = evaluation.source("pipe:touch canary;")
-    assert len(list(found.items(Skipped()))) == 1
+    found = data.held_out("pipe:touch canary;")
+    assert len(list(found.samples(Skipped()))) == 1
     for number in ("2", "99999999", "9" * 5000):
         (folder / "nshards.txt").write_text(number)
         with pytest.raises(InputError, match="1.tar', which does not exist|the number of shards"):
-            evaluation.source("pipe:touch canary;")
+            data.held_out("pipe:touch canary;")
 
 
 def test_what_a_pattern_finds_in_a_folder_called_http(tmp_path):
     Path("http:/x").mkdir(parents=True)
     write(tmp_path / "here/http:/x/a.tar", [("k", {"png": png(), "txt": b"x"})])
-    (found,) = data.expand("http://x/*.tar")  # of a function that reads local files alone
-    assert not is_stream(found)
-    assert [sample["__key__"] for sample in shards.read_shard(found, Skipped())] == ["k"]
-    assert read("http://x/a.tar") == ["k"]  # it exists
+    assert read("http://x/a.tar") == read(data.expand("http://x/a.tar")) == ["k"]  # it exists
+    assert is_address(data.parts_of("http://x/*.tar")[0].url)  # no file is called so
+    with pytest.raises(InputError, match=r"expected local tars, got 'http://x/\*.tar'"):
+        data.expand("http://x/*.tar")
 
 
 LISTS = {
     "a command": ("pipe:touch canary", "expected a path or URL in a list file"),
-    "a list file": ("list.txt", "got the list file"),
+    "a list file": ("list.txt", "expected no list file in a list file"),
     "a file:// URL": ("file:///etc/passwd", "of other places the output of a command"),
     "an s3:// URL": ("s3://bucket/a.tar", "of other places the output of a command"),
     "a name with NUL": ("a\0.tar", "which does not exist"),
@@ -122,7 +123,7 @@ def test_a_pattern_of_many_names_is_not():
 HEAD = b"filepath,title\n"
 ROW = b"a.png,one\n"
 LONG = b"a.png," + b"x" * 200_000 + b"\n"
-# a table -> its captions and what is counted, or the error; the same in training and in evaluation
+# a table -> its captions and what is counted, or the error
 TABLES = {
     "latin-1": (HEAD + ROW + b"a.png,caf\xe9\n", (["one"], {"caption not UTF-8": 1})),
     "a mark of UTF-8": (b"\xef\xbb\xbf" + HEAD + ROW, (["one"], {})),
@@ -145,28 +146,18 @@ TABLES = {
 
 
 @pytest.mark.parametrize(("content", "expected"), TABLES.values(), ids=TABLES)
-def test_tables_are_read_alike_in_training_and_evaluation(content, expected):
+def test_what_a_table_says_is_read_or_counted(content, expected):
     Path("a.png").write_bytes(png())
     Path("t.csv").write_bytes(content)
-
-    def trained():
-        parts, skipped = data.parts_of("t.csv"), Skipped()
-        found = [shards.parse(sample).captions[0] for part in parts for sample in sources.read_part(part, skipped)]
-        return found, skipped.counts
-
-    def evaluated():
-        found, skipped = evaluation.source("t.csv"), Skipped()
-        return [caption for item in found.items(skipped) for caption in found.open(item).captions], skipped.counts
-
-    for way in (trained, evaluated):
-        if isinstance(expected, str):
-            with pytest.raises(InputError, match=expected):
-                way()
-        else:
-            captions, counted = way()
-            assert captions == expected[0]
-            assert counted.keys() == expected[1].keys()
-            assert all(counted[reason] == number or not number for reason, number in expected[1].items())
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            data.parts_of("t.csv")
+        return
+    skipped = Skipped()
+    samples = [sample for part in data.parts_of("t.csv") for sample in read_part(part, skipped)]
+    assert [shards.parse(sample).captions[0] for sample in samples] == expected[0]
+    assert skipped.counts.keys() == expected[1].keys()
+    assert all(skipped.counts[reason] == number or not number for reason, number in expected[1].items())
 
 
 PLACES = {
@@ -188,11 +179,11 @@ def test_what_a_table_names_is_a_file_or_counted(place):
     Path("t.csv").write_text(f"filepath,title\na.png,one\n{place},two\n")
     skipped = Skipped()
     for part in data.parts_of("t.csv"):
-        list(shards.usable(sources.read_part(part, skipped), skipped))
+        list(shards.usable(read_part(part, skipped), skipped))
     assert skipped.counts.total() == 1
-    split = evaluation.Split(evaluation.source("t.csv"), None, lambda image: torch.zeros(3, 2, 2))
+    split = retrieval.Split(data.held_out("t.csv"), None, lambda image: torch.zeros(3, 2, 2))
     assert [len(batch) for batch in split.read(4)] == [1]
-    assert split.skipped.counts == {"missing image": 1}
+    assert split.skipped.counts == skipped.counts
     split.report().encode()
 
 
@@ -228,14 +219,14 @@ SAMPLES = {
 def test_captions_are_used_or_counted(content, expected):
     write("a.tar", [("k", content)])
     tokenizer = SimpleTokenizer(context_length=8)
-    for found in (evaluation.source("a.tar"), data.parts_of("a.tar")):
+    for found in (data.held_out("a.tar"), data.parts_of("a.tar")):
         skipped, captions = Skipped(), []
         if isinstance(found, list):
             for part in found:
-                for opened in shards.usable(sources.read_part(part, skipped), skipped):
+                for opened in shards.usable(read_part(part, skipped), skipped):
                     captions += opened.captions
         else:
-            split = evaluation.Split(found, tokenizer, lambda image: torch.zeros(3, 2, 2))
+            split = retrieval.Split(found, tokenizer, lambda image: torch.zeros(3, 2, 2))
             try:
                 list(split.read(4))
             except data.EmptyEpochError as error:

@@ -16,7 +16,7 @@ from pairs import call, one_line
 from torch._utils import _rebuild_tensor_v2
 
 import simplclip
-from simplclip import embedding, evaluate
+from simplclip import embedding, evaluation
 from simplclip.common.errors import InputError
 from simplclip.models import create
 from simplclip.train import checkpoint, config, trust
@@ -132,6 +132,7 @@ CHECKPOINTS = {
     ),
     "other weights": (lambda s: saved({**s, "model": {"x": torch.zeros(1)}}), "expected weights of 'siclip-tiny'"),
     "no config": (lambda s: saved({**s, "config": None}), "with a config and weights"),
+    "a newer version": (lambda s: saved({**s, "version": 99}), "newer simplclip"),
     "no version": (lambda s: saved({**s, "version": "x"}), "expected checkpoint version 1 or lower, got 'x'"),
     "an unknown key": (
         lambda s: saved(changed(s, "run.exec", "touch canary")),
@@ -189,7 +190,7 @@ def test_stored_splits_run_and_fetch_nothing(made, what):
     assert "commands and URLs are not taken from a checkpoint; name the data by --data val=..., or" in line
     assert "--trust" in line
     with pytest.raises(InputError, match="expected local files in its eval.splits"):
-        evaluate.run("run", skip_missing=True)
+        evaluation.evaluate("run", skip_missing=True)
 
 
 def test_stored_splits_that_are_trusted(made, tmp_path):
@@ -199,7 +200,7 @@ def test_stored_splits_that_are_trusted(made, tmp_path):
     assert result.exit_code == 0, result.output
     assert Path("ran").exists()
     saved(changed(made, "eval.splits", {"val": "x.tar", "gone": "gone.tar", "other": "x.json#val"}))
-    assert set(evaluate.run("run", skip_missing=True, workers=0)["splits"]) == {"val"}
+    assert set(evaluation.evaluate("run", skip_missing=True, workers=0)["splits"]) == {"val"}
 
 
 def test_the_config_of_a_run_is_no_config_of_the_user(made):

@@ -5,46 +5,20 @@ import json
 from collections import Counter
 
 import numpy as np
-import open_clip
 import pytest
 import torch
+from captioners import CONTEXT, NAME, build, register
 from pairs import call, members, meta, npy, one_line, png, sample, write
 
 from simplclip import models
 from simplclip.data import shards
-from simplclip.data.shards import Opened
+from simplclip.data.shards import Pair
 from simplclip.teacher import caption
-
-NAME = "caption-tiny-coca"
-CONTEXT = 12
-TEXT = {"context_length": CONTEXT, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-VISION = {"image_size": 32, "layers": 1, "width": 16, "patch_size": 16, "head_width": 8, "output_tokens": True}
-CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": VISION | {"attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 8},
-    "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
-    "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
-    "custom_text": True,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered(tmp_path_factory):
-    for name, changes in ((NAME, {}), (f"{NAME}-wide", {"embed_dim": 24})):
-        path = tmp_path_factory.mktemp("configs") / f"{name}.json"
-        path.write_text(json.dumps(CONFIG | changes))
-        open_clip.add_model_config(path)
-
-
-def build(spread=0.3):
-    """A CoCa of random weights; open_clip leaves some of its decoder's uninitialised."""
-    torch.manual_seed(0)
-    model = models.create(f"open_clip:{NAME}")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=spread)
-    return model.eval()
+    register(tmp_path_factory.mktemp("configs"))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +120,7 @@ def test_features_of_the_former_captions_are_an_error(weights, tmp_path):
 
 def test_duplicates_and_empty_captions_are_dropped():
     counts = Counter()
-    opened = Opened(b"", ["A red  Cat", "ß"], {"label": "x", "captions": ["A red  Cat", "ß", 3]}, {})
+    opened = Pair(b"", ["A red  Cat", "ß"], {"label": "x", "captions": ["A red  Cat", "ß", 3]}, {})
     drawn = ["a red cat", "", "a dog", "A DOG", "SS", "ein Hund"]
     record = json.loads(caption._record(opened, drawn, counts))
     assert record == {"label": "x", "captions": ["A red  Cat", "ß", "a dog", "ein Hund"], "synthetic": 2}

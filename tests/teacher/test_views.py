@@ -86,10 +86,10 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
         for view in sample.views:
             assert json.loads(json.dumps(view)) == view
             seen.add(json.dumps(view))
-        again = data.views.draw(transform(32, augment), sample, VIEWS, 5)
+        again = teacher.Views(transform(32, augment), VIEWS, 5).draw(sample)
         assert again == sample.views
-        assert data.views.draw(transform(32, augment), sample, VIEWS, 6) != again
-        assert data.views.draw(transform(32, augment), sample, 2, 5) == again[:2]
+        assert teacher.Views(transform(32, augment), VIEWS, 6).draw(sample) != again
+        assert teacher.Views(transform(32, augment), 2, 5).draw(sample) == again[:2]
         assert set(members(tmp_path / "a" / f"train-{int(int(key[1:]) >= COUNT // 2)}.tar")) >= {f"{key}.views.json"}
     assert len(seen) == VIEWS * COUNT
     teach(folder, tmp_path / "b", augment, batch_size=5)
@@ -225,7 +225,7 @@ def test_the_command_and_its_stamp(folder, tmp_path):
     assert (stamp["name"], stamp["width"], stamp["dtype"]) == (name, 40, "fp16")
     assert [one["width"] for one in stamp["teachers"]] == [16, 24]
     student = models.transforms("siclip-tiny", train=True)
-    assert stamp["views"] == {"number": 3, "augment": data.views.augmentation(student), "seed": 0}
+    assert stamp["views"] == {"number": 3, "augment": data.transforms.augmentation(student), "seed": 0}
     message = one_line(*command(folder, tmp_path / "out", "--views", 4, "--model", "siclip-tiny"))
     assert "teacher.views.number was 3, now 4" in message
 
@@ -248,7 +248,7 @@ def test_wrong_options_end_in_one_line(folder, tmp_path, options, message):
 
 
 def test_where_the_augmentation_is_from(tmp_path):
-    of = data.views.augmentation
+    of = data.transforms.augmentation
     assert of(teacher.student_transform()) == of(transform(8, {}))
     assert of(teacher.student_transform(augment="affine")) == "affine"
     assert of(teacher.student_transform(augment="{scale: [0.4, 1.0]}"))["scale"] == [0.4, 1.0]
@@ -288,7 +288,7 @@ def test_training_replays_views_and_resumes_bit_for_bit(taught, tmp_path, monkey
 def test_training_checks_the_augmentation(taught, tmp_path):
     (tmp_path / "data").symlink_to(taught / "data")
     changes = [*WIKD, "run.steps=2", f"data.sidecars=[{taught / 'sidecars'}]"]
-    default = data.views.augmentation(models.transforms("siclip-tiny", train=True))
+    default = data.transforms.augmentation(models.transforms("siclip-tiny", train=True))
     other = "none" if default == "affine" else "affine"
     with pytest.raises(
         ConfigError, match="data.augment: expected null, or .* as in the views that the teacher open_clip:tiny"

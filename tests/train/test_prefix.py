@@ -14,9 +14,10 @@ from runs import check_resumed, go, rows
 from simplclip import data, models
 from simplclip.common.files import locked
 from simplclip.data import decode, rewrite
-from simplclip.data.views import augmentation, draw
+from simplclip.data.transforms import augmentation
 from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
+from simplclip.teacher import Views
 from simplclip.train.batches import loader
 from simplclip.train.config import ConfigError
 from simplclip.train.prefix_cache import PrefixCache
@@ -53,7 +54,7 @@ def with_views(folder, name="taught", number=VIEWS) -> str:
     def process(samples):
         made = []
         for sample in samples:
-            views, file = draw(transform, sample, number, 3), io.BytesIO()
+            views, file = Views(transform, number, 3).draw(sample), io.BytesIO()
             np.save(file, tiny.teacher_features(sample.captions, 256)[[*[0] * number, 1, 2]])
             made.append({"teacher.npy": file.getvalue(), "views.json": json.dumps(views).encode()})
         return made

@@ -8,7 +8,7 @@ import tiny
 import torch
 from runs import check_resumed, go, rows, state_of
 
-from simplclip import evaluate, export, models
+from simplclip import evaluation, export, models
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
 from simplclip.train.batches import batches
@@ -152,11 +152,11 @@ def test_from_a_run_to_an_export(tmp_path):
     assert bias != -10
     assert f"bias {bias:.4g} (from the checkpoint)" in go(tiny.settings(tmp_path, *settings, "run.steps=3"), resume=True)
     model = load_model(out)[0]
-    found = [evaluate.run(out, {"held": held}, out=tmp_path / "a")["splits"]["held"]]
+    found = [evaluation.evaluate(out, {"held": held}, out=tmp_path / "a")["splits"]["held"]]
     state = checkpoint.load(out)
     state["model"]["logit_bias"] += 9
     torch.save(state, tmp_path / "other.pt")
-    found.append(evaluate.run(tmp_path / "other.pt", {"held": held}, out=tmp_path / "b")["splits"]["held"])
+    found.append(evaluation.evaluate(tmp_path / "other.pt", {"held": held}, out=tmp_path / "b")["splits"]["held"])
     for key in ("zero_shot", "image_to_text", "text_to_image"):
         assert found[0][key] == found[1][key]
     assert found[0]["zero_shot"]["classes"] == sorted(tiny.COLOURS)

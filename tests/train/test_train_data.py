@@ -12,7 +12,7 @@ from pairs import table
 from runs import at_step, bits, check_resumed, go, state_of
 
 from simplclip import train
-from simplclip.data import epoch, sources
+from simplclip.data import epoch, parts
 from simplclip.train import checkpoint, folder
 from simplclip.train.config import ConfigError
 
@@ -99,13 +99,11 @@ def test_the_log_shows_the_time_that_is_spent_waiting_for_data(tmp_path, monkeyp
 
 
 def test_what_becomes_of_a_shard_that_cannot_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "RETRIES", (0.01,))
+    monkeypatch.setattr(parts, "RETRIES", (0.01,))
     lost = f"data.train=[{tiny.write_shard(tmp_path / 'data' / 'a.tar')}, 'pipe:exit 3']"
     text = go(tiny.settings(tmp_path, lost))
     assert "1 unreadable shard (first: pipe:exit 3: shard 'pipe:exit 3' cannot be opened: the command ended with" in text
-    with pytest.raises(
-        (train.TrainingError, sources.ShardError), match="cannot be opened: the command ended with exit code 3"
-    ):
+    with pytest.raises((train.TrainingError, parts.ShardError), match="cannot be opened: the command ended with exit code 3"):
         go(tiny.settings(tmp_path, lost, "data.on_error=stop", f"run.out={tmp_path / 'other'}"))
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from simplclip.evaluation.metrics import KS
+from simplclip.retrieval.metrics import KS
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """The figures of `evaluate.run` in per cent with their chance, for a terminal of 80 columns; several models together."""
+    """The figures of `evaluate` in per cent with their chance, for a terminal of 80 columns; several models together."""
     models = [results, *results.get("baselines", {}).values()]
     step = "" if results["step"] is None else f", step {results['step']}"
     shown = Table(
@@ -47,8 +47,7 @@ def _rows(result: Mapping[str, Any]) -> dict[str, list[str]]:
     if classes := result["zero_shot"]:
         number = len(classes["classes"])
         rows[f"{number} classes"] = [_cell(classes["top1"]), _cell(classes["top5"])]
-        if "mean_per_class" in classes:  # earlier versions had none
-            rows[f"{number}, mean per class"] = [_cell(classes["mean_per_class"])]
+        rows[f"{number}, mean per class"] = [_cell(classes["mean_per_class"])]
     return rows
 
 
@@ -57,7 +56,7 @@ def _cell(figure: Mapping[str, float]) -> str:
 
 
 def percent(share: float) -> str:
-    """ "12.3%"; small shares with their first digit, "0.002%"."""
+    """A share in per cent, as "12.3%"; a small one by its first digit, as "0.002%"."""
     return f"{share:.1%}" if share >= 5e-4 or not share else f"{float(f'{100 * share:.1g}'):.7f}".rstrip("0") + "%"
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from simplclip.evaluation.features import Features
-from simplclip.evaluation.split import Split
+from simplclip.retrieval.features import Features
+from simplclip.retrieval.split import Split
 
 KS = (1, 5, 10)
 _TILE_BYTES = 64 * 2**20  # of similarities
 _TILE_COLUMNS = 16384
 
 
-def retrieval(split: Split, device: torch.device | str = "cpu") -> dict[str, dict[str, dict[str, float]]] | None:
+def recall_of(split: Split, device: torch.device | str = "cpu") -> dict[str, dict[str, dict[str, float]]] | None:
     """R@k of an encoded split in both directions: direction -> "R@k" -> {"value", "chance"}, as fractions.
 
     The definition of COCO and Flickr30k: an image is right if any of its captions is among the first k; each caption is a

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import json
 import os
 import shutil
 import socket
@@ -15,8 +16,9 @@ from runs import bits
 
 from simplclip import data
 from simplclip.common.errors import InputError
-from simplclip.data import sources, streams, tables
+from simplclip.data import addresses, folders, parts, tables
 from simplclip.data.broken import Skipped
+from simplclip.data.parts import read_part
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -39,7 +41,7 @@ def names(first, count):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(sources, "RETRIES", (0.01, 0.02))
+    monkeypatch.setattr(parts, "RETRIES", (0.01, 0.02))
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -123,7 +125,7 @@ def test_compressed_tars_and_signed_urls(server):
 @pytest.mark.parametrize("fault", ["404", "cut", "reset", "chunked", "slow"])
 @pytest.mark.parametrize("mends", [True, False])
 def test_a_server_that_fails(server, quick, monkeypatch, fault, mends):
-    monkeypatch.setattr(streams, "TIMEOUT", 0.5)
+    monkeypatch.setattr(addresses, "TIMEOUT", 0.5)
     broken, whole = shard(server.folder), shard(server.folder, 12)
     server.faults["train-000.tar"] = [fault, "none"] if mends else [fault]
     urls = [f"{server.url}/{os.path.basename(path)}" for path in (broken, whole)]
@@ -149,17 +151,9 @@ def test_a_retry_goes_on_behind_what_was_given_and_counts_damage_once(server, qu
     server.faults["a.tar"] = ["cut", "cut", "none"]
     skipped = Skipped()
     (part,) = data.parts_of(f"{server.url}/a.tar")
-    assert [found["__key__"] for found in sources.read_part(part, skipped)] == names(0, 40)
+    assert [found["__key__"] for found in read_part(part, skipped)] == names(0, 40)
     assert skipped.counts == {"duplicate file in tar": 1}
     assert server.asked["a.tar"] == 3
-
-
-def test_a_server_that_is_not_there(quick):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.tar"
-    with pytest.raises(data.ShardError, match="cannot be opened: .*refused"):
-        everything(url, on_error="stop")
 
 
 def test_commands(tmp_path, quick):
@@ -186,7 +180,7 @@ def test_commands(tmp_path, quick):
     ],
 )
 def test_commands_that_fail(tmp_path, quick, monkeypatch, command, used, reason):
-    monkeypatch.setattr(streams, "TIMEOUT", 0.5)
+    monkeypatch.setattr(addresses, "TIMEOUT", 0.5)
     began = time.monotonic()
     tar = shard(tmp_path, count=40)
     source = f"pipe:echo >> {tmp_path}/runs; {command.format(tar)}"
@@ -227,7 +221,7 @@ def test_a_command_is_taken_from_the_caller_alone(tmp_path):
     ):
         everything(str(tmp_path / "list.txt"))
     table(tmp_path / "first.csv", [[evil, "x"]])
-    with pytest.raises(InputError, match=r"shards: expected a table of images' paths, got first.csv/000000000: 'pipe:.*"):
+    with pytest.raises(InputError, match=r"shards: expected paths of images, got first.csv/000000000: 'pipe:.*"):
         everything(str(tmp_path / "first.csv"))
     (tmp_path / "a.png").write_bytes(png())
     table(tmp_path / "later.csv", [["a.png", "x"], [evil, "x"], ["http://host/a.png", "x"]])
@@ -244,6 +238,7 @@ def test_a_command_is_taken_from_the_caller_alone(tmp_path):
 def test_states_and_skipping(tmp_path, server, monkeypatch, kind, workers, quick):
     """Of each kind of source, with something broken in it."""
     monkeypatch.setattr(tables, "ROWS", 3)
+    monkeypatch.setattr(folders, "ROWS", 3)
     for first in (0, 12, 24):
         shard(server.folder, first, 11)
     write(server.folder / "train-100.tar", [sample(100), ("bad", {"png": b"", "txt": b"x"}), sample(101)])
@@ -326,27 +321,44 @@ def test_what_is_not_a_source(tmp_path):
     table(tmp_path / "other.csv", [["a", "b"]], ("id", "url"))
     table(tmp_path / "empty.csv", [])
     (tmp_path / "no.parquet").write_bytes(b"hello")
+    for name, text in (("cut", "[1"), ("bare", '[{"image": "a.png"}]'), ("object", '{"a": 1}'), ("none", "[]")):
+        (tmp_path / f"{name}.json").write_text(text)
+    several = [{"image": "a.png", "caption": "x", "split": split} for split in ("train", "val")]
+    (tmp_path / "several.json").write_text(json.dumps(several))
+    for split in ("test", "val"):
+        (tmp_path / "benchmark" / split).mkdir(parents=True)
+        (tmp_path / "benchmark" / split / "nshards.txt").write_text("1")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(png())
     for bad, message in (
         ([], "shards: .*empty list"),
         (7, "shards: expected a path, an http.*, got 7"),
         (f"{here}/no-*.tar", r"shards: expected files, got the pattern '.*no-\*.tar', which matches none"),
         (f"{here}/train-{{000..001}}.tar", r"shards: expected a file, got '.*train-001.tar', which does not exist"),
-        (f"{here}/empty", "shards: expected a folder of images .*, got '.*empty', which has no image$"),
+        (f"{here}/empty", "shards: expected a folder of images,? .*, got '.*empty', which has no image$"),
         (f"{here}/tars", r"shards: .*tars', which has no image \(try its \*.tar\)"),
         (f"{here}/none.txt", "shards: expected a list file with one path or URL a line, got '.*none.txt'"),
         (f"{here}/list.txt", r"shards: line 2 of '.*list.txt': expected a file, got '.*missing.tar', which does not exist"),
-        (f"{here}/nested.txt", "shards: line 1 of '.*': expected tars, tables or folders in a list file, got the list file"),
+        (f"{here}/nested.txt", "shards: line 1 of '.*': expected no list file in a list file, got '.*list.txt'"),
         (
             f"{here}/other.csv",
             "shards: expected a table with a column filepath or .*image_key.*, got '.*' with .* 'id', 'url'",
         ),
         (f"{here}/empty.csv", "shards: expected a table with rows, got '.*empty.csv', which has none"),
         (f"{here}/no.parquet", "shards: expected .*no.parquet'"),
+        (f"{here}/cut.json", "shards: expected images with captions, as in Karpathy's .*cut.json', .*: JSONDecodeError"),
+        (f"{here}/bare.json", "bare.json', another one: LookupError: none of captions, caption, sentences"),
+        (f"{here}/object.json", "object.json', another one: KeyError: 'images'"),
+        (f"{here}/none.json", "shards: expected images with captions, got none in '.*none.json'"),
+        (f"{here}/several.json", "shards: expected one of the splits train, val, as .*several.json#train, got none"),
+        (f"{here}/several.json#test", "shards: expected images with captions, got none of the split 'test' in"),
+        (f"{here}/benchmark", "shards: expected one of the splits test, val, as .*benchmark#test, got none"),
+        (f"{here}/photos#val", "shards: expected a split of a data set, got '.*photos', which has no val/nshards.txt"),
         ("s3://bucket/a.tar", "shards: expected a path, .*got 's3://bucket/a.tar'; .*'pipe:aws s3 cp"),
         ({"shard": "a"}, r"shards: expected a mapping with shards and, .* weight, .*got \{'shard': 'a'\}"),
         ({"shards": f"{here}/tars/*", "weight": 0}, "shards: expected a weight above 0, got 0"),
         ({"shards": f"{here}/tars/*", "weight": float("nan")}, "shards: expected a weight above 0, got nan"),
-        ({"shards": f"{here}/tars/*", "image_key": "x"}, "shards: expected a table, since image_key, .*got '.*tars"),
+        ({"shards": f"{here}/tars/*", "image_key": "x"}, "shards: expected a table or JSON, since image_key, .*got '.*tars"),
     ):
         with pytest.raises(InputError, match=message):
             loader(bad)

@@ -25,8 +25,8 @@ from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
 from simplclip.data.shards import file_bytes
 from simplclip.data.text import json_of
-from simplclip.evaluation import features_of
 from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights
+from simplclip.retrieval import features_of
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.settings import Config
 from simplclip.train.state import load_model

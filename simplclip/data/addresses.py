@@ -30,18 +30,18 @@ class Address(str):
     """
 
 
-def names_stream(text: str) -> bool:
+def names_address(text: str) -> bool:
     """Whether a text that a user typed is the address of a stream."""
     return text.startswith(("pipe:", "http://", "https://"))
 
 
-def is_stream(url: str) -> bool:
+def is_address(url: str) -> bool:
     return isinstance(url, Address)
 
 
 def name_of(url: str) -> str:
     """The file name of a path or URL, without the query of a URL, which may be a signature that changes."""
-    return os.path.basename(urlsplit(url).path if is_stream(url) and url.startswith("http") else url)
+    return os.path.basename(urlsplit(url).path if is_address(url) and url.startswith("http") else url)
 
 
 @contextlib.contextmanager

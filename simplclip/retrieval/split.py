@@ -1,9 +1,8 @@
-"""Held-out splits: where one is read from, and after `encode` its features, captions, groups and labels, but no images."""
+"""Held-out splits: after `encode` their features, captions, groups and labels, but no images."""
 
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,11 +17,10 @@ from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
+from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
-from simplclip.data.shards import Shards
-from simplclip.data.stream import Entry, Source, Stream, pictures
-from simplclip.evaluation.features import Features
-from simplclip.evaluation.sources import source
+from simplclip.data.shards import Pair
+from simplclip.retrieval.features import Features
 
 
 class Split:
@@ -32,16 +30,16 @@ class Split:
     right for all of its captions, and identical captions of a group are one candidate.
     """
 
-    def __init__(self, source: Source, tokenizer: Callable[[list[str]], Tensor], transform: Callable[[Any], Tensor]) -> None:
-        self.source, self.tokenizer, self.transform = source, tokenizer, transform
+    def __init__(self, data: HeldOut, tokenizer: Callable[[list[str]], Tensor], transform: Any) -> None:
+        self.data, self.tokenizer, self.transform = data, tokenizer, transform
         self.clear()
 
     def read(self, batch_size: int, workers: int = 0) -> Iterator[Tensor]:
         """The images in batches, uint8 or float32 [N, 3, S, S]; afterwards this object has all else that is known of them."""
         self.clear()
-        for images, positions, entries in Stream(self.source, self.transform, batch_size).batches(self.skipped, workers):
-            for position, entry in zip(positions, entries):
-                self._add(position, entry)
+        for images, positions, samples in self.data.batches(self.transform, batch_size, self.skipped, workers):
+            for position, sample in zip(positions, samples):
+                self._add(position, sample)
             yield images
         self._seen.clear()
 
@@ -70,15 +68,15 @@ class Split:
         """int64 [m]"""
         return torch.tensor(self._caption_groups, dtype=torch.int64)
 
-    def _add(self, position: int, entry: Entry) -> None:
-        number = self._count if entry.group is None else self._numbers.setdefault(entry.group, self._count)
+    def _add(self, position: int, sample: Pair) -> None:
+        number = self._count if sample.group is None else self._numbers.setdefault(sample.group, self._count)
         self._count += number == self._count
-        self.keys.append(entry.key)
-        self.labels.append(entry.label)
+        self.keys.append(sample.key)
+        self.labels.append(sample.label)
         self._positions.append(position)
         self._groups.append(number)
-        for caption in entry.captions:
-            if entry.group is not None:
+        for caption in sample.captions:
+            if sample.group is not None:
                 if (number, caption) in self._seen:
                     continue
                 self._seen.add((number, caption))
@@ -87,7 +85,7 @@ class Split:
 
     def pictures(self, rows: list[int]) -> dict[int, Image.Image]:
         """The images of these rows as they are stored, RGB; read again, and no others."""
-        found = pictures(self.source, [self._positions[row] for row in rows])
+        found = self.data.pictures([self._positions[row] for row in rows])
         return {row: found[self._positions[row]] for row in rows}
 
     def report(self) -> str:
@@ -95,10 +93,10 @@ class Split:
         return f"{len(self)} samples read, {self.skipped}"
 
 
-def load_splits(splits: Mapping[str, Shards], model: str, image_size: int | None = None) -> dict[str, Split]:
-    """Splits for the model called `model`, see `sources.source`. image_size: None for the model's default."""
+def load_splits(splits: Mapping[str, Any], model: str, image_size: int | None = None) -> dict[str, Split]:
+    """Splits for the model called `model`, see `data.held_out`. image_size: None for the model's default."""
     tokenizer, transform = models.tokenizer(model), models.transforms(model, train=False, image_size=image_size)
-    return {name: Split(source(what), tokenizer, transform) for name, what in splits.items()}
+    return {name: Split(held_out(what), tokenizer, transform) for name, what in splits.items()}
 
 
 @torch.no_grad()
@@ -107,7 +105,7 @@ def features_of(model: nn.Module, tower: str, inputs: Tensor, device: torch.devi
 
     Raises InputError, which names `who`, if they are not finite.
     """
-    encode = model.encode_image if tower == "image" else model.encode_text
+    encode: Any = model.encode_image if tower == "image" else model.encode_text
     with hardware.autocast(precision, device):
         found = encode(inputs.to(device, non_blocking=True), normalize=True).float()
     if not found.isfinite().all():
@@ -123,7 +121,7 @@ def encode(
     precision: str,
     *,
     workers: int = 0,
-    folder: str | os.PathLike | None = None,
+    folder: str | Path | None = None,
     keep: Path | None = None,
     progress: str | None = None,
     who: str = "checkpoint",
@@ -133,7 +131,7 @@ def encode(
     workers: processes that decode images. folder: of the file, by default the system's for temporary files.
     keep: KEEP.image.npy and KEEP.text.npy keep the features, KEEP.json the keys and captions of their rows.
     progress: title of a progress bar in a terminal. who: what errors call the model.
-    Raises: InputError if features are not finite; the errors of `data.stream.Stream.batches`.
+    Raises: InputError if features are not finite; the errors of `data.HeldOut.batches`.
     """
     half = precision != "fp32"
     files = [keep and keep.with_name(f"{keep.name}.{tower}.npy") for tower in ("image", "text")]

@@ -19,7 +19,7 @@ class Features:
     folder: of the latter. half: store float16 instead of float32.
     """
 
-    def __init__(self, file: Path | None = None, folder: str | os.PathLike | None = None, half: bool = False) -> None:
+    def __init__(self, file: Path | None = None, folder: str | Path | None = None, half: bool = False) -> None:
         if file:
             file.unlink(missing_ok=True)  # a link there is replaced, not followed
         self._file = open(file, "x+b") if file else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115

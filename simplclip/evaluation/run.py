@@ -16,34 +16,23 @@ from rich.console import Console
 import simplclip
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
+from simplclip.data import HeldOut, held_out
 from simplclip.data.pool import cores
-from simplclip.data.shards import Shards
-from simplclip.data.stream import Source
 from simplclip.data.text import json_of
-from simplclip.encoder import Encoder, load
-from simplclip.evaluation import (
-    Split,
-    class_names,
-    confusion_sheet,
-    contact_sheet,
-    encode,
-    named,
-    phrases,
-    retrieval,
-    source,
-    zero_shot,
-)
-from simplclip.evaluation.tables import in_words, table
+from simplclip.evaluation.encoder import Encoder, load
+from simplclip.evaluation.figures import in_words, table
+from simplclip.evaluation.sheets import confusion_sheet, contact_sheet
+from simplclip.evaluation.zero_shot import class_names, named, phrases, zero_shot
+from simplclip.retrieval import Split, encode, recall_of
 from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
 
 Models = str | os.PathLike | Sequence[str | os.PathLike]
-SHARED = ("checkpoint", "model", "step", "precision")  # what the JSON says about each split's evaluation
 
 
-def run(
+def evaluate(
     models: Models,
-    splits: Mapping[str, Shards] | None = None,
+    splits: Mapping[str, Any] | None = None,
     *,
     out: str | os.PathLike | None = None,
     templates: Sequence[str] | None = None,
@@ -68,11 +57,11 @@ def run(
 
     Args:
         models: one or several sources of `encoder.load`; pictures of the others have their names in those of the files.
-        splits: name -> what `evaluation.source` takes; by default eval.splits of the first model's config.
+        splits: name -> what `data.held_out` takes; by default eval.splits of the first model's config.
         out: by default the folder of the first model.
         templates: see `evaluation.phrases`; by default those of the split's folder, of the config, or "a photo of {}".
         classnames: see `evaluation.class_names`; by default the names that the data have.
-        captions, images: see `evaluation.source`.
+        captions, images: see `data.held_out`.
         features: folder that keeps the features, see `evaluation.encode`; by default they are in a temporary file in OUT.
         batch_size: by default eval.batch_size of the config, or 64.
         workers: processes that decode images; by default one for each core, at most 8.
@@ -89,13 +78,14 @@ def run(
         raise InputError(f"model: expected one or several different models, got {', '.join(sources) or 'none'}")
     workers = min(8, cores()) if workers is None else workers
     names, given = class_names(classnames), phrases(templates or ())
-    found: dict[str, Source] = {}
+    found: dict[str, HeldOut] = {}
     answer: dict[str, Any] = {}
     for number, name in enumerate(sources):
         encoder = load(name, device=device, precision=precision, trust=trust)
-        about = {"checkpoint": name, "model": encoder.name, "step": encoder.step, "precision": encoder.precision}
+        about: dict[str, Any] = {"checkpoint": name, "model": encoder.name, "step": encoder.step}
+        about["precision"] = encoder.precision
         if number == 0:
-            defaults = encoder.config.eval if encoder.config else EvalConfig(batch_size=64)
+            defaults = encoder.config.eval if encoder.config else EvalConfig.model_validate({"batch_size": 64})
             if not (splits or trust):
                 check_splits(defaults.splits, name)
             found = _sources(splits or defaults.splits, skip_missing, say, captions=captions, images=images)
@@ -111,12 +101,13 @@ def run(
         for title, what in found.items():
             split = Split(what, encoder.tokenizer, encoder.preprocess)
             ending = file_name(title) + (f"-{file_name(name)}" if number else "")
-            how = {"workers": workers, "folder": file.parent, "keep": Path(features) / ending if features else None}
+            how: dict[str, Any] = {"workers": workers, "folder": file.parent}
+            how["keep"] = Path(features) / ending if features else None
             shown = f"{title}, {name}" if sources[1:] else title
             size = batch_size or defaults.batch_size
             encode(encoder.model, split, size, encoder.device, encoder.precision, **how, progress=shown, who=name)
             say(f"{shown}: {split.report()}")
-            wording = given or phrases(what.templates or defaults.templates)
+            wording = given or phrases(what.classes.templates or defaults.templates)
             mine["splits"][title] = _figures(encoder, split, wording, title, file.parent, ending) | about
             with locked(file.parent):
                 text = json.dumps(_merged(_earlier(file), answer), indent=2, ensure_ascii=False) + "\n"
@@ -131,7 +122,7 @@ def run(
     return answer
 
 
-def _sources(splits: Mapping[str, Shards], skip_missing: bool, say: Any, **options: Any) -> dict[str, Source]:
+def _sources(splits: Mapping[str, Any], skip_missing: bool, say: Any, **options: Any) -> dict[str, HeldOut]:
     if not splits:
         raise InputError(
             "data: expected at least one split (--data name=shards), got none, and the model has no config with eval.splits"
@@ -139,7 +130,7 @@ def _sources(splits: Mapping[str, Shards], skip_missing: bool, say: Any, **optio
     found = {}
     for name, what in splits.items():
         try:
-            found[name] = source(what, **options)
+            found[name] = held_out(what, **options)
         except InputError as error:
             if not skip_missing:
                 raise
@@ -162,7 +153,7 @@ def file_name(name: str) -> str:
 
 def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, folder: Path, ending: str) -> dict[str, Any]:
     """The figures of an encoded split, with its pictures."""
-    found = retrieval(split, encoder.device)
+    found = recall_of(split, encoder.device)
     classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
     if not found and not classes:
         raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
@@ -171,8 +162,8 @@ def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, fo
     result |= {"zero_shot": classes, "contact_sheet": None, "confusion_sheet": None}
     if found:
         among = {"text_to_image": len(split), "image_to_text": len(split.captions)}
-        lines = tuple(in_words(found[direction], number) for direction, number in among.items())
-        sheet = contact_sheet(folder / f"evaluation-{ending}.png", split, f"{title}: {name}", lines)
+        first, second = (in_words(found[direction], number) for direction, number in among.items())
+        sheet = contact_sheet(folder / f"evaluation-{ending}.png", split, f"{title}: {name}", (first, second))
         result["contact_sheet"] = str(sheet)
     if classes:
         shown = {"top 1": classes["top1"], "top 5": classes["top5"]}
@@ -193,16 +184,14 @@ def _merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _earlier(file: Path) -> dict[str, Any]:
-    """The "splits", each with what made it, and the "baselines" of an evaluation.json. Raises InputError."""
+    """The "splits" and the "baselines" of an evaluation.json. Raises InputError."""
     if not file.exists():
         return {}
     try:
         found = json_of(file.read_text("utf-8"))
-        parts = {"": found, **found.get("baselines", {})}
-        made = {name: {key: part[key] for key in SHARED} for name, part in parts.items()}
-        splits = {name: {key: made[name] | split for key, split in part["splits"].items()} for name, part in parts.items()}
-        beside = {name: made[name] | {"splits": splits[name]} for name in parts if name}
-        return {"splits": splits[""]} | ({"baselines": beside} if beside else {})
+        for part in (found, *found.get("baselines", {}).values()):
+            part["splits"].items()
+        return {name: found[name] for name in ("splits", "baselines") if name in found}
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(
             f"out: expected no evaluation.json, or one to add splits to, got {file}, which is another file: move it"

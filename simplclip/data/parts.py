@@ -1,0 +1,137 @@
+"""Parts: what one worker reads in order, a tar or a piece of a table, a JSON file or a folder. All give the same samples.
+
+A sample is a dict: "__key__", "__url__" (the file or folder that it is from), and its files by suffix, as bytes or Spans.
+Where captions and labels are not files they are "__captions__", a list of texts, and "__label__", the number of a class.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from simplclip.common.errors import InputError
+from simplclip.data.addresses import is_address, name_of
+from simplclip.data.broken import Skipped
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample, ShardError, read_shard, split_name
+from simplclip.data.tar import Span
+
+ROWS = 512  # samples of a piece
+RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a part that could not be read is tried again
+REMOTE = "not a local file"
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of labelled data, by number: their names, their folders if each has one, and phrases for the names."""
+
+    names: list[str] | None = None
+    folders: tuple[str, ...] = ()
+    templates: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one worker reads in order.
+
+    weight: how often an epoch has each of its samples; of a fraction a random share of the samples is taken.
+    title: its name, where other parts have the same file name.
+    count: its samples, without those that are broken; None if it has to be read for that.
+    """
+
+    url: str
+    weight: float = 1.0
+    title: str = ""
+    classes: Classes | None = None
+    count: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in messages and seeds, which does not change if the data move."""
+        return self.title or name_of(self.url)
+
+    @property
+    def is_local_tar(self) -> bool:
+        return False
+
+    def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
+        """options: of `read_shard`, for tars."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tar(Part):
+    """A tar, by path or by address."""
+
+    @property
+    def is_local_tar(self) -> bool:
+        return not is_address(self.url)
+
+    def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
+        return read_shard(self.url, skipped, **options)
+
+
+def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
+    """The samples of a part. One that cannot be read is tried again, from where it failed, and then raises ShardError.
+
+    options: of `read_shard`.
+    """
+    given = 0
+    for wait in (*RETRIES, None):
+        found = Skipped()
+        try:
+            for number, sample in enumerate(part.read(found, **options), 1):
+                counted = found.take() if found.counts else None
+                if number > given:  # an earlier try gave the samples before it, and counted what is broken among them
+                    given = number
+                    if counted:
+                        skipped.merge(counted)
+                    yield {**sample, "__shard__": part.title} if part.title else sample
+            skipped.merge(found)
+            return
+        except (ShardError, OSError) as error:
+            if wait is None:
+                skipped.merge(found)
+                raise error if isinstance(error, ShardError) else ShardError(f"{part.name}: {error}") from error
+            time.sleep(wait)
+
+
+def image_sample(url: str, key: str, folder: str, image: Any, captions: list[Any], skipped: Skipped) -> Iterator[Sample]:
+    """The sample of an image file that a table or JSON names, relative to `folder`; none, but counted, if it is no file."""
+    place = f"{os.path.basename(url)}/{key}"
+    if not isinstance(image, str) or not image:
+        skipped.add("missing image", place)
+    elif image.startswith("pipe:") or "://" in image:
+        told = f"{image!r}, which is not a path: tables and JSON name local files alone; of URLs img2dataset makes shards"
+        skipped.add(REMOTE, place, told)
+    elif (span := span_of(os.path.join(folder, image))) is None:
+        skipped.add("missing image", place, f"{image!r} is no file")
+    else:
+        # The image's format is found by its content; the suffix only says that it is one.
+        _, suffix = split_name(image) or ("", "")
+        yield {
+            "__key__": key, "__url__": url, suffix if suffix in IMAGE_SUFFIXES else "jpg": span, "__captions__": captions
+        }  # fmt: skip
+
+
+def checked(parts: list[Part], name: str) -> list[Part]:
+    """The parts of a table or JSON whose first image is a local file; in later rows others are counted."""
+    for part in parts[:1]:
+        next(part.read(skipped := Skipped()), None)
+        if REMOTE in skipped.counts:
+            raise InputError(f"{name}: expected paths of images, got {skipped.examples[REMOTE]}")
+    return parts
+
+
+def span_of(path: str) -> Span | None:
+    """The place of a file; None for what is no file, such as a named pipe, which would wait for its writer."""
+    try:
+        found = os.stat(path)
+        return Span(path, 0, found.st_size) if stat.S_ISREG(found.st_mode) else None
+    except OSError:
+        return Span(path, 0, 0)  # reading it raises the error, which is counted
+    except ValueError:  # a name with NUL
+        return None
