@@ -2,9 +2,10 @@
 samples, loader.py makes batches, stream.py reads held-out data; sidecars.py joins further files, e.g. of a teacher and the
 views (views.py) that it saw; rewrite.py makes new shards and sidecars."""
 
-from simplclip.data.loader import EmptyEpochError, Loader, WorkerError, make_loader
+from simplclip.data.loader import EmptyEpochError, Loader, make_loader
 from simplclip.data.shards import ShardError, expand, teacher_stamp
 from simplclip.data.sources import parts_of
+from simplclip.data.workers import WorkerError
 
 __all__ = [
     "EmptyEpochError",

@@ -7,22 +7,21 @@ depend on the number of samples.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.epoch import called, seeded
-from simplclip.data.loader import EmptyEpochError, WorkerError
+from simplclip.data.loader import EmptyEpochError
 from simplclip.data.shards import ShardError
 from simplclip.data.transforms import ImageTransform
-from simplclip.data.workers import start_worker
+from simplclip.data.workers import from_workers
 
 
 @dataclass
@@ -73,26 +72,12 @@ class Stream(IterableDataset):
         """
         if getattr(self.source, "streamed", False):  # every worker would fetch all of it
             workers = min(workers, 1)
-        options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
-        if workers and sys.platform == "linux":
-            options["multiprocessing_context"] = "fork"
-        generator = torch.Generator()  # otherwise DataLoader would draw from the caller's global generator
-        options |= {"num_workers": workers, "collate_fn": _unchanged, "worker_init_fn": start_worker}
-        loader = DataLoader(self, batch_size=None, generator=generator, **options)
         found = False
-        try:
-            for item in loader:
-                if isinstance(item, ShardError):
-                    raise item
-                batch, new = item
-                skipped.merge(new)
-                if batch is not None:
-                    found = True
-                    yield batch
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise WorkerError(f"workers: a loader process died: {str(error).strip()}") from error
+        for batch, new in from_workers(self, workers):
+            skipped.merge(new)
+            if batch is not None:
+                found = True
+                yield batch
         if not found:
             raise EmptyEpochError(f"{self.source} has no usable sample; {skipped}")
 
@@ -143,7 +128,3 @@ def pictures(source: Source, positions: Iterable[int]) -> dict[int, Image.Image]
         item = next(item for position, item in items if position == target)
         found[target] = decode_pil(source.open(item).encoded)
     return found
-
-
-def _unchanged(item: Any) -> Any:
-    return item
