@@ -27,7 +27,7 @@ from paths import PYTHONPATH
 
 from simplclip import embedding
 from simplclip.common.errors import InputError
-from simplclip.data import index, indexing, report, shrink, sources
+from simplclip.data import build_index, index, report, shrink, sources
 from simplclip.data.arrays import from_bytes
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.shards import contents, read_shard
@@ -223,10 +223,10 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
                 if path not in opened:
                     assert "cannot be opened" in summary
                     continue
-                assert (summary[0].broken.counts, bool(summary[0].indexed)) == (counted, what == "indices"), path
-                assert summary[0].samples == len(used) + sum(n for reason, n in counted.items() if reason not in OF_TARS)
+                assert (summary.broken.counts, bool(summary.sums["indexed"])) == (counted, what == "indices"), path
+                assert summary.sums["samples"] == len(used) + sum(n for reason, n in counted.items() if reason not in OF_TARS)
                 if what == "headers":
-                    index.write(index.paths(path)[1], *indexing.tables(indexing.look(path)))
+                    index.write(index.paths(path)[1], *build_index.look(path))
     shrink.run([*opened], tmp_path / "small", short=8, workers=1, sample=0, progress=False)
     splits = json.loads((tmp_path / "small" / "meta.json").read_text())["splits"].values()
     skipped = [entry.get("skipped", {}) for split in splits for entry in split["shards"].values()]
@@ -339,7 +339,7 @@ INDICES = {
 def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
     shard = str(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(pair(1) + pair(2) + END)
-    about, arrays = indexing.tables(indexing.look(shard))
+    about, arrays = build_index.look(shard)
     change = INDICES[name]
     text = change.get("text") or json.dumps({"format": index.FORMAT} | about | change.get("about", {})).encode()
     parts = {"about": np.frombuffer(text, "u1")} | arrays | change.get("arrays", {})
@@ -354,9 +354,9 @@ def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found = [(s["__key__"], contents(s)["png"]) for s in read_shard(shard, Skipped())]
-            summary, _ = report.summarise(shard)
+            summary = report.summarise(shard)
         assert found == [("k1", PNG), ("k2", PNG)]
-        assert (summary.samples, summary.formats) == (2, {"png": 2})
+        assert (summary.sums["samples"], summary.formats) == (2, {"png": 2})
         assert said
         assert not any("MemoryError" in str(one.message) or "allocate" in str(one.message) for one in said)
         assert all(f"{shard}{index.SUFFIX} is not used" in str(one.message) for one in said)

@@ -19,7 +19,7 @@ from PIL import Image
 from runs import bits
 
 from simplclip import data
-from simplclip.data import indexing, sources
+from simplclip.data import build_index, sources
 from simplclip.data.transforms import ImageTransform
 
 SAMPLES = int(os.environ.get("SIMPLCLIP_SOAK", 12_000))
@@ -83,7 +83,7 @@ def memory():
 def test_counts_memory_and_resuming(tmp_path, monkeypatch):
     began = time.monotonic()
     counts = write(tmp_path)
-    indexing.run(str(tmp_path / "*.tar"), progress=False)
+    build_index.run(str(tmp_path / "*.tar"), progress=False)
     say = lambda what: print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)  # noqa: E731
     say(f"{SAMPLES} samples in {SHARDS} shards are written and indexed")
     monkeypatch.setattr(sources, "RETRIES", (0.1,))
