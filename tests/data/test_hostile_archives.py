@@ -227,7 +227,7 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
                 assert summary.sums["samples"] == len(used) + sum(n for reason, n in counted.items() if reason not in OF_TARS)
                 if what == "headers":
                     index.write(index.paths(path)[1], *build_index.look(path))
-    shrink.run([*opened], tmp_path / "small", short=8, workers=1, sample=0, progress=False)
+    shrink.run([*opened], tmp_path / "small", short=8, workers=1, progress=False)
     splits = json.loads((tmp_path / "small" / "meta.json").read_text())["splits"].values()
     skipped = [entry.get("skipped", {}) for split in splits for entry in split["shards"].values()]
     assert {reason: sum(one.get(reason, [0])[0] for one in skipped) for reason in sums} == sums
