@@ -64,8 +64,7 @@ def report(
 
     from simplclip.data import report as reports
 
-    options = {"sample": sample, "size": size, "batch_size": batch_size, "workers": workers}
-    found = reports.run(shards, out=out, **options)
+    found = reports.run(shards, out=out, sample=sample, size=size, batch_size=batch_size, workers=workers)
     console = Console(highlight=False)
     for table in _tables(found):
         console.print(table)

@@ -11,7 +11,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from simplclip.data.tar import MAX_BYTES
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile decompresses these piece by piece, the others at once
 
 
-def header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether the order is Fortran's, and dtype by the header of an .npy file. Raises ValueError, and others."""
     version = np.lib.format.read_magic(file)
     if version != (1, 0):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +85,7 @@ def run(
             remove_leftovers(folder, lambda name: name.endswith(index.SUFFIX))
         todo = [file for file in files if not _fits(file, targets[file], decoded)]
         with Progress("index", sum(map(os.path.getsize, todo)) >> 20, unit="MiB", shown=progress) as bar:
-            for file, found in ordered(partial(pool.submit, look, decoded=decoded), todo, 2 * (workers or cores())):
+            for file, found in ordered(lambda file: pool.submit(look, file, decoded), todo, 2 * (workers or cores())):
                 bar.update(os.path.getsize(file) >> 20)
                 if isinstance(found, str):
                     unreadable[file] = found

@@ -22,6 +22,7 @@ from simplclip.data.sources import Part, read_part
 from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform, View, stack
 
+_NUMPY: Any = np.random  # its types leave out the global bit generator
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
 Batch = dict[str, Any]
@@ -54,18 +55,18 @@ class WorkerItem(NamedTuple):
 def seeded(*parts: object) -> Iterator[None]:
     """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
     seed = stable_hash("/".join(map(str, parts)))
-    states = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
+    states = torch.get_rng_state(), random.getstate(), _NUMPY.get_bit_generator()
     # torch.manual_seed would also seed the GPU's generators.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.set_bit_generator(_NUMPY_GENERATOR)  # 30 times cheaper than saving and restoring the state
+    _NUMPY.set_bit_generator(_NUMPY_GENERATOR)  # 30 times cheaper than saving and restoring the state
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_bit_generator(states[2])
+        _NUMPY.set_bit_generator(states[2])
 
 
 def pixels_of(
@@ -130,7 +131,9 @@ class Epoch(IterableDataset):
 
     def _items(self, worker: int, workers: int) -> Iterator[WorkerItem]:
         done = self.positions[worker] if self.positions else Position()
-        skipped, lost, pending = Skipped(), [], []
+        skipped = Skipped()
+        lost: list[int] = []  # places of broken samples since the last item
+        pending: list[Any] = []  # samples of the next batch; of one that is skipped, as they were read
         number = 0  # of items given
 
         def prepare(place: int, sample: Sample) -> Iterator[tuple]:

@@ -37,9 +37,9 @@ class Loader:
     restarts: why loader processes were started again, one line for each time.
     """
 
-    def __init__(self, dataset: Epoch, drop_last: bool, workers: int, prefetch: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: Epoch, drop_last: bool, workers: int, pin_memory: bool) -> None:
         self._dataset, self._drop_last = dataset, drop_last
-        self._workers, self._options = workers, {"prefetch": prefetch, "pin_memory": pin_memory}
+        self._workers, self._pin_memory = workers, pin_memory
         self.restarts: list[str] = []
         self._start(0)
 
@@ -132,7 +132,7 @@ class Loader:
         """The batches of the workers, then those merged from their last, smaller ones."""
         ends = []
         item: WorkerItem
-        for item in from_workers(dataset, self._workers, **self._options):
+        for item in from_workers(dataset, self._workers, self._pin_memory):
             position = self._positions[item.worker]
             position.items += 1
             position.lost.update(item.lost)
@@ -174,7 +174,6 @@ def make_loader(
     seed: int = 0,
     drop_last: bool = True,
     shuffle_buffer: int = 4096,
-    prefetch: int = 2,
     pin_memory: bool = False,
     on_error: str = "skip",
     max_pixels: int | None = None,
@@ -217,7 +216,6 @@ def make_loader(
             joined; see `simplclip.data.sidecars`.
         workers: number of loader processes; 0 reads in the calling process.
         shuffle_buffer: number of samples; of local uncompressed tars it holds their places, of others the encoded files.
-        prefetch: batches that each worker prepares ahead.
         pin_memory: copy batches to page-locked memory, for a GPU.
         on_error: "skip" counts a shard that cannot be read after several tries, and samples that cannot be read any more;
             "stop" raises ShardError for it.
@@ -239,16 +237,28 @@ def make_loader(
     check_count("captions_per_image", captions_per_image, 1)
     check_count("workers", workers, 0)
     check_count("shuffle_buffer", shuffle_buffer, 1)
-    check_count("prefetch", prefetch, 1)
     check_count("max_bytes", max_bytes, 1)
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
     if max_pixels is not None and isinstance(transform, ImageTransform):
         transform = copy.copy(transform)
         transform.max_pixels = max_pixels
-    rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
     parts = parts_of(shards)
     check_sidecars(parts, sidecars)
-    rules |= {"sidecars": sidecars, "max_pixels": max_pixels, "max_bytes": max_bytes, "prefix": prefix}
-    dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, **rules)
-    return Loader(dataset, drop_last, workers, prefetch, pin_memory)
+    dataset = Epoch(
+        parts=parts,
+        tokenizer=tokenizer,
+        transform=transform,
+        batch_size=batch_size,
+        captions=captions_per_image,
+        shuffle=shuffle,
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
+        teacher=teacher,
+        on_error=on_error,
+        sidecars=sidecars,
+        max_pixels=max_pixels,
+        max_bytes=max_bytes,
+        prefix=prefix,
+    )
+    return Loader(dataset, drop_last, workers, pin_memory)

@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +61,7 @@ def run(
     total = Summary(sums, Counter(), Skipped(), {}, np.zeros(0, np.uint64))
     with processes(workers) as pool:
         with Progress("report", len(files), unit="shards", shown=progress) as bar:
-            for file, one in ordered(partial(pool.submit, summarise), files, 2 * (workers or cores())):
+            for file, one in ordered(lambda file: pool.submit(summarise, file), files, 2 * (workers or cores())):
                 bar.update()
                 if isinstance(one, str):
                     unreadable[file] = one
@@ -75,7 +74,7 @@ def run(
         decoding = pool.submit(measure, counts, sample, size).result() if sample and samples else None
     for name in MEASURES if found else ():
         total.values[name] = np.concatenate([one.values[name] for one in found.values()])
-    report = {
+    report: dict[str, Any] = {
         "shards": len(files),
         "unreadable": unreadable,
         **total.sums,

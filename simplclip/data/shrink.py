@@ -52,7 +52,7 @@ def run(
 
         stamp = {"shrink": {"short": short, "quality": quality, "format": "jpg"}}  # earlier versions wrote WebP too
         options = {"batch_size": BATCH, "workers": workers or cores(), "title": "shrink", "progress": progress}
-        summary = rewrite(shards, out, process, stamp=stamp, **options)
+        summary = rewrite(shards, out, process, stamp=stamp, **options)  # type: ignore[arg-type]
     made = entries(summary["path"])
     names = [name for name in summary["sources"] if made[name]["samples"]]
     sizes = [sum(made[name]["source"]["bytes"] for name in names), sum(made[name]["bytes"] for name in names)]
@@ -91,8 +91,8 @@ def smaller(encoded: bytes, short: int) -> Image.Image | None:
     pixels = decode(encoded, scale=scale)
     if least <= short:
         return None
-    size = tuple(max(short, round(side * short / least)) for side in (width, height))
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.LANCZOS)
+    size = [max(short, round(side * short / least)) for side in (width, height)]
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((size[0], size[1]), Image.Resampling.LANCZOS)
     profile = Image.open(io.BytesIO(encoded)).info.get("icc_profile") or b""
     if profile[16:20] == b"RGB ":  # that of CMYK or grey would not fit any more
         image.info["icc_profile"] = profile

@@ -59,7 +59,7 @@ class ImageTransform:
         self.resize_mode, self.fill = cfg.resize_mode, cfg.fill_color
         self.interpolation = BILINEAR if cfg.interpolation == "bilinear" else BICUBIC
         self.max_pixels = max_pixels
-        self.augment = _checked(augment)
+        self.augment: Any = _checked(augment)  # None, "affine" or an AugmentationCfg
         self._jitter, self._jitter_prob, self._grey_prob = None, 0.0, 0.0
         if self.augment == "affine":
             self._affine = RandomAffine(15, (0.1, 0.1), (0.8, 1.15), 5)
@@ -164,7 +164,7 @@ class ImageTransform:
         else:
             ratio = fit(height / self.size[0], width / self.size[1])
             size = [round(height / ratio), round(width / ratio)]
-        check_pixels(*size, None)  # of a line of a pixel's width
+        check_pixels(size[0], size[1], None)  # a line of a pixel's width would become gigabytes
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
 
 
@@ -190,14 +190,14 @@ def _draw_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple
     return [(height - h) // 2, (width - w) // 2, h, w]
 
 
-def _box(size: tuple[int, int], view: View) -> tuple[int, int, int, int]:
+def _box(size: Sequence[int], view: View) -> tuple[int, int, int, int]:
     """Top, left, bottom and right of a view's crop in its image of another size."""
     (top, left, height, width), (y, x) = view["crop"], (now / then for now, then in zip(size, view["image"]))
     first, last = (int(top * y + 0.5), int(left * x + 0.5)), (int((top + height) * y + 0.5), int((left + width) * x + 0.5))
     return *first, max(last[0], first[0] + 1), max(last[1], first[1] + 1)
 
 
-def _checked(augment: AugmentationCfg | Mapping[str, Any] | str | None) -> AugmentationCfg | str | None:
+def _checked(augment: Any) -> Any:
     if augment is None or augment == "affine":
         return augment
     if isinstance(augment, str):

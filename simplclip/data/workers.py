@@ -30,7 +30,7 @@ class WorkerError(UserError, RuntimeError):
     """A loader process died; the message says how."""
 
 
-def from_workers(dataset: IterableDataset, workers: int, *, prefetch: int = 2, pin_memory: bool = False) -> Iterator[Any]:
+def from_workers(dataset: IterableDataset, workers: int, pin_memory: bool = False) -> Iterator[Any]:
     """What a data set yields in each of `workers` processes, in turn; with 0 in this process.
 
     Raises a ShardError that it yields (one that it raises would come with the worker's traceback), and WorkerError if a
@@ -38,7 +38,7 @@ def from_workers(dataset: IterableDataset, workers: int, *, prefetch: int = 2, p
     """
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
-        options |= {"prefetch_factor": prefetch, "worker_init_fn": _start}
+        options |= {"prefetch_factor": 2, "worker_init_fn": _start}
         options |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
     # Without a generator of its own every epoch would draw from the caller's global generator.
     loader = DataLoader(dataset, batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)

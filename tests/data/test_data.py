@@ -255,7 +255,6 @@ def test_an_abandoned_epoch_leaves_no_trace(pattern):
         ("captions_per_image", 1, 0),
         ("workers", 0, -1),
         ("shuffle_buffer", 1, 0),
-        ("prefetch", 1, 0),
         ("epoch", 0, -1),
         ("skip_batches", 0, -2),
     ],
