@@ -1,4 +1,4 @@
-"""Arrays of numpy's files (.npy, .npz). Those from elsewhere: no more is read than is there, whatever a header promises.
+"""numpy's files (.npy, .npz), which may come from anywhere: a header that promises more than there is allocates nothing.
 
 .npz files of any size are written and read in parts.
 """
@@ -57,7 +57,7 @@ def header_in_npz(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], 
 
 
 def mapped_in_npz(path: str | os.PathLike, name: str) -> Callable[[], np.ndarray]:
-    """What maps an array of an .npz file, which is not compressed, into memory. Errors as `from_npz`."""
+    """A function that maps an array of an .npz file, which must not be compressed, into memory. Errors as `from_npz`."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
     if member.compress_type != zipfile.ZIP_STORED:

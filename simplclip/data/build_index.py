@@ -36,7 +36,7 @@ MAGIC = {"jpeg": b"\xff\xd8\xff", "png": b"\x89PNG\r\n\x1a\n", "webp": b"RIFF"}
 FORMATS = ("unknown", *MAGIC)
 
 
-class Row(NamedTuple):
+class SampleInfo(NamedTuple):
     """What an index says of a sample."""
 
     key: str
@@ -133,7 +133,7 @@ def look(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, n
         if not places:
             return f"shard {shard!r} cannot be opened: {torn}"
     try:
-        rows = [_row(sample, decoded, broken) for sample in read_shard(shard, damage, indexed=False)]
+        rows = [_info(sample, decoded, broken) for sample in read_shard(shard, damage, indexed=False)]
     except ShardError as error:
         return str(error)
     damage.merge(broken)
@@ -163,7 +163,7 @@ def look(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, n
     return about, arrays
 
 
-def _row(sample: Sample, decoded: bool, skipped: Skipped) -> Row:
+def _info(sample: Sample, decoded: bool, skipped: Skipped) -> SampleInfo:
     """A broken sample is counted in `skipped`. Raises ShardError if it cannot be read any more."""
     image = image_of(sample)
     size = 0 if image is None else max(0, image.size) if isinstance(image, Span) else len(image)
@@ -182,7 +182,7 @@ def _row(sample: Sample, decoded: bool, skipped: Skipped) -> Row:
         if reason == UNREADABLE:
             raise ShardError(f"shard {sample['__url__']!r}: {error.args[1]}") from None
         skipped.add(reason, place_of(sample), error.args[1])
-    return Row(sample["__key__"], width, height, form, size, lengths, reason)
+    return SampleInfo(sample["__key__"], width, height, form, size, lengths, reason)
 
 
 def _start(value: Any, image: Any) -> Any:

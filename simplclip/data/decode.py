@@ -1,7 +1,7 @@
 """Image files (JPEG, PNG, WebP) to pixels: `decode` to a uint8 tensor, `decode_pil` to a PIL image.
 
-Pillow decodes whatever simplejpeg, which is faster, does not take: other formats, CMYK, damaged files. The pixels are equal.
-An animation's first frame is used, and EXIF's orientation is ignored, as in open_clip.
+simplejpeg, which is faster, decodes JPEGs; Pillow the other formats, CMYK and damaged files. The pixels are equal. Of an
+animation the first frame is used, and EXIF's orientation is ignored, as in open_clip.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""open_clip's image transforms on uint8 tensors: their draws, which can be kept and replayed, apart from their pixels."""
+"""open_clip's image transforms on uint8 tensors. What is drawn for an image is a view, which can be stored and replayed."""
 
 from __future__ import annotations
 
@@ -69,13 +69,8 @@ class ImageTransform:
             if self._jitter_prob:
                 self._jitter = ColorJitter(*self.augment.color_jitter)
 
-    def __repr__(self) -> str:
-        about = {"size": self.size, "mean": self.mean, "std": self.std, "interpolation": self.interpolation.value}
-        about |= {"resize_mode": self.resize_mode, "fill": self.fill, "augment": self.augment}
-        return f"ImageTransform({', '.join(f'{name}={value!r}' for name, value in about.items())})"
-
     def draw(self, height: int, width: int) -> View:
-        """What an image of this size is changed by, from torch's global generator on the CPU; {} for evaluation."""
+        """A view of an image of this size, drawn from torch's global generator on the CPU; {} for evaluation."""
         view: View = {}
         if self.augment == "affine":
             a = self._affine
@@ -100,9 +95,9 @@ class ImageTransform:
         return self.render(decode(encoded, scale=scale, max_pixels=self.max_pixels), view)
 
     def render(self, image: Tensor, view: View) -> Tensor:
-        """The same of a decoded image, uint8 [3, H, W], on its device.
+        """As `apply`, of a decoded image, uint8 [3, H, W], on its device.
 
-        The crop of a view is adapted to an image that was decoded at a smaller size than the view was drawn for.
+        The image may be smaller than the one that the view was drawn for: the crop is made smaller with it.
         """
         if "crop" in view:
             top, left, bottom, right = _box(image.shape[1:], view)
@@ -112,7 +107,7 @@ class ImageTransform:
         if "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
             shift = [x * (self.size[1] / view["size"][1]), y * (self.size[0] / view["size"][0])]
-            # On the negative, outside which is black: torchvision draws a grey line around an image on another colour.
+            # torchvision draws a grey line around an image unless it fills with black, which white is on the negative.
             negative = ~F.resize(image, list(self.size), BICUBIC)
             return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
         size, interpolation = self._resized(*image.shape[1:])
@@ -149,12 +144,12 @@ class ImageTransform:
         return self.finish(self.render(pixels, view)[None], colour)[0]
 
     def _room(self, size: tuple[int, int], view: View) -> float:
-        """How many times larger than S the crop is in an image of this size."""
+        """How many times larger than S the view's crop is in an image of this size."""
         top, left, bottom, right = _box(size, view)
         return min((bottom - top) / self.size[0], (right - left) / self.size[1])
 
     def _resized(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
-        """Evaluation: the size of the whole image, and the interpolation."""
+        """Evaluation: the size that an image is resized to before it is cropped or padded, and the interpolation."""
         if self.resize_mode == "squash":
             return list(self.size), self.interpolation
         fit, square = max if self.resize_mode == "longest" else min, self.size[0] == self.size[1]
@@ -208,11 +203,11 @@ def _checked(augment: Any) -> Any:
         except TypeError:
             known = ", ".join(asdict(AugmentationCfg()))
             raise InputError(f"augment: expected fields of AugmentationCfg ({known}), got {dict(augment)}") from None
-    if augment.use_timm:
-        raise InputError("augment.use_timm: expected false, got true; timm's transforms take PIL images")
-    for name in ("re_prob", "re_count"):
+    for name in ("use_timm", "re_prob", "re_count"):
         if getattr(augment, name):
-            raise InputError(f"augment.{name}: expected none without use_timm, got {getattr(augment, name)}")
+            raise InputError(
+                f"augment.{name}: expected none, as timm's transforms take PIL images, got {getattr(augment, name)}"
+            )
     jitter = augment.color_jitter
     if bool(augment.color_jitter_prob) != (jitter is not None) or (jitter is not None and len(jitter) != 4):
         raise InputError(

@@ -331,12 +331,12 @@ def test_the_limit_of_pixels(monkeypatch):
     [
         ("flip", "augment: expected 'affine', 'none' or fields of AugmentationCfg, got 'flip'"),
         ({"scal": (0.1, 1)}, r"augment: expected fields of AugmentationCfg \(scale, .*\), got \{'scal'"),
-        ({"use_timm": True}, "augment.use_timm: expected false, got true"),
-        ({"re_prob": 0.25}, "augment.re_prob: expected none without use_timm, got 0.25"),
+        ({"use_timm": True}, "augment.use_timm: expected none, as timm's transforms take PIL images, got True"),
+        ({"re_prob": 0.25}, "augment.re_prob: expected none, as timm's transforms take PIL images, got 0.25"),
         ({"color_jitter": 0.4}, "augment.color_jitter: expected brightness, contrast, saturation and hue, and"),
         ({"color_jitter_prob": 0.4}, "augment.color_jitter: .* got None and 0.4"),
         ({"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4}, "augment.color_jitter: expected"),
-        (AugmentationCfg(re_count=2), "augment.re_count: expected none without use_timm, got 2"),
+        (AugmentationCfg(re_count=2), "augment.re_count: expected none, .* got 2"),
     ],
 )
 def test_augmentations_that_are_refused(augment, message):
@@ -349,11 +349,3 @@ def test_timms_augmentation_is_open_clips():
     found = models.transforms("siclip-tiny", train=True, augment={"use_timm": True, "re_prob": 0.25})
     assert "RandomErasing" in repr(found)
     assert found(decode_pil(PHOTOS[1])).shape == (3, 48, 48)
-
-
-def test_a_repr_names_what_changes_pixels():
-    cfgs = [PreprocessCfg(), PreprocessCfg(size=32), PreprocessCfg(resize_mode="squash"), PreprocessCfg(mean=(0.0,) * 3)]
-    found = [repr(ImageTransform(cfg, augment)) for cfg in cfgs for augment in (None, "affine", {}, {"scale": (0.5, 1.0)})]
-    assert len(set(found)) == len(found)
-    assert found == [repr(ImageTransform(c, a)) for c in cfgs for a in (None, "affine", {}, {"scale": (0.5, 1.0)})]
-    assert not any(" at 0x" in text for text in found)
