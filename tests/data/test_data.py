@@ -121,27 +121,16 @@ def test_the_callers_random_numbers_are_left_alone_and_change_nothing(pattern, w
     assert bits(found[0]) == bits(found[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_skip_batches_gives_the_rest_of_the_epoch(pattern, workers, drop_last):
     reader = loader(pattern, workers=workers, drop_last=drop_last, batch_size=3)
     whole, report = list(reader.epoch(1)), reader.report()
-    for skip in range(len(whole) + 1):
+    for skip in (0, 1, len(whole) - 1, len(whole)):
         assert bits(list(reader.epoch(1, skip_batches=skip))) == bits(whole[skip:])
         assert reader.report() == report
     with pytest.raises(ValueError, match=f"skip_batches: expected at most {len(whole)}.*got {len(whole) + 1}"):
         list(reader.epoch(1, skip_batches=len(whole) + 1))
-
-
-def test_skip_batches_skips_alike_with_broken_samples(tmp_path):
-    broken = ("k100", {"png": png()[:40], "txt": b"torn"})
-    paths = [write(tmp_path / f"{i}.tar", [sample(4 * i), broken, sample(4 * i + 1)]) for i in range(4)]
-    reader = loader(paths, batch_size=2)
-    whole = list(reader.epoch(0))
-    assert bits(list(reader.epoch(0, skip_batches=2))) == bits(whole[2:])
-    assert len(whole) == 4
-    assert sum(reader.skipped.values()) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -166,16 +155,20 @@ def test_a_state_skips_without_decoding(tmp_path, monkeypatch, workers):
         calls["augmented"] += 1
         return augment(image)
 
+    def tokens(texts):
+        calls["tokenized"] += len(texts)
+        return tokenizer(texts)
+
     torch.save(states, tmp_path / "states.pt")
     states = torch.load(tmp_path / "states.pt", weights_only=True)
     for number, state in enumerate(states, 1):
-        again = make(transform=counted)
+        again = make(transform=counted, tokenizer=tokens)
         calls.clear()
         assert bits(list(again.epoch(1, number, state))) == bits(whole[number:])
         assert again.report() == report
         assert bits(again.state()) == bits(reader.state())
         rest = sum(len(batch["key"]) for batch in whole[number:])
-        assert workers or calls["augmented"] <= rest + 2 + 6  # what was left over, and broken ones
+        assert workers or rest <= calls["tokenized"] <= calls["augmented"] <= rest + 2  # and what was left over
     for path in paths[4:]:  # then there are fewer batches than the run has had
         os.remove(path)
         open(path, "w").close()
@@ -189,29 +182,6 @@ def test_a_state_of_another_place_or_batch_size_is_not_used(pattern):
     assert bits(list(reader.epoch(0, 2, state))) == bits(whole[2:])
     smaller = loader(pattern, batch_size=2)
     assert bits(list(smaller.epoch(0, 10, state))) == bits(list(smaller.epoch(0))[10:])
-
-
-def test_skipped_batches_are_not_augmented_or_tokenized(pattern):
-    calls = Counter()
-    states, reader = [], loader(pattern, batch_size=5)
-    for _ in reader.epoch(0):
-        states.append(reader.state())
-
-    def counted(image):
-        calls["augmented"] += 1
-        return augment(image)
-
-    def tokens(texts):
-        calls["tokenized"] += len(texts)
-        return tokenizer(texts)
-
-    list(loader(pattern, transform=counted, tokenizer=tokens, batch_size=5).epoch(0, 3, states[2]))
-    assert calls == {"augmented": COUNT - 15, "tokenized": COUNT - 15}
-
-
-def test_a_killed_worker_is_an_error_not_a_hang(pattern):
-    with pytest.raises(RuntimeError, match="worker"):
-        list(loader(pattern, workers=1, transform=lambda image: os._exit(1)).epoch(0))
 
 
 def test_interrupting_the_process_group_leaves_workers_to_the_trainer(pattern):
@@ -309,14 +279,6 @@ def test_one_caption_is_drawn_as_without_a_teacher(shard):
     assert bits(plain) == bits([{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught])
 
 
-def test_two_captions_differ_by_epoch_and_are_those_of_the_epoch_after_skipped_batches(shard):
-    reader = loader(shard, teacher=True, captions_per_image=2, shuffle=False, drop_last=False)
-    first, second = (list(reader.epoch(epoch)) for epoch in (0, 1))
-    assert bits(second[2:]) == bits(list(reader.epoch(1, skip_batches=2)))
-    assert first[0]["text"].shape == second[0]["text"].shape
-    assert not torch.equal(first[0]["text"], second[0]["text"])
-
-
 @pytest.mark.parametrize(
     ("second", "message"),
     [
@@ -329,18 +291,6 @@ def test_features_that_are_not_the_samples(tmp_path, second, message):
     with pytest.raises(data.ShardError, match=message):
         list(loader(path, teacher=True, batch_size=1).epoch(0))
     assert len(list(loader(path, batch_size=1).epoch(0))) == 2
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    [npy(features_of(1, 3))[:40], b"x" * 40, npy(np.zeros((4, 2))), npy(np.array([{"a": 1}], dtype=object))],
-    ids=["cut", "garbage", "float64", "pickle"],
-)
-def test_damaged_features_are_a_broken_sample(tmp_path, damaged):
-    path = write(tmp_path / "a.tar", [taught(0), taught(1, damaged)])
-    reader = loader(path, teacher=True, batch_size=1)
-    assert [batch["key"] for batch in reader.epoch(0)] == [["k000"]]
-    assert reader.skipped == {"bad teacher features": 1}
 
 
 def test_the_stamp_of_a_folder(tmp_path):

@@ -178,14 +178,16 @@ def test_an_error_leaves_whole_shards_only(folder, tmp_path, out):
 
 
 @pytest.mark.slow
-def test_killed_at_any_point(folder, tmp_path):
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_killed_at_any_point(folder, tmp_path, sidecar):
     """kill -9 at each batch and each line that writes a file, then the same command: no torn shard is seen, and it ends
     as undisturbed."""
 
     def work(out, step):
-        run(folder / "train-*.tar", out, lambda batch: step() or [{"mark.npy": s.place.encode() * 2000} for s in batch])
+        made = lambda batch: step() or [{"mark.npy": s.place.encode() * 2000} for s in batch]  # noqa: E731
+        run(folder / "train-*.tar", out, made, sidecar=sidecar)
 
     def check(out):
         assert not (out / "meta.json").exists() or meta(out)["mark"] == STAMP["mark"]
 
-    killed_at_any_point(tmp_path, work, 60, check)
+    killed_at_any_point(tmp_path, work, 40 if sidecar else 50, check)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from pairs import digests, keys, killed_at_any_point, loader, members, meta, npy, png, sample, write
+from pairs import digests, keys, loader, members, meta, npy, png, sample, write
 from runs import bits
 
 from simplclip import data
@@ -216,16 +216,6 @@ def test_a_key_that_comes_again_is_counted_not_mistaken(tmp_path, out):
     assert shards.contents(found[key])["png"] == sample(0)[1]["png"]
     assert len(read(path)) == 2  # and three samples without sidecars
     assert len(list(shards.read_shard(path, Skipped()))) == 3
-
-
-@pytest.mark.slow
-def test_killed_at_any_point(folder, tmp_path):
-    """kill -9 at each batch and each line that writes a file, then the same command: it ends as undisturbed."""
-    killed_at_any_point(
-        tmp_path,
-        lambda out, step: run(folder / "train-*.tar", out, lambda batch: step() or teach(batch)),
-        least=40,
-    )
 
 
 def test_sidecars_belong_to_tars_of_different_names(folder, out, tmp_path):
