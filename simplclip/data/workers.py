@@ -50,7 +50,7 @@ def from_workers(dataset: IterableDataset, workers: int, pin_memory: bool = Fals
                     raise item
                 yield item
         except (RuntimeError, EOFError, OSError) as error:
-            if isinstance(error, UserError) or not workers or not _died(error):
+            if not workers or not _died(error):
                 raise
             raise WorkerError(
                 f"data.workers: a loader process died before its epoch ended: {_end(iterator) or repr(error)}. A system that "

@@ -61,8 +61,10 @@ def test_drop_last_drops_less_than_a_batch_whatever_the_workers(pattern, workers
 
 @pytest.mark.parametrize(("workers", "count"), [(2, COUNT), (3, COUNT), (3, 2)])
 def test_fewer_shards_than_workers_share_the_samples(tmp_path, workers, count):
-    path = write(tmp_path / "one.tar", [sample(i) for i in range(count)])
-    assert sorted(keys(loader(path, workers=workers, batch_size=2, drop_last=False).epoch(0))) == ALL[:count]
+    path = write(tmp_path / "one.tar", [sample(0), *(sample(i) for i in range(count))])  # the first one's files twice
+    reader = loader(path, workers=workers, batch_size=2, drop_last=False)
+    assert sorted(keys(reader.epoch(0))) == ALL[:count]
+    assert reader.skipped == {"duplicate file in tar": 3}  # counted by one worker
     first = next(loader(path, workers=workers, batch_size=2, shuffle=False).epoch(0))["key"]
     assert count == 2 or len({int(key[1:]) % workers for key in first}) == 1
 
