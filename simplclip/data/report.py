@@ -81,7 +81,7 @@ def run(
         "formats": dict(total.formats.most_common()),
         "broken": _broken(total.broken),
         "quantiles": {
-            name: dict(zip(QUANTILES, np.quantile(values, [*QUANTILES.values()], method="inverted_cdf").tolist()))
+            name: dict(zip(QUANTILES, np.quantile(values, [*QUANTILES.values()], method="inverted_cdf").astype(int).tolist()))
             for name, values in total.values.items()
             if len(values)
         },

@@ -83,11 +83,14 @@ def undisturbed(report: bool = True) -> Iterator[None]:
 
 
 def _following(iterator: Iterator) -> Any:
-    """The next item of a DataLoader's iterator, None at its end, within `undisturbed`: here errors are raised at once."""
+    """The next item of a DataLoader's iterator, None at its end, within `undisturbed`: here errors are raised at once.
+
+    While another iterator is open, whose process it may be that died, torch looks for dead ones of this one every 5 seconds.
+    """
     global _missed, _waiting
-    _waiting = True
+    _waiting = _holders == 1
     try:
-        if _missed:
+        if _missed and _waiting:
             _missed = False
             _former(_CHILD_ENDED, None)
         return next(iterator, None)

@@ -1,6 +1,8 @@
 """Batches of training, with a teacher's features or without: order, resuming, failing, with all workers."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -192,6 +194,26 @@ def test_interrupting_the_process_group_leaves_workers_to_the_trainer(pattern):
         return resize(image)
 
     assert len(keys(loader(pattern, workers=1, transform=interrupt).epoch(0))) == 20
+
+
+def test_a_worker_that_dies_while_other_batches_are_read(pattern):
+    """As one of training, which is to go on, during an evaluation, which has nothing to do with it."""
+    whole = keys(loader(pattern, workers=1, batch_size=1).epoch(0))
+    reader = loader(pattern, workers=1, batch_size=1)
+    batches = reader.epoch(0)
+    found = keys([next(batches)])
+    (victim,) = multiprocessing.active_children()
+
+    def kill(image):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.SIGKILL)
+        return resize(image)
+
+    other = loader(pattern, workers=1, transform=kill)
+    assert len(keys(other.epoch(0))) == 20
+    assert other.restarts == []
+    assert found + keys(batches) == whole
+    assert len(reader.restarts) == 1
 
 
 def test_a_failing_transform_names_the_sample(pattern):
