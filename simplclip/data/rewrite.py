@@ -297,6 +297,7 @@ def _write_shard(source: str, target: Path, making: Making) -> dict[str, Any]:
 
 
 def _whole(samples: Iterator[Sample], skipped: Skipped, max_bytes: int) -> Iterator[Sample]:
+    """The samples with the bytes of their files; those that have too many are left out and counted."""
     for sample in samples:
         try:
             yield contents(sample, max_bytes)

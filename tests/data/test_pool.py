@@ -86,6 +86,7 @@ def holder(pipe):
         time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_processes_of_a_killed_one_end():
     context = multiprocessing.get_context("spawn")
