@@ -9,7 +9,7 @@ from paths import ROOT
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
 # What --prove sets: all schedules of the emulator, and how many kills and faults the trainer meets.
-PROOF = {"SIMPLCLIP_EMULATE_ALL": "1", "SIMPLCLIP_TEST_KILLS": "20", "SIMPLCLIP_FAULTS": "30"}
+PROOF = {"SIMPLCLIP_EMULATE_ALL": "1", "SIMPLCLIP_TEST_KILLS": "20", "SIMPLCLIP_FAULTS": "30", "SIMPLCLIP_TEST_STRIDE": "1"}
 # Fixtures that take long to make: who uses one is slow.
 SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "trained", "of_two_ranks"}
 

@@ -33,13 +33,12 @@ def index(
     decode: Annotated[
         bool, typer.Option("--decode", help="Decode every image, to find damage behind the header. Takes hours.")
     ] = False,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Count the captions' tokens by CLIP's tokenizer.")] = False,
     workers: Workers = None,
 ) -> None:
     """Write an index beside each shard (NAME.tar.index.npz): counts, sizes, and what lies where. Finished ones are kept."""
-    from simplclip.data import indexing
+    from simplclip.data import build_index
 
-    found = indexing.run(shards, out=out, decoded=decode, tokens=tokens, workers=workers)
+    found = build_index.run(shards, out=out, decoded=decode, workers=workers)
     kept = found["shards"] - found["written"] - len(found["unreadable"])
     typer.echo(
         f"{found['samples']:,} samples in {found['shards']:,} shards; wrote {found['written']:,} indices, kept {kept:,}"
@@ -65,8 +64,7 @@ def report(
 
     from simplclip.data import report as reports
 
-    options = {"sample": sample, "size": size, "batch_size": batch_size, "workers": workers}
-    found = reports.run(shards, out=out, **options)
+    found = reports.run(shards, out=out, sample=sample, size=size, batch_size=batch_size, workers=workers)
     console = Console(highlight=False)
     for table in _tables(found):
         console.print(table)
@@ -81,26 +79,20 @@ def shrink(
     out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
     short: Annotated[int, typer.Option(min=1, help="Most pixels of an image's short side.")] = 288,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of the encoder.")] = 90,
-    format_: Annotated[str, typer.Option("--format", help="jpg or webp, of the images that become smaller.")] = "jpg",
     workers: Workers = None,
-    sample: Annotated[int, typer.Option(min=0, help="Images decoded to measure the rate before and after; 0: none.")] = 256,
 ) -> None:
-    """Write new shards with smaller images; all else stays. Repeat the command to continue after a stop."""
-    from simplclip.data import shrink as shrinking
-    from simplclip.data.report import size_text
+    """Write new shards with smaller images, as JPEG; all else stays. Repeat the command to continue after a stop."""
+    from rich.filesize import decimal
 
-    options = {"short": short, "quality": quality, "format": format_, "workers": workers, "sample": sample}
-    summary = shrinking.run(shards, out, **options)
+    from simplclip.data import shrink as shrinking
+
+    summary = shrinking.run(shards, out, short=short, quality=quality, workers=workers)
     before, after = summary["bytes"]
     typer.echo(
         f"wrote {summary['written']} of {summary['shards']} shards to {summary['path']}: {summary['samples']:,} samples"
     )
     share = f" ({after / before:.0%})" if before else ""
-    typer.echo(f"  bytes      {size_text(before)} before, {size_text(after)} after{share}")
-    if summary["images_per_second"]:
-        before, after = summary["images_per_second"]
-        times = f" ({after / before:.1f} times)" if before else ""
-        typer.echo(f"  decoding   {before:,.0f} images/s on one core before, {after:,.0f} after{times}")
+    typer.echo(f"  bytes      {decimal(before)} before, {decimal(after)} after{share}")
 
 
 @app.command(epilog="Example: simplclip data emoji --out data/emoji")
@@ -128,47 +120,41 @@ def _unreadable(found: dict[str, str]) -> None:
 
 
 def _tables(found: dict[str, Any]) -> list[Table]:
-    from rich.box import SIMPLE_HEAD
+    from rich.filesize import decimal
     from rich.markup import escape
-    from rich.table import Table
 
-    from simplclip.data.report import MEASURES, size_text
+    from simplclip.common.tables import table
+    from simplclip.data.report import MEASURES
 
-    def shown(name: str) -> str:
+    def first(name: str) -> str:
         return escape(visible(name))
 
-    def table(*columns: str) -> Table:
-        made = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-        for i, column in enumerate(columns):
-            made.add_column(column, justify="right" if i and columns[0] == "of each" else "left")
-        return made
-
-    about = table("data", "")
-    about.add_row("samples", f"{found['samples']:,} in {found['shards']:,} shards, {size_text(found['bytes'])}")
-    formats = ", ".join(f"{count:,} {name}" for name, count in found["formats"].items())
-    mean = f", {found['megapixels_an_image']:g} megapixels on average" if found["images"] else ""
-    about.add_row("images", f"{formats or 'none'}, {size_text(found['image_bytes'])}{mean}")
     epoch, decoding, twice = found["epoch"], found["decoding"], found["duplicate_keys"]
-    about.add_row("epoch", f"{epoch['batches']:,} batch{'es' * (epoch['batches'] != 1)} of {epoch['batch_size']:,}")
-    first = f" (first: {shown(twice['first'])})" if twice["first"] else ""
-    about.add_row("repeated keys", f"{twice['in_a_shard']:,} within a shard, {twice['in_all_shards']:,} in all{first}")
-    about.add_row("index", f"of {found['indexed']:,} shards; every image decoded of {found['decoded']:,} samples")
-    if decoding and decoding["images_per_second"]:
-        rate, side = decoding["images_per_second"], decoding["size"]
-        about.add_row("decoding", f"{rate:,.0f} images/s on one core ({decoding['images']:,} images, to {side} pixels)")
-        hours = f"{decoding['core_hours_an_epoch']:,.3g} core hours an epoch, {decoding['hours_an_epoch']:,.3g} hours on the"
-        about.add_row("", f"{hours} {decoding['cores']} cores here")
-        about.add_row("", f"{1000 / rate:.2g} cores for every 1,000 images/s that a card takes")
+    formats = ", ".join(f"{count:,} {name}" for name, count in found["formats"].items())
+    about = [
+        ("samples", f"{found['samples']:,} in {found['shards']:,} shards, {decimal(found['bytes'])}"),
+        ("images", f"{formats or 'none'}, {decimal(found['image_bytes'])}"),
+        ("epoch", f"{epoch['batches']:,} batches of {epoch['batch_size']:,}"),
+        ("repeated keys", f"{twice['in_a_shard']:,} within a shard, {twice['in_all_shards']:,} in all"),
+        ("index", f"of {found['indexed']:,} shards; every image decoded of {found['decoded']:,} samples"),
+    ]
+    if decoding and (rate := decoding["images_per_second"]):
+        hours = found["samples"] / rate / 3600
+        about += [
+            ("decoding", f"{rate:,.0f} images/s on one core ({decoding['images']:,}, to {decoding['size']} pixels)"),
+            ("", f"{hours:,.3g} core hours an epoch; {1000 / rate:.2g} cores for every 1,000 images/s that a card takes"),
+        ]
     for shard, (said, there) in found["img2dataset"].items():
-        about.add_row("img2dataset", f"{shown(shard)}: its stats say {said:,} images, there are {there:,}")
-    spread = table("of each", *next(iter(found["quantiles"].values()), {}))
-    for name, values in found["quantiles"].items():
-        label = {"tokens": "caption"}.get(name, name) + f" ({MEASURES[name]})" * bool(MEASURES[name])
-        spread.add_row(label, *(f"{value:,}" for value in values.values()))
-    broken = table("broken", "samples", "the first")
-    for reason, (count, first) in found["broken"].items():
-        broken.add_row(reason, f"{count:,}", shown(first))
-    measured = decoding["broken"] if decoding and found["decoded"] < found["samples"] else {}
-    for reason, (count, first) in measured.items():
-        broken.add_row(f"{reason}, of the {decoding['images']:,} measured", f"{count:,}", shown(first))
-    return [about, spread, *([broken] if broken.row_count else [])]
+        about.append(("img2dataset", f"{first(shard)}: its stats say {said:,} images, there are {there:,}"))
+    quantiles = [
+        (f"{name} ({MEASURES[name]})" if MEASURES[name] else name, *(f"{value:,}" for value in values.values()))
+        for name, values in found["quantiles"].items()
+    ]
+    broken = [(reason, f"{count:,}", first(place)) for reason, (count, place) in found["broken"].items()]
+    if decoding and found["decoded"] < found["samples"]:
+        reasons = decoding["broken"].items()
+        broken += [(f"{reason}, of those decoded", f"{count:,}", first(place)) for reason, (count, place) in reasons]
+    shown = [table(("data", ""), about)]
+    if quantiles:
+        shown.append(table(("of each", *next(iter(found["quantiles"].values()))), quantiles, numbers=True))
+    return [*shown, *([table(("broken", "samples", "the first"), broken)] if broken else [])]

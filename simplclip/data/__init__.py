@@ -3,9 +3,10 @@ heldout.py decodes held-out data in theirs; sidecars.py joins further files, e.g
 and sidecars, pack.py shards of whatever else pairs lie in."""
 
 from simplclip.data.heldout import HeldOut, held_out
-from simplclip.data.loader import EmptyEpochError, Loader, WorkerError, make_loader
+from simplclip.data.loader import EmptyEpochError, Loader, make_loader
 from simplclip.data.pairs import expand, parts_of
 from simplclip.data.shards import ShardError, teacher_stamp
+from simplclip.data.workers import WorkerError
 
 __all__ = [
     "EmptyEpochError",

@@ -1,4 +1,4 @@
-"""Arrays of numpy's files (.npy, .npz). Those from elsewhere: no more is read than is there, whatever a header promises.
+"""numpy's files (.npy, .npz), which may come from anywhere: a header that promises more than there is allocates nothing.
 
 .npz files of any size are written and read in parts.
 """
@@ -11,7 +11,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from simplclip.data.tar import MAX_BYTES
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile decompresses these piece by piece, the others at once
 
 
-def header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether the order is Fortran's, and dtype by the header of an .npy file. Raises ValueError, and others."""
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
@@ -57,7 +57,7 @@ def header_in_npz(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], 
 
 
 def mapped_in_npz(path: str | os.PathLike, name: str) -> Callable[[], np.ndarray]:
-    """What maps an array of an .npz file, which is not compressed, into memory. Errors as `from_npz`."""
+    """A function that maps an array of an .npz file, which must not be compressed, into memory. Errors as `from_npz`."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
     if member.compress_type != zipfile.ZIP_STORED:

@@ -1,4 +1,4 @@
-"""Changes of the colour of a batch of images, each by its own parameters, as by torchvision's ColorJitter and Grayscale."""
+"""Changes the colours of a batch of images, each by its own parameters, as torchvision's ColorJitter and Grayscale do."""
 
 from __future__ import annotations
 

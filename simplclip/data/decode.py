@@ -1,12 +1,13 @@
 """Image files (JPEG, PNG, WebP) to pixels: `decode` to a uint8 tensor, `decode_pil` to a PIL image.
 
-Pillow decodes whatever simplejpeg, which is faster, does not take: other formats, CMYK, damaged files. The pixels are equal.
-An animation's first frame is used, and EXIF's orientation is ignored, as in open_clip.
+simplejpeg, which is faster, decodes JPEGs; Pillow the other formats, CMYK and damaged files. The pixels are equal. Of an
+animation the first frame is used, and EXIF's orientation is ignored, as in open_clip.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -110,6 +111,7 @@ def _jpeg_size(encoded: bytes, max_pixels: int | None) -> tuple[int, int] | None
 
 def _open(encoded: bytes, max_pixels: int | None) -> Image.Image:
     """The image before its pixels are decoded. Image.open would have a limit of its own."""
+    plugin: Callable[[io.BytesIO], Image.Image]
     if _is_jpeg(encoded):
         plugin = JpegImagePlugin.JpegImageFile
     elif encoded[:8] == b"\x89PNG\r\n\x1a\n":

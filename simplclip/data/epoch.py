@@ -19,53 +19,54 @@ from simplclip.data.decode import decode_pil, size_of
 from simplclip.data.parts import Part, read_part
 from simplclip.data.shards import UNREADABLE, Pair, Sample, ShardError, parse, place_of, prefix_output, stable_hash
 from simplclip.data.sidecars import PREFIX, Folders
-from simplclip.data.tar import MAX_BYTES, Span
+from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform, View, stack
 
+_NUMPY: Any = np.random  # its types leave out the global bit generator
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
 Batch = dict[str, Any]
 
 
 @dataclass
-class Progress:
-    """What one worker has done of an epoch, so that another process can go on without decoding what is done."""
+class Position:
+    """How far one worker is in an epoch, so that another process can go on from there without decoding what is done.
+
+    torchdata's StatefulDataLoader would only carry this from the workers to the trainer (about 40 lines): reading, skipping,
+    the last batches that are joined, and the restart of dead workers would stay, and it is built on torch's private names.
+    """
 
     items: int = 0  # that it gave
-    lost: set[int] = field(default_factory=set)  # places of broken samples in the worker's order
-    ended: dict[int, int] = field(default_factory=dict)  # place of a part that is read -> the samples that it gave
-    current: tuple[int, int] = (-1, 0)  # the place of the part that is being read, and the samples that it gave
+    lost: set[int] = field(default_factory=set)  # places of broken samples in the worker's order of samples
 
 
-class Item(NamedTuple):
-    """What a worker gives: a batch, and what happened since the former one."""
+class WorkerItem(NamedTuple):
+    """What a worker gives: a batch, and what happened since its item before."""
 
-    batch: Batch | None  # None if it is skipped
+    batch: Batch | None  # None if an earlier process gave it, or there is none at the end
     size: int
     last: bool
     worker: int
     skipped: Skipped
     lost: list[int]
-    ended: dict[int, int]
-    current: tuple[int, int]
 
 
 @contextlib.contextmanager
 def seeded(*parts: object) -> Iterator[None]:
     """Seeds the global generators that transforms use by `parts`, and restores them afterwards."""
     seed = stable_hash("/".join(map(str, parts)))
-    states = torch.get_rng_state(), random.getstate(), np.random.get_bit_generator()
+    states = torch.get_rng_state(), random.getstate(), _NUMPY.get_bit_generator()
     # torch.manual_seed would also seed the GPU's generators.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.set_bit_generator(_NUMPY_GENERATOR)  # 30 times cheaper than saving and restoring the state
+    _NUMPY.set_bit_generator(_NUMPY_GENERATOR)  # 30 times cheaper than saving and restoring the state
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_bit_generator(states[2])
+        _NUMPY.set_bit_generator(states[2])
 
 
 def pixels_of(
@@ -119,24 +120,21 @@ class Epoch(IterableDataset):
     max_bytes: int = MAX_BYTES
     prefix: tuple[int, ...] | None = None  # the shape of stored outputs, which are read in place of images
     epoch: int = 0
-    progress: list[Progress] | None = None  # of each worker, to go on from
+    positions: list[Position] | None = None  # of each worker, to go on from
 
-    def __iter__(self) -> Iterator[Item | tuple[ShardError]]:
+    def __iter__(self) -> Iterator[WorkerItem | ShardError]:
         worker = get_worker_info()
         try:
             yield from self._items(*((worker.id, worker.num_workers) if worker else (0, 1)))
         except ShardError as error:
-            yield (error,)  # raised in the main process, without the worker's traceback
+            yield error  # raised in the main process, without the worker's traceback
 
-    def _items(self, worker: int, workers: int) -> Iterator[Item]:
-        done = self.progress[worker] if self.progress else Progress()
-        skipped, lost = Skipped(), []
-        reading = _Reading(self, done, skipped, counts=len(self.parts) >= workers or worker == 0)
-        samples = reading.samples(worker, workers)
-        if self.shuffle:
-            rng = random.Random(f"{self.seed}/{self.epoch}/{worker}/{workers}")
-            samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
-        number, pending = 0, []
+    def _items(self, worker: int, workers: int) -> Iterator[WorkerItem]:
+        done = self.positions[worker] if self.positions else Position()
+        skipped = Skipped()
+        lost: list[int] = []  # places of broken samples since the last item
+        pending: list[Any] = []  # samples of the next batch; of one that is skipped, as they were read
+        number = 0  # of items given
 
         def prepare(place: int, sample: Sample) -> Iterator[tuple]:
             try:
@@ -147,11 +145,18 @@ class Epoch(IterableDataset):
                 lost.append(place)
                 skipped.add(broken.args[0], place_of(sample), broken.args[1])
 
-        def item(batch: Batch | None, last: bool) -> Item:
-            found = Item(batch, len(pending), last, worker, skipped.take(), lost.copy(), *reading.take())
+        def item(batch: Batch | None, last: bool) -> WorkerItem:
+            new = skipped.take()
+            if number < done.items:  # they were counted when the item was given first
+                new = Skipped()
+            found = WorkerItem(batch, len(pending), last, worker, new, lost.copy())
             lost.clear()
             return found
 
+        samples = self._samples(worker, workers, skipped, ahead=lambda: number >= done.items)
+        if self.shuffle:
+            rng = random.Random(f"{self.seed}/{self.epoch}/{worker}/{workers}")
+            samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
         for place, sample in enumerate(samples):
             skip = number < done.items
             if not skip:
@@ -162,9 +167,36 @@ class Epoch(IterableDataset):
                 yield item(None if skip else self._collate(pending), False)
                 pending = []
                 number += 1
-        if number < done.items:  # the last, smaller batch is joined with those of other workers
-            pending = [prepared for skipped_one in pending for prepared in prepare(*skipped_one)]
+        if number < done.items:  # the last, smaller batch is joined with those of other workers, so it is made again
+            pending = [prepared for place, sample in pending for prepared in prepare(place, sample)]
         yield item(self._collate(pending) if pending else None, True)
+
+    def _samples(self, worker: int, workers: int, skipped: Skipped, ahead: Callable[[], bool]) -> Iterator[Sample]:
+        """The samples of one worker before they are shuffled. ahead: whether their files will be used soon."""
+        parts = [(part, copy) for part in self.parts for copy in range(math.ceil(part.weight))]
+        if self.shuffle:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(parts)
+        if len(parts) >= workers:
+            return (sample for part, copy in parts[worker::workers] for sample in self._read(part, copy, skipped, ahead()))
+        # With fewer parts than workers, each worker reads all of them and takes its share; the first one counts.
+        skipped = skipped if worker == 0 else Skipped()
+        samples = (sample for part, copy in parts for sample in self._read(part, copy, skipped, ahead()))
+        return islice(samples, worker, None, workers)
+
+    def _read(self, part: Part, copy: int, skipped: Skipped, ahead: bool) -> Iterator[Sample]:
+        """The samples of a part; of its last copy, if the weight is no whole number, a random share of them."""
+        share, seed = part.weight - copy, f"{self.seed}/{self.epoch}"
+        try:
+            for sample in read_part(part, skipped, ahead=ahead, sidecars=self.sidecars, max_bytes=self.max_bytes):
+                if share < 1 and stable_hash(f"{seed}/{place_of(sample)}") >= share * 2**64:
+                    continue
+                if copy:
+                    sample["__copy__"] = copy
+                yield sample
+        except ShardError as error:
+            if self.on_error == "stop":
+                raise
+            skipped.add("unreadable shard", part.name, error)
 
     def _prepare(self, sample: Sample) -> tuple:
         stored = self.prefix is not None and PREFIX in sample
@@ -218,68 +250,3 @@ def _draw(count: int, wanted: int) -> list[int]:
     while len(drawn) < wanted:
         drawn += random.sample(range(count), min(count, wanted - len(drawn)))
     return drawn
-
-
-class _Reading:
-    """The samples of one worker before they are shuffled, and how many each part gave."""
-
-    def __init__(self, epoch: Epoch, done: Progress, skipped: Skipped, counts: bool):
-        self.epoch, self.done = epoch, done
-        self.skipped = skipped if counts else Skipped()
-        self.ended: dict[int, int] = {}
-        self.current = (-1, 0)
-
-    def take(self) -> tuple[dict[int, int], tuple[int, int]]:
-        """The parts that ended since the last call, and the current one."""
-        ended, self.ended = self.ended, {}
-        return ended, self.current
-
-    def samples(self, worker: int, workers: int) -> Iterator[Sample]:
-        e = self.epoch
-        parts = [(part, copy) for part in e.parts for copy in range(math.ceil(part.weight))]
-        if e.shuffle:
-            random.Random(f"{e.seed}/{e.epoch}").shuffle(parts)
-        parts = list(enumerate(parts))
-        if len(parts) >= workers:
-            return (sample for place, part in parts[worker::workers] for sample in self._part(place, *part))
-        # With fewer parts than workers, each worker reads all of them and takes its share of the samples.
-        return islice((sample for place, part in parts for sample in self._part(place, *part)), worker, None, workers)
-
-    def _part(self, place: int, part: Part, copy: int) -> Iterator[Sample]:
-        ended = self.done.ended.get(place)
-        known = self.done.current[1] if place == self.done.current[0] else ended or 0
-        given = 0
-        for given, sample in enumerate(islice(self._read(part, part.weight - copy, known), ended), 1):
-            self.current = place, given
-            if copy:
-                sample["__copy__"] = copy
-            yield sample
-        # Samples that an earlier process has read from a part that is gone now keep their places in the order.
-        for gone in range(given + 1, known + 1):
-            self.current = place, gone
-            yield {"__key__": f"sample {gone}", "__url__": part.url, "png": Span(part.url, 0, 1)}
-        if ended is None:
-            self.ended[place] = max(given, known)
-
-    def _read(self, part: Part, share: float, known: int) -> Iterator[Sample]:
-        """A random share of the samples of a part; all for 1 and above.
-
-        What is counted before `known` of them were given was counted by an earlier process.
-        """
-        given, skipped, seed = 0, Skipped(), f"{self.epoch.seed}/{self.epoch.epoch}"
-        try:
-            options = {"sidecars": self.epoch.sidecars, "max_bytes": self.epoch.max_bytes}
-            for sample in read_part(part, skipped, ahead=not known, **options):
-                if skipped.counts:
-                    counted = skipped.take()
-                    if given >= known:
-                        self.skipped.merge(counted)
-                if share < 1 and stable_hash(f"{seed}/{place_of(sample)}") >= share * 2**64:
-                    continue
-                given += 1
-                yield sample
-        except ShardError as error:
-            if self.epoch.on_error == "stop":
-                raise
-            skipped.add("unreadable shard", part.name, error)
-        self.skipped.merge(skipped)

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from simplclip.common.errors import InputError
 from simplclip.data.addresses import is_address
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.decode import decode_pil
 from simplclip.data.epoch import called, seeded
-from simplclip.data.loader import EmptyEpochError, WorkerError
+from simplclip.data.loader import EmptyEpochError
 from simplclip.data.pairs import parts_of
 from simplclip.data.parts import Classes, Part, read_part
 from simplclip.data.shards import (
@@ -40,7 +39,7 @@ from simplclip.data.shards import (
 from simplclip.data.tables import Options, Rows, merged
 from simplclip.data.tar import Span
 from simplclip.data.transforms import ImageTransform
-from simplclip.data.workers import start_worker
+from simplclip.data.workers import from_workers
 
 
 @dataclass
@@ -106,26 +105,12 @@ class HeldOut:
         """
         if any(is_address(part.url) for part in self.parts):  # every worker would fetch all of it
             workers = min(workers, 1)
-        options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
-        if workers and sys.platform == "linux":
-            options["multiprocessing_context"] = "fork"
-        generator = torch.Generator()  # otherwise DataLoader would draw from the caller's global generator
-        options |= {"num_workers": workers, "collate_fn": _unchanged, "worker_init_fn": start_worker}
-        loader = DataLoader(_Batches(self, transform, batch_size), batch_size=None, generator=generator, **options)
         found = False
-        try:
-            for item in loader:
-                if isinstance(item, ShardError):
-                    raise item
-                batch, new = item
-                skipped.merge(new)
-                if batch is not None:
-                    found = True
-                    yield batch
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise WorkerError(f"workers: a loader process died: {str(error).strip()}") from error
+        for batch, new in from_workers(_Batches(self, transform, batch_size), workers):
+            skipped.merge(new)
+            if batch is not None:
+                found = True
+                yield batch
         if not found:
             raise EmptyEpochError(f"{self} has no usable sample; {skipped}")
 
@@ -201,7 +186,3 @@ class _Batches(IterableDataset):
         if isinstance(self.transform, ImageTransform):
             return self.transform(encoded)
         return called(self.transform, decode_pil(encoded), repr(place))
-
-
-def _unchanged(item: Any) -> Any:
-    return item

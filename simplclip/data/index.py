@@ -5,18 +5,18 @@ SIMPLCLIP_INDEX then names to readers. numpy reads it (allow_pickle=False):
 
     about                   UTF-8 bytes of a JSON object: "format", "shard" (its bytes, mtime_ns, fingerprint), "samples",
                             "torn" (why the tar ends early, or null), "formats" and "reasons" (what the numbers below stand
-                            for), "skipped" (reason -> [how many, the first]), "decoded" (whether images were), "tokens"
+                            for), "skipped" (reason -> [how many, the first]), "decoded" (whether images were)
     names, offset, size     of each file in the tar: names UTF-8 bytes, NUL between two; int64 [files], size -1 of a sparse
                             file. None if compressed.
     keys                    of each sample: UTF-8 bytes, NUL between two
     width, height, format, bytes, broken, captions
                             of each sample: int32 and int64 [samples]; the image's, 0 if it is not known; broken is 0, or
                             1 + a place in "reasons"; captions is their number
-    characters, tokens      of each caption, those of one sample after another: int32 [captions]; tokens (of CLIP, start and
-                            end included) only if asked for
+    characters              of each caption, those of one sample after another: int32 [captions]
 
-An index names no file but its own, by lying beside it: what it holds are places in that shard. It may come from elsewhere,
-so that all that is read of it is checked: one that cannot be right is named in a warning and not used.
+Those of earlier versions may also have "tokens", which is not read. An index holds places in the shard that it lies beside,
+and names no other file. It may come from anywhere, so all that is read is checked: one that cannot be right is named in a
+warning and not used.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -45,10 +45,12 @@ SAMPLE = ("width", "height", "format", "bytes", "broken", "captions")  # arrays 
 _DTYPES = {"about": "u1", "names": "u1", "keys": "u1", "offset": "i8", "size": "i8", "bytes": "i8"}  # the others are "i4"
 _ABOUT, _ARRAY = 1 << 20, 64 << 20  # most bytes of the JSON object, and of an array
 
+Result = TypeVar("Result")
+
 
 @dataclass
 class Index:
-    """The index of one shard; `arrays` are read when they are needed."""
+    """The index of one shard. Its arrays are read when they are needed; a damaged file raises ValueError or other errors."""
 
     shard: str
     path: Path
@@ -59,7 +61,6 @@ class Index:
         return self.about["samples"]
 
     def arrays(self, *names: str) -> list[np.ndarray]:
-        """Raises ValueError or other errors if the file is damaged."""
         found = from_npz(self.path, *names, max_bytes=_ARRAY)
         for name, array in zip(names, found):
             least, most = HOLES if name == "size" else 0, len(self.about["formats"]) - 1 if name == "format" else None
@@ -70,7 +71,7 @@ class Index:
         return found
 
     def keys(self) -> list[str]:
-        return _split(self.arrays("keys")[0], self.samples)
+        return split(self.arrays("keys")[0], self.samples)
 
     def members(self) -> Iterator[tuple[str, Span]]:
         """As `tar.members`, which raises at a damaged part; here `about["torn"]` says whether there is one."""
@@ -79,25 +80,23 @@ class Index:
         if len(offset) != len(size) or len(size) > whole // BLOCKSIZE or (size > whole - offset).any():
             raise ValueError("it names places outside of the shard")
         # One at a time: Python's garbage collector takes long over many tuples.
-        shard, make, names = self.shard, tuple.__new__, _split(names, len(offset))
-        return ((name, make(Span, (shard, *place))) for name, *place in zip(names, offset.tolist(), size.tolist()))
+        shard, make, texts = self.shard, tuple.__new__, split(names, len(offset))
+        return ((name, make(Span, (shard, *place))) for name, *place in zip(texts, offset.tolist(), size.tolist()))
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """The arrays without the places of the files."""
+        names = ["keys", *SAMPLE, "characters"]
+        arrays = dict(zip(names, self.arrays(*names)))
+        if len(arrays["characters"]) != arrays["captions"].sum():
+            raise ValueError("it has not the captions that it promises")
+        split(arrays["keys"], self.samples)
+        return arrays
 
 
 def paths(shard: str) -> list[Path]:
     """Where the index of a shard may lie."""
     name, other = f"{shard}{SUFFIX}", os.environ.get(FOLDER)
     return [Path(name), *([Path(other, os.path.basename(name))] if other else [])]
-
-
-def load(shard: str) -> Index | None:
-    """The index that fits the shard as it is now; None if there is none. One that does not fit is named in a warning."""
-    for path in paths(shard):
-        if path.is_file():
-            try:
-                return opened(shard, path)
-            except Exception as error:  # a damaged file raises many types
-                _warn(path, error)
-    return None
 
 
 def opened(shard: str, path: Path) -> Index:
@@ -111,49 +110,48 @@ def opened(shard: str, path: Path) -> Index:
         raise ValueError(f"it was made for a shard of {known['bytes']} bytes, which has {there.st_size} now")
     if there.st_mtime_ns != known["mtime_ns"] and fingerprint(shard) != known["fingerprint"]:  # a copy may have a new time
         raise ValueError("the shard has changed since")
-    skipped = about["skipped"].values()
     if not (
         type(about["samples"]) is int
         and (about["samples"],) == header_in_npz(path, "captions")[0]
         and about["samples"] <= known["bytes"]
         and isinstance(about["torn"], str | None)
-        and {*map(type, (about["decoded"], about["tokens"]))} == {bool}
+        and isinstance(about["decoded"], bool)
         and {*map(type, (*about["formats"], *about["reasons"]))} <= {str}
-        and all([*map(type, both)] == [int, str] for both in skipped)
+        and all([*map(type, both)] == [int, str] for both in about["skipped"].values())
     ):
         raise ValueError("what it says of itself cannot be")
     return Index(shard, path, about)
 
 
+def _of(shard: str, use: Callable[[Index], Result]) -> Result | None:
+    """What `use` makes of the index that fits the shard as it is now; None without one. One that is not used is named."""
+    for path in paths(shard):
+        if path.is_file():
+            try:
+                return use(opened(shard, path))
+            except Exception as error:  # a damaged file raises many types
+                reason = str(error) or type(error).__name__
+                warnings.warn(f"{path} is not used: {reason}; make it anew by `simplclip data index`", stacklevel=3)
+    return None
+
+
+def load(shard: str) -> Index | None:
+    return _of(shard, lambda found: found)
+
+
 def members(shard: str) -> tuple[Iterator[tuple[str, Span]], str | None] | None:
     """The files of a shard by an index that fits, and why the tar ends early, if it does; None without such an index."""
-    if index := load(shard):
-        try:
-            return index.members(), index.about["torn"]
-        except Exception as error:
-            _warn(index.path, error)
-    return None
+    return _of(shard, lambda found: (found.members(), found.about["torn"]))
 
 
 def statistics(shard: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
     """What `write` took, without the places of the files, by an index that fits; None without such an index."""
-    if index := load(shard):
-        try:
-            names = ["keys", *SAMPLE, "characters", *(["tokens"] if index.about["tokens"] else [])]
-            arrays = dict(zip(names, index.arrays(*names)))
-            if {len(arrays[name]) for name in names[1 + len(SAMPLE) :]} != {arrays["captions"].sum()}:
-                raise ValueError("it has not the captions that it promises")
-            _split(arrays["keys"], index.samples)
-            return index.about, arrays
-        except Exception as error:
-            _warn(index.path, error)
-    return None
+    return _of(shard, lambda found: (found.about, found.statistics()))
 
 
 def count(shard: str) -> int | None:
     """The number of samples of a shard by an index that fits."""
-    index = load(shard)
-    return index.samples if index else None
+    return _of(shard, lambda found: found.samples)
 
 
 def fingerprint(path: str | os.PathLike) -> str:
@@ -175,7 +173,8 @@ def identity(shard: str) -> dict[str, Any]:
 def write(path: Path, about: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     file = io.BytesIO()
     text = json.dumps({"format": FORMAT} | about).encode()
-    np.savez_compressed(file, about=np.frombuffer(text, np.uint8), **arrays)
+    parts: dict[str, Any] = {"about": np.frombuffer(text, np.uint8), **arrays}
+    np.savez_compressed(file, **parts)
     write_atomically(path, file.getvalue())
 
 
@@ -183,17 +182,8 @@ def joined(names: list[str]) -> np.ndarray:
     return np.frombuffer("\0".join(names).encode("utf-8", "surrogateescape"), np.uint8)
 
 
-def split(names: np.ndarray) -> list[str]:
-    return names.tobytes().decode("utf-8", "surrogateescape").split("\0") if len(names) else []
-
-
-def _split(names: np.ndarray, count: int) -> list[str]:
-    """`count` names. Raises ValueError if there are more or fewer, before a list of them is made."""
+def split(names: np.ndarray, count: int) -> list[str]:
+    """`count` joined names. Raises ValueError if there are more or fewer, before a list of them is made."""
     if len(names) and (names == 0).sum() + 1 != count or (not len(names) and count):
         raise ValueError(f"expected {count:,} names, got another number")
-    return split(names)
-
-
-def _warn(path: Path, error: Exception) -> None:
-    reason = str(error) or type(error).__name__
-    warnings.warn(f"{path} is not used: {reason}; make it anew by `simplclip data index`", stacklevel=2)
+    return names.tobytes().decode("utf-8", "surrogateescape").split("\0") if len(names) else []

@@ -5,7 +5,6 @@ negatives) and "label" (the class, for zero-shot classification). simplclip/data
 """
 
 import copy
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -14,23 +13,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
-from simplclip.data.epoch import Batch, Epoch, Item, Progress
+from simplclip.data.epoch import Batch, Epoch, Position, WorkerItem
 from simplclip.data.pairs import check_sidecars, count, parts_of
-from simplclip.data.shards import ShardError, check_count
+from simplclip.data.shards import check_count
 from simplclip.data.sidecars import Folders
 from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform
-from simplclip.data.workers import died, end, following, start_worker, undisturbed
+from simplclip.data.workers import WorkerError, from_workers
 
 RESTARTS = 3  # of an epoch
-
-
-class WorkerError(UserError, RuntimeError):
-    """A loader process died; the message says how."""
 
 
 class EmptyEpochError(UserError, RuntimeError):
@@ -43,9 +37,9 @@ class Loader:
     restarts: why loader processes were started again, one line for each time.
     """
 
-    def __init__(self, dataset: Epoch, drop_last: bool, **options: Any) -> None:
-        self._dataset, self._drop_last, self._options = dataset, drop_last, options
-        self._workers = max(1, options["num_workers"])
+    def __init__(self, dataset: Epoch, drop_last: bool, workers: int, pin_memory: bool) -> None:
+        self._dataset, self._drop_last = dataset, drop_last
+        self._workers, self._pin_memory = workers, pin_memory
         self.restarts: list[str] = []
         self._start(0)
 
@@ -53,7 +47,7 @@ class Loader:
         self._epoch = epoch
         self._skipped = Skipped()
         self._used = self._left_over = self._batches_done = 0
-        self._progress = [Progress() for _ in range(self._workers)]
+        self._positions = [Position() for _ in range(max(1, self._workers))]
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -81,15 +75,7 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """Where the current epoch is, up to the last batch, for `epoch`; plain values and tensors. O(broken samples)."""
-        workers = [
-            {
-                "items": done.items,
-                "lost": torch.tensor(sorted(done.lost), dtype=torch.int64),
-                "ended": dict(done.ended),
-                "current": done.current,
-            }
-            for done in self._progress
-        ]
+        workers = [{"items": at.items, "lost": torch.tensor(sorted(at.lost), dtype=torch.int64)} for at in self._positions]
         skipped = {"counts": dict(self._skipped.counts), "examples": dict(self._skipped.examples)}
         about = {"epoch": self._epoch, "batches": self._batches_done, "batch_size": self._dataset.batch_size}
         return about | {"skipped": skipped, "workers": workers}
@@ -121,14 +107,12 @@ class Loader:
         self._start(epoch)
         here = (epoch, skip_batches, self._dataset.batch_size)
         there = state and tuple(state[name] for name in ("epoch", "batches", "batch_size"))
-        if here == there and len(state["workers"]) == self._workers:
-            self._resume(state)
         known = None
-        if any(done.items for done in self._progress):
-            known = [replace(done, ended=dict(done.ended), lost=set(done.lost)) for done in self._progress]
-        for done in self._progress:
-            done.items = 0  # the items that are skipped are counted again
-        dataset = replace(self._dataset, epoch=epoch, progress=known)
+        if here == there and len(state["workers"]) == len(self._positions):
+            self._skipped = Skipped(Counter(state["skipped"]["counts"]), dict(state["skipped"]["examples"]))
+            known = [Position(at["items"], set(at["lost"].tolist())) for at in state["workers"]]
+            self._positions = [Position(0, set(at.lost)) for at in known]  # the items that are skipped are counted again
+        dataset = replace(self._dataset, epoch=epoch, positions=known)
         for batch, size in self._whole_batches(dataset):
             self._batches_done += 1
             self._used += size
@@ -141,54 +125,22 @@ class Loader:
                 f"epoch {epoch} of {len(dataset.parts)} shard(s), the first {dataset.parts[0].url!r}, has no batch: "
                 f"{self._left_over} usable sample(s) do not fill {need}; {self._skipped}"
             )
-        if number < skip_batches:
+        if number < skip_batches and known is None:  # with a state, shards may be gone since
             raise InputError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
-
-    def _resume(self, state: Mapping[str, Any]) -> None:
-        self._skipped = Skipped(Counter(state["skipped"]["counts"]), dict(state["skipped"]["examples"]))
-        self._progress = [
-            Progress(done["items"], set(done["lost"].tolist()), dict(done["ended"]), tuple(done["current"]))
-            for done in state["workers"]
-        ]
-
-    def _note(self, item: Item) -> None:
-        """Count what a worker did up to an item."""
-        done = self._progress[item.worker]
-        done.items += 1
-        done.lost.update(item.lost)
-        done.ended.update(item.ended)
-        done.current = max(done.current, item.current)
-        self._skipped.merge(item.skipped)
 
     def _whole_batches(self, dataset: Epoch) -> Iterator[tuple[Batch | None, int]]:
         """The batches of the workers, then those merged from their last, smaller ones."""
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=tuple,  # unchanged
-            worker_init_fn=start_worker,
-            **self._options,
-            generator=torch.Generator(),  # otherwise every epoch would draw from the caller's global generator
-        )
-        ends, iterator = [], iter(loader)
-        with undisturbed(report=False):  # neither the counts nor what the caller does are left half done
-            try:
-                while (found := following(iterator)) is not None:
-                    if isinstance(found[0], ShardError):
-                        raise found[0]
-                    item = Item(*found)
-                    self._note(item)
-                    if not item.last:
-                        yield item.batch, item.size
-                    elif item.batch is not None:
-                        ends.append(item.batch)
-            except (RuntimeError, EOFError, OSError) as error:
-                if not self._options["num_workers"] or not died(error):
-                    raise
-                raise WorkerError(
-                    f"data.workers: a loader process died before its epoch ended: {end(iterator) or repr(error)}. A system "
-                    "that runs out of memory kills processes; fewer data.workers or a smaller batch need less"
-                ) from error
+        ends = []
+        item: WorkerItem
+        for item in from_workers(dataset, self._workers, self._pin_memory):
+            position = self._positions[item.worker]
+            position.items += 1
+            position.lost.update(item.lost)
+            self._skipped.merge(item.skipped)
+            if not item.last:
+                yield item.batch, item.size
+            elif item.batch is not None:
+                ends.append(item.batch)
         if ends:
             yield from self._merged(ends, dataset.batch_size)
 
@@ -222,7 +174,6 @@ def make_loader(
     seed: int = 0,
     drop_last: bool = True,
     shuffle_buffer: int = 4096,
-    prefetch: int = 2,
     pin_memory: bool = False,
     on_error: str = "skip",
     max_pixels: int | None = None,
@@ -265,7 +216,6 @@ def make_loader(
             joined; see `simplclip.data.sidecars`.
         workers: number of loader processes; 0 reads in the calling process.
         shuffle_buffer: number of samples; of local uncompressed tars it holds their places, of others the encoded files.
-        prefetch: batches that each worker prepares ahead.
         pin_memory: copy batches to page-locked memory, for a GPU.
         on_error: "skip" counts a shard that cannot be read after several tries, and samples that cannot be read any more;
             "stop" raises ShardError for it.
@@ -287,18 +237,28 @@ def make_loader(
     check_count("captions_per_image", captions_per_image, 1)
     check_count("workers", workers, 0)
     check_count("shuffle_buffer", shuffle_buffer, 1)
-    check_count("prefetch", prefetch, 1)
     check_count("max_bytes", max_bytes, 1)
     if on_error not in ("skip", "stop"):
         raise InputError(f"on_error: expected skip or stop, got {on_error!r}")
     if max_pixels is not None and isinstance(transform, ImageTransform):
         transform = copy.copy(transform)
         transform.max_pixels = max_pixels
-    rules = {"shuffle": shuffle, "shuffle_buffer": shuffle_buffer, "seed": seed, "teacher": teacher, "on_error": on_error}
     parts = parts_of(shards)
     check_sidecars(parts, sidecars)
-    rules |= {"sidecars": sidecars, "max_pixels": max_pixels, "max_bytes": max_bytes, "prefix": prefix}
-    dataset = Epoch(parts, tokenizer, transform, batch_size, captions_per_image, **rules)
-    forked = {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
-    options = {"prefetch_factor": prefetch} | forked if workers else {}
-    return Loader(dataset, drop_last, num_workers=workers, pin_memory=pin_memory, **options)
+    dataset = Epoch(
+        parts=parts,
+        tokenizer=tokenizer,
+        transform=transform,
+        batch_size=batch_size,
+        captions=captions_per_image,
+        shuffle=shuffle,
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
+        teacher=teacher,
+        on_error=on_error,
+        sidecars=sidecars,
+        max_pixels=max_pixels,
+        max_bytes=max_bytes,
+        prefix=prefix,
+    )
+    return Loader(dataset, drop_last, workers, pin_memory)

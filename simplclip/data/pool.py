@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def processes(count: int | None = None) -> Iterator[Executor]:
-    """Context with an executor of `count` processes, by default one for each core; with 1 it works in this process.
+    """Context with an executor of `count` processes, by default one for each core; with 1 it is a thread of this process.
 
     The processes are there before the block starts, so that they hold none of its locks, and end with this process, even if
     it is killed. Raises ProcessError if one of them dies.
@@ -42,7 +42,8 @@ def processes(count: int | None = None) -> Iterator[Executor]:
         raise InputError(f"workers: expected an integer of at least 1, got {count}")
     count = count or cores()
     if count == 1:
-        yield _Here()
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     # A pipe whose end tells the processes to end; a process that is killed cannot hold its locks, as it could an Event's.
@@ -61,16 +62,6 @@ def processes(count: int | None = None) -> Iterator[Executor]:
             ours.close()
             raise
     ours.close()
-
-
-class _Here(Executor):
-    def submit(self, function: Callable, /, *args: Any, **options: Any) -> Future:
-        future: Future = Future()
-        try:
-            future.set_result(function(*args, **options))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 def ordered(submit: Callable[[Item], Future], items: Iterable[Item], ahead: int) -> Iterator[tuple[Item, Any]]:

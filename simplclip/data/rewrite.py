@@ -1,5 +1,5 @@
-"""Makes new shards of shards: copies of the samples with new files that a function makes for them, or sidecars, which hold
-the new files alone, e.g. a teacher's features.
+"""Makes new shards of shards: sidecars, which hold the new files that a function makes for the samples, e.g. a teacher's
+features; or copies of the samples with those files, e.g. smaller images.
 
 The new folder has only complete shards at any moment: a shard gets its name after all of it is on disk. After a crash the
 same command continues with the first unfinished shard, and the result has the same bytes.
@@ -13,15 +13,14 @@ import contextlib
 import errno
 import io
 import json
-import os
 import re
-import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from simplclip.data.pairs import expand
 from simplclip.data.pool import ordered
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
-    TEACHER,
     UNREADABLE,
     Pair,
     Sample,
@@ -55,8 +53,8 @@ FORMAT = "simplclip-shards-1"
 SIDECARS = "simplclip-sidecars-1"
 _IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample for other readers
 
-# What becomes of each sample: its new files by suffix, None for one that is dropped; or why it is broken.
-Made = list[dict[str, bytes | None] | BrokenSample]
+# What is made of some samples: for each its new files by suffix, with None for one that is dropped; or why it is broken.
+Made = Sequence[Mapping[str, bytes | None] | BrokenSample]
 Process = Callable[[list[Pair]], Made | Future[Made]]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -68,16 +66,15 @@ class Making:
     process: Process
     batch_size: int
     workers: int
-    keep_features: bool
+    sidecar: bool
+    sidecars: Folders
+    max_bytes: int
     advance: Callable[[int], None]  # called with the number of samples that are written
-    sidecar: bool = False
-    sidecars: Folders = ()
-    max_bytes: int = MAX_BYTES
 
 
 def rewrite(
     shards: Shards,
-    out: str | os.PathLike,
+    out: str | PathLike,
     process: Process,
     *,
     stamp: Mapping[str, Mapping[str, Any]],
@@ -85,7 +82,6 @@ def rewrite(
     progress: bool = True,
     title: str = "samples",
     workers: int = 0,
-    keep_features: bool = False,
     sidecar: bool = False,
     sidecars: Folders = (),
     max_bytes: int = MAX_BYTES,
@@ -93,13 +89,12 @@ def rewrite(
     """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
     All files of a sample are kept (suffixes in lower case); files from `process` replace those of the same suffix or are
-    added after them. A teacher's features (teacher.npy, and "teacher" in meta.json) are not copied, since they are made again
-    or no longer fit; nor are files without a suffix, which belong to no sample. Broken samples are copied without processing
-    and counted by reason; of a damaged tar the samples before the damage are kept, and the damage is counted. The bytes of a
-    shard depend only on its input, on `process` and on `batch_size`; .gz, .xz or .bz2 is removed from its name.
+    added after them. Files without a suffix belong to no sample and are left out. Broken samples are copied without
+    processing and counted by reason; of a damaged tar the samples before the damage are kept, and the damage is counted. The
+    bytes of a shard depend only on its input, on `process` and on `batch_size`; .gz, .xz or .bz2 is removed from its name.
 
     Finished shards of an earlier run are kept, unless their input has changed. A second command may add other shards of the
-    same folder. Keys of the input folder's meta.json, e.g. the stamp of an earlier rewriting, are copied. Memory: one batch.
+    same folder. Keys of the input folder's meta.json, e.g. the stamp of a teacher, are copied. Memory: one batch.
 
     With `sidecar` only the files from `process` are written, of samples that are not broken, and nothing of the input's
     meta.json; `simplclip.data.sidecars` joins them while reading.
@@ -109,13 +104,9 @@ def rewrite(
         process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each; None in the place of bytes drops
             a file, and a BrokenSample in that of the dict counts the sample as broken. Its exceptions end the run.
         stamp: keys of meta.json that describe how the new files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
-        batch_size: samples given to `process` at a time.
-        progress: show the progress and print the notes.
-        title: title of the progress.
+        progress, title: whether the progress and the notes are shown, and what the progress is called.
         workers: more than 0 if `process` only submits its work to an executor with so many workers and returns the Future.
             Its samples' images are not decoded then, and twice as many batches of a shard are on their way at a time.
-        keep_features: keep a teacher's features, which still fit.
-        sidecar: write sidecars, not copies.
         sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions; needs `sidecar`.
         max_bytes: a sample whose files have more together is left out and counted.
 
@@ -124,7 +115,7 @@ def rewrite(
 
     Raises: ValueError if two shards have one file name, `out` is the folder of an input, input folders have different
     meta.json, or an earlier run had another stamp; FileExistsError if `out` holds other files or another process writes to
-    it; ShardError if a shard cannot be opened; InputError if the disk has less room than the input shard takes, or is full.
+    it; ShardError if a shard cannot be opened; InputError if the disk is full.
     """
     check_count("batch_size", batch_size, 1)
     out = Path(out).expanduser()
@@ -132,10 +123,10 @@ def rewrite(
     check_sidecars(sources.values(), sidecars)
     folders = folders_of(sources.values())
     meta = {"format": SIDECARS if sidecar else FORMAT}
-    meta |= {} if sidecar else _carried(folders, {*stamp} if keep_features else {"teacher", *stamp})
+    meta |= {} if sidecar else _carried(folders, {*stamp})
     meta |= json.loads(json.dumps(dict(stamp)))
     with _claimed(out, meta, folders) as finished:
-        todo, dropped = {}, 0
+        todo = {}
         for name, source in sources.items():
             entry, shard = finished.get(name, {}), out / name
             whole = shard.is_file() and shard.stat().st_size == entry.get("bytes")
@@ -145,10 +136,9 @@ def rewrite(
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
         with Progress(title, total, kept, shown=progress) as bar:
-            making = Making(process, batch_size, workers, keep_features, bar.update, sidecar, sidecars, max_bytes)
+            making = Making(process, batch_size, workers, sidecar, sidecars, max_bytes, bar.update)
             for name, source in todo.items():
-                finished[name], count = _rewrite_shard(source, out / name, making)
-                dropped += count
+                finished[name] = _write_shard(source, out / name, making)
                 _write_meta(out, meta, finished)
     skipped = Skipped()
     for name in sources:
@@ -157,9 +147,6 @@ def rewrite(
     notes = []
     if len(todo) < len(sources):
         notes.append(f"{len(sources) - len(todo)} of {len(sources)} shards in {out} were finished earlier and are kept.")
-    if dropped:
-        fate = "made again" if "teacher" in stamp else "dropped, since it no longer fits"
-        notes.append(f"{dropped} samples already had {TEACHER}; it is {fate}.")
     if skipped.counts:
         notes.append(f"{'Left out' if sidecar else 'Copied without processing'}, or lost by damage: {skipped}")
     for note in notes if progress else ():
@@ -261,32 +248,15 @@ def _origin(source: str, sidecars: Folders) -> dict[str, Any]:
     return {"source": identity(source), **joined}
 
 
-def _rewrite_shard(source: str, target: Path, making: Making) -> tuple[dict[str, Any], int]:
-    """Write one shard; return its entry of meta.json, and how many samples had a teacher's features."""
-    need = 0 if making.sidecar else os.path.getsize(source)
-    free = shutil.disk_usage(target.parent).free
-    again = "the same command goes on when there is more room"
-    if free < need:
-        raise InputError(f"out: expected {need:,} free bytes in {target.parent} for {target.name}, got {free:,}; {again}")
-    try:
-        return _write_shard(source, target, making)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise InputError(f"out: {target} could not be written: {error.strerror}; {again}") from None
-
-
-def _write_shard(source: str, target: Path, making: Making) -> tuple[dict[str, Any], int]:
-    skipped, count, dropped = Skipped(), 0, 0
+def _write_shard(source: str, target: Path, making: Making) -> dict[str, Any]:
+    """Write one shard; return its entry of meta.json."""
+    skipped, count = Skipped(), 0
 
     def batches() -> Iterator[tuple[list[Sample], list[Pair]]]:
-        nonlocal dropped
         samples = read_shard(source, skipped, every=not making.sidecar, ahead=True, max_bytes=making.max_bytes)
         samples = joined(samples, source, making.sidecars, skipped) if making.sidecar else samples
         whole = _whole(samples, skipped, making.max_bytes)
         while batch := list(islice(whole, making.batch_size)):
-            if not (making.keep_features or making.sidecar):
-                dropped += sum(sample.pop(TEACHER, None) is not None for sample in batch)
             use = {"use": lambda opened: None} if making.workers else {}
             yield batch, list(usable(batch, skipped, **use, max_bytes=making.max_bytes))
 
@@ -298,29 +268,36 @@ def _write_shard(source: str, target: Path, making: Making) -> tuple[dict[str, A
         done.set_result(made)
         return done
 
-    with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for (batch, opened), made in ordered(submit, batches(), 2 * making.workers):
-            if len(made) != len(opened):
-                raise InputError(f"process: expected the files of {len(opened)} samples, got {len(made)}")
-            for sample, files in zip(opened, made):
-                if isinstance(files, BrokenSample):
-                    skipped.add(files.args[0], sample.place, files.args[1])
-                elif making.sidecar:
-                    count += 1
-                    _add(tar, {"__key__": sample.files["__key__"], **files})
-                else:
-                    sample.files.update(files)
-            for sample in () if making.sidecar else batch:
-                count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in sample)
-                _add(tar, sample)
-            making.advance(len(batch))
+    try:
+        with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for (batch, opened), made in ordered(submit, batches(), 2 * making.workers):
+                if len(made) != len(opened):
+                    raise InputError(f"process: expected the files of {len(opened)} samples, got {len(made)}")
+                for sample, files in zip(opened, made):
+                    if isinstance(files, BrokenSample):
+                        skipped.add(files.args[0], sample.place, files.args[1])
+                    elif making.sidecar:
+                        count += 1
+                        _add(tar, {"__key__": sample.files["__key__"], **files})
+                    else:
+                        sample.files.update(files)
+                for copied in () if making.sidecar else batch:
+                    count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in copied)
+                    _add(tar, copied)
+                making.advance(len(batch))
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        again = "the same command goes on when there is more room"
+        raise InputError(f"out: {target} could not be written: {error.strerror}; {again}") from None
     entry = {"samples": count, **identity(target), **_origin(source, making.sidecars)}
     if skipped.counts:
         entry["skipped"] = {reason: [n, skipped.examples[reason]] for reason, n in sorted(skipped.counts.items())}
-    return entry, dropped
+    return entry
 
 
 def _whole(samples: Iterator[Sample], skipped: Skipped, max_bytes: int) -> Iterator[Sample]:
+    """The samples with the bytes of their files; those that have too many are left out and counted."""
     for sample in samples:
         try:
             yield contents(sample, max_bytes)

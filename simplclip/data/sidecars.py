@@ -31,7 +31,7 @@ Sample = dict[str, Any]
 
 
 def plain_name(shard: str) -> str:
-    """The file name of what is made from a shard: without .gz, .xz or .bz2."""
+    """The file name of a shard's sidecar or rewritten shard: its own without .gz, .xz or .bz2."""
     return re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", name_of(shard)))
 
 
@@ -74,7 +74,7 @@ def check(shards: Iterable[str], folders: Folders) -> None:
 
 
 def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """What the meta.json of a folder says about each of its shards or sidecars; {} without one."""
+    """What the meta.json of a folder says of each of its shards or sidecars, by file name; {} without a meta.json."""
     try:
         splits = json_of(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
         return {name: entry for split in splits for name, entry in split["shards"].items()}

@@ -16,14 +16,10 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from webdataset.tariterators import base_plus_ext
-
-try:
-    from compression import zstd
-except ImportError:  # before Python 3.14
-    zstd = None
 
 ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 MAX_BYTES = 256 << 20  # most bytes that the files of a sample may have together, if no other limit is given
@@ -279,7 +275,7 @@ class _Started(io.RawIOBase):
 class _Decompressing(io.RawIOBase):
     """What a decompressor of bz2's kind makes of a file, never more of it than is asked for."""
 
-    def __init__(self, file: io.BufferedReader, start: Callable[[], Any]) -> None:
+    def __init__(self, file: Any, start: Callable[[], Any]) -> None:
         self.file, self.start, self.decompressor = file, start, start()
 
     def readable(self) -> bool:
@@ -304,21 +300,10 @@ class _Decompressing(io.RawIOBase):
         return len(data)
 
 
-def _zstd() -> Any:
-    if zstd is None:
-        raise tarfile.ReadError("zstandard is read by Python 3.14 and later")
-    return zstd.ZstdDecompressor()
-
-
-def _xz() -> Any:
-    return lzma.LZMADecompressor(memlimit=_DICTIONARY)
-
-
 _COMPRESSED: dict[bytes, Callable[[], Any] | None] = {
     b"\x1f\x8b": None,  # gzip, which has a reader of its own
     b"BZh": bz2.BZ2Decompressor,
-    b"\xfd7zXZ": _xz,
-    b"\x28\xb5\x2f\xfd": _zstd,
+    b"\xfd7zXZ": partial(lzma.LZMADecompressor, memlimit=_DICTIONARY),
 }
 
 

@@ -1,4 +1,4 @@
-"""open_clip's image transforms on uint8 tensors: their draws, which can be kept and replayed, apart from their pixels."""
+"""open_clip's image transforms on uint8 tensors. What is drawn for an image is a view, which can be stored and replayed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ImageTransform:
         self.resize_mode, self.fill = cfg.resize_mode, cfg.fill_color
         self.interpolation = BILINEAR if cfg.interpolation == "bilinear" else BICUBIC
         self.max_pixels = max_pixels
-        self.augment = _checked(augment)
+        self.augment: Any = _checked(augment)  # None, "affine" or an AugmentationCfg
         self._jitter, self._jitter_prob, self._grey_prob = None, 0.0, 0.0
         if self.augment == "affine":
             self._affine = RandomAffine(15, (0.1, 0.1), (0.8, 1.15), 5)
@@ -70,13 +70,8 @@ class ImageTransform:
             if self._jitter_prob:
                 self._jitter = ColorJitter(*self.augment.color_jitter)
 
-    def __repr__(self) -> str:
-        about = {"size": self.size, "mean": self.mean, "std": self.std, "interpolation": self.interpolation.value}
-        about |= {"resize_mode": self.resize_mode, "fill": self.fill, "augment": self.augment}
-        return f"ImageTransform({', '.join(f'{name}={value!r}' for name, value in about.items())})"
-
     def draw(self, height: int, width: int) -> View:
-        """What an image of this size is changed by, from torch's global generator on the CPU; {} for evaluation."""
+        """A view of an image of this size, drawn from torch's global generator on the CPU; {} for evaluation."""
         view: View = {}
         if self.augment == "affine":
             a = self._affine
@@ -101,9 +96,9 @@ class ImageTransform:
         return self.render(decode(encoded, scale=scale, max_pixels=self.max_pixels), view)
 
     def render(self, image: Tensor, view: View) -> Tensor:
-        """The same of a decoded image, uint8 [3, H, W], on its device.
+        """As `apply`, of a decoded image, uint8 [3, H, W], on its device.
 
-        The crop of a view is adapted to an image that was decoded at a smaller size than the view was drawn for.
+        The image may be smaller than the one that the view was drawn for: the crop is made smaller with it.
         """
         if "crop" in view:
             top, left, bottom, right = _box(image.shape[1:], view)
@@ -113,7 +108,7 @@ class ImageTransform:
         if "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
             shift = [x * (self.size[1] / view["size"][1]), y * (self.size[0] / view["size"][0])]
-            # On the negative, outside which is black: torchvision draws a grey line around an image on another colour.
+            # torchvision draws a grey line around an image unless it fills with black, which white is on the negative.
             negative = ~F.resize(image, list(self.size), BICUBIC)
             return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
         size, interpolation = self._resized(*image.shape[1:])
@@ -150,12 +145,12 @@ class ImageTransform:
         return self.finish(self.render(pixels, view)[None], colour)[0]
 
     def _room(self, size: tuple[int, int], view: View) -> float:
-        """How many times larger than S the crop is in an image of this size."""
+        """How many times larger than S the view's crop is in an image of this size."""
         top, left, bottom, right = _box(size, view)
         return min((bottom - top) / self.size[0], (right - left) / self.size[1])
 
     def _resized(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
-        """Evaluation: the size of the whole image, and the interpolation."""
+        """Evaluation: the size that an image is resized to before it is cropped or padded, and the interpolation."""
         if self.resize_mode == "squash":
             return list(self.size), self.interpolation
         fit, square = max if self.resize_mode == "longest" else min, self.size[0] == self.size[1]
@@ -165,7 +160,7 @@ class ImageTransform:
         else:
             ratio = fit(height / self.size[0], width / self.size[1])
             size = [round(height / ratio), round(width / ratio)]
-        check_pixels(*size, None)  # of a line of a pixel's width
+        check_pixels(size[0], size[1], None)  # a line of a pixel's width would become gigabytes
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
 
 
@@ -197,14 +192,14 @@ def _draw_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple
     return [(height - h) // 2, (width - w) // 2, h, w]
 
 
-def _box(size: tuple[int, int], view: View) -> tuple[int, int, int, int]:
+def _box(size: Sequence[int], view: View) -> tuple[int, int, int, int]:
     """Top, left, bottom and right of a view's crop in its image of another size."""
     (top, left, height, width), (y, x) = view["crop"], (now / then for now, then in zip(size, view["image"]))
     first, last = (int(top * y + 0.5), int(left * x + 0.5)), (int((top + height) * y + 0.5), int((left + width) * x + 0.5))
     return *first, max(last[0], first[0] + 1), max(last[1], first[1] + 1)
 
 
-def _checked(augment: AugmentationCfg | Mapping[str, Any] | str | None) -> AugmentationCfg | str | None:
+def _checked(augment: Any) -> Any:
     if augment is None or augment == "affine":
         return augment
     if isinstance(augment, str):
@@ -215,11 +210,11 @@ def _checked(augment: AugmentationCfg | Mapping[str, Any] | str | None) -> Augme
         except TypeError:
             known = ", ".join(asdict(AugmentationCfg()))
             raise InputError(f"augment: expected fields of AugmentationCfg ({known}), got {dict(augment)}") from None
-    if augment.use_timm:
-        raise InputError("augment.use_timm: expected false, got true; timm's transforms take PIL images")
-    for name in ("re_prob", "re_count"):
+    for name in ("use_timm", "re_prob", "re_count"):
         if getattr(augment, name):
-            raise InputError(f"augment.{name}: expected none without use_timm, got {getattr(augment, name)}")
+            raise InputError(
+                f"augment.{name}: expected none, as timm's transforms take PIL images, got {getattr(augment, name)}"
+            )
     jitter = augment.color_jitter
     if bool(augment.color_jitter_prob) != (jitter is not None) or (jitter is not None and len(jitter) != 4):
         raise InputError(

@@ -1,20 +1,65 @@
-"""Loader processes: how they start, and errors about dead ones, which are raised between two batches only.
+"""Loader processes: what they give, and errors about dead ones, which are raised between two batches only.
 
 If a loader process dies, torch's SIGCHLD handler raises an error wherever the main thread is, e.g. in the middle of an
 optimizer's update or of writing a checkpoint.
 """
 
+from __future__ import annotations
+
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from simplclip.common.errors import UserError
+from simplclip.data.broken import ShardError
 
 _CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # Windows has none
 _former: Callable | None = None  # torch's handler, after ours has replaced it
 _holders = 0
 _missed = False
 _waiting = False
+
+
+class WorkerError(UserError, RuntimeError):
+    """A loader process died; the message says how."""
+
+
+def from_workers(dataset: IterableDataset, workers: int, pin_memory: bool = False) -> Iterator[Any]:
+    """What a data set yields in each of `workers` processes, in turn; with 0 in this process.
+
+    Raises a ShardError that it yields (one that it raises would come with the worker's traceback), and WorkerError if a
+    process died, but never while the caller uses an item.
+    """
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
+    if workers:
+        options |= {"prefetch_factor": 2, "worker_init_fn": _start}
+        options |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
+    # Without a generator of its own every epoch would draw from the caller's global generator.
+    loader = DataLoader(dataset, batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
+    iterator = iter(loader)
+    with undisturbed(report=False):
+        try:
+            while (item := _following(iterator)) is not None:
+                if isinstance(item, ShardError):
+                    raise item
+                yield item
+        except (RuntimeError, EOFError, OSError) as error:
+            if not workers or not _died(error):
+                raise
+            raise WorkerError(
+                f"data.workers: a loader process died before its epoch ended: {_end(iterator) or repr(error)}. A system that "
+                "runs out of memory kills processes; fewer data.workers or a smaller batch need less"
+            ) from error
+
+
+def _unchanged(item: Any) -> Any:
+    return item
 
 
 @contextmanager
@@ -37,12 +82,15 @@ def undisturbed(report: bool = True) -> Iterator[None]:
             _former(_CHILD_ENDED, None)
 
 
-def following(iterator: Iterator) -> Any:
-    """The next item of a DataLoader's iterator, None at its end, within `undisturbed`: here errors are raised at once."""
+def _following(iterator: Iterator) -> Any:
+    """The next item of a DataLoader's iterator, None at its end, within `undisturbed`: here errors are raised at once.
+
+    While another iterator is open, whose process it may be that died, torch looks for dead ones of this one every 5 seconds.
+    """
     global _missed, _waiting
-    _waiting = True
+    _waiting = _holders == 1
     try:
-        if _missed:
+        if _missed and _waiting:
             _missed = False
             _former(_CHILD_ENDED, None)
         return next(iterator, None)
@@ -50,13 +98,13 @@ def following(iterator: Iterator) -> Any:
         _waiting = False
 
 
-def died(error: Exception) -> bool:
-    """Whether an error of `following` says that a loader process died, perhaps while it sent a batch."""
+def _died(error: Exception) -> bool:
+    """Whether an error of `_following` says that a loader process died, perhaps while it sent a batch."""
     cut_off = isinstance(error, (EOFError, ConnectionError, FileNotFoundError)) and "in DataLoader worker" not in str(error)
     return cut_off or str(error).startswith("DataLoader worker")
 
 
-def end(iterator: Any) -> str:
+def _end(iterator: Any) -> str:
     """Ends all processes of an iterator of which one died; returns how it died, "" if that is not known.
 
     Of torch's iterator no public method does that; left to the garbage collector, errors about them would come at any time.
@@ -81,8 +129,7 @@ def _handle(number: int, frame) -> None:
         _former(number, frame)
 
 
-def start_worker(worker: int) -> None:
-    """Sets up a loader process."""
+def _start(worker: int) -> None:
     # Ctrl-C reaches the whole process group; the trainer still needs a batch to finish its step.
     # DataLoader itself caps torch's threads at one and ends its workers with the parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,8 @@
 """Batches of training, with a teacher's features or without: order, resuming, failing, with all workers."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -61,8 +63,10 @@ def test_drop_last_drops_less_than_a_batch_whatever_the_workers(pattern, workers
 
 @pytest.mark.parametrize(("workers", "count"), [(2, COUNT), (3, COUNT), (3, 2)])
 def test_fewer_shards_than_workers_share_the_samples(tmp_path, workers, count):
-    path = write(tmp_path / "one.tar", [sample(i) for i in range(count)])
-    assert sorted(keys(loader(path, workers=workers, batch_size=2, drop_last=False).epoch(0))) == ALL[:count]
+    path = write(tmp_path / "one.tar", [sample(0), *(sample(i) for i in range(count))])  # the first one's files twice
+    reader = loader(path, workers=workers, batch_size=2, drop_last=False)
+    assert sorted(keys(reader.epoch(0))) == ALL[:count]
+    assert reader.skipped == {"duplicate file in tar": 3}  # counted by one worker
     first = next(loader(path, workers=workers, batch_size=2, shuffle=False).epoch(0))["key"]
     assert count == 2 or len({int(key[1:]) % workers for key in first}) == 1
 
@@ -121,32 +125,21 @@ def test_the_callers_random_numbers_are_left_alone_and_change_nothing(pattern, w
     assert bits(found[0]) == bits(found[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_skip_batches_gives_the_rest_of_the_epoch(pattern, workers, drop_last):
     reader = loader(pattern, workers=workers, drop_last=drop_last, batch_size=3)
     whole, report = list(reader.epoch(1)), reader.report()
-    for skip in range(len(whole) + 1):
+    for skip in (0, 1, len(whole) - 1, len(whole)):
         assert bits(list(reader.epoch(1, skip_batches=skip))) == bits(whole[skip:])
         assert reader.report() == report
     with pytest.raises(ValueError, match=f"skip_batches: expected at most {len(whole)}.*got {len(whole) + 1}"):
         list(reader.epoch(1, skip_batches=len(whole) + 1))
 
 
-def test_skip_batches_skips_alike_with_broken_samples(tmp_path):
-    broken = ("k100", {"png": png()[:40], "txt": b"torn"})
-    paths = [write(tmp_path / f"{i}.tar", [sample(4 * i), broken, sample(4 * i + 1)]) for i in range(4)]
-    reader = loader(paths, batch_size=2)
-    whole = list(reader.epoch(0))
-    assert bits(list(reader.epoch(0, skip_batches=2))) == bits(whole[2:])
-    assert len(whole) == 4
-    assert sum(reader.skipped.values()) == 4
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_state_skips_without_decoding(tmp_path, monkeypatch, workers):
-    """Also over broken samples, and a shard that could be read before and is gone, or the other way round."""
+    """Also over broken samples and a shard that cannot be read."""
     broken = ("k100", {"png": png()[:40], "txt": b"torn"})
     paths = [write(tmp_path / f"{i}.tar", [sample(3 * i), broken, sample(3 * i + 1), sample(3 * i + 2)]) for i in range(7)]
     monkeypatch.setattr(parts, "RETRIES", ())
@@ -166,25 +159,24 @@ def test_a_state_skips_without_decoding(tmp_path, monkeypatch, workers):
         calls["augmented"] += 1
         return augment(image)
 
+    def tokens(texts):
+        calls["tokenized"] += len(texts)
+        return tokenizer(texts)
+
     torch.save(states, tmp_path / "states.pt")
     states = torch.load(tmp_path / "states.pt", weights_only=True)
     for number, state in enumerate(states, 1):
-        again = make(transform=counted)
+        again = make(transform=counted, tokenizer=tokens)
         calls.clear()
         assert bits(list(again.epoch(1, number, state))) == bits(whole[number:])
         assert again.report() == report
         assert bits(again.state()) == bits(reader.state())
         rest = sum(len(batch["key"]) for batch in whole[number:])
-        assert workers or calls["augmented"] <= rest + 2 + 6  # what was left over, and broken ones
-    # All shards but the fourth are gone: samples up to the state keep their places.
-    os.rename(tmp_path / "gone", paths[3])
-    for path in paths[:3] + paths[4:]:
+        assert workers or rest <= calls["tokenized"] <= calls["augmented"] <= rest + 2  # and what was left over
+    for path in paths[4:]:  # then there are fewer batches than the run has had
         os.remove(path)
         open(path, "w").close()
-    last = make()
-    assert list(last.epoch(1, len(whole), states[-1])) == []
-    assert last.skipped["not an image"] == 6
-    assert last.report().startswith("18 samples used")
+    assert list(make().epoch(1, len(whole), states[-1])) == []
 
 
 def test_a_state_of_another_place_or_batch_size_is_not_used(pattern):
@@ -196,35 +188,32 @@ def test_a_state_of_another_place_or_batch_size_is_not_used(pattern):
     assert bits(list(smaller.epoch(0, 10, state))) == bits(list(smaller.epoch(0))[10:])
 
 
-def test_skipped_batches_are_not_augmented_or_tokenized(pattern):
-    calls = Counter()
-    states, reader = [], loader(pattern, batch_size=5)
-    for _ in reader.epoch(0):
-        states.append(reader.state())
-
-    def counted(image):
-        calls["augmented"] += 1
-        return augment(image)
-
-    def tokens(texts):
-        calls["tokenized"] += len(texts)
-        return tokenizer(texts)
-
-    list(loader(pattern, transform=counted, tokenizer=tokens, batch_size=5).epoch(0, 3, states[2]))
-    assert calls == {"augmented": COUNT - 15, "tokenized": COUNT - 15}
-
-
-def test_a_killed_worker_is_an_error_not_a_hang(pattern):
-    with pytest.raises(RuntimeError, match="worker"):
-        list(loader(pattern, workers=1, transform=lambda image: os._exit(1)).epoch(0))
-
-
 def test_interrupting_the_process_group_leaves_workers_to_the_trainer(pattern):
     def interrupt(image):
         os.kill(os.getpid(), signal.SIGINT)
         return resize(image)
 
     assert len(keys(loader(pattern, workers=1, transform=interrupt).epoch(0))) == 20
+
+
+def test_a_worker_that_dies_while_other_batches_are_read(pattern):
+    """As one of training, which is to go on, during an evaluation, which has nothing to do with it."""
+    whole = keys(loader(pattern, workers=1, batch_size=1).epoch(0))
+    reader = loader(pattern, workers=1, batch_size=1)
+    batches = reader.epoch(0)
+    found = keys([next(batches)])
+    (victim,) = multiprocessing.active_children()
+
+    def kill(image):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.SIGKILL)
+        return resize(image)
+
+    other = loader(pattern, workers=1, transform=kill)
+    assert len(keys(other.epoch(0))) == 20
+    assert other.restarts == []
+    assert found + keys(batches) == whole
+    assert len(reader.restarts) == 1
 
 
 def test_a_failing_transform_names_the_sample(pattern):
@@ -260,7 +249,6 @@ def test_an_abandoned_epoch_leaves_no_trace(pattern):
         ("captions_per_image", 1, 0),
         ("workers", 0, -1),
         ("shuffle_buffer", 1, 0),
-        ("prefetch", 1, 0),
         ("epoch", 0, -1),
         ("skip_batches", 0, -2),
     ],
@@ -315,14 +303,6 @@ def test_one_caption_is_drawn_as_without_a_teacher(shard):
     assert bits(plain) == bits([{k: v for k, v in batch.items() if not k.startswith("teacher")} for batch in taught])
 
 
-def test_two_captions_differ_by_epoch_and_are_those_of_the_epoch_after_skipped_batches(shard):
-    reader = loader(shard, teacher=True, captions_per_image=2, shuffle=False, drop_last=False)
-    first, second = (list(reader.epoch(epoch)) for epoch in (0, 1))
-    assert bits(second[2:]) == bits(list(reader.epoch(1, skip_batches=2)))
-    assert first[0]["text"].shape == second[0]["text"].shape
-    assert not torch.equal(first[0]["text"], second[0]["text"])
-
-
 @pytest.mark.parametrize(
     ("second", "message"),
     [
@@ -335,18 +315,6 @@ def test_features_that_are_not_the_samples(tmp_path, second, message):
     with pytest.raises(data.ShardError, match=message):
         list(loader(path, teacher=True, batch_size=1).epoch(0))
     assert len(list(loader(path, batch_size=1).epoch(0))) == 2
-
-
-@pytest.mark.parametrize(
-    "damaged",
-    [npy(features_of(1, 3))[:40], b"x" * 40, npy(np.zeros((4, 2))), npy(np.array([{"a": 1}], dtype=object))],
-    ids=["cut", "garbage", "float64", "pickle"],
-)
-def test_damaged_features_are_a_broken_sample(tmp_path, damaged):
-    path = write(tmp_path / "a.tar", [taught(0), taught(1, damaged)])
-    reader = loader(path, teacher=True, batch_size=1)
-    assert [batch["key"] for batch in reader.epoch(0)] == [["k000"]]
-    assert reader.skipped == {"bad teacher features": 1}
 
 
 def test_the_stamp_of_a_folder(tmp_path):

@@ -84,15 +84,14 @@ def test_sixteen_bits_are_scaled():
     assert decode(bytes(clear))[:, 0, :2].tolist() == [[255, 0]] * 3
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
-@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("mode", "form"), [("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGB", "PNG"), ("RGBA", "WEBP"), ("LA", "WEBP")]
+)
 def test_transparent_pixels_are_white(mode, form):
     image = Image.new("RGBA", (8, 6), (0, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 4, 6))
     options = {"lossless": True, "exact": True} if form == "WEBP" else {}
     if mode in ("P", "RGB"):
-        if form == "WEBP":
-            pytest.skip("WebP has neither palettes nor a transparent colour")
         image = Image.new(mode, (8, 6), 1 if mode == "P" else (1, 2, 3))
         if mode == "P":
             image.putpalette([0, 0, 0, 9, 9, 9])
@@ -105,17 +104,11 @@ def test_transparent_pixels_are_white(mode, form):
     assert found[:, :, 4:].unique().tolist() == [0]
 
 
-@pytest.mark.parametrize("form", ["PNG", "WEBP"])
-def test_half_transparent_pixels_are_mixed_with_white(form):
-    found = decode(encode(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), form, **({"lossless": True} if form == "WEBP" else {})))
-    assert found.unique().tolist() == [127]
-
-
-@pytest.mark.parametrize("form", ["PNG", "WEBP"])
-def test_the_first_frame_of_an_animation(form):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    options = {"lossless": True} if form == "WEBP" else {}
-    found = decode(encode(frames[0], form, save_all=True, append_images=frames[1:], **options))
+@pytest.mark.parametrize(("form", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_half_transparent_pixels_and_the_first_frame_of_an_animation(form, options):
+    assert decode(encode(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), form, **options)).unique().tolist() == [127]
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    found = decode(encode(first, form, save_all=True, append_images=[second], **options))
     assert found[:, 0, 0].tolist() == [255, 0, 0]
 
 

@@ -11,7 +11,7 @@ import warnings
 
 import archives as make
 
-from simplclip.data import index, indexing, report, shards
+from simplclip.data import build_index, index, report, shards
 from simplclip.data.addresses import Address
 from simplclip.data.broken import BrokenSample, ShardError, Skipped
 from simplclip.data.shards import contents, read_shard
@@ -63,7 +63,7 @@ def test_mutated_archives(tmp_path, monkeypatch, archives):
                 with tarfile.open(path) as same:
                     assert {m.name: same.extractfile(m).read() for m in same if m.isreg()} == files
             if local is not None and number % 3 == 0:
-                index.write(index.paths(str(path))[0], *indexing.tables(indexing.look(str(path))))
+                index.write(index.paths(str(path))[0], *build_index.look(str(path)))
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     assert read(str(path)) == local
@@ -83,7 +83,7 @@ def test_mutated_indices(tmp_path, archives):
         path = tmp_path / f"{number}.tar"
         path.write_bytes(whole[0])
         names = index.paths(str(path))[0]
-        index.write(names, *indexing.tables(indexing.look(str(path))))
+        index.write(names, *build_index.look(str(path)))
         what, data = make.changed_index(names.read_bytes(), draw)
         names.write_bytes(data)
         with harmless(f"case {number}: {what}"), warnings.catch_warnings(record=True) as said:
@@ -91,8 +91,8 @@ def test_mutated_indices(tmp_path, archives):
             found = read(str(path))
             said_of_members = len(said)
             assert type(index.count(str(path)) or 0) is int
-            summary, _ = report.summarise(str(path))
-            assert summary.samples >= 0
+            summary = report.summarise(str(path))
+            assert summary.sums["samples"] >= 0
             assert all("is not used" in str(one.message) for one in said)
             assert said_of_members or found is not None
             if said_of_members:

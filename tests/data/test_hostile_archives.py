@@ -11,8 +11,6 @@ import json
 import lzma
 import os
 import resource
-import subprocess
-import sys
 import warnings
 import zipfile
 import zlib
@@ -22,12 +20,11 @@ import archives as make
 import numpy as np
 import pytest
 from archives import END, PNG, header, member, npy, pair, pax, record
-from pairs import keys, loader, resize, write
-from paths import PYTHONPATH
+from pairs import call, keys, loader, resize, write
 
 from simplclip import data, embedding
 from simplclip.common.errors import InputError
-from simplclip.data import index, indexing, parts, report, shrink
+from simplclip.data import build_index, index, parts, report, shrink
 from simplclip.data.arrays import from_bytes
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.shards import contents, read_shard
@@ -124,8 +121,8 @@ ARCHIVES = {
     "many empty files": (lambda: after(*(header(f"{i:05d}.jpg") for i in range(4000))), [1, 2], {"missing caption": 4000}),
     "a caption of 17 MiB": (lambda: after(member("k3.txt", bytes(17 << 20)), member("k3.png", PNG)), [1, 2], {LARGE: 1}),
     "json of brackets": (lambda: after(member("k3.json", b"[" * 10**6), member("k3.png", PNG)), [1, 2], {"bad json": 1}),
-    "an image of 260 MiB in gzip": (lambda: bomb(320 << 20), [1, 2], {LARGE: 1}),
-    "bzip2 of zeros": (lambda: bz2.compress(after(header("k3.png", 300 << 20), bytes(300 << 20)), 9), [1, 2], {LARGE: 1}),
+    "an image of 260 MiB in gzip": (lambda: bomb(272 << 20, 16 << 20), [1, 2], {LARGE: 1}),
+    "bzip2 of zeros": (lambda: bz2.compress(after(header("k3.png", 260 << 20), bytes(260 << 20)), 9), [1, 2], {LARGE: 1}),
     "half of a gzip": (lambda: gzip.compress(after(member("k3.png", os.urandom(9999))))[:5000], [1], {TORN: 1}),
     "a gzip of noise": (lambda: b"\x1f\x8b\x08" + os.urandom(999), [], {CLOSED: 1}),
     "xz that wants 1.5 GiB": (
@@ -198,8 +195,10 @@ def test_training_reads_what_it_can_and_counts_the_rest(folder, form, name):
         assert keys(reader.epoch(0)) == ["k0", *sample_keys(used)]
         assert reader.skipped == counted
         assert not counted or path.name in reader.report()
+        assert not name.startswith("xz") or "limit" in reader.report()
 
 
+@pytest.mark.slow
 def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
     """All archives at once; nothing is written but into the folders that are named."""
     paths = {str(folder / f"{number:02d}.tar"): rest for number, (_, *rest) in enumerate(ARCHIVES.values())}
@@ -221,11 +220,11 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
                 if path not in opened:
                     assert "cannot be opened" in summary
                     continue
-                assert (summary[0].broken.counts, bool(summary[0].indexed)) == (counted, what == "indices"), path
-                assert summary[0].samples == len(used) + sum(n for reason, n in counted.items() if reason not in OF_TARS)
+                assert (summary.broken.counts, bool(summary.sums["indexed"])) == (counted, what == "indices"), path
+                assert summary.sums["samples"] == len(used) + sum(n for reason, n in counted.items() if reason not in OF_TARS)
                 if what == "headers":
-                    index.write(index.paths(path)[1], *indexing.tables(indexing.look(path)))
-    shrink.run([*opened], tmp_path / "small", short=8, workers=1, sample=0, progress=False)
+                    index.write(index.paths(path)[1], *build_index.look(path))
+    shrink.run([*opened], tmp_path / "small", short=8, workers=1, progress=False)
     splits = json.loads((tmp_path / "small" / "meta.json").read_text())["splits"].values()
     skipped = [entry.get("skipped", {}) for split in splits for entry in split["shards"].values()]
     assert {reason: sum(one.get(reason, [0])[0] for one in skipped) for reason in sums} == sums
@@ -233,33 +232,30 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
     assert not os.path.exists("/tmp/out.png")
 
 
-@pytest.mark.slow
 def test_names_that_no_terminal_takes(tmp_path):
     """Of a tar and of a file in it: they are told of where the output is strict UTF-8, and move no cursor."""
     key, page = "\udcff\udcfe\n\x1b[31m", tmp_path / "\udcff.tar"
     (tmp_path / "a.tar").write_bytes(after(*(member(key + suffix, PNG[:50]) for suffix in (".png", ".txt"))))
     page.write_bytes(b"<html>" * 999)
-    command = [sys.executable, "-m", "simplclip", "data", "index", "--decode", str(tmp_path / "a.tar"), str(page)]
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": PYTHONPATH}
-    done = subprocess.run([*command, "--workers", "1"], env=environment, capture_output=True, check=False)
-    assert b"Traceback" not in done.stderr, done.stderr.decode()
-    assert rb"a.tar/\udcff\udcfe\n\x1b[31m" in done.stdout
-    assert rb"\udcff.tar" in done.stdout + done.stderr
+    done = call("data", "index", "--decode", tmp_path / "a.tar", page, "--workers", "1")  # whose output is strict UTF-8
+    assert done.exit_code == 0, done.output
+    assert r"a.tar/\udcff\udcfe\n\x1b[31m" in done.stdout
+    assert r"\udcff.tar" in done.output
 
 
 @pytest.mark.slow
-def test_three_gibibytes_in_three_mebibytes(tmp_path):
+def test_a_gibibyte_in_a_mebibyte(tmp_path):
     """Of a file that is too large nothing is held, and those after it are read."""
     path = tmp_path / "bomb.tar.gz"
-    path.write_bytes(bomb(3 * GIB))
-    assert path.stat().st_size < 3.3 * 2**20
+    path.write_bytes(bomb(GIB))
+    assert path.stat().st_size < 1.1 * 2**20
     with in_memory(100 << 20):
         found = {sample["__key__"]: sample for sample in read_shard(str(path), Skipped())}
         assert [*found] == ["k1", "k3", "k2"]
         contents(found["k1"])
         with pytest.raises(BrokenSample, match=LARGE) as raised:
             contents(found["k3"])
-        assert raised.value.args[1] == "png of 3,221,225,472 bytes, expected at most 268,435,456"
+        assert raised.value.args[1] == "png of 1,073,741,824 bytes, expected at most 268,435,456"
 
 
 def test_the_limit_is_of_a_sample_and_can_be_set(tmp_path):
@@ -285,6 +281,7 @@ SIDECARS = {
     "of other numbers": (lambda: npy(np.zeros((2, 8))), "expected float16 or uint16"),
     "of a newer format": (lambda: b"\x93NUMPY\x03\x00" + bytes(99), "version 1.0"),
     "an archive": (lambda: b"PK\x03\x04" + bytes(99), "magic string"),
+    "cut": (lambda: npy(np.zeros((2, 8), np.float16))[:40], "expected"),
 }
 
 
@@ -337,7 +334,7 @@ INDICES = {
 def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
     shard = str(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(pair(1) + pair(2) + END)
-    about, arrays = indexing.tables(indexing.look(shard))
+    about, arrays = build_index.look(shard)
     change = INDICES[name]
     text = change.get("text") or json.dumps({"format": index.FORMAT} | about | change.get("about", {})).encode()
     parts = {"about": np.frombuffer(text, "u1")} | arrays | change.get("arrays", {})
@@ -352,9 +349,9 @@ def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found = [(s["__key__"], contents(s)["png"]) for s in read_shard(shard, Skipped())]
-            summary, _ = report.summarise(shard)
+            summary = report.summarise(shard)
         assert found == [("k1", PNG), ("k2", PNG)]
-        assert (summary.samples, summary.formats) == (2, {"png": 2})
+        assert (summary.sums["samples"], summary.formats) == (2, {"png": 2})
         assert said
         assert not any("MemoryError" in str(one.message) or "allocate" in str(one.message) for one in said)
         assert all(f"{shard}{index.SUFFIX} is not used" in str(one.message) for one in said)

@@ -86,6 +86,7 @@ def holder(pipe):
         time.sleep(60)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_processes_of_a_killed_one_end():
     context = multiprocessing.get_context("spawn")
@@ -151,18 +152,15 @@ def test_lines_of_an_unknown_or_empty_total(clock, capsys, total, line):
     assert capsys.readouterr().err == ""
 
 
-def test_lines_on_a_terminal_without_columns(clock, monkeypatch, capsys):
+def test_a_bar_on_a_terminal_and_lines_on_one_without_columns(clock, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
-    monkeypatch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((0, 0)))
-    with Progress("x", 10) as bar:
-        clock.now += 10
-        bar.update(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "fileno", lambda: 2)
+        patch.setattr(os, "get_terminal_size", lambda descriptor: os.terminal_size((0, 0)))
+        with Progress("x", 10) as bar:
+            clock.now += 10
+            bar.update(5)
     assert capsys.readouterr().err == "x: 5 of 10 samples (50%), 0.50 samples/s, 00:10 left\nx: 5 samples in 10 s\n"
-
-
-def test_a_bar_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(Progress("heads", 3, unit="steps").over("abc")) == list("abc")
     shown = capsys.readouterr().err
     assert "heads: 100%" in shown

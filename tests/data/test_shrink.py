@@ -5,9 +5,6 @@ import gzip
 import io
 import json
 import resource
-import shutil
-import threading
-from collections import namedtuple
 from pathlib import Path
 
 import kills
@@ -18,16 +15,15 @@ from photos import encode, photo
 from PIL import Image, ImageCms
 
 from simplclip.common.errors import InputError
-from simplclip.data import rewrite, shrink
+from simplclip.data import shrink
 from simplclip.data.decode import decode_pil, size_of
-from simplclip.data.report import measure
 
 CAPTION = {"txt": b"ein Bild", "json": b'{"caption": "ein Bild", "width": 512,  "height": 384}'}
 BIG = encode(photo(0, (96, 128)), quality=95)
 
 
 def run(shards, out, **options):
-    return shrink.run(str(shards), out, **{"short": 48, "workers": 1, "sample": 0, "progress": False} | options)
+    return shrink.run(str(shards), out, **{"short": 48, "workers": 1, "progress": False} | options)
 
 
 def one(tmp_path, files, **options):
@@ -71,17 +67,6 @@ def test_only_larger_images_change(tmp_path):
     assert digests(tmp_path, "*.tar") == before
 
 
-def test_orientation_is_ignored_as_in_training_and_exif_is_dropped(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    turned = encode(photo(0, (96, 128)), exif=exif)
-    found, _ = one(tmp_path, {"jpg": turned})
-    image = Image.open(io.BytesIO(found["jpg"]))
-    assert image.size == (64, 48)
-    assert not image.getexif()
-    assert difference(image, decode_pil(turned).resize((64, 48), Image.Resampling.LANCZOS)) < 4
-
-
 def test_an_rgb_profile_is_kept(tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     found, _ = one(tmp_path, {"jpg": encode(photo(0, (96, 96)), icc_profile=profile)})
@@ -97,35 +82,40 @@ def grey16():
     return encode(Image.fromarray(np.linspace(0, 65535, 96 * 96).reshape(96, 96).astype(np.uint16)), "PNG")
 
 
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    return encode(photo(0, (96, 128)), exif=exif)
+
+
 def clear():
     image = photo(0, (96, 96)).convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize((96, 96)))
     return encode(image, "PNG")
 
 
-@pytest.mark.parametrize("format", ["jpg", "webp"])
 @pytest.mark.parametrize(
     ("suffix", "make"),
-    [("png", grey16), ("png", clear), ("jpeg", lambda: encode(photo(0, (96, 96)).convert("CMYK"))), ("webp", lambda: BIG)],
-    ids=["16 bits", "transparent", "CMYK", "misnamed"],
+    [
+        ("png", grey16),
+        ("png", clear),
+        ("jpeg", lambda: encode(photo(0, (96, 96)).convert("CMYK"))),
+        ("webp", lambda: BIG),
+        ("jpg", turned),
+    ],
+    ids=["16 bits", "transparent", "CMYK", "misnamed", "turned"],
 )
-def test_it_looks_as_training_sees_it(tmp_path, suffix, make, format):
-    encoded = make()
-    found, summary = one(tmp_path, {suffix: encoded}, format=format)
-    ((name, data),) = found.items()
-    assert name == ("jpeg" if (suffix, format) == ("jpeg", "jpg") else format)
-    assert Image.open(io.BytesIO(data)).format == {"jpg": "JPEG", "webp": "WEBP"}[format]
+def test_it_looks_as_training_sees_it(tmp_path, suffix, make):
+    """Of several images the one that is used is made smaller, and used afterwards."""
+    encoded, other = make(), png(2, (96, 96), "WEBP")
+    found, summary = one(tmp_path, {suffix: encoded} | ({} if suffix == "webp" else {"webp": other}))
+    name = suffix if suffix[0] == "j" else "jpg"
+    assert found == {name: found[name]} | ({} if suffix == "webp" else {"webp": other})
+    image = Image.open(io.BytesIO(found[name]))
+    assert (image.format, dict(image.getexif())) == ("JPEG", {})
     seen = decode_pil(encoded)
-    want = seen.resize((seen.width // 2, seen.height // 2), Image.Resampling.LANCZOS)
-    assert difference(decode_pil(data), want) < 4
+    assert difference(decode_pil(found[name]), seen.resize((seen.width // 2, seen.height // 2), Image.Resampling.LANCZOS)) < 4
     assert not summary["skipped"].counts
-
-
-def test_an_image_beside_others_keeps_its_suffix(tmp_path):
-    found, _ = one(tmp_path, {"png": png(1, (96, 96)), "webp": png(2, (96, 96), "WEBP")}, format="webp")
-    assert found["webp"] == png(2, (96, 96), "WEBP")  # not the one that is used
-    assert Image.open(io.BytesIO(found["png"])).format == "PNG"
-    assert size_of(found["png"]) == (48, 48)
 
 
 @pytest.mark.parametrize(("size", "want"), [((49, 3000), (48, 2939)), ((481, 481), (48, 48)), ((97, 50), (93, 48))])
@@ -151,12 +141,12 @@ def test_broken_samples_are_copied_and_counted(tmp_path):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Three shards of 40 photographs of two sizes, one of them compressed, and some broken ones."""
+    """Three shards of 20 photographs of two sizes, one of them compressed, and some broken ones."""
     folder = tmp_path_factory.mktemp("shrink") / "in"
     folder.mkdir()
     images = [encode(photo(i, (120, 160) if i % 3 else (40, 60)), quality=95) for i in range(8)]
     for shard in range(3):
-        files = [{"jpg": images[i % 8], **CAPTION} if i % 13 else {"jpg": images[1][:999], **CAPTION} for i in range(40)]
+        files = [{"jpg": images[i % 8], **CAPTION} if i % 13 else {"jpg": images[1][:999], **CAPTION} for i in range(20)]
         write(folder / f"{shard:05d}.tar", [(f"{shard}-{i:03d}", one) for i, one in enumerate(files)])
     (folder / "00002.tar.gz").write_bytes(gzip.compress((folder / "00002.tar").read_bytes(), mtime=0))
     (folder / "00002.tar").unlink()
@@ -164,11 +154,11 @@ def source(tmp_path_factory):
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(source, tmp_path):
-    for workers in (1, 2, 5):
+    for workers in (1, 3):
         summary = run(source / "*.tar*", tmp_path / str(workers), workers=workers)
-        assert (summary["shards"], summary["samples"]) == (3, 120)
+        assert (summary["shards"], summary["samples"]) == (3, 60)
     assert set(digests(tmp_path / "1")) == {"00000.tar", "00001.tar", "00002.tar", "meta.json"}
-    assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "5")
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
 
 
 def shrunk(source, out, ready):
@@ -177,9 +167,9 @@ def shrunk(source, out, ready):
 
 
 @pytest.mark.slow
-def test_killed_ten_times(source, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_killed_at_any_moment(source, tmp_path):
     before, whole = digests(source), tmp_path / "whole"
-    monkeypatch.setattr(kills, "KILLS", max(10, kills.KILLS))
 
     def check_whole(out):
         assert digests(out, "*.tar").items() <= digests(whole, "*.tar").items()
@@ -194,36 +184,15 @@ def test_finished_shards_are_kept(source, tmp_path):
     times = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.tar")}
     assert run(source / "*.tar*", tmp_path, workers=2)["written"] == 2
     assert (tmp_path / "00000.tar").stat().st_mtime_ns == times["00000.tar"]
-    with pytest.raises(InputError, match="shrink.quality was 90, now 80"):
-        run(source / "*.tar*", tmp_path, quality=80)
-
-
-def test_a_second_process_is_refused(source, tmp_path, monkeypatch):
-    started, go, make = threading.Event(), threading.Event(), shrink.shrink_all
-
-    def slow(*arguments):
-        started.set()
-        assert go.wait(60)
-        return make(*arguments)
-
-    monkeypatch.setattr(shrink, "shrink_all", slow)
-    first = threading.Thread(target=run, args=(source / "00000.tar", tmp_path))
-    first.start()
-    assert started.wait(60)
-    with pytest.raises(FileExistsError, match="no other process writes to"):
-        run(source / "00001.tar", tmp_path)
-    go.set()
-    first.join()
-    assert set(digests(tmp_path)) == {"00000.tar", "meta.json"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_leaves_whole_shards(source, tmp_path, workers):
-    """Files cannot grow beyond 60 kB, as if the disk were full; then the same command goes on."""
+    """Files cannot grow beyond 30 kB, as if the disk were full; then the same command goes on."""
     said = tmp_path / "said"
 
     def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
         try:
             run(source / "*.tar*", tmp_path / "out", workers=workers)
         except InputError as error:
@@ -238,48 +207,14 @@ def test_a_full_disk_leaves_whole_shards(source, tmp_path, workers):
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
-def test_too_little_room_is_said_before_a_shard_is_written(source, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(rewrite.shutil, "disk_usage", lambda folder: usage(9, 9, 1234))
-    with pytest.raises(InputError, match=r"out: expected [\d,]+ free bytes in .* for 00000.tar, got 1,234; the same command"):
-        run(source / "00000.tar", tmp_path)
-    assert set(digests(tmp_path)) == {"meta.json"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"short": 0}, "short: expected an integer of at least 1, got 0"),
-        ({"quality": 101}, "quality: expected 1 to 100, got 101"),
-        ({"format": "png"}, "format: expected jpg or webp, got 'png'"),
-        ({"workers": 0}, "workers: expected an integer of at least 1, got 0"),
-    ],
-)
-def test_wrong_options(source, tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        run(source / "*.tar", tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_input_folder_and_equal_names_are_refused(source, tmp_path):
-    with pytest.raises(ValueError, match="another folder than that of the input"):
-        run(source / "00000.tar", source)
-    shutil.copy(source / "00000.tar", tmp_path / "00000.tar")
-    with pytest.raises(ValueError, match="different names"):
-        run(f"{{{source},{tmp_path}}}/00000.tar", tmp_path / "out")
-
-
 def test_the_command(source, tmp_path):
     out = tmp_path / "out"
-    result = call("data", "shrink", str(source / "*.tar*"), "--out", out, "--short", "48", "--workers", "2", "--sample", "20")
+    result = call("data", "shrink", str(source / "*.tar*"), "--out", out, "--short", "48", "--workers", "2")
     assert result.exit_code == 0, result.output
-    assert f"wrote 3 of 3 shards to {out}: 120 samples" in result.stdout
+    assert f"wrote 3 of 3 shards to {out}: 60 samples" in result.stdout
     assert "kB before" in result.stdout
-    assert "images/s on one core before" in result.stdout
-    assert "expected jpg or webp" in one_line("data", "shrink", source / "00000.tar", "--out", out, "--format", "gif")
-
-
-def test_the_rate_of_decoding_is_that_of_the_files(source):
-    found = measure({str(source / "00000.tar"): 40}, 20, 32)
-    assert (found["images"] + sum(count for count, _ in found["broken"].values()), found["size"]) == (20, 32)
-    assert found["images_per_second"] > 0
+    for name, value in (("short", 0), ("quality", 101), ("workers", 0)):
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got {value}"):
+            run(source / "*.tar", tmp_path / "none", **{name: value})
+    assert not (tmp_path / "none").exists()
+    assert "settings of the earlier run" in one_line("data", "shrink", source / "00000.tar", "--out", out, "--quality", "80")

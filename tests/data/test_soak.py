@@ -19,10 +19,10 @@ from PIL import Image
 from runs import bits
 
 from simplclip import data
-from simplclip.data import indexing, parts
+from simplclip.data import build_index, parts
 from simplclip.data.transforms import ImageTransform
 
-SAMPLES = int(os.environ.get("SIMPLCLIP_SOAK", 12_000))
+SAMPLES = int(os.environ.get("SIMPLCLIP_SOAK", 5_000))
 SHARDS, BATCH, EPOCHS = 40, 256, 4
 
 
@@ -83,7 +83,7 @@ def memory():
 def test_counts_memory_and_resuming(tmp_path, monkeypatch):
     began = time.monotonic()
     counts = write(tmp_path)
-    indexing.run(str(tmp_path / "*.tar"), progress=False)
+    build_index.run(str(tmp_path / "*.tar"), progress=False)
     say = lambda what: print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)  # noqa: E731
     say(f"{SAMPLES} samples in {SHARDS} shards are written and indexed")
     monkeypatch.setattr(parts, "RETRIES", (0.1,))
@@ -98,7 +98,7 @@ def test_counts_memory_and_resuming(tmp_path, monkeypatch):
         seen, sizes, kept = torch.zeros(SAMPLES, dtype=torch.int8), [], None
         for number, batch in enumerate(reader.epoch(epoch), 1):
             seen.index_add_(0, batch["text"][:, 0], torch.ones(len(batch["text"]), dtype=torch.int8))
-            if number * BATCH * 10 > SAMPLES * 2 and number % max(1, SAMPLES // BATCH // 25) == 0:
+            if number * BATCH * 10 > SAMPLES * 2 and number % max(1, SAMPLES // BATCH // 5) == 0:
                 sizes.append(memory())
             if epoch == 0 and kept is None and number * BATCH >= SAMPLES * 7 // 10:
                 kept = number, reader.state(), [], number * BATCH

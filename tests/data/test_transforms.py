@@ -1,5 +1,6 @@
 """Pixels equal open_clip's, draws have its distribution, views replay bit for bit, colours change as torchvision's."""
 
+import functools
 import json
 import random
 
@@ -13,16 +14,14 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from simplclip import data, models
+from simplclip import models
 from simplclip.data import colour, transforms
-from simplclip.data.broken import BrokenSample, Skipped
+from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode, decode_pil, size_of
-from simplclip.data.shards import parse, read_shard
 from simplclip.data.transforms import ImageTransform
-from simplclip.demo import builtin, emoji
-from simplclip.demo import teacher as networks
 
 
+@functools.cache
 def drawings(count=6):
     """Emoji, as in the built-in data."""
     from simplclip.demo.emoji_sources import concepts, square, vendors
@@ -51,12 +50,6 @@ EVALUATION = {
     "shortest, not square": PreprocessCfg(size=(64, 96), interpolation="bilinear"),
     "squash, not square": PreprocessCfg(size=(64, 96), resize_mode="squash", interpolation="bilinear"),
 }
-
-
-def test_the_preprocessing_of_real_models():
-    assert EVALUATION["ViT-B-32"].mean == (0.48145466, 0.4578275, 0.40821073)
-    assert EVALUATION["ViT-B-16-SigLIP"].resize_mode == "squash"
-    assert EVALUATION["MobileCLIP2-S0"].interpolation == "bilinear"
 
 
 @pytest.fixture
@@ -103,47 +96,16 @@ def test_what_the_registry_gives_equals_open_clip():
         ).abs().max() < 0.02
 
 
-@pytest.mark.slow
-def test_a_real_model_sees_no_difference(tmp_path, monkeypatch):
-    """The built-in teacher on the built-in data, by this library's transform and by PIL."""
-    monkeypatch.setattr(builtin, "STEPS", 40)
-    every = emoji.concepts()
-    monkeypatch.setattr(emoji, "concepts", lambda: every[::20])
-    monkeypatch.setattr(emoji, "HELD_OUT", 40)
-    emoji.build(tmp_path, progress=False)
-    train = data.expand(str(tmp_path / "train-*.tar"))
-    heads, _ = builtin.train(train, device=torch.device("cpu"), precision="fp32", progress=False)
-    model = networks.BuiltinTeacher(heads).eval()
-    cfg = PreprocessCfg(networks.IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, resize_mode="squash")
-    read = [parse(sample) for path in data.expand(str(tmp_path / "concepts-*.tar")) for sample in read_shard(path, Skipped())]
-    groups = torch.tensor([sample.group for sample in read])
-    ours, theirs = ImageTransform(cfg), image_transform_v2(cfg, is_train=False)
-    with torch.no_grad():
-        texts = model.encode_text(networks.tokenizer()([sample.captions[0] for sample in read]), normalize=True)
-        pixels = ours.finish(transforms.stack([ours(sample.encoded) for sample in read]))
-        found = model.encode_image(pixels, normalize=True)
-        expected = model.encode_image(torch.stack([theirs(sample.image) for sample in read]), normalize=True)
-    assert len(read) == 80
-    assert (found * expected).sum(1).min() > 0.9999
-    right = groups[:, None] == groups
-    for queries, candidates in (((found, texts), (expected, texts)), ((texts, found), (texts, expected))):
-        ranks = []
-        for x, y in (queries, candidates):
-            scores = x @ y.T
-            ranks.append((scores > scores.masked_fill(~right, -2).amax(1, keepdim=True)).sum(1))
-        assert torch.equal(*ranks)
-
-
 def moments(draws):
     top, left, height, width = torch.tensor(draws, dtype=torch.float64).T
     values = torch.stack([top, left, height, width, height * width, width / height])
     return torch.cat([values.mean(1), values.std(1), torch.cov(values)[0]]), values
 
 
-@pytest.mark.parametrize("size", [(512, 512), (300, 400), (90, 400), (400, 90)])
+@pytest.mark.parametrize("size", [(512, 512), (90, 400), (400, 90)])
 @pytest.mark.parametrize("augment", [{}, {"scale": (0.08, 1.0)}, {"scale": (0.3, 0.5), "ratio": (0.9, 2.0)}])
 def test_crops_have_the_distribution_of_torchvision(size, augment):
-    ours, count = ImageTransform(PreprocessCfg(), augment), 20_000
+    ours, count = ImageTransform(PreprocessCfg(), augment), 4_000
     scale, ratio = augment.get("scale", (0.9, 1.0)), augment.get("ratio", (3 / 4, 4 / 3))
     torch.manual_seed(1)
     found, mine = moments([ours.draw(*size)["crop"] for _ in range(count)])
@@ -334,15 +296,11 @@ def test_finish(dtype, channels_last):
         assert torch.equal(batch, before)
 
 
-def test_stack():
-    ours = ImageTransform(PreprocessCfg(size=32), {})
-    images = [ours(file) for file in PHOTOS[:4]]
+def test_a_pil_image_is_preprocessed_whole_and_batches_are_channels_last():
+    images = [ImageTransform(PreprocessCfg(size=32), {})(file) for file in PHOTOS[:4]]
     batch = transforms.stack(images)
     assert torch.equal(batch, torch.stack(images))
     assert batch.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_pil_image_is_preprocessed_whole():
     ours = ImageTransform(PreprocessCfg(size=48), AUGMENT)
     torch.manual_seed(3)
     found = ours(decode_pil(PHOTOS[2]))
@@ -358,11 +316,10 @@ def test_a_pil_image_is_preprocessed_whole():
 def test_the_limit_of_pixels(monkeypatch):
     with pytest.raises(BrokenSample, match="image too large"):
         ImageTransform(PreprocessCfg(), max_pixels=100)(PHOTOS[0])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert ImageTransform(PreprocessCfg(48), {}, max_pixels=512 * 512)(PHOTOS[0]).shape == (3, 48, 48)
-
-
-def test_a_line_is_not_made_gigabytes():
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        assert ImageTransform(PreprocessCfg(48), {}, max_pixels=512 * 512)(PHOTOS[0]).shape == (3, 48, 48)
+    # A line of a pixel's width would become gigabytes.
     file = encode(Image.new("L", (60_000, 1)), "PNG")
     with pytest.raises(BrokenSample, match="image too large"):
         ImageTransform(PreprocessCfg(size=224))(file)
@@ -374,12 +331,12 @@ def test_a_line_is_not_made_gigabytes():
     [
         ("flip", "augment: expected 'affine', 'none' or fields of AugmentationCfg, got 'flip'"),
         ({"scal": (0.1, 1)}, r"augment: expected fields of AugmentationCfg \(scale, .*\), got \{'scal'"),
-        ({"use_timm": True}, "augment.use_timm: expected false, got true"),
-        ({"re_prob": 0.25}, "augment.re_prob: expected none without use_timm, got 0.25"),
+        ({"use_timm": True}, "augment.use_timm: expected none, as timm's transforms take PIL images, got True"),
+        ({"re_prob": 0.25}, "augment.re_prob: expected none, as timm's transforms take PIL images, got 0.25"),
         ({"color_jitter": 0.4}, "augment.color_jitter: expected brightness, contrast, saturation and hue, and"),
         ({"color_jitter_prob": 0.4}, "augment.color_jitter: .* got None and 0.4"),
         ({"color_jitter": (0.1, 0.1, 0.1), "color_jitter_prob": 0.4}, "augment.color_jitter: expected"),
-        (AugmentationCfg(re_count=2), "augment.re_count: expected none without use_timm, got 2"),
+        (AugmentationCfg(re_count=2), "augment.re_count: expected none, .* got 2"),
     ],
 )
 def test_augmentations_that_are_refused(augment, message):
@@ -392,11 +349,3 @@ def test_timms_augmentation_is_open_clips():
     found = models.transforms("siclip-tiny", train=True, augment={"use_timm": True, "re_prob": 0.25})
     assert "RandomErasing" in repr(found)
     assert found(decode_pil(PHOTOS[1])).shape == (3, 48, 48)
-
-
-def test_a_repr_names_what_changes_pixels():
-    cfgs = [PreprocessCfg(), PreprocessCfg(size=32), PreprocessCfg(resize_mode="squash"), PreprocessCfg(mean=(0.0,) * 3)]
-    found = [repr(ImageTransform(cfg, augment)) for cfg in cfgs for augment in (None, "affine", {}, {"scale": (0.5, 1.0)})]
-    assert len(set(found)) == len(found)
-    assert found == [repr(ImageTransform(c, a)) for c in cfgs for a in (None, "affine", {}, {"scale": (0.5, 1.0)})]
-    assert not any(" at 0x" in text for text in found)

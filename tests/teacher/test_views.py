@@ -235,7 +235,7 @@ def test_the_command_and_its_stamp(folder, tmp_path):
     [
         (("--model", "siclip-tiny"), "--config, --model, --augment: expected --views beside them, got none"),
         (("--views", 2, "--augment", "none"), "views: expected a transform that augments, got one without"),
-        (("--views", 2, "--augment", "{use_timm: true}"), "augment.use_timm: expected false, got true"),
+        (("--views", 2, "--augment", "{use_timm: true}"), "augment.use_timm: expected none, as timm"),
         (("--views", 2, "--config", "siclip-tiny-emoji", "--augment", "affine"), "config: expected no model and no augment"),
         (("--checkpoint", "none.pt"), "checkpoint: expected one for each of 2 teachers or none, got 3"),
         (("--sidecars", "none"), "sidecars: expected folders, got 'none', which is none"),

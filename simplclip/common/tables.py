@@ -1,0 +1,18 @@
+"""Tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> Table:
+    """A table without frames. numbers: all columns but the first stand at the right."""
+    made = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for place, column in enumerate(columns):
+        made.add_column(column, justify="right" if numbers and place else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
