@@ -12,10 +12,7 @@ struct Rows {
   SimilarityCall call;
   Sweep sweep;
 
-  Rows(const RowsCall& rows, Scratch& scratch)
-      : call{.image = rows.query, .text = rows.keys, .scale = rows.scale, .ids = rows.ids, .text_ids = rows.text_ids,
-             .label_offset = rows.label_offset, .softmax = true, .chunk = rows.chunk},
-        sweep(call, nullptr, scratch) {}
+  Rows(const RowsCall& rows, Scratch& scratch) : call(rows.student()), sweep(call, nullptr, scratch) {}
 };
 
 // Returns stats [2, N] (log-sum-exp over the negatives, similarity of the positive) and, where `attend`, the mean key of each row

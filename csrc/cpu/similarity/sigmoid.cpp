@@ -15,11 +15,7 @@ struct Sigmoid {
   TransposedSum d_text;
 
   Sigmoid(const SigmoidCall& sigmoid, Scratch& scratch)
-      : call{.image = sigmoid.image, .text = sigmoid.text, .scale = sigmoid.weight, .sigmoid_weight = sigmoid.weight,
-             .sigmoid_bias = sigmoid.bias, .sigmoid_negative = sigmoid.negative, .sigmoid_positive = sigmoid.positive,
-             .image_share = sigmoid.image_share, .text_share = sigmoid.text_share, .ids = sigmoid.ids,
-             .text_ids = sigmoid.text_ids, .label_offset = sigmoid.label_offset, .softmax = true, .chunk = sigmoid.chunk},
-        sweep(call, nullptr, scratch), d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
+      : call(sigmoid.student()), sweep(call, nullptr, scratch), d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
 };
 
 // Returns the terms [K], d_image and d_text (empty unless needed), d_weight [K] and d_bias [K]: gradients of the terms' sum, each
