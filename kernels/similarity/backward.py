@@ -5,7 +5,15 @@ import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, narrowed
 from simplclip.kernels.similarity.merge import LSE_CROSS, LSE_STUDENT, LSE_TEACHER, MEAN_CROSS, MEAN_STUDENT
-from simplclip.kernels.similarity.tile import negatives, product, sigmoid_logits, sigmoid_pairs, sigmoid_slopes, weights
+from simplclip.kernels.similarity.tile import (
+    ids_of,
+    negatives,
+    product,
+    sigmoid_logits,
+    sigmoid_pairs,
+    sigmoid_slopes,
+    weights,
+)
 from simplclip.ops.similarity.call import RowStat
 
 SUMS = 6  # d_scale, d_cross_scale, d_sigmoid_weight and d_sigmoid_bias of each term
@@ -102,9 +110,7 @@ def _similarity_gradient_kernel(
     d_scale, d_cross = 0.0, 0.0
     t = None
 
-    row_ids = row
-    if LAUNCH.HAS_IDS:
-        row_ids = tl.load(ids + safe_row)
+    row_ids = ids_of(ids, safe_row)
 
     if LAUNCH.HAS_TEACHER:
         raw = product(teacher_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
@@ -150,9 +156,7 @@ def _similarity_gradient_kernel(
         if not ATTEND:
             g *= z_scale
         if LAUNCH.SIGMOIDS > 0:
-            negative, matching = sigmoid_pairs(
-                row, column, stored, label_offset, ids, text_ids, image_share, safe_row, safe_column
-            )
+            negative, matching = sigmoid_pairs(row, column, stored, label_offset, row_ids, text_ids, image_share, safe_column)
             SIGMOIDS: tl.constexpr = LAUNCH.SIGMOIDS
             for k in tl.static_range(SIGMOIDS):
                 signed, amount, matched = sigmoid_logits(

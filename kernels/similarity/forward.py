@@ -5,6 +5,7 @@ import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LN2, LOG2E
 from simplclip.kernels.similarity.tile import (
+    ids_of,
     negatives,
     product,
     raised,
@@ -99,9 +100,7 @@ def _similarity_statistics_kernel(
     max_z, sum_z = none, zero
     sigmoids, second_sigmoids = zero, zero
 
-    row_ids = row
-    if LAUNCH.HAS_IDS:
-        row_ids = tl.load(ids + safe_row)
+    row_ids = ids_of(ids, safe_row)
     if LAUNCH.HAS_STUDENT:
         z_scale = tl.load(scale) * LOG2E
     if LAUNCH.HAS_TEACHER:
@@ -186,10 +185,10 @@ def _similarity_statistics_kernel(
             if LAUNCH.COLUMNS:
                 _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
             if LAUNCH.SIGMOIDS > 0:
+                both = row_inside[:, None] & inside[None, :]
                 negative, positive = sigmoid_pairs(
-                    row, column, row_inside[:, None] & inside[None, :], label_offset, ids, text_ids, image_share, safe_row,
-                    safe_column,
-                )  # fmt: skip
+                    row, column, both, label_offset, row_ids, text_ids, image_share, safe_column
+                )
                 signed, amount, matched = sigmoid_logits(
                     raw,
                     sigmoid_weight,

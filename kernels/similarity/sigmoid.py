@@ -19,7 +19,7 @@ from simplclip.kernels.launch import (
 )
 from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, ImageGradient, TextGradient, sigmoid_bounds
 from simplclip.kernels.similarity.launch import Tiling
-from simplclip.kernels.similarity.tile import product, sigmoid_logits, sigmoid_pairs, sigmoid_slopes, sigmoid_values
+from simplclip.kernels.similarity.tile import ids_of, product, sigmoid_logits, sigmoid_pairs, sigmoid_slopes, sigmoid_values
 from simplclip.ops.similarity.call import SigmoidCall
 
 SUMS = 3  # of each term: its value, d_weight, d_bias
@@ -66,7 +66,8 @@ def _similarity_sigmoid_kernel(
 
     similarity = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
     inside = (at < row_count)[:, None] & (column < m)[None, :]
-    negative, positive = sigmoid_pairs(row, column, inside, label_offset, ids, text_ids, image_share, safe_row, safe_column)
+    row_ids = ids_of(ids, safe_row)
+    negative, positive = sigmoid_pairs(row, column, inside, label_offset, row_ids, text_ids, image_share, safe_column)
     sums += (first_program + program).to(tl.int64) * TERMS * 3
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(TERMS):

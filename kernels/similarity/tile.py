@@ -37,8 +37,21 @@ def product(
 
 
 @triton.jit
+def ids_of(ids, safe_row):  # [BLOCK_M] int64, or None without ids
+    row_ids = None
+    if ids is not None:
+        row_ids = tl.load(ids + safe_row)
+    return row_ids
+
+
+@triton.jit
+def of_same_id(row_ids, text_ids, safe_column):  # [BLOCK_M, BLOCK_N]
+    return row_ids[:, None] == tl.load(text_ids + safe_column)[None, :]
+
+
+@triton.jit
 def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, DROP_IDS: tl.constexpr):
-    """The mask of negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not with the row's id.
+    """The mask of a softmax's negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not with the row's id.
 
     With the teacher's logits t, which are -inf elsewhere, the mask needs no registers besides theirs.
     """
@@ -47,17 +60,17 @@ def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, sa
     else:
         negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
         if DROP_IDS:
-            negative = negative & (row_ids[:, None] != tl.load(text_ids + safe_column)[None, :])
+            negative = negative & (of_same_id(row_ids, text_ids, safe_column) == 0)
     return negative
 
 
 @triton.jit
-def sigmoid_pairs(row, column, inside, label_offset, ids, text_ids, image_share, safe_row, safe_column):
+def sigmoid_pairs(row, column, inside, label_offset, row_ids, text_ids, image_share, safe_column):
     """Masks of the negatives and of the positives of sigmoid terms, [BLOCK_M, BLOCK_N]."""
     positive = column[None, :] == row[:, None] + label_offset
     negative = inside & (positive == 0)
-    if ids is not None:
-        equal = tl.load(ids + safe_row)[:, None] == tl.load(text_ids + safe_column)[None, :]
+    if row_ids is not None:
+        equal = of_same_id(row_ids, text_ids, safe_column)
         negative = negative & (equal == 0)
         if image_share is not None:
             positive = positive | equal

@@ -96,16 +96,20 @@ def launches(everything: bool) -> list[Launch]:
     found = []
     cross = {"HAS_IMAGE_TO_TEACHER": True}
     for columns, ids in flags:
-        both = {"COLUMNS": columns, "HAS_IDS": ids, "DROP_IDS": ids}
+        both = {"COLUMNS": columns, "DROP_IDS": ids}
         for terms in ({"SIGMOIDS": 1}, {"SIGMOIDS": 2}, {"SIGMOIDS": 2, "HAS_SHARES": ids}):
             found.append(Launch(HAS_STUDENT=True, **terms, **both))
         if ids:
-            found.append(Launch(HAS_STUDENT=True, SIGMOIDS=2, HAS_SHARES=True, HAS_IDS=True, COLUMNS=columns))
+            found.append(Launch(HAS_STUDENT=True, SIGMOIDS=2, HAS_SHARES=True, COLUMNS=columns))
         found.append(Launch(HAS_STUDENT=True, **both))
         found.append(Launch(HAS_STUDENT=True, RELATIONAL=True, **both))
         found.append(Launch(HAS_STUDENT=True, **cross, RELATIONAL=True, **both))
-        found += [Launch(**cross, **both), Launch(HAS_STUDENT=True, HAS_IDS=ids, DROP_IDS=ids)]
+        found += [Launch(**cross, **both), Launch(HAS_STUDENT=True, DROP_IDS=ids)]
     return list(dict.fromkeys(found))
+
+
+def has_ids(launch: Launch) -> bool:
+    return launch.DROP_IDS or launch.HAS_SHARES
 
 
 def absent(launch: Launch) -> dict[str, None]:
@@ -121,7 +125,7 @@ def absent(launch: Launch) -> dict[str, None]:
         names += ["sigmoid_weight", "sigmoid_bias", "sigmoid_negative", "sigmoid_positive"]
     if not launch.HAS_SHARES:
         names += ["image_share", "text_share"]
-    if not launch.HAS_IDS:
+    if not has_ids(launch):
         names += ["ids", "text_ids"]
     return dict.fromkeys(names)
 
@@ -145,7 +149,7 @@ def similarity(
     else:
         constants |= {"SLOTS": Slots.of(launch), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
     what = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name))
-    what += f"+{launch.SIGMOIDS} sigmoids" * (launch.SIGMOIDS > 0) + "+shares" * launch.HAS_SHARES + "+ids" * launch.HAS_IDS
+    what += f"+{launch.SIGMOIDS} sigmoids" * (launch.SIGMOIDS > 0) + "+shares" * launch.HAS_SHARES + "+ids" * has_ids(launch)
     what += "" if launch.COLUMNS or launch.HAS_IMAGE_TO_TEACHER else " attend" if attend else " rows"
     function = _similarity_gradient_kernel if backward else _similarity_statistics_kernel
     return Kernel(function.__name__, function, constants, tile, dtype, what if even else what + " odd D")
@@ -272,7 +276,7 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
             yield similarity(launch, dtype, architecture, backward)
             if everything:
                 yield similarity(launch, dtype, architecture, backward, even=False)
-        if launch == Launch(HAS_STUDENT=True, HAS_IDS=launch.HAS_IDS, DROP_IDS=launch.HAS_IDS):
+        if launch == Launch(HAS_STUDENT=True, DROP_IDS=launch.DROP_IDS):
             yield similarity(launch, dtype, architecture, True, attend=True)
     yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)
