@@ -95,7 +95,7 @@ def make(
         *budget.assumptions(),
         f"precision {this.precision} ({this.why})",
         "two steps; the second has the optimizer's state from its beginning",
-        *([] if on_card else ["nothing for oneDNN's workspaces inside convolutions"]),
+        *([] if on_card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),
         *this.base.assumed,
     ]
     usage, measured = this.usage(), None
