@@ -11,6 +11,7 @@ from collections import Counter as Bag
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,7 @@ from simplclip.kernels import launch as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.calls import flat
 
-# The kinds of live bytes. A storage has the kind of the phase that allocated it, until `hold` changes it.
+# The kinds of live bytes. A storage gets the kind of the phase that allocated it; `hold` may change it.
 WORKSPACE = "kernel workspaces"
 KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", WORKSPACE)
 
@@ -54,7 +55,7 @@ class Usage:
     def timeline(self, points: int = 2000) -> tuple[list[str], np.ndarray, list[tuple[int, str]]]:
         """The last step: kinds, live bytes of each kind at about `points` moments, first moments of the phases.
 
-        A moment stands for several events, by the live bytes at their highest total.
+        Each moment stands for several events, and has the live bytes at the one of them with the highest total.
         """
         start, end = self.steps[-2:]
         changes = np.zeros((len(KINDS), end), dtype=np.int64)
@@ -67,15 +68,14 @@ class Usage:
         for event, name in self.phases:
             if start <= event < end and name and (not phases or phases[-1][1] != name):
                 phases.append(((event - start) // span, name))
-        used = live.any(1)
-        return [kind for kind, is_used in zip(KINDS, used) if is_used], live[used], phases
+        return [kind for kind, of_kind in zip(KINDS, live) if of_kind.any()], live[live.any(1)], phases
 
 
 class Counter(TorchDispatchMode):
     """Tracks the storages on `device` that ops return; `usage` is the result.
 
-    Ops of simplclip run on fake tensors. Of their backends, the functions in C++ are replaced by their fakes and what they
-    state; the launchers of Triton run without their kernels; the reference, plain torch, runs unchanged.
+    Ops of simplclip run on fake tensors too. A function in C++ is not called: its results are made as fake tensors, and the
+    workspace that it states is counted. A launcher of Triton runs, but starts no kernels. The reference is plain torch.
 
     Raises UncountedOp, which names the op.
     """
@@ -103,8 +103,8 @@ class Counter(TorchDispatchMode):
         self.usage.phases.append((len(self.usage.events), phase))
 
     def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
-        """From now on the storages of the tensors are of this kind. One that is counted already, as a kind that is not in
-        `instead_of`, stays what it is."""
+        """Counts the storages of these tensors as `kind` from now on. One that has a kind already keeps it, unless that is
+        in `instead_of`."""
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor) or tensor.device.type != self.device.type:
                 continue
@@ -112,7 +112,7 @@ class Counter(TorchDispatchMode):
             key = storage._cdata
             if key not in self._held:
                 size = -(-storage.nbytes() // self.block) * self.block
-                self._held[key] = kind, size, weakref.ref(storage, lambda _, key=key: self._free(key))
+                self._held[key] = kind, size, weakref.ref(storage, partial(self._free, key))
                 self._change(kind, size)
             elif (before := self._held[key][0]) in instead_of and before != kind:
                 _, size, gone = self._held[key]
@@ -147,7 +147,7 @@ class Counter(TorchDispatchMode):
         return out
 
     def _native(self, op: str, backend: str, function):
-        """What runs in place of the `function` of a backend."""
+        """What is called in place of a backend's `function`, see the class."""
 
         def fake(*args):
             out = registry.NATIVE_FAKES[op](*args)
@@ -163,7 +163,7 @@ class Counter(TorchDispatchMode):
 
         return {"reference": function, "triton": launch}.get(backend, fake)
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, _: object) -> None:
         kind, size, _ = self._held.pop(key)
         self._change(kind, -size)
 

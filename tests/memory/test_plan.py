@@ -108,7 +108,7 @@ def test_micro_batches_of_each_tower(monkeypatch):
     assert peak("{image: 12, text: 24}") < peak(24) < peak("{image: 48, text: 24}")
     step = trainer(TINY_CONFIG, "fp32", *cached, "data.micro_batch={image: 24, text: 20}")
     batches = step.batches
-    monkeypatch.setattr(step, "batches", lambda whole: batches(whole=True))
+    monkeypatch.setattr(step, "batches", lambda real: batches(real=True))
     assert predict(step, CPU).peak == pytest.approx(peak("{image: 24, text: 20}"), rel=1e-3)
 
 

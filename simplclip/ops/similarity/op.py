@@ -22,12 +22,12 @@ from simplclip.ops.similarity.call import (
     SimilarityCall,
     SimilarityGradient,
 )
+from simplclip.ops.similarity.chunks import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
-from simplclip.ops.similarity.plan import sweeps_of
 from simplclip.ops.similarity.positives import SameIds
 from simplclip.ops.similarity.rows import similarity_rows
 from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
-from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
+from simplclip.ops.similarity.sweeps import sweeps_of
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, terms_of
 
 _ARGUMENTS = (*SimilarityCall.__match_args__, "backend")

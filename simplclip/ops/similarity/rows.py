@@ -12,8 +12,8 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import RowsCall, RowsGradient
+from simplclip.ops.similarity.chunks import chunk_rows, computes_in, prepare
 from simplclip.ops.similarity.positives import SameIds
-from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
 
 _TENSORS = tensors_of(RowsCall)
 _UNREAD = [name for name in _TENSORS if name not in tensors_of(RowsGradient)]  # by backward

@@ -14,8 +14,8 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
+from simplclip.ops.similarity.chunks import chunk_rows, computes_in, prepare
 from simplclip.ops.similarity.positives import SameIds
-from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
 
 _TENSORS = tensors_of(SigmoidCall)
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"  # terms, d_image, d_text, d_weight, d_bias
