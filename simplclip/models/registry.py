@@ -327,7 +327,8 @@ def check_archive(path: str | os.PathLike[str]) -> None:
 
 
 def _check_contents(state: Any) -> None:
-    """Raises InputError for tensors larger than what is stored of them, and for values that repeat or contain each other."""
+    """Raises InputError for what lets a file of few bytes fill the memory: tensors larger than their storage, and containers
+    that hold each other many times."""
     known: dict[int, int] = {}
 
     def count(value: Any) -> int:
@@ -349,7 +350,7 @@ def _check_contents(state: Any) -> None:
 
 
 _MOST = 50_000_000  # values of a file of weights
-_SMALL = 1 << 24  # bytes of a tensor that may repeat what is stored of it, as `expand` does
+_SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
 
 
 def first_line(error: Exception) -> str:
