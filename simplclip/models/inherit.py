@@ -124,7 +124,6 @@ def inherit(
     source: Source | Sequence[Source],
     *,
     train: str | Sequence[str] = (),
-    prefixes: Mapping[str, str] | None = None,
     blocks: str | None = None,
 ) -> Inheritance:
     """Copy every unchanged module of ``source`` into ``model``, in place, and freeze it there.
@@ -143,8 +142,6 @@ def inherit(
             sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
             that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
-        prefixes: for sources other than registered weights: prefix of names in the source -> prefix in the model. Other
-            names are ignored.
         blocks: None, or how simplified blocks start from the source's blocks in their places, see `warm.convert`: a matrix
             that they share is the "average" of the folded matrices, or that of the "first" block. They train. Of several
             sources, the first one with a block in that place gives it.
@@ -165,7 +162,7 @@ def inherit(
     units = list(_units(model))
     labels, states = list[str](), list[dict[str, Tensor]]()
     for one in sources:
-        label, state = _state_of(one, model, prefixes)
+        label, state = _state_of(one, model)
         labels.append(label)
         states.append(state)
         _take(units, state, label)
@@ -343,8 +340,9 @@ def _alike(ours: Tensor, theirs: Tensor) -> bool:
     return (ours.shape == theirs.shape or scalar) and ours.is_floating_point() == theirs.is_floating_point()
 
 
-def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | None) -> tuple[str, dict[str, Tensor]]:
+def _state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Label of a source, and its tensors by their names in `model`."""
+    prefixes: Mapping[str, str] | None = None  # of names in the source -> of names in the model; other names are ignored
     if isinstance(source, str) and source in plugins.entries("weights") and not Path(source).exists():
         prefixes = getattr(model, "origins", {}).get(source)
         if prefixes is None:

@@ -239,23 +239,12 @@ def text_pool(model: nn.Module) -> str | None:
 
 
 def summary(model: nn.Module, name: str) -> str:
-    """A table of the parameters of every tower, beside those of the model that the SiCLIP was made from."""
-    now = count_parameters(model)
+    """The parameters of every tower; for a SiCLIP also what was replaced in the model that it was made from."""
     report = getattr(model, "simplify_report", None)
-    if report is None:
-        return "\n".join([f"{name:<12}{'parameters':>14}", *(f"{part:<12}{n:>14,}" for part, n in now.items())])
-    lines = [f"{name:<12}{'parameters':>14}{'original':>14}{'ratio':>8}"]
-    for part, n in now.items():
-        lines.append(f"{part:<12}{n:>14,}{report.before[part]:>14,}{n / report.before[part]:>8.2f}")
-    lines.append(f"original: {spec_of(name).original}")
-    for tower in ("image", "text"):
-        count = sum(r.tower == tower for r in report.replaced)
-        line = f"{tower}: {count} simplified block{'s' if count != 1 else ''}"
-        for what, groups in report.share.get(tower, {}).items():
-            shared = ", ".join("+".join(map(str, group)) for group in groups)
-            line += f", {'weights' if what == 'all' else what} shared by blocks {shared}"
-        lines.append(line)
-    return "\n".join(lines)
+    if report is not None:
+        return f"{name}, made from {spec_of(name).original}\n{report}"
+    now = count_parameters(model)
+    return "\n".join([f"{name:<12}{'parameters':>14}", *(f"{part:<12}{n:>14,}" for part, n in now.items())])
 
 
 def spec_of(name: str) -> Spec:
