@@ -6,11 +6,11 @@
 namespace simplclip {
 
 // Rows of the statistics: RowStat and ColumnStat of call.py.
-enum class Row {
+enum class RowStat {
   kLseStudent, kLseTeacher, kLseImageToTeacher, kMeanStudent, kMeanImageToTeacher, kDiagonalStudent, kDiagonalTeacher,
   kDiagonalImageToTeacher, kDiagonalTeacherToText, kSigmoid, kSecondSigmoid, kCount
 };
-enum class Column { kLseStudent, kLseTeacher, kLseTeacherToText, kMeanStudent, kMeanTeacherToText, kCount };
+enum class ColumnStat { kLseStudent, kLseTeacher, kLseTeacherToText, kMeanStudent, kMeanTeacherToText, kCount };
 
 struct SimilarityCall {
   Tensor image, text, scale;                                                            // [N, D], [M, D], []

@@ -46,7 +46,9 @@ VINLINE vf load_block(const void* base, const Strip& s, int64_t i, int64_t j, La
 }
 
 // The log of a sum relative to a reference; -inf if the sum is empty, NaN if it is NaN.
-VINLINE vf lse_of(vf total, vf reference) { return total > 0.0f ? reference + log(total) : (total == 0.0f ? splat(-kInf) : total); }
+VINLINE vf lse_of(vf total, vf reference) {
+  return total > 0.0f ? reference + log(total) : (total == 0.0f ? splat(-kInf) : total);
+}
 
 void merge(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,
            float* total_mean) {
