@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import clock_of_steps, figures, interleaved_times, peak_bytes, quantiles
 from simplclip.ops import similarity_loss
-from simplclip.ops.similarity.sweep import STORE_BYTES, computes_in, stored_rows
+from simplclip.ops.similarity.chunks import STORE_BYTES, computes_in, stored_rows
 
 OBJECTIVES = ("contrastive", "sigmoid", "all four")
 PLANE = (10.0, -2.0)

@@ -74,7 +74,7 @@ def test_steps(benchmark, rows, request, dtype, tmp_path):
     for key, step in steps.items():
         step.materialize(CPU)
         step.place(CPU, lambda phase, kind: nullcontext())
-        cases[key] = partial(step.run, step.batches(whole=True))
+        cases[key] = partial(step.run, step.batches(real=True))
     forms = {
         "simplclip": "siclip-s0, inherited, all of WIKD and pair matching",
         "mobileclip": "mobileclip-s0 whole, ClipLoss",

@@ -17,7 +17,9 @@ class Scratch {
     bytes_ += (size + grain_ - 1) / grain_ * grain_;
     return out;
   }
-  Tensor take(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) { return take(like, sizes, like.scalar_type()); }
+  Tensor take(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    return take(like, sizes, like.scalar_type());
+  }
 
   int64_t bytes() const { return bytes_; }
 

@@ -5,7 +5,15 @@ import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, narrowed
 from simplclip.kernels.similarity.merge import LSE_CROSS, LSE_STUDENT, LSE_TEACHER, MEAN_CROSS, MEAN_STUDENT
-from simplclip.kernels.similarity.tile import negatives, product, sigmoid_logits, sigmoid_pairs, sigmoid_slopes, weights
+from simplclip.kernels.similarity.tile import (
+    ids_of_rows,
+    negatives,
+    product,
+    sigmoid_logits,
+    sigmoid_pairs,
+    sigmoid_slopes,
+    weights,
+)
 from simplclip.ops.similarity.call import RowStat
 
 SUMS = 6  # d_scale, d_cross_scale, d_sigmoid_weight and d_sigmoid_bias of each term
@@ -50,14 +58,8 @@ def _similarity_gradient_kernel(
     scale,  # []
     teacher_scale,  # []
     cross_scale,  # []
-    sigmoid_weight,  # [SIGMOIDS]
-    sigmoid_bias,
-    sigmoid_negative,
-    sigmoid_positive,
-    image_share,  # [N] or None
-    text_share,  # [M]
-    ids,  # [N] int64
-    text_ids,  # [M] int64
+    sigmoids,  # tile.Sigmoids
+    pairs,  # tile.Pairs
     rows,  # [11, N] statistics
     columns,  # [5, M]
     grad_rows,  # [11, N]
@@ -102,13 +104,11 @@ def _similarity_gradient_kernel(
     d_scale, d_cross = 0.0, 0.0
     t = None
 
-    row_ids = row
-    if LAUNCH.HAS_IDS:
-        row_ids = tl.load(ids + safe_row)
+    row_ids = ids_of_rows(pairs, safe_row)
 
     if LAUNCH.HAS_TEACHER:
         raw = product(teacher_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
-        negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
+        negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, LAUNCH.DROP_IDS)
         t = tl.where(negative, raw * (tl.load(teacher_scale) * LOG2E), -INF)
 
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
@@ -133,7 +133,7 @@ def _similarity_gradient_kernel(
 
     if LAUNCH.HAS_STUDENT:
         raw = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
-        negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
+        negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, LAUNCH.DROP_IDS)
         z_scale = tl.load(scale)
         z = tl.where(negative, raw * (z_scale * LOG2E), -INF)
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -150,30 +150,15 @@ def _similarity_gradient_kernel(
         if not ATTEND:
             g *= z_scale
         if LAUNCH.SIGMOIDS > 0:
-            negative, matching = sigmoid_pairs(
-                row, column, stored, label_offset, ids, text_ids, image_share, safe_row, safe_column
-            )
+            negative, matching = sigmoid_pairs(row, column, stored, label_offset, row_ids, pairs, safe_column)
             SIGMOIDS: tl.constexpr = LAUNCH.SIGMOIDS
             for k in tl.static_range(SIGMOIDS):
-                signed, amount, matched = sigmoid_logits(
-                    raw,
-                    sigmoid_weight,
-                    sigmoid_bias,
-                    sigmoid_negative,
-                    sigmoid_positive,
-                    image_share,
-                    text_share,
-                    safe_row,
-                    safe_column,
-                    negative,
-                    matching,
-                    k,
-                )
+                signed, amount, matched = sigmoid_logits(raw, sigmoids, pairs, safe_row, safe_column, negative, matching, k)
                 slope = sigmoid_slopes(signed, amount, matched) * tl.load(row_grad + (SIGMOID + k) * n)[:, None]
                 at_sums = sums + program * _SUMS + 2 + 2 * k
                 tl.store(at_sums, tl.load(at_sums) + _total(slope * raw))
                 tl.store(at_sums + 1, tl.load(at_sums + 1) + _total(slope))
-                g += slope * tl.load(sigmoid_weight + k)
+                g += slope * tl.load(sigmoids.weight + k)
         diagonal = tl.load(row_grad + DIAGONAL_STUDENT * n)[:, None]
         if LAUNCH.SIGMOIDS > 0:
             diagonal += g  # which is that of the sigmoid terms there

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LN2, LOG2E
 from simplclip.kernels.similarity.tile import (
+    ids_of_rows,
     negatives,
     product,
     raised,
@@ -45,14 +46,8 @@ def _similarity_statistics_kernel(
     scale,  # []
     teacher_scale,  # []
     cross_scale,  # []
-    sigmoid_weight,  # [SIGMOIDS]
-    sigmoid_bias,
-    sigmoid_negative,
-    sigmoid_positive,
-    image_share,  # [N] or None
-    text_share,  # [M]
-    ids,  # [N] int64
-    text_ids,  # [M] int64
+    sigmoids,  # tile.Sigmoids
+    pairs,  # tile.Pairs
     row_parts,  # [splits, row slots, row_count]
     column_parts,  # [row_blocks, column slots, M]
     n,
@@ -97,11 +92,9 @@ def _similarity_statistics_kernel(
     max_t, sum_t, mean_z, mean_u = none, zero, zero, zero
     max_u, sum_u = none, zero
     max_z, sum_z = none, zero
-    sigmoids, second_sigmoids = zero, zero
+    first_sigmoid, second_sigmoid = zero, zero
 
-    row_ids = row
-    if LAUNCH.HAS_IDS:
-        row_ids = tl.load(ids + safe_row)
+    row_ids = ids_of_rows(pairs, safe_row)
     if LAUNCH.HAS_STUDENT:
         z_scale = tl.load(scale) * LOG2E
     if LAUNCH.HAS_TEACHER:
@@ -120,9 +113,7 @@ def _similarity_statistics_kernel(
 
         if LAUNCH.HAS_TEACHER:
             raw = product(teacher_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
-            negative = negatives(
-                None, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS
-            )
+            negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, LAUNCH.DROP_IDS)
             t = raw * t_scale
             # An infinite logit gives NaN, since -inf would mean that there is no negative.
             t = tl.where(negative, t + 0.0 * t, -INF)
@@ -159,7 +150,7 @@ def _similarity_statistics_kernel(
 
         if LAUNCH.HAS_STUDENT:
             raw = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
-            negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, LAUNCH.DROP_IDS)
+            negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, LAUNCH.DROP_IDS)
             z = raw * z_scale
             if LAUNCH.RELATIONAL:
                 gap = entropy * t - z
@@ -186,41 +177,13 @@ def _similarity_statistics_kernel(
             if LAUNCH.COLUMNS:
                 _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
             if LAUNCH.SIGMOIDS > 0:
-                negative, positive = sigmoid_pairs(
-                    row, column, row_inside[:, None] & inside[None, :], label_offset, ids, text_ids, image_share, safe_row,
-                    safe_column,
-                )  # fmt: skip
-                signed, amount, matched = sigmoid_logits(
-                    raw,
-                    sigmoid_weight,
-                    sigmoid_bias,
-                    sigmoid_negative,
-                    sigmoid_positive,
-                    image_share,
-                    text_share,
-                    safe_row,
-                    safe_column,
-                    negative,
-                    positive,
-                    0,
-                )
-                sigmoids += tl.sum(sigmoid_values(signed, amount, matched), 1)
-                if LAUNCH.SIGMOIDS > 1:
-                    signed, amount, matched = sigmoid_logits(
-                        raw,
-                        sigmoid_weight,
-                        sigmoid_bias,
-                        sigmoid_negative,
-                        sigmoid_positive,
-                        image_share,
-                        text_share,
-                        safe_row,
-                        safe_column,
-                        negative,
-                        positive,
-                        1,
-                    )
-                    second_sigmoids += tl.sum(sigmoid_values(signed, amount, matched), 1)
+                both = row_inside[:, None] & inside[None, :]
+                negative, positive = sigmoid_pairs(row, column, both, label_offset, row_ids, pairs, safe_column)
+                signed, amount, matched = sigmoid_logits(raw, sigmoids, pairs, safe_row, safe_column, negative, positive, 0)
+                first_sigmoid += tl.sum(sigmoid_values(signed, amount, matched), 1)
+            if LAUNCH.SIGMOIDS > 1:
+                signed, amount, matched = sigmoid_logits(raw, sigmoids, pairs, safe_row, safe_column, negative, positive, 1)
+                second_sigmoid += tl.sum(sigmoid_values(signed, amount, matched), 1)
 
     row_at = row_parts + split.to(tl.int64) * SLOTS.ROWS * row_count + at
     if LAUNCH.HAS_TEACHER:
@@ -236,6 +199,6 @@ def _similarity_statistics_kernel(
         tl.store(row_at + SLOTS.STUDENT * row_count, max_z, row_inside)
         tl.store(row_at + (SLOTS.STUDENT + 1) * row_count, sum_z, row_inside)
     if LAUNCH.SIGMOIDS > 0:
-        tl.store(row_at + SLOTS.SIGMOID * row_count, sigmoids, row_inside)
+        tl.store(row_at + SLOTS.SIGMOID * row_count, first_sigmoid, row_inside)
     if LAUNCH.SIGMOIDS > 1:
-        tl.store(row_at + (SLOTS.SIGMOID + 1) * row_count, second_sigmoids, row_inside)
+        tl.store(row_at + (SLOTS.SIGMOID + 1) * row_count, second_sigmoid, row_inside)

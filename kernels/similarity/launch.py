@@ -21,8 +21,7 @@ class Launch:
     HAS_SHARES: bool = False  # of several positives
     RELATIONAL: bool = False
     COLUMNS: bool = False
-    HAS_IDS: bool = False
-    DROP_IDS: bool = False  # in the softmaxes
+    DROP_IDS: bool = False  # whether pairs with equal ids drop out of the softmaxes
 
     @property
     def HAS_TEACHER(self) -> bool:
@@ -108,8 +107,8 @@ def launches(call: SimilarityCall) -> list[Launch]:
         "RELATIONAL": call.relational,  # which implies softmax
     }
     cross = {"HAS_IMAGE_TO_TEACHER": call.interactive}
-    ids = {"HAS_IDS": call.ids is not None, "DROP_IDS": call.ids is not None and call.drop_ids}
+    both = {"COLUMNS": call.columns, "DROP_IDS": call.drop_ids and call.ids is not None}
     if call.interactive and call.relational:
-        return [Launch(**student, **cross, COLUMNS=call.columns, **ids)]
-    out = [Launch(**student, COLUMNS=call.columns, **ids)] if call.softmax else []
-    return out + ([Launch(**cross, COLUMNS=call.columns, **ids)] if call.interactive else [])
+        return [Launch(**student, **cross, **both)]
+    out = [Launch(**student, **both)] if call.softmax else []
+    return out + ([Launch(**cross, **both)] if call.interactive else [])

@@ -16,6 +16,7 @@ from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.gradients import ImageGradient, TextGradient, range_factors
 from simplclip.kernels.similarity.launch import STUDENTS, Launch, Slots, Tiling, launches
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
+from simplclip.kernels.similarity.tile import Pairs, Sigmoids
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient
 
 GROUP = 8  # blocks of rows that use the same column tiles while those are in the cache
@@ -42,10 +43,7 @@ def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
     return rows, columns, call.image.new_empty(shape)
 
 
-_GIVEN = (
-    "image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale", "cross_scale", "sigmoid_weight",
-    "sigmoid_bias", "sigmoid_negative", "sigmoid_positive", "image_share", "text_share", "ids", "text_ids", "label_offset",
-)  # fmt: skip
+_GIVEN = ("image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale", "cross_scale", "label_offset")
 
 
 def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[str, object]:
@@ -56,6 +54,8 @@ def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[s
         **{name: getattr(call, name) for name in _GIVEN},
         "projected_image": call.student_image if call.interactive else None,
         "projected_text": call.student_text if call.interactive else None,
+        "sigmoids": Sigmoids(call.sigmoid_weight, call.sigmoid_bias, call.sigmoid_negative, call.sigmoid_positive),
+        "pairs": Pairs.of(call),
         "n": call.image.shape[0],
         "m": call.text.shape[0],
         "width": width,

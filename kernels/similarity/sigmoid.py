@@ -19,7 +19,16 @@ from simplclip.kernels.launch import (
 )
 from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, ImageGradient, TextGradient, sigmoid_bounds
 from simplclip.kernels.similarity.launch import Tiling
-from simplclip.kernels.similarity.tile import product, sigmoid_logits, sigmoid_pairs, sigmoid_slopes, sigmoid_values
+from simplclip.kernels.similarity.tile import (
+    Pairs,
+    Sigmoids,
+    ids_of_rows,
+    product,
+    sigmoid_logits,
+    sigmoid_pairs,
+    sigmoid_slopes,
+    sigmoid_values,
+)
 from simplclip.ops.similarity.call import SigmoidCall
 
 SUMS = 3  # of each term: its value, d_weight, d_bias
@@ -29,15 +38,9 @@ SUMS = 3  # of each term: its value, d_weight, d_bias
 def _similarity_sigmoid_kernel(
     image,  # [N, D]
     text,  # [M, D]
-    weight,  # [TERMS]
-    bias,  # [TERMS]
-    of_negative,  # [TERMS]
-    of_positive,  # [TERMS]
+    sigmoids,  # tile.Sigmoids
     mix,  # [TERMS]
-    ids,  # [N] int64 or None
-    text_ids,  # [M] int64
-    image_share,  # [N] or None
-    text_share,  # [M]
+    pairs,  # tile.Pairs
     factor,  # [] or None: the factor of the gradient before it is rounded
     out,  # [chunk, out_stride], only if GRADIENT
     sums,  # [programs, TERMS, SUMS]
@@ -66,20 +69,18 @@ def _similarity_sigmoid_kernel(
 
     similarity = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
     inside = (at < row_count)[:, None] & (column < m)[None, :]
-    negative, positive = sigmoid_pairs(row, column, inside, label_offset, ids, text_ids, image_share, safe_row, safe_column)
+    row_ids = ids_of_rows(pairs, safe_row)
+    negative, positive = sigmoid_pairs(row, column, inside, label_offset, row_ids, pairs, safe_column)
     sums += (first_program + program).to(tl.int64) * TERMS * 3
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(TERMS):
-        signed, amount, matched = sigmoid_logits(
-            similarity, weight, bias, of_negative, of_positive, image_share, text_share, safe_row, safe_column, negative,
-            positive, k,
-        )  # fmt: skip
+        signed, amount, matched = sigmoid_logits(similarity, sigmoids, pairs, safe_row, safe_column, negative, positive, k)
         tl.store(sums + k * 3, tl.sum(tl.sum(sigmoid_values(signed, amount, matched), 1), 0))
         if GRADIENT:
             slope = sigmoid_slopes(signed, amount, matched) * tl.load(mix + k)
             tl.store(sums + k * 3 + 1, tl.sum(tl.sum(slope * similarity, 1), 0))
             tl.store(sums + k * 3 + 2, tl.sum(tl.sum(slope, 1), 0))
-            total += slope * tl.load(weight + k)
+            total += slope * tl.load(sigmoids.weight + k)
     if GRADIENT:
         if factor is not None:
             total *= tl.load(factor)
@@ -111,6 +112,7 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     terms = call.weight.shape[0]
     tile = tuning.lookup("similarity_sigmoid", terms, precision, architecture)
     tiling = Tiling.of(tile, width, width, precision)
+    numbers = Sigmoids(call.weight, call.bias, call.negative, call.positive)
     factor = _range_factor(call)
     back = None if factor is None else 1 / factor
     stored = torch.float32 if factor is not None else image.dtype
@@ -126,8 +128,7 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         count = at.stop - first
         row_blocks = -(-count // tile.block_m)
         started(_similarity_sigmoid_kernel)[(row_blocks * columns,)](
-            image, text, call.weight, call.bias, call.negative, call.positive, call.mix,
-            call.ids, call.text_ids, call.image_share, call.text_share, factor, scratch, sums,
+            image, text, numbers, call.mix, Pairs.of(call), factor, scratch, sums,
             n, m, width, call.label_offset, first, count, row_blocks, index * blocks * columns, pitch,
             TERMS=terms,
             GRADIENT=call.gradient,

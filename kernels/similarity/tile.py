@@ -1,9 +1,37 @@
 """Helpers of similarity_loss's forward and backward kernels: a tile of a product, its negatives, stable functions."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from simplclip.kernels.arithmetic import INF, LOG2E, dot, sigmoid
+from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
+
+
+class Pairs(NamedTuple):
+    """An argument of the kernels: which columns belong to a row beside its own pair, and the positives' shares."""
+
+    ids: Tensor | None  # [N] int64
+    text_ids: Tensor | None  # [M] int64
+    image_share: Tensor | None  # [N]
+    text_share: Tensor | None  # [M]
+
+    @classmethod
+    def of(cls, call: SimilarityCall | SigmoidCall) -> Pairs:
+        return cls(call.ids, call.text_ids, call.image_share, call.text_share)
+
+
+class Sigmoids(NamedTuple):
+    """An argument of the kernels: the numbers of the sigmoid terms, [K] each."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    negative: Tensor | None
+    positive: Tensor | None
 
 
 @triton.jit
@@ -37,8 +65,21 @@ def product(
 
 
 @triton.jit
-def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, safe_column, DROP_IDS: tl.constexpr):
-    """The mask of negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not with the row's id.
+def ids_of_rows(pairs, safe_row):  # [BLOCK_M] int64, or None without ids
+    row_ids = None
+    if pairs.ids is not None:
+        row_ids = tl.load(pairs.ids + safe_row)
+    return row_ids
+
+
+@triton.jit
+def of_same_id(row_ids, pairs, safe_column):  # [BLOCK_M, BLOCK_N]
+    return row_ids[:, None] == tl.load(pairs.text_ids + safe_column)[None, :]
+
+
+@triton.jit
+def negatives(t, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, DROP_IDS: tl.constexpr):
+    """The mask of a softmax's negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not with the row's id.
 
     With the teacher's logits t, which are -inf elsewhere, the mask needs no registers besides theirs.
     """
@@ -47,34 +88,31 @@ def negatives(t, row, column, row_inside, m, label_offset, row_ids, text_ids, sa
     else:
         negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
         if DROP_IDS:
-            negative = negative & (row_ids[:, None] != tl.load(text_ids + safe_column)[None, :])
+            negative = negative & (of_same_id(row_ids, pairs, safe_column) == 0)
     return negative
 
 
 @triton.jit
-def sigmoid_pairs(row, column, inside, label_offset, ids, text_ids, image_share, safe_row, safe_column):
+def sigmoid_pairs(row, column, inside, label_offset, row_ids, pairs, safe_column):
     """Masks of the negatives and of the positives of sigmoid terms, [BLOCK_M, BLOCK_N]."""
     positive = column[None, :] == row[:, None] + label_offset
     negative = inside & (positive == 0)
-    if ids is not None:
-        equal = tl.load(ids + safe_row)[:, None] == tl.load(text_ids + safe_column)[None, :]
+    if row_ids is not None:
+        equal = of_same_id(row_ids, pairs, safe_column)
         negative = negative & (equal == 0)
-        if image_share is not None:
+        if pairs.image_share is not None:
             positive = positive | equal
     return negative, inside & positive
 
 
 @triton.jit
-def sigmoid_logits(
-    similarity, weight, bias, of_negative, of_positive, image_share, text_share, safe_row, safe_column, negative, positive,
-    K: tl.constexpr,
-):  # fmt: skip
+def sigmoid_logits(similarity, sigmoids, pairs, safe_row, safe_column, negative, positive, K: tl.constexpr):
     """Of term K: the logits of a mismatch, which are -l of a positive, and the amounts of negatives and positives, else 0."""
-    l = similarity * tl.load(weight + K) + tl.load(bias + K)
-    amount = tl.where(negative, tl.load(of_negative + K), 0.0)
-    matched = tl.where(positive, tl.load(of_positive + K), 0.0)
-    if image_share is not None:
-        matched *= tl.load(image_share + safe_row)[:, None] + tl.load(text_share + safe_column)[None, :]
+    l = similarity * tl.load(sigmoids.weight + K) + tl.load(sigmoids.bias + K)
+    amount = tl.where(negative, tl.load(sigmoids.negative + K), 0.0)
+    matched = tl.where(positive, tl.load(sigmoids.positive + K), 0.0)
+    if pairs.image_share is not None:
+        matched *= tl.load(pairs.image_share + safe_row)[:, None] + tl.load(pairs.text_share + safe_column)[None, :]
     return tl.where(positive, -l, l), amount, matched
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from simplclip import ops
 from simplclip.ops import checks, distributed
 from simplclip.ops.similarity import inputs
+from simplclip.ops.similarity.chunks import SCRATCH_BYTES
 from simplclip.ops.similarity.contrastive import Contrastive
-from simplclip.ops.similarity.sweep import SCRATCH_BYTES
 
 PLANES = ("scalar", "hadamard")
 

@@ -1,7 +1,7 @@
 """Counts the memory that a step on fake tensors would allocate: live bytes by kind after every event, and the peak.
 
 What a C++ function takes besides its results does not show on fake tensors. The function itself computes it from meta tensors
-(csrc/scratch.h), and on a CPU the memory that oneDNN takes within one product of bfloat16 is added.
+(csrc/scratch.h). What the libraries that it calls take, oneDNN's copies of an operand in bfloat16 above all, is not counted.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections import Counter as Bag
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,9 +26,8 @@ from simplclip.common.errors import UserError
 from simplclip.kernels import launch as launching
 from simplclip.ops import backends, registry
 from simplclip.ops.calls import flat
-from simplclip.ops.similarity.call import SimilarityCall
 
-# The kinds of live bytes. A storage has the kind of the phase that allocated it, until `hold` changes it.
+# The kinds of live bytes. A storage gets the kind of the phase that allocated it; `hold` may change it.
 WORKSPACE = "kernel workspaces"
 KINDS = ("parameters", "gradients", "optimizer state", "batch", "activations", "loss", "temporaries", WORKSPACE)
 
@@ -39,10 +39,6 @@ class UncountedOp(UserError, RuntimeError):
 
 _NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
-
-# Products for which oneDNN allocates memory from torch's CPU allocator -> their operands among the arguments.
-aten = torch.ops.aten
-_PRODUCTS = {aten.mm.default: slice(0, 2), aten.addmm.default: slice(1, 3), aten.addmm_.default: slice(1, 3)}
 
 
 @dataclass
@@ -59,7 +55,7 @@ class Usage:
     def timeline(self, points: int = 2000) -> tuple[list[str], np.ndarray, list[tuple[int, str]]]:
         """The last step: kinds, live bytes of each kind at about `points` moments, first moments of the phases.
 
-        A moment stands for several events, by the live bytes at their highest total.
+        Each moment stands for several events, and has the live bytes at the one of them with the highest total.
         """
         start, end = self.steps[-2:]
         changes = np.zeros((len(KINDS), end), dtype=np.int64)
@@ -72,15 +68,14 @@ class Usage:
         for event, name in self.phases:
             if start <= event < end and name and (not phases or phases[-1][1] != name):
                 phases.append(((event - start) // span, name))
-        used = live.any(1)
-        return [kind for kind, is_used in zip(KINDS, used) if is_used], live[used], phases
+        return [kind for kind, of_kind in zip(KINDS, live) if of_kind.any()], live[live.any(1)], phases
 
 
 class Counter(TorchDispatchMode):
     """Tracks the storages on `device` that ops return; `usage` is the result.
 
-    Ops of simplclip run on fake tensors. Of their backends, the functions in C++ are replaced by their fakes and what they
-    state; the launchers of Triton run without their kernels; the reference, plain torch, runs unchanged.
+    Ops of simplclip run on fake tensors too. A function in C++ is not called: its results are made as fake tensors, and the
+    workspace that it states is counted. A launcher of Triton runs, but starts no kernels. The reference is plain torch.
 
     Raises UncountedOp, which names the op.
     """
@@ -108,8 +103,8 @@ class Counter(TorchDispatchMode):
         self.usage.phases.append((len(self.usage.events), phase))
 
     def hold(self, tensors: object, kind: str, instead_of: Container[str] = KINDS) -> None:
-        """From now on the storages of the tensors are of this kind. One that is counted already, as a kind that is not in
-        `instead_of`, stays what it is."""
+        """Counts the storages of these tensors as `kind` from now on. One that has a kind already keeps it, unless that is
+        in `instead_of`."""
         for tensor in tree_leaves(tensors):
             if not isinstance(tensor, Tensor) or tensor.device.type != self.device.type:
                 continue
@@ -117,7 +112,7 @@ class Counter(TorchDispatchMode):
             key = storage._cdata
             if key not in self._held:
                 size = -(-storage.nbytes() // self.block) * self.block
-                self._held[key] = kind, size, weakref.ref(storage, lambda _, key=key: self._free(key))
+                self._held[key] = kind, size, weakref.ref(storage, partial(self._free, key))
                 self._change(kind, size)
             elif (before := self._held[key][0]) in instead_of and before != kind:
                 _, size, gone = self._held[key]
@@ -149,13 +144,10 @@ class Counter(TorchDispatchMode):
                 f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
             ) from error
         self.hold(out, self.kind, instead_of=())
-        if self.device.type == "cpu" and func in _PRODUCTS:
-            a, b = args[_PRODUCTS[func]]
-            self.transient(packing_bytes(a.shape[0], b.shape[1], a.shape[1], a.dtype, transposed=a.stride(1) != 1))
         return out
 
     def _native(self, op: str, backend: str, function):
-        """What runs in place of the `function` of a backend."""
+        """What is called in place of a backend's `function`, see the class."""
 
         def fake(*args):
             out = registry.NATIVE_FAKES[op](*args)
@@ -171,7 +163,7 @@ class Counter(TorchDispatchMode):
 
         return {"reference": function, "triton": launch}.get(backend, fake)
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, _: object) -> None:
         kind, size, _ = self._held.pop(key)
         self._change(kind, -size)
 
@@ -190,8 +182,8 @@ def workspace_bytes(name: str, backend: str, call: Any) -> int:
     """Bytes that the function `name` of `backend`, "cpu" or "cuda", takes besides its results when it runs `call`.
 
     This is the highest sum of live bytes without the tensors that it returns; of tensors only shapes, strides and dtypes are
-    read. On a CPU the result is exact, for bfloat16 within 128 KiB or 1%. On a GPU each allocation is rounded up to 512
-    bytes, as in the allocator; cuBLAS's own memory is not included.
+    read. On a GPU each allocation is rounded up to 512 bytes, as in the allocator. The memory of cuBLAS, and that of oneDNN
+    in products of bfloat16, is not included.
 
     Raises UncountedOp if the extension of the function does not load, or the function states nothing.
     """
@@ -199,68 +191,15 @@ def workspace_bytes(name: str, backend: str, call: Any) -> int:
     if extension is None:
         error = backends.extension_error if backend == "cpu" else backends.cuda_extension_error
         raise UncountedOp(f"the workspace of {name} on backend {backend} cannot be predicted: {error}")
-    fields = flat(call)
     function = getattr(torch.ops.simplclip, f"{name}_{backend}_workspace")
     try:
         with _disable_current_modes():
-            scratch = function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in fields))
+            return function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in flat(call)))
     except NotImplementedError:
         raise UncountedOp(f"no workspace is stated for {name} on backend {backend}") from None
-    if backend == "cuda" or name not in _LARGEST_PRODUCT:
-        return scratch
-    *sizes, transposed = _LARGEST_PRODUCT[name](call)
-    return scratch + packing_bytes(*sizes, fields[0].dtype, transposed=transposed)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
     size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
     memory = torch.empty(tensor.storage_offset() + size, dtype=tensor.dtype, device="meta")
     return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def _parts(size: int, of: int) -> int:
-    return -(-size // of)
-
-
-def packing_bytes(m: int, n: int, k: int, dtype: torch.dtype, *, transposed: bool = False) -> int:
-    """Bytes that oneDNN takes from torch's allocator within one product [m, k] @ [k, n] of bfloat16.
-
-    transposed: the first operand's columns are contiguous, not its rows. The formula is fitted to 347 products by oneDNN's
-    kernels for AVX512-BF16 on one thread of a Zen 4, where it is exact; T threads take about T times as much. Other
-    instruction sets (AMX, and AVX512-FP16, with which oneDNN multiplies float16 too) are not measured.
-    """
-    if dtype != torch.bfloat16 or not backends.native_bf16 or m * n * k <= 16**3:
-        return 0
-    # A block of the first operand is copied if it is transposed or if its row stride is a large power of two.
-    copied = transposed or (m >= 1024 and k >= 4096 and k & (k - 1) == 0)
-    depth = k if k <= 512 else 512 if transposed or k <= 1024 else 1024
-    # Blocks have at most 256 rows; of the numbers of blocks the one is taken that wastes the fewest rows.
-    fewest = _parts(m, 256)
-    count = min(range(fewest, max(fewest, m // 32) + 1), key=lambda count: count * _parts(m, count))
-    rows, pitch, columns = _parts(m, count), _parts(depth, 32) * 32, min(n, 64)
-    if copied and depth < k:  # sums of several blocks of the depth are kept until the last one
-        blocks = _parts(n, 64)
-        columns = 64 * max(count for count in range(1, 17) if blocks % count == 0)
-    size = 4 * rows * columns + 2 * pitch * 64 + 1024
-    if copied:
-        size += 2 * rows * (pitch + 32 * (pitch % 512 == 0)) + 128
-    return torch.get_num_threads() * size
-
-
-def _similarity(call: SimilarityCall, transposed: bool = False) -> tuple[int, int, int, bool]:
-    rows = min(call.chunk, len(call.image))
-    return (*call.text.shape, rows, True) if transposed else (rows, *call.text.shape, False)
-
-
-# The product for which a function packs about the most, the gradient of its second operand if there is one: m, n and k of
-# [m, k] @ [k, n], and whether the first operand is transposed.
-_LARGEST_PRODUCT = {
-    "similarity_loss_fwd": _similarity,
-    "similarity_loss_bwd": lambda call: _similarity(call, transposed=call.need_text),
-    "similarity_sigmoid": lambda call: _similarity(call, transposed=call.need_text),
-    "similarity_rows": lambda call: (min(call.chunk, len(call.query)), *call.keys.shape, False),
-    "parallel_mlp_fwd": lambda call: (len(call.h), *call.weight.shape, False),
-    "parallel_mlp_bwd": lambda call: (
-        (*call.weight.shape, len(call.h), True) if call.need_weight else (len(call.h), *reversed(call.weight.shape), False)
-    ),
-}

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 
 aten = torch.ops.aten
-Buffers = dict[Node, dict[int, Tensor]]  # the gradients of a node's outputs, as far as they have arrived
+Buffers = dict[Node, dict[int, Tensor]]  # by node and output: the sum of the gradients that have arrived so far
 
 
 def faker(mode: FakeTensorMode, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -148,8 +149,8 @@ class Engine:
                 _add(buffers.setdefault(following, {}), place, gradient.to(meta.dtype))
         return [following for following, _ in edges]
 
-    def _call(self, node: Node, buffer: dict[int, Tensor]) -> list[Tensor | None]:
-        """The gradients for a node's edges; frees its saved tensors."""
+    def _call(self, node: Any, buffer: dict[int, Tensor]) -> list[Tensor | None]:
+        """Runs a node; returns the gradients for its edges, and frees the tensors that it had saved."""
         if not buffer:
             return []
         inputs = [buffer.pop(place, None) for place in range(len(node._input_metadata))]
@@ -188,14 +189,15 @@ def _add(buffer: dict[int, Tensor], place: int, gradient: Tensor) -> None:
 
 
 def _alone(tensor: Tensor) -> bool:
-    """Whether only the buffer (and two callers) refer to this tensor, and the tensor covers a storage of its own."""
+    """Whether a buffer holds the only reference to this tensor (beside two callers) and to its storage."""
     storage = tensor.untyped_storage()
     referred = sys.getrefcount(tensor) > 4 or torch._C._storage_Use_Count(storage._cdata) > 2
     return not referred and tensor.nbytes == storage.nbytes()
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Sets leaf.grad to the gradient itself if only the buffer has it and its strides are the leaf's, else to a copy."""
+    """Adds to leaf.grad. The first gradient becomes leaf.grad itself if nothing else refers to it and it has the leaf's
+    strides; else a copy of it does."""
     if leaf.grad is not None:
         leaf.grad.add_(gradient)
     elif _alone(gradient) and gradient.stride() == leaf.stride():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ def predict(step: Step, device: torch.device) -> Usage:
     """The memory on `device` during two runs of `step`, whose weights are fake afterwards."""
     # Fallback kernels would run ops without a fake on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
-    batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(whole=False))
+    batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
     of_weights = fake.faker(mode, device)
     for module in (inner for outer in step.modules for inner in outer.modules()):
-        for tensors in (module._parameters, module._buffers):
+        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in both:
             tensors.update({name: of_weights(tensor) for name, tensor in tensors.items() if tensor is not None})
     counter.hold(_weights(step), "parameters")
     counter.hold(batches, "batch")
@@ -57,7 +59,7 @@ def measure(step: Step, device: torch.device) -> int:
     """Peak bytes of torch's allocator on `device`, including parameters, and on a CPU also the batch."""
     step.materialize(device)
     step.place(device, lambda phase, kind: nullcontext())
-    batches = step.batches(whole=True)
+    batches = step.batches(real=True)
 
     def run() -> None:
         for _ in range(STEPS):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def make(
         *budget.assumptions(),
         f"precision {this.precision} ({this.why})",
         "two steps; the second has the optimizer's state from its beginning",
-        *([] if on_card else ["nothing for oneDNN's workspaces inside convolutions"]),
+        *([] if on_card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),
         *this.base.assumed,
     ]
     usage, measured = this.usage(), None
@@ -199,7 +198,11 @@ class _Planner:
             raise ConfigError(f"--compare: expected a model made from one of open_clip's or from mobileclip-s0, got {made}")
         sigmoid = self.config.loss.base == "sigmoid"  # open_clip has this loss without a teacher only
         width = self.base.teacher["width"] if "relational_loss" in self.config.loss.weights and not sigmoid else None
-        step = partial(OpenClipStep, name, precision=self.precision, teacher_width=width, **SIGLIP if sigmoid else {})
+        options: dict[str, Any] = SIGLIP if sigmoid else {}
+
+        def step(size: int) -> OpenClipStep:
+            return OpenClipStep(name, size, self.precision, width, **options)
+
         what = f"most in open_clip: {name.removeprefix(models.PLAIN)}, {type(step(1).loss).__name__}"
         return self._answer(what, lambda n: predict(step(n), self.device))
 
@@ -215,7 +218,8 @@ class _Planner:
     def advice(self, usage: Usage) -> Iterator[str]:
         """Settings that would lower the peak of the step as configured, with the new peak."""
         config = self.config
-        size, micro = config.data.batch_size, config.data.micro_batch
+        size = config.data.batch_size
+        micro: Any = config.data.micro_batch
         changes: dict[str, dict] = {}
         if not config.model.recompute:
             changes["model.recompute=true (blocks are computed again in backward)"] = {"model": {"recompute": True}}
@@ -225,8 +229,8 @@ class _Planner:
             for tower, most in (("image", size), ("text", size * config.data.captions_per_image)):
                 half = (getattr(micro, tower) or most) // 2
                 if half and (tower == "text" or size % half == 0):
-                    less = micro.model_dump() | {tower: half}
-                    changes[f"data.micro_batch.{tower}={half}"] = {"data": {"micro_batch": less}}
+                    halved = micro.model_dump() | {tower: half}
+                    changes[f"data.micro_batch.{tower}={half}"] = {"data": {"micro_batch": halved}}
         elif micro is not None and micro % 2 == 0:
             changes[f"data.micro_batch={micro // 2}"] = {"data": {"micro_batch": micro // 2}}
         for change, sections in changes.items():

@@ -29,9 +29,9 @@ During = Callable[[str, str], AbstractContextManager]  # the context of a phase,
 class TrainerStep(Training):
     """A step of `simplclip train`: config.data.batch_size pairs, by gradient caching if it has a micro_batch.
 
-    teacher_width: D̂; if None, it is read from the shards. Only shapes of the teacher's features and of inherited weights
-    matter; `assumed` lists what is assumed where their files are not on this machine. `predict` and `measure` use `modules`,
-    `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
+    teacher_width: D̂; if None, it is read from the shards. Only the shapes of the teacher's features and of inherited weights
+    matter. Where their files are not on this machine, shapes are assumed, and `assumed` says which. `predict` and `measure`
+    use `modules`, `optimizer`, `materialize`, `place`, `batches` and `run`, which OpenClipStep has too.
     """
 
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
@@ -64,24 +64,25 @@ class TrainerStep(Training):
         self._seen: dict[str, dict[str, tuple[int, torch.dtype]]] = {}  # tower -> width and dtype of each of its outputs
         self.model.train()
 
-    def batches(self, whole: bool) -> list[dict[str, Tensor]]:
+    def batches(self, real: bool) -> list[dict[str, Any]]:
         """The micro-batches of a step, in the host's memory.
 
-        For a prediction (not `whole`) they have no values, and all between the second and the last are merged into one, which
-        the towers do not process: it would only repeat what the second does. `text_batches` does the same for texts.
+        real: tensors with values, to run the step with. For a prediction the tensors have only shapes, and the micro-batches
+        between the second and the last are merged into one that the towers do not process, since each of them would take the
+        same memory as the second. `text_batches` does the same for texts.
         """
-        self.whole, size = whole, self.config.data.images_at_a_time
+        self.real, size = real, self.config.data.images_at_a_time
         count = self.config.data.batch_size // size
-        if whole or count < 4:
-            return [self._batch(size, whole) for _ in range(count)]
-        between = self._batch((count - 3) * size, whole) | {"unseen": True}
-        return [self._batch(size, whole), self._batch(size, whole), between, self._batch(size, whole)]
+        if real or count < 4:
+            return [self._batch(size, real) for _ in range(count)]
+        between = self._batch((count - 3) * size, real) | {"unseen": True}
+        return [self._batch(size, real), self._batch(size, real), between, self._batch(size, real)]
 
-    def _batch(self, size: int, whole: bool) -> dict[str, Tensor]:
+    def _batch(self, size: int, real: bool) -> dict[str, Any]:
         k = self.config.data.captions_per_image
         captions = () if k == 1 else (k,)
-        with torch.device("cpu" if whole else "meta"):
-            image, text = inputs(self.config.model.name, self.model, size, k, whole)
+        with torch.device("cpu" if real else "meta"):
+            image, text = inputs(self.config.model.name, self.model, size, k, real)
             pixels = {"image": image} if self.prefix is None else {"prefix": torch.zeros(size, *self.prefix.shape).half()}
             batch = {**pixels, "text": text.unflatten(0, (size, *captions)), "group": torch.arange(size)}
             if self.teacher:
@@ -136,7 +137,7 @@ class TrainerStep(Training):
 
     def text_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         parts = super().text_batches(batches)
-        if parts is batches or self.whole or len(parts) < 4:
+        if parts is batches or self.real or len(parts) < 4:
             return parts
         rows = sum(len(part["text"]) for part in parts[2:-1])
         return [*parts[:2], {"text": parts[2]["text"][:1].expand(rows, -1), "unseen": True}, parts[-1]]
@@ -171,7 +172,7 @@ class OpenClipStep:
             self.loss = ClipLoss() if getattr(self.model, "logit_bias", None) is None else SigLipLoss()
 
     def materialize(self, device: torch.device) -> None:
-        self.model = models.create(self.name, device=device, **self.options).train()
+        self.model: Any = models.create(self.name, device=device, **self.options).train()
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -182,9 +183,9 @@ class OpenClipStep:
         card = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=card)  # torch's default on both devices
 
-    def batches(self, whole: bool) -> list[dict[str, Tensor]]:
-        with torch.device("cpu" if whole else "meta"):
-            image, text = inputs(self.name, self.model, self.batch_size, 1, whole)
+    def batches(self, real: bool) -> list[dict[str, Tensor]]:
+        with torch.device("cpu" if real else "meta"):
+            image, text = inputs(self.name, self.model, self.batch_size, 1, real)
             batch = {"image": image, "text": text}
             if self.teacher_width is not None:
                 for name in ("dist_image_features", "dist_text_features"):
@@ -214,14 +215,14 @@ class OpenClipStep:
 Step = TrainerStep | OpenClipStep
 
 
-def inputs(name: str, model: nn.Module, size: int, captions: int, whole: bool) -> tuple[Tensor, Tensor]:
+def inputs(name: str, model: Any, size: int, captions: int, real: bool) -> tuple[Tensor, Tensor]:
     """Images [size, 3, H, W], and token ids, int64 [size * captions, L].
 
-    whole: the tokens are those of a real caption, with an end, as models need that pool there. Else they are zeros.
+    real: the tokens are those of a caption, whose end some models look for to pool there. Otherwise they are zeros.
     """
     side = model.visual.image_size
     image = torch.zeros(size, 3, *((side, side) if isinstance(side, int) else side))
-    if whole:
+    if real:
         return image, models.tokenizer(name)(["a photo of a small thing"]).expand(size * captions, -1).contiguous()
     length = model.context_length if hasattr(model, "context_length") else model.text.context_length
     return image, torch.zeros(size * captions, length, dtype=torch.int64)

@@ -33,7 +33,7 @@ _NORMS = (
 
 
 class RowsOnly(nn.Identity):
-    """The place of a batch norm that was merged into a linear layer, which is the same for [N, C] alone."""
+    """Stands where a batch norm was merged into a linear layer, which computes the same for [N, C] alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 2:
@@ -76,7 +76,8 @@ def fold(model: Model, *, inplace: bool = False) -> Model:
 
 
 def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
-    """Names of the children that can be merged: a layer, and the batch norm that alone gets its output."""
+    """Pairs of children that can be merged, by name: a layer, and a batch norm that gets the layer's output, as nothing else
+    does."""
     free: dict[str, Any] = {n: m for n, m in module.named_children() if owners[id(m)] == 1 and _plain(m)}
     layers = {n: m for n, m in free.items() if type(m) in (*_CONVS, nn.Linear)}
     norms = {n: m for n, m in free.items() if type(m) in _NORMS and m.running_mean is not None}

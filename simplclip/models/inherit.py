@@ -36,7 +36,7 @@ from simplclip.models.mobileclip import from_published
 from simplclip.models.registry import bare_state, first_line, read_weights
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["Inheritance", "InheritanceError", "Row", "freeze", "freeze_norms", "inherit", "is_frozen"]
+__all__ = ["Inheritance", "InheritanceError", "TableRow", "freeze", "freeze_norms", "inherit", "is_frozen"]
 
 INHERITED, TRAINS, NEW, DIFFERS = "inherited", "inherited, trains", "new", "shape differs"
 STARTED = "initialised"  # a simplified block from the source's block, which has other tensors; it trains
@@ -53,19 +53,19 @@ class InheritanceError(InputError):
 
 
 @dataclass(frozen=True)
-class Row:
-    """A largest submodule whose tensors have one status, or a tensor outside such submodules."""
+class TableRow:
+    """A row of the table: a module whose tensors all have this status, in no larger such module; or a single tensor."""
 
     module: str
     status: str
-    parameters: int  # without parameters that an earlier row counts
+    parameters: int  # without those that an earlier row counts
 
 
 @dataclass(frozen=True)
 class Inheritance:
     """What `inherit` did: a table of the model, and the sources of the weights."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     sources: tuple[str, ...]
 
     @property
@@ -98,7 +98,7 @@ class Inheritance:
 
 @dataclass(eq=False)
 class _Unit:
-    """A part that is inherited as a whole or not at all: a module whose submodules have no tensors, or a single tensor."""
+    """What is inherited as a whole or not at all: a module whose submodules have no tensors, or a single tensor."""
 
     path: str
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by full name
@@ -124,7 +124,6 @@ def inherit(
     source: Source | Sequence[Source],
     *,
     train: str | Sequence[str] = (),
-    prefixes: Mapping[str, str] | None = None,
     blocks: str | None = None,
 ) -> Inheritance:
     """Copy every unchanged module of ``source`` into ``model``, in place, and freeze it there.
@@ -143,8 +142,6 @@ def inherit(
             sources fit a module, the first one is used.
         train: patterns (fnmatch, ``*`` matches dots too) of modules or tensors that are copied but not frozen. A pattern
             that matches a module applies to everything in it; one that matches a tensor applies to its whole module.
-        prefixes: for sources other than registered weights: prefix of names in the source -> prefix in the model. Other
-            names are ignored.
         blocks: None, or how simplified blocks start from the source's blocks in their places, see `warm.convert`: a matrix
             that they share is the "average" of the folded matrices, or that of the "first" block. They train. Of several
             sources, the first one with a block in that place gives it.
@@ -165,7 +162,7 @@ def inherit(
     units = list(_units(model))
     labels, states = list[str](), list[dict[str, Tensor]]()
     for one in sources:
-        label, state = _state_of(one, model, prefixes)
+        label, state = _state_of(one, model)
         labels.append(label)
         states.append(state)
         _take(units, state, label)
@@ -266,7 +263,7 @@ def _units(model: nn.Module) -> Iterator[_Unit]:
 
 
 def _take(units: list[_Unit], state: dict[str, Tensor], label: str) -> None:
-    """Note in every unit that has no tensors yet which ones it can take from `state`."""
+    """Sets `taken` and `status` of each unit that can take its tensors from `state` and has none from an earlier source."""
     free = [unit for unit in units if not unit.simplified]
     fitting = [unit for unit in free if unit.fits(state)]
     counted = sum(n in state for unit in fitting if not unit.always_trains for n in unit.tensors)
@@ -306,28 +303,28 @@ def _drop_half_tied(units: list[_Unit]) -> None:
     changed = True
     while changed:
         changed = False
-        for group in owners.values():
-            taking = [unit for unit, _ in group if unit.taken]
-            values = [unit.taken[name] for unit, name in group if name in unit.taken]
-            if taking and (len(taking) < len(group) or not all(torch.equal(values[0], value) for value in values[1:])):
-                for unit, _ in group:
+        for tied in owners.values():
+            taking = [unit for unit, _ in tied if unit.taken]
+            values = [unit.taken[name] for unit, name in tied if name in unit.taken]
+            if taking and (len(taking) < len(tied) or not all(torch.equal(values[0], value) for value in values[1:])):
+                for unit, _ in tied:
                     unit.taken, unit.status = {}, NEW
                 changed = True
 
 
-def _rows(units: list[_Unit]) -> Iterator[Row]:
+def _rows(units: list[_Unit]) -> Iterator[TableRow]:
     seen: set[int] = set()
 
-    def split(path: str, inside: list[_Unit]) -> Iterator[Row]:
+    def split(path: str, inside: list[_Unit]) -> Iterator[TableRow]:
         statuses = {unit.status for unit in inside}
         if len(statuses) == 1:
             parameters = {id(t): t for unit in inside for t in unit.tensors.values() if isinstance(t, nn.Parameter)}
-            yield Row(path, statuses.pop(), sum(t.numel() for key, t in parameters.items() if key not in seen))
+            yield TableRow(path, statuses.pop(), sum(t.numel() for key, t in parameters.items() if key not in seen))
             seen.update(parameters)
             return
         depth = path.count(".") + 1 if path else 0
-        for name, group in groupby(inside, lambda unit: ".".join(unit.path.split(".")[: depth + 1])):
-            yield from split(name, list(group))
+        for name, children in groupby(inside, lambda unit: ".".join(unit.path.split(".")[: depth + 1])):
+            yield from split(name, list(children))
 
     yield from split("", units)
 
@@ -343,8 +340,9 @@ def _alike(ours: Tensor, theirs: Tensor) -> bool:
     return (ours.shape == theirs.shape or scalar) and ours.is_floating_point() == theirs.is_floating_point()
 
 
-def _state_of(source: Source, model: nn.Module, prefixes: Mapping[str, str] | None) -> tuple[str, dict[str, Tensor]]:
+def _state_of(source: Source, model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """Label of a source, and its tensors by their names in `model`."""
+    prefixes: Mapping[str, str] | None = None  # of names in the source -> of names in the model; other names are ignored
     if isinstance(source, str) and source in plugins.entries("weights") and not Path(source).exists():
         prefixes = getattr(model, "origins", {}).get(source)
         if prefixes is None:

@@ -1,7 +1,7 @@
 """The frozen parts of a model in training: they run as folded copies in channels_last, in the precision of the run.
 
-    frozen = FrozenParts(model, torch.bfloat16)      # after `inherit` or `freeze`, and after the weights are final
-    prefix = Prefix(frozen, images[:1])              # those that the image tower begins with
+    frozen = FrozenParts(model, torch.bfloat16)      # after `inherit` or `freeze`, when the frozen weights have their values
+    prefix = Prefix(frozen, images[:1])              # the frozen parts that come first in the image tower
     outputs = prefix(images)
 
 A part is a largest module that `freeze` froze. Its own tensors stay where they are and are saved, moved and counted as
@@ -23,16 +23,16 @@ from simplclip.models.fold import fold
 from simplclip.models.inherit import is_frozen
 
 
-class Part:
-    """A frozen module and its folded copy, if it has one; it is the module's `forward` while it is installed."""
+class FrozenPart:
+    """A frozen module and its folded copy, if it has one. `install` makes the part the module's `forward`."""
 
     def __init__(self, name: str, module: nn.Module, folded: nn.Module | None, dtype: torch.dtype | None) -> None:
         self.name, self.module, self.folded, self.dtype = name, module, folded, dtype
-        self.prefix: Prefix | None = None  # that this is of
+        self.prefix: Prefix | None = None  # set if the part is one of the prefix's
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        if self.prefix is not None and self.prefix.given:
-            return x
+        if self.prefix is not None and self.prefix.is_replaced:
+            return x  # which is the prefix's output already
         return self.run(x, *args, **options)
 
     def run(self, x: Tensor, *args: Any, **options: Any) -> Any:
@@ -54,23 +54,23 @@ class Part:
 class FrozenParts:
     """Installs folded copies of the frozen modules of `model` that have convolutions.
 
-    dtype: that of autocast, in which convolutions and linear layers of the copies are stored; None for fp32. Under another
-    autocast than this a module runs as it is. Other tensors stay in fp32, so that values are rounded where autocast rounds.
+    dtype: that of the run's autocast, None for fp32. Convolutions and linear layers of the copies are stored in it. Other
+    tensors stay in fp32, so that values are rounded where autocast rounds. Where a module runs under another autocast than
+    this, its copy is not used.
 
     Gradients pass through a part to its input if that needs one. The weights must not change afterwards, except that
     `to` moves the copies. `lines` says what was done, and why a module with convolutions has no copy.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, *, channels_last: bool = True) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.model, self.dtype = model, dtype
         self.refused: dict[str, str] = {}
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.parts = [self._part(name, module) for name, module in _largest(model, "", set())]
         for part in self.parts:
             if part.folded is not None:
                 part.install()
 
-    def _part(self, name: str, module: nn.Module) -> Part:
+    def _part(self, name: str, module: nn.Module) -> FrozenPart:
         folded = None
         convolutions = sum(isinstance(inner, _ConvNd) for inner in module.modules())
         if convolutions:
@@ -78,19 +78,19 @@ class FrozenParts:
                 folded = self._folded(module, convolutions)
             except Exception as error:  # of any type, from methods of other libraries
                 self.refused[name] = f"{type(error).__name__}: {error}"
-        return Part(name, module, folded, self.dtype)
+        return FrozenPart(name, module, folded, self.dtype)
 
     def _folded(self, module: nn.Module, convolutions: int) -> nn.Module | None:
         if any(inner._forward_hooks or inner._forward_pre_hooks for inner in list(module.modules())[1:]):
             raise InputError("expected no hooks in it, which the copy would not call")
         folded = fold(module)
-        # Of one convolution that cannot be folded, e.g. in a vision transformer, a copy would save next to nothing.
+        # Where the only convolution has nothing to fold, as in a vision transformer, a copy would save next to nothing.
         if convolutions == 1 and _kinds(folded) == _kinds(module):
             return None
         for inner in folded.modules() if self.dtype else ():
             if isinstance(inner, (_ConvNd, nn.Linear)):
                 inner.to(self.dtype)
-        return folded.requires_grad_(False).to(memory_format=self.layout)
+        return folded.requires_grad_(False).to(memory_format=torch.channels_last)
 
     @property
     def copies(self) -> list[nn.Module]:
@@ -98,7 +98,7 @@ class FrozenParts:
 
     @property
     def bytes(self) -> int:
-        """Of the copies."""
+        """The size of the copies."""
         return sum(t.nbytes for copy in self.copies for t in (*copy.parameters(), *copy.buffers()))
 
     def to(self, device: torch.device) -> None:
@@ -120,21 +120,21 @@ class FrozenParts:
 
 
 class Prefix:
-    """The frozen parts that the image tower begins with, each of which gets the output of the one before it, and no other.
+    """The frozen parts at the beginning of the image tower: each one's input is the output of the one before it.
 
-    image: pixels [1, 3, S, S], with which the tower is tried. `shape` is that of an output of the last part.
+    image: pixels [1, 3, S, S], on which the tower is run to find them. `shape`: of the last part's output for an image.
 
     After `replace` the tower of a model in training mode takes outputs of the prefix in place of pixels; in eval mode it
     takes pixels as before.
 
-    Raises InputError if the tower has no prefix, or cannot take outputs in its place.
+    Raises InputError if the tower begins with no frozen part, or uses more than the output of the last one.
     """
 
     def __init__(self, frozen: FrozenParts, image: Tensor) -> None:
         self.model, tower = frozen.model, frozen.model.get_submodule("visual")
-        self.parts: list[Part] = []
+        self.parts: list[FrozenPart] = []
         self._trying = self._replaced = False
-        seen: list[tuple[Part, Any, Any]] = []
+        seen: list[tuple[FrozenPart, Any, Any]] = []
         hooks = [
             part.module.register_forward_hook(lambda _, given, output, part=part: seen.append((part, given[:1], output)))
             for part in frozen.parts
@@ -167,19 +167,19 @@ class Prefix:
         self.shape = tuple(outputs.shape[1:])
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The outputs of pixels [N, 3, S, S]."""
+        """The prefix's outputs for pixels [N, 3, S, S]."""
         for part in self.parts:
             images = part.run(images)
         return images
 
     @property
     def name(self) -> str:
-        """The module whose output it is."""
+        """The name of the last part's module."""
         return self.parts[-1].name
 
     @property
-    def given(self) -> bool:
-        """Whether the tower is given outputs of the prefix."""
+    def is_replaced(self) -> bool:
+        """Whether what the tower gets now is the prefix's output, not pixels."""
         return self._trying or (self._replaced and self.model.training)
 
     def replace(self) -> None:

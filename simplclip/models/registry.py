@@ -239,23 +239,12 @@ def text_pool(model: nn.Module) -> str | None:
 
 
 def summary(model: nn.Module, name: str) -> str:
-    """A table of the parameters of every tower, beside those of the model that the SiCLIP was made from."""
-    now = count_parameters(model)
+    """The parameters of every tower; for a SiCLIP also what was replaced in the model that it was made from."""
     report = getattr(model, "simplify_report", None)
-    if report is None:
-        return "\n".join([f"{name:<12}{'parameters':>14}", *(f"{part:<12}{n:>14,}" for part, n in now.items())])
-    lines = [f"{name:<12}{'parameters':>14}{'original':>14}{'ratio':>8}"]
-    for part, n in now.items():
-        lines.append(f"{part:<12}{n:>14,}{report.before[part]:>14,}{n / report.before[part]:>8.2f}")
-    lines.append(f"original: {spec_of(name).original}")
-    for tower in ("image", "text"):
-        count = sum(r.tower == tower for r in report.replaced)
-        line = f"{tower}: {count} simplified block{'s' if count != 1 else ''}"
-        for what, groups in report.share.get(tower, {}).items():
-            shared = ", ".join("+".join(map(str, group)) for group in groups)
-            line += f", {'weights' if what == 'all' else what} shared by blocks {shared}"
-        lines.append(line)
-    return "\n".join(lines)
+    if report is not None:
+        return f"{name}, made from {spec_of(name).original}\n{report}"
+    now = count_parameters(model)
+    return "\n".join([f"{name:<12}{'parameters':>14}", *(f"{part:<12}{n:>14,}" for part, n in now.items())])
 
 
 def spec_of(name: str) -> Spec:
@@ -327,7 +316,8 @@ def check_archive(path: str | os.PathLike[str]) -> None:
 
 
 def _check_contents(state: Any) -> None:
-    """Raises InputError for tensors larger than what is stored of them, and for values that repeat or contain each other."""
+    """Raises InputError for what lets a file of few bytes fill the memory: tensors larger than their storage, and containers
+    that hold each other many times."""
     known: dict[int, int] = {}
 
     def count(value: Any) -> int:
@@ -349,7 +339,7 @@ def _check_contents(state: Any) -> None:
 
 
 _MOST = 50_000_000  # values of a file of weights
-_SMALL = 1 << 24  # bytes of a tensor that may repeat what is stored of it, as `expand` does
+_SMALL = 1 << 24  # bytes up to which a tensor may be larger than its storage, as one made by `expand` is
 
 
 def first_line(error: Exception) -> str:

@@ -130,15 +130,15 @@ class SimplifyReport:
     after: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = []
+        lines = [f"{'':<12}{'parameters':>14}{'before':>14}{'ratio':>8}"]
+        for part, now in self.after.items():
+            lines.append(f"{part:<12}{now:>14,}{self.before[part]:>14,}{now / self.before[part]:>8.2f}")
         for tower in dict.fromkeys(r.tower for r in self.replaced):
             mine = [r for r in self.replaced if r.tower == tower]
             kinds = ", ".join(sorted({r.kind for r in mine}))
             names = ((name if name != "all" else "weights", groups) for name, groups in self.share.get(tower, {}).items())
             shared = "".join(f", {name} shared in groups {groups}" for name, groups in names)
             lines.append(f"{tower}: {len(mine)} of {kinds} replaced, blocks {[r.index for r in mine]}{shared}")
-        for part, count in self.after.items():
-            lines.append(f"{part}: {count:,} parameters, before {self.before[part]:,}")
         return "\n".join(lines)
 
 

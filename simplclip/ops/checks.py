@@ -58,16 +58,6 @@ def scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.
     return value.reshape(()).to(dtype)
 
 
-def ids(name: str, t: Tensor, count: int, letter: str, device: torch.device) -> Tensor:
-    """Checks the ids; returns them as int64, which the kernels take."""
-    if not isinstance(t, Tensor) or t.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: expected an int64 or int32 tensor [{letter}], got {getattr(t, 'dtype', type(t).__name__)}")
-    if t.dim() != 1 or t.shape[0] != count:
-        raise ValueError(f"{name}: expected shape [{letter}] = [{count}], got {shape_of(t)}")
-    on(name, t, "image", device)
-    return t.long()
-
-
 _warned: set[str] = set()
 
 

@@ -31,6 +31,7 @@ from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.kernels.similarity.op import DIAGONAL, GROUP, MERGE, MERGE_WARPS
 from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
+from simplclip.kernels.similarity.tile import Pairs, Sigmoids
 
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
 # Types of arguments by name, "element" the kernel's dtype; a name that is not here is an integer.
@@ -39,9 +40,7 @@ _TYPES = {
     **dict.fromkeys(("out", "student", "d_student"), "*element"),
     **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "row_parts"), "*fp32"),
     **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "sums", "parts"), "*fp32"),
-    **dict.fromkeys(("inv_norms", "grad", "sigmoid_weight", "sigmoid_bias", "sigmoid_negative"), "*fp32"),
-    **dict.fromkeys(("sigmoid_positive", "image_share", "text_share"), "*fp32"),
-    **dict.fromkeys(("ids", "text_ids"), "*i64"),
+    **dict.fromkeys(("inv_norms", "grad"), "*fp32"),
     "teacher": "*fp16",  # stored features
     "entropy": "fp32",
 }
@@ -78,7 +77,7 @@ class Kernel:
     dtype: str
     matrices: str = ""
     tensor_cores: bool = True
-    types: dict[str, str] = field(default_factory=dict)  # in place of those of the table
+    types: dict[str, str | tuple] = field(default_factory=dict)  # in place of those of the table
 
 
 # By the letters of the formulas, for a table's column.
@@ -96,16 +95,20 @@ def launches(everything: bool) -> list[Launch]:
     found = []
     cross = {"HAS_IMAGE_TO_TEACHER": True}
     for columns, ids in flags:
-        both = {"COLUMNS": columns, "HAS_IDS": ids, "DROP_IDS": ids}
+        both = {"COLUMNS": columns, "DROP_IDS": ids}
         for terms in ({"SIGMOIDS": 1}, {"SIGMOIDS": 2}, {"SIGMOIDS": 2, "HAS_SHARES": ids}):
             found.append(Launch(HAS_STUDENT=True, **terms, **both))
         if ids:
-            found.append(Launch(HAS_STUDENT=True, SIGMOIDS=2, HAS_SHARES=True, HAS_IDS=True, COLUMNS=columns))
+            found.append(Launch(HAS_STUDENT=True, SIGMOIDS=2, HAS_SHARES=True, COLUMNS=columns))
         found.append(Launch(HAS_STUDENT=True, **both))
         found.append(Launch(HAS_STUDENT=True, RELATIONAL=True, **both))
         found.append(Launch(HAS_STUDENT=True, **cross, RELATIONAL=True, **both))
-        found += [Launch(**cross, **both), Launch(HAS_STUDENT=True, HAS_IDS=ids, DROP_IDS=ids)]
+        found += [Launch(**cross, **both), Launch(HAS_STUDENT=True, DROP_IDS=ids)]
     return list(dict.fromkeys(found))
+
+
+def has_ids(launch: Launch) -> bool:
+    return launch.DROP_IDS or launch.HAS_SHARES
 
 
 def absent(launch: Launch) -> dict[str, None]:
@@ -117,13 +120,16 @@ def absent(launch: Launch) -> dict[str, None]:
         names += ["teacher_image", "teacher_text", "teacher_scale"]
     if not launch.HAS_IMAGE_TO_TEACHER:
         names += ["projected_image", "projected_text", "cross_scale"]
-    if not launch.SIGMOIDS:
-        names += ["sigmoid_weight", "sigmoid_bias", "sigmoid_negative", "sigmoid_positive"]
-    if not launch.HAS_SHARES:
-        names += ["image_share", "text_share"]
-    if not launch.HAS_IDS:
-        names += ["ids", "text_ids"]
     return dict.fromkeys(names)
+
+
+def of_pairs(ids: bool, shares: bool) -> dict[str, tuple]:
+    """The types of the argument `pairs`; None for a tensor that is not given."""
+    return {"pairs": Pairs(*2 * ["*i64" if ids else None], *2 * ["*fp32" if shares else None])}
+
+
+def of_sigmoids(given: bool) -> dict[str, tuple]:
+    return {"sigmoids": Sigmoids(*4 * ["*fp32" if given else None])}
 
 
 def similarity(
@@ -145,26 +151,25 @@ def similarity(
     else:
         constants |= {"SLOTS": Slots.of(launch), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
     what = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name))
-    what += f"+{launch.SIGMOIDS} sigmoids" * (launch.SIGMOIDS > 0) + "+shares" * launch.HAS_SHARES + "+ids" * launch.HAS_IDS
+    what += f"+{launch.SIGMOIDS} sigmoids" * (launch.SIGMOIDS > 0) + "+shares" * launch.HAS_SHARES + "+ids" * has_ids(launch)
     what += "" if launch.COLUMNS or launch.HAS_IMAGE_TO_TEACHER else " attend" if attend else " rows"
     function = _similarity_gradient_kernel if backward else _similarity_statistics_kernel
-    return Kernel(function.__name__, function, constants, tile, dtype, what if even else what + " odd D")
+    types = of_pairs(has_ids(launch), launch.HAS_SHARES) | of_sigmoids(launch.SIGMOIDS > 0)
+    return Kernel(function.__name__, function, constants, tile, dtype, what if even else what + " odd D", types=types)
 
 
 def sigmoid_kernels(dtype: str, architecture: int) -> Iterator[Kernel]:
     """One term and two; without ids, with ids that drop out, with several positives; with gradients and without."""
     precision = DTYPES[dtype][1]
-    numbers = ("weight", "bias", "of_negative", "of_positive", "mix", "image_share", "text_share", "factor")
     for terms, ids, gradient in itertools.product((1, 2), ("", "+ids", "+positives"), (True, False)):
         tile = tuning.lookup("similarity_sigmoid", terms, precision, architecture)
-        missing = [] if ids else ["ids", "text_ids"]
-        missing += [] if ids == "+positives" else ["image_share", "text_share"]
-        missing += [] if gradient and dtype == "float16" else ["factor"]
+        missing = [] if gradient and dtype == "float16" else ["factor"]
         tiling = Tiling(*tile[:3], True, True, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
         constants = {"TERMS": terms, "GRADIENT": gradient, "TILE": tiling, **dict.fromkeys(missing)}
         function = _similarity_sigmoid_kernel
         what = f"{terms} terms{ids}" + " gradient" * gradient
-        yield Kernel(function.__name__, function, constants, tile, dtype, what, types=dict.fromkeys(numbers, "*fp32"))
+        types = {"mix": "*fp32", "factor": "*fp32", **of_sigmoids(True), **of_pairs(bool(ids), ids == "+positives")}
+        yield Kernel(function.__name__, function, constants, tile, dtype, what, types=types)
 
 
 def small_kernels(dtype: str) -> Iterator[Kernel]:
@@ -256,7 +261,13 @@ def compile_kernel(kernel: Kernel, architecture: int):
         if name in kernel.constants:
             signature[name], constants[name] = "constexpr", kernel.constants[name]
             continue
-        signature[name] = {**_TYPES, **kernel.types}.get(name, "i32").replace("element", element)
+        kind = {**_TYPES, **kernel.types}.get(name, "i32")
+        if isinstance(kind, tuple):  # of pointers
+            signature[name] = type(kind)(*(each or "constexpr" for each in kind))
+            constants |= {(place, at): None for at, each in enumerate(kind) if each is None}
+            attributes |= {(place, at): [["tt.divisibility", 16]] for at, each in enumerate(kind) if each}
+            continue
+        signature[name] = kind.replace("element", element)
         if signature[name].startswith("*") or name in _ALIGNED or re.search("_[blh]$", name):
             attributes[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(
@@ -272,7 +283,7 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
             yield similarity(launch, dtype, architecture, backward)
             if everything:
                 yield similarity(launch, dtype, architecture, backward, even=False)
-        if launch == Launch(HAS_STUDENT=True, HAS_IDS=launch.HAS_IDS, DROP_IDS=launch.HAS_IDS):
+        if launch == Launch(HAS_STUDENT=True, DROP_IDS=launch.DROP_IDS):
             yield similarity(launch, dtype, architecture, True, attend=True)
     yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)

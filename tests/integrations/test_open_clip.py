@@ -12,7 +12,7 @@ from paths import ROOT
 
 from simplclip import losses
 from simplclip.integrations.open_clip import LOSSES, use_losses
-from simplclip.ops.similarity.sweep import STORE_BYTES
+from simplclip.ops.similarity.chunks import STORE_BYTES
 
 ARGS = {"distill": False, "model": "ViT-B-32", "siglip": False, "local_loss": False, "gather_with_grad": False, "rank": 0}
 ARGS |= {"world_size": 1, "horovod": False, "loss_dist_impl": None, "coca_caption_loss_weight": 2.0}

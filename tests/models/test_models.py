@@ -150,11 +150,12 @@ def test_summary_prints_the_parameters_beside_the_originals(s0, tiny):
         assert f"{count(model):,}" in table
         assert f"{model.simplify_report.before['total']:,}" in table
     table = models.summary(s0, "siclip2-s0")
-    assert "original: MobileCLIP2-S0" in table
-    assert "text: 12 simplified blocks, weights shared by blocks 0+1, 2+3, 4+5, 6+7, 8+9, 10+11\n" in f"{table}\n"
+    assert "made from MobileCLIP2-S0" in table
+    assert "text: 12 of ResidualAttentionBlock replaced" in table
+    assert "weights shared in groups [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]\n" in f"{table}\n"
     share = {"text": {"attention": [[0, 1]], "mlp": [[1, 0]]}}
     table = models.summary(models.create("siclip-tiny", simplify_options={"towers": ["text"], "share": share}), "siclip-tiny")
-    assert "text: 2 simplified blocks, attention shared by blocks 0+1, mlp shared by blocks 1+0" in table
+    assert "blocks [0, 1], attention shared in groups [[0, 1]], mlp shared in groups [[1, 0]]" in table
 
 
 def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():

@@ -303,7 +303,7 @@ def test_a_plan_knows_the_width(taught, tmp_path):
     (tmp_path / "data").symlink_to(taught / "data")
     settings = tiny.settings(tmp_path, *WIKD, f"data.sidecars=[{taught / 'sidecars'}]")
     step = TrainerStep(settings, "fp32")
-    assert step.batches(whole=False)[0]["teacher_image"].shape == (8, 40)
+    assert step.batches(real=False)[0]["teacher_image"].shape == (8, 40)
     (told,) = TrainerStep(tiny.settings(tmp_path, *WIKD), "fp32").assumed
     assert told.startswith("a teacher of the student's width, 256 (--teacher-width): ")
     assert "no teacher is named in" in told

@@ -105,7 +105,8 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
       const int64_t first = head.causal ? std::max(block, j) : block, at = (first - block) / kFloats * columns + j;
       const auto accumulate = [&](float* sums, const U* matrix, const U* right) {
         row_product(round_up(width, W) / W, units_of(end - first, kFloats), Units<U>{matrix + at, 1, columns},
-                    Units<U>{right + first / kFloats * padded, padded}, [&](int r, int64_t c) { return load(sums + (j + r) * padded + c); },
+                    Units<U>{right + first / kFloats * padded, padded},
+                    [&](int r, int64_t c) { return load(sums + (j + r) * padded + c); },
                     [&](int r, int64_t c, vf x) { store(sums + (j + r) * padded + c, x); });
       };
       accumulate(dk, ds, q_stacked);

@@ -27,7 +27,8 @@ void for_tasks(const FeatureCall& call, const Tensor& inv_norms, F&& f) {
   expect_contiguous("inv_norms", inv_norms);
   const int64_t n = student.size(0), d = student.size(1);
   float* inv = call.normalize ? inv_norms.mutable_data_ptr<float>() : nullptr;
-  parallel_for(0, (n + kTaskRows - 1) / kTaskRows, std::max<int64_t>(1, kGrain / (kTaskRows * d)), [&](int64_t begin, int64_t end) {
+  const int64_t tasks = (n + kTaskRows - 1) / kTaskRows, grain = std::max<int64_t>(1, kGrain / (kTaskRows * d));
+  parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t i = k * kTaskRows;
       f(FeatureRows{row(student, i), row(teacher, i), type_of(student), type_of(teacher), std::min(kTaskRows, n - i), d,

@@ -30,7 +30,7 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
     const T* sim_row = static_cast<const T*>(s.sim) + i * s.columns;
     const T* teacher_row = teacher ? static_cast<const T*>(s.teacher) + i * s.columns : nullptr;
     T* grad_row = static_cast<T*>(s.grad) + i * s.columns;
-    const int64_t label = s.label + i;
+    const int64_t label = s.pairs.label + i;
     const bool rows = kind != Softmax::kColumns;
     const SoftmaxGradient<kind> student(rows ? in.lse[i] : 0, rows ? in.g_lse[i] : 0, in.top, in.col_lse, in.g_col_lse,
                                         in.lse_ratio);
@@ -47,7 +47,7 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
     }
     vf d_scale = {};
 
-    for_blocks(s.columns, label, 1, s.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
+    for_blocks(s.columns, label, 1, everywhere(s.pairs), [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
       const vf sim = load(sim_row + j, lanes), z = s.scale * sim;
       const vi drop = masked ? dropped_lanes(s, i, j, lanes) : vi{};
       vf g = student(z, j, lanes);

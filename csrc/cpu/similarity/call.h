@@ -6,11 +6,11 @@
 namespace simplclip {
 
 // Rows of the statistics: RowStat and ColumnStat of call.py.
-enum class Row {
+enum class RowStat {
   kLseStudent, kLseTeacher, kLseImageToTeacher, kMeanStudent, kMeanImageToTeacher, kDiagonalStudent, kDiagonalTeacher,
   kDiagonalImageToTeacher, kDiagonalTeacherToText, kSigmoid, kSecondSigmoid, kCount
 };
-enum class Column { kLseStudent, kLseTeacher, kLseTeacherToText, kMeanStudent, kMeanTeacherToText, kCount };
+enum class ColumnStat { kLseStudent, kLseTeacher, kLseTeacherToText, kMeanStudent, kMeanTeacherToText, kCount };
 
 struct SimilarityCall {
   Tensor image, text, scale;                                                            // [N, D], [M, D], []
@@ -68,6 +68,12 @@ struct RowsCall {
   int64_t chunk;
 
   auto fields() { return std::tie(query, keys, scale, ids, text_ids, label_offset, attend, chunk); }
+
+  // The call whose rows of the student's matrix have these statistics.
+  SimilarityCall student() const {
+    return {.image = query, .text = keys, .scale = scale, .ids = ids, .text_ids = text_ids, .label_offset = label_offset,
+            .softmax = true, .chunk = chunk};
+  }
 };
 
 struct SigmoidCall {
@@ -81,6 +87,13 @@ struct SigmoidCall {
   auto fields() {
     return std::tie(image, text, weight, bias, negative, positive, mix, ids, text_ids, image_share, text_share, label_offset,
                     chunk, gradient, need_image, need_text);
+  }
+
+  // The call whose student's matrix has these terms.
+  SimilarityCall student() const {
+    return {.image = image, .text = text, .scale = weight, .sigmoid_weight = weight, .sigmoid_bias = bias,
+            .sigmoid_negative = negative, .sigmoid_positive = positive, .image_share = image_share, .text_share = text_share,
+            .ids = ids, .text_ids = text_ids, .label_offset = label_offset, .softmax = true, .chunk = chunk};
   }
 };
 

@@ -21,7 +21,7 @@ struct Reference {
 template <int R>
 struct RowSums {
   float top[R], weight[R];  // weight: e^(top - reference)
-  vf total[R] = {}, weighted[R] = {};
+  vf total[R] = {};
 
   void set_tops(const vf* highest_of, float& reference, int64_t columns, float* sums, float* col_weighted) {
     float tile_top = reference;
@@ -40,9 +40,15 @@ struct RowSums {
     const float sum_r = sum(total[r]);
     return sum_r > 0 ? top[r] + std::log(sum_r) : (sum_r == 0 ? -kInf : sum_r);
   }
+};
+
+// The same with running sums of a weighted value: those of the teacher's softmax.
+template <int R>
+struct WeightedRowSums : RowSums<R> {
+  vf weighted[R] = {};
 
   float mean(int r) const {
-    const float sum_r = sum(total[r]);
+    const float sum_r = sum(this->total[r]);
     return sum_r == 0 ? 0.0f : sum(weighted[r]) / sum_r;
   }
 };
@@ -50,9 +56,10 @@ struct RowSums {
 // One tile of R rows of a strip.
 template <class T, bool teacher, int R>
 void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& reference) {
-  const bool mask_all = s.ids != nullptr, columns = out.col_lse != nullptr;
-  const int64_t label = s.label + i0;
-  RowSums<R> student, tutor;
+  const bool mask_all = everywhere(s.pairs), columns = out.col_lse != nullptr;
+  const int64_t label = s.pairs.label + i0;
+  RowSums<R> student;
+  WeightedRowSums<R> tutor;
 
   vf highest_z[R], highest_t[R];
   for (int r = 0; r < R; ++r) highest_z[r] = highest_t[r] = splat(-kInf);
@@ -100,7 +107,7 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
   });
 
   for (int r = 0; r < R; ++r) {
-    const int64_t i = i0 + r, at = i * s.columns + s.label + i;
+    const int64_t i = i0 + r, at = i * s.columns + s.pairs.label + i;
     if (out.lse) out.lse[i] = student.lse(r);
     if (teacher && out.teacher_lse) {
       out.teacher_lse[i] = tutor.lse(r);
@@ -119,14 +126,19 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
   }
 }
 
-// Turns column sums relative to `reference` into log-sum-exps, and weighted sums (or null) into means. A sum that may have lost
-// terms is computed again relative to its own column's highest logit. logit and value: (row, j, lanes) -> vector.
-template <class Logit, class Value>
-VINLINE void finish_columns(const Strip& s, float reference, float* sums, float* weighted, Logit&& logit, Value&& value) {
+// Turns column sums of the student's or the teacher's softmax, relative to `reference`, into log-sum-exps, and the teacher's
+// weighted sums into means. A sum that may have lost terms is computed again relative to its own column's highest logit.
+template <class T, bool teacher>
+VINLINE void finish_columns(const Strip& s, float reference, float* sums, float* weighted = nullptr) {
+  auto student_logit = [&](int64_t i, int64_t j, int lanes) { return s.scale * load_block<T>(s.sim, s, i, j, lanes); };
+  auto logit = [&](int64_t i, int64_t j, int lanes) {
+    if constexpr (teacher) return s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes);
+    return student_logit(i, j, lanes);
+  };
   for (int64_t j = 0; j < s.columns; j += W) {
     const int lanes = int(least<int64_t>(W, s.columns - j));
     vf top = splat(reference), total = load(sums + j, lanes), mean = {};
-    if (weighted) mean = load(weighted + j, lanes);
+    if constexpr (teacher) mean = load(weighted + j, lanes);
     if (any((total < kLostBelow) & (iota() < lanes))) {
       top = splat(-kInf);
       total = mean = vf{};
@@ -135,11 +147,11 @@ VINLINE void finish_columns(const Strip& s, float reference, float* sums, float*
       for (int64_t i = 0; i < s.rows; ++i) {
         const vf e = dropped_lanes(s, i, j, lanes) ? vf{} : exp(logit(i, j, lanes) - top);
         total += e;
-        if (weighted) mean += e * value(i, j, lanes);
+        if constexpr (teacher) mean += e * (s.entropy * logit(i, j, lanes) - student_logit(i, j, lanes));
       }
     }
     store(sums + j, lse_of(total, top), lanes);
-    if (weighted) store(weighted + j, total == 0.0f ? vf{} : mean / total, lanes);
+    if constexpr (teacher) store(weighted + j, total == 0.0f ? vf{} : mean / total, lanes);
   }
 }
 
@@ -155,16 +167,8 @@ void forward_strip(const Strip& s, const ForwardOut& out) {
   for (; i + R <= s.rows; i += R) forward_tile<T, teacher, R>(s, out, i, reference);
   for (; i < s.rows; ++i) forward_tile<T, teacher, 1>(s, out, i, reference);
   if (!columns) return;
-
-  auto student = [&](int64_t i, int64_t j, int lanes) { return s.scale * load_block<T>(s.sim, s, i, j, lanes); };
-  auto tutor = [&](int64_t i, int64_t j, int lanes) {
-    return s.teacher_scale * load_block<T>(s.teacher, s, i, j, lanes);
-  };
-  finish_columns(s, reference.student, out.col_lse, nullptr, student, [](int64_t, int64_t, int) { return vf{}; });
-  if constexpr (teacher)
-    finish_columns(s, reference.teacher, out.col_teacher_lse, out.col_mean, tutor, [&](int64_t i, int64_t j, int lanes) {
-      return s.entropy * tutor(i, j, lanes) - student(i, j, lanes);
-    });
+  finish_columns<T, false>(s, reference.student, out.col_lse);
+  if constexpr (teacher) finish_columns<T, true>(s, reference.teacher, out.col_teacher_lse, out.col_mean);
 }
 
 void forward(const Strip& s, const ForwardOut& out, bool is_bf16) {

@@ -8,24 +8,22 @@ namespace simplclip {
 namespace {
 
 // The rows of the student's matrix of a SimilarityCall, with the query as images and the keys as texts.
-struct Rows {
+struct RowsWork {
   SimilarityCall call;
   Sweep sweep;
 
-  Rows(const RowsCall& rows, Scratch& scratch)
-      : call{.image = rows.query, .text = rows.keys, .scale = rows.scale, .ids = rows.ids, .text_ids = rows.text_ids,
-             .label_offset = rows.label_offset, .softmax = true, .chunk = rows.chunk},
-        sweep(call, nullptr, scratch) {}
+  RowsWork(const RowsCall& rows, Scratch& scratch) : call(rows.student()), sweep(call, nullptr, scratch) {}
 };
 
 // Returns stats [2, N] (log-sum-exp over the negatives, similarity of the positive) and, where `attend`, the mean key of each row
 // under its softmax over the negatives [N, D] (else [0, D]).
 std::tuple<Tensor, Tensor> similarity_rows(const RowsCall& call) {
   Scratch scratch;
-  Rows work(call, scratch);
+  RowsWork work(call, scratch);
   Sweep& sweep = work.sweep;
   const StripKernels& kernels = instruction_set().strip;
-  Tensor stats = new_empty(call.query, {2, sweep.n}, ScalarType::Float), mean_keys = new_empty(call.query, {call.attend ? sweep.n : 0, sweep.d});
+  Tensor stats = new_empty(call.query, {2, sweep.n}, ScalarType::Float);
+  Tensor mean_keys = new_empty(call.query, {call.attend ? sweep.n : 0, sweep.d});
   float *lse = data<float>(stats), *diagonal = lse + sweep.n;
   const std::vector<float> ones(kStripRows, 1.0f), zeros(kStripRows, 0.0f);
 
@@ -52,10 +50,12 @@ std::tuple<Tensor, Tensor> similarity_rows(const RowsCall& call) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_rows_cpu_workspace", TORCH_BOX((&Unpacked<RowsCall, workspace<RowsCall, Rows>>::run)));
+  m.impl("similarity_rows_cpu_workspace", TORCH_BOX((&Unpacked<RowsCall, workspace<RowsCall, RowsWork>>::run)));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_rows_cpu", TORCH_BOX((&Unpacked<RowsCall, similarity_rows>::run))); }
+STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {
+  m.impl("similarity_rows_cpu", TORCH_BOX((&Unpacked<RowsCall, similarity_rows>::run)));
+}
 
 }  // namespace
 }  // namespace simplclip

@@ -9,24 +9,21 @@ namespace simplclip {
 namespace {
 
 // The student's matrix of a SimilarityCall, whose softmax is not computed.
-struct Sigmoid {
+struct SigmoidWork {
   SimilarityCall call;
   Sweep sweep;
   TransposedSum d_text;
 
-  Sigmoid(const SigmoidCall& sigmoid, Scratch& scratch)
-      : call{.image = sigmoid.image, .text = sigmoid.text, .scale = sigmoid.weight, .sigmoid_weight = sigmoid.weight,
-             .sigmoid_bias = sigmoid.bias, .sigmoid_negative = sigmoid.negative, .sigmoid_positive = sigmoid.positive,
-             .image_share = sigmoid.image_share, .text_share = sigmoid.text_share, .ids = sigmoid.ids,
-             .text_ids = sigmoid.text_ids, .label_offset = sigmoid.label_offset, .softmax = true, .chunk = sigmoid.chunk},
-        sweep(call, nullptr, scratch), d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
+  SigmoidWork(const SigmoidCall& sigmoid, Scratch& scratch)
+      : call(sigmoid.student()), sweep(call, nullptr, scratch),
+        d_text(call.text, sigmoid.need_text, sweep.is_bf16 && sweep.chunk < sweep.n, scratch) {}
 };
 
 // Returns the terms [K], d_image and d_text (empty unless needed), d_weight [K] and d_bias [K]: gradients of the terms' sum, each
 // times its entry of mix.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const SigmoidCall& call) {
   Scratch scratch;
-  Sigmoid work(call, scratch);
+  SigmoidWork work(call, scratch);
   Sweep& sweep = work.sweep;
 
   const int count_of_terms = int(call.weight.size(0));
@@ -64,7 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const Sigm
   Tensor terms = new_empty(call.weight, {count_of_terms}), d_weight = new_empty(call.weight, {count_of_terms});
   Tensor d_bias = new_empty(call.weight, {count_of_terms});
   for (int t = 0; t < count_of_terms; ++t) {
-    terms.mutable_data_ptr<float>()[t] = float(in.terms[t].negative * total.negative[t] + in.terms[t].positive * total.positive[t]);
+    const SigmoidTerm& term = in.terms[t];
+    terms.mutable_data_ptr<float>()[t] = float(term.negative * total.negative[t] + term.positive * total.positive[t]);
     d_weight.mutable_data_ptr<float>()[t] = float(total.weight[t]);
     d_bias.mutable_data_ptr<float>()[t] = float(total.bias[t]);
   }
@@ -72,10 +70,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_sigmoid(const Sigm
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
-  m.impl("similarity_sigmoid_cpu_workspace", TORCH_BOX((&Unpacked<SigmoidCall, workspace<SigmoidCall, Sigmoid>>::run)));
+  m.impl("similarity_sigmoid_cpu_workspace", TORCH_BOX((&Unpacked<SigmoidCall, workspace<SigmoidCall, SigmoidWork>>::run)));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) { m.impl("similarity_sigmoid_cpu", TORCH_BOX((&Unpacked<SigmoidCall, similarity_sigmoid>::run))); }
+STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {
+  m.impl("similarity_sigmoid_cpu", TORCH_BOX((&Unpacked<SigmoidCall, similarity_sigmoid>::run)));
+}
 
 }  // namespace
 }  // namespace simplclip

@@ -79,16 +79,15 @@ void sigmoid_row(const Strip& s, const SigmoidIn& in, int64_t i, Grad* grad_row,
     slope[k] = splat(terms[k].weight * terms[k].negative);
   }
 
-  for_blocks(s.columns, s.label + i, 1, in.ids != nullptr, [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
+  const int64_t label = in.pairs.label + i;
+  for_blocks(s.columns, label, 1, everywhere(in.pairs), [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
     const vf sim = load(sim_row + j, lanes);
     vi dropped = {}, matched = {};
     vf share = {};
     if constexpr (masked) {
-      const vi lane = iota();
-      matched = (lane + int32_t(j)) == int32_t(s.label + i);
-      dropped = lane >= int(lanes);
-      if (in.ids) (in.row_share ? matched : dropped) |= (load(in.text_ids + j, int(lanes)) == in.ids[i]) & ~matched;
-      matched &= ~dropped;
+      const PairLanes pairs(in.pairs, i, j, int(lanes));
+      matched = (in.row_share ? pairs.belongs : pairs.own) & ~pairs.outside;
+      dropped = pairs.no_negatives() & ~matched;
       share = in.row_share ? in.row_share[i] + load(in.column_share + j, lanes) : splat(1.0f);
     }
     vf g = {};

@@ -14,15 +14,15 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // The statistics of one of the student's matrices; kCount: none. A mean by row is one of the teacher's rows too.
 struct Stats {
-  Row lse, mean, diagonal;
-  Column col_lse, col_mean;
+  RowStat lse, mean, diagonal;
+  ColumnStat col_lse, col_mean;
 };
-constexpr Stats kStudent = {Row::kLseStudent, Row::kMeanStudent, Row::kDiagonalStudent, Column::kLseStudent,
-                            Column::kMeanStudent};
-constexpr Stats kImageToTeacher = {Row::kLseImageToTeacher, Row::kMeanImageToTeacher, Row::kDiagonalImageToTeacher,
-                                   Column::kCount, Column::kCount};
-constexpr Stats kTeacherToText = {Row::kCount, Row::kCount, Row::kDiagonalTeacherToText, Column::kLseTeacherToText,
-                                  Column::kMeanTeacherToText};
+constexpr Stats kStudent = {RowStat::kLseStudent, RowStat::kMeanStudent, RowStat::kDiagonalStudent,
+                            ColumnStat::kLseStudent, ColumnStat::kMeanStudent};
+constexpr Stats kImageToTeacher = {RowStat::kLseImageToTeacher, RowStat::kMeanImageToTeacher, RowStat::kDiagonalImageToTeacher,
+                                   ColumnStat::kCount, ColumnStat::kCount};
+constexpr Stats kTeacherToText = {RowStat::kCount, RowStat::kCount, RowStat::kDiagonalTeacherToText,
+                                  ColumnStat::kLseTeacherToText, ColumnStat::kMeanTeacherToText};
 
 // A statistic of all rows [11, N] or columns [5, M]; null for none.
 template <class Stat>
@@ -85,14 +85,14 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
   const StripKernels& kernels = instruction_set().strip;
   const int64_t n = sweep.n, m = sweep.m;
 
-  Tensor row_stats = new_zeros(call.image, {int64_t(Row::kCount), n}, ScalarType::Float);
-  Tensor column_stats = new_zeros(call.image, {int64_t(Column::kCount), m}, ScalarType::Float);
-  auto col = [&](Column stat) { return stat_of(column_stats, stat); };
-  if (work.student) work.student->start(col(Column::kLseStudent), nullptr);
-  if (work.teacher) work.teacher->start(col(Column::kLseTeacher), col(Column::kMeanStudent));
-  if (work.text) work.text->start(col(Column::kLseTeacherToText), nullptr);
-  float* const lse_teacher = call.relational ? nullptr : col(Column::kLseTeacher);
-  if (work.teacher_of_text) work.teacher_of_text->start(lse_teacher, col(Column::kMeanTeacherToText));
+  Tensor row_stats = new_zeros(call.image, {int64_t(RowStat::kCount), n}, ScalarType::Float);
+  Tensor column_stats = new_zeros(call.image, {int64_t(ColumnStat::kCount), m}, ScalarType::Float);
+  auto col = [&](ColumnStat stat) { return stat_of(column_stats, stat); };
+  if (work.student) work.student->start(col(ColumnStat::kLseStudent), nullptr);
+  if (work.teacher) work.teacher->start(col(ColumnStat::kLseTeacher), col(ColumnStat::kMeanStudent));
+  if (work.text) work.text->start(col(ColumnStat::kLseTeacherToText), nullptr);
+  float* const lse_teacher = call.relational ? nullptr : col(ColumnStat::kLseTeacher);
+  if (work.teacher_of_text) work.teacher_of_text->start(lse_teacher, col(ColumnStat::kMeanTeacherToText));
 
   sweep.for_chunks([&](int64_t first, int64_t count) {
     Tensor teacher_chunk;
@@ -101,18 +101,19 @@ std::tuple<Tensor, Tensor, Tensor> similarity_loss_fwd(const SimilarityCall& cal
                       const std::optional<ColumnSums>& sums, const std::optional<ColumnSums>& teacher_sums) {
       if (!matrix) return;
       const Tensor sim = sweep.load(*matrix, first, count, false);
-      sweep.for_strips(*matrix, sim, has_teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
-        auto row = [&](Row stat) { return stat == Row::kCount ? nullptr : stat_of(row_stats, stat) + first + i; };
+      const Tensor* const of_teacher = has_teacher ? &teacher_chunk : nullptr;
+      sweep.for_strips(*matrix, sim, of_teacher, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
+        auto row = [&](RowStat stat) { return stat == RowStat::kCount ? nullptr : stat_of(row_stats, stat) + first + i; };
         ForwardOut out{};
         if (&*matrix == &*sweep.student) {
           out.sigmoids = sweep.sigmoids(first + i);
-          out.sigmoid[0] = row(Row::kSigmoid);
-          out.sigmoid[1] = row(Row::kSecondSigmoid);
+          out.sigmoid[0] = row(RowStat::kSigmoid);
+          out.sigmoid[1] = row(RowStat::kSecondSigmoid);
         }
         out.lse = row(stats.lse);
         out.mean = row(stats.mean);
-        if (out.mean) out.teacher_lse = row(Row::kLseTeacher);
-        if (out.mean) out.teacher_diagonal = row(Row::kDiagonalTeacher);
+        if (out.mean) out.teacher_lse = row(RowStat::kLseTeacher);
+        if (out.mean) out.teacher_diagonal = row(RowStat::kDiagonalTeacher);
         out.diagonal = row(stats.diagonal);
         if (sums) out.col_lse = sums->lse_of(k);
         if (teacher_sums) out.col_teacher_lse = teacher_sums->lse_of(k);
@@ -144,7 +145,8 @@ struct Sharing {
     possible = !(top - lowest > 40.0f);
     if (!possible) return;
     ratio.resize(m);
-    for (int64_t j = 0; j < m; ++j) ratio[j] = g_col[j] != 0 && col_lse[j] > -kInf ? g_col[j] * std::exp(top - col_lse[j]) : 0.0f;
+    for (int64_t j = 0; j < m; ++j)
+      ratio[j] = g_col[j] != 0 && col_lse[j] > -kInf ? g_col[j] * std::exp(top - col_lse[j]) : 0.0f;
   }
 };
 
@@ -186,12 +188,12 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
     BackwardIn in{};
     in.lse = stat_of(call.row_stats, stats.lse);
     in.g_lse = stat_of(call.grad_rows, stats.lse);
-    in.teacher_lse = stat_of(call.row_stats, Row::kLseTeacher);
+    in.teacher_lse = stat_of(call.row_stats, RowStat::kLseTeacher);
     in.g_mean = stat_of(call.grad_rows, stats.mean);
     in.g_diagonal = stat_of(call.grad_rows, stats.diagonal);
     in.col_lse = stat_of(call.column_stats, stats.col_lse);
     in.g_col_lse = stat_of(call.grad_columns, stats.col_lse);
-    in.col_teacher_lse = stat_of(call.column_stats, Column::kLseTeacher);
+    in.col_teacher_lse = stat_of(call.column_stats, ColumnStat::kLseTeacher);
     in.g_col_mean = stat_of(call.grad_columns, stats.col_mean);
     return in;
   };
@@ -209,7 +211,8 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
   }
 
   Tensor d_image = new_empty(call.image, {call.need_image ? n : 0, d});
-  Tensor d_projected = call.projected_image ? new_empty(*call.projected_image, call.projected_image->sizes()) : new_empty(call.image, {0, d});
+  Tensor d_projected = call.projected_image ? new_empty(*call.projected_image, call.projected_image->sizes())
+                                            : new_empty(call.image, {0, d});
   TransposedSum &d_text = work.d_text, &d_projected_text = work.d_projected_text;
 
   std::vector<BackwardOut> parts(strips_of(sweep.chunk));
@@ -220,14 +223,15 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
     // The gradient of a matrix's chunk, in its scratch.
     auto differentiate = [&](Matrix& matrix, const BackwardIn& in, Softmax kind, bool has_teacher, double& d_scale) {
       const Tensor sim = sweep.load(matrix, first, count, true);
-      sweep.for_strips(matrix, sim, has_teacher ? &teacher_chunk : nullptr, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
+      const Tensor* const of_teacher = has_teacher ? &teacher_chunk : nullptr;
+      sweep.for_strips(matrix, sim, of_teacher, first, count, [&](const Strip& strip, int64_t i, int64_t k) {
         BackwardIn mine = in;
         for (auto* p : {&mine.lse, &mine.g_lse, &mine.teacher_lse, &mine.g_mean, &mine.g_diagonal})
           if (*p) *p += first + i;
         if (&matrix == &*sweep.student) {
           mine.sigmoids = sweep.sigmoids(first + i);
-          mine.g_sigmoid[0] = stat_of(call.grad_rows, Row::kSigmoid) + first + i;
-          mine.g_sigmoid[1] = stat_of(call.grad_rows, Row::kSecondSigmoid) + first + i;
+          mine.g_sigmoid[0] = stat_of(call.grad_rows, RowStat::kSigmoid) + first + i;
+          mine.g_sigmoid[1] = stat_of(call.grad_rows, RowStat::kSecondSigmoid) + first + i;
           mine.sigmoid_grad = data<float>(work.sigmoid_grads) + (call.sigmoids() ? k * m : 0);
         }
         parts[k] = kernels.backward(strip, mine, kind, sweep.is_bf16);
@@ -280,7 +284,8 @@ Gradients similarity_loss_bwd(const SimilarityGradient& call) {
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, Meta, m) {
   m.impl("similarity_loss_fwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityCall, workspace<SimilarityCall, Forward>>::run)));
-  m.impl("similarity_loss_bwd_cpu_workspace", TORCH_BOX((&Unpacked<SimilarityGradient, workspace<SimilarityGradient, Backward>>::run)));
+  m.impl("similarity_loss_bwd_cpu_workspace",
+         TORCH_BOX((&Unpacked<SimilarityGradient, workspace<SimilarityGradient, Backward>>::run)));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(simplclip, CPU, m) {

@@ -34,16 +34,21 @@ constexpr int64_t kStripRows = 64;
 // e^(z - c) = e^(z - r) e^(r - top) e^(top - c). kApart: both, with two exponentials, where r and c are too far apart for that.
 enum class Softmax { kShared, kApart, kRows, kColumns };
 
-// One strip's inputs. The positive and pairs with equal ids are not negatives.
+// The columns that belong to the rows of a strip: that of the row's own pair, and those with the row's id.
+struct Pairs {
+  int64_t label;            // column of the first row's pair; the next row's is the next column
+  const int32_t* ids;       // [rows], or null if a row has its own pair alone
+  const int32_t* text_ids;  // [M]
+};
+
+// One strip's inputs.
 struct Strip {
   const void* sim;          // [rows, M] float or bf16: the student's similarities S, logits z = scale S
   void* grad;               // [rows, M] same dtype, backward: dL/dS; may be sim itself
   const void* teacher;      // [rows, M] same dtype: the teacher's similarities, logits t = teacher_scale times them; or null
   int64_t rows;
   int64_t columns;          // M
-  int64_t label;            // column of the first row's positive; the next row's is the next column
-  const int32_t* ids;       // [rows] or null
-  const int32_t* text_ids;  // [M] or null
+  Pairs pairs;              // which are not among the negatives of the softmaxes
   float scale;
   float grad_scale;         // dz/dS in backward: scale, or 1 for the softmax itself
   float teacher_scale;
@@ -60,9 +65,9 @@ struct SigmoidTerm {
 struct SigmoidIn {
   SigmoidTerm terms[2];
   int count;
-  const int32_t *ids, *text_ids;  // [rows], [M] or null
-  // The weight of a positive is row_share + column_share, and pairs with equal ids are positives; null: the weight is 1, and they
-  // are neither positives nor negatives.
+  Pairs pairs;
+  // The weight of a positive is row_share + column_share, and all that belong to a row are its positives. Null: the weight is 1,
+  // and only the row's own pair is; the others that belong to it are neither positives nor negatives.
   const float *row_share, *column_share;  // [rows], [M]
 };
 

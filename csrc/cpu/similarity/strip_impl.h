@@ -18,13 +18,26 @@ VINLINE void for_blocks(int64_t columns, int64_t first_label, int64_t labels, bo
   if (full < columns) f(full, int(columns - full), std::true_type{});
 }
 
-// Lanes of block j that are not negatives of row i.
+// Lanes of block j: `own` is row i's own pair, `belongs` are all that belong to row i, and `outside` the lanes without a column.
+struct PairLanes {
+  vi own, belongs, outside;
+
+  VINLINE PairLanes(const Pairs& pairs, int64_t i, int64_t j, int lanes) {
+    const vi lane = iota();
+    own = belongs = (lane + int32_t(j)) == int32_t(pairs.label + i);
+    if (pairs.ids) belongs |= load(pairs.text_ids + j, lanes) == pairs.ids[i];
+    outside = lanes < W ? lane >= lanes : vi{};
+  }
+
+  VINLINE vi no_negatives() const { return belongs | outside; }
+};
+
+// Whether any block of a row may have columns that belong to it, not only the block with its own pair.
+VINLINE bool everywhere(const Pairs& pairs) { return pairs.ids != nullptr; }
+
+// Lanes of block j that are not negatives of row i in the softmaxes.
 VINLINE vi dropped_lanes(const Strip& s, int64_t i, int64_t j, int lanes) {
-  const vi lane = iota();
-  vi drop = (lane + int32_t(j)) == int32_t(s.label + i);
-  if (s.ids) drop |= load(s.text_ids + j, lanes) == s.ids[i];
-  if (lanes < W) drop |= lane >= lanes;
-  return drop;
+  return PairLanes(s.pairs, i, j, lanes).no_negatives();
 }
 
 template <class T, class Lanes>
@@ -33,7 +46,9 @@ VINLINE vf load_block(const void* base, const Strip& s, int64_t i, int64_t j, La
 }
 
 // The log of a sum relative to a reference; -inf if the sum is empty, NaN if it is NaN.
-VINLINE vf lse_of(vf total, vf reference) { return total > 0.0f ? reference + log(total) : (total == 0.0f ? splat(-kInf) : total); }
+VINLINE vf lse_of(vf total, vf reference) {
+  return total > 0.0f ? reference + log(total) : (total == 0.0f ? splat(-kInf) : total);
+}
 
 void merge(const float* lse, const float* mean, int64_t parts, int64_t stride, int64_t columns, float* total_lse,
            float* total_mean) {

@@ -27,23 +27,32 @@ struct Matrix {
   Tensor scratch{};  // [chunk, M]; the student's matrices share one
 };
 
-// The ids, numbered by small integers: equal ids have equal numbers.
-struct Ids {
-  std::vector<int32_t> row, column;
-
-  Ids(const std::optional<Tensor>& ids, const std::optional<Tensor>& text_ids) {
-    if (!ids || !ids->is_cpu()) return;  // a meta tensor has no values to read
-    expect_contiguous("ids", ids);
-    expect_contiguous("text_ids", text_ids);
-    std::unordered_map<int64_t, int32_t> rank;
+// The pairs of a call. Its ids are numbered by small integers, of which a vector holds more: equal ids have equal numbers.
+class PairsOfCall {
+ public:
+  explicit PairsOfCall(const SimilarityCall& call) : label_offset_(call.label_offset) {
+    if (!call.ids || !call.ids->is_cpu()) return;  // a meta tensor has no values to read
+    expect_contiguous("ids", call.ids);
+    expect_contiguous("text_ids", call.text_ids);
+    std::unordered_map<int64_t, int32_t> numbers;
     auto fill = [&](std::vector<int32_t>& to, const Tensor& from) {
       const int64_t* p = from.const_data_ptr<int64_t>();
       to.resize(from.size(0));
-      for (size_t i = 0; i < to.size(); ++i) to[i] = rank.emplace(p[i], int32_t(rank.size())).first->second;
+      for (size_t i = 0; i < to.size(); ++i) to[i] = numbers.emplace(p[i], int32_t(numbers.size())).first->second;
     };
-    fill(row, *ids);
-    fill(column, *text_ids);
+    fill(row_numbers_, *call.ids);
+    fill(column_numbers_, *call.text_ids);
   }
+
+  // Those of the rows from `first` on; without `equal_ids` only each row's own pair.
+  Pairs from(int64_t first, bool equal_ids) const {
+    const bool has_ids = equal_ids && !row_numbers_.empty();
+    return {label_offset_ + first, has_ids ? row_numbers_.data() + first : nullptr, column_numbers_.data()};
+  }
+
+ private:
+  int64_t label_offset_;
+  std::vector<int32_t> row_numbers_, column_numbers_;
 };
 
 template <class T>
@@ -71,7 +80,7 @@ struct Sweep {
   const SimilarityCall& call;
   int64_t n, m, d, chunk, stored_rows;
   bool is_bf16;
-  Ids ids;
+  PairsOfCall pairs;
   Tensor stored;                         // [matrices, stored rows, M]
   std::optional<Matrix> student, teacher, image_to_teacher, teacher_to_text;
 
@@ -79,7 +88,7 @@ struct Sweep {
   Sweep(const SimilarityCall& call, const Tensor* kept, Scratch& scratch)
       : call(call), n(call.image.size(0)), m(call.text.size(0)), d(call.image.size(1)), chunk(std::min(call.chunk, n)),
         stored_rows(std::min(kept ? kept->size(1) : call.stored_rows, n)),
-        is_bf16(call.image.scalar_type() == ScalarType::BFloat16), ids(call.ids, call.text_ids) {
+        is_bf16(call.image.scalar_type() == ScalarType::BFloat16), pairs(call) {
     call.expect_layout();
     if (kept) expect_contiguous("stored", *kept);
     auto number = [](const std::optional<Tensor>& s) { return s->is_cpu() ? *s->const_data_ptr<float>() : 0.0f; };
@@ -112,10 +121,7 @@ struct Sweep {
       in.terms[k] = {number(call.sigmoid_weight), number(call.sigmoid_bias), number(call.sigmoid_negative),
                      number(call.sigmoid_positive)};
     }
-    if (!ids.row.empty()) {
-      in.ids = ids.row.data() + first;
-      in.text_ids = ids.column.data();
-    }
+    in.pairs = pairs.from(first, true);
     if (call.image_share) {
       in.row_share = call.image_share->const_data_ptr<float>() + first;
       in.column_share = call.text_share->const_data_ptr<float>();
@@ -154,9 +160,7 @@ struct Sweep {
         strip.teacher = of_teacher ? at(*of_teacher) : nullptr;
         strip.rows = std::min(kStripRows, count - i);
         strip.columns = m;
-        strip.label = call.label_offset + first + i;
-        strip.ids = ids.row.empty() || !call.drop_ids ? nullptr : ids.row.data() + first + i;
-        strip.text_ids = ids.column.data();
+        strip.pairs = pairs.from(first + i, call.drop_ids);
         strip.scale = strip.grad_scale = of.scale;
         strip.teacher_scale = teacher ? teacher->scale : 1;
         strip.entropy = float(call.entropy);

@@ -60,7 +60,7 @@ def contrastive(
 
     total = side(rows[RowStat.LSE_STUDENT], same_ids.m - (same_ids.of_rows() if dropped else 1))
     if columns is not None:
-        taken = same_ids.of_columns()[same_ids.window] if dropped and same_ids.ids is not None else 1
+        taken = same_ids.of_columns()[same_ids.window] if dropped and same_ids.given else 1
         total = 0.5 * (total + side(columns[ColumnStat.LSE_STUDENT], same_ids.all_rows - taken))
     if options.label_smoothing or options.positives != "drop":
         total = total - _other_targets(call, options, same_ids, columns is not None)
@@ -75,7 +75,7 @@ def _other_targets(call: SimilarityCall, options: Contrastive, same_ids: SameIds
     wide, smooth, drop = accumulate_dtype(call.image.dtype), options.label_smoothing, options.positives == "drop"
     image, text = call.image.to(wide), call.text.to(wide)
     n, m, window = same_ids.n, same_ids.m, same_ids.window
-    pairs = SameIds(n, m, window.start, None, None, same_ids.gathered) if drop else same_ids
+    pairs = same_ids.without_ids() if drop else same_ids
 
     def vector(size: int, value: Tensor | float) -> Tensor:
         return image.new_zeros(size) + value
@@ -93,7 +93,7 @@ def _other_targets(call: SimilarityCall, options: Contrastive, same_ids: SameIds
     def compared(values: Tensor) -> Tensor:  # [M, D] -> [N, D]
         """Sums over the candidates: all columns but those that are dropped."""
         everything = values.sum(0).expand(n, -1)
-        dropped = drop and same_ids.ids is not None
+        dropped = drop and same_ids.given
         return everything - same_ids.sums(values) + values[window] if dropped else everything
 
     matched, any_other, sides = share(n, same_ids.of_rows(), m - same_ids.of_rows())

@@ -1,11 +1,10 @@
-"""Checks the arguments of similarity_loss, and makes tensors of numbers. op.py checks the ids."""
+"""Checks the arguments of similarity_loss, and makes tensors of numbers. positives.py checks the ids."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from simplclip.ops import checks
@@ -91,16 +90,6 @@ def normalise(call: SimilarityCall, terms: Collection[str]) -> None:
         call.cross_scale = call.scale if own else checks.scalar("interactive_scale", call.cross_scale, device, stats)
     else:
         call.projected_image = call.projected_text = call.cross_scale = None
-
-
-def check_offset(label_offset, n, m):
-    if isinstance(label_offset, bool) or not isinstance(label_offset, (int, torch.SymInt)):
-        raise TypeError(f"label_offset: expected an int, got {type(label_offset).__name__}")
-    if not 0 <= label_offset <= m - n:
-        raise ValueError(
-            f"label_offset: expected 0 <= label_offset <= M - N = {m - n} so that each of {n} rows has its column among {m}, "
-            f"got {label_offset}"
-        )
 
 
 def check_pair(student: Mapping[str, Tensor]) -> None:

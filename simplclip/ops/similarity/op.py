@@ -22,12 +22,12 @@ from simplclip.ops.similarity.call import (
     SimilarityCall,
     SimilarityGradient,
 )
+from simplclip.ops.similarity.chunks import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
-from simplclip.ops.similarity.plan import sweeps_of
 from simplclip.ops.similarity.positives import SameIds
 from simplclip.ops.similarity.rows import similarity_rows
 from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
-from simplclip.ops.similarity.sweep import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
+from simplclip.ops.similarity.sweeps import sweeps_of
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, terms_of
 
 _ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
@@ -243,9 +243,6 @@ def similarity_loss(
         projected_image=projected_image,
         projected_text=projected_text,
         cross_scale=interactive_scale,  # type: ignore[arg-type]
-        ids=ids,
-        text_ids=text_ids,
-        label_offset=label_offset,
         columns=symmetric,
         relational="relational" in terms,
         interactive=crossing == "kl",
@@ -258,14 +255,16 @@ def similarity_loss(
     inputs.check_prior(options, call)
     weights = inputs.check_weights(weights, terms)
     own_text, own_teacher_image = call.student_text, call.teacher_image
-    _place(call, group)
-    same_ids = SameIds(call.image.shape[0], call.text.shape[0], call.label_offset, call.ids, call.text_ids, group is not None)
+    same_ids = SameIds.checked(ids, text_ids, label_offset, call.image, call.text, group)
+    call = replace(call, **same_ids.fields)
+    if group is not None:
+        _gather_texts(call, group)
 
     out: dict[str, Tensor] = {}
     if crossing == "infonce":
-        out["interactive"] = _infonce(call, own_text, own_teacher_image, group, scratch_bytes)
+        out["interactive"] = _infonce(call, own_text, own_teacher_image, same_ids, group, scratch_bytes)
     hadamard = hyperplane is not None and hyperplane[0].dim() == 1
-    keep_ids = positives != "drop" and not decoupled
+    keep_ids = same_ids.given and positives != "drop" and not decoupled
     sweeps = sweeps_of(call, terms, keep_ids=keep_ids, hadamard=hadamard, weighted=weights is not None)
     sums: list[Tensor] = []  # the weighted sums of the sweeps that have only sigmoid terms
     for sweep in sweeps:
@@ -283,7 +282,7 @@ def similarity_loss(
         mix = {term: 1.0 if weights is None else weights[term] for term in sweep.sigmoids}
         of_plane = hadamard and "pair_matching" in sweep.sigmoids
         features = replace(call, image=(call.image * hyperplane[0]).to(call.image.dtype)) if of_plane else call
-        total, values = sigmoid_terms(features, sweep.sigmoids, numbers, mix, scratch_bytes)
+        total, values = sigmoid_terms(features, sweep.sigmoids, numbers, mix, same_ids, scratch_bytes)
         out |= values if weights is not None else {sweep.sigmoids[0]: total}
         sums.append(total)
     out = {term: out[term] for term in terms}
@@ -298,56 +297,34 @@ def similarity_loss(
     return out
 
 
-def _place(call: SimilarityCall, group: torch.distributed.ProcessGroup | None) -> None:
-    """Checks the ids and label_offset. With a process group, replaces the texts of this rank by those of all ranks."""
-    n, m, device = call.image.shape[0], call.text.shape[0], call.image.device
-    if call.ids is not None:
-        call.ids = checks.ids("ids", call.ids, n, "N", device)
-        if call.text_ids is None and n != m:
-            raise ValueError(f"text_ids: expected ids for {m} columns, since M is not N = {n}, got None")
-    if call.text_ids is not None:
-        if call.ids is None:
-            raise ValueError("ids: expected ids for the rows beside text_ids, got None")
-        if group is not None:
-            raise ValueError("text_ids: expected None with group, where the ids of the texts are those of the images")
-        call.text_ids = checks.ids("text_ids", call.text_ids, m, "M", device)
-    else:
-        call.text_ids = call.ids
-    if group is not None:
-        if m != n:
-            raise ValueError(f"text: expected this rank's {n} rows with group (they are gathered), got {m}")
-        if call.label_offset != 0:
-            raise ValueError(f"label_offset: expected 0 with group, which sets it by rank, got {call.label_offset}")
-        call.label_offset = torch.distributed.get_rank(group) * n
-        for name in ("text", "teacher_text", "projected_text", "text_ids"):
-            if getattr(call, name) is not None:
-                setattr(call, name, distributed.gather(getattr(call, name), group))
-    inputs.check_offset(call.label_offset, n, call.text.shape[0])
+def _gather_texts(call: SimilarityCall, group: torch.distributed.ProcessGroup) -> None:
+    """Replaces the texts of this rank by those of all ranks."""
+    for name in ("text", "teacher_text", "projected_text"):
+        if getattr(call, name) is not None:
+            setattr(call, name, distributed.gather(getattr(call, name), group))
 
 
 def _infonce(
     call: SimilarityCall,
     own_text: Tensor,  # [M, D̂]; with a group, those of this rank
     own_teacher_image: Tensor,  # [N, D̂]
+    same_ids: SameIds,
     group: torch.distributed.ProcessGroup | None,
     scratch_bytes: int,
 ) -> Tensor:
     """The interactive term "infonce": each direction is a cross-entropy of rows with the teacher's features as keys."""
 
-    def direction(query, keys, query_ids, key_ids, label_offset):
-        lse, positive = similarity_rows(query, keys, call.cross_scale, query_ids, key_ids, label_offset, scratch_bytes)
+    def direction(query, keys, of):
+        lse, positive = similarity_rows(query, keys, call.cross_scale, of, scratch_bytes)
         return cross_entropy(lse, call.cross_scale * positive).mean()
 
-    loss = direction(call.student_image, call.teacher_text, call.ids, call.text_ids, call.label_offset)
+    loss = direction(call.student_image, call.teacher_text, same_ids)
     if not call.columns:
         return loss
     if group is not None:
-        keys = distributed.gather(own_teacher_image, group)
-        other = direction(own_text, keys, call.ids, call.text_ids, call.label_offset)
+        other = direction(own_text, distributed.gather(own_teacher_image, group), same_ids)
     else:
-        window = slice(call.label_offset, call.label_offset + call.image.shape[0])
-        text_ids = None if call.ids is None else call.text_ids[window]
-        other = direction(own_text[window], own_teacher_image, text_ids, call.ids, 0)
+        other = direction(own_text[same_ids.window], own_teacher_image, same_ids.transposed())
     return 0.5 * (loss + other)
 
 

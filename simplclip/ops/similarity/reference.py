@@ -20,6 +20,7 @@ from simplclip.ops.similarity.call import (
     SimilarityCall,
     SimilarityGradient,
 )
+from simplclip.ops.similarity.positives import masks
 from simplclip.ops.similarity.terms import mismatch
 
 
@@ -27,13 +28,11 @@ class _Matrices:
     """The features of a call in the accumulation dtype, and the mask of negatives [N, M]."""
 
     def __init__(self, call: SimilarityCall):
-        dtype, n, m = accumulate_dtype(call.image.dtype), call.image.shape[0], call.text.shape[0]
+        dtype, n = accumulate_dtype(call.image.dtype), call.image.shape[0]
         given = {name: getattr(call, name) for name in tensors_of(SimilarityCall)}
         self.call = replace(call, **{name: t.to(dtype) for name, t in given.items() if t is not None and t.dim() == 2})
-        columns, rows = torch.arange(m, device=call.image.device), torch.arange(n, device=call.image.device)
-        self.negative = columns != rows[:, None] + call.label_offset
-        if call.ids is not None and call.drop_ids:
-            self.negative &= call.ids[:, None] != call.text_ids
+        own, belongs = masks(call)
+        self.negative = ~(belongs if call.drop_ids else own)
         self.window = slice(call.label_offset, call.label_offset + n)
 
     def diagonal(self, matrix: Tensor) -> Tensor:
@@ -162,16 +161,10 @@ def similarity_rows_bwd(call: RowsGradient) -> tuple[Tensor, Tensor]:
 
 def _sigmoid_masks(call: SimilarityCall | SigmoidCall, similarity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The negatives, the positives and the positives' shares of a sigmoid term, [N, M] each."""
-    n, m = similarity.shape
-    columns, rows = torch.arange(m, device=similarity.device), torch.arange(n, device=similarity.device)
-    positive = columns == rows[:, None] + call.label_offset
-    negative, share = ~positive, torch.ones_like(similarity)
-    if call.ids is not None:
-        equal = call.ids[:, None] == call.text_ids
-        negative = negative & ~equal
-        if call.image_share is not None:
-            positive, share = positive | equal, call.image_share[:, None] + call.text_share
-    return negative, positive, share
+    own, belongs = masks(call)
+    if call.image_share is None:
+        return ~belongs, own, torch.ones_like(similarity)
+    return ~belongs, belongs, call.image_share[:, None] + call.text_share
 
 
 def _sigmoid_term(weight, bias, of_negative, of_positive, similarity, negative, positive, share) -> Tensor:  # [N, M]

@@ -6,18 +6,22 @@ import torch
 from torch import Tensor
 
 from simplclip.ops import backends
-from simplclip.ops.calls import flat
+from simplclip.ops.calls import flat, tensors_of
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import RowsCall, RowsGradient
-from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
+from simplclip.ops.similarity.chunks import chunk_rows, computes_in, prepare
+from simplclip.ops.similarity.positives import SameIds
+
+_TENSORS = tensors_of(RowsCall)
+_UNREAD = [name for name in _TENSORS if name not in tensors_of(RowsGradient)]  # by backward
 
 
 def _run(function, call):
     dtype = call.query.dtype
-    prepare(call, ("query", "keys", "scale", "ids", "text_ids"), computes_in(dtype, call.query.device.type))
+    prepare(call, _TENSORS, computes_in(dtype, call.query.device.type))
     stats, mean_keys = function(call)
     return stats, mean_keys.to(dtype)
 
@@ -49,16 +53,14 @@ def _backward(call, mean_keys, grad, need, backend):
     return {"query": d_query, "scale": d_scale.to(call.scale.dtype)}
 
 
-register_gradient("similarity_rows", RowsCall, _backward, forget=("ids", "text_ids"))
+register_gradient("similarity_rows", RowsCall, _backward, forget=_UNREAD)
 
 
 def similarity_rows(
     query: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
     scale: Tensor,  # []
-    ids: Tensor | None,  # [N] int64
-    text_ids: Tensor | None,  # [M] int64
-    label_offset: int,
+    same_ids: SameIds,
     scratch_bytes: int,
 ) -> Tensor:  # [2, N]
     """For each row of scale · query · keysᵀ: log-sum-exp over its negatives, and unscaled similarity of its positive.
@@ -68,5 +70,5 @@ def similarity_rows(
     """
     device = query.device.type
     chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)
-    call = RowsCall(query, keys, scale, ids, text_ids, label_offset, wants_grad(query, scale), chunk)
+    call = RowsCall(query, keys, scale, **same_ids.fields, attend=wants_grad(query, scale), chunk=chunk)
     return run("similarity_rows", *flat(call), backends.forced())[0]

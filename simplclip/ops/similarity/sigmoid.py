@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,8 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
+from simplclip.ops.similarity.chunks import chunk_rows, computes_in, prepare
 from simplclip.ops.similarity.positives import SameIds
-from simplclip.ops.similarity.sweep import chunk_rows, computes_in, prepare
 
 _TENSORS = tensors_of(SigmoidCall)
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"  # terms, d_image, d_text, d_weight, d_bias
@@ -76,14 +78,14 @@ def numbers_of(
     numbers = {"sigmoid": (scale, torch.zeros_like(mean) if bias is None else bias, mean, mean)}
     if "pair_matching" in terms:
         pairs = (scale.new_zeros(n, dtype=torch.float64) + (m - same_ids.of_rows())).sum()
-        if group is not None and call.ids is not None:
+        if group is not None and same_ids.given:
             pairs = distributed.mean(pairs, group)
         weight = torch.ones_like(mean) if plane[0].dim() else plane[0]
         numbers["pair_matching"] = weight, plane[1], 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
     stacked = (torch.stack(each) for each in zip(*(numbers[term] for term in terms)))
     out: dict[str, Tensor | None] = dict(zip(("weight", "bias", "negative", "positive"), stacked))
     out |= {"image_share": None, "text_share": None}
-    if positives != "drop" and call.ids is not None:
+    if positives != "drop" and same_ids.given:
         side = 0.5 if call.columns else 1.0
         of_rows, of_columns = (same_ids.of_rows(), same_ids.of_columns().clamp(min=1)) if positives == "ids" else (1, 1)
         out |= {
@@ -96,8 +98,9 @@ def numbers_of(
 def sigmoid_terms(
     call: SimilarityCall,  # with a hadamard hyperplane, its image is already multiplied by the weights
     terms: tuple[str, ...],
-    numbers: dict[str, Tensor | None],  # of numbers_of
+    numbers: dict[str, Any],  # of numbers_of
     mix: dict[str, float],
+    same_ids: SameIds,
     scratch_bytes: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # [], 0-dimensional
     """The sum of the terms weighted by `mix`, which autograd can differentiate, and the terms themselves, which it cannot.
@@ -109,9 +112,8 @@ def sigmoid_terms(
     n, m, device = image.shape[0], text.shape[0], image.device.type
     of_mix = torch.tensor([float(mix[term]) for term in terms], dtype=scale.dtype, device=scale.device)
     fused = SigmoidCall(
-        image, text, mix=of_mix, ids=call.ids, text_ids=call.text_ids, label_offset=call.label_offset,
-        chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
-        gradient=False, need_image=False, need_text=False, **numbers,
+        image, text, mix=of_mix, chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
+        gradient=False, need_image=False, need_text=False, **same_ids.fields, **numbers,
     )  # fmt: skip
     # A forced reference computes no gradient, since autograd differentiates it.
     if torch.compiler.is_compiling() or backends.forced() != "reference":

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simplclip.ops import backends
-from simplclip.ops.similarity.call import ColumnStat as Column
-from simplclip.ops.similarity.call import RowStat as Row
-from simplclip.ops.similarity.call import SimilarityCall
+from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall
 
 
 def mismatch(l: Tensor) -> Tensor:
@@ -56,8 +54,8 @@ def terms_of(
 ) -> dict[str, Tensor]:
     """The terms of a teacher, each 0-dimensional; see simplclip.ops.similarity_loss for their formulas."""
     out: dict[str, Tensor] = {}
-    student = call.scale * rows[Row.DIAGONAL_STUDENT]
-    teacher = call.teacher_scale * rows[Row.DIAGONAL_TEACHER] if call.has_teacher else None
+    student = call.scale * rows[RowStat.DIAGONAL_STUDENT]
+    teacher = call.teacher_scale * rows[RowStat.DIAGONAL_TEACHER] if call.has_teacher else None
 
     def both(by_row: Tensor, by_column: Tensor | None) -> Tensor:
         return by_row.mean() if by_column is None else 0.5 * (by_row.mean() + by_column.mean())
@@ -68,14 +66,16 @@ def terms_of(
         return divergence(stats[lse], positive, stats[lse_teacher], teacher, stats[mean], call.entropy)
 
     if call.relational:
-        by_row = to_teacher(rows, Row.LSE_STUDENT, Row.MEAN_STUDENT, Row.LSE_TEACHER, student)
-        by_column = to_teacher(columns, Column.LSE_STUDENT, Column.MEAN_STUDENT, Column.LSE_TEACHER, student)
+        by_row = to_teacher(rows, RowStat.LSE_STUDENT, RowStat.MEAN_STUDENT, RowStat.LSE_TEACHER, student)
+        by_column = to_teacher(columns, ColumnStat.LSE_STUDENT, ColumnStat.MEAN_STUDENT, ColumnStat.LSE_TEACHER, student)
         out["relational"] = both(by_row, by_column)
     if call.interactive:
-        of_image = call.cross_scale * rows[Row.DIAGONAL_IMAGE_TO_TEACHER]
-        of_text = call.cross_scale * rows[Row.DIAGONAL_TEACHER_TO_TEXT]
-        by_row = to_teacher(rows, Row.LSE_IMAGE_TO_TEACHER, Row.MEAN_IMAGE_TO_TEACHER, Row.LSE_TEACHER, of_image)
-        by_column = to_teacher(columns, Column.LSE_TEACHER_TO_TEXT, Column.MEAN_TEACHER_TO_TEXT, Column.LSE_TEACHER, of_text)
+        of_image = call.cross_scale * rows[RowStat.DIAGONAL_IMAGE_TO_TEACHER]
+        of_text = call.cross_scale * rows[RowStat.DIAGONAL_TEACHER_TO_TEXT]
+        by_row = to_teacher(rows, RowStat.LSE_IMAGE_TO_TEACHER, RowStat.MEAN_IMAGE_TO_TEACHER, RowStat.LSE_TEACHER, of_image)
+        by_column = to_teacher(
+            columns, ColumnStat.LSE_TEACHER_TO_TEXT, ColumnStat.MEAN_TEACHER_TO_TEXT, ColumnStat.LSE_TEACHER, of_text
+        )
         out["interactive"] = both(by_row, by_column)
     return out
 
@@ -91,9 +91,9 @@ def merge_columns(parts: Tensor) -> Tensor:  # [W, 5, N] -> [5, N]
         total = torch.where(empty, -torch.inf, part.masked_fill(empty, 0).logsumexp(0))
         return total, (part.detach() - total.detach().masked_fill(empty, 0)).exp()
 
-    softmaxes = (Column.LSE_STUDENT, Column.LSE_TEACHER, Column.LSE_TEACHER_TO_TEXT)
+    softmaxes = (ColumnStat.LSE_STUDENT, ColumnStat.LSE_TEACHER, ColumnStat.LSE_TEACHER_TO_TEXT)
     found = {stat: lse(parts[:, stat]) for stat in softmaxes}
     out = {stat: total for stat, (total, _) in found.items()}
-    share = found[Column.LSE_TEACHER][1]
-    out |= {mean: (share * parts[:, mean]).sum(0) for mean in (Column.MEAN_STUDENT, Column.MEAN_TEACHER_TO_TEXT)}
-    return torch.stack([out[stat] for stat in Column])
+    share = found[ColumnStat.LSE_TEACHER][1]
+    out |= {mean: (share * parts[:, mean]).sum(0) for mean in (ColumnStat.MEAN_STUDENT, ColumnStat.MEAN_TEACHER_TO_TEXT)}
+    return torch.stack([out[stat] for stat in ColumnStat])

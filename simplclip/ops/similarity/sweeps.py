@@ -21,13 +21,13 @@ class Sweep:
 def sweeps_of(call: SimilarityCall, terms: Collection[str], *, keep_ids: bool, hadamard: bool, weighted: bool) -> list[Sweep]:
     """The sweeps for the terms, but for the interactive term "infonce", which needs none.
 
-    keep_ids: whether the contrastive softmax keeps the pairs with equal ids. hadamard: whether pair matching's hyperplane has
-    a weight for each feature, and so a matrix of its own. weighted: whether only the weighted sum of the terms has a
-    gradient. Sets `call.softmax`.
+    keep_ids: whether the call has ids and the contrastive softmax keeps the pairs with equal ones. hadamard: whether pair
+    matching's hyperplane has a weight for each feature, and so a matrix of its own. weighted: whether only the weighted sum
+    of the terms has a gradient. Sets `call.softmax`.
     """
     contrastive = "contrastive" in terms
     # The other terms' softmaxes leave the pairs with equal ids out, so one that keeps them has a sweep of its own.
-    alone = contrastive and keep_ids and call.ids is not None
+    alone = contrastive and keep_ids
     call.softmax = (contrastive and not alone) or call.relational
     softmaxes = [Sweep(call, contrastive and not alone)] if call.softmax or call.interactive else []
     if alone:
