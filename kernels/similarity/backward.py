@@ -150,7 +150,7 @@ def _similarity_gradient_kernel(
         if not ATTEND:
             g *= z_scale
         if LAUNCH.SIGMOIDS > 0:
-            negative, matching = sigmoid_pairs(row, column, stored, label_offset, row_ids, pairs, safe_column)
+            negative, matching = sigmoid_pairs(row, column, stored, label_offset, pairs, safe_row, safe_column)
             SIGMOIDS: tl.constexpr = LAUNCH.SIGMOIDS
             for k in tl.static_range(SIGMOIDS):
                 signed, amount, matched = sigmoid_logits(raw, sigmoids, pairs, safe_row, safe_column, negative, matching, k)

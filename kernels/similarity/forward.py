@@ -178,7 +178,7 @@ def _similarity_statistics_kernel(
                 _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
             if LAUNCH.SIGMOIDS > 0:
                 both = row_inside[:, None] & inside[None, :]
-                negative, positive = sigmoid_pairs(row, column, both, label_offset, row_ids, pairs, safe_column)
+                negative, positive = sigmoid_pairs(row, column, both, label_offset, pairs, safe_row, safe_column)
                 signed, amount, matched = sigmoid_logits(raw, sigmoids, pairs, safe_row, safe_column, negative, positive, 0)
                 first_sigmoid += tl.sum(sigmoid_values(signed, amount, matched), 1)
             if LAUNCH.SIGMOIDS > 1:

@@ -22,7 +22,6 @@ from simplclip.kernels.similarity.launch import Tiling
 from simplclip.kernels.similarity.tile import (
     Pairs,
     Sigmoids,
-    ids_of_rows,
     product,
     sigmoid_logits,
     sigmoid_pairs,
@@ -69,8 +68,7 @@ def _similarity_sigmoid_kernel(
 
     similarity = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
     inside = (at < row_count)[:, None] & (column < m)[None, :]
-    row_ids = ids_of_rows(pairs, safe_row)
-    negative, positive = sigmoid_pairs(row, column, inside, label_offset, row_ids, pairs, safe_column)
+    negative, positive = sigmoid_pairs(row, column, inside, label_offset, pairs, safe_row, safe_column)
     sums += (first_program + program).to(tl.int64) * TERMS * 3
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(TERMS):

@@ -73,11 +73,6 @@ def ids_of_rows(pairs, safe_row):  # [BLOCK_M] int64, or None without ids
 
 
 @triton.jit
-def of_same_id(row_ids, pairs, safe_column):  # [BLOCK_M, BLOCK_N]
-    return row_ids[:, None] == tl.load(pairs.text_ids + safe_column)[None, :]
-
-
-@triton.jit
 def negatives(t, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, DROP_IDS: tl.constexpr):
     """The mask of a softmax's negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not with the row's id.
 
@@ -88,17 +83,17 @@ def negatives(t, row, column, row_inside, m, label_offset, row_ids, pairs, safe_
     else:
         negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
         if DROP_IDS:
-            negative = negative & (of_same_id(row_ids, pairs, safe_column) == 0)
+            negative = negative & (row_ids[:, None] != tl.load(pairs.text_ids + safe_column)[None, :])
     return negative
 
 
 @triton.jit
-def sigmoid_pairs(row, column, inside, label_offset, row_ids, pairs, safe_column):
+def sigmoid_pairs(row, column, inside, label_offset, pairs, safe_row, safe_column):
     """Masks of the negatives and of the positives of sigmoid terms, [BLOCK_M, BLOCK_N]."""
     positive = column[None, :] == row[:, None] + label_offset
     negative = inside & (positive == 0)
-    if row_ids is not None:
-        equal = of_same_id(row_ids, pairs, safe_column)
+    if pairs.ids is not None:
+        equal = tl.load(pairs.ids + safe_row)[:, None] == tl.load(pairs.text_ids + safe_column)[None, :]
         negative = negative & (equal == 0)
         if pairs.image_share is not None:
             positive = positive | equal
