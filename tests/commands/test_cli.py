@@ -92,7 +92,7 @@ def test_help_config_prints_every_key():
         ("train config.yaml --set run.device=cuda:77", "device: expected"),
         ("train config.yaml --set model.options.depth=3", "model.options"),
         ("evaluate nothing.pt --data x.tar", "checkpoint: no such file: nothing.pt"),
-        ("evaluate nothing.pt --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=SHARDS)"),
+        ("evaluate nothing.pt --data a=x.tar --data a=y.tar", "--data: expected different split names (--data NAME=DATA)"),
     ],
 )
 def test_what_a_user_gets_wrong_ends_in_one_line(tmp_path, monkeypatch, arguments, message):
