@@ -253,6 +253,7 @@ def test_auc_is_the_share_of_right_comparisons(matrix, monkeypatch):
     assert worker.auc(split) == pytest.approx(sum(wins) / len(wins), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_its_parent_has_ended(tmp_path):
     code = "import sys, time; from benchmarks.ablation import worker; worker.follow(int(sys.argv[1]), 0.1); time.sleep(60)"
     middle = "import subprocess as s, sys, os; print(s.Popen([sys.executable, '-c', sys.argv[1], str(os.getpid())]).pid)"
