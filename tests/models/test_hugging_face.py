@@ -141,6 +141,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks_and_in_bfloat16():
     for name in BLOCKS:
         clip, inputs = simplified(name), batch(name)

@@ -91,6 +91,7 @@ def s0(tmp_path_factory):
     return teacher.state_dict(), before, student, inherit(student, path)
 
 
+@pytest.mark.slow
 def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(s0):
     teacher, before, student, report = s0
     now, new = student.state_dict(), in_block(student)

@@ -103,6 +103,7 @@ def test_the_docstring_lists_the_names(model):
         assert found == expected
 
 
+@pytest.mark.slow
 def test_our_own_state_dict(model, tmp_path):
     save_file(model.state_dict(), tmp_path / "own.safetensors")
     torch.save({"state_dict": weights(1)}, tmp_path / "published.pt")
@@ -247,6 +248,7 @@ def test_tokens_of_any_layout():
         torch.testing.assert_close(tower(tokens[:, :50]).shape, features.shape)
 
 
+@pytest.mark.slow
 def test_autocast_copies_and_compilation(model):
     image, text = inputs()
     again = copy.deepcopy(model)
@@ -296,6 +298,7 @@ def test_an_encoder_of_the_published_checkpoint(model, published, tmp_path):
         simplclip.load(f"{NAME}/gone.pt")
 
 
+@pytest.mark.slow
 def test_its_text_tower_exports_for_any_batch(tmp_path):
     tower, case = small_tower()
     model = small().eval()

@@ -182,6 +182,7 @@ MODES = [{"all": neighbour_groups(4)}, {"attention": [[0, -1]]}, {"mlp": [[1, 2,
 MODES += [{"attention": [[0, 1, 2, 3]], "mlp": [[0, 1], [2, 3]]}, {"all": [[0, 1]], "attention": [[2, 3]]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", MODES)
 def test_every_mode_of_sharing(share):
     one, two = (simplify(clip(seed=seed).to(torch.bfloat16), share={"text": share})[0] for seed in (0, 9))

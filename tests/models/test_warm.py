@@ -314,6 +314,7 @@ def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
         inherit(tiny(simplified=False), source, blocks="first")
 
 
+@pytest.mark.slow
 def test_a_run_starts_blocks_and_keeps_the_gains_of_its_config(tmp_path):
     source = models.create("siclip-tiny", simplified=False, **tiny_data.MODEL)
     torch.save(source.state_dict(), tmp_path / "source.pt")
