@@ -1,4 +1,4 @@
-"""Random calls of every op against float64 (random_calls): 2,000, or as many as --cases says.
+"""Random calls of every op against float64 (random_calls): 1,000, or as many as --cases says.
 
 pytest tests/ops/test_properties.py --cases 10000
 pytest tests/ops/test_properties.py --first-case 1234 --cases 1       the call of a failure again
@@ -74,10 +74,10 @@ def test_a_wrong_result_fails(monkeypatch):
         return found
 
     monkeypatch.setattr(calls, "run", wrong)
-    failed = random_calls.failures(range(200))
+    failed = random_calls.failures(range(100))
     ops = collections.Counter(random_calls.make(int(text.split()[1].rstrip(":"))).call.op for text in failed)
     for op in random_calls.PLAIN:
-        wanting = sum(bool(case.need) for case in map(random_calls.make, range(200)) if case.call.op == op)
+        wanting = sum(bool(case.need) for case in map(random_calls.make, range(100)) if case.call.op == op)
         assert ops[op] > 0.6 * wanting, f"{op}: {ops[op]} of {wanting} found"
 
 
