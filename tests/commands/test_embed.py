@@ -26,7 +26,7 @@ def drawn(i):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two models; five pairs and three broken samples in shards, the same images in a folder, a list and a table."""
+    """Two models; five pairs and three broken samples in shards, the same images in a folder and a table."""
     folder = tmp_path_factory.mktemp("embed")
     write_models(folder)
     torch.manual_seed(9)
@@ -41,11 +41,8 @@ def folder(tmp_path_factory):
     for i, name in enumerate(NAMES):
         (images / f"{name}.png").write_bytes(drawn(i))
     (images / f"{NAMES[0]}.txt").write_text("a caption beside it")
-    (folder / "list.txt").write_text("".join(f"images/{name}.png\n" for name in NAMES), "utf-8")
     rows = "".join(f"images/{name}.png\t{name}\n" for name in NAMES)
     (folder / "table.tsv").write_text("filepath\ttitle\n" + rows, "utf-8")
-    pairs = [{"image": f"images/{name}.png", "caption": [name, "another"]} for name in NAMES]
-    (folder / "pairs.json").write_text(json.dumps(pairs))
     return folder
 
 
@@ -86,18 +83,13 @@ def test_features_are_those_of_encode_image(folder, model, encoder, expected, tm
     assert [*rows] == [0, 3, 4]
     assert rows[3] == {"key": "k3", "caption": NAMES[3], "shard": str(folder / "a-1.tar"), "image_path": ""}
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]  # nothing temporary is left
-
-
-def test_files_can_be_read_without_this_library(folder, model, expected, tmp_path):
-    made(folder, tmp_path / "f.npz", model=model)
-    whole = np.load(tmp_path / "f.npz")
-    assert [*whole["caption"]] == [*NAMES]
-    assert [*whole["key"]] == ["k0", "k1", "k2", "k3", "k4"]
-    assert (whole["features"].dtype, whole["features"].shape) == (np.float16, expected.shape)
+    whole = np.load(tmp_path / "f.npz")  # without this library
+    assert ([*whole["caption"]], [*whole["key"]]) == ([*NAMES], ["k0", "k1", "k2", "k3", "k4"])
+    assert (whole["features"].dtype, whole["features"].shape) == (f"float{dtype[2:]}", expected.shape)
     assert json.loads(str(whole["about"]))["count"] == 5
 
 
-@pytest.mark.parametrize("source", ["images", "images/*.png", "list.txt", "table.tsv", "pairs.json", "several"])
+@pytest.mark.parametrize("source", ["images", "table.tsv", "several"])  # each form of a source: tests/data
 def test_every_source_of_images(folder, model, expected, tmp_path, source):
     what = sorted(map(str, folder.glob("images/*.png"))) if source == "several" else str(folder / source)
     embedding.embed(what, tmp_path / "f.npz", model=model, workers=0, batch_size=2, device="cpu")
@@ -108,7 +100,7 @@ def test_every_source_of_images(folder, model, expected, tmp_path, source):
     assert sorted(found) == [0, 1, 2, 3, 4]
     torch.testing.assert_close(stored[:], expected[found], rtol=0, atol=1e-3)
     first = rows[found.index(0)]["caption"]
-    assert first == {"images": "a caption beside it", "table.tsv": NAMES[0], "pairs.json": NAMES[0]}.get(source, "")
+    assert first == {"images": "a caption beside it", "table.tsv": NAMES[0]}.get(source, "")
 
 
 def test_find_is_exact_over_many_parts(folder, model, encoder, expected, tmp_path, monkeypatch):
@@ -186,23 +178,20 @@ def test_images_are_found_again_or_said_to_be_gone(folder, model, tmp_path, monk
     assert sum("not found" in text for text in shown if isinstance(text, str)) == 3
 
 
-def test_another_model_is_an_error(folder, model, encoder, tmp_path):
+def test_another_model_is_an_error_and_one_that_has_moved_may_be_named(folder, model, encoder, tmp_path):
     made(folder, tmp_path / "f.npz", model=model)
     other = f"open_clip:tiny/{folder / 'other.pt'}"
     line = one_line("embed", tmp_path / "f.npz", "--find", "a ring", "--model", other)
     assert f"open_clip:tiny with fingerprint {encoder.fingerprint()}, got open_clip:tiny" in line
     assert simplclip.load(other).fingerprint() in line
     assert embedding.find(tmp_path / "f.npz", "a ring", model=encoder)  # an encoder that is already there
-
-
-def test_a_model_that_has_moved_may_be_named(folder, tmp_path):
     (tmp_path / "m.pt").write_bytes((folder / "tiny.bin").read_bytes())
-    made(folder, tmp_path / "f.npz", model=f"open_clip:tiny/{tmp_path / 'm.pt'}")
+    made(folder, tmp_path / "g.npz", model=f"open_clip:tiny/{tmp_path / 'm.pt'}")
     (tmp_path / "m.pt").rename(tmp_path / "moved.pt")
-    line = one_line("embed", tmp_path / "f.npz", "--find", "a ring")
+    line = one_line("embed", tmp_path / "g.npz", "--find", "a ring")
     assert "m.pt" in line
     assert "--model" in line
-    result = call("embed", tmp_path / "f.npz", "--find", "a ring", "--model", f"open_clip:tiny/{tmp_path / 'moved.pt'}")
+    result = call("embed", tmp_path / "g.npz", "--find", "a ring", "--model", f"open_clip:tiny/{tmp_path / 'moved.pt'}")
     assert result.exit_code == 0, result.output
 
 
@@ -230,7 +219,6 @@ def test_errors_are_one_line(folder, model, tmp_path):
     np.savez(tmp_path / "theirs.npz", x=np.zeros(3))
     for arguments, message in (
         (("embed", shard, "--model", model, "--out", tmp_path / "f.csv"), "out: expected a name that ends in .npz"),
-        (("embed", shard, "--model", model, "--out", folder), "out: expected a name that ends in .npz"),
         (("embed", shard, *out), "expected --model and --out"),
         (("embed", "--model", model, *out), "source: expected images or texts, got neither"),
         (("embed", tmp_path / "gone", "--model", model, *out), "source: expected a file"),
@@ -238,9 +226,7 @@ def test_errors_are_one_line(folder, model, tmp_path):
         (("embed", shard, "--picture", "x.png"), "--picture: expected --find"),
         (("embed", "--find", "x"), "--find: expected one file of features"),
         (("embed", tmp_path / "gone.npz", "--find", "x"), "features: no such file"),
-        (("embed", shard, "--find", "x"), "features: expected a file of simplclip embed"),
         (("embed", tmp_path / "theirs.npz", "--find", "x"), "features: expected a file of simplclip embed"),
-        (("embed", folder, "--find", "x"), "features: expected a file of simplclip embed"),
     ):
         assert message in one_line(*arguments)
     made(folder, tmp_path / "f.npz", model=model)

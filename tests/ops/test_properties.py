@@ -1,6 +1,6 @@
-"""Random calls of every op against float64 (random_calls): 1,000, or as many as --cases says.
+"""Random calls of every op against float64 (random_calls): 2,000, or as many as --cases says.
 
-pytest tests/ops/test_properties.py --cases 10000
+pytest tests/ops/test_properties.py --cases 20000
 pytest tests/ops/test_properties.py --first-case 1234 --cases 1       the call of a failure again
 """
 
