@@ -1,5 +1,7 @@
 """The effects file: its errors, and which runs its effects are."""
 
+import re
+
 import pytest
 
 from benchmarks.ablation import effects as files
@@ -42,20 +44,13 @@ def test_errors_of_the_file_name_the_place(tmp_path, text, message):
         load(tmp_path, text)
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
+def test_errors_name_the_effect_or_the_built_in_files(tmp_path):
+    for setting, message in (
         ("loss.pm_wieght=1", "a, variant: loss.pm_wieght: unknown key; did you mean loss.pm_weight?"),
         ("eval.splits={}", "eval.splits: expected held-out data, got none"),
-    ],
-)
-def test_errors_of_settings_name_the_effect(tmp_path, setting, message):
-    with pytest.raises(ConfigError) as error:
-        trials(tmp_path, ONE.replace("loss.pm_weight=1", f"'{setting}'"))
-    assert message in str(error.value)
-
-
-def test_an_unknown_name_lists_the_built_in_files():
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            trials(tmp_path, ONE.replace("loss.pm_weight=1", f"'{setting}'"))
     with pytest.raises(ConfigError, match="effects: expected a YAML file, or emoji, got emojis"):
         files.load("emojis")
 
@@ -72,10 +67,7 @@ effects:
     assert a["base"].digest == b["base"].digest == c["base"].digest
     assert a["variant"].digest == b["variant"].digest
     digests = {a["base"].digest, a["variant"].digest, c["variant"].digest}
-    digests |= {
-        trials(tmp_path, text, seed=1)[0]["base"].digest,
-        trials(tmp_path, text, overrides=["run.steps=7"])[0]["base"].digest,
-    }
+    digests |= {trials(tmp_path, text, **more)[0]["base"].digest for more in ({"seed": 1}, {"overrides": ["run.steps=7"]})}
     assert len(digests) == 5
     assert (a["base"].name, a["variant"].seed) == (f"a-base-s0-{a['base'].digest}", 0)
 
@@ -91,15 +83,6 @@ effects:
     every = ["run.seed=4", "data.batch_size=1", "optim.lr=1", "run.steps=20", "optim.lr=2", "optim.warmup=2"]
     for side, own in (("base", "optim.warmup=3"), ("variant", "run.seed=9")):
         assert pair[side].overrides(tmp_path)[:-1] == [*every, own, "data.batch_size=5"]
-
-
-def test_a_folder_is_found_by_its_digest_under_any_name(tmp_path):
-    (pair,) = trials(tmp_path, ONE)
-    trial = pair["base"]
-    assert trial.folder(tmp_path) == tmp_path / trial.name
-    (tmp_path / f"earlier-{trial.digest}").mkdir()
-    assert trial.folder(tmp_path) == tmp_path / f"earlier-{trial.digest}"
-    assert trial.overrides(tmp_path)[-1] == f'run.out="{tmp_path}/earlier-{trial.digest}"'
 
 
 def test_prepared_runs(tmp_path):
@@ -119,14 +102,6 @@ effects:
     (other,) = trials(tmp_path, text.replace("run.steps=40", "run.steps=41"), seed=2)
     assert other["variant"].digest != pair["variant"].digest, "another checkpoint is inherited"
     assert other["base"].digest == pair["base"].digest
-
-
-def test_missing_data_name_the_command(tmp_path):
-    text = ONE.replace("group: g", f"group: g, needs: [{tmp_path}/there, {tmp_path}/noisy]")
-    found = load(tmp_path, text + f"data: {{{tmp_path}/there: make there, {tmp_path}/noisy: make noisy}}")
-    (tmp_path / "there").mkdir()
-    (line,) = files.missing(found, found.effects)
-    assert line == f"data: expected the folder {tmp_path}/noisy, which does not exist; to make it: make noisy"
 
 
 def test_the_built_in_effects_are_valid_and_compare_different_runs():

@@ -157,23 +157,20 @@ def test_images_are_found_again_or_said_to_be_gone(folder, model, tmp_path, monk
     assert sum("not found" in text for text in shown if isinstance(text, str)) == 3
 
 
-def test_another_model_is_an_error(folder, model, encoder, tmp_path):
+def test_another_model_is_an_error_and_one_that_has_moved_may_be_named(folder, model, encoder, tmp_path):
     made(folder, tmp_path / "f.npz", model=model)
     other = f"open_clip:tiny/{folder / 'other.pt'}"
     line = one_line("embed", tmp_path / "f.npz", "--find", "a ring", "--model", other)
     assert f"open_clip:tiny with fingerprint {encoder.fingerprint()}, got open_clip:tiny" in line
     assert simplclip.load(other).fingerprint() in line
     assert embedding.find(tmp_path / "f.npz", "a ring", model=encoder)  # an encoder that is already there
-
-
-def test_a_model_that_has_moved_may_be_named(folder, tmp_path):
     (tmp_path / "m.pt").write_bytes((folder / "tiny.bin").read_bytes())
-    made(folder, tmp_path / "f.npz", model=f"open_clip:tiny/{tmp_path / 'm.pt'}")
+    made(folder, tmp_path / "g.npz", model=f"open_clip:tiny/{tmp_path / 'm.pt'}")
     (tmp_path / "m.pt").rename(tmp_path / "moved.pt")
-    line = one_line("embed", tmp_path / "f.npz", "--find", "a ring")
+    line = one_line("embed", tmp_path / "g.npz", "--find", "a ring")
     assert "m.pt" in line
     assert "--model" in line
-    result = call("embed", tmp_path / "f.npz", "--find", "a ring", "--model", f"open_clip:tiny/{tmp_path / 'moved.pt'}")
+    result = call("embed", tmp_path / "g.npz", "--find", "a ring", "--model", f"open_clip:tiny/{tmp_path / 'moved.pt'}")
     assert result.exit_code == 0, result.output
 
 
@@ -201,7 +198,6 @@ def test_errors_are_one_line(folder, model, tmp_path):
     np.savez(tmp_path / "theirs.npz", x=np.zeros(3))
     for arguments, message in (
         (("embed", shard, "--model", model, "--out", tmp_path / "f.csv"), "out: expected a name that ends in .npz"),
-        (("embed", shard, "--model", model, "--out", folder), "out: expected a name that ends in .npz"),
         (("embed", shard, *out), "expected --model and --out"),
         (("embed", "--model", model, *out), "source: expected images or texts, got neither"),
         (("embed", tmp_path / "gone", "--model", model, *out), "source: expected a file"),
@@ -209,9 +205,7 @@ def test_errors_are_one_line(folder, model, tmp_path):
         (("embed", shard, "--picture", "x.png"), "--picture: expected --find"),
         (("embed", "--find", "x"), "--find: expected one file of features"),
         (("embed", tmp_path / "gone.npz", "--find", "x"), "features: no such file"),
-        (("embed", shard, "--find", "x"), "features: expected a file of simplclip embed"),
         (("embed", tmp_path / "theirs.npz", "--find", "x"), "features: expected a file of simplclip embed"),
-        (("embed", folder, "--find", "x"), "features: expected a file of simplclip embed"),
     ):
         assert message in one_line(*arguments)
     made(folder, tmp_path / "f.npz", model=model)

@@ -12,14 +12,18 @@ Exits with 1 if a gate fails.
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import triton
 
 from gates import extension
-from gates.gate import LIMITS, measure, table
-from gates.kernels import DTYPES, kernels
+from gates.gate import LIMITS, measure_all, table
+from gates.kernels import DTYPES
 
 
 def main() -> int:
@@ -37,9 +41,9 @@ def main() -> int:
         rows = extension.rows(found) + extension.launches(found)
     else:
         print(f"CUDA extension: {extension.why_not()}")
-    for architecture in options.arch or LIMITS:
-        for dtype in options.dtype or DTYPES:
-            rows += [measure(kernel, architecture) for kernel in kernels(dtype, architecture, options.all)]
+    asked = zip(*itertools.product(options.arch or LIMITS, options.dtype or DTYPES))
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        rows += itertools.chain(*pool.map(measure_all, *asked, itertools.repeat(options.all)))
     print(table(rows))
     failed = sum(bool(row.failures) for row in rows)
     print(f"\n{len(rows)} kernels, {failed} failed; triton {triton.__version__}, torch {torch.__version__}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 
-from gates.kernels import Kernel, compile_kernel
+from gates.kernels import Kernel, compile_kernel, kernels
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 KIB = 1024
@@ -107,23 +107,13 @@ def measure(kernel: Kernel, architecture: int) -> Row:
     return gated(row)
 
 
+def measure_all(architecture: int, dtype: str, everything: bool) -> list[Row]:
+    return [measure(kernel, architecture) for kernel in kernels(dtype, architecture, everything)]
+
+
 def table(rows: list[Row]) -> str:
-    head = (
-        "kernel",
-        "matrices",
-        "dtype",
-        "sm",
-        "tile",
-        "regs",
-        "shared",
-        "stack",
-        "spills",
-        "warps",
-        "blocks/SM",
-        "SASS",
-        "MMA",
-        "",
-    )
+    head = ("kernel", "matrices", "dtype", "sm", "tile", "regs", "shared", "stack", "spills", "warps")
+    head += ("blocks/SM", "SASS", "MMA", "")
     lines = [head] + [
         (r.kernel, r.matrices, r.dtype, r.architecture, r.tile, r.registers, r.shared, r.stack, r.spills, r.warps or "",
          r.blocks or "", r.instructions or "", r.tensor_core, "; ".join(r.failures))

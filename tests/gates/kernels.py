@@ -45,24 +45,10 @@ _TYPES = {
     "entropy": "fp32",
 }
 # Multiples of 16 in any call worth a table, as are the strides.
-_ALIGNED = (
-    "d",
-    "width",
-    "teacher_width",
-    "hidden",
-    "out_stride",
-    "matrix_stride",
-    "h_stride",
-    "weight_stride",
-    "grad_stride",
-)
-
-ATTENTION = {
-    "fwd": _shaped_attention_fwd_kernel,
-    "rows": _shaped_attention_rows_kernel,
-    "keys": _shaped_attention_keys_kernel,
-}
-
+_ALIGNED = ("d", "width", "teacher_width", "hidden")
+_ALIGNED += ("out_stride", "matrix_stride", "h_stride", "weight_stride", "grad_stride")
+ATTENTION = {"fwd": _shaped_attention_fwd_kernel, "rows": _shaped_attention_rows_kernel}
+ATTENTION |= {"keys": _shaped_attention_keys_kernel}
 MLP = {"fwd": _parallel_mlp_fwd_kernel, "weight": _parallel_mlp_weight_kernel, "hidden": _parallel_mlp_hidden_kernel}
 
 
@@ -81,12 +67,7 @@ class Kernel:
 
 
 # By the letters of the formulas, for a table's column.
-MATRICES = {
-    "Z": "HAS_STUDENT",
-    "T": "HAS_TEACHER",
-    "U": "HAS_IMAGE_TO_TEACHER",
-    "V": "HAS_TEACHER_TO_TEXT",
-}
+MATRICES = {"Z": "HAS_STUDENT", "T": "HAS_TEACHER", "U": "HAS_IMAGE_TO_TEACHER", "V": "HAS_TEACHER_TO_TEXT"}
 
 
 def launches(everything: bool) -> list[Launch]:
@@ -198,6 +179,12 @@ def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
             )  # fmt: skip
 
 
+def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
+    """Constants of every kernel of attention and of the MLP: how it multiplies, by which tile."""
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    return {"PRECISION": "tf32" if precision == "tf32" else "ieee", "INTERPRETED": False, **blocks}
+
+
 def attention_kernels(
     dtype: str, architecture: int, widths: tuple[int, ...], causal: tuple[bool, ...] = (False, True)
 ) -> Iterator[Kernel]:
@@ -217,16 +204,7 @@ def attention_kernels(
         block = max(16, triton.next_power_of_2(width))
         for op, function in ATTENTION.items():
             tile = tuning.of_width(f"shaped_attention_{op}", block, precision, architecture)
-            constants = {
-                "CAUSAL": masked,
-                "EVEN": width == block,
-                "PRECISION": "tf32" if precision == "tf32" else "ieee",
-                "INTERPRETED": False,
-                "SUMS": SUMS,
-                "BLOCK_M": tile.block_m,
-                "BLOCK_N": tile.block_n,
-                "BLOCK_K": block,
-            }
+            constants = {"CAUSAL": masked, "EVEN": width == block, "SUMS": SUMS, **products(tile, precision)}
             yield Kernel(function.__name__, function, constants, tile, dtype, f"K={width}" + " causal" * masked, types=types)
 
 
@@ -238,17 +216,7 @@ def mlp_kernels(
     names = ("h", "weight", "bias", "out", "grad", "d_weight")
     for act, whole, (op, function) in itertools.product(acts, even, MLP.items()):
         tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture)
-        constants = {
-            "ACT": act,
-            "ACCUMULATE": True,
-            "EVEN": whole,
-            "PRECISION": "tf32" if precision == "tf32" else "ieee",
-            "INTERPRETED": False,
-            "GROUP": MLP_GROUP,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_K": tile.block_k,
-        }
+        constants = {"ACT": act, "ACCUMULATE": True, "EVEN": whole, "GROUP": MLP_GROUP, **products(tile, precision)}
         if whole or "EVEN" in function.arg_names:
             types = dict.fromkeys(names, "*element")
             yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C, F" * (not whole), types=types)

@@ -44,6 +44,7 @@ def test_the_models_have_open_clips_tokenizer(registered):
         assert torch.equal(open_clip.get_tokenizer(name)(texts), models.tokenizer(name)(texts))
 
 
+@pytest.mark.slow
 def test_it_makes_mobileclip_s0_from_the_published_file(registered, published):
     model, train, transform = open_clip.create_model_and_transforms("mobileclip-s0", pretrained=published)
     image, text = inputs()
@@ -68,6 +69,7 @@ def test_it_loads_a_file_of_ours(registered, tmp_path):
         open_clip.create_model("mobileclip-s0", "gone.pt")
 
 
+@pytest.mark.slow
 def test_open_clips_arguments_work(registered):
     options = {"force_image_size": 128, "force_context_length": 20, "precision": "bf16", "output_dict": True}
     model = imported_before("mobileclip-s0", **options)
@@ -82,6 +84,7 @@ def test_open_clips_arguments_work(registered):
     assert model.logit_scale.is_meta
 
 
+@pytest.mark.slow
 def test_it_makes_siclips(registered):
     for name in registered:
         model = open_clip.create_model(name, device="meta")
@@ -101,6 +104,9 @@ def test_other_models_are_open_clips_own(registered):
     torch.testing.assert_close(found.state_dict(), expected.state_dict())
     assert open_clip.factory.CustomTextCLIP is CustomTextCLIP
     assert open_clip.factory.convert_state_dict is open_clip.convert.convert_state_dict
+    made = open_clip.create_model
+    assert ours.register_models() == registered  # a second call changes nothing
+    assert open_clip.create_model is open_clip.factory.create_model is made
 
 
 def test_an_error_leaves_open_clip_as_it_was(registered, tmp_path):
@@ -108,12 +114,6 @@ def test_an_error_leaves_open_clip_as_it_was(registered, tmp_path):
     with pytest.raises(RuntimeError, match=r"Missing key.*logit_scale"):
         open_clip.create_model("mobileclip-s0", str(tmp_path / "other.pt"))
     assert open_clip.factory.CustomTextCLIP is CustomTextCLIP
-
-
-def test_a_second_call_changes_nothing(registered):
-    made = open_clip.create_model
-    assert ours.register_models() == registered
-    assert open_clip.create_model is open_clip.factory.create_model is made
 
 
 def test_its_text_tower_is_one_of_open_clips(registered):

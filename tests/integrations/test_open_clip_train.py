@@ -1,21 +1,44 @@
-"""open_clip's trainer with our losses against itself: the same arguments, the same losses, checkpoints for one another.
+"""open_clip's trainer with our losses against itself: the same arguments, also those of the commands of docs/losses.md, the
+same losses, checkpoints for one another.
 
 Runs share a process (two for the distributed ones), see trainer_plan.py; the tests read what they wrote.
 """
 
 import importlib
 import re
+import shlex
 import sys
 from argparse import Namespace
 
 import pytest
 import torch
 from paths import ROOT
-from trainer_plan import BATCH, STEPS, Plan, coca, needs_trainer, prepare, teacher
+from trainer_plan import STEPS, Plan, coca, needs_trainer, prepare, teacher
 
 from simplclip import losses
 from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip_train as openclip_train
+
+DOCUMENTED = 20  # steps of a command of the docs
+# What a command of docs/losses.md adds to its first one, open_clip's loss and ours, and the names of its values.
+COMMANDS = {
+    "clip": ("", "ClipLoss", "ClipPMLoss", ["contrastive_loss"]),
+    "siglip": ("--siglip", "SigLipLoss", "SigLipLoss", ["contrastive_loss"]),
+    "coca": ("--pretrained", "CoCaLoss", "CoCaLoss", ["contrastive_loss", "caption_loss"]),
+    "distilled": (
+        "--distill-model --distill-pretrained", "DistillClipLoss", "WIKDLoss", ["contrastive_loss", "distill_loss"]
+    ),
+    "clip-accumulated": ("--accum-freq", "ClipLoss", "ClipPMLoss", ["contrastive_loss"]),
+    "siglip-accumulated": ("--siglip --accum-freq", "SigLipLoss", "SigLipLoss", ["contrastive_loss"]),
+}  # fmt: skip
+
+
+def documented(added: str) -> list[str]:
+    """The arguments of this command in docs/losses.md."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "docs" / "losses.md").read_text())
+    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("simplclip-open-clip ")]
+    options = [{word for word in command if word.startswith("--")} for command in commands]
+    return commands[options.index(options[0] | set(added.split()))]
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +65,8 @@ def assert_same_run(plan, key, keys=("contrastive_loss",)):
 @pytest.fixture(scope="module")
 def single(folder):
     plan = Plan(folder)
-    plan.add("shards-without-help", "theirs", help=())
     plan.both("plain")
     plan.both("local", "--local-loss", "--gather-with-grad")
-    plan.both("accumulated", "--accum-freq", 2, data="two")
-    plan.both("synthetic", "--dataset-type", "synthetic", "--train-num-samples", STEPS * BATCH)
-    plan.both("distilled", *teacher(folder))
     # Resuming: what two epochs in one go give, and one epoch and then another; then open_clip's trainer with the same.
     resume = ("--resume", folder / "logs/once/checkpoints/epoch_1.pt")
     plan.add("twice", "ours", epochs=2)
@@ -72,18 +91,26 @@ def single(folder):
     wide = ("--feature-weight", 1, "--interactive-weight", 0.5, *teacher(folder, "tiny-wide"), "--pm-weight", 1)
     plan.add("wide", "ours", *wide)
     plan.more("wide", *wide)
+    # The commands of the docs; their model, data and sizes are replaced by arguments that follow them.
+    options = {"steps": DOCUMENTED}
+    tiny = {"coca": coca(folder), "distilled": teacher(folder)}
+    for key, (added, *_) in COMMANDS.items():
+        data = "two" if "--accum-freq" in added else "one"
+        plan.both(key, *tiny.get(key, ()), command=documented(added), data=data, **options)
+    plan.add("matching", "ours", command=documented("--siglip --pm-weight"), **options)
+    # What the page does not show.
+    plan.both("coca-accumulated", *coca(folder), "--accum-freq", 2, data="two", steps=6)
+    plan.both("siglip-half", "--siglip", "--precision", "amp_bf16", **options)
+    plan.add("siglip-used", "used", "--siglip", **options)
+    plan.add("coca-used", "used", *coca(folder), **options)
     return plan.run("single")
 
 
 @pytest.fixture(scope="module")
 def double(folder):
     plan = Plan(folder, ranks=2)
-    plan.add("no-help-theirs", "theirs", help=("shards",))
-    plan.add("no-help-ours", "ours", help=())
-    plan.both("two", data="two")
     plan.both("two-local", "--local-loss", "--gather-with-grad", data="two")
     plan.both("two-distilled", "--local-loss", "--gather-with-grad", *teacher(folder), data="two")
-    plan.both("two-accumulated", "--local-loss", "--gather-with-grad", "--accum-freq", 2, data="two")
     plan.both("two-siglip", "--siglip", data="two")
     plan.both("two-coca", "--local-loss", "--gather-with-grad", *coca(folder), data="two")
     plan.add("two-pm", "ours", "--local-loss", "--gather-with-grad", "--pm-weight", 1, data="two")
@@ -96,8 +123,8 @@ def double(folder):
 @needs_trainer
 @pytest.mark.parametrize(
     ("plan", "key"),
-    [("single", key) for key in ("plain", "local", "accumulated", "distilled")]
-    + [("double", key) for key in ("two", "two-local", "two-accumulated", "two-distilled", "two-siglip", "two-coca")],
+    [("single", key) for key in ("plain", "local")]
+    + [("double", key) for key in ("two-local", "two-distilled", "two-siglip", "two-coca")],
 )
 def test_losses_and_weights_are_open_clips(plan, key, request):
     plan, kind = request.getfixturevalue(plan), key.rpartition("-")[2]
@@ -118,24 +145,6 @@ def test_mixed_precision(single, key):
     plane = single["pm-scaled"]["parameters"]["plane_weight"]
     assert plane == pytest.approx(single["pm-once"]["parameters"]["plane_weight"], rel=1e-3)
     assert plane != losses.ClipPMLoss.INITIAL_WEIGHT
-
-
-@needs_trainer
-def test_synthetic_data(single):
-    """Equal pairs: the loss is log N, whatever the model."""
-    for who in ("theirs", "ours"):
-        steps = single[f"synthetic-{who}"]["steps"]
-        assert [step["contrastive_loss"] for step in steps] == pytest.approx([torch.tensor(BATCH).log().item()] * STEPS)
-
-
-@needs_trainer
-def test_open_clip_alone_stops_at_the_end_of_a_shard(single):
-    """Why ours reads shards by a function of its own with webdataset 1.0: theirs asks for webdataset <= 0.2.86."""
-    import webdataset
-
-    if int(webdataset.__version__.split(".")[0]) < 1:
-        pytest.skip(f"webdataset {webdataset.__version__} has no such marker")
-    assert single.results[0]["shards-without-help"]["error"] == "KeyError: 'fname'"
 
 
 @needs_trainer
@@ -207,13 +216,48 @@ def test_projections_to_a_wider_teacher_are_learned_and_resumed(single):
     assert saved["optimizer"].keys() == saved["loss"].keys() == single["wide"]["parameters"].keys()
 
 
-@pytest.mark.slow
+def assert_same_steps(theirs, ours, passes=DOCUMENTED, rel=0.0, abs=1e-4):
+    assert len(theirs["steps"]) == len(ours["steps"]) == passes
+    for step, (mine, other) in enumerate(zip(ours["steps"], theirs["steps"])):
+        assert mine == pytest.approx(other, rel=rel, abs=abs), step
+    assert ours["steps"][-1]["contrastive_loss"] < 0.9 * ours["steps"][0]["contrastive_loss"], "nothing was learned"
+
+
 @needs_trainer
-def test_open_clip_alone_cannot_wrap_a_model_on_a_cpu(double):
-    """DistributedDataParallel(model, device_ids=[device]) with a CPU module: the same error without us and with us."""
-    for who in ("theirs", "ours"):
-        error = double.results[0][f"no-help-{who}"]["error"]
-        assert error.startswith("ValueError: DistributedDataParallel device_ids and output_device arguments only work with")
+@pytest.mark.parametrize("key", COMMANDS)
+def test_each_step_of_a_command_is_open_clips(single, key):
+    theirs, ours = (single[f"{key}-{who}"] for who in ("theirs", "ours"))
+    _, kind, replaced, names = COMMANDS[key]
+    assert (theirs["loss"], ours["loss"]) == (f"open_clip.{kind}", f"simplclip.{replaced}")
+    assert list(ours["steps"][0]) == list(theirs["steps"][0]) == names
+    assert_same_steps(theirs, ours, passes=DOCUMENTED * (2 if key.endswith("accumulated") else 1))
+
+
+@needs_trainer
+def test_coca_accumulates_and_siglip_is_in_bfloat16(single):
+    """open_clip computes its logits, their losses and the sum of these in bfloat16; simplclip sums in float32."""
+    assert single["coca-accumulated-ours"]["loss"] == "simplclip.CoCaLoss"
+    assert_same_steps(single["coca-accumulated-theirs"], single["coca-accumulated-ours"], passes=12)
+    assert_same_steps(single["siglip-half-theirs"], single["siglip-half-ours"], rel=2**-6, abs=0)
+
+
+@needs_trainer
+@pytest.mark.parametrize("key", ["siglip", "coca"])
+def test_use_losses_serves_open_clips_trainer(single, key):
+    used = single[f"{key}-used"]
+    assert used["loss"] == f"simplclip.{COMMANDS[key][2]}"
+    assert_same_steps(single[f"{key}-theirs"], used)
+
+
+@needs_trainer
+def test_pair_matching_is_learned_beside_siglip(single):
+    run, plain = single["matching"], single["siglip-ours"]
+    assert list(run["steps"][0]) == ["contrastive_loss", "pair_matching_loss"]
+    assert run["steps"][0]["contrastive_loss"] == pytest.approx(plain["steps"][0]["contrastive_loss"], abs=1e-4)
+    assert abs(run["parameters"]["plane_bias"] - losses.SigLipLoss.INITIAL_BIAS) > 1e-3, "not trained"
+    saved = single.checkpoint("matching", suffix=".loss")
+    assert saved["loss"].keys() == run["parameters"].keys() == {"plane_weight", "plane_bias"}
+    assert saved["optimizer"]["plane_bias"]["step"] == DOCUMENTED
 
 
 @needs_trainer

@@ -30,6 +30,7 @@ def step(loss, model, columns):
     return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [TEXTS[:2], TEXTS], ids=["pairs", "hard negatives"])
 @pytest.mark.parametrize(
     ("name", "theirs", "options"),
@@ -50,6 +51,7 @@ def test_values_and_gradients_are_theirs(example, name, theirs, options, columns
     torch.testing.assert_close(evaluated, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_trains(example):
     model = example["model"]
     loss = example["CachedRankingLoss"](model, mini_batch_size=3)

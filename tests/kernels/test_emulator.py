@@ -109,9 +109,7 @@ def test_conversions(kernels, dtype):
     back, power = np.zeros(len(values), np.float32), np.zeros(len(values), np.float32)
     kernels.convert(dtype == torch.float16, values, len(packed), packed, back, tf32, power)
     rounded = torch.from_numpy(values).to(dtype)
-    np.testing.assert_array_equal(
-        torch.from_numpy(packed.view(np.int16)).view(dtype).float().numpy(), rounded.float().numpy()
-    )
+    np.testing.assert_array_equal(torch.from_numpy(packed.view(np.int16)).view(dtype).float(), rounded.float())
     np.testing.assert_array_equal(back, rounded.float().numpy())
     finite = np.isfinite(values) & (np.abs(values) < 1e38)
     np.testing.assert_array_equal(tf32.view(np.float32)[finite], round_to_tf32(values[finite]))
@@ -219,49 +217,49 @@ def test_fibers_without_assembly():
         kernels.fault("two barriers", np.zeros(64, np.float32), 1)
 
 
-SANITIZED = """
-    import numpy as np, emulator
-    kernels = emulator.build("wrappers", sanitize=True)
-    memory = np.zeros(64, np.float32)
-"""
+CAUGHT = {
+    "shared overrun": "heap-buffer-overflow",
+    "global overrun": "heap-buffer-overflow",
+    "misaligned vector": "misaligned address",
+}
 
 
 @pytest.mark.slow
-def test_sanitizers_pass_what_is_right():
+def test_sanitizers_pass_what_is_right_and_catch_what_is_wrong():
+    """Each fault ends a child of one process."""
     done = emulator.sanitized(
-        SANITIZED
-        + """
-    x, out = np.ones((4, 200), np.float32), np.zeros((4, 200), np.float32)
-    for seed in range(3):
-        kernels.softmax(x, out, 4, 200, 128, seed)
-    assert np.allclose(out, 1 / 200)
-    a, b, out = np.zeros((16, 48), np.uint16), np.zeros((48, 32), np.uint16), np.ones((16, 32), np.float32)
-    kernels.product(a, b, out, 48, 4, 1)
-    assert (out == 0).all()
-    for kind in ("two barriers", "none"):
-        try:
-            kernels.fault(kind, memory, 1)
-        except RuntimeError as error:
-            print(error)
-    """
+        f"""
+        import os, numpy as np, emulator
+        kernels = emulator.build("wrappers", sanitize=True)
+        memory = np.zeros(64, np.float32)
+        x, out = np.ones((4, 200), np.float32), np.zeros((4, 200), np.float32)
+        for seed in range(3):
+            kernels.softmax(x, out, 4, 200, 128, seed)
+        assert np.allclose(out, 1 / 200)
+        a, b, out = np.zeros((16, 48), np.uint16), np.zeros((48, 32), np.uint16), np.ones((16, 32), np.float32)
+        kernels.product(a, b, out, 48, 4, 1)
+        assert (out == 0).all()
+        for kind in ("two barriers", "none"):
+            try:
+                kernels.fault(kind, memory, 1)
+            except RuntimeError as error:
+                print(error)
+        for kind in {[*CAUGHT]}:
+            os.write(2, f"FAULT {{kind}}: ".encode())
+            child = os.fork()
+            if not child:
+                kernels.fault(kind, memory, 1)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] != 0, kind
+        """
     )
     assert done.returncode == 0, done.stderr
     assert "waits in another" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("shared overrun", "heap-buffer-overflow"),
-        ("global overrun", "heap-buffer-overflow"),
-        ("misaligned vector", "misaligned address"),
-    ],
-)
-def test_sanitizers_catch(kind, message):
-    done = emulator.sanitized(SANITIZED + f"    kernels.fault({kind!r}, memory, 1)")
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "wrappers.cpp" in done.stderr
+    told = dict(text.split(":", 1) for text in done.stderr.split("FAULT ")[1:])
+    assert told.keys() == CAUGHT.keys()
+    for kind, message in CAUGHT.items():
+        assert message in told[kind]
+        assert "wrappers.cpp" in told[kind]
 
 
 @pytest.mark.slow
@@ -270,23 +268,16 @@ def test_every_wrapper_compiles_for_every_architecture(tmp_path):
     if nvcc is None:
         pytest.skip("nvcc was not found")
     gate = pytest.importorskip("gates.gate", reason="cuobjdump comes with triton")
-    instances = [
-        f"template __global__ void mma_kernel<{T}>(const uint32_t*, const uint32_t*, float*);"
-        for T in ("bf16", "f16", "float")
-    ]
+    kinds = [f"mma_kernel<{T}>(const uint32_t*, const uint32_t*, float*)" for T in ("bf16", "f16", "float")]
     for T in ("bf16", "f16"):
-        instances += [
-            f"template __global__ void convert_kernel<{T}>(const float*, int, uint32_t*, float*, uint32_t*, float*);",
-            f"template __global__ void product_kernel<{T}>(const {T}*, const {T}*, float*, int);",
-        ]
+        kinds.append(f"convert_kernel<{T}>(const float*, int, uint32_t*, float*, uint32_t*, float*)")
+        kinds.append(f"product_kernel<{T}>(const {T}*, const {T}*, float*, int)")
+    instances = [f"template __global__ void {kind};" for kind in kinds]
     source, built = tmp_path / "wrappers.cu", tmp_path / "wrappers.fatbin"
     source.write_text('#include "wrappers.cuh"\nnamespace simplclip::gpu {\n' + "\n".join(instances) + "\n}\n")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in gate.LIMITS]
-    done = subprocess.run(
-        [nvcc, "-std=c++20", "-fatbin", f"-I{emulator.CUDA}", f"-I{emulator.HERE}", *targets, "-o", built, source],
-        capture_output=True,
-        text=True,
-    )
+    command = [nvcc, "-std=c++20", "-fatbin", f"-I{emulator.CUDA}", f"-I{emulator.HERE}", *targets, "-o", built, source]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
     for architecture in gate.LIMITS:

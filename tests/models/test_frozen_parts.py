@@ -55,6 +55,7 @@ def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name", "parts"), [(lite0, "siclip-lite0", [LITE0]), (s0, "siclip2-s0", S0)])
 def test_gradients(make, name, parts):
     model = make()
@@ -140,6 +141,7 @@ def test_what_has_no_copy():
     assert FrozenParts(vit.train()).lines() == []
 
 
+@pytest.mark.slow
 def test_under_other_wrappers(tmp_path):
     model = lite0()
     image = pairs(model, "siclip-lite0", 2)[0]

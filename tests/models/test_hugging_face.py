@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hugging_face import TEXT, batch, model, step
+from hugging_face import batch, model, step
 from torch import nn
 
 import simplclip
-from simplclip.integrations.transformers import use_losses
 from simplclip.models.hugging_face import CLIPBlock, EncoderBlock, Siglip2Block, SiglipBlock
 from simplclip.models.simplify import count_parameters
 from simplclip.nn import neighbour_groups
@@ -94,7 +93,7 @@ def test_masks_that_cannot_be_honoured(implementation):
         (lambda: clip(**inputs | {"attention_mask": holes}), r"^attention_mask: expected rows of ones followed by zeros"),
         (
             lambda: siglip(**of_siglip, attention_mask=inputs["attention_mask"]),
-            "^attention_mask: expected None or ones, .*pool",
+            "^attention_mask: expected None or ones",
         ),
         (lambda: siglip2(**of_siglip2 | {"pixel_attention_mask": patches}), "^pixel_attention_mask: expected rows of ones"),
         (lambda: layers(clip)[0](torch.randn(1, 3, 24), "causal"), "^attention_mask: expected a mask .*, got str"),
@@ -142,6 +141,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks_and_in_bfloat16():
     for name in BLOCKS:
         clip, inputs = simplified(name), batch(name)
@@ -169,38 +169,29 @@ class SmallByParts(Small):
     share: Any = {"attention": [[0, 1, 2, 3]], "mlp": [[0, 1], [2, 3]]}
 
 
-def test_saved_and_loaded_with_parts_shared(tmp_path):
-    clip, inputs = model(cls=SmallByParts, seed=5), batch()
-    clip.save_pretrained(tmp_path)
-    loaded, info = SmallByParts.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert len({id(block.qk.weight) for block in layers(loaded)}) == 1
-    assert len({id(block.fc2.bias) for block in layers(loaded)}) == 2
-    torch.testing.assert_close(loaded(**inputs).logits_per_image, clip.eval()(**inputs).logits_per_image)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_saved_and_loaded(shared, tmp_path):
-    clip, inputs = model(cls=Small, seed=5) if shared else simplified(seed=5), batch()
+@pytest.mark.parametrize("cls", [None, Small, SmallByParts])
+def test_saved_and_loaded(cls, tmp_path):
+    clip, twin = (simplified(seed=seed) if cls is None else model(cls=cls, seed=seed) for seed in (5, 6))
+    inputs = batch()
     expected = clip(**inputs).logits_per_image
-    twin = model(cls=Small, seed=6) if shared else simplified(seed=6)
     assert not torch.allclose(twin(**inputs).logits_per_image, expected)
     twin.load_state_dict(clip.state_dict(), strict=True)
     torch.testing.assert_close(twin(**inputs).logits_per_image, expected)
     torch.testing.assert_close(copy.deepcopy(clip)(**inputs).logits_per_image, expected)
-
     clip.save_pretrained(tmp_path)
-    if shared:
-        loaded, info = Small.from_pretrained(tmp_path, output_loading_info=True)
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        first, second = (f"text_model.encoder.layers.{index}.fc1.weight" for index in (0, 1))
-        assert loaded.all_tied_weights_keys[second] == first  # without which transformers 5.0 does not load it
-        blocks = layers(loaded)
-        assert blocks[0].fc1.weight is blocks[1].fc1.weight is not blocks[2].fc1.weight
-        assert [block.value is not None for block in blocks] == [True, False, False, False]
-        assert [block.output is not None for block in blocks] == [False, False, False, True]
-        torch.testing.assert_close(loaded.train()(**inputs).logits_per_image, expected)
+    if cls is None:
+        return
+    loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    first, second = (f"text_model.encoder.layers.{index}.fc1.weight" for index in (0, 1))
+    assert loaded.all_tied_weights_keys[second] == first  # without which transformers 5.0 does not load it
+    blocks = layers(loaded)
+    assert blocks[0].fc1.weight is blocks[1].fc1.weight is not blocks[2].fc1.weight
+    assert len({id(block.qk.weight) for block in blocks}) == (2 if cls is Small else 1)
+    assert [block.value is not None for block in blocks] == [True, False, False, False]
+    assert [block.output is not None for block in blocks] == [False, False, False, True]
+    torch.testing.assert_close(loaded.train()(**inputs).logits_per_image, expected)
 
 
 def test_what_is_refused_leaves_the_model_as_it_was():
@@ -215,23 +206,3 @@ def test_what_is_refused_leaves_the_model_as_it_was():
         with pytest.raises(ValueError, match=message):
             simplclip.simplify(made, **options)
     assert clip.state_dict().keys() == names
-
-
-def test_a_text_model_with_projection():
-    cls = transformers.CLIPTextModelWithProjection
-    clip, report = simplclip.simplify(cls(transformers.CLIPTextConfig(**TEXT)), towers=("text",))
-    assert len(report.replaced) == 4
-    assert clip(batch()["input_ids"]).text_embeds.shape == (6, 16)
-
-
-def test_a_simplified_model_learns_with_the_losses():
-    clip, inputs = simplified(mixes=False), batch()
-    use_losses(clip)
-    optimizer, losses = torch.optim.AdamW(clip.parameters(), lr=3e-3), []
-    for _ in range(40):
-        optimizer.zero_grad()
-        losses.append(clip(**inputs, return_loss=True).loss)
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[0] > 1.5
-    assert losses[-1] < 0.1

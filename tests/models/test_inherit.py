@@ -14,7 +14,7 @@ import simplclip
 from simplclip import gradient_cache, models
 from simplclip.demo import weights
 from simplclip.losses import ClipPMLoss
-from simplclip.models.inherit import InheritanceError, freeze, freeze_norms, inherit
+from simplclip.models.inherit import InheritanceError, freeze, inherit
 from simplclip.models.simplify import count_parameters
 from simplclip.nn import SimplifiedBlock
 
@@ -91,6 +91,7 @@ def s0(tmp_path_factory):
     return teacher.state_dict(), before, student, inherit(student, path)
 
 
+@pytest.mark.slow
 def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(s0):
     teacher, before, student, report = s0
     now, new = student.state_dict(), in_block(student)
@@ -181,14 +182,6 @@ def test_freeze_brings_the_state_back_without_the_source():
     assert [m.training for m in again.modules()] == flags
 
 
-def test_freeze_norms_keeps_statistics_only():
-    model = tiny()
-    freeze_norms(model)
-    gradient_cache.check(model.train())
-    assert model.get_submodule(BACKBONE).training
-    assert all(p.requires_grad for p in model.parameters())
-
-
 def test_patterns_of_what_trains_on():
     model, source = tiny(), tiny(1)
     report = inherit(model, source, train=["visual.trunk.patch_embed.proj", "*.stem.*", "text.text_pro*"])
@@ -276,26 +269,20 @@ def test_tied_weights_are_inherited_together_or_not_at_all():
 def bad_sources(folder):
     """Error, sources, and what the error says."""
     torch.save(nn.Linear(2, 2), folder / "module.pt")
-    (folder / "text.pt").write_text("hello")
     (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00")
     torch.save([1, 2], folder / "list.pt")
     torch.save({"epoch": 3}, folder / "empty.pt")
     yield FileNotFoundError, [folder / "no.pt"], "source: expected a file, .* got .*no.pt"
-    for name in ("module.pt", "text.pt", "cut.safetensors"):
+    for name in ("module.pt", "cut.safetensors"):
         yield InheritanceError, [folder / name], f"expected weights, readable without running code, got .*{name}: "
     yield InheritanceError, [folder / "list.pt"], "expected a state dict in .*list.pt, got list"
     yield InheritanceError, [folder / "empty.pt"], "expected weights, got .*empty.pt, which has no tensors"
     yield InheritanceError, ["minilm"], "expected weights that this model takes .none by name., got 'minilm'"
     yield InheritanceError, ["ViT-B-32/laion2b"], "got ViT-B-32/laion2b; nearest tags: laion2b_e16"
     yield InheritanceError, ["open_clip:ViT-B-23/x"], "no tags for ViT-B-23; nearest models: .*'ViT-B-32'"
-    torch.manual_seed(0)
     vision = {"layers": 1, "width": 64, "image_size": 32, "patch_size": 16}
     vit = open_clip.CLIP(256, vision, {"width": 256, "layers": 1, "vocab_size": 99})
-    yield (
-        InheritanceError,
-        [vit],
-        "got CLIP, of whose 3. tensors 3 fit; .* is .* in the source and .* in the model; .* \\(nearest: ",
-    )
+    yield InheritanceError, [vit], "CLIP, of whose 3. tensors 3 fit; .* is .* in the source and .* \\(nearest: "
     yield TypeError, [tiny(1), 3], "source: expected a module, a state dict, a path or a name, got int"
     yield InheritanceError, [], "expected at least one, got an empty list"
 

@@ -133,8 +133,12 @@ def test_plain_open_clip_models():
     assert "ViT-B-32" in models.summary(model, "open_clip:ViT-B-32")
     assert models.tokenizer("open_clip:ViT-B-32")(["x"]).shape == (1, 77)
     assert models.transforms("open_clip:ViT-B-32", train=False)(Image.new("L", (9, 9))).shape == (3, 224, 224)
-    with pytest.raises(ValueError, match="simplify_options: expected none"):
-        models.create("open_clip:ViT-B-32", simplify_options={"towers": ["text"]})
+    for name, options in (("open_clip:ViT-B-32", {}), ("siclip-lite0", {"simplified": False})):
+        with pytest.raises(ValueError, match="simplify_options: expected none"):
+            models.create(name, **options, simplify_options={"towers": ["text"]})
+    whole = models.create("siclip-lite0", simplified=False)
+    assert not any(isinstance(module, SimplifiedBlock) for module in whole.modules())
+    assert count_parameters(whole) == models.create("siclip-lite0").simplify_report.before
 
 
 @pytest.mark.parametrize("function", [models.create, models.tokenizer, lambda n: models.transforms(n, train=False)])
@@ -193,11 +197,3 @@ def test_transforms():
     assert cropped(image).shape == (3, 32, 32)
     with pytest.raises(ValueError, match="augment: expected 'affine', 'none' or fields of AugmentationCfg, got 'flip'"):
         models.transforms("siclip-tiny", train=True, augment="flip")
-
-
-def test_a_siclip_with_its_own_blocks():
-    whole, student = models.create("siclip-lite0", simplified=False), models.create("siclip-lite0")
-    assert not any(isinstance(module, SimplifiedBlock) for module in whole.modules())
-    assert count_parameters(whole) == student.simplify_report.before
-    with pytest.raises(ValueError, match="simplify_options: expected none for a model with its own blocks"):
-        models.create("siclip-lite0", simplified=False, simplify_options={"act": "relu"})

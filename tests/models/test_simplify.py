@@ -122,19 +122,9 @@ def test_only_this_instance_is_touched():
         ({"blocks": {"image": [7]}}, r"blocks\['image'\]: expected an index of 3 blocks, got 7"),
         ({"blocks": {"image": [0]}, "share": {"image": [[0, 1]]}}, r"share: expected .*\[1\]"),
         ({"towers": ("text", "audio")}, "towers: expected names .*audio"),
-        (
-            {"share": {"text": {"qk": [[0, 1]]}}},
-            r"share: expected groups, or groups by names out of \('attention', .* got 'qk'",
-        ),
-        (
-            {"share": {"text": {"mlp": [0, 1]}}},
-            r"share: expected a list of groups of indices such as \[\[0, 1\]\], got \[0, 1\]",
-        ),
-        ({"share": {"text": [["0", "1"]]}}, r"share: expected a list of groups .*, got \[\['0', '1'\]\]"),
-        (
-            {"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}},
-            "share: expected disjoint groups, got block 1 twice for mlp",
-        ),
+        ({"share": {"text": {"qk": [[0, 1]]}}}, r"share: expected groups, .* names out of \('attention', .* got 'qk'"),
+        ({"share": {"text": {"mlp": [0, 1]}}}, r"share: expected a list of groups of .* as \[\[0, 1\]\], got \[0, 1\]"),
+        ({"share": {"text": {"all": [[0, 1]], "mlp": [[1, 2]]}}}, "share: expected disjoint groups, got block 1 twice"),
         ({"share": {"image": {"attention": [[0, -3]]}}}, "share: .*got block 0 twice for attention"),
     ],
 )
@@ -151,15 +141,11 @@ def test_an_error_leaves_the_model_as_it_was(options, message):
     [
         (lambda: masking(embed_cls=True), "text: .*class token or padding masks"),
         (lambda: masking(no_causal_mask=True, use_pad_mask=True), "text: .*class token or padding masks"),
-        (
-            lambda: clip({"layers": (1, 1, 1, 1), "width": 8, "head_width": 8, "image_size": 32}),
-            "got ModifiedResNet without any",
-        ),
+        (lambda: clip({"layers": (1,) * 4, "width": 8, "head_width": 8, "image_size": 32}), "ModifiedResNet without any"),
         (lambda: with_text(nn.Module()), "text: expected open_clip's text transformer, got Module"),
         (lambda: without("transformer"), "model: expected an open_clip model with `text` or `transformer`, its text tower"),
         (lambda: without("visual"), "model: expected .* with `visual`, its image tower, got CLIP without"),
         (lambda: without("attn_mask"), "text: expected an attribute attn_mask, None or causal, got CLIP without"),
-        (lambda: nn.Linear(2, 2), "with `text` or `transformer`, its text tower, got Linear without"),
     ],
 )
 def test_models_that_are_refused(make, message):
@@ -196,6 +182,7 @@ MODES = [{"all": neighbour_groups(4)}, {"attention": [[0, -1]]}, {"mlp": [[1, 2,
 MODES += [{"attention": [[0, 1, 2, 3]], "mlp": [[0, 1], [2, 3]]}, {"all": [[0, 1]], "attention": [[2, 3]]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", MODES)
 def test_every_mode_of_sharing(share):
     one, two = (simplify(clip(seed=seed).to(torch.bfloat16), share={"text": share})[0] for seed in (0, 9))
@@ -209,9 +196,6 @@ def test_every_mode_of_sharing(share):
     for other in (two, copy.deepcopy(one), torch.compile(one, fullgraph=True, backend="aot_eager")):
         assert_same(one(batch()[0].bfloat16(), batch()[1]), other(batch()[0].bfloat16(), batch()[1]))
         assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in one.parameters())
-
-
-def test_report_of_parts():
     _, report = simplify(clip(), share={"text": {"attention": [[0, -1]], "mlp": [[0, 1]]}, "image": {"mlp": []}})
     assert report.share == {"text": {"attention": [[0, 3]], "mlp": [[0, 1]]}, "image": {}}
     assert "blocks [0, 1, 2, 3], attention shared in groups [[0, 3]], mlp shared in groups [[0, 1]]\n" in str(report)
@@ -244,13 +228,6 @@ def test_mlp_ratio_by_tower():
     after = {row.tower: (row.hidden, row.width) for row in simplify(clip(), mlp_ratio={"text": 1.5})[1].replaced}
     assert after["text"][0] == 1.5 * after["text"][1] != before["text"]
     assert after["image"][0] == before["image"], "as in the old block"
-
-
-def test_strict_state_dict_round_trip():
-    one, two = (simplify(clip(seed=seed), share={"text": neighbour_groups(4)})[0] for seed in (0, 9))
-    assert not torch.equal(one(*batch())[1], two(*batch())[1])
-    two.load_state_dict(one.state_dict(), strict=True)
-    assert_same(one(*batch()), two(*batch()))
 
 
 def test_masks_that_cannot_be_honoured():
@@ -323,12 +300,6 @@ def test_grad_checkpointing_gives_the_same_gradients(cls):
     torch.testing.assert_close(*gradients)
 
 
-def test_compiles_without_graph_breaks():
-    model, _ = simplify(clip().eval())
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_same(compiled(*batch()), model(*batch()))
-
-
 def test_intermediates_and_batch_first():
     image, text = batch()
     model, _ = simplify(clip().eval())
@@ -346,15 +317,3 @@ def test_open_clips_zero_shot_classifier():
     weights = open_clip.build_zero_shot_classifier(model, tokenizer, ["cat", "dog", "fish"], ["a {}.", "one {}."])
     assert weights.shape == (16, 3)
     torch.testing.assert_close(weights.norm(dim=0), torch.ones(3))
-
-
-def test_a_converted_model_learns_random_pairs():
-    model, _ = simplify(clip(), share={"text": neighbour_groups(4)})
-    optimizer, loss, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), open_clip.ClipLoss(), []
-    for _ in range(40):
-        optimizer.zero_grad()
-        losses.append(loss(*model(*batch(n=8))))
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[0] > 1.5
-    assert losses[-1] < 0.1

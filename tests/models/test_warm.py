@@ -2,7 +2,6 @@
 
 import copy
 
-import hugging_face
 import pytest
 import tiny as tiny_data
 import torch
@@ -114,20 +113,6 @@ def test_attention_maps_are_those_of_the_old_block_but_for_the_bias_of_q(kind, b
     assert torch.allclose(ours, theirs, atol=1e-5) == (not biased or kind == "timm_rms")
 
 
-def test_a_new_block_is_the_identity_where_attention_is_uniform_and_keeps_what_tokens_have_in_common():
-    old = trained(TOKENS["open_clip"])
-    nn.init.zeros_(old.mlp.c_proj.weight)
-    nn.init.zeros_(old.mlp.c_proj.bias)
-    new = started(old, causal=True)
-    x = torch.randn(2, 5, C)
-    assert not torch.allclose(new(x), new.norm(x), atol=1e-2)
-    alike = x[:, :1].expand_as(x)
-    torch.testing.assert_close(new(alike), new.norm(alike))
-    nn.init.zeros_(old.attn.in_proj_weight)
-    uniform = started(old, causal=True)
-    torch.testing.assert_close(uniform(x), uniform.norm(x))
-
-
 def test_rmsnorm_subtracts_the_mean_in_the_matrices():
     """Of inputs with a mean, whose root mean square is their standard deviation, as far as RMSNorm can tell."""
     old = trained(TOKENS["open_clip"])
@@ -176,7 +161,6 @@ def test_fastvit_from_its_running_statistics(norm):
     assert (got - expected).mean((0, 2, 3)).abs().max() < 0.25 * expected.std()
     random = SimplifiedBlock(64, 2, 2.0)
     assert new.attention_gain > 2 * random.attention_gain
-
     # The least squares slopes of the MLP's input, channel by channel, are those that were folded in.
     n = new.norm(maps.flatten(2).transpose(1, 2)).flatten(0, 1)
     theirs = old.mlp.conv(maps).flatten(2).transpose(1, 2).flatten(0, 1)
@@ -199,31 +183,19 @@ def test_fastvit_replaces_the_taps_of_neighbours_by_their_mean():
     assert (ours - theirs).square().mean() < (shuffled - theirs).square().mean()
 
 
-def refused():
-    qk_norm = Block(C, H, qk_norm=True)
-    yield qk_norm, "expected timm's Block without further parts, got attn.k_norm.bias"
-    yield CustomResidualAttentionBlock(C, H, scale_fc=True), "without further parts, got mlp.ln.bias"
-    yield CustomResidualAttentionBlock(C, H, scale_cosine_attn=True), "without further parts, got attn.logit_scale"
-    yield ResidualAttentionBlock(C, H, is_cross_attention=True), "without further parts, got ln_1_kv.bias"
-    yield (
-        nn.Linear(3, 3),
-        "expected a block of a known kind .open_clip's residual attention block, .*, got one of bias, weight",
-    )
-    folded = {k: v for k, v in fastvit.AttentionBlock(64).state_dict().items() if ".bn." not in k}
-    yield folded, "expected FastViT's AttentionBlock, got one without mlp.conv.bn.running_mean"
-
-
 def test_blocks_that_are_refused():
-    for block, message in refused():
-        tensors = block if isinstance(block, dict) else block.state_dict()
+    folded = {k: v for k, v in fastvit.AttentionBlock(64).state_dict().items() if ".bn." not in k}
+    for tensors, message in (
+        (Block(C, H, qk_norm=True).state_dict(), "expected timm's Block without further parts, got attn.k_norm.bias"),
+        (CustomResidualAttentionBlock(C, H, scale_fc=True).state_dict(), "without further parts, got mlp.ln.bias"),
+        (ResidualAttentionBlock(C, H, is_cross_attention=True).state_dict(), "without further parts, got ln_1_kv.bias"),
+        (nn.Linear(3, 3).state_dict(), "a known kind .open_clip's residual attention block, .*, got one of bias, weight"),
+        (folded, "expected FastViT's AttentionBlock, got one without mlp.conv.bn.running_mean"),
+    ):
         with pytest.raises(ValueError, match=message):
             convert(tensors)
     for make, message in (
-        (
-            lambda: Block(C, H, 3.0),
-            r"b: expected a block of width 24, 48 hidden units with fc1.weight \[48, 24\], got \[72, 24\]",
-        ),
-        (lambda: Block(32, H), r"with qk.weight \[48, 24\], got \[64, 32\]"),
+        (lambda: Block(C, H, 3.0), r"b: expected .* width 24, 48 hidden units with fc1.weight \[48, 24\], got \[72, 24\]"),
         (lambda: Block(C, H, 2.0, mlp_layer=GluMlp), r"with fc2.weight \[24, 48\], got \[24, 24\]"),
         (lambda: SimplifiedBlock(C, H, 2.0, value=True), r"with value.weight none, got \[24, 24\]"),
     ):
@@ -265,9 +237,8 @@ def test_simplify_inherits_in_both_towers(dtype):
     share = {"text": {"attention": neighbour_groups(4)}, "image": {"all": [[1, 2]]}}
     simplify(model, share={"text": share["text"]}, init="inherit", merge="average", mlp_gain=0.3)
     for ours, theirs in zip(model.transformer.resblocks[2:], plain.transformer.resblocks[2:]):
-        torch.testing.assert_close(
-            ours.fc1.weight.data, theirs.mlp.c_fc.weight.data, rtol=0, atol=0
-        )  # the first affine is one
+        # The first affine is one.
+        torch.testing.assert_close(ours.fc1.weight.data, theirs.mlp.c_fc.weight.data, rtol=0, atol=0)
         assert ours.mlp_gain.item() == pytest.approx(0.3, rel=1e-2)
         assert ours.attention_gain == 1
     q, k = (plain.transformer.resblocks[i].attn.in_proj_weight[:48].float() for i in (2, 3))
@@ -291,16 +262,6 @@ def test_simplify_inherits_in_both_towers(dtype):
         with pytest.raises(ValueError, match=message):
             simplify(plain, **options)
     assert len([m for m in plain.modules() if isinstance(m, ResidualAttentionBlock)]) == 7
-
-
-def test_transformers_layers_inherit():
-    model, plain = hugging_face.model(), hugging_face.model()
-    simplify(model, share={"text": {"mlp": [[0, 1]]}}, init="inherit")
-    ours, theirs = (m.vision_model.encoder.layers[1] for m in (model, plain))
-    torch.testing.assert_close(ours.fc2.weight, theirs.mlp.fc2.weight, rtol=0, atol=0)
-    torch.testing.assert_close(ours.qk.weight[32:], theirs.self_attn.k_proj.weight, rtol=0, atol=0)
-    layers = model.text_model.encoder.layers
-    assert layers[0].fc1.weight is layers[1].fc1.weight
 
 
 SHARE = {"text": {"attention": [[0, 1]]}}
@@ -342,11 +303,7 @@ def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
     wide = tiny(1, simplified=False, text_cfg={"mlp_ratio": 2.0})
     for states, merge, message in (
         (bare, "first", "blocks: expected a source with a block text.transformer.resblocks.0, got the state dict without"),
-        (
-            wide,
-            "first",
-            r"blocks: text.transformer.resblocks.0: expected a block .* with fc1.weight \[1024, 256\], got \[512",
-        ),
+        (wide, "first", r"blocks: text.transformer.resblocks.0: expected a block .* fc1.weight \[1024, 256\], got \[512"),
         (source, "mean", "blocks: merge: expected one of"),
     ):
         with pytest.raises(InheritanceError, match=message):
@@ -357,6 +314,7 @@ def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
         inherit(tiny(simplified=False), source, blocks="first")
 
 
+@pytest.mark.slow
 def test_a_run_starts_blocks_and_keeps_the_gains_of_its_config(tmp_path):
     source = models.create("siclip-tiny", simplified=False, **tiny_data.MODEL)
     torch.save(source.state_dict(), tmp_path / "source.pt")

@@ -87,6 +87,7 @@ print(entry["backend"], "|", entry["others"]["cpu"])
 """
 
 
+@pytest.mark.slow
 def test_without_extension_and_triton_the_reference_serves():
     done = run_python(WITHOUT_EXTENSION)
     value, serves = done.stdout.splitlines()
@@ -95,6 +96,7 @@ def test_without_extension_and_triton_the_reference_serves():
     assert serves == "reference | simplclip._C was not built"
 
 
+@pytest.mark.slow
 def test_importing_is_light():
     """No compiler, no GPU context, and not even torch before a submodule is named."""
     code = "import sys, simplclip; print([m for m in ('torch', 'triton', 'open_clip', 'timm') if m in sys.modules])"
@@ -116,6 +118,7 @@ def test_report_is_json_and_names_a_backend_for_every_op():
     assert all(op in text for op in report["ops"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(backends.extension is None, reason=f"no extension: {backends.extension_error}")
 def test_an_unknown_instruction_set_is_an_error():
     done = run_python("import simplclip; simplclip.ops.backends.extension.cpu_isa()", SIMPLCLIP_CPU_ISA="mmx")

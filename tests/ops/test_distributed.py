@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -20,21 +21,30 @@ def torchrun(*parts, ranks=2):
     )
 
 
+PARTS = {
+    2: ("open_clip", "one process", "exchanges", "gradient caching", "rows", "prefixes", "transformers"),
+    3: ("open_clip", "rows", "prefixes"),  # in make prove
+}
+
+
 @pytest.fixture(scope="module")
-def of_two_ranks():
-    return torchrun("open_clip", "one process", "exchanges", "gradient caching")
+def of_ranks():
+    """What the parts of so many ranks said, in one start of them."""
+    return functools.cache(lambda ranks: torchrun(*PARTS[ranks], ranks=ranks))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["open_clip", "one process", "exchanges", "gradient caching"])
-def test_two_ranks_equal(part, of_two_ranks):
-    assert of_two_ranks.stdout.count(f"{part} passed") == 2, of_two_ranks.stderr[-5000:]
-
-
-@pytest.mark.slow
-def test_three_ranks_equal_open_clips():
-    run = torchrun("open_clip", ranks=3)
-    assert run.stdout.count("open_clip passed") == 3, run.stderr[-5000:]
+@pytest.mark.parametrize(
+    ("ranks", "part"),
+    [
+        *((2, part) for part in PARTS[2]),
+        *(pytest.param(3, part, marks=pytest.mark.prove) for part in PARTS[3]),
+    ],
+)
+def test_ranks_equal(ranks, part, of_ranks):
+    """Open_clip's losses, or one process."""
+    if part == "transformers":
+        pytest.importorskip("transformers", reason="transformers is not installed: pip install 'simplclip[transformers]'")
+    assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from simplclip.ops import checks
 GOOD = torch.randn(4, 8)
 zeros, ones, meta = torch.zeros, torch.ones, functools.partial(torch.zeros, device="meta")
 TEACHER = {"terms": ("relational",), "teacher_image": GOOD, "teacher_text": GOOD, "teacher_scale": 10.0}
-WIDER = TEACHER | {"teacher_image": torch.randn(4, 12), "teacher_text": torch.randn(4, 12)}
+WIDER = TEACHER | {"terms": ("interactive",), "teacher_image": torch.randn(4, 12), "teacher_text": torch.randn(4, 12)}
 PLANE = {"terms": ("pair_matching",), "plane": (1.0, 0.0)}
 CALLS = {
     "similarity_loss": {"image": GOOD, "text": GOOD, "logit_scale": 10.0},
@@ -36,26 +36,16 @@ BAD = {
         (dict(ids=torch.arange(3)), r"ids: expected shape \[N\] = \[4\], got \[3\]"),
         (dict(text_ids=torch.arange(4)), "ids: expected ids for the rows beside text_ids"),
         (dict(logit_scale=ones(2)), r"logit_scale: expected one element, got shape \[2\]"),
-        (dict(terms=("contrastiv",)), "terms: expected one of 'contrastive', .* got 'contrastiv'"),
         (dict(terms=()), "terms: expected a tuple of at least one of"),
-        (dict(terms=5), "terms: expected a tuple of at least one of .* got 5"),
         (dict(terms=(5,)), "terms: expected one of 'contrastive', .* got 5"),
         (dict(terms=("pair_matching",)), "plane: expected .* got NoneType"),
         (dict(PLANE, plane=(ones(5), 0.0)), r"plane: expected w \[D\] = \[8\], got shape \[5\]"),
         (dict(terms=("relational",)), "teacher_image: expected .* term 'relational' needs it"),
-        (dict(TEACHER, teacher_text=None), "teacher_text: expected .* got None"),
         (dict(TEACHER, teacher_scale=None), "teacher_scale: expected .* got None"),
         (dict(TEACHER, teacher_image=zeros(5, 8)), r"teacher_image: expected the 4 rows of image, got shape \[5, 8\]"),
-        (dict(TEACHER, teacher_text=zeros(4, 9)), "teacher_text: expected the width of teacher_image, 8, got 9"),
         (dict(TEACHER, teacher_text=meta(4, 8)), "teacher_text: expected the device of text, cpu, got meta"),
-        (
-            dict(WIDER, terms=("interactive",)),
-            "projected_image: expected image features projected to the teacher's width, 12, since image has 8, got None",
-        ),
-        (
-            dict(WIDER, terms=("interactive",), projected_image=GOOD),
-            r"projected_image: expected the shape of teacher_image, \[4, 12\], got \[4, 8\]",
-        ),
+        (WIDER, "projected_image: expected image features projected to the teacher's width, 12, since image has 8, got None"),
+        (dict(WIDER, projected_image=GOOD), r"projected_image: expected the shape of teacher_image, \[4, 12\], got \[4, 8\]"),
         (dict(interactive="mse"), "interactive: expected one of 'infonce', 'kl', got 'mse'"),
         (dict(divergence="js"), "divergence: expected one of 'kl', 'cross_entropy', got 'js'"),
         (dict(scratch_bytes=-1), "scratch_bytes: expected a number of bytes, 0 or more, got -1"),
@@ -66,11 +56,9 @@ BAD = {
         (dict(image=GOOD.long()), "image: expected float32, .* got torch.int64"),
         (dict(label_offset=0.5), "label_offset: expected an int, got float"),
         (dict(symmetric="x"), "symmetric: expected a bool, got str"),
-        (dict(logit_scale=True), "logit_scale: expected a number or a tensor with one element, got bool"),
         (dict(logit_scale="10"), "logit_scale: expected a number or a tensor with one element, got str"),
         (dict(logit_scale=np.ones(2)), "logit_scale: expected a number or a tensor with one element, got ndarray"),
         (dict(ids=torch.arange(4.0)), r"ids: expected an int64 or int32 tensor \[N\], got torch.float32"),
-        (dict(ids=ones(4, dtype=torch.bool)), "ids: expected an int64 or int32 .* got torch.bool"),
         (dict(logit_scale=torch.tensor(3)), "logit_scale: expected float32, .* got torch.int64"),
         (dict(logit_scale=ones((), dtype=torch.float8_e4m3fn)), "logit_scale: expected float32, .* got torch.float8_e4m3fn"),
         (dict(PLANE, plane=(ones(8).long(), 0.0)), "plane's w: expected float32, .* got torch.int64"),
@@ -84,7 +72,6 @@ BAD = {
         (dict(teacher=zeros(4, 9)), r"student: expected the width of teacher, 9, or a projection \[9, 8\], got width 8"),
         (dict(distance="l2"), "distance: expected one of 'mse', 'smooth_l1', got 'l2'"),
         (dict(beta=0), "beta: expected a finite number above 0 .* got 0"),
-        (dict(beta=float("inf")), "beta: expected a finite number above 0 .* got inf"),
         (dict(projection=zeros(8, 9)), r"projection: expected shape \[D, D_student\] = \[8, 8\], got \[8, 9\]"),
         (dict(projection=meta(8, 8)), "projection: expected the device of student, cpu, got meta"),
     ],
@@ -99,13 +86,11 @@ BAD = {
         (dict(q=zeros(2, 5, 12)), r"q: expected a tensor \[B, L, H, K\]"),
         (dict(q=zeros(2, 0, 3, 4)), r"q: expected \[B, L, H, K\] without an empty dimension, got shape \[2, 0, 3, 4\]"),
         (dict(k=zeros(2, 6, 3, 4)), r"k: expected the shape of q.*\[2, 6, 3, 4\]"),
-        (dict(v=zeros(2, 5, 3, 8)), r"v: expected the shape of q.*\[2, 5, 3, 8\]"),
         (dict(v=meta(2, 5, 3, 4)), "v: expected the device of q, cpu, got meta"),
         (dict(beta=ones(4)), r"beta: expected one value per head, \[3\], got \[4\]"),
         (dict(scale=float("nan")), "scale: expected a finite number, got nan"),
         (dict(lengths=torch.tensor([1, 2, 3])), r"lengths: expected one per sequence, \[2\], got \[3\]"),
         (dict(lengths=torch.tensor([1, 6])), "lengths: expected 0 to 5 valid tokens, got 6"),
-        (dict(lengths=torch.tensor([-1, 5])), "lengths: expected 0 to 5 valid tokens, got -1"),
     ],
     ("shaped_attention", TypeError): [
         (dict(v=zeros(2, 5, 3, 4).half()), "v: expected the dtype of q.*float16"),

@@ -20,7 +20,7 @@ def test_kernels(isa):
         pytest.skip("this run takes it already")
     options = ["-q", "-m", "instruction_set", "-k", "not reference", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = os.environ | {"SIMPLCLIP_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", *options, "--cases", "300", "tests/ops"]
+    command = [sys.executable, "-m", "pytest", *options, "--cases", "150", "tests/ops"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     if "SIMPLCLIP_CPU_ISA: expected one of" in done.stdout:
         pytest.skip(f"this CPU has no {isa}")

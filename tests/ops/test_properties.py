@@ -1,6 +1,6 @@
 """Random calls of every op against float64 (random_calls): 2,000, or as many as --cases says.
 
-pytest tests/ops/test_properties.py --cases 50000
+pytest tests/ops/test_properties.py --cases 20000
 pytest tests/ops/test_properties.py --first-case 1234 --cases 1       the call of a failure again
 """
 
@@ -29,7 +29,8 @@ def test_random_calls(block):
 
 @pytest.mark.instruction_set
 def test_what_is_not_finite_reaches_the_result(block):
-    expect_none(random_calls.failures(block, random_calls.check_nonfinite), block)
+    """Of every fifth call, each small tensor in turn."""
+    expect_none(random_calls.failures(block[::5], random_calls.check_nonfinite), block[::5])
 
 
 def test_a_number_makes_the_same_call_again():
@@ -61,6 +62,7 @@ def test_draws_cover_the_ops():
     assert {frozenset(terms) for terms in seen["terms"]} == set(map(frozenset, subsets))
 
 
+@pytest.mark.slow
 def test_a_wrong_result_fails(monkeypatch):
     """A tenth off in one gradient of every op is found."""
     honest = calls.run
@@ -72,10 +74,10 @@ def test_a_wrong_result_fails(monkeypatch):
         return found
 
     monkeypatch.setattr(calls, "run", wrong)
-    failed = random_calls.failures(range(200))
+    failed = random_calls.failures(range(100))
     ops = collections.Counter(random_calls.make(int(text.split()[1].rstrip(":"))).call.op for text in failed)
     for op in random_calls.PLAIN:
-        wanting = sum(bool(case.need) for case in map(random_calls.make, range(200)) if case.call.op == op)
+        wanting = sum(bool(case.need) for case in map(random_calls.make, range(100)) if case.call.op == op)
         assert ops[op] > 0.6 * wanting, f"{op}: {ops[op]} of {wanting} found"
 
 

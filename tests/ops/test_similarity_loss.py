@@ -1,6 +1,5 @@
 """What random calls of similarity_loss do not reach: several chunks, logits that lie far apart, pairs without negatives."""
 
-import itertools
 import math
 from fractions import Fraction
 
@@ -21,15 +20,16 @@ def of_ones(call, backend):
         return run(function_of(call), call, call.typed(torch.float32), call.needed(), lambda name, t: torch.ones_like(t))
 
 
+@pytest.mark.slow
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("plane", ["scalar", "hadamard"])
-def test_chunks_and_stored_rows_change_nothing(plane, dtype):
+@pytest.mark.parametrize(("plane", "interactive"), [("scalar", "kl"), ("hadamard", "infonce")])
+def test_chunks_and_stored_rows_change_nothing(plane, interactive, dtype):
     """One chunk or several, the last not whole, and an end of the stored rows between them."""
     row = 310 * (4 if dtype == torch.float16 else dtype.itemsize)
     rows = ((0, 0), (64, 0), (128, 0), (128, 64), (128, 192))
     budgets = [(scratch * row, store * row) for scratch, store in rows] + [(1 << 20, 1 << 20)]
-    for (scratch, store), interactive in itertools.product(budgets, ("infonce", "kl")):
+    for scratch, store in budgets:
         call = similarity_call(
             300, 310, 7, terms=TERMS, plane=plane, ids=True, teacher_width=20, interactive=interactive, scratch_bytes=scratch,
             store_bytes=store,
@@ -108,16 +108,6 @@ def test_a_student_equal_to_its_teacher_has_no_divergence(backend):
     out = of_ones(call, backend)
     assert out["relational"].abs() < 1e-6
     assert out["d_image"].abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_infinite_feature_of_a_lone_pair(backend):
-    """No negatives: softplus(-inf) would be a loss of 0."""
-    image, text = torch.tensor([[math.inf, 1.0]]), torch.tensor([[1.0, 1.0]])
-    with simplclip.backend(backend):
-        terms = similarity_loss(image, text, 1.0, terms=TERMS[:2], plane=(1.0, 0.0))
-    assert terms["contrastive"].isnan()
-    assert terms["pair_matching"].isnan()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

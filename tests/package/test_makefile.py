@@ -65,15 +65,6 @@ def test_another_compiler_is_the_one_that_is_asked_for(folder):
     assert make("check-tools", PATH=str(folder), CXX="clang++ -stdlib=libc++").returncode == 0
 
 
-def test_python_is_missing(folder):
-    (folder / "python3").unlink()
-    run = make("check-tools", PATH=str(folder))
-    assert run.returncode == 2
-    assert missing(run) == [
-        "missing: Python 3.10 or later, called python3; apt install python3 (Debian, Ubuntu) or dnf install python3 (Fedora)"
-    ]
-
-
 def test_debian_without_venv(folder, tmp_path):
     """Debian's python3 has no ensurepip; python3-venv brings it."""
     (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError('ensurepip')\n")

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 
-KILLS = int(os.environ.get("SIMPLCLIP_TEST_KILLS", "2"))  # how many in a test that kills; 20 are the long proof
+KILLS = int(os.environ.get("SIMPLCLIP_TEST_KILLS", "2"))  # how many in a test that kills; 6 are the long proof
 
 
 def digests(folder):

@@ -8,6 +8,8 @@ from datetime import timedelta
 
 import plain
 import rank_gradient_cache
+import rank_matryoshka
+import rank_rowwise
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,11 +58,8 @@ def close(ours, theirs, what):
 
 def equals_open_clip(rank):
     mine = slice(N * rank, N * rank + N)
-    for (theirs, ours, distil), local_loss, gather_with_grad in itertools.product(
-        ((ClipLoss, losses.ClipLoss, False), (DistillClipLoss, WIKDLoss, True)),
-        (False, True),
-        (False, True),
-    ):
+    kinds = (ClipLoss, losses.ClipLoss, False), (DistillClipLoss, WIKDLoss, True)
+    for (theirs, ours, distil), local_loss, gather_with_grad in itertools.product(kinds, (False, True), (False, True)):
         mode = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": rank, "world_size": WORLD}
         expected, got = (run(make(**mode), batch(), mine, distil) for make in (theirs, ours))
         what = f"{theirs.__name__} local_loss={local_loss} gather_with_grad={gather_with_grad}"
@@ -121,13 +120,8 @@ def options_equal_one_process(rank):
         if local_loss and not gather_with_grad:  # the other ranks' features are constants
             image, text, scale = (batch()[name] for name in ("image", "text", "logit_scale"))
             own = [t[mine].clone().requires_grad_() for t in (image, text)]
-            given = {
-                "terms": ("contrastive",),
-                "ids": ids[mine],
-                "text_ids": ids,
-                "label_offset": N * rank,
-                "symmetric": False,
-            }
+            given = {"terms": ("contrastive",), "label_offset": N * rank, "symmetric": False}
+            given |= {"ids": ids[mine], "text_ids": ids}
             both = zip(own, (text, image))
             value = sum(plain.similarity_loss(x, y, scale, **given, **options)["contrastive"] for x, y in both) / 2
             gradients = dict(zip(gradients, torch.autograd.grad(value, own)))
@@ -223,17 +217,27 @@ def dies(rank):
         run(loss, batch(), slice(N * rank, N * rank + N), False)
 
 
+def transformers(rank):
+    import rank_transformers
+
+    rank_transformers.main(rank)
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
         "one process": [equals_one_process, options_equal_one_process],
+        "exchanges": [collectives, unequal, grad_cache],
+        "gradient caching": [rank_gradient_cache.main],
+        "rows": [rank_rowwise.ranks_equal_open_clip],
+        "prefixes": [rank_matryoshka.main, rank_matryoshka.autocast],
+        "transformers": [transformers],
         "dies": [dies],
     }
-    parts |= {"exchanges": [collectives, unequal, grad_cache], "gradient caching": [rank_gradient_cache.main]}
     for name in sys.argv[1:]:
         for part in parts[name]:
             part(dist.get_rank())
-        sys.stdout.write(f"{name} passed\n")  # at once, since both ranks write to one pipe
+        sys.stdout.write(f"{name} passed\n")  # at once, since the ranks write to one pipe
         sys.stdout.flush()
     dist.destroy_process_group()

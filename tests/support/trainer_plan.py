@@ -29,7 +29,7 @@ class Plan:
     def __init__(self, folder, ranks=1):
         self.folder, self.ranks, self.entries, self.results = folder, ranks, {}, []
 
-    def add(self, key, who, *argv, name=None, data="one", epochs=1, steps=STEPS, command=(), help=("ddp", "shards")):
+    def add(self, key, who, *argv, name=None, data="one", epochs=1, steps=STEPS, command=()):
         # A batch is all there is, whole pictures, so that open_clip's unseeded shuffling changes no loss.
         shards, samples = {"one": ("train-0.tar", BATCH), "two": ("train-{0..1}.tar", 2 * BATCH)}[data]
         argv = [
@@ -40,7 +40,7 @@ class Plan:
             "--epochs", str(epochs), "--lr", "1e-3", "--warmup", "0", "--lr-scheduler", "const",
             "--log-every-n-steps", "1", "--logs", str(self.folder / "logs"), "--name", name or key, *map(str, argv),
         ]  # fmt: skip
-        self.entries[key] = {"who": who, "argv": argv, "help": list(help)}
+        self.entries[key] = {"who": who, "argv": argv}
 
     def both(self, key, *argv, **options):
         for who in ("theirs", "ours"):

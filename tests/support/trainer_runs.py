@@ -1,12 +1,11 @@
 """Runs open_clip's trainer several times in one process, with its own losses and with ours, and writes down what they did.
 
-    python trainer_runs.py FOLDER PLAN        PLAN: {name: {"who": WHO, "argv": [...], "help": [...]}}
+    python trainer_runs.py FOLDER PLAN        PLAN: {name: {"who": WHO, "argv": [...]}}
 
 WHO is "theirs" for open_clip's trainer, "ours" for simplclip-open-clip, and "used" for open_clip's trainer under use_losses.
 
-What open_clip's trainer cannot do here without help, which both get then:
-    "ddp"     it gives DistributedDataParallel device_ids, which torch refuses for modules on a CPU
-    "shards"  it reads shards by webdataset 0.2.86 only; ours helps itself to this
+What open_clip's trainer cannot do here: it gives DistributedDataParallel device_ids, which torch refuses for modules on a CPU
+(both are helped), and reads shards by webdataset 0.2.86 only (ours helps itself).
 
 Each rank writes FOLDER/PLAN-RANK.json: by run the losses of each step, the loss' parameters at the end, or the error.
 """
@@ -80,12 +79,11 @@ def run(entry: dict, meeting: Path) -> dict:
         argv = [*argv, "--dist-url", f"file://{meeting}?rank={os.environ['RANK']}&world_size={os.environ['WORLD_SIZE']}"]
     handle = torch.nn.modules.module.register_module_forward_hook(recorder)
     wrap = torch.nn.parallel.DistributedDataParallel
-    if "ddp" in entry["help"]:
-        torch.nn.parallel.DistributedDataParallel = lambda module, device_ids=None, **options: wrap(module, **options)
+    torch.nn.parallel.DistributedDataParallel = lambda module, device_ids=None, **options: wrap(module, **options)
     try:
         before = names()
         with contextlib.ExitStack() as stack:
-            if entry["who"] != "ours" and "shards" in entry["help"]:
+            if entry["who"] != "ours":
                 stack.enter_context(simplclip.integrations.open_clip_train._shards_of_webdataset_1())
             if entry["who"] == "used":
                 stack.enter_context(use_losses())

@@ -29,55 +29,38 @@ STAGES = [  # of WIKD: one space after the other, with the base in the last one
 CACHED = ["data.micro_batch={image: 4, text: 6}", "model.freeze_norms=true"]
 
 
-def logits_of(tmp_path, *changes):
-    model = Training(tiny.settings(tmp_path, *changes), CPU, "fp32").model
-    return model.logit_scale.exp().item(), None if model.logit_bias is None else model.logit_bias.item()
-
-
-def test_where_scale_and_bias_start(tmp_path):
+@pytest.mark.slow
+def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
     """The config's values, else the source's, else SigLIP's; the contrastive base has the model's own."""
-    sources = {name: models.create("siclip-tiny", **tiny.MODEL, **options) for name, options in SOURCES.items()}
-    for name, model in sources.items():
-        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
+    sources = {
+        "siglip": {"init_logit_scale": math.log(50), "init_logit_bias": -12.0},
+        "clip": {"init_logit_scale": math.log(80)},
+    }
+    for name, options in sources.items():
+        torch.save(models.create("siclip-tiny", **tiny.MODEL, **options).state_dict(), tmp_path / f"{name}.pt")
     siglip, clip = (f"inherit.source={tmp_path / name}.pt" for name in sources)
     set_scale, set_bias = f"model.options.init_logit_scale={math.log(30)}", "model.options.init_logit_bias=-4.0"
-    for changes, scale, bias in (
-        ([], 1 / 0.07, None),
-        ([SIGMOID], 10, -10),
-        ([SIGMOID, set_scale], 30, -10),
-        ([SIGMOID, set_bias], 10, -4),
-        ([SIGMOID, "model.options.init_logit_bias=null"], 10, None),
-        ([SIGMOID, siglip], 50, -12),
-        ([SIGMOID, siglip, set_bias], 50, -4),
-        ([SIGMOID, clip], 80, -10),
-        ([SIGMOID, clip, set_scale], 30, -10),
-        ([clip], 80, None),
-        ([clip, set_scale], 30, None),
+    default, inherited, own = "(as in SigLIP)", "(inherited)", "(model.options.init_logit_{})"
+    for changes, scale, bias, line in (
+        ([], 1 / 0.07, None, ""),
+        ([SIGMOID], 10, -10, f"scale 10 {default}, bias -10 {default}"),
+        ([SIGMOID, set_scale], 30, -10, f"scale 30 {own.format('scale')}, bias -10 {default}"),
+        ([SIGMOID, set_bias], 10, -4, f"scale 10 {default}, bias -4 {own.format('bias')}"),
+        ([SIGMOID, "model.options.init_logit_bias=null"], 10, None, f"scale 10 {default}, no bias {own.format('bias')}"),
+        ([SIGMOID, siglip], 50, -12, f"scale 50 {inherited}, bias -12 {inherited}"),
+        ([SIGMOID, siglip, set_bias], 50, -4, f"scale 50 {inherited}, bias -4 {own.format('bias')}"),
+        ([SIGMOID, clip], 80, -10, f"scale 80 {inherited}, bias -10 {default}"),
+        ([SIGMOID, clip, set_scale], 30, -10, f"scale 30 {own.format('scale')}, bias -10 {default}"),
+        ([clip], 80, None, ""),
+        ([clip, set_scale], 30, None, ""),
     ):
-        assert logits_of(tmp_path, *changes) == (pytest.approx(scale), bias), changes
-
-
-SOURCES = {
-    "siglip": {"init_logit_scale": math.log(50), "init_logit_bias": -12.0},
-    "clip": {"init_logit_scale": math.log(80)},
-}
-
-
-def test_the_run_says_where_they_start(tmp_path):
-    for name, options in SOURCES.items():
-        torch.save(models.create("siclip-tiny", **tiny.MODEL, **options).state_dict(), tmp_path / f"{name}.pt")
-    for number, (changes, line) in enumerate(
-        (
-            ([], "logits     scale 10 (as in SigLIP), bias -10 (as in SigLIP)"),
-            ([f"inherit.source={tmp_path}/siglip.pt"], "logits     scale 50 (inherited), bias -12 (inherited)"),
-            ([f"inherit.source={tmp_path}/clip.pt"], "logits     scale 80 (inherited), bias -10 (as in SigLIP)"),
-            (["model.options.init_logit_bias=-3"], "scale 10 (as in SigLIP), bias -3 (model.options.init_logit_bias)"),
-            (["model.options.init_logit_bias=null"], "scale 10 (as in SigLIP), no bias (model.options.init_logit_bias)"),
-        )
-    ):
-        config = tiny.settings(tmp_path, SIGMOID, "run.steps=1", f"run.out={tmp_path / str(number)}", *changes)
-        assert line in go(config)
-    assert "logit_bias" not in rows(tmp_path / "4")[0]
+        model = Training(tiny.settings(tmp_path, *changes), CPU, "fp32").model
+        assert model.logit_scale.exp().item() == pytest.approx(scale), changes
+        assert (None if model.logit_bias is None else model.logit_bias.item()) == bias, changes
+        if line:
+            out = tmp_path / "-".join(map(str, (len(changes), scale, bias)))
+            assert line in go(tiny.settings(tmp_path, "run.steps=1", f"run.out={out}", *changes))
+            assert ("logit_bias" in rows(out)[0]) == (bias is not None)
 
 
 @pytest.mark.slow
@@ -100,7 +83,7 @@ def test_it_learns(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cached", [[], CACHED])
+@pytest.mark.parametrize("cached", [pytest.param([], marks=pytest.mark.prove), CACHED])
 def test_fp16(tmp_path, monkeypatch, cached):
     """The first scale is too large: GradScaler leaves out the step, whose norm is not drawn."""
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**19))
@@ -142,6 +125,7 @@ def test_resume_of_a_checkpoint_without_a_bias(tmp_path):
     assert "logit_bias" not in rows(tmp_path / "run")[-1]
 
 
+@pytest.mark.slow
 def test_from_a_run_to_an_export(tmp_path):
     """A trained scale and bias are resumed, exported, and loaded by the export's options or without them. Zero-shot
     evaluation ranks by cosines, whatever the bias."""

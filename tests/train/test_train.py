@@ -3,7 +3,6 @@
 import os
 import signal
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,7 +11,7 @@ from PIL import Image
 from runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
 
 from simplclip import losses
-from simplclip.common import hardware, plotting
+from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
@@ -76,14 +75,6 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        go(tiny.settings(tmp_path, f"run.out={tmp_path / name}", "run.steps=3", f"run.seed={seed}"))
-    a, b, c = (bits(state_of(tmp_path / name)["model"]) for name in "abc")
-    assert a == b != c
-
-
-@pytest.mark.slow
 def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
     held = tiny.write_shard(tmp_path / "data" / "held.tar")
     go(tiny.settings(tmp_path, f"run.out={tmp_path / 'plain'}"))
@@ -94,16 +85,14 @@ def test_evaluating_on_the_way_does_not_change_the_run(tmp_path):
     assert {r["direction"] for r in seen} == {"image_to_text", "text_to_image"}
     assert all(r["split"] == "held" and 0 <= float(r["R@5"]) <= 1 for r in seen)
     assert "evaluation held text to image: R@1" in text
-    plain, more = (Image.open(tmp_path / name / "curves.png").convert("RGB") for name in ("plain", "seen"))
-    assert plain.width == more.width
+    plain, more = (Image.open(tmp_path / name / "curves.png") for name in ("plain", "seen"))
     assert more.height > plain.height, "its last row has R@k over the steps"
-    last = np.asarray(more)[plain.height :]
-    assert (last == tuple(bytes.fromhex(plotting.COLOURS[0][1:]))).all(-1).sum() > 100
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_not_overwritten(tmp_path):
     config = tiny.settings(tmp_path, "run.steps=2")
-    go(config)
+    assert "has no checkpoint yet: starting at step 0" in go(config, resume=True)
     before = digests(tmp_path / "run")
     with pytest.raises(ConfigError, match="run.out: expected a folder without a run, got .*; continue that run by --resume"):
         go(config)
@@ -117,6 +106,7 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
         go(tiny.settings(tmp_path, f"run.out={tmp_path / 'file'}"))
 
 
+@pytest.mark.slow
 def test_resume_checks_the_settings(tmp_path):
     go(tiny.settings(tmp_path, "run.steps=4"))
     for changes, told in (
@@ -135,6 +125,7 @@ def test_resume_checks_the_settings(tmp_path):
     assert float(last["lr"]) == pytest.approx(config.optim.lr * lr_factor(5, config))
 
 
+@pytest.mark.slow
 def test_a_run_of_a_config_with_keys_that_are_gone_goes_on(tmp_path):
     config = tiny.settings(tmp_path, "run.steps=2")
     go(config)
@@ -156,12 +147,6 @@ def test_a_run_of_a_config_with_keys_that_are_gone_goes_on(tmp_path):
     for use in (lambda: go(config, resume=True), lambda: load_model(path)):
         with pytest.raises(InputError, match=r"loss.block_weight: this setting is gone: .* 0.0, got {'value': 30.0, .*}$"):
             use()
-
-
-def test_resume_with_nothing_there_says_so_and_starts(tmp_path):
-    text = go(tiny.settings(tmp_path, "run.steps=1"), resume=True)
-    assert "has no checkpoint yet: starting at step 0" in text
-    assert "done       step 1" in text
 
 
 def test_learning_rate(tmp_path):
@@ -233,18 +218,13 @@ def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_pa
     assert checkpoint.load(tmp_path)["step"] == 4
 
 
-def test_csv_refuses_other_columns(tmp_path):
-    with RunLog(tmp_path, 0) as log:
-        log.write("m", {"step": 1, "loss": 0.5})
-    with RunLog(tmp_path, 1) as log, pytest.raises(ValueError, match="m.csv: expected .* got step, loss"):
-        log.write("m", {"step": 2, "other": 0.5})
-
-
 def test_csv_of_a_run_from_before_the_relational_term_had_its_name(tmp_path):
     (tmp_path / "m.csv").write_text("step,distill_loss\n1,0.5\n")
     with RunLog(tmp_path, 1) as log:
         log.write("m", {"step": 2, "relational_loss": 0.25})
     assert (tmp_path / "m.csv").read_text() == "step,relational_loss\n1,0.5\n2,0.25\n"
+    with RunLog(tmp_path, 1) as log, pytest.raises(ValueError, match="m.csv: expected .* got step, relational_loss"):
+        log.write("m", {"step": 2, "other": 0.5})
 
 
 def test_precision_and_device(monkeypatch):

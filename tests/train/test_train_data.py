@@ -42,6 +42,7 @@ def test_a_run_on_sources_with_weights_resumes_to_the_bit(tmp_path, monkeypatch,
     check_resumed(tmp_path, monkeypatch, 5, [f"data.train={weighted}", f"data.workers={workers}", "data.batch_size=20"])
 
 
+@pytest.mark.slow
 def test_the_data_may_move_but_not_change(tmp_path, forms):
     def with_weight(place, weight):
         train = f"data.train={{shards: [{place}/a.tar, {place}/t.csv], weight: {weight}}}"
@@ -59,6 +60,7 @@ def test_the_data_may_move_but_not_change(tmp_path, forms):
         go(command, resume=True)
 
 
+@pytest.mark.slow
 def test_workers_are_the_cores_of_the_start_and_stay_so(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "cores", lambda: 2)
     config = tiny.settings(tmp_path, "data.workers=null")
@@ -98,6 +100,7 @@ def test_the_log_shows_the_time_that_is_spent_waiting_for_data(tmp_path, monkeyp
     assert f"waiting for data {share:.0%}" in text.splitlines()[-3]
 
 
+@pytest.mark.slow
 def test_what_becomes_of_a_shard_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "RETRIES", (0.01,))
     lost = f"data.train=[{tiny.write_shard(tmp_path / 'data' / 'a.tar')}, 'pipe:exit 3']"

@@ -85,24 +85,30 @@ def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
     path, out = tiny.write_config(tmp_path), tmp_path / "run"
     tiny.write_shard(tmp_path / "data" / "train-0.tar", copies=22)  # 528 images
 
-    command = [sys.executable, "-m", "simplclip", "train", path, "--set", FROZEN, "--set", "data.batch_size=512"]
+    changes = [FROZEN, "data.batch_size=512", "run.save_every=1"]
+    go(tiny.config.load(path, [*changes, "run.steps=1"]))
+    before = hashlib.sha256((out / "last.pt").read_bytes()).digest()
+    # The limit is what a process of this command has before its first step, and room for a part of the step.
+    program = """if True:
+        import sys
+        import simplclip.memory
+        from simplclip.commands.main import main
+        from simplclip.train import limits, loop
+        sys.argv[1:] = ["train", *sys.argv[1:], "--memory-limit", f"{limits.data_bytes() / 2**20 + 450:.0f}MiB"]
+        main()
+    """
 
-    def train(code, *arguments):
-        done = subprocess.run([*command, "--set", "run.save_every=1", *arguments], capture_output=True, text=True)
+    def train(code, *more):
+        settings = [word for change in (*changes, "run.steps=2", *more) for word in ("--set", change)]
+        command = [sys.executable, "-c", program, path, *settings, "--resume"]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         return done.stderr
 
-    train(0, "--set", "run.steps=1")
-    before = hashlib.sha256((out / "last.pt").read_bytes()).digest()
-
-    # What a process of this command has before its first step, and room for a part of the step.
-    program = "import simplclip.memory; from simplclip.train import limits, loop; print(limits.data_bytes())"
-    taken = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
-    limit = ("--resume", "--memory-limit", f"{taken / 2**20 + 450:.0f}MiB", "--set", "run.steps=2")
-    error = train(1, *limit)
+    error = train(1)
     assert f"step 2: out of memory. Step 1 is saved in {out}/last.pt. The plan: this step takes 0." in error
     assert "Try data.micro_batch=128 (gradient caching)" in error
     assert hashlib.sha256((out / "last.pt").read_bytes()).digest() == before
 
-    train(0, *limit, "--set", "data.micro_batch=32")
+    train(0, "data.micro_batch=32")
     assert [row["step"] for row in rows(out)] == ["1", "2"]
