@@ -11,8 +11,8 @@ from typing import Any
 
 from simplclip.common.errors import InputError
 from simplclip.data.broken import Skipped
-from simplclip.data.parts import ROWS, Classes, Part, Tar, span_of
-from simplclip.data.shards import IMAGE_SUFFIXES, Sample, split_name
+from simplclip.data.parts import ROWS, Classes, Part, Tar, span_of, split_name
+from simplclip.data.shards import IMAGE_SUFFIXES, Sample
 from simplclip.data.text import clean
 
 IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)

@@ -16,7 +16,7 @@ from typing import Any
 from simplclip.common.errors import InputError
 from simplclip.data.addresses import is_address, name_of
 from simplclip.data.broken import Skipped
-from simplclip.data.shards import IMAGE_SUFFIXES, Sample, ShardError, read_shard, split_name
+from simplclip.data.shards import IMAGE_SUFFIXES, KNOWN, Sample, ShardError, read_shard
 from simplclip.data.tar import Span
 
 ROWS = 512  # samples of a piece
@@ -124,6 +124,12 @@ def checked(parts: list[Part], name: str) -> list[Part]:
         if REMOTE in skipped.counts:
             raise InputError(f"{name}: expected paths of images, got {skipped.examples[REMOTE]}")
     return parts
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a file of a sample that is no tar's; None for other files. The key may have dots."""
+    low = name.lower()
+    return next(((name[: -len(suffix)], suffix[1:]) for suffix in KNOWN if low.endswith(suffix)), None)
 
 
 def span_of(path: str) -> Span | None:

@@ -244,12 +244,6 @@ def file_bytes(path: str | os.PathLike) -> bytes:
     return contents({"image": Span(os.fspath(path), 0, about.st_size)})["image"]
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and suffix of a file of a sample that is no tar's; None for other files. The key may have dots."""
-    low = name.lower()
-    return next(((name[: -len(suffix)], suffix[1:]) for suffix in KNOWN if low.endswith(suffix)), None)
-
-
 def image_of(sample: Sample) -> bytes | Span | None:
     """The encoded image of a sample."""
     return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
