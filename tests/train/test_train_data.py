@@ -16,7 +16,7 @@ from simplclip.data import epoch, parts
 from simplclip.train import checkpoint, folder
 from simplclip.train.config import ConfigError
 
-SLOW = 0.05  # seconds
+SLOW = 0.1  # seconds
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_the_log_shows_the_time_that_is_spent_waiting_for_data(tmp_path, monkeyp
         monkeypatch.setattr(epoch.Epoch, "_prepare", slowly(epoch.Epoch._prepare))  # 8 a step
     else:
         monkeypatch.setattr(train.loop, "train_step", slowly(train.loop.train_step))
-    text = go(tiny.settings(tmp_path))
+    text = go(tiny.settings(tmp_path, "run.steps=3"))
     with open(tmp_path / "run" / "metrics.csv") as file:
         share = float(list(csv.DictReader(file))[-1]["data_share"])
     assert 0.7 < share < 1 if slow == "data" else 0 < share < 0.4
