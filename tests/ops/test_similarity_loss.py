@@ -184,3 +184,13 @@ def test_pair_matching_in_float64_is_exact_above_the_threshold_of_softplus():
     (slope,) = torch.autograd.grad(out["pair_matching"], q)
     assert out["pair_matching"].item() == pytest.approx(10.5 + math.log1p(math.exp(-21)), rel=1e-15, abs=0)
     assert slope.item() == pytest.approx(math.tanh(21 / 2) / 2, rel=1e-15, abs=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_feature_of_a_lone_pair(backend):
+    """No negatives: softplus(-inf) would be a loss of 0."""
+    image, text = torch.tensor([[math.inf, 1.0]]), torch.tensor([[1.0, 1.0]])
+    with simplclip.backend(backend):
+        terms = similarity_loss(image, text, 1.0, terms=TERMS[:2], plane=(1.0, 0.0))
+    assert terms["contrastive"].isnan()
+    assert terms["pair_matching"].isnan()
