@@ -163,8 +163,9 @@ def test_prepared_runs_are_done_first_and_keep_their_checkpoint(source, effects,
     ablation.run(source, effects, out, seeds=1, only=["plain"])
     assert pretended == ["plain-base-s0", "plain-variant-s0"]
     ablation.run(source, effects, out, seeds=2, jobs=2)
-    assert pretended[2] == "plain-variant-s0", "it was done, but its checkpoint is needed now"
-    assert sorted(pretended[3:]) == ["plain-base-s1", "plain-variant-s1", "warm-variant-s0", "warm-variant-s1"]
+    assert "plain-variant-s0" in pretended[2:4], "it was done, but its checkpoint is needed now"  # two at a time
+    others = ["plain-base-s1", "plain-variant-s1", "warm-variant-s0", "warm-variant-s1"]
+    assert sorted(pretended[2:]) == sorted(["plain-variant-s0", *others])
 
     monkeypatch.setattr(ablation, "_train", lambda trial, *rest: "failed" if trial.keep else None)
     told = r"2 runs failed.*\nfailed\nwarm-variant-s0-\w+ was not started: the run of own failed$"
