@@ -77,6 +77,8 @@ class Tar(Part):
 def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
     """The samples of a part. One that cannot be read is tried again, from where it failed, and then raises ShardError.
 
+    A local file that is read, but is no tar, will be none a second later: it raises at once.
+
     options: of `read_shard`.
     """
     given = 0
@@ -93,7 +95,8 @@ def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
             skipped.merge(found)
             return
         except (ShardError, OSError) as error:
-            if wait is None:
+            cause = error.__cause__ if isinstance(error, ShardError) else error
+            if wait is None or not (is_address(part.url) or isinstance(cause, OSError)):
                 skipped.merge(found)
                 raise error if isinstance(error, ShardError) else ShardError(f"{part.name}: {error}") from error
             time.sleep(wait)

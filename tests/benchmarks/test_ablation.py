@@ -23,7 +23,7 @@ from benchmarks.ablation import __main__ as command
 from benchmarks.ablation import run as ablation
 from benchmarks.ablation import tables, worker
 from simplclip.commands.main import app
-from simplclip.common.files import locked
+from simplclip.common.files import locked, write_atomically
 from simplclip.train import config
 from simplclip.train.config import ConfigError
 
@@ -70,7 +70,7 @@ def pretended(monkeypatch):
         folder.mkdir(exist_ok=True)
         names.append(re.sub(r"-\w{10}$", "", folder.name))
         recall = (int(trial.digest, 16) % 50) / 100 + 0.01 * trial.seed
-        (folder / worker.RESULT).write_text(json.dumps(made_up(recall)))
+        write_atomically(folder / worker.RESULT, json.dumps(made_up(recall)))  # as the worker does; another thread reads it
         if trial.keep:
             (folder / "last.pt").touch()
 
