@@ -31,6 +31,25 @@ def _has_terminal() -> bool:
         return True
 
 
+class Pace:
+    """When a log gets another line: 10 seconds after the start, later less often, but at least once a minute."""
+
+    def __init__(self) -> None:
+        self.began = self._said = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.began
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._said < min(max(FIRST, (now - self.began) / 10), LATER):
+            return False
+        self._said = now
+        return True
+
+
 class Progress:
     """Context that shows how much of `total` is done, how fast it goes and when it ends; `update` may come from any thread.
 
@@ -47,8 +66,8 @@ class Progress:
     ) -> None:
         self.title, self.total, self.done, self.unit = title, total, done, unit
         terminal = _has_terminal()
-        self._lines, self._earlier, self._began = shown and not terminal, done, time.monotonic()
-        self._said, self._lock = self._began, threading.Lock()
+        self._lines, self._earlier = shown and not terminal, done
+        self._pace, self._lock = Pace(), threading.Lock()
         hidden = not (shown and terminal)
         self._bar = tqdm(total=total, initial=done, desc=title, unit=f" {unit}", disable=hidden, dynamic_ncols=True)
 
@@ -57,9 +76,8 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._bar.close()
-        seconds = time.monotonic() - self._began
-        if self._lines and kind is None and seconds >= 1:
-            print(f"{self.title}: {self.done:,} {self.unit} in {duration(seconds)}", file=sys.stderr, flush=True)
+        if self._lines and kind is None and self._pace.seconds >= 1:
+            print(f"{self.title}: {self.done:,} {self.unit} in {duration(self._pace.seconds)}", file=sys.stderr, flush=True)
 
     def over(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, each of which is counted when it is done."""
@@ -72,10 +90,8 @@ class Progress:
         with self._lock:
             self.done += count
             self._bar.update(count)
-            now = time.monotonic()
-            if self._lines and now - self._said >= min(max(FIRST, (now - self._began) / 10), LATER):
-                self._said = now
-                print(self.line(now - self._began), file=sys.stderr, flush=True)
+            if self._lines and self._pace.due():
+                print(self.line(self._pace.seconds), file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:
         """What is said after so many seconds."""

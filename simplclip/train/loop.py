@@ -60,7 +60,8 @@ def run(
         TrainingError: any error after a step is done, which is its cause. The last whole step is saved first; otherwise the
             message says why not, and which checkpoint is intact. Also a loss or gradient that is not finite, and out of
             memory, with advice on what would fit.
-        Interrupted: SIGINT or SIGTERM; the running step is finished and the state saved.
+        Interrupted: SIGINT, SIGTERM, SIGHUP, or an output that nobody reads any more; the running step is finished and the
+            state saved.
     """
     out, began = Path(config.run.out), time.monotonic()
     with ExitStack() as stack:
@@ -88,7 +89,7 @@ def run(
         source = loader(training)
         training.model.train()
         whole = LastStep(training)
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(console))
         try:
             report = Reporter(console, config.run.steps, training.step, config.run.print_every)
             with report.progress, RunLog(out, training.step) as log:
@@ -134,7 +135,7 @@ def _steps(
     log: RunLog,
 ) -> None:
     """Run the steps until the last one or a stop, and save the state."""
-    c, seconds, waiting, began = training.config.run, 0.0, 0.0, time.perf_counter()
+    c, seconds, waiting, began, saved = training.config.run, 0.0, 0.0, time.perf_counter(), time.monotonic()
     for of_step in batches(training, source, report.print):
         waited = time.perf_counter() - began
         row = train_step(training, of_step)
@@ -144,16 +145,17 @@ def _steps(
         seconds, waiting = seconds + share * (took - seconds), waiting + share * (waited - waiting)
         row |= {"samples_per_s": training.config.data.batch_size / seconds, "data_share": waiting / seconds}
         row |= {"peak_mb": peak_memory_mb(training.device)}
-        report.step(training.step, row)
+        report.step(training.step, row, seconds * (c.steps - training.step))
         last = training.step == c.steps
         if last or training.step % c.log_every == 0:
             log.write("metrics", row)
         if splits and (last or training.step % training.config.eval.every == 0):
             _evaluate(training, splits, log, report.print)
             began = time.perf_counter()  # evaluations and checkpoints do not count
-        if last or stop.requested or training.step % c.save_every == 0:
+        minutes = (time.monotonic() - saved) / 60
+        if last or stop.requested or training.step % c.save_every == 0 or minutes >= c.save_minutes:
             whole.save()
-            began = time.perf_counter()
+            began, saved = time.perf_counter(), time.monotonic()
         if last or stop.requested:
             report.print(f"data       epoch {training.epoch} so far: {source.report()}")
             return

@@ -19,6 +19,7 @@ from rich.text import Text
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_csv
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
+from simplclip.common.progress import Pace, duration
 
 try:
     import resource
@@ -46,10 +47,13 @@ class _Bar(Progress):
 
 
 class Reporter:
-    """Shows progress: a bar in a terminal, within the context `progress`, else a line every `print_every` steps."""
+    """Shows progress: a bar in a terminal, within the context `progress`, else lines.
 
-    def __init__(self, console: Console, steps: int, start: int, print_every: int):
-        self.console, self.steps, self.print_every = console, steps, print_every
+    print_every: steps between two lines; None: by time.
+    """
+
+    def __init__(self, console: Console, steps: int, start: int, print_every: int | None):
+        self.console, self.steps, self.print_every, self.pace = console, steps, print_every, Pace()
         times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=40), *times
         hidden = not console.is_terminal
@@ -59,7 +63,7 @@ class Reporter:
     def print(self, message: str) -> None:
         self.console.print(visible(message, keep="\n"), markup=False, highlight=False, soft_wrap=True)
 
-    def step(self, step: int, row: Mapping[str, float]) -> None:
+    def step(self, step: int, row: Mapping[str, float], seconds_left: float) -> None:
         terms = "  ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in row.items() if name.endswith("_loss"))
         bias = f"  bias {row['logit_bias']:.1f}" if "logit_bias" in row else ""
         figures = (
@@ -68,8 +72,9 @@ class Reporter:
         )
         if not self.progress.disable:
             self.progress.update(self.task, completed=step, figures=figures)
-        elif step % self.print_every == 0 or step == self.steps:
-            self.print(f"step {step}/{self.steps}  {figures}")
+        elif step == self.steps or (step % self.print_every == 0 if self.print_every else self.pace.due()):
+            times = f"{duration(self.pace.seconds)} gone, {duration(seconds_left)} left"
+            self.print(f"step {step}/{self.steps}  {times}  {figures}")
 
 
 class RunLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from simplclip.common.files import write_atomically
 from simplclip.data.workers import undisturbed
@@ -18,28 +20,34 @@ from simplclip.train.state import Training
 
 
 class StopRequest:
-    """Context in which the first SIGINT or SIGTERM only sets `requested`; the second one ends the process at once.
+    """Context in which a signal of `SIGNALS`, or a closed pipe, only sets `requested`; a second signal ends the process.
 
+    console: what the run prints to. If its reader has gone (`| head`), all further output is dropped.
     Outside the main thread Python allows no handlers, so that signals are not handled.
     """
 
-    def __init__(self) -> None:
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.requested: str | None = None
         self._process = os.getpid()
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._former = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self.console.on_broken_pipe = self._closed  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_) -> None:
+        del self.console.on_broken_pipe
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
         if os.getpid() != self._process:
-            # A forked loader process gets Ctrl-C too, but the last step needs it; SIGTERM ends it.
+            # Ctrl-C and a closed terminal reach forked loader processes too, but the last step needs them; SIGTERM ends them.
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -48,7 +56,15 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         # Not print(): a handler may run in the middle of one, and Python's buffered files are not reentrant.
-        os.write(2, f"\n{self.requested}: finishing this step, then saving; a second signal stops at once\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{self.requested}: finishing this step, then saving; a second signal stops at once\n".encode())
+
+    def _closed(self) -> None:
+        """What rich calls instead of raising BrokenPipeError."""
+        self.requested = self.requested or "closed pipe"
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.console.file.fileno())
+        os.close(nowhere)
 
 
 class LastStep:

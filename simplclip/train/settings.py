@@ -258,8 +258,11 @@ class RunConfig(Section):
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv")
-    print_every: int = Field(50, ge=1, description="steps between printed lines if the output is not a terminal")
+    print_every: int | None = Field(
+        None, ge=1, description="steps between printed lines if the output is not a terminal; null: a line a minute"
+    )
     save_every: int = Field(500, ge=1, description="steps between writes of last.pt; the last step is always saved")
+    save_minutes: float = Field(10.0, gt=0, description="minutes after which last.pt is written at the latest")
 
 
 class Config(Section):

@@ -16,7 +16,7 @@ import simplclip
 from simplclip import evaluation
 from simplclip.commands import options
 from simplclip.commands.main import app
-from simplclip.train import config
+from simplclip.train import checkpoint, config
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
 
@@ -124,6 +124,26 @@ def test_doctor():
     assert result.exit_code == 0
     assert "similarity_loss" in result.output
     assert "similarity_loss_fwd" in json.loads(call("doctor", "--json").stdout)["ops"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["SIGHUP", "closed pipe"])
+def test_a_terminal_or_a_reader_that_goes_ends_the_run_with_its_state_saved(tmp_path, end):
+    source, out = tiny.write_config(tmp_path), tmp_path / "run"
+    command = [sys.executable, "-m", "simplclip", "train", source, "--set", "run.steps=4000", "--set", "data.workers=1"]
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
+    assert any(line.startswith("step 3/") for line in iter(run.stdout.readline, ""))
+    if end == "SIGHUP":
+        os.killpg(run.pid, signal.SIGHUP)
+    else:
+        run.stdout.close()
+    errors = run.stderr.read()
+    assert run.wait(60) == 130, errors
+    assert "Traceback" not in errors
+    step = len((out / "metrics.csv").read_text().splitlines()) - 1
+    assert f"{end}: saved step {step} of 4000" in errors
+    assert checkpoint.load(out)["step"] == step
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Training: resuming bit for bit, signals, crashes, refusals, and that it learns."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
 
 from simplclip import losses
-from simplclip.common import hardware
+from simplclip.common import hardware, progress
 from simplclip.common.errors import InputError
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
@@ -66,7 +67,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path):
     assert sorted(p.name for p in out.glob("*.pt")) == ["last.pt"]
     for words in (
         *("siclip-tiny", "similarity_loss is served by", "shaped_attention is served by", "precision  fp32 (as configured)"),
-        *(f"CPU threads: {torch.get_num_threads()}", "step 20/40", "samples/s", "MiB", "epoch 0: 24 samples used"),
+        *(f"CPU threads: {torch.get_num_threads()}", "step 20/40", " gone, ", "samples/s", "MiB", "epoch 0: 24 samples used"),
     ):
         assert words in text
     state = torch.load(out / "last.pt", weights_only=True)
@@ -216,6 +217,27 @@ def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_pa
         checkpoint.save(tmp_path, {"step": 4})
     assert stop.requested
     assert checkpoint.load(tmp_path)["step"] == 4
+
+
+def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch):
+    """A step of this clock takes 20 seconds; the checkpoint of minute 1 is that of step 3."""
+    saved = []
+    original = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda out, state: saved.append(state["step"]) or original(out, state))
+
+    class Clock:
+        now = 0.0
+        monotonic = staticmethod(lambda: Clock.now)
+        perf_counter = staticmethod(lambda: Clock.now)
+
+    for module in (train, progress):
+        monkeypatch.setattr(module, "time", Clock)
+    for step in range(1, 8):
+        at_step(monkeypatch, step, lambda: setattr(Clock, "now", Clock.now + 20))
+    text = go(tiny.settings(tmp_path, "run.print_every=null", "run.save_minutes=1"))
+    assert saved == [3, 6, 7]
+    assert re.findall(r"^step (\d)/7  (.*?)  loss", text, re.M)[0] == ("1", "20 s gone, 2:00 left")
+    assert f"done       step 7 in 2:20: {tmp_path / 'run' / 'last.pt'}" in text
 
 
 def test_csv_of_a_run_from_before_the_relational_term_had_its_name(tmp_path):
