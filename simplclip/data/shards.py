@@ -147,7 +147,8 @@ def _files(shard: str, torn: list[str], how: _Reading) -> Iterator[dict[str, Any
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if not any_yet:
             raise ShardError(f"shard {shard!r} cannot be opened: {reason}") from error
-        if isinstance(error, StreamError):
+        # A disk's or network's error may pass, and is no damage. What a compressed file holds wrong has no number.
+        if isinstance(error, StreamError) or getattr(error, "errno", None) is not None:
             raise ShardError(f"shard {shard!r} cannot be read to its end: {reason}") from error
         torn.append(reason)
 

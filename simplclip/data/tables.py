@@ -22,7 +22,7 @@ from simplclip.data.shards import Sample, image_of
 
 LINE = 1 << 24  # bytes of the longest line of a table
 SUFFIXES = (".csv", ".tsv", ".parquet")
-# Columns of tables, and keys of the objects of JSON files: the first that there is.
+# Columns of tables, and keys of the objects of JSON files, in order of preference: the first of these names that a file has.
 IMAGE_NAMES = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
 CAPTION_NAMES = ("captions", "caption", "sentences", "title", "text", "raw", "comment")
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8

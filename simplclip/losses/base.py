@@ -149,7 +149,8 @@ class SimilarityLoss(nn.Module):
         if not self.local_loss or self.gather_with_grad:
             return ops.similarity_loss(image, text, group=group, **options)
 
-        # Each direction by itself: this rank's rows against the columns of all ranks, which are constants.
+        # Each direction by itself: this rank's rows against the columns of all ranks, which are constants. Their mean is
+        # taken below, so that an option which treats rows and columns differently must be applied there too.
         def gather(own):
             return None if own is None else distributed.gather(own.detach(), group)
 

@@ -98,7 +98,8 @@ class DataConfig(Section):
     )
     on_error: Literal["skip", "stop"] = Field(
         "skip",
-        description="a shard that cannot be read after several tries is skipped and counted, or ends (stop) the run",
+        description="a shard that cannot be read after several tries is skipped and counted, or ends (stop) the run; broken "
+        "samples and torn tars are always skipped and counted",
     )
     sidecars: list[str] = Field(
         [],

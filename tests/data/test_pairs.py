@@ -1,6 +1,7 @@
 """Where the pairs lie: lists, URLs of a server that fails in every way, commands, weights; states; dead workers."""
 
 import contextlib
+import errno
 import http.server
 import json
 import os
@@ -16,7 +17,7 @@ from runs import bits
 
 from simplclip import data
 from simplclip.common.errors import InputError
-from simplclip.data import addresses, folders, parts, tables
+from simplclip.data import addresses, folders, parts, tables, tar
 from simplclip.data.broken import Skipped
 from simplclip.data.parts import read_part
 
@@ -154,6 +155,26 @@ def test_a_retry_goes_on_behind_what_was_given_and_counts_damage_once(server, qu
     assert [found["__key__"] for found in read_part(part, skipped)] == names(0, 40)
     assert skipped.counts == {"duplicate file in tar": 1}
     assert server.asked["a.tar"] == 3
+
+
+@pytest.mark.parametrize("mends", [True, False])
+def test_a_disk_that_fails_is_no_damage(tmp_path, quick, monkeypatch, mends):
+    shard(tmp_path)
+    original, asked = tar.members, []
+
+    def failing(path):
+        asked.append(path)
+        for number, member in enumerate(original(path)):
+            if number == 9 and not (mends and asked[1:]):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            yield member
+
+    monkeypatch.setattr(tar, "members", failing)
+    found, reader = everything(str(tmp_path / "*.tar"))
+    assert len(asked) == (2 if mends else 3)
+    assert reader.skipped == ({} if mends else {"unreadable shard": 1})
+    assert found == names(0, 12 if mends else len(found))
+    assert found
 
 
 def test_commands(tmp_path, quick):

@@ -9,6 +9,7 @@ import tiny
 import torch
 from kills import digests
 from PIL import Image
+from rich.console import Console
 from runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
 
 from simplclip import losses
@@ -182,7 +183,7 @@ def test_logit_scale_is_held_below_100(tmp_path):
 
 def test_a_second_signal_ends_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with train.StopRequest() as stop:
+    with train.StopRequest(Console()) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == "SIGTERM"
         with pytest.raises(KeyboardInterrupt):
@@ -212,7 +213,7 @@ def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_pa
         os.kill(os.getpid(), signal.SIGINT)
         original(state, file)
 
-    with monkeypatch.context() as patch, train.StopRequest() as stop:
+    with monkeypatch.context() as patch, train.StopRequest(Console()) as stop:
         patch.setattr(torch, "save", signalled)
         checkpoint.save(tmp_path, {"step": 4})
     assert stop.requested
