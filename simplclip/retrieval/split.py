@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
+from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
 from simplclip.data.broken import Skipped
 from simplclip.data.shards import Pair
@@ -130,13 +130,13 @@ def encode(
 
     workers: processes that decode images. folder: of the file, by default the system's for temporary files.
     keep: KEEP.image.npy and KEEP.text.npy keep the features, KEEP.json the keys and captions of their rows.
-    progress: title of a progress bar in a terminal. who: what errors call the model.
+    progress: title of the progress that is shown. who: what errors call the model.
     Raises: InputError if features are not finite; the errors of `data.HeldOut.batches`.
     """
     half = precision != "fp32"
     files = [keep and keep.with_name(f"{keep.name}.{tower}.npy") for tower in ("image", "text")]
     images, texts = (Features(file, folder, half) for file in files)
-    with tqdm(desc=progress, unit=" images", disable=None if progress else True) as bar:
+    with Progress(progress or "", unit="images", shown=progress is not None) as bar:
         for batch in split.read(batch_size, workers):
             if batch.dtype == torch.uint8:
                 batch = split.transform.finish(batch.to(device, non_blocking=True))

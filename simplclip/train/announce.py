@@ -15,7 +15,7 @@ from simplclip.train.state import Training
 
 
 def lines(training: Training, why_precision: str) -> Iterator[str]:
-    """Each begins with a word of at most 10 letters and spaces, as all lines of a run do."""
+    """The tables of the model and of what it inherits, then lines that begin with what they are about."""
     sigmoid = training.config.loss.base == "sigmoid"
     yield models.summary(training.model, training.config.model.name)
     yield from training.inheritance.lines() if training.inheritance else ()
