@@ -26,7 +26,7 @@ from simplclip.common.errors import UserError
 from simplclip.common.files import write_atomically
 from simplclip.train import config
 from simplclip.train.settings import Config
-from simplclip.train.state import load_model
+from simplclip.train.state import image_transform, load_model, tokenizer
 
 MATRIX = 1 << 26  # most similarities for `auc`
 
@@ -61,7 +61,7 @@ def result(values: Config) -> dict[str, Any]:
     device = hardware.pick_device(values.run.device)
     precision, _ = hardware.pick_precision(values.run.precision, device)
     model, _, state = load_model(out / "last.pt", device, trust=True)
-    splits = retrieval.load_splits(values.eval.splits, values.model.name, values.model.image_size)
+    splits = retrieval.load_splits(values.eval.splits, tokenizer(values), image_transform(values, train=False))
     found = {}
     for name, split in splits.items():
         retrieval.encode(model, split, values.eval.batch_size, device, precision, workers=values.data.workers or 0)

@@ -204,10 +204,10 @@ def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]
     return _parts(name, model)
 
 
-def _parts(name: str, model: Any, size: int | tuple[int, int] | None = None) -> dict[str, Any]:
+def _parts(name: str, model: Any, size: int | tuple[int, int] | None = None, length: int | None = None) -> dict[str, Any]:
     """Arguments of an `Encoder` of one of our models."""
-    transform = models.transforms(name, train=False, image_size=size)
-    return {"name": name, "model": model, "preprocess": transform, "tokenizer": models.tokenizer(name)}
+    transform, tokenizer = models.transforms(name, train=False, image_size=size), models.tokenizer(name, length)
+    return {"name": name, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
 def _own(path: Path, trust: bool) -> dict[str, Any]:
@@ -216,7 +216,8 @@ def _own(path: Path, trust: bool) -> dict[str, Any]:
         return _exported(path, trust)
     model, config, state = load_model(path, trust=trust)
     name = config.model.name
-    return _parts(name, model, config.model.image_size) | {"config": config, "step": state["step"]}
+    shape = map(config.model.shape, ("image_size", "context_length"))
+    return _parts(name, model, *shape) | {"config": config, "step": state["step"]}
 
 
 def _exported(folder: Path, trust: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
 from simplclip.common import hardware, plugins
-from simplclip.models.inherit import TAG
+from simplclip.models.weights import TAG
 from simplclip.train.settings import Config
 from simplclip.train.state import Training, lr_factor, make_optimizer
 from simplclip.train.step import train_step
@@ -105,6 +105,9 @@ class TrainerStep(Training):
                 width = model.options.get("embed_dim", models.spec_of(model.name).config["embed_dim"])
                 self.assumed.append(f"a teacher of the student's width, {width} (--teacher-width): {error}")
         return {"name": "a teacher", "width": width, "logit_scale": TEACHER_SCALE}
+
+    def start(self) -> None:
+        """The weights' values do not change the memory."""
 
     def sources(self) -> Any:
         sources = self.config.inherit.source
@@ -222,7 +225,7 @@ def inputs(name: str, model: Any, size: int, captions: int, real: bool) -> tuple
     """
     side = model.visual.image_size
     image = torch.zeros(size, 3, *((side, side) if isinstance(side, int) else side))
-    if real:
-        return image, models.tokenizer(name)(["a photo of a small thing"]).expand(size * captions, -1).contiguous()
     length = model.context_length if hasattr(model, "context_length") else model.text.context_length
+    if real:
+        return image, models.tokenizer(name, length)(["a photo of a small thing"]).expand(size * captions, -1).contiguous()
     return image, torch.zeros(size * captions, length, dtype=torch.int64)

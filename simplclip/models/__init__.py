@@ -5,6 +5,7 @@ from simplclip.models.registry import (
     ShortVocabTokenizer,
     Spec,
     affine,
+    check_shape,
     create,
     names,
     original,
@@ -15,6 +16,6 @@ from simplclip.models.registry import (
 )
 
 __all__ = [
-    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "create", "names", "original", "spec_of", "summary",
+    "PLAIN", "ShortVocabTokenizer", "Spec", "affine", "check_shape", "create", "names", "original", "spec_of", "summary",
     "tokenizer", "transforms",
 ]  # fmt: skip

@@ -17,6 +17,7 @@ from open_clip.model import CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import AugmentationCfg, PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
+from timm.layers.helpers import to_2tuple
 from torch import nn
 
 from simplclip.common import plugins
@@ -180,6 +181,8 @@ def create(
             root.removeFilter(keep)
     else:
         model = CustomTextCLIP(**config)
+    if hasattr(model.visual, "set_input_size") and "image_size" in overrides.get("vision_cfg", {}):
+        model.visual.set_input_size(config["vision_cfg"]["image_size"])  # open_clip does not tell timm's trunk
     set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(spec.preprocess)))
     model.origins = spec.origins
     if simplified:
@@ -191,12 +194,12 @@ def create(
     return model.to(device)
 
 
-def tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a model: list of strings -> token ids, int64 [B, L]."""
+def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:
+    """The tokenizer of a model: list of strings -> token ids, int64 [B, L]. context_length: L, by default the name's."""
     spec = spec_of(name)
     if spec.vocabulary is None and spec.build is None:
-        return open_clip.get_tokenizer(spec.original)
-    length = spec.config["text_cfg"]["context_length"]
+        return open_clip.get_tokenizer(spec.original, context_length=context_length)
+    length = context_length or spec.config["text_cfg"]["context_length"]
     if spec.vocabulary is None:
         return SimpleTokenizer(context_length=length)
     if callable(spec.vocabulary):
@@ -230,6 +233,23 @@ def transforms(
     if getattr(augment, "use_timm", False) or (isinstance(augment, Mapping) and augment.get("use_timm")):
         return image_transform_v2(cfg, is_train=True, aug_cfg=dict(augment) if isinstance(augment, Mapping) else augment)
     return ImageTransform(cfg, augment)
+
+
+@torch.no_grad()
+def check_shape(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """Raises InputError if a tower cannot encode an image of the model's size, or a text of the tokenizer's length."""
+    towers: Any = model
+    size, tokens, training = to_2tuple(towers.visual.image_size), tokenizer(["a photo"]), model.training
+    model.eval()
+    for name, encode, inputs, got in (
+        ("image_size", towers.encode_image, torch.zeros(1, 3, *size), size[0]),
+        ("context_length", towers.encode_text, tokens, tokens.shape[1]),
+    ):
+        try:
+            encode(inputs)
+        except Exception as error:  # its type depends on the tower
+            raise InputError(f"{name}: expected one that the model takes, got {got}: {first_line(error)}") from None
+    model.train(training)
 
 
 def text_pool(model: nn.Module) -> str | None:

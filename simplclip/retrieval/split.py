@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simplclip import models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.common.files import write_atomically
@@ -93,9 +92,8 @@ class Split:
         return f"{len(self)} samples read, {self.skipped}"
 
 
-def load_splits(splits: Mapping[str, Any], model: str, image_size: int | None = None) -> dict[str, Split]:
-    """Splits for the model called `model`, see `data.held_out`. image_size: None for the model's default."""
-    tokenizer, transform = models.tokenizer(model), models.transforms(model, train=False, image_size=image_size)
+def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> dict[str, Split]:
+    """Splits for a model with this tokenizer and image transform, see `data.held_out`."""
     return {name: Split(held_out(what), tokenizer, transform) for name, what in splits.items()}
 
 

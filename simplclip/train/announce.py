@@ -9,7 +9,7 @@ import torch
 
 from simplclip import models
 from simplclip.common import hardware
-from simplclip.models.inherit import TRAINS
+from simplclip.models.weights import TRAINS
 from simplclip.ops import backends
 from simplclip.train.state import Training
 
@@ -18,6 +18,7 @@ def lines(training: Training, why_precision: str) -> Iterator[str]:
     """The tables of the model and of what it inherits, then lines that begin with what they are about."""
     sigmoid = training.config.loss.base == "sigmoid"
     yield models.summary(training.model, training.config.model.name)
+    yield from training.weights.lines() if training.weights else ()
     yield from training.inheritance.lines() if training.inheritance else ()
     served = _backend(training, "similarity_sigmoid" if sigmoid else "similarity_loss_fwd")
     yield f"loss       {_loss(training)}; similarity_loss is served by {served}"

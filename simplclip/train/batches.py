@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from simplclip import data, models
-from simplclip.train.state import Training
+from simplclip import data
+from simplclip.train.state import Training, tokenizer
 
 
 def loader(training: Training) -> data.Loader:
@@ -19,7 +19,7 @@ def loader(training: Training) -> data.Loader:
         options |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": training.prefix.shape}
     return data.make_loader(
         data.parts_of(c.pairs, "data.train"),
-        tokenizer=models.tokenizer(config.model.name),
+        tokenizer=tokenizer(config),
         transform=training.transform,
         batch_size=c.images_at_a_time,
         captions_per_image=c.captions_per_image,

@@ -18,8 +18,8 @@ from simplclip.train.settings import Config
 
 # Settings that may differ from the checkpoint's, since they do not change the result. So may the folders of data.train
 # and data.sidecars.
-_FREE = ("data.micro_batch", "data.on_error", "model.recompute", "eval.", "run.")
-_NOT_FREE = ("run.seed", "run.precision")
+_FREE = ("model.checkpoint", "data.micro_batch", "data.on_error", "model.recompute", "eval.", "run.")
+_NOT_FREE = ("run.seed", "run.precision", "run.compile")
 _held: set[int] = set()  # descriptors of this process's locks
 
 
@@ -150,7 +150,10 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
     changed = {k: v for k, v in changed.items() if k in _NOT_FREE or not k.startswith(_FREE)}
     if changed:
         changes = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
-        raise ConfigError(f"resume: expected the settings of {last}, got other settings: {changes}")
+        raise ConfigError(
+            f"resume: expected the settings of {last}, got other settings: {changes}. A new run takes its weights: "
+            f"--set model.checkpoint={last} --set run.out=FOLDER"
+        )
     if state["step"] > config.run.steps:
         raise ConfigError(f"run.steps: expected at least {state['step']}, the step of {last}, got {config.run.steps}")
     before, now = (c.data.images_at_a_time for c in (was, config))

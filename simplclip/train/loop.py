@@ -6,7 +6,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
 from simplclip.train.prefix_cache import PrefixCache
 from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.settings import Config
-from simplclip.train.state import Training
+from simplclip.train.state import Training, image_transform, tokenizer
 from simplclip.train.step import TrainingError, train_step
 from simplclip.train.trust import flag
 
@@ -81,7 +81,7 @@ def run(
 
         splits = {}
         if config.eval.every:
-            splits = retrieval.load_splits(config.eval.splits, config.model.name, config.model.image_size)
+            splits = retrieval.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
         training = Training(config, device, precision, state)
         console = console or Console()
         if training.prefix:
@@ -150,7 +150,8 @@ def _steps(
         if last or training.step % c.log_every == 0:
             log.write("metrics", row)
         if splits and (last or training.step % training.config.eval.every == 0):
-            _evaluate(training, splits, log, report.print)
+            with training.average.in_place() if training.average else nullcontext():
+                _evaluate(training, splits, log, report.print)
             began = time.perf_counter()  # evaluations and checkpoints do not count
         minutes = (time.monotonic() - saved) / 60
         if last or stop.requested or training.step % c.save_every == 0 or minutes >= c.save_minutes:

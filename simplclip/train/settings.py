@@ -13,9 +13,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+SHAPE = {"vision_cfg": "image_size", "text_cfg": "context_length"}  # where open_clip's arguments have them
+
+
 class ModelConfig(Section):
     name: str = Field("siclip-tiny", description="name of the model, see `simplclip.models.create`")
     options: dict[str, Any] = Field({}, description="keyword arguments for `simplclip.models.create`")
+    checkpoint: str | None = Field(
+        None,
+        description="trained weights to start from: a run, a checkpoint, an export, open_clip's NAME/TAG or a file; all that "
+        "fit are loaded, positional embeddings interpolated, and all train. Read at the start of a run alone",
+    )
+    image_size: int | None = Field(None, ge=1, description="pixels of a side; null: the model's own")
+    context_length: int | None = Field(None, ge=2, description="tokens of a text; null: the model's own")
     freeze_norms: bool = Field(
         False, description="keep batch norms in eval mode; gradient caching needs this unless they are inherited"
     )
@@ -23,10 +33,20 @@ class ModelConfig(Section):
         False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
     )
 
-    @property
-    def image_size(self) -> int | None:
-        """The image size in `options`, or None for the model's default."""
-        return self.options.get("vision_cfg", {}).get("image_size")
+    @model_validator(mode="after")
+    def _once(self) -> ModelConfig:
+        if "checkpoint" in self.options:
+            raise ValueError("options: expected no checkpoint among them, which is the key model.checkpoint")
+        for section, name in SHAPE.items():
+            inside = (self.options.get(section) or {}).get(name)
+            if None not in (inside, own := getattr(self, name)) and inside != own:
+                raise ValueError(f"{name}: expected one value, got {own} and options.{section}.{name} = {inside}")
+        return self
+
+    def shape(self, name: str) -> Any:
+        """The image_size or the context_length that is set, here or in `options`; None: the model's own."""
+        inside = ((self.options.get(section) or {}).get(name) for section, known in SHAPE.items() if known == name)
+        return getattr(self, name) or next(inside)
 
 
 class InheritConfig(Section):
@@ -221,6 +241,9 @@ class OptimConfig(Section):
     options: dict[str, Any] = Field(
         ADAMW, description="arguments of AdamW: betas, eps, amsgrad; one left out has its default"
     )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the moving average of the weights that is evaluated and exported, e.g. 0.9999"
+    )
     grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null disables clipping")
 
     @field_validator("options")
@@ -258,6 +281,7 @@ class RunConfig(Section):
         "auto", description="autocast; auto: bf16 if the hardware has it natively, else fp32"
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
+    compile: bool = Field(False, description="compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv")
     print_every: int | None = Field(
         None, ge=1, description="steps between printed lines if the output is not a terminal; null: a line a minute"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from simplclip.data.transforms import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
+from simplclip.models.weights import InheritanceError, WeightTable, load_weights
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
+from simplclip.train.average import Average
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
-from simplclip.train.settings import Config, MicroBatch
+from simplclip.train.settings import SHAPE, Config, MicroBatch
 from simplclip.train.trust import check_options
 
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
@@ -34,8 +37,6 @@ class Training:
     state: a checkpoint to continue from; without one the model inherits the weights that config.inherit names.
     """
 
-    STATEFUL = ("model", "loss", "optimizer", "schedule", "scaler")
-
     def __init__(self, config: Config, device: torch.device, precision: str, state: dict[str, Any] | None = None):
         self.config, self.device, self.precision = config, device, precision
         self.transform = image_transform(config)
@@ -43,19 +44,18 @@ class Training:
         self._check_views()
         self.model = build_model(config)
         self.blocks = [module for module in self.model.modules() if isinstance(module, SimplifiedBlock)]
+        self.weights = self.start() if config.model.checkpoint is not None and not state else None
         self.inheritance, self.frozen = None, state.get("frozen", []) if state else []
         freeze(self.model, self.frozen)
         if config.inherit.source is not None and not state:
             how = config.inherit
-            self.inheritance = inherit(self.model, self.sources(), train=how.train, blocks=how.blocks)
+            options = config.model.options.get("simplify_options", {})
+            keep = [name for name in ("attention_gain", "mlp_gain") if options.get(name) is not None]
+            self.inheritance = inherit(self.model, self.sources(), train=how.train, blocks=how.blocks, keep=keep)
             self.frozen = self.inheritance.names
             for name in ("logit_scale", "logit_bias"):  # what the config states holds, not what the source has
                 if (value := config.model.options.get(f"init_{name}")) is not None:
                     nn.init.constant_(getattr(self.model, name), value)
-            for name in ("attention_gain", "mlp_gain"):
-                if (value := config.model.options.get("simplify_options", {}).get(name)) is not None:
-                    for block in self.blocks:
-                        nn.init.constant_(getattr(block, name), value)
         if config.model.freeze_norms:
             freeze_norms(self.model)
         if config.model.recompute:
@@ -66,6 +66,7 @@ class Training:
         self.model.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
+        self.average = Average(self.model, config.optim.ema) if config.optim.ema is not None else None
         self.optimizer = make_optimizer(self.model, self.loss, config)
         self.schedule = LambdaLR(self.optimizer, lambda step: lr_factor(step, config))
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -73,8 +74,8 @@ class Training:
         self.data: dict[str, Any] | None = None  # what the loader has done of the epoch
         self.updating = False  # True while a step changes the parameters, which cannot be undone
         if state:
-            for name in self.STATEFUL:
-                getattr(self, name).load_state_dict(state[name])
+            for name, part in self._stateful():
+                part.load_state_dict(state[name])
             for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas):
                 group["lr"] = group["initial_lr"] * factor(state["step"])  # run.steps may have changed
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
@@ -84,6 +85,9 @@ class Training:
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
         weights = [p for module in (self.model.visual, *copies) for p in module.parameters()]
         self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in weights)
+        if config.run.compile:
+            for tower in (self.model.visual, getattr(self.model, "text", None) or self.model.transformer):
+                tower.compile()
         self.prefix = None
         if config.data.cache_prefix is not None:
             context = hardware.autocast(precision, device)
@@ -105,6 +109,13 @@ class Training:
                 f"training replays, got {wanted!r}"
             )
 
+    def start(self) -> WeightTable | None:
+        """Loads the weights of model.checkpoint."""
+        try:
+            return load_weights(self.model, self.config.model.checkpoint)
+        except (InheritanceError, FileNotFoundError) as error:
+            raise ConfigError(f"model.checkpoint: {str(error).removeprefix('source: ')}") from None
+
     def sources(self) -> Any:
         """The source of `inherit`."""
         return self.config.inherit.source
@@ -113,8 +124,14 @@ class Training:
         """The part of `state` that says where the run is."""
         return {"step": self.step, "epoch": self.epoch, "batch": self.batch, "data": self.data, "rng": checkpoint.rng_state()}
 
+    def _stateful(self) -> Iterator[tuple[str, Any]]:
+        for name in ("model", "loss", "optimizer", "schedule", "scaler"):
+            yield name, getattr(self, name)
+        if self.average:
+            yield "ema", self.average
+
     def state(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name).state_dict() for name in self.STATEFUL}
+        parts = {name: part.state_dict() for name, part in self._stateful()}
         return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict()}
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -172,28 +189,38 @@ class Training:
         if self.config.loss.plane != "hadamard" and self.teacher is None:
             return None
         with torch.no_grad():
-            tokens = models.tokenizer(self.config.model.name)(["a"]).to(self.device)
+            tokens = tokenizer(self.config)(["a"]).to(self.device)
             return self.model.eval().encode_text(tokens).shape[-1]
 
 
-def image_transform(config: Config) -> Any:
-    """The augmenting transform of the config's images."""
-    augment, size = config.data.augment, config.model.image_size
-    return models.transforms(config.model.name, train=True, augment=augment, image_size=size)
+def image_transform(config: Config, train: bool = True) -> Any:
+    """The transform of the config's images, in training the augmenting one."""
+    augment, size = config.data.augment, config.model.shape("image_size")
+    return models.transforms(config.model.name, train=train, augment=augment, image_size=size)
+
+
+def tokenizer(config: Config) -> Any:
+    """The tokenizer of the config's model."""
+    return models.tokenizer(config.model.name, config.model.shape("context_length"))
 
 
 def model_options(config: Config) -> dict[str, Any]:
     """Keyword arguments of `models.create`: with the base sigmoid, SigLIP's scale and bias where the config has none."""
-    return (SIGLIP if config.loss.base == "sigmoid" else {}) | config.model.options
+    options = (SIGLIP if config.loss.base == "sigmoid" else {}) | config.model.options
+    shape = {section: {name: config.model.shape(name)} for section, name in SHAPE.items() if config.model.shape(name)}
+    return options | {section: (options.get(section) or {}) | values for section, values in shape.items()}
 
 
 def build_model(config: Config) -> Any:
     """The nn.Module that `config` names, with random weights. Raises ConfigError for options that it does not accept."""
     try:
-        return models.create(config.model.name, **model_options(config))
+        model = models.create(config.model.name, **model_options(config))
     except TypeError as error:
         got = f"{config.model.options}: {error}"
         raise ConfigError(f"model.options: expected options of {config.model.name}, got {got}") from error
+    if any(map(config.model.shape, SHAPE.values())):
+        models.check_shape(model, tokenizer(config))
+    return model
 
 
 def load_model(
@@ -213,7 +240,7 @@ def load_model(
         check_options(config.model.options, str(path))
     try:
         model = build_model(config)
-        model.load_state_dict(state["model"], strict=True)
+        model.load_state_dict(state["model"] | state.get("ema", {}), strict=True)
     except InputError as error:
         raise checkpoint.CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # the type depends on the options, and on the damage

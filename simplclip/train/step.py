@@ -55,6 +55,8 @@ def train_step(training: Training, batches: list[dict[str, Any]]) -> dict[str, f
     training.schedule.step()
     with torch.no_grad():
         model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    if training.average:
+        training.average.update()
     training.step += 1
     training.updating = False
     return {"step": training.step, "epoch": training.epoch, **values, "lr": lr}

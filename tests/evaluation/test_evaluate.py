@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from runs import go
 
-from simplclip import evaluation, retrieval
+from simplclip import evaluation, models, retrieval
 from simplclip.train import checkpoint
 from simplclip.train.config import load
 from simplclip.train.state import load_model
@@ -27,7 +27,8 @@ def trained(tmp_path_factory):
 
 
 def split_of(shard):
-    (split,) = retrieval.load_splits({"s": shard}, "siclip-tiny").values()
+    transform = models.transforms("siclip-tiny", train=False)
+    (split,) = retrieval.load_splits({"s": shard}, models.tokenizer("siclip-tiny"), transform).values()
     for _ in split.read(10):
         pass
     return split

@@ -15,8 +15,8 @@ import simplclip
 from simplclip import models
 from simplclip.export import onnx_towers
 from simplclip.models import mobileclip
-from simplclip.models.inherit import NEW, InheritanceError
 from simplclip.models.simplify import TransformerBlock, count_parameters
+from simplclip.models.weights import NEW, InheritanceError
 from simplclip.train.checkpoint import CheckpointError
 
 NAME = "mobileclip-s0"
