@@ -236,7 +236,8 @@ def _exported(folder: Path, trust: bool) -> dict[str, Any]:
     if not trust:
         check_options(options, str(folder / EXPORT))
     model = models.create(name, checkpoint=folder / weights[0], **options)
-    return _parts(name, model, size) | {"step": step}
+    length = (options.get("text_cfg") or {}).get("context_length")
+    return _parts(name, model, size, length) | {"step": step}
 
 
 def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:

@@ -65,7 +65,9 @@ def run(
 
     remove_leftovers(out.parent, out.name.__eq__, HOUR)
     with temporary_folder(out) as work:
-        tokenizer = models.tokenizer(config.model.name)  # a tokenizer class, or the function of minilm_tokenizer
+        tokenizer = models.tokenizer(
+            config.model.name, config.model.shape("context_length")
+        )  # a tokenizer class, or the function of minilm_tokenizer
         # Of each tower three inputs: noise, and token ids.
         size, noise = to_2tuple(model.visual.image_size), torch.Generator().manual_seed(0)
         samples = {"image": torch.randn(len(_PHRASES), 3, *size, generator=noise), "text": tokenizer(list(_PHRASES))}

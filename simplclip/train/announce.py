@@ -9,7 +9,7 @@ import torch
 
 from simplclip import models
 from simplclip.common import hardware
-from simplclip.models.weights import TRAINS
+from simplclip.models.weights import LOADED, TRAINS
 from simplclip.ops import backends
 from simplclip.train.state import Training
 
@@ -43,15 +43,15 @@ def _loss(training: Training) -> str:
 
 def _logits(training: Training) -> str:
     """The scale and the bias that the run starts with, and where they are from."""
-    rows = training.inheritance.rows if training.inheritance else ()
-    inherited = {row.module for row in rows if row.status == TRAINS}
+    tables = [table for table in (training.weights, training.inheritance) if table]
+    taken = {row.module for table in tables for row in table.rows if row.status in (LOADED, TRAINS)}
 
     def source(name: str) -> str:
         if training.step:
             return "from the checkpoint"
-        if f"init_{name}" in training.config.model.options:
+        if f"init_{name}" in training.config.model.options and not training.weights:
             return f"model.options.init_{name}"
-        return "inherited" if {"", name} & inherited else "as in SigLIP"
+        return "from the weights above" if {"", name} & taken else "as in SigLIP"
 
     bias = "no bias" if training.logit_bias is None else f"bias {training.logit_bias.item():.4g}"
     scale = f"scale {training.model.logit_scale.exp().item():.4g}"

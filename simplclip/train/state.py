@@ -87,7 +87,7 @@ class Training:
         self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in weights)
         if config.run.compile:
             for tower in (self.model.visual, getattr(self.model, "text", None) or self.model.transformer):
-                tower.compile()
+                tower.compile(dynamic=False)  # sizes that dynamo makes dynamic depend on what was compiled before
         self.prefix = None
         if config.data.cache_prefix is not None:
             context = hardware.autocast(precision, device)

@@ -40,7 +40,7 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
         torch.save(models.create("siclip-tiny", **tiny.MODEL, **options).state_dict(), tmp_path / f"{name}.pt")
     siglip, clip = (f"inherit.source={tmp_path / name}.pt" for name in sources)
     set_scale, set_bias = f"model.options.init_logit_scale={math.log(30)}", "model.options.init_logit_bias=-4.0"
-    default, inherited, own = "(as in SigLIP)", "(inherited)", "(model.options.init_logit_{})"
+    default, inherited, own = "(as in SigLIP)", "(from the weights above)", "(model.options.init_logit_{})"
     for changes, scale, bias, line in (
         ([], 1 / 0.07, None, ""),
         ([SIGMOID], 10, -10, f"scale 10 {default}, bias -10 {default}"),
