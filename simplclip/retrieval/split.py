@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from simplclip import models
 from simplclip.common import hardware
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
@@ -94,9 +94,18 @@ class Split:
 
 
 def load_splits(splits: Mapping[str, Any], model: str, image_size: int | None = None) -> dict[str, Split]:
-    """Splits for the model called `model`, see `data.held_out`. image_size: None for the model's default."""
+    """The eval.splits of a run of the model called `model`. image_size: None for the model's default.
+
+    Raises InputError, naming the split's key, for what `data.held_out` does not take, or has no usable sample.
+    """
     tokenizer, transform = models.tokenizer(model), models.transforms(model, train=False, image_size=image_size)
-    return {name: Split(held_out(what), tokenizer, transform) for name, what in splits.items()}
+    found = {name: Split(held_out(what, name=f"eval.splits.{name}"), tokenizer, transform) for name, what in splits.items()}
+    for name, split in found.items():
+        try:
+            next(split.data.batches(transform, 1, Skipped()))
+        except UserError as error:
+            raise InputError(f"eval.splits.{name}: {error}") from None
+    return found
 
 
 @torch.no_grad()
