@@ -242,6 +242,7 @@ def find(
 ) -> dict[str, list[Hit]]:
     """The `top` rows that are most similar to each query, a text or the path of an image: query -> hits, best first.
 
+    An image is no hit of its own, if the features are of the file at its path.
     model: what `simplclip.load` takes, or an encoder; by default the model that the file names. It must have the weights and
     the image transform that the features were made by.
     Raises: InputError (another file, another model), FileNotFoundError, the errors of `simplclip.load`.
@@ -264,11 +265,18 @@ def find(
             f"got {encoder.name} with fingerprint {got}; embed the data again by it, or name the other by --model"
         )
     rows = [encoder.encode_image(query) if _is_image(query) else encoder.encode_text(query) for query in queries]
-    found: list[list[tuple[float, int]]] = []
-    for _, scores, places in nearest(torch.cat(rows).cpu(), stored, top):
-        found += [list(zip(*both)) for both in zip(scores.tolist(), places.tolist())]
-    metadata = stored.rows([row for hits in found for _, row in hits])
-    return {query: [Hit(score, row, **metadata[row]) for score, row in hits] for query, hits in zip(queries, found)}
+    own = {query: os.path.abspath(query) if _is_image(query) else None for query in queries}
+    number = top + any(own.values())
+    while True:
+        found: list[list[tuple[float, int]]] = []
+        for _, scores, places in nearest(torch.cat(rows).cpu(), stored, number):
+            found += [list(zip(*both)) for both in zip(scores.tolist(), places.tolist())]
+        metadata = stored.rows([row for hits in found for _, row in hits])
+        hits = {query: [Hit(score, row, **metadata[row]) for score, row in some] for query, some in zip(queries, found)}
+        others = {query: [hit for hit in some if hit.image_path != own[query]] for query, some in hits.items()}
+        if number >= len(stored) or min(map(len, others.values())) >= top:
+            return {query: some[:top] for query, some in others.items()}
+        number *= 2  # a table may have several rows of one image
 
 
 def _is_image(query: str) -> bool:

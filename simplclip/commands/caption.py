@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Device, Precision, Sidecars
+from simplclip.commands.options import Device, Pairs, Precision, Sidecars
 
 
 def caption(
-    shards: Annotated[
-        list[str], typer.Argument(help="Pairs, as for training; all but local tars are copied into OUT.shards first.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the sidecars.")],
+    source: Pairs,
+    out: Annotated[Path, typer.Option(help="Folder for the sidecars; pairs other than local tars are copied to OUT.shards.")],
     *,
     model: Annotated[str, typer.Option(help="An open_clip CoCa model.")] = "coca_ViT-B-32",
     checkpoint: Annotated[Path | None, typer.Option(help="File with its weights.")] = None,
@@ -34,6 +32,6 @@ def caption(
 
     hardware = {"batch_size": batch_size, "sidecars": sidecars or (), "device": device, "precision": precision}
     draws = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    summary = captioning.run(shards, out, model, checkpoint=checkpoint, pretrained=pretrained, **draws, **hardware)
+    summary = captioning.run(source, out, model, checkpoint=checkpoint, pretrained=pretrained, **draws, **hardware)
     typer.echo(f"wrote {summary['written']} of {summary['shards']} sidecars to {summary['path']}: {summary['samples']} pairs")
     typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))

@@ -1,21 +1,19 @@
-"""`simplclip data`: what shards hold, their indices, smaller images, and the data of the demo."""
+"""`simplclip data`: what pairs there are, shards of them, their indices, smaller images, and the data of the demo."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from simplclip.commands.options import Pairs
 from simplclip.common.errors import visible
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 app = typer.Typer(
     no_args_is_help=True,
-    short_help="Index, inspect and shrink shards; build the demo's data.",
-    help="Index, inspect and shrink shards, and build the data of the demo.",
+    short_help="Make, index, inspect and shrink shards; build the demo's data.",
+    help="Make, index, inspect and shrink shards, and build the data of the demo.",
 )
 Shards = Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace patterns.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")]
@@ -50,23 +48,34 @@ def index(
         typer.echo(f"For other commands: export SIMPLCLIP_INDEX={out.resolve()}")
 
 
+@app.command(epilog="Example: simplclip data pack pairs.csv --out shards")
+def pack(
+    source: Pairs,
+    out: Annotated[Path, typer.Option(help="Folder for the shards, which appears when they are complete.")],
+) -> None:
+    """Copy pairs of any form into shards, with their images as they are."""
+    from simplclip.data import pack as packing
+
+    packing.pack(source, out)
+
+
 @app.command(epilog="Example: simplclip data report 'shards/*.tar' --out report")
 def report(
-    shards: Shards,
+    source: Pairs,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.png.")] = None,
     sample: Annotated[int, typer.Option(min=0, help="Images decoded to measure the rate of one core; 0 for none.")] = 512,
     size: Annotated[int, typer.Option(min=1, help="Side of the images that training makes.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size of the epoch's length.")] = 1024,
     workers: Workers = None,
 ) -> None:
-    """Show what shards hold: images, captions, sizes, broken samples, and how long an epoch takes to decode."""
+    """Show what pairs there are: images, captions, sizes, broken samples, and how long an epoch takes to decode."""
     from rich.console import Console
 
     from simplclip.data import report as reports
 
-    found = reports.run(shards, out=out, sample=sample, size=size, batch_size=batch_size, workers=workers)
+    found = reports.run(source, out=out, sample=sample, size=size, batch_size=batch_size, workers=workers)
     console = Console(highlight=False)
-    for table in _tables(found):
+    for table in reports.tables(found):
         console.print(table)
     _unreadable(found["unreadable"])
     if out is not None:
@@ -117,44 +126,3 @@ def emoji(
 def _unreadable(found: dict[str, str]) -> None:
     for reason in found.values():
         typer.echo(f"  not read: {visible(reason)}", err=True)
-
-
-def _tables(found: dict[str, Any]) -> list[Table]:
-    from rich.filesize import decimal
-    from rich.markup import escape
-
-    from simplclip.common.tables import table
-    from simplclip.data.report import MEASURES
-
-    def first(name: str) -> str:
-        return escape(visible(name))
-
-    epoch, decoding, twice = found["epoch"], found["decoding"], found["duplicate_keys"]
-    formats = ", ".join(f"{count:,} {name}" for name, count in found["formats"].items())
-    about = [
-        ("samples", f"{found['samples']:,} in {found['shards']:,} shards, {decimal(found['bytes'])}"),
-        ("images", f"{formats or 'none'}, {decimal(found['image_bytes'])}"),
-        ("epoch", f"{epoch['batches']:,} batches of {epoch['batch_size']:,}"),
-        ("repeated keys", f"{twice['in_a_shard']:,} within a shard, {twice['in_all_shards']:,} in all"),
-        ("index", f"of {found['indexed']:,} shards; every image decoded of {found['decoded']:,} samples"),
-    ]
-    if decoding and (rate := decoding["images_per_second"]):
-        hours = found["samples"] / rate / 3600
-        about += [
-            ("decoding", f"{rate:,.0f} images/s on one core ({decoding['images']:,}, to {decoding['size']} pixels)"),
-            ("", f"{hours:,.3g} core hours an epoch; {1000 / rate:.2g} cores for every 1,000 images/s that a card takes"),
-        ]
-    for shard, (said, there) in found["img2dataset"].items():
-        about.append(("img2dataset", f"{first(shard)}: its stats say {said:,} images, there are {there:,}"))
-    quantiles = [
-        (f"{name} ({MEASURES[name]})" if MEASURES[name] else name, *(f"{value:,}" for value in values.values()))
-        for name, values in found["quantiles"].items()
-    ]
-    broken = [(reason, f"{count:,}", first(place)) for reason, (count, place) in found["broken"].items()]
-    if decoding and found["decoded"] < found["samples"]:
-        reasons = decoding["broken"].items()
-        broken += [(f"{reason}, of those decoded", f"{count:,}", first(place)) for reason, (count, place) in reasons]
-    shown = [table(("data", ""), about)]
-    if quantiles:
-        shown.append(table(("of each", *next(iter(found["quantiles"].values()))), quantiles, numbers=True))
-    return [*shown, *([table(("broken", "samples", "the first"), broken)] if broken else [])]

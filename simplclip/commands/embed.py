@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from simplclip.commands.options import Device, Precision, Workers
+from simplclip.commands.options import Device, Precision, Workers, pairs
 from simplclip.common.errors import InputError, visible
 
 
 def embed(
     source: Annotated[
-        list[str] | None, typer.Argument(help="Images, as for training; with --find a file of features.")
+        list[Any] | None, typer.Argument(parser=pairs, help="Images, as for training; with --find a file of features.")
     ] = None,
     *,
     model: Annotated[str | None, typer.Option(help="As in evaluate. With --find by default the features' own.")] = None,

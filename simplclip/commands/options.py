@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from simplclip.common.errors import InputError, visible
 
+
+def pairs(text: str) -> Any:
+    """What a user names, or with its options a mapping: {shards: pairs.csv, image_key: file}, as in a config."""
+    if not text.startswith("{shards:") or os.path.exists(text):
+        return text
+    from simplclip.train.config import parse_yaml
+
+    return parse_yaml(text, "shards")
+
+
+Pairs = Annotated[
+    list[Any],
+    typer.Argument(
+        parser=pairs, metavar="PAIRS", help="In any form that training takes, also '{shards: pairs.csv, image_key: file}'."
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
 Trust = Annotated[
@@ -33,12 +50,12 @@ def fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def named_splits(items: list[str], option: str = "--data") -> dict[str, str]:
+def named_splits(items: list[str], option: str = "--data") -> dict[str, Any]:
     """Parses NAME=WHAT, or WHAT, whose name is that of the file or folder up to its number or wildcard.
 
     A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
     """
-    splits: dict[str, str] = {}
+    splits: dict[str, Any] = {}
     for item in items:
         match = re.fullmatch(r"(?:([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
         if not match:
@@ -48,5 +65,5 @@ def named_splits(items: list[str], option: str = "--data") -> dict[str, str]:
         name += f"-{split}" if split and not match[1] else ""
         if name in splits:
             raise InputError(f"{option}: expected different split names ({option} NAME=DATA), got {name!r} twice")
-        splits[name] = match[2]
+        splits[name] = pairs(match[2])
     return splits

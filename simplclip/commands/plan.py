@@ -15,7 +15,9 @@ def plan(
     config: Annotated[str, typer.Argument(help="YAML file or name of a built-in config, as in train.")],
     memory: Annotated[
         str,
-        typer.Option("--memory", "--card", help="Memory of the card: a size such as 24GiB, or a card: rtx-3090, a100-40."),
+        typer.Option(
+            "--memory", "--card", help="A card, rtx-3090 or a100-40 ..., or its memory as on the box: 12GB, which is 12GiB."
+        ),
     ],
     *,
     set_: Overrides = None,

@@ -7,15 +7,13 @@ from typing import Annotated
 
 import typer
 
-from simplclip.commands.options import Device, Precision, Sidecars, named_splits
+from simplclip.commands.options import Device, Pairs, Precision, Sidecars, named_splits
 from simplclip.common.errors import InputError
 
 
 def teacher(
-    shards: Annotated[
-        list[str], typer.Argument(help="Pairs, as for training; all but local tars are copied into OUT.shards first.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the sidecars.")],
+    source: Pairs,
+    out: Annotated[Path, typer.Option(help="Folder for the sidecars; pairs other than local tars are copied to OUT.shards.")],
     *,
     teacher: Annotated[
         list[str] | None,
@@ -63,4 +61,4 @@ def teacher(
     what = {"views": seen, "dtype": dtype, "sidecars": sidecars or ()}
     files = {"checkpoint": checkpoint, "heads_file": heads, "splits": splits}
     hardware = {"batch_size": batch_size, "device": device, "precision": precision}
-    teachers.run(shards, out, name=teacher or "builtin", seed=seed, **what, **files, **hardware)
+    teachers.run(source, out, name=teacher or "builtin", seed=seed, **what, **files, **hardware)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +122,7 @@ def skipped_of(about: dict[str, Any]) -> Skipped:
 
 def look(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
     """What `index.write` takes, by the shard's files as they are now; or why it cannot be read."""
-    places, torn = [], None
-    damage, broken = Skipped(), Skipped()
+    places, torn, damage = [], None, Skipped()
     try:
         identity = index.identity(shard)
         if not tar.is_compressed(shard):
@@ -133,24 +133,37 @@ def look(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, n
         if not places:
             return f"shard {shard!r} cannot be opened: {torn}"
     try:
-        rows = [_info(sample, decoded, broken) for sample in read_shard(shard, damage, indexed=False)]
+        about, arrays = described(read_shard(shard, damage, indexed=False), damage, decoded)
     except ShardError as error:
         return str(error)
+    about |= {"shard": identity, "torn": torn}
+    arrays |= {
+        "names": index.joined([name for name, _ in places]),
+        "offset": np.array([span.offset for _, span in places], np.int64),
+        "size": np.array([span.size for _, span in places], np.int64),
+    }
+    return about, arrays
+
+
+def described(
+    samples: Iterable[Sample], damage: Skipped, decoded: bool = False
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Of what `look` returns, all that is known of the samples by themselves. damage: what their reader counts.
+
+    Raises ShardError.
+    """
+    broken = Skipped()
+    rows = [_info(sample, decoded, broken) for sample in samples]
     damage.merge(broken)
     reasons = list(broken.counts)
     about = {
-        "shard": identity,
         "samples": len(rows),
-        "torn": torn,
         "formats": FORMATS,
         "reasons": reasons,
         "skipped": {reason: [count, damage.examples[reason]] for reason, count in damage.counts.items()},
         "decoded": decoded,
     }
     arrays = {
-        "names": index.joined([name for name, _ in places]),
-        "offset": np.array([span.offset for _, span in places], np.int64),
-        "size": np.array([span.size for _, span in places], np.int64),
         "keys": index.joined([row.key for row in rows]),
         "width": np.array([row.width for row in rows], np.int32),
         "height": np.array([row.height for row in rows], np.int32),
@@ -179,7 +192,7 @@ def _info(sample: Sample, decoded: bool, skipped: Skipped) -> SampleInfo:
             decode(opened.encoded)
     except BrokenSample as error:
         reason = error.args[0]
-        if reason == UNREADABLE:
+        if reason == UNREADABLE and not (isinstance(image, Span) and image.file != sample["__url__"]):
             raise ShardError(f"shard {sample['__url__']!r}: {error.args[1]}") from None
         skipped.add(reason, place_of(sample), error.args[1])
     return SampleInfo(sample["__key__"], width, height, form, size, lengths, reason)

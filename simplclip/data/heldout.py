@@ -23,7 +23,7 @@ from simplclip.data.decode import decode_pil
 from simplclip.data.epoch import called, seeded
 from simplclip.data.loader import EmptyEpochError
 from simplclip.data.pairs import parts_of
-from simplclip.data.parts import Classes, Part, read_part
+from simplclip.data.parts import Classes, Part, in_words, read_part
 from simplclip.data.shards import (
     IMAGE_SUFFIXES,
     Pair,
@@ -52,7 +52,7 @@ class HeldOut:
     bare: bool = False
 
     def __str__(self) -> str:
-        return f"{len(self.parts)} part(s), the first {self.parts[0].url!r},"
+        return in_words(self.parts)
 
     def samples(self, skipped: Skipped) -> Iterator[Sample]:
         """The samples in order, without their files where these are local."""

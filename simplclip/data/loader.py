@@ -18,6 +18,7 @@ from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
 from simplclip.data.epoch import Batch, Epoch, Position, WorkerItem
 from simplclip.data.pairs import check_sidecars, count, parts_of
+from simplclip.data.parts import in_words
 from simplclip.data.shards import check_count
 from simplclip.data.sidecars import Folders
 from simplclip.data.tar import MAX_BYTES
@@ -122,8 +123,8 @@ class Loader:
         if number == 0:
             need = f"batch_size {dataset.batch_size} with drop_last" if self._drop_last else "a batch"
             raise EmptyEpochError(
-                f"epoch {epoch} of {len(dataset.parts)} shard(s), the first {dataset.parts[0].url!r}, has no batch: "
-                f"{self._left_over} usable sample(s) do not fill {need}; {self._skipped}"
+                f"epoch {epoch} of {in_words(dataset.parts)} has no batch: {self._left_over} usable samples do not fill "
+                f"{need}; {self._skipped}"
             )
         if number < skip_batches and known is None:  # with a state, shards may be gone since
             raise InputError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")

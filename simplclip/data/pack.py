@@ -1,4 +1,5 @@
-"""Tables, JSON, folders and streams as local shards, for what writes files beside shards: a teacher, a captioner."""
+"""`simplclip data pack`: tables, JSON, folders and streams as local shards; also before a teacher or captioner writes files
+beside shards."""
 
 from __future__ import annotations
 
@@ -25,6 +26,11 @@ FORMAT = "simplclip-shards-1"  # of meta.json, as of other shards that were made
 SAMPLES = 1024  # of a shard
 
 
+def pack(what: Any, out: str | os.PathLike, *, progress: bool = True) -> list[str]:
+    """Shards in the folder `out` with copies of all samples that `what` names, made as by `local_shards`."""
+    return _packed(parts_of(what), Path(out), progress)
+
+
 def local_shards(what: Any, out: str | os.PathLike, *, progress: bool = True) -> list[str]:
     """The local tars that `what` names, and shards in the folder OUT.shards with copies of all its other samples.
 
@@ -41,7 +47,8 @@ def local_shards(what: Any, out: str | os.PathLike, *, progress: bool = True) ->
 
 def _packed(parts: list[Part], folder: Path, progress: bool) -> list[str]:
     packed = _digest(parts)
-    if not folder.exists():
+    made = not folder.exists() or not any(folder.iterdir())
+    if made:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder.parent, folder.name.__eq__)
         skipped = Skipped()
@@ -57,11 +64,14 @@ def _packed(parts: list[Part], folder: Path, progress: bool) -> list[str]:
         about = json.loads((folder / "meta.json").read_text("utf-8"))
         if about["packed"] != packed:
             raise ValueError("those of other files")
-        return [str(folder / name) for name in sorted(about["splits"]["data"]["shards"])]
+        found = [str(folder / name) for name in sorted(about["splits"]["data"]["shards"])]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(
             f"out: expected {folder} to hold the shards of {parts[0].url}, got {error}; remove it or choose another --out"
         ) from None
+    if progress and not made:
+        print(f"kept {folder / '*.tar'}, which an earlier run made of the same files")
+    return found
 
 
 def _write(parts: list[Part], folder: Path, skipped: Skipped, progress: bool) -> dict[str, Any]:

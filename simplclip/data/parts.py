@@ -102,6 +102,12 @@ def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
             time.sleep(wait)
 
 
+def in_words(parts: list[Part]) -> str:
+    """What parts are of, for messages: "'a.tar' (and 3 more files)"; the pieces of a table or folder are one."""
+    first, *more = dict.fromkeys(part.url for part in parts)
+    return repr(first) + (f" (and {len(more)} more file{'s' * (len(more) > 1)})" if more else "")
+
+
 def image_sample(url: str, key: str, folder: str, image: Any, captions: list[Any], skipped: Skipped) -> Iterator[Sample]:
     """The sample of an image file that a table or JSON names, relative to `folder`; none, but counted, if it is no file."""
     place = f"{os.path.basename(url)}/{key}"

@@ -1,4 +1,4 @@
-"""`simplclip data report`: what shards hold, and what it costs to read them; a table, report.json and report.png."""
+"""`simplclip data report`: what pairs there are, and what it costs to read them; a table, report.json and report.png."""
 
 from __future__ import annotations
 
@@ -6,32 +6,39 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
 
 from simplclip.common import plotting
+from simplclip.common.errors import visible
 from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
+from simplclip.common.tables import table
 from simplclip.data import index
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.build_index import look, skipped_of
+from simplclip.data.build_index import described, look, skipped_of
 from simplclip.data.epoch import seeded
-from simplclip.data.pairs import expand
+from simplclip.data.pairs import parts_of
+from simplclip.data.parts import Part, read_part
 from simplclip.data.pool import cores, ordered, processes
-from simplclip.data.shards import Shards, check_count, parse, place_of, read_shard, stable_hash
+from simplclip.data.shards import ShardError, check_count, parse, place_of, stable_hash
 from simplclip.data.transforms import ImageTransform
 
-SPREAD = 32  # the sample of images comes from at most so many shards
+SPREAD = 32  # the sample of images comes from at most so many parts of the data
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 MEASURES = {"short side": "px", "image file": "KiB", "captions an image": "", "caption": "characters"}  # and their units
 
 
 class Summary(NamedTuple):
-    """What a shard holds."""
+    """What a part of the data holds."""
 
     sums: Counter[str]
     formats: Counter[str]
@@ -41,7 +48,7 @@ class Summary(NamedTuple):
 
 
 def run(
-    shards: Shards,
+    shards: Any,
     *,
     out: str | os.PathLike | None = None,
     sample: int = 512,
@@ -50,33 +57,42 @@ def run(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Report on shards, by their indices where they fit, else by reading headers and captions; `out` is all that is written.
+    """Report on pairs, of shards by their indices where they fit, else by reading headers and captions.
 
-    The options are those of the command. Returns the object that report.json holds, in which shards that cannot be read are
-    named. Memory: about 24 bytes a sample.
+    shards: what `data.parts_of` takes; tars are shared among processes, what is no local tar is read by this one. `out` is
+    all that is written. The options are those of the command. Returns the object that report.json holds, in which files that
+    cannot be read are named. Memory: about 24 bytes a sample.
     """
     check_count("sample", sample, 0)
     check_count("batch_size", batch_size, 1)
-    files, found, unreadable = expand(shards), {}, {}
+    parts, found, unreadable = parts_of(shards), [], {}
     sums = Counter(samples=0, bytes=0, indexed=0, decoded=0, images=0, image_bytes=0)
     total = Summary(sums, Counter(), Skipped(), {}, np.zeros(0, np.uint64))
     with processes(workers) as pool:
-        with Progress("report", len(files), unit="shards", shown=progress) as bar:
-            for file, one in ordered(lambda file: pool.submit(summarise, file), files, 2 * (workers or cores())):
+
+        def submit(part: Part) -> Future[Summary | str]:
+            if part.is_local_tar:
+                return pool.submit(summarise, part)
+            done: Future[Summary | str] = Future()  # a process would get a copy of all of a parquet file's rows
+            done.set_result(summarise(part))
+            return done
+
+        with Progress("report", len(parts), unit="parts", shown=progress) as bar:
+            for part, one in ordered(submit, parts, 2 * (workers or cores())):
                 bar.update()
                 if isinstance(one, str):
-                    unreadable[file] = one
+                    unreadable[part.url] = one
                     continue
-                found[file] = one
+                found.append((part, one))
                 total.sums.update(one.sums)
                 total.formats.update(one.formats)
                 total.broken.merge(one.broken)
-        counts, samples = {file: one.sums["samples"] for file, one in found.items()}, total.sums["samples"]
+        counts, samples = [(part, one.sums["samples"]) for part, one in found], total.sums["samples"]
         decoding = pool.submit(measure, counts, sample, size).result() if sample and samples else None
     for name in MEASURES if found else ():
-        total.values[name] = np.concatenate([one.values[name] for one in found.values()])
+        total.values[name] = np.concatenate([one.values[name] for _, one in found])
     report: dict[str, Any] = {
-        "shards": len(files),
+        "files": len({part.url for part in parts}),
         "unreadable": unreadable,
         **total.sums,
         "formats": dict(total.formats.most_common()),
@@ -89,8 +105,8 @@ def run(
         "epoch": {"batch_size": batch_size, "batches": samples // batch_size},
         "decoding": decoding,
         "duplicate_keys": {
-            "in_a_shard": sum(len(one.keys) - len(np.unique(one.keys)) for one in found.values()),
-            "in_all_shards": samples - len(np.unique(np.concatenate([total.keys, *(one.keys for one in found.values())]))),
+            "in_a_file": sum(len(one.keys) - len(np.unique(one.keys)) for _, one in found),
+            "in_all": samples - len(np.unique(np.concatenate([total.keys, *(one.keys for _, one in found)]))),
         },
         "img2dataset": _differing(counts),
     }
@@ -101,10 +117,10 @@ def run(
     return report
 
 
-def summarise(shard: str) -> Summary | str:
-    """The summary of a shard, or why it cannot be read."""
-    known = index.statistics(shard)
-    found = known or look(shard)
+def summarise(part: Part) -> Summary | str:
+    """The summary of a part, or why it cannot be read."""
+    known = index.statistics(part.url) if part.is_local_tar else None
+    found = known or (look(part.url) if part.is_local_tar else _look(part))
     if isinstance(found, str):
         return found
     about, arrays = found
@@ -123,16 +139,26 @@ def summarise(shard: str) -> Summary | str:
     return Summary(Counter(sums), formats, skipped_of(about), values, keys)
 
 
-def measure(counts: Mapping[str, int], number: int, size: int) -> dict[str, Any]:
-    """Decodes about `number` images, spread over shards with `counts` samples, as training does; on this core alone."""
+def _look(part: Part) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
+    """As `look`, of what is no local tar; its bytes are those of the images."""
+    damage = Skipped()
+    try:
+        about, arrays = described(read_part(part, damage), damage)
+    except ShardError as error:
+        return str(error)
+    return about | {"shard": {"bytes": int(arrays["bytes"].sum())}}, arrays
+
+
+def measure(counts: Sequence[tuple[Part, int]], number: int, size: int) -> dict[str, Any]:
+    """Decodes about `number` images, spread over parts with `counts` samples, as training does; on this core alone."""
     from open_clip.transform import AugmentationCfg, PreprocessCfg
 
     transform = ImageTransform(PreprocessCfg(size=size), AugmentationCfg())
-    filled = [file for file, count in counts.items() if count]
+    filled = [(part, count) for part, count in counts if count]
     chosen = filled[:: -(-len(filled) // SPREAD)]
     each = -(-number // len(chosen))
     skipped, seconds = Skipped(), []
-    spread = (s for file in chosen for s in islice(read_shard(file, Skipped()), 0, None, max(1, counts[file] // each)))
+    spread = (s for part, count in chosen for s in islice(read_part(part, Skipped()), 0, None, max(1, count // each)))
     with seeded("report"):
         for sample in islice(spread, number):
             try:
@@ -150,10 +176,11 @@ def _broken(skipped: Skipped) -> dict[str, list]:
     return {reason: [count, skipped.examples[reason]] for reason, count in skipped.counts.most_common()}
 
 
-def _differing(counts: Mapping[str, int]) -> dict[str, list[int]]:
+def _differing(counts: Sequence[tuple[Part, int]]) -> dict[str, list[int]]:
     """Shards of which img2dataset's NAME_stats.json says another number of images: shard -> [it says, there are]."""
     found = {}
-    for file, count in counts.items():
+    for part, count in counts:
+        file = part.url
         try:
             said = int(json.loads(Path(file.removesuffix(".tar") + "_stats.json").read_text("utf-8"))["successes"])
         except (OSError, ValueError, LookupError, TypeError):
@@ -161,6 +188,46 @@ def _differing(counts: Mapping[str, int]) -> dict[str, list[int]]:
         if said != count:
             found[file] = [said, count]
     return found
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """The report for a terminal."""
+
+    def first(name: str) -> str:
+        return escape(visible(name))
+
+    epoch, decoding, twice = found["epoch"], found["decoding"], found["duplicate_keys"]
+    formats = ", ".join(f"{count:,} {name}" for name, count in found["formats"].items())
+    about = [
+        (
+            "samples",
+            f"{found['samples']:,} in {found['files']:,} file{'s' * (found['files'] != 1)}, {decimal(found['bytes'])}",
+        ),
+        ("images", f"{formats or 'none'}, {decimal(found['image_bytes'])}"),
+        ("epoch", f"{epoch['batches']:,} batches of {epoch['batch_size']:,}"),
+        ("repeated keys", f"{twice['in_a_file']:,} within a file, {twice['in_all']:,} in all"),
+        ("index", f"of {found['indexed']:,} files; every image decoded of {found['decoded']:,} samples"),
+    ]
+    if decoding and (rate := decoding["images_per_second"]):
+        hours = found["samples"] / rate / 3600
+        about += [
+            ("decoding", f"{rate:,.0f} images/s on one core ({decoding['images']:,}, to {decoding['size']} pixels)"),
+            ("", f"{hours:,.3g} core hours an epoch; {1000 / rate:.2g} cores for every 1,000 images/s that a card takes"),
+        ]
+    for shard, (said, there) in found["img2dataset"].items():
+        about.append(("img2dataset", f"{first(shard)}: its stats say {said:,} images, there are {there:,}"))
+    quantiles = [
+        (f"{name} ({MEASURES[name]})" if MEASURES[name] else name, *(f"{value:,}" for value in values.values()))
+        for name, values in found["quantiles"].items()
+    ]
+    broken = [(reason, f"{count:,}", first(place)) for reason, (count, place) in found["broken"].items()]
+    if decoding and found["decoded"] < found["samples"]:
+        reasons = decoding["broken"].items()
+        broken += [(f"{reason}, of those decoded", f"{count:,}", first(place)) for reason, (count, place) in reasons]
+    shown = [table(("data", ""), about)]
+    if quantiles:
+        shown.append(table(("of each", *next(iter(found["quantiles"].values()))), quantiles, numbers=True))
+    return [*shown, *([table(("broken", "samples", "the first"), broken)] if broken else [])]
 
 
 def _draw(path: Path, values: Mapping[str, np.ndarray], quantiles: Mapping[str, Mapping[str, int]]) -> None:

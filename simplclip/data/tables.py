@@ -22,6 +22,7 @@ from simplclip.data.shards import Sample, image_of
 
 LINE = 1 << 24  # bytes of the longest line of a table
 SUFFIXES = (".csv", ".tsv", ".parquet")
+SEPARATORS = "\t,|;"
 # Columns of tables, and keys of the objects of JSON files, in order of preference: the first of these names that a file has.
 IMAGE_NAMES = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
 CAPTION_NAMES = ("captions", "caption", "sentences", "title", "text", "raw", "comment")
@@ -133,7 +134,9 @@ def _places(titles: list[str], path: str, options: Options, name: str) -> tuple[
         if column is None:
             names = wanted or " or ".join(known)
             got = f"{path!r} with the columns {', '.join(map(repr, titles))[:300]}"
-            raise InputError(f"{name}: expected a table with a column {names} ({option}), got {got}")
+            other = next((one for one in SEPARATORS for title in titles if one in title), None)
+            hint = f"; its header has {other!r}: try separator={other!r}" if other else ""
+            raise InputError(f"{name}: expected a table with a column {names} ({option}), got {got}{hint}")
         found.append(titles.index(column))
     return found[0], found[1]
 
@@ -166,7 +169,7 @@ def _header(file: BinaryIO, path: str, options: Options, name: str) -> tuple[str
     if b"\r" in line.rstrip(b"\r\n"):
         raise InputError(f"{name}: expected a table whose lines end in \\n or \\r\\n, got {path!r} with \\r alone")
     header = line.decode("utf-8-sig", "surrogateescape")
-    separator = options.separator or ("\t" if path.lower().endswith(".tsv") else max("\t,|", key=header.count))
+    separator = options.separator or ("\t" if path.lower().endswith(".tsv") else max(SEPARATORS, key=header.count))
     try:
         titles = next(csv.reader([header], delimiter=separator), [])
     except (csv.Error, TypeError) as error:  # a separator of several characters

@@ -22,7 +22,7 @@ from simplclip.data.text import json_of
 from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.sheets import confusion_sheet, contact_sheet
-from simplclip.evaluation.zero_shot import class_names, named, phrases, zero_shot
+from simplclip.evaluation.zero_shot import NamelessError, class_names, named, phrases, zero_shot
 from simplclip.retrieval import Split, encode, recall_of
 from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
@@ -109,6 +109,8 @@ def evaluate(
             say(f"{shown}: {split.report()}")
             wording = given or phrases(what.classes.templates or defaults.templates)
             mine["splits"][title] = _figures(encoder, split, wording, title, file.parent, ending) | about
+            for line in mine["splits"][title]["left_out"]:
+                say(f"{shown}: {line}")
             with locked(file.parent):
                 text = json.dumps(_merged(_earlier(file), answer), indent=2, ensure_ascii=False) + "\n"
                 write_atomically(file, text.encode("utf-8", "backslashreplace"))
@@ -153,13 +155,26 @@ def file_name(name: str) -> str:
 
 def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, folder: Path, ending: str) -> dict[str, Any]:
     """The figures of an encoded split, with its pictures."""
-    found = recall_of(split, encoder.device)
-    classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
-    if not found and not classes:
-        raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
+    found, classes = recall_of(split, encoder.device), None
+    left_out = [] if found else ["no retrieval: no image has a caption"]
+    try:
+        classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
+    except NamelessError as error:
+        if not found:
+            raise
+        left_out.append(f"no classification: {error}")
+    else:
+        if not found and not classes:
+            raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
+        if classes and classes["images"] < len(split):
+            left_out.append(
+                f"no classification of images without a label: {len(split) - classes['images']:,} of {len(split):,}"
+            )
+        elif not classes and any(label is not None for label in split.labels):
+            left_out.append("no classification: all labels are of one class")
     title = encoder.name if encoder.step is None else f"{encoder.name}, step {encoder.step}"
     result: dict[str, Any] = {"images": len(split), "texts": len(split.captions), **(found or {})}
-    result |= {"zero_shot": classes, "contact_sheet": None, "confusion_sheet": None}
+    result |= {"zero_shot": classes, "left_out": left_out, "contact_sheet": None, "confusion_sheet": None}
     if found:
         among = {"text_to_image": len(split), "image_to_text": len(split.captions)}
         first, second = (in_words(found[direction], number) for direction, number in among.items())

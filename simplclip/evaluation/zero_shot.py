@@ -30,6 +30,10 @@ TEMPLATES = {
 }
 
 
+class NamelessError(InputError):
+    """Labels are numbers, and nobody says what they stand for."""
+
+
 def class_names(what: str | os.PathLike | None) -> tuple[Names | None, list[str] | None]:
     """Names of classes and, of ImageNet's, the synsets in the same order (n01440764, ...).
 
@@ -122,7 +126,7 @@ def zero_shot(
     the classes of the share of their images that are right) are {"value", "chance"}. "confused" lists the pairs of classes
     that are confused most, with the number of images and the rows of some.
 
-    Raises: InputError for labels that are numbers without a name.
+    Raises: NamelessError for labels that are numbers if there are no names; InputError for a number or name beyond them.
     """
     templates = phrases(templates)
     classes, truth = _classes(split)
@@ -174,6 +178,7 @@ def _classes(split: Split) -> tuple[list[str], list[int]]:
             found = -1 if label is None else label
         if label is not None and not 0 <= found < len(names):
             what = f"{label} of {len(names)} classes" if names else f"the number {label}, and no names"
-            raise InputError(f"classnames: expected a name for each label of {split.data} got {what}")
+            error = InputError if names else NamelessError
+            raise error(f"classnames: expected a name for each label of {split.data}, got {what}")
         numbers.append(found)
     return names, numbers

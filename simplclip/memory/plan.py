@@ -22,21 +22,23 @@ from simplclip.train.settings import Config, MicroBatch
 from simplclip.train.state import SIGLIP
 
 CARDS = {"rtx-3090": 24 * GIB, "rtx-4090": 24 * GIB, "rtx-3060": 12 * GIB, "a100-40": 40 * GIB, "a100-80": 80 * GIB}
-_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger one leaves less memory for the loss
 MOST_PAIRS = 1 << 22
 
 
 def parse_memory(text: str) -> int:
-    """The bytes of "24GiB", "24000MB" or a card in `CARDS`. Raises InputError."""
+    """The bytes of a size or of a card in `CARDS`. Raises InputError.
+
+    "24GB" is the same as "24GiB": the memory of cards is counted in powers of two, whatever is written on the box.
+    """
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
     for card in (name, f"rtx-{name}"):
         if card in CARDS:
             return CARDS[card]
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
     if not match or not float(match[1]):
         raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return int(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ def show(plan: Plan, console: Console) -> None:
     if plan.measured is not None:
         measured = f"two real steps on this machine's GPU: {gib(plan.measured)}, predicted {gib(at.peak)}"
     advice = plan.advice or ["none: nothing known here would lower the peak"]
+    if at.peak <= plan.usable / 2:
+        advice = [f"fits, nothing to do: {at.peak / plan.usable:.0%} of the usable memory"]
     for name, lines in ("measured", [measured]), ("assumed", plan.assumptions), ("advice", advice):
         for line in lines:
             console.print(f"{name:10} {line}", markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simplclip.common import hardware
-from simplclip.common.errors import InputError
+from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
 from simplclip.data import HeldOut, held_out
@@ -93,8 +93,17 @@ class Split:
 
 
 def load_splits(splits: Mapping[str, Any], tokenizer: Any, transform: Any) -> dict[str, Split]:
-    """Splits for a model with this tokenizer and image transform, see `data.held_out`."""
-    return {name: Split(held_out(what), tokenizer, transform) for name, what in splits.items()}
+    """The eval.splits of a run whose model has this tokenizer and image transform.
+
+    Raises InputError, naming the split's key, for what `data.held_out` does not take, or has no usable sample.
+    """
+    found = {name: Split(held_out(what, name=f"eval.splits.{name}"), tokenizer, transform) for name, what in splits.items()}
+    for name, split in found.items():
+        try:
+            next(split.data.batches(transform, 1, Skipped()))
+        except UserError as error:
+            raise InputError(f"eval.splits.{name}: {error}") from None
+    return found
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from simplclip.data.pack import local_shards
 from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Pair, stable_hash
 from simplclip.data.sidecars import Folders
+from simplclip.models.registry import first_line
 
 
 def run(
@@ -121,7 +122,13 @@ def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretra
     tags = open_clip.list_pretrained_tags_by_model(plain)
     if pretrained not in tags:
         raise InputError(f"pretrained: expected one of {tags} for {plain}, got {pretrained!r}")
-    return open_clip.create_model(plain, pretrained=pretrained).eval()
+    try:
+        return open_clip.create_model(plain, pretrained=pretrained).eval()
+    except Exception as error:  # the download may raise many types
+        reason = first_line(error)
+        raise InputError(
+            f"pretrained: open_clip could not get {plain}/{pretrained}: {reason}; or give its file by --checkpoint"
+        ) from None
 
 
 def tokenizer_of(coca: CoCa, name: str) -> SimpleTokenizer:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from pairs import call, one_line, write
+from pairs import call, one_line, table, write
 from PIL import Image
 from trainer_runs import write_models
 
@@ -94,6 +94,23 @@ def test_find_is_exact_over_many_parts(folder, model, encoder, expected, tmp_pat
         assert [hit.caption for hit in found[text]] == [NAMES[i] for i in order.tolist()]
     assert found[query][0].key == "k2"
     assert len(embedding.find(tmp_path / "f.npz", "a ring", top=99, device="cpu")["a ring"]) == 5
+
+
+def test_an_image_is_no_hit_of_its_own(folder, model, tmp_path, monkeypatch):
+    """Of a table it has as many rows as captions; another file with the same pixels is a hit."""
+    images = [folder / "images" / f"{name}.png" for name in NAMES]
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(images[2].read_bytes())
+    table(tmp_path / "t.csv", [(image, f"caption {n}") for image in (*images, copy) for n in range(3)])
+    embedding.embed(str(tmp_path / "t.csv"), tmp_path / "f.npz", model=model, workers=0, device="cpu")
+    monkeypatch.chdir(folder)
+    query = f"images/{NAMES[2]}.png"
+    found = embedding.find(tmp_path / "f.npz", [query, "a ring"], top=4, device="cpu")
+    assert [len(hits) for hits in found.values()] == [4, 4]
+    assert {hit.image_path for hit in found[query][:3]} == {str(copy)}
+    assert found[query][3].score < 0.999
+    (all_others,) = embedding.find(tmp_path / "f.npz", query, top=99, device="cpu").values()
+    assert len(all_others) == 15
 
 
 def test_texts(folder, model, encoder, tmp_path):

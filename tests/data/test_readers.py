@@ -17,8 +17,9 @@ from trainer_runs import write_models
 
 import simplclip
 from simplclip import data, embedding, teacher
+from simplclip.commands.options import named_splits
 from simplclip.common.errors import InputError
-from simplclip.data import report
+from simplclip.data import pack, report
 from simplclip.data.broken import Skipped
 from simplclip.teacher import caption
 
@@ -174,10 +175,16 @@ def summarise(what, out, encoder):
     return report.run(what, sample=0, workers=1, progress=False)["samples"]
 
 
+def packed(what, out, encoder):
+    found = [sample for shard in pack.pack(what, out, progress=False) for sample in data.shards.read_shard(shard, Skipped())]
+    pairs = [data.shards.parse(sample) for sample in found]
+    return [(one.record["source"].partition("/")[2], one.captions) for one in pairs if one.image.size == (12, 12)]
+
+
 def expected(reader, samples, how, local):
     """What a reader finds, or says."""
     if reader is summarise:
-        return len(samples) if local else "shards: expected local tars, got"
+        return len(samples)
     if reader is embed:
         return [(key, captions[0] if captions else "") for key, captions, _ in samples]
     if reader is evaluate:
@@ -191,11 +198,11 @@ def expected(reader, samples, how, local):
             return f"do not fill batch_size 1 with drop_last; {len(samples)} skipped: {len(samples)} missing caption"
         return [(key, {*captions}) for key, captions, _ in samples]
     if how == BARE:
-        return [] if local else "shards: expected images with captions, got none that is usable in"
+        return [] if local and reader is not packed else "shards: expected images with captions, got none that is usable in"
     return [(key, captions) for key, captions, _ in samples]
 
 
-@pytest.mark.parametrize("reader", [train, evaluate, teach, describe, embed, summarise])
+@pytest.mark.parametrize("reader", [train, evaluate, teach, describe, embed, packed, summarise])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_reader_of_every_kind(folder, encoder, tmp_path, monkeypatch, kind, reader):
     here, url = folder
@@ -214,6 +221,27 @@ def test_every_reader_of_every_kind(folder, encoder, tmp_path, monkeypatch, kind
     else:
         assert found == wanted
     assert {*here.rglob("*")} == before
+
+
+def test_what_commands_say_of_a_table(folder, tmp_path, monkeypatch):
+    """By the options of a table too; what is missing is counted, and the sample of images is spread over its pieces."""
+    monkeypatch.chdir(folder[0])
+    monkeypatch.setattr(data.tables, "ROWS", 2)
+    table(tmp_path / "t.csv", [(f"img/{name}.png", "x") for name in ("a", "sub/b", "gone", "a")], ("where", "what"), ";")
+    named = f"{{shards: {tmp_path / 't.csv'}, image_key: where, caption_key: what, images: .}}"
+    result = call("data", "report", named, "--sample", 4, "--workers", 2)
+    assert result.exit_code == 0, result.output
+    for words in ("4 in 1 file,", "3 png", "cannot be read", "images/s on one core (3,"):
+        assert words in result.output
+    (tmp_path / "shards").mkdir()
+    result = call("data", "pack", named, "--out", tmp_path / "shards")
+    assert result.exit_code == 0, result.output
+    assert "packed 3 samples" in result.output
+    assert "1 skipped: 1 cannot be read" in result.output
+    again = call("data", "pack", named, "--out", tmp_path / "shards").output
+    assert again == f"kept {tmp_path}/shards/*.tar, which an earlier run made of the same files\n"
+    assert named_splits([f"t={named}"])["t"]["image_key"] == "where"
+    assert "Invalid value for 'PAIRS'" in call("data", "report", "{shards: [").output
 
 
 def test_a_command_that_fails_leaves_no_copies(folder, tmp_path, monkeypatch):

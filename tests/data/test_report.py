@@ -39,7 +39,7 @@ def run(folder, **options):
 def test_figures_with_indices_and_without(folder, monkeypatch):
     (folder / "00002.tar").write_bytes(b"no tar" * 999)
     found = run(folder, batch_size=10)
-    assert (found["shards"], found["samples"], found["indexed"], found["decoded"]) == (3, 22 + 25, 0, 0)
+    assert (found["files"], found["samples"], found["indexed"], found["decoded"]) == (3, 22 + 25, 0, 0)
     assert "cannot be opened" in found["unreadable"][str(folder / "00002.tar")]
     assert found["bytes"] == sum((folder / f"0000{i}.tar").stat().st_size for i in range(2))
     assert found["formats"] == {"jpeg": 2 * 15 + 1 + 3, "png": 2 * 5 + 2}
@@ -48,7 +48,7 @@ def test_figures_with_indices_and_without(folder, monkeypatch):
     assert found["quantiles"]["captions an image"]["most"] == 2
     assert found["quantiles"]["caption"]["most"] == len("a picture of something that is not there!")
     assert found["epoch"] == {"batch_size": 10, "batches": 4}
-    assert found["duplicate_keys"] == {"in_a_shard": 1, "in_all_shards": 2}
+    assert found["duplicate_keys"] == {"in_a_file": 1, "in_all": 2}
     assert found["img2dataset"] == {str(folder / "00001.tar"): [99, 25]}
     assert found["decoding"] is None
     assert not [*folder.glob("*.npz"), *folder.glob("*.png")]
@@ -78,7 +78,7 @@ def test_the_command(folder):
     out = folder / "report"
     result = call("data", "report", folder / "*.tar", "--out", out, "--sample", "10", "--size", "32", "--workers", "1")
     assert result.exit_code == 0, result.output
-    for words in ("47 in 2 shards", "34 jpeg, 12 png", "images/s on one core", "missing image", "1 within a shard, 2 in all"):
+    for words in ("47 in 2 files", "34 jpeg, 12 png", "images/s on one core", "missing image", "1 within a file, 2 in all"):
         assert words in result.stdout
     assert json.loads((out / "report.json").read_text())["samples"] == 47
     with Image.open(out / "report.png") as picture:
@@ -98,4 +98,4 @@ def test_shards_without_a_usable_sample(tmp_path):
 def test_emoji_is_still_a_command():
     result = call("data", "--help")
     names = [line.split()[1] for line in result.stdout.splitlines() if line[:1] == "│" and line[2:3].isalpha()]
-    assert names == ["index", "report", "shrink", "emoji"]
+    assert names == ["index", "pack", "report", "shrink", "emoji"]

@@ -77,6 +77,15 @@ def test_rows_of_every_kind(tmp_path, pictures, monkeypatch):
     assert keys_of == sorted(set(keys_of))
 
 
+def test_separators(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    for separator in tables.SEPARATORS:
+        path = table(tmp_path / "t.csv", [["a.png", "one"]], separator=separator)
+        assert captions(path)[0] == ["one"]
+    with pytest.raises(InputError, match=r"with the columns 'filepath;title'; its header has ';': try separator=';'$"):
+        loader({"shards": path, "separator": ","})
+
+
 def test_a_quote_that_is_never_closed_costs_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "ROWS", 50)
     (tmp_path / "a.png").write_bytes(png())

@@ -24,6 +24,7 @@ def read(source) -> list[str]:
 
 NAMES = {
     "a command": "pipe:touch canary; cat a.tar",
+    "a mapping": "{shards: 'pipe:touch canary'}.tar",
     "a command that ends in the name of a table": "pipe:touch canary; x.csv.tar",
     "the start of a URL": "http:.tar",
     "a substitution": "$(touch canary).tar",
@@ -48,7 +49,7 @@ def test_a_file_is_a_file_whatever_it_is_called(tmp_path, name):
     assert [found.open(sample).captions for sample in found.samples(Skipped())] == [["x"], ["x"]]
     result = call("data", "report", "--workers", 1, "--sample", 2, "--", name)
     assert result.exit_code == 0, result.output
-    assert "2 in 1 shards" in result.output
+    assert "2 in 1 file," in result.output
     assert not {"\x1b", "\x07", "\udcff"} & {*result.output}
 
 

@@ -214,7 +214,7 @@ def test_the_largest_batch(peak, limit, most):
 
 def test_memory_of_cards():
     assert {parse_memory(name) for name in ("24GiB", "RTX 3090", "rtx-4090", "3090")} == {24 * GIB}
-    assert (parse_memory("12000MB"), parse_memory("1.5 gib")) == (12_000_000_000, 3 * GIB // 2)
+    assert (parse_memory("12GB"), parse_memory("12000 mb"), parse_memory("1.5 gib")) == (12 * GIB, 12000 << 20, 3 * GIB // 2)
     assert 0.8 * 24 * GIB < Budget(24 * GIB).usable < 24 * GIB - Budget(24 * GIB).context
 
 
@@ -255,6 +255,11 @@ def test_a_step_that_does_not_fit():
     assert re.search(r"as configured +512 +all +0\.\d+ GiB +no", shown)
     for words in ("most in one graph", "activations", "total", "measured   nothing", "assumed", "a smaller data.batch_size"):
         assert words in shown
+
+
+def test_where_little_is_used_nothing_is_advised():
+    shown = call(TINY_CONFIG, "--memory", "24GB", "--device", "cpu").output
+    assert re.search(r"advice     fits, nothing to do: \d% of the usable memory\n$", shown)
 
 
 def test_what_is_not_on_this_machine_is_assumed(tmp_path):

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from captioners import CONTEXT, NAME, build, register
@@ -209,6 +210,15 @@ def test_captions_that_go_on_are_not_disturbed_by_those_that_ended():
     for i in range(4):
         assert torch.equal(generate(model, images[i : i + 1], draws[i : i + 1, 3:5])[0], tokens[i, 3:5])
     assert not torch.equal(generate(model, images.flip(0), draws), tokens)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(source, tmp_path, monkeypatch):
+    def offline(*arguments, **options):
+        raise RuntimeError("Failed to download\nthe weights")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    told = one_line("caption", source / "train-0.tar", "--out", tmp_path / "out", "--pretrained", "laion2b_s13b_b90k")
+    assert "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; or give" in told
 
 
 def test_command(source, weights, tmp_path):

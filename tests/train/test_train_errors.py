@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from kills import digests
+from pairs import write
 from runs import at_step, bits, check_ends_as, go, state_of
 
 from simplclip import retrieval
@@ -73,6 +74,21 @@ def test_an_error_within_the_update_is_told(tmp_path, monkeypatch):
     with pytest.raises(train.TrainingError, match=told):
         go(config)
     assert checkpoint.load(tmp_path / "run")["step"] == 2
+
+
+def test_a_split_that_is_missing_or_broken_is_named_at_the_start(tmp_path):
+    tiny.write_shard(tmp_path / "data" / "held.tar")
+    write(tmp_path / "broken.tar", [("a", {"png": b"no image", "txt": b"a"})])
+    (tmp_path / "no.tar").write_bytes(b"no tar" * 999)
+    for file, told in (
+        ("gone.tar", "which does not exist"),
+        ("broken.tar", "no usable sample"),
+        ("no.tar", "cannot be opened"),
+    ):
+        changes = "eval.every=4", f"eval.splits.held={tmp_path / 'data' / 'held.tar'}", f"eval.splits.bad={tmp_path / file}"
+        with pytest.raises(ValueError, match=f"^eval.splits.bad: .*{file}.*{told}"):
+            go(tiny.settings(tmp_path, *changes))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
