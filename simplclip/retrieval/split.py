@@ -96,7 +96,7 @@ class Split:
 def load_splits(splits: Mapping[str, Any], model: str, image_size: int | None = None) -> dict[str, Split]:
     """Splits for the model called `model`, see `data.held_out`. image_size: None for the model's default."""
     tokenizer, transform = models.tokenizer(model), models.transforms(model, train=False, image_size=image_size)
-    return {name: Split(held_out(what), tokenizer, transform) for name, what in splits.items()}
+    return {name: Split(held_out(what, name=f"eval.splits.{name}"), tokenizer, transform) for name, what in splits.items()}
 
 
 @torch.no_grad()
