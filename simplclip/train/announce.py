@@ -114,8 +114,7 @@ def _loss(training: Training) -> str:
     weights = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in training.config.loss.weights)
     if training.teacher is None:
         return f"{type(training.loss).__name__}: {weights}"
-    views = f" of {training.teacher['views']['number']} views of each image" if "views" in training.teacher else ""
-    stored = f"features of {training.teacher['name']}, {training.teacher['width']} wide,{views} are read from the data"
+    stored = f"features of {training.teacher['name']}, {training.teacher['width']} wide, are read from the data"
     return f"{type(training.loss).__name__}: {weights}; {stored}; no teacher is in memory"
 
 

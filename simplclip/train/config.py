@@ -106,20 +106,13 @@ def describe() -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    loader = None
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if _size(node, {}) > NODES:
-            raise ConfigError(f"{where}: expected at most {NODES:,} values, got more, by aliases that repeat others")
-        return None if node is None else loader.construct_document(node)
-    except ConfigError:
-        raise
+        node = yaml.compose(text, _Loader)
+        if _size(node, {}) <= NODES:
+            return None if node is None else _Loader("").construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits, a date without a month
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+    raise ConfigError(f"{where}: expected at most {NODES:,} values, got more, by aliases that repeat others")
 
 
 def _size(node: Any, known: dict[int, int]) -> int:
@@ -176,8 +169,7 @@ def _explain(error: Any) -> str:
     field_key = next(k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known)
     field = known[field_key]
     if kind == "missing":
-        about = f" ({field.description})" if field.description else ""
-        hint = f"; expected {_type_name(field.annotation)}{about}" if key == field_key else ""
+        hint = f"; expected {_type_name(field.annotation)} ({field.description})" if key == field_key else ""
         return f"{key}: missing{hint}"
     where = key if isinstance(field.annotation, types.GenericAlias) else field_key
     limit = error["msg"].lower().replace("input should be ", "").replace("list should have", "a list of")

@@ -65,7 +65,8 @@ def check_run(source: str, config: Config, typed: Sequence[str] = ()) -> None:
     if file.name != "config.yaml" or not any((file.parent / name).exists() for name in ("last.pt", "metrics.csv")):
         return
     for key, what in _sources(config):
-        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in _names(typed)):
+        names = [item.partition("=")[0].strip() for item in typed]
+        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in names):
             continue
         for address in addresses(what):
             raise InputError(
@@ -83,7 +84,3 @@ def _sources(config: Config) -> Iterator[tuple[str, Any]]:
     yield "data.train", config.data.train
     if config.eval.every:
         yield from ((f"eval.splits.{name}", what) for name, what in config.eval.splits.items())
-
-
-def _names(typed: Sequence[str]) -> list[str]:
-    return [item.partition("=")[0].strip() for item in typed]
