@@ -126,12 +126,13 @@ def curves(run: str | Path) -> Path | None:
 
 def _panel(axis, title: str, lines: dict[str, tuple[np.ndarray, np.ndarray]], noisy: bool = False) -> None:
     """Lines by label, each of steps and values. noisy: drawn smoothed too."""
-    for colour, (label, (steps, values)) in zip(itertools.cycle(COLOURS), lines.items()):
+    for (line, colour), (label, (steps, values)) in zip(itertools.product(("-", "--", ":"), COLOURS), lines.items()):
+        marker = "." if len(values) < 20 else ""  # a single value is no line
         if noisy and len(values) > 20:
             axis.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
             window = np.ones(2 * max(1, len(values) // 40) + 1)  # a twentieth of the run, fewer rows at its ends
             values = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-        axis.plot(steps, values, color=colour, linewidth=1.8, label=f"{label}: {values[-1]:.3g}")
+        axis.plot(steps, values, line, color=colour, linewidth=1.8, marker=marker, label=f"{label}: {values[-1]:.3g}")
     style(axis, title)
     shown = np.concatenate([values[np.isfinite(values)] for _, values in lines.values()])  # a gradient in fp16 may overflow
     axis.set_ylim(1.08 * shown.min(initial=0), 1.08 * shown.max(initial=0) or 1)
