@@ -32,9 +32,13 @@ def _has_terminal() -> bool:
 
 
 class Pace:
-    """When a log gets another line: 10 seconds after the start, later less often, but at least once a minute."""
+    """When a log gets another line: 10 seconds after the start, later less often, but at least once a minute.
 
-    def __init__(self) -> None:
+    at_most: most seconds between two lines.
+    """
+
+    def __init__(self, at_most: float = LATER) -> None:
+        self.at_most = at_most
         self.began = self._said = time.monotonic()
 
     @property
@@ -44,7 +48,7 @@ class Pace:
 
     def due(self) -> bool:
         now = time.monotonic()
-        if now - self._said < min(max(FIRST, (now - self.began) / 10), LATER):
+        if now - self._said < min(max(FIRST, (now - self.began) / 10), self.at_most):
             return False
         self._said = now
         return True

@@ -17,7 +17,7 @@ from PIL import Image
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
 from simplclip.data.epoch import Batch, Epoch, Position, WorkerItem
-from simplclip.data.pairs import check_sidecars, count, parts_of
+from simplclip.data.pairs import check_sidecars, epoch_size, parts_of
 from simplclip.data.parts import in_words
 from simplclip.data.shards import check_count
 from simplclip.data.sidecars import Folders
@@ -35,11 +35,11 @@ class EmptyEpochError(UserError, RuntimeError):
 class Loader:
     """Yields the batches of an epoch; made by `make_loader`, which documents it.
 
-    restarts: why loader processes were started again, one line for each time.
+    parts: what `parts_of` says of the shards. restarts: why loader processes were started again, one line for each time.
     """
 
     def __init__(self, dataset: Epoch, drop_last: bool, workers: int, pin_memory: bool) -> None:
-        self._dataset, self._drop_last = dataset, drop_last
+        self._dataset, self.parts, self._drop_last = dataset, dataset.parts, drop_last
         self._workers, self._pin_memory = workers, pin_memory
         self.restarts: list[str] = []
         self._start(0)
@@ -64,14 +64,16 @@ class Loader:
         return f"{self._used} samples used{left}, {self._skipped}"
 
     @cached_property
+    def samples_per_epoch(self) -> int | None:
+        """Samples of an epoch if none is broken; None if the shards are streams, or too large to count."""
+        return epoch_size(self.parts)
+
+    @property
     def batches_per_epoch(self) -> int | None:
-        """Batches of an epoch if no sample is broken; None if the shards are streams, or too large to count."""
-        parts = self._dataset.parts
-        counts = count(parts)
-        if counts is None:
+        """Batches of these samples, or None."""
+        samples, size = self.samples_per_epoch, self._dataset.batch_size
+        if samples is None:
             return None
-        samples = int(sum(count * part.weight for count, part in zip(counts, parts)))
-        size = self._dataset.batch_size
         return samples // size if self._drop_last else -(-samples // size)
 
     def state(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from simplclip.data.annotations import SUFFIX, Annotated, annotated
 from simplclip.data.braces import expanded
 from simplclip.data.folders import IMAGES, clip_benchmark, folder, images
 from simplclip.data.parts import Part, Tar
-from simplclip.data.shards import count_samples
+from simplclip.data.shards import ShardError, count_samples
 from simplclip.data.sidecars import Folders
 from simplclip.data.sidecars import check as check_shards
 from simplclip.data.tables import SUFFIXES, Options, Rows, table
@@ -86,6 +86,15 @@ def count(parts: list[Part]) -> list[int] | None:
         return None
     of_tars = iter(found)
     return [next(of_tars) if part.count is None else part.count for part in parts]
+
+
+def epoch_size(parts: list[Part]) -> int | None:
+    """The samples of an epoch, each as often as the weight of its part says; None as for `count`, or if one is unreadable."""
+    try:
+        counts = count(parts)
+    except (ShardError, OSError):
+        return None
+    return None if counts is None else int(sum(number * part.weight for number, part in zip(counts, parts)))
 
 
 def matches(pattern: str, name: str) -> list[str]:

@@ -88,6 +88,8 @@ def make(
 
     Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of an op cannot be predicted.
     """
+    if config.run.steps is None:  # memory does not depend on the length of a run, and its data may be elsewhere
+        config = config.model_copy(update={"run": config.run.model_copy(update={"steps": 1 << 30, "epochs": None})})
     this = _Planner(config, budget, device, teacher_width)
     if config.data.micro_batch == "auto":
         this.config = config = this.with_micro_batch()

@@ -1,61 +1,122 @@
-"""What a run says before its first step: the model, the loss, and what computes them."""
+"""What a run says before its first step: the model, the data, the loss, what computes them, and warnings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from simplclip import models
+from simplclip import data, models
 from simplclip.common import hardware
-from simplclip.models.weights import LOADED, TRAINS
 from simplclip.ops import backends
+from simplclip.train.batches import UNCOUNTED
+from simplclip.train.config import keys
+from simplclip.train.settings import TERMS, Config, Schedule
 from simplclip.train.state import Training
 
+# Settings that act only beside one of these.
+NEEDS = {
+    "inherit.train": ["inherit.source"],
+    "inherit.blocks": ["inherit.source"],
+    "loss.plane": ["loss.pm_weight"],
+    "loss.interactive": ["loss.interactive_weight"],
+    "loss.projection": ["loss.feature_weight", "loss.interactive_weight"],
+    "eval.every": ["eval.splits"],
+}
 
-def lines(training: Training, why_precision: str) -> Iterator[str]:
+
+def lines(training: Training, why_precision: str, source: data.Loader) -> Iterator[str]:
     """The tables of the model and of what it inherits, then lines that begin with what they are about."""
     sigmoid = training.config.loss.base == "sigmoid"
     yield models.summary(training.model, training.config.model.name)
     yield from training.weights.lines() if training.weights else ()
     yield from training.inheritance.lines() if training.inheritance else ()
+    yield f"data       {_data(training.config, source)}"
     served = _backend(training, "similarity_sigmoid" if sigmoid else "similarity_loss_fwd")
     yield f"loss       {_loss(training)}; similarity_loss is served by {served}"
     if sigmoid:
-        yield f"logits     {_logits(training)}"
+        bias = "none" if training.logit_bias is None else f"{training.logit_bias.item():.4g}"
+        yield f"logits     scale {training.model.logit_scale.exp().item():.4g}, bias {bias}"
     yield f"blocks     {_blocks(training)}"
     for line in training.folded.lines():
         yield f"frozen     {line}"
     yield f"precision  {training.precision} ({why_precision})"
     threads, workers = torch.get_num_threads(), training.config.data.workers
     yield f"device     {training.device}; CPU threads: {threads}; loader processes: {workers}"
+    for line in warnings(training.config, source.samples_per_epoch):
+        yield f"warning    {line}"
+
+
+def _data(config: Config, source: data.Loader) -> str:
+    k, samples = config.data.captions_per_image, source.samples_per_epoch
+    drawn = f"{k} caption{'s' * (k > 1)} drawn of each"
+    if samples is None:
+        return f"shards: {len(source.parts):,}; images are not counted ({UNCOUNTED}), {drawn}"
+    epoch = source.batches_per_epoch * config.data.images_at_a_time / config.data.batch_size
+    length = f"; the run is {config.run.steps / epoch:,.1f} epochs" if epoch else ""
+    return f"{samples:,} images, {drawn}: {k * samples:,} pairs and {epoch:,.1f} steps an epoch{length}"
+
+
+def warnings(config: Config, samples: int | None) -> Iterator[str]:
+    """Settings that do not do what they seem to. samples: of an epoch."""
+    warmup, size, steps = config.optim.warmup, config.data.batch_size, config.run.steps
+    if warmup > steps:
+        yield f"optim.warmup = {warmup:,} is longer than the run of {steps:,} steps: the rate does not reach optim.lr"
+    if samples is not None and samples < size:
+        what = "a step sees some more than once" if config.data.micro_batch else "no batch is full"
+        yield f"data.batch_size = {size:,} is more than the {samples:,} images of an epoch: {what}"
+    for key, others in NEEDS.items():
+        value = attrgetter(key)(config)
+        if value != keys()[key].default and not any(attrgetter(other)(config) for other in others):
+            yield f"{key} = {value} has no effect without {' or '.join(others)}"
+
+
+def first_terms(
+    training: Training, show: Callable[[str], None], batches: list[dict[str, Any]], image: Tensor, text: Tensor
+) -> dict[str, Tensor]:
+    """`training.terms` of a run's first step; before, `show` gets the warnings that need data."""
+    captions = batches[0]["text"]
+    if captions.ndim == 3:
+        number = captions.shape[1]
+        fewer = (captions[:, :, None] == captions[:, None]).all(-1).sum((1, 2)) > number
+        if fewer.any():
+            told = f"{fewer.sum()} of the first {len(fewer)} images have fewer different captions"
+            show(f"warning    data.captions_per_image = {number}: {told}; these are drawn more than once")
+    for line in weak_terms(training, batches, image, text):
+        show(f"warning    {line}")
+    return training.terms(batches, image, text)
+
+
+def weak_terms(training: Training, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> Iterator[str]:
+    """The terms with less than a hundredth of the gradient of the features, by the norm of each term's own gradient."""
+    features = [t.detach().float().requires_grad_() for t in (image, text)]
+    objective, off = training.objective, Schedule(value=0)
+    weights = {term: schedule.at(training.step, objective.steps) for term, schedule in objective.schedules.items()}
+    norms: dict[str, float] = {}
+    for term in (term for term, weight in weights.items() if weight):
+        # Alone: in one sweep the sigmoid loss and pair matching have the gradient of their sum.
+        alone = training.objective = copy.copy(objective)
+        alone.schedules = {name: schedule if name == term else off for name, schedule in objective.schedules.items()}
+        gradients = torch.autograd.grad(training.terms(batches, *features)[term], features, materialize_grads=True)
+        norms[term] = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    training.objective, total = objective, sum(norms.values())
+    for term, norm in norms.items():
+        if norm < total / 100:
+            key = f"loss.{TERMS.get(term, 'contrastive_weight')}"
+            tenth = f"; {weights[term] * (total - norm) / (9 * norm):.3g} would give it a tenth" if norm else ""
+            yield f"{key} = {weights[term]:g} has {100 * norm / total:.2g}% of the gradient at step 1{tenth}"
 
 
 def _loss(training: Training) -> str:
     weights = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in training.config.loss.weights)
     if training.teacher is None:
         return f"{type(training.loss).__name__}: {weights}"
-    views = f" of {training.teacher['views']['number']} views of each image" if "views" in training.teacher else ""
-    stored = f"features of {training.teacher['name']}, {training.teacher['width']} wide,{views} are read from the data"
+    stored = f"features of {training.teacher['name']}, {training.teacher['width']} wide, are read from the data"
     return f"{type(training.loss).__name__}: {weights}; {stored}; no teacher is in memory"
-
-
-def _logits(training: Training) -> str:
-    """The scale and the bias that the run starts with, and where they are from."""
-    tables = [table for table in (training.weights, training.inheritance) if table]
-    taken = {row.module for table in tables for row in table.rows if row.status in (LOADED, TRAINS)}
-
-    def source(name: str) -> str:
-        if training.step:
-            return "from the checkpoint"
-        if f"init_{name}" in training.config.model.options and not training.weights:
-            return f"model.options.init_{name}"
-        return "from the weights above" if {"", name} & taken else "as in SigLIP"
-
-    bias = "no bias" if training.logit_bias is None else f"bias {training.logit_bias.item():.4g}"
-    scale = f"scale {training.model.logit_scale.exp().item():.4g}"
-    return f"{scale} ({source('logit_scale')}), {bias} ({source('logit_bias')})"
 
 
 def _backend(training: Training, op: str, **call: Any) -> str:

@@ -8,7 +8,29 @@ from typing import Any
 import torch
 
 from simplclip import data
+from simplclip.data.pairs import epoch_size
+from simplclip.train.config import ConfigError, from_dict
+from simplclip.train.settings import Config
 from simplclip.train.state import Training, tokenizer
+
+UNCOUNTED = "streams, a broken shard, or more than 1 GiB to read; `simplclip data index` counts shards on the disk"
+
+
+def with_steps(config: Config) -> Config:
+    """`config` with run.steps in place of run.epochs. Raises ConfigError if the samples are not counted."""
+    if config.run.epochs is None:
+        return config
+    samples = epoch_size(data.parts_of(config.data.train, "data.train"))
+    if samples is None:
+        raise ConfigError(
+            f"run.epochs: expected data.train whose samples are counted, got data that are not: {UNCOUNTED}; or set run.steps"
+        )
+    batch = config.data.batch_size
+    size = batch if config.data.micro_batch == "auto" else config.data.images_at_a_time
+    values = config.to_dict()
+    steps = max(1, round(samples // size * size * config.run.epochs / batch))  # the loader drops what is less than `size`
+    values["run"] |= {"steps": steps, "epochs": None}
+    return from_dict(values)
 
 
 def loader(training: Training) -> data.Loader:
@@ -18,7 +40,7 @@ def loader(training: Training) -> data.Loader:
     if training.prefix:
         options |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": training.prefix.shape}
     return data.make_loader(
-        data.parts_of(c.pairs, "data.train"),
+        data.parts_of(c.train, "data.train"),
         tokenizer=tokenizer(config),
         transform=training.transform,
         batch_size=c.images_at_a_time,

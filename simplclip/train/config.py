@@ -18,28 +18,11 @@ from pydantic import ValidationError
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError
-from simplclip.train.settings import ADAMW, Config, Section, Source, shown
+from simplclip.train.settings import Config, Section, shown
 
 
 class ConfigError(InputError):
     """A configuration is not valid; the message names the key."""
-
-
-# Keys that earlier versions had: the default, and other values with which a config means today what it meant then. A stored
-# config names every key, and loads if those that are gone have these values.
-GONE: dict[str, tuple[Any, ...]] = {
-    "data.decode": ("cpu",),
-    "loss.block_weight": (0.0,),
-    "loss.negatives": ("all",),
-    "loss.feature_distance": ("mse",),
-    "loss.learn_interactive_scale": (False,),
-    "loss.scratch_mib": (64,),
-    "run.threads": (None,),
-    "run.keep": (1,),
-    "run.tensorboard": (True, False),
-}
-# Those of them that never changed the result: a checkpoint may have any value.
-_GONE_FREE = ("loss.scratch_mib", "run.")
 
 
 NODES = 100_000  # most values of a YAML document
@@ -88,33 +71,13 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 
 
 def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
-    """Check plain values. stored: those of a checkpoint, in which a gone key that never changed the result is ignored."""
+    """Check plain values. stored: those of a checkpoint, which may be of an earlier version."""
     try:
-        return Config.model_validate(_moved(_without_gone(values, stored)))
+        return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_explain(e) for e in error.errors()))) from None
-
-
-def _without_gone(values: dict[str, Any], stored: bool) -> dict[str, Any]:
-    """The values without keys of GONE. Raises ConfigError for one that has another value than those there."""
-    for key, same in GONE.items():
-        section, _, name = key.partition(".")
-        settings = values.get(section)
-        if isinstance(settings, dict) and name in settings:
-            if (value := settings[name]) not in same and not (stored and key.startswith(_GONE_FREE)):
-                raise ConfigError(f"{key}: this setting is gone: expected none, or its default {same[0]!r}, got {value!r}")
-            values = values | {section: {k: v for k, v in settings.items() if k != name}}
-    return values
-
-
-def _moved(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with optim.beta1, beta2 and eps, which earlier versions had, in optim.options."""
-    optim = values.get("optim")
-    if not isinstance(optim, dict) or "options" in optim or not optim.keys() & {"beta1", "beta2", "eps"}:
-        return values
-    rest, (beta1, beta2) = dict(optim), ADAMW["betas"]
-    betas = [rest.pop("beta1", beta1), rest.pop("beta2", beta2)]
-    return values | {"optim": rest | {"options": {"betas": betas, "eps": rest.pop("eps", ADAMW["eps"])}}}
+        told = "\n".join(dict.fromkeys(_explain(e) for e in error.errors()))
+        older = " (a checkpoint of a version with this setting goes on with that version alone)"
+        raise ConfigError(told + older * (stored and "unknown key" in told)) from None
 
 
 def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:
@@ -143,20 +106,13 @@ def describe() -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    loader = None
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if _size(node, {}) > NODES:
-            raise ConfigError(f"{where}: expected at most {NODES:,} values, got more, by aliases that repeat others")
-        return None if node is None else loader.construct_document(node)
-    except ConfigError:
-        raise
+        node = yaml.compose(text, _Loader)
+        if _size(node, {}) <= NODES:
+            return None if node is None else _Loader("").construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits, a date without a month
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    finally:
-        if loader is not None:
-            loader.dispose()
+    raise ConfigError(f"{where}: expected at most {NODES:,} values, got more, by aliases that repeat others")
 
 
 def _size(node: Any, known: dict[int, int]) -> int:
@@ -168,6 +124,9 @@ def _size(node: Any, known: dict[int, int]) -> int:
         parts = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
+
+
+_LENGTHS = {"run.steps": "epochs", "run.epochs": "steps"}  # one that is typed replaces the config's other one
 
 
 def _override(values: dict[str, Any], item: str) -> None:
@@ -183,15 +142,17 @@ def _override(values: dict[str, Any], item: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {key}: {'.'.join(parts[: depth + 1])} is not a section, it is {shown(node)}")
     node[parts[-1]] = parse_yaml(text, f"--set {key}")
+    if (other := _LENGTHS.get(key.strip())) and node[parts[-1]] is not None:
+        node.pop(other, None)
 
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-_TAGS = ("number", "schedule", "towers", "train-pattern", "train-source", "train-list")
+_TAGS = ("number", "schedule", "towers")
 # for these pydantic's message is clearer than the type
-_LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "finite_number"}
+_LIMITS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short", "too_long", "finite_number"}
 
 
 def _explain(error: Any) -> str:
@@ -201,22 +162,18 @@ def _explain(error: Any) -> str:
     if kind == "value_error":  # raised by a validator of the settings
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     if kind == "extra_forbidden":
-        sources = {f"{key.rpartition('.')[0]}.{name}": None for name in Source.model_fields}
-        return f"{key}: unknown key{_nearest(key, sources if key.startswith('data.train.') else known)}"
+        return f"{key}: unknown key{_nearest(key, known)}"
     if kind == "invalid_key":
         return f"{key}: expected a string for a key, got {shown(error['input'])}"
     # pydantic appends the tried member of a union; the key is the longest known prefix, or a path inside a free dict
     field_key = next(k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known)
     field = known[field_key]
-    if field_key == "data.train" and (inside := [n for n in range(2, len(path)) if path[n] in Source.model_fields]):
-        key = field_key = ".".join(path[: inside[0] + 1])
-        field = Source.model_fields[path[inside[0]]]
     if kind == "missing":
-        about = f" ({field.description})" if field.description else ""
-        hint = f"; expected {_type_name(field.annotation)}{about}" if key == field_key else ""
+        hint = f"; expected {_type_name(field.annotation)} ({field.description})" if key == field_key else ""
         return f"{key}: missing{hint}"
     where = key if isinstance(field.annotation, types.GenericAlias) else field_key
-    expected = error["msg"].lower().replace("input should be ", "") if kind in _LIMITS else _type_name(field.annotation)
+    limit = error["msg"].lower().replace("input should be ", "").replace("list should have", "a list of")
+    expected = limit if kind in _LIMITS else _type_name(field.annotation)
     return f"{where}: expected {expected}, got {shown(error['input'])}"
 
 

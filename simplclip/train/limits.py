@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 import sys
@@ -124,3 +126,24 @@ def data_bytes() -> int:
     status = Path("/proc/self/status")
     found = re.search(r"VmData:\s*(\d+)", status.read_text()) if status.exists() else None
     return 1024 * int(found[1]) if found else 0
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (nan on Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def gpu_use(device: torch.device) -> str:
+    """The memory of the GPU that all processes use, and how busy it is, which only nvidia-ml-py tells; "" for a CPU."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    used = f"  GPU {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    with contextlib.suppress(Exception):
+        used += f", {torch.cuda.utilization(device)}% busy"
+    return used

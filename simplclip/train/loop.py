@@ -20,10 +20,10 @@ from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.progress import duration
 from simplclip.train import announce, checkpoint
-from simplclip.train.batches import batches, loader
+from simplclip.train.batches import batches, loader, with_steps
 from simplclip.train.folder import claim, run_lock
-from simplclip.train.limits import MemoryLimit, gib, ran_out
-from simplclip.train.metrics import Reporter, RunLog, curves, peak_memory_mb
+from simplclip.train.limits import MemoryLimit, gib, peak_memory_mb, ran_out
+from simplclip.train.metrics import Reporter, RunLog, curves
 from simplclip.train.prefix_cache import PrefixCache
 from simplclip.train.rescue import LastStep, StopRequest
 from simplclip.train.settings import Config
@@ -63,7 +63,7 @@ def run(
         Interrupted: SIGINT, SIGTERM, SIGHUP, or an output that nobody reads any more; the running step is finished and the
             state saved.
     """
-    out, began = Path(config.run.out), time.monotonic()
+    config, out, began = with_steps(config), Path(config.run.out), time.monotonic()
     with ExitStack() as stack:
         note = stack.enter_context(run_lock(out))
         state, config = claim(out, config, resume)
@@ -91,9 +91,9 @@ def run(
         whole = LastStep(training)
         stop = stack.enter_context(StopRequest(console))
         try:
-            report = Reporter(console, config.run.steps, training.step, config.run.print_every)
-            with report.progress, RunLog(out, training.step) as log:
-                for line in announce.lines(training, why):
+            report, log = Reporter(console, config.run, device), RunLog(out, training.step)
+            with report.status:
+                for line in announce.lines(training, why, source):
                     report.print(line)
                 if note:
                     report.print(f"lock       {note}")
@@ -138,7 +138,8 @@ def _steps(
     c, seconds, waiting, began, saved = training.config.run, 0.0, 0.0, time.perf_counter(), time.monotonic()
     for of_step in batches(training, source, report.print):
         waited = time.perf_counter() - began
-        row = train_step(training, of_step)
+        first = partial(announce.first_terms, training, report.print) if training.step == 0 else None
+        row = train_step(training, of_step, first)
         whole.take()
         took, began = time.perf_counter() - began, time.perf_counter()
         share = 0.05 if seconds else 1.0  # smoothed over about the last 20 steps

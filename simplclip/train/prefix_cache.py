@@ -73,7 +73,7 @@ class PrefixCache:
         self.transform = copy.copy(training.transform)
         self.transform.max_pixels, self.max_bytes = c.max_pixels, c.max_bytes
         self.views = (training.teacher or {}).get("views")
-        parts = data.parts_of(c.pairs, "data.train")
+        parts = data.parts_of(c.train, "data.train")
         for part in parts:
             if not part.is_local_tar:
                 raise ConfigError(f"{_KEY}: expected local tars, beside which sidecars can lie, got {part.url!r}")

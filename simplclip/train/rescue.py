@@ -126,9 +126,6 @@ class LastStep:
                     self.save()
                     return f"Saved step {training.step} in {self.last}."
                 except Exception as error:
-                    good = checkpoint.step_of(self.last)
-                    if good == training.step:
-                        return f"Saved step {good} in {self.last}, but: {error}."
                     reason = f"Step {training.step} could not be saved: {type(error).__name__}: {error}."
         if good is None:
             return f"{reason} There is no checkpoint."

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
@@ -60,12 +59,6 @@ class InheritConfig(Section):
         "average of theirs, or the first one's. null: simplified blocks start from random weights",
     )
 
-    @model_validator(mode="after")
-    def _has_source(self) -> InheritConfig:
-        if self.blocks and self.source is None:
-            raise ValueError(f"expected `source` beside blocks = {self.blocks}, got none")
-        return self
-
 
 class MicroBatch(Section):
     """What each tower encodes at a time; None: the whole batch."""
@@ -74,31 +67,8 @@ class MicroBatch(Section):
     text: int | None = Field(None, ge=1)
 
 
-class Source(Section):
-    """Some of the pairs, with their weight; see `simplclip.data.parts_of`."""
-
-    shards: str | list[str]
-    weight: float = Field(1.0, gt=0)
-    image_key: str | None = None
-    caption_key: str | None = None
-    separator: str | None = None
-    images: str | None = None
-
-
-_Pattern = Annotated[str, Tag("train-pattern")]
-_Source = Annotated[Source, Tag("train-source")]
-
-
-def _form(value: Any) -> str:
-    several = "train-list" if isinstance(value, list) else "train-pattern"
-    return "train-source" if isinstance(value, dict | Source) else several
-
-
 class DataConfig(Section):
-    train: Annotated[
-        _Pattern | _Source | Annotated[list[Annotated[_Pattern | _Source, Discriminator(_form)]], Tag("train-list")],
-        Discriminator(_form),
-    ] = Field(
+    train: str | dict[str, Any] | list[str | dict[str, Any]] = Field(
         description="the pairs: tars by path, glob, brace pattern, URL, pipe:COMMAND or list file, a table, a JSON or a "
         "folder; {shards, weight}: each sample weight times an epoch; or a list of these"
     )
@@ -150,11 +120,6 @@ class DataConfig(Section):
         assert micro != "auto"
         return micro or self.batch_size
 
-    @property
-    def pairs(self) -> Any:
-        """`train` in plain values, as `simplclip.data.parts_of` takes it."""
-        return self.model_dump(include={"train"})["train"]
-
 
 class Schedule(Section):
     """A weight by step: linear from `value` at `start` to `to` at `end`; 0 before `start` and from `until` on."""
@@ -174,6 +139,10 @@ class Schedule(Section):
         if self.end is not None and self.to is None:
             raise ValueError("expected `to`, the weight reached at `end`, got none")
         return self
+
+    def __bool__(self) -> bool:
+        """Whether it is ever above 0."""
+        return bool(self.value or self.to)
 
     def at(self, step: int, steps: int) -> float:
         """The weight at `step` (from 0) of a run of `steps` steps; without `end`, `to` is reached at the last step."""
@@ -223,14 +192,19 @@ class LossConfig(Section):
         """The schedules by the loss's names of its terms, without those that are always 0."""
         fields = {f"{self.base}_loss" if t == "contrastive_loss" else t: getattr(self, f) for t, f in TERMS.items()}
         schedules = {term: w if isinstance(w, Schedule) else Schedule(value=w) for term, w in fields.items()}
-        return {term: schedule for term, schedule in schedules.items() if schedule.value or schedule.to}
+        return {term: schedule for term, schedule in schedules.items() if schedule}
 
     @property
     def needs_teacher(self) -> bool:
         return bool({"relational_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
 
 
-ADAMW: dict[str, Any] = {"betas": [0.9, 0.98], "eps": 1e-6}
+class AdamWConfig(Section):
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.98], min_length=2, max_length=2, description="decay of the means of the gradient and of its square"
+    )
+    eps: float = Field(1e-6, gt=0, description="added to the denominator")
+    amsgrad: bool = Field(False, description="keep the largest mean square")
 
 
 class OptimConfig(Section):
@@ -238,30 +212,11 @@ class OptimConfig(Section):
     min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms, biases, gains and scalars have none")
-    options: dict[str, Any] = Field(
-        ADAMW, description="arguments of AdamW: betas, eps, amsgrad; one left out has its default"
-    )
+    options: AdamWConfig = Field(AdamWConfig(), description="arguments of AdamW")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the moving average of the weights that is evaluated and exported, e.g. 0.9999"
     )
     grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null disables clipping")
-
-    @field_validator("options")
-    @classmethod
-    def _of_adamw(cls, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with the defaults of those that are left out."""
-        whole = ADAMW | options
-
-        def number(value: Any) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool)
-
-        betas = whole["betas"] if isinstance(whole["betas"], list) and len(whole["betas"]) == 2 else [None]
-        valid = whole.keys() <= {*ADAMW, "amsgrad"} and all(number(beta) and 0 <= beta < 1 for beta in betas)
-        valid = valid and number(whole["eps"]) and 0 < whole["eps"] < math.inf
-        if not valid or not isinstance(whole.get("amsgrad", False), bool):
-            what = "betas (two numbers from 0 to below 1), eps (a number above 0) and amsgrad (true or false)"
-            raise ValueError(f"expected {what} alone, got {shown(options)}")
-        return whole
 
 
 class EvalConfig(Section):
@@ -275,7 +230,12 @@ class EvalConfig(Section):
 
 class RunConfig(Section):
     out: str = Field(description="folder of the run: config.yaml, metrics.csv, curves.png, last.pt")
-    steps: int = Field(1000, ge=1, description="number of optimizer steps")
+    steps: int | None = Field(1000, ge=1, description="number of optimizer steps")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="passes over data.train in place of steps, which its samples then give",
+    )
     seed: int = Field(0, ge=0, description="seed of weights, data order, drawn captions and augmentation")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
         "auto", description="autocast; auto: bf16 if the hardware has it natively, else fp32"
@@ -288,6 +248,18 @@ class RunConfig(Section):
     )
     save_every: int = Field(500, ge=1, description="steps between writes of last.pt; the last step is always saved")
     save_minutes: float = Field(10.0, gt=0, description="minutes after which last.pt is written at the latest")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_default(cls, values: Any) -> Any:
+        """Beside epochs, steps have no default."""
+        return {"steps": None} | values if isinstance(values, dict) and values.get("epochs") is not None else values
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RunConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"expected one of steps and epochs, got steps = {self.steps} and epochs = {self.epochs}")
+        return self
 
 
 class Config(Section):
@@ -308,6 +280,8 @@ class Config(Section):
         if micro != "auto" and size % self.data.images_at_a_time:
             key = "data.micro_batch.image" if isinstance(micro, MicroBatch) else "data.micro_batch"
             raise ValueError(f"{key}: expected a divisor of data.batch_size = {size}, got {self.data.images_at_a_time}")
+        if self.run.steps is None:
+            return self  # it is checked again when they are known
         schedules = self.loss.weights.values()
         turns = {0, self.run.steps - 1, *(step for s in schedules for step in (s.start, s.end, s.until) if step is not None)}
         for step in sorted(step for step in turns if step < self.run.steps):

@@ -96,7 +96,7 @@ class Training:
     def read_teacher(self) -> dict[str, Any]:
         """Name, width and scale of the teacher whose features the samples have."""
         c = self.config.data
-        return data.teacher_stamp([part.url for part in data.parts_of(c.pairs, "data.train")], c.sidecars)
+        return data.teacher_stamp([part.url for part in data.parts_of(c.train, "data.train")], c.sidecars)
 
     def _check_views(self) -> None:
         """Raises ConfigError if data.augment is another augmentation than that of the views that the teacher saw."""
@@ -263,7 +263,7 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=o.lr,
-        **o.options | {"betas": tuple(o.options["betas"])},
+        **o.options.model_dump() | {"betas": tuple(o.options.betas)},
         fused=decayed[0].device.type in ("cpu", "cuda"),
     )
 

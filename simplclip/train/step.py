@@ -20,15 +20,16 @@ class TrainingError(UserError, RuntimeError):
     """Training cannot continue. The message says what is saved; the cause, if any, is the error that ended it."""
 
 
-def train_step(training: Training, batches: list[dict[str, Any]]) -> dict[str, float]:
+def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any = None) -> dict[str, float]:
+    """One step on its micro-batches; returns its figures. terms_of: called in place of `training.terms`."""
+    losses = partial(terms_of or training.terms, batches)
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
     if training.config.data.micro_batch is None:
         outputs = training.outputs("image", batches[0]) | training.outputs("text", batches[0])
-        terms = training.terms(batches, **outputs)
+        terms = losses(**outputs)
         scaler.scale(reduce(torch.add, terms.values())).backward()
     else:
-        losses = partial(training.terms, batches)
         towers = {tower: partial(training.outputs, tower) for tower in ("image", "text")}
         inputs = {"image": batches, "text": training.text_batches(batches)}
         terms = gradient_cache.backward(towers, inputs, losses, model=model, scaler=scaler)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from simplclip.common.errors import InputError
-from simplclip.data.addresses import names_address
 from simplclip.data.pairs import addresses
 from simplclip.train.settings import Config
 
@@ -66,7 +65,8 @@ def check_run(source: str, config: Config, typed: Sequence[str] = ()) -> None:
     if file.name != "config.yaml" or not any((file.parent / name).exists() for name in ("last.pt", "metrics.csv")):
         return
     for key, what in _sources(config):
-        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in _names(typed)):
+        names = [item.partition("=")[0].strip() for item in typed]
+        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in names):
             continue
         for address in addresses(what):
             raise InputError(
@@ -77,22 +77,10 @@ def check_run(source: str, config: Config, typed: Sequence[str] = ()) -> None:
 
 def flag(config: Config) -> str:
     """What a command that continues a run from its config.yaml needs."""
-    return " --trust" if any(map(names_address, _texts([what for _, what in _sources(config)]))) else ""
+    return " --trust" if any(address for _, what in _sources(config) for address in addresses(what)) else ""
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Any]]:
-    yield "data.train", config.data.pairs
+    yield "data.train", config.data.train
     if config.eval.every:
         yield from ((f"eval.splits.{name}", what) for name, what in config.eval.splits.items())
-
-
-def _names(typed: Sequence[str]) -> list[str]:
-    return [item.partition("=")[0].strip() for item in typed]
-
-
-def _texts(what: Any) -> Iterator[str]:
-    if isinstance(what, str):
-        yield what
-    else:
-        for one in what.values() if isinstance(what, Mapping) else what if isinstance(what, list) else ():
-            yield from _texts(one)

@@ -12,7 +12,7 @@ from simplclip.commands.main import app
 from simplclip.memory import fake
 from simplclip.memory.count import UncountedOp
 from simplclip.memory.measure import measure, predict
-from simplclip.memory.plan import _Planner, largest, parse_memory
+from simplclip.memory.plan import _Planner, largest, make, parse_memory
 from simplclip.memory.step import OpenClipStep, TrainerStep, busiest
 from simplclip.train import config
 from simplclip.train.limits import GIB, Budget
@@ -105,6 +105,13 @@ def test_terms_that_come_later_count():
     shared = ["data.batch_size=16384", "data.micro_batch=8", CACHED]  # the loss takes most
     peak = lambda *changes: predict(trainer(TINY_CONFIG, "fp32", *shared, *changes), CPU).peak  # noqa: E731
     assert peak(*later) == peak("loss.relational_weight=1", MATCHING) > peak(MATCHING)
+
+
+def test_a_run_of_epochs_is_planned_without_its_data():
+    changes = ["data.train=nowhere.tar", "optim.warmup=0", "loss.pm_weight={value: 0, to: 1, start: 9}"]
+    lengths = ("run.steps=50", "run.epochs=3")
+    plans = [make(config.load(TINY_CONFIG, [*changes, n]), Budget(24 * GIB), device="cpu", solve=False) for n in lengths]
+    assert plans[0].usage.peak == plans[1].usage.peak
 
 
 @pytest.mark.slow

@@ -28,10 +28,10 @@ def at_step(monkeypatch, step, action):
     """Calls `action` in the middle of the training step that leads to `step`."""
     original = train.train_step
 
-    def stepping(this, batches):
+    def stepping(this, *rest):
         if this.step + 1 == step:
             action()
-        return original(this, batches)
+        return original(this, *rest)
 
     monkeypatch.setattr(train, "train_step", stepping)
 
