@@ -209,6 +209,7 @@ def load_model(
     except (ConfigError, LookupError) as error:
         reason = first_line(error) if isinstance(error, ConfigError) else "none"
         raise checkpoint.CheckpointError(f"{path}: expected a checkpoint with a valid config, got {reason}") from None
+    config.model.options.pop("checkpoint", None)  # the weights that the run began with; they need not be there any more
     if not trust:
         check_options(config.model.options, str(path))
     try:

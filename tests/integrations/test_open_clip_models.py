@@ -23,9 +23,9 @@ def registered(monkeypatch):
     """The models' names; afterwards open_clip is as it was."""
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
     monkeypatch.setattr(ours, "_registered", {})
-    theirs = open_clip.factory.create_model
-    for module, name in list(ours._names_of(theirs)):
-        monkeypatch.setattr(module, name, theirs)
+    for theirs in (open_clip.factory.create_model, open_clip.factory.get_tokenizer):
+        for module, name in list(ours._names_of(theirs)):
+            monkeypatch.setattr(module, name, theirs)
     return ours.register_models()
 
 
@@ -36,12 +36,14 @@ def published(tmp_path_factory):
     return str(path)
 
 
-def test_the_models_have_open_clips_tokenizer(registered):
-    assert registered == [name for name in models.names() if name not in ("siclip-lite0", "siclip-tiny")]
+def test_open_clip_gives_the_models_tokenizers(registered):
+    assert registered == models.names()
     assert {*registered} <= {*open_clip.list_models()}
     texts = ["a cat", "two dogs " * 60]
     for name in registered:
         assert torch.equal(open_clip.get_tokenizer(name)(texts), models.tokenizer(name)(texts))
+        assert open_clip.get_tokenizer(name, context_length=9)(texts).shape == (2, 9)
+    assert open_clip.get_tokenizer("ViT-B-32")(texts).shape == (2, 77)
 
 
 @pytest.mark.slow
@@ -102,7 +104,7 @@ def test_other_models_are_open_clips_own(registered):
     found = open_clip.create_model("ViT-B-32", **tiny)
     assert type(found) is CLIP
     torch.testing.assert_close(found.state_dict(), expected.state_dict())
-    assert open_clip.factory.CustomTextCLIP is CustomTextCLIP
+    assert (open_clip.factory.CLIP, open_clip.factory.CustomTextCLIP) == (CLIP, CustomTextCLIP)
     assert open_clip.factory.convert_state_dict is open_clip.convert.convert_state_dict
     made = open_clip.create_model
     assert ours.register_models() == registered  # a second call changes nothing
