@@ -293,6 +293,8 @@ def read_weights(path: str | os.PathLike[str], error: type[InputError], expected
 
     got: what the message calls the file, by default its path.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{expected}, got no such file: {path}{mobileclip.where_to_get(path)}")
     try:
         check_archive(path)
         if os.fspath(path).endswith(".safetensors"):
@@ -310,17 +312,19 @@ def read_weights(path: str | os.PathLike[str], error: type[InputError], expected
 
 def refusal(fault: Exception) -> str:
     """Why torch.load refused a file with weights_only, without torch's advice to read it anyway; "" for another error."""
-    if not isinstance(fault, pickle.UnpicklingError):
+    if not isinstance(fault, pickle.UnpicklingError) and "weights_only" not in str(fault):
         return ""
     what = re.search(r"(?:GLOBAL|global) [\w.]+", str(fault))
     return f"its pickle does more than store tensors ({what[0] if what else 'weights_only refuses it'})"
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip whose contents are larger than the file: torch.save compresses nothing."""
+    """Raises InputError for a zip whose contents are larger than the file (torch.save compresses nothing), or a program."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise InputError("it is a program of TorchScript, not a state dict")
         if size > os.path.getsize(path):
             raise InputError(f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}")
 
