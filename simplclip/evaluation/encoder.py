@@ -249,7 +249,7 @@ def _exported(folder: Path, trust: bool) -> dict[str, Any]:
         raise CheckpointError(f"{folder / EXPORT}: expected a file of simplclip export, got another one") from None
     if not weights:
         raise CheckpointError(
-            f"{folder}: expected an export with weights for torch (--format safetensors), got {', '.join(about['files'])}"
+            f"{folder}: expected an export with weights (--format open_clip), got {', '.join(about['files'])}"
         )
     if not trust:
         check_options(options, str(folder / EXPORT))

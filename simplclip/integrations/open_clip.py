@@ -114,16 +114,14 @@ def _part_of(name: str) -> dict[str, Any] | None:
     if name not in _registered and not name.startswith(FOLDER):
         return None
     config = open_clip.get_model_config(name)
-    part = config.get(OURS)
+    part = config.pop(OURS, None)
     if part is None or name in _registered:
         return part
     where = f"{name.removeprefix(FOLDER)}/open_clip_config.json"
     if not isinstance(part, dict) or not isinstance(part.get("model", ""), str):
         raise InputError(f"{where}: expected a part {OURS!r} as `simplclip export` writes it, got {str(part)[:100]}")
-    # open_clip reads the tokenizer from the folder, whatever its name.
-    text = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
-    rest = {key: value for key, value in part.items() if key != "model"}
-    check_options({**{key: value for key, value in config.items() if key != OURS}, "text_cfg": text, **rest}, where)
+    config["text_cfg"].pop("hf_tokenizer_name", None)  # open_clip reads the tokenizer from the folder, whatever its name
+    check_options(config | {key: value for key, value in part.items() if key != "model"}, where)
     return part
 
 
@@ -151,8 +149,9 @@ def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if part is None:
             return kind(**config, cast_dtype=cast_dtype)
         options = {**part, **config}
-        theirs = Spec("", {}, None, {}, {}, build=functools.partial(kind, cast_dtype=cast_dtype))
-        return models.create(options.pop("model", theirs), **options)
+        # A simplified model of open_clip has no name of ours, but all of its configuration.
+        unnamed = Spec("", {}, None, {}, {}, build=functools.partial(kind, cast_dtype=cast_dtype))
+        return models.create(options.pop("model", unnamed), **options)
 
     return build
 
