@@ -127,6 +127,15 @@ def original(name: str) -> str | None:
     return known if known in _SPECS else PLAIN + known if known in open_clip.list_models() else None
 
 
+def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's configuration of a model, before it is simplified. overrides: as for `create`."""
+    config = copy.deepcopy(dict(spec.config))
+    for key, value in overrides.items():
+        config[key] = {**config.get(key, {}), **value} if key in ("vision_cfg", "text_cfg") else value
+    config["vision_cfg"]["timm_model_pretrained"] = False
+    return config
+
+
 def create(
     name: str | Spec,
     *,
@@ -186,15 +195,6 @@ def create(
     if state is not None:
         _load(model, state, checkpoint)
     return model.to(device)
-
-
-def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration of a model, before it is simplified. overrides: as for `create`."""
-    config = copy.deepcopy(dict(spec.config))
-    for key, value in overrides.items():
-        config[key] = {**config.get(key, {}), **value} if key in ("vision_cfg", "text_cfg") else value
-    config["vision_cfg"]["timm_model_pretrained"] = False
-    return config
 
 
 def tokenizer(name: str, context_length: int | None = None) -> Tokenizer:

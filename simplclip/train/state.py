@@ -205,11 +205,12 @@ def load_model(
     """
     state = checkpoint.load(path)
     try:
+        if isinstance(options := state["config"]["model"].get("options"), dict):
+            options.pop("checkpoint", None)  # the weights that a run of an earlier version began with; they may be gone
         config = from_dict(state["config"], stored=True)
     except (ConfigError, LookupError) as error:
         reason = first_line(error) if isinstance(error, ConfigError) else "none"
         raise checkpoint.CheckpointError(f"{path}: expected a checkpoint with a valid config, got {reason}") from None
-    config.model.options.pop("checkpoint", None)  # the weights that the run began with; they need not be there any more
     if not trust:
         check_options(config.model.options, str(path))
     try:

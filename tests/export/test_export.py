@@ -218,7 +218,7 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
 
 
 def test_the_weights_that_a_run_began_with_may_be_gone(tmp_path):
-    save(tmp_path / "run", "siclip-tiny", checkpoint=None)
+    save(tmp_path / "run", "siclip-tiny")
     state = checkpoint.load(tmp_path / "run")
     state["config"]["model"]["options"] = {"checkpoint": "gone.pt"}
     checkpoint.save(tmp_path / "run", state)
