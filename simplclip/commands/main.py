@@ -102,9 +102,9 @@ app.command(
     short_help="Predict the memory of a training step.",
     epilog="Example: simplclip plan siclip-s0 --card 3090 --compare open_clip",
 )(plan)
-app.command(
-    short_help="Write weights for open_clip, safetensors and ONNX.", epilog="Example: simplclip export runs/NAME --out export"
-)(export)
+app.command(short_help="Write a folder for open_clip, with ONNX.", epilog="Example: simplclip export runs/NAME --out export")(
+    export
+)
 app.command(
     short_help="Add synthetic captions to shards.",
     epilog="Example: simplclip caption shards/*.tar --out captioned --checkpoint coca.pt --n 3",

@@ -12,7 +12,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
+from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from PIL import Image
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
 from simplclip.data.shards import file_bytes
 from simplclip.data.text import json_of
-from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights
+from simplclip.models.mobileclip import where_to_get
+from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights, refusal
+from simplclip.models.simplify import count_parameters
 from simplclip.retrieval import features_of
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.settings import Config
@@ -56,6 +58,19 @@ class Encoder:
     def __post_init__(self) -> None:
         self.model.to(self.device).eval().requires_grad_(False)
         self.width = self.encode_text(["a"]).shape[1]
+
+    def __repr__(self) -> str:
+        counts, length = count_parameters(self.model), self.tokenizer(["a"]).shape[1]
+        height, width = self.preprocess(Image.new("RGB", (8, 8))).shape[1:]
+        parts = ", ".join(f"{part} {count:,}" for part, count in counts.items() if count)
+        step = "" if self.step is None else f", step {self.step:,}"
+        return (
+            f"{self.name} from {self.source}{step}\n"
+            f"  parameters: {parts}\n"
+            f"  images: {height} x {width} pixels; texts: {length} tokens\n"
+            f"  features: {self.width} numbers, computed in {self.precision} on {self.device}\n"
+            f"  similarities: cosines times {self.logit_scale:.4g}"
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -160,7 +175,7 @@ def load(
     precision, _ = hardware.pick_precision(precision, place)
     name, _, rest = source.partition("/")
     if checkpoint is not None and not Path(checkpoint).exists():
-        raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
+        raise _missing(checkpoint)
     if source.startswith(models.PLAIN):
         plain, _, tag = source.removeprefix(models.PLAIN).partition("/")
         found = _open_clip(plain, tag, checkpoint)
@@ -171,11 +186,15 @@ def load(
     elif name in models.names() and not (rest and checkpoint):
         found = _named(name, checkpoint or rest, trust)
     elif source.endswith(_FILES) or (rest and checkpoint is None):
-        raise FileNotFoundError(f"checkpoint: no such file: {source}")
+        raise _missing(source)
     else:
         known = ", ".join((BUILTIN, *models.names(), f"{models.PLAIN}NAME", f"{models.PLAIN}NAME/TAG"))
         raise InputError(f"source: expected a checkpoint, the folder of a run or an export, or {known}, got {source!r}")
     return Encoder(**found, device=place, precision=precision, source=source)
+
+
+def _missing(path: str | os.PathLike) -> FileNotFoundError:
+    return FileNotFoundError(f"checkpoint: no such file: {path}{where_to_get(path)}")
 
 
 def _builtin(heads: str | os.PathLike) -> dict[str, Any]:
@@ -187,10 +206,10 @@ def _builtin(heads: str | os.PathLike) -> dict[str, Any]:
 
 def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]:
     if not weights:
-        raise InputError(f"checkpoint: expected a file with the weights of {name!r}, got none")
+        raise InputError(f"checkpoint: expected a file with the weights of {name!r}, got none{where_to_get(name)}")
     path = Path(weights)
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint: no such file: {path}")
+        raise _missing(path)
     bare = path.is_file() and "format" not in read_weights(path, CheckpointError, "checkpoint: expected weights")
     if not bare:
         found = _own(path, trust)
@@ -204,9 +223,10 @@ def _named(name: str, weights: str | os.PathLike, trust: bool) -> dict[str, Any]
     return _parts(name, model)
 
 
-def _parts(name: str, model: Any, size: int | tuple[int, int] | None = None, length: int | None = None) -> dict[str, Any]:
-    """Arguments of an `Encoder` of one of our models."""
-    transform, tokenizer = models.transforms(name, train=False, image_size=size), models.tokenizer(name, length)
+def _parts(name: str, model: Any) -> dict[str, Any]:
+    """Arguments of an `Encoder` of one of our models, whose image size and context length may be others than the name's."""
+    transform = models.transforms(name, train=False, image_size=model.visual.image_size)
+    tokenizer = models.tokenizer(name, get_model_tokenize_cfg(model).get("context_length"))
     return {"name": name, "model": model, "preprocess": transform, "tokenizer": tokenizer}
 
 
@@ -216,28 +236,25 @@ def _own(path: Path, trust: bool) -> dict[str, Any]:
         return _exported(path, trust)
     model, config, state = load_model(path, trust=trust)
     name = config.model.name
-    shape = map(config.model.shape, ("image_size", "context_length"))
-    return _parts(name, model, *shape) | {"config": config, "step": state["step"]}
+    return _parts(name, model) | {"config": config, "step": state["step"]}
 
 
 def _exported(folder: Path, trust: bool) -> dict[str, Any]:
     try:
         about = json_of((folder / EXPORT).read_text("utf-8"))
         name, options, step = about["model"], dict(about["options"]), int(about["step"])
-        size = about["preprocess"]["size"]
-        size = size if isinstance(size, int) else tuple(size)
+        options.pop("checkpoint", None)
         weights = [Path(file).name for end in (".safetensors", ".pt") for file in about["files"] if file.endswith(end)]
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
         raise CheckpointError(f"{folder / EXPORT}: expected a file of simplclip export, got another one") from None
     if not weights:
         raise CheckpointError(
-            f"{folder}: expected an export with weights for torch (--format safetensors), got {', '.join(about['files'])}"
+            f"{folder}: expected an export with weights (--format open_clip), got {', '.join(about['files'])}"
         )
     if not trust:
         check_options(options, str(folder / EXPORT))
     model = models.create(name, checkpoint=folder / weights[0], **options)
-    length = (options.get("text_cfg") or {}).get("context_length")
-    return _parts(name, model, size, length) | {"step": step}
+    return _parts(name, model) | {"step": step}
 
 
 def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> dict[str, Any]:
@@ -249,7 +266,7 @@ def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> di
     if tag and tag not in tags and checkpoint is None and (tag.endswith(_FILES) or Path(tag).is_file()):
         checkpoint, tag = tag, ""
         if not Path(checkpoint).exists():
-            raise FileNotFoundError(f"checkpoint: no such file: {checkpoint}")
+            raise _missing(checkpoint)
     if tag and tag not in tags:
         raise InputError(f"source: expected a tag of {plain}, one of {', '.join(tags) or 'none'}, or a file, got {tag!r}")
     named = f"{name}/{tag}" if tag else name
@@ -272,7 +289,7 @@ def _open_clip(plain: str, tag: str, checkpoint: str | os.PathLike | None) -> di
         except ModuleNotFoundError:
             raise
         except Exception as error:  # the type depends on the file: pickle, zip, safetensors, shapes and names
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = refusal(error) or " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
                 f"{checkpoint}: expected a checkpoint of open_clip's {plain}, got another file: {reason}"
             ) from None

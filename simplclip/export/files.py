@@ -1,15 +1,15 @@
-"""Exports a checkpoint of the trainer as open_clip's state dict, as safetensors and as ONNX of each tower.
+"""Exports a checkpoint of the trainer as a folder that open_clip loads, and as ONNX of each tower.
 
-    open_clip     open_clip_pytorch_model.pt: {"state_dict": ...}, as open_clip writes it
-    safetensors   open_clip_model.safetensors: the same tensors without pickle. A matrix that blocks share is stored under
-                  each of its names, so that every reader can load the file strictly
+    open_clip     open_clip_config.json, open_clip_model.safetensors, and the files of a tokenizer of Hugging Face, for
+                  `open_clip.create_model_and_transforms("local-dir:FOLDER")` after `integrations.open_clip.register_models`.
+                  A matrix that blocks share is stored under each of its names, so that every reader can load it strictly
     onnx          image.onnx: pixel_values float32 [B, 3, S, S] -> image_features float32 [B, D]
                   text.onnx: input_ids int64 [B, L] -> text_features float32 [B, D]
                   Features are normalised, B is dynamic, all operators are standard ONNX, and branches and batch norms are
                   folded into the layers before them
 
-`open_clip.load_checkpoint` and `models.create(name, checkpoint=...)` read the first two. export.json describes
-the export. It is written last, so that an export with it is complete.
+`simplclip.load(FOLDER)` and `models.create(name, checkpoint=FILE)` read the weights, too. export.json describes the
+export. It is written last, so that an export with it is complete.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from open_clip.model import get_model_preprocess_cfg
+from open_clip.model import get_model_preprocess_cfg, get_model_tokenize_cfg
 from open_clip.utils import to_2tuple
 from safetensors.torch import save
 from torch import nn
@@ -28,12 +28,14 @@ from torch import nn
 import simplclip
 from simplclip import models
 from simplclip.common.errors import InputError
-from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder, write_atomically
+from simplclip.common.files import HOUR, identity, remove_leftovers, temporary_folder
 from simplclip.evaluation.encoder import EXPORT as SUMMARY
 from simplclip.export import onnx_towers
+from simplclip.models.registry import configuration
+from simplclip.train.settings import Config
 from simplclip.train.state import load_model, model_options
 
-FORMATS = ("open_clip", "safetensors", "onnx")
+FORMATS = ("open_clip", "onnx")
 _PHRASES = ("a cat", "a photo of two dogs on a beach", "red, green and blue")
 
 
@@ -48,8 +50,8 @@ def run(
     folder without export.json.
 
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), FileExistsError (`out` has an
-    export), ValueError (an unknown format), ExportError (a tower cannot be exported to ONNX, or its export computes other
-    values), ModuleNotFoundError (a package of the extra `export` is missing).
+    export), ValueError (an unknown format), OSError (the disk is full), ExportError (a tower cannot be exported to ONNX, or
+    its export computes other values), ModuleNotFoundError (a package of the extra `export` is missing).
     """
     out, formats = Path(out), list(dict.fromkeys(formats or FORMATS))
     for name in formats:
@@ -64,57 +66,84 @@ def run(
     model, config, state = load_model(checkpoint, trust=trust)
 
     remove_leftovers(out.parent, out.name.__eq__, HOUR)
-    with temporary_folder(out) as work:
-        tokenizer = models.tokenizer(
-            config.model.name, config.model.shape("context_length")
-        )  # a tokenizer class, or the function of minilm_tokenizer
-        # Of each tower three inputs: noise, and token ids.
-        size, noise = to_2tuple(model.visual.image_size), torch.Generator().manual_seed(0)
-        samples = {"image": torch.randn(len(_PHRASES), 3, *size, generator=noise), "text": tokenizer(list(_PHRASES))}
-        answer = {
-            "model": config.model.name,
-            "options": model_options(config),
-            "step": state["step"],
-            "checkpoint": str(checkpoint),
-            "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
-            "embed_dim": model.encode_image(samples["image"][:1]).shape[1],
-            "logit_scale": model.logit_scale.exp().item(),
-            "logit_bias": None if getattr(model, "logit_bias", None) is None else model.logit_bias.item(),
-            "preprocess": get_model_preprocess_cfg(model),
-            "tokenizer": {
-                "name": getattr(tokenizer, "__qualname__", type(tokenizer).__name__).partition(".")[0],
-                "context_length": samples["text"].shape[1],
-                "vocab_size": getattr(model, "text", model).vocab_size,
-            },
-        }
-        if "open_clip" in formats:
-            torch.save({"state_dict": model.state_dict()}, work / "open_clip_pytorch_model.pt")
-        if "safetensors" in formats:
-            _save_safetensors(model, answer, work / "open_clip_model.safetensors")
-        if "onnx" in formats:
-            answer["onnx"] = {
-                tower: onnx_towers.export(model, tower, inputs, work / f"{tower}.onnx") for tower, inputs in samples.items()
-            }
-        names = sorted(path.name for path in work.iterdir())
-        for name in names:
-            with open(work / name, "rb+") as file:
-                os.fsync(file.fileno())
-        answer["files"] = {name: identity(work / name) for name in names}
-        out.mkdir(parents=True, exist_ok=True)
-        former = _files_of(out / SUMMARY)
-        (out / SUMMARY).unlink(missing_ok=True)
-        for name in names:
-            os.replace(work / name, out / name)
-        for name in former - set(names):
-            (out / name).unlink(missing_ok=True)
-        write_atomically(out / SUMMARY, json.dumps(answer, indent=2) + "\n")
-
+    try:
+        answer = _write(out, model, config, formats, {"step": state["step"], "checkpoint": str(checkpoint)})
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from error  # of a full disk, it names no file
     for name, entry in answer["files"].items():
         tower = answer.get("onnx", {}).get(name.removesuffix(".onnx"))
         error = f", largest error {max(tower['max_abs_error'].values()):.1e}" if tower else ""
         print(f"wrote {out / name}: {entry['bytes']:,} bytes{error}")
     print(f"wrote {out / SUMMARY}")
     return answer
+
+
+def _write(out: Path, model: Any, config: Config, formats: list[str], source: dict[str, Any]) -> dict[str, Any]:
+    """Writes the files beside `out`, moves them there, and returns the content of export.json, with that of `source`."""
+    name, options, tokens = config.model.name, model_options(config), get_model_tokenize_cfg(model)
+    tokenizer = models.tokenizer(name, tokens.get("context_length"))
+    # Of each tower three inputs: noise, and token ids.
+    size, noise = to_2tuple(model.visual.image_size), torch.Generator().manual_seed(0)
+    samples = {"image": torch.randn(len(_PHRASES), 3, *size, generator=noise), "text": tokenizer(list(_PHRASES))}
+    answer = {
+        "model": name,
+        "options": options,
+        **source,
+        "versions": {"simplclip": simplclip.__version__, "torch": torch.__version__},
+        "embed_dim": model.encode_image(samples["image"][:1]).shape[1],
+        "logit_scale": model.logit_scale.exp().item(),
+        "logit_bias": None if getattr(model, "logit_bias", None) is None else model.logit_bias.item(),
+        "preprocess": get_model_preprocess_cfg(model),
+        "tokenizer": {
+            # A tokenizer's class, or the function of minilm_tokenizer.
+            "name": getattr(tokenizer, "__qualname__", type(tokenizer).__name__).partition(".")[0],
+            "context_length": samples["text"].shape[1],
+            "vocab_size": tokens.get("vocab_size"),
+        },
+    }
+    with temporary_folder(out) as work:
+        if "open_clip" in formats:
+            about = {"model_cfg": _configuration(model, name, options), "preprocess_cfg": answer["preprocess"]}
+            (work / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
+            _save_safetensors(model, answer, work / "open_clip_model.safetensors")
+            if hasattr(tokenizer, "save_pretrained"):  # of Hugging Face, which open_clip reads from the folder
+                tokenizer.save_pretrained(work)
+        if "onnx" in formats:
+            answer["onnx"] = {
+                tower: onnx_towers.export(model, tower, inputs, work / f"{tower}.onnx") for tower, inputs in samples.items()
+            }
+        answer["files"] = {path.name: identity(path) for path in sorted(work.iterdir())}
+        (work / SUMMARY).write_text(json.dumps(answer, indent=2) + "\n")
+        for path in work.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        out.mkdir(parents=True, exist_ok=True)
+        former = _files_of(out / SUMMARY)
+        (out / SUMMARY).unlink(missing_ok=True)
+        for name in (*answer["files"], SUMMARY):
+            os.replace(work / name, out / name)
+        for name in former - answer["files"].keys():
+            (out / name).unlink(missing_ok=True)
+    return answer
+
+
+def _configuration(model: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """open_clip's configuration of the model before it was simplified, with a part "simplclip" from which
+    `integrations.open_clip` makes the model; a model of open_clip as it is has no such part, and needs no such help."""
+    ours = {key: options[key] for key in ("simplified", "simplify_options") if key in options}
+    sizes = ("force_image_size", "force_context_length", "force_patch_dropout")
+    rest = {key.removeprefix("force_"): value for key, value in options.items() if key not in (*ours, *sizes)}
+    config = configuration(models.spec_of(name), rest)
+    height, width = to_2tuple(model.visual.image_size)
+    config["vision_cfg"]["image_size"] = height if height == width else [height, width]
+    config["text_cfg"] |= get_model_tokenize_cfg(model)
+    if name in models.names():
+        config["simplclip"] = {"model": name, **ours}
+    elif getattr(model, "simplify_report", None) is not None:
+        config["simplclip"] = ours
+    return config
 
 
 def _save_safetensors(model: nn.Module, about: dict[str, Any], path: Path) -> None:

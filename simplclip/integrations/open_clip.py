@@ -1,4 +1,4 @@
-"""Puts this library's losses in the place of open_clip's, and its models beside open_clip's, for this process."""
+"""Puts this library's losses in the place of open_clip's, and its models and exports beside open_clip's, for this process."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 from unittest import mock
 
 import open_clip
-from open_clip.model import CustomTextCLIP
 from open_clip.transform import merge_preprocess_dict
 from torch import nn
 
 from simplclip import losses, models
+from simplclip.common.errors import InputError
 from simplclip.models.mobileclip import from_published
 from simplclip.models.registry import Spec
+from simplclip.train.trust import check_options
 
 LOSSES = {
     "ClipLoss": losses.ClipLoss,
@@ -26,6 +27,8 @@ LOSSES = {
     "CoCaLoss": losses.CoCaLoss,
     "DistillClipLoss": losses.WIKDLoss,
 }
+FOLDER = "local-dir:"  # open_clip's prefix of the name of a folder
+OURS = "simplclip"  # the key of what a configuration has for this library
 _in_force: list[use_losses] = []
 _pairs: list[tuple[type, type]] = []  # open_clip's class and ours, while a use is in force
 _registered: dict[str, Spec] = {}
@@ -82,50 +85,85 @@ class use_losses(contextlib.AbstractContextManager):
 
 
 def register_models() -> list[str]:
-    """Makes open_clip know this library's models that have its tokenizer, and returns their names.
+    """Makes open_clip know this library's models and the folders of `simplclip export`, and returns the models' names.
 
         register_models()  # from here on, in this process
-        model, _, preprocess = open_clip.create_model_and_transforms("mobileclip-s0", pretrained="mobileclip_s0.pt")
-        tokenizer = open_clip.get_tokenizer("mobileclip-s0")
+        model, _, preprocess = open_clip.create_model_and_transforms("local-dir:export")
+        tokenizer = open_clip.get_tokenizer("local-dir:export")
 
-    `pretrained` is a file: of this library, of open_clip, or for mobileclip-s0 and the SiCLIPs made from it of the published
-    layout (see `simplclip.models.mobileclip`). All arguments of open_clip.create_model work. Each global name that stands
-    for that function is replaced, as by `use_losses`; calls with other names reach open_clip's own, and nothing else of
-    open_clip changes. A second call changes nothing.
+    In place of a folder, a model's name with pretrained=FILE: of this library, of open_clip, or for mobileclip-s0 and the
+    SiCLIPs made from it of the published layout (see `simplclip.models.mobileclip`). All arguments of open_clip's functions
+    work. Each global name that stands for open_clip's create_model or get_tokenizer is replaced, as by `use_losses`; calls
+    with other names reach open_clip's own, and nothing else of open_clip changes. A second call changes nothing.
+
+    A folder may come from elsewhere: InputError if options in it may fetch or unpickle files, see `train.trust`.
     """
     factory, first = open_clip.factory, not _registered
-    specs = {name: models.spec_of(name) for name in models.names()}
-    _registered.update({name: spec for name, spec in specs.items() if spec.vocabulary is None})
-    factory._MODEL_CONFIGS.update({name: {**spec.config, "custom_text": True} for name, spec in _registered.items()})
-    if first:
-        theirs = factory.create_model
-
-        @functools.wraps(theirs)
-        def create_model(model_name: str, *args: Any, **options: Any) -> nn.Module:
-            if model_name not in _registered:
-                return theirs(model_name, *args, **options)
-            return _create(theirs, model_name, *args, **options)
-
+    _registered.update({name: models.spec_of(name) for name in models.names()})
+    factory._MODEL_CONFIGS.update({name: {**spec.config, OURS: {"model": name}} for name, spec in _registered.items()})
+    for ours in (_create_model, _get_tokenizer) if first else ():
+        theirs = getattr(factory, ours.__name__.removeprefix("_"))
+        replacement = functools.wraps(theirs)(functools.partial(ours, theirs))
         for module, name in list(_names_of(theirs)):
-            setattr(module, name, create_model)
+            setattr(module, name, replacement)
     return list(_registered)
 
 
-def _create(theirs: Callable[..., nn.Module], name: str, *args: Any, **options: Any) -> nn.Module:
+def _part_of(name: str) -> dict[str, Any] | None:
+    """What the configuration of a registered model or of a folder has for this library; None if open_clip needs no help."""
+    if name not in _registered and not name.startswith(FOLDER):
+        return None
+    config = open_clip.get_model_config(name)
+    part = config.pop(OURS, None)
+    if part is None or name in _registered:
+        return part
+    where = f"{name.removeprefix(FOLDER)}/open_clip_config.json"
+    if not isinstance(part, dict) or not isinstance(part.get("model", ""), str):
+        raise InputError(f"{where}: expected a part {OURS!r} as `simplclip export` writes it, got {str(part)[:100]}")
+    config["text_cfg"].pop("hf_tokenizer_name", None)  # open_clip reads the tokenizer from the folder, whatever its name
+    check_options(config | {key: value for key, value in part.items() if key != "model"}, where)
+    return part
+
+
+def _create_model(theirs: Callable[..., nn.Module], model_name: str, *args: Any, **options: Any) -> nn.Module:
     """open_clip's create_model with our model in the place of its own; it sets precision and device, loads and so on."""
+    if _part_of(model_name) is None:
+        return theirs(model_name, *args, **options)
     factory = open_clip.factory
     convert = factory.convert_state_dict
+    call = inspect.signature(theirs).bind(model_name, *args, **options)
+    if model_name in _registered:  # a folder has its own
+        forced = call.arguments.get("force_preprocess_cfg")
+        call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(dict(_registered[model_name].preprocess), forced)
+    replaced = {kind: _builder(getattr(factory, kind)) for kind in ("CLIP", "CustomTextCLIP", "CoCa")}
+    replaced["convert_state_dict"] = lambda model, state: convert(model, from_published(model, state))
+    with mock.patch.multiple(factory, **replaced):
+        return theirs(*call.args, **call.kwargs)
+
+
+def _builder(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """What stands for open_clip's class `kind` of models."""
 
     def build(cast_dtype: Any = None, **config: Any) -> nn.Module:
-        with mock.patch.object(factory, "CustomTextCLIP", CustomTextCLIP):  # a SiCLIP is made from one of open_clip's
-            return models.create(name, **config)
+        part = config.pop(OURS, None)
+        if part is None:
+            return kind(**config, cast_dtype=cast_dtype)
+        options = {**part, **config}
+        # A simplified model of open_clip has no name of ours, but all of its configuration.
+        unnamed = Spec("", {}, None, {}, {}, build=functools.partial(kind, cast_dtype=cast_dtype))
+        return models.create(options.pop("model", unnamed), **options)
 
-    call = inspect.signature(theirs).bind(name, *args, **options)
-    forced = call.arguments.get("force_preprocess_cfg")
-    call.arguments["force_preprocess_cfg"] = merge_preprocess_dict(dict(_registered[name].preprocess), forced)
-    loading = {"convert_state_dict": lambda model, state: convert(model, from_published(model, state))}
-    with mock.patch.multiple(factory, CustomTextCLIP=build, **loading):
-        return theirs(*call.args, **call.kwargs)
+    return build
+
+
+def _get_tokenizer(
+    theirs: Callable[..., Any], model_name: str = "", context_length: int | None = None, *args: Any, **options: Any
+) -> Any:
+    """open_clip's get_tokenizer, or ours where a model has a vocabulary of its own."""
+    name = (_part_of(model_name) or {}).get("model")
+    if name is None or models.spec_of(name).vocabulary is None:
+        return theirs(model_name, context_length, *args, **options)
+    return models.tokenizer(name, context_length or open_clip.get_model_config(model_name)["text_cfg"]["context_length"])
 
 
 def _names_of(item: Any) -> Iterator[tuple[ModuleType, str]]:

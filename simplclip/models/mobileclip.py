@@ -29,8 +29,10 @@ Each of MobileCLIP-S0's 893 tensors becomes one of the 893 here. timm's image pr
 published one has not.
 """
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["PreNormLayer", "RepMixer", "RepMixerBlock", "TextTower", "create", "from_published"]
 
+URL = "https://docs-assets.developer.apple.com/ml-research/datasets/mobileclip/mobileclip_s0.pt"
 IMAGE, TEXT = "image_encoder.model.", "text_encoder."
 _RENAMED = {
     TEXT: "text.", "embedding_layer": "token_embedding", "positional_embedding.pos_embed.pos_embed": "positional_embedding",
@@ -251,6 +254,12 @@ def create(embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str,
 def is_published(state: Mapping[str, Any]) -> bool:
     """Whether a state dict has names of the published layout."""
     return any(name.startswith((IMAGE, TEXT)) for name in state)
+
+
+def where_to_get(source: str | os.PathLike[str]) -> str:
+    """The end of a message about a missing file: where the one that this module describes is to be had, if it is that one."""
+    known = Path(source).name in (Path(URL).name, "mobileclip-s0")
+    return f"; Apple publishes {Path(URL).name} at {URL}" if known else ""
 
 
 def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,8 +128,17 @@ def original(name: str) -> str | None:
     return known if known in _SPECS else PLAIN + known if known in open_clip.list_models() else None
 
 
+def configuration(spec: Spec, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """open_clip's configuration of a model, before it is simplified. overrides: as for `create`."""
+    config = copy.deepcopy(dict(spec.config))
+    for key, value in overrides.items():
+        config[key] = {**config.get(key, {}), **value} if key in ("vision_cfg", "text_cfg") else value
+    config["vision_cfg"]["timm_model_pretrained"] = False
+    return config
+
+
 def create(
-    name: str,
+    name: str | Spec,
     *,
     checkpoint: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
@@ -140,32 +149,29 @@ def create(
     """Build a model with random weights, or with those of a local checkpoint. Nothing is downloaded.
 
     Args:
-        name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model.
+        name: one of `names`, or ``open_clip:NAME`` for the plain open_clip model; or how the model is built.
         checkpoint: file written by torch.save with the state dict, bare or under "state_dict" or "model", which is read
             with weights_only; or NAME.safetensors. It must fit exactly.
         device: device of the model.
         simplified: False for the model that a SiCLIP is made from, with its own blocks.
-        simplify_options: arguments of `simplify` that replace those of the name; only for a SiCLIP.
+        simplify_options: arguments of `simplify` that replace those of the name. Another model than a SiCLIP is simplified if
+            they are given, be it {}.
         overrides: open_clip's model arguments. ``vision_cfg`` and ``text_cfg`` are merged into those of the name,
             others (``embed_dim``, ``init_logit_scale``, ``output_dict``...) replace them.
 
     Returns:
-        An open_clip model. A SiCLIP has the attributes ``simplify_report``, a report of the replaced blocks, and
-        ``origins``, see `Spec`.
+        An open_clip model. It has the attribute ``origins``, see `Spec`; if it was simplified also ``simplify_report``, a
+        report of the replaced blocks.
 
     Raises:
         ValueError: the name is unknown (the message lists the nearest names), or the file has no weights.
         WeightsError: the checkpoint does not fit.
     """
     state = None if checkpoint is None else _read_state(checkpoint)
-    spec = spec_of(name)
-    simplified = simplified and spec.simplify is not None
+    spec = spec_of(name) if isinstance(name, str) else name
     if simplify_options and not simplified:
         raise InputError(f"simplify_options: expected none for a model with its own blocks, got {dict(simplify_options)}")
-    config = copy.deepcopy(dict(spec.config))
-    for key, value in overrides.items():
-        config[key] = {**config[key], **value} if key in ("vision_cfg", "text_cfg") else value
-    config["vision_cfg"]["timm_model_pretrained"] = False
+    config = configuration(spec, overrides)
     custom_text = config.pop("custom_text", False)
     model: Any
     if spec.build is not None:
@@ -185,8 +191,8 @@ def create(
         model.visual.set_input_size(config["vision_cfg"]["image_size"])  # open_clip does not tell timm's trunk
     set_model_preprocess_cfg(model, merge_preprocess_dict(PreprocessCfg(size=model.visual.image_size), dict(spec.preprocess)))
     model.origins = spec.origins
-    if simplified:
-        model, model.simplify_report = simplify(model, **{**spec.simplify, **(simplify_options or {})})
+    if simplified and (spec.simplify is not None or simplify_options is not None):
+        model, model.simplify_report = simplify(model, **{**(spec.simplify or {}), **(simplify_options or {})})
     if spec.channels_last:
         model.visual.to(memory_format=torch.channels_last)
     if state is not None:
@@ -307,6 +313,8 @@ def read_weights(path: str | os.PathLike[str], error: type[InputError], expected
 
     got: what the message calls the file, by default its path.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{expected}, got no such file: {path}{mobileclip.where_to_get(path)}")
     try:
         check_archive(path)
         if os.fspath(path).endswith(".safetensors"):
@@ -318,19 +326,25 @@ def read_weights(path: str | os.PathLike[str], error: type[InputError], expected
         return found
     except (ModuleNotFoundError, FileNotFoundError, PermissionError, IsADirectoryError):
         raise
-    except pickle.UnpicklingError as fault:  # torch's message advises to read it anyway
-        what = re.search(r"(?:GLOBAL|global) [\w.]+", str(fault))
-        reason = f"its pickle does more than store tensors ({what[0] if what else 'weights_only refuses it'})"
-        raise error(f"{expected}, got {got or path}: {reason}") from None
     except Exception as fault:  # the type depends on the damage: pickle, zip, EOF, runtime and safetensors' errors
-        raise error(f"{expected}, got {got or path}: {first_line(fault)}") from None
+        raise error(f"{expected}, got {got or path}: {refusal(fault) or first_line(fault)}") from None
+
+
+def refusal(fault: Exception) -> str:
+    """Why torch.load refused a file with weights_only, without torch's advice to read it anyway; "" for another error."""
+    if not isinstance(fault, pickle.UnpicklingError) and "weights_only" not in str(fault):
+        return ""
+    what = re.search(r"(?:GLOBAL|global) [\w.]+", str(fault))
+    return f"its pickle does more than store tensors ({what[0] if what else 'weights_only refuses it'})"
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a zip whose contents are larger than the file: torch.save compresses nothing."""
+    """Raises InputError for a zip whose contents are larger than the file (torch.save compresses nothing), or a program."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise InputError("it is a program of TorchScript, not a state dict")
         if size > os.path.getsize(path):
             raise InputError(f"its {size:,} bytes of contents do not fit in its {os.path.getsize(path):,}")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from simplclip.common import plugins
 from simplclip.common.errors import InputError
-from simplclip.models.mobileclip import from_published
+from simplclip.models.mobileclip import from_published, where_to_get
 from simplclip.models.registry import bare_state, first_line, read_weights
 from simplclip.nn import SimplifiedBlock
 
@@ -281,6 +281,7 @@ def _read(source: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"source: expected a file, open_clip's NAME/TAG or one of {', '.join(plugins.entries('weights'))}, got {path}"
+            + where_to_get(path)
         )
     state = read_weights(path, InheritanceError, "source: expected weights, readable without running code")
     if not isinstance(state, Mapping):

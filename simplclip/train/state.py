@@ -232,6 +232,8 @@ def load_model(
     """
     state = checkpoint.load(path)
     try:
+        if isinstance(options := state["config"]["model"].get("options"), dict):
+            options.pop("checkpoint", None)  # the weights that a run of an earlier version began with; they may be gone
         config = from_dict(state["config"], stored=True)
     except (ConfigError, LookupError) as error:
         reason = first_line(error) if isinstance(error, ConfigError) else "none"

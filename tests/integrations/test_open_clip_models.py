@@ -1,5 +1,6 @@
 """register_models: open_clip's factory makes this library's models."""
 
+import json
 import re
 
 import open_clip
@@ -11,6 +12,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 
 from simplclip import models
+from simplclip.common.errors import InputError
 from simplclip.integrations import open_clip as ours
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import TransformerBlock
@@ -23,9 +25,9 @@ def registered(monkeypatch):
     """The models' names; afterwards open_clip is as it was."""
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
     monkeypatch.setattr(ours, "_registered", {})
-    theirs = open_clip.factory.create_model
-    for module, name in list(ours._names_of(theirs)):
-        monkeypatch.setattr(module, name, theirs)
+    for theirs in (open_clip.factory.create_model, open_clip.factory.get_tokenizer):
+        for module, name in list(ours._names_of(theirs)):
+            monkeypatch.setattr(module, name, theirs)
     return ours.register_models()
 
 
@@ -36,12 +38,14 @@ def published(tmp_path_factory):
     return str(path)
 
 
-def test_the_models_have_open_clips_tokenizer(registered):
-    assert registered == [name for name in models.names() if name not in ("siclip-lite0", "siclip-tiny")]
+def test_open_clip_gives_the_models_tokenizers(registered):
+    assert registered == models.names()
     assert {*registered} <= {*open_clip.list_models()}
     texts = ["a cat", "two dogs " * 60]
     for name in registered:
         assert torch.equal(open_clip.get_tokenizer(name)(texts), models.tokenizer(name)(texts))
+        assert open_clip.get_tokenizer(name, context_length=9)(texts).shape == (2, 9)
+    assert open_clip.get_tokenizer("ViT-B-32")(texts).shape == (2, 77)
 
 
 @pytest.mark.slow
@@ -102,7 +106,7 @@ def test_other_models_are_open_clips_own(registered):
     found = open_clip.create_model("ViT-B-32", **tiny)
     assert type(found) is CLIP
     torch.testing.assert_close(found.state_dict(), expected.state_dict())
-    assert open_clip.factory.CustomTextCLIP is CustomTextCLIP
+    assert (open_clip.factory.CLIP, open_clip.factory.CustomTextCLIP) == (CLIP, CustomTextCLIP)
     assert open_clip.factory.convert_state_dict is open_clip.convert.convert_state_dict
     made = open_clip.create_model
     assert ours.register_models() == registered  # a second call changes nothing
@@ -123,3 +127,40 @@ def test_its_text_tower_is_one_of_open_clips(registered):
     model.set_grad_checkpointing()
     assert model.text.grad_checkpointing
     assert "text.positional_embedding" in model.no_weight_decay()
+
+
+CFG = {
+    "embed_dim": 8,
+    "vision_cfg": {"layers": 1, "width": 64, "patch_size": 112},
+    "text_cfg": TINY | {"hf_tokenizer_name": "x"},
+}
+OURS = {"simplify_options": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"pretrained": "w.pt", "simplclip": {"model": "siclip-tiny"}},
+            "got model.options.pretrained = 'w.pt', which may fetch",
+        ),
+        ({"simplclip": {"model": "siclip-tiny", "checkpoint": "w.pt"}}, "got model.options.checkpoint = 'w.pt', which may"),
+        (
+            {"text_cfg": {"hf_model_name": "a/b"}, "simplclip": OURS},
+            "got model.options.text_cfg.hf_model_name = 'a/b', which",
+        ),
+        ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}, "simplclip": OURS}, "timm_model_name = 'hf-hub:a/b', which may"),
+        ({"simplclip": {"simplify_options": {"mlp_ratio": 1e9}}}, "a model that can be built, got .*mlp_ratio = 1e[+]09"),
+        ({"simplclip": {"model": ["x"]}}, "x/open_clip_config.json: expected a part 'simplclip' as .* writes it"),
+    ],
+)
+def test_a_folder_fetches_and_unpickles_nothing(registered, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    file = tmp_path / "x" / "open_clip_config.json"
+    for make in (open_clip.create_model, open_clip.get_tokenizer):
+        file.write_text(json.dumps({"model_cfg": CFG | changes}))
+        with pytest.raises(InputError, match=message):
+            make("local-dir:x")
+    file.write_text(json.dumps({"model_cfg": CFG | {"simplclip": OURS}}))
+    assert any(isinstance(module, TransformerBlock) for module in open_clip.create_model("local-dir:x").modules())

@@ -133,7 +133,10 @@ def test_plain_open_clip_models():
     assert "ViT-B-32" in models.summary(model, "open_clip:ViT-B-32")
     assert models.tokenizer("open_clip:ViT-B-32")(["x"]).shape == (1, 77)
     assert models.transforms("open_clip:ViT-B-32", train=False)(Image.new("L", (9, 9))).shape == (3, 224, 224)
-    for name, options in (("open_clip:ViT-B-32", {}), ("siclip-lite0", {"simplified": False})):
+    one = {"device": "meta", "vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
+    simple = models.create("open_clip:ViT-B-32", simplify_options={"towers": ["text"]}, **one)
+    assert [r.path for r in simple.simplify_report.replaced] == ["transformer.resblocks.0"]
+    for name, options in (("open_clip:ViT-B-32", {"simplified": False}), ("siclip-lite0", {"simplified": False})):
         with pytest.raises(ValueError, match="simplify_options: expected none"):
             models.create(name, **options, simplify_options={"towers": ["text"]})
     whole = models.create("siclip-lite0", simplified=False)

@@ -47,6 +47,15 @@ def test_all_but_the_new_blocks_is_inherited_and_frozen(student):
     assert report.totals["inherited"] > 30_000_000
 
 
+def test_a_missing_file_is_named_with_where_it_is_to_be_had(student, tmp_path):
+    place = "Apple publishes mobileclip_s0.pt at https://docs-assets.developer.apple.com/.*/mobileclip_s0.pt"
+    for read in (lambda path: inherit(student, path), lambda path: models.create("siclip-tiny", checkpoint=path)):
+        with pytest.raises(FileNotFoundError, match=place):
+            read(tmp_path / "mobileclip_s0.pt")
+        with pytest.raises(FileNotFoundError, match=r"other[.]pt$"):
+            read(tmp_path / "other.pt")
+
+
 def test_it_encodes_texts_of_its_tokenizer(student):
     with torch.no_grad():
         image = student.encode_image(torch.rand(2, 3, 256, 256))

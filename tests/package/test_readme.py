@@ -30,6 +30,7 @@ from markdown_it import MarkdownIt
 from pairs import forked
 from paths import ROOT
 
+from simplclip import export
 from simplclip import train as trainer
 
 FILES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -79,7 +80,7 @@ def test_python_blocks_run(name, tmp_path):
     lines: list[str] = []
     for first, text in blocks(name, "python"):
         lines += [""] * (first - 1 - len(lines)) + text.splitlines()
-    if name == "README.md":
+    if name in ("README.md", "docs/training.md"):
         trained(tmp_path)
     program = tmp_path / Path(name).with_suffix(".py").name
     program.write_text("\n".join(lines) + "\n")
@@ -98,9 +99,10 @@ def test_python_blocks_run(name, tmp_path):
 
 
 def trained(folder: Path) -> None:
-    """The run and the images that the README's program reads."""
+    """The run, the export and the images that the programs read."""
     out = folder / "runs" / "siclip-lite0-emoji"
     trainer.run(tiny.settings(folder, "run.steps=1", f"run.out={out}"))
+    export.run(out, folder / "export", formats=["open_clip"])
     for name in ("cat.jpg", "car.jpg"):
         (folder / name).write_bytes(tiny.picture(tiny.COLOURS["red"], "ring"))
 
