@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import yaml
 from markdown_it import MarkdownIt
 from pairs import forked
 from paths import ROOT
@@ -273,13 +274,36 @@ def test_the_example_of_a_folder_of_photos_runs(tmp_path):
         for name, colour in tiny.COLOURS.items():
             (tmp_path / "photos" / f"{name}-{shape}.png").write_bytes(tiny.picture(colour, shape))
             (tmp_path / "photos" / f"{name}-{shape}.txt").write_text(f"a {name} {shape}\n")
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    for line in shell.splitlines():
-        words = shlex.split(re.sub("^simplclip", f"{sys.executable} -m simplclip", line))
-        run = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert run.returncode == 0, f"{line}: {run.stderr[-3000:]}"
+    run_block(shell, tmp_path)
     assert len(np.load(tmp_path / "photos.npz")["features"]) == 24
     assert (tmp_path / "hits.png").stat().st_size > 0
+
+
+def run_block(shell: str, folder) -> list[str]:
+    """Runs the commands of a block in the folder; what each printed."""
+    env, printed = os.environ | {"PYTHONPATH": str(ROOT)}, []
+    for line in shell.replace("\\\n", " ").splitlines():
+        words = shlex.split(re.sub("^simplclip", f"{sys.executable} -m simplclip", line))
+        run = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
+        assert run.returncode == 0, f"{line}: {run.stderr[-3000:]}"
+        printed.append(run.stdout)
+    return printed
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_start_from_trained_weights_runs(tmp_path):
+    """The shell block of the section, as it stands there, with a small config."""
+    section = (ROOT / "docs" / "training.md").read_text().split("\n## Start from trained weights")[1].split("\n## ")[0]
+    (shell,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    values = yaml.safe_load(Path(tiny.write_config(tmp_path)).read_text())
+    values["run"] |= {"out": "runs/my", "steps": 3}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(values))
+    tiny.write_shard(tmp_path / "held" / "held-0.tar")
+    first, second, *_ = run_block(shell, tmp_path)
+    assert "weights from" not in first
+    assert re.search(r"visual.trunk.pos_embed +resized", second)
+    assert re.search(r"total +loaded", second)
+    assert (tmp_path / "finer" / "evaluation.json").exists()
 
 
 def words_of(name: str) -> list[str]:
