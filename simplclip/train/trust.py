@@ -31,7 +31,8 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
             _refuse(f"model.options.{key}", value, where)
         for name, inner in value.items() if isinstance(value, Mapping) else ():
             fetched = str(name).startswith("hf_") or (name == "timm_model_name" and set(":/\\") & {*str(inner)})
-            if fetched and inner:
+            known = isinstance(inner, Mapping) and inner.keys() <= {"clean", "strip_sep_token"}
+            if (fetched or (name == "tokenizer_kwargs" and not known)) and inner:
                 _refuse(f"model.options.{key}.{name}", inner, where)
             if isinstance(inner, (int, float)) and inner > (_DEEP if name == "layers" else _WIDE):
                 raise InputError(f"{where}: expected a model that can be built, got model.options.{key}.{name} = {inner:.3g}")

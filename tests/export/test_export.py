@@ -17,6 +17,7 @@ import onnx
 import onnxruntime
 import open_clip
 import pytest
+import tiny as tiny_data
 import torch
 from pairs import call, digests, forked, one_line
 from PIL import Image
@@ -24,7 +25,8 @@ from safetensors import safe_open
 from torch import nn
 
 import simplclip
-from simplclip import export, models
+from simplclip import evaluation, export, models
+from simplclip import train as trainer
 from simplclip.export import onnx_towers
 from simplclip.models.simplify import MapBlock
 from simplclip.train import checkpoint, config
@@ -289,8 +291,12 @@ def test_a_full_disk_leaves_the_former_export(tiny, tmp_path, format_, limit):
 
 SHORT = {"context_length": 20, "layers": 1}
 MODELS = {  # of the registry, and open_clip's as they are and simplified; most with other sizes, as after a warm start
-    "siclip-tiny": {"text_cfg": {"context_length": 12}, "simplify_options": {"share": {"text": [[0, 1]]}}},
-    "siclip-lite0": {"text_cfg": {"context_length": 20}},
+    "siclip-tiny": {
+        "vision_cfg": {"image_size": 64},
+        "text_cfg": {"context_length": 12},
+        "simplify_options": {"share": {"text": [[0, 1]]}},
+    },
+    "siclip-lite0": {"vision_cfg": {"image_size": 64}, "text_cfg": {"context_length": 20}},
     "mobileclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT},
     "siclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT, "init_logit_bias": -3.0},
     "siclip2-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT, "simplify_options": {"share": {}}},
@@ -355,3 +361,54 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
         cosines = encoder.encode_image(own) @ encoder.encode_text(texts).T  # of our own pixels
         torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
         assert math.exp(scale) == pytest.approx(encoder.logit_scale)
+
+
+EVALUATED = """
+import io, json, tarfile, open_clip, torch
+from PIL import Image
+from simplclip.integrations.open_clip import register_models
+register_models()
+torch.set_num_threads(1)
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:mine")
+tokenizer = open_clip.get_tokenizer("local-dir:mine")
+with tarfile.open("../held.tar") as tar:
+    files = [(member.name, tar.extractfile(member).read()) for member in tar]
+pictures = [Image.open(io.BytesIO(data)).convert("RGB") for name, data in files if name.endswith("png")]
+images = torch.stack([preprocess(picture) for picture in pictures])
+texts = tokenizer([json.loads(data)["captions"][0] for name, data in files if name.endswith("json")])
+with torch.no_grad():
+    cosines = model.eval().encode_image(images, normalize=True) @ model.encode_text(texts, normalize=True).T
+own = torch.arange(len(cosines))
+print(json.dumps([(cosines.argmax(dim) == own).double().mean().item() for dim in (1, 0)]))
+"""
+
+
+@pytest.mark.slow
+def test_figures_stay_from_a_warm_start_to_open_clip(tmp_path, monkeypatch):
+    """Of a run with other sizes, rate and data. Its source is gone when it is exported, and it is when open_clip loads it."""
+    monkeypatch.chdir(tmp_path)
+    held = tiny_data.write_shard(tmp_path / "held.tar")
+
+    def figures(source):
+        found = evaluation.evaluate(source, {"held": held}, out=tmp_path / "figures", captions=1)["splits"]["held"]
+        return [found[way]["R@1"]["value"] for way in ("image_to_text", "text_to_image")]
+
+    alike = ["data.batch_size=24", "data.augment=none"]
+    trainer.run(tiny_data.settings(tmp_path / "source", *alike, "run.steps=60", "optim.lr=0.002"))
+    other = [
+        *alike,
+        "model.checkpoint=source/run",
+        "model.image_size=64",
+        "model.context_length=20",
+        "optim.lr=1e-4",
+        "run.steps=3",
+    ]
+    trainer.run(tiny_data.settings(tmp_path / "warm", *other))
+    shutil.rmtree("source")
+    trained = figures("warm/run")
+    assert min(trained) > 0.5  # by chance 0.04
+    export.run("warm/run", "elsewhere/mine", formats=["open_clip"])
+    shutil.rmtree("warm")
+    assert figures("elsewhere/mine") == trained
+    told = subprocess.run([sys.executable, "-c", EVALUATED], cwd="elsewhere", check=True, capture_output=True, text=True)
+    assert json.loads(told.stdout.splitlines()[-1]) == pytest.approx(trained)

@@ -150,6 +150,7 @@ OURS = {"simplify_options": {}}
             "got model.options.text_cfg.hf_model_name = 'a/b', which",
         ),
         ({"vision_cfg": {"timm_model_name": "hf-hub:a/b"}, "simplclip": OURS}, "timm_model_name = 'hf-hub:a/b', which may"),
+        ({"text_cfg": {"tokenizer_kwargs": {"trust_remote_code": True}}, "simplclip": OURS}, "text_cfg.tokenizer_kwargs = "),
         ({"simplclip": {"simplify_options": {"mlp_ratio": 1e9}}}, "a model that can be built, got .*mlp_ratio = 1e[+]09"),
         ({"simplclip": {"model": ["x"]}}, "x/open_clip_config.json: expected a part 'simplclip' as .* writes it"),
     ],
