@@ -38,13 +38,6 @@ class Budget:
     def usable(self) -> int:
         return int((self.memory - self.context - self.libraries) * (1 - self.fragmentation))
 
-    def assumptions(self) -> list[str]:
-        return [
-            f"{self.context >> 20} MiB for the context of the driver and of torch's libraries",
-            f"{self.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
-            f"{self.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
-        ]
-
 
 def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"

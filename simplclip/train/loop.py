@@ -51,8 +51,7 @@ def run(
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no stop. Without a last.pt the
         run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command serves both.
 
-    The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), last.pt and curves.png, all after
-    the first whole step.
+    The files of the folder config.run.out are written after the first whole step.
 
     Raises:
         ConfigError: the folder already holds a run or another process trains in it, or the checkpoint has other settings. A
