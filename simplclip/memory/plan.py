@@ -95,7 +95,9 @@ def make(
         this.config = config = this.with_micro_batch()
     on_card = this.device.type == "cuda"
     assumptions = [
-        *budget.assumptions(),
+        f"{budget.context >> 20} MiB for the context of the driver and of torch's libraries",
+        f"{budget.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
+        f"{budget.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
         f"precision {this.precision} ({this.why})",
         "two steps; the second has the optimizer's state from its beginning",
         *([] if on_card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),

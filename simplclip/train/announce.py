@@ -31,17 +31,15 @@ NEEDS = {
 
 def lines(training: Training, why_precision: str, source: data.Loader) -> Iterator[str]:
     """The tables of the model and of what it inherits, then lines that begin with what they are about."""
-    sigmoid = training.config.loss.base == "sigmoid"
     yield models.summary(training.model, training.config.model.name)
     yield from training.weights.lines() if training.weights else ()
     yield from training.inheritance.lines() if training.inheritance else ()
     yield f"data       {_data(training.config, source)}"
-    served = _backend(training, "similarity_sigmoid" if sigmoid else "similarity_loss_fwd")
-    yield f"loss       {_loss(training)}; similarity_loss is served by {served}"
-    if sigmoid:
+    yield f"loss       {_loss(training)}"
+    if training.config.loss.base == "sigmoid":
         bias = "none" if training.logit_bias is None else f"{training.logit_bias.item():.4g}"
         yield f"logits     scale {training.model.logit_scale.exp().item():.4g}, bias {bias}"
-    yield f"blocks     {_blocks(training)}"
+    yield f"ops        {_ops(training)}"
     for line in training.folded.lines():
         yield f"frozen     {line}"
     yield f"precision  {training.precision} ({why_precision})"
@@ -112,23 +110,18 @@ def weak_terms(training: Training, batches: list[dict[str, Any]], image: Tensor,
 
 
 def _loss(training: Training) -> str:
-    weights = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in training.config.loss.weights)
-    if training.teacher is None:
-        return f"{type(training.loss).__name__}: {weights}"
-    stored = f"features of {training.teacher['name']}, {training.teacher['width']} wide, are read from the data"
-    return f"{type(training.loss).__name__}: {weights}; {stored}; no teacher is in memory"
+    terms = ", ".join(term.removesuffix("_loss").replace("_", " ") for term in training.config.loss.weights)
+    told = f"{type(training.loss).__name__}: {terms}"
+    if training.teacher:
+        told += f"; features of {training.teacher['name']}, {training.teacher['width']} wide, are read from the data; "
+        told += "no teacher is in memory"
+    return told
 
 
-def _backend(training: Training, op: str, **call: Any) -> str:
-    dtype = hardware.DTYPES[training.precision] or torch.float32
-    return backends.select(op, training.device.type, dtype, backends.forced(), **call)[0]
-
-
-def _blocks(training: Training) -> str:
-    """The number of simplified blocks of the model, and the backends that run their parts."""
-    if not training.blocks:
-        return "none simplified"
-    attention = sorted({_backend(training, "shaped_attention_fwd", width=b.width // b.heads) for b in training.blocks})
-    mlp = _backend(training, "parallel_mlp_fwd")
-    count = len(training.blocks)
-    return f"{count} simplified; shaped_attention is served by {' and '.join(attention)}, parallel_mlp by {mlp}"
+def _ops(training: Training) -> str:
+    """The backends of a step's ops."""
+    calls: list[tuple[str, dict[str, Any]]] = [("parallel_mlp_fwd", {})] * bool(training.blocks)
+    calls += [("shaped_attention_fwd", {"width": block.width // block.heads}) for block in training.blocks]
+    calls += [("similarity_sigmoid" if training.config.loss.base == "sigmoid" else "similarity_loss_fwd", {})]
+    how: tuple[Any, ...] = training.device.type, hardware.DTYPES[training.precision] or torch.float32, backends.forced()
+    return ", ".join(dict.fromkeys(f"{op} by {backends.select(op, *how, **call)[0]}" for op, call in calls))

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import remove_leftovers, replacing
+from simplclip.common.files import replacing
 from simplclip.models.registry import read_weights
 
 FORMAT, VERSION = "simplclip", 1
-_WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")
+WRITTEN = re.compile(r"last\.pt|config\.yaml|metrics\.csv|evaluation\.csv|curves\.png")  # into the folder of a run
 
 
 class CheckpointError(InputError):
@@ -75,11 +75,6 @@ def step_of(path: str | Path) -> int | None:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
     except Exception:  # the type depends on the damage
         return None
-
-
-def remove_temporaries(folder: str | Path) -> None:
-    """Remove the temporary files that a killed training left in `folder`. Other files are kept."""
-    remove_leftovers(folder, _WRITTEN.fullmatch)
 
 
 def rng_state() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import sys
@@ -38,13 +37,6 @@ class Budget:
     def usable(self) -> int:
         return int((self.memory - self.context - self.libraries) * (1 - self.fragmentation))
 
-    def assumptions(self) -> list[str]:
-        return [
-            f"{self.context >> 20} MiB for the context of the driver and of torch's libraries",
-            f"{self.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
-            f"{self.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
-        ]
-
 
 def gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
@@ -67,7 +59,7 @@ class MemoryLimit:
             if limit is not None:
                 torch.cuda.set_per_process_memory_fraction((limit - Budget.context) / total, device)
             return
-        taken = data_bytes()
+        taken = process_bytes("VmData")
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
         self.budget = Budget(self._checked(limit, total, taken), context=taken, libraries=0)
         if limit is not None:
@@ -121,21 +113,16 @@ def ran_out(error: Exception) -> bool:
     return any(text in f"{error}\n" for text in on_cpu) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-def data_bytes() -> int:
-    """Bytes of this process's data segment, as RLIMIT_DATA counts them; 0 if unknown."""
+def process_bytes(name: str) -> int:
+    """Memory of this process by its name in Linux, VmData (as RLIMIT_DATA counts it) or VmHWM (most that was resident)."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmData:\s*(\d+)", status.read_text()) if status.exists() else None
+    found = re.search(rf"{name}:\s*(\d+)", status.read_text()) if status.exists() else None
     return 1024 * int(found[1]) if found else 0
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (nan on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0 outside Linux)."""
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM")) / 2**20
 
 
 def gpu_use(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from rich.console import Console
 from simplclip import data, retrieval
 from simplclip.common import hardware
 from simplclip.common.errors import UserError
+from simplclip.common.files import remove_leftovers
 from simplclip.common.progress import duration
 from simplclip.train import announce, checkpoint
 from simplclip.train.batches import batches, loader, with_steps
@@ -51,8 +52,7 @@ def run(
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no stop. Without a last.pt the
         run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command serves both.
 
-    The folder config.run.out gets config.yaml, metrics.csv (and evaluation.csv), last.pt and curves.png, all after
-    the first whole step.
+    The files of the folder config.run.out are written after the first whole step.
 
     Raises:
         ConfigError: the folder already holds a run or another process trains in it, or the checkpoint has other settings. A
@@ -67,7 +67,7 @@ def run(
     with ExitStack() as stack:
         note = stack.enter_context(run_lock(out))
         state, config = claim(out, config, resume)
-        checkpoint.remove_temporaries(out)
+        remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
         device = hardware.pick_device(config.run.device)
         precision, why = hardware.pick_precision(config.run.precision, device)
         limit = MemoryLimit(device, memory_limit, planner)
@@ -98,9 +98,8 @@ def run(
                 if note:
                     report.print(f"lock       {note}")
                 if auto:
-                    micro = config.data.micro_batch
-                    part = f"{micro:,} images at a time" if micro else "the whole batch at a time"
-                    report.print(f"memory     {part} fit in {gib(limit.budget.usable)}, by simplclip plan")
+                    fits = f"fits in {gib(limit.budget.usable)}, by simplclip plan"
+                    report.print(f"memory     data.micro_batch = {config.data.micro_batch or 'null'} {fits}")
                 if resume and not state:
                     report.print(f"resume     {out} has no checkpoint yet: starting at step 0")
                 elif state:

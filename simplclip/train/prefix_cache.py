@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from simplclip.data.broken import BrokenSample
 from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Pair, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
-from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform, augmentation
 from simplclip.models.prefix import FrozenParts, Prefix
 from simplclip.train.config import ConfigError
@@ -79,18 +77,12 @@ class PrefixCache:
                 raise ConfigError(f"{_KEY}: expected local tars, beside which sidecars can lie, got {part.url!r}")
         self.shards = list(dict.fromkeys(part.url for part in parts))
         t = self.transform
-        pixels = {"size": t.size, "mean": t.mean, "std": t.std, "max_pixels": t.max_pixels}
-        if self.max_bytes != MAX_BYTES:  # folders that were made before there was a limit go on
-            pixels["max_bytes"] = self.max_bytes
+        pixels = {"size": t.size, "mean": t.mean, "std": t.std, "max_pixels": t.max_pixels, "max_bytes": self.max_bytes}
         if self.views is None:
             pixels |= {"interpolation": t.interpolation.value, "resize_mode": t.resize_mode, "fill": t.fill}
         stamp = {"output_of": self.prefix.name, "shape": self.prefix.shape, "weights": self.prefix.fingerprint()}
         stamp |= {"precision": training.precision, "pixels": pixels, "views": self.views}
         self.stamp = json.loads(json.dumps(stamp))
-
-    @property
-    def view_bytes(self) -> int:
-        return 2 * math.prod(self.prefix.shape)
 
     @property
     def complete(self) -> bool:
@@ -117,31 +109,22 @@ class PrefixCache:
         )
 
     def make(self, show: Callable[[str], None]) -> None:
-        """Makes what is missing. Raises ConfigError for a folder of another prefix, or without room."""
+        """Makes what is missing. Raises ConfigError for a folder of another prefix, or on a full disk."""
         count = self.views["number"] if self.views else 1
         shape = " x ".join(map(str, self.prefix.shape))
-        size, samples = self.view_bytes * count, count_samples(self.shards)
-        total = "" if samples is None else f", {size * sum(samples) / 2**20:,.1f} MiB for {sum(samples):,} samples"
-        what = f"{self.prefix.name}, {shape} in fp16: {self.view_bytes / 1024:,.1f} KiB a view, {count} a sample{total}"
+        size, samples = 2 * math.prod(self.prefix.shape), count_samples(self.shards)
+        total = "" if samples is None else f", {size * count * sum(samples) / 2**20:,.1f} MiB for {sum(samples):,} samples"
+        what = f"{self.prefix.name}, {shape} in fp16: {size / 1024:,.1f} KiB a view, {count} a sample{total}"
         show(f"prefix     training reads the output of {what}, in {self.folder}; no image is decoded")
         if self.complete:
             return
         try:
-            self._check_room(size, samples)
             options = {"sidecar": True, "sidecars": self.sidecars, "batch_size": max(1, AT_ONCE // count), "title": "prefix"}
             options["max_bytes"] = self.max_bytes
             done = rewrite(self.shards, self.folder, self._process, stamp={"prefix": self.stamp}, **options)
         except (InputError, FileExistsError) as error:
             raise ConfigError(f"{_KEY}: {str(error).removeprefix('out: ')}") from None
         show(f"prefix     made {done['written']} of {done['shards']} shards; {done['skipped']}")
-
-    def _check_room(self, size: int, samples: list[int] | None) -> None:
-        made = entries(self.folder) if self._stamped() == self.stamp else {}
-        missing = [n for shard, n in zip(self.shards, samples or []) if not self._made(shard, made)]
-        above = next(part for part in (self.folder, *self.folder.absolute().parents) if part.exists())
-        need, free = size * sum(missing), shutil.disk_usage(above).free
-        if need > free:
-            raise InputError(f"expected {need:,} free bytes for the missing outputs in {self.folder}, got {free:,}")
 
     def _process(self, samples: list[Pair]) -> list[dict[str, bytes | None] | BrokenSample]:
         found: list[Any] = []

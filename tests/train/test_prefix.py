@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -223,7 +222,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, weights):
     assert make()[1].startswith("prefix     made 1 of 2 shards")
 
 
-def test_making_it_is_interrupted_locked_or_without_room(tmp_path, weights, monkeypatch):
+def test_making_it_is_interrupted_or_locked(tmp_path, weights, monkeypatch):
     this = training(settings(tmp_path, weights, cached(tmp_path)))
     calls, process = [], PrefixCache._process
 
@@ -240,11 +239,6 @@ def test_making_it_is_interrupted_locked_or_without_room(tmp_path, weights, monk
     assert not PrefixCache(this).complete
     with locked(tmp_path / "cache"), pytest.raises(ConfigError, match=r"^data.cache_prefix: .* no other process writes to"):
         PrefixCache(this).make(print)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("simplclip.train.prefix_cache.shutil.disk_usage", lambda path: usage._replace(free=1))
-    with pytest.raises(ConfigError, match="data.cache_prefix: expected 96,768 free bytes for the missing outputs in"):
-        PrefixCache(this).make(print)  # of one shard
-    monkeypatch.undo()
     lines = []
     PrefixCache(this).make(lines.append)
     assert lines[1].startswith("prefix     made 1 of 2 shards")

@@ -67,7 +67,8 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
 def test_it_learns(tmp_path):
     changes = ["run.steps=40", "optim.lr=2e-3", "data.augment=none", f"run.out={tmp_path / 'run'}"]
     text = go(tiny.settings(tmp_path, SIGMOID, *changes))
-    assert "SigmoidLoss: sigmoid, pair matching; similarity_loss is served by" in text
+    assert "SigmoidLoss: sigmoid, pair matching\n" in text
+    assert "similarity_sigmoid by cpu\n" in text
     assert "scale 10.0  bias -10.0" in text
     logged = rows(tmp_path / "run")
     assert float(logged[0]["sigmoid_loss"]) > 4  # 8 pairs: almost only the bias, softplus(10 - 10 S)

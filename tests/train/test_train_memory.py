@@ -28,12 +28,12 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
         monkeypatch.setattr(limits.Budget, "usable", property(lambda self: size))
 
     told = go(settings("auto", f"run.out={tmp_path / 'whole'}", "run.steps=1"), planner=memory)
-    assert "the whole batch at a time fit in" in told
+    assert "memory     data.micro_batch = null fits in" in told
 
     usable(sum(predict(TrainerStep(settings(micro), "fp32"), CPU).peak for micro in (4, 6)) // 2)
     told = go(settings("auto", "run.steps=2"), planner=memory)
     assert checkpoint.load(tmp_path / "run")["config"]["data"]["micro_batch"] == 4
-    assert f"4 images at a time fit in {limits.gib(limits.Budget(0).usable)}, by simplclip plan" in told
+    assert f"data.micro_batch = 4 fits in {limits.gib(limits.Budget(0).usable)}, by simplclip plan" in told
     usable(1 << 20)
     with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with one image at a time"):
         limits.MemoryLimit(CPU, planner=memory).settle(settings("auto"))
@@ -67,7 +67,7 @@ def test_limits_that_cannot_be(monkeypatch):
             limits.MemoryLimit(CPU, limit)
     monkeypatch.setattr(limits, "resource", None)
     with pytest.raises(ValueError, match="--memory-limit: expected a GPU or Linux"):
-        limits.MemoryLimit(CPU, limits.data_bytes() + (1 << 30))
+        limits.MemoryLimit(CPU, limits.process_bytes("VmData") + (1 << 30))
 
 
 def test_what_running_out_is():
@@ -94,7 +94,7 @@ def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
         import simplclip.memory
         from simplclip.commands.main import main
         from simplclip.train import limits, loop
-        sys.argv[1:] = ["train", *sys.argv[1:], "--memory-limit", f"{limits.data_bytes() / 2**20 + 450:.0f}MiB"]
+        sys.argv[1:] = ["train", *sys.argv[1:], "--memory-limit", f"{limits.process_bytes('VmData') / 2**20 + 450:.0f}MiB"]
         main()
     """
 
