@@ -86,8 +86,10 @@ class Training:
         weights = [p for module in (self.model.visual, *copies) for p in module.parameters()]
         self.channels_last = any(p.ndim == 4 and not p.is_contiguous() for p in weights)
         if config.run.compile:
-            for tower in (self.model.visual, getattr(self.model, "text", None) or self.model.transformer):
-                tower.compile(dynamic=False)  # sizes that dynamo makes dynamic depend on what was compiled before
+            # Without the token embedding, whose compiled gradient adds in an order that changes; and with fixed sizes, since
+            # those that dynamo makes dynamic depend on what was compiled before.
+            for part in (self.model.visual, getattr(self.model, "text", self.model).transformer):
+                part.compile(dynamic=False)
         self.prefix = None
         if config.data.cache_prefix is not None:
             context = hardware.autocast(precision, device)
