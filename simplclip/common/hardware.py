@@ -1,6 +1,10 @@
-"""Choice of the device and precision of a run."""
+"""Choice of the device and precision of a run, and the memory that it takes."""
 
 from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
 
 import torch
 
@@ -50,3 +54,26 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The autocast context of a precision; disabled for fp32."""
     dtype = DTYPES[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def process_bytes(name: str) -> int:
+    """Memory of this process by its name in Linux, VmData (as RLIMIT_DATA counts it) or VmHWM (most that was resident)."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{name}:\s*(\d+)", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0 outside Linux)."""
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM")) / 2**20
+
+
+def gpu_use(device: torch.device) -> str:
+    """The memory of the GPU that all processes use, and how busy it is, which only nvidia-ml-py tells; "" for a CPU."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    used = f"  GPU {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    with contextlib.suppress(Exception):
+        used += f", {torch.cuda.utilization(device)}% busy"
+    return used

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import Config
@@ -59,7 +58,7 @@ class MemoryLimit:
             if limit is not None:
                 torch.cuda.set_per_process_memory_fraction((limit - Budget.context) / total, device)
             return
-        taken = process_bytes("VmData")
+        taken = hardware.process_bytes("VmData")
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize
         self.budget = Budget(self._checked(limit, total, taken), context=taken, libraries=0)
         if limit is not None:
@@ -111,26 +110,3 @@ def ran_out(error: Exception) -> bool:
     """Whether the error is out of memory; for CPU tensors torch has no class of it."""
     on_cpu = "DefaultCPUAllocator: can't allocate memory", "could not create a primitive\n"  # the second one is oneDNN's
     return any(text in f"{error}\n" for text in on_cpu) or isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
-def process_bytes(name: str) -> int:
-    """Memory of this process by its name in Linux, VmData (as RLIMIT_DATA counts it) or VmHWM (most that was resident)."""
-    status = Path("/proc/self/status")
-    found = re.search(rf"{name}:\s*(\d+)", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else 0
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0 outside Linux)."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM")) / 2**20
-
-
-def gpu_use(device: torch.device) -> str:
-    """The memory of the GPU that all processes use, and how busy it is, which only nvidia-ml-py tells; "" for a CPU."""
-    if device.type != "cuda":
-        return ""
-    free, total = torch.cuda.mem_get_info(device)
-    used = f"  GPU {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
-    with contextlib.suppress(Exception):
-        used += f", {torch.cuda.utilization(device)}% busy"
-    return used

@@ -23,7 +23,7 @@ from simplclip.common.progress import duration
 from simplclip.train import announce, checkpoint
 from simplclip.train.batches import batches, loader, with_steps
 from simplclip.train.folder import claim, run_lock
-from simplclip.train.limits import MemoryLimit, gib, peak_memory_mb, ran_out
+from simplclip.train.limits import MemoryLimit, gib, ran_out
 from simplclip.train.metrics import Reporter, RunLog, curves
 from simplclip.train.prefix_cache import PrefixCache
 from simplclip.train.rescue import LastStep, StopRequest
@@ -144,7 +144,7 @@ def _steps(
         share = 0.05 if seconds else 1.0  # smoothed over about the last 20 steps
         seconds, waiting = seconds + share * (took - seconds), waiting + share * (waited - waiting)
         row |= {"samples_per_s": training.config.data.batch_size / seconds, "data_share": waiting / seconds}
-        row |= {"peak_mb": peak_memory_mb(training.device)}
+        row |= {"peak_mb": hardware.peak_memory_mb(training.device)}
         report.step(training.step, row, seconds * (c.steps - training.step))
         last = training.step == c.steps
         if last or training.step % c.log_every == 0:

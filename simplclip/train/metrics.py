@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from simplclip.common import hardware
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_csv
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 from simplclip.common.progress import Pace, duration
-from simplclip.train.limits import gpu_use
 from simplclip.train.settings import RunConfig
 
 
@@ -46,7 +46,7 @@ class Reporter:
             f"step {step}/{self.steps}  {duration(self.pace.seconds)} gone, {duration(seconds_left)} left  "
             f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}{bias}  "
             f"{row['samples_per_s']:.0f} samples/s  waiting for data {row['data_share']:.0%}  peak {row['peak_mb']:.0f} MiB"
-            f"{gpu_use(self.device)}"
+            f"{hardware.gpu_use(self.device)}"
         )
         if self.live and not last:
             self.status.update(line)

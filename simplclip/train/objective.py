@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simplclip import losses
-from simplclip.losses.base import terms_of_sum
+from simplclip.losses.sigmoid import SigmoidLoss, named
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import TERMS, LossConfig
-
-
-class SigmoidLoss(losses.WIKDLoss):
-    """SigLIP's loss and pair matching in one sweep, and beside them the terms of WIKDLoss that need a teacher."""
-
-    FUSED: ClassVar[dict[str, str]] = {"sigmoid_loss": "sigmoid", "pair_matching_loss": "pair_matching"}
-
-    def forward(  # type: ignore[override]
-        self,
-        image: Tensor,  # [N, D]
-        text: Tensor,  # [N, D]
-        logit_scale: Tensor,  # []
-        logit_bias: Tensor | None,  # []
-        weights: Mapping[str, float],
-        *teacher: Any,  # features [N, D̂], [N, D̂] and scale []
-        ids: Tensor,  # [N] int64
-    ) -> dict[str, Tensor]:
-        """The weighted terms that `weights` names. Gradients are those of their sum."""
-        fused = {name: weights[term] for term, name in self.FUSED.items() if term in weights}
-        terms: dict[str, Tensor] = {}
-        if fused:
-            options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids}
-            values = terms_of_sum(self._terms(tuple(fused), image, text, weights=fused, **options), fused)
-            terms = {term: values[name] for term, name in self.FUSED.items() if name in fused}
-        if weights.keys() - terms.keys():
-            self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
-            of_teacher = teacher[0], teacher[1], teacher[2]
-            taught = _named(super().forward(image, text, logit_scale, *of_teacher, output_dict=True, ids=ids))
-            terms |= {term: weights[term] * value for term, value in taught.items()}
-        return terms
 
 
 class Objective:
@@ -110,11 +80,6 @@ class Objective:
             terms = self.loss(image, text, logit_scale, logit_bias, on, *teacher, ids=group)
         else:
             options = {"output_dict": True, "ids": group}
-            terms = _named(self.loss(image, text, logit_scale, *(teacher or (logit_bias,)), **options))
+            terms = named(self.loss(image, text, logit_scale, *(teacher or (logit_bias,)), **options))
             terms = {term: weights[term] * value for term, value in terms.items()}
         return {term: terms.get(term, off) for term in weights}
-
-
-def _named(terms: Any) -> dict[str, Tensor]:
-    """The terms of a drop-in for open_clip by this library's names: open_clip calls the relational one distill_loss."""
-    return {"relational_loss" if name == "distill_loss" else name: value for name, value in terms.items()}

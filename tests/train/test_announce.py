@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from runs import bits, check_ends_as, go, rows, state_of
 
-from simplclip.train import announce, limits, metrics, trust
+from simplclip.common import hardware
+from simplclip.train import announce, trust
 from simplclip.train import loop as train
 from simplclip.train.batches import batches, with_steps
 from simplclip.train.config import ConfigError
@@ -144,15 +145,15 @@ def test_memory_and_use_of_a_gpu(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (19 * 2**30, 24 * 2**30))
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
-    assert limits.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB, 97% busy"
+    assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB, 97% busy"
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (19 * 2**30, 24 * 2**30))
-    assert limits.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB"  # neither nvidia-ml-py nor a driver is here
-    assert limits.gpu_use(torch.device("cpu")) == ""
+    assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB"  # neither nvidia-ml-py nor a driver is here
+    assert hardware.gpu_use(torch.device("cpu")) == ""
 
 
 def test_a_terminal_and_a_gpu_show_in_the_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "gpu_use", lambda device: "  GPU 5.0 of")
+    monkeypatch.setattr(hardware, "gpu_use", lambda device: "  GPU 5.0 of")
     for live in (False, True):
         text = io.StringIO()
         console = Console(file=text, width=300, force_terminal=live)

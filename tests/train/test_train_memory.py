@@ -10,6 +10,7 @@ import torch
 from runs import go, rows
 
 from simplclip import memory
+from simplclip.common import hardware
 from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
 from simplclip.train import checkpoint, limits
@@ -67,7 +68,7 @@ def test_limits_that_cannot_be(monkeypatch):
             limits.MemoryLimit(CPU, limit)
     monkeypatch.setattr(limits, "resource", None)
     with pytest.raises(ValueError, match="--memory-limit: expected a GPU or Linux"):
-        limits.MemoryLimit(CPU, limits.process_bytes("VmData") + (1 << 30))
+        limits.MemoryLimit(CPU, hardware.process_bytes("VmData") + (1 << 30))
 
 
 def test_what_running_out_is():
@@ -93,8 +94,8 @@ def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
         import sys
         import simplclip.memory
         from simplclip.commands.main import main
-        from simplclip.train import limits, loop
-        sys.argv[1:] = ["train", *sys.argv[1:], "--memory-limit", f"{limits.process_bytes('VmData') / 2**20 + 450:.0f}MiB"]
+        from simplclip.common import hardware
+        sys.argv[1:] = ["train", *sys.argv[1:], "--memory-limit", f"{hardware.process_bytes('VmData') / 2**20 + 450:.0f}MiB"]
         main()
     """
 
