@@ -216,7 +216,7 @@ def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
             assert found == [key for used, _ in opened.values() for key in sample_keys(used)]
             assert skipped.counts == sums
             for path, (used, counted) in paths.items():
-                summary = report.summarise(path)
+                summary = report.summarise(*data.parts_of(str(path)))
                 if path not in opened:
                     assert "cannot be opened" in summary
                     continue
@@ -349,7 +349,7 @@ def test_an_index_that_cannot_be_is_not_used(tmp_path, name):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found = [(s["__key__"], contents(s)["png"]) for s in read_shard(shard, Skipped())]
-            summary = report.summarise(shard)
+            summary = report.summarise(*data.parts_of(shard))
         assert found == [("k1", PNG), ("k2", PNG)]
         assert (summary.sums["samples"], summary.formats) == (2, {"png": 2})
         assert said
