@@ -5,7 +5,7 @@ torch.distributed.nn.functional has such collectives with gradients, but it is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
+
+from simplclip.ops.dtypes import accumulate_dtype
 
 # While torch 2.11 traces an autograd.Function, it takes tensors that are written in place for constants; so the collectives
 # that return a tensor are used there. torch 2.15 has renamed one of them.
@@ -198,6 +200,53 @@ class _Mean(torch.autograd.Function):
 def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The mean over the ranks. Its gradient is passed to this rank's value unchanged."""
     return _Mean.apply(value, group)
+
+
+def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if torch.compiler.is_compiling():
+        return functional.all_reduce(value, "sum", group) / dist.get_world_size(group)
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value / dist.get_world_size(group)
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group = group
+        return _average(value, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _differentiable(_Average, _average)(gradient, ctx.group), None
+
+
+class _Learned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, *parameters):
+        ctx.group = group
+        return tuple(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        flat = torch.cat([g.flatten().to(accumulate_dtype(g.dtype)) for g in gradients])
+        flat = _differentiable(_Average, _average)(flat, ctx.group)
+        parts = flat.split([g.numel() for g in gradients])
+        return None, *(part.view_as(g).to(g.dtype) for part, g in zip(parts, gradients))
+
+
+def learned(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """The parameters, whose gradients are averaged over the ranks, all of them by one all-reduce.
+
+    Averaging equal gradients changes nothing, so that DistributedDataParallel may average them again.
+    """
+    return _Learned.apply(group, *parameters) if len(parameters) else ()
+
+
+def from_first_rank(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Overwrites the tensors by those of the group's first rank."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -22,8 +22,17 @@ def torchrun(*parts, ranks=2):
 
 
 PARTS = {
-    2: ("open_clip", "one process", "exchanges", "gradient caching", "rows", "prefixes", "transformers"),
-    3: ("open_clip", "rows", "prefixes"),  # in make prove
+    2: (
+        "open_clip",
+        "one process",
+        "exchanges",
+        "learned parameters",
+        "gradient caching",
+        "rows",
+        "prefixes",
+        "transformers",
+    ),
+    3: ("open_clip", "learned parameters", "rows", "prefixes"),  # in make prove
 }
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import plain
 import rank_gradient_cache
+import rank_learned
 import rank_matryoshka
 import rank_rowwise
 import torch
@@ -229,6 +230,7 @@ if __name__ == "__main__":
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
         "one process": [equals_one_process, options_equal_one_process],
         "exchanges": [collectives, unequal, grad_cache],
+        "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
         "rows": [rank_rowwise.ranks_equal_open_clip],
         "prefixes": [rank_matryoshka.main, rank_matryoshka.autocast],
