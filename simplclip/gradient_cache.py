@@ -39,6 +39,7 @@ def backward(
     model: nn.Module | None = None,
     scaler: torch.amp.GradScaler | None = None,
     keep: int = 1,
+    encoded: Callable[[str | int, Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Adds to `.grad` what one backward pass of the loss over all micro-batches together would add:
 
@@ -74,6 +75,8 @@ def backward(
         scaler: scales the loss; the caller calls its step and update.
         keep: the number of last micro-batches (of each tower) whose graph is kept from step 1 to step 3, so that they are not
             encoded again. If there are several micro-batches, at least one is always encoded again.
+        encoded: is called with the name, or the position, of each output and with its features of all micro-batches, before
+            the next tower is encoded, e.g. to call losses.gather_early(features) for the texts.
 
     Returns the detached terms; {"loss": ...} if `loss` returns one tensor.
 
@@ -97,14 +100,15 @@ def backward(
     if model is not None:
         check(model)
     ranks = _Ranks(model, towers)
-    for tower in towers:
-        tower.encode_once(ranks)
     leaves: Named = {}
     for tower in towers:
+        tower.encode_once(ranks)
         for name, leaf in tower.leaves().items():
             if name in leaves:
                 raise ValueError(f"{tower.label}: expected outputs that no other tower has, got {name!r}")
             leaves[name] = leaf.requires_grad_()
+            if encoded is not None and leaf.dim() > 1:
+                encoded(name if isinstance(name, str) else len(leaves) - 1, leaf)
     named = sum(isinstance(name, str) for name in leaves)
     if 0 < named < len(leaves):
         raise TypeError("encode: expected all outputs by name or all by position, got some of each")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simplclip import ops
 from simplclip.ops import checks, distributed
+from simplclip.ops.registry import autocast
 from simplclip.ops.similarity import inputs
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES
 from simplclip.ops.similarity.contrastive import Contrastive
@@ -51,6 +52,31 @@ def terms_of_sum(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> 
     first = next(iter(terms))
     terms[first] = terms[first] + (values["loss"] - values["loss"].detach())
     return terms
+
+
+def gather_early(features: Tensor, group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Starts to gather the features [N, D] of all ranks, so that they travel while another tower works.
+
+        text = text_tower(texts)
+        gather_early(text)
+        image = image_tower(images)
+        value = loss(image, text, scale)  # waits for the texts
+
+    Values and gradients have the same bits. The losses gather the texts (with local_loss=True, gather_with_grad=False and in
+    RowwiseLoss the images too), hence the text tower comes first. Features that the loss does not gather, or not as they are,
+    travel in vain.
+
+    group: by default all ranks. N, D and dtype are equal on all ranks, which is not checked. The features travel in their
+    dtype, under autocast in its dtype, as in the loss. In one process and under torch.compile nothing is done.
+    """
+    checks.features("features", features, "[N, D]")
+    if torch.compiler.is_compiling() or not torch.distributed.is_initialized():
+        return
+    group = torch.distributed.group.WORLD if group is None else group
+    if torch.distributed.get_world_size(group) > 1:
+        with torch.no_grad():
+            (cast,) = autocast(features)
+        distributed.gather_early(features, cast.dtype, group)
 
 
 class SimilarityLoss(nn.Module):
@@ -165,6 +191,8 @@ class SimilarityLoss(nn.Module):
 
         # Each direction by itself: this rank's rows against the columns of all ranks, which are constants. Their mean is
         # taken below, so that an option which treats rows and columns differently must be applied there too.
+        image, text = autocast(image, text)  # before they travel
+
         def gather(own):
             return None if own is None else distributed.gather(own.detach(), group)
 

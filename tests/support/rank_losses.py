@@ -7,6 +7,7 @@ import warnings
 from datetime import timedelta
 
 import plain
+import rank_early
 import rank_gradient_cache
 import rank_learned
 import rank_matryoshka
@@ -229,7 +230,7 @@ if __name__ == "__main__":
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
         "one process": [equals_one_process, options_equal_one_process],
-        "exchanges": [collectives, unequal, grad_cache],
+        "exchanges": [collectives, unequal, grad_cache, rank_early.main],
         "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
         "rows": [rank_rowwise.ranks_equal_open_clip],
