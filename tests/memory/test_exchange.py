@@ -1,0 +1,117 @@
+"""What ranks exchange and allocate, counted on fake tensors and a fake process group."""
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from open_clip.loss import ClipLoss
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
+from simplclip.memory.count import Counter
+from simplclip.memory.exchange import Exchange, pretended
+
+
+class Wire(TorchDispatchMode):
+    """Counts the bytes that this rank sends, the loss's value aside."""
+
+    def __init__(self, ranks):
+        super().__init__()
+        self.ranks, self.sent, self.largest = ranks, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith("c10d::") and "broadcast" not in name:
+            tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+            size = max(t.numel() * t.element_size() for t in tensors)
+            self.largest = max(self.largest, size)
+            times = {"c10d::_allgather_base_": 1, "c10d::alltoall_base_": 1, "c10d::allreduce_": 2}
+            if tensors[0].numel() > 1:  # not the value
+                self.sent += times.get(name, 0) * size * (self.ranks - 1) // self.ranks
+        return func(*args, **(kwargs or {}))
+
+
+def step(make, ranks, n, width, dtype, teacher_width=0, ids=False):
+    """The wire and the memory of a loss's forward and backward on the first of so many ranks."""
+    with pretended(ranks), FakeTensorMode(allow_fallback_kernels=False) as mode, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # open_clip 3.3 calls what torch 2.15 deprecates
+        loss = make({"gather_with_grad": True, "rank": 0, "world_size": ranks})
+        if hasattr(loss, "_shapes"):
+            loss._shapes.check = lambda *_: None  # it reads values
+        features = [torch.empty(n, width, dtype=dtype, requires_grad=True) for _ in range(2)]
+        teacher = [torch.empty(n, teacher_width, dtype=dtype) for _ in range(2)] if teacher_width else []
+        scale = torch.empty((), requires_grad=True)
+        args = (*features, scale, *teacher, *([scale.detach()] if teacher else []))
+        options = {"ids": torch.empty(n, dtype=torch.int64)} if ids else {}
+        counter, wire = Counter(torch.device("cpu")), Wire(ranks)
+        with counter.counting(), wire:
+            value = loss(*args, **options)
+            (sum(value) if isinstance(value, tuple) else value).backward()
+        del mode
+    return wire, counter.usage.peak
+
+
+KINDS = {
+    "contrastive": (lambda mode: ClipPMLoss(pm_weight=0, **mode), {"terms": ("contrastive",)}),
+    "with ids": (lambda mode: ClipPMLoss(pm_weight=0, **mode), {"terms": ("contrastive",), "ids": True}),
+    "hadamard": (
+        lambda mode: ClipPMLoss(plane="hadamard", embed_dim=512, **mode),
+        {"terms": ("contrastive", "pair_matching"), "parameters": 513},
+    ),
+    "sigmoid": (lambda mode: SigLipLoss(rank=0, world_size=mode["world_size"]), {"terms": ("sigmoid",)}),
+    **{
+        interactive: (
+            lambda mode, interactive=interactive: WIKDLoss(
+                interactive_weight=1, interactive=interactive, feature_weight=1, embed_dim=512, teacher_dim=768, **mode
+            ),
+            {
+                **{"terms": ("contrastive", "relational", "interactive", "feature"), "interactive": interactive},
+                **{"teacher_width": 768, "projected": True, "parameters": 2 * 512 * 768},
+            },
+        )
+        for interactive in ("infonce", "kl")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("ranks", "n"), [(2, 1024), (8, 4096), (1024, 1024)])
+def test_the_bytes_of_a_step_are_the_formula_s(kind, ranks, n):
+    make, what = KINDS[kind]
+    dtype = torch.float32
+    wire, peak = step(make, ranks, n, 512, dtype, what.get("teacher_width", 0), what.get("ids", False))
+    exchange = Exchange(ranks, n, 512, dtype.itemsize, **what)
+    assert wire.sent == sum(exchange.sent().values())
+    assert wire.largest <= ranks * n * 768 * 4  # features of the whole batch, and no matrix of its pairs
+
+
+def test_bytes_grow_with_the_batch_and_not_with_its_square():
+    """At a million pairs and 1,024 ranks, features of 512 numbers in bfloat16."""
+    of_half, of_all = (Exchange(ranks, 1024, 512, 2).sent() for ranks in (512, 1024))
+    assert 2 < sum(of_all.values()) / sum(of_half.values()) < 2.01
+    make, _ = KINDS["contrastive"]
+    wire, peak = step(make, 1024, 1024, 512, torch.bfloat16)
+    assert wire.sent == sum(of_all.values())
+    print("bytes sent", wire.sent, "peak", peak)
+    assert peak < 6 * 2**30
+
+
+def test_memory_of_a_rank_beside_open_clip_s_local_loss():
+    """32,768 pairs over 4 ranks."""
+    figures = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        of = lambda kind: lambda mode: kind(local_loss=True, **mode)  # noqa: E731
+        ours = step(of(lambda **mode: ClipPMLoss(pm_weight=0, **mode)), 4, 8192, 512, dtype)[1]
+        theirs = step(of(ClipLoss), 4, 8192, 512, dtype)[1]
+        figures[dtype] = theirs / ours, ours / 2**20, theirs / 2**20
+    print(figures)
+    assert all(ratio >= 20 for ratio, *_ in figures.values()), figures
+
+
+def test_one_process_exchanges_nothing():
+    assert sum(Exchange(1, 4096, 512, parameters=10).sent().values()) == 0
+    with pretended(1):
+        assert not dist.is_initialized()
