@@ -13,12 +13,10 @@ from simplclip.losses import ClipPMLoss, gather_early
 from simplclip.ops import distributed
 
 
-def torchrun(*parts, ranks=2):
+def torchrun(*parts, ranks=2, script="rank_losses.py"):
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*launcher, str(SUPPORT / "rank_losses.py"), *parts], env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([*launcher, str(SUPPORT / script), *parts], env=env, capture_output=True, text=True, timeout=300)
 
 
 PARTS = {
@@ -54,6 +52,13 @@ def test_ranks_equal(ranks, part, of_ranks):
     if part == "transformers":
         pytest.importorskip("transformers", reason="transformers is not installed: pip install 'simplclip[transformers]'")
     assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.prove)])
+def test_fully_shard_trains_as_one_process(backend):
+    """Blocks, loss and gradient caching, with mixed precision, activation checkpointing and torch.compile."""
+    run = torchrun(backend, script="rank_fsdp.py")
+    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
 
 
 @pytest.mark.slow
