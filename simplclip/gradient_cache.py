@@ -283,12 +283,13 @@ class _Ranks:
         modules = [] if model is None else model.modules()
         self.wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
         shared = len(self.wrappers) == 1 and len(towers) > 1
-        # It takes the parameters that the last forward pass does not use for done, so that towers come one by one.
+        # Such a wrapper counts parameters that its last forward pass does not use as finished, so that a backward pass of two
+        # towers together would finish them twice.
         self.in_turn = shared and self.wrappers[0].find_unused_parameters
         self.together = shared and not self.in_turn
         if self.in_turn and not any(tower.again for tower in towers):
             towers[-1].again = 1
-        # The last tower must encode again, since the gradients that its forward pass announces are exchanged as they come.
+        # The last tower encodes again: its forward pass comes after all other backward passes, and only its own exchanges.
         self.towers = sorted(towers, key=lambda tower: tower.again > 0) if self.in_turn else towers
         several = any(tower.again for tower in towers)
         self.again = [tower for tower in towers if (several if shared else tower.again)]

@@ -168,7 +168,7 @@ class SimilarityLoss(nn.Module):
         """These parameters of the loss, whose gradients are averaged over the ranks."""
         if self.world_size <= 1:
             return parameters
-        if not self._same_parameters and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self._same_parameters:
             distributed.from_first_rank(self.parameters(), self._group())
             self._same_parameters = True
         return distributed.learned(parameters, self._group())
