@@ -8,6 +8,8 @@
 It works with any model and any loss over features, and needs no other part of this library.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -37,6 +39,7 @@ def backward(
     model: nn.Module | None = None,
     scaler: torch.amp.GradScaler | None = None,
     keep: int = 1,
+    encoded: Callable[[str | int, Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Adds to `.grad` what one backward pass of the loss over all micro-batches together would add:
 
@@ -64,12 +67,16 @@ def backward(
             micro_batches then has the whole inputs in place of each sequence: a tensor, or a sequence or mapping of tensors
             of as many rows. The last micro-batch may be smaller.
         model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients in the
-            last backward pass only (of each tower). Then encode must call that wrapper and use all its parameters: a logit
-            scale must be an output of encode (as in open_clip's forward(image, text)), not a variable that `loss` captures.
-            Towers in one wrapper need find_unused_parameters=True.
+            last backward pass only: one of each tower where each has a wrapper, else one for all, which backpropagates the
+            last micro-batches of all towers together. encode must call that wrapper, and the towers use all its parameters
+            (unless it has find_unused_parameters=True): a logit scale must be an output of encode (as in open_clip's
+            forward(image, text)), not a variable that `loss` captures. static_graph=True is not supported, since torch then
+            exchanges in the first backward pass.
         scaler: scales the loss; the caller calls its step and update.
         keep: the number of last micro-batches (of each tower) whose graph is kept from step 1 to step 3, so that they are not
             encoded again. If there are several micro-batches, at least one is always encoded again.
+        encoded: is called with the name, or the position, of each output and with its features of all micro-batches, before
+            the next tower is encoded, e.g. to call losses.gather_early(features) for the texts.
 
     Returns the detached terms; {"loss": ...} if `loss` returns one tensor.
 
@@ -92,14 +99,16 @@ def backward(
     towers = _towers(encode, micro_batches, micro_batch, keep)
     if model is not None:
         check(model)
-    for tower in towers:
-        tower.encode_once(model)
+    ranks = _Ranks(model, towers)
     leaves: Named = {}
     for tower in towers:
+        tower.encode_once(ranks)
         for name, leaf in tower.leaves().items():
             if name in leaves:
                 raise ValueError(f"{tower.label}: expected outputs that no other tower has, got {name!r}")
             leaves[name] = leaf.requires_grad_()
+            if encoded is not None and leaf.dim() > 1:
+                encoded(name if isinstance(name, str) else len(leaves) - 1, leaf)
     named = sum(isinstance(name, str) for name in leaves)
     if 0 < named < len(leaves):
         raise TypeError("encode: expected all outputs by name or all by position, got some of each")
@@ -112,8 +121,7 @@ def backward(
         total.backward()
     end = _generators()
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-    for tower in towers:
-        tower.encode_again(model, gradients)
+    ranks.encode_again(gradients)
     _restore(end)
     return {name: term.detach() for name, term in terms.items()}
 
@@ -138,10 +146,10 @@ class _Tower:
         self.parts: list[Named] = []
         self.kept: list[Named] = []
 
-    def encode_once(self, model: nn.Module | None) -> None:
+    def encode_once(self, ranks: _Ranks) -> None:
         for index in range(self.count):
             self.states.append(_generators())
-            with torch.set_grad_enabled(index >= self.again), _alone(model, self.count > 1):
+            with torch.set_grad_enabled(index >= self.again), ranks.alone(self in ranks.again):
                 outputs = self._outputs(self.micro_batches[index])
             if self.parts and outputs.keys() != self.parts[0].keys():
                 first, got = ([_shown(name) for name in each] for each in (self.parts[0], outputs))
@@ -156,21 +164,29 @@ class _Tower:
         parts, self.parts, features = self.parts, [], self.rows[0]
         return {n: torch.cat([of_one[n] for of_one in parts]) if n in features else t for n, t in parts[-1].items()}
 
-    def encode_again(self, model: nn.Module | None, gradients: Named) -> None:
-        of_each: list[Named] = [{} for _ in self.rows]
+    def encode_again(self, ranks: _Ranks, gradients: Named) -> None:
+        """Backpropagates all micro-batches but the last one, see `last`."""
+        self.gradients: list[Named] = [{} for _ in self.rows]
         for name in self.names:
             if name in gradients and name in self.rows[0]:
-                for of_one, gradient in zip(of_each, gradients[name].split([m[name] for m in self.rows])):
+                for of_one, gradient in zip(self.gradients, gradients[name].split([m[name] for m in self.rows])):
                     of_one[name] = gradient
             elif name in gradients:
-                of_each[self.again - 1][name] = gradients[name]  # -1, the last micro-batch, if none is encoded again
-        for index in range(self.again, self.count):
-            with _alone(model, self.count > 1):
-                _backpropagate(self.kept.pop(0), of_each[index])
-        for index in range(self.again):
-            _restore(self.states[index])
-            with _alone(model, index < self.again - 1):
-                _backpropagate(self._outputs(self.micro_batches[index]), of_each[index])
+                self.gradients[self.again - 1][name] = gradients[name]  # -1, the last micro-batch, if none is encoded again
+        with ranks.alone(True):
+            for index in range(max(self.again, 1), self.count):
+                _backpropagate([(self.kept.pop(0), self.gradients[index])])
+            for index in range(self.again - 1):
+                _backpropagate([self._again(index)])
+
+    def last(self, ranks: _Ranks, alone: bool) -> tuple[Named, Named]:
+        """The outputs of the last micro-batch that is encoded again, or of the only one, and their gradients."""
+        with ranks.alone(alone):
+            return self._again(self.again - 1) if self.again else (self.kept.pop(), self.gradients[0])
+
+    def _again(self, index: int) -> tuple[Named, Named]:
+        _restore(self.states[index])
+        return self._outputs(self.micro_batches[index]), self.gradients[index]
 
     def _outputs(self, batch: Any) -> Named:
         """Encodes a micro-batch and checks the outputs."""
@@ -257,25 +273,56 @@ def check(model: nn.Module) -> None:
             )
 
 
-def _backpropagate(outputs: Named, gradients: Named) -> None:
-    names = [name for name in gradients if outputs[name].requires_grad]
-    if names:
-        with _autocast_off(outputs[names[0]]):
-            torch.autograd.backward([outputs[name] for name in names], [gradients[name] for name in names])
+class _Ranks:
+    """When the ranks exchange gradients; DistributedDataParallel decides in the forward pass whether its backward does.
+
+    again: the towers that encode their last micro-batch again, and exchange in its backward pass, not in that of step 1.
+    """
+
+    def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
+        modules = [] if model is None else model.modules()
+        self.wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
+        shared = len(self.wrappers) == 1 and len(towers) > 1
+        # Such a wrapper counts parameters that its last forward pass does not use as finished, so that a backward pass of two
+        # towers together would finish them twice.
+        self.in_turn = shared and self.wrappers[0].find_unused_parameters
+        self.together = shared and not self.in_turn
+        if self.in_turn and not any(tower.again for tower in towers):
+            towers[-1].again = 1
+        # The last tower encodes again: its forward pass comes after all other backward passes, and only its own exchanges.
+        self.towers = sorted(towers, key=lambda tower: tower.again > 0) if self.in_turn else towers
+        several = any(tower.again for tower in towers)
+        self.again = [tower for tower in towers if (several if shared else tower.again)]
+
+    def alone(self, alone: bool) -> ExitStack:
+        """Disables the exchange of gradients if `alone`."""
+        stack = ExitStack()
+        for wrapper in self.wrappers if alone else ():
+            stack.enter_context(wrapper.no_sync())
+        return stack
+
+    def encode_again(self, gradients: Named) -> None:
+        last = []
+        for tower in self.towers:
+            tower.encode_again(self, gradients)
+            last.append(tower)
+            if not self.together or tower is self.towers[-1]:
+                alone = self.in_turn and tower is not self.towers[-1]
+                _backpropagate([of_one.last(self, alone) for of_one in last])
+                last.clear()
+
+
+def _backpropagate(parts: list[tuple[Named, Named]]) -> None:
+    """Backpropagates outputs from their gradients, in one pass."""
+    pairs = [(outputs[n], g) for outputs, of_one in parts for n, g in of_one.items() if outputs[n].requires_grad]
+    if pairs:
+        with _autocast_off(pairs[0][0]):
+            torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def _autocast_off(t: Tensor) -> torch.autocast:
     """Backward passes run in the dtypes of the forward passes; under autocast float32 products would be cast."""
     return torch.autocast(t.device.type, enabled=False)
-
-
-def _alone(model: nn.Module | None, alone: bool) -> ExitStack:
-    """Disables the exchange of gradients between ranks if `alone`; DistributedDataParallel decides in the forward pass."""
-    stack = ExitStack()
-    for module in model.modules() if model is not None and alone else ():
-        if isinstance(module, DistributedDataParallel):
-            stack.enter_context(module.no_sync())
-    return stack
 
 
 def _generators() -> tuple[Tensor, list[Tensor]]:

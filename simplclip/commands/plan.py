@@ -30,6 +30,13 @@ def plan(
     teacher_width: Annotated[
         int | None, typer.Option(min=1, help="Width of the teacher's stored features, if the shards are not on this machine.")
     ] = None,
+    ranks: Annotated[
+        int,
+        typer.Option(min=1, help="Plan for one of so many ranks, which share data.batch_size, and for what they exchange."),
+    ] = 1,
+    rate: Annotated[
+        float | None, typer.Option(help="Pairs that a rank computes in a second, to compare the time of the exchange with.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; no GPU is needed.")] = "cuda",
     picture: Annotated[Path | None, typer.Option(help="Write a PNG of the memory during the step and by batch size.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -44,5 +51,14 @@ def plan(
     values = configs.load(config, [*(set_ or ()), *([f"data.micro_batch={micro_batch}"] if micro_batch else ())])
     from simplclip.memory import report
 
-    options = {"device": device, "teacher_width": teacher_width, "picture": picture, "as_json": as_json}
+    if rate is not None and not rate > 0:
+        raise InputError(f"--rate: expected pairs a second, above 0, got {rate}")
+    options = {
+        "ranks": ranks,
+        "rate": rate,
+        "device": device,
+        "teacher_width": teacher_width,
+        "picture": picture,
+        "as_json": as_json,
+    }
     report.run(values, memory, compare=compare is not None, **options)

@@ -40,7 +40,7 @@ compares the values):
       DistributedContrastiveLoss     the same with group=, whose gradients are world_size times as large
 """
 
-from simplclip.losses.base import PLANES
+from simplclip.losses.base import PLANES, gather_early
 from simplclip.losses.clip import ClipPMLoss
 from simplclip.losses.matryoshka import MatryoshkaLoss
 from simplclip.losses.rowwise import RowwiseLoss
@@ -48,6 +48,7 @@ from simplclip.losses.wikd import OF_TEACHER, WIKDLoss
 
 __all__ = [
     "OF_TEACHER", "PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "MatryoshkaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss",
+    "gather_early",
 ]  # fmt: skip
 
 

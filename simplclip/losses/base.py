@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simplclip import ops
 from simplclip.ops import checks, distributed
+from simplclip.ops.registry import autocast
 from simplclip.ops.similarity import inputs
 from simplclip.ops.similarity.chunks import SCRATCH_BYTES
 from simplclip.ops.similarity.contrastive import Contrastive
@@ -53,6 +54,31 @@ def terms_of_sum(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> 
     return terms
 
 
+def gather_early(features: Tensor, group: torch.distributed.ProcessGroup | None = None) -> None:
+    """Starts to gather the features [N, D] of all ranks, so that they travel while another tower works.
+
+        text = text_tower(texts)
+        gather_early(text)
+        image = image_tower(images)
+        value = loss(image, text, scale)  # waits for the texts
+
+    Values and gradients have the same bits. The losses gather the texts (with local_loss=True, gather_with_grad=False and in
+    RowwiseLoss the images too), hence the text tower comes first. Features that the loss does not gather, or not as they are,
+    travel in vain.
+
+    group: by default all ranks. N, D and dtype are equal on all ranks, which is not checked. The features travel in their
+    dtype, under autocast in its dtype, as in the loss. In one process and under torch.compile nothing is done.
+    """
+    checks.features("features", features, "[N, D]")
+    if torch.compiler.is_compiling() or not torch.distributed.is_initialized():
+        return
+    group = torch.distributed.group.WORLD if group is None else group
+    if torch.distributed.get_world_size(group) > 1:
+        with torch.no_grad():
+            (cast,) = autocast(features)
+        distributed.gather_early(features, cast.dtype, group)
+
+
 class SimilarityLoss(nn.Module):
     """Base class with open_clip's distributed modes and the plane of pair matching.
 
@@ -65,11 +91,15 @@ class SimilarityLoss(nn.Module):
         yes         yes                of this rank's rows     world_size times that
         yes         no                 of this rank's rows     of this rank's loss, the other ranks' features held constant
 
-    Each rank computes its share of the gradients of scales and planes: DDP's average is the gradient of the batch's loss.
+    Each rank computes its share of the gradients of the scales: DDP's average is the gradient of the batch's loss. What the
+    loss itself learns (planes, projections, ...) needs no DDP: the loss gives all ranks the first rank's values when it is
+    first called, and averages the gradients of each backward pass. Within DDP, which averages equal gradients again, it is
+    trained the same.
 
     The `forward` of a loss passes its features through `_own_features` and calls `_of`, which gets the terms by name from
-    `_terms` and passes what it returns through `_value`. MatryoshkaLoss calls `_of` with prefixes of the features; parameters
-    of the features' width are then read by `first_columns`. A loss without pair matching sets pm_weight=0.
+    `_terms`, passes what it returns through `_value`, and reads its parameters through `_learned`. MatryoshkaLoss calls `_of`
+    with prefixes of the features; parameters of the features' width are then read by `first_columns`. A loss without pair
+    matching sets pm_weight=0.
 
     options: those of label_smoothing, decoupled, prior, margin and positives (of ops.similarity_loss) that the loss has.
     """
@@ -113,6 +143,7 @@ class SimilarityLoss(nn.Module):
             raise TypeError("prior: expected a number or None (a tensor for each pair: ops.similarity_loss), got Tensor")
         self.options = options
         self._shapes = distributed.SameShapes()
+        self._same_parameters = False  # whether all ranks have got the first one's
 
     def _group(self):
         have = torch.distributed.get_world_size() if torch.distributed.is_initialized() else "no process group"
@@ -133,6 +164,15 @@ class SimilarityLoss(nn.Module):
         share = 1 / self.world_size
         return distributed.scale_gradient(image, share), distributed.scale_gradient(text, share)
 
+    def _learned(self, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """These parameters of the loss, whose gradients are averaged over the ranks."""
+        if self.world_size <= 1:
+            return parameters
+        if not torch.compiler.is_compiling() and not self._same_parameters:
+            distributed.from_first_rank(self.parameters(), self._group())
+            self._same_parameters = True
+        return distributed.learned(parameters, self._group())
+
     def _value(self, loss: Tensor) -> Tensor:
         """The value that open_clip's mode reports."""
         return loss if self.world_size <= 1 or self.local_loss else distributed.mean(loss, self._group())
@@ -141,8 +181,8 @@ class SimilarityLoss(nn.Module):
         """The terms of this rank's rows. options: tensors and options of ops.similarity_loss."""
         options |= {"terms": terms, "scratch_bytes": self.scratch_bytes, **self.options}
         if "pair_matching" in terms:
-            weight = first_columns(self.plane_weight, text) if self.plane == "hadamard" else self.plane_weight
-            options["plane"] = weight, self.plane_bias
+            weight, bias = self._learned(self.plane_weight, self.plane_bias)
+            options["plane"] = first_columns(weight, text) if self.plane == "hadamard" else weight, bias
         if self.world_size <= 1:
             return ops.similarity_loss(image, text, **options)
         group = self._group()
@@ -151,6 +191,8 @@ class SimilarityLoss(nn.Module):
 
         # Each direction by itself: this rank's rows against the columns of all ranks, which are constants. Their mean is
         # taken below, so that an option which treats rows and columns differently must be applied there too.
+        image, text = autocast(image, text)  # before they travel
+
         def gather(own):
             return None if own is None else distributed.gather(own.detach(), group)
 

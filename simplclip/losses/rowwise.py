@@ -57,7 +57,8 @@ class RowwiseLoss(SimilarityLoss):
 
     Products are in the features' dtype (float32 on a CPU for float16, and for bfloat16 without instructions for it), sums in
     float32 or float64. There are first derivatives in reverse mode alone, and no torch.vmap, except under
-    simplclip.backend("reference"), where the loss is the formula in plain torch. Under torch.compile it breaks the graph.
+    simplclip.backend("reference"), where the loss is the formula in plain torch (and the gradients of fn's parameters are not
+    averaged over ranks). Under torch.compile it breaks the graph.
 
     Source: this library; for losses as of Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).
     """
@@ -149,8 +150,9 @@ class RowwiseLoss(SimilarityLoss):
             teachers += [None if t is None else distributed.gather(t, group) for t in reversed(teachers)]
         self._rows = self._rows or _Rows(self.fn, self.compile_fn)
         self._rows.parameters = [p for p in self.parameters() if p.requires_grad]
+        learned = self._learned(*self._rows.parameters)
         sweep = _Sweep(self._rows, directions, teachers, teacher_scale, n, offset, self.scratch_bytes, features[0].device)
-        value = self._value(sweep.loss(*features, scale, bias))
+        value = self._value(sweep.loss(*features, scale, bias, learned=learned))
         return {"rowwise_loss": value} if output_dict else value
 
 
@@ -227,12 +229,12 @@ class _Sweep:
     device: torch.device
 
     @torch.compiler.disable
-    def loss(self, *leaves: Tensor) -> Tensor:  # features, scale, bias
+    def loss(self, *leaves: Tensor, learned: tuple[Tensor, ...]) -> Tensor:  # leaves: features, scale, bias
         if backends.forced() == "reference":
             products = [(leaves[i][: self.n] @ leaves[j].T, self.others(i, j, 0, self.n)) for i, j in self.directions]
             losses = [self.rows(product, *leaves[-2:], *others) for product, others in products]
             return torch.stack(losses).to(leaves[-1].dtype).mean()
-        leaves = (*leaves, *self.rows.parameters)
+        leaves = (*leaves, *learned)
         check_reverse_mode("RowwiseLoss", leaves, vmap=False)
         return _Loss.apply(self, wants_grad(*leaves), *leaves)
 

@@ -151,7 +151,7 @@ class WIKDLoss(SimilarityLoss):
             if terms := tuple(name for name in share if name != "feature"):
                 options: dict[str, Any] = {"interactive": self.interactive, "divergence": self.divergence, "ids": ids}
                 if self.interactive_log_scale is not None:
-                    options["interactive_scale"] = self.interactive_log_scale.exp()
+                    options["interactive_scale"] = self._learned(self.interactive_log_scale)[0].exp()
                 if "relational" in share or "interactive" in share:
                     options |= zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)
                 if "interactive" in share:
@@ -184,9 +184,10 @@ class WIKDLoss(SimilarityLoss):
         """The student's features projected to the width of this teacher; None where no projection is needed."""
         width = self.teacher_dim[index] if any(self.teacher_dim) else None
         projected: list[Tensor | None] = []
-        for side, own, t, weights in zip(
-            ("image", "text"), (image, text), teacher, (self.image_projections, self.text_projections)
-        ):
+        both: tuple = (None, None)
+        if self.image_projections is not None and self.image_projections[index].numel():
+            both = self._learned(self.image_projections[index], self.text_projections[index])
+        for side, own, t, weight in zip(("image", "text"), (image, text), teacher, both):
             if isinstance(t, Tensor) and t.dim() == own.dim() == 2:
                 check_width(f"dist_{side}_features", t, "teacher_dim", width)
                 if width is None and (self.interactive_weight or self.feature_weight) and t.shape[1] != own.shape[1]:
@@ -194,8 +195,7 @@ class WIKDLoss(SimilarityLoss):
                         f"teacher_dim: expected {t.shape[1]}, the width of dist_{side}_features, since {side}_features have "
                         f"{own.shape[1]} and interactive and feature terms compare them, got None"
                     )
-            needed = weights is not None and weights[index].numel()
-            projected.append(_project(side, own, first_columns(weights[index], own)) if needed else None)
+            projected.append(None if weight is None else _project(side, own, first_columns(weight, own)))
         return projected
 
 

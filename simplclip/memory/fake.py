@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 
+from simplclip.ops import distributed
+
 aten = torch.ops.aten
 Buffers = dict[Node, dict[int, Tensor]]  # by node and output: the sum of the gradients that have arrived so far
 
@@ -45,6 +47,7 @@ def fake_step(mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
         (FakeTensor, "tolist", lambda t: [0.0] * t.numel()),
         (torch, "get_rng_state", lambda: None),
         (torch, "set_rng_state", lambda state: None),
+        (distributed.SameShapes, "check", lambda *_: None),
     ]
     if device.type == "cuda":
         patches += [

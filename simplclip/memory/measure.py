@@ -15,13 +15,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from simplclip.memory import fake
 from simplclip.memory.count import Counter, Usage
+from simplclip.memory.exchange import pretended
 from simplclip.memory.step import Step
 
 STEPS = 2  # in the second step the optimizer's state exists from the beginning
 
 
-def predict(step: Step, device: torch.device) -> Usage:
-    """The memory on `device` during two runs of `step`, whose weights are fake afterwards."""
+def predict(step: Step, device: torch.device, ranks: int = 1) -> Usage:
+    """The memory on `device` during two runs of `step`, whose weights are fake afterwards.
+
+    ranks: the step is that of one of so many, whose loss has this world_size.
+    """
     # Fallback kernels would run ops without a fake on real tensors.
     counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
     batches = tree_map_only(Tensor, fake.faker(mode, torch.device("cpu")), step.batches(real=False))
@@ -33,8 +37,11 @@ def predict(step: Step, device: torch.device) -> Usage:
     counter.hold(_weights(step), "parameters")
     counter.hold(batches, "batch")
     engine = fake.Engine(lambda gradient: counter.hold(gradient, "gradients"))
-    with fake.fake_step(mode, device), engine.installed(), counter.counting():
+    with fake.fake_step(mode, device), engine.installed(), pretended(ranks), counter.counting():
         step.place(device, counter.during)
+        trained = [p for group in step.optimizer.param_groups for p in group["params"]] if ranks > 1 else []
+        buckets = [torch.empty_like(p) for p in trained]  # DistributedDataParallel's, beside the gradients
+        counter.hold(buckets, "gradients")
         _watch(step.optimizer, counter)
         for _ in range(STEPS):
             counter.usage.steps.append(len(counter.usage.events))

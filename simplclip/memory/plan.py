@@ -13,6 +13,7 @@ from simplclip import gradient_cache, models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.memory.count import Usage
+from simplclip.memory.exchange import Exchange
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
 from simplclip.train import config as configs
@@ -69,6 +70,8 @@ class Plan:
     measured: int | None  # its peak by two real steps on this machine's GPU
     assumptions: list[str]
     advice: list[str]
+    ranks: int  # all above is of one of them
+    exchange: dict[str, Any]  # of a step, see `_Planner.exchange`; empty for one rank
 
 
 def make(
@@ -79,18 +82,24 @@ def make(
     teacher_width: int | None = None,
     compare: bool = False,
     solve: bool = True,
+    ranks: int = 1,
+    rate: float | None = None,
 ) -> Plan:
     """The plan of `config` on a device with `budget`.
 
     config.data.micro_batch "auto" means the result of `micro_batch_that_fits`. teacher_width: D̂ of the stored features, if
     the shards are not on this machine. compare: also predict the original model with open_clip's losses. solve: search the
-    largest batches.
+    largest batches. ranks: the plan is of one of so many, each with its share of data.batch_size. rate: pairs that a rank
+    computes in a second, to compare the time of the exchange with.
 
     Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of an op cannot be predicted.
     """
     if config.run.steps is None:  # memory does not depend on the length of a run, and its data may be elsewhere
         config = config.model_copy(update={"run": config.run.model_copy(update={"steps": 1 << 30, "epochs": None})})
-    this = _Planner(config, budget, device, teacher_width)
+    if compare and ranks > 1:
+        raise InputError(f"--compare: expected one rank, got {ranks}")
+    this = _Planner(config, budget, device, teacher_width, ranks)
+    config = this.config
     if config.data.micro_batch == "auto":
         this.config = config = this.with_micro_batch()
     on_card = this.device.type == "cuda"
@@ -102,11 +111,13 @@ def make(
         "two steps; the second has the optimizer's state from its beginning",
         *([] if on_card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),
         *this.base.assumed,
+        *([f"one of {ranks} ranks, with {config.data.batch_size} of the pairs, and buckets of DDP"] if ranks > 1 else []),
     ]
     usage, measured = this.usage(), None
     micro = config.to_dict()["data"]["micro_batch"]
     answers = [Answer("as configured", config.data.batch_size, micro, usage.peak, usage.peak <= budget.usable)]
-    if on_card and torch.cuda.is_available():
+    exchange = this.exchange(rate) if ranks > 1 else {}
+    if on_card and torch.cuda.is_available() and ranks == 1:
         try:
             measured = measure(TrainerStep(config, this.precision, teacher_width), this.device)
         except torch.OutOfMemoryError:
@@ -116,7 +127,7 @@ def make(
     if compare:
         answers.append(this.of_open_clip())
     of_what = config.model.name, this.precision, device, budget.memory, budget.usable
-    return Plan(*of_what, answers, usage, measured, assumptions, list(this.advice(usage)))
+    return Plan(*of_what, answers, usage, measured, assumptions, list(this.advice(usage)), ranks, exchange)
 
 
 def micro_batch_that_fits(
@@ -132,19 +143,23 @@ def micro_batch_that_fits(
 class _Planner:
     """Predicts the steps of a config with some values changed."""
 
-    def __init__(self, config: Config, budget: Budget, device: str, teacher_width: int | None) -> None:
+    def __init__(self, config: Config, budget: Budget, device: str, teacher_width: int | None, ranks: int = 1) -> None:
         if device == "cuda" and torch.version.cuda is None:
             raise InputError(
                 f"device: expected cpu, got cuda: torch {torch.__version__} is a build without CUDA, which plans for a card "
                 "need (the card itself is not needed)"
             )
-        self.config, self.budget, self.teacher_width = config, budget, teacher_width
+        self.config, self.budget, self.teacher_width, self.ranks = config, budget, teacher_width, ranks
+        if config.data.batch_size % ranks:
+            raise ConfigError(f"data.batch_size: expected a multiple of {ranks} ranks, got {config.data.batch_size}")
+        if ranks > 1:
+            self.config = config = self.changed(data={"batch_size": config.data.batch_size // ranks})
         self.device = torch.device(device, 0) if device == "cuda" else torch.device(device)
         if device == "cuda" and config.run.precision == "auto" and not torch.cuda.is_available():
             self.precision, self.why = "bf16", "auto: cards since Ampere have native bf16"
         else:
             self.precision, self.why = hardware.pick_precision(config.run.precision, self.device)
-        self.base = TrainerStep(config, self.precision, teacher_width)
+        self.base = self.step(config)
         try:
             gradient_cache.check(self.base.model.train())
             self.cacheable = True
@@ -158,11 +173,34 @@ class _Planner:
             values[section] |= changes
         return configs.from_dict(values)
 
+    def step(self, config: Config) -> TrainerStep:
+        step = TrainerStep(config, self.precision, self.teacher_width)
+        if self.ranks > 1:
+            step.loss.world_size, step.loss.gather_with_grad = self.ranks, True  # type: ignore[assignment]
+        return step
+
     def usage(self, **sections: dict) -> Usage:
         config = self.changed(**sections)
         same = sections.keys() <= {"data"}
-        step = self.base.resized(config) if same else TrainerStep(config, self.precision, self.teacher_width)
-        return predict(step, self.device)
+        step = self.base.resized(config) if same else self.step(config)
+        usage, self.width = predict(step, self.device, self.ranks), step.width()
+        return usage
+
+    def exchange(self, rate: float | None) -> dict[str, Any]:
+        """Of a step and a rank: bytes sent by what they are, seconds by link and, from the rate, those of the computation."""
+        data, loss = self.config.data, self.base.loss
+        teacher = self.base.teacher["width"] if self.base.teacher else 0
+        trained = [p for module in (self.base.model, loss) for p in module.parameters() if p.requires_grad]
+        exchange = Exchange(
+            self.ranks, data.batch_size * data.captions_per_image, self.width,
+            itemsize=4 if self.precision == "fp32" else 2,
+            terms=tuple(name.removesuffix("_loss") for name in self.config.loss.weights),
+            teacher_width=teacher, interactive=self.config.loss.interactive,
+            projected=getattr(loss, "image_projections", None) is not None, ids=True,
+            parameters=sum(p.numel() for p in trained),
+        )  # fmt: skip
+        computing = None if rate is None else data.batch_size / rate
+        return {"sent": exchange.sent(), "seconds": exchange.seconds(), "computing": computing}
 
     def with_micro_batch(self) -> Config:
         size = self.config.data.batch_size

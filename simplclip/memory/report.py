@@ -53,7 +53,9 @@ def show(plan: Plan, console: Console) -> None:
     for kind, size in [*at.at_peak.items(), ("total", at.peak)]:
         parts.add_row(kind, f"{size / 2**20:,.1f}", f"{size / at.peak:.1%}")
     head = f"{plan.model}, {plan.precision}, {plan.device}: {gib(plan.usable)} usable of {gib(plan.memory)}"
-    for part in (head, answers, "", parts, ""):
+    if plan.ranks > 1:
+        head += f"; each of {plan.ranks} ranks"
+    for part in (head, answers, "", parts, "", *_exchange(plan.exchange)):
         console.print(part, highlight=False)
     measured = "nothing: predicted from fake tensors" + ", no step ran on a GPU" * (plan.device == "cuda")
     if plan.measured is not None:
@@ -64,6 +66,20 @@ def show(plan: Plan, console: Console) -> None:
     for name, lines in ("measured", [measured]), ("assumed", plan.assumptions), ("advice", advice):
         for line in lines:
             console.print(f"{name:10} {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _exchange(exchange: dict[str, Any]) -> list[Any]:
+    if not exchange:
+        return []
+    sent, computing = exchange["sent"], exchange["computing"]
+    what = _table("a rank sends in a step", "MiB")
+    for name, size in [*sent.items(), ("total", sum(sent.values()))]:
+        what.add_row(name, f"{size / 2**20:,.1f}")
+    shares = () if computing is None else (f"of {1e3 * computing:,.0f} ms of computation",)
+    times = _table("over a link of its own", "ms", *shares)
+    for link, seconds in exchange["seconds"].items():
+        times.add_row(link, f"{1e3 * seconds:,.1f}", *([f"{seconds / computing:.1%}"] if computing else []))
+    return [what, "", times, ""]
 
 
 def _at_a_time(micro_batch: int | dict[str, int | None] | None) -> str:

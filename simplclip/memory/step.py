@@ -138,6 +138,10 @@ class TrainerStep(Training):
         self._seen[tower] = {name: (t.shape[1], t.dtype) for name, t in outputs.items()}
         return outputs
 
+    def width(self) -> int:
+        """D, of a step that has run."""
+        return self._seen["image"]["image"][0]
+
     def text_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         parts = super().text_batches(batches)
         if parts is batches or self.real or len(parts) < 4:

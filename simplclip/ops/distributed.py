@@ -5,27 +5,65 @@ torch.distributed.nn.functional has such collectives with gradients, but it is d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from simplclip.ops.dtypes import accumulate_dtype
 
 # While torch 2.11 traces an autograd.Function, it takes tensors that are written in place for constants; so the collectives
 # that return a tensor are used there. torch 2.15 has renamed one of them.
 _all_gather_traced = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
 
+# The gathers that `gather_early` has started and no loss has waited for yet: for the tensor of this rank's rows, and for a
+# copy of it in the dtype that is gathered, its memory and what was started.
+_early: Any = WeakTensorKeyDictionary()
+
+
 def _all_gather(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
-    rows = rows.contiguous()
     if torch.compiler.is_compiling():
-        return _all_gather_traced(rows, 0, group)
+        return _all_gather_traced(rows.contiguous(), 0, group)
+    for memory, started in list(_early.values()):
+        out, work, of_group = started
+        if of_group is group and memory == _memory(rows) and out.dtype == rows.dtype:
+            for key in [key for key, (_, other) in _early.items() if other is started]:
+                del _early[key]
+            work.wait()
+            return out
+    return _start_gather(rows, group, False)[0]
+
+
+def _start_gather(rows: Tensor, group: dist.ProcessGroup, early: bool) -> tuple[Tensor, dist.Work | None, dist.ProcessGroup]:
     out = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(out, rows, group=group)
-    return out
+    return out, dist.all_gather_into_tensor(out, rows.contiguous(), group=group, async_op=early), group
+
+
+def gather_early(rows: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> None:
+    """Starts to gather the rows in this dtype. The next `gather` of the rows, or of a copy that `follow` knows, waits for it.
+
+    Without one it is forgotten with the tensor `rows`.
+    """
+    _early[rows] = _memory(rows), _start_gather(rows.detach().to(dtype), group, True)
+
+
+def follow(rows: Tensor, copy: Tensor) -> None:
+    """Says that `copy` has the rows in another dtype."""
+    for memory, started in [] if torch.compiler.is_compiling() else list(_early.values()):
+        if memory == _memory(rows) and started[0].dtype == copy.dtype:
+            _early[copy] = _memory(copy), started
+
+
+def _memory(rows: Tensor) -> tuple:
+    version = None if rows.is_inference() else rows._version
+    return rows.data_ptr(), rows.shape, rows.stride(), rows.dtype, version
 
 
 def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -96,10 +134,6 @@ class _Whole:
 # Set within gathered_rows. A key is the memory of a tensor of this rank's rows (see _memory); the value says which gathered
 # tensor, and which of its parts, has these rows of all ranks.
 _gathered: ContextVar[dict[tuple, tuple[_Whole, int]] | None] = ContextVar("gathered", default=None)
-
-
-def _memory(rows: Tensor) -> tuple:
-    return rows.data_ptr(), rows.shape, rows.stride(), rows.dtype
 
 
 @contextmanager
@@ -198,6 +232,53 @@ class _Mean(torch.autograd.Function):
 def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The mean over the ranks. Its gradient is passed to this rank's value unchanged."""
     return _Mean.apply(value, group)
+
+
+def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if torch.compiler.is_compiling():
+        return functional.all_reduce(value, "sum", group) / dist.get_world_size(group)
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value / dist.get_world_size(group)
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group = group
+        return _average(value, group)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _differentiable(_Average, _average)(gradient, ctx.group), None
+
+
+class _Learned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, *parameters):
+        ctx.group = group
+        return tuple(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        flat = torch.cat([g.flatten().to(accumulate_dtype(g.dtype)) for g in gradients])
+        flat = _differentiable(_Average, _average)(flat, ctx.group)
+        parts = flat.split([g.numel() for g in gradients])
+        return None, *(part.view_as(g).to(g.dtype) for part, g in zip(parts, gradients))
+
+
+def learned(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """The parameters, whose gradients are averaged over the ranks, all of them by one all-reduce.
+
+    Averaging equal gradients changes nothing, so that DistributedDataParallel may average them again.
+    """
+    return _Learned.apply(group, *parameters) if len(parameters) else ()
+
+
+def from_first_rank(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
+    """Overwrites the tensors by those of the group's first rank."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from simplclip.ops import backends
+from simplclip.ops import backends, distributed
 from simplclip.ops.calls import schema_of, tensors_of
 
 library = torch.library.Library("simplclip", "DEF")
@@ -204,4 +204,8 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if not autocasts(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device.type)
-    return [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors]
+    cast = [t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors]
+    for t, copy in zip(tensors, cast):
+        if copy is not t:
+            distributed.follow(t, copy)
+    return cast

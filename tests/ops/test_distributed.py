@@ -9,21 +9,28 @@ import pytest
 import torch
 from paths import PYTHONPATH, SUPPORT
 
-from simplclip.losses import ClipPMLoss
+from simplclip.losses import ClipPMLoss, gather_early
 from simplclip.ops import distributed
 
 
-def torchrun(*parts, ranks=2):
+def torchrun(*parts, ranks=2, script="rank_losses.py"):
     env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run(
-        [*launcher, str(SUPPORT / "rank_losses.py"), *parts], env=env, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([*launcher, str(SUPPORT / script), *parts], env=env, capture_output=True, text=True, timeout=300)
 
 
 PARTS = {
-    2: ("open_clip", "one process", "exchanges", "gradient caching", "rows", "prefixes", "transformers"),
-    3: ("open_clip", "rows", "prefixes"),  # in make prove
+    2: (
+        "open_clip",
+        "one process",
+        "exchanges",
+        "learned parameters",
+        "gradient caching",
+        "rows",
+        "prefixes",
+        "transformers",
+    ),
+    3: ("open_clip", "learned parameters", "rows", "prefixes"),  # in make prove
 }
 
 
@@ -45,6 +52,13 @@ def test_ranks_equal(ranks, part, of_ranks):
     if part == "transformers":
         pytest.importorskip("transformers", reason="transformers is not installed: pip install 'simplclip[transformers]'")
     assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.prove)])
+def test_fully_shard_trains_as_one_process(backend):
+    """Blocks, loss and gradient caching, with mixed precision, activation checkpointing and torch.compile."""
+    run = torchrun(backend, script="rank_fsdp.py")
+    assert run.stdout.count("passed") == 2, run.stderr[-5000:]
 
 
 @pytest.mark.slow
@@ -71,6 +85,8 @@ def test_shapes_are_read_at_the_first_call_and_when_they_change(monkeypatch):
 
 def test_without_a_process_group_of_that_size_there_is_an_error():
     x = torch.eye(4)
+    gather_early(x)
+    assert not distributed._early
     with pytest.raises(RuntimeError, match="world_size: expected a process group of 2 ranks, got no process group"):
         ClipPMLoss(world_size=2)(x, x, torch.tensor(5.0))
     with pytest.raises(ValueError, match="use_horovod: expected False"):

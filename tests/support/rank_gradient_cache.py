@@ -1,7 +1,8 @@
 """What each rank of test_distributed.py runs: gradient caching under DistributedDataParallel against one process."""
 
+import itertools
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -100,9 +101,6 @@ def main(rank):
             batches = list(zip(image[mine].split(SIZES[rank]), text[mine].split(SIZES[rank])))
             gradient_cache.backward(lambda b: model(*b), batches, part, model=model, keep=keep)
             assert len(exchanged) == len(set(exchanged)) > 0, f"exchanged {exchanged}"
-            for p in loss.parameters():
-                dist.all_reduce(p.grad)
-                p.grad /= WORLD
             compare(gradients(model, loss), expected, f"{name} keep={keep}")
         towers_of_their_own(image[mine], text[mine], loss, part, expected)
 
@@ -114,32 +112,32 @@ def compare(found, expected, what):
 
 
 def towers_of_their_own(image, text, loss, part, expected):
-    """Micro-batches of another size in each tower, with a wrapper for each and with one for both."""
-    whole, shared = Model().double(), OneAtATime().double()
+    """Micro-batches of another size in each tower, with a wrapper for each and with one for both: all gradients are exchanged
+    once a step."""
+    whole, shared, unused = (Model().double(), OneAtATime().double(), OneAtATime().double())
     image_tower = DistributedDataParallel(Tower(whole.image))
     text_tower = DistributedDataParallel(Tower(whole.text, whole.logit_scale))
-    both = DistributedDataParallel(shared, find_unused_parameters=True)
+    both = DistributedDataParallel(shared)
+    in_turn = DistributedDataParallel(unused, find_unused_parameters=True)
     exchanged = []
 
     def counting(state, bucket):
-        exchanged.append((state, bucket.index()))
+        exchanged.append(bucket.buffer().numel())
         return allreduce_hook(None, bucket)
 
-    for state, wrapper in {"image": image_tower, "text": text_tower}.items():
-        wrapper.register_comm_hook(state, counting)
+    for wrapper in (image_tower, text_tower, both, in_turn):
+        wrapper.register_comm_hook(None, counting)
     forms = {
         "two wrappers": (whole, nn.ModuleList([image_tower, text_tower]), (image_tower, text_tower)),
         "one wrapper": (shared, both, (lambda b: both(image=b), lambda b: both(text=b))),
+        "one wrapper in turn": (unused, in_turn, (lambda b: in_turn(image=b), lambda b: in_turn(text=b))),
     }
-    for name, (bare, model, encode) in forms.items():
+    for (name, (bare, model, encode)), sizes in itertools.product(forms.items(), ((4, 3), (4, N), (N, 3), (N, N))):
         for keep in (0, 1, 5):
             bare.zero_grad()
             loss.zero_grad()
             exchanged.clear()
-            gradient_cache.backward(encode, (image, text), part, micro_batch=(4, 3), model=model, keep=keep)
-            assert len(exchanged) == len(set(exchanged)), f"{name} exchanged {exchanged}"
-            assert {tower for tower, _ in exchanged} == ({"image", "text"} if name == "two wrappers" else set())
-            for p in loss.parameters():
-                dist.all_reduce(p.grad)
-                p.grad /= WORLD
-            compare(gradients(bare, loss), expected, f"{name} keep={keep}")
+            gradient_cache.backward(encode, (image, text), part, micro_batch=sizes, model=model, keep=keep)
+            what = f"{name} micro_batch={sizes} keep={keep}"
+            assert sum(exchanged) == sum(p.numel() for p in bare.parameters()), f"{what} exchanged {exchanged}"
+            compare(gradients(bare, loss), expected, what)

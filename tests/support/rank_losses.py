@@ -7,7 +7,9 @@ import warnings
 from datetime import timedelta
 
 import plain
+import rank_early
 import rank_gradient_cache
+import rank_learned
 import rank_matryoshka
 import rank_rowwise
 import torch
@@ -228,7 +230,8 @@ if __name__ == "__main__":
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
         "one process": [equals_one_process, options_equal_one_process],
-        "exchanges": [collectives, unequal, grad_cache],
+        "exchanges": [collectives, unequal, grad_cache, rank_early.main],
+        "learned parameters": [rank_learned.main],
         "gradient caching": [rank_gradient_cache.main],
         "rows": [rank_rowwise.ranks_equal_open_clip],
         "prefixes": [rank_matryoshka.main, rank_matryoshka.autocast],

@@ -83,8 +83,8 @@ def main(rank):
         check(ClipPMLoss(pm_weight=0, **mode), rank, None, both)
         check(ClipPMLoss(plane="hadamard", embed_dim=D, **mode).double(), rank, ids, both)
         check(RowwiseLoss(focal, compile=False, **mode), rank, None, [D, D])
-        # Projections are other features at each width. The teacher's are gathered once.
-        projected = [14] * 3 * (2 if alone else 1)
+        # Projections are other features at each width, and stay on their rank unless alone. The teacher's are gathered once.
+        projected = [14] * 6 if alone else []
         check(WIKDLoss(**DISTIL, embed_dim=D, teacher_dim=14, **mode).double(), rank, None, [*both, 14, 14, *projected])
     check(SigLipLoss(rank=rank, world_size=WORLD), rank, torch.arange(N) // 2, [D], logit_bias=torch.tensor(-3.0))
     coca(rank)

@@ -298,8 +298,8 @@ def similarity_loss(
 
 
 def _gather_texts(call: SimilarityCall, group: torch.distributed.ProcessGroup) -> None:
-    """Replaces the texts of this rank by those of all ranks."""
-    for name in ("text", "teacher_text", "projected_text"):
+    """Replaces the texts of this rank by those of all ranks; "infonce" reads only this rank's projected texts."""
+    for name in ("text", "teacher_text", *(["projected_text"] if call.interactive else [])):
         if getattr(call, name) is not None:
             setattr(call, name, distributed.gather(getattr(call, name), group))
 

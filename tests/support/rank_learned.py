@@ -1,0 +1,104 @@
+"""What each rank of tests/ops/test_distributed.py runs: parameters of losses, with and without DDP."""
+
+import contextlib
+import copy
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rank_rowwise import Tempered
+from torch.nn.parallel import DistributedDataParallel
+
+from simplclip.losses import ClipPMLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss, WIKDLoss
+from simplclip.ops import distributed
+
+N, D, STEPS = 6, 16, 3
+OF_TEACHER = {"interactive_weight": 0.6, "feature_weight": 0.4, "pm_weight": 0.5, "learn_interactive_scale": True}
+
+
+def make(world, rank):
+    """By name a loss, and how many all-reduces of several elements a step of it has."""
+    mode = {"rank": rank, "world_size": world}
+    both = mode | {"gather_with_grad": True}
+    plane = {"plane": "hadamard", "embed_dim": D}
+    return {
+        "ClipPMLoss": (ClipPMLoss(local_loss=True, **both, **plane), 1),
+        "ClipPMLoss of open_clip's defaults": (ClipPMLoss(**mode, **plane), 1),
+        "SigLipLoss": (SigLipLoss(**mode, pm_weight=0.5), 1),
+        "WIKDLoss": (WIKDLoss(local_loss=True, **both, **OF_TEACHER, embed_dim=D, teacher_dim=12), 2),
+        "RowwiseLoss": (RowwiseLoss(Tempered(), local_loss=True, **both, compile=False), 1),
+        "MatryoshkaLoss": (MatryoshkaLoss(ClipPMLoss(local_loss=True, **both, **plane), (4, 16)), 2),
+    }
+
+
+def batch(world):
+    g = torch.Generator().manual_seed(3)
+    draw = lambda width: F.normalize(torch.randn(world * N, width, generator=g, dtype=torch.float64), dim=1)  # noqa: E731
+    return draw(D), draw(D), (draw(12), draw(12))
+
+
+def train(loss, image, text, teacher):
+    """Steps of SGD on the loss's parameters alone; all features get gradients, as a tower's do."""
+    scale = torch.tensor(9.0, dtype=torch.float64)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
+    inner = getattr(loss, "module", loss)
+    args = (*teacher, scale) if isinstance(inner, WIKDLoss) else ()
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        value = loss(image.clone().requires_grad_(), text.clone().requires_grad_(), scale, *args)
+        (sum(value) if isinstance(value, tuple) else value).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in loss.parameters()])
+
+
+@contextlib.contextmanager
+def counted():
+    """Yields the all-reduces of tensors that are not of one element, as the values of losses are."""
+    seen, all_reduce = [], dist.all_reduce
+
+    def counting(tensor, *args, **options):
+        seen.extend([tensor.numel()] * (tensor.numel() > 1))
+        return all_reduce(tensor, *args, **options)
+
+    dist.all_reduce = counting
+    try:
+        yield seen
+    finally:
+        dist.all_reduce = all_reduce
+
+
+def main(rank):
+    world = dist.get_world_size()
+    mine = slice(N * rank, N * rank + N)
+    image, text, teacher = batch(world)
+    own = image[mine], text[mine], [t[mine] for t in teacher]
+    for name in make(1, 0):
+        torch.manual_seed(rank)  # each rank draws other projections
+        loss, reductions = make(world, rank)[name]
+        loss = loss.double()
+        torch.manual_seed(0)
+        expected = train(make(1, 0)[name][0].double(), image, text, teacher)
+        with counted() as seen:
+            found = train(copy.deepcopy(loss), *own)
+        forms = {"alone": found, "in DDP": train(DistributedDataParallel(copy.deepcopy(loss)), *own)}
+        if name == "ClipPMLoss":
+            forms["compiled"] = train(torch.compile(loss, backend="aot_eager"), *own)
+        for form, values in forms.items():
+            everyones = [torch.empty_like(values) for _ in range(world)]
+            dist.all_gather(everyones, values)
+            assert all(torch.equal(each, everyones[0]) for each in everyones), f"{name} {form}: ranks differ"
+            torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-11, msg=lambda m, w=(name, form): f"{w}: {m}")
+        assert len(seen) == STEPS * reductions, (name, seen)
+    second(torch.tensor([2.0 + rank], dtype=torch.float64, requires_grad=True))
+
+
+def second(weight):
+    """The average can be differentiated again."""
+    (learned,) = distributed.learned((weight,), dist.group.WORLD)
+    (first,) = torch.autograd.grad(learned.pow(3).sum(), weight, create_graph=True)
+    everyones = [torch.empty_like(weight) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, weight.detach())
+    weights = torch.stack(everyones)
+    torch.testing.assert_close(first.detach(), 3 * weights.pow(2).mean(0))
+    (again,) = torch.autograd.grad(first.sum(), weight)
+    torch.testing.assert_close(again, 6 * weights.mean(0))
