@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.losses.base import terms_of_sum
+from simplclip.train import ranks
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import TERMS, LossConfig
 
@@ -34,8 +35,9 @@ class SigmoidLoss(losses.WIKDLoss):
         terms: dict[str, Tensor] = {}
         if fused:
             options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids}
-            values = terms_of_sum(self._terms(tuple(fused), image, text, weights=fused, **options), fused)
-            terms = {term: values[name] for term, name in self.FUSED.items() if name in fused}
+            own = self._own_features(image, text)
+            values = terms_of_sum(self._terms(tuple(fused), *own, weights=fused, **options), fused)
+            terms = {term: self._value(values[name]) for term, name in self.FUSED.items() if name in fused}
         if weights.keys() - terms.keys():
             self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
             of_teacher = teacher[0], teacher[1], teacher[2]
@@ -59,7 +61,7 @@ class Objective:
         self.sigmoid = config.base == "sigmoid"
         on: dict[str, Any] = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
         on["contrastive_weight"] += self.sigmoid
-        shared: dict[str, Any] = {"plane": config.plane, "embed_dim": width}
+        shared: dict[str, Any] = {"plane": config.plane, "embed_dim": width, **ranks.of_loss()}
         if teacher is None and not self.sigmoid:
             self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
             return

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from simplclip.common.files import write_atomically
 from simplclip.data.workers import undisturbed
-from simplclip.train import checkpoint
+from simplclip.train import checkpoint, ranks
 from simplclip.train.state import Training
 
 
@@ -52,12 +52,13 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        if self.requested:
+        if self.requested and ranks.count() == 1:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
         # Not print(): a handler may run in the middle of one, and Python's buffered files are not reentrant.
+        at_once = "" if ranks.count() > 1 else "; a second signal stops at once"  # torchrun repeats what it gets
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{self.requested}: finishing this step, then saving; a second signal stops at once\n".encode())
+            os.write(2, f"\n{self.requested}: finishing this step, then saving{at_once}\n".encode() * ranks.first())
 
     def _closed(self) -> None:
         """What rich calls instead of raising BrokenPipeError."""
@@ -78,7 +79,7 @@ class LastStep:
     def __init__(self, training: Training):
         self.training, self.out = training, Path(training.config.run.out)
         self.last = self.out / "last.pt"
-        self._claimed = False
+        self._claimed = not ranks.first()
         saved, buffers = training.model.state_dict(), training.model.named_buffers(remove_duplicate=False)
         self._changing = {name: buffer for name, buffer in buffers if name in saved}
         self._buffers = {name: buffer.clone() for name, buffer in self._changing.items()}
@@ -93,7 +94,9 @@ class LastStep:
         self._claim()
 
     def save(self) -> None:
-        """Write the checkpoint of the last whole step."""
+        """Write the checkpoint of the last whole step, on the first rank."""
+        if not ranks.first():
+            return
         self._claim()
         state = self.training.state() | self._progress
         state["model"].update(self._buffers)
