@@ -83,7 +83,7 @@ def run(
         np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
 
         splits = {}
-        if config.eval.every:
+        if config.eval.every and ranks.first():
             splits = retrieval.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
         training = Training(config, device, precision, state)
         ranks.draw_apart(config.run.seed + training.step)
@@ -142,7 +142,8 @@ def _steps(
     log: RunLog,
 ) -> None:
     """Run the steps until the last one or a stop, and save the state."""
-    c, seconds, waiting, began, saved = training.config.run, 0.0, 0.0, time.perf_counter(), time.monotonic()
+    c, every = training.config.run, training.config.eval.every
+    seconds, waiting, began, saved = 0.0, 0.0, time.perf_counter(), time.monotonic()
     for of_step in batches(training, source, report.print):
         waited = time.perf_counter() - began
         first = partial(announce.first_terms, training, report.print) if training.step == 0 else None
@@ -154,11 +155,10 @@ def _steps(
         row |= {"samples_per_s": training.config.data.batch_size / seconds, "data_share": waiting / seconds}
         row |= {"peak_mb": peak_memory_mb(training.device)}
         report.step(training.step, row, seconds * (c.steps - training.step))
-        last, stopped = training.step == c.steps, ranks.of_any(stop.requested)
-        stop.requested = stopped or stop.requested
+        last, stopped = training.step == c.steps, stop.agreed()
         if last or training.step % c.log_every == 0:
             log.write("metrics", row)
-        if splits and (last or training.step % training.config.eval.every == 0):
+        if every and (last or training.step % every == 0):
             with training.average.in_place() if training.average else nullcontext():
                 ranks.of_first(partial(_evaluate, training, splits, log, report.print))
             began = time.perf_counter()  # evaluations and checkpoints do not count

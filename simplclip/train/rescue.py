@@ -26,6 +26,7 @@ class StopRequest:
     Outside the main thread Python allows no handlers, so that signals are not handled.
     """
 
+    LATE = 15  # seconds that the ranks have to agree; torchrun kills a rank 30 seconds after its signal
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self, console: Console) -> None:
@@ -41,9 +42,23 @@ class StopRequest:
         return self
 
     def __exit__(self, *_) -> None:
+        if ranks.count() > 1:
+            signal.alarm(0)
         del self.console.on_broken_pipe
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+    def agreed(self) -> str | None:
+        """Why all ranks stop now, between two steps; None if they go on."""
+        stopped = ranks.of_any(self.requested)
+        if stopped:
+            self.requested = stopped
+            if ranks.count() > 1:
+                signal.alarm(0)
+        return stopped
+
+    def _late(self, number: int, frame) -> None:
+        raise RuntimeError(f"{self.requested}: the ranks did not finish a step in {self.LATE} seconds: timeout")
 
     def _handle(self, number: int, frame) -> None:
         if os.getpid() != self._process:
@@ -54,6 +69,9 @@ class StopRequest:
             return
         if self.requested and ranks.count() == 1:
             raise KeyboardInterrupt
+        if not self.requested and ranks.count() > 1:
+            signal.signal(signal.SIGALRM, self._late)
+            signal.alarm(self.LATE)
         self.requested = signal.Signals(number).name
         # Not print(): a handler may run in the middle of one, and Python's buffered files are not reentrant.
         at_once = "" if ranks.count() > 1 else "; a second signal stops at once"  # torchrun repeats what it gets

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from simplclip.train import loop, ranks
+from simplclip.train.loop import curves
 
 
 def fault(what, training):
@@ -40,14 +41,14 @@ def observed(config, broken=None, **options) -> dict:
         last[:] = [training]
         return original(training, batches, first)
 
-    loop.train_step, error = stepping, None
+    loop.train_step, loop.curves, error = stepping, lambda out: None, None
     try:
         with open(f"{config.run.out}-{ranks.number()}.txt", "w") as text:
             loop.run(config, console=Console(file=text, width=200), **options)
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
-        loop.train_step = original
+        loop.train_step, loop.curves = original, curves
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
     return {"ids": ids, "weights": weights, "error": error}
 
@@ -63,6 +64,8 @@ def main(folder: Path, plan: str) -> None:
         done[name] = observed(config, entry.get("fault"), resume=entry.get("resume", False))
     rank = os.environ["RANK"]
     (folder / f"{plan}-{rank}.json").write_text(json.dumps(done))
+    if len(entries) == 1:
+        sys.exit(done[name]["error"])
 
 
 if __name__ == "__main__":

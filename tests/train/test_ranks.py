@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import rank_train
@@ -15,7 +17,9 @@ import tiny
 import torch
 from paths import PYTHONPATH, SUPPORT
 
-from simplclip.train import checkpoint
+from simplclip.train import checkpoint, ranks
+from simplclip.train.batches import loader
+from simplclip.train.config import ConfigError
 
 DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10", "loss.projection=true"]
 CASES = {
@@ -23,27 +27,26 @@ CASES = {
     "sigmoid": ["loss.base=sigmoid"],
     # The plane and the projections are not used in each step.
     "distilled": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "loss.feature_weight={value: 10, until: 2}"],
-    "captions": ["data.captions_per_image=2", "optim.ema=0.5"],
+    "captions": ["data.captions_per_image=2", "optim.ema=0.5", "eval.every=2", "eval.splits={held: DATA}"],
     "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, "data.micro_batch=6"],
     "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "data.micro_batch=6"],
     "captions cached": ["data.captions_per_image=2", "data.micro_batch={image: 6, text: 5}"],
     "workers": ["data.workers=2", "data.micro_batch=6"],
 }
-STOP = {"changes": ["data.workers=2"], "fault": ["SIGTERM", 1, 2]}
+FAULTS = {
+    "stopped": ["SIGTERM", 1, 2],
+    "not finite": ["not finite", 1, 2],
+}
 
 
 def entry(folder, name, steps, changes, **options):
-    always = [
-        f"run.out={folder / name.replace(' ', '-')}",
-        f"run.steps={steps}",
-        "data.batch_size=12",
-        "model.freeze_norms=true",
-    ]
-    return {"changes": [*always, *changes], "teacher": 16, **options}
+    always = [f"run.out={folder / name.replace(' ', '-')}", f"run.steps={steps}", "data.batch_size=12", "optim.lr=1e-4"]
+    return {"changes": [*always, "model.freeze_norms=true", *changes], "teacher": 16, **options}
 
 
 def torchrun(folder: Path, plan: str, entries: dict, ranks: int, ok: bool = True):
     """What each rank did, or without `ok` what torchrun said."""
+    (folder / "data").symlink_to(folder.parent / "data")
     (folder / f"{plan}.json").write_text(json.dumps(entries))
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -79,40 +82,99 @@ def of_ranks(folder):
 
     @functools.cache
     def start(ranks, steps):
-        place = folder / f"{ranks}"
+        place = folder / f"{ranks}-{steps}"
         place.mkdir()
-        (place / "data").symlink_to(folder / "data")
-        shards = f"data.train={folder / 'data' / 'train-{0..3}.tar'}"
-        plan = {name: entry(place, name, steps, [shards, *changes]) for name, changes in CASES.items()}
-        plan["stopped"] = entry(place, "stopped", steps, [shards, *STOP["changes"]], fault=STOP["fault"])
-        plan["not finite"] = entry(place, "not finite", steps, [shards], fault=["not finite", 1, 2])
+        plan = {name: entry(place, name, steps, [*data_of(folder, changes)]) for name, changes in CASES.items()}
         if ranks > 1:
+            workers = [*data_of(folder), "data.workers=2"]
+            plan |= {name: entry(place, name, steps, workers, fault=fault) for name, fault in FAULTS.items()}
             return torchrun(place, "plan", plan, ranks)
-        done = {}
-        for name in (*CASES, "stopped"):
-            done[name] = rank_train.observed(tiny.settings(place, *plan[name]["changes"], teacher=16))
-        return [done]
+        settings = {name: tiny.settings(folder, *entry["changes"], teacher=16) for name, entry in plan.items()}
+        return [{name: rank_train.observed(config) for name, config in settings.items()}]
 
     return start
 
 
-def equal(folder, name, got, expected, ranks):
+def data_of(folder, changes=()):
+    held_out = str(folder / "data" / "train-0.tar")
+    return [f"data.train={folder / 'data' / 'train-{0..3}.tar'}", *(change.replace("DATA", held_out) for change in changes)]
+
+
+def equal(folder, name, got, expected, ranks, steps):
     assert [rank[name]["error"] for rank in (*got, *expected)] == [None] * (ranks + 1)
-    steps = [sorted(i for rank in got for i in rank[name]["ids"][step]) for step in range(len(expected[0][name]["ids"]))]
-    assert steps == [sorted(ids) for ids in expected[0][name]["ids"]]
+    ids = [sorted(i for rank in got for i in rank[name]["ids"][step]) for step in range(steps)]
+    assert ids == [sorted(ids) for ids in expected[0][name]["ids"]]
     assert all(rank[name]["weights"] == got[0][name]["weights"] for rank in got)
-    where = name.replace(" ", "-")
-    one, several = (checkpoint.load(folder / n / where) for n in ("1", str(ranks)))
-    for part in ("model", "loss", *(["ema"] if "ema" in one else [])):
-        assert one[part].keys() == several[part].keys()
-        ours, theirs = (torch.cat([t.double().flatten() for t in state[part].values()]) for state in (several, one))
-        assert (ours - theirs).norm() < 1e-6 * theirs.norm(), part
-    for ours, theirs in zip(runs.rows(folder / str(ranks) / where), runs.rows(folder / "1" / where)):
-        for key in ours:
-            assert float(ours[key]) == pytest.approx(float(theirs[key]), rel=1e-6, abs=1e-7), (ours["step"], key)
+    one, several = (folder / f"{n}-{steps}" / name.replace(" ", "-") for n in (1, ranks))
+    same(several, one)
+
+
+def same(run, whole):
+    """Losses and weights are those of another run, up to rounding."""
+    ours, theirs = checkpoint.load(run), checkpoint.load(whole)
+    for part in ("model", "loss", *(["ema"] if "ema" in theirs else [])):
+        weights = [torch.cat([torch.zeros(1), *(t.flatten() for t in state[part].values())]) for state in (ours, theirs)]
+        assert (weights[0] - weights[1]).norm() <= 1e-6 * weights[1].norm(), part
+    assert ours["schedule"] == theirs["schedule"]
+    if (whole / "evaluation.csv").exists():
+        assert runs.rows(run, "evaluation.csv") == runs.rows(whole, "evaluation.csv")
+    assert len(runs.rows(run)) == len(runs.rows(whole)) == theirs["step"]
+    for our, their in zip(runs.rows(run), runs.rows(whole)):
+        for key in their:
+            close = pytest.approx(float(their[key]), rel=1e-6 if key == "loss" else 5e-6)
+            assert float(our[key]) == close, (key, our["step"])
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_train_as_one_process(folder, of_ranks, ranks, name):
-    equal(folder, name, of_ranks(ranks, 3), of_ranks(1, 3), ranks)
+@pytest.mark.parametrize(
+    ("ranks", "steps"),
+    [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), *(pytest.param(n, 30, marks=pytest.mark.prove) for n in (2, 3, 4))],
+)
+def test_ranks_train_as_one_process(folder, of_ranks, ranks, steps, name):
+    equal(folder, name, of_ranks(ranks, steps), of_ranks(1, steps), ranks, steps)
+
+
+def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, of_ranks):
+    """With the same batches as if it had never stopped."""
+    got, place = of_ranks(2, 3), folder / "2-3"
+    assert got[0]["stopped"]["error"].startswith("Interrupted: signal to another rank: saved step 2 of 3")
+    assert got[1]["stopped"]["error"] == "SystemExit: 130"
+    assert not (place / "stopped-1.txt").read_text()  # only the first rank prints
+    assert checkpoint.load(place / "stopped")["step"] == 2
+    plan = [entry(place, name, 3, [*data_of(folder), "data.workers=2"]) for name in ("stopped", "undisturbed")]
+    stopped, whole = (tiny.settings(folder, *one["changes"], teacher=16) for one in plan)
+    rest, all_of_it = rank_train.observed(stopped, resume=True), rank_train.observed(whole)
+    assert "step 2 with 1 ranks after 2: batches, order and schedule are the same" in (place / "stopped-0.txt").read_text()
+    assert [got[0]["stopped"]["ids"][step] + got[1]["stopped"]["ids"][step] for step in (0, 1)] == all_of_it["ids"][:2]
+    assert rest["ids"] == all_of_it["ids"][2:]
+    same(place / "stopped", place / "undisturbed")
+
+
+def test_a_step_that_is_not_finite_on_one_rank_stops_all(of_ranks):
+    first, second = of_ranks(2, 3)
+    assert first["not finite"]["error"].startswith("TrainingError: step 2: not finite: loss=nan")
+    assert "Saved step 1 in" in first["not finite"]["error"]
+    assert second["not finite"]["error"] == "SystemExit: 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "reason"), [("raises", "ValueError: made up"), ("SIGKILL", "Signal 9 (SIGKILL)")])
+def test_a_rank_that_dies_ends_the_others(folder, what, reason):
+    """Within the time that torchrun gives them; its report names the rank, and the last whole step is saved."""
+    place = folder / what
+    place.mkdir()
+    began = time.monotonic()
+    plan = {what: entry(place, "run", 1000, [*data_of(folder), "data.workers=1"], fault=[what, 1, 3])}
+    said = torchrun(place, "plan", plan, 2, ok=False)
+    root = said[said.index("Root Cause") :]
+    assert "rank      : 1" in root
+    assert reason in root
+    assert checkpoint.load(place / "run")["step"] == 2
+    assert time.monotonic() - began < 60
+
+
+def test_ranks_that_do_not_divide_the_batch(folder, monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 5)
+    training = SimpleNamespace(config=tiny.settings(folder, "data.batch_size=12", "data.micro_batch=6", teacher=16))
+    with pytest.raises(ConfigError, match="data.micro_batch: expected a multiple of the 5 ranks, got 6"):
+        loader(training)
