@@ -26,6 +26,7 @@ from simplclip.train.config import ConfigError
 
 Result = TypeVar("Result")
 GRACE = 25.0  # seconds that the others wait for the first rank's last words; torchrun kills all 30 seconds after an error
+ANOTHER = "another rank ended or did not answer"
 # What torch says where another rank is gone, or silent for too long.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "imed out", "timeout", "failed to connect")
 
@@ -46,6 +47,10 @@ def on_this_host() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
 
 
+def _attempt() -> str:
+    return f"simplclip/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Context in which the processes that torchrun started are the ranks of a run: NCCL on cards, gloo on CPUs.
@@ -58,12 +63,15 @@ def joined() -> Iterator[None]:
         return
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    dist.init_process_group()
+    # After a restart torchrun's store still has what the ranks said before it.
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    dist.init_process_group(store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=ranks)
     last_words = Exchange()
     try:
         yield
     except BaseException as error:
-        get_error_handler().record_exception(error)
+        if not (isinstance(error, SystemExit) or ANOTHER in str(error)):
+            get_error_handler().record_exception(error)
         if first():
             last_words.say("end", str(error))
         elif isinstance(error, SystemExit):
@@ -94,7 +102,8 @@ class Exchange:
 
     def __init__(self) -> None:
         Exchange.made += 1  # in the same order on all ranks
-        self.rank, self.ranks, self.place, self._process = number(), count(), Exchange.made, 0
+        self.rank, self.ranks, self.place = number(), count(), f"{_attempt()}/{Exchange.made}"
+        self._maker, self._process = os.getpid(), 0
 
     def __call__(self, name: str, value: Any) -> list[Any]:
         self.say(f"{name}/{self.rank}", value)
@@ -110,6 +119,8 @@ class Exchange:
         """What was said under a name; None if nothing is, for so long. Other than in torch's `wait`, signals are heard."""
         store, began, pause = self._connect(), time.monotonic(), 1e-4
         while not store.check([name]):
+            if os.getpid() != self._maker != os.getppid():
+                raise SystemExit(f"data: the process of rank {self.rank} is gone")
             if time.monotonic() - began > seconds:
                 return None
             time.sleep(pause)
@@ -119,7 +130,7 @@ class Exchange:
     def _connect(self) -> dist.Store:
         if self._process != os.getpid():
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-            self._store = dist.PrefixStore(f"simplclip/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{self.place}", store)
+            self._store = dist.PrefixStore(self.place, store)
             self._process = os.getpid()
             self._said: deque[str] = deque()
         return self._store
@@ -174,7 +185,7 @@ def explained(error: BaseException) -> str:
     """An error in one line."""
     message = f"{type(error).__name__}: {str(error).strip().rstrip('.') or 'no message'}"
     if count() > 1 and isinstance(error, RuntimeError) and any(sign in message for sign in LOST):
-        message = f"another rank ended or did not answer: torchrun's report says which, where and why ({message:.200})"
+        message = f"{ANOTHER}: torchrun's report says which, where and why ({message:.200})"
     return message if first() else f"rank {number()} on {socket.gethostname()}: {message}"
 
 

@@ -2,7 +2,7 @@
 
     rank_train.py FOLDER PLAN        PLAN: {name: {"changes": [...], "teacher": 0, "resume": false, "fault": FAULT}}
 
-FAULT is [what, rank, step]: what happens to this rank in this step, see `fault`. Each rank writes FOLDER/PLAN-RANK.json: by
+FAULT is [what, rank, step]: what happens to this rank in this step, once. Each rank writes FOLDER/PLAN-RANK.json: by
 name what `observed` returns.
 """
 
@@ -35,7 +35,8 @@ def observed(config, broken=None, **options) -> dict:
     ids, last, original = [], [], loop.train_step
 
     def stepping(training, batches, first=None):
-        if broken and broken[1:] == [ranks.number(), training.step + 1]:
+        here = [ranks.number(), training.step + 1]
+        if broken and broken[1:] == here and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             fault(broken[0], training)
         ids.append(torch.cat([batch["group"] for batch in batches]).tolist())
         last[:] = [training]

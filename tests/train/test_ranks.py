@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ import rank_train
 import runs
 import tiny
 import torch
-from paths import PYTHONPATH, SUPPORT
+from paths import PYTHONPATH, ROOT, SUPPORT
 
 from simplclip.train import checkpoint, ranks
 from simplclip.train.batches import loader
@@ -44,14 +45,16 @@ def entry(folder, name, steps, changes, **options):
     return {"changes": [*always, "model.freeze_norms=true", *changes], "teacher": 16, **options}
 
 
-def torchrun(folder: Path, plan: str, entries: dict, ranks: int, ok: bool = True):
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(folder: Path, plan: str, entries: dict, ranks: int, *options: str, ok: bool = True):
     """What each rank did, or without `ok` what torchrun said."""
     (folder / "data").symlink_to(folder.parent / "data")
     (folder / f"{plan}.json").write_text(json.dumps(entries))
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
     command = [*launcher, str(SUPPORT / "rank_train.py"), str(folder), plan]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     if not ok:
         return run.stderr
     assert run.returncode == 0, run.stderr[-5000:]
@@ -171,6 +174,32 @@ def test_a_rank_that_dies_ends_the_others(folder, what, reason):
     assert reason in root
     assert checkpoint.load(place / "run")["step"] == 2
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_after_a_death(folder):
+    place = folder / "restarted"
+    place.mkdir()
+    changes = [*data_of(folder), "data.workers=1", "run.save_every=1"]
+    plan = {"run": entry(place, "run", 4, changes, fault=["SIGKILL", 1, 3], resume=True)}
+    got = torchrun(place, "plan", plan, 2, "--max-restarts=1")
+    whole = rank_train.observed(tiny.settings(folder, *entry(place, "whole", 4, changes)["changes"], teacher=16))
+    assert [sum((rank["run"]["ids"][step] for rank in got), []) for step in (0, 1)] == whole["ids"][2:]
+    same(place / "run", place / "whole")
+
+
+@pytest.mark.slow
+def test_the_documented_line(tmp_path):
+    """As it stands in docs/training.md, on other pictures."""
+    (line,) = re.findall(r"^torchrun .*siclip-tiny-emoji.*$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
+    for name in ("train", "concepts", "vendor"):
+        tiny.write_shard(tmp_path / "data" / "emoji" / f"{name}-0.tar", copies=8)
+    _, *rest = line.split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *rest]
+    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-5000:]
+    assert run.stdout.count("done       step 5 in") == 1
+    assert checkpoint.load(tmp_path / "runs" / "siclip-tiny-emoji")["ranks"] == 2
 
 
 def test_ranks_that_do_not_divide_the_batch(folder, monkeypatch):
