@@ -114,3 +114,10 @@ def test_batches_that_cannot_be_divided(shards):
     for options in ({"batch_size": 10}, {"drop_last": False}):
         with pytest.raises(ValueError, match="batch_size: expected a multiple of the 4 ranks, with drop_last, got"):
             loader(shards, share=Board(4).of(0), **options)
+
+
+def test_the_last_samples_of_the_workers_are_divided(shards):
+    ends = [{"key": list("abcdefg")}, {"key": list("hijklmn")}]
+    loaders = [loader(shards, share=Board(3).of(rank)) for rank in range(3)]
+    got = [[(batch["key"], size) for batch, size in one._merged(ends, 12)] for one in loaders]
+    assert got == [[(list("abcd"), 12)], [(list("efgh"), 12)], [(list("ijkl"), 12)]]

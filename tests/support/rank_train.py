@@ -37,6 +37,7 @@ def observed(config, broken=None, **options) -> dict:
     def stepping(training, batches, first=None):
         here = [ranks.number(), training.step + 1]
         if broken and broken[1:] == here and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            Path(f"{config.run.out}-fault").touch()
             fault(broken[0], training)
         ids.append(torch.cat([batch["group"] for batch in batches]).tolist())
         last[:] = [training]

@@ -166,14 +166,13 @@ def test_a_rank_that_dies_ends_the_others(folder, what, reason):
     """Within the time that torchrun gives them; its report names the rank, and the last whole step is saved."""
     place = folder / what
     place.mkdir()
-    began = time.monotonic()
     plan = {what: entry(place, "run", 1000, [*data_of(folder), "data.workers=1"], fault=[what, 1, 3])}
     said = torchrun(place, "plan", plan, 2, ok=False)
     root = said[said.index("Root Cause") :]
     assert "rank      : 1" in root
     assert reason in root
     assert checkpoint.load(place / "run")["step"] == 2
-    assert time.monotonic() - began < 60
+    assert time.time() - (place / "run-fault").stat().st_mtime < 30
 
 
 @pytest.mark.slow
