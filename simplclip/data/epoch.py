@@ -40,6 +40,23 @@ class Position:
     lost: set[int] = field(default_factory=set)  # places of broken samples in the worker's order of samples
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several ranks decodes: its rows of every batch. All read the same order, without decoding other rows.
+
+    exchange: (a name, what this rank says under it) -> what each rank says. By it all learn which samples are broken, so that
+        a batch has the same samples for any number of ranks.
+    """
+
+    rank: int
+    ranks: int
+    exchange: Callable[[str, Any], list[Any]]
+
+    def rows(self, size: int) -> slice:
+        each = size // self.ranks
+        return slice(self.rank * each, self.rank * each + each)
+
+
 class WorkerItem(NamedTuple):
     """What a worker gives: a batch, and what happened since its item before."""
 
@@ -119,6 +136,7 @@ class Epoch(IterableDataset):
     max_pixels: int | None = None
     max_bytes: int = MAX_BYTES
     prefix: tuple[int, ...] | None = None  # the shape of stored outputs, which are read in place of images
+    share: Share | None = None
     epoch: int = 0
     positions: list[Position] | None = None  # of each worker, to go on from
 
@@ -133,10 +151,11 @@ class Epoch(IterableDataset):
         done = self.positions[worker] if self.positions else Position()
         skipped = Skipped()
         lost: list[int] = []  # places of broken samples since the last item
-        pending: list[Any] = []  # samples of the next batch; of one that is skipped, as they were read
+        pending: list[Any] = []  # samples of the next batch; of one that is skipped or shared, as they were read
+        ready: dict[int, list[tuple]] = {}  # of a shared batch: what this rank has prepared, by place
         number = 0  # of items given
 
-        def prepare(place: int, sample: Sample) -> Iterator[tuple]:
+        def prepare(place: int, sample: Sample, skipped: Skipped = skipped) -> Iterator[tuple]:
             try:
                 yield self._prepare(sample)
             except BrokenSample as broken:
@@ -153,21 +172,44 @@ class Epoch(IterableDataset):
             lost.clear()
             return found
 
+        def own() -> list[tuple] | None:
+            """This rank's rows of `pending`; None if a rank found broken samples there, which are then taken out."""
+            rows, broken, known = pending[self.share.rows(len(pending))], Skipped(), len(lost)
+            for place, sample in rows:
+                if place not in ready:
+                    ready[place] = list(prepare(place, sample, broken))
+            mine = place_of(pending[-1][1]), lost[known:], broken
+            said = self.share.exchange(f"{self.epoch}/{worker}/{number}/{known}", mine)
+            if len({end for end, *_ in said}) > 1:
+                ends = ", ".join(repr(end) for end, *_ in said)
+                raise ShardError(f"the ranks read different samples, which must be the same: a batch ends at {ends}")
+            lost[known:] = [place for _, places, _ in said for place in places]
+            for *_, counted in said:
+                skipped.merge(counted)
+            if len(lost) == known:
+                return [ready[place][0] for place, _ in rows]
+            pending[:] = [(place, sample) for place, sample in pending if place not in lost]
+            return None
+
         samples = self._samples(worker, workers, skipped, ahead=lambda: number >= done.items)
         if self.shuffle:
             rng = random.Random(f"{self.seed}/{self.epoch}/{worker}/{workers}")
             samples = filters.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)(samples)
         for place, sample in enumerate(samples):
             skip = number < done.items
-            if not skip:
+            if not (skip or self.share):
                 pending.extend(prepare(place, sample))
             elif place not in done.lost:
                 pending.append((place, sample))
             if len(pending) == self.batch_size:
-                yield item(None if skip else self._collate(pending), False)
-                pending = []
+                prepared = own() if self.share and not skip else pending
+                if prepared is None:
+                    continue
+                yield item(None if skip else self._collate(prepared), False)
+                pending, ready = [], {}
                 number += 1
-        if number < done.items:  # the last, smaller batch is joined with those of other workers, so it is made again
+        # The last, smaller batch is joined with those of other workers: if skipped it is made again, on each rank.
+        if self.share or number < done.items:
             pending = [prepared for place, sample in pending for prepared in prepare(place, sample)]
         yield item(self._collate(pending) if pending else None, True)
 

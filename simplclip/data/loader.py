@@ -16,7 +16,7 @@ from PIL import Image
 
 from simplclip.common.errors import InputError, UserError
 from simplclip.data.broken import Skipped
-from simplclip.data.epoch import Batch, Epoch, Position, WorkerItem
+from simplclip.data.epoch import Batch, Epoch, Position, Share, WorkerItem
 from simplclip.data.pairs import check_sidecars, epoch_size, parts_of
 from simplclip.data.parts import in_words
 from simplclip.data.shards import check_count
@@ -160,7 +160,8 @@ class Loader:
             if size < batch_size and self._drop_last:
                 self._left_over = size
                 return
-            yield {name: value[start : start + size] for name, value in merged.items()}, size
+            own = self._dataset.share.rows(size) if self._dataset.share else slice(size)
+            yield {name: value[start : start + size][own] for name, value in merged.items()}, size
 
 
 def make_loader(
@@ -182,6 +183,7 @@ def make_loader(
     max_pixels: int | None = None,
     max_bytes: int = MAX_BYTES,
     prefix: tuple[int, ...] | None = None,
+    share: Share | None = None,
 ) -> Loader:
     """A loader of training batches.
 
@@ -225,6 +227,8 @@ def make_loader(
         prefix: the shape of an output of an image tower's frozen prefix, which `data.cache_prefix` of the trainer stores as
             prefix.npy in a sidecar, for each of the teacher's views of the image. The batches have "prefix" float16
             [N, *prefix], that of the view which is drawn, in place of "image", and no image is read.
+        share: which rows of each batch this rank gets, if several ranks read the same data: `batch_size` is that of all ranks
+            together, a multiple of their number. Each rank reads all samples and decodes its own (of streams it fetches all).
         max_pixels: an image whose header promises more is skipped before it is decoded; by default Pillow's limit.
         max_bytes: a sample whose files have more together is skipped without being read.
 
@@ -246,6 +250,10 @@ def make_loader(
     if max_pixels is not None and isinstance(transform, ImageTransform):
         transform = copy.copy(transform)
         transform.max_pixels = max_pixels
+    if share and (batch_size % share.ranks or not drop_last):
+        raise InputError(
+            f"batch_size: expected a multiple of the {share.ranks} ranks, with drop_last, got {batch_size} and {drop_last}"
+        )
     parts = parts_of(shards)
     check_sidecars(parts, sidecars)
     dataset = Epoch(
@@ -263,5 +271,6 @@ def make_loader(
         max_pixels=max_pixels,
         max_bytes=max_bytes,
         prefix=prefix,
+        share=share,
     )
     return Loader(dataset, drop_last, workers, pin_memory)

@@ -31,8 +31,9 @@ class SigmoidLoss(WIKDLoss):
         terms: dict[str, Tensor] = {}
         if fused:
             options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids}
-            values = terms_of_sum(self._terms(tuple(fused), image, text, weights=fused, **options), fused)
-            terms = {term: values[name] for term, name in self.FUSED.items() if name in fused}
+            own = self._own_features(image, text)
+            values = terms_of_sum(self._terms(tuple(fused), *own, weights=fused, **options), fused)
+            terms = {term: self._value(values[name]) for term, name in self.FUSED.items() if name in fused}
         if weights.keys() - terms.keys():
             self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
             of_teacher = teacher[0], teacher[1], teacher[2]

@@ -13,6 +13,7 @@ from torch import Tensor
 from simplclip import data, models
 from simplclip.common import hardware
 from simplclip.ops import backends
+from simplclip.train import ranks
 from simplclip.train.batches import UNCOUNTED
 from simplclip.train.config import keys
 from simplclip.train.settings import TERMS, Config, Schedule
@@ -44,7 +45,8 @@ def lines(training: Training, why_precision: str, source: data.Loader) -> Iterat
         yield f"frozen     {line}"
     yield f"precision  {training.precision} ({why_precision})"
     threads, workers = torch.get_num_threads(), training.config.data.workers
-    yield f"device     {training.device}; CPU threads: {threads}; loader processes: {workers}"
+    several = f"ranks: {ranks.count()}, of each " if ranks.count() > 1 else ""
+    yield f"device     {training.device}; {several}CPU threads: {threads}; loader processes: {workers}"
     for line in warnings(training.config, source.samples_per_epoch):
         yield f"warning    {line}"
 
@@ -100,7 +102,7 @@ def weak_terms(training: Training, batches: list[dict[str, Any]], image: Tensor,
         alone = training.objective = copy.copy(objective)
         alone.schedules = {name: schedule if name == term else off for name, schedule in objective.schedules.items()}
         gradients = torch.autograd.grad(training.terms(batches, *features)[term], features, materialize_grads=True)
-        norms[term] = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+        norms[term] = ranks.total(torch.stack([gradient.norm() for gradient in gradients]).norm() ** 2).sqrt().item()
     training.objective, total = objective, sum(norms.values())
     for term, norm in norms.items():
         if norm < total / 100:

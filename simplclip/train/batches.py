@@ -9,6 +9,7 @@ import torch
 
 from simplclip import data
 from simplclip.data.pairs import epoch_size
+from simplclip.train import ranks
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.settings import Config
 from simplclip.train.state import Training, tokenizer
@@ -36,6 +37,9 @@ def with_steps(config: Config) -> Config:
 def loader(training: Training) -> data.Loader:
     """The loader of the pairs that the run's config names. A batch of it is a micro-batch of a step."""
     config, c = training.config, training.config.data
+    if c.images_at_a_time % ranks.count():
+        key = "data.micro_batch" if c.micro_batch else "data.batch_size"
+        raise ConfigError(f"{key}: expected a multiple of the {ranks.count()} ranks, got {c.images_at_a_time}")
     options: dict[str, Any] = {"sidecars": c.sidecars, "max_pixels": c.max_pixels, "max_bytes": c.max_bytes}
     if training.prefix:
         options |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": training.prefix.shape}
@@ -50,6 +54,7 @@ def loader(training: Training) -> data.Loader:
         seed=config.run.seed,
         pin_memory=training.device.type == "cuda",
         on_error=c.on_error,
+        share=ranks.share(),
         **options | c.options,
     )
 
@@ -78,9 +83,17 @@ def batches(
             of_step.append(batch)
             if len(of_step) == wanted:
                 training.data = source.state()
-                yield of_step
+                yield _joined(of_step, ranks.count())
                 of_step = []
         if last != (report := source.report()):  # only reports that differ from the last one
             last = report
             show(f"data       epoch {training.epoch}: {report}")
         training.epoch, training.batch = training.epoch + 1, 0
+
+
+def _joined(of_step: list[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+    """The micro-batches of a rank from its shares of the loader's."""
+    if ranks == 1 or len(of_step) == 1:
+        return of_step
+    groups = [of_step[start : start + ranks] for start in range(0, len(of_step), ranks)]
+    return [{name: torch.cat([part[name] for part in group]) for name in group[0]} for group in groups]

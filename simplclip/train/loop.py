@@ -20,7 +20,7 @@ from simplclip.common import hardware
 from simplclip.common.errors import UserError
 from simplclip.common.files import remove_leftovers
 from simplclip.common.progress import duration
-from simplclip.train import announce, checkpoint
+from simplclip.train import announce, checkpoint, ranks
 from simplclip.train.batches import batches, loader, with_steps
 from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, gib, ran_out
@@ -63,29 +63,34 @@ def run(
         Interrupted: SIGINT, SIGTERM, SIGHUP, or an output that nobody reads any more; the running step is finished and the
             state saved.
     """
-    config, out, began = with_steps(config), Path(config.run.out), time.monotonic()
+    out, began = Path(config.run.out), time.monotonic()
     with ExitStack() as stack:
-        note = stack.enter_context(run_lock(out))
-        state, config = claim(out, config, resume)
-        remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
-        device = hardware.pick_device(config.run.device)
+        stack.enter_context(ranks.joined())
+        config = ranks.of_first(partial(with_steps, config))
+        note = ranks.of_first(lambda: stack.enter_context(run_lock(out)))
+        state, config = ranks.of_first(partial(claim, out, config, resume))
+        if ranks.first():
+            remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
+        device = ranks.device(config.run.device)
         precision, why = hardware.pick_precision(config.run.precision, device)
         limit = MemoryLimit(device, memory_limit, planner)
         stack.callback(limit.lift)
         auto = config.data.micro_batch == "auto"
         if auto:
-            config = limit.settle(config)
+            config = ranks.of_first(partial(limit.settle, config))
         torch.manual_seed(config.run.seed)
         random.seed(config.run.seed)
         np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
 
         splits = {}
-        if config.eval.every:
+        if config.eval.every and ranks.first():
             splits = retrieval.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
         training = Training(config, device, precision, state)
-        console = console or Console()
+        ranks.draw_apart(config.run.seed + training.step)
+        console = (console or Console()) if ranks.first() else Console(quiet=True)
         if training.prefix:
-            PrefixCache(training).make(partial(console.print, markup=False, highlight=False, soft_wrap=True))
+            show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+            ranks.of_first(lambda: PrefixCache(training).make(show))
         source = loader(training)
         training.model.train()
         whole = LastStep(training)
@@ -105,16 +110,18 @@ def run(
                 elif state:
                     before, now = state["config"]["run"]["steps"], config.run.steps
                     longer = "" if before == now else f"; the learning rate now ends at {now}, not {before}"
-                    report.print(f"resume     continuing from step {training.step}{longer}")
+                    report.print(f"resume     continuing from step {training.step}{longer}{ranks.before(state)}")
                 if training.step < config.run.steps:
                     _steps(training, source, splits, whole, stop, report, log)
-            curves(out)
+            ranks.of_first(partial(curves, out))
         except Exception as error:
             failed = _failure(error, whole, limit, config)
             if failed is error:
                 raise
             raise failed from error
     if training.step < config.run.steps:
+        if not ranks.first():
+            raise SystemExit(130)
         raise Interrupted(
             f"{stop.requested}: saved step {training.step} of {config.run.steps} to {out / 'last.pt'}. "
             f"To go on: simplclip train {out / 'config.yaml'} --resume{flag(config)}"
@@ -134,7 +141,8 @@ def _steps(
     log: RunLog,
 ) -> None:
     """Run the steps until the last one or a stop, and save the state."""
-    c, seconds, waiting, began, saved = training.config.run, 0.0, 0.0, time.perf_counter(), time.monotonic()
+    c, every = training.config.run, training.config.eval.every
+    seconds, waiting, began, saved = 0.0, 0.0, time.perf_counter(), time.monotonic()
     for of_step in batches(training, source, report.print):
         waited = time.perf_counter() - began
         first = partial(announce.first_terms, training, report.print) if training.step == 0 else None
@@ -146,29 +154,31 @@ def _steps(
         row |= {"samples_per_s": training.config.data.batch_size / seconds, "data_share": waiting / seconds}
         row |= {"peak_mb": hardware.peak_memory_mb(training.device)}
         report.step(training.step, row, seconds * (c.steps - training.step))
-        last = training.step == c.steps
+        last, stopped = training.step == c.steps, stop.agreed()
         if last or training.step % c.log_every == 0:
             log.write("metrics", row)
-        if splits and (last or training.step % training.config.eval.every == 0):
+        if every and (last or training.step % every == 0):
             with training.average.in_place() if training.average else nullcontext():
-                _evaluate(training, splits, log, report.print)
+                ranks.of_first(partial(_evaluate, training, splits, log, report.print))
             began = time.perf_counter()  # evaluations and checkpoints do not count
         minutes = (time.monotonic() - saved) / 60
-        if last or stop.requested or training.step % c.save_every == 0 or minutes >= c.save_minutes:
+        if last or stopped or training.step % c.save_every == 0 or minutes >= c.save_minutes:
             whole.save()
             began, saved = time.perf_counter(), time.monotonic()
-        if last or stop.requested:
+        if last or stopped:
             report.print(f"data       epoch {training.epoch} so far: {source.report()}")
             return
 
 
-def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Config) -> Exception:
+def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Config) -> BaseException:
     """Save the last whole step; return the error that `run` raises for an error of its steps."""
     out, step = Path(config.run.out), whole.training.step + 1
     full = ran_out(error)
     if full:
         traceback.clear_frames(error.__traceback__)  # they hold the step's activations
         limit.lift()
+    if not ranks.first():
+        return SystemExit(1) if isinstance(error, TrainingError) else TrainingError(f"step {step}: {ranks.explained(error)}")
     saved = whole.rescue()
     again = f"simplclip train {out / 'config.yaml'} --resume{flag(config)}"
     go_on = f" To go on: {again}" if (out / "last.pt").exists() else ""
@@ -184,8 +194,7 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
         return error
     if isinstance(error, TrainingError):  # not finite: continuing from there would give the same error
         return TrainingError(f"{error}. {saved}")
-    message = str(error).strip().rstrip(".") or "no message"
-    return TrainingError(f"after step {step - 1}: {type(error).__name__}: {message}. {saved}{go_on}")
+    return TrainingError(f"after step {step - 1}: {ranks.explained(error)}. {saved}{go_on}")
 
 
 def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLog, show: Callable[[str], None]) -> None:

@@ -18,6 +18,7 @@ from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_csv
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 from simplclip.common.progress import Pace, duration
+from simplclip.train import ranks
 from simplclip.train.settings import RunConfig
 
 
@@ -67,6 +68,8 @@ class RunLog:
 
     def write(self, name: str, row: Mapping[str, float | str]) -> None:
         """Add a row to NAME.csv, of "step" and figures or words; its first row decides the columns."""
+        if not ranks.first():
+            return
         path = self.out / f"{name}.csv"
         if name not in self._columns:
             self._columns[name] = columns = list(row)

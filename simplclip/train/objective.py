@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.losses.sigmoid import SigmoidLoss, named
+from simplclip.train import ranks
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import TERMS, LossConfig
 
@@ -29,7 +30,7 @@ class Objective:
         self.sigmoid = config.base == "sigmoid"
         on: dict[str, Any] = {switch: float(term in self.schedules) for term, switch in TERMS.items()}
         on["contrastive_weight"] += self.sigmoid
-        shared: dict[str, Any] = {"plane": config.plane, "embed_dim": width}
+        shared: dict[str, Any] = {"plane": config.plane, "embed_dim": width, **ranks.of_loss()}
         if teacher is None and not self.sigmoid:
             self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
             return

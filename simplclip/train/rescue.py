@@ -15,7 +15,7 @@ from rich.console import Console
 
 from simplclip.common.files import write_atomically
 from simplclip.data.workers import undisturbed
-from simplclip.train import checkpoint
+from simplclip.train import checkpoint, ranks
 from simplclip.train.state import Training
 
 
@@ -26,6 +26,7 @@ class StopRequest:
     Outside the main thread Python allows no handlers, so that signals are not handled.
     """
 
+    LATE = 15  # seconds that the ranks have to agree; torchrun kills a rank 30 seconds after its signal
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self, console: Console) -> None:
@@ -41,9 +42,23 @@ class StopRequest:
         return self
 
     def __exit__(self, *_) -> None:
+        if ranks.count() > 1:
+            signal.alarm(0)
         del self.console.on_broken_pipe
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+    def agreed(self) -> str | None:
+        """Why all ranks stop now, between two steps; None if they go on."""
+        stopped = ranks.of_any(self.requested)
+        if stopped:
+            self.requested = stopped
+            if ranks.count() > 1:
+                signal.alarm(0)
+        return stopped
+
+    def _late(self, number: int, frame) -> None:
+        raise RuntimeError(f"{self.requested}: the ranks did not finish a step in {self.LATE} seconds: timeout")
 
     def _handle(self, number: int, frame) -> None:
         if os.getpid() != self._process:
@@ -52,12 +67,16 @@ class StopRequest:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        if self.requested:
+        if self.requested and ranks.count() == 1:
             raise KeyboardInterrupt
+        if not self.requested and ranks.count() > 1:
+            signal.signal(signal.SIGALRM, self._late)
+            signal.alarm(self.LATE)
         self.requested = signal.Signals(number).name
         # Not print(): a handler may run in the middle of one, and Python's buffered files are not reentrant.
+        at_once = "" if ranks.count() > 1 else "; a second signal stops at once"  # torchrun repeats what it gets
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, f"\n{self.requested}: finishing this step, then saving; a second signal stops at once\n".encode())
+            os.write(2, f"\n{self.requested}: finishing this step, then saving{at_once}\n".encode() * ranks.first())
 
     def _closed(self) -> None:
         """What rich calls instead of raising BrokenPipeError."""
@@ -78,7 +97,7 @@ class LastStep:
     def __init__(self, training: Training):
         self.training, self.out = training, Path(training.config.run.out)
         self.last = self.out / "last.pt"
-        self._claimed = False
+        self._claimed = not ranks.first()
         saved, buffers = training.model.state_dict(), training.model.named_buffers(remove_duplicate=False)
         self._changing = {name: buffer for name, buffer in buffers if name in saved}
         self._buffers = {name: buffer.clone() for name, buffer in self._changing.items()}
@@ -93,7 +112,9 @@ class LastStep:
         self._claim()
 
     def save(self) -> None:
-        """Write the checkpoint of the last whole step."""
+        """Write the checkpoint of the last whole step, on the first rank."""
+        if not ranks.first():
+            return
         self._claim()
         state = self.training.state() | self._progress
         state["model"].update(self._buffers)

@@ -28,6 +28,9 @@ class ModelConfig(Section):
     freeze_norms: bool = Field(
         False, description="keep batch norms in eval mode; gradient caching needs this unless they are inherited"
     )
+    sync_norms: bool = Field(
+        False, description="on several ranks (torchrun, on cards), batch norms that train use the statistics of all of them"
+    )
     recompute: bool = Field(
         False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
     )

@@ -20,7 +20,7 @@ from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
 from simplclip.models.weights import InheritanceError, WeightTable, load_weights
 from simplclip.nn import SimplifiedBlock
-from simplclip.train import checkpoint
+from simplclip.train import checkpoint, ranks
 from simplclip.train.average import Average
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.objective import Objective
@@ -63,6 +63,7 @@ class Training:
                 block.recompute = True
             if not self.blocks:
                 self.model.set_grad_checkpointing()
+        ranks.share_norms(self.model, config.model.sync_norms)
         self.model.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
@@ -81,6 +82,7 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
+        self.together = ranks.Together(self.model, self.loss)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
         weights = [p for module in (self.model.visual, *copies) for p in module.parameters()]
@@ -134,7 +136,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         parts = {name: part.state_dict() for name, part in self._stateful()}
-        return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict()}
+        return parts | self.progress() | {"frozen": self.frozen, "config": self.config.to_dict(), "ranks": ranks.count()}
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `terms` takes of a tower: its features by its name."""

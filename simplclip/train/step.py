@@ -26,13 +26,14 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
     if training.config.data.micro_batch is None:
-        outputs = training.outputs("image", batches[0]) | training.outputs("text", batches[0])
-        terms = losses(**outputs)
+        batch, outputs = batches[0], training.outputs
+        terms = training.together(lambda: losses(**(outputs("image", batch) | outputs("text", batch))))
         scaler.scale(reduce(torch.add, terms.values())).backward()
     else:
         towers = {tower: partial(training.outputs, tower) for tower in ("image", "text")}
         inputs = {"image": batches, "text": training.text_batches(batches)}
         terms = gradient_cache.backward(towers, inputs, losses, model=model, scaler=scaler)
+        training.together.exchange()
     loss = reduce(torch.add, terms.values())
     scaler.unscale_(optimizer)
     parameters = [p for g in optimizer.param_groups for p in g["params"]]

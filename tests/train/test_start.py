@@ -94,7 +94,7 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     encoder = simplclip.load(tmp_path / "run")
     assert encoder.tokenizer(["a"]).shape == (1, 20)
     assert encoder.preprocess.size == (64, 64)
-    export.run(tmp_path / "run", tmp_path / "export", formats=("safetensors",))
+    export.run(tmp_path / "run", tmp_path / "export", formats=("open_clip",))
     again = simplclip.load(tmp_path / "export")
     assert torch.equal(again.encode_text(["a red bar"]), encoder.encode_text(["a red bar"]))
 
@@ -106,7 +106,7 @@ def test_resume_with_other_settings_names_the_checkpoint(tmp_path, trained):
 
 
 def test_sources_of_a_start(tmp_path, trained, monkeypatch):
-    export.run(trained, tmp_path / "export", formats=("safetensors",))
+    export.run(trained, tmp_path / "export", formats=("open_clip",))
     wanted = weights_of(trained)
     for source in (trained, trained / "last.pt", tmp_path / "export", next((tmp_path / "export").glob("*.safetensors"))):
         model = started(tmp_path, f"model.checkpoint={source}").model

@@ -1,0 +1,250 @@
+"""The ranks of a run that torchrun started: who this process is, what they exchange, and what only the first one does.
+
+Without torchrun a run has one rank, and everything here is as if it were not there.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from simplclip.common import hardware
+from simplclip.data.epoch import Share
+from simplclip.train.config import ConfigError
+
+Result = TypeVar("Result")
+GRACE = 25.0  # seconds that the others wait for the first rank's last words; torchrun kills all 30 seconds after an error
+ANOTHER = "another rank ended or did not answer"
+# What torch says where another rank is gone, or silent for too long.
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "imed out", "timeout", "failed to connect")
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first() -> bool:
+    return number() == 0
+
+
+def on_this_host() -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+
+
+def _attempt() -> str:
+    return f"simplclip/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Context in which the processes that torchrun started are the ranks of a run: NCCL on cards, gloo on CPUs.
+
+    An error goes into torchrun's report, which names the rank that failed first, its host and its reason. One that the first
+    rank has too ends the others without a word.
+    """
+    if dist.is_initialized() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield  # of a process group that exists the ranks are taken
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    # After a restart torchrun's store still has what the ranks said before it.
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    dist.init_process_group(store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=ranks)
+    last_words = Exchange()
+    try:
+        yield
+    except BaseException as error:
+        if not (isinstance(error, SystemExit) or ANOTHER in str(error)):
+            get_error_handler().record_exception(error)
+        if first():
+            last_words.say("end", str(error))
+        elif isinstance(error, SystemExit):
+            last_words.hear("end", GRACE)
+        elif last_words.hear("end", 3.0) == str(error):
+            raise SystemExit(1) from None
+        raise
+    dist.destroy_process_group()
+
+
+def device(name: str) -> torch.device:
+    """The device `name`, of several GPUs of a host the one of this rank."""
+    picked = hardware.pick_device(name)
+    if count() > 1 and picked.type == "cuda":
+        picked = hardware.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(picked)
+    return picked
+
+
+class Exchange:
+    """What processes of the ranks, also loader processes, tell each other: (a name, a value) -> the values of all ranks.
+
+    It goes through torchrun's store, since a process group ends at a fork.
+    """
+
+    made = 0
+    KEPT = 64  # values of a process that stay in the store, for a loader process that is started again a few batches back
+
+    def __init__(self) -> None:
+        Exchange.made += 1  # in the same order on all ranks
+        self.rank, self.ranks, self.place = number(), count(), f"{_attempt()}/{Exchange.made}"
+        self._maker, self._process = os.getpid(), 0
+
+    def __call__(self, name: str, value: Any) -> list[Any]:
+        self.say(f"{name}/{self.rank}", value)
+        return [self.hear(f"{name}/{rank}") for rank in range(self.ranks)]
+
+    def say(self, name: str, value: Any) -> None:
+        self._connect().set(name, pickle.dumps(value))  # type: ignore[arg-type]
+        self._said.append(name)
+        if len(self._said) > self.KEPT:
+            self._store.delete_key(self._said.popleft())
+
+    def hear(self, name: str, seconds: float = float("inf")) -> Any:
+        """What was said under a name; None if nothing is, for so long. Other than in torch's `wait`, signals are heard."""
+        store, began, pause = self._connect(), time.monotonic(), 1e-4
+        while not store.check([name]):
+            if os.getpid() != self._maker != os.getppid():
+                raise SystemExit(f"data: the process of rank {self.rank} is gone")
+            if time.monotonic() - began > seconds:
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return pickle.loads(store.get(name))
+
+    def _connect(self) -> dist.Store:
+        if self._process != os.getpid():
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            self._store = dist.PrefixStore(self.place, store)
+            self._process = os.getpid()
+            self._said: deque[str] = deque()
+        return self._store
+
+
+def share() -> Share | None:
+    """What this rank decodes."""
+    return Share(number(), count(), Exchange()) if count() > 1 else None
+
+
+def of_first(make: Callable[[], Result]) -> Result:
+    """What `make` returns on the first rank, which alone calls it; the others wait, however long, and end if it fails."""
+    if count() == 1:
+        return make()
+    turn = Exchange()
+    result: list[Any] = [None]
+    if first():
+        try:
+            result = [make()]
+        except BaseException:
+            turn.say("done", False)
+            raise
+        turn.say("done", True)
+    elif not turn.hear("done"):
+        raise SystemExit(1)
+    dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
+def of_any(reason: str | None) -> str | None:
+    """This rank's reason to stop, or that another one has one; None on all if none has. The ranks meet here."""
+    if count() > 1:
+        stop = torch.tensor(reason is not None, dtype=torch.int32)
+        dist.all_reduce(stop, dist.ReduceOp.MAX)
+        reason = reason or ("signal to another rank" if stop else None)
+    return reason
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over the ranks."""
+    if count() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def of_loss() -> dict[str, Any]:
+    """Arguments of a loss whose value is that of the whole batch, and whose gradient is after DDP's average."""
+    return {"gather_with_grad": True, "rank": number(), "world_size": count()} if count() > 1 else {}
+
+
+def explained(error: BaseException) -> str:
+    """An error in one line."""
+    message = f"{type(error).__name__}: {str(error).strip().rstrip('.') or 'no message'}"
+    if count() > 1 and isinstance(error, RuntimeError) and any(sign in message for sign in LOST):
+        message = f"{ANOTHER}: torchrun's report says which, where and why ({message:.200})"
+    return message if first() else f"rank {number()} on {socket.gethostname()}: {message}"
+
+
+def share_norms(model: nn.Module, synchronise: bool) -> None:
+    """Batch norms that train use the statistics of all ranks. Raises ConfigError for them unless `synchronise`."""
+    from timm.layers import convert_sync_batchnorm  # of torch's own it keeps the class, of timm's the activation
+
+    for at, parent in list(model.named_modules()) if count() > 1 else ():
+        for name, norm in parent.named_children():
+            if isinstance(norm, _BatchNorm) and norm.training and not isinstance(norm, SyncBatchNorm):
+                if not synchronise:
+                    raise ConfigError(
+                        f"model.sync_norms: expected true, or model.freeze_norms=true, for several ranks, whose batch norms "
+                        f"would drift; got false and {type(norm).__name__} '{at}.{name}' in training mode"
+                    )
+                setattr(parent, name, convert_sync_batchnorm(norm))
+
+
+def draw_apart(seed: int) -> None:
+    """The others draw other random numbers than the first rank, e.g. in dropout; their weights are as on the first."""
+    if not first():
+        torch.manual_seed(seed + 1_000_003 * number())
+
+
+def before(state: dict[str, Any]) -> str:
+    """What a run says that another number of ranks has begun."""
+    was = state.get("ranks", 1)
+    if was == count():
+        return ""
+    return f" with {count()} ranks after {was}: batches, order and schedule are the same, sums may differ in their last bits"
+
+
+class _Trained(nn.Module):
+    """All that trains, in one module so that nothing drifts. It computes what it is given to call."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parameters_of_parts = nn.ParameterList(p for part in parts for p in part.parameters() if p.requires_grad)
+        self.never_used = nn.Parameter(torch.zeros(()))  # without one torch warns that it looked for unused parameters
+
+    def forward(self, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+
+class Together:
+    """Averages the gradients of model and loss over the ranks; what trains starts as on the first one.
+
+    Which parameters a step uses depends on the schedules of the terms; those that it does not use keep no gradient.
+    """
+
+    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
+        self.ddp = DistributedDataParallel(_Trained(model, loss), find_unused_parameters=True) if count() > 1 else None
+
+    def __call__(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns. Backward from it exchanges gradients as it goes."""
+        return self.ddp(compute) if self.ddp else compute()
+
+    def exchange(self) -> None:
+        """One exchange of the gradients that backward passes outside of `__call__` have added up."""
+        if self.ddp:
+            used = [p for p in self.ddp.parameters() if p.grad is not None]
+            self.ddp(lambda: 0 * torch.stack([p.sum() for p in used]).sum()).backward()

@@ -1,0 +1,208 @@
+"""Several ranks of torchrun train as one process does, on the same samples in the same order."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import rank_train
+import runs
+import tiny
+import torch
+from paths import PYTHONPATH, ROOT, SUPPORT
+
+from simplclip.train import checkpoint, ranks
+from simplclip.train.batches import loader
+from simplclip.train.config import ConfigError
+
+DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10", "loss.projection=true"]
+CASES = {
+    "contrastive": [],
+    "sigmoid": ["loss.base=sigmoid"],
+    # The plane and the projections are not used in each step.
+    "distilled": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "loss.feature_weight={value: 10, until: 2}"],
+    "captions": ["data.captions_per_image=2", "optim.ema=0.5", "eval.every=2", "eval.splits={held: DATA}"],
+    "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, "data.micro_batch=6"],
+    "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "data.micro_batch=6"],
+    "captions cached": ["data.captions_per_image=2", "data.micro_batch={image: 6, text: 5}"],
+    "workers": ["data.workers=2", "data.micro_batch=6"],
+}
+FAULTS = {
+    "stopped": ["SIGTERM", 1, 2],
+    "not finite": ["not finite", 1, 2],
+}
+
+
+def entry(folder, name, steps, changes, **options):
+    always = [f"run.out={folder / name.replace(' ', '-')}", f"run.steps={steps}", "data.batch_size=12", "optim.lr=1e-4"]
+    return {"changes": [*always, "model.freeze_norms=true", *changes], "teacher": 16, **options}
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(folder: Path, plan: str, entries: dict, ranks: int, *options: str, ok: bool = True):
+    """What each rank did, or without `ok` what torchrun said."""
+    (folder / "data").symlink_to(folder.parent / "data")
+    (folder / f"{plan}.json").write_text(json.dumps(entries))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
+    command = [*launcher, str(SUPPORT / "rank_train.py"), str(folder), plan]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    if not ok:
+        return run.stderr
+    assert run.returncode == 0, run.stderr[-5000:]
+    return [json.loads((folder / f"{plan}-{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def write_data(folder):
+    """Four shards of 24 samples, of which the first to the third have one, two and three in a row that are broken."""
+    for number in range(4):
+        path = tiny.write_shard(folder / "data" / f"train-{number}.tar", teacher=16)
+        with tarfile.open(path) as tar, open(path, "r+b") as file:
+            pictures = [member for member in tar if member.name.endswith("png")]
+            for member in pictures[number : 2 * number]:
+                file.seek(member.offset_data)
+                file.write(bytes(40))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_ranks(folder):
+    """What so many ranks did, in one start of them."""
+
+    @functools.cache
+    def start(ranks, steps):
+        place = folder / f"{ranks}-{steps}"
+        place.mkdir()
+        plan = {name: entry(place, name, steps, [*data_of(folder, changes)]) for name, changes in CASES.items()}
+        if ranks > 1:
+            workers = [*data_of(folder), "data.workers=2"]
+            plan |= {name: entry(place, name, steps, workers, fault=fault) for name, fault in FAULTS.items()}
+            return torchrun(place, "plan", plan, ranks)
+        settings = {name: tiny.settings(folder, *entry["changes"], teacher=16) for name, entry in plan.items()}
+        return [{name: rank_train.observed(config) for name, config in settings.items()}]
+
+    return start
+
+
+def data_of(folder, changes=()):
+    held_out = str(folder / "data" / "train-0.tar")
+    return [f"data.train={folder / 'data' / 'train-{0..3}.tar'}", *(change.replace("DATA", held_out) for change in changes)]
+
+
+def equal(folder, name, got, expected, ranks, steps):
+    assert [rank[name]["error"] for rank in (*got, *expected)] == [None] * (ranks + 1)
+    ids = [sorted(i for rank in got for i in rank[name]["ids"][step]) for step in range(steps)]
+    assert ids == [sorted(ids) for ids in expected[0][name]["ids"]]
+    assert all(rank[name]["weights"] == got[0][name]["weights"] for rank in got)
+    one, several = (folder / f"{n}-{steps}" / name.replace(" ", "-") for n in (1, ranks))
+    same(several, one)
+
+
+def same(run, whole):
+    """Losses and weights are those of another run, up to rounding."""
+    ours, theirs = checkpoint.load(run), checkpoint.load(whole)
+    for part in ("model", "loss", *(["ema"] if "ema" in theirs else [])):
+        weights = [torch.cat([torch.zeros(1), *(t.flatten() for t in state[part].values())]) for state in (ours, theirs)]
+        assert (weights[0] - weights[1]).norm() <= 1e-6 * weights[1].norm(), part
+    assert ours["schedule"] == theirs["schedule"]
+    if (whole / "evaluation.csv").exists():
+        assert runs.rows(run, "evaluation.csv") == runs.rows(whole, "evaluation.csv")
+    assert len(runs.rows(run)) == len(runs.rows(whole)) == theirs["step"]
+    for our, their in zip(runs.rows(run), runs.rows(whole)):
+        for key in their:
+            close = pytest.approx(float(their[key]), rel=1e-6 if key == "loss" else 5e-6)
+            assert float(our[key]) == close, (key, our["step"])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("ranks", "steps"),
+    [(2, 3), pytest.param(3, 3, marks=pytest.mark.slow), *(pytest.param(n, 30, marks=pytest.mark.prove) for n in (2, 3, 4))],
+)
+def test_ranks_train_as_one_process(folder, of_ranks, ranks, steps, name):
+    equal(folder, name, of_ranks(ranks, steps), of_ranks(1, steps), ranks, steps)
+
+
+def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, of_ranks):
+    """With the same batches as if it had never stopped."""
+    got, place = of_ranks(2, 3), folder / "2-3"
+    assert got[0]["stopped"]["error"].startswith("Interrupted: signal to another rank: saved step 2 of 3")
+    assert got[1]["stopped"]["error"] == "SystemExit: 130"
+    assert not (place / "stopped-1.txt").read_text()  # only the first rank prints
+    assert checkpoint.load(place / "stopped")["step"] == 2
+    plan = [entry(place, name, 3, [*data_of(folder), "data.workers=2"]) for name in ("stopped", "undisturbed")]
+    stopped, whole = (tiny.settings(folder, *one["changes"], teacher=16) for one in plan)
+    rest, all_of_it = rank_train.observed(stopped, resume=True), rank_train.observed(whole)
+    assert "step 2 with 1 ranks after 2: batches, order and schedule are the same" in (place / "stopped-0.txt").read_text()
+    assert [got[0]["stopped"]["ids"][step] + got[1]["stopped"]["ids"][step] for step in (0, 1)] == all_of_it["ids"][:2]
+    assert rest["ids"] == all_of_it["ids"][2:]
+    same(place / "stopped", place / "undisturbed")
+
+
+def test_a_step_that_is_not_finite_on_one_rank_stops_all(of_ranks):
+    first, second = of_ranks(2, 3)
+    assert first["not finite"]["error"].startswith("TrainingError: step 2: not finite: loss=nan")
+    assert "Saved step 1 in" in first["not finite"]["error"]
+    assert second["not finite"]["error"] == "SystemExit: 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "reason"), [("raises", "ValueError: made up"), ("SIGKILL", "Signal 9 (SIGKILL)")])
+def test_a_rank_that_dies_ends_the_others(folder, what, reason):
+    """Within the time that torchrun gives them; its report names the rank, and the last whole step is saved."""
+    place = folder / what
+    place.mkdir()
+    plan = {what: entry(place, "run", 1000, [*data_of(folder), "data.workers=1"], fault=[what, 1, 3])}
+    said = torchrun(place, "plan", plan, 2, ok=False)
+    root = said[said.index("Root Cause") :]
+    assert "rank      : 1" in root
+    assert reason in root
+    assert checkpoint.load(place / "run")["step"] == 2
+    assert time.time() - (place / "run-fault").stat().st_mtime < 30
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_after_a_death(folder):
+    place = folder / "restarted"
+    place.mkdir()
+    changes = [*data_of(folder), "data.workers=1", "run.save_every=1"]
+    plan = {"run": entry(place, "run", 4, changes, fault=["SIGKILL", 1, 3], resume=True)}
+    got = torchrun(place, "plan", plan, 2, "--max-restarts=1")
+    whole = rank_train.observed(tiny.settings(folder, *entry(place, "whole", 4, changes)["changes"], teacher=16))
+    assert [sum((rank["run"]["ids"][step] for rank in got), []) for step in (0, 1)] == whole["ids"][2:]
+    same(place / "run", place / "whole")
+
+
+@pytest.mark.slow
+def test_the_documented_line(tmp_path):
+    """As it stands in docs/training.md, on other pictures."""
+    (line,) = re.findall(r"^torchrun .*siclip-tiny-emoji.*$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
+    for name in ("train", "concepts", "vendor"):
+        tiny.write_shard(tmp_path / "data" / "emoji" / f"{name}-0.tar", copies=8)
+    _, *rest = line.split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *rest]
+    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-5000:]
+    assert run.stdout.count("done       step 5 in") == 1
+    assert checkpoint.load(tmp_path / "runs" / "siclip-tiny-emoji")["ranks"] == 2
+
+
+def test_ranks_that_do_not_divide_the_batch(folder, monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 5)
+    training = SimpleNamespace(config=tiny.settings(folder, "data.batch_size=12", "data.micro_batch=6", teacher=16))
+    with pytest.raises(ConfigError, match="data.micro_batch: expected a multiple of the 5 ranks, got 6"):
+        loader(training)
