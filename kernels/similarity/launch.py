@@ -45,7 +45,8 @@ class Launch:
         """The op and the entry of its row in the table of tiles."""
         op = f"similarity_{'backward' if backward else 'forward'}"
         if self.SIGMOIDS:
-            return f"{op}_sigmoid", 3 if self.HAS_SHARES else self.SIGMOIDS
+            rows_alone = not (backward or self.COLUMNS)  # which takes more registers than with the columns
+            return f"{op}_sigmoid", 3 if self.HAS_SHARES else 2 if rows_alone else self.SIGMOIDS
         return op, self.tiles
 
 

@@ -1,6 +1,6 @@
 """Trains under torchrun what a plan says, several runs in one start, and writes down what each rank did.
 
-    rank_train.py FOLDER PLAN        PLAN: {name: {"changes": [...], "teacher": 0, "resume": false, "fault": FAULT}}
+    rank_train.py FOLDER PLAN        PLAN: {name: {"changes": [...], "resume": false, "fault": FAULT}}
 
 FAULT is [what, rank, step]: what happens to this rank in this step, once. Each rank writes FOLDER/PLAN-RANK.json: by
 name what `observed` returns.
@@ -62,7 +62,7 @@ def main(folder: Path, plan: str) -> None:
         dist.init_process_group()
     done = {}
     for name, entry in entries.items():
-        config = tiny.settings(folder, *entry["changes"], teacher=entry.get("teacher", 0))
+        config = tiny.config.load(folder / "config.yaml", entry["changes"])
         done[name] = observed(config, entry.get("fault"), resume=entry.get("resume", False))
     rank = os.environ["RANK"]
     (folder / f"{plan}-{rank}.json").write_text(json.dumps(done))
