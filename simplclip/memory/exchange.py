@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 # Bytes a second in one direction, as on the box: a link of its own for each rank.
 LINKS = {"PCIe 4.0 x16": 32e9, "NVLink 3": 300e9, "25 Gbit/s": 25e9 / 8, "100 Gbit/s": 100e9 / 8}
@@ -59,6 +58,8 @@ def pretended(ranks: int) -> Iterator[None]:
     if ranks == 1:
         yield
         return
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # training imports this file, but pretends nothing
+
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         yield

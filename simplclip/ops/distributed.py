@@ -217,12 +217,18 @@ class SameShapes:
                 raise ValueError(f"image_features, text_features: expected the same shapes on all ranks, got {got}")
 
 
+def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    if torch.compiler.is_compiling():
+        return functional.all_reduce(value, "sum", group) / dist.get_world_size(group)
+    value = value.clone()
+    dist.all_reduce(value, group=group)
+    return value / dist.get_world_size(group)
+
+
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, group):
-        out = value.clone()
-        dist.all_reduce(out, group=group)
-        return out / dist.get_world_size(group)
+        return _average(value, group)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -232,14 +238,6 @@ class _Mean(torch.autograd.Function):
 def mean(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The mean over the ranks. Its gradient is passed to this rank's value unchanged."""
     return _Mean.apply(value, group)
-
-
-def _average(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    if torch.compiler.is_compiling():
-        return functional.all_reduce(value, "sum", group) / dist.get_world_size(group)
-    value = value.clone()
-    dist.all_reduce(value, group=group)
-    return value / dist.get_world_size(group)
 
 
 class _Average(torch.autograd.Function):
