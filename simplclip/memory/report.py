@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simplclip.common.plotting import COLOURS, FRAME, INK, MUTED, new_figure, style, write
+from simplclip.common.tables import table
 from simplclip.memory.plan import Plan, make, parse_memory
 from simplclip.train.limits import GIB, Budget, gib
 from simplclip.train.settings import Config
@@ -44,18 +45,23 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 def show(plan: Plan, console: Console) -> None:
     """Prints tables of the answers and of the memory at the peak, assumptions and advice."""
     at = plan.usage
-    answers = _table("step", "pairs", "at a time", "peak", "fits", "next larger, GiB")
+    answers = []
     for answer in plan.answers:
         larger = "" if answer.next_peak is None else f"{answer.next_batch_size:,}: {answer.next_peak / GIB:.2f}"
         sizes = f"{answer.batch_size:,}", _at_a_time(answer.micro_batch), gib(answer.peak)
-        answers.add_row(answer.what, *sizes, "yes" if answer.fits else "no", larger)
-    parts = _table(f"at the peak, in {at.peak_phase}", "MiB", "share")
-    for kind, size in [*at.at_peak.items(), ("total", at.peak)]:
-        parts.add_row(kind, f"{size / 2**20:,.1f}", f"{size / at.peak:.1%}")
+        answers.append((answer.what, *sizes, "yes" if answer.fits else "no", larger))
+    parts = [
+        (kind, f"{size / 2**20:,.1f}", f"{size / at.peak:.1%}") for kind, size in [*at.at_peak.items(), ("total", at.peak)]
+    ]
+    tables = [
+        table(("step", "pairs", "at a time", "peak", "fits", "next larger, GiB"), answers, numbers=True),
+        table((f"at the peak, in {at.peak_phase}", "MiB", "share"), parts, numbers=True),
+        *_exchange(plan.exchange),
+    ]
     head = f"{plan.model}, {plan.precision}, {plan.device}: {gib(plan.usable)} usable of {gib(plan.memory)}"
     if plan.ranks > 1:
         head += f"; each of {plan.ranks} ranks"
-    for part in (head, answers, "", parts, "", *_exchange(plan.exchange)):
+    for part in (head, *tables):
         console.print(part, highlight=False)
     measured = "nothing: predicted from fake tensors" + ", no step ran on a GPU" * (plan.device == "cuda")
     if plan.measured is not None:
@@ -68,31 +74,23 @@ def show(plan: Plan, console: Console) -> None:
             console.print(f"{name:10} {line}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _exchange(exchange: dict[str, Any]) -> list[Any]:
+def _exchange(exchange: dict[str, Any]) -> list[Table]:
     if not exchange:
         return []
     sent, computing = exchange["sent"], exchange["computing"]
-    what = _table("a rank sends in a step", "MiB")
-    for name, size in [*sent.items(), ("total", sum(sent.values()))]:
-        what.add_row(name, f"{size / 2**20:,.1f}")
-    shares = () if computing is None else (f"of {1e3 * computing:,.0f} ms of computation",)
-    times = _table("over a link of its own", "ms", *shares)
+    what = [(name, f"{size / 2**20:,.1f}") for name, size in [*sent.items(), ("total", sum(sent.values()))]]
+    columns, times = ["over a link of its own", "ms"], []
+    if computing is not None:
+        columns.append(f"of {1e3 * computing:,.0f} ms of computation")
     for link, seconds in exchange["seconds"].items():
-        times.add_row(link, f"{1e3 * seconds:,.1f}", *([f"{seconds / computing:.1%}"] if computing else []))
-    return [what, "", times, ""]
+        times.append((link, f"{1e3 * seconds:,.1f}", *([f"{seconds / computing:.1%}"] if computing else [])))
+    return [table(("a rank sends in a step", "MiB"), what, numbers=True), table(columns, times, numbers=True)]
 
 
 def _at_a_time(micro_batch: int | dict[str, int | None] | None) -> str:
     if isinstance(micro_batch, dict):
         return ", ".join(f"{_at_a_time(size)} {tower}" for tower, size in micro_batch.items())
     return f"{micro_batch:,}" if micro_batch else "all"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
 
 
 def draw(path: str | Path, plan: Plan) -> Path:

@@ -61,6 +61,7 @@ def test_drop_last_drops_less_than_a_batch_whatever_the_workers(pattern, workers
     assert "20 samples used, 3 left over" in reader.report()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "count"), [(2, COUNT), (3, COUNT), (3, 2)])
 def test_fewer_shards_than_workers_share_the_samples(tmp_path, workers, count):
     path = write(tmp_path / "one.tar", [sample(0), *(sample(i) for i in range(count))])  # the first one's files twice
@@ -125,6 +126,7 @@ def test_the_callers_random_numbers_are_left_alone_and_change_nothing(pattern, w
     assert bits(found[0]) == bits(found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_skip_batches_gives_the_rest_of_the_epoch(pattern, workers, drop_last):
@@ -137,6 +139,7 @@ def test_skip_batches_gives_the_rest_of_the_epoch(pattern, workers, drop_last):
         list(reader.epoch(1, skip_batches=len(whole) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_state_skips_without_decoding(tmp_path, monkeypatch, workers):
     """Also over broken samples and a shard that cannot be read."""
@@ -234,6 +237,7 @@ def test_an_epoch_without_a_batch_says_why(tmp_path, workers):
         list(loader(empty, batch_size=2, workers=workers).epoch(0))
 
 
+@pytest.mark.slow
 def test_an_abandoned_epoch_leaves_no_trace(pattern):
     reader = loader(pattern, workers=2, batch_size=2)
     whole = list(reader.epoch(0))

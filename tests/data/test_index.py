@@ -262,6 +262,7 @@ def test_killed_at_any_moment(tmp_path):
     kills.check(["simplclip.data.build_index"], target, tmp_path, check_whole)
 
 
+@pytest.mark.slow
 def test_skipping_is_fast(tmp_path, monkeypatch):
     """At least 20,000 samples a second are asked of one process; the machine may be busy."""
     _, files = sample(0)

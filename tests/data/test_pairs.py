@@ -123,6 +123,7 @@ def test_compressed_tars_and_signed_urls(server):
     assert [part.name for part in data.parts_of(url)] == ["train-000.tar"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["404", "cut", "reset", "chunked", "slow"])
 @pytest.mark.parametrize("mends", [True, False])
 def test_a_server_that_fails(server, quick, monkeypatch, fault, mends):
@@ -190,6 +191,7 @@ def test_commands(tmp_path, quick):
     assert bits(list(loader(f"pipe:cat {tmp_path}/train-000.tar", drop_last=False).epoch(0))) == bits(list(local.epoch(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "used", "reason"),
     [
@@ -254,6 +256,7 @@ def test_a_command_is_taken_from_the_caller_alone(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["url", "pipe", "csv", "folder", "weighted", "list"])
 def test_states_and_skipping(tmp_path, server, monkeypatch, kind, workers, quick):
@@ -293,6 +296,7 @@ def test_states_and_skipping(tmp_path, server, monkeypatch, kind, workers, quick
             assert again.report() == report
 
 
+@pytest.mark.slow
 def test_weights_are_how_often_an_epoch_has_a_sample(tmp_path):
     many = write(tmp_path / "a.tar", [sample(i) for i in range(400)])
     few = write(tmp_path / "b.tar", [sample(i) for i in range(400, 410)])
@@ -402,6 +406,7 @@ class Killer:
         return augment(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("first", [0, 4])
 def test_a_killed_worker_is_started_again_and_the_batches_are_the_same(tmp_path, workers, first):

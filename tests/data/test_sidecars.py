@@ -102,6 +102,7 @@ def test_of_one_suffix_the_last_folder_counts(folder, tmp_path):
     assert "views.json" not in read(folder / "train-0.tar", tmp_path / "c", tmp_path / "d")["k000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_shards_with_copies(folder, out, tmp_path, workers):
     run(folder / "*.tar", out)

@@ -142,6 +142,7 @@ def test_what_is_held_out(small, font, out):
     assert all("lacks" in note for note in summary["notes"])  # older fonts lack the newest emoji
 
 
+@pytest.mark.slow
 def test_swapped_captions(small, font, tmp_path):
     """A share of the training pairs have each other's captions, and nothing else differs."""
     emoji.build(tmp_path / "clean", progress=False)

@@ -38,6 +38,7 @@ def found(folder):
     return simplclip.load(folder / "run", device="cpu")
 
 
+@pytest.mark.slow
 def test_importing_simplclip_does_not_import_open_clip():
     code = "import sys, simplclip; simplclip.load; sys.exit('open_clip' not in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0  # load itself does
@@ -45,6 +46,7 @@ def test_importing_simplclip_does_not_import_open_clip():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_features_are_those_of_the_model(folder, found):
     model, config, state = load_model(folder / "run")
     transform, tokenizer = models.transforms("siclip-tiny", train=False), models.tokenizer("siclip-tiny")
@@ -108,6 +110,7 @@ def test_bad_images_are_named(folder, found, tmp_path):
         found.encode_image([3])
 
 
+@pytest.mark.slow
 def test_a_run_its_checkpoint_and_its_exports_are_the_same_encoder(folder, found, tmp_path):
     summary = json.loads((folder / "export" / "export.json").read_text())
     only = tmp_path / "only"

@@ -59,6 +59,7 @@ def many(tmp_path_factory):
     return str(folder / "held-*.tar")
 
 
+@pytest.mark.slow
 def test_streaming_equals_the_figures_in_memory(many, monkeypatch, tmp_path):
     monkeypatch.setattr(retrieval.metrics, "_TILE_BYTES", 2**18)
     monkeypatch.setattr(retrieval.metrics, "_TILE_COLUMNS", 300)
@@ -125,6 +126,7 @@ def run(folder, *models, splits=None, out=None, **options):
     return evaluation.evaluate(names, splits, out=out, **options), text.getvalue()
 
 
+@pytest.mark.slow
 def test_several_models_side_by_side(folder, tmp_path):
     plain = f"open_clip:tiny/{folder / 'tiny.bin'}"
     got, text = run(folder, "run", "other", plain, out=tmp_path)
@@ -152,6 +154,7 @@ def test_several_models_side_by_side(folder, tmp_path):
         run(folder, plain)
 
 
+@pytest.mark.slow
 def test_what_gives_no_figures_is_said(folder, tmp_path):
     image = tiny.picture((200, 30, 40), "ring")
     labelled = [(f"k{i}", {"png": image, "cls": b"%d" % (i % 3)}) for i in range(4)]
@@ -191,6 +194,7 @@ def test_a_terminal_of_80_columns_is_enough():
             assert words in text.getvalue()
 
 
+@pytest.mark.slow
 def test_what_was_evaluated_stays_by_model_and_split(folder, tmp_path):
     held, two = str(folder / "held.tar"), {"two": str(folder / "held.tar")}
     run(folder, "run", "other", out=tmp_path)
@@ -217,6 +221,7 @@ def test_what_was_evaluated_stays_by_model_and_split(folder, tmp_path):
         assert (tmp_path / "evaluation.json").read_text() == other
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_half_way_keeps_the_splits_that_are_done(folder, tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"no shard" * 1000)
     splits = {"held": str(folder / "held.tar"), "bad": str(tmp_path / "bad.tar"), "never": str(folder / "held.tar")}
@@ -233,6 +238,7 @@ def test_a_run_that_fails_half_way_keeps_the_splits_that_are_done(folder, tmp_pa
     assert list(json.loads((tmp_path / "evaluation.json").read_text())["splits"]) == ["held", "new"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Prüfung", "部 2 (新)", "🙂", "a b", unicodedata.normalize("NFD", "é")])
 def test_names_of_splits_are_any_words(folder, tmp_path, name):
     result = call("evaluate", folder / "run", "--data", f"{name}={folder / 'held.tar'}", "--out", tmp_path, "--device", "cpu")

@@ -328,8 +328,9 @@ torch.save(found, "../found.pt")
 QUICK = ("siclip-tiny", f"open_clip:{VIT}", f"open_clip:{HF}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", [QUICK, pytest.param([*MODELS.keys() - {*QUICK}], marks=pytest.mark.slow)], ids=["some", "rest"]
+    "names", [QUICK, pytest.param([*MODELS.keys() - {*QUICK}], marks=pytest.mark.prove)], ids=["some", "rest"]
 )
 @torch.no_grad()
 def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp_path, monkeypatch):

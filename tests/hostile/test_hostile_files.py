@@ -193,6 +193,7 @@ def test_stored_splits_run_and_fetch_nothing(made, what):
         evaluation.evaluate("run", skip_missing=True)
 
 
+@pytest.mark.slow
 def test_stored_splits_that_are_trusted(made, tmp_path):
     shutil.copy(made["shard"], "x.tar")
     saved(changed(made, "eval.splits", {"val": "pipe:touch ran; cat x.tar"}))

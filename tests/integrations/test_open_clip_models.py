@@ -38,6 +38,7 @@ def published(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_open_clip_gives_the_models_tokenizers(registered):
     assert registered == models.names()
     assert {*registered} <= {*open_clip.list_models()}
@@ -63,6 +64,7 @@ def test_it_makes_mobileclip_s0_from_the_published_file(registered, published):
     assert train(picture).shape == (3, 256, 256)
 
 
+@pytest.mark.slow
 def test_it_loads_a_file_of_ours(registered, tmp_path):
     torch.manual_seed(0)
     model = models.create("mobileclip-s0", text_cfg=TINY, embed_dim=8)
@@ -97,6 +99,7 @@ def test_it_makes_siclips(registered):
         assert any(isinstance(m, TransformerBlock) for m in model.modules()) == name.startswith("siclip")
 
 
+@pytest.mark.slow
 def test_other_models_are_open_clips_own(registered):
     theirs = open_clip.factory.create_model.__wrapped__
     tiny = {"vision_cfg": {"layers": 1, "width": 64, "patch_size": 112}, "text_cfg": {"layers": 1}}

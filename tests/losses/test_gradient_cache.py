@@ -109,6 +109,7 @@ def wikd(dtype, captions=1, width=256, **options):
     return module, loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("captions", [1, 2])
 def test_wikd_on_siclip_tiny(dtype, captions):

@@ -107,6 +107,7 @@ def test_terms_that_come_later_count():
     assert peak(*later) == peak("loss.relational_weight=1", MATCHING) > peak(MATCHING)
 
 
+@pytest.mark.slow
 def test_a_run_of_epochs_is_planned_without_its_data():
     changes = ["data.train=nowhere.tar", "optim.warmup=0", "loss.pm_weight={value: 0, to: 1, start: 9}"]
     lengths = ("run.steps=50", "run.epochs=3")
@@ -273,11 +274,13 @@ def test_a_step_that_does_not_fit():
         assert words in shown
 
 
+@pytest.mark.slow
 def test_where_little_is_used_nothing_is_advised():
     shown = call(TINY_CONFIG, "--memory", "24GB", "--device", "cpu").output
     assert re.search(r"advice     fits, nothing to do: \d% of the usable memory\n$", shown)
 
 
+@pytest.mark.slow
 def test_what_is_not_on_this_machine_is_assumed(tmp_path):
     """The shards, and the file of weights; only the shapes of both matter."""
     changes = f"data.train={tmp_path}/*.tar", f"inherit.source={tmp_path}/s0.pt", "data.batch_size=256"

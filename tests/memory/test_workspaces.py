@@ -83,6 +83,7 @@ def test_similarity_on_cpu(name, dtype):
     assert set(called) == expected
 
 
+@pytest.mark.slow
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_other_ops_on_cpu(dtype):

@@ -28,6 +28,7 @@ def same(model: nn.Module, folded: nn.Module, x: torch.Tensor) -> bool:
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [
@@ -46,6 +47,7 @@ def test_a_net_of_timm_computes_the_same(name, before, after):
     assert same(model, folded, IMAGE)
 
 
+@pytest.mark.slow
 def test_the_image_tower_of_mobileclip():
     model = with_statistics(models.create("open_clip:MobileCLIP2-S0").visual)
     folded = simplclip.fold(model)

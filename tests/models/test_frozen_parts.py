@@ -209,6 +209,7 @@ def test_a_tower_without_a_prefix():
         Prefix(FrozenParts(model_of(Tower(skip=True), "visual.first", "visual.second")), torch.rand(1, 3, 4, 4))
 
 
+@pytest.mark.slow
 def test_the_prefix_of_s0():
     model = s0()
     prefix = Prefix(FrozenParts(model), torch.rand(1, 3, 128, 128))

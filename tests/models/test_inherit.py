@@ -111,6 +111,7 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(s0):
     assert ["total", "inherited", "31,702,144"] in cells
 
 
+@pytest.mark.slow
 def test_a_training_step_of_s0_keeps_nothing_of_the_frozen_prefix(s0):
     teacher, before, student, _ = s0
     frozen, rest = step(student, torch.randn(4, 3, 256, 256), torch.randint(1, 49407, (4, 77)))

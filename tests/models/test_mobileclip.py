@@ -60,6 +60,7 @@ def small_state():
     return image | small_case()[0] | {"logit_scale": torch.tensor(2.0)}
 
 
+@pytest.mark.slow
 def test_it_computes_what_the_published_code_does(model):
     image, text = inputs()
     features = expected()
@@ -133,6 +134,7 @@ def test_a_published_checkpoint_that_does_not_fit(name, value, message, tmp_path
         small(checkpoint=tmp_path / "bad.pt")
 
 
+@pytest.mark.slow
 def test_a_siclip_inherits_from_the_published_checkpoint(tmp_path):
     torch.save({"state_dict": small_state()}, tmp_path / "small.pt")
     source = small(checkpoint=tmp_path / "small.pt")
@@ -281,6 +283,7 @@ def test_by_name():
         models.create(NAME, text_cfg=SMALL | {"heads": 5})
 
 
+@pytest.mark.slow
 def test_an_encoder_of_the_published_checkpoint(model, published, tmp_path):
     image, _ = inputs()
     with torch.no_grad():

@@ -31,6 +31,7 @@ def test_names():
     assert models.names() == ["mobileclip-s0", "siclip-s0", "siclip2-s0", "siclip-lite0", "siclip-tiny"]
 
 
+@pytest.mark.slow
 def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):
     assert type(s0) is CustomTextCLIP
     maps = [n for n, m in s0.named_modules() if isinstance(m, MapBlock)]

@@ -279,15 +279,31 @@ def test_the_example_of_a_folder_of_photos_runs(tmp_path):
     assert (tmp_path / "hits.png").stat().st_size > 0
 
 
-def run_block(shell: str, folder) -> list[str]:
-    """Runs the commands of a block in the folder; what each printed."""
-    env, printed = os.environ | {"PYTHONPATH": str(ROOT)}, []
+def run_block(shell: str, folder: Path) -> list[str]:
+    """Runs the commands of a block in the folder; what each printed. Processes of this one, which has the modules already."""
+    from simplclip.commands.main import main
+
+    printed, told = folder / "printed", folder / "told"
+
+    def run(words: list[str]) -> None:
+        os.chdir(folder)
+        with open(told, "w") as errors, open(printed, "w") as output, contextlib.redirect_stderr(errors):
+            try:
+                with contextlib.redirect_stdout(output):
+                    assert not main(words, standalone_mode=False)
+            except BaseException:
+                traceback.print_exc()
+                raise
+
+    outputs = []
     for line in shell.replace("\\\n", " ").splitlines():
-        words = shlex.split(re.sub("^simplclip", f"{sys.executable} -m simplclip", line))
-        run = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
-        assert run.returncode == 0, f"{line}: {run.stderr[-3000:]}"
-        printed.append(run.stdout)
-    return printed
+        program, *words = shlex.split(line)
+        if program == "simplclip":
+            assert forked(functools.partial(run, words)) == 0, f"{line}: {told.read_text()[-3000:]}"
+            outputs.append(printed.read_text())
+        else:
+            subprocess.run([program, *words], cwd=folder, check=True)
+    return outputs
 
 
 @pytest.mark.slow

@@ -80,6 +80,7 @@ def records(sidecars):
     return {name.removesuffix(".json"): json.loads(data) for name, data in found.items()}
 
 
+@pytest.mark.slow
 def test_captions_come_after_the_samples_own(source, captioned, weights):
     out, summary = captioned
     found, before = records(out), read(source)
@@ -199,6 +200,7 @@ def test_captions_end_where_the_model_ends_them():
     assert "" in words
 
 
+@pytest.mark.slow
 def test_captions_that_go_on_are_not_disturbed_by_those_that_ended():
     model = build()
     with torch.no_grad():  # about a quarter for the end at every place, and other tokens by the image
@@ -221,6 +223,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(source, tmp_path, monkeypatch)
     assert "pretrained: open_clip could not get coca_ViT-B-32/laion2b_s13b_b90k: Failed to download; or give" in told
 
 
+@pytest.mark.slow
 def test_command(source, weights, tmp_path):
     def tiny(weights=weights):
         return "--model", NAME, "--checkpoint", weights, "--max-tokens", 12

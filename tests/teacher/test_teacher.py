@@ -177,6 +177,7 @@ def separable(number=64):
     return builtin.Pairs(images[None], texts, captions, groups)
 
 
+@pytest.mark.slow
 def test_heads_learn_align_and_repeat(tmp_path, monkeypatch):
     monkeypatch.setattr(builtin, "STEPS", 25)
     monkeypatch.setattr(builtin, "BATCH", 48)

@@ -98,6 +98,7 @@ def test_a_view_is_stored_as_it_was_drawn(folder, tmp_path, augment):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("captions", [1, 2])
 def test_the_student_sees_what_the_teacher_saw(folder, tmp_path, captions, workers):
@@ -181,6 +182,7 @@ def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
     assert "teacher_image" not in plain[0]
 
 
+@pytest.mark.slow
 def test_several_teachers_are_the_mean_of_their_logits(folder):
     encoders = [load(folder), load(folder, "tiny-wide")]
     both = teacher.Ensemble(encoders)
@@ -285,6 +287,7 @@ def test_training_replays_views_and_resumes_bit_for_bit(taught, tmp_path, monkey
     assert "40 wide, are read from the data; no teacher is in memory" in text
 
 
+@pytest.mark.slow
 def test_training_checks_the_augmentation(taught, tmp_path):
     (tmp_path / "data").symlink_to(taught / "data")
     changes = [*WIKD, "run.steps=2", f"data.sidecars=[{taught / 'sidecars'}]"]

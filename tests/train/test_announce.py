@@ -30,6 +30,7 @@ def warned(text):
     return re.findall("^warning    (.*)$", text, re.M)
 
 
+@pytest.mark.slow
 def test_data_and_settings_that_cannot_act(tmp_path):
     several = ["run.steps=1", "data.captions_per_image=3", "optim.warmup=9", "loss.pm_weight=0"]
     text = go(tiny.settings(tmp_path, *several, *IDLE))
@@ -64,6 +65,7 @@ def test_samples_that_are_not_counted(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_the_share_of_each_term(tmp_path):
     """A term with the weight that is named for a tenth has one; with less than a tenth of that it has less than 1/91."""
     for base in ("contrastive", "sigmoid"):
@@ -152,6 +154,7 @@ def test_memory_and_use_of_a_gpu(monkeypatch):
     assert hardware.gpu_use(torch.device("cpu")) == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_and_a_gpu_show_in_the_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "gpu_use", lambda device: "  GPU 5.0 of")
     for live in (False, True):

@@ -114,6 +114,7 @@ def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch, cached):
     assert len({row["logit_bias"] for row in logged[4:]}) == 3
 
 
+@pytest.mark.slow
 def test_resume_of_a_checkpoint_without_a_bias(tmp_path):
     go(tiny.settings(tmp_path, "run.steps=2"))
     last = tmp_path / "run" / "last.pt"

@@ -127,6 +127,7 @@ def test_resume_checks_the_settings(tmp_path):
     assert float(last["lr"]) == pytest.approx(config.optim.lr * lr_factor(5, config))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_version_with_another_setting_says_which(tmp_path):
     config = tiny.settings(tmp_path, "run.steps=1")
     go(config)
@@ -211,6 +212,7 @@ def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_pa
     assert checkpoint.load(tmp_path)["step"] == 4
 
 
+@pytest.mark.slow
 def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch):
     """A step of this clock takes 20 seconds; the checkpoint of minute 1 is that of step 3."""
     saved = []

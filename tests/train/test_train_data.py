@@ -84,6 +84,7 @@ def test_workers_are_the_cores_of_the_start_and_stay_so(tmp_path, monkeypatch):
             os.sched_setaffinity(0, allowed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow", ["data", "step"])
 def test_the_log_shows_the_time_that_is_spent_waiting_for_data(tmp_path, monkeypatch, slow):
     def slowly(original):
@@ -116,6 +117,7 @@ def test_a_source_that_is_not_there_is_named_by_its_key(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_teachers_stamp_is_found_for_a_source_with_a_weight(tmp_path):
     config = tiny.settings(tmp_path, "loss.feature_weight=1", "loss.projection=true", teacher=6)
     shard = config.data.train

@@ -66,6 +66,7 @@ def test_an_error_within_a_step_saves_the_one_before_to_the_bit(tmp_path, monkey
     check_ends_as(undisturbed / "whole", config)
 
 
+@pytest.mark.slow
 def test_an_error_within_the_update_is_told(tmp_path, monkeypatch):
     config = tiny.settings(tmp_path, "run.save_every=2")
     original, fault = torch.optim.AdamW.step, mock.Mock(side_effect=[None, None, None, OSError(5, "Input/output error")])

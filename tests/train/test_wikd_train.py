@@ -44,6 +44,7 @@ def test_it_trains_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch
         assert float(row["loss"]) == pytest.approx(terms, rel=1e-2 if "bf16" in str(changes) else 1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_whole_batches_gradient(tmp_path, monkeypatch):
     """One step of each from the same weights; several captions, a teacher, group ids."""
     results = []
@@ -139,6 +140,7 @@ def test_a_teacher_of_another_width_is_projected(tmp_path):
     assert checkpoint.load(tmp_path / "run")["loss"]["image_projections.0"].shape == (16, WIDTH)
 
 
+@pytest.mark.slow
 def test_resume_of_a_checkpoint_from_before_these_settings(tmp_path):
     go(tiny.settings(tmp_path, "run.steps=2"))
     last = tmp_path / "run" / "last.pt"
