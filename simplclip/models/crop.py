@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["TextCrop", "crop_texts", "crop_where_it_holds", "lengths_of", "why_not"]
+__all__ = ["TextCrop", "crop_texts", "lengths_of", "why_not"]
 
 GROUP_TOKENS = 512  # what one more call of the tower costs, in tokens: its launches, and small products
 _PROBED = (3, 0.2, 0.6)  # lengths of the texts that `why_not` tries: tokens, and shares of the context
@@ -42,11 +42,6 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     if reason := why_not(model):
         raise InputError(f"model: expected an open_clip model whose texts can be cropped, got {reason}")
     return TextCrop(model, multiple, groups)
-
-
-def crop_where_it_holds(model: nn.Module, compiled: bool = False) -> TextCrop | None:
-    """As `crop_texts`, of any model, whose tower is compiled or not; None if its texts cannot be cropped."""
-    return None if why_not(model) else TextCrop(model, *((16, 1) if compiled else (8, 4)))
 
 
 class TextCrop:

@@ -15,7 +15,7 @@ from simplclip import data, models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
-from simplclip.models.crop import crop_where_it_holds
+from simplclip.models.crop import TextCrop, why_not
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
@@ -83,7 +83,10 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
-        self.crop = crop_where_it_holds(self.model, config.run.compile)
+        self.padded = why_not(self.model)
+        # A compiled tower is compiled for each size.
+        sizes = {"multiple": 16, "groups": 1} if config.run.compile else {}
+        self.crop = None if self.padded else TextCrop(self.model, **sizes)
         self.together = ranks.Together(self.model, self.loss)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
