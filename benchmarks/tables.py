@@ -246,6 +246,7 @@ TABLES = {
         "simplified_block": lambda: op_table("simplified_block", passes=BOTH, dtype="bfloat16"),
         "shaped_attention": attention_table,
         "siclip_s0_step": lambda: op_table("siclip_s0_step"),
+        "texts": lambda: op_table("texts"),
         "towers": lambda: op_table("towers", shape="both: 64 texts, 8 images", dtype="bfloat16"),
         "gradient_cache": lambda: op_table("gradient_cache", dtype="bfloat16"),
         "plan": lambda: plan("siclip-s0"),

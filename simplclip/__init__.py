@@ -8,12 +8,13 @@ import importlib
 
 from simplclip.version import __version__
 
-__all__ = ["__version__", "backend", "create_model", "fold", "inherit", "load", "report", "simplify"]
+__all__ = ["__version__", "backend", "create_model", "crop_texts", "fold", "inherit", "load", "report", "simplify"]
 
 # name -> module and its name there
 _FUNCTIONS = {
     "backend": ("simplclip.ops.backends", "backend"),
     "create_model": ("simplclip.models.registry", "create"),
+    "crop_texts": ("simplclip.models.crop", "crop_texts"),
     "fold": ("simplclip.models.fold", "fold"),
     "inherit": ("simplclip.models.inherit", "inherit"),
     "load": ("simplclip.evaluation.encoder", "load"),

@@ -30,6 +30,7 @@ from simplclip import losses
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import replacing
 from simplclip.integrations.open_clip import register_models
+from simplclip.models.crop import crop_texts
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
 SUFFIX = ".loss"
@@ -48,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     matching.add_argument(
         "--fresh-loss-parameters", action="store_true",
         help="initialise the learned parameters of the loss if --resume names a checkpoint without them",
+    )  # fmt: skip
+    ours.add_argument(
+        "--crop-texts", action="store_true",
+        help="compute no tokens behind the end of the texts (models whose text tower is causal)",
     )  # fmt: skip
     distillation = ours.add_argument_group("distillation, beside --distill-model and --distill-pretrained")
     for name, default in (("relational", 1.0), ("interactive", 0.0), ("feature", 0.0)):
@@ -94,7 +99,11 @@ def main(argv: list[str] | None = None):
     register_models()
     options, rest = ours.parse_known_args(argv)
     replacements = _replacements(ours, options, trainer)
-    _check(ours, options, trainer.parse_args(rest))
+    args = trainer.parse_args(rest)
+    _check(ours, options, args)
+    if options.crop_texts:
+        create = functools.partial(create_cropped, args, trainer.create_model_and_transforms)
+        replacements["create_model_and_transforms"] = create
     with mock.patch.multiple(trainer, **replacements), _shards_of_webdataset_1():
         return trainer.main(rest)
 
@@ -138,6 +147,8 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
     elif args.siglip:
         what = "since --siglip computes pair matching with it in one sweep"
         refused |= {"pm_plane": f"expected scalar, {what}"}
+    if options.crop_texts and (args.trace or args.torchscript):
+        ours.error("--crop-texts: expected no --trace and no --torchscript, which fix the length of texts")
     for name, why in refused.items():
         if getattr(options, name) != ours.get_default(name):
             ours.error(f"--{name.replace('_', '-')}: {why}")
@@ -146,6 +157,15 @@ def _check(ours: argparse.ArgumentParser, options: argparse.Namespace, args: arg
 def create_loss(options: argparse.Namespace, theirs: Callable, args: argparse.Namespace) -> nn.Module:
     """Our loss in place of the one that `theirs`, open_clip's create_loss, makes."""
     return replacement(options, args, theirs(args))
+
+
+def create_cropped(args: argparse.Namespace, theirs: Callable, *names, **options) -> tuple:
+    """What `theirs`, open_clip's create_model_and_transforms, returns, with a model whose texts are cropped."""
+    model, *transforms = theirs(*names, **options)
+    # Both take the number of calls and the sizes of a step as fixed.
+    fixed = args.torchcompile or args.ddp_static_graph
+    crop_texts(model, **{"multiple": 16, "groups": 1} if fixed else {})
+    return model, *transforms
 
 
 def create_task(options: argparse.Namespace, theirs: Callable, args: argparse.Namespace, **parts) -> nn.Module:

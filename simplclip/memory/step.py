@@ -63,6 +63,9 @@ class TrainerStep(Training):
         self.step = busiest(self.config)
         self._seen: dict[str, dict[str, tuple[int, torch.dtype]]] = {}  # tower -> width and dtype of each of its outputs
         self.model.train()
+        if self.crop is not None:  # what is predicted are texts of full length
+            self.crop.undo()
+            self.crop = None
 
     def batches(self, real: bool) -> list[dict[str, Any]]:
         """The micro-batches of a step, in the host's memory.
@@ -142,12 +145,12 @@ class TrainerStep(Training):
         """D, of a step that has run."""
         return self._seen["image"]["image"][0]
 
-    def text_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        parts = super().text_batches(batches)
+    def text_batches(self, batches: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
+        parts, rows = super().text_batches(batches)
         if parts is batches or self.real or len(parts) < 4:
-            return parts
-        rows = sum(len(part["text"]) for part in parts[2:-1])
-        return [*parts[:2], {"text": parts[2]["text"][:1].expand(rows, -1), "unseen": True}, parts[-1]]
+            return parts, rows
+        unseen = sum(len(part["text"]) for part in parts[2:-1])
+        return [*parts[:2], {"text": parts[2]["text"][:1].expand(unseen, -1), "unseen": True}, parts[-1]], rows
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor, **distances: Tensor) -> dict[str, Tensor]:
         with self.during("loss", "loss"):

@@ -46,7 +46,7 @@ class TransformerBlock(SimplifiedBlock):
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, *, batch_first: bool = True, **options) -> None:
         super().__init__(width, heads, mlp_ratio, **options)
         self.batch_first = batch_first
-        self._accepted: tuple[Tensor, int] | None = None
+        self._accepted: dict[int, tuple[Tensor, int]] = {}  # a mask of each length, and its version
 
     def get_weight_dtype(self) -> torch.dtype:
         return self.fc1.weight.dtype
@@ -78,11 +78,12 @@ class TransformerBlock(SimplifiedBlock):
         if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
             return True
         known = lambda t: (t.data_ptr(), t.shape, t.stride())  # noqa: E731
-        if self._accepted is not None and (known(self._accepted[0]), self._accepted[1]) == (known(mask), mask._version):
+        accepted = self._accepted.get(len(mask))
+        if accepted is not None and (known(accepted[0]), accepted[1]) == (known(mask), mask._version):
             return True
         causal = is_causal_mask(mask)
         if causal:
-            self._accepted = (mask, mask._version)  # kept alive, so that no other tensor gets its address
+            self._accepted[len(mask)] = (mask, mask._version)  # kept alive, so that no other tensor gets its address
         return causal
 
 

@@ -36,6 +36,8 @@ def lines(training: Training, why_precision: str, source: data.Loader) -> Iterat
     yield from training.weights.lines() if training.weights else ()
     yield from training.inheritance.lines() if training.inheritance else ()
     yield f"data       {_data(training.config, source)}"
+    texts = f"computed at full length: {training.padded}" if training.padded else "computed at their own length"
+    yield f"texts      {texts}"
     yield f"loss       {_loss(training)}"
     if training.config.loss.base == "sigmoid":
         bias = "none" if training.logit_bias is None else f"{training.logit_bias.item():.4g}"

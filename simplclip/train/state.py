@@ -15,6 +15,7 @@ from simplclip import data, models
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
+from simplclip.models.crop import TextCrop, why_not
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
@@ -82,6 +83,10 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
+        self.padded = why_not(self.model)
+        # A compiled tower is compiled for each size.
+        sizes = {"multiple": 16, "groups": 1} if config.run.compile else {}
+        self.crop = None if self.padded else TextCrop(self.model, **sizes)
         self.together = ranks.Together(self.model, self.loss)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
@@ -162,17 +167,27 @@ class Training:
 
     def encode_text(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N k, D] of the k captions of each image, or [M, D] of M captions."""
+        text = batch["text"].flatten(0, -2)
+        if self.crop is None:  # else it is cropped on the CPU
+            text = text.to(self.device, non_blocking=True)
         with hardware.autocast(self.precision, self.device):
-            text = batch["text"].to(self.device, non_blocking=True)
-            return self.model.encode_text(text.flatten(0, -2), normalize=True)
+            return self.model.encode_text(text, normalize=True)
 
-    def text_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The captions of a step as micro-batches of the text tower."""
+    def text_batches(self, batches: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """The captions of a step as micro-batches of the text tower; and the row of each one's features, None if in order.
+
+        Where they are cropped, a micro-batch has as many tokens as the configured number of texts of full length.
+        """
         micro = self.config.data.micro_batch
-        if not isinstance(micro, MicroBatch):
-            return batches
-        texts = torch.cat([batch["text"].flatten(0, -2) for batch in batches])
-        return [{"text": part} for part in texts.split(micro.text or len(texts))]
+        if not isinstance(micro, MicroBatch) and self.crop is None:
+            return batches, None
+        parts = [batch["text"].flatten(0, -2) for batch in batches]
+        texts = torch.cat(parts)
+        size = (micro.text if isinstance(micro, MicroBatch) else len(parts[0])) or len(texts)
+        if self.crop is None or size >= len(texts):
+            return [{"text": part} for part in texts.split(size)], None
+        rows = self.crop.split(texts, size * texts.shape[1])
+        return [{"text": texts[some]} for some in rows], torch.cat(rows).argsort().to(self.device)
 
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor) -> dict[str, Tensor]:
         """The weighted terms of the loss of `batches` together, from their features."""

@@ -7,7 +7,7 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simplclip import gradient_cache
 from simplclip.common.errors import UserError
@@ -31,8 +31,13 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
         scaler.scale(reduce(torch.add, terms.values())).backward()
     else:
         towers = {tower: partial(training.outputs, tower) for tower in ("image", "text")}
-        inputs = {"image": batches, "text": training.text_batches(batches)}
-        terms = gradient_cache.backward(towers, inputs, losses, model=model, scaler=scaler)
+        texts, rows = training.text_batches(batches)
+
+        def in_order(image: Tensor, text: Tensor) -> Any:
+            return losses(image=image, text=text if rows is None else text.index_select(0, rows))
+
+        inputs = {"image": batches, "text": texts}
+        terms = gradient_cache.backward(towers, inputs, in_order, model=model, scaler=scaler)
         training.together.exchange()
     loss = reduce(torch.add, terms.values())
     scaler.unscale_(optimizer)

@@ -98,6 +98,7 @@ def single(folder):
         data = "two" if "--accum-freq" in added else "one"
         plan.both(key, *tiny.get(key, ()), command=documented(added), data=data, **options)
     plan.add("matching", "ours", command=documented("--siglip --pm-weight"), **options)
+    plan.add("cropped", "ours", command=documented("--crop-texts"), **options)
     # What the page does not show.
     plan.both("coca-accumulated", *coca(folder), "--accum-freq", 2, data="two", steps=6)
     plan.both("siglip-half", "--siglip", "--precision", "amp_bf16", **options)
@@ -231,6 +232,11 @@ def test_each_step_of_a_command_is_open_clips(single, key):
     assert (theirs["loss"], ours["loss"]) == (f"open_clip.{kind}", f"simplclip.{replaced}")
     assert list(ours["steps"][0]) == list(theirs["steps"][0]) == names
     assert_same_steps(theirs, ours, passes=DOCUMENTED * (2 if key.endswith("accumulated") else 1))
+
+
+@needs_trainer
+def test_cropped_texts_give_the_same_steps(single):
+    assert_same_steps(single["clip-theirs"], single["cropped"])
 
 
 @needs_trainer

@@ -27,7 +27,7 @@ from simplclip.integrations.open_clip import use_losses
 
 MODELS = {"tiny": 16, "tiny-wide": 24, "tiny-coca": 16}
 IMAGE = 16
-TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 
 
 def write_models(folder: Path) -> None:

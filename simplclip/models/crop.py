@@ -1,0 +1,207 @@
+"""Texts cost their length: `crop_texts` lets an open_clip model compute no tokens behind the end of its texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simplclip.common.errors import InputError
+from simplclip.nn import SimplifiedBlock
+
+__all__ = ["TextCrop", "crop_texts", "lengths_of", "why_not"]
+
+GROUP_TOKENS = 512  # what one more call of the tower costs, in tokens: its launches, and small products
+_PROBED = (3, 0.2, 0.6)  # lengths of the texts that `why_not` tries: tokens, and shares of the context
+
+
+def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextCrop:
+    """Lets an open_clip model encode texts without the tokens behind their ends, in place.
+
+    Tokenizers pad every text to the context length, 77 tokens. Where no token sees what follows it (causal towers), or
+    padding is masked, these change no feature: `encode_text`, and with it `forward`, then sorts a batch by length, cuts it
+    into groups and computes each at the length of its longest text. Features and gradients are those of the padded batch up
+    to rounding, in its order.
+
+    Args:
+        model: an open_clip model. Whether its tower allows it is tried, with other padding and with shorter texts.
+        multiple: lengths are rounded up to it, for kernels, and for torch.compile, which compiles each length.
+        groups: at most so many groups of a batch, as many as pay; 1 keeps the batch in one piece. torch.compile would compile
+            every size of a group: take 1 there.
+
+    Texts that are on a GPU are read by the host, which waits for them; those on the CPU are cropped there, then moved.
+    While torch exports or fakes a model, texts stay as they are.
+
+    Returns an object whose `undo()` gives the model back. Raises InputError, with the reason, if the tower cannot crop.
+    Memory: activations of the tokens that are computed.
+    """
+    for name, value in (("multiple", multiple), ("groups", groups)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if reason := why_not(model):
+        raise InputError(f"model: expected an open_clip model whose texts can be cropped, got {reason}")
+    return TextCrop(model, multiple, groups)
+
+
+class TextCrop:
+    """What `crop_texts` returns: it takes the place of the model's `encode_text`. A copy of the model has its own."""
+
+    def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4) -> None:
+        # Since open_clip 4 forward() and encode_text() call _encode_text().
+        self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"
+        self.model, self.multiple, self.groups = model, multiple, groups
+        vars(model)[self.name] = self
+
+    def undo(self) -> None:
+        """Gives the model back as it was."""
+        vars(self.model).pop(self.name, None)
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, text: Tensor, *args: Any, **options: Any) -> Any:
+        device = _embedding(self.model).weight.device
+        if type(text) is not Tensor or text.ndim != 2 or not len(text) or text.is_meta or torch.jit.is_tracing():
+            return self._encode(text.to(device), *args, **options)
+        lengths = self.rounded(text)
+        if self.groups == 1 or len(text) == 1 or (cuts := _cuts(lengths, self.groups)) == [len(text)]:
+            return self._encode(text[:, : int(lengths.max())].to(device, non_blocking=True), *args, **options)
+        order = lengths.argsort(stable=True)
+        parts, start = [], 0
+        for stop in cuts:
+            rows = order[start:stop]
+            part = text[rows.to(text.device), : int(lengths[rows[-1]])].to(device, non_blocking=True)
+            parts.append(self._encode(part, *args, **options))
+            start = stop
+        return torch.cat(parts).index_select(0, order.argsort().to(device, non_blocking=True))
+
+    def split(self, text: Tensor, tokens: int) -> list[Tensor]:
+        """The rows of texts [N, L] as micro-batches of at most so many tokens: all as long as its longest. Longest first."""
+        lengths = self.rounded(text)
+        order = lengths.argsort(descending=True, stable=True)
+        rows, start = [], 0
+        while start < len(order):
+            count = max(1, tokens // int(lengths[order[start]]))
+            rows.append(order[start : start + count])
+            start += count
+        return rows
+
+    def rounded(self, text: Tensor) -> Tensor:
+        """The lengths that texts [N, L] are computed at, int64 [N] on the CPU."""
+        lengths = lengths_of(text).cpu()
+        return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(max=text.shape[1])
+
+    def _encode(self, text: Tensor, *args: Any, **options: Any) -> Any:
+        """Encodes texts [N, L] of any L: the tower is given the first L positions, and the mask of L tokens."""
+        encode, tower = getattr(type(self.model), self.name), _tower(self.model)
+        position, mask = tower._parameters.get("positional_embedding"), getattr(tower, "attn_mask", None)
+        length, own = text.shape[1], vars(tower)
+        # Other towers find their positions and masks themselves: Hugging Face's, and those with a class token.
+        if position is None or len(position) == length or getattr(tower, "cls_emb", None) is not None:
+            return encode(self.model, text, *args, **options)
+        own["positional_embedding"] = position[:length]
+        own["attn_mask"] = None if mask is None else mask[:length, :length]
+        try:
+            return encode(self.model, text, *args, **options)
+        finally:
+            del own["positional_embedding"], own["attn_mask"]
+
+
+def lengths_of(text: Tensor) -> Tensor:
+    """Tokens of each text [N, L] and the first of its padding, which are the last tokens that are equal."""
+    run = (text == text[:, -1:]).flip(1).cumprod(1).sum(1)
+    return text.shape[1] + 1 - run
+
+
+@torch.no_grad()
+def why_not(model: Any) -> str:
+    """Why the texts of a model cannot be cropped; "" if they can. It is tried, on the model's device."""
+    if not hasattr(model, "encode_text") or not hasattr(model, "visual"):
+        return type(model).__name__
+    tower = _tower(model)
+    if hasattr(model, "text_decoder"):
+        return f"{type(model).__name__}, whose decoder reads the features of all tokens"
+    weight = _embedding(model).weight
+    if type(weight) not in (nn.Parameter, Tensor) or weight.is_meta:
+        return "weights without values"  # fake tensors, of which memory is predicted
+    if any(isinstance(vars(model).get(name), TextCrop) for name in ("encode_text", "_encode_text")):
+        return "one whose texts are cropped already"
+    blocks = (getattr(tower, "transformer", None) or tower).modules()
+    if any(isinstance(block, SimplifiedBlock) and not block.causal for block in blocks):
+        return "simplified blocks in which every token sees every token"  # new ones pass on only the token itself
+    training, crop = model.training, None
+    model.eval()
+    try:
+        text, padding = _probe(model, tower)
+        found = model.encode_text(text)
+        kept = weight[padding].clone()
+        weight[padding] = torch.randn_like(kept)
+        try:
+            other = model.encode_text(text)
+        finally:
+            weight[padding] = kept
+        if not torch.equal(found, other):
+            return f"a text tower in which padding changes features by {(found - other).abs().max():.1e}"
+        crop = TextCrop(model, 1, len(text))
+        cropped = model.encode_text(text)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        return f"a text tower that takes no shorter texts: {str(error).strip().splitlines()[0]}"
+    finally:
+        if crop is not None:
+            crop.undo()
+        model.train(training)
+    worst = (cropped - found).abs().max() / found.abs().max()
+    rounding = torch.finfo(found.dtype).eps ** 0.6  # 7e-5 in float32, 3e-2 in bfloat16
+    return "" if worst <= rounding else f"a text tower in which shorter texts change features by {worst:.1e}"
+
+
+def _probe(model: Any, tower: Any) -> tuple[Tensor, int]:
+    """Random texts of different lengths, padded, and the number of the token that pads them."""
+    weight = _embedding(model).weight
+    config = getattr(tower, "config", None)
+    padding = next((n for n in (getattr(tower, "pad_id", None), getattr(config, "pad_token_id", None)) if n is not None), 0)
+    # The end of a text is the token with the highest number, unless the tower says which it is.
+    said = getattr(model, "text_eos_id", None) if tower is model else getattr(tower, "eos_id", None)
+    pool = getattr(model, "text_pool_type", None) or getattr(tower, "pool_type", "argmax")
+    end = said if pool == "eos" and said is not None else len(weight) - 1
+    length = getattr(model, "context_length", None) or tower.context_length
+    numbers = torch.Generator().manual_seed(0)
+    text = torch.full((len(_PROBED), length), padding)
+    for row, part in zip(text, _PROBED):
+        count = part if isinstance(part, int) else max(3, int(part * length))
+        row[: count - 1] = torch.randint(min(5, len(weight) - 2), len(weight) - 1, (count - 1,), generator=numbers)
+        row[count - 1] = end
+    return text.to(weight.device), padding
+
+
+def _tower(model: Any) -> Any:
+    return getattr(model, "text", model)  # open_clip's CLIP is its own text tower
+
+
+def _embedding(model: Any) -> nn.Embedding:
+    """The embedding of the tokens."""
+    tower = _tower(model)
+    if hasattr(tower, "token_embedding"):
+        return tower.token_embedding
+    return tower.transformer.get_input_embeddings()  # Hugging Face
+
+
+def _cuts(lengths: Tensor, most: int) -> list[int]:
+    """Where to cut texts in the order of their lengths: the end of each of at most `most` groups, with the least tokens."""
+    values, counts = (t.tolist() for t in lengths.unique(return_counts=True))
+    ends = [0]
+    for count in counts:
+        ends.append(ends[-1] + count)
+    # best[g][j]: the cost of the first j lengths in g groups, and where the last of these begins.
+    best: list[list[tuple[float, int]]] = [[(0.0, 0), *[(float("inf"), 0)] * len(values)]]
+    for _ in range(min(most, len(values))):
+        row = [(float("inf"), 0)]
+        for j, value in enumerate(values, 1):
+            costs = ((best[-1][i][0] + (ends[j] - ends[i]) * value + GROUP_TOKENS, i) for i in range(j))
+            row.append(min(costs))
+        best.append(row)
+    groups = min(range(1, len(best)), key=lambda g: best[g][-1][0])
+    cuts, j = [], len(values)
+    for g in range(groups, 0, -1):
+        cuts.append(ends[j])
+        j = best[g][j][1]
+    return cuts[::-1]

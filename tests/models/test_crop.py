@@ -1,0 +1,171 @@
+"""Cropped texts: features, gradients and order are those of padded ones; towers whose padding counts are refused."""
+
+import copy
+import itertools
+import re
+
+import pytest
+import torch
+from clips import clip
+from open_clip.model import CLIP, CustomTextCLIP
+
+import simplclip
+from simplclip.common.errors import InputError
+from simplclip.models import crop
+
+LENGTHS = (3, 40, 4, 9, 17, 5, 8, 3, 33, 16, 6, 11)  # of 40 tokens
+KINDS = {
+    "CLIP": {},
+    "a text tower of its own": {"cls": CustomTextCLIP},
+    "eos": {"cls": CustomTextCLIP, "text": {"pool_type": "eos", "eos_id": 98}},
+}
+
+
+def model_of(kind, **text):
+    options = KINDS.get(kind, {})
+    return clip(cls=options.get("cls", CLIP), text={"context_length": 40, **options.get("text", {}), **text}).eval()
+
+
+def texts(lengths=LENGTHS, end=99, length=40):
+    numbers = torch.Generator().manual_seed(2)
+    text = torch.zeros(len(lengths), length, dtype=torch.long)
+    for row, count in zip(text, lengths):
+        row[:count] = torch.randint(1, 98, (count,), generator=numbers)
+        row[count - 1] = end
+    return text
+
+
+def gradients(model, text):
+    model.zero_grad(set_to_none=True)
+    features = model.encode_text(text, normalize=True)
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
+    (features * weights).sum().backward()
+    return features.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def tokens(monkeypatch):
+    """With small groups, since these texts are few; the tokens that each call of a tower computes, and its texts."""
+    monkeypatch.setattr(crop, "GROUP_TOKENS", 8)
+    seen, real = [], crop.TextCrop._encode
+    monkeypatch.setattr(
+        crop.TextCrop, "_encode", lambda self, text, *a, **k: seen.append(text.shape) or real(self, text, *a, **k)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("simplified", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_and_gradients_are_those_of_padded_texts(kind, simplified, tokens):
+    model = model_of(kind)
+    if simplified:
+        simplclip.simplify(model)
+        for name, p in model.named_parameters():  # new blocks pass on only the token itself
+            if name.endswith(("qk.weight", "beta")):
+                torch.nn.init.normal_(p, std=0.5)
+    text = texts(end=98 if kind == "eos" else 99)
+    features, expected = gradients(model, text)
+    cropped = simplclip.crop_texts(model)
+    tokens.clear()
+    found, got = gradients(model, text)
+    assert len(tokens) > 1
+    assert sum(rows * length for rows, length in tokens) < text.numel() / 2
+    torch.testing.assert_close(found, features, rtol=0, atol=2e-6)
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=2e-6 * gradient.abs().max().item(), msg=name)
+    _, forward, *_ = model(torch.zeros(len(text), 3, 16, 16), text)
+    assert torch.equal(forward, found)
+    one = model.encode_text(text[3:4], normalize=True)
+    torch.testing.assert_close(one, features[3:4], rtol=0, atol=2e-6)
+    cropped.undo()
+    assert torch.equal(gradients(model, text)[0], features)
+
+
+def test_a_copy_crops_with_its_own_weights(tokens):
+    model = model_of("CLIP")
+    simplclip.crop_texts(model)
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(model.text_projection)
+    tokens.clear()
+    assert not torch.equal(other.encode_text(texts()), model.encode_text(texts()))
+    assert len(tokens) > 2
+    other.encode_text.undo()
+    tokens.clear()
+    other.encode_text(texts())
+    assert not tokens
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: model_of("a text tower of its own", no_causal_mask=True), "padding changes features by"),
+        (lambda: model_of("a text tower of its own", pool_type="last"), "padding changes features by"),
+        (lambda: simplclip.simplify(model_of("", no_causal_mask=True))[0], "every token sees every token"),
+        (lambda: torch.nn.Linear(2, 2), "Linear"),
+    ],
+)
+def test_towers_in_which_padding_counts_are_refused(model, reason):
+    model = model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=f"model: expected an open_clip model whose texts can be cropped, got .*{reason}"):
+        simplclip.crop_texts(model)
+    assert "encode_text" not in vars(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_cannot_be_cropped_twice_or_with_other_values():
+    model = model_of("CLIP")
+    simplclip.crop_texts(model)
+    with pytest.raises(InputError, match="cropped already"):
+        simplclip.crop_texts(model)
+    for name in ("multiple", "groups"):
+        with pytest.raises(InputError, match=re.escape(f"{name}: expected an integer of at least 1, got 0")):
+            simplclip.crop_texts(model_of("CLIP"), **{name: 0})
+
+
+def test_coca_is_refused_with_the_reason():
+    import open_clip
+
+    config = {"embed_dim": 16, "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}}
+    text = {"context_length": 12, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1, "embed_cls": True}
+    model = open_clip.CoCa(**config, text_cfg=text, multimodal_cfg=text | {"context_length": 13})
+    with pytest.raises(InputError, match="whose decoder reads the features of all tokens"):
+        simplclip.crop_texts(model)
+
+
+def test_groups_are_those_with_the_least_tokens(monkeypatch):
+    monkeypatch.setattr(crop, "GROUP_TOKENS", 20)
+    for seed, most in itertools.product(range(20), (1, 2, 3, 4)):
+        lengths = 8 * torch.randint(1, 7, (30,), generator=torch.Generator().manual_seed(seed))
+        ordered, every = lengths.sort().values.tolist(), range(1, len(lengths))
+        tried = [(*cuts, 30) for n in range(min(most, 3)) for cuts in itertools.combinations(every, n)]
+        found = crop._cuts(lengths, most)
+        assert len(found) <= most
+        assert cost(ordered, found) <= min(cost(ordered, cuts) for cuts in tried)
+
+
+def cost(ordered, cuts):
+    return sum((stop - start) * ordered[stop - 1] + 20 for start, stop in itertools.pairwise((0, *cuts)))
+
+
+def test_the_end_of_a_text_does_not_depend_on_what_pads_it():
+    text = texts()
+    other = torch.where(text == 0, 98, text)
+    expected = [min(count + 1, 40) for count in LENGTHS]
+    assert crop.lengths_of(text).tolist() == crop.lengths_of(other).tolist() == expected
+
+
+@pytest.mark.slow
+def test_a_compiled_model_computes_few_lengths(tokens):
+    model = model_of("CLIP")
+    expected = model.encode_text(texts(), normalize=True)
+    simplclip.crop_texts(model, multiple=16, groups=1)
+    compiled = torch.compile(model)
+    for lengths in (LENGTHS, (3, 9, 4), (20, 17)):
+        tokens.clear()
+        text = texts(lengths)
+        found = compiled(torch.zeros(len(text), 3, 16, 16), text)[1]
+        assert [length for _, length in tokens] == [min(40, -(-(max(lengths) + 1) // 16) * 16)]
+        torch.testing.assert_close(found, model_of("CLIP").encode_text(text, normalize=True), rtol=0, atol=2e-6)
+    assert len(expected) == len(LENGTHS)
