@@ -131,10 +131,11 @@ def why_not(model: Any) -> str:
     training, crop = model.training, None
     model.eval()
     try:
-        text, padding = _probe(model, tower)
+        numbers = torch.Generator().manual_seed(0)  # the run's own stays as it is
+        text, padding = _probe(model, tower, numbers)
         found = model.encode_text(text)
         kept = weight[padding].clone()
-        weight[padding] = torch.randn_like(kept)
+        weight[padding] = torch.randn(kept.shape, generator=numbers).to(kept)
         try:
             other = model.encode_text(text)
         finally:
@@ -154,7 +155,7 @@ def why_not(model: Any) -> str:
     return "" if worst <= rounding else f"a text tower in which shorter texts change features by {worst:.1e}"
 
 
-def _probe(model: Any, tower: Any) -> tuple[Tensor, int]:
+def _probe(model: Any, tower: Any, numbers: torch.Generator) -> tuple[Tensor, int]:
     """Random texts of different lengths, padded, and the number of the token that pads them."""
     weight = _embedding(model).weight
     config = getattr(tower, "config", None)
@@ -164,7 +165,6 @@ def _probe(model: Any, tower: Any) -> tuple[Tensor, int]:
     pool = getattr(model, "text_pool_type", None) or getattr(tower, "pool_type", "argmax")
     end = said if pool == "eos" and said is not None else len(weight) - 1
     length = getattr(model, "context_length", None) or tower.context_length
-    numbers = torch.Generator().manual_seed(0)
     text = torch.full((len(_PROBED), length), padding)
     for row, part in zip(text, _PROBED):
         count = part if isinstance(part, int) else max(3, int(part * length))

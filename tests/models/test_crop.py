@@ -82,9 +82,11 @@ def test_features_and_gradients_are_those_of_padded_texts(kind, simplified, toke
     assert torch.equal(gradients(model, text)[0], features)
 
 
-def test_a_copy_crops_with_its_own_weights(tokens):
+def test_it_draws_nothing_and_a_copy_crops_with_its_own_weights(tokens):
     model = model_of("CLIP")
+    state = torch.get_rng_state()
     simplclip.crop_texts(model)
+    assert torch.equal(torch.get_rng_state(), state)
     other = copy.deepcopy(model)
     torch.nn.init.normal_(model.text_projection)
     tokens.clear()
