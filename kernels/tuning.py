@@ -157,10 +157,10 @@ def _tiles(row: str) -> list[Tile | None]:
 
 
 def lookup(op: str, entry: int, precision: str, architecture: int) -> Tile:
-    """Entry `entry` (from 1) of the op's row; an architecture without its own entries uses those of the table."""
+    """Entry `entry` (from 1) of the op's row; an architecture that is not in ARCHITECTURES uses those of the nearest one."""
     if architecture == INTERPRETER:
         return _INTERPRETED[max((name for name in _INTERPRETED if op.startswith(name)), key=len)]
-    own = op, precision, architecture
+    own = op, precision, min(ARCHITECTURES, key=lambda known: abs(known - architecture))
     rows = [_OLDER.get(own, ""), _OLDER.get((op, precision, 0), "")] if OLDER else []
     found = (_tiles(row)[entry - 1 : entry] for row in [*rows, _ARCHITECTURE.get(own, ""), _TABLE[op, precision]])
     return next(tile for tiles in found for tile in tiles if tile)

@@ -19,6 +19,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,30 @@ def triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
 @functools.cache
 def capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def _no_binary(built: str, device: tuple[int, int]) -> str | None:
+    """Why kernels that were built for `built`, as in TORCH_CUDA_ARCH_LIST, do not run on a device of this capability.
+
+    Machine code runs on devices of its major version, from its minor version on; PTX, which the driver compiles, on all later
+    ones. That of an architecture with a letter, e.g. 9.0a, runs there alone.
+    """
+    for major, minor, letter, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", built):
+        least = int(major), int(minor)
+        if device == least or (not letter and device > least and (ptx or device[0] == least[0])):
+            return None
+    number = ".".join(map(str, device))
+    return f"was built for {built}, the device has compute capability {number}: rebuild with TORCH_CUDA_ARCH_LIST={number}"
+
+
+def extension_on_cuda(device: str, dtype: torch.dtype) -> str | None:
+    """Why the CUDA extension cannot run a call, whatever the op."""
+    if cuda_extension is None:
+        return cuda_extension_error
+    reason = why_not_kernels("cuda", device, dtype)
+    if reason is None and capability():
+        reason = _no_binary(cuda_extension.architectures(), capability())
+    return reason
 
 
 def _native(name: str) -> Callable:

@@ -59,6 +59,13 @@ def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypa
     assert set(tuning.ARCHITECTURES) == set(gate.LIMITS)
 
 
+def test_an_unknown_architecture_takes_the_tiles_of_the_nearest_one():
+    for unknown, nearest in ((75, 80), (87, 86), (100, 90), (103, 90), (110, 120), (121, 120)):
+        for op, precision in tuning._TABLE:
+            assert tuning.lookup(op, 1, precision, unknown) == tuning.lookup(op, 1, precision, nearest)
+    assert len({tuning.lookup("similarity_forward", 2, "half", each) for each in (86, 100, 121)}) > 1
+
+
 def test_tiles_are_those_of_the_installed_triton(monkeypatch):
     assert tuning._older() == tuning.OLDER
     for version, expected in (("3.6.0", True), ("3.7.1+git1", True), ("3.8.0", False), ("3.10.0", False), ("4.0", False)):

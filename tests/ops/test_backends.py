@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,5 +146,27 @@ def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
         assert why_not(torch.float32) is None
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+RUNS_ON = [
+    ("8.6;8.9;9.0;12.0", {(8, 6), (8, 7), (8, 9), (9, 0), (12, 0), (12, 1)}),
+    ("8.0 9.0+PTX", {(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)}),
+    ("9.0a+PTX", {(9, 0)}),
+]
+DEVICES = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+
+
+@pytest.mark.parametrize(("built", "runs"), RUNS_ON)
+def test_a_device_without_a_binary_gets_the_next_backend(built, runs, monkeypatch):
+    extension = SimpleNamespace(
+        architectures=lambda: built, shaped_attention_why_not=lambda *_: None, binary_version=lambda device: 0
+    )
+    monkeypatch.setattr(backends, "cuda_extension", extension)
+    for device in DEVICES:
+        monkeypatch.setattr(backends, "capability", lambda device=device: device)
+        chosen, _ = backends.select("shaped_attention_fwd", "cuda", torch.bfloat16, length=77, width=64)
+        assert (chosen == "cuda") == (device in runs), device
     monkeypatch.setattr(backends, "capability", lambda: (7, 5))
-    assert why_not() == "needs compute capability 8.0, the device has 7.5"
+    told = backends.why_not("shaped_attention_bwd", "cuda", "cuda", torch.bfloat16)
+    assert told == f"was built for {built}, the device has compute capability 7.5: rebuild with TORCH_CUDA_ARCH_LIST=7.5"
+    assert f"    cuda: not cuda: {told}" in render(simplclip.report(), why=True).splitlines()

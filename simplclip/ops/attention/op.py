@@ -58,12 +58,7 @@ def _why_not_triton(device: str, dtype: torch.dtype, *, width: int = 0, **call) 
 
 
 def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
-    if backends.cuda_extension is None:
-        return backends.cuda_extension_error
-    if device == "cuda" and backends.capability() and backends.capability() < (8, 0):
-        return f"needs compute capability 8.0, the device has {'.'.join(map(str, backends.capability()))}"
-    reason = backends.why_not_kernels("cuda", device, dtype)
-    if reason:
+    if reason := backends.extension_on_cuda(device, dtype):
         return reason
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "serves float32 only through TF32, which torch does not allow (torch.backends.cuda.matmul.allow_tf32)"
