@@ -68,12 +68,6 @@ _TABLE = {
     ("shaped_attention_keys", "half"):       "32x128x0/4/2/2 32x128x0/4/2/2 32x64x0/4/2/2  32x64x0/8/2    16x32x0/4/1",
     ("shaped_attention_keys", "tf32"):       "32x64x0/8/2    32x64x0/8/2    32x32x0/4/2    32x32x0/4/1",
     ("shaped_attention_keys", "ieee"):       "32x32x0/8/1    32x32x0/8/1    16x32x0/8/1    16x32x0/8/1",
-    ("parallel_mlp_fwd", "half"):            "128x128x32/8/3",
-    ("parallel_mlp_fwd", "tf32"):            "128x128x32/8/3",
-    ("parallel_mlp_fwd", "ieee"):            "64x64x8/8/3",
-    ("parallel_mlp_weight", "half"):         "128x128x32/8/3",
-    ("parallel_mlp_weight", "tf32"):         "128x128x16/8/3",
-    ("parallel_mlp_weight", "ieee"):         "64x64x16/8/3",
     ("parallel_mlp_hidden", "half"):         "128x128x32/8/3",
     ("parallel_mlp_hidden", "tf32"):         "128x128x16/8/3",
     ("parallel_mlp_hidden", "ieee"):         "64x64x16/8/3",
@@ -134,7 +128,6 @@ _OLDER = {
     ("shaped_attention_fwd", "ieee", 80):       "-              -              32x64x0/8/2",
     ("shaped_attention_rows", "ieee", 90):      "-              -              16x16x0/8/2",
     ("shaped_attention_keys", "ieee", 80):      "-              -              16x32x0/8/2",
-    ("parallel_mlp_fwd", "ieee", 0):            "64x64x16/8/3",
 }
 # fmt: on
 

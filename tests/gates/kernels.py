@@ -18,13 +18,8 @@ from simplclip.kernels.attention.op import SUMS, sums_warps
 from simplclip.kernels.feature.op import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
 from simplclip.kernels.feature.op import tile as feature_tile
 from simplclip.kernels.launch import COMPILE
+from simplclip.kernels.mlp import op as mlp
 from simplclip.kernels.mlp.activations import ACTIVATIONS
-from simplclip.kernels.mlp.op import GROUP as MLP_GROUP
-from simplclip.kernels.mlp.op import (
-    _parallel_mlp_fwd_kernel,
-    _parallel_mlp_hidden_kernel,
-    _parallel_mlp_weight_kernel,
-)
 from simplclip.kernels.similarity.backward import _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
@@ -49,7 +44,6 @@ _ALIGNED = ("d", "width", "teacher_width", "hidden")
 _ALIGNED += ("out_stride", "matrix_stride", "h_stride", "weight_stride", "grad_stride")
 ATTENTION = {"fwd": _shaped_attention_fwd_kernel, "rows": _shaped_attention_rows_kernel}
 ATTENTION |= {"keys": _shaped_attention_keys_kernel}
-MLP = {"fwd": _parallel_mlp_fwd_kernel, "weight": _parallel_mlp_weight_kernel, "hidden": _parallel_mlp_hidden_kernel}
 
 
 @dataclass
@@ -211,15 +205,17 @@ def attention_kernels(
 def mlp_kernels(
     dtype: str, architecture: int, acts: tuple[str, ...] = ("gelu",), even: tuple[bool, ...] = (True, False)
 ) -> Iterator[Kernel]:
-    """For C and F that are multiples of a block, and others."""
+    """For a C that is a multiple of a block, and others."""
     precision = DTYPES[dtype][1]
-    names = ("h", "weight", "bias", "out", "grad", "d_weight")
-    for act, whole, (op, function) in itertools.product(acts, even, MLP.items()):
-        tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture)
-        constants = {"ACT": act, "ACCUMULATE": True, "EVEN": whole, "GROUP": MLP_GROUP, **products(tile, precision)}
-        if whole or "EVEN" in function.arg_names:
-            types = dict.fromkeys(names, "*element")
-            yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C, F" * (not whole), types=types)
+    types = dict.fromkeys(("h", "activated", "weight", "grad"), "*element")
+    tile = tuning.lookup("parallel_mlp_hidden", 1, precision, architecture)
+    for act in acts:
+        function, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "INTERPRETED": False, "BLOCK": mlp.BLOCK}
+        yield Kernel(function.__name__, function, constants, tuning.Tile(0, 0, 0, 4, 3), dtype, act, False, types)
+        function = mlp._parallel_mlp_hidden_kernel
+        for whole in even:
+            constants = {"ACT": act, "EVEN": whole, "GROUP": mlp.GROUP, **products(tile, precision)}
+            yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C" * (not whole), types=types)
 
 
 def compile_kernel(kernel: Kernel, architecture: int):
