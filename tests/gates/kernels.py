@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,9 +11,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simplclip.kernels import tuning
-from simplclip.kernels.attention.backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
-from simplclip.kernels.attention.forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
-from simplclip.kernels.attention.op import SUMS, sums_warps
 from simplclip.kernels.feature.op import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
 from simplclip.kernels.feature.op import tile as feature_tile
 from simplclip.kernels.launch import COMPILE
@@ -42,8 +38,6 @@ _TYPES = {
 # Multiples of 16 in any call worth a table, as are the strides.
 _ALIGNED = ("d", "width", "teacher_width", "hidden")
 _ALIGNED += ("out_stride", "matrix_stride", "h_stride", "weight_stride", "grad_stride")
-ATTENTION = {"fwd": _shaped_attention_fwd_kernel, "rows": _shaped_attention_rows_kernel}
-ATTENTION |= {"keys": _shaped_attention_keys_kernel}
 
 
 @dataclass
@@ -174,32 +168,9 @@ def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
 
 
 def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
-    """Constants of every kernel of attention and of the MLP: how it multiplies, by which tile."""
+    """Constants of the MLP's product: how it multiplies, by which tile."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     return {"PRECISION": "tf32" if precision == "tf32" else "ieee", "INTERPRETED": False, **blocks}
-
-
-def attention_kernels(
-    dtype: str, architecture: int, widths: tuple[int, ...], causal: tuple[bool, ...] = (False, True)
-) -> Iterator[Kernel]:
-    """At widths of a head: a power of two, or one that is filled up to it."""
-    precision = DTYPES[dtype][1]
-    types = dict.fromkeys(("q", "k", "v", "grad", "dq", "dk", "dv"), "*element")
-    types |= dict.fromkeys(("gains", "lse", "delta"), "*fp32") | {"lengths": "*i32", "scale": "fp32"}
-    for width in widths:
-        block = max(16, triton.next_power_of_2(width))
-        tile = tuning.of_width("shaped_attention_fwd", block, precision, architecture)
-        constants = {"EVEN": width == block, "BLOCK_M": tile.block_m, "BLOCK_K": block}
-        function = _shaped_attention_sums_kernel
-        yield Kernel(
-            function.__name__, function, constants, tile._replace(warps=sums_warps(tile)), dtype, f"K={width}", False, types
-        )
-    for width, masked in itertools.product(widths, causal):
-        block = max(16, triton.next_power_of_2(width))
-        for op, function in ATTENTION.items():
-            tile = tuning.of_width(f"shaped_attention_{op}", block, precision, architecture)
-            constants = {"CAUSAL": masked, "EVEN": width == block, "SUMS": SUMS, **products(tile, precision)}
-            yield Kernel(function.__name__, function, constants, tile, dtype, f"K={width}" + " causal" * masked, types=types)
 
 
 def mlp_kernels(
@@ -232,7 +203,7 @@ def compile_kernel(kernel: Kernel, architecture: int):
             attributes |= {(place, at): [["tt.divisibility", 16]] for at, each in enumerate(kind) if each}
             continue
         signature[name] = kind.replace("element", element)
-        if signature[name].startswith("*") or name in _ALIGNED or re.search("_[blh]$", name):
+        if signature[name].startswith("*") or name in _ALIGNED:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(kernel.function, signature, constants, attributes),
@@ -253,6 +224,4 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
     yield from small_kernels(dtype)
     if dtype != "tf32":
         yield from feature_loss_kernels(dtype)
-    wide = (200, 256) if DTYPES[dtype][1] == "half" else ()
-    yield from attention_kernels(dtype, architecture, (16, 20, 32, 40, 64, 80, 128, *wide) if everything else (64, 80))
     yield from mlp_kernels(dtype, architecture, ACTIVATIONS if everything else ("gelu",))

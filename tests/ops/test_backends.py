@@ -25,7 +25,7 @@ def test_forcing_is_scoped_and_named():
         assert backends.select("similarity_loss_fwd", "cpu", torch.float32, backends.forced())[0] == "reference"
         loss()
     assert backends.forced() == ""
-    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, reference, got 'gpu'"):  # noqa: SIM117
+    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'gpu'"):  # noqa: SIM117
         with simplclip.backend("gpu"):
             pass
 
@@ -69,7 +69,7 @@ def test_the_environment_forces_a_backend():
     failed = run_python(code, SIMPLCLIP_BACKEND="triton")
     assert "backend 'triton' was forced but cannot serve similarity_loss_fwd" in failed.stderr
     failed = run_python(code, SIMPLCLIP_BACKEND="fastest")
-    assert "backend: expected one of cuda, triton, cpu, reference, got 'fastest'" in failed.stderr
+    assert "backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'fastest'" in failed.stderr
 
 
 WITHOUT_EXTENSION = """
@@ -133,8 +133,8 @@ def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
         return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, **call)
 
     monkeypatch.setattr(backends, "capability", lambda: (8, 6))
-    assert why_not(length=288, width=128) is None
-    assert why_not(length=289, width=64) == "serves 1 to 288 tokens; got 289 tokens, width 64"
+    assert why_not(length=80, width=128) is None
+    assert why_not(length=81, width=64) == "serves 1 to 80 tokens; got 81 tokens, width 64"
     assert why_not(length=77, width=40) == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
     assert why_not(device="cpu") == "serves cuda tensors, not cpu"
     assert "float64 is for the reference" in why_not(torch.float64)
@@ -143,7 +143,8 @@ def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         assert "only through TF32" in why_not(torch.float32)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert why_not(torch.float32) is None
+        assert why_not(torch.float32, length=80, width=64) is None
+        assert "that fit in shared memory; got 80 tokens, width 128" in why_not(torch.float32, length=80, width=128)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
