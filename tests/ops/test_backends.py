@@ -109,10 +109,11 @@ def test_importing_is_light():
 def test_report_is_json_and_names_a_backend_for_every_op():
     report = simplclip.report()
     assert json.loads(json.dumps(report)) == report
-    assert set(report["ops"]) == set(backends.TABLE)
-    for op, devices in report["ops"].items():
+    assert {name.removesuffix(", long") for name in report["ops"]} == set(backends.TABLE)
+    assert report["ops"]["shaped_attention_fwd, long"]["cuda"]["backend"] == "sdpa"
+    for name, devices in report["ops"].items():
         for entry in devices.values():
-            assert entry["backend"] in backends.TABLE[op]
+            assert entry["backend"] in backends.TABLE[name.removesuffix(", long")]
             assert all(entry["others"].values())
             assert set(entry["others"]) == set(backends.NAMES) - {entry["backend"]}
     text = render(report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 Forward = Callable[[AttentionCall], tuple[Tensor, Tensor]]
+Call = TypeVar("Call", bound=AttentionCall)
 Backward = Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -29,7 +31,7 @@ def _padded(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
 def _counts(call: AttentionCall) -> Tensor | int:  # [L, 1, 1], [B, 1, 1, 1] or a number
     """How many keys a query sees, at least 1."""
     if call.causal:
-        return torch.arange(1, call.q.shape[1] + 1, device=call.q.device)[:, None, None]
+        return torch.arange(1, call.q.shape[1] + 1, device=call.q.device, dtype=call.gains.dtype)[:, None, None]
     return call.q.shape[1] if call.lengths is None else call.lengths.clamp(min=1)[:, None, None, None]
 
 
@@ -44,7 +46,7 @@ def _spread(grad: Tensor, call: AttentionCall) -> Tensor:  # [B, 1, H, K], if ca
     """Cᵀ grad."""
     if not call.causal:
         return grad.sum(1, keepdim=True, dtype=call.gains.dtype).div_(_counts(call))
-    shares = grad / _counts(call).to(call.gains.dtype)
+    shares = grad / _counts(call)
     return (shares.sum(1, keepdim=True) - shares.cumsum(1)).add_(shares)
 
 
@@ -53,7 +55,7 @@ def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # [B, L, H, K] tw
     return (a * b).sum((0, 1, 3), dtype=dtype)
 
 
-def _of_positive_scale(call: AttentionCall) -> tuple[AttentionCall, int]:
+def _of_positive_scale(call: Call) -> tuple[Call, int]:
     """A call of equal logits, and what dq is multiplied by: others mask logits by −inf before they multiply by the scale."""
     if call.scale > 0:
         return call, 1

@@ -90,15 +90,15 @@ def _why_not_xformers(device: str, dtype: torch.dtype, *, lengths: bool = False,
     return backends.why_not_kernels("cuda", device, dtype)
 
 
-AROUND = {
+AROUND: dict[str, tuple[around.Forward, around.Backward, Callable]] = {
     "sdpa": (sdpa.attention, sdpa.attention_backward, _why_not_sdpa),
     "xformers": (xformers.attention, xformers.attention_backward, _why_not_xformers),
 }
 _FWD = backends.row(reference.shaped_attention_fwd, cuda=_why_not_cuda, cpu=True)
 _BWD = backends.row(reference.shaped_attention_bwd, cuda=_why_not_cuda, cpu=True)
-for _name, (*_attend, _why_not) in AROUND.items():
-    _FWD[_name] = backends.Implementation(partial(around.shaped_attention_fwd, _attend[0]), _why_not)
-    _BWD[_name] = backends.Implementation(partial(around.shaped_attention_bwd, _attend), _why_not)
+for _name, (_attend, _attend_backward, _why_not) in AROUND.items():
+    _FWD[_name] = backends.Implementation(partial(around.shaped_attention_fwd, _attend), _why_not)
+    _BWD[_name] = backends.Implementation(partial(around.shaped_attention_bwd, (_attend, _attend_backward)), _why_not)
 define(
     "shaped_attention_fwd", AttentionCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts,
     native=(AttentionCall, "(Tensor, Tensor)"), native_fake=lambda call: _fwd_fake(call, "cuda")[:2],

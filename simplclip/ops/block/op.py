@@ -197,10 +197,11 @@ def simplified_block(
         recompute: keep only x and the log-sum-exps for backward, which then computes the block again.
 
     Saved for backward: x, [q|k] [T, 2C], h [T, F] and the log-sum-exps [B, H, L]: 7C elements per token with F = 4C (C with
-    `recompute`), where a standard block keeps 16C. Norm and activation are computed again. Backward overwrites h with its
-    gradient (with retain_graph=True a copy of h). Gradients of frozen tensors are not computed. On one machine, the
-    same call has the same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode
-    are supported, except by backend "reference".
+    `recompute`), where a standard block keeps 16C; C more if backend "sdpa" or "xformers" computes the attention. Norm and
+    activation are computed again. Backward overwrites h with its gradient (with retain_graph=True a copy of h). Gradients of
+    frozen tensors are not computed. On one machine, the same call has the same bits each time (see `shaped_attention`); on
+    a CPU, with the same number of threads. Only first derivatives in reverse mode are supported, except by backend
+    "reference".
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.

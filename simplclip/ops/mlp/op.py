@@ -126,8 +126,8 @@ def parallel_mlp(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: parameters of two nn.Linear; a bias may be None.
         act: "gelu" (erf), "gelu_tanh", "quickgelu" (x sigmoid(1.702 x)), "relu" or "silu".
 
-    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation is applied when the second
-    product reads h and is never stored: [T, F] elements are kept instead of twice that. Backward overwrites h with its
+    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation of h exists for some rows at a
+    time, in 8 or 16 MiB: [T, F] elements are kept instead of twice that. Backward overwrites h with its
     gradient (with retain_graph=True a copy of h). Sums are computed in float32. On one machine, the same call has the
     same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode are supported,
     except by backend "reference".
