@@ -15,7 +15,7 @@ from traced import trace
 
 import simplclip
 from simplclip.memory import fake
-from simplclip.memory.count import Counter
+from simplclip.memory.count import Counter, UncountedOp
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends
 
@@ -57,6 +57,10 @@ def traced(call, dtype=torch.bfloat16):
 @pytest.mark.parametrize("name", CALLS)
 def test_what_a_step_starts(name):
     call, most, some = CALLS[name]
+    if "float32" in name and torch.__version__ < "2.12":
+        with pytest.raises(UncountedOp, match="_efficient_attention_backward: its memory cannot be predicted"):
+            traced(call, torch.float32)
+        return
     found, count = traced(call, torch.float32 if "float32" in name else torch.bfloat16)
     assert count <= most
     assert some.items() <= Bag(found.started).items()
