@@ -1,5 +1,6 @@
 """Attention, MLP and block on fake CUDA tensors: what they start, that nothing waits for the host; and their memory."""
 
+import itertools
 from collections import Counter as Bag
 from unittest import mock
 
@@ -15,7 +16,7 @@ from traced import trace
 
 import simplclip
 from simplclip.memory import fake
-from simplclip.memory.count import Counter, UncountedOp
+from simplclip.memory.count import WORKSPACE, Counter, UncountedOp
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends
 
@@ -67,6 +68,17 @@ def test_what_a_step_starts(name):
 
 
 @needs_triton
+def test_what_a_step_takes_inside():
+    """FlashAttention's sums of dq, of rows that are filled up; of act(h) at most 16 MiB, and the sum of its gradients."""
+    found, _ = traced(CALLS["attention"][0])
+    assert (WORKSPACE, 4 * 4 * 256 * 3 * 65) in found.usage.events
+    found, _ = traced(mlp_call(100_000, 64, 256))
+    live = itertools.accumulate(change for kind, change in found.usage.events if kind == WORKSPACE)
+    assert 12 << 20 < max(live) <= (16 << 20) + 64 * 256 * (4 + 2)
+    assert found.started.count("_parallel_mlp_activate_kernel") == 3 + 3  # as in a plan: the first two chunks and the last
+
+
+@needs_triton
 @pytest.mark.skipif(backends.cuda_extension is None, reason=str(backends.cuda_extension_error))
 @pytest.mark.parametrize("name", SHORT)
 def test_what_a_step_of_short_sequences_starts(name, monkeypatch):
@@ -88,8 +100,7 @@ def test_tensors_of_more_than_2_to_the_31_elements():
     shapes = {"x": (1100000, 512), "fc1_weight": (2048, 512), "fc2_weight": (512, 2048)}
     mlp = Call("parallel_mlp", {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, {})
     found, _ = traced(mlp)
-    counts = [args[2] for args in found.arguments if len(args) == 3]
-    assert max(counts) <= 8 << 20  # of the chunks that a plan goes through
+    assert max(count for count, *others in found.numbers if not others) <= 8 << 20  # of the chunks that a plan goes through
     assert found.started.count("_parallel_mlp_hidden_kernel") == 1
 
 

@@ -22,14 +22,14 @@ class Trace(Counter):
     """started: the names of torch's functions that start kernels, of ours in C++, and of Triton's kernels.
 
     between: functions that take or make tensors of the host beside those of the card. A value that is read is an UncountedOp.
-    arguments: of each kernel of Triton.
+    numbers: among the arguments of each kernel of Triton.
     """
 
     def __init__(self) -> None:
         super().__init__(CUDA)
         self.started: list[str] = []
         self.between: list[str] = []
-        self.arguments: list[tuple] = []
+        self.numbers: list[list[int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -62,7 +62,7 @@ def trace(run: Callable[[dict[str, Tensor]], None], tensors: dict[str, Tensor]) 
 
     def kernel(self, grid):
         found.started.append(self.kernel.fn.__name__)
-        return lambda *args, **options: found.arguments.append(args)
+        return lambda *args, **options: found.numbers.append([n for n in args if isinstance(n, int)])
 
     with (
         mock.patch.object(launch.started, "__getitem__", kernel),
