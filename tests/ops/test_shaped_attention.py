@@ -112,9 +112,9 @@ def view(layout, t):
         return t
     if layout == "heads before tokens":
         return t.transpose(1, 2).contiguous().transpose(1, 2)
-    whole = torch.full((*t.shape[:3], t.shape[3] + 3), torch.nan, dtype=t.dtype)
-    whole[..., 1:-2] = t
-    return whole[..., 1:-2]
+    whole = torch.full((*t.shape[:3], t.shape[3] + 16), torch.nan, dtype=t.dtype)
+    whole[..., 1:-15] = t
+    return whole[..., 1:-15]
 
 
 def test_a_block_around_an_attention_of_others(around):

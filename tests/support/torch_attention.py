@@ -24,6 +24,7 @@ def _check(*tensors: Tensor) -> None:
     for t in tensors:
         row = 16 // t.itemsize
         assert t.stride(-1) == 1, "rows that are not dense"
+        assert t.data_ptr() % 16 == 0, "a head between multiples of 16 bytes"
         assert not any(step % row for step in t.stride()[:-1]), "heads between multiples of 16 bytes"
         assert not t.shape[-1] % row, "a width between multiples of 16 bytes"
         assert t.dtype == tensors[0].dtype
