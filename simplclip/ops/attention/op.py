@@ -47,10 +47,14 @@ def _fwd(function, call):
     return forward(function, call)
 
 
+def _native_fake(call):
+    b, length, h, _ = call.q.shape
+    return call.q.new_empty(call.q.shape), call.q.new_empty(b, h, length, dtype=call.gains.dtype)
+
+
 def _fwd_fake(call, backend):
-    q, (b, length, h, _) = call.q, call.q.shape
-    lse = q.new_empty(b, h, length, dtype=call.gains.dtype)
-    return q.new_empty(q.shape), lse, q.new_empty(av_shape(q.shape, q, backend, **_facts(call)))
+    av = av_shape(call.q.shape, call.q, backend, **_facts(call))
+    return *_native_fake(call), call.q.new_empty(av)
 
 
 def _bwd(function, call):
@@ -101,7 +105,7 @@ for _name, (_attend, _attend_backward, _why_not) in AROUND.items():
     _BWD[_name] = backends.Implementation(partial(around.shaped_attention_bwd, (_attend, _attend_backward)), _why_not)
 define(
     "shaped_attention_fwd", AttentionCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts,
-    native=(AttentionCall, "(Tensor, Tensor)"), native_fake=lambda call: _fwd_fake(call, "cuda")[:2],
+    native=(AttentionCall, "(Tensor, Tensor)"), native_fake=_native_fake,
 )  # fmt: skip
 define(
     "shaped_attention_bwd", AttentionGradient, "(Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD, facts=_facts,
