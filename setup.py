@@ -68,7 +68,11 @@ def architectures() -> tuple[str, str]:
     """What the CUDA objects are built for, and why."""
     for name in ("SIMPLCLIP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
         if wanted := os.environ.get(name):
-            return ARCHITECTURES if wanted == "all" else wanted, f"by {name}"
+            chosen = ARCHITECTURES if wanted == "all" else ";".join(re.split(r"[;,\s]+", wanted))
+            # At run time they are compared with the device.
+            if not re.fullmatch(r"(\d+\.\d[af]?(\+PTX)?;?)+", chosen):
+                raise SystemExit(f"{name}: expected numbers, as in {ARCHITECTURES}, or all, got {wanted!r}")
+            return chosen, f"by {name}"
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         return ";".join(f"{major}.{minor}" for major, minor in sorted(found)), "the GPUs of this machine"

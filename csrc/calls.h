@@ -26,10 +26,10 @@ struct AttentionCall {
 };
 
 struct AttentionInto : AttentionCall {
-  Tensor grad, lse;   // [B, L, H, K], [B, H, L]
-  Tensor dq, dk, dv;  // [B, L, H, K], written
+  Tensor grad, lse, av;  // [B, L, H, K], [B, H, L]; of other backends
+  Tensor dq, dk, dv;     // [B, L, H, K], written
 
-  auto fields() { return std::tuple_cat(AttentionCall::fields(), std::tie(grad, lse, dq, dk, dv)); }
+  auto fields() { return std::tuple_cat(AttentionCall::fields(), std::tie(grad, lse, av, dq, dk, dv)); }
 };
 
 struct HiddenCall {

@@ -1,4 +1,4 @@
-"""Table of tile sizes by op, number of matrices or width of a head, dtype and architecture, without autotuning.
+"""Table of tile sizes by op, number of matrices, dtype and architecture, without autotuning.
 
 `make aot` compiles every entry and prints registers, shared memory and occupancy; none may spill.
 """
@@ -31,8 +31,6 @@ INTERPRETER = 0  # its "architecture", with small tiles of three different sides
 
 _INTERPRETED = {
     "similarity": Tile(32, 64, 16, 4, 2, 1),
-    "shaped_attention": Tile(64, 32, 0, 4, 2, 1),
-    "shaped_attention_keys": Tile(32, 64, 0, 4, 2, 1),
     "parallel_mlp": Tile(32, 64, 16, 4, 2, 1),
 }
 
@@ -41,7 +39,6 @@ _INTERPRETED = {
 # Entries are the largest tiles with which no launch spills.
 # similarity_sigmoid by the number of terms; so are those that join a softmax, 3 with several positives, and 2 for the
 # statistics of rows alone.
-# shaped_attention by the width of a head, 16, 32, 64, 128, 256 (none in float32); its block_k is that width.
 # fmt: off
 _TABLE = {
     ("similarity_forward", "half"):          "128x128x32/8/4 128x64x32/8/4  128x64x32/8/4  64x64x32/8/4",
@@ -59,21 +56,6 @@ _TABLE = {
     ("similarity_sigmoid", "half"):          "128x64x32/8/4  64x64x32/8/4",
     ("similarity_sigmoid", "tf32"):          "64x128x16/8/4  64x64x32/8/3",
     ("similarity_sigmoid", "ieee"):          "128x32x16/8/3  64x32x16/4/3",
-    ("shaped_attention_fwd", "half"):        "128x64x0/4/3/2 128x64x0/4/3/2 128x32x0/4/3/2 128x32x0/8/2   64x32x0/8/2",
-    ("shaped_attention_fwd", "tf32"):        "128x32x0/8/2   128x32x0/8/2   128x32x0/8/2   64x32x0/8/2",
-    ("shaped_attention_fwd", "ieee"):        "64x32x0/8/2    32x32x0/8/2    32x32x0/8/2    16x32x0/8/1",
-    ("shaped_attention_rows", "half"):       "64x64x0/4/2/2  64x64x0/4/2/2  64x64x0/4/2/2  64x32x0/4/2    64x16x0/8/1",
-    ("shaped_attention_rows", "tf32"):       "64x32x0/4/2    64x32x0/4/2    64x32x0/4/2    32x16x0/4/1",
-    ("shaped_attention_rows", "ieee"):       "32x32x0/8/1    32x32x0/8/2    32x32x0/8/2    16x16x0/8/1",
-    ("shaped_attention_keys", "half"):       "32x128x0/4/2/2 32x128x0/4/2/2 32x64x0/4/2/2  32x64x0/8/2    16x32x0/4/1",
-    ("shaped_attention_keys", "tf32"):       "32x64x0/8/2    32x64x0/8/2    32x32x0/4/2    32x32x0/4/1",
-    ("shaped_attention_keys", "ieee"):       "32x32x0/8/1    32x32x0/8/1    16x32x0/8/1    16x32x0/8/1",
-    ("parallel_mlp_fwd", "half"):            "128x128x32/8/3",
-    ("parallel_mlp_fwd", "tf32"):            "128x128x32/8/3",
-    ("parallel_mlp_fwd", "ieee"):            "64x64x8/8/3",
-    ("parallel_mlp_weight", "half"):         "128x128x32/8/3",
-    ("parallel_mlp_weight", "tf32"):         "128x128x16/8/3",
-    ("parallel_mlp_weight", "ieee"):         "64x64x16/8/3",
     ("parallel_mlp_hidden", "half"):         "128x128x32/8/3",
     ("parallel_mlp_hidden", "tf32"):         "128x128x16/8/3",
     ("parallel_mlp_hidden", "ieee"):         "64x64x16/8/3",
@@ -101,17 +83,6 @@ _ARCHITECTURE = {
     ("similarity_forward", "tf32", 120):          "-              -              -              64x32x32/8/3",
     ("similarity_backward", "tf32", 120):         "-              -              128x64x16/8/4",
     ("similarity_forward", "ieee", 120):          "-              64x64x8/8/4",
-    ("shaped_attention_rows", "half", 80):        "-              64x32x0/4/2",
-    ("shaped_attention_keys", "half", 80):        "-              -              32x128x0/8/2",
-    ("shaped_attention_rows", "half", 90):        "-              -              -              -              64x16x0/4/1",
-    ("shaped_attention_fwd", "half", 120):        "-              -              -              64x64x0/8/2",
-    ("shaped_attention_rows", "half", 120):       "-              -              -              64x32x0/8/2",
-    ("shaped_attention_fwd", "tf32", 80):         "64x32x0/4/2    64x32x0/4/2",
-    ("shaped_attention_keys", "tf32", 80):        "-              -              32x32x0/4/1",
-    ("shaped_attention_rows", "ieee", 80):        "-              -              32x32x0/8/1",
-    ("shaped_attention_fwd", "ieee", 90):         "32x32x0/8/1",
-    ("shaped_attention_fwd", "ieee", 120):        "-              64x32x0/8/2",
-    ("shaped_attention_keys", "ieee", 120):       "-              32x32x0/8/2",
 }
 # A tl.dot of Triton 3.6 and 3.7 (torch 2.11 has 3.6) sums at least 16 products, one of 3.8 and 3.9 sums 8 in float32; and the
 # older versions spill with other tiles. These entries, by architecture or, with 0, for all, precede the others.
@@ -130,11 +101,6 @@ _OLDER = {
     ("similarity_backward_sigmoid", "tf32", 120):"-              64x128x16/8/4",
     ("similarity_sigmoid", "ieee", 80):         "128x32x16/8/2",
     ("similarity_sigmoid", "ieee", 90):         "-              64x32x16/8/3",
-    ("shaped_attention_rows", "half", 120):     "-              -              -              32x32x0/4/2",
-    ("shaped_attention_fwd", "ieee", 80):       "-              -              32x64x0/8/2",
-    ("shaped_attention_rows", "ieee", 90):      "-              -              16x16x0/8/2",
-    ("shaped_attention_keys", "ieee", 80):      "-              -              16x32x0/8/2",
-    ("parallel_mlp_fwd", "ieee", 0):            "64x64x16/8/3",
 }
 # fmt: on
 
@@ -157,18 +123,13 @@ def _tiles(row: str) -> list[Tile | None]:
 
 
 def lookup(op: str, entry: int, precision: str, architecture: int) -> Tile:
-    """Entry `entry` (from 1) of the op's row; an architecture without its own entries uses those of the table."""
+    """Entry `entry` (from 1) of the op's row; an architecture that is not in ARCHITECTURES uses those of the nearest one."""
     if architecture == INTERPRETER:
         return _INTERPRETED[max((name for name in _INTERPRETED if op.startswith(name)), key=len)]
-    own = op, precision, architecture
+    own = op, precision, min(ARCHITECTURES, key=lambda known: abs(known - architecture))
     rows = [_OLDER.get(own, ""), _OLDER.get((op, precision, 0), "")] if OLDER else []
     found = (_tiles(row)[entry - 1 : entry] for row in [*rows, _ARCHITECTURE.get(own, ""), _TABLE[op, precision]])
     return next(tile for tiles in found for tile in tiles if tile)
-
-
-def of_width(op: str, width: int, precision: str, architecture: int) -> Tile:
-    """The tile of an attention kernel for heads of a width that is a power of two from 16 to 256."""
-    return lookup(op, width.bit_length() - 4, precision, architecture)._replace(block_k=width)
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:

@@ -36,7 +36,6 @@ const char* launch_kernel(
 SIMPLCLIP_DEVICE int thread() { return threadIdx.x; }
 SIMPLCLIP_DEVICE int threads() { return blockDim.x; }
 SIMPLCLIP_DEVICE int block_x() { return blockIdx.x; }
-SIMPLCLIP_DEVICE int block_y() { return blockIdx.y; }
 SIMPLCLIP_DEVICE int grid_x() { return gridDim.x; }
 SIMPLCLIP_DEVICE int lane() { return thread() & 31; }
 SIMPLCLIP_DEVICE int warp() { return thread() >> 5; }

@@ -16,24 +16,23 @@ PyObject* binary_version(PyObject*, PyObject* args) {
 }
 
 PyObject* shaped_attention_why_not(PyObject*, PyObject* args) {
-  int length = 0, width = 0;
-  if (!PyArg_ParseTuple(args, "ii", &length, &width)) return nullptr;
-  if (const char* reason = simplclip::why_no_shaped_plan(length, width)) return PyUnicode_FromString(reason);
+  int length = 0, width = 0, wide = 0;
+  if (!PyArg_ParseTuple(args, "iip", &length, &width, &wide)) return nullptr;
+  if (const char* reason = simplclip::why_no_shaped_plan(length, width, wide)) return PyUnicode_FromString(reason);
   Py_RETURN_NONE;
 }
 
 PyObject* shaped_attention_plan(PyObject*, PyObject* args) {
   int length = 0, width = 0, wide = 0, backward = 0;
   if (!PyArg_ParseTuple(args, "iipp", &length, &width, &wide, &backward)) return nullptr;
-  if (const char* reason = simplclip::why_no_shaped_plan(length, width)) {
+  if (const char* reason = simplclip::why_no_shaped_plan(length, width, wide)) {
     PyErr_SetString(PyExc_ValueError, reason);
     return nullptr;
   }
   const simplclip::ShapedPlan plan = backward ? simplclip::plan_shaped_backward(length, width, wide)
                                               : simplclip::plan_shaped_forward(length, width, wide);
-  return Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i}", "kernel", plan.kernel, "size", plan.bounds.size, "threads",
-                       plan.threads, "blocks", plan.blocks, "shared", plan.shared, "slice", plan.slice, "products",
-                       plan.products, "resident", plan.resident);
+  return Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:i}", "kernel", plan.kernel, "threads", plan.threads, "shared", plan.shared,
+                       "slice", plan.slice, "products", plan.products, "resident", plan.resident);
 }
 
 PyObject* architectures(PyObject*, PyObject*) { return PyUnicode_FromString(SIMPLCLIP_ARCHITECTURES); }
@@ -42,7 +41,7 @@ PyMethodDef methods[] = {
     {"binary_version", binary_version, METH_VARARGS, "binary_version(index) -> architecture of the code for that device, or 0."},
     {"architectures", architectures, METH_NOARGS, "The architectures that this module was compiled for."},
     {"shaped_attention_why_not", shaped_attention_why_not, METH_VARARGS,
-     "shaped_attention_why_not(tokens, width) -> why its kernels do not support such heads, or None."},
+     "shaped_attention_why_not(tokens, width, is_float32) -> why its kernels do not support such heads, or None."},
     {"shaped_attention_plan", shaped_attention_plan, METH_VARARGS,
      "shaped_attention_plan(tokens, width, is_float32, is_backward) -> dict of the launch, see ShapedPlan."},
     {nullptr, nullptr, 0, nullptr},

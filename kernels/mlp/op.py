@@ -1,4 +1,8 @@
-"""Triton kernels of parallel_mlp: act(h) is computed when a tile of h is loaded, and never stored; dh overwrites h."""
+"""parallel_mlp on a GPU: act(h) lies in scratch, some rows at a time, and cuBLAS multiplies it; dh overwrites h.
+
+A kernel that applied the activation to what its product loads would do so once for each block of columns, and more often than
+it multiplies: its tensor cores would wait. The derivative is needed once for each element, so dh has a kernel.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,29 @@ from simplclip.kernels import tuning
 from simplclip.kernels.arithmetic import dot, narrowed
 from simplclip.kernels.launch import (
     COMPILE,
+    add_product,
     architecture_and_processors,
     device_of,
     interpreted,
     precision_of,
-    splits,
     started,
+    starts,
 )
 from simplclip.kernels.mlp.activations import activation, slope
 from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
 GROUP = 8  # blocks of rows that use the same blocks of columns while those are in the cache
-TILE = 16  # steps over the tokens in a unit of work of the weight's gradient; each range of units stores a result to be added
+BLOCK = 2048  # elements that a program activates
+SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
+
+
+@triton.jit(do_not_specialize=["count"])
+def _parallel_mlp_activate_kernel(h, activated, count, ACT: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    each = tl.arange(0, BLOCK)
+    inside = each < count - first
+    values = activation(tl.load(h + first + each, inside, 0.0).to(tl.float32), ACT)
+    tl.store(activated + first + each, narrowed(values, h.dtype.element_ty, INTERPRETED), inside)
 
 
 @triton.jit
@@ -37,112 +52,13 @@ def _block(rows, columns, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: t
     return (first + within % group) * BLOCK_M, within // group * BLOCK_N
 
 
-@triton.jit
-def _activated(h_tile, ACT: tl.constexpr, INTERPRETED: tl.constexpr):
-    return narrowed(activation(h_tile.to(tl.float32), ACT), h_tile.dtype, INTERPRETED)
-
-
-@triton.jit
-def _product(
-    a_at, b_at, b_step, b_columns, inner,
-    ACT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """a b over `inner`, [BLOCK_M, BLOCK_N], with act(a) unless ACT is None.
-
-    a_at, b_at: addresses of the first tiles; b's steps are b_step elements apart. b_columns: which of its columns are
-    read, None: all. EVEN: `inner` is a multiple of BLOCK_K.
-    """
-    depth = tl.arange(0, BLOCK_K)
-    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        if EVEN:
-            a_tile = tl.load(a_at)
-            b_tile = tl.load(b_at) if b_columns is None else tl.load(b_at, b_columns[None, :], 0.0)
-        else:
-            a_tile = tl.load(a_at, (depth < inner - start)[None, :], 0.0)
-            b_inside = (depth < inner - start)[:, None]
-            b_tile = tl.load(b_at, b_inside if b_columns is None else b_inside & b_columns[None, :], 0.0)
-        a_tile = a_tile if ACT is None else _activated(a_tile, ACT, INTERPRETED)
-        tile = dot(a_tile, b_tile, tile, PRECISION, INTERPRETED)
-        a_at += BLOCK_K
-        b_at += b_step
-    return tile
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _parallel_mlp_fwd_kernel(
-    h,  # [T, F]
-    weight,  # [C, F]
-    bias,  # [C], or None
-    out,  # [T, C]
-    tokens, width, hidden, h_stride, weight_stride, out_stride,
-    ACT: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,  # EVEN: of F, see _product
-    PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    row, column = _block(tokens, width, GROUP, BLOCK_M, BLOCK_N)
-    rows = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1 - row)
-    columns = tl.minimum(tl.arange(0, BLOCK_N), width - 1 - column)
-    depth = tl.arange(0, BLOCK_K)
-    h_at = h + row.to(tl.int64) * h_stride + rows[:, None] * h_stride + depth[None, :]
-    weight_at = weight + column.to(tl.int64) * weight_stride + columns[None, :] * weight_stride + depth[:, None]
-    tile = _product(
-        h_at, weight_at, BLOCK_K, None, hidden, ACT, EVEN, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K
-    )  # fmt: skip
-
-    columns = tl.arange(0, BLOCK_N)
-    if bias is not None:
-        tile += tl.load(bias + column + columns, column + columns < width, 0.0).to(tl.float32)[None, :]
-    rows = tl.arange(0, BLOCK_M)
-    inside = (row + rows < tokens)[:, None] & (column + columns < width)[None, :]
-    out_at = out + row.to(tl.int64) * out_stride + rows[:, None] * out_stride + (column + columns)[None, :]
-    if ACCUMULATE:
-        tile += tl.load(out_at, inside, 0.0).to(tl.float32)
-    tl.store(out_at, narrowed(tile, out.dtype.element_ty, INTERPRETED), inside)
-
-
-@triton.jit(do_not_specialize=["tokens", "blocks", "range_tokens"])
-def _parallel_mlp_weight_kernel(
-    grad,  # [T, C]
-    h,  # [T, F]
-    d_weight,  # [ranges, C, F]
-    tokens, width, hidden, grad_stride, h_stride, blocks, range_tokens,
-    ACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Computes gradᵀ act(h) over a range of tokens."""
-    part = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    row_blocks = (width + BLOCK_M - 1) // BLOCK_M
-    row = block % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = part * range_tokens
-    end = tl.minimum(first + range_tokens, tokens)
-    token = tl.arange(0, BLOCK_K)
-    grad_at = grad + first.to(tl.int64) * grad_stride + token[None, :] * grad_stride + row[:, None]
-    h_at = h + first.to(tl.int64) * h_stride + token[:, None] * h_stride + column[None, :]
-    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(first, end, BLOCK_K):
-        inside = start + token < end
-        grad_tile = tl.load(grad_at, (row < width)[:, None] & inside[None, :], 0.0)
-        h_tile = tl.load(h_at, inside[:, None] & (column < hidden)[None, :], 0.0)
-        tile = dot(grad_tile, _activated(h_tile, ACT, INTERPRETED), tile, PRECISION, INTERPRETED)
-        grad_at += BLOCK_K * grad_stride
-        h_at += BLOCK_K * h_stride
-
-    at = d_weight + (part.to(tl.int64) * width + row[:, None]) * hidden + column[None, :]
-    inside = (row < width)[:, None] & (column < hidden)[None, :]
-    tl.store(at, narrowed(tile, d_weight.dtype.element_ty, INTERPRETED), inside)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _parallel_mlp_hidden_kernel(
     grad,  # [T, C]
     weight,  # [C, F]
     h,  # [T, F], overwritten
     tokens, width, hidden, grad_stride, weight_stride, h_stride,
-    ACT: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,  # EVEN: of C, see _product
+    ACT: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,  # EVEN: C is a multiple of BLOCK_K
     PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -153,10 +69,18 @@ def _parallel_mlp_hidden_kernel(
     depth = tl.arange(0, BLOCK_K)
     grad_at = grad + row.to(tl.int64) * grad_stride + rows[:, None] * grad_stride + depth[None, :]
     weight_at = weight + depth[:, None] * weight_stride + columns[None, :]
-    tile = _product(
-        grad_at, weight_at, BLOCK_K * weight_stride, columns < hidden, width,
-        None, EVEN, PRECISION, INTERPRETED, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    inside = (columns < hidden)[None, :]
+    tile = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_K):
+        if EVEN:
+            grad_tile = tl.load(grad_at)
+            weight_tile = tl.load(weight_at, inside, 0.0)
+        else:
+            grad_tile = tl.load(grad_at, (depth < width - start)[None, :], 0.0)
+            weight_tile = tl.load(weight_at, (depth < width - start)[:, None] & inside, 0.0)
+        tile = dot(grad_tile, weight_tile, tile, PRECISION, INTERPRETED)
+        grad_at += BLOCK_K
+        weight_at += BLOCK_K * weight_stride
 
     rows = tl.arange(0, BLOCK_M)
     inside = (row + rows < tokens)[:, None] & (columns < hidden)[None, :]
@@ -165,65 +89,76 @@ def _parallel_mlp_hidden_kernel(
     tl.store(h_at, narrowed(tile, h.dtype.element_ty, INTERPRETED), inside)
 
 
-def _tuned(op: str, h: Tensor) -> tuple[tuning.Tile, dict[str, object]]:
-    """A kernel's tile, and the arguments that all kernels take."""
-    precision = precision_of(h.dtype)
-    tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture_and_processors(h)[0])
-    shared = {"PRECISION": "tf32" if precision == "tf32" else "ieee", "INTERPRETED": interpreted()}
-    return tile, {**shared, **tile.options(), **COMPILE}
-
-
-def _blocks(written: Tensor, tile: tuning.Tile) -> tuple[int]:
-    """The grid of a kernel that writes a matrix in blocks."""
-    return (triton.cdiv(written.shape[0], tile.block_m) * triton.cdiv(written.shape[1], tile.block_n),)
-
-
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor, copied if its rows are not dense (an expanded gradient)."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _chunks(h: Tensor) -> list[slice]:
+    """Ranges of rows of nearly equal size, for each of which act(h) fits SCRATCH_BYTES."""
+    tokens = h.shape[0]
+    most = max(64, SCRATCH_BYTES // (h.shape[1] * h.itemsize))
+    step = -(-tokens // -(-tokens // most))
+    return [slice(first, min(first + step, tokens)) for first in starts(tokens, step)]
+
+
+def _activated(h: Tensor, act: str, scratch: Tensor) -> Tensor:  # [rows, F], contiguous
+    """act(h), in the first rows of the scratch."""
+    out = scratch[: h.shape[0]]
+    started(_parallel_mlp_activate_kernel)[(triton.cdiv(h.numel(), BLOCK),)](
+        h, out, h.numel(), ACT=act, INTERPRETED=interpreted(), BLOCK=BLOCK, **COMPILE
+    )
+    return out
+
+
+def _scratch(h: Tensor, chunks: list[slice]) -> Tensor:
+    return torch.empty_like(h[chunks[0]])
+
+
 def parallel_mlp_fwd(call: HiddenCall) -> None:
-    """out (+)= act(h) weightᵀ + bias, added in float32 and rounded once. No scratch."""
-    h, out, weight = call.h, call.out, _dense(call.weight)
+    """out (+)= act(h) weightᵀ + bias. Scratch: SCRATCH_BYTES, or 64 rows of act(h)."""
+    h, out, weight, bias = call.h, call.out, call.weight.T, call.bias
     if not out.numel():
         return
-    tile, shared = _tuned("fwd", h)
+    chunks = _chunks(h)
+    scratch = _scratch(h, chunks)
+    if call.accumulate and bias is not None:
+        out += bias
     with device_of(h):
-        started(_parallel_mlp_fwd_kernel)[_blocks(out, tile)](
-            h, weight, call.bias, out, *out.shape, h.shape[1], h.stride(0), weight.stride(0), out.stride(0),
-            ACT=call.act, ACCUMULATE=call.accumulate, EVEN=h.shape[1] % tile.block_k == 0, GROUP=GROUP, **shared,
-        )  # fmt: skip
+        for rows in chunks:
+            activated, to = _activated(h[rows], call.act, scratch), out[rows]
+            base = to if call.accumulate else bias
+            torch.mm(activated, weight, out=to) if base is None else torch.addmm(base, activated, weight, out=to)
 
 
 def parallel_mlp_bwd(call: HiddenGradient) -> Tensor:  # [C, F], [0, F] if not needed
     """dh = (grad weight) ∘ act'(h) over h, after dweight = gradᵀ act(h).
 
-    Scratch: dweight in float32 for each range of tokens, if one range would not occupy all multiprocessors.
+    Scratch: as forward's, and if that does not hold all of act(h), dweight in float32.
     """
     grad, h, weight = _dense(call.grad), call.h, _dense(call.weight)
     with device_of(h):
         d_weight = _weight_gradient(grad, h, call.act) if call.need_weight else weight.new_empty(0, weight.shape[1])
         if h.numel():
-            tile, shared = _tuned("hidden", h)
-            started(_parallel_mlp_hidden_kernel)[_blocks(h, tile)](
+            precision = precision_of(h.dtype)
+            tile = tuning.lookup("parallel_mlp_hidden", 1, precision, architecture_and_processors(h)[0])
+            grid = (triton.cdiv(h.shape[0], tile.block_m) * triton.cdiv(h.shape[1], tile.block_n),)
+            started(_parallel_mlp_hidden_kernel)[grid](
                 grad, weight, h, *grad.shape, h.shape[1], grad.stride(0), weight.stride(0), h.stride(0),
-                ACT=call.act, EVEN=grad.shape[1] % tile.block_k == 0, GROUP=GROUP, **shared,
+                ACT=call.act, EVEN=grad.shape[1] % tile.block_k == 0, GROUP=GROUP, INTERPRETED=interpreted(),
+                PRECISION="tf32" if precision == "tf32" else "ieee", **tile.options(), **COMPILE,
             )  # fmt: skip
     return d_weight
 
 
 def _weight_gradient(grad: Tensor, h: Tensor, act: str) -> Tensor:  # [C, F]
-    (tokens, width), hidden = grad.shape, h.shape[1]
-    if not tokens:
-        return h.new_zeros(width, hidden)
-    tile, shared = _tuned("weight", h)
-    blocks = triton.cdiv(width, tile.block_m) * triton.cdiv(hidden, tile.block_n)
-    step = TILE * tile.block_k
-    slots = architecture_and_processors(h)[1] * tile.blocks
-    ranges, tiles = splits(blocks, triton.cdiv(tokens, step), slots)
-    parts = h.new_empty(ranges, width, hidden, dtype=h.dtype if ranges == 1 else torch.float32)
-    started(_parallel_mlp_weight_kernel)[(blocks * ranges,)](
-        grad, h, parts, tokens, width, hidden, grad.stride(0), h.stride(0), blocks, tiles * step, ACT=act, **shared,
-    )  # fmt: skip
-    return parts[0] if ranges == 1 else parts.sum(0).to(h.dtype)
+    if not h.numel():
+        return h.new_zeros(grad.shape[1], h.shape[1])
+    chunks = _chunks(h)
+    scratch = _scratch(h, chunks)
+    if len(chunks) == 1:
+        return grad.T @ _activated(h, act, scratch)
+    total = h.new_zeros(grad.shape[1], h.shape[1], dtype=torch.float32)
+    for rows in chunks:
+        add_product(total, grad[rows].T, _activated(h[rows], act, scratch))
+    return total.to(h.dtype)

@@ -12,6 +12,7 @@ import typer
 
 from simplclip.version import __version__
 
+LONG = 197  # tokens of an attention that is reported beside a short one
 PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")
 
 
@@ -76,6 +77,7 @@ def _extension() -> dict:
 def report() -> dict:
     """Versions, CPU, GPU, extensions, and the backend that runs each op for float32 CPU and CUDA tensors, and why no other.
 
+    Attention is there twice, also "long", with 197 tokens, since the backend depends on their number.
     It contains only plain types, so that it can be written as JSON.
     """
     import torch
@@ -95,23 +97,32 @@ def report() -> dict:
         "gpu": _gpu(),
         "extension": _extension(),
         "forced_backend": backends.forced() or None,
-        "ops": {op: {device: _backend(op, device) for device in ("cpu", "cuda")} for op in backends.TABLE},
+        "ops": {
+            name: {device: _backend(op, device, facts) for device in ("cpu", "cuda")}
+            for op in backends.TABLE
+            for name, facts in _cases(op)
+        },
     }
 
 
-def _backend(op: str, device: str) -> dict:
+def _cases(op: str) -> list[tuple[str, dict]]:
+    """The calls of an op that the report has, with what the choice of a backend depends on."""
+    return [(op, {}), *([(f"{op}, long", {"length": LONG})] if op.startswith("shaped_attention") else [])]
+
+
+def _backend(op: str, device: str, facts: dict) -> dict:
     import torch
 
     from simplclip.ops import backends
 
     serves = problem = None
     try:
-        serves, _ = backends.select(op, device, torch.float32, backends.forced())
+        serves, _ = backends.select(op, device, torch.float32, backends.forced(), **facts)
     except (RuntimeError, ValueError) as error:
         problem = str(error)
     free = f"can run; {'another is forced' if backends.forced() else f'{serves} comes first'}"
     others = [name for name in backends.NAMES if name != serves]
-    reasons = {name: backends.why_not(op, name, device, torch.float32) or free for name in others}
+    reasons = {name: backends.why_not(op, name, device, torch.float32, **facts) or free for name in others}
     return {"backend": serves, "error": problem, "others": reasons}
 
 
@@ -137,10 +148,10 @@ def render(data: dict, why: bool = False) -> str:
     if data["forced_backend"]:
         rows.append(("forced", f"{data['forced_backend']}, by SIMPLCLIP_BACKEND or simplclip.backend"))
     lines = [f"{name:<13}{text}" for name, text in rows]
-    lines += ["", f"{'op':<24}{'float32 CPU tensor':<20}float32 CUDA tensor"]
+    lines += ["", f"{'op':<28}{'float32 CPU tensor':<20}float32 CUDA tensor"]
     for op, devices in data["ops"].items():
         cells = [entry["backend"] or "error" for entry in devices.values()]
-        lines.append(f"{op:<24}{cells[0]:<20}{cells[1]}")
+        lines.append(f"{op:<28}{cells[0]:<20}{cells[1]}")
         for device, entry in devices.items() if why else ():
             lines += [f"    {device}: {entry['error']}"] if entry["error"] else []
             lines += [f"    {device}: not {name}: {reason}" for name, reason in entry["others"].items()]

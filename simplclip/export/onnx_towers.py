@@ -98,7 +98,10 @@ def _decompositions() -> dict[Any, Any]:
     ops = torch.ops.simplclip
     return {
         ops.simplified_block_fwd.default: lambda *args: _simplified_block(BlockCall(*args[:-1])),
-        ops.shaped_attention_fwd.default: lambda *args: shaped_attention_fwd(AttentionCall(*args[:-1])),
+        ops.shaped_attention_fwd.default: lambda q, *args: (
+            *shaped_attention_fwd(AttentionCall(q, *args[:-1])),
+            q.new_empty(0),
+        ),
         ops.parallel_mlp_fwd.default: lambda x, *args: (_mlp(x, MlpCall(x, *args[:-1])), x.new_empty(0)),
     }
 
@@ -120,7 +123,7 @@ def _simplified_block(call: BlockCall):
     if call.output_weight is not None:
         out = F.linear(out, call.output_weight)
     out = out + call.mlp_gain.to(x.dtype) * _mlp(n, call)
-    return out.reshape(x.shape), x.new_empty(0), x.new_empty(0), lse
+    return out.reshape(x.shape), x.new_empty(0), x.new_empty(0), lse, x.new_empty(0)
 
 
 @contextlib.contextmanager

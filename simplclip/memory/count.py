@@ -37,7 +37,8 @@ class UncountedOp(UserError, RuntimeError):
     function takes is not stated."""
 
 
-_NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException
+# TypeError: the fake of the memory-efficient attention's backward has other arguments than the function itself in torch 2.11.
+_NO_FAKE = NotImplementedError, fakes.UnsupportedOperatorException, TypeError
 _VALUES = fakes.DataDependentOutputException, fakes.DynamicOutputShapeException
 
 
@@ -75,7 +76,7 @@ class Counter(TorchDispatchMode):
     """Tracks the storages on `device` that ops return; `usage` is the result.
 
     Ops of simplclip run on fake tensors too. A function in C++ is not called: its results are made as fake tensors, and the
-    workspace that it states is counted. A launcher of Triton runs, but starts no kernels. The reference is plain torch.
+    workspace that it states is counted. A launcher of Triton runs, but starts no kernels. Other backends are plain torch.
 
     Raises UncountedOp, which names the op.
     """
@@ -144,6 +145,8 @@ class Counter(TorchDispatchMode):
                 f"{func.name()}: its memory cannot be predicted, since it does not run on fake tensors: {reason}"
             ) from error
         self.hold(out, self.kind, instead_of=())
+        if func is torch.ops.aten._flash_attention_backward.default:
+            self.transient(_flash_scratch(args[1], args[6]))
         return out
 
     def _native(self, op: str, backend: str, function):
@@ -161,7 +164,10 @@ class Counter(TorchDispatchMode):
             self.hold(out, outer, instead_of=(WORKSPACE,))
             return out
 
-        return {"reference": function, "triton": launch}.get(backend, fake)
+        if backend == "xformers":  # whose kernels take what those of torch take
+            function = backends.TABLE[op]["sdpa"].function
+        known = {"reference": function, "triton": launch, "sdpa": launch, "xformers": launch}
+        return known.get(backend, fake)
 
     def _free(self, key: int, _: object) -> None:
         kind, size, _ = self._held.pop(key)
@@ -197,6 +203,14 @@ def workspace_bytes(name: str, backend: str, call: Any) -> int:
             return function(*(_on_meta(value) if isinstance(value, Tensor) else value for value in flat(call)))
     except NotImplementedError:
         raise UncountedOp(f"no workspace is stated for {name} on backend {backend}") from None
+
+
+def _flash_scratch(q: Tensor, bounds: Tensor | None) -> int:
+    """Bytes that FlashAttention's backward takes: sums of dq and one number a row, in float32, of rows that are filled up."""
+    heads, width = q.shape[-2:]
+    width += -width % (32 if width <= 128 else 64)
+    rows = q.shape[0] + 128 * (len(bounds) - 1) if bounds is not None else q.shape[0] * (q.shape[1] + -q.shape[1] % 128)
+    return 4 * rows * heads * (width + 1)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ A backend is one of
     cuda       hand-written CUDA C++
     triton     Triton kernels
     cpu        C++ for the CPU
+    sdpa       shaped attention around torch's scaled_dot_product_attention
+    xformers   the same around memory_efficient_attention of the package xformers
     reference  plain torch for any device and dtype, the definition of the op. If it is forced, autograd differentiates
                through it (any order, forward mode, torch.func), which keeps all matrices.
 
@@ -19,6 +21,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +30,7 @@ import torch
 
 from simplclip.ops.calls import flat
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+NAMES = ("cuda", "triton", "cpu", "sdpa", "xformers", "reference")
 
 _forced: str = os.environ.get("SIMPLCLIP_BACKEND", "")
 
@@ -76,14 +79,14 @@ def _extension_on_cpu(device: str, dtype: torch.dtype, **call) -> str | None:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def installed(package: str) -> bool:
     """Cached, since it is asked at every call, and a search of sys.path costs more than a small op."""
-    return importlib.util.find_spec("triton") is not None
+    return importlib.util.find_spec(package) is not None
 
 
 def triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
     """Triton serves CUDA tensors; with TRITON_INTERPRET=1 its interpreter serves CPU tensors instead, for tests."""
-    if not _has_triton():
+    if not installed("triton"):
         return "the package triton is not installed"
     serves = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     reason = why_not_kernels(serves, device, dtype)
@@ -93,6 +96,30 @@ def triton_on_cuda(device: str, dtype: torch.dtype, **call) -> str | None:
 @functools.cache
 def capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
+def _no_binary(built: str, device: tuple[int, int]) -> str | None:
+    """Why kernels that were built for `built`, as in TORCH_CUDA_ARCH_LIST, do not run on a device of this capability.
+
+    Machine code runs on devices of its major version, from its minor version on; PTX, which the driver compiles, on all later
+    ones. That of an architecture with a letter, e.g. 9.0a, runs there alone.
+    """
+    for major, minor, letter, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", built):
+        least = int(major), int(minor)
+        if device == least or (not letter and device > least and (ptx or device[0] == least[0])):
+            return None
+    number = ".".join(map(str, device))
+    return f"was built for {built}, the device has compute capability {number}: rebuild with TORCH_CUDA_ARCH_LIST={number}"
+
+
+def extension_on_cuda(device: str, dtype: torch.dtype) -> str | None:
+    """Why the CUDA extension cannot run a call, whatever the op."""
+    if cuda_extension is None:
+        return cuda_extension_error
+    reason = why_not_kernels("cuda", device, dtype)
+    if reason is None and capability():
+        reason = _no_binary(cuda_extension.architectures(), capability())
+    return reason
 
 
 def _native(name: str) -> Callable:
@@ -109,19 +136,20 @@ def row(
     reference: Callable,
     *,
     module: str = "",
-    triton: Callable = triton_on_cuda,
     cuda: Callable | None = None,
+    cpu: bool = False,
 ) -> dict[str, Implementation]:
     """The backends of an op, whose functions have the name of its definition `reference`, with their predicates.
 
-    module: the module of simplclip.kernels with its launcher; without one the reference is the only backend. cuda: the
-    predicate of CUDA C++, if it has the op.
+    module: the module of simplclip.kernels with its launcher, if Triton has the op; the extension for the CPU has it then
+    too, and with `cpu`. cuda: the predicate of CUDA C++, if it has the op.
     """
     name, found = reference.__name__, {}
     if cuda is not None:
         found["cuda"] = Implementation(_native(f"{name}_cuda"), cuda)
     if module:
-        found["triton"] = Implementation(_kernel(module, name), triton)
+        found["triton"] = Implementation(_kernel(module, name), triton_on_cuda)
+    if module or cpu:
         found["cpu"] = Implementation(_native(f"{name}_cpu"), _extension_on_cpu)
     return found | {"reference": Implementation(reference, _anywhere)}
 
@@ -157,6 +185,11 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, **call) -> str 
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
     return TABLE[op][name].why_not(device, dtype, **call)
+
+
+def of_part(op: str, name: str) -> str:
+    """What is asked of `op`, a part of another op for which `name` was asked: nothing if it has no backend of that name."""
+    return "" if name in NAMES and name not in TABLE[op] else name
 
 
 def select(op: str, device: str, dtype: torch.dtype, name: str = "", **call) -> tuple[str, Callable]:

@@ -38,16 +38,17 @@ def define(
 ) -> None:
     """Registers `simplclip::name`, which runs on the backend named by its last argument, and the schemas that C++ implements.
 
-    call_type: the dataclass of a call, from whose fields the schema is generated; `fake` and `facts` get an instance of it.
+    call_type: the dataclass of a call, from whose fields the schema is generated; `facts` gets an instance of it, and `fake`
+    too, with the name of the backend that was asked for.
     run(function, call): runs a backend's function, which takes a call too; C++ gets its fields.
     row: the op's backends, for the table. An op without them is composed of other ops: its `run` gets `pick(op, **facts)`,
-    which returns their functions.
+    which returns their functions. A backend that is forced counts for those of the ops that have it.
     native: the dataclass and the result types of the backends' functions, if they differ from the op's; `native_fake` makes
     their results for fake tensors.
     facts(call): facts of the call, besides device and dtype, that the backends' predicates need.
     """
     if row:
-        backends.TABLE[name], NATIVE_FAKES[name] = row, native_fake or fake
+        backends.TABLE[name], NATIVE_FAKES[name] = row, native_fake or (lambda call: fake(call, ""))
     library.define(f"{name}({schema_of(call_type)}, str backend) -> {returns}")
     native_type, results = native or (call_type, returns)
     arguments = schema_of(native_type).replace("SymInt", "int")  # C++ runs with numbers, never traced
@@ -62,7 +63,8 @@ def define(
         call = call_type(*args[:-1])
 
         def pick(op: str, **of_call) -> Callable:
-            backend, function = backends.select(op, first.device.type, first.dtype, args[-1], **of_call)
+            asked = args[-1] if op == name else backends.of_part(op, args[-1])
+            backend, function = backends.select(op, first.device.type, first.dtype, asked, **of_call)
             return through(op, backend, function) if through else function
 
         function = pick(name, **(facts(call) if facts else {})) if row else pick
@@ -70,7 +72,7 @@ def define(
             return run(function, call)
 
     library.impl(name, dispatch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"simplclip::{name}", lambda *args: fake(call_type(*args[:-1])), lib=library)
+    torch.library.register_fake(f"simplclip::{name}", lambda *args: fake(call_type(*args[:-1]), args[-1]), lib=library)
     DISPATCH[f"simplclip::{name}"] = dispatch
 
 

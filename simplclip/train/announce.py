@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
@@ -125,7 +126,13 @@ def _loss(training: Training) -> str:
 def _ops(training: Training) -> str:
     """The backends of a step's ops."""
     calls: list[tuple[str, dict[str, Any]]] = [("parallel_mlp_fwd", {})] * bool(training.blocks)
-    calls += [("shaped_attention_fwd", {"width": block.width // block.heads}) for block in training.blocks]
+    calls += [
+        ("shaped_attention_fwd", {"width": block.width // block.heads, "length": length})
+        for block, length in itertools.product(training.blocks, (1, 197))  # few tokens and many
+    ]
     calls += [("similarity_sigmoid" if training.config.loss.base == "sigmoid" else "similarity_loss_fwd", {})]
     how: tuple[Any, ...] = training.device.type, hardware.DTYPES[training.precision] or torch.float32, backends.forced()
-    return ", ".join(dict.fromkeys(f"{op} by {backends.select(op, *how, **call)[0]}" for op, call in calls))
+    found: dict[str, dict[str, None]] = {}
+    for op, call in calls:
+        found.setdefault(op, {})[backends.select(op, *how, **call)[0]] = None
+    return ", ".join(f"{op} by {' or, of many tokens, '.join(names)}" for op, names in found.items())

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from gates.gate import BIN, OPCODE, Row, blocks_per_multiprocessor, gated, spills_and_tensor_cores
 from simplclip.ops import backends
 
-TOKENS = (50, 64, 77, 197, 257, 288)  # CLIP's towers, and the most
+TOKENS = (50, 64, 77, 80)  # CLIP's towers, and the most
 WIDTHS = (32, 64, 80, 96, 128)
 TYPES = ("bf16", "f16", "tf32")
 PRODUCTS = {"forward": 2, "backward": 5}  # [L, L, K] products of attention itself
@@ -105,8 +105,10 @@ def launches(found: dict[int, list[Compiled]]) -> list[Row]:
     """The planned launches, each with its kernel's registers."""
     results = []
     for architecture, tokens, width, dtype, direction in itertools.product(found, TOKENS, WIDTHS, TYPES, PRODUCTS):
+        if backends.cuda_extension.shaped_attention_why_not(tokens, width, dtype == "tf32"):
+            continue
         plan = backends.cuda_extension.shaped_attention_plan(tokens, width, dtype == "tf32", direction == "backward")
-        start = f"shaped_attention_{plan['kernel']}_kernel<{dtype}, {plan['size']},"
+        start = f"shaped_attention_{plan['kernel']}_kernel<{dtype},"
         kernel = next(kernel for kernel in found[architecture] if kernel.name.startswith(start))
         result = row(kernel, architecture, dtype, f"{tokens}x{width}", plan["shared"], plan["threads"] // 32)
         if result.blocks < plan["resident"] or not plan["resident"]:

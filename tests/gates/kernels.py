@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,19 +11,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simplclip.kernels import tuning
-from simplclip.kernels.attention.backward import _shaped_attention_keys_kernel, _shaped_attention_rows_kernel
-from simplclip.kernels.attention.forward import _shaped_attention_fwd_kernel, _shaped_attention_sums_kernel
-from simplclip.kernels.attention.op import SUMS, sums_warps
 from simplclip.kernels.feature.op import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
 from simplclip.kernels.feature.op import tile as feature_tile
 from simplclip.kernels.launch import COMPILE
+from simplclip.kernels.mlp import op as mlp
 from simplclip.kernels.mlp.activations import ACTIVATIONS
-from simplclip.kernels.mlp.op import GROUP as MLP_GROUP
-from simplclip.kernels.mlp.op import (
-    _parallel_mlp_fwd_kernel,
-    _parallel_mlp_hidden_kernel,
-    _parallel_mlp_weight_kernel,
-)
 from simplclip.kernels.similarity.backward import _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
@@ -47,9 +38,6 @@ _TYPES = {
 # Multiples of 16 in any call worth a table, as are the strides.
 _ALIGNED = ("d", "width", "teacher_width", "hidden")
 _ALIGNED += ("out_stride", "matrix_stride", "h_stride", "weight_stride", "grad_stride")
-ATTENTION = {"fwd": _shaped_attention_fwd_kernel, "rows": _shaped_attention_rows_kernel}
-ATTENTION |= {"keys": _shaped_attention_keys_kernel}
-MLP = {"fwd": _parallel_mlp_fwd_kernel, "weight": _parallel_mlp_weight_kernel, "hidden": _parallel_mlp_hidden_kernel}
 
 
 @dataclass
@@ -180,46 +168,25 @@ def feature_loss_kernels(dtype: str) -> Iterator[Kernel]:
 
 
 def products(tile: tuning.Tile, precision: str) -> dict[str, object]:
-    """Constants of every kernel of attention and of the MLP: how it multiplies, by which tile."""
+    """Constants of the MLP's product: how it multiplies, by which tile."""
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     return {"PRECISION": "tf32" if precision == "tf32" else "ieee", "INTERPRETED": False, **blocks}
-
-
-def attention_kernels(
-    dtype: str, architecture: int, widths: tuple[int, ...], causal: tuple[bool, ...] = (False, True)
-) -> Iterator[Kernel]:
-    """At widths of a head: a power of two, or one that is filled up to it."""
-    precision = DTYPES[dtype][1]
-    types = dict.fromkeys(("q", "k", "v", "grad", "dq", "dk", "dv"), "*element")
-    types |= dict.fromkeys(("gains", "lse", "delta"), "*fp32") | {"lengths": "*i32", "scale": "fp32"}
-    for width in widths:
-        block = max(16, triton.next_power_of_2(width))
-        tile = tuning.of_width("shaped_attention_fwd", block, precision, architecture)
-        constants = {"EVEN": width == block, "BLOCK_M": tile.block_m, "BLOCK_K": block}
-        function = _shaped_attention_sums_kernel
-        yield Kernel(
-            function.__name__, function, constants, tile._replace(warps=sums_warps(tile)), dtype, f"K={width}", False, types
-        )
-    for width, masked in itertools.product(widths, causal):
-        block = max(16, triton.next_power_of_2(width))
-        for op, function in ATTENTION.items():
-            tile = tuning.of_width(f"shaped_attention_{op}", block, precision, architecture)
-            constants = {"CAUSAL": masked, "EVEN": width == block, "SUMS": SUMS, **products(tile, precision)}
-            yield Kernel(function.__name__, function, constants, tile, dtype, f"K={width}" + " causal" * masked, types=types)
 
 
 def mlp_kernels(
     dtype: str, architecture: int, acts: tuple[str, ...] = ("gelu",), even: tuple[bool, ...] = (True, False)
 ) -> Iterator[Kernel]:
-    """For C and F that are multiples of a block, and others."""
+    """For a C that is a multiple of a block, and others."""
     precision = DTYPES[dtype][1]
-    names = ("h", "weight", "bias", "out", "grad", "d_weight")
-    for act, whole, (op, function) in itertools.product(acts, even, MLP.items()):
-        tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture)
-        constants = {"ACT": act, "ACCUMULATE": True, "EVEN": whole, "GROUP": MLP_GROUP, **products(tile, precision)}
-        if whole or "EVEN" in function.arg_names:
-            types = dict.fromkeys(names, "*element")
-            yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C, F" * (not whole), types=types)
+    types = dict.fromkeys(("h", "activated", "weight", "grad"), "*element")
+    tile = tuning.lookup("parallel_mlp_hidden", 1, precision, architecture)
+    for act in acts:
+        function, constants = mlp._parallel_mlp_activate_kernel, {"ACT": act, "INTERPRETED": False, "BLOCK": mlp.BLOCK}
+        yield Kernel(function.__name__, function, constants, tuning.Tile(0, 0, 0, 4, 3), dtype, act, False, types)
+        function = mlp._parallel_mlp_hidden_kernel
+        for whole in even:
+            constants = {"ACT": act, "EVEN": whole, "GROUP": mlp.GROUP, **products(tile, precision)}
+            yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C" * (not whole), types=types)
 
 
 def compile_kernel(kernel: Kernel, architecture: int):
@@ -236,7 +203,7 @@ def compile_kernel(kernel: Kernel, architecture: int):
             attributes |= {(place, at): [["tt.divisibility", 16]] for at, each in enumerate(kind) if each}
             continue
         signature[name] = kind.replace("element", element)
-        if signature[name].startswith("*") or name in _ALIGNED or re.search("_[blh]$", name):
+        if signature[name].startswith("*") or name in _ALIGNED:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return triton.compile(
         ASTSource(kernel.function, signature, constants, attributes),
@@ -257,6 +224,4 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
     yield from small_kernels(dtype)
     if dtype != "tf32":
         yield from feature_loss_kernels(dtype)
-    wide = (200, 256) if DTYPES[dtype][1] == "half" else ()
-    yield from attention_kernels(dtype, architecture, (16, 20, 32, 40, 64, 80, 128, *wide) if everything else (64, 80))
     yield from mlp_kernels(dtype, architecture, ACTIVATIONS if everything else ("gelu",))

@@ -40,23 +40,24 @@ def test_too_much_shared_memory_fails_the_gate():
 
 @pytest.mark.parametrize("older", [False, True])
 def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypatch):
-    """A sum of 16 products at least, of 8 in float32 where Triton can; in attention every side is summed over."""
+    """A sum of 16 products at least, of 8 in float32 where Triton can."""
     monkeypatch.setattr(tuning, "OLDER", older)
-    attention = [f"shaped_attention_{op}" for op in ("fwd", "rows", "keys")]
     architectures = (*tuning.ARCHITECTURES, tuning.INTERPRETER, 87, 100)
     for precision, architecture in itertools.product(tuning.PRECISIONS, architectures):
         least = 8 if precision == "ieee" and not older else 16
         for op, matrices in itertools.product(("similarity_forward", "similarity_backward"), range(1, 5)):
             tile = tuning.lookup(op, matrices, precision, architecture)
             assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (op, matrices, precision, architecture)
-        for op, block in itertools.product(attention, (16, 32, 64, 128, *([256] if precision == "half" else []))):
-            tile = tuning.of_width(op, block, precision, architecture)
-            assert tile.block_k == block
-            assert min(tile.block_m, tile.block_n) >= 16, (op, block, precision, architecture)
-        for op in ("fwd", "weight", "hidden"):
-            tile = tuning.lookup(f"parallel_mlp_{op}", 1, precision, architecture)
-            assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (op, precision, architecture)
+        tile = tuning.lookup("parallel_mlp_hidden", 1, precision, architecture)
+        assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (precision, architecture)
     assert set(tuning.ARCHITECTURES) == set(gate.LIMITS)
+
+
+def test_an_unknown_architecture_takes_the_tiles_of_the_nearest_one():
+    for unknown, nearest in ((75, 80), (87, 86), (100, 90), (103, 90), (110, 120), (121, 120)):
+        for op, precision in tuning._TABLE:
+            assert tuning.lookup(op, 1, precision, unknown) == tuning.lookup(op, 1, precision, nearest)
+    assert len({tuning.lookup("similarity_forward", 2, "half", each) for each in (86, 100, 121)}) > 1
 
 
 def test_tiles_are_those_of_the_installed_triton(monkeypatch):
@@ -90,21 +91,22 @@ def test_a_spill_warns_once_when_a_kernel_starts():
 def test_every_kernel_is_started_so():
     sources = [path.read_text() for path in Path(start.__file__).parent.rglob("*.py")]
     assert not [line for source in sources for line in re.findall(r"^.*_kernel\[.*$", source, re.MULTILINE)]
-    assert sum(source.count("started(_") for source in sources) >= 12
+    assert sum(source.count("started(_") for source in sources) >= 7
 
 
 @pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))
 def test_every_launch_of_shaped_attention_fits_every_architecture():
     plan = backends.cuda_extension.shaped_attention_plan
     least = min(shared for shared, *_ in gate.LIMITS.values())
-    for tokens, width, wide, backward in itertools.product(range(1, 289), range(16, 129, 16), (0, 1), (0, 1)):
+    for tokens, width, wide, backward in itertools.product(range(1, 81), range(16, 129, 16), (0, 1), (0, 1)):
+        if backends.cuda_extension.shaped_attention_why_not(tokens, width, wide):
+            assert wide
+            assert width > 64
+            continue
         found = plan(tokens, width, wide, backward)
         assert 0 < found["shared"] <= least, (tokens, width, wide, backward, found)
         assert found["resident"] > 0
-        if found["kernel"] == "stream":  # goes over the tiles in rounds
-            assert found["threads"] > 0
-        else:
-            assert found["blocks"] * found["threads"] // 32 * 16 >= tokens
+        assert found["threads"] // 32 * 16 >= tokens
 
 
 @pytest.mark.skipif(extension.why_not() is not None, reason=str(extension.why_not()))

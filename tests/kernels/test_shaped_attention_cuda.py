@@ -13,7 +13,7 @@ from shaped_attention_emulated import TYPES, Case, by_reference, check, emulate,
 if emulator.why_not():
     pytest.skip(emulator.why_not(), allow_module_level=True)
 
-TOKENS = (1, 2, 15, 16, 17, 50, 64, 77, 80, 197, 257, 288)
+TOKENS = (1, 2, 15, 16, 17, 50, 64, 77, 80)
 WIDTHS = (32, 64, 80, 96, 128)
 ALL = os.environ.get("SIMPLCLIP_EMULATE_ALL") == "1"
 SEEDS = range(10) if ALL else (7,)
@@ -25,31 +25,31 @@ def kernels():
 
 
 def cases(tokens, width, kind):
-    """All tokens, causal, and sequences of several lengths in one batch with several heads."""
+    """All tokens, causal, and sequences of several lengths in one batch with two heads; none if they do not fit."""
+    if kind == "tf32" and tokens > 64 and width > 64:
+        return
     yield Case(kind, tokens, width)
     yield Case(kind, tokens, width, causal=True)
     for causal in (False, True):
-        yield Case(kind, tokens, width, causal, lengths=(tokens // 2, 0, tokens), batch=3, heads=1 + (tokens < 100))
+        yield Case(kind, tokens, width, causal, lengths=(tokens // 2, 0, tokens), batch=3, heads=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_values_and_gradients(kernels, tokens, kind):
-    number = TOKENS.index(tokens)
-    some = WIDTHS[number % 2 :: 2] if tokens < 100 else WIDTHS[number % 5 :][:1]
-    for width in WIDTHS if ALL else some:
+    for width in WIDTHS if ALL else WIDTHS[TOKENS.index(tokens) % 2 :: 2]:
         for case in cases(tokens, width, kind):
             check(kernels, case, SEEDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize(("tokens", "width"), [(77, 64), (77, 128), (197, 64), (288, 128)])
+@pytest.mark.parametrize(("tokens", "width"), [(77, 64), (64, 128), (80, 16)])
 def test_other_schedules_give_the_same_bits(kernels, tokens, width, kind):
     schedules = range(20 if ALL else 4)
     check(kernels, Case(kind, tokens, width, causal=True, lengths=(tokens - 3,)), schedules)
-    check(kernels, Case(kind, tokens, width), (0, 1) if tokens > 200 else schedules)
+    check(kernels, Case(kind, tokens, width), schedules)
 
 
 def test_every_width(kernels):
@@ -60,8 +60,7 @@ def test_every_width(kernels):
 
 def test_a_scale_of_other_size_and_sign(kernels):
     for scale in (-0.5, 0.0, 4.0):
-        for tokens in (77, 100):
-            check(kernels, Case("f16", tokens, 32, scale=scale), (1,))
+        check(kernels, Case("f16", 77, 32, scale=scale), (1,))
 
 
 def test_lengths_out_of_range_count_as_none_and_all(kernels):
@@ -73,10 +72,9 @@ def test_lengths_out_of_range_count_as_none_and_all(kernels):
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("tokens", [77, 144])
-def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels, tokens):
+def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels):
     """At initialisation q is zero: softmax is the mean, and with equal gains nothing remains of both."""
-    case = Case("bf16", tokens, 64)
+    case = Case("bf16", 77, 64)
     given = inputs(case)
     given["q"].mul_(1e-3)
     given["gains"].copy_(torch.tensor([[0.0], [1.0], [1.0]]))
@@ -89,7 +87,7 @@ def test_the_difference_of_softmax_and_mean_is_rounded_not_they(kernels, tokens)
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing():
-    shapes = [(1, 16), (17, 80), (80, 128), (100, 96), *([(77, 64), (288, 128)] if ALL else [])]
+    shapes = [(1, 16), (17, 80), (64, 128), (80, 64), *([(77, 64), (33, 112)] if ALL else [])]
     done = emulator.sanitized(
         f"""
         import emulator
@@ -112,9 +110,6 @@ FAULTS = {
         "  sync_block();  // keys and values are not read any more", "", Case("bf16", 77, 64),
     ),
     "no barrier before a slot is filled again": ("if (s + 2 < 2 * slices) sync_block();", "", Case("tf32", 77, 64)),
-    "no barrier after a tile has passed": (
-        "      f(tile);\n      sync_block();\n", "      f(tile);\n", Case("bf16", 100, 64),
-    ),
     "a fragment's halves exchanged": (
         "(lane() & 7) + (lane() >> 4) * 8, chunk + (lane() >> 3 & 1)", "(lane() & 15), chunk + (lane() >> 4)",
         Case("f16", 16, 32),

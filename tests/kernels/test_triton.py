@@ -10,11 +10,9 @@ import interpreter
 import pytest
 import random_calls
 import torch
-from calls import TERMS, Call, attention_call, check, check_padding, check_registration, mlp_call, similarity_call
+from calls import TERMS, Call, check, check_registration, mlp_call, similarity_call
 from devices import DTYPES
 from interpreter import needs_interpreter, needs_triton
-
-from simplclip.ops import backends
 
 MODES = [
     {"terms": TERMS[:1]},
@@ -32,18 +30,8 @@ def similarity() -> Iterator[tuple[Call, torch.dtype, dict]]:
         yield similarity_call(65, 65, **mode), torch.float16, {"size": 1e-3}
 
 
-def attention() -> Iterator[tuple[Call, torch.dtype, dict]]:
-    scales = itertools.cycle((-2.0, 0.0, 30.0, -2.0, 30.0, 0.0))
-    for causal, (dtype, width) in itertools.product((False, True), zip(DTYPES, (20, 64, 80))):
-        scale = next(scales)
-        yield attention_call(1, 70, 2, width, causal=causal, scale=scale), dtype, {}
-        call = attention_call(1, 130, 1, width, causal=causal)
-        call.tensors["beta"].zero_()
-        yield call, dtype, {}
-
-
 def mlp() -> Iterator[tuple[Call, torch.dtype, dict]]:
-    for dtype in DTYPES:  # two ranges of tokens
+    for dtype in DTYPES:  # several chunks of rows, the last not whole
         yield mlp_call(300, 20, 70, 20, act="gelu_tanh"), dtype, {}
     for act in ("gelu", "gelu_tanh", "quickgelu", "silu"):
         call = mlp_call(70, 20, 65, 40, act=act)
@@ -57,29 +45,18 @@ def large() -> Iterator[tuple[Call, torch.dtype, dict]]:
         for mode in MODES:
             yield similarity_call(700, 1111, 300, **mode, width=200, ids=True, scratch_bytes=1 << 18), dtype, {}
             yield similarity_call(2048, 2048, **mode, width=256), dtype, {}
-        for length, width, causal in itertools.product((257, 1000, 2048), (64, 80, 128), (False, True)):
-            call = attention_call(3, length, 4, width, causal=causal)
-            call.tensors["lengths"] = torch.tensor([length, length // 3, 0])
-            yield call, dtype, {}
         for act in ("gelu", "gelu_tanh", "quickgelu", "relu", "silu"):
             yield mlp_call(5000, 512, 2048, 512, act=act), dtype, {}
             yield mlp_call(1001, 200, 777, 200, act=act), dtype, {}
-        if dtype != torch.float32:
-            yield attention_call(2, 300, 2, 256, causal=True), dtype, {}
-
-
-def padding(device: str) -> None:
-    for dtype, causal in itertools.product(DTYPES, (False, True)):
-        check_padding(dtype, "triton", causal, device)
 
 
 def registration(device: str) -> None:
-    for name in ("similarity_loss", "similarity_loss kl", "feature_loss", "shaped_attention lengths", "parallel_mlp"):
+    for name in ("similarity_loss", "similarity_loss kl", "feature_loss", "parallel_mlp"):
         check_registration(name, "triton", device)
 
 
-CALLS = {"similarity_loss": similarity, "shaped_attention": attention, "parallel_mlp": mlp, "large": large}
-OTHERS = {"padding": padding, "registration": registration}
+CALLS = {"similarity_loss": similarity, "parallel_mlp": mlp, "large": large}
+OTHERS = {"registration": registration}
 BLOCK = 25  # random calls of a test
 PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start else []) for start in range(0, 500, BLOCK)]
 TOGETHER = ["0", *list(CALLS)[:-1], *OTHERS]  # what one process interprets in the suite
@@ -87,11 +64,11 @@ TOGETHER = ["0", *list(CALLS)[:-1], *OTHERS]  # what one process interprets in t
 
 def run(name: str, device: str) -> None:
     """With few parts and sums at a time, so that a few blocks take several rounds."""
-    from simplclip.kernels.attention import op as attention_op
+    from simplclip.kernels.mlp import op as mlp_op
     from simplclip.kernels.similarity import op as similarity_op
 
-    small = mock.patch.object(attention_op, "SUMS", 2 if device == "cpu" else attention_op.SUMS)
-    with small, mock.patch.dict(similarity_op.MERGE, BLOCK_PARTS=2):
+    less = mock.patch.object(mlp_op, "SCRATCH_BYTES", 0 if device == "cpu" else mlp_op.SCRATCH_BYTES)  # 64 rows at a time
+    with less, mock.patch.dict(similarity_op.MERGE, BLOCK_PARTS=2):
         if name in OTHERS:
             OTHERS[name](device)
         elif name in CALLS:
@@ -146,17 +123,12 @@ def test_the_interpreter_of_triton_3_6_needs_an_older_numpy(triton, numpy, reaso
 
 @needs_triton
 def test_every_tile_has_one_program():
-    from simplclip.kernels import tuning
     from simplclip.kernels.launch import splits
-    from simplclip.kernels.mlp.op import TILE
 
     for row_blocks, tiles, slots in itertools.product((1, 2, 7, 64, 257), (1, 2, 3, 41, 256), (1, 82, 264)):
         ranges, per_split = splits(row_blocks, tiles, slots)
         assert (ranges - 1) * per_split < tiles <= ranges * per_split
     assert splits(1, 256, 82)[0] > 60  # few rows alone would leave most multiprocessors without work
-    tile = tuning.lookup("parallel_mlp_weight", 1, "ieee", tuning.INTERPRETER)  # the calls of two ranges have two
-    blocks = -(-20 // tile.block_m) * -(-70 // tile.block_n)
-    assert splits(blocks, -(-300 // (TILE * tile.block_k)), 4 * tile.blocks) == (2, 1)
 
 
 @pytest.mark.slow
@@ -164,15 +136,6 @@ def test_every_tile_has_one_program():
 def test_importing_kernels_compiles_nothing():
     done = interpreter.run("-c", "import simplclip.kernels.similarity.op, torch; print(torch.cuda.is_initialized())")
     assert done.stdout.strip() == "False", done.stderr
-
-
-@needs_triton
-@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 256), (torch.float32, 128)])
-@pytest.mark.parametrize("op", ["shaped_attention_fwd", "shaped_attention_bwd"])
-def test_widths_of_heads_that_are_served(op, dtype, most):
-    assert backends.why_not(op, "triton", "cuda", dtype, width=most, length=77) is None
-    reason = backends.why_not(op, "triton", "cuda", dtype, width=most + 1, length=77)
-    assert f"heads of at most {most} in {dtype}, not {most + 1}" in reason
 
 
 if __name__ == "__main__":

@@ -128,5 +128,5 @@ def test_cuda_attention_copies_what_is_not_aligned():
     gains, lse, copy = torch.empty(3, 3, device="meta"), torch.empty(4, 3, 50, device="meta"), 4 * 50 * 3 * 64 * 2
     for q, k, v, stated in (inside, inside, inside, 0), (inside, shifted, shifted, 2 * copy), (single, single, single, 0):
         assert workspace_bytes("shaped_attention_fwd", "cuda", AttentionCall(q, k, v, gains, None, 1.0, False)) == stated
-    backward = AttentionInto(inside, inside, inside, gains, None, 1.0, False, shifted, lse, inside, shifted, inside)
+    backward = AttentionInto(inside, inside, inside, gains, None, 1.0, False, shifted, lse, lse, inside, shifted, inside)
     assert workspace_bytes("shaped_attention_bwd", "cuda", backward) == 2 * copy + 512

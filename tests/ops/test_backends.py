@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_forcing_is_scoped_and_named():
         assert backends.select("similarity_loss_fwd", "cpu", torch.float32, backends.forced())[0] == "reference"
         loss()
     assert backends.forced() == ""
-    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, reference, got 'gpu'"):  # noqa: SIM117
+    with pytest.raises(ValueError, match="backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'gpu'"):  # noqa: SIM117
         with simplclip.backend("gpu"):
             pass
 
@@ -68,7 +69,7 @@ def test_the_environment_forces_a_backend():
     failed = run_python(code, SIMPLCLIP_BACKEND="triton")
     assert "backend 'triton' was forced but cannot serve similarity_loss_fwd" in failed.stderr
     failed = run_python(code, SIMPLCLIP_BACKEND="fastest")
-    assert "backend: expected one of cuda, triton, cpu, reference, got 'fastest'" in failed.stderr
+    assert "backend: expected one of cuda, triton, cpu, sdpa, xformers, reference, got 'fastest'" in failed.stderr
 
 
 WITHOUT_EXTENSION = """
@@ -108,10 +109,11 @@ def test_importing_is_light():
 def test_report_is_json_and_names_a_backend_for_every_op():
     report = simplclip.report()
     assert json.loads(json.dumps(report)) == report
-    assert set(report["ops"]) == set(backends.TABLE)
-    for op, devices in report["ops"].items():
+    assert {name.removesuffix(", long") for name in report["ops"]} == set(backends.TABLE)
+    assert report["ops"]["shaped_attention_fwd, long"]["cuda"]["backend"] == "sdpa"
+    for name, devices in report["ops"].items():
         for entry in devices.values():
-            assert entry["backend"] in backends.TABLE[op]
+            assert entry["backend"] in backends.TABLE[name.removesuffix(", long")]
             assert all(entry["others"].values())
             assert set(entry["others"]) == set(backends.NAMES) - {entry["backend"]}
     text = render(report)
@@ -132,8 +134,8 @@ def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
         return backends.why_not("shaped_attention_fwd", "cuda", device, dtype, **call)
 
     monkeypatch.setattr(backends, "capability", lambda: (8, 6))
-    assert why_not(length=288, width=128) is None
-    assert why_not(length=289, width=64) == "serves 1 to 288 tokens; got 289 tokens, width 64"
+    assert why_not(length=80, width=128) is None
+    assert why_not(length=81, width=64) == "serves 1 to 80 tokens; got 81 tokens, width 64"
     assert why_not(length=77, width=40) == "serves heads of width 16, 32, ... or 128; got 77 tokens, width 40"
     assert why_not(device="cpu") == "serves cuda tensors, not cpu"
     assert "float64 is for the reference" in why_not(torch.float64)
@@ -142,8 +144,31 @@ def test_what_the_cuda_kernels_of_attention_do_not_serve(monkeypatch):
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         assert "only through TF32" in why_not(torch.float32)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert why_not(torch.float32) is None
+        assert why_not(torch.float32, length=80, width=64) is None
+        assert "that fit in shared memory; got 80 tokens, width 128" in why_not(torch.float32, length=80, width=128)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+RUNS_ON = [
+    ("8.6;8.9;9.0;12.0", {(8, 6), (8, 7), (8, 9), (9, 0), (12, 0), (12, 1)}),
+    ("8.0 9.0+PTX", {(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)}),
+    ("9.0a+PTX", {(9, 0)}),
+]
+DEVICES = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1))
+
+
+@pytest.mark.parametrize(("built", "runs"), RUNS_ON)
+def test_a_device_without_a_binary_gets_the_next_backend(built, runs, monkeypatch):
+    extension = SimpleNamespace(
+        architectures=lambda: built, shaped_attention_why_not=lambda *_: None, binary_version=lambda device: 0
+    )
+    monkeypatch.setattr(backends, "cuda_extension", extension)
+    for device in DEVICES:
+        monkeypatch.setattr(backends, "capability", lambda device=device: device)
+        chosen, _ = backends.select("shaped_attention_fwd", "cuda", torch.bfloat16, length=77, width=64)
+        assert (chosen == "cuda") == (device in runs), device
     monkeypatch.setattr(backends, "capability", lambda: (7, 5))
-    assert why_not() == "needs compute capability 8.0, the device has 7.5"
+    told = backends.why_not("shaped_attention_bwd", "cuda", "cuda", torch.bfloat16)
+    assert told == f"was built for {built}, the device has compute capability 7.5: rebuild with TORCH_CUDA_ARCH_LIST=7.5"
+    assert f"    cuda: not cuda: {told}" in render(simplclip.report(), why=True).splitlines()

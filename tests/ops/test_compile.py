@@ -6,6 +6,8 @@ import pytest
 import torch
 from calls import MODULES, SMALL, module_call
 
+import simplclip
+
 FORMS = {
     "float32": (torch.float32, None),
     "bfloat16": (torch.bfloat16, None),
@@ -52,6 +54,15 @@ def check(name, form, sizes, **options):
 @pytest.mark.parametrize("name", [*SMALL, *MODULES])
 def test_traces_without_graph_breaks(name, form, dynamic):
     check(name, form, (6, 11) if dynamic else (6, 6), dynamic=dynamic, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["float32", "autocast bfloat16"])
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith(("shaped_attention", "simplified_block"))])
+def test_what_sdpa_keeps_traces(name, form):
+    """The results that a backend has for its backward are those that its fake function promises."""
+    with simplclip.backend("sdpa"):
+        check(name, form, (6, 11), dynamic=True, backend="aot_eager")
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What every op keeps to: its definition at sizes beyond those of random calls, equal bits, torch's rules of registration."""
 
+import itertools
+
 import pytest
 import torch
 from calls import (
@@ -79,14 +81,17 @@ def test_the_same_bits_each_time(name):
             assert all(torch.equal(found[0], other) for other in found)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SMALL)
+OF_TOKENS = [name for name in SMALL if name.startswith(("shaped_attention", "simplified_block"))]
+EVERY = [pytest.param(name, "cpu", marks=needs_cpu_kernels) for name in SMALL]
+EVERY += [*itertools.product(SMALL, ["reference"]), *itertools.product(OF_TOKENS, ["sdpa"])]
+
+
+@pytest.mark.parametrize(("name", "backend"), EVERY)
 def test_registration(name, backend):
     check_registration(name, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("name", "backend"), EVERY)
 def test_backward_twice(name, backend):
     """What backward writes over is written over once only: a graph that is retained keeps it."""
     make, function = SMALL[name]

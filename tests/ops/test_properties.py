@@ -33,6 +33,11 @@ def test_what_is_not_finite_reaches_the_result(block):
     expect_none(random_calls.failures(block[::5], random_calls.check_nonfinite), block[::5])
 
 
+def test_random_calls_around_sdpa():
+    block = range(40)
+    expect_none(random_calls.failures(block, backend="sdpa"), block)
+
+
 def test_a_number_makes_the_same_call_again():
     first, second = random_calls.make(12), random_calls.make(12)
     assert str(first) == str(second)

@@ -1,16 +1,20 @@
 """shaped_attention against its definition, on every backend that runs here. Kernels of a GPU have files of their own."""
 
 import itertools
+import sys
+from types import ModuleType, SimpleNamespace
 
 import plain
 import pytest
 import torch
+import torch_attention
+from calls import Call, attention_call, block_inputs, check, check_padding
 from calls import attention_inputs as inputs
-from calls import check_padding
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 from simplclip.memory.measure import cpu_peak_bytes
-from simplclip.ops import shaped_attention
+from simplclip.ops import backends, shaped_attention
+from simplclip.ops.attention import sdpa
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -49,8 +53,71 @@ def test_memory_is_inputs_results_and_the_log_sum_exps(length, k):
     assert peak >= results
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "sdpa"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_padded_tokens_are_neither_read_nor_written(backend, dtype, causal):
     check_padding(dtype, backend, causal)
+
+
+@pytest.fixture(params=["cpu", "flash", "efficient", "xformers"])
+def around(request, monkeypatch):
+    """The backend for an attention of others; those of a GPU are stand-ins in plain torch, which check what they get."""
+    if request.param == "cpu":
+        return "sdpa"
+    monkeypatch.setattr(sdpa, "aten", torch_attention.aten)
+    monkeypatch.setattr(sdpa, "kernel", lambda q: "efficient" if q.itemsize != 2 else request.param)
+    if request.param != "xformers":
+        return "sdpa"
+    fmha = SimpleNamespace(
+        memory_efficient_attention_forward_requires_grad=torch_attention.xformers_forward,
+        memory_efficient_attention_backward=torch_attention.xformers_backward,
+    )
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    package = SimpleNamespace(fmha=fmha, LowerTriangularMask=torch_attention.LowerTriangularMask)
+    monkeypatch.setitem(sys.modules, "xformers.ops", package)
+    for name in ("shaped_attention_fwd", "shaped_attention_bwd"):
+        function = backends.TABLE[name]["xformers"].function
+        monkeypatch.setitem(backends.TABLE[name], "xformers", backends.Implementation(function, lambda *_, **__: None))
+    return "xformers"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_around_an_attention_of_others(around, dtype, causal):
+    for shape, lengths in (
+        ((3, 81, 2, 16), None),
+        ((4, 97, 3, 20), (97, 0, 1, 50)),
+        ((1, 1, 1, 8), None),
+        ((2, 33, 1, 40), (32, 33)),
+    ):
+        if around == "xformers" and lengths:
+            continue
+        call = attention_call(*shape, causal=causal)
+        if lengths:
+            call.tensors["lengths"] = torch.tensor(lengths)
+        halves = dtype != torch.float32  # then beta's gradient comes from A v that was rounded, and may be 0 by cancellation
+        check(call, dtype, around, roundings=halves)
+        for layout in ("a view of rows that are longer", "heads before tokens"):
+            check(call, dtype, around, lay_out=lambda name, t, layout=layout: view(layout, t), roundings=halves)
+    for scale in (-2.0, 0.0, 30.0):
+        check(attention_call(1, 70, 2, 16, causal=causal, scale=scale), dtype, around, roundings=True)
+    if around != "xformers":
+        check_padding(dtype, around, causal)
+
+
+def view(layout, t):
+    """A tensor [B, L, H, K] as a part of a larger one that begins at odd addresses, or with other strides."""
+    if t.dim() != 4:
+        return t
+    if layout == "heads before tokens":
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    whole = torch.full((*t.shape[:3], t.shape[3] + 16), torch.nan, dtype=t.dtype)
+    whole[..., 1:-15] = t
+    return whole[..., 1:-15]
+
+
+def test_a_block_around_an_attention_of_others(around):
+    inputs_of_block = block_inputs(2, 83, 32, 2, 40)
+    for options in ({}, {"recompute": True}, {"causal": True}):
+        check(Call("simplified_block", inputs_of_block, options), torch.float32, around)

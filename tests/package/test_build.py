@@ -56,9 +56,11 @@ def test_without_a_toolkit_the_reason_is_said(setup, without_nvcc):
 def test_the_architectures_are_named(setup, monkeypatch):
     for environment, chosen in (
         ({"SIMPLCLIP_CUDA_ARCHS": "all"}, "for 8.0;8.6;8.9;9.0;12.0+PTX (by SIMPLCLIP_CUDA_ARCHS)"),
-        ({"TORCH_CUDA_ARCH_LIST": "9.0"}, "for 9.0 (by TORCH_CUDA_ARCH_LIST)"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.9 9.0"}, "for 8.9;9.0 (by TORCH_CUDA_ARCH_LIST)"),
     ):
         assert f"simplclip: building the CUDA kernels {chosen}" in setup(**environment)[0]
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected numbers, .* or all, got 'Ampere'"):
+        setup(TORCH_CUDA_ARCH_LIST="Ampere")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = "simplclip: building the CUDA kernels for 8.6+PTX (an RTX 3090, since this machine has no GPU)"
     assert told in setup()[0]

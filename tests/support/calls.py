@@ -373,10 +373,10 @@ class Dispatched(TorchDispatchMode):
 def check_registration(name: str, backend: str, device: str = "cpu") -> None:
     """Schemas, autograd, and the shapes, dtypes and strides that fake functions promise, of forward and backward.
 
-    Backward by the backend that comes first: what forward kept is of its layout.
+    Backward by the backend that comes first, but for "sdpa": what forward kept is of its layout.
     """
     make, function = SMALL[name]
-    with Dispatched() as mode, torch.device(device):
+    with forced(backend if backend == "sdpa" else ""), Dispatched() as mode, torch.device(device):
         tensors = [t.detach().to(device).requires_grad_(t.requires_grad) for t in make(4, torch.float32)]
         function(*tensors).backward()
         with torch.no_grad():

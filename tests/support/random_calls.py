@@ -152,13 +152,15 @@ def _feature(r: random.Random, dtype: torch.dtype) -> Call:
 
 
 DRAW = {_similarity: 10, _attention: 4, _mlp: 3, _block: 4, _feature: 3}
+WITHOUT = {"triton": (_attention,), "sdpa": (_similarity, _mlp, _feature)}  # ops that a backend does not have
 
 
 def make(seed: int, backend: str = "") -> Case:
     """`backend`: in place of one that is drawn."""
     r = random.Random(seed)
     dtype = r.choices(FLOATS, (4, 3, 2, 0 if backend else 1))[0]
-    call = r.choices(list(DRAW), DRAW.values())[0](r, dtype)
+    weights = DRAW | dict.fromkeys(WITHOUT.get(backend, ()), 0)
+    call = r.choices(list(weights), weights.values())[0](r, dtype)
     drawn = r.choices(("cpu", "reference"), (5, 1))[0]
     if dtype == torch.float64 or backends.extension is None:  # forced, it is differentiated by autograd
         drawn = r.choice(("", "reference"))

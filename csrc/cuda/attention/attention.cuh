@@ -3,7 +3,7 @@
 // C are combined before rounding: if they nearly cancel, the difference is rounded, not its terms.
 #pragma once
 
-#include "attention.h"
+#include "plan.h"
 #include "../tile.cuh"
 
 namespace simplclip::gpu {
@@ -28,29 +28,29 @@ struct Head {
   SIMPLCLIP_DEVICE HeadRows rows(const HeadsView& t) const { return {t.data + batch * t.batch + index * t.head, t.row}; }
 };
 
-// Forward for up to 16 kTiles tokens. Shared memory: the block's queries, and two slots for slices of the columns of all keys
-// and then of all values; the next slice is always being loaded.
-template <class T, int kTiles, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+// As many warps as tiles of 16 tokens. Shared memory: the queries, and two slots for slices of the columns of all keys and then
+// of all values; the next slice is always being loaded.
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kShapedThreads, kBlocks)
     shaped_attention_forward_kernel(const __grid_constant__ ShapedAttentionForward p) {
   const Head head(p);
   const HeadRows q = head.rows(p.q), k = head.rows(p.k), v = head.rows(p.v), out = head.rows(p.out);
-  const int warps = threads() / 32, first = block_y() * warps, tile = first + warp();
+  constexpr int kTiles = kShapedTiles;
+  const int tile = warp(), all = tiles_of(head.length), rows = tiles_of(p.length) * kRows;
   const int row_bytes = p.width * kBytes<T>, slices = (row_bytes + p.slice - 1) / p.slice;
-  const int all = tiles_of(head.length), staged = p.causal ? smaller(all, first + warps) : all;
   const int tiles = tile < all ? (p.causal ? tile + 1 : all) : 0;  // of keys that the warp's queries see
 
   char* const shared = shared_memory();
   const Tile queries(shared, row_bytes);
   auto slot = [&](int stage) {  // of slices 0 to slices - 1 of the keys, then of the values
     const int width = smaller(p.slice, row_bytes - stage % slices * p.slice);
-    return Tile(shared + warps * kRows * row_bytes + stage % 2 * tiles_of(p.length) * kRows * p.slice, width);
+    return Tile(shared + rows * row_bytes + stage % 2 * rows * p.slice, width);
   };
   auto load = [&](int s) {
     if (s < slices) {
-      stage(slot(s), k, s * p.slice, 0, staged * kRows, head.length);
+      stage(slot(s), k, s * p.slice, 0, all * kRows, head.length);
     } else if (s < 2 * slices) {
-      stage(slot(s), v, (s - slices) * p.slice, 0, staged * kRows, head.length);
+      stage(slot(s), v, (s - slices) * p.slice, 0, all * kRows, head.length);
     }
     cp_async_commit();
   };
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (s + 2 < 2 * slices) sync_block();
     load(s + 2);
   };
-  stage(queries, q, 0, first * kRows, warps * kRows, head.length);
+  stage(queries, q, 0, 0, rows, head.length);
   load(0);
   load(1);
 

@@ -1,6 +1,6 @@
 // shaped_attention, backward in one launch: dP = dO V^T, delta_i = sum_j A_ij dP_ij, dS = beta A (dP - delta),
-// dq = scale dS k, dk = scale dS^T q, dv = alpha dO + (beta A - gamma C)^T dO. This file is for short sequences, whose head
-// fits in shared memory; stream.cuh is for the others.
+// dq = scale dS k, dk = scale dS^T q, dv = alpha dO + (beta A - gamma C)^T dO. A head fits in
+// shared memory.
 #pragma once
 
 #include "attention.cuh"
@@ -26,12 +26,13 @@ struct GainSums {
   }
 };
 
-// Up to 16 kTiles tokens, as many warps as tiles. A warp first has 16 queries: their rows of A and dP in registers give dS,
+// As many warps as tiles of 16 tokens. A warp first has 16 queries: their rows of A and dP in registers give dS,
 // beta A - gamma C and dq. Then it has 16 keys: both matrices, which replace keys and values in shared memory, give dk and dv.
 // Shared memory: q, dO; k, v or the two matrices; sums.
-template <class T, int kTiles, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kShapedThreads, kBlocks)
     shaped_attention_backward_kernel(const __grid_constant__ ShapedAttentionBackward p) {
+  constexpr int kTiles = kShapedTiles;
   const Head head(p);
   const HeadRows dq = head.rows(p.dq), dk = head.rows(p.dk), dv = head.rows(p.dv);
   const int tile = warp(), all = tiles_of(head.length), rows = tiles_of(p.length) * kRows;

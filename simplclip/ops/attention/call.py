@@ -11,7 +11,7 @@ from simplclip.ops.calls import Written
 
 @dataclass
 class AttentionCall:
-    """Arguments of forward, whose results are out [B, L, H, K] and lse [B, H, L], the log-sum-exps."""
+    """Arguments of forward, whose results are out [B, L, H, K], the log-sum-exps lse, and av: see AttentionGradient."""
 
     q: Tensor  # [B, L, H, K]. Of all tensors of this shape only the last dimension need be contiguous
     k: Tensor  # [B, L, H, K]
@@ -28,6 +28,7 @@ class AttentionGradient(AttentionCall):
 
     grad: Tensor  # [B, L, H, K]
     lse: Tensor  # [B, H, L]
+    av: Tensor  # [B, L, H, K] softmax(q k^T scale) v, or empty if the backend does not need it
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from simplclip.ops import backends, checks
-from simplclip.ops.attention import reference
+from simplclip.ops.attention import around, reference, sdpa, xformers
 from simplclip.ops.attention.call import AttentionCall, AttentionGradient, AttentionInto
 from simplclip.ops.calls import flat
 from simplclip.ops.dtypes import accumulate_dtype
@@ -21,18 +24,37 @@ def rows_in_memory(call: AttentionCall, *names: str) -> None:
 
 
 def _facts(call):
-    return {"width": call.q.shape[3], "length": call.q.shape[1]}
+    return {"width": call.q.shape[3], "length": call.q.shape[1], "lengths": call.lengths is not None}
+
+
+def forward(function: Callable, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results of a backend's function, which has the last one only if its backward needs it."""
+    out, lse, *av = function(call)
+    return out, lse, av[0] if av else out.new_empty(0)
+
+
+def av_shape(shape: Sequence[int], like: Tensor, backend: str, **facts) -> Sequence[int]:
+    """The shape of the last result for a q of this shape."""
+    return (
+        shape
+        if backends.select("shaped_attention_fwd", like.device.type, like.dtype, backend, **facts)[0] in AROUND
+        else (0,)
+    )
 
 
 def _fwd(function, call):
     rows_in_memory(call, "q", "k", "v")
-    return function(call)
+    return forward(function, call)
 
 
-def _fwd_fake(call):
+def _native_fake(call):
     b, length, h, _ = call.q.shape
-    lse = call.q.new_empty(b, h, length, dtype=call.gains.dtype)
-    return torch.empty_like(call.q, memory_format=torch.contiguous_format), lse
+    return call.q.new_empty(call.q.shape), call.q.new_empty(b, h, length, dtype=call.gains.dtype)
+
+
+def _fwd_fake(call, backend):
+    av = av_shape(call.q.shape, call.q, backend, **_facts(call))
+    return *_native_fake(call), call.q.new_empty(av)
 
 
 def _bwd(function, call):
@@ -41,41 +63,50 @@ def _bwd(function, call):
     return *d, function(AttentionInto(*flat(call), *d))
 
 
-def _bwd_fake(call):
+def _bwd_fake(call, backend):
     return *_empty_gradients(call), torch.empty_like(call.gains)
 
 
 def _empty_gradients(call: AttentionCall) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (call.q, call.k, call.v)]
-
-
-def _why_not_triton(device: str, dtype: torch.dtype, *, width: int = 0, **call) -> str | None:
-    """The rows of a wider head do not fit in registers."""
-    most = 128 if dtype == torch.float32 else 256
-    if width > most:
-        return f"serves heads of at most {most} in {dtype}, not {width}"
-    return backends.triton_on_cuda(device, dtype)
+    return [t.new_empty(t.shape) for t in (call.q, call.k, call.v)]
 
 
 def _why_not_cuda(device: str, dtype: torch.dtype, *, length: int = 1, width: int = 16, **call) -> str | None:
-    if backends.cuda_extension is None:
-        return backends.cuda_extension_error
-    if device == "cuda" and backends.capability() and backends.capability() < (8, 0):
-        return f"needs compute capability 8.0, the device has {'.'.join(map(str, backends.capability()))}"
-    reason = backends.why_not_kernels("cuda", device, dtype)
-    if reason:
+    if reason := backends.extension_on_cuda(device, dtype):
         return reason
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "serves float32 only through TF32, which torch does not allow (torch.backends.cuda.matmul.allow_tf32)"
-    reason = backends.cuda_extension.shaped_attention_why_not(length, width)
+    reason = backends.cuda_extension.shaped_attention_why_not(length, width, dtype == torch.float32)
     return reason and f"{reason}; got {length} tokens, width {width}"
 
 
-_FWD, _BWD = (
-    backends.row(function, module="attention.op", triton=_why_not_triton, cuda=_why_not_cuda)
-    for function in (reference.shaped_attention_fwd, reference.shaped_attention_bwd)
-)
-define("shaped_attention_fwd", AttentionCall, "(Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts)
+def _why_not_sdpa(device: str, dtype: torch.dtype, **call) -> str | None:
+    if device not in ("cuda", "cpu"):
+        return f"serves cuda and cpu tensors, not {device}"
+    return backends.why_not_kernels(device, device, dtype)
+
+
+def _why_not_xformers(device: str, dtype: torch.dtype, *, lengths: bool = False, **call) -> str | None:
+    if not backends.installed("xformers"):
+        return "the package xformers is not installed"
+    if lengths:
+        return "takes lengths only as a list on the host"
+    return backends.why_not_kernels("cuda", device, dtype)
+
+
+AROUND: dict[str, tuple[around.Forward, around.Backward, Callable]] = {
+    "sdpa": (sdpa.attention, sdpa.attention_backward, _why_not_sdpa),
+    "xformers": (xformers.attention, xformers.attention_backward, _why_not_xformers),
+}
+_FWD = backends.row(reference.shaped_attention_fwd, cuda=_why_not_cuda, cpu=True)
+_BWD = backends.row(reference.shaped_attention_bwd, cuda=_why_not_cuda, cpu=True)
+for _name, (_attend, _attend_backward, _why_not) in AROUND.items():
+    _FWD[_name] = backends.Implementation(partial(around.shaped_attention_fwd, _attend), _why_not)
+    _BWD[_name] = backends.Implementation(partial(around.shaped_attention_bwd, (_attend, _attend_backward)), _why_not)
+define(
+    "shaped_attention_fwd", AttentionCall, "(Tensor, Tensor, Tensor)", _fwd, _fwd_fake, row=_FWD, facts=_facts,
+    native=(AttentionCall, "(Tensor, Tensor)"), native_fake=_native_fake,
+)  # fmt: skip
 define(
     "shaped_attention_bwd", AttentionGradient, "(Tensor, Tensor, Tensor, Tensor)", _bwd, _bwd_fake, row=_BWD, facts=_facts,
     native=(AttentionInto, "Tensor"), native_fake=lambda call: torch.empty_like(call.gains),
@@ -126,9 +157,10 @@ def shaped_attention(
         RuntimeError: a forced backend does not support the call.
 
     Softmax, gains and sums are computed in float32 (float64 for float64), products with operands in the tensors' dtype.
-    Saved for backward: q, k, v and the log-sum-exps, [B, H, L] float32; kernels store no [L, L] matrix. Sums have a
-    fixed order: on one machine, the same call has the same bits each time, by the CPU kernels with any number of threads.
-    Only first derivatives in reverse mode are supported, except by backend "reference".
+    Saved for backward: q, k, v and the log-sum-exps, [B, H, L] float32, by backends "sdpa" and "xformers" softmax(q k^T) v
+    too; no [L, L] matrix is stored. On one machine, the same call has the same bits each time, by the CPU kernels with any
+    number of threads; by "sdpa" and "xformers" on a GPU only with torch.use_deterministic_algorithms(True). Only first
+    derivatives in reverse mode are supported, except by backend "reference".
 
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are additions of
     this library.

@@ -11,7 +11,7 @@ from simplclip.ops.calls import Written, tensors_of
 
 @dataclass
 class BlockCall:
-    """Arguments of forward, whose results are out [B, L, C], and for backward [q|k], h and lse: see BlockGradient."""
+    """Arguments of forward, whose results are out [B, L, C], and for backward [q|k], h, lse and av: see BlockGradient."""
 
     x: Tensor  # [B, L, C]
     norm_weight: Tensor  # [C]
@@ -31,7 +31,7 @@ class BlockCall:
     act: str
     scale: float
     causal: bool
-    keep: bool  # whether to return [q|k] and h; backward computes them again otherwise
+    keep: bool  # whether to return [q|k], h and av; backward computes them again otherwise
 
     @property
     def heads(self) -> tuple[int, int, int, int]:
@@ -51,4 +51,5 @@ class BlockGradient(BlockCall):
     qk: Tensor  # [B L, 2C], or empty
     h: Written  # [B L, F] the hidden layer before its activation, or empty
     lse: Tensor  # [B, H, L]
+    av: Tensor  # [B, L, H, K] as shaped_attention's, or empty
     need: list[bool]  # for each of DIFFERENTIABLE, whether its gradient is needed; if not, the result is empty

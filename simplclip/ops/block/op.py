@@ -9,6 +9,8 @@ from torch import Tensor
 
 from simplclip.ops import backends, checks
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from simplclip.ops.attention.op import av_shape
+from simplclip.ops.attention.op import forward as attention_forward
 from simplclip.ops.block.call import DIFFERENTIABLE, BlockCall, BlockGradient
 from simplclip.ops.block.norm import NORMS, norm_bwd, norm_fwd
 from simplclip.ops.calls import flat
@@ -26,8 +28,13 @@ def _split(qk: Tensor, call: BlockCall) -> tuple[Tensor, Tensor]:
     return q, k
 
 
+def _facts(call: BlockCall) -> dict:
+    """Those of its attention."""
+    return {"length": call.heads[1], "width": call.heads[3], "lengths": call.lengths is not None}
+
+
 def _attention(pick, name: str, call: BlockCall) -> Callable:
-    return pick(f"shaped_attention_{name}", length=call.heads[1], width=call.heads[3])
+    return pick(f"shaped_attention_{name}", **_facts(call))
 
 
 def _attention_call(call: BlockCall, n: Tensor, qk: Tensor) -> AttentionCall:
@@ -44,8 +51,8 @@ def _norm(call: BlockCall) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
 def _fwd(pick, call):
     x, n, _ = _norm(call)
     qk = linear(n, call.qk_weight, None)
-    out, lse = _attention(pick, "fwd", call)(_attention_call(call, n, qk))
-    out = out.view(x.shape)
+    out, lse, av = attention_forward(_attention(pick, "fwd", call), _attention_call(call, n, qk))
+    out, av = out.view(x.shape), av if call.keep else x.new_empty(0)
     if call.output_weight is not None:
         out = linear(out, call.output_weight, None)
     project, gain = pick("parallel_mlp_fwd"), call.mlp_gain.to(x.dtype)
@@ -55,15 +62,18 @@ def _fwd(pick, call):
     qk = qk if call.keep else x.new_empty(0)
     for some, of_out in [(h, out)] if call.keep else hidden_rows(*first, out):
         project(HiddenCall(some, weight, bias, call.act, of_out, accumulate=True))
-    return out.view(call.x.shape), qk, h, lse
+    return out.view(call.x.shape), qk, h, lse, av
 
 
-def _fwd_fake(call):
+def _fwd_fake(call, backend):
     x, (b, length, heads, _) = call.x, call.heads
     widths = (2 * x.shape[2], call.fc1_weight.shape[0])
     qk, h = (x.new_empty((b * length, width) if call.keep else (0,)) for width in widths)
     lse = x.new_empty(b, heads, length, dtype=call.gains.dtype)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse
+    av = x.new_empty(
+        av_shape(call.heads, x, backends.of_part("shaped_attention_fwd", backend), **_facts(call)) if call.keep else (0,)
+    )
+    return torch.empty_like(x, memory_format=torch.contiguous_format), qk, h, lse, av
 
 
 def _bwd(pick, call):
@@ -98,12 +108,12 @@ def _bwd(pick, call):
         qk = linear(n, call.qk_weight, None) if recompute else qk
         attention = _attention_call(call, n, qk)
     if wanted["output_weight"]:
-        out, _ = _attention(pick, "fwd", call)(attention)
+        out, *_ = _attention(pick, "fwd", call)(attention)
         d["output_weight"] = torch.mm(grad.T, out.view(x.shape))
     if need_attention:
         d_attention = grad if call.output_weight is None else torch.mm(grad, call.output_weight)
         dqk, dv = torch.empty_like(qk), torch.empty_like(n)
-        given = *flat(attention), d_attention.view(call.heads), call.lse
+        given = *flat(attention), d_attention.view(call.heads), call.lse, call.av
         into = AttentionInto(*given, *_split(dqk, call), dv.view(call.heads))
         d["gains"] = _attention(pick, "bwd", call)(into)
         if wanted["qk_weight"]:
@@ -118,7 +128,7 @@ def _bwd(pick, call):
     return tuple(d[name] if wanted[name] else x.new_empty(0) for name in DIFFERENTIABLE)
 
 
-def _bwd_fake(call):
+def _bwd_fake(call, backend):
     return tuple(
         torch.empty_like(getattr(call, name), memory_format=torch.contiguous_format) if wanted else call.grad.new_empty(0)
         for name, wanted in zip(DIFFERENTIABLE, call.need)
@@ -126,14 +136,14 @@ def _bwd_fake(call):
 
 
 _GRADIENTS = f"({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
-define("simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
+define("simplified_block_fwd", BlockCall, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _fwd, _fwd_fake)
 define("simplified_block_bwd", BlockGradient, _GRADIENTS, _bwd, _bwd_fake)
 
 
 def _gradient(call, results, grad, need, backend):
-    qk, h, lse = results
+    qk, h, lse, av = results
     wanted = [need[name] for name in DIFFERENTIABLE]
-    grads = torch.ops.simplclip.simplified_block_bwd(*flat(call), grad, qk, to_overwrite(h), lse, wanted, backend)
+    grads = torch.ops.simplclip.simplified_block_bwd(*flat(call), grad, qk, to_overwrite(h), lse, av, wanted, backend)
     return {name: d for name, d in zip(DIFFERENTIABLE, grads) if need[name]}
 
 
@@ -187,10 +197,11 @@ def simplified_block(
         recompute: keep only x and the log-sum-exps for backward, which then computes the block again.
 
     Saved for backward: x, [q|k] [T, 2C], h [T, F] and the log-sum-exps [B, H, L]: 7C elements per token with F = 4C (C with
-    `recompute`), where a standard block keeps 16C. Norm and activation are computed again. Backward overwrites h with its
-    gradient (with retain_graph=True a copy of h). Gradients of frozen tensors are not computed. On one machine, the
-    same call has the same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode
-    are supported, except by backend "reference".
+    `recompute`), where a standard block keeps 16C; C more if backend "sdpa" or "xformers" computes the attention. Norm and
+    activation are computed again. Backward overwrites h with its gradient (with retain_graph=True a copy of h). Gradients of
+    frozen tensors are not computed. On one machine, the same call has the same bits each time (see `shaped_attention`); on
+    a CPU, with the same number of threads. Only first derivatives in reverse mode are supported, except by backend
+    "reference".
 
     Raises:
         TypeError, ValueError: an argument is not valid; the message names it, what was expected and what it got.

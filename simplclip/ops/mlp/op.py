@@ -59,7 +59,7 @@ def _fwd(function, call):
     return out, h
 
 
-def _fwd_fake(call):
+def _fwd_fake(call, backend):
     rows, new = call.x.shape[0], call.x.new_empty
     return new(rows, call.fc2_weight.shape[0]), new(rows if call.keep else 0, call.fc1_weight.shape[0])
 
@@ -75,7 +75,7 @@ def _bwd(function, call):
     return d_x, d_fc1_weight, d_fc1_bias, d_fc2_weight if need[3] else none, d_fc2_bias
 
 
-def _bwd_fake(call):
+def _bwd_fake(call, backend):
     c, f = call.fc2_weight.shape
     shapes = (call.x.shape, call.fc1_weight.shape, (f,), (c, f), (c,))
     return tuple(call.x.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, call.need))
@@ -126,8 +126,8 @@ def parallel_mlp(
         fc1_weight, fc1_bias, fc2_weight, fc2_bias: parameters of two nn.Linear; a bias may be None.
         act: "gelu" (erf), "gelu_tanh", "quickgelu" (x sigmoid(1.702 x)), "relu" or "silu".
 
-    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation is applied when the second
-    product reads h and is never stored: [T, F] elements are kept instead of twice that. Backward overwrites h with its
+    Saved for backward: x, the weights, and h = x fc1_weightᵀ + fc1_bias. The activation of h exists for some rows at a
+    time, in 8 or 16 MiB: [T, F] elements are kept instead of twice that. Backward overwrites h with its
     gradient (with retain_graph=True a copy of h). Sums are computed in float32. On one machine, the same call has the
     same bits each time; on a CPU, with the same number of threads. Only first derivatives in reverse mode are supported,
     except by backend "reference".

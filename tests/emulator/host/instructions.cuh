@@ -39,7 +39,6 @@ const char* launch_kernel(
 inline int thread() { return emulator::engine.running->index; }
 inline int threads() { return emulator::engine.threads; }
 inline int block_x() { return emulator::engine.block.x; }
-inline int block_y() { return emulator::engine.block.y; }
 inline int grid_x() { return emulator::engine.grid.x; }
 inline int lane() { return thread() & 31; }
 inline int warp() { return thread() >> 5; }

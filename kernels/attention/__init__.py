@@ -1,1 +1,0 @@
-"""shaped_attention in Triton: op.py has the launchers."""

@@ -1,0 +1,110 @@
+"""shaped_attention around a softmax attention of another library, whose result A v is kept for backward.
+
+An attention is two functions: one of a call, which returns A v [B, L, H, K] and the log-sum-exps [B, H, L]; one of a call for
+backward, with A v in it, which returns for the gradient dO that came in what ordinary attention would: dq, dk and Aᵀ dO. All
+three are linear in dO, so that a head's beta multiplies them. The other terms are plain torch, in the dtype of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+
+Forward = Callable[[AttentionCall], tuple[Tensor, Tensor]]
+Call = TypeVar("Call", bound=AttentionCall)
+Backward = Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
+
+
+def _padded(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
+    """Which tokens are padding; None without lengths."""
+    if call.lengths is None:
+        return None
+    return (torch.arange(call.q.shape[1], device=call.q.device) >= call.lengths[:, None])[:, :, None, None]
+
+
+def _counts(call: AttentionCall) -> Tensor | int:  # [L, 1, 1], [B, 1, 1, 1] or a number
+    """How many keys a query sees, at least 1."""
+    if call.causal:
+        return torch.arange(1, call.q.shape[1] + 1, device=call.q.device, dtype=call.gains.dtype)[:, None, None]
+    return call.q.shape[1] if call.lengths is None else call.lengths.clamp(min=1)[:, None, None, None]
+
+
+def _means(v: Tensor, call: AttentionCall) -> Tensor:  # [B, 1, H, K], if causal [B, L, H, K]
+    """C v."""
+    dtype = call.gains.dtype
+    sums = v.cumsum(1, dtype=dtype) if call.causal else v.sum(1, keepdim=True, dtype=dtype)
+    return sums.div_(_counts(call))
+
+
+def _spread(grad: Tensor, call: AttentionCall) -> Tensor:  # [B, 1, H, K], if causal [B, L, H, K]
+    """Cᵀ grad."""
+    if not call.causal:
+        return grad.sum(1, keepdim=True, dtype=call.gains.dtype).div_(_counts(call))
+    shares = grad / _counts(call)
+    return (shares.sum(1, keepdim=True) - shares.cumsum(1)).add_(shares)
+
+
+def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:  # [B, L, H, K] twice -> [H]
+    a = a.to(dtype) if a.dtype == torch.float16 else a  # in which products overflow
+    return (a * b).sum((0, 1, 3), dtype=dtype)
+
+
+def _of_positive_scale(call: Call) -> tuple[Call, int]:
+    """A call of equal logits, and what dq is multiplied by: others mask logits by −inf before they multiply by the scale."""
+    if call.scale > 0:
+        return call, 1
+    q, sign = (-call.q, -1) if call.scale < 0 else (torch.zeros_like(call.q), 0)
+    return replace(call, q=q, scale=-call.scale or 1.0), sign
+
+
+def shaped_attention_fwd(attend: Forward, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, the log-sum-exps and A v. Scratch: C v in the dtype of sums, which is as large as v only if causal."""
+    out, padded = call.q.new_empty(call.q.shape), _padded(call)
+    if not call.q.numel():
+        return out, call.gains.new_empty(*call.q.shape[:3]).transpose(1, 2).contiguous(), torch.empty_like(out)
+    alpha, beta, gamma = call.gains[:, :, None]
+    v = call.v if padded is None else call.v.masked_fill(padded, 0)
+    av, lse = attend(_of_positive_scale(call)[0])
+    if padded is not None:
+        av, lse = av.masked_fill(padded, 0), lse.masked_fill(padded[:, None, :, 0, 0], 0)
+    torch.addcmul(-gamma * _means(v, call), v, alpha, out=out)
+    out.addcmul_(av, beta)
+    if padded is not None:
+        out.masked_fill_(padded, 0)
+    return out, lse.contiguous(), av.contiguous()
+
+
+def shaped_attention_bwd(attend: tuple[Forward, Backward], call: AttentionInto) -> Tensor:  # [3, H]
+    """Writes dq, dk and dv; returns the gains' gradients.
+
+    dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v, dgamma = −Σ v Cᵀ dO. Scratch: the three
+    results of the attention.
+    """
+    dtype, padded = call.gains.dtype, _padded(call)
+    if not call.q.numel():
+        return torch.zeros_like(call.gains)
+    alpha, beta, gamma = call.gains[:, :, None]
+    v = call.v
+    if padded is not None:
+        v, call = v.masked_fill(padded, 0), replace(call, grad=call.grad.masked_fill(padded, 0))
+    call, sign = _of_positive_scale(call)
+    if not call.av.numel():  # backward computes all again
+        av, lse = attend[0](call)
+        call = replace(call, av=av if padded is None else av.masked_fill(padded, 0), lse=lse)
+    spread = _spread(call.grad, call)
+    d_gamma = (spread * (v if call.causal else v.sum(1, keepdim=True, dtype=dtype))).sum((0, 1, 3))
+    d_gains = torch.stack([_dot(call.grad, v, dtype), _dot(call.grad, call.av, dtype), -d_gamma])
+    torch.addcmul(spread.mul_(-gamma), call.grad, alpha, out=call.dv)
+    dq, dk, dv = attend[1](call)
+    torch.mul(dq, beta if sign == 1 else sign * beta, out=call.dq)
+    torch.mul(dk, beta, out=call.dk)
+    call.dv.addcmul_(dv, beta)
+    for written in (call.dq, call.dk, call.dv) if padded is not None else ():
+        written.masked_fill_(padded, 0)
+    return d_gains

@@ -1,0 +1,150 @@
+"""torch's scaled_dot_product_attention, forward and backward apart, as an attention for around.py.
+
+On a GPU these are the functions under it: FlashAttention for half types, else its memory-efficient kernel. Both get sequences
+of several lengths as segments of one sequence: the valid tokens of each, and its padding, which attends to itself. So no mask
+[L, L] is made, nothing is read back, and what padding holds goes nowhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simplclip.ops import backends
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+
+aten = torch.ops.aten
+ROW_BYTES = 16  # at multiples of which heads begin, and whose multiples are their width
+LSE_ROWS = 32  # the memory-efficient kernel rounds the number of rows of its log-sum-exps up to it
+
+
+def kernel(q: Tensor) -> str:
+    """Which of torch's kernels serves tensors like q."""
+    if q.device.type == "cpu":
+        return "cpu"
+    old = backends.capability() is not None and backends.capability() < (8, 0)
+    return "efficient" if q.itemsize != 2 or q.shape[3] > 256 or old else "flash"
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """A v, and the log-sum-exps."""
+    return _FORWARD[kernel(call.q)](call)
+
+
+def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and Aᵀ grad."""
+    return _BACKWARD[kernel(call.q)](call)
+
+
+def aligned(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose heads begin at multiples of ROW_BYTES, their widths filled up with zeros: copies where they do not."""
+    found = []
+    for t in tensors:
+        of_row = ROW_BYTES // t.itemsize
+        if t.shape[3] % of_row:
+            t = F.pad(t, (0, -t.shape[3] % of_row))
+        elif t.storage_offset() % of_row or any(step % of_row for step in t.stride()[:3]):
+            t = t.clone(memory_format=torch.contiguous_format)
+        found.append(t)
+    return found
+
+
+def _segments(call: AttentionCall) -> Tensor:  # [2 B + 1] int32
+    """Where the valid tokens of each sequence, and its padding, begin; and the end."""
+    batch, length = call.q.shape[:2]
+    first = torch.arange(0, batch * length, length, device=call.q.device, dtype=torch.int32)
+    bounds = torch.stack([first, first + call.lengths], 1).flatten()
+    return F.pad(bounds, (0, 1), value=batch * length)
+
+
+def _flash(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    (batch, length, heads, width), (q, k, v) = call.q.shape, aligned(call.q, call.k, call.v)
+    bounds, shape = None, q.shape
+    if call.lengths is not None:
+        bounds, q, k, v = _segments(call), *(t.flatten(0, 1) for t in (q, k, v))
+    av, lse, *_ = aten._flash_attention_forward(
+        q, k, v, bounds, bounds, length, length, 0.0, call.causal, False, scale=call.scale
+    )  # fmt: skip
+    if bounds is not None:  # [H, B L]
+        lse = lse.view(heads, batch, length).transpose(0, 1).contiguous()
+    return av.view(shape)[..., :width], lse
+
+
+def _flash_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    length, width = call.q.shape[1], call.q.shape[3]
+    tensors = aligned(call.grad, call.q, call.k, call.v, call.av)
+    bounds, shape, lse = None, tensors[0].shape, call.lse
+    if call.lengths is not None:
+        bounds, tensors, lse = (
+            _segments(call),
+            [t.flatten(0, 1) for t in tensors],
+            lse.transpose(0, 1).flatten(1).contiguous(),
+        )
+    state = lse.new_empty((), dtype=torch.int64)  # of random numbers, for a dropout that there is not
+    found = aten._flash_attention_backward(
+        *tensors, lse, bounds, bounds, length, length, 0.0, call.causal, state, state, scale=call.scale
+    )  # fmt: skip
+    return tuple(t.view(shape)[..., :width] for t in found)
+
+
+def _efficient(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    (_, length, _, width), (q, k, v) = call.q.shape, aligned(call.q, call.k, call.v)
+    bounds, most, shape = None, None, q.shape
+    if call.lengths is not None:
+        bounds, most, q, k, v = _segments(call), length, *(t.flatten(0, 1)[None] for t in (q, k, v))
+    av, lse, *_ = aten._efficient_attention_forward(
+        q, k, v, None, bounds, bounds, most, most, 0.0, int(call.causal), True, scale=call.scale
+    )  # fmt: skip
+    lse = lse if bounds is None else lse[::2]  # without those of the padding
+    return av.view(shape)[..., :width], lse[:, :, :length].contiguous()
+
+
+def _efficient_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    length, width = call.q.shape[1], call.q.shape[3]
+    grad, q, k, v, av = aligned(call.grad, call.q, call.k, call.v, call.av)
+    bounds, shape, lse = None, q.shape, call.lse
+    if call.lengths is not None:
+        bounds, grad, q, k, v, av = _segments(call), *(t.flatten(0, 1)[None] for t in (grad, q, k, v, av))
+        lse = lse.masked_fill((torch.arange(length, device=q.device) >= call.lengths[:, None])[:, None], torch.inf)
+        lse = lse.repeat_interleave(2, 0)  # padding gets that of other rows, since its gradients are not used
+    lse = F.pad(lse, (0, -length % LSE_ROWS), value=torch.inf)
+    state = lse.new_empty((), dtype=torch.int64)  # of random numbers, for a dropout that there is not
+    found = aten._efficient_attention_backward(
+        grad, q, k, v, None, av, bounds, bounds, length, length, lse, 0.0, state, state, int(call.causal), False,
+        scale=call.scale,
+    )[:3]  # fmt: skip
+    return tuple(t.view(shape)[..., :width] for t in found)
+
+
+def _on_cpu(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    tensors, mask = _of_cpu(call, call.q, call.k, call.v)
+    av, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *tensors, 0.0, call.causal, attn_mask=mask, scale=call.scale
+    )  # fmt: skip
+    return av.transpose(1, 2), lse
+
+
+def _on_cpu_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, mask = _of_cpu(call, call.grad, call.q, call.k, call.v, call.av)
+    found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *tensors, call.lse, 0.0, call.causal, attn_mask=mask, scale=call.scale
+    )  # fmt: skip
+    return tuple(t.transpose(1, 2) for t in found)
+
+
+def _of_cpu(call: AttentionCall, *tensors: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    """Tensors [B, H, L, K], 0 in padding, and what is added to the logits of keys, [B, 1, 1, L].
+
+    A causal query sees no padding, since that comes last.
+    """
+    heads = [t.transpose(1, 2) for t in tensors]
+    if call.lengths is None:
+        return heads, None
+    padded = torch.arange(call.q.shape[1]) >= call.lengths[:, None]  # [B, L]
+    heads = [t.masked_fill(padded[:, None, :, None], 0) for t in heads]
+    return heads, None if call.causal else call.q.new_zeros(padded.shape).masked_fill(padded, -torch.inf)[:, None, None]
+
+
+_FORWARD = {"cpu": _on_cpu, "flash": _flash, "efficient": _efficient}
+_BACKWARD = {"cpu": _on_cpu_backward, "flash": _flash_backward, "efficient": _efficient_backward}

@@ -1,0 +1,33 @@
+"""memory_efficient_attention of the package xformers as an attention for around.py; it picks one of its kernels itself."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+from simplclip.ops.attention.sdpa import aligned
+
+
+def _options(call: AttentionCall) -> dict:
+    from xformers.ops import LowerTriangularMask
+
+    return {"attn_bias": LowerTriangularMask() if call.causal else None, "scale": call.scale}
+
+
+def attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """A v, and the log-sum-exps."""
+    from xformers.ops import fmha
+
+    given = aligned(call.q, call.k, call.v)
+    av, lse = fmha.memory_efficient_attention_forward_requires_grad(*given, **_options(call))
+    length, width = call.q.shape[1::2]
+    return av[..., :width], lse[:, :, :length].contiguous()  # some of its kernels fill them up
+
+
+def attention_backward(call: AttentionInto) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and Aᵀ grad."""
+    from xformers.ops import fmha
+
+    grad, av, *inputs = aligned(call.grad, call.av, call.q, call.k, call.v)
+    found = fmha.memory_efficient_attention_backward(grad, av, call.lse, *inputs, **_options(call))
+    return tuple(t[..., : call.q.shape[3]] for t in found)
