@@ -1,0 +1,109 @@
+"""The calls whose cost is predicted: losses, attention, MLP and block at the sizes of CLIP's models, on fake tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simplclip import ops
+
+LOSSES = {
+    "contrastive": ("contrastive",),
+    "contrastive+pair_matching": ("contrastive", "pair_matching"),
+    "sigmoid": ("sigmoid",),
+    "all": ("contrastive", "pair_matching", "relational", "interactive"),
+}
+SIZES = (4096, 32768, 65536)
+WIDTH = 512
+LENGTHS = (50, 64, 77, 197, 257)
+BATCH, HEADS, HEAD = 64, 12, 64  # of attention
+# Sequences, tokens, C, F and heads: the text tower of siclip-s0 (causal), SigLIP's So400m at 224 pixels, ViT-B/16.
+TOWERS = {
+    "siclip": (64, 77, 512, 2048, 8, True),
+    "siglip": (16, 256, 1152, 4304, 16, False),
+    "vit-b": (32, 197, 768, 3072, 12, False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, by its name; n and width are of the losses."""
+
+    name: str
+    shape: str
+    run: Callable[[torch.dtype, bool], None]  # with a backward or without
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.shape}"
+
+
+def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=True)
+
+
+def _step(make: Callable[[], Tensor], backward: bool) -> None:
+    if not backward:
+        with torch.no_grad():
+            make()
+        return
+    out = make()
+    out.backward(torch.empty_like(out) if out.dim() else None)
+
+
+def loss(terms: tuple[str, ...], n: int, width: int, dtype: torch.dtype, backward: bool, **options) -> None:
+    tensors = {"image": _leaf(n, width, dtype=dtype), "text": _leaf(n, width, dtype=dtype), "logit_scale": _leaf()}
+    if "pair_matching" in terms:
+        tensors["plane"] = (_leaf(), _leaf())
+    if "sigmoid" in terms:
+        tensors["logit_bias"] = _leaf()
+    if "relational" in terms or "interactive" in terms:
+        tensors |= {f"teacher_{name}": torch.empty(n, width, dtype=dtype, device="cuda") for name in ("image", "text")}
+        tensors["teacher_scale"] = torch.empty((), device="cuda")
+    weights = dict.fromkeys(terms, 1.0) if len(terms) > 1 else None
+    total = "loss" if weights else terms[0]
+    _step(lambda: ops.similarity_loss(**tensors, terms=terms, weights=weights, **options)[total], backward)
+
+
+def attention(shape: tuple[int, ...], causal: bool, dtype: torch.dtype, backward: bool) -> None:
+    q, k, v = (_leaf(*shape, dtype=dtype) for _ in range(3))
+    gains = [_leaf(shape[2]) for _ in range(3)]
+    _step(lambda: ops.shaped_attention(q, k, v, *gains, causal=causal), backward)
+
+
+def mlp(tower: str, dtype: torch.dtype, backward: bool) -> None:
+    b, length, c, f, *_ = TOWERS[tower]
+    tensors = [_leaf(*shape, dtype=dtype) for shape in ((b * length, c), (f, c), (f,), (c, f), (c,))]
+    _step(lambda: ops.parallel_mlp(*tensors), backward)
+
+
+def block(tower: str, dtype: torch.dtype, backward: bool) -> None:
+    b, length, c, f, heads, causal = TOWERS[tower]
+    matrices = [_leaf(*shape, dtype=dtype) for shape in ((b, length, c), (2 * c, c), (f, c), (f,), (c, f), (c,))]
+    gains = {name: _leaf(heads) for name in ("alpha", "beta", "gamma")}
+    rest = {"norm_weight": _leaf(c), "norm_bias": _leaf(c), "attention_gain": _leaf(), "mlp_gain": _leaf()}
+    _step(lambda: ops.simplified_block(*matrices, **gains, **rest, causal=causal), backward)
+
+
+def losses(sizes: tuple[int, ...] = SIZES, width: int = WIDTH) -> list[Case]:
+    return [
+        Case(name, f"N={n} D={width}", functools.partial(loss, terms, n, width))
+        for n in sizes
+        for name, terms in LOSSES.items()
+    ]
+
+
+def others() -> list[Case]:
+    found = []
+    for length in LENGTHS:
+        shape, causal = (BATCH, length, HEADS, HEAD), length == 77
+        text = f"B={BATCH} L={length} H={HEADS} K={HEAD}" + " causal" * causal
+        found.append(Case(f"attention-{length}", text, functools.partial(attention, shape, causal)))
+    for tower, (b, length, c, f, heads, causal) in TOWERS.items():
+        found.append(Case(f"mlp-{tower}", f"T={b * length} C={c} F={f}", functools.partial(mlp, tower)))
+        text = f"B={b} L={length} C={c} F={f} H={heads}" + " causal" * causal
+        found.append(Case(f"block-{tower}", text, functools.partial(block, tower)))
+    return found
