@@ -5,8 +5,8 @@
 
 Prints a row for each kernel, in order of time: launches, milliseconds, the pipe that bounds it and the share of the card's
 peak of products; and as the last line a JSON object. Its bytes are those of memory: "bytes" of sums, statistics and
-elementwise kernels, "operand_bytes" of what products read, "block_bytes" of what a kernel writes for a later product (a block of the
-gradient to the similarities, a hidden layer), "all_bytes" the three together. "launches" counts torch's kernels too.
+elementwise kernels, "operand_bytes" of what products read, "block_bytes" of what a kernel writes for a later product (a block
+of the gradient to the similarities, a hidden layer), "all_bytes" the three together. "launches" counts torch's kernels too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import hardware
 from benchmarks.bound import calls, machine, predict, sass, trace
+from benchmarks.measure import PASSES
 from benchmarks.results_file import RESULTS, table, write_csv
 from simplclip.common.cards import CARDS
 
@@ -26,7 +27,6 @@ CALLS, KERNELS = RESULTS / "bound_calls-predicted.csv", RESULTS / "bound_kernels
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
 MAIN = "bfloat16"  # the others have the smallest N alone, whose kernels are those of all
 OF_ARCHITECTURES = ("rtx-3090", "rtx-4090", "h100", "rtx-5090")
-PASSES = {False: "forward", True: "forward + backward"}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:

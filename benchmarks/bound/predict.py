@@ -189,8 +189,8 @@ class Predictor:
         self.kernels.setdefault(key, (self.case, step.name, made, work, clocks, out))
         return out
 
-    def extension(self, step: Step) -> list[Estimate]:
-        """Of a call of the CUDA extension, which may start several kernels."""
+    def extension(self, step: Step) -> list[tuple[str, Estimate]]:
+        """The kernels of a call of the CUDA extension."""
         found = []
         for kernel in native.kernels(step, self.card.architecture):
             clocks = Clocks.of([(native.clocks(kernel, self.unit, self.rate), DEPENDENT * kernel.alone)])
@@ -198,7 +198,7 @@ class Predictor:
             out = Estimate(0, "", 2.0 * kernel.multiply_adds * kernel.programs, l2=kernel.memory)
             out.operands, out.bytes = (kernel.memory, 0) if kernel.multiply_adds else (0, kernel.memory)
             self._finish(out, ms, pipe)
-            found.append(out)
+            found.append((kernel.name, out))
             key = kernel.name, kernel.registers, kernel.shared, str(step.dtype)
             self.kernels.setdefault(key, (self.case, kernel.name, kernel, None, clocks, out))
         return found
@@ -239,14 +239,13 @@ def predict(steps: Sequence[Step], predictor: Predictor) -> list[Row]:
         if step.kind == "host":
             continue
         if step.kind == "torch":
-            found = [predictor.torch(step)]
+            found = [(step.name, predictor.torch(step))]
         elif step.kind == "triton":
-            found = [predictor.own(step, later)]
+            found = [(step.name, predictor.own(step, later))]
         else:
             found = predictor.extension(step)
-        row = rows.setdefault((step.kind, step.name), Row(step.name, step.kind))
-        for each in found:
-            row.add(each)
+        for name, each in found:
+            rows.setdefault((step.kind, name), Row(name, step.kind)).add(each)
     return sorted(rows.values(), key=lambda row: -row.sum.ms)
 
 
