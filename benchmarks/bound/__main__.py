@@ -18,7 +18,7 @@ import json
 import torch
 
 from benchmarks import hardware
-from benchmarks.bound import calls, machine, predict, sass, trace
+from benchmarks.bound import assumed, calls, machine, predict, sass, trace
 from benchmarks.measure import PASSES
 from benchmarks.results_file import RESULTS, table, write_csv
 from simplclip.common.cards import CARDS
@@ -143,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     hidden = ("label", "call", "dtype", "sm", "card", "memory_bytes", "l2_bytes", "stack")
     made = kernel_rows(predictor, "", dtype, card)
     print("\n".join(table([{column: v for column, v in row.items() if column not in hidden} for row in made])))
-    for line in predict.ASSUMPTIONS:
-        print(line.format(*predict.SUSTAINED[card]))
+    print("\n".join(assumed.lines(card)))
     print(json.dumps({"call": case.name, "shape": case.shape, "dtype": dtype, "card": card, "pass": passes, **total}))
     return None
 

@@ -20,8 +20,8 @@ class Card:
     float32: float  # TFLOP/s outside tensor cores
 
 
-# NVIDIA's whitepapers: GA102 2.1 (of GA106 the specifications of GeForce RTX 3060), Ada 2.02, RTX Blackwell 1.1, A100 (SXM4
-# modules), H100 (SXM5; its tensor rates are those at 1.83 GHz).
+# NVIDIA's whitepapers on the architectures GA102, Ada, RTX Blackwell, A100 (SXM4 modules) and H100 (SXM5; its tensor rates
+# are those at 1.83 GHz), and the specifications of the GeForce RTX 3060.
 CARDS = {
     "rtx-3090": Card(24, 86, 82, 1.695, 936, 6, 71.2, 35.6, 35.6),
     "rtx-4090": Card(24, 89, 128, 2.52, 1008, 72, 165.2, 82.6, 82.6),
