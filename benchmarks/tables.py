@@ -231,8 +231,8 @@ def predicted() -> list[str]:
         *lines,
         "",
         f"Predicted, never measured: forward and backward in bfloat16. What bounds a call, its share of the card's peak, the "
-        f"bytes of memory (without operands of products and blocks of a gradient, which the file has) and the kernels, torch's "
-        f"too, are of {cards[0]}. Assumed: cuBLAS, memory and cache reach {stated}; {'; '.join(assumed.ASSUMPTIONS[1:])}. "
+        f"bytes of memory (without operands of products and blocks of a gradient, which the file has) and the kernels, "
+        f"torch's too, are of {cards[0]}. Assumed: cuBLAS, memory and cache reach {stated}; {'; '.join(assumed.ASSUMPTIONS[1:])}. "
         f"Torch {rows[-1]['torch']}, Triton {rows[-1]['triton']}, commits: {marks} ({link(path)}, kernels in "
         f"{link(newest('bound_kernels-*.csv'))}; `python -m benchmarks.bound --label after`).",
     ]
