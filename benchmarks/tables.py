@@ -232,7 +232,8 @@ def predicted() -> list[str]:
         "",
         f"Predicted, never measured: forward and backward in bfloat16. What bounds a call, its share of the card's peak, the "
         f"bytes of memory (without operands of products and blocks of a gradient, which the file has) and the kernels, "
-        f"torch's too, are of {cards[0]}. Assumed: cuBLAS, memory and cache reach {stated}; {'; '.join(assumed.ASSUMPTIONS[1:])}. "
+        f"torch's too, are of {cards[0]}. Assumed: cuBLAS, memory and cache reach {stated}; "
+        f"{'; '.join(assumed.ASSUMPTIONS[1:])}. "
         f"Torch {rows[-1]['torch']}, Triton {rows[-1]['triton']}, commits: {marks} ({link(path)}, kernels in "
         f"{link(newest('bound_kernels-*.csv'))}; `python -m benchmarks.bound --label after`).",
     ]
