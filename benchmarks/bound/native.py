@@ -101,11 +101,12 @@ def kernels(step: Step, architecture: int) -> list[Native]:
     batch, length, heads, width = call.q.shape
     dtype = TYPES[call.q.dtype]
     plan = backends.cuda_extension.shaped_attention_plan(length, width, dtype == "tf32", direction == "bwd")
-    part = f"shaped_attention_{plan['kernel']}_kernelINS0_{len(dtype)}{dtype}ELi{plan['size']}E"
+    blocks, size = plan.get("blocks", 1), f"Li{plan['size']}E" if "size" in plan else ""
+    part = f"shaped_attention_{plan['kernel']}_kernelINS0_{len(dtype)}{dtype}E{size}"
     _, program, registers, static = _kernel(f"{dtype}.cu", architecture, part)
-    grid = (batch * heads, plan["blocks"])
+    grid = (batch * heads, blocks)
     codes: Counter[str] = Counter()
-    sample = [(0, y) for y in range(plan["blocks"])]
+    sample = [(0, y) for y in range(blocks)]
     for block in sample:
         for warp in range(plan["threads"] // 32):
             run = program.run(_parameters(call, plan, direction), block, 32 * warp, grid, plan["threads"])
@@ -117,7 +118,7 @@ def kernels(step: Step, architecture: int) -> list[Native]:
     memory = sum(size for _, size in (*step.operands, *step.written))
     name = f"shaped_attention_{plan['kernel']}"
     multiply_adds = sass.Part(codes).multiply_adds
-    shared, programs = plan["shared"] + static, batch * heads * plan["blocks"]
+    shared, programs = plan["shared"] + static, batch * heads * blocks
     out = [Native(name, registers, shared, plan["threads"] // 32, programs, multiply_adds, memory, codes)]
     if direction == "bwd":
         out.append(Native("shaped_attention_gains", 32, 0, 8, 1, 0, batch * heads * 12, Counter({"FADD": 1})))

@@ -79,6 +79,10 @@ def peak(card: Card, dtype: torch.dtype | None) -> float:
     return card.half
 
 
+def _up(count: int, of: int) -> int:
+    return -(-count // of) * of
+
+
 class Predictor:
     """Of kernels on one card."""
 
@@ -114,18 +118,15 @@ class Predictor:
         ms, flops = 0.0, 2.0 * step.multiply_adds
         if flops:
             tflops = peak(self.card, step.dtype) * self.share
+            m, n, k = step.shape
             if step.name.startswith(("_scaled", "_flash", "_efficient")):
-                ms = flops * (-(-step.shape[2] // FLASH_BLOCK) * FLASH_BLOCK / step.shape[2]) ** 2 / (FLASH * tflops) / 1e9
+                padded = _up(m, FLASH_BLOCK) * _up(n, FLASH_BLOCK) / (m * n)
+                ms = flops * padded / (FLASH * tflops) / 1e9
             else:
-                m, n, k = step.shape
-                units = (
-                    -(-m // CUBLAS_TILE)
-                    * -(-n // CUBLAS_TILE)
-                    * max(1, k // CUBLAS_DEPTH)
-                    * (step.multiply_adds // (m * n * k))
-                )
-                rounds = -(-units // self.card.multiprocessors) * self.card.multiprocessors
-                ms = flops / tflops / 1e9 * rounds / units
+                batch = step.multiply_adds // (m * n * k)
+                units = batch * (_up(m, CUBLAS_TILE) // CUBLAS_TILE) * (_up(n, CUBLAS_TILE) // CUBLAS_TILE)
+                units *= max(1, k // CUBLAS_DEPTH)
+                ms = flops / tflops / 1e9 * _up(units, self.card.multiprocessors) / units
         times = {"tensor": ms, "memory": memory, "launch": LAUNCH_US / 1e3}
         pipe = max(times, key=lambda name: times[name])
         return Estimate(times[pipe], pipe, flops, moved, operands)
