@@ -55,5 +55,18 @@ def describe(device: str = "cpu") -> dict[str, str]:
     }
 
 
+STATE = ("driver_version", "power.limit", "power.draw", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu")
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, power, clocks and temperature as nvidia-smi tells them; nothing where it does not run."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(STATE, (value.strip() for value in told.splitlines()[0].split(","))))
+
+
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

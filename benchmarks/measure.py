@@ -4,27 +4,119 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 
 from simplclip.memory.measure import cpu_peak_bytes
 
+Value = TypeVar("Value")
+PASSES = {False: "forward", True: "forward + backward"}
+
+
+class Times(dict[str, list[float]]):
+    """Seconds of each case until all is done; `host` until its last kernel was started, `device` of the GPU between its first
+    and its last kernel; `failed` has the reasons of cases that could not go on."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__({name: [] for name in names})
+        self.host: dict[str, list[float]] = {name: [] for name in self}
+        self.device: dict[str, list[float]] = {name: [] for name in self}
+        self.failed: dict[str, str] = {}
+
 
 def interleaved_times(
-    cases: dict[str, Callable[[], object]], repeats: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each case, `repeats` each, taken in turn (A B C A B C ...) so that drift of the machine hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+    strict: bool = True,
+) -> Times:
+    """Times of `repeats` runs of each case, taken in turn (A B C A B C ...) so that drift of the machine hits all alike.
+
+    strict: a case that fails raises; else it is left out from then on.
+    """
+    times = Times(cases)
     for turn in range(warmup + repeats):
         for name, run in cases.items():
-            _synchronize()
-            start = clock()
-            run()
-            _synchronize()
+            if name in times.failed:
+                continue
+            try:
+                first, last = _mark(), _mark()
+                _synchronize()
+                start = clock()
+                first.record()
+                run()
+                last.record()
+                host = clock() - start
+                _synchronize()
+                whole = clock() - start
+            except Exception as error:
+                if strict:
+                    raise
+                times.failed[name] = reason(error)
+                continue
             if turn >= warmup:
-                times[name].append(clock() - start)
+                times[name].append(whole)
+                times.host[name].append(host)
+                times.device[name].append(first.elapsed_time(last) / 1e3)
+    for name in times.failed:
+        times.pop(name)
     return times
+
+
+class _Moment:
+    """torch.cuda.Event where there is no GPU."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: _Moment) -> float:  # milliseconds
+        return 1e3 * (end.at - self.at)
+
+
+def _mark():
+    return torch.cuda.Event(enable_timing=True) if torch.cuda.is_available() else _Moment()
+
+
+def reason(error: Exception) -> str:
+    """A line that says why a form did not run."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def attempted(
+    forms: Mapping[str, Callable[[], Value]],
+    wrong: Callable[[str, Value, Value], str],
+    base: str = "simplclip",
+    strict: bool = True,
+) -> tuple[dict[str, Value], dict[str, str]]:
+    """What each form returns, and the reasons of those that have no place in a comparison: out of memory, or wrong.
+
+    wrong(name, value, value of `base`) says what is wrong, "" if nothing is. strict: other failures raise, and so does a
+    wrong value; else they are reasons too.
+    """
+    values: dict[str, Value] = {}
+    reasons: dict[str, str] = {}
+    for name, run in forms.items():
+        try:
+            values[name] = run()
+        except Exception as error:
+            if strict and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            reasons[name] = reason(error)
+        if name in reasons and torch.cuda.is_available():  # outside the handler, which holds the failed form's tensors
+            torch.cuda.empty_cache()
+    for name in [name for name in values if name != base and base in values]:
+        if text := wrong(name, values[name], values[base]):
+            if strict:
+                raise AssertionError(text)
+            reasons[name] = text
+            del values[name]
+    return values, reasons
 
 
 def clock_of_steps() -> tuple[str, Callable[[], float]]:
@@ -64,5 +156,20 @@ def figures(times: dict[str, list[float]], form: str, base: str = "simplclip") -
     """Columns of a row: a form's quantiles in milliseconds, and how many times of `base`'s median its own is."""
     p20, p50, p80 = quantiles(times[form])
     milliseconds = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
-    ratio = round(p50 / quantiles(times[base])[1], 2)
+    ratio = round(p50 / quantiles(times[base])[1], 2) if base in times else ""
     return {**{name: round(1e3 * seconds, 2) for name, seconds in milliseconds.items()}, "times_ours": ratio}
+
+
+def apart(times: Times, form: str) -> dict[str, float]:
+    """Columns of a row: medians of the host's and of the device's milliseconds."""
+    sides = {"host_ms": times.host[form], "device_ms": times.device[form]}
+    return {name: round(1e3 * quantiles(seconds)[1], 3) for name, seconds in sides.items()}
+
+
+def row_of(
+    row: dict, times: Times, form: str, reasons: Mapping[str, str], strict: bool, base: str = "simplclip"
+) -> dict:  # fmt: skip
+    """A row with the figures of a form, or with the reason why there are none; if not strict, host and device apart."""
+    if form in times:
+        row |= figures(times, form, base) | ({} if strict else apart(times, form))
+    return row if strict else row | {"note": reasons.get(form, "")}

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import chart
+from benchmarks.bound import assumed
 
 ALONE = "SDPA alone"  # computes one of shaped attention's three terms
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,6 +204,41 @@ def plan(name: str) -> list[str]:
     ]
 
 
+def predicted() -> list[str]:
+    """A row for each call: milliseconds by card, as first written and as last; of the first card also what bounds it."""
+    path, rows = read("bound_calls", passes=BOTH, dtype="bfloat16")
+    cards = list(dict.fromkeys(row["card"] for row in rows))
+    cases: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
+    for row in rows:
+        cases.setdefault((row["call"], row["shape"]), {}).setdefault(row["card"], []).append(row)
+    head = ["call", "size", *(f"{card}, ms" for card in cards), "bound by", "of peak", "GB", "kernels"]
+    lines = [f"| {' | '.join(head)} |", f"|---|---|{'--:|' * len(cards)}---|--:|--:|--:|"]
+
+    def change(found: list[dict[str, str]], name: str, show) -> str:
+        return " → ".join(dict.fromkeys(show(float(row[name])) for row in (found[0], found[-1])))
+
+    for (call, size), by_card in cases.items():
+        first = by_card[cards[0]]
+        ms = [change(by_card[card], "predicted_ms", lambda ms: f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}") for card in cards]
+        cells = [call, size, *ms, first[-1]["pipe"], change(first, "share_of_peak", lambda share: f"{share:.0%}")]
+        cells.append(change(first, "bytes", lambda count: f"{count / 1e9:,.2f}"))
+        cells.append(change(first, "launches", lambda count: f"{count:,.0f}"))
+        lines.append(f"| {' | '.join(cells)} |")
+    stated = "; ".join(f"{card} {product} TFLOP/s, {memory} TB/s and {cache} TB/s"
+                       for card, (product, memory, cache) in assumed.SUSTAINED.items() if card in cards)  # fmt: skip
+    marks = ", ".join(dict.fromkeys(f"{row['label']} {row['commit']}, {row['date']}" for row in rows))
+    return [
+        *lines,
+        "",
+        f"Predicted, never measured: forward and backward in bfloat16. What bounds a call, its share of the card's peak, the "
+        f"bytes of memory (without operands of products and blocks of a gradient, which the file has) and the kernels, "
+        f"torch's too, are of {cards[0]}. Assumed: cuBLAS, memory and cache reach {stated}; "
+        f"{'; '.join(assumed.ASSUMPTIONS[1:])}. "
+        f"Torch {rows[-1]['torch']}, Triton {rows[-1]['triton']}, commits: {marks} ({link(path)}, kernels in "
+        f"{link(newest('bound_kernels-*.csv'))}; `python -m benchmarks.bound --label after`).",
+    ]
+
+
 def figures() -> list[str]:
     """Three figures for the README: a loss, a block and a training step, each beside what it replaces."""
 
@@ -250,6 +286,7 @@ TABLES = {
         "towers": lambda: op_table("towers", shape="both: 64 texts, 8 images", dtype="bfloat16"),
         "gradient_cache": lambda: op_table("gradient_cache", dtype="bfloat16"),
         "plan": lambda: plan("siclip-s0"),
+        "predicted": predicted,
         "ablation": ablation,
     },
 }

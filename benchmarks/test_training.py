@@ -1,170 +1,18 @@
-"""Training siclip-tiny: our blocks and losses against the same weights in plain torch blocks with dense losses.
+"""A training step of siclip-tiny, see training_forms.py.
 
-    OMP_NUM_THREADS=1 pytest benchmarks/test_training.py --repeats 5 --write
-
-A step is forward, losses, backward, clipping and AdamW on random pairs held in memory; no loader. The forms start from the
-same weights and take turns; their losses are compared first. The convolutions of the image trunk are the same in all.
+OMP_NUM_THREADS=1 pytest benchmarks/test_training.py --repeats 5 --write
 """
 
-import copy
-
 import pytest
-import torch
-import torch.nn.functional as F
-from open_clip.loss import ClipLoss, DistillClipLoss
-from torch import Tensor, nn
 
-from benchmarks.block_forms import PlainBlock
-from benchmarks.measure import clock_of_steps, cpu_peak_bytes, figures, interleaved_times
-from simplclip import models
-from simplclip.common import hardware
-from simplclip.losses import ClipPMLoss, WIKDLoss
-from simplclip.nn import SimplifiedBlock
+from benchmarks.training_forms import OBJECTIVES, measure
 
-OURS, AGAIN, PLAIN = "simplclip", "simplclip, blocks recomputed", "plain torch blocks, dense losses"
-PRECISION = {"float32": "fp32", "bfloat16": "bf16"}
 BATCHES = (192, 1024)
-WIDTH = 256
-
-
-class PlainTowerBlock(PlainBlock):
-    """In the place of a tower's block."""
-
-    def forward(self, x: Tensor, *_, **__) -> Tensor:
-        return super().forward(x)
-
-    def get_weight_dtype(self) -> torch.dtype:
-        return self.block.fc1.weight.dtype
-
-
-def in_plain_torch(model: nn.Module) -> nn.Module:
-    """The model whose simplified blocks compute the same in plain torch ops. In place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, SimplifiedBlock):
-                setattr(parent, name, PlainTowerBlock(child))
-    return model
-
-
-def dense_pair_matching(image: Tensor, text: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    decision = weight * (image @ text.T) + bias
-    n = len(image)
-    positive = F.softplus(-decision.diagonal()).mean()
-    negative = (F.softplus(decision).sum() - F.softplus(decision.diagonal()).sum()) / (n * (n - 1))
-    return 0.5 * (positive + negative)
-
-
-class Dense(nn.Module):
-    """The same objective as open_clip and plain torch write it, with the parameters of ours."""
-
-    def __init__(self, loss: nn.Module):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, image, text, scale, *teacher) -> Tensor:
-        total = dense_pair_matching(image, text, self.loss.plane_weight, self.loss.plane_bias)
-        if not teacher:
-            return total + ClipLoss()(image, text, scale)
-        labels = torch.arange(len(image))
-        across = zip((image, text), (teacher[1], teacher[0]))
-        total = total + 0.5 * sum(F.cross_entropy(scale * student @ other.T, labels) for student, other in across)
-        same = zip((image, text), teacher[:2])
-        total = total + 0.5 * sum(F.mse_loss(F.normalize(s, dim=1), F.normalize(t, dim=1)) for s, t in same)
-        return total + sum(DistillClipLoss()(image, text, scale, *teacher))
-
-
-class Ours(nn.Module):
-    def __init__(self, loss: nn.Module):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, image, text, scale, *teacher) -> Tensor:
-        return sum(self.loss(image, text, scale, *teacher, output_dict=True).values())
-
-
-class Run:
-    """One form with its own optimizer."""
-
-    def __init__(self, model: nn.Module, loss: nn.Module, precision: str):
-        self.model, self.loss, self.precision = model, loss, precision
-        self.parameters = [*model.parameters(), *loss.parameters()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True)
-
-    def forward(self, image, text, teacher) -> Tensor:
-        with hardware.autocast(self.precision, torch.device("cpu")):
-            x, y = self.model.encode_image(image, normalize=True), self.model.encode_text(text, normalize=True)
-            return self.loss(x, y, self.model.logit_scale.exp(), *teacher)
-
-    def step(self, *pairs) -> Tensor:
-        loss = self.forward(*pairs)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        return loss.detach()
-
-    def saved_bytes(self, *pairs) -> int:
-        """Bytes of the distinct storages that autograd keeps for backward, without those of parameters and of the pairs."""
-        weights = {p.untyped_storage().data_ptr() for p in (*self.parameters, *pairs[:2], *pairs[2])}
-        held: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = self.forward(*pairs)
-        del loss
-        return sum(size for at, size in held.items() if at not in weights)
-
-
-def make(batch: int, dtype: str, distil: bool) -> tuple[dict[str, Run], tuple]:
-    torch.manual_seed(0)
-    model = models.create("siclip-tiny").train()
-    weights = {"interactive_weight": 1.0, "feature_weight": 1.0, "pm_weight": 1.0}
-    loss = WIKDLoss(**weights, embed_dim=WIDTH, teacher_dim=WIDTH) if distil else ClipPMLoss()
-    forms = {}
-    for form in (OURS, AGAIN, PLAIN):
-        own_model, own_loss = copy.deepcopy(model), copy.deepcopy(loss)
-        for module in own_model.modules():
-            if isinstance(module, SimplifiedBlock):
-                module.recompute = form == AGAIN
-        if form == PLAIN:
-            own_model = in_plain_torch(own_model)
-        forms[form] = Run(own_model, (Dense if form == PLAIN else Ours)(own_loss), PRECISION[dtype])
-    teacher = [F.normalize(torch.randn(batch, WIDTH), dim=1) for _ in range(2)] + [torch.tensor(50.0)]
-    pairs = torch.rand(batch, 3, 48, 48), torch.randint(1, 8000, (batch, 16)), teacher if distil else []
-    return forms, pairs
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("objective", ["contrastive, pair matching", "and all of distillation"])
-@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_steps(benchmark, rows, request, dtype, objective, batch):
-    forms, pairs = make(batch, dtype, distil="distillation" in objective)
-    losses = {form: run.step(*pairs).item() for form, run in forms.items()}
-    assert max(losses.values()) - min(losses.values()) <= (1e-4 if dtype == "float32" else 2e-2) * losses[PLAIN], losses
-    repeats = request.config.getoption("--repeats")
-    cases = {form: lambda run=run: run.step(*pairs) for form, run in forms.items()}
-    name, clock = clock_of_steps()
-    times = benchmark.pedantic(interleaved_times, args=(cases, repeats, 1, clock), rounds=1)
-    for form, run in forms.items():
-        measured = figures(times, form)
-        rows.append(
-            {
-                "op": "training",
-                "objective": objective,
-                "n": batch,
-                "shape": "siclip-tiny",
-                "dtype": dtype,
-                "pass": "step",
-                "form": form,
-                "threads": torch.get_num_threads(),
-                "clock": name,
-                "repeats": repeats,
-                **measured,
-                "samples_per_s": round(1e3 * batch / measured["p50_ms"]),
-                "saved_mib": round(run.saved_bytes(*pairs) / 2**20, 1),
-                "extra_mib": round(cpu_peak_bytes(cases[form]) / 2**20, 1),
-            }
-        )
+    arguments = (objective, batch, dtype, request.config.getoption("--repeats"))
+    rows += benchmark.pedantic(measure, args=arguments, rounds=1)

@@ -5,8 +5,22 @@ trainer's and open_clip's), fake.py runs them without a card, count.py counts. m
 on real tensors; plan.py makes the plan, and report.py prints and draws it.
 """
 
-from simplclip.memory.count import UncountedOp
-from simplclip.memory.plan import CARDS, Plan, make, micro_batch_that_fits, parse_memory
-from simplclip.train.limits import Budget
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simplclip.common.cards import CARDS
+    from simplclip.memory.count import UncountedOp
+    from simplclip.memory.plan import Plan, make, micro_batch_that_fits, parse_memory
+    from simplclip.train.limits import Budget
 
 __all__ = ["CARDS", "Budget", "Plan", "UncountedOp", "make", "micro_batch_that_fits", "parse_memory"]
+
+# Imported on first use: who runs ops on fake tensors needs no trainer.
+_MODULES = {"CARDS": "common.cards", "UncountedOp": "memory.count", "Budget": "train.limits"}
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module 'simplclip.memory' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"simplclip.{_MODULES.get(name, 'memory.plan')}"), name)

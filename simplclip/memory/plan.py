@@ -11,6 +11,7 @@ import torch
 
 from simplclip import gradient_cache, models
 from simplclip.common import hardware
+from simplclip.common.cards import CARDS
 from simplclip.common.errors import InputError
 from simplclip.memory.count import Usage
 from simplclip.memory.exchange import Exchange
@@ -18,11 +19,10 @@ from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
-from simplclip.train.limits import GIB, Budget, gib
+from simplclip.train.limits import Budget, gib
 from simplclip.train.settings import Config, MicroBatch
 from simplclip.train.state import SIGLIP
 
-CARDS = {"rtx-3090": 24 * GIB, "rtx-4090": 24 * GIB, "rtx-3060": 12 * GIB, "a100-40": 40 * GIB, "a100-80": 80 * GIB}
 SMALL_MICRO_BATCH = 256  # if none is configured; a larger one leaves less memory for the loss
 MOST_PAIRS = 1 << 22
 
@@ -35,7 +35,7 @@ def parse_memory(text: str) -> int:
     name = re.sub(r"[\s_]+", "-", text.strip().lower())
     for card in (name, f"rtx-{name}"):
         if card in CARDS:
-            return CARDS[card]
+            return CARDS[card].memory << 30
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])I?B", text.strip().upper())
     if not match or not float(match[1]):
         raise InputError(f"memory: expected a size such as 24GiB or one of {', '.join(CARDS)}, got {text!r}")

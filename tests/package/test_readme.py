@@ -143,7 +143,8 @@ def check_command(words: list[str]) -> None:
     if program == "benchmarks.ablation":
         check_ablation(arguments)
     elif program.startswith("benchmarks."):
-        text = (ROOT / f"{program.replace('.', '/')}.py").read_text()
+        path = ROOT / program.replace(".", "/")
+        text = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
         assert all(argument in text for argument in arguments if argument.startswith("-"))
     else:
         assert program in checks, f"{program}: expected one of {sorted(checks)}"

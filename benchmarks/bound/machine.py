@@ -1,0 +1,196 @@
+"""The machine code of what a launcher started, for an architecture that is not here, and how often its parts run."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.bound import ptx, sass
+from benchmarks.bound.trace import Launch, Stand
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+import triton  # noqa: E402
+from gates import gate  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+SAMPLES = 8  # blocks of a grid that are run
+
+
+@dataclass
+class Machine:
+    """A kernel for one architecture."""
+
+    name: str
+    registers: int
+    shared: int
+    stack: int
+    warps: int
+    code: sass.Code
+    program: ptx.Kernel
+    signature: dict = field(default_factory=dict)
+
+    def blocks(self, architecture: int) -> int:
+        return gate.blocks_per_multiprocessor(architecture, self.registers, self.shared, self.warps)
+
+
+@dataclass
+class Work:
+    """What a launch does: how often each part of the code runs in a block, and bytes of all blocks."""
+
+    times: list[float]
+    asked: dict[str, dict[int, int]] = field(
+        default_factory=dict
+    )  # by "read" and "written", by tensor: what its threads ask for
+    reached: dict[str, dict[int, int]] = field(default_factory=dict)  # and the extent of it
+    exact: bool = True  # False: the loops of machine code and PTX could not be told apart
+
+
+class _Elsewhere:
+    """In place of Triton's driver: a device of this architecture."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:  # which kernels are kept by
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(launch: Launch, architecture: int) -> Machine:
+    """Compiles, or finds in Triton's cache, what a launch needs."""
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_Elsewhere(architecture))
+    try:
+        found = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    finally:
+        triton.runtime.driver._active = before
+    return _machine(found.hash, found, architecture)
+
+
+@functools.cache
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return gate.disassemble(Path(file.name))
+
+
+_MACHINES: dict[tuple[str, int], Machine] = {}
+
+
+def _machine(key: str, found, architecture: int) -> Machine:
+    if (key, architecture) not in _MACHINES:
+        usage, code = _disassembled(found.asm["cubin"])
+        registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+        _MACHINES[key, architecture] = Machine(
+            found.metadata.name, registers, found.metadata.shared, stack, found.metadata.num_warps, sass.parse(code),
+            ptx.Kernel(found.asm["ptx"]),
+        )  # fmt: skip
+    machine = _MACHINES[key, architecture]
+    machine.signature = found.src.signature
+    return machine
+
+
+def tensors_of(launch: Launch) -> list[Stand]:
+    return [t for t in tree_leaves((launch.args, launch.options)) if isinstance(t, Stand)]
+
+
+def values(launch: Launch, signature: dict) -> tuple[dict[int, int], list[Stand]]:
+    """The values of the kernel's parameters, and the tensors behind its pointers in order of their numbers."""
+    names = launch.kernel.arg_names
+    given = {**dict(zip(names, launch.args)), **launch.options}
+    found: dict[int, int] = {}
+    tensors: list[Stand] = []
+
+    def add(kind, value) -> None:
+        if isinstance(kind, (tuple, list)):
+            for each in zip(kind, value):
+                add(*each)
+        elif kind != "constexpr":
+            at = ptx.parameter(len(found))
+            if isinstance(value, Stand):
+                found[at] = ptx.pointer(len(tensors))
+                tensors.append(value)
+            else:
+                found[at] = int(value) & (1 << 64) - 1 if isinstance(value, int) else 0
+
+    for name in names:
+        add(signature[name], given.get(name))
+    return {at: value & 0xFFFFFFFF if value < 1 << 33 or value >> 63 else value for at, value in found.items()}, tensors
+
+
+def sampled(grid: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Blocks that are spread evenly over a grid, its first and last among them."""
+    count = math.prod(grid)
+    for n in sorted({round(each * (count - 1) / (SAMPLES - 1)) for each in range(SAMPLES)}):
+        yield tuple(n // math.prod(grid[:axis]) % grid[axis] for axis in range(len(grid)))
+
+
+def work(machine: Machine, launch: Launch) -> Work:
+    """Runs a few threads of a launch."""
+    parameters, tensors = values(launch, machine.signature)
+    threads, programs = machine.warps * 32, math.prod(launch.grid)
+    runs, first = [], []
+    for block in sampled(launch.grid):
+        of_block = [
+            machine.program.run(parameters, block, t, launch.grid, threads) for t in (0, threads // 2 - 1, threads - 1)
+        ]
+        runs += of_block
+        first.append(of_block[0])
+    counts = Counter({at: sum(run.counts[at] for run in first) / len(first) for at in range(len(machine.program.blocks))})
+    times, exact = matched(machine.code, machine.program, counts)
+    out = Work(times, exact=exact)
+    for side in ("read", "written"):
+        places = {place for run in runs for place in getattr(run, side) if 0 <= place < len(tensors)}
+        asked, reached = {}, {}
+        for place in places:
+            found = [getattr(run, side)[place] for run in runs if place in getattr(run, side)]
+            asked[place] = round(sum(each.bytes for each in found) / len(runs) * threads * programs)
+            tensor = tensors[place]
+            extent = max(each.end for each in found) - min(each.lowest for each in found)
+            reached[place] = min(asked[place], extent, tensor.touched()[1])
+        out.asked[side], out.reached[side] = asked, reached
+    return out
+
+
+def matched(code: sass.Code, program: ptx.Kernel, counts: Counter[int]) -> tuple[list[float], bool]:
+    """How often each part of the machine code runs, by the counts of the PTX's blocks; whether all loops have their like.
+
+    Loops keep their order. One that ptxas unrolled has as many times more matrix instructions, and runs so many times less.
+    """
+    runs = [max(counts[at] for at in loop.own) for loop in program.loops]
+    theirs = [program.products(loop.own) for loop in program.loops]
+    own = [part.products for part in code.parts[1:]]
+    pairs: dict[int, int] = {}
+    exact = len(theirs) == len(own)
+    if exact:
+        pairs = dict(enumerate(range(len(own))))
+    else:
+        with_products = [n for n, count in enumerate(theirs) if count]
+        for k, count in enumerate(own):
+            if count and with_products:
+                pairs[k] = with_products.pop(0)
+        rest = [n for n, count in enumerate(theirs) if not count]
+        for k, count in enumerate(own):
+            if not count and rest:
+                pairs[k] = rest.pop(0)
+    times = [1.0]
+    for k, count in enumerate(own):
+        n = pairs.get(k)
+        ratio = theirs[n] / count if n is not None and count and theirs[n] else 1
+        times.append(runs[n] * ratio if n is not None else 1.0)
+    return times, exact

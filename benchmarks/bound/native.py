@@ -1,0 +1,177 @@
+"""The kernels of the CUDA extension: what one of their blocks executes, counted in the PTX that nvcc makes of csrc/cuda."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.bound import ptx, sass
+from benchmarks.bound.machine import gate
+from benchmarks.bound.trace import Step
+from simplclip.common.cards import Multiprocessor
+from simplclip.ops import backends
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "cuda" / "attention"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "tf32"}
+# csrc/cuda/attention/attention.h: views of q, k, v (32 bytes each), three pointers, numbers; and what follows, by direction.
+VIEW, NUMBERS, POINTERS = 32, 120, (96, 104, 112)
+DIRECTIONS = {"fwd": (1, 184), "bwd": (4, 280)}  # views that follow, and the size of the whole
+
+
+@dataclass
+class Native:
+    """A launch of one of its kernels."""
+
+    name: str
+    registers: int
+    shared: int
+    warps: int
+    programs: int
+    multiply_adds: float  # of a block, in tensor cores
+    memory: int  # bytes of all blocks
+    codes: Counter[str]  # instructions that the warps of a block execute together, as machine code calls them
+    stack: int = 0
+
+    @property
+    def alone(self) -> float:
+        """Instructions of one warp beside products."""
+        return sum(n for code, n in self.codes.items() if sass.pipe(code) != "tensor") / self.warps
+
+    def resident(self, architecture: int) -> int:
+        return gate.blocks_per_multiprocessor(architecture, self.registers, self.shared, self.warps)
+
+    blocks = resident
+
+
+def clocks(kernel: Native, unit: Multiprocessor, rate: Callable[[str], float]) -> dict[str, float]:
+    return sass.Part(kernel.codes).clocks(1, unit, rate)
+
+
+@functools.cache
+def built(source: str, architecture: int) -> tuple[str, str]:
+    """PTX and resource usage of one of the sources, kept in build/bound by the sources' contents."""
+    if not shutil.which("nvcc"):
+        raise RuntimeError(
+            f"{source}: expected nvcc, which compiles the CUDA extension's kernels for sm_{architecture}, got none"
+        )
+    content = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc" / "cuda").rglob("*.*")))
+    name = hashlib.sha256(content).hexdigest()[:16]
+    kept = ROOT / "build" / "bound" / f"{Path(source).stem}-sm{architecture}-{name}"
+    if not kept.with_suffix(".usage").exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            options = ["-cubin", f"-arch=sm_{architecture}", "-O3", "-std=c++20", "--keep", "--keep-dir", folder]
+            cubin = Path(folder) / "out.cubin"
+            subprocess.run(["nvcc", *options, SOURCES / source, "-o", cubin], check=True, capture_output=True, cwd=folder)
+            usage, _ = gate.disassemble(cubin)
+            text = next(Path(folder).glob("*.ptx")).read_text()
+        kept.with_suffix(".ptx").write_text(text)
+        kept.with_suffix(".usage").write_text(usage)
+    return kept.with_suffix(".ptx").read_text(), kept.with_suffix(".usage").read_text()
+
+
+@functools.cache
+def _kernel(source: str, architecture: int, part: str) -> tuple[str, ptx.Kernel, int, int]:
+    """The kernel whose symbol has this part: its symbol, PTX, registers and static shared memory."""
+    text, usage = built(source, architecture)
+    for entry in re.split(r"(?=\.visible \.entry)", text)[1:]:
+        symbol = re.match(r"\.visible \.entry (\w+)", entry)[1]
+        if part in symbol:
+            found = re.search(rf"Function {symbol}:\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", usage)
+            return symbol, ptx.Kernel(entry), int(found[1]), int(found[2])
+    raise RuntimeError(f"{source}: expected a kernel {part}, got none")
+
+
+def kernels(step: Step, architecture: int) -> list[Native]:
+    """Of a call of shaped_attention."""
+    direction, call = step.launch.op.removeprefix("shaped_attention_"), step.launch.call
+    if direction not in DIRECTIONS:
+        raise NotImplementedError(f"{step.launch.op}: expected shaped_attention_fwd or _bwd of the CUDA extension")
+    batch, length, heads, width = call.q.shape
+    dtype = TYPES[call.q.dtype]
+    plan = backends.cuda_extension.shaped_attention_plan(length, width, dtype == "tf32", direction == "bwd")
+    blocks, size = plan.get("blocks", 1), f"Li{plan['size']}E" if "size" in plan else ""
+    part = f"shaped_attention_{plan['kernel']}_kernelINS0_{len(dtype)}{dtype}E{size}"
+    _, program, registers, static = _kernel(f"{dtype}.cu", architecture, part)
+    grid = (batch * heads, blocks)
+    codes: Counter[str] = Counter()
+    sample = [(0, y) for y in range(blocks)]
+    for block in sample:
+        for warp in range(plan["threads"] // 32):
+            run = program.run(_parameters(call, plan, direction), block, 32 * warp, grid, plan["threads"])
+            for at, times in enumerate(run.counts):
+                for instruction in program.blocks[at].instructions if times else ():
+                    if code := _as_machine_code(instruction):
+                        codes[code] += times
+    codes = Counter({code: n / len(sample) for code, n in codes.items()})  # type: ignore[assignment]
+    memory = sum(size for _, size in (*step.operands, *step.written))
+    name = f"shaped_attention_{plan['kernel']}"
+    multiply_adds = sass.Part(codes).multiply_adds
+    shared, programs = plan["shared"] + static, batch * heads * blocks
+    out = [Native(name, registers, shared, plan["threads"] // 32, programs, multiply_adds, memory, codes)]
+    if direction == "bwd":
+        out.append(Native("shaped_attention_gains", 32, 0, 8, 1, 0, batch * heads * 12, Counter({"FADD": 1})))
+    return out
+
+
+def _parameters(call, plan: dict, direction: str) -> dict[int, int]:
+    base = ptx.parameter(0)
+    after, size = DIRECTIONS[direction]
+    given = ((call.q, call.k, call.v), (call.q,) * after)
+    found = {}
+    for first, tensors in zip((0, size - after * VIEW - 8), given):
+        for n, tensor in enumerate(tensors):
+            at = base + first + n * VIEW
+            strides = [step * tensor.itemsize for step in tensor.stride()[:3]]
+            found |= {at: ptx.pointer(len(found)), **{at + 8 * (k + 1): step for k, step in enumerate(strides)}}
+    for n, at in enumerate(POINTERS):
+        found[base + at] = 0 if at == 104 and call.lengths is None else ptx.pointer(100 + n)
+    batch, length, heads, width = call.q.shape
+    found |= {base + NUMBERS + 4 * n: value for n, value in enumerate((batch, length, heads, width, 0))}
+    found |= {base + 140: int(call.causal), base + size - 8: plan["slice"] if direction == "fwd" else ptx.pointer(200)}
+    return found
+
+
+_FLOATS = ("f32", "f16", "f16x2", "bf16", "bf16x2")
+_MUFU = ("ex2", "rcp", "lg2", "sqrt", "rsqrt", "tanh")
+
+
+def _as_machine_code(i: ptx.Instruction) -> str:
+    """What an instruction of PTX becomes, as sass.pipe knows it; "" for those that only name things."""
+    op, parts = i.parts[0], i.parts
+    lanes = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
+    if op == "mma":
+        shape = re.search(r"m16n8k(\d+)", i.code)[1]
+        return f"HMMA.168{shape}" + ".TF32" * ("tf32" in i.code)
+    if op == "ldmatrix":
+        return f"LDSM.{next((p[1:] for p in parts if re.fullmatch(r'x[124]', p)), '1')}"
+    if op in ("ld", "st") and "param" not in parts:
+        width = {16: ".128", 8: ".64"}.get(lanes * int(re.search(r"\d+$", parts[-1])[0]) // 8, "")
+        return ("LD" if op == "ld" else "ST") + ("S" if "shared" in parts else "G") + width
+    if op == "cp":
+        return "LDGSTS.128" if "global" in parts else ""
+    if op in ("mov", "ld", "cvta", "ret", "bra"):
+        return ""
+    if op in ("bar", "barrier"):
+        return "BAR"
+    if op == "shfl":
+        return "SHFL"
+    if op in _MUFU:
+        return "MUFU"
+    if op == "cvt":
+        kinds = {p[0] for p in parts[1:] if re.fullmatch(r"[subf]\d+(x2)?|bf16(x2)?", p)}
+        return "I2F" if "f" in kinds and kinds & {"s", "u"} else "F2FP" if kinds & {"f", "b"} else ""
+    if parts[-1] in _FLOATS:
+        return {"fma": "FFMA", "mul": "FMUL", "add": "FADD", "sub": "FADD"}.get(op, "FSEL")
+    return "IMAD" if op in ("mul", "mad") else "IADD3"

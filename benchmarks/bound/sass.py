@@ -1,0 +1,164 @@
+"""The machine code of a kernel: its loops, and for each part the instructions by the pipe that executes them.
+
+Clocks are those of one multiprocessor of four partitions, each of which issues an instruction of a warp a clock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from benchmarks.bound.ptx import Loop, nested
+from simplclip.common.cards import Multiprocessor
+
+PIPES = ("issue", "tensor", "fma", "alu", "mufu", "lsu")
+PARTITIONS = 4
+WARP = 32
+
+_LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?\w+\s+)?([A-Z][A-Za-z0-9_.]*)([^;]*);", re.MULTILINE)
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+_TENSOR = ("HMMA", "HGMMA", "IMMA", "IGMMA", "QMMA", "QGMMA", "OMMA", "UTCHMMA")
+_FMA = ("FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FMUL2", "FADD2", "DFMA")
+_MUFU = ("MUFU", "I2F", "I2FP", "F2I", "F2F", "POPC", "FLO")
+_LSU = (
+    "LDS",
+    "STS",
+    "LDSM",
+    "STSM",
+    "LDG",
+    "STG",
+    "LDGSTS",
+    "LD",
+    "ST",
+    "LDL",
+    "STL",
+    "LDC",
+    "SHFL",
+    "ATOM",
+    "ATOMG",
+    "ATOMS",
+)
+_LSU += ("RED", "UBLKCP", "UTMALDG", "UTMASTG")
+# The scalar pipe of a warp, and the control of threads and barriers: they take an issue slot and nothing else that counts.
+_OTHER = ("R2UR", "S2R", "S2UR", "BRA", "BAR", "EXIT", "NOP", "DEPBAR", "LDGDEPBAR", "BSSY", "BSYNC", "WARPSYNC", "WARPGROUP")
+_OTHER += ("MEMBAR", "FENCE", "ERRBAR", "SYNCS", "CALL", "RET", "BREAK", "YIELD", "CCTL", "ELECT", "ACQBULK", "CREDUX")
+# A multiply-add of 16 x 8 x 16 half types and the like, by an instruction's name
+_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
+_SMALL = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4, "16832": 16 * 8 * 32}
+
+
+def pipe(code: str) -> str:
+    name = code.split(".")[0]
+    if name in _TENSOR:
+        return "tensor"
+    if name in _MUFU:
+        return "mufu"
+    if name in _LSU:
+        return "lsu"
+    if name in _FMA:
+        return "fma"
+    return "issue" if name in _OTHER or name.startswith("U") else "alu"
+
+
+@dataclass
+class Part:
+    """Instructions of a warp that run equally often."""
+
+    codes: Counter[str] = field(default_factory=Counter)
+
+    def count(self, which: str) -> int:
+        return sum(n for code, n in self.codes.items() if pipe(code) == which)
+
+    @property
+    def products(self) -> int:
+        """Matrix instructions; where there are none the multiply-adds of float32, if they are most of the part."""
+        fused = self.codes["FFMA"] + 2 * self.codes["FFMA2"]
+        return self.count("tensor") or (fused if 2 * fused > self.codes.total() else 0)
+
+    @property
+    def multiply_adds(self) -> float:
+        """Of products and of one warp; what a group of four warps multiplies together counts a quarter for each."""
+        if not self.count("tensor"):
+            return WARP * self.products
+        return sum(n * _multiply_adds(code) for code, n in self.codes.items() if pipe(code) == "tensor")
+
+    def clocks(self, warps: int, unit: Multiprocessor, rate: Callable[[str], float]) -> dict[str, float]:
+        """By pipe, of all warps of a block together, on one multiprocessor. rate: multiply-adds a clock, by instruction."""
+        lanes = {"fma": unit.fma, "alu": unit.alu, "mufu": unit.mufu}
+        found = dict.fromkeys(PIPES, 0.0)
+        for code, n in self.codes.items():
+            found["issue"] += n / PARTITIONS
+            of = pipe(code)
+            if of == "tensor":
+                found[of] += n * _multiply_adds(code) / rate(code)
+            elif of in lanes:
+                found[of] += n * _weight(code, unit) * WARP / lanes[of]
+            elif of == "lsu":
+                found[of] += n * _accesses(code, unit)
+        return {name: clocks * warps for name, clocks in found.items()}
+
+
+def _multiply_adds(code: str) -> float:
+    if shape := _SHAPE.search(code):  # of four warps
+        m, n, k = map(int, shape.groups())
+        return m * n * k / 4
+    return _SMALL.get(next((p for p in code.split(".") if p in _SMALL), ""), 0)
+
+
+def _weight(code: str, unit: Multiprocessor) -> float:
+    """How many of the pipe's usual instructions one is as long as: integer products take half of the lanes of float32."""
+    if code.startswith("IMAD"):
+        return 1 if code.startswith("IMAD.MOV") and unit.fma == 64 else unit.fma / 64
+    return 2 if code.split(".")[0] in ("FFMA2", "FMUL2", "FADD2") else 1
+
+
+def _accesses(code: str, unit: Multiprocessor) -> float:
+    """Clocks of the path to shared memory and to the cache, for one instruction of a warp."""
+    parts = code.split(".")
+    if parts[0] in ("LDSM", "STSM"):
+        return int(parts[-1]) if parts[-1].isdigit() else 1
+    if parts[0] in ("LDS", "STS", "LDGSTS", "LDG", "STG"):
+        return max(1, access_bytes(code) * WARP / unit.shared)
+    return 1
+
+
+def access_bytes(code: str) -> int:
+    """Bytes of a thread."""
+    for part in code.split(".")[1:]:
+        if part in ("64", "128"):
+            return int(part) // 8
+        if part in ("U8", "S8", "U16", "S16"):
+            return int(part[1:]) // 8
+    return 4
+
+
+@dataclass
+class Code:
+    """parts[0] is outside all loops; parts[k] is the own code of loops[k - 1], without that of loops inside it."""
+
+    loops: list[Loop]
+    parts: list[Part]
+
+    @property
+    def all(self) -> Counter[str]:
+        return sum((part.codes for part in self.parts), Counter())
+
+
+def parse(text: str) -> Code:
+    """Of one function's lines of cuobjdump -sass."""
+    lines = [(int(at, 16), code, rest) for at, code, rest in _LINE.findall(text)]
+    edges = set()
+    for at, code, rest in lines:
+        if code.startswith("BRA") and (target := _TARGET.search(rest)) and int(target[1], 16) < at:
+            edges.add((int(target[1], 16), at))
+    last = max((at for at, code, _ in lines if code == "EXIT"), default=0)
+    loops = nested({(first, end) for first, end in edges if first <= last})
+    parts = [Part() for _ in range(len(loops) + 1)]
+    for at, code, _ in lines:
+        if code == "NOP":
+            continue
+        inside = [n for n, loop in enumerate(loops) if loop.first <= at <= loop.last]
+        parts[inside[-1] + 1 if inside else 0].codes[code] += 1
+    return Code(loops, parts)

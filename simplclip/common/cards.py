@@ -1,0 +1,56 @@
+"""The cards that plans and predicted times know, from their data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """A data sheet. Rates are peaks: dense, without sparsity, products of half types summed in float32."""
+
+    memory: int  # GiB
+    architecture: int  # compute capability, 86 for 8.6
+    multiprocessors: int
+    ghz: float  # boost clock, at which the vendor states the rates
+    bandwidth: float  # GB/s
+    l2: int  # MiB
+    half: float  # TFLOP/s of bfloat16 and float16 in tensor cores
+    tf32: float  # TFLOP/s of float32 as TF32 in tensor cores
+    float32: float  # TFLOP/s outside tensor cores
+
+
+# NVIDIA's whitepapers on the architectures GA102, Ada, RTX Blackwell, A100 (SXM4 modules) and H100 (SXM5; its tensor rates
+# are those at 1.83 GHz), and the specifications of the GeForce RTX 3060.
+CARDS = {
+    "rtx-3090": Card(24, 86, 82, 1.695, 936, 6, 71.2, 35.6, 35.6),
+    "rtx-4090": Card(24, 89, 128, 2.52, 1008, 72, 165.2, 82.6, 82.6),
+    "rtx-5090": Card(32, 120, 170, 2.407, 1792, 96, 209.5, 104.8, 104.8),
+    "rtx-3060": Card(12, 86, 28, 1.777, 360, 3, 25.5, 12.7, 12.7),
+    "a100-40": Card(40, 80, 108, 1.41, 1555, 40, 312, 156, 19.5),
+    "a100-80": Card(80, 80, 108, 1.41, 2039, 40, 312, 156, 19.5),
+    "h100": Card(80, 90, 132, 1.83, 3352, 50, 989.4, 494.7, 66.9),
+}
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Results a clock of one multiprocessor, by compute capability: CUDA C++ Programming Guide, "Arithmetic Instructions".
+
+    The pipes of float32 (add, multiply, fused), of comparisons, selections and integers, and of 2^x, 1/x and conversions; and
+    bytes of shared memory a clock.
+    """
+
+    fma: int
+    alu: int
+    mufu: int = 16
+    shared: int = 128
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 64),
+    86: Multiprocessor(128, 64),
+    89: Multiprocessor(128, 64),
+    90: Multiprocessor(128, 64),
+    120: Multiprocessor(128, 64),
+}
