@@ -38,16 +38,16 @@ def _total(tile):  # [BLOCK_M, BLOCK_N]
 
 @triton.jit
 def _store(
-    out, matrix_stride, MATRIX: tl.constexpr, value, diagonal, positive, factors, stored, INTERPRETED: tl.constexpr
+    out, matrix_stride, MATRIX: tl.constexpr, value, diagonal, positive, factor, stored, INTERPRETED: tl.constexpr
 ):  # fmt: skip
-    """Stores the gradient of a matrix, `diagonal` that of the positives, times its factor if there are factors."""
+    """Stores the gradient of a matrix, `diagonal` that of the positives, times the factor if there is one."""
     value = tl.where(positive, diagonal, value)
-    if factors is not None:
-        value *= tl.load(factors + MATRIX)
+    if factor is not None:
+        value *= tl.load(factor)
     tl.store(out + MATRIX * matrix_stride, narrowed(value, out.dtype.element_ty, INTERPRETED), stored)
 
 
-@triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "row_count", "row_blocks"])
+@triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "first_column", "row_blocks"])
 def _similarity_gradient_kernel(
     image,  # [N, D]
     text,  # [M, D]
@@ -64,16 +64,16 @@ def _similarity_gradient_kernel(
     columns,  # [5, M]
     grad_rows,  # [11, N]
     grad_columns,  # [5, M]
-    factors,  # [matrices] or None: the factor of each matrix before it is rounded
-    out,  # [matrices, chunk, out_stride]: G of this launch's matrices, in the order of launch.STUDENTS
+    factor,  # [] or None: the factor of the matrices before they are rounded
+    out,  # [matrices, rows, out_stride]: a block of G of this launch's matrices, in the order of launch.STUDENTS
     sums,  # [programs, SUMS]
     n,
     m,
     width,
     teacher_width,
     label_offset,
-    first_row,
-    row_count,
+    first_row,  # of the block, as is first_column
+    first_column,
     row_blocks,
     out_stride,
     matrix_stride,
@@ -86,10 +86,11 @@ def _similarity_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     program = tl.program_id(0)
     at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_inside = at < row_count
     row = first_row + at
+    row_inside = row < n
     safe_row = tl.minimum(row, n - 1).to(tl.int64)
-    column = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_at = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first_column + column_at
     safe_column = tl.minimum(column, m - 1).to(tl.int64)
 
     row_stat = rows + safe_row
@@ -98,7 +99,7 @@ def _similarity_gradient_kernel(
     column_grad = grad_columns + safe_column
     positive = column[None, :] == row[:, None] + label_offset
     stored = row_inside[:, None] & (column < m)[None, :]
-    out += at.to(tl.int64)[:, None] * out_stride + column[None, :]
+    out += at.to(tl.int64)[:, None] * out_stride + column_at[None, :]
     matrix_stride = tl.cast(matrix_stride, tl.int64)
     u_at: tl.constexpr = 1 if LAUNCH.HAS_STUDENT else 0  # in `out`
     d_scale, d_cross = 0.0, 0.0
@@ -119,7 +120,7 @@ def _similarity_gradient_kernel(
         g -= tl.load(row_grad + MEAN_CROSS * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
         d_cross += _total(g * raw)
         diagonal = tl.load(row_grad + DIAGONAL_IMAGE_TO_TEACHER * n)[:, None]
-        _store(out, matrix_stride, u_at, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
+        _store(out, matrix_stride, u_at, g * u_scale, diagonal, positive, factor, stored, TILE.INTERPRETED)
 
     if LAUNCH.HAS_TEACHER_TO_TEXT:
         raw = product(teacher_image, projected_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
@@ -129,7 +130,7 @@ def _similarity_gradient_kernel(
         g -= tl.load(column_grad + MEAN_CROSS * m)[None, :] * _softmax(t, column_stat, LSE_TEACHER, m, 0)
         d_cross += _total(g * raw)
         diagonal = tl.load(row_grad + DIAGONAL_TEACHER_TO_TEXT * n)[:, None]
-        _store(out, matrix_stride, u_at + 1, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
+        _store(out, matrix_stride, u_at + 1, g * u_scale, diagonal, positive, factor, stored, TILE.INTERPRETED)
 
     if LAUNCH.HAS_STUDENT:
         raw = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
@@ -162,7 +163,7 @@ def _similarity_gradient_kernel(
         diagonal = tl.load(row_grad + DIAGONAL_STUDENT * n)[:, None]
         if LAUNCH.SIGMOIDS > 0:
             diagonal += g  # which is that of the sigmoid terms there
-        _store(out, matrix_stride, 0, g, diagonal, positive, factors, stored, TILE.INTERPRETED)
+        _store(out, matrix_stride, 0, g, diagonal, positive, factor, stored, TILE.INTERPRETED)
 
     sums += program * _SUMS
     if LAUNCH.HAS_STUDENT:

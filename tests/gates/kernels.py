@@ -39,7 +39,7 @@ _TYPES = {
     **dict.fromkeys(("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text"), "*element"),
     **dict.fromkeys(("out", "student", "d_student"), "*element"),
     **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "row_parts"), "*fp32"),
-    **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "sums", "parts"), "*fp32"),
+    **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factor", "sums", "parts"), "*fp32"),
     **dict.fromkeys(("inv_norms", "grad"), "*fp32"),
     "teacher": "*fp16",  # stored features
     "entropy": "fp32",
@@ -128,7 +128,7 @@ def similarity(
     tiling = Tiling(*tile[:3], even, even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
     constants = {**absent(launch), "LAUNCH": launch, "TILE": tiling}
     if backward:
-        constants |= {"ATTEND": attend, **({} if dtype == "float16" else {"factors": None})}
+        constants |= {"ATTEND": attend, **({} if dtype == "float16" else {"factor": None})}
     else:
         constants |= {"SLOTS": Slots.of(launch), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
     what = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name))
@@ -149,7 +149,7 @@ def sigmoid_kernels(dtype: str, architecture: int) -> Iterator[Kernel]:
         constants = {"TERMS": terms, "GRADIENT": gradient, "TILE": tiling, **dict.fromkeys(missing)}
         function = _similarity_sigmoid_kernel
         what = f"{terms} terms{ids}" + " gradient" * gradient
-        types = {"mix": "*fp32", "factor": "*fp32", **of_sigmoids(True), **of_pairs(bool(ids), ids == "+positives")}
+        types = {"mix": "*fp32", **of_sigmoids(True), **of_pairs(bool(ids), ids == "+positives")}
         yield Kernel(function.__name__, function, constants, tile, dtype, what, types=types)
 
 

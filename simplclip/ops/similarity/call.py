@@ -84,7 +84,7 @@ class SimilarityCall:
     relational: bool = False  # whether to compute means of the student's logits under the teacher's softmax
     interactive: bool = False  # whether to compute the same means of image_to_teacher and teacher_to_text
     entropy: float = 1.0  # 1: the means include the teacher's entropy; 0: they do not
-    chunk: int = 0  # rows of a matrix in scratch at a time, see chunks.py
+    chunk: int = 0  # rows of a matrix in scratch at a time, on a GPU blocks of as many elements; see chunks.py
     stored_rows: int = 0  # rows of the matrices that forward keeps for backward
 
     @property

@@ -22,7 +22,7 @@ from simplclip.ops.similarity.call import (
     SimilarityCall,
     SimilarityGradient,
 )
-from simplclip.ops.similarity.chunks import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
+from simplclip.ops.similarity.chunks import budgets, computes_in, prepare, stored_rows, sweep_rows
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
 from simplclip.ops.similarity.positives import SameIds
 from simplclip.ops.similarity.rows import similarity_rows
@@ -134,8 +134,8 @@ def similarity_loss(
     label_offset: int = 0,
     symmetric: bool = True,
     group: torch.distributed.ProcessGroup | None = None,
-    scratch_bytes: int = SCRATCH_BYTES,
-    store_bytes: int = STORE_BYTES,
+    scratch_bytes: int | None = None,
+    store_bytes: int | None = None,
 ) -> dict[str, Tensor]:
     r"""Losses of the similarity matrices of image and text features, which are never stored.
 
@@ -202,7 +202,8 @@ def similarity_loss(
             over ranks, as in open_clip with local_loss and gather_with_grad, so that DDP's average is the gradient of the
             batch's loss.
         scratch_bytes: budget of the chunk of a similarity matrix; one chunk of the student's matrix and one of the teacher's
-            exist at a time.
+            exist at a time. By default 64 MiB on a CPU, where a chunk is some rows, and 128 MiB on a GPU, where it is a block
+            of about as many rows as columns for all of the student's matrices together.
         store_bytes: budget of the rows of the similarity matrices that forward keeps, so that backward does not compute them
             again; on a CPU only.
 
@@ -249,6 +250,7 @@ def similarity_loss(
         entropy=1.0 if divergence == "kl" else 0.0,
     )
     inputs.normalise(call, terms)
+    scratch_bytes, store_bytes = budgets(call.image.device.type, scratch_bytes, store_bytes)
     bias = inputs.normal_bias(logit_bias, call)
     hyperplane = inputs.hyperplane(plane, call) if "pair_matching" in terms else None
     inputs.check_contrastive(options, terms)
@@ -338,7 +340,7 @@ def _statistics(
         call.teacher_image = call.teacher_text = call.teacher_scale = None
     n, m, device = call.image.shape[0], call.text.shape[0], call.image.device.type
     dtype = computes_in(call.image.dtype, device)
-    call.chunk = chunk_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
+    call.chunk = sweep_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
     # Only on a CPU: a GPU's kernels compute the tiles again instead of reading them.
     if device == "cpu" and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
         call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes)

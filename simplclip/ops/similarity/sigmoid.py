@@ -14,7 +14,7 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
-from simplclip.ops.similarity.chunks import chunk_rows, computes_in, prepare
+from simplclip.ops.similarity.chunks import computes_in, prepare, sweep_rows
 from simplclip.ops.similarity.positives import SameIds
 
 _TENSORS = tensors_of(SigmoidCall)
@@ -112,7 +112,7 @@ def sigmoid_terms(
     n, m, device = image.shape[0], text.shape[0], image.device.type
     of_mix = torch.tensor([float(mix[term]) for term in terms], dtype=scale.dtype, device=scale.device)
     fused = SigmoidCall(
-        image, text, mix=of_mix, chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
+        image, text, mix=of_mix, chunk=sweep_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
         gradient=False, need_image=False, need_text=False, **same_ids.fields, **numbers,
     )  # fmt: skip
     # A forced reference computes no gradient, since autograd differentiates it.
