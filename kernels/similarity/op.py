@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simplclip.kernels import tuning
 from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, precision_of, splits, started, starts
-from simplclip.kernels.similarity.backward import SUMS, _similarity_gradient_kernel
+from simplclip.kernels.similarity.backward import FACTORS, SUMS, _similarity_factors_kernel, _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.gradients import FeatureGradient, range_factor
 from simplclip.kernels.similarity.launch import STUDENTS, Launch, Slots, Tiling, block_sides, blocks_of, launches
@@ -26,6 +26,7 @@ GROUP = 8  # blocks of rows that use the same column tiles while those are in th
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
 MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
+NEAR = {"BLOCK": 2048}
 _COLUMN_LSES = {
     "HAS_TEACHER": ColumnStat.LSE_TEACHER,
     "HAS_TEACHER_TO_TEXT": ColumnStat.LSE_TEACHER_TO_TEXT,
@@ -158,6 +159,7 @@ class Blocks:
         # Sums of the gradients of the scalars, of the tiles at the same place in all blocks.
         self.sums = torch.zeros(tiles, SUMS, dtype=torch.float32, device=call.image.device)
         self.factor = None if attend else range_factor(call)
+        self.near = None if call.has_teacher else self._factors()
 
     def __iter__(self) -> Iterator[tuple[str, slice, slice, Tensor]]:
         """Of each block: a flag of STUDENTS, the rows, the columns, and G of that matrix, which the next block overwrites."""
@@ -167,11 +169,21 @@ class Blocks:
                 for flag, g in zip((flag for flag in STUDENTS if getattr(launch, flag)), self.scratch):
                     yield flag, at, of, g[: at.stop - at.start, : of.stop - of.start]
 
+    def _factors(self) -> Tensor:
+        call = self.call
+        out = self.sums.new_empty(FACTORS + -(-self.n // 16) * 16 + self.m)
+        started(_similarity_factors_kernel)[(1,)](
+            call.row_stats, call.column_stats, call.grad_rows, call.grad_columns, call.scale, out, self.n, self.m,
+            COLUMNS=call.columns, ATTEND=self.attend, **NEAR, num_warps=8, **COMPILE,
+        )  # fmt: skip
+        return out
+
     def _compute(self, launch: Launch, tile: tuning.Tile, at: slice, of: slice) -> None:
         call, row_blocks = self.call, -(-(at.stop - at.start) // tile.block_m)
         started(_similarity_gradient_kernel)[(row_blocks * -(-(of.stop - of.start) // tile.block_n),)](
             **arguments(call, launch, tile), ATTEND=self.attend, rows=call.row_stats, columns=call.column_stats,
-            grad_rows=call.grad_rows, grad_columns=call.grad_columns, factor=self.factor, out=self.scratch, sums=self.sums,
+            grad_rows=call.grad_rows, grad_columns=call.grad_columns,
+            near=self.near if launch.HAS_STUDENT else None, factor=self.factor, out=self.scratch, sums=self.sums,
             first_row=at.start, first_column=of.start, row_blocks=row_blocks, out_stride=self.scratch.stride(1),
             matrix_stride=self.scratch.stride(0),
         )  # fmt: skip

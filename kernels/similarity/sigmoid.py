@@ -21,11 +21,10 @@ from simplclip.kernels.similarity.launch import Tiling, block_sides, blocks_of
 from simplclip.kernels.similarity.tile import (
     Pairs,
     Sigmoids,
+    interior,
     product,
-    sigmoid_logits,
-    sigmoid_pairs,
-    sigmoid_slopes,
-    sigmoid_values,
+    sigmoid_entries,
+    store,
 )
 from simplclip.ops.similarity.call import SigmoidCall
 
@@ -67,23 +66,25 @@ def _similarity_sigmoid_kernel(
     safe_column = tl.minimum(column, m - 1).to(tl.int64)
 
     similarity = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
-    inside = (row < n)[:, None] & (column < m)[None, :]
-    negative, positive = sigmoid_pairs(row, column, inside, label_offset, pairs, safe_row, safe_column)
+    plain = False
+    if pairs.ids is None:
+        first_column += program // row_blocks * BLOCK_N
+        plain = interior(first_row + program % row_blocks * BLOCK_M, first_column, n, m, label_offset, BLOCK_M, BLOCK_N)
     sums += (first_program + program).to(tl.int64) * TERMS * 3
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(TERMS):
-        signed, amount, matched = sigmoid_logits(similarity, sigmoids, pairs, safe_row, safe_column, negative, positive, k)
-        tl.store(sums + k * 3, tl.sum(tl.sum(sigmoid_values(signed, amount, matched), 1), 0))
+        value, slope, amount = sigmoid_entries(similarity, sigmoids, plain, row, column, n, m, label_offset, pairs, k, TILE)
+        tl.store(sums + k * 3, tl.sum(value) * amount)
         if GRADIENT:
-            slope = sigmoid_slopes(signed, amount, matched) * tl.load(mix + k)
-            tl.store(sums + k * 3 + 1, tl.sum(tl.sum(slope * similarity, 1), 0))
-            tl.store(sums + k * 3 + 2, tl.sum(tl.sum(slope, 1), 0))
+            slope *= amount * tl.load(mix + k)
+            tl.store(sums + k * 3 + 1, tl.sum(slope * similarity))
+            tl.store(sums + k * 3 + 2, tl.sum(slope))
             total += slope * tl.load(sigmoids.weight + k)
     if GRADIENT:
         if factor is not None:
             total *= tl.load(factor)
         out += at.to(tl.int64)[:, None] * out_stride + column_at[None, :]
-        tl.store(out, narrowed(total, out.dtype.element_ty, TILE.INTERPRETED), inside)
+        store(out, narrowed(total, out.dtype.element_ty, TILE.INTERPRETED), plain, row, column, n, m)
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

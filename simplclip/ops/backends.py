@@ -111,17 +111,19 @@ def row(
     module: str = "",
     triton: Callable = triton_on_cuda,
     cuda: Callable | None = None,
+    cpu: bool = True,
 ) -> dict[str, Implementation]:
     """The backends of an op, whose functions have the name of its definition `reference`, with their predicates.
 
     module: the module of simplclip.kernels with its launcher; without one the reference is the only backend. cuda: the
-    predicate of CUDA C++, if it has the op.
+    predicate of CUDA C++, if it has the op. cpu: whether C++ for the CPU has it.
     """
     name, found = reference.__name__, {}
     if cuda is not None:
         found["cuda"] = Implementation(_native(f"{name}_cuda"), cuda)
     if module:
         found["triton"] = Implementation(_kernel(module, name), triton)
+    if module and cpu:
         found["cpu"] = Implementation(_native(f"{name}_cpu"), _extension_on_cpu)
     return found | {"reference": Implementation(reference, _anywhere)}
 

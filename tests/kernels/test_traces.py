@@ -4,6 +4,8 @@ import pytest
 import torch
 from interpreter import needs_triton
 
+from simplclip.ops.similarity.call import TERMS
+
 pytestmark = needs_triton
 
 
@@ -38,3 +40,54 @@ def test_sides_of_blocks(n, m, elements):
     assert rows * columns <= max(elements, SIDE * SIDE)
     if rows < n and columns < m and elements > SIDE * SIDE:
         assert 0.8 < rows / columns < 1.25
+
+
+def number() -> torch.Tensor:
+    return torch.empty((), device="meta")
+
+
+def every_term(n: int) -> dict[str, object]:
+    teacher = {name: t for name, t in shapes(n).items() if name != "logit_scale"}
+    options = {"terms": TERMS, "interactive": "kl", "plane": (number(), number()), "teacher_scale": number()}
+    return options | {f"teacher_{name}": t for name, t in teacher.items()}
+
+
+CALLS = {  # of similarity_loss, with the most launches and kernels of torch in a step
+    "contrastive": ({}, 8, 25),
+    "pair matching": ({"terms": TERMS[:2], "plane": (number(), number())}, 8, 32),
+    "sigmoid": ({"terms": ("sigmoid",), "logit_bias": number()}, 1, 25),
+    "sigmoids": (
+        {
+            "terms": ("sigmoid", "pair_matching"),
+            "plane": (number(), number()),
+            "weights": dict.fromkeys(("sigmoid", "pair_matching"), 0.5),
+        },
+        1,
+        40,
+    ),
+    "infonce": ({**every_term(1024), "terms": ("interactive",), "interactive": "infonce"}, 10, 80),
+    "ids": (
+        {
+            "ids": torch.empty(1024, dtype=torch.int64, device="meta"),
+            "positives": "ids",
+            "terms": ("contrastive", "sigmoid"),
+            "label_smoothing": 0.1,
+        },
+        6,
+        250,
+    ),
+    "debiased": ({"prior": 0.1, "margin": 0.1}, 6, 155),
+    "every term": (every_term(1024), 15, 300),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_of_a_step_and_no_copy_from_the_host(name):
+    """So that a CUDA graph can capture each loss."""
+    from traces import trace
+
+    options, launches, kernels = CALLS[name]
+    found = trace(shapes(1024), **options)
+    assert not found.host_copies
+    assert found.launches.total() <= launches, found.launches
+    assert found.kernels.total() <= kernels, found.kernels

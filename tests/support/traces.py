@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from simplclip.kernels import launch as launching
 from simplclip.kernels.similarity import launch as similarity_launch
-from simplclip.kernels.similarity import op, sigmoid
+from simplclip.kernels.similarity import op, sigmoid, terms
 from simplclip.memory import fake
 from simplclip.ops import registry, similarity_loss
 
@@ -98,6 +98,7 @@ def trace(tensors: dict[str, Tensor], **options) -> Trace:
         mock.patch.object(registry, "counted", True),
         mock.patch.multiple(op, started=found.start, starts=_starts),
         mock.patch.object(sigmoid, "started", found.start),
+        mock.patch.object(terms, "started", found.start),
         mock.patch.object(similarity_launch, "starts", _starts),
         found,
     ):

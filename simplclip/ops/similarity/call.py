@@ -190,3 +190,26 @@ class SigmoidCall:
     gradient: bool  # whether to compute gradients with the values
     need_image: bool
     need_text: bool
+
+
+@dataclass
+class TermsCall:
+    """Arguments of similarity_terms: the contrastive term and the sums of K sigmoid terms from the statistics of a sweep."""
+
+    rows: Tensor  # [11, N] RowStat
+    columns: Tensor | None  # [5, N] ColumnStat of the columns of the positives; None: the row direction only
+    scale: Tensor  # []
+    margin: float
+    sigmoids: int  # K
+
+
+@dataclass
+class TermsGradient:
+    """Arguments of similarity_terms_bwd."""
+
+    grad: Tensor  # [1 + K]
+    rows: Tensor
+    columns: Tensor | None
+    scale: Tensor
+    margin: float
+    sigmoids: int

@@ -13,7 +13,7 @@ from simplclip.ops import backends, checks, distributed
 from simplclip.ops.calls import flat, tensors_of
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
-from simplclip.ops.registry import define, register_autograd, wants_grad
+from simplclip.ops.registry import define, register_autograd, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
     GRADIENTS,
@@ -21,13 +21,15 @@ from simplclip.ops.similarity.call import (
     RowStat,
     SimilarityCall,
     SimilarityGradient,
+    TermsCall,
+    TermsGradient,
 )
 from simplclip.ops.similarity.chunks import budgets, computes_in, prepare, stored_rows, sweep_rows
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
 from simplclip.ops.similarity.positives import SameIds
 from simplclip.ops.similarity.rows import similarity_rows
 from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
-from simplclip.ops.similarity.sweeps import sweeps_of
+from simplclip.ops.similarity.sweeps import on_gpu, sweeps_of
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, terms_of
 
 _ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
@@ -105,6 +107,38 @@ def _autograd(ctx, saved, grad_rows, grad_columns, _):
 
 
 register_autograd("similarity_loss_fwd", _autograd, _setup_context)
+
+
+def _by_number(function, call):
+    """The vectors after a sweep cost as many launches as operations, so that kernels take them together."""
+    for name in tensors_of(type(call)):
+        if getattr(call, name) is not None:
+            setattr(call, name, getattr(call, name).contiguous())
+    return function(call)
+
+
+def _terms_fake(call):
+    return call.rows.new_empty(1 + call.sigmoids)
+
+
+def _terms_bwd_fake(call):
+    columns = call.rows.new_empty(0) if call.columns is None else call.columns.new_empty(call.columns.shape)
+    return call.rows.new_empty(call.rows.shape), columns, call.rows.new_empty(())
+
+
+def _terms_backward(call, results, grad, need, backend):
+    gradient = TermsGradient(grad, call.rows, call.columns, call.scale, call.margin, call.sigmoids)
+    found = torch.ops.simplclip.similarity_terms_bwd(*flat(gradient), backend)
+    return {name: g for name, g in zip(("rows", "columns", "scale"), found) if need[name]}
+
+
+_TERMS, _TERMS_BWD = (
+    backends.row(function, module="similarity.terms", cpu=False)
+    for function in (reference.similarity_terms, reference.similarity_terms_bwd)
+)
+define("similarity_terms", TermsCall, "Tensor", _by_number, _terms_fake, row=_TERMS)
+define("similarity_terms_bwd", TermsGradient, "(Tensor, Tensor, Tensor)", _by_number, _terms_bwd_fake, row=_TERMS_BWD)
+register_gradient("similarity_terms", TermsCall, _terms_backward)
 
 
 def similarity_loss(
@@ -277,6 +311,11 @@ def similarity_loss(
             numbers = {name if name.endswith("share") else f"sigmoid_{name}": value for name, value in numbers.items()}
             rows, columns = _statistics(replace(sweep.call, **numbers), group, scratch_bytes, store_bytes)
             out |= terms_of(sweep.call, rows, columns)
+            if sweep.contrastive and options.plain and on_gpu(call):
+                of_sweep = TermsCall(rows, columns, call.scale, options.margin, len(sweep.sigmoids))
+                values = run("similarity_terms", *flat(of_sweep), backends.forced())
+                out |= zip(("contrastive", *sweep.sigmoids), values.unbind() if sweep.sigmoids else [values.reshape(())])
+                continue
             out |= zip(sweep.sigmoids, (rows[stat].sum() for stat in (RowStat.SIGMOID, RowStat.SECOND_SIGMOID)))
             if sweep.contrastive:
                 out["contrastive"] = contrastive(sweep.call, options, same_ids, rows, columns)
