@@ -31,5 +31,30 @@ def dot(a, b, sum, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_tf32(x):
+    """x rounded to nearest; the tensor cores would cut the last bits off."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def reciprocal(x, INTERPRETED: tl.constexpr):
+    """1 / x with an error of 2^-23, for x that is no denormal number."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def uniform(condition, INTERPRETED: tl.constexpr):
+    """A condition that is the same in all threads, so told to the compiler, which else divides the warps at its branch."""
+    if not INTERPRETED:
+        vote: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $1, 0; vote.sync.any.pred p, p, -1; selp.s32 $0, 1, 0, p; }"
+        condition = (
+            tl.inline_asm_elementwise(vote, "=r,r", [condition.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1) != 0
+        )
+    return condition

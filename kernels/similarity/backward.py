@@ -3,21 +3,23 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LOG2E, narrowed
+from simplclip.kernels.arithmetic import INF, LOG2E, narrowed, uniform
 from simplclip.kernels.similarity.merge import LSE_CROSS, LSE_STUDENT, LSE_TEACHER, MEAN_CROSS, MEAN_STUDENT
 from simplclip.kernels.similarity.tile import (
-    ids_of_rows,
-    negatives,
+    clamped,
+    interior,
+    masked,
     product,
-    sigmoid_logits,
-    sigmoid_pairs,
-    sigmoid_slopes,
+    sigmoid_entries,
+    store,
     weights,
 )
 from simplclip.ops.similarity.call import RowStat
 
 SUMS = 6  # d_scale, d_cross_scale, d_sigmoid_weight and d_sigmoid_bias of each term
 _SUMS: tl.constexpr = tl.constexpr(SUMS)
+FACTORS = 16  # place of the rows' factors; those of the columns begin at the next multiple of 16 behind them
+_FACTORS: tl.constexpr = tl.constexpr(FACTORS)
 SIGMOID: tl.constexpr = tl.constexpr(int(RowStat.SIGMOID))
 DIAGONAL_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
 DIAGONAL_IMAGE_TO_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_IMAGE_TO_TEACHER))
@@ -25,29 +27,93 @@ DIAGONAL_TEACHER_TO_TEXT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_TEACH
 
 
 @triton.jit
-def _softmax(logits, stats, LSE: tl.constexpr, size, AXIS: tl.constexpr):
+def _stat(stats, STAT: tl.constexpr, size, at):
+    return clamped(stats + STAT * size, at, size)
+
+
+@triton.jit
+def _softmax(logits, stats, LSE: tl.constexpr, size, at, AXIS: tl.constexpr):
     """The softmax along an axis by its log-sum-exps; without negatives those are -inf, as are all logits."""
-    lse = tl.load(stats + LSE * size)
+    lse = _stat(stats, LSE, size, at)
     return weights(logits, tl.expand_dims(tl.where(lse == -INF, 0.0, lse * LOG2E), AXIS))
 
 
 @triton.jit
 def _total(tile):  # [BLOCK_M, BLOCK_N]
-    return tl.sum(tl.sum(tile, 1), 0)
+    return tl.sum(tile)
 
 
 @triton.jit
 def _store(
-    out, matrix_stride, MATRIX: tl.constexpr, value, diagonal, positive, factors, stored, INTERPRETED: tl.constexpr
+    out, value, grad_rows, DIAGONAL: tl.constexpr, factor, plain, at, of, out_stride, row, column, n, m, label_offset,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradient of a matrix, `diagonal` that of the positives, times its factor if there are factors."""
-    value = tl.where(positive, diagonal, value)
-    if factors is not None:
-        value *= tl.load(factors + MATRIX)
-    tl.store(out + MATRIX * matrix_stride, narrowed(value, out.dtype.element_ty, INTERPRETED), stored)
+    """Stores the gradient of a matrix, with that of the positives, times the factor if there is one."""
+    if not plain:
+        positive = column[None, :] == row[:, None] + label_offset
+        value = tl.where(positive, value + _stat(grad_rows, DIAGONAL, n, row)[:, None], value)
+    if factor is not None:
+        value *= tl.load(factor)
+    out += at.to(tl.int64)[:, None] * out_stride + of[None, :]
+    store(out, narrowed(value, out.dtype.element_ty, INTERPRETED), plain, row, column, n, m)
 
 
-@triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "row_count", "row_blocks"])
+@triton.jit
+def _span(stats, size, most, least, BLOCK: tl.constexpr):
+    """The largest and the least log-sum-exp in base 2, -inf apart, with those in `most` and `least` [BLOCK]."""
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        lse = tl.load(stats + LSE_STUDENT * size.to(tl.int64) + at, at < size, -INF) * LOG2E
+        most = tl.maximum(most, lse)
+        least = tl.minimum(least, tl.where(lse == -INF, INF, lse))
+    return most, least
+
+
+@triton.jit
+def _factors(out, stats, grad, size, top, by, BLOCK: tl.constexpr):
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        lse = tl.load(stats + LSE_STUDENT * size.to(tl.int64) + at, at < size, -INF) * LOG2E
+        factor = tl.load(grad + LSE_STUDENT * size.to(tl.int64) + at, at < size, 0.0) * by
+        tl.store(out + at, tl.where(lse == -INF, 0.0, factor * tl.exp2(top - lse)), at < size)
+
+
+@triton.jit(do_not_specialize=["n", "m"])
+def _similarity_factors_kernel(
+    rows,  # [11, N]
+    columns,  # [5, M]
+    grad_rows,
+    grad_columns,
+    scale,  # []
+    out,  # [FACTORS + N + M, and up to 15 between]
+    n,
+    m,
+    COLUMNS: tl.constexpr,
+    ATTEND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a softmax with gradients u of its log-sum-exps r, c: top, whether all are near it, factors of its exponentials.
+
+    The gradient of a negative's similarity is s (u_i 2^(z - r_i) + u_j 2^(z - c_j)) = 2^(z - top) (a_i + b_j). With r and c
+    within 2^100 of the largest, top, what is lost of an exponential is nothing beside any row or column. One program.
+    """
+    most, least = _span(rows, n, tl.full((BLOCK,), -INF, tl.float32), tl.full((BLOCK,), INF, tl.float32), BLOCK)
+    if COLUMNS:
+        most, least = _span(columns, m, most, least, BLOCK)
+    top = tl.max(most, 0)
+    by = tl.load(scale)
+    near = (top - tl.min(least, 0) < 100.0) & (top < INF) & (tl.abs(by) > 1e-30)
+    tl.store(out, top)
+    tl.store(out + 1, near.to(tl.float32))
+    if ATTEND:
+        by = 1.0
+    out += _FACTORS
+    _factors(out, rows, grad_rows, n, top, by, BLOCK)
+    if COLUMNS:
+        _factors(out + (n + 15) // 16 * 16, columns, grad_columns, m, top, by, BLOCK)
+
+
+@triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "first_column", "row_blocks"])
 def _similarity_gradient_kernel(
     image,  # [N, D]
     text,  # [M, D]
@@ -64,16 +130,17 @@ def _similarity_gradient_kernel(
     columns,  # [5, M]
     grad_rows,  # [11, N]
     grad_columns,  # [5, M]
-    factors,  # [matrices] or None: the factor of each matrix before it is rounded
-    out,  # [matrices, chunk, out_stride]: G of this launch's matrices, in the order of launch.STUDENTS
+    near,  # of _similarity_factors_kernel, None in a launch with the teacher's matrix
+    factor,  # [] or None: the factor of the matrices before they are rounded
+    out,  # [matrices, rows, out_stride]: a block of G of this launch's matrices, in the order of launch.STUDENTS
     sums,  # [programs, SUMS]
     n,
     m,
     width,
     teacher_width,
     label_offset,
-    first_row,
-    row_count,
+    first_row,  # of the block, as is first_column
+    first_column,
     row_blocks,
     out_stride,
     matrix_stride,
@@ -86,83 +153,94 @@ def _similarity_gradient_kernel(
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     program = tl.program_id(0)
     at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_inside = at < row_count
     row = first_row + at
-    safe_row = tl.minimum(row, n - 1).to(tl.int64)
-    column = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    safe_column = tl.minimum(column, m - 1).to(tl.int64)
-
-    row_stat = rows + safe_row
-    column_stat = columns + safe_column
-    row_grad = grad_rows + safe_row
-    column_grad = grad_columns + safe_column
-    positive = column[None, :] == row[:, None] + label_offset
-    stored = row_inside[:, None] & (column < m)[None, :]
-    out += at.to(tl.int64)[:, None] * out_stride + column[None, :]
+    of = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first_column + of
+    safe_row, safe_column = tl.minimum(row, n - 1).to(tl.int64), tl.minimum(column, m - 1).to(tl.int64)
     matrix_stride = tl.cast(matrix_stride, tl.int64)
     u_at: tl.constexpr = 1 if LAUNCH.HAS_STUDENT else 0  # in `out`
     d_scale, d_cross = 0.0, 0.0
     t = None
 
-    row_ids = ids_of_rows(pairs, safe_row)
+    plain = False
+    if pairs.ids is None:
+        first_row += program % row_blocks * BLOCK_M
+        first_column += program // row_blocks * BLOCK_N
+        plain = interior(first_row, first_column, n, m, label_offset, BLOCK_M, BLOCK_N)
 
     if LAUNCH.HAS_TEACHER:
         raw = product(teacher_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
-        negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, LAUNCH.DROP_IDS)
-        t = tl.where(negative, raw * (tl.load(teacher_scale) * LOG2E), -INF)
+        t = raw * (tl.load(teacher_scale) * LOG2E)
+        t = masked(t, None, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
 
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
         raw = product(projected_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
         u_scale = tl.load(cross_scale)
-        u = tl.where(t != -INF, raw * (u_scale * LOG2E), -INF)
-        g = tl.load(row_grad + LSE_CROSS * n)[:, None] * _softmax(u, row_stat, LSE_CROSS, n, 1)
-        g -= tl.load(row_grad + MEAN_CROSS * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
+        u = raw * (u_scale * LOG2E)
+        u = masked(u, t, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
+        g = _stat(grad_rows, LSE_CROSS, n, row)[:, None] * _softmax(u, rows, LSE_CROSS, n, row, 1)
+        g -= _stat(grad_rows, MEAN_CROSS, n, row)[:, None] * _softmax(t, rows, LSE_TEACHER, n, row, 1)
         d_cross += _total(g * raw)
-        diagonal = tl.load(row_grad + DIAGONAL_IMAGE_TO_TEACHER * n)[:, None]
-        _store(out, matrix_stride, u_at, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
+        _store(
+            out + u_at * matrix_stride, g * u_scale, grad_rows, DIAGONAL_IMAGE_TO_TEACHER, factor, plain, at, of,
+            out_stride, row, column, n, m, label_offset, TILE.INTERPRETED,
+        )  # fmt: skip
 
     if LAUNCH.HAS_TEACHER_TO_TEXT:
         raw = product(teacher_image, projected_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
         u_scale = tl.load(cross_scale)
-        v = tl.where(t != -INF, raw * (u_scale * LOG2E), -INF)
-        g = tl.load(column_grad + LSE_CROSS * m)[None, :] * _softmax(v, column_stat, LSE_CROSS, m, 0)
-        g -= tl.load(column_grad + MEAN_CROSS * m)[None, :] * _softmax(t, column_stat, LSE_TEACHER, m, 0)
+        v = raw * (u_scale * LOG2E)
+        v = masked(v, t, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
+        g = _stat(grad_columns, LSE_CROSS, m, column)[None, :] * _softmax(v, columns, LSE_CROSS, m, column, 0)
+        g -= _stat(grad_columns, MEAN_CROSS, m, column)[None, :] * _softmax(t, columns, LSE_TEACHER, m, column, 0)
         d_cross += _total(g * raw)
-        diagonal = tl.load(row_grad + DIAGONAL_TEACHER_TO_TEXT * n)[:, None]
-        _store(out, matrix_stride, u_at + 1, g * u_scale, diagonal, positive, factors, stored, TILE.INTERPRETED)
+        _store(
+            out + (u_at + 1) * matrix_stride, g * u_scale, grad_rows, DIAGONAL_TEACHER_TO_TEXT, factor, plain, at, of,
+            out_stride, row, column, n, m, label_offset, TILE.INTERPRETED,
+        )  # fmt: skip
 
     if LAUNCH.HAS_STUDENT:
         raw = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
-        negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, LAUNCH.DROP_IDS)
         z_scale = tl.load(scale)
-        z = tl.where(negative, raw * (z_scale * LOG2E), -INF)
         g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if LAUNCH.RELATIONAL:
-            g -= tl.load(row_grad + MEAN_STUDENT * n)[:, None] * _softmax(t, row_stat, LSE_TEACHER, n, 1)
+        quick = False
+        if near is not None:
+            quick = uniform(plain & (tl.load(near + 1) > 0.0), TILE.INTERPRETED)
+        if quick:
+            if near is not None:
+                sides = tl.load(near + _FACTORS + row)[:, None]
+                if LAUNCH.COLUMNS:
+                    sides = sides + tl.load(near + _FACTORS + (n + 15) // 16 * 16 + column)[None, :]
+                g = weights(raw * (z_scale * LOG2E), tl.load(near)) * sides
+                d_scale += _total(g * raw) / (1.0 if ATTEND else z_scale)
+        else:
+            z = raw * (z_scale * LOG2E)
+            z = masked(z, t, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
+            if LAUNCH.RELATIONAL:
+                g -= _stat(grad_rows, MEAN_STUDENT, n, row)[:, None] * _softmax(t, rows, LSE_TEACHER, n, row, 1)
+                if LAUNCH.COLUMNS:
+                    g -= _stat(grad_columns, MEAN_STUDENT, m, column)[None, :] * _softmax(
+                        t, columns, LSE_TEACHER, m, column, 0
+                    )
+            g += _stat(grad_rows, LSE_STUDENT, n, row)[:, None] * _softmax(z, rows, LSE_STUDENT, n, row, 1)
             if LAUNCH.COLUMNS:
-                g -= tl.load(column_grad + MEAN_STUDENT * m)[None, :] * _softmax(t, column_stat, LSE_TEACHER, m, 0)
-        p = _softmax(z, row_stat, LSE_STUDENT, n, 1)
-        g += tl.load(row_grad + LSE_STUDENT * n)[:, None] * p
-        if LAUNCH.COLUMNS:
-            p = _softmax(z, column_stat, LSE_STUDENT, m, 0)
-            g += tl.load(column_grad + LSE_STUDENT * m)[None, :] * p
-        d_scale += _total(g * raw)
-        if not ATTEND:
-            g *= z_scale
+                g += _stat(grad_columns, LSE_STUDENT, m, column)[None, :] * _softmax(z, columns, LSE_STUDENT, m, column, 0)
+            d_scale += _total(g * raw)
+            if not ATTEND:
+                g *= z_scale
         if LAUNCH.SIGMOIDS > 0:
-            negative, matching = sigmoid_pairs(row, column, stored, label_offset, pairs, safe_row, safe_column)
             SIGMOIDS: tl.constexpr = LAUNCH.SIGMOIDS
             for k in tl.static_range(SIGMOIDS):
-                signed, amount, matched = sigmoid_logits(raw, sigmoids, pairs, safe_row, safe_column, negative, matching, k)
-                slope = sigmoid_slopes(signed, amount, matched) * tl.load(row_grad + (SIGMOID + k) * n)[:, None]
+                _, slope, amount = sigmoid_entries(raw, sigmoids, plain, row, column, n, m, label_offset, pairs, k, TILE)
+                slope *= amount * _stat(grad_rows, SIGMOID + k, n, row)[:, None]
                 at_sums = sums + program * _SUMS + 2 + 2 * k
                 tl.store(at_sums, tl.load(at_sums) + _total(slope * raw))
                 tl.store(at_sums + 1, tl.load(at_sums + 1) + _total(slope))
                 g += slope * tl.load(sigmoids.weight + k)
-        diagonal = tl.load(row_grad + DIAGONAL_STUDENT * n)[:, None]
-        if LAUNCH.SIGMOIDS > 0:
-            diagonal += g  # which is that of the sigmoid terms there
-        _store(out, matrix_stride, 0, g, diagonal, positive, factors, stored, TILE.INTERPRETED)
+        _store(
+            out, g, grad_rows, DIAGONAL_STUDENT, factor, plain, at, of, out_stride, row, column, n, m, label_offset,
+            TILE.INTERPRETED,
+        )  # fmt: skip
 
     sums += program * _SUMS
     if LAUNCH.HAS_STUDENT:

@@ -3,18 +3,18 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LN2, LOG2E
+from simplclip.kernels.arithmetic import INF, LN2, LOG2E, uniform
 from simplclip.kernels.similarity.tile import (
-    ids_of_rows,
-    negatives,
+    interior,
+    masked,
     product,
     raised,
-    sigmoid_logits,
-    sigmoid_pairs,
-    sigmoid_values,
+    sigmoid_entries,
     weighted,
     weights,
 )
+
+LARGE: tl.constexpr = tl.constexpr(2.0**100)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _similarity_statistics_kernel(
     max_z, sum_z = none, zero
     first_sigmoid, second_sigmoid = zero, zero
 
-    row_ids = ids_of_rows(pairs, safe_row)
+    top = INF  # the largest of max_z, once each row has a maximum
     if LAUNCH.HAS_STUDENT:
         z_scale = tl.load(scale) * LOG2E
     if LAUNCH.HAS_TEACHER:
@@ -110,13 +110,15 @@ def _similarity_statistics_kernel(
         if LAUNCH.COLUMNS:
             parts_at = column_parts + row_block.to(tl.int64) * SLOTS.COLUMNS * m + column
         t = None
+        plain = False
+        if pairs.ids is None:
+            plain = interior(first_row + row_block * BLOCK_M, tile * BLOCK_N, n, m, label_offset, BLOCK_M, BLOCK_N)
 
         if LAUNCH.HAS_TEACHER:
             raw = product(teacher_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
-            negative = negatives(None, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, LAUNCH.DROP_IDS)
             t = raw * t_scale
-            # An infinite logit gives NaN, since -inf would mean that there is no negative.
-            t = tl.where(negative, t + 0.0 * t, -INF)
+            t += 0.0 * t  # NaN for an infinite logit, since -inf would mean that there is no negative
+            t = masked(t, None, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
             max_t, base_t, shrink = raised(max_t, t, 1)
             sum_t *= shrink
             if LAUNCH.RELATIONAL:
@@ -128,29 +130,26 @@ def _similarity_statistics_kernel(
 
         if LAUNCH.HAS_IMAGE_TO_TEACHER:
             raw = product(projected_image, teacher_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
-            negative = t != -INF
             u = raw * u_scale
             share = weights(t, base_t[:, None])
             sum_t += tl.sum(share, 1)
             mean_u += tl.sum(weighted(share, entropy * t - u), 1)
-            u = tl.where(negative, u, -INF)
+            u = masked(u, t, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
             max_u, base, shrink = raised(max_u, u, 1)
             sum_u = sum_u * shrink + tl.sum(weights(u, base[:, None]), 1)
 
         if LAUNCH.HAS_TEACHER_TO_TEXT:
             raw = product(teacher_image, projected_text, safe_row, safe_column, teacher_width, TILE.TEACHER_EVEN, TILE)
-            negative = t != -INF
             v = raw * u_scale
             share = weights(t, column_base_t[None, :])
             mean = tl.sum(weighted(share, entropy * t - v), 0)
             tl.store(parts_at + (SLOTS.TEACHER + 1) * m, tl.sum(share, 0), inside)
             tl.store(parts_at + SLOTS.MEAN_CROSS * m, mean * LN2, inside)
-            v = tl.where(negative, v, -INF)
+            v = masked(v, t, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
             _column_softmax(v, parts_at + SLOTS.CROSS * m, m, inside)
 
         if LAUNCH.HAS_STUDENT:
             raw = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
-            negative = negatives(t, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, LAUNCH.DROP_IDS)
             z = raw * z_scale
             if LAUNCH.RELATIONAL:
                 gap = entropy * t - z
@@ -171,19 +170,35 @@ def _similarity_statistics_kernel(
                         tl.store(parts_at + (SLOTS.TEACHER + 1) * m, tl.sum(share, 0), inside)
                         mean = tl.sum(weighted(share, gap), 0)
                     tl.store(parts_at + SLOTS.MEAN_STUDENT * m, mean * LN2, inside)
-            z = tl.where(negative, z, -INF)
-            max_z, base, shrink = raised(max_z, z, 1)
-            sum_z = sum_z * shrink + tl.sum(weights(z, base[:, None]), 1)
-            if LAUNCH.COLUMNS:
-                _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
+            fits = False
+            if t is None and pairs.ids is None:  # noqa: SIM102 a constant apart from what the kernel finds
+                if uniform(plain & (top < INF), TILE.INTERPRETED):
+                    # One exponential of an entry, with an earlier maximum, if no sum leaves the range of float32.
+                    share = weights(z, max_z[:, None])
+                    of_row = tl.sum(share, 1)
+                    fits = tl.max(of_row, 0) < LARGE
+                    if LAUNCH.COLUMNS:
+                        of_column = tl.sum(share * tl.exp2(max_z - top)[:, None], 0)
+                        fits = fits & (tl.min(of_column, 0) > 1.0 / LARGE)
+                    fits = uniform(fits, TILE.INTERPRETED)
+                    if fits:
+                        sum_z += of_row
+                        if LAUNCH.COLUMNS:
+                            tl.store(parts_at + SLOTS.STUDENT * m, tl.zeros((BLOCK_N,), tl.float32) + top)
+                            tl.store(parts_at + (SLOTS.STUDENT + 1) * m, of_column)
+            if not fits:
+                z = masked(z, t, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
+                max_z, base, shrink = raised(max_z, z, 1)
+                sum_z = sum_z * shrink + tl.sum(weights(z, base[:, None]), 1)
+                if LAUNCH.COLUMNS:
+                    _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
+                top = tl.where(tl.min(max_z, 0) > -INF, tl.max(max_z, 0), INF)
             if LAUNCH.SIGMOIDS > 0:
-                both = row_inside[:, None] & inside[None, :]
-                negative, positive = sigmoid_pairs(row, column, both, label_offset, pairs, safe_row, safe_column)
-                signed, amount, matched = sigmoid_logits(raw, sigmoids, pairs, safe_row, safe_column, negative, positive, 0)
-                first_sigmoid += tl.sum(sigmoid_values(signed, amount, matched), 1)
+                value, _, amount = sigmoid_entries(raw, sigmoids, plain, row, column, n, m, label_offset, pairs, 0, TILE)
+                first_sigmoid += tl.sum(value, 1) * amount
             if LAUNCH.SIGMOIDS > 1:
-                signed, amount, matched = sigmoid_logits(raw, sigmoids, pairs, safe_row, safe_column, negative, positive, 1)
-                second_sigmoid += tl.sum(sigmoid_values(signed, amount, matched), 1)
+                value, _, amount = sigmoid_entries(raw, sigmoids, plain, row, column, n, m, label_offset, pairs, 1, TILE)
+                second_sigmoid += tl.sum(value, 1) * amount
 
     row_at = row_parts + split.to(tl.int64) * SLOTS.ROWS * row_count + at
     if LAUNCH.HAS_TEACHER:

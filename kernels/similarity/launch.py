@@ -1,13 +1,17 @@
-"""The constants of similarity_loss's kernels: the matrices of each launch, the slots of its statistics, and its tiles."""
+"""What similarity_loss's kernels are launched with: matrices, slots of statistics, tiles, blocks."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import interpreted
+from simplclip.kernels.launch import interpreted, starts
 from simplclip.ops.similarity.call import SimilarityCall
 
+SIDE = 128  # sides of a block of G are multiples of it, and so of a tile's, unless they end with the matrix
 STUDENTS = ("HAS_STUDENT", "HAS_IMAGE_TO_TEACHER", "HAS_TEACHER_TO_TEXT")  # matrices with a gradient
 
 
@@ -113,3 +117,25 @@ def launches(call: SimilarityCall) -> list[Launch]:
         return [Launch(**student, **cross, **both)]
     out = [Launch(**student, **both)] if call.softmax else []
     return out + ([Launch(**cross, **both)] if call.interactive else [])
+
+
+@functools.cache
+def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
+    """Rows R and columns C of the blocks of an N x M matrix that backward computes one at a time, R C <= elements or 128².
+
+    For each block the gradients of its rows and of its columns are read and written once, 8 D (N ceil(M / C) + M ceil(N / R))
+    bytes in all. That is least where R and C are about equal.
+    """
+    found = {}
+    for parts in range(1, -(-n // SIDE) + 1):
+        rows = min(n, -(-n // (parts * SIDE)) * SIDE)
+        columns = m if rows * m <= elements else elements // rows // SIDE * SIDE
+        if columns:
+            found[n * -(-m // columns) + m * -(-n // rows)] = rows, columns
+    return found[min(found)] if found else (min(n, SIDE), min(m, SIDE))
+
+
+def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """The rows and the columns of each block."""
+    for first, first_column in itertools.product(starts(n, rows), starts(m, columns)):
+        yield slice(first, min(n, first + rows)), slice(first_column, min(m, first_column + columns))

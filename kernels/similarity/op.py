@@ -6,15 +6,17 @@ constants of the kernels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
 from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, precision_of, splits, started, starts
-from simplclip.kernels.similarity.backward import SUMS, _similarity_gradient_kernel
+from simplclip.kernels.similarity.backward import FACTORS, SUMS, _similarity_factors_kernel, _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
-from simplclip.kernels.similarity.gradients import ImageGradient, TextGradient, range_factors
-from simplclip.kernels.similarity.launch import STUDENTS, Launch, Slots, Tiling, launches
+from simplclip.kernels.similarity.gradients import FeatureGradient, range_factor
+from simplclip.kernels.similarity.launch import STUDENTS, Launch, Slots, Tiling, block_sides, blocks_of, launches
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.kernels.similarity.tile import Pairs, Sigmoids
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient
@@ -24,6 +26,7 @@ GROUP = 8  # blocks of rows that use the same column tiles while those are in th
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
 MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
+NEAR = {"BLOCK": 2048}
 _COLUMN_LSES = {
     "HAS_TEACHER": ColumnStat.LSE_TEACHER,
     "HAS_TEACHER_TO_TEXT": ColumnStat.LSE_TEACHER_TO_TEXT,
@@ -132,86 +135,85 @@ def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [11, N]
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
-    """The reference's gradients. For each chunk of rows a kernel computes G of the student's matrices, then two
+    """The reference's gradients. For each block of rows and columns a kernel computes G of the student's matrices, then two
     products follow for each matrix.
 
-    Scratch besides the results: `chunk` rows of each student's matrix of a launch; for half types also a float32 sum of the
-    text's gradient and one product that is added to it.
+    Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also the gradients in float32.
     """
     with device_of(call.image):
         return _gradients(call)
 
 
-def gradient_plan(call: SimilarityCall) -> tuple[list[tuple[Launch, tuning.Tile]], Tensor, Tensor]:
-    """The launches with their tiles, scratch [matrices, chunk, M or more] for the gradients of a chunk, and programs' sums
-    of the scalars' gradients."""
-    precision, (architecture, _) = precision_of(call.image.dtype), architecture_and_processors(call.image)
-    plan = [(x, tuning.lookup(*x.entry(backward=True), precision, architecture)) for x in launches(call)]
-    rows, m = min(call.image.shape[0], call.chunk), call.text.shape[0]
-    pitch = -(-m // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
-    scratch = call.image.new_empty(max(launch.students for launch, _ in plan), rows, pitch)
-    programs = max(-(-rows // tile.block_m) * -(-m // tile.block_n) for _, tile in plan)
-    return plan, scratch, torch.zeros(programs, SUMS, dtype=torch.float32, device=scratch.device)
+class Blocks:
+    """The blocks of a call's matrices in which backward computes G, and what all of them share."""
 
+    def __init__(self, call: SimilarityGradient, attend: bool = False):
+        self.call, self.attend, self.n, self.m = call, attend, call.image.shape[0], call.text.shape[0]
+        precision, (architecture, _) = precision_of(call.image.dtype), architecture_and_processors(call.image)
+        self.plan = [(x, tuning.lookup(*x.entry(backward=True), precision, architecture)) for x in launches(call)]
+        matrices = max(launch.students for launch, _ in self.plan)
+        self.rows, self.columns = block_sides(self.n, self.m, call.chunk * self.m // matrices)
+        pitch = -(-self.columns // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
+        self.scratch = call.image.new_empty(matrices, self.rows, pitch)
+        tiles = max(-(-self.rows // tile.block_m) * -(-self.columns // tile.block_n) for _, tile in self.plan)
+        # Sums of the gradients of the scalars, of the tiles at the same place in all blocks.
+        self.sums = torch.zeros(tiles, SUMS, dtype=torch.float32, device=call.image.device)
+        self.factor = None if attend else range_factor(call)
+        self.near = None if call.has_teacher else self._factors()
 
-def gradients_of_matrices(
-    call: SimilarityGradient,
-    launch: Launch,
-    tile: tuning.Tile,
-    factors: Tensor | None,  # [matrices]
-    scratch: Tensor,  # [matrices, chunk, M and more]
-    sums: Tensor,  # [programs, SUMS]
-    at: slice,
-    attend: bool = False,
-) -> None:
-    """Writes the gradients of some rows of a launch's matrices to scratch."""
-    count, m = at.stop - at.start, call.text.shape[0]
-    row_blocks = -(-count // tile.block_m)
-    started(_similarity_gradient_kernel)[(row_blocks * -(-m // tile.block_n),)](
-        **arguments(call, launch, tile), ATTEND=attend, rows=call.row_stats, columns=call.column_stats,
-        grad_rows=call.grad_rows, grad_columns=call.grad_columns, factors=factors, out=scratch, sums=sums,
-        first_row=at.start, row_count=count, row_blocks=row_blocks, out_stride=scratch.stride(1),
-        matrix_stride=scratch.stride(0),
-    )  # fmt: skip
+    def __iter__(self) -> Iterator[tuple[str, slice, slice, Tensor]]:
+        """Of each block: a flag of STUDENTS, the rows, the columns, and G of that matrix, which the next block overwrites."""
+        for at, of in blocks_of(self.n, self.m, self.rows, self.columns):
+            for launch, tile in self.plan:
+                self._compute(launch, tile, at, of)
+                for flag, g in zip((flag for flag in STUDENTS if getattr(launch, flag)), self.scratch):
+                    yield flag, at, of, g[: at.stop - at.start, : of.stop - of.start]
+
+    def _factors(self) -> Tensor:
+        call = self.call
+        out = self.sums.new_empty(FACTORS + -(-self.n // 16) * 16 + self.m)
+        started(_similarity_factors_kernel)[(1,)](
+            call.row_stats, call.column_stats, call.grad_rows, call.grad_columns, call.scale, out, self.n, self.m,
+            COLUMNS=call.columns, ATTEND=self.attend, **NEAR, num_warps=8, **COMPILE,
+        )  # fmt: skip
+        return out
+
+    def _compute(self, launch: Launch, tile: tuning.Tile, at: slice, of: slice) -> None:
+        call, row_blocks = self.call, -(-(at.stop - at.start) // tile.block_m)
+        started(_similarity_gradient_kernel)[(row_blocks * -(-(of.stop - of.start) // tile.block_n),)](
+            **arguments(call, launch, tile), ATTEND=self.attend, rows=call.row_stats, columns=call.column_stats,
+            grad_rows=call.grad_rows, grad_columns=call.grad_columns,
+            near=self.near if launch.HAS_STUDENT else None, factor=self.factor, out=self.scratch, sums=self.sums,
+            first_row=at.start, first_column=of.start, row_blocks=row_blocks, out_stride=self.scratch.stride(1),
+            matrix_stride=self.scratch.stride(0),
+        )  # fmt: skip
 
 
 def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
-    n, m = call.image.shape[0], call.text.shape[0]
     own_image, own_text = call.projected_image is None, call.projected_text is None
-    pieces = -(-n // call.chunk)
-    d_image = ImageGradient(call.image, call.softmax + call.interactive * own_image, call.need_image)
-    d_text = TextGradient(call.text, pieces * (call.softmax + call.has_teacher_to_text * own_text), call.need_text)
-    d_projected_image = d_image if own_image else ImageGradient(call.projected_image, call.interactive)
-    d_projected_text = d_text if own_text else TextGradient(call.projected_text, pieces * call.has_teacher_to_text)
-    plan, scratch, sums = gradient_plan(call)
-    factors = [range_factors(call, launch) for launch, _ in plan]
-
-    for first in starts(n, call.chunk):
-        at = slice(first, min(n, first + call.chunk))
-        for (launch, tile), factor in zip(plan, factors):
-            gradients_of_matrices(call, launch, tile, factor, scratch, sums, at)
-            flags = [flag for flag in STUDENTS if getattr(launch, flag)]
-            undo = [None] * len(flags) if factor is None else 1 / factor
-            for flag, g, back in zip(flags, scratch[:, : at.stop - first, :m], undo):
-                if flag == "HAS_STUDENT":
-                    d_image.add(at, g, call.text, back)
-                    d_text.add(g.T, call.image[at], back)
-                elif flag == "HAS_IMAGE_TO_TEACHER":
-                    d_projected_image.add(at, g, call.teacher_text, back)
-                else:
-                    d_projected_text.add(g.T, call.teacher_image[at], back)
-        d_image.flush(at)
-        d_projected_image.flush(at)
-
-    total = sums.sum(0)
+    d_image, d_text = FeatureGradient(call.image, call.need_image), FeatureGradient(call.text, call.need_text)
+    d_projected_image = d_image if own_image else FeatureGradient(call.projected_image)
+    d_projected_text = d_text if own_text else FeatureGradient(call.projected_text)
+    blocks = Blocks(call)
+    for flag, at, of, g in blocks:
+        if flag == "HAS_STUDENT":
+            d_image.add(at, g, call.text[of])
+            d_text.add(of, g.T, call.image[at])
+        elif flag == "HAS_IMAGE_TO_TEACHER":
+            d_projected_image.add(at, g, call.teacher_text[of])
+        else:
+            d_projected_text.add(of, g.T, call.teacher_image[at])
+    back = None if blocks.factor is None else 1 / blocks.factor
+    total = blocks.sums.sum(0)
+    del blocks, g  # the scratch, before the results in the features' dtype
     d_scale, d_cross = torch.unbind_copy(total[:2])  # results of an op must not share memory
     d_sigmoids = total[2 : 2 + 2 * call.sigmoids].view(-1, 2)
     return (
-        d_image.result(),
-        d_text.result(),
+        d_image.result(back),
+        d_text.result(back),
         d_scale,
-        call.image.new_empty(0, call.image.shape[1]) if own_image else d_projected_image.result(),
-        call.text.new_empty(0, call.text.shape[1]) if own_text else d_projected_text.result(),
+        call.image.new_empty(0, call.image.shape[1]) if own_image else d_projected_image.result(back),
+        call.text.new_empty(0, call.text.shape[1]) if own_text else d_projected_text.result(back),
         d_cross,
         d_sigmoids[:, 0].clone(),
         d_sigmoids[:, 1].clone(),

@@ -1,4 +1,4 @@
-"""Kernel and launcher of similarity_sigmoid: values and gradients of sigmoid terms in one sweep over chunks of rows."""
+"""Kernel and launcher of similarity_sigmoid: values and gradients of sigmoid terms in one sweep over blocks."""
 
 from __future__ import annotations
 
@@ -15,25 +15,23 @@ from simplclip.kernels.launch import (
     device_of,
     precision_of,
     started,
-    starts,
 )
-from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, ImageGradient, TextGradient, sigmoid_bounds
-from simplclip.kernels.similarity.launch import Tiling
+from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, FeatureGradient, sigmoid_bounds
+from simplclip.kernels.similarity.launch import Tiling, block_sides, blocks_of
 from simplclip.kernels.similarity.tile import (
     Pairs,
     Sigmoids,
+    interior,
     product,
-    sigmoid_logits,
-    sigmoid_pairs,
-    sigmoid_slopes,
-    sigmoid_values,
+    sigmoid_entries,
+    store,
 )
 from simplclip.ops.similarity.call import SigmoidCall
 
 SUMS = 3  # of each term: its value, d_weight, d_bias
 
 
-@triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "row_count", "row_blocks", "first_program"])
+@triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "first_column", "row_blocks", "first_program"])
 def _similarity_sigmoid_kernel(
     image,  # [N, D]
     text,  # [M, D]
@@ -41,14 +39,14 @@ def _similarity_sigmoid_kernel(
     mix,  # [TERMS]
     pairs,  # tile.Pairs
     factor,  # [] or None: the factor of the gradient before it is rounded
-    out,  # [chunk, out_stride], only if GRADIENT
+    out,  # [rows, out_stride], a block of the matrix's gradient, only if GRADIENT
     sums,  # [programs, TERMS, SUMS]
     n,
     m,
     width,
     label_offset,
-    first_row,
-    row_count,
+    first_row,  # of the block, as is first_column
+    first_column,
     row_blocks,
     first_program,
     out_stride,
@@ -63,34 +61,36 @@ def _similarity_sigmoid_kernel(
     at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row = first_row + at
     safe_row = tl.minimum(row, n - 1).to(tl.int64)
-    column = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_at = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first_column + column_at
     safe_column = tl.minimum(column, m - 1).to(tl.int64)
 
     similarity = product(image, text, safe_row, safe_column, width, TILE.EVEN, TILE)
-    inside = (at < row_count)[:, None] & (column < m)[None, :]
-    negative, positive = sigmoid_pairs(row, column, inside, label_offset, pairs, safe_row, safe_column)
+    plain = False
+    if pairs.ids is None:
+        first_column += program // row_blocks * BLOCK_N
+        plain = interior(first_row + program % row_blocks * BLOCK_M, first_column, n, m, label_offset, BLOCK_M, BLOCK_N)
     sums += (first_program + program).to(tl.int64) * TERMS * 3
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in tl.static_range(TERMS):
-        signed, amount, matched = sigmoid_logits(similarity, sigmoids, pairs, safe_row, safe_column, negative, positive, k)
-        tl.store(sums + k * 3, tl.sum(tl.sum(sigmoid_values(signed, amount, matched), 1), 0))
+        value, slope, amount = sigmoid_entries(similarity, sigmoids, plain, row, column, n, m, label_offset, pairs, k, TILE)
+        tl.store(sums + k * 3, tl.sum(value) * amount)
         if GRADIENT:
-            slope = sigmoid_slopes(signed, amount, matched) * tl.load(mix + k)
-            tl.store(sums + k * 3 + 1, tl.sum(tl.sum(slope * similarity, 1), 0))
-            tl.store(sums + k * 3 + 2, tl.sum(tl.sum(slope, 1), 0))
+            slope *= amount * tl.load(mix + k)
+            tl.store(sums + k * 3 + 1, tl.sum(slope * similarity))
+            tl.store(sums + k * 3 + 2, tl.sum(slope))
             total += slope * tl.load(sigmoids.weight + k)
     if GRADIENT:
         if factor is not None:
             total *= tl.load(factor)
-        out += at.to(tl.int64)[:, None] * out_stride + column[None, :]
-        tl.store(out, narrowed(total, out.dtype.element_ty, TILE.INTERPRETED), inside)
+        out += at.to(tl.int64)[:, None] * out_stride + column_at[None, :]
+        store(out, narrowed(total, out.dtype.element_ty, TILE.INTERPRETED), plain, row, column, n, m)
 
 
 def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The reference's results; the gradients in the features' dtype, float16's in float32.
 
-    Scratch besides the results: `chunk` rows of the matrix; for half types also a float32 sum of the text's gradient and one
-    product that is added to it.
+    Scratch besides the results: as many elements as `chunk` rows of the matrix; for bfloat16 also the gradients in float32.
     """
     with device_of(call.image):
         return _sweep(call)
@@ -114,20 +114,19 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     factor = _range_factor(call)
     back = None if factor is None else 1 / factor
     stored = torch.float32 if factor is not None else image.dtype
-    rows = min(n, call.chunk)
-    d_image = ImageGradient(image, 1, call.need_image, stored)
-    d_text = TextGradient(text, -(-n // rows), call.need_text, stored)
-    pitch = -(-m // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
+    d_image, d_text = FeatureGradient(image, call.need_image, stored), FeatureGradient(text, call.need_text, stored)
+    # Without a gradient nothing is kept of the matrix, so that it is one block.
+    rows, columns = block_sides(n, m, call.chunk * m) if call.gradient else (n, m)
+    pitch = -(-columns // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
     scratch = image.new_empty(rows if call.gradient else 0, pitch)
-    blocks, columns = -(-rows // tile.block_m), -(-m // tile.block_n)
-    sums = torch.zeros(-(-n // rows) * blocks * columns, terms, SUMS, dtype=torch.float32, device=image.device)
-    for index, first in enumerate(starts(n, rows)):
-        at = slice(first, min(n, first + rows))
-        count = at.stop - first
-        row_blocks = -(-count // tile.block_m)
-        started(_similarity_sigmoid_kernel)[(row_blocks * columns,)](
+    tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+    blocks = -(-n // rows) * -(-m // columns)
+    sums = torch.zeros(blocks * tiles, terms, SUMS, dtype=torch.float32, device=image.device)
+    for index, (at, of) in enumerate(blocks_of(n, m, rows, columns)):
+        row_blocks = -(-(at.stop - at.start) // tile.block_m)
+        started(_similarity_sigmoid_kernel)[(row_blocks * -(-(of.stop - of.start) // tile.block_n),)](
             image, text, numbers, call.mix, Pairs.of(call), factor, scratch, sums,
-            n, m, width, call.label_offset, first, count, row_blocks, index * blocks * columns, pitch,
+            n, m, width, call.label_offset, at.start, of.start, row_blocks, index * tiles, pitch,
             TERMS=terms,
             GRADIENT=call.gradient,
             TILE=tiling,
@@ -135,9 +134,9 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
             num_stages=tile.stages,
             **COMPILE,
         )  # fmt: skip
-        g = scratch[:count, :m]
-        d_image.add(at, g, text, back)
-        d_image.flush(at)
-        d_text.add(g.T, image[at], back)
+        g = scratch[: at.stop - at.start, : of.stop - of.start]
+        d_image.add(at, g, text[of])
+        d_text.add(of, g.T, image[at])
+    del scratch, g  # before the results in the features' dtype
     value, d_weight, d_bias = torch.unbind_copy(sums.sum(0, dtype=torch.float64).float(), 1)  # results share no memory
-    return value, d_image.result(), d_text.result(), d_weight, d_bias
+    return value, d_image.result(back), d_text.result(back), d_weight, d_bias

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simplclip.kernels.arithmetic import INF, LOG2E, dot, sigmoid
+from simplclip.kernels.arithmetic import INF, LOG2E, dot, reciprocal, rounded_to_tf32
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
 
 
@@ -58,6 +58,8 @@ def product(
             inside = depth < width - k
             a = tl.load(left_at, inside[None, :], 0.0)
             b = tl.load(right_at, inside[:, None], 0.0)
+        if PRECISION == "tf32":  # never interpreted
+            a, b = rounded_to_tf32(a), rounded_to_tf32(b)
         tile = dot(a, b, tile, PRECISION, TILE.INTERPRETED)
         left_at += TILE.BLOCK_K
         right_at += TILE.BLOCK_K
@@ -65,35 +67,52 @@ def product(
 
 
 @triton.jit
-def ids_of_rows(pairs, safe_row):  # [BLOCK_M] int64, or None without ids
-    row_ids = None
-    if pairs.ids is not None:
-        row_ids = tl.load(pairs.ids + safe_row)
-    return row_ids
+def clamped(values, at, size):
+    """The values at some places, and the last one for those outside."""
+    return tl.load(values + tl.minimum(at, size - 1))
 
 
 @triton.jit
-def negatives(t, row, column, row_inside, m, label_offset, row_ids, pairs, safe_column, DROP_IDS: tl.constexpr):
-    """The mask of a softmax's negatives [BLOCK_M, BLOCK_N]: inside the matrix, not the positive, and not with the row's id.
+def masked(logits, t, plain, row, column, n, m, label_offset, pairs, DROP_IDS: tl.constexpr):
+    """The logits of a softmax's negatives, and -inf elsewhere: outside of the matrix, at the positive, at the row's id.
 
-    With the teacher's logits t, which are -inf elsewhere, the mask needs no registers besides theirs.
+    With the teacher's logits t, which are -inf there, the mask needs no registers besides theirs. A plain tile needs none.
     """
-    if t is not None:
-        negative = t != -INF
-    else:
-        negative = row_inside[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
-        if DROP_IDS:
-            negative = negative & (row_ids[:, None] != tl.load(pairs.text_ids + safe_column)[None, :])
-    return negative
+    if not plain:
+        if t is not None:
+            negative = t != -INF
+        else:
+            negative = (row < n)[:, None] & (column < m)[None, :] & (column[None, :] != row[:, None] + label_offset)
+            if DROP_IDS:
+                negative = negative & (clamped(pairs.ids, row, n)[:, None] != clamped(pairs.text_ids, column, m)[None, :])
+        logits = tl.where(negative, logits, -INF)
+    return logits
 
 
 @triton.jit
-def sigmoid_pairs(row, column, inside, label_offset, pairs, safe_row, safe_column):
+def interior(row, column, n, m, label_offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Whether a tile, by its first row and column, is inside the matrix and has no positive, so that it needs no mask."""
+    inside = (row + BLOCK_M <= n) & (column + BLOCK_N <= m)
+    return inside & ((column + BLOCK_N <= row + label_offset) | (column >= row + label_offset + BLOCK_M))
+
+
+@triton.jit
+def store(out, value, plain, row, column, n, m):
+    """A plain tile's rows are stored in whole vectors, since none of it is outside of the matrix."""
+    if plain:
+        tl.store(out, value)
+    else:
+        tl.store(out, value, (row < n)[:, None] & (column < m)[None, :])
+
+
+@triton.jit
+def sigmoid_pairs(row, column, n, m, label_offset, pairs):
     """Masks of the negatives and of the positives of sigmoid terms, [BLOCK_M, BLOCK_N]."""
+    inside = (row < n)[:, None] & (column < m)[None, :]
     positive = column[None, :] == row[:, None] + label_offset
     negative = inside & (positive == 0)
     if pairs.ids is not None:
-        equal = tl.load(pairs.ids + safe_row)[:, None] == tl.load(pairs.text_ids + safe_column)[None, :]
+        equal = clamped(pairs.ids, row, n)[:, None] == clamped(pairs.text_ids, column, m)[None, :]
         negative = negative & (equal == 0)
         if pairs.image_share is not None:
             positive = positive | equal
@@ -101,32 +120,42 @@ def sigmoid_pairs(row, column, inside, label_offset, pairs, safe_row, safe_colum
 
 
 @triton.jit
-def sigmoid_logits(similarity, sigmoids, pairs, safe_row, safe_column, negative, positive, K: tl.constexpr):
-    """Of term K: the logits of a mismatch, which are -l of a positive, and the amounts of negatives and positives, else 0."""
-    l = similarity * tl.load(sigmoids.weight + K) + tl.load(sigmoids.bias + K)
+def sigmoid_amounts(sigmoids, pairs, row, column, n, m, negative, positive, K: tl.constexpr):
+    """The amounts of the negatives and of the positives of term K, else 0."""
     amount = tl.where(negative, tl.load(sigmoids.negative + K), 0.0)
     matched = tl.where(positive, tl.load(sigmoids.positive + K), 0.0)
     if pairs.image_share is not None:
-        matched *= tl.load(pairs.image_share + safe_row)[:, None] + tl.load(pairs.text_share + safe_column)[None, :]
-    return tl.where(positive, -l, l), amount, matched
+        matched *= clamped(pairs.image_share, row, n)[:, None] + clamped(pairs.text_share, column, m)[None, :]
+    return amount, matched
 
 
 @triton.jit
-def sigmoid_values(signed, amount, matched):
-    """The entries of a term; NaN where a positive's logit is infinite, though its softplus may be 0."""
-    value = tl.where(amount + matched != 0.0, softplus(signed) * (amount + matched), 0.0)
-    return value + tl.where(matched != 0.0, 0.0 * signed, 0.0)
+def sigmoid_entries(
+    raw, sigmoids, plain, row, column, n, m, label_offset, pairs, K: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """The entries of term K and their derivatives with respect to its logits, of the similarities `raw`, but for a factor.
+
+    A plain tile has only negatives. An entry is NaN where a positive's logit is infinite, though its softplus may be 0.
+    """
+    signed = raw * tl.load(sigmoids.weight + K) + tl.load(sigmoids.bias + K)  # the logit of a mismatch
+    if not plain:
+        negative, positive = sigmoid_pairs(row, column, n, m, label_offset, pairs)
+        signed = tl.where(positive, -signed, signed)
+    value, slope = softplus_and_sigmoid(signed, TILE.INTERPRETED)
+    factor = tl.load(sigmoids.negative + K)
+    if not plain:
+        negative, positive = sigmoid_pairs(row, column, n, m, label_offset, pairs)
+        amount, matched = sigmoid_amounts(sigmoids, pairs, row, column, n, m, negative, positive, K)
+        taken = amount + matched != 0.0
+        value = tl.where(taken, value * (amount + matched), 0.0) + tl.where(matched != 0.0, 0.0 * signed, 0.0)
+        slope = tl.where(taken, slope * (amount - matched), 0.0)
+        factor = 1.0
+    return value, slope, factor
 
 
 @triton.jit
-def sigmoid_slopes(signed, amount, matched):
-    """The derivatives of the entries with respect to l."""
-    return tl.where(amount + matched != 0.0, sigmoid(signed) * (amount - matched), 0.0)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, by a polynomial with relative error 4e-7."""
+def softplus_and_sigmoid(x, INTERPRETED: tl.constexpr):
+    """log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|, by a polynomial with relative error 4e-7; and 1 / (1 + e^-x)."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     p = -0.008539198897778988 * e + 0.04408959671854973
     p = p * e - 0.10768166184425354
@@ -135,7 +164,7 @@ def softplus(x):
     p = p * e + 0.33275479078292847
     p = p * e - 0.4999740421772003
     p = p * e + 0.9999998211860657
-    return p * e + tl.maximum(x, 0.0)
+    return p * e + tl.maximum(x, 0.0), tl.where(x < 0.0, e, 1.0) * reciprocal(1.0 + e, INTERPRETED)
 
 
 @triton.jit

@@ -12,7 +12,6 @@ from simplclip import ops
 from simplclip.ops import checks, distributed
 from simplclip.ops.registry import autocast
 from simplclip.ops.similarity import inputs
-from simplclip.ops.similarity.chunks import SCRATCH_BYTES
 from simplclip.ops.similarity.contrastive import Contrastive
 
 PLANES = ("scalar", "hadamard")
@@ -107,7 +106,7 @@ class SimilarityLoss(nn.Module):
     # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
     INITIAL_WEIGHT, INITIAL_BIAS = 10.0, -2.0
 
-    scratch_bytes = SCRATCH_BYTES  # passed to similarity_loss; may be set on an instance
+    scratch_bytes: int | None = None  # passed to similarity_loss; may be set on an instance
 
     def __init__(
         self,

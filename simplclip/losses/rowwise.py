@@ -17,7 +17,7 @@ from simplclip.ops import backends, checks, distributed
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import autocast, check_reverse_mode, first_order_only, no_autocast, wants_grad
 from simplclip.ops.similarity import inputs
-from simplclip.ops.similarity.chunks import chunk_rows, computes_in
+from simplclip.ops.similarity.chunks import SCRATCH_BYTES, chunk_rows, computes_in
 
 STUDENT, TEACHER = ("image_features", "text_features"), ("dist_image_features", "dist_text_features", "dist_logit_scale")
 # Each product of a bfloat16 gradient is added to a float32 sum.
@@ -62,6 +62,8 @@ class RowwiseLoss(SimilarityLoss):
 
     Source: this library; for losses as of Robinson et al. 2021 (arXiv 2010.04592), Chuang et al. 2022 (arXiv 2201.04309).
     """
+
+    scratch_bytes = SCRATCH_BYTES
 
     def __init__(
         self,

@@ -137,19 +137,19 @@ def row(
     *,
     module: str = "",
     cuda: Callable | None = None,
-    cpu: bool = False,
+    cpu: bool | None = None,
 ) -> dict[str, Implementation]:
     """The backends of an op, whose functions have the name of its definition `reference`, with their predicates.
 
-    module: the module of simplclip.kernels with its launcher, if Triton has the op; the extension for the CPU has it then
-    too, and with `cpu`. cuda: the predicate of CUDA C++, if it has the op.
+    module: the module of simplclip.kernels with its launcher, if Triton has the op. cuda: the predicate of CUDA C++, if it
+    has the op. cpu: whether C++ for the CPU has it, by default where Triton does.
     """
     name, found = reference.__name__, {}
     if cuda is not None:
         found["cuda"] = Implementation(_native(f"{name}_cuda"), cuda)
     if module:
         found["triton"] = Implementation(_kernel(module, name), triton_on_cuda)
-    if module or cpu:
+    if module if cpu is None else cpu:
         found["cpu"] = Implementation(_native(f"{name}_cpu"), _extension_on_cpu)
     return found | {"reference": Implementation(reference, _anywhere)}
 

@@ -16,12 +16,14 @@ from simplclip.kernels.feature.op import tile as feature_tile
 from simplclip.kernels.launch import COMPILE
 from simplclip.kernels.mlp import op as mlp
 from simplclip.kernels.mlp.activations import ACTIVATIONS
-from simplclip.kernels.similarity.backward import _similarity_gradient_kernel
+from simplclip.kernels.similarity.backward import _similarity_factors_kernel, _similarity_gradient_kernel
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
-from simplclip.kernels.similarity.op import DIAGONAL, GROUP, MERGE, MERGE_WARPS
+from simplclip.kernels.similarity.op import DIAGONAL, GROUP, MERGE, MERGE_WARPS, NEAR
 from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
+from simplclip.kernels.similarity.terms import BLOCK as TERMS_BLOCK
+from simplclip.kernels.similarity.terms import _similarity_terms_kernel
 from simplclip.kernels.similarity.tile import Pairs, Sigmoids
 
 DTYPES = {"bfloat16": ("bf16", "half"), "float16": ("fp16", "half"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "ieee")}
@@ -30,7 +32,9 @@ _TYPES = {
     **dict.fromkeys(("image", "text", "teacher_image", "teacher_text", "projected_image", "projected_text"), "*element"),
     **dict.fromkeys(("out", "student", "d_student"), "*element"),
     **dict.fromkeys(("scale", "teacher_scale", "cross_scale", "row_parts"), "*fp32"),
-    **dict.fromkeys(("column_parts", "rows", "columns", "grad_rows", "grad_columns", "factors", "sums", "parts"), "*fp32"),
+    **dict.fromkeys(
+        ("column_parts", "rows", "columns", "grad_rows", "grad_columns", "near", "factor", "sums", "parts"), "*fp32"
+    ),
     **dict.fromkeys(("inv_norms", "grad"), "*fp32"),
     "teacher": "*fp16",  # stored features
     "entropy": "fp32",
@@ -116,7 +120,11 @@ def similarity(
     tiling = Tiling(*tile[:3], even, even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
     constants = {**absent(launch), "LAUNCH": launch, "TILE": tiling}
     if backward:
-        constants |= {"ATTEND": attend, **({} if dtype == "float16" else {"factors": None})}
+        constants |= {
+            "ATTEND": attend,
+            **({"near": None} if launch.HAS_TEACHER else {}),
+            **({} if dtype == "float16" else {"factor": None}),
+        }
     else:
         constants |= {"SLOTS": Slots.of(launch), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
     what = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name))
@@ -137,7 +145,7 @@ def sigmoid_kernels(dtype: str, architecture: int) -> Iterator[Kernel]:
         constants = {"TERMS": terms, "GRADIENT": gradient, "TILE": tiling, **dict.fromkeys(missing)}
         function = _similarity_sigmoid_kernel
         what = f"{terms} terms{ids}" + " gradient" * gradient
-        types = {"mix": "*fp32", "factor": "*fp32", **of_sigmoids(True), **of_pairs(bool(ids), ids == "+positives")}
+        types = {"mix": "*fp32", **of_sigmoids(True), **of_pairs(bool(ids), ids == "+positives")}
         yield Kernel(function.__name__, function, constants, tile, dtype, what, types=types)
 
 
@@ -149,6 +157,17 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
         yield Kernel(
             "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile._replace(warps=MERGE_WARPS), "float32",
             "rows" if of_rows else "columns", False, {"out": "*fp32"},
+        )  # fmt: skip
+    near = {"COLUMNS": True, "ATTEND": False, **NEAR}
+    yield Kernel(
+        "_similarity_factors_kernel", _similarity_factors_kernel, near, tile._replace(warps=8), "float32", "L", False,
+        {"out": "*fp32"},
+    )  # fmt: skip
+    for of_terms in ({"grad": None, "grad_rows": None, "grad_columns": None}, {}):
+        constants = {"SIGMOIDS": 2, "BLOCK": TERMS_BLOCK, "INTERPRETED": False, **of_terms}
+        yield Kernel(
+            "_similarity_terms_kernel", _similarity_terms_kernel, constants, tile, "float32", "" if of_terms else "gradient",
+            False, {"out": "*fp32", "margin": "fp32"},
         )  # fmt: skip
     yield Kernel(
         "_similarity_diagonal_kernel", _similarity_diagonal_kernel, dict(DIAGONAL), tile, dtype, "L", False, {"out": "*fp32"}

@@ -32,10 +32,10 @@ def predicted(call, dtype):
 )
 def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monkeypatch):
     """Which is why predictions leave them out."""
-    from simplclip.kernels.similarity import op, rows
+    from simplclip.kernels.similarity import launch, op
 
     some = predicted(similarity_call(name, scratch_bytes=1 << 15), dtype)
-    for module in (op, rows):
+    for module in (op, launch):
         monkeypatch.setattr(module, "starts", lambda size, step: range(0, size, step))
     whole = predicted(similarity_call(name, scratch_bytes=1 << 15), dtype)
     assert some.peak == whole.peak

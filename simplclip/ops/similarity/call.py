@@ -84,7 +84,7 @@ class SimilarityCall:
     relational: bool = False  # whether to compute means of the student's logits under the teacher's softmax
     interactive: bool = False  # whether to compute the same means of image_to_teacher and teacher_to_text
     entropy: float = 1.0  # 1: the means include the teacher's entropy; 0: they do not
-    chunk: int = 0  # rows of a matrix in scratch at a time, see chunks.py
+    chunk: int = 0  # rows of a matrix in scratch at a time, on a GPU blocks of as many elements; see chunks.py
     stored_rows: int = 0  # rows of the matrices that forward keeps for backward
 
     @property
@@ -190,3 +190,26 @@ class SigmoidCall:
     gradient: bool  # whether to compute gradients with the values
     need_image: bool
     need_text: bool
+
+
+@dataclass
+class TermsCall:
+    """Arguments of similarity_terms: the contrastive term and the sums of K sigmoid terms from the statistics of a sweep."""
+
+    rows: Tensor  # [11, N] RowStat
+    columns: Tensor | None  # [5, N] ColumnStat of the columns of the positives; None: the row direction only
+    scale: Tensor  # []
+    margin: float
+    sigmoids: int  # K
+
+
+@dataclass
+class TermsGradient:
+    """Arguments of similarity_terms_bwd."""
+
+    grad: Tensor  # [1 + K]
+    rows: Tensor
+    columns: Tensor | None
+    scale: Tensor
+    margin: float
+    sigmoids: int

@@ -9,12 +9,13 @@ import torch
 from simplclip.ops import backends
 from simplclip.ops.dtypes import accumulate_dtype
 
-# Budget in bytes of a chunk, some rows of a similarity matrix. A chunk has no more rows than fast matrix products need.
-SCRATCH_BYTES = 64 << 20
+# Budgets in bytes, on a CPU and elsewhere: of a chunk, some rows of a similarity matrix, which has no more rows than fast
+# matrix products need; and of the first rows of the matrices, which forward keeps so that backward need not compute them.
+# A GPU reads and writes gradients for every block, so that larger ones cost it less.
+SCRATCH_BYTES, _SCRATCH_BYTES_ELSEWHERE = 64 << 20, 128 << 20
+_STORE_BYTES, _STORE_BYTES_ELSEWHERE = 36 << 20, 256 << 20
 _CHUNK_ROWS = {"cpu": 1024}
 _CHUNK_ROWS_ELSEWHERE = 4096  # so that each of a GPU's 82 or more multiprocessors has a tile of the product G Y; not measured
-# Budget of the first rows of the similarity matrices, which forward keeps so that backward does not compute them again.
-STORE_BYTES = 36 << 20
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
 
 
@@ -23,6 +24,13 @@ def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
     if device == "cpu" and dtype in (torch.float16, torch.bfloat16):
         return dtype if dtype == torch.bfloat16 and backends.native_bf16 else torch.float32
     return dtype
+
+
+def budgets(device: str, scratch_bytes: int | None, store_bytes: int | None) -> tuple[int, int]:
+    """The budgets, which are by default those of the device."""
+    defaults = (SCRATCH_BYTES, _STORE_BYTES) if device == "cpu" else (_SCRATCH_BYTES_ELSEWHERE, _STORE_BYTES_ELSEWHERE)
+    scratch, store = (default if given is None else given for given, default in zip((scratch_bytes, store_bytes), defaults))
+    return scratch, store
 
 
 def prepare(call, names: Iterable[str], dtype: torch.dtype) -> None:
@@ -48,7 +56,14 @@ def chunk_rows(n: int, m: int, dtype: torch.dtype, device: str, live: int = 1, s
     return -(-n // (chunks * _STRIP)) * _STRIP
 
 
-def stored_rows(n: int, m: int, dtype: torch.dtype, matrices: int, store_bytes: int = STORE_BYTES) -> int:
+def sweep_rows(n: int, m: int, dtype: torch.dtype, device: str, live: int, scratch_bytes: int) -> int:
+    """The field `chunk` of a call, as many rows as scratch_bytes holds. A GPU's blocks have as many elements together."""
+    if device == "cpu":
+        return chunk_rows(n, m, dtype, device, live, scratch_bytes)
+    return min(n, max(1, scratch_bytes // (m * dtype.itemsize)))
+
+
+def stored_rows(n: int, m: int, dtype: torch.dtype, matrices: int, store_bytes: int) -> int:
     """Rows of each similarity matrix that forward keeps: all rows if they fit; else, of a single matrix, those that fit.
 
     With several matrices the rows that fit would save only a few hundredths of the work.

@@ -23,6 +23,11 @@ class Contrastive:
     margin: float = 0.0
     positives: str = "drop"
 
+    @property
+    def plain(self) -> bool:
+        """Whether the loss of a row is its cross-entropy to its pair."""
+        return not self.label_smoothing and not self.decoupled and self.prior is None and self.positives == "drop"
+
 
 def _debiased(lse: Tensor, positive: Tensor, negatives: Tensor, prior: Tensor | float, scale: Tensor) -> Tensor:  # [N] each
     """log(n g), g = max((ē − τ e^{z⁺}) / (1 − τ), e^{−s}): n negatives, the mean ē of their e^z, the prior τ."""

@@ -22,7 +22,7 @@ def check_options(terms, interactive, divergence, **budgets):
     checks.choice("interactive", interactive, INTERACTIVE)
     checks.choice("divergence", divergence, DIVERGENCES)
     for name, value in budgets.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ValueError(f"{name}: expected a number of bytes, 0 or more, got {value!r}")
 
 

@@ -13,7 +13,7 @@ from simplclip.ops import backends, checks, distributed
 from simplclip.ops.calls import flat, tensors_of
 from simplclip.ops.dtypes import accumulate_dtype
 from simplclip.ops.registry import call as run
-from simplclip.ops.registry import define, register_autograd, wants_grad
+from simplclip.ops.registry import define, register_autograd, register_gradient, wants_grad
 from simplclip.ops.similarity import inputs, reference
 from simplclip.ops.similarity.call import (
     GRADIENTS,
@@ -21,13 +21,15 @@ from simplclip.ops.similarity.call import (
     RowStat,
     SimilarityCall,
     SimilarityGradient,
+    TermsCall,
+    TermsGradient,
 )
-from simplclip.ops.similarity.chunks import SCRATCH_BYTES, STORE_BYTES, chunk_rows, computes_in, prepare, stored_rows
+from simplclip.ops.similarity.chunks import budgets, computes_in, prepare, stored_rows, sweep_rows
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
 from simplclip.ops.similarity.positives import SameIds
 from simplclip.ops.similarity.rows import similarity_rows
 from simplclip.ops.similarity.sigmoid import numbers_of, sigmoid_terms
-from simplclip.ops.similarity.sweeps import sweeps_of
+from simplclip.ops.similarity.sweeps import on_gpu, sweeps_of
 from simplclip.ops.similarity.terms import cross_entropy, merge_columns, terms_of
 
 _ARGUMENTS = (*SimilarityCall.__match_args__, "backend")
@@ -107,6 +109,38 @@ def _autograd(ctx, saved, grad_rows, grad_columns, _):
 register_autograd("similarity_loss_fwd", _autograd, _setup_context)
 
 
+def _by_number(function, call):
+    """The vectors after a sweep cost as many launches as operations, so that kernels take them together."""
+    for name in tensors_of(type(call)):
+        if getattr(call, name) is not None:
+            setattr(call, name, getattr(call, name).contiguous())
+    return function(call)
+
+
+def _terms_fake(call):
+    return call.rows.new_empty(1 + call.sigmoids)
+
+
+def _terms_bwd_fake(call):
+    columns = call.rows.new_empty(0) if call.columns is None else call.columns.new_empty(call.columns.shape)
+    return call.rows.new_empty(call.rows.shape), columns, call.rows.new_empty(())
+
+
+def _terms_backward(call, results, grad, need, backend):
+    gradient = TermsGradient(grad, call.rows, call.columns, call.scale, call.margin, call.sigmoids)
+    found = torch.ops.simplclip.similarity_terms_bwd(*flat(gradient), backend)
+    return {name: g for name, g in zip(("rows", "columns", "scale"), found) if need[name]}
+
+
+_TERMS, _TERMS_BWD = (
+    backends.row(function, module="similarity.terms", cpu=False)
+    for function in (reference.similarity_terms, reference.similarity_terms_bwd)
+)
+define("similarity_terms", TermsCall, "Tensor", _by_number, _terms_fake, row=_TERMS)
+define("similarity_terms_bwd", TermsGradient, "(Tensor, Tensor, Tensor)", _by_number, _terms_bwd_fake, row=_TERMS_BWD)
+register_gradient("similarity_terms", TermsCall, _terms_backward)
+
+
 def similarity_loss(
     image: Tensor,  # [N, D]
     text: Tensor,  # [M, D]
@@ -134,8 +168,8 @@ def similarity_loss(
     label_offset: int = 0,
     symmetric: bool = True,
     group: torch.distributed.ProcessGroup | None = None,
-    scratch_bytes: int = SCRATCH_BYTES,
-    store_bytes: int = STORE_BYTES,
+    scratch_bytes: int | None = None,
+    store_bytes: int | None = None,
 ) -> dict[str, Tensor]:
     r"""Losses of the similarity matrices of image and text features, which are never stored.
 
@@ -202,7 +236,8 @@ def similarity_loss(
             over ranks, as in open_clip with local_loss and gather_with_grad, so that DDP's average is the gradient of the
             batch's loss.
         scratch_bytes: budget of the chunk of a similarity matrix; one chunk of the student's matrix and one of the teacher's
-            exist at a time.
+            exist at a time. By default 64 MiB on a CPU, where a chunk is some rows, and 128 MiB on a GPU, where it is a block
+            of about as many rows as columns for all of the student's matrices together.
         store_bytes: budget of the rows of the similarity matrices that forward keeps, so that backward does not compute them
             again; on a CPU only.
 
@@ -249,6 +284,7 @@ def similarity_loss(
         entropy=1.0 if divergence == "kl" else 0.0,
     )
     inputs.normalise(call, terms)
+    scratch_bytes, store_bytes = budgets(call.image.device.type, scratch_bytes, store_bytes)
     bias = inputs.normal_bias(logit_bias, call)
     hyperplane = inputs.hyperplane(plane, call) if "pair_matching" in terms else None
     inputs.check_contrastive(options, terms)
@@ -275,6 +311,11 @@ def similarity_loss(
             numbers = {name if name.endswith("share") else f"sigmoid_{name}": value for name, value in numbers.items()}
             rows, columns = _statistics(replace(sweep.call, **numbers), group, scratch_bytes, store_bytes)
             out |= terms_of(sweep.call, rows, columns)
+            if sweep.contrastive and options.plain and on_gpu(call):
+                of_sweep = TermsCall(rows, columns, call.scale, options.margin, len(sweep.sigmoids))
+                values = run("similarity_terms", *flat(of_sweep), backends.forced())
+                out |= zip(("contrastive", *sweep.sigmoids), values.unbind() if sweep.sigmoids else [values.reshape(())])
+                continue
             out |= zip(sweep.sigmoids, (rows[stat].sum() for stat in (RowStat.SIGMOID, RowStat.SECOND_SIGMOID)))
             if sweep.contrastive:
                 out["contrastive"] = contrastive(sweep.call, options, same_ids, rows, columns)
@@ -338,7 +379,7 @@ def _statistics(
         call.teacher_image = call.teacher_text = call.teacher_scale = None
     n, m, device = call.image.shape[0], call.text.shape[0], call.image.device.type
     dtype = computes_in(call.image.dtype, device)
-    call.chunk = chunk_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
+    call.chunk = sweep_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
     # Only on a CPU: a GPU's kernels compute the tiles again instead of reading them.
     if device == "cpu" and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
         call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes)

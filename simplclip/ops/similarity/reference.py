@@ -19,9 +19,11 @@ from simplclip.ops.similarity.call import (
     SigmoidCall,
     SimilarityCall,
     SimilarityGradient,
+    TermsCall,
+    TermsGradient,
 )
 from simplclip.ops.similarity.positives import masks
-from simplclip.ops.similarity.terms import mismatch
+from simplclip.ops.similarity.terms import cross_entropy, mismatch
 
 
 class _Matrices:
@@ -203,3 +205,23 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
         (slope * similarity).sum((1, 2)),
         slope.sum((1, 2)),
     )
+
+
+def similarity_terms(call: TermsCall) -> Tensor:
+    """The contrastive term and the sums of the sigmoid terms, [1 + K]."""
+    positive = call.scale * call.rows[RowStat.DIAGONAL_STUDENT] - call.margin
+    value = cross_entropy(call.rows[RowStat.LSE_STUDENT], positive).mean()
+    if call.columns is not None:
+        value = 0.5 * (value + cross_entropy(call.columns[ColumnStat.LSE_STUDENT], positive).mean())
+    return torch.cat([value[None], call.rows[RowStat.SIGMOID : RowStat.SIGMOID + call.sigmoids].sum(1)])
+
+
+def similarity_terms_bwd(call: TermsGradient) -> tuple[Tensor, Tensor, Tensor]:
+    """d_rows [11, N], d_columns [5, N] (or [0]) and d_scale, by autograd."""
+    leaves = [t for t in (call.rows, call.columns, call.scale) if t is not None]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    with torch.enable_grad():
+        rows, columns, scale = leaves if len(leaves) == 3 else (leaves[0], None, leaves[1])
+        value = similarity_terms(TermsCall(rows, columns, scale, call.margin, call.sigmoids))
+        found = torch.autograd.grad(value, leaves, call.grad)
+    return found if len(found) == 3 else (found[0], rows.new_empty(0), found[1])

@@ -12,7 +12,7 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import RowsCall, RowsGradient
-from simplclip.ops.similarity.chunks import chunk_rows, computes_in, prepare
+from simplclip.ops.similarity.chunks import computes_in, prepare, sweep_rows
 from simplclip.ops.similarity.positives import SameIds
 
 _TENSORS = tensors_of(RowsCall)
@@ -69,6 +69,6 @@ def similarity_rows(
     it if a gradient is needed: two matrix products in forward, none in backward.
     """
     device = query.device.type
-    chunk = chunk_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)
+    chunk = sweep_rows(query.shape[0], keys.shape[0], computes_in(query.dtype, device), device, 1, scratch_bytes)
     call = RowsCall(query, keys, scale, **same_ids.fields, attend=wants_grad(query, scale), chunk=chunk)
     return run("similarity_rows", *flat(call), backends.forced())[0]

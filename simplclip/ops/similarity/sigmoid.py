@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from simplclip.ops.registry import call as run
 from simplclip.ops.registry import define, register_gradient, wants_grad
 from simplclip.ops.similarity import reference
 from simplclip.ops.similarity.call import SigmoidCall, SimilarityCall
-from simplclip.ops.similarity.chunks import chunk_rows, computes_in, prepare
+from simplclip.ops.similarity.chunks import computes_in, prepare, sweep_rows
 from simplclip.ops.similarity.positives import SameIds
 
 _TENSORS = tensors_of(SigmoidCall)
@@ -74,15 +75,18 @@ def numbers_of(
     """The fields of SigmoidCall that are numbers of the terms. A hadamard hyperplane has the weight 1 here, since its weights
     are multiplied with the features."""
     n, m, scale = call.image.shape[0], call.text.shape[0], call.scale
-    mean = scale.new_ones(()) / n
-    numbers = {"sigmoid": (scale, torch.zeros_like(mean) if bias is None else bias, mean, mean)}
+    mean, numbers = scale.new_ones(()) / n, {}
+    if "sigmoid" in terms:
+        numbers["sigmoid"] = scale, torch.zeros_like(mean) if bias is None else bias, mean, mean
     if "pair_matching" in terms:
-        pairs = (scale.new_zeros(n, dtype=torch.float64) + (m - same_ids.of_rows())).sum()
-        if group is not None and same_ids.given:
-            pairs = distributed.mean(pairs, group)
+        if same_ids.given:
+            pairs = (m - same_ids.of_rows()).sum(dtype=torch.float64)
+            pairs = (pairs if group is None else distributed.mean(pairs, group)).clamp(min=1).to(scale.dtype)
+        else:
+            pairs = scale.new_full((), max(1, n * (m - 1)))
         weight = torch.ones_like(mean) if plane[0].dim() else plane[0]
-        numbers["pair_matching"] = weight, plane[1], 0.5 / pairs.clamp(min=1).to(scale.dtype), 0.5 * mean
-    stacked = (torch.stack(each) for each in zip(*(numbers[term] for term in terms)))
+        numbers["pair_matching"] = weight, plane[1], 0.5 / pairs, 0.5 * mean
+    stacked = (_stacked(each) for each in zip(*(numbers[term] for term in terms)))
     out: dict[str, Tensor | None] = dict(zip(("weight", "bias", "negative", "positive"), stacked))
     out |= {"image_share": None, "text_share": None}
     if positives != "drop" and same_ids.given:
@@ -93,6 +97,10 @@ def numbers_of(
             "text_share": scale.new_full((m,), 1 - side) / of_columns,
         }
     return out
+
+
+def _stacked(numbers: Sequence[Tensor]) -> Tensor:
+    return torch.stack(numbers) if len(numbers) > 1 else numbers[0].reshape(1)
 
 
 def sigmoid_terms(
@@ -110,9 +118,9 @@ def sigmoid_terms(
     """
     image, text, scale = call.image, call.text, call.scale
     n, m, device = image.shape[0], text.shape[0], image.device.type
-    of_mix = torch.tensor([float(mix[term]) for term in terms], dtype=scale.dtype, device=scale.device)
+    of_mix = _stacked([scale.new_full((), float(mix[term])) for term in terms])
     fused = SigmoidCall(
-        image, text, mix=of_mix, chunk=chunk_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
+        image, text, mix=of_mix, chunk=sweep_rows(n, m, computes_in(image.dtype, device), device, 1, scratch_bytes),
         gradient=False, need_image=False, need_text=False, **same_ids.fields, **numbers,
     )  # fmt: skip
     # A forced reference computes no gradient, since autograd differentiates it.

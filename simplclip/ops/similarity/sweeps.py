@@ -47,5 +47,9 @@ def sweeps_of(call: SimilarityCall, terms: Collection[str], *, keep_ids: bool, h
 
 def _has_room(call: SimilarityCall) -> bool:
     """Whether sigmoid terms may join a sweep. On a GPU they may not join one with a teacher's matrix: registers run out."""
-    simple = call.image.device.type == "cpu" and backends.forced() != "triton"
-    return call.softmax and (simple or not call.has_teacher)
+    return call.softmax and not (on_gpu(call) and call.has_teacher)
+
+
+def on_gpu(call: SimilarityCall) -> bool:
+    """Whether a GPU computes the call, or in tests Triton's interpreter."""
+    return call.image.device.type != "cpu" or backends.forced() == "triton"

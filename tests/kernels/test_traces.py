@@ -1,0 +1,93 @@
+"""Launches, torch's kernels, bytes and copies from the host of similarity_loss on a GPU, on fake tensors."""
+
+import pytest
+import torch
+from interpreter import needs_triton
+
+from simplclip.ops.similarity.call import TERMS
+
+pytestmark = needs_triton
+
+
+def shapes(n: int, width: int = 512, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    features = {name: torch.empty(n, width, dtype=dtype, device="meta") for name in ("image", "text")}
+    return features | {"logit_scale": torch.empty((), device="meta")}
+
+
+@pytest.mark.parametrize(("n", "most"), [(65536, 9e9), (131072, 30e9)])
+def test_bytes_of_large_batches(n, most):
+    """Those of features and gradients. The blocks of G, which are written once and read by two products, are besides them."""
+    from traces import trace
+
+    from simplclip.kernels.similarity.launch import block_sides
+
+    rows, columns = block_sides(n, n, (128 << 20) // 2)
+    found = trace(shapes(n))
+    features = 2 * n * 512 * (-(-n // rows) + -(-n // columns))  # that the kernel of each block reads
+    assert found.bytes + features < most
+    assert found.launches["_similarity_gradient_kernel"] == -(-n // rows) * -(-n // columns)
+
+
+@pytest.mark.parametrize(("n", "m", "elements"), [(1, 1, 1), (300, 7, 0), (65536, 65536, 1 << 25), (5000, 131072, 1 << 26)])
+def test_sides_of_blocks(n, m, elements):
+    from simplclip.kernels.similarity.launch import SIDE, block_sides
+
+    rows, columns = block_sides(n, m, elements)
+    assert 0 < rows <= n
+    assert 0 < columns <= m
+    assert rows == n or rows % SIDE == 0
+    assert columns == m or columns % SIDE == 0
+    assert rows * columns <= max(elements, SIDE * SIDE)
+    if rows < n and columns < m and elements > SIDE * SIDE:
+        assert 0.8 < rows / columns < 1.25
+
+
+def number() -> torch.Tensor:
+    return torch.empty((), device="meta")
+
+
+def every_term(n: int) -> dict[str, object]:
+    teacher = {name: t for name, t in shapes(n).items() if name != "logit_scale"}
+    options = {"terms": TERMS, "interactive": "kl", "plane": (number(), number()), "teacher_scale": number()}
+    return options | {f"teacher_{name}": t for name, t in teacher.items()}
+
+
+CALLS = {  # of similarity_loss, with the most launches and kernels of torch in a step
+    "contrastive": ({}, 8, 25),
+    "pair matching": ({"terms": TERMS[:2], "plane": (number(), number())}, 8, 32),
+    "sigmoid": ({"terms": ("sigmoid",), "logit_bias": number()}, 1, 25),
+    "sigmoids": (
+        {
+            "terms": ("sigmoid", "pair_matching"),
+            "plane": (number(), number()),
+            "weights": dict.fromkeys(("sigmoid", "pair_matching"), 0.5),
+        },
+        1,
+        40,
+    ),
+    "infonce": ({**every_term(1024), "terms": ("interactive",), "interactive": "infonce"}, 10, 80),
+    "ids": (
+        {
+            "ids": torch.empty(1024, dtype=torch.int64, device="meta"),
+            "positives": "ids",
+            "terms": ("contrastive", "sigmoid"),
+            "label_smoothing": 0.1,
+        },
+        6,
+        250,
+    ),
+    "debiased": ({"prior": 0.1, "margin": 0.1}, 6, 155),
+    "every term": (every_term(1024), 15, 300),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_of_a_step_and_no_copy_from_the_host(name):
+    """So that a CUDA graph can capture each loss."""
+    from traces import trace
+
+    options, launches, kernels = CALLS[name]
+    found = trace(shapes(1024), **options)
+    assert not found.host_copies
+    assert found.launches.total() <= launches, found.launches
+    assert found.kernels.total() <= kernels, found.kernels
