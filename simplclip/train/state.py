@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.models.inherit import freeze, freeze_norms, inherit
@@ -20,12 +20,13 @@ from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
 from simplclip.models.weights import InheritanceError, WeightTable, load_weights
 from simplclip.nn import SimplifiedBlock
-from simplclip.train import checkpoint, ranks
+from simplclip.train import checkpoint
 from simplclip.train.average import Average
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
 from simplclip.train.settings import SHAPE, Config, MicroBatch
+from simplclip.train.together import Together, share_norms
 from simplclip.train.trust import check_options
 
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
@@ -63,7 +64,7 @@ class Training:
                 block.recompute = True
             if not self.blocks:
                 self.model.set_grad_checkpointing()
-        ranks.share_norms(self.model, config.model.sync_norms)
+        share_norms(self.model, config.model.sync_norms)
         self.model.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
@@ -82,7 +83,7 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
-        self.together = ranks.Together(self.model, self.loss)
+        self.together = Together(self.model, self.loss)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
         weights = [p for module in (self.model.visual, *copies) for p in module.parameters()]

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from simplclip.train import loop, ranks
+from simplclip.train import loop
 from simplclip.train.loop import curves
 
 
@@ -32,10 +32,10 @@ def fault(what, training):
 
 def observed(config, broken=None, **options) -> dict:
     """What a run did on this rank: the ids of the samples of each step, the weights at its end, and its error."""
-    ids, last, original = [], [], loop.train_step
+    rank, ids, last, original = int(os.environ.get("RANK", 0)), [], [], loop.train_step
 
     def stepping(training, batches, first=None):
-        here = [ranks.number(), training.step + 1]
+        here = [rank, training.step + 1]
         if broken and broken[1:] == here and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             Path(f"{config.run.out}-fault").touch()
             fault(broken[0], training)
@@ -45,7 +45,7 @@ def observed(config, broken=None, **options) -> dict:
 
     loop.train_step, loop.curves, error = stepping, lambda out: None, None
     try:
-        with open(f"{config.run.out}-{ranks.number()}.txt", "w") as text:
+        with open(f"{config.run.out}-{rank}.txt", "w") as text:
             loop.run(config, console=Console(file=text, width=200), **options)
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"

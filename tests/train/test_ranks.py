@@ -2,10 +2,8 @@
 
 import functools
 import json
-import os
 import re
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -16,9 +14,11 @@ import rank_train
 import runs
 import tiny
 import torch
-from paths import PYTHONPATH, ROOT, SUPPORT
+from launch import ENVIRONMENT, TORCHRUN, torchrun
+from paths import ROOT
 
-from simplclip.train import checkpoint, ranks
+from simplclip.common import ranks
+from simplclip.train import checkpoint
 from simplclip.train.batches import loader
 from simplclip.train.config import ConfigError
 
@@ -45,20 +45,14 @@ def entry(folder, name, steps, changes, **options):
     return {"changes": [*always, "model.freeze_norms=true", *changes], **options}
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-
-
-def torchrun(folder: Path, plan: str, entries: dict, ranks: int, *options: str, ok: bool = True):
+def trained(folder: Path, plan: str, entries: dict, ranks: int, *options: str, ok: bool = True):
     """What each rank did, or without `ok` what torchrun said."""
     (folder / "data").symlink_to(folder.parent / "data")
     tiny.write_config(folder, teacher=16)
     (folder / f"{plan}.json").write_text(json.dumps(entries))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options]
-    command = [*launcher, str(SUPPORT / "rank_train.py"), str(folder), plan]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    run = torchrun("rank_train.py", folder, plan, ranks=ranks, options=options, check=ok)
     if not ok:
         return run.stderr
-    assert run.returncode == 0, run.stderr[-5000:]
     return [json.loads((folder / f"{plan}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -92,7 +86,7 @@ def of_ranks(folder):
         if ranks > 1:
             workers = [*data_of(folder), "data.workers=2"]
             plan |= {name: entry(place, name, steps, workers, fault=fault) for name, fault in FAULTS.items()}
-            return torchrun(place, "plan", plan, ranks)
+            return trained(place, "plan", plan, ranks)
         settings = {name: tiny.settings(folder, *entry["changes"], teacher=16) for name, entry in plan.items()}
         return [{name: rank_train.observed(config) for name, config in settings.items()}]
 
@@ -168,7 +162,7 @@ def test_a_rank_that_dies_ends_the_others(folder, what, reason):
     place = folder / what
     place.mkdir()
     plan = {what: entry(place, "run", 1000, [*data_of(folder), "data.workers=1"], fault=[what, 1, 3])}
-    said = torchrun(place, "plan", plan, 2, ok=False)
+    said = trained(place, "plan", plan, 2, ok=False)
     root = said[said.index("Root Cause") :]
     assert "rank      : 1" in root
     assert reason in root
@@ -182,7 +176,7 @@ def test_torchrun_goes_on_after_a_death(folder):
     place.mkdir()
     changes = [*data_of(folder), "data.workers=1", "run.save_every=1"]
     plan = {"run": entry(place, "run", 4, changes, fault=["SIGKILL", 1, 3], resume=True)}
-    got = torchrun(place, "plan", plan, 2, "--max-restarts=1")
+    got = trained(place, "plan", plan, 2, "--max-restarts=1")
     whole = rank_train.observed(tiny.settings(folder, *entry(place, "whole", 4, changes)["changes"], teacher=16))
     assert [sum((rank["run"]["ids"][step] for rank in got), []) for step in (0, 1)] == whole["ids"][2:]
     same(place / "run", place / "whole")
@@ -195,7 +189,7 @@ def test_the_documented_line(tmp_path):
     for name in ("train", "concepts", "vendor"):
         tiny.write_shard(tmp_path / "data" / "emoji" / f"{name}-0.tar", copies=8)
     _, *rest = line.split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *rest]
+    command = [*TORCHRUN, *rest]
     run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-5000:]
     assert run.stdout.count("done       step 5 in") == 1
