@@ -15,6 +15,7 @@ from simplclip import data, models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
+from simplclip.losses import gather_early
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
@@ -83,7 +84,7 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
-        self.together = Together(self.model, self.loss)
+        self.together = Together(self.model, at_once=config.data.micro_batch is None)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
         weights = [p for module in (self.model.visual, *copies) for p in module.parameters()]
@@ -143,6 +144,12 @@ class Training:
         """What `terms` takes of a tower: its features by its name."""
         return {tower: {"image": self.encode_image, "text": self.encode_text}[tower](batch)}
 
+    def travel(self, tower: str, features: Tensor) -> None:
+        """The loss needs the texts of all ranks: they travel while the image tower works."""
+        if tower == "text":
+            with hardware.autocast(self.precision, self.device):
+                gather_early(features)
+
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N, D] of the images of a loader's batch, or of the cached outputs of the tower's prefix."""
         if "prefix" in batch:
@@ -182,7 +189,8 @@ class Training:
         if self.teacher:
             rest[2] = rest[2].flatten(0, -2)
         with hardware.autocast(self.precision, self.device):
-            return self.objective(self.step, image, text, self.model.logit_scale.exp(), self.logit_bias, *rest)
+            scale, bias = self.together.learned(self.model.logit_scale, self.logit_bias)
+            return self.objective(self.step, image, text, scale.exp(), bias, *rest)
 
     @property
     def logit_bias(self) -> Tensor | None:

@@ -7,13 +7,14 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simplclip import gradient_cache
 from simplclip.common.errors import UserError
 from simplclip.train.state import Training
 
 MAX_LOGIT_SCALE = math.log(100)  # as open_clip
+TOWERS = ("text", "image")  # in the order of their work
 
 
 class TrainingError(UserError, RuntimeError):
@@ -26,13 +27,13 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
     if training.config.data.micro_batch is None:
-        batch, outputs = batches[0], training.outputs
-        terms = training.together(lambda: losses(**(outputs("image", batch) | outputs("text", batch))))
+        terms = training.together(lambda: losses(**features_of(training, batches[0])))
         scaler.scale(reduce(torch.add, terms.values())).backward()
     else:
-        towers = {tower: partial(training.outputs, tower) for tower in ("image", "text")}
+        towers = {tower: partial(training.outputs, tower) for tower in TOWERS}
         inputs = {"image": batches, "text": training.text_batches(batches)}
-        terms = gradient_cache.backward(towers, inputs, losses, model=model, scaler=scaler)
+        options = {"model": model, "scaler": scaler, "encoded": training.travel}
+        terms = gradient_cache.backward(towers, inputs, losses, **options)
         training.together.exchange()
     loss = reduce(torch.add, terms.values())
     scaler.unscale_(optimizer)
@@ -62,3 +63,11 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
     training.step += 1
     training.updating = False
     return {"step": training.step, "epoch": training.epoch, **values, "lr": lr}
+
+
+def features_of(training: Training, batch: dict[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for tower in TOWERS:
+        found |= training.outputs(tower, batch)
+        training.travel(tower, found[tower])
+    return found

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _take_tensors
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from simplclip.common import ranks
+from simplclip.ops import distributed
 from simplclip.train.config import ConfigError
 
 Result = TypeVar("Result")
+BUCKET_BYTES = 25 << 20  # of gradients that travel together, as in DistributedDataParallel
 
 
 def share_norms(model: nn.Module, synchronise: bool) -> None:
@@ -31,33 +36,59 @@ def share_norms(model: nn.Module, synchronise: bool) -> None:
                 setattr(parent, name, convert_sync_batchnorm(norm))
 
 
-class _Trained(nn.Module):
-    """All that trains, in one module so that nothing drifts. It computes what it is given to call."""
+class _Towers(nn.Module):
+    """Parameters in one module, so that nothing drifts. It computes what it is given to call."""
 
-    def __init__(self, *parts: nn.Module) -> None:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        self.parameters_of_parts = nn.ParameterList(p for part in parts for p in part.parameters() if p.requires_grad)
-        self.never_used = nn.Parameter(torch.zeros(()))  # without one torch warns that it looked for unused parameters
+        self.of_towers = nn.ParameterList(parameters)
 
     def forward(self, compute: Callable[[], Any]) -> Any:
         return compute()
 
 
 class Together:
-    """Averages the gradients of model and loss over the ranks; what trains starts as on the first one.
+    """Averages the gradients of the towers, temperature and bias over the ranks; they start as on the first one.
 
-    Which parameters a step uses depends on the schedules of the terms; those that it does not use keep no gradient.
+    What is frozen does not travel, and losses average what they learn themselves. Parameters that a step does not use keep no
+    gradient.
+
+    at_once: a step has one backward pass, which exchanges as it goes. Otherwise it adds up several, after which `exchange` is
+        called; DistributedDataParallel with a static graph would exchange in the first one.
     """
 
-    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
-        self.ddp = DistributedDataParallel(_Trained(model, loss), find_unused_parameters=True) if ranks.count() > 1 else None
+    def __init__(self, model: nn.Module, at_once: bool) -> None:
+        self.ddp = None
+        if ranks.count() == 1:
+            return
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        distributed.from_first_rank(trained.values(), dist.group.WORLD)
+        # Which steps use temperature and bias depends on the schedules of the terms; all use the same part of the towers.
+        self.towers = [p for name, p in trained.items() if name not in ("logit_scale", "logit_bias")]
+        if at_once:
+            self.ddp = DistributedDataParallel(_Towers(self.towers), static_graph=True)
 
     def __call__(self, compute: Callable[[], Result]) -> Result:
         """What `compute` returns. Backward from it exchanges gradients as it goes."""
         return self.ddp(compute) if self.ddp else compute()
 
+    def learned(self, *scales: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Temperature and bias, if there is one, whose gradients are averaged."""
+        if ranks.count() == 1:
+            return scales
+        trains = [scale is not None and scale.requires_grad for scale in scales]
+        averaged = iter(distributed.learned([*compress(scales, trains)], dist.group.WORLD))
+        return tuple(next(averaged) if its else scale for scale, its in zip(scales, trains))
+
     def exchange(self) -> None:
-        """One exchange of the gradients that backward passes outside of `__call__` have added up."""
-        if self.ddp:
-            used = [p for p in self.ddp.parameters() if p.grad is not None]
-            self.ddp(lambda: 0 * torch.stack([p.sum() for p in used]).sum()).backward()
+        """Averages the gradients of the towers that backward passes have added up."""
+        if ranks.count() == 1 or self.ddp:
+            return
+        travelling = []
+        for some in _take_tensors([p.grad for p in self.towers if p.grad is not None], BUCKET_BYTES):
+            flat = torch.cat([gradient.flatten() for gradient in some]).div_(ranks.count())
+            travelling.append((some, flat, dist.all_reduce(flat, async_op=True)))
+        for some, flat, work in travelling:
+            work.wait()
+            for gradient, part in zip(some, flat.split([gradient.numel() for gradient in some])):
+                gradient.copy_(part.view_as(gradient))
