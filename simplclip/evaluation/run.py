@@ -109,7 +109,7 @@ def evaluate(
             encode(encoder.model, split, size, encoder.device, encoder.precision, **how, progress=shown, who=name)
             say(f"{shown}: {split.report()}")
             wording = given or phrases(what.classes.templates or defaults.templates)
-            figures = ranks.of_first(partial(_figures, encoder, split, wording, title, file.parent, ending))
+            figures = _figures(encoder, split, wording, title, file.parent, ending)
             mine["splits"][title] = figures | about
             for line in figures["left_out"]:
                 say(f"{shown}: {line}")
@@ -155,23 +155,28 @@ def file_name(name: str) -> str:
 
 def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, folder: Path, ending: str) -> dict[str, Any]:
     """The figures of an encoded split, with its pictures."""
-    found, classes = recall_of(split, encoder.device), None
-    left_out = [] if found else ["no retrieval: no image has a caption"]
+    found, classes, nameless = ranks.of_first(partial(recall_of, split, encoder.device)), None, None
     try:
         classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
     except NamelessError as error:
         if not found:
             raise
-        left_out.append(f"no classification: {error}")
-    else:
-        if not found and not classes:
-            raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
-        if classes and classes["images"] < len(split):
-            left_out.append(
-                f"no classification of images without a label: {len(split) - classes['images']:,} of {len(split):,}"
-            )
-        elif not classes and any(label is not None for label in split.labels):
-            left_out.append("no classification: all labels are of one class")
+        nameless = f"no classification: {error}"
+    return ranks.of_first(partial(_result, encoder, split, found, classes, nameless, (name, folder, ending)))
+
+
+def _result(encoder: Encoder, split: Split, found: Any, classes: Any, nameless: str, files: tuple) -> dict[str, Any]:
+    """What `_figures` returns. nameless: why there are no classes. files: the split's name, folder and ending of pictures."""
+    name, folder, ending = files
+    left_out = [] if found else ["no retrieval: no image has a caption"]
+    if nameless:
+        left_out.append(nameless)
+    elif not found and not classes:
+        raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
+    elif classes and classes["images"] < len(split):
+        left_out.append(f"no classification of images without a label: {len(split) - classes['images']:,} of {len(split):,}")
+    elif not classes and any(label is not None for label in split.labels):
+        left_out.append("no classification: all labels are of one class")
     title = encoder.name if encoder.step is None else f"{encoder.name}, step {encoder.step}"
     result: dict[str, Any] = {"images": len(split), "texts": len(split.captions), **(found or {})}
     result |= {"zero_shot": classes, "left_out": left_out, "contact_sheet": None, "confusion_sheet": None}

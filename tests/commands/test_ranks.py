@@ -12,26 +12,27 @@ from pairs import png, write
 
 pytestmark = pytest.mark.slow
 MODEL = f"open_clip:{captioners.NAME}"
+OF_FILE = f"{MODEL}/../coca.pt"
+TEACHER = ["--teacher", MODEL, "--checkpoint", "../coca.pt"]
 COMMANDS = {
     "evaluate": [
-        *["evaluate", f"{MODEL}/../coca.pt", "--data", "held=../data/train-*.tar", "--data", "captions=../data/train-1.tar"],
-        *["--out", "evaluated", "--features", "features", "--batch-size", "10", "--workers", "2"],
+        *["evaluate", OF_FILE, "--data", "held=../data/train-*.tar", "--data", "captions=../data/train-1.tar"],
+        *["--classnames", "../names.txt", "--out", "evaluated", "--features", "features"],
+        *["--batch-size", "10", "--workers", "2"],
     ],
     "teacher": [
-        *["teacher", "../data/train-{0..2}.tar", "--out", "taught", "--teacher", MODEL, "--checkpoint", "../coca.pt"],
+        *["teacher", "../data/train-{0..2}.tar", "--out", "taught", *TEACHER],
         *["--evaluate", "held=../data/train-0.tar", "--precision", "fp32"],
     ],
-    "teacher of a table": [
-        *["teacher", "../pairs.csv", "--out", "of-table", "--teacher", MODEL, "--checkpoint", "../coca.pt"],
-    ],
+    "teacher of a table": ["teacher", "../pairs.csv", "--out", "of-table", *TEACHER],
     "caption": [
         *["caption", "../data/train-{0..1}.tar", "--out", "captioned", "--model", captioners.NAME],
         *["--checkpoint", "../coca.pt", "--max-tokens", "5", "--n", "1", "--temperature", "0.5"],
     ],
-    "embed": ["embed", "../data/train-*.tar", "--model", f"{MODEL}/../coca.pt", "--out", "images.npz", "--batch-size", "7"],
-    "embed texts": ["embed", "--texts", "../lines.txt", "--model", f"{MODEL}/../coca.pt", "--out", "t.npz"],
+    "embed": ["embed", "../data/train-*.tar", "--model", OF_FILE, "--out", "images.npz", "--batch-size", "7"],
+    "embed texts": ["embed", "--texts", "../lines.txt", "--model", OF_FILE, "--out", "t.npz", "--batch-size", "2"],
     # The second shard, of which the second rank begins, is none.
-    "error": ["teacher", "../bad-{0..2}.tar", "--out", "bad", "--teacher", MODEL, "--checkpoint", "../coca.pt"],
+    "error": ["teacher", "../bad-{0..2}.tar", "--out", "bad", *TEACHER],
 }
 
 
@@ -48,6 +49,8 @@ def did(tmp_path_factory):
         write(folder / f"bad-{number}.tar", samples) if number != 1 else (folder / "bad-1.tar").write_bytes(b"no tar" * 200)
         (folder / f"{number}.png").write_bytes(png(number))
     (folder / "pairs.csv").write_text("filepath,title\n0.png,one\n1.png,two\n2.png,three\n")
+    # Texts of ten classes are encoded together.
+    (folder / "names.txt").write_text("\n".join([*tiny.COLOURS, *(f"colour {number}" for number in range(9))]))
     (folder / "lines.txt").write_text("red ring\nblue\n\na green bar\nx\ny\nz\n")
     (folder / "plan.json").write_text(json.dumps(COMMANDS))
     for name in ("one", "two"):

@@ -44,6 +44,7 @@ def test_ranks_equal(ranks, part, of_ranks):
     assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.prove)])
 def test_fully_shard_trains_as_one_process(backend):
     """Blocks, loss and gradient caching, with mixed precision, activation checkpointing and torch.compile."""

@@ -10,9 +10,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
-def torchrun(script, *arguments, ranks=2, options=(), check=False) -> subprocess.CompletedProcess:
+def torchrun(script, *arguments, ranks=2, options=(), check=False, timeout=600) -> subprocess.CompletedProcess:
     """check: fails the test with the end of what was said, if a rank failed."""
     command = [*TORCHRUN, f"--nproc-per-node={ranks}", *options, str(SUPPORT / script), *map(str, arguments)]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
     assert not (check and run.returncode), run.stderr[-5000:]
     return run

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import captioners
+import open_clip
 import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from simplclip.commands.main import app
 
 def said(folder: Path, plan: dict[str, list[str]]) -> dict[str, list]:
     """In this folder: by name the exit code of each command, and what it printed; of one that failed, its error."""
-    captioners.register(folder.parent)
+    open_clip.add_model_config(folder.parent / f"{captioners.NAME}.json")
     before = os.getcwd()
     os.chdir(folder)
     try:
