@@ -155,9 +155,10 @@ def _steps(
         row |= {"samples_per_s": training.config.data.batch_size / seconds, "data_share": waiting / seconds}
         row |= {"peak_mb": hardware.peak_memory_mb(training.device)}
         report.step(training.step, row, seconds * (c.steps - training.step))
-        last, stopped = training.step == c.steps, stop.agreed()
+        last = training.step == c.steps
         if last or training.step % c.log_every == 0:
             log.write("metrics", row)
+        stopped = stop.agreed()  # here the death of another rank shows; this step, which is saved then, is in the log
         if every and (last or training.step % every == 0):
             with training.average.in_place() if training.average else nullcontext():
                 _evaluate(training, splits, log, report.print)
