@@ -4,7 +4,7 @@
 
 FAULT is [what, rank, step]: what happens to this rank in this step, once; or ["kills", n]: in each of n attempts a rank is
 killed, by chance which and when. Each rank writes FOLDER/PLAN-RANK.json: by name what `observed` returns; and, as it goes,
-the ids of each step to OUT-RANK.jsonl.
+the attempt, step and ids of each step to OUT-RANK.jsonl.
 """
 
 import json
@@ -27,7 +27,7 @@ from simplclip.ops import distributed
 from simplclip.train import loop
 from simplclip.train.loop import curves
 
-LATEST = 6.0  # seconds after the start of a run, within which a rank is killed
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def fault(what, training):
@@ -39,28 +39,28 @@ def fault(what, training):
         os.kill(os.getpid(), getattr(signal, what))
 
 
-def killed(attempts, rank):
-    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    rng = random.Random(attempt)
-    victim, seconds = rng.randrange(int(os.environ["WORLD_SIZE"])), rng.uniform(0, LATEST)
-    if attempt < attempts and rank == victim:
+def killed(attempts, rank, steps):
+    """steps: that this attempt has begun."""
+    rng = random.Random(ATTEMPT)
+    victim, after, seconds = rng.randrange(int(os.environ["WORLD_SIZE"])), rng.randint(1, 5), rng.uniform(0, 0.2)
+    if attempts > ATTEMPT and (rank, steps) == (victim, after):
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def observed(config, broken=None, **options) -> dict:
     """What a run did on this rank: the ids of the samples of each step, the weights at its end, and its error."""
     rank, ids, last, original = int(os.environ.get("RANK", 0)), [], [], loop.train_step
-    if broken and broken[0] == "kills":
-        killed(broken[1], rank)
 
     def stepping(training, batches, first=None):
         here = [rank, training.step + 1]
-        if broken and broken[1:] == here and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if broken and broken[1:] == here and ATTEMPT == 0:
             Path(f"{config.run.out}-fault").touch()
             fault(broken[0], training)
         ids.append(torch.cat([batch["group"] for batch in batches]).tolist())
         with open(f"{config.run.out}-{rank}.jsonl", "a") as lines:
-            lines.write(json.dumps([training.step, ids[-1]]) + "\n")
+            lines.write(json.dumps([ATTEMPT, training.step, ids[-1]]) + "\n")
+        if broken and broken[0] == "kills":
+            killed(broken[1], rank, len(ids))
         last[:] = [training]
         return original(training, batches, first)
 

@@ -53,7 +53,8 @@ FAULTS = {
 }
 
 
-BF16 = 2e-2
+# Relative; batch norms that train make rounding grow.
+NEAR = {"bf16": 5e-3, "bf16 cached": 5e-3, "sync norms": 3e-5}
 
 
 def entry(folder, name, steps, changes, **options):
@@ -123,7 +124,7 @@ def equal(folder, name, got, expected, ranks, steps):
     assert ids == [sorted(ids) for ids in expected[0][name]["ids"]]
     assert all(rank[name]["weights"] == got[0][name]["weights"] for rank in got)
     one, several = (folder / f"{n}-{steps}" / name.replace(" ", "-") for n in (1, ranks))
-    same(several, one, near=BF16 if "bf16" in name else 1e-6)
+    same(several, one, NEAR.get(name, 1e-6))
 
 
 def same(run, whole, near=1e-6):
@@ -192,7 +193,7 @@ def test_a_rank_that_dies_ends_the_others(folder, what, reason):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("deaths", "steps"), [(1, 20), pytest.param(10, 60, marks=pytest.mark.prove)])
+@pytest.mark.parametrize(("deaths", "steps"), [(1, 8), pytest.param(10, 60, marks=pytest.mark.prove)])
 def test_torchrun_goes_on_after_deaths(folder, deaths, steps):
     """Of ranks and at times that chance picks, on the same samples, to the same weights."""
     place = folder / f"deaths-{deaths}"
@@ -201,10 +202,11 @@ def test_torchrun_goes_on_after_deaths(folder, deaths, steps):
     plan = {"run": entry(place, "run", steps, changes, fault=["kills", deaths], resume=True)}
     trained(place, "plan", plan, 2, f"--max-restarts={deaths}")
     whole = rank_train.observed(tiny.settings(folder, *entry(place, "whole", steps, changes)["changes"], teacher=16))
-    seen = [[json.loads(line) for line in (place / f"run-{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
-    for rank, of_rank in enumerate(seen):  # a step that was not saved is done again
-        assert {step for step, _ in of_rank} == set(range(steps))
-        assert all(ids == whole["ids"][step][6 * rank : 6 * rank + 6] for step, ids in of_rank)
+    for rank in (0, 1):
+        seen = [json.loads(line) for line in (place / f"run-{rank}.jsonl").read_text().splitlines()]
+        assert {attempt for attempt, *_ in seen} == set(range(deaths + 1))
+        assert {step for _, step, _ in seen} == set(range(steps))
+        assert all(ids == whole["ids"][step][6 * rank : 6 * rank + 6] for _, step, ids in seen)
     same(place / "run", place / "whole")
 
 
