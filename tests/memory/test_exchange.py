@@ -16,7 +16,6 @@ from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
 from simplclip.memory import Budget, fake, make, micro_batch_that_fits
 from simplclip.memory.count import Counter
 from simplclip.memory.exchange import Exchange, pretended
-from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
 
 BUDGET = Budget(24 << 30)
@@ -126,11 +125,13 @@ def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
     assert 20 * ours <= theirs, peaks
 
 
-def test_a_plan_of_ranks():
+def test_a_plan_of_ranks(tmp_path):
     """Each has its share of the pairs, the gathered features and DDP's buckets; the bytes are those of its own loss."""
-    config = configs.load("siclip-tiny-emoji", ["data.batch_size=256", "loss.interactive_weight=1"])
-    options = {"device": "cpu", "teacher_width": 256, "solve": False}
-    of_one = make(configs.load("siclip-tiny-emoji", ["data.batch_size=64", "loss.interactive_weight=1"]), BUDGET, **options)
+    config, share = (
+        tiny.settings(tmp_path, f"data.batch_size={size}", "loss.interactive_weight=1", teacher=256) for size in (256, 64)
+    )
+    options = {"device": "cpu", "solve": False}
+    of_one = make(share, BUDGET, **options)
     plan = make(config, BUDGET, **options, ranks=4, rate=320.0)
     assert (plan.ranks, plan.answers[0].batch_size) == (4, 64)
     assert plan.exchange["computing"] == 0.2

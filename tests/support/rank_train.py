@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from torch.nn import SyncBatchNorm
+from wire import matrices, sent
 
 from simplclip import memory
 from simplclip.ops import distributed
@@ -48,8 +49,9 @@ def killed(attempts, rank, steps):
 
 
 def observed(config, broken=None, **options) -> dict:
-    """What a run did on this rank: the ids of the samples of each step, the weights at its end, and its error."""
-    rank, ids, last, original = int(os.environ.get("RANK", 0)), [], [], loop.train_step
+    """What a run did on this rank: the ids of the samples of each step, the weights at its end, its error, and how many
+    matrices it began to gather while it went on."""
+    rank, ids, last, seen, original = int(os.environ.get("RANK", 0)), [], [], [], loop.train_step
 
     def stepping(training, batches, first=None):
         here = [rank, training.step + 1]
@@ -66,14 +68,14 @@ def observed(config, broken=None, **options) -> dict:
 
     loop.train_step, loop.curves, error = stepping, lambda out: None, None
     try:
-        with open(f"{config.run.out}-{rank}.txt", "w") as text:
+        with open(f"{config.run.out}-{rank}.txt", "w") as text, sent("all_gather_into_tensor") as seen:
             loop.run(config, console=Console(file=text, width=200), planner=memory, **options)
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
         loop.train_step, loop.curves = original, curves
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
-    return {"ids": ids, "weights": weights, "error": error}
+    return {"ids": ids, "weights": weights, "error": error, "early": sum(at_once for *_, at_once in matrices(seen))}
 
 
 def of_all_ranks(norm, x):

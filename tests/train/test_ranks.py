@@ -27,25 +27,26 @@ from simplclip.train.config import ConfigError
 from simplclip.train.together import Together
 
 DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10", "loss.projection=true"]
+CACHED = ["data.batch_size=60", "data.micro_batch=12"]  # several micro-batches on each of 2, 3 and 4 ranks
 CASES = {
     "sigmoid": ["loss.base=sigmoid"],
     # The plane and the projections are not used in each step.
     "distilled": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "loss.feature_weight={value: 10, until: 2}"],
     "captions": ["data.captions_per_image=2", "optim.ema=0.5", "eval.every=2", "eval.splits={held: DATA}"],
-    "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, "data.micro_batch=6"],
-    "captions cached": ["data.captions_per_image=2", "data.micro_batch={image: 6, text: 5}"],
-    "workers": ["data.workers=2", "data.micro_batch=6"],
+    "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
+    "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch={image: 12, text: 10}"],
+    "workers": ["data.workers=2", *CACHED],
     "sync norms": ["model.freeze_norms=false", "model.sync_norms=true"],
     "auto": ["data.micro_batch=auto"],
 }
 PROOFS = {  # of 30 steps
     "contrastive": [],
-    "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", "data.micro_batch=6"],
-    "contrastive cached": ["data.micro_batch=6"],
+    "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", *CACHED],
+    "contrastive cached": CACHED,
     "kl": [*DISTILLED, "loss.interactive=kl"],
-    "kl cached": [*DISTILLED, "loss.interactive=kl", "data.micro_batch=6"],
+    "kl cached": [*DISTILLED, "loss.interactive=kl", *CACHED],
     "bf16": [*DISTILLED, "run.precision=bf16"],
-    "bf16 cached": [*DISTILLED, "run.precision=bf16", "data.micro_batch=6"],
+    "bf16 cached": [*DISTILLED, "run.precision=bf16", *CACHED],
 }
 FAULTS = {
     "stopped": ["SIGTERM", 1, 2],
@@ -123,6 +124,7 @@ def equal(folder, name, got, expected, ranks, steps):
     ids = [sorted(i for rank in got for i in rank[name]["ids"][step]) for step in range(steps)]
     assert ids == [sorted(ids) for ids in expected[0][name]["ids"]]
     assert all(rank[name]["weights"] == got[0][name]["weights"] for rank in got)
+    assert all(rank[name]["early"] == steps for rank in got)  # the texts
     one, several = (folder / f"{n}-{steps}" / name.replace(" ", "-") for n in (1, ranks))
     same(several, one, NEAR.get(name, 1e-6))
 
