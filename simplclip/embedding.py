@@ -13,8 +13,10 @@ import json
 import os
 import tempfile
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import HOUR, remove_leftovers, replacing
 from simplclip.common.plotting import INK, MUTED, frame, say, sheet, show, wrapped, write
@@ -66,8 +69,8 @@ def embed(
 ) -> dict[str, Any]:
     """Write the features of the images of `source`, or of `texts`, into `out`; returns what the file says about them.
 
-    Memory does not depend on their number. The file appears when it is complete. Broken samples are skipped, and are
-    counted in the answer's "skipped".
+    Ranks divide the work, and the first one writes. Memory does not depend on the number of rows. The file appears when it is
+    complete. Broken samples are skipped, and are counted in the answer's "skipped".
 
     Args:
         source: images, all that `data.parts_of` takes; captions are not needed.
@@ -89,7 +92,7 @@ def embed(
     if source is not None:
         found = held_out(source, bare=True, name="source")
         total = sum(count(found.parts) or ()) or None  # None if streams, or many bytes, would have to be read
-    encoder = model if isinstance(model, Encoder) else load(model, device=device, precision=precision)
+    encoder = model if isinstance(model, Encoder) else load(model, device=ranks.device(device), precision=precision)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name.__eq__, HOUR)
     skipped = Skipped()
@@ -97,16 +100,24 @@ def embed(
         tower, total, batches = "text", None, _of_texts(encoder, texts, batch_size)
     else:
         workers = min(8, cores()) if workers is None else workers
-        decoded = found.batches(encoder.preprocess, batch_size, skipped, workers)
-        tower, batches = "image", _of_images(encoder, decoded)
+        decoded = found.batches(encoder.preprocess, batch_size, skipped, workers, partial(_of_pixels, encoder))
+        tower, batches = "image", _of_images(decoded)
     about = encoder.stamp() | {"source": lasting(encoder.source), "tower": tower, "dtype": dtype, "simplclip": __version__}
-    return _write(path, batches, about, total) | {"path": str(path), "skipped": skipped}
+    if ranks.first():
+        about = _write(path, batches, about, total)
+    else:
+        deque(batches, 0)
+    return ranks.of_first(lambda: about | {"path": str(path), "skipped": skipped})
 
 
-def _of_images(encoder: Encoder, decoded: Iterable[tuple]) -> Iterator[Batch]:
-    for batch, _, found in decoded:
-        if batch.dtype == torch.uint8:
-            batch = encoder.preprocess.finish(batch.to(encoder.device, non_blocking=True))
+def _of_pixels(encoder: Encoder, batch: Tensor) -> Tensor:
+    if batch.dtype == torch.uint8:
+        batch = encoder.preprocess.finish(batch.to(encoder.device, non_blocking=True))
+    return encoder.features("image", batch).cpu()
+
+
+def _of_images(decoded: Iterable[tuple]) -> Iterator[Batch]:
+    for features, _, found in decoded:
         rows = [
             {
                 "key": one.key,
@@ -116,14 +127,14 @@ def _of_images(encoder: Encoder, decoded: Iterable[tuple]) -> Iterator[Batch]:
             }
             for one in found
         ]
-        yield encoder.features("image", batch), rows
+        yield features, rows
 
 
 def _of_texts(encoder: Encoder, texts: str | os.PathLike | Iterable[str], size: int) -> Iterator[Batch]:
     cleaned = filter(None, map(clean, _lines(texts)))
     rows = ({"key": f"{number:09d}", "caption": text} for number, text in enumerate(cleaned))
-    while batch := list(itertools.islice(rows, size)):
-        yield encoder.encode_text([row["caption"] for row in batch]), batch
+    batches = iter(lambda: list(itertools.islice(rows, size)), [])
+    return ranks.mapped(lambda batch: (encoder.encode_text([row["caption"] for row in batch]).cpu(), batch), batches)
 
 
 def _lines(texts: str | os.PathLike | Iterable[str]) -> Iterator[str]:

@@ -28,10 +28,14 @@ def caption(
     precision: Precision = "fp32",
 ) -> None:
     """Write synthetic captions by a CoCa model into sidecars of the shards. Repeat the command to continue after a stop."""
+    from simplclip.common import ranks
     from simplclip.teacher import caption as captioning
 
     hardware = {"batch_size": batch_size, "sidecars": sidecars or (), "device": device, "precision": precision}
     draws = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    summary = captioning.run(source, out, model, checkpoint=checkpoint, pretrained=pretrained, **draws, **hardware)
+    with ranks.joined():
+        summary = captioning.run(source, out, model, checkpoint=checkpoint, pretrained=pretrained, **draws, **hardware)
+        if not ranks.first():
+            return
     typer.echo(f"wrote {summary['written']} of {summary['shards']} sidecars to {summary['path']}: {summary['samples']} pairs")
     typer.echo("  {captions} new captions; dropped {duplicate} duplicates and {empty} empty ones".format_map(summary))

@@ -39,10 +39,14 @@ def embed(
     if out is None or model is None:
         raise InputError("embed: expected --model and --out, or --find, got neither")
     from simplclip import embedding
+    from simplclip.common import ranks
 
     what = None if not source else source[0] if len(source) == 1 else source
     options = {"dtype": dtype, "batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
-    found = embedding.embed(what, out, model=model, texts=texts, **options)
+    with ranks.joined():
+        found = embedding.embed(what, out, model=model, texts=texts, **options)
+        if not ranks.first():
+            return
     typer.echo(f"wrote {out}: {found['count']:,} {found['tower']}s, {found['width']} {dtype} numbers each")
     if found["skipped"].counts:
         typer.echo(f"  {found['skipped']}")

@@ -66,8 +66,10 @@ def evaluate(
     """Evaluate models by zero-shot retrieval and classification; write a table, JSON and pictures of the results."""
     splits = named_splits(data or [])
     from simplclip import evaluation
+    from simplclip.common import ranks
 
     what = {"templates": templates or None, "classnames": classnames, "captions": captions, "images": images}
     what["trust"] = trust
     how = {"batch_size": batch_size, "workers": workers, "device": device, "precision": precision}
-    evaluation.evaluate(models, splits or None, out=out, features=features, skip_missing=skip_missing, **what, **how)
+    with ranks.joined():
+        evaluation.evaluate(models, splits or None, out=out, features=features, skip_missing=skip_missing, **what, **how)

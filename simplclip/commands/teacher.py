@@ -56,9 +56,11 @@ def teacher(
     if not views and (config or model or augment):
         raise InputError("--config, --model, --augment: expected --views beside them, got none")
     from simplclip import teacher as teachers
+    from simplclip.common import ranks
 
     seen = teachers.Views(teachers.student_transform(config, model, augment), views, seed) if views else None
     what = {"views": seen, "dtype": dtype, "sidecars": sidecars or ()}
     files = {"checkpoint": checkpoint, "heads_file": heads, "splits": splits}
     hardware = {"batch_size": batch_size, "device": device, "precision": precision}
-    teachers.run(source, out, name=teacher or "builtin", seed=seed, **what, **files, **hardware)
+    with ranks.joined():
+        teachers.run(source, out, name=teacher or "builtin", seed=seed, **what, **files, **hardware)

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from simplclip.common import ranks
+
 Item = TypeVar("Item")
 
 FIRST, LATER = 10.0, 60.0  # seconds between two lines, at the start and later
@@ -62,14 +64,14 @@ class Progress:
         total: how much there is; None if it is not known.
         done: how much of it an earlier run has done.
         unit: what is counted.
-        shown: False shows nothing.
+        shown: False shows nothing, as do ranks other than the first.
     """
 
     def __init__(
         self, title: str, total: int | None = None, done: int = 0, *, unit: str = "samples", shown: bool = True
     ) -> None:
         self.title, self.total, self.done, self.unit = title, total, done, unit
-        terminal = _has_terminal()
+        terminal, shown = _has_terminal(), shown and ranks.first()
         self._lines, self._earlier = shown and not terminal, done
         self._pace, self._lock = Pace(), threading.Lock()
         hidden = not (shown and terminal)

@@ -1,7 +1,7 @@
 """Held-out data: the images in their order, decoded by several processes, with all that is known of them.
 
-Batch b is made by worker b % W, so that neither the order nor the images depend on the number of workers. Memory does not
-depend on the number of samples.
+Batch b is made by worker b % W, where ranks divide the work by rank b % k, so that neither the order nor the images depend on
+the number of either. Memory does not depend on the number of samples.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.data.addresses import is_address
 from simplclip.data.broken import BrokenSample, Skipped
@@ -94,19 +95,29 @@ class HeldOut:
         return Pair(b"", captions, record, files, label=label)
 
     def batches(
-        self, transform: Callable, batch_size: int, skipped: Skipped, workers: int = 0
+        self,
+        transform: Callable,
+        batch_size: int,
+        skipped: Skipped,
+        workers: int = 0,
+        use: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> Iterator[tuple[torch.Tensor, list[int], list[Pair]]]:
         """Yields images [n, 3, S, S], n <= batch_size, uint8 or float32, their positions in the data, and their samples.
 
         The samples have no files any more. Broken ones are left out and counted in `skipped`.
         transform: an ImageTransform, which leaves uint8 to its `finish`; or RGB -> float32 [3, S, S].
+        use: makes of the images what is given in their place, e.g. features. Ranks then divide the batches, and the first one
+            gets what all of them made.
         Raises ShardError for a shard that cannot be opened, EmptyEpochError if no sample is usable, WorkerError if a loader
         process died.
         """
         if any(is_address(part.url) for part in self.parts):  # every worker would fetch all of it
             workers = min(workers, 1)
-        found = False
-        for batch, new in from_workers(_Batches(self, transform, batch_size), workers):
+        read = from_workers(_Batches(self, transform, batch_size, *((ranks.number(), ranks.count()) if use else ())), workers)
+        if use:
+            read = ranks.gathered((batch and (use(batch[0]), *batch[1:]), new) for batch, new in read)
+        found = bool(use) and not ranks.first()
+        for batch, new in read:
             skipped.merge(new)
             if batch is not None:
                 found = True
@@ -150,10 +161,13 @@ class _Batches(IterableDataset):
     data: HeldOut
     transform: Callable
     batch_size: int
+    rank: int = 0
+    ranks: int = 1
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        number, count = number * self.ranks + self.rank, count * self.ranks
         skipped = Skipped()
         samples = enumerate(self.data.samples(skipped if number == 0 else Skipped()))
         try:

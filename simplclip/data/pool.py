@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from simplclip.common import ranks
 from simplclip.common.errors import InputError, UserError
 
 Item = TypeVar("Item")
@@ -27,8 +28,9 @@ class ProcessError(UserError, RuntimeError):
 
 
 def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The cores that this process may use; the ranks of a machine share its cores."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // ranks.on_this_host())
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import differences, identity, locked, remove_leftovers, replacing, temporary_of, write_atomically
 from simplclip.common.progress import Progress
@@ -96,6 +97,8 @@ def rewrite(
     Finished shards of an earlier run are kept, unless their input has changed. A second command may add other shards of the
     same folder. Keys of the input folder's meta.json, e.g. the stamp of a teacher, are copied. Memory: one batch.
 
+    Ranks divide the shards, and the first one writes meta.json.
+
     With `sidecar` only the files from `process` are written, of samples that are not broken, and nothing of the input's
     meta.json; `simplclip.data.sidecars` joins them while reading.
 
@@ -125,21 +128,23 @@ def rewrite(
     meta = {"format": SIDECARS if sidecar else FORMAT}
     meta |= {} if sidecar else _carried(folders, {*stamp})
     meta |= json.loads(json.dumps(dict(stamp)))
-    with _claimed(out, meta, folders) as finished:
-        todo = {}
-        for name, source in sources.items():
-            entry, shard = finished.get(name, {}), out / name
-            whole = shard.is_file() and shard.stat().st_size == entry.get("bytes")
-            if not whole or not _origin(source, sidecars).items() <= entry.items():
-                todo[name] = source
+    with contextlib.ExitStack() as stack:
+        finished = ranks.of_first(lambda: stack.enter_context(_claimed(out, meta, folders)))
+        todo = ranks.of_first(lambda: _unfinished(sources, out, finished, sidecars))
         kept = sum(finished[name]["samples"] for name in sources if name not in todo)
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
         with Progress(title, total, kept, shown=progress) as bar:
             making = Making(process, batch_size, workers, sidecar, sidecars, max_bytes, bar.update)
-            for name, source in todo.items():
-                finished[name] = _write_shard(source, out / name, making)
+
+            def write(name: str) -> tuple[str, int, dict[str, Any]]:
+                return name, ranks.number(), _write_shard(todo[name], out / name, making)
+
+            for name, rank, entry in ranks.mapped(write, todo):
+                finished[name] = entry
                 _write_meta(out, meta, finished)
+                bar.update(entry["samples"] if rank else 0)
+        finished = ranks.of_first(lambda: finished)
     skipped = Skipped()
     for name in sources:
         for reason, (count, first) in finished[name].get("skipped", {}).items():
@@ -149,7 +154,7 @@ def rewrite(
         notes.append(f"{len(sources) - len(todo)} of {len(sources)} shards in {out} were finished earlier and are kept.")
     if skipped.counts:
         notes.append(f"{'Left out' if sidecar else 'Copied without processing'}, or lost by damage: {skipped}")
-    for note in notes if progress else ():
+    for note in notes if progress and ranks.first() else ():
         print(note)
     return {
         "path": str(out),
@@ -240,6 +245,16 @@ def _write_meta(out: Path, meta: dict[str, Any], finished: dict[str, Any]) -> No
         split["samples"] += entry["samples"]
         split["shards"][name] = entry
     write_atomically(out / "meta.json", json.dumps(meta | {"splits": splits}, indent=1) + "\n")
+
+
+def _unfinished(sources: dict[str, str], out: Path, finished: dict[str, Any], sidecars: Folders) -> dict[str, str]:
+    todo = {}
+    for name, source in sources.items():
+        entry, shard = finished.get(name, {}), out / name
+        whole = shard.is_file() and shard.stat().st_size == entry.get("bytes")
+        if not whole or not _origin(source, sidecars).items() <= entry.items():
+            todo[name] = source
+    return todo
 
 
 def _origin(source: str, sidecars: Folders) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 import simplclip
+from simplclip.common import ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import locked, write_atomically
 from simplclip.data import HeldOut, held_out
@@ -53,7 +54,7 @@ def evaluate(
     Writes OUT/evaluation.json, and for each split OUT/evaluation-SPLIT.png and OUT/confusion-SPLIT.png; prints a table and
     returns the content of the JSON. The figures of the first model are under "splits", those of others under "baselines" by
     model. A split is written when it is done, with the checkpoint, model, step and precision of its evaluation; what was
-    evaluated earlier stays.
+    evaluated earlier stays. Ranks divide the images and captions; the first one compares, writes and prints.
 
     Args:
         models: one or several sources of `encoder.load`; pictures of the others have their names in those of the files.
@@ -71,7 +72,7 @@ def evaluate(
     Raises: FileNotFoundError, CheckpointError (not a checkpoint, or of another architecture), ValueError (also if
     evaluation.json is another file).
     """
-    console = console or Console()
+    console = (console or Console()) if ranks.first() else Console(quiet=True)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     sources = [os.fspath(model) for model in ([models] if isinstance(models, (str, os.PathLike)) else models)]
     if not sources or len({*sources}) < len(sources):
@@ -81,7 +82,7 @@ def evaluate(
     found: dict[str, HeldOut] = {}
     answer: dict[str, Any] = {}
     for number, name in enumerate(sources):
-        encoder = load(name, device=device, precision=precision, trust=trust)
+        encoder = load(name, device=ranks.device(device), precision=precision, trust=trust)
         about: dict[str, Any] = {"checkpoint": name, "model": encoder.name, "step": encoder.step}
         about["precision"] = encoder.precision
         if number == 0:
@@ -108,12 +109,11 @@ def evaluate(
             encode(encoder.model, split, size, encoder.device, encoder.precision, **how, progress=shown, who=name)
             say(f"{shown}: {split.report()}")
             wording = given or phrases(what.classes.templates or defaults.templates)
-            mine["splits"][title] = _figures(encoder, split, wording, title, file.parent, ending) | about
-            for line in mine["splits"][title]["left_out"]:
+            figures = _figures(encoder, split, wording, title, file.parent, ending)
+            mine["splits"][title] = figures | about
+            for line in figures["left_out"]:
                 say(f"{shown}: {line}")
-            with locked(file.parent):
-                text = json.dumps(_merged(_earlier(file), answer), indent=2, ensure_ascii=False) + "\n"
-                write_atomically(file, text.encode("utf-8", "backslashreplace"))
+            ranks.of_first(partial(_add, file, answer))
     if not found:
         say(f"nothing was evaluated; {file} is not written")
         return answer
@@ -155,23 +155,28 @@ def file_name(name: str) -> str:
 
 def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, folder: Path, ending: str) -> dict[str, Any]:
     """The figures of an encoded split, with its pictures."""
-    found, classes = recall_of(split, encoder.device), None
-    left_out = [] if found else ["no retrieval: no image has a caption"]
+    found, classes, nameless = ranks.of_first(partial(recall_of, split, encoder.device)), None, None
     try:
         classes = zero_shot(encoder.model, split, templates, encoder.device, encoder.precision)
     except NamelessError as error:
         if not found:
             raise
-        left_out.append(f"no classification: {error}")
-    else:
-        if not found and not classes:
-            raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
-        if classes and classes["images"] < len(split):
-            left_out.append(
-                f"no classification of images without a label: {len(split) - classes['images']:,} of {len(split):,}"
-            )
-        elif not classes and any(label is not None for label in split.labels):
-            left_out.append("no classification: all labels are of one class")
+        nameless = f"no classification: {error}"
+    return ranks.of_first(partial(_result, encoder, split, found, classes, nameless, (name, folder, ending)))
+
+
+def _result(encoder: Encoder, split: Split, found: Any, classes: Any, nameless: str, files: tuple) -> dict[str, Any]:
+    """What `_figures` returns. nameless: why there are no classes. files: the split's name, folder and ending of pictures."""
+    name, folder, ending = files
+    left_out = [] if found else ["no retrieval: no image has a caption"]
+    if nameless:
+        left_out.append(nameless)
+    elif not found and not classes:
+        raise InputError(f"data: expected captions or labels of at least two classes in {name}, got neither")
+    elif classes and classes["images"] < len(split):
+        left_out.append(f"no classification of images without a label: {len(split) - classes['images']:,} of {len(split):,}")
+    elif not classes and any(label is not None for label in split.labels):
+        left_out.append("no classification: all labels are of one class")
     title = encoder.name if encoder.step is None else f"{encoder.name}, step {encoder.step}"
     result: dict[str, Any] = {"images": len(split), "texts": len(split.captions), **(found or {})}
     result |= {"zero_shot": classes, "left_out": left_out, "contact_sheet": None, "confusion_sheet": None}
@@ -188,6 +193,12 @@ def _figures(encoder: Encoder, split: Split, templates: list[str], name: str, fo
         for pair in classes["confused"]:
             pair["examples"] = [split.keys[row] for row in pair.pop("rows")]
     return result
+
+
+def _add(file: Path, answer: dict[str, Any]) -> None:
+    with locked(file.parent):
+        text = json.dumps(_merged(_earlier(file), answer), indent=2, ensure_ascii=False) + "\n"
+        write_atomically(file, text.encode("utf-8", "backslashreplace"))
 
 
 def _merged(earlier: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

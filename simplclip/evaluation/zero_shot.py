@@ -6,15 +6,16 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor, nn
 
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data import HeldOut
 from simplclip.data.shards import not_empty
@@ -22,6 +23,7 @@ from simplclip.data.text import clean, json_of
 from simplclip.retrieval.metrics import nearest
 from simplclip.retrieval.split import Split
 
+AT_ONCE = 10  # classes whose texts are encoded together, as by open_clip
 PAIRS, EXAMPLES = 20, 6  # pairs of classes that are listed, and images of each
 Names = list[str] | dict[str, str]  # of classes: by number, or by the name of the folder
 TEMPLATES = {
@@ -126,16 +128,27 @@ def zero_shot(
     the classes of the share of their images that are right) are {"value", "chance"}. "confused" lists the pairs of classes
     that are confused most, with the number of images and the rows of some.
 
+    Ranks divide the texts; all call it, and the first one gets the answer.
     Raises: NamelessError for labels that are numbers if there are no names; InputError for a number or name beyond them.
     """
     templates = phrases(templates)
-    classes, truth = _classes(split)
+    read = ranks.of_first(partial(_classes, split))
+    if isinstance(read, InputError):
+        raise read
+    classes, truth = read
     rows = [i for i, number in enumerate(truth) if number >= 0]
     if len(classes) < 2 or not rows:
         return None
+
+    def of_classes(start: int) -> Tensor:  # [D, c]
+        some = classes[start : start + AT_ONCE]
+        return open_clip.build_zero_shot_classifier(model, split.tokenizer, some, templates, AT_ONCE, device).cpu()
+
     with hardware.autocast(precision, device):
-        weights = open_clip.build_zero_shot_classifier(model, split.tokenizer, classes, templates, device=device)
-    weights = weights.float().T
+        parts = list(ranks.mapped(of_classes, range(0, len(classes), AT_ONCE)))
+    if not ranks.first():
+        return None
+    weights = torch.cat(parts, 1).to(device).float().T
     labels = torch.tensor(truth)
     right = {1: 0, 5: 0}
     hits, wrong = torch.zeros(len(classes)), Counter[tuple[int, int]]()
@@ -164,8 +177,8 @@ def zero_shot(
     return {"classes": classes, "images": len(rows), "templates": templates, **figures, "confused": confused}
 
 
-def _classes(split: Split) -> tuple[list[str], list[int]]:
-    """The names of the classes, and the number of each sample's class, or -1."""
+def _classes(split: Split) -> tuple[list[str], list[int]] | InputError:
+    """The names of the classes, and the number of each sample's class, or -1; or the error for labels without a name."""
     names, labels = split.data.classes.names, split.labels
     if names is None:
         names = sorted({label for label in labels if isinstance(label, str)})
@@ -179,6 +192,6 @@ def _classes(split: Split) -> tuple[list[str], list[int]]:
         if label is not None and not 0 <= found < len(names):
             what = f"{label} of {len(names)} classes" if names else f"the number {label}, and no names"
             error = InputError if names else NamelessError
-            raise error(f"classnames: expected a name for each label of {split.data}, got {what}")
+            return error(f"classnames: expected a name for each label of {split.data}, got {what}")
         numbers.append(found)
     return names, numbers

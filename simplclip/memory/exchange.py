@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 # Bytes a second in one direction, as on the box: a link of its own for each rank.
 LINKS = {"PCIe 4.0 x16": 32e9, "NVLink 3": 300e9, "25 Gbit/s": 25e9 / 8, "100 Gbit/s": 100e9 / 8}
@@ -54,14 +55,23 @@ class Exchange:
 
 @contextmanager
 def pretended(ranks: int) -> Iterator[None]:
-    """A context in which this process is the first of so many ranks, whose collectives do nothing."""
+    """A context in which this process is the first of so many ranks, whose collectives do nothing.
+
+    A process group that exists is the default one again afterwards.
+    """
     if ranks == 1:
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore  # training imports this file, but pretends nothing
 
+    exists = dist.group.WORLD if dist.is_initialized() else None
+    number = distributed_c10d._world.group_count  # names of groups must be the same on all ranks
+    distributed_c10d._update_default_pg(None)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    fake = dist.group.WORLD
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        distributed_c10d._update_default_pg(exists)
+        dist.destroy_process_group(fake)
+        distributed_c10d._world.group_count = number

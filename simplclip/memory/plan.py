@@ -131,13 +131,15 @@ def make(
 
 
 def micro_batch_that_fits(
-    config: Config, budget: Budget, *, device: str = "cuda", teacher_width: int | None = None
+    config: Config, budget: Budget, *, device: str = "cuda", teacher_width: int | None = None, ranks: int = 1
 ) -> Config:
     """`config` with the largest micro-batch, a divisor of the batch, whose step fits; None if the whole batch fits.
 
-    Raises ConfigError if even micro-batches of one image do not fit.
+    ranks: the micro-batch is of one of so many, and a multiple of their number, as the loader of a run needs.
+    Raises ConfigError if even the smallest micro-batch does not fit.
     """
-    return _Planner(config, budget, device, teacher_width).with_micro_batch()
+    fits = _Planner(config, budget, device, teacher_width, ranks).with_micro_batch().data.micro_batch
+    return configs.from_dict(config.to_dict() | {"data": config.to_dict()["data"] | {"micro_batch": fits}})
 
 
 class _Planner:
@@ -204,7 +206,8 @@ class _Planner:
 
     def with_micro_batch(self) -> Config:
         size = self.config.data.batch_size
-        micros = [*(micro for micro in range(1, size) if size % micro == 0), None]  # None: the whole batch
+        few = range(self.ranks, size, self.ranks)
+        micros = [*(micro for micro in few if size % micro == 0), None]  # None: the whole batch
 
         def peak(count: int) -> int:
             return self.usage(data={"micro_batch": micros[count - 1]}).peak
@@ -213,7 +216,7 @@ class _Planner:
         if not count:
             raise ConfigError(
                 f"data.micro_batch: expected one that fits {gib(self.budget.usable)} of {gib(self.budget.memory)}, got auto; "
-                f"a batch of {size:,} takes {gib(seen[1])} even with one image at a time"
+                f"a batch of {size:,} takes {gib(seen[1])} even with {micros[0] or size} at a time"
             )
         return self.changed(data={"micro_batch": micros[count - 1]})
 

@@ -152,6 +152,9 @@ class TrainerStep(Training):
         unseen = sum(len(part["text"]) for part in parts[2:-1])
         return [*parts[:2], {"text": parts[2]["text"][:1].expand(unseen, -1), "unseen": True}, parts[-1]], rows
 
+    def travel(self, tower: str, features: Tensor) -> None:
+        """Fake tensors do not: the gathered texts are counted from the loss on."""
+
     def terms(self, batches: list[dict[str, Any]], image: Tensor, text: Tensor, **distances: Tensor) -> dict[str, Tensor]:
         with self.during("loss", "loss"):
             return super().terms(batches, image, text, **distances)

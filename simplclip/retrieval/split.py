@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import write_atomically
 from simplclip.common.progress import Progress
@@ -33,10 +33,13 @@ class Split:
         self.data, self.tokenizer, self.transform = data, tokenizer, transform
         self.clear()
 
-    def read(self, batch_size: int, workers: int = 0) -> Iterator[Tensor]:
-        """The images in batches, uint8 or float32 [N, 3, S, S]; afterwards this object has all else that is known of them."""
+    def read(self, batch_size: int, workers: int = 0, use: Callable[[Tensor], Tensor] | None = None) -> Iterator[Tensor]:
+        """The images in batches, uint8 or float32 [N, 3, S, S]; afterwards this object has all else that is known of them.
+
+        use: as of `data.HeldOut.batches`.
+        """
         self.clear()
-        for images, positions, samples in self.data.batches(self.transform, batch_size, self.skipped, workers):
+        for images, positions, samples in self.data.batches(self.transform, batch_size, self.skipped, workers, use):
             for position, sample in zip(positions, samples):
                 self._add(position, sample)
             yield images
@@ -135,23 +138,34 @@ def encode(
 ) -> None:
     """Read a split and compute its features, which lie in a file: float32, or float16 if `precision` is less.
 
+    Ranks divide the images and captions; the first one gets all, the others' `split` stays empty.
+
     workers: processes that decode images. folder: of the file, by default the system's for temporary files.
     keep: KEEP.image.npy and KEEP.text.npy keep the features, KEEP.json the keys and captions of their rows.
     progress: title of the progress that is shown. who: what errors call the model.
     Raises: InputError if features are not finite; the errors of `data.HeldOut.batches`.
     """
     half = precision != "fp32"
+    keep = keep if ranks.first() else None
     files = [keep and keep.with_name(f"{keep.name}.{tower}.npy") for tower in ("image", "text")]
     images, texts = (Features(file, folder, half) for file in files)
+
+    def of_images(batch: Tensor) -> Tensor:
+        if batch.dtype == torch.uint8:
+            batch = split.transform.finish(batch.to(device, non_blocking=True))
+        return features_of(model, "image", batch, device, precision, who).cpu()
+
+    def of_texts(start: int) -> Tensor:
+        tokens = split.tokenizer(captions[start : start + batch_size])
+        return features_of(model, "text", tokens, device, precision, who).cpu()
+
     with Progress(progress or "", unit="images", shown=progress is not None) as bar:
-        for batch in split.read(batch_size, workers):
-            if batch.dtype == torch.uint8:
-                batch = split.transform.finish(batch.to(device, non_blocking=True))
-            images.append(features_of(model, "image", batch, device, precision, who))
-            bar.update(len(batch))
-    for start in range(0, len(split.captions), batch_size):
-        tokens = split.tokenizer(split.captions[start : start + batch_size])
-        texts.append(features_of(model, "text", tokens, device, precision, who))
+        for features in split.read(batch_size, workers, of_images):
+            images.append(features)
+            bar.update(len(features))
+    captions = ranks.of_first(lambda: split.captions)
+    for features in ranks.mapped(of_texts, range(0, len(captions), batch_size)):
+        texts.append(features)
     split.image_features, split.text_features = images.finish(), texts.finish()
     if keep:
         about = {"keys": split.keys, "captions": split.captions, "caption_groups": split.caption_groups.tolist()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
 from simplclip import models
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
 from simplclip.data.pack import local_shards
@@ -76,7 +77,7 @@ def run(
     ):
         if not good:
             raise InputError(f"{name}: expected {expected}, got {value!r}")
-    place = hardware.pick_device(device)
+    place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     coca = load_model(model, checkpoint=checkpoint, pretrained=pretrained).to(place)
     if not 3 <= max_tokens <= coca.context_length:
@@ -97,9 +98,10 @@ def run(
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
     options = {"batch_size": batch_size, "progress": progress, "title": "captions", "sidecar": True, "sidecars": sidecars}
-    shards = local_shards(shards, out, progress=progress)
+    shards = ranks.of_first(partial(local_shards, shards, out, progress=progress))
     summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
-    return summary | {name: counts[name] for name in ("captions", "duplicate", "empty")}
+    everywhere = ranks.everyones(counts)
+    return summary | {name: sum(of_one[name] for of_one in everywhere) for name in ("captions", "duplicate", "empty")}
 
 
 def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None) -> CoCa:

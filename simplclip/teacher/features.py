@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from simplclip import models, retrieval
-from simplclip.common import hardware, plugins
+from simplclip.common import hardware, plugins, ranks
 from simplclip.common.errors import InputError
 from simplclip.data import held_out
 from simplclip.data.decode import size_of
@@ -101,7 +102,7 @@ def write(
 
     about = teachers.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
     options = {"batch_size": batch_size, "progress": progress, "title": "teacher"}
-    shards = local_shards(shards, out, progress=progress)
+    shards = ranks.of_first(partial(local_shards, shards, out, progress=progress))
     return rewrite(shards, out, process, stamp={"teacher": about}, sidecar=True, sidecars=sidecars, **options)
 
 
@@ -145,7 +146,7 @@ def evaluate(
     for name, shards in splits.items():
         split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
         retrieval.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
-        figures[name] = retrieval.recall_of(split, teacher.device) or {}
+        figures[name] = ranks.of_first(partial(retrieval.recall_of, split, teacher.device)) or {}
     return figures
 
 
@@ -182,9 +183,9 @@ def run(
     parts_of(shards)  # raises its error before the work
     for split in (splits or {}).values():
         held_out(split)
-    place = hardware.pick_device(device)
+    place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
-    say = print if progress else lambda line: None
+    say = print if progress and ranks.first() else lambda line: None
     if heads_file is not None and BUILTIN not in names:
         raise InputError(
             f"heads: expected none, since the teacher {' + '.join(names)!r} has no heads, got {str(heads_file)!r}"
@@ -197,9 +198,7 @@ def run(
                 raise InputError(f"checkpoint: expected heads instead for the built-in teacher, got {str(weights)!r}")
             weights = Path(heads_file) if heads_file else Path(out).with_name(Path(out).name + ".heads.safetensors")
             options = {"seed": seed, "device": place, "precision": precision, "progress": progress, "sidecars": sidecars}
-            if not weights.exists():
-                shards = local_shards(shards, out, progress=progress)
-            note = plugins.load("teachers", source).prepare(shards, weights, **options)
+            shards, note = ranks.of_first(partial(_heads, source, shards, out, weights, options))
         encoders.append(load(source, weights, device=place, precision=precision))
         if note:
             say(note)
@@ -217,3 +216,10 @@ def run(
             shown = (f"{d.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for d, found in directions.items())
             say(f"{split}{whose}: {', '.join(shown)}")
     return summary | {"teacher": about, "figures": figures}
+
+
+def _heads(source: str, shards: Any, out: str | os.PathLike, file: Path, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Trains the heads of a teacher if they do not exist; returns the shards, then local ones, and a note."""
+    if not file.exists():
+        shards = local_shards(shards, out, progress=options["progress"])
+    return shards, plugins.load("teachers", source).prepare(shards, file, **options)

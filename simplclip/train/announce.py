@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from simplclip import data, models
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.ops import backends
-from simplclip.train import ranks
 from simplclip.train.batches import UNCOUNTED
 from simplclip.train.config import keys
 from simplclip.train.settings import TERMS, Config, Schedule

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from simplclip import data
+from simplclip.common import ranks
+from simplclip.data.epoch import Share
 from simplclip.data.pairs import epoch_size
-from simplclip.train import ranks
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.settings import Config
 from simplclip.train.state import Training, tokenizer
@@ -54,7 +55,7 @@ def loader(training: Training) -> data.Loader:
         seed=config.run.seed,
         pin_memory=training.device.type == "cuda",
         on_error=c.on_error,
-        share=ranks.share(),
+        share=Share(ranks.number(), ranks.count(), ranks.Exchange()) if ranks.count() > 1 else None,
         **options | c.options,
     )
 

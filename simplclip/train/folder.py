@@ -12,7 +12,7 @@ from typing import Any
 
 from simplclip.common.files import differences, fcntl
 from simplclip.data.pool import cores
-from simplclip.train import checkpoint, ranks
+from simplclip.train import checkpoint
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.settings import Config
 
@@ -133,7 +133,7 @@ def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | Non
             raise ConfigError(
                 f"run.out: expected a folder without a run, got {out}; continue that run by --resume, or --set run.out=FOLDER"
             )
-        return None, _with(config, workers=max(1, cores() // ranks.on_this_host())) if config.data.workers is None else config
+        return None, _with(config, workers=cores()) if config.data.workers is None else config
     state = checkpoint.load(last)
     was = from_dict(state["config"], stored=True)
     if config.data.micro_batch == "auto":

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import Config
@@ -51,7 +51,7 @@ class MemoryLimit:
     """
 
     def __init__(self, device: torch.device, limit: int | None = None, planner: ModuleType | None = None) -> None:
-        self.device, self.planner, self._former = device, planner, None
+        self.device, self.planner, self.ranks, self._former = device, planner, ranks.count(), None
         if device.type == "cuda":
             total = torch.cuda.mem_get_info(device)[1]
             self.budget = Budget(self._checked(limit, total, Budget.context))
@@ -88,13 +88,15 @@ class MemoryLimit:
             raise ConfigError(
                 "data.micro_batch: expected a number without a planner, got auto; pass planner=simplclip.memory"
             )
-        return self.planner.micro_batch_that_fits(config, self.budget, device=self.device.type)
+        with ranks.alone():
+            return self.planner.micro_batch_that_fits(config, self.budget, device=self.device.type, ranks=self.ranks)
 
     def advice(self, config: Config) -> str:
         """The planner's advice for a step that did not fit, as sentences."""
         if self.planner is None:
             return "Without a planner there is no advice."
-        made = self.planner.make(config, self.budget, device=self.device.type, solve=False)
+        with ranks.alone():
+            made = self.planner.make(config, self.budget, device=self.device.type, solve=False, ranks=self.ranks)
         peak, usable, memory = gib(made.usage.peak), gib(made.usable), gib(made.memory)
         parts = [f"The plan: this step takes {peak}; {usable} are usable of {memory}."]
         parts += [f"Try {advice}." for advice in made.advice]

@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 
 from simplclip import data, retrieval
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import UserError
 from simplclip.common.files import remove_leftovers
 from simplclip.common.progress import duration
-from simplclip.train import announce, checkpoint, ranks
+from simplclip.train import announce, checkpoint
 from simplclip.train.batches import batches, loader, with_steps
 from simplclip.train.folder import claim, run_lock
 from simplclip.train.limits import MemoryLimit, gib, ran_out
@@ -66,10 +66,11 @@ def run(
     out, began = Path(config.run.out), time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(ranks.joined())
+        first = ranks.first()
         config = ranks.of_first(partial(with_steps, config))
         note = ranks.of_first(lambda: stack.enter_context(run_lock(out)))
         state, config = ranks.of_first(partial(claim, out, config, resume))
-        if ranks.first():
+        if first:
             remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
         device = ranks.device(config.run.device)
         precision, why = hardware.pick_precision(config.run.precision, device)
@@ -83,11 +84,11 @@ def run(
         np.random.seed(config.run.seed % 2**32)  # noqa: NPY002 (transforms may draw from the global generator)
 
         splits = {}
-        if config.eval.every and ranks.first():
+        if config.eval.every:
             splits = retrieval.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
         training = Training(config, device, precision, state)
         ranks.draw_apart(config.run.seed + training.step)
-        console = (console or Console()) if ranks.first() else Console(quiet=True)
+        console = (console or Console()) if first else Console(quiet=True)
         if training.prefix:
             show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
             ranks.of_first(lambda: PrefixCache(training).make(show))
@@ -120,7 +121,7 @@ def run(
                 raise
             raise failed from error
     if training.step < config.run.steps:
-        if not ranks.first():
+        if not first:
             raise SystemExit(130)
         raise Interrupted(
             f"{stop.requested}: saved step {training.step} of {config.run.steps} to {out / 'last.pt'}. "
@@ -154,12 +155,13 @@ def _steps(
         row |= {"samples_per_s": training.config.data.batch_size / seconds, "data_share": waiting / seconds}
         row |= {"peak_mb": hardware.peak_memory_mb(training.device)}
         report.step(training.step, row, seconds * (c.steps - training.step))
-        last, stopped = training.step == c.steps, stop.agreed()
+        last = training.step == c.steps
         if last or training.step % c.log_every == 0:
             log.write("metrics", row)
+        stopped = stop.agreed()  # here the death of another rank shows; this step, which is saved then, is in the log
         if every and (last or training.step % every == 0):
             with training.average.in_place() if training.average else nullcontext():
-                ranks.of_first(partial(_evaluate, training, splits, log, report.print))
+                _evaluate(training, splits, log, report.print)
             began = time.perf_counter()  # evaluations and checkpoints do not count
         minutes = (time.monotonic() - saved) / 60
         if last or stopped or training.step % c.save_every == 0 or minutes >= c.save_minutes:
@@ -203,7 +205,8 @@ def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLo
         c = training.config
         where = training.device, training.precision
         retrieval.encode(training.model, split, c.eval.batch_size, *where, workers=c.data.workers)
-        for direction, figures in (retrieval.recall_of(split, training.device) or {}).items():
+        found = ranks.of_first(partial(retrieval.recall_of, split, training.device))
+        for direction, figures in (found or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
             log.write("evaluation", {"step": training.step, "split": name, "direction": direction, **values})
             shown = "  ".join(f"{k} {v['value']:.1%} ({v['chance']:.1%})" for k, v in figures.items())

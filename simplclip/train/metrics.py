@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_csv
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
 from simplclip.common.progress import Pace, duration
-from simplclip.train import ranks
 from simplclip.train.settings import RunConfig
 
 

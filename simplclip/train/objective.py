@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from simplclip import losses
+from simplclip.common import ranks
 from simplclip.losses.sigmoid import SigmoidLoss, named
-from simplclip.train import ranks
 from simplclip.train.config import ConfigError
 from simplclip.train.settings import TERMS, LossConfig
 

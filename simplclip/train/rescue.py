@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from simplclip.common import ranks
 from simplclip.common.files import write_atomically
 from simplclip.data.workers import undisturbed
-from simplclip.train import checkpoint, ranks
+from simplclip.train import checkpoint
 from simplclip.train.state import Training
 
 

@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
-from simplclip.common import hardware
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
+from simplclip.losses import gather_early
 from simplclip.models.crop import TextCrop, why_not
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
 from simplclip.models.weights import InheritanceError, WeightTable, load_weights
 from simplclip.nn import SimplifiedBlock
-from simplclip.train import checkpoint, ranks
+from simplclip.train import checkpoint
 from simplclip.train.average import Average
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
 from simplclip.train.settings import SHAPE, Config, MicroBatch
+from simplclip.train.together import Together, share_norms
 from simplclip.train.trust import check_options
 
 SIGLIP = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # the start of SigLIP, arXiv 2303.15343
@@ -64,7 +66,7 @@ class Training:
                 block.recompute = True
             if not self.blocks:
                 self.model.set_grad_checkpointing()
-        ranks.share_norms(self.model, config.model.sync_norms)
+        share_norms(self.model, config.model.sync_norms)
         self.model.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
@@ -87,7 +89,7 @@ class Training:
         # A compiled tower is compiled for each size.
         sizes = {"multiple": 16, "groups": 1} if config.run.compile else {}
         self.crop = None if self.padded else TextCrop(self.model, **sizes)
-        self.together = ranks.Together(self.model, self.loss)
+        self.together = Together(self.model, at_once=config.data.micro_batch is None)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
         weights = [p for module in (self.model.visual, *copies) for p in module.parameters()]
@@ -147,6 +149,12 @@ class Training:
         """What `terms` takes of a tower: its features by its name."""
         return {tower: {"image": self.encode_image, "text": self.encode_text}[tower](batch)}
 
+    def travel(self, tower: str, features: Tensor) -> None:
+        """The loss needs the texts of all ranks: they travel while the image tower works."""
+        if tower == "text":
+            with hardware.autocast(self.precision, self.device):
+                gather_early(features)
+
     def encode_image(self, batch: dict[str, Any]) -> Tensor:
         """Normalised features [N, D] of the images of a loader's batch, or of the cached outputs of the tower's prefix."""
         if "prefix" in batch:
@@ -176,7 +184,8 @@ class Training:
     def text_batches(self, batches: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The captions of a step as micro-batches of the text tower; and the row of each one's features, None if in order.
 
-        Where they are cropped, a micro-batch has as many tokens as the configured number of texts of full length.
+        Where they are cropped, a micro-batch has as many tokens as the configured number of texts of full length; on several
+        ranks, where features travel as they come, as many texts in their order.
         """
         micro = self.config.data.micro_batch
         if not isinstance(micro, MicroBatch) and self.crop is None:
@@ -184,7 +193,7 @@ class Training:
         parts = [batch["text"].flatten(0, -2) for batch in batches]
         texts = torch.cat(parts)
         size = (micro.text if isinstance(micro, MicroBatch) else len(parts[0])) or len(texts)
-        if self.crop is None or size >= len(texts):
+        if self.crop is None or size >= len(texts) or ranks.count() > 1:
             return [{"text": part} for part in texts.split(size)], None
         rows = self.crop.split(texts, size * texts.shape[1])
         return [{"text": texts[some]} for some in rows], torch.cat(rows).argsort().to(self.device)
@@ -196,7 +205,8 @@ class Training:
         if self.teacher:
             rest[2] = rest[2].flatten(0, -2)
         with hardware.autocast(self.precision, self.device):
-            return self.objective(self.step, image, text, self.model.logit_scale.exp(), self.logit_bias, *rest)
+            scale, bias = self.together.learned(self.model.logit_scale, self.logit_bias)
+            return self.objective(self.step, image, text, scale.exp(), bias, *rest)
 
     @property
     def logit_bias(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from simplclip.common.errors import UserError
 from simplclip.train.state import Training
 
 MAX_LOGIT_SCALE = math.log(100)  # as open_clip
+TOWERS = ("text", "image")  # in the order of their work
 
 
 class TrainingError(UserError, RuntimeError):
@@ -26,18 +27,18 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     optimizer.zero_grad(set_to_none=True)
     if training.config.data.micro_batch is None:
-        batch, outputs = batches[0], training.outputs
-        terms = training.together(lambda: losses(**(outputs("image", batch) | outputs("text", batch))))
+        terms = training.together(lambda: losses(**features_of(training, batches[0])))
         scaler.scale(reduce(torch.add, terms.values())).backward()
     else:
-        towers = {tower: partial(training.outputs, tower) for tower in ("image", "text")}
+        towers = {tower: partial(training.outputs, tower) for tower in TOWERS}
         texts, rows = training.text_batches(batches)
 
         def in_order(image: Tensor, text: Tensor) -> Any:
             return losses(image=image, text=text if rows is None else text.index_select(0, rows))
 
         inputs = {"image": batches, "text": texts}
-        terms = gradient_cache.backward(towers, inputs, in_order, model=model, scaler=scaler)
+        options = {"model": model, "scaler": scaler, "encoded": training.travel}
+        terms = gradient_cache.backward(towers, inputs, in_order, **options)
         training.together.exchange()
     loss = reduce(torch.add, terms.values())
     scaler.unscale_(optimizer)
@@ -67,3 +68,11 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
     training.step += 1
     training.updating = False
     return {"step": training.step, "epoch": training.epoch, **values, "lr": lr}
+
+
+def features_of(training: Training, batch: dict[str, Any]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for tower in TOWERS:
+        found |= training.outputs(tower, batch)
+        training.travel(tower, found[tower])
+    return found

@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from open_clip.loss import ClipLoss
@@ -12,10 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from simplclip.common.errors import InputError
 from simplclip.losses import ClipPMLoss, SigLipLoss, WIKDLoss
-from simplclip.memory import Budget, fake, make
+from simplclip.memory import Budget, fake, make, micro_batch_that_fits
 from simplclip.memory.count import Counter
 from simplclip.memory.exchange import Exchange, pretended
-from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
 
 BUDGET = Budget(24 << 30)
@@ -125,11 +125,13 @@ def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
     assert 20 * ours <= theirs, peaks
 
 
-def test_a_plan_of_ranks():
+def test_a_plan_of_ranks(tmp_path):
     """Each has its share of the pairs, the gathered features and DDP's buckets; the bytes are those of its own loss."""
-    config = configs.load("siclip-tiny-emoji", ["data.batch_size=256", "loss.interactive_weight=1"])
-    options = {"device": "cpu", "teacher_width": 256, "solve": False}
-    of_one = make(configs.load("siclip-tiny-emoji", ["data.batch_size=64", "loss.interactive_weight=1"]), BUDGET, **options)
+    config, share = (
+        tiny.settings(tmp_path, f"data.batch_size={size}", "loss.interactive_weight=1", teacher=256) for size in (256, 64)
+    )
+    options = {"device": "cpu", "solve": False}
+    of_one = make(share, BUDGET, **options)
     plan = make(config, BUDGET, **options, ranks=4, rate=320.0)
     assert (plan.ranks, plan.answers[0].batch_size) == (4, 64)
     assert plan.exchange["computing"] == 0.2
@@ -143,6 +145,22 @@ def test_a_plan_of_ranks():
         make(config, BUDGET, **options, ranks=3)
     with pytest.raises(InputError, match="--compare: expected one rank, got 4"):
         make(config, BUDGET, **options, ranks=4, compare=True)
+
+
+def test_a_micro_batch_for_a_rank_is_found_within_a_process_group(tmp_path):
+    """As data.micro_batch=auto does under torchrun, where the loader needs a multiple of the ranks."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = dist.group.WORLD
+        config = tiny.settings(tmp_path, "data.batch_size=144", "model.freeze_norms=true")
+        peak = make(config, BUDGET, device="cpu", solve=False, ranks=4).usage.peak
+        found = micro_batch_that_fits(config, Budget(peak - 1, 0, 0, 0.0), device="cpu", ranks=4)
+        assert (found.data.batch_size, found.data.micro_batch) == (144, 12)
+        assert dist.group.WORLD is whole
+        assert dist.get_world_size() == 1
+        assert dist.new_group().group_name == "1"  # as on ranks that made no plan
+    finally:
+        dist.destroy_process_group()
 
 
 def test_one_process_exchanges_nothing():

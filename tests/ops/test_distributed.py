@@ -1,23 +1,13 @@
 import contextlib
 import functools
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from paths import PYTHONPATH, SUPPORT
+from launch import torchrun
 
 from simplclip.losses import ClipPMLoss, gather_early
 from simplclip.ops import distributed
-
-
-def torchrun(*parts, ranks=2, script="rank_losses.py"):
-    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run([*launcher, str(SUPPORT / script), *parts], env=env, capture_output=True, text=True, timeout=300)
-
 
 PARTS = {
     2: (
@@ -37,7 +27,7 @@ PARTS = {
 @pytest.fixture(scope="module")
 def of_ranks():
     """What the parts of so many ranks said, in one start of them."""
-    return functools.cache(lambda ranks: torchrun(*PARTS[ranks], ranks=ranks))
+    return functools.cache(lambda ranks: torchrun("rank_losses.py", *PARTS[ranks], ranks=ranks))
 
 
 @pytest.mark.parametrize(
@@ -54,17 +44,18 @@ def test_ranks_equal(ranks, part, of_ranks):
     assert of_ranks(ranks).stdout.count(f"{part} passed") == ranks, of_ranks(ranks).stderr[-5000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.prove)])
 def test_fully_shard_trains_as_one_process(backend):
     """Blocks, loss and gradient caching, with mixed precision, activation checkpointing and torch.compile."""
-    run = torchrun(backend, script="rank_fsdp.py")
+    run = torchrun("rank_fsdp.py", backend)
     assert run.stdout.count("passed") == 2, run.stderr[-5000:]
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others():
     start = time.monotonic()
-    run = torchrun("dies")
+    run = torchrun("rank_losses.py", "dies")
     assert run.returncode != 0
     assert "passed" not in run.stdout
     assert time.monotonic() - start < 60  # the process group's timeout

@@ -1,35 +1,18 @@
 """What each rank of tests/ops/test_distributed.py runs: features that are gathered while a tower works, to the same bits."""
 
-import contextlib
 import itertools
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rank_rowwise import focal
+from wire import matrices, sent
 
 from simplclip import gradient_cache
 from simplclip.losses import ClipPMLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss, WIKDLoss, gather_early
 from simplclip.ops import distributed
 
 N, D = 8, 16
-
-
-@contextlib.contextmanager
-def counted():
-    """Yields the matrices that are gathered, each as its width, its dtype and whether the call returned at once."""
-    seen, gather = [], dist.all_gather_into_tensor
-
-    def counting(out, rows, **options):
-        if rows.dim() == 2:
-            seen.append((rows.shape[1], rows.dtype, options.get("async_op", False)))
-        return gather(out, rows, **options)
-
-    dist.all_gather_into_tensor = counting
-    try:
-        yield seen
-    finally:
-        dist.all_gather_into_tensor = gather
 
 
 def main(rank):
@@ -48,13 +31,13 @@ def main(rank):
         for early in (False, True):
             leaves = [t.clone().requires_grad_() for t in (text, image)]
             args = (teacher_image, teacher_text, scale) if isinstance(loss, WIKDLoss) else ()
-            with torch.autocast("cpu", torch.bfloat16, enabled=half), counted() as seen:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half), sent("all_gather_into_tensor") as seen:
                 if early:
                     gather_early(leaves[0])
                 value = loss(leaves[1], leaves[0], scale, *args)
                 value = sum(value) if isinstance(value, tuple) else value
-            gathered = sorted((width, str(dtype)) for width, dtype, _ in seen)
-            assert [now for *_, now in seen] == [early] + [False] * (len(seen) - 1), seen
+            gathered = sorted((width, str(dtype)) for width, dtype, _ in matrices(seen))
+            assert [now for *_, now in matrices(seen)] == [early] + [False] * (len(gathered) - 1), seen
             assert not distributed._early, f"{loss} gathered {seen}"
             results.append((gathered, [value, *torch.autograd.grad(value, leaves)]))
         assert results[0][0] == results[1][0], f"{loss} gathered {results}"
@@ -85,10 +68,10 @@ def by_gradient_caching(image, text, scale, loss):
         for weight in weights:
             weight.grad = None
         inputs = {"text_features": text, "image_features": image}
-        with counted() as seen:
+        with sent("all_gather_into_tensor") as seen:
             step = lambda **features: loss(**features, logit_scale=scale)  # noqa: E731
             terms = gradient_cache.backward(towers, inputs, step, micro_batch=3, encoded=encoded)
         results.append([terms["loss"], *(weight.grad for weight in weights)])
-        assert seen == [(D, torch.float32, encoded is not None)], seen
+        assert matrices(seen) == [(D, torch.float32, encoded is not None)], seen
     assert order == ["text_features", "image_features"]
     assert all(torch.equal(a, b) for a, b in zip(*results))

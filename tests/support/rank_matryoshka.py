@@ -1,13 +1,12 @@
 """What each rank of tests/ops/test_distributed.py runs: MatryoshkaLoss over gloo ranks."""
 
-import contextlib
 import itertools
 import os
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rank_rowwise import focal
+from wire import matrices, sent
 
 from simplclip.losses import ClipPMLoss, CoCaLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss, WIKDLoss
 from simplclip.ops import distributed
@@ -26,20 +25,8 @@ def batch(rank):
     return [t.requires_grad_() for t in (image, text + image, scale)], [*teacher, scale.detach()]
 
 
-@contextlib.contextmanager
-def counted():
-    """Yields the widths of the matrices that ranks gather, without the shapes."""
-    widths, gather = [], dist.all_gather_into_tensor
-
-    def counting(out, rows, **options):
-        widths.extend(rows.shape[1:])
-        return gather(out, rows, **options)
-
-    dist.all_gather_into_tensor = counting
-    try:
-        yield widths
-    finally:
-        dist.all_gather_into_tensor = gather
+def widths(seen):
+    return [width for width, *_ in matrices(seen)]
 
 
 def check(loss, rank, ids, gathers, **given):
@@ -52,10 +39,10 @@ def check(loss, rank, ids, gathers, **given):
     def total(result):
         return sum(result) if isinstance(result, tuple) else result
 
-    with counted() as widths:
+    with sent("all_gather_into_tensor") as seen:
         value = total(MatryoshkaLoss(loss, WIDTHS, WEIGHTS)(*leaves[:2], **given, logit_scale=leaves[2], **named(args)))
         got = torch.autograd.grad(value, leaves)
-    assert sorted(widths) == sorted(gathers), (type(loss).__name__, widths, gathers)
+    assert sorted(widths(seen)) == sorted(gathers), (type(loss).__name__, seen, gathers)
     expected = 0.0
     for width, weight in zip(WIDTHS, WEIGHTS):
         unit = [F.normalize(t[:, :width], dim=1) for t in leaves[:2]]
@@ -94,9 +81,9 @@ def coca(rank):
     (image, text, scale), _ = batch(rank)
     logits, labels = torch.randn(N, 4, 6, dtype=torch.float64), torch.randint(1, 6, (N, 4))
     mode = {"local_loss": True, "gather_with_grad": True, "rank": rank, "world_size": WORLD}
-    with counted() as widths:
+    with sent("all_gather_into_tensor") as seen:
         contrastive, caption = MatryoshkaLoss(CoCaLoss(2.0, 0.7, **mode), WIDTHS, WEIGHTS)(image, text, logits, labels, scale)
-    assert widths == [D]
+    assert widths(seen) == [D]
     expected = MatryoshkaLoss(ClipPMLoss(pm_weight=0, **mode), WIDTHS, WEIGHTS)(image, text, scale)
     torch.testing.assert_close(contrastive, 0.7 * expected)
     torch.testing.assert_close(caption, 2 * F.cross_entropy(logits.transpose(1, 2), labels))
@@ -107,14 +94,14 @@ def autocast(rank):
     leaves, teacher = ([t.detach().float() for t in tensors] for tensors in batch(rank))
     leaves = [t.requires_grad_() for t in leaves]
     loss = MatryoshkaLoss(ClipPMLoss(pm_weight=0, gather_with_grad=True, rank=rank, world_size=WORLD), WIDTHS)
-    with torch.autocast("cpu"), counted() as widths:
+    with torch.autocast("cpu"), sent("all_gather_into_tensor") as seen:
         value = loss(*leaves)
-    assert widths == [D]
+    assert widths(seen) == [D]
     value.backward()
     distil = MatryoshkaLoss(WIKDLoss(gather_with_grad=True, rank=rank, world_size=WORLD), WIDTHS)
-    with torch.autocast("cpu"), counted() as widths:
+    with torch.autocast("cpu"), sent("all_gather_into_tensor") as seen:
         distil(*leaves, *teacher)
-    assert sorted(widths) == [D, 14]
+    assert sorted(widths(seen)) == [D, 14]
     with torch.no_grad():
         torch.testing.assert_close(loss(*leaves), value.detach(), rtol=2e-2, atol=0)
     assert distributed._gathered.get() is None

@@ -2,23 +2,33 @@
 
     rank_train.py FOLDER PLAN        PLAN: {name: {"changes": [...], "resume": false, "fault": FAULT}}
 
-FAULT is [what, rank, step]: what happens to this rank in this step, once. Each rank writes FOLDER/PLAN-RANK.json: by
-name what `observed` returns.
+FAULT is [what, rank, step]: what happens to this rank in this step, once; or ["kills", n]: in each of n attempts a rank is
+killed, by chance which and when. Each rank writes FOLDER/PLAN-RANK.json: by name what `observed` returns; and, as it goes,
+the attempt, step and ids of each step to OUT-RANK.jsonl.
 """
 
 import json
 import os
+import random
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import tiny
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from rich.console import Console
+from torch.nn import SyncBatchNorm
+from wire import matrices, sent
 
-from simplclip.train import loop, ranks
+from simplclip import memory
+from simplclip.ops import distributed
+from simplclip.train import loop
 from simplclip.train.loop import curves
+
+ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def fault(what, training):
@@ -30,33 +40,56 @@ def fault(what, training):
         os.kill(os.getpid(), getattr(signal, what))
 
 
+def killed(attempts, rank, steps):
+    """steps: that this attempt has begun."""
+    rng = random.Random(ATTEMPT)
+    victim, after, seconds = rng.randrange(int(os.environ["WORLD_SIZE"])), rng.randint(1, 5), rng.uniform(0, 0.2)
+    if attempts > ATTEMPT and (rank, steps) == (victim, after):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
 def observed(config, broken=None, **options) -> dict:
-    """What a run did on this rank: the ids of the samples of each step, the weights at its end, and its error."""
-    ids, last, original = [], [], loop.train_step
+    """What a run did on this rank: the ids of the samples of each step, the weights at its end, its error, and how many
+    matrices it began to gather while it went on."""
+    rank, ids, last, seen, original = int(os.environ.get("RANK", 0)), [], [], [], loop.train_step
 
     def stepping(training, batches, first=None):
-        here = [ranks.number(), training.step + 1]
-        if broken and broken[1:] == here and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        here = [rank, training.step + 1]
+        if broken and broken[1:] == here and ATTEMPT == 0:
             Path(f"{config.run.out}-fault").touch()
             fault(broken[0], training)
         ids.append(torch.cat([batch["group"] for batch in batches]).tolist())
+        with open(f"{config.run.out}-{rank}.jsonl", "a") as lines:
+            lines.write(json.dumps([ATTEMPT, training.step, ids[-1]]) + "\n")
+        if broken and broken[0] == "kills":
+            killed(broken[1], rank, len(ids))
         last[:] = [training]
         return original(training, batches, first)
 
     loop.train_step, loop.curves, error = stepping, lambda out: None, None
     try:
-        with open(f"{config.run.out}-{ranks.number()}.txt", "w") as text:
-            loop.run(config, console=Console(file=text, width=200), **options)
+        with open(f"{config.run.out}-{rank}.txt", "w") as text, sent("all_gather_into_tensor") as seen:
+            loop.run(config, console=Console(file=text, width=200), planner=memory, **options)
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
         loop.train_step, loop.curves = original, curves
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
-    return {"ids": ids, "weights": weights, "error": error}
+    return {"ids": ids, "weights": weights, "error": error, "early": sum(at_once for *_, at_once in matrices(seen))}
+
+
+def of_all_ranks(norm, x):
+    """What SyncBatchNorm computes on cards; torch has no kernels of it for CPUs."""
+    whole = distributed.gather(x, dist.group.WORLD)
+    norm.num_batches_tracked.add_(1)
+    statistics = norm.running_mean, norm.running_var
+    found = F.batch_norm(whole, *statistics, norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    return found.chunk(dist.get_world_size())[dist.get_rank()].clone()
 
 
 def main(folder: Path, plan: str) -> None:
     torch.set_num_threads(1)
+    SyncBatchNorm.forward = of_all_ranks
     entries = json.loads((folder / f"{plan}.json").read_text())
     if len(entries) > 1:  # torchrun's store serves one process group of a process
         dist.init_process_group()

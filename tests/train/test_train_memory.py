@@ -36,7 +36,7 @@ def test_auto_takes_what_fits(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "run")["config"]["data"]["micro_batch"] == 4
     assert f"data.micro_batch = 4 fits in {limits.gib(limits.Budget(0).usable)}, by simplclip plan" in told
     usable(1 << 20)
-    with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with one image at a time"):
+    with pytest.raises(ConfigError, match="data.micro_batch: expected one that fits .* even with 1 at a time"):
         limits.MemoryLimit(CPU, planner=memory).settle(settings("auto"))
     usable(1 << 40)  # going on takes the checkpoint's, without another plan
     told = go(settings("auto", "run.steps=3"), resume=True, planner=memory)

@@ -1,6 +1,6 @@
-"""The ranks of a run that torchrun started: who this process is, what they exchange, and what only the first one does.
+"""The ranks of a command that torchrun started: who this process is, what they exchange, and what only the first one does.
 
-Without torchrun a run has one rank, and everything here is as if it were not there.
+Without torchrun, and outside of `joined`, there is one rank, and everything here is as if it were not there.
 """
 
 from __future__ import annotations
@@ -10,33 +10,35 @@ import pickle
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from simplclip.common import hardware
-from simplclip.data.epoch import Share
-from simplclip.train.config import ConfigError
+from simplclip.common.errors import UserError
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 GRACE = 25.0  # seconds that the others wait for the first rank's last words; torchrun kills all 30 seconds after an error
 ANOTHER = "another rank ended or did not answer"
 # What torch says where another rank is gone, or silent for too long.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "imed out", "timeout", "failed to connect")
 
+_joined = False  # within `joined`
+_alone = False  # while the first rank does what only it does
+
 
 def count() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _joined and not _alone else 1
 
 
 def number() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _joined else 0
 
 
 def first() -> bool:
@@ -44,7 +46,7 @@ def first() -> bool:
 
 
 def on_this_host() -> int:
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if _joined else 1
 
 
 def _attempt() -> str:
@@ -53,14 +55,24 @@ def _attempt() -> str:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Context in which the processes that torchrun started are the ranks of a run: NCCL on cards, gloo on CPUs.
+    """Context in which the processes that torchrun started work together: by NCCL on cards, by gloo on CPUs.
 
-    An error goes into torchrun's report, which names the rank that failed first, its host and its reason. One that the first
-    rank has too ends the others without a word.
+    Of a process group that exists the ranks are taken. An error goes into torchrun's report, which names the rank that failed
+    first, its host and its reason. One that the first rank has too ends the others without a word.
     """
-    if dist.is_initialized() or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
-        yield  # of a process group that exists the ranks are taken
-        return
+    global _joined
+    before, exists = _joined, dist.is_initialized()
+    started = not exists and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    _joined = exists or started
+    try:
+        with _met() if started else nullcontext():
+            yield
+    finally:
+        _joined = before
+
+
+@contextmanager
+def _met() -> Iterator[None]:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     # After a restart torchrun's store still has what the ranks said before it.
@@ -80,6 +92,17 @@ def joined() -> Iterator[None]:
             raise SystemExit(1) from None
         raise
     dist.destroy_process_group()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Context in which this process is one rank, for work in which the others have no part."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def device(name: str) -> torch.device:
@@ -136,11 +159,6 @@ class Exchange:
         return self._store
 
 
-def share() -> Share | None:
-    """What this rank decodes."""
-    return Share(number(), count(), Exchange()) if count() > 1 else None
-
-
 def of_first(make: Callable[[], Result]) -> Result:
     """What `make` returns on the first rank, which alone calls it; the others wait, however long, and end if it fails."""
     if count() == 1:
@@ -149,7 +167,8 @@ def of_first(make: Callable[[], Result]) -> Result:
     result: list[Any] = [None]
     if first():
         try:
-            result = [make()]
+            with alone():
+                result = [make()]
         except BaseException:
             turn.say("done", False)
             raise
@@ -158,6 +177,45 @@ def of_first(make: Callable[[], Result]) -> Result:
         raise SystemExit(1)
     dist.broadcast_object_list(result, device=torch.device("cpu"))
     return result[0]
+
+
+def gathered(items: Iterable[Item]) -> Iterator[Item]:
+    """The items of all ranks on the first one, in turn the next of each; none on the others. All ranks go over it.
+
+    An error of one rank ends all.
+    """
+    if count() == 1:
+        yield from items
+        return
+    mine, rounds, turn = iter(items), 0, Exchange()
+    while True:
+        error: Exception | None = None
+        try:
+            here = list(islice(mine, 1))
+        except Exception as failed:
+            error, here = failed, []
+        # By the store, since a process group would not wait for a rank that takes long.
+        said = turn(str(rounds), (bool(here), error and str(error)))
+        if error:
+            raise error
+        if failures := [failure for _, failure in said if failure is not None]:
+            raise UserError(failures[0])
+        lists: list[list[Item]] | None = [[]] * count() if first() else None
+        dist.gather_object(here, lists)
+        yield from chain.from_iterable(lists or ())
+        if not any(more for more, _ in said):
+            return
+        rounds += 1
+
+
+def mapped(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What the function makes of each item, on the first rank, in order. The ranks divide the work; all go over it."""
+    return gathered(function(item) for item in islice(items, number(), None, count()))
+
+
+def everyones(value: Item) -> list[Item]:
+    """The values of all ranks."""
+    return Exchange()("value", value) if count() > 1 else [value]
 
 
 def of_any(reason: str | None) -> str | None:
@@ -189,21 +247,6 @@ def explained(error: BaseException) -> str:
     return message if first() else f"rank {number()} on {socket.gethostname()}: {message}"
 
 
-def share_norms(model: nn.Module, synchronise: bool) -> None:
-    """Batch norms that train use the statistics of all ranks. Raises ConfigError for them unless `synchronise`."""
-    from timm.layers import convert_sync_batchnorm  # of torch's own it keeps the class, of timm's the activation
-
-    for at, parent in list(model.named_modules()) if count() > 1 else ():
-        for name, norm in parent.named_children():
-            if isinstance(norm, _BatchNorm) and norm.training and not isinstance(norm, SyncBatchNorm):
-                if not synchronise:
-                    raise ConfigError(
-                        f"model.sync_norms: expected true, or model.freeze_norms=true, for several ranks, whose batch norms "
-                        f"would drift; got false and {type(norm).__name__} '{at}.{name}' in training mode"
-                    )
-                setattr(parent, name, convert_sync_batchnorm(norm))
-
-
 def draw_apart(seed: int) -> None:
     """The others draw other random numbers than the first rank, e.g. in dropout; their weights are as on the first."""
     if not first():
@@ -216,35 +259,3 @@ def before(state: dict[str, Any]) -> str:
     if was == count():
         return ""
     return f" with {count()} ranks after {was}: batches, order and schedule are the same, sums may differ in their last bits"
-
-
-class _Trained(nn.Module):
-    """All that trains, in one module so that nothing drifts. It computes what it is given to call."""
-
-    def __init__(self, *parts: nn.Module) -> None:
-        super().__init__()
-        self.parameters_of_parts = nn.ParameterList(p for part in parts for p in part.parameters() if p.requires_grad)
-        self.never_used = nn.Parameter(torch.zeros(()))  # without one torch warns that it looked for unused parameters
-
-    def forward(self, compute: Callable[[], Any]) -> Any:
-        return compute()
-
-
-class Together:
-    """Averages the gradients of model and loss over the ranks; what trains starts as on the first one.
-
-    Which parameters a step uses depends on the schedules of the terms; those that it does not use keep no gradient.
-    """
-
-    def __init__(self, model: nn.Module, loss: nn.Module) -> None:
-        self.ddp = DistributedDataParallel(_Trained(model, loss), find_unused_parameters=True) if count() > 1 else None
-
-    def __call__(self, compute: Callable[[], Result]) -> Result:
-        """What `compute` returns. Backward from it exchanges gradients as it goes."""
-        return self.ddp(compute) if self.ddp else compute()
-
-    def exchange(self) -> None:
-        """One exchange of the gradients that backward passes outside of `__call__` have added up."""
-        if self.ddp:
-            used = [p for p in self.ddp.parameters() if p.grad is not None]
-            self.ddp(lambda: 0 * torch.stack([p.sum() for p in used]).sum()).backward()

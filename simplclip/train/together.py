@@ -1,0 +1,94 @@
+"""How several ranks train one model: what trains in one module, and batch norms over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import compress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _take_tensors
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from simplclip.common import ranks
+from simplclip.ops import distributed
+from simplclip.train.config import ConfigError
+
+Result = TypeVar("Result")
+BUCKET_BYTES = 25 << 20  # of gradients that travel together, as in DistributedDataParallel
+
+
+def share_norms(model: nn.Module, synchronise: bool) -> None:
+    """Batch norms that train use the statistics of all ranks. Raises ConfigError for them unless `synchronise`."""
+    from timm.layers import convert_sync_batchnorm  # of torch's own it keeps the class, of timm's the activation
+
+    for at, parent in list(model.named_modules()) if ranks.count() > 1 else ():
+        for name, norm in parent.named_children():
+            if isinstance(norm, _BatchNorm) and norm.training and not isinstance(norm, SyncBatchNorm):
+                if not synchronise:
+                    raise ConfigError(
+                        f"model.sync_norms: expected true, or model.freeze_norms=true, for several ranks, whose batch norms "
+                        f"would drift; got false and {type(norm).__name__} '{at}.{name}' in training mode"
+                    )
+                setattr(parent, name, convert_sync_batchnorm(norm))
+
+
+class _Towers(nn.Module):
+    """Parameters in one module, so that nothing drifts. It computes what it is given to call."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.of_towers = nn.ParameterList(parameters)
+
+    def forward(self, compute: Callable[[], Any]) -> Any:
+        return compute()
+
+
+class Together:
+    """Averages the gradients of the towers, temperature and bias over the ranks; they start as on the first one.
+
+    What is frozen does not travel, and losses average what they learn themselves. Parameters that a step does not use keep no
+    gradient.
+
+    at_once: a step has one backward pass, which exchanges as it goes. Otherwise it adds up several, after which `exchange` is
+        called; DistributedDataParallel with a static graph would exchange in the first one.
+    """
+
+    def __init__(self, model: nn.Module, at_once: bool) -> None:
+        self.ddp = None
+        if ranks.count() == 1:
+            return
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        distributed.from_first_rank(trained.values(), dist.group.WORLD)
+        # Which steps use temperature and bias depends on the schedules of the terms; all use the same part of the towers.
+        self.towers = [p for name, p in trained.items() if name not in ("logit_scale", "logit_bias")]
+        if at_once:
+            self.ddp = DistributedDataParallel(_Towers(self.towers), static_graph=True)
+
+    def __call__(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns. Backward from it exchanges gradients as it goes."""
+        return self.ddp(compute) if self.ddp else compute()
+
+    def learned(self, *scales: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Temperature and bias, if there is one, whose gradients are averaged."""
+        if ranks.count() == 1:
+            return scales
+        trains = [scale is not None and scale.requires_grad for scale in scales]
+        averaged = iter(distributed.learned([*compress(scales, trains)], dist.group.WORLD))
+        return tuple(next(averaged) if its else scale for scale, its in zip(scales, trains))
+
+    def exchange(self) -> None:
+        """Averages the gradients of the towers that backward passes have added up."""
+        if ranks.count() == 1 or self.ddp:
+            return
+        travelling = []
+        for some in _take_tensors([p.grad for p in self.towers if p.grad is not None], BUCKET_BYTES):
+            flat = torch.cat([gradient.flatten() for gradient in some]).div_(ranks.count())
+            travelling.append((some, flat, dist.all_reduce(flat, async_op=True)))
+        for some, flat, work in travelling:
+            work.wait()
+            for gradient, part in zip(some, flat.split([gradient.numel() for gradient in some])):
+                gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,90 @@
+"""Commands under torchrun: what two ranks do together is what one process does, byte for byte."""
+
+import json
+
+import captioners
+import pytest
+import rank_commands
+import tiny
+import torch
+from launch import torchrun
+from pairs import png, write
+
+pytestmark = pytest.mark.slow
+MODEL = f"open_clip:{captioners.NAME}"
+OF_FILE = f"{MODEL}/../coca.pt"
+TEACHER = ["--teacher", MODEL, "--checkpoint", "../coca.pt"]
+COMMANDS = {
+    "evaluate": [
+        *["evaluate", OF_FILE, "--data", "held=../data/train-*.tar", "--data", "captions=../data/train-1.tar"],
+        *["--classnames", "../names.txt", "--out", "evaluated", "--features", "features"],
+        *["--batch-size", "10", "--workers", "2"],
+    ],
+    "teacher": [
+        *["teacher", "../data/train-{0..2}.tar", "--out", "taught", *TEACHER],
+        *["--evaluate", "held=../data/train-0.tar", "--precision", "fp32"],
+    ],
+    "teacher of a table": ["teacher", "../pairs.csv", "--out", "of-table", *TEACHER],
+    "caption": [
+        *["caption", "../data/train-{0..1}.tar", "--out", "captioned", "--model", captioners.NAME],
+        *["--checkpoint", "../coca.pt", "--max-tokens", "5", "--n", "1", "--temperature", "0.5"],
+    ],
+    "embed": ["embed", "../data/train-*.tar", "--model", OF_FILE, "--out", "images.npz", "--batch-size", "7"],
+    "embed texts": ["embed", "--texts", "../lines.txt", "--model", OF_FILE, "--out", "t.npz", "--batch-size", "2"],
+    # The second shard, of which the second rank begins, is none.
+    "error": ["teacher", "../bad-{0..2}.tar", "--out", "bad", *TEACHER],
+}
+
+
+@pytest.fixture(scope="module")
+def did(tmp_path_factory):
+    """What one process and two ranks said, and their folders."""
+    folder = tmp_path_factory.mktemp("commands")
+    captioners.register(folder)
+    torch.save(captioners.build().state_dict(), folder / "coca.pt")
+    for number in range(3):
+        tiny.write_shard(folder / "data" / f"train-{number}.tar")
+        samples = [("broken", {"png": b"no", "txt": b"x"}), ("good", {"png": png(number), "txt": b"a good one"})]
+        write(folder / "data" / f"train-{3 + number}.tar", samples)
+        write(folder / f"bad-{number}.tar", samples) if number != 1 else (folder / "bad-1.tar").write_bytes(b"no tar" * 200)
+        (folder / f"{number}.png").write_bytes(png(number))
+    (folder / "pairs.csv").write_text("filepath,title\n0.png,one\n1.png,two\n2.png,three\n")
+    # Texts of ten classes are encoded together.
+    (folder / "names.txt").write_text("\n".join([*tiny.COLOURS, *(f"colour {number}" for number in range(9))]))
+    (folder / "lines.txt").write_text("red ring\nblue\n\na green bar\nx\ny\nz\n")
+    (folder / "plan.json").write_text(json.dumps(COMMANDS))
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+    one = rank_commands.said(folder / "one", COMMANDS)
+    torchrun("rank_commands.py", folder / "two", folder / "plan.json", check=True)
+    two = [json.loads((folder / "two" / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    return one, two, folder
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "error"])
+def test_ranks_do_what_one_process_does(did, command):
+    one, (first, second), _ = did
+    assert one[command][0] == 0, one[command]
+    assert first[command] == one[command]
+    assert second[command] == [0, ""]
+
+
+def test_files_are_the_same(did):
+    folder = did[2]
+    files = [
+        {path.relative_to(folder / name): path.read_bytes() for path in (folder / name).rglob("*") if path.is_file()}
+        for name in ("one", "two")
+    ]
+    theirs = {path: data for path, data in files[1].items() if path.parts[0] != "bad" and not path.name.startswith("said-")}
+    ours = {path: data for path, data in files[0].items() if path.parts[0] != "bad"}
+    assert len(ours) > 20
+    assert [path for path in ours.keys() | theirs.keys() if ours.get(path) != theirs.get(path)] == []
+
+
+def test_an_error_of_one_rank_ends_all(did):
+    one, (first, second), _ = did
+    assert one["error"][0] == 2
+    assert "bad-1.tar" in one["error"][1]
+    assert first["error"] == second["error"]
+    assert first["error"][0] == 2
+    assert "bad-1.tar" in first["error"][1]
