@@ -163,9 +163,9 @@ def predicted(case: calls.Case, dtype: str, name: str) -> dict[str, object]:
     from benchmarks.bound import predict, trace
 
     predictor = predict.Predictor(name)
-    with trace.on_card(predictor.card) as found:
-        case.run(getattr(torch, dtype), True)
     try:
+        with trace.on_card(predictor.card) as found:
+            case.run(getattr(torch, dtype), True)
         return {row.name: row.sum for row in predict.predict(found.steps, predictor)}
     except Exception as error:
         print(f"{case}: not predicted, {reason(error)}")
@@ -220,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     options = arguments(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit(f"--device cuda: torch {torch.__version__} sees no CUDA device; --device cpu --sizes 256 tries the program")
+    if unknown := set(options.ops.split(",")) - set(OPS):
+        sys.exit(f"--ops: expected some of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     where = hardware.describe(options.device)
     out = options.out or RESULTS / f"{hardware.slug(where['hardware'].split(',')[0])}-{where['date']}.csv"
     if not options.no_tests:

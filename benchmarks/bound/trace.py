@@ -208,6 +208,14 @@ def _of_product(step: Step, name: str, inputs: Sequence[Stand], out: Stand) -> N
     step.read = [t.touched() for t in inputs[:first]]
 
 
+def _forget() -> None:
+    """Clears what launchers and backends remember of a device."""
+    for module in (launching, backends):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
 @contextlib.contextmanager
 def on_card(card: Card) -> Iterator[Trace]:
     """Context in which ops of fake CUDA tensors run as on this card, and are traced."""
@@ -225,10 +233,7 @@ def on_card(card: Card) -> Iterator[Trace]:
         trace.host("tolist")
         return [0.0] * tensor.numel()
 
-    for module in (launching, backends):  # what they remember is of another device
-        for value in vars(module).values():
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
+    _forget()
     with contextlib.ExitStack() as stack:
         stack.enter_context(fake.fake_step(mode, CUDA))
         stack.enter_context(fake.Engine(lambda gradient: None).installed())
@@ -244,4 +249,4 @@ def on_card(card: Card) -> Iterator[Trace]:
             stack.enter_context(mock.patch.object(*patch))
         stack.enter_context(trace)
         yield trace
-    launching._device.cache_clear()
+    _forget()

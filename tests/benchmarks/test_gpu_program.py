@@ -130,6 +130,8 @@ def test_a_red_test_stops_it(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "CORRECTNESS", {"cpu": [GREEN, "-k", "no_such_test"]})
     with pytest.raises(SystemExit, match="nothing is timed"):
         gpu.main(["--device", "cpu", "--out", str(tmp_path / "cpu.csv")])
+    with pytest.raises(SystemExit, match="--ops: expected some of losses, kernels, .*, got loss"):
+        gpu.main(["--device", "cpu", "--ops", "loss"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="sees no CUDA device"):
         gpu.main(["--out", str(tmp_path / "cpu.csv")])
