@@ -147,6 +147,7 @@ def test_a_plan_of_ranks(tmp_path):
         make(config, BUDGET, **options, ranks=4, compare=True)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_for_a_rank_is_found_within_a_process_group(tmp_path):
     """As data.micro_batch=auto does under torchrun, where the loader needs a multiple of the ranks."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
