@@ -76,13 +76,13 @@ def shown(rows: list[predict.Row], predictor: predict.Predictor, dtype: str) -> 
 
 def _instructions(made: machine.Machine, work: machine.Work) -> dict:
     """Of product loops and outside them; and how many of these a warp executes for each of 2,048 multiply-adds."""
-    parts, row = list(zip(made.code.parts, work.times)), {}
+    row: dict = {}
     for where in ("loop", "outside"):
         chosen = [part for part in made.code.parts if bool(part.products) == (where == "loop")]
         row[f"{where}_instructions"] = sum(part.codes.total() for part in chosen)
         row |= {f"{where}_{pipe}": sum(part.count(pipe) for part in chosen) for pipe in sass.PIPES[1:]}
-    products = sum(times * part.multiply_adds for part, times in parts) / 2048
-    executed = sum(times * part.codes.total() for part, times in parts if not part.products)
+    products = sum(part.multiply_adds for part in work.executed) / 2048
+    executed = sum(part.codes.total() for part in work.executed if not part.products)
     return row | {"outside_per_mma": round(executed / products, 3) if products else ""}
 
 

@@ -44,9 +44,9 @@ class Machine:
 
 @dataclass
 class Work:
-    """What a launch does: how often each part of the code runs in a block, and bytes of all blocks."""
+    """What a launch does: the instructions of each part that a warp executes, and bytes of all blocks."""
 
-    times: list[float]
+    executed: list[sass.Part]
     asked: dict[str, dict[int, int]] = field(
         default_factory=dict
     )  # by "read" and "written", by tensor: what its threads ask for
@@ -152,8 +152,8 @@ def work(machine: Machine, launch: Launch) -> Work:
         runs += of_block
         first.append(of_block[0])
     counts = Counter({at: sum(run.counts[at] for run in first) / len(first) for at in range(len(machine.program.blocks))})
-    times, exact = matched(machine.code, machine.program, counts)
-    out = Work(times, exact=exact)
+    executed, exact = matched(machine.code, machine.program, counts)
+    out = Work(executed, exact=exact)
     for side in ("read", "written"):
         places = {place for run in runs for place in getattr(run, side) if 0 <= place < len(tensors)}
         asked, reached = {}, {}
@@ -167,30 +167,53 @@ def work(machine: Machine, launch: Launch) -> Work:
     return out
 
 
-def matched(code: sass.Code, program: ptx.Kernel, counts: Counter[int]) -> tuple[list[float], bool]:
-    """How often each part of the machine code runs, by the counts of the PTX's blocks; whether all loops have their like.
+def matched(code: sass.Code, program: ptx.Kernel, counts: Counter[int]) -> tuple[list[sass.Part], bool]:
+    """What a warp executes of each part of the machine code, by the counts of the PTX's blocks; and whether all loops have
+    their like.
 
     Loops keep their order. One that ptxas unrolled has as many times more matrix instructions, and runs so many times less.
+    Of a part with branches, each pipe's instructions are executed in the share that the PTX's are; a branch that depends on
+    what was read goes as for 0.
     """
-    runs = [max(counts[at] for at in loop.own) for loop in program.loops]
     theirs = [program.products(loop.own) for loop in program.loops]
     own = [part.products for part in code.parts[1:]]
-    pairs: dict[int, int] = {}
     exact = len(theirs) == len(own)
-    if exact:
-        pairs = dict(enumerate(range(len(own))))
-    else:
-        with_products = [n for n, count in enumerate(theirs) if count]
-        for k, count in enumerate(own):
-            if count and with_products:
-                pairs[k] = with_products.pop(0)
-        rest = [n for n, count in enumerate(theirs) if not count]
-        for k, count in enumerate(own):
-            if not count and rest:
-                pairs[k] = rest.pop(0)
-    times = [1.0]
-    for k, count in enumerate(own):
-        n = pairs.get(k)
-        ratio = theirs[n] / count if n is not None and count and theirs[n] else 1
-        times.append(runs[n] * ratio if n is not None else 1.0)
-    return times, exact
+    pairs: dict[int, int] = dict(enumerate(range(len(own))))
+    if not exact:
+        pairs = {}
+        for with_products in (True, False):
+            rest = [n for n, count in enumerate(theirs) if bool(count) == with_products]
+            pairs |= zip((k for k, count in enumerate(own) if bool(count) == with_products), rest)
+    inside = {at for loop in program.loops for at in range(loop.first, loop.last + 1)}
+    outside = [at for at in range(len(program.blocks)) if at not in inside]
+    executed = [_shared(code.parts[0], program, outside, counts, 1.0)]
+    for k, part in enumerate(code.parts[1:]):
+        if k not in pairs:
+            executed.append(part)
+            continue
+        blocks, count = program.loops[pairs[k]].own, theirs[pairs[k]]
+        runs = max(counts[at] for at in blocks)
+        executed.append(_shared(part, program, blocks, counts, runs * (count / own[k] if count and own[k] else 1)))
+    return executed, exact
+
+
+def _shared(
+    part: sass.Part, program: ptx.Kernel, blocks: Sequence[int], counts: Counter[int], times: float
+) -> sass.Part:  # fmt: skip
+    """The part's instructions, `times` times, of each pipe the share that runs of the blocks' instructions of that pipe."""
+    runs = max((counts[at] for at in blocks), default=0) or 1
+    there: Counter[str] = Counter()
+    ran: Counter[str] = Counter()
+    for at in blocks:
+        for instruction in program.blocks[at].instructions:
+            if code := sass.of_ptx(instruction):
+                for name in (sass.pipe(code), "all"):
+                    there[name] += 1
+                    ran[name] += counts[at] / runs  # type: ignore[assignment]
+
+    def share(code: str) -> float:
+        name = sass.pipe(code)
+        name = name if there[name] and name != "issue" else "all"
+        return ran[name] / there[name] if there[name] else 1.0
+
+    return sass.Part(Counter({code: n * times * share(code) for code, n in part.codes.items()}))  # type: ignore[misc]

@@ -112,7 +112,7 @@ def kernels(step: Step, architecture: int) -> list[Native]:
             run = program.run(_parameters(call, plan, direction), block, 32 * warp, grid, plan["threads"])
             for at, times in enumerate(run.counts):
                 for instruction in program.blocks[at].instructions if times else ():
-                    if code := _as_machine_code(instruction):
+                    if code := sass.of_ptx(instruction):
                         codes[code] += times
     codes = Counter({code: n / len(sample) for code, n in codes.items()})  # type: ignore[assignment]
     memory = sum(size for _, size in (*step.operands, *step.written))
@@ -141,37 +141,3 @@ def _parameters(call, plan: dict, direction: str) -> dict[int, int]:
     found |= {base + NUMBERS + 4 * n: value for n, value in enumerate((batch, length, heads, width, 0))}
     found |= {base + 140: int(call.causal), base + size - 8: plan["slice"] if direction == "fwd" else ptx.pointer(200)}
     return found
-
-
-_FLOATS = ("f32", "f16", "f16x2", "bf16", "bf16x2")
-_MUFU = ("ex2", "rcp", "lg2", "sqrt", "rsqrt", "tanh")
-
-
-def _as_machine_code(i: ptx.Instruction) -> str:
-    """What an instruction of PTX becomes, as sass.pipe knows it; "" for those that only name things."""
-    op, parts = i.parts[0], i.parts
-    lanes = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
-    if op == "mma":
-        shape = re.search(r"m16n8k(\d+)", i.code)[1]
-        return f"HMMA.168{shape}" + ".TF32" * ("tf32" in i.code)
-    if op == "ldmatrix":
-        return f"LDSM.{next((p[1:] for p in parts if re.fullmatch(r'x[124]', p)), '1')}"
-    if op in ("ld", "st") and "param" not in parts:
-        width = {16: ".128", 8: ".64"}.get(lanes * int(re.search(r"\d+$", parts[-1])[0]) // 8, "")
-        return ("LD" if op == "ld" else "ST") + ("S" if "shared" in parts else "G") + width
-    if op == "cp":
-        return "LDGSTS.128" if "global" in parts else ""
-    if op in ("mov", "ld", "cvta", "ret", "bra"):
-        return ""
-    if op in ("bar", "barrier"):
-        return "BAR"
-    if op == "shfl":
-        return "SHFL"
-    if op in _MUFU:
-        return "MUFU"
-    if op == "cvt":
-        kinds = {p[0] for p in parts[1:] if re.fullmatch(r"[subf]\d+(x2)?|bf16(x2)?", p)}
-        return "I2F" if "f" in kinds and kinds & {"s", "u"} else "F2FP" if kinds & {"f", "b"} else ""
-    if parts[-1] in _FLOATS:
-        return {"fma": "FFMA", "mul": "FMUL", "add": "FADD", "sub": "FADD"}.get(op, "FSEL")
-    return "IMAD" if op in ("mul", "mad") else "IADD3"

@@ -141,10 +141,9 @@ class Predictor:
             made = machine.compiled(launch, self.card.architecture)
             work = machine.work(made, launch)
             parts = []
-            for part, times in zip(made.code.parts, work.times):
-                by_pipe = part.clocks(made.warps, self.unit, self.rate)
+            for part in work.executed:
                 alone = 0 if part.products else DEPENDENT * part.codes.total()
-                parts.append(({pipe: times * c for pipe, c in by_pipe.items()}, times * alone))
+                parts.append((part.clocks(made.warps, self.unit, self.rate), alone))
             clocks = Clocks.of(parts)
             self._known[key] = made, work, clocks
         made, work, clocks = self._known[key]
@@ -156,7 +155,7 @@ class Predictor:
         programs = math.prod(step.launch.grid)
         resident = made.blocks(self.card.architecture)
         ms, pipe = self.on_multiprocessors(clocks, programs, resident)
-        multiplies = sum(times * part.multiply_adds for times, part in zip(work.times, made.code.parts)) * made.warps
+        multiplies = sum(part.multiply_adds for part in work.executed) * made.warps
         out = Estimate(0, "", 2 * multiplies * programs, l2=sum(sum(side.values()) for side in work.asked.values()))
         out.exact = work.exact
         for place, size in work.reached["read"].items():

@@ -36,12 +36,11 @@ def run(card: str) -> dict:
     predictor = predict.Predictor(card)
     rows = predict.predict(found.steps, predictor)
     made, work = next(iter(predictor.kernels.values()))[2:4]
-    parts = zip(made.code.parts, work.times)
     return {
         **predict.summary(rows, found.steps, predictor.card, torch.bfloat16),
         "asked": sum(work.asked["read"].values()),
         "stored": sum(work.asked["written"].values()),
-        "multiply_adds": sum(times * part.multiply_adds for part, times in parts) * made.warps * (M // TILE) * (N // TILE),
+        "multiply_adds": sum(part.multiply_adds for part in work.executed) * made.warps * (M // TILE) * (N // TILE),
         "tensor": machine.gate.spills_and_tensor_cores(list(made.code.all.elements()))[1],
     }
 
