@@ -63,12 +63,12 @@ def sweep_rows(n: int, m: int, dtype: torch.dtype, device: str, live: int, scrat
     return min(n, max(1, scratch_bytes // (m * dtype.itemsize)))
 
 
-def stored_rows(n: int, m: int, dtype: torch.dtype, matrices: int, store_bytes: int) -> int:
+def stored_rows(n: int, m: int, dtype: torch.dtype, matrices: int, store_bytes: int, strip: int) -> int:
     """Rows of each similarity matrix that forward keeps: all rows if they fit; else, of a single matrix, those that fit.
 
-    With several matrices the rows that fit would save only a few hundredths of the work.
+    These are a multiple of `strip`. With several matrices the rows that fit would save only a few hundredths of the work.
     """
     rows = store_bytes // (m * dtype.itemsize * matrices)
     if rows >= n:
         return n
-    return rows // _STRIP * _STRIP if matrices == 1 else 0
+    return rows // strip * strip if matrices == 1 else 0
