@@ -22,10 +22,12 @@ def test_bytes_of_large_batches(n, most):
     from simplclip.kernels.similarity.launch import block_sides
 
     rows, columns = block_sides(n, n, (128 << 20) // 2)
+    kept = (256 << 20) // (2 * n)  # rows, in blocks of their own
+    down, across = -(-kept // rows) + -(-(n - kept) // rows), -(-n // columns)
     found = trace(shapes(n))
-    features = 2 * n * 512 * (-(-n // rows) + -(-n // columns))  # that the kernel of each block reads
+    features = 2 * n * 512 * (down + across)  # that the kernel of each block reads
     assert found.bytes + features < most
-    assert found.launches["_similarity_gradient_kernel"] == -(-n // rows) * -(-n // columns)
+    assert found.launches["_similarity_gradient_kernel"] == down * across
 
 
 @pytest.mark.parametrize(("n", "rows"), [(8192, 8192), (16384, 8192)])
