@@ -90,6 +90,7 @@ def _similarity_factors_kernel(
     m,
     COLUMNS: tl.constexpr,
     ATTEND: tl.constexpr,
+    KEPT: tl.constexpr,  # whether exponentials are kept relative to the positives, so that these have to be near too
     BLOCK: tl.constexpr,
 ):
     """Of a softmax with gradients u of its log-sum-exps r, c: top, whether all are near it, factors of its exponentials.
@@ -102,7 +103,15 @@ def _similarity_factors_kernel(
         most, least = _span(columns, m, most, least, BLOCK)
     top = tl.max(most, 0)
     by = tl.load(scale)
-    near = (top - tl.min(least, 0) < 100.0) & (top < INF) & (tl.abs(by) > 1e-30)
+    bottom = tl.min(least, 0)
+    near = (top - bottom < 100.0) & (tl.abs(top) < INF) & (tl.abs(by) > 1e-30)
+    if KEPT:
+        most, least = tl.full((BLOCK,), -INF, tl.float32), tl.full((BLOCK,), INF, tl.float32)
+        for start in range(0, n, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            z = _stat(rows, DIAGONAL_STUDENT, n, at) * by * LOG2E
+            most, least = tl.maximum(most, z), tl.minimum(least, z)
+        near = near & (tl.max(most, 0) - bottom < 100.0) & (top - tl.min(least, 0) < 120.0) & (tl.abs(by) >= 1.0)
     tl.store(out, top)
     tl.store(out + 1, near.to(tl.float32))
     if ATTEND:
@@ -147,10 +156,14 @@ def _similarity_gradient_kernel(
     LAUNCH: tl.constexpr,  # launch.Launch
     TILE: tl.constexpr,  # launch.Tiling
     ATTEND: tl.constexpr,  # only with Z: store the gradient of the logits, which is the softmax, not that of the similarities
+    KEPT: tl.constexpr,  # whether _similarity_kept_kernel has done the block, where all is near
 ):
     """One tile: writes G of each of the student's matrices, and adds to this program's sums of the scalars' gradients."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
+    if KEPT:  # noqa: SIM102 a constant apart from what the kernel finds
+        if tl.load(near + 1) > 0.0:
+            return
     program = tl.program_id(0)
     at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     row = first_row + at
@@ -247,3 +260,50 @@ def _similarity_gradient_kernel(
         tl.store(sums, tl.load(sums) + d_scale)
     if LAUNCH.HAS_IMAGE_TO_TEACHER:
         tl.store(sums + 1, tl.load(sums + 1) + d_cross)
+
+
+@triton.jit(do_not_specialize=["n", "m", "label_offset", "first_row", "first_column", "row_blocks"])
+def _similarity_kept_kernel(
+    kept,  # [kept_rows, M], see _similarity_statistics_kernel
+    rows,  # [11, N]
+    grad_rows,  # [11, N]
+    scale,  # []
+    near,  # of _similarity_factors_kernel
+    factor,  # [] or None
+    out,  # [rows, out_stride]
+    sums,  # [programs, SUMS]
+    n,
+    m,
+    label_offset,
+    first_row,
+    first_column,
+    row_blocks,
+    kept_stride,
+    out_stride,
+    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """G of a tile, as in _similarity_gradient_kernel, from the exponentials that forward kept; nothing unless all is near."""
+    if tl.load(near + 1) > 0.0:
+        program = tl.program_id(0)
+        at = program % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+        of = program // row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+        row, column = first_row + at, first_column + of
+        inside = (row < n)[:, None] & (column < m)[None, :]
+        share = tl.load(kept + row.to(tl.int64)[:, None] * kept_stride + column[None, :], inside, 0.0).to(tl.float32)
+        z_scale = tl.load(scale) * LOG2E
+        positive = _stat(rows, DIAGONAL_STUDENT, n, row) * z_scale
+        sides = clamped(near + _FACTORS, row, n)[:, None]
+        if COLUMNS:
+            sides = sides + clamped(near + _FACTORS + (n + 15) // 16 * 16, column, m)[None, :]
+        g = share * tl.exp2(positive - tl.load(near))[:, None] * sides
+        raw = tl.where(share > 0.0, (tl.log2(share) + positive[:, None]) / z_scale, 0.0)
+        sums += program * _SUMS
+        tl.store(sums, tl.load(sums) + _total(g * raw) / tl.load(scale))
+        plain = tl.program_id(0) < 0
+        _store(
+            out, g, grad_rows, DIAGONAL_STUDENT, factor, plain, at, of, out_stride, row, column, n, m, label_offset,
+            INTERPRETED,
+        )  # fmt: skip

@@ -3,13 +3,15 @@
 import triton
 import triton.language as tl
 
-from simplclip.kernels.arithmetic import INF, LN2, LOG2E, uniform
+from simplclip.kernels.arithmetic import INF, LN2, LOG2E, narrowed, uniform
 from simplclip.kernels.similarity.tile import (
+    clamped,
     interior,
     masked,
     product,
     raised,
     sigmoid_entries,
+    store,
     weighted,
     weights,
 )
@@ -34,7 +36,17 @@ def _column_softmax(logits, part, m, inside):
 
 
 @triton.jit(
-    do_not_specialize=["n", "m", "label_offset", "first_row", "row_count", "row_blocks", "splits", "tiles_per_split"],
+    do_not_specialize=[
+        "n",
+        "m",
+        "label_offset",
+        "first_row",
+        "row_count",
+        "row_blocks",
+        "splits",
+        "tiles_per_split",
+        "kept_rows",
+    ],
 )
 def _similarity_statistics_kernel(
     image,  # [N, D]
@@ -50,6 +62,8 @@ def _similarity_statistics_kernel(
     pairs,  # tile.Pairs
     row_parts,  # [splits, row slots, row_count]
     column_parts,  # [row_blocks, column slots, M]
+    kept,  # [kept_rows, M] or None: the exponentials 2^(z - z of the row's positive), where z has a launch of its own
+    positives,  # [N]: the positives' similarities, with `kept`
     n,
     m,
     width,
@@ -61,6 +75,8 @@ def _similarity_statistics_kernel(
     row_blocks,
     splits,
     tiles_per_split,
+    kept_rows,  # a multiple of BLOCK_M, or N
+    kept_stride,
     LAUNCH: tl.constexpr,  # launch.Launch
     SLOTS: tl.constexpr,  # launch.Slots
     TILE: tl.constexpr,  # launch.Tiling
@@ -171,6 +187,7 @@ def _similarity_statistics_kernel(
                         mean = tl.sum(weighted(share, gap), 0)
                     tl.store(parts_at + SLOTS.MEAN_STUDENT * m, mean * LN2, inside)
             fits = False
+            share = z
             if t is None and pairs.ids is None:  # noqa: SIM102 a constant apart from what the kernel finds
                 if uniform(plain & (top < INF), TILE.INTERPRETED):
                     # One exponential of an entry, with an earlier maximum, if no sum leaves the range of float32.
@@ -189,10 +206,17 @@ def _similarity_statistics_kernel(
             if not fits:
                 z = masked(z, t, plain, row, column, n, m, label_offset, pairs, LAUNCH.DROP_IDS)
                 max_z, base, shrink = raised(max_z, z, 1)
-                sum_z = sum_z * shrink + tl.sum(weights(z, base[:, None]), 1)
+                share = weights(z, base[:, None])
+                sum_z = sum_z * shrink + tl.sum(share, 1)
                 if LAUNCH.COLUMNS:
                     _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
                 top = tl.where(tl.min(max_z, 0) > -INF, tl.max(max_z, 0), INF)
+            if kept is not None:  # noqa: SIM102
+                if first_row + row_block * BLOCK_M < kept_rows:
+                    past = tl.where(max_z == -INF, 0.0, max_z) - clamped(positives, row, n) * z_scale
+                    half = tl.exp2(0.5 * past)[:, None]  # the whole may be too small
+                    narrow = narrowed(share * half * half, kept.dtype.element_ty, TILE.INTERPRETED)
+                    store(kept + safe_row[:, None] * kept_stride + column[None, :], narrow, plain, row, column, n, m)
             if LAUNCH.SIGMOIDS > 0:
                 value, _, amount = sigmoid_entries(raw, sigmoids, plain, row, column, n, m, label_offset, pairs, 0, TILE)
                 first_sigmoid += tl.sum(value, 1) * amount

@@ -45,8 +45,10 @@ class Launch:
         """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four."""
         return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.HAS_IMAGE_TO_TEACHER))
 
-    def entry(self, backward: bool) -> tuple[str, int]:
-        """The op and the entry of its row in the table of tiles."""
+    def entry(self, backward: bool, kept: bool = False, precision: str = "", architecture: int = 0) -> tuple[str, int]:
+        """The op and the entry of its row in the table of tiles. `kept`: whether forward keeps exponentials."""
+        if kept and not backward and (precision == "tf32" or architecture == 120):
+            return "similarity_forward", 2  # whose tiles are smaller
         op = f"similarity_{'backward' if backward else 'forward'}"
         if self.SIGMOIDS:
             rows_alone = not (backward or self.COLUMNS)  # which takes more registers than with the columns
@@ -135,7 +137,7 @@ def block_sides(n: int, m: int, elements: int) -> tuple[int, int]:
     return found[min(found)] if found else (min(n, SIDE), min(m, SIDE))
 
 
-def blocks_of(n: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """The rows and the columns of each block."""
-    for first, first_column in itertools.product(starts(n, rows), starts(m, columns)):
-        yield slice(first, min(n, first + rows)), slice(first_column, min(m, first_column + columns))
+def blocks_of(begin: int, end: int, m: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """The rows, from `begin` to `end`, and the columns of each block."""
+    for first, first_column in itertools.product(starts(end - begin, rows), starts(m, columns)):
+        yield slice(begin + first, min(end, begin + first + rows)), slice(first_column, min(m, first_column + columns))

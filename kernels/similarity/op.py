@@ -6,20 +6,36 @@ constants of the kernels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from simplclip.kernels import tuning
-from simplclip.kernels.launch import COMPILE, architecture_and_processors, device_of, precision_of, splits, started, starts
-from simplclip.kernels.similarity.backward import FACTORS, SUMS, _similarity_factors_kernel, _similarity_gradient_kernel
+from simplclip.kernels.launch import (
+    COMPILE,
+    architecture_and_processors,
+    device_of,
+    interpreted,
+    precision_of,
+    splits,
+    started,
+    starts,
+)
+from simplclip.kernels.similarity.backward import (
+    FACTORS,
+    SUMS,
+    _similarity_factors_kernel,
+    _similarity_gradient_kernel,
+    _similarity_kept_kernel,
+)
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.gradients import FeatureGradient, range_factor
 from simplclip.kernels.similarity.launch import STUDENTS, Launch, Slots, Tiling, block_sides, blocks_of, launches
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.kernels.similarity.tile import Pairs, Sigmoids
-from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient
+from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient, stored_dtype
 
 GROUP = 8  # blocks of rows that use the same column tiles while those are in the cache
 # Blocks of the small kernels, which need no table.
@@ -27,6 +43,7 @@ MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
 MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
 NEAR = {"BLOCK": 2048}
+KEPT = {"BLOCK_M": 32, "BLOCK_N": 128}
 _COLUMN_LSES = {
     "HAS_TEACHER": ColumnStat.LSE_TEACHER,
     "HAS_TEACHER_TO_TEXT": ColumnStat.LSE_TEACHER_TO_TEXT,
@@ -35,15 +52,16 @@ _COLUMN_LSES = {
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's statistics: rows [11, N], columns [5, M], and an unused tensor of the shape of the stored rows.
+    """The reference's statistics: rows [11, N], columns [5, M]; and, in place of the stored rows, exponentials of them.
 
     Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
     block of rows' parts), and those of row statistics.
     """
-    with device_of(call.image):
-        rows, columns = statistics(call)
     shape = call.matrices if call.stored_rows else 0, call.stored_rows, call.text.shape[0]
-    return rows, columns, call.image.new_empty(shape)
+    kept = call.image.new_empty(shape, dtype=stored_dtype(call.image.dtype))
+    with device_of(call.image):
+        rows, columns = statistics(call, kept if call.stored_rows and call.keeps_exponentials else None)
+    return rows, columns, kept
 
 
 _GIVEN = ("image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale", "cross_scale", "label_offset")
@@ -71,14 +89,14 @@ def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[s
     }
 
 
-def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [11, N], [5, M]
+def statistics(call: SimilarityCall, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [11, N], [5, M]
     n, m, image = call.image.shape[0], call.text.shape[0], call.image
     rows = torch.zeros(len(RowStat), n, dtype=torch.float32, device=image.device)
     columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
     precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
     _positives(call, rows)
     for launch in launches(call):
-        tile = tuning.lookup(*launch.entry(backward=False), precision, architecture)
+        tile = tuning.lookup(*launch.entry(False, kept is not None, precision, architecture), precision, architecture)
         slots = Slots.of(launch)
         blocks = -(-n // tile.block_m)
         if launch.COLUMNS:
@@ -95,6 +113,8 @@ def statistics(call: SimilarityCall) -> tuple[Tensor, Tensor]:  # [11, N], [5, M
             column_parts = columns.new_empty(row_blocks, slots.COLUMNS, m) if launch.COLUMNS else None
             started(_similarity_statistics_kernel)[(row_blocks * ranges,)](
                 **arguments(call, launch, tile), SLOTS=slots, GROUP=GROUP, row_parts=row_parts, column_parts=column_parts,
+                kept=kept, positives=None if kept is None else rows[RowStat.DIAGONAL_STUDENT], kept_rows=call.stored_rows,
+                kept_stride=m,
                 entropy=float(call.entropy), first_row=first, row_count=count, row_blocks=row_blocks, splits=ranges,
                 tiles_per_split=per_split,
             )  # fmt: skip
@@ -155,15 +175,20 @@ class Blocks:
         self.rows, self.columns = block_sides(self.n, self.m, call.chunk * self.m // matrices)
         pitch = -(-self.columns // 8) * 8  # rows begin at multiples of 16 bytes, which the fast kernels of the BLAS need
         self.scratch = call.image.new_empty(matrices, self.rows, pitch)
-        tiles = max(-(-self.rows // tile.block_m) * -(-self.columns // tile.block_n) for _, tile in self.plan)
+        sides = [tile[:2] for _, tile in self.plan] + [tuple(KEPT.values())]
+        tiles = max(-(-self.rows // block_m) * -(-self.columns // block_n) for block_m, block_n in sides)
         # Sums of the gradients of the scalars, of the tiles at the same place in all blocks.
         self.sums = torch.zeros(tiles, SUMS, dtype=torch.float32, device=call.image.device)
         self.factor = None if attend else range_factor(call)
+        self.kept_rows = call.stored_rows if call.keeps_exponentials and not attend else 0
         self.near = None if call.has_teacher else self._factors()
 
     def __iter__(self) -> Iterator[tuple[str, slice, slice, Tensor]]:
         """Of each block: a flag of STUDENTS, the rows, the columns, and G of that matrix, which the next block overwrites."""
-        for at, of in blocks_of(self.n, self.m, self.rows, self.columns):
+        kept = self.kept_rows
+        for at, of in itertools.chain(
+            blocks_of(0, kept, self.m, self.rows, self.columns), blocks_of(kept, self.n, self.m, self.rows, self.columns)
+        ):
             for launch, tile in self.plan:
                 self._compute(launch, tile, at, of)
                 for flag, g in zip((flag for flag in STUDENTS if getattr(launch, flag)), self.scratch):
@@ -174,14 +199,22 @@ class Blocks:
         out = self.sums.new_empty(FACTORS + -(-self.n // 16) * 16 + self.m)
         started(_similarity_factors_kernel)[(1,)](
             call.row_stats, call.column_stats, call.grad_rows, call.grad_columns, call.scale, out, self.n, self.m,
-            COLUMNS=call.columns, ATTEND=self.attend, **NEAR, num_warps=8, **COMPILE,
+            COLUMNS=call.columns, ATTEND=self.attend, KEPT=self.kept_rows > 0, **NEAR, num_warps=8, **COMPILE,
         )  # fmt: skip
         return out
 
     def _compute(self, launch: Launch, tile: tuning.Tile, at: slice, of: slice) -> None:
         call, row_blocks = self.call, -(-(at.stop - at.start) // tile.block_m)
+        kept = at.start < self.kept_rows
+        if kept:
+            kept_blocks = -(-(at.stop - at.start) // KEPT["BLOCK_M"])
+            started(_similarity_kept_kernel)[(kept_blocks * -(-(of.stop - of.start) // KEPT["BLOCK_N"]),)](
+                call.stored, call.row_stats, call.grad_rows, call.scale, self.near, self.factor, self.scratch, self.sums,
+                self.n, self.m, call.label_offset, at.start, of.start, kept_blocks, self.m, self.scratch.stride(1),
+                COLUMNS=call.columns, INTERPRETED=interpreted(), **KEPT, num_warps=4, **COMPILE,
+            )  # fmt: skip
         started(_similarity_gradient_kernel)[(row_blocks * -(-(of.stop - of.start) // tile.block_n),)](
-            **arguments(call, launch, tile), ATTEND=self.attend, rows=call.row_stats, columns=call.column_stats,
+            **arguments(call, launch, tile), ATTEND=self.attend, KEPT=kept, rows=call.row_stats, columns=call.column_stats,
             grad_rows=call.grad_rows, grad_columns=call.grad_columns,
             near=self.near if launch.HAS_STUDENT else None, factor=self.factor, out=self.scratch, sums=self.sums,
             first_row=at.start, first_column=of.start, row_blocks=row_blocks, out_stride=self.scratch.stride(1),

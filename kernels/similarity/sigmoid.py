@@ -122,7 +122,7 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tiles = -(-rows // tile.block_m) * -(-columns // tile.block_n)
     blocks = -(-n // rows) * -(-m // columns)
     sums = torch.zeros(blocks * tiles, terms, SUMS, dtype=torch.float32, device=image.device)
-    for index, (at, of) in enumerate(blocks_of(n, m, rows, columns)):
+    for index, (at, of) in enumerate(blocks_of(0, n, m, rows, columns)):
         row_blocks = -(-(at.stop - at.start) // tile.block_m)
         started(_similarity_sigmoid_kernel)[(row_blocks * -(-(of.stop - of.start) // tile.block_n),)](
             image, text, numbers, call.mix, Pairs.of(call), factor, scratch, sums,

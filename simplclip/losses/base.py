@@ -106,7 +106,8 @@ class SimilarityLoss(nn.Module):
     # l = p S + q starts between the cosines of unmatched (about 0) and matched (about 0.3 and more) pairs.
     INITIAL_WEIGHT, INITIAL_BIAS = 10.0, -2.0
 
-    scratch_bytes: int | None = None  # passed to similarity_loss; may be set on an instance
+    scratch_bytes: int | None = None  # passed to similarity_loss, as is store_bytes; may be set on an instance
+    store_bytes: int | None = None
 
     def __init__(
         self,
@@ -178,7 +179,7 @@ class SimilarityLoss(nn.Module):
 
     def _terms(self, terms: tuple[str, ...], image: Tensor, text: Tensor, **options: Any) -> dict[str, Tensor]:
         """The terms of this rank's rows. options: tensors and options of ops.similarity_loss."""
-        options |= {"terms": terms, "scratch_bytes": self.scratch_bytes, **self.options}
+        options |= {"terms": terms, "scratch_bytes": self.scratch_bytes, "store_bytes": self.store_bytes, **self.options}
         if "pair_matching" in terms:
             weight, bias = self._learned(self.plane_weight, self.plane_bias)
             options["plane"] = first_columns(weight, text) if self.plane == "hadamard" else weight, bias

@@ -16,11 +16,15 @@ from simplclip.kernels.feature.op import tile as feature_tile
 from simplclip.kernels.launch import COMPILE
 from simplclip.kernels.mlp import op as mlp
 from simplclip.kernels.mlp.activations import ACTIVATIONS
-from simplclip.kernels.similarity.backward import _similarity_factors_kernel, _similarity_gradient_kernel
+from simplclip.kernels.similarity.backward import (
+    _similarity_factors_kernel,
+    _similarity_gradient_kernel,
+    _similarity_kept_kernel,
+)
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
 from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
-from simplclip.kernels.similarity.op import DIAGONAL, GROUP, MERGE, MERGE_WARPS, NEAR
+from simplclip.kernels.similarity.op import DIAGONAL, GROUP, KEPT, MERGE, MERGE_WARPS, NEAR
 from simplclip.kernels.similarity.sigmoid import _similarity_sigmoid_kernel
 from simplclip.kernels.similarity.terms import BLOCK as TERMS_BLOCK
 from simplclip.kernels.similarity.terms import _similarity_terms_kernel
@@ -38,9 +42,11 @@ _TYPES = {
     **dict.fromkeys(("inv_norms", "grad"), "*fp32"),
     "teacher": "*fp16",  # stored features
     "entropy": "fp32",
+    "kept": "*bf16",  # *fp32 for float32
+    "positives": "*fp32",
 }
 # Multiples of 16 in any call worth a table, as are the strides.
-_ALIGNED = ("d", "width", "teacher_width", "hidden")
+_ALIGNED = ("d", "width", "teacher_width", "hidden", "kept_stride")
 _ALIGNED += ("out_stride", "matrix_stride", "h_stride", "weight_stride", "grad_stride")
 
 
@@ -113,19 +119,22 @@ def similarity(
     tile: tuning.Tile | None = None,
     even: bool = True,
     attend: bool = False,
+    kept: bool = False,
 ) -> Kernel:
     """A launch's large kernel; `tile` in place of the table's."""
     precision = DTYPES[dtype][1]
-    tile = tile or tuning.lookup(*launch.entry(backward), precision, architecture)
+    tile = tile or tuning.lookup(*launch.entry(backward, kept, precision, architecture), precision, architecture)
     tiling = Tiling(*tile[:3], even, even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
     constants = {**absent(launch), "LAUNCH": launch, "TILE": tiling}
     if backward:
         constants |= {
             "ATTEND": attend,
+            "KEPT": kept,
             **({"near": None} if launch.HAS_TEACHER else {}),
             **({} if dtype == "float16" else {"factor": None}),
         }
     else:
+        constants |= {} if kept else {"kept": None, "positives": None}
         constants |= {"SLOTS": Slots.of(launch), "GROUP": GROUP, **({} if launch.COLUMNS else {"column_parts": None})}
     what = "".join(letter for letter, name in MATRICES.items() if getattr(launch, name))
     what += f"+{launch.SIGMOIDS} sigmoids" * (launch.SIGMOIDS > 0) + "+shares" * launch.HAS_SHARES + "+ids" * has_ids(launch)
@@ -158,7 +167,7 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
             "_similarity_merge_kernel", _similarity_merge_kernel, constants, tile._replace(warps=MERGE_WARPS), "float32",
             "rows" if of_rows else "columns", False, {"out": "*fp32"},
         )  # fmt: skip
-    near = {"COLUMNS": True, "ATTEND": False, **NEAR}
+    near = {"COLUMNS": True, "ATTEND": False, "KEPT": True, **NEAR}
     yield Kernel(
         "_similarity_factors_kernel", _similarity_factors_kernel, near, tile._replace(warps=8), "float32", "L", False,
         {"out": "*fp32"},
@@ -169,6 +178,8 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
             "_similarity_terms_kernel", _similarity_terms_kernel, constants, tile, "float32", "" if of_terms else "gradient",
             False, {"out": "*fp32", "margin": "fp32"},
         )  # fmt: skip
+    kept = {"COLUMNS": True, "INTERPRETED": False, **KEPT, **({} if dtype == "float16" else {"factor": None})}
+    yield Kernel("_similarity_kept_kernel", _similarity_kept_kernel, kept, tile, dtype, "Z", False)
     yield Kernel(
         "_similarity_diagonal_kernel", _similarity_diagonal_kernel, dict(DIAGONAL), tile, dtype, "L", False, {"out": "*fp32"}
     )
@@ -216,6 +227,7 @@ def compile_kernel(kernel: Kernel, architecture: int):
             signature[name], constants[name] = "constexpr", kernel.constants[name]
             continue
         kind = {**_TYPES, **kernel.types}.get(name, "i32")
+        kind = "*fp32" if name == "kept" and element == "fp32" else kind
         if isinstance(kind, tuple):  # of pointers
             signature[name] = type(kind)(*(each or "constexpr" for each in kind))
             constants |= {(place, at): None for at, each in enumerate(kind) if each is None}
@@ -239,6 +251,8 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
                 yield similarity(launch, dtype, architecture, backward, even=False)
         if launch == Launch(HAS_STUDENT=True, DROP_IDS=launch.DROP_IDS):
             yield similarity(launch, dtype, architecture, True, attend=True)
+    for columns, backward in itertools.product((True, False), repeat=2):
+        yield similarity(Launch(HAS_STUDENT=True, COLUMNS=columns), dtype, architecture, backward, kept=True)
     yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)
     if dtype != "tf32":

@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 from gates import extension, gate
-from gates.kernels import launches, similarity
+from gates.kernels import compile_kernel, launches, similarity
 
 from simplclip.kernels import launch as start
 from simplclip.kernels import tuning
@@ -30,6 +30,13 @@ def test_a_spill_fails_the_gate():
     row = of_one_matrix(tuning.Tile(128, 128, 32, 4, 2, 1))
     assert row.spills > 0
     assert any("spill" in failure for failure in row.failures)
+
+
+@pytest.mark.slow
+def test_tf32_operands_are_rounded():
+    launch = next(launch for launch in launches(False) if launch.tiles == 1 and not launch.SIGMOIDS)
+    text = compile_kernel(similarity(launch, "tf32", 86, True), 86).asm["ptx"]
+    assert text.count("cvt.rna.tf32.f32") > 8
 
 
 def test_too_much_shared_memory_fails_the_gate():

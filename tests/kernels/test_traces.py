@@ -22,10 +22,24 @@ def test_bytes_of_large_batches(n, most):
     from simplclip.kernels.similarity.launch import block_sides
 
     rows, columns = block_sides(n, n, (128 << 20) // 2)
+    kept = (256 << 20) // (2 * n)  # rows, in blocks of their own
+    down, across = -(-kept // rows) + -(-(n - kept) // rows), -(-n // columns)
     found = trace(shapes(n))
-    features = 2 * n * 512 * (-(-n // rows) + -(-n // columns))  # that the kernel of each block reads
+    features = 2 * n * 512 * (down + across)  # that the kernel of each block reads
     assert found.bytes + features < most
-    assert found.launches["_similarity_gradient_kernel"] == -(-n // rows) * -(-n // columns)
+    assert found.launches["_similarity_gradient_kernel"] == down * across
+
+
+@pytest.mark.parametrize(("n", "rows"), [(8192, 8192), (16384, 8192)])
+def test_rows_whose_exponentials_are_kept(n, rows):
+    """In 256 MiB; forward's product is not computed again where all is near, which the kernel finds on the GPU."""
+    from traces import trace
+
+    found = trace(shapes(n))
+    assert found.launches["_similarity_kept_kernel"] == -(-rows * n // (1 << 26))
+    assert found.launches["_similarity_gradient_kernel"] == -(-n * n // (1 << 26))
+    assert "_similarity_kept_kernel" not in trace(shapes(n), store_bytes=0).launches
+    assert not found.host_copies
 
 
 @pytest.mark.parametrize(("n", "m", "elements"), [(1, 1, 1), (300, 7, 0), (65536, 65536, 1 << 25), (5000, 131072, 1 << 26)])
@@ -53,7 +67,7 @@ def every_term(n: int) -> dict[str, object]:
 
 
 CALLS = {  # of similarity_loss, with the most launches and kernels of torch in a step
-    "contrastive": ({}, 8, 25),
+    "contrastive": ({}, 9, 25),
     "pair matching": ({"terms": TERMS[:2], "plane": (number(), number())}, 8, 32),
     "sigmoid": ({"terms": ("sigmoid",), "logit_bias": number()}, 1, 25),
     "sigmoids": (
@@ -76,7 +90,7 @@ CALLS = {  # of similarity_loss, with the most launches and kernels of torch in 
         6,
         250,
     ),
-    "debiased": ({"prior": 0.1, "margin": 0.1}, 6, 155),
+    "debiased": ({"prior": 0.1, "margin": 0.1}, 7, 155),
     "every term": (every_term(1024), 15, 300),
 }
 

@@ -30,6 +30,19 @@ def similarity() -> Iterator[tuple[Call, torch.dtype, dict]]:
         yield similarity_call(65, 65, **mode), torch.float16, {"size": 1e-3}
 
 
+def blocks() -> Iterator[tuple[Call, torch.dtype, dict]]:
+    """Sides around those of a block, 128 here, with exponentials that are kept for all rows, for some and for none."""
+    for n, m, store in ((1, 1, None), (127, 128, 0), (129, 129, None), (257, 258, 128 * 258 * 4), (128, 129, None)):
+        for dtype, symmetric in ((torch.float32, True), (torch.bfloat16, m % 2 == 0)):
+            options = {"scale": 20.0, "symmetric": symmetric, "scratch_bytes": 0, "store_bytes": store}
+            yield similarity_call(n, m, (m - n) // 2, terms=TERMS[:1], **options), dtype, {}
+    call = similarity_call(200, 200, terms=TERMS[:1], scratch_bytes=0)  # rows and columns that are far from each other
+    call.tensors["image"][::3] *= 300
+    call.tensors["text"][::5] *= 1e-3
+    call.tensors["text"][5::7] *= 50
+    yield call, torch.float32, {}
+
+
 def mlp() -> Iterator[tuple[Call, torch.dtype, dict]]:
     for dtype in DTYPES:  # several chunks of rows, the last not whole
         yield mlp_call(300, 20, 70, 20, act="gelu_tanh"), dtype, {}
@@ -55,7 +68,7 @@ def registration(device: str) -> None:
         check_registration(name, "triton", device)
 
 
-CALLS = {"similarity_loss": similarity, "parallel_mlp": mlp, "large": large}
+CALLS = {"similarity_loss": similarity, "blocks": blocks, "parallel_mlp": mlp, "large": large}
 OTHERS = {"registration": registration}
 BLOCK = 25  # random calls of a test
 PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start else []) for start in range(0, 500, BLOCK)]

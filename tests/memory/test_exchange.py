@@ -113,7 +113,7 @@ def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
         with warnings.catch_warnings(), fake.fake_step(mode, card), engine.installed(), pretended(4), counter.counting():
             warnings.simplefilter("ignore")
             loss = loss_of(local_loss=True, gather_with_grad=True, rank=0, world_size=4)
-            loss.scratch_bytes = 16 << 20
+            loss.scratch_bytes, loss.store_bytes = 16 << 20, 0
             shapes = ((8192, 512), (8192, 512), ())
             leaves = [of(torch.empty(shape, device="meta")).requires_grad_() for shape in shapes]
             with torch.autocast("cuda", torch.bfloat16, enabled=half):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TERMS = ("contrastive", "pair_matching", "relational", "interactive", "sigmoid")
@@ -25,6 +26,11 @@ DIVERGENCES = ("kl", "cross_entropy")
 GRADIENTS = (
     "image", "text", "scale", "projected_image", "projected_text", "cross_scale", "sigmoid_weight", "sigmoid_bias",
 )  # fmt: skip
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of what forward stores for features in the dtype of the products: exponentials leave the range of float16."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 class RowStat(IntEnum):
@@ -85,7 +91,7 @@ class SimilarityCall:
     interactive: bool = False  # whether to compute the same means of image_to_teacher and teacher_to_text
     entropy: float = 1.0  # 1: the means include the teacher's entropy; 0: they do not
     chunk: int = 0  # rows of a matrix in scratch at a time, on a GPU blocks of as many elements; see chunks.py
-    stored_rows: int = 0  # rows of the matrices that forward keeps for backward
+    stored_rows: int = 0  # rows of the matrices that forward keeps for backward: products, on a GPU exponentials
 
     @property
     def has_teacher(self) -> bool:
@@ -104,6 +110,11 @@ class SimilarityCall:
     def matrices(self) -> int:
         """The number of matrices of this call."""
         return self.softmax + self.has_teacher + self.interactive + self.has_teacher_to_text
+
+    @property
+    def keeps_exponentials(self) -> bool:
+        """Whether a GPU may keep rows: no sigmoid term and no mean can be computed from exponentials, ids need registers."""
+        return self.softmax and self.matrices == 1 and not self.sigmoids and self.ids is None
 
     @property
     def student_image(self) -> Tensor:  # [N, D̂]

@@ -13,7 +13,7 @@ from simplclip.ops.dtypes import accumulate_dtype
 # matrix products need; and of the first rows of the matrices, which forward keeps so that backward need not compute them.
 # A GPU reads and writes gradients for every block, so that larger ones cost it less.
 SCRATCH_BYTES, _SCRATCH_BYTES_ELSEWHERE = 64 << 20, 128 << 20
-_STORE_BYTES, _STORE_BYTES_ELSEWHERE = 36 << 20, 256 << 20
+STORE_BYTES, _STORE_BYTES_ELSEWHERE = 36 << 20, 256 << 20
 _CHUNK_ROWS = {"cpu": 1024}
 _CHUNK_ROWS_ELSEWHERE = 4096  # so that each of a GPU's 82 or more multiprocessors has a tile of the product G Y; not measured
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
@@ -28,7 +28,7 @@ def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
 
 def budgets(device: str, scratch_bytes: int | None, store_bytes: int | None) -> tuple[int, int]:
     """The budgets, which are by default those of the device."""
-    defaults = (SCRATCH_BYTES, _STORE_BYTES) if device == "cpu" else (_SCRATCH_BYTES_ELSEWHERE, _STORE_BYTES_ELSEWHERE)
+    defaults = (SCRATCH_BYTES, STORE_BYTES) if device == "cpu" else (_SCRATCH_BYTES_ELSEWHERE, _STORE_BYTES_ELSEWHERE)
     scratch, store = (default if given is None else given for given, default in zip((scratch_bytes, store_bytes), defaults))
     return scratch, store
 
@@ -63,12 +63,12 @@ def sweep_rows(n: int, m: int, dtype: torch.dtype, device: str, live: int, scrat
     return min(n, max(1, scratch_bytes // (m * dtype.itemsize)))
 
 
-def stored_rows(n: int, m: int, dtype: torch.dtype, matrices: int, store_bytes: int) -> int:
+def stored_rows(n: int, m: int, dtype: torch.dtype, matrices: int, store_bytes: int, strip: int) -> int:
     """Rows of each similarity matrix that forward keeps: all rows if they fit; else, of a single matrix, those that fit.
 
-    With several matrices the rows that fit would save only a few hundredths of the work.
+    These are a multiple of `strip`. With several matrices the rows that fit would save only a few hundredths of the work.
     """
     rows = store_bytes // (m * dtype.itemsize * matrices)
     if rows >= n:
         return n
-    return rows // _STRIP * _STRIP if matrices == 1 else 0
+    return rows // strip * strip if matrices == 1 else 0

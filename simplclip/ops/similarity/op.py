@@ -23,6 +23,7 @@ from simplclip.ops.similarity.call import (
     SimilarityGradient,
     TermsCall,
     TermsGradient,
+    stored_dtype,
 )
 from simplclip.ops.similarity.chunks import budgets, computes_in, prepare, stored_rows, sweep_rows
 from simplclip.ops.similarity.contrastive import Contrastive, contrastive
@@ -47,7 +48,7 @@ def _fwd_fake(call, backend):
     return (
         image.new_empty(len(RowStat), image.shape[0], dtype=stats),
         image.new_empty(len(ColumnStat), m, dtype=stats),
-        image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m, dtype=compute),
+        image.new_empty(call.matrices if call.stored_rows else 0, call.stored_rows, m, dtype=stored_dtype(compute)),
     )
 
 
@@ -117,11 +118,11 @@ def _by_number(function, call):
     return function(call)
 
 
-def _terms_fake(call):
+def _terms_fake(call, backend):
     return call.rows.new_empty(1 + call.sigmoids)
 
 
-def _terms_bwd_fake(call):
+def _terms_bwd_fake(call, backend):
     columns = call.rows.new_empty(0) if call.columns is None else call.columns.new_empty(call.columns.shape)
     return call.rows.new_empty(call.rows.shape), columns, call.rows.new_empty(())
 
@@ -238,8 +239,9 @@ def similarity_loss(
         scratch_bytes: budget of the chunk of a similarity matrix; one chunk of the student's matrix and one of the teacher's
             exist at a time. By default 64 MiB on a CPU, where a chunk is some rows, and 128 MiB on a GPU, where it is a block
             of about as many rows as columns for all of the student's matrices together.
-        store_bytes: budget of the rows of the similarity matrices that forward keeps, so that backward does not compute them
-            again; on a CPU only.
+        store_bytes: budget of the rows that forward keeps, so that backward does not compute them again: on a CPU of the
+            similarity matrices, by default 36 MiB; on a GPU of the exponentials of Z, by default 256 MiB, bfloat16 for half
+            types, where the call has no other matrix, no sigmoid term in its sweep and no ids.
 
     Returns:
         A dict with one 0-dimensional tensor for each term, and "loss" with `weights`, float32 (float64 for float64 features).
@@ -380,9 +382,9 @@ def _statistics(
     n, m, device = call.image.shape[0], call.text.shape[0], call.image.device.type
     dtype = computes_in(call.image.dtype, device)
     call.chunk = sweep_rows(n, m, dtype, device, 1 + call.has_teacher, scratch_bytes)
-    # Only on a CPU: a GPU's kernels compute the tiles again instead of reading them.
-    if device == "cpu" and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
-        call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes)
+    kept = call.keeps_exponentials and dtype != torch.float64 and backends.forced() != "reference"
+    if (kept or not on_gpu(call)) and wants_grad(call.image, call.text, call.projected_image, call.projected_text):
+        call.stored_rows = stored_rows(n, m, dtype, call.matrices, store_bytes, 128 if on_gpu(call) else 64)
     rows, columns, _ = run("similarity_loss_fwd", *flat(call), backends.forced())
     if not call.columns:
         return rows, None
