@@ -195,7 +195,7 @@ def _products(n: int, dtype: torch.dtype, device: str, terms: tuple[str, ...]) -
     matrix is computed again, including that of "infonce".
     """
     matrices = 1 + ("relational" in terms)
-    kept = stored_rows(n, n, computes_in(dtype, device), matrices, STORE_BYTES) / n if device == "cpu" else 0
+    kept = stored_rows(n, n, computes_in(dtype, device), matrices, STORE_BYTES, 64) / n if device == "cpu" else 0
     return matrices * (2 - kept) + 2 + (4 if device == "cpu" else 6) * ("interactive" in terms)
 
 
