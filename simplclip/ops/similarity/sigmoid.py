@@ -100,7 +100,7 @@ def numbers_of(
 
 
 def _stacked(numbers: Sequence[Tensor]) -> Tensor:
-    return torch.stack(numbers) if len(numbers) > 1 else numbers[0].reshape(1)
+    return torch.stack(list(numbers)) if len(numbers) > 1 else numbers[0].reshape(1)
 
 
 def sigmoid_terms(
