@@ -120,6 +120,9 @@ def run(
             if failed is error:
                 raise
             raise failed from error
+        if training.step == config.run.steps:  # said while a closed pipe is no error
+            took = duration(time.monotonic() - began)
+            report.print(f"done       step {training.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
     if training.step < config.run.steps:
         if not first:
             raise SystemExit(130)
@@ -127,8 +130,6 @@ def run(
             f"{stop.requested}: saved step {training.step} of {config.run.steps} to {out / 'last.pt'}. "
             f"To go on: simplclip train {out / 'config.yaml'} --resume{flag(config)}"
         )
-    took = duration(time.monotonic() - began)
-    report.print(f"done       step {training.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
     return out / "last.pt"
 
 

@@ -1,5 +1,6 @@
 """Training: resuming bit for bit, signals, crashes, refusals, and that it learns."""
 
+import io
 import os
 import re
 import signal
@@ -210,6 +211,18 @@ def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_pa
         checkpoint.save(tmp_path, {"step": 4})
     assert stop.requested
     assert checkpoint.load(tmp_path)["step"] == 4
+
+
+def test_a_reader_that_goes_at_the_end_is_no_error(tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            if text.startswith("done"):
+                raise BrokenPipeError
+            return super().write(text)
+
+    path = train.run(tiny.settings(tmp_path, "run.steps=1"), console=Console(file=Closed(), width=500))
+    assert checkpoint.load(path)["step"] == 1
+
 
 
 @pytest.mark.slow
