@@ -214,13 +214,16 @@ def test_a_save_that_fails_or_is_interrupted_leaves_the_former_checkpoint(tmp_pa
 
 
 def test_a_reader_that_goes_at_the_end_is_no_error(tmp_path):
-    class Closed(io.StringIO):
+    reader, writer = os.pipe()
+
+    class Output(io.TextIOWrapper):
         def write(self, text):
             if text.startswith("done"):
-                raise BrokenPipeError
+                os.close(reader)
             return super().write(text)
 
-    path = train.run(tiny.settings(tmp_path, "run.steps=1"), console=Console(file=Closed(), width=500))
+    with Output(open(writer, "wb", buffering=0), write_through=True) as output:
+        path = train.run(tiny.settings(tmp_path, "run.steps=1"), console=Console(file=output, width=500))
     assert checkpoint.load(path)["step"] == 1
 
 
