@@ -37,9 +37,9 @@ def blocks() -> Iterator[tuple[Call, torch.dtype, dict]]:
             options = {"scale": 20.0, "symmetric": symmetric, "scratch_bytes": 0, "store_bytes": store}
             yield similarity_call(n, m, (m - n) // 2, terms=TERMS[:1], **options), dtype, {}
     call = similarity_call(200, 200, terms=TERMS[:1], scratch_bytes=0)  # rows and columns that are far from each other
-    call.tensors["image"][::3] *= 300
+    call.tensors["image"][::3] *= 30
     call.tensors["text"][::5] *= 1e-3
-    call.tensors["text"][5::7] *= 50
+    call.tensors["text"][5::7] *= 10
     yield call, torch.float32, {}
 
 
