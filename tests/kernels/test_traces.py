@@ -4,6 +4,7 @@ import pytest
 import torch
 from interpreter import needs_triton
 
+from simplclip.memory import fake
 from simplclip.ops.similarity.call import TERMS
 
 pytestmark = needs_triton
@@ -14,6 +15,7 @@ def shapes(n: int, width: int = 512, dtype: torch.dtype = torch.bfloat16) -> dic
     return features | {"logit_scale": torch.empty((), device="meta")}
 
 
+@pytest.mark.skipif(fake.OLD, reason="torch 2.11 has no fake product of another dtype, whose bytes are not counted then")
 @pytest.mark.parametrize(("n", "most"), [(65536, 9e9), (131072, 30e9)])
 def test_bytes_of_large_batches(n, most):
     """Those of features and gradients. The blocks of G, which are written once and read by two products, are besides them."""

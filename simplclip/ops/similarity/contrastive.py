@@ -109,7 +109,7 @@ def _other_targets(call: SimilarityCall, options: Contrastive, same_ids: SameIds
         matched, any_other, counts = share(m, same_ids.of_columns(), same_ids.all_rows - same_ids.of_columns())
         if not same_ids.gathered:
             covered = torch.zeros(m, dtype=wide, device=image.device)
-            covered[window] = 1
+            covered[window].fill_(1)  # an assignment copies the number from the host in torch 2.11
             matched, any_other = matched * covered, any_other * covered
         target = target + pairs.sums(text * matched[:, None])
         target = target + compared(text * any_other[:, None]) if smooth else target
