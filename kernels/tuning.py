@@ -64,6 +64,7 @@ _TABLE = {
 _ARCHITECTURE = {
     ("similarity_backward", "tf32", 80):          "128x64x32/8/3",
     ("similarity_sigmoid", "ieee", 80):           "-              64x32x32/4/2",
+    ("similarity_sigmoid", "ieee", 90):           "64x64x16/8/3",
     ("similarity_forward_sigmoid", "half", 80):   "64x64x32/8/4   64x64x32/8/4",
     ("similarity_forward_sigmoid", "tf32", 80):   "64x64x32/8/3",
     ("similarity_forward_sigmoid", "half", 90):   "64x64x32/8/4   64x64x32/8/4",
