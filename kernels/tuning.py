@@ -65,6 +65,7 @@ _ARCHITECTURE = {
     ("similarity_backward", "tf32", 80):          "128x64x32/8/3",
     ("similarity_sigmoid", "ieee", 80):           "-              64x32x32/4/2",
     ("similarity_sigmoid", "ieee", 90):           "64x64x16/8/3",
+    ("similarity_sigmoid", "ieee", 120):          "64x32x16/4/3",
     ("similarity_forward_sigmoid", "half", 80):   "64x64x32/8/4   64x64x32/8/4",
     ("similarity_forward_sigmoid", "tf32", 80):   "64x64x32/8/3",
     ("similarity_forward_sigmoid", "half", 90):   "64x64x32/8/4   64x64x32/8/4",
@@ -72,7 +73,7 @@ _ARCHITECTURE = {
     ("similarity_forward_sigmoid", "ieee", 90):   "-              64x64x8/8/4",
     ("similarity_forward_sigmoid", "tf32", 120):  "64x64x32/8/3",
     ("similarity_forward_sigmoid", "half", 120):  "64x64x32/8/4",
-    ("similarity_forward_sigmoid", "ieee", 120):  "64x64x8/8/4",
+    ("similarity_forward_sigmoid", "ieee", 120):  "64x64x8/8/4    64x64x8/8/4",
     ("similarity_backward_sigmoid", "half", 90):  "-              64x64x32/8/4",
     ("similarity_backward_sigmoid", "tf32", 90):  "-              64x64x32/8/3",
     ("similarity_backward_sigmoid", "half", 120): "-              64x32x32/8/4",
@@ -92,7 +93,7 @@ _ARCHITECTURE = {
 _OLDER = {
     ("similarity_forward", "half", 0):          "-              -              64x64x32/8/4",
     ("similarity_forward", "tf32", 0):          "-              -              64x64x32/8/3",
-    ("similarity_forward", "ieee", 0):          "128x64x16/8/2  128x32x16/8/3  64x32x16/8/3   64x64x16/8/1",
+    ("similarity_forward", "ieee", 0):          "64x64x16/8/3   128x32x16/8/3  64x32x16/8/3   64x64x16/8/1",
     ("similarity_backward", "tf32", 0):         "-              -              -              64x128x16/8/4",
     ("similarity_backward", "tf32", 90):        "-              -              -              64x64x32/8/3",
     ("similarity_backward", "ieee", 0):         "128x64x16/8/3  -              64x64x16/8/3   64x64x16/8/3",
@@ -102,6 +103,7 @@ _OLDER = {
     ("similarity_backward_sigmoid", "ieee", 0): "-              64x64x16/8/3   64x64x16/8/3",
     ("similarity_backward_sigmoid", "ieee", 120):"-             -              64x32x16/8/3",
     ("similarity_backward_sigmoid", "tf32", 120):"-              64x128x16/8/4",
+    ("similarity_sigmoid", "half", 86):         "-              64x32x32/8/4",
     ("similarity_sigmoid", "ieee", 80):         "128x32x16/8/2",
     ("similarity_sigmoid", "ieee", 90):         "-              64x32x16/8/3",
 }
