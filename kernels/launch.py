@@ -80,12 +80,19 @@ def _warn(name: str, spills: int, architecture: int) -> None:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [M, N] float32 += left right, in place. A product in a half type may add the parts of a long sum in that type."""
-    if _pretends:  # fake tensors of torch 2.11 do not have this product, which allocates nothing
-        return
-    if not total.is_cuda:  # under the interpreter
+    if not _pretends:  # fake tensors of torch 2.11 do not have this product, which allocates nothing
+        product(total, left, right, add=True)
+
+
+def product(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+    """out [M, N] float32 = left right, or += if `add`."""
+    if not out.is_cuda:  # under the interpreter
         left, right = left.float(), right.float()
     wide = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
-    torch.addmm(total, left, right, out=total, **wide)
+    if add:
+        torch.addmm(out, left, right, out=out, **wide)
+    else:
+        torch.mm(left, right, out=out, **wide)
 
 
 class started:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simplclip.kernels.launch import product
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityGradient
 
 FLOAT16_PEAK = 10  # log2 of the largest scaled entry: far from overflow, and 2^24 times the smallest normal float16
@@ -27,13 +28,7 @@ class FeatureGradient:
             return
         out, first = self.sum[at], at.start not in self.begun
         self.begun.add(at.start)
-        if not left.is_cuda:  # under Triton's interpreter
-            left, right = left.float(), right.float()
-        wide = {"out_dtype": torch.float32} if left.dtype != torch.float32 else {}
-        if first:
-            torch.mm(left, right, out=out, **wide)
-        else:
-            torch.addmm(out, left, right, out=out, **wide)
+        product(out, left, right, add=not first)
 
     def result(self, back: Tensor | None = None) -> Tensor:  # [N, D] or [0, D]
         """The sum, times `back` if it is given. It is the last call."""

@@ -48,17 +48,21 @@ def peers(monkeypatch, tmp_path):
     )  # fmt: skip
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(attention_forms, "SHAPES", attention_forms.SHAPES[2:3])
-    monkeypatch.setattr(training_forms, "OBJECTIVES", training_forms.OBJECTIVES[:1])
-    # One kernel of Triton to compile, and one of CUDA C++, without nvcc.
-    monkeypatch.setattr(calls, "LOSSES", {"sigmoid": ("sigmoid",)})
-    monkeypatch.setattr(calls, "LENGTHS", (50,))
-    monkeypatch.setattr(calls, "TOWERS", {})
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    few_cases(monkeypatch)
     monkeypatch.setattr(gpu, "CORRECTNESS", {"cpu": [GREEN, "-k", "valid"]})
     smi = tmp_path / "nvidia-smi"
     smi.write_text(SMI)
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+def few_cases(monkeypatch):
+    """One objective, one kernel of Triton to compile, and one of CUDA C++, without nvcc."""
+    monkeypatch.setattr(training_forms, "OBJECTIVES", training_forms.OBJECTIVES[:1])
+    monkeypatch.setattr(calls, "LOSSES", {"sigmoid": ("sigmoid",)})
+    monkeypatch.setattr(calls, "LENGTHS", (50,))
+    monkeypatch.setattr(calls, "TOWERS", {})
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
 
 
 def test_a_dry_run(peers, tmp_path, capfd):
@@ -121,12 +125,7 @@ def test_a_dry_run(peers, tmp_path, capfd):
 
 
 def test_a_red_test_stops_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(training_forms, "OBJECTIVES", training_forms.OBJECTIVES[:1])
-    # One kernel of Triton to compile, and one of CUDA C++, without nvcc.
-    monkeypatch.setattr(calls, "LOSSES", {"sigmoid": ("sigmoid",)})
-    monkeypatch.setattr(calls, "LENGTHS", (50,))
-    monkeypatch.setattr(calls, "TOWERS", {})
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    few_cases(monkeypatch)
     monkeypatch.setattr(gpu, "CORRECTNESS", {"cpu": [GREEN, "-k", "no_such_test"]})
     with pytest.raises(SystemExit, match="nothing is timed"):
         gpu.main(["--device", "cpu", "--out", str(tmp_path / "cpu.csv")])

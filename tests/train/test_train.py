@@ -227,7 +227,6 @@ def test_a_reader_that_goes_at_the_end_is_no_error(tmp_path):
     assert checkpoint.load(path)["step"] == 1
 
 
-
 @pytest.mark.slow
 def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch):
     """A step of this clock takes 20 seconds; the checkpoint of minute 1 is that of step 3."""
