@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import platform
 import re
 import subprocess
 from pathlib import Path
@@ -12,20 +11,9 @@ from pathlib import Path
 import torch
 
 import simplclip
+from simplclip.common.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def cpu_name() -> str:
-    """The processor's name as the kernel gives it, with its family and model where the name alone says little."""
-    try:
-        info = dict(
-            line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines() if ":" in line
-        )
-    except OSError:
-        return platform.processor() or platform.machine()
-    info = {key.strip(): value.strip() for key, value in info.items()}
-    return f"{info.get('model name', platform.machine())} (family {info.get('cpu family')}, model {info.get('model')})"
 
 
 def commit() -> str:

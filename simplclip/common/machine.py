@@ -1,0 +1,99 @@
+"""What was found out about a device of this machine and holds for later processes: one JSON file for each device and build.
+
+The file's name is a digest of the device, its driver, torch, Triton and the files of this library that compute: after any of
+them changes, nothing is known. The folder is ~/.cache/simplclip, or SIMPLCLIP_CACHE.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simplclip.common.files import locked, write_atomically
+from simplclip.version import __version__
+
+PACKAGE = Path(__file__).resolve().parent.parent
+COMPUTES = ("*.so", "*.pyd", "ops/**/*.py", "kernels/**/*.py")
+
+
+def folder() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simplclip"
+    return Path(os.environ.get("SIMPLCLIP_CACHE") or default)
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it, with its family and model where the name alone says little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return f"{info.get('model name', platform.machine())} (family {info.get('cpu family')}, model {info.get('model')})"
+
+
+def describe(device: str) -> dict[str, str]:
+    """What the findings hold for. device: "cpu" or "cuda", whose first card stands for all."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    if device == "cuda":
+        driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+        found = {"device": torch.cuda.get_device_name(0), "driver": str(driver)}
+    else:
+        found = {"device": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}", "driver": "none"}
+    return {**found, "torch": torch.__version__, "triton": triton, "simplclip": __version__, "build": _build()}
+
+
+@functools.cache
+def _build() -> str:
+    """A digest of the sizes and times of the files that compute."""
+    found = sorted(path for pattern in COMPUTES for path in PACKAGE.glob(pattern))
+    states = [(str(path.relative_to(PACKAGE)), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+
+
+def path(device: str) -> Path:
+    digest = hashlib.sha256(json.dumps(describe(device)).encode()).hexdigest()[:16]
+    return folder() / f"{device}-{digest}.json"
+
+
+@functools.cache
+def _read(device: str) -> dict[str, Any]:
+    if not folder().is_dir():  # the common case, which needs no digest
+        return {}
+    file = path(device)
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{file}: expected what an earlier process found out, got {error}; it is ignored", stacklevel=3)
+        return {}
+
+
+def known(section: str, device: str) -> dict[str, Any]:
+    """A section of what is known of this device; read once in a process."""
+    found = _read(device).get(section, {})
+    return found if isinstance(found, dict) else {}
+
+
+def store(section: str, device: str, found: dict[str, Any]) -> Path:
+    """Replaces a section, for this process and later ones; an empty one is removed."""
+    file = path(device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(file.parent):
+        _read.cache_clear()
+        sections = {**_read(device), section: found, "machine": describe(device)}
+        write_atomically(file, json.dumps({name: value for name, value in sections.items() if value}, indent=2))
+    _read.cache_clear()
+    return file
