@@ -87,6 +87,7 @@ class Stand:
 
     def __init__(self, tensor: Tensor, storage: int) -> None:
         self.dtype, self.shape, self.itemsize, self.storage = tensor.dtype, tensor.shape, tensor.itemsize, storage
+        self.allocated = tensor.untyped_storage().nbytes()
         self._at, self._stride = tensor.storage_offset() * tensor.itemsize, tensor.stride()
 
     def stride(self) -> tuple[int, ...]:

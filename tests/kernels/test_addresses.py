@@ -1,0 +1,41 @@
+"""What Triton kernels read and write lies in their tensors, with more than 2^31 elements too (tests/support/addresses.py)."""
+
+import re
+
+import interpreter
+import pytest
+from interpreter import needs_interpreter
+from paths import ROOT
+
+HALF = ["contrastive", "kept", "many", "mlp"]  # what one process audits in the suite
+PROVED = [
+    f"{name}:{dtype}:{card}"
+    for name in ("contrastive+pair_matching", "sigmoid", "all", "many sigmoid", "features", *HALF)
+    for dtype, card in (("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100"))
+]
+
+
+def audited(*cases: str) -> dict[str, str]:
+    done = interpreter.run(str(ROOT / "tests/support/addresses.py"), *cases)
+    assert done.returncode == 0, done.stderr[-8000:]
+    return dict(re.findall(r"^(\S.*): (\d+ programs, \d+ addresses(?:\n    .*)*)$", done.stdout, re.M))
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_addresses_at_large_sizes():
+    cases = [f"{name}:bfloat16:rtx-3090" for name in HALF]
+    found = audited(*cases)
+    assert list(found) == cases
+    for case, text in found.items():
+        programs, addresses = map(int, re.findall(r"\d+", text)[:2])
+        assert programs >= 9, case
+        assert addresses > 1 << 18, case
+        assert "\n" not in text, f"{case}: {text}"
+
+
+@pytest.mark.prove
+@needs_interpreter
+@pytest.mark.parametrize("case", PROVED)
+def test_more_addresses(case):
+    assert "\n" not in audited(case)[case]

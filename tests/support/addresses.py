@@ -1,0 +1,169 @@
+"""The addresses that Triton kernels read and write, at sizes that no interpreter could compute.
+
+A call runs on fake CUDA tensors, which have no memory, with a card's tiles. Of its launches Triton's interpreter runs some
+programs. Each tensor gets a range of addresses, far from all others: every load and store must lie in the range of a tensor.
+An index that overflows 32 bits leaves it, since no tensor here has 2^32 elements. A load gives zeros.
+
+    python tests/support/addresses.py NAME:DTYPE:CARD...      a line for each, then what is wrong
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # while kernels are defined; the launchers run as on a card
+import triton  # noqa: F401
+from triton.runtime import interpreter
+
+import simplclip.kernels.feature.op
+import simplclip.kernels.mlp.op
+import simplclip.kernels.similarity.forward
+import simplclip.kernels.similarity.merge
+import simplclip.kernels.similarity.op
+import simplclip.kernels.similarity.rows
+import simplclip.kernels.similarity.sigmoid
+import simplclip.kernels.similarity.terms
+
+del os.environ["TRITON_INTERPRET"]
+
+import dataclasses
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import numpy as np
+import torch
+
+from benchmarks.bound import calls, trace
+from simplclip import ops
+from simplclip.common.cards import CARDS
+
+APART = 46  # log2 of the bytes from one tensor to the next: an index of 32 bits cannot be wrong by so much
+_REAL = interpreter._interpreter
+
+
+class Address:
+    """What the interpreter takes for a tensor."""
+
+    def __init__(self, stand: trace.Stand):
+        self.dtype, self._address = stand.dtype, (stand.storage + 1 << APART) + stand.data_ptr()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class Executor(interpreter.GridExecutor):
+    """Runs a kernel on addresses, which are not copied."""
+
+    def _init_args_hst(self, args, kwargs):
+        return args, kwargs
+
+    def _restore_args_dev(self, *_):
+        pass
+
+
+def ends(*arguments: int) -> list[int]:
+    """In place of range, of loops whose steps do not depend on those before: the first two steps and the last."""
+    every = range(*map(int, arguments))
+    return [*every[:2], every[-1]] if len(every) > 3 else list(every)
+
+
+class Audit:
+    """In place of the interpreter's memory: checks addresses."""
+
+    def __init__(self):
+        self.sizes: dict[int, int] = {}  # number of a tensor's memory, from 1 -> its bytes
+        self.programs = self.addresses = 0
+        self.wrong: list[str] = []
+
+    def __getattr__(self, name):
+        return getattr(_REAL, name)
+
+    def argument(self, value):
+        if isinstance(value, trace.Stand):
+            self.sizes[value.storage + 1] = value.allocated
+            return Address(value)
+        if dataclasses.is_dataclass(value) and hasattr(value, "INTERPRETED"):
+            return dataclasses.replace(value, INTERPRETED=True)
+        return type(value)(*map(self.argument, value)) if isinstance(value, tuple) else value
+
+    def run(self, launch: trace.Launch) -> None:
+        """The first, the middle and the last program of a launch."""
+        (count,), builder = launch.grid, interpreter.interpreter_builder
+        args = [self.argument(value) for value in launch.args]
+        options = {name: name == "INTERPRETED" or self.argument(value) for name, value in launch.options.items()}
+        grid, place, self.kernel = builder.set_grid_dim, builder.set_grid_idx, launch.kernel.fn.__name__
+        for program in sorted({0, count // 2, count - 1}):
+            with (
+                mock.patch.object(builder, "set_grid_dim", lambda *_, count=count: grid(count, 1, 1)),
+                mock.patch.object(builder, "set_grid_idx", lambda *_, program=program: place(program, 0, 0)),
+                mock.patch.object(interpreter, "_interpreter", self),
+                mock.patch.object(simplclip.kernels.similarity.forward, "range", ends, create=True),
+            ):
+                Executor(launch.kernel.rewrite(), launch.kernel.arg_names, (1, 1, 1))(*args, **options)
+            self.programs += 1
+
+    def check(self, what: str, addresses: np.ndarray, mask: np.ndarray, itemsize: int) -> None:
+        used = addresses if mask.all() else addresses[np.broadcast_to(mask, addresses.shape)]
+        if not used.size:
+            return
+        self.addresses += used.size
+        low, high, bits = int(used.min()), int(used.max()), int(np.bitwise_or.reduce(used, None))
+        number, size = low >> APART, self.sizes.get(low >> APART, 0)
+        first, last = (number << APART), (number << APART) + size - itemsize
+        if high > last or bits % itemsize:
+            self.wrong.append(f"{self.kernel}: {what} of bytes {low - first} to {high - first} of a tensor of {size}")
+
+    def load(self, addresses, mask, other, dtype):
+        self.check("load", addresses, mask, np.dtype(dtype).itemsize)
+        return np.where(mask, np.zeros(1, dtype), other).astype(dtype)
+
+    def store(self, addresses, values, mask):
+        self.check("store", addresses, mask, values.dtype.itemsize)
+
+
+def some(steps: list[trace.Step]) -> list[trace.Launch]:
+    """The first, the middle and the last launch of each kernel and its compiled form."""
+    found = defaultdict(list)
+    for step in steps:
+        if step.kind == "triton":
+            constants = {name: value for name, value in step.launch.options.items() if name.isupper()}
+            found[step.name, repr(constants)].append(step.launch)
+    return [launches[i] for launches in found.values() for i in sorted({0, len(launches) // 2, len(launches) - 1})]
+
+
+def features(n: int, width: int, dtype: torch.dtype, backward: bool) -> None:
+    student, teacher = (torch.empty(n, width, dtype=dtype, device="cuda", requires_grad=side == 0) for side in range(2))
+    ops.feature_loss(student, teacher).backward()
+
+
+LARGE = 131_072, 1024  # N, D
+MANY = 2_200_003, 1000  # N D above 2^31, and an odd number of rows
+CHUNKS = {"scratch_bytes": 6 << 30}
+KEPT = {"store_bytes": 6 << 30, **CHUNKS}
+CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
+    **{name: partial(calls.loss, terms, *LARGE) for name, terms in calls.LOSSES.items()},
+    "kept": partial(calls.loss, ("contrastive",), *LARGE, **KEPT),
+    "many": partial(calls.loss, ("contrastive",), *MANY, **KEPT),
+    "many sigmoid": partial(calls.loss, ("sigmoid",), *MANY, **CHUNKS),
+    "mlp": partial(calls.mlp, (1, 1_000_003, 768, 3072)),
+    "features": partial(features, 2_200_003, 1000),
+}
+
+
+def audit(name: str, dtype: torch.dtype, card: str) -> Audit:
+    with trace.on_card(CARDS[card]) as traced:
+        CASES[name](dtype, True)
+    found = Audit()
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        for launch in some(traced.steps):
+            found.run(launch)
+    return found
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        name, dtype, card = case.split(":")
+        found = audit(name, getattr(torch, dtype), card)
+        lines = [f"{case}: {found.programs} programs, {found.addresses} addresses", *dict.fromkeys(found.wrong)]
+        print(*lines, sep="\n    ", flush=True)
