@@ -169,8 +169,9 @@ class Trace(TorchDispatchMode):
         elif products := next((n for start, n in ATTENTION.items() if name.startswith(start)), 0):
             q, k = stands["backward" in name :][:2]
             tokens = 2 if name.startswith("_scaled") else 1  # [B, H, L, K] or [B, L, H, K]
-            step.shape = (q.shape[tokens], k.shape[tokens], q.shape[3])
-            step.multiply_adds = products * math.prod(q.shape) * k.shape[tokens]
+            if q.dim() == 4:  # of packed sequences [T, H, K] the lengths are values, and no work is counted
+                step.shape = (q.shape[tokens], k.shape[tokens], q.shape[3])
+                step.multiply_adds = products * math.prod(q.shape) * k.shape[tokens]
             step.dtype, step.operands, step.read = q.dtype, step.read, []
         elif name in ("fill_", "zero_", "copy_"):
             step.read = [t.touched() for t in stands[1:]]

@@ -4,25 +4,12 @@ import pytest
 import torch
 from devices import DTYPES, cuda_peak_bytes
 from interpreter import needs_triton
-from memory_calls import attention_call, feature_call, forward_and_backward, mlp_call, similarity_call
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from memory_calls import attention_call, feature_call, forward_and_backward, mlp_call, predicted, similarity_call
 
-from simplclip.memory import fake
-from simplclip.memory.count import WORKSPACE, Counter
-from simplclip.memory.fake import Engine
+from simplclip.memory.count import WORKSPACE
 
 CUDA = torch.device("cuda", 0)
 OBJECTIVES = ("contrastive", "pair matching", "hadamard", "every term", "infonce")
-
-
-def predicted(call, dtype):
-    counter, mode = Counter(CUDA), FakeTensorMode(allow_fallback_kernels=False)
-    fakes = tree_map_only(torch.Tensor, fake.faker(mode, CUDA), call.typed(dtype))
-    counter.hold(fakes, "batch")
-    with fake.fake_step(mode, CUDA), Engine(lambda gradient: None).installed(), counter.counting():
-        forward_and_backward(call, fakes)
-    return counter.usage
 
 
 @pytest.mark.slow
@@ -34,10 +21,11 @@ def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monk
     """Which is why predictions leave them out."""
     from simplclip.kernels.similarity import launch, op
 
-    some = predicted(similarity_call(name, scratch_bytes=1 << 15), dtype)
+    call = similarity_call(name, 900, 1000, scratch_bytes=1 << 15)
+    some = predicted(call, dtype, CUDA).usage
     for module in (op, launch):
         monkeypatch.setattr(module, "starts", lambda size, step: range(0, size, step))
-    whole = predicted(similarity_call(name, scratch_bytes=1 << 15), dtype)
+    whole = predicted(call, dtype, CUDA).usage
     assert some.peak == whole.peak
     assert any(kind == WORKSPACE for kind, _ in some.events)
     if name == "every term":  # others add in place, without an event
@@ -50,7 +38,7 @@ def test_chunks_between_the_second_and_the_last_change_no_peak(name, dtype, monk
 def test_prediction_on_a_gpu(dtype):
     calls = [similarity_call(name, scratch_bytes=size) for name in OBJECTIVES for size in (1 << 17, 1 << 22)]
     for call in [*calls, feature_call(900, 48), attention_call(8, 257, 2, 32), mlp_call(3000, 64, 256)]:
-        expected = predicted(call, dtype).peak
+        expected = predicted(call, dtype, CUDA).usage.peak
         args = {name: t.to(CUDA) for name, t in call.typed(dtype).items()}
         forward_and_backward(call, args)  # compiles, and libraries allocate what they keep
         for value in args.values():

@@ -3,6 +3,11 @@
 import torch
 from calls import ATTENTION, MLP, TERMS, Call, attention_inputs, function_of, mlp_inputs, outputs_of
 from similarity import make_inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from simplclip.memory import fake
+from simplclip.memory.count import Counter
 
 SIMILARITY = {
     "contrastive": {"terms": ("contrastive",)},
@@ -46,3 +51,13 @@ def forward_and_backward(call: Call, tensors: dict[str, torch.Tensor], frozen: t
     total = sum(t.sum() for t in outputs_of(function_of(call), call, tensors).values())
     if total.requires_grad:
         total.backward()
+
+
+def predicted(call: Call, dtype: torch.dtype, device: torch.device) -> Counter:
+    """Of a forward and a backward pass on fake tensors."""
+    counter, mode = Counter(device), FakeTensorMode(allow_fallback_kernels=False)
+    fakes = tree_map_only(torch.Tensor, fake.faker(mode, device), call.typed(dtype))
+    counter.hold(fakes, "batch")
+    with fake.fake_step(mode, device), fake.Engine(lambda gradient: None).installed(), counter.counting():
+        forward_and_backward(call, fakes)
+    return counter
