@@ -16,7 +16,7 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.losses import gather_early
-from simplclip.models.crop import TextCrop, why_not
+from simplclip.models.crop import try_crop
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
@@ -85,10 +85,9 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
-        self.padded = why_not(self.model)
         # A compiled tower is compiled for each size.
-        sizes = {"multiple": 16, "groups": 1} if config.run.compile else {}
-        self.crop = None if self.padded else TextCrop(self.model, **sizes)
+        cropped = try_crop(self.model, **{"multiple": 16, "groups": 1} if config.run.compile else {})
+        self.crop, self.padded = (None, cropped) if isinstance(cropped, str) else (cropped, "")
         self.together = Together(self.model, at_once=config.data.micro_batch is None)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
