@@ -183,8 +183,8 @@ class Training:
     def text_batches(self, batches: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The captions of a step as micro-batches of the text tower; and the row of each one's features, None if in order.
 
-        Where they are cropped, a micro-batch has as many tokens as the configured number of texts of full length; on several
-        ranks, where features travel as they come, as many texts in their order.
+        Where they are cropped, a micro-batch has as many tokens as the configured number of texts of full length. Ranks may
+        cut theirs into different numbers: they exchange nothing in between.
         """
         micro = self.config.data.micro_batch
         if not isinstance(micro, MicroBatch) and self.crop is None:
@@ -192,7 +192,7 @@ class Training:
         parts = [batch["text"].flatten(0, -2) for batch in batches]
         texts = torch.cat(parts)
         size = (micro.text if isinstance(micro, MicroBatch) else len(parts[0])) or len(texts)
-        if self.crop is None or size >= len(texts) or ranks.count() > 1:
+        if self.crop is None or size >= len(texts):
             return [{"text": part} for part in texts.split(size)], None
         rows = self.crop.split(texts, size * texts.shape[1])
         return [{"text": texts[some]} for some in rows], torch.cat(rows).argsort().to(self.device)
