@@ -1,10 +1,13 @@
-"""A text tower on padded captions, and on the same ones cropped in one piece and in groups by length.
+"""A text tower on padded captions, and on the same ones cropped in one piece and in groups by length; and the demo's step.
 
     OMP_NUM_THREADS=1 pytest benchmarks/test_texts.py --repeats 9 --write
 
-Forward and backward of the text tower of ViT-B-32 (12 layers, width 512, causal, 77 tokens) on 64 captions. Their lengths
-are those of two histograms, of the kinds of COCO's captions (mean 13) and of CC12M's alt texts (mean 23, a tail to 77).
+Forward and backward of text towers on 64 captions: ViT-B-32's (12 layers, width 512, causal, 77 tokens), and those of
+siclip2-s0 and siclip-s0 with masked padding. The lengths of the captions are those of two histograms, of the kinds of COCO's
+captions (mean 13) and of CC12M's alt texts (mean 23, a tail to 77). The demo's step needs its data, see its config.
 """
+
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -12,7 +15,13 @@ import torch
 
 import simplclip
 from benchmarks.measure import clock_of_steps, figures, interleaved_times, peak_bytes
+from simplclip import models
 from simplclip.models.crop import TextCrop
+from simplclip.models.inherit import freeze_norms
+from simplclip.train import config
+from simplclip.train.batches import batches
+from simplclip.train.state import Training
+from simplclip.train.step import train_step
 
 TEXTS = 64
 # Captions of 1,000 by their tokens, with start and end.
@@ -43,35 +52,67 @@ def step(model, text, dtype):
     features.float().square().mul(torch.arange(features.shape[1])).sum().backward()
 
 
+def siclip(name):
+    model = models.create(name, simplify_options={"mask_padding": True})
+    freeze_norms(model)
+    return model
+
+
+TOWERS = {
+    "": lambda: open_clip.create_model("ViT-B-32"),
+    "siclip2-s0, masked, ": lambda: siclip("siclip2-s0"),
+    "siclip-s0, masked, ": lambda: siclip("siclip-s0"),
+}
+CROPS = {"padded": None, "one piece": 1, "four groups": 4}
+
+
+def compare(benchmark, request, row, cases):
+    """The rows of cases that take turns."""
+    repeats = request.config.getoption("--repeats")
+    name, clock = clock_of_steps()
+    times = benchmark.pedantic(interleaved_times, args=(cases, repeats, 1, clock), rounds=1)
+    how = {"threads": torch.get_num_threads(), "clock": name, "repeats": repeats}
+    rows = [{"op": "texts", **row, "form": form} | how | figures(times, form, base="four groups") for form in cases]
+    for one in rows:
+        one["extra_mib"] = round(peak_bytes(cases[one["form"]], "cpu") / 2**20, 1)
+    return rows
+
+
+@pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("kind", HISTOGRAMS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_text_tower(benchmark, rows, request, dtype, kind):
+def test_text_tower(benchmark, rows, request, dtype, kind, tower):
     torch.manual_seed(0)
     text = captions(kind)
-    model = open_clip.create_model("ViT-B-32")
-
-    simplclip.crop_texts(model).undo()  # tries whether it can
+    model = TOWERS[tower]()
+    tried = simplclip.crop_texts(model)
+    tried.undo()
 
     def run(groups):
-        crop = TextCrop(model, groups=groups) if groups else None
+        crop = TextCrop(model, groups=groups, reach=tried.reach) if groups else None
         step(model, text, dtype)
         if crop:
             crop.undo()
 
-    crops = {"padded": None, "one piece": 1, "four groups": 4}
-    cases = {name: lambda groups=groups: run(groups) for name, groups in crops.items()}
-    repeats = request.config.getoption("--repeats")
-    name, clock = clock_of_steps()
-    times = benchmark.pedantic(interleaved_times, args=(cases, repeats, 1, clock), rounds=1)
+    cases = {name: lambda groups=groups: run(groups) for name, groups in CROPS.items()}
     mean = (text != 0).sum().item() / TEXTS
-    how = {"threads": torch.get_num_threads(), "clock": name, "repeats": repeats}
-    row = {
-        "op": "texts",
-        "shape": f"{kind}: {TEXTS} captions of {mean:.1f} tokens",
-        "dtype": dtype,
-        "pass": "forward + backward",
-    }
-    rows += [row | {"form": form} | how | figures(times, form, base="four groups") for form in cases]
-    peaks = {name: peak_bytes(case, "cpu") for name, case in cases.items()}
-    for one in rows[-len(cases) :]:
-        one["extra_mib"] = round(peaks[one["form"]] / 2**20, 1)
+    shape = f"{tower}{kind}: {TEXTS} captions of {mean:.1f} tokens"
+    rows += compare(benchmark, request, {"shape": shape, "dtype": dtype, "pass": "forward + backward"}, cases)
+
+
+@pytest.mark.skipif(not Path("data/emoji").exists(), reason="needs data/emoji and data/emoji-teacher, as the demo does")
+def test_demo_step(benchmark, rows, request):
+    torch.manual_seed(0)
+    training = Training(config.load("siclip-lite0-emoji", ["data.workers=0"]), torch.device("cpu"), "bf16")
+    of_step, crop = next(batches(training)), training.crop
+    training.model.train()
+
+    def run(groups):
+        crop.undo()
+        training.crop = TextCrop(training.model, groups=groups) if groups else None
+        train_step(training, of_step)
+
+    cases = {name: lambda groups=groups: run(groups) for name, groups in CROPS.items()}
+    size, mean = of_step[0]["text"].shape, (of_step[0]["text"] != 0).double().sum(-1).mean().item()
+    shape = f"the demo's step: {size[0]} images, {size[1]} captions each of {mean:.1f} of {size[2]} tokens"
+    rows += compare(benchmark, request, {"shape": shape, "dtype": "bfloat16", "pass": "step"}, cases)

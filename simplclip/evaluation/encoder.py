@@ -25,7 +25,7 @@ from simplclip.data.broken import BrokenSample
 from simplclip.data.decode import decode_pil, rgb
 from simplclip.data.shards import file_bytes
 from simplclip.data.text import json_of
-from simplclip.models.crop import TextCrop, why_not
+from simplclip.models.crop import try_crop
 from simplclip.models.mobileclip import where_to_get
 from simplclip.models.registry import WeightsError, check_archive, first_line, read_weights, refusal
 from simplclip.models.simplify import count_parameters
@@ -58,8 +58,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         self.model.to(self.device).eval().requires_grad_(False)
-        if not why_not(self.model):
-            TextCrop(self.model)
+        try_crop(self.model)
         self.width = self.encode_text(["a"]).shape[1]
 
     def __repr__(self) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from simplclip.common.errors import InputError
 from simplclip.nn import SimplifiedBlock
 
-__all__ = ["TextCrop", "crop_texts", "lengths_of", "why_not"]
+__all__ = ["TextCrop", "crop_texts", "lengths_of", "try_crop"]
 
 GROUP_TOKENS = 512  # what one more call of the tower costs, in tokens: its launches, and small products
-_PROBED = (3, 0.2, 0.6)  # lengths of the texts that `why_not` tries: tokens, and shares of the context
 
 
 def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextCrop:
@@ -22,10 +24,11 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     Tokenizers pad every text to the context length, 77 tokens. Where no token sees what follows it (causal towers), or
     padding is masked, these change no feature: `encode_text`, and with it `forward`, then sorts a batch by length, cuts it
     into groups and computes each at the length of its longest text. Features and gradients are those of the padded batch up
-    to rounding, in its order.
+    to rounding, in its order. Where convolutions reach a few tokens of padding, as in MobileCLIP-S0's masked text tower,
+    texts are as much longer.
 
     Args:
-        model: an open_clip model. Whether its tower allows it is tried, with other padding and with shorter texts.
+        model: an open_clip model. Whether its tower allows it is tried: on which tokens does the feature of a text depend?
         multiple: lengths are rounded up to it, for kernels, and for torch.compile, which compiles each length.
         groups: at most so many groups of a batch, as many as pay; 1 keeps the batch in one piece. torch.compile would compile
             every size of a group: take 1 there.
@@ -39,19 +42,30 @@ def crop_texts(model: nn.Module, *, multiple: int = 8, groups: int = 4) -> TextC
     for name, value in (("multiple", multiple), ("groups", groups)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}")
-    if reason := why_not(model):
-        raise InputError(f"model: expected an open_clip model whose texts can be cropped, got {reason}")
-    return TextCrop(model, multiple, groups)
+    found = try_crop(model, multiple, groups)
+    if isinstance(found, str):
+        raise InputError(f"model: expected an open_clip model whose texts can be cropped, got {found}")
+    return found
 
 
 class TextCrop:
-    """What `crop_texts` returns: it takes the place of the model's `encode_text`. A copy of the model has its own."""
+    """What `crop_texts` returns: it takes the place of the model's `encode_text`. A copy of the model has its own.
 
-    def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4) -> None:
+    reach: the number of tokens behind the first of the padding that the feature of a text depends on.
+    """
+
+    def __init__(self, model: nn.Module, multiple: int = 8, groups: int = 4, reach: int = 0) -> None:
         # Since open_clip 4 forward() and encode_text() call _encode_text().
         self.name = "_encode_text" if hasattr(type(model), "_encode_text") else "encode_text"
-        self.model, self.multiple, self.groups = model, multiple, groups
+        self.model, self.multiple, self.groups, self.reach = model, multiple, groups, reach
+        self.lock = threading.RLock()  # the tower has the positions and the mask of one length at a time
         vars(model)[self.name] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"lock": None}  # locks cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
 
     def undo(self) -> None:
         """Gives the model back as it was."""
@@ -60,19 +74,20 @@ class TextCrop:
     @torch.compiler.disable(recursive=False)
     def __call__(self, text: Tensor, *args: Any, **options: Any) -> Any:
         device = _embedding(self.model).weight.device
-        if type(text) is not Tensor or text.ndim != 2 or not len(text) or text.is_meta or torch.jit.is_tracing():
-            return self._encode(text.to(device), *args, **options)
-        lengths = self.rounded(text)
-        if self.groups == 1 or len(text) == 1 or (cuts := _cuts(lengths, self.groups)) == [len(text)]:
-            return self._encode(text[:, : int(lengths.max())].to(device, non_blocking=True), *args, **options)
-        order = lengths.argsort(stable=True)
-        parts, start = [], 0
-        for stop in cuts:
-            rows = order[start:stop]
-            part = text[rows.to(text.device), : int(lengths[rows[-1]])].to(device, non_blocking=True)
-            parts.append(self._encode(part, *args, **options))
-            start = stop
-        return torch.cat(parts).index_select(0, order.argsort().to(device, non_blocking=True))
+        with self.lock:
+            if type(text) is not Tensor or text.ndim != 2 or not len(text) or text.is_meta or torch.jit.is_tracing():
+                return self._encode(text.to(device), *args, **options)
+            lengths = self.rounded(text)
+            if self.groups == 1 or len(text) == 1 or (cuts := _cuts(lengths, self.groups)) == [len(text)]:
+                return self._encode(text[:, : int(lengths.max())].to(device, non_blocking=True), *args, **options)
+            order = lengths.argsort(stable=True)
+            parts, start = [], 0
+            for stop in cuts:
+                rows = order[start:stop]
+                part = text[rows.to(text.device), : int(lengths[rows[-1]])].to(device, non_blocking=True)
+                parts.append(self._encode(part, *args, **options))
+                start = stop
+            return torch.cat(parts).index_select(0, order.argsort().to(device, non_blocking=True))
 
     def split(self, text: Tensor, tokens: int) -> list[Tensor]:
         """The rows of texts [N, L] as micro-batches of at most so many tokens: all as long as its longest. Longest first."""
@@ -87,23 +102,26 @@ class TextCrop:
 
     def rounded(self, text: Tensor) -> Tensor:
         """The lengths that texts [N, L] are computed at, int64 [N] on the CPU."""
-        lengths = lengths_of(text).cpu()
+        lengths = lengths_of(text).cpu() + self.reach
         return ((lengths + self.multiple - 1) // self.multiple * self.multiple).clamp(max=text.shape[1])
 
     def _encode(self, text: Tensor, *args: Any, **options: Any) -> Any:
         """Encodes texts [N, L] of any L: the tower is given the first L positions, and the mask of L tokens."""
         encode, tower = getattr(type(self.model), self.name), _tower(self.model)
-        position, mask = tower._parameters.get("positional_embedding"), getattr(tower, "attn_mask", None)
+        position, mask = tower._parameters.get("positional_embedding"), tower._buffers.get("attn_mask")
         length, own = text.shape[1], vars(tower)
         # Other towers find their positions and masks themselves: Hugging Face's, and those with a class token.
         if position is None or len(position) == length or getattr(tower, "cls_emb", None) is not None:
             return encode(self.model, text, *args, **options)
-        own["positional_embedding"] = position[:length]
-        own["attn_mask"] = None if mask is None else mask[:length, :length]
+        cut = {"positional_embedding": position[:length]}
+        if mask is not None:
+            cut["attn_mask"] = mask[:length, :length]
+        own.update(cut)
         try:
             return encode(self.model, text, *args, **options)
         finally:
-            del own["positional_embedding"], own["attn_mask"]
+            for name in cut:
+                del own[name]
 
 
 def lengths_of(text: Tensor) -> Tensor:
@@ -112,9 +130,8 @@ def lengths_of(text: Tensor) -> Tensor:
     return text.shape[1] + 1 - run
 
 
-@torch.no_grad()
-def why_not(model: Any) -> str:
-    """Why the texts of a model cannot be cropped; "" if they can. It is tried, on the model's device."""
+def try_crop(model: Any, multiple: int = 8, groups: int = 4) -> TextCrop | str:
+    """Crops the texts of a model, or says why they cannot be. It is tried on one text, on the model's device."""
     if not hasattr(model, "encode_text") or not hasattr(model, "visual"):
         return type(model).__name__
     tower = _tower(model)
@@ -125,52 +142,70 @@ def why_not(model: Any) -> str:
         return "weights without values"  # fake tensors, of which memory is predicted
     if any(isinstance(vars(model).get(name), TextCrop) for name in ("encode_text", "_encode_text")):
         return "one whose texts are cropped already"
-    blocks = (getattr(tower, "transformer", None) or tower).modules()
-    if any(isinstance(block, SimplifiedBlock) and not block.causal for block in blocks):
-        return "simplified blocks in which every token sees every token"  # new ones pass on only the token itself
-    training, crop = model.training, None
+    for block in (getattr(tower, "transformer", None) or tower).modules():
+        if isinstance(block, SimplifiedBlock) and not (block.causal or getattr(block, "masks_padding", False)):
+            # New ones pass on only the token itself, so that the trial would not show it.
+            return "simplified blocks in which every token sees every token (simplify's mask_padding masks padding)"
+        if isinstance(block, _BatchNorm) and block.training:
+            return "batch norms in training mode, whose statistics count padding"
+    training = model.training
     model.eval()
     try:
-        numbers = torch.Generator().manual_seed(0)  # the run's own stays as it is
-        text, padding = _probe(model, tower, numbers)
-        found = model.encode_text(text)
-        kept = weight[padding].clone()
-        weight[padding] = torch.randn(kept.shape, generator=numbers).to(kept)
-        try:
-            other = model.encode_text(text)
-        finally:
-            weight[padding] = kept
-        if not torch.equal(found, other):
-            return f"a text tower in which padding changes features by {(found - other).abs().max():.1e}"
-        crop = TextCrop(model, 1, len(text))
-        cropped = model.encode_text(text)
+        with torch.inference_mode(False):
+            # Weights that were made under inference_mode have no gradients; copies of them do.
+            reach = _reach(copy.deepcopy(model) if weight.is_inference() else model)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         return f"a text tower that takes no shorter texts: {str(error).strip().splitlines()[0]}"
     finally:
-        if crop is not None:
-            crop.undo()
         model.train(training)
-    worst = (cropped - found).abs().max() / found.abs().max()
+    return reach if isinstance(reach, str) else TextCrop(model, multiple, groups, reach)
+
+
+def _reach(model: Any) -> int | str:
+    """What `TextCrop` calls so, of a model in eval mode; or why it cannot crop."""
+    numbers = torch.Generator().manual_seed(0)  # the run's own stays as it is
+    text, embeddings = _probe(model, numbers), []
+
+    def note(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[0]
+
+    hook = _embedding(model).register_forward_hook(note)
+    try:
+        with torch.enable_grad():
+            found = model.encode_text(text)
+            weights = torch.randn(found.shape, generator=numbers).to(found)
+            (gradient,) = torch.autograd.grad((found * weights).sum(), embeddings)
+    finally:
+        hook.remove()
+    last = int(gradient[0].ne(0).any(1).nonzero().max())
+    if last == text.shape[1] - 1:
+        return "a text tower in which padding changes features"
+    crop = TextCrop(model, 1, 1, max(0, last + 1 - int(lengths_of(text))))
+    try:
+        with torch.no_grad():
+            cropped = model.encode_text(text)
+    finally:
+        crop.undo()
+    worst = (cropped - found).detach().abs().max() / found.detach().abs().max()
     rounding = torch.finfo(found.dtype).eps ** 0.6  # 7e-5 in float32, 3e-2 in bfloat16
-    return "" if worst <= rounding else f"a text tower in which shorter texts change features by {worst:.1e}"
+    return crop.reach if worst <= rounding else f"a text tower in which shorter texts change features by {worst:.1e}"
 
 
-def _probe(model: Any, tower: Any, numbers: torch.Generator) -> tuple[Tensor, int]:
-    """Random texts of different lengths, padded, and the number of the token that pads them."""
-    weight = _embedding(model).weight
+def _probe(model: Any, numbers: torch.Generator) -> Tensor:
+    """A random text [1, L] with padding behind a fifth of its tokens."""
+    weight, tower = _embedding(model).weight, _tower(model)
     config = getattr(tower, "config", None)
     padding = next((n for n in (getattr(tower, "pad_id", None), getattr(config, "pad_token_id", None)) if n is not None), 0)
     # The end of a text is the token with the highest number, unless the tower says which it is.
     said = getattr(model, "text_eos_id", None) if tower is model else getattr(tower, "eos_id", None)
     pool = getattr(model, "text_pool_type", None) or getattr(tower, "pool_type", "argmax")
-    end = said if pool == "eos" and said is not None else len(weight) - 1
     length = getattr(model, "context_length", None) or tower.context_length
-    text = torch.full((len(_PROBED), length), padding)
-    for row, part in zip(text, _PROBED):
-        count = part if isinstance(part, int) else max(3, int(part * length))
-        row[: count - 1] = torch.randint(min(5, len(weight) - 2), len(weight) - 1, (count - 1,), generator=numbers)
-        row[count - 1] = end
-    return text.to(weight.device), padding
+    count = max(3, length // 5)
+    text = torch.full((1, length), padding)
+    text[0, : count - 1] = torch.randint(min(5, len(weight) - 2), len(weight) - 1, (count - 1,), generator=numbers)
+    text[0, count - 1] = said if pool == "eos" and said is not None else len(weight) - 1
+    return text.to(weight.device)
 
 
 def _tower(model: Any) -> Any:

@@ -163,8 +163,9 @@ class PreNormLayer(nn.Module):
 class TextTower(nn.Module):
     """The text tower of MobileCLIP-S0, with what open_clip expects of one.
 
-    The layers are a RepMixer block, ``layers`` pre-norm transformer layers and a RepMixer block. No token is masked, and the
-    feature is that of the token with the highest id, which is the end of the text.
+    The layers are a RepMixer block, ``layers`` pre-norm transformer layers and a RepMixer block. The feature is that of the
+    token with the highest id, which is the end of the text. No token is masked, unless `simplify` sets ``masks_padding``:
+    then the transformer layers see none behind the end. The RepMixer blocks always see their neighbours.
 
     forward(text int64 [B, L]) -> [B, output_dim]; L is at most ``context_length``.
     """
@@ -183,7 +184,7 @@ class TextTower(nn.Module):
     ) -> None:
         super().__init__()
         self.context_length, self.vocab_size, self.width, self.output_dim = context_length, vocab_size, width, output_dim
-        self.grad_checkpointing = False
+        self.grad_checkpointing = self.masks_padding = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         ends = (RepMixerBlock(width, mlp_ratio, kernel_size) for _ in range(2))
@@ -215,12 +216,15 @@ class TextTower(nn.Module):
         """What the last block gets, [B, L, C]."""
         x = self.token_embedding(text)
         x = x + self.positional_embedding[: text.shape[1]].to(x.dtype)
+        lengths = (None, None, text.argmax(1) + 1) if self.masks_padding else ()
         for layer in self.layers[:-1]:
             # A RepMixer block is never computed twice, since that would count a batch twice in its norms' statistics.
-            if self.grad_checkpointing and self.training and not isinstance(layer, RepMixerBlock):
-                x = checkpoint(layer, x, use_reentrant=False)
-            else:
+            if isinstance(layer, RepMixerBlock):
                 x = layer(x)
+            elif self.grad_checkpointing and self.training:
+                x = checkpoint(layer, x, *lengths, use_reentrant=False)
+            else:
+                x = layer(x, *lengths)
         return x
 
     def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline") -> None:

@@ -17,6 +17,7 @@ from simplclip.common.errors import InputError
 from simplclip.models import warm
 from simplclip.models.groups import Groups, indices, shares
 from simplclip.models.mobileclip import PreNormLayer, TextTower
+from simplclip.models.padding import mask_padding_of, tower_to_mask
 from simplclip.nn import SimplifiedBlock, share_weights
 
 __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
@@ -40,12 +41,21 @@ class TransformerBlock(SimplifiedBlock):
     """A block of open_clip's ``Transformer``: [B, L, C], or [L, B, C] with ``batch_first=False``.
 
     A causal block accepts only the tower's causal mask; other blocks accept no mask. The values of a mask are checked
-    once, and again only after it has changed.
+    once, and again only after it has changed. A block that masks padding gets the lengths [B] of the texts as its mask.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, *, batch_first: bool = True, **options) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        *,
+        batch_first: bool = True,
+        masks_padding: bool = False,
+        **options,
+    ) -> None:
         super().__init__(width, heads, mlp_ratio, **options)
-        self.batch_first = batch_first
+        self.batch_first, self.masks_padding = batch_first, masks_padding
         self._accepted: dict[int, tuple[Tensor, int]] = {}  # a mask of each length, and its version
 
     def get_weight_dtype(self) -> torch.dtype:
@@ -57,11 +67,16 @@ class TransformerBlock(SimplifiedBlock):
         if k_x is not None or v_x is not None:
             raise InputError("k_x, v_x: expected None, since a simplified block has no cross-attention, got a tensor")
         x = x if self.batch_first else x.transpose(0, 1)
-        self._check_mask(attn_mask, x.shape[1])
-        x = super().forward(x)
+        self._check_mask(attn_mask, *x.shape[:2])
+        x = super().forward(x, attn_mask if self.masks_padding else None)
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _check_mask(self, mask: Tensor | None, length: int) -> None:
+    def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> None:
+        if self.masks_padding:
+            if mask is None or mask.shape != (batch,):
+                got = None if mask is None else f"a tensor {list(mask.shape)}"
+                raise InputError(f"attn_mask: expected the lengths of the texts, [{batch}], got {got}")
+            return
         if mask is None:
             got = "None" if self.causal else ""
         elif not self.causal or mask.shape != (length, length):
@@ -180,6 +195,7 @@ def simplify(
     attention_gain: float | None = None,
     mlp_gain: float | None = None,
     drop_path: float | None = None,
+    mask_padding: bool = False,
     init: str = "random",
     merge: str = "first",
 ) -> tuple[nn.Module, SimplifyReport]:
@@ -216,6 +232,9 @@ def simplify(
             siclip-tiny learned faster from 0.3; in a deep tower the means would add up and outweigh the tokens.
         attention_gain, mlp_gain: initial values of the other gains. By default 1 and 0.1, and with ``init="inherit"`` those
             that `warm.convert` finds.
+        mask_padding: let no token see what follows the end of its text, in a text tower that is not causal and pools there:
+            open_clip's of its own (custom_text) or MobileCLIP-S0's. All its blocks must be replaced.
+            `crop_texts` can then leave padding out. A causal tower stays as it is: its tokens do not see padding.
         init: "random", or "inherit" for the attention's q and k and the MLP of the old blocks, with norms and layer scales
             folded in, see `warm.convert`. Their value and output projections have no place in a simplified block.
         merge: with ``init="inherit"``, the value of a matrix that blocks share: the "average" of their folded matrices, or
@@ -227,8 +246,8 @@ def simplify(
     Raises:
         ValueError: a tower or index is unknown, the model has no such tower, the tower has no replaceable blocks (a ResNet,
             a Hugging Face encoder, window or rotary attention), or it has a mask that a simplified block does not support
-            (padding or class token masks, as in CoCa's text tower), or an old block that `warm.convert` does not know or that
-            has other shapes (``init="inherit"``). The model is left unchanged.
+            (padding or class token masks, as in CoCa's text tower), or padding cannot be masked, or an old block that
+            `warm.convert` does not know or that has other shapes (``init="inherit"``). The model is left unchanged.
         TypeError: model is not a module.
 
     Example:
@@ -287,10 +306,13 @@ def simplify(
             local = [[chosen.index(i) for i in group] for group in groups]
             share_weights(list(new.values()), local, what, norms_and_gains=share_norms_and_gains)
 
+    masked = tower_to_mask(model, [block for block in report.replaced if block.tower == "text"]) if mask_padding else None
     if init == "inherit":
         warm.start({site.path: (block, site.block.state_dict()) for site, block in planned}, merge, keep=given)
     for site, block in planned:
         model.set_submodule(site.path, block)
+    if masked is not None:
+        mask_padding_of(masked)
     if encoders:
         encoders.declare_shared(model)
     report.after = count_parameters(model)
@@ -323,7 +345,8 @@ def _text_sites(model: nn.Module) -> Iterator[_Site]:
     if isinstance(tower, TextTower):
         kinds = (PreNormLayer, SimplifiedBlock)
         layers = ((f"text.layers.{i}", layer) for i, layer in enumerate(tower.layers) if isinstance(layer, kinds))
-        yield from (_Site(path, layer, TransformerBlock) for path, layer in layers)
+        masks = {"masks_padding": tower.masks_padding}
+        yield from (_Site(path, layer, TransformerBlock, masks) for path, layer in layers)
         return
     transformer = getattr(tower, "transformer", None)
     if not isinstance(transformer, Transformer):
@@ -335,14 +358,15 @@ def _text_sites(model: nn.Module) -> Iterator[_Site]:
     mask: Any = tower.attn_mask
     if mask is not None and not mask.is_meta and not is_causal_mask(mask):
         raise InputError("text: expected no mask or a causal one, got a tower with another attn_mask")
-    yield from _transformer_sites(transformer, f"{prefix}transformer", "text", causal=mask is not None)
+    options = {"causal": mask is not None, "masks_padding": getattr(tower, "masks_padding", False)}
+    yield from _transformer_sites(transformer, f"{prefix}transformer", "text", **options)
 
 
 def _image_sites(model: nn.Module) -> Iterator[_Site]:
     visual: Any = model.visual
     transformer = getattr(visual, "transformer", None)
     if isinstance(transformer, Transformer):
-        yield from _transformer_sites(transformer, "visual.transformer", "image", causal=False)
+        yield from _transformer_sites(transformer, "visual.transformer", "image")
         return
     # Subclasses change the signature or the attention, so only the exact classes are known to fit. A simplified block, of an
     # earlier call, keeps its index and can be replaced again.
@@ -358,9 +382,9 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
     yield from (_Site(path, module, classes[type(module)]) for path, module in sites)
 
 
-def _transformer_sites(transformer: Transformer, path: str, tower: str, causal: bool) -> Iterator[_Site]:
+def _transformer_sites(transformer: Transformer, path: str, tower: str, **options: bool) -> Iterator[_Site]:
     # Since open_clip 4 a tower is always [B, L, C] and has no such attribute.
-    options = {"causal": causal, "batch_first": getattr(transformer, "batch_first", True)}
+    options["batch_first"] = getattr(transformer, "batch_first", True)
     for index, block in enumerate(transformer.resblocks):
         if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock):
             raise InputError(f"{tower}: expected residual attention blocks, got {type(block).__name__}")

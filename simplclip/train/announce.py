@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simplclip import data, models
 from simplclip.common import hardware, ranks
+from simplclip.models.crop import lengths_of
 from simplclip.ops import backends
 from simplclip.train.batches import UNCOUNTED
 from simplclip.train.config import keys
@@ -88,6 +89,9 @@ def first_terms(
         if fewer.any():
             told = f"{fewer.sum()} of the first {len(fewer)} images have fewer different captions"
             show(f"warning    data.captions_per_image = {number}: {told}; these are drawn more than once")
+    if training.crop is not None:
+        mean = (lengths_of(captions.flatten(0, -2)) - 1).double().mean()
+        show(f"texts      {mean:.1f} of {captions.shape[-1]} tokens on average (data.mean_tokens for simplclip plan)")
     for line in weak_terms(training, batches, image, text):
         show(f"warning    {line}")
     return training.terms(batches, image, text)

@@ -18,7 +18,16 @@ from simplclip.train.settings import Config
 
 # Settings that may differ from the checkpoint's, since they do not change the result. So may the folders of data.train
 # and data.sidecars.
-_FREE = ("model.checkpoint", "data.micro_batch", "data.on_error", "model.recompute", "model.sync_norms", "eval.", "run.")
+_FREE = (
+    "model.checkpoint",
+    "data.micro_batch",
+    "data.on_error",
+    "data.mean_tokens",
+    "model.recompute",
+    "model.sync_norms",
+    "eval.",
+    "run.",
+)
 _NOT_FREE = ("run.seed", "run.precision", "run.compile")
 _held: set[int] = set()  # descriptors of this process's locks
 

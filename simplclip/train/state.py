@@ -16,7 +16,7 @@ from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.transforms import augmentation
 from simplclip.losses import gather_early
-from simplclip.models.crop import TextCrop, why_not
+from simplclip.models.crop import try_crop
 from simplclip.models.inherit import freeze, freeze_norms, inherit
 from simplclip.models.prefix import FrozenParts
 from simplclip.models.registry import first_line
@@ -85,10 +85,9 @@ class Training:
             self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
             self.data = state["data"]
             checkpoint.set_rng_state(state["rng"])
-        self.padded = why_not(self.model)
         # A compiled tower is compiled for each size.
-        sizes = {"multiple": 16, "groups": 1} if config.run.compile else {}
-        self.crop = None if self.padded else TextCrop(self.model, **sizes)
+        cropped = try_crop(self.model, **{"multiple": 16, "groups": 1} if config.run.compile else {})
+        self.crop, self.padded = (None, cropped) if isinstance(cropped, str) else (cropped, "")
         self.together = Together(self.model, at_once=config.data.micro_batch is None)
         self.folded = FrozenParts(self.model, hardware.DTYPES[precision])
         copies = [part.folded for part in self.folded.parts if part.folded and part.name.startswith("visual")]
@@ -184,8 +183,8 @@ class Training:
     def text_batches(self, batches: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The captions of a step as micro-batches of the text tower; and the row of each one's features, None if in order.
 
-        Where they are cropped, a micro-batch has as many tokens as the configured number of texts of full length; on several
-        ranks, where features travel as they come, as many texts in their order.
+        Where they are cropped, a micro-batch has as many tokens as the configured number of texts of full length. Ranks may
+        cut theirs into different numbers: they exchange nothing in between.
         """
         micro = self.config.data.micro_batch
         if not isinstance(micro, MicroBatch) and self.crop is None:
@@ -193,7 +192,7 @@ class Training:
         parts = [batch["text"].flatten(0, -2) for batch in batches]
         texts = torch.cat(parts)
         size = (micro.text if isinstance(micro, MicroBatch) else len(parts[0])) or len(texts)
-        if self.crop is None or size >= len(texts) or ranks.count() > 1:
+        if self.crop is None or size >= len(texts):
             return [{"text": part} for part in texts.split(size)], None
         rows = self.crop.split(texts, size * texts.shape[1])
         return [{"text": texts[some]} for some in rows], torch.cat(rows).argsort().to(self.device)

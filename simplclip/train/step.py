@@ -32,13 +32,16 @@ def train_step(training: Training, batches: list[dict[str, Any]], terms_of: Any 
     else:
         towers = {tower: partial(training.outputs, tower) for tower in TOWERS}
         texts, rows = training.text_batches(batches)
+        ordered: dict[str, Tensor] = {}
 
-        def in_order(image: Tensor, text: Tensor) -> Any:
-            return losses(image=image, text=text if rows is None else text.index_select(0, rows))
+        def encoded(tower: str, features: Tensor) -> None:
+            """Before they travel, texts that were sorted by length are put in the order of their images."""
+            ordered[tower] = features if tower == "image" or rows is None else features.index_select(0, rows)
+            training.travel(tower, ordered[tower])
 
         inputs = {"image": batches, "text": texts}
-        options = {"model": model, "scaler": scaler, "encoded": training.travel}
-        terms = gradient_cache.backward(towers, inputs, in_order, **options)
+        options = {"model": model, "scaler": scaler, "encoded": encoded}
+        terms = gradient_cache.backward(towers, inputs, lambda **_: losses(**ordered), **options)
         training.together.exchange()
     loss = reduce(torch.add, terms.values())
     scaler.unscale_(optimizer)

@@ -170,6 +170,18 @@ def test_shared_weights(share, shared, tmp_path):
     assert (first.qk.weight is second.qk.weight, first.fc1.weight is second.fc1.weight) == shared
 
 
+def test_onnx_masks_padding(tmp_path):
+    options = {"custom_text": True, "text_cfg": {"no_causal_mask": True}, "simplify_options": {"mask_padding": True}}
+    model, words = save(tmp_path, f"open_clip:{VIT}", **options), ["a cat", "two dogs on a beach", "red " * 20]
+    tokens = models.tokenizer(f"open_clip:{VIT}")(words)
+    about = onnx_towers.export(model, "text", tokens, tmp_path / "text.onnx")
+    assert max(about["max_abs_error"].values()) < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "text.onnx")
+    other = torch.where(tokens == 0, 99, tokens)
+    (found,), (expected,) = (session.run(None, {"input_ids": some.numpy()}) for some in (other, tokens))
+    assert np.array_equal(found, expected)
+
+
 @pytest.mark.prove
 def test_siclip_s0(tmp_path):
     """With two of its twelve text blocks; they share their weights, as its pairs do. Its image tower takes a minute."""
@@ -299,11 +311,22 @@ MODELS = {  # of the registry, and open_clip's as they are and simplified; most 
     "siclip-lite0": {"vision_cfg": {"image_size": 64}, "text_cfg": {"context_length": 20}},
     "mobileclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT},
     "siclip-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT, "init_logit_bias": -3.0},
-    "siclip2-s0": {"vision_cfg": {"image_size": 128}, "text_cfg": SHORT, "simplify_options": {"share": {}}},
+    "siclip2-s0": {
+        "vision_cfg": {"image_size": 128},
+        "text_cfg": SHORT,
+        "simplify_options": {"share": {}, "mask_padding": True},
+    },
     f"open_clip:{VIT}": {"vision_cfg": {"image_size": 48}, "text_cfg": {"context_length": 20}, "force_quick_gelu": True},
     f"open_clip:{HF}": {
-        "simplify_options": {"share": {"text": {"mlp": [[0, 1]]}}, "norm": "rmsnorm", "value_first": True},
+        "simplify_options": {
+            "share": {"text": {"mlp": [[0, 1]]}},
+            "norm": "rmsnorm",
+            "value_first": True,
+            "mask_padding": True,
+        },
         "force_image_size": 48,
+        "custom_text": True,
+        "text_cfg": {"no_causal_mask": True},
     },
 }
 ELSEWHERE = """

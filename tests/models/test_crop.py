@@ -3,6 +3,7 @@
 import copy
 import itertools
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from open_clip.model import CLIP, CustomTextCLIP
 import simplclip
 from simplclip.common.errors import InputError
 from simplclip.models import crop
+from simplclip.models.mobileclip import TextTower
 
 LENGTHS = (3, 40, 4, 9, 17, 5, 8, 3, 33, 16, 6, 11)  # of 40 tokens
 KINDS = {
@@ -19,10 +21,11 @@ KINDS = {
     "a text tower of its own": {"cls": CustomTextCLIP},
     "eos": {"cls": CustomTextCLIP, "text": {"pool_type": "eos", "eos_id": 98}},
 }
+CONVOLVED = "MobileCLIP-S0's"
 
 
 def model_of(kind, **text):
-    options = KINDS.get(kind, {})
+    options = KINDS.get(kind, {"cls": CustomTextCLIP})
     return clip(cls=options.get("cls", CLIP), text={"context_length": 40, **options.get("text", {}), **text}).eval()
 
 
@@ -54,22 +57,31 @@ def tokens(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("simplified", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_features_and_gradients_are_those_of_padded_texts(kind, simplified, tokens):
-    model = model_of(kind)
-    if simplified:
-        simplclip.simplify(model)
-        for name, p in model.named_parameters():  # new blocks pass on only the token itself
-            if name.endswith(("qk.weight", "beta")):
-                torch.nn.init.normal_(p, std=0.5)
+def masked(kind):
+    """A model of simplified blocks that see no padding, be they causal or not."""
+    model = model_of(kind, no_causal_mask=kind != "CLIP")
+    if kind == CONVOLVED:
+        model.text = TextTower(40, 100, 24, 2, 2, kernel_size=3, output_dim=16).eval()
+    simplclip.simplify(model, mask_padding=True)
+    for name, p in model.named_parameters():  # new blocks pass on only the token itself
+        if name.endswith(("qk.weight", "beta")):
+            torch.nn.init.normal_(p, std=0.5)
+        elif "layer_scale" in name:
+            torch.nn.init.uniform_(p)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "make"), [*itertools.product(KINDS, (model_of, masked)), (CONVOLVED, masked)])
+def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
+    model = make(kind)
     text = texts(end=98 if kind == "eos" else 99)
     features, expected = gradients(model, text)
     cropped = simplclip.crop_texts(model)
+    assert cropped.reach == (3 if kind == CONVOLVED else 0)  # each of four convolutions sees one token
     tokens.clear()
     found, got = gradients(model, text)
     assert len(tokens) > 1
-    assert sum(rows * length for rows, length in tokens) < text.numel() / 2
+    assert sum(rows * length for rows, length in tokens) < 0.6 * text.numel()
     torch.testing.assert_close(found, features, rtol=0, atol=2e-6)
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -101,9 +113,10 @@ def test_it_draws_nothing_and_a_copy_crops_with_its_own_weights(tokens):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: model_of("a text tower of its own", no_causal_mask=True), "padding changes features by"),
-        (lambda: model_of("a text tower of its own", pool_type="last"), "padding changes features by"),
+        (lambda: model_of("a text tower of its own", no_causal_mask=True), "padding changes features"),
+        (lambda: model_of("a text tower of its own", pool_type="last"), "padding changes features"),
         (lambda: simplclip.simplify(model_of("", no_causal_mask=True))[0], "every token sees every token"),
+        (lambda: masked(CONVOLVED).train(), "batch norms in training mode, whose statistics count padding"),
         (lambda: torch.nn.Linear(2, 2), "Linear"),
     ],
 )
@@ -114,6 +127,23 @@ def test_towers_in_which_padding_counts_are_refused(model, reason):
         simplclip.crop_texts(model)
     assert "encode_text" not in vars(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@torch.inference_mode()
+def test_weights_of_inference_mode():
+    model, text = model_of("CLIP"), texts()
+    expected = model.encode_text(text)
+    simplclip.crop_texts(model)
+    torch.testing.assert_close(model.encode_text(text), expected, rtol=0, atol=2e-6)
+
+
+def test_threads_do_not_see_each_others_lengths():
+    model, several = model_of("CLIP"), [texts([count, 3]) for count in (5, 12, 20, 39)]
+    crop.TextCrop(model)
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        expected = [model.encode_text(text) for text in several]
+        for found in pool.map(torch.no_grad()(lambda _: [model.encode_text(text) for text in several]), range(60)):
+            assert all(map(torch.equal, found, expected))
 
 
 def test_what_cannot_be_cropped_twice_or_with_other_values():

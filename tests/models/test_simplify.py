@@ -14,6 +14,7 @@ from timm.models import fastvit
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from simplclip.common.errors import InputError
 from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock, count_parameters, simplify
 from simplclip.nn import SimplifiedBlock, neighbour_groups
 
@@ -228,6 +229,55 @@ def test_mlp_ratio_by_tower():
     after = {row.tower: (row.hidden, row.width) for row in simplify(clip(), mlp_ratio={"text": 1.5})[1].replaced}
     assert after["text"][0] == 1.5 * after["text"][1] != before["text"]
     assert after["image"][0] == before["image"], "as in the old block"
+
+
+def restless(model):
+    """At their start simplified blocks mix no tokens."""
+    torch.manual_seed(5)
+    for name, p in model.named_parameters():
+        if name.endswith(("qk.weight", "beta")):
+            nn.init.normal_(p, std=0.5)
+        elif "layer_scale" in name:
+            nn.init.uniform_(p)
+    return model.eval()
+
+
+@pytest.mark.parametrize("pool", [{}, {"pool_type": "eos", "eos_id": 99}])
+def test_masked_padding_is_as_if_it_were_not_there(pool):
+    options = {"cls": CustomTextCLIP, "text": {"no_causal_mask": True, **pool}}
+    masked, other = (restless(simplify(clip(**options), mask_padding=mask)[0]) for mask in (True, False))
+    other.load_state_dict(masked.state_dict())
+    text = torch.randint(1, 98, (3, 12))
+    for row, length in zip(text, (4, 12, 7)):
+        row[length - 1], row[length:] = 99, 0
+    masked.set_grad_checkpointing()
+    found = masked.encode_text(text)
+    for row, length, feature in zip(text, (4, 12, 7), found):
+        alone = other.encode_text(row[None, :length])
+        torch.testing.assert_close(feature[None], alone, rtol=0, atol=2e-6)
+    assert (other.encode_text(text) - found)[0].abs().max() > 0.01
+    again = restless(simplify(copy.deepcopy(masked), blocks={"text": [0, 2]})[0])  # its blocks are masked as well
+    assert torch.equal(again.encode_text(text), again.encode_text(torch.where(text == 0, 50, text)))
+    with pytest.raises(InputError, match=r"attn_mask: expected the lengths of the texts, \[2\], got a tensor \[5, 5\]"):
+        masked.text.transformer(torch.randn(2, 5, 24), attn_mask=torch.zeros(5, 5))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (lambda: clip(cls=CustomTextCLIP), {"towers": ["image"]}, "expected the text tower among the towers"),
+        (lambda: clip(text={"no_causal_mask": True}), {}, r"expected an open_clip text tower of its own .* got CLIP"),
+        (lambda: masking(no_causal_mask=True, pool_type="last"), {}, r"the end of each text \(argmax, eos\), got last"),
+        (lambda: masking(no_causal_mask=True), {"blocks": {"text": [0, 1]}}, "all 4 text blocks to be replaced, got 2 of"),
+    ],
+)
+def test_padding_that_cannot_be_masked(model, options, message):
+    model = model()
+    with pytest.raises(InputError, match=f"mask_padding: .*{message}"):
+        simplify(model, mask_padding=True, **options)
+    assert not kinds(model)
+    causal, _ = simplify(clip(), mask_padding=True)  # whose tokens see no padding as it is
+    assert type(causal) is CLIP
 
 
 def test_masks_that_cannot_be_honoured():

@@ -24,6 +24,7 @@ from torch.nn import SyncBatchNorm
 from wire import matrices, sent
 
 from simplclip import memory
+from simplclip.models.crop import TextCrop
 from simplclip.ops import distributed
 from simplclip.train import loop
 from simplclip.train.loop import curves
@@ -49,9 +50,16 @@ def killed(attempts, rank, steps):
 
 
 def observed(config, broken=None, **options) -> dict:
-    """What a run did on this rank: the ids of the samples of each step, the weights at its end, its error, and how many
-    matrices it began to gather while it went on."""
+    """What a run did on this rank: the ids of the samples of each step, the numbers of texts in its micro-batches, the
+    weights at its end, its error, and how many matrices it began to gather while it went on."""
     rank, ids, last, seen, original = int(os.environ.get("RANK", 0)), [], [], [], loop.train_step
+    cut, split = [], TextCrop.split
+
+    def splitting(crop, text, tokens):
+        crop.multiple = 1  # at a multiple of 8 the captions would all be as long
+        rows = split(crop, text, tokens * 2 // (2 + rank))  # as if the texts of later ranks were longer
+        cut.append([len(some) for some in rows])
+        return rows
 
     def stepping(training, batches, first=None):
         here = [rank, training.step + 1]
@@ -66,16 +74,17 @@ def observed(config, broken=None, **options) -> dict:
         last[:] = [training]
         return original(training, batches, first)
 
-    loop.train_step, loop.curves, error = stepping, lambda out: None, None
+    loop.train_step, loop.curves, TextCrop.split, error = stepping, lambda out: None, splitting, None
     try:
         with open(f"{config.run.out}-{rank}.txt", "w") as text, sent("all_gather_into_tensor") as seen:
             loop.run(config, console=Console(file=text, width=200), planner=memory, **options)
     except (Exception, SystemExit) as failed:
         error = f"{type(failed).__name__}: {failed}"
     finally:
-        loop.train_step, loop.curves = original, curves
+        loop.train_step, loop.curves, TextCrop.split = original, curves, split
     weights = [p.detach().sum().item() for p in last[0].model.parameters()] if last else []
-    return {"ids": ids, "weights": weights, "error": error, "early": sum(at_once for *_, at_once in matrices(seen))}
+    early = sum(at_once for *_, at_once in matrices(seen))
+    return {"ids": ids, "cut": cut, "weights": weights, "error": error, "early": early}
 
 
 def of_all_ranks(norm, x):

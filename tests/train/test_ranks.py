@@ -156,6 +156,15 @@ def test_ranks_train_as_one_process(folder, of_ranks, ranks, steps, name):
     equal(folder, name, of_ranks(ranks, steps), of_ranks(1, steps), ranks, steps)
 
 
+def test_each_rank_cuts_its_texts_by_tokens(of_ranks):
+    """In numbers of micro-batches that may differ."""
+    first, second = (rank["captions cached"]["cut"] for rank in of_ranks(2, 3))
+    assert len(first) == len(second) == 3
+    for few, many in zip(first, second):
+        assert sum(few) == sum(many) == 60
+        assert len(few) < len(many) < 6  # which so many of 10 texts of full length would be
+
+
 def test_a_signal_to_any_rank_saves_once_and_one_process_goes_on(folder, of_ranks):
     """With the same batches as if it had never stopped."""
     got, place = of_ranks(2, 3), folder / "2-3"
