@@ -89,10 +89,17 @@ def _read(device: str) -> dict[str, Any]:
         return {}
 
 
+@functools.cache
 def known(section: str, device: str) -> dict[str, Any]:
-    """A section of what is known of this device; read once in a process."""
+    """A section of what is known of this device; read once in a process, and not to be changed."""
     found = _read(device).get(section, {})
-    return dict(found) if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def forget() -> None:
+    """What is known is read again."""
+    _read.cache_clear()
+    known.cache_clear()
 
 
 def store(section: str, device: str, found: dict[str, Any]) -> Path:
@@ -105,7 +112,7 @@ def store(section: str, device: str, found: dict[str, Any]) -> Path:
         file = path(device)
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.parent):
-            _read.cache_clear()
+            forget()
             sections = {**_read(device), section: found, "machine": describe(device)}
             write_atomically(file, json.dumps({name: value for name, value in sections.items() if value}, indent=2))
     except (OSError, RuntimeError) as error:
@@ -113,5 +120,5 @@ def store(section: str, device: str, found: dict[str, Any]) -> Path:
         told = f"{file}: expected to write what was found out about this machine, got {why}"
         raise UserError(f"{told}; SIMPLCLIP_CACHE names another folder") from None
     finally:
-        _read.cache_clear()
+        forget()
     return file

@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from calls import Call, block_inputs
 from devices import needs_cpu_kernels
 from interpreter import needs_triton
 from memory_calls import attention_call, forward_and_backward, mlp_call
@@ -19,6 +18,7 @@ from simplclip.memory import fake
 from simplclip.memory.count import WORKSPACE, Counter, UncountedOp
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends
+from simplclip.selftest.calls import Call, block_inputs
 
 OF_THE_TEST = 3  # the sum of the results, and the gradient of that
 CPU = torch.device("cpu")

@@ -1,8 +1,9 @@
 """Calls of the ops whose memory is compared with what is stated or predicted."""
 
 import torch
-from calls import ATTENTION, MLP, TERMS, Call, attention_inputs, function_of, mlp_inputs, outputs_of
-from similarity import make_inputs
+
+from simplclip.selftest.calls import ATTENTION, MLP, TERMS, Call, attention_inputs, make_inputs, mlp_inputs
+from simplclip.selftest.compare import function_of, outputs_of
 
 SIMILARITY = {
     "contrastive": {"terms": ("contrastive",)},
