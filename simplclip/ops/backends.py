@@ -177,6 +177,7 @@ def forced() -> str:
     return _forced
 
 
+TAKEN_OUT = "failed simplclip selftest on this machine ({}); simplclip selftest --reset brings it back"
 _supposed: dict[str, str] | None = None
 
 
@@ -208,9 +209,7 @@ def supposing(failed: dict[str, str]) -> Iterator[None]:
 
 def _why_taken_out(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     failed = taken_out(device)
-    if not failed or name == "reference" or (reason := failed.get(key(op, name, dtype))) is None:
-        return None
-    return f"failed simplclip selftest on this machine ({reason}); simplclip selftest --reset brings it back"
+    return TAKEN_OUT.format(failed[of]) if failed and name != "reference" and (of := key(op, name, dtype)) in failed else None
 
 
 def _known(name: str) -> None:

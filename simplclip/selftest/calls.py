@@ -217,7 +217,7 @@ def _of_contrastive(r: random.Random, call: Call) -> None:
             options["margin"] = r.choice((0.0, 0.2))
             if r.random() < 0.3:
                 options["prior"] = r.choice((0.0, 0.05))
-            elif r.random() < 0.3:
+            elif r.random() < 0.5:
                 leaves["prior"] = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) / 10
     if r.random() < 0.3:
         options["weights"] = {term: r.choice((0.0, 0.5, 1.0, 2.0)) for term in terms}

@@ -77,7 +77,7 @@ def run(
 def _least(call: Call, gradient: bool) -> float:
     """Below it a result is 0 by cancellation: some hundredths of what is subtracted, logits, or for gradients scale / N."""
     if call.op == "feature_loss":
-        return 1e-2
+        return min(1e-2, LOSS_SCALE / call.tensors["teacher"].numel() if gradient else 1.0)
     if call.op != "similarity_loss":
         return 0.3 if call.op == "simplified_block" else 0.1  # the former's are sums over tokens and widths
     given = {**call.tensors, **call.options}
