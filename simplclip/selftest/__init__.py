@@ -41,7 +41,7 @@ DRAWS = dict.fromkeys(DRAW, range(12)) | {"similarity_loss": range(300, 332)}
 FULL = 10
 REPEATED = 20  # times that the first call of a row is run, with `full` the first four; the others twice
 MOST = 3  # failures, after which a row ends
-PATIENCE = 900.0  # seconds that a row may take
+PATIENCE = 900.0  # seconds that a row may take on a GPU
 CRASHES = {-getattr(signal, name, 0) for name in ("SIGSEGV", "SIGILL", "SIGBUS", "SIGFPE", "SIGABRT")} - {0}
 
 
@@ -64,6 +64,12 @@ class Row:
     @property
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision]
+
+    @property
+    def keys(self) -> list[str]:
+        """What its backend runs, by which it can be taken out."""
+        parts = () if self.backend == "reference" else self.parts
+        return [backends.key(part, self.backend, self.dtype) for part in parts]
 
     @property
     def parts(self) -> list[str]:
@@ -159,6 +165,10 @@ class Wrong(Exception):
     """A result that is not right; the message says which and how."""
 
 
+class WrongAside(Wrong):
+    """In a way that training does not depend on, so that nothing is taken out."""
+
+
 def _check_same(found: dict[str, Tensor], again: dict[str, Tensor], what: str) -> None:
     for name, value in found.items():
         if not torch.equal(_bits(value), _bits(again[name])):
@@ -172,6 +182,14 @@ def _on_another_stream(case: Case) -> dict[str, Tensor]:
         found = case.run()
     torch.cuda.current_stream().wait_stream(stream)
     return found
+
+
+@contextlib.contextmanager
+def _aside(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise WrongAside(f"{what}: {error}") from error
 
 
 def _from_a_graph(case: Case) -> dict[str, Tensor]:
@@ -192,6 +210,16 @@ def _compiled(case: Case) -> dict[str, Tensor]:
     return run(function, case.call, case.tensors, case.need, case.incoming)
 
 
+def _check_right(row: Row, case: Case, found: dict[str, Tensor]) -> None:
+    for name, value in found.items():
+        if not value.isfinite().all():
+            raise Wrong(f"{name} is not finite")
+    for name, of in case.deviations(found):
+        row.worst = max(row.worst, min(of.units, 1e9))  # JSON has no infinity
+        if not of.units <= 1:
+            raise Wrong(f"{name}: {of}")
+
+
 def _promises_bits(row: Row, device: str) -> bool:
     """sdpa and xformers have atomics on a GPU; a block on Triton may have their attention."""
     return device == "cpu" or row.backend == "cuda" or (row.backend == "triton" and row.op != "simplified_block")
@@ -201,20 +229,18 @@ def check(case: Case, row: Row, times: int) -> None:
     """Raises Wrong, or what the backend raises. times: how often the call is run."""
     row.calls += 1
     with _precision(row), _poisoned():
-        found = case.run() if row.backend != COMPILED else _compiled(case)
-        for name, value in found.items():
-            if not value.isfinite().all():
-                raise Wrong(f"{name} is not finite")
-        for name, of in case.deviations(found):
-            row.worst = max(row.worst, min(of.units, 1e9))  # JSON has no infinity
-            if not of.units <= 1:
-                raise Wrong(f"{name}: {of}")
-        if row.backend != COMPILED and _promises_bits(row, case.device):
+        if row.backend == COMPILED:
+            with _aside("compiled"):
+                return _check_right(row, case, _compiled(case))
+        found = case.run()
+        _check_right(row, case, found)
+        if _promises_bits(row, case.device):
             for number in range(1, times):
                 _check_same(found, case.run(), f"run {number + 1} of the same call")
             if case.device == "cuda" and times == REPEATED:
                 _check_same(found, _on_another_stream(case), "another stream")
-                _check_same(found, _from_a_graph(case), "a CUDA graph")
+                with _aside("a CUDA graph"):
+                    _check_same(found, _from_a_graph(case), "its replay")
     if changed := case.lay_out.changed():  # type: ignore[attr-defined]
         raise Wrong(f"{changed[0]}: it or the memory around it was changed")
 
@@ -239,6 +265,12 @@ class Ran(TorchDispatchMode):
         return DISPATCH[function.name()](*args, through=through)
 
 
+def _what_runs(case: Case) -> list[str]:
+    with contextlib.suppress(Exception), Ran() as mode:
+        case.run()
+    return sorted(mode.found)
+
+
 def prove(row: Row, device: str, full: bool) -> Row:
     """Runs the calls of a row until some have failed."""
     every = {backends.key(op, name, dtype): "" for op in backends.TABLE for name in backends.NAMES for dtype in FLOATS}
@@ -250,10 +282,8 @@ def prove(row: Row, device: str, full: bool) -> Row:
                 raise
             except Exception as error:
                 what = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
-                with contextlib.suppress(Exception), Ran() as mode:
-                    if row.backend != COMPILED:
-                        case.run()
-                row.failures.append(Failure(what, str(case.call), sorted(mode.found)))
+                ran = [] if isinstance(error, WrongAside) else _what_runs(case) or row.keys
+                row.failures.append(Failure(what, str(case.call), ran))
                 if len(row.failures) == MOST:
                     break
     return row
@@ -275,6 +305,7 @@ def taken_out(rows: Iterable[Row]) -> dict[str, str]:
 
 def _work(connection: Connection, rows: list[Row], device: str, full: bool, threads: int) -> None:
     """Sends each row when it is proven. Ends early where a GPU can no longer be used, as after a wrong access."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ends the process that waits, and that ends this one
     torch.set_num_threads(threads)
     for row in rows:
         try:
@@ -297,7 +328,7 @@ def survey(device: str, *, full: bool = False, ops: Collection[str] = DRAW) -> I
         there.close()
         told = f"gave no answer for {PATIENCE:.0f} s"
         try:
-            while rows and here.poll(PATIENCE):
+            while rows and here.poll(PATIENCE if device == "cuda" else None):
                 found = here.recv()
                 if isinstance(found, UserError):
                     raise found
@@ -312,6 +343,5 @@ def survey(device: str, *, full: bool = False, ops: Collection[str] = DRAW) -> I
             process.kill()
         if rows and told:
             row, rows = rows[0], rows[1:]
-            keys = [backends.key(part, row.backend, row.dtype) for part in row.parts]
-            row.failures.append(Failure(told, ran=keys))
+            row.failures.append(Failure(told, ran=row.keys))
             yield row
