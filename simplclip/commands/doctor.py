@@ -13,6 +13,11 @@ import typer
 from simplclip.version import __version__
 
 LONG = 197  # tokens of an attention that is reported beside a short one
+FIRST_HOUR = (  # docs/first-hour.md
+    "simplclip selftest            proves each op on each backend of this machine",
+    "simplclip tune                chooses the fastest forms and tiles for it by measuring",
+    "python -m benchmarks.gpu      measures all of them and a training step (in a checkout)",
+)
 PACKAGES = ("torch", "triton", "open_clip_torch", "timm", "webdataset", "numpy")
 
 
@@ -97,6 +102,7 @@ def report() -> dict:
         "gpu": _gpu(),
         "extension": _extension(),
         "forced_backend": backends.forced() or None,
+        "taken_out": {device: dict(backends.taken_out(device)) for device in ("cpu", "cuda")},
         "ops": {
             name: {device: _backend(op, device, facts) for device in ("cpu", "cuda")}
             for op in backends.TABLE
@@ -147,6 +153,8 @@ def render(data: dict, why: bool = False) -> str:
         rows.append(("", ", ".join(f"{name} {value}" for name, value in gpu["limits"].items())))
     if data["forced_backend"]:
         rows.append(("forced", f"{data['forced_backend']}, by SIMPLCLIP_BACKEND or simplclip.backend"))
+    taken_out = [f"{key}: {reason}" for of_device in data["taken_out"].values() for key, reason in of_device.items()]
+    rows += [("" if number else "taken out", text) for number, text in enumerate(taken_out)]
     lines = [f"{name:<13}{text}" for name, text in rows]
     lines += ["", f"{'op':<28}{'float32 CPU tensor':<20}float32 CUDA tensor"]
     for op, devices in data["ops"].items():
@@ -155,4 +163,4 @@ def render(data: dict, why: bool = False) -> str:
         for device, entry in devices.items() if why else ():
             lines += [f"    {device}: {entry['error']}"] if entry["error"] else []
             lines += [f"    {device}: not {name}: {reason}" for name, reason in entry["others"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *FIRST_HOUR])

@@ -16,6 +16,7 @@ from simplclip.commands.evaluate import evaluate
 from simplclip.commands.export import export
 from simplclip.commands.options import fail
 from simplclip.commands.plan import plan
+from simplclip.commands.selftest import selftest
 from simplclip.commands.share import share
 from simplclip.commands.teacher import teacher
 from simplclip.commands.train import train
@@ -82,6 +83,9 @@ def _root(
 
 
 app.command(short_help="Show which backend runs each op on this machine.", epilog="Example: simplclip doctor --why")(doctor)
+app.command(
+    short_help="Prove each op on each backend of this machine.", epilog="Example: simplclip selftest --json selftest.json"
+)(selftest)
 app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=shards/*.tar --resume")(
     train
 )

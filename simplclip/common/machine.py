@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from simplclip.common.errors import UserError
 from simplclip.common.files import locked, write_atomically
 from simplclip.version import __version__
 
@@ -26,8 +27,9 @@ COMPUTES = ("*.so", "*.pyd", "ops/**/*.py", "kernels/**/*.py")
 
 
 def folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simplclip"
-    return Path(os.environ.get("SIMPLCLIP_CACHE") or default)
+    if given := os.environ.get("SIMPLCLIP_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simplclip"
 
 
 def cpu_name() -> str:
@@ -69,31 +71,54 @@ def path(device: str) -> Path:
 
 @functools.cache
 def _read(device: str) -> dict[str, Any]:
-    if not folder().is_dir():  # the common case, which needs no digest
-        return {}
-    file = path(device)
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        return {}  # of a device that is not here nothing can have been found out, and a plan may compute with it
+    file: Path | str = "the cache folder"
     try:
-        return json.loads(file.read_text())
+        if not os.path.isdir(folder()):  # the common case, which needs no digest
+            return {}
+        file = path(device)
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+        return found
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder, or too deep a JSON
         warnings.warn(f"{file}: expected what an earlier process found out, got {error}; it is ignored", stacklevel=3)
         return {}
 
 
+@functools.cache
 def known(section: str, device: str) -> dict[str, Any]:
-    """A section of what is known of this device; read once in a process."""
+    """A section of what is known of this device; read once in a process, and not to be changed."""
     found = _read(device).get(section, {})
     return found if isinstance(found, dict) else {}
 
 
-def store(section: str, device: str, found: dict[str, Any]) -> Path:
-    """Replaces a section, for this process and later ones; an empty one is removed."""
-    file = path(device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with locked(file.parent):
-        _read.cache_clear()
-        sections = {**_read(device), section: found, "machine": describe(device)}
-        write_atomically(file, json.dumps({name: value for name, value in sections.items() if value}, indent=2))
+def forget() -> None:
+    """What is known is read again."""
     _read.cache_clear()
+    known.cache_clear()
+
+
+def store(section: str, device: str, found: dict[str, Any]) -> Path:
+    """Replaces a section, for this process and later ones; an empty one is removed.
+
+    Raises UserError if the file cannot be written; then it is as it was.
+    """
+    file: Path | str = "the cache folder"
+    try:
+        file = path(device)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.parent):
+            forget()
+            sections = {**_read(device), section: found, "machine": describe(device)}
+            write_atomically(file, json.dumps({name: value for name, value in sections.items() if value}, indent=2))
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        told = f"{file}: expected to write what was found out about this machine, got {why}"
+        raise UserError(f"{told}; SIMPLCLIP_CACHE names another folder") from None
+    finally:
+        forget()
     return file

@@ -11,7 +11,8 @@ A backend is one of
                through it (any order, forward mode, torch.func), which keeps all matrices.
 
 The first backend in this order that supports a call runs it. `with simplclip.backend("cpu"):` and the environment variable
-SIMPLCLIP_BACKEND force one backend for the whole process; an op that it does not support then raises an error.
+SIMPLCLIP_BACKEND force one backend for the whole process; an op that it does not support then raises an error. What fails
+`simplclip selftest` on this machine supports nothing there, forward and backward together; the reference is never taken out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 
+from simplclip.common import machine
 from simplclip.ops.calls import flat
 
 NAMES = ("cuda", "triton", "cpu", "sdpa", "xformers", "reference")
@@ -175,6 +177,41 @@ def forced() -> str:
     return _forced
 
 
+TAKEN_OUT = "failed simplclip selftest on this machine ({}); simplclip selftest --reset brings it back"
+_supposed: dict[str, str] | None = None
+
+
+def family(op: str) -> str:
+    """The op without its direction."""
+    return op.removesuffix("_fwd").removesuffix("_bwd")
+
+
+def key(op: str, name: str, dtype: torch.dtype) -> str:
+    """By which backend `name` is taken out for forward and backward of an op in a dtype."""
+    return f"{family(op)} {name} {str(dtype).removeprefix('torch.')}"
+
+
+def taken_out(device: str) -> dict[str, str]:
+    """What is taken out on a device type, by key, and why."""
+    return machine.known("failed", device) if _supposed is None else _supposed
+
+
+@contextlib.contextmanager
+def supposing(failed: dict[str, str]) -> Iterator[None]:
+    """Takes out these, by key, in place of what failed `simplclip selftest` on this machine."""
+    global _supposed
+    before, _supposed = _supposed, failed
+    try:
+        yield
+    finally:
+        _supposed = before
+
+
+def _why_taken_out(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
+    failed = taken_out(device)
+    return TAKEN_OUT.format(failed[of]) if failed and name != "reference" and (of := key(op, name, dtype)) in failed else None
+
+
 def _known(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -184,7 +221,7 @@ def why_not(op: str, name: str, device: str, dtype: torch.dtype, **call) -> str 
     """Why backend `name` cannot run `op` on this device type and dtype with these facts of a call; None if it can."""
     if name not in TABLE[op]:
         return f"{op} has no {name} implementation"
-    return TABLE[op][name].why_not(device, dtype, **call)
+    return TABLE[op][name].why_not(device, dtype, **call) or _why_taken_out(op, name, device, dtype)
 
 
 def of_part(op: str, name: str) -> str:

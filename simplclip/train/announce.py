@@ -44,6 +44,8 @@ def lines(training: Training, why_precision: str, source: data.Loader) -> Iterat
         bias = "none" if training.logit_bias is None else f"{training.logit_bias.item():.4g}"
         yield f"logits     scale {training.model.logit_scale.exp().item():.4g}, bias {bias}"
     yield f"ops        {_ops(training)}"
+    for key, reason in backends.taken_out(training.device.type).items():
+        yield f"warning    {key} {backends.TAKEN_OUT.format(reason)}"
     for line in training.folded.lines():
         yield f"frozen     {line}"
     yield f"precision  {training.precision} ({why_precision})"

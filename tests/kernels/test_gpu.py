@@ -1,16 +1,24 @@
 """The ops as users call them, on a CUDA device, each by the backend that comes first there. Values: test_triton.py."""
 
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import random_calls
 import torch
 from devices import cuda_peak_bytes
 from open_clip.loss import DistillClipLoss
-from similarity import TEACHER, make_inputs
+from paths import PYTHONPATH
 
+from simplclip import selftest
 from simplclip.losses import WIKDLoss
 from simplclip.nn import SimplifiedBlock
 from simplclip.ops import backends, similarity_loss
 from simplclip.ops.similarity.call import TERMS
+from simplclip.selftest.calls import DRAW, TEACHER, make_inputs
 
 pytestmark = pytest.mark.gpu
 WHOLE = {"relational_weight": 0.8, "interactive_weight": 0.6, "pm_weight": 0.5, "feature_weight": 0.4}
@@ -20,6 +28,65 @@ def test_triton_serves_cuda_tensors():
     ops = ("similarity_loss_fwd", "similarity_loss_bwd", "similarity_rows", "feature_loss_fwd", "feature_loss_bwd")
     for op in (*ops, "parallel_mlp_fwd", "parallel_mlp_bwd"):
         assert backends.select(op, "cuda", torch.bfloat16)[0] == "triton"
+
+
+@pytest.mark.parametrize("op", DRAW)
+def test_selftest(op):
+    """Every backend and precision that the device has, all options; another stream, a CUDA graph, compiled."""
+    rows = list(selftest.survey("cuda", full=True, ops=[op]))
+    assert {row.backend for row in rows} >= {"triton" if op != "shaped_attention" else "sdpa", "reference", selftest.COMPILED}
+    assert not [(row.backend, row.precision, row.failures) for row in rows if row.failures]
+
+
+def cases():
+    """The first call of each op on each backend, in each precision."""
+    for row in selftest.rows_of("cuda", False, DRAW):
+        if row.backend not in ("reference", selftest.COMPILED) and row.precision != selftest.TF32:
+            yield pytest.param(row, id=f"{row.op}, {row.backend}, {row.precision}")
+
+
+ROWS = list(cases()) if torch.cuda.is_available() else []
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_two_streams_at_once(row):
+    """Two calls that the device may run beside each other do not share scratch."""
+    both = list(itertools.islice(selftest.cases(row, "cuda", full=False), 2))
+    expected, streams, found = [case.run() for case in both], [torch.cuda.Stream() for _ in both], [[], []]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for case, stream, results in zip(both, streams, found):
+            with torch.cuda.stream(stream):
+                results.append(case.run())
+    torch.cuda.synchronize()
+    tolerance = {} if row.backend in ("sdpa", "xformers") or row.op == "simplified_block" else {"rtol": 0, "atol": 0}
+    for first, results in zip(expected, found):
+        for result in results:
+            torch.testing.assert_close(result, first, **tolerance)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_thousand_calls_keep_no_memory(row):
+    case = next(selftest.cases(row, "cuda", full=False))
+    for _ in range(3):
+        case.run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(1000):
+        case.run()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.prove
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    watch = ["compute-sanitizer", f"--tool={tool}", "--target-processes=all", "--error-exitcode=9"]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": PYTHONPATH}
+    command = [*watch, sys.executable, "-m", "simplclip", "selftest", "--device", "cuda"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:]
 
 
 def test_random_calls_of_the_reference():

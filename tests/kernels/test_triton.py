@@ -10,9 +10,11 @@ import interpreter
 import pytest
 import random_calls
 import torch
-from calls import TERMS, Call, check, check_registration, mlp_call, similarity_call
+from calls import check, check_registration
 from devices import DTYPES
 from interpreter import needs_interpreter, needs_triton
+
+from simplclip.selftest.calls import TERMS, Call, mlp_call, similarity_call
 
 MODES = [
     {"terms": TERMS[:1]},

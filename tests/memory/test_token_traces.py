@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from calls import Call, block_inputs
 from devices import needs_cpu_kernels
 from interpreter import needs_triton
 from memory_calls import attention_call, forward_and_backward, mlp_call, predicted
@@ -15,6 +14,7 @@ from simplclip.memory import fake
 from simplclip.memory.count import WORKSPACE
 from simplclip.memory.measure import cpu_peak_bytes
 from simplclip.ops import backends
+from simplclip.selftest.calls import Call, block_inputs
 
 OF_THE_TEST = 3  # the sum of the results, and the gradient of that
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from calls import MLP, Call, block_inputs
 from devices import DTYPES, needs_cpu_kernels
 from memory_calls import SIMILARITY, attention_call, feature_call, forward_and_backward, mlp_call, similarity_call
 from torch.utils._pytree import tree_leaves
@@ -20,6 +19,7 @@ from simplclip.ops.attention.call import AttentionCall, AttentionInto
 from simplclip.ops.calls import flat, schema_of
 from simplclip.ops.feature.call import FeatureGradient
 from simplclip.ops.mlp.call import HiddenGradient
+from simplclip.selftest.calls import MLP, Call, block_inputs
 
 SCALARS = 64  # bytes, of results that come after the peak
 # What oneDNN copies in products of half types is not stated; this is a bound with one thread.

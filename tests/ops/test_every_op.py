@@ -4,55 +4,12 @@ import itertools
 
 import pytest
 import torch
-from calls import (
-    SMALL,
-    TERMS,
-    Call,
-    attention_call,
-    block_inputs,
-    check,
-    check_registration,
-    function_of,
-    mlp_call,
-    run,
-    similarity_call,
-)  # fmt: skip
+from calls import SMALL, check, check_registration
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
-
-KL = {"interactive": "kl"}
-
-
-def lengths(call, *given):
-    call.tensors["lengths"] = torch.tensor(given)
-    return call
-
-
-def feature(n, d, **options):
-    g = torch.Generator().manual_seed(0)
-    teacher = 3 * torch.randn(n, d, generator=g, dtype=torch.float64)
-    student = teacher + torch.randn(n, d, generator=g, dtype=torch.float64)
-    return Call("feature_loss", {"student": student, "teacher": teacher}, options)
-
-
-# Several tiles, strips and chunks, the last not whole.
-LARGE = {
-    "similarity, all": lambda: similarity_call(257, 257, terms=TERMS, ids=True),
-    "similarity, hadamard": lambda: similarity_call(257, 257, terms=TERMS, plane="hadamard", ids=True, **KL),
-    "similarity, 1000": lambda: similarity_call(1000, 1000, terms=TERMS[:2]),
-    "similarity, 100 x 333": lambda: similarity_call(100, 333, 57, terms=TERMS, teacher_width=31, symmetric=False, **KL),
-    "attention, 77": lambda: attention_call(2, 77, 2, 64),
-    "attention, 197": lambda: attention_call(2, 197, 2, 64),
-    "attention, 250": lambda: lengths(attention_call(4, 250, 2, 8), 250, 0, 125, 1),
-    "attention, 288": lambda: lengths(attention_call(2, 288, 1, 80, causal=True), 288, 285),
-    "mlp": lambda: mlp_call(130, 24, 1000, 17),
-    "mlp, several chunks": lambda: mlp_call(1300, 8, 4096, 8),  # more hidden rows than 8 MiB hold
-    "block": lambda: lengths(Call("simplified_block", block_inputs(3, 77, 64, 2, 300), {"causal": True}), 77, 0, 30),
-    "block, recompute": lambda: Call("simplified_block", block_inputs(2, 130, 48, 3, 100), {"recompute": True}),
-    "feature": lambda: feature(3001, 65),
-    "feature, smooth": lambda: feature(31, 1000, distance="smooth_l1", beta=0.05, normalize=False),
-}
+from simplclip.selftest.calls import LARGE
+from simplclip.selftest.compare import function_of, run
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from calls import Call, check, function_of, run
+from calls import check
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
 from simplclip.ops import feature_loss
+from simplclip.selftest.calls import Call
+from simplclip.selftest.compare import function_of, run
 
 
 def features(n, d):

@@ -7,13 +7,13 @@ pytest tests/ops/test_properties.py --first-case 1234 --cases 1       the call o
 import collections
 import itertools
 
-import calls
 import layouts
 import pytest
 import random_calls
 import torch
 
 from simplclip.ops import backends
+from simplclip.selftest import compare
 
 
 def expect_none(failed, block):
@@ -70,15 +70,15 @@ def test_draws_cover_the_ops():
 @pytest.mark.slow
 def test_a_wrong_result_fails(monkeypatch):
     """A tenth off in one gradient of every op is found."""
-    honest = calls.run
+    honest = compare.run
 
     def wrong(function, call, *rest):
         found = honest(function, call, *rest)
-        if function is calls.function_of(call):
+        if function is compare.function_of(call):
             found = {name: t * 1.1 if name.startswith("d_") else t for name, t in found.items()}
         return found
 
-    monkeypatch.setattr(calls, "run", wrong)
+    monkeypatch.setattr(compare, "run", wrong)
     failed = random_calls.failures(range(100))
     ops = collections.Counter(random_calls.make(int(text.split()[1].rstrip(":"))).call.op for text in failed)
     for op in random_calls.PLAIN:

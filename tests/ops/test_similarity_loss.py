@@ -7,11 +7,13 @@ import numpy as np
 import plain
 import pytest
 import torch
-from calls import TERMS, check, function_of, outputs_of, run, similarity_call
+from calls import check
 from devices import BACKENDS, DTYPES, needs_cpu_kernels
 
 import simplclip
 from simplclip.ops import similarity_loss
+from simplclip.selftest.calls import TERMS, similarity_call
+from simplclip.selftest.compare import function_of, outputs_of, run
 
 
 def of_ones(call, backend):

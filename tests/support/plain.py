@@ -69,7 +69,7 @@ def similarity_loss(
         if prior is not None:
             count = negative.sum(1)
             top = torch.maximum(others, logits[pair]).detach()
-            g = ((others - top).exp() / count - prior * (logits[pair] - top).exp()) / (1 - prior)
+            g = ((others - top).exp() / count.clamp(min=1) - prior * (logits[pair] - top).exp()) / (1 - prior)
             tiny = torch.finfo(g.dtype).tiny
             others = torch.where(g < tiny, -torch.inf, top + g.clamp(min=tiny).log())
             others = torch.maximum(others, -torch.as_tensor(logit_scale, dtype=g.dtype)) + count.to(g.dtype).log()

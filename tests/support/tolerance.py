@@ -1,13 +1,6 @@
-"""The tolerance of every kernel test: |kernel - float64| <= |plain torch in the same dtype - float64| + eps.
+"""The tolerance of every kernel test (simplclip.selftest.compare), for dicts of results."""
 
-eps is relative to the largest value of the float64 result. The first term lets a kernel round as plain torch rounds; the
-second is what reordering a sum may cost in that dtype. (The rule of ml-cross-entropy's tests.)
-"""
-
-import torch
-
-EPS = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10}
-EPS["tf32"] = 2e-3  # the mantissa of float16, to which the inputs are rounded too
+from simplclip.selftest.compare import deviation
 
 
 def assert_within(kernel, plain, truth, dtype, what="", least=0.0):
@@ -18,7 +11,5 @@ def assert_within(kernel, plain, truth, dtype, what="", least=0.0):
     assert kernel.keys() == truth.keys() == plain.keys()
     for name, exact in truth.items():
         assert kernel[name].shape == exact.shape, f"{what} {name}: shape {kernel[name].shape}, expected {exact.shape}"
-        ours = (kernel[name].double() - exact).abs().max().item()
-        theirs = (plain[name].double() - exact).abs().max().item()
-        allowed = theirs + EPS[dtype] * max(exact.abs().max().item(), least) + 1e-30
-        assert ours <= allowed, f"{what} {name}: error {ours:.3e}, allowed {allowed:.3e} (plain torch {theirs:.3e})"
+        found = deviation(kernel[name], plain[name], exact, dtype, least)
+        assert found.units <= 1, f"{what} {name}: {found}"

@@ -1,0 +1,347 @@
+"""Proves each op on each backend that a device has, with this machine's torch, Triton and driver.
+
+A row of the proof is an op, a backend and a precision. For calls of many sizes and options: values and gradients against
+float64 within the tolerance of `compare`; memory that nobody wrote is NaN; tensors and gradients lie between NaNs, and
+neither change; equal bits each time; on a GPU the same bits on another stream and from a CUDA graph; and one call of each op
+compiled. The rows run in a process of their own, so that one that crashes it is a failure like others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import random
+import signal
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from simplclip.common.errors import UserError
+from simplclip.ops import backends
+from simplclip.ops.checks import FLOATS
+from simplclip.ops.registry import DISPATCH
+from simplclip.selftest.calls import DRAW, LARGE
+from simplclip.selftest.compare import TF32, Case, function_of, run
+
+# The ops whose backends an op takes, if not its own.
+PARTS: dict[str, tuple[str, ...]] = {"simplified_block": ("shaped_attention", "parallel_mlp")}
+PARTS["similarity_loss"] = ("similarity_loss", "similarity_rows", "similarity_sigmoid", "similarity_terms")
+PRECISIONS = {"float32": torch.float32, TF32: torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS["float64"] = torch.float64
+COMPILED = "torch.compile"  # in a row, in place of a backend
+# The numbers of a row's random calls, among which every option occurs; with `full` there are FULL times as many.
+DRAWS = dict.fromkeys(DRAW, range(12)) | {"similarity_loss": range(300, 332)}
+FULL = 10
+REPEATED = 20  # times that the first call of a row is run, with `full` the first four; the others twice
+MOST = 3  # failures, after which a row ends
+PATIENCE = 900.0  # seconds that a row may take on a GPU
+CRASHES = {-getattr(signal, name, 0) for name in ("SIGSEGV", "SIGILL", "SIGBUS", "SIGFPE", "SIGABRT")} - {0}
+
+
+@dataclass
+class Failure:
+    what: str
+    call: str = ""
+    ran: list[str] = field(default_factory=list)  # what may be to blame: ops on backends other than the reference, by key
+
+
+@dataclass
+class Row:
+    op: str
+    backend: str
+    precision: str
+    calls: int = 0
+    worst: float = 0.0  # error in units of the tolerance
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+    @property
+    def keys(self) -> list[str]:
+        """What its backend runs, by which it can be taken out."""
+        parts = () if self.backend == "reference" else self.parts
+        return [backends.key(part, self.backend, self.dtype) for part in parts]
+
+    @property
+    def parts(self) -> list[str]:
+        """The ops in the table of backends that the row's backend runs."""
+        names = (name for part in PARTS.get(self.op, (self.op,)) for name in (part, f"{part}_fwd"))
+        return [name for name in names if self.backend in backends.TABLE.get(name, ())]
+
+    def serves(self, device: str, **facts: Any) -> bool:
+        with _precision(self):
+            missing = [backends.why_not(part, self.backend, device, self.dtype, **facts) for part in self.parts]
+        return self.backend == COMPILED or bool(missing) and not any(missing)
+
+
+def rows_of(device: str, full: bool, ops: Iterable[str]) -> list[Row]:
+    """What this device has."""
+    found = []
+    with backends.supposing({}):
+        for row in (Row(*each) for each in itertools.product(ops, (*backends.NAMES, COMPILED), PRECISIONS)):
+            of_precision = {TF32: device == row.backend == "cuda", "float64": row.backend == "reference"}
+            wanted = of_precision.get(row.precision, True)
+            if row.backend == COMPILED:
+                wanted = row.precision == "float32" and (full or device == "cuda")
+            if wanted and row.serves(device):
+                found.append(row)
+    return found
+
+
+@contextlib.contextmanager
+def _precision(row: Row) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = TF32 if row.precision == TF32 else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+class Guarded:
+    """Puts tensors between others, which hold NaN or a number that no call uses, and tells which tensors have changed."""
+
+    def __init__(self, r: random.Random) -> None:
+        self.r = r
+        self.held: list[tuple[str, Tensor, Tensor]] = []
+
+    def __call__(self, name: str, t: Tensor) -> Tensor:
+        at = self.r.choice((3, 64))  # elements, so that some begin where no vector does
+        rows_apart = t.dim() > 1 and self.r.random() < 0.4
+        shape = (*t.shape[:-1], 2 * t.shape[-1]) if rows_apart else (t.numel() + 2 * at,)
+        memory = t.new_full(shape, torch.nan if t.is_floating_point() else 987_654_321)
+        view = memory[..., : t.shape[-1]] if rows_apart else memory[at:-at].view(t.shape)
+        view.copy_(t)
+        self.held.append((name, memory, memory.clone()))
+        return view
+
+    def changed(self) -> list[str]:
+        """The names; bits are compared, since no NaN equals another."""
+        return [name for name, memory, before in self.held if not torch.equal(*(_bits(t) for t in (memory, before)))]
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.flatten().view(torch.uint8)
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Memory that nobody wrote is NaN, in torch's deterministic mode, which warns of its own functions that have none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def cases(row: Row, device: str, full: bool) -> Iterator[Case]:
+    """The calls of a row: large ones, then random ones."""
+    backend = "" if row.backend in (COMPILED, "reference") else row.backend
+    large = [call for call in (make() for make in LARGE.values()) if call.op == row.op]
+    large = large if full or device == "cuda" else large[:2]
+    numbers = DRAWS[row.op]
+    drawn = (DRAW[row.op](random.Random(f"{row.op} {number}"), row.dtype) for number in itertools.count(numbers.start))
+    served = (call for call in itertools.chain(large, drawn) if row.serves(device, **call.facts()))
+    count = 1 if row.backend == COMPILED else len(large) + len(numbers) * (FULL if full else 1)
+    for number, call in enumerate(itertools.islice(served, count)):
+        r = random.Random(number)
+        needed = call.needed()
+        need = needed if number < len(large) or r.random() < 0.5 else r.sample(needed, r.randint(0, len(needed)))
+        yield Case(call, row.dtype, backend, need, number, device=device, lay_out=Guarded(r))
+
+
+class Wrong(Exception):
+    """A result that is not right; the message says which and how."""
+
+
+class WrongAside(Wrong):
+    """In a way that training does not depend on, so that nothing is taken out."""
+
+
+def _check_same(found: dict[str, Tensor], again: dict[str, Tensor], what: str) -> None:
+    for name, value in found.items():
+        if not torch.equal(_bits(value), _bits(again[name])):
+            raise Wrong(f"{name}: {what} gave other values")
+
+
+def _on_another_stream(case: Case) -> dict[str, Tensor]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = case.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    return found
+
+
+@contextlib.contextmanager
+def _aside(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise WrongAside(f"{what}: {error}") from error
+
+
+def _from_a_graph(case: Case) -> dict[str, Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = case.run()
+    for value in found.values():
+        value.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    return found
+
+
+def _compiled(case: Case) -> dict[str, Tensor]:
+    """On a CPU without the code of torch's own that a compiler would have to make."""
+    how = "inductor" if case.device == "cuda" else "aot_eager"
+    function = torch.compile(function_of(case.call), backend=how, fullgraph=True)
+    return run(function, case.call, case.tensors, case.need, case.incoming)
+
+
+def _check_right(row: Row, case: Case, found: dict[str, Tensor]) -> None:
+    for name, value in found.items():
+        if not value.isfinite().all():
+            raise Wrong(f"{name} is not finite")
+    for name, of in case.deviations(found):
+        row.worst = max(row.worst, min(of.units, 1e9))  # JSON has no infinity
+        if not of.units <= 1:
+            raise Wrong(f"{name}: {of}")
+
+
+def _promises_bits(row: Row, device: str) -> bool:
+    """sdpa and xformers have atomics on a GPU; a block on Triton may have their attention."""
+    return device == "cpu" or row.backend == "cuda" or (row.backend == "triton" and row.op != "simplified_block")
+
+
+def check(case: Case, row: Row, times: int) -> None:
+    """Raises Wrong, or what the backend raises. times: how often the call is run."""
+    row.calls += 1
+    with _precision(row), _poisoned():
+        if row.backend == COMPILED:
+            with _aside("compiled"):
+                return _check_right(row, case, _compiled(case))
+        found = case.run()
+        _check_right(row, case, found)
+        if _promises_bits(row, case.device):
+            for number in range(1, times):
+                _check_same(found, case.run(), f"run {number + 1} of the same call")
+            if case.device == "cuda" and times == REPEATED:
+                _check_same(found, _on_another_stream(case), "another stream")
+                with _aside("a CUDA graph"):
+                    _check_same(found, _from_a_graph(case), "its replay")
+    if changed := case.lay_out.changed():  # type: ignore[attr-defined]
+        raise Wrong(f"{changed[0]}: it or the memory around it was changed")
+
+
+class Ran(TorchDispatchMode):
+    """Records which backend ran which op, but for the reference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() not in DISPATCH:
+            return function(*args, **(kwargs or {}))
+        dtype = next(arg for arg in args if isinstance(arg, Tensor)).dtype
+
+        def through(op: str, backend: str, implementation: Callable) -> Callable:
+            if backend != "reference":
+                self.found.add(backends.key(op, backend, dtype))
+            return implementation
+
+        return DISPATCH[function.name()](*args, through=through)
+
+
+def _what_runs(case: Case) -> list[str]:
+    with contextlib.suppress(Exception), Ran() as mode:
+        case.run()
+    return sorted(mode.found)
+
+
+def prove(row: Row, device: str, full: bool) -> Row:
+    """Runs the calls of a row until some have failed."""
+    every = {backends.key(op, name, dtype): "" for op in backends.TABLE for name in backends.NAMES for dtype in FLOATS}
+    with backends.supposing(every if row.backend == "reference" else {}):
+        for number, case in enumerate(cases(row, device, full)):
+            try:
+                check(case, row, REPEATED if number < (4 if full else 1) else 2)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                what = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
+                ran = [] if isinstance(error, WrongAside) else _what_runs(case) or row.keys
+                row.failures.append(Failure(what, str(case.call), ran))
+                if len(row.failures) == MOST:
+                    break
+    return row
+
+
+def taken_out(rows: Iterable[Row]) -> dict[str, str]:
+    """What the failures of the rows are to blame on, with the reason: all that a failed call ran.
+
+    But for what failed in a call that ran less, which explains it: a block fails where its attention does. That has to be in
+    the dtype of the row, since all dtypes share what is computed from float32 statistics.
+    """
+    found: dict[str, str] = {}
+    failures = [(failure, row.precision.replace(TF32, "float32")) for row in rows for failure in row.failures]
+    for failure, dtype in sorted(failures, key=lambda of: len(of[0].ran)):
+        if not any(key in found for key in failure.ran if key.endswith(f" {dtype}")):
+            found |= dict.fromkeys(failure.ran, " ".join(failure.what.split())[:200])
+    return found
+
+
+def _work(connection: Connection, rows: list[Row], device: str, full: bool, threads: int) -> None:
+    """Sends each row when it is proven. Ends early where a GPU can no longer be used, as after a wrong access."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which ends the process that waits, and that ends this one
+    torch.set_num_threads(threads)
+    for row in rows:
+        try:
+            connection.send(prove(row, device, full))
+        except torch.OutOfMemoryError as error:
+            return connection.send(UserError(f"selftest: expected some free memory on {device}, got {error}"))
+        try:
+            torch.cuda.synchronize() if device == "cuda" else None
+        except Exception:
+            return None
+
+
+def survey(device: str, *, full: bool = False, ops: Collection[str] = DRAW) -> Iterator[Row]:
+    """Proves the rows of a device. Where the process that runs them crashes, the row at hand has failed; another goes on."""
+    rows, spawn = rows_of(device, full, ops), multiprocessing.get_context("spawn")
+    while rows:
+        here, there = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=_work, args=(there, rows, device, full, torch.get_num_threads()), daemon=True)
+        process.start()
+        there.close()
+        told = f"gave no answer for {PATIENCE:.0f} s"
+        try:
+            while rows and here.poll(PATIENCE if device == "cuda" else None):
+                found = here.recv()
+                if isinstance(found, UserError):
+                    raise found
+                rows = rows[1:]
+                yield found
+        except EOFError:
+            process.join()
+            if process.exitcode and process.exitcode not in CRASHES:
+                raise UserError(f"selftest: the process that runs the ops ended with {process.exitcode}") from None
+            told = f"crashed with {signal.Signals(-process.exitcode).name}" if process.exitcode else ""
+        finally:
+            process.kill()
+        if rows and told:
+            row, rows = rows[0], rows[1:]
+            row.failures.append(Failure(told, ran=row.keys))
+            yield row

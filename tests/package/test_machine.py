@@ -1,0 +1,117 @@
+"""What was found out about a device: kept for later processes, and never in the way of what does not need it."""
+
+import json
+import os
+import resource
+import signal
+import warnings
+
+import pytest
+import torch
+from pairs import forked
+
+from simplclip.common import machine
+from simplclip.common.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "cache"))
+    machine.forget()
+    yield tmp_path / "cache"
+    machine.forget()
+
+
+def test_sections_are_stored_apart_and_known_again(cache):
+    assert machine.known("failed", "cpu") == {}
+    file = machine.store("failed", "cpu", {"an op": "a reason"})
+    machine.store("tuned", "cpu", {"rows": 7})
+    assert machine.known("failed", "cpu") == {"an op": "a reason"}
+    machine.store("failed", "cpu", {})
+    assert json.loads(file.read_text()) == {"tuned": {"rows": 7}, "machine": machine.describe("cpu")}
+    assert machine.known("failed", "cuda") == machine.known("failed", "meta") == {}
+    assert os.listdir(cache) == [file.name]
+
+
+def test_another_build_or_torch_knows_nothing(monkeypatch):
+    machine.store("failed", "cpu", {"an op": "a reason"})
+    for attribute, value in (("_build", lambda: "other"), ("cpu_name", lambda: "another processor")):
+        with monkeypatch.context() as patched:
+            patched.setattr(machine, attribute, value)
+            machine.forget()
+            assert machine.known("failed", "cpu") == {}, attribute
+    machine.forget()
+    assert machine.known("failed", "cpu") == {"an op": "a reason"}
+
+
+@pytest.mark.parametrize("content", [b"[1, 2]", b"3", b'{"failed": {', b"\xff\xfe", b"", b"[" * 100_000])
+def test_a_damaged_file_is_told_ignored_and_replaced(content):
+    file = machine.store("tuned", "cpu", {"rows": 7})
+    file.write_bytes(content)
+    machine.forget()
+    with pytest.warns(UserWarning, match=f"{file}: expected what an earlier process found out, got .*; it is ignored"):
+        assert machine.known("tuned", "cpu") == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert machine.known("tuned", "cpu") == {}  # said once
+    with pytest.warns(UserWarning, match="it is ignored"):
+        machine.store("failed", "cpu", {"an op": "a reason"})
+    assert json.loads(file.read_text()).keys() == {"failed", "machine"}
+
+
+@pytest.mark.parametrize("section", [[1], "text", None, 5])
+def test_a_section_of_another_kind_is_nothing(section):
+    file = machine.store("tuned", "cpu", {"rows": 7})
+    file.write_text(json.dumps({"failed": section}))
+    machine.forget()
+    assert machine.known("failed", "cpu") == {}
+
+
+def test_a_full_disk_leaves_the_former_file(cache):
+    file = machine.store("tuned", "cpu", {"rows": 7})
+    before = file.read_text()
+
+    def fill():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(
+            UserError, match=f"^{file}: expected to write .*, got File too large; SIMPLCLIP_CACHE names another"
+        ):
+            machine.store("failed", "cpu", {"an op": "long" * 1000})
+        assert machine.known("tuned", "cpu") == {"rows": 7}
+
+    assert forked(fill) == 0
+    assert (os.listdir(cache), file.read_text()) == ([file.name], before)
+
+
+def test_a_folder_that_cannot_be_made(cache, monkeypatch):
+    cache.write_text("a file")
+    assert machine.known("failed", "cpu") == {}
+    with pytest.raises(UserError, match="expected to write .*, got File exists; SIMPLCLIP_CACHE names another folder"):
+        machine.store("failed", "cpu", {"an op": "a reason"})
+    monkeypatch.setattr(
+        machine, "write_atomically", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
+    cache.unlink()
+    with pytest.raises(UserError, match="got Permission denied"):
+        machine.store("failed", "cpu", {"an op": "a reason"})
+
+
+def test_without_a_home_folder(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SIMPLCLIP_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(machine.Path, "home", home)
+    with pytest.warns(UserWarning, match="the cache folder: .* got Could not determine home directory"):
+        assert machine.known("failed", "cpu") == {}
+    with pytest.raises(UserError, match="^the cache folder: expected to write .* got Could not determine home directory"):
+        machine.store("failed", "cpu", {"an op": "a reason"})
+
+
+def test_the_description_is_plain():
+    found = machine.describe("cpu")
+    assert json.loads(json.dumps(found)) == found
+    assert found["torch"] == torch.__version__
+    assert all(isinstance(value, str) and value for value in found.values())

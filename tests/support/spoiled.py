@@ -1,0 +1,72 @@
+"""The command `simplclip` with kernels that are wrong on purpose, and less to do in selftest (SPOIL="HOW OP ...").
+
+Selftest's own processes import this file again, and so have the same kernels.
+"""
+
+import importlib.util
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from paths import ROOT
+
+from simplclip import selftest
+from simplclip.commands.main import main
+from simplclip.ops import backends
+from simplclip.selftest.calls import DRAW, LARGE
+
+
+def replace(op: str, backend: str, wrong) -> None:
+    """wrong(function, call): what runs in place of a backend's function."""
+    row = backends.TABLE[op]
+    function = row[backend].function
+    row[backend] = backends.Implementation(lambda call: wrong(function, call), row[backend].why_not)
+
+
+def flipped_sign() -> None:
+    """Of the gradient of the second weight, in float32."""
+    turn = lambda d: -d if d.dtype == torch.float32 else d  # noqa: E731
+    replace("parallel_mlp_bwd", "cpu", lambda function, call: turn(function(call)))
+
+
+def one_fault_a_dtype() -> None:
+    """In float32 other bits in run 20, in bfloat16 a number beside a tensor, in float16 a crash."""
+    runs = iter(range(10**9))
+
+    def wrong(function, call):
+        if call.student.dtype == torch.float32:
+            return function(call) * (1 + 1e-6 * (next(runs) % 20 == 19))
+        if call.student.dtype == torch.float16:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        call.student.as_strided((1,), (1,), call.student.storage_offset() + call.student.numel()).fill_(0)
+        return function(call)
+
+    replace("feature_loss_bwd", "cpu", wrong)
+
+
+def wrong_mask() -> None:
+    """A Triton kernel that does not read the last column."""
+    source = (ROOT / "kernels" / "feature" / "op.py").read_text()
+    right, wrong = "inside = (rows[:, None] < n) & (columns[None, :] < d)\n    return", "< d - 1)\n    return"
+    assert right in source
+    copy = Path(tempfile.mkdtemp()) / "op.py"
+    copy.write_text(source.replace(right, right.replace("< d)\n    return", wrong)))
+    spec = importlib.util.spec_from_file_location("simplclip.kernels.feature.op", copy)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+how, *ops = os.environ["SPOIL"].split()
+for op in [op for op in DRAW if op not in ops]:
+    del DRAW[op]
+if how != "one_fault_a_dtype":
+    del selftest.PRECISIONS["float16"], selftest.PRECISIONS["float64"]
+if how == "wrong_mask":  # interpreted
+    LARGE.clear()
+    selftest.DRAWS["feature_loss"] = range(3)
+globals()[how]() if how != "nothing" else None
+if __name__ == "__main__":
+    main()
