@@ -19,6 +19,7 @@ from simplclip.commands.plan import plan
 from simplclip.commands.share import share
 from simplclip.commands.teacher import teacher
 from simplclip.commands.train import train
+from simplclip.commands.tune import tune
 from simplclip.common.errors import UserError
 
 # Spinning OpenMP threads of two processes slow both several times on few cores. torch's OpenMP reads it when it loads,
@@ -82,6 +83,9 @@ def _root(
 
 
 app.command(short_help="Show which backend runs each op on this machine.", epilog="Example: simplclip doctor --why")(doctor)
+app.command(short_help="Measure the forms of each op here and keep the fastest.", epilog="Example: simplclip tune siclip-s0")(
+    tune
+)
 app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=shards/*.tar --resume")(
     train
 )
