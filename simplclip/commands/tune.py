@@ -62,17 +62,12 @@ def tune(
 def _print(found: dict[str, Any], console: Any) -> None:
     from simplclip.common.tables import table
 
-    def cell(row: dict[str, Any], name: Any) -> str:
-        ms = row["candidates"].get(str(name))
-        return f"{_short(name)}: {ms:,.3f}" if isinstance(ms, float) else f"{_short(name)}: {ms}"
+    def ms(row: dict[str, Any]) -> str:
+        each = ((_short(name), of) for name, of in row["candidates"].items())
+        return ", ".join(f"{name} {of:,.2f}" if isinstance(of, float) else f"{name}: {of}" for name, of in each)
 
-    rows = []
-    for row in found["measured"]:
-        default, chosen = str(row["default"]), str(row["chosen"])
-        others = "; ".join(cell(row, name) for name in row["candidates"] if name not in (default, chosen))
-        kept = "the default" if chosen == default else cell(row, chosen)
-        rows.append((row["choice"], row["calls"], cell(row, default), kept, others))
-    console.print(table(("choice", "measured", "default, ms", "chosen, ms", "others, ms"), rows))
+    rows = [(row["choice"], _short(row["default"]), _short(row["chosen"]), ms(row)) for row in found["measured"]]
+    console.print(table(("choice", "default", "chosen", "ms"), rows))
 
 
 def _short(value: Any) -> str:
