@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from simplclip.common.tuned import choices
+
 
 class Tile(NamedTuple):
     block_m: int
@@ -107,6 +109,16 @@ _OLDER = {
     ("similarity_sigmoid", "ieee", 80):         "128x32x16/8/2",
     ("similarity_sigmoid", "ieee", 90):         "-              64x32x16/8/3",
 }
+# A second tile of the hottest entries, those of a single matrix, which `simplclip tune` may choose by measuring.
+_SECOND = {
+    ("similarity_forward", "half", 86):  "128x64x32/8/4",
+    ("similarity_backward", "half", 86): "128x64x32/8/4",
+    ("similarity_forward", "half", 89):  "128x64x32/8/4",
+    ("similarity_backward", "half", 89): "128x64x32/8/4",
+    ("similarity_forward", "half", 90):  "128x64x64/8/3",
+    ("similarity_backward", "half", 90): "128x64x64/8/3",
+}
+TUNED = ("similarity_forward", "similarity_backward")
 # fmt: on
 
 
@@ -122,19 +134,35 @@ def _older() -> bool:
 OLDER = _older()
 
 
-@functools.cache
-def _tiles(row: str) -> list[Tile | None]:
-    return [None if cell == "-" else Tile(*map(int, re.split("[x/]", cell))) for cell in row.split()]
-
-
 def lookup(op: str, entry: int, precision: str, architecture: int) -> Tile:
-    """Entry `entry` (from 1) of the op's row; an architecture that is not in ARCHITECTURES uses those of the nearest one."""
+    """Entry `entry` (from 1) of the op's row, or the second tile if it was chosen by measuring."""
+    found = candidates(op, entry, precision, architecture)
+    chosen = choices("cuda").get(choice_of(op, entry, precision, architecture)) if len(found) > 1 else None
+    return found.get(chosen) or next(iter(found.values()))
+
+
+def choice_of(op: str, entry: int, precision: str, architecture: int) -> str:
+    return f"tile of {op} {entry}, {precision}, sm_{architecture}"
+
+
+def candidates(op: str, entry: int, precision: str, architecture: int) -> dict[str, Tile]:
+    """The tiles that the gates admit, by how they are written, the default first.
+
+    An architecture that is not in ARCHITECTURES uses those of the nearest one.
+    """
+    return _candidates(op, entry, precision, architecture, OLDER)
+
+
+@functools.cache
+def _candidates(op: str, entry: int, precision: str, architecture: int, older: bool) -> dict[str, Tile]:
     if architecture == INTERPRETER:
-        return _INTERPRETED[max((name for name in _INTERPRETED if op.startswith(name)), key=len)]
+        return {"": _INTERPRETED[max((name for name in _INTERPRETED if op.startswith(name)), key=len)]}
     own = op, precision, min(ARCHITECTURES, key=lambda known: abs(known - architecture))
-    rows = [_OLDER.get(own, ""), _OLDER.get((op, precision, 0), "")] if OLDER else []
-    found = (_tiles(row)[entry - 1 : entry] for row in [*rows, _ARCHITECTURE.get(own, ""), _TABLE[op, precision]])
-    return next(tile for tiles in found for tile in tiles if tile)
+    rows = [_OLDER.get(own, ""), _OLDER.get((op, precision, 0), "")] if older else []
+    cells = (row.split()[entry - 1 : entry] for row in [*rows, _ARCHITECTURE.get(own, ""), _TABLE[op, precision]])
+    default = next(cell for found in cells for cell in found if cell != "-")
+    second = [_SECOND[own]] if entry == 1 and own in _SECOND else []
+    return {cell: Tile(*map(int, re.split("[x/]", cell))) for cell in (default, *second)}
 
 
 def precision_of(dtype: torch.dtype, tf32: bool) -> str:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from simplclip.common.tuned import tuned
 from simplclip.kernels import tuning
 from simplclip.kernels.arithmetic import dot, narrowed
 from simplclip.kernels.launch import (
@@ -28,7 +29,7 @@ from simplclip.ops.mlp.call import HiddenCall, HiddenGradient
 
 GROUP = 8  # blocks of rows that use the same blocks of columns while those are in the cache
 BLOCK = 2048  # elements that a program activates
-SCRATCH_BYTES = 16 << 20  # of the rows of act(h) that exist at a time
+SCRATCH, SCRATCH_BYTES = "scratch bytes of parallel_mlp", 16 << 20  # of the rows of act(h) that exist at a time
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -97,7 +98,7 @@ def _dense(tensor: Tensor) -> Tensor:
 def _chunks(h: Tensor) -> list[slice]:
     """Ranges of rows of nearly equal size, for each of which act(h) fits SCRATCH_BYTES."""
     tokens = h.shape[0]
-    most = max(64, SCRATCH_BYTES // (h.shape[1] * h.itemsize))
+    most = max(64, tuned(SCRATCH, h.dtype, h.device.type, SCRATCH_BYTES) // (h.shape[1] * h.itemsize))
     step = -(-tokens // -(-tokens // most))
     return [slice(first, min(first + step, tokens)) for first in starts(tokens, step)]
 

@@ -82,13 +82,16 @@ def _extension() -> dict:
 def report() -> dict:
     """Versions, CPU, GPU, extensions, and the backend that runs each op for float32 CPU and CUDA tensors, and why no other.
 
+    "tuned" has the date of `simplclip tune` by device, or None.
     Attention is there twice, also "long", with 197 tokens, since the backend depends on their number.
     It contains only plain types, so that it can be written as JSON.
     """
     import torch
 
+    from simplclip.common import machine, tuned
     from simplclip.ops import backends
 
+    devices = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
     return {
         "simplclip": __version__,
         "python": platform.python_version(),
@@ -103,6 +106,7 @@ def report() -> dict:
         "extension": _extension(),
         "forced_backend": backends.forced() or None,
         "taken_out": {device: dict(backends.taken_out(device)) for device in ("cpu", "cuda")},
+        "tuned": {device: machine.known(tuned.SECTION, device).get("date") for device in devices},
         "ops": {
             name: {device: _backend(op, device, facts) for device in ("cpu", "cuda")}
             for op in backends.TABLE
@@ -151,6 +155,8 @@ def render(data: dict, why: bool = False) -> str:
         rows.append(("", gpu["reason"]))
     if "limits" in gpu:
         rows.append(("", ", ".join(f"{name} {value}" for name, value in gpu["limits"].items())))
+    tuned = (f"{device} {date}" if date else f"{device} not tuned: simplclip tune" for device, date in data["tuned"].items())
+    rows.append(("tuned", ", ".join(tuned)))
     if data["forced_backend"]:
         rows.append(("forced", f"{data['forced_backend']}, by SIMPLCLIP_BACKEND or simplclip.backend"))
     taken_out = [f"{key}: {reason}" for of_device in data["taken_out"].values() for key, reason in of_device.items()]

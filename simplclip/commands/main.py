@@ -20,6 +20,7 @@ from simplclip.commands.selftest import selftest
 from simplclip.commands.share import share
 from simplclip.commands.teacher import teacher
 from simplclip.commands.train import train
+from simplclip.commands.tune import tune
 from simplclip.common.errors import UserError
 
 # Spinning OpenMP threads of two processes slow both several times on few cores. torch's OpenMP reads it when it loads,
@@ -86,6 +87,9 @@ app.command(short_help="Show which backend runs each op on this machine.", epilo
 app.command(
     short_help="Prove each op on each backend of this machine.", epilog="Example: simplclip selftest --json selftest.json"
 )(selftest)
+app.command(short_help="Measure the forms of each op here and keep the fastest.", epilog="Example: simplclip tune siclip-s0")(
+    tune
+)
 app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=shards/*.tar --resume")(
     train
 )

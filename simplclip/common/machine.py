@@ -13,10 +13,12 @@ import json
 import os
 import platform
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.compiler.config
 
 from simplclip.common.errors import UserError
 from simplclip.common.files import locked, write_atomically
@@ -69,7 +71,25 @@ def path(device: str) -> Path:
     return folder() / f"{device}-{digest}.json"
 
 
+def _marking_graphs(read: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """Puts what was read into the key by which torch.compile keeps graphs on disk.
+
+    Such a graph expects of an op the shapes that its backend returned when it was compiled; now another backend may run.
+    """
+
+    @functools.wraps(read)
+    def reading(device: str) -> dict[str, Any]:
+        found, config = read(device), torch.compiler.config
+        others = [part for part in config.cache_key_tag.split(";") if part and not part.startswith(f"simplclip {device} ")]
+        own = [f"simplclip {device} {hashlib.sha256(json.dumps(found).encode()).hexdigest()}"] if found else []
+        config.cache_key_tag = ";".join(others + own)
+        return found
+
+    return reading
+
+
 @functools.cache
+@_marking_graphs
 def _read(device: str) -> dict[str, Any]:
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         return {}  # of a device that is not here nothing can have been found out, and a plan may compute with it

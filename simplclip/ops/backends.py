@@ -10,9 +10,10 @@ A backend is one of
     reference  plain torch for any device and dtype, the definition of the op. If it is forced, autograd differentiates
                through it (any order, forward mode, torch.func), which keeps all matrices.
 
-The first backend in this order that supports a call runs it. `with simplclip.backend("cpu"):` and the environment variable
-SIMPLCLIP_BACKEND force one backend for the whole process; an op that it does not support then raises an error. What fails
-`simplclip selftest` on this machine supports nothing there, forward and backward together; the reference is never taken out.
+The first backend in this order that supports a call runs it, unless `simplclip tune` has measured that another one is faster
+for such calls on this machine. `with simplclip.backend("cpu"):` and the environment variable SIMPLCLIP_BACKEND force one
+backend for the whole process; an op that it does not support then raises an error. What fails `simplclip selftest` on this
+machine supports nothing there, forward and backward together; the reference is never taken out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from simplclip.common import machine
+from simplclip.common.tuned import choices, name_of
 from simplclip.ops.calls import flat
 
 NAMES = ("cuda", "triton", "cpu", "sdpa", "xformers", "reference")
@@ -229,15 +231,36 @@ def of_part(op: str, name: str) -> str:
     return "" if name in NAMES and name not in TABLE[op] else name
 
 
+LENGTHS = (64, 128, 256, 512, 1024)  # the most tokens of an attention in each class of sizes that is tuned
+
+
+def choice_of(op: str, dtype: torch.dtype, length: int = 0) -> str:
+    """The name of the choice among the backends of `op`, forward and backward, for sequences of about `length` tokens."""
+    what = f"backend of {op.removesuffix('_fwd').removesuffix('_bwd')}"
+    if length:  # compared rather than computed with, since it may be symbolic
+        most = next((most for most in LENGTHS if length <= most), None)
+        what += f" of more than {LENGTHS[-1]} tokens" if most is None else f" of up to {most} tokens"
+    return name_of(what, dtype)
+
+
+def _tuned_name(op: str, device: str, dtype: torch.dtype, *, length: int = 0, lengths: bool = False, **call) -> str:
+    """The backend that was chosen for such calls by measuring, or an empty string. Calls with `lengths` are not measured."""
+    found = choices(device)
+    return found.get(choice_of(op, dtype, length), "") if found and not lengths else ""
+
+
 def select(op: str, device: str, dtype: torch.dtype, name: str = "", **call) -> tuple[str, Callable]:
-    """The backend that runs `op`: `name` if given, else the first that can. Raises RuntimeError if none can."""
+    """The backend that runs `op`: `name` if given, else the one of `simplclip tune`, else the first that can.
+
+    Raises RuntimeError if none can.
+    """
     if name:
         _known(name)
         reason = why_not(op, name, device, dtype, **call)
         if reason:
             raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
         return name, TABLE[op][name].function
-    for candidate in NAMES:
-        if why_not(op, candidate, device, dtype, **call) is None:
+    for candidate in (_tuned_name(op, device, dtype, **call), *NAMES):
+        if candidate and why_not(op, candidate, device, dtype, **call) is None:
             return candidate, TABLE[op][candidate].function
     raise RuntimeError(f"no backend serves {op} on {device} with {dtype}")

@@ -244,15 +244,22 @@ def compile_kernel(kernel: Kernel, architecture: int):
 
 
 def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]:
+
+    def with_each_tile(launch: Launch, backward: bool, **how: bool) -> Iterator[Kernel]:
+        precision = DTYPES[dtype][1]
+        entry = launch.entry(backward, how.get("kept", False), precision, architecture)
+        for tile in tuning.candidates(*entry, precision, architecture).values():
+            yield similarity(launch, dtype, architecture, backward, tile, **how)
+
     for launch in launches(everything):
         for backward in (False, True):
-            yield similarity(launch, dtype, architecture, backward)
+            yield from with_each_tile(launch, backward)
             if everything:
-                yield similarity(launch, dtype, architecture, backward, even=False)
+                yield from with_each_tile(launch, backward, even=False)
         if launch == Launch(HAS_STUDENT=True, DROP_IDS=launch.DROP_IDS):
-            yield similarity(launch, dtype, architecture, True, attend=True)
+            yield from with_each_tile(launch, True, attend=True)
     for columns, backward in itertools.product((True, False), repeat=2):
-        yield similarity(Launch(HAS_STUDENT=True, COLUMNS=columns), dtype, architecture, backward, kept=True)
+        yield from with_each_tile(Launch(HAS_STUDENT=True, COLUMNS=columns), backward, kept=True)
     yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)
     if dtype != "tf32":

@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("the package triton is not installed", allow_module_level=True)
 
 from gates import extension, gate
-from gates.kernels import compile_kernel, launches, similarity
+from gates.kernels import compile_kernel, kernels, launches, similarity
 
 from simplclip.kernels import launch as start
 from simplclip.kernels import tuning
@@ -58,6 +58,26 @@ def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypa
         tile = tuning.lookup("parallel_mlp_hidden", 1, precision, architecture)
         assert min(tile.block_m, tile.block_n, tile.block_k) >= least, (precision, architecture)
     assert set(tuning.ARCHITECTURES) == set(gate.LIMITS)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_gates_compile_every_tile_that_may_be_chosen(older, monkeypatch):
+    """In each kernel of a single matrix: with ids and without, of rows alone, with kept exponentials."""
+    monkeypatch.setattr(tuning, "OLDER", older)
+    names = {"similarity_forward": "_similarity_statistics_kernel", "similarity_backward": "_similarity_gradient_kernel"}
+    for architecture, dtype in itertools.product((86, 89, 90), ("bfloat16", "float16")):
+        compiled = {(kernel.name, kernel.tile, kernel.matrices) for kernel in kernels(dtype, architecture, False)}
+        for op in tuning.TUNED:
+            default, second = (
+                {
+                    what
+                    for name, of, what in compiled
+                    if (name, of) == (names[op], tile) and re.match("Z([+ ](?!.*sig)|$)", what)
+                }
+                for tile in tuning.candidates(op, 1, "half", architecture).values()
+            )
+            assert default == second, (op, architecture)
+            assert len(default) >= 4
 
 
 def test_an_unknown_architecture_takes_the_tiles_of_the_nearest_one():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from simplclip.common.tuned import tuned
 from simplclip.ops import backends, checks, registry
 from simplclip.ops.calls import flat
 from simplclip.ops.mlp import reference
@@ -14,7 +15,7 @@ from simplclip.ops.mlp.call import HiddenCall, HiddenGradient, MlpCall, MlpGradi
 from simplclip.ops.mlp.reference import ACTIVATIONS
 from simplclip.ops.registry import autocast, call, define, register_gradient, wants_grad
 
-HIDDEN_BYTES = 16 << 20  # budget of a chunk of the hidden layer where forward does not keep it
+HIDDEN, HIDDEN_BYTES = "hidden bytes of parallel_mlp", 16 << 20  # of a chunk where forward does not keep the hidden layer
 
 
 def to_overwrite(saved: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ def hidden_rows(
     out: Tensor,  # [T, *]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Computes the hidden layer before its activation in chunks of rows; yields each chunk with the same rows of `out`."""
-    rows = min(max(64, HIDDEN_BYTES // (weight.shape[0] * x.itemsize)), x.shape[0])
+    most = tuned(HIDDEN, x.dtype, x.device.type, HIDDEN_BYTES)
+    rows = min(max(64, most // (weight.shape[0] * x.itemsize)), x.shape[0])
     h = x.new_empty(rows, weight.shape[0])
     for first in range(0, x.shape[0], rows):
         some = x[first : first + rows]

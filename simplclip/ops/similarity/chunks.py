@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from simplclip.common.tuned import tuned
 from simplclip.ops import backends
 from simplclip.ops.dtypes import accumulate_dtype
 
@@ -14,6 +15,7 @@ from simplclip.ops.dtypes import accumulate_dtype
 # A GPU reads and writes gradients for every block, so that larger ones cost it less.
 SCRATCH_BYTES, _SCRATCH_BYTES_ELSEWHERE = 64 << 20, 128 << 20
 STORE_BYTES, _STORE_BYTES_ELSEWHERE = 36 << 20, 256 << 20
+SCRATCH, STORE = "scratch bytes of similarity_loss", "store bytes of similarity_loss"  # the names of the choices
 _CHUNK_ROWS = {"cpu": 1024}
 _CHUNK_ROWS_ELSEWHERE = 4096  # so that each of a GPU's 82 or more multiprocessors has a tile of the product G Y; not measured
 _STRIP = 64  # rows of one task of the CPU kernel; a chunk is a multiple of it
@@ -26,10 +28,19 @@ def computes_in(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype
 
 
-def budgets(device: str, scratch_bytes: int | None, store_bytes: int | None) -> tuple[int, int]:
-    """The budgets, which are by default those of the device."""
-    defaults = (SCRATCH_BYTES, STORE_BYTES) if device == "cpu" else (_SCRATCH_BYTES_ELSEWHERE, _STORE_BYTES_ELSEWHERE)
-    scratch, store = (default if given is None else given for given, default in zip((scratch_bytes, store_bytes), defaults))
+def default_budgets(device: str) -> dict[str, int]:
+    """The bytes of scratch and of kept rows where neither the caller nor `simplclip tune` has chosen them."""
+    cpu = device == "cpu"
+    return {
+        SCRATCH: SCRATCH_BYTES if cpu else _SCRATCH_BYTES_ELSEWHERE,
+        STORE: STORE_BYTES if cpu else _STORE_BYTES_ELSEWHERE,
+    }
+
+
+def budgets(device: str, dtype: torch.dtype, scratch_bytes: int | None, store_bytes: int | None) -> tuple[int, int]:
+    """The budgets, which are by default those of the device and of the features' dtype."""
+    defaults, given = default_budgets(device), {SCRATCH: scratch_bytes, STORE: store_bytes}
+    scratch, store = (tuned(what, dtype, device, defaults[what]) if given[what] is None else given[what] for what in given)
     return scratch, store
 
 

@@ -286,7 +286,7 @@ def similarity_loss(
         entropy=1.0 if divergence == "kl" else 0.0,
     )
     inputs.normalise(call, terms)
-    scratch_bytes, store_bytes = budgets(call.image.device.type, scratch_bytes, store_bytes)
+    scratch_bytes, store_bytes = budgets(call.image.device.type, call.image.dtype, scratch_bytes, store_bytes)
     bias = inputs.normal_bias(logit_bias, call)
     hyperplane = inputs.hyperplane(plane, call) if "pair_matching" in terms else None
     inputs.check_contrastive(options, terms)
