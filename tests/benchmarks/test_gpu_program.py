@@ -10,6 +10,7 @@ from benchmarks import attention_forms, gpu, similarity_forms, training_forms
 from benchmarks.bound import calls, native
 from simplclip.ops import similarity_loss
 
+pytestmark = pytest.mark.slow
 GREEN = "tests/benchmarks/test_effects_file.py"
 SMI = "#!/bin/sh\necho '580.65, 350.00 W, 120.00 W, 1695 MHz, 9501 MHz, 2100 MHz, 61'\n"
 
