@@ -16,7 +16,6 @@ os.environ["SIMPLCLIP_CACHE"] = os.path.join(_CACHE.name, "none")
 PROOF = {
     "SIMPLCLIP_EMULATE_ALL": "1",
     "SIMPLCLIP_TEST_KILLS": "6",
-    "SIMPLCLIP_TEST_FAULTS": "60",
     "SIMPLCLIP_TEST_STRIDE": "1",
 }
 # Fixtures that take long to make: who uses one is slow.

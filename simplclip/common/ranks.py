@@ -180,9 +180,9 @@ def of_first(make: Callable[[], Result]) -> Result:
 
 
 def gathered(items: Iterable[Item]) -> Iterator[Item]:
-    """The items of all ranks on the first one, in turn the next of each; none on the others. All ranks go over it.
+    """Yields the items of all ranks on the first one, one of each rank in turn, and nothing on the others.
 
-    An error of one rank ends all.
+    All ranks have to iterate over it. An error of one rank ends all.
     """
     if count() == 1:
         yield from items

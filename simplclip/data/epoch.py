@@ -44,8 +44,8 @@ class Position:
 class Share:
     """What one of several ranks decodes: its rows of every batch. All read the same order, without decoding other rows.
 
-    exchange: (a name, what this rank says under it) -> what each rank says. By it all learn which samples are broken, so that
-        a batch has the same samples for any number of ranks.
+    exchange: exchange(name, value) returns the values that all ranks gave under this name. So each rank learns which samples
+        are broken for others, and a batch has the same samples for any number of ranks.
     """
 
     rank: int

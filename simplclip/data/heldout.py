@@ -145,7 +145,8 @@ def held_out(
     captions: the first captions of a sample that count, 0 for all. None for all, but one of a json, since the others may be
     other phrasings for training, or synthetic.
     images: folder of the images that a table or JSON names, by default its own.
-    bare: images without caption and label count too, even where what describes them is broken, and so does each row.
+    bare: images are all that counts. None is left out for a missing caption and label, or for a broken json or txt, and rows
+    of a table with the same image stay apart.
     Raises InputError if nothing is found there, or a file has other contents.
     """
     folder = None if images is None else os.fspath(images)

@@ -14,9 +14,8 @@ SIMPLCLIP_INDEX then names to readers. numpy reads it (allow_pickle=False):
                             1 + a place in "reasons"; captions is their number
     characters              of each caption, those of one sample after another: int32 [captions]
 
-Those of earlier versions may also have "tokens", which is not read. An index holds places in the shard that it lies beside,
-and names no other file. It may come from anywhere, so all that is read is checked: one that cannot be right is named in a
-warning and not used.
+An index holds places in the shard that it lies beside, and names no other file. It may come from anywhere, so all that is
+read is checked: one that cannot be right is named in a warning and not used.
 """
 
 from __future__ import annotations

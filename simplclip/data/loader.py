@@ -202,8 +202,8 @@ def make_loader(
     samples if there are fewer shards, when each reads all of them. The order depends on (seed, epoch, workers) only; the
     caption drawn for a sample and its augmentation on (seed, epoch, shard's name, key): the transform may draw from the
     global generators of torch (CPU), random and numpy, which are seeded for it and restored. `Loader.epoch(e,
-    skip_batches=k)` yields exactly what `epoch(e)` yields after k batches; with `Loader.state()` of that place without
-    decoding those, which a worker skips at 20,000 samples a second and more; streams are read again to there.
+    skip_batches=k)` yields exactly what `epoch(e)` yields after k batches. Given `Loader.state()` of that place too, it does
+    not decode what it skips: a worker passes over 20,000 samples a second or more, but has to read streams again up to there.
 
     Samples that do not fill a worker's last batch are joined with those of the other workers at the end of the epoch;
     drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.

@@ -145,7 +145,7 @@ def _weighted(what: Mapping[str, Any], name: str, options: Options) -> Iterator[
 
 
 def _typed_address(text: str | os.PathLike, listed: str | None = None) -> bool:
-    """Whether it is no path: URLs and commands are texts that no file is called."""
+    """Whether a text is a URL or a command, and not the name of an existing file. listed: the folder of the list file."""
     return isinstance(text, str) and names_address(text) and not os.path.exists(os.path.join(listed or "", text))
 
 

@@ -108,7 +108,6 @@ def run(
             "in_a_file": sum(len(one.keys) - len(np.unique(one.keys)) for _, one in found),
             "in_all": samples - len(np.unique(np.concatenate([total.keys, *(one.keys for _, one in found)]))),
         },
-        "img2dataset": _differing(counts),
     }
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
@@ -176,20 +175,6 @@ def _broken(skipped: Skipped) -> dict[str, list]:
     return {reason: [count, skipped.examples[reason]] for reason, count in skipped.counts.most_common()}
 
 
-def _differing(counts: Sequence[tuple[Part, int]]) -> dict[str, list[int]]:
-    """Shards of which img2dataset's NAME_stats.json says another number of images: shard -> [it says, there are]."""
-    found = {}
-    for part, count in counts:
-        file = part.url
-        try:
-            said = int(json.loads(Path(file.removesuffix(".tar") + "_stats.json").read_text("utf-8"))["successes"])
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-        if said != count:
-            found[file] = [said, count]
-    return found
-
-
 def tables(found: Mapping[str, Any]) -> list[Table]:
     """The report for a terminal."""
 
@@ -214,8 +199,6 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             ("decoding", f"{rate:,.0f} images/s on one core ({decoding['images']:,}, to {decoding['size']} pixels)"),
             ("", f"{hours:,.3g} core hours an epoch; {1000 / rate:.2g} cores for every 1,000 images/s that a card takes"),
         ]
-    for shard, (said, there) in found["img2dataset"].items():
-        about.append(("img2dataset", f"{first(shard)}: its stats say {said:,} images, there are {there:,}"))
     quantiles = [
         (f"{name} ({MEASURES[name]})" if MEASURES[name] else name, *(f"{value:,}" for value in values.values()))
         for name, values in found["quantiles"].items()

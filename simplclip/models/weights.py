@@ -94,7 +94,7 @@ class Unit:
     taken: dict[str, Tensor] = field(default_factory=dict)
 
     def free(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether its names mean the same in `state`: in a simplified block only if that is one there too."""
+        """Whether its names mean the same in `state`. In a simplified block they do if that is one in `state` too."""
         return not self.block or f"{self.block}.qk.weight" in state
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:

@@ -23,8 +23,8 @@ from simplclip.ops.dtypes import accumulate_dtype
 _all_gather_traced = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 
 
-# The gathers that `gather_early` has started and no loss has waited for yet: for the tensor of this rank's rows, and for a
-# copy of it in the dtype that is gathered, its memory and what was started.
+# The gathers that `gather_early` has started and that no loss has waited for yet. A key is the tensor of this rank's rows, or
+# a copy of it in the dtype that is gathered; the value is the memory of the key, and what was started.
 _early: Any = WeakTensorKeyDictionary()
 
 

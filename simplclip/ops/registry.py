@@ -42,7 +42,7 @@ def define(
     too, with the name of the backend that was asked for.
     run(function, call): runs a backend's function, which takes a call too; C++ gets its fields.
     row: the op's backends, for the table. An op without them is composed of other ops: its `run` gets `pick(op, **facts)`,
-    which returns their functions. A backend that is forced counts for those of the ops that have it.
+    which returns their functions. If a backend is forced, those of the ops that have it take it.
     native: the dataclass and the result types of the backends' functions, if they differ from the op's; `native_fake` makes
     their results for fake tensors.
     facts(call): facts of the call, besides device and dtype, that the backends' predicates need.

@@ -219,11 +219,12 @@ def test_runs_are_processes_and_ctrl_c_is_passed_on_once(source, effects, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_is_trained_evaluated_and_leaves_its_figures(source, effects, tmp_path):
-    effects.write_text(PREPARED)
+    """Two processes: the prepared run, which is the base as well, and the variant."""
+    effects.write_text(PREPARED.replace("name: warm, group: g, base: []", "name: warm, group: g, base: [optim.lr=0.5]"))
     out = tmp_path / "out"
     ablation.run(source, effects, out, seeds=1, only=["warm"], jobs=2)
     kept = {path.name.split("-s0")[0]: (path / "last.pt").exists() for path in out.iterdir() if path.is_dir()}
-    assert kept == {"prepare-own": True, "warm-base": False, "warm-variant": False}
+    assert kept == {"prepare-own": True, "warm-variant": False}
     own = next(out.glob("prepare-own-*/result.json"))
     assert f"inherited from {own.parent}/last.pt" in next(out.glob("warm-variant-*.log")).read_text().replace("\n", "")
     result = json.loads(own.read_text())

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from interpreter import needs_triton
 from paths import PYTHONPATH, ROOT
 
+pytestmark = pytest.mark.slow
 M, N, K, TILE = 96, 160, 64, 32  # of tests/support/bound_product.py
 
 

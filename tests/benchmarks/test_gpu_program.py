@@ -15,6 +15,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import bundle, models, ops
 from simplclip.ops import similarity_loss
 
+pytestmark = pytest.mark.slow
 SMI = "#!/bin/sh\necho '580.65, 350.00 W, 120.00 W, 1695 MHz, 9501 MHz, 2100 MHz, 61'\n"
 
 

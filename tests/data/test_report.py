@@ -12,7 +12,7 @@ from simplclip.data import build_index, report, shards, tar
 
 @pytest.fixture
 def folder(tmp_path):
-    """img2dataset's output in small: two shards of photographs, some broken, one key twice in a shard, one in both."""
+    """Two shards of photographs, some broken, one key twice in a shard, one in both."""
     words = ["a", "picture", "of", "something", "that", "is", "not", "there"]
     images = [encode(photo(i, (40 + 10 * i, 90)), "PNG" if i == 2 else "JPEG") for i in range(4)]
     for shard in range(2):
@@ -27,8 +27,6 @@ def folder(tmp_path):
         ]
         samples.append((f"cut{shard}", {"png": images[2][:300], "txt": b"x"}))
         write(tmp_path / f"{shard:05d}.tar", samples)
-        stats = {"count": 30, "successes": 22 if shard == 0 else 99, "failed_to_download": 8}
-        (tmp_path / f"{shard:05d}_stats.json").write_text(json.dumps(stats))
     return tmp_path
 
 
@@ -49,7 +47,6 @@ def test_figures_with_indices_and_without(folder, monkeypatch):
     assert found["quantiles"]["caption"]["most"] == len("a picture of something that is not there!")
     assert found["epoch"] == {"batch_size": 10, "batches": 4}
     assert found["duplicate_keys"] == {"in_a_file": 1, "in_all": 2}
-    assert found["img2dataset"] == {str(folder / "00001.tar"): [99, 25]}
     assert found["decoding"] is None
     assert not [*folder.glob("*.npz"), *folder.glob("*.png")]
     (folder / "00002.tar").unlink()

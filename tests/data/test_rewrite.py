@@ -178,7 +178,7 @@ def test_an_error_leaves_whole_shards_only(folder, tmp_path, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sidecar", [False, True])
+@pytest.mark.parametrize("sidecar", [pytest.param(False, marks=pytest.mark.prove), True])
 def test_killed_at_any_point(folder, tmp_path, sidecar):
     """kill -9 at each batch and each line that writes a file, then the same command: no torn shard is seen, and it ends
     as undisturbed."""

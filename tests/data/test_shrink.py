@@ -166,8 +166,7 @@ def shrunk(source, out, ready):
     run(source / "*.tar*", out, workers=2)
 
 
-@pytest.mark.slow
-@pytest.mark.slow
+@pytest.mark.prove  # its writer's kills are those of test_rewrite.py
 def test_killed_at_any_moment(source, tmp_path):
     before, whole = digests(source), tmp_path / "whole"
 

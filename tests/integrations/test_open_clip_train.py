@@ -66,7 +66,6 @@ def assert_same_run(plan, key, keys=("contrastive_loss",)):
 def single(folder):
     plan = Plan(folder)
     plan.both("plain")
-    plan.both("local", "--local-loss", "--gather-with-grad")
     # Resuming: what two epochs in one go give, and one epoch and then another; then open_clip's trainer with the same.
     resume = ("--resume", folder / "logs/once/checkpoints/epoch_1.pt")
     plan.add("twice", "ours", epochs=2)
@@ -124,8 +123,7 @@ def double(folder):
 @needs_trainer
 @pytest.mark.parametrize(
     ("plan", "key"),
-    [("single", key) for key in ("plain", "local")]
-    + [("double", key) for key in ("two-local", "two-distilled", "two-siglip", "two-coca")],
+    [("single", "plain"), *(("double", key) for key in ("two-local", "two-distilled", "two-siglip", "two-coca"))],
 )
 def test_losses_and_weights_are_open_clips(plan, key, request):
     plan, kind = request.getfixturevalue(plan), key.rpartition("-")[2]

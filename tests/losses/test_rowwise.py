@@ -217,6 +217,7 @@ def test_fn_is_compiled_once_for_all_sizes_of_a_chunk(monkeypatch):
     assert [count.frame_count for count in counts] == [1] * 10
 
 
+@pytest.mark.prove  # torch's compiler takes long the first time
 def test_compiled_equals_eager():
     leaves, _ = batch(n=131, m=140, dtype=torch.float32)
     got, expected = (with_gradients(chunked(focal, compile=compile)(*leaves), leaves) for compile in (True, False))

@@ -125,6 +125,7 @@ def test_memory_of_a_rank_is_a_twentieth_of_open_clip_s_local_loss(half):
     assert 20 * ours <= theirs, peaks
 
 
+@pytest.mark.slow
 def test_a_plan_of_ranks(tmp_path):
     """Each has its share of the pairs, the gathered features and DDP's buckets; the bytes are those of its own loss."""
     config, share = (

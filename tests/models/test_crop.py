@@ -191,13 +191,11 @@ def test_the_end_of_a_text_does_not_depend_on_what_pads_it():
 @pytest.mark.slow
 def test_a_compiled_model_computes_few_lengths(tokens):
     model = model_of("CLIP")
-    expected = model.encode_text(texts(), normalize=True)
     simplclip.crop_texts(model, multiple=16, groups=1)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend="eager")  # how it is cut into graphs is what counts
     for lengths in (LENGTHS, (3, 9, 4), (20, 17)):
         tokens.clear()
         text = texts(lengths)
         found = compiled(torch.zeros(len(text), 3, 16, 16), text)[1]
         assert [length for _, length in tokens] == [min(40, -(-(max(lengths) + 1) // 16) * 16)]
         torch.testing.assert_close(found, model_of("CLIP").encode_text(text, normalize=True), rtol=0, atol=2e-6)
-    assert len(expected) == len(LENGTHS)

@@ -56,7 +56,9 @@ def error(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "name", "parts"), [(lite0, "siclip-lite0", [LITE0]), (s0, "siclip2-s0", S0)])
+@pytest.mark.parametrize(
+    ("make", "name", "parts"), [(lite0, "siclip-lite0", [LITE0]), pytest.param(s0, "siclip2-s0", S0, marks=pytest.mark.prove)]
+)
 def test_gradients(make, name, parts):
     model = make()
     batch = pairs(model, name, 2 if make is s0 else 4)
@@ -154,7 +156,7 @@ def test_under_other_wrappers(tmp_path):
 
     expected = step(model.visual)
     assert torch.equal(step(lambda x: checkpoint(model.visual, x, use_reentrant=False)), expected)
-    assert error(step(torch.compile(model.visual, backend="aot_eager")), expected) <= 1e-5
+    assert error(step(torch.compile(model.visual, backend="eager")), expected) <= 1e-5
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
         assert torch.equal(step(DistributedDataParallel(model.visual)), expected)

@@ -147,7 +147,7 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
         clip, inputs = simplified(name), batch(name)
         expected = clip(**inputs).logits_per_image
         if name != "Siglip2Model":  # torch 2.11 does not trace its embeddings
-            compiled = torch.compile(clip, fullgraph=True, backend="aot_eager")
+            compiled = torch.compile(clip, fullgraph=True, backend="eager")
             torch.testing.assert_close(compiled(**inputs).logits_per_image, expected)
         clip = clip.to(torch.bfloat16)
         assert {p.dtype for p in layers(clip).parameters()} == {torch.bfloat16}

@@ -258,7 +258,7 @@ def test_autocast_copies_and_compilation(model):
         features = model.encode_text(text, normalize=True), model.encode_image(image, normalize=True)
         with torch.autocast("cpu", torch.bfloat16):
             half = again.encode_text(text, normalize=True), again.encode_image(image, normalize=True)
-        compiled = torch.compile(again.encode_text, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(again.encode_text, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(text, normalize=True), features[0])
     assert all(1e-4 < error(ours.float(), theirs) < 5e-2 for ours, theirs in zip(half, features))
     pure = again.to(torch.bfloat16).encode_text(text)

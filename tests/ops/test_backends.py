@@ -65,7 +65,6 @@ def run_python(code, **environment):
 @pytest.mark.slow
 def test_the_environment_forces_a_backend():
     code = "import torch, simplclip; x = torch.eye(3); print(simplclip.ops.similarity_loss(x, x, 1.0)['contrastive'])"
-    assert run_python(code, SIMPLCLIP_BACKEND="reference").returncode == 0
     failed = run_python(code, SIMPLCLIP_BACKEND="triton")
     assert "backend 'triton' was forced but cannot serve similarity_loss_fwd" in failed.stderr
     failed = run_python(code, SIMPLCLIP_BACKEND="fastest")
@@ -100,10 +99,15 @@ def test_without_extension_and_triton_the_reference_serves():
 @pytest.mark.slow
 def test_importing_is_light():
     """No compiler, no GPU context, and not even torch before a submodule is named."""
-    code = "import sys, simplclip; print([m for m in ('torch', 'triton', 'open_clip', 'timm') if m in sys.modules])"
-    assert run_python(code).stdout.strip() == "[]"
-    code = "import sys, simplclip.ops, torch; print(torch.cuda.is_initialized(), 'open_clip' in sys.modules)"
-    assert run_python(code).stdout.strip() == "False False"
+    code = """
+import sys, simplclip
+print("load" in dir(simplclip), [m for m in ("torch", "triton", "open_clip", "timm") if m in sys.modules])
+import simplclip.ops, torch
+print(torch.cuda.is_initialized(), "open_clip" in sys.modules)
+simplclip.load
+print("open_clip" in sys.modules)
+"""
+    assert run_python(code).stdout.splitlines() == ["True []", "False False", "True"]
 
 
 def test_report_is_json_and_names_a_backend_for_every_op():

@@ -133,7 +133,7 @@ def towers_of_their_own(image, text, loss, part, expected):
         "one wrapper in turn": (unused, in_turn, (lambda b: in_turn(image=b), lambda b: in_turn(text=b))),
     }
     for (name, (bare, model, encode)), sizes in itertools.product(forms.items(), ((4, 3), (4, N), (N, 3), (N, N))):
-        for keep in (0, 1, 5):
+        for keep in (0, 1, 5) if sizes == (4, 3) else (0,):
             bare.zero_grad()
             loss.zero_grad()
             exchanged.clear()

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import plain
 import rank_early
+import rank_fsdp
 import rank_gradient_cache
 import rank_learned
 import rank_matryoshka
@@ -160,7 +161,7 @@ def collectives(rank):
         everyones = torch.arange(WORLD * 3 * 4).reshape(WORLD, 3, 4).to(dtype)
         weight = torch.arange(WORLD * 3 * 4).reshape(WORLD * 3, 4).to(dtype) / 8
         columns = torch.arange(WORLD * 2 * 6).reshape(WORLD, 2, 6).to(dtype)
-        for compiled in (False, True):
+        for compiled in (False, True) if dtype in (torch.float32, torch.bfloat16) else (False,):
             with warnings.catch_warnings():
                 if not compiled:  # torch 2.11's Dynamo warns of itself
                     warnings.simplefilter("error")
@@ -210,15 +211,6 @@ def grad_cache(rank):
         torch.testing.assert_close(ours, WORLD * wanted)
 
 
-def dies(rank):
-    """Rank 1 leaves; rank 0 must end with an error and not wait for ever."""
-    loss = ClipPMLoss(gather_with_grad=True, rank=rank, world_size=WORLD)
-    for call in range(2):
-        if call and rank == 1:
-            os._exit(7)
-        run(loss, batch(), slice(N * rank, N * rank + N), False)
-
-
 def transformers(rank):
     import rank_transformers
 
@@ -226,7 +218,7 @@ def transformers(rank):
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     parts = {
         "open_clip": [equals_open_clip, sigmoid_equals_open_clip, sigmoid_equals_one_process],
         "one process": [equals_one_process, options_equal_one_process],
@@ -236,7 +228,8 @@ if __name__ == "__main__":
         "rows": [rank_rowwise.ranks_equal_open_clip],
         "prefixes": [rank_matryoshka.main, rank_matryoshka.autocast],
         "transformers": [transformers],
-        "dies": [dies],
+        "fully_shard": [lambda rank: rank_fsdp.main("aot_eager")],
+        "fully_shard by inductor": [lambda rank: rank_fsdp.main("inductor")],
     }
     for name in sys.argv[1:]:
         for part in parts[name]:

@@ -105,4 +105,4 @@ def autocast(rank):
     with torch.no_grad():
         torch.testing.assert_close(loss(*leaves), value.detach(), rtol=2e-2, atol=0)
     assert distributed._gathered.get() is None
-    torch.testing.assert_close(torch.compile(loss, backend="aot_eager")(*leaves), loss(*leaves))
+    torch.testing.assert_close(torch.compile(loss, backend="eager")(*leaves), loss(*leaves))

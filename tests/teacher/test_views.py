@@ -216,6 +216,7 @@ def command(folder, out, *options):
     return ("teacher", folder / "in" / "*.tar", "--out", out, *given, "--precision", "fp32", *options)
 
 
+@pytest.mark.slow
 def test_the_command_and_its_stamp(folder, tmp_path):
     options = ("--views", 3, "--model", "siclip-tiny", "--evaluate", folder / "in" / "train-0.tar")
     result = call(*command(folder, tmp_path / "out", *options))

@@ -56,7 +56,7 @@ def test_where_scale_and_bias_start_and_what_the_run_says_of_it(tmp_path):
         model = Training(tiny.settings(tmp_path, *changes), CPU, "fp32").model
         assert model.logit_scale.exp().item() == pytest.approx(scale), changes
         assert (None if model.logit_bias is None else model.logit_bias.item()) == bias, changes
-        if SIGMOID in changes:
+        if SIGMOID in changes and (scale, bias) in ((10, -10), (10, None)):
             out = tmp_path / "-".join(map(str, (len(changes), scale, bias)))
             line = f"logits     scale {scale}, bias {'none' if bias is None else bias}\n"
             assert line in go(tiny.settings(tmp_path, "run.steps=1", f"run.out={out}", *changes))
@@ -98,7 +98,7 @@ def test_fp16(tmp_path, monkeypatch, cached):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cached", [[], CACHED])
+@pytest.mark.parametrize("cached", [pytest.param([], marks=pytest.mark.prove), CACHED])
 def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch, cached):
     text = check_resumed(tmp_path, monkeypatch, 3, [*STAGES, *cached], teacher=256)
     assert "SigmoidLoss: sigmoid, relational, interactive, feature, pair matching; features of made up, 256 wide" in text

@@ -36,7 +36,7 @@ def forms(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.prove), 2])
 def test_a_run_on_sources_with_weights_resumes_to_the_bit(tmp_path, monkeypatch, forms, workers):
     weighted = f"[{{shards: {forms}/a.tar, weight: 1.5}}, {forms}/t.csv, {forms}/images, 'pipe:cat {forms}/a.tar']"
     check_resumed(tmp_path, monkeypatch, 5, [f"data.train={weighted}", f"data.workers={workers}", "data.batch_size=20"])

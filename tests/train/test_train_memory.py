@@ -3,11 +3,12 @@
 import hashlib
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import tiny
 import torch
-from runs import go, rows
+from runs import at_step, go, rows
 
 from simplclip import memory
 from simplclip.common import hardware
@@ -15,6 +16,7 @@ from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
 from simplclip.train import checkpoint, limits
 from simplclip.train.config import ConfigError
+from simplclip.train.loop import TrainingError
 
 FROZEN = "model.freeze_norms=true"
 CPU = torch.device("cpu")
@@ -80,6 +82,19 @@ def test_what_running_out_is():
 
 
 @pytest.mark.slow
+def test_a_step_that_does_not_fit_ends_with_the_plans_advice(tmp_path, monkeypatch):
+    tiny.write_shard(tmp_path / "data" / "train-0.tar", copies=4)  # 96 images
+    changes = [FROZEN, "data.batch_size=96", "run.steps=2"]
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, mock.Mock(side_effect=torch.OutOfMemoryError("no room")))
+        with pytest.raises(TrainingError, match=r"step 2: out of memory\. Saved step 1 in .* this step takes 0\.") as error:
+            go(tiny.settings(tmp_path, *changes), planner=memory)
+    assert "Try data.micro_batch=24 (gradient caching)" in str(error.value)
+    go(tiny.settings(tmp_path, *changes, "data.micro_batch=24"), resume=True)
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2"]
+
+
+@pytest.mark.prove
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux caps the data segment")
 def test_out_of_memory_ends_with_the_plans_advice(tmp_path):
     """Capped from the second part of a run on: its checkpoint stays whole, and with the advice the run ends."""
