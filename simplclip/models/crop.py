@@ -148,7 +148,7 @@ def try_crop(model: Any, multiple: int = 8, groups: int = 4) -> TextCrop | str:
             return "simplified blocks in which every token sees every token (simplify's mask_padding masks padding)"
         if isinstance(block, _BatchNorm) and block.training:
             return "batch norms in training mode, whose statistics count padding"
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.inference_mode(False):
@@ -157,7 +157,8 @@ def try_crop(model: Any, multiple: int = 8, groups: int = 4) -> TextCrop | str:
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         return f"a text tower that takes no shorter texts: {str(error).strip().splitlines()[0]}"
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     return reach if isinstance(reach, str) else TextCrop(model, multiple, groups, reach)
 
 

@@ -96,9 +96,11 @@ def test_features_and_gradients_are_those_of_padded_texts(kind, make, tokens):
 
 def test_it_draws_nothing_and_a_copy_crops_with_its_own_weights(tokens):
     model = model_of("CLIP")
-    state = torch.get_rng_state()
+    model.transformer.train()
+    state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     simplclip.crop_texts(model)
     assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
     other = copy.deepcopy(model)
     torch.nn.init.normal_(model.text_projection)
     tokens.clear()
