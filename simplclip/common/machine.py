@@ -109,6 +109,11 @@ def known(section: str, device: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def forget() -> None:
+    """What is known is read again."""
+    _read.cache_clear()
+
+
 def store(section: str, device: str, found: dict[str, Any]) -> Path:
     """Replaces a section, for this process and later ones; an empty one is removed."""
     file = path(device)
