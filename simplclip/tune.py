@@ -1,8 +1,7 @@
 """Chooses among the forms of each op by measuring them on this machine; simplclip.common.tuned has the choices for the ops.
 
 A candidate is measured through the op itself, with the choice in force. It is taken if its results are those of the default,
-and if it is faster by more than the noise: by at least MARGIN in the median, in three quarters of the repeats, and at no size
-slower.
+and if it is faster by more than the noise: by at least MARGIN in the median, in all repeats but one, and at no size slower.
 """
 
 from __future__ import annotations
@@ -243,16 +242,21 @@ def decide(choice: Choice, device: str, made: dict[str, Any], repeats: int = REP
 
 
 def _times(choice: Choice, admitted: list[Any], device: str, made: dict[str, Any], repeats: int) -> Times:
-    """Candidates take turns, so that a drift of the machine hits all alike."""
-    times: Times = {candidate: [] for candidate in admitted}
-    for _, run in choice.calls:
+    """Candidates take turns, so that a drift of the machine hits all alike.
+
+    The default has the first and the last place of a turn, and of its two times the shorter one counts.
+    """
+    times: Times = {candidate: [[] for _ in choice.calls] for candidate in admitted}
+    for place, (_, run) in enumerate(choice.calls):
         count = max(1, int(SAMPLE_SECONDS / _seconds(run, 1, device)))
-        for of_calls in times.values():
-            of_calls.append([])
         for _ in range(repeats):
-            for candidate, of_calls in times.items():
+            turn = []
+            for candidate in (*admitted, admitted[0]):
                 with trial(device, {**made, choice.name: candidate}):
-                    of_calls[-1].append(_seconds(run, count, device))
+                    turn.append(_seconds(run, count, device))
+            turn[0] = min(turn[0], turn.pop())
+            for candidate, seconds in zip(admitted, turn):
+                times[candidate][place].append(seconds)
     return times
 
 
@@ -262,7 +266,7 @@ def fastest(times: Times, default: Any) -> Any:
     for candidate, of_calls in times.items():
         each = [statistics.median(map(operator.truediv, mine, its)) for mine, its in zip(of_calls, times[default])]
         turns = sorted(sum(mine) / sum(its) for mine, its in zip(zip(*of_calls), zip(*times[default])))
-        slower = candidate == default or max(each) > 1 + MARGIN or turns[3 * len(turns) // 4] > 1
+        slower = candidate == default or max(each) > 1 + MARGIN or turns[-2] > 1
         if not slower and statistics.median(turns) < least:
             best, least = candidate, statistics.median(turns)
     return best

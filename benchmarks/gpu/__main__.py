@@ -29,11 +29,13 @@ from benchmarks import hardware
 from benchmarks.gpu import bundle, models, ops
 from benchmarks.measure import reason
 from benchmarks.results_file import RESULTS, table, write_csv
+from simplclip.common import machine
 
+SELFTEST = ["selftest", "--json", "{folder}/selftest.json", "--device"]
 # What runs before anything is measured, by device: arguments of simplclip.
 FIRST = {
-    "cuda": {"selftest": ["selftest", "--device", "cuda"], "tune": ["tune", "--device", "cuda"]},
-    "cpu": {"selftest": ["selftest", "--device", "cpu", "--quick"], "tune": ["tune", "siclip-tiny-emoji", "--device", "cpu"]},
+    "cuda": {"selftest": [*SELFTEST, "cuda"], "tune": ["tune", "--device", "cuda"]},
+    "cpu": {"selftest": [*SELFTEST, "cpu"], "tune": ["tune", "siclip-tiny-emoji", "--device", "cpu"]},
 }
 OPS = {
     "steps": models.steps,
@@ -69,7 +71,7 @@ def prepare(device: str, folder: Path) -> None:
     A selftest that ends with 1 has taken out what failed, so that the rest can be measured; any other error ends the program.
     """
     for name, words in FIRST[device].items():
-        command = [sys.executable, "-m", "simplclip", *words]
+        command = [sys.executable, "-m", "simplclip", *(word.format(folder=folder) for word in words)]
         print(f"{name}:", " ".join(command[1:]), flush=True)
         with (
             open(folder / f"{name}.txt", "w") as file,
@@ -110,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not options.at_once:
         prepare(options.device, folder)
+        machine.forget()  # what they found out holds here too
     rows = earlier(folder / "rows.csv", where["commit"])
     done, left = {row["case"] for row in rows}, 0
     for case in cases(options):

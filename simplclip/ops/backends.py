@@ -243,10 +243,9 @@ def choice_of(op: str, dtype: torch.dtype, length: int = 0) -> str:
     return name_of(what, dtype)
 
 
-def _tuned_name(op: str, device: str, dtype: torch.dtype, *, length: int = 0, lengths: bool = False, **call) -> str:
-    """The backend that was chosen for such calls by measuring, or an empty string. Calls with `lengths` are not measured."""
-    found = choices(device)
-    return found.get(choice_of(op, dtype, length), "") if found and not lengths else ""
+def _chosen(found: dict[str, str], op: str, dtype: torch.dtype, *, length: int = 0, lengths: bool = False, **call) -> str:
+    """The backend that was found to be fastest for such calls, or an empty string. Calls with `lengths` are not measured."""
+    return "" if lengths else found.get(choice_of(op, dtype, length), "")
 
 
 def select(op: str, device: str, dtype: torch.dtype, name: str = "", **call) -> tuple[str, Callable]:
@@ -260,7 +259,9 @@ def select(op: str, device: str, dtype: torch.dtype, name: str = "", **call) -> 
         if reason:
             raise RuntimeError(f"backend {name!r} was forced but cannot serve {op}: {reason}")
         return name, TABLE[op][name].function
-    for candidate in (_tuned_name(op, device, dtype, **call), *NAMES):
-        if candidate and why_not(op, candidate, device, dtype, **call) is None:
+    found = choices(device)
+    chosen = _chosen(found, op, dtype, **call) if found else ""
+    for candidate in (chosen, *NAMES) if chosen else NAMES:
+        if why_not(op, candidate, device, dtype, **call) is None:
             return candidate, TABLE[op][candidate].function
     raise RuntimeError(f"no backend serves {op} on {device} with {dtype}")
