@@ -1,7 +1,6 @@
 """Options of the test run."""
 
 import os
-import tempfile
 
 import pytest
 import torch
@@ -9,9 +8,8 @@ from paths import ROOT
 
 # torch's cache of compiled graphs does not know that an op's schema has changed: another checkout's graphs would be taken.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / "build" / "inductor"))
-# What was found out about this machine's devices is the user's; the tests begin with nothing.
-_CACHE = tempfile.TemporaryDirectory(prefix="simplclip-tests-")
-os.environ["SIMPLCLIP_CACHE"] = os.path.join(_CACHE.name, "none")
+# What was found out about this machine must not change the tests: nothing is known in a folder that there is not.
+os.environ["SIMPLCLIP_CACHE"] = str(ROOT / "build" / "nothing-known")
 # What --prove sets: all cases of the emulator, and how often and where a test kills what it proves.
 PROOF = {
     "SIMPLCLIP_EMULATE_ALL": "1",

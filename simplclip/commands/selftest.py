@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simplclip.commands.doctor import report
-from simplclip.common.errors import InputError, visible
+from simplclip.commands.options import fail
+from simplclip.common.errors import InputError, UserError, visible
 from simplclip.common.files import write_atomically
 
 if TYPE_CHECKING:
@@ -65,8 +66,11 @@ def selftest(
         result |= {"taken_out": found, "rows": [asdict(row) for row in rows], "environment": report()}
         write_atomically(as_json, json.dumps(result, indent=2, allow_nan=False))
     typer.echo(f"{sum(row.calls for row in rows)} calls in {seconds:.0f} s: {'FAILED' if failed else 'all are right'}")
-    if found:
-        machine.store("failed", kind, {**before, **found})
+    try:
+        if found:
+            machine.store("failed", kind, {**before, **found})
+    except UserError as error:
+        fail(f"nothing was taken out: {error}", 1)
     for name in {**before, **found}:
         typer.echo(f"{'taken out' if name in found else 'taken out by an earlier run'}: {name}")
     if before or found:

@@ -200,18 +200,19 @@ def taken_out(device: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def supposing(failed: dict[str, str]) -> Iterator[None]:
-    """Takes out these, by key, in place of what failed `simplclip selftest` on this machine."""
-    global _supposed
-    before, _supposed = _supposed, failed
+    """Takes out these, by key, in place of what failed `simplclip selftest` here; at first no backend is forced."""
+    global _supposed, _forced
+    before, _supposed, _forced = (_supposed, _forced), failed, ""
     try:
         yield
     finally:
-        _supposed = before
+        _supposed, _forced = before
 
 
 def _why_taken_out(op: str, name: str, device: str, dtype: torch.dtype) -> str | None:
     failed = taken_out(device)
-    return TAKEN_OUT.format(failed[of]) if failed and name != "reference" and (of := key(op, name, dtype)) in failed else None
+    out = failed and name != "reference" and (of := key(op, name, dtype)) in failed
+    return TAKEN_OUT.format(failed[of]) if out else None
 
 
 def _known(name: str) -> None:

@@ -290,16 +290,18 @@ def prove(row: Row, device: str, full: bool) -> Row:
 
 
 def taken_out(rows: Iterable[Row]) -> dict[str, str]:
-    """What the failures of the rows are to blame on, with the reason: all that a failed call ran.
+    """What the failures of the rows are to blame on, with the reason: what a failed call ran on the backend of the row.
 
     But for what failed in a call that ran less, which explains it: a block fails where its attention does. That has to be in
     the dtype of the row, since all dtypes share what is computed from float32 statistics.
     """
     found: dict[str, str] = {}
-    failures = [(failure, row.precision.replace(TF32, "float32")) for row in rows for failure in row.failures]
-    for failure, dtype in sorted(failures, key=lambda of: len(of[0].ran)):
+    failures = [(failure, row) for row in rows for failure in row.failures]
+    for failure, row in sorted(failures, key=lambda of: len(of[0].ran)):
+        dtype = row.precision.replace(TF32, "float32")
         if not any(key in found for key in failure.ran if key.endswith(f" {dtype}")):
-            found |= dict.fromkeys(failure.ran, " ".join(failure.what.split())[:200])
+            blamed = [key for key in failure.ran if f" {row.backend} " in key] or failure.ran
+            found |= dict.fromkeys(blamed, " ".join(failure.what.split())[:200])
     return found
 
 

@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ import tiny
 import torch
 from devices import needs_cpu_kernels
 from interpreter import needs_interpreter
-from paths import PYTHONPATH, SUPPORT
+from paths import PYTHONPATH, ROOT, SUPPORT
 from runs import go, rows
 from typer.testing import CliRunner
 
@@ -118,6 +120,27 @@ def test_a_flipped_sign_is_found_named_and_taken_out(cache, tmp_path):
     assert "nothing was taken out" in CliRunner().invoke(app, ["selftest", "--device", "cpu", "--reset"]).output
 
 
+@pytest.mark.prove
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_flipped_sign_in_the_built_library_is_found(cache, tmp_path):
+    leave = shutil.ignore_patterns("*.so", "__pycache__", "kernels")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "simplclip"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=leave)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    (tmp_path / "simplclip" / "kernels").symlink_to(tmp_path / "kernels")
+    source = tmp_path / "csrc" / "cpu" / "feature" / "rows_impl.h"
+    assert "g - u * along" in source.read_text()
+    source.write_text(source.read_text().replace("g - u * along", "g + u * along"))
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=tmp_path, env={**os.environ, "SIMPLCLIP_CUDA": "0"}, check=True, capture_output=True)
+    done = spoiled("nothing feature_loss", PYTHONPATH=f"{tmp_path}{os.pathsep}{PYTHONPATH}")
+    assert done.returncode == 1, done.stderr
+    assert "feature_loss, cpu, float32: d_student: error" in done.stdout
+    assert "taken out: feature_loss cpu float32" in done.stdout
+
+
 @needs_cpu_kernels
 @pytest.mark.slow
 def test_other_faults_are_found(cache):
@@ -210,6 +233,40 @@ def test_training_is_right_without_what_is_taken_out(cache, tmp_path, request):
     assert "parallel_mlp_fwd by reference" in text
 
 
+def test_what_the_command_prints_writes_and_stores(cache, tmp_path, monkeypatch):
+    failure = selftest.Failure("d_q: error \x1b[2J 3", "shaped_attention: q [1, 2]", ["shaped_attention sdpa float16"])
+    found = [selftest.Row("shaped_attention", "sdpa", "float16", 5, 1e9, [failure])]
+    found += [selftest.Row("shaped_attention", "sdpa", "float32", 5, 0.125)]
+    monkeypatch.setattr(selftest, "survey", lambda device, *, full: iter(found if full else found[1:]))
+    arguments = ["selftest", "--device", "cpu", "--json", str(tmp_path / "a.json")]
+    right = CliRunner().invoke(app, arguments)
+    assert right.exit_code == 0, right.output
+    assert "shaped_attention  sdpa                 0.12" in right.stdout
+    assert "5 calls in 0 s: all are right" in right.stdout
+    assert json.loads((tmp_path / "a.json").read_text())["passed"]
+    assert not cache.exists()
+    wrong = CliRunner().invoke(app, [*arguments, "--full"])
+    assert wrong.exit_code == 1
+    assert "shaped_attention, sdpa, float16: d_q: error \\x1b[2J 3\n    shaped_attention: q [1, 2]\n" in wrong.stdout
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["rows"][0]["failures"][0]["call"] == "shaped_attention: q [1, 2]"
+    assert list(written["taken_out"]) == list(machine.known("failed", "cpu")) == ["shaped_attention sdpa float16"]
+    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "a.json"))  # no folder
+    machine.forget()
+    again = CliRunner().invoke(app, [*arguments, "--full"])
+    assert again.exit_code == 1
+    assert re.match(
+        "simplclip: nothing was taken out: .*: expected to write .*, got File exists; SIMPLCLIP_CACHE", again.stderr
+    )
+
+
+def test_a_forced_backend_does_not_hide_the_others(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", "sdpa")  # as SIMPLCLIP_BACKEND does
+    row = selftest.prove(selftest.Row("feature_loss", "reference", "float32"), "cpu", full=False)
+    assert (row.calls, row.failures) == (14, [])
+    assert backends.forced() == "sdpa"
+
+
 @pytest.mark.parametrize("arguments", [["--device", "tpu"], ["--device", "cuda:0"], ["--device", ""]])
 def test_devices(arguments):
     result = CliRunner().invoke(app, ["selftest", *arguments])
@@ -225,10 +282,16 @@ def test_what_is_blamed():
         selftest.Row("parallel_mlp", "triton", "bfloat16", failures=failure("m triton bfloat16")),
         selftest.Row("similarity_loss", "triton", "float32", failures=failure("s triton float32", "t triton float32")),
         selftest.Row("similarity_loss", "triton", "bfloat16", failures=failure("s triton bfloat16", "t triton float32")),
+        selftest.Row("simplified_block", "sdpa", "float16", failures=failure("m cpu float16", "a sdpa float16")),
         selftest.Row("feature_loss", "reference", "float32", failures=[selftest.Failure("wrong")]),
     ]
     found = selftest.taken_out(rows_failed)
-    assert set(found) == {"m triton bfloat16", *(f"s triton {d}" for d in ("float32", "bfloat16")), "t triton float32"}
+    assert set(found) == {
+        "m triton bfloat16",
+        "a sdpa float16",
+        *(f"s triton {d}" for d in ("float32", "bfloat16")),
+        "t triton float32",
+    }
     assert found["m triton bfloat16"] == "m triton bfloat16 is wrong"
 
 
