@@ -148,7 +148,7 @@ def test_micro_batches_of_each_tower(monkeypatch):
 def test_short_texts_take_less_in_one_graph():
     """12 tokens of 16. Micro-batches are cut so that they have as many tokens as padded texts."""
     kept = lambda *changes: predict(trainer(TINY_CONFIG, "fp32", *changes), CPU).at_peak["activations"]  # noqa: E731
-    texts = 64 * 4 * 2 * 7 * 256 * 4 * 0.9  # of 4 tokens in two blocks, most of what is kept
+    texts = 64 * 4 * 7 * 256 * 4 * 0.9  # of 4 tokens in one block, most of what is kept
     assert kept("data.batch_size=64") - kept("data.batch_size=64", "data.mean_tokens=3") > texts
     cached = [CACHED, "data.batch_size=64", "data.micro_batch=16"]
     assert kept(*cached) == kept(*cached, "data.mean_tokens=3")
