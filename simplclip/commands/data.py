@@ -1,4 +1,4 @@
-"""`simplclip data`: what pairs there are, shards of them, their indices, and the data of the demo."""
+"""`simplclip data`: what pairs there are, shards of them, their indices, smaller images, and the data of the demo."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from simplclip.common.errors import visible
 
 app = typer.Typer(
     no_args_is_help=True,
-    short_help="Make, index and inspect shards; build the demo's data.",
-    help="Make, index and inspect shards, and build the data of the demo.",
+    short_help="Make, index, inspect and shrink shards; build the demo's data.",
+    help="Make, index, inspect and shrink shards, and build the data of the demo.",
 )
 Shards = Annotated[list[str], typer.Argument(help="Shards of image-text pairs: paths, globs or brace patterns.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one for each core.")]
@@ -80,6 +80,28 @@ def report(
     _unreadable(found["unreadable"])
     if out is not None:
         typer.echo(f"wrote {out / 'report.json'} and {out / 'report.png'}")
+
+
+@app.command(epilog="Example: simplclip data shrink 'shards/*.tar' --out small --short 288")
+def shrink(
+    shards: Shards,
+    out: Annotated[Path, typer.Option(help="Folder for the new shards.")],
+    short: Annotated[int, typer.Option(min=1, help="Most pixels of an image's short side.")] = 288,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of the encoder.")] = 90,
+    workers: Workers = None,
+) -> None:
+    """Write new shards with smaller images, as JPEG; all else stays. Repeat the command to continue after a stop."""
+    from rich.filesize import decimal
+
+    from simplclip.data import shrink as shrinking
+
+    summary = shrinking.run(shards, out, short=short, quality=quality, workers=workers)
+    before, after = summary["bytes"]
+    typer.echo(
+        f"wrote {summary['written']} of {summary['shards']} shards to {summary['path']}: {summary['samples']:,} samples"
+    )
+    share = f" ({after / before:.0%})" if before else ""
+    typer.echo(f"  bytes      {decimal(before)} before, {decimal(after)} after{share}")
 
 
 @app.command(epilog="Example: simplclip data emoji --out data/emoji")

@@ -1,6 +1,6 @@
 """Image-text pairs: pairs.py finds them for everybody, loader.py makes batches for training in the order of epoch.py,
-heldout.py decodes held-out data in theirs; sidecars.py joins further files, e.g. of a teacher, which
-build_sidecars.py makes; pack.py makes shards of whatever else pairs lie in."""
+heldout.py decodes held-out data in theirs; sidecars.py joins further files, e.g. of a teacher; rewrite.py makes new shards
+and sidecars, pack.py shards of whatever else pairs lie in."""
 
 from simplclip.data.heldout import HeldOut, held_out
 from simplclip.data.loader import EmptyEpochError, Loader, make_loader

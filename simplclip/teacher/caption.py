@@ -21,8 +21,8 @@ from simplclip import models
 from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError
 from simplclip.common.files import sha256
-from simplclip.data.build_sidecars import build
 from simplclip.data.pack import local_shards
+from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Pair, stable_hash
 from simplclip.data.sidecars import Folders
 from simplclip.models.registry import first_line
@@ -53,7 +53,7 @@ def run(
 
     Args:
         shards: what `data.parts_of` takes; what is no local tar is first copied, see `data.pack.local_shards`.
-        out: as for `data.build_sidecars.build`; sidecars that an earlier run finished are kept.
+        out: as for `rewrite`; shards that an earlier run finished are kept.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
         pretrained: tag of weights that open_clip downloads.
@@ -64,7 +64,7 @@ def run(
         sidecars: folders that are joined to the shards first, e.g. with the captions of another model.
         device, precision: as for evaluation; precision fp32, bf16, fp16 or auto.
 
-    Returns the dict of `build_sidecars.build` with "captions", "duplicate", "empty": counts of this run.
+    Returns the dict of `rewrite` with "captions", "duplicate", "empty": counts of this run.
 
     Raises: ValueError (the model is not a CoCa, the file has no weights, an argument is out of range, the folder is another
     run's), RuntimeError (weights of another architecture), FileNotFoundError, FileExistsError, ShardError.
@@ -97,9 +97,9 @@ def run(
     weights = {"pretrained": pretrained} if checkpoint is None else {"sha256": sha256(checkpoint)}
     drawing = {"n": n, "top_p": top_p, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
     about = {"model": model.removeprefix(models.PLAIN), **weights, **drawing, "precision": precision}
-    options = {"batch_size": batch_size, "progress": progress, "title": "captions", "sidecars": sidecars}
+    options = {"batch_size": batch_size, "progress": progress, "title": "captions", "sidecar": True, "sidecars": sidecars}
     shards = ranks.of_first(partial(local_shards, shards, out, progress=progress))
-    summary = build(shards, out, process, stamp={"caption": about}, **options)
+    summary = rewrite(shards, out, process, stamp={"caption": about}, **options)
     everywhere = ranks.everyones(counts)
     return summary | {name: sum(of_one[name] for of_one in everywhere) for name in ("captions", "duplicate", "empty")}
 

@@ -18,11 +18,11 @@ from simplclip import models, retrieval
 from simplclip.common import hardware, plugins, ranks
 from simplclip.common.errors import InputError
 from simplclip.data import held_out
-from simplclip.data.build_sidecars import build
 from simplclip.data.decode import size_of
 from simplclip.data.epoch import seeded
 from simplclip.data.pack import local_shards
 from simplclip.data.pairs import parts_of
+from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Pair, check_count
 from simplclip.data.sidecars import TEACHER, VIEWS, Folders
 from simplclip.data.transforms import ImageTransform, View, augmentation
@@ -82,7 +82,7 @@ def write(
     sidecars: folders that are joined to the shards first, e.g. with captions of `simplclip caption`.
     batch_size: number of samples, of views, and of captions, encoded at a time.
 
-    See `data.build_sidecars.build` for errors, continuation after a crash and the returned dict.
+    See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
     """
     _check_dtype(dtype)
     teachers = Ensemble([teacher] if isinstance(teacher, Encoder) else list(teacher))
@@ -103,7 +103,7 @@ def write(
     about = teachers.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
     options = {"batch_size": batch_size, "progress": progress, "title": "teacher"}
     shards = ranks.of_first(partial(local_shards, shards, out, progress=progress))
-    return build(shards, out, process, stamp={"teacher": about}, sidecars=sidecars, **options)
+    return rewrite(shards, out, process, stamp={"teacher": about}, sidecar=True, sidecars=sidecars, **options)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -3,7 +3,7 @@
     FOLDER/train-000000.tar     KEY.prefix.npy, float16 [k, C, H, W]: of the k views that the teacher saw, or of the image
     FOLDER/meta.json            "prefix": what they were made by
 
-They are made before the first step, shard by shard by `data.build_sidecars`, and used by later runs whose prefix,
+They are made before the first step, shard by shard as `data.rewrite` makes shards, and used by later runs whose prefix,
 views and images are the same; another run is refused.
 """
 
@@ -26,7 +26,7 @@ from simplclip import data
 from simplclip.common import hardware
 from simplclip.common.errors import InputError
 from simplclip.data.broken import BrokenSample
-from simplclip.data.build_sidecars import build
+from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Pair, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
 from simplclip.data.transforms import ImageTransform, augmentation
@@ -119,14 +119,14 @@ class PrefixCache:
         if self.complete:
             return
         try:
-            options = {"sidecars": self.sidecars, "batch_size": max(1, AT_ONCE // count), "title": "prefix"}
+            options = {"sidecar": True, "sidecars": self.sidecars, "batch_size": max(1, AT_ONCE // count), "title": "prefix"}
             options["max_bytes"] = self.max_bytes
-            done = build(self.shards, self.folder, self._process, stamp={"prefix": self.stamp}, **options)
+            done = rewrite(self.shards, self.folder, self._process, stamp={"prefix": self.stamp}, **options)
         except (InputError, FileExistsError) as error:
             raise ConfigError(f"{_KEY}: {str(error).removeprefix('out: ')}") from None
         show(f"prefix     made {done['written']} of {done['shards']} shards; {done['skipped']}")
 
-    def _process(self, samples: list[Pair]) -> list[dict[str, bytes] | BrokenSample]:
+    def _process(self, samples: list[Pair]) -> list[dict[str, bytes | None] | BrokenSample]:
         found: list[Any] = []
         images: list[Tensor] = []
         colours: list[list[float] | None] = []

@@ -1,7 +1,7 @@
 """Archives, sidecars, indices and files of features that mean harm, and what is expected of each.
 
-They are read as files and as streams, by training, evaluation, report, index and teachers, none of which hangs, writes
-outside its folder or takes much memory.
+They are read as files and as streams, by training, evaluation, report, index and shrink, none of which hangs, writes outside
+its folder or takes much memory.
 """
 
 import bz2
@@ -24,7 +24,7 @@ from pairs import call, keys, loader, resize, write
 
 from simplclip import data, embedding
 from simplclip.common.errors import InputError
-from simplclip.data import build_index, build_sidecars, index, parts, report
+from simplclip.data import build_index, index, parts, report, shrink
 from simplclip.data.arrays import from_bytes
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.shards import contents, read_shard
@@ -199,7 +199,7 @@ def test_training_reads_what_it_can_and_counts_the_rest(folder, form, name):
 
 
 @pytest.mark.slow
-def test_evaluation_report_index_and_sidecars(folder, tmp_path, monkeypatch):
+def test_evaluation_report_index_and_shrink(folder, tmp_path, monkeypatch):
     """All archives at once; nothing is written but into the folders that are named."""
     paths = {str(folder / f"{number:02d}.tar"): rest for number, (_, *rest) in enumerate(ARCHIVES.values())}
     opened = {path: rest for path, rest in paths.items() if CLOSED not in rest[1]}
@@ -224,9 +224,8 @@ def test_evaluation_report_index_and_sidecars(folder, tmp_path, monkeypatch):
                 assert summary.sums["samples"] == len(used) + sum(n for reason, n in counted.items() if reason not in OF_TARS)
                 if what == "headers":
                     index.write(index.paths(path)[1], *build_index.look(path))
-    made = lambda samples: [{"teacher.npy": b""} for _ in samples]  # noqa: E731
-    build_sidecars.build([*opened], tmp_path / "made", made, stamp={}, batch_size=4, progress=False)
-    splits = json.loads((tmp_path / "made" / "meta.json").read_text())["splits"].values()
+    shrink.run([*opened], tmp_path / "small", short=8, workers=1, progress=False)
+    splits = json.loads((tmp_path / "small" / "meta.json").read_text())["splits"].values()
     skipped = [entry.get("skipped", {}) for split in splits for entry in split["shards"].values()]
     assert {reason: sum(one.get(reason, [0])[0] for one in skipped) for reason in sums} == sums
     assert {*folder.iterdir(), *tmp_path.parent.iterdir()} == there

@@ -117,12 +117,12 @@ def clock(monkeypatch):
 
 
 def test_lines_without_a_terminal(clock, capsys):
-    with Progress("index", 10_000, 1_000) as bar:
+    with Progress("shrink", 10_000, 1_000) as bar:
         bar.update(10)
         assert capsys.readouterr().err == ""  # what takes seconds says nothing
         clock.now += 10
         bar.update(490)
-        assert capsys.readouterr().err == "index: 1,500 of 10,000 samples (15%), 50 samples/s, 02:50 left\n"
+        assert capsys.readouterr().err == "shrink: 1,500 of 10,000 samples (15%), 50 samples/s, 02:50 left\n"
         clock.now += 5
         bar.update(1)
         assert capsys.readouterr().err == ""
@@ -131,8 +131,8 @@ def test_lines_without_a_terminal(clock, capsys):
         clock.now += 30
         bar.update(1)  # later only once a minute
         assert capsys.readouterr().err.count("\n") == 1
-    assert capsys.readouterr().err == "index: 1,503 samples in 1:00:45\n"
-    failing = Progress("index", 10)
+    assert capsys.readouterr().err == "shrink: 1,503 samples in 1:00:45\n"
+    failing = Progress("shrink", 10)
     clock.now += 59
     failing.__exit__(ValueError)
     assert capsys.readouterr().err == ""  # it is not done

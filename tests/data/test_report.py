@@ -95,4 +95,4 @@ def test_shards_without_a_usable_sample(tmp_path):
 def test_emoji_is_still_a_command():
     result = call("data", "--help")
     names = [line.split()[1] for line in result.stdout.splitlines() if line[:1] == "│" and line[2:3].isalpha()]
-    assert names == ["index", "pack", "report", "emoji"]
+    assert names == ["index", "pack", "report", "shrink", "emoji"]

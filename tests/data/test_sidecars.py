@@ -13,7 +13,7 @@ from simplclip import data
 from simplclip.common import files
 from simplclip.data import parts, shards
 from simplclip.data.broken import Skipped
-from simplclip.data.build_sidecars import build
+from simplclip.data.rewrite import rewrite
 from simplclip.data.tar import Span
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -36,8 +36,9 @@ def recaption(samples):
     return [{"json": json.dumps({"captions": [f"new {s.files['__key__']}"]}).encode()} for s in samples]
 
 
-def run(shards, out, process=teach, *, stamp=STAMP, batch_size=4, **options):
-    return build(str(shards), out, process, stamp=stamp, batch_size=batch_size, progress=False, **options)
+def run(shards, out, process=teach, *, stamp=STAMP, sidecar=True, batch_size=4, **options):
+    options |= {"stamp": stamp, "sidecar": sidecar, "batch_size": batch_size}
+    return rewrite(str(shards), out, process, progress=False, **options)
 
 
 @pytest.fixture
@@ -105,11 +106,7 @@ def test_of_one_suffix_the_last_folder_counts(folder, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_shards_with_copies(folder, out, tmp_path, workers):
     run(folder / "*.tar", out)
-    (tmp_path / "copies").mkdir()
-    for name in ("train-0.tar", "train-1.tar"):
-        whole = {key: shards.contents(found) for key, found in read(folder / name, out).items()}
-        named = [(key, {s: data for s, data in found.items() if not s.startswith("__")}) for key, found in whole.items()]
-        write(tmp_path / "copies" / name, named)
+    run(folder / "*.tar", tmp_path / "copies", sidecar=False)
     options = {"teacher": True, "workers": workers, "captions_per_image": 2, "drop_last": False}
     joined = loader(str(folder / "*.tar"), sidecars=[out], **options)
     batches = list(joined.epoch(1))

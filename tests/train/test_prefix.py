@@ -12,7 +12,7 @@ from runs import check_resumed, go, rows
 
 from simplclip import data, models
 from simplclip.common.files import locked
-from simplclip.data import build_sidecars, decode
+from simplclip.data import decode, rewrite
 from simplclip.data.transforms import augmentation
 from simplclip.memory.measure import predict
 from simplclip.memory.step import TrainerStep
@@ -60,7 +60,9 @@ def with_views(folder, name="taught", number=VIEWS) -> str:
 
     views = {"number": number, "augment": augmentation(transform), "seed": 3}
     stamp = {"teacher": {"name": "made up", "width": 256, "logit_scale": 10.0, "views": views}}
-    build_sidecars.build(folder / "data" / "*.tar", folder / name, process, stamp=stamp, batch_size=8, progress=False)
+    rewrite.rewrite(
+        folder / "data" / "*.tar", folder / name, process, stamp=stamp, sidecar=True, batch_size=8, progress=False
+    )
     return str(folder / name)
 
 

@@ -1,15 +1,17 @@
-"""Making sidecars: a crash at any moment is made good, and wrong folders are refused. What is in them: test_sidecars.py."""
+"""Rewriting shards: nothing of a sample is lost, a crash at any moment is made good, and wrong folders are refused."""
 
+import gzip
 import hashlib
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
-from pairs import digests, killed_at_any_point, members, meta, sample, write
+from pairs import digests, killed_at_any_point, members, meta, png, sample, write
 
 from simplclip.data import expand, shards
-from simplclip.data.build_sidecars import build
+from simplclip.data.rewrite import rewrite
 
 STAMP = {"mark": {"name": "test", "width": 2}}
 
@@ -19,7 +21,7 @@ def mark(samples):
 
 
 def run(shards, out, process=mark, *, stamp=STAMP, batch_size=4, **options):
-    return build(str(shards), out, process, stamp=stamp, batch_size=batch_size, progress=False, **options)
+    return rewrite(str(shards), out, process, stamp=stamp, batch_size=batch_size, progress=False, **options)
 
 
 @pytest.fixture
@@ -39,12 +41,25 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
+def test_every_file_of_a_sample_is_kept(tmp_path, out):
+    long = "folder/" + "x" * 150
+    files = {"cls": b"7", "seg.png": png(5), "JSON": json.dumps({"captions": ["ä", "b"]}).encode(), "png": png(1), "npy": b""}
+    other = {"jpg": png(2, form="JPEG"), "txt": b"one"}
+    write(tmp_path / "a.tar", [(long, files), ("dänisch", other)])
+    summary = run(tmp_path / "a.tar", out)
+    assert (summary["shards"], summary["written"], summary["samples"], summary["notes"]) == (1, 1, 2, [])
+    want = {f"{long}.{suffix.lower()}": data for suffix, data in files.items()}
+    want |= {f"{long}.mark.npy": f"2 (12, 12) {long}".encode()}
+    want |= {f"dänisch.{suffix}": data for suffix, data in (*other.items(), ("mark.npy", "1 (12, 12) dänisch".encode()))}
+    assert list(members(out / "a.tar").items()) == list(want.items())
+
+
 def test_the_folder_says_what_is_in_it(folder, out):
     sizes = []
     assert run(folder / "*.tar", out, lambda batch: sizes.append(len(batch)) or mark(batch))["samples"] == 15
     assert sizes == [3, 4, 3, 4, 1]  # within a shard
     found = meta(out)
-    assert found["mark"] == STAMP["mark"]
+    assert (found["mark"], found["seed"]) == (STAMP["mark"], 3)
     assert {name: split["samples"] for name, split in found["splits"].items()} == {"held": 3, "train": 12}
     for name, entry in found["splits"]["train"]["shards"].items():
         data = (out / name).read_bytes()
@@ -78,16 +93,35 @@ def test_whole_shards_are_not_made_again_unless_their_input_changed(folder, out)
     assert "k012.mark.npy" in members(out / "train-1.tar")
 
 
-def test_a_tear_is_counted(tmp_path):
-    path = Path(write(tmp_path / "a-0.tar", [sample(i) for i in range(20)]))
-    os.truncate(path, path.stat().st_size // 2)
+def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
+    good, other = sample(0), sample(1)
+    broken = ("broken", {"png": b"no image", "txt": b"one", "npy": b"kept"})
+    path = Path(write(tmp_path / "a-0.tar", [good, broken, ("only", {"cls": b"1"}), other]))
+    whole = run(path, tmp_path / "whole")
+    assert dict(whole["skipped"].counts) == {"not an image": 1, "missing caption": 1}
+    assert "a-0.tar/broken" in whole["notes"][0]
+    found = members(tmp_path / "whole" / "a-0.tar")
+    assert {name for name in found if "mark" in name} == {"k000.mark.npy", "k001.mark.npy"}
+    assert {found["broken.npy"], found["only.cls"]} == {b"kept", b"1"}
+    assert whole["samples"] == 3  # that of a class alone is none for the loader
+
+    path.write_bytes(path.read_bytes()[: -tarfile.RECORDSIZE + 512])
+    os.truncate(path, path.stat().st_size // 512 * 512 - 1024)
     torn = run(path, tmp_path / "torn")
     assert torn["skipped"].counts["torn tar"] == 1
     assert "torn" in torn["notes"][0]
-    assert "k000.mark.npy" in members(tmp_path / "torn" / "a-0.tar")
+    with tarfile.open(tmp_path / "torn" / "a-0.tar") as tar:
+        assert "k000.mark.npy" in tar.getnames()
     again = run(path, tmp_path / "torn")
     assert again["written"] == 0
     assert again["skipped"] == torn["skipped"]
+
+
+def test_compressed_shards_become_plain_ones(tmp_path, out):
+    plain = Path(write(tmp_path / "b.tar", [sample(0)]))
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    run(tmp_path / "*.tar*", out)
+    assert members(out / "a.tar") == members(out / "b.tar")
 
 
 @pytest.mark.parametrize(
@@ -100,6 +134,7 @@ def test_a_tear_is_counted(tmp_path):
         ({"out": "in-too"}, FileExistsError, "with another meta.json"),
         ({"out": "file"}, FileExistsError, "expected a folder, got the file"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer of at least 1, got 0"),
+        ({"shards": "{held-0,copy/train-0}.tar", "out": "new"}, ValueError, "got different 'seed' in"),
         ({"process": lambda batch: [], "out": "new"}, ValueError, "expected the files of 4 samples, got 0"),
     ],
 )
@@ -143,15 +178,16 @@ def test_an_error_leaves_whole_shards_only(folder, tmp_path, out):
 
 
 @pytest.mark.slow
-def test_killed_at_any_point(folder, tmp_path):
-    """kill -9 at each batch and each line that writes a file, then the same command: no torn sidecar is seen, and it ends
+@pytest.mark.parametrize("sidecar", [pytest.param(False, marks=pytest.mark.prove), True])
+def test_killed_at_any_point(folder, tmp_path, sidecar):
+    """kill -9 at each batch and each line that writes a file, then the same command: no torn shard is seen, and it ends
     as undisturbed."""
 
     def work(out, step):
         made = lambda batch: step() or [{"mark.npy": s.place.encode() * 2000} for s in batch]  # noqa: E731
-        run(folder / "train-*.tar", out, made)
+        run(folder / "train-*.tar", out, made, sidecar=sidecar)
 
     def check(out):
         assert not (out / "meta.json").exists() or meta(out)["mark"] == STAMP["mark"]
 
-    killed_at_any_point(tmp_path, work, 40, check)
+    killed_at_any_point(tmp_path, work, 40 if sidecar else 50, check)

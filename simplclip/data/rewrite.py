@@ -1,11 +1,11 @@
-"""Makes the sidecars of shards, which sidecars.py joins to their samples: the new files that a function makes for each
-sample, e.g. a teacher's features, and nothing of the shards themselves.
+"""Makes new shards of shards: sidecars, which hold the new files that a function makes for the samples, e.g. a teacher's
+features; or copies of the samples with those files, e.g. smaller images.
 
-The new folder has only complete sidecars at any moment: one gets its name after all of it is on disk. After a crash the same
-command continues with the first unfinished shard, and the result has the same bytes.
+The new folder has only complete shards at any moment: a shard gets its name after all of it is on disk. After a crash the
+same command continues with the first unfinished shard, and the result has the same bytes.
 
-    OUT/<name>.tar        what is new of the samples of the shard of that name, in the same order
-    OUT/meta.json         how they were made; "splits" with the samples, bytes and sha256 of each finished sidecar
+    OUT/<name>.tar        the samples of the shard of that name, in the same order, or what is new of them
+    OUT/meta.json         how they were made; "splits" with the samples, bytes and sha256 of each finished shard
     OUT/LICENSES.md       that of the input folder, if it has one
 """
 
@@ -17,6 +17,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
@@ -29,7 +30,9 @@ from simplclip.common.files import differences, identity, locked, remove_leftove
 from simplclip.common.progress import Progress
 from simplclip.data.broken import BrokenSample, Skipped
 from simplclip.data.pairs import expand
+from simplclip.data.pool import ordered
 from simplclip.data.shards import (
+    IMAGE_SUFFIXES,
     UNREADABLE,
     Pair,
     Sample,
@@ -47,24 +50,30 @@ from simplclip.data.sidecars import Folders, beside, joined, plain_name
 from simplclip.data.sidecars import check as check_sidecars
 from simplclip.data.tar import MAX_BYTES
 
-FORMAT = "simplclip-sidecars-1"
-# Makes of some samples for each its new files by suffix, or why it is broken.
-Process = Callable[[list[Pair]], Sequence[Mapping[str, bytes] | BrokenSample]]
+FORMAT = "simplclip-shards-1"
+SIDECARS = "simplclip-sidecars-1"
+_IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample for other readers
+
+# What is made of some samples: for each its new files by suffix, with None for one that is dropped; or why it is broken.
+Made = Sequence[Mapping[str, bytes | None] | BrokenSample]
+Process = Callable[[list[Pair]], Made | Future[Made]]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
 class Making:
-    """How the sidecars of one run are made; `build` documents the fields."""
+    """How the shards of one run are made; `rewrite` documents the fields."""
 
     process: Process
     batch_size: int
+    workers: int
+    sidecar: bool
     sidecars: Folders
     max_bytes: int
     advance: Callable[[int], None]  # called with the number of samples that are written
 
 
-def build(
+def rewrite(
     shards: Shards,
     out: str | PathLike,
     process: Process,
@@ -73,40 +82,52 @@ def build(
     batch_size: int,
     progress: bool = True,
     title: str = "samples",
+    workers: int = 0,
+    sidecar: bool = False,
     sidecars: Folders = (),
     max_bytes: int = MAX_BYTES,
 ) -> dict[str, Any]:
-    """Write a sidecar of each of `shards`, of the same name, to the folder `out`, with the files that `process` makes.
+    """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
-    Broken samples have none and are counted by reason; of a damaged tar the samples before the damage are used, and the
-    damage is counted. The bytes of a sidecar depend only on its shard, on `process` and on `batch_size`; .gz, .xz or .bz2 is
-    removed from its name.
+    All files of a sample are kept (suffixes in lower case); files from `process` replace those of the same suffix or are
+    added after them. Files without a suffix belong to no sample and are left out. Broken samples are copied without
+    processing and counted by reason; of a damaged tar the samples before the damage are kept, and the damage is counted. The
+    bytes of a shard depend only on its input, on `process` and on `batch_size`; .gz, .xz or .bz2 is removed from its name.
 
-    Finished sidecars of an earlier run are kept, unless their shard has changed. A second command may add those of other
-    shards. Ranks divide the shards, and the first one writes meta.json. Memory: one batch.
+    Finished shards of an earlier run are kept, unless their input has changed. A second command may add other shards of the
+    same folder. Keys of the input folder's meta.json, e.g. the stamp of a teacher, are copied. Memory: one batch.
+
+    Ranks divide the shards, and the first one writes meta.json.
+
+    With `sidecar` only the files from `process` are written, of samples that are not broken, and nothing of the input's
+    meta.json; `simplclip.data.sidecars` joins them while reading.
 
     Args:
         out: a new folder, or that of an earlier run with the same `stamp`.
-        process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each; a BrokenSample in the place of
-            the dict counts the sample as broken. Its exceptions end the run.
+        process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each; None in the place of bytes drops
+            a file, and a BrokenSample in that of the dict counts the sample as broken. Its exceptions end the run.
         stamp: keys of meta.json that describe how the new files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
         progress, title: whether the progress and the notes are shown, and what the progress is called.
-        sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions.
+        workers: more than 0 if `process` only submits its work to an executor with so many workers and returns the Future.
+            Its samples' images are not decoded then, and twice as many batches of a shard are on their way at a time.
+        sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions; needs `sidecar`.
         max_bytes: a sample whose files have more together is left out and counted.
 
     Returns: {"path", "shards" (their number), "sources" (name -> input), "written" (by this run), "samples", "skipped" (a
     Skipped), "notes"}.
 
-    Raises: ValueError if two shards have one file name, `out` is the folder of an input, or an earlier run had another stamp;
-    FileExistsError if `out` holds other files or another process writes to it; ShardError if a shard cannot be opened;
-    InputError if the disk is full.
+    Raises: ValueError if two shards have one file name, `out` is the folder of an input, input folders have different
+    meta.json, or an earlier run had another stamp; FileExistsError if `out` holds other files or another process writes to
+    it; ShardError if a shard cannot be opened; InputError if the disk is full.
     """
     check_count("batch_size", batch_size, 1)
     out = Path(out).expanduser()
     sources = _named(expand(shards), out)
     check_sidecars(sources.values(), sidecars)
     folders = folders_of(sources.values())
-    meta = {"format": FORMAT} | json.loads(json.dumps(dict(stamp)))
+    meta = {"format": SIDECARS if sidecar else FORMAT}
+    meta |= {} if sidecar else _carried(folders, {*stamp})
+    meta |= json.loads(json.dumps(dict(stamp)))
     with contextlib.ExitStack() as stack:
         finished = ranks.of_first(lambda: stack.enter_context(_claimed(out, meta, folders)))
         todo = ranks.of_first(lambda: _unfinished(sources, out, finished, sidecars))
@@ -114,7 +135,7 @@ def build(
         left = count_samples(list(todo.values()))
         total = None if left is None else kept + sum(left)
         with Progress(title, total, kept, shown=progress) as bar:
-            making = Making(process, batch_size, sidecars, max_bytes, bar.update)
+            making = Making(process, batch_size, workers, sidecar, sidecars, max_bytes, bar.update)
 
             def write(name: str) -> tuple[str, int, dict[str, Any]]:
                 return name, ranks.number(), _write_shard(todo[name], out / name, making)
@@ -132,7 +153,7 @@ def build(
     if len(todo) < len(sources):
         notes.append(f"{len(sources) - len(todo)} of {len(sources)} shards in {out} were finished earlier and are kept.")
     if skipped.counts:
-        notes.append(f"Left out, or lost by damage: {skipped}")
+        notes.append(f"{'Left out' if sidecar else 'Copied without processing'}, or lost by damage: {skipped}")
     for note in notes if progress and ranks.first() else ():
         print(note)
     return {
@@ -147,7 +168,7 @@ def build(
 
 
 def _named(files: list[str], out: Path) -> dict[str, str]:
-    """The name of each sidecar -> its shard."""
+    """The name of each new shard -> its input."""
     sources: dict[str, str] = {}
     for file in files:
         if out.resolve() in (Path(file).resolve().parent, Path(file).parent.resolve()):
@@ -157,6 +178,21 @@ def _named(files: list[str], out: Path) -> dict[str, str]:
             raise InputError(f"shards: expected files of different names, got {sources[name]!r} and {file!r}")
         sources[name] = file
     return sources
+
+
+def _carried(folders: list[str], without: set[str]) -> dict[str, Any]:
+    """The keys of the input folders' meta.json that are still valid for rewritten samples."""
+    found = []
+    for folder in folders:
+        path = Path(folder, "meta.json")
+        meta = _read_json(path) if path.is_file() else {}
+        found.append({key: value for key, value in meta.items() if key not in without | {"format", "splits"}})
+        if changed := differences(found[0], found[-1]):
+            raise InputError(
+                f"shards: expected folders with the same meta.json, got different {next(iter(changed))!r} in "
+                f"{folders[0] or '.'!r} and {folder or '.'!r}; rewrite them one at a time, into different folders"
+            )
+    return found[0]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -228,23 +264,41 @@ def _origin(source: str, sidecars: Folders) -> dict[str, Any]:
 
 
 def _write_shard(source: str, target: Path, making: Making) -> dict[str, Any]:
-    """Write one sidecar; return its entry of meta.json."""
+    """Write one shard; return its entry of meta.json."""
     skipped, count = Skipped(), 0
-    samples = joined(read_shard(source, skipped, ahead=True, max_bytes=making.max_bytes), source, making.sidecars, skipped)
-    whole = _whole(samples, skipped, making.max_bytes)
+
+    def batches() -> Iterator[tuple[list[Sample], list[Pair]]]:
+        samples = read_shard(source, skipped, every=not making.sidecar, ahead=True, max_bytes=making.max_bytes)
+        samples = joined(samples, source, making.sidecars, skipped) if making.sidecar else samples
+        whole = _whole(samples, skipped, making.max_bytes)
+        while batch := list(islice(whole, making.batch_size)):
+            use = {"use": lambda opened: None} if making.workers else {}
+            yield batch, list(usable(batch, skipped, **use, max_bytes=making.max_bytes))
+
+    def submit(work: tuple[list[Sample], list[Pair]]) -> Future[Made]:
+        made = making.process(work[1]) if work[1] else []
+        if isinstance(made, Future):
+            return made
+        done: Future[Made] = Future()
+        done.set_result(made)
+        return done
+
     try:
         with replacing(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-            while batch := list(islice(whole, making.batch_size)):
-                opened = list(usable(batch, skipped, max_bytes=making.max_bytes))
-                made = making.process(opened) if opened else []
+            for (batch, opened), made in ordered(submit, batches(), 2 * making.workers):
                 if len(made) != len(opened):
                     raise InputError(f"process: expected the files of {len(opened)} samples, got {len(made)}")
                 for sample, files in zip(opened, made):
                     if isinstance(files, BrokenSample):
                         skipped.add(files.args[0], sample.place, files.args[1])
-                    else:
+                    elif making.sidecar:
                         count += 1
-                        _add(tar, sample.key, files)
+                        _add(tar, {"__key__": sample.files["__key__"], **files})
+                    else:
+                        sample.files.update(files)
+                for copied in () if making.sidecar else batch:
+                    count += not _IMAGE_OR_TEXT.isdisjoint(suffix.rpartition(".")[2] for suffix in copied)
+                    _add(tar, copied)
                 making.advance(len(batch))
     except OSError as error:
         if error.errno not in _FULL:
@@ -268,9 +322,10 @@ def _whole(samples: Iterator[Sample], skipped: Skipped, max_bytes: int) -> Itera
             skipped.add(broken.args[0], place_of(sample), broken.args[1])
 
 
-def _add(tar: tarfile.TarFile, key: str, files: Mapping[str, bytes]) -> None:
-    for suffix, data in files.items():
-        member = tarfile.TarInfo(f"{key}.{suffix}")
-        member.size, member.mtime, member.mode = len(data), 0, 0o444
-        member.uname = member.gname = "simplclip"
-        tar.addfile(member, io.BytesIO(data))
+def _add(tar: tarfile.TarFile, sample: Sample) -> None:
+    for suffix, data in sample.items():
+        if suffix not in ("__key__", "__url__") and data is not None:
+            member = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
+            member.size, member.mtime, member.mode = len(data), 0, 0o444
+            member.uname = member.gname = "simplclip"
+            tar.addfile(member, io.BytesIO(data))
