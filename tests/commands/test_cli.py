@@ -54,16 +54,15 @@ app()
         assert run.stderr.strip() == "simplclip: this command needs the package yaml: pip install 'simplclip[train]'"
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["train", "missing.yaml"], ["missing"]])
-def test_the_module_is_the_command(arguments):
+def test_the_module_is_the_command():
     """`python -m simplclip` against what the console script of pyproject.toml calls: output, errors and exit code."""
     module, function = re.search(r'^simplclip = "(.+):(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE).groups()
     script = f"import sys; from {module} import {function}; sys.argv[0] = 'simplclip'; {function}()"
-    as_script, as_module = process("-c", script, *arguments), process("-m", "simplclip", *arguments)
-    assert as_module.stdout + as_module.stderr
+    as_script, as_module = (process(*words, "train", "missing.yaml") for words in (("-c", script), ("-m", "simplclip")))
     assert as_module.stdout == as_script.stdout
+    assert as_module.stderr
     assert as_module.stderr.replace("python -m simplclip", "simplclip") == as_script.stderr
-    assert as_module.returncode == as_script.returncode == (0 if arguments == ["--version"] else 2)
+    assert as_module.returncode == as_script.returncode == 2
 
 
 @pytest.mark.slow

@@ -27,15 +27,15 @@ def similarity() -> Iterator[tuple[Call, torch.dtype, dict]]:
     for mode in MODES:
         yield similarity_call(130, 131, 1, **mode, scratch_bytes=0, store_bytes=0), torch.float32, {}  # three chunks
         yield similarity_call(65, 65, **mode, ids=True, divergence="cross_entropy"), torch.bfloat16, {}
-        for scale in (1000.0, -50.0):
-            yield similarity_call(65, 65, **mode, scale=scale), torch.float32, {}
-        yield similarity_call(65, 65, **mode), torch.float16, {"size": 1e-3}
+    for scale in (1000.0, -50.0):
+        yield similarity_call(65, 65, **MODES[-1], scale=scale), torch.float32, {}
+    yield similarity_call(65, 65, **MODES[-1]), torch.float16, {"size": 1e-3}
 
 
 def blocks() -> Iterator[tuple[Call, torch.dtype, dict]]:
     """Sides around those of a block, 128 here, with exponentials that are kept for all rows, for some and for none."""
     for n, m, store in ((1, 1, None), (127, 128, 0), (129, 129, None), (257, 258, 128 * 258 * 4), (128, 129, None)):
-        for dtype, symmetric in ((torch.float32, True), (torch.bfloat16, m % 2 == 0)):
+        for dtype, symmetric in ((torch.float32, True), (torch.bfloat16, False))[: 2 - m % 2]:
             options = {"scale": 20.0, "symmetric": symmetric, "scratch_bytes": 0, "store_bytes": store}
             yield similarity_call(n, m, (m - n) // 2, terms=TERMS[:1], **options), dtype, {}
     call = similarity_call(200, 200, terms=TERMS[:1], scratch_bytes=0)  # rows and columns that are far from each other
@@ -144,13 +144,6 @@ def test_every_tile_has_one_program():
         ranges, per_split = splits(row_blocks, tiles, slots)
         assert (ranges - 1) * per_split < tiles <= ranges * per_split
     assert splits(1, 256, 82)[0] > 60  # few rows alone would leave most multiprocessors without work
-
-
-@pytest.mark.slow
-@needs_triton
-def test_importing_kernels_compiles_nothing():
-    done = interpreter.run("-c", "import simplclip.kernels.similarity.op, torch; print(torch.cuda.is_initialized())")
-    assert done.stdout.strip() == "False", done.stderr
 
 
 if __name__ == "__main__":
