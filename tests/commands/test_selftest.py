@@ -109,7 +109,7 @@ def test_a_flipped_sign_is_found_named_and_taken_out(cache, tmp_path):
     assert failed == {("parallel_mlp", "cpu", "float32"), *blocks}
     assert list(machine.known("failed", "cpu")) == [KEY]
 
-    honest = spoiled("nothing feature_loss")  # it is tested all the same, and stays out until it is brought back
+    honest = spoiled("without_extras feature_loss")  # what is not tested stays out until it is brought back
     assert honest.returncode == 0, honest.stderr
     assert f"taken out by an earlier run: {KEY}" in honest.stdout
     machine.forget()
