@@ -254,10 +254,8 @@ def test_what_the_command_prints_writes_and_stores(cache, tmp_path, monkeypatch)
     monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "a.json"))  # no folder
     machine.forget()
     again = CliRunner().invoke(app, [*arguments, "--full"])
-    assert again.exit_code == 1
-    assert re.match(
-        "simplclip: nothing was taken out: .*: expected to write .*, got File exists; SIMPLCLIP_CACHE", again.stderr
-    )
+    assert again.exit_code == 2
+    assert re.match("simplclip: .*: expected to write .*, got File exists; SIMPLCLIP_CACHE", again.stderr)
 
 
 def test_a_forced_backend_does_not_hide_the_others(monkeypatch):
