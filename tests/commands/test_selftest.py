@@ -109,7 +109,7 @@ def test_a_flipped_sign_is_found_named_and_taken_out(cache, tmp_path):
     assert failed == {("parallel_mlp", "cpu", "float32"), *blocks}
     assert list(machine.known("failed", "cpu")) == [KEY]
 
-    honest = spoiled("nothing feature_loss")  # it is tested all the same, and stays out until it is brought back
+    honest = spoiled("without_extras feature_loss")  # what is not tested stays out until it is brought back
     assert honest.returncode == 0, honest.stderr
     assert f"taken out by an earlier run: {KEY}" in honest.stdout
     machine.forget()
@@ -254,10 +254,8 @@ def test_what_the_command_prints_writes_and_stores(cache, tmp_path, monkeypatch)
     monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "a.json"))  # no folder
     machine.forget()
     again = CliRunner().invoke(app, [*arguments, "--full"])
-    assert again.exit_code == 1
-    assert re.match(
-        "simplclip: nothing was taken out: .*: expected to write .*, got File exists; SIMPLCLIP_CACHE", again.stderr
-    )
+    assert again.exit_code == 2
+    assert re.match("simplclip: .*: expected to write .*, got File exists; SIMPLCLIP_CACHE", again.stderr)
 
 
 def test_a_forced_backend_does_not_hide_the_others(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from paths import ROOT
 
 from simplclip import selftest
-from simplclip.commands.main import main
+from simplclip.commands.main import EXTRAS, main
 from simplclip.ops import backends
 from simplclip.selftest.calls import DRAW, LARGE
 
@@ -24,6 +24,18 @@ def replace(op: str, backend: str, wrong) -> None:
     row = backends.TABLE[op]
     function = row[backend].function
     row[backend] = backends.Implementation(lambda call: wrong(function, call), row[backend].why_not)
+
+
+def without_extras() -> None:
+    """Nothing is wrong, but what the extra train installs is out of reach, except what torch and typer may import."""
+    modules = {*EXTRAS["train"].split()} - {"numpy", "pydantic"}
+
+    class Block:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in modules:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Block())
 
 
 def flipped_sign() -> None:
