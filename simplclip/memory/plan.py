@@ -17,6 +17,7 @@ from simplclip.memory.count import Usage
 from simplclip.memory.exchange import Exchange
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.step import OpenClipStep, TrainerStep
+from simplclip.ops.similarity.chunks import budgets
 from simplclip.train import config as configs
 from simplclip.train.config import ConfigError
 from simplclip.train.limits import Budget, gib
@@ -103,11 +104,14 @@ def make(
     if config.data.micro_batch == "auto":
         this.config = config = this.with_micro_batch()
     on_card = this.device.type == "cuda"
+    dtype = hardware.DTYPES[this.precision] or torch.float32
+    scratch, store = (size >> 20 for size in budgets(this.device.type, dtype, None, None))
     assumptions = [
         f"{budget.context >> 20} MiB for the context of the driver and of torch's libraries",
         f"{budget.libraries >> 20} MiB for workspaces inside cuBLAS and cuDNN, which no op states",
         f"{budget.fragmentation:.0%} of the rest lost to the allocator's fragmentation",
         f"precision {this.precision} ({this.why})",
+        f"in the loss, chunks of {scratch} MiB, and {store} MiB of their rows kept for backward where that saves a product",
         "two steps; the second has the optimizer's state from its beginning",
         *([] if on_card else ["nothing for what oneDNN takes inside convolutions and products of bfloat16"]),
         *this.base.assumed,

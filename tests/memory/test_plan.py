@@ -298,7 +298,15 @@ def test_siclip_s0_beside_open_clip():
 def test_a_step_that_does_not_fit():
     shown = call(TINY_CONFIG, "--memory", "1GiB", "--set", "data.batch_size=512").output
     assert re.search(r"as configured +512 +all +0\.\d+ GiB +no", shown)
-    for words in ("most in one graph", "activations", "total", "measured   nothing", "assumed", "a smaller data.batch_size"):
+    for words in (
+        "most in one graph",
+        "activations",
+        "total",
+        "measured   nothing",
+        "assumed",
+        "128 MiB, and 256 MiB of",
+        "a smaller data.batch_size",
+    ):
         assert words in shown
 
 
