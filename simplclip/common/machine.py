@@ -54,7 +54,8 @@ def describe(device: str) -> dict[str, str]:
         driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
         found = {"device": torch.cuda.get_device_name(0), "driver": str(driver)}
     else:
-        found = {"device": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}", "driver": "none"}
+        instructions = os.environ.get("SIMPLCLIP_CPU_ISA") or torch.backends.cpu.get_cpu_capability()
+        found = {"device": f"{cpu_name()}, {instructions}", "driver": "none"}
     return {**found, "torch": torch.__version__, "triton": triton, "simplclip": __version__, "build": _build()}
 
 

@@ -40,6 +40,10 @@ def test_another_build_or_torch_knows_nothing(monkeypatch):
             patched.setattr(machine, attribute, value)
             machine.forget()
             assert machine.known("failed", "cpu") == {}, attribute
+    with monkeypatch.context() as patched:
+        patched.setenv("SIMPLCLIP_CPU_ISA", "baseline")
+        machine.forget()
+        assert machine.known("failed", "cpu") == {}
     machine.forget()
     assert machine.known("failed", "cpu") == {"an op": "a reason"}
 
