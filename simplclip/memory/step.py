@@ -134,7 +134,10 @@ class TrainerStep(Training):
         return [self._architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
     def _architecture(self, source: str) -> Any:
-        """The source; or empty tensors of its shapes for an open_clip tag, which would be downloaded, or a missing file."""
+        """The source; or tensors of its shapes for an open_clip tag, which would be downloaded, or a missing file.
+
+        Their values are made up: where a tower is tried, as by `try_crop`, zeros or NaN would tell nothing.
+        """
         name, slash, _ = source.removeprefix(TAG).partition("/")
         original = models.original(self.config.model.name)
         if slash and name in open_clip.list_models():
@@ -145,7 +148,12 @@ class TrainerStep(Training):
             self.assumed.append(f"weights of {original.removeprefix(models.PLAIN)}, since {source} is not on this machine")
         with torch.device("meta"):
             model = models.create(original, device="meta")
-        return {key: torch.empty(t.shape, dtype=t.dtype) for key, t in model.state_dict().items()}
+        values, numbers = {}, torch.Generator()
+        for key, tensor in model.state_dict().items():
+            values[key] = value = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            if value.is_floating_point():
+                value.uniform_(0.01, 0.03, generator=numbers)
+        return values
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The outputs for a batch; for a merged one (see `batches`) empty tensors of their shapes."""

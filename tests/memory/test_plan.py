@@ -157,6 +157,12 @@ def test_short_texts_take_less_in_one_graph():
 
 
 @pytest.mark.slow
+def test_weights_that_are_not_here_do_not_hide_that_texts_can_be_cropped():
+    changes = ["model.name=open_clip:ViT-S-32-alt", "inherit.source=ViT-S-32-alt/nowhere", "inherit.train=[visual]"]
+    assert trainer(TINY_CONFIG, "fp32", *changes, "data.mean_tokens=14").tokens == 24
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "loss"), [("contrastive", "ClipLoss"), ("sigmoid", "SigLipLoss")])
 def test_open_clips_loss_is_that_of_the_base(monkeypatch, base, loss):
     """SigLipLoss has no form with a teacher, and needs a bias, which the model has not of itself."""
