@@ -83,6 +83,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_effect_by_effect_with_all_seeds_and_each_run_once(source, effects, tmp_path, pretended):
     table = ablation.run(source, effects, tmp_path / "out", seeds=2)
     assert pretended == [

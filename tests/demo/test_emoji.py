@@ -221,6 +221,7 @@ def test_a_former_build_is_kept_and_force_builds_it_anew(built, out, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_damaged_build_is_an_error_until_forced_and_is_then_equal_to_the_byte(built, out, monkeypatch):
     whole = digests(out)
     random.seed(99)

@@ -92,6 +92,7 @@ def test_streaming_equals_the_figures_in_memory(many, monkeypatch, tmp_path):
     assert all([truth[row], ranked[row, 0]] == named for row in worst["rows"])
 
 
+@pytest.mark.slow
 def test_features_are_kept_where_one_says(many, tmp_path):
     split, model = retrieval.Split(data.held_out(many), tokenizer, transform), Bag()
     for precision, dtype in (("fp32", np.float32), ("bf16", np.float16)):
@@ -262,6 +263,7 @@ def test_names_of_files():
     assert running.file_name("..") == "_"
 
 
+@pytest.mark.slow
 def test_the_confusion_sheet_shows_the_pairs(folder, tmp_path):
     got, text = run(folder, "run", out=tmp_path)
     confused = got["splits"]["held"]["zero_shot"]["confused"]
@@ -273,6 +275,7 @@ def test_the_confusion_sheet_shows_the_pairs(folder, tmp_path):
     assert "confusion-held.png" in text
 
 
+@pytest.mark.slow
 def test_classes_of_a_folder_by_the_command(folder, tmp_path):
     for number, name in enumerate(tiny.COLOURS):
         (tmp_path / "classes" / f"c{number}").mkdir(parents=True)

@@ -35,6 +35,7 @@ def traced(tensors: dict, **options) -> list:
     return trace(step, tensors | options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(fake.OLD, reason="torch 2.11 has no fake product of another dtype, whose bytes are not counted then")
 @pytest.mark.parametrize(("n", "most"), [(65536, 9e9), (131072, 30e9)])
 def test_bytes_of_large_batches(n, most):

@@ -82,6 +82,7 @@ def test_what_a_step_of_short_sequences_starts(name, monkeypatch):
     assert names(steps, "cuda") == {"shaped_attention_fwd": 1, "shaped_attention_bwd": 1}
 
 
+@pytest.mark.slow
 @needs_triton
 def test_tensors_of_more_than_2_to_the_31_elements():
     """Attention counts tokens in 32 bits, and a chunk of the MLP its elements."""

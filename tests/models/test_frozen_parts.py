@@ -99,6 +99,7 @@ def test_the_convolutions_of_a_text_tower_behind_and_before_what_trains():
     assert 0 < error(run(), expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_copies_belong_to_no_model():
     model = lite0()
     before, count = model.state_dict(), sum(1 for _ in model.modules())

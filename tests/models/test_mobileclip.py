@@ -77,6 +77,7 @@ def test_the_small_text_tower():
         assert error(tower.encode_tokens(case["tokens"]), case["all_tokens"]) < EXACT
 
 
+@pytest.mark.slow
 def test_every_tensor_of_the_published_checkpoint_has_its_place(model):
     state = weights(1)
     found = mobileclip.from_published(model, state)
@@ -167,6 +168,7 @@ def batch_norms(module):
     return [name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", [simplclip.fold, reparameterize_model])
 def test_folded_it_computes_the_same(model, fold):
     folded = fold(model)

@@ -46,6 +46,7 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):
     assert count(s0) < 0.7 * count(original)
 
 
+@pytest.mark.slow
 def test_s0_encodes(s0):
     text = models.tokenizer("siclip2-s0")(["a cat", "a dog on a mat"])
     image = models.transforms("siclip2-s0", train=False)(Image.new("RGB", (300, 280), "red"))
@@ -81,6 +82,7 @@ def test_tiny_behaves_as_an_open_clip_model(tiny):
     torch.testing.assert_close(outputs[0], features[0])
 
 
+@pytest.mark.slow
 def test_tiny_trains_in_bfloat16_autocast():
     torch.manual_seed(0)
     model = models.create("siclip-tiny")

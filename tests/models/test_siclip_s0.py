@@ -19,6 +19,7 @@ def student():
     return models.create("siclip-s0").eval()
 
 
+@pytest.mark.slow
 def test_the_image_encoder_has_a_seventh_less_parameters(student):
     before, after = student.simplify_report.before, student.simplify_report.after
     assert before["image"] == 11_406_464

@@ -102,6 +102,7 @@ def test_captions_come_after_the_samples_own(source, captioned, weights):
     assert sorted(shards.count_samples([str(path) for path in out.glob("*.tar")])) == [3, 5]
 
 
+@pytest.mark.slow
 def test_more_captions_for_shards_that_have_some(source, captioned, weights, tmp_path):
     run(source / "*.tar", tmp_path, weights, seed=1, n=1, sidecars=[captioned[0]])
     once = records(captioned[0])

@@ -168,6 +168,7 @@ def test_training_is_the_same_decodes_nothing_and_resumes_bit_for_bit(tmp_path, 
             assert float(row[name]) == pytest.approx(float(same[name]), rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("others", "message"),
     [
@@ -244,6 +245,7 @@ def test_making_it_is_interrupted_or_locked(tmp_path, weights, monkeypatch):
     assert lines[1].startswith("prefix     made 1 of 2 shards")
 
 
+@pytest.mark.slow
 def test_a_damaged_image_is_skipped_as_without_a_cache(tmp_path, weights):
     settings(tmp_path, weights)
     shard = tmp_path / "data" / "train-0.tar"
