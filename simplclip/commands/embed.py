@@ -54,18 +54,16 @@ def embed(
 
 def _search(features: str, queries: list[str], model: str | None, top: int, picture: Path | None, device: str) -> None:
     from rich import print as show
-    from rich.table import Table
     from rich.text import Text
 
     from simplclip import embedding
+    from simplclip.common.tables import table
 
     stored = embedding.Stored(features)
     found = embedding.find(stored, queries, model=model, top=top, device=device)
     for query, hits in found.items():
-        table = Table("score", "key", "caption", "place", title=Text(visible(query), "bold"), title_justify="left")
-        for hit in hits:
-            cells = (f"{hit.score:.3f}", hit.key, hit.caption, hit.image_path or hit.shard)
-            table.add_row(*(Text(visible(cell), overflow="fold") for cell in cells))
-        show(table)
+        rows = [(f"{hit.score:.3f}", hit.key, hit.caption, hit.image_path or hit.shard) for hit in hits]
+        cells = [[Text(visible(cell), overflow="fold") for cell in row] for row in rows]
+        show(Text(visible(query), "bold"), table(("score", "key", "caption", "place"), cells))
     if picture:
         typer.echo(f"wrote {embedding.picture(picture, found, stored.about)}")

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, numbers: bool = False) -> Table:
     """A table without frames. numbers: all columns but the first stand at the right."""
     made = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for place, column in enumerate(columns):

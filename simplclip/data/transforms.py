@@ -119,10 +119,9 @@ class ImageTransform:
         images: Tensor,
         colour: Tensor | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ) -> Tensor:
-        """The model's input, [N, 3, S, S] of `dtype`: images changed in colour and normalised, on their device.
+        """The model's input, float32 [N, 3, S, S]: images changed in colour and normalised, on their device.
 
         Args:
             images: uint8 [N, 3, S, S].
@@ -134,7 +133,7 @@ class ImageTransform:
         if colour is not None:
             floats, unit = colours.change(floats.div_(unit), colour), 1.0
         mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return floats.sub_(mean * unit).div_(std * unit).to(dtype)
+        return floats.sub_(mean * unit).div_(std * unit)
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
         if not isinstance(image, Image.Image):

@@ -34,16 +34,14 @@ def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
 
 
 @register_model
-def siclip_lite0_trunk(pretrained: bool = False, stages: int = 5, **kwargs: Any) -> VisionTransformer:
-    """Image trunk of siclip-lite0 before it is simplified: the first stages of EfficientNet-Lite0 under a ViT.
+def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """Image trunk of siclip-lite0 before it is simplified: the first five of EfficientNet-Lite0's seven stages under a ViT.
 
-    stages: how many of the seven to keep; 5 has stride 16 and 112 channels. The net is ``patch_embed.backbone``, with
-    the names of timm's tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
+    They have stride 16 and 112 channels. The net is ``patch_embed.backbone``, with the names of timm's
+    tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
     """
     whole = timm.create_model("tf_efficientnet_lite0")
-    if not 1 <= stages <= len(whole.blocks):
-        raise InputError(f"stages: expected 1 to {len(whole.blocks)}, got {stages}")
-    net = nn.Sequential(OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:stages]))
+    net = nn.Sequential(OrderedDict(conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=whole.blocks[:5]))
     return _vit("siclip_lite0_trunk", pretrained, net, {"depth": 2} | kwargs)
 
 

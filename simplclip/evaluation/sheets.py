@@ -15,26 +15,25 @@ from simplclip.retrieval.split import Split
 
 RIGHT, WRONG = "#1a9850", "#d9480f"
 PAIRS = 10  # of a confusion sheet
+ROWS, TOP = 8, 5  # of a contact sheet: queries of each kind, and answers
 
 
-def contact_sheet(
-    path: str | Path, split: Split, title: str, subtitles: tuple[str, str] = ("", ""), rows: int = 8, top: int = 5
-) -> Path:
-    """A picture of `rows` captions with their `top` nearest images, and `rows` images with their nearest captions.
+def contact_sheet(path: str | Path, split: Split, title: str, subtitles: tuple[str, str] = ("", "")) -> Path:
+    """A picture of ROWS captions with their TOP nearest images, and ROWS images with their nearest captions.
 
     split: encoded. The queries are drawn at random with a fixed seed. Right answers (same group) are framed green.
     subtitles: a line for each half, e.g. its metrics.
     """
     pick = np.random.default_rng(0)
-    texts = sorted(pick.permutation(len(split.captions))[:rows].tolist())
-    images = sorted(pick.permutation(len(split))[:rows].tolist())
-    near_images, _ = _nearest(split.text_features[texts], split.image_features, top)
-    near_texts, similarities = _nearest(split.image_features[images], split.text_features, top)
+    texts = sorted(pick.permutation(len(split.captions))[:ROWS].tolist())
+    images = sorted(pick.permutation(len(split))[:ROWS].tolist())
+    near_images, _ = _nearest(split.text_features[texts], split.image_features, TOP)
+    near_texts, similarities = _nearest(split.image_features[images], split.text_features, TOP)
     shown = split.pictures([*{*images, *(image for near in near_images for image in near)}])
     groups, caption_groups = split.groups, split.caption_groups
     gap, tile, label, caption = 0.14, 1.0, 2.3, 3.9
-    row_height, line_height = tile + gap, tile / top
-    right = label + top * row_height + 0.6
+    row_height, line_height = tile + gap, tile / TOP
+    right = label + TOP * row_height + 0.6
     width, height = right + tile + gap + caption + 0.1, max(len(texts), len(images)) * row_height
     figure, axis = sheet(width, height, 1.25)
 

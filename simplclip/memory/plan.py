@@ -134,15 +134,13 @@ def make(
     return Plan(*of_what, answers, usage, measured, assumptions, list(this.advice(usage)), ranks, exchange)
 
 
-def micro_batch_that_fits(
-    config: Config, budget: Budget, *, device: str = "cuda", teacher_width: int | None = None, ranks: int = 1
-) -> Config:
+def micro_batch_that_fits(config: Config, budget: Budget, *, device: str = "cuda", ranks: int = 1) -> Config:
     """`config` with the largest micro-batch, a divisor of the batch, whose step fits; None if the whole batch fits.
 
     ranks: the micro-batch is of one of so many, and a multiple of their number, as the loader of a run needs.
     Raises ConfigError if even the smallest micro-batch does not fit.
     """
-    fits = _Planner(config, budget, device, teacher_width, ranks).with_micro_batch().data.micro_batch
+    fits = _Planner(config, budget, device, None, ranks).with_micro_batch().data.micro_batch
     return configs.from_dict(config.to_dict() | {"data": config.to_dict()["data"] | {"micro_batch": fits}})
 
 

@@ -85,7 +85,7 @@ class SameIds:
 
     @property
     def given(self) -> bool:
-        """Whether there are ids; without, only its pair belongs to a row."""
+        """Whether there are ids. Without them only the column of its own pair belongs to a row."""
         return self.ids is not None
 
     @property
