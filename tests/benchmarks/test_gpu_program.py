@@ -190,7 +190,7 @@ def test_it_stops_where_nothing_can_be_measured(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         commands(tmp_path, patch, 3)
         with pytest.raises(SystemExit, match="selftest ended with 3, so nothing is measured"):
-            gpu.main(["--device", "cpu", "--out", str(tmp_path / "cpu")])
+            gpu.main(["--device", "cpu", "--minutes", "0", "--out", str(tmp_path / "cpu")])
     assert not (tmp_path / "cpu" / "rows.csv").exists()
     with pytest.raises(SystemExit, match="--ops: expected some of steps, losses, .*, got loss"):
         gpu.main(["--device", "cpu", "--ops", "loss"])

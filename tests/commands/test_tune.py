@@ -151,6 +151,14 @@ def test_noise_keeps_the_default(of_calls, taken):
     assert tune.fastest({**times, "best": [[0.4 * t for t in ALIKE] for _ in of_calls]}, "default") == "best"
 
 
+def test_the_default_has_both_ends_of_a_turn(monkeypatch):
+    order, seconds = [], iter([1, 5, 4, 3, 5, 4, 6])
+    monkeypatch.setattr(tune, "_seconds", lambda *_: order.append(tuned.choices("cpu").get("x")) or next(seconds))
+    times = tune._times(tune.Choice("x", ["a", "b"], [("", attend)]), ["a", "b"], "cpu", {}, 2)
+    assert order == [None, "a", "b", "a", "a", "b", "a"]
+    assert times == {"a": [[3, 5]], "b": [[4, 4]]}
+
+
 def test_the_ops_read_what_was_chosen(ran):
     stored(**{LONG: "sdpa", backends.choice_of("parallel_mlp_fwd", torch.bfloat16): "reference"})
     attend(70)
