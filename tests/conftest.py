@@ -14,6 +14,7 @@ os.environ["SIMPLCLIP_CACHE"] = str(ROOT / "build" / "nothing-known")
 PROOF = {
     "SIMPLCLIP_EMULATE_ALL": "1",
     "SIMPLCLIP_TEST_KILLS": "6",
+    "SIMPLCLIP_TEST_FAULTS": "60",
     "SIMPLCLIP_TEST_STRIDE": "1",
 }
 # Fixtures that take long to make: who uses one is slow.
