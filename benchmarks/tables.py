@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LINK = "../benchmarks/results"  # from docs/
 BOTH = "forward + backward"
+BUNDLED = ("similarity_loss", "steps", "batches", "loader")  # the ops of a bundle of benchmarks.gpu that its table has
 # The rows of the ablation's table; the result file has all effects.
 EFFECTS = (
     "pair matching 1 beside contrastive",
@@ -59,12 +60,12 @@ def newest(pattern: str) -> Path:
 
 
 def read(op: str, **where: str) -> tuple[Path, list[dict[str, str]]]:
-    """The newest result file, and its rows that have these values; `passes` stands for the column "pass"."""
+    """The newest result file, and its rows that have these values, A or B by "A|B"; `passes` stands for the column "pass"."""
     path = newest(f"{op}-*.csv")
     if "passes" in where:
         where["pass"] = where.pop("passes")
     with open(path, newline="") as file:
-        return path, [row for row in csv.DictReader(file) if all(row[name] == value for name, value in where.items())]
+        return path, [row for row in csv.DictReader(file) if all(row[name] in of.split("|") for name, of in where.items())]
 
 
 def link(path: Path) -> str:
@@ -243,6 +244,30 @@ def predicted() -> list[str]:
     ]
 
 
+def of_bundle(path: Path) -> list[str]:
+    """A row for each figure in bfloat16 of the losses, steps, largest batches and the loader that a bundle has."""
+    with open(path, newline="") as file:
+        rows = [
+            row for row in csv.DictReader(file) if row["op"] in BUNDLED and row["dtype"] in ("bfloat16", "") and row["form"]
+        ]
+    rows = [row for row in rows if not row.get("note")]
+    head = ("what", "form", "ms, median", "times ours", "samples/s", "MiB", "planned MiB", "largest batch", "planned")
+    names = ("case", "form", "p50_ms", "times_ours", "samples_per_s", "mib", "predicted_mib", "pairs", "predicted_pairs")
+    lines = [f"| {' | '.join(head)} |", f"|---|---|{'--:|' * (len(head) - 2)}"]
+    lines += [f"| {' | '.join(row.get(name) or '' for name in names)} |" for row in rows]
+    first = rows[0]
+    told = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']}"
+    return [*lines, "", f"{told} ([{path.parent.name}]({LINK}/{path.parent.name}); `python -m benchmarks.gpu`)."]
+
+
+def card() -> list[str]:
+    """Of the newest bundle of a card."""
+    bundles = [path for path in RESULTS.glob("*/rows.csv") if " threads of " not in path.read_text()]
+    if not bundles:
+        return ["No card has measured anything yet: this table is made from what `python -m benchmarks.gpu` writes."]
+    return of_bundle(max(bundles, key=lambda path: path.parent.name[-10:]))
+
+
 def figures() -> list[str]:
     """Three figures for the README: a loss, a block and a training step, each beside what it replaces."""
 
@@ -286,10 +311,11 @@ TABLES = {
         "simplified_block": lambda: op_table("simplified_block", passes=BOTH, dtype="bfloat16"),
         "shaped_attention": attention_table,
         "siclip_s0_step": lambda: op_table("siclip_s0_step"),
-        "texts": lambda: op_table("texts", dtype="bfloat16"),
+        "texts": lambda: op_table("texts", form="padded|four groups"),
         "towers": lambda: op_table("towers", shape="both: 64 texts, 8 images", dtype="bfloat16"),
         "gradient_cache": lambda: op_table("gradient_cache", dtype="bfloat16"),
         "plan": lambda: plan("siclip-s0"),
+        "card": card,
         "predicted": predicted,
         "ablation": ablation,
     },

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 
-from benchmarks import attention_forms, similarity_forms, training_forms
+from benchmarks import attention_forms, similarity_forms, tables, training_forms
 from benchmarks.bound import calls, native
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import bundle, models, ops
@@ -147,12 +147,14 @@ def test_whole_models(monkeypatch, tmp_path, capfd):
     assert int(most["pairs"]) == pytest.approx(int(most["predicted_pairs"]), rel=0.2)
     assert float(rows["loader", "the loader alone"]["samples_per_s"]) > 0
     assert 0 <= float(rows["loader", "trained from it"]["data_share"]) <= 1
+    written = tables.of_bundle(out / "rows.csv")
+    assert any(line.startswith("| batches: siclip-tiny") and f"| {most['predicted_pairs']} |" in line for line in written)
     with zipfile.ZipFile(f"{out}.zip") as file:
         names = {name.partition("/")[2] for name in file.namelist()} - {""}
         assert json.loads(file.read("cpu/environment.json"))["doctor"]["tuned"]["cpu"]
         assert "tuned" in json.loads(file.read("cpu/machine.json"))
-    assert names == {"rows.csv", "selftest.json", "selftest.txt", "tune.txt", "machine.json", "environment.json", "summary.txt",
-                     "predictions.csv", "predictions.png"}  # fmt: skip
+    told = {"selftest.json", "selftest.txt", "tune.txt", "machine.json", "environment.json", "summary.txt"}
+    assert names == {"rows.csv", "predictions.csv", "predictions.png", *told}
 
 
 def test_predictions_that_are_off_are_named(tmp_path):
