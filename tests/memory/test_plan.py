@@ -260,8 +260,9 @@ def test_memory_of_cards():
     assert 0.8 * 24 * GIB < Budget(24 * GIB).usable < 24 * GIB - Budget(24 * GIB).context
 
 
-def call(*arguments):
-    return CliRunner().invoke(app, ["plan", *map(str, arguments), "--set", f"{LAYERS}1"])
+def call(name, *arguments):
+    layers = ["--set", f"{LAYERS}1"] if name == TINY_CONFIG else []
+    return CliRunner().invoke(app, ["plan", name, *map(str, arguments), *layers])
 
 
 @pytest.mark.slow
