@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import re
 from typing import NamedTuple
 
 import torch
 
+from simplclip.common.machine import version_of
 from simplclip.common.tuned import choices
 
 
@@ -132,11 +132,8 @@ TUNED = ("similarity_forward", "similarity_backward")
 
 def _older() -> bool:
     """Whether the installed Triton is 3.7 or older; False without Triton, e.g. for a plan of another machine."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 8)
+    version = version_of("triton")
+    return version is not None and tuple(map(int, re.findall(r"\d+", version)[:2])) < (3, 8)
 
 
 OLDER = _older()

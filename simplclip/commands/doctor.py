@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -28,13 +27,6 @@ def doctor(
     """Print versions, CPU, GPU, and which backend runs each op on this machine."""
     found = report()
     typer.echo(json.dumps(found, indent=2) if as_json else render(found, why))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 _LIMITS = {
@@ -96,7 +88,7 @@ def report() -> dict:
         "simplclip": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: machine.version_of(name) for name in PACKAGES},
         "cpu": {
             "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),

@@ -44,18 +44,23 @@ def cpu_name() -> str:
     return f"{info.get('model name', platform.machine())} (family {info.get('cpu family')}, model {info.get('model')})"
 
 
+def version_of(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def describe(device: str) -> dict[str, str]:
     """What the findings hold for. device: "cpu" or "cuda", whose first card stands for all."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
     if device == "cuda":
         driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
         found = {"device": torch.cuda.get_device_name(0), "driver": str(driver)}
     else:
         instructions = os.environ.get("SIMPLCLIP_CPU_ISA") or torch.backends.cpu.get_cpu_capability()
         found = {"device": f"{cpu_name()}, {instructions}", "driver": "none"}
+    triton = version_of("triton") or "none"
     return {**found, "torch": torch.__version__, "triton": triton, "simplclip": __version__, "build": _build()}
 
 

@@ -237,7 +237,7 @@ LENGTHS = (64, 128, 256, 512, 1024)  # the most tokens of an attention in each c
 
 def choice_of(op: str, dtype: torch.dtype, length: int = 0) -> str:
     """The name of the choice among the backends of `op`, forward and backward, for sequences of about `length` tokens."""
-    what = f"backend of {op.removesuffix('_fwd').removesuffix('_bwd')}"
+    what = f"backend of {family(op)}"
     if length:  # compared rather than computed with, since it may be symbolic
         most = next((most for most in LENGTHS if length <= most), None)
         what += f" of more than {LENGTHS[-1]} tokens" if most is None else f" of up to {most} tokens"

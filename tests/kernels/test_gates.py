@@ -1,5 +1,6 @@
 """The gates notice what they are for, and the tables of tiles are whole. `make aot` runs the gates themselves."""
 
+import importlib.metadata
 import importlib.util
 import itertools
 import re
@@ -90,13 +91,13 @@ def test_an_unknown_architecture_takes_the_tiles_of_the_nearest_one():
 def test_tiles_are_those_of_the_installed_triton(monkeypatch):
     assert tuning._older() == tuning.OLDER
     for version, expected in (("3.6.0", True), ("3.7.1+git1", True), ("3.8.0", False), ("3.10.0", False), ("4.0", False)):
-        monkeypatch.setattr(tuning.importlib.metadata, "version", lambda name, version=version: version)
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
         assert tuning._older() == expected, version
 
     def missing(name):
-        raise tuning.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(tuning.importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
     assert not tuning._older()
 
 
