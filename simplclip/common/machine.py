@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from simplclip.common.files import locked, write_atomically
 from simplclip.version import __version__
 
 PACKAGE = Path(__file__).resolve().parent.parent
-COMPUTES = ("*.so", "*.pyd", "ops/**/*.py", "kernels/**/*.py")
+COMPUTES = ("*.so", "*.pyd", "ops/**/*.py")
 
 
 def folder() -> Path:
@@ -64,11 +65,18 @@ def describe(device: str) -> dict[str, str]:
     return {**found, "torch": torch.__version__, "triton": triton, "simplclip": __version__, "build": _build()}
 
 
+def computing() -> list[Path]:
+    """The files of this library that compute. In an editable installation kernels/ lies elsewhere than the package."""
+    spec = importlib.util.find_spec("simplclip.kernels")
+    kernels = (spec.submodule_search_locations if spec else None) or []
+    found = [path for pattern in COMPUTES for path in PACKAGE.glob(pattern)]
+    return sorted(found + [path for place in kernels for path in Path(place).rglob("*.py")])
+
+
 @functools.cache
 def _build() -> str:
     """A digest of the sizes and times of the files that compute."""
-    found = sorted(path for pattern in COMPUTES for path in PACKAGE.glob(pattern))
-    states = [(str(path.relative_to(PACKAGE)), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in computing()]
     return hashlib.sha256(repr(states).encode()).hexdigest()[:16]
 
 
