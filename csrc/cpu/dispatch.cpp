@@ -1,4 +1,5 @@
-// Chooses the instruction set once, at first use. SIMPLCLIP_CPU_ISA=avx512_bf16|avx512|avx2|baseline forces one that the CPU has.
+// Chooses the instruction set once, at first use. SIMPLCLIP_CPU_ISA=amx|avx512_bf16|avx512|avx2|baseline forces one
+// that the CPU has.
 #include "instruction_set.h"
 
 #include <cstdlib>
@@ -6,8 +7,17 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// Defined by tests alone, which execute the instructions of AMX in software (tests/support/amx.c).
+extern "C" __attribute__((weak, visibility("default"))) int simplclip_amx_in_software();
+
 namespace simplclip {
 
+namespace amx { extern const AttentionKernels attention; }
 namespace avx512_bf16 { extern const InstructionSet kernels; }
 namespace avx512 { extern const InstructionSet kernels; }
 namespace avx2 { extern const InstructionSet kernels; }
@@ -15,12 +25,29 @@ namespace baseline { extern const InstructionSet kernels; }
 
 namespace {
 
+// Asks the kernel for the tile registers too: a process has them on request alone.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (simplclip_amx_in_software) return true;
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 std::vector<const InstructionSet*> available() {
   std::vector<const InstructionSet*> found;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    if (has_native_bf16()) found.push_back(&avx512_bf16::kernels);
+    if (has_native_bf16()) {
+      static InstructionSet with_tiles = avx512_bf16::kernels;
+      with_tiles.name = "amx";
+      with_tiles.attention = amx::attention;
+      if (has_amx()) found.push_back(&with_tiles);
+      found.push_back(&avx512_bf16::kernels);
+    }
     found.push_back(&avx512::kernels);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);

@@ -17,6 +17,14 @@ namespace {
 #include "similarity/sigmoid_impl.h"
 #include "similarity/forward_impl.h"
 #include "similarity/backward_impl.h"
+
+void attention_forward(const AttentionHead& head, Rows out, float* scratch) {
+  by_type(head.type, [&]<class T>(T*) { attention_forward_typed<T>(head, out, scratch); });
+}
+
+void attention_backward(const AttentionHead& head, const AttentionGrad& grad, double* gains, float* scratch) {
+  by_type(head.type, [&]<class T>(T*) { attention_backward_typed<T>(head, grad, gains, scratch); });
+}
 }  // namespace
 extern const InstructionSet kernels = {SIMPLCLIP_STRING(SIMPLCLIP_ISA),
                                        {forward, backward, merge, sigmoid_strip},

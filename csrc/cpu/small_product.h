@@ -7,16 +7,11 @@
 //   columns   [width, count]      the transpose of rows: right operand, summed over the width
 //   stacked   [count, width]      right operand, summed over the rows (for floats the same as rows)
 
-constexpr int kTile = 6;                       // rows of a tile
-constexpr int kTileVectors = W == 16 ? 4 : 2;  // columns of it, in vectors: with kTile rows they fill the registers
-
 template <class T>
 struct Unit {
   using type = float;
   static constexpr int kFloats = 1;
 };
-
-VINLINE void multiply_add(vf& sum, float left, const float* right) { sum += splat(left) * load(right); }
 
 #if defined(SIMPLCLIP_NATIVE_BF16)
 template <>
@@ -24,10 +19,6 @@ struct Unit<bf16> {
   using type = uint32_t;
   static constexpr int kFloats = 2;
 };
-
-VINLINE void multiply_add(vf& sum, uint32_t left, const uint32_t* right) {
-  sum = (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)), (__m512bh)_mm512_loadu_si512(right));
-}
 #endif
 
 VINLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -39,42 +30,9 @@ struct Units {
   int64_t row, column = 1;
 };
 
-// kTile rows of init + a b, V vectors wide; b's columns are neighbours.
-template <int V, class U, class Init, class Finish>
-VINLINE void tile_product(int64_t column, int64_t depth, Units<U> a, Units<U> b, const Init& init, const Finish& finish) {
-  vf sum[kTile][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < kTile; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < V; ++c) sum[r][c] = init(r, column + c * W);
-  b.data += column;
-  for (int64_t p = 0; p < depth; ++p) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kTile; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < V; ++c) multiply_add(sum[r][c], a.data[r * a.row + p * a.column], b.data + p * b.row + c * W);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kTile; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < V; ++c) finish(r, column + c * W, sum[r][c]);
-}
-
-// The same for a whole row of tiles: `vectors` vectors, in tiles that are as equal as can be.
-template <class U, class Init, class Finish>
-VINLINE void row_product(int64_t vectors, int64_t depth, Units<U> a, Units<U> b, const Init& init, const Finish& finish) {
-  const int64_t tiles = (vectors + kTileVectors - 1) / kTileVectors;
-  for (int64_t t = 0, first = 0; t < tiles; ++t) {
-    const int64_t count = (vectors - first + tiles - t - 1) / (tiles - t), column = first * W;
-    if constexpr (kTileVectors == 4) {
-      if (count == 4) tile_product<4>(column, depth, a, b, init, finish);
-      if (count == 3) tile_product<3>(column, depth, a, b, init, finish);
-    }
-    if (count == 2) tile_product<2>(column, depth, a, b, init, finish);
-    if (count == 1) tile_product<1>(column, depth, a, b, init, finish);
-    first += count;
-  }
-}
+struct Zero {  // what a product begins with
+  VINLINE vf operator()(int, int64_t) const { return vf{}; }
+};
 
 template <int S, int... J>
 VINLINE void exchange(vf& a, vf& b, std::integer_sequence<int, J...>) {
@@ -123,9 +81,10 @@ inline void pack_rows(const Rows& from, int64_t count, int64_t width, uint32_t* 
   std::memset(to, 0, (padded - count) * to_row * sizeof(*to));
 }
 
-// The stacked form of pairs, in rows of to_row units: rows 2i and 2i + 1 of the head in row i, zeros where there is none.
+// The stacked form of pairs, in rows of to_row units: rows 2i and 2i + 1 of the head in row i, zeros where there is none, up to
+// row `padded` of the head.
 template <class T>
-inline void stack_rows(const Rows& from, int64_t count, int64_t width, uint32_t* to, int64_t to_row) {
+inline void stack_rows(const Rows& from, int64_t count, int64_t width, uint32_t* to, int64_t to_row, int64_t padded) {
   for (int64_t i = 0; i < count; i += 2, to += to_row) {
     const T *low = row_of<T>(from, i, count), *high = row_of<T>(from, i + 1, count);
     const vu mask = vu{} + (i + 1 < count ? 0xffff0000u : 0u);
@@ -135,6 +94,7 @@ inline void stack_rows(const Rows& from, int64_t count, int64_t width, uint32_t*
     });
     for (int64_t c = round_up(width, W); c < to_row; c += W) std::memset(to + c, 0, W * sizeof(*to));
   }
+  std::memset(to, 0, (padded / 2 - (count + 1) / 2) * to_row * sizeof(*to));
 }
 
 // The columns form [width, to_row] of `count` rows in their rows form; zeros behind `count`.
@@ -184,3 +144,10 @@ inline void unpack(const float* from, int64_t from_row, int64_t count, int64_t l
     });
   }
 }
+
+// row_product, a product of such operands for kTile rows of the left one; and what they are padded to for it.
+#if defined(SIMPLCLIP_AMX)
+#include "amx_product.h"
+#else
+#include "vector_product.h"
+#endif

@@ -12,9 +12,12 @@ from simplclip.selftest.calls import LARGE
 from simplclip.selftest.compare import function_of, run
 
 
+OF_SETS = [pytest.param(n, marks=pytest.mark.instruction_set) if n.startswith("attention") else n for n in LARGE]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", OF_SETS)
 def test_values_and_gradients(name, dtype, backend):
     check(LARGE[name](), dtype, backend, twice=True)
 

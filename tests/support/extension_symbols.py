@@ -3,9 +3,9 @@
 import re
 import subprocess
 
-# The C functions of the stable ABI, those of the limited API (another CPython has no others), what the linker adds, and the
-# C++ library, some of which libtorch exports without a version.
-_STABLE = re.compile(r"aoti_torch_\w+|torch_\w+|_?Py\w+|_ITM_\w+|__gmon_start__|(_ZN?[KOR]*St|_ZNK?S[asiod]|_ZS)\w+")
+# The C functions of the stable ABI, those of the limited API (another CPython has no others), what the linker adds, the
+# C++ library, some of which libtorch exports without a version, and what tests alone define.
+_STABLE = re.compile(r"simplclip_amx_in_software|aoti_torch_\w+|torch_\w+|_?Py\w+|_ITM_\w+|__gmon_start__|(_ZN?[KOR]*St|_ZNK?S[asiod]|_ZS)\w+")
 _VERSIONED = re.compile(r".+@@?(GLIBC|GLIBCXX|CXXABI|GCC|libcudart\.so)[\w.]+")
 _TORCH = re.compile(r"2at[0-9NE]|3c10|5torch")  # mangled namespaces, in templates too
 

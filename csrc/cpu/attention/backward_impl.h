@@ -8,8 +8,9 @@ inline void row_gradients(const AttentionHead& head, float lse, float* logits, f
                           double* gains) {
   const vi lanes = iota();
   const float scale = head.scale, beta = head.beta, factor = scale * beta;
+  const int64_t visible = round_up(count, W);
   vf mean = {}, plain = {};
-  for (int64_t c = 0; c < columns; c += W) {
+  for (int64_t c = 0; c < visible; c += W) {
     const vf probability = exp(load(logits + c) * scale - lse);
     const vf p = c + W <= count ? probability : (lanes < int32_t(count - c) ? probability : vf{});
     const vf d = c + W <= count ? load(dp + c) : (lanes < int32_t(count - c) ? load(dp + c) : vf{});
@@ -20,19 +21,20 @@ inline void row_gradients(const AttentionHead& head, float lse, float* logits, f
   const float delta = sum(mean), uniform = head.gamma / float(count);
   gains[1] += delta;
   gains[2] -= sum(plain) / float(count);
-  for (int64_t c = 0; c < columns; c += W) {
+  for (int64_t c = 0; c < visible; c += W) {
     const vf p = load(logits + c), d = load(dp + c);
     store(logits + c, p * (d - delta) * factor);
     const vf mixing = p * beta - uniform;
     store(dp + c, c + W <= count ? mixing : (lanes < int32_t(count - c) ? mixing : vf{}));
   }
+  for (int64_t c = visible; c < columns; c += W) store(logits + c, vf{}), store(dp + c, vf{});
 }
 
 template <class T>
 void attention_backward_typed(const AttentionHead& head, const AttentionGrad& grad, double* gains, float* scratch) {
   using U = typename Unit<T>::type;
   constexpr int kFloats = Unit<T>::kFloats;
-  const int64_t n = head.valid, width = head.width, tokens = round_up(n, kTile), columns = round_up(n, W);
+  const int64_t n = head.valid, width = head.width, tokens = round_up(n, kTile), columns = round_up(n, kStep);
   const int64_t padded = round_up(width, W * kFloats), units = padded / kFloats;  // a row in floats, in units
   const int64_t matrix_rows = std::min(kBlockRows, tokens);
   Scratch next{scratch};
@@ -56,9 +58,9 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
   if constexpr (kFloats == 2) {
     q_stacked = next.take<U>(tokens * units);
     d_out_stacked = next.take<U>(tokens * units);
-    stack_rows<T>(head.k, n, width, k, padded);
-    stack_rows<T>(head.q, n, width, q_stacked, padded);
-    stack_rows<T>(grad.grad, n, width, d_out_stacked, padded);
+    stack_rows<T>(head.k, n, width, k, padded, tokens);
+    stack_rows<T>(head.q, n, width, q_stacked, padded, tokens);
+    stack_rows<T>(grad.grad, n, width, d_out_stacked, padded, tokens);
     s_tile = next.take<float>(kTile * columns);
     dp_tile = next.take<float>(kTile * columns);
     left = next.take<U>(kTile * columns / kFloats);
@@ -68,18 +70,17 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
   for (int64_t i = 0; i < tokens; ++i)
     for (int64_t c = 0; c < width; c += W)
       store(dv + i * padded + c, load_up_to(row_of<T>(grad.grad, i, n) + c, width - c) * head.alpha);
-  const auto zero = [](int, int64_t) { return vf{}; };
 
   for (int64_t block = 0; block < n; block += kBlockRows) {
     const int64_t end = std::min(block + kBlockRows, n);
     for (int64_t i = block; i < end; i += kTile) {
       const int64_t seen = head.causal ? std::min(i + kTile, n) : n, count = std::min<int64_t>(kTile, n - i);
-      const int64_t seen_columns = round_up(seen, W), at = (i - block) / kFloats * columns;
+      const int64_t seen_columns = round_up(seen, kStep), at = (i - block) / kFloats * columns;
       float *s = s_tile, *dp = dp_tile;
       if constexpr (kFloats == 1) s = ds + at, dp = mixing + at;
-      row_product(seen_columns / W, units_of(width, kFloats), Units<U>{q + i * units, units}, Units<U>{kt, columns}, zero,
+      row_product(seen_columns / W, units_of(width, kFloats), Units<U>{q + i * units, units}, Units<U>{kt, columns}, Zero{},
                   [&](int r, int64_t c, vf x) { store(s + r * columns + c, x); });
-      row_product(seen_columns / W, units_of(width, kFloats), Units<U>{d_out + i * units, units}, Units<U>{vt, columns}, zero,
+      row_product(seen_columns / W, units_of(width, kFloats), Units<U>{d_out + i * units, units}, Units<U>{vt, columns}, Zero{},
                   [&](int r, int64_t c, vf x) { store(dp + r * columns + c, x); });
       for (int64_t r = 0; r < count; ++r) {
         gains[0] += dp[r * columns + i + r];
@@ -92,10 +93,10 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
       } else {
         left_row = columns / kFloats;
         pair_along(s, count, columns, seen_columns, left, left_row);
-        pair_down(s, count, columns, seen_columns, ds + at, columns);
-        pair_down(dp, count, columns, seen_columns, mixing + at, columns);
+        pair_down(s, kTile, columns, seen_columns, ds + at, columns);
+        pair_down(dp, kTile, columns, seen_columns, mixing + at, columns);
       }
-      row_product(round_up(width, W) / W, units_of(seen, kFloats), Units<U>{left, left_row}, Units<U>{k, padded}, zero,
+      row_product(round_up(width, W) / W, units_of(seen, kFloats), Units<U>{left, left_row}, Units<U>{k, padded}, Zero{},
                   [&](int r, int64_t c, vf x) {
                     if (r < count) store_up_to(static_cast<T*>(grad.dq.data) + (i + r) * grad.dq.stride + c, x, width - c);
                   });
@@ -116,8 +117,4 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
   unpack<T>(dk, padded, n, head.length, width, grad.dk);
   unpack<T>(dv, padded, n, head.length, width, grad.dv);
   for (int64_t i = n; i < head.length; ++i) std::memset(static_cast<T*>(grad.dq.data) + i * grad.dq.stride, 0, width * sizeof(T));
-}
-
-void attention_backward(const AttentionHead& head, const AttentionGrad& grad, double* gains, float* scratch) {
-  by_type(head.type, [&]<class T>(T*) { attention_backward_typed<T>(head, grad, gains, scratch); });
 }

@@ -16,11 +16,9 @@ struct Scratch {
 
 VINLINE int64_t units_of(int64_t floats, int unit) { return (floats + unit - 1) / unit; }
 
-constexpr int64_t kBlockRows = 240;  // rows of backward's matrices [rows, L]: a multiple of kTile
-
 // Enough for every type; a tile reads up to a vector past a matrix.
 inline int64_t attention_scratch_floats(int64_t length, int64_t width, bool is_backward) {
-  const int64_t tokens = round_up(length, kTile), columns = round_up(length, W), padded = round_up(width, 2 * W);
+  const int64_t tokens = round_up(length, kTile), columns = round_up(length, kStep), padded = round_up(width, 2 * W);
   const int64_t rows = is_backward ? std::min(kBlockRows, tokens) + 2 * kTile : kTile;
   return (is_backward ? 7 : 2) * tokens * padded + (is_backward ? 2 : 1) * columns * padded + 2 * rows * columns + 4 * W;
 }
@@ -57,7 +55,7 @@ template <class T>
 void attention_forward_typed(const AttentionHead& head, const Rows& out, float* scratch) {
   using U = typename Unit<T>::type;
   constexpr int kFloats = Unit<T>::kFloats;
-  const int64_t n = head.valid, width = head.width, tokens = round_up(n, kTile), columns = round_up(n, W);
+  const int64_t n = head.valid, width = head.width, tokens = round_up(n, kTile), columns = round_up(n, kStep);
   const int64_t padded = round_up(width, W * kFloats), units = padded / kFloats;  // a row in floats, in units
   Scratch next{scratch};
   U* const q = next.take<U>(tokens * units);
@@ -70,14 +68,14 @@ void attention_forward_typed(const AttentionHead& head, const Rows& out, float* 
   transpose_rows(q, units, n, units, kt, columns);
   pack_rows<T>(head.q, n, width, q, units, tokens);
   if constexpr (kFloats == 1) pack_rows<T>(head.v, n, width, v, units, tokens);
-  else stack_rows<T>(head.v, n, width, v, padded);
+  else stack_rows<T>(head.v, n, width, v, padded, tokens);
 
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t seen = head.causal ? std::min(i + kTile, n) : n, count = std::min<int64_t>(kTile, n - i);
-    const int64_t seen_columns = round_up(seen, W);
+    const int64_t seen_columns = round_up(seen, kStep);
     row_product(
         seen_columns / W, units_of(width, kFloats), Units<U>{q + i * units, units}, Units<U>{kt, columns},
-        [](int, int64_t) { return vf{}; }, [&](int r, int64_t c, vf x) { store(weights + r * columns + c, x); });
+        Zero{}, [&](int r, int64_t c, vf x) { store(weights + r * columns + c, x); });
     for (int64_t r = 0; r < count; ++r) {
       const int64_t keys = head.causal ? i + r + 1 : n;
       head.lse[i + r] = mixing_weights(weights + r * columns, seen_columns, keys, head.scale, head.beta, head.gamma);
@@ -94,8 +92,4 @@ void attention_forward_typed(const AttentionHead& head, const Rows& out, float* 
     std::memset(static_cast<T*>(out.data) + i * out.stride, 0, head.width * sizeof(T));
     head.lse[i] = 0;
   }
-}
-
-void attention_forward(const AttentionHead& head, Rows out, float* scratch) {
-  by_type(head.type, [&]<class T>(T*) { attention_forward_typed<T>(head, out, scratch); });
 }
