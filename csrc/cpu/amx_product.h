@@ -53,22 +53,27 @@ VINLINE void tile_multiply_add() {
 template <int V, class Init, class Finish>
 VINLINE void tile_product(int64_t column, int64_t depth, Units<uint32_t> a, Units<uint32_t> b, const Init& init,
                           const Finish& finish) {
-  alignas(64) float sums[kTile * V * W];
-  constexpr int row = V * W;
-  float *const high = sums, *const low = sums + kTile / 2 * row;
+  alignas(64) float buffer[kTile * V * W];
+  constexpr int64_t row = V * W, half = kTile / 2;
   if constexpr (std::is_same_v<Init, Zero>) {
     tile_zero<0>(), tile_zero<2>();
     if constexpr (V == 2) tile_zero<1>(), tile_zero<3>();
   } else {
-    for (int r = 0; r < kTile; ++r)
-      for (int c = 0; c < V; ++c) store(sums + r * row + c * W, init(r, column + c * W));
-    tile_load<0>(high, row), tile_load<2>(low, row);
-    if constexpr (V == 2) tile_load<1>(high + W, row), tile_load<3>(low + W, row);
+    LoadRows begin{buffer, row};
+    if constexpr (std::is_same_v<Init, LoadRows>) {
+      begin = {init.from + column, init.row};
+    } else {
+      for (int r = 0; r < kTile; ++r)
+        for (int c = 0; c < row; c += W) store(buffer + r * row + c, init(r, column + c));
+    }
+    tile_load<0>(begin.from, begin.row), tile_load<2>(begin.from + half * begin.row, begin.row);
+    if constexpr (V == 2)
+      tile_load<1>(begin.from + W, begin.row), tile_load<3>(begin.from + half * begin.row + W, begin.row);
   }
   for (int64_t p = 0; p < depth; p += kStep / 2) {
     const uint32_t* const right = b.data + p * b.row + column;
     tile_load<4>(a.data + p, a.row);
-    tile_load<5>(a.data + kTile / 2 * a.row + p, a.row);
+    tile_load<5>(a.data + half * a.row + p, a.row);
     tile_load<6>(right, b.row);
     tile_multiply_add<0, 4, 6>();
     tile_multiply_add<2, 5, 6>();
@@ -78,10 +83,13 @@ VINLINE void tile_product(int64_t column, int64_t depth, Units<uint32_t> a, Unit
       tile_multiply_add<3, 5, 7>();
     }
   }
-  tile_store<0>(high, row), tile_store<2>(low, row);
-  if constexpr (V == 2) tile_store<1>(high + W, row), tile_store<3>(low + W, row);
-  for (int r = 0; r < kTile; ++r)
-    for (int c = 0; c < V; ++c) finish(r, column + c * W, load(sums + r * row + c * W));
+  StoreRows end{buffer, row};
+  if constexpr (std::is_same_v<Finish, StoreRows>) end = {finish.to + column, finish.row};
+  tile_store<0>(end.to, end.row), tile_store<2>(end.to + half * end.row, end.row);
+  if constexpr (V == 2) tile_store<1>(end.to + W, end.row), tile_store<3>(end.to + half * end.row + W, end.row);
+  if constexpr (!std::is_same_v<Finish, StoreRows>)
+    for (int r = 0; r < kTile; ++r)
+      for (int c = 0; c < row; c += W) finish(r, column + c, load(buffer + r * row + c));
 }
 
 // The operands have zeros, or finite numbers against zeros of the other one, up to a multiple of kStep floats of the sum.

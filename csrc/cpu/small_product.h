@@ -30,8 +30,21 @@ struct Units {
   int64_t row, column = 1;
 };
 
-struct Zero {  // what a product begins with
+// What a product begins with, and where it goes, where these are float32 matrices; (r, c) counts from the first row of the tile.
+struct Zero {
   VINLINE vf operator()(int, int64_t) const { return vf{}; }
+};
+
+struct LoadRows {
+  const float* from;
+  int64_t row;
+  VINLINE vf operator()(int r, int64_t c) const { return load(from + r * row + c); }
+};
+
+struct StoreRows {
+  float* to;
+  int64_t row;
+  VINLINE void operator()(int r, int64_t c, vf x) const { store(to + r * row + c, x); }
 };
 
 template <int S, int... J>

@@ -79,9 +79,9 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
       float *s = s_tile, *dp = dp_tile;
       if constexpr (kFloats == 1) s = ds + at, dp = mixing + at;
       row_product(seen_columns / W, units_of(width, kFloats), Units<U>{q + i * units, units}, Units<U>{kt, columns}, Zero{},
-                  [&](int r, int64_t c, vf x) { store(s + r * columns + c, x); });
+                  StoreRows{s, columns});
       row_product(seen_columns / W, units_of(width, kFloats), Units<U>{d_out + i * units, units}, Units<U>{vt, columns}, Zero{},
-                  [&](int r, int64_t c, vf x) { store(dp + r * columns + c, x); });
+                  StoreRows{dp, columns});
       for (int64_t r = 0; r < count; ++r) {
         gains[0] += dp[r * columns + i + r];
         row_gradients(head, head.lse[i + r], s + r * columns, dp + r * columns, seen_columns, head.causal ? i + r + 1 : n,
@@ -107,8 +107,7 @@ void attention_backward_typed(const AttentionHead& head, const AttentionGrad& gr
       const auto accumulate = [&](float* sums, const U* matrix, const U* right) {
         row_product(round_up(width, W) / W, units_of(end - first, kFloats), Units<U>{matrix + at, 1, columns},
                     Units<U>{right + first / kFloats * padded, padded},
-                    [&](int r, int64_t c) { return load(sums + (j + r) * padded + c); },
-                    [&](int r, int64_t c, vf x) { store(sums + (j + r) * padded + c, x); });
+                    LoadRows{sums + j * padded, padded}, StoreRows{sums + j * padded, padded});
       };
       accumulate(dk, ds, q_stacked);
       accumulate(dv, mixing, d_out_stacked);

@@ -73,9 +73,8 @@ void attention_forward_typed(const AttentionHead& head, const Rows& out, float* 
   for (int64_t i = 0; i < n; i += kTile) {
     const int64_t seen = head.causal ? std::min(i + kTile, n) : n, count = std::min<int64_t>(kTile, n - i);
     const int64_t seen_columns = round_up(seen, kStep);
-    row_product(
-        seen_columns / W, units_of(width, kFloats), Units<U>{q + i * units, units}, Units<U>{kt, columns},
-        Zero{}, [&](int r, int64_t c, vf x) { store(weights + r * columns + c, x); });
+    row_product(seen_columns / W, units_of(width, kFloats), Units<U>{q + i * units, units}, Units<U>{kt, columns}, Zero{},
+                StoreRows{weights, columns});
     for (int64_t r = 0; r < count; ++r) {
       const int64_t keys = head.causal ? i + r + 1 : n;
       head.lse[i + r] = mixing_weights(weights + r * columns, seen_columns, keys, head.scale, head.beta, head.gamma);
