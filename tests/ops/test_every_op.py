@@ -11,7 +11,6 @@ import simplclip
 from simplclip.selftest.calls import LARGE
 from simplclip.selftest.compare import function_of, run
 
-
 OF_SETS = [pytest.param(n, marks=pytest.mark.instruction_set) if n.startswith("attention") else n for n in LARGE]
 
 
