@@ -17,26 +17,27 @@ class TransposedSum {
     if (in_float_) sum_ = scratch.take(out_, {out_.size(0), out_.size(1)}, ScalarType::Float);
   }
 
+  // With a sum in float32, the last product stays in the result until the next one comes, or the end: one pass less for both.
   void add(const Tensor& a, const Tensor& b) {
     if (!needed_) return;
     Tensor view = a;
     const Tensor transposed = torch::stable::transpose(view, 0, 1);
-    fresh_ || in_float_ ? mm_out(out_, transposed, b) : mm_add(out_, transposed, b);
-    if (fresh_ && in_float_) torch::stable::zero_(sum_);
-    fresh_ = false;
-    if (!in_float_) return;
-    float* sum = sum_.mutable_data_ptr<float>();
-    for_all([&](int64_t begin, int64_t count) {
-      instruction_set().elementwise.convert(type_of(out_), element(out_, begin), Float::kFloat, sum + begin, count, true);
-    });
+    if (in_float_ && count_ > 0) {
+      float* sum = sum_.mutable_data_ptr<float>();
+      for_all([&](int64_t begin, int64_t count) {
+        instruction_set().elementwise.convert(type_of(out_), element(out_, begin), Float::kFloat, sum + begin, count, count_ > 1);
+      });
+    }
+    count_ == 0 || in_float_ ? mm_out(out_, transposed, b) : mm_add(out_, transposed, b);
+    ++count_;
   }
 
   Tensor result() {
-    if (fresh_) torch::stable::zero_(out_);
-    if (in_float_ && !fresh_) {
+    if (count_ == 0) torch::stable::zero_(out_);
+    if (in_float_ && count_ > 1) {
       const float* sum = sum_.const_data_ptr<float>();
       for_all([&](int64_t begin, int64_t count) {
-        instruction_set().elementwise.convert(Float::kFloat, sum + begin, type_of(out_), element(out_, begin), count, false);
+        instruction_set().elementwise.convert(Float::kFloat, sum + begin, type_of(out_), element(out_, begin), count, true);
       });
     }
     return out_;
@@ -48,7 +49,8 @@ class TransposedSum {
     torch::stable::parallel_for(0, out_.numel(), 1 << 16, [&](int64_t begin, int64_t end) { f(begin, end - begin); });
   }
 
-  bool needed_, in_float_, fresh_ = true;
+  bool needed_, in_float_;
+  int64_t count_ = 0;  // products
   Tensor out_, sum_;
 };
 

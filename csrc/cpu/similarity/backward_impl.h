@@ -11,13 +11,13 @@ struct SoftmaxGradient {
       : lse(lse), g(g), shift(kind == Softmax::kShared ? std::exp(lse - top) : 0.0f), col_lse(col_lse), g_col(g_col),
         ratio(ratio) {}
 
-  template <class Lanes>
-  VINLINE vf operator()(vf z, int64_t j, Lanes lanes) const {  // z: logits
+  template <class T, bool exact, class Lanes>
+  VINLINE vf of(vf z, int64_t j, Lanes lanes) const {  // z: logits
     vf e;
-    if constexpr (kind != Softmax::kColumns) e = exp(z - lse);
+    if constexpr (kind != Softmax::kColumns) e = exp_of_logit<T, exact>(z - lse);
     if constexpr (kind == Softmax::kShared) return e * (shift * load(ratio + j, lanes) + g);
     if constexpr (kind == Softmax::kRows) return g * e;
-    const vf by_column = load(g_col + j, lanes) * exp(z - load(col_lse + j, lanes));
+    const vf by_column = load(g_col + j, lanes) * exp_of_logit<T, exact>(z - load(col_lse + j, lanes));
     if constexpr (kind == Softmax::kColumns) return by_column;
     return g * e + by_column;
   }
@@ -50,8 +50,8 @@ BackwardOut backward_strip(const Strip& s, const BackwardIn& in) {
     for_blocks(s.columns, label, 1, everywhere(s.pairs), [&](int64_t j, auto lanes, auto masked) __attribute__((always_inline)) {
       const vf sim = load(sim_row + j, lanes), z = s.scale * sim;
       const vi drop = masked ? dropped_lanes(s, i, j, lanes) : vi{};
-      vf g = student(z, j, lanes);
-      if constexpr (teacher) g -= tutor(s.teacher_scale * load(teacher_row + j, lanes), j, lanes);
+      vf g = student.template of<T, masked || teacher>(z, j, lanes);
+      if constexpr (teacher) g -= tutor.template of<T, true>(s.teacher_scale * load(teacher_row + j, lanes), j, lanes);
       g = drop ? vf{} : g;
       d_scale += g * sim;
       g *= s.grad_scale;

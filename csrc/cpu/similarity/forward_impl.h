@@ -86,7 +86,7 @@ void forward_tile(const Strip& s, const ForwardOut& out, int64_t i0, Reference& 
     for (int r = 0; r < R; ++r) {
       const vf sim = load_block<T>(s.sim, s, i0 + r, j, lanes);
       const vi drop = masked ? dropped_lanes(s, i0 + r, j, lanes) : vi{};
-      const vf e = drop ? vf{} : exp(s.scale * sim - student.top[r]);
+      const vf e = drop ? vf{} : exp_of_logit<T, masked || teacher>(s.scale * sim - student.top[r]);
       student.total[r] += e;
       col_sum += student.weight[r] * e;
       if constexpr (teacher) {

@@ -1,36 +1,5 @@
 // Included after strip_impl.h, inside the namespace of an instruction set: sigmoid terms of a row, values and gradient at once.
 
-// 2^t: relative error below 8e-8, or coarse 8e-5, for logits that are rounded to bf16 anyway.
-template <bool coarse>
-VINLINE vf exp2(vf t) {
-#if SIMPLCLIP_LANES == 16
-  const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  t = t < -126.0f ? splat(-126.0f) : (t > 126.0f ? splat(126.0f) : t);
-  const vf shifted = t + 12582912.0f;
-  const vf r = t - (shifted - 12582912.0f);
-#endif
-  vf p;
-  if constexpr (coarse) {
-    p = splat(5.517166954e-2f);
-    p = p * r + 2.426111254e-1f;
-    p = p * r + 6.932609857e-1f;
-    p = p * r + 9.999280733e-1f;
-  } else {
-    p = splat(1.327647205e-3f);
-    p = p * r + 9.675541385e-3f;
-    p = p * r + 5.550713274e-2f;
-    p = p * r + 2.402211972e-1f;
-    p = p * r + 6.931469671e-1f;
-    p = p * r + 1.000000072f;
-  }
-#if SIMPLCLIP_LANES == 16
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(t - r));
-#else
-  return (vf)((vi)p + ((vi)shifted << 23));
-#endif
-}
-
 // 1 / x of x >= 1, as exact as exp2.
 template <bool coarse>
 VINLINE vf inverse_of(vf x) {
@@ -41,8 +10,6 @@ VINLINE vf inverse_of(vf x) {
   return 1.0f / x;
 #endif
 }
-
-constexpr float kLn2 = 0.69314718f, kLog2E = 1.44269504f;
 
 // Sums of softplus(x) = max(x, 0) + log(1 + e^-|x|) of many x with one logarithm for many: over products of (1 + e), kept as
 // their difference from 1, so that a small e loses nothing.

@@ -45,6 +45,47 @@ VINLINE vf load_block(const void* base, const Strip& s, int64_t i, int64_t j, La
   return load(static_cast<const T*>(base) + i * s.columns + j, lanes);
 }
 
+constexpr float kLn2 = 0.69314718f, kLog2E = 1.44269504f;
+
+// 2^t: relative error below 8e-8, or coarse 8e-5, for logits that are rounded to bf16 anyway.
+template <bool coarse>
+VINLINE vf exp2(vf t) {
+#if SIMPLCLIP_LANES == 16
+  const vf r = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  t = t < -126.0f ? splat(-126.0f) : (t > 126.0f ? splat(126.0f) : t);
+  const vf shifted = t + 12582912.0f;
+  const vf r = t - (shifted - 12582912.0f);
+#endif
+  vf p;
+  if constexpr (coarse) {
+    p = splat(5.517166954e-2f);
+    p = p * r + 2.426111254e-1f;
+    p = p * r + 6.932609857e-1f;
+    p = p * r + 9.999280733e-1f;
+  } else {
+    p = splat(1.327647205e-3f);
+    p = p * r + 9.675541385e-3f;
+    p = p * r + 5.550713274e-2f;
+    p = p * r + 2.402211972e-1f;
+    p = p * r + 6.931469671e-1f;
+    p = p * r + 1.000000072f;
+  }
+#if SIMPLCLIP_LANES == 16
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(t - r));
+#else
+  return (vf)((vi)p + ((vi)shifted << 23));
+#endif
+}
+
+// e^x of logits whose rounding to T matters more than the coarse exponential's error. Blocks that may hold pairs are exact: a
+// gradient of a pair is the small difference of a probability from 1.
+template <class T, bool may_hold_pairs>
+VINLINE vf exp_of_logit(vf x) {
+  if constexpr (std::is_same_v<T, bf16> && !may_hold_pairs) return exp2<true>(x * kLog2E);
+  else return exp(x);
+}
+
 // The log of a sum relative to a reference; -inf if the sum is empty, NaN if it is NaN.
 VINLINE vf lse_of(vf total, vf reference) {
   return total > 0.0f ? reference + log(total) : (total == 0.0f ? splat(-kInf) : total);
