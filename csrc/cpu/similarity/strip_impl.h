@@ -78,11 +78,11 @@ VINLINE vf exp2(vf t) {
 #endif
 }
 
-// e^x of logits whose rounding to T matters more than the coarse exponential's error. Blocks that may hold pairs are exact: a
-// gradient of a pair is the small difference of a probability from 1.
-template <class T, bool may_hold_pairs>
+// e^x of logits. Those of bf16 matrices are rounded by more than the error of the coarse form. Not so where terms cancel: `exact`
+// are the blocks that may hold pairs, whose gradient is the small difference of a probability from 1, and distillation.
+template <class T, bool exact>
 VINLINE vf exp_of_logit(vf x) {
-  if constexpr (std::is_same_v<T, bf16> && !may_hold_pairs) return exp2<true>(x * kLog2E);
+  if constexpr (std::is_same_v<T, bf16> && !exact) return exp2<true>(x * kLog2E);
   else return exp(x);
 }
 
