@@ -12,6 +12,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import chart
@@ -73,6 +74,12 @@ def link(path: Path) -> str:
     return f"[{path.name}]({LINK}/{path.name})"
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[str]) -> list[str]:
+    """A table; the columns named in `left` are text, the others figures."""
+    marks = ["---" if title in left else "--:" for title in head]
+    return [f"| {' | '.join(head)} |", f"|{'|'.join(marks)}|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
 def source(path: Path, rows: list[dict[str, str]], what: str) -> list[str]:
     """How the rows were measured."""
     first = rows[0]
@@ -107,10 +114,9 @@ def op_table(op: str, **where: str) -> list[str]:
     }
     columns = {title: column for title, column in columns.items() if any(row.get(column[0]) for row in rows)}
     left = ("objective", "shape", "dtype", "pass", "form")
-    lines = [f"| {' | '.join(columns)} |", f"|{'|'.join('---' if title in left else '--:' for title in columns)}|"]
-    lines += [f"| {' | '.join(show(row[name]) if row[name] else '' for name, show in columns.values())} |" for row in rows]
+    cells = [[show(row[name]) if row[name] else "" for name, show in columns.values()] for row in rows]
     what = f"Forward and backward, D = {rows[0]['d']}" if "d" in rows[0] else "On a CPU"
-    return lines + source(path, rows, what)
+    return markdown(list(columns), cells, left) + source(path, rows, what)
 
 
 def attention_table() -> list[str]:
@@ -119,35 +125,47 @@ def attention_table() -> list[str]:
     cases: dict[str, dict[str, dict[str, str]]] = {}
     for row in rows:
         cases.setdefault(row["shape"], {})[row["form"]] = row
-    lines = [
-        "| shape | simplclip, ms | fastest other form | times simplclip's | SDPA alone |",
-        "|---|--:|---|--:|--:|",
-    ]
+    head = ("shape", "simplclip, ms", "fastest other form", "times simplclip's", "SDPA alone")
+    lines = []
     for case, forms in cases.items():
         ours, alone = forms.pop("simplclip"), forms.pop(ALONE)
         best = min(forms.values(), key=lambda row: float(row["times_ours"]))
         form = best["form"].replace("of it", "of the formula").replace("of that", "of SDPA and linear terms")
-        cells = (case, f"{float(ours['p50_ms']):.1f}", form, best["times_ours"], alone["times_ours"])
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines + source(
-        path, rows, "Forward and backward in bfloat16, beside the formula and SDPA with linear terms, both compiled"
-    )
+        lines.append((case, f"{float(ours['p50_ms']):.1f}", form, best["times_ours"], alone["times_ours"]))
+    what = "Forward and backward in bfloat16, beside the formula and SDPA with linear terms, both compiled"
+    return markdown(head, lines, ("shape", "fastest other form")) + source(path, rows, what)
+
+
+def texts() -> list[str]:
+    """A row for each case: texts as they are padded, and in four groups by length."""
+    path, rows = read("texts", form="padded|four groups")
+    cases: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        cases.setdefault((row["shape"], row["dtype"]), {})[row["form"]] = row
+    lines = []
+    for case, forms in cases.items():
+        padded, cropped = forms["padded"], forms["four groups"]
+        figures = [f"{float(row[name]):,.0f}" for name in ("p50_ms", "extra_mib") for row in (padded, cropped)]
+        lines.append((*case, figures[0], figures[1], padded["times_ours"], *figures[2:]))
+    head = ("texts", "dtype", "padded, ms", "cropped, ms", "times", "padded, extra MiB", "cropped, extra MiB")
+    return markdown(head, lines, ("texts", "dtype")) + source(path, rows, "On a CPU")
 
 
 def ablation() -> list[str]:
     """A row for each of EFFECTS: R@1 of base and variant, and the paired difference."""
     path, rows = read("ablation", measure="R@1", split="all")
     effects = {row["effect"]: row for row in rows}
-    lines = ["| effect | steps | seeds | base | variant | difference, 95 % interval | p |", "|---|--:|--:|--:|--:|--:|--:|"]
+    head = ("effect", "steps", "seeds", "base", "variant", "difference, 95 % interval", "p")
+    lines = []
     for row in (effects[name] for name in EFFECTS):
         base, variant = (f"{float(row[s]):.1f} ± {float(row[f'{s} std']):.1f}" for s in ("base", "variant"))
         low, high = float(row["low"]), float(row["high"])
         difference = f"{float(row['difference']):+.2f} ({low:+.2f} to {high:+.2f})"
-        cells = (row["effect"], row["variant steps"], row["seeds"], base, variant, difference, f"{float(row['p']):.3f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        p = f"{float(row['p']):.3f}"
+        lines.append((row["effect"], row["variant steps"], row["seeds"], base, variant, difference, p))
     first = rows[0]
     return [
-        *lines,
+        *markdown(head, lines, ("effect",)),
         "",
         "R@1 in per cent, the mean over `concepts` and `vendor` and both directions: mean ± standard deviation of the seeds, "
         "the paired difference, and p of the paired t-test, not corrected for the number of effects. "
@@ -159,14 +177,16 @@ def ablation() -> list[str]:
 def demo() -> list[str]:
     path = newest("demo-*.json")
     result = json.loads(path.read_text())
-    lines = ["| held out | find | R@1 | R@5 | R@10 | chance of R@5 |", "|---|---|--:|--:|--:|--:|"]
+    head = ("held out", "find", "R@1", "R@5", "R@10", "chance of R@5")
+    lines = []
     for split, entry in result["splits"].items():
         for direction, among in (("image_to_text", "texts"), ("text_to_image", "images")):
-            recalls = " | ".join(f"{entry[direction][f'R@{k}']['value']:.1%}" for k in (1, 5, 10))
+            recalls = [f"{entry[direction][f'R@{k}']['value']:.1%}" for k in (1, 5, 10)]
             find = "an image's caption" if among == "texts" else "a caption's images"
-            find = f"{find}, among {entry[among]:,}"
-            lines.append(f"| {split} | {find} | {recalls} | {entry[direction]['R@5']['chance']:.2%} |")
-    lines += [
+            chance = f"{entry[direction]['R@5']['chance']:.2%}"
+            lines.append((split, f"{find}, among {entry[among]:,}", *recalls, chance))
+    return [
+        *markdown(head, lines, ("held out", "find")),
         "",
         f"{result['model']}, {result['step']} steps, one seed, "
         f"{result['samples_per_second']:.0f} samples/s; "
@@ -174,7 +194,6 @@ def demo() -> list[str]:
         f"(`{path.relative_to(ROOT)}`). "
         "`concepts` are drawings of things that training never saw, `vendor` a third vendor's drawings of things it did.",
     ]
-    return lines
 
 
 def plan(name: str) -> list[str]:
@@ -184,18 +203,16 @@ def plan(name: str) -> list[str]:
     by_case = {case: {a["what"]: a for a in made["answers"]} for case, made in result["plans"].items()}
     others = [a for answers in by_case.values() for what, a in answers.items() if "open_clip" in what]
     theirs, what = others[0]["batch_size"], others[0]["what"].partition(": ")[2]
-    lines = ["| model | in one graph | times open_clip's | by gradient caching | at a time |", "|---|--:|--:|--:|--:|"]
-    lines.append(f"| open_clip: {what} | {theirs:,} | 1.0 |  |  |")
+    head = ("model", "in one graph", "times open_clip's", "by gradient caching", "at a time")
+    lines = [(f"open_clip: {what}", f"{theirs:,}", "1.0", "", "")]
     for case, answers in by_case.items():
         one, cached = answers["most in one graph"], answers["most by gradient caching"]
-        ratio = one["batch_size"] / theirs
-        cells = (f"{name}, {case}", f"{one['batch_size']:,}", f"{ratio:.1f}")
-        cells = (*cells, f"{cached['batch_size']:,}", str(cached["micro_batch"]))
-        lines.append(f"| {' | '.join(cells)} |")
+        whole = f"{one['batch_size']:,}", f"{one['batch_size'] / theirs:.1f}"
+        lines.append((f"{name}, {case}", *whole, f"{cached['batch_size']:,}", str(cached["micro_batch"])))
     first = next(iter(result["plans"].values()))
     gib = 2**30
     return [
-        *lines,
+        *markdown(head, lines, ("model",)),
         "",
         f"Pairs of a training step in {first['usable'] / gib:.2f} GiB of the {first['memory'] / gib:.0f} of an RTX 3090, "
         f"{first['precision']}; CLIP and relational distillation from stored features of width {result['teacher_width']} "
@@ -217,7 +234,7 @@ def predicted() -> list[str]:
     for row in rows:
         cases.setdefault((row["call"], row["shape"]), {}).setdefault(row["card"], []).append(row)
     head = ["call", "size", *(f"{card}, ms" for card in cards), "bound by", "of peak", "GB", "kernels"]
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'--:|' * len(cards)}---|--:|--:|--:|"]
+    lines = []
 
     def change(found: list[dict[str, str]], name: str, show) -> str:
         return " → ".join(dict.fromkeys(show(float(row[name])) for row in (found[0], found[-1])))
@@ -228,12 +245,12 @@ def predicted() -> list[str]:
         cells = [call, size, *ms, first[-1]["pipe"], change(first, "share_of_peak", lambda share: f"{share:.0%}")]
         cells.append(change(first, "bytes", lambda count: f"{count / 1e9:,.2f}"))
         cells.append(change(first, "launches", lambda count: f"{count:,.0f}"))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
     stated = "; ".join(f"{card} {product} TFLOP/s, {memory} TB/s and {cache} TB/s"
                        for card, (product, memory, cache) in assumed.SUSTAINED.items() if card in cards)  # fmt: skip
     marks = ", ".join(dict.fromkeys(f"{row['label']} {row['commit']}, {row['date']}" for row in rows))
     return [
-        *lines,
+        *markdown(head, lines, ("call", "size", "bound by")),
         "",
         f"Predicted, never measured: forward and backward in bfloat16. What bounds a call, its share of the card's peak, the "
         f"bytes of memory (without operands of products and blocks of a gradient, which the file has) and the kernels, "
@@ -253,8 +270,7 @@ def of_bundle(path: Path) -> list[str]:
     rows = [row for row in rows if not row.get("note")]
     head = ("what", "form", "ms, median", "times ours", "samples/s", "MiB", "planned MiB", "largest batch", "planned")
     names = ("case", "form", "p50_ms", "times_ours", "samples_per_s", "mib", "predicted_mib", "pairs", "predicted_pairs")
-    lines = [f"| {' | '.join(head)} |", f"|---|---|{'--:|' * (len(head) - 2)}"]
-    lines += [f"| {' | '.join(row.get(name) or '' for name in names)} |" for row in rows]
+    lines = markdown(head, [[row.get(name) or "" for name in names] for row in rows], head[:2])
     first = rows[0]
     told = f"{first['hardware']}, torch {first['torch']}, commit {first['commit']}, {first['date']}"
     return [*lines, "", f"{told} ([{path.parent.name}]({LINK}/{path.parent.name}); `python -m benchmarks.gpu`)."]
@@ -287,15 +303,17 @@ def figures() -> list[str]:
     seconds = [f"{float(row['p50_ms']) / 1000:.1f} s, {float(row['extra_mib']):,.0f} MiB" for row in loss]
     tokens = [f"{float(row['p50_ms']):,.0f} ms, {int(row['saved_bytes_per_token']):,} bytes" for row in block]
     samples = [f"{int(row['samples_per_s']):,} samples/s, {float(row['extra_mib']):,.0f} MiB" for row in step]
+    of_loss = f"Contrastive loss of {int(loss[0]['n']):,} pairs, D = {loss[0]['d']}, float32: time, memory beside the features"
+    of_block = f"One block of CLIP's text tower, {shape}, bfloat16: time, bytes kept per token for backward"
+    of_step = f"Training step of {step[0]['shape']}, {int(step[0]['n']):,} pairs, {step[0]['objective']}, bfloat16: "
+    head = ("measured", "simplclip", "in its place", "hardware")
+    lines = [
+        (of_loss, seconds[0], f"`{dense}`: {seconds[1]}", hardware(loss[0])),
+        (of_block, tokens[0], f"open_clip's block: {tokens[1]}", hardware(block[0])),
+        (f"{of_step}throughput, memory beside the weights", samples[0], f"{plain}: {samples[1]}", hardware(step[0])),
+    ]
     return [
-        "| measured | simplclip | in its place | hardware |",
-        "|---|---|---|---|",
-        f"| Contrastive loss of {int(loss[0]['n']):,} pairs, D = {loss[0]['d']}, float32: time, memory beside the features "
-        f"| {seconds[0]} | `{dense}`: {seconds[1]} | {hardware(loss[0])} |",
-        f"| One block of CLIP's text tower, {shape}, bfloat16: time, bytes kept per token for backward "
-        f"| {tokens[0]} | open_clip's block: {tokens[1]} | {hardware(block[0])} |",
-        f"| Training step of {step[0]['shape']}, {int(step[0]['n']):,} pairs, {step[0]['objective']}, bfloat16: throughput, "
-        f"memory beside the weights | {samples[0]} | {plain}: {samples[1]} | {hardware(step[0])} |",
+        *markdown(head, lines, head),
         "",
         "Forward and backward, medians of interleaved runs on a CPU. Written by `make tables` from `benchmarks/results`.",
     ]
@@ -311,7 +329,7 @@ TABLES = {
         "simplified_block": lambda: op_table("simplified_block", passes=BOTH, dtype="bfloat16"),
         "shaped_attention": attention_table,
         "siclip_s0_step": lambda: op_table("siclip_s0_step"),
-        "texts": lambda: op_table("texts", form="padded|four groups"),
+        "texts": texts,
         "towers": lambda: op_table("towers", shape="both: 64 texts, 8 images", dtype="bfloat16"),
         "gradient_cache": lambda: op_table("gradient_cache", dtype="bfloat16"),
         "plan": lambda: plan("siclip-s0"),
