@@ -26,6 +26,20 @@ class ConfigError(InputError):
 
 
 NODES = 100_000  # most values of a YAML document
+# Settings of earlier versions that a checkpoint may have, with the value that is in force now; ANY: it changes no result.
+ANY = object()
+GONE = {
+    "model.sync_norms": ANY,
+    "data.mean_tokens": ANY,
+    "data.on_error": "skip",
+    "data.max_pixels": None,
+    "data.max_bytes": 256 << 20,
+    "loss.projection": ANY,
+    "optim.options.betas": [0.9, 0.98],
+    "optim.options.eps": 1e-6,
+    "optim.options.amsgrad": False,
+    "run.save_minutes": ANY,
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -72,12 +86,24 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 
 def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
     """Check plain values. stored: those of a checkpoint, which may be of an earlier version."""
+    if stored:
+        _drop_gone(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         told = "\n".join(dict.fromkeys(_explain(e) for e in error.errors()))
         older = " (a checkpoint of a version with this setting goes on with that version alone)"
         raise ConfigError(told + older * (stored and "unknown key" in told)) from None
+
+
+def _drop_gone(values: Any) -> None:
+    """Takes settings of earlier versions out, unless they say something else than what is in force now."""
+    for key, value in GONE.items():
+        section, (*outer, name) = values, key.split(".")
+        for part in outer:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and (value is ANY or section.get(name) == value):
+            section.pop(name, None)
 
 
 def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:

@@ -21,10 +21,8 @@ from simplclip.train.settings import Config
 _FREE = (
     "model.checkpoint",
     "data.micro_batch",
-    "data.on_error",
-    "data.mean_tokens",
+    "data.options.on_error",
     "model.recompute",
-    "model.sync_norms",
     "eval.",
     "run.",
 )

@@ -66,7 +66,7 @@ class Training:
                 block.recompute = True
             if not self.blocks:
                 self.model.set_grad_checkpointing()
-        share_norms(self.model, config.model.sync_norms)
+        share_norms(self.model, device)
         self.model.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
@@ -290,12 +290,12 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
         if p.requires_grad:  # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
             (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)
     rest += [p for p in loss.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=o.lr,
-        **o.options.model_dump() | {"betas": tuple(o.options.betas)},
-        fused=decayed[0].device.type in ("cpu", "cuda"),
-    )
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    options = {"betas": (0.9, 0.98), "eps": 1e-6} | o.options
+    try:
+        return torch.optim.AdamW(groups, lr=o.lr, fused=decayed[0].device.type in ("cpu", "cuda"), **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim.options: expected arguments of torch.optim.AdamW, got {o.options}: {error}") from None
 
 
 def lr_factor(step: int, config: Config) -> float:

@@ -265,7 +265,7 @@ def test_where_the_augmentation_is_from(tmp_path):
         teacher.student_transform(model="siclip-tiny", augment="{use_timm: true}")
 
 
-WIKD = ["loss.feature_weight=1.0", "loss.relational_weight=1.0", "loss.interactive_weight=1.0", "loss.projection=true"]
+WIKD = ["loss.feature_weight=1.0", "loss.relational_weight=1.0", "loss.interactive_weight=1.0"]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ IDLE = {
     "inherit.blocks=first": "inherit.blocks = first has no effect without inherit.source",
     "loss.plane=hadamard": "loss.plane = hadamard has no effect without loss.pm_weight",
     "loss.interactive=kl": "loss.interactive = kl has no effect without loss.interactive_weight",
-    "loss.projection=true": "loss.projection = True has no effect without loss.feature_weight or loss.interactive_weight",
     "eval.every=2": "eval.every = 2 has no effect without eval.splits",
 }
 
@@ -71,7 +70,7 @@ def test_the_share_of_each_term(tmp_path):
     for base in ("contrastive", "sigmoid"):
 
         def weak(weight, base=base):
-            weights = ["loss.relational_weight=0.5", "loss.feature_weight={value: 0, to: 9}", "loss.projection=true"]
+            weights = ["loss.relational_weight=0.5", "loss.feature_weight={value: 0, to: 9}"]
             config = tiny.settings(tmp_path, f"loss.base={base}", f"loss.pm_weight={weight}", *weights, teacher=24)
             torch.manual_seed(0)
             this = Training(config, torch.device("cpu"), "fp32")

@@ -214,7 +214,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path, weights):
         ):
             make(*others, seed=seed)
     with pytest.raises(ConfigError, match=r"data.cache_prefix: .*prefix.pixels.max_pixels was None, now 100000"):
-        make("data.max_pixels=100000")
+        make("data.options.max_pixels=100000")
     other = with_views(tmp_path, "more", VIEWS + 1)
     with pytest.raises(ConfigError, match=r"data.cache_prefix: .*prefix.views.number was 2, now 3"):
         make(f"data.sidecars=[{other}]")

@@ -26,7 +26,7 @@ from simplclip.train.batches import loader
 from simplclip.train.config import ConfigError
 from simplclip.train.together import Together
 
-DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10", "loss.projection=true"]
+DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10"]
 CACHED = ["data.batch_size=60", "data.micro_batch=12"]  # several micro-batches on each of 2, 3 and 4 ranks
 CASES = {
     "sigmoid": ["loss.base=sigmoid"],
@@ -36,7 +36,7 @@ CASES = {
     "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
     "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch={image: 12, text: 10}"],
     "workers": ["data.workers=2", *CACHED],
-    "sync norms": ["model.freeze_norms=false", "model.sync_norms=true"],
+    "sync norms": ["model.freeze_norms=false"],
     "auto": ["data.micro_batch=auto"],
 }
 PROOFS = {  # of 30 steps

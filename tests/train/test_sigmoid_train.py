@@ -12,7 +12,6 @@ from simplclip import evaluation, export, models
 from simplclip.train import checkpoint
 from simplclip.train import loop as train
 from simplclip.train.batches import batches
-from simplclip.train.config import ConfigError
 from simplclip.train.state import Training, load_model
 
 SIGMOID = "loss.base=sigmoid"
@@ -112,19 +111,6 @@ def test_stages_of_wikd_and_a_stop_between_them(tmp_path, monkeypatch, cached):
         assert [float(row[term]) > 0 for row in logged] == active, term
     assert len({row["logit_bias"] for row in logged[:5]}) == 1, "the bias has no gradient before its term"
     assert len({row["logit_bias"] for row in logged[4:]}) == 3
-
-
-@pytest.mark.slow
-def test_resume_of_a_checkpoint_without_a_bias(tmp_path):
-    go(tiny.settings(tmp_path, "run.steps=2"))
-    last = tmp_path / "run" / "last.pt"
-    state = checkpoint.load(last)
-    del state["config"]["loss"]["base"]  # as written before there was one
-    torch.save(state, last)
-    with pytest.raises(ConfigError, match="other settings: loss.base was 'contrastive', now 'sigmoid'"):
-        go(tiny.settings(tmp_path, "run.steps=3", SIGMOID), resume=True)
-    assert "continuing from step 2" in go(tiny.settings(tmp_path, "run.steps=3"), resume=True)
-    assert "logit_bias" not in rows(tmp_path / "run")[-1]
 
 
 @pytest.mark.slow

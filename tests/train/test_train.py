@@ -136,14 +136,19 @@ def test_a_checkpoint_of_a_version_with_another_setting_says_which(tmp_path):
     go(config)
     path = tmp_path / "run" / "last.pt"
     state = torch.load(path, weights_only=True)
-    del state["config"]["run"]["epochs"]  # a setting that was new since
+    del state["config"]["run"]["epochs"]  # a setting that was new since, and such as are gone since
+    state["config"]["run"]["save_minutes"] = 3.0
+    state["config"]["data"]["max_pixels"] = None
+    state["config"]["optim"]["options"] = {"betas": [0.9, 0.98], "eps": 1e-6, "amsgrad": False}
     torch.save(state, path)
     assert "done       step 1" in go(config, resume=True)
-    state["config"]["run"]["keep"] = 1
-    torch.save(state, path)
-    for use in (lambda: go(config, resume=True), lambda: load_model(path)):
-        with pytest.raises(InputError, match=r"run.keep: unknown key.* \(a checkpoint of a version with this setting "):
-            use()
+    for section, name, value in (("run", "keep", 1), ("data", "max_pixels", 9)):
+        state["config"][section][name] = value
+        torch.save(state, path)
+        for use in (lambda: go(config, resume=True), lambda: load_model(path)):
+            with pytest.raises(InputError, match=rf"{name}: unknown key.* \(a checkpoint of a version with this setting "):
+                use()
+        del state["config"][section][name]
 
 
 def test_learning_rate(tmp_path):
@@ -245,7 +250,8 @@ def test_lines_by_time_and_a_checkpoint_after_some_minutes(tmp_path, monkeypatch
         monkeypatch.setattr(module, "time", Clock)
     for step in range(1, 8):
         at_step(monkeypatch, step, lambda: setattr(Clock, "now", Clock.now + 20))
-    text = go(tiny.settings(tmp_path, "run.print_every=null", "run.save_minutes=1"))
+    monkeypatch.setattr(train, "SAVE_MINUTES", 1)
+    text = go(tiny.settings(tmp_path, "run.print_every=null"))
     assert saved == [3, 6, 7]
     assert re.findall(r"^step (\d)/7  (.*?)  loss", text, re.M)[0] == ("1", "20 s gone, 2:00 left")
     assert f"done       step 7 in 2:20: {tmp_path / 'run' / 'last.pt'}" in text

@@ -109,7 +109,7 @@ def test_what_becomes_of_a_shard_that_cannot_be_read(tmp_path, monkeypatch):
     text = go(tiny.settings(tmp_path, lost))
     assert "1 unreadable shard (first: pipe:exit 3: shard 'pipe:exit 3' cannot be opened: the command ended with" in text
     with pytest.raises((train.TrainingError, parts.ShardError), match="cannot be opened: the command ended with exit code 3"):
-        go(tiny.settings(tmp_path, lost, "data.on_error=stop", f"run.out={tmp_path / 'other'}"))
+        go(tiny.settings(tmp_path, lost, "data.options.on_error=stop", f"run.out={tmp_path / 'other'}"))
 
 
 def test_a_source_that_is_not_there_is_named_by_its_key(tmp_path):
@@ -120,8 +120,8 @@ def test_a_source_that_is_not_there_is_named_by_its_key(tmp_path):
 
 @pytest.mark.slow
 def test_a_teachers_stamp_is_found_for_a_source_with_a_weight(tmp_path):
-    config = tiny.settings(tmp_path, "loss.feature_weight=1", "loss.projection=true", teacher=6)
+    config = tiny.settings(tmp_path, "loss.feature_weight=1", teacher=6)
     shard = config.data.train
     weighted = f"data.train=[{{shards: {shard}, weight: 2}}]"
-    text = go(tiny.settings(tmp_path, "loss.feature_weight=1", "loss.projection=true", weighted))
+    text = go(tiny.settings(tmp_path, "loss.feature_weight=1", weighted))
     assert "features of made up, 6 wide" in text
