@@ -260,8 +260,6 @@ def load_model(
     """
     state = checkpoint.load(path)
     try:
-        if isinstance(options := state["config"]["model"].get("options"), dict):
-            options.pop("checkpoint", None)  # the weights that a run of an earlier version began with; they may be gone
         config = from_dict(state["config"], stored=True)
     except (ConfigError, LookupError) as error:
         reason = first_line(error) if isinstance(error, ConfigError) else "none"
@@ -291,7 +289,7 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
             (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)
     rest += [p for p in loss.parameters() if p.requires_grad]
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    options = {"betas": (0.9, 0.98), "eps": 1e-6} | o.options
+    options: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, **o.options}
     try:
         return torch.optim.AdamW(groups, lr=o.lr, fused=decayed[0].device.type in ("cpu", "cuda"), **options)
     except (TypeError, ValueError) as error:

@@ -265,11 +265,11 @@ def test_a_forced_backend_does_not_hide_the_others(monkeypatch):
     assert backends.forced() == "sdpa"
 
 
-@pytest.mark.parametrize("arguments", [["--device", "tpu"], ["--device", "cuda:0"], ["--device", ""]])
-def test_devices(arguments):
-    result = CliRunner().invoke(app, ["selftest", *arguments])
+@pytest.mark.parametrize("command", ["selftest", "tune"])
+def test_devices(command):
+    result = CliRunner().invoke(app, [command, "--device", "cuda:0"])
     assert result.exit_code == 2
-    assert result.stderr.startswith("simplclip: --device: expected cuda or cpu, got ")
+    assert result.stderr.startswith("simplclip: --device: expected cuda, cpu or auto, got ")
 
 
 def test_what_is_blamed():

@@ -14,7 +14,6 @@ import torch
 from devices import needs_cpu_kernels
 from test_cli import call
 
-from benchmarks.measure import interleaved_times, quantiles
 from simplclip import ops, tune
 from simplclip.commands.doctor import render, report
 from simplclip.common import machine, tuned
@@ -77,28 +76,13 @@ def slow(op, name):
     return mock.patch.dict(backends.TABLE[op], {name: spoiled})
 
 
-def fastest_by_hand(length, names):
-    """By the benchmarks' own timing, with each backend forced."""
-
-    def of(name):
-        def run():
-            with backends.backend(name):
-                attend(length, causal=True)
-
-        return run
-
-    times = interleaved_times({name: of(name) for name in names}, 5)
-    return min(names, key=lambda name: quantiles(times[name])[1])
-
-
 @pytest.mark.parametrize("spoiled", ["cpu", "sdpa"])
 def test_what_is_slow_is_not_taken(spoiled, ran):
     with slow("shaped_attention_fwd", spoiled):
         found = tune.tune("cpu", TINY)
-        by_hand = fastest_by_hand(9, ("cpu", "sdpa"))
     other = {"cpu": "sdpa", "sdpa": "cpu"}[spoiled]
     chosen = {row["choice"]: row["chosen"] for row in found["measured"]}
-    assert chosen[SHORT] == chosen[LONG] == by_hand == other
+    assert chosen[SHORT] == chosen[LONG] == other
     assert found["choices"].get(SHORT, "cpu") == other
     ran.clear()
     for length in (9, 70):
@@ -241,7 +225,6 @@ def test_the_command(monkeypatch):
     assert call("tune", "--device", "cpu", "--reset").stdout == "cpu: the defaults are in force\n"
     assert machine.known("tuned", "cpu") == {}
     assert "sdpa" not in json.dumps([json.loads(path.read_text()) for path in machine.folder().glob("*.json")])
-    assert call("tune", "--device", "tpu").exit_code == 2
     assert call("tune", "--set", "data.batch_size=8").exit_code == 2
 
 

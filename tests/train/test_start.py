@@ -101,12 +101,6 @@ def test_a_run_starts_from_another_runs_weights_at_other_shapes_and_needs_them_o
     assert torch.equal(again.encode_text(["a red bar"]), encoder.encode_text(["a red bar"]))
 
 
-def test_resume_with_other_settings_names_the_checkpoint(tmp_path, trained):
-    shutil.copytree(trained, tmp_path / "run")
-    with pytest.raises(ConfigError, match="optim.lr was .* A new run takes its weights: --set model.checkpoint=.*last.pt"):
-        go(tiny.settings(tmp_path, "optim.lr=0.5", "optim.ema=0.5"), resume=True)
-
-
 def test_sources_of_a_start(tmp_path, trained, monkeypatch):
     export.run(trained, tmp_path / "export", formats=("open_clip",))
     wanted = weights_of(trained)

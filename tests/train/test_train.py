@@ -11,7 +11,7 @@ import torch
 from kills import digests
 from PIL import Image
 from rich.console import Console
-from runs import at_step, bits, check_ends_as, check_resumed, go, rows, state_of
+from runs import at_step, bits, check_resumed, go, rows, state_of
 
 from simplclip import losses
 from simplclip.common import hardware, progress
@@ -23,34 +23,14 @@ from simplclip.train.config import ConfigError
 from simplclip.train.metrics import RunLog
 from simplclip.train.state import load_model, lr_factor
 
-PROVED = [pytest.param(*how, marks=pytest.mark.prove) for how in ((3, 0, "bf16"), (4, 1, "fp32"), (1, 2, "fp32"))]
-
 
 @pytest.mark.slow
 # An epoch has 3 batches: step 3 ends one, step 5 lies within one.
-@pytest.mark.parametrize(("stop", "workers", "precision"), [(5, 0, "fp32"), (3, 1, "bf16"), *PROVED])
+@pytest.mark.parametrize(("stop", "workers", "precision"), [(5, 0, "fp32"), (3, 1, "bf16")])
 def test_interrupted_and_resumed_is_bit_for_bit_the_undisturbed_run(tmp_path, monkeypatch, stop, workers, precision):
     # Dropout draws from the global generator in every step.
     dropout = "model.options.vision_cfg.timm_drop=0.2"
     check_resumed(tmp_path, monkeypatch, stop, [f"data.workers={workers}", f"run.precision={precision}", dropout])
-
-
-def stop_at_once():
-    raise KeyboardInterrupt  # as a second Ctrl-C, which saves nothing
-
-
-@pytest.mark.slow
-def test_crash_between_checkpoints_leaves_no_double_rows(tmp_path, monkeypatch):
-    whole, parts = (tiny.settings(tmp_path, f"run.out={tmp_path / name}", "run.save_every=2") for name in ("whole", "parts"))
-    go(whole)
-    with monkeypatch.context() as patch:
-        at_step(patch, 6, stop_at_once)
-        with pytest.raises(KeyboardInterrupt):
-            go(parts)
-    with open(tmp_path / "parts" / "metrics.csv", "a") as file:
-        file.write("6,1,0.1")  # torn by the crash
-    assert [r["step"] for r in rows(tmp_path / "parts")] == ["1", "2", "3", "4", "5", "6"]
-    check_ends_as(tmp_path / "whole", parts)
 
 
 @pytest.mark.slow
@@ -115,7 +95,11 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
 def test_resume_checks_the_settings(tmp_path):
     go(tiny.settings(tmp_path, "run.steps=4"))
     for changes, told in (
-        (["optim.lr=0.5", "data.batch_size=4"], "other settings: data.batch_size was 8, now 4; optim.lr was 0.001, now 0.5"),
+        (
+            ["optim.lr=0.5", "data.batch_size=4"],
+            "other settings: data.batch_size was 8, now 4; optim.lr was 0.001, now 0.5. A new run takes its weights: "
+            "--set model.checkpoint=.*last.pt",
+        ),
         (["run.seed=1", "run.precision=bf16"], "other settings: run.seed was 0, now 1; run.precision was 'fp32', now 'bf16'"),
         (["run.steps=3"], "run.steps: expected at least 4, the step of .*, got 3"),
         (["data.train=elsewhere/other-0.tar"], "data.train was"),
