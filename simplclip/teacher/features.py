@@ -1,4 +1,4 @@
-"""`simplclip teacher`: writes a teacher's features of shards into sidecars, and measures its retrieval."""
+"""`simplclip teacher`: writes a teacher's features of shards into sidecars."""
 
 import io
 import json
@@ -14,10 +14,9 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from simplclip import models, retrieval
+from simplclip import models
 from simplclip.common import hardware, plugins, ranks
 from simplclip.common.errors import InputError
-from simplclip.data import held_out
 from simplclip.data.decode import size_of
 from simplclip.data.epoch import seeded
 from simplclip.data.pack import local_shards
@@ -30,8 +29,6 @@ from simplclip.evaluation.encoder import BUILTIN, Encoder, load
 from simplclip.teacher.ensemble import Ensemble
 from simplclip.train import config as configs
 from simplclip.train.state import image_transform
-
-DTYPES = ("fp16", "bf16")
 
 
 @dataclass
@@ -66,7 +63,6 @@ def write(
     teacher: Encoder | Sequence[Encoder],
     *,
     views: Views | None = None,
-    dtype: str = "fp16",
     sidecars: Folders = (),
     batch_size: int = 64,
     progress: bool = True,
@@ -76,15 +72,14 @@ def write(
     shards: what `data.parts_of` takes; what is no local tar is first copied into shards, see `data.pack.local_shards`.
 
     teacher.npy is [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
-    `shards.captions_of`. With k `views` it is [k + C, D̂], and views.json has the views, which `make_loader` replays. It is
-    float16, or with dtype "bf16" bfloat16, stored as uint16, which numpy has. Several teachers are an `Ensemble`.
+    `shards.captions_of`, in float16. With k `views` it is [k + C, D̂], and views.json has the views, which `make_loader`
+    replays. Several teachers are an `Ensemble`.
 
     sidecars: folders that are joined to the shards first, e.g. with captions of `simplclip caption`.
     batch_size: number of samples, of views, and of captions, encoded at a time.
 
     See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
     """
-    _check_dtype(dtype)
     teachers = Ensemble([teacher] if isinstance(teacher, Encoder) else list(teacher))
 
     def process(samples: list[Pair]) -> list[dict[str, bytes]]:
@@ -98,23 +93,17 @@ def write(
         captions = [sample.captions for sample in samples]
         texts = teachers.encode_text([text for several in captions for text in several], batch_size)
         rows = zip(images, texts.split([len(several) for several in captions]), strict=True)
-        return [{TEACHER: _npy(torch.cat(parts), dtype), **others} for parts, others in zip(rows, files)]
+        return [{TEACHER: _npy(torch.cat(parts)), **others} for parts, others in zip(rows, files)]
 
-    about = teachers.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
+    about = teachers.stamp() | {"dtype": "fp16"} | ({} if views is None else {"views": views.stamp()})
     options = {"batch_size": batch_size, "progress": progress, "title": "teacher"}
     shards = ranks.of_first(partial(local_shards, shards, out, progress=progress))
     return rewrite(shards, out, process, stamp={"teacher": about}, sidecar=True, sidecars=sidecars, **options)
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
-
-
-def _npy(rows: Tensor, dtype: str) -> bytes:
+def _npy(rows: Tensor) -> bytes:
     file = io.BytesIO()
-    array = rows.half().numpy() if dtype == "fp16" else rows.bfloat16().view(torch.uint16).numpy()
-    np.save(file, array, allow_pickle=False)
+    np.save(file, rows.half().numpy(), allow_pickle=False)
     return file.getvalue()
 
 
@@ -138,18 +127,6 @@ def student_transform(config: str | None = None, model: str | None = None, augme
     return found
 
 
-def evaluate(
-    teacher: Encoder, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
-) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Retrieval of a teacher on splits (name -> shards): the results of `retrieval.recall_of` by name."""
-    figures = {}
-    for name, shards in splits.items():
-        split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
-        retrieval.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
-        figures[name] = ranks.of_first(partial(retrieval.recall_of, split, teacher.device)) or {}
-    return figures
-
-
 def run(
     shards: Any,
     out: str | os.PathLike,
@@ -157,9 +134,7 @@ def run(
     name: str | Sequence[str] = BUILTIN,
     checkpoint: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     heads_file: str | os.PathLike | None = None,
-    splits: Mapping[str, str] | None = None,
     views: Views | None = None,
-    dtype: str = "fp16",
     sidecars: Folders = (),
     batch_size: int = 64,
     device: str = "auto",
@@ -167,22 +142,18 @@ def run(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
+    """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher".
 
     name, checkpoint: of a teacher, see `simplclip.load`; or of several, with a checkpoint for each or none.
     heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
     and saved there: on the shards named train* if there are any, else on all shards.
-    splits: name -> shards on which the teacher's retrieval is measured, of several teachers that of each.
-    views, dtype, sidecars, batch_size: see `write`.
+    views, sidecars, batch_size: see `write`.
     """
     names = [name] if isinstance(name, str) else list(name)
     checkpoints = list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [checkpoint] * (checkpoint is not None)
     if len(checkpoints) not in (0, len(names)):
         raise InputError(f"checkpoint: expected one for each of {len(names)} teachers or none, got {len(checkpoints)}")
-    _check_dtype(dtype)
     parts_of(shards)  # raises its error before the work
-    for split in (splits or {}).values():
-        held_out(split)
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     say = print if progress and ranks.first() else lambda line: None
@@ -202,20 +173,13 @@ def run(
         encoders.append(load(source, weights, device=place, precision=precision))
         if note:
             say(note)
-    options = {"views": views, "dtype": dtype, "sidecars": sidecars, "batch_size": batch_size, "progress": progress}
+    options = {"views": views, "sidecars": sidecars, "batch_size": batch_size, "progress": progress}
     summary = write(shards, out, encoders, **options)
     about = Ensemble(encoders).stamp()
     seen = "" if views is None else f" of {views.number} views of each image"
     what = f"features of {about['name']}{seen}, width {about['width']}"
     say(f"wrote {summary['path']}: {summary['samples']} samples with {what}")
-    figures = {}
-    for encoder in encoders:
-        whose = "" if len(encoders) == 1 else f" ({encoder.name})"
-        for split, directions in evaluate(encoder, splits or {}, batch_size=batch_size).items():
-            figures[split + whose] = directions
-            shown = (f"{d.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for d, found in directions.items())
-            say(f"{split}{whose}: {', '.join(shown)}")
-    return summary | {"teacher": about, "figures": figures}
+    return summary | {"teacher": about}
 
 
 def _heads(source: str, shards: Any, out: str | os.PathLike, file: Path, options: Mapping[str, Any]) -> tuple[Any, str]:

@@ -180,14 +180,6 @@ def test_only_a_tile_that_the_gates_admit_is_taken():
     assert tuning.lookup("similarity_forward", 1, "half", 86) == default
 
 
-def test_another_build_knows_nothing_of_it(ran, monkeypatch):
-    stored(**{SHORT: "sdpa"})
-    monkeypatch.setattr(machine, "_build", lambda: "another")
-    machine.forget()
-    attend(9)
-    assert [name for _, name in ran] == ["cpu", "cpu"]
-
-
 def shapes(mode=None):
     q = torch.empty(2, 9, 2, 16)
     with mode or torch.no_grad():

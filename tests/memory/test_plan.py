@@ -264,26 +264,6 @@ def test_answers_fit_and_one_more_does_not(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
-@needs_cuda_build
-@pytest.mark.prove
-def test_siclip_s0_beside_open_clip():
-    options = (
-        "--set",
-        "data.batch_size=64",
-        "--micro-batch",
-        16,
-        "--set",
-        "loss.relational_weight=1",
-        "--teacher-width",
-        512,
-    )
-    plan = json.loads(call("siclip2-s0", "--memory", "rtx-3060", *options, "--compare", "open_clip", "--json").stdout)
-    _, one_graph, _, other = plan["answers"]
-    assert "MobileCLIP2-S0, DistillClipLoss" in other["what"]
-    assert one_graph["batch_size"] > 4 * other["batch_size"] > 0
-    assert other["peak"] <= plan["usable"] < other["next_peak"]
-
-
 @pytest.mark.slow
 @needs_cuda_build
 def test_a_step_that_does_not_fit():
