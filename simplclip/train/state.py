@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from simplclip import data, models
 from simplclip.common import hardware, ranks
@@ -23,7 +25,6 @@ from simplclip.models.registry import first_line
 from simplclip.models.weights import InheritanceError, WeightTable, load_weights
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.average import Average
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
@@ -219,6 +220,48 @@ class Training:
         with torch.no_grad():
             tokens = tokenizer(self.config)(["a"]).to(self.device)
             return self.model.eval().encode_text(tokens).shape[-1]
+
+
+class Average:
+    """The exponential moving average of a run's weights, for evaluation and export.
+
+    v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy of them.
+
+    Buffers are not averaged: with the averages the model has those of the last step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        names = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self.weights = list(dict.fromkeys(names.values()))
+        self.averages = [weight.detach().clone() for weight in self.weights]
+        places = {id(weight): i for i, weight in enumerate(self.weights)}
+        self.names = {name: places[id(weight)] for name, weight in names.items()}
+        self._average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self._average(self.averages, self.weights, 0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """In this context the model has the averages."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, weight in enumerate(self.weights):
+            weight.data, self.averages[i] = self.averages[i], weight.data
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the names of the model's state dict."""
+        return {name: self.averages[i] for name, i in self.names.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, i in self.names.items():
+            self.averages[i].copy_(state[name])
 
 
 def image_transform(config: Config, train: bool = True) -> Any:

@@ -2,8 +2,6 @@
 
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -37,14 +35,6 @@ def test_it_trains_logs_every_term_and_resumes_bit_for_bit(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_batch_larger_than_the_data_takes_several_epochs(tmp_path):
-    changes = ["data.batch_size=40", "data.micro_batch=8", "run.steps=3", "model.freeze_norms=true"]
-    assert "step 3/3" in go(tiny.settings(tmp_path, *changes))
-    state = checkpoint.load(tmp_path / "run")
-    assert (state["epoch"], state["batch"]) == (4, 3), "15 micro-batches, 3 an epoch, the last one not yet left"
-
-
-@pytest.mark.slow
 def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 40, limit[1]))
@@ -53,35 +43,6 @@ def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
         assert "step 1/1" in go(tiny.settings(tmp_path, *changes))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-
-
-@pytest.mark.slow
-def test_no_teacher_is_in_memory(tmp_path):
-    """In a fresh process: after steps with every term on, the only parameters are the student's and the loss's."""
-    config = tiny.write_config(tmp_path, teacher=WIDTH)
-    code = f"""
-import gc, sys
-import torch
-from simplclip.train import config
-from simplclip.train import loop
-made = []
-original = loop.Training.__init__
-def remember(self, *a, **k):
-    original(self, *a, **k)
-    made.append(self)
-loop.Training.__init__ = remember
-loop.run(config.load({config!r}, {[*WIKD, "run.steps=3"]!r}))
-this = made[0]
-ours = {{id(m) for root in (this.model, this.loss) for m in root.modules()}}
-others = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module) and id(m) not in ours and list(m.parameters(False))]
-print("others", sum(p.numel() for m in others for p in m.parameters(False)))
-print("loaded", [n for n in sys.modules if n.startswith("simplclip.teacher")])
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    assert "others 0" in run.stdout
-    assert "loaded []" in run.stdout
 
 
 @pytest.mark.parametrize(
