@@ -133,7 +133,7 @@ def test_the_teacher_on_the_students_batch_gives_what_is_stored(folder, tmp_path
     """For a student of the teacher's own transform, in every epoch."""
     teach(folder, tmp_path / "out", augment)
     encoder = load(folder)
-    student = teacher.ensemble.transform_of(encoder)
+    student = teacher.features.transform_of(encoder)
     for epoch in range(3):
         for batch in batches(folder, tmp_path / "out", student, epoch):
             found = encoder.features("image", student.finish(batch["image"], batch["colour"]))
