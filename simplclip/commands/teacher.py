@@ -36,10 +36,7 @@ def teacher(
         int, typer.Option(min=0, help="Augmented views of each image, which training replays. 0: the image, not augmented.")
     ] = 0,
     config: Annotated[str | None, typer.Option(help="Config of the student, whose augmentation the views have.")] = None,
-    model: Annotated[str | None, typer.Option(help="Or model of the student.")] = None,
-    augment: Annotated[
-        str | None, typer.Option(help="Or augmentation, as data.augment. Default: that of the model, else open_clip's.")
-    ] = None,
+    augment: Annotated[str | None, typer.Option(help="Or augmentation, as data.augment. Default: open_clip's.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples encoded at a time.")] = 64,
     sidecars: Sidecars = None,
     device: Device = "auto",
@@ -47,12 +44,12 @@ def teacher(
     seed: Annotated[int, typer.Option(help="Seed of the views and of the training of the heads.")] = 0,
 ) -> None:
     """Write a teacher's features of images and captions into sidecars of the shards, which training reads (data.sidecars)."""
-    if not views and (config or model or augment):
-        raise InputError("--config, --model, --augment: expected --views beside them, got none")
+    if not views and (config or augment):
+        raise InputError("--config, --augment: expected --views beside them, got none")
     from simplclip import teacher as teachers
     from simplclip.common import ranks
 
-    seen = teachers.Views(teachers.student_transform(config, model, augment), views, seed) if views else None
+    seen = teachers.Views(teachers.student_transform(config, augment), views, seed) if views else None
     what = {"views": seen, "sidecars": sidecars or (), "checkpoint": checkpoint, "heads_file": heads, "seed": seed}
     hardware = {"batch_size": batch_size, "device": device, "precision": precision}
     with ranks.joined():

@@ -18,7 +18,6 @@ from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from simplclip import models
 from simplclip.common import hardware, plugins, ranks
 from simplclip.common.errors import InputError
 from simplclip.data.decode import size_of
@@ -181,19 +180,17 @@ def _npy(rows: Tensor) -> bytes:
     return file.getvalue()
 
 
-def student_transform(config: str | None = None, model: str | None = None, augment: str | None = None) -> ImageTransform:
-    """The transform of a student in training: that of a config (file or name), or of a model and an augmentation.
+def student_transform(config: str | None = None, augment: str | None = None) -> ImageTransform:
+    """The transform of a student in training: that of a config (file or name), or one of an augmentation.
 
     With neither it is open_clip's own augmentation. augment: as data.augment, a mapping as YAML. Raises InputError for one
     whose draws cannot be stored, such as timm's.
     """
     fields = configs.parse_yaml(augment, "augment") if augment else None
     if config is not None:
-        if model is not None or augment is not None:
-            raise InputError("config: expected no model and no augment beside it, which it names")
+        if augment is not None:
+            raise InputError("config: expected no augment beside it, which it names")
         found = image_transform(configs.load(config, ()))
-    elif model is not None:
-        found = models.transforms(model, train=True, augment=fields)
     else:
         found = ImageTransform(PreprocessCfg(), None if fields == "none" else fields or {})
     if not isinstance(found, ImageTransform):

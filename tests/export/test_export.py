@@ -154,6 +154,7 @@ def test_the_summary_says_what_was_exported(tiny, vit):
     assert json.loads(metadata["preprocess"])["size"] == [48, 48]
 
 
+@pytest.mark.slow
 def test_onnx_masks_padding(tmp_path):
     options = {"custom_text": True, "text_cfg": {"no_causal_mask": True}, "simplify_options": {"mask_padding": True}}
     model, words = save(tmp_path, f"open_clip:{VIT}", **options), ["a cat", "two dogs on a beach", "red " * 20]

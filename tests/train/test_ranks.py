@@ -257,7 +257,7 @@ def test_the_documented_line(tmp_path):
     """As it stands in docs/training.md, on other pictures."""
     (line,) = re.findall(r"^torchrun .*siclip-tiny-emoji.*$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
     for name in ("train", "concepts", "vendor"):
-        tiny.write_shard(tmp_path / "data" / "emoji" / f"{name}-0.tar", copies=8)
+        tiny.write_shard(tmp_path / "data" / "emoji" / f"{name}-0.tar", copies=8 if name == "train" else 1)
     _, *rest = line.split()
     command = [*TORCHRUN, *rest]
     run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
