@@ -35,10 +35,10 @@ CASES = {
     "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
     "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch={image: 12, text: 10}"],
     "sync norms": ["loss.base=sigmoid", "model.freeze_norms=false"],
-    "auto": ["data.micro_batch=auto"],
 }
 PROOFS = {  # of 30 steps
     "contrastive": [],
+    "auto": ["data.micro_batch=auto"],
     "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", *CACHED],
     "contrastive cached": CACHED,
     "kl": [*DISTILLED, "loss.interactive=kl"],
@@ -252,7 +252,7 @@ def test_another_number_of_ranks_goes_on(folder):
         same(place / name, place / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_the_documented_line(tmp_path):
     """As it stands in docs/training.md, on other pictures."""
     (line,) = re.findall(r"^torchrun .*siclip-tiny-emoji.*$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
