@@ -35,6 +35,7 @@ GONE = {
     "data.max_pixels": None,
     "data.max_bytes": 256 << 20,
     "loss.projection": ANY,
+    "optim.min_lr": 0.0,
     "optim.options.betas": [0.9, 0.98],
     "optim.options.eps": 1e-6,
     "optim.options.amsgrad": False,

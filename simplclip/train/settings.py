@@ -191,7 +191,6 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     lr: float = Field(1e-3, gt=0, description="learning rate at the end of the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms, biases, gains and scalars have none")
     options: dict[str, Any] = Field(
@@ -255,7 +254,7 @@ class Config(Section):
         LossConfig(),
         description="the base, pair matching, and the terms that need a teacher, whose features are in the shards",
     )
-    optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, cosine")
+    optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, a cosine down to 0")
     eval: EvalConfig = Field(EvalConfig(), description="held-out data")
     run: RunConfig = Field(description="the run itself")
 

@@ -340,10 +340,9 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
 
 
 def lr_factor(step: int, config: Config) -> float:
-    """Share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to optim.min_lr."""
+    """Share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to 0."""
     o, steps = config.optim, config.run.steps
     if step < o.warmup:
         return (step + 1) / o.warmup
     done = min(1.0, (step - o.warmup) / max(1, steps - o.warmup))
-    low = o.min_lr / o.lr
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 * (1 + math.cos(math.pi * done))

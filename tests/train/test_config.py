@@ -32,10 +32,10 @@ def test_defaults_and_round_trip(tmp_path):
 
 def test_set_parses_values_as_yaml(tmp_path):
     free = ["data.train=[a.tar, b.tar]", "model.options.width=64", "eval.splits.held=h-*.tar"]
-    plain = ["optim.lr=2e-3", "optim.min_lr=1E-8", "optim.grad_clip=null", "run.compile=true", "run.steps=7"]
+    plain = ["optim.lr=2e-3", "optim.weight_decay=1E-8", "optim.grad_clip=null", "run.compile=true", "run.steps=7"]
     c = config.load(write(tmp_path, MINIMAL), free + plain)
     assert (c.data.train, c.model.options, c.eval.splits) == (["a.tar", "b.tar"], {"width": 64}, {"held": "h-*.tar"})
-    assert (c.optim.lr, c.optim.min_lr, c.optim.grad_clip, c.run.compile, c.run.steps) == (2e-3, 1e-8, None, True, 7)
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.grad_clip, c.run.compile, c.run.steps) == (2e-3, 1e-8, None, True, 7)
 
 
 @pytest.mark.parametrize(

@@ -136,9 +136,9 @@ def test_a_checkpoint_of_a_version_with_another_setting_says_which(tmp_path):
 
 
 def test_learning_rate(tmp_path):
-    config = tiny.settings(tmp_path, "run.steps=110", "optim.warmup=10", "optim.lr=1.0", "optim.min_lr=0.1")
+    config = tiny.settings(tmp_path, "run.steps=110", "optim.warmup=10", "optim.lr=1.0")
     factor = [lr_factor(step, config) for step in range(111)]
-    assert [factor[step] for step in (0, 9, 10, 60, 110)] == pytest.approx([0.1, 1, 1, 0.55, 0.1])
+    assert [factor[step] for step in (0, 9, 10, 60, 110)] == pytest.approx([0.1, 1, 1, 0.5, 0.0])
     assert all(a >= b for a, b in zip(factor[10:], factor[11:]))
 
 
