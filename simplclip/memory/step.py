@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from simplclip import data, models
 from simplclip.common import hardware, plugins
+from simplclip.models.crop import TextCrop
 from simplclip.models.weights import TAG
 from simplclip.train.settings import Config
 from simplclip.train.state import Training, lr_factor, make_optimizer
@@ -37,6 +38,10 @@ class TrainerStep(Training):
     def __init__(self, config: Config, precision: str, teacher_width: int | None = None) -> None:
         self.teacher_width, self.assumed = teacher_width, list[str]()
         super().__init__(config, torch.device("cpu"), precision)
+        if (mean := config.data.mean_tokens) is not None:
+            why = self.padded or (config.run.compile and "compiled towers crop a batch to its longest text")
+            told = f"in one graph, texts of {mean:g} tokens, and an eighth and 8 more, which groups of lengths add"
+            self.assumed.append(f"texts of full length, whatever data.mean_tokens: {why}" if why else told)
 
     def resized(self, config: Config) -> TrainerStep:
         """The step of a config that differs in its section `data` only. Both share the model: one may run at a time."""
@@ -48,6 +53,18 @@ class TrainerStep(Training):
     def modules(self) -> list[nn.Module]:
         """The modules whose weights are in memory."""
         return [self.model, self.loss, *self.folded.copies]
+
+    @property
+    def tokens(self) -> int | None:
+        """The length of each text; None: full length.
+
+        One graph keeps all texts, so that the mean of their lengths counts, with what rounding and groups of lengths add: of
+        captions like COCO's and CC12M's less than this. Micro-batches are cut to as many tokens as padded texts have.
+        """
+        c = self.config.data
+        if self.crop is None or self.crop.groups == 1 or c.mean_tokens is None or c.micro_batch is not None:
+            return None
+        return math.ceil(c.mean_tokens * 9 / 8 + 8) + self.crop.reach
 
     def materialize(self, device: torch.device) -> None:
         """Gives the modules real weights on `device`."""
@@ -63,9 +80,9 @@ class TrainerStep(Training):
         self.step = busiest(self.config)
         self._seen: dict[str, dict[str, tuple[int, torch.dtype]]] = {}  # tower -> width and dtype of each of its outputs
         self.model.train()
-        if self.crop is not None:  # what is predicted are texts of full length
+        if self.crop is not None:  # what is predicted are texts of one length
             self.crop.undo()
-            self.crop = None
+            self.crop = TextCrop(self.model, 1, self.crop.groups, self.crop.reach) if self.tokens else None
 
     def batches(self, real: bool) -> list[dict[str, Any]]:
         """The micro-batches of a step, in the host's memory.
@@ -85,7 +102,7 @@ class TrainerStep(Training):
         k = self.config.data.captions_per_image
         captions = () if k == 1 else (k,)
         with torch.device("cpu" if real else "meta"):
-            image, text = inputs(self.config.model.name, self.model, size, k, real)
+            image, text = inputs(self.config.model.name, self.model, size, k, real, self.tokens)
             pixels = {"image": image} if self.prefix is None else {"prefix": torch.zeros(size, *self.prefix.shape).half()}
             batch = {**pixels, "text": text.unflatten(0, (size, *captions)), "group": torch.arange(size)}
             if self.teacher:
@@ -117,7 +134,10 @@ class TrainerStep(Training):
         return [self._architecture(source) for source in ([sources] if isinstance(sources, str) else sources)]
 
     def _architecture(self, source: str) -> Any:
-        """The source; or zeros of its shapes for an open_clip tag, which would be downloaded, or a missing file."""
+        """The source; or tensors of its shapes for an open_clip tag, which would be downloaded, or a missing file.
+
+        Their values are made up: where a tower is tried, as by `try_crop`, zeros or NaN would tell nothing.
+        """
         name, slash, _ = source.removeprefix(TAG).partition("/")
         original = models.original(self.config.model.name)
         if slash and name in open_clip.list_models():
@@ -128,7 +148,12 @@ class TrainerStep(Training):
             self.assumed.append(f"weights of {original.removeprefix(models.PLAIN)}, since {source} is not on this machine")
         with torch.device("meta"):
             model = models.create(original, device="meta")
-        return {key: torch.zeros(tensor.shape, dtype=tensor.dtype) for key, tensor in model.state_dict().items()}
+        values, numbers = {}, torch.Generator()
+        for key, tensor in model.state_dict().items():
+            values[key] = value = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            if value.is_floating_point():
+                value.uniform_(0.01, 0.03, generator=numbers)
+        return values
 
     def outputs(self, tower: str, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The outputs for a batch; for a merged one (see `batches`) empty tensors of their shapes."""
@@ -228,14 +253,18 @@ class OpenClipStep:
 Step = TrainerStep | OpenClipStep
 
 
-def inputs(name: str, model: Any, size: int, captions: int, real: bool) -> tuple[Tensor, Tensor]:
+def inputs(name: str, model: Any, size: int, captions: int, real: bool, tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """Images [size, 3, H, W], and token ids, int64 [size * captions, L].
 
     real: the tokens are those of a caption, whose end some models look for to pool there. Otherwise they are zeros.
+    tokens: L, if it is less than the model's.
     """
     side = model.visual.image_size
     image = torch.zeros(size, 3, *((side, side) if isinstance(side, int) else side))
     length = model.context_length if hasattr(model, "context_length") else model.text.context_length
+    words = "a photo of a small thing"
+    if tokens is not None and tokens < length:
+        words, length = " ".join(["a"] * tokens), tokens  # the tokenizer puts the end in the last place
     if real:
-        return image, models.tokenizer(name, length)(["a photo of a small thing"]).expand(size * captions, -1).contiguous()
+        return image, models.tokenizer(name, length)([words]).expand(size * captions, -1).contiguous()
     return image, torch.zeros(size * captions, length, dtype=torch.int64)

@@ -92,7 +92,7 @@ def first_terms(
             show(f"warning    data.captions_per_image = {number}: {told}; these are drawn more than once")
     if training.crop is not None:
         mean = (lengths_of(captions.flatten(0, -2)) - 1).double().mean()
-        show(f"texts      {mean:.1f} of {captions.shape[-1]} tokens on average")
+        show(f"texts      {mean:.1f} of {captions.shape[-1]} tokens on average (data.mean_tokens for simplclip plan)")
     for line in weak_terms(training, batches, image, text):
         show(f"warning    {line}")
     return training.terms(batches, image, text)

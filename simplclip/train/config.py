@@ -30,7 +30,6 @@ NODES = 100_000  # most values of a YAML document
 ANY = object()
 GONE = {
     "model.sync_norms": ANY,
-    "data.mean_tokens": ANY,
     "data.on_error": "skip",
     "data.max_pixels": None,
     "data.max_bytes": 256 << 20,

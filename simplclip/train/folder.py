@@ -22,6 +22,7 @@ _FREE = (
     "model.checkpoint",
     "data.micro_batch",
     "data.options.on_error",
+    "data.mean_tokens",
     "model.recompute",
     "eval.",
     "run.",

@@ -82,6 +82,12 @@ class DataConfig(Section):
         "{image, text}: images and captions at a time, each tower by itself; null: all; auto: as many as fit, see "
         "`simplclip plan`",
     )
+    mean_tokens: float | None = Field(
+        None,
+        ge=2,
+        description="tokens of a caption on average, with start and end, for `simplclip plan` and micro_batch auto, where "
+        "texts are computed at their length; null: texts of full length",
+    )
     captions_per_image: int = Field(1, ge=1, description="captions drawn for each image in each step; each makes a pair")
     workers: int | None = Field(
         None, ge=0, description="loader processes; 0 reads in the training process; null: as many as there are cores"

@@ -66,6 +66,7 @@ CACHED_TINY = [CACHED, "data.batch_size=96", "data.micro_batch=32"]
 MATCHING = "loss.pm_weight=1"
 TINY = {
     "one graph": ["data.batch_size=96"],
+    "short texts": ["data.batch_size=96", "data.mean_tokens=3"],
     "cached WIKD": [*CACHED_TINY, *WIKD, MATCHING, "loss.plane=hadamard", "data.captions_per_image=2"],
     "WIKD, recomputed": [*WIKD, "data.batch_size=64", "loss.interactive=kl", "model.recompute=true", f"{LAYERS}3"],
     "sigmoid, towers": [
@@ -144,6 +145,23 @@ def test_micro_batches_of_each_tower(monkeypatch):
     batches = step.batches
     monkeypatch.setattr(step, "batches", lambda real: batches(real=True))
     assert predict(step, CPU).peak == pytest.approx(peak("{image: 24, text: 20}"), rel=1e-3)
+
+
+def test_short_texts_take_less_in_one_graph():
+    """12 tokens of 16. Micro-batches are cut so that they have as many tokens as padded texts."""
+    kept = lambda *changes: predict(trainer(TINY_CONFIG, "fp32", *changes), CPU).at_peak["activations"]  # noqa: E731
+    texts = 64 * 4 * 7 * 256 * 4 * 0.9  # of 4 tokens in one block, most of what is kept
+    assert kept("data.batch_size=64") - kept("data.batch_size=64", "data.mean_tokens=3") > texts
+    cached = [CACHED, "data.batch_size=64", "data.micro_batch=16"]
+    assert kept(*cached) == kept(*cached, "data.mean_tokens=3")
+    changes = ["data.mean_tokens=3", "run.compile=true"]
+    assert "data.mean_tokens: compiled towers crop" in trainer(TINY_CONFIG, "fp32", *changes).assumed[-1]
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_here_do_not_hide_that_texts_can_be_cropped():
+    changes = ["model.name=open_clip:ViT-S-32-alt", "inherit.source=ViT-S-32-alt/nowhere", "inherit.train=[visual]"]
+    assert trainer(TINY_CONFIG, "fp32", *changes, "data.mean_tokens=14").tokens == 24
 
 
 @pytest.mark.slow
