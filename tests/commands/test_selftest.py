@@ -146,7 +146,7 @@ def test_a_wrong_mask_of_a_triton_kernel_is_found(cache):
     assert {key.split()[1] for key in machine.known("failed", "cpu")} == {"triton"}
 
 
-def call(sign: float = 1.0):
+def call():
     x = torch.ones(3, 4, requires_grad=True)
     weights = torch.ones(5, 4, requires_grad=True), torch.ones(2, 5, requires_grad=True)
     ops.parallel_mlp(x, weights[0], None, weights[1], None).sum().backward()
