@@ -29,14 +29,6 @@ from simplclip.selftest.calls import DRAW, TERMS
 KEY = "parallel_mlp cpu float32"
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "cache"))
-    machine.forget()
-    yield tmp_path / "cache"
-    machine.forget()
-
-
 def spoiled(how, *of_selftest, **environment):
     """`simplclip selftest` in a process whose kernels are wrong. how: as spoiled.py takes it."""
     environment = {**os.environ, "SPOIL": how, "PYTHONPATH": PYTHONPATH, "NO_COLOR": "1", **environment}

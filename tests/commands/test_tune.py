@@ -24,14 +24,9 @@ SHORT, LONG = (backends.choice_of("shaped_attention_fwd", torch.float32, length)
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    """An empty folder for what is found out; samples are short."""
+def quick(monkeypatch, cache):
+    """Samples are short, and nothing is known."""
     monkeypatch.setattr(tune, "SAMPLE_SECONDS", 0.001)
-    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path))
-    machine.forget()
-    yield tmp_path
-    monkeypatch.undo()
-    machine.forget()
 
 
 def stored(**choices):

@@ -13,19 +13,13 @@ from pairs import forked
 from simplclip.common import machine
 from simplclip.common.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 def test_kernels_count_wherever_they_lie():
     """As in an editable installation, whose package has no folder kernels."""
     names = {"/".join(path.parts[-3:]) for path in machine.computing()}
     assert {"kernels/similarity/forward.py", "simplclip/ops/backends.py"} <= names
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "cache"))
-    machine.forget()
-    yield tmp_path / "cache"
-    machine.forget()
 
 
 def test_sections_are_stored_apart_and_known_again(cache):
