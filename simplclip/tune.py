@@ -42,7 +42,7 @@ Times = dict[Any, list[list[float]]]  # candidate -> of each call, the seconds o
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the calls that are measured."""
+    """Sizes of the calls that are measured."""
 
     attentions: tuple[Attention, ...]
     mlps: tuple[Mlp, ...]

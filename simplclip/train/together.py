@@ -38,7 +38,7 @@ def share_norms(model: nn.Module, device: torch.device) -> None:
 
 
 class _Towers(nn.Module):
-    """Parameters in one module, so that nothing drifts. It computes what it is given to call."""
+    """The towers' parameters as one module for DistributedDataParallel; its forward calls the function that it is given."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
