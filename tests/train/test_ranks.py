@@ -24,7 +24,7 @@ from simplclip.common import ranks
 from simplclip.train import checkpoint
 from simplclip.train.batches import loader
 from simplclip.train.config import ConfigError
-from simplclip.train.together import Together
+from simplclip.train.together import Together, share_norms
 
 DISTILLED = ["loss.relational_weight=1", "loss.interactive_weight=0.5", "loss.feature_weight=10"]
 CACHED = ["data.batch_size=60", "data.micro_batch=12"]  # several micro-batches on each of 2, 3 and 4 ranks
@@ -271,6 +271,12 @@ def test_ranks_that_do_not_divide_the_batch(folder, monkeypatch):
     training = SimpleNamespace(config=tiny.settings(folder, "data.batch_size=12", "data.micro_batch=6", teacher=16))
     with pytest.raises(ConfigError, match="data.micro_batch: expected a multiple of the 5 ranks, got 6"):
         loader(training)
+
+
+def test_batch_norms_that_would_drift(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"model.freeze_norms: expected true for several ranks on a cpu.*BatchNorm1d '.0'"):
+        share_norms(nn.Sequential(nn.BatchNorm1d(2)), torch.device("cpu"))
 
 
 def test_the_towers_that_train_travel_once(monkeypatch):
