@@ -37,6 +37,7 @@ def run(
     model: str | os.PathLike | Encoder,
     data: Any,
     *,
+    checkpoint: str | os.PathLike | None = None,
     tower: str = "text",
     samples: int = 256,
     budget: str | None = None,
@@ -46,7 +47,7 @@ def run(
     """Print and write how alike the blocks of a tower are, and which of them may share weights; return what share.json has.
 
     Args:
-        model: as for `simplclip.load`, or an encoder. Its blocks may be simplified.
+        model, checkpoint: as for `simplclip.load`, or an encoder. Its blocks may be simplified.
         data: what `data.held_out` takes; of the first `samples` the image or the first caption.
         tower: "text" or "image".
         budget: parameters of the tower, as `parse_budget` takes them. None: no proposals.
@@ -56,7 +57,7 @@ def run(
     if tower not in ("text", "image"):
         raise InputError(f"tower: expected text or image, got {tower!r}")
     split = held_out(data, captions=1)
-    encoder = model if isinstance(model, Encoder) else load(model, device=device)
+    encoder = model if isinstance(model, Encoder) else load(model, checkpoint, device=device)
     paths, size = [site.path for site in block_sites(encoder.model, tower)], count_parameters(encoder.model)[tower]
     limit = None if budget is None else parse_budget(budget, size)
     with Progress(f"{tower} tower", samples) as progress:

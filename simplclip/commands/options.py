@@ -50,7 +50,7 @@ def fail(message: str, code: int) -> None:
     raise typer.Exit(code)
 
 
-def named_splits(items: list[str]) -> dict[str, Any]:
+def named_splits(items: list[str], option: str = "--data") -> dict[str, Any]:
     """Parses NAME=WHAT, or WHAT, whose name is that of the file or folder up to its number or wildcard.
 
     A name is anything without the characters of paths and patterns: / \\ * ? [ ] { } # and =.
@@ -59,11 +59,11 @@ def named_splits(items: list[str]) -> dict[str, Any]:
     for item in items:
         match = re.fullmatch(r"(?:([^/\\*?\[\]{}#=]+)=)?(.+)", item, re.DOTALL)
         if not match:
-            raise InputError(f"--data: expected NAME=DATA or DATA, got {item!r}")
+            raise InputError(f"{option}: expected NAME=DATA or DATA, got {item!r}")
         file, _, split = match[2].partition("#")
         name = match[1] or re.split(r"[-_.]?[*?\[{\d]|\.(?:tar|json|csv|tsv|parquet|txt)", Path(file).name)[0] or "data"
         name += f"-{split}" if split and not match[1] else ""
         if name in splits:
-            raise InputError(f"--data: expected different split names (--data NAME=DATA), got {name!r} twice")
+            raise InputError(f"{option}: expected different split names ({option} NAME=DATA), got {name!r} twice")
         splits[name] = pairs(match[2])
     return splits

@@ -34,6 +34,9 @@ def plan(
         int,
         typer.Option(min=1, help="Plan for one of so many ranks, which share data.batch_size, and for what they exchange."),
     ] = 1,
+    rate: Annotated[
+        float | None, typer.Option(help="Pairs that a rank computes in a second, to compare the time of the exchange with.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; no GPU is needed.")] = "cuda",
     picture: Annotated[Path | None, typer.Option(help="Write a PNG of the memory during the step and by batch size.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -48,5 +51,7 @@ def plan(
     values = configs.load(config, [*(set_ or ()), *([f"data.micro_batch={micro_batch}"] if micro_batch else ())])
     from simplclip.memory import report
 
-    of_plan = {"compare": compare is not None, "ranks": ranks, "device": device, "teacher_width": teacher_width}
+    if rate is not None and not rate > 0:
+        raise InputError(f"--rate: expected pairs a second, above 0, got {rate}")
+    of_plan = {"compare": compare is not None, "ranks": ranks, "rate": rate, "device": device, "teacher_width": teacher_width}
     report.run(values, memory, picture=picture, as_json=as_json, **of_plan)

@@ -11,9 +11,10 @@ from simplclip.commands.options import Device
 
 
 def share(
-    model: Annotated[str, typer.Argument(help="As in evaluate.")],
+    model: Annotated[str, typer.Argument(help="As in evaluate, or a name such as mobileclip-s0 with --checkpoint.")],
     data: Annotated[str, typer.Option(help="Image-text pairs, as in evaluate; the first samples are used.")],
     *,
+    checkpoint: Annotated[Path | None, typer.Option(help="File with the weights of the model.")] = None,
     tower: Annotated[str, typer.Option(help="text or image.")] = "text",
     samples: Annotated[int, typer.Option(min=1, help="Images and captions to measure.")] = 256,
     budget: Annotated[str | None, typer.Option(help="Parameters to keep within, as a number or as 80% of the tower.")] = None,
@@ -27,4 +28,5 @@ def share(
     """
     from simplclip import sharing
 
-    sharing.run(model, data, tower=tower, samples=samples, budget=budget, out=out, device=device)
+    how = {"samples": samples, "budget": budget, "out": out, "device": device}
+    sharing.run(model, data, checkpoint=checkpoint, tower=tower, **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -65,3 +66,14 @@ def process_bytes(name: str) -> int:
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MiB: of the GPU's allocator, or of the process's resident set on a CPU (0 outside Linux)."""
     return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM")) / 2**20
+
+
+def gpu_use(device: torch.device) -> str:
+    """The memory of the GPU that all processes use, and how busy it is, which only nvidia-ml-py tells; "" for a CPU."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    used = f"  GPU {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    with contextlib.suppress(Exception):
+        used += f", {torch.cuda.utilization(device)}% busy"
+    return used

@@ -260,6 +260,7 @@ class Epoch(IterableDataset):
         if self.teacher:
             captions = len(opened.features) - len(opened.captions)  # where those of captions begin
             features = torch.from_numpy(opened.features[[number, *(captions + i for i in drawn)]])
+            features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
         return pixels, colour, texts, opened.group_id, sample["__key__"], opened.record, features
 
     def _collate(self, prepared: list[tuple]) -> Batch:

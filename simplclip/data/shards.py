@@ -342,7 +342,7 @@ def not_empty(texts: list[Any]) -> list[str]:
 
 
 def _features(opened: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
-    """A teacher's features of a sample, float16; and the views of the image that it saw."""
+    """A teacher's features of a sample, float16, or bfloat16 stored as uint16; and the views of the image that it saw."""
     files, captions, views = opened.files, len(opened.captions), None
     place = f"sample {files['__key__']!r} of shard {files['__url__']!r}"
     if TEACHER not in files:
@@ -351,8 +351,8 @@ def _features(opened: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
         raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
         features = from_bytes(files[TEACHER])
-        if features.dtype != np.float16 or features.ndim != 2:
-            raise ValueError(f"expected float16 [1 + C, D], got {features.dtype} {list(features.shape)}")
+        if features.dtype not in (np.float16, np.uint16) or features.ndim != 2:
+            raise ValueError(f"expected float16 or uint16 [1 + C, D], got {features.dtype} {list(features.shape)}")
         if VIEWS in files:
             views = json_of(files[VIEWS])
             if not views or not all(isinstance(view, dict) for view in views):

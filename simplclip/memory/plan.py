@@ -84,12 +84,14 @@ def make(
     compare: bool = False,
     solve: bool = True,
     ranks: int = 1,
+    rate: float | None = None,
 ) -> Plan:
     """The plan of `config` on a device with `budget`.
 
     config.data.micro_batch "auto" means the result of `micro_batch_that_fits`. teacher_width: D̂ of the stored features, if
     the shards are not on this machine. compare: also predict the original model with open_clip's losses. solve: search the
-    largest batches. ranks: the plan is of one of so many, each with its share of data.batch_size.
+    largest batches. ranks: the plan is of one of so many, each with its share of data.batch_size. rate: pairs that a rank
+    computes in a second, to compare the time of the exchange with.
 
     Raises: ConfigError; InputError if torch is a build without CUDA; UncountedOp if the memory of an op cannot be predicted.
     """
@@ -118,7 +120,7 @@ def make(
     usage, measured = this.usage(), None
     micro = config.to_dict()["data"]["micro_batch"]
     answers = [Answer("as configured", config.data.batch_size, micro, usage.peak, usage.peak <= budget.usable)]
-    exchange = this.exchange() if ranks > 1 else {}
+    exchange = this.exchange(rate) if ranks > 1 else {}
     if on_card and torch.cuda.is_available() and ranks == 1:
         try:
             measured = measure(TrainerStep(config, this.precision, teacher_width), this.device)
@@ -188,8 +190,8 @@ class _Planner:
         usage, self.width = predict(step, self.device, self.ranks), step.width()
         return usage
 
-    def exchange(self) -> dict[str, Any]:
-        """Of a step and a rank: bytes sent by what they are, and seconds by link."""
+    def exchange(self, rate: float | None) -> dict[str, Any]:
+        """Of a step and a rank: bytes sent by what they are, seconds by link and, from the rate, those of the computation."""
         data, loss = self.config.data, self.base.loss
         teacher = self.base.teacher["width"] if self.base.teacher else 0
         trained = [p for module in (self.base.model, loss) for p in module.parameters() if p.requires_grad]
@@ -201,7 +203,8 @@ class _Planner:
             projected=getattr(loss, "image_projections", None) is not None, ids=True,
             parameters=sum(p.numel() for p in trained),
         )  # fmt: skip
-        return {"sent": exchange.sent(), "seconds": exchange.seconds()}
+        computing = None if rate is None else data.batch_size / rate
+        return {"sent": exchange.sent(), "seconds": exchange.seconds(), "computing": computing}
 
     def with_micro_batch(self) -> Config:
         size = self.config.data.batch_size

@@ -77,13 +77,14 @@ def show(plan: Plan, console: Console) -> None:
 def _exchange(exchange: dict[str, Any]) -> list[Table]:
     if not exchange:
         return []
-    sent = exchange["sent"]
+    sent, computing = exchange["sent"], exchange["computing"]
     what = [(name, f"{size / 2**20:,.1f}") for name, size in [*sent.items(), ("total", sum(sent.values()))]]
-    times = [(link, f"{1e3 * seconds:,.1f}") for link, seconds in exchange["seconds"].items()]
-    return [
-        table(("a rank sends in a step", "MiB"), what, numbers=True),
-        table(("over a link of its own", "ms"), times, numbers=True),
-    ]
+    columns, times = ["over a link of its own", "ms"], []
+    if computing is not None:
+        columns.append(f"of {1e3 * computing:,.0f} ms of computation")
+    for link, seconds in exchange["seconds"].items():
+        times.append((link, f"{1e3 * seconds:,.1f}", *([f"{seconds / computing:.1%}"] if computing else [])))
+    return [table(("a rank sends in a step", "MiB"), what, numbers=True), table(columns, times, numbers=True)]
 
 
 def _at_a_time(micro_batch: int | dict[str, int | None] | None) -> str:

@@ -5,6 +5,6 @@ it, by one teacher or several; caption.py is `simplclip caption`.
 """
 
 from simplclip.evaluation.encoder import load
-from simplclip.teacher.features import Ensemble, Views, run, student_transform, write
+from simplclip.teacher.features import Ensemble, Views, evaluate, run, student_transform, write
 
-__all__ = ["Ensemble", "Views", "load", "run", "student_transform", "write"]
+__all__ = ["Ensemble", "Views", "evaluate", "load", "run", "student_transform", "write"]

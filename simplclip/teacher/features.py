@@ -1,4 +1,7 @@
-"""`simplclip teacher`: writes a teacher's features of shards into sidecars; several teachers are one `Ensemble`."""
+"""`simplclip teacher`: writes a teacher's features of shards into sidecars, and measures its retrieval.
+
+Several teachers are one `Ensemble`.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
+from simplclip import models, retrieval
 from simplclip.common import hardware, plugins, ranks
 from simplclip.common.errors import InputError
+from simplclip.data import held_out
 from simplclip.data.decode import size_of
 from simplclip.data.epoch import seeded
 from simplclip.data.pack import local_shards
@@ -31,6 +36,8 @@ from simplclip.data.transforms import ImageTransform, View, augmentation, stack
 from simplclip.evaluation.encoder import BUILTIN, Encoder, load
 from simplclip.train import config as configs
 from simplclip.train.state import image_transform
+
+DTYPES = ("fp16", "bf16")
 
 
 @dataclass
@@ -136,6 +143,7 @@ def write(
     teacher: Encoder | Sequence[Encoder],
     *,
     views: Views | None = None,
+    dtype: str = "fp16",
     sidecars: Folders = (),
     batch_size: int = 64,
     progress: bool = True,
@@ -145,14 +153,15 @@ def write(
     shards: what `data.parts_of` takes; what is no local tar is first copied into shards, see `data.pack.local_shards`.
 
     teacher.npy is [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
-    `shards.captions_of`, in float16. With k `views` it is [k + C, D̂], and views.json has the views, which `make_loader`
-    replays. Several teachers are an `Ensemble`.
+    `shards.captions_of`. With k `views` it is [k + C, D̂], and views.json has the views, which `make_loader` replays. It is
+    float16, or with dtype "bf16" bfloat16, stored as uint16, which numpy has. Several teachers are an `Ensemble`.
 
     sidecars: folders that are joined to the shards first, e.g. with captions of `simplclip caption`.
     batch_size: number of samples, of views, and of captions, encoded at a time.
 
     See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
     """
+    _check_dtype(dtype)
     teachers = Ensemble([teacher] if isinstance(teacher, Encoder) else list(teacher))
 
     def process(samples: list[Pair]) -> list[dict[str, bytes]]:
@@ -166,36 +175,56 @@ def write(
         captions = [sample.captions for sample in samples]
         texts = teachers.encode_text([text for several in captions for text in several], batch_size)
         rows = zip(images, texts.split([len(several) for several in captions]), strict=True)
-        return [{TEACHER: _npy(torch.cat(parts)), **others} for parts, others in zip(rows, files)]
+        return [{TEACHER: _npy(torch.cat(parts), dtype), **others} for parts, others in zip(rows, files)]
 
-    about = teachers.stamp() | {"dtype": "fp16"} | ({} if views is None else {"views": views.stamp()})
+    about = teachers.stamp() | {"dtype": dtype} | ({} if views is None else {"views": views.stamp()})
     options = {"batch_size": batch_size, "progress": progress, "title": "teacher"}
     shards = ranks.of_first(partial(local_shards, shards, out, progress=progress))
     return rewrite(shards, out, process, stamp={"teacher": about}, sidecar=True, sidecars=sidecars, **options)
 
 
-def _npy(rows: Tensor) -> bytes:
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+
+
+def _npy(rows: Tensor, dtype: str) -> bytes:
     file = io.BytesIO()
-    np.save(file, rows.half().numpy(), allow_pickle=False)
+    array = rows.half().numpy() if dtype == "fp16" else rows.bfloat16().view(torch.uint16).numpy()
+    np.save(file, array, allow_pickle=False)
     return file.getvalue()
 
 
-def student_transform(config: str | None = None, augment: str | None = None) -> ImageTransform:
-    """The transform of a student in training: that of a config (file or name), or one of an augmentation.
+def student_transform(config: str | None = None, model: str | None = None, augment: str | None = None) -> ImageTransform:
+    """The transform of a student in training: that of a config (file or name), or of a model and an augmentation.
 
     With neither it is open_clip's own augmentation. augment: as data.augment, a mapping as YAML. Raises InputError for one
     whose draws cannot be stored, such as timm's.
     """
     fields = configs.parse_yaml(augment, "augment") if augment else None
     if config is not None:
-        if augment is not None:
-            raise InputError("config: expected no augment beside it, which it names")
+        if model is not None or augment is not None:
+            raise InputError("config: expected no model and no augment beside it, which it names")
         found = image_transform(configs.load(config, ()))
+    elif model is not None:
+        found = models.transforms(model, train=True, augment=fields)
     else:
         found = ImageTransform(PreprocessCfg(), None if fields == "none" else fields or {})
     if not isinstance(found, ImageTransform):
         raise InputError(f"augment: expected one whose draws can be stored (without use_timm), got {found!r}")
     return found
+
+
+def evaluate(
+    teacher: Encoder, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Retrieval of a teacher on splits (name -> shards): the results of `retrieval.recall_of` by name."""
+    figures = {}
+    for name, shards in splits.items():
+        split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
+        retrieval.encode(teacher.model, split, batch_size, teacher.device, teacher.precision, who=teacher.name)
+        figures[name] = ranks.of_first(partial(retrieval.recall_of, split, teacher.device)) or {}
+    return figures
 
 
 def run(
@@ -205,7 +234,9 @@ def run(
     name: str | Sequence[str] = BUILTIN,
     checkpoint: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     heads_file: str | os.PathLike | None = None,
+    splits: Mapping[str, str] | None = None,
     views: Views | None = None,
+    dtype: str = "fp16",
     sidecars: Folders = (),
     batch_size: int = 64,
     device: str = "auto",
@@ -213,18 +244,22 @@ def run(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher".
+    """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
 
     name, checkpoint: of a teacher, see `simplclip.load`; or of several, with a checkpoint for each or none.
     heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
     and saved there: on the shards named train* if there are any, else on all shards.
-    views, sidecars, batch_size: see `write`.
+    splits: name -> shards on which the teacher's retrieval is measured, of several teachers that of each.
+    views, dtype, sidecars, batch_size: see `write`.
     """
     names = [name] if isinstance(name, str) else list(name)
     checkpoints = list(checkpoint) if isinstance(checkpoint, (list, tuple)) else [checkpoint] * (checkpoint is not None)
     if len(checkpoints) not in (0, len(names)):
         raise InputError(f"checkpoint: expected one for each of {len(names)} teachers or none, got {len(checkpoints)}")
+    _check_dtype(dtype)
     parts_of(shards)  # raises its error before the work
+    for split in (splits or {}).values():
+        held_out(split)
     place = ranks.device(device)
     precision, _ = hardware.pick_precision(precision, place)
     say = print if progress and ranks.first() else lambda line: None
@@ -244,13 +279,20 @@ def run(
         encoders.append(load(source, weights, device=place, precision=precision))
         if note:
             say(note)
-    options = {"views": views, "sidecars": sidecars, "batch_size": batch_size, "progress": progress}
+    options = {"views": views, "dtype": dtype, "sidecars": sidecars, "batch_size": batch_size, "progress": progress}
     summary = write(shards, out, encoders, **options)
     about = Ensemble(encoders).stamp()
     seen = "" if views is None else f" of {views.number} views of each image"
     what = f"features of {about['name']}{seen}, width {about['width']}"
     say(f"wrote {summary['path']}: {summary['samples']} samples with {what}")
-    return summary | {"teacher": about}
+    figures = {}
+    for encoder in encoders:
+        whose = "" if len(encoders) == 1 else f" ({encoder.name})"
+        for split, directions in evaluate(encoder, splits or {}, batch_size=batch_size).items():
+            figures[split + whose] = directions
+            shown = (f"{d.replace('_', ' ')} R@1 {found['R@1']['value']:.1%}" for d, found in directions.items())
+            say(f"{split}{whose}: {', '.join(shown)}")
+    return summary | {"teacher": about, "figures": figures}
 
 
 def _heads(source: str, shards: Any, out: str | os.PathLike, file: Path, options: Mapping[str, Any]) -> tuple[Any, str]:

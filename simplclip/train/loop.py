@@ -99,7 +99,7 @@ def run(
         whole = LastStep(training)
         stop = stack.enter_context(StopRequest(console))
         try:
-            report, log = Reporter(console, config.run), RunLog(out, training.step)
+            report, log = Reporter(console, config.run, device), RunLog(out, training.step)
             with report.status:
                 for line in announce.lines(training, why, source):
                     report.print(line)

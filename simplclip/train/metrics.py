@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
-from simplclip.common import ranks
+from simplclip.common import hardware, ranks
 from simplclip.common.errors import InputError, visible
 from simplclip.common.files import write_csv
 from simplclip.common.plotting import COLOURS, INK, MUTED, new_figure, style, write
@@ -26,8 +27,8 @@ class Reporter:
     print_every: steps between two lines outside a terminal; None: by time.
     """
 
-    def __init__(self, console: Console, config: RunConfig):
-        self.console, self.steps, self.live = console, config.steps, console.is_terminal
+    def __init__(self, console: Console, config: RunConfig, device: torch.device):
+        self.console, self.steps, self.device, self.live = console, config.steps, device, console.is_terminal
         self.print_every = None if self.live else config.print_every
         self.pace = Pace(at_most=0.25) if self.live else Pace()
         self.status: Any = console.status("first step") if self.live else contextlib.nullcontext()
@@ -45,6 +46,7 @@ class Reporter:
             f"step {step}/{self.steps}  {duration(self.pace.seconds)} gone, {duration(seconds_left)} left  "
             f"loss {row['loss']:.3f}  {terms}  lr {row['lr']:.2e}  scale {row['logit_scale']:.1f}{bias}  "
             f"{row['samples_per_s']:.0f} samples/s  waiting for data {row['data_share']:.0%}  peak {row['peak_mb']:.0f} MiB"
+            f"{hardware.gpu_use(self.device)}"
         )
         if self.live and not last:
             self.status.update(line)

@@ -22,7 +22,7 @@ COMMANDS = {
     ],
     "teacher": [
         *["teacher", "../data/train-{0..2}.tar", "--out", "taught", *TEACHER],
-        *["--precision", "fp32"],
+        *["--evaluate", "held=../data/train-0.tar", "--precision", "fp32"],
     ],
     "caption": [
         *["caption", "../data/train-{2..3}.tar", "--out", "captioned", "--model", captioners.NAME],

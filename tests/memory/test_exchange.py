@@ -133,8 +133,9 @@ def test_a_plan_of_ranks(tmp_path):
     )
     options = {"device": "cpu", "solve": False}
     of_one = make(share, BUDGET, **options)
-    plan = make(config, BUDGET, **options, ranks=4)
+    plan = make(config, BUDGET, **options, ranks=4, rate=320.0)
     assert (plan.ranks, plan.answers[0].batch_size) == (4, 64)
+    assert plan.exchange["computing"] == 0.2
     more = plan.usage.at_peak["gradients"] - of_one.usage.at_peak["gradients"]
     sent = plan.exchange["sent"]["gradients of parameters"]
     assert more == sent * 2 // 3  # a copy of all gradients, of which a rank sends 2 · 3/4 times the size

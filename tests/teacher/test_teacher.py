@@ -41,9 +41,10 @@ def test_features_are_those_of_the_model(folder, tmp_path):
     out = tmp_path / "out"
     source = str(folder / "in" / "*.tar")
     options = ("--teacher", "open_clip:tiny", "--checkpoint", folder / "tiny.pt", "--batch-size", 5, "--precision", "fp32")
-    result = call("teacher", source, "--out", out, *options)
+    result = call("teacher", source, "--out", out, *options, "--evaluate", f"some={folder / 'in' / 'train-0.tar'}")
     assert result.exit_code == 0, result.output
     assert "48 samples with features of open_clip:tiny, width 16" in result.output
+    assert "some: image to text R@1" in result.output
     model = open_clip.create_model("tiny", pretrained=str(folder / "tiny.pt")).eval()
     transform = open_clip.image_transform(16, is_train=False)
     tokenizer = open_clip.get_tokenizer("tiny")
@@ -148,6 +149,7 @@ def odd(folder):
         ("--heads other.safetensors", "simplclip-heads 1, got None None"),
         ("--heads small.safetensors", "expected heads that fit; remove the file"),
         ("--teacher open_clip:tiny --heads garbage.pt", "'open_clip:tiny' has no heads"),
+        ("--evaluate none.tar", "does not exist"),
         ("--teacher open_clip:tiny --checkpoint tiny.pt --device tpu9", "device: expected"),
         ("--precision int8", "precision: expected fp32, bf16, fp16 or auto, got 'int8'"),
     ],
@@ -246,7 +248,7 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     few = [(sample["__key__"], {suffix: sample[suffix] for suffix in ("json", "png")}) for sample in every]
     write(source / "train-0.tar", few[:48])
     write(source / "held-0.tar", few[48:64])
-    result = call("teacher", source / "*.tar", "--out", tmp_path / "out")
+    result = call("teacher", source / "*.tar", "--out", tmp_path / "out", "--evaluate", source / "train-0.tar")
     assert result.exit_code == 0, result.output
     assert "heads on 48 pairs of 1 shards" in result.output  # never on what is held out
     assert (tmp_path / "out.heads.safetensors").exists()

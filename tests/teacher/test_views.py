@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from open_clip.transform import PreprocessCfg
-from pairs import call, keys, loader, members, one_line, tokenizer, write
+from pairs import call, keys, loader, members, meta, one_line, tokenizer, write
 from photos import encode, photo
 from runs import bits, check_resumed, go, state_of
 from torch.nn.functional import interpolate
@@ -159,6 +159,20 @@ def test_a_view_is_the_same_part_of_an_image_at_another_size(augment):
         assert moved > 1.5 * (shrunken - b)[..., inside, inside].abs().mean()
 
 
+def test_bfloat16(folder, tmp_path):
+    teach(folder, tmp_path / "half")
+    teach(folder, tmp_path / "brain", dtype="bf16")
+    assert meta(tmp_path / "brain")["teacher"]["dtype"] == "bf16"
+    half, brain = (batches(folder, tmp_path / name, transform(16), 0) for name in ("half", "brain"))
+    for one, other in zip(half, brain):
+        assert bits(one["image"]) == bits(other["image"])
+        for name in ("teacher_image", "teacher_text"):
+            assert other[name].dtype == torch.bfloat16
+            torch.testing.assert_close(other[name].float(), one[name].float(), atol=2**-9, rtol=2**-7)
+    with pytest.raises(ValueError, match="dtype: expected fp16 or bf16, got 'fp8'"):
+        teach(folder, tmp_path / "other", dtype="fp8")
+
+
 def test_only_a_transform_that_replays_takes_views(folder, tmp_path):
     teach(folder, tmp_path / "out")
     for workers in (0, 1):
@@ -204,28 +218,31 @@ def command(folder, out, *options):
 
 @pytest.mark.slow
 def test_the_command_and_its_stamp(folder, tmp_path):
-    options = ("--views", 3, "--augment", "affine")
+    options = ("--views", 3, "--model", "siclip-tiny", "--evaluate", folder / "in" / "train-0.tar")
     result = call(*command(folder, tmp_path / "out", *options))
     assert result.exit_code == 0, result.output
     name = "open_clip:tiny + open_clip:tiny-wide"
     assert f"6 samples with features of {name} of 3 views of each image, width 40" in result.output.replace("\n", " ")
+    assert result.output.count("image to text R@1") == 2
     stamp = data.teacher_stamp(data.expand(str(folder / "in" / "*.tar")), [tmp_path / "out"])
     assert (stamp["name"], stamp["width"], stamp["dtype"]) == (name, 40, "fp16")
     assert [one["width"] for one in stamp["teachers"]] == [16, 24]
-    assert stamp["views"] == {"number": 3, "augment": "affine", "seed": 0}
-    message = one_line(*command(folder, tmp_path / "out", "--views", 4, "--augment", "affine"))
+    student = models.transforms("siclip-tiny", train=True)
+    assert stamp["views"] == {"number": 3, "augment": data.transforms.augmentation(student), "seed": 0}
+    message = one_line(*command(folder, tmp_path / "out", "--views", 4, "--model", "siclip-tiny"))
     assert "teacher.views.number was 3, now 4" in message
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--augment", "affine"), "--config, --augment: expected --views beside them, got none"),
+        (("--model", "siclip-tiny"), "--config, --model, --augment: expected --views beside them, got none"),
         (("--views", 2, "--augment", "none"), "views: expected a transform that augments, got one without"),
         (("--views", 2, "--augment", "{use_timm: true}"), "augment.use_timm: expected none, as timm"),
-        (("--views", 2, "--config", "siclip-tiny-emoji", "--augment", "affine"), "config: expected no augment"),
+        (("--views", 2, "--config", "siclip-tiny-emoji", "--augment", "affine"), "config: expected no model and no augment"),
         (("--checkpoint", "none.pt"), "checkpoint: expected one for each of 2 teachers or none, got 3"),
         (("--sidecars", "none"), "sidecars: expected folders, got 'none', which is none"),
+        (("--dtype", "int8"), "dtype: expected fp16 or bf16, got 'int8'"),
     ],
 )
 def test_wrong_options_end_in_one_line(folder, tmp_path, options, message):
@@ -238,14 +255,14 @@ def test_where_the_augmentation_is_from(tmp_path):
     assert of(teacher.student_transform()) == of(transform(8, {}))
     assert of(teacher.student_transform(augment="affine")) == "affine"
     assert of(teacher.student_transform(augment="{scale: [0.4, 1.0]}"))["scale"] == [0.4, 1.0]
+    assert of(teacher.student_transform(model="siclip-tiny")) == of(models.transforms("siclip-tiny", train=True))
     path = tiny.write_config(tmp_path)
     settings = configs.load(path, ["data.augment={scale: [0.7, 1.0]}"])
     (tmp_path / "own.yaml").write_text(settings.to_yaml())
     assert of(teacher.student_transform(config=str(tmp_path / "own.yaml"))) == of(transform(8, {"scale": (0.7, 1.0)}))
     assert of(transform(8, None)) == "none"
-    (tmp_path / "timm.yaml").write_text(configs.load(path, ["data.augment={use_timm: true}"]).to_yaml())
     with pytest.raises(ValueError, match="augment: expected one whose draws can be stored .without use_timm., got Compose"):
-        teacher.student_transform(config=str(tmp_path / "timm.yaml"))
+        teacher.student_transform(model="siclip-tiny", augment="{use_timm: true}")
 
 
 WIKD = ["loss.feature_weight=1.0", "loss.relational_weight=1.0", "loss.interactive_weight=1.0"]

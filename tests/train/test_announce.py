@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from runs import bits, check_ends_as, go, rows, state_of
 
+from simplclip.common import hardware
 from simplclip.train import announce, trust
 from simplclip.train import loop as train
 from simplclip.train.batches import batches, with_steps
@@ -135,12 +136,24 @@ def test_a_run_of_some_epochs_goes_on_for_more(tmp_path):
     assert trust.flag(stored) == ""
 
 
+def test_memory_and_use_of_a_gpu(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (19 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
+    assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB, 97% busy"
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (19 * 2**30, 24 * 2**30))
+    assert hardware.gpu_use(cuda) == "  GPU 5.0 of 24.0 GiB"  # neither nvidia-ml-py nor a driver is here
+    assert hardware.gpu_use(torch.device("cpu")) == ""
+
+
 @pytest.mark.slow
-def test_a_terminal_shows_a_line_that_changes(tmp_path):
+def test_a_terminal_and_a_gpu_show_in_the_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "gpu_use", lambda device: "  GPU 5.0 of")
     for live in (False, True):
         text = io.StringIO()
         console = Console(file=text, width=300, force_terminal=live)
         train.run(tiny.settings(tmp_path, "run.steps=2", f"run.out={tmp_path / str(live)}"), console=console)
-        lines = re.findall(r"^.*step 2/2  \d s gone, 0 s left  loss .* MiB", text.getvalue(), re.M)
+        lines = re.findall(r"^.*step 2/2  \d s gone, 0 s left  loss .* MiB  GPU 5.0 of", text.getvalue(), re.M)
         assert len(lines) == 1
         assert ("first step" in text.getvalue()) == live
