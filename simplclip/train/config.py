@@ -26,8 +26,8 @@ class ConfigError(InputError):
 
 
 NODES = 100_000  # most values of a YAML document
-# Settings of earlier versions that a checkpoint may have, with the value that is in force now; ANY: it changes no result.
-ANY = object()
+ANY = object()  # a value that changes no result
+# Settings of earlier versions that a checkpoint may have, with the value that is in force now.
 GONE = {
     "model.sync_norms": ANY,
     "data.on_error": "skip",
