@@ -27,7 +27,7 @@ class ConfigError(InputError):
 
 NODES = 100_000  # most values of a YAML document
 ANY = object()  # a value that changes no result
-# Settings of earlier versions that a checkpoint may have, with the value that is in force now.
+# Settings of earlier versions that a checkpoint or the config.yaml of a run may have, with the value that is in force now.
 GONE = {
     "model.sync_norms": ANY,
     "data.on_error": "skip",
@@ -35,8 +35,6 @@ GONE = {
     "data.max_bytes": 256 << 20,
     "loss.projection": ANY,
     "optim.min_lr": 0.0,
-    "optim.options.betas": [0.9, 0.98],
-    "optim.options.eps": 1e-6,
     "optim.options.amsgrad": False,
     "run.save_minutes": ANY,
 }
@@ -79,6 +77,8 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     if not isinstance(values, dict | None):
         raise ConfigError(f"{source}: expected a mapping of sections, got {shown(values)}")
     values = values or {}
+    if file.name == "config.yaml":
+        _drop_gone(values)
     for item in overrides:
         _override(values, item)
     return from_dict(values)

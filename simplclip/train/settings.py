@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -195,17 +195,23 @@ class LossConfig(Section):
         return bool({"relational_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
 
 
+ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}  # arguments of torch.optim.AdamW that a config need not have
+
+
 class OptimConfig(Section):
     lr: float = Field(1e-3, gt=0, description="learning rate at the end of the warm-up")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms, biases, gains and scalars have none")
-    options: dict[str, Any] = Field(
-        {}, description="further arguments of torch.optim.AdamW, in place of betas [0.9, 0.98] and eps 1e-6"
-    )
+    options: dict[str, Any] = Field(ADAMW, description="further arguments of torch.optim.AdamW")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the moving average of the weights that is evaluated and exported, e.g. 0.9999"
     )
     grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null disables clipping")
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _with_defaults(cls, options: Any) -> Any:
+        return ADAMW | options if isinstance(options, dict) else options
 
 
 class EvalConfig(Section):

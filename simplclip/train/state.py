@@ -332,9 +332,10 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
             (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)
     rest += [p for p in loss.parameters() if p.requires_grad]
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    options: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-6, **o.options}
+    fused = decayed[0].device.type in ("cpu", "cuda")
     try:
-        return torch.optim.AdamW(groups, lr=o.lr, fused=decayed[0].device.type in ("cpu", "cuda"), **options)
+        options: dict[str, Any] = {**o.options, "betas": tuple(o.options["betas"])}
+        return torch.optim.AdamW(groups, lr=o.lr, fused=fused, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim.options: expected arguments of torch.optim.AdamW, got {o.options}: {error}") from None
 

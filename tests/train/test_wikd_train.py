@@ -49,7 +49,12 @@ def test_many_micro_batches_do_not_use_up_file_descriptors(tmp_path):
     ("change", "teacher", "error", "message"),
     [
         ("loss.feature_weight=1", 0, data.ShardError, "no teacher is named in .*meta.json; make them by `simplclip teacher`"),
-        ("optim.options.beta=1", 0, ConfigError, "optim.options: expected arguments of torch.optim.AdamW, got {'beta': 1}: "),
+        (
+            "optim.options.beta=1",
+            0,
+            ConfigError,
+            "optim.options: expected arguments of torch.optim.AdamW, got {.*'beta': 1}",
+        ),
         ("optim.options.betas=[1, 2]", 0, ConfigError, "optim.options: .*: Invalid beta parameter at index 0: 1"),
         ("inherit.source=nowhere.pt", 0, Exception, "nowhere.pt"),
         ("data.micro_batch=4", 0, ValueError, "model: expected no batch statistics, got BatchNorm"),
