@@ -19,10 +19,9 @@ from simplclip.memory import report
 from simplclip.train import config
 
 CARD, TEACHER_WIDTH = "rtx-3090", 768
-PLAIN = ["data.captions_per_image=1", "loss.feature_weight=0", "loss.interactive_weight=0", "loss.projection=false"]
+PLAIN = ["data.captions_per_image=1", "loss.feature_weight=0", "loss.interactive_weight=0"]
 SAME = ["loss.pm_weight=0", "loss.relational_weight=1"]  # what open_clip's DistillClipLoss computes
 WIKD = [f"loss.{name}=1" for name in ("relational_weight", "interactive_weight", "feature_weight", "pm_weight")]
-WIKD += ["loss.projection=true"]
 WHOLE = ["inherit={}", "model.freeze_norms=true"]
 CASES = {
     "all of it trained": [*WHOLE, *SAME],

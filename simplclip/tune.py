@@ -12,7 +12,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,7 +42,7 @@ Times = dict[Any, list[list[float]]]  # candidate -> of each call, the seconds o
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the calls that are measured."""
+    """Sizes of the calls that are measured."""
 
     attentions: tuple[Attention, ...]
     mlps: tuple[Mlp, ...]
@@ -192,25 +191,16 @@ def loss(n: int, width: int, dtype: torch.dtype, device: str) -> Run:
     return _results([image, text], lambda: ops.similarity_loss(image, text, 20.0)["contrastive"])
 
 
-def _clock() -> float:
-    """Seconds without those in which this thread could have run and other processes did; only Linux tells them."""
-    try:
-        waited = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
-    except (OSError, IndexError):
-        waited = 0
-    return time.perf_counter() - waited / 1e9
-
-
 def _seconds(run: Run, count: int, device: str) -> float:
     """Of a call, from a sample of `count`."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = _clock()
+    start = time.perf_counter()
     for _ in range(count):
         run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return (_clock() - start) / count
+    return (time.perf_counter() - start) / count
 
 
 def _wrong(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> str:

@@ -21,6 +21,17 @@ PROOF = {
 SLOW = {"kernels", "single", "double", "documented_runs", "tiny", "vit", "trained", "of_ranks", "interpreted"}
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for what is found out about this machine."""
+    from simplclip.common import machine
+
+    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path / "cache"))
+    machine.forget()
+    yield tmp_path / "cache"
+    machine.forget()
+
+
 def pytest_addoption(parser):
     parser.addoption("--prove", action="store_true", help="proofs at full length, for hours (make prove)")
     parser.addoption(

@@ -1,4 +1,8 @@
-"""What predicted times assume beside data sheets and machine code."""
+"""What predicted times assume beside data sheets and machine code, and what multiprocessors do in a clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 # Assumed, not from data sheets: what cuBLAS reaches of half-type products (TFLOP/s), kernels of the memory and of the cache
 # (TB/s). Products of other types are assumed to reach the same share of their peaks.
@@ -28,3 +32,26 @@ ASSUMPTIONS = (
 
 def lines(card: str) -> list[str]:
     return [line.format(*SUSTAINED[card]) for line in ASSUMPTIONS]
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Results a clock of one multiprocessor, by compute capability: CUDA C++ Programming Guide, "Arithmetic Instructions".
+
+    The pipes of float32 (add, multiply, fused), of comparisons, selections and integers, and of 2^x, 1/x and conversions; and
+    bytes of shared memory a clock.
+    """
+
+    fma: int
+    alu: int
+    mufu: int = 16
+    shared: int = 128
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 64),
+    86: Multiprocessor(128, 64),
+    89: Multiprocessor(128, 64),
+    90: Multiprocessor(128, 64),
+    120: Multiprocessor(128, 64),
+}

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.bound import ptx, sass
+from benchmarks.bound.assumed import Multiprocessor
 from benchmarks.bound.machine import gate
 from benchmarks.bound.trace import Step
-from simplclip.common.cards import Multiprocessor
 from simplclip.ops import backends
 
 ROOT = Path(__file__).resolve().parents[2]

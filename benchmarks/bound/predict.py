@@ -19,10 +19,11 @@ from benchmarks.bound.assumed import (
     HOST_US,
     LAUNCH_US,
     MMA_SYNC_SM90,
+    MULTIPROCESSORS,
     SUSTAINED,
 )
 from benchmarks.bound.trace import Stand, Step
-from simplclip.common.cards import CARDS, MULTIPROCESSORS, Card
+from simplclip.common.cards import CARDS, Card
 
 
 @dataclass

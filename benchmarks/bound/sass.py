@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from benchmarks.bound.assumed import Multiprocessor
 from benchmarks.bound.ptx import Instruction, Loop, nested
-from simplclip.common.cards import Multiprocessor
 
 PIPES = ("issue", "tensor", "fma", "alu", "mufu", "lsu")
 PARTITIONS = 4

@@ -37,7 +37,7 @@ TEACHER_WIDTH = 768
 PAIRS = 128  # of a step
 CPU_BYTES = 112 << 20  # that a step may take where there is no card, to try this program
 PHOTOS = 768
-NO_TEACHER = ["data.captions_per_image=1", "data.sidecars=[]", "loss.contrastive_weight=1", "loss.projection=false"]
+NO_TEACHER = ["data.captions_per_image=1", "data.sidecars=[]", "loss.contrastive_weight=1"]
 NO_TEACHER += [f"loss.{name}_weight=0" for name in ("feature", "relational", "interactive")]
 
 

@@ -29,16 +29,6 @@ def doctor(
     typer.echo(json.dumps(found, indent=2) if as_json else render(found, why))
 
 
-_LIMITS = {
-    "major": "major",
-    "minor": "minor",
-    "multiprocessors": "multi_processor_count",
-    "shared_bytes_per_block": "shared_memory_per_block_optin",
-    "shared_bytes_per_multiprocessor": "shared_memory_per_multiprocessor",
-    "registers_per_multiprocessor": "regs_per_multiprocessor",
-}
-
-
 def _gpu() -> dict:
     import torch
 
@@ -49,12 +39,10 @@ def _gpu() -> dict:
         return {"available": False, "reason": f"torch {torch.__version__} ({built}) sees no device"}
     properties = torch.cuda.get_device_properties(0)
     gpu = {"available": True, "name": properties.name, "memory_bytes": properties.total_memory}
-    if backends.cuda_extension is not None:
-        gpu["limits"] = {name: getattr(properties, attribute) for name, attribute in _LIMITS.items()}
-        gpu["limits"]["binary_version"] = backends.cuda_extension.binary_version(0)
-        if not gpu["limits"]["binary_version"]:
-            built = backends.cuda_extension.architectures()
-            gpu["reason"] = f"this build's kernels ({built}) do not run on it: rebuild with TORCH_CUDA_ARCH_LIST"
+    gpu["capability"] = f"{properties.major}.{properties.minor}"
+    if backends.cuda_extension is not None and not backends.cuda_extension.binary_version(0):
+        built = backends.cuda_extension.architectures()
+        gpu["reason"] = f"this build's kernels ({built}) do not run on it: rebuild with TORCH_CUDA_ARCH_LIST"
     return gpu
 
 
@@ -135,18 +123,19 @@ def render(data: dict, why: bool = False) -> str:
     if kernels["loaded"]:
         bf16 = "bfloat16 products in hardware" if kernels["native_bfloat16"] else "bfloat16 computed in float32"
         built = f"{kernels['instruction_set']}, {bf16}; built by {kernels['compiler']}"
+    card = gpu.get("reason")
+    if gpu["available"]:
+        card = f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB, compute capability {gpu['capability']}"
     rows = [
         ("simplclip", f"{data['simplclip']}, Python {data['python']}, {data['platform']}"),
         ("packages", ", ".join(f"{name} {version or '(not installed)'}" for name, version in data["packages"].items())),
         ("CPU", f"{cpu['threads']} threads on {cpu['cores']} cores, torch uses {cpu['torch_instruction_set']}"),
         ("CPU kernels", built),
         ("CUDA kernels", cuda_kernels.get("reason") or f"for {cuda_kernels['architectures']}"),
-        ("GPU", f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.1f} GiB" if gpu["available"] else gpu["reason"]),
+        ("GPU", card),
     ]
     if gpu["available"] and "reason" in gpu:
         rows.append(("", gpu["reason"]))
-    if "limits" in gpu:
-        rows.append(("", ", ".join(f"{name} {value}" for name, value in gpu["limits"].items())))
     tuned = (f"{device} {date}" if date else f"{device} not tuned: simplclip tune" for device, date in data["tuned"].items())
     rows.append(("tuned", ", ".join(tuned)))
     if data["forced_backend"]:

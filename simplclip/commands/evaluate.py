@@ -34,7 +34,6 @@ def evaluate(
     templates: Annotated[
         list[str] | None,
         typer.Option(
-            "--template",
             "--templates",
             help='Phrase around a label, e.g. "a photo of {}"; openai or simple for open_clip\'s lists; or a file. May be '
             "repeated. Default: those of the data, or eval.templates of the config.",

@@ -83,41 +83,31 @@ def _root(
     pass
 
 
-app.command(short_help="Show which backend runs each op on this machine.", epilog="Example: simplclip doctor --why")(doctor)
-app.command(
-    short_help="Prove each op on each backend of this machine.", epilog="Example: simplclip selftest --json selftest.json"
-)(selftest)
-app.command(short_help="Measure the forms of each op here and keep the fastest.", epilog="Example: simplclip tune siclip-s0")(
-    tune
-)
-app.command(short_help="Train a model.", epilog="Example: simplclip train siclip-s0 --set data.train=shards/*.tar --resume")(
-    train
-)
-app.command(
-    short_help="Evaluate models by retrieval and classification.",
-    epilog="Example: simplclip evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
-)(evaluate)
-app.command(
-    short_help="Write features of images or texts; search them.",
-    epilog="Example: simplclip embed photos --model runs/NAME --out photos.npz; "
-    "simplclip embed photos.npz --find 'a red car' --picture hits.png",
-)(embed)
-app.command(
-    short_help="Measure which blocks of a model are alike and may share weights.",
-    epilog="Example: simplclip share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --tower text --budget 60%",
-)(share)
-app.command(
-    short_help="Predict the memory of a training step.",
-    epilog="Example: simplclip plan siclip-s0 --card 3090 --compare open_clip",
-)(plan)
-app.command(short_help="Write a folder for open_clip, with ONNX.", epilog="Example: simplclip export runs/NAME --out export")(
-    export
-)
-app.command(
-    short_help="Add synthetic captions to shards.",
-    epilog="Example: simplclip caption shards/*.tar --out captioned --checkpoint coca.pt --n 3",
-)(caption)
-app.command(
-    short_help="Write a teacher's features beside shards.",
-    epilog="Example: simplclip teacher shards/*.tar --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
-)(teacher)
+# The commands in the order of the help, what each does, and an example.
+COMMANDS = {
+    doctor: ("Show which backend runs each op on this machine.", "doctor --why"),
+    selftest: ("Prove each op on each backend of this machine.", "selftest --json selftest.json"),
+    tune: ("Measure the forms of each op here and keep the fastest.", "tune siclip-s0"),
+    train: ("Train a model.", "train siclip-s0 --set data.train=shards/*.tar --resume"),
+    evaluate: (
+        "Evaluate models by retrieval and classification.",
+        "evaluate runs/NAME open_clip:ViT-B-32/openai.pt --data test=shards/test-*.tar",
+    ),
+    embed: (
+        "Write features of images or texts; search them.",
+        "embed photos --model runs/NAME --out photos.npz; simplclip embed photos.npz --find 'a red car' --picture hits.png",
+    ),
+    share: (
+        "Measure which blocks of a model are alike and may share weights.",
+        "share open_clip:ViT-B-32/openai --data 'shards/val-*.tar' --tower text --budget 60%",
+    ),
+    plan: ("Predict the memory of a training step.", "plan siclip-s0 --card 3090 --compare open_clip"),
+    export: ("Write a folder for open_clip, with ONNX.", "export runs/NAME --out export"),
+    caption: ("Add synthetic captions to shards.", "caption shards/*.tar --out captioned --checkpoint coca.pt --n 3"),
+    teacher: (
+        "Write a teacher's features beside shards.",
+        "teacher shards/*.tar --out taught --teacher open_clip:ViT-B-32 --checkpoint vit.pt",
+    ),
+}
+for command, (what, example) in COMMANDS.items():
+    app.command(short_help=what, epilog=f"Example: simplclip {example}")(command)

@@ -53,12 +53,5 @@ def plan(
 
     if rate is not None and not rate > 0:
         raise InputError(f"--rate: expected pairs a second, above 0, got {rate}")
-    options = {
-        "ranks": ranks,
-        "rate": rate,
-        "device": device,
-        "teacher_width": teacher_width,
-        "picture": picture,
-        "as_json": as_json,
-    }
-    report.run(values, memory, compare=compare is not None, **options)
+    of_plan = {"compare": compare is not None, "ranks": ranks, "rate": rate, "device": device, "teacher_width": teacher_width}
+    report.run(values, memory, picture=picture, as_json=as_json, **of_plan)

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 
 def selftest(
-    device: Annotated[
-        str | None, typer.Option(metavar="cuda|cpu", help="What to test. Default: a GPU if there is one.")
-    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
     quick: Annotated[
         bool, typer.Option("--quick/--full", help="A choice of sizes and options, or ten times as many.")
     ] = True,
@@ -35,12 +33,12 @@ def selftest(
 
     Exits with 1 if something failed. The numbers are the largest errors in units of the tolerance: at most 1 is right.
     """
-    if device not in (None, "cuda", "cpu"):
-        raise InputError(f"--device: expected cuda or cpu, got {device!r}")
+    if device not in ("auto", "cuda", "cpu"):
+        raise InputError(f"--device: expected cuda, cpu or auto, got {device!r}")
     from simplclip import selftest
     from simplclip.common import hardware, machine
 
-    kind = hardware.pick_device(device or "auto").type
+    kind = hardware.pick_device(device).type
     before = machine.known("failed", kind)
     if reset:
         if before:

@@ -31,26 +31,3 @@ CARDS = {
     "a100-80": Card(80, 80, 108, 1.41, 2039, 40, 312, 156, 19.5),
     "h100": Card(80, 90, 132, 1.83, 3352, 50, 989.4, 494.7, 66.9),
 }
-
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """Results a clock of one multiprocessor, by compute capability: CUDA C++ Programming Guide, "Arithmetic Instructions".
-
-    The pipes of float32 (add, multiply, fused), of comparisons, selections and integers, and of 2^x, 1/x and conversions; and
-    bytes of shared memory a clock.
-    """
-
-    fma: int
-    alu: int
-    mufu: int = 16
-    shared: int = 128
-
-
-MULTIPROCESSORS = {
-    80: Multiprocessor(64, 64),
-    86: Multiprocessor(128, 64),
-    89: Multiprocessor(128, 64),
-    90: Multiprocessor(128, 64),
-    120: Multiprocessor(128, 64),
-}

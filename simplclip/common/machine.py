@@ -102,6 +102,19 @@ def _marking_graphs(read: Callable[[str], dict[str, Any]]) -> Callable[[str], di
     return reading
 
 
+def _check(found: Any) -> None:
+    """Raises ValueError for what `store` did not write."""
+    sections = list(found.values()) if isinstance(found, dict) else [found]
+    if not all(isinstance(section, dict) for section in sections):
+        raise ValueError("a value where a mapping should be")
+    reasons, tuned = found.get("failed", {}), found.get("tuned", {})
+    choices, rows = tuned.get("choices", {}), tuned.get("measured", [])
+    if not isinstance(choices, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("choices of another form")
+    if not all(isinstance(value, (str, int)) for value in (*reasons.values(), *choices.values())):
+        raise ValueError("values of another type")
+
+
 @functools.cache
 @_marking_graphs
 def _read(device: str) -> dict[str, Any]:
@@ -113,8 +126,7 @@ def _read(device: str) -> dict[str, Any]:
             return {}
         file = path(device)
         found = json.loads(file.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__}")
+        _check(found)
         return found
     except FileNotFoundError:
         return {}
@@ -123,17 +135,14 @@ def _read(device: str) -> dict[str, Any]:
         return {}
 
 
-@functools.cache
 def known(section: str, device: str) -> dict[str, Any]:
     """A section of what is known of this device; read once in a process, and not to be changed."""
-    found = _read(device).get(section, {})
-    return found if isinstance(found, dict) else {}
+    return _read(device).get(section, {})
 
 
 def forget() -> None:
     """What is known is read again."""
     _read.cache_clear()
-    known.cache_clear()
 
 
 def store(section: str, device: str, found: dict[str, Any]) -> Path:

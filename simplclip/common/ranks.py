@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 GRACE = 25.0  # seconds that the others wait for the first rank's last words; torchrun kills all 30 seconds after an error
 ANOTHER = "another rank ended or did not answer"
-# What torch says where another rank is gone, or silent for too long.
+# Parts of torch's messages when another rank is gone, or silent for too long.
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "imed out", "timeout", "failed to connect")
 
 _joined = False  # within `joined`
@@ -57,8 +57,8 @@ def _attempt() -> str:
 def joined() -> Iterator[None]:
     """Context in which the processes that torchrun started work together: by NCCL on cards, by gloo on CPUs.
 
-    Of a process group that exists the ranks are taken. An error goes into torchrun's report, which names the rank that failed
-    first, its host and its reason. One that the first rank has too ends the others without a word.
+    If there is a process group already, its ranks are used. An error goes into torchrun's report, which names the rank that
+    failed first, its host and its reason. An error that the first rank raises too is told by that rank alone.
     """
     global _joined
     before, exists = _joined, dist.is_initialized()
@@ -248,13 +248,13 @@ def explained(error: BaseException) -> str:
 
 
 def draw_apart(seed: int) -> None:
-    """The others draw other random numbers than the first rank, e.g. in dropout; their weights are as on the first."""
+    """Gives the ranks after the first other random numbers, e.g. for dropout. The weights, equal on all, are drawn before."""
     if not first():
         torch.manual_seed(seed + 1_000_003 * number())
 
 
 def before(state: dict[str, Any]) -> str:
-    """What a run says that another number of ranks has begun."""
+    """What a run says at its start if its checkpoint was written by another number of ranks, else an empty string."""
     was = state.get("ranks", 1)
     if was == count():
         return ""

@@ -25,7 +25,8 @@ def name_of(what: str, dtype: torch.dtype) -> str:
 
 def tuned(what: str, dtype: torch.dtype, device: str, default: int) -> int:
     """The number of bytes that was chosen for calls of this dtype, or the default."""
-    return choices(device).get(name_of(what, dtype), default)
+    found = choices(device).get(name_of(what, dtype))
+    return found if isinstance(found, int) else default
 
 
 # What torch.compiler.assume_constant_result sets, which would import all of torch._dynamo: a file is read, by no traced code.

@@ -9,18 +9,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from simplclip.common.cards import CARDS
-    from simplclip.memory.count import UncountedOp
-    from simplclip.memory.plan import Plan, make, micro_batch_that_fits, parse_memory
-    from simplclip.train.limits import Budget
+    from simplclip.memory.plan import Budget, Plan, make, micro_batch_that_fits, parse_memory
 
-__all__ = ["CARDS", "Budget", "Plan", "UncountedOp", "make", "micro_batch_that_fits", "parse_memory"]
-
-# Imported on first use: who runs ops on fake tensors needs no trainer.
-_MODULES = {"CARDS": "common.cards", "UncountedOp": "memory.count", "Budget": "train.limits"}
+__all__ = ["Budget", "Plan", "make", "micro_batch_that_fits", "parse_memory"]
 
 
-def __getattr__(name: str):
-    if name not in __all__:
-        raise AttributeError(f"module 'simplclip.memory' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"simplclip.{_MODULES.get(name, 'memory.plan')}"), name)
+def __getattr__(name: str):  # imported on first use: who runs ops on fake tensors needs no trainer
+    if name in __all__:
+        return getattr(importlib.import_module("simplclip.memory.plan"), name)
+    raise AttributeError(f"module 'simplclip.memory' has no attribute {name!r}")

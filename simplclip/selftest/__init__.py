@@ -30,7 +30,7 @@ from simplclip.ops.registry import DISPATCH
 from simplclip.selftest.calls import DRAW, LARGE
 from simplclip.selftest.compare import TF32, Case, function_of, run
 
-# The ops whose backends an op takes, if not its own.
+# For ops without a table of backends of their own: the ops whose backends they run.
 PARTS: dict[str, tuple[str, ...]] = {"simplified_block": ("shaped_attention", "parallel_mlp")}
 PARTS["similarity_loss"] = ("similarity_loss", "similarity_rows", "similarity_sigmoid", "similarity_terms")
 PRECISIONS = {"float32": torch.float32, TF32: torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,7 +84,7 @@ class Row:
 
 
 def rows_of(device: str, full: bool, ops: Iterable[str]) -> list[Row]:
-    """What this device has."""
+    """The rows of the proof on this device, before any call is made."""
     found = []
     with backends.supposing({}):
         for row in (Row(*each) for each in itertools.product(ops, (*backends.NAMES, COMPILED), PRECISIONS)):
@@ -167,7 +167,7 @@ class Wrong(Exception):
 
 
 class WrongAside(Wrong):
-    """In a way that training does not depend on, so that nothing is taken out."""
+    """Wrong in a use that training does not have (torch.compile, CUDA graphs), so that nothing is taken out."""
 
 
 def _check_same(found: dict[str, Tensor], again: dict[str, Tensor], what: str) -> None:
@@ -247,7 +247,7 @@ def check(case: Case, row: Row, times: int) -> None:
 
 
 class Ran(TorchDispatchMode):
-    """Records which backend ran which op, but for the reference."""
+    """Records which backends ran which ops, apart from the reference."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -291,10 +291,11 @@ def prove(row: Row, device: str, full: bool) -> Row:
 
 
 def taken_out(rows: Iterable[Row]) -> dict[str, str]:
-    """What the failures of the rows are to blame on, with the reason: what a failed call ran on the backend of the row.
+    """The keys of what has to be taken out because of the failures of the rows, with the reason.
 
-    But for what failed in a call that ran less, which explains it: a block fails where its attention does. That has to be in
-    the dtype of the row, since all dtypes share what is computed from float32 statistics.
+    A failed call blames all that it ran on the backend of its row. Calls that ran least come first: a later failure that ran
+    something already blamed, in the dtype of its row, is explained by it and blames nothing, as a block whose attention is
+    wrong. Other dtypes do not count there, since all of them run the parts that compute in float32.
     """
     found: dict[str, str] = {}
     failures = [(failure, row) for row in rows for failure in row.failures]

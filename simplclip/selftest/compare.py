@@ -24,7 +24,7 @@ TF32 = "tf32"  # the mantissa of float16, to which the inputs are rounded too
 EPS: dict[Any, float] = {torch.float32: 5e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-10, TF32: 2e-3}
 LOSS_SCALE = 64.0  # of the gradients that come to a loss, as a GradScaler's, so that halves hold what goes out
 SLACK = 4  # times eps, for all but float32 and float64: the definition keeps in float32 what backends round between products
-ROUNDINGS = 8  # times what roundings of the inputs change is right too: results that nearly cancel
+ROUNDINGS = 8  # an error up to so many times what rounding the inputs changes is allowed too, for results that nearly cancel
 
 Function = Callable[..., Any]
 
@@ -76,7 +76,10 @@ def run(
 
 
 def _least(call: Call, gradient: bool) -> float:
-    """Below it a result is 0 by cancellation: some hundredths of what is subtracted, logits, or for gradients scale / N."""
+    """The size that a result is taken for at least, since a smaller one is a cancellation of larger terms.
+
+    It is some hundredths of these terms: of logits, or for gradients of scale / N.
+    """
     if call.op == "feature_loss":
         return min(1e-2, LOSS_SCALE / call.tensors["teacher"].numel() if gradient else 1.0)
     if call.op != "similarity_loss":

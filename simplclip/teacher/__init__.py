@@ -1,11 +1,10 @@
 """Teachers: models whose features are computed once and written into sidecars, so that training never loads one.
 
 `simplclip.load` loads one; features.py is `simplclip teacher`, which writes features, of an image or of augmented views of
-it, and measures retrieval; ensemble.py makes one teacher of several.
+it, by one teacher or several; caption.py is `simplclip caption`.
 """
 
 from simplclip.evaluation.encoder import load
-from simplclip.teacher.ensemble import Ensemble
-from simplclip.teacher.features import Views, evaluate, run, student_transform, write
+from simplclip.teacher.features import Ensemble, Views, evaluate, run, student_transform, write
 
 __all__ = ["Ensemble", "Views", "evaluate", "load", "run", "student_transform", "write"]

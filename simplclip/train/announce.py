@@ -26,7 +26,6 @@ NEEDS = {
     "inherit.blocks": ["inherit.source"],
     "loss.plane": ["loss.pm_weight"],
     "loss.interactive": ["loss.interactive_weight"],
-    "loss.projection": ["loss.feature_weight", "loss.interactive_weight"],
     "eval.every": ["eval.splits"],
 }
 

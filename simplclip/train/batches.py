@@ -41,7 +41,7 @@ def loader(training: Training) -> data.Loader:
     if c.images_at_a_time % ranks.count():
         key = "data.micro_batch" if c.micro_batch else "data.batch_size"
         raise ConfigError(f"{key}: expected a multiple of the {ranks.count()} ranks, got {c.images_at_a_time}")
-    options: dict[str, Any] = {"sidecars": c.sidecars, "max_pixels": c.max_pixels, "max_bytes": c.max_bytes}
+    options: dict[str, Any] = {"sidecars": c.sidecars}
     if training.prefix:
         options |= {"sidecars": [*c.sidecars, c.cache_prefix], "prefix": training.prefix.shape}
     return data.make_loader(
@@ -54,7 +54,6 @@ def loader(training: Training) -> data.Loader:
         workers=c.workers,
         seed=config.run.seed,
         pin_memory=training.device.type == "cuda",
-        on_error=c.on_error,
         share=Share(ranks.number(), ranks.count(), ranks.Exchange()) if ranks.count() > 1 else None,
         **options | c.options,
     )

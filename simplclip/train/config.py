@@ -26,6 +26,18 @@ class ConfigError(InputError):
 
 
 NODES = 100_000  # most values of a YAML document
+ANY = object()  # a value that changes no result
+# Settings of earlier versions that a checkpoint or the config.yaml of a run may have, with the value that is in force now.
+GONE = {
+    "model.sync_norms": ANY,
+    "data.on_error": "skip",
+    "data.max_pixels": None,
+    "data.max_bytes": 256 << 20,
+    "loss.projection": ANY,
+    "optim.min_lr": 0.0,
+    "optim.options.amsgrad": False,
+    "run.save_minutes": ANY,
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,6 +77,8 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     if not isinstance(values, dict | None):
         raise ConfigError(f"{source}: expected a mapping of sections, got {shown(values)}")
     values = values or {}
+    if file.name == "config.yaml":
+        _drop_gone(values)
     for item in overrides:
         _override(values, item)
     return from_dict(values)
@@ -72,12 +86,24 @@ def load(source: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 
 def from_dict(values: dict[str, Any], *, stored: bool = False) -> Config:
     """Check plain values. stored: those of a checkpoint, which may be of an earlier version."""
+    if stored:
+        _drop_gone(values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         told = "\n".join(dict.fromkeys(_explain(e) for e in error.errors()))
         older = " (a checkpoint of a version with this setting goes on with that version alone)"
         raise ConfigError(told + older * (stored and "unknown key" in told)) from None
+
+
+def _drop_gone(values: Any) -> None:
+    """Takes settings of earlier versions out, unless they say something else than what is in force now."""
+    for key, value in GONE.items():
+        section, (*outer, name) = values, key.split(".")
+        for part in outer:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and (value is ANY or section.get(name) == value):
+            section.pop(name, None)
 
 
 def keys(model: Any = Config, prefix: str = "") -> dict[str, Any]:

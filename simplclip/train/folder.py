@@ -21,10 +21,9 @@ from simplclip.train.settings import Config
 _FREE = (
     "model.checkpoint",
     "data.micro_batch",
-    "data.on_error",
+    "data.options.on_error",
     "data.mean_tokens",
     "model.recompute",
-    "model.sync_norms",
     "eval.",
     "run.",
 )
@@ -47,8 +46,8 @@ def run_lock(folder: Path) -> Iterator[str | None]:
     """Context that locks `folder` for this process, and makes it if necessary.
 
     The file run.lock names the process and its host, and is locked (flock) while the process lives: the system releases the
-    lock when the process ends, however it ends. If the file system has no locks, only the names decide, and the context
-    gives a warning. At the end run.lock is removed, and so are the folders that were made, unless they contain files.
+    lock when the process ends, however it ends. If the file system has no locks, the context gives a warning instead. At the
+    end run.lock is removed, and so are the folders that were made, unless they contain files.
 
     Raises ConfigError for a folder in use, naming the process and its host; nothing in the folder is changed then.
     """
@@ -64,10 +63,7 @@ def run_lock(folder: Path) -> Iterator[str | None]:
                     named.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(path)) from None
-            yield reason and (
-                f"{path} names this process, but cannot be locked ({reason}): two runs that start at the same time "
-                "do not notice each other, and after a crash a start on another host asks to delete the file"
-            )
+            yield reason and (f"{path} cannot be locked ({reason}): another run in this folder would not be noticed")
         finally:
             path.unlink(missing_ok=True)  # while it is locked: a process that has opened it notices the removal
             if file is not None:
@@ -87,8 +83,7 @@ def _no_link(path: str | os.PathLike, flags: int) -> int:
 
 
 def _lock(path: Path) -> tuple[int | None, str | None]:
-    """Makes and locks the file. Returns its descriptor, or why the system has no locks, if the names allow a start."""
-    refusal = f"run.out: expected a folder that no process trains in, got {path.parent}"
+    """Makes and locks the file. Returns its descriptor, or why the system has no locks."""
     while True:
         # Another process may remove the file or the folder in between.
         with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError):
@@ -100,12 +95,9 @@ def _lock(path: Path) -> tuple[int | None, str | None]:
                     raise OSError(0, "this system has no flock")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{refusal}: {_owner(path)[0]}") from None
+                told = f"run.out: expected a folder that no process trains in, got {path.parent}: {_owner(path)} does"
+                raise ConfigError(told) from None
             except OSError as error:
-                does, alive = _owner(path)
-                if alive:
-                    hint = "If that process is over, delete this file"
-                    raise ConfigError(f"{refusal}: {does}, as {path} says. {hint}") from None
                 return None, error.strerror
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 stack.pop_all()
@@ -113,21 +105,13 @@ def _lock(path: Path) -> tuple[int | None, str | None]:
                 return file, None
 
 
-def _owner(path: Path) -> tuple[str, bool]:
-    """The process and the host that the file names, in words, and whether that process may be alive."""
+def _owner(path: Path) -> str:
+    """The process and the host that the file names."""
     try:
         found = json.loads(path.read_text())
-        pid, host = int(found["pid"]), str(found["host"])
+        return f"process {found['pid']} on host {found['host']}"
     except (OSError, ValueError, LookupError, TypeError):
-        return "a process that is starting does", False
-    here = host == socket.gethostname()
-    alive = not (here and pid == os.getpid())  # our own number is that of an earlier process
-    if here and alive and fcntl is not None:  # without fcntl, on Windows, signal 0 would end the process
-        try:
-            os.kill(pid, 0)
-        except OSError as error:
-            alive = not isinstance(error, ProcessLookupError)
-    return f"process {pid} on host {host} does", alive
+        return "a process that is starting"
 
 
 def claim(out: Path, config: Config, resume: bool) -> tuple[dict[str, Any] | None, Config]:

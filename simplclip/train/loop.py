@@ -32,6 +32,8 @@ from simplclip.train.state import Training, image_transform, tokenizer
 from simplclip.train.step import TrainingError, train_step
 from simplclip.train.trust import flag
 
+SAVE_MINUTES = 10.0  # after which last.pt is written at the latest
+
 
 class Interrupted(UserError):
     """A signal ended the run after a whole step, whose state is saved."""
@@ -165,7 +167,7 @@ def _steps(
                 _evaluate(training, splits, log, report.print)
             began = time.perf_counter()  # evaluations and checkpoints do not count
         minutes = (time.monotonic() - saved) / 60
-        if last or stopped or training.step % c.save_every == 0 or minutes >= c.save_minutes:
+        if last or stopped or training.step % c.save_every == 0 or minutes >= SAVE_MINUTES:
             whole.save()
             began, saved = time.perf_counter(), time.monotonic()
         if last or stopped:

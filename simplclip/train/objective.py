@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from simplclip import losses
 from simplclip.common import ranks
 from simplclip.losses.sigmoid import SigmoidLoss, named
-from simplclip.train.config import ConfigError
 from simplclip.train.settings import TERMS, LossConfig
 
 
@@ -22,7 +21,7 @@ class Objective:
 
     width: D of the student's features, needed with a teacher and for plane="hadamard".
     teacher: its "width" D̂ and "logit_scale", if any step has a term of a teacher.
-    Raises ConfigError for a teacher of another width without loss.projection.
+    A teacher of another width is compared through learned projections to it.
     """
 
     def __init__(self, config: LossConfig, steps: int, width: int | None, teacher: Mapping[str, Any] | None):
@@ -34,18 +33,11 @@ class Objective:
         if teacher is None and not self.sigmoid:
             self.loss: nn.Module = losses.ClipPMLoss(pm_weight=on["pm_weight"], **shared)
             return
-        across = {"feature_loss", "interactive_loss"} & self.schedules.keys()
-        if teacher and across and teacher["width"] != width and not config.projection:
-            raise ConfigError(
-                f"loss.projection: expected true, since the teacher's features have width {teacher['width']} and the "
-                f"student's {width}, and {' and '.join(sorted(across)).replace('_loss', '')} distillation compares them; "
-                "got false"
-            )
         kind = SigmoidLoss if self.sigmoid else losses.WIKDLoss
         self.loss = kind(
             **on,
             **shared,
-            teacher_dim=teacher["width"] if teacher and config.projection else None,
+            teacher_dim=teacher["width"] if teacher else None,
             interactive=config.interactive,
             divergence="kl",
         )

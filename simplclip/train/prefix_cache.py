@@ -29,6 +29,7 @@ from simplclip.data.broken import BrokenSample
 from simplclip.data.rewrite import rewrite
 from simplclip.data.shards import Pair, count_samples, parse
 from simplclip.data.sidecars import PREFIX, beside, entries, plain_name
+from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform, augmentation
 from simplclip.models.prefix import FrozenParts, Prefix
 from simplclip.train.config import ConfigError
@@ -68,8 +69,8 @@ class PrefixCache:
         c = training.config.data
         self.training, self.prefix, self.sidecars = training, training.prefix, c.sidecars
         self.folder = Path(c.cache_prefix).expanduser()
-        self.transform = copy.copy(training.transform)
-        self.transform.max_pixels, self.max_bytes = c.max_pixels, c.max_bytes
+        self.transform, self.max_bytes = copy.copy(training.transform), c.options.get("max_bytes", MAX_BYTES)
+        self.transform.max_pixels = c.options.get("max_pixels")
         self.views = (training.teacher or {}).get("views")
         parts = data.parts_of(c.train, "data.train")
         for part in parts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -27,9 +27,6 @@ class ModelConfig(Section):
     context_length: int | None = Field(None, ge=2, description="tokens of a text; null: the model's own")
     freeze_norms: bool = Field(
         False, description="keep batch norms in eval mode; gradient caching needs this unless they are inherited"
-    )
-    sync_norms: bool = Field(
-        False, description="on several ranks (torchrun, on cards), batch norms that train use the statistics of all of them"
     )
     recompute: bool = Field(
         False, description="blocks keep only their input and are computed again in backward: less memory, a quarter more time"
@@ -95,11 +92,6 @@ class DataConfig(Section):
     workers: int | None = Field(
         None, ge=0, description="loader processes; 0 reads in the training process; null: as many as there are cores"
     )
-    on_error: Literal["skip", "stop"] = Field(
-        "skip",
-        description="a shard that cannot be read after several tries is skipped and counted, or ends (stop) the run; broken "
-        "samples and torn tars are always skipped and counted",
-    )
     sidecars: list[str] = Field(
         [],
         description="folders of `simplclip teacher` and `simplclip caption`, whose files are joined to the samples",
@@ -109,18 +101,14 @@ class DataConfig(Section):
         description="folder for the outputs of the image tower's frozen prefix, one for each view that a teacher saw (or for "
         "each image, with augment none): made once, then read in place of the images; null: computed in each step",
     )
-    max_pixels: int | None = Field(
-        None, ge=1, description="images of more pixels are skipped and counted before they are decoded; null: Pillow's limit"
-    )
-    max_bytes: int = Field(
-        256 << 20, ge=1, description="samples whose files have more bytes together are skipped and counted, and not read"
-    )
     augment: str | dict[str, Any] | None = Field(
         None,
         description="image augmentation: affine, none, or fields of open_clip's AugmentationCfg; null: that of the views "
         "which the teacher saw, else the model's default",
     )
-    options: dict[str, Any] = Field({}, description="further keyword arguments for `simplclip.data.make_loader`")
+    options: dict[str, Any] = Field(
+        {}, description="further keyword arguments for `simplclip.data.make_loader`: on_error, max_pixels, max_bytes ..."
+    )
 
     @property
     def images_at_a_time(self) -> int:
@@ -194,7 +182,6 @@ class LossConfig(Section):
         0.0, description="weight of interactive distillation: student against teacher across modalities"
     )
     interactive: Literal["infonce", "kl"] = Field("infonce", description="form of interactive distillation")
-    projection: bool = Field(False, description="learn projections to the teacher's width if it differs")
 
     @property
     def weights(self) -> dict[str, Schedule]:
@@ -208,24 +195,23 @@ class LossConfig(Section):
         return bool({"relational_loss", "interactive_loss", "feature_loss"} & self.weights.keys())
 
 
-class AdamWConfig(Section):
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        [0.9, 0.98], min_length=2, max_length=2, description="decay of the means of the gradient and of its square"
-    )
-    eps: float = Field(1e-6, gt=0, description="added to the denominator")
-    amsgrad: bool = Field(False, description="keep the largest mean square")
+ADAMW = {"betas": [0.9, 0.98], "eps": 1e-6}  # arguments of torch.optim.AdamW that a config need not have
 
 
 class OptimConfig(Section):
     lr: float = Field(1e-3, gt=0, description="learning rate at the end of the warm-up")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of the cosine")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices; norms, biases, gains and scalars have none")
-    options: AdamWConfig = Field(AdamWConfig(), description="arguments of AdamW")
+    options: dict[str, Any] = Field(ADAMW, description="further arguments of torch.optim.AdamW")
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of the moving average of the weights that is evaluated and exported, e.g. 0.9999"
     )
     grad_clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null disables clipping")
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _with_defaults(cls, options: Any) -> Any:
+        return ADAMW | options if isinstance(options, dict) else options
 
 
 class EvalConfig(Section):
@@ -255,8 +241,9 @@ class RunConfig(Section):
     print_every: int | None = Field(
         None, ge=1, description="steps between printed lines if the output is not a terminal; null: a line a minute"
     )
-    save_every: int = Field(500, ge=1, description="steps between writes of last.pt; the last step is always saved")
-    save_minutes: float = Field(10.0, gt=0, description="minutes after which last.pt is written at the latest")
+    save_every: int = Field(
+        500, ge=1, description="steps between writes of last.pt, which the last step and ten minutes without one write too"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -279,7 +266,7 @@ class Config(Section):
         LossConfig(),
         description="the base, pair matching, and the terms that need a teacher, whose features are in the shards",
     )
-    optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, cosine")
+    optim: OptimConfig = Field(OptimConfig(), description="AdamW, linear warm-up, a cosine down to 0")
     eval: EvalConfig = Field(EvalConfig(), description="held-out data")
     run: RunConfig = Field(description="the run itself")
 

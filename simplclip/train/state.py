@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from simplclip import data, models
 from simplclip.common import hardware, ranks
@@ -23,7 +25,6 @@ from simplclip.models.registry import first_line
 from simplclip.models.weights import InheritanceError, WeightTable, load_weights
 from simplclip.nn import SimplifiedBlock
 from simplclip.train import checkpoint
-from simplclip.train.average import Average
 from simplclip.train.config import ConfigError, from_dict
 from simplclip.train.objective import Objective
 from simplclip.train.prefix_cache import prefix_of
@@ -66,7 +67,7 @@ class Training:
                 block.recompute = True
             if not self.blocks:
                 self.model.set_grad_checkpointing()
-        share_norms(self.model, config.model.sync_norms)
+        share_norms(self.model, device)
         self.model.to(device)
         self.objective = Objective(config.loss, config.run.steps, self._width(), self.teacher)
         self.loss = self.objective.loss.to(device)
@@ -221,6 +222,48 @@ class Training:
             return self.model.eval().encode_text(tokens).shape[-1]
 
 
+class Average:
+    """The exponential moving average of a run's weights, for evaluation and export.
+
+    v = decay v + (1 - decay) w after each step, for every parameter w that trains. Memory: one copy of them.
+
+    Buffers are not averaged: with the averages the model has those of the last step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        names = {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        self.weights = list(dict.fromkeys(names.values()))
+        self.averages = [weight.detach().clone() for weight in self.weights]
+        places = {id(weight): i for i, weight in enumerate(self.weights)}
+        self.names = {name: places[id(weight)] for name, weight in names.items()}
+        self._average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self._average(self.averages, self.weights, 0)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """In this context the model has the averages."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, weight in enumerate(self.weights):
+            weight.data, self.averages[i] = self.averages[i], weight.data
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the names of the model's state dict."""
+        return {name: self.averages[i] for name, i in self.names.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, i in self.names.items():
+            self.averages[i].copy_(state[name])
+
+
 def image_transform(config: Config, train: bool = True) -> Any:
     """The transform of the config's images, in training the augmenting one."""
     augment, size = config.data.augment, config.model.shape("image_size")
@@ -260,8 +303,6 @@ def load_model(
     """
     state = checkpoint.load(path)
     try:
-        if isinstance(options := state["config"]["model"].get("options"), dict):
-            options.pop("checkpoint", None)  # the weights that a run of an earlier version began with; they may be gone
         config = from_dict(state["config"], stored=True)
     except (ConfigError, LookupError) as error:
         reason = first_line(error) if isinstance(error, ConfigError) else "none"
@@ -290,19 +331,19 @@ def make_optimizer(model: nn.Module, loss: nn.Module, config: Config) -> torch.o
         if p.requires_grad:  # A matrix has two dimensions above 1; a layer scale [C, 1, 1] is a gain.
             (decayed if sum(n > 1 for n in p.shape) >= 2 else rest).append(p)
     rest += [p for p in loss.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-        lr=o.lr,
-        **o.options.model_dump() | {"betas": tuple(o.options.betas)},
-        fused=decayed[0].device.type in ("cpu", "cuda"),
-    )
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    fused = decayed[0].device.type in ("cpu", "cuda")
+    try:
+        options: dict[str, Any] = {**o.options, "betas": tuple(o.options["betas"])}
+        return torch.optim.AdamW(groups, lr=o.lr, fused=fused, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim.options: expected arguments of torch.optim.AdamW, got {o.options}: {error}") from None
 
 
 def lr_factor(step: int, config: Config) -> float:
-    """Share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to optim.min_lr."""
+    """Share of optim.lr at `step` (from 0): linear warm-up, then a cosine down to 0."""
     o, steps = config.optim, config.run.steps
     if step < o.warmup:
         return (step + 1) / o.warmup
     done = min(1.0, (step - o.warmup) / max(1, steps - o.warmup))
-    low = o.min_lr / o.lr
-    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 * (1 + math.cos(math.pi * done))

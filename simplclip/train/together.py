@@ -19,25 +19,26 @@ from simplclip.train.config import ConfigError
 
 Result = TypeVar("Result")
 BUCKET_BYTES = 25 << 20  # of gradients that travel together, as in DistributedDataParallel
+SYNCHRONISED = ("cuda",)  # devices for which torch has SyncBatchNorm
 
 
-def share_norms(model: nn.Module, synchronise: bool) -> None:
-    """Batch norms that train use the statistics of all ranks. Raises ConfigError for them unless `synchronise`."""
+def share_norms(model: nn.Module, device: torch.device) -> None:
+    """Batch norms that train use the statistics of all ranks. Raises ConfigError on a CPU, where torch cannot do that."""
     from timm.layers import convert_sync_batchnorm  # of torch's own it keeps the class, of timm's the activation
 
     for at, parent in list(model.named_modules()) if ranks.count() > 1 else ():
         for name, norm in parent.named_children():
             if isinstance(norm, _BatchNorm) and norm.training and not isinstance(norm, SyncBatchNorm):
-                if not synchronise:
+                if device.type not in SYNCHRONISED:
                     raise ConfigError(
-                        f"model.sync_norms: expected true, or model.freeze_norms=true, for several ranks, whose batch norms "
+                        f"model.freeze_norms: expected true for several ranks on a {device.type}, where their batch norms "
                         f"would drift; got false and {type(norm).__name__} '{at}.{name}' in training mode"
                     )
                 setattr(parent, name, convert_sync_batchnorm(norm))
 
 
 class _Towers(nn.Module):
-    """Parameters in one module, so that nothing drifts. It computes what it is given to call."""
+    """The towers' parameters as one module for DistributedDataParallel; its forward calls the function that it is given."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()

@@ -135,21 +135,6 @@ def test_the_command(source, effects, tmp_path, pretended, capsys):
     assert len(pretended) == 2
 
 
-def test_a_failed_run_names_its_log_and_does_not_stop_the_others(source, effects, tmp_path, pretended, monkeypatch):
-    original = ablation._train
-
-    def fail(trial, *rest):
-        failed = trial.name.startswith("decay-variant-s0")
-        return "decay-variant-s0 ended with 1: see x.log" if failed else original(trial, *rest)
-
-    monkeypatch.setattr(ablation, "_train", fail)
-    told = r"1 runs failed; the same command tries them again\ndecay-variant-s0 ended"
-    with pytest.raises(ablation.AblationError, match=told):
-        ablation.run(source, effects, tmp_path / "out", seeds=2)
-    assert len(pretended) == 6
-    assert [row["seeds"] for row in rows(tmp_path / "out" / "effects.csv") if row["effect"] == "decay"] == ["1"] * 4
-
-
 PREPARED = """
 prepare: {own: [optim.lr=0.5, run.seed=0]}
 effects:
@@ -289,18 +274,3 @@ def test_rows_of_an_effect():
     (only, *_) = tables.effect_rows("g", "e", [{"variant": pair["variant"]} for pair in pairs])
     assert (only["base"], only["difference"], only["p"], only["base steps"]) == ("", "", "", "")
     assert only["variant"] == every["variant"]
-
-
-def test_the_picture_has_each_effect_in_its_order(tmp_path, monkeypatch):
-    made, figures, original = [], [], tables.write
-    for group, name, gains in (("x", "small", (0.01, 0.02)), ("x", "large", (0.1, 0.12)), ("y", "loss", (-0.05,))):
-        made += tables.effect_rows(group, name, [{"base": made_up(0.1), "variant": made_up(0.1 + gain)} for gain in gains])
-    alone = [*tables.effect_rows("z", "only reported", [{"variant": made_up(0.1)}])]
-    monkeypatch.setattr(tables, "write", lambda figure, path: figures.append(figure) or original(figure, path))
-    tables.draw(tmp_path / "effects.png", made + alone, "title")
-    axis = figures[0].axes[0]
-    assert [t for t in (text.get_text() for text in axis.texts) if t.isalpha()] == ["x", "large", "small", "y", "loss"]
-    dots = [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "o"]
-    every = {row["effect"]: row for row in made if (row["measure"], row["split"]) == ("R@1", "all")}
-    assert dots == [every[name]["difference"] for name in ("large", "small", "loss")]
-    assert tables.draw(tmp_path / "none.png", alone, "title") is None

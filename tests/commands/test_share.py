@@ -16,13 +16,13 @@ from timm.models import fastvit
 from torch import nn
 from typer.testing import CliRunner
 
+from simplclip import sharing
 from simplclip.commands.main import app
 from simplclip.common.errors import InputError
 from simplclip.evaluation.encoder import Encoder
 from simplclip.models.mobileclip import TextTower
 from simplclip.models.simplify import count_parameters, simplify
-from simplclip.sharing import report
-from simplclip.sharing.blocks import divergences, parse_budget, propose
+from simplclip.sharing import divergences, parse_budget, propose
 
 IMAGE, TEXT = batch()
 LENGTHS = TEXT.argmax(1) + 1
@@ -155,7 +155,7 @@ def share(tmp_path, monkeypatch):
     preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # noqa: E731
     tokenizer = lambda texts: TEXT[:1].repeat(len(texts), 1)  # noqa: E731
     encoder = Encoder("small", model, preprocess, tokenizer, torch.device("cpu"), "fp32")
-    monkeypatch.setattr(report, "load", lambda *_, **__: encoder)
+    monkeypatch.setattr(sharing, "load", lambda *_, **__: encoder)
     arguments = ["share", "small", "--data", str(shard), "--out", str(tmp_path / "out")]
     return encoder, lambda *more: CliRunner().invoke(app, [*arguments, *more])
 

@@ -1,12 +1,8 @@
 """`simplclip tune` takes what is faster here by more than the noise, and the ops' own call sites read what it took."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,7 +10,6 @@ import torch
 from devices import needs_cpu_kernels
 from test_cli import call
 
-from benchmarks.measure import interleaved_times, quantiles
 from simplclip import ops, tune
 from simplclip.commands.doctor import render, report
 from simplclip.common import machine, tuned
@@ -29,14 +24,9 @@ SHORT, LONG = (backends.choice_of("shaped_attention_fwd", torch.float32, length)
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    """An empty folder for what is found out; samples are short."""
+def quick(monkeypatch, cache):
+    """Samples are short, and nothing is known."""
     monkeypatch.setattr(tune, "SAMPLE_SECONDS", 0.001)
-    monkeypatch.setenv("SIMPLCLIP_CACHE", str(tmp_path))
-    machine.forget()
-    yield tmp_path
-    monkeypatch.undo()
-    machine.forget()
 
 
 def stored(**choices):
@@ -77,28 +67,13 @@ def slow(op, name):
     return mock.patch.dict(backends.TABLE[op], {name: spoiled})
 
 
-def fastest_by_hand(length, names):
-    """By the benchmarks' own timing, with each backend forced."""
-
-    def of(name):
-        def run():
-            with backends.backend(name):
-                attend(length, causal=True)
-
-        return run
-
-    times = interleaved_times({name: of(name) for name in names}, 5)
-    return min(names, key=lambda name: quantiles(times[name])[1])
-
-
 @pytest.mark.parametrize("spoiled", ["cpu", "sdpa"])
 def test_what_is_slow_is_not_taken(spoiled, ran):
     with slow("shaped_attention_fwd", spoiled):
         found = tune.tune("cpu", TINY)
-        by_hand = fastest_by_hand(9, ("cpu", "sdpa"))
     other = {"cpu": "sdpa", "sdpa": "cpu"}[spoiled]
     chosen = {row["choice"]: row["chosen"] for row in found["measured"]}
-    assert chosen[SHORT] == chosen[LONG] == by_hand == other
+    assert chosen[SHORT] == chosen[LONG] == other
     assert found["choices"].get(SHORT, "cpu") == other
     ran.clear()
     for length in (9, 70):
@@ -196,14 +171,6 @@ def test_only_a_tile_that_the_gates_admit_is_taken():
     assert tuning.lookup("similarity_forward", 1, "half", 86) == default
 
 
-def test_another_build_knows_nothing_of_it(ran, monkeypatch):
-    stored(**{SHORT: "sdpa"})
-    monkeypatch.setattr(machine, "_build", lambda: "another")
-    machine.forget()
-    attend(9)
-    assert [name for _, name in ran] == ["cpu", "cpu"]
-
-
 def shapes(mode=None):
     q = torch.empty(2, 9, 2, 16)
     with mode or torch.no_grad():
@@ -241,7 +208,6 @@ def test_the_command(monkeypatch):
     assert call("tune", "--device", "cpu", "--reset").stdout == "cpu: the defaults are in force\n"
     assert machine.known("tuned", "cpu") == {}
     assert "sdpa" not in json.dumps([json.loads(path.read_text()) for path in machine.folder().glob("*.json")])
-    assert call("tune", "--device", "tpu").exit_code == 2
     assert call("tune", "--set", "data.batch_size=8").exit_code == 2
 
 
@@ -256,25 +222,3 @@ def test_sizes_of_a_config():
         256,
         (torch.bfloat16,),
     )
-
-
-@pytest.mark.skipif(
-    not Path("/proc/thread-self/schedstat").exists(), reason="this system does not tell how long a thread waits"
-)
-def test_the_clock_does_not_count_other_processes():
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
-    try:
-        time.sleep(0.1)
-        wall, own, clock = time.perf_counter(), time.process_time(), tune._clock()
-        while time.process_time() < own + 0.3:
-            pass
-        wall, clock = time.perf_counter() - wall, tune._clock() - clock
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
-    assert clock == pytest.approx(0.3, rel=0.1)
-    assert wall > 0.4
-    start = tune._clock()
-    time.sleep(0.05)
-    assert tune._clock() - start > 0.045

@@ -83,7 +83,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("ranks", "n"), [(2, 1024), pytest.param(8, 4096, marks=pytest.mark.prove), (1024, 1024)])
+@pytest.mark.parametrize(("ranks", "n"), [(2, 1024), (1024, 1024)])
 def test_the_bytes_of_a_step_are_the_formula_s(kind, ranks, n):
     loss_of, what = KINDS[kind]
     dtype = torch.float32

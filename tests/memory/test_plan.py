@@ -1,15 +1,17 @@
 """simplclip plan: predicted peaks against real ones, what it solves for, and what it refuses to predict."""
 
+import io
 import json
 import re
 
 import pytest
 import torch
 from open_clip import add_model_config, create_model
+from rich.console import Console
 from typer.testing import CliRunner
 
 from simplclip.commands.main import app
-from simplclip.memory import fake
+from simplclip.memory import fake, report
 from simplclip.memory.count import UncountedOp
 from simplclip.memory.measure import measure, predict
 from simplclip.memory.plan import _Planner, largest, make, parse_memory
@@ -60,20 +62,21 @@ def check(make, within=WITHIN["fp32"]):
     assert sum(predicted.at_peak.values()) == predicted.peak
 
 
-CACHED_TINY = [CACHED, "data.batch_size=192", "data.micro_batch=64"]
+CACHED_TINY = [CACHED, "data.batch_size=96", "data.micro_batch=32"]
 MATCHING = "loss.pm_weight=1"
 TINY = {
-    "one graph": ["data.batch_size=192"],
-    "short texts": ["data.batch_size=192", "data.mean_tokens=3"],
-    "recompute": ["data.batch_size=192", "model.recompute=true", f"{LAYERS}3"],
+    "one graph": ["data.batch_size=96"],
+    "short texts": ["data.batch_size=96", "data.mean_tokens=3"],
     "cached WIKD": [*CACHED_TINY, *WIKD, MATCHING, "loss.plane=hadamard", "data.captions_per_image=2"],
-    "WIKD": [*WIKD, "data.batch_size=96", "loss.interactive=kl"],
-    "cached sigmoid WIKD": [SIGMOID, MATCHING, *WIKD, *CACHED_TINY],
-    "towers": [SIGMOID, *CACHED_TINY[:2], "data.micro_batch={image: 64, text: 90}", "data.captions_per_image=2"],
+    "WIKD, recomputed": [*WIKD, "data.batch_size=64", "loss.interactive=kl", "model.recompute=true", f"{LAYERS}3"],
+    "sigmoid, towers": [
+        *[SIGMOID, MATCHING, *WIKD, *CACHED_TINY[:2]],
+        *["data.micro_batch={image: 32, text: 45}", "data.captions_per_image=2"],
+    ],
 }
 S0 = {
     "one graph": ["data.batch_size=8", "data.micro_batch=null"],
-    "cached WIKD and PM": [*WIKD, MATCHING, "data.batch_size=20", "data.micro_batch=4", "loss.projection=true"],
+    "cached WIKD and PM": [*WIKD, MATCHING, "data.batch_size=20", "data.micro_batch=4"],
 }
 
 
@@ -127,9 +130,8 @@ def test_terms_that_come_later_count():
 @pytest.mark.slow
 def test_a_run_of_epochs_is_planned_without_its_data():
     changes = ["data.train=nowhere.tar", "optim.warmup=0", "loss.pm_weight={value: 0, to: 1, start: 9}"]
-    lengths = ("run.steps=50", "run.epochs=3")
-    plans = [make(config.load(TINY_CONFIG, [*changes, n]), Budget(24 * GIB), device="cpu", solve=False) for n in lengths]
-    assert plans[0].usage.peak == plans[1].usage.peak
+    plan = make(config.load(TINY_CONFIG, [*changes, "run.epochs=3"]), Budget(24 * GIB), device="cpu", solve=False)
+    assert plan.usage.peak == predict(trainer(TINY_CONFIG, plan.precision, *changes, "run.steps=50", f"{LAYERS}2"), CPU).peak
 
 
 @pytest.mark.slow
@@ -138,7 +140,7 @@ def test_micro_batches_of_each_tower(monkeypatch):
     cached = [SIGMOID, CACHED, "data.batch_size=96"]
     peak = lambda micro: predict(trainer(TINY_CONFIG, "fp32", *cached, f"data.micro_batch={micro}"), CPU).peak  # noqa: E731
     assert peak("{image: 24, text: 24}") == pytest.approx(peak(24), rel=1e-3)  # captions are copied on this device
-    assert peak("{image: 12, text: 24}") < peak(24) < peak("{image: 48, text: 24}")
+    assert peak("{image: 12, text: 24}") < peak(24)
     step = trainer(TINY_CONFIG, "fp32", *cached, "data.micro_batch={image: 24, text: 20}")
     batches = step.batches
     monkeypatch.setattr(step, "batches", lambda real: batches(real=True))
@@ -280,26 +282,6 @@ def test_answers_fit_and_one_more_does_not(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
-@needs_cuda_build
-@pytest.mark.prove
-def test_siclip_s0_beside_open_clip():
-    options = (
-        "--set",
-        "data.batch_size=64",
-        "--micro-batch",
-        16,
-        "--set",
-        "loss.relational_weight=1",
-        "--teacher-width",
-        512,
-    )
-    plan = json.loads(call("siclip2-s0", "--memory", "rtx-3060", *options, "--compare", "open_clip", "--json").stdout)
-    _, one_graph, _, other = plan["answers"]
-    assert "MobileCLIP2-S0, DistillClipLoss" in other["what"]
-    assert one_graph["batch_size"] > 4 * other["batch_size"] > 0
-    assert other["peak"] <= plan["usable"] < other["next_peak"]
-
-
 @pytest.mark.slow
 @needs_cuda_build
 def test_a_step_that_does_not_fit():
@@ -319,8 +301,10 @@ def test_a_step_that_does_not_fit():
 
 @pytest.mark.slow
 def test_where_little_is_used_nothing_is_advised():
-    shown = call(TINY_CONFIG, "--memory", "24GB", "--device", "cpu").output
-    assert re.search(r"advice     fits, nothing to do: \d% of the usable memory\n$", shown)
+    text = io.StringIO()
+    chosen = config.load(TINY_CONFIG, [f"{LAYERS}1", "data.batch_size=8"])
+    report.show(make(chosen, Budget(24 * GIB), device="cpu", solve=False), Console(file=text))
+    assert re.search(r"advice     fits, nothing to do: \d% of the usable memory\n$", text.getvalue())
 
 
 @pytest.mark.slow

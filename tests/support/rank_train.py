@@ -26,7 +26,7 @@ from wire import matrices, sent
 from simplclip import memory
 from simplclip.models.crop import TextCrop
 from simplclip.ops import distributed
-from simplclip.train import loop
+from simplclip.train import loop, together
 from simplclip.train.loop import curves
 
 ATTEMPT = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -98,7 +98,7 @@ def of_all_ranks(norm, x):
 
 def main(folder: Path, plan: str) -> None:
     torch.set_num_threads(1)
-    SyncBatchNorm.forward = of_all_ranks
+    SyncBatchNorm.forward, together.SYNCHRONISED = of_all_ranks, ("cpu",)
     entries = json.loads((folder / f"{plan}.json").read_text())
     if len(entries) > 1:  # torchrun's store serves one process group of a process
         dist.init_process_group()

@@ -1,8 +1,6 @@
 """Teachers by name, their features in shards, and the built-in teacher's heads."""
 
-import functools
 import os
-import signal
 
 import numpy as np
 import open_clip
@@ -10,7 +8,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from pairs import call, digests, forked, one_line, png, step_killed_at, write
+from pairs import call, digests, one_line, png, write
 from safetensors.torch import save_file
 from trainer_runs import write_models
 
@@ -263,23 +261,3 @@ def test_the_builtin_teacher_by_one_command(tmp_path, monkeypatch):
     assert "uses the heads of" in result.output
     assert "2 of 2 shards" in result.output
     assert digests(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("point", [5, 15])
-def test_killed_in_a_shard_it_ends_as_undisturbed(folder, tmp_path, point):
-    """Of 12 batches a shard."""
-
-    def go(out, point=-1):
-        found, step = teacher.load("open_clip:tiny", folder / "tiny.pt"), step_killed_at(point)
-        encode = found.encode_image
-        found.encode_image = lambda *images: step() or encode(*images)
-        teacher.write(str(folder / "in" / "*.tar"), out, found, batch_size=2, progress=False)
-
-    go(tmp_path / "whole")
-    whole = digests(tmp_path / "whole")
-    assert forked(functools.partial(go, tmp_path / "out", point)) == -signal.SIGKILL
-    seen = digests(tmp_path / "out", "*.tar")
-    assert len(seen) == point // 12
-    assert seen.items() <= whole.items()
-    go(tmp_path / "out")
-    assert digests(tmp_path / "out") == whole

@@ -24,7 +24,6 @@ def error_of(tmp_path, values, overrides=()) -> str:
 def test_defaults_and_round_trip(tmp_path):
     c = config.load(write(tmp_path, MINIMAL))
     assert c.data.train == "x-*.tar"
-    assert c.optim.options.model_dump() == {"betas": [0.9, 0.98], "eps": 1e-6, "amsgrad": False}
     assert config.load(write(tmp_path, c.to_yaml())) == c
     assert config.from_dict(c.to_dict()) == c
     with pytest.raises(Exception, match="frozen"):
@@ -33,47 +32,28 @@ def test_defaults_and_round_trip(tmp_path):
 
 def test_set_parses_values_as_yaml(tmp_path):
     free = ["data.train=[a.tar, b.tar]", "model.options.width=64", "eval.splits.held=h-*.tar"]
-    plain = ["optim.lr=2e-3", "optim.min_lr=1E-8", "optim.grad_clip=null", "loss.projection=true", "run.steps=7"]
+    plain = ["optim.lr=2e-3", "optim.weight_decay=1E-8", "optim.grad_clip=null", "run.compile=true", "run.steps=7"]
     c = config.load(write(tmp_path, MINIMAL), free + plain)
     assert (c.data.train, c.model.options, c.eval.splits) == (["a.tar", "b.tar"], {"width": 64}, {"held": "h-*.tar"})
-    assert (c.optim.lr, c.optim.min_lr, c.optim.grad_clip, c.loss.projection, c.run.steps) == (2e-3, 1e-8, None, True, 7)
-
-
-@pytest.mark.parametrize(
-    ("key", "nearest"),
-    [
-        ("optim.learning_rate=1", "known here: optim.lr"),
-        ("lr=1", "did you mean optim.lr?"),
-        ("run.batch_size=8", "did you mean data.batch_size?"),
-        ("optimm.lr=8", "did you mean optim?"),
-        ("zzz=8", "known here: model, inherit, data, loss, optim, eval, run"),
-    ],
-)
-def test_unknown_key_names_the_nearest(tmp_path, key, nearest):
-    message = error_of(tmp_path, MINIMAL, [key])
-    unknown = "optimm" if key.startswith("optimm") else key.partition("=")[0]
-    assert message.startswith(f"{unknown}: unknown key")
-    assert nearest in message
+    assert (c.optim.lr, c.optim.weight_decay, c.optim.grad_clip, c.run.compile, c.run.steps) == (2e-3, 1e-8, None, True, 7)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("optim.learning_rate=1", "optim.learning_rate: unknown key; known here: optim.lr, "),
+        ("lr=1", "lr: unknown key; did you mean optim.lr?"),
+        ("run.batch_size=8", "run.batch_size: unknown key; did you mean data.batch_size?"),
+        ("optimm.lr=8", "optimm: unknown key; did you mean optim?"),
+        ("zzz=8", "zzz: unknown key; known here: model, inherit, data, loss, optim, eval, run"),
         ("optim.lr=fast", "optim.lr: expected a number, got 'fast' (str)"),
         ("data.batch_size=1.5", "data.batch_size: expected a whole number, got 1.5 (float)"),
-        ("loss.projection=3", "loss.projection: expected true or false, got 3 (int)"),
+        ("run.compile=3", "run.compile: expected true or false, got 3 (int)"),
         ("run.precision=fp8", "run.precision: expected one of fp32, bf16, fp16, auto, got 'fp8' (str)"),
         ("data.train=3", "data.train: expected a string or a mapping or a list of strings or mappings, got 3 (int)"),
         ("eval.splits.held=3", "eval.splits.held"),
         ("optim=3", "optim: expected a mapping, got 3 (int)"),
         ("optim.lr=.nan", "optim.lr: expected a finite number, got nan (float)"),
-        ("optim.options.beta=1", "optim.options.beta: unknown key; did you mean optim.options.betas?"),
-        ("optim.options.betas=0.9", "optim.options.betas: expected a list of numbers, got 0.9 (float)"),
-        ("optim.options.betas=[0.9]", "optim.options.betas: expected a list of at least 2 items"),
-        ("optim.options.betas=[0, 0, 0]", "optim.options.betas: expected a list of at most 2 items"),
-        ("optim.options.betas=[0.9, 1]", "optim.options.betas.1: expected less than 1, got 1 (int)"),
-        ("optim.options={eps: 0}", "optim.options.eps: expected greater than 0, got 0 (int)"),
-        ("optim.options={amsgrad: 1}", "optim.options.amsgrad: expected true or false, got 1 (int)"),
         ("run.epochs=0", "run.epochs: expected greater than 0, got 0 (int)"),
         ("run={out: x, steps: 7, epochs: 2}", "run: expected one of steps and epochs, got steps = 7 and epochs = 2.0"),
         ("run={out: x, steps: null}", "run: expected one of steps and epochs, got steps = None and epochs = None"),

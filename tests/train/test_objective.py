@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from simplclip import losses
 from simplclip.ops.similarity import op as similarity_op
-from simplclip.train.config import ConfigError
 from simplclip.train.objective import Objective
 from simplclip.train.settings import LossConfig, Schedule
 
@@ -142,8 +141,7 @@ def test_sigmoid_beside_a_teacher():
         assert (gradient == 0) == (step == 0)
 
 
-def test_a_teacher_of_another_width_needs_the_projection():
-    with pytest.raises(ConfigError, match="loss.projection: expected true, .* teacher's features have width 6 .* 8, and"):
-        objective(interactive_weight=1.0)
-    objective(relational_weight=1.0)  # compares no features across widths
-    objective(width=6, interactive_weight=1.0)
+def test_a_teacher_of_another_width_is_compared_through_projections():
+    for width, term, projected in ((8, "interactive", True), (8, "relational", False), (6, "interactive", False)):
+        loss = objective(width=width, **{f"{term}_weight": 1.0}).loss
+        assert (loss.image_projections is not None) == projected

@@ -11,7 +11,6 @@ from nets import with_statistics
 from runs import check_resumed, go, rows
 
 from simplclip import data, models
-from simplclip.common.files import locked
 from simplclip.data import decode, rewrite
 from simplclip.data.transforms import augmentation
 from simplclip.memory.measure import predict
@@ -81,10 +80,11 @@ def training(config):
 
 
 @pytest.mark.slow
-def test_the_log_says_what_runs_folded_and_a_resumed_run_is_the_same(tmp_path, weights, monkeypatch):
-    text = check_resumed(
-        tmp_path, monkeypatch, 4, changes(weights, "data.micro_batch=4", "model.recompute=true"), teacher=256
+def test_the_log_says_what_runs_folded(tmp_path, weights):
+    config = tiny.settings(
+        tmp_path, *changes(weights, "data.micro_batch=4", "model.recompute=true", "run.steps=1"), teacher=256
     )
+    text = go(config)
     assert f"frozen     folded, in channels_last, copies of 2.6 MiB: {BACKBONE}" in text
 
 
@@ -169,32 +169,23 @@ def test_training_is_the_same_decodes_nothing_and_resumes_bit_for_bit(tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        (
-            ["data.sidecars=[]", "loss.feature_weight=0"],
-            "expected images whose pixels do not change, got the augmentation 'affi",
-        ),
+def test_what_cannot_be_cached(tmp_path, weights):
+    settings(tmp_path, weights)  # makes the data
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(8):
+        (images / f"{number}.png").write_bytes(tiny.picture((9, 9, 9), "bar"))
+        (images / f"{number}.txt").write_text("a bar")
+    alone = ["data.sidecars=[]", "loss.feature_weight=0"]
+    for others, message in (
+        (alone, "expected images whose pixels do not change, got the augmentation 'affi"),
         (["inherit.source=null"], "expected an image tower that begins with frozen modules"),
-    ],
-)
-def test_what_cannot_be_cached(tmp_path, weights, others, message):
-    with pytest.raises(ConfigError, match=f"^data.cache_prefix: {message}"):
-        go(settings(tmp_path, weights, cached(tmp_path), *others))
+        ([*alone, "data.augment=none", f"data.train={images}"], "expected local tars"),
+    ):
+        with pytest.raises(ConfigError, match=f"^data.cache_prefix: {message}"):
+            go(settings(tmp_path, weights, cached(tmp_path), *others))
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "run").exists()
-
-
-def test_tables_cannot_be_cached(tmp_path, weights):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(8):
-        (folder / f"{number}.png").write_bytes(tiny.picture((9, 9, 9), "bar"))
-        (folder / f"{number}.txt").write_text("a bar")
-    off = ["loss.feature_weight=0", "data.augment=none", f"data.train={folder}"]
-    with pytest.raises(ConfigError, match="data.cache_prefix: expected local tars"):
-        go(tiny.settings(tmp_path, *changes(weights, cached(tmp_path), *off)))
 
 
 @pytest.mark.slow
@@ -214,35 +205,13 @@ def test_a_cache_of_something_else_is_refused(tmp_path, weights):
         ):
             make(*others, seed=seed)
     with pytest.raises(ConfigError, match=r"data.cache_prefix: .*prefix.pixels.max_pixels was None, now 100000"):
-        make("data.max_pixels=100000")
+        make("data.options.max_pixels=100000")
     other = with_views(tmp_path, "more", VIEWS + 1)
     with pytest.raises(ConfigError, match=r"data.cache_prefix: .*prefix.views.number was 2, now 3"):
         make(f"data.sidecars=[{other}]")
     tiny.write_shard(tmp_path / "data" / "train-1.tar", copies=2)  # it changed: its views and its outputs are made again
     with_views(tmp_path)
     assert make()[1].startswith("prefix     made 1 of 2 shards")
-
-
-def test_making_it_is_interrupted_or_locked(tmp_path, weights, monkeypatch):
-    this = training(settings(tmp_path, weights, cached(tmp_path)))
-    calls, process = [], PrefixCache._process
-
-    def failing(self, samples):
-        calls.append(samples[0].place)
-        if calls[-1].startswith("train-1"):
-            raise KeyboardInterrupt
-        return process(self, samples)
-
-    monkeypatch.setattr(PrefixCache, "_process", failing)
-    with pytest.raises(KeyboardInterrupt):
-        PrefixCache(this).make(print)
-    monkeypatch.undo()
-    assert not PrefixCache(this).complete
-    with locked(tmp_path / "cache"), pytest.raises(ConfigError, match=r"^data.cache_prefix: .* no other process writes to"):
-        PrefixCache(this).make(print)
-    lines = []
-    PrefixCache(this).make(lines.append)
-    assert lines[1].startswith("prefix     made 1 of 2 shards")
 
 
 @pytest.mark.slow
