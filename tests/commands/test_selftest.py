@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import tiny
 import torch
 from devices import needs_cpu_kernels
 from interpreter import needs_interpreter
-from paths import PYTHONPATH, SUPPORT
+from paths import PYTHONPATH, ROOT, SUPPORT
 from runs import go, rows
 from typer.testing import CliRunner
 
@@ -136,6 +137,27 @@ def test_a_wrong_mask_of_a_triton_kernel_is_found(cache):
     assert done.returncode == 1, done.stderr
     assert "feature_loss, triton, float32: out: error" in done.stdout
     assert {key.split()[1] for key in machine.known("failed", "cpu")} == {"triton"}
+
+
+@pytest.mark.prove
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_a_flipped_sign_in_the_built_library_is_found(cache, tmp_path):
+    leave = shutil.ignore_patterns("*.so", "__pycache__", "kernels")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "simplclip"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=leave)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    (tmp_path / "simplclip" / "kernels").symlink_to(tmp_path / "kernels")
+    source = tmp_path / "csrc" / "cpu" / "feature" / "rows_impl.h"
+    assert "g - u * along" in source.read_text()
+    source.write_text(source.read_text().replace("g - u * along", "g + u * along"))
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=tmp_path, env={**os.environ, "SIMPLCLIP_CUDA": "0"}, check=True, capture_output=True)
+    done = spoiled("nothing feature_loss", PYTHONPATH=f"{tmp_path}{os.pathsep}{PYTHONPATH}")
+    assert done.returncode == 1, done.stderr
+    assert "feature_loss, cpu, float32: d_student: error" in done.stdout
+    assert "taken out: feature_loss cpu float32" in done.stdout
 
 
 def call():

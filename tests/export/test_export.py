@@ -1,6 +1,7 @@
 """Exports: every format gives the model back, ONNX computes what torch does, and nothing is left half-written."""
 
 import hashlib
+import io
 import json
 import math
 import resource
@@ -17,6 +18,7 @@ import onnx
 import onnxruntime
 import open_clip
 import pytest
+import tiny as tiny_data
 import torch
 from pairs import call, digests, forked, one_line
 from PIL import Image
@@ -24,8 +26,12 @@ from safetensors import safe_open
 from torch import nn
 
 import simplclip
-from simplclip import export, models
+from simplclip import evaluation, export, models
+from simplclip import train as trainer
+from simplclip.data.broken import Skipped
+from simplclip.data.shards import contents, read_shard
 from simplclip.export import onnx_towers
+from simplclip.integrations.open_clip import register_models
 from simplclip.models.simplify import MapBlock
 from simplclip.train import checkpoint, config
 
@@ -154,6 +160,21 @@ def test_the_summary_says_what_was_exported(tiny, vit):
     assert json.loads(metadata["preprocess"])["size"] == [48, 48]
 
 
+@pytest.mark.parametrize(
+    ("share", "shared"),
+    [([[0, 1]], (True, True)), ({"attention": [[0, 1]]}, (True, False)), ({"mlp": [[0, 1]]}, (False, True))],
+)
+def test_shared_weights(share, shared, tmp_path):
+    """Of which safetensors knows nothing."""
+    options = {"simplify_options": {"share": {"text": share}, "output_last": True}}
+    model = save(tmp_path, "siclip-tiny", **options)
+    export.run(tmp_path, tmp_path / "export", formats=["open_clip"])
+    loaded = models.create("siclip-tiny", checkpoint=tmp_path / "export" / WEIGHTS, **options)
+    assert_same(model, loaded)
+    first, second = loaded.text.transformer.resblocks
+    assert (first.qk.weight is second.qk.weight, first.fc1.weight is second.fc1.weight) == shared
+
+
 @pytest.mark.slow
 def test_onnx_masks_padding(tmp_path):
     options = {"custom_text": True, "text_cfg": {"no_causal_mask": True}, "simplify_options": {"mask_padding": True}}
@@ -165,6 +186,19 @@ def test_onnx_masks_padding(tmp_path):
     other = torch.where(tokens == 0, 99, tokens)
     (found,), (expected,) = (session.run(None, {"input_ids": some.numpy()}) for some in (other, tokens))
     assert np.array_equal(found, expected)
+
+
+@pytest.mark.prove
+def test_siclip_s0(tmp_path):
+    """With two of its twelve text blocks; they share their weights, as its pairs do. Its image tower takes a minute."""
+    options = {"text_cfg": {"layers": 2}, "simplify_options": {"share": {"text": [[0, 1]]}}}
+    model = save(tmp_path, "siclip2-s0", **options)
+    answer = export.run(tmp_path, tmp_path / "export", formats=["open_clip"])
+    assert_same(model, models.create("siclip2-s0", checkpoint=tmp_path / "export" / WEIGHTS, **options))
+    assert (answer["embed_dim"], answer["tokenizer"]["context_length"]) == (512, 77)
+    tokens = models.tokenizer("siclip2-s0")(["a cat", "two dogs", "a blue house"])
+    about = onnx_towers.export(model, "text", tokens, tmp_path / "text.onnx")
+    assert max(about["max_abs_error"].values()) < 1e-5
 
 
 @pytest.mark.slow
@@ -201,6 +235,17 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="expected a folder"):
         export.run(tiny.run, tmp_path / "file", force=True)
+
+
+def test_the_weights_that_a_run_began_with_may_be_gone(tmp_path):
+    save(tmp_path / "run", "siclip-tiny")
+    state = checkpoint.load(tmp_path / "run")
+    state["config"]["model"]["options"] = {"checkpoint": "gone.pt"}
+    checkpoint.save(tmp_path / "run", state)
+    answer = export.run(tmp_path / "run", tmp_path / "out", formats=["open_clip"])
+    assert answer["options"] == {}
+    (tmp_path / "out" / "export.json").write_text(json.dumps(answer | {"options": {"checkpoint": "gone.pt"}}))  # as it was
+    assert simplclip.load(tmp_path / "out").fingerprint() == simplclip.load(tmp_path / "run").fingerprint()
 
 
 @pytest.mark.slow
@@ -246,7 +291,7 @@ def test_command(tiny, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize(("format_", "limit"), [("open_clip", 1000), ("onnx", 1000)])
+@pytest.mark.parametrize(("format_", "limit"), [("open_clip", 100), ("open_clip", 1000), ("onnx", 1000)])
 def test_a_full_disk_leaves_the_former_export(tiny, tmp_path, format_, limit):
     export.run(tiny.run, tmp_path / "out", formats=["open_clip"])
     before = digests(tmp_path / "out")
@@ -346,3 +391,45 @@ def test_every_model_loads_in_open_clip_in_another_process_and_folder(names, tmp
         cosines = encoder.encode_image(own) @ encoder.encode_text(texts).T  # of our own pixels
         torch.testing.assert_close(image @ text.T, cosines, rtol=0, atol=1e-2)
         assert math.exp(scale) == pytest.approx(encoder.logit_scale)
+
+
+@pytest.mark.slow
+def test_figures_stay_from_a_warm_start_to_open_clip(tmp_path, monkeypatch):
+    """Of a run with other sizes, rate and data. Its source is gone when it is exported, and the run when it is loaded."""
+    monkeypatch.chdir(tmp_path)
+    held = tiny_data.write_shard(tmp_path / "held.tar")
+
+    def figures(source):
+        found = evaluation.evaluate(source, {"held": held}, out=tmp_path / "figures", captions=1)["splits"]["held"]
+        return [found[way]["R@1"]["value"] for way in ("image_to_text", "text_to_image")]
+
+    alike = ["data.batch_size=24", "data.augment=none"]
+    trainer.run(tiny_data.settings(tmp_path / "source", *alike, "run.steps=60", "optim.lr=0.002"))
+    other = [
+        *alike,
+        "model.checkpoint=source/run",
+        "model.image_size=64",
+        "model.context_length=20",
+        "optim.lr=1e-4",
+        "run.steps=3",
+    ]
+    trainer.run(tiny_data.settings(tmp_path / "warm", *other))
+    shutil.rmtree("source")
+    trained = figures("warm/run")
+    assert min(trained) > 0.5  # by chance 0.04
+    export.run("warm/run", "elsewhere/mine", formats=["open_clip"])
+    shutil.rmtree("warm")
+    assert figures("elsewhere/mine") == trained
+
+    def loaded_by_open_clip():
+        register_models()
+        model, _, preprocess = open_clip.create_model_and_transforms("local-dir:elsewhere/mine")
+        samples = [contents(sample) for sample in read_shard(held, Skipped())]
+        images = torch.stack([preprocess(Image.open(io.BytesIO(sample["png"])).convert("RGB")) for sample in samples])
+        texts = open_clip.get_tokenizer("local-dir:elsewhere/mine")([json.loads(s["json"])["captions"][0] for s in samples])
+        with torch.no_grad():
+            cosines = model.eval().encode_image(images, normalize=True) @ model.encode_text(texts, normalize=True).T
+        own = torch.arange(len(cosines))
+        assert [(cosines.argmax(dim) == own).double().mean().item() for dim in (1, 0)] == pytest.approx(trained)
+
+    assert forked(loaded_by_open_clip) == 0
