@@ -31,10 +31,11 @@ from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import replacing
 from simplclip.integrations.open_clip import register_models
 from simplclip.models.crop import crop_texts
+from simplclip.ops.similarity.call import INTERACTIVE
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
 SUFFIX = ".loss"
-DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "feature_weight", "feature_distance")
+DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "feature_weight")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,10 +47,6 @@ def parser() -> argparse.ArgumentParser:
     matching = ours.add_argument_group("pair matching, beside any loss but that of CoCa models")
     matching.add_argument("--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)")
     matching.add_argument("--pm-plane", choices=losses.PLANES, default="scalar", help="its hyperplane (default: scalar)")
-    matching.add_argument(
-        "--fresh-loss-parameters", action="store_true",
-        help="initialise the learned parameters of the loss if --resume names a checkpoint without them",
-    )  # fmt: skip
     ours.add_argument(
         "--crop-texts", action="store_true",
         help="compute no tokens behind the end of the texts (models whose text tower is causal)",
@@ -59,11 +56,8 @@ def parser() -> argparse.ArgumentParser:
         distillation.add_argument(
             f"--{name}-weight", type=_weight, default=default, help=f"weight of the {name} term (default: {default:g})"
         )
-    for name, choices, what in (
-        ("interactive", ("infonce", "kl"), "form of the interactive term"),
-        ("feature-distance", ("mse", "smooth_l1"), "distance of the feature term"),
-    ):
-        distillation.add_argument(f"--{name}", choices=choices, default=choices[0], help=f"{what} (default: {choices[0]})")
+    what = "form of the interactive term (default: infonce)"
+    distillation.add_argument("--interactive", choices=INTERACTIVE, default="infonce", help=what)
     return ours
 
 
@@ -111,7 +105,7 @@ def main(argv: list[str] | None = None):
 def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
     """Our functions by their names in open_clip_train.main: `create_loss`, or `create_task` for model and loss together."""
     if hasattr(trainer, "train_one_epoch"):
-        train = _with_loss_parameters(trainer.train_one_epoch, options.fresh_loss_parameters)
+        train = _with_loss_parameters(trainer.train_one_epoch)
         if hasattr(trainer, "create_task"):
             task = functools.partial(create_task, options, trainer.create_task)
             return {"create_task": task, "train_one_epoch": train}
@@ -211,7 +205,7 @@ def _width(model: str) -> int | None:
     return (open_clip.get_model_config(model) or {}).get("embed_dim")
 
 
-def _with_loss_parameters(theirs: Callable, fresh: bool) -> Callable:
+def _with_loss_parameters(theirs: Callable) -> Callable:
     """open_clip's train_one_epoch; parameters of the loss are added to the optimizer, and saved at the end."""
     parameters: LossParameters | None = None
 
@@ -226,7 +220,7 @@ def _with_loss_parameters(theirs: Callable, fresh: bool) -> Callable:
             parameters = LossParameters(loss, optimizer, args)
             # The first epoch is the number of epochs of the checkpoint, 0 for a checkpoint of weights only.
             if args.resume is not None and epoch > 0:
-                parameters.load(args.resume, epoch, fresh=fresh)
+                parameters.load(args.resume, epoch)
             parameters.set_apart()
         theirs(first, *others, **rest)
         completed = epoch + 1
@@ -306,7 +300,7 @@ class LossParameters:
             if number and int(number[1]) < epoch - 1 and not other.with_suffix(".pt").exists():
                 other.unlink()
 
-    def load(self, checkpoint: str, epoch: int, fresh: bool) -> None:
+    def load(self, checkpoint: str, epoch: int) -> None:
         """Loads the file beside this checkpoint, local or remote as in open_clip."""
         import fsspec
 
@@ -315,12 +309,9 @@ class LossParameters:
             with fsspec.open(path, "rb") as file:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            if fresh:
-                logging.info(f"=> no {path}: the parameters of the loss are initialised")
-                return
             raise FileNotFoundError(
                 f"--resume {checkpoint}: expected the learned parameters of the loss in {path}, got no such file; "
-                "--fresh-loss-parameters initialises them"
+                "--pretrained starts from the model's weights alone"
             ) from None
         found = {name: tuple(value.shape) for name, value in state["loss"].items()}
         expected = {name: tuple(value.shape) for name, value in self.loss.state_dict().items()}

@@ -29,8 +29,8 @@ def feature_distance(student, teacher):
 def test_every_term_against_the_dense_form(divergence, interactive, teacher_width):
     torch.manual_seed(0)
     loss = WIKDLoss(
-        **EVERYTHING, contrastive_weight=0.9, interactive=interactive, divergence=divergence, learn_interactive_scale=True,
-        embed_dim=16, teacher_dim=teacher_width,
+        **EVERYTHING, contrastive_weight=0.9, interactive=interactive, divergence=divergence, embed_dim=16,
+        teacher_dim=teacher_width,
     )  # fmt: skip
     student, teacher = batch(teacher_width=teacher_width)
     named = loss(*student, *teacher, output_dict=True)
@@ -50,7 +50,7 @@ def test_every_term_against_the_dense_form(divergence, interactive, teacher_widt
         plane=(parameters["plane_weight"], parameters["plane_bias"]),
         teacher_image=teacher[0], teacher_text=teacher[1], teacher_scale=teacher[2],
         projected_image=normalised[0], projected_text=normalised[1],
-        interactive=interactive, interactive_scale=parameters["interactive_log_scale"].exp(), divergence=divergence,
+        interactive=interactive, divergence=divergence,
     )  # fmt: skip
     feature = sum(feature_distance(p, t) for p, t in zip(projected, teacher)) / 2
     expected = {
