@@ -68,8 +68,8 @@ def backward(
             of as many rows. The last micro-batch may be smaller.
         model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients in the
             last backward pass only: one of each tower where each has a wrapper, else one for all, which backpropagates the
-            last micro-batches of all towers together. encode must call that wrapper, and the towers use all its parameters
-            (unless it has find_unused_parameters=True): a logit scale must be an output of encode (as in open_clip's
+            last micro-batches of all towers together, and must not have find_unused_parameters=True. encode must call that
+            wrapper, and the towers use all its parameters: a logit scale must be an output of encode (as in open_clip's
             forward(image, text)), not a variable that `loss` captures. static_graph=True is not supported, since torch then
             exchanges in the first backward pass.
         scaler: scales the loss; the caller calls its step and update.
@@ -179,10 +179,9 @@ class _Tower:
             for index in range(self.again - 1):
                 _backpropagate([self._again(index)])
 
-    def last(self, ranks: _Ranks, alone: bool) -> tuple[Named, Named]:
+    def last(self) -> tuple[Named, Named]:
         """The outputs of the last micro-batch that is encoded again, or of the only one, and their gradients."""
-        with ranks.alone(alone):
-            return self._again(self.again - 1) if self.again else (self.kept.pop(), self.gradients[0])
+        return self._again(self.again - 1) if self.again else (self.kept.pop(), self.gradients[0])
 
     def _again(self, index: int) -> tuple[Named, Named]:
         _restore(self.states[index])
@@ -282,17 +281,13 @@ class _Ranks:
     def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
         modules = [] if model is None else model.modules()
         self.wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
-        shared = len(self.wrappers) == 1 and len(towers) > 1
-        # Such a wrapper counts parameters that its last forward pass does not use as finished, so that a backward pass of two
-        # towers together would finish them twice.
-        self.in_turn = shared and self.wrappers[0].find_unused_parameters
-        self.together = shared and not self.in_turn
-        if self.in_turn and not any(tower.again for tower in towers):
-            towers[-1].again = 1
-        # The last tower encodes again: its forward pass comes after all other backward passes, and only its own exchanges.
-        self.towers = sorted(towers, key=lambda tower: tower.again > 0) if self.in_turn else towers
-        several = any(tower.again for tower in towers)
-        self.again = [tower for tower in towers if (several if shared else tower.again)]
+        self.towers, self.again = towers, [tower for tower in towers if tower.again]
+        self.together = len(self.wrappers) == 1 and len(towers) > 1  # towers that share a wrapper
+        if self.together and self.again:
+            self.again = towers
+        if self.together and self.wrappers[0].find_unused_parameters:
+            # It would count the parameters of one tower as finished in the forward pass of the other.
+            raise InputError("model: expected find_unused_parameters=False of a wrapper that both towers share, got True")
 
     def alone(self, alone: bool) -> ExitStack:
         """Disables the exchange of gradients if `alone`."""
@@ -302,14 +297,12 @@ class _Ranks:
         return stack
 
     def encode_again(self, gradients: Named) -> None:
-        last = []
         for tower in self.towers:
             tower.encode_again(self, gradients)
-            last.append(tower)
-            if not self.together or tower is self.towers[-1]:
-                alone = self.in_turn and tower is not self.towers[-1]
-                _backpropagate([of_one.last(self, alone) for of_one in last])
-                last.clear()
+            if not self.together:
+                _backpropagate([tower.last()])
+        if self.together:
+            _backpropagate([tower.last() for tower in self.towers])
 
 
 def _backpropagate(parts: list[tuple[Named, Named]]) -> None:

@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models import warm
-from simplclip.models.groups import Groups, indices, shares
 from simplclip.models.mobileclip import PreNormLayer, TextTower
 from simplclip.models.padding import mask_padding_of, tower_to_mask
-from simplclip.nn import SimplifiedBlock, share_weights
+from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
 
 __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
 
 TOWERS = ("text", "image")
+Groups = Sequence[Sequence[int]]  # indices of blocks
 _ACT_NAMES = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quickgelu", "ReLU": "relu", "SiLU": "silu"}
 # Of transformers.
 _ACT_NAMES |= {"GELUActivation": "gelu", "QuickGELUActivation": "quickgelu", "SiLUActivation": "silu"}
@@ -185,7 +186,6 @@ def simplify(
     towers: Sequence[str] = TOWERS,
     blocks: Mapping[str, Sequence[int]] | None = None,
     share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
-    share_norms_and_gains: bool = False,
     mlp_ratio: float | Mapping[str, float] | None = None,
     norm: str = "layernorm",
     act: str | None = None,
@@ -222,7 +222,6 @@ def simplify(
         share: for each tower groups of such indices that share all weight matrices, or a mapping that names what is shared:
             ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
             are disjoint ("all" counts for both parts); those of attention and MLP may differ.
-        share_norms_and_gains: share norms and gains within a group as well (the norm only within a group of "all").
         mlp_ratio, act, drop_path: as in the old block when None. mlp_ratio: for both towers, or by tower.
         norm: "layernorm" or "rmsnorm".
         value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
@@ -304,7 +303,7 @@ def simplify(
         report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
         for what, groups in report.share[tower].items():
             local = [[chosen.index(i) for i in group] for group in groups]
-            share_weights(list(new.values()), local, what, norms_and_gains=share_norms_and_gains)
+            share_weights(list(new.values()), local, what)
 
     masked = tower_to_mask(model, [block for block in report.replaced if block.tower == "text"]) if mask_padding else None
     if init == "inherit":
@@ -317,6 +316,36 @@ def simplify(
         encoders.declare_shared(model)
     report.after = count_parameters(model)
     return model, report
+
+
+def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
+    """The indices from 0 of `wanted`, of which negative ones count from the end of `count` blocks."""
+    if not wanted:
+        raise InputError(f"{name}: expected at least one index, got none")
+    for index in wanted:
+        if not -count <= index < count:
+            raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
+    return [index % count for index in wanted]
+
+
+def shares(wanted: Groups | Mapping[str, Groups], replaced: list[int], count: int) -> dict[str, list[list[int]]]:
+    """The groups of a tower by what they share, see `simplify`, with indices from 0. `replaced`: the tower's new blocks."""
+    parts: Mapping[str, Groups] = wanted if isinstance(wanted, Mapping) else {"all": wanted}
+    if unknown := [what for what in parts if what not in SHARED_PARTS]:
+        raise InputError(f"share: expected groups, or groups by names out of {SHARED_PARTS}, got {unknown[0]!r}")
+    found = {}
+    for what, groups in parts.items():
+        lists = isinstance(groups, Sequence) and all(isinstance(group, Sequence) for group in groups)
+        if not lists or not all(isinstance(i, Integral) for group in groups for i in group):
+            raise InputError(f"share: expected a list of groups of indices such as [[0, 1]], got {groups!r}")
+        found[what] = [indices("share", group, count) for group in groups]
+        if missing := [i for group in found[what] for i in group if i not in replaced]:
+            raise InputError(f"share: expected indices of replaced blocks, {replaced}, got {missing}")
+    for part in ("attention", "mlp"):
+        every = [i for what in (part, "all") for group in found.get(what, ()) for i in group]
+        if twice := sorted({i for i in every if every.count(i) > 1}):
+            raise InputError(f"share: expected disjoint groups, got block {twice[0]} twice for {part}")
+    return {what: groups for what, groups in found.items() if groups}
 
 
 def block_sites(model: nn.Module, tower: str) -> list[_Site]:

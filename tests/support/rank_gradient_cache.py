@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -114,23 +115,24 @@ def compare(found, expected, what):
 def towers_of_their_own(image, text, loss, part, expected):
     """Micro-batches of another size in each tower, with a wrapper for each and with one for both: all gradients are exchanged
     once a step."""
-    whole, shared, unused = (Model().double(), OneAtATime().double(), OneAtATime().double())
+    whole, shared = Model().double(), OneAtATime().double()
     image_tower = DistributedDataParallel(Tower(whole.image))
     text_tower = DistributedDataParallel(Tower(whole.text, whole.logit_scale))
     both = DistributedDataParallel(shared)
-    in_turn = DistributedDataParallel(unused, find_unused_parameters=True)
+    for_unused = DistributedDataParallel(OneAtATime().double(), find_unused_parameters=True)
+    with pytest.raises(ValueError, match="model: expected find_unused_parameters=False of a wrapper that both towers share"):
+        gradient_cache.backward((for_unused, for_unused), ([image], [text]), part, model=for_unused)
     exchanged = []
 
     def counting(state, bucket):
         exchanged.append(bucket.buffer().numel())
         return allreduce_hook(None, bucket)
 
-    for wrapper in (image_tower, text_tower, both, in_turn):
+    for wrapper in (image_tower, text_tower, both):
         wrapper.register_comm_hook(None, counting)
     forms = {
         "two wrappers": (whole, nn.ModuleList([image_tower, text_tower]), (image_tower, text_tower)),
         "one wrapper": (shared, both, (lambda b: both(image=b), lambda b: both(text=b))),
-        "one wrapper in turn": (unused, in_turn, (lambda b: in_turn(image=b), lambda b: in_turn(text=b))),
     }
     for (name, (bare, model, encode)), sizes in itertools.product(forms.items(), ((4, 3), (4, N), (N, 3), (N, N))):
         for keep in (0, 1, 5) if sizes == (4, 3) else (0,):
