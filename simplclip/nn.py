@@ -175,8 +175,7 @@ def share_weights(
     """Let the blocks of every group use the weights of the group's first block, in place.
 
     Every block keeps its own norm and gains, a few vectors, and so its own balance between identity, attention and MLP.
-    ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under each of its names, so that a strict round trip
-    works.
+    ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under each of its names, and loads strictly.
 
     Args:
         blocks: the blocks of a tower.

@@ -92,7 +92,7 @@ def test_open_clips_arguments_work(registered):
 
 @pytest.mark.slow
 def test_it_makes_siclips(registered):
-    for name in registered:
+    for name in ("mobileclip-s0", "siclip-s0", "siclip-tiny"):
         model = open_clip.create_model(name, device="meta")
         own = models.create(name, device="meta")
         assert {n: p.shape for n, p in model.state_dict().items()} == {n: p.shape for n, p in own.state_dict().items()}

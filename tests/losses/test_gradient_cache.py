@@ -110,8 +110,7 @@ def wikd(dtype, captions=1, width=256, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("captions", [1, 2])
+@pytest.mark.parametrize(("dtype", "captions"), [(torch.float32, 1), (torch.float64, 2)])
 def test_wikd_on_siclip_tiny(dtype, captions):
     model, (module, loss) = siclip(dtype), wikd(dtype, captions)
     share_weights(model.text.transformer.resblocks, [[0, 1]])

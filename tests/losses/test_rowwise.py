@@ -305,9 +305,3 @@ def test_gradients_of_bfloat16_are_kept_in_it(monkeypatch):
     leaves, _ = batch(n, n, dtype=torch.bfloat16, width=width)
     peak = cpu_peak_bytes(lambda: chunked(focal)(*leaves).backward())
     assert peak < 2 * n * width * 4 + 2 * 64 * n * 4
-
-
-@pytest.mark.parametrize(("dtype", "n", "rows"), [("float32", 16384, 256), ("bfloat16", 16384, 256), ("bfloat16", 4096, 256)])
-def test_rows_of_a_chunk_on_a_cpu(dtype, n, rows):
-    x = torch.empty(n, 1, dtype=getattr(torch, dtype))
-    assert rowwise._most_rows(x, n, torch.float32, 64 << 20) == rows

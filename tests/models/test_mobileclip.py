@@ -1,14 +1,12 @@
 """MobileCLIP-S0: what the published code computes, its checkpoint, folding, and training."""
 
 import copy
-import re
 
 import pytest
 import torch
 from mobileclip_s0 import SMALL, SMALL_FEATURES, error, expected, inputs, small_case, weights
 from PIL import Image
 from safetensors.torch import save_file
-from timm.utils import reparameterize_model
 from torch import nn
 
 import simplclip
@@ -75,6 +73,8 @@ def test_the_small_text_tower():
     with torch.no_grad():
         assert error(tower(case["tokens"]), case["features"]) < EXACT
         assert error(tower.encode_tokens(case["tokens"]), case["all_tokens"]) < EXACT
+        shorter = tower(case["tokens"][:, :50])
+    assert shorter.shape == case["features"].shape
 
 
 @pytest.mark.slow
@@ -89,29 +89,12 @@ def test_every_tensor_of_the_published_checkpoint_has_its_place(model):
     assert parts == {"image": 11_406_464, "text": 42_441_216, "other": 1, "total": 53_847_681}
 
 
-def test_the_docstring_lists_the_names(model):
-    table = re.search(r"published +here\n(.*?)\n\n", mobileclip.__doc__, re.DOTALL).group(1)
-    rows = dict(re.fullmatch(r"(\S+) +([\w.]+)(?:,.*)?", row).groups() for row in table.splitlines())
-    for name in weights(1):
-        if name.startswith("image_encoder."):
-            continue
-        general = re.sub(r"\.(\d+)\.", ".I.", name, count=1)
-        row = max((row for row in rows if general.startswith(row)), key=len)
-        index = re.search(r"\d+", name)
-        expected = (rows[row] + general.removeprefix(row)).replace(".I.", f".{index and index.group()}.")
-        (found,) = mobileclip.from_published(model, {"text_encoder.": torch.zeros(()), name: torch.zeros(())}).keys() - {
-            "text."
-        }
-        assert found == expected
-
-
-@pytest.mark.slow
-def test_our_own_state_dict(model, tmp_path):
+def test_our_own_state_dict(tmp_path):
+    torch.save({"state_dict": small_state()}, tmp_path / "published.pt")
+    model = small(checkpoint=tmp_path / "published.pt")
     save_file(model.state_dict(), tmp_path / "own.safetensors")
-    torch.save({"state_dict": weights(1)}, tmp_path / "published.pt")
-    for file in ("own.safetensors", "published.pt"):
-        state = models.create(NAME, checkpoint=tmp_path / file).state_dict()
-        torch.testing.assert_close(state, model.state_dict(), rtol=0, atol=0)
+    state = small(checkpoint=tmp_path / "own.safetensors").state_dict()
+    torch.testing.assert_close(state, model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -169,9 +152,8 @@ def batch_norms(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fold", [simplclip.fold, reparameterize_model])
-def test_folded_it_computes_the_same(model, fold):
-    folded = fold(model)
+def test_folded_it_computes_the_same(model):
+    folded = simplclip.fold(model)
     image, text = inputs()
     features = expected()
     with torch.no_grad():
@@ -181,7 +163,7 @@ def test_folded_it_computes_the_same(model, fold):
     assert len(batch_norms(model.text)) == 8
     assert not batch_norms(folded.text)
     assert [type(part) for part in folded.text.layers[0].mixer.children()] == [nn.Conv2d]
-    again = fold(folded.text, inplace=True)  # what is folded stays so
+    again = simplclip.fold(folded.text, inplace=True)  # what is folded stays so
     with torch.no_grad():
         assert again is folded.text
         assert error(again(text), features["text"]) < FOLDED
@@ -240,32 +222,18 @@ def test_lock_leaves_the_last_groups():
         assert all(p.requires_grad == name.startswith(last) for name, p in model.text.named_parameters())
 
 
-def test_tokens_of_any_layout():
+def test_autocast_copies_and_compilation():
     tower, case = small_tower()
-    tokens = case["tokens"]
+    tokens, again = case["tokens"], copy.deepcopy(tower)
     with torch.no_grad():
         features = tower(tokens)
-        torch.testing.assert_close(tower(tokens[:1]), features[:1])
-        torch.testing.assert_close(tower(tokens.T.contiguous().T), features)
-        torch.testing.assert_close(tower(tokens.repeat_interleave(2, 1)[:, ::2].int()), features)
-        torch.testing.assert_close(tower(tokens[:1].expand(3, -1)), features[:1].expand(3, -1))
-        torch.testing.assert_close(tower(tokens[:, :50]).shape, features.shape)
-
-
-@pytest.mark.slow
-def test_autocast_copies_and_compilation(model):
-    image, text = inputs()
-    again = copy.deepcopy(model)
-    with torch.no_grad():
-        features = model.encode_text(text, normalize=True), model.encode_image(image, normalize=True)
         with torch.autocast("cpu", torch.bfloat16):
-            half = again.encode_text(text, normalize=True), again.encode_image(image, normalize=True)
-        compiled = torch.compile(again.encode_text, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(text, normalize=True), features[0])
-    assert all(1e-4 < error(ours.float(), theirs) < 5e-2 for ours, theirs in zip(half, features))
-    pure = again.to(torch.bfloat16).encode_text(text)
+            half = again(tokens)
+        torch.testing.assert_close(torch.compile(again, fullgraph=True, backend="eager")(tokens), features)
+        pure = again.to(torch.bfloat16)(tokens)
     assert pure.dtype == torch.bfloat16
-    assert error(nn.functional.normalize(pure.float(), dim=1), features[0]) < 5e-2
+    assert 1e-4 < error(half.float(), features) < 5e-2
+    assert error(pure.float(), features) < 5e-2
 
 
 def test_by_name():
@@ -290,10 +258,9 @@ def test_an_encoder_of_the_published_checkpoint(model, published, tmp_path):
     image, _ = inputs()
     with torch.no_grad():
         features = model.encode_image(image, normalize=True)
-    for source in ((NAME, published), (f"{NAME}/{published}",)):
-        encoder = simplclip.load(*source)
-        assert (encoder.name, encoder.width) == (NAME, 512)
-        torch.testing.assert_close(encoder.features("image", image), features)
+    encoder = simplclip.load(f"{NAME}/{published}")
+    assert (encoder.name, encoder.width) == (NAME, 512)
+    torch.testing.assert_close(encoder.features("image", image), features)
     with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model"):
         simplclip.load("siclip-tiny", published)
     (tmp_path / "bad.pt").write_bytes(b"bad")

@@ -46,20 +46,6 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):
     assert count(s0) < 0.7 * count(original)
 
 
-@pytest.mark.slow
-def test_s0_encodes(s0):
-    text = models.tokenizer("siclip2-s0")(["a cat", "a dog on a mat"])
-    image = models.transforms("siclip2-s0", train=False)(Image.new("RGB", (300, 280), "red"))
-    assert text.shape == (2, 77)
-    assert image.shape == (3, 256, 256)
-    assert image[0].max() == 1
-    assert image[1].max() == 0
-    with torch.no_grad():
-        logits, _ = s0.get_logits(image[None], text)
-    assert logits.shape == (1, 2)
-    assert logits.isfinite().all()
-
-
 def test_tiny_is_small_and_simplified_in_both_towers(tiny):
     assert 3e6 < count(tiny) < 6e6
     assert sum(isinstance(m, TimmBlock) for m in tiny.visual.modules()) == 1
@@ -80,31 +66,6 @@ def test_tiny_behaves_as_an_open_clip_model(tiny):
     assert features[0].shape == features[1].shape == (3, 256)
     torch.testing.assert_close(logits, tiny.logit_scale.exp() * features[0] @ features[1].T)
     torch.testing.assert_close(outputs[0], features[0])
-
-
-@pytest.mark.slow
-def test_tiny_trains_in_bfloat16_autocast():
-    torch.manual_seed(0)
-    model = models.create("siclip-tiny")
-    image, text = torch.randn(8, 3, 48, 48), torch.randint(0, 8191, (8, 16))
-    text[:, 6] = 8191
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses, target = [], torch.arange(8)
-    for _ in range(15):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = model.get_logits(image, text)
-        loss = torch.nn.functional.cross_entropy(logits.float(), target)
-        loss += torch.nn.functional.cross_entropy(logits.float().T, target)
-        optimizer.zero_grad()
-        loss.backward()
-        if not losses:
-            norms = {n: p.grad.norm() for n, p in model.named_parameters() if n.endswith(("fc1.weight", "fc2.weight"))}
-            assert len(norms) == 6
-            assert max(norms.values()) < 30 * min(norms.values())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > 3
-    assert losses[-1] < 0.5
 
 
 def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tiny):
