@@ -138,7 +138,7 @@ def test_attention_and_mlp_may_be_shared_among_different_groups():
             assert getattr(blocks[2], name) is getattr(blocks[3], name)
         for name in ("alpha", "beta", "gamma", "attention_gain", "mlp_gain", "norm"):
             assert len({id(getattr(block, name)) for block in blocks}) == 4, name
-    torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="aot_eager")(x), stack(x))
+    torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="eager")(x), stack(x))
     stack(x).sum().backward()
     assert all(p.grad is not None for p in stack.parameters())
     other.load_state_dict(stack.state_dict(), strict=True)

@@ -135,16 +135,16 @@ def test_a_siclip_inherits_from_the_published_checkpoint(tmp_path):
         simplclip.inherit(models.create("siclip-tiny"), tmp_path / "small.pt")
 
 
-def test_simplified_blocks_replace_its_transformer_layers(model):
-    changed, report = simplclip.simplify(copy.deepcopy(model), towers=["text"])
-    assert [(r.path, r.kind, r.width, r.heads, r.hidden, r.causal) for r in report.replaced] == [
-        (f"text.layers.{i}", "PreNormLayer", 512, 8, 2048, False) for i in range(1, 5)
+def test_simplified_blocks_replace_its_transformer_layers():
+    changed, report = simplclip.simplify(small(), towers=["text"])
+    assert [(r.path, r.kind, r.width, r.heads, r.causal) for r in report.replaced] == [
+        (f"text.layers.{i}", "PreNormLayer", SMALL["width"], SMALL["heads"], False) for i in (1, 2)
     ]
-    blocks = [changed.text.layers[i] for i in range(1, 5)]
+    blocks = [changed.text.layers[i] for i in (1, 2)]
     assert all(type(block) is TransformerBlock and block.act == "gelu" for block in blocks)
-    assert changed.encode_text(inputs()[1]).isfinite().all()
+    assert changed.encode_text(small_case()[1]["tokens"]).isfinite().all()
     _, again = simplclip.simplify(changed, blocks={"text": [-1]}, towers=["text"])
-    assert [r.path for r in again.replaced] == ["text.layers.4"]
+    assert [r.path for r in again.replaced] == ["text.layers.2"]
 
 
 def batch_norms(module):
@@ -216,8 +216,9 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_lock_leaves_the_last_groups():
     groups = ["text_projection", "layers.3.", "layers.2.", "layers.1.", "layers.0.", "token_embedding"]
+    model = small()
     for unlocked, last in ((0, ()), (2, (*groups[:2], "ln_final")), (5, (*groups[:5], "ln_final")), (6, ("",))):
-        model = small()
+        model.requires_grad_(True)
         model.lock_text_tower(unlocked_layers=unlocked)
         assert all(p.requires_grad == name.startswith(last) for name, p in model.text.named_parameters())
 
