@@ -104,18 +104,15 @@ def main(argv: list[str] | None = None):
 
 def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
     """Our functions by their names in open_clip_train.main: `create_loss`, or `create_task` for model and loss together."""
-    if hasattr(trainer, "train_one_epoch"):
-        train = _with_loss_parameters(trainer.train_one_epoch)
-        if hasattr(trainer, "create_task"):
-            task = functools.partial(create_task, options, trainer.create_task)
-            return {"create_task": task, "train_one_epoch": train}
-        if hasattr(trainer, "create_loss"):
-            loss = functools.partial(create_loss, options, trainer.create_loss)
-            return {"create_loss": loss, "train_one_epoch": train}
-    ours.error(
-        "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
-        "found another trainer; pip install 'open_clip_torch==3.3.*' works"
-    )
+    makers = {"create_task": create_task, "create_loss": create_loss}
+    makers = {name: make for name, make in makers.items() if hasattr(trainer, name)}
+    if not makers or not hasattr(trainer, "train_one_epoch"):
+        ours.error(
+            "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
+            "found another trainer; pip install 'open_clip_torch==3.3.*' works"
+        )
+    found = {name: functools.partial(make, options, getattr(trainer, name)) for name, make in makers.items()}
+    return found | {"train_one_epoch": _with_loss_parameters(trainer.train_one_epoch)}
 
 
 def _shards_of_webdataset_1():
@@ -235,8 +232,8 @@ class LossParameters:
     """Learned parameters of a loss as groups of open_clip's optimizer, saved in files beside its unchanged checkpoints.
 
     The groups follow open_clip's rule: matrices have its weight decay, other parameters none; its schedule sets their
-    learning rate. Its gradient clipping covers only the model. The gradients are averaged over the ranks, as
-    DistributedDataParallel does for the model, and over the backward passes of --accum-freq, each of the whole loss.
+    learning rate. Its gradient clipping covers only the model. The gradients are averaged over the ranks by the loss itself,
+    and here over the backward passes of --accum-freq, each of which is of the whole loss.
 
     optimizer.state_dict() does not contain the groups, so that open_clip's trainer can resume from the checkpoint. They are
     saved in `epoch_K.loss` (loaded with weights_only=True): {"epoch", "loss": state dict, "optimizer": state by parameter}.
@@ -247,7 +244,6 @@ class LossParameters:
             if getattr(args, flag, False):
                 raise InputError(f"--{flag}: expected a loss without learned parameters, which {why}")
         self.loss, self.optimizer, self.opt = loss, optimizer, args.opt
-        self.ranks, self.passes = args.world_size if args.distributed else 1, args.accum_freq
         self.groups = len(optimizer.param_groups)  # open_clip's
         self.names: list[str] = []  # of our parameters, in the order of our groups
         rate = optimizer.param_groups[0]["lr"]  # in compiled steps of open_clip 4 a tensor, whose value the schedule sets
@@ -259,24 +255,15 @@ class LossParameters:
                 optimizer.add_param_group({"params": list(group.values()), **options})
                 self.names += group
         for parameter in loss.parameters():
-            parameter.register_hook(self._average)
+            parameter.register_hook(lambda gradient: gradient / args.accum_freq)
         self.taken: dict[str, dict] = {}
-
-    def _average(self, gradient: Tensor) -> Tensor:
-        gradient = gradient / (self.ranks * self.passes)
-        if self.ranks > 1:
-            torch.distributed.all_reduce(gradient)
-        return gradient
 
     def _numbers(self, state: dict) -> dict[str, int]:
         """The indices of our parameters in a state dict of the optimizer with all groups."""
         return dict(zip(self.names, (number for group in state["param_groups"][self.groups :] for number in group["params"])))
 
     def set_apart(self) -> None:
-        """Broadcasts rank 0's values, since initial parameters may be random; then removes our groups from state_dict()."""
-        if self.ranks > 1:
-            for tensor in self.loss.state_dict().values():
-                torch.distributed.broadcast(tensor, 0)
+        """Removes our groups from the optimizer's state_dict()."""
         self.optimizer.register_state_dict_post_hook(self._take_out)
         if len(self.optimizer.state_dict()["param_groups"]) != self.groups:
             raise InputError(f"--opt {self.opt}: expected an optimizer whose state dict can be split, or no learned loss")

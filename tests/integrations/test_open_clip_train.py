@@ -244,7 +244,7 @@ def test_two_ranks_learn_one_plane_and_start_from_one_draw_of_the_projections(do
 
 def make_parameters(loss, **changes):
     optimizer = torch.optim.SGD(torch.nn.Linear(3, 3).parameters(), lr=1.0, momentum=0.5)
-    args = {"world_size": 1, "distributed": False, "accum_freq": 1, "horovod": False, "wd": 0.2, "opt": "sgd", **changes}
+    args = {"accum_freq": 1, "horovod": False, "wd": 0.2, "opt": "sgd", **changes}
     return openclip_train.LossParameters(loss, optimizer, Namespace(**args)), optimizer
 
 
