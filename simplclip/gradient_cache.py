@@ -27,15 +27,15 @@ __all__ = ["backward", "check"]
 MicroBatch = TypeVar("MicroBatch")
 Outputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Encode = Callable[[MicroBatch], Outputs]
-Named = dict[Any, Tensor]  # outputs by their name, or by (tower, position)
+Named = dict[Any, Tensor]  # outputs by their name, or by their position
 
 
 def backward(
-    encode: Encode | Sequence[Encode] | Mapping[str, Encode],
+    encode: Encode | Mapping[str, Encode],
     micro_batches: Any,
     loss: Callable[..., Tensor | Mapping[str, Tensor]],
     *,
-    micro_batch: int | Sequence[int] | Mapping[str, int] | None = None,
+    micro_batch: int | Mapping[str, int] | None = None,
     model: nn.Module | None = None,
     scaler: torch.amp.GradScaler | None = None,
     keep: int = 1,
@@ -57,13 +57,13 @@ def backward(
             scale and bias) must be the same for every micro-batch: `loss` gets one of them, and its gradient is propagated
             once. encode is called twice for a micro-batch and must compute the same both times; it may move the
             micro-batch to the device.
-            If the towers have micro-batches of their own: a sequence of such functions, whose outputs `loss` gets one after
-            the other, or a mapping of them, whose key is the name of an output that is one tensor.
-        micro_batches: a sequence of micro-batches of any type, which is read twice; for several towers, a sequence or mapping
-            of such sequences, like `encode`. Their lengths may differ.
+            If the towers have micro-batches of their own: a mapping of such functions, in which the key is the name of an
+            output that is one tensor, and other outputs are mappings.
+        micro_batches: a sequence of micro-batches of any type, which is read twice; for several towers, a mapping of such
+            sequences, like `encode`. Their lengths may differ.
         loss: maps the outputs of all E pairs to the loss, or to a mapping of terms whose sum is the loss. Parameters of its
             own get their gradients in step 2.
-        micro_batch: the rows of a micro-batch (GradCache's chunk_sizes), a number or one for each tower, like `encode`.
+        micro_batch: the rows of a micro-batch (GradCache's chunk_sizes), a number or a mapping of one for each tower.
             micro_batches then has the whole inputs in place of each sequence: a tensor, or a sequence or mapping of tensors
             of as many rows. The last micro-batch may be smaller.
         model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients in the
@@ -108,12 +108,9 @@ def backward(
                 raise ValueError(f"{tower.label}: expected outputs that no other tower has, got {name!r}")
             leaves[name] = leaf.requires_grad_()
             if encoded is not None and leaf.dim() > 1:
-                encoded(name if isinstance(name, str) else len(leaves) - 1, leaf)
-    named = sum(isinstance(name, str) for name in leaves)
-    if 0 < named < len(leaves):
-        raise TypeError("encode: expected all outputs by name or all by position, got some of each")
+                encoded(name, leaf)
 
-    terms = loss(**leaves) if named else loss(*leaves.values())
+    terms = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
     terms = terms if isinstance(terms, Mapping) else {"loss": terms}
     total: Any = sum(terms.values())
     total = total if scaler is None else scaler.scale(total)
@@ -129,7 +126,7 @@ def backward(
 class _Tower:
     """An encoder with its micro-batches, and what step 1 keeps for step 3. key: None if there is only one tower."""
 
-    def __init__(self, key: str | int | None, encode: Encode, micro_batches: Any, size: int | None, keep: int) -> None:
+    def __init__(self, key: str | None, encode: Encode, micro_batches: Any, size: int | None, keep: int) -> None:
         self.key, self.encode, at = key, encode, "" if key is None else f"[{key!r}]"
         self.label = f"encode{at}"
         if size is not None:
@@ -152,7 +149,7 @@ class _Tower:
             with torch.set_grad_enabled(index >= self.again), ranks.alone(self in ranks.again):
                 outputs = self._outputs(self.micro_batches[index])
             if self.parts and outputs.keys() != self.parts[0].keys():
-                first, got = ([_shown(name) for name in each] for each in (self.parts[0], outputs))
+                first, got = list(self.parts[0]), list(outputs)
                 raise ValueError(f"{self.label}: expected the outputs of the first micro-batch, {first}, got {got}")
             if index >= self.again:
                 self.kept.append(outputs)
@@ -190,16 +187,16 @@ class _Tower:
     def _outputs(self, batch: Any) -> Named:
         """Encodes a micro-batch and checks the outputs."""
         outputs: Any = self.encode(batch)
-        by_name = isinstance(self.key, str)
+        alone = self.key is None
         if isinstance(outputs, Tensor):
-            outputs = {self.key: outputs} if by_name else (outputs,)
-        if not isinstance(outputs, Mapping if by_name else (Mapping, Sequence)) or not outputs:
-            several = "a mapping" if by_name else "a sequence or mapping"
+            outputs = {0 if alone else self.key: outputs}
+        if not isinstance(outputs, (Mapping, Sequence) if alone else Mapping) or not outputs:
+            several = "a sequence or mapping" if alone else "a mapping"
             raise TypeError(f"{self.label}: expected a tensor, or {several} of them, got {type(outputs).__name__}")
         if not isinstance(outputs, Mapping):
-            outputs = {(self.key, place): output for place, output in enumerate(outputs)}
+            outputs = dict(enumerate(outputs))
         for name, output in outputs.items():
-            what = f"output {_shown(name)!r} of {self.label}"
+            what = f"output {name!r} of {self.label}"
             checks.floating(what, output)
             if output.dim() < 2 and output.numel() != 1:
                 raise ValueError(f"{what}: expected features [m, ...] or one element, got shape {checks.shape_of(output)}")
@@ -207,31 +204,19 @@ class _Tower:
         return dict(outputs)
 
 
-def _shown(name: Any) -> str | int:
-    return name[1] if isinstance(name, tuple) else name
-
-
 def _towers(encode: Any, micro_batches: Any, micro_batch: Any, keep: int) -> list[_Tower]:
     """Checks that the arguments fit each other."""
     if callable(encode):
         return [_Tower(None, encode, micro_batches, _checked("micro_batch", micro_batch), keep)]
-    if not isinstance(encode, (Mapping, Sequence)) or not encode:
-        raise TypeError(f"encode: expected a function, or a sequence or mapping of them, got {type(encode).__name__}")
-    kind = Mapping if isinstance(encode, Mapping) else Sequence
-    keys: list[Any] = list(encode) if kind is Mapping else list(range(len(encode)))
-
-    def of_towers(name: str, value: Any) -> list[Any]:
-        if not isinstance(value, kind) or (set(value) != set(keys) if kind is Mapping else len(value) != len(keys)):
+    if not isinstance(encode, Mapping) or not encode:
+        raise TypeError(f"encode: expected a function, or a mapping of them, got {type(encode).__name__}")
+    sizes = micro_batch if isinstance(micro_batch, Mapping) else dict.fromkeys(encode, micro_batch)
+    for name, value in (("micro_batches", micro_batches), ("micro_batch", sizes)):
+        if not isinstance(value, Mapping) or set(value) != set(encode):
             got = f"{type(value).__name__} {list(value)}" if isinstance(value, Mapping) else type(value).__name__
-            raise ValueError(f"{name}: expected one for each tower in a {kind.__name__.lower()}, {keys}, got {got}")
-        return [value[key] for key in keys]
-
-    if isinstance(micro_batch, (Mapping, Sequence)):
-        sizes = [_checked(f"micro_batch[{key!r}]", size) for key, size in zip(keys, of_towers("micro_batch", micro_batch))]
-    else:
-        sizes = [_checked("micro_batch", micro_batch)] * len(keys)
-    each = zip(keys, of_towers("encode", encode), of_towers("micro_batches", micro_batches), sizes)
-    return [_Tower(key, one, batches, size, keep) for key, one, batches, size in each]
+            raise ValueError(f"{name}: expected one for each tower in a mapping, {list(encode)}, got {got}")
+    checked = {key: _checked(f"micro_batch[{key!r}]", sizes[key]) for key in encode}
+    return [_Tower(key, one, micro_batches[key], checked[key], keep) for key, one in encode.items()]
 
 
 def _checked(name: str, size: Any) -> int | None:

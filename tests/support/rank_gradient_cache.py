@@ -120,8 +120,9 @@ def towers_of_their_own(image, text, loss, part, expected):
     text_tower = DistributedDataParallel(Tower(whole.text, whole.logit_scale))
     both = DistributedDataParallel(shared)
     for_unused = DistributedDataParallel(OneAtATime().double(), find_unused_parameters=True)
+    towers = dict.fromkeys(("image", "text"), for_unused)
     with pytest.raises(ValueError, match="model: expected find_unused_parameters=False of a wrapper that both towers share"):
-        gradient_cache.backward((for_unused, for_unused), ([image], [text]), part, model=for_unused)
+        gradient_cache.backward(towers, {"image": [image], "text": [text]}, part, model=for_unused)
     exchanged = []
 
     def counting(state, bucket):
@@ -130,16 +131,20 @@ def towers_of_their_own(image, text, loss, part, expected):
 
     for wrapper in (image_tower, text_tower, both):
         wrapper.register_comm_hook(None, counting)
+    scaled = lambda features, scale: {"text": features, "scale": scale}  # noqa: E731
+    encode = {"image": image_tower, "text": lambda b: scaled(*text_tower(b))}
+    of_both = {"image": lambda b: both(image=b), "text": lambda b: scaled(*both(text=b))}
     forms = {
-        "two wrappers": (whole, nn.ModuleList([image_tower, text_tower]), (image_tower, text_tower)),
-        "one wrapper": (shared, both, (lambda b: both(image=b), lambda b: both(text=b))),
+        "two wrappers": (whole, nn.ModuleList([image_tower, text_tower]), encode),
+        "one wrapper": (shared, both, of_both),
     }
+    inputs, of_named = {"image": image, "text": text}, lambda image, text, scale: part(image, text, scale)
     for (name, (bare, model, encode)), sizes in itertools.product(forms.items(), ((4, 3), (4, N), (N, 3), (N, N))):
         for keep in (0, 1, 5) if sizes == (4, 3) else (0,):
             bare.zero_grad()
             loss.zero_grad()
             exchanged.clear()
-            gradient_cache.backward(encode, (image, text), part, micro_batch=sizes, model=model, keep=keep)
+            gradient_cache.backward(encode, inputs, of_named, micro_batch=dict(zip(inputs, sizes)), model=model, keep=keep)
             what = f"{name} micro_batch={sizes} keep={keep}"
             assert sum(exchanged) == sum(p.numel() for p in bare.parameters()), f"{what} exchanged {exchanged}"
             compare(gradients(bare, loss), expected, what)
