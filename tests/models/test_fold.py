@@ -47,16 +47,6 @@ def test_a_net_of_timm_computes_the_same(name, before, after):
     assert same(model, folded, IMAGE)
 
 
-@pytest.mark.slow
-def test_the_image_tower_of_mobileclip():
-    model = with_statistics(models.create("open_clip:MobileCLIP2-S0").visual)
-    folded = simplclip.fold(model)
-    # Attention blocks normalise before their first layer.
-    assert norms(folded) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
-    assert same(model, folded, torch.rand(1, 3, 256, 256))
-    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
-
-
 @pytest.mark.parametrize("name", ["siclip-tiny", "siclip-lite0"])
 def test_a_siclip_keeps_its_blocks(name):
     model = with_statistics(models.create(name))

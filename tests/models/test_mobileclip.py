@@ -162,6 +162,8 @@ def test_folded_it_computes_the_same(model):
         assert error(folded.encode_text(text), features["text"]) < FOLDED
     assert len(batch_norms(model.text)) == 8
     assert not batch_norms(folded.text)
+    # Attention blocks normalise before their first layer.
+    assert batch_norms(folded.visual) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
     assert [type(part) for part in folded.text.layers[0].mixer.children()] == [nn.Conv2d]
     again = simplclip.fold(folded.text, inplace=True)  # what is folded stays so
     with torch.no_grad():
