@@ -160,9 +160,9 @@ def neighbour_groups(count: int, size: int = 2) -> list[list[int]]:
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
-# For each part of a block: the matrices that a group shares, and the attributes that must be equal in a group.
-_ATTENTION = (("qk", "value", "output"), ("width", "heads", "causal"))
-_MLP = (("fc1", "fc2"), ("width", "hidden", "act"))
+# For each part of a block: the matrices that a group shares, their gains, and the attributes that must be equal in a group.
+_ATTENTION = (("qk", "value", "output"), ("alpha", "beta", "gamma", "attention_gain"), ("width", "heads", "causal"))
+_MLP = (("fc1", "fc2"), ("mlp_gain",), ("width", "hidden", "act"))
 _PARTS = {"attention": (_ATTENTION,), "mlp": (_MLP,), "all": (_ATTENTION, _MLP)}
 SHARED_PARTS = tuple(_PARTS)
 
@@ -171,11 +171,14 @@ def share_weights(
     blocks: Sequence[SimplifiedBlock],
     groups: Iterable[Sequence[int]],
     what: str = "all",
+    *,
+    norms_and_gains: bool = False,
 ) -> None:
     """Let the blocks of every group use the weights of the group's first block, in place.
 
-    Every block keeps its own norm and gains, a few vectors, and so its own balance between identity, attention and MLP.
-    ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under each of its names, and loads strictly.
+    Norms and gains, a few vectors per block, are shared only with ``norms_and_gains``: without it every block keeps its own
+    balance between identity, attention and MLP. ``parameters()`` counts a shared matrix once; ``state_dict()`` lists it under
+    each of its names, so that a strict round trip works.
 
     Args:
         blocks: the blocks of a tower.
@@ -183,6 +186,8 @@ def share_weights(
             attention of all blocks and the MLPs of pairs.
         what: "attention" for qk and, where blocks have them, value and output; "mlp" for fc1 and fc2 with their biases;
             "all" for both.
+        norms_and_gains: share the gains of that part as well (attention: alpha, beta, gamma, attention_gain; MLP: mlp_gain),
+            and with "all" the norm.
 
     Raises:
         ValueError: a group is empty, an index is out of range or in two groups, or the blocks of one group differ in
@@ -200,12 +205,14 @@ def share_weights(
                 raise ValueError(f"groups: expected indices of {len(blocks)} blocks, got {index}")
             if every.count(index) > 1:
                 raise ValueError(f"groups: expected disjoint groups, got block {index} twice")
-        for name in dict.fromkeys(name for _, equal in _PARTS[what] for name in equal):
+        for name in dict.fromkeys(name for *_, equal in _PARTS[what] for name in equal):
             values = [getattr(blocks[index], name) for index in group]
             if len(set(values)) > 1:
                 raise ValueError(f"groups: expected equal {name} within group {group}, got {values}")
 
-    names = [name for matrices, _ in _PARTS[what] for name in matrices]
+    names = [name for matrices, *_ in _PARTS[what] for name in matrices]
+    if norms_and_gains:
+        names += [name for _, gains, _ in _PARTS[what] for name in gains] + ["norm"] * (what == "all")
     for first, *others in groups:
         for other in others:
             for name in names:

@@ -17,7 +17,7 @@ compares the values):
       alpha_fd_loss = a              feature_weight=2 * a, since image and text are added there and averaged here
       cross_logit_scale = c          the scale of the interactive term is logit_scale here, no parameter of its own;
                                      ops.similarity_loss(interactive_scale=c): equal
-      visual_proj, text_proj         image_projection, text_projection: the same without a bias
+      visual_proj, text_proj         image_projections, text_projections: the same without a bias
 
     memeff
       MemoryEfficientCLIPLoss(t)     ClipPMLoss(pm_weight=0) at logit_scale = 1/t: equal values. memeff normalises the

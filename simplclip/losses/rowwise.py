@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ class RowwiseLoss(SimilarityLoss):
             trained as those of this loss, and may draw random numbers. Its gradient reaches the logits and the parameters.
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.ClipLoss; see SimilarityLoss for the
             values and gradients of each mode. use_horovod is not supported with several ranks.
+        parameters: the nn.Parameters that fn reads, if fn is a function with trainable parameters.
         symmetric: whether the columns count too.
         compile: whether to compile fn with torch.compile (dynamic=True, so that a chunk of another size compiles nothing).
             Where that fails, e.g. because there is no C++ compiler, fn runs uncompiled and a warning says why.
@@ -74,6 +75,7 @@ class RowwiseLoss(SimilarityLoss):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
+        parameters: Iterable[nn.Parameter] = (),
         symmetric: bool = True,
         compile: bool = True,
     ):
@@ -81,7 +83,11 @@ class RowwiseLoss(SimilarityLoss):
         if not callable(fn):
             raise TypeError(f"fn: expected a function or an nn.Module, got {type(fn).__name__}")
         checks.boolean("symmetric", symmetric)
-        self.fn, self.symmetric, self.compile_fn = fn, symmetric, compile
+        parameters = list(parameters)
+        for other in (p for p in parameters if not isinstance(p, nn.Parameter)):
+            raise TypeError(f"parameters: expected nn.Parameters, got {type(other).__name__}")
+        self.fn, self.fn_parameters = fn, nn.ParameterList(parameters)
+        self.symmetric, self.compile_fn = symmetric, compile
         self._rows: _Rows | None = None
 
     def __getstate__(self):
@@ -197,7 +203,7 @@ class _Rows:
             if not any(t is leaves[0] for t in read):
                 raise ValueError("fn: expected a result with a gradient for the logits, got one that does not depend on them")
             for shape in [checks.shape_of(t) for t in read if not any(t is other for other in known)]:
-                raise ValueError(f"fn: expected an nn.Module that has all parameters it reads, got another one, {shape}")
+                raise ValueError(f"parameters: expected all that fn reads, got none for a parameter {shape}")
             return result.detach(), torch.autograd.grad(result, known, torch.ones_like(result), allow_unused=True)
 
 

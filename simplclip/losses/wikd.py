@@ -15,6 +15,8 @@ from simplclip.ops import checks
 from simplclip.ops.registry import autocasts, no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
 
+OF_TEACHER = ("relational", "interactive", "feature")
+
 
 class WIKDLoss(SimilarityLoss):
     r"""Contrastive loss plus distillation in three spaces, a drop-in replacement of `open_clip.DistillClipLoss`.
@@ -27,6 +29,10 @@ class WIKDLoss(SimilarityLoss):
     `simplclip.ops.feature_loss`. With the default weights the values are open_clip's: the relational term is a cross-entropy,
     i.e. the KL divergence plus the entropy of the teacher's softmax, a constant that divergence="kl" leaves out.
 
+    For several teachers, pass tuples as dist_image_features, dist_text_features and dist_logit_scale. The terms of the
+    teachers are averaged (the average of the cross-entropies is the cross-entropy to the average softmax). Each teacher after
+    the first costs one more sweep.
+
     Args:
         local_loss, gather_with_grad, cache_labels, rank, world_size: as in open_clip.DistillClipLoss. use_horovod is not
             supported with several ranks.
@@ -35,8 +41,8 @@ class WIKDLoss(SimilarityLoss):
         interactive: "infonce" or "kl".
         divergence: "cross_entropy" or "kl".
         plane, embed_dim: of pair matching, as in ClipPMLoss.
-        embed_dim, teacher_dim: D and D̂; where they differ, the interactive and feature terms project the student's features
-            by learned `image_projection` and `text_projection` [D̂, D].
+        embed_dim, teacher_dim: D and D̂ (a tuple for several teachers); where they differ, the interactive and feature terms
+            project the student's features by learned `image_projections` and `text_projections` [D̂, D].
 
     Source: open_clip.loss.DistillClipLoss; Yang et al. 2023 (CLIP-KD, arXiv 2307.12732); arXiv 2411.14789 for WIKD.
     """
@@ -59,7 +65,7 @@ class WIKDLoss(SimilarityLoss):
         pm_weight: float = 0.0,
         plane: str = "scalar",
         embed_dim: int | None = None,
-        teacher_dim: int | None = None,
+        teacher_dim: int | tuple[int, ...] | None = None,
     ):
         super().__init__(
             local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod,
@@ -74,15 +80,18 @@ class WIKDLoss(SimilarityLoss):
         self.interactive, self.divergence = interactive, divergence
         if not (contrastive_weight or relational_weight or interactive_weight or feature_weight or pm_weight):
             raise ValueError("contrastive_weight and the other weights: expected one above 0, got all 0")
-        self.teacher_dim = width_of("teacher_dim", teacher_dim)
-        if teacher_dim and embed_dim is None:
+        widths = teacher_dim if isinstance(teacher_dim, (tuple, list)) else (teacher_dim,)
+        self.teacher_dim = tuple(width_of("teacher_dim", width) for width in widths)
+        if any(widths) and embed_dim is None:
             raise ValueError("embed_dim: expected the width D of the student's features, beside a teacher_dim, got None")
-        self.image_projection = self.text_projection = None
-        if (interactive_weight or feature_weight) and teacher_dim and teacher_dim != embed_dim:
-            self.image_projection, self.text_projection = (
-                nn.Parameter(torch.randn(teacher_dim, embed_dim) * embed_dim**-0.5) for _ in range(2)
+        self.image_projections = self.text_projections = None
+        project = interactive_weight or feature_weight
+        projected = [width if project and width not in (None, embed_dim) else 0 for width in widths]
+        if any(projected):
+            self.image_projections, self.text_projections = (
+                nn.ParameterList(nn.Parameter(torch.randn(width, embed_dim) * embed_dim**-0.5) for width in projected)
+                for _ in range(2)
             )
-        self.register_load_state_dict_pre_hook(_with_names_of_today)
 
     def extra_repr(self) -> str:
         names = ("contrastive", "relational", "interactive", "feature", "pm")
@@ -94,9 +103,9 @@ class WIKDLoss(SimilarityLoss):
         image_features: Tensor,  # [N, D]
         text_features: Tensor,  # [N, D]
         logit_scale: Tensor,  # []
-        dist_image_features: Tensor,  # [N, D̂]
-        dist_text_features: Tensor,  # [N, D̂]
-        dist_logit_scale: Tensor,  # []
+        dist_image_features: Tensor | tuple[Tensor, ...],  # [N, D̂]
+        dist_text_features: Tensor | tuple[Tensor, ...],  # [N, D̂]
+        dist_logit_scale: Tensor | tuple[Tensor, ...],  # []
         output_dict: bool = False,
         *,
         ids: Tensor | None = None,  # [N] int64
@@ -112,7 +121,7 @@ class WIKDLoss(SimilarityLoss):
     def _of(
         self, image, text, logit_scale, dist_image_features, dist_text_features, dist_logit_scale, output_dict=False, ids=None
     ) -> Any:
-        teacher = dist_image_features, dist_text_features, dist_logit_scale
+        teachers = self._teachers(dist_image_features, dist_text_features, dist_logit_scale)
         weights = {
             "contrastive": self.contrastive_weight,
             "relational": self.relational_weight,
@@ -120,49 +129,62 @@ class WIKDLoss(SimilarityLoss):
             "feature": self.feature_weight,
             "pair_matching": self.pm_weight,
         }
-        weights = {name: weight for name, weight in weights.items() if weight}
-        projected = self._projected(image, text, teacher)
-        values: dict[str, Any] = {}
-        if terms := tuple(name for name in weights if name != "feature"):
-            options: dict[str, Any] = {"interactive": self.interactive, "divergence": self.divergence, "ids": ids}
-            if "relational" in weights or "interactive" in weights:
-                options |= zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)
-            if "interactive" in weights:
-                unit = (None if p is None else F.normalize(p, dim=-1).to(image.dtype) for p in projected)
-                options |= zip(("projected_image", "projected_text"), unit)
-            values = self._terms(terms, image, text, logit_scale=logit_scale, **options)
-        if "feature" in weights:
-            pairs = ((wide(own) if p is None else p, t) for own, p, t in zip((image, text), projected, teacher))
-            with no_autocast(image.device) if _autocasts_to_half(image.device) else contextlib.nullcontext():
-                values["feature"] = 0.5 * sum(ops.feature_loss(s, t) for s, t in pairs)
+        totals: dict[str, Any] = {}
+        for index, teacher in enumerate(teachers):
+            share = {
+                name: weight / len(teachers) if name in OF_TEACHER else weight
+                for name, weight in weights.items()
+                if weight and (index == 0 or name in OF_TEACHER)
+            }
+            projected = self._projected(index, image, text, teacher)
+            values: dict[str, Any] = {}
+            if terms := tuple(name for name in share if name != "feature"):
+                options: dict[str, Any] = {"interactive": self.interactive, "divergence": self.divergence, "ids": ids}
+                if "relational" in share or "interactive" in share:
+                    options |= zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)
+                if "interactive" in share:
+                    unit = (None if p is None else F.normalize(p, dim=-1).to(image.dtype) for p in projected)
+                    options |= zip(("projected_image", "projected_text"), unit)
+                values = self._terms(terms, image, text, logit_scale=logit_scale, **options)
+            if "feature" in share:
+                pairs = ((wide(own) if p is None else p, t) for own, p, t in zip((image, text), projected, teacher))
+                with no_autocast(image.device) if _autocasts_to_half(image.device) else contextlib.nullcontext():
+                    values["feature"] = 0.5 * sum(ops.feature_loss(s, t) for s, t in pairs)
+            for name, weight in share.items():
+                totals[name] = totals.get(name, 0) + weight * values[name]
         keys = {"relational": "distill_loss"}  # open_clip's name, kept in this drop-in alone
-        losses = {keys.get(name, f"{name}_loss"): self._value(weights[name] * values[name]) for name in weights}
+        losses = {keys.get(name, f"{name}_loss"): self._value(total) for name, total in totals.items()}
         return losses if output_dict else tuple(losses.values())
 
-    def _projected(self, image: Tensor, text: Tensor, teacher: tuple[Tensor, ...]) -> list[Tensor | None]:
-        """The student's features projected to the teacher's width; None where no projection is needed."""
+    def _teachers(self, images, texts, scales) -> list[tuple[Tensor, Tensor, Tensor]]:
+        if not isinstance(images, (tuple, list)):
+            images, texts, scales = (images,), (texts,), (scales,)
+        given = {"dist_image_features": images, "dist_text_features": texts, "dist_logit_scale": scales}
+        for name, value in given.items():
+            if not isinstance(value, (tuple, list)) or len(value) != len(images) or not images:
+                count = len(value) if isinstance(value, (tuple, list)) else type(value).__name__
+                raise ValueError(f"{name}: expected one for each of {len(images)} teachers, got {count}")
+        if any(self.teacher_dim) and len(self.teacher_dim) != len(images):
+            raise ValueError(f"teacher_dim: expected one width for each of {len(images)} teachers, got {self.teacher_dim}")
+        return list(zip(images, texts, scales))
+
+    def _projected(self, index: int, image: Tensor, text: Tensor, teacher) -> list[Tensor | None]:
+        """The student's features projected to the width of this teacher; None where no projection is needed."""
+        width = self.teacher_dim[index] if any(self.teacher_dim) else None
         projected: list[Tensor | None] = []
         both: tuple = (None, None)
-        if self.image_projection is not None:
-            both = self._learned(self.image_projection, self.text_projection)
+        if self.image_projections is not None and self.image_projections[index].numel():
+            both = self._learned(self.image_projections[index], self.text_projections[index])
         for side, own, t, weight in zip(("image", "text"), (image, text), teacher, both):
             if isinstance(t, Tensor) and t.dim() == own.dim() == 2:
-                check_width(f"dist_{side}_features", t, "teacher_dim", self.teacher_dim)
-                compared = self.interactive_weight or self.feature_weight
-                if self.teacher_dim is None and compared and t.shape[1] != own.shape[1]:
+                check_width(f"dist_{side}_features", t, "teacher_dim", width)
+                if width is None and (self.interactive_weight or self.feature_weight) and t.shape[1] != own.shape[1]:
                     raise ValueError(
                         f"teacher_dim: expected {t.shape[1]}, the width of dist_{side}_features, since {side}_features have "
                         f"{own.shape[1]} and interactive and feature terms compare them, got None"
                     )
             projected.append(None if weight is None else _project(side, own, first_columns(weight, own)))
         return projected
-
-
-def _with_names_of_today(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Projections of checkpoints in which there was one for each of several teachers."""
-    for side in ("image", "text"):
-        if (old := f"{prefix}{side}_projections.0") in state:
-            state[f"{prefix}{side}_projection"] = state.pop(old)
 
 
 class _Wide(torch.autograd.Function):
@@ -194,7 +216,7 @@ def _project(side: str, features: Tensor, weight: Tensor) -> Tensor:
     """features · weightᵀ, in float32 where autocast or the dtype would make it float16: see `wide`."""
     if not autocasts(features.device) and weight.dtype != features.dtype:
         raise TypeError(
-            f"{side}_features: expected the dtype of {side}_projection, {weight.dtype}, without autocast, "
+            f"{side}_features: expected the dtype of {side}_projections, {weight.dtype}, without autocast, "
             f"got {features.dtype}"
         )
     if torch.float64 not in (features.dtype, weight.dtype) and (

@@ -186,6 +186,7 @@ def simplify(
     towers: Sequence[str] = TOWERS,
     blocks: Mapping[str, Sequence[int]] | None = None,
     share: Mapping[str, Groups | Mapping[str, Groups]] | None = None,
+    share_norms_and_gains: bool = False,
     mlp_ratio: float | Mapping[str, float] | None = None,
     norm: str = "layernorm",
     act: str | None = None,
@@ -222,6 +223,7 @@ def simplify(
         share: for each tower groups of such indices that share all weight matrices, or a mapping that names what is shared:
             ``{"attention": groups, "mlp": groups}`` or ``{"all": groups}``, see `nn.share_weights`. The groups of one part
             are disjoint ("all" counts for both parts); those of attention and MLP may differ.
+        share_norms_and_gains: share norms and gains within a group as well (the norm only within a group of "all").
         mlp_ratio, act, drop_path: as in the old block when None. mlp_ratio: for both towers, or by tower.
         norm: "layernorm" or "rmsnorm".
         value_first, output_last: whether the first replaced block of a tower has value weights, and the last one output
@@ -303,7 +305,7 @@ def simplify(
         report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
         for what, groups in report.share[tower].items():
             local = [[chosen.index(i) for i in group] for group in groups]
-            share_weights(list(new.values()), local, what)
+            share_weights(list(new.values()), local, what, norms_and_gains=share_norms_and_gains)
 
     masked = tower_to_mask(model, [block for block in report.replaced if block.tower == "text"]) if mask_padding else None
     if init == "inherit":

@@ -110,7 +110,7 @@ def test_distillation_from_one_teacher_of_its_own_width():
     assert list(terms) == list(loss(*(t.detach() for t in leaves), *teacher, output_dict=True))
 
     def theirs(image, text, scale):
-        projections = [p[:, : image.shape[1]] for p in (loss.image_projection, loss.text_projection)]
+        projections = [p[0][:, : image.shape[1]] for p in (loss.image_projections, loss.text_projections)]
         projected = [F.linear(t, p) for t, p in zip((image, text), projections)]
         found = plain.similarity_loss(
             image, text, scale, terms=("contrastive", "relational", "interactive", "pair_matching"),

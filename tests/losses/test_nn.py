@@ -109,23 +109,25 @@ def test_bad_arguments(call, words):
         call()
 
 
-def test_shared_weights_count_once():
+@pytest.mark.parametrize("norms_and_gains", [False, True])
+def test_shared_weights_count_once(norms_and_gains):
     stack = nn.Sequential(*(SimplifiedBlock(8, 2, value=i == 0, output=i == 3) for i in range(4)))
-    share_weights(stack, neighbour_groups(4))
+    share_weights(stack, neighbour_groups(4), norms_and_gains=norms_and_gains)
     sizes = {name: p.numel() for name, p in SimplifiedBlock(8, 2).named_parameters()}
     small = sum(size for name, size in sizes.items() if not name.startswith(("qk", "fc")))
-    expected = 2 * sum(sizes.values()) + 2 * 64 + 2 * small
+    expected = 2 * sum(sizes.values()) + 2 * 64 + (0 if norms_and_gains else 2 * small)
     assert sum(p.numel() for p in stack.parameters()) == expected
     assert stack[1].value is None
     assert stack[3].output is not None
     assert neighbour_groups(5, 3) == [[0, 1, 2], [3, 4]]
 
 
-def test_attention_and_mlp_may_be_shared_among_different_groups():
+@pytest.mark.parametrize("norms_and_gains", [False, True])
+def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains):
     def shared():
         blocks = nn.Sequential(*(SimplifiedBlock(8, 2, value=True, output=True) for _ in range(4)))
-        share_weights(blocks, [[0, 1, 2, 3]], "attention")
-        share_weights(blocks, [[0, 1], [2, 3]], "mlp")
+        share_weights(blocks, [[0, 1, 2, 3]], "attention", norms_and_gains=norms_and_gains)
+        share_weights(blocks, [[0, 1], [2, 3]], "mlp", norms_and_gains=norms_and_gains)
         return blocks
 
     stack, other = shared(), shared()
@@ -136,8 +138,10 @@ def test_attention_and_mlp_may_be_shared_among_different_groups():
         for name in ("fc1", "fc2"):
             assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True, True, False, False]
             assert getattr(blocks[2], name) is getattr(blocks[3], name)
-        for name in ("alpha", "beta", "gamma", "attention_gain", "mlp_gain", "norm"):
-            assert len({id(getattr(block, name)) for block in blocks}) == 4, name
+        for name in ("alpha", "beta", "gamma", "attention_gain"):
+            assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True] + [norms_and_gains] * 3
+        assert [b.mlp_gain is blocks[0].mlp_gain for b in blocks] == [True, norms_and_gains, False, False]
+        assert len({id(block.norm) for block in blocks}) == 4  # both parts read it
     torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="eager")(x), stack(x))
     stack(x).sum().backward()
     assert all(p.grad is not None for p in stack.parameters())

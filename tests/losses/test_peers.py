@@ -76,8 +76,8 @@ def test_clip_kd(theirs, ours, options, teacher_width):
         teacher_dim=teacher_width,
     ).double()  # fmt: skip
     leaves, projections = list(student), None
-    if loss.image_projection is not None:
-        projections = loss.image_projection, loss.text_projection
+    if loss.image_projections is not None:
+        projections = loss.image_projections[0], loss.text_projections[0]
         leaves += projections
     scale, teacher_scale = torch.tensor(14.0, dtype=torch.float64), torch.tensor(30.0, dtype=torch.float64)
     alpha = 1.0 if theirs == "task_loss" else 0.7

@@ -164,17 +164,24 @@ def test_parameters_of_fn_are_trained():
         cross_entropy = F.cross_entropy(logits, positives, reduction="none")
         return (1 - torch.exp(-cross_entropy)) ** gamma * cross_entropy
 
-    loss, temperature = chunked(module), module.temperature
-    (expected,) = torch.autograd.grad(dense(module, leaves), temperature)
-    loss(*leaves).backward()
-    torch.testing.assert_close(temperature.grad, expected)
-    constant = [t.detach() for t in leaves]
-    torch.testing.assert_close(torch.autograd.grad(loss(*constant), temperature)[0], expected)
-    loss.requires_grad_(False)
-    assert not loss(*constant).requires_grad
+    for fn, loss, parameter in (
+        (module, chunked(module), module.temperature),
+        (with_gamma, chunked(with_gamma, parameters=[gamma]), gamma),
+    ):
+        assert any(parameter is p for p in loss.parameters())
+        (expected,) = torch.autograd.grad(dense(fn, leaves), parameter)
+        loss(*leaves).backward()
+        torch.testing.assert_close(parameter.grad, expected)
+        constant = [t.detach() for t in leaves]
+        torch.testing.assert_close(torch.autograd.grad(loss(*constant), parameter)[0], expected)
+        loss.requires_grad_(False)
+        assert not loss(*constant).requires_grad
+        loss.requires_grad_(True)
     assert not module.unused.grad.any()
-    with pytest.raises(ValueError, match=r"fn: expected an nn.Module that has all parameters it reads, got another one"):
+    with pytest.raises(ValueError, match=r"parameters: expected all that fn reads, got none for a parameter \[\]"):
         chunked(with_gamma)(*leaves)
+    with pytest.raises(TypeError, match="parameters: expected nn.Parameters, got Tensor"):
+        RowwiseLoss(focal, parameters=[torch.ones(())])
 
 
 def test_a_copy_has_parameters_of_its_own():

@@ -1,5 +1,7 @@
+import plain
 import pytest
 import torch
+import torch.nn.functional as F
 
 from simplclip.losses import WIKDLoss
 from simplclip.selftest.calls import make_inputs
@@ -17,6 +19,10 @@ def batch(n=24, width=16, teacher_width=None, dtype=torch.float32, seed=0):
     return [t.clone().requires_grad_() for t in student], teacher
 
 
+def feature_distance(student, teacher):
+    return F.mse_loss(F.normalize(student, dim=1), F.normalize(teacher, dim=1))
+
+
 @pytest.mark.parametrize("name", ["contrastive", "relational", "interactive", "feature", "pm"])
 def test_a_term_of_weight_0_is_not_computed(name):
     off = {"contrastive_weight": 1.0, **EVERYTHING, f"{name}_weight": 0.0}
@@ -28,12 +34,30 @@ def test_a_term_of_weight_0_is_not_computed(name):
     torch.testing.assert_close(left, {k: everything[k] for k in left})
 
 
-def test_a_state_of_several_teachers_names_is_loaded():
-    options = {"feature_weight": 1.0, "embed_dim": 16, "teacher_dim": 20}
-    loss, other = WIKDLoss(**options), WIKDLoss(**options)
-    assert loss.state_dict().keys() == {"image_projection", "text_projection"}
-    other.load_state_dict({name.replace("projection", "projections.0"): t for name, t in loss.state_dict().items()})
-    torch.testing.assert_close(other.state_dict(), loss.state_dict(), rtol=0, atol=0)
+def test_several_teachers_are_averaged_after_the_softmax():
+    student, first = batch()
+    _, second = batch(teacher_width=20, seed=1)
+    image, text, scale = student
+    softmaxes = [s * (a @ b.T) for a, b, s in (first, second)]
+    logits = scale * (image @ text.T)
+    by_row = sum(t.softmax(1) for t in softmaxes) / 2
+    by_column = sum(t.T.softmax(1) for t in softmaxes) / 2
+    expected = (F.cross_entropy(logits, by_row) + F.cross_entropy(logits.T, by_column)) / 2
+    wanted = torch.autograd.grad(expected, student)
+
+    loss = WIKDLoss(contrastive_weight=0.5, feature_weight=1.0, interactive_weight=1.0, embed_dim=16, teacher_dim=(16, 20))
+    named = loss(*student, *zip(first, second), output_dict=True)
+    torch.testing.assert_close(named["distill_loss"], expected, rtol=1e-5, atol=1e-6)
+    got = torch.autograd.grad(named["distill_loss"], student, retain_graph=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        named["contrastive_loss"], 0.5 * plain.similarity_loss(*student, terms=("contrastive",))["contrastive"]
+    )
+    projected = [p @ w.T for p, w in zip((image, text), (loss.image_projections[1], loss.text_projections[1]))]
+    feature = [feature_distance(s, t) for s, t in zip((image, text, *projected), (*first[:2], *second[:2]))]
+    torch.testing.assert_close(named["feature_loss"], sum(feature) / 4, rtol=1e-4, atol=1e-6)
+    sum(named.values()).backward()
+    assert all(p.grad is not None for p in loss.parameters() if p.numel())
 
 
 def test_autocast():
@@ -50,10 +74,11 @@ def test_autocast():
 def test_teachers_and_widths_that_do_not_fit():
     student, teacher = batch()
     (image, text, scale), (wide_image, wide_text, wide_scale) = teacher, batch(teacher_width=20)[1]
-    wide = wide_image, wide_text, wide_scale
+    wide, two = (wide_image, wide_text, wide_scale), [(t, t) for t in (wide_image, wide_text, wide_scale)]
     narrow = (student[0], student[1][:, 1:], student[2])
     of_16, of_20 = {"embed_dim": 16}, {"embed_dim": 16, "teacher_dim": 20}
     for options, given, message in (
+        ({}, (*student, (image,) * 2, text, scale), "dist_text_features: expected one for each of 2 teachers, got Tensor"),
         ({}, (*student, image[1:], text, scale), r"teacher_image: expected the 24 rows of image, got shape \[23, 16\]"),
         ({}, (*student, image, None, scale), "teacher_text: expected a value, since .* 'relational' needs it, got None"),
         ({"interactive_weight": 1.0}, (*student, *wide), "teacher_dim: expected 20, the width of dist_image_features, since"),
@@ -68,6 +93,7 @@ def test_teachers_and_widths_that_do_not_fit():
             of_20, (*student, wide_image, wide_text[:, 1:], wide_scale),
             r"dist_text_features: expected the width teacher_dim = 20, got shape \[24, 19\]",
         ),
+        (of_20, (*student, *two), r"teacher_dim: expected one width for each of 2 teachers, got \(20,\)"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             WIKDLoss(**options)(*given)
@@ -78,10 +104,10 @@ def test_teachers_and_widths_that_do_not_fit():
 def test_projections_of_another_dtype_need_autocast(term):
     loss = WIKDLoss(**{term: 1.0}, embed_dim=16, teacher_dim=20)
     student, teacher = batch(teacher_width=20, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match="image_features: expected the dtype of image_projection, torch.float32"):
+    with pytest.raises(TypeError, match="image_features: expected the dtype of image_projections, torch.float32"):
         loss(*student, *teacher)
-    loss.text_projection.data = loss.text_projection.double()
-    with pytest.raises(TypeError, match="text_features: expected the dtype of text_projection, torch.float64"):
+    loss.text_projections.double()
+    with pytest.raises(TypeError, match="text_features: expected the dtype of text_projections, torch.float64"):
         loss(*batch(teacher_width=20)[0], *teacher)
     loss.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
