@@ -41,7 +41,7 @@ class ConvNorm(nn.Module):
 
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__()
-        self.conv = _depthwise(width, kernel_size, bias=False)
+        self.conv = nn.Conv2d(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, bias=False)
         self.bn = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -258,10 +258,6 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
                 name = name.replace(theirs, ours)
         renamed[name] = value
     return renamed
-
-
-def _depthwise(width: int, kernel_size: int, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, bias=bias)
 
 
 def _mlp(width: int, ratio: float) -> nn.Sequential:

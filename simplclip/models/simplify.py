@@ -286,7 +286,7 @@ def simplify(
     for tower in dict.fromkeys(towers):
         sites = block_sites(model, tower)
         chosen = sorted({*indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
-        new: dict[int, SimplifiedBlock] = {}
+        new: dict[int, Any] = {}
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         for index in chosen:
             site = sites[index]
@@ -301,7 +301,7 @@ def simplify(
             )
             planned.append((site, block))
         if encoders:
-            encoders.check_mask(new[chosen[0]])
+            new[chosen[0]].checks_mask = True
         report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
         for what, groups in report.share[tower].items():
             local = [[chosen.index(i) for i in group] for group in groups]
