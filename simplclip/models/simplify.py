@@ -39,7 +39,7 @@ def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
 
 
 class TransformerBlock(SimplifiedBlock):
-    """A block of open_clip's ``Transformer``: [B, L, C], or [L, B, C] with ``batch_first=False``.
+    """A block of open_clip's ``Transformer``: [B, L, C].
 
     A causal block accepts only the tower's causal mask; other blocks accept no mask. The values of a mask are checked
     once, and again only after it has changed. A block that masks padding gets the lengths [B] of the texts as its mask.
@@ -51,12 +51,11 @@ class TransformerBlock(SimplifiedBlock):
         heads: int,
         mlp_ratio: float = 4.0,
         *,
-        batch_first: bool = True,
         masks_padding: bool = False,
         **options,
     ) -> None:
         super().__init__(width, heads, mlp_ratio, **options)
-        self.batch_first, self.masks_padding = batch_first, masks_padding
+        self.masks_padding = masks_padding
         self._accepted: dict[int, tuple[Tensor, int]] = {}  # a mask of each length, and its version
 
     def get_weight_dtype(self) -> torch.dtype:
@@ -67,10 +66,8 @@ class TransformerBlock(SimplifiedBlock):
     ) -> Tensor:
         if k_x is not None or v_x is not None:
             raise InputError("k_x, v_x: expected None, since a simplified block has no cross-attention, got a tensor")
-        x = x if self.batch_first else x.transpose(0, 1)
         self._check_mask(attn_mask, *x.shape[:2])
-        x = super().forward(x, attn_mask if self.masks_padding else None)
-        return x if self.batch_first else x.transpose(0, 1)
+        return super().forward(x, attn_mask if self.masks_padding else None)
 
     def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> None:
         if self.masks_padding:
@@ -414,8 +411,8 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
 
 
 def _transformer_sites(transformer: Transformer, path: str, tower: str, **options: bool) -> Iterator[_Site]:
-    # Since open_clip 4 a tower is always [B, L, C] and has no such attribute.
-    options["batch_first"] = getattr(transformer, "batch_first", True)
+    if not getattr(transformer, "batch_first", True):  # since open_clip 4 there is no such attribute
+        raise InputError(f"{tower}: expected a tower with batch_first=True, got False")
     for index, block in enumerate(transformer.resblocks):
         if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock):
             raise InputError(f"{tower}: expected residual attention blocks, got {type(block).__name__}")

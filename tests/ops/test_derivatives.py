@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import MODULES, SMALL, module_call
+from calls import SMALL
 from devices import BACKENDS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -162,17 +162,6 @@ def test_meta_tensors_give_meta_results_and_gradients(name, backend, monkeypatch
         out.backward()
     for t in tensors:
         assert t.grad is None or (t.grad.device.type == "meta" and t.grad.shape == t.shape)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_on_meta(name):
-    tensors, function, module = module_call(name, device="meta")
-    args = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors(4, torch.float32)]
-    out = function(*args)
-    assert out.device.type == "meta"
-    out.backward()
-    assert args[0].grad.shape == args[0].shape
-    assert all(p.grad.device.type == "meta" for p in module.parameters())
 
 
 @pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
