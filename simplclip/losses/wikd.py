@@ -1,16 +1,17 @@
-"""WIKDLoss: the contrastive loss and distillation in three spaces."""
+"""WIKDLoss: the contrastive loss and distillation in three spaces; SigmoidLoss: the same terms beside the base of SigLIP."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
-from simplclip.losses.base import SimilarityLoss, check_width, first_columns, weight_of, width_of
+from simplclip.losses.base import SimilarityLoss, check_width, first_columns, terms_of_sum, weight_of, width_of
 from simplclip.ops import checks
 from simplclip.ops.registry import autocasts, no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
@@ -185,6 +186,42 @@ class WIKDLoss(SimilarityLoss):
                     )
             projected.append(None if weight is None else _project(side, own, first_columns(weight, own)))
         return projected
+
+
+class SigmoidLoss(WIKDLoss):
+    """SigLIP's loss and pair matching in one sweep, and beside them the terms of WIKDLoss that need a teacher."""
+
+    FUSED: ClassVar[dict[str, str]] = {"sigmoid_loss": "sigmoid", "pair_matching_loss": "pair_matching"}
+
+    def forward(  # type: ignore[override]
+        self,
+        image: Tensor,  # [N, D]
+        text: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+        logit_bias: Tensor | None,  # []
+        weights: Mapping[str, float],
+        *teacher: Any,  # features [N, D̂], [N, D̂] and scale []
+        ids: Tensor,  # [N] int64
+    ) -> dict[str, Tensor]:
+        """The weighted terms that `weights` names. Gradients are those of their sum."""
+        fused = {name: weights[term] for term, name in self.FUSED.items() if term in weights}
+        terms: dict[str, Tensor] = {}
+        if fused:
+            options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids}
+            own = self._own_features(image, text)
+            values = terms_of_sum(self._terms(tuple(fused), *own, weights=fused, **options), fused)
+            terms = {term: self._value(values[name]) for term, name in self.FUSED.items() if name in fused}
+        if weights.keys() - terms.keys():
+            self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
+            of_teacher = teacher[0], teacher[1], teacher[2]
+            taught = named(super().forward(image, text, logit_scale, *of_teacher, output_dict=True, ids=ids))
+            terms |= {term: weights[term] * value for term, value in taught.items()}
+        return terms
+
+
+def named(terms: Any) -> dict[str, Tensor]:
+    """The terms of a drop-in for open_clip by this library's names: open_clip calls the relational one distill_loss."""
+    return {"relational_loss" if name == "distill_loss" else name: value for name, value in terms.items()}
 
 
 class _Wide(torch.autograd.Function):
