@@ -38,7 +38,6 @@ def backward(
     micro_batch: int | Mapping[str, int] | None = None,
     model: nn.Module | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    keep: int = 1,
     encoded: Callable[[str | int, Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Adds to `.grad` what one backward pass of the loss over all micro-batches together would add:
@@ -47,7 +46,8 @@ def backward(
         2. one loss over all of them, and its gradients               L = loss(cat x_b),  g = dL/dx
         3. every micro-batch again, with autograd                     encode(b) backpropagated from its rows of g
 
-    The result is exact up to rounding. It costs one more forward pass, step 1.
+    The result is exact up to rounding. It costs one more forward pass, step 1, but for the last micro-batch (of each tower),
+    whose graph is kept from step 1 to step 3.
 
     Args:
         encode: maps a micro-batch to its outputs: a tensor, a sequence of tensors (passed to `loss` by position) or a mapping
@@ -73,8 +73,6 @@ def backward(
             forward(image, text)), not a variable that `loss` captures. static_graph=True is not supported, since torch then
             exchanges in the first backward pass.
         scaler: scales the loss; the caller calls its step and update.
-        keep: the number of last micro-batches (of each tower) whose graph is kept from step 1 to step 3, so that they are not
-            encoded again. If there are several micro-batches, at least one is always encoded again.
         encoded: is called with the name, or the position, of each output and with its features of all micro-batches, before
             the next tower is encoded, e.g. to call losses.gather_early(features) for the texts.
 
@@ -84,7 +82,7 @@ def backward(
     one tower after the other. Afterwards these are in the state that steps 1 and 2 alone would leave. The generators of
     Python and numpy are not restored. Other state that a forward pass changes is changed twice.
 
-    Autocast: the forward passes run under the caller's. Memory: activations of max(keep, 1) micro-batches (of each tower),
+    Autocast: the forward passes run under the caller's. Memory: activations of one micro-batch (of each tower),
     the outputs and their gradients, and what `loss` needs. Where `loss` has only sigmoid terms of simplclip, step 2 is one
     sweep that computes the value and the gradients. Double backward is not supported.
 
@@ -94,9 +92,7 @@ def backward(
 
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
     """
-    if keep < 0:
-        raise ValueError(f"keep: expected a number of micro-batches, 0 or more, got {keep}")
-    towers = _towers(encode, micro_batches, micro_batch, keep)
+    towers = _towers(encode, micro_batches, micro_batch)
     if model is not None:
         check(model)
     ranks = _Ranks(model, towers)
@@ -126,7 +122,7 @@ def backward(
 class _Tower:
     """An encoder with its micro-batches, and what step 1 keeps for step 3. key: None if there is only one tower."""
 
-    def __init__(self, key: str | None, encode: Encode, micro_batches: Any, size: int | None, keep: int) -> None:
+    def __init__(self, key: str | None, encode: Encode, micro_batches: Any, size: int | None) -> None:
         self.key, self.encode, at = key, encode, "" if key is None else f"[{key!r}]"
         self.label = f"encode{at}"
         if size is not None:
@@ -137,22 +133,21 @@ class _Tower:
         self.micro_batches, self.count = micro_batches, len(micro_batches)
         if not self.count:
             raise ValueError(f"micro_batches{at}: expected at least one, got none")
-        # The first `again` micro-batches are encoded again in step 3.
-        self.again = max(self.count - keep, min(self.count - 1, 1))
+        self.again = self.count - 1  # micro-batches that are encoded again in step 3, all but the last
         self.states: list[tuple[Tensor, list[Tensor]]] = []
         self.parts: list[Named] = []
-        self.kept: list[Named] = []
+        self.kept: Named = {}
 
     def encode_once(self, ranks: _Ranks) -> None:
         for index in range(self.count):
             self.states.append(_generators())
-            with torch.set_grad_enabled(index >= self.again), ranks.alone(self in ranks.again):
+            with torch.set_grad_enabled(index == self.again), ranks.alone(self in ranks.again):
                 outputs = self._outputs(self.micro_batches[index])
             if self.parts and outputs.keys() != self.parts[0].keys():
                 first, got = list(self.parts[0]), list(outputs)
                 raise ValueError(f"{self.label}: expected the outputs of the first micro-batch, {first}, got {got}")
-            if index >= self.again:
-                self.kept.append(outputs)
+            if index == self.again:
+                self.kept = outputs
             self.parts.append({name: output.detach() for name, output in outputs.items()})
         self.rows = [{name: len(part) for name, part in of_one.items() if part.dim() > 1} for of_one in self.parts]
 
@@ -171,14 +166,18 @@ class _Tower:
             elif name in gradients:
                 self.gradients[self.again - 1][name] = gradients[name]  # -1, the last micro-batch, if none is encoded again
         with ranks.alone(True):
-            for index in range(max(self.again, 1), self.count):
-                _backpropagate([(self.kept.pop(0), self.gradients[index])])
+            if self.again:
+                _backpropagate([self._kept()])
             for index in range(self.again - 1):
                 _backpropagate([self._again(index)])
 
     def last(self) -> tuple[Named, Named]:
         """The outputs of the last micro-batch that is encoded again, or of the only one, and their gradients."""
-        return self._again(self.again - 1) if self.again else (self.kept.pop(), self.gradients[0])
+        return self._again(self.again - 1) if self.again else self._kept()
+
+    def _kept(self) -> tuple[Named, Named]:
+        outputs, self.kept = self.kept, {}  # so that its graph does not outlive its backward pass
+        return outputs, self.gradients[-1]
 
     def _again(self, index: int) -> tuple[Named, Named]:
         _restore(self.states[index])
@@ -204,10 +203,10 @@ class _Tower:
         return dict(outputs)
 
 
-def _towers(encode: Any, micro_batches: Any, micro_batch: Any, keep: int) -> list[_Tower]:
+def _towers(encode: Any, micro_batches: Any, micro_batch: Any) -> list[_Tower]:
     """Checks that the arguments fit each other."""
     if callable(encode):
-        return [_Tower(None, encode, micro_batches, _checked("micro_batch", micro_batch), keep)]
+        return [_Tower(None, encode, micro_batches, _checked("micro_batch", micro_batch))]
     if not isinstance(encode, Mapping) or not encode:
         raise TypeError(f"encode: expected a function, or a mapping of them, got {type(encode).__name__}")
     sizes = micro_batch if isinstance(micro_batch, Mapping) else dict.fromkeys(encode, micro_batch)
@@ -216,7 +215,7 @@ def _towers(encode: Any, micro_batches: Any, micro_batch: Any, keep: int) -> lis
             got = f"{type(value).__name__} {list(value)}" if isinstance(value, Mapping) else type(value).__name__
             raise ValueError(f"{name}: expected one for each tower in a mapping, {list(encode)}, got {got}")
     checked = {key: _checked(f"micro_batch[{key!r}]", sizes[key]) for key in encode}
-    return [_Tower(key, one, micro_batches[key], checked[key], keep) for key, one in encode.items()]
+    return [_Tower(key, one, micro_batches[key], checked[key]) for key, one in encode.items()]
 
 
 def _checked(name: str, size: Any) -> int | None:
