@@ -27,18 +27,17 @@ __all__ = ["backward", "check"]
 MicroBatch = TypeVar("MicroBatch")
 Outputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 Encode = Callable[[MicroBatch], Outputs]
-Named = dict[Any, Tensor]  # outputs by their name, or by (tower, position)
+Named = dict[Any, Tensor]  # outputs by their name, or by their position
 
 
 def backward(
-    encode: Encode | Sequence[Encode] | Mapping[str, Encode],
+    encode: Encode | Mapping[str, Encode],
     micro_batches: Any,
     loss: Callable[..., Tensor | Mapping[str, Tensor]],
     *,
-    micro_batch: int | Sequence[int] | Mapping[str, int] | None = None,
+    micro_batch: int | Mapping[str, int] | None = None,
     model: nn.Module | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    keep: int = 1,
     encoded: Callable[[str | int, Tensor], Any] | None = None,
 ) -> dict[str, Tensor]:
     """Adds to `.grad` what one backward pass of the loss over all micro-batches together would add:
@@ -47,7 +46,8 @@ def backward(
         2. one loss over all of them, and its gradients               L = loss(cat x_b),  g = dL/dx
         3. every micro-batch again, with autograd                     encode(b) backpropagated from its rows of g
 
-    The result is exact up to rounding. It costs one more forward pass, step 1.
+    The result is exact up to rounding. It costs one more forward pass, step 1, but for the last micro-batch (of each tower),
+    whose graph is kept from step 1 to step 3.
 
     Args:
         encode: maps a micro-batch to its outputs: a tensor, a sequence of tensors (passed to `loss` by position) or a mapping
@@ -57,24 +57,22 @@ def backward(
             scale and bias) must be the same for every micro-batch: `loss` gets one of them, and its gradient is propagated
             once. encode is called twice for a micro-batch and must compute the same both times; it may move the
             micro-batch to the device.
-            If the towers have micro-batches of their own: a sequence of such functions, whose outputs `loss` gets one after
-            the other, or a mapping of them, whose key is the name of an output that is one tensor.
-        micro_batches: a sequence of micro-batches of any type, which is read twice; for several towers, a sequence or mapping
-            of such sequences, like `encode`. Their lengths may differ.
+            If the towers have micro-batches of their own: a mapping of such functions, in which the key is the name of an
+            output that is one tensor, and other outputs are mappings.
+        micro_batches: a sequence of micro-batches of any type, which is read twice; for several towers, a mapping of such
+            sequences, like `encode`. Their lengths may differ.
         loss: maps the outputs of all E pairs to the loss, or to a mapping of terms whose sum is the loss. Parameters of its
             own get their gradients in step 2.
-        micro_batch: the rows of a micro-batch (GradCache's chunk_sizes), a number or one for each tower, like `encode`.
+        micro_batch: the rows of a micro-batch (GradCache's chunk_sizes), a number or a mapping of one for each tower.
             micro_batches then has the whole inputs in place of each sequence: a tensor, or a sequence or mapping of tensors
             of as many rows. The last micro-batch may be smaller.
         model: the module that `check` checks. If it contains DistributedDataParallel, the ranks exchange gradients in the
             last backward pass only: one of each tower where each has a wrapper, else one for all, which backpropagates the
-            last micro-batches of all towers together. encode must call that wrapper, and the towers use all its parameters
-            (unless it has find_unused_parameters=True): a logit scale must be an output of encode (as in open_clip's
+            last micro-batches of all towers together, and must not have find_unused_parameters=True. encode must call that
+            wrapper, and the towers use all its parameters: a logit scale must be an output of encode (as in open_clip's
             forward(image, text)), not a variable that `loss` captures. static_graph=True is not supported, since torch then
             exchanges in the first backward pass.
         scaler: scales the loss; the caller calls its step and update.
-        keep: the number of last micro-batches (of each tower) whose graph is kept from step 1 to step 3, so that they are not
-            encoded again. If there are several micro-batches, at least one is always encoded again.
         encoded: is called with the name, or the position, of each output and with its features of all micro-batches, before
             the next tower is encoded, e.g. to call losses.gather_early(features) for the texts.
 
@@ -84,7 +82,7 @@ def backward(
     one tower after the other. Afterwards these are in the state that steps 1 and 2 alone would leave. The generators of
     Python and numpy are not restored. Other state that a forward pass changes is changed twice.
 
-    Autocast: the forward passes run under the caller's. Memory: activations of max(keep, 1) micro-batches (of each tower),
+    Autocast: the forward passes run under the caller's. Memory: activations of one micro-batch (of each tower),
     the outputs and their gradients, and what `loss` needs. Where `loss` has only sigmoid terms of simplclip, step 2 is one
     sweep that computes the value and the gradients. Double backward is not supported.
 
@@ -94,9 +92,7 @@ def backward(
 
     Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983.
     """
-    if keep < 0:
-        raise ValueError(f"keep: expected a number of micro-batches, 0 or more, got {keep}")
-    towers = _towers(encode, micro_batches, micro_batch, keep)
+    towers = _towers(encode, micro_batches, micro_batch)
     if model is not None:
         check(model)
     ranks = _Ranks(model, towers)
@@ -108,12 +104,9 @@ def backward(
                 raise ValueError(f"{tower.label}: expected outputs that no other tower has, got {name!r}")
             leaves[name] = leaf.requires_grad_()
             if encoded is not None and leaf.dim() > 1:
-                encoded(name if isinstance(name, str) else len(leaves) - 1, leaf)
-    named = sum(isinstance(name, str) for name in leaves)
-    if 0 < named < len(leaves):
-        raise TypeError("encode: expected all outputs by name or all by position, got some of each")
+                encoded(name, leaf)
 
-    terms = loss(**leaves) if named else loss(*leaves.values())
+    terms = loss(*leaves.values()) if 0 in leaves else loss(**leaves)
     terms = terms if isinstance(terms, Mapping) else {"loss": terms}
     total: Any = sum(terms.values())
     total = total if scaler is None else scaler.scale(total)
@@ -129,7 +122,7 @@ def backward(
 class _Tower:
     """An encoder with its micro-batches, and what step 1 keeps for step 3. key: None if there is only one tower."""
 
-    def __init__(self, key: str | int | None, encode: Encode, micro_batches: Any, size: int | None, keep: int) -> None:
+    def __init__(self, key: str | None, encode: Encode, micro_batches: Any, size: int | None) -> None:
         self.key, self.encode, at = key, encode, "" if key is None else f"[{key!r}]"
         self.label = f"encode{at}"
         if size is not None:
@@ -140,22 +133,21 @@ class _Tower:
         self.micro_batches, self.count = micro_batches, len(micro_batches)
         if not self.count:
             raise ValueError(f"micro_batches{at}: expected at least one, got none")
-        # The first `again` micro-batches are encoded again in step 3.
-        self.again = max(self.count - keep, min(self.count - 1, 1))
+        self.again = self.count - 1  # micro-batches that are encoded again in step 3, all but the last
         self.states: list[tuple[Tensor, list[Tensor]]] = []
         self.parts: list[Named] = []
-        self.kept: list[Named] = []
+        self.kept: Named = {}
 
     def encode_once(self, ranks: _Ranks) -> None:
         for index in range(self.count):
             self.states.append(_generators())
-            with torch.set_grad_enabled(index >= self.again), ranks.alone(self in ranks.again):
+            with torch.set_grad_enabled(index == self.again), ranks.alone(self in ranks.again):
                 outputs = self._outputs(self.micro_batches[index])
             if self.parts and outputs.keys() != self.parts[0].keys():
-                first, got = ([_shown(name) for name in each] for each in (self.parts[0], outputs))
+                first, got = list(self.parts[0]), list(outputs)
                 raise ValueError(f"{self.label}: expected the outputs of the first micro-batch, {first}, got {got}")
-            if index >= self.again:
-                self.kept.append(outputs)
+            if index == self.again:
+                self.kept = outputs
             self.parts.append({name: output.detach() for name, output in outputs.items()})
         self.rows = [{name: len(part) for name, part in of_one.items() if part.dim() > 1} for of_one in self.parts]
 
@@ -174,15 +166,18 @@ class _Tower:
             elif name in gradients:
                 self.gradients[self.again - 1][name] = gradients[name]  # -1, the last micro-batch, if none is encoded again
         with ranks.alone(True):
-            for index in range(max(self.again, 1), self.count):
-                _backpropagate([(self.kept.pop(0), self.gradients[index])])
+            if self.again:
+                _backpropagate([self._kept()])
             for index in range(self.again - 1):
                 _backpropagate([self._again(index)])
 
-    def last(self, ranks: _Ranks, alone: bool) -> tuple[Named, Named]:
+    def last(self) -> tuple[Named, Named]:
         """The outputs of the last micro-batch that is encoded again, or of the only one, and their gradients."""
-        with ranks.alone(alone):
-            return self._again(self.again - 1) if self.again else (self.kept.pop(), self.gradients[0])
+        return self._again(self.again - 1) if self.again else self._kept()
+
+    def _kept(self) -> tuple[Named, Named]:
+        outputs, self.kept = self.kept, {}  # so that its graph does not outlive its backward pass
+        return outputs, self.gradients[-1]
 
     def _again(self, index: int) -> tuple[Named, Named]:
         _restore(self.states[index])
@@ -191,16 +186,16 @@ class _Tower:
     def _outputs(self, batch: Any) -> Named:
         """Encodes a micro-batch and checks the outputs."""
         outputs: Any = self.encode(batch)
-        by_name = isinstance(self.key, str)
+        alone = self.key is None
         if isinstance(outputs, Tensor):
-            outputs = {self.key: outputs} if by_name else (outputs,)
-        if not isinstance(outputs, Mapping if by_name else (Mapping, Sequence)) or not outputs:
-            several = "a mapping" if by_name else "a sequence or mapping"
+            outputs = {0 if alone else self.key: outputs}
+        if not isinstance(outputs, (Mapping, Sequence) if alone else Mapping) or not outputs:
+            several = "a sequence or mapping" if alone else "a mapping"
             raise TypeError(f"{self.label}: expected a tensor, or {several} of them, got {type(outputs).__name__}")
         if not isinstance(outputs, Mapping):
-            outputs = {(self.key, place): output for place, output in enumerate(outputs)}
+            outputs = dict(enumerate(outputs))
         for name, output in outputs.items():
-            what = f"output {_shown(name)!r} of {self.label}"
+            what = f"output {name!r} of {self.label}"
             checks.floating(what, output)
             if output.dim() < 2 and output.numel() != 1:
                 raise ValueError(f"{what}: expected features [m, ...] or one element, got shape {checks.shape_of(output)}")
@@ -208,31 +203,19 @@ class _Tower:
         return dict(outputs)
 
 
-def _shown(name: Any) -> str | int:
-    return name[1] if isinstance(name, tuple) else name
-
-
-def _towers(encode: Any, micro_batches: Any, micro_batch: Any, keep: int) -> list[_Tower]:
+def _towers(encode: Any, micro_batches: Any, micro_batch: Any) -> list[_Tower]:
     """Checks that the arguments fit each other."""
     if callable(encode):
-        return [_Tower(None, encode, micro_batches, _checked("micro_batch", micro_batch), keep)]
-    if not isinstance(encode, (Mapping, Sequence)) or not encode:
-        raise TypeError(f"encode: expected a function, or a sequence or mapping of them, got {type(encode).__name__}")
-    kind = Mapping if isinstance(encode, Mapping) else Sequence
-    keys: list[Any] = list(encode) if kind is Mapping else list(range(len(encode)))
-
-    def of_towers(name: str, value: Any) -> list[Any]:
-        if not isinstance(value, kind) or (set(value) != set(keys) if kind is Mapping else len(value) != len(keys)):
+        return [_Tower(None, encode, micro_batches, _checked("micro_batch", micro_batch))]
+    if not isinstance(encode, Mapping) or not encode:
+        raise TypeError(f"encode: expected a function, or a mapping of them, got {type(encode).__name__}")
+    sizes = micro_batch if isinstance(micro_batch, Mapping) else dict.fromkeys(encode, micro_batch)
+    for name, value in (("micro_batches", micro_batches), ("micro_batch", sizes)):
+        if not isinstance(value, Mapping) or set(value) != set(encode):
             got = f"{type(value).__name__} {list(value)}" if isinstance(value, Mapping) else type(value).__name__
-            raise ValueError(f"{name}: expected one for each tower in a {kind.__name__.lower()}, {keys}, got {got}")
-        return [value[key] for key in keys]
-
-    if isinstance(micro_batch, (Mapping, Sequence)):
-        sizes = [_checked(f"micro_batch[{key!r}]", size) for key, size in zip(keys, of_towers("micro_batch", micro_batch))]
-    else:
-        sizes = [_checked("micro_batch", micro_batch)] * len(keys)
-    each = zip(keys, of_towers("encode", encode), of_towers("micro_batches", micro_batches), sizes)
-    return [_Tower(key, one, batches, size, keep) for key, one, batches, size in each]
+            raise ValueError(f"{name}: expected one for each tower in a mapping, {list(encode)}, got {got}")
+    checked = {key: _checked(f"micro_batch[{key!r}]", sizes[key]) for key in encode}
+    return [_Tower(key, one, micro_batches[key], checked[key]) for key, one in encode.items()]
 
 
 def _checked(name: str, size: Any) -> int | None:
@@ -282,17 +265,13 @@ class _Ranks:
     def __init__(self, model: nn.Module | None, towers: list[_Tower]) -> None:
         modules = [] if model is None else model.modules()
         self.wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
-        shared = len(self.wrappers) == 1 and len(towers) > 1
-        # Such a wrapper counts parameters that its last forward pass does not use as finished, so that a backward pass of two
-        # towers together would finish them twice.
-        self.in_turn = shared and self.wrappers[0].find_unused_parameters
-        self.together = shared and not self.in_turn
-        if self.in_turn and not any(tower.again for tower in towers):
-            towers[-1].again = 1
-        # The last tower encodes again: its forward pass comes after all other backward passes, and only its own exchanges.
-        self.towers = sorted(towers, key=lambda tower: tower.again > 0) if self.in_turn else towers
-        several = any(tower.again for tower in towers)
-        self.again = [tower for tower in towers if (several if shared else tower.again)]
+        self.towers, self.again = towers, [tower for tower in towers if tower.again]
+        self.together = len(self.wrappers) == 1 and len(towers) > 1  # towers that share a wrapper
+        if self.together and self.again:
+            self.again = towers
+        if self.together and self.wrappers[0].find_unused_parameters:
+            # It would count the parameters of one tower as finished in the forward pass of the other.
+            raise InputError("model: expected find_unused_parameters=False of a wrapper that both towers share, got True")
 
     def alone(self, alone: bool) -> ExitStack:
         """Disables the exchange of gradients if `alone`."""
@@ -302,14 +281,12 @@ class _Ranks:
         return stack
 
     def encode_again(self, gradients: Named) -> None:
-        last = []
         for tower in self.towers:
             tower.encode_again(self, gradients)
-            last.append(tower)
-            if not self.together or tower is self.towers[-1]:
-                alone = self.in_turn and tower is not self.towers[-1]
-                _backpropagate([of_one.last(self, alone) for of_one in last])
-                last.clear()
+            if not self.together:
+                _backpropagate([tower.last()])
+        if self.together:
+            _backpropagate([tower.last() for tower in self.towers])
 
 
 def _backpropagate(parts: list[tuple[Named, Named]]) -> None:

@@ -147,7 +147,7 @@ def divergences(
 
     def note(i: int, module: Any, args: tuple) -> None:
         x = args[0].flatten(2).transpose(1, 2) if args[0].ndim == 4 else args[0]
-        seen[i] = _queries_keys(module, (x if sites[i].options.get("batch_first", True) else x.transpose(0, 1)).float())
+        seen[i] = _queries_keys(module, x.float())
 
     with ExitStack() as stack:
         for i, site in enumerate(sites):

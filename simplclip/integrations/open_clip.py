@@ -29,10 +29,8 @@ LOSSES = {
 }
 FOLDER = "local-dir:"  # open_clip's prefix of the name of a folder
 OURS = "simplclip"  # the key of what a configuration has for this library
-_in_force: list[use_losses] = []
-_pairs: list[tuple[type, type]] = []  # open_clip's class and ours, while a use is in force
+_PAIRS = [(getattr(open_clip.loss, name), ours) for name, ours in LOSSES.items()]
 _registered: dict[str, Spec] = {}
-_replaced: list[tuple[ModuleType, str, type]] = []  # names of modules that stood for open_clip's class, and that class
 
 
 class use_losses(contextlib.AbstractContextManager):
@@ -50,35 +48,27 @@ class use_losses(contextlib.AbstractContextManager):
     losses and subclasses that exist already, and other processes. A subclass made before must call `super().__init__()`;
     with `ClipLoss.__init__(self)` it fails meanwhile.
 
-    Uses may overlap: open_clip's classes return when the last one is undone, in whatever order, to each name that still
-    stands for ours. A module outside of open_clip that was first imported meanwhile keeps ours.
+    `undo()` gives open_clip's classes back to each name that still stands for ours; a use within another one changes nothing.
+    A module outside of open_clip that was first imported meanwhile keeps ours.
 
     Signatures, values, gradients and distributed modes are open_clip's; see `simplclip.losses`. DistillClipLoss becomes
     WIKDLoss, which lacks the `dist_loss` and `get_logits` that a subclass might call.
     """
 
     def __init__(self) -> None:
-        if not _in_force:
-            _pairs[:] = [(getattr(open_clip.loss, name), ours) for name, ours in LOSSES.items()]
-        _in_force.append(self)
-        for theirs, ours in _pairs:
+        self._replaced: list[tuple[ModuleType, str]] = []  # names that stood for open_clip's classes
+        for theirs, ours in _PAIRS:
             for module, name in list(_names_of(theirs)):
-                _replaced.append((module, name, theirs))
+                self._replaced.append((module, name))
                 setattr(module, name, ours)
 
     def undo(self) -> None:
-        """Puts open_clip's losses back, unless another use is in force."""
-        if self not in _in_force:
-            return
-        _in_force.remove(self)
-        if _in_force:
-            return
-        for theirs, ours in _pairs:
-            meanwhile = [(module, name, theirs) for module, name in _names_of(ours) if _is_open_clips(module)]
-            for module, name, loss in _replaced + meanwhile:
-                if loss is theirs and vars(module).get(name) is ours:
+        """Puts open_clip's losses back."""
+        replaced, self._replaced = self._replaced, []
+        for theirs, ours in _PAIRS if replaced else ():
+            for module, name in list(_names_of(ours)):
+                if (module, name) in replaced or module.__name__.partition(".")[0] in ("open_clip", "open_clip_train"):
                     setattr(module, name, theirs)
-        _replaced.clear()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.undo()
@@ -171,7 +161,3 @@ def _names_of(item: Any) -> Iterator[tuple[ModuleType, str]]:
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType):
             yield from ((module, name) for name, value in list(vars(module).items()) if value is item)
-
-
-def _is_open_clips(module: ModuleType) -> bool:
-    return module.__name__.partition(".")[0] in ("open_clip", "open_clip_train")

@@ -31,10 +31,11 @@ from simplclip.common.errors import InputError, UserError
 from simplclip.common.files import replacing
 from simplclip.integrations.open_clip import register_models
 from simplclip.models.crop import crop_texts
+from simplclip.ops.similarity.call import INTERACTIVE
 
 # Not .pt, since open_clip resumes from the last file with that suffix.
 SUFFIX = ".loss"
-DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "feature_weight", "feature_distance")
+DISTILLATION = ("relational_weight", "interactive_weight", "interactive", "feature_weight")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,10 +47,6 @@ def parser() -> argparse.ArgumentParser:
     matching = ours.add_argument_group("pair matching, beside any loss but that of CoCa models")
     matching.add_argument("--pm-weight", type=_weight, default=0.0, help="weight of pair matching (default: 0, none)")
     matching.add_argument("--pm-plane", choices=losses.PLANES, default="scalar", help="its hyperplane (default: scalar)")
-    matching.add_argument(
-        "--fresh-loss-parameters", action="store_true",
-        help="initialise the learned parameters of the loss if --resume names a checkpoint without them",
-    )  # fmt: skip
     ours.add_argument(
         "--crop-texts", action="store_true",
         help="compute no tokens behind the end of the texts (models whose text tower is causal)",
@@ -59,11 +56,8 @@ def parser() -> argparse.ArgumentParser:
         distillation.add_argument(
             f"--{name}-weight", type=_weight, default=default, help=f"weight of the {name} term (default: {default:g})"
         )
-    for name, choices, what in (
-        ("interactive", ("infonce", "kl"), "form of the interactive term"),
-        ("feature-distance", ("mse", "smooth_l1"), "distance of the feature term"),
-    ):
-        distillation.add_argument(f"--{name}", choices=choices, default=choices[0], help=f"{what} (default: {choices[0]})")
+    what = "form of the interactive term (default: infonce)"
+    distillation.add_argument("--interactive", choices=INTERACTIVE, default="infonce", help=what)
     return ours
 
 
@@ -110,18 +104,15 @@ def main(argv: list[str] | None = None):
 
 def _replacements(ours: argparse.ArgumentParser, options: argparse.Namespace, trainer) -> dict:
     """Our functions by their names in open_clip_train.main: `create_loss`, or `create_task` for model and loss together."""
-    if hasattr(trainer, "train_one_epoch"):
-        train = _with_loss_parameters(trainer.train_one_epoch, options.fresh_loss_parameters)
-        if hasattr(trainer, "create_task"):
-            task = functools.partial(create_task, options, trainer.create_task)
-            return {"create_task": task, "train_one_epoch": train}
-        if hasattr(trainer, "create_loss"):
-            loss = functools.partial(create_loss, options, trainer.create_loss)
-            return {"create_loss": loss, "train_one_epoch": train}
-    ours.error(
-        "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
-        "found another trainer; pip install 'open_clip_torch==3.3.*' works"
-    )
+    makers = {"create_task": create_task, "create_loss": create_loss}
+    makers = {name: make for name, make in makers.items() if hasattr(trainer, name)}
+    if not makers or not hasattr(trainer, "train_one_epoch"):
+        ours.error(
+            "open_clip_train.main: expected train_one_epoch, and create_loss (open_clip 3.3) or create_task (open_clip 4), "
+            "found another trainer; pip install 'open_clip_torch==3.3.*' works"
+        )
+    found = {name: functools.partial(make, options, getattr(trainer, name)) for name, make in makers.items()}
+    return found | {"train_one_epoch": _with_loss_parameters(trainer.train_one_epoch)}
 
 
 def _shards_of_webdataset_1():
@@ -211,7 +202,7 @@ def _width(model: str) -> int | None:
     return (open_clip.get_model_config(model) or {}).get("embed_dim")
 
 
-def _with_loss_parameters(theirs: Callable, fresh: bool) -> Callable:
+def _with_loss_parameters(theirs: Callable) -> Callable:
     """open_clip's train_one_epoch; parameters of the loss are added to the optimizer, and saved at the end."""
     parameters: LossParameters | None = None
 
@@ -226,7 +217,7 @@ def _with_loss_parameters(theirs: Callable, fresh: bool) -> Callable:
             parameters = LossParameters(loss, optimizer, args)
             # The first epoch is the number of epochs of the checkpoint, 0 for a checkpoint of weights only.
             if args.resume is not None and epoch > 0:
-                parameters.load(args.resume, epoch, fresh=fresh)
+                parameters.load(args.resume, epoch)
             parameters.set_apart()
         theirs(first, *others, **rest)
         completed = epoch + 1
@@ -241,8 +232,8 @@ class LossParameters:
     """Learned parameters of a loss as groups of open_clip's optimizer, saved in files beside its unchanged checkpoints.
 
     The groups follow open_clip's rule: matrices have its weight decay, other parameters none; its schedule sets their
-    learning rate. Its gradient clipping covers only the model. The gradients are averaged over the ranks, as
-    DistributedDataParallel does for the model, and over the backward passes of --accum-freq, each of the whole loss.
+    learning rate. Its gradient clipping covers only the model. The gradients are averaged over the ranks by the loss itself,
+    and here over the backward passes of --accum-freq, each of which is of the whole loss.
 
     optimizer.state_dict() does not contain the groups, so that open_clip's trainer can resume from the checkpoint. They are
     saved in `epoch_K.loss` (loaded with weights_only=True): {"epoch", "loss": state dict, "optimizer": state by parameter}.
@@ -253,7 +244,6 @@ class LossParameters:
             if getattr(args, flag, False):
                 raise InputError(f"--{flag}: expected a loss without learned parameters, which {why}")
         self.loss, self.optimizer, self.opt = loss, optimizer, args.opt
-        self.ranks, self.passes = args.world_size if args.distributed else 1, args.accum_freq
         self.groups = len(optimizer.param_groups)  # open_clip's
         self.names: list[str] = []  # of our parameters, in the order of our groups
         rate = optimizer.param_groups[0]["lr"]  # in compiled steps of open_clip 4 a tensor, whose value the schedule sets
@@ -265,24 +255,15 @@ class LossParameters:
                 optimizer.add_param_group({"params": list(group.values()), **options})
                 self.names += group
         for parameter in loss.parameters():
-            parameter.register_hook(self._average)
+            parameter.register_hook(lambda gradient: gradient / args.accum_freq)
         self.taken: dict[str, dict] = {}
-
-    def _average(self, gradient: Tensor) -> Tensor:
-        gradient = gradient / (self.ranks * self.passes)
-        if self.ranks > 1:
-            torch.distributed.all_reduce(gradient)
-        return gradient
 
     def _numbers(self, state: dict) -> dict[str, int]:
         """The indices of our parameters in a state dict of the optimizer with all groups."""
         return dict(zip(self.names, (number for group in state["param_groups"][self.groups :] for number in group["params"])))
 
     def set_apart(self) -> None:
-        """Broadcasts rank 0's values, since initial parameters may be random; then removes our groups from state_dict()."""
-        if self.ranks > 1:
-            for tensor in self.loss.state_dict().values():
-                torch.distributed.broadcast(tensor, 0)
+        """Removes our groups from the optimizer's state_dict()."""
         self.optimizer.register_state_dict_post_hook(self._take_out)
         if len(self.optimizer.state_dict()["param_groups"]) != self.groups:
             raise InputError(f"--opt {self.opt}: expected an optimizer whose state dict can be split, or no learned loss")
@@ -306,7 +287,7 @@ class LossParameters:
             if number and int(number[1]) < epoch - 1 and not other.with_suffix(".pt").exists():
                 other.unlink()
 
-    def load(self, checkpoint: str, epoch: int, fresh: bool) -> None:
+    def load(self, checkpoint: str, epoch: int) -> None:
         """Loads the file beside this checkpoint, local or remote as in open_clip."""
         import fsspec
 
@@ -315,12 +296,9 @@ class LossParameters:
             with fsspec.open(path, "rb") as file:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
-            if fresh:
-                logging.info(f"=> no {path}: the parameters of the loss are initialised")
-                return
             raise FileNotFoundError(
                 f"--resume {checkpoint}: expected the learned parameters of the loss in {path}, got no such file; "
-                "--fresh-loss-parameters initialises them"
+                "--pretrained starts from the model's weights alone"
             ) from None
         found = {name: tuple(value.shape) for name, value in state["loss"].items()}
         expected = {name: tuple(value.shape) for name, value in self.loss.state_dict().items()}

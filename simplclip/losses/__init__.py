@@ -15,8 +15,8 @@ compares the values):
       alpha_icl_loss = a             interactive_weight=a, interactive="infonce"
       alpha_cross_kd_loss = a        interactive_weight=a, interactive="kl"
       alpha_fd_loss = a              feature_weight=2 * a, since image and text are added there and averaged here
-      cross_logit_scale = c          learn_interactive_scale=True, interactive_log_scale = log c: there c itself is the scale
-                                     and starts at log(1/0.07) = 2.66; here exp(parameter) is the scale and starts at 1/0.07
+      cross_logit_scale = c          the scale of the interactive term is logit_scale here, no parameter of its own;
+                                     ops.similarity_loss(interactive_scale=c): equal
       visual_proj, text_proj         image_projections, text_projections: the same without a bias
 
     memeff
@@ -44,11 +44,10 @@ from simplclip.losses.base import PLANES, gather_early
 from simplclip.losses.clip import ClipPMLoss
 from simplclip.losses.matryoshka import MatryoshkaLoss
 from simplclip.losses.rowwise import RowwiseLoss
-from simplclip.losses.wikd import OF_TEACHER, WIKDLoss
+from simplclip.losses.wikd import WIKDLoss
 
 __all__ = [
-    "OF_TEACHER", "PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "MatryoshkaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss",
-    "gather_early",
+    "PLANES", "ClipLoss", "ClipPMLoss", "CoCaLoss", "MatryoshkaLoss", "RowwiseLoss", "SigLipLoss", "WIKDLoss", "gather_early",
 ]  # fmt: skip
 
 

@@ -1,17 +1,17 @@
-"""WIKDLoss: the contrastive loss and distillation in three spaces."""
+"""WIKDLoss: the contrastive loss and distillation in three spaces; SigmoidLoss: the same terms beside the base of SigLIP."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simplclip import ops
-from simplclip.losses.base import SimilarityLoss, check_width, first_columns, weight_of, width_of
+from simplclip.losses.base import SimilarityLoss, check_width, first_columns, terms_of_sum, weight_of, width_of
 from simplclip.ops import checks
 from simplclip.ops.registry import autocasts, no_autocast
 from simplclip.ops.similarity.call import DIVERGENCES, INTERACTIVE
@@ -40,9 +40,6 @@ class WIKDLoss(SimilarityLoss):
         contrastive_weight, relational_weight, interactive_weight, feature_weight, pm_weight: 0 or more; a term with weight 0
             costs nothing and is not returned.
         interactive: "infonce" or "kl".
-        learn_interactive_scale: scale the interactive term by exp of a parameter of its own, `interactive_log_scale` (starts
-            at log 1/0.07), instead of by logit_scale.
-        feature_distance: "mse" or "smooth_l1".
         divergence: "cross_entropy" or "kl".
         plane, embed_dim: of pair matching, as in ClipPMLoss.
         embed_dim, teacher_dim: D and D̂ (a tuple for several teachers); where they differ, the interactive and feature terms
@@ -64,9 +61,7 @@ class WIKDLoss(SimilarityLoss):
         relational_weight: float = 1.0,
         interactive_weight: float = 0.0,
         interactive: str = "infonce",
-        learn_interactive_scale: bool = False,
         feature_weight: float = 0.0,
-        feature_distance: str = "mse",
         divergence: str = "cross_entropy",
         pm_weight: float = 0.0,
         plane: str = "scalar",
@@ -83,11 +78,7 @@ class WIKDLoss(SimilarityLoss):
         self.feature_weight = weight_of("feature_weight", feature_weight)
         checks.choice("interactive", interactive, INTERACTIVE)
         checks.choice("divergence", divergence, DIVERGENCES)
-        checks.choice("feature_distance", feature_distance, ("mse", "smooth_l1"))
-        self.interactive, self.divergence, self.feature_distance = interactive, divergence, feature_distance
-        self.interactive_log_scale = None
-        if interactive_weight and learn_interactive_scale:
-            self.interactive_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.interactive, self.divergence = interactive, divergence
         if not (contrastive_weight or relational_weight or interactive_weight or feature_weight or pm_weight):
             raise ValueError("contrastive_weight and the other weights: expected one above 0, got all 0")
         widths = teacher_dim if isinstance(teacher_dim, (tuple, list)) else (teacher_dim,)
@@ -150,8 +141,6 @@ class WIKDLoss(SimilarityLoss):
             values: dict[str, Any] = {}
             if terms := tuple(name for name in share if name != "feature"):
                 options: dict[str, Any] = {"interactive": self.interactive, "divergence": self.divergence, "ids": ids}
-                if self.interactive_log_scale is not None:
-                    options["interactive_scale"] = self._learned(self.interactive_log_scale)[0].exp()
                 if "relational" in share or "interactive" in share:
                     options |= zip(("teacher_image", "teacher_text", "teacher_scale"), teacher)
                 if "interactive" in share:
@@ -161,7 +150,7 @@ class WIKDLoss(SimilarityLoss):
             if "feature" in share:
                 pairs = ((wide(own) if p is None else p, t) for own, p, t in zip((image, text), projected, teacher))
                 with no_autocast(image.device) if _autocasts_to_half(image.device) else contextlib.nullcontext():
-                    values["feature"] = 0.5 * sum(ops.feature_loss(s, t, distance=self.feature_distance) for s, t in pairs)
+                    values["feature"] = 0.5 * sum(ops.feature_loss(s, t) for s, t in pairs)
             for name, weight in share.items():
                 totals[name] = totals.get(name, 0) + weight * values[name]
         keys = {"relational": "distill_loss"}  # open_clip's name, kept in this drop-in alone
@@ -197,6 +186,42 @@ class WIKDLoss(SimilarityLoss):
                     )
             projected.append(None if weight is None else _project(side, own, first_columns(weight, own)))
         return projected
+
+
+class SigmoidLoss(WIKDLoss):
+    """SigLIP's loss and pair matching in one sweep, and beside them the terms of WIKDLoss that need a teacher."""
+
+    FUSED: ClassVar[dict[str, str]] = {"sigmoid_loss": "sigmoid", "pair_matching_loss": "pair_matching"}
+
+    def forward(  # type: ignore[override]
+        self,
+        image: Tensor,  # [N, D]
+        text: Tensor,  # [N, D]
+        logit_scale: Tensor,  # []
+        logit_bias: Tensor | None,  # []
+        weights: Mapping[str, float],
+        *teacher: Any,  # features [N, D̂], [N, D̂] and scale []
+        ids: Tensor,  # [N] int64
+    ) -> dict[str, Tensor]:
+        """The weighted terms that `weights` names. Gradients are those of their sum."""
+        fused = {name: weights[term] for term, name in self.FUSED.items() if term in weights}
+        terms: dict[str, Tensor] = {}
+        if fused:
+            options = {"logit_scale": logit_scale, "logit_bias": logit_bias, "ids": ids}
+            own = self._own_features(image, text)
+            values = terms_of_sum(self._terms(tuple(fused), *own, weights=fused, **options), fused)
+            terms = {term: self._value(values[name]) for term, name in self.FUSED.items() if name in fused}
+        if weights.keys() - terms.keys():
+            self.contrastive_weight = self.pm_weight = 0.0  # what follows has the other terms alone
+            of_teacher = teacher[0], teacher[1], teacher[2]
+            taught = named(super().forward(image, text, logit_scale, *of_teacher, output_dict=True, ids=ids))
+            terms |= {term: weights[term] * value for term, value in taught.items()}
+        return terms
+
+
+def named(terms: Any) -> dict[str, Tensor]:
+    """The terms of a drop-in for open_clip by this library's names: open_clip calls the relational one distill_loss."""
+    return {"relational_loss" if name == "distill_loss" else name: value for name, value in terms.items()}
 
 
 class _Wide(torch.autograd.Function):

@@ -1,9 +1,9 @@
-"""Folding for inference: branches and batch norms become part of the convolution or linear layer that they belong to.
+"""Folding for inference: branches and batch norms become part of the convolution that they belong to.
 
     model = simplclip.fold(model.eval())
 
 timm's `reparameterize_model` merges the branches of FastViT, MobileOne, RepVGG and the like, and of every module with one of
-its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then each batch norm that follows a layer is merged into it.
+its methods (`fuse`, `reparameterize`, `switch_to_deploy`). Then each batch norm that follows a convolution is merged into it.
 """
 
 import copy
@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
 from timm.utils import reparameterize_model
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from simplclip.common.errors import InputError
@@ -25,27 +25,15 @@ __all__ = ["fold"]
 Model = TypeVar("Model", bound=nn.Module)
 
 # Exact types, since a subclass may compute something else, e.g. standardise its weight.
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
-_NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d),
-)
-
-
-class RowsOnly(nn.Identity):
-    """Stands where a batch norm was merged into a linear layer, which computes the same for [N, C] alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2:
-            raise InputError(f"x: expected [N, C], since a batch norm is folded into the linear layer, got {list(x.shape)}")
-        return x
+_CONVS = (nn.Conv2d, Conv2dSame)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
 
 def fold(model: Model, *, inplace: bool = False) -> Model:
     """Merge branches and batch norms of a model in eval mode, which then computes the same with fewer layers.
 
-    A batch norm is merged where a module has it and a convolution or linear layer as children, and a symbolic trace
-    (torch.fx) of the module's `forward` shows that the layer's output goes to this norm alone. The activation in timm's
+    A batch norm is merged where a module has it and a 2-d convolution as children, and a symbolic trace (torch.fx) of the
+    module's `forward` shows that the convolution's output goes to this norm alone. The activation in timm's
     `BatchNormAct2d` stays. A layer with hooks, a parametrization, or several owners or calls is left as it is, and so is a
     module that cannot be traced. Blocks of simplclip have no batch norm and do not change.
 
@@ -79,7 +67,7 @@ def _pairs(module: nn.Module, owners: Counter[int]) -> list[tuple[str, str]]:
     """Pairs of children that can be merged, by name: a layer, and a batch norm that gets the layer's output, as nothing else
     does."""
     free: dict[str, Any] = {n: m for n, m in module.named_children() if owners[id(m)] == 1 and _plain(m)}
-    layers = {n: m for n, m in free.items() if type(m) in (*_CONVS, nn.Linear)}
+    layers = {n: m for n, m in free.items() if type(m) in _CONVS}
     norms = {n: m for n, m in free.items() if type(m) in _NORMS and m.running_mean is not None}
     if not layers or not norms:
         return []
@@ -122,12 +110,7 @@ def _channels(module: Any) -> int:
 def _merge(module: nn.Module, layer_name: str, norm_name: str) -> None:
     layer: Any = module._modules[layer_name]
     norm: Any = module._modules[norm_name]
-    linear = type(layer) is nn.Linear
-    fuse: Any = fuse_linear_bn_weights if linear else fuse_conv_bn_weights
-    affine = norm.weight, norm.bias
-    if norm.weight is None:
-        affine = torch.ones_like(norm.running_mean), torch.zeros_like(norm.running_mean)
-    layer.weight, layer.bias = fuse(layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, *affine)
-    rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if not isinstance(part, nn.Identity)]
-    rest = [part for part in rest if part is not None] or [RowsOnly() if linear else nn.Identity()]
-    setattr(module, norm_name, rest[0] if len(rest) == 1 else nn.Sequential(*rest))
+    statistics = norm.running_mean, norm.running_var, norm.eps
+    layer.weight, layer.bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, norm.weight, norm.bias)
+    rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
+    setattr(module, norm_name, nn.Sequential(*rest) if rest else nn.Identity())

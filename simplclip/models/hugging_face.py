@@ -38,7 +38,7 @@ class EncoderBlock(SimplifiedBlock, _WithoutLayer):
         checkpointing: transformers' function for gradient checkpointing, if it is enabled.
     """
 
-    checks_mask = False  # the values of a mask; its number of tokens is taken in any case
+    checks_mask = False  # whether the values, too: of the first block in a tower, since a check makes a GPU wait
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: float = 4.0, *, config: PreTrainedConfig, mask: str = "attention_mask",
@@ -113,11 +113,6 @@ def encoder_layers(model: nn.Module, tower: str) -> Iterator[tuple[str, nn.Modul
         checkpointing = layer._gradient_checkpointing_func if layer.gradient_checkpointing else None
         options = {"config": part.config, "checkpointing": checkpointing, **options}
         yield f"{TOWERS[tower]}.encoder.layers.{index}", layer, block, options
-
-
-def check_mask(first: Any) -> None:
-    """Lets the first block of a tower check the mask, which is the same for all of them; a check makes a GPU wait."""
-    first.checks_mask = True
 
 
 def declare_shared(model: Any) -> None:

@@ -2,31 +2,9 @@
 
     model = simplclip.models.create("mobileclip-s0", checkpoint="mobileclip_s0.pt")
 
-The names in the published checkpoint (of arXiv 2311.17049), and what `from_published` makes of them:
-
-published                                                here
-image_encoder.model.NAME                                 visual.trunk.NAME, as timm's checkpoint_filter_fn renames it
-text_encoder.embedding_layer                             text.token_embedding
-text_encoder.positional_embedding.pos_embed.pos_embed    text.positional_embedding, [1, 1, L, C] -> [L, C]
-text_encoder.transformer.I.layer_scale                   text.layers.I.layer_scale, [C, 1, 1] -> [C]
-text_encoder.transformer.I.token_mixer.layer_scale       text.layers.I.mixer.layer_scale
-text_encoder.transformer.I.token_mixer.norm.rbr_skip     text.layers.I.mixer.norm
-text_encoder.transformer.I.token_mixer.mixer.rbr_skip    text.layers.I.mixer.skip
-text_encoder.transformer.I.token_mixer.mixer.rbr_conv.0  text.layers.I.mixer.conv
-text_encoder.transformer.I.convffn.conv                  text.layers.I.conv
-text_encoder.transformer.I.convffn.fc1                   text.layers.I.mlp.fc1, [F, C, 1, 1] -> [F, C]
-text_encoder.transformer.I.convffn.fc2                   text.layers.I.mlp.fc2, [C, F, 1, 1] -> [C, F]
-text_encoder.transformer.I.pre_norm_mha.0                text.layers.I.ln_1
-text_encoder.transformer.I.pre_norm_mha.1                text.layers.I.attn
-text_encoder.transformer.I.pre_norm_ffn.0                text.layers.I.ln_2
-text_encoder.transformer.I.pre_norm_ffn.1                text.layers.I.mlp.fc1
-text_encoder.transformer.I.pre_norm_ffn.4                text.layers.I.mlp.fc2
-text_encoder.final_layer_norm                            text.ln_final
-text_encoder.projection_layer                            text.text_projection
-logit_scale                                              logit_scale
-
-Each of MobileCLIP-S0's 893 tensors becomes one of the 893 here. timm's image projection would have a bias, which the
-published one has not.
+`from_published` gives the tensors of the published checkpoint (arXiv 2311.17049) their names here: those of the image tower
+by timm's checkpoint_filter_fn, those of the text tower by `_RENAMED`. Each of its 893 tensors becomes one of the 893 here.
+timm's image projection would have a bias, which the published one has not.
 """
 
 import os
@@ -59,19 +37,15 @@ _SQUEEZED = ("pos_embed.pos_embed", "convffn.fc1.weight", "convffn.fc2.weight", 
 
 
 class ConvNorm(nn.Module):
-    """A depthwise convolution over the tokens and a batch norm: [B, C, 1, L] -> [B, C, 1, L]. `fuse` is timm's name."""
+    """A depthwise convolution over the tokens and a batch norm: [B, C, 1, L] -> [B, C, 1, L]."""
 
     def __init__(self, width: int, kernel_size: int) -> None:
         super().__init__()
-        self.conv = _depthwise(width, kernel_size, bias=False)
+        self.conv = nn.Conv2d(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, bias=False)
         self.bn = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
-
-    def fuse(self) -> nn.Conv2d:
-        """Both as one convolution, for inference."""
-        return fuse_conv_bn_eval(self.conv, self.bn)
 
 
 class RepMixer(nn.Module):
@@ -96,7 +70,7 @@ class RepMixer(nn.Module):
     def reparameterize(self) -> None:
         if self.reparam_conv is not None:
             return
-        conv = self.conv.fuse()
+        conv = fuse_conv_bn_eval(self.conv.conv, self.conv.bn)
         (skip, skip_shift), (norm, norm_shift) = _affine(self.skip), _affine(self.norm)
         scale = self.layer_scale.flatten()
         conv.weight.mul_(scale[:, None, None, None])
@@ -284,10 +258,6 @@ def from_published(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
                 name = name.replace(theirs, ours)
         renamed[name] = value
     return renamed
-
-
-def _depthwise(width: int, kernel_size: int, bias: bool) -> nn.Conv2d:
-    return nn.Conv2d(width, width, (1, kernel_size), padding=(0, kernel_size // 2), groups=width, bias=bias)
 
 
 def _mlp(width: int, ratio: float) -> nn.Sequential:

@@ -43,9 +43,6 @@ class FrozenPart:
     def install(self) -> None:
         self.module.forward = self
 
-    def remove(self) -> None:
-        vars(self.module).pop("forward", None)
-
     def __reduce__(self) -> tuple:
         # In a deep copy or pickle of the module this becomes the method of its class, since the copy has no attributes yet.
         return getattr, (self.module, "forward")
@@ -104,11 +101,6 @@ class FrozenParts:
     def to(self, device: torch.device) -> None:
         for copy in self.copies:
             copy.to(device)
-
-    def remove(self) -> None:
-        """The modules run as they are again."""
-        for part in self.parts:
-            part.remove()
 
     def lines(self) -> list[str]:
         names = [part.name for part in self.parts if part.folded is not None]

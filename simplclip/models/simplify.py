@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 
 from simplclip.common.errors import InputError
 from simplclip.models import warm
-from simplclip.models.groups import Groups, indices, shares
 from simplclip.models.mobileclip import PreNormLayer, TextTower
 from simplclip.models.padding import mask_padding_of, tower_to_mask
-from simplclip.nn import SimplifiedBlock, share_weights
+from simplclip.nn import SHARED_PARTS, SimplifiedBlock, share_weights
 
 __all__ = ["MapBlock", "Replaced", "SimplifyReport", "TimmBlock", "TransformerBlock", "count_parameters", "simplify"]
 
 TOWERS = ("text", "image")
+Groups = Sequence[Sequence[int]]  # indices of blocks
 _ACT_NAMES = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quickgelu", "ReLU": "relu", "SiLU": "silu"}
 # Of transformers.
 _ACT_NAMES |= {"GELUActivation": "gelu", "QuickGELUActivation": "quickgelu", "SiLUActivation": "silu"}
@@ -38,7 +39,7 @@ def is_causal_mask(mask: Tensor) -> bool:  # [L, L]
 
 
 class TransformerBlock(SimplifiedBlock):
-    """A block of open_clip's ``Transformer``: [B, L, C], or [L, B, C] with ``batch_first=False``.
+    """A block of open_clip's ``Transformer``: [B, L, C].
 
     A causal block accepts only the tower's causal mask; other blocks accept no mask. The values of a mask are checked
     once, and again only after it has changed. A block that masks padding gets the lengths [B] of the texts as its mask.
@@ -50,12 +51,11 @@ class TransformerBlock(SimplifiedBlock):
         heads: int,
         mlp_ratio: float = 4.0,
         *,
-        batch_first: bool = True,
         masks_padding: bool = False,
         **options,
     ) -> None:
         super().__init__(width, heads, mlp_ratio, **options)
-        self.batch_first, self.masks_padding = batch_first, masks_padding
+        self.masks_padding = masks_padding
         self._accepted: dict[int, tuple[Tensor, int]] = {}  # a mask of each length, and its version
 
     def get_weight_dtype(self) -> torch.dtype:
@@ -66,10 +66,8 @@ class TransformerBlock(SimplifiedBlock):
     ) -> Tensor:
         if k_x is not None or v_x is not None:
             raise InputError("k_x, v_x: expected None, since a simplified block has no cross-attention, got a tensor")
-        x = x if self.batch_first else x.transpose(0, 1)
         self._check_mask(attn_mask, *x.shape[:2])
-        x = super().forward(x, attn_mask if self.masks_padding else None)
-        return x if self.batch_first else x.transpose(0, 1)
+        return super().forward(x, attn_mask if self.masks_padding else None)
 
     def _check_mask(self, mask: Tensor | None, batch: int, length: int) -> None:
         if self.masks_padding:
@@ -285,7 +283,7 @@ def simplify(
     for tower in dict.fromkeys(towers):
         sites = block_sites(model, tower)
         chosen = sorted({*indices(f"blocks[{tower!r}]", blocks.get(tower, range(len(sites))), len(sites))})
-        new: dict[int, SimplifiedBlock] = {}
+        new: dict[int, Any] = {}
         ratio = mlp_ratio.get(tower) if isinstance(mlp_ratio, Mapping) else mlp_ratio
         for index in chosen:
             site = sites[index]
@@ -300,7 +298,7 @@ def simplify(
             )
             planned.append((site, block))
         if encoders:
-            encoders.check_mask(new[chosen[0]])
+            new[chosen[0]].checks_mask = True
         report.share[tower] = shares(share.get(tower, ()), chosen, len(sites))
         for what, groups in report.share[tower].items():
             local = [[chosen.index(i) for i in group] for group in groups]
@@ -317,6 +315,36 @@ def simplify(
         encoders.declare_shared(model)
     report.after = count_parameters(model)
     return model, report
+
+
+def indices(name: str, wanted: Sequence[int], count: int) -> list[int]:
+    """The indices from 0 of `wanted`, of which negative ones count from the end of `count` blocks."""
+    if not wanted:
+        raise InputError(f"{name}: expected at least one index, got none")
+    for index in wanted:
+        if not -count <= index < count:
+            raise InputError(f"{name}: expected an index of {count} blocks, got {index}")
+    return [index % count for index in wanted]
+
+
+def shares(wanted: Groups | Mapping[str, Groups], replaced: list[int], count: int) -> dict[str, list[list[int]]]:
+    """The groups of a tower by what they share, see `simplify`, with indices from 0. `replaced`: the tower's new blocks."""
+    parts: Mapping[str, Groups] = wanted if isinstance(wanted, Mapping) else {"all": wanted}
+    if unknown := [what for what in parts if what not in SHARED_PARTS]:
+        raise InputError(f"share: expected groups, or groups by names out of {SHARED_PARTS}, got {unknown[0]!r}")
+    found = {}
+    for what, groups in parts.items():
+        lists = isinstance(groups, Sequence) and all(isinstance(group, Sequence) for group in groups)
+        if not lists or not all(isinstance(i, Integral) for group in groups for i in group):
+            raise InputError(f"share: expected a list of groups of indices such as [[0, 1]], got {groups!r}")
+        found[what] = [indices("share", group, count) for group in groups]
+        if missing := [i for group in found[what] for i in group if i not in replaced]:
+            raise InputError(f"share: expected indices of replaced blocks, {replaced}, got {missing}")
+    for part in ("attention", "mlp"):
+        every = [i for what in (part, "all") for group in found.get(what, ()) for i in group]
+        if twice := sorted({i for i in every if every.count(i) > 1}):
+            raise InputError(f"share: expected disjoint groups, got block {twice[0]} twice for {part}")
+    return {what: groups for what, groups in found.items() if groups}
 
 
 def block_sites(model: nn.Module, tower: str) -> list[_Site]:
@@ -383,8 +411,8 @@ def _image_sites(model: nn.Module) -> Iterator[_Site]:
 
 
 def _transformer_sites(transformer: Transformer, path: str, tower: str, **options: bool) -> Iterator[_Site]:
-    # Since open_clip 4 a tower is always [B, L, C] and has no such attribute.
-    options["batch_first"] = getattr(transformer, "batch_first", True)
+    if not getattr(transformer, "batch_first", True):  # since open_clip 4 there is no such attribute
+        raise InputError(f"{tower}: expected a tower with batch_first=True, got False")
     for index, block in enumerate(transformer.resblocks):
         if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock | SimplifiedBlock):
             raise InputError(f"{tower}: expected residual attention blocks, got {type(block).__name__}")

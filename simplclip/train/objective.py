@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simplclip import losses
 from simplclip.common import ranks
-from simplclip.losses.sigmoid import SigmoidLoss, named
+from simplclip.losses.wikd import SigmoidLoss, named
 from simplclip.train.settings import TERMS, LossConfig
 
 

@@ -48,15 +48,12 @@ def test_the_factory_makes_ours(changes, theirs, ours, module):
     assert type(open_clip.create_loss(args)) is getattr(open_clip.loss, theirs) is users.Loss is not ours
 
 
-def test_the_last_undo_counts_in_any_order():
+def test_a_use_within_another_changes_nothing_and_an_error_within_the_block_undoes_it():
     before = open_clip.loss.SigLipLoss
-    first, second = use_losses(), use_losses()
     with use_losses():
-        assert open_clip.factory.SigLipLoss is losses.SigLipLoss
-    first.undo()
-    first.undo()
-    assert open_clip.loss.SigLipLoss is open_clip.factory.SigLipLoss is losses.SigLipLoss
-    second.undo()
+        with pytest.raises(KeyError), use_losses():
+            raise KeyError
+        assert open_clip.loss.SigLipLoss is open_clip.factory.SigLipLoss is losses.SigLipLoss
     assert open_clip.loss.SigLipLoss is open_clip.factory.SigLipLoss is before
 
 
@@ -88,13 +85,6 @@ def test_a_subclass_made_before_stays_open_clips(module):
     expected = users.Mine()(*features, 3.0)
     with use_losses():
         torch.testing.assert_close(users.Mine()(*features, 3.0), expected)
-
-
-def test_an_error_within_the_block_undoes_it():
-    before = open_clip.loss.SigLipLoss
-    with pytest.raises(KeyError), use_losses():
-        raise KeyError
-    assert open_clip.loss.SigLipLoss is before
 
 
 def kept(loss, n, width=8):

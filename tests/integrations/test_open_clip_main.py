@@ -123,7 +123,7 @@ def test_learned_parameters_take_a_tensor_as_learning_rate():
     rate = torch.tensor(0.5)
     model, loss = torch.nn.Linear(3, 3), torch.nn.Linear(4, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, capturable=True, foreach=True)
-    args = types.SimpleNamespace(world_size=1, distributed=False, accum_freq=1, wd=0.2, opt="adamw")
+    args = types.SimpleNamespace(accum_freq=1, wd=0.2, opt="adamw")
     openclip_train.LossParameters(loss, optimizer, args)
     for group in optimizer.param_groups:
         group["lr"].fill_(0.25)  # as its schedule does

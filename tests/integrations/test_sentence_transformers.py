@@ -49,17 +49,3 @@ def test_values_and_gradients_are_theirs(example, name, theirs, options, columns
     with torch.no_grad():
         evaluated = example[name](model, **options)([model.preprocess(texts) for texts in columns], None)
     torch.testing.assert_close(evaluated, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_it_trains(example):
-    model = example["model"]
-    loss = example["CachedRankingLoss"](model, mini_batch_size=3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    values = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        values.append(loss([model.preprocess(texts) for texts in TEXTS], None))
-        values[-1].backward()
-        optimizer.step()
-    assert values[2] < values[1] < values[0]

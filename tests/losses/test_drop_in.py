@@ -90,27 +90,6 @@ def test_is_open_clips_loss(theirs, ours, options, own, call):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def rebased(theirs, ours):
-    """A class of open_clip's shape on our ClipLoss: its body is not changed."""
-    namespace = {k: v for k, v in vars(theirs).items() if k in ("__init__", "forward", "dist_loss")}
-    made = type(theirs.__name__, (ours,), {})
-    for name, function in namespace.items():
-        # super() finds the class in the closure.
-        cells = tuple(type(cell)(made) if n == "__class__" else cell
-                      for n, cell in zip(function.__code__.co_freevars, function.__closure__ or ()))  # fmt: skip
-        moved = type(function)(function.__code__, function.__globals__, name, function.__defaults__, cells)
-        moved.__kwdefaults__ = function.__kwdefaults__
-        setattr(made, name, moved)
-    return made
-
-
-def test_open_clips_coca_loss_on_our_clip_loss():
-    cls = rebased(open_clip.loss.CoCaLoss, losses.ClipLoss)
-    image, text, scale, _ = features()
-    expected, found = (c(2.0, 0.7)(image, text, *tokens(), scale) for c in (open_clip.loss.CoCaLoss, cls))
-    torch.testing.assert_close(found, expected)
-
-
 class DRClipLoss(losses.ClipLoss):
     """MobileCLIP's loss by its shape: logits of the student and of a teacher, and the ground truth of the base class."""
 

@@ -53,8 +53,8 @@ def normalised(model):
 
 def one_graph(encode, micro_batches, loss, scaler=None, **_):
     join = lambda of_one: torch.cat(of_one) if of_one[0].dim() else of_one[0]  # noqa: E731
-    if isinstance(encode, tuple):
-        every = [[torch.cat([one(batch) for batch in batches]) for one, batches in zip(encode, micro_batches)]]
+    if isinstance(encode, dict):
+        every = [{name: torch.cat([one(batch) for batch in micro_batches[name]]) for name, one in encode.items()}]
     else:
         every = [encode(batch) for batch in micro_batches]
     if isinstance(every[0], dict):
@@ -81,15 +81,14 @@ def step(run, encode, micro_batches, loss, parts, context=contextlib.nullcontext
     return {k: v.detach() for k, v in terms.items()} | {k: gradients[k].clone() for k in found}, found, drawn
 
 
-def assert_same(encode, micro_batches, loss, parts, dtype=torch.float32, keeps=(0, 1, 3, 9), **options):
+def assert_same(encode, micro_batches, loss, parts, dtype=torch.float32, **options):
     """Values and gradients of both forms within the rule of tests/tolerance.py, taking one graph in this dtype for plain."""
     expected, wanted, drawn = step(one_graph, encode, micro_batches, loss, parts, **options)
     truth = {name: value.double() for name, value in expected.items()}
-    for keep in keeps:
-        got, found, then = step(gradient_cache.backward, encode, micro_batches, loss, parts, keep=keep, **options)
-        assert found == wanted
-        assert then == drawn, "the generator ends elsewhere"
-        assert_within(got, expected, truth, dtype, f"keep={keep}")
+    got, found, then = step(gradient_cache.backward, encode, micro_batches, loss, parts, **options)
+    assert found == wanted
+    assert then == drawn, "the generator ends elsewhere"
+    assert_within(got, expected, truth, dtype)
     return wanted
 
 
@@ -110,15 +109,14 @@ def wikd(dtype, captions=1, width=256, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("captions", [1, 2])
+@pytest.mark.parametrize(("dtype", "captions"), [(torch.float32, 1), (torch.float64, 2)])
 def test_wikd_on_siclip_tiny(dtype, captions):
     model, (module, loss) = siclip(dtype), wikd(dtype, captions)
     share_weights(model.text.transformer.resblocks, [[0, 1]])
     encode = normalised(model)
     found = assert_same(
         encode, pairs(captions=captions, dtype=dtype, size=48), lambda x, y: loss(x, y, model.logit_scale.exp()),
-        (model, module), dtype, keeps=(0, 1) if captions == 1 else (1,), model=model,
+        (model, module), dtype, model=model,
     )  # fmt: skip
     everything = {f"{i}.{name}" for i, part in enumerate((model, module)) for name, _ in part.named_parameters()}
     assert found == everything
@@ -137,8 +135,7 @@ def test_autocast_in_the_callers_context():
             yield
 
     found = assert_same(
-        encode, batches, lambda x, y: loss(x, y, model.logit_scale.exp()), (model, module), torch.bfloat16, (1,),
-        context=context,
+        encode, batches, lambda x, y: loss(x, y, model.logit_scale.exp()), (model, module), torch.bfloat16, context=context,
     )  # fmt: skip
     assert len(found) == len([*model.parameters(), *module.parameters()])
 
@@ -222,28 +219,29 @@ def whole():
 def test_micro_batches_of_each_tower(images, texts):
     """The gradients of one graph in which dropout draws the same numbers; the last micro-batches are smaller or larger."""
     model, module = Dropping().double(), ClipPMLoss().double()
-    encode = model.encode_image, model.encode_text
-    batches = tuple(t.split(list(sizes)) for t, sizes in zip(whole(), (images, texts)))
-    loss = lambda x, y: module(x, y, model.logit_scale.exp(), output_dict=True)  # noqa: E731
+    encode = {"image": model.encode_image, "text": model.encode_text}
+    batches = {name: t.split(list(sizes)) for name, t, sizes in zip(encode, whole(), (images, texts))}
+    loss = lambda image, text: module(image, text, model.logit_scale.exp(), output_dict=True)  # noqa: E731
     found = assert_same(encode, batches, loss, (model, module), torch.float64, model=model)
     assert len(found) == len([*model.parameters(), *module.parameters()])
 
 
-@pytest.mark.parametrize(("micro_batch", "image", "text"), [(5, 5, 5), ((5, 8), 5, 8), ({"text": 20, "image": 1}, 1, 20)])
+@pytest.mark.parametrize(("micro_batch", "image", "text"), [(5, 5, 5), ({"text": 20, "image": 1}, 1, 20)])
 def test_inputs_are_split_into_micro_batches(micro_batch, image, text):
-    """By a number for all towers or one for each; outputs by position or by name."""
+    """By a number for all towers or one for each."""
     model, seen = Dropping().double().eval(), {"image": [], "text": []}
 
     def encode(tower, batch):
-        seen[tower] += [len(batch)] * (not torch.is_grad_enabled())
+        seen[tower].append(len(batch))
         return getattr(model, f"encode_{tower}")(batch)
 
     towers, inputs = {name: partial(encode, name) for name in seen}, dict(zip(seen, whole()))
     loss = lambda image, text: ClipLoss()(image, text, model.logit_scale.exp())  # noqa: E731
-    args = (towers, inputs) if isinstance(micro_batch, dict) else ([*towers.values()], [*inputs.values()])
-    cached = step(gradient_cache.backward, *args, loss, (model,), micro_batch=micro_batch, keep=0)[0]
-    assert seen == {name: [len(t) for t in inputs[name].split(size)] for name, size in (("image", image), ("text", text))}
-    expected = step(one_graph, tuple(towers.values()), [[t] for t in inputs.values()], loss, (model,))[0]
+    cached = step(gradient_cache.backward, towers, inputs, loss, (model,), micro_batch=micro_batch)[0]
+    for name, size in (("image", image), ("text", text)):
+        sizes = [len(t) for t in inputs[name].split(size)]
+        assert sorted(seen[name]) == sorted(sizes + sizes[:-1]), name  # the last one is kept
+    expected = step(one_graph, towers, {name: [t] for name, t in inputs.items()}, loss, (model,))[0]
     torch.testing.assert_close(cached, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -257,11 +255,10 @@ def test_inputs_of_one_encoder_are_split_together_and_kept_ones_are_encoded_once
         return model(**batch) if kind is dict else model(*batch)
 
     expected = step(one_graph, encode, [inputs], ClipLoss(), (model,))[0]
-    for keep, kept in ((0, 0), (1, 1), (9, 2)):
-        calls.clear()
-        cached = step(gradient_cache.backward, encode, inputs, ClipLoss(), (model,), micro_batch=6, keep=keep)[0]
-        torch.testing.assert_close(cached, expected, rtol=1e-9, atol=1e-12)
-        assert calls == [False] * (3 - kept) + [True] * 3
+    calls.clear()
+    cached = step(gradient_cache.backward, encode, inputs, ClipLoss(), (model,), micro_batch=6)[0]
+    torch.testing.assert_close(cached, expected, rtol=1e-9, atol=1e-12)
+    assert calls == [False] * 2 + [True] * 3
 
 
 @pytest.mark.parametrize("pm_weight", [0, 0.5])
@@ -277,8 +274,11 @@ def test_sigmoid_terms_take_one_sweep(monkeypatch, pm_weight):
 
             monkeypatch.setitem(row, backend, backends.Implementation(counting, one.why_not))
     bias = nn.Parameter(torch.tensor(-10.0))
-    encode = model.encode_image, lambda text: (model.encode_text(text), model.logit_scale.exp(), bias)
-    gradient_cache.backward(encode, [t.float() if t.is_floating_point() else t for t in whole()], loss, micro_batch=(5, 8))
+    names = ("text_features", "logit_scale", "logit_bias")
+    encode = {"image_features": model.encode_image}
+    encode["text_features"] = lambda text: dict(zip(names, (model.encode_text(text), model.logit_scale.exp(), bias)))
+    inputs = dict(zip(encode, (t.float() if t.is_floating_point() else t for t in whole())))
+    gradient_cache.backward(encode, inputs, loss, micro_batch={"image_features": 5, "text_features": 8})
     assert swept == [("similarity_sigmoid", True)]
     assert bias.grad is not None
     assert all(p.grad is not None for p in model.parameters())
@@ -362,7 +362,7 @@ def test_frozen_norms_and_those_without_statistics_pass():
         gradient_cache.check(siclip(freeze=False))
 
 
-TWO, NAMED = (nn.Identity(), nn.Identity()), (lambda b: {"x": b}, lambda b: {"x": b})
+TWO, NAMED = dict.fromkeys("ab", nn.Identity()), dict.fromkeys("ab", lambda b: {"x": b})
 
 
 @pytest.mark.parametrize(
@@ -370,18 +370,16 @@ TWO, NAMED = (nn.Identity(), nn.Identity()), (lambda b: {"x": b}, lambda b: {"x"
     [
         (nn.Identity(), [], {}, ValueError, "micro_batches: expected at least one, got none"),
         (nn.Identity(), iter([1]), {}, TypeError, "micro_batches: expected a sequence, since .*got list_iterator"),
-        (nn.Identity(), [torch.ones(2, 2)], {"keep": -1}, ValueError, "keep: expected a number of micro-batches, 0 or more"),
         (lambda b: None, [1], {}, TypeError, "encode: expected a tensor, or a sequence or mapping of them, got NoneType"),
         (lambda b: {"ids": torch.ones(2, 2).long()}, [1], {}, TypeError, "output 'ids' of encode: expected float32"),
         (lambda b: (torch.ones(3, 1),) * b, [2, 1], {}, ValueError, r"the outputs of the first micro-batch, \[0, 1\]"),
         (nn.Identity(), (torch.ones(3, 1), torch.ones(4, 1)), {"micro_batch": 2}, ValueError, r"as many rows, got \[3, 4\]"),
         (nn.Identity(), [1], {"micro_batch": 0}, ValueError, "micro_batch: expected a number of rows, 1 or more, got 0"),
-        (TWO, [[1], [1]], {"micro_batch": (2,)}, ValueError, r"micro_batch: expected one for each .*, got tuple"),
-        (TWO, [[1]], {}, ValueError, r"micro_batches: expected one for each tower in a sequence, \[0, 1\], got list"),
+        (TWO, {"a": [1], "b": [1]}, {"micro_batch": {"a": 2}}, ValueError, "micro_batch: expected one for each .* got dict"),
+        (TWO, [[1]], {}, ValueError, r"micro_batches: expected one for each tower in a mapping, \['a', 'b'\], got list"),
         ({"a": lambda b: [b]}, {"a": [1]}, {}, TypeError, r"encode\['a'\]: expected a tensor, or a mapping of them"),
-        (NAMED, [[torch.ones(2, 2)]] * 2, {}, ValueError, r"encode\[1\]: expected outputs that no other tower has, got 'x'"),
-        ((NAMED[0], nn.Identity()), [[torch.ones(2, 2)]] * 2, {}, TypeError, "all outputs by name or all by position"),
-        (3, [1], {}, TypeError, "encode: expected a function, or a sequence or mapping of them, got int"),
+        (NAMED, dict.fromkeys("ab", [torch.ones(2, 2)]), {}, ValueError, "encode.'b'.: expected outputs that no other tower"),
+        ([nn.Identity()], [1], {}, TypeError, "encode: expected a function, or a mapping of them, got list"),
     ],
 )  # fmt: skip
 def test_bad_arguments(encode, batches, options, error, message):

@@ -1,7 +1,5 @@
 """MatryoshkaLoss against a loop over prefixes in plain torch and the wrapped losses."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import open_clip
 import plain
 import pytest
@@ -199,27 +197,6 @@ def test_a_width_of_weight_0_costs_nothing_and_features_after_the_last_get_no_gr
     assert calls == [3, 8]
     assert not image.grad[:, 8:].any()
     assert image.grad[:, :8].any(0).all()
-
-
-@pytest.mark.slow
-def test_threads_and_errors_leave_the_loss_alone():
-    """A plane is read by each call for itself; within a call, or after one that fails, the loss has its whole width."""
-    loss = ClipPMLoss(plane="hadamard", embed_dim=D)
-    wrapped, whole, leaves = MatryoshkaLoss(loss, WIDTHS), [], batch(dtype=torch.float32)
-    with pytest.raises(ValueError, match="ids"):
-        wrapped(*leaves, 14.0, ids=torch.arange(3))
-    assert loss.plane_weight.shape == (D,)
-    with pytest.raises(ValueError, match="image_features: expected the width embed_dim = 16"):
-        loss(*(t[:, :4] for t in leaves), 14.0)
-    expected = wrapped(*leaves, 14.0).item(), loss(*leaves, 14.0).item()
-
-    def both(_):
-        whole.append(loss.plane_weight.shape)
-        return wrapped(*leaves, 14.0).item(), loss(*leaves, 14.0).item()
-
-    with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(both, range(400))) == {expected}
-    assert set(whole) == {(D,)}
 
 
 @pytest.mark.slow

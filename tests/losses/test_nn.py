@@ -142,7 +142,7 @@ def test_attention_and_mlp_may_be_shared_among_different_groups(norms_and_gains)
             assert [getattr(b, name) is getattr(blocks[0], name) for b in blocks] == [True] + [norms_and_gains] * 3
         assert [b.mlp_gain is blocks[0].mlp_gain for b in blocks] == [True, norms_and_gains, False, False]
         assert len({id(block.norm) for block in blocks}) == 4  # both parts read it
-    torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="aot_eager")(x), stack(x))
+    torch.testing.assert_close(torch.compile(stack, fullgraph=True, backend="eager")(x), stack(x))
     stack(x).sum().backward()
     assert all(p.grad is not None for p in stack.parameters())
     other.load_state_dict(stack.state_dict(), strict=True)

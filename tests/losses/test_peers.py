@@ -35,7 +35,7 @@ def same(theirs, ours, leaves, times=1.0):
         torch.testing.assert_close(times * g, w, rtol=1e-7, atol=1e-10)
 
 
-def clip_kd(student, teacher, scale, teacher_scale, cross_scale, projections=None):
+def clip_kd(student, teacher, scale, teacher_scale, projections=None):
     """Its losses by their names there, before the alphas."""
     image, text = student
     t_image, t_text = teacher
@@ -44,7 +44,7 @@ def clip_kd(student, teacher, scale, teacher_scale, cross_scale, projections=Non
     if projections is not None:
         image, text = (F.linear(x, w) for x, w in zip(student, projections))
     image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
-    across = cross_scale * image @ t_text.T, cross_scale * text @ t_image.T
+    across = scale * image @ t_text.T, scale * text @ t_image.T
     labels = torch.arange(N)
     kl = lambda s, t: F.kl_div(s.log_softmax(1), t.softmax(1), reduction="batchmean")  # noqa: E731
     return {
@@ -72,20 +72,16 @@ def clip_kd(student, teacher, scale, teacher_scale, cross_scale, projections=Non
 def test_clip_kd(theirs, ours, options, teacher_width):
     student, teacher = features(teacher_width=teacher_width)
     loss = WIKDLoss(
-        **{"contrastive_weight": 0.0, "relational_weight": 0.0, **options}, divergence="kl", learn_interactive_scale=True,
-        embed_dim=16, teacher_dim=teacher_width,
+        **{"contrastive_weight": 0.0, "relational_weight": 0.0, **options}, divergence="kl", embed_dim=16,
+        teacher_dim=teacher_width,
     ).double()  # fmt: skip
-    cross_scale = torch.tensor(2.66, dtype=torch.float64)
     leaves, projections = list(student), None
-    if loss.interactive_log_scale is not None:
-        assert loss.interactive_log_scale.exp().item() == pytest.approx(1 / 0.07)
-        loss.interactive_log_scale.data = cross_scale.log()
     if loss.image_projections is not None:
         projections = loss.image_projections[0], loss.text_projections[0]
         leaves += projections
     scale, teacher_scale = torch.tensor(14.0, dtype=torch.float64), torch.tensor(30.0, dtype=torch.float64)
     alpha = 1.0 if theirs == "task_loss" else 0.7
-    wanted = alpha * clip_kd(student, teacher, scale, teacher_scale, cross_scale, projections)[theirs]
+    wanted = alpha * clip_kd(student, teacher, scale, teacher_scale, projections)[theirs]
     normalised = [F.normalize(x, dim=1) for x in student]
     same(wanted, loss(*normalised, scale, *teacher, teacher_scale, output_dict=True)[ours], leaves)
 

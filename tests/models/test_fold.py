@@ -47,16 +47,6 @@ def test_a_net_of_timm_computes_the_same(name, before, after):
     assert same(model, folded, IMAGE)
 
 
-@pytest.mark.slow
-def test_the_image_tower_of_mobileclip():
-    model = with_statistics(models.create("open_clip:MobileCLIP2-S0").visual)
-    folded = simplclip.fold(model)
-    # Attention blocks normalise before their first layer.
-    assert norms(folded) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
-    assert same(model, folded, torch.rand(1, 3, 256, 256))
-    assert sum(p.numel() for p in folded.parameters()) < sum(p.numel() for p in model.parameters())
-
-
 @pytest.mark.parametrize("name", ["siclip-tiny", "siclip-lite0"])
 def test_a_siclip_keeps_its_blocks(name):
     model = with_statistics(models.create(name))
@@ -72,21 +62,14 @@ def test_a_siclip_keeps_its_blocks(name):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 def test_forms_of_layers(bias, affine):
-    def pair(layer, norm):
-        return nn.Sequential(layer, norm(layer.weight.shape[0], affine=affine))
-
-    image, line = torch.randn(2, 4, 9, 9), torch.randn(3, 4, 9)
-    forms = [
-        (pair(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4, bias=bias), nn.BatchNorm2d), image),
-        (pair(nn.Conv2d(4, 4, 3, groups=4, dilation=2, bias=bias, padding_mode="reflect"), nn.BatchNorm2d), image),
-        (pair(nn.Conv1d(4, 6, 3, bias=bias), nn.BatchNorm1d), line),
-        (pair(nn.Conv3d(4, 6, 3, bias=bias), nn.BatchNorm3d), torch.randn(2, 4, 5, 5, 5)),
-        (pair(nn.Linear(4, 6, bias=bias), nn.BatchNorm1d), torch.randn(3, 4)),
-    ]
-    for model, x in forms:
-        folded = simplclip.fold(with_statistics(model))
+    for layer in (
+        nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4, bias=bias),
+        nn.Conv2d(4, 4, 3, groups=4, dilation=2, bias=bias, padding_mode="reflect"),
+    ):
+        model = with_statistics(nn.Sequential(layer, nn.BatchNorm2d(layer.out_channels, affine=affine)))
+        folded = simplclip.fold(model)
         assert not norms(folded), model
-        assert same(model, folded, x), model
+        assert same(model, folded, torch.randn(2, 4, 9, 9)), model
 
 
 class Twice(nn.Module):
@@ -169,12 +152,6 @@ def test_tied_weights_keep_their_values_elsewhere():
     folded = simplclip.fold(model)
     assert not norms(folded)
     assert same(model, folded, IMAGE)
-
-
-def test_a_linear_layer_refuses_other_inputs_after_its_norm_is_merged():
-    model = with_statistics(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
-    with pytest.raises(ValueError, match=r"x: expected \[N, C\]"):
-        simplclip.fold(model)(torch.randn(2, 4, 4))  # the norm would take the second dimension
 
 
 def test_a_module_that_is_merged_itself_and_inplace():

@@ -51,6 +51,12 @@ def gradients(model, image, text, dtype=None):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def remove(frozen):
+    """Lets the modules run as they are again."""
+    for part in frozen.parts:
+        vars(part.module).pop("forward", None)
+
+
 def error(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
@@ -67,7 +73,7 @@ def test_gradients(make, name, parts):
     assert [part.name for part in frozen.parts if part.folded is not None] == parts
     after = gradients(model, *batch)
     assert 0 < error(after, exact) <= 1e-5  # it did run folded
-    frozen.remove()
+    remove(frozen)
     assert torch.equal(gradients(model, *batch), exact)
     frozen = FrozenParts(model, torch.bfloat16)
     assert error(gradients(model, *batch, torch.bfloat16), exact) <= 1.2 * error(before, exact)
@@ -115,7 +121,7 @@ def test_the_copies_belong_to_no_model():
     size = sum(t.nbytes for t in before.values())
     assert size < saved.tell() < size + frozen.bytes / 2
     saved.seek(0)
-    frozen.remove()
+    remove(frozen)
     with torch.no_grad():
         plain = model.encode_image(image)
     assert not torch.equal(plain, folded)

@@ -1,7 +1,6 @@
 """`simplify` on small models of transformers: what is replaced, which masks are accepted, and how they are saved."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -146,7 +145,7 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
     for name in BLOCKS:
         clip, inputs = simplified(name), batch(name)
         expected = clip(**inputs).logits_per_image
-        if name != "Siglip2Model":  # torch 2.11 does not trace its embeddings
+        if name == "CLIPModel":
             compiled = torch.compile(clip, fullgraph=True, backend="eager")
             torch.testing.assert_close(compiled(**inputs).logits_per_image, expected)
         clip = clip.to(torch.bfloat16)
@@ -158,18 +157,13 @@ def test_compiles_without_graph_breaks_and_in_bfloat16():
 class Small(transformers.CLIPModel):
     """As docs/block.md says: from_pretrained works for a class whose models are simplified when they are made."""
 
-    share: Any = neighbour_groups(4)
-
     def __init__(self, config):
         super().__init__(config)
-        simplclip.simplify(self, share={"text": self.share}, value_first=True, output_last=True)
+        share = {"attention": [[0, 1, 2, 3]], "mlp": neighbour_groups(4)}
+        simplclip.simplify(self, share={"text": share}, value_first=True, output_last=True)
 
 
-class SmallByParts(Small):
-    share: Any = {"attention": [[0, 1, 2, 3]], "mlp": [[0, 1], [2, 3]]}
-
-
-@pytest.mark.parametrize("cls", [None, Small, SmallByParts])
+@pytest.mark.parametrize("cls", [None, Small])
 def test_saved_and_loaded(cls, tmp_path):
     clip, twin = (simplified(seed=seed) if cls is None else model(cls=cls, seed=seed) for seed in (5, 6))
     inputs = batch()
@@ -188,7 +182,7 @@ def test_saved_and_loaded(cls, tmp_path):
     assert loaded.all_tied_weights_keys[second] == first  # without which transformers 5.0 does not load it
     blocks = layers(loaded)
     assert blocks[0].fc1.weight is blocks[1].fc1.weight is not blocks[2].fc1.weight
-    assert len({id(block.qk.weight) for block in blocks}) == (2 if cls is Small else 1)
+    assert len({id(block.qk.weight) for block in blocks}) == 1
     assert [block.value is not None for block in blocks] == [True, False, False, False]
     assert [block.output is not None for block in blocks] == [False, False, False, True]
     torch.testing.assert_close(loaded.train()(**inputs).logits_per_image, expected)

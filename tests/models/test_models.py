@@ -12,12 +12,6 @@ from simplclip.nn import SimplifiedBlock
 
 
 @pytest.fixture(scope="module")
-def s0():
-    torch.manual_seed(0)
-    return models.create("siclip2-s0").eval()
-
-
-@pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
     return models.create("siclip-tiny").eval()
@@ -32,7 +26,8 @@ def test_names():
 
 
 @pytest.mark.slow
-def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):
+def test_s0_is_mobileclip2_s0_with_simplified_blocks():
+    s0 = models.create("siclip2-s0", device="meta")
     assert type(s0) is CustomTextCLIP
     maps = [n for n, m in s0.named_modules() if isinstance(m, MapBlock)]
     assert maps == ["visual.trunk.stages.3.blocks.0", "visual.trunk.stages.3.blocks.1"]
@@ -44,20 +39,6 @@ def test_s0_is_mobileclip2_s0_with_simplified_blocks(s0):
     original = open_clip.create_model("MobileCLIP2-S0", device="meta")
     assert s0.simplify_report.before["total"] == count(original)
     assert count(s0) < 0.7 * count(original)
-
-
-@pytest.mark.slow
-def test_s0_encodes(s0):
-    text = models.tokenizer("siclip2-s0")(["a cat", "a dog on a mat"])
-    image = models.transforms("siclip2-s0", train=False)(Image.new("RGB", (300, 280), "red"))
-    assert text.shape == (2, 77)
-    assert image.shape == (3, 256, 256)
-    assert image[0].max() == 1
-    assert image[1].max() == 0
-    with torch.no_grad():
-        logits, _ = s0.get_logits(image[None], text)
-    assert logits.shape == (1, 2)
-    assert logits.isfinite().all()
 
 
 def test_tiny_is_small_and_simplified_in_both_towers(tiny):
@@ -82,31 +63,6 @@ def test_tiny_behaves_as_an_open_clip_model(tiny):
     torch.testing.assert_close(outputs[0], features[0])
 
 
-@pytest.mark.slow
-def test_tiny_trains_in_bfloat16_autocast():
-    torch.manual_seed(0)
-    model = models.create("siclip-tiny")
-    image, text = torch.randn(8, 3, 48, 48), torch.randint(0, 8191, (8, 16))
-    text[:, 6] = 8191
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses, target = [], torch.arange(8)
-    for _ in range(15):
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, _ = model.get_logits(image, text)
-        loss = torch.nn.functional.cross_entropy(logits.float(), target)
-        loss += torch.nn.functional.cross_entropy(logits.float().T, target)
-        optimizer.zero_grad()
-        loss.backward()
-        if not losses:
-            norms = {n: p.grad.norm() for n, p in model.named_parameters() if n.endswith(("fc1.weight", "fc2.weight"))}
-            assert len(norms) == 6
-            assert max(norms.values()) < 30 * min(norms.values())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > 3
-    assert losses[-1] < 0.5
-
-
 def test_create_repeats_from_the_seed_and_loads_its_own_checkpoint(tmp_path, tiny):
     torch.save({"state_dict": {f"module.{k}": v for k, v in tiny.state_dict().items()}}, tmp_path / "a.pt")
     torch.manual_seed(0)
@@ -129,7 +85,7 @@ def test_overrides():
     assert len(models.create("siclip-tiny").text.transformer.resblocks) == 2
 
 
-def test_plain_open_clip_models():
+def test_plain_open_clip_models(tiny):
     model = models.create("open_clip:ViT-B-32", device="meta", vision_cfg={"layers": 1}, text_cfg={"layers": 1})
     assert len(model.visual.transformer.resblocks) == len(model.transformer.resblocks) == 1
     assert not any(isinstance(m, SimplifiedBlock) for m in model.modules())
@@ -139,12 +95,11 @@ def test_plain_open_clip_models():
     one = {"device": "meta", "vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1}}
     simple = models.create("open_clip:ViT-B-32", simplify_options={"towers": ["text"]}, **one)
     assert [r.path for r in simple.simplify_report.replaced] == ["transformer.resblocks.0"]
-    for name, options in (("open_clip:ViT-B-32", {"simplified": False}), ("siclip-lite0", {"simplified": False})):
-        with pytest.raises(ValueError, match="simplify_options: expected none"):
-            models.create(name, **options, simplify_options={"towers": ["text"]})
-    whole = models.create("siclip-lite0", simplified=False)
+    with pytest.raises(ValueError, match="simplify_options: expected none"):
+        models.create("open_clip:ViT-B-32", simplified=False, simplify_options={"towers": ["text"]})
+    whole = models.create("siclip-tiny", simplified=False)
     assert not any(isinstance(module, SimplifiedBlock) for module in whole.modules())
-    assert count_parameters(whole) == models.create("siclip-lite0").simplify_report.before
+    assert count_parameters(whole) == tiny.simplify_report.before
 
 
 @pytest.mark.parametrize("function", [models.create, models.tokenizer, lambda n: models.transforms(n, train=False)])
@@ -154,18 +109,14 @@ def test_unknown_names_list_the_nearest(function, name, near):
         function(name)
 
 
-def test_summary_prints_the_parameters_beside_the_originals(s0, tiny):
-    for model, name in ((s0, "siclip2-s0"), (tiny, "siclip-tiny")):
-        table = models.summary(model, name)
-        assert f"{count(model):,}" in table
-        assert f"{model.simplify_report.before['total']:,}" in table
-    table = models.summary(s0, "siclip2-s0")
+def test_summary_prints_the_parameters_beside_the_originals():
+    model = models.create("siclip2-s0", device="meta")
+    table = models.summary(model, "siclip2-s0")
+    assert f"{count(model):,}" in table
+    assert f"{model.simplify_report.before['total']:,}" in table
     assert "made from MobileCLIP2-S0" in table
     assert "text: 12 of ResidualAttentionBlock replaced" in table
     assert "weights shared in groups [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]\n" in f"{table}\n"
-    share = {"text": {"attention": [[0, 1]], "mlp": [[1, 0]]}}
-    table = models.summary(models.create("siclip-tiny", simplify_options={"towers": ["text"], "share": share}), "siclip-tiny")
-    assert "blocks [0, 1], attention shared in groups [[0, 1]], mlp shared in groups [[1, 0]]" in table
 
 
 def test_short_vocabulary_is_a_prefix_of_clips_and_decodes():

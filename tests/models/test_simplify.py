@@ -1,10 +1,8 @@
 """`simplify` on small open_clip models: what is replaced, how the blocks are called, and what stays untouched."""
 
 import copy
-import itertools
 from collections import OrderedDict
 
-import open_clip
 import pytest
 import torch
 from clips import TEXT, batch, clip
@@ -15,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from simplclip.common.errors import InputError
-from simplclip.models.simplify import MapBlock, TimmBlock, TransformerBlock, count_parameters, simplify
+from simplclip.models.simplify import MapBlock, TimmBlock, count_parameters, simplify
 from simplclip.nn import SimplifiedBlock, neighbour_groups
 
 
@@ -33,6 +31,12 @@ def fastvit_clip():
 def without(name):
     model = clip()
     delattr(model, name)
+    return model
+
+
+def length_first():
+    model = clip()
+    model.visual.transformer.batch_first = False
     return model
 
 
@@ -146,6 +150,7 @@ def test_an_error_leaves_the_model_as_it_was(options, message):
         (lambda: with_text(nn.Module()), "text: expected open_clip's text transformer, got Module"),
         (lambda: without("transformer"), "model: expected an open_clip model with `text` or `transformer`, its text tower"),
         (lambda: without("visual"), "model: expected .* with `visual`, its image tower, got CLIP without"),
+        (length_first, "image: expected a tower with batch_first=True, got False"),
         (lambda: without("attn_mask"), "text: expected an attribute attn_mask, None or causal, got CLIP without"),
     ],
 )
@@ -179,22 +184,14 @@ def test_sharing_and_first_value_and_last_output():
     assert sum(p.numel() for p in blocks.parameters()) == 2 * per_block + 4 * (2 * 24 + 3 * 2 + 2) + 2 * 24 * 24
 
 
-MODES = [{"all": neighbour_groups(4)}, {"attention": [[0, -1]]}, {"mlp": [[1, 2, 3]]}]
-MODES += [{"attention": [[0, 1, 2, 3]], "mlp": [[0, 1], [2, 3]]}, {"all": [[0, 1]], "attention": [[2, 3]]}]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", MODES)
-def test_every_mode_of_sharing(share):
+def test_parts_are_shared_by_groups_and_the_whole_by_others():
+    share = {"all": [[0, 1]], "attention": [[2, -1]]}
     one, two = (simplify(clip(seed=seed).to(torch.bfloat16), share={"text": share})[0] for seed in (0, 9))
     blocks = one.transformer.resblocks
-    for what, names in (("attention", ["qk"]), ("mlp", ["fc1", "fc2"])):
-        groups = [[i % 4 for i in group] for part in (what, "all") for group in share.get(part, ())]
-        for a, b in itertools.combinations(range(4), 2):
-            together = any(a in group and b in group for group in groups)
-            assert all((getattr(blocks[a], name) is getattr(blocks[b], name)) == together for name in names)
+    assert [blocks[i].qk is blocks[i + 1].qk for i in range(3)] == [True, False, True]
+    assert [blocks[i].fc1 is blocks[i + 1].fc1 for i in range(3)] == [True, False, False]
     two.load_state_dict(one.state_dict(), strict=True)
-    for other in (two, copy.deepcopy(one), torch.compile(one, fullgraph=True, backend="aot_eager")):
+    for other in (two, copy.deepcopy(one)):
         assert_same(one(batch()[0].bfloat16(), batch()[1]), other(batch()[0].bfloat16(), batch()[1]))
         assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in one.parameters())
     _, report = simplify(clip(), share={"text": {"attention": [[0, -1]], "mlp": [[0, 1]]}, "image": {"mlp": []}})
@@ -337,9 +334,8 @@ def test_fastvit_blocks_work_on_maps():
     assert block.fc1.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("cls", [CLIP, CustomTextCLIP])
-def test_grad_checkpointing_gives_the_same_gradients(cls):
-    model, _ = simplify(clip(cls=cls))
+def test_grad_checkpointing_gives_the_same_gradients():
+    model, _ = simplify(clip())
     gradients = []
     for enable in (False, True):
         model.zero_grad()
@@ -350,20 +346,8 @@ def test_grad_checkpointing_gives_the_same_gradients(cls):
     torch.testing.assert_close(*gradients)
 
 
-def test_intermediates_and_batch_first():
+def test_intermediates():
     image, text = batch()
     model, _ = simplify(clip().eval())
     out = model.forward_intermediates(image, text)
     torch.testing.assert_close(out["text_features"], model.encode_text(text, normalize=True))
-    first, second = (TransformerBlock(24, 2, batch_first=batch_first) for batch_first in (True, False))
-    second.load_state_dict(first.state_dict())
-    x = torch.randn(5, 3, 24)
-    torch.testing.assert_close(second(x.transpose(0, 1)).transpose(0, 1), first(x))
-
-
-def test_open_clips_zero_shot_classifier():
-    model, _ = simplify(clip(text={"vocab_size": 49408}).eval())
-    tokenizer = open_clip.SimpleTokenizer(context_length=12)
-    weights = open_clip.build_zero_shot_classifier(model, tokenizer, ["cat", "dog", "fish"], ["a {}.", "one {}."])
-    assert weights.shape == (16, 3)
-    torch.testing.assert_close(weights.norm(dim=0), torch.ones(3))

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import tiny as tiny_data
 import torch
 from clips import batch, clip
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock
@@ -22,7 +21,6 @@ from simplclip.models.mobileclip import PreNormLayer
 from simplclip.models.simplify import attention_of, simplify
 from simplclip.models.warm import convert, is_block, start
 from simplclip.nn import SimplifiedBlock, neighbour_groups, share_weights
-from simplclip.train.state import Training
 
 C, H, F = 24, 2, 48
 _HF = {"hidden_size": C, "intermediate_size": F, "num_attention_heads": H, "attn_implementation": "eager"}
@@ -312,20 +310,3 @@ def test_sources_without_fitting_blocks_leave_the_model_as_it_was():
         assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(InheritanceError, match="blocks: expected a model with simplified blocks, got CustomTextCLIP without"):
         inherit(tiny(simplified=False), source, blocks="first")
-
-
-@pytest.mark.slow
-def test_a_run_starts_blocks_and_keeps_the_gains_of_its_config(tmp_path):
-    source = models.create("siclip-tiny", simplified=False, **tiny_data.MODEL)
-    torch.save(source.state_dict(), tmp_path / "source.pt")
-    changes = [f"inherit.source={tmp_path}/source.pt", "inherit.blocks=average"]
-    options = ["model.options.simplify_options={attention_gain: 2.0}"]
-    for more, gains in (([], (1.0, 1.0)), (options, (2.0, 1.0))):
-        run = Training(tiny_data.settings(tmp_path, *changes, *more), torch.device("cpu"), "fp32")
-        (block,) = run.model.text.transformer.resblocks
-        assert (block.attention_gain.item(), block.mlp_gain.item()) == gains
-        theirs = source.text.transformer.resblocks[0].mlp.c_proj
-        torch.testing.assert_close(block.fc2.state_dict(), theirs.state_dict(), rtol=0, atol=0)
-        assert {row.module: row.status for row in run.inheritance.rows}["text.transformer"] == "initialised"
-        again = Training(run.config, torch.device("cpu"), "fp32", run.state())
-        torch.testing.assert_close(again.model.state_dict(), run.model.state_dict(), rtol=0, atol=0)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from calls import MODULES, SMALL, module_call
+from calls import SMALL
 from devices import BACKENDS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -46,11 +46,11 @@ def test_a_second_derivative_is_refused_whatever_asks_for_it(name):
     function, leaves = of_leaves(*tensors_of(name))
     twice = f"{NAMED[name]}: {HOW.format('a double backward')}"
 
-    def gradients(*points, create_graph=True):
-        found = torch.autograd.grad(function(*points), points, create_graph=create_graph, allow_unused=True)
+    def gradients(create_graph):
+        found = torch.autograd.grad(function(*leaves), leaves, create_graph=create_graph, allow_unused=True)
         return {i: g for i, g in enumerate(found) if g is not None}
 
-    first, plain = gradients(*leaves), gradients(*leaves, create_graph=False)
+    first, plain = gradients(True), gradients(False)
     assert first.keys() == plain.keys()
     assert all(torch.equal(first[i], plain[i]) for i in first)
     penalty = {i: g.square().sum() for i, g in first.items()}
@@ -59,18 +59,10 @@ def test_a_second_derivative_is_refused_whatever_asks_for_it(name):
             torch.autograd.grad(penalty[i], leaves[j], retain_graph=True)
     with pytest.raises(RuntimeError, match=twice):
         sum(penalty.values()).backward()
-    points = [F.normalize(t, dim=-1) if t.dim() else 1 * t for t in leaves]  # through what comes before the op
-    penalty = sum(g.square().sum() for g in gradients(*points).values())
-    with pytest.raises(RuntimeError, match=twice):
-        torch.autograd.grad(penalty, leaves[next(iter(first))])
     used, values = [leaves[i] for i in first], tuple(leaves[i].detach() for i in first)
     of_used, _ = of_leaves([t.detach().requires_grad_(any(t is u for u in used)) for t in leaves], function)
-    for ask in (torch.autograd.functional.hvp, torch.autograd.functional.vhp, torch.autograd.functional.jvp):
-        with pytest.raises(RuntimeError, match=twice):
-            ask(of_used, values, values)
-    for vectorize in (False, True):
-        with pytest.raises(RuntimeError, match=twice):
-            torch.autograd.functional.hessian(of_used, values, vectorize=vectorize)
+    with pytest.raises(RuntimeError, match=twice):
+        torch.autograd.functional.hvp(of_used, values, values)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -170,17 +162,6 @@ def test_meta_tensors_give_meta_results_and_gradients(name, backend, monkeypatch
         out.backward()
     for t in tensors:
         assert t.grad is None or (t.grad.device.type == "meta" and t.grad.shape == t.shape)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_modules_on_meta(name):
-    tensors, function, module = module_call(name, device="meta")
-    args = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors(4, torch.float32)]
-    out = function(*args)
-    assert out.device.type == "meta"
-    out.backward()
-    assert args[0].grad.shape == args[0].shape
-    assert all(p.grad.device.type == "meta" for p in module.parameters())
 
 
 @pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])

@@ -8,20 +8,8 @@ from launch import torchrun
 from simplclip.losses import ClipPMLoss, gather_early
 from simplclip.ops import distributed
 
-PARTS = {
-    2: (
-        "open_clip",
-        "one process",
-        "exchanges",
-        "learned parameters",
-        "gradient caching",
-        "rows",
-        "prefixes",
-        "transformers",
-        "fully_shard",
-    ),
-    3: ("open_clip", "learned parameters", "rows", "prefixes"),  # in make prove
-}
+OF_THREE = ("open_clip", "learned parameters", "rows", "prefixes")  # in make prove
+PARTS = {2: (*OF_THREE, "one process", "exchanges", "gradient caching", "transformers", "fully_shard"), 3: OF_THREE}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +20,7 @@ def of_ranks():
 
 @pytest.mark.parametrize(
     ("ranks", "part"),
-    [
-        *((2, part) for part in PARTS[2]),
-        *(pytest.param(3, part, marks=pytest.mark.prove) for part in PARTS[3]),
-    ],
+    [*((2, part) for part in PARTS[2]), *(pytest.param(3, part, marks=pytest.mark.prove) for part in OF_THREE)],
 )
 def test_ranks_equal(ranks, part, of_ranks):
     """Open_clip's losses, or one process."""

@@ -70,3 +70,10 @@ def small_case() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     """The largest error, relative to the largest value."""
     return ((found - exact).abs().max() / exact.abs().max()).item()
+
+
+def small_state():
+    """A published checkpoint of the model with the small text tower."""
+    image = {name: t for name, t in weights(1).items() if name.startswith("image_encoder.")}
+    image["image_encoder.model.head.proj"] = torch.randn(1024, SMALL_FEATURES)
+    return image | small_case()[0] | {"logit_scale": torch.tensor(2.0)}

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -94,14 +95,13 @@ def main(rank):
         alone, (whole_loss, of_whole) = Model().double(), whole[name]
         sum(of_whole(*alone(image, text)).values()).backward()
         expected = gradients(alone, whole_loss)
-        for keep in (0, 1, 5):
-            model.zero_grad()
-            loss.zero_grad()
-            exchanged.clear()
-            batches = list(zip(image[mine].split(SIZES[rank]), text[mine].split(SIZES[rank])))
-            gradient_cache.backward(lambda b: model(*b), batches, part, model=model, keep=keep)
-            assert len(exchanged) == len(set(exchanged)) > 0, f"exchanged {exchanged}"
-            compare(gradients(model, loss), expected, f"{name} keep={keep}")
+        model.zero_grad()
+        loss.zero_grad()
+        exchanged.clear()
+        batches = list(zip(image[mine].split(SIZES[rank]), text[mine].split(SIZES[rank])))
+        gradient_cache.backward(lambda b: model(*b), batches, part, model=model)
+        assert len(exchanged) == len(set(exchanged)) > 0, f"exchanged {exchanged}"
+        compare(gradients(model, loss), expected, name)
         towers_of_their_own(image[mine], text[mine], loss, part, expected)
 
 
@@ -114,30 +114,35 @@ def compare(found, expected, what):
 def towers_of_their_own(image, text, loss, part, expected):
     """Micro-batches of another size in each tower, with a wrapper for each and with one for both: all gradients are exchanged
     once a step."""
-    whole, shared, unused = (Model().double(), OneAtATime().double(), OneAtATime().double())
+    whole, shared = Model().double(), OneAtATime().double()
     image_tower = DistributedDataParallel(Tower(whole.image))
     text_tower = DistributedDataParallel(Tower(whole.text, whole.logit_scale))
     both = DistributedDataParallel(shared)
-    in_turn = DistributedDataParallel(unused, find_unused_parameters=True)
+    for_unused = DistributedDataParallel(OneAtATime().double(), find_unused_parameters=True)
+    towers = dict.fromkeys(("image", "text"), for_unused)
+    with pytest.raises(ValueError, match="model: expected find_unused_parameters=False of a wrapper that both towers share"):
+        gradient_cache.backward(towers, {"image": [image], "text": [text]}, part, model=for_unused)
     exchanged = []
 
     def counting(state, bucket):
         exchanged.append(bucket.buffer().numel())
         return allreduce_hook(None, bucket)
 
-    for wrapper in (image_tower, text_tower, both, in_turn):
+    for wrapper in (image_tower, text_tower, both):
         wrapper.register_comm_hook(None, counting)
+    scaled = lambda features, scale: {"text": features, "scale": scale}  # noqa: E731
+    encode = {"image": image_tower, "text": lambda b: scaled(*text_tower(b))}
+    of_both = {"image": lambda b: both(image=b), "text": lambda b: scaled(*both(text=b))}
     forms = {
-        "two wrappers": (whole, nn.ModuleList([image_tower, text_tower]), (image_tower, text_tower)),
-        "one wrapper": (shared, both, (lambda b: both(image=b), lambda b: both(text=b))),
-        "one wrapper in turn": (unused, in_turn, (lambda b: in_turn(image=b), lambda b: in_turn(text=b))),
+        "two wrappers": (whole, nn.ModuleList([image_tower, text_tower]), encode),
+        "one wrapper": (shared, both, of_both),
     }
+    inputs, of_named = {"image": image, "text": text}, lambda image, text, scale: part(image, text, scale)
     for (name, (bare, model, encode)), sizes in itertools.product(forms.items(), ((4, 3), (4, N), (N, 3), (N, N))):
-        for keep in (0, 1, 5) if sizes == (4, 3) else (0,):
-            bare.zero_grad()
-            loss.zero_grad()
-            exchanged.clear()
-            gradient_cache.backward(encode, (image, text), part, micro_batch=sizes, model=model, keep=keep)
-            what = f"{name} micro_batch={sizes} keep={keep}"
-            assert sum(exchanged) == sum(p.numel() for p in bare.parameters()), f"{what} exchanged {exchanged}"
-            compare(gradients(bare, loss), expected, what)
+        bare.zero_grad()
+        loss.zero_grad()
+        exchanged.clear()
+        gradient_cache.backward(encode, inputs, of_named, micro_batch=dict(zip(inputs, sizes)), model=model)
+        what = f"{name} micro_batch={sizes}"
+        assert sum(exchanged) == sum(p.numel() for p in bare.parameters()), f"{what} exchanged {exchanged}"
+        compare(gradients(bare, loss), expected, what)

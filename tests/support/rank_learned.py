@@ -14,7 +14,7 @@ from simplclip.losses import ClipPMLoss, MatryoshkaLoss, RowwiseLoss, SigLipLoss
 from simplclip.ops import distributed
 
 N, D, STEPS = 6, 16, 3
-OF_TEACHER = {"interactive_weight": 0.6, "feature_weight": 0.4, "pm_weight": 0.5, "learn_interactive_scale": True}
+OF_TEACHER = {"interactive_weight": 0.6, "feature_weight": 0.4, "pm_weight": 0.5}
 
 
 def make(world, rank):
