@@ -20,6 +20,7 @@ from simplclip.common import hardware
 from simplclip.common.progress import Progress
 from simplclip.data import EmptyEpochError
 from simplclip.data.broken import Skipped
+from simplclip.data.decode import to_tensor
 from simplclip.data.shards import count_samples, read_shard, usable
 from simplclip.data.sidecars import Folders
 from simplclip.data.transforms import ImageTransform
@@ -95,13 +96,20 @@ def features(files: list[str], device: torch.device, precision: str, progress: b
         for sample in usable(samples, skipped):
             groups.append(sample.group_id)
             captions.append([rows.setdefault(text, len(rows)) for text in sample.captions])
-            yield torch.stack([plain(sample.image), *(augmented(sample.image) for _ in range(VIEWS))])
+            pixels = to_tensor(sample.image)
+            views = [augmented.draw(*pixels.shape[1:]) for _ in range(VIEWS)]
+            rendered = [plain.render(pixels, {}), *(augmented.render(pixels, view) for view in views)]
+            yield rendered, [view["colour"] for view in views]
 
     with hardware.autocast(precision, device):
         counts = count_samples(files)
         for batch in _batches(all_views(), counts and sum(counts), "images", progress):
-            views = torch.stack(batch, 1)  # [1 + VIEWS, B, 3, S, S]
-            images.append(torch.stack([model.image_features(view.to(device)).float().cpu() for view in views]))
+            found = []
+            for number, rendered in enumerate(zip(*(pixels for pixels, _ in batch))):
+                colours = torch.tensor([colour[number - 1] for _, colour in batch]) if number else None
+                view = plain.finish(torch.stack(rendered).to(device), colours)
+                found.append(model.image_features(view).float().cpu())
+            images.append(torch.stack(found))  # [1 + VIEWS, B, IMAGE_FEATURES]
         if len(set(groups)) < 2:
             raise EmptyEpochError(f"{len(files)} shard(s), the first {files[0]!r}, have only one group; {skipped}")
         encode, order = tokenizer(), sorted(rows, key=lambda text: (len(text), text))
