@@ -20,42 +20,26 @@ IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Part):
-    """Images of a folder, each with the files of the same key beside it."""
+    """Files of a folder. Those of one key are a sample; or each image is one, whose key is its path.
+
+    alone: the latter; of images in a class's folder the label is the class.
+    """
 
     names: bytes  # of all files, of one sample after the other, each ended by a zero
-
-    def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
-        sample: Sample = {}
-        for path in _decoded(self.names):
-            key, suffix = split_name(path)
-            if sample.get("__key__") != key:
-                if sample:
-                    yield sample
-                sample = {"__key__": key, "__url__": self.url}
-            if span := span_of(os.path.join(self.url, path)):
-                sample[suffix] = span
-        yield sample
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images(Part):
-    """Images without texts, each a sample, whose key is its path in the folder. Those in a class's folder have its label."""
-
-    names: bytes  # as in `Files`
+    alone: bool = False
 
     def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
         numbers = {name: number for number, name in enumerate(self.classes.folders)} if self.classes else {}
-        for path in _decoded(self.names):
-            sample: Sample = {"__key__": path, "__url__": self.url}
-            if span := span_of(os.path.join(self.url, path)):
-                sample[split_name(path)[1]] = span
-            if self.classes and os.sep in path:
-                sample["__label__"] = numbers[path.split(os.sep)[0]]
+        paths = map(os.fsdecode, self.names[:-1].split(b"\0"))
+        several = itertools.groupby(paths, lambda path: split_name(path)[0])
+        for key, files in ((path, [path]) for path in paths) if self.alone else several:
+            sample: Sample = {"__key__": key, "__url__": self.url}
+            for path in files:
+                if span := span_of(os.path.join(self.url, path)):
+                    sample[split_name(path)[1]] = span
+            if numbers and os.sep in key:
+                sample["__label__"] = numbers[key.split(os.sep)[0]]
             yield sample
-
-
-def _decoded(names: bytes) -> Iterator[str]:
-    return map(os.fsdecode, names[:-1].split(b"\0"))
 
 
 def folder(path: str, name: str) -> list[Part]:
@@ -93,7 +77,7 @@ def images(paths: list[str]) -> list[Part]:
 
 
 def _images(url: str, names: bytes, classes: Classes | None) -> Part:
-    return Images(url=url, count=names.count(b"\0"), names=names, classes=classes)
+    return Files(url=url, count=names.count(b"\0"), names=names, classes=classes, alone=True)
 
 
 def _encoded(files: Iterable[str]) -> bytes:

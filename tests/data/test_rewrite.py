@@ -1,6 +1,5 @@
 """Rewriting shards: nothing of a sample is lost, a crash at any moment is made good, and wrong folders are refused."""
 
-import gzip
 import hashlib
 import json
 import os
@@ -115,13 +114,6 @@ def test_broken_samples_and_a_tear_are_counted_and_copied(tmp_path):
     again = run(path, tmp_path / "torn")
     assert again["written"] == 0
     assert again["skipped"] == torn["skipped"]
-
-
-def test_compressed_shards_become_plain_ones(tmp_path, out):
-    plain = Path(write(tmp_path / "b.tar", [sample(0)]))
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    run(tmp_path / "*.tar*", out)
-    assert members(out / "a.tar") == members(out / "b.tar")
 
 
 @pytest.mark.parametrize(

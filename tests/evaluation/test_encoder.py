@@ -13,7 +13,6 @@ from trainer_runs import write_models
 import simplclip
 from simplclip import export, models
 from simplclip import train as trainer
-from simplclip.demo import teacher as networks
 from simplclip.models.simplify import count_parameters
 from simplclip.train.checkpoint import CheckpointError
 from simplclip.train.state import load_model
@@ -141,16 +140,6 @@ def test_a_file_of_an_open_clip_model(folder, monkeypatch):
         simplclip.load("open_clip:tiny/gone")
     with pytest.raises(CheckpointError, match="expected a checkpoint of open_clip's tiny-wide"):
         simplclip.load("open_clip:tiny-wide/tiny.bin")
-
-
-def test_the_builtin_teacher_by_its_heads(tmp_path, folder):
-    heads = networks.Heads()
-    networks.save_heads(heads, tmp_path / "heads.safetensors")
-    found = simplclip.load("builtin", tmp_path / "heads.safetensors")
-    again = simplclip.load(f"builtin/{tmp_path / 'heads.safetensors'}")
-    assert found.name == again.name == "builtin"
-    assert found.fingerprint() == again.fingerprint()
-    assert found.encode_image(folder / "0.png").shape == (1, networks.WIDTH)
 
 
 @pytest.mark.parametrize(
