@@ -303,12 +303,12 @@ def figures() -> list[str]:
     seconds = [f"{float(row['p50_ms']) / 1000:.1f} s, {float(row['extra_mib']):,.0f} MiB" for row in loss]
     tokens = [f"{float(row['p50_ms']):,.0f} ms, {int(row['saved_bytes_per_token']):,} bytes" for row in block]
     samples = [f"{int(row['samples_per_s']):,} samples/s, {float(row['extra_mib']):,.0f} MiB" for row in step]
-    of_loss = f"Contrastive loss of {int(loss[0]['n']):,} pairs, D = {loss[0]['d']}, float32: time, memory beside the features"
+    of_loss = f"Contrastive loss of {int(loss[0]['n']):,} pairs, D = {loss[0]['d']}, float32: time, "
     of_block = f"One block of CLIP's text tower, {shape}, bfloat16: time, bytes kept per token for backward"
     of_step = f"Training step of {step[0]['shape']}, {int(step[0]['n']):,} pairs, {step[0]['objective']}, bfloat16: "
     head = ("measured", "simplclip", "in its place", "hardware")
     lines = [
-        (of_loss, seconds[0], f"`{dense}`: {seconds[1]}", hardware(loss[0])),
+        (f"{of_loss}memory beside the features", seconds[0], f"`{dense}`: {seconds[1]}", hardware(loss[0])),
         (of_block, tokens[0], f"open_clip's block: {tokens[1]}", hardware(block[0])),
         (f"{of_step}throughput, memory beside the weights", samples[0], f"{plain}: {samples[1]}", hardware(step[0])),
     ]

@@ -99,9 +99,9 @@ def pixels_of(
     """
     if isinstance(transform, ImageTransform):
         if view is None and transform.augment == "affine":  # it needs the whole image, whatever is drawn
-            image = decode(sample.encoded)
-            view = transform.draw(*image.shape[1:])
-            return transform.render(image, view), view.get("colour")
+            pixels = decode(sample.encoded, max_pixels=transform.max_pixels)
+            view = transform.draw(*pixels.shape[1:])
+            return transform.render(pixels, view), view.get("colour")
         if view is None:
             view = transform.draw(*size_of(sample.encoded, transform.max_pixels))
         return transform.apply(sample.encoded, view), view.get("colour")

@@ -17,8 +17,6 @@ import io
 import json
 import os
 import random
-import shutil
-import uuid
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +26,7 @@ import webdataset as wds
 from PIL import Image
 
 from simplclip.common.errors import InputError
-from simplclip.common.files import identity, sha256
+from simplclip.common.files import identity, sha256, temporary_folder
 from simplclip.common.progress import Progress
 from simplclip.demo.emoji_sources import FONT_NAME, IMAGE_SIZE, Concept, concepts, find_font, noto, square, vendors
 
@@ -122,12 +120,9 @@ def _build_new(out: Path, font: Path | None, swap: float, progress: bool) -> dic
         plan["vendor"] = [("noto", concept, concept) for concept in known if held_out_vendor.has(concept)]
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir()
-    try:
-        total = sum(map(len, plan.values()))
-        with Progress("emoji", total, unit="images", shown=progress) as bar:
-            splits = {split: _write_split(temporary, split, pairs, drawers, bar) for split, pairs in plan.items()}
+    total = sum(map(len, plan.values()))
+    with temporary_folder(out) as new, Progress("emoji", total, unit="images", shown=progress) as bar:
+        splits = {split: _write_split(new, split, pairs, drawers, bar) for split, pairs in plan.items()}
         meta = {
             "format": FORMAT,
             "seed": SEED,
@@ -141,15 +136,12 @@ def _build_new(out: Path, font: Path | None, swap: float, progress: bool) -> dic
         if held_out_vendor:
             notice, terms, url = held_out_vendor.notice
             licences += f"\n## Noto Color Emoji (vendor split)\n\n{held_out_vendor.version}. {notice}\n\n{terms} <{url}>\n"
-        (temporary / "LICENSES.md").write_text(licences, "utf-8")
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
-        former = temporary.with_suffix(".old")
-        if out.exists():
-            out.rename(former)
-        temporary.rename(out)
-        shutil.rmtree(former, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (new / "LICENSES.md").write_text(licences, "utf-8")
+        (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+        with temporary_folder(out) as former:
+            if out.exists():
+                out.rename(former / out.name)
+            new.rename(out)
     return meta
 
 

@@ -24,7 +24,7 @@ def read(what, workers=0, batch_size=4, transform=augment):
     return batches, skipped
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
     batches, skipped = read(pattern, workers)
     assert not skipped.counts
@@ -39,7 +39,7 @@ def test_the_whole_split_in_order_whatever_the_workers(pattern, workers):
     assert torch.equal(images, again)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 3])
 def test_broken_samples_are_counted_once_and_leave_the_order(tmp_path, workers):
     broken = {
         3: {"png": b"not an image", "txt": b"x"},

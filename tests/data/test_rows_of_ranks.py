@@ -63,8 +63,8 @@ def read(shards, ranks, *where, **options):
         return list(pool.map(one, loaders)), loaders
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 12])
-@pytest.mark.parametrize("epoch", range(4))
+@pytest.mark.parametrize("ranks", [2, 3, 12])
+@pytest.mark.parametrize("epoch", range(2))
 def test_batches_are_those_of_one_process(shards, ranks, epoch):
     """In each batch the ranks have one process's samples in its order, each sample once, though some are broken."""
     (expected,), (one,) = read(shards, 1, epoch)

@@ -19,7 +19,7 @@ from simplclip import train as trainer
 from simplclip.evaluation import figures
 from simplclip.evaluation import run as running
 
-COUNT, CPU = 2000, torch.device("cpu")
+COUNT, CPU = 800, torch.device("cpu")
 
 
 class Bag(torch.nn.Module):
@@ -55,7 +55,7 @@ def many(tmp_path_factory):
         record |= {"group": i // 2} if i % 5 else {}
         samples.append((f"k{i:05d}", {"png": png(i), "json": json.dumps(record).encode()}))
     for shard in range(4):
-        write(folder / f"held-{shard}.tar", samples[shard * 500 : (shard + 1) * 500])
+        write(folder / f"held-{shard}.tar", samples[shard * 200 : (shard + 1) * 200])
     return str(folder / "held-*.tar")
 
 
@@ -240,7 +240,7 @@ def test_a_run_that_fails_half_way_keeps_the_splits_that_are_done(folder, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Prüfung", "部 2 (新)", "🙂", "a b", unicodedata.normalize("NFD", "é")])
+@pytest.mark.parametrize("name", ["部 2 (新) 🙂", unicodedata.normalize("NFD", "é")])
 def test_names_of_splits_are_any_words(folder, tmp_path, name):
     result = call("evaluate", folder / "run", "--data", f"{name}={folder / 'held.tar'}", "--out", tmp_path, "--device", "cpu")
     assert result.exit_code == 0, result.output
