@@ -237,17 +237,6 @@ def test_an_export_is_kept_unless_forced(tiny, tmp_path):
         export.run(tiny.run, tmp_path / "file", force=True)
 
 
-def test_the_weights_that_a_run_began_with_may_be_gone(tmp_path):
-    save(tmp_path / "run", "siclip-tiny")
-    state = checkpoint.load(tmp_path / "run")
-    state["config"]["model"]["options"] = {"checkpoint": "gone.pt"}
-    checkpoint.save(tmp_path / "run", state)
-    answer = export.run(tmp_path / "run", tmp_path / "out", formats=["open_clip"])
-    assert answer["options"] == {}
-    (tmp_path / "out" / "export.json").write_text(json.dumps(answer | {"options": {"checkpoint": "gone.pt"}}))  # as it was
-    assert simplclip.load(tmp_path / "out").fingerprint() == simplclip.load(tmp_path / "run").fingerprint()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "replacement", "message"),
