@@ -90,38 +90,49 @@ def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[s
 
 
 def statistics(call: SimilarityCall, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [11, N], [5, M]
-    n, m, image = call.image.shape[0], call.text.shape[0], call.image
+    n, image = call.image.shape[0], call.image
     rows = torch.zeros(len(RowStat), n, dtype=torch.float32, device=image.device)
-    columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
-    precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
+    columns = torch.zeros(len(ColumnStat), call.text.shape[0], dtype=torch.float32, device=image.device)
     _positives(call, rows)
     for launch in launches(call):
-        tile = tuning.lookup(*launch.entry(False, kept is not None, precision, architecture), precision, architecture)
-        slots = Slots.of(launch)
-        blocks = -(-n // tile.block_m)
-        if launch.COLUMNS:
-            blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots.COLUMNS)))
-            for flag, stat in _COLUMN_LSES.items():  # start with no rows; the parts of each range of rows are merged below
-                if getattr(launch, flag):
-                    columns[stat].fill_(-torch.inf)
-        for first in starts(n, blocks * tile.block_m):
-            count = min(n - first, blocks * tile.block_m)
-            row_blocks = -(-count // tile.block_m)
-            tiles = -(-m // tile.block_n)
-            ranges, per_split = splits(row_blocks, tiles, processors * tile.blocks)
-            row_parts = rows.new_empty(ranges, slots.ROWS, count)
-            column_parts = columns.new_empty(row_blocks, slots.COLUMNS, m) if launch.COLUMNS else None
-            started(_similarity_statistics_kernel)[(row_blocks * ranges,)](
-                **arguments(call, launch, tile), SLOTS=slots, GROUP=GROUP, row_parts=row_parts, column_parts=column_parts,
-                kept=kept, positives=None if kept is None else rows[RowStat.DIAGONAL_STUDENT], kept_rows=call.stored_rows,
-                kept_stride=m,
-                entropy=float(call.entropy), first_row=first, row_count=count, row_blocks=row_blocks, splits=ranges,
-                tiles_per_split=per_split,
-            )  # fmt: skip
-            _merge(launch, slots, row_parts, rows, first, of_rows=True)
-            if launch.COLUMNS:
-                _merge(launch, slots, column_parts, columns, 0, of_rows=False)
+        for flag, stat in _COLUMN_LSES.items():  # start with no rows; the parts of each range of rows are merged with them
+            if launch.COLUMNS and getattr(launch, flag):
+                columns[stat].fill_(-torch.inf)
+        last = 0 if kept is None else call.stored_rows
+        if last:
+            _sweep(call, launch, slice(0, last), kept, rows, columns)
+        if last < n:
+            _sweep(call, launch, slice(last, n), None, rows, columns)
     return rows, columns
+
+
+def _sweep(
+    call: SimilarityCall, launch: Launch, of: slice, kept: Tensor | None, rows: Tensor, columns: Tensor
+) -> None:  # fmt: skip
+    """Adds a launch's statistics of some rows; `kept` gets their exponentials."""
+    m, image = call.text.shape[0], call.image
+    precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
+    tile = tuning.lookup(*launch.entry(False, kept is not None), precision, architecture)
+    slots, tiles = Slots.of(launch), -(-m // tile.block_n)
+    blocks = -(-(of.stop - of.start) // tile.block_m)
+    if launch.COLUMNS:
+        blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots.COLUMNS)))
+    for first in starts(of.stop - of.start, blocks * tile.block_m):
+        first += of.start
+        count = min(of.stop - first, blocks * tile.block_m)
+        row_blocks = -(-count // tile.block_m)
+        ranges, per_split = splits(row_blocks, tiles, processors * tile.blocks)
+        row_parts = rows.new_empty(ranges, slots.ROWS, count)
+        column_parts = columns.new_empty(row_blocks, slots.COLUMNS, m) if launch.COLUMNS else None
+        started(_similarity_statistics_kernel)[(row_blocks * ranges,)](
+            **arguments(call, launch, tile), SLOTS=slots, GROUP=GROUP, row_parts=row_parts, column_parts=column_parts,
+            kept=kept, positives=None if kept is None else rows[RowStat.DIAGONAL_STUDENT], kept_stride=m,
+            entropy=float(call.entropy), first_row=first, row_count=count, row_blocks=row_blocks, splits=ranges,
+            tiles_per_split=per_split,
+        )  # fmt: skip
+        _merge(launch, slots, row_parts, rows, first, of_rows=True)
+        if launch.COLUMNS:
+            _merge(launch, slots, column_parts, columns, 0, of_rows=False)
 
 
 def _merge(

@@ -123,7 +123,7 @@ def similarity(
 ) -> Kernel:
     """A launch's large kernel; `tile` in place of the table's."""
     precision = DTYPES[dtype][1]
-    tile = tile or tuning.lookup(*launch.entry(backward, kept, precision, architecture), precision, architecture)
+    tile = tile or tuning.lookup(*launch.entry(backward, kept), precision, architecture)
     tiling = Tiling(*tile[:3], even, even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
     constants = {**absent(launch), "LAUNCH": launch, "TILE": tiling}
     if backward:
@@ -247,7 +247,7 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
 
     def with_each_tile(launch: Launch, backward: bool, **how: bool) -> Iterator[Kernel]:
         precision = DTYPES[dtype][1]
-        entry = launch.entry(backward, how.get("kept", False), precision, architecture)
+        entry = launch.entry(backward, how.get("kept", False))
         for tile in tuning.candidates(*entry, precision, architecture).values():
             yield similarity(launch, dtype, architecture, backward, tile, **how)
 
@@ -258,8 +258,9 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
                 yield from with_each_tile(launch, backward, even=False)
         if launch == Launch(HAS_STUDENT=True, DROP_IDS=launch.DROP_IDS):
             yield from with_each_tile(launch, True, attend=True)
-    for columns, backward in itertools.product((True, False), repeat=2):
-        yield from with_each_tile(Launch(HAS_STUDENT=True, COLUMNS=columns), backward, kept=True)
+    for columns, backward, kept in itertools.product((True, False), repeat=3):
+        if kept or not everything:
+            yield from with_each_tile(Launch(HAS_STUDENT=True, COLUMNS=columns), backward, kept=kept)
     yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)
     if dtype != "tf32":

@@ -59,6 +59,7 @@ def test_rows_whose_exponentials_are_kept(n, rows):
     launches = names(found, "triton")
     assert launches["similarity_kept"] == -(-rows * n // (1 << 26))
     assert launches["similarity_gradient"] == -(-n * n // (1 << 26))
+    assert launches["similarity_statistics"] == 1 + (n > rows)  # those that are kept in a launch of their own, with its tile
     assert "similarity_kept" not in names(traced(shapes(n), store_bytes=0), "triton")
     assert not names(found, "host")
 
