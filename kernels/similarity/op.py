@@ -75,7 +75,7 @@ def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[s
         **{name: getattr(call, name) for name in _GIVEN},
         "projected_image": call.student_image if call.interactive else None,
         "projected_text": call.student_text if call.interactive else None,
-        "sigmoids": Sigmoids(call.sigmoid_weight, call.sigmoid_bias, call.sigmoid_negative, call.sigmoid_positive),
+        "sigmoids": Sigmoids.of(call),
         "pairs": Pairs.of(call),
         "n": call.image.shape[0],
         "m": call.text.shape[0],
@@ -190,7 +190,7 @@ class Blocks:
         tiles = max(-(-self.rows // block_m) * -(-self.columns // block_n) for block_m, block_n in sides)
         # Sums of the gradients of the scalars, of the tiles at the same place in all blocks.
         self.sums = torch.zeros(tiles, SUMS, dtype=torch.float32, device=call.image.device)
-        self.factor = None if attend else range_factor(call)
+        self.factor, self.back = (None, None) if attend else self._range_factor()
         self.kept_rows = call.stored_rows if call.keeps_exponentials and not attend else 0
         self.near = None if call.has_teacher else self._factors()
 
@@ -204,6 +204,15 @@ class Blocks:
                 self._compute(launch, tile, at, of)
                 for flag, g in zip((flag for flag in STUDENTS if getattr(launch, flag)), self.scratch):
                     yield flag, at, of, g[: at.stop - at.start, : of.stop - of.start]
+
+    def _range_factor(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        call = self.call
+        launch = Launch(call.softmax, call.interactive, call.sigmoids, RELATIONAL=call.relational, COLUMNS=call.columns)
+        names = ("grad_rows", "grad_columns", "scale", "cross_scale")
+        given = {name: getattr(call, name) for name in names}
+        return range_factor(
+            call.image, launch, **given, sigmoids=Sigmoids.of(call), mix=None, pairs=Pairs.of(call), n=self.n, m=self.m
+        )
 
     def _factors(self) -> Tensor:
         call = self.call
@@ -247,8 +256,7 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
             d_projected_image.add(at, g, call.teacher_text[of])
         else:
             d_projected_text.add(of, g.T, call.teacher_image[at])
-    back = None if blocks.factor is None else 1 / blocks.factor
-    total = blocks.sums.sum(0)
+    back, total = blocks.back, blocks.sums.sum(0)
     del blocks, g  # the scratch, before the results in the features' dtype
     d_scale, d_cross = torch.unbind_copy(total[:2])  # results of an op must not share memory
     d_sigmoids = total[2 : 2 + 2 * call.sigmoids].view(-1, 2)

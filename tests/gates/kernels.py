@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from simplclip.kernels.similarity.backward import (
     _similarity_kept_kernel,
 )
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
+from simplclip.kernels.similarity.gradients import RANGE, _similarity_range_kernel
 from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.kernels.similarity.op import DIAGONAL, GROUP, KEPT, MERGE, MERGE_WARPS, NEAR
@@ -171,6 +173,11 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
     yield Kernel(
         "_similarity_factors_kernel", _similarity_factors_kernel, near, tile._replace(warps=8), "float32", "L", False,
         {"out": "*fp32"},
+    )  # fmt: skip
+    constants = {"LAUNCH": dataclasses.replace(everything, SIGMOIDS=2), "mix": None, **RANGE}
+    yield Kernel(
+        "_similarity_range_kernel", _similarity_range_kernel, constants, tile._replace(warps=8), "float32", "ZTUV", False,
+        {"out": "*fp32", **of_sigmoids(True), **of_pairs(False, True)},
     )  # fmt: skip
     for of_terms in ({"grad": None, "grad_rows": None, "grad_columns": None}, {}):
         constants = {"SIGMOIDS": 2, "BLOCK": TERMS_BLOCK, "INTERPRETED": False, **of_terms}
