@@ -49,7 +49,7 @@ class Work:
     executed: list[sass.Part]
     asked: dict[str, dict[int, int]] = field(
         default_factory=dict
-    )  # by "read" and "written", by tensor: what its threads ask for
+    )  # by "read" and "written", by tensor: what its warps ask for
     reached: dict[str, dict[int, int]] = field(default_factory=dict)  # and the extent of it
     exact: bool = True  # False: the loops of machine code and PTX could not be told apart
 
@@ -144,8 +144,9 @@ def work(machine: Machine, launch: Launch) -> Work:
     """Runs a few threads of a launch."""
     parameters, tensors = values(launch, machine.signature)
     threads, programs = machine.warps * 32, math.prod(launch.grid)
+    blocks = list(sampled(launch.grid))
     runs, first = [], []
-    for block in sampled(launch.grid):
+    for block in blocks:
         of_block = [
             machine.program.run(parameters, block, t, launch.grid, threads) for t in (0, threads // 2 - 1, threads - 1)
         ]
@@ -154,12 +155,14 @@ def work(machine: Machine, launch: Launch) -> Work:
     counts = Counter({at: sum(run.counts[at] for run in first) / len(first) for at in range(len(machine.program.blocks))})
     executed, exact = matched(machine.code, machine.program, counts)
     out = Work(executed, exact=exact)
+    warp = [machine.program.run(parameters, blocks[len(blocks) // 2], t, launch.grid, threads) for t in (0, 1, 2, 4, 8, 16)]
     for side in ("read", "written"):
         places = {place for run in runs for place in getattr(run, side) if 0 <= place < len(tensors)}
         asked, reached = {}, {}
         for place in places:
             found = [getattr(run, side)[place] for run in runs if place in getattr(run, side)]
-            asked[place] = round(sum(each.bytes for each in found) / len(runs) * threads * programs)
+            share = _distinct([getattr(run, side).get(place, ptx.Reached()) for run in warp])
+            asked[place] = round(sum(each.bytes for each in found) / len(runs) * threads * programs * share)
             tensor = tensors[place]
             extent = max(each.end for each in found) - min(each.lowest for each in found)
             reached[place] = min(asked[place], extent, tensor.touched()[1])
@@ -167,13 +170,26 @@ def work(machine: Machine, launch: Launch) -> Work:
     return out
 
 
+def _distinct(lanes: list[ptx.Reached]) -> float:
+    """The share of the bytes that a warp asks for which is left if lanes that access one address count as one.
+
+    Lanes 0, 1, 2, 4, 8 and 16 tell: if one of them has the address of lane 0, so have all pairs of lanes that differ by it.
+    """
+    zero, *others = (lane.first for lane in lanes)
+    if not zero or any(len(other) != len(zero) for other in others):
+        return 1.0
+    left = sum(of_lanes[0][1] / 2 ** of_lanes[1:].count(of_lanes[0]) for of_lanes in zip(zero, *others))
+    return left / sum(size for _, size in zero)
+
+
 def matched(code: sass.Code, program: ptx.Kernel, counts: Counter[int]) -> tuple[list[sass.Part], bool]:
     """What a warp executes of each part of the machine code, by the counts of the PTX's blocks; and whether all loops have
     their like.
 
     Loops keep their order. One that ptxas unrolled has as many times more matrix instructions, and runs so many times less.
-    Of a part with branches, each pipe's instructions are executed in the share that the PTX's are; a branch that depends on
-    what was read goes as for 0.
+    One that PTX has as two, since its branches return to two places, has the instructions of both. Of a part with branches,
+    each pipe's instructions are executed in the share that the PTX's are; where it depends on numbers that were read, a
+    comparison of floats holds, so that a tile of a similarity matrix takes its quick way, and an integer is 0.
     """
     theirs = [program.products(loop.own) for loop in program.loops]
     own = [part.products for part in code.parts[1:]]
@@ -191,7 +207,9 @@ def matched(code: sass.Code, program: ptx.Kernel, counts: Counter[int]) -> tuple
         if k not in pairs:
             executed.append(part)
             continue
-        blocks, count = program.loops[pairs[k]].own, theirs[pairs[k]]
+        loop, count = program.loops[pairs[k]], theirs[pairs[k]]
+        inner = (program.loops[n] for n in set(range(len(theirs))) - set(pairs.values()) if not theirs[n])
+        blocks = [*loop.own, *(at for other in inner if loop.first <= other.first <= loop.last for at in other.own)]
         runs = max(counts[at] for at in blocks)
         executed.append(_shared(part, program, blocks, counts, runs * (count / own[k] if count and own[k] else 1)))
     return executed, exact

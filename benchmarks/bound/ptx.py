@@ -15,7 +15,10 @@ _LABEL = re.compile(r"^(\$\w+):")
 _INSTRUCTION = re.compile(r"^(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*?)\s*;")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align \d+ )?\.\w+[^,)]*?\b(\w+_param_\d+)")
 _REGISTER = re.compile(r"%[a-z]+\d+")
+# simplclip.kernels.arithmetic.uniform: what it makes of a condition that is the same in all threads.
+_UNIFORM = re.compile(r"\{.*setp\.ne\.s32 p, (%r\d+),.*selp\.s32 (%r\d+),.*\}")
 _STEPS = 1 << 22  # of a loop, after which it counts as one that waits for what is not computed here
+_FIRST = 4096  # accesses of a thread to a tensor whose addresses are kept
 _APART = 40  # log2 of the distance of tensors' addresses, by which an address is told from another
 PRODUCTS = ("mma.", "wgmma.mma_async", "tcgen05.mma")
 
@@ -57,6 +60,7 @@ class Reached:
     lowest: int = 1 << 62
     end: int = 0
     bytes: int = 0
+    first: list[tuple[int, int]] = field(default_factory=list)  # addresses and bytes of the first accesses
 
 
 @dataclass
@@ -91,7 +95,7 @@ class Kernel:
         targets: list[tuple[int, str]] = []
         used = set(re.findall(r"\bbra(?:\.\w+)*\s+(\$\w+)", body))
         for raw in body.splitlines():
-            line = raw.split("//")[0].strip()
+            line = _UNIFORM.sub(r"mov.b32 \2, \1;", raw.split("//")[0].strip())
             if label := _LABEL.match(line):
                 if label[1] not in used:  # of the debugger
                     continue
@@ -200,6 +204,8 @@ def _touch(side: dict[int, Reached], address: int, size: int) -> None:
     found = side.setdefault(place, Reached())
     found.lowest, found.end = min(found.lowest, address), max(found.end, address + size)
     found.bytes += size
+    if len(found.first) < _FIRST:
+        found.first.append((address, size))
 
 
 def _access(i: Instruction) -> tuple[str, str, int] | None:

@@ -4,7 +4,17 @@ import triton
 import triton.language as tl
 
 from simplclip.kernels.arithmetic import INF, LOG2E, narrowed, uniform
-from simplclip.kernels.similarity.merge import LSE_CROSS, LSE_STUDENT, LSE_TEACHER, MEAN_CROSS, MEAN_STUDENT
+from simplclip.kernels.similarity.merge import (
+    DIAGONAL_IMAGE_TO_TEACHER,
+    DIAGONAL_STUDENT,
+    DIAGONAL_TEACHER_TO_TEXT,
+    LSE_CROSS,
+    LSE_STUDENT,
+    LSE_TEACHER,
+    MEAN_CROSS,
+    MEAN_STUDENT,
+    SIGMOID,
+)
 from simplclip.kernels.similarity.tile import (
     clamped,
     interior,
@@ -14,16 +24,11 @@ from simplclip.kernels.similarity.tile import (
     store,
     weights,
 )
-from simplclip.ops.similarity.call import RowStat
 
 SUMS = 6  # d_scale, d_cross_scale, d_sigmoid_weight and d_sigmoid_bias of each term
 _SUMS: tl.constexpr = tl.constexpr(SUMS)
 FACTORS = 16  # place of the rows' factors; those of the columns begin at the next multiple of 16 behind them
 _FACTORS: tl.constexpr = tl.constexpr(FACTORS)
-SIGMOID: tl.constexpr = tl.constexpr(int(RowStat.SIGMOID))
-DIAGONAL_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
-DIAGONAL_IMAGE_TO_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_IMAGE_TO_TEACHER))
-DIAGONAL_TEACHER_TO_TEXT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_TEACHER_TO_TEXT))
 
 
 @triton.jit

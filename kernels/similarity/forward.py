@@ -45,7 +45,6 @@ def _column_softmax(logits, part, m, inside):
         "row_blocks",
         "splits",
         "tiles_per_split",
-        "kept_rows",
     ],
 )
 def _similarity_statistics_kernel(
@@ -62,7 +61,7 @@ def _similarity_statistics_kernel(
     pairs,  # tile.Pairs
     row_parts,  # [splits, row slots, row_count]
     column_parts,  # [row_blocks, column slots, M]
-    kept,  # [kept_rows, M] or None: the exponentials 2^(z - z of the row's positive), where z has a launch of its own
+    kept,  # [rows, M] or None: the exponentials 2^(z - z of the row's positive), where z has a launch of its own
     positives,  # [N]: the positives' similarities, with `kept`
     n,
     m,
@@ -75,7 +74,6 @@ def _similarity_statistics_kernel(
     row_blocks,
     splits,
     tiles_per_split,
-    kept_rows,  # a multiple of BLOCK_M, or N
     kept_stride,
     LAUNCH: tl.constexpr,  # launch.Launch
     SLOTS: tl.constexpr,  # launch.Slots
@@ -211,12 +209,11 @@ def _similarity_statistics_kernel(
                 if LAUNCH.COLUMNS:
                     _column_softmax(z, parts_at + SLOTS.STUDENT * m, m, inside)
                 top = tl.where(tl.min(max_z, 0) > -INF, tl.max(max_z, 0), INF)
-            if kept is not None:  # noqa: SIM102
-                if first_row + row_block * BLOCK_M < kept_rows:
-                    past = tl.where(max_z == -INF, 0.0, max_z) - clamped(positives, row, n) * z_scale
-                    half = tl.exp2(0.5 * past)[:, None]  # the whole may be too small
-                    narrow = narrowed(share * half * half, kept.dtype.element_ty, TILE.INTERPRETED)
-                    store(kept + safe_row[:, None] * kept_stride + column[None, :], narrow, plain, row, column, n, m)
+            if kept is not None:
+                past = tl.where(max_z == -INF, 0.0, max_z) - clamped(positives, row, n) * z_scale
+                half = tl.exp2(0.5 * past)[:, None]  # the whole may be too small
+                narrow = narrowed(share * half * half, kept.dtype.element_ty, TILE.INTERPRETED)
+                store(kept + safe_row[:, None] * kept_stride + column[None, :], narrow, plain, row, column, n, m)
             if LAUNCH.SIGMOIDS > 0:
                 value, _, amount = sigmoid_entries(raw, sigmoids, plain, row, column, n, m, label_offset, pairs, 0, TILE)
                 first_sigmoid += tl.sum(value, 1) * amount

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from simplclip.kernels.launch import product
-from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityGradient
+from simplclip.kernels.launch import COMPILE, product, started
+from simplclip.kernels.similarity.launch import Launch
+from simplclip.kernels.similarity.merge import (
+    DIAGONAL_IMAGE_TO_TEACHER,
+    DIAGONAL_STUDENT,
+    DIAGONAL_TEACHER_TO_TEXT,
+    LSE_CROSS,
+    LSE_STUDENT,
+    MEAN_CROSS,
+    MEAN_STUDENT,
+    SIGMOID,
+)
 
-FLOAT16_PEAK = 10  # log2 of the largest scaled entry: far from overflow, and 2^24 times the smallest normal float16
+PEAK: tl.constexpr = tl.constexpr(10.0)  # log2 of the largest scaled entry: far from overflow, 2^24 times the least normal
+RANGE = {"BLOCK": 2048}
 
 
 class FeatureGradient:
@@ -36,38 +51,76 @@ class FeatureGradient:
         return (total if back is None else total.mul_(back)).to(self.dtype)
 
 
-def sigmoid_bounds(
-    weight: Tensor, negative: Tensor, positive: Tensor, image_share: Tensor | None, text_share: Tensor | None
-) -> Tensor:  # [K] each
-    """The largest derivative of an entry of each sigmoid term with respect to the similarity."""
-    positive = positive.abs() if image_share is None else positive.abs() * (image_share.amax() + text_share.amax())
-    return weight.abs() * torch.maximum(negative.abs(), positive)
+@triton.jit
+def _largest(values, STAT: tl.constexpr, size, BLOCK: tl.constexpr):
+    """The largest absolute value of a statistic, or of a vector with STAT 0."""
+    values += STAT * size.to(tl.int64)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(values + at, at < size, 0.0)))
+    return tl.max(largest, 0)
 
 
-def range_factor(call: SimilarityGradient) -> Tensor | None:  # [] float32
-    """The power of two by which float16 matrices are multiplied before they are rounded; None for other dtypes.
+@triton.jit(do_not_specialize=["n", "m"])
+def _similarity_range_kernel(
+    grad_rows,  # [11, N], None of terms that share a sweep without softmaxes
+    grad_columns,  # [5, M]
+    scale,  # []
+    cross_scale,  # []
+    sigmoids,  # tile.Sigmoids
+    mix,  # [K], of a sweep without softmaxes
+    pairs,  # tile.Pairs
+    out,  # [2]
+    n,
+    m,
+    LAUNCH: tl.constexpr,  # launch.Launch, of all matrices of the call
+    BLOCK: tl.constexpr,
+):
+    """The power of two that brings a bound of all entries of the matrices near 2^PEAK, and its reciprocal. One program."""
+    bound = 0.0
+    if LAUNCH.HAS_IMAGE_TO_TEACHER:
+        by = tl.abs(tl.load(cross_scale))
+        bound = by * (_largest(grad_rows, LSE_CROSS, n, BLOCK) + _largest(grad_rows, MEAN_CROSS, n, BLOCK))
+        bound = tl.maximum(bound, _largest(grad_rows, DIAGONAL_IMAGE_TO_TEACHER, n, BLOCK))
+    if LAUNCH.HAS_TEACHER_TO_TEXT:
+        of_text = by * (_largest(grad_columns, LSE_CROSS, m, BLOCK) + _largest(grad_columns, MEAN_CROSS, m, BLOCK))
+        bound = tl.maximum(bound, tl.maximum(of_text, _largest(grad_rows, DIAGONAL_TEACHER_TO_TEXT, n, BLOCK)))
+    if LAUNCH.HAS_STUDENT:
+        student = 0.0
+        if grad_rows is not None:
+            student = _largest(grad_rows, LSE_STUDENT, n, BLOCK)
+            if LAUNCH.RELATIONAL:
+                student += _largest(grad_rows, MEAN_STUDENT, n, BLOCK)
+            if LAUNCH.COLUMNS:
+                student += _largest(grad_columns, LSE_STUDENT, m, BLOCK)
+                if LAUNCH.RELATIONAL:
+                    student += _largest(grad_columns, MEAN_STUDENT, m, BLOCK)
+            student *= tl.abs(tl.load(scale))
+            student = tl.maximum(student, _largest(grad_rows, DIAGONAL_STUDENT, n, BLOCK))
+        SIGMOIDS: tl.constexpr = LAUNCH.SIGMOIDS
+        for k in tl.static_range(SIGMOIDS):
+            positive = tl.abs(tl.load(sigmoids.positive + k))
+            if pairs.image_share is not None:
+                positive *= _largest(pairs.image_share, 0, n, BLOCK) + _largest(pairs.text_share, 0, m, BLOCK)
+            entry = tl.abs(tl.load(sigmoids.weight + k)) * tl.maximum(tl.abs(tl.load(sigmoids.negative + k)), positive)
+            if grad_rows is None:
+                student += entry * tl.abs(tl.load(mix + k))
+            else:
+                student += entry * _largest(grad_rows, SIGMOID + k, n, BLOCK)
+        bound = tl.maximum(bound, student)
+    power = tl.minimum(tl.maximum(PEAK - tl.ceil(tl.log2(bound)), -100.0), 100.0)
+    tl.store(out, tl.exp2(power))
+    tl.store(out + 1, tl.exp2(-power))
+
+
+def range_factor(image: Tensor, launch: Launch, **arguments: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The power of two by which float16 matrices are multiplied before they are rounded, and its reciprocal.
 
     With a mean over N rows G has entries of 1/N², below float16's range from N = 32,768 on. No value is read from the device.
     """
-    if call.image.dtype != torch.float16:
-        return None
-    rows, columns = call.grad_rows.abs().amax(1), call.grad_columns.abs().amax(1) * call.columns
-    bounds = []
-    if call.softmax:
-        bound = rows[RowStat.LSE_STUDENT] + columns[ColumnStat.LSE_STUDENT]
-        means = rows[RowStat.MEAN_STUDENT] + columns[ColumnStat.MEAN_STUDENT]
-        bound = call.scale.abs() * (bound + means * call.relational)
-        bound = torch.maximum(bound, rows[RowStat.DIAGONAL_STUDENT])
-        if call.sigmoids:
-            entries = sigmoid_bounds(
-                call.sigmoid_weight, call.sigmoid_negative, call.sigmoid_positive, call.image_share, call.text_share
-            )
-            bound = bound + (entries * rows[RowStat.SIGMOID : RowStat.SIGMOID + call.sigmoids]).sum()
-        bounds.append(bound)
-    if call.interactive:
-        bound = rows[RowStat.LSE_IMAGE_TO_TEACHER] + rows[RowStat.MEAN_IMAGE_TO_TEACHER]
-        bounds.append(torch.maximum(call.cross_scale.abs() * bound, rows[RowStat.DIAGONAL_IMAGE_TO_TEACHER]))
-    if call.has_teacher_to_text:
-        bound = columns[ColumnStat.LSE_TEACHER_TO_TEXT] + columns[ColumnStat.MEAN_TEACHER_TO_TEXT]
-        bounds.append(torch.maximum(call.cross_scale.abs() * bound, rows[RowStat.DIAGONAL_TEACHER_TO_TEXT]))
-    return torch.exp2((FLOAT16_PEAK - torch.stack(bounds).amax().log2().ceil()).clamp(-100, 100))
+    if image.dtype != torch.float16:
+        return None, None
+    out = torch.empty(2, dtype=torch.float32, device=image.device)
+    started(_similarity_range_kernel)[(1,)](**arguments, out=out, LAUNCH=launch, **RANGE, num_warps=8, **COMPILE)
+    return out[0], out[1]

@@ -45,10 +45,10 @@ class Launch:
         """The number of matrices, by which tiles are tuned. The teacher's means with two students count as four."""
         return max(self.students + self.HAS_TEACHER, 4 * (self.RELATIONAL and self.HAS_IMAGE_TO_TEACHER))
 
-    def entry(self, backward: bool, kept: bool = False, precision: str = "", architecture: int = 0) -> tuple[str, int]:
-        """The op and the entry of its row in the table of tiles. `kept`: whether forward keeps exponentials."""
-        if kept and not backward and (precision == "tf32" or architecture == 120):
-            return "similarity_forward", 2  # whose tiles are smaller
+    def entry(self, backward: bool, kept: bool = False) -> tuple[str, int]:
+        """The op and the entry of its row in the table of tiles. `kept`: whether forward keeps exponentials of the rows."""
+        if kept and not backward:
+            return "similarity_forward_kept", 1
         op = f"similarity_{'backward' if backward else 'forward'}"
         if self.SIGMOIDS:
             rows_alone = not (backward or self.COLUMNS)  # which takes more registers than with the columns

@@ -14,6 +14,9 @@ LSE_CROSS: tl.constexpr = tl.constexpr(int(RowStat.LSE_IMAGE_TO_TEACHER))
 SIGMOID: tl.constexpr = tl.constexpr(int(RowStat.SIGMOID))
 MEAN_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.MEAN_STUDENT))
 MEAN_CROSS: tl.constexpr = tl.constexpr(int(RowStat.MEAN_IMAGE_TO_TEACHER))
+DIAGONAL_STUDENT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_STUDENT))
+DIAGONAL_IMAGE_TO_TEACHER: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_IMAGE_TO_TEACHER))
+DIAGONAL_TEACHER_TO_TEXT: tl.constexpr = tl.constexpr(int(RowStat.DIAGONAL_TEACHER_TO_TEXT))
 
 
 @triton.jit

@@ -75,7 +75,7 @@ def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[s
         **{name: getattr(call, name) for name in _GIVEN},
         "projected_image": call.student_image if call.interactive else None,
         "projected_text": call.student_text if call.interactive else None,
-        "sigmoids": Sigmoids(call.sigmoid_weight, call.sigmoid_bias, call.sigmoid_negative, call.sigmoid_positive),
+        "sigmoids": Sigmoids.of(call),
         "pairs": Pairs.of(call),
         "n": call.image.shape[0],
         "m": call.text.shape[0],
@@ -90,38 +90,49 @@ def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[s
 
 
 def statistics(call: SimilarityCall, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:  # [11, N], [5, M]
-    n, m, image = call.image.shape[0], call.text.shape[0], call.image
+    n, image = call.image.shape[0], call.image
     rows = torch.zeros(len(RowStat), n, dtype=torch.float32, device=image.device)
-    columns = torch.zeros(len(ColumnStat), m, dtype=torch.float32, device=image.device)
-    precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
+    columns = torch.zeros(len(ColumnStat), call.text.shape[0], dtype=torch.float32, device=image.device)
     _positives(call, rows)
     for launch in launches(call):
-        tile = tuning.lookup(*launch.entry(False, kept is not None, precision, architecture), precision, architecture)
-        slots = Slots.of(launch)
-        blocks = -(-n // tile.block_m)
-        if launch.COLUMNS:
-            blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots.COLUMNS)))
-            for flag, stat in _COLUMN_LSES.items():  # start with no rows; the parts of each range of rows are merged below
-                if getattr(launch, flag):
-                    columns[stat].fill_(-torch.inf)
-        for first in starts(n, blocks * tile.block_m):
-            count = min(n - first, blocks * tile.block_m)
-            row_blocks = -(-count // tile.block_m)
-            tiles = -(-m // tile.block_n)
-            ranges, per_split = splits(row_blocks, tiles, processors * tile.blocks)
-            row_parts = rows.new_empty(ranges, slots.ROWS, count)
-            column_parts = columns.new_empty(row_blocks, slots.COLUMNS, m) if launch.COLUMNS else None
-            started(_similarity_statistics_kernel)[(row_blocks * ranges,)](
-                **arguments(call, launch, tile), SLOTS=slots, GROUP=GROUP, row_parts=row_parts, column_parts=column_parts,
-                kept=kept, positives=None if kept is None else rows[RowStat.DIAGONAL_STUDENT], kept_rows=call.stored_rows,
-                kept_stride=m,
-                entropy=float(call.entropy), first_row=first, row_count=count, row_blocks=row_blocks, splits=ranges,
-                tiles_per_split=per_split,
-            )  # fmt: skip
-            _merge(launch, slots, row_parts, rows, first, of_rows=True)
-            if launch.COLUMNS:
-                _merge(launch, slots, column_parts, columns, 0, of_rows=False)
+        for flag, stat in _COLUMN_LSES.items():  # start with no rows; the parts of each range of rows are merged with them
+            if launch.COLUMNS and getattr(launch, flag):
+                columns[stat].fill_(-torch.inf)
+        last = 0 if kept is None else call.stored_rows
+        if last:
+            _sweep(call, launch, slice(0, last), kept, rows, columns)
+        if last < n:
+            _sweep(call, launch, slice(last, n), None, rows, columns)
     return rows, columns
+
+
+def _sweep(
+    call: SimilarityCall, launch: Launch, of: slice, kept: Tensor | None, rows: Tensor, columns: Tensor
+) -> None:  # fmt: skip
+    """Adds a launch's statistics of some rows; `kept` gets their exponentials."""
+    m, image = call.text.shape[0], call.image
+    precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
+    tile = tuning.lookup(*launch.entry(False, kept is not None), precision, architecture)
+    slots, tiles = Slots.of(launch), -(-m // tile.block_n)
+    blocks = -(-(of.stop - of.start) // tile.block_m)
+    if launch.COLUMNS:
+        blocks = min(blocks, max(1, call.chunk * image.dtype.itemsize // (4 * slots.COLUMNS)))
+    for first in starts(of.stop - of.start, blocks * tile.block_m):
+        first += of.start
+        count = min(of.stop - first, blocks * tile.block_m)
+        row_blocks = -(-count // tile.block_m)
+        ranges, per_split = splits(row_blocks, tiles, processors * tile.blocks)
+        row_parts = rows.new_empty(ranges, slots.ROWS, count)
+        column_parts = columns.new_empty(row_blocks, slots.COLUMNS, m) if launch.COLUMNS else None
+        started(_similarity_statistics_kernel)[(row_blocks * ranges,)](
+            **arguments(call, launch, tile), SLOTS=slots, GROUP=GROUP, row_parts=row_parts, column_parts=column_parts,
+            kept=kept, positives=None if kept is None else rows[RowStat.DIAGONAL_STUDENT], kept_stride=m,
+            entropy=float(call.entropy), first_row=first, row_count=count, row_blocks=row_blocks, splits=ranges,
+            tiles_per_split=per_split,
+        )  # fmt: skip
+        _merge(launch, slots, row_parts, rows, first, of_rows=True)
+        if launch.COLUMNS:
+            _merge(launch, slots, column_parts, columns, 0, of_rows=False)
 
 
 def _merge(
@@ -179,7 +190,7 @@ class Blocks:
         tiles = max(-(-self.rows // block_m) * -(-self.columns // block_n) for block_m, block_n in sides)
         # Sums of the gradients of the scalars, of the tiles at the same place in all blocks.
         self.sums = torch.zeros(tiles, SUMS, dtype=torch.float32, device=call.image.device)
-        self.factor = None if attend else range_factor(call)
+        self.factor, self.back = (None, None) if attend else self._range_factor()
         self.kept_rows = call.stored_rows if call.keeps_exponentials and not attend else 0
         self.near = None if call.has_teacher else self._factors()
 
@@ -193,6 +204,15 @@ class Blocks:
                 self._compute(launch, tile, at, of)
                 for flag, g in zip((flag for flag in STUDENTS if getattr(launch, flag)), self.scratch):
                     yield flag, at, of, g[: at.stop - at.start, : of.stop - of.start]
+
+    def _range_factor(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        call = self.call
+        launch = Launch(call.softmax, call.interactive, call.sigmoids, RELATIONAL=call.relational, COLUMNS=call.columns)
+        names = ("grad_rows", "grad_columns", "scale", "cross_scale")
+        given = {name: getattr(call, name) for name in names}
+        return range_factor(
+            call.image, launch, **given, sigmoids=Sigmoids.of(call), mix=None, pairs=Pairs.of(call), n=self.n, m=self.m
+        )
 
     def _factors(self) -> Tensor:
         call = self.call
@@ -236,8 +256,7 @@ def _gradients(call: SimilarityGradient) -> tuple[Tensor, ...]:
             d_projected_image.add(at, g, call.teacher_text[of])
         else:
             d_projected_text.add(of, g.T, call.teacher_image[at])
-    back = None if blocks.factor is None else 1 / blocks.factor
-    total = blocks.sums.sum(0)
+    back, total = blocks.back, blocks.sums.sum(0)
     del blocks, g  # the scratch, before the results in the features' dtype
     d_scale, d_cross = torch.unbind_copy(total[:2])  # results of an op must not share memory
     d_sigmoids = total[2 : 2 + 2 * call.sigmoids].view(-1, 2)

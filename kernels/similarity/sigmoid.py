@@ -16,8 +16,8 @@ from simplclip.kernels.launch import (
     precision_of,
     started,
 )
-from simplclip.kernels.similarity.gradients import FLOAT16_PEAK, FeatureGradient, sigmoid_bounds
-from simplclip.kernels.similarity.launch import Tiling, block_sides, blocks_of
+from simplclip.kernels.similarity.gradients import FeatureGradient, range_factor
+from simplclip.kernels.similarity.launch import Launch, Tiling, block_sides, blocks_of
 from simplclip.kernels.similarity.tile import (
     Pairs,
     Sigmoids,
@@ -96,14 +96,6 @@ def similarity_sigmoid(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tenso
         return _sweep(call)
 
 
-def _range_factor(call: SigmoidCall) -> Tensor | None:  # []
-    """The power of two by which the gradient is multiplied before it is rounded to float16; None for other dtypes."""
-    if call.image.dtype != torch.float16 or not call.gradient:
-        return None
-    bound = call.mix.abs() * sigmoid_bounds(call.weight, call.negative, call.positive, call.image_share, call.text_share)
-    return torch.exp2((FLOAT16_PEAK - bound.sum().log2().ceil()).clamp(-100, 100))
-
-
 def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, m, width, image, text = call.image.shape[0], call.text.shape[0], call.image.shape[1], call.image, call.text
     precision, (architecture, _) = precision_of(image.dtype), architecture_and_processors(image)
@@ -111,8 +103,12 @@ def _sweep(call: SigmoidCall) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tile = tuning.lookup("similarity_sigmoid", terms, precision, architecture)
     tiling = Tiling.of(tile, width, width, precision)
     numbers = Sigmoids(call.weight, call.bias, call.negative, call.positive)
-    factor = _range_factor(call)
-    back = None if factor is None else 1 / factor
+    factor = back = None
+    if call.gradient:
+        launch = Launch(HAS_STUDENT=True, SIGMOIDS=terms)
+        given = {"sigmoids": numbers, "mix": call.mix, "pairs": Pairs.of(call), "n": n, "m": m}
+        none = dict.fromkeys(("grad_rows", "grad_columns", "scale", "cross_scale"))
+        factor, back = range_factor(image, launch, **given, **none)
     stored = torch.float32 if factor is not None else image.dtype
     d_image, d_text = FeatureGradient(image, call.need_image, stored), FeatureGradient(text, call.need_text, stored)
     # Without a gradient nothing is kept of the matrix, so that it is one block.

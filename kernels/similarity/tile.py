@@ -33,6 +33,10 @@ class Sigmoids(NamedTuple):
     negative: Tensor | None
     positive: Tensor | None
 
+    @classmethod
+    def of(cls, call: SimilarityCall) -> Sigmoids:
+        return cls(call.sigmoid_weight, call.sigmoid_bias, call.sigmoid_negative, call.sigmoid_positive)
+
 
 @triton.jit
 def product(

@@ -10,7 +10,7 @@ from interpreter import needs_triton
 from paths import PYTHONPATH, ROOT
 
 pytestmark = pytest.mark.slow
-M, N, K, TILE = 96, 160, 64, 32  # of tests/support/bound_product.py
+M, N, K, TILE, WARPS = 96, 160, 64, 32, 4  # of tests/support/bound_product.py
 
 
 def run(*command):
@@ -25,14 +25,19 @@ def run(*command):
 
 @needs_triton
 def test_a_product_of_known_size():
-    """A kernel out = a b, then sum += out bᵀ in float32, zeros before it and a copy from the host after it."""
+    """A kernel out = a b + bias, which its condition admits, then sum += out bᵀ in float32 with zeros before it and a copy
+    from the host after it."""
     for found in json.loads(run("tests/support/bound_product.py")[-1]):
         assert found["multiply_adds"] == M * N * K
         assert found["tensor"] > 0
-        assert found["asked"] == (M // TILE) * (N // TILE) * 2 * TILE * K * 2
+        programs = (M // TILE) * (N // TILE)
+        *of_products, of_condition, of_rows = found["asked"]
+        assert of_products == 2 * [programs * TILE * K * 2]
+        assert of_condition == programs * 4 * WARPS  # lanes that read one number ask once
+        assert programs * 4 * TILE <= of_rows <= programs * 4 * TILE * WARPS
         assert found["stored"] == 2 * M * N
         sums = 3 * 4 * M * K  # zeros, then read and written
-        assert found["bytes"] == 2 * M * N + sums + (2 + 4) * (M * N + K * N)
+        assert found["bytes"] == 2 * M * N + 4 * (M + 1) + sums + (2 + 4) * (M * N + K * N)
         assert found["operand_bytes"] == 2 * (M * K + K * N) + 4 * (M * N + K * N)
         assert found["block_bytes"] == 0
         assert (found["own_kernels"], found["torch_kernels"], found["launches"]) == (1, 4, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from simplclip.kernels.similarity.backward import (
     _similarity_kept_kernel,
 )
 from simplclip.kernels.similarity.forward import _similarity_statistics_kernel
+from simplclip.kernels.similarity.gradients import RANGE, _similarity_range_kernel
 from simplclip.kernels.similarity.launch import Launch, Slots, Tiling
 from simplclip.kernels.similarity.merge import _similarity_diagonal_kernel, _similarity_merge_kernel
 from simplclip.kernels.similarity.op import DIAGONAL, GROUP, KEPT, MERGE, MERGE_WARPS, NEAR
@@ -123,7 +125,7 @@ def similarity(
 ) -> Kernel:
     """A launch's large kernel; `tile` in place of the table's."""
     precision = DTYPES[dtype][1]
-    tile = tile or tuning.lookup(*launch.entry(backward, kept, precision, architecture), precision, architecture)
+    tile = tile or tuning.lookup(*launch.entry(backward, kept), precision, architecture)
     tiling = Tiling(*tile[:3], even, even, "tf32" if precision == "tf32" else "ieee", INTERPRETED=False)
     constants = {**absent(launch), "LAUNCH": launch, "TILE": tiling}
     if backward:
@@ -171,6 +173,11 @@ def small_kernels(dtype: str) -> Iterator[Kernel]:
     yield Kernel(
         "_similarity_factors_kernel", _similarity_factors_kernel, near, tile._replace(warps=8), "float32", "L", False,
         {"out": "*fp32"},
+    )  # fmt: skip
+    constants = {"LAUNCH": dataclasses.replace(everything, SIGMOIDS=2), "mix": None, **RANGE}
+    yield Kernel(
+        "_similarity_range_kernel", _similarity_range_kernel, constants, tile._replace(warps=8), "float32", "ZTUV", False,
+        {"out": "*fp32", **of_sigmoids(True), **of_pairs(False, True)},
     )  # fmt: skip
     for of_terms in ({"grad": None, "grad_rows": None, "grad_columns": None}, {}):
         constants = {"SIGMOIDS": 2, "BLOCK": TERMS_BLOCK, "INTERPRETED": False, **of_terms}
@@ -247,7 +254,7 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
 
     def with_each_tile(launch: Launch, backward: bool, **how: bool) -> Iterator[Kernel]:
         precision = DTYPES[dtype][1]
-        entry = launch.entry(backward, how.get("kept", False), precision, architecture)
+        entry = launch.entry(backward, how.get("kept", False))
         for tile in tuning.candidates(*entry, precision, architecture).values():
             yield similarity(launch, dtype, architecture, backward, tile, **how)
 
@@ -258,8 +265,9 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
                 yield from with_each_tile(launch, backward, even=False)
         if launch == Launch(HAS_STUDENT=True, DROP_IDS=launch.DROP_IDS):
             yield from with_each_tile(launch, True, attend=True)
-    for columns, backward in itertools.product((True, False), repeat=2):
-        yield from with_each_tile(Launch(HAS_STUDENT=True, COLUMNS=columns), backward, kept=True)
+    for columns, backward, kept in itertools.product((True, False), repeat=3):
+        if kept or not everything:
+            yield from with_each_tile(Launch(HAS_STUDENT=True, COLUMNS=columns), backward, kept=kept)
     yield from sigmoid_kernels(dtype, architecture)
     yield from small_kernels(dtype)
     if dtype != "tf32":

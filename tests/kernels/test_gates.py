@@ -63,7 +63,7 @@ def test_every_table_entry_is_complete_and_no_smaller_than_a_dot(older, monkeypa
 
 @pytest.mark.parametrize("older", [False, True])
 def test_the_gates_compile_every_tile_that_may_be_chosen(older, monkeypatch):
-    """In each kernel of a single matrix: with ids and without, of rows alone, with kept exponentials."""
+    """In each kernel of a single matrix: with ids and without, of rows alone."""
     monkeypatch.setattr(tuning, "OLDER", older)
     names = {"similarity_forward": "_similarity_statistics_kernel", "similarity_backward": "_similarity_gradient_kernel"}
     for architecture, dtype in itertools.product((86, 89, 90), ("bfloat16", "float16")):

@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections import Counter
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ def test_rows_whose_exponentials_are_kept(n, rows):
     launches = names(found, "triton")
     assert launches["similarity_kept"] == -(-rows * n // (1 << 26))
     assert launches["similarity_gradient"] == -(-n * n // (1 << 26))
+    assert launches["similarity_statistics"] == 1 + (n > rows)  # those that are kept in a launch of their own, with its tile
     assert "similarity_kept" not in names(traced(shapes(n), store_bytes=0), "triton")
     assert not names(found, "host")
 
@@ -114,6 +116,14 @@ CALLS = {  # of similarity_loss, with the most launches and kernels of torch in 
     "debiased": ({"prior": 0.1, "margin": 0.1}, 7, 155),
     "every term": (every_term(1024), 15, 320),
 }
+
+
+@pytest.mark.parametrize("name", ["contrastive", "pair matching", "sigmoid"])
+def test_the_range_of_float16_costs_one_launch(name):
+    """And torch's kernels that undo it in both gradients."""
+    half, brain = (traced(shapes(1024, dtype=dtype), **CALLS[name][0]) for dtype in (torch.float16, torch.bfloat16))
+    assert names(half, "triton") - names(brain, "triton") == Counter(similarity_range=1)
+    assert names(half, "torch").total() <= names(brain, "torch").total() + 2
 
 
 @pytest.mark.parametrize("name", CALLS)

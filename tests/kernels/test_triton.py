@@ -70,8 +70,37 @@ def registration(device: str) -> None:
         check_registration(name, "triton", device)
 
 
+def float16_range(device: str) -> None:
+    """The factor where one statistic alone has a gradient, -3 in its last row or column."""
+    from simplclip.kernels.similarity.gradients import PEAK, range_factor
+    from simplclip.kernels.similarity.launch import Launch
+    from simplclip.kernels.similarity.tile import Pairs, Sigmoids
+
+    def number(*values: float) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    student, teacher = Launch(True, SIGMOIDS=2, RELATIONAL=True, COLUMNS=True), Launch(False, True, COLUMNS=True)
+    bounds = {  # by the places in RowStat and in ColumnStat
+        student: ({0: 6, 3: 6, 5: 3, 9: 3 * 40, 10: 3 * 7 * 11}, {0: 6, 3: 6}),
+        teacher: ({2: 15, 4: 15, 7: 3, 8: 3}, {2: 15, 4: 15}),
+    }
+    sigmoids = Sigmoids(number(4.0, -7.0), None, number(-10.0, 1.0), number(2.0, 5.5))
+    pairs = Pairs(None, None, number(0.5, 1.0), number(1.0))
+    for launch, sides in bounds.items():
+        for side, places in enumerate(sides):
+            for place, bound in places.items():
+                rows, columns = gradients = torch.zeros(11, 2, device=device), torch.zeros(5, 1, device=device)
+                gradients[side][place, -1] = -3.0
+                given = {"grad_rows": rows, "grad_columns": columns, "scale": number(-2.0), "cross_scale": number(5.0)}
+                factor, back = range_factor(
+                    rows.half(), launch, **given, sigmoids=sigmoids, mix=None, pairs=pairs, n=2, m=1
+                )  # fmt: skip
+                assert 2 ** (PEAK.value - 1) < factor * bound <= 2**PEAK.value, (launch, side, place)
+                assert factor * back == 1
+
+
 CALLS = {"similarity_loss": similarity, "blocks": blocks, "parallel_mlp": mlp, "large": large}
-OTHERS = {"registration": registration}
+OTHERS = {"registration": registration, "float16_range": float16_range}
 BLOCK = 25  # random calls of a test
 PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start else []) for start in range(0, 500, BLOCK)]
 TOGETHER = ["0", *list(CALLS)[:-1], *OTHERS]  # what one process interprets in the suite
