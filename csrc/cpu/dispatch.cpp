@@ -7,7 +7,8 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -30,7 +31,9 @@ bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   if (simplclip_amx_in_software) return true;
-  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  unsigned a, b, c, d;  // not __builtin_cpu_supports, which knows AMX from gcc 11 on
+  const bool has_tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+  return has_tiles && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
   return false;
 #endif
