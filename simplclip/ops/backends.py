@@ -131,9 +131,9 @@ def _native(name: str) -> Callable:
     return lambda call: getattr(torch.ops.simplclip, name)(*flat(call))
 
 
-def _kernel(module: str, name: str) -> Callable:
+def kernel(module: str, name: str) -> Callable:
     """A launcher of kernels/, imported when it is called, since importing Triton takes time and some platforms lack it."""
-    return lambda call: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(call)
+    return lambda *call: getattr(importlib.import_module(f"simplclip.kernels.{module}"), name)(*call)
 
 
 def row(
@@ -152,7 +152,7 @@ def row(
     if cuda is not None:
         found["cuda"] = Implementation(_native(f"{name}_cuda"), cuda)
     if module:
-        found["triton"] = Implementation(_kernel(module, name), triton_on_cuda)
+        found["triton"] = Implementation(kernel(module, name), triton_on_cuda)
     if module if cpu is None else cpu:
         found["cpu"] = Implementation(_native(f"{name}_cpu"), _extension_on_cpu)
     return found | {"reference": Implementation(reference, _anywhere)}

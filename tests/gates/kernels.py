@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from simplclip.kernels import tuning
+from simplclip.kernels.attention import op as attention
 from simplclip.kernels.feature.op import MAX_BLOCK, _feature_loss_bwd_kernel, _feature_loss_fwd_kernel
 from simplclip.kernels.feature.op import tile as feature_tile
 from simplclip.kernels.launch import COMPILE
@@ -226,6 +227,21 @@ def mlp_kernels(
             yield Kernel(function.__name__, function, constants, tile, dtype, act + " odd C" * (not whole), types=types)
 
 
+def attention_kernels(dtype: str) -> Iterator[Kernel]:
+    """At the widths of CLIP's heads."""
+    heads = attention.Heads("*element", *3 * ["i32"])
+    names = ("v", "av", "out", "grad", "q_grad", "k_grad", "v_grad", "dq", "dk", "dv")
+    types = {**dict.fromkeys(names, heads), "gains": "*fp32", "lengths": "*i32", "sign": "fp32"}
+    for width, causal in itertools.product((64, 128), (False, True)):
+        blocks = attention.tile(width)
+        constants = {"CAUSAL": causal, "INTERPRETED": False, "ROWS": blocks["ROWS"], "COLUMNS": blocks["COLUMNS"]}
+        for function in (attention._shaped_attention_terms_kernel, attention._shaped_attention_gradients_kernel):
+            yield Kernel(
+                function.__name__, function, constants, tuning.Tile(0, 0, 0, attention.WARPS, 3), dtype,
+                f"K={width}" + " causal" * causal, False, types,
+            )  # fmt: skip
+
+
 def compile_kernel(kernel: Kernel, architecture: int):
     element = DTYPES.get(kernel.dtype, ("fp32",))[0]
     signature, constants, attributes = {}, {}, {}
@@ -236,7 +252,7 @@ def compile_kernel(kernel: Kernel, architecture: int):
         kind = {**_TYPES, **kernel.types}.get(name, "i32")
         kind = "*fp32" if name == "kept" and element == "fp32" else kind
         if isinstance(kind, tuple):  # of pointers
-            signature[name] = type(kind)(*(each or "constexpr" for each in kind))
+            signature[name] = type(kind)(*(each.replace("element", element) if each else "constexpr" for each in kind))
             constants |= {(place, at): None for at, each in enumerate(kind) if each is None}
             attributes |= {(place, at): [["tt.divisibility", 16]] for at, each in enumerate(kind) if each}
             continue
@@ -272,4 +288,5 @@ def kernels(dtype: str, architecture: int, everything: bool) -> Iterator[Kernel]
     yield from small_kernels(dtype)
     if dtype != "tf32":
         yield from feature_loss_kernels(dtype)
+        yield from attention_kernels(dtype)
     yield from mlp_kernels(dtype, architecture, ACTIVATIONS if everything else ("gelu",))

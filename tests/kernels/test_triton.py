@@ -10,11 +10,13 @@ import interpreter
 import pytest
 import random_calls
 import torch
-from calls import check, check_registration
+from calls import check, check_padding, check_registration
 from devices import DTYPES
 from interpreter import needs_interpreter, needs_triton
+from layouts import rows_apart
 
-from simplclip.selftest.calls import TERMS, Call, mlp_call, similarity_call
+from simplclip.ops.attention import around
+from simplclip.selftest.calls import TERMS, Call, attention_call, mlp_call, of_lengths, similarity_call
 
 MODES = [
     {"terms": TERMS[:1]},
@@ -52,6 +54,26 @@ def mlp() -> Iterator[tuple[Call, torch.dtype, dict]]:
         call = mlp_call(70, 20, 65, 40, act=act)
         call.tensors["x"] *= 15  # the hidden layer is between -100 and 100
         yield call, torch.float32, {}
+
+
+def around_sdpa() -> Iterator[tuple[Call, torch.dtype, dict]]:
+    """Several blocks of tokens, the last not whole; q, k and v alone in memory and apart."""
+    apart = {"lay_out": lambda name, t: rows_apart(t) if t.dim() == 4 else t}
+    for (tokens, width), causal in itertools.product(((81, 64), (197, 48), (257, 64)), (False, True)):
+        call = of_lengths(attention_call(3, tokens, 2, width, causal=causal), [tokens // 2, 0, tokens])
+        yield call, torch.float32, {**apart, "twice": tokens == 81}
+        yield attention_call(1, tokens, 2, width, causal=causal), torch.bfloat16, {"roundings": True}
+    for dtype, scale in ((torch.float16, 1.0), (torch.float32, -2.0), (torch.float32, 0.0)):
+        yield attention_call(2, 130, 1, 20, causal=scale < 0, scale=scale), dtype, {"roundings": True}
+
+
+def attention(device: str) -> None:
+    """The terms around torch's attention, which are never torch's."""
+    with mock.patch.object(around, "_terms", None), mock.patch.object(around, "_own_gradients", None):
+        for call, dtype, options in around_sdpa():
+            check(call, dtype, "sdpa", device=device, **options)
+        for dtype, causal in itertools.product(DTYPES, (False, True)):
+            check_padding(dtype, "sdpa", causal, device)
 
 
 def large() -> Iterator[tuple[Call, torch.dtype, dict]]:
@@ -100,7 +122,7 @@ def float16_range(device: str) -> None:
 
 
 CALLS = {"similarity_loss": similarity, "blocks": blocks, "parallel_mlp": mlp, "large": large}
-OTHERS = {"registration": registration, "float16_range": float16_range}
+OTHERS = {"attention": attention, "registration": registration, "float16_range": float16_range}
 BLOCK = 25  # random calls of a test
 PROVED = [pytest.param(str(start), marks=[pytest.mark.prove] if start else []) for start in range(0, 500, BLOCK)]
 TOGETHER = ["0", *list(CALLS)[:-1], *OTHERS]  # what one process interprets in the suite

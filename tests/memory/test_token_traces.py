@@ -32,13 +32,13 @@ def block(length, **options):
 
 # The call, the most kernels that forward and backward start, and some of them.
 CALLS = {
-    "attention": (attention(4, 197, 3, 64), 32, {"_flash_attention_forward": 1, "_flash_attention_backward": 1}),
-    "attention, causal": (attention(4, 197, 3, 64, causal=True), 35, {"_flash_attention_forward": 1}),
-    "attention, lengths": (attention(4, 197, 3, 64, lengths=(5, 0, 197, 3)), 54, {"_flash_attention_backward": 1}),
-    "attention, float32": (attention(4, 197, 3, 64), 34, {"_efficient_attention_backward": 1}),
+    "attention": (attention(4, 197, 3, 64), 7, {"_flash_attention_forward": 1, "_flash_attention_backward": 1}),
+    "attention, causal": (attention(4, 197, 3, 64, causal=True), 7, {"shaped_attention_gradients": 1}),
+    "attention, lengths": (attention(4, 197, 3, 64, lengths=(5, 0, 197, 3)), 22, {"_flash_attention_backward": 1}),
+    "attention, float32": (attention(4, 197, 3, 64), 9, {"_efficient_attention_backward": 1}),
     "mlp": (mlp_call(3000, 64, 256), 11, {"parallel_mlp_activate": 2, "parallel_mlp_hidden": 1}),
-    "block": (block(197), 70, {"_flash_attention_forward": 1, "parallel_mlp_hidden": 1}),
-    "block, recompute": (block(197, recompute=True), 73, {"_flash_attention_forward": 2, "_flash_attention_backward": 1}),
+    "block": (block(197), 50, {"_flash_attention_forward": 1, "parallel_mlp_hidden": 1}),
+    "block, recompute": (block(197, recompute=True), 53, {"_flash_attention_forward": 2, "_flash_attention_backward": 1}),
 }
 SHORT = {"attention": (attention(4, 77, 3, 64), 6), "block": (block(77), 47)}
 

@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # while kernels are defined; the launchers
 import triton  # noqa: F401
 from triton.runtime import interpreter
 
+import simplclip.kernels.attention.op
 import simplclip.kernels.feature.op
 import simplclip.kernels.mlp.op
 import simplclip.kernels.similarity.forward
@@ -98,6 +99,7 @@ class Audit:
                 mock.patch.object(builder, "set_grid_dim", lambda *_, count=count: grid(count, 1, 1)),
                 mock.patch.object(builder, "set_grid_idx", lambda *_, program=program: place(program, 0, 0)),
                 mock.patch.object(interpreter, "_interpreter", self),
+                mock.patch.object(simplclip.kernels.attention.op, "range", ends, create=True),
                 mock.patch.object(simplclip.kernels.similarity.forward, "range", ends, create=True),
             ):
                 Executor(launch.kernel.rewrite(), launch.kernel.arg_names, (1, 1, 1))(*args, **options)
@@ -139,6 +141,7 @@ def features(n: int, width: int, dtype: torch.dtype, backward: bool) -> None:
 
 LARGE = 131_072, 1024  # N, D
 MANY = 2_200_003, 1000  # N D above 2^31, and an odd number of rows
+TOKENS = 2, 2_000_003, 16, 80  # B, L, H, K: one sequence has more than 2^31 elements
 CHUNKS = {"scratch_bytes": 6 << 30}
 KEPT = {"store_bytes": 6 << 30, **CHUNKS}
 CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
@@ -146,6 +149,8 @@ CASES: dict[str, Callable[[torch.dtype, bool], None]] = {
     "kept": partial(calls.loss, ("contrastive",), *LARGE, **KEPT),
     "many": partial(calls.loss, ("contrastive",), *MANY, **KEPT),
     "many sigmoid": partial(calls.loss, ("sigmoid",), *MANY, **CHUNKS),
+    "attention": partial(calls.attention, TOKENS, False),
+    "attention causal": partial(calls.attention, TOKENS, True),
     "mlp": partial(calls.mlp, (1, 1_000_003, 768, 3072)),
     "features": partial(features, 2_200_003, 1000),
 }

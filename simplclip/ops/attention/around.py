@@ -2,7 +2,8 @@
 
 An attention is two functions: one of a call, which returns A v [B, L, H, K] and the log-sum-exps [B, H, L]; one of a call for
 backward, with A v in it, which returns for the gradient dO that came in what ordinary attention would: dq, dk and Aᵀ dO. All
-three are linear in dO, so that a head's beta multiplies them. The other terms are plain torch, in the dtype of sums.
+three are linear in dO, so that a head's beta multiplies them. The other terms, in the dtype of sums, are Triton kernels where
+those run, and elsewhere plain torch.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from simplclip.ops import backends
 from simplclip.ops.attention.call import AttentionCall, AttentionInto
 
 Forward = Callable[[AttentionCall], tuple[Tensor, Tensor]]
 Call = TypeVar("Call", bound=AttentionCall)
 Backward = Callable[[AttentionInto], tuple[Tensor, Tensor, Tensor]]
+
+
+def _fused(call: AttentionCall) -> bool:
+    """Whether the Triton kernels of kernels/attention compute what is not of the attention."""
+    return backends.triton_on_cuda(call.q.device.type, call.q.dtype) is None
 
 
 def _padded(call: AttentionCall) -> Tensor | None:  # [B, L, 1, 1]
@@ -63,18 +70,37 @@ def _of_positive_scale(call: Call) -> tuple[Call, int]:
     return replace(call, q=q, scale=-call.scale or 1.0), sign
 
 
+def _terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
+    """out = alpha v + beta A v − gamma C v; without what the kernels do for padding."""
+    alpha, beta, gamma = call.gains[:, :, None]
+    torch.addcmul(-gamma * _means(call.v, call), call.v, alpha, out=out)
+    out.addcmul_(av, beta)
+
+
+def _own_gradients(call: AttentionInto) -> Tensor:  # [3, H]
+    """Writes to dv what is not of A; returns the gains' gradients."""
+    alpha, _, gamma = call.gains[:, :, None]
+    dtype, spread = call.gains.dtype, _spread(call.grad, call)
+    d_gamma = (spread * (call.v if call.causal else call.v.sum(1, keepdim=True, dtype=dtype))).sum((0, 1, 3))
+    d_gains = torch.stack([_dot(call.grad, call.v, dtype), _dot(call.grad, call.av, dtype), -d_gamma])
+    torch.addcmul(spread.mul_(-gamma), call.grad, alpha, out=call.dv)
+    return d_gains
+
+
 def shaped_attention_fwd(attend: Forward, call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, the log-sum-exps and A v. Scratch: C v in the dtype of sums, which is as large as v only if causal."""
+    """The result, the log-sum-exps and A v. Scratch of plain torch: C v in the dtype of sums, if causal as large."""
     out, padded = call.q.new_empty(call.q.shape), _padded(call)
     if not call.q.numel():
         return out, call.gains.new_empty(*call.q.shape[:3]).transpose(1, 2).contiguous(), torch.empty_like(out)
-    alpha, beta, gamma = call.gains[:, :, None]
-    v = call.v if padded is None else call.v.masked_fill(padded, 0)
     av, lse = attend(_of_positive_scale(call)[0])
     if padded is not None:
-        av, lse = av.masked_fill(padded, 0), lse.masked_fill(padded[:, None, :, 0, 0], 0)
-    torch.addcmul(-gamma * _means(v, call), v, alpha, out=out)
-    out.addcmul_(av, beta)
+        lse = lse.masked_fill(padded[:, None, :, 0, 0], 0)
+    if _fused(call):
+        backends.kernel("attention.op", "shaped_attention_terms")(call, av, out)
+        return out, lse.contiguous(), av.contiguous()
+    if padded is not None:
+        av, call = av.masked_fill(padded, 0), replace(call, v=call.v.masked_fill(padded, 0))
+    _terms(call, av, out)
     if padded is not None:
         out.masked_fill_(padded, 0)
     return out, lse.contiguous(), av.contiguous()
@@ -86,23 +112,22 @@ def shaped_attention_bwd(attend: tuple[Forward, Backward], call: AttentionInto) 
     dv = alpha dO + beta Aᵀ dO − gamma Cᵀ dO; dalpha = Σ dO v, dbeta = Σ dO A v, dgamma = −Σ v Cᵀ dO. Scratch: the three
     results of the attention.
     """
-    dtype, padded = call.gains.dtype, _padded(call)
     if not call.q.numel():
         return torch.zeros_like(call.gains)
-    alpha, beta, gamma = call.gains[:, :, None]
-    v = call.v
+    fused = _fused(call)
+    padded = None if fused else _padded(call)
     if padded is not None:
-        v, call = v.masked_fill(padded, 0), replace(call, grad=call.grad.masked_fill(padded, 0))
+        call = replace(call, v=call.v.masked_fill(padded, 0), grad=call.grad.masked_fill(padded, 0))
     call, sign = _of_positive_scale(call)
     if not call.av.numel():  # backward computes all again
         av, lse = attend[0](call)
         call = replace(call, av=av if padded is None else av.masked_fill(padded, 0), lse=lse)
-    spread = _spread(call.grad, call)
-    d_gamma = (spread * (v if call.causal else v.sum(1, keepdim=True, dtype=dtype))).sum((0, 1, 3))
-    d_gains = torch.stack([_dot(call.grad, v, dtype), _dot(call.grad, call.av, dtype), -d_gamma])
-    torch.addcmul(spread.mul_(-gamma), call.grad, alpha, out=call.dv)
+    if fused:
+        return backends.kernel("attention.op", "shaped_attention_gradients")(call, attend[1](call), sign)
+    d_gains = _own_gradients(call)
     dq, dk, dv = attend[1](call)
-    torch.mul(dq, beta if sign == 1 else sign * beta, out=call.dq)
+    beta = call.gains[1, :, None]
+    torch.mul(dq, sign * beta, out=call.dq)
     torch.mul(dk, beta, out=call.dk)
     call.dv.addcmul_(dv, beta)
     for written in (call.dq, call.dk, call.dv) if padded is not None else ():

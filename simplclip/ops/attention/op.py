@@ -160,8 +160,8 @@ def shaped_attention(
     Saved for backward: q, k, v and the log-sum-exps, [B, H, L] float32, by backends "sdpa" and "xformers" softmax(q k^T) v
     too; no [L, L] matrix is stored. On one machine, the same call has the same bits each time, by the CPU kernels with any
     number of threads; by "sdpa" and "xformers" on a GPU only with torch.use_deterministic_algorithms(True), which torch 2.11
-    refuses for causal attention, since its cumsum has no such form. Only first derivatives in reverse mode are supported,
-    except by backend "reference".
+    refuses for causal attention where Triton is missing, since its cumsum has no such form. Only first derivatives in reverse
+    mode are supported, except by backend "reference".
 
     Source: He & Hofmann 2023, arXiv 2311.01906, where C is causal only; C over all valid keys and `lengths` are additions of
     this library.

@@ -1,0 +1,179 @@
+"""Triton kernels of what shaped_attention adds to the softmax attention of another library; bound by memory.
+
+A program has the tokens of one head of one sequence, in blocks. Each tensor is read once, but for the one whose sum over all
+tokens is needed first: that is read again, from the cache if it is still there. Causal sums run along with the blocks.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from simplclip.kernels.arithmetic import narrowed
+from simplclip.kernels.launch import COMPILE, device_of, interpreted, started
+from simplclip.ops.attention.call import AttentionCall, AttentionInto
+
+ELEMENTS = 1024  # of a block
+WARPS = 4  # so a thread has 8 elements, in backward of six tensors at a time; with 16 the compiler spills
+
+
+class Heads(NamedTuple):
+    """A tensor [B, L, H, K] with contiguous rows, and its other strides."""
+
+    at: Tensor
+    batch: int
+    token: int
+    head: int
+
+
+@triton.jit
+def _place(heads, tensor, rows, columns):
+    """Where the program's head has these tokens, [ROWS, COLUMNS]."""
+    program = tl.program_id(0)
+    first = tensor.at + (program // heads).to(tl.int64) * tensor.batch + (program % heads).to(tl.int64) * tensor.head
+    return first + rows.to(tl.int64)[:, None] * tensor.token + columns[None, :]
+
+
+@triton.jit
+def _load(heads, tensor, rows, columns, inside):
+    return tl.load(_place(heads, tensor, rows, columns), inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(heads, tensor, rows, columns, value, inside, INTERPRETED: tl.constexpr):
+    value = narrowed(value, tensor.at.dtype.element_ty, INTERPRETED)
+    tl.store(_place(heads, tensor, rows, columns), value, inside)
+
+
+@triton.jit
+def _gains(gains, heads):
+    head = gains + tl.program_id(0) % heads
+    return tl.load(head), tl.load(head + heads), tl.load(head + 2 * heads)
+
+
+@triton.jit
+def _valid(lengths, tokens, heads):
+    """The number of valid tokens of the program's sequence."""
+    if lengths is None:
+        return tokens
+    else:
+        return tl.load(lengths + tl.program_id(0) // heads)
+
+
+@triton.jit
+def _sum(heads, tensor, valid, columns, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Over the valid tokens, [1, COLUMNS]."""
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, valid, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        total += _load(heads, tensor, rows, columns, (rows < valid)[:, None] & (columns < width)[None, :])
+    return tl.sum(total, 0)[None, :]
+
+
+@triton.jit
+def _shaped_attention_terms_kernel(
+    v, av, out,  # Heads
+    gains,  # [3, H] float32
+    lengths,  # [B] or None
+    tokens, heads, width,
+    CAUSAL: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out = alpha v + beta A v - gamma C v."""
+    alpha, beta, gamma = _gains(gains, heads)
+    valid = _valid(lengths, tokens, heads)
+    columns = tl.arange(0, COLUMNS)
+    if CAUSAL:
+        before = tl.zeros((1, COLUMNS), tl.float32)  # the sum over the blocks before
+    else:
+        mean = _sum(heads, v, valid, columns, width, ROWS, COLUMNS) / tl.maximum(valid, 1)
+    for start in range(0, tokens, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < valid)[:, None] & (columns < width)[None, :]
+        value = _load(heads, v, rows, columns, inside)
+        attended = _load(heads, av, rows, columns, inside)
+        if CAUSAL:
+            mean = (before + tl.cumsum(value, 0)) * (1.0 / (rows + 1))[:, None]
+            before += tl.sum(value, 0)[None, :]
+        result = tl.where(inside, alpha * value + beta * attended - gamma * mean, 0.0)
+        _store(heads, out, rows, columns, result, (rows < tokens)[:, None] & (columns < width)[None, :], INTERPRETED)
+
+
+@triton.jit
+def _shaped_attention_gradients_kernel(
+    grad, v, av, q_grad, k_grad, v_grad, dq, dk, dv,  # Heads; *_grad: what ordinary attention has for dO, dq, dk, dv: written
+    parts,  # [3, B, H] float32: each program's share of the gains' gradients
+    gains,  # [3, H] float32
+    lengths,  # [B] or None
+    tokens, heads, width,
+    sign,  # of dq
+    CAUSAL: tl.constexpr, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From the last tokens to the first, since a token's value is in the means of those after it."""
+    alpha, beta, gamma = _gains(gains, heads)
+    valid = _valid(lengths, tokens, heads)
+    columns = tl.arange(0, COLUMNS)
+    if CAUSAL:
+        after = tl.zeros((1, COLUMNS), tl.float32)  # the sum over the blocks of later tokens
+    else:
+        spread = _sum(heads, grad, valid, columns, width, ROWS, COLUMNS) / tl.maximum(valid, 1)
+    d_alpha = tl.zeros((ROWS, COLUMNS), tl.float32)
+    d_beta = tl.zeros((ROWS, COLUMNS), tl.float32)
+    d_gamma = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, tokens, ROWS):
+        rows = tokens - 1 - start - tl.arange(0, ROWS)
+        within = (rows >= 0)[:, None] & (columns < width)[None, :]
+        inside = within & (rows < valid)[:, None]
+        g = _load(heads, grad, rows, columns, inside)
+        value = _load(heads, v, rows, columns, inside)
+        if CAUSAL:
+            shares = g * (1.0 / tl.maximum(rows + 1, 1))[:, None]
+            spread = after + tl.cumsum(shares, 0)
+            after += tl.sum(shares, 0)[None, :]
+        d_alpha += g * value
+        d_beta += g * _load(heads, av, rows, columns, inside)
+        d_gamma -= value * spread
+        of_v = alpha * g + beta * _load(heads, v_grad, rows, columns, inside) - gamma * spread
+        _store(heads, dv, rows, columns, tl.where(inside, of_v, 0.0), within, INTERPRETED)
+        of_q = sign * beta * _load(heads, q_grad, rows, columns, inside)
+        _store(heads, dq, rows, columns, of_q, within, INTERPRETED)
+        of_k = beta * _load(heads, k_grad, rows, columns, inside)
+        _store(heads, dk, rows, columns, of_k, within, INTERPRETED)
+    part = parts + tl.program_id(0)
+    programs = tl.num_programs(0).to(tl.int64)
+    tl.store(part, tl.sum(tl.sum(d_alpha, 1), 0))
+    tl.store(part + programs, tl.sum(tl.sum(d_beta, 1), 0))
+    tl.store(part + 2 * programs, tl.sum(tl.sum(d_gamma, 1), 0))
+
+
+def tile(width: int) -> dict[str, int]:
+    columns = max(16, triton.next_power_of_2(width))
+    return {"ROWS": max(1, ELEMENTS // columns), "COLUMNS": columns, "num_warps": WARPS}
+
+
+def _heads(*tensors: Tensor) -> list[Heads]:
+    return [Heads(t, *t.stride()[:3]) for t in tensors]
+
+
+def shaped_attention_terms(call: AttentionCall, av: Tensor, out: Tensor) -> None:
+    """Writes out; av may hold anything at padded tokens."""
+    batch, tokens, heads, width = call.q.shape
+    with device_of(call.q):
+        started(_shaped_attention_terms_kernel)[(batch * heads,)](
+            *_heads(call.v, av, out), call.gains, call.lengths, tokens, heads, width,
+            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width), **COMPILE,
+        )  # fmt: skip
+
+
+def shaped_attention_gradients(call: AttentionInto, found: tuple[Tensor, Tensor, Tensor], sign: int) -> Tensor:  # [3, H]
+    """Writes dq, dk and dv; found: those of ordinary attention, which may hold anything at padded tokens."""
+    batch, tokens, heads, width = call.q.shape
+    parts = torch.empty(3, batch, heads, dtype=torch.float32, device=call.q.device)
+    with device_of(call.q):
+        started(_shaped_attention_gradients_kernel)[(batch * heads,)](
+            *_heads(call.grad, call.v, call.av, *found, call.dq, call.dk, call.dv), parts, call.gains, call.lengths,
+            tokens, heads, width, float(sign),
+            CAUSAL=call.causal, INTERPRETED=interpreted(), **tile(width), **COMPILE,
+        )  # fmt: skip
+    return parts.sum(1)
