@@ -13,7 +13,7 @@ HALF = ["contrastive", "kept", "many", "mlp", "attention"]  # what one process a
 PROVED = [
     f"{name}:{dtype}:{card}"
     for name, (dtype, card) in zip(
-        ("contrastive+pair_matching", "sigmoid", "all", "many sigmoid", "features", "attention causal", *HALF),
+        ("contrastive+pair_matching", "sigmoid", "all", "many sigmoid", "features", *HALF, "attention causal"),
         itertools.cycle((("float32", "rtx-3090"), ("float16", "rtx-5090"), ("bfloat16", "h100"))),
     )
 ]
