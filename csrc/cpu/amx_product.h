@@ -7,7 +7,8 @@ constexpr int kTile = 32;            // rows of a product: two tiles
 constexpr int64_t kStep = 32;        // bfloat16 that an instruction sums over: what rows of a matrix are rounded up to
 constexpr int64_t kBlockRows = 288;  // rows of backward's matrices [rows, L]: a multiple of kTile
 
-// The eight tiles of this thread, all of the full size while this lives. Before and after, they are as others configured them.
+// The eight tiles of this thread, all of the full size while this lives. Then they have the configuration that they had before,
+// without their contents.
 class Tiles {
  public:
   Tiles() {
@@ -30,7 +31,7 @@ class Tiles {
   static void set(const Shape& shape) { asm volatile("ldtilecfg (%0)" : : "r"(&shape) : "memory"); }
 };
 
-// Numbers of tiles are part of the instructions. Every one is ordered after the writes before it: "memory".
+// Numbers of tiles are part of the instructions. The clobber "memory" keeps each after the stores before it.
 template <int tile>
 VINLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(tile) : "memory"); }
 
@@ -92,7 +93,8 @@ VINLINE void tile_product(int64_t column, int64_t depth, Units<uint32_t> a, Unit
       for (int c = 0; c < row; c += W) finish(r, column + c, load(buffer + r * row + c));
 }
 
-// The operands have zeros, or finite numbers against zeros of the other one, up to a multiple of kStep floats of the sum.
+// Along the summed dimension operands are padded to a multiple of kStep elements: one of the two by zeros, the other by zeros or
+// any finite numbers.
 template <class Init, class Finish>
 VINLINE void row_product(int64_t vectors, int64_t depth, Units<uint32_t> a, Units<uint32_t> b, const Init& init,
                          const Finish& finish) {

@@ -39,7 +39,7 @@ class Part:
 
     weight: how often an epoch has each of its samples; of a fraction a random share of the samples is taken.
     title: its name, where other parts have the same file name.
-    count: its samples, without those that are broken; None if it has to be read for that.
+    count: its samples, broken ones included; None if it has to be read for that.
     """
 
     url: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -25,8 +25,12 @@ class Contrastive:
 
     @property
     def plain(self) -> bool:
-        """Whether the loss of a row is its cross-entropy to its pair."""
-        return not self.label_smoothing and not self.decoupled and self.prior is None and self.positives == "drop"
+        """Whether the loss of a row is its cross-entropy to its pair: a kernel computes this, with a margin or without."""
+        given = [(getattr(self, name), default) for name, default in _OTHER_THAN_PLAIN.items()]
+        return all(value is None if default is None else value == default for value, default in given)
+
+
+_OTHER_THAN_PLAIN = {field.name: field.default for field in fields(Contrastive) if field.name != "margin"}
 
 
 def _debiased(lse: Tensor, positive: Tensor, negatives: Tensor, prior: Tensor | float, scale: Tensor) -> Tensor:  # [N] each

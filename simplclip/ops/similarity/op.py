@@ -1,4 +1,4 @@
-"""similarity_loss: objectives over similarity matrices of image and text features, which are never stored."""
+"""similarity_loss: objectives over similarity matrices of image and text features, of which only some rows are kept."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def similarity_loss(
     scratch_bytes: int | None = None,
     store_bytes: int | None = None,
 ) -> dict[str, Tensor]:
-    r"""Losses of the similarity matrices of image and text features, which are never stored.
+    r"""Losses of the similarity matrices of image and text features, of which rows up to `store_bytes` are kept.
 
     With S = image · textᵀ, Z = s S + b, row i's positive in column y_i = i + label_offset, and the row and column
     log-sum-exps r, c of Z:
@@ -304,7 +304,7 @@ def similarity_loss(
     hadamard = hyperplane is not None and hyperplane[0].dim() == 1
     keep_ids = same_ids.given and positives != "drop" and not decoupled
     sweeps = sweeps_of(call, terms, keep_ids=keep_ids, hadamard=hadamard, weighted=weights is not None)
-    sums: list[Tensor] = []  # the weighted sums of the sweeps that have only sigmoid terms
+    sums: list[Tensor] = []  # what the weighted sum adds up
     for sweep in sweeps:
         numbers: dict[str, Any] = {}
         if sweep.sigmoids:
