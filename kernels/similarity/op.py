@@ -38,7 +38,7 @@ from simplclip.kernels.similarity.tile import Pairs, Sigmoids
 from simplclip.ops.similarity.call import ColumnStat, RowStat, SimilarityCall, SimilarityGradient, stored_dtype
 
 GROUP = 8  # blocks of rows that use the same column tiles while those are in the cache
-# Blocks of the small kernels, which need no table.
+# Blocks of the small kernels, which have no tiles in tuning.py.
 MERGE = {"BLOCK_PARTS": 16, "BLOCK": 64}
 MERGE_WARPS = 8
 DIAGONAL = {"BLOCK_M": 16, "BLOCK_K": 128}
@@ -52,7 +52,7 @@ _COLUMN_LSES = {
 
 
 def similarity_loss_fwd(call: SimilarityCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's statistics: rows [11, N], columns [5, M]; and, in place of the stored rows, exponentials of them.
+    """The reference's statistics: rows [11, N], columns [5, M]; and exponentials of the first `stored_rows` rows.
 
     Scratch besides the results: the parts of column statistics, at most as many bytes as `chunk` rows of one matrix (or one
     block of rows' parts), and those of row statistics.
@@ -68,7 +68,7 @@ _GIVEN = ("image", "text", "scale", "teacher_image", "teacher_text", "teacher_sc
 
 
 def arguments(call: SimilarityCall, launch: Launch, tile: tuning.Tile) -> dict[str, object]:
-    """Arguments of both large kernels."""
+    """Arguments of the statistics kernel and of the gradient kernel."""
     width = call.image.shape[1]
     teacher_width = width if call.teacher_image is None else call.teacher_image.shape[1]
     return {
@@ -166,8 +166,8 @@ def _positives(call: SimilarityCall, rows: Tensor) -> None:  # [11, N]
 
 
 def similarity_loss_bwd(call: SimilarityGradient) -> tuple[Tensor, ...]:
-    """The reference's gradients. For each block of rows and columns a kernel computes G of the student's matrices, then two
-    products follow for each matrix.
+    """The reference's gradients. For each block of rows and columns a kernel computes G, the gradient of the loss to each of
+    the student's matrices of similarities; then two products follow for each matrix.
 
     Scratch besides the results: as many elements as `chunk` rows of one matrix; for half types also the gradients in float32.
     """

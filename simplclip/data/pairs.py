@@ -1,4 +1,4 @@
-"""The one reader of pairs: what a user names, as parts that workers read, each one stream of samples. Everybody reads by it.
+"""The one reader of pairs: it turns what a user names into parts, each of which a worker reads in order. All commands use it.
 
 shards.py       tars
 addresses.py    tars that are fetched, or made by a command
@@ -51,7 +51,8 @@ def parts_of(what: Any, name: str = "shards", options: Options = _PLAIN) -> list
       share, drawn in each epoch), and for tables and JSON "image_key", "caption_key", "separator", "images";
     - a list of these, or of parts.
 
-    What exists is a file, whatever its name begins with, and so is a pathlib.Path: only other texts are commands and URLs.
+    A text that names an existing file is that file, whatever it begins with; others may be URLs and commands, which a
+    pathlib.Path never is.
 
     name: of the argument, for errors. Raises InputError for what does not exist or is none of these.
     """
@@ -243,7 +244,7 @@ def _lines(path: str) -> list[tuple[int, str]]:
 def _titled(parts: list[Part]) -> list[Part]:
     """Parts of other files with the same name, such as a/000.tar and b/000.tar, are named by their folders too.
 
-    Their samples may have the same keys, and the name decides which are the same.
+    Their samples may have the same keys, which are told apart by the name.
     """
     urls: dict[str, set[str]] = {}
     for part in parts:

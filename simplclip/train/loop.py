@@ -54,25 +54,25 @@ def run(
     resume: continue from last.pt in the folder, on the CPU bit for bit as if there had been no stop. Without a last.pt the
         run prints a note and starts at step 0 (as open_clip's `--resume latest`), so that one command serves both.
 
-    The files of the folder config.run.out are written after the first whole step.
+    The files of the folder config.run.out, but for its lock, are written after the first whole step.
 
     Raises:
         ConfigError: the folder already holds a run or another process trains in it, or the checkpoint has other settings. A
             start that fails leaves the folder unchanged.
-        TrainingError: any error after a step is done, which is its cause. The last whole step is saved first; otherwise the
-            message says why not, and which checkpoint is intact. Also a loss or gradient that is not finite, and out of
-            memory, with advice on what would fit.
+        TrainingError: any error once a step is done; that error is its __cause__. The last whole step is saved first;
+            otherwise the message says why not, and which checkpoint is intact. Also a loss or gradient that is not finite,
+            and out of memory, with advice on what would fit.
         Interrupted: SIGINT, SIGTERM, SIGHUP, or an output that nobody reads any more; the running step is finished and the
             state saved.
     """
     out, began = Path(config.run.out), time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(ranks.joined())
-        first = ranks.first()
+        is_first = ranks.first()
         config = ranks.of_first(partial(with_steps, config))
         note = ranks.of_first(lambda: stack.enter_context(run_lock(out)))
         state, config = ranks.of_first(partial(claim, out, config, resume))
-        if first:
+        if is_first:
             remove_leftovers(out, checkpoint.WRITTEN.fullmatch)
         device = ranks.device(config.run.device)
         precision, why = hardware.pick_precision(config.run.precision, device)
@@ -90,7 +90,7 @@ def run(
             splits = retrieval.load_splits(config.eval.splits, tokenizer(config), image_transform(config, train=False))
         training = Training(config, device, precision, state)
         ranks.draw_apart(config.run.seed + training.step)
-        console = (console or Console()) if first else Console(quiet=True)
+        console = (console or Console()) if is_first else Console(quiet=True)
         if training.prefix:
             show = partial(console.print, markup=False, highlight=False, soft_wrap=True)
             ranks.of_first(lambda: PrefixCache(training).make(show))
@@ -122,11 +122,11 @@ def run(
             if failed is error:
                 raise
             raise failed from error
-        if training.step == config.run.steps:  # said while a closed pipe is no error
+        if training.step == config.run.steps:  # inside of StopRequest, where a closed pipe raises nothing
             took = duration(time.monotonic() - began)
             report.print(f"done       step {training.step} in {took}: {out / 'last.pt'}, {out / 'curves.png'}")
     if training.step < config.run.steps:
-        if not first:
+        if not is_first:
             raise SystemExit(130)
         raise Interrupted(
             f"{stop.requested}: saved step {training.step} of {config.run.steps} to {out / 'last.pt'}. "
@@ -145,29 +145,29 @@ def _steps(
     log: RunLog,
 ) -> None:
     """Run the steps until the last one or a stop, and save the state."""
-    c, every = training.config.run, training.config.eval.every
+    settings, every = training.config.run, training.config.eval.every
     seconds, waiting, began, saved = 0.0, 0.0, time.perf_counter(), time.monotonic()
     for of_step in batches(training, source, report.print):
         waited = time.perf_counter() - began
-        first = partial(announce.first_terms, training, report.print) if training.step == 0 else None
-        row = train_step(training, of_step, first)
+        announced = partial(announce.first_terms, training, report.print) if training.step == 0 else None
+        row = train_step(training, of_step, announced)
         whole.take()
         took, began = time.perf_counter() - began, time.perf_counter()
         share = 0.05 if seconds else 1.0  # smoothed over about the last 20 steps
         seconds, waiting = seconds + share * (took - seconds), waiting + share * (waited - waiting)
         row |= {"samples_per_s": training.config.data.batch_size / seconds, "data_share": waiting / seconds}
         row |= {"peak_mb": hardware.peak_memory_mb(training.device)}
-        report.step(training.step, row, seconds * (c.steps - training.step))
-        last = training.step == c.steps
-        if last or training.step % c.log_every == 0:
+        report.step(training.step, row, seconds * (settings.steps - training.step))
+        last = training.step == settings.steps
+        if last or training.step % settings.log_every == 0:
             log.write("metrics", row)
-        stopped = stop.agreed()  # here the death of another rank shows; this step, which is saved then, is in the log
+        stopped = stop.agreed()  # raises if another rank died; this step, which is saved then, is in the log
         if every and (last or training.step % every == 0):
             with training.average.in_place() if training.average else nullcontext():
                 _evaluate(training, splits, log, report.print)
             began = time.perf_counter()  # evaluations and checkpoints do not count
         minutes = (time.monotonic() - saved) / 60
-        if last or stopped or training.step % c.save_every == 0 or minutes >= SAVE_MINUTES:
+        if last or stopped or training.step % settings.save_every == 0 or minutes >= SAVE_MINUTES:
             whole.save()
             began, saved = time.perf_counter(), time.monotonic()
         if last or stopped:
@@ -205,9 +205,9 @@ def _failure(error: Exception, whole: LastStep, limit: MemoryLimit, config: Conf
 def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLog, show: Callable[[str], None]) -> None:
     training.model.eval()
     for name, split in splits.items():
-        c = training.config
+        config = training.config
         where = training.device, training.precision
-        retrieval.encode(training.model, split, c.eval.batch_size, *where, workers=c.data.workers)
+        retrieval.encode(training.model, split, config.eval.batch_size, *where, workers=config.data.workers)
         found = ranks.of_first(partial(retrieval.recall_of, split, training.device))
         for direction, figures in (found or {}).items():
             values = {k: v["value"] for k, v in figures.items()}
