@@ -1,6 +1,7 @@
 """Losses of rows, their dense form, and what each rank of tests/ops/test_distributed.py runs."""
 
 import itertools
+import sys
 import warnings
 
 import torch
@@ -88,6 +89,20 @@ def chunked(*args, **options):
     return loss
 
 
+def without_a_compiler():
+    leaves, _ = batch(dtype=torch.float32)
+    loss = chunked(focal, compile=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = [loss(*leaves) for _ in range(2)]
+    texts = [str(w.message) for w in caught if "RowwiseLoss" in str(w.message)]
+    assert len(texts) == 1, texts
+    assert texts[0].startswith("RowwiseLoss: fn runs uncompiled, since torch.compile failed: "), texts
+    assert "compiler" in texts[0], texts
+    torch.testing.assert_close(got, [chunked(focal)(*leaves)] * 2, rtol=0, atol=0)
+    sys.stdout.write("passed\n")
+
+
 def ranks_equal_open_clip(rank):
     """In each mode the values and gradients of fn over the logits that open_clip's ClipLoss makes in that mode."""
     from open_clip.loss import ClipLoss
@@ -117,3 +132,7 @@ def ranks_equal_open_clip(rank):
                 dist.all_reduce(a)
                 dist.all_reduce(b)
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, w=(mode, index): f"{w}: {m}")
+
+
+if __name__ == "__main__":
+    without_a_compiler()
