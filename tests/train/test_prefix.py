@@ -95,7 +95,8 @@ def test_the_plan_counts_the_copies_and_what_a_cache_saves(tmp_path, weights):
     folded = predict(step, torch.device("cpu"))
     other = TrainerStep(config, "bf16")
     size = other.folded.bytes
-    other.folded.remove()
+    for part in other.folded.parts:  # the modules run as they are again
+        vars(part.module).pop("forward", None)
     other.folded.parts = []
     plain = predict(other, torch.device("cpu"))
     assert size > 1 << 20

@@ -34,10 +34,12 @@ CASES = {
     "captions": ["data.captions_per_image=2", "optim.ema=0.5", "eval.every=2", "eval.splits={held: DATA}"],
     "sigmoid cached": ["loss.base=sigmoid", *DISTILLED, *CACHED],
     "captions cached": ["data.captions_per_image=2", *CACHED, "data.micro_batch={image: 12, text: 10}"],
-    "sync norms": ["loss.base=sigmoid", "model.freeze_norms=false"],
+    "sync norms": ["model.freeze_norms=false"],
 }
 PROOFS = {  # of 30 steps
     "contrastive": [],
+    "sigmoid": ["loss.base=sigmoid"],
+    "workers": ["data.workers=2", *CACHED],
     "auto": ["data.micro_batch=auto"],
     "distilled cached": [*DISTILLED, "loss.pm_weight={value: 1, start: 1}", *CACHED],
     "contrastive cached": CACHED,
