@@ -86,17 +86,18 @@ def path(device: str) -> Path:
 
 
 def _marking_graphs(read: Callable[[str], dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
-    """Puts what was read into the key by which torch.compile keeps graphs on disk.
+    """Puts the build and what was read into the key by which torch.compile keeps graphs on disk.
 
-    Such a graph expects of an op the shapes that its backend returned when it was compiled; now another backend may run.
+    Such a graph expects of an op the arguments that it had, and the shapes that its backend returned, when it was compiled;
+    now another version or another backend may run.
     """
 
     @functools.wraps(read)
     def reading(device: str) -> dict[str, Any]:
         found, config = read(device), torch.compiler.config
         others = [part for part in config.cache_key_tag.split(";") if part and not part.startswith(f"simplclip {device} ")]
-        own = [f"simplclip {device} {hashlib.sha256(json.dumps(found).encode()).hexdigest()}"] if found else []
-        config.cache_key_tag = ";".join(others + own)
+        own = f"simplclip {device} {hashlib.sha256(json.dumps([_build(), found]).encode()).hexdigest()}"
+        config.cache_key_tag = ";".join([*others, own])
         return found
 
     return reading

@@ -194,6 +194,16 @@ def test_fake_tensors_and_compiled_graphs_know_it():
         compiled(torch.randn(2, length, 2, 16, requires_grad=True)).backward()
 
 
+def test_compiled_graphs_of_another_build_are_not_taken(monkeypatch):
+    keys = set()
+    for build in ("one", "other"):
+        monkeypatch.setattr(machine, "_build", lambda build=build: build)
+        machine.forget()
+        shapes()
+        keys.add(torch.compiler.config.cache_key_tag)
+    assert len(keys) == 2
+
+
 def test_the_command(monkeypatch):
     assert call("tune", "--device", "cpu", "--show").stdout == "cpu: not tuned: simplclip tune\n"
     assert "cpu not tuned: simplclip tune" in render(report())
