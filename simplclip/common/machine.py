@@ -66,11 +66,15 @@ def describe(device: str) -> dict[str, str]:
 
 
 def computing() -> list[Path]:
-    """The files of this library that compute. In an editable installation kernels/ lies elsewhere than the package."""
+    """The files of this library that compute. In an editable installation kernels/ lies elsewhere than the package.
+
+    Without links to nothing, which editors make beside a file that is being changed.
+    """
     spec = importlib.util.find_spec("simplclip.kernels")
     kernels = (spec.submodule_search_locations if spec else None) or []
     found = [path for pattern in COMPUTES for path in PACKAGE.glob(pattern)]
-    return sorted(found + [path for place in kernels for path in Path(place).rglob("*.py")])
+    found += [path for place in kernels for path in Path(place).rglob("*.py")]
+    return sorted(path for path in found if path.is_file())
 
 
 @functools.cache
@@ -123,7 +127,7 @@ def _read(device: str) -> dict[str, Any]:
         return {}  # of a device that is not here nothing can have been found out, and a plan may compute with it
     file: Path | str = "the cache folder"
     try:
-        if not os.path.isdir(folder()):  # the common case, which needs no digest
+        if not os.path.isdir(folder()):  # the common case, in which the device and its driver are not asked
             return {}
         file = path(device)
         found = json.loads(file.read_text())

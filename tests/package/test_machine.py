@@ -22,6 +22,15 @@ def test_kernels_count_wherever_they_lie():
     assert {"kernels/similarity/forward.py", "simplclip/ops/backends.py"} <= names
 
 
+def test_links_to_nothing_do_not_count(tmp_path, monkeypatch):
+    """Emacs makes one beside a file that is being changed."""
+    monkeypatch.setattr(machine, "PACKAGE", tmp_path)
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / ".#op.py").symlink_to("somebody@somewhere.1")
+    assert ".#op.py" not in {path.name for path in machine.computing()}
+    machine._build.__wrapped__()
+
+
 def test_sections_are_stored_apart_and_known_again(cache):
     assert machine.known("failed", "cpu") == {}
     file = machine.store("failed", "cpu", {"an op": "a reason"})
