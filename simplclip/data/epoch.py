@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset import filters
 
 from simplclip.data.broken import BrokenSample, Skipped
-from simplclip.data.decode import decode, decode_pil, size_of
+from simplclip.data.decode import decode_pil
 from simplclip.data.parts import Part, read_part
 from simplclip.data.shards import UNREADABLE, Pair, Sample, ShardError, parse, place_of, prefix_output, stable_hash
 from simplclip.data.sidecars import PREFIX, Folders
@@ -98,13 +98,9 @@ def pixels_of(
     Raises BrokenSample, ShardError for a caller's transform if there is a view, and RuntimeError for its errors.
     """
     if isinstance(transform, ImageTransform):
-        if view is None and transform.augment == "affine":  # it needs the whole image, whatever is drawn
-            pixels = decode(sample.encoded, max_pixels=transform.max_pixels)
-            view = transform.draw(*pixels.shape[1:])
-            return transform.render(pixels, view), view.get("colour")
-        if view is None:
-            view = transform.draw(*size_of(sample.encoded, transform.max_pixels))
-        return transform.apply(sample.encoded, view), view.get("colour")
+        encoded = sample.encoded
+        pixels, view = transform.drawn(encoded) if view is None else (transform.apply(encoded, view), view)
+        return pixels, view.get("colour")
     if view is not None:
         raise ShardError(
             f"sample {sample.place!r} has the views that a teacher saw, which only simplclip's ImageTransform replays, "

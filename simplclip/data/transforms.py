@@ -95,6 +95,15 @@ class ImageTransform:
             scale = next((scale for scale in SCALES if scale <= room), 1)
         return self.render(decode(encoded, scale=scale, max_pixels=self.max_pixels), view)
 
+    def drawn(self, encoded: bytes) -> tuple[Tensor, View]:
+        """The pixels of a file in a view that is drawn for it, as of `draw` and `apply`, and the view."""
+        if self.augment == "affine":  # of the whole image, which is decoded once for its size and its pixels
+            image = decode(encoded, max_pixels=self.max_pixels)
+            view = self.draw(*image.shape[1:])
+            return self.render(image, view), view
+        view = self.draw(*size_of(encoded, self.max_pixels))
+        return self.apply(encoded, view), view
+
     def render(self, image: Tensor, view: View) -> Tensor:
         """As `apply`, of a decoded image, uint8 [3, H, W], on its device.
 
@@ -137,7 +146,7 @@ class ImageTransform:
 
     def __call__(self, image: bytes | Image.Image) -> Tensor:
         if not isinstance(image, Image.Image):
-            return self.apply(image, self.draw(*size_of(image, self.max_pixels)))
+            return self.drawn(image)[0]
         pixels = to_tensor(rgb(image))
         view = self.draw(*pixels.shape[1:])
         colour = torch.tensor([view["colour"]]) if "colour" in view else None
