@@ -28,6 +28,7 @@ Pairs = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: a GPU if there is one.")]
+Kind = Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")]
 Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, or auto: bf16 if the device has it.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Take commands, URLs and all options of models from the checkpoint or run too.")
@@ -43,6 +44,15 @@ Sidecars = Annotated[
     list[str] | None,
     typer.Option(help="Folder of sidecars to join to the shards first, e.g. with captions. May be repeated."),
 ]
+
+
+def kind_of(device: str) -> str:
+    """Of a device that is given as `Kind`: cuda or cpu."""
+    if device not in ("auto", "cuda", "cpu"):
+        raise InputError(f"--device: expected cuda, cpu or auto, got {device!r}")
+    from simplclip.common.hardware import pick_device
+
+    return pick_device(device).type
 
 
 def fail(message: str, code: int) -> None:

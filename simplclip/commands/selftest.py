@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simplclip.commands.doctor import report
-from simplclip.common.errors import InputError, visible
+from simplclip.commands.options import Kind, kind_of
+from simplclip.common.errors import visible
 from simplclip.common.files import write_atomically
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def selftest(
-    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
+    device: Kind = "auto",
     quick: Annotated[
         bool, typer.Option("--quick/--full", help="A choice of sizes and options, or ten times as many.")
     ] = True,
@@ -33,12 +34,10 @@ def selftest(
 
     Exits with 1 if something failed. The numbers are the largest errors in units of the tolerance: at most 1 is right.
     """
-    if device not in ("auto", "cuda", "cpu"):
-        raise InputError(f"--device: expected cuda, cpu or auto, got {device!r}")
+    kind = kind_of(device)
     from simplclip import selftest
-    from simplclip.common import hardware, machine
+    from simplclip.common import machine
 
-    kind = hardware.pick_device(device).type
     before = machine.known("failed", kind)
     if reset:
         if before:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simplclip.commands.options import Overrides
+from simplclip.commands.options import Kind, Overrides, kind_of
 from simplclip.common.errors import InputError
 
 
@@ -17,7 +17,7 @@ def tune(
     ] = None,
     *,
     set_: Overrides = None,
-    device: Annotated[str, typer.Option(help="cuda, cpu, or auto: a GPU if there is one.")] = "auto",
+    device: Kind = "auto",
     show: Annotated[bool, typer.Option("--show", help="Print what was chosen before; measure nothing.")] = False,
     reset: Annotated[bool, typer.Option("--reset", help="Forget what was chosen: the defaults are in force again.")] = False,
 ) -> None:
@@ -25,18 +25,16 @@ def tune(
 
     Nothing else should run meanwhile. What is kept holds for this device, driver, torch, Triton and version of simplclip.
     """
-    if device not in ("auto", "cuda", "cpu"):
-        raise InputError(f"--device: expected cuda, cpu or auto, got {device!r}")
+    kind = kind_of(device)
     if config is None and set_:
         raise InputError("--set: expected a CONFIG whose values it replaces, got none")
     from rich.console import Console
 
     from simplclip import tune as tuning
     from simplclip.common import machine
-    from simplclip.common.hardware import pick_device
     from simplclip.common.tuned import SECTION
 
-    console, kind = Console(), pick_device(device).type
+    console = Console()
     if reset:
         if machine.known(SECTION, kind):
             tuning.store(kind, {})
