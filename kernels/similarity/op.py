@@ -106,9 +106,7 @@ def statistics(call: SimilarityCall, kept: Tensor | None = None) -> tuple[Tensor
     return rows, columns
 
 
-def _sweep(
-    call: SimilarityCall, launch: Launch, of: slice, kept: Tensor | None, rows: Tensor, columns: Tensor
-) -> None:  # fmt: skip
+def _sweep(call: SimilarityCall, launch: Launch, of: slice, kept: Tensor | None, rows: Tensor, columns: Tensor) -> None:
     """Adds a launch's statistics of some rows; `kept` gets their exponentials."""
     m, image = call.text.shape[0], call.image
     precision, (architecture, processors) = precision_of(image.dtype), architecture_and_processors(image)
