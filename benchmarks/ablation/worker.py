@@ -64,7 +64,7 @@ def result(values: Config) -> dict[str, Any]:
     splits = retrieval.load_splits(values.eval.splits, tokenizer(values), image_transform(values, train=False))
     found = {}
     for name, split in splits.items():
-        retrieval.encode(model, split, values.eval.batch_size, device, precision, workers=values.data.workers or 0)
+        retrieval.encode(model, split, retrieval.BATCH_SIZE, device, precision, workers=values.data.workers or 0)
         found[name] = {**(retrieval.recall_of(split, device) or {}), "AUC": auc(split)}
     with open(out / "metrics.csv", newline="") as file:
         rates = [float(row["samples_per_s"]) for row in csv.DictReader(file)]

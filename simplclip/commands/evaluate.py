@@ -51,9 +51,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the images that a JSON or table names. Default: that of the file.")
     ] = None,
     features: Annotated[Path | None, typer.Option(help="Folder that keeps the features as .npy files.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images or captions encoded at a time. Default: eval.batch_size of the config.")
-    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images or captions encoded at a time.")] = 64,
     workers: Workers = None,
     device: Device = "auto",
     precision: Precision = "fp32",

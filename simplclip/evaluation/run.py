@@ -24,7 +24,7 @@ from simplclip.evaluation.encoder import Encoder, load
 from simplclip.evaluation.figures import in_words, table
 from simplclip.evaluation.sheets import confusion_sheet, contact_sheet
 from simplclip.evaluation.zero_shot import NamelessError, class_names, named, phrases, zero_shot
-from simplclip.retrieval import Split, encode, recall_of
+from simplclip.retrieval import BATCH_SIZE, Split, encode, recall_of
 from simplclip.train.settings import EvalConfig
 from simplclip.train.trust import check_splits
 
@@ -41,7 +41,7 @@ def evaluate(
     captions: int | None = None,
     images: str | os.PathLike | None = None,
     features: str | os.PathLike | None = None,
-    batch_size: int | None = None,
+    batch_size: int = BATCH_SIZE,
     workers: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
@@ -64,7 +64,7 @@ def evaluate(
         classnames: see `evaluation.class_names`; by default the names that the data have.
         captions, images: see `data.held_out`.
         features: folder that keeps the features, see `evaluation.encode`; by default they are in a temporary file in OUT.
-        batch_size: by default eval.batch_size of the config, or 64.
+        batch_size: images or captions encoded at a time.
         workers: processes that decode images; by default one for each core, at most 8.
         trust: take commands and URLs from the eval.splits of the first model's config, and all options of the models'.
         skip_missing: skip splits whose files do not exist, with a note; if no split is left, the JSON is not written.
@@ -86,7 +86,7 @@ def evaluate(
         about: dict[str, Any] = {"checkpoint": name, "model": encoder.name, "step": encoder.step}
         about["precision"] = encoder.precision
         if number == 0:
-            defaults = encoder.config.eval if encoder.config else EvalConfig.model_validate({"batch_size": 64})
+            defaults = encoder.config.eval if encoder.config else EvalConfig()
             if not (splits or trust):
                 check_splits(defaults.splits, name)
             found = _sources(splits or defaults.splits, skip_missing, say, captions=captions, images=images)
@@ -105,8 +105,7 @@ def evaluate(
             how: dict[str, Any] = {"workers": workers, "folder": file.parent}
             how["keep"] = Path(features) / ending if features else None
             shown = f"{title}, {name}" if sources[1:] else title
-            size = batch_size or defaults.batch_size
-            encode(encoder.model, split, size, encoder.device, encoder.precision, **how, progress=shown, who=name)
+            encode(encoder.model, split, batch_size, encoder.device, encoder.precision, **how, progress=shown, who=name)
             say(f"{shown}: {split.report()}")
             wording = given or phrases(what.classes.templates or defaults.templates)
             figures = _figures(encoder, split, wording, title, file.parent, ending)

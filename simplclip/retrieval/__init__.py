@@ -7,6 +7,6 @@ metrics.py      R@k, and the nearest of many
 
 from simplclip.retrieval.features import Features
 from simplclip.retrieval.metrics import KS, nearest, recall, recall_of
-from simplclip.retrieval.split import Split, encode, features_of, load_splits
+from simplclip.retrieval.split import BATCH_SIZE, Split, encode, features_of, load_splits
 
-__all__ = ["KS", "Features", "Split", "encode", "features_of", "load_splits", "nearest", "recall", "recall_of"]
+__all__ = ["BATCH_SIZE", "KS", "Features", "Split", "encode", "features_of", "load_splits", "nearest", "recall", "recall_of"]

@@ -21,6 +21,8 @@ from simplclip.data.broken import Skipped
 from simplclip.data.shards import Pair
 from simplclip.retrieval.features import Features
 
+BATCH_SIZE = 64  # images or captions that are encoded at a time
+
 
 class Split:
     """A held-out split, read by `encode`.

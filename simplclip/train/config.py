@@ -34,8 +34,10 @@ GONE = {
     "data.max_pixels": None,
     "data.max_bytes": 256 << 20,
     "loss.projection": ANY,
+    "eval.batch_size": ANY,
     "optim.min_lr": 0.0,
     "optim.options.amsgrad": False,
+    "run.print_every": ANY,
     "run.save_minutes": ANY,
 }
 

@@ -207,7 +207,7 @@ def _evaluate(training: Training, splits: dict[str, retrieval.Split], log: RunLo
     for name, split in splits.items():
         config = training.config
         where = training.device, training.precision
-        retrieval.encode(training.model, split, config.eval.batch_size, *where, workers=config.data.workers)
+        retrieval.encode(training.model, split, retrieval.BATCH_SIZE, *where, workers=config.data.workers)
         found = ranks.of_first(partial(retrieval.recall_of, split, training.device))
         for direction, figures in (found or {}).items():
             values = {k: v["value"] for k, v in figures.items()}

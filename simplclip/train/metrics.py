@@ -22,14 +22,10 @@ from simplclip.train.settings import RunConfig
 
 
 class Reporter:
-    """Prints messages, and shows progress within the context `status`: a line that changes in a terminal, else lines.
-
-    print_every: steps between two lines outside a terminal; None: by time.
-    """
+    """Prints messages and the progress of a run: in a terminal a line that changes, within `status`; elsewhere lines by time."""
 
     def __init__(self, console: Console, config: RunConfig, device: torch.device):
         self.console, self.steps, self.device, self.live = console, config.steps, device, console.is_terminal
-        self.print_every = None if self.live else config.print_every
         self.pace = Pace(at_most=0.25) if self.live else Pace()
         self.status: Any = console.status("first step") if self.live else contextlib.nullcontext()
 
@@ -38,7 +34,7 @@ class Reporter:
 
     def step(self, step: int, row: Mapping[str, float], seconds_left: float) -> None:
         last = step == self.steps
-        if not (last or (step % self.print_every == 0 if self.print_every else self.pace.due())):
+        if not (last or self.pace.due()):
             return
         terms = "  ".join(f"{name.removesuffix('_loss')} {v:.3f}" for name, v in row.items() if name.endswith("_loss"))
         bias = f"  bias {row['logit_bias']:.1f}" if "logit_bias" in row else ""

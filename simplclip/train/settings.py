@@ -217,7 +217,6 @@ class OptimConfig(Section):
 class EvalConfig(Section):
     splits: dict[str, str | list[str]] = Field({}, description="held-out data by name: shards as in data.train")
     every: int = Field(0, ge=0, description="steps between evaluations of the splits during training; 0: never")
-    batch_size: int = Field(256, ge=1, description="images or captions encoded at a time")
     templates: list[str] = Field(
         ["a photo of {}"], min_length=1, description="phrases around a label in zero-shot classification"
     )
@@ -238,9 +237,6 @@ class RunConfig(Section):
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")
     compile: bool = Field(False, description="compile the towers by torch.compile: minutes at the start, then faster steps")
     log_every: int = Field(10, ge=1, description="steps between rows of metrics.csv")
-    print_every: int | None = Field(
-        None, ge=1, description="steps between printed lines if the output is not a terminal; null: a line a minute"
-    )
     save_every: int = Field(
         500, ge=1, description="steps between writes of last.pt, which the last step and ten minutes without one write too"
     )

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -34,6 +35,7 @@ def test_help_needs_the_core_only():
     """With everything of the extras out of reach."""
     code = """
 import sys
+import time
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("open_clip", "timm", "torchvision", "webdataset", "yaml", "matplotlib",
@@ -133,7 +135,11 @@ def test_a_run_that_is_ended_saves_its_state_and_goes_on(tmp_path, end):
     command = [sys.executable, "-m", "simplclip", "train", source, "--set", "run.steps=4000", "--set", "data.workers=1"]
     pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     run = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes)
-    assert any(line.startswith("step 3/") for line in iter(run.stdout.readline, ""))
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.csv").exists() or len((out / "metrics.csv").read_text().splitlines()) < 4:
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     os.killpg(run.pid, signal.SIGINT) if end == "SIGINT" else run.stdout.close()
     errors = run.stderr.read()
     assert run.wait(60) == 130, errors

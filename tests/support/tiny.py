@@ -72,7 +72,7 @@ def write_config(folder: Path, teacher: int = 0) -> str:
             "data": {"train": str(shard), "batch_size": 8, "workers": 0},
             "loss": {"pm_weight": 1.0},
             "optim": {"warmup": 2},
-            "run": run | {"print_every": 1, "save_every": 100},
+            "run": run | {"save_every": 100},
         }
     )
     path = folder / "config.yaml"
