@@ -1,8 +1,8 @@
 """Features of many images or texts in a file: `embed` writes it, `find` searches it, `picture` draws what was found.
 
 The file is an .npz with an array of features [N, D], N rows of metadata, and what is known about the model. Memory does not
-depend on N, neither in writing nor in reading. A file may come from elsewhere: what it says of itself is compared with what
-is in it when it is opened.
+depend on N, neither in writing nor in reading. A file may come from elsewhere, so opening it compares its description of
+itself with its contents.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from simplclip.version import __version__
 COLUMNS = ("key", "caption", "shard", "image_path")
 DTYPES = {"fp16": "<f2", "fp32": "<f4"}
 _CHUNK = 16384  # rows that are packed at a time
-_ABOUT_BYTES = 1 << 20  # most bytes of what a file says of itself
+_ABOUT_BYTES = 1 << 20  # most bytes of a file's description of itself, `about`
 _TEXT_BYTES = 16 << 20  # most bytes that each text of a column may take
 _ABOUT = {"count": int, "width": int, "name": str, "weights": str, "source": str, "precision": str, "tower": str}
 WIDEST = 10  # tiles in a line of the picture
 THUMBNAIL = 256  # pixels of the longer side of an image in the picture
 
-Batch = tuple[Tensor, list[dict[str, Any]]]  # features [k, D], and k rows: column -> text; further keys are not kept
+Batch = tuple[Tensor, list[dict[str, Any]]]  # features [k, D], and k rows: column -> text; keys not in COLUMNS are dropped
 
 
 def embed(
@@ -67,16 +67,16 @@ def embed(
     device: str = "auto",
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Write the features of the images of `source`, or of `texts`, into `out`; returns what the file says about them.
+    """Writes the features of the images of `source`, or of `texts`, into `out`; returns the file's description of them.
 
-    Ranks divide the work, and the first one writes. Memory does not depend on the number of rows. The file appears when it is
-    complete. Broken samples are skipped, and are counted in the answer's "skipped".
+    Ranks divide the work, and the first rank writes. Memory does not depend on the number of rows. The file appears when it
+    is complete. Broken samples are skipped, and are counted in the result's "skipped".
 
     Args:
         source: images, all that `data.parts_of` takes; captions are not needed.
         out: NAME.npz.
         model: what `simplclip.load` takes, or an encoder.
-        texts: in place of a source: a file with a text a line, or texts.
+        texts: in place of a source: a file with one text in each line, or an iterable of texts.
         dtype: of the stored features: fp16 or fp32.
         workers: processes that decode images; by default one for each core, at most 8.
 
@@ -149,7 +149,7 @@ def _lines(texts: str | os.PathLike | Iterable[str]) -> Iterator[str]:
 
 
 def lasting(source: str) -> str:
-    """The source of an encoder with an absolute path, so that it can be loaded from another folder."""
+    """Returns an encoder's source with an absolute path, so that the encoder can be loaded from another folder."""
     if os.path.exists(source):
         return os.path.abspath(source)
     name, _, rest = source.partition("/")
@@ -157,9 +157,9 @@ def lasting(source: str) -> str:
 
 
 def _write(path: Path, batches: Iterable[Batch], about: dict[str, Any], total: int | None) -> dict[str, Any]:
-    """Replace `path` by a file of features; returns `about` with their count.
+    """Replaces `path` by a file of features; returns `about` with their count.
 
-    Features and rows wait in temporary files beside it: an array's header needs their number and the longest text.
+    Features and rows wait in temporary files beside `path`, since arrays' headers need the number of rows and longest texts.
     """
     features, longest = Features(folder=path.parent, half=about["dtype"] == "fp16"), dict.fromkeys(COLUMNS, 1)
     progress = Progress("embed", total, unit=f"{about['tower']}s")
@@ -176,7 +176,7 @@ def _write(path: Path, batches: Iterable[Batch], about: dict[str, Any], total: i
             raise InputError("texts: expected at least one text, got none")
         about |= {"count": count}
         with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-            # Features are not compressed, so that they can be mapped into memory. Texts are, as they are padded.
+            # Features are not compressed, so that they can be mapped into memory. Texts are compressed, as they are padded.
             parts = (features[i : i + _CHUNK].numpy() for i in range(0, count, _CHUNK))
             arrays.add_to_npz(archive, "features", DTYPES[about["dtype"]], (count, features.width), parts, zipfile.ZIP_STORED)
             for column, length in longest.items():
@@ -189,7 +189,7 @@ def _write(path: Path, batches: Iterable[Batch], about: dict[str, Any], total: i
 
 
 class Stored:
-    """A file that `embed` wrote: `about` the model, features by slices, rows. Raises FileNotFoundError and InputError."""
+    """A file that `embed` wrote: description `about`, features by slices, `rows`. Raises FileNotFoundError and InputError."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
@@ -221,11 +221,11 @@ class Stored:
         return self.about["count"]
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """float32 [k, D]: a copy. The file is mapped each time anew, so that its pages do not stay in memory."""
+        """Copies features, float32 [k, D]. The file is mapped anew each time, so that its pages do not stay in memory."""
         return torch.from_numpy(self._map()[rows].astype(np.float32))
 
     def rows(self, numbers: Sequence[int]) -> dict[int, dict[str, str]]:
-        """The metadata of these rows, by their numbers in ascending order."""
+        """Reads the metadata of these rows: number -> column -> text, in ascending order of the numbers."""
         numbers = sorted(set(numbers))
         columns = [arrays.items_in_npz(self.path, column, numbers) for column in COLUMNS]
         return {number: dict(zip(COLUMNS, map(str, row))) for number, *row in zip(numbers, *columns)}
@@ -251,11 +251,11 @@ def find(
     top: int = 10,
     device: str = "auto",
 ) -> dict[str, list[Hit]]:
-    """The `top` rows that are most similar to each query, a text or the path of an image: query -> hits, best first.
+    """Finds the `top` rows that are most similar to each query, a text or the path of an image: query -> hits, best first.
 
-    An image is no hit of its own, if the features are of the file at its path.
+    A query image is not among its own hits if the features include the file at its path.
     model: what `simplclip.load` takes, or an encoder; by default the model that the file names. It must have the weights and
-    the image transform that the features were made by.
+    the image transform with which the features were made.
     Raises: InputError (another file, another model), FileNotFoundError, the errors of `simplclip.load`.
     """
     stored = features if isinstance(features, Stored) else Stored(features)
@@ -295,9 +295,9 @@ def _is_image(query: str) -> bool:
 
 
 def picture(path: str | os.PathLike, found: dict[str, list[Hit]], about: dict[str, Any]) -> Path:
-    """A picture of the hits of each query; an image that is not where it was is an empty frame. about: of `Stored`."""
+    """Draws the hits of each query; the frame of an image that is gone says "not found". about: that of `Stored`."""
     images = thumbnails([hit for hits in found.values() for hit in hits])
-    label, gap, height = 2.3, 0.16, 1.55  # inches: of the queries' column, between tiles, and of a line
+    label, gap, height = 2.3, 0.16, 1.55  # inches: width of the queries' column, gap of tiles, height of a line
     wide = min(WIDEST, max(map(len, found.values())))
     lines = {query: -(-len(hits) // wide) for query, hits in found.items()}
     figure, axis = sheet(max(label + wide * (1 + gap), 7.5), sum(lines.values()) * height, 0.95)
@@ -324,7 +324,7 @@ def picture(path: str | os.PathLike, found: dict[str, list[Hit]], about: dict[st
 
 
 def _tile(axis: Any, x: float, y: float, image: Image.Image | None, text: str = "") -> None:
-    """A square with an image in its proportions, or with a text."""
+    """Draws a square with an image in its proportions, or with a text."""
     frame(axis, x, y)
     if image is None:
         say(axis, x + 0.5, y + 0.5, wrapped(text, 15, 6), 8, MUTED, ha="center")
@@ -334,10 +334,10 @@ def _tile(axis: Any, x: float, y: float, image: Image.Image | None, text: str = 
 
 
 def thumbnails(hits: Sequence[Hit]) -> dict[int, Image.Image]:
-    """Row -> small image, of the hits whose image is where it was. A shard is read once, by its headers.
+    """Reads small images of the hits whose image is still there: row -> image. Each shard is read once, by its headers.
 
-    A shard that is a URL or a command, as whatever is no absolute path, is not fetched again: the places come from a file,
-    which must not run commands.
+    Only a shard with an absolute path is read, never a URL or a command: the names of shards come from a file, which must not
+    run commands.
     """
     found: dict[int, Image.Image] = {}
     wanted: dict[str, dict[str, list[int]]] = {}  # shard -> key -> rows

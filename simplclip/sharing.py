@@ -1,4 +1,4 @@
-"""`simplclip share`: which blocks of a pretrained tower have similar attention maps, so that they may share weights.
+"""`simplclip share`: finds blocks of a pretrained tower whose attention maps are similar, so that they may share weights.
 
 `run` measures a tower on data, prints a table, and writes share.json and share.png.
 """
@@ -44,13 +44,13 @@ def run(
     out: str | os.PathLike = "share",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Print and write how alike the blocks of a tower are, and which of them may share weights; return what share.json has.
+    """Prints and writes how alike the blocks of a tower are and which may share weights; returns the content of share.json.
 
     Args:
         model, checkpoint: as for `simplclip.load`, or an encoder. Its blocks may be simplified.
-        data: what `data.held_out` takes; of the first `samples` the image or the first caption.
+        data: what `data.held_out` takes; the image or the first caption of the first `samples` is used.
         tower: "text" or "image".
-        budget: parameters of the tower, as `parse_budget` takes them. None: no proposals.
+        budget: most parameters of the tower, as text for `parse_budget`. None: no proposals.
 
     Raises: InputError; the errors of `simplclip.load` and of `data.HeldOut.batches`.
     """
@@ -79,7 +79,7 @@ def run(
 def _batches(
     encoder: Encoder, tower: str, split: HeldOut, samples: int, progress: Progress
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The inputs of a tower for the first samples, and how many of their first tokens count (None: all)."""
+    """Yields inputs of a tower for the first samples, and the number of first tokens that count in each (None: all)."""
     pool = text_pool(encoder.model) or "argmax"
     for images, _, found in split.batches(encoder.preprocess, 8, Skipped()):
         left = samples - progress.done
@@ -108,7 +108,7 @@ def _print(about: dict[str, Any], divergence: Tensor) -> None:
 
 
 def _heat_map(path: Path, divergence: Tensor, title: str) -> None:
-    """A PNG with all pairs of blocks, from bright (alike) to dark."""
+    """Draws a PNG with all pairs of blocks, from bright (alike) to dark."""
     figure, values = new_figure(6.4, 5.4), divergence.numpy()
     axis = figure.subplots()
     # Maps of trained blocks diverge far less than the ln 2 that is possible, so the scale ends at the highest value.
@@ -125,7 +125,7 @@ def _heat_map(path: Path, divergence: Tensor, title: str) -> None:
 def divergences(
     model: nn.Module, tower: str, batches: Iterable[tuple[Tensor, Tensor | None]], encode: Callable[[Tensor], Any]
 ) -> Tensor:
-    """The Jensen-Shannon divergence of the attention maps of all pairs of the n blocks of a tower, float64 [n, n].
+    """Computes the Jensen-Shannon divergence of the attention maps of all pairs of n blocks of a tower, float64 [n, n].
 
     It is H((p + q) / 2) - (H(p) + H(q)) / 2 in nats, where p and q are the attention of two blocks for one query and H is the
     entropy: 0 for equal maps, at most ln 2. The result is the mean over queries, heads (compared by their index) and samples;
@@ -166,7 +166,7 @@ def divergences(
 
 
 def _of_one_sample(maps: list[Tensor]) -> Tensor:
-    """The divergences above the diagonal of [n, n]; maps: [heads, queries, keys] of each block."""
+    """Computes the divergences above the diagonal of [n, n]. maps: [heads, queries, keys] of each block."""
     found = torch.zeros(len(maps), len(maps), dtype=torch.float64, device=maps[0].device)
     entropies = [torch.special.entr(p).sum(-1) for p in maps]
     for i, j in combinations(range(len(maps)), 2):
@@ -186,7 +186,7 @@ def _map(q: Tensor, k: Tensor, causal: bool) -> Tensor:  # [H, L, K] -> [H, L, L
 
 
 def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k [B, H, L, K] of a simplified block or of another block's attention, for its input x [B, L, C]."""
+    """Computes q and k [B, H, L, K] of a simplified block, or of another block's attention, for its input x [B, L, C]."""
     if getattr(module, "logit_scale", None) is not None:
         raise InputError("attention: expected products of q and k, got scaled cosine attention")
     if isinstance(module, SimplifiedBlock):
@@ -203,7 +203,7 @@ def _queries_keys(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def parse_budget(text: str, whole: int) -> int:
-    """Parameters: a number such as 9780000 or 9.78M, or a percentage of `whole`. Raises InputError."""
+    """Parses a number of parameters, such as 9780000 or 9.78M, or a percentage of `whole`. Raises InputError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kM%]?)", text)
     if not match or not float(match[1]):
         raise InputError(f"budget: expected a number of parameters such as 9.78M, or a percentage such as 80%, got {text!r}")
@@ -211,13 +211,13 @@ def parse_budget(text: str, whole: int) -> int:
 
 
 def propose(model: nn.Module, tower: str, divergence: Tensor, budget: int) -> list[dict[str, Any]]:
-    """What simplified blocks of a tower may share, so that the tower is within the budget.
+    """Proposes which weights the simplified blocks of a tower share, so that the tower is within the budget.
 
-    Starting from single blocks, the two neighbouring groups of lowest mean divergence (over the pairs of a block of one and a
-    block of the other; blocks of other shapes never share) are merged, until the tower is within the budget.
+    Groups start as single blocks. The two neighbouring groups of lowest mean divergence, over all pairs of a block of one and
+    a block of the other, are merged until the tower is within the budget. Blocks of different shapes never share.
 
     Returns for each of "attention", "mlp" and "all" that reaches the budget: "what", the argument "share" of `simplify`, and
-    the "parameters" of the tower. Raises InputError if none reaches it.
+    the "parameters" of the tower. Raises InputError if none of the three reaches the budget.
     """
     sites = block_sites(model, tower)
     blocks = [build_block(site) for site in sites]

@@ -1,6 +1,6 @@
-"""Image-text pairs: pairs.py finds them for everybody, loader.py makes batches for training in the order of epoch.py,
-heldout.py decodes held-out data in theirs; sidecars.py joins further files, e.g. of a teacher; rewrite.py makes new shards
-and sidecars, pack.py shards of whatever else pairs lie in."""
+"""Image-text pairs. pairs.py finds them for all commands. loader.py makes training batches, in the order that epoch.py draws;
+heldout.py decodes held-out data in stored order. sidecars.py joins further files to samples, e.g. a teacher's. rewrite.py
+makes new shards and sidecars; pack.py makes shards of tables, JSON, folders and streams."""
 
 from simplclip.data.heldout import HeldOut, held_out
 from simplclip.data.loader import EmptyEpochError, Loader, make_loader

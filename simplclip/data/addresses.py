@@ -16,7 +16,7 @@ TIMEOUT = 60.0  # seconds without a byte, after which a server or a command coun
 
 
 class StreamError(OSError):
-    """A stream failed, whatever is in it: another try may go further."""
+    """A stream failed for a reason other than its contents; another try may go further."""
 
 
 class Stream(Protocol):
@@ -24,9 +24,9 @@ class Stream(Protocol):
 
 
 class Address(str):
-    """An http(s) URL or pipe:COMMAND, which is fetched or run. What files and folders are called stays a str, a path.
+    """An http(s) URL, which is fetched, or pipe:COMMAND, which is run. The path of a file or folder stays a plain str.
 
-    Only `data.parts_of` makes addresses, of texts that its caller gave, and URLs of lines of list files.
+    Only `data.parts_of` makes addresses: from texts that its caller gave, and, if they are URLs, from lines of list files.
     """
 
 
@@ -40,13 +40,13 @@ def is_address(url: str) -> bool:
 
 
 def name_of(url: str) -> str:
-    """The file name of a path or URL, without the query of a URL, which may be a signature that changes."""
+    """Returns the file name of a path or URL, without the query of the URL, which may be a signature that changes."""
     return os.path.basename(urlsplit(url).path if is_address(url) and url.startswith("http") else url)
 
 
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[Stream]:
-    """A reader of a stream. It raises StreamError if the bytes end too early, or none has come for TIMEOUT seconds."""
+    """Context with a reader of a stream. Raises StreamError if bytes end too early, or none come for TIMEOUT seconds."""
     with (_command if url.startswith("pipe:") else _response)(url) as stream:
         yield stream
 

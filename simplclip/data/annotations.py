@@ -1,4 +1,4 @@
-"""Images with captions in a JSON file: Karpathy's, COCO's, or a list of objects; in UTF-8, with or without its mark."""
+"""Images with captions in a JSON file: Karpathy's, COCO's, or a list of objects; UTF-8, with or without byte order mark."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIX = ".json"
 class Annotated(Part):
     """Images of a JSON file with their captions; the key of a sample is its image's path in the file."""
 
-    images: str  # their folder
+    images: str  # folder of the images
     entries: list[tuple[str, list[Any]]]
 
     def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
@@ -31,7 +31,7 @@ class Annotated(Part):
 
 
 def annotated(path: str, options: Options, name: str) -> list[Part]:
-    """The pieces of a JSON file; several entries of an image are its captions. Raises InputError."""
+    """Returns the pieces of a JSON file. Several entries of one image are one sample with all captions. Raises InputError."""
     found: dict[str, list[Any]] = {}
     for image, captions in _entries(path, options, name):
         found.setdefault(image, []).extend(captions)
@@ -85,7 +85,7 @@ def _captions(entry: dict[str, Any], options: Options) -> list[Any]:
 
 
 def _value(entry: dict[str, Any], wanted: str | None, known: tuple[str, ...]) -> Any:
-    """What the first of the names that `entry` has holds; LookupError without one."""
+    """Returns the value of `wanted`, or else of the first known name that `entry` has. Raises LookupError without one."""
     name = name_in(entry, wanted, known)
     if name is None:
         raise LookupError(f"none of {wanted or ', '.join(known)}")

@@ -1,4 +1,4 @@
-"""numpy's files (.npy, .npz), which may come from anywhere: a header that promises more than there is allocates nothing.
+"""numpy's files (.npy, .npz), which may come from anywhere. A header that promises more than there is allocates nothing.
 
 .npz files of any size are written and read in parts.
 """
@@ -21,14 +21,14 @@ _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile decompresses thes
 
 
 def header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether the order is Fortran's, and dtype by the header of an .npy file. Raises ValueError, and others."""
-    start = file.read(10)  # of version 1.0, which ends in the length of the rest
+    """Reads shape, Fortran order (a bool) and dtype from the header of an .npy file. Raises ValueError or other errors."""
+    start = file.read(10)  # the fixed part in version 1.0, whose last two bytes are the length of the rest
     return _parsed(start + file.read(int.from_bytes(start[8:], "little")))
 
 
 @functools.lru_cache(64)
 def _parsed(text: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Of all samples the teacher's features mostly have the same few headers, whose parsing takes as long as reading them."""
+    """Parses a header. Cached: most samples share a few headers, and parsing one takes as long as reading the array."""
     file = io.BytesIO(text)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
@@ -40,7 +40,7 @@ def _parsed(text: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def from_bytes(data: bytes) -> np.ndarray:
-    """The array of an .npy file, which can only be read. Raises ValueError, and others for a broken header."""
+    """Returns the array of an .npy file, read-only. Raises ValueError, and other errors for a broken header."""
     file = io.BytesIO(data)
     shape, fortran, dtype = header(file)
     need, there = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
@@ -50,13 +50,13 @@ def from_bytes(data: bytes) -> np.ndarray:
 
 
 def from_npz(path: str | os.PathLike, *names: str, max_bytes: int = MAX_BYTES) -> list[np.ndarray]:
-    """Arrays of an .npz file. Raises ValueError, and others for a damaged one; also if one has more than `max_bytes`."""
+    """Reads arrays of an .npz file. Raises ValueError if one exceeds `max_bytes`, and ValueError or others for damage."""
     with zipfile.ZipFile(path) as archive:
         return [from_bytes(_member(archive, name, max_bytes)) for name in names]
 
 
 def header_in_npz(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """The shape and dtype of an array of an .npz file, by its header. Errors as `from_npz`."""
+    """Reads shape and dtype of an array of an .npz file from its header. Raises the errors of `from_npz`."""
     with zipfile.ZipFile(path) as archive, archive.open(info := _info(archive, name, math.inf)) as file:
         shape, _, dtype = header(file)
         if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
@@ -65,7 +65,7 @@ def header_in_npz(path: str | os.PathLike, name: str) -> tuple[tuple[int, ...], 
 
 
 def mapped_in_npz(path: str | os.PathLike, name: str) -> Callable[[], np.ndarray]:
-    """A function that maps an array of an .npz file, which must not be compressed, into memory. Errors as `from_npz`."""
+    """Returns a function that maps an uncompressed array of an .npz file into memory. Raises the errors of `from_npz`."""
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(f"{name}.npy")
     if member.compress_type != zipfile.ZIP_STORED:
@@ -81,7 +81,7 @@ def mapped_in_npz(path: str | os.PathLike, name: str) -> Callable[[], np.ndarray
 
 
 def items_in_npz(path: str | os.PathLike, name: str, places: Sequence[int]) -> list[Any]:
-    """The items of a one-dimensional array of an .npz file at ascending places; the others are not kept in memory."""
+    """Reads the items at ascending places of a one-dimensional array of an .npz file; no other items stay in memory."""
     found = []
     with zipfile.ZipFile(path) as archive, archive.open(_info(archive, name, math.inf)) as file:
         _, _, dtype = header(file)
@@ -100,7 +100,7 @@ def add_to_npz(
     parts: Iterable[Any],
     compression: int = zipfile.ZIP_DEFLATED,
 ) -> None:
-    """Add an array, which is given in parts, to an .npz file that is being written."""
+    """Adds an array, given in parts, to an .npz file that is being written."""
     info = zipfile.ZipInfo(f"{name}.npy")
     info.compress_type = compression
     with archive.open(info, "w", force_zip64=True) as member:
@@ -112,7 +112,7 @@ def add_to_npz(
 def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
     info = _info(archive, name, max_bytes)
     with archive.open(info) as file:
-        return file.read(info.file_size)  # without a number it would decompress up to 2 GiB at once
+        return file.read(info.file_size)  # without a size it would decompress up to 2 GiB at once
 
 
 def _info(archive: zipfile.ZipFile, name: str, max_bytes: float) -> Any:

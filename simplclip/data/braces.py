@@ -11,15 +11,15 @@ import braceexpand
 from simplclip.common.errors import InputError
 
 MOST = 1_000_000  # names of one pattern
-DEPTH = 20  # of braces in braces
+DEPTH = 20  # most levels of nested braces
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](?:\.\.-?\d+)?")
-_COUNTED = re.compile("\0([0-9]+)\0")  # how many names braces make, in their place
+_COUNTED = re.compile("\0([0-9]+)\0")  # replaces a pair of braces by the number of names that it stands for
 
 
 def expanded(pattern: str, name: str, escape: bool = True) -> list[str]:
-    """The names of a pattern. name: of the argument, for errors. escape: a backslash makes the next character a literal."""
+    """Expands a pattern into names. name: the argument's name in errors. escape: a backslash escapes the next character."""
     shown = repr(pattern if len(pattern) <= 200 else pattern[:200] + "...")
     if max(accumulate((c == "{") - (c == "}") for c in pattern), default=0) > DEPTH:
         raise InputError(f"{name}: expected braces in at most {DEPTH} others, got {shown}")
@@ -36,7 +36,7 @@ def expanded(pattern: str, name: str, escape: bool = True) -> list[str]:
 
 
 def _most(pattern: str, escape: bool) -> int:
-    """How many names braceexpand would make, which keeps those of each brace in memory: counted from the inside."""
+    """Bounds the number of names, innermost braces first, since braceexpand holds the names of each pair in memory."""
     text = re.sub(r"\\.", "", pattern, flags=re.DOTALL) if escape else pattern
     text = text.replace("\0", "")
     while _INNERMOST.search(text):
@@ -45,7 +45,7 @@ def _most(pattern: str, escape: bool) -> int:
 
 
 def _inside(text: str) -> int:
-    """Of what stands in braces without others: a range, or alternatives."""
+    """Bounds the number of names of a text between innermost braces, which is a range or alternatives."""
     if found := _RANGE.fullmatch(text):
         first, last, step = (int(part or 0) for part in found.groups())
         return abs(last - first) // (abs(step) or 1) + 1

@@ -25,7 +25,7 @@ class Skipped:
 
     def add(self, reason: str, place: str, detail: object = "") -> None:
         self.counts[reason] += 1
-        if reason not in self.examples:  # of the detail, which may quote a file, a line
+        if reason not in self.examples:  # one line of the detail, which may quote a file
             self.examples[reason] = visible(f"{place}: {str(detail)[:500]}" if str(detail) else place)
 
     def merge(self, other: Skipped) -> None:

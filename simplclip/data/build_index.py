@@ -1,4 +1,4 @@
-"""`simplclip data index`: makes the index files of shards; index.py says what is in them."""
+"""`simplclip data index`: makes the index files of shards. index.py describes their contents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FORMATS = ("unknown", *MAGIC)
 
 
 class SampleInfo(NamedTuple):
-    """What an index says of a sample."""
+    """One sample's part of an index."""
 
     key: str
     width: int
@@ -57,7 +57,7 @@ def run(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write the index of each shard that has none, or one that does not fit it or was made without `decoded`.
+    """Writes the index of each shard that has none, or whose index does not fit it or, if `decoded`, was made without.
 
     Args:
         shards: as for `make_loader`; a shard that cannot be read is named in the result and gets none.
@@ -108,7 +108,7 @@ def run(
 def _fits(file: str, path: Path, decoded: bool) -> bool:
     try:
         return index.opened(file, path).about["decoded"] >= decoded
-    except Exception:  # there is none, or it is another version's, stale or damaged
+    except Exception:  # the index is missing, stale, damaged or of another version
         return False
 
 
@@ -121,7 +121,7 @@ def skipped_of(about: dict[str, Any]) -> Skipped:
 
 
 def look(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
-    """What `index.write` takes, by the shard's files as they are now; or why it cannot be read."""
+    """Reads a shard. Returns the `about` and `arrays` that `index.write` takes, or the reason why it cannot be read."""
     places, torn, damage = [], None, Skipped()
     try:
         identity = index.identity(shard)
@@ -148,7 +148,7 @@ def look(shard: str, decoded: bool = False) -> tuple[dict[str, Any], dict[str, n
 def described(
     samples: Iterable[Sample], damage: Skipped, decoded: bool = False
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Of what `look` returns, all that is known of the samples by themselves. damage: what their reader counts.
+    """Returns the part of `look`'s result that depends on the samples alone. damage: the reader's counts, which grow.
 
     Raises ShardError.
     """
@@ -177,7 +177,7 @@ def described(
 
 
 def _info(sample: Sample, decoded: bool, skipped: Skipped) -> SampleInfo:
-    """A broken sample is counted in `skipped`. Raises ShardError if it cannot be read any more."""
+    """Returns a sample's part of an index; counts a broken sample in `skipped`. Raises ShardError for an unreadable shard."""
     image = image_of(sample)
     size = 0 if image is None else max(0, image.size) if isinstance(image, Span) else len(image)
     height = width = form = 0
@@ -199,12 +199,12 @@ def _info(sample: Sample, decoded: bool, skipped: Skipped) -> SampleInfo:
 
 
 def _start(value: Any, image: Any) -> Any:
-    """The first bytes of the image, other files as they are."""
+    """Cuts the Span of the image to its first bytes; returns other values as they are."""
     return value._replace(size=min(value.size, HEAD)) if value is image and isinstance(value, Span) else value
 
 
 def _size(encoded: bytes, image: bytes | Span | None) -> tuple[int, int]:
-    """Height and width by the first bytes of an image; by all of them, if its header is longer."""
+    """Reads height and width from the first bytes of an image, or from the whole image if its header is longer."""
     try:
         return size_of(encoded)
     except BrokenSample:

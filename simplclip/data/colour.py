@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
-GREY = (0.2989, 0.587, 0.114)  # torchvision's
+GREY = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green and blue
 COLUMNS = 9  # factors of brightness, contrast and saturation, shift of hue, in which order (four indices), whether grey
 _CACHE = 1 << 19  # elements that a CPU changes at once: several times as fast as a whole batch
 
 
 def draw(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> list[float]:
-    """The parameters of one image, as in open_clip's color_jitter and gray_scale; from torch's global generator."""
+    """Draws the parameters of one image, as open_clip's color_jitter and gray_scale do, from torch's global generator."""
     change, grey = torch.rand(2).tolist()
     factors, order = [1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3]
     if jitter is not None and change < jitter_prob:
@@ -25,7 +25,7 @@ def draw(jitter: ColorJitter | None, jitter_prob: float, grey_prob: float) -> li
 def change(images: Tensor, colour: Tensor) -> Tensor:
     """Changes images [N, 3, H, W] (floats from 0 to 1) in place, by parameters float32 [N, COLUMNS]; returns them.
 
-    The parameters are read on the CPU: on a GPU they cost a synchronisation unless they are on the CPU.
+    The parameters are read on the CPU. If they are on a GPU, reading them costs a synchronisation.
     """
     part = max(1, _CACHE // images[0].numel()) if images.device.type == "cpu" else len(images)
     for some, rows in zip(images.split(part), colour.split(part)):
@@ -69,7 +69,7 @@ def _saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Through hue, range and maximum: channel n is max - range * clamp(min(k, 4 - k), 0, 1) with k = (n + 6 hue) mod 6."""
+    """Shifts the hue. A channel is max - range * clamp(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6; n is 5, 3, 1 for RGB."""
     red, green, blue = images.split(1, dim=1)
     low, high = torch.aminmax(images, dim=1, keepdim=True)
     spread = high - low

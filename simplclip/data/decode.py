@@ -1,7 +1,7 @@
 """Image files (JPEG, PNG, WebP) to pixels: `decode` to a uint8 tensor, `decode_pil` to a PIL image.
 
-simplejpeg, which is faster, decodes JPEGs; Pillow the other formats, CMYK and damaged files. The pixels are equal. Of an
-animation the first frame is used, and EXIF's orientation is ignored, as in open_clip.
+simplejpeg, which is faster, decodes JPEGs. Pillow decodes the other formats, CMYK and damaged files. Both give equal pixels.
+Only the first frame of an animation is used, and EXIF's orientation is ignored, as in open_clip.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ try:
 except ImportError:  # it has no wheel for this platform
     simplejpeg = None
 
-SCALES = (8, 4, 2)  # what `decode` takes besides 1
+SCALES = (8, 4, 2)  # scales that `decode` takes besides 1
 
 
 def size_of(encoded: bytes, max_pixels: int | None = None) -> tuple[int, int]:
-    """Height and width that the header promises. max_pixels: as for `decode`."""
+    """Reads height and width from the header. max_pixels: as for `decode`."""
     if (size := _jpeg_size(encoded, max_pixels)) is not None:
         return size
     image = _open(encoded, max_pixels)
@@ -33,7 +33,7 @@ def size_of(encoded: bytes, max_pixels: int | None = None) -> tuple[int, int]:
 
 
 def decode(encoded: bytes, *, scale: int = 1, max_pixels: int | None = None) -> Tensor:
-    """RGB, uint8 [3, H, W]; transparent images are composed on white.
+    """Decodes a file to RGB, uint8 [3, H, W]. Transparent images are composed on white.
 
     Args:
         encoded: the file.
@@ -48,14 +48,14 @@ def decode(encoded: bytes, *, scale: int = 1, max_pixels: int | None = None) -> 
         try:
             array = simplejpeg.decode_jpeg(encoded, "RGB", min_height=height, min_width=width)
         except ValueError:
-            pass  # Pillow names the reason, or has none
+            pass  # Pillow decodes the file, or names the reason why it cannot
         else:
             return torch.from_numpy(array).permute(2, 0, 1)
     return to_tensor(decode_pil(encoded, scale=scale, max_pixels=max_pixels))
 
 
 def decode_pil(encoded: bytes, *, scale: int = 1, max_pixels: int | None = None) -> Image.Image:
-    """The same as a PIL image."""
+    """Decodes a file as `decode` does, to a PIL image."""
     image = _open(encoded, max_pixels)
     try:
         if scale > 1:
@@ -66,7 +66,7 @@ def decode_pil(encoded: bytes, *, scale: int = 1, max_pixels: int | None = None)
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """RGB, on white where it is transparent; 16 bits are scaled to 8."""
+    """Converts an image to RGB, on white where the image is transparent. 16 bits are scaled to 8."""
     if image.mode.startswith("I"):  # 16 bits of grey, which convert("RGB") would clip to white
         values, clear = np.asarray(image), image.info.get("transparency")
         image = Image.fromarray(np.where(values == clear, 255, values >> 8).astype(np.uint8))
@@ -74,7 +74,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def on_white(image: Image.Image, size: tuple[int, int] | None = None) -> Image.Image:
-    """RGB; centred on white of `size`, by default its own."""
+    """Composes an image at the centre of a white RGB image of `size`, by default its own size."""
     image = image.convert("RGBA")
     canvas = Image.new("RGBA", size or image.size, "white")
     canvas.alpha_composite(image, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
@@ -82,12 +82,12 @@ def on_white(image: Image.Image, size: tuple[int, int] | None = None) -> Image.I
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB -> uint8 [3, H, W]."""
+    """Converts an RGB image to uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def check_pixels(height: int, width: int, max_pixels: int | None) -> None:
-    """Raises BrokenSample("image too large") for more pixels than the limit."""
+    """Raises BrokenSample("image too large") for more than `max_pixels` pixels, by default Pillow's limit."""
     limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     if limit is not None and height * width > limit:
         raise BrokenSample("image too large", f"{width} x {height} pixels, more than {limit}")
@@ -98,19 +98,19 @@ def _is_jpeg(encoded: bytes) -> bool:
 
 
 def _jpeg_size(encoded: bytes, max_pixels: int | None) -> tuple[int, int] | None:
-    """Height and width of an image that simplejpeg may decode; None for others."""
+    """Reads height and width of an image that simplejpeg can decode; None for other images."""
     if simplejpeg is None or not _is_jpeg(encoded):
         return None
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
-        return None  # Pillow takes some more, and names the reason of the others
+        return None  # Pillow may take the file, or names the reason why it cannot
     check_pixels(height, width, max_pixels)
     return (height, width) if space in ("YCbCr", "Gray", "RGB") else None
 
 
 def _open(encoded: bytes, max_pixels: int | None) -> Image.Image:
-    """The image before its pixels are decoded. Image.open would have a limit of its own."""
+    """Opens an image without decoding its pixels. Image.open would apply its own limit of pixels."""
     plugin: Callable[[io.BytesIO], Image.Image]
     if _is_jpeg(encoded):
         plugin = JpegImagePlugin.JpegImageFile

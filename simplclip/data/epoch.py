@@ -1,4 +1,4 @@
-"""What a worker does in an epoch: it orders samples by seed, draws captions, augments images and makes batches."""
+"""The work of one loader process in an epoch: orders samples by seed, draws captions, augments images and makes batches."""
 
 import contextlib
 import math
@@ -22,7 +22,7 @@ from simplclip.data.sidecars import PREFIX, Folders
 from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform, View, stack
 
-_NUMPY: Any = np.random  # its types leave out the global bit generator
+_NUMPY: Any = np.random  # Any, since numpy's types leave out the global bit generator
 _NUMPY_GENERATOR = np.random.MT19937(0)
 
 Batch = dict[str, Any]
@@ -30,22 +30,22 @@ Batch = dict[str, Any]
 
 @dataclass
 class Position:
-    """How far one worker is in an epoch, so that another process can go on from there without decoding what is done.
+    """The progress of one worker in an epoch. Another process can go on from there without decoding the samples before.
 
-    torchdata's StatefulDataLoader would only carry this from the workers to the trainer (about 40 lines): reading, skipping,
-    the last batches that are joined, and the restart of dead workers would stay, and it is built on torch's private names.
+    torchdata's StatefulDataLoader would only carry this object from the workers to the trainer (about 40 lines). Reading,
+    skipping, joining the last batches and restarting dead workers would stay, and it is built on torch's private names.
     """
 
-    items: int = 0  # that it gave
+    items: int = 0  # number of items that the worker has yielded
     lost: set[int] = field(default_factory=set)  # places of broken samples in the worker's order of samples
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several ranks decodes: its rows of every batch. All read the same order, without decoding other rows.
+    """One rank's share of the decoding: its rows of every batch. All ranks read all samples, in the same order.
 
     exchange: exchange(name, value) returns the values that all ranks gave under this name. So each rank learns which samples
-        are broken for others, and a batch has the same samples for any number of ranks.
+        are broken on other ranks, and a batch has the same samples for any number of ranks.
     """
 
     rank: int
@@ -58,9 +58,9 @@ class Share:
 
 
 class WorkerItem(NamedTuple):
-    """What a worker gives: a batch, and what happened since its item before."""
+    """An item that a worker yields: a batch, and the broken samples since the worker's last item."""
 
-    batch: Batch | None  # None if an earlier process gave it, or there is none at the end
+    batch: Batch | None  # None if an earlier process yielded it, or if no samples are left at the end
     size: int
     last: bool
     worker: int
@@ -92,10 +92,10 @@ def pixels_of(
     view: View | None = None,
     max_pixels: int | None = None,
 ) -> tuple[torch.Tensor, list[float] | None]:
-    """The transformed image of a sample, and the change of colour that is left to `ImageTransform.finish`.
+    """Returns the transformed image of a sample, and the parameters with which `ImageTransform.finish` changes its colour.
 
-    view: which one, instead of one that is drawn. max_pixels: as for `decode`, of images for a caller's transform.
-    Raises BrokenSample, ShardError for a caller's transform if there is a view, and RuntimeError for its errors.
+    view: the view to replay instead of drawing one. max_pixels: as for `decode`, for a caller's transform only.
+    Raises BrokenSample. With a caller's transform, raises ShardError if a view is given, RuntimeError if the transform fails.
     """
     if isinstance(transform, ImageTransform):
         encoded = sample.encoded
@@ -111,7 +111,7 @@ def pixels_of(
 
 
 def called(transform: Callable, image: Image.Image, place: str) -> torch.Tensor:
-    """What a caller's transform makes of an image; its errors become a RuntimeError that names the sample."""
+    """Applies a caller's transform to an image. Its errors become a RuntimeError that names the sample."""
     try:
         return transform(image)
     except Exception as error:
@@ -120,7 +120,7 @@ def called(transform: Callable, image: Image.Image, place: str) -> torch.Tensor:
 
 @dataclass
 class Epoch(IterableDataset):
-    """Yields what one worker reads in one epoch."""
+    """Data set of one epoch, which yields the items of one worker, or the ShardError that ends them."""
 
     parts: list[Part]
     tokenizer: Callable
@@ -138,7 +138,7 @@ class Epoch(IterableDataset):
     prefix: tuple[int, ...] | None = None  # the shape of stored outputs, which are read in place of images
     share: Share | None = None
     epoch: int = 0
-    positions: list[Position] | None = None  # of each worker, to go on from
+    positions: list[Position] | None = None  # the position of each worker from which to go on
 
     def __iter__(self) -> Iterator[WorkerItem | ShardError]:
         worker = get_worker_info()
@@ -151,9 +151,9 @@ class Epoch(IterableDataset):
         done = self.positions[worker] if self.positions else Position()
         skipped = Skipped()
         lost: list[int] = []  # places of broken samples since the last item
-        pending: list[Any] = []  # samples of the next batch; of one that is skipped or shared, as they were read
-        ready: dict[int, list[tuple]] = {}  # of a shared batch: what this rank has prepared, by place
-        number = 0  # of items given
+        pending: list[Any] = []  # samples of the next batch: prepared, or (place, sample) if it is skipped or shared
+        ready: dict[int, list[tuple]] = {}  # samples of a shared batch that this rank has prepared, by place
+        number = 0  # items yielded so far, skipped ones included
 
         def prepare(place: int, sample: Sample, skipped: Skipped = skipped) -> Iterator[tuple]:
             try:
@@ -166,14 +166,14 @@ class Epoch(IterableDataset):
 
         def item(batch: Batch | None, last: bool) -> WorkerItem:
             new = skipped.take()
-            if number < done.items:  # they were counted when the item was given first
+            if number < done.items:  # counted when an earlier process yielded the item
                 new = Skipped()
             found = WorkerItem(batch, len(pending), last, worker, new, lost.copy())
             lost.clear()
             return found
 
         def own() -> list[tuple] | None:
-            """This rank's rows of `pending`; None if a rank found broken samples there, which are then taken out."""
+            """Returns this rank's rows of `pending`; None if any rank found broken samples, which are then removed."""
             rows, broken, known = pending[self.share.rows(len(pending))], Skipped(), len(lost)
             for place, sample in rows:
                 if place not in ready:
@@ -208,25 +208,25 @@ class Epoch(IterableDataset):
                 yield item(None if skip else self._collate(prepared), False)
                 pending, ready = [], {}
                 number += 1
-        # The last, smaller batch is joined with those of other workers: if skipped it is made again, on each rank.
+        # The loader joins the workers' last, smaller batches, so each rank makes all of this one, even if it is skipped.
         if self.share or number < done.items:
             pending = [prepared for place, sample in pending for prepared in prepare(place, sample)]
         yield item(self._collate(pending) if pending else None, True)
 
     def _samples(self, worker: int, workers: int, skipped: Skipped, ahead: Callable[[], bool]) -> Iterator[Sample]:
-        """The samples of one worker before they are shuffled. ahead: whether their files will be used soon."""
+        """Yields the samples of one worker before they are shuffled. ahead: tells whether their files will be used soon."""
         parts = [(part, copy) for part in self.parts for copy in range(math.ceil(part.weight))]
         if self.shuffle:
             random.Random(f"{self.seed}/{self.epoch}").shuffle(parts)
         if len(parts) >= workers:
             return (sample for part, copy in parts[worker::workers] for sample in self._read(part, copy, skipped, ahead()))
-        # With fewer parts than workers, each worker reads all of them and takes its share; the first one counts.
+        # With fewer parts than workers, each worker reads all parts and takes its share; only the first one counts damage.
         skipped = skipped if worker == 0 else Skipped()
         samples = (sample for part, copy in parts for sample in self._read(part, copy, skipped, ahead()))
         return islice(samples, worker, None, workers)
 
     def _read(self, part: Part, copy: int, skipped: Skipped, ahead: bool) -> Iterator[Sample]:
-        """The samples of a part; of its last copy, if the weight is no whole number, a random share of them."""
+        """Yields the samples of a part. If the weight is no whole number, the last copy is a random share of the samples."""
         share, seed = part.weight - copy, f"{self.seed}/{self.epoch}"
         try:
             for sample in read_part(part, skipped, ahead=ahead, sidecars=self.sidecars, max_bytes=self.max_bytes):
@@ -244,7 +244,7 @@ class Epoch(IterableDataset):
         stored = self.prefix is not None and PREFIX in sample
         opened = parse(sample, self.teacher, image=not stored, max_bytes=self.max_bytes)
         if self.prefix is not None and not stored:
-            decode_pil(opened.encoded, max_pixels=self.max_pixels)  # a broken image has no output
+            decode_pil(opened.encoded, max_pixels=self.max_pixels)  # raises BrokenSample: a broken image has no output
             raise ShardError(f"sample {opened.place!r} has no {PREFIX}; remove the folder data.cache_prefix to make it again")
         with seeded(self.seed, self.epoch, opened.place, *filter(None, (sample.get("__copy__"),))):
             drawn = _draw(len(opened.captions), self.captions)
@@ -258,7 +258,7 @@ class Epoch(IterableDataset):
         texts = [opened.captions[i] for i in drawn]
         features = None
         if self.teacher:
-            captions = len(opened.features) - len(opened.captions)  # where those of captions begin
+            captions = len(opened.features) - len(opened.captions)  # the row where the captions' features begin
             features = torch.from_numpy(opened.features[[number, *(captions + i for i in drawn)]])
             features = features.view(torch.bfloat16) if features.dtype == torch.uint16 else features
         return pixels, colour, texts, opened.group_id, sample["__key__"], opened.record, features

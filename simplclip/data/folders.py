@@ -20,12 +20,12 @@ IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Part):
-    """Files of a folder. Those of one key are a sample; or each image is one, whose key is its path.
+    """Files of a folder. The files of one key form a sample.
 
-    alone: the latter; of images in a class's folder the label is the class.
+    alone: each image is a sample by itself, whose key is its path. In the folder of a class its label is this class.
     """
 
-    names: bytes  # of all files, of one sample after the other, each ended by a zero
+    names: bytes  # paths of the files, one sample after another, each path ended by a zero byte
     alone: bool = False
 
     def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
@@ -43,9 +43,9 @@ class Files(Part):
 
 
 def folder(path: str, name: str) -> list[Part]:
-    """The pieces of a folder of images, also in its folders, in the order of names. Raises InputError.
+    """Returns the pieces of a folder of images and of its subfolders, in the order of names. Raises InputError.
 
-    If no image has a text beside it, KEY.txt or KEY.json beside KEY.jpg, the folders in it are classes, as in torchvision's
+    If no image has a text beside it (KEY.txt or KEY.json beside KEY.jpg), the subfolders are classes, as in torchvision's
     ImageFolder.
     """
     pieces: list[bytes] = []
@@ -70,7 +70,7 @@ def folder(path: str, name: str) -> list[Part]:
 
 
 def images(paths: list[str]) -> list[Part]:
-    """The pieces of image files, without captions."""
+    """Returns the pieces of a list of image files, which have no captions."""
     folder = os.path.dirname(paths[0]) or "."
     pieces = (paths[start : start + ROWS] for start in range(0, len(paths), ROWS))
     return [_images(folder, _encoded(map(os.path.abspath, some)), None) for some in pieces]
@@ -85,10 +85,10 @@ def _encoded(files: Iterable[str]) -> bytes:
 
 
 def _samples(path: str) -> Iterator[list[str]]:
-    """The files of each sample that has an image, relative to `path`. Of a linked folder its own files alone count."""
+    """Yields the files of each sample that has an image, relative to `path`. Subfolders of a linked folder are left out."""
     for place, folders, files in os.walk(path, followlinks=True):
         folders.sort()
-        if place != path and os.path.islink(place):  # it may lead anywhere, also to a folder that it is in
+        if place != path and os.path.islink(place):  # a link may lead anywhere, also to a folder that contains it
             folders.clear()
         inside = "" if place == path else os.path.relpath(place, path) + os.sep
         samples: dict[str, list[str]] = {}
@@ -101,9 +101,9 @@ def _samples(path: str) -> Iterator[list[str]]:
 
 
 def clip_benchmark(path: str, split: str | None, name: str) -> list[Part] | None:
-    """The tars of FOLDER/SPLIT in clip-benchmark's layout, or of FOLDER if that is the split; None for another folder.
+    """Returns the tars of FOLDER/SPLIT in clip-benchmark's layout, or of FOLDER if it is a split itself; None for others.
 
-    split: None if there is only one. Raises InputError.
+    split: None to take the only split. Raises InputError.
     """
     splits = [split] if split else sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
     places = [place for place in (*(Path(path, one) for one in splits), Path(path)) if (place / "nshards.txt").is_file()]

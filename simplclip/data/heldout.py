@@ -1,7 +1,7 @@
-"""Held-out data: the images in their order, decoded by several processes, with all that is known of them.
+"""Held-out data: the images in stored order, decoded by several processes, with their captions, labels and places.
 
-Batch b is made by worker b % W, where ranks divide the work by rank b % k, so that neither the order nor the images depend on
-the number of either. Memory does not depend on the number of samples.
+Of k ranks with W workers each, rank b % k makes batch b in its worker (b // k) % W. So neither the order nor the images
+depend on k or W. Memory does not depend on the number of samples.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class HeldOut:
         return in_words(self.parts)
 
     def samples(self, skipped: Skipped) -> Iterator[Sample]:
-        """The samples in order, without their files where these are local."""
+        """Yields the samples in order. Local files, and members of local uncompressed tars, are Spans to read later."""
         for _, parts in itertools.groupby(self.parts, lambda part: part.url):
             several = list(parts)
             found = (sample for part in several for sample in read_part(part, skipped, every=True))
             yield from merged(found) if isinstance(several[0], Rows) and not self.bare else found
 
     def open(self, sample: Sample) -> Pair:
-        """The sample with its files read. Raises BrokenSample."""
+        """Reads the files of a sample. Raises BrokenSample."""
         url, image = sample["__url__"], image_of(sample)
         used = (*IMAGE_SUFFIXES, "json", "txt", "cls")
         files = contents({name: value for name, value in sample.items() if name in used or name.startswith("__")})
@@ -104,14 +104,14 @@ class HeldOut:
     ) -> Iterator[tuple[torch.Tensor, list[int], list[Pair]]]:
         """Yields images [n, 3, S, S], n <= batch_size, uint8 or float32, their positions in the data, and their samples.
 
-        The samples have no files any more. Broken ones are left out and counted in `skipped`.
-        transform: an ImageTransform, which leaves uint8 to its `finish`; or RGB -> float32 [3, S, S].
-        use: makes of the images what is given in their place, e.g. features. Ranks then divide the batches, and the first one
-            gets what all of them made.
+        The samples no longer have their files. Broken samples are left out and counted in `skipped`.
+        transform: an ImageTransform, whose uint8 images still need its `finish`; or a function RGB -> float32 [3, S, S].
+        use: function of the images whose result is yielded in their place, e.g. features. Ranks then divide the batches, and
+            the first rank yields the results of all ranks.
         Raises ShardError for a shard that cannot be opened, EmptyEpochError if no sample is usable, WorkerError if a loader
         process died.
         """
-        if any(is_address(part.url) for part in self.parts):  # every worker would fetch all of it
+        if any(is_address(part.url) for part in self.parts):  # every worker would fetch the whole stream
             workers = min(workers, 1)
         read = from_workers(_Batches(self, transform, batch_size, *((ranks.number(), ranks.count()) if use else ())), workers)
         if use:
@@ -126,7 +126,7 @@ class HeldOut:
             raise EmptyEpochError(f"{self} has no usable sample; {skipped}")
 
     def pictures(self, positions: Iterable[int]) -> dict[int, Image.Image]:
-        """The images at these positions, RGB; no other image is read."""
+        """Returns the RGB images at these positions; no other image is decoded."""
         found: dict[int, Image.Image] = {}
         samples = enumerate(self.samples(Skipped()))
         for target in sorted(set(positions)):
@@ -138,16 +138,16 @@ class HeldOut:
 def held_out(
     what: Any, *, captions: int | None = None, images: str | os.PathLike | None = None, bare: bool = False, name: str = "data"
 ) -> HeldOut:
-    """Held-out data: all that `parts_of` takes. Of several splits it is `test`, unless DATA#SPLIT says which.
+    """Returns held-out data from all that `parts_of` takes. Of several splits it takes `test`, unless DATA#SPLIT names one.
 
-    Rows of a table with the same image are its captions. An image without caption and label is broken.
+    Rows of a table with the same image are one sample with several captions. A sample without caption and label is broken.
 
-    captions: the first captions of a sample that count, 0 for all. None for all, but one of a json, since the others may be
-    other phrasings for training, or synthetic.
-    images: folder of the images that a table or JSON names, by default its own.
-    bare: images are all that counts. None is left out for a missing caption and label, or for a broken json or txt, and rows
-    of a table with the same image stay apart.
-    Raises InputError if nothing is found there, or a file has other contents.
+    captions: number of captions to use of each sample, from the first on; 0 for all. None for all, except that of a json's
+    captions only the first counts, since the others may be rephrasings for training, or synthetic.
+    images: folder of the images that a table or JSON names, by default the folder of that file.
+    bare: only images count. No sample is left out for a missing caption and label, or for a broken json or txt, and rows of a
+    table with the same image stay separate samples.
+    Raises InputError if no data are found, a file has contents of another kind, or parts have different classes.
     """
     folder = None if images is None else os.fspath(images)
     parts = parts_of(what, name, Options(images=folder, split="test"))

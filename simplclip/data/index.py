@@ -1,4 +1,4 @@
-"""Index files: what lies where in a shard, and what is known of its samples, so that nobody has to read the shard for it.
+"""Index files: the places of the files in a shard, and facts about its samples, so that readers need not scan the shard.
 
 `simplclip data index` writes NAME.tar.index.npz beside NAME.tar, or into another folder, which the environment variable
 SIMPLCLIP_INDEX then names to readers. numpy reads it (allow_pickle=False):
@@ -7,15 +7,15 @@ SIMPLCLIP_INDEX then names to readers. numpy reads it (allow_pickle=False):
                             "torn" (why the tar ends early, or null), "formats" and "reasons" (what the numbers below stand
                             for), "skipped" (reason -> [how many, the first]), "decoded" (whether images were)
     names, offset, size     of each file in the tar: names UTF-8 bytes, NUL between two; int64 [files], size -1 of a sparse
-                            file. None if compressed.
+                            file. Empty for a compressed tar.
     keys                    of each sample: UTF-8 bytes, NUL between two
     width, height, format, bytes, broken, captions
-                            of each sample: int32 and int64 [samples]; the image's, 0 if it is not known; broken is 0, or
-                            1 + a place in "reasons"; captions is their number
+                            of each sample: int32 [samples], bytes int64; those of the image, 0 if not known; broken is 0 or
+                            1 + a place in "reasons"; captions is the number of captions
     characters              of each caption, those of one sample after another: int32 [captions]
 
-An index holds places in the shard that it lies beside, and names no other file. It may come from anywhere, so all that is
-read is checked: one that cannot be right is named in a warning and not used.
+An index holds places in the shard that it belongs to, and names no other file. It may come from anywhere, so all that is
+read is checked: a warning names an index that cannot be right, and the index is not used.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Index:
         return split(self.arrays("keys")[0], self.samples)
 
     def members(self) -> Iterator[tuple[str, Span]]:
-        """As `tar.members`, which raises at a damaged part; here `about["torn"]` says whether there is one."""
+        """Yields the same as `tar.members`, but raises nothing at a damaged part, which `about["torn"]` describes."""
         names, offset, size = self.arrays("names", "offset", "size")
         whole = self.about["shard"]["bytes"]
         if len(offset) != len(size) or len(size) > whole // BLOCKSIZE or (size > whole - offset).any():
@@ -83,7 +83,7 @@ class Index:
         return ((name, make(Span, (shard, *place))) for name, *place in zip(texts, offset.tolist(), size.tolist()))
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """The arrays without the places of the files."""
+        """Reads all arrays but the places of the files."""
         names = ["keys", *SAMPLE, "characters"]
         arrays = dict(zip(names, self.arrays(*names)))
         if len(arrays["characters"]) != arrays["captions"].sum():
@@ -93,13 +93,13 @@ class Index:
 
 
 def paths(shard: str) -> list[Path]:
-    """Where the index of a shard may lie."""
+    """Returns the paths where the index of a shard may lie."""
     name, other = f"{shard}{SUFFIX}", os.environ.get(FOLDER)
     return [Path(name), *([Path(other, os.path.basename(name))] if other else [])]
 
 
 def opened(shard: str, path: Path) -> Index:
-    """Raises ValueError or other errors if the file is not an index of the shard as it is now."""
+    """Opens an index. Raises ValueError or other errors if the file is not an index of the shard as it is now."""
     (text,) = from_npz(path, "about", max_bytes=_ABOUT)
     about = json.loads(text.tobytes())
     if about["format"] != FORMAT:
@@ -123,7 +123,7 @@ def opened(shard: str, path: Path) -> Index:
 
 
 def _of(shard: str, use: Callable[[Index], Result]) -> Result | None:
-    """What `use` makes of the index that fits the shard as it is now; None without one. One that is not used is named."""
+    """Returns use(index) for the index that fits the shard as it is now; None without one. Warns of each unused index."""
     for path in paths(shard):
         if path.is_file():
             try:
@@ -139,22 +139,22 @@ def load(shard: str) -> Index | None:
 
 
 def members(shard: str) -> tuple[Iterator[tuple[str, Span]], str | None] | None:
-    """The files of a shard by an index that fits, and why the tar ends early, if it does; None without such an index."""
+    """Returns a shard's files by an index that fits, and why the tar ends early (or None); None without such an index."""
     return _of(shard, lambda found: (found.members(), found.about["torn"]))
 
 
 def statistics(shard: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """What `write` took, without the places of the files, by an index that fits; None without such an index."""
+    """Returns `about` and arrays of an index that fits, without the places of the files; None without such an index."""
     return _of(shard, lambda found: (found.about, found.statistics()))
 
 
 def count(shard: str) -> int | None:
-    """The number of samples of a shard by an index that fits."""
+    """Returns the number of samples of a shard by an index that fits; None without such an index."""
     return _of(shard, lambda found: found.samples)
 
 
 def fingerprint(path: str | os.PathLike) -> str:
-    """A hash of 64 pieces of a file, from its start to its end."""
+    """Returns a hash of 64 pieces of a file, from its start to its end."""
     digest, piece = hashlib.blake2b(digest_size=16), 4096
     with open(path, "rb", buffering=0) as file:
         last = max(0, os.fstat(file.fileno()).st_size - piece)
@@ -164,7 +164,7 @@ def fingerprint(path: str | os.PathLike) -> str:
 
 
 def identity(shard: str) -> dict[str, Any]:
-    """What an index knows its shard by."""
+    """Returns the values by which an index recognises its shard."""
     status = os.stat(shard)
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "fingerprint": fingerprint(shard)}
 
@@ -182,7 +182,7 @@ def joined(names: list[str]) -> np.ndarray:
 
 
 def split(names: np.ndarray, count: int) -> list[str]:
-    """`count` joined names. Raises ValueError if there are more or fewer, before a list of them is made."""
+    """Splits `count` names that `joined` joined. Raises ValueError before it makes a list, if there are more or fewer."""
     if len(names) and (names == 0).sum() + 1 != count or (not len(names) and count):
         raise ValueError(f"expected {count:,} names, got another number")
     return names.tobytes().decode("utf-8", "surrogateescape").split("\0") if len(names) else []

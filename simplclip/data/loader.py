@@ -25,7 +25,7 @@ from simplclip.data.tar import MAX_BYTES
 from simplclip.data.transforms import ImageTransform
 from simplclip.data.workers import WorkerError, from_workers
 
-RESTARTS = 3  # of an epoch
+RESTARTS = 3  # most restarts of loader processes in an epoch
 
 
 class EmptyEpochError(UserError, RuntimeError):
@@ -33,9 +33,9 @@ class EmptyEpochError(UserError, RuntimeError):
 
 
 class Loader:
-    """Yields the batches of an epoch; made by `make_loader`, which documents it.
+    """Loader of training batches, made by `make_loader`, which documents it.
 
-    parts: what `parts_of` says of the shards. restarts: why loader processes were started again, one line for each time.
+    parts: the parts of the shards, by `parts_of`. restarts: why loader processes were started again, one line for each time.
     """
 
     def __init__(self, dataset: Epoch, drop_last: bool, workers: int, pin_memory: bool) -> None:
@@ -52,13 +52,13 @@ class Loader:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Broken samples by reason, of the current or last epoch, up to the last batch."""
+        """Numbers of broken samples by reason, in the current or last epoch, up to the last batch."""
         return dict(self._skipped.counts)
 
     def report(self) -> str:
-        """One line on the current or last epoch: samples used, and samples skipped by reason with the first of each.
+        """Returns a line on the current or last epoch: samples used, and samples skipped by reason with the first of each.
 
-        It does not contain the epoch's number, so that equal epochs have equal reports.
+        The line does not contain the epoch's number, so that equal epochs have equal reports.
         """
         left = f", {self._left_over} left over (drop_last)" if self._left_over else ""
         return f"{self._used} samples used{left}, {self._skipped}"
@@ -70,31 +70,31 @@ class Loader:
 
     @property
     def batches_per_epoch(self) -> int | None:
-        """Batches of these samples, or None."""
+        """Batches of an epoch if no sample is broken; None as for `samples_per_epoch`."""
         samples, size = self.samples_per_epoch, self._dataset.batch_size
         if samples is None:
             return None
         return samples // size if self._drop_last else -(-samples // size)
 
     def state(self) -> dict[str, Any]:
-        """Where the current epoch is, up to the last batch, for `epoch`; plain values and tensors. O(broken samples)."""
+        """Returns the position after the last batch, for `epoch`: plain values and tensors. O(broken samples)."""
         workers = [{"items": at.items, "lost": torch.tensor(sorted(at.lost), dtype=torch.int64)} for at in self._positions]
         skipped = {"counts": dict(self._skipped.counts), "examples": dict(self._skipped.examples)}
         about = {"epoch": self._epoch, "batches": self._batches_done, "batch_size": self._dataset.batch_size}
         return about | {"skipped": skipped, "workers": workers}
 
     def epoch(self, epoch: int, skip_batches: int = 0, state: Mapping[str, Any] | None = None) -> Iterator[Batch]:
-        """The batches of an epoch without the first `skip_batches`.
+        """Yields the batches of an epoch without the first `skip_batches`.
 
-        state: what `state` returned after these batches, with which they are skipped without being decoded. That of another
-            position, batch size or number of workers is not used.
+        state: what `state` returned after these batches. With it they are skipped without being decoded. A state of another
+            position, batch size or number of workers is ignored.
         """
         check_count("epoch", epoch, 0)
         check_count("skip_batches", skip_batches, 0)
         return self._restarted(epoch, skip_batches, state)
 
     def _restarted(self, epoch: int, skip_batches: int, state: Mapping[str, Any] | None) -> Iterator[Batch]:
-        """The batches; after the death of a loader process they go on where they were, at most RESTARTS times in an epoch."""
+        """Yields the batches. If a loader process dies, loading restarts after the last batch, at most RESTARTS times."""
         for left in reversed(range(RESTARTS + 1)):
             try:
                 yield from self._batches(epoch, skip_batches, state)
@@ -114,7 +114,7 @@ class Loader:
         if here == there and len(state["workers"]) == len(self._positions):
             self._skipped = Skipped(Counter(state["skipped"]["counts"]), dict(state["skipped"]["examples"]))
             known = [Position(at["items"], set(at["lost"].tolist())) for at in state["workers"]]
-            self._positions = [Position(0, set(at.lost)) for at in known]  # the items that are skipped are counted again
+            self._positions = [Position(0, set(at.lost)) for at in known]  # skipped items are counted again
         dataset = replace(self._dataset, epoch=epoch, positions=known)
         for batch, size in self._whole_batches(dataset):
             self._batches_done += 1
@@ -128,11 +128,11 @@ class Loader:
                 f"epoch {epoch} of {in_words(dataset.parts)} has no batch: {self._left_over} usable samples do not fill "
                 f"{need}; {self._skipped}"
             )
-        if number < skip_batches and known is None:  # with a state, shards may be gone since
+        if number < skip_batches and known is None:  # with a state, shards may have vanished since
             raise InputError(f"skip_batches: expected at most {number}, the batches of epoch {epoch}, got {skip_batches}")
 
     def _whole_batches(self, dataset: Epoch) -> Iterator[tuple[Batch | None, int]]:
-        """The batches of the workers, then those merged from their last, smaller ones."""
+        """Yields the full batches of the workers, then batches merged from their last, smaller ones; each with its size."""
         ends = []
         item: WorkerItem
         for item in from_workers(dataset, self._workers, self._pin_memory):
@@ -185,25 +185,25 @@ def make_loader(
     prefix: tuple[int, ...] | None = None,
     share: Share | None = None,
 ) -> Loader:
-    """A loader of training batches.
+    """Returns a loader of training batches.
 
     `Loader.epoch(e)` yields dicts: "image" uint8 [N, 3, S, S], and "colour" float32 [N, P] if the transform changes colours
     (`transform.finish` takes both on the device; the images of a caller's own transform are float32 and finished), "text"
     int64 [N, L], "group" int64 [N] (hash of the json's "group", else of shard and key), "key" list[str], "meta" list[dict]
     (the json). With captions_per_image k > 1 "text" is [N, k, L].
 
-    With `teacher` there are also "teacher_image" [N, D̂] and "teacher_text" [N, D̂] or [N, k, D̂], float16 or bfloat16, a
-    teacher's features of the images and of the captions drawn. Where the teacher saw views of an image, one of these is drawn
-    in place of the transform's own augmentation, and the features are of the pixels that "image" has; otherwise they are of
-    the image, not augmented.
+    With `teacher` there are also "teacher_image" [N, D̂] and "teacher_text" [N, D̂] or [N, k, D̂], float16 or bfloat16: a
+    teacher's features of the images and of the drawn captions. If the teacher saw views of an image, one of these views is
+    drawn in place of the transform's own augmentation, and the features are those of the pixels in "image". Otherwise they
+    are the features of the image without augmentation.
 
     Order: shards (of tables and folders, pieces of 512 samples) are shuffled, then samples in a buffer of `shuffle_buffer`
-    samples per worker; a buffer that holds all of a worker's samples shuffles them fully. Workers divide the shards, or the
-    samples if there are fewer shards, when each reads all of them. The order depends on (seed, epoch, workers) only; the
-    caption drawn for a sample and its augmentation on (seed, epoch, shard's name, key): the transform may draw from the
-    global generators of torch (CPU), random and numpy, which are seeded for it and restored. `Loader.epoch(e,
-    skip_batches=k)` yields exactly what `epoch(e)` yields after k batches. Given `Loader.state()` of that place too, it does
-    not decode what it skips: a worker passes over 20,000 samples a second or more, but has to read streams again up to there.
+    samples per worker; a buffer that holds all samples of a worker shuffles them fully. Workers divide the shards; if there
+    are fewer shards than workers, each worker reads all shards and takes its share of the samples. The order depends on
+    (seed, epoch, workers) only. The drawn caption and the augmentation of a sample depend on (seed, epoch, shard's name,
+    key): the transform may draw from the global generators of torch (CPU), random and numpy, which are seeded for it and
+    restored. `Loader.epoch(e, skip_batches=k)` yields exactly what `epoch(e)` yields after k batches. Given `Loader.state()`
+    of that place too, it skips without decoding, 20,000 samples a second or more in each worker, but reads streams again.
 
     Samples that do not fill a worker's last batch are joined with those of the other workers at the end of the epoch;
     drop_last drops fewer than `batch_size` samples in all, whatever the number of workers.
@@ -216,29 +216,29 @@ def make_loader(
             exceptions are raised, naming the sample.
         batch_size: samples per batch, N.
         captions_per_image: k captions drawn for each sample, different ones if there are enough.
-        teacher: read the features that `simplclip teacher` wrote; a sample without them raises ShardError.
+        teacher: read the features that `simplclip teacher` wrote; a sample without features raises ShardError.
         sidecars: folders with further files of the samples, e.g. those of `simplclip teacher`, in the order in which they are
             joined; see `simplclip.data.sidecars`.
         workers: number of loader processes; 0 reads in the calling process.
-        shuffle_buffer: number of samples; of local uncompressed tars it holds their places, of others the encoded files.
+        shuffle_buffer: number of samples. The buffer holds encoded files of streams and compressed tars, else only places.
         pin_memory: copy batches to page-locked memory, for a GPU.
-        on_error: "skip" counts a shard that cannot be read after several tries, and samples that cannot be read any more;
-            "stop" raises ShardError for it.
-        prefix: the shape of an output of an image tower's frozen prefix, which `data.cache_prefix` of the trainer stores as
-            prefix.npy in a sidecar, for each of the teacher's views of the image. The batches have "prefix" float16
-            [N, *prefix], that of the view which is drawn, in place of "image", and no image is read.
-        share: which rows of each batch this rank gets, if several ranks read the same data: `batch_size` is that of all ranks
-            together, a multiple of their number. Each rank reads all samples and decodes its own (of streams it fetches all).
-        max_pixels: an image whose header promises more is skipped before it is decoded; by default Pillow's limit.
-        max_bytes: a sample whose files have more together is skipped without being read.
+        on_error: "skip" counts shards that cannot be read after several tries, and samples that cannot be read any more;
+            "stop" raises ShardError for both.
+        prefix: the shape of an output of an image tower's frozen prefix. The trainer's `data.cache_prefix` stores the outputs
+            as prefix.npy in a sidecar, one for each of the teacher's views of the image. In place of "image" the batches have
+            "prefix" float16 [N, *prefix], the output for the drawn view, and no image is read.
+        share: the rows of each batch that this rank gets, if several ranks read the same data. `batch_size` then counts the
+            rows of all ranks, a multiple of their number. Each rank reads all samples and streams, but decodes its own rows.
+        max_pixels: an image whose header promises more pixels is skipped before it is decoded; by default Pillow's limit.
+        max_bytes: a sample whose files have more bytes together is skipped without being read.
 
-    A loader process that dies is started again, from where the batches are, at most RESTARTS times in an epoch; the batches
-    are the same, and `Loader.restarts` says why.
+    If a loader process dies, loading restarts after the last batch, at most RESTARTS times in an epoch. The batches stay the
+    same, and `Loader.restarts` has the reasons.
 
     Raises: ValueError if an argument is out of range or shards match no file; ShardError if a shard has no sidecar or has
-    changed since. While iterating: ShardError if a teacher's features are missing, or a shard cannot be read and on_error is
-    "stop"; WorkerError if loader processes died more often (never while the caller uses a batch); EmptyEpochError if there is
-    no batch.
+    changed since its sidecar was made. While iterating: ShardError if a teacher's features are missing, or if a shard cannot
+    be read and on_error is "stop"; WorkerError if loader processes died more often (never while the caller uses a batch);
+    EmptyEpochError if there is no batch.
     """
     check_count("batch_size", batch_size, 1)
     check_count("captions_per_image", captions_per_image, 1)

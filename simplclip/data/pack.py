@@ -22,22 +22,22 @@ from simplclip.data.pairs import count, parts_of
 from simplclip.data.parts import Part, read_part
 from simplclip.data.shards import Pair, usable
 
-FORMAT = "simplclip-shards-1"  # of meta.json, as of other shards that were made from shards
-SAMPLES = 1024  # of a shard
+FORMAT = "simplclip-shards-1"  # in meta.json, the same as that of shards which `rewrite` makes
+SAMPLES = 1024  # most samples in a shard
 
 
 def pack(what: Any, out: str | os.PathLike, *, progress: bool = True) -> list[str]:
-    """Shards in the folder `out` with copies of all samples that `what` names, made as by `local_shards`."""
+    """Copies all samples that `what` names into shards in the folder `out`, as `local_shards` does; returns the shards."""
     return _packed(parts_of(what), Path(out), progress)
 
 
 def local_shards(what: Any, out: str | os.PathLike, *, progress: bool = True) -> list[str]:
-    """The local tars that `what` names, and shards in the folder OUT.shards with copies of all its other samples.
+    """Returns the local tars that `what` names, and the shards in the folder OUT.shards to which it copies other samples.
 
     A copy has the image, and a json with the captions, the label and group if there are any, and "source", the sample's name.
-    Broken samples are left out and counted. The folder appears when it is complete; one that an earlier run made of the same
-    files is used again, even if images have changed since. Raises InputError as `parts_of`, if no sample is usable, and for
-    another folder of that name; ShardError if a stream cannot be read.
+    Broken samples are left out and counted. The folder appears when it is complete. A folder that an earlier run made of the
+    same files is used again, even if images have changed since. Raises InputError as `parts_of` does, if no sample is usable,
+    and if the folder holds anything else; ShardError if a stream cannot be read.
     """
     parts = parts_of(what)
     others = [part for part in parts if not part.is_local_tar]
@@ -75,7 +75,7 @@ def _packed(parts: list[Part], folder: Path, progress: bool) -> list[str]:
 
 
 def _write(parts: list[Part], folder: Path, skipped: Skipped, progress: bool) -> dict[str, Any]:
-    """Writes the shards; returns what meta.json says of each."""
+    """Writes the shards; returns the entry of each in meta.json."""
     shards: dict[str, Any] = {}
     stem = re.sub(r"[^\w-]+", "_", Path(parts[0].name).stem) or "data"
     with Progress("pack", sum(count(parts) or ()) or None, shown=progress) as bar:
@@ -103,7 +103,7 @@ def _samples(parts: list[Part], skipped: Skipped) -> Iterator[dict[str, bytes]]:
 
 
 def _files(sample: Pair, names: list[str] | None) -> dict[str, bytes]:
-    """The files of a sample's copy."""
+    """Returns the files of a sample's copy: suffix -> bytes."""
     suffix = next(suffix for suffix, data in sample.files.items() if data is sample.encoded)
     record = sample.record | {"captions": sample.captions, "source": sample.place}
     number = sample.files.get("__label__")
@@ -113,7 +113,7 @@ def _files(sample: Pair, names: list[str] | None) -> dict[str, bytes]:
 
 
 def _digest(parts: list[Part]) -> str:
-    """A hash of what names the samples: of files their size and time, of folders the names in them."""
+    """Hashes the names of the parts, the size and time of files, and the names of the files in folders."""
     found = hashlib.sha256()
     for part in parts:
         status = os.stat(part.url) if os.path.isfile(part.url) else None

@@ -1,4 +1,4 @@
-"""The one reader of pairs: it turns what a user names into parts, each of which a worker reads in order. All commands use it.
+"""Turns the data that a user names into parts, each of which one worker reads in order. All commands use this module.
 
 shards.py       tars
 addresses.py    tars that are fetched, or made by a command
@@ -35,7 +35,7 @@ _FORMS = "a path, an http(s) URL, pipe:COMMAND, a mapping with shards and weight
 
 
 def parts_of(what: Any, name: str = "shards", options: Options = _PLAIN) -> list[Part]:
-    """The parts of what a user names, which is
+    """Returns the parts of `what`, which a user names:
 
     - a tar, plain or compressed, by path, brace pattern (train-{000000..000003}.tar) or glob; patterns may also match the
       following files and folders;
@@ -51,10 +51,10 @@ def parts_of(what: Any, name: str = "shards", options: Options = _PLAIN) -> list
       share, drawn in each epoch), and for tables and JSON "image_key", "caption_key", "separator", "images";
     - a list of these, or of parts.
 
-    A text that names an existing file is that file, whatever it begins with; others may be URLs and commands, which a
-    pathlib.Path never is.
+    A text that names an existing file is that file, whatever it begins with. Other texts may be URLs and commands; a
+    pathlib.Path never is one.
 
-    name: of the argument, for errors. Raises InputError for what does not exist or is none of these.
+    name: name of the argument in errors. Raises InputError if `what` does not exist or is none of these.
     """
     parts = list(_parts(what, name, options))
     if not parts:
@@ -63,7 +63,7 @@ def parts_of(what: Any, name: str = "shards", options: Options = _PLAIN) -> list
 
 
 def expand(shards: Any, name: str = "shards") -> list[str]:
-    """The paths of local tars. Raises InputError as `parts_of`, and for what is something else."""
+    """Returns the paths of local tars. Raises InputError as `parts_of` does, and for data other than local tars."""
     parts = parts_of(shards, name)
     for part in parts:
         if not part.is_local_tar:
@@ -80,7 +80,7 @@ def check_sidecars(parts: list[Part], folders: Folders) -> None:
 
 
 def count(parts: list[Part]) -> list[int] | None:
-    """The samples of each part, including broken ones; None if streams, or too many bytes, would have to be read."""
+    """Counts the samples of each part, including broken ones; None if streams, or too many bytes, would have to be read."""
     tars = [part.url for part in parts if part.count is None]
     found = None if any(map(is_address, tars)) else count_samples(tars)
     if found is None:
@@ -90,7 +90,7 @@ def count(parts: list[Part]) -> list[int] | None:
 
 
 def epoch_size(parts: list[Part]) -> int | None:
-    """The samples of an epoch, each as often as the weight of its part says; None as for `count`, or if one is unreadable."""
+    """Counts the samples of an epoch, by the weights of their parts; None as for `count`, or if a part is unreadable."""
     try:
         counts = count(parts)
     except (ShardError, OSError):
@@ -99,7 +99,7 @@ def epoch_size(parts: list[Part]) -> int | None:
 
 
 def matches(pattern: str, name: str) -> list[str]:
-    """The files and folders of a path, brace expression or glob, all of which exist. name: of the argument, for errors."""
+    """Returns the existing files and folders of a path, brace expression or glob. name: name of the argument in errors."""
     pattern = os.path.expanduser(pattern)
     found: list[str] = []
     for path in [pattern] if os.path.exists(pattern) else expanded(pattern, name):
@@ -146,12 +146,12 @@ def _weighted(what: Mapping[str, Any], name: str, options: Options) -> Iterator[
 
 
 def _typed_address(text: str | os.PathLike, listed: str | None = None) -> bool:
-    """Whether a text is a URL or a command, and not the name of an existing file. listed: the folder of the list file."""
+    """Whether a text is a URL or a command, and not the name of an existing file. listed: as for `_named`."""
     return isinstance(text, str) and names_address(text) and not os.path.exists(os.path.join(listed or "", text))
 
 
 def addresses(what: Any) -> Iterator[str]:
-    """The URLs and commands in what a user named, and in its list files."""
+    """Yields the URLs and commands in `what`, which a user named, and in its list files."""
     if isinstance(what, Mapping):
         yield from addresses(what.get("shards", ()))
     elif not isinstance(what, (str, os.PathLike)):
@@ -162,7 +162,7 @@ def addresses(what: Any) -> Iterator[str]:
     else:
         try:
             found = matches(os.fspath(what), "shards")
-        except InputError:  # nothing is there that could be read
+        except InputError:  # no file that could be read
             return
         for path in found:
             if path.lower().endswith(".txt") and os.path.isfile(path):
@@ -170,7 +170,7 @@ def addresses(what: Any) -> Iterator[str]:
 
 
 def _named(text: str | os.PathLike, name: str, options: Options, listed: str | None = None) -> Iterator[Part]:
-    """The parts of a path, pattern, URL or command. listed: the folder of the list file that has it."""
+    """Yields the parts of a path, pattern, URL or command. listed: folder of the list file that names it, if one does."""
     what = os.fspath(text)
     if _typed_address(text, listed):
         if listed is not None and what.startswith("pipe:"):
@@ -210,7 +210,7 @@ def _named(text: str | os.PathLike, name: str, options: Options, listed: str | N
 
 
 def _of_folder(path: str, options: Options, name: str, split: bool) -> list[Part]:
-    """split: whether one was named."""
+    """Returns the parts of a folder. split: whether the user named a split."""
     path = path.rstrip(os.sep) or path
     found = clip_benchmark(path, options.split, name)
     if found is None and split:
@@ -235,16 +235,16 @@ def _are_images(paths: list[str]) -> bool:
 
 
 def _lines(path: str) -> list[tuple[int, str]]:
-    """The lines of a list file, with their numbers."""
+    """Reads the lines of a list file, with their numbers, without empty lines and comments."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         lines = [(number, line.strip()) for number, line in enumerate(file, 1)]
     return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def _titled(parts: list[Part]) -> list[Part]:
-    """Parts of other files with the same name, such as a/000.tar and b/000.tar, are named by their folders too.
+    """Gives parts of different files with one name, such as a/000.tar and b/000.tar, titles that name their folders too.
 
-    Their samples may have the same keys, which are told apart by the name.
+    The samples of such files may have the same keys; the titles tell them apart.
     """
     urls: dict[str, set[str]] = {}
     for part in parts:

@@ -1,7 +1,7 @@
-"""Parts: what one worker reads in order, a tar or a piece of a table, a JSON file or a folder. All give the same samples.
+"""Parts of the data: a tar, or a piece of a table, a JSON file or a folder. One worker reads a part in order.
 
-A sample is a dict: "__key__", "__url__" (the file or folder that it is from), and its files by suffix, as bytes or Spans.
-Where captions and labels are not files they are "__captions__", a list of texts, and "__label__", the number of a class.
+A sample of any part is a dict: "__key__", "__url__" (the file or folder it is from), and its files by suffix, as bytes or
+Spans. Captions and labels that are not files are "__captions__", a list of texts, and "__label__", the number of a class.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from simplclip.data.broken import Skipped
 from simplclip.data.shards import IMAGE_SUFFIXES, KNOWN, Sample, ShardError, read_shard
 from simplclip.data.tar import Span
 
-ROWS = 512  # samples of a piece
+ROWS = 512  # samples in a piece of a table, a JSON file or a folder
 RETRIES = (0.2, 1.0, 5.0)  # seconds to wait before a part that could not be read is tried again
 REMOTE = "not a local file"
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of labelled data, by number: their names, their folders if each has one, and phrases for the names."""
+    """The classes of labelled data, by number: their names, their folders if each class has one, and prompt templates."""
 
     names: list[str] | None = None
     folders: tuple[str, ...] = ()
@@ -35,11 +35,11 @@ class Classes:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one worker reads in order.
+    """A part of the data, which one worker reads in order.
 
-    weight: how often an epoch has each of its samples; of a fraction a random share of the samples is taken.
-    title: its name, where other parts have the same file name.
-    count: its samples, broken ones included; None if it has to be read for that.
+    weight: how often an epoch has each sample of the part; a fraction, as in 0.5 or 2.5, adds a random share of the samples.
+    title: the part's name, if other parts have the same file name.
+    count: number of samples, including broken ones; None if it is not known before the part is read.
     """
 
     url: str
@@ -58,7 +58,7 @@ class Part:
         return False
 
     def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
-        """options: of `read_shard`, for tars."""
+        """Yields the samples of the part. options: arguments of `read_shard`, which tars use."""
         raise NotImplementedError
 
 
@@ -75,11 +75,11 @@ class Tar(Part):
 
 
 def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
-    """The samples of a part. One that cannot be read is tried again, from where it failed, and then raises ShardError.
+    """Yields the samples of a part. After an error it tries again from where it failed, and at last raises ShardError.
 
-    A local file that is read, but is no tar, will be none a second later: it raises at once.
+    For a local file that can be read but is no valid tar it raises at once, since another try cannot help.
 
-    options: of `read_shard`.
+    options: arguments of `read_shard`.
     """
     given = 0
     for wait in (*RETRIES, None):
@@ -87,7 +87,7 @@ def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
         try:
             for number, sample in enumerate(part.read(found, **options), 1):
                 counted = found.take() if found.counts else None
-                if number > given:  # an earlier try gave the samples before it, and counted what is broken among them
+                if number > given:  # an earlier try yielded the first `given` samples, and counted the broken ones there
                     given = number
                     if counted:
                         skipped.merge(counted)
@@ -103,13 +103,13 @@ def read_part(part: Part, skipped: Skipped, **options: Any) -> Iterator[Sample]:
 
 
 def in_words(parts: list[Part]) -> str:
-    """What parts are of, for messages: "'a.tar' (and 3 more files)"; the pieces of a table or folder are one."""
+    """Names the files of parts in messages: "'a.tar' (and 3 more files)". The pieces of a table or folder are one file."""
     first, *more = dict.fromkeys(part.url for part in parts)
     return repr(first) + (f" (and {len(more)} more file{'s' * (len(more) > 1)})" if more else "")
 
 
 def image_sample(url: str, key: str, folder: str, image: Any, captions: list[Any], skipped: Skipped) -> Iterator[Sample]:
-    """The sample of an image file that a table or JSON names, relative to `folder`; none, but counted, if it is no file."""
+    """Yields the sample of an image path in a table or JSON, relative to `folder`; if it is no local file, only counts it."""
     place = f"{os.path.basename(url)}/{key}"
     if not isinstance(image, str) or not image:
         skipped.add("missing image", place)
@@ -119,7 +119,7 @@ def image_sample(url: str, key: str, folder: str, image: Any, captions: list[Any
     elif (span := span_of(os.path.join(folder, image))) is None:
         skipped.add("missing image", place, f"{image!r} is no file")
     else:
-        # The image's format is found by its content; the suffix only says that it is one.
+        # The suffix only marks the file as an image. Its content tells the format.
         _, suffix = split_name(image) or ("", "")
         yield {
             "__key__": key, "__url__": url, suffix if suffix in IMAGE_SUFFIXES else "jpg": span, "__captions__": captions
@@ -127,7 +127,7 @@ def image_sample(url: str, key: str, folder: str, image: Any, captions: list[Any
 
 
 def checked(parts: list[Part], name: str) -> list[Part]:
-    """The parts of a table or JSON whose first image is a local file; in later rows others are counted."""
+    """Returns `parts`. Raises InputError if a row before the first local image names a URL; later ones are only counted."""
     for part in parts[:1]:
         next(part.read(skipped := Skipped()), None)
         if REMOTE in skipped.counts:
@@ -136,13 +136,13 @@ def checked(parts: list[Part], name: str) -> list[Part]:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and suffix of a file of a sample that is no tar's; None for other files. The key may have dots."""
+    """Splits the name of a sample's file outside of tars into key and suffix; None for other files. A key may have dots."""
     low = name.lower()
     return next(((name[: -len(suffix)], suffix[1:]) for suffix in KNOWN if low.endswith(suffix)), None)
 
 
 def span_of(path: str) -> Span | None:
-    """The place of a file; None for what is no file, such as a named pipe, which would wait for its writer."""
+    """Returns a file as a Span; None for anything but a regular file, such as a named pipe, which waits for its writer."""
     try:
         found = os.stat(path)
         return Span(path, 0, found.st_size) if stat.S_ISREG(found.st_mode) else None

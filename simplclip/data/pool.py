@@ -1,4 +1,4 @@
-"""Processes that share work which holds Python's lock, such as resizing images. They write no files."""
+"""Pools of processes for work that holds Python's global lock, such as resizing images. The processes write no files."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class ProcessError(UserError, RuntimeError):
 
 
 def cores() -> int:
-    """The cores that this process may use; the ranks of a machine share its cores."""
+    """Returns the number of cores that this process may use. The ranks of a machine share its cores."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, found // ranks.on_this_host())
 
 
 @contextlib.contextmanager
 def processes(count: int | None = None) -> Iterator[Executor]:
-    """Context with an executor of `count` processes, by default one for each core; with 1 it is a thread of this process.
+    """Context with an executor of `count` processes, by default one for each core. For 1 it is a thread of this process.
 
-    The processes are there before the block starts, so that they hold none of its locks, and end with this process, even if
-    it is killed. Raises ProcessError if one of them dies.
+    The processes start before the block does, so that they inherit no lock which the block holds. They end with this process,
+    even if it is killed. Raises ProcessError if one of the processes dies.
     """
     if count is not None and count < 1:
         raise InputError(f"workers: expected an integer of at least 1, got {count}")
@@ -48,7 +48,7 @@ def processes(count: int | None = None) -> Iterator[Executor]:
             yield pool
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    # A pipe whose end tells the processes to end; a process that is killed cannot hold its locks, as it could an Event's.
+    # Closing our end of the pipe tells the processes to end. An Event has a lock, which a killed process could hold for ever.
     theirs, ours = context.Pipe(duplex=False)
     with ProcessPoolExecutor(count, context, _start, (theirs, ours)) as pool, theirs:
         pool.submit(os.getpid).result()
@@ -67,7 +67,7 @@ def processes(count: int | None = None) -> Iterator[Executor]:
 
 
 def ordered(submit: Callable[[Item], Future], items: Iterable[Item], ahead: int) -> Iterator[tuple[Item, Any]]:
-    """The items, in their order, with the results of their futures; up to `ahead` futures wait for the one before them."""
+    """Yields the items in order with the results of their futures. Up to `ahead` later items are submitted meanwhile."""
     waiting: deque[tuple[Item, Future]] = deque()
     for item in items:
         waiting.append((item, submit(item)))
@@ -82,7 +82,7 @@ def _start(theirs: Connection, ours: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its processes
     torch.set_num_threads(1)
 
-    ours.close()  # of this process; the parent's is closed by the parent, or when that is killed
+    ours.close()  # this process's copy; the parent closes its own, at the latest when it dies
 
     def watch() -> None:
         theirs.poll(None)

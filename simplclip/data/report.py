@@ -1,4 +1,4 @@
-"""`simplclip data report`: what pairs there are, and what it costs to read them; a table, report.json and report.png."""
+"""`simplclip data report`: describes pairs and the cost of decoding them, as a table, report.json and report.png."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from simplclip.data.pool import cores, ordered, processes
 from simplclip.data.shards import ShardError, check_count, parse, place_of, stable_hash
 from simplclip.data.transforms import ImageTransform
 
-SPREAD = 32  # the sample of images comes from at most so many parts of the data
+SPREAD = 32  # most parts of the data from which `measure` decodes images
 QUANTILES = {"least": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "most": 1.0}
 MEASURES = {"short side": "px", "image file": "KiB", "captions an image": "", "caption": "characters"}  # and their units
 
 
 class Summary(NamedTuple):
-    """What a part of the data holds."""
+    """Statistics of a part of the data."""
 
     sums: Counter[str]
     formats: Counter[str]
     broken: Skipped
-    values: dict[str, np.ndarray]  # of MEASURES
-    keys: np.ndarray  # their hashes
+    values: dict[str, np.ndarray]  # by the names of MEASURES
+    keys: np.ndarray  # hashes of the samples' keys
 
 
 def run(
@@ -57,11 +57,11 @@ def run(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Report on pairs, of shards by their indices where they fit, else by reading headers and captions.
+    """Reports on pairs: of a shard by its index, if the index fits, else by reading headers and captions.
 
-    shards: what `data.parts_of` takes; tars are shared among processes, what is no local tar is read by this one. `out` is
-    all that is written. The options are those of the command. Returns the object that report.json holds, in which files that
-    cannot be read are named. Memory: about 24 bytes a sample.
+    shards: what `data.parts_of` takes. The pool's processes share the local tars; this process reads the rest. Nothing but
+    the folder `out` is written. The options are those of the command. Returns the object that report.json holds, which also
+    names the files that cannot be read. Memory: about 24 bytes a sample.
     """
     check_count("sample", sample, 0)
     check_count("batch_size", batch_size, 1)
@@ -73,7 +73,7 @@ def run(
         def submit(part: Part) -> Future[Summary | str]:
             if part.is_local_tar:
                 return pool.submit(summarise, part)
-            done: Future[Summary | str] = Future()  # a process would get a copy of all of a parquet file's rows
+            done: Future[Summary | str] = Future()  # another process would get a copy of all rows of a parquet file
             done.set_result(summarise(part))
             return done
 
@@ -117,7 +117,7 @@ def run(
 
 
 def summarise(part: Part) -> Summary | str:
-    """The summary of a part, or why it cannot be read."""
+    """Returns the summary of a part, or the reason why it cannot be read."""
     known = index.statistics(part.url) if part.is_local_tar else None
     found = known or (look(part.url) if part.is_local_tar else _look(part))
     if isinstance(found, str):
@@ -139,7 +139,7 @@ def summarise(part: Part) -> Summary | str:
 
 
 def _look(part: Part) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
-    """As `look`, of what is no local tar; its bytes are those of the images."""
+    """Returns what `look` returns, for a part that is no local tar. Its "bytes" are those of the images."""
     damage = Skipped()
     try:
         about, arrays = described(read_part(part, damage), damage)
@@ -149,7 +149,7 @@ def _look(part: Part) -> tuple[dict[str, Any], dict[str, np.ndarray]] | str:
 
 
 def measure(counts: Sequence[tuple[Part, int]], number: int, size: int) -> dict[str, Any]:
-    """Decodes about `number` images, spread over parts with `counts` samples, as training does; on this core alone."""
+    """Decodes about `number` images as training does, on one core. counts: the parts to take them from, and their samples."""
     from open_clip.transform import AugmentationCfg, PreprocessCfg
 
     transform = ImageTransform(PreprocessCfg(size=size), AugmentationCfg())
@@ -176,7 +176,7 @@ def _broken(skipped: Skipped) -> dict[str, list]:
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
-    """The report for a terminal."""
+    """Returns the tables that show a report in a terminal."""
 
     def first(name: str) -> str:
         return escape(visible(name))
@@ -214,7 +214,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def _draw(path: Path, values: Mapping[str, np.ndarray], quantiles: Mapping[str, Mapping[str, int]]) -> None:
-    """A histogram of each of MEASURES; its last bar has the largest 0.5 % of the values too."""
+    """Draws a histogram of each of MEASURES. The last bar includes the largest 0.5 % of the values."""
     from matplotlib.ticker import EngFormatter
 
     figure = plotting.new_figure(10, 6.6)

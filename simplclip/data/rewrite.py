@@ -1,12 +1,12 @@
-"""Makes new shards of shards: sidecars, which hold the new files that a function makes for the samples, e.g. a teacher's
-features; or copies of the samples with those files, e.g. smaller images.
+"""Makes new shards from shards: sidecars, which hold only the new files that a function makes for the samples, e.g. a
+teacher's features; or copies of the samples that also have the new files, e.g. smaller images.
 
 The new folder has only complete shards at any moment: a shard gets its name after all of it is on disk. After a crash the
 same command continues with the first unfinished shard, and the result has the same bytes.
 
-    OUT/<name>.tar        the samples of the shard of that name, in the same order, or what is new of them
+    OUT/<name>.tar        the samples of the shard of that name, in the same order, or only their new files
     OUT/meta.json         how they were made; "splits" with the samples, bytes and sha256 of each finished shard
-    OUT/LICENSES.md       that of the input folder, if it has one
+    OUT/LICENSES.md       the file of that name in the input folder, if there is one
 """
 
 import contextlib
@@ -52,9 +52,9 @@ from simplclip.data.tar import MAX_BYTES
 
 FORMAT = "simplclip-shards-1"
 SIDECARS = "simplclip-sidecars-1"
-_IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # suffixes that make a sample for other readers
+_IMAGE_OR_TEXT = {*IMAGE_SUFFIXES, "txt", "json"}  # the files of a key count as a sample if one has such a suffix
 
-# What is made of some samples: for each its new files by suffix, with None for one that is dropped; or why it is broken.
+# The results for some samples: for each its new files by suffix, None for a file to drop; or the reason why it is broken.
 Made = Sequence[Mapping[str, bytes | None] | BrokenSample]
 Process = Callable[[list[Pair]], Made | Future[Made]]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,7 +87,7 @@ def rewrite(
     sidecars: Folders = (),
     max_bytes: int = MAX_BYTES,
 ) -> dict[str, Any]:
-    """Write the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
+    """Writes the samples of `shards` to shards of the same names in the folder `out`, with the files that `process` makes.
 
     All files of a sample are kept (suffixes in lower case); files from `process` replace those of the same suffix or are
     added after them. Files without a suffix belong to no sample and are left out. Broken samples are copied without
@@ -104,14 +104,14 @@ def rewrite(
 
     Args:
         out: a new folder, or that of an earlier run with the same `stamp`.
-        process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each; None in the place of bytes drops
-            a file, and a BrokenSample in that of the dict counts the sample as broken. Its exceptions end the run.
+        process: maps at most `batch_size` samples of one shard to {suffix: bytes} for each. None in place of bytes drops a
+            file; a BrokenSample in place of the dict counts the sample as broken. An exception of `process` ends the run.
         stamp: keys of meta.json that describe how the new files were made, e.g. {"teacher": {"name": ...}}; JSON types only.
         progress, title: whether the progress and the notes are shown, and what the progress is called.
         workers: more than 0 if `process` only submits its work to an executor with so many workers and returns the Future.
-            Its samples' images are not decoded then, and twice as many batches of a shard are on their way at a time.
+            The images of samples are then not decoded first, and up to twice as many batches are in progress at a time.
         sidecars: folders of sidecars that are joined to the samples first, e.g. with other captions; needs `sidecar`.
-        max_bytes: a sample whose files have more together is left out and counted.
+        max_bytes: a sample whose files have more bytes together is left out and counted.
 
     Returns: {"path", "shards" (their number), "sources" (name -> input), "written" (by this run), "samples", "skipped" (a
     Skipped), "notes"}.
@@ -168,7 +168,7 @@ def rewrite(
 
 
 def _named(files: list[str], out: Path) -> dict[str, str]:
-    """The name of each new shard -> its input."""
+    """Returns the input of each new shard by the new shard's name."""
     sources: dict[str, str] = {}
     for file in files:
         if out.resolve() in (Path(file).resolve().parent, Path(file).parent.resolve()):
@@ -181,7 +181,7 @@ def _named(files: list[str], out: Path) -> dict[str, str]:
 
 
 def _carried(folders: list[str], without: set[str]) -> dict[str, Any]:
-    """The keys of the input folders' meta.json that are still valid for rewritten samples."""
+    """Returns the keys of the input folders' meta.json that are still valid for rewritten samples."""
     found = []
     for folder in folders:
         path = Path(folder, "meta.json")
@@ -207,7 +207,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _claimed(out: Path, meta: dict[str, Any], folders: list[str]) -> Iterator[dict[str, Any]]:
-    """Make or take over the folder and lock it for this process; yields the finished shards by name."""
+    """Context that makes or takes over the folder and locks it for this process; gives the finished shards by name."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a folder, got the file {out}")
     out.mkdir(parents=True, exist_ok=True)
@@ -258,13 +258,13 @@ def _unfinished(sources: dict[str, str], out: Path, finished: dict[str, Any], si
 
 
 def _origin(source: str, sidecars: Folders) -> dict[str, Any]:
-    """The part of a shard's entry in meta.json that says what it was made from."""
+    """Returns the part of a shard's entry in meta.json that says from which files the shard was made."""
     joined = {"sidecars": [identity(path) for path in beside(source, sidecars)]} if sidecars else {}
     return {"source": identity(source), **joined}
 
 
 def _write_shard(source: str, target: Path, making: Making) -> dict[str, Any]:
-    """Write one shard; return its entry of meta.json."""
+    """Writes one shard; returns its entry of meta.json."""
     skipped, count = Skipped(), 0
 
     def batches() -> Iterator[tuple[list[Sample], list[Pair]]]:
@@ -312,7 +312,7 @@ def _write_shard(source: str, target: Path, making: Making) -> dict[str, Any]:
 
 
 def _whole(samples: Iterator[Sample], skipped: Skipped, max_bytes: int) -> Iterator[Sample]:
-    """The samples with the bytes of their files; those that have too many are left out and counted."""
+    """Yields the samples with the bytes of their files. A sample with too many bytes is left out and counted."""
     for sample in samples:
         try:
             yield contents(sample, max_bytes)

@@ -1,10 +1,10 @@
-"""Reading samples from the tar files of a WebDataset.
+"""Reads samples from the tar files of a WebDataset.
 
 A shard is a tar file, plain or compressed. A sample is the files of one key: an image (jpg, jpeg, png or webp) and its
-caption: json with "captions" (a list) or "caption", else txt; and, if `simplclip teacher` wrote them, a teacher's features of
-both, teacher.npy, and the views of the image that it saw, views.json; in the shard or in sidecars. The files of a local
-uncompressed tar are Spans, which are read when the sample is used. Broken samples raise `BrokenSample` or are counted in a
-`Skipped`; a shard that cannot be opened or used raises `ShardError`.
+captions, in json as "captions" (a list) or "caption", else in txt. The shard or a sidecar may also hold what `simplclip
+teacher` writes: features of image and captions, teacher.npy, and the views of the image that the teacher saw, views.json.
+The files of a local uncompressed tar are Spans, which are read when the sample is used. Broken samples raise `BrokenSample`
+or are counted in a `Skipped`; a shard that cannot be opened or used raises `ShardError`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from simplclip.data.text import BYTES as TEXT_BYTES
 from simplclip.data.text import clean, json_of
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-UNREADABLE = "cannot be read"  # why a sample is broken whose file is gone
+UNREADABLE = "cannot be read"  # the reason of a broken sample whose file is gone
 COUNT_LIMIT = 1 << 30  # most bytes of shards that are read to count their samples
 TEXTS = ("txt", "json", "cls", VIEWS)
 KNOWN = tuple(f".{suffix}" for suffix in (*IMAGE_SUFFIXES, "txt", "json", TEACHER))
@@ -56,7 +56,7 @@ def folders_of(files: Iterable[str]) -> list[str]:
 
 
 def stable_hash(text: str) -> int:
-    """64 bits, the same in every process and version."""
+    """Returns a hash of 64 bits, the same in every process and version."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
@@ -69,14 +69,14 @@ class Pair:
     record: dict[str, Any]  # the json, or {}
     files: Sample  # with all bytes
     features: np.ndarray | None = None  # a teacher's [V + C, D̂]: of the image or its V views, then of its C captions in order
-    views: list[dict[str, Any]] | None = None  # that the teacher saw, see `transforms.View`; None: the image, not augmented
-    label: str | int | None = None  # of held-out data: the class, or its number
-    shard: str = ""  # of held-out data, where the image lies: the tar, absolute unless it is an address,
-    image_path: str = ""  # or a file of its own
+    views: list[dict[str, Any]] | None = None  # that the teacher saw, see `transforms.View`; None: the plain image
+    label: str | int | None = None  # held-out data only: name or number of the class
+    shard: str = ""  # held-out data only: the image's tar, an absolute path or an address,
+    image_path: str = ""  # or else the image's own file
 
     @cached_property
     def image(self) -> Image.Image:
-        """RGB; raises BrokenSample."""
+        """The decoded image, RGB. Raises BrokenSample."""
         return decode_pil(self.encoded)
 
     @property
@@ -89,17 +89,17 @@ class Pair:
 
     @property
     def group(self) -> str | None:
-        """The name of what it shows. Samples of one group are all right, and not each other's negatives."""
+        """The name of the thing that the image shows. Samples of one group match each other, so they are no negatives."""
         name = self.record.get("group")
         return None if name is None else str(name)
 
     @property
     def group_id(self) -> int:
-        """int64. Keys often repeat in every shard; without the shard's name unrelated samples would share a group."""
+        """Hash of the group, else of the shard's name and key (keys often repeat in every shard), as int64."""
         return stable_hash(f"key/{self.place}" if self.group is None else f"group/{self.group}") >> 1
 
     def without_files(self) -> Pair:
-        """The same without what takes much memory."""
+        """Returns the sample without the fields that take much memory."""
         own = {name: value for name, value in self.files.items() if name in ("__key__", "__url__", "__shard__")}
         return replace(self, encoded=b"", files=own, record={} if self.group is None else {"group": self.group})
 
@@ -136,7 +136,7 @@ def _members(shard: str, how: _Reading) -> Iterator[tuple[str, bytes | Span]]:
 
 
 def _files(shard: str, torn: list[str], how: _Reading) -> Iterator[dict[str, Any]]:
-    """The files of a tar that belong to samples. A damaged part ends them and is noted in `torn`."""
+    """Yields the files of a tar that belong to samples. It ends at a damaged part, and notes the reason in `torn`."""
     any_yet = False
     try:
         for name, value in _members(shard, how):
@@ -147,7 +147,7 @@ def _files(shard: str, torn: list[str], how: _Reading) -> Iterator[dict[str, Any
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if not any_yet:
             raise ShardError(f"shard {shard!r} cannot be opened: {reason}") from error
-        # A disk's or network's error may pass, and is no damage. What a compressed file holds wrong has no number.
+        # An error of a disk or network may pass, and is no damage. An error in compressed data has no errno.
         if isinstance(error, StreamError) or getattr(error, "errno", None) is not None:
             raise ShardError(f"shard {shard!r} cannot be read to its end: {reason}") from error
         torn.append(reason)
@@ -163,13 +163,13 @@ def read_shard(
     sidecars: Folders = (),
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[Sample]:
-    """The samples of a tar. Damage and duplicate files are counted in `skipped`.
+    """Yields the samples of a tar. Damage and duplicate files are counted in `skipped`.
 
     Suffixes are in lower case. Only images, txt, json and a teacher's features and views are given, unless `every`.
-    ahead: the contents will be used soon.
+    ahead: asks the system to read the contents ahead, since they will be used soon.
     indexed: use the shard's index, if it has one, instead of the tar's headers; the samples are the same.
     sidecars: folders whose files are joined to the samples, see `simplclip.data.sidecars`.
-    max_bytes: of a sample's files in a stream; those beyond are not read, and `contents` raises BrokenSample for them.
+    max_bytes: most bytes of a sample's files in a stream; further files are not read, and `contents` raises BrokenSample.
     """
     samples = _read_shard(shard, skipped, _Reading(every, ahead, indexed, max_bytes))
     return joined(samples, shard, sidecars, skipped) if sidecars else samples
@@ -193,7 +193,7 @@ def _read_shard(shard: str, skipped: Skipped, how: _Reading) -> Iterator[Sample]
 
 
 def check_sizes(sample: Sample, max_bytes: int = MAX_BYTES) -> None:
-    """Raises BrokenSample if files of a sample have more bytes than may be read, or holes."""
+    """Raises BrokenSample if the files of a sample have more bytes than may be read, or if a file is sparse."""
     total = 0
     for suffix, value in sample.items():
         if not isinstance(value, bytes | Span):
@@ -210,7 +210,7 @@ def check_sizes(sample: Sample, max_bytes: int = MAX_BYTES) -> None:
 
 
 def contents(sample: Sample, max_bytes: int = MAX_BYTES) -> Sample:
-    """The sample with bytes for its Spans. Raises BrokenSample if they cannot be read, or have more than `max_bytes`."""
+    """Returns the sample with bytes for its Spans. Raises BrokenSample if these cannot be read or exceed `max_bytes`."""
     check_sizes(sample, max_bytes)
     spans: dict[str, dict[str, Span]] = {}
     for suffix, value in sample.items():
@@ -235,7 +235,7 @@ def contents(sample: Sample, max_bytes: int = MAX_BYTES) -> Sample:
 
 
 def file_bytes(path: str | os.PathLike) -> bytes:
-    """A file that is no part of a tar. Raises OSError, also for what is no file, and BrokenSample as `contents`."""
+    """Reads a file outside of tars. Raises OSError, also if it is no regular file, and BrokenSample as `contents` does."""
     try:
         about = os.stat(path)
     except ValueError:  # a name with NUL
@@ -246,7 +246,7 @@ def file_bytes(path: str | os.PathLike) -> bytes:
 
 
 def image_of(sample: Sample) -> bytes | Span | None:
-    """The encoded image of a sample."""
+    """Returns the encoded image of a sample."""
     return next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
 
 
@@ -256,9 +256,9 @@ def usable(
     use: Callable[[Pair], Any] = lambda opened: opened.image,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[Pair]:
-    """The samples that are not broken, with decoded images; the others are counted in `skipped`.
+    """Yields the samples that are not broken, with decoded images. Broken samples are counted in `skipped`.
 
-    use: what is tried with each sample; it may raise BrokenSample. max_bytes: as for `contents`.
+    use: function that tries each sample and may raise BrokenSample. max_bytes: as for `contents`.
     """
     for sample in samples:
         try:
@@ -271,9 +271,9 @@ def usable(
 
 
 def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_bytes: int = MAX_BYTES) -> Pair:
-    """A sample with its files read. Raises BrokenSample.
+    """Reads the files of a sample. Raises BrokenSample.
 
-    teacher: with a teacher's features. image: False reads neither the image, which is empty then, nor the prefix's output.
+    teacher: also reads a teacher's features. image: if False, reads neither the image, which is then empty, nor prefix.npy.
     max_bytes: as for `contents`.
     """
     if not image:
@@ -291,7 +291,7 @@ def parse(sample: Sample, teacher: bool = False, *, image: bool = True, max_byte
 
 
 def record_of(sample: Sample) -> dict[str, Any]:
-    """The json of a sample whose files are read, or {}. Raises BrokenSample."""
+    """Parses the json of a sample whose files are read; {} without one. Raises BrokenSample."""
     record: Any = {}
     if "json" in sample:
         try:
@@ -304,9 +304,9 @@ def record_of(sample: Sample) -> dict[str, Any]:
 
 
 def captions_of(sample: Sample, record: dict[str, Any], *, lines: bool = False, first: bool = False) -> list[str]:
-    """The captions of a sample whose files are read, at least one. Raises BrokenSample.
+    """Returns the captions of a sample whose files are read, at least one. Raises BrokenSample.
 
-    lines: each line of txt is a caption, as in evaluation; else all of it is one. first: of the json's the first alone.
+    lines: each line of txt is a caption, as in evaluation; else all of txt is one. first: use only a json's first caption.
     """
     several, single = sample.get("__captions__", record.get("captions")), record.get("caption")
     if isinstance(several, list) and (found := not_empty(several)):
@@ -314,7 +314,7 @@ def captions_of(sample: Sample, record: dict[str, Any], *, lines: bool = False, 
     texts = [*(several if isinstance(several, list) else ()), *([single] if isinstance(single, str) else ())]
     one = not_empty(texts)[:1]
     written: list[str] = []
-    if "txt" in sample and not (lines and one):  # training counts a broken txt beside a caption too
+    if "txt" in sample and not (lines and one):  # in training a broken txt breaks a sample with a caption too
         try:
             text = sample["txt"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -326,7 +326,7 @@ def captions_of(sample: Sample, record: dict[str, Any], *, lines: bool = False, 
 
 
 def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
-    """The name or number of a sample's class. Raises BrokenSample."""
+    """Returns the name or number of a sample's class, None if it has none. Raises BrokenSample."""
     if "cls" in sample:
         try:
             return int(sample["cls"])
@@ -337,17 +337,17 @@ def label_of(sample: Sample, record: dict[str, Any]) -> str | int | None:
 
 
 def not_empty(texts: list[Any]) -> list[str]:
-    """The texts that are not empty, each as it is used, see `text.clean`."""
+    """Cleans texts by `text.clean`; returns those that are not empty."""
     return [cleaned for text in texts if isinstance(text, str) and (cleaned := clean(text))]
 
 
 def _features(opened: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
-    """A teacher's features of a sample, float16, or bfloat16 stored as uint16; and the views of the image that it saw."""
+    """Returns a teacher's features of a sample, float16 or bfloat16 (stored as uint16), and the views that it saw."""
     files, captions, views = opened.files, len(opened.captions), None
     place = f"sample {files['__key__']!r} of shard {files['__url__']!r}"
     if TEACHER not in files:
         if opened.encoded:
-            decode_pil(opened.encoded)  # a broken image has no features
+            decode_pil(opened.encoded)  # raises BrokenSample: a broken image has no features
         raise ShardError(f"{place} has no teacher features ({TEACHER}); make them by `simplclip teacher`")
     try:
         features = from_bytes(files[TEACHER])
@@ -370,9 +370,9 @@ def _features(opened: Pair) -> tuple[np.ndarray, list[dict[str, Any]] | None]:
 
 
 def prefix_output(sample: Sample, shape: tuple[int, ...], number: int, views: int) -> np.ndarray:
-    """What the frozen prefix of an image tower made of view `number` of a sample's `views`: float16 of `shape`.
+    """Reads the output of an image tower's frozen prefix for view `number` of a sample's `views`: float16 of `shape`.
 
-    Only these bytes of the sample's prefix.npy are read. Raises BrokenSample if they cannot be, ShardError for another file.
+    No other bytes of prefix.npy are read. Raises BrokenSample if they cannot be read, ShardError if the file's size differs.
     """
     span, size = sample[PREFIX], 2 * math.prod(shape)
     header = span.size - views * size
@@ -385,11 +385,11 @@ def prefix_output(sample: Sample, shape: tuple[int, ...], number: int, views: in
 
 
 def teacher_stamp(shards: list[str], folders: Folders = ()) -> dict[str, Any]:
-    """The teacher of the samples' features: "name", "width" D̂, "logit_scale", and "views" if it saw views of the images.
+    """Returns the teacher of the features: "name", "width" D̂, "logit_scale", and "views" if it saw views of the images.
 
-    It is taken from the last of the sidecars' `folders` whose meta.json names a teacher, else from the meta.json beside the
-    shards.
-    Raises ShardError if there is none, or if the folders of the shards have different ones.
+    The teacher is taken from the last of the sidecars' `folders` whose meta.json names one, else from the meta.json beside
+    the shards.
+    Raises ShardError if there is no teacher, or if the folders of the shards have different teachers.
     """
     for folder in reversed(folders):
         if (found := _stamp(os.path.expanduser(folder))) is not None:
@@ -417,14 +417,14 @@ def _stamp(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def place_of(sample: Sample) -> str:
-    """The name of a sample in messages and seeds: that of its part (`parts.Part.name`), and its key."""
+    """Returns the name of a sample in messages and seeds: the name of its part (`parts.Part.name`), and its key."""
     return f"{sample.get('__shard__') or name_of(sample['__url__'])}/{sample['__key__']}"
 
 
 def count_samples(shards: list[str]) -> list[int] | None:
-    """The number of samples of each of `shards`, including broken ones; None if too many bytes would have to be read.
+    """Counts the samples of each of `shards`, including broken ones; None if too many bytes would have to be read.
 
-    It is taken from the shard's index or from a meta.json beside it that lists it with its size; otherwise the shard is read.
+    The number comes from a meta.json beside the shard that lists it with its size, or from its index; else the shard is read.
     """
     listed = {folder: _listed_counts(folder) for folder in folders_of(shards)}
     known = {s: listed[os.path.dirname(s)].get((os.path.basename(s), os.path.getsize(s))) for s in shards}
@@ -438,7 +438,7 @@ def count_samples(shards: list[str]) -> list[int] | None:
 
 
 def _listed_counts(folder: str) -> dict[tuple[str, int], int]:
-    """The samples of each (shard, bytes) that the folder's meta.json lists, if there is one."""
+    """Returns the samples of each (shard, bytes) that the folder's meta.json lists, if there is one."""
     try:
         found = entries(folder).items()
         return {(name, int(entry["bytes"])): int(entry["samples"]) for name, entry in found}

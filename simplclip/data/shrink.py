@@ -30,7 +30,7 @@ def run(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write the samples of `shards` to shards in `out` with images whose short side is at most `short`.
+    """Writes the samples of `shards` to shards in `out` with images whose short side is at most `short`.
 
     An image that is not larger is copied byte for byte, as is every other file, a teacher's features among them. A larger one
     is decoded as training sees it (transparency on white, 16 bits scaled to 8, EXIF's orientation ignored), resized by
@@ -60,12 +60,12 @@ def run(
 
 
 def _suffix(sample: Pair) -> str:
-    """That of the image that is used."""
+    """Returns the suffix of the image that readers use."""
     return next(suffix for suffix in IMAGE_SUFFIXES if suffix in sample.files)
 
 
 def shrink_all(images: list[tuple[str, bytes]], short: int, quality: int) -> Made:
-    """The new files of samples, given the suffixes and files of their images; what a process does."""
+    """Returns the new files of samples, given the suffixes and files of their images. It runs in a process of the pool."""
     return [_shrunk(suffix, encoded, short, quality) for suffix, encoded in images]
 
 
@@ -78,15 +78,15 @@ def _shrunk(suffix: str, encoded: bytes, short: int, quality: int) -> Mapping[st
         return {}
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality, optimize=True, icc_profile=image.info.get("icc_profile"))
-    # Of a sample with several images jpg is the one that is used, as the image that it replaces was before.
+    # Readers use jpg first of a sample's images, so they use the new image as they used the one that it replaces.
     return {suffix: file.getvalue()} if suffix in ("jpg", "jpeg") else {suffix: None, "jpg": file.getvalue()}
 
 
 def smaller(encoded: bytes, short: int) -> Image.Image | None:
-    """The image with this short side; None if it is not larger. Raises BrokenSample, also for such an image."""
+    """Returns the image resized to this short side; None if it is not larger. Raises BrokenSample in both cases."""
     height, width = size_of(encoded)
     least = min(height, width)
-    # Half the resolution that is left to the filter is enough for it; Pillow calls this a reducing gap of 2.
+    # The filter needs only twice the final resolution; the decoder does the rest. Pillow calls this a reducing gap of 2.
     scale = next((scale for scale in SCALES if least >= 2 * scale * short), 1)
     pixels = decode(encoded, scale=scale)
     if least <= short:
@@ -94,6 +94,6 @@ def smaller(encoded: bytes, short: int) -> Image.Image | None:
     size = [max(short, round(side * short / least)) for side in (width, height)]
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((size[0], size[1]), Image.Resampling.LANCZOS)
     profile = Image.open(io.BytesIO(encoded)).info.get("icc_profile") or b""
-    if profile[16:20] == b"RGB ":  # that of CMYK or grey would not fit any more
+    if profile[16:20] == b"RGB ":  # a profile of CMYK or grey would no longer fit
         image.info["icc_profile"] = profile
     return image

@@ -3,7 +3,7 @@
     data/train-000000.tar       KEY.jpg, KEY.txt
     taught/train-000000.tar     KEY.teacher.npy, KEY.views.json
 
-A sidecar's file takes the place of the sample's of the same suffix. `simplclip teacher` and `simplclip caption` write them.
+A sidecar's file replaces the sample's file of the same suffix. `simplclip teacher` and `simplclip caption` write sidecars.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Sample = dict[str, Any]
 
 
 def plain_name(shard: str) -> str:
-    """The file name of a shard's sidecar or rewritten shard: its own without .gz, .xz or .bz2."""
+    """Returns the file name of a shard's sidecar or rewritten shard: the shard's own name without .gz, .xz or .bz2."""
     return re.sub(r"\.tgz$", ".tar", re.sub(r"\.(gz|xz|bz2)$", "", name_of(shard)))
 
 
 def beside(shard: str, folders: Folders) -> list[str]:
-    """The sidecars of a shard in `folders`. Raises ShardError if one is missing."""
+    """Returns the paths of a shard's sidecars in `folders`. Raises ShardError if one is missing."""
     found = [os.path.join(os.path.expanduser(folder), plain_name(shard)) for folder in folders]
     for path in found:
         if not os.path.isfile(path):
@@ -47,9 +47,9 @@ def beside(shard: str, folders: Folders) -> list[str]:
 
 
 def check(shards: Iterable[str], folders: Folders) -> None:
-    """Raises InputError for sidecars that are no folders, ShardError for one that is missing or of another shard.
+    """Raises InputError for paths that are no folders or shards of one name, ShardError for a missing or stale sidecar.
 
-    A shard that has changed since is noticed by its size, where the sidecar's meta.json has it.
+    A shard that has changed since its sidecar was made is noticed by its size, if the sidecar's meta.json has the size.
     """
     if isinstance(folders, (str, os.PathLike)):
         raise InputError(f"sidecars: expected a list of folders, got {folders!r}")
@@ -74,7 +74,7 @@ def check(shards: Iterable[str], folders: Folders) -> None:
 
 
 def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """What the meta.json of a folder says of each of its shards or sidecars, by file name; {} without a meta.json."""
+    """Reads the entries of a folder's meta.json, by the file name of the shard or sidecar; {} without a valid meta.json."""
     try:
         splits = json_of(Path(folder, "meta.json").read_text("utf-8"))["splits"].values()
         return {name: entry for split in splits for name, entry in split["shards"].items()}
@@ -83,9 +83,9 @@ def entries(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
 
 
 def joined(samples: Iterable[Sample], shard: str, folders: Folders, skipped: Skipped) -> Iterator[Sample]:
-    """The samples of a shard with the files of its sidecars, of which only headers are read. Memory: those of one shard.
+    """Yields the samples of a shard with the Spans of its sidecars' files. Memory: the sidecars' headers of one shard.
 
-    A later sample of a key that the shard has had is left out and counted, since the files would not be its own.
+    A sample whose key an earlier sample has is left out and counted, since the sidecars' files belong to the earlier one.
     Raises ShardError for a sidecar that is missing or damaged.
     """
     tables = [_files(path) for path in beside(shard, folders)]
@@ -99,13 +99,13 @@ def joined(samples: Iterable[Sample], shard: str, folders: Folders, skipped: Ski
         for table in tables:
             files = table.pop(key, {})
             if TEACHER in files:
-                sample.pop(VIEWS, None)  # those of the teacher before it
+                sample.pop(VIEWS, None)  # views of the former teacher, whose features are replaced
             sample.update(files)
         yield sample
 
 
 def _files(path: str) -> dict[str, dict[str, tar.Span]]:
-    """The places of a sidecar's files: key -> suffix -> Span."""
+    """Reads the places of a sidecar's files: key -> suffix -> Span."""
     found: dict[str, dict[str, tar.Span]] = {}
     try:
         for name, span in tar.members(path):

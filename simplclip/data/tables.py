@@ -1,7 +1,7 @@
 """Tables of image path and caption: CSV, TSV and parquet, read in pieces of ROWS rows.
 
-A CSV or TSV file is UTF-8, with or without its mark. The process that divides the work holds of it the places of its pieces,
-of a parquet file the two columns; not one Python object for each row.
+A CSV or TSV file is UTF-8, with or without a byte order mark. The process that divides the work holds only the places of the
+pieces of such a file, and the two columns of a parquet file, but never a Python object for each row.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ SEPARATORS = "\t,|;"
 # Columns of tables, and keys of the objects of JSON files, in order of preference: the first of these names that a file has.
 IMAGE_NAMES = ("filepath", "image_path", "path", "image", "file_name", "filename", "file", "image_name")
 CAPTION_NAMES = ("captions", "caption", "sentences", "title", "text", "raw", "comment")
-_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not UTF-8
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a table or JSON file is read. None: columns by IMAGE_NAMES and CAPTION_NAMES, the separator by the header.
+    """Options of a table or JSON file. None: columns by IMAGE_NAMES and CAPTION_NAMES, the separator by the header.
 
-    images: the folder of the images, by default that of the file. split: of a JSON file or of clip-benchmark's layout.
+    images: folder of the images, by default the file's own. split: name in a JSON file or in clip-benchmark's layout.
     """
 
     image_key: str | None = None
@@ -47,7 +47,7 @@ class Options:
 
 
 def name_in(names: Iterable[str], wanted: str | None, known: tuple[str, ...]) -> str | None:
-    """The column or key that holds something: `wanted`, or the first of the known names; None if there is none."""
+    """Returns the one of `names` to read: `wanted`, if given, or else the first of `known` there; None if there is none."""
     return next((name for name in ((wanted,) if wanted else known) if name in names), None)
 
 
@@ -55,12 +55,12 @@ def name_in(names: Iterable[str], wanted: str | None, known: tuple[str, ...]) ->
 class Rows(Part):
     """Rows of a table."""
 
-    images: str  # their folder
+    images: str  # folder of the images
     first: int  # number of the first row
     count: int
 
     def values(self, skipped: Skipped) -> Iterator[tuple[int, Any, list[Any]]]:
-        """The number of each row, its image's path and its captions; broken rows are counted."""
+        """Yields the number of each row, its image's path and its captions. Broken rows are counted in `skipped`."""
         raise NotImplementedError
 
     def read(self, skipped: Skipped, **options: Any) -> Iterator[Sample]:
@@ -70,10 +70,10 @@ class Rows(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class CsvRows(Rows):
-    start: int  # bytes of the file
+    start: int  # byte offset in the file
     end: int
     separator: str
-    places: tuple[int, int]  # of the two columns
+    places: tuple[int, int]  # indices of the columns of images and captions
 
     def values(self, skipped: Skipped) -> Iterator[tuple[int, Any, list[Any]]]:
         with open(self.url, "rb") as file:
@@ -92,7 +92,7 @@ class CsvRows(Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetRows(Rows):
-    table: Any  # pyarrow's, of the two columns of the whole file; all pieces share it
+    table: Any  # pyarrow's Table with the two columns of the whole file, which all pieces share
 
     def values(self, skipped: Skipped) -> Iterator[tuple[int, Any, list[Any]]]:
         rows = self.table.slice(self.first, self.count)
@@ -103,7 +103,7 @@ class ParquetRows(Rows):
 
 
 def table(path: str, options: Options, name: str) -> list[Part]:
-    """The pieces of a .csv, .tsv or .parquet file. Raises InputError, naming the argument `name`."""
+    """Returns the pieces of a .csv, .tsv or .parquet file. Raises InputError, naming the argument `name`."""
     parts = (_parquet if path.lower().endswith(".parquet") else _csv)(path, options, name)
     if not parts:
         raise InputError(f"{name}: expected a table with rows, got {path!r}, which has none")
@@ -111,7 +111,7 @@ def table(path: str, options: Options, name: str) -> list[Part]:
 
 
 def merged(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The samples of a table, where those of one image are one: the first, with the captions of all."""
+    """Merges samples of a table that have the same image: the first of them gets the captions of all."""
     found: dict[str, Sample] = {}
     for sample in samples:
         image: Any = image_of(sample)
@@ -124,7 +124,7 @@ def merged(samples: Iterable[Sample]) -> Iterator[Sample]:
 
 
 def _places(titles: list[str], path: str, options: Options, name: str) -> tuple[int, int]:
-    """The places of the columns of images and captions."""
+    """Returns the indices of the columns of images and captions."""
     found = []
     for option, wanted, known in (
         ("image_key", options.image_key, IMAGE_NAMES),
@@ -162,7 +162,7 @@ def _csv(path: str, options: Options, name: str) -> list[Part]:
 
 
 def _header(file: BinaryIO, path: str, options: Options, name: str) -> tuple[str, tuple[int, int]]:
-    """The separator, by default the one that the first line has most often, and the places of path and caption."""
+    """Reads the separator, by default the most frequent one in the first line, and the indices of path and caption."""
     line = file.readline(LINE)
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(f"{name}: expected a table in UTF-8, got {path!r} in UTF-16: iconv -f UTF-16 -t UTF-8")
@@ -172,7 +172,7 @@ def _header(file: BinaryIO, path: str, options: Options, name: str) -> tuple[str
     separator = options.separator or ("\t" if path.lower().endswith(".tsv") else max(SEPARATORS, key=header.count))
     try:
         titles = next(csv.reader([header], delimiter=separator), [])
-    except (csv.Error, TypeError) as error:  # a separator of several characters
+    except (csv.Error, TypeError) as error:  # e.g. a separator of several characters
         raise InputError(f"{name}: expected a table with a line of columns, got {path!r}: {error}") from None
     return separator, _places([title.strip() for title in titles], path, options, name)
 
@@ -180,10 +180,10 @@ def _header(file: BinaryIO, path: str, options: Options, name: str) -> tuple[str
 def _rows(
     file: BinaryIO, separator: str, end: float = math.inf, parse: bool = True
 ) -> Iterator[tuple[list[str] | str | None, int]]:
-    """The rows up to the byte `end`, each with the byte after it; in the place of a bad one, why. Empty lines are no rows.
+    """Yields the rows up to the byte `end`, each with the offset after it. In place of a bad row it yields the reason.
 
-    A quoted field may go over several lines. A row with a quote that is not closed, or a field above csv's limit, is its
-    first line alone, so that it costs no other. parse: False gives None for rows of one line.
+    Empty lines are no rows. A quoted field may span several lines. A row with an unclosed quote, or a field above csv's
+    limit, ends after its first line, so that no other row is lost. parse: if False, yields None for rows without quotes.
     """
     place = file.tell()
     while place < end and (line := file.readline(LINE)):
@@ -202,7 +202,7 @@ def _rows(
 
 
 def _row_of(line: bytes, file: BinaryIO, place: int, separator: str, end: float) -> tuple[list[str] | str, int]:
-    """The row that begins with a line, or why it is bad, and the byte after the last line that was read."""
+    """Reads the row that begins with `line`. Returns it, or why it is bad, and the offset after the last line read."""
     closed = True
 
     def lines() -> Iterator[str]:
@@ -241,7 +241,7 @@ def _parquet(path: str, options: Options, name: str) -> list[Part]:
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of a column of parquet; None for what is not UTF-8."""
+    """Returns the values of a column of parquet; None for a value that is not UTF-8."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
-"""The members of a tar: of a local uncompressed one by its headers alone, of others as they are read.
+"""The members of a tar. A local uncompressed tar is listed by its headers alone; other tars are read from start to end.
 
-Both go through `_entries`. It reads headers itself, since tarfile takes six times as long, holds whatever they promise in
-memory, and loops for ever over some. What is wrong in a header ends the tar there by tarfile.ReadError.
+Both use `_entries`, which parses headers itself: tarfile takes six times as long, holds as much in memory as a header
+promises, and loops for ever over some headers. An invalid header ends the tar there by tarfile.ReadError.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ UNREAD = -1  # the offset of a file of a stream, which was too large to be read
 AHEAD = 4 << 20  # bytes that the system is asked to read ahead of the headers
 _BLOCK = tarfile.BLOCKSIZE
 _MODULUS = 65521  # of Adler-32
-_LONGEST = 4096  # bytes of a name; systems allow no longer path
-_EXTENDED = 1 << 20  # bytes of a header about the next member
-_IN_A_ROW = 100  # such headers before a member; four is the most that there is a use for
-_DICTIONARY = 256 << 20  # bytes that a decompressor may take for itself
+_LONGEST = 4096  # most bytes of a name; systems allow no longer path
+_EXTENDED = 1 << 20  # most bytes of an extended header, which describes the next member
+_IN_A_ROW = 100  # most extended headers before a member; no more than four have a use
+_DICTIONARY = 256 << 20  # most bytes of memory that a decompressor may take for itself
 _PIECE = 1 << 16  # bytes of a stream that are skipped at a time
 _RECORD = re.compile(rb"([0-9]{1,7}) ([^=]+)=")
 
@@ -54,9 +54,9 @@ def is_compressed(path: str) -> bool:
 
 
 def members(path: str) -> Iterator[tuple[str, Span]]:
-    """Name and place of each regular file in a local uncompressed tar; only headers are read.
+    """Yields name and place of each regular file in a local uncompressed tar; reads only headers.
 
-    Raises: OSError, and tarfile.ReadError at a damaged part, after the members before it.
+    Raises OSError, and tarfile.ReadError at a damaged part, after the members before it.
     """
     with open(path, "rb", buffering=0) as file:
         descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
@@ -72,7 +72,7 @@ def members(path: str) -> Iterator[tuple[str, Span]]:
 
 
 def read_ahead(path: str, found: Iterable[tuple[str, Span]]) -> Iterator[tuple[str, Span]]:
-    """The same members, while the system is asked to read the contents of the next ones."""
+    """Yields the members `found`, and asks the system to read the contents of the next ones ahead."""
     if not hasattr(os, "posix_fadvise"):
         yield from found
         return
@@ -89,10 +89,10 @@ def read_ahead(path: str, found: Iterable[tuple[str, Span]]) -> Iterator[tuple[s
 def streamed(
     file: Readable, url: str, *, max_bytes: int = MAX_BYTES, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, bytes | Span]]:
-    """Name and content of each regular file in a tar, compressed or not, from the start to the end. Errors as `members`.
+    """Yields name and content of each regular file in a tar, compressed or not, in order. Raises the errors of `members`.
 
-    An unread Span stands for the content of a file that is not `wanted` or sparse, and of one by which the files of its
-    sample have more than `max_bytes`. Memory: what the consumer keeps, a file, and a constant.
+    In place of the content it yields an unread Span for a file that is not `wanted`, that is sparse, or with which the files
+    of the sample exceed `max_bytes`. Memory: what the consumer keeps, one file, and a constant.
     """
     forward = _Forward(_decompressed(file))
     key, held = None, 0
@@ -112,7 +112,7 @@ def streamed(
 
 
 def read(spans: list[Span]) -> list[bytes]:
-    """The bytes of spans of one file. Raises OSError, also if the file has become shorter."""
+    """Reads the bytes of spans of one file. Raises OSError, also if the file has become shorter."""
     with open(spans[0].file, "rb", buffering=0) as file:
         first = min(span.offset for span in spans)
         last = max(span.offset + span.size for span in spans)
@@ -128,12 +128,12 @@ def read(spans: list[Span]) -> list[bytes]:
 
 
 def _entries(url: str, fetch: Callable[[int, int], bytes], end: float) -> Iterator[tuple[str, Span]]:
-    """Name and place of each regular file, by the headers.
+    """Yields name and place of each regular file of the tar `url`, by the headers.
 
-    url: of the tar. fetch: the bytes at an offset, fewer at the end; offsets never go back. end: of the tar, if it is known.
+    fetch: fetch(offset, size) returns these bytes, fewer at the end; offsets never decrease. end: size of the tar, or inf.
     """
     place, extended = 0, 0
-    name: str | None = None  # from a header of its own, for the next member
+    name: str | None = None  # from an extended header, for the next member
     length: int | None = None
     sparse = False
     while True:
@@ -146,7 +146,7 @@ def _entries(url: str, fetch: Callable[[int, int], bytes], end: float) -> Iterat
         if size is None or checksum is None or (_sum(header) - sum(header[148:156]) + 256 - checksum) % _MODULUS:
             raise tarfile.ReadError(f"bad header at byte {place}")
         place += _BLOCK
-        if kind in b"xXgLK":  # not a member, but about the next one
+        if kind in b"xXgLK":  # an extended header, about the next member
             extended += 1
             if size > _EXTENDED or extended > _IN_A_ROW:
                 raise tarfile.ReadError(f"bad header at byte {place - _BLOCK}: too many or too large ones before a member")
@@ -181,7 +181,7 @@ def _entries(url: str, fetch: Callable[[int, int], bytes], end: float) -> Iterat
 
 
 def _number(field: bytes) -> int | None:
-    """A number of a header, octal or (GNU, for more than 8 GiB) binary; None if it is neither or negative."""
+    """Parses a number of a header, octal or (GNU, for more than 8 GiB) binary; None if it is neither or negative."""
     if field[0] == 0o200:
         return int.from_bytes(field[1:], "big")
     digits = field.rstrip(b"\0 ")
@@ -196,7 +196,7 @@ def _number(field: bytes) -> int | None:
 
 
 def _sum(header: bytes) -> int:
-    """The sum of the bytes modulo _MODULUS, which zlib computes ten times as fast as Python."""
+    """Returns the sum of the bytes modulo _MODULUS, which zlib computes ten times as fast as Python."""
     return (zlib.adler32(header) & 0xFFFF) - 1
 
 
@@ -208,7 +208,7 @@ def _name(header: bytes) -> str:
 
 
 def _text(raw: bytes) -> str:
-    """A name of a header of its own."""
+    """Decodes the name in an extended header."""
     raw = raw.split(b"\0", 1)[0]
     if len(raw) > _LONGEST:
         raise tarfile.ReadError(f"a name of {len(raw):,} bytes")
@@ -222,9 +222,9 @@ def _decimal(digits: bytes) -> int:
 
 
 def _records(text: bytes) -> dict[bytes, bytes]:
-    """The records of a pax header: "LENGTH KEY=VALUE\\n"."""
+    """Parses the records of a pax header: "LENGTH KEY=VALUE\\n"."""
     records: dict[bytes, bytes] = {}
-    if b"path=" not in text and b"size=" not in text and b"GNU.sparse." not in text:  # most have only times
+    if b"path=" not in text and b"size=" not in text and b"GNU.sparse." not in text:  # most headers have only times
         return records
     place = 0
     while place < len(text) and text[place]:  # zeros may follow
@@ -238,7 +238,7 @@ def _records(text: bytes) -> dict[bytes, bytes]:
 
 
 class _Forward:
-    """Bytes at offsets of a file that is read once, from its start to its end."""
+    """Reader of bytes at ascending offsets of a file, which is read once, from its start to its end."""
 
     def __init__(self, file: Readable) -> None:
         self.file, self.place = file, 0
@@ -255,7 +255,7 @@ class _Forward:
 
 
 class _Started(io.RawIOBase):
-    """A stream whose first bytes were looked at."""
+    """A stream whose first bytes have been read ahead, to tell its format; reading yields them again."""
 
     def __init__(self, file: Readable) -> None:
         self.file, self.start = file, b""
@@ -273,7 +273,7 @@ class _Started(io.RawIOBase):
 
 
 class _Decompressing(io.RawIOBase):
-    """What a decompressor of bz2's kind makes of a file, never more of it than is asked for."""
+    """The decompressed data of a file, by a decompressor with bz2's interface. It never makes more than is asked for."""
 
     def __init__(self, file: Any, start: Callable[[], Any]) -> None:
         self.file, self.start, self.decompressor = file, start, start()
@@ -294,7 +294,7 @@ class _Decompressing(io.RawIOBase):
                 raise EOFError("the compressed data end too early")
             try:
                 data = self.decompressor.decompress(more, len(room))
-            except Exception as error:  # each format has its own
+            except Exception as error:  # each format has its own type
                 raise tarfile.ReadError(f"invalid compressed data: {error}") from error
         room[: len(data)] = data
         return len(data)
@@ -309,7 +309,7 @@ _COMPRESSED: dict[bytes, Callable[[], Any] | None] = {
 
 def _decompressed(file: Readable) -> Readable:
     raw = _Started(file)
-    buffered = io.BufferedReader(raw, tarfile.RECORDSIZE)  # small, since a break loses what is in it
+    buffered = io.BufferedReader(raw, tarfile.RECORDSIZE)  # small, since a stream that breaks loses what is in the buffer
     for magic, start in _COMPRESSED.items():
         if raw.start.startswith(magic):
             return io.BufferedReader(_Decompressing(buffered, start), _PIECE) if start else gzip.GzipFile(fileobj=buffered)

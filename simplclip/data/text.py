@@ -1,4 +1,4 @@
-"""Text of files from elsewhere: what is used of a caption, a label or a name, and JSON that cannot end the program."""
+"""Text of files from elsewhere: cleans captions, labels and names, and parses JSON so that no content ends the program."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from typing import Any
 
 LONGEST = 8192  # characters of a caption that are used: more than any tokenizer takes, and tokenizers may be quadratic
-BYTES = 16 << 20  # most bytes of a text of a sample; parsed, JSON takes up to 30 times as many
+BYTES = 16 << 20  # most bytes of a text file of a sample; parsed JSON takes up to 30 times as many
 _NO_CHARACTER = re.compile("[\ud800-\udfff\0]")
 
 
 def clean(text: str) -> str:
-    """A caption or name without spaces around it, cut to LONGEST; lone surrogates and NUL become U+FFFD."""
+    """Strips a caption or name and cuts it to LONGEST characters. Lone surrogates and NUL become U+FFFD."""
     return _NO_CHARACTER.sub("\ufffd", text.removeprefix("\ufeff").strip()[:LONGEST].rstrip())
 
 
 def json_of(data: str | bytes) -> Any:
-    """What JSON holds. Raises ValueError for all that is wrong with it."""
+    """Parses JSON. Raises ValueError for any error in it, also for too deep nesting."""
     try:
         return json.loads(data)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""open_clip's image transforms on uint8 tensors. What is drawn for an image is a view, which can be stored and replayed."""
+"""open_clip's image transforms on uint8 tensors. A view is what was drawn for one image; it can be stored and replayed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from simplclip.data import colour as colours
 from simplclip.data.decode import SCALES, check_pixels, decode, rgb, size_of, to_tensor
 
 BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
-RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop
+RATIO = (3 / 4, 4 / 3)  # RandomResizedCrop's default aspect ratios
 
 View = dict[str, Any]  # JSON values: what was drawn for an image
 
 
 class ImageTransform:
-    """Makes the pixels of an image file for a model.
+    """A transform of image files into the pixels that a model takes.
 
     A loader calls `draw` for each image, `apply` for its pixels (uint8), and `finish` once for a batch, on the device:
 
@@ -35,8 +35,8 @@ class ImageTransform:
         pixels = transform.apply(encoded, view)                  # uint8 [3, S, S]
         images = transform.finish(torch.stack([pixels, ...]))    # float32 [N, 3, S, S], changed in colour, normalised
 
-    Called with a file's bytes it returns pixels of a new draw; called with a PIL image it does all of this and returns what
-    open_clip's preprocess does, float32 [3, S, S].
+    Called with a file's bytes, it draws a view and returns the pixels, uint8 [3, S, S]. Called with a PIL image, it does all
+    three steps and returns what open_clip's preprocess returns, float32 [3, S, S].
 
     Args:
         cfg: open_clip's preprocessing.
@@ -71,7 +71,7 @@ class ImageTransform:
                 self._jitter = ColorJitter(*self.augment.color_jitter)
 
     def draw(self, height: int, width: int) -> View:
-        """A view of an image of this size, drawn from torch's global generator on the CPU; {} for evaluation."""
+        """Draws a view of an image of this size, from torch's global generator on the CPU; {} for evaluation."""
         view: View = {}
         if self.augment == "affine":
             a = self._affine
@@ -85,9 +85,9 @@ class ImageTransform:
         return view
 
     def apply(self, encoded: bytes, view: View) -> Tensor:
-        """The pixels of a file in a view, uint8 [3, S, S], without its colour. Raises BrokenSample as `decode`.
+        """Returns the pixels of a file in a view, uint8 [3, S, S], colours unchanged. Raises BrokenSample as `decode` does.
 
-        A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the view's crop is at least as many times larger than S.
+        A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the view's crop is at least 2, 4 or 8 times as large as S.
         """
         scale = 1
         if "crop" in view and self._room(view["image"], view) >= SCALES[-1]:
@@ -96,8 +96,8 @@ class ImageTransform:
         return self.render(decode(encoded, scale=scale, max_pixels=self.max_pixels), view)
 
     def drawn(self, encoded: bytes) -> tuple[Tensor, View]:
-        """The pixels of a file in a view that is drawn for it, as of `draw` and `apply`, and the view."""
-        if self.augment == "affine":  # of the whole image, which is decoded once for its size and its pixels
+        """Draws a view for a file; returns the pixels as `apply` does, and the view."""
+        if self.augment == "affine":  # needs the whole image, which is decoded once for both its size and its pixels
             image = decode(encoded, max_pixels=self.max_pixels)
             view = self.draw(*image.shape[1:])
             return self.render(image, view), view
@@ -105,19 +105,19 @@ class ImageTransform:
         return self.apply(encoded, view), view
 
     def render(self, image: Tensor, view: View) -> Tensor:
-        """As `apply`, of a decoded image, uint8 [3, H, W], on its device.
+        """Does what `apply` does, for a decoded image, uint8 [3, H, W], on the image's device.
 
-        The image may be smaller than the one that the view was drawn for: the crop is made smaller with it.
+        The image may be smaller than the one that the view was drawn for; the crop is then scaled down too.
         """
         if "crop" in view:
             top, left, bottom, right = _box(image.shape[1:], view)
-            # Copied, since resizing is that much faster where rows follow one another.
+            # Copied, since resizing contiguous rows saves more time than the copy takes.
             crop = image[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)
             return F.resize(crop, list(self.size), BICUBIC)[0]
         if "affine" in view:
             angle, x, y, zoom, *shear = view["affine"]
             shift = [x * (self.size[1] / view["size"][1]), y * (self.size[0] / view["size"][0])]
-            # torchvision draws a grey line around an image unless it fills with black, which white is on the negative.
+            # torchvision draws a grey line around the image unless the fill is black. The negative turns white into black.
             negative = ~F.resize(image, list(self.size), BICUBIC)
             return ~F.affine(negative, angle, shift, zoom, shear, interpolation=BILINEAR)
         size, interpolation = self._resized(*image.shape[1:])
@@ -134,7 +134,7 @@ class ImageTransform:
 
         Args:
             images: uint8 [N, 3, S, S].
-            colour: float32 [N, P], the "colour" of the images' views, where they have any; see `colour.change`.
+            colour: float32 [N, P], the "colour" of the images' views, None if the views have none; see `colour.change`.
         """
         layout = torch.channels_last if channels_last else torch.contiguous_format
         floats = images.to(torch.float32, memory_format=layout)
@@ -153,12 +153,12 @@ class ImageTransform:
         return self.finish(self.render(pixels, view)[None], colour)[0]
 
     def _room(self, size: tuple[int, int], view: View) -> float:
-        """How many times larger than S the view's crop is in an image of this size."""
+        """Returns the sides of the view's crop, in an image of this size, divided by S: the smaller quotient."""
         top, left, bottom, right = _box(size, view)
         return min((bottom - top) / self.size[0], (right - left) / self.size[1])
 
     def _resized(self, height: int, width: int) -> tuple[list[int], InterpolationMode]:
-        """Evaluation: the size that an image is resized to before it is cropped or padded, and the interpolation."""
+        """Returns the size to which evaluation resizes an image before it crops or pads, and the interpolation."""
         if self.resize_mode == "squash":
             return list(self.size), self.interpolation
         fit, square = max if self.resize_mode == "longest" else min, self.size[0] == self.size[1]
@@ -168,7 +168,7 @@ class ImageTransform:
         else:
             ratio = fit(height / self.size[0], width / self.size[1])
             size = [round(height / ratio), round(width / ratio)]
-        check_pixels(size[0], size[1], None)  # a line of a pixel's width would become gigabytes
+        check_pixels(size[0], size[1], None)  # an image one pixel wide would become gigabytes
         return size, self.interpolation if fit is max or square else BICUBIC  # open_clip passes none on for other sizes
 
 
@@ -179,15 +179,15 @@ def augmentation(transform: Any) -> Any:
 
 
 def stack(images: Sequence[Tensor]) -> Tensor:
-    """Pixels [3, S, S] as a batch [N, 3, S, S] that lies in memory as they do, channels last; torch.stack would turn each.
+    """Stacks pixels [3, S, S] to a batch [N, 3, S, S], channels last as the pixels are; torch.stack would transpose each.
 
-    In a loader process it is written straight into shared memory.
+    In a loader process the batch is written straight into shared memory.
     """
     return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def _draw_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> list[int]:
-    """Top, left, height and width, in the distribution of torchvision's RandomResizedCrop, in a quarter of its time."""
+    """Draws top, left, height and width, distributed as in torchvision's RandomResizedCrop, in a quarter of its time."""
     low, high = map(math.log, ratio)
     for _ in range(10):
         size, shape, y, x = torch.rand(4, dtype=torch.float64).tolist()
@@ -201,7 +201,7 @@ def _draw_crop(height: int, width: int, scale: tuple[float, float], ratio: tuple
 
 
 def _box(size: Sequence[int], view: View) -> tuple[int, int, int, int]:
-    """Top, left, bottom and right of a view's crop in its image of another size."""
+    """Returns top, left, bottom and right of a view's crop, scaled to the view's image in another `size`."""
     (top, left, height, width), (y, x) = view["crop"], (now / then for now, then in zip(size, view["image"]))
     first, last = (int(top * y + 0.5), int(left * x + 0.5)), (int((top + height) * y + 0.5), int((left + width) * x + 0.5))
     return *first, max(last[0], first[0] + 1), max(last[1], first[1] + 1)

@@ -1,4 +1,4 @@
-"""Loader processes: what they give, and errors about dead ones, which are raised between two batches only.
+"""Items of loader processes. Errors about dead processes are raised between two batches only.
 
 If a loader process dies, torch's SIGCHLD handler raises an error wherever the main thread is, e.g. in the middle of an
 optimizer's update or of writing a checkpoint.
@@ -21,9 +21,9 @@ from simplclip.data.broken import ShardError
 
 _CHILD_ENDED = getattr(signal, "SIGCHLD", None)  # Windows has none
 _former: Callable | None = None  # torch's handler, after ours has replaced it
-_holders = 0
-_missed = False
-_waiting = False
+_holders = 0  # open blocks of `undisturbed`
+_missed = False  # whether SIGCHLD came within such a block
+_waiting = False  # whether `_following` waits for an item, so that an error may be raised
 
 
 class WorkerError(UserError, RuntimeError):
@@ -31,16 +31,16 @@ class WorkerError(UserError, RuntimeError):
 
 
 def from_workers(dataset: IterableDataset, workers: int, pin_memory: bool = False) -> Iterator[Any]:
-    """What a data set yields in each of `workers` processes, in turn; with 0 in this process.
+    """Yields the items of a data set from each of `workers` processes in turn; with 0 from this process.
 
-    Raises a ShardError that it yields (one that it raises would come with the worker's traceback), and WorkerError if a
-    process died, but never while the caller uses an item.
+    A ShardError that the data set yields is raised here. If the data set raised it, it would have the worker's traceback.
+    Raises WorkerError if a process died, but never while the caller uses an item.
     """
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
     if workers:
         options |= {"prefetch_factor": 2, "worker_init_fn": _start}
         options |= {"multiprocessing_context": "fork"} if sys.platform == "linux" else {}
-    # Without a generator of its own every epoch would draw from the caller's global generator.
+    # Without its own generator the DataLoader would draw from the caller's global generator in every epoch.
     loader = DataLoader(dataset, batch_size=None, collate_fn=_unchanged, generator=torch.Generator(), **options)
     iterator = iter(loader)
     with undisturbed(report=False):
@@ -66,7 +66,7 @@ def _unchanged(item: Any) -> Any:
 def undisturbed(report: bool = True) -> Iterator[None]:
     """Delays errors about dead loader processes to the end of the block, or drops them unless `report`."""
     global _former, _holders, _missed
-    # Never reset, like torch's: generators end in any order and thread, but only the main thread may set handlers.
+    # The handler stays, as torch's does: generators end in any order and thread, but only the main thread may set handlers.
     current = signal.getsignal(_CHILD_ENDED) if _CHILD_ENDED else None
     if _former is None and callable(current) and threading.current_thread() is threading.main_thread():
         _former = current
@@ -83,9 +83,9 @@ def undisturbed(report: bool = True) -> Iterator[None]:
 
 
 def _following(iterator: Iterator) -> Any:
-    """The next item of a DataLoader's iterator, None at its end, within `undisturbed`: here errors are raised at once.
+    """Returns the next item of a DataLoader's iterator, None at its end. Errors are raised at once, despite `undisturbed`.
 
-    While another iterator is open, whose process it may be that died, torch looks for dead ones of this one every 5 seconds.
+    If another iterator is open, the dead process may be its own: then torch's check of this iterator every 5 seconds decides.
     """
     global _missed, _waiting
     _waiting = _holders == 1
@@ -105,9 +105,9 @@ def _died(error: Exception) -> bool:
 
 
 def _end(iterator: Any) -> str:
-    """Ends all processes of an iterator of which one died; returns how it died, "" if that is not known.
+    """Ends all processes of an iterator after one of them died. Returns how that process died, "" if it is not known.
 
-    Of torch's iterator no public method does that; left to the garbage collector, errors about them would come at any time.
+    torch has no public method for this. If the garbage collector did it, errors about processes could come at any time.
     """
     codes = []
     for process in iterator._workers:
@@ -125,7 +125,7 @@ def _handle(number: int, frame) -> None:
     if _holders and not _waiting:
         _missed = True
     else:
-        _waiting = False  # only once
+        _waiting = False  # raises only once
         _former(number, frame)
 
 

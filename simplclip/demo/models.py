@@ -37,7 +37,7 @@ def siclip_tiny_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransfor
 def siclip_lite0_trunk(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """Image trunk of siclip-lite0 before it is simplified: the first five of EfficientNet-Lite0's seven stages under a ViT.
 
-    They have stride 16 and 112 channels. The net is ``patch_embed.backbone``, with the names of timm's
+    The stages have stride 16 and 112 channels. The net is ``patch_embed.backbone``, with the names of timm's
     tf_efficientnet_lite0: conv_stem, bn1, blocks.0 ...
     """
     whole = timm.create_model("tf_efficientnet_lite0")
@@ -65,8 +65,8 @@ def _small(trunk: str, text: dict[str, Any], **others: Any) -> Spec:
 
 
 SICLIP_TINY = _small("siclip_tiny_trunk", {"vocab_size": 8192, "width": 256, "heads": 8}, preprocess={}, vocabulary=8192)
-# The net and the token embeddings can be inherited and define both widths. A step at 48 px takes about 0.7 of the time of
-# one at 64 px, and retrieval on the emoji loses 1 to 3 points.
+# The net and the token embeddings, which can be inherited, define both widths. A step at 48 px takes about 0.7 of the time of
+# a step at 64 px, and retrieval on the emoji loses 1 to 3 points.
 SICLIP_LITE0 = _small(
     "siclip_lite0_trunk",
     # eos_id: [SEP]

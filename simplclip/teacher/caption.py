@@ -1,4 +1,4 @@
-"""Synthetic captions: an open_clip CoCa model captions the images of shards, whose sidecars get these captions."""
+"""Synthetic captions: an open_clip CoCa model captions the images of shards; the captions are written into sidecars."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def run(
     precision: str = "fp32",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a sidecar of each of `shards` to `out`, with up to `n` additional captions of each image.
+    """Writes a sidecar of each of `shards` to `out`, with up to `n` additional captions of each image.
 
-    They hold the json of each sample with "captions", its own ones first, and "synthetic", the number of captions by a model
-    at the end. Empty captions, and those that differ from an earlier one only in case and spaces, are dropped.
+    A sidecar holds the json of each sample with "captions", first the sample's own, and "synthetic", the number of captions
+    by a model at the end. Empty captions, and captions that differ from an earlier one only in case and spaces, are dropped.
 
     Args:
-        shards: what `data.parts_of` takes; what is no local tar is first copied, see `data.pack.local_shards`.
+        shards: what `data.parts_of` takes. Data other than local tars are copied first, see `data.pack.local_shards`.
         out: as for `rewrite`; shards that an earlier run finished are kept.
         model: name of an open_clip CoCa, e.g. coca_ViT-B-32.
         checkpoint: file of its weights, see `models.create`; or
-        pretrained: tag of weights that open_clip downloads.
+        pretrained: a tag of weights that open_clip downloads.
         top_p, temperature: how captions are drawn, see `generate`.
         seed: the captions of a sample depend only on the seed, its shard and its key, not on the batch.
         batch_size: images at a time; n captions of each are drawn together.
@@ -105,7 +105,7 @@ def run(
 
 
 def load_model(name: str, *, checkpoint: str | os.PathLike | None = None, pretrained: str | None = None) -> CoCa:
-    """A CoCa of open_clip in eval mode with the weights of a local file or of a tag. Raises the errors of `run`."""
+    """Loads a CoCa of open_clip in eval mode with the weights of a local file or of a tag. Raises the errors of `run`."""
     plain = name.removeprefix(models.PLAIN)
     config = open_clip.get_model_config(plain)
     if config is None or "multimodal_cfg" not in config:
@@ -156,7 +156,7 @@ def generate(
     top_p: float,
     temperature: float,
 ) -> Tensor:  # int64 [B, n, T]
-    """Captions of T tokens: start of text, tokens drawn one after another, end of text (repeated).
+    """Generates captions of T tokens: start of text, tokens drawn one after another, end of text (repeated).
 
     Token t of a caption is drawn from softmax(logits / temperature), restricted to the most likely tokens that together have
     at least the probability `top_p`, by the uniform number draws[..., t] in [0, 1). Each step processes the whole text so
@@ -187,13 +187,13 @@ def generate(
 def _draw(logits: Tensor, uniform: Tensor, top_p: float) -> Tensor:  # float32 [R, V], float64 [R] -> int64 [R]
     probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = probabilities.cumsum(-1)
-    kept = (total - probabilities < top_p).sum(-1, keepdim=True)  # the last one exceeds the share
+    kept = (total - probabilities < top_p).sum(-1, keepdim=True)  # up to the token that reaches `top_p`
     chosen = torch.searchsorted(total, uniform[:, None] * total.gather(-1, kept - 1), right=True)
     return order.gather(-1, chosen.minimum(kept - 1))[:, 0]
 
 
 def decode(rows: list[list[int]], tokenizer: SimpleTokenizer) -> list[str]:
-    """The texts between start and end of text, with single spaces between words."""
+    """Returns the texts between start and end of text, with single spaces between words."""
     end = tokenizer.eot_token_id
     return [" ".join(tokenizer.decode(row[1 : row.index(end)]).split()) for row in rows]
 
@@ -210,7 +210,7 @@ def _record(sample: Pair, captions: list[str], counts: Counter[str]) -> bytes:
             seen.add(normal)
             new.append(caption)
     counts["captions"] += len(new)
-    former = sample.record.get("synthetic")  # of an earlier captioning
+    former = sample.record.get("synthetic")  # the number from an earlier captioning
     synthetic = len(new) + (former if isinstance(former, int) else 0)
     record = {**sample.record, "captions": [*sample.captions, *new], "synthetic": synthetic}
     return json.dumps(record).encode()

@@ -42,7 +42,7 @@ DTYPES = ("fp16", "bf16")
 
 @dataclass
 class Views:
-    """The views of each image that a teacher sees: `number` of them, drawn from the augmentation of a student's transform."""
+    """The views of each image that a teacher sees: `number` views, drawn from the augmentation of a student's transform."""
 
     transform: ImageTransform
     number: int
@@ -54,7 +54,7 @@ class Views:
             raise InputError("views: expected a transform that augments, got one without, whose views are all equal")
 
     def draw(self, sample: Pair) -> list[View]:
-        """The views of a sample's image; they depend on the seed, the shard's name, the key and each one's number only."""
+        """Draws the views of a sample's image. A view depends on the seed, the shard's name, the key and its number only."""
         height, width = size_of(sample.encoded, self.transform.max_pixels)
         views = []
         for view in range(self.number):
@@ -68,7 +68,7 @@ class Views:
 
 @dataclass
 class Ensemble:
-    """The mean of several teachers' logits, as features: those of the teachers side by side.
+    """Several teachers as one, whose logits are the mean of theirs: its features are those of the teachers side by side.
 
     Teacher i of T has the logits s_i <x_i, y_i>, with its logit scale s_i and unit vectors x_i of an image and y_i of a text.
     The features are x = [w_1 x_1, ..., w_T x_T] with w_i = sqrt(s_i / (s_1 + ... + s_T)), and y likewise. They are unit
@@ -90,7 +90,7 @@ class Ensemble:
         return sum(encoder.logit_scale for encoder in self.encoders) / len(self.encoders)
 
     def stamp(self) -> dict[str, Any]:
-        """What a file of features says about the teachers that made them."""
+        """Returns the description of the teachers that is stored with their features."""
         stamps = [encoder.stamp() for encoder in self.encoders]
         if len(stamps) == 1:
             return stamps[0]
@@ -102,7 +102,7 @@ class Ensemble:
         return self._joined(lambda encoder: encoder.encode_image(images, len(images)))
 
     def encode_views(self, samples: Sequence[Pair], views: Sequence[View]) -> Tensor:
-        """Features float32 [N, width] of a view of each image, whose pixels are made at each teacher's size.
+        """Features float32 [N, width] of a view of each image. Each teacher gets the pixels of the view at its own size.
 
         Raises InputError for a teacher whose transform is not known by size, mean and standard deviation.
         """
@@ -116,7 +116,7 @@ class Ensemble:
         return self._joined(encode)
 
     def encode_text(self, texts: Sequence[str], batch_size: int) -> Tensor:
-        """Features float32 [N, width] of N texts, each different one of which is encoded once."""
+        """Features float32 [N, width] of N texts; equal texts are encoded once."""
         return self._joined(lambda encoder: encoder.encode_text(texts, batch_size))
 
     def _joined(self, encode: Callable[[Encoder], Tensor]) -> Tensor:
@@ -125,7 +125,7 @@ class Ensemble:
 
 
 def transform_of(encoder: Encoder) -> ImageTransform:
-    """What makes the pixels of a view for an encoder, at its size and normalised as its preprocessing does."""
+    """Returns the transform that makes the pixels of a view for an encoder: its size and normalisation are the encoder's."""
     if isinstance(encoder.preprocess, ImageTransform):
         return encoder.preprocess
     try:
@@ -148,16 +148,16 @@ def write(
     batch_size: int = 64,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a sidecar of each shard to the folder `out`: a teacher.npy for each sample, and the teacher in meta.json.
+    """Writes a sidecar of each shard to the folder `out`: a teacher.npy for each sample, and the teacher in meta.json.
 
-    shards: what `data.parts_of` takes; what is no local tar is first copied into shards, see `data.pack.local_shards`.
+    shards: what `data.parts_of` takes. Data other than local tars are first copied into shards, see `data.pack.local_shards`.
 
     teacher.npy is [1 + C, D̂] with normalised rows: the image's features, then those of its C captions in the order of
     `shards.captions_of`. With k `views` it is [k + C, D̂], and views.json has the views, which `make_loader` replays. It is
-    float16, or with dtype "bf16" bfloat16, stored as uint16, which numpy has. Several teachers are an `Ensemble`.
+    float16, or with dtype "bf16" bfloat16 stored as uint16, since numpy has no bfloat16. Several teachers are an `Ensemble`.
 
     sidecars: folders that are joined to the shards first, e.g. with captions of `simplclip caption`.
-    batch_size: number of samples, of views, and of captions, encoded at a time.
+    batch_size: number of samples, views or captions that are encoded at a time.
 
     See `data.rewrite.rewrite` for errors, continuation after a crash and the returned dict.
     """
@@ -196,10 +196,10 @@ def _npy(rows: Tensor, dtype: str) -> bytes:
 
 
 def student_transform(config: str | None = None, model: str | None = None, augment: str | None = None) -> ImageTransform:
-    """The transform of a student in training: that of a config (file or name), or of a model and an augmentation.
+    """Returns a student's training transform: that of a config (file or name), or of a model and an augmentation.
 
-    With neither it is open_clip's own augmentation. augment: as data.augment, a mapping as YAML. Raises InputError for one
-    whose draws cannot be stored, such as timm's.
+    With neither it is `augment`, by default open_clip's own. augment: as data.augment, a mapping as YAML. Raises InputError
+    for an augmentation whose draws cannot be stored, such as timm's.
     """
     fields = configs.parse_yaml(augment, "augment") if augment else None
     if config is not None:
@@ -218,7 +218,7 @@ def student_transform(config: str | None = None, model: str | None = None, augme
 def evaluate(
     teacher: Encoder, splits: Mapping[str, str | list[str]], *, batch_size: int = 64
 ) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """Retrieval of a teacher on splits (name -> shards): the results of `retrieval.recall_of` by name."""
+    """Measures a teacher's retrieval on splits (name -> shards); returns the results of `retrieval.recall_of` by name."""
     figures = {}
     for name, shards in splits.items():
         split = retrieval.Split(held_out(shards), teacher.tokenizer, teacher.preprocess)
@@ -244,12 +244,12 @@ def run(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
+    """Writes a teacher's features of `shards` to `out`; returns the summary of `write` with "teacher" and "figures".
 
-    name, checkpoint: of a teacher, see `simplclip.load`; or of several, with a checkpoint for each or none.
+    name, checkpoint: of a teacher, see `simplclip.load`; or of several teachers, with a checkpoint for each or none.
     heads_file: heads of the built-in teacher, by default OUT.heads.safetensors. If it does not exist, heads are first trained
     and saved there: on the shards named train* if there are any, else on all shards.
-    splits: name -> shards on which the teacher's retrieval is measured, of several teachers that of each.
+    splits: name -> shards on which the teacher's retrieval is measured, or that of each of several teachers.
     views, dtype, sidecars, batch_size: see `write`.
     """
     names = [name] if isinstance(name, str) else list(name)
@@ -257,7 +257,7 @@ def run(
     if len(checkpoints) not in (0, len(names)):
         raise InputError(f"checkpoint: expected one for each of {len(names)} teachers or none, got {len(checkpoints)}")
     _check_dtype(dtype)
-    parts_of(shards)  # raises its error before the work
+    parts_of(shards)  # raises InputError before the work begins
     for split in (splits or {}).values():
         held_out(split)
     place = ranks.device(device)
@@ -296,7 +296,7 @@ def run(
 
 
 def _heads(source: str, shards: Any, out: str | os.PathLike, file: Path, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Trains the heads of a teacher if they do not exist; returns the shards, then local ones, and a note."""
+    """Trains the heads of a teacher if `file` does not exist. Returns the shards (local if it trained) and a note."""
     if not file.exists():
         shards = local_shards(shards, out, progress=options["progress"])
     return shards, plugins.load("teachers", source).prepare(shards, file, **options)
